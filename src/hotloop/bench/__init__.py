@@ -1,0 +1,1 @@
+"""Workload, clock and memory: one engine in, one measurement out."""

@@ -1,0 +1,1 @@
+"""The hotloop command: one module per verb."""

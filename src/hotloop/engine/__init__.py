@@ -1,0 +1,1 @@
+"""Prefill, decode, sampling and batching slots: the LLM."""

@@ -1,0 +1,89 @@
+"""Every error a user can meet.
+
+Each says what is wrong, with which value, and what to do about it. All of them descend from
+:class:`HotloopError`; the ones a caller can provoke with a bad argument are ``ValueError`` too.
+Mistakes of our own are assertions, not these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class HotloopError(Exception):
+    """Base of every error that hotloop raises for its user."""
+
+
+class ConfigError(HotloopError, ValueError):
+    """An option, recipe or model configuration holds a value that cannot be used."""
+
+
+class UnknownNameError(ConfigError):
+    """A name that is in none of the places where names of its kind are declared.
+
+    Args:
+        kind: What the name names, for the message (``"quantization scheme"``).
+        name: The name as given.
+        choices: The names that would have been accepted.
+    """
+
+    def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
+        self.kind, self.name, self.choices = kind, name, sorted(choices)
+        nearest = difflib.get_close_matches(name, self.choices, n=1)
+        guess = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        listed = ", ".join(self.choices) or "none are defined"
+        super().__init__(f"unknown {kind} {name!r}.{guess} Choose from: {listed}.")
+
+
+class UnsupportedError(HotloopError, ValueError):
+    """Well-formed, but not something this build or this machine can do."""
+
+
+class RequestError(HotloopError, ValueError):
+    """A prompt or a sampling option that the engine cannot serve."""
+
+
+class CheckpointError(HotloopError, ValueError):
+    """A checkpoint that is damaged or does not match its own description.
+
+    Args:
+        file: The file at fault.
+        problem: What is wrong with it, and the fix where there is one.
+        tensor: The tensor at fault, if one is.
+    """
+
+    def __init__(self, file: Path | str, problem: str, *, tensor: str | None = None) -> None:
+        self.file, self.tensor = Path(file), tensor
+        where = f"{file}, tensor {tensor!r}" if tensor else str(file)
+        super().__init__(f"{where}: {problem}")
+
+
+class ModelNotFoundError(HotloopError, ValueError):
+    """A model name that is neither a local path, nor pulled, nor a built-in shape."""
+
+
+class DownloadError(HotloopError):
+    """A model could not be fetched, or what came was not what was asked for."""
+
+
+class OutOfMemoryError(HotloopError):
+    """The device has too little memory.
+
+    Args:
+        phase: What was being done (``"load"``, ``"warmup"``, ``"decode"``).
+        needed_bytes: Bytes asked for, if known.
+        free_bytes: Bytes that were free, if known.
+    """
+
+    def __init__(
+        self, phase: str, needed_bytes: int | None = None, free_bytes: int | None = None
+    ) -> None:
+        self.phase, self.needed_bytes, self.free_bytes = phase, needed_bytes, free_bytes
+        needed = f", needed {needed_bytes / 2**30:.2f} GiB" if needed_bytes is not None else ""
+        free = f", free {free_bytes / 2**30:.2f} GiB" if free_bytes is not None else ""
+        super().__init__(
+            f"out of memory in {phase}{needed}{free}. Use a smaller quantization, a shorter "
+            "max_seq_len or a smaller max_batch_size."
+        )

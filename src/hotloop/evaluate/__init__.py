@@ -1,0 +1,1 @@
+"""Quality: perplexity, divergence from a reference, and their statistics."""

@@ -1,0 +1,1 @@
+"""One decoder, configured; the families that configure it."""

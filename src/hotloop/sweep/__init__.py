@@ -1,0 +1,1 @@
+"""A recipe becomes cells, isolated processes, and records."""

@@ -1,0 +1,328 @@
+"""The words that every floor uses: a configuration, a request, an answer, an engine.
+
+Plain frozen values without behaviour beyond checking themselves and naming themselves, so that
+they can be printed, hashed, compared, sent to another process and written to a record. torch is
+not imported here: the command line reads this module before it knows whether it needs torch.
+
+Shape letters, here and everywhere: B sequences in a batch, T tokens of one sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+from hotloop.errors import ConfigError, RequestError, UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Execution = Literal["eager", "compile"]
+"""How a step runs: ``eager`` is plain PyTorch, ``compile`` is torch.compile with CUDA graphs."""
+
+WeightSource = Literal["checkpoint", "random"]
+"""Where weights come from. ``random`` needs only the model's shape: for speed and fit."""
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+"""Element type of activations and of unquantized weights. ``auto`` lets the device decide."""
+
+FinishReason = Literal["eos", "stop", "length"]
+"""Why a generation ended: end-of-sequence token, a stop string, or the token limit."""
+
+MAX_LOGPROBS = 20
+"""The most alternatives per token that ``SamplingParams.logprobs`` can ask for."""
+
+
+def _check_choice(kind: str, value: str, literal: Any) -> None:
+    if value not in get_args(literal):
+        raise UnknownNameError(kind, value, get_args(literal))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that makes one engine differ from another.
+
+    The same value drives ``generate``, ``bench``, ``sweep`` and ``serve``.
+
+    Attributes:
+        model: A local path (folder or ``.gguf``), a pulled name, or a built-in shape's name.
+        weights: Read the checkpoint, or make random weights of its shape.
+        quant: A quantization scheme by its short name: ``none``, ``int8``, ``int4-g64``,
+            ``int4-g32-asym``.
+        head: The scheme of the output head: ``auto`` (``int8`` under any quantization, otherwise
+            ``none``), or a scheme's name. A tied embedding follows the head.
+        execution: How a decode step runs.
+        device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
+        dtype: Element type of activations and unquantized weights.
+        max_batch_size: Slots in the cache: sequences decoded at once.
+        max_seq_len: Tokens a slot can hold, prompt and answer together; None takes the model's
+            context length, or what is sensible on the device where that is larger.
+        prefill_chunk: The most prompt tokens processed in one forward.
+        seed: Seed of random weights.
+    """
+
+    model: str
+    weights: WeightSource = "checkpoint"
+    quant: str = "none"
+    head: str = "auto"
+    execution: Execution = "eager"
+    device: str = "auto"
+    dtype: DType = "auto"
+    max_batch_size: int = 1
+    max_seq_len: int | None = None
+    prefill_chunk: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("weight source", self.weights, WeightSource)
+        _check_choice("execution", self.execution, Execution)
+        _check_choice("dtype", self.dtype, DType)
+        for name in ("max_batch_size", "max_seq_len", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}.")
+
+    @property
+    def name(self) -> str:
+        """A short name that sorts, such as ``int4-g64/compile``: what differs from the default."""
+        parts = [self.quant if self.head == "auto" else f"{self.quant}+head={self.head}"]
+        parts.append(self.execution)
+        if self.dtype != "auto":
+            parts.append(self.dtype)
+        if self.max_batch_size != 1:
+            parts.append(f"batch{self.max_batch_size}")
+        return "/".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose the next token, and when to stop.
+
+    The order is: repetition penalty, temperature, top-k, top-p, min-p, draw. The draw depends on
+    the seed, the position and the logits alone, never on which other sequences are in the batch.
+
+    Attributes:
+        max_new_tokens: The most tokens to produce; None fills the context.
+        temperature: 0 takes the most likely token, always.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the fewest most likely tokens whose probabilities reach this sum.
+        min_p: Keep tokens at least this fraction as likely as the most likely one.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that are
+            already in the prompt or the answer (Keskar et al. 2019, CTRL); 1 does nothing.
+        seed: Seed of the draw; None takes a fresh one.
+        stop: Strings that end the answer. Neither they nor a part of one is ever emitted.
+        ignore_eos: Go on past end-of-sequence tokens (timed runs do).
+        logprobs: For each token its log-probability and that of this many most likely ones, from
+            the model's own distribution before any of the options above; None for none.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, must: str) -> None:
+            if not ok:
+                raise RequestError(f"{name} must be {must}, not {getattr(self, name)!r}.")
+
+        need(self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", "1 or more")
+        need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
+        need(self.top_k >= 0, "top_k", "0 (off) or more")
+        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        need(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "above 0",
+        )
+        need(self.seed is None or 0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1")
+        need(not isinstance(self.stop, str), "stop", "a tuple of strings")
+        need(all(self.stop), "stop", "free of empty strings")
+        need(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            f"between 0 and {MAX_LOGPROBS}",
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """One token's log-probability (natural logarithm) and the most likely alternatives.
+
+    ``top`` holds ``(token id, log-probability)`` pairs, most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """When things happened to one request, in seconds since it was submitted.
+
+    Attributes:
+        n_tokens: Tokens produced, counted by the engine.
+        ttft_s: Submit to the first token on the host: tokenizing, queueing, prefill and sampling.
+        e2e_s: Submit to the last token on the host.
+    """
+
+    n_tokens: int
+    ttft_s: float
+    e2e_s: float
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token after the first; NaN for a single token."""
+        return (self.e2e_s - self.ttft_s) / (self.n_tokens - 1) if self.n_tokens > 1 else math.nan
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens per second after the first one: 1 / TPOT."""
+        return 1 / self.tpot_s
+
+    @property
+    def e2e_tok_s(self) -> float:
+        """All tokens over the whole time, prefill included."""
+        return self.n_tokens / self.e2e_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The answer to one prompt.
+
+    ``text`` excludes the stop string; ``token_ids`` are the tokens produced, an end-of-sequence
+    token included, so that their number is what the timing counts.
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    timing: Timing
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A piece of a streamed answer.
+
+    Attributes:
+        index: Which prompt it answers.
+        text: Text that is now certain; can be empty while a character or a stop string is open.
+        token_ids: Tokens that arrived with it.
+        generation: The whole answer, on the last piece of each prompt.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    generation: Generation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model thinks of one window of T tokens: T - 1 predictions.
+
+    Attributes:
+        token_logprobs: Natural log-probability of each token after the first, float32 [T - 1].
+        top1: The most likely token at each position, int64 [T - 1].
+        log_probs: The whole distribution, float32 [T - 1, V], where it was asked for.
+    """
+
+    token_logprobs: Tensor
+    top1: Tensor
+    log_probs: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineDescription:
+    """What is really running: what was asked for, resolved.
+
+    Attributes:
+        config: As asked for.
+        family: The model family, or the baseline's own word for it.
+        device: The torch device in use.
+        device_name: The device's own name.
+        dtype: Element type of activations.
+        vocab_size: Token ids are below this.
+        max_seq_len: Tokens a slot can hold.
+        n_params: Parameters of the model, a tied embedding counted once.
+        weight_bytes: Bytes of weights resident on one rank.
+        weight_bytes_per_step: Bytes of weights one decode step reads on one rank: embedding rows
+            that are not read do not count, a tied head does.
+        kv_bytes_per_token: Bytes of cache one token of one sequence takes on one rank.
+        kernels: Which arithmetic each kind of layer uses, such as ``{"qkv_proj": "int8/torch"}``.
+        notes: Why a faster path was not taken, and whatever else a reader of results must know.
+        load_s: Seconds from start to weights in place.
+        warmup_s: Seconds of compilation, capture and first runs after that.
+        compile_cache: Whether compiled artifacts were found (``warm``), made (``cold``), or not
+            used (None).
+    """
+
+    config: EngineConfig
+    family: str
+    device: str
+    device_name: str
+    dtype: str
+    vocab_size: int
+    max_seq_len: int
+    n_params: int
+    weight_bytes: int
+    weight_bytes_per_step: int
+    kv_bytes_per_token: int
+    kernels: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    load_s: float = 0.0
+    warmup_s: float = 0.0
+    compile_cache: Literal["cold", "warm"] | None = None
+
+
+Prompt = str | Sequence[int]
+"""Text, tokenized with the special tokens the model itself adds; or token ids, taken as they are."""
+
+
+class Engine(Protocol):
+    """Anything that can be measured: hotloop's own engine, and every baseline.
+
+    ``bench`` and ``evaluate`` see nothing else, so a baseline is measured by the very code that
+    measures us.
+    """
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
+        """Answers every prompt, in order. Raises RequestError for one that cannot be served."""
+        ...
+
+    def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
+        """Scores windows of token ids one at a time; ``full`` adds whole distributions."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with no special tokens added."""
+        ...
+
+    def describe(self) -> EngineDescription:
+        """What is really running."""
+        ...
+
+    def close(self) -> None:
+        """Frees the device. The engine cannot be used afterwards."""
+        ...

@@ -1,0 +1,1 @@
+"""From files to a loaded model: read, quantize, pack, assign."""
