@@ -1,0 +1,407 @@
+"""The machine: which device, how much memory, how fast it reads, and what to write down about it.
+
+Decoding at small batch is bound by memory reads, so a speed means little without the bandwidth it
+was reached on. That bandwidth is measured here, on CPU and GPU alike, and the vendor's figure is
+quoted beside it where the device is known. :func:`provenance` gathers what somebody else would need
+in order to believe or to repeat a measurement, and leaves out what identifies a person or a host.
+
+Nothing here changes the machine: no clocks are locked and no power limits set.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hotloop.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+GB = 1e9
+
+DATASHEET_BYTES_PER_S = {
+    # Vendors' datasheets and product pages, by the name the driver reports less its "NVIDIA ",
+    # "Tesla " and "GeForce ". Exact names only: a laptop part or a MIG slice that shares a name's
+    # beginning does not share its bandwidth.
+    "V100-SXM2-16GB": 900 * GB,
+    "V100-SXM2-32GB": 900 * GB,
+    "V100-PCIE-16GB": 900 * GB,
+    "V100-PCIE-32GB": 900 * GB,
+    "T4": 320 * GB,
+    "A10": 600 * GB,
+    "A10G": 600 * GB,
+    "A30": 933 * GB,
+    "A40": 696 * GB,
+    "RTX A6000": 768 * GB,
+    "A100-SXM4-40GB": 1555 * GB,
+    "A100-PCIE-40GB": 1555 * GB,
+    "A100-SXM4-80GB": 2039 * GB,
+    "A100 80GB PCIe": 1935 * GB,
+    "L4": 300 * GB,
+    "L40": 864 * GB,
+    "L40S": 864 * GB,
+    "RTX 6000 Ada Generation": 960 * GB,
+    "RTX 3090": 936 * GB,
+    "RTX 3090 Ti": 1008 * GB,
+    "RTX 4090": 1008 * GB,
+    "RTX 5090": 1792 * GB,
+    "H100 PCIe": 2000 * GB,
+    "H100 80GB HBM3": 3350 * GB,
+    "H100 NVL": 3900 * GB,
+    "H200": 4800 * GB,
+    "H200 NVL": 4800 * GB,
+    "GH200 480GB": 4000 * GB,
+    "GH200 144G HBM3e": 4900 * GB,
+    "B200": 8000 * GB,
+    "GB200": 8000 * GB,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceInfo:
+    """What a device is, as far as it decides speed and fit.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        name: The device's own name; the processor's model name for a CPU.
+        total_bytes: Memory it has; for a CPU no more than the control group allows.
+        datasheet_bytes_per_s: The vendor's memory bandwidth, where the name is a known one.
+        compute_capability: CUDA's, such as (9, 0).
+        n_sms: Streaming multiprocessors of a GPU.
+        n_threads: Threads torch computes with on a CPU.
+        isa: The vector instructions torch uses on a CPU, such as ``AVX512``.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    total_bytes: int
+    datasheet_bytes_per_s: float | None = None
+    compute_capability: tuple[int, int] | None = None
+    n_sms: int | None = None
+    n_threads: int | None = None
+    isa: str | None = None
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device that ``name`` means: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    ``auto`` is the current CUDA device where there is one, else the CPU.
+
+    Raises:
+        ConfigError: ``name`` is not the name of any device.
+        UnsupportedError: The device is not there, or hotloop does not run on its kind.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device {name!r} is not a device's name. Use auto, cpu, cuda or cuda:N."
+        ) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UnsupportedError(f"device {name!r}: hotloop runs on cpu and cuda.")
+    if not torch.cuda.is_available():
+        why = "sees no CUDA device" if torch.version.cuda else "was built without CUDA"
+        raise UnsupportedError(f"device {name!r}: torch {torch.__version__} {why}. Use cpu.")
+    count = torch.cuda.device_count()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        there = ", ".join(f"cuda:{i}" for i in range(count))
+        raise UnsupportedError(f"device {name!r} does not exist. There are {count}: {there}.")
+    return torch.device("cuda", index)
+
+
+def device_info(device: torch.device) -> DeviceInfo:
+    """What ``device`` is."""
+    import torch
+
+    if device.type == "cpu":
+        return DeviceInfo(
+            kind="cpu",
+            name=_cpu_name(),
+            total_bytes=_host_memory()[0],
+            n_threads=torch.get_num_threads(),
+            isa=torch.backends.cpu.get_cpu_capability(),
+        )
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceInfo(
+        kind="cuda",
+        name=properties.name,
+        total_bytes=properties.total_memory,
+        datasheet_bytes_per_s=datasheet_bytes_per_s(properties.name),
+        compute_capability=(properties.major, properties.minor),
+        n_sms=properties.multi_processor_count,
+    )
+
+
+def datasheet_bytes_per_s(gpu_name: str) -> float | None:
+    """The vendor's memory bandwidth of the GPU with that name; None where it is not known."""
+    for brand in ("NVIDIA ", "Tesla ", "GeForce "):
+        gpu_name = gpu_name.removeprefix(brand)
+    return DATASHEET_BYTES_PER_S.get(gpu_name)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``.
+
+    On a CPU that is what the system calls available (reclaimable file cache counts), within the
+    limit of the control group, as in a container. On CUDA it is what the driver has left; memory
+    that torch's allocator keeps cached is not in it.
+    """
+    import torch
+
+    return _host_memory()[1] if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) -> float:
+    """Bytes per second that ``device`` can read from its memory with all of torch's threads.
+
+    A pure read: reductions over a buffer many times the last-level cache (at least eight, and
+    0.25 GiB on a CPU, 4 GiB on a GPU, within a quarter of what is free). No single reduction is the
+    fastest everywhere, so a few are timed and the best median counts.
+
+    Args:
+        device: The device to measure. Nothing else should be running on it.
+        min_seconds: Seconds spent timing, over all reductions; filling the buffer comes on top.
+
+    Raises:
+        UnsupportedError: So little memory is free that the cache would be measured instead.
+    """
+    import torch
+
+    cache = _last_level_cache_bytes(device)
+    floor = 2**28 if device.type == "cpu" else 2**32
+    size = min(max(floor, 8 * cache), free_bytes(device) // 4) // 8 * 8
+    if size < 2 * cache:
+        raise UnsupportedError(
+            f"measuring the read bandwidth of {device} needs {8 * cache / 2**20:.0f} MiB free, "
+            f"four times its buffer at least, and {free_bytes(device) / 2**20:.0f} MiB are."
+        )
+    # Written, not only allocated: pages never written all map to one page of zeros, in cache.
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    float64, int64 = buffer.view(torch.float64), buffer.view(torch.int64)
+    reads: tuple[Callable[[], object], ...] = (buffer.sum, float64.sum, int64.sum, buffer.max)
+    seconds = min(_median_seconds(read, device, min_seconds / len(reads)) for read in reads)
+    if device.type == "cuda":
+        del reads, buffer, float64, int64
+        torch.cuda.empty_cache()  # or free_bytes would miss what only this function used
+    return size / seconds
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device, min_seconds: float) -> float:
+    import torch
+
+    def timed_cpu() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def timed_cuda() -> float:
+        n_calls = 8  # queued together, so that launch latency hides behind the previous call
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(n_calls):
+                call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3 / n_calls
+
+    timed = timed_cpu if device.type == "cpu" else timed_cuda
+    samples: list[float] = []
+    timed()
+    deadline = time.perf_counter() + min_seconds
+    while time.perf_counter() < deadline or len(samples) < 3:
+        samples.append(timed())
+    return statistics.median(samples)
+
+
+def gpu_state(device: torch.device) -> dict[str, float]:
+    """Clocks, power and temperature of a GPU now, as nvidia-smi reports them.
+
+    Returns:
+        ``sm_clock_mhz``, ``max_sm_clock_mhz``, ``memory_clock_mhz``, ``power_w``,
+        ``power_limit_w`` and ``temperature_c``, each where known: none of them for a CPU, without
+        nvidia-smi, or inside a MIG slice.
+    """
+    fields = {
+        "sm_clock_mhz": "clocks.sm",
+        "max_sm_clock_mhz": "clocks.max.sm",
+        "memory_clock_mhz": "clocks.mem",
+        "power_w": "power.draw",
+        "power_limit_w": "power.limit",
+        "temperature_c": "temperature.gpu",
+    }
+    answers = _nvidia_smi(device, list(fields.values()))
+    return {
+        name: float(answers[field])
+        for name, field in fields.items()
+        if answers.get(field, "").replace(".", "", 1).isdigit()  # "[N/A]" is not
+    }
+
+
+def _nvidia_smi(device: torch.device, fields: list[str]) -> dict[str, str]:
+    import torch
+
+    if device.type != "cuda":
+        return {}
+    # By UUID, because nvidia-smi does not renumber by CUDA_VISIBLE_DEVICES as torch does.
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = [f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}"]
+    answer = _output("nvidia-smi", *query, "--format=csv,noheader,nounits")
+    return dict(zip(fields, answer.split(", "), strict=True)) if answer else {}
+
+
+def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -> dict[str, Any]:
+    """What was running where, as JSON can hold it, without names of hosts, users or folders.
+
+    Args:
+        device: The device in use.
+        read_bytes_per_s: Its measured read bandwidth; measured here where not given, which wants
+            the device idle and some of its memory free.
+
+    Returns:
+        ``hotloop`` (version, and the commit and whether it was changed in a source checkout, else
+        None), ``versions``, ``device`` (:class:`DeviceInfo`, measured bandwidth and
+        :func:`gpu_state`) and ``host``.
+    """
+    import psutil
+    import torch
+
+    if read_bytes_per_s is None:
+        read_bytes_per_s = measure_read_bandwidth(device)
+    return {
+        # By name: an import of the package would tie this floor to all that it exports.
+        "hotloop": {
+            "version": importlib.import_module("hotloop").__version__,
+            **_git_state(Path(__file__).parent),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": version("triton") if importlib.util.find_spec("triton") else None,
+            "cuda": torch.version.cuda,
+            "driver": _nvidia_smi(device, ["driver_version"]).get("driver_version"),
+        },
+        "device": {
+            **asdict(device_info(device)),
+            "read_bytes_per_s": read_bytes_per_s,
+            "state": gpu_state(device),
+        },
+        "host": {
+            "system": platform.system(),
+            "kernel": platform.release(),
+            "machine": platform.machine(),
+            "cpu": _cpu_name(),
+            "n_cpus": psutil.cpu_count(),
+            "n_cpus_allowed": _n_cpus_allowed(),
+            "memory_bytes": _host_memory()[0],
+            "load_average_1m": psutil.getloadavg()[0],
+        },
+    }
+
+
+def _git_state(package: Path) -> dict[str, Any]:
+    """Commit of the checkout that ``package`` lies in as ``src/hotloop``, and if it was changed."""
+    if package.parent.name != "src" or not (package.parents[1] / ".git").exists():
+        return {"git_commit": None, "git_dirty": None}
+    # Without optional locks: a status must not get in the way of somebody's commit.
+    git = ("git", "--no-optional-locks", "-C", str(package))
+    commit, changes = _output(*git, "rev-parse", "HEAD"), _output(*git, "status", "-s", "--", ".")
+    return {"git_commit": commit, "git_dirty": None if changes is None else changes != ""}
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where there is no such program or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _n_cpus_allowed() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _host_memory() -> tuple[int, int]:
+    """Bytes of memory in all and available, both within the control groups' limits."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    bounds = [(memory.total, memory.available)]
+    membership = Path("/proc/self/cgroup")
+    if membership.is_file():
+        bounds += _cgroup_memory(membership.read_text(), Path("/sys/fs/cgroup"))
+    totals, available = zip(*bounds, strict=True)
+    return min(totals), min(available)
+
+
+def _cgroup_memory(membership: str, root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and remaining bytes of each control group, version 1 or 2, that bounds a process.
+
+    Args:
+        membership: What ``/proc/self/cgroup`` says.
+        root: Where control groups are mounted.
+    """
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif controllers == "memory":
+            mount = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        leaf = mount / path.lstrip("/")
+        # Every ancestor's limit holds. In a container the path can be the host's and not be there,
+        # but the mount itself is then the container's group.
+        for group in (leaf, *leaf.parents):
+            if not group.is_relative_to(mount):
+                break
+            limit_file, usage_file = group / names[0], group / names[1]
+            if not limit_file.is_file() or (limit := limit_file.read_text().strip()) == "max":
+                continue
+            stat = dict(pair.split() for pair in (group / "memory.stat").read_text().splitlines())
+            used = int(usage_file.read_text()) - int(stat.get(names[2], 0))
+            yield int(limit), max(0, int(limit) - used)
+
+
+def _last_level_cache_bytes(device: torch.device) -> int:
+    """Bytes of last-level cache; 0 where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    levels: dict[int, dict[str, int]] = {}
+    for cache in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        size, level, shared_by = (
+            (cache / name).read_text().strip() for name in ("size", "level", "shared_cpu_list")
+        )
+        levels.setdefault(int(level), {})[shared_by] = int(size.removesuffix("K")) * 1024
+    return sum(levels[max(levels)].values()) if levels else 0
