@@ -1,0 +1,183 @@
+"""The clock: one engine and one workload in, one :class:`Speed` out.
+
+The definitions are those of the design, in one place:
+
+- TTFT: submit to the first token on the host. TPOT: (end-to-end - TTFT) / (n - 1). Decode tok/s:
+  1 / TPOT. End-to-end tok/s: n / end-to-end. Each is a value of one request; in a batch a repeat's
+  value is the mean over its requests. ``aggregate_tok_s`` alone is of the batch as a whole.
+- A repeat is the independent sample: a figure's mean, interval and ``n`` are over repeats.
+- MBU: bytes that one decode step must read, over the time of a step, over the bandwidth.
+
+The engine counts tokens and reads the clock itself (:class:`~hotloop.types.Timing`), so that work
+between submitting and the first forward counts too. Loading and compiling are not in here: engines
+report them apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hotloop.bench.memory import MemoryMeter
+from hotloop.bench.record import Figure, Workload
+from hotloop.bench.stability import cpu_times, explain_instability
+from hotloop.bench.statistics import mean_figure
+from hotloop.errors import ConfigError, HotloopError
+from hotloop.hardware import gpu_state
+from hotloop.types import Engine, EngineDescription, SamplingParams, Timing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast an engine ran a workload. Every figure's samples are its repeats.
+
+    Attributes:
+        decode_tok_s: 1 / TPOT, tokens per second of one request after its first.
+        e2e_tok_s: Tokens of one request per second of its whole time, prefill included.
+        ttft_s: Seconds from submit to the first token.
+        tpot_s: Seconds per token after the first.
+        aggregate_tok_s: Tokens of the whole batch per second until its last token, prefill
+            included; at batch 1 the same as ``e2e_tok_s``.
+        mbu: Memory bandwidth utilization against the measured read bandwidth, if that was given.
+        mbu_datasheet: The same against the vendor's figure, if that was given.
+        peak_bytes: Peak memory while the workload ran, loading excluded. See ``MemoryMeter``.
+        instability: Why the repeats disagree, where they do.
+    """
+
+    decode_tok_s: Figure
+    e2e_tok_s: Figure
+    ttft_s: Figure
+    tpot_s: Figure
+    aggregate_tok_s: Figure
+    mbu: Figure | None
+    mbu_datasheet: Figure | None
+    peak_bytes: int
+    instability: str | None
+
+
+def measure_speed(
+    engine: Engine,
+    workload: Workload,
+    *,
+    read_bytes_per_s: float | None,
+    datasheet_bytes_per_s: float | None,
+    on_repeat: Callable[[int, int, float], None] | None = None,
+) -> Speed:
+    """Times ``engine`` on ``workload``: one untimed warm-up, then the repeats.
+
+    Prompts are random tokens, new ones in every repeat, so that nothing can have been cached.
+    Decoding is greedy and does not stop at end-of-sequence.
+
+    Args:
+        engine: What to measure.
+        workload: What to run.
+        read_bytes_per_s: Measured read bandwidth of the device of one rank, for ``mbu``.
+        datasheet_bytes_per_s: The vendor's bandwidth of it, for ``mbu_datasheet``.
+        on_repeat: Called after each repeat with how many are done, of how many, and its decode
+            tok/s.
+
+    Raises:
+        ConfigError: The workload cannot be timed, or not on this engine.
+        HotloopError: The engine produced another number of tokens than asked for.
+    """
+    description = engine.describe()
+    _check(workload, description)
+    repeats: list[list[Timing]] = []
+    others_cpu: list[float | None] = []
+    sm_clock_mhz: list[float | None] = []
+    with MemoryMeter(description.device) as memory:
+        _run(engine, workload, description.vocab_size, 0)
+        for repeat in range(1, workload.repeats + 1):
+            before = cpu_times()
+            timings = _run(engine, workload, description.vocab_size, repeat)
+            others_cpu.append(cpu_times().others_since(before))
+            sm_clock_mhz.append(_sm_clock_mhz(description.device))
+            repeats.append(timings)
+            if on_repeat:
+                on_repeat(repeat, workload.repeats, _mean(timings, lambda t: t.decode_tok_s))
+
+    def figure(of_one_request: Callable[[Timing], float]) -> Figure:
+        return mean_figure([_mean(timings, of_one_request) for timings in repeats])
+
+    def mbu(bytes_per_s: float | None) -> Figure | None:
+        if bytes_per_s is None:
+            return None
+        read = bytes_read_per_step(description, workload)
+        return mean_figure([read / seconds / bytes_per_s for seconds in tpot_s.samples])
+
+    tpot_s = figure(lambda t: t.tpot_s)
+    return Speed(
+        decode_tok_s=figure(lambda t: t.decode_tok_s),
+        e2e_tok_s=figure(lambda t: t.e2e_tok_s),
+        ttft_s=figure(lambda t: t.ttft_s),
+        tpot_s=tpot_s,
+        aggregate_tok_s=mean_figure([_aggregate_tok_s(timings) for timings in repeats]),
+        mbu=mbu(read_bytes_per_s),
+        mbu_datasheet=mbu(datasheet_bytes_per_s),
+        peak_bytes=memory.peak_bytes,
+        instability=explain_instability(
+            tpot_s.samples, others_cpu=others_cpu, sm_clock_mhz=sm_clock_mhz
+        ),
+    )
+
+
+def bytes_read_per_step(description: EngineDescription, workload: Workload) -> float:
+    """Bytes that a mean timed decode step must read on one rank: weights once, each cache once.
+
+    The timed steps are those of tokens 2 to n. The step that makes token i + 1 attends to the
+    prompt and i answer tokens, so on average to prompt + n / 2.
+    """
+    cached_tokens = workload.prompt_tokens + workload.new_tokens / 2
+    cache = workload.batch * cached_tokens * description.kv_bytes_per_token
+    return description.weight_bytes_per_step + cache
+
+
+def _check(workload: Workload, description: EngineDescription) -> None:
+    for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("batch", 1), ("repeats", 1)):
+        if (value := getattr(workload, name)) < least:
+            raise ConfigError(f"a timed run needs {name} of at least {least}, not {value}.")
+    slots = description.config.max_batch_size
+    if workload.batch > slots:
+        raise ConfigError(
+            f"a batch of {workload.batch} would wait in line on an engine with "
+            f"max_batch_size={slots}. Raise max_batch_size or lower the batch."
+        )
+    tokens = workload.prompt_tokens + workload.new_tokens
+    if tokens > description.max_seq_len:
+        raise ConfigError(
+            f"{workload.prompt_tokens} prompt tokens and {workload.new_tokens} new ones do not "
+            f"fit in max_seq_len={description.max_seq_len}. Raise it or shorten the workload."
+        )
+
+
+def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> list[Timing]:
+    import numpy as np
+
+    random = np.random.default_rng((workload.seed, repeat))
+    prompts = random.integers(vocab_size, size=(workload.batch, workload.prompt_tokens)).tolist()
+    params = SamplingParams(max_new_tokens=workload.new_tokens, temperature=0, ignore_eos=True)
+    timings = [generation.timing for generation in engine.generate(prompts, params)]
+    produced, asked = [t.n_tokens for t in timings], [workload.new_tokens] * workload.batch
+    if produced != asked:
+        raise HotloopError(
+            f"the engine answered with {produced} tokens where {asked} were asked for, "
+            "end-of-sequence ignored; its speed would be that of another workload."
+        )
+    return timings
+
+
+def _mean(timings: Sequence[Timing], of_one_request: Callable[[Timing], float]) -> float:
+    return statistics.fmean(of_one_request(timing) for timing in timings)
+
+
+def _aggregate_tok_s(timings: Sequence[Timing]) -> float:
+    return sum(t.n_tokens for t in timings) / max(t.e2e_s for t in timings)
+
+
+def _sm_clock_mhz(device: str) -> float | None:
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return gpu_state(torch.device(device)).get("sm_clock_mhz")

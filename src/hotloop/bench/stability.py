@@ -1,0 +1,124 @@
+"""Whether repeats of a timed run agree, and what most likely happened when they do not.
+
+A guess at a cause from the pattern of the samples and from what the machine was doing meanwhile.
+It tells a user where to look; it does not correct or drop a sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_VARIATION = 0.05
+"""Repeats whose coefficient of variation (standard deviation / mean) is above this are unstable."""
+
+MIN_REPEATS_FOR_A_CAUSE = 4
+"""With fewer, every pattern can be found in any samples."""
+
+_DRIFT_CORRELATION = 0.9
+_BUSY_CPU = 0.1
+_MIN_CPU_SECONDS = 0.5
+_CLOCK_CHANGE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuTimes:
+    """CPU seconds since boot, over all CPUs: in all, spent busy, and spent by this process tree.
+
+    Children that ended and were waited for are part of the tree.
+    """
+
+    total: float
+    busy: float
+    own: float
+
+    def others_since(self, before: CpuTimes) -> float | None:
+        """Share of all CPU time that others took since ``before``, the hypervisor included.
+
+        None where too little passed: the kernel counts in hundredths of a second.
+        """
+        total = self.total - before.total
+        others = (self.busy - before.busy) - (self.own - before.own)
+        return max(0.0, others / total) if total >= _MIN_CPU_SECONDS else None
+
+
+def cpu_times() -> CpuTimes:
+    """The clocks as they stand now."""
+    import psutil
+
+    spent = psutil.cpu_times()._asdict()
+    for counted_in_user in ("guest", "guest_nice"):
+        spent.pop(counted_in_user, None)
+    total = sum(spent.values())
+    own = 0.0
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended since it was listed
+            times = process.cpu_times()
+            own += times.user + times.system + times.children_user + times.children_system
+    return CpuTimes(total=total, busy=total - spent["idle"] - spent.get("iowait", 0.0), own=own)
+
+
+def explain_instability(
+    seconds: Sequence[float],
+    *,
+    others_cpu: Sequence[float | None] = (),
+    sm_clock_mhz: Sequence[float | None] = (),
+) -> str | None:
+    """What makes repeats unstable, in a sentence or two; None if they are not.
+
+    Args:
+        seconds: The time of each repeat, in the order they were run.
+        others_cpu: Share of CPU time that other processes took during each, where known.
+        sm_clock_mhz: The GPU's clock right after each, where known.
+    """
+    variation = _variation(seconds)
+    if variation <= MAX_VARIATION:
+        return None
+    what = (
+        f"time per token varies by {variation:.0%} between repeats (coefficient of variation, "
+        f"limit {MAX_VARIATION:.0%}): {_pattern(seconds)}"
+    )
+    busy = max((share for share in others_cpu if share is not None), default=0.0)
+    if busy >= _BUSY_CPU:
+        what += f"; other processes took up to {busy:.0%} of the CPU meanwhile"
+    clocks = [clock for clock in sm_clock_mhz if clock is not None]
+    if clocks and min(clocks) < (1 - _CLOCK_CHANGE) * max(clocks):
+        what += f"; the GPU's clock went between {min(clocks):.0f} and {max(clocks):.0f} MHz"
+    return what
+
+
+def _pattern(seconds: Sequence[float]) -> str:
+    n = len(seconds)
+    if n < MIN_REPEATS_FOR_A_CAUSE:
+        return f"{n} repeats are too few to tell why"
+    drift = statistics.correlation(range(n), seconds)
+    rises = [after > before for before, after in itertools.pairwise(seconds)]
+    monotone = len(set(rises)) == 1 and len(set(seconds)) == n
+    if monotone or abs(drift) >= _DRIFT_CORRELATION:
+        change = abs(seconds[-1] / seconds[0] - 1)
+        if drift > 0:
+            return (
+                f"it grew steadily, by {change:.0%} from first to last, as when heat or a power "
+                "limit lowers the clocks or memory runs short"
+            )
+        return f"it fell steadily, by {change:.0%} from first to last, as when still warming up"
+    middle = statistics.median(seconds)
+    odd = max(range(n), key=lambda i: abs(seconds[i] - middle))
+    others = [*seconds[:odd], *seconds[odd + 1 :]]
+    if _variation(others) > MAX_VARIATION:
+        return "with no pattern, as on a shared machine or with changing clocks"
+    change = seconds[odd] / statistics.fmean(others) - 1
+    apart = f"repeat {odd + 1} took {abs(change):.0%} {'longer' if change > 0 else 'less'}"
+    if odd == 0 and change > 0:
+        return f"{apart} than the others, as when the warm-up was too short"
+    return f"{apart} than the others, as when another process interferes"
+
+
+def _variation(seconds: Sequence[float]) -> float:
+    if len(seconds) < 2:
+        return 0.0
+    return statistics.stdev(seconds) / statistics.fmean(seconds)
