@@ -1,0 +1,219 @@
+"""How good an engine's predictions are, alone and against the unquantized model's.
+
+Perplexity alone is a blunt tool: text differs far more between windows than a quantization changes
+any of them. So the comparison is paired: both models predict the same tokens from the same windows,
+and the figure is the difference per window. KL divergence looks at the whole distribution and sees
+a change that the one correct token hides.
+
+All windows are of equal length, so the mean of their means is the mean over all predictions, and
+the interval over windows is clustered by window (see ``bench.statistics``). It is about more text
+of the same kind; another kind of text can give another answer. Sums are in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hotloop.bench.record import Figure
+from hotloop.bench.statistics import mean_figure
+from hotloop.errors import ConfigError, HotloopError
+from hotloop.evaluate.reference import (
+    Reference,
+    ReferenceKey,
+    ReferenceWriter,
+    full_log_probs,
+    hash_windows,
+    row_chunks,
+)
+from hotloop.types import Engine, Score
+
+OnWindow = Callable[[int, int], None]
+"""Called after each window with how many are done, and of how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What an engine's predictions are worth. Samples are windows; logarithms are natural.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per token. Its samples are each window's
+            perplexity and their geometric mean is its mean; its standard error is by the delta
+            method, and its interval that of the mean logarithm, carried over by exp.
+        delta_ln_ppl: ln perplexity less the reference's, paired by window; above 0 is worse.
+        kl_mean: KL(reference || model) per predicted token, in nats.
+        kl_p99: The 99 % quantile of that over all predicted tokens.
+        kl_max: The largest over all predicted tokens.
+        same_top1: Share of positions at which both models hold the same token most likely.
+    """
+
+    perplexity: Figure
+    delta_ln_ppl: Figure | None = None
+    kl_mean: Figure | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    same_top1: Figure | None = None
+
+
+def measure_quality(
+    engine: Engine,
+    windows: Sequence[Sequence[int]],
+    *,
+    reference: Reference | None = None,
+    on_window: OnWindow | None = None,
+) -> Quality:
+    """Scores every window with ``engine`` and compares with ``reference`` where there is one.
+
+    One window's distributions are in memory at a time, as far as this function is concerned.
+
+    Args:
+        engine: The engine, as it was timed.
+        windows: Token ids, all of the same length; see ``make_windows``.
+        reference: The unquantized model's predictions on the same windows.
+        on_window: Progress.
+
+    Raises:
+        ConfigError: No windows, windows of unequal length, or a reference of other windows.
+        HotloopError: The engine's predictions hold infinities or are not numbers.
+    """
+    _check_windows(windows)
+    if reference is not None and reference.windows_sha256 != hash_windows(windows):
+        raise ConfigError(
+            "the reference was scored on other tokens: another text, window or tokenizer."
+        )
+    nll: list[float] = []
+    nll_increase: list[float] = []
+    kl: list[Tensor] = []
+    same_top1: list[float] = []
+
+    def add(index: int, score: Score) -> None:
+        nll.append(-_finite(score.token_logprobs, "log-probabilities", index).mean().item())
+        if reference is not None:
+            reference_nll = -reference.token_logprobs[index].double().mean().item()
+            nll_increase.append(nll[-1] - reference_nll)
+            kl.append(_finite(_window_kl(score, reference, index), "divergences", index))
+            same_top1.append((score.top1.cpu() == reference.top1[index]).double().mean().item())
+
+    _score_each(engine, windows, add, full=reference is not None, on_window=on_window)
+    if reference is None:
+        return Quality(perplexity=_perplexity(nll))
+    kl_per_token = torch.cat(kl).numpy()
+    return Quality(
+        perplexity=_perplexity(nll),
+        delta_ln_ppl=mean_figure(nll_increase),
+        kl_mean=mean_figure([window.mean().item() for window in kl], within=(0, math.inf)),
+        kl_p99=float(np.quantile(kl_per_token, 0.99)),
+        kl_max=float(kl_per_token.max()),
+        same_top1=mean_figure(same_top1, within=(0, 1)),
+    )
+
+
+def write_reference(
+    engine: Engine,
+    windows: Sequence[Sequence[int]],
+    path: Path,
+    key: ReferenceKey,
+    on_window: OnWindow | None = None,
+) -> Reference:
+    """Scores every window with the unquantized ``engine``, writes the reference and opens it.
+
+    Raises:
+        ConfigError: No windows, windows of unequal length, or others than ``key`` says.
+        HotloopError: The disk is too full, or a prediction is infinite or not a number.
+    """
+    _check_windows(windows)
+    with ReferenceWriter(path, key, windows) as writer:
+
+        def add(index: int, score: Score) -> None:
+            _finite(score.token_logprobs, "log-probabilities", index)
+            writer.add(score)
+
+        _score_each(engine, windows, add, full=True, on_window=on_window)
+    return Reference(path, key)
+
+
+def kl_divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
+    """KL(p || q) = sum over V of p (ln p - ln q), in nats, float64 [T].
+
+    Both rows are normalized on the way, so each may lack a constant; none may be so large that exp
+    overflows. Terms are float32, their sums float64: rounding a constant away in float32 would show
+    as a divergence of about 1e-7.
+
+    Args:
+        log_p_TV: Log-probabilities of p, float32 [T, V]; minus infinity where p is 0.
+        log_q_TV: Log-probabilities of q, float32 [T, V].
+    """
+
+    def total(x_TV: Tensor) -> Tensor:
+        return x_TV.sum(dim=-1, dtype=torch.float64)
+
+    p_TV = log_p_TV.exp()
+    # 0 (ln 0 - ln q) is 0 by continuity, where the arithmetic says NaN.
+    terms_TV = torch.where(p_TV > 0, p_TV * (log_p_TV - log_q_TV), 0)
+    p_sum, q_sum = total(p_TV), total(log_q_TV.exp())
+    return total(terms_TV) / p_sum - p_sum.log() + q_sum.log()
+
+
+def _score_each(
+    engine: Engine,
+    windows: Sequence[Sequence[int]],
+    consume: Callable[[int, Score], None],
+    *,
+    full: bool,
+    on_window: OnWindow | None,
+) -> None:
+    scores = iter(engine.score(windows, full=full))
+    for index in range(len(windows)):
+        # No variable, zip or enumerate may hold this score while the engine makes the next one:
+        # its distributions can be gigabytes.
+        consume(index, next(scores))
+        if on_window:
+            on_window(index + 1, len(windows))
+
+
+def _window_kl(score: Score, reference: Reference, index: int) -> Tensor:
+    log_q_TV = full_log_probs(score, reference.key.vocab_size)
+    return torch.cat(
+        [
+            kl_divergence(reference.log_probs(index, rows).to(log_q_TV.device), log_q_TV[rows])
+            for rows in row_chunks(log_q_TV)
+        ]
+    ).cpu()
+
+
+def _perplexity(nll: Sequence[float]) -> Figure:
+    mean_nll = mean_figure(nll)
+    perplexity = math.exp(mean_nll.mean)
+    return Figure(
+        mean=perplexity,
+        ci95=None
+        if mean_nll.ci95 is None
+        else (math.exp(mean_nll.ci95[0]), math.exp(mean_nll.ci95[1])),
+        se=None if mean_nll.se is None else perplexity * mean_nll.se,
+        n=mean_nll.n,
+        samples=tuple(math.exp(x) for x in nll),
+    )
+
+
+def _check_windows(windows: Sequence[Sequence[int]]) -> None:
+    lengths = {len(window) for window in windows}
+    if len(lengths) != 1 or min(lengths) < 2:
+        raise ConfigError(
+            f"quality needs windows of one length, 2 tokens or more, not {sorted(lengths)}."
+        )
+
+
+def _finite(x: Tensor, what: str, window: int) -> Tensor:
+    bad = int((~x.isfinite()).sum())
+    if bad:
+        raise HotloopError(
+            f"{bad} of {x.numel()} {what} in window {window + 1} are infinite or not a number: the "
+            "arithmetic overflowed. Try dtype float32, or another quantization."
+        )
+    return x.double()

@@ -1,0 +1,242 @@
+"""The unquantized model's predictions on disk, for other processes to compare theirs with.
+
+Every cell of a sweep runs in its own process, and two models rarely fit beside each other, so the
+reference is scored once and its whole distributions are kept: one safetensors file, memory-mapped
+when read, with
+
+- ``log_probs`` float16 [n_predictions, V]: log-probabilities less the row's largest,
+- ``token_logprobs`` float32 [n_predictions] and ``top1`` int64 [n_predictions], exact,
+
+and in its metadata the key that says what it is the reference of. Taking off the row's largest
+value puts float16's resolution where the probability is; normalization after reading brings the
+constant back. What rounding leaves is a divergence of the file from its own source of below 1e-6
+nats on distributions such as language models have, against 1e-4 and more for the mildest
+quantization.
+
+The file is written under another name and renamed when complete, so that a half-written one is
+never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hotloop.errors import CheckpointError, ConfigError, HotloopError
+from hotloop.types import Score
+
+FORMAT = "hotloop-reference-1"
+
+_CHUNK_ELEMENTS = 2**20
+"""Distributions are handled this many elements at a time: a few MB for each intermediate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceKey:
+    """What a reference is the reference of. Another value of any field is another reference.
+
+    Attributes:
+        weights: Hash of the checkpoint.
+        dtype: Element type that the reference was computed in.
+        vocab_size: Tokens in a distribution.
+        text_sha256: Hash of the text.
+        window: Tokens in a window.
+        n_windows: Windows scored.
+    """
+
+    weights: str
+    dtype: str
+    vocab_size: int
+    text_sha256: str
+    window: int
+    n_windows: int
+
+    @property
+    def n_predictions(self) -> int:
+        """Predictions over all windows: a window's first token is given, not predicted."""
+        return self.n_windows * (self.window - 1)
+
+
+class Reference:
+    """A finished reference file, open for reading.
+
+    Args:
+        path: The file.
+        key: What it must be the reference of.
+
+    Attributes:
+        key: The same key.
+        windows_sha256: :func:`hash_windows` of the windows that were scored.
+        token_logprobs: Log-probability of each token after a window's first, float32
+            [n_windows, window - 1].
+        top1: The most likely token at each position, int64 [n_windows, window - 1].
+
+    Raises:
+        ConfigError: The file is the reference of something else; the first difference is named.
+        CheckpointError: The file is missing or damaged, or not a reference at all.
+    """
+
+    def __init__(self, path: Path, key: ReferenceKey) -> None:
+        if not path.is_file():
+            raise CheckpointError(path, "there is no reference here. Score the reference first.")
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(path, f"not a whole reference ({error}). Delete it.") from error
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                path, f"not a reference of format {FORMAT!r}, but {metadata.get('format')!r}."
+            )
+        _check_key(path, found=json.loads(metadata["key"]), wanted=dataclasses.asdict(key))
+        self.key = key
+        self.windows_sha256 = metadata["windows_sha256"]
+        shape = (key.n_windows, key.window - 1)
+        self.token_logprobs: Tensor = file.get_tensor("token_logprobs").view(shape)
+        self.top1: Tensor = file.get_tensor("top1").view(shape)
+        self._log_probs = file.get_slice("log_probs")
+
+    def log_probs(self, window: int, positions: slice) -> Tensor:
+        """Log-probabilities at some positions of a window, float32 [positions, V].
+
+        Each row lacks a constant, for its largest value to be 0: see :func:`kl_divergence` in
+        ``quality``, which normalizes.
+        """
+        start, stop, _ = positions.indices(self.key.window - 1)
+        first = window * (self.key.window - 1)
+        return self._log_probs[first + start : first + stop].float()
+
+
+class ReferenceWriter:
+    """Writes a reference window by window; the file appears when the ``with`` block ends well.
+
+    Args:
+        path: The file to write. One that is there is replaced at the end.
+        key: What it is the reference of.
+        windows: The windows that will be added, in order.
+
+    Raises:
+        HotloopError: There is not enough room on the disk.
+    """
+
+    def __init__(self, path: Path, key: ReferenceKey, windows: Sequence[Sequence[int]]) -> None:
+        if (shape := (len(windows), len(windows[0]))) != (key.n_windows, key.window):
+            raise ConfigError(f"windows of shape {list(shape)} are not those of {key}.")
+        self._path, self._key = path, key
+        n, V = key.n_predictions, key.vocab_size
+        metadata = {
+            "format": FORMAT,
+            "key": json.dumps(dataclasses.asdict(key)),
+            "windows_sha256": hash_windows(windows),
+        }
+        # The big tensor comes last, so that it streams and the others stay aligned.
+        self._header = _safetensors_header(
+            {"top1": ("I64", (n,)), "token_logprobs": ("F32", (n,)), "log_probs": ("F16", (n, V))},
+            metadata,
+        )
+        self._top1: list[Tensor] = []
+        self._token_logprobs: list[Tensor] = []
+        needed, free = n * (8 + 4 + 2 * V), shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise HotloopError(
+                f"the reference takes {needed / 1e9:.2f} GB ({n} predictions of {V} tokens) and "
+                f"{free / 1e9:.2f} GB are free for {path}. Score fewer windows."
+            )
+
+    def __enter__(self) -> ReferenceWriter:
+        self._file = tempfile.NamedTemporaryFile(
+            dir=self._path.parent, prefix=f".{self._path.name}.", delete=False
+        )
+        self._file.write(self._header)
+        self._file.seek(self._key.n_predictions * (8 + 4), 1)  # for what is known at the end
+        return self
+
+    def add(self, score: Score) -> None:
+        """Appends the next window's predictions. ``score`` must hold the whole distributions."""
+        log_probs = full_log_probs(score, self._key.vocab_size)
+        self._top1.append(score.top1.cpu().long())
+        self._token_logprobs.append(score.token_logprobs.cpu().float())
+        for rows in row_chunks(log_probs):
+            relative = log_probs[rows] - log_probs[rows].amax(dim=-1, keepdim=True)
+            self._file.write(relative.half().cpu().numpy().data)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        unfinished = Path(self._file.name)
+        try:
+            with self._file:
+                if kind is not None:
+                    return
+                top1, token_logprobs = torch.cat(self._top1), torch.cat(self._token_logprobs)
+                assert len(top1) == self._key.n_predictions, "windows were announced and not added"
+                self._file.seek(len(self._header))
+                self._file.write(top1.numpy().data)
+                self._file.write(token_logprobs.numpy().data)
+            unfinished.replace(self._path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def hash_windows(windows: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of windows of equal length: another tokenizer gives another hash."""
+    return hashlib.sha256(np.asarray(windows, dtype=np.int64).data).hexdigest()
+
+
+def full_log_probs(score: Score, vocab_size: int) -> Tensor:
+    """The whole distributions of a score, [T - 1, V], known to be of the right vocabulary.
+
+    Raises:
+        ConfigError: The vocabulary is of another size.
+    """
+    log_probs = score.log_probs
+    assert log_probs is not None, "the engine was asked for whole distributions and gave none"
+    if (V := log_probs.shape[-1]) != vocab_size:
+        raise ConfigError(f"distributions over {V} tokens do not compare with {vocab_size}.")
+    return log_probs
+
+
+def row_chunks(x_TV: Tensor) -> list[slice]:
+    """Slices of rows small enough for intermediate results to stay in cache and out of the peak."""
+    T, V = x_TV.shape
+    step = max(1, _CHUNK_ELEMENTS // V)
+    return [slice(i, min(i + step, T)) for i in range(0, T, step)]
+
+
+def _check_key(path: Path, *, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ConfigError(
+                f"{path} is the reference of something else: its {name} is {found.get(name)!r}, "
+                f"not {value!r}. Delete it to have it written anew."
+            )
+
+
+def _safetensors_header(
+    tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> bytes:
+    """The head of a safetensors file whose tensors follow in the order given, without gaps."""
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header

@@ -1,0 +1,58 @@
+"""The text that quality is measured on.
+
+By default CPython's own help topics (``pydoc_data.topics``, 0.5 MB of English about Python),
+because every machine has them already and nothing needs to be downloaded. Any UTF-8 file will do;
+figures on different texts do not compare, so the text's name and hash stand in every record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotloop.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text, what it is called in a record, and the SHA-256 of its UTF-8 bytes in hexadecimal."""
+
+    name: str
+    content: str
+    sha256: str
+
+
+def load_text(path: Path | None) -> Text:
+    """Reads a UTF-8 file, or the default text where ``path`` is None.
+
+    A file's bytes are taken as they are: line ends and a byte-order mark are not changed.
+
+    Raises:
+        ConfigError: The file is missing, not readable, not UTF-8, or holds no text.
+    """
+    if path is None:
+        return _default_text()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"text {str(path)!r} cannot be read: {error.strerror}.") from error
+    try:
+        content = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"text {str(path)!r} is not UTF-8: {error.reason} 0x{data[error.start]:02x} at byte "
+            f"{error.start}. Convert it, for example with iconv."
+        ) from error
+    if not content.strip():
+        raise ConfigError(f"text {str(path)!r} is empty. Quality needs a text to predict.")
+    return Text(name=path.name, content=content, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _default_text() -> Text:
+    from pydoc_data.topics import topics
+
+    content = "\n\n".join(topics[name] for name in sorted(topics))
+    name = f"pydoc_data.topics ({platform.python_implementation()} {platform.python_version()})"
+    return Text(name=name, content=content, sha256=hashlib.sha256(content.encode()).hexdigest())

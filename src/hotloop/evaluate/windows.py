@@ -1,0 +1,36 @@
+"""Cutting a tokenized text into the windows that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hotloop.errors import ConfigError
+
+
+def make_windows(ids: Sequence[int], size: int, limit: int | None = None) -> list[list[int]]:
+    """Non-overlapping windows of equal length from the beginning of a text.
+
+    The protocol of GPTQ (Frantar et al. 2022): the text is tokenized as one piece, cut every
+    ``size`` tokens, and the ragged tail is dropped. No token is added in front; each window is
+    scored on its own and so has ``size - 1`` predictions.
+
+    Args:
+        ids: The whole text's tokens.
+        size: Tokens in a window, 2 or more.
+        limit: The most windows to take; None takes all there are.
+
+    Raises:
+        ConfigError: ``size`` or ``limit`` is out of range, or the text is shorter than one window.
+    """
+    if size < 2:
+        raise ConfigError(f"a window must hold at least 2 tokens, not {size}.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the number of windows must be at least 1, not {limit}.")
+    n_windows = len(ids) // size
+    if n_windows == 0:
+        raise ConfigError(
+            f"the text has {len(ids)} tokens and a window takes {size}. "
+            "Use a longer text or a smaller window."
+        )
+    n_windows = n_windows if limit is None else min(n_windows, limit)
+    return [list(ids[i * size : (i + 1) * size]) for i in range(n_windows)]

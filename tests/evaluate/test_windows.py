@@ -1,0 +1,28 @@
+import pytest
+
+from hotloop.errors import ConfigError
+from hotloop.evaluate.windows import make_windows
+
+
+def test_windows_follow_each_other_and_the_ragged_tail_is_dropped():
+    assert make_windows(range(11), 3) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert make_windows(range(12), 3)[-1] == [9, 10, 11]
+
+
+def test_limit_takes_the_first_windows_and_no_more_than_there_are():
+    assert make_windows(range(11), 3, 2) == [[0, 1, 2], [3, 4, 5]]
+    assert len(make_windows(range(11), 3, 99)) == 3
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "size", "limit", "problem"),
+    [
+        (10, 11, None, "10 tokens and a window takes 11"),
+        (0, 2, None, "0 tokens"),
+        (10, 1, None, "at least 2 tokens, not 1"),
+        (10, 5, 0, "at least 1, not 0"),
+    ],
+)
+def test_windows_that_cannot_be_cut_are_refused_with_the_numbers(n_tokens, size, limit, problem):
+    with pytest.raises(ConfigError, match=problem):
+        make_windows(range(n_tokens), size, limit)
