@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,41 +93,34 @@ class _Entry:
 class GGUFCheckpoint:
     """A GGUF file, or one in parts. See :class:`hotloop.weights.checkpoint.Checkpoint`.
 
-    Of a model in parts (``name-00001-of-00003.gguf``) any part can be named; all must be there.
+    Of a model in parts (``name-00001-of-00003.gguf``) any part can be named; all must be there,
+    and ``path`` is the first, which holds the metadata.
 
     Attributes:
         metadata: The file's own keys and values, the tokenizer's among them.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         headers = _read_parts(path)
+        self.path = headers[0].path
         self.metadata: dict[str, Any] = headers[0].metadata
         self.config: dict[str, Any] = config_from_metadata(self.metadata, path)
-        self._files = [TensorFile(header.path) for header in headers]
-        self._entries: dict[str, _Entry] = {}
-        for header, file in zip(headers, self._files, strict=True):
-            for entry in _read_entries(header, file, self.config):
-                name = entry.info.name
-                if name in self._entries:
-                    other = self._entries[name].info.file.name
-                    raise CheckpointError(header.path, f"is in {other} too", tensor=name)
-                self._entries[name] = entry
-        rope_freqs = self._entries.pop(_ROPE_FREQS, None)
-        if rope_freqs:
-            self._honour_rope_freqs(rope_freqs)
-        self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in self._entries.items()}
-
-        embedding = self._entries.get("model.embed_tokens.weight")
-        if embedding is None:
-            raise CheckpointError(path, "is missing", tensor="token_embd.weight")
-        self.config |= {
-            "vocab_size": embedding.info.shape[0],
-            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
-            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self.tensors,
-            "torch_dtype": str(embedding.dtype).removeprefix("torch."),
-        }
+        with ExitStack() as opened:
+            entries: dict[str, _Entry] = {}
+            for header in headers:
+                file = opened.enter_context(closing(TensorFile(header.path)))
+                for entry in _read_entries(header, file, self.config):
+                    name = entry.info.name
+                    if name in entries:
+                        other = entries[name].info.file.name
+                        raise CheckpointError(header.path, f"is in {other} too", tensor=name)
+                    entries[name] = entry
+            if rope_freqs := entries.pop(_ROPE_FREQS, None):
+                self._honour_rope_freqs(rope_freqs)
+            self.config |= _config_from_tensors(entries, path)
+            self._opened = opened.pop_all()
+        self._entries = entries
+        self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in entries.items()}
 
     def _honour_rope_freqs(self, entry: _Entry) -> None:
         """Llama 3's scaling comes as what each frequency is divided by, one factor a pair."""
@@ -155,8 +149,21 @@ class GGUFCheckpoint:
 
     def close(self) -> None:
         """Closes the files; nothing can be read afterwards."""
-        for file in self._files:
-            file.close()
+        self._opened.close()
+
+
+def _config_from_tensors(entries: Mapping[str, _Entry], path: Path) -> dict[str, Any]:
+    """The keys of ``config.json`` that the metadata does not tell."""
+    embedding = entries.get("model.embed_tokens.weight")
+    if embedding is None:
+        raise CheckpointError(path, "is missing", tensor="token_embd.weight")
+    return {
+        "vocab_size": embedding.info.shape[0],
+        "tie_word_embeddings": "lm_head.weight" not in entries,
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in entries,
+        "mlp_bias": "model.layers.0.mlp.up_proj.bias" in entries,
+        "torch_dtype": str(embedding.dtype).removeprefix("torch."),
+    }
 
 
 def _read_parts(path: Path) -> list[GGUFHeader]:
@@ -278,6 +285,9 @@ def _read(entry: _Entry, index: tuple[slice, ...] = ()) -> Tensor:
     )
 
     out = torch.empty(len(rows), len(columns), dtype=entry.dtype)
+    result = out if len(entry.info.shape) == 2 else out.view(-1)
+    if result.numel() == 0:
+        return result
     for part in row_chunks(stored, entry.n_columns * entry.dtype.itemsize, group):
         data = entry.file.read(
             entry.offset + part.start * entry.row_bytes, len(part) * entry.row_bytes
@@ -294,4 +304,4 @@ def _read(entry: _Entry, index: tuple[slice, ...] = ()) -> Tensor:
         out[kept.start - rows.start : kept.stop - rows.start] = values[
             kept.start - part.start : kept.stop - part.start, kept_columns
         ]
-    return out if len(entry.info.shape) == 2 else out.view(-1)
+    return result

@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hotloop.cache import cache_dir
 from hotloop.errors import DownloadError, ModelNotFoundError
 
 Progress = Callable[[str], None]
@@ -77,17 +77,6 @@ _WANTED = [
 ]
 # Other layouts of the same weights, which would double what is downloaded.
 _UNWANTED = ["*/*", "consolidated*"]
-
-
-def cache_dir() -> Path:
-    """The folder where hotloop keeps what can be had again.
-
-    ``$HOTLOOP_CACHE``, or ``hotloop`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``. It need not exist.
-    """
-    if own := os.environ.get("HOTLOOP_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "hotloop"
 
 
 def resolve_model(name: str) -> Path:

