@@ -183,6 +183,7 @@ def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) ->
     Raises:
         UnsupportedError: So little memory is free that the cache would be measured instead.
     """
+    import numpy as np
     import torch
 
     cache = _last_level_cache_bytes(device)
@@ -193,10 +194,16 @@ def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) ->
             f"measuring the read bandwidth of {device} needs {8 * cache / 2**20:.0f} MiB free, "
             f"four times its buffer at least, and {free_bytes(device) / 2**20:.0f} MiB are."
         )
-    # Written, not only allocated: pages never written all map to one page of zeros, in cache.
-    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    if device.type == "cpu":
+        # numpy asks for huge pages and torch does not; walking small ones costs up to a tenth.
+        buffer = torch.from_numpy(np.empty(size // 4, dtype=np.float32))
+    else:
+        buffer = torch.empty(size // 4, dtype=torch.float32, device=device)
+    # Written, because pages never written all map to one page of zeros, in cache; and by torch's
+    # threads, so that each finds its share in the memory nearest to it.
+    buffer.fill_(1)
     float64, int64 = buffer.view(torch.float64), buffer.view(torch.int64)
-    reads: tuple[Callable[[], object], ...] = (buffer.sum, float64.sum, int64.sum, buffer.max)
+    reads: tuple[Callable[[], object], ...] = (buffer.sum, float64.sum, int64.sum)
     seconds = min(_median_seconds(read, device, min_seconds / len(reads)) for read in reads)
     if device.type == "cuda":
         del reads, buffer, float64, int64
@@ -319,11 +326,11 @@ def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -
 
 def _git_state(package: Path) -> dict[str, Any]:
     """Commit of the checkout that ``package`` lies in as ``src/hotloop``, and if it was changed."""
-    if package.parent.name != "src" or not (package.parents[1] / ".git").exists():
-        return {"git_commit": None, "git_dirty": None}
     # Without optional locks: a status must not get in the way of somebody's commit.
     git = ("git", "--no-optional-locks", "-C", str(package))
-    commit, changes = _output(*git, "rev-parse", "HEAD"), _output(*git, "status", "-s", "--", ".")
+    in_checkout = package.parent.name == "src" and (package.parents[1] / ".git").exists()
+    commit = _output(*git, "rev-parse", "--verify", "HEAD") if in_checkout else None
+    changes = _output(*git, "status", "--short", "--", ".") if commit else None
     return {"git_commit": commit, "git_dirty": None if changes is None else changes != ""}
 
 

@@ -158,6 +158,7 @@ def test_git_state_knows_a_checkout_its_changes_and_an_installed_package(tmp_pat
     nothing = {"git_commit": None, "git_dirty": None}
     assert hardware._git_state(package) == nothing
     git("init", "-q")
+    assert hardware._git_state(package) == nothing
     git("add", "-A")
     git("commit", "-qm", "first")
     commit = git("rev-parse", "HEAD")
