@@ -31,6 +31,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 FinishReason = Literal["eos", "stop", "length"]
 """Why a generation ended: end-of-sequence token, a stop string, or the token limit."""
 
+DEFAULT_MAX_SEQ_LEN = 4096
+"""The longest context that is set up without being asked for."""
+
 MAX_LOGPROBS = 20
 """The most alternatives per token that ``SamplingParams.logprobs`` can ask for."""
 
@@ -58,7 +61,7 @@ class EngineConfig:
         dtype: Element type of activations and unquantized weights.
         max_batch_size: Slots in the cache: sequences decoded at once.
         max_seq_len: Tokens a slot can hold, prompt and answer together; None takes the model's
-            context length, or what is sensible on the device where that is larger.
+            context length, or 4096 where that is larger.
         prefill_chunk: The most prompt tokens processed in one forward.
         seed: Seed of random weights.
     """

@@ -1,1 +1,70 @@
-"""Quantized tensors and the schemes that make them."""
+"""Quantized tensors and the schemes that make them.
+
+A scheme is named by its registered name and, after dashes, its own options: ``int8``,
+``int4-g64``, ``int4-g32-asym``. ``parse_scheme`` is the only reader of such names.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.linear import WeightFormat
+from hotloop.quant.qtensor import QTensor
+from hotloop.registry import resolve
+
+SCHEMES = {
+    "none": "hotloop.quant.none:NoScheme",
+    "int8": "hotloop.quant.int8:Int8",
+    "int4": "hotloop.quant.int4:Int4",
+}
+"""Every quantization scheme: ``name -> "module:attribute"``."""
+
+
+class Scheme(Protocol):
+    """How one weight matrix becomes integers."""
+
+    @property
+    def name(self) -> str:
+        """The canonical short name, which ``parse_scheme`` reads back."""
+        ...
+
+    @classmethod
+    def from_options(cls, options: tuple[str, ...]) -> Scheme:
+        """The scheme with the options that followed its name; ConfigError for a bad one."""
+        ...
+
+    def check(self, name: str, n: int, k: int) -> None:
+        """Raises ConfigError if the weight ``name`` of shape [n, k] cannot be quantized so."""
+        ...
+
+    def quantize(self, weight: Tensor) -> Tensor | QTensor:
+        """Quantizes a floating-point [N, K] weight, on its own device."""
+        ...
+
+    def random(self, n: int, k: int, *, std: float, like: Tensor) -> Tensor | QTensor:
+        """Random [n, k] weights of about this standard deviation.
+
+        Made directly in quantized form, on the device and in the dtype of ``like``.
+        """
+        ...
+
+    def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
+        """What a kernel is chosen by, for an [n, k] weight and activations of ``dtype``."""
+        ...
+
+
+def parse_scheme(name: str) -> Scheme:
+    """The scheme that a short name such as ``int4-g64-asym`` stands for.
+
+    Raises:
+        UnknownNameError: No scheme has that name.
+        ConfigError: The scheme has no such option.
+    """
+    base, *options = name.split("-")
+    return resolve("quantization scheme", SCHEMES, base).from_options(tuple(options))
+
+
+__all__ = ["SCHEMES", "QTensor", "Scheme", "parse_scheme"]

@@ -1,0 +1,94 @@
+"""How much memory a configuration will take, from shapes alone, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from hotloop.engine.setup import Setup, prepare
+from hotloop.hardware import free_bytes
+from hotloop.kernels.linear import WeightFormat, choose_linear
+from hotloop.quant import Scheme
+from hotloop.types import EngineConfig
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by purpose, on the device that holds the model.
+
+    ``weights_bytes`` and ``cache_bytes`` are exact; ``workspace_bytes`` is an upper estimate of
+    what a forward needs besides: activations of a prefill chunk, its logits when it is scored,
+    and the largest matrix dequantized.
+    """
+
+    weights_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+    device: str
+    free_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of the three."""
+        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+
+    def to_dict(self) -> dict[str, int]:
+        """The byte counts, total included, as records hold them."""
+        counts = {k: v for k, v in asdict(self).items() if k != "device"}
+        return counts | {"total_bytes": self.total_bytes}
+
+
+def predict_memory(config: EngineConfig) -> MemoryPlan:
+    """The memory that ``LLM(config)`` will take.
+
+    Raises:
+        HotloopError: Whatever ``LLM(config)`` would raise before it reads a weight.
+    """
+    setup = prepare(config)
+    cache = config.max_batch_size * setup.n_positions
+    return MemoryPlan(
+        weights_bytes=weights_bytes(setup),
+        cache_bytes=cache * setup.model.kv_bytes_per_token(setup.dtype.itemsize),
+        workspace_bytes=workspace_bytes(setup),
+        device=str(setup.device),
+        free_bytes=free_bytes(setup.device),
+    )
+
+
+def weights_bytes(setup: Setup) -> int:
+    """Exact bytes of all resident weights, tables of rotary positions included."""
+    model, itemsize = setup.model, setup.dtype.itemsize
+
+    def form(scheme: Scheme, n: int, k: int) -> WeightFormat:
+        return scheme.format(n, k, dtype=setup.dtype, device=setup.device.type)
+
+    def packed(form: WeightFormat) -> int:
+        return choose_linear(form)[0].nbytes(form)
+
+    per_layer = sum(packed(form(setup.scheme, n, k)) for n, k in model.linears.values())
+    per_layer += itemsize * sum(n for name, (n, _) in model.linears.items() if model.bias[name])
+    per_layer += itemsize * (2 * model.hidden_size + 2 * model.head_dim * model.qk_norm)
+    head = form(setup.head_scheme, model.vocab_size, model.hidden_size)
+    # A tied embedding shares the head's bytes, unless they are packed beyond looking rows up.
+    table = 0 if model.tie_embeddings and head.bits != 4 else head.n * head.k * itemsize
+    norm = itemsize * model.hidden_size
+    rope = 2 * _FLOAT32 * setup.n_positions * model.head_dim
+    return model.n_layers * per_layer + packed(head) + table + norm + rope
+
+
+def workspace_bytes(setup: Setup) -> int:
+    """Upper estimate of what one forward needs besides weights and cache."""
+    model = setup.model
+    rows = min(setup.config.prefill_chunk, setup.n_positions)
+    widest = 4 * model.hidden_size + 3 * model.intermediate_size + model.linears["qkv_proj"][0]
+    activations = rows * widest * _FLOAT32
+    attention = rows * model.n_heads * setup.n_positions * (1 + setup.dtype.itemsize)
+    logits = 2 * rows * model.vocab_size * _FLOAT32
+    matrices = [*model.linears.values(), (model.vocab_size, model.hidden_size)]
+    widened = max(n * k for n, k in matrices) * (
+        _FLOAT32 if setup.device.type == "cpu" else setup.dtype.itemsize
+    )
+    runtime = 768 * 2**20 if setup.device.type == "cuda" else 0  # context, cuBLAS, graphs
+    return activations + attention + logits + widened + runtime
+

@@ -1,0 +1,92 @@
+"""One request on its way through the engine: what the host knows of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Set as AbstractSet
+
+from hotloop.text.detokenize import Detokenizer, StopFilter
+from hotloop.text.tokenizer import Tokenizer
+from hotloop.types import FinishReason, Generation, SamplingParams, Timing, TokenLogprob
+
+
+class Sequence:
+    """A prompt, its answer so far, and whether that has ended.
+
+    Attributes:
+        index: Which prompt of the call it is.
+        slot: Its slot in the cache, while it has one.
+        finish_reason: Why it ended; None while it goes on.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        max_new_tokens: int,
+        eos_ids: AbstractSet[int],
+        tokenizer: Tokenizer | None,
+        submitted_s: float,
+    ) -> None:
+        self.index, self.prompt_ids, self.params, self.seed = index, prompt_ids, params, seed
+        self.max_new_tokens = max_new_tokens
+        self.eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self.slot: int | None = None
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: FinishReason | None = None
+        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
+        self._stops = StopFilter(params.stop)
+        self._text: list[str] = []
+        self._submitted_s = submitted_s
+        self._first_s = self._last_s = submitted_s
+
+    def accept(self, token_id: int, logprob: TokenLogprob | None) -> str:
+        """Takes the next token; returns the text that is certain now, and notices the end."""
+        self._last_s = time.perf_counter()
+        if not self.token_ids:
+            self._first_s = self._last_s
+        self.token_ids.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        text = ""
+        if token_id in self.eos_ids:
+            self.finish_reason = "eos"
+        elif self._detokenizer is not None:
+            text = self._stops.push(self._detokenizer.push(token_id))
+            if self._stops.matched is not None:
+                self.finish_reason = "stop"
+        if self.finish_reason is None and len(self.token_ids) == self.max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason in ("eos", "length") and self._detokenizer is not None:
+            text += self._end_of_text()
+        self._text.append(text)
+        return text
+
+    def generation(self) -> Generation:
+        """The whole answer, once it has ended."""
+        assert self.finish_reason is not None, "the sequence goes on"
+        return Generation(
+            prompt_ids=tuple(self.prompt_ids),
+            token_ids=tuple(self.token_ids),
+            text="".join(self._text),
+            finish_reason=self.finish_reason,
+            timing=Timing(
+                n_tokens=len(self.token_ids),
+                ttft_s=self._first_s - self._submitted_s,
+                e2e_s=self._last_s - self._submitted_s,
+            ),
+            logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
+        )
+
+    def _end_of_text(self) -> str:
+        """What detokenizer and stop filter held back; a stop string can still be complete in it."""
+        assert self._detokenizer is not None
+        text = self._stops.push(self._detokenizer.flush())
+        if self._stops.matched is not None:
+            self.finish_reason = "stop"
+            return text
+        return text + self._stops.flush()

@@ -1,0 +1,134 @@
+"""What an ``EngineConfig`` comes down to on this machine, before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hotloop.errors import ConfigError
+from hotloop.hardware import resolve_device
+from hotloop.models import names
+from hotloop.models.config import ModelConfig
+from hotloop.models.families import read_config
+from hotloop.models.shapes import SHAPES
+from hotloop.quant import Scheme, parse_scheme
+from hotloop.types import DEFAULT_MAX_SEQ_LEN, EngineConfig
+from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
+from hotloop.weights.hub import resolve_model
+from hotloop.weights.quantize import stored_schemes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """An engine's configuration, resolved.
+
+    Attributes:
+        config: As asked for, with canonical scheme names.
+        model: The shape of the model.
+        path: The checkpoint; None for a built-in shape.
+        scheme: Of the projections.
+        head_scheme: Of the head.
+        device: Where it runs.
+        dtype: Element type of activations and unquantized weights.
+        n_positions: Tokens a slot can hold.
+    """
+
+    config: EngineConfig
+    model: ModelConfig
+    path: Path | None
+    scheme: Scheme
+    head_scheme: Scheme
+    device: torch.device
+    dtype: torch.dtype
+    n_positions: int
+
+    def open(self) -> Checkpoint:
+        """The checkpoint, opened anew."""
+        assert self.path is not None, "a shape has no checkpoint"
+        return open_checkpoint(self.path)
+
+
+def prepare(config: EngineConfig) -> Setup:
+    """Resolves a configuration, and refuses what cannot work.
+
+    Raises:
+        ConfigError: Options that contradict each other, the checkpoint or the model's shape.
+        UnsupportedError: A model or a device that cannot be served.
+        ModelNotFoundError: No such model here.
+        CheckpointError: A checkpoint whose description is damaged.
+    """
+    device = resolve_device(config.device)
+    path, hf_config = _describe_model(config)
+    model = read_config(hf_config)
+    config = _settle_schemes(config, stored_schemes(hf_config))
+    scheme, head_scheme = parse_scheme(config.quant), parse_scheme(config.head)
+    for name, (n, k) in names.linear_weights(model).items():
+        scheme.check(name, n, k)
+    head_scheme.check(names.head(model), model.vocab_size, model.hidden_size)
+    n_positions = config.max_seq_len or min(model.max_position, DEFAULT_MAX_SEQ_LEN)
+    if n_positions > model.max_position:
+        raise ConfigError(
+            f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
+            "tokens."
+        )
+    return Setup(
+        config=config,
+        model=model,
+        path=path,
+        scheme=scheme,
+        head_scheme=head_scheme,
+        device=device,
+        dtype=_resolve_dtype(config, device),
+        n_positions=n_positions,
+    )
+
+
+def _describe_model(config: EngineConfig) -> tuple[Path | None, dict[str, Any]]:
+    """Where the model is, and its ``config.json``; both from the name alone."""
+    if config.weights == "random":
+        if config.model in SHAPES:
+            return None, SHAPES[config.model]
+        path = resolve_model(config.model)
+    else:
+        if config.model in SHAPES and not Path(config.model).exists():
+            raise ConfigError(
+                f"{config.model!r} is a built-in shape without weights: ask for random weights "
+                "(--weights random), or give the path of a checkpoint."
+            )
+        path = resolve_model(config.model)
+    checkpoint = open_checkpoint(path)
+    try:
+        return path, checkpoint.config
+    finally:
+        checkpoint.close()
+
+
+def _settle_schemes(config: EngineConfig, stored: tuple[str, str] | None) -> EngineConfig:
+    """Canonical scheme names; those of a quantized checkpoint where it is one."""
+    quant = parse_scheme(config.quant).name
+    head = config.head
+    if head == "auto":
+        head = "none" if quant == "none" else "int8"
+    head = parse_scheme(head).name
+    if stored is not None and config.weights == "checkpoint":
+        if quant not in ("none", stored[0]) or (config.head != "auto" and head != stored[1]):
+            raise ConfigError(
+                f"{config.model} is already quantized as {stored[0]} with head {stored[1]}; it "
+                f"cannot be quantized again as {quant} with head {head}. Leave quant out, or "
+                "start from the unquantized checkpoint."
+            )
+        quant, head = stored
+    return dataclasses.replace(config, quant=quant, head=head)
+
+
+def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16, except on GPUs before Ampere, which lack it."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16

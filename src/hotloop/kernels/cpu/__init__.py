@@ -1,0 +1,105 @@
+"""Our decode kernels for CPUs: C++ compiled on the user's machine, registered as torch operators.
+
+They need a C++20 compiler, as torch.compile itself does on a CPU. Built once per source, compiler,
+instruction set and torch version, in a few seconds, and kept in the user's cache directory. Where
+they cannot be built, ``unavailable_reason`` says why, and other kernels are chosen instead.
+
+The operators are ``torch.ops.hotloop_cpu.{linear_bf16, linear_int8, linear_int4,
+decode_attention}``; ``kernels.reference`` specifies them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hotloop.cache import cache_dir
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wno-ignored-attributes",
+    "-shared",
+    "-fPIC",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11
+)
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the operators cannot be used, or None when they are loaded and ready."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return "no C++ compiler found (install g++, or set CXX)"
+    try:
+        torch.ops.load_library(_build(compiler))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return f"building the CPU kernels with {compiler} failed: {detail.strip()[-500:]}"
+    _register_shapes()
+    return None
+
+
+def _build(compiler: str) -> Path:
+    """The shared library, compiled unless the very same one is in the cache."""
+    torch_dir = Path(torch.__file__).parent
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    # -march=native means another library on another processor that shares the home directory.
+    identity = (SOURCE.read_text(), version, torch.__version__, _processor(), *FLAGS)
+    key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    library = cache_dir() / "kernels" / f"cpu-{key}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        built = Path(scratch) / library.name
+        lib_dir = torch_dir / "lib"
+        subprocess.run(
+            [compiler, *FLAGS, f"-I{torch_dir / 'include'}", str(SOURCE), "-o", str(built)]
+            + [f"-L{lib_dir}", "-ltorch_cpu", f"-Wl,-rpath,{lib_dir}"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        built.replace(library)  # atomic: another process sees all of it or none
+    return library
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    return "\n".join(s for s in lines if s.startswith(("model name", "flags", "Features")))
+
+
+def _register_shapes() -> None:
+    """Tells torch.compile the shape of each operator's result."""
+    for name in ("linear_bf16", "linear_int8", "linear_int4"):
+
+        def linear(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
+            return x.new_empty(x.shape[0], weight.shape[0])
+
+        torch.library.register_fake(f"hotloop_cpu::{name}", linear)
+
+    def attention(q: Tensor, *_: Tensor | int | float) -> Tensor:
+        return torch.empty_like(q)
+
+    torch.library.register_fake("hotloop_cpu::decode_attention", attention)

@@ -1,0 +1,268 @@
+"""Matrix products with few rows: which implementations exist, and which one to take.
+
+A weight is handed over as its parts (``values``, ``scale``, ``offset``; see ``quant.QTensor``),
+once, to be packed the way a kernel reads it. At each call the kernel decides by the number of
+rows: products with many rows (prefill) are bound by arithmetic, not by reading weights, so they
+dequantize into floating point and use the vendor's matrix product.
+
+Shape letters: M rows, N output features, K input features, G groups along K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hotloop.kernels import cpu, reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """What a choice of kernel depends on.
+
+    Attributes:
+        bits: 4 or 8, or None for floating point.
+        group_size: Input features that share a scale, or None for floating point.
+        symmetric: Without offsets.
+        n: Output features.
+        k: Input features.
+        dtype: Element type of activations, and of unquantized weights.
+        device: "cpu" or "cuda".
+    """
+
+    bits: int | None
+    group_size: int | None
+    symmetric: bool
+    n: int
+    k: int
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def n_scales(self) -> int:
+        """Scales in the whole weight."""
+        return self.n * (self.k // self.group_size) if self.group_size else 0
+
+
+class LinearKernel(Protocol):
+    """One implementation of ``x @ weight.T``."""
+
+    @property
+    def name(self) -> str:
+        """As records name it, such as ``int4/tinygemm``."""
+        ...
+
+    def unsupported(self, form: WeightFormat) -> str | None:
+        """Why it cannot serve this weight, or None if it can; empty if it was never meant to."""
+        ...
+
+    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
+        """Arranges a weight on its device as the kernel reads it."""
+        ...
+
+    def nbytes(self, form: WeightFormat) -> int:
+        """Exact bytes of what ``pack`` returns."""
+        ...
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        """The product, [M, N] in ``x``'s type."""
+        ...
+
+
+NOT_MEANT = ""
+"""An ``unsupported`` answer that needs no mention: another device, another number of bits."""
+
+
+class DenseTorch:
+    """Floating-point weights through PyTorch's own product."""
+
+    name = "dense/torch"
+
+    def unsupported(self, form: WeightFormat) -> str | None:
+        return NOT_MEANT if form.bits else None
+
+    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
+        assert scale is None, "a floating-point weight has no scale"
+        assert offset is None, "a floating-point weight has no offset"
+        return [values.contiguous()]
+
+    def nbytes(self, form: WeightFormat) -> int:
+        return form.n * form.k * form.dtype.itemsize
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        return F.linear(x_MK, packed[0])
+
+
+class DenseCpu(DenseTorch):
+    """bfloat16 weights on a CPU, with our own kernel where rows are few."""
+
+    name = "dense/cpu"
+    max_rows = 4
+
+    def unsupported(self, form: WeightFormat) -> str | None:
+        return _cpu_unsupported(form, bits=None)
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        if x_MK.shape[0] <= self.max_rows:
+            return torch.ops.hotloop_cpu.linear_bf16(x_MK, packed[0])
+        return _wide_product(x_MK, packed[0])
+
+
+class Int8Torch:
+    """int8 weights in plain PyTorch: torch.compile fuses the conversion into the product."""
+
+    name = "int8/torch"
+
+    def unsupported(self, form: WeightFormat) -> str | None:
+        return None if form.bits == 8 else NOT_MEANT
+
+    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
+        assert scale is not None, "int8 needs its scales"
+        assert offset is None, "int8 is symmetric"
+        return [values.contiguous(), scale.reshape(-1).float()]
+
+    def nbytes(self, form: WeightFormat) -> int:
+        return form.n * form.k + 4 * form.n_scales
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        return reference.linear_int8(x_MK, *packed)
+
+
+class Int8Cpu(Int8Torch):
+    """int8 weights on a CPU, with our own kernel where rows are few."""
+
+    name = "int8/cpu"
+    max_rows = 8
+
+    def unsupported(self, form: WeightFormat) -> str | None:
+        return _cpu_unsupported(form, bits=8)
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        if x_MK.shape[0] <= self.max_rows:
+            return torch.ops.hotloop_cpu.linear_int8(x_MK, *packed)
+        values, scale = packed
+        return _wide_product(x_MK, values, scale)
+
+
+class Int4Torch:
+    """int4 weights in plain PyTorch."""
+
+    name = "int4/torch"
+
+    def unsupported(self, form: WeightFormat) -> str | None:
+        return None if form.bits == 4 else NOT_MEANT
+
+    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
+        assert scale is not None, "int4 needs its scales"
+        packed = reference.pack_int4(values, values.shape[1] // scale.shape[1])
+        return [packed, scale.contiguous(), *([] if offset is None else [offset.contiguous()])]
+
+    def nbytes(self, form: WeightFormat) -> int:
+        return form.n * form.k // 2 + 2 * form.n_scales * (1 if form.symmetric else 2)
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        return reference.linear_int4(x_MK, *_with_offset(packed))
+
+
+class Int4Cpu(Int4Torch):
+    """int4 weights on a CPU, with our own kernel where rows are few."""
+
+    name = "int4/cpu"
+    max_rows = 8
+
+    def unsupported(self, form: WeightFormat) -> str | None:
+        return _cpu_unsupported(form, bits=4)
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        words, scale, offset = _with_offset(packed)
+        if x_MK.shape[0] <= self.max_rows:
+            return torch.ops.hotloop_cpu.linear_int4(x_MK, words, scale, offset)
+        weight = reference.dequantize_int4(words, scale, offset, torch.float32)
+        return _wide_product(x_MK, weight)
+
+
+class Int4TinyGemm:
+    """int4 weights on CUDA through tinygemm, which PyTorch ships."""
+
+    name = "int4/tinygemm"
+    max_rows = 32
+
+    def unsupported(self, form: WeightFormat) -> str | None:
+        if form.bits != 4 or form.device != "cuda":
+            return NOT_MEANT
+        if form.dtype != torch.bfloat16:
+            return f"tinygemm needs bfloat16 activations, not {form.dtype}"
+        if form.n % 8 or form.k % 32:
+            return f"tinygemm needs N a multiple of 8 and K of 32, not {form.n} and {form.k}"
+        return None
+
+    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
+        assert scale is not None, "int4 needs its scales"
+        nibbles = (values + 8).to(torch.uint8)
+        bytes_ = (nibbles[:, ::2] << 4) | nibbles[:, 1::2]
+        k = values.shape[1]
+        inner_k_tiles = next(t for t in (8, 4, 2) if k % (16 * t) == 0)
+        words = torch.ops.aten._convert_weight_to_int4pack(bytes_.contiguous(), inner_k_tiles)
+        zero = torch.zeros_like(scale) if offset is None else offset
+        scale_zero_GN2 = torch.stack((scale.T, zero.T), dim=-1).to(torch.bfloat16).contiguous()
+        return [words, scale_zero_GN2]
+
+    def nbytes(self, form: WeightFormat) -> int:
+        return form.n * form.k // 2 + 4 * form.n_scales  # a zero beside every scale
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        words, scale_zero_GN2 = packed
+        group_size = x_MK.shape[1] // scale_zero_GN2.shape[0]
+        return torch.ops.aten._weight_int4pack_mm(x_MK, words, group_size, scale_zero_GN2)
+
+
+KERNELS: tuple[LinearKernel, ...] = (
+    Int4TinyGemm(),
+    Int4Cpu(),
+    Int8Cpu(),
+    DenseCpu(),
+    Int4Torch(),
+    Int8Torch(),
+    DenseTorch(),
+)
+"""In order of preference."""
+
+
+def choose_linear(form: WeightFormat) -> tuple[LinearKernel, list[str]]:
+    """The first kernel that can serve a weight, and why those before it cannot."""
+    notes: list[str] = []
+    for kernel in KERNELS:
+        reason = kernel.unsupported(form)
+        if reason is None:
+            return kernel, notes
+        if reason != NOT_MEANT:
+            notes.append(f"{kernel.name} not used: {reason}")
+    raise AssertionError(f"no kernel serves {form}")
+
+
+def _cpu_unsupported(form: WeightFormat, bits: int | None) -> str | None:
+    if form.bits != bits or form.device != "cpu":
+        return NOT_MEANT
+    if form.dtype != torch.bfloat16:
+        return NOT_MEANT  # float32 is asked for where exactness matters more than speed
+    if form.k % 2:
+        return f"needs an even number of input features, not {form.k}"
+    return cpu.unavailable_reason()
+
+
+def _wide_product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor | None = None) -> Tensor:
+    """A product with many rows, in float32: CPUs without bfloat16 units are slow at anything else.
+
+    The weight is widened for the occasion; with many rows that is the smaller part of the work.
+    """
+    y = F.linear(x_MK.float(), weight_NK.float())
+    return (y if scale_N is None else y * scale_N).to(x_MK.dtype)
+
+
+def _with_offset(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    words, scale, *offset = packed
+    return words, scale, offset[0] if offset else None

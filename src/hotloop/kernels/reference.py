@@ -1,0 +1,121 @@
+"""The arithmetic, in plain PyTorch: the specification of every kernel, and its fallback.
+
+Written to be read, and so that torch.compile fuses it well. Every faster kernel is tested against
+its twin here; where no faster one exists, this is what runs.
+
+Shape letters: B sequences, T tokens of each, M = B * T rows, D model width, N output features,
+K input features, G groups along K; H query heads, J key/value heads, E head dimension, C cache
+positions, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32 (Zhang & Sennrich 2019).
+
+    The normalized value is rounded to ``x``'s type before the weight is applied, as the models
+    were trained.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def apply_rope(x_BTHE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
+    """Rotary position embedding on halves: dimension i turns with i + E/2 (Su et al. 2021).
+
+    ``cos`` and ``sin`` are float32; the rotation is computed in float32 and rounded once.
+    """
+    x = x_BTHE.float()
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x * cos_BTE[:, :, None] + rotated * sin_BTE[:, :, None]).to(x_BTHE.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """SiLU of the first half times the second half: [..., 2F] to [..., F] (Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def attention(
+    q_BTHE: Tensor,
+    k_BJCE: Tensor,
+    v_BJCE: Tensor,
+    positions_BT: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Attention of new tokens to the cache, which already holds their own keys and values.
+
+    A token at position p sees cache positions p - window + 1 … p (all up to p without a window).
+    Query heads that share a key/value head are stacked as rows, so nothing is repeated in memory.
+
+    Returns [B, T, H, E].
+    """
+    B, T, H, E = q_BTHE.shape
+    J, C = k_BJCE.shape[1:3]
+    group = H // J
+    q = q_BTHE.view(B, T, J, group, E).permute(0, 2, 3, 1, 4).reshape(B, J, group * T, E)
+    at = torch.arange(C, device=q.device)
+    position = positions_BT[:, :, None]
+    visible_BTC = at <= position
+    if window is not None:
+        visible_BTC = visible_BTC & (at > position - window)
+    mask = visible_BTC[:, None, None].expand(B, 1, group, T, C).reshape(B, 1, group * T, C)
+    out = F.scaled_dot_product_attention(q, k_BJCE, v_BJCE, attn_mask=mask, scale=scale)
+    return out.view(B, J, group, T, E).permute(0, 3, 1, 2, 4).reshape(B, T, H, E)
+
+
+def linear_int8(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """Product with int8 weights: the scale of each output channel is applied to the result."""
+    return (F.linear(x_MK, values_NK.to(x_MK.dtype)) * scale_N).to(x_MK.dtype)
+
+
+def pack_int4(values_NK: Tensor, group_size: int) -> Tensor:
+    """Packs int8 values -8…7 into int16 [N, K/4].
+
+    A group is group_size / 4 words; word j holds values j, j + group_size/4, j + group_size/2 and
+    j + 3 * group_size/4, each plus 8, from the lowest nibble up: four consecutive runs of a group
+    come apart with one shift and one mask each.
+    """
+    n, k = values_NK.shape
+    nibbles = (values_NK.int() + 8).view(n, k // group_size, 4, group_size // 4)
+    shifts = torch.arange(0, 16, 4, device=nibbles.device, dtype=torch.int32).view(4, 1)
+    words = (nibbles << shifts).sum(dim=2, dtype=torch.int32)
+    # Words are unsigned; int16 is how torch stores them: values above 2**15 wrap around.
+    return (words - ((words >> 15) << 16)).to(torch.int16).view(n, k // 4)
+
+
+def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
+    """The inverse of ``pack_int4``: int8 [N, K] in -8…7."""
+    n = packed.shape[0]
+    words = packed.view(n, -1, 1, group_size // 4)
+    shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16).view(4, 1)
+    nibbles = (words >> shifts) & 15
+    return (nibbles.to(torch.int8) - 8).view(n, -1)
+
+
+def dequantize_int4(
+    packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The [N, K] weight that a packed one stands for, rounded once to ``dtype``."""
+    n, groups = scale_NG.shape
+    values = unpack_int4(packed, packed.shape[1] * 4 // groups).view(n, groups, -1)
+    weight = values.float() * scale_NG.float()[:, :, None]
+    if offset_NG is not None:
+        weight = weight + offset_NG.float()[:, :, None]
+    return weight.to(dtype).view(n, -1)
+
+
+def linear_int4(
+    x_MK: Tensor, packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None
+) -> Tensor:
+    """Product with packed int4 weights."""
+    return F.linear(x_MK, dequantize_int4(packed, scale_NG, offset_NG, x_MK.dtype))

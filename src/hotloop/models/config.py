@@ -1,0 +1,203 @@
+"""What a decoder is configured with, read from a checkpoint's ``config.json``.
+
+``config.json`` is the only source: a folder's name means nothing. Every key that would change the
+arithmetic is either understood or refused by name; the rest is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hotloop.errors import ConfigError, UnsupportedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+        theta: Base of the geometric series of wavelengths.
+        scaling: How the frequencies are stretched for long contexts: ``linear`` (Chen et al.
+            2023), ``llama3`` (the Llama 3.1 report), ``factors`` (one divisor per frequency), or
+            None.
+        factor: The stretch, for ``linear`` and ``llama3``.
+        low_freq_factor: ``llama3``: wavelengths above original_max_position / this are stretched.
+        high_freq_factor: ``llama3``: those below original_max_position / this are left alone.
+        original_max_position: ``llama3``: context length before stretching.
+        factors: ``factors``: the divisors, head_dim / 2 of them.
+    """
+
+    theta: float = 10_000.0
+    scaling: str | None = None
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+    factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape and the switches of a decoder.
+
+    Attributes:
+        family: Registered name of the family that made this configuration.
+        vocab_size: Rows of the embedding.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the feed-forward layer.
+        n_layers: Blocks.
+        n_heads: Query heads.
+        n_kv_heads: Key/value heads; divides ``n_heads``.
+        head_dim: Width of one head.
+        max_position: Context length the model was made for.
+        norm_eps: Epsilon of every norm.
+        rope: Rotary position embedding.
+        tie_embeddings: The head is the embedding.
+        qkv_bias: The query, key and value projections have biases.
+        o_bias: The output projection of attention has a bias.
+        mlp_bias: The feed-forward projections have biases.
+        qk_norm: Queries and keys are normalized per head before they are rotated.
+        sliding_window: Tokens back to which attention reaches, or None for all.
+        dtype: Element type the checkpoint was trained in.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_eps: float
+    rope: RopeConfig
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.n_heads} is not a multiple of num_key_value_heads "
+                f"{self.n_kv_heads}."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for rotary embedding, not {self.head_dim}.")
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The projections of one block as this engine merges them: ``name -> (out, in)``."""
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return {
+            "qkv_proj": (q + 2 * kv, self.hidden_size),
+            "o_proj": (self.hidden_size, q),
+            "gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
+    @property
+    def bias(self) -> dict[str, bool]:
+        """Which of the projections have biases."""
+        return {
+            "qkv_proj": self.qkv_bias,
+            "o_proj": self.o_bias,
+            "gate_up_proj": self.mlp_bias,
+            "down_proj": self.mlp_bias,
+        }
+
+    @property
+    def n_params(self) -> int:
+        """Parameters, a tied embedding counted once."""
+        per_layer = sum(n * k + n * self.bias[name] for name, (n, k) in self.linears.items())
+        per_layer += 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.n_layers * per_layer + embeddings + self.hidden_size
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of cache that one token of one sequence takes."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * itemsize
+
+
+def require(config: Mapping[str, Any], *keys: str) -> list[Any]:
+    """The values of keys that must be there, or ConfigError naming the first that is not."""
+    for key in keys:
+        if config.get(key) is None:
+            raise ConfigError(f"config.json has no {key!r}, which this model family needs.")
+    return [config[key] for key in keys]
+
+
+def refuse_unless(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuses values that would change the arithmetic and are not implemented.
+
+    Args:
+        config: The keys of config.json.
+        expected: For each key the values that are implemented; an absent key is fine.
+    """
+    for key, values in expected.items():
+        if key in config and config[key] not in values:
+            raise UnsupportedError(
+                f"config.json sets {key} = {config[key]!r}, which would change the arithmetic and "
+                f"is not implemented; supported: {', '.join(map(repr, values))}."
+            )
+
+
+def read_rope(config: Mapping[str, Any]) -> RopeConfig:
+    """Rotary settings in either spelling: ``rope_parameters``, or ``rope_theta`` and
+    ``rope_scaling`` (whose kind was once called ``type``).
+
+    Raises:
+        UnsupportedError: A kind of scaling, or an argument of one, that is not implemented.
+    """
+    given: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
+    for key in ("rope_scaling", "rope_parameters"):
+        given |= {k: v for k, v in (config.get(key) or {}).items() if v is not None}
+    partial = given.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise UnsupportedError(f"partial_rotary_factor = {partial} is not implemented.")
+    theta = given.pop("rope_theta", None)
+    rope = RopeConfig(theta=float(theta) if theta is not None else RopeConfig.theta)
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+
+    arguments = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+        "gguf_factors": ("factors",),
+    }
+    if kind not in arguments:
+        raise UnsupportedError(
+            f"rope_scaling type {kind!r} is not implemented; supported: "
+            f"{', '.join(map(repr, arguments))}."
+        )
+    if kind == "default":
+        return rope
+    if unknown := given.keys() - set(arguments[kind]) - {"original_max_position_embeddings"}:
+        raise UnsupportedError(
+            f"rope_scaling of type {kind!r} has {sorted(unknown)[0]!r}, which is not implemented."
+        )
+    values = dict(zip(arguments[kind], require(given, *arguments[kind]), strict=True))
+    if kind == "gguf_factors":
+        return dataclasses.replace(
+            rope, scaling="factors", factors=tuple(map(float, values["factors"]))
+        )
+    original = values.pop("original_max_position_embeddings", rope.original_max_position)
+    return dataclasses.replace(
+        rope,
+        scaling=kind,
+        original_max_position=int(original),
+        **{k: float(v) for k, v in values.items()},
+    )

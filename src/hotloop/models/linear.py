@@ -1,0 +1,106 @@
+"""A projection whose weight arrives later, in any scheme, packed for whichever kernel fits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hotloop.kernels.linear import LinearKernel, WeightFormat, choose_linear
+from hotloop.quant import QTensor
+
+
+class Linear(nn.Module):
+    """``x @ weight.T + bias`` for a weight of [n, k] that ``assign`` brings."""
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        self.n, self.k = n, k
+        self.kernel: LinearKernel | None = None
+        self.notes: list[str] = []
+        self.n_packed = 0
+        self.bias: Tensor | None
+        self.register_buffer("bias", None)
+
+    def assign(
+        self,
+        weight: Tensor | QTensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Packs a weight for the kernel that serves it best, on ``device``.
+
+        Args:
+            weight: [n, k], floating point or quantized.
+            bias: [n], or None.
+            dtype: Element type of activations.
+            device: Where to.
+        """
+        assert tuple(weight.shape) == (self.n, self.k), f"{weight.shape} for {self.n, self.k}"
+        quantized = isinstance(weight, QTensor)
+        form = WeightFormat(
+            bits=weight.bits if quantized else None,
+            group_size=weight.group_size if quantized else None,
+            symmetric=not quantized or weight.offset is None,
+            n=self.n,
+            k=self.k,
+            dtype=dtype,
+            device=device.type,
+        )
+        self.kernel, self.notes = choose_linear(form)
+        if isinstance(weight, QTensor):
+            moved = weight.to(device)
+            packed = self.kernel.pack(moved.values, moved.scale, moved.offset)
+        else:
+            packed = self.kernel.pack(weight.to(device, dtype), None, None)
+        for i, tensor in enumerate(packed):
+            self.register_buffer(f"packed{i}", tensor)
+        self.n_packed = len(packed)
+        if bias is not None:
+            self.bias = bias.to(device, dtype)
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The weight as the kernel reads it."""
+        return [getattr(self, f"packed{i}") for i in range(self.n_packed)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight and the bias."""
+        tensors = [*self.packed, *([] if self.bias is None else [self.bias])]
+        return sum(t.nbytes for t in tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., k] to [..., n]."""
+        assert self.kernel is not None, "no weight was assigned"
+        y = self.kernel(x.reshape(-1, self.k), *self.packed).view(*x.shape[:-1], self.n)
+        return y if self.bias is None else y + self.bias
+
+
+class Embedding(nn.Module):
+    """Rows of a table by token id; the table is dense, or int8 with a scale per row.
+
+    Only the rows that are looked up are read.
+    """
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        self.n, self.k = n, k
+        self.table: Tensor | None
+        self.scale: Tensor | None
+        self.register_buffer("table", None)
+        self.register_buffer("scale", None)
+
+    def assign(self, table: Tensor, scale: Tensor | None, dtype: torch.dtype) -> None:
+        """Takes a table [n, k] on its device, and the scales [n] of an int8 one."""
+        assert tuple(table.shape) == (self.n, self.k), f"{table.shape} for {self.n, self.k}"
+        self.table, self.scale, self.dtype = table, scale, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] token ids to [..., k]."""
+        assert self.table is not None, "no table was assigned"
+        rows = nn.functional.embedding(ids, self.table)
+        if self.scale is not None:
+            return (rows.float() * self.scale[ids][..., None]).to(self.dtype)
+        return rows

@@ -1,0 +1,55 @@
+"""Where a decoder's weights are in a checkpoint: our modules by their Hugging Face names.
+
+Merged projections name their parts in the order in which they are joined.
+"""
+
+from __future__ import annotations
+
+from hotloop.models.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+NORM = "model.norm"
+
+LINEAR_PARTS = {
+    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
+NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+
+
+def layer(index: int, part: str) -> str:
+    """The full name of a part of one block, without ``.weight``."""
+    return f"model.layers.{index}.{part}"
+
+
+def part_rows(config: ModelConfig, linear: str) -> tuple[int, ...]:
+    """Output features of each part of a merged projection."""
+    if linear == "qkv_proj":
+        kv = config.n_kv_heads * config.head_dim
+        return (config.n_heads * config.head_dim, kv, kv)
+    if linear == "gate_up_proj":
+        return (config.intermediate_size, config.intermediate_size)
+    return (config.linears[linear][0],)
+
+
+def head(config: ModelConfig) -> str:
+    """The name of the weight that the head multiplies with."""
+    return EMBEDDING if config.tie_embeddings else HEAD
+
+
+def linear_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Every weight matrix in a checkpoint that is quantized as a block's projection.
+
+    Returns:
+        ``name -> (out, in)``, names without ``.weight``, in the order of layers.
+    """
+    return {
+        layer(i, part): (rows, config.linears[linear][1])
+        for i in range(config.n_layers)
+        for linear, parts in LINEAR_PARTS.items()
+        for part, rows in zip(parts, part_rows(config, linear), strict=True)
+    }

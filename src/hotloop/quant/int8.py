@@ -1,0 +1,54 @@
+"""int8, weight only: round to nearest, symmetric, one scale per output channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hotloop.errors import ConfigError
+from hotloop.kernels.linear import WeightFormat
+from hotloop.quant.qtensor import QTensor
+
+QMAX = 127  # -128 is left unused, so that the grid is symmetric
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Per-channel symmetric int8; the scale is float32, which costs nothing here."""
+
+    name: str = "int8"
+
+    @classmethod
+    def from_options(cls, options: tuple[str, ...]) -> Int8:
+        """Takes no options."""
+        if options:
+            raise ConfigError(
+                f"quantization scheme 'int8' has no option {options[0]!r}: it is symmetric, with "
+                "one scale per output channel."
+            )
+        return cls()
+
+    def check(self, name: str, n: int, k: int) -> None:
+        """Every shape will do."""
+
+    def quantize(self, weight: Tensor) -> QTensor:
+        """Rounds to the nearest of 255 steps of ``max|row| / 127``."""
+        weight = weight.float()
+        scale = weight.abs().amax(dim=1, keepdim=True) / QMAX
+        scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero
+        values = (weight / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
+        return QTensor(values=values, scale=scale, offset=None, bits=8)
+
+    def random(self, n: int, k: int, *, std: float, like: Tensor) -> QTensor:
+        """Uniform integers, scaled to ``std``."""
+        values = torch.empty(n, k, dtype=torch.int8, device=like.device).random_(-QMAX, QMAX + 1)
+        scale = torch.full((n, 1), std / (QMAX / 3**0.5), device=like.device)
+        return QTensor(values=values, scale=scale, offset=None, bits=8)
+
+    def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
+        """Eight bits, one group per output channel."""
+        return WeightFormat(
+            bits=8, group_size=k, symmetric=True, n=n, k=k, dtype=dtype, device=device
+        )

@@ -1,0 +1,42 @@
+"""No quantization: weights stay in the engine's own floating-point type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hotloop.errors import ConfigError
+from hotloop.kernels.linear import WeightFormat
+
+
+@dataclass(frozen=True)
+class NoScheme:
+    """The scheme that leaves weights alone."""
+
+    name: str = "none"
+
+    @classmethod
+    def from_options(cls, options: tuple[str, ...]) -> NoScheme:
+        """Takes no options."""
+        if options:
+            raise ConfigError(f"quantization scheme 'none' has no option {options[0]!r}.")
+        return cls()
+
+    def check(self, name: str, n: int, k: int) -> None:
+        """Every shape will do."""
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def random(self, n: int, k: int, *, std: float, like: Tensor) -> Tensor:
+        """Normally distributed [n, k]."""
+        return torch.empty(n, k, device=like.device, dtype=like.dtype).normal_(0, std)
+
+    def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
+        """Floating point."""
+        return WeightFormat(
+            bits=None, group_size=None, symmetric=True, n=n, k=k, dtype=dtype, device=device
+        )

@@ -1,0 +1,119 @@
+"""A quantized weight before any kernel has touched it: integers, scales, offsets.
+
+This is the form in which weights are sliced for tensor parallelism and stored on disk. Everything
+in it is laid out like the weight it came from, so slicing needs no knowledge of the scheme:
+quantize → shard → pack, in that order, and scales never depend on the number of ranks. How a
+kernel wants its bytes arranged is the kernel's business (``kernels.linear``).
+
+Shape letters: N output features, K input features, G groups along K (K / group_size; 1 for one
+group per output channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hotloop.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class QTensor:
+    """A quantized matrix: ``weight = values * scale + offset``, scale and offset per group.
+
+    Attributes:
+        values: int8 [N, K]. Signed: -127…127 with 8 bits, -8…7 with 4.
+        scale: Floating point [N, G].
+        offset: Floating point [N, G], or None where the scheme is symmetric.
+        bits: Bits of one value: 4 or 8.
+    """
+
+    values: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    bits: int
+
+    def __post_init__(self) -> None:
+        assert self.values.dtype == torch.int8, f"values are {self.values.dtype}, not int8"
+        assert self.values.shape[0] == self.scale.shape[0], "one row of scales per output feature"
+        assert self.offset is None or self.offset.shape == self.scale.shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), as of the weight it stands for."""
+        n, k = self.values.shape
+        return n, k
+
+    @property
+    def group_size(self) -> int:
+        """Input features that share a scale: K where the scale is per output channel."""
+        return self.values.shape[1] // self.scale.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight it stands for, [N, K], computed in float32 and rounded once to ``dtype``."""
+        n, k = self.shape
+        weight = self.values.view(n, -1, self.group_size).float() * self.scale.float()[:, :, None]
+        if self.offset is not None:
+            weight += self.offset.float()[:, :, None]
+        return weight.view(n, k).to(dtype)
+
+    def rows(self, start: int, stop: int) -> QTensor:
+        """Output features ``start`` to ``stop``: a column-parallel shard."""
+        return self._map(lambda t: t[start:stop])
+
+    def columns(self, start: int, stop: int) -> QTensor:
+        """Input features ``start`` to ``stop``: a row-parallel shard, along whole groups.
+
+        Raises:
+            ConfigError: The range cuts a group apart.
+        """
+        size = self.group_size
+        if size == self.shape[1]:  # one scale per channel serves every slice of it
+            return QTensor(
+                values=self.values[:, start:stop],
+                scale=self.scale,
+                offset=self.offset,
+                bits=self.bits,
+            )
+        if start % size or stop % size:
+            raise ConfigError(
+                f"input features {start} to {stop} cut a quantization group of {size} apart; "
+                f"use a group size that divides both, or a smaller tensor-parallel degree."
+            )
+        groups = slice(start // size, stop // size)
+        return QTensor(
+            values=self.values[:, start:stop],
+            scale=self.scale[:, groups],
+            offset=None if self.offset is None else self.offset[:, groups],
+            bits=self.bits,
+        )
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same on another device."""
+        return self._map(lambda t: t.to(device))
+
+    @staticmethod
+    def cat(parts: Sequence[QTensor]) -> QTensor:
+        """Joins along the output features: exact, since no group spans two of them."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        return QTensor(
+            values=torch.cat([p.values for p in parts]),
+            scale=torch.cat([p.scale for p in parts]),
+            offset=None
+            if first.offset is None
+            else torch.cat([p.offset for p in parts if p.offset is not None]),
+            bits=first.bits,
+        )
+
+    def _map(self, f) -> QTensor:  # noqa: ANN001
+        return QTensor(
+            values=f(self.values),
+            scale=f(self.scale),
+            offset=None if self.offset is None else f(self.offset),
+            bits=self.bits,
+        )
