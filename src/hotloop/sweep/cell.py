@@ -1,0 +1,270 @@
+"""What one process does for one configuration: predict, load, time, score, and write it all down.
+
+What goes wrong with a configuration never raises: how it ended is in the record. This runs in the
+caller's process (``hotloop bench``) or in one of its own (``hotloop sweep``, through ``worker``);
+a crash, a hang or a kill is the business of ``process``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from hotloop import hardware
+from hotloop.bench.measure import measure_speed
+from hotloop.bench.record import QualityProtocol, Record, Status
+from hotloop.errors import (
+    CheckpointError,
+    ConfigError,
+    HotloopError,
+    OutOfMemoryError,
+    UnsupportedError,
+)
+from hotloop.evaluate.text import load_text
+from hotloop.evaluate.windows import make_windows
+from hotloop.sweep.events import CellPhase, CellPrepared, OnEvent, Phase, ignore
+from hotloop.sweep.job import Job, MemoryPlan
+
+if TYPE_CHECKING:
+    from hotloop.evaluate.reference import ReferenceKey
+    from hotloop.types import Engine, EngineConfig
+
+_log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What messages say where torch raises a plain RuntimeError for want of memory."""
+
+
+def run_cell(job: Job, on_event: OnEvent = ignore) -> Record:
+    """Measures one configuration: its speed, then its quality through the same engine.
+
+    Args:
+        job: What to measure.
+        on_event: Is told of phases, repeats and windows, and of what is known before loading.
+
+    Returns:
+        A complete record, whatever happened; only KeyboardInterrupt and its like come through.
+    """
+    return _run(job, on_event, _measure)
+
+
+def score_reference(job: Job, on_event: OnEvent = ignore) -> Record:
+    """Scores the reference that ``job.reference`` names, and keeps it there.
+
+    Returns:
+        A record without figures; ``ok`` if the reference is there now.
+    """
+    return _run(job, on_event, _keep_reference)
+
+
+def base_record(job: Job) -> dict[str, Any]:
+    """The fields of a job's record that are known before it runs."""
+    inputs = {"weights_sha256": job.weights_sha256, "key": job.key}
+    return {
+        "cell": job.cell,
+        "attempt": job.attempt,
+        "config": job.config.to_dict(),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "workload": job.workload,
+        "provenance": {**job.provenance, **inputs},
+    }
+
+
+def gib(n_bytes: float) -> str:
+    """Bytes in GiB, for a sentence."""
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+class _Attempt:
+    """An attempt on its way: its phase, and what its record can say so far."""
+
+    def __init__(self, job: Job, on_event: OnEvent) -> None:
+        self.job, self.on_event = job, on_event
+        self.phase: Phase = "predict"
+        self.memory: MemoryPlan | None = None
+        self.fields = base_record(job)
+
+    def enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self.step(0, 0)
+
+    def step(self, done: int, total: int, decode_tok_s: float | None = None) -> None:
+        self.on_event(CellPhase(self.job.cell, self.phase, done, total, decode_tok_s))
+
+    def prepare(self) -> Callable[[EngineConfig], Engine]:
+        """Finds out what can be known before anything is loaded; returns what loads it."""
+        self.enter("predict")
+        create, predict = self.job.source.resolve()
+        device = hardware.resolve_device(self.job.config.device)
+        self.fields["provenance"] = {**hardware.provenance(device), **self.fields["provenance"]}
+        self.memory = predict(self.job.config)
+        predicted = self.fields["predicted_bytes"] = self.memory.to_dict() if self.memory else None
+        self.on_event(CellPrepared(self.job.cell, predicted, self.fields["provenance"]))
+        return create
+
+    def record(self, status: Status, reason: str | None = None, **figures: Any) -> Record:
+        return Record(**self.fields, status=status, reason=reason, **figures)
+
+
+def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[str, Any]]) -> Record:
+    attempt = _Attempt(job, on_event)
+    try:
+        create, memory = attempt.prepare(), attempt.memory
+        if memory is not None and memory.total_bytes > memory.free_bytes:
+            needs = f"needs {gib(memory.total_bytes)}, {gib(memory.free_bytes)} free"
+            return attempt.record("predicted-oom", needs)
+        attempt.enter("load")
+        with closing(create(job.config)) as engine:
+            description = engine.describe()
+            attempt.fields |= {
+                "load_s": description.load_s,
+                "warmup_s": description.warmup_s,
+                # its configuration stands in `config` already
+                "engine": {k: v for k, v in asdict(description).items() if k != "config"},
+            }
+            return attempt.record(**work(attempt, engine))
+    except Exception as error:
+        status, reason = explain(error, attempt.phase, attempt.memory)
+        if status == "failed":
+            _log.error("%s failed in %s", job.cell, attempt.phase, exc_info=error)
+        return attempt.record(status, reason)
+
+
+def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
+    attempt.enter("speed")
+    device = attempt.fields["provenance"]["device"]
+    speed = measure_speed(
+        engine,
+        attempt.job.workload,
+        read_bytes_per_s=device["read_bytes_per_s"],
+        datasheet_bytes_per_s=device["datasheet_bytes_per_s"],
+        on_repeat=attempt.step,
+    )
+    figures = {
+        "status": "ok" if speed.instability is None else "unstable",
+        "reason": speed.instability,
+        "decode_tok_s": speed.decode_tok_s,
+        "e2e_tok_s": speed.e2e_tok_s,
+        "ttft_s": speed.ttft_s,
+        "tpot_s": speed.tpot_s,
+        "mbu": speed.mbu,
+        "mbu_datasheet": speed.mbu_datasheet,
+        "peak_bytes": speed.peak_bytes,
+    }
+    try:
+        return figures | _quality(attempt, engine)
+    except Exception as error:
+        status, reason = explain(error, attempt.phase, attempt.memory)
+        if status == "failed" and not isinstance(error, HotloopError):
+            raise
+        return figures | {"quality_reason": reason}  # the speed was measured all the same
+
+
+def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
+    job = attempt.job
+    if job.config.weights == "random":
+        return {"quality_reason": "random weights have no quality"}
+    if job.quality is None:
+        return {"quality_reason": "not asked for"}
+
+    from hotloop.evaluate.quality import measure_quality  # these import torch
+    from hotloop.evaluate.reference import Reference
+
+    attempt.enter("quality")
+    windows, protocol, key = _windows(job, engine)
+    reference, why_none = None, job.no_reference or "nothing to compare with"
+    if job.reference is not None:
+        try:
+            reference = Reference(job.reference, key)
+        except (ConfigError, CheckpointError) as error:
+            why_none = str(error)
+    quality = measure_quality(engine, windows, reference=reference, on_window=attempt.step)
+    compared = {"reference": f"none/eager {key.dtype}" if reference else None}
+    return {
+        "quality_protocol": protocol.model_copy(update=compared),
+        "quality_reason": None if reference else why_none,
+        "perplexity": quality.perplexity,
+        "delta_ln_ppl": quality.delta_ln_ppl,
+        "kl_mean": quality.kl_mean,
+        "kl_p99": quality.kl_p99,
+        "kl_max": quality.kl_max,
+        "same_top1": quality.same_top1,
+    }
+
+
+def _keep_reference(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
+    from hotloop.evaluate.quality import write_reference  # imports torch
+
+    file = attempt.job.reference
+    assert file is not None, "a reference needs a place to be kept"
+    attempt.enter("reference")
+    windows, _, key = _windows(attempt.job, engine)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_reference(engine, windows, file, key, on_window=attempt.step)
+    return {"status": "ok"}
+
+
+def _windows(job: Job, engine: Engine) -> tuple[list[list[int]], QualityProtocol, ReferenceKey]:
+    """What to score, what the record says of it, and what a reference of it is called."""
+    from hotloop.evaluate.reference import ReferenceKey  # imports torch
+
+    assert job.quality is not None, "a job that scores nothing needs no windows"
+    text, description = load_text(job.quality.text), engine.describe()
+    windows = make_windows(engine.encode(text.content), job.quality.window, job.quality.n_windows)
+    protocol = QualityProtocol(
+        text=text.name,
+        text_sha256=text.sha256,
+        window=job.quality.window,
+        n_windows=len(windows),
+    )
+    key = ReferenceKey(
+        weights=job.weights_sha256 or "",
+        dtype=description.dtype,
+        vocab_size=description.vocab_size,
+        text_sha256=text.sha256,
+        window=protocol.window,
+        n_windows=protocol.n_windows,
+    )
+    return windows, protocol, key
+
+
+def explain(error: Exception, phase: Phase, memory: MemoryPlan | None = None) -> tuple[Status, str]:
+    """How a cell ended that met this error, and why: a sentence, and where it helps a traceback."""
+    if isinstance(error, UnsupportedError | ConfigError):
+        return "unsupported", str(error)
+    if isinstance(error, OutOfMemoryError):
+        return "oom", str(error)
+    if (shortage := next(filter(_is_out_of_memory, _chain(error)), None)) is not None:
+        message = str(shortage).partition("\n")[0] or type(shortage).__name__
+        known = f"; needed {gib(memory.total_bytes)} as predicted" if memory else ""
+        known += f", {gib(memory.free_bytes)} were free before loading" if memory else ""
+        return "oom", f"out of memory in {phase}: {message}{known}"
+    if isinstance(error, HotloopError):
+        return "failed", f"{type(error).__name__} in {phase}: {error}"
+    frames = "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()
+    message = str(error).strip()
+    return "failed", f"{type(error).__name__} in {phase}: {message}\n{frames}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it: compilers wrap what they meet."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # without it, it is not one of torch's errors
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in OUT_OF_MEMORY)

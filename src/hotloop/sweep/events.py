@@ -1,0 +1,125 @@
+"""What a sweep tells whoever watches it, as it happens.
+
+Small frozen values. ``run_sweep`` hands them to its ``on_event``; those of a cell's own process
+come through a pipe first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from hotloop.bench.record import Record
+
+Phase = Literal["start", "predict", "load", "speed", "quality", "reference"]
+"""What a cell is doing: starting its process, predicting memory, loading (with compilation and
+warm-up), timing, scoring; or, for the reference, scoring and keeping the distributions."""
+
+
+@dataclass(frozen=True)
+class Noticed:
+    """Something a user should know that stops nothing, such as a half-written line."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class ReferenceStarted:
+    """The unquantized model ``cell`` is going to be scored, or was already (``reused``)."""
+
+    cell: str
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class ReferenceFinished:
+    """The reference is there, or there is none for a ``reason``."""
+
+    cell: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class CellSkipped:
+    """A cell that an earlier run has finished."""
+
+    record: Record
+
+
+@dataclass(frozen=True)
+class CellStarted:
+    """Cell number ``index`` of ``total``, counted from 1."""
+
+    cell: str
+    index: int
+    total: int
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class CellPhase:
+    """A cell, or the reference, entered a phase or got on in it.
+
+    ``total`` is how many repeats or windows the phase has, 0 where that means nothing;
+    ``decode_tok_s`` is the speed of the last repeat.
+    """
+
+    cell: str
+    phase: Phase
+    done: int = 0
+    total: int = 0
+    decode_tok_s: float | None = None
+
+
+@dataclass(frozen=True)
+class CellPrepared:
+    """What is known of a cell before anything is loaded, should it die in the attempt."""
+
+    cell: str
+    predicted_bytes: dict[str, int] | None
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CellFinished:
+    """How it ended."""
+
+    record: Record
+
+
+Event = (
+    Noticed
+    | ReferenceStarted
+    | ReferenceFinished
+    | CellSkipped
+    | CellStarted
+    | CellPhase
+    | CellPrepared
+    | CellFinished
+)
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Watches nothing."""
+
+
+_FROM_CELL: dict[str, TypeAdapter[Any]] = {
+    kind.__name__: TypeAdapter(kind) for kind in (CellPhase, CellPrepared, CellFinished)
+}
+
+
+def to_line(event: Event) -> bytes:
+    """An event of a cell's own process as one line of JSON."""
+    kind = type(event).__name__
+    return json.dumps({kind: _FROM_CELL[kind].dump_python(event, mode="json")}).encode() + b"\n"
+
+
+def from_line(line: bytes) -> Event:
+    """The event that ``to_line`` wrote."""
+    ((kind, value),) = json.loads(line).items()
+    return _FROM_CELL[kind].validate_python(value)

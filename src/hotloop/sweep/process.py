@@ -1,0 +1,248 @@
+"""One cell in a process of its own, so that whatever becomes of it is a record and not the end.
+
+The child leads a session of its own: a Ctrl-C at the terminal reaches only us, and ending the
+child ends everything it started. It tells of its progress through a pipe of its own; what it and
+its libraries print goes to a log. If we die, it sees its stdin close and ends itself.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from hotloop.bench.record import Record, Status
+from hotloop.sweep.cell import base_record, gib
+from hotloop.sweep.events import CellFinished, CellPhase, CellPrepared, OnEvent, from_line
+from hotloop.sweep.job import Job
+
+GRACE_S = 5.0
+"""How long a process may take to end, once it was asked to or has given its record."""
+
+TICK_S = 0.1
+LOG_TAIL_LINES = 6
+
+OOM_SHARE = 0.8
+"""A process killed by somebody else while it held this much of the memory that was available when
+it started is taken for a victim of some out-of-memory killer, even if the kernel counted none."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a process ran; it has ended, and ``record`` is what there is to keep."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+
+
+def run_isolated(
+    job: Job, *, log: Path, timeout_s: float, on_event: OnEvent, grace_s: float = GRACE_S
+) -> Record:
+    """Runs a job in a new process.
+
+    Args:
+        job: What to run.
+        log: Where the process's output is appended.
+        timeout_s: Seconds from the start of the process until it is ended.
+        on_event: Is told what the process tells, except its record.
+        grace_s: Seconds between asking it to end and ending it by force.
+
+    Returns:
+        The process's record; or, if it gave none, ours about its end: ``timeout``, ``oom`` or
+        ``failed``.
+
+    Raises:
+        Interrupted: By KeyboardInterrupt, after the process was ended.
+    """
+    seen = _Seen(on_event)
+    fields, deadline = base_record(job), time.monotonic() + timeout_s
+    stopped: Status | None = None
+    with log.open("ab") as output:
+        output.write(f"--- {job.cell}, attempt {job.attempt}\n".encode())
+        output.flush()
+        log_start = output.tell()
+        with _started(job, output, grace_s) as (child, pipe):
+            try:
+                while True:
+                    ended = child.poll() is not None  # before reading: then all it wrote is there
+                    for line in pipe.lines(0 if ended else TICK_S):
+                        seen.take(line)
+                    if ended:
+                        break
+                    if seen.record:
+                        deadline = min(deadline, time.monotonic() + grace_s)
+                    if time.monotonic() > deadline:
+                        stopped = "timeout"
+                        break
+                    seen.sample_memory(child.pid)
+            except KeyboardInterrupt:
+                stopped = "interrupted"
+    record = seen.record
+    if record is None:
+        if stopped == "interrupted":
+            status, reason = stopped, f"stopped by its user in {seen.phase}"
+        elif stopped == "timeout":
+            status, reason = (
+                stopped,
+                f"took longer than the limit of {timeout_s:g} s in {seen.phase}",
+            )
+        else:
+            status, reason = seen.explain_death(child.returncode)
+        tail = _tail(log, log_start) if status != "interrupted" else ""
+        record = Record(**(fields | seen.facts), status=status, reason=reason + tail)
+    if stopped == "interrupted":
+        raise Interrupted(record)
+    return record
+
+
+class _Seen:
+    """What the parent has learnt about a process while it ran."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+        self.phase = "start"
+        self.facts = {}
+        self.record: Record | None = None
+        self._peak_rss = 0
+        self._available = psutil.virtual_memory().available
+        self._oom_kills = _kernel_oom_kills()
+
+    def take(self, line: bytes) -> None:
+        event = from_line(line)
+        match event:
+            case CellFinished():
+                self.record = event.record
+                return
+            case CellPrepared():
+                self.facts = {
+                    "predicted_bytes": event.predicted_bytes,
+                    "provenance": event.provenance,
+                }
+            case CellPhase():
+                self.phase = event.phase
+        self._on_event(event)
+
+    def sample_memory(self, pid: int) -> None:
+        with suppress(psutil.Error):
+            self._peak_rss = max(self._peak_rss, psutil.Process(pid).memory_info().rss)
+
+    def explain_death(self, code: int) -> tuple[Status, str]:
+        """How a process ended that left no record, from its exit code.
+
+        SIGKILL leaves no trace in the process, and we sent none. The kernel counts the processes
+        that it kills for want of memory; if that count rose meanwhile, this was one of them. A
+        container's or a desktop's own killer is not counted; it is suspected if the process held
+        most of the memory there was.
+        """
+        if code >= 0:
+            return "failed", f"the process ended in {self.phase} with exit code {code}, no record"
+        name = signal.Signals(-code).name
+        held = f"it held {gib(self._peak_rss)} of the {gib(self._available)} available"
+        if -code == signal.SIGKILL:
+            before, after = self._oom_kills, _kernel_oom_kills()
+            if before is not None and after is not None and after > before:
+                return "oom", f"killed by the kernel in {self.phase} for want of memory; {held}"
+            if self._peak_rss > OOM_SHARE * self._available:
+                return "oom", f"killed in {self.phase}, probably for want of memory; {held}"
+            return "failed", f"killed from outside by {name} in {self.phase}; {held}"
+        return "failed", f"crashed in {self.phase} with {name} ({signal.strsignal(-code)})"
+
+
+class _Pipe:
+    """Lines from a file descriptor, as they come."""
+
+    def __init__(self, file: int) -> None:
+        self._file, self._rest = file, b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(file, selectors.EVENT_READ)
+
+    def lines(self, timeout_s: float) -> Iterator[bytes]:
+        """Whole lines that are there, or come within ``timeout_s``."""
+        while self._selector.select(timeout_s):
+            if not (chunk := os.read(self._file, 2**16)):
+                self._selector.unregister(self._file)  # the other end is closed
+                break
+            *lines, self._rest = (self._rest + chunk).split(b"\n")
+            yield from lines
+            timeout_s = 0
+
+    def close(self) -> None:
+        self._selector.close()
+        os.close(self._file)
+
+
+@contextmanager
+def _started(
+    job: Job, output: BinaryIO, grace_s: float
+) -> Iterator[tuple[subprocess.Popen[bytes], _Pipe]]:
+    """The process of a job and the pipe of its events; afterwards, nothing of it is left."""
+    reader, writer = os.pipe()
+    pipe = _Pipe(reader)
+    try:
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", "-m", "hotloop.sweep.worker", str(writer)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writer,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(writer)
+        try:
+            assert child.stdin is not None, "stdin was asked for as a pipe"
+            with suppress(BrokenPipeError):  # it died at once; its exit code says so
+                child.stdin.write(job.model_dump_json().encode() + b"\n")
+                child.stdin.flush()
+            yield child, pipe
+        finally:
+            _end(child, grace_s)
+    finally:
+        pipe.close()
+
+
+def _end(child: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Ends a process and all that it started, politely first."""
+    try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait(grace_s)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        assert child.stdin is not None, "stdin was asked for as a pipe"
+        with suppress(BrokenPipeError):
+            child.stdin.close()
+
+
+def _kernel_oom_kills() -> int | None:
+    """How many processes the kernel has killed for want of memory; None where it does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None
+
+
+def _tail(log: Path, start: int) -> str:
+    """The last lines of this attempt's log; of a crash, up to the innermost frames."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        if line.startswith("Fatal Python error"):  # faulthandler prints the innermost frame first
+            lines = lines[: number + 4]
+            break
+    return "".join(f"\n{line}" for line in lines[-LOG_TAIL_LINES:])

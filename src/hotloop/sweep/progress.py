@@ -1,0 +1,131 @@
+"""A sweep under way as a person sees it, on stderr: a bar on a terminal, else plain lines."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from hotloop.bench.record import Record
+from hotloop.sweep.events import (
+    CellFinished,
+    CellPhase,
+    CellPrepared,
+    CellSkipped,
+    CellStarted,
+    Event,
+    Noticed,
+    Phase,
+    ReferenceFinished,
+    ReferenceStarted,
+)
+
+DOING: dict[Phase, str] = {
+    "start": "starting",
+    "predict": "looking at the machine",
+    "load": "loading, compiling, warming up",
+    "speed": "timing",
+    "quality": "scoring",
+    "reference": "scoring",
+}
+
+
+class SweepProgress:
+    """Shows events: pass the object itself as ``on_event``, within its ``with`` block.
+
+    Args:
+        console: Where to; stderr by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", start=False, visible=False, note="")
+        self._label = ""
+        self._began = time.monotonic()
+
+    def __enter__(self) -> SweepProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Shows one event."""
+        match event:
+            case Noticed(message):
+                self._say(f"[yellow]note[/] {escape(message)}")
+            case ReferenceStarted(cell, reused):
+                self._begin(f"reference {cell}", "" if reused else "scoring it first")
+            case ReferenceFinished(_, reason):
+                how = "[green]ready[/]" if reason is None else f"[yellow]none[/] {escape(reason)}"
+                self._end(how)
+            case CellSkipped(record):
+                self._say(f"{escape(record.cell)}  [dim]done before:[/] {_outcome(record)}")
+            case CellStarted(cell, index, total, attempt):
+                again = f"attempt {attempt}" if attempt > 1 else ""
+                self._begin(f"[{index}/{total}] {cell}", again)
+            case CellPhase():
+                self._phase(event)
+            case CellPrepared():
+                pass
+            case CellFinished(record):
+                self._end(_outcome(record))
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _begin(self, label: str, note: str) -> None:
+        self._label, self._began = escape(label), time.monotonic()
+        self._progress.reset(
+            self._task, description=self._label, total=None, visible=True, note=note
+        )
+        if not self._console.is_terminal:
+            self._say(" ".join(filter(None, (self._label, note))))
+
+    def _phase(self, event: CellPhase) -> None:
+        doing = DOING[event.phase]
+        speed = f"{event.decode_tok_s:.1f} tok/s" if event.decode_tok_s else ""
+        self._progress.update(
+            self._task,
+            description=f"{self._label} [dim]{doing}[/]",
+            completed=event.done,
+            total=event.total or None,
+            note=speed,
+        )
+        if event.done == 0 and not self._console.is_terminal:
+            self._say(f"  {doing}")
+
+    def _end(self, outcome: str) -> None:
+        self._progress.update(self._task, visible=False)
+        seconds = time.monotonic() - self._began
+        self._say(f"{self._label}  {outcome}  [dim]({seconds:.0f} s)[/]")
+
+
+def _outcome(record: Record) -> str:
+    """One line about how a cell ended."""
+    if record.decode_tok_s is None:
+        return f"[red]{record.status}[/] {escape((record.reason or '').partition(chr(10))[0])}"
+    parts = [f"[green]{record.status}[/]" if record.status == "ok" else "[yellow]unstable[/]"]
+    parts.append(f"decode {record.decode_tok_s.mean:,.1f} tok/s")
+    if record.delta_ln_ppl is not None:
+        parts.append(f"Δ ln ppl {record.delta_ln_ppl.mean:+.4f}")
+    return "  ".join(parts)

@@ -1,0 +1,359 @@
+"""A recipe: which configurations to measure, on which workload, against which text.
+
+A YAML file, checked completely before anything runs. What it may say about a configuration is
+derived from ``EngineConfig``, so a new lever can be swept by being a field there.
+
+    name: demo
+    model: smollm2-135m
+    matrix:                       # every combination, in EngineConfig's order of fields
+      quant: [none, int8, int4-g64]
+      execution: [eager, compile]
+    cells:                        # and these
+      - {quant: int8, head: none}
+    defaults: {dtype: bfloat16}   # for all of them
+    workload: {prompt_tokens: 32, new_tokens: 64}
+    quality: {window: 256, n_windows: 16}    # or false
+    timeout_s: 600                # per cell
+
+One recipe is about one model: records of different models cannot be compared, so they belong into
+different results folders.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import types
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    create_model,
+)
+
+from hotloop.bench.record import Workload
+from hotloop.errors import ConfigError
+from hotloop.types import EngineConfig, WeightSource
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class QualityOptions(_Strict):
+    """What to score.
+
+    Attributes:
+        window: Tokens in a window.
+        n_windows: The most windows to score, from the beginning of the text.
+        text: A UTF-8 file, relative to the recipe; None takes the text that comes with Python.
+    """
+
+    window: Annotated[int, Field(ge=2)] = 512
+    n_windows: Annotated[int, Field(ge=2)] = 16
+    text: Annotated[Path | None, Field(strict=False)] = None
+
+
+def _canonical_scheme(name: str) -> str:
+    from hotloop.quant import parse_scheme  # imports torch
+
+    return parse_scheme(name).name
+
+
+def _canonical_head(name: str) -> str:
+    return name if name == "auto" else _canonical_scheme(name)
+
+
+def _lever_types() -> dict[str, Any]:
+    hints = get_type_hints(EngineConfig)
+    hints["quant"] = Annotated[str, AfterValidator(_canonical_scheme)]
+    hints["head"] = Annotated[str, AfterValidator(_canonical_head)]
+    return {
+        field.name: hints[field.name]
+        for field in fields(EngineConfig)
+        if field.name not in ("model", "weights")
+    }
+
+
+if TYPE_CHECKING:
+    Levers = Matrix = BaseModel
+else:
+    Levers = create_model(
+        "Levers",
+        __base__=_Strict,
+        __doc__="Some of EngineConfig's fields, those of one cell or of all.",
+        **{name: (hint, None) for name, hint in _lever_types().items()},
+    )
+    Matrix = create_model(
+        "Matrix",
+        __base__=_Strict,
+        __doc__="The values to try of some of EngineConfig's fields.",
+        **{
+            name: (Annotated[list[hint], Field(min_length=1)], None)
+            for name, hint in _lever_types().items()
+        },
+    )
+
+
+def _timed(workload: Workload) -> Workload:
+    least = {"prompt_tokens": 1, "new_tokens": 2, "batch": 1, "repeats": 1, "seed": 0}
+    for name, minimum in least.items():
+        if getattr(workload, name) < minimum:
+            raise ConfigError(f"{name} must be at least {minimum}.")
+    return workload
+
+
+class Recipe(_Strict):
+    """A whole experiment; the module says what the fields mean."""
+
+    name: Annotated[str, Field(min_length=1)] = "sweep"
+    model: Annotated[str, Field(min_length=1)]
+    weights: WeightSource = "checkpoint"
+    defaults: Levers = Levers()
+    matrix: Matrix = Matrix()
+    cells: list[Levers] = []
+    workload: Annotated[Workload, AfterValidator(_timed)] = Workload(
+        prompt_tokens=128, new_tokens=128
+    )
+    quality: Annotated[
+        QualityOptions | None, BeforeValidator(lambda value: None if value is False else value)
+    ] = QualityOptions()
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what the recipe says, whatever its layout and comments."""
+        return sha256_of(self.model_dump(mode="json", exclude_unset=True))
+
+    @property
+    def quality_options(self) -> QualityOptions | None:
+        """``quality`` with its text's path made absolute; None if there is nothing to score."""
+        if self.weights == "random" or self.quality is None:
+            return None
+        text = self.quality.text and (self._folder / self.quality.text).resolve()
+        return self.quality.model_copy(update={"text": text})
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Reads and checks a recipe.
+
+    Raises:
+        ConfigError: The file cannot be read, is no YAML, or says something that cannot be run;
+            every problem is named by its place in the recipe.
+    """
+    path = Path(path)
+    try:
+        said = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(said, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping with at least `model`, not {said!r:.80}.")
+    return _checked(said, source=str(path), folder=path.parent)
+
+
+def recipe_from_flags(
+    model: str,
+    *,
+    matrix: Mapping[str, Sequence[Any]],
+    defaults: Mapping[str, Any] | None = None,
+    workload: Mapping[str, int] | None = None,
+    quality: Mapping[str, Any] | Literal[False] | None = None,
+    **others: Any,
+) -> Recipe:
+    """The recipe that a command line spells out, checked like a file.
+
+    Args:
+        model: As in ``EngineConfig``.
+        matrix: Field of ``EngineConfig`` -> values to try; fields without values are left out.
+        defaults: Fields of ``EngineConfig`` for all cells; those that are None are left out.
+        workload: Fields of ``Workload``; None takes the default one.
+        quality: Fields of ``QualityOptions``, False for none, None for the default.
+        **others: ``name``, ``weights``, ``timeout_s``; those that are None are left out.
+
+    Raises:
+        ConfigError: As for ``load_recipe``.
+    """
+    said = {
+        "model": model,
+        "matrix": {name: list(values) for name, values in matrix.items() if values},
+        "defaults": _given(defaults or {}),
+        "workload": workload,
+        "quality": quality,
+        **others,
+    }
+    return _checked(_given(said), source="command line", folder=Path())
+
+
+def expand(recipe: Recipe) -> list[EngineConfig]:
+    """Every configuration of a recipe: the matrix's product, then the explicit cells.
+
+    Where the recipe does not say, ``max_batch_size`` is the workload's batch and ``max_seq_len``
+    is what the workload and the quality windows need, so that memory is that of the experiment
+    and not of the model's whole context.
+
+    Raises:
+        ConfigError: Two cells are the same, or a cell cannot hold the workload or a window.
+    """
+    axes = recipe.matrix.model_dump(exclude_unset=True)
+    combinations = [
+        dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
+    ]
+    if recipe.cells and not axes:
+        combinations = []  # explicit cells alone, and not the empty product's one
+    explicit = [cell.model_dump(exclude_unset=True) for cell in recipe.cells]
+    defaults = recipe.defaults.model_dump(exclude_unset=True)
+    configs = [_config(recipe, {**defaults, **levers}) for levers in combinations + explicit]
+    for config, count in Counter(configs).items():
+        if count > 1:
+            raise ConfigError(
+                f"the recipe has the cell {config.name!r} {count} times: remove it from `cells` "
+                "or from a list of `matrix`."
+            )
+    return configs
+
+
+def fit_to_experiment(
+    config: EngineConfig, workload: Workload, quality: QualityOptions | None
+) -> EngineConfig:
+    """``config`` with the sequence length that an experiment needs, where it names none.
+
+    Raises:
+        ConfigError: The configuration cannot hold the workload or a quality window.
+    """
+    asked = workload.prompt_tokens + workload.new_tokens
+    needed = max(asked, quality.window if quality else 0)
+    if config.max_seq_len is None:
+        config = replace(config, max_seq_len=needed)
+    if config.max_seq_len is not None and config.max_seq_len < needed:
+        what = f"workload of {asked} tokens" if asked == needed else f"window of {needed} tokens"
+        raise ConfigError(
+            f"max_seq_len {config.max_seq_len} of {config.name} cannot hold the {what}: raise it "
+            "or leave it out."
+        )
+    if config.max_batch_size < workload.batch:
+        raise ConfigError(
+            f"max_batch_size {config.max_batch_size} of {config.name} is below the workload's "
+            f"batch of {workload.batch}: raise it or leave it out."
+        )
+    return config
+
+
+def cell_names(configs: Sequence[EngineConfig]) -> list[str]:
+    """A name for each configuration: its own, and what tells it from others of that name.
+
+    ``EngineConfig.name`` leaves out fields that rarely matter; where a sweep varies one of those,
+    such as ``prefill_chunk``, it is appended.
+    """
+    names = []
+    for config in configs:
+        namesakes = [other.to_dict() for other in configs if other.name == config.name]
+        varied = [
+            f"{field}={value}"
+            for field, value in config.to_dict().items()
+            if any(other[field] != value for other in namesakes)
+        ]
+        names.append("/".join([config.name, *varied]))
+    return names
+
+
+def sha256_of(value: Any) -> str:
+    """Hash of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _config(recipe: Recipe, levers: dict[str, Any]) -> EngineConfig:
+    levers = {"max_batch_size": recipe.workload.batch, **levers}
+    config = EngineConfig(model=recipe.model, weights=recipe.weights, **levers)
+    return fit_to_experiment(config, recipe.workload, recipe.quality_options)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _checked(said: dict[str, Any], *, source: str, folder: Path) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(said)
+        recipe._folder = folder
+        expand(recipe)
+    except ValidationError as error:
+        problems = [_problem(one["type"], one["loc"], one) for one in error.errors()]
+        between = " " if len(problems) == 1 else "\n  "
+        raise ConfigError(between.join([f"{source}:", *problems])) from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return recipe
+
+
+def _problem(kind: str, loc: tuple[int | str, ...], error: Any) -> str:
+    """One of pydantic's errors in a sentence: the place, the value, the nearest, the choices."""
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    place, value = place.removeprefix("."), error["input"]
+    if kind == "extra_forbidden":
+        choices = _declared_at(loc[:-1]).model_fields
+        return f"{place}: there is no such key. {_nearest(str(loc[-1]), choices)}"
+    if kind == "missing":
+        return f"{place}: is missing."
+    if kind == "literal_error":
+        choices = get_args(_declared_at(loc))
+        return f"{place}: {value!r} is not a choice. {_nearest(str(value), choices)}"
+    if kind == "value_error":
+        return f"{place}: {error['ctx']['error']}"
+    must = {"model_type": "should be a mapping", "too_short": "should have at least one value"}
+    said = must.get(kind) or error["msg"].removeprefix("Input ")
+    return f"{place}: {said}, not {value!r:.80}."
+
+
+def _nearest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
+    found = difflib.get_close_matches(word, choices, n=1)
+    guess = f"Did you mean {found[0]!r}? " if found else ""
+    return f"{guess}Choose from: {', '.join(choices)}."
+
+
+def _declared_at(loc: Sequence[int | str]) -> Any:
+    """What the recipe's models declare at a place: a model, or a value's type."""
+    here: Any = Recipe
+    for part in loc:
+        here = get_args(here)[0] if isinstance(part, int) else here.model_fields[part].annotation
+        while get_origin(here) in (Annotated, Union, types.UnionType):
+            here = get_args(here)[0]
+    return here
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML as written: a key given twice is an error, not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, count in Counter(keys).items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given {count} times", node.start_mark
+                )
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,163 @@
+"""Runs a recipe: the reference first, then each cell in a process of its own, one after the other.
+
+One at a time, because cells that share a machine measure each other. What is done is on the disk
+before the next one starts, so a sweep can be stopped at any time and resumed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hotloop.bench.record import MEASURED, Record, Status
+from hotloop.errors import ConfigError
+from hotloop.sweep.events import (
+    CellFinished,
+    CellSkipped,
+    CellStarted,
+    Noticed,
+    OnEvent,
+    ReferenceFinished,
+    ReferenceStarted,
+    ignore,
+)
+from hotloop.sweep.job import EngineSource, Job, make_jobs
+from hotloop.sweep.process import Interrupted, run_isolated
+from hotloop.sweep.recipe import Recipe, expand
+from hotloop.sweep.store import RECORDS, append, locked, read_file
+
+FINISHED: tuple[Status, ...] = (*MEASURED, "unsupported", "predicted-oom", "oom")
+"""The statuses that ``resume`` does not try again: another attempt would end the same way."""
+
+
+def run_sweep(
+    recipe: Recipe,
+    results: Path,
+    *,
+    resume: bool = False,
+    on_event: OnEvent = ignore,
+    source: EngineSource = EngineSource(),  # noqa: B008 (frozen)
+) -> list[Record]:
+    """Measures every cell of a recipe.
+
+    Args:
+        recipe: What to measure.
+        results: The results folder, made if need be: ``records.jsonl``, ``logs/`` and, kept for
+            resuming, ``.reference/``.
+        resume: Go on in a folder that has records: cells that were finished there, with the same
+            configuration, workload and quality protocol, are not measured again.
+        on_event: Is told what happens.
+        source: Where engines come from.
+
+    Returns:
+        The latest record of each of the recipe's cells, in the recipe's order.
+
+    Raises:
+        ConfigError: The folder has records and ``resume`` was not asked for, or another sweep is
+            writing there, or the text cannot be read.
+        KeyboardInterrupt: By Ctrl-C, after the running process was ended and its cell recorded as
+            ``interrupted``.
+    """
+    jobs = make_jobs(
+        expand(recipe),
+        recipe.workload,
+        recipe.quality_options,
+        source=source,
+        provenance={"recipe": {"name": recipe.name, "sha256": recipe.sha256}},
+    )
+    results.mkdir(parents=True, exist_ok=True)
+    with locked(results):
+        earlier = _earlier(results, resume, on_event)
+        sweep = _Sweep(results, recipe.timeout_s, on_event)
+        # All references before the first cell: what it shares with the cells is then in place.
+        jobs = [sweep.with_reference(job, earlier.get(job.key)) for job in jobs]
+        return [
+            sweep.measure(job, earlier.get(job.key), index=index, total=len(jobs))
+            for index, job in enumerate(jobs, start=1)
+        ]
+
+
+def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record]:
+    """The latest record of each job that was done in this folder, by the job's key."""
+    path = results / RECORDS
+    if not path.exists():
+        return {}
+    records, problems = read_file(path)
+    if records and not resume:
+        raise ConfigError(
+            f"{results} already has records ({len(records)}): go on with --resume, or choose "
+            "another results folder."
+        )
+    for problem in problems:
+        on_event(Noticed(problem))
+    return {record.provenance.get("key", ""): record for record in records}
+
+
+def _is_finished(job: Job, earlier: Record | None) -> bool:
+    """Whether another attempt at a job would tell nothing new."""
+    if earlier is None or earlier.status not in FINISHED:
+        return False
+    lacks_reference = earlier.status in MEASURED and "reference" not in earlier.provenance
+    return not (lacks_reference and job.reference)
+
+
+class _Sweep:
+    """A sweep under way: the folder, the limit, who watches, and the references so far."""
+
+    def __init__(self, results: Path, timeout_s: float, on_event: OnEvent) -> None:
+        self.results, self.timeout_s, self.on_event = results, timeout_s, on_event
+        self.no_reference: dict[Path, str | None] = {}  # file -> why there is none
+
+    def with_reference(self, job: Job, earlier: Record | None) -> Job:
+        """The job with the reference it is to be compared with, scored now if it is missing."""
+        compared = earlier is not None and "reference" in earlier.provenance
+        if job.quality is None or (compared and _is_finished(job, earlier)):
+            return job
+        scoring = job.reference_job(self.results / ".reference")
+        file = scoring.reference
+        assert file is not None, "a reference job names its file"
+        if file not in self.no_reference:
+            self.no_reference[file] = self._score(scoring, file)
+        if reason := self.no_reference[file]:
+            return job.model_copy(update={"no_reference": reason})
+        provenance = {**job.provenance, "reference": file.stem}
+        return job.model_copy(update={"reference": file, "provenance": provenance})
+
+    def measure(self, job: Job, earlier: Record | None, *, index: int, total: int) -> Record:
+        """The job's record: the earlier one if that will do, or that of a new attempt."""
+        if earlier is not None and _is_finished(job, earlier):
+            self.on_event(CellSkipped(earlier))
+            return earlier
+        if earlier is not None:
+            job = job.model_copy(update={"attempt": earlier.attempt + 1})
+        self.on_event(CellStarted(job.cell, index, total, job.attempt))
+        try:
+            return self._keep(self._run(job))
+        except Interrupted as stop:
+            self._keep(stop.record)
+            raise
+
+    def _score(self, job: Job, file: Path) -> str | None:
+        """Makes sure that a reference is there, or says why it is not."""
+        reused = file.exists()
+        self.on_event(ReferenceStarted(job.cell, reused))
+        reason = None
+        if not reused:
+            record = self._run(job)
+            if record.status != "ok":
+                why = (record.reason or "").partition("\n")[0]
+                reason = f"the reference {job.cell} ended as {record.status}: {why}"
+        self.on_event(ReferenceFinished(job.cell, reason))
+        return reason
+
+    def _run(self, job: Job) -> Record:
+        name = re.sub(r"[^\w.+=-]+", "_", job.cell)
+        prefix = "reference-" if job.task == "reference" else ""
+        log = self.results / "logs" / f"{prefix}{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        return run_isolated(job, log=log, timeout_s=self.timeout_s, on_event=self.on_event)
+
+    def _keep(self, record: Record) -> Record:
+        append(self.results / RECORDS, record)
+        self.on_event(CellFinished(record))
+        return record

@@ -1,0 +1,49 @@
+"""The process of one cell: ``python -m hotloop.sweep.worker FD``.
+
+Reads a job, one line of JSON, from stdin; writes events, a line of JSON each, to the file
+descriptor FD, the last one holding the record. stdout and stderr are for whoever reads the log.
+
+stdin stays open for as long as the parent lives. When it closes, the parent is gone and nobody
+will read the result, so the whole process group ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+
+from hotloop.sweep.cell import run_cell, score_reference
+from hotloop.sweep.events import CellFinished, Event, to_line
+from hotloop.sweep.job import Job
+
+
+def main() -> None:
+    """Runs the job."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    job = Job.model_validate_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    pipe = int(sys.argv[1])
+    os.set_inheritable(pipe, False)  # or a process started here could hold it open
+
+    def tell(event: Event) -> None:
+        line = to_line(event)
+        while line:
+            line = line[os.write(pipe, line) :]
+
+    run = score_reference if job.task == "reference" else run_cell
+    tell(CellFinished(run(job, tell)))
+
+
+def _end_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Engines that end in every way an engine can, without torch, so that processes start fast.
+
+``EngineConfig.seed`` picks the way.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from hotloop.errors import OutOfMemoryError, UnsupportedError
+from hotloop.types import EngineConfig, EngineDescription, Generation, Timing
+
+
+class End(IntEnum):
+    OK = 0
+    RAISES = 1
+    SEGFAULTS = 2
+    HANGS = 3
+    OOM = 4
+    UNSUPPORTED = 5
+    PREDICTED_OOM = 6
+    EXITS = 7
+    KILLED = 8
+    WRAPPED_OOM = 9
+    OOM_IN_QUALITY = 10
+
+
+@dataclass(frozen=True)
+class Memory:
+    total_bytes: int = 2**30
+    free_bytes: int = 2**31
+
+    def to_dict(self) -> dict[str, int]:
+        return {"total_bytes": self.total_bytes, "free_bytes": self.free_bytes}
+
+
+def predict(config: EngineConfig) -> Memory:
+    return Memory(2**32) if config.seed == End.PREDICTED_OOM else Memory()
+
+
+def create(config: EngineConfig) -> "FakeEngine":
+    match config.seed:
+        case End.RAISES:
+            raise KeyError("no such layer")
+        case End.SEGFAULTS:
+            print("about to fall over", flush=True)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case End.HANGS:
+            grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            Path(os.environ["PIDS"]).write_text(f"{os.getpid()} {grandchild.pid}")
+            time.sleep(60)
+        case End.OOM:
+            raise OutOfMemoryError("load", 2**33, 2**30)
+        case End.UNSUPPORTED:
+            raise UnsupportedError("no such kernel here")
+        case End.EXITS:
+            os._exit(3)
+        case End.KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case End.WRAPPED_OOM:
+            raise RuntimeError("compiling failed") from MemoryError()
+    return FakeEngine(config)
+
+
+class FakeEngine:
+    """Makes tokens at 100 a second, by its own clock."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+
+    def generate(self, prompts, params):
+        n = params.max_new_tokens
+        timing = Timing(n_tokens=n, ttft_s=0.05, e2e_s=0.05 + (n - 1) * 0.01)
+        return [
+            Generation(
+                prompt_ids=tuple(prompt),
+                token_ids=(0,) * n,
+                text="",
+                finish_reason="length",
+                timing=timing,
+            )
+            for prompt in prompts
+        ]
+
+    def encode(self, text):
+        return [ord(character) % 7 for character in text]
+
+    def describe(self) -> EngineDescription:
+        return EngineDescription(
+            config=self.config,
+            family="fake",
+            device="cpu",
+            device_name="fake",
+            dtype="float32",
+            vocab_size=7,
+            max_seq_len=64,
+            n_params=7,
+            weight_bytes=28,
+            weight_bytes_per_step=28,
+            kv_bytes_per_token=2,
+            load_s=0.5,
+            warmup_s=0.25,
+        )
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,57 @@
+"""The fakes as a cell's own process imports them: with a machine that is made up as well.
+
+The real provenance takes torch and seconds, and the real scoring too.
+"""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from sweep_fakes import End, create, predict
+
+from hotloop import hardware
+from hotloop.bench.statistics import mean_figure
+from hotloop.errors import HotloopError
+
+__all__ = ["create", "predict"]
+
+hardware.resolve_device = lambda name: name
+hardware.provenance = lambda device: {
+    "device": {"name": device, "read_bytes_per_s": 1e9, "datasheet_bytes_per_s": None}
+}
+
+
+def write_reference(_engine, windows, path, key, on_window):
+    if "NO_REFERENCE" in os.environ:
+        raise HotloopError("made to fail")
+    on_window(len(windows), len(windows))
+    Path(path).write_text(repr(key))
+
+
+def open_reference(path, key):
+    assert Path(path).read_text() == repr(key)
+    return "the reference"
+
+
+def measure_quality(engine, windows, *, reference, on_window):
+    if engine.config.seed == End.OOM_IN_QUALITY:
+        raise MemoryError("no room for the logits")
+    on_window(len(windows), len(windows))
+    paired = mean_figure([0.01, 0.02]) if reference else None
+    return SimpleNamespace(
+        perplexity=mean_figure([20.0, 21.0]),
+        delta_ln_ppl=paired,
+        kl_mean=paired,
+        kl_p99=0.1 if reference else None,
+        kl_max=0.2 if reference else None,
+        same_top1=mean_figure([0.9, 0.95]) if reference else None,
+    )
+
+
+sys.modules["hotloop.evaluate.quality"] = SimpleNamespace(
+    write_reference=write_reference, measure_quality=measure_quality
+)
+sys.modules["hotloop.evaluate.reference"] = SimpleNamespace(
+    Reference=open_reference, ReferenceKey=SimpleNamespace
+)

@@ -1,0 +1,295 @@
+"""Sweeps of real child processes around fake engines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from sweep_fakes import End
+
+from hotloop.bench.record import Record
+from hotloop.errors import ConfigError
+from hotloop.sweep.events import (
+    CellFinished,
+    CellPhase,
+    CellSkipped,
+    CellStarted,
+    Noticed,
+    ReferenceFinished,
+    ReferenceStarted,
+)
+from hotloop.sweep.job import EngineSource
+from hotloop.sweep.recipe import Recipe, recipe_from_flags
+from hotloop.sweep.runner import run_sweep
+from hotloop.sweep.store import read_file
+
+FAKE = EngineSource(create="sweep_fakes_child:create", predict="sweep_fakes_child:predict")
+
+
+@pytest.fixture(autouse=True)
+def _children_find_the_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def recipe(*ends: End, timeout_s: float = 60.0) -> Recipe:
+    return recipe_from_flags(
+        "some-shape",
+        weights="random",
+        matrix={"seed": [int(end) for end in ends]},
+        workload={"prompt_tokens": 4, "new_tokens": 8},
+        timeout_s=timeout_s,
+    )
+
+
+def sweep(results: Path, *ends: End, **options) -> list[Record]:
+    timeout_s = options.pop("timeout_s", 60.0)
+    return run_sweep(recipe(*ends, timeout_s=timeout_s), results, source=FAKE, **options)
+
+
+def test_a_cell_becomes_a_complete_record(tmp_path):
+    events = []
+    (record,) = sweep(tmp_path, End.OK, on_event=events.append)
+    assert (record.status, record.reason, record.attempt) == ("ok", None, 1)
+    assert record.decode_tok_s.mean == pytest.approx(100)
+    assert record.decode_tok_s.n == 5
+    assert record.load_s == 0.5
+    assert record.warmup_s == 0.25
+    assert record.predicted_bytes == {"total_bytes": 2**30, "free_bytes": 2**31}
+    assert record.engine["family"] == "fake"
+    assert record.mbu.mean == pytest.approx((28 + 2 * 8) / 0.01 / 1e9)
+    assert "random weights" in record.quality_reason
+    assert record.provenance["recipe"]["sha256"] == recipe(End.OK).sha256
+    assert read_file(tmp_path / "records.jsonl") == ([record], [])
+
+    assert events[0] == CellStarted("none/eager", 1, 1)
+    phases = [(e.phase, e.done, e.total) for e in events if isinstance(e, CellPhase)]
+    assert phases[:3] == [("predict", 0, 0), ("load", 0, 0), ("speed", 0, 0)]
+    assert phases[3:] == [("speed", done, 5) for done in range(1, 6)]
+    assert events[-1] == CellFinished(record)
+
+
+def test_whatever_ends_a_cell_is_a_row_and_not_the_end(tmp_path):
+    ends = [
+        End.RAISES,
+        End.SEGFAULTS,
+        End.OOM,
+        End.WRAPPED_OOM,
+        End.UNSUPPORTED,
+        End.PREDICTED_OOM,
+        End.EXITS,
+        End.KILLED,
+        End.OK,
+    ]
+    records = dict(zip(ends, sweep(tmp_path, *ends), strict=True))
+    assert {end: record.status for end, record in records.items()} == {
+        End.RAISES: "failed",
+        End.SEGFAULTS: "failed",
+        End.OOM: "oom",
+        End.WRAPPED_OOM: "oom",
+        End.UNSUPPORTED: "unsupported",
+        End.PREDICTED_OOM: "predicted-oom",
+        End.EXITS: "failed",
+        End.KILLED: "failed",
+        End.OK: "ok",
+    }
+    reasons = {end: record.reason for end, record in records.items()}
+    assert reasons[End.RAISES].startswith("KeyError in load: 'no such layer'\n")
+    assert "in create" in reasons[End.RAISES]
+    assert "crashed in load with SIGSEGV" in reasons[End.SEGFAULTS]
+    assert "about to fall over" in reasons[End.SEGFAULTS]
+    assert "out of memory in load, needed 8.00 GiB, free 1.00 GiB" in reasons[End.OOM]
+    assert "out of memory in load" in reasons[End.WRAPPED_OOM]
+    assert "needed 1.00 GiB as predicted, 2.00 GiB" in reasons[End.WRAPPED_OOM]
+    assert reasons[End.UNSUPPORTED] == "no such kernel here"
+    assert reasons[End.PREDICTED_OOM] == "needs 4.00 GiB, 2.00 GiB free"
+    assert "exit code 3" in reasons[End.EXITS]
+    assert "killed from outside by SIGKILL in load" in reasons[End.KILLED]
+    for record in records.values():  # known before the end, so kept in spite of it
+        assert record.provenance["device"]["name"] == "auto"
+        assert record.predicted_bytes is not None
+
+
+def test_a_hang_ends_at_the_limit_with_everything_it_started(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    start = time.monotonic()
+    (record,) = sweep(tmp_path, End.HANGS, timeout_s=1.5)
+    assert time.monotonic() - start < 10
+    assert record.status == "timeout"
+    assert record.reason.startswith("took longer than the limit of 1.5 s in load")
+    assert not alive(tmp_path / "pids")
+
+
+def test_resume_measures_what_is_missing_or_failed_and_nothing_else(tmp_path):
+    sweep(tmp_path, End.OK, End.RAISES, End.OOM)
+    events = []
+    records = sweep(
+        tmp_path, End.OK, End.RAISES, End.OOM, End.UNSUPPORTED, resume=True, on_event=events.append
+    )
+    assert [record.attempt for record in records] == [1, 2, 1, 1]
+    assert len([event for event in events if isinstance(event, CellSkipped)]) == 2
+    assert len(read_file(tmp_path / "records.jsonl")[0]) == 5
+
+
+def test_resume_goes_by_the_whole_configuration_and_workload_and_not_by_the_name(tmp_path):
+    sweep(tmp_path, End.OK)
+    other = recipe(End.OK).model_copy(
+        update={"workload": recipe(End.OK).workload.model_copy(update={"new_tokens": 4})}
+    )
+    (record,) = run_sweep(other, tmp_path, resume=True, source=FAKE)
+    assert record.workload.new_tokens == 4
+    assert len(read_file(tmp_path / "records.jsonl")[0]) == 2
+
+
+def test_results_are_not_mixed_unless_asked_for(tmp_path):
+    sweep(tmp_path, End.UNSUPPORTED)
+    with pytest.raises(ConfigError, match="--resume"):
+        sweep(tmp_path, End.UNSUPPORTED)
+
+
+def test_a_half_written_line_is_reported_and_neither_trusted_nor_continued(tmp_path):
+    sweep(tmp_path, End.UNSUPPORTED)
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    events = []
+    (record,) = sweep(tmp_path, End.UNSUPPORTED, resume=True, on_event=events.append)
+    assert "line 1, is half-written" in next(e.message for e in events if isinstance(e, Noticed))
+    assert len(path.read_bytes().splitlines()) == 2
+    assert json.loads(path.read_bytes().splitlines()[1])["status"] == "unsupported"
+    assert read_file(path)[0] == [record]
+
+
+def test_ctrl_c_ends_the_child_keeps_what_is_done_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    parent = start_parent(tmp_path, End.UNSUPPORTED, End.HANGS)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(10) == 130
+    assert not alive(tmp_path / "pids")
+    records, _ = read_file(tmp_path / "records.jsonl")
+    assert [record.status for record in records] == ["unsupported", "interrupted"]
+
+    resumed = sweep(tmp_path, End.UNSUPPORTED, End.HANGS, resume=True, timeout_s=1.5)
+    assert [(r.status, r.attempt) for r in resumed] == [("unsupported", 1), ("timeout", 2)]
+
+
+def test_a_child_ends_with_its_parent(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    parent = start_parent(tmp_path, End.HANGS)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while alive(tmp_path / "pids"):
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.02)
+
+
+def scored_recipe(folder: Path, *ends: End) -> Recipe:
+    (folder / "model.gguf").write_bytes(b"weights")
+    (folder / "text.txt").write_text("some words " * 20)
+    return recipe_from_flags(
+        str(folder / "model.gguf"),
+        matrix={"seed": [int(end) for end in ends]},
+        workload={"prompt_tokens": 4, "new_tokens": 8},
+        quality={"window": 16, "n_windows": 4, "text": folder / "text.txt"},
+    )
+
+
+def test_the_reference_is_scored_once_and_cells_are_compared_with_it(tmp_path):
+    events = []
+    recipe = scored_recipe(tmp_path, End.OK, End.OOM_IN_QUALITY)
+    records = run_sweep(recipe, tmp_path / "out", source=FAKE, on_event=events.append)
+    about_it = [e for e in events if isinstance(e, ReferenceStarted | ReferenceFinished)]
+    assert about_it == [ReferenceStarted("none/eager"), ReferenceFinished("none/eager")]
+    compared, unscored = records
+    assert compared.status == "ok"
+    assert compared.delta_ln_ppl.samples == (0.01, 0.02)
+    assert compared.quality_reason is None
+    assert compared.quality_protocol.reference == "none/eager float32"
+    assert compared.quality_protocol.n_windows == 4
+    assert compared.provenance["weights_sha256"] == hashlib.sha256(b"weights").hexdigest()
+
+    assert unscored.status == "ok"  # what could not be scored keeps its speed
+    assert unscored.decode_tok_s is not None
+    assert "out of memory in quality: no room for the logits" in unscored.quality_reason
+
+    (tmp_path / "out" / "records.jsonl").write_text("")
+    recipe = scored_recipe(tmp_path, End.UNSUPPORTED)
+    run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE, on_event=events.append)
+    assert ReferenceStarted("none/eager", reused=True) in events
+
+
+def test_without_a_reference_cells_run_say_why_and_are_compared_once_there_is_one(
+    tmp_path, monkeypatch
+):
+    recipe = scored_recipe(tmp_path, End.OK)
+    monkeypatch.setenv("NO_REFERENCE", "1")
+    for record in run_sweep(recipe, tmp_path / "out", source=FAKE):
+        assert record.status == "ok"
+        assert record.perplexity is not None
+        assert record.delta_ln_ppl is None
+        assert record.quality_reason == (
+            "the reference none/eager ended as failed: HotloopError in reference: made to fail"
+        )
+    events = []
+    run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE, on_event=events.append)
+    assert any(isinstance(event, CellSkipped) for event in events)
+
+    monkeypatch.delenv("NO_REFERENCE")
+    for record in run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE):
+        assert record.attempt == 2
+        assert record.delta_ln_ppl is not None
+
+
+def test_another_checkpoint_under_the_same_name_is_measured_again(tmp_path):
+    recipe = scored_recipe(tmp_path, End.UNSUPPORTED)
+    run_sweep(recipe, tmp_path / "out", source=FAKE)
+    (tmp_path / "model.gguf").write_bytes(b"other weights")
+    run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE)
+    assert len(read_file(tmp_path / "out" / "records.jsonl")[0]) == 2
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    parent = start_parent(tmp_path, End.HANGS)
+    with pytest.raises(ConfigError, match="another sweep"):
+        sweep(tmp_path, End.OK)
+    parent.send_signal(signal.SIGINT)
+    parent.wait(10)
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from test_sweep_runner import End, sweep
+try:
+    sweep(Path(sys.argv[1]), *(End(int(end)) for end in sys.argv[2:]))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def start_parent(results: Path, *ends: End) -> subprocess.Popen:
+    """A sweep in a process of its own, once its hanging cell hangs."""
+    arguments = [str(results), *(str(int(end)) for end in ends)]
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, *arguments], env={**os.environ})
+    deadline = time.monotonic() + 20
+    while not (results / "pids").exists() or not (results / "pids").read_text():
+        assert time.monotonic() < deadline, "the cell did not start"
+        time.sleep(0.02)
+    return parent
+
+
+def alive(pids: Path) -> list[int]:
+    """Which of the processes that a hanging engine wrote down still run."""
+    return [
+        pid
+        for pid in map(int, pids.read_text().split())
+        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    ]
