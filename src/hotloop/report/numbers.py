@@ -1,0 +1,47 @@
+"""Figures as text, with the digits that mean something."""
+
+from __future__ import annotations
+
+import math
+
+from hotloop.bench.record import Figure
+
+MAX_DECIMALS = 4
+
+
+def uncertain(mean: float, half_width: float | None, *, signed: bool = False) -> str:
+    """A mean and its uncertainty, such as ``61.2 ± 0.8``.
+
+    The uncertainty gets one significant digit, two if the first is a 1; the mean as many decimals,
+    no more than ``MAX_DECIMALS``. Without an uncertainty the mean gets four digits.
+    """
+    sign = "+" if signed and mean > 0 else ""
+    if not half_width:
+        return sign + significant(mean, 4)
+    digits = 2 if f"{half_width:e}".startswith("1") else 1
+    decimals = min(MAX_DECIMALS, max(0, digits - 1 - math.floor(math.log10(half_width))))
+    return f"{sign}{mean:.{decimals}f} ± {half_width:.{decimals}f}"
+
+
+def significant(value: float, digits: int) -> str:
+    """A number with this many significant digits, though none dropped before the point."""
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}" if decimals <= 5 else f"{value:.{digits - 1}e}"
+
+
+def half_width(figure: Figure) -> float | None:
+    """Half of the 95 % interval."""
+    return None if figure.ci95 is None else (figure.ci95[1] - figure.ci95[0]) / 2
+
+
+def percent(share: float, decimals: int = 0) -> str:
+    """A share as a percentage, rounded down, so that only what is all is shown as all."""
+    scale = 10**decimals
+    return "100%" if share == 1 else f"{math.floor(share * 100 * scale) / scale:.{decimals}f}%"
+
+
+def memory(n_bytes: float) -> str:
+    """Bytes in MiB, from 10 GiB on in GiB."""
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 10 * 2**30 else f"{n_bytes / 2**30:.1f} GiB"

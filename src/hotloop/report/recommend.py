@@ -1,0 +1,200 @@
+"""Which configuration to use, and why not the others.
+
+The rule: of the configurations whose quality loss is shown to be within the tolerance, the one that
+decodes fastest; of those that are no slower than it beyond noise, the one with the least loss.
+
+"Shown" is a non-inferiority test: the one-sided 95 % upper bound of Δ ln ppl (paired, clustered by
+window, Student's t) lies at or below the tolerance. A loss that could be small is not enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from hotloop.bench.record import MEASURED, Figure, Record
+from hotloop.bench.statistics import t_critical
+from hotloop.report.numbers import half_width, percent, significant, uncertain
+from hotloop.report.read import latest
+
+MAX_DELTA_LN_PPL = 0.02
+"""The quality loss that is tolerated by default: 2 % more perplexity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """What to use.
+
+    Attributes:
+        cell: The configuration's name; None if none can be recommended.
+        record: Its record.
+        why: A sentence.
+        passed_over: A sentence for each configuration that was as fast or faster.
+        quality_known: Whether quality had a part in it.
+        max_delta_ln_ppl: The tolerance.
+    """
+
+    cell: str | None
+    record: Record | None = None
+    why: str
+    passed_over: tuple[str, ...] = ()
+    quality_known: bool
+    max_delta_ln_ppl: float
+
+
+def recommend(
+    records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA_LN_PPL
+) -> Recommendation:
+    """Picks a configuration from the records of one experiment.
+
+    Without any quality in the records it goes by speed alone, and says so.
+
+    Args:
+        records: Of one model, workload and device; the last of each cell counts.
+        max_delta_ln_ppl: The increase of ln perplexity to tolerate.
+    """
+    measured = [r for r in latest(records) if r.status in MEASURED and r.decode_tok_s]
+    scored = [record for record in measured if record.delta_ln_ppl]
+
+    def answer(chosen: Record | None, why: str, passed_over: Iterable[str] = ()) -> Recommendation:
+        return Recommendation(
+            cell=chosen.cell if chosen else None,
+            record=chosen,
+            why=why,
+            passed_over=tuple(passed_over),
+            quality_known=bool(scored),
+            max_delta_ln_ppl=max_delta_ln_ppl,
+        )
+
+    if not measured:
+        return answer(None, "no configuration was measured.")
+    if differing := _incomparable(measured):
+        return answer(None, f"the records are of different {differing}: they do not compare.")
+    if not scored:
+        fastest = max(measured, key=_speed)
+        why = measured[0].quality_reason or "it was not measured"
+        return answer(
+            fastest,
+            f"it decodes fastest, {_shown(fastest.decode_tok_s)} tok/s. That is speed alone: the "
+            f"quality is unknown ({why}).{_caveat(fastest)}",
+            (f"{_compared(r, fastest)}." for r in measured if _rivals(r, fastest)),
+        )
+    within = [record for record in scored if _upper_bound(record) <= max_delta_ln_ppl]
+    if not within:
+        return answer(
+            None,
+            "no configuration's quality loss was shown to be within the tolerance of "
+            f"{max_delta_ln_ppl:g} in ln perplexity.",
+            (f"{r.cell}: {_shortfall(r, max_delta_ln_ppl)}." for r in measured),
+        )
+    fastest = max(within, key=_speed)
+    chosen = min(
+        (record for record in within if _within_noise(record, fastest)),
+        key=lambda record: (max(0.0, _loss(record)), -_speed(record)),
+    )
+    bound = f", with 95% confidence below {significant(_upper_bound(chosen), 2)}"
+    return answer(
+        chosen,
+        f"it decodes {_shown(chosen.decode_tok_s)} tok/s{_gain(chosen, scored)}, the fastest whose "
+        f"quality loss is within {max_delta_ln_ppl:g}: {_shown_loss(chosen)}"
+        f"{bound if _margin(chosen.delta_ln_ppl) else ''}.{_caveat(chosen)}",
+        (
+            f"{_compared(r, chosen)}, but {_shortfall(r, max_delta_ln_ppl)}."
+            for r in measured
+            if _rivals(r, chosen)
+        ),
+    )
+
+
+def _speed(record: Record) -> float:
+    assert record.decode_tok_s is not None, "only measured records are compared"
+    return record.decode_tok_s.mean
+
+
+def _loss(record: Record) -> float:
+    assert record.delta_ln_ppl is not None, "only scored records have a loss"
+    return record.delta_ln_ppl.mean
+
+
+def _upper_bound(record: Record) -> float:
+    """The one-sided 95 % upper bound of Δ ln ppl."""
+    return _loss(record) + _margin(record.delta_ln_ppl)
+
+
+def _margin(loss: Figure | None) -> float:
+    if loss is None or loss.se is None:
+        return math.inf
+    return t_critical(loss.n - 1, confidence=0.90) * loss.se
+
+
+def _within_noise(a: Record, b: Record) -> bool:
+    """Whether the 95 % interval of the difference of two speeds, roughly, holds 0."""
+    noise = [half_width(r.decode_tok_s) or 0.0 for r in (a, b) if r.decode_tok_s]
+    return abs(_speed(a) - _speed(b)) <= math.hypot(*noise)
+
+
+def _rivals(record: Record, chosen: Record) -> bool:
+    """Whether a record needs a word why it was not chosen."""
+    return record is not chosen and (
+        _speed(record) > _speed(chosen) or _within_noise(record, chosen)
+    )
+
+
+def _compared(record: Record, chosen: Record) -> str:
+    if _within_noise(record, chosen):
+        return f"{record.cell} is as fast within noise"
+    return f"{record.cell} is {percent(_speed(record) / _speed(chosen) - 1)} faster"
+
+
+def _shortfall(record: Record, tolerance: float) -> str:
+    """Why a record was not chosen for its quality."""
+    loss = record.delta_ln_ppl
+    if loss is None:
+        return f"its quality is unknown ({record.quality_reason})"
+    if loss.mean > tolerance:
+        return f"{_shown_loss(record)} exceeds {tolerance:g}"
+    if (upper := _upper_bound(record)) > tolerance:
+        room = tolerance - loss.mean
+        more = ""
+        if room > 0 and math.isfinite(upper):
+            more = f"; some {math.ceil(loss.n * (_margin(loss) / room) ** 2)} windows would tell"
+        return f"{_shown_loss(record)} is not shown to be within {tolerance:g}{more}"
+    return f"it loses more quality, {_shown_loss(record)}"
+
+
+def _shown(figure: Figure | None) -> str:
+    assert figure is not None, "only measured records are shown"
+    return uncertain(figure.mean, half_width(figure))
+
+
+def _shown_loss(record: Record) -> str:
+    loss = record.delta_ln_ppl
+    assert loss is not None, "only scored records have a loss"
+    return f"Δ ln ppl {uncertain(loss.mean, loss.se, signed=True)}"
+
+
+def _gain(chosen: Record, scored: Sequence[Record]) -> str:
+    """How much that is over plain PyTorch, where that was measured too."""
+    plain = [record for record in scored if record.cell == "none/eager" and record is not chosen]
+    return f" ({_speed(chosen) / _speed(plain[0]):.1f} × none/eager)" if plain else ""
+
+
+def _caveat(record: Record) -> str:
+    return f" Its speed was unstable: {record.reason}." if record.status == "unstable" else ""
+
+
+def _incomparable(records: Sequence[Record]) -> str | None:
+    """What differs between records that should be of one experiment."""
+    aspects: dict[str, Callable[[Record], object]] = {
+        "models": lambda r: (r.config.get("model"), r.config.get("weights")),
+        "devices": lambda r: r.provenance.get("device", {}).get("name"),
+        "workloads": lambda r: r.workload,
+        "texts": lambda r: (
+            r.quality_protocol and (r.quality_protocol.text_sha256, r.quality_protocol.window)
+        ),
+    }
+    for aspect, of in aspects.items():
+        if len({of(record) for record in records} - {None}) > 1:
+            return aspect
+    return None
