@@ -1,0 +1,116 @@
+"""``main``: from an argument list to an exit code.
+
+Help pages are files, written by ``help_pages`` and held true by a test: building one takes a third
+of a second of imports, reading one takes none. Verbs are imported when they are called.
+
+Exit codes: 0 done; 1 could not be done; 2 was not understood or cannot be used; 130 stopped by
+Ctrl-C; 141 the reader of our output went away.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hotloop import __version__
+from hotloop.errors import (
+    ConfigError,
+    HotloopError,
+    ModelNotFoundError,
+    RequestError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+VERBS = ("generate", "chat", "bench", "sweep", "eval", "report", "pull", "quantize", "info")
+"""Every verb is ``app`` of the module of its name, in the order of the help page."""
+
+HELP_FLAGS = ("--help", "-h")
+
+USAGE_ERRORS = (ConfigError, ModelNotFoundError, RequestError, UnsupportedError)
+"""Errors that another command line would mend."""
+
+
+def commands() -> App:
+    """The command line as cyclopts sees it; a verb is imported when it is used."""
+    from cyclopts import App, Parameter
+
+    app = App(
+        name="hotloop",
+        help="Fast LLM decoding at batch 1, and the experiment that picks a configuration.",
+        version=f"hotloop {__version__}",
+        help_flags=HELP_FLAGS,
+        help_format="rich",
+        help_epilogue="hotloop VERB --help says more about each.",
+        default_parameter=Parameter(negative=(), show_default=_shown_default),
+        suppress_keyboard_interrupt=False,
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+    )
+    for rank, verb in enumerate(VERBS):
+        app.command(f"hotloop.cli.{verb}:app", name=verb, sort_key=rank)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code.
+
+    An unexpected exception, which is a mistake of ours, comes out as it is.
+
+    Args:
+        argv: The arguments after the program's name; None takes the process's own.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; let it succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except HotloopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, USAGE_ERRORS) else 1
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    if argv == ["--version"]:
+        print(f"hotloop {__version__}")
+        return 0
+    if (page := help_page(argv)) is not None:
+        sys.stdout.write(page.read_text(encoding="utf-8"))
+        return 0
+
+    from cyclopts import CycloptsError
+
+    try:
+        return commands()(argv) or 0
+    except CycloptsError as error:
+        verb = f" {argv[0]}" if argv[0] in VERBS else ""
+        print(f"error: {error}\nTry: hotloop{verb} --help", file=sys.stderr)
+        return 2
+
+
+def help_page(argv: Sequence[str]) -> Path | None:
+    """The help page that a command line asks for, if it asks for one."""
+    pages = Path(__file__).parent / "help"
+    if not argv or argv[0] in HELP_FLAGS:
+        return pages / "hotloop.txt"
+    before_delimiter = argv[: argv.index("--")] if "--" in argv else argv
+    if argv[0] in VERBS and any(flag in before_delimiter for flag in HELP_FLAGS):
+        return pages / f"{argv[0]}.txt"
+    return None
+
+
+def _shown_default(value: object) -> object | None:
+    """Flags that are off and lists that are empty need no ``[default: …]``."""
+    return None if value is False or value == () else value

@@ -1,0 +1,313 @@
+"""``hotloop chat``: a conversation in a terminal, or one turn a line over a pipe.
+
+The conversation is a value of its own (``Conversation``), free of terminals; ``Session`` is the
+loop around it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App
+
+from hotloop.cli.engine import chat_ids, loaded
+from hotloop.cli.options import (
+    DEFAULT_ENGINE,
+    DEFAULT_SAMPLING,
+    MODEL,
+    EngineOptions,
+    Json,
+    Model,
+    SamplingOptions,
+    option,
+)
+from hotloop.cli.output import note, print_json
+from hotloop.cli.stream import SILENT, Answer, relay, writer_for
+from hotloop.errors import HotloopError, RequestError, UnknownNameError
+
+if TYPE_CHECKING:
+    from hotloop.engine.llm import LLM
+    from hotloop.types import SamplingParams
+
+app = App(
+    name="chat",
+    help_epilogue="""\
+Examples:
+  hotloop chat smollm2-135m
+  hotloop chat ./my-model --quant int4-g64 --execution compile --temperature 0.7
+  printf 'Hello!\\nAnd in French?\\n' | hotloop chat smollm2-135m""",
+)
+
+COMMANDS = {
+    "/reset": "forget the conversation",
+    "/stats": "figures of this session",
+    "/system TEXT": "set the system message; without TEXT, show it",
+    "/help": "this list",
+    "/quit": "leave, as Ctrl-D and Ctrl-C at the prompt do",
+}
+
+HELP = "\n".join(
+    [
+        *(f"{name:14}{what}" for name, what in COMMANDS.items()),
+        "Ctrl-C stops an answer. A line that ends in \\ goes on in the next.",
+        'All lines between two lines of """ are one message.',
+    ]
+)
+
+MIN_ANSWER_TOKENS = 256
+"""Room that a prompt leaves for its answer, where the context is large enough and nothing is said
+about the answer's length."""
+
+Message = dict[str, str]
+
+
+@app.default
+def chat(
+    model: Model,
+    /,
+    *,
+    system: Annotated[str | None, option(MODEL, "The system message.")] = None,
+    engine: EngineOptions = DEFAULT_ENGINE,
+    sampling: SamplingOptions = DEFAULT_SAMPLING,
+    json: Json = False,
+) -> int:
+    """Talk with a model.
+
+    In a terminal: line editing, /help for the commands, Ctrl-C to stop an answer. From a pipe:
+    one turn a line, answers on standard output. --json prints one object an answer. A
+    conversation that outgrows the context loses its oldest turns, with a note.
+    """
+    interactive = sys.stdin.isatty()
+    with loaded(engine.config(model)) as llm:
+        params = sampling.params(llm.default_sampling)
+        session = Session(llm, params, system, json=json, interactive=interactive)
+        if interactive:
+            session.greet()
+        try:
+            for text in read_turns(line_reader()):
+                if not session.take(text):
+                    break
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+    if interactive:
+        print(file=sys.stderr)
+    return 0
+
+
+@dataclass
+class Conversation:
+    """What was said, cut to what the context holds.
+
+    Attributes:
+        encode: Messages to token ids, through the model's chat template.
+        limit: The most tokens a prompt may have.
+        system: The system message.
+        exchanges: A user's message and its answer, oldest first.
+    """
+
+    encode: Callable[[list[Message]], list[int]]
+    limit: int
+    system: str | None = None
+    exchanges: list[tuple[str, str]] = field(default_factory=list)
+
+    def prompt(self, text: str) -> tuple[list[int], int]:
+        """Token ids for the answer to ``text``, and how many old exchanges had to go for it.
+
+        Raises:
+            RequestError: ``text`` does not fit even alone; the conversation is as it was.
+        """
+        dropped = 0
+        while len(ids := self.encode(self._messages(self.exchanges[dropped:], text))) > self.limit:
+            if dropped == len(self.exchanges):
+                raise RequestError(
+                    f"this message takes {len(ids)} tokens, and {self.limit} fit. Shorten it, or "
+                    "start with a larger --max-seq-len."
+                )
+            dropped += 1
+        del self.exchanges[:dropped]
+        return ids, dropped
+
+    def _messages(self, exchanges: list[tuple[str, str]], text: str) -> list[Message]:
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for asked, answered in exchanges:
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": answered})
+        return [*messages, {"role": "user", "content": text}]
+
+
+class Session:
+    """A conversation with one engine, and its commands.
+
+    Args:
+        llm: The engine.
+        params: How to sample every answer.
+        system: The system message.
+        json: Print an object an answer instead of text.
+        interactive: Someone sits there: Ctrl-C stops an answer rather than the session.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None = None,
+        *,
+        json: bool = False,
+        interactive: bool = False,
+    ) -> None:
+        self._llm, self._params = llm, params
+        self._json, self._interactive = json, interactive
+        self._about = llm.describe()
+        context = self._about.max_seq_len
+        room = min(params.max_new_tokens or MIN_ANSWER_TOKENS, context // 2)
+        self._talk = Conversation(lambda messages: chat_ids(llm, messages), context - room, system)
+        self._answers: list[Answer] = []
+        self._context_used = 0
+
+    def greet(self) -> None:
+        """Says what is talking."""
+        about = self._about
+        note(f"{about.config.model} · {about.config.name} on {about.device_name} · /help for help")
+
+    def take(self, text: str) -> bool:
+        """Obeys or answers one turn; False ends the session."""
+        command = re.fullmatch(r"/(\w+)(?:\s+(.*))?", text.strip(), re.DOTALL)
+        try:
+            if command:
+                return self._obey(command[1], command[2])
+            if text.strip():
+                self._reply(text)
+        except HotloopError as error:
+            print(f"error: {error}", file=sys.stderr)
+        return True
+
+    def _obey(self, name: str, text: str | None) -> bool:
+        match name:
+            case "quit" | "exit":
+                return False
+            case "help":
+                note(HELP)
+            case "reset":
+                self._talk.exchanges.clear()
+                self._context_used = 0
+                note("The conversation is forgotten.")
+            case "stats":
+                note(self._stats())
+            case "system":
+                self._talk.system = text or self._talk.system
+                note(f"System message: {self._talk.system or 'none'}")
+            case _:
+                raise UnknownNameError("command", f"/{name}", [c.split()[0] for c in COMMANDS])
+        return True
+
+    def _reply(self, text: str) -> None:
+        before = len(self._talk.exchanges)
+        ids, dropped = self._talk.prompt(text)
+        if dropped:
+            note(f"The context is full: forgot {dropped} of {before} exchanges, oldest first.")
+        writer = SILENT if self._json else writer_for(sys.stdout)
+        with stop_on_ctrl_c() if self._interactive else nullcontext(bool) as stopped:
+            answer = relay(self._llm.stream([ids], self._params), writer, stopped)
+        if answer.text:
+            self._talk.exchanges.append((text, answer.text))
+        self._answers.append(answer)
+        self._context_used = len(ids) + len(answer.token_ids)
+        if self._json:
+            print_json({"prompt": text, **answer.to_dict()})
+        note(f"{answer.summary()} · context {self._context_used}/{self._about.max_seq_len}")
+        if answer.finish_reason == "interrupted" and not self._interactive:
+            raise KeyboardInterrupt
+
+    def _stats(self) -> str:
+        timings = [answer.timing for answer in self._answers if answer.timing is not None]
+        later_tokens = sum(timing.n_tokens - 1 for timing in timings)
+        later_s = sum(timing.e2e_s - timing.ttft_s for timing in timings)
+        rows = {
+            "model": f"{self._about.config.model}, {self._about.family}",
+            "configuration": self._about.config.name,
+            "device": f"{self._about.device_name}, {self._about.dtype}",
+            "weights": f"{self._about.weight_bytes / 1e6:,.0f} MB",
+            "answers": str(len(self._answers)),
+            "tokens": str(sum(len(answer.token_ids) for answer in self._answers)),
+            "decode": f"{later_tokens / later_s:.1f} tok/s" if later_s else "-",
+            "context": f"{self._context_used} of {self._about.max_seq_len} tokens",
+        }
+        return "\n".join(f"{name:14}{value}" for name, value in rows.items())
+
+
+@contextmanager
+def stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C into a question that ``relay`` asks between tokens.
+
+    So the engine is not torn out of the middle of a step. Whoever presses it twice, because no
+    token comes, gets a KeyboardInterrupt.
+    """
+    pressed = threading.Event()
+
+    def on_sigint(_signum: int, _frame: object) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, on_sigint)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def read_turns(read_line: Callable[[str], str]) -> Iterator[str]:
+    r"""Messages out of lines, until they end.
+
+    A line that ends in ``\`` goes on in the next; lines between two lines of ``\"\"\"`` are one
+    message.
+
+    Args:
+        read_line: Returns the next line, given the prompt to show; raises EOFError at the end.
+    """
+    lines: list[str] = []
+    quoted = False
+    while True:
+        try:
+            line = read_line("… " if lines or quoted else "> ")
+        except EOFError:
+            break
+        if line.strip() == '"""':
+            quoted = not quoted
+        elif line.endswith("\\") and not quoted:
+            lines.append(line[:-1])
+            continue
+        else:
+            lines.append(line)
+        if not quoted:
+            yield "\n".join(lines)
+            lines = []
+    if lines:
+        yield "\n".join(lines)
+
+
+def line_reader() -> Callable[[str], str]:
+    """How to read a line here: with editing in a terminal, else as it comes."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with suppress(ImportError):  # where Python has no readline, input() is plain
+            importlib.import_module("readline")
+        return input
+
+    def read_line(prompt: str) -> str:
+        if sys.stdin.isatty():
+            print(prompt, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
+
+    return read_line

@@ -1,0 +1,40 @@
+"""The engine as verbs use it: loaded behind a spinner, closed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import hotloop
+from hotloop.cli.output import stderr
+
+if TYPE_CHECKING:
+    from hotloop.engine.llm import LLM
+    from hotloop.types import EngineConfig
+
+
+@contextmanager
+def loaded(config: EngineConfig) -> Iterator[LLM]:
+    """The engine of ``config``."""
+    label = f"{config.model} as {config.name}"
+    with stderr().status(f"{label}: starting") as status:
+
+        def progress(phase: str, done: int, total: int) -> None:
+            status.update(f"{label}: {phase}" + (f" {done}/{total}" if total else ""))
+
+        llm = hotloop.LLM(config, progress=progress)
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+def chat_ids(llm: LLM, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation, up to where the model's answer begins.
+
+    The template writes every special token itself.
+    """
+    assert llm.tokenizer is not None, "a checkpoint comes with a tokenizer"
+    text = llm.tokenizer.apply_chat_template(messages)
+    return llm.tokenizer.encode(text, add_special=False, parse_special=True)

@@ -1,0 +1,96 @@
+"""``hotloop eval``: the quality of one configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App
+
+from hotloop.cli.options import (
+    DEFAULT_ENGINE,
+    DEFAULT_QUALITY,
+    QUALITY,
+    EngineOptions,
+    Json,
+    Model,
+    QualityOptions,
+    option,
+)
+from hotloop.cli.output import print_json, print_record
+
+if TYPE_CHECKING:
+    from hotloop.sweep.events import OnEvent
+    from hotloop.sweep.job import Job
+
+app = App(
+    name="eval",
+    help_epilogue="""\
+Examples:
+  hotloop eval smollm2-135m --quant int4-g64
+  hotloop eval smollm2-135m --quant int8 --execution compile --text book.txt --json
+  hotloop eval ./my-model --window 1024 --no-reference""",
+)
+
+
+@app.default
+def evaluate(
+    model: Model,
+    /,
+    *,
+    engine: EngineOptions = DEFAULT_ENGINE,
+    quality: QualityOptions = DEFAULT_QUALITY,
+    no_reference: Annotated[
+        bool, option(QUALITY, "Perplexity alone, compared with nothing.")
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Score one configuration: perplexity, and what quantization costs.
+
+    The unquantized model in the same element type is scored first, on the same
+    windows of text. --json prints a record, as a sweep writes it, without speed.
+    """
+    from hotloop.bench.record import MEASURED
+    from hotloop.sweep.cell import score_cell
+    from hotloop.sweep.events import CellFinished, CellStarted
+    from hotloop.sweep.job import make_jobs
+    from hotloop.sweep.progress import SweepProgress
+    from hotloop.sweep.recipe import expand, recipe_from_flags
+
+    recipe = recipe_from_flags(
+        model,
+        matrix={},
+        defaults=engine.given(),
+        workload={"prompt_tokens": 1, "new_tokens": 2},  # nothing is timed: the windows decide
+        quality=quality.fields(),
+    )
+    (job,) = make_jobs(expand(recipe), recipe.workload, recipe.quality_options)
+    with SweepProgress() as progress, TemporaryDirectory() as scratch:
+        if no_reference:
+            job = job.model_copy(update={"no_reference": "not asked for"})
+        else:
+            job = with_reference(job, Path(scratch), progress)
+        progress(CellStarted(job.cell, 1, 1))
+        record = score_cell(job, progress)
+        progress(CellFinished(record))
+    if json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        print_record(record)
+    return 0 if record.status in MEASURED else 1
+
+
+def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:
+    """The job, with the unquantized model scored in ``folder`` or the reason why it is not."""
+    from hotloop.sweep.cell import score_reference
+    from hotloop.sweep.events import ReferenceFinished, ReferenceStarted
+
+    scoring = job.reference_job(folder)
+    on_event(ReferenceStarted(scoring.cell))
+    record = score_reference(scoring, on_event)
+    reason = None if record.status == "ok" else f"the reference: {record.status}, {record.reason}"
+    on_event(ReferenceFinished(scoring.cell, reason))
+    return job.model_copy(
+        update={"reference": None if reason else scoring.reference, "no_reference": reason}
+    )

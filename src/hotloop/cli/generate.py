@@ -1,0 +1,96 @@
+"""``hotloop generate``: one prompt, one answer, streamed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App
+
+from hotloop.cli.engine import chat_ids, loaded
+from hotloop.cli.options import (
+    DEFAULT_ENGINE,
+    DEFAULT_SAMPLING,
+    PROMPT,
+    EngineOptions,
+    Json,
+    Model,
+    SamplingOptions,
+    option,
+)
+from hotloop.cli.output import note, print_json
+from hotloop.cli.stream import SILENT, relay, writer_for
+from hotloop.errors import ConfigError
+
+app = App(
+    name="generate",
+    help_epilogue="""\
+Examples:
+  hotloop generate smollm2-135m "The capital of France is"
+  hotloop generate smollm2-135m --chat --quant int8 "Why is the sky blue?"
+  git diff | hotloop generate ./my-model - --chat --json""",
+)
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@app.default
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, option(PROMPT, "The text to go on from.")] = None,
+    /,
+    *,
+    stdin: Annotated[
+        bool,
+        option(PROMPT, "Read the prompt from standard input.", name=["--stdin", "-"]),
+    ] = False,
+    prompt_file: Annotated[Path | None, option(PROMPT, "Read the prompt from a file.")] = None,
+    chat: Annotated[
+        bool, option(PROMPT, "Wrap the prompt in the model's chat template, as a user's message.")
+    ] = False,
+    engine: EngineOptions = DEFAULT_ENGINE,
+    sampling: SamplingOptions = DEFAULT_SAMPLING,
+    json: Json = False,
+) -> int:
+    """Go on from a prompt.
+
+    The text streams to standard output; its figures follow on standard error. Without
+    --max-new-tokens, it ends after 256 tokens.
+    """
+    text = read_prompt(prompt, prompt_file, stdin)
+    config = engine.config(model)
+    with loaded(config) as llm:
+        params = sampling.params(llm.default_sampling)
+        if params.max_new_tokens is None:
+            params = replace(params, max_new_tokens=DEFAULT_NEW_TOKENS)
+        asked = chat_ids(llm, [{"role": "user", "content": text}]) if chat else text
+        answer = relay(llm.stream([asked], params), SILENT if json else writer_for(sys.stdout))
+    if json:
+        print_json({"model": model, "cell": config.name, "prompt": text, **answer.to_dict()})
+    note(answer.summary())
+    return 130 if answer.finish_reason == "interrupted" else 0
+
+
+def read_prompt(prompt: str | None, file: Path | None, stdin: bool) -> str:
+    """The prompt from the one place that was named, or from standard input if that is a pipe.
+
+    What is read from a file or a pipe loses its last newline, which ends the text rather than
+    belonging to it.
+
+    Raises:
+        ConfigError: No place or several were named, or the text cannot be read.
+    """
+    named = (prompt is not None) + (file is not None) + stdin
+    if named > 1:
+        raise ConfigError("give the prompt once: as PROMPT, with --prompt-file, or on stdin (-).")
+    if prompt is not None:
+        return prompt
+    if not named and sys.stdin.isatty():
+        raise ConfigError("there is no prompt: give PROMPT, --prompt-file FILE, or - for stdin.")
+    try:
+        text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the prompt cannot be read from {file or 'stdin'}: {error}") from error
+    return text.removesuffix("\n")

@@ -1,0 +1,185 @@
+"""``hotloop info``: what this machine is, or what a model is and whether it fits here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App
+
+from hotloop.cli.options import DEFAULT_DEVICE, MODEL, DeviceOptions, Dtype, Json, option
+from hotloop.cli.output import print_json, print_memory, print_pairs, stderr
+from hotloop.errors import ConfigError, UnsupportedError
+from hotloop.types import EngineConfig
+
+if TYPE_CHECKING:
+    import torch
+
+app = App(
+    name="info",
+    help_epilogue="""\
+Examples:
+  hotloop info
+  hotloop info smollm2-135m
+  hotloop info llama-2-70b --max-seq-len 4096 --device cuda --json""",
+)
+
+SCHEMES = "none,int8,int4-g128,int4-g64,int4-g32,int4-g32-asym"
+
+
+@app.default
+def info(
+    model: Annotated[
+        str | None, option(MODEL, "A folder, a .gguf file, a pulled name, or a built-in shape.")
+    ] = None,
+    /,
+    *,
+    quant: Annotated[str, option(MODEL, "The schemes to show, separated by commas.")] = SCHEMES,
+    dtype: Dtype = EngineConfig.dtype,
+    device: DeviceOptions = DEFAULT_DEVICE,
+    json: Json = False,
+) -> int:
+    """Show what this machine is, or with MODEL whether a model fits it.
+
+    Of the machine: devices, memory, read bandwidth as measured now, and which
+    ways of execution it has. Of a model: its shape, its parameters, and the bytes
+    that it takes under each scheme. Nothing is loaded.
+    """
+    if model is None:
+        about = machine()
+        print_json(about) if json else _show_machine(about)
+    else:
+        from hotloop.models.shapes import SHAPES
+
+        weights = "random" if model in SHAPES else "checkpoint"
+        config = EngineConfig(model=model, weights=weights, dtype=dtype, **device.given())
+        about = anatomy(config, quant.split(","))
+        print_json(about) if json else _show_model(about)
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """The host, and each device with its memory, bandwidth and ways of execution."""
+    import torch
+
+    from hotloop import hardware
+
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    found = []
+    for device in devices:
+        with stderr().status(f"Measuring the read bandwidth of {device}"):
+            provenance = hardware.provenance(device)
+        found.append(
+            {
+                "device": str(device),
+                **provenance["device"],
+                "free_bytes": hardware.free_bytes(device),
+                "execution": execution(device),
+            }
+        )
+    return {name: provenance[name] for name in ("hotloop", "versions", "host")} | {"devices": found}
+
+
+def execution(device: torch.device) -> dict[str, dict[str, Any]]:
+    """The ways of execution on ``device``: whether each can be had, and why not."""
+    from hotloop.kernels import cpu
+
+    reasons: dict[str, str | None] = {"eager": None}
+    if device.type == "cpu":
+        reasons["eager with own kernels"] = cpu.unavailable_reason()
+        compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+        reasons["compile"] = None if compiler else "no C++ compiler (install g++, or set CXX)"
+    else:
+        triton = importlib.util.find_spec("triton")
+        reasons["compile"] = None if triton else "triton is not installed"
+    return {name: {"available": not why, "reason": why} for name, why in reasons.items()}
+
+
+def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
+    """A model's shape, and the memory of ``config`` under each scheme.
+
+    A scheme that does not suit the model has its reason in place of bytes.
+    """
+    from hotloop.engine.memory import predict_memory
+    from hotloop.engine.setup import prepare
+
+    setup = prepare(config)
+    under = []
+    for scheme in schemes:
+        try:
+            plan = predict_memory(replace(config, quant=scheme))
+        except (ConfigError, UnsupportedError) as error:
+            under.append({"quant": scheme, "unsupported": str(error)})
+        else:
+            fits = plan.total_bytes <= plan.free_bytes
+            under.append({"quant": scheme, **plan.to_dict(), "fits": fits})
+    return {
+        "model": config.model,
+        "path": str(setup.path) if setup.path else None,
+        **asdict(setup.model),
+        "n_params": setup.model.n_params,
+        "device": str(setup.device),
+        "activation_dtype": str(setup.dtype).removeprefix("torch."),
+        "kv_bytes_per_token": setup.model.kv_bytes_per_token(setup.dtype.itemsize),
+        "max_seq_len": setup.n_positions,
+        "max_batch_size": config.max_batch_size,
+        "memory": under,
+    }
+
+
+def _show_machine(about: dict[str, Any]) -> None:
+    from hotloop.report.numbers import memory
+
+    host, versions = about["host"], about["versions"]
+    pairs = [
+        ("hotloop", about["hotloop"]["version"]),
+        ("torch", f"{versions['torch']}, Python {versions['python']}"),
+        ("host", f"{host['system']} {host['kernel']}, {host['machine']}"),
+    ]
+    for device in about["devices"]:
+        measured, quoted = device["read_bytes_per_s"], device["datasheet_bytes_per_s"]
+        pairs += [
+            ("", ""),
+            (device["device"], device["name"]),
+            *((name, str(device[name])) for name in ("n_threads", "isa", "n_sms") if device[name]),
+            ("memory", f"{memory(device['total_bytes'])}, {memory(device['free_bytes'])} free"),
+            ("read bandwidth", f"{measured / 1e9:,.1f} GB/s measured"),
+        ]
+        if quoted:
+            pairs.append(("", f"{quoted / 1e9:,.0f} GB/s by its datasheet"))
+        for name, how in device["execution"].items():
+            pairs.append((name, "yes" if how["available"] else f"no: {how['reason']}"))
+    print_pairs(pairs)
+
+
+def _show_model(about: dict[str, Any]) -> None:
+    heads = f"{about['n_heads']} query, {about['n_kv_heads']} key/value, {about['head_dim']} wide"
+    cache = about["kv_bytes_per_token"]
+    print_pairs(
+        [
+            ("model", about["model"]),
+            *([("path", about["path"])] if about["path"] else []),
+            ("family", about["family"]),
+            ("parameters", f"{about['n_params']:,}"),
+            ("layers", f"{about['n_layers']}, {about['hidden_size']} wide"),
+            ("heads", heads),
+            ("feed-forward", str(about["intermediate_size"])),
+            ("vocabulary", f"{about['vocab_size']:,}, tied: {_yes(about['tie_embeddings'])}"),
+            ("context", f"{about['max_position']:,} tokens"),
+            ("sliding window", str(about["sliding_window"] or "none")),
+            ("cache", f"{cache:,} bytes per token, {about['activation_dtype']}"),
+        ]
+    )
+    room = f"{about['max_batch_size']} × {about['max_seq_len']:,} tokens of cache"
+    print(f"\nMemory on {about['device']} with {room}:\n")
+    rows = about["memory"]
+    print_memory("quant", ((r["quant"], r, r.get("unsupported") or _yes(r["fits"])) for r in rows))
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

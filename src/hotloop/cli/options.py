@@ -1,0 +1,235 @@
+"""Options that several verbs share: one class for each value of ``types`` that they make.
+
+Defaults are those of that value; a test holds every field of it to have an option. An option whose
+default is None leaves the choice to the model or the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from hotloop.errors import ConfigError
+from hotloop.types import DType, EngineConfig, Execution, SamplingParams, WeightSource
+
+PROMPT = Group("Prompt", sort_key=0)
+MODEL = Group("Model", sort_key=1)
+MATRIX = Group("Matrix", sort_key=2, help="Every combination is measured; separate by commas.")
+EXECUTION = Group("Execution", sort_key=3)
+SAMPLING = Group("Sampling", sort_key=4)
+WORKLOAD = Group("Workload", sort_key=5)
+QUALITY = Group("Quality", sort_key=6)
+OUTPUT = Group("Output", sort_key=7)
+
+
+def option(group: Group, text: str, default: str | None = None, **more: Any) -> Parameter:
+    """A parameter's help, with its default in words where the value does not say it."""
+    if default is not None:
+        more["show_default"] = default
+    return Parameter(group=group, help=text, **more)
+
+
+Model = Annotated[
+    str, option(MODEL, "A folder, a .gguf file, a pulled name, or a built-in shape's name.")
+]
+Dtype = Annotated[DType, option(MODEL, "Element type of activations and of unquantized weights.")]
+Tolerance = Annotated[
+    float, option(QUALITY, "The increase of ln perplexity that a recommendation tolerates.")
+]
+Json = Annotated[bool, option(OUTPUT, "Print JSON instead of text for people.")]
+
+
+class _Options:
+    """Options of a verb that belong together."""
+
+    def given(self) -> dict[str, Any]:
+        """Those that differ from their defaults."""
+        values = ((field, getattr(self, field.name)) for field in fields(self))  # pyrefly: ignore
+        return {field.name: value for field, value in values if value != field.default}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(_Options):
+    """Where an engine runs and what it makes room for: a part of ``EngineConfig``."""
+
+    device: Annotated[str, option(EXECUTION, "A torch device such as cpu or cuda:0.")] = (
+        EngineConfig.device
+    )
+    max_seq_len: Annotated[
+        int | None,
+        option(
+            EXECUTION,
+            "Tokens a sequence can hold, prompt and answer.",
+            "the model's, or what is needed",
+        ),
+    ] = EngineConfig.max_seq_len
+    max_batch_size: Annotated[int, option(EXECUTION, "Sequences decoded at once.")] = (
+        EngineConfig.max_batch_size
+    )
+    prefill_chunk: Annotated[int, option(EXECUTION, "The most prompt tokens in one forward.")] = (
+        EngineConfig.prefill_chunk
+    )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(DeviceOptions):
+    """One engine: ``EngineConfig`` but for the model and where its weights are from."""
+
+    quant: Annotated[
+        str, option(MODEL, "Weights: none, int8, int4-gN with N 32, 64 or 128, or int4-gN-asym.")
+    ] = EngineConfig.quant
+    head: Annotated[
+        str, option(MODEL, "The output head: a scheme, or auto, int8 if anything is quantized.")
+    ] = EngineConfig.head
+    dtype: Dtype = EngineConfig.dtype
+    execution: Annotated[
+        Execution, option(EXECUTION, "Plain PyTorch, or torch.compile with CUDA graphs.")
+    ] = EngineConfig.execution
+
+    def config(self, model: str) -> EngineConfig:
+        """The configuration of ``model`` read from its checkpoint."""
+        return EngineConfig(model=model, **asdict(self))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class MatrixOptions(DeviceOptions):
+    """Many engines: each option with commas is an axis of the matrix."""
+
+    quant: Annotated[str, option(MATRIX, "Schemes: none, int8, int4-gN, int4-gN-asym.")] = (
+        "none,int8,int4-g64"
+    )
+    head: Annotated[str, option(MATRIX, "Schemes of the output head.")] = EngineConfig.head
+    execution: Annotated[str, option(MATRIX, "Of eager and compile.")] = "eager,compile"
+    dtype: Annotated[str, option(MATRIX, "Of auto, float32, bfloat16 and float16.")] = (
+        EngineConfig.dtype
+    )
+
+    def matrix(self) -> dict[str, list[str]]:
+        """The values of each axis."""
+        return {axis: getattr(self, axis).split(",") for axis in _AXES}
+
+    def defaults(self) -> dict[str, Any]:
+        """The fields that are the same for all engines, where they were given."""
+        return {name: value for name, value in self.given().items() if name not in _AXES}
+
+
+_AXES = ("quant", "head", "execution", "dtype")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class WeightOptions(_Options):
+    """Measuring without a checkpoint: random weights of a model's shape."""
+
+    weights: Annotated[
+        WeightSource, option(MODEL, "random needs no checkpoint: it shows speed and fit.")
+    ] = EngineConfig.weights
+    shape: Annotated[
+        str | None, option(MODEL, "Instead of MODEL, for random weights: llama-2-13b and others.")
+    ] = None
+    weights_seed: Annotated[int, option(MODEL, "Seed of random weights.")] = EngineConfig.seed
+
+    def model(self, model: str | None) -> str:
+        """The name of the model, whether it was given as MODEL or as ``--shape``.
+
+        Raises:
+            ConfigError: Neither or both are given, or a shape without random weights.
+        """
+        name = model if self.shape is None else self.shape
+        if name is None or None not in (model, self.shape):
+            raise ConfigError("give either MODEL or --shape NAME.")
+        if self.shape is not None and self.weights != "random":
+            raise ConfigError(f"--shape {self.shape} has no checkpoint; add --weights random.")
+        return name
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(_Options):
+    """How to sample: ``SamplingParams``, where None keeps the model's own default."""
+
+    max_new_tokens: Annotated[
+        int | None, option(SAMPLING, "The most tokens to produce.", alias="-n")
+    ] = None
+    temperature: Annotated[
+        float | None,
+        option(SAMPLING, "0 takes the most likely token, always.", "the model's own, or 0"),
+    ] = None
+    top_k: Annotated[int | None, option(SAMPLING, "Keep the k most likely tokens; 0: all.")] = None
+    top_p: Annotated[
+        float | None, option(SAMPLING, "Keep the fewest tokens whose probabilities reach this sum.")
+    ] = None
+    min_p: Annotated[
+        float | None,
+        option(SAMPLING, "Keep tokens at least this fraction as likely as the likeliest."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, option(SAMPLING, "Above 1, tokens seen before become less likely.")
+    ] = None
+    seed: Annotated[
+        int | None, option(SAMPLING, "Makes the answer reproducible.", "a fresh one each time")
+    ] = None
+    stop: Annotated[
+        tuple[str, ...], option(SAMPLING, "Text that ends the answer; can be repeated.")
+    ] = ()
+    ignore_eos: Annotated[bool, option(SAMPLING, "Go on past the end of the answer.")] = False
+    logprobs: Annotated[
+        int | None, option(SAMPLING, "With --json: log-probabilities, with this many alternatives.")
+    ] = None
+
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        """The model's ``defaults``, changed by what was given."""
+        return replace(defaults, **self.given())
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class WorkloadOptions(_Options):
+    """What to time: ``bench.record.Workload``."""
+
+    prompt_tokens: Annotated[int, option(WORKLOAD, "Tokens in each prompt.")] = 128
+    new_tokens: Annotated[int, option(WORKLOAD, "Tokens decoded for each, whatever they say.")] = (
+        128
+    )
+    batch: Annotated[int, option(WORKLOAD, "Prompts at once.")] = 1
+    repeats: Annotated[int, option(WORKLOAD, "Timed runs, after one that is not.")] = 5
+    workload_seed: Annotated[int, option(WORKLOAD, "Seed of the prompts.")] = 0
+
+    def fields(self) -> dict[str, int]:
+        """The fields of ``Workload``."""
+        values = asdict(self)
+        values["seed"] = values.pop("workload_seed")
+        return values
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class QualityOptions(_Options):
+    """On what to score: ``sweep.recipe.QualityOptions``."""
+
+    text: Annotated[
+        Path | None,
+        option(QUALITY, "A UTF-8 text to predict.", "the help topics that come with Python"),
+    ] = None
+    window: Annotated[int, option(QUALITY, "Tokens in a window of the text.")] = 512
+    n_windows: Annotated[int, option(QUALITY, "The most windows to score.")] = 16
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of that other ``QualityOptions``."""
+        return asdict(self)
+
+
+DEFAULT_DEVICE = DeviceOptions()
+DEFAULT_ENGINE = EngineOptions()
+DEFAULT_MATRIX = MatrixOptions()
+DEFAULT_WEIGHTS = WeightOptions()
+DEFAULT_SAMPLING = SamplingOptions()
+DEFAULT_WORKLOAD = WorkloadOptions()
+DEFAULT_QUALITY = QualityOptions()
+DEFAULT_TOLERANCE = 0.02

@@ -1,0 +1,39 @@
+"""``hotloop pull``: a model by its name, onto this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import App
+
+from hotloop.cli.options import MODEL, Json, option
+from hotloop.cli.output import note, print_json
+
+app = App(
+    name="pull",
+    help_epilogue="""\
+Examples:
+  hotloop pull smollm2-135m
+  hotloop pull HuggingFaceTB/SmolLM2-360M-Instruct""",
+)
+
+
+@app.default
+def pull(
+    name: Annotated[str, option(MODEL, "A short name, or ORG/MODEL of the Hugging Face hub.")],
+    /,
+    *,
+    json: Json = False,
+) -> int:
+    """Fetch a model, and print where it is.
+
+    What is here already is only checked. Afterwards every verb knows it by name.
+    """
+    from hotloop.weights import hub
+
+    path = hub.pull(name, progress=note)
+    if json:
+        print_json({"name": name, "path": str(path)})
+    else:
+        print(path)
+    return 0

@@ -1,0 +1,207 @@
+"""A streamed answer: shown as it comes, then summed up in one line or one JSON object.
+
+On a terminal the decode speed so far stands at the right edge of the line being written, and is
+wiped before that line grows into it. Elsewhere the text is passed on as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, TextIO, cast
+
+from hotloop.types import Delta, FinishReason, Generation, Timing
+
+_ENDS = {
+    "stop": "ended at a stop string",
+    "length": "ended at the token limit",
+    "interrupted": "ended by Ctrl-C",
+}
+
+_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer that came to its end or was stopped.
+
+    Attributes:
+        text: What was shown.
+        token_ids: The tokens that arrived.
+        finish_reason: Why it ended; ``interrupted`` is Ctrl-C.
+        timing: The engine's own; for a stopped answer, what was seen from here. None if no token
+            came.
+        generation: The engine's account of a finished answer.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | Literal["interrupted"]
+    timing: Timing | None
+    generation: Generation | None
+
+    def summary(self) -> str:
+        """One line of figures, each by its name."""
+        parts = [f"{len(self.token_ids)} tokens"]
+        if self.timing is not None:
+            parts.append(f"TTFT {self.timing.ttft_s:.3f} s")
+            if self.timing.n_tokens > 1:
+                parts.append(f"decode {self.timing.decode_tok_s:.1f} tok/s")
+        if self.finish_reason != "eos":
+            parts.append(_ENDS[self.finish_reason])
+        return " · ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        found: dict[str, Any] = {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "token_ids": self.token_ids,
+            "n_tokens": len(self.token_ids),
+        }
+        if self.timing is not None:
+            figures = ("ttft_s", "tpot_s", "e2e_s", "decode_tok_s", "e2e_tok_s")
+            found |= {name: getattr(self.timing, name) for name in figures}
+        if self.generation is not None:
+            found["n_prompt_tokens"] = len(self.generation.prompt_ids)
+            if self.generation.logprobs is not None:
+                found["logprobs"] = [asdict(logprob) for logprob in self.generation.logprobs]
+        return found
+
+
+class Writer(Protocol):
+    """Where a streamed text goes."""
+
+    def write(self, text: str, figure: str, /) -> None:
+        """Adds ``text``; ``figure`` may be shown beside it until the next call."""
+        ...
+
+    def end(self) -> None:
+        """Ends the last line."""
+        ...
+
+
+class PlainWriter:
+    """Passes text on, unchanged."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._open_line = True
+
+    def write(self, text: str, _figure: str, /) -> None:
+        """Writes ``text``; there is no place for a figure."""
+        self._out.write(text)
+        self._out.flush()
+        if text:
+            self._open_line = not text.endswith("\n")
+
+    def end(self) -> None:
+        """Writes a newline unless the text ended with one."""
+        if self._open_line:
+            self._out.write("\n")
+            self._out.flush()
+
+
+class TerminalWriter:
+    """Writes text to a terminal, with a figure at the right edge of the current line.
+
+    Control characters in the text are dropped: a model does not get to move the cursor.
+    """
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._column = 0
+        self._figure_shown = False
+
+    def write(self, text: str, figure: str, /) -> None:
+        """Writes ``text``, then ``figure`` if the line has room for it."""
+        from rich.cells import cell_len
+
+        text = text.translate(_CONTROLS).expandtabs(4)
+        width = shutil.get_terminal_size().columns
+        head, newline, tail = text.rpartition("\n")
+        column = (0 if newline else self._column) + cell_len(tail)
+        # A full line leaves the cursor on its last column, not on the next line's first.
+        self._column = (column - 1) % width + 1 if column else 0
+        wipe = "\033[K" if self._figure_shown else ""
+        self._figure_shown = bool(figure) and self._column + len(figure) + 2 <= width
+        shown = ""
+        if self._figure_shown:
+            # Save the cursor, jump to the right edge, write, come back.
+            shown = f"\0337\033[{width - len(figure) + 1}G\033[2m{figure}\033[22m\0338"
+        self._out.write(f"{wipe}{head}{newline}{tail}{shown}")
+        self._out.flush()
+
+    def end(self) -> None:
+        """Wipes the figure and ends the line unless the text did."""
+        self.write("\n" if self._column else "", "")
+
+
+def writer_for(out: TextIO) -> Writer:
+    """The writer that suits ``out``."""
+    terminal = out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return TerminalWriter(out) if terminal else PlainWriter(out)
+
+
+class _Silent:
+    def write(self, _text: str, _figure: str, /) -> None:
+        """Writes nothing."""
+
+    def end(self) -> None:
+        """Ends nothing."""
+
+
+SILENT: Writer = _Silent()
+"""For answers that are printed as a whole."""
+
+
+def relay(
+    deltas: Iterator[Delta], writer: Writer, stopped: Callable[[], bool] = lambda: False
+) -> Answer:
+    """Shows one answer while it comes.
+
+    Args:
+        deltas: The pieces of the answer to one prompt; closed at the end, which cancels what has
+            not come yet.
+        writer: Where its text goes.
+        stopped: Asked after every piece whether to stop there. KeyboardInterrupt stops too.
+    """
+    start_s = time.perf_counter()
+    first_s = last_s = 0.0
+    pieces: list[str] = []
+    token_ids: list[int] = []
+    generation: Generation | None = None
+    n_first = 0
+    try:
+        with closing(cast("Generator[Delta]", deltas)):
+            for delta in deltas:
+                last_s = time.perf_counter() - start_s
+                token_ids += delta.token_ids
+                pieces.append(delta.text)
+                generation = delta.generation
+                if not n_first and token_ids:
+                    n_first, first_s = len(token_ids), last_s
+                n_later = len(token_ids) - n_first
+                figure = ""
+                if n_later and last_s > first_s:
+                    figure = f"decode {n_later / (last_s - first_s):.1f} tok/s"
+                writer.write(delta.text, figure)
+                if stopped():
+                    break
+    except KeyboardInterrupt:
+        pass
+    writer.end()
+    timing = None
+    if token_ids:
+        timing = Timing(n_tokens=len(token_ids), ttft_s=first_s, e2e_s=last_s)
+    return Answer(
+        text="".join(pieces),
+        token_ids=tuple(token_ids),
+        finish_reason=generation.finish_reason if generation else "interrupted",
+        timing=generation.timing if generation else timing,
+        generation=generation,
+    )

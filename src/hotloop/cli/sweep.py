@@ -1,0 +1,144 @@
+"""``hotloop sweep``: many configurations of one model, speed beside quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App
+
+from hotloop.cli.options import (
+    DEFAULT_MATRIX,
+    DEFAULT_QUALITY,
+    DEFAULT_TOLERANCE,
+    DEFAULT_WEIGHTS,
+    DEFAULT_WORKLOAD,
+    EXECUTION,
+    MODEL,
+    OUTPUT,
+    QUALITY,
+    Json,
+    MatrixOptions,
+    QualityOptions,
+    Tolerance,
+    WeightOptions,
+    WorkloadOptions,
+    option,
+)
+from hotloop.cli.output import note, print_json, print_memory, stdout
+from hotloop.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hotloop.bench.record import Status
+    from hotloop.sweep.plan import PlannedCell
+
+app = App(
+    name="sweep",
+    help_epilogue="""\
+Examples:
+  hotloop sweep smollm2-135m
+  hotloop sweep smollm2-135m --quant none,int8 --execution compile --out results/a
+  hotloop sweep recipe.yaml --resume
+  hotloop sweep --weights random --shape llama-2-13b --dry-run""",
+)
+
+FAILURES: tuple[Status, ...] = ("failed", "timeout", "interrupted")
+
+
+@app.default
+def sweep(
+    model: Annotated[
+        str | None, option(MODEL, "A model; or a recipe (.yaml), which says all of the below.")
+    ] = None,
+    /,
+    *,
+    weights: WeightOptions = DEFAULT_WEIGHTS,
+    matrix: MatrixOptions = DEFAULT_MATRIX,
+    workload: WorkloadOptions = DEFAULT_WORKLOAD,
+    quality: QualityOptions = DEFAULT_QUALITY,
+    no_quality: Annotated[bool, option(QUALITY, "Measure speed alone.")] = False,
+    tolerance: Tolerance = DEFAULT_TOLERANCE,
+    timeout_s: Annotated[
+        float | None, option(EXECUTION, "Seconds that a configuration may take.", "1800")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        option(OUTPUT, "The results folder: records and tables.", "results/ and the recipe's name"),
+    ] = None,
+    resume: Annotated[
+        bool, option(OUTPUT, "Go on in a results folder; what is finished there stays.")
+    ] = False,
+    dry_run: Annotated[
+        bool, option(OUTPUT, "Only print the cells and the memory each would take.")
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Measure every combination of the levers, and recommend one.
+
+    Each runs in a process of its own, so that one that does not fit or crashes
+    is a row of the table like the others. Ctrl-C keeps what is done; --resume
+    goes on. The exit code is 1 if not one configuration could be measured or
+    ruled out.
+    """
+    from hotloop.report.table import to_rich
+    from hotloop.report.write import write_results
+    from hotloop.sweep.plan import plan
+    from hotloop.sweep.progress import SweepProgress
+    from hotloop.sweep.recipe import load_recipe, recipe_from_flags
+    from hotloop.sweep.runner import run_sweep
+    from hotloop.sweep.store import RECORDS
+
+    if model is not None and model.endswith((".yaml", ".yml")):
+        said = [*weights.given(), *matrix.given(), *workload.given(), *quality.given()]
+        said += ["no_quality"] * no_quality + ["timeout_s"] * (timeout_s is not None)
+        if said:
+            flags = ", ".join("--" + name.replace("_", "-") for name in said)
+            raise ConfigError(f"{flags}: with a recipe, say it in {model}.")
+        recipe = load_recipe(model)
+    else:
+        recipe = recipe_from_flags(
+            weights.model(model),
+            weights=weights.weights,
+            matrix=matrix.matrix(),
+            defaults={**matrix.defaults(), "seed": weights.weights_seed},
+            workload=workload.fields(),
+            quality=False if no_quality else quality.fields(),
+            timeout_s=timeout_s,
+        )
+    if dry_run:
+        _show_plan(plan(recipe), json=json)
+        return 0
+
+    results = out or Path("results", recipe.name)
+    stopped = False
+    records = []
+    try:
+        with SweepProgress() as progress:
+            records = run_sweep(recipe, results, resume=resume, on_event=progress)
+    except KeyboardInterrupt:
+        stopped = True
+        note("Stopped. The same command with --resume goes on.")
+        if not (results / RECORDS).exists():
+            return 130
+    table = write_results(results, max_delta_ln_ppl=tolerance)
+    if json:
+        for row in table.rows:
+            print_json(row.record.model_dump(mode="json"))
+    else:
+        stdout().print(to_rich(table))
+    note(f"Records and tables are in {results}.")
+    if stopped:
+        return 130
+    return int(all(record.status in FAILURES for record in records))
+
+
+def _show_plan(cells: list[PlannedCell], *, json: bool) -> None:
+    if json:
+        for cell in cells:
+            print_json(cell.to_dict())
+        return
+    fits = {True: "yes", False: "no", None: "not known"}
+    print_memory(
+        "configuration",
+        ((c.cell, c.predicted_bytes or {}, c.unsupported or fits[c.fits]) for c in cells),
+    )

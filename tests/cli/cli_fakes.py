@@ -1,0 +1,98 @@
+"""An engine without a model: it answers every prompt with the same words."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+
+from hotloop.types import (
+    Delta,
+    EngineConfig,
+    EngineDescription,
+    Generation,
+    Prompt,
+    SamplingParams,
+    Timing,
+)
+
+CONTEXT = 200
+
+
+class FakeTokenizer:
+    """One token a character; ``<role>`` of the template is one, too."""
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        assert (parse_special, add_special) == (True, False), "the template writes its own"
+        return [ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+@dataclass(frozen=True)
+class Asked:
+    prompt: str
+    params: SamplingParams
+
+
+class FakeLLM:
+    """Answers ``words``; after ``interrupt_after`` of them its user presses Ctrl-C."""
+
+    made: list[FakeLLM]
+    words: tuple[str, ...] = ("Hello", " wor", "ld", ".")
+    default_sampling = SamplingParams(temperature=0.25)
+    interrupt_after: int | None = None
+
+    def __init__(self, config: EngineConfig, *, progress: Callable[[str, int, int], None]) -> None:
+        progress("load", 1, 2)
+        self.config = config
+        self.tokenizer = FakeTokenizer()
+        self.asked: list[Asked] = []
+        self.closed = False
+        self.n_cancelled = 0
+        self.made.append(self)
+
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> Generator[Delta]:
+        (prompt,) = prompts
+        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        self.asked.append(Asked(text, params))
+        words = self.words[: params.max_new_tokens]
+        done = Generation(
+            prompt_ids=tuple(map(ord, text)),
+            token_ids=tuple(range(len(words))),
+            text="".join(words),
+            finish_reason="eos",
+            timing=Timing(n_tokens=len(words), ttft_s=0.5, e2e_s=0.5 + 0.25 * (len(words) - 1)),
+        )
+        try:
+            for i, word in enumerate(words):
+                if i == self.interrupt_after:
+                    os.kill(os.getpid(), signal.SIGINT)
+                last = done if i == len(words) - 1 else None
+                yield Delta(index=0, text=word, token_ids=(i,), generation=last)
+        except GeneratorExit:
+            self.n_cancelled += 1
+            raise
+
+    def describe(self) -> EngineDescription:
+        return EngineDescription(
+            config=replace(self.config),
+            family="llama",
+            device="cpu",
+            device_name="Fake CPU",
+            dtype="float32",
+            vocab_size=128,
+            max_seq_len=CONTEXT,
+            n_params=1000,
+            weight_bytes=4000,
+            weight_bytes_per_step=4000,
+            kv_bytes_per_token=8,
+        )
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,144 @@
+"""The command as a whole: help, exit codes, and who gets to see what."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import hotloop
+from hotloop import errors
+from hotloop.cli import help_pages
+from hotloop.cli.app import VERBS, help_page, main
+
+HEAVY = ("torch", "numpy", "pydantic", "gguf", "transformers", "yaml", "tokenizers")
+
+
+def run(*args: str, **more) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hotloop", *args], capture_output=True, text=True, **more
+    )
+
+
+def imported_by(code: str) -> set[str]:
+    """Top-level packages that a fresh interpreter has imported after ``code``."""
+    shown = "import sys; print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{shown}"], capture_output=True, text=True, check=True
+    )
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_pages_are_what_the_command_line_says_of_itself(verb):
+    def words(text: str) -> list[str]:  # a newer cyclopts may draw other boxes
+        return text.translate(dict.fromkeys(map(ord, "╭╮╰╯─│*"), " ")).split()
+
+    page = help_page([verb, "--help"] if verb else ["--help"])
+    assert page is not None
+    assert words(page.read_text(encoding="utf-8")) == words(help_pages.render(verb)), (
+        "the help pages are stale: python -m hotloop.cli.help_pages"
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_a_summary_and_an_example(verb):
+    lines = help_page([verb, "-h"]).read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith(f"Usage: hotloop {verb}")
+    assert lines[2].endswith(".")
+    assert any(f"hotloop {verb} " in line for line in lines[lines.index("Examples:") :])
+    assert max(map(len, lines)) <= 80
+
+
+def test_help_and_version_import_nothing_but_the_standard_library():
+    code = """
+from hotloop.cli.app import main
+for argv in (['--help'], ['--version'], ['sweep', '--help'], ['chat', 'model', '-h'], []):
+    assert main(argv) == 0
+"""
+    third_party = imported_by(code) - set(sys.stdlib_module_names)
+    assert {name for name in third_party if not name.startswith(("_", "sitecustomize"))} == {
+        "hotloop"
+    }
+
+
+def test_a_usage_error_of_any_verb_imports_nothing_heavy():
+    code = f"""
+from hotloop.cli.app import main
+for verb in {VERBS}:
+    assert main([verb, '--no-such-option']) == 2
+"""
+    assert not imported_by(code) & set(HEAVY)
+
+
+def test_version_is_the_packages():
+    assert run("--version").stdout == f"hotloop {hotloop.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["genrate", "x"], "generate"),
+        (["generate", "x", "y", "--quantt", "int8"], "--quant"),
+        (["generate", "x", "y", "--execution", "fast"], "eager"),
+        (["generate"], "MODEL"),
+        (["generate", "x", "y", "z"], "z"),
+        (["generate", "x", "y", "--top-k", "many"], "--top-k"),
+    ],
+)
+def test_a_usage_error_is_one_line_that_names_the_fault_and_where_to_read_on(argv, said, capsys):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    first, second = err.splitlines()
+    assert out == ""
+    assert first.startswith("error: ")
+    assert said in first
+    assert second.startswith("Try: hotloop ")
+    assert second.endswith("--help")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("no"), 2),
+        (errors.UnknownNameError("scheme", "int9", ["int8"]), 2),
+        (errors.ModelNotFoundError("no"), 2),
+        (errors.UnsupportedError("no"), 2),
+        (errors.CheckpointError("file", "is cut short"), 1),
+        (errors.DownloadError("no"), 1),
+        (errors.OutOfMemoryError("load"), 1),
+    ],
+)
+def test_errors_for_users_are_one_line_and_say_by_their_code_whose_turn_it_is(
+    error, code, monkeypatch, capsys
+):
+    def failing(_config, **_options):
+        raise error
+
+    monkeypatch.setitem(vars(hotloop), "LLM", failing)
+    assert main(["generate", "model", "prompt"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error: {error}\n"
+
+
+def test_an_unexpected_exception_keeps_its_traceback(monkeypatch):
+    def failing(_config, **_options):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(vars(hotloop), "LLM", failing)
+    with pytest.raises(ZeroDivisionError):
+        main(["generate", "model", "prompt"])
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "hotloop", "--help"], stdout=write_end, stderr=subprocess.PIPE
+    )
+    os.close(write_end)
+    assert done.returncode == 141
+    assert done.stderr == b""

@@ -1,0 +1,247 @@
+"""``hotloop chat``: over a pipe, and in a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hotloop.cli.app import main
+from hotloop.cli.chat import Conversation, read_turns
+from hotloop.errors import RequestError
+
+
+pytestmark = pytest.mark.usefixtures("fake_llm")
+
+
+def lines_of(*lines: str) -> list[str]:
+    """The turns in these lines."""
+    left: Iterator[str] = iter(lines)
+
+    def read_line(_prompt: str) -> str:
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    return list(read_turns(read_line))
+
+
+def test_a_line_is_a_turn():
+    assert lines_of("one", "", "two") == ["one", "", "two"]
+
+
+def test_a_backslash_at_the_end_continues_the_turn():
+    assert lines_of("one\\", "two\\", "three", "four") == ["one\ntwo\nthree", "four"]
+
+
+def test_triple_quotes_make_one_turn_of_many_lines_and_leave_backslashes_alone():
+    assert lines_of('"""', "def f():", "", "    pass \\", '"""', "next") == [
+        "def f():\n\n    pass \\",
+        "next",
+    ]
+
+
+def test_an_end_inside_a_block_still_gives_the_turn():
+    assert lines_of('"""', "one", "two") == ["one\ntwo"]
+
+
+def conversation(limit: int) -> Conversation:
+    def encode(messages):
+        return [ord(c) for m in messages for c in m["content"]]
+
+    talk = Conversation(encode, limit, system="S")
+    talk.exchanges += [("aaa", "AAA"), ("bbb", "BBB")]
+    return talk
+
+
+def test_a_conversation_is_sent_whole_while_it_fits():
+    assert "".join(map(chr, conversation(14).prompt("c")[0])) == "SaaaAAAbbbBBBc"
+
+
+def test_the_oldest_exchanges_go_first_and_the_system_message_never():
+    talk = conversation(10)
+    ids, dropped = talk.prompt("c")
+    assert ("".join(map(chr, ids)), dropped) == ("SbbbBBBc", 1)
+    assert talk.exchanges == [("bbb", "BBB")]
+
+
+def test_a_message_that_cannot_fit_is_refused_and_nothing_is_forgotten():
+    talk = conversation(10)
+    with pytest.raises(RequestError, match=r"takes 11 tokens, and 10 fit"):
+        talk.prompt("c" * 10)
+    assert len(talk.exchanges) == 2
+
+
+def test_turns_over_a_pipe_get_an_answer_each_and_carry_the_history(fake_llm, piped, capsys):
+    piped("Hi\nMore\n")
+    assert main(["chat", "m"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello world.\nHello world.\n"
+    assert err.count("decode 4.0 tok/s") == 2
+    (llm,) = fake_llm.made
+    assert [asked.prompt for asked in llm.asked] == [
+        "<user>Hi<assistant>",
+        "<user>Hi<assistant>Hello world.<user>More<assistant>",
+    ]
+    assert llm.closed
+
+
+def test_reset_forgets_and_system_is_set_for_what_follows(fake_llm, piped):
+    piped("Hi\n/reset\n/system Be brief.\nAgain\n")
+    assert main(["chat", "m", "--system", "Old"]) == 0
+    assert [asked.prompt for asked in fake_llm.made[0].asked] == [
+        "<system>Old<user>Hi<assistant>",
+        "<system>Be brief.<user>Again<assistant>",
+    ]
+
+
+def test_quit_ends_before_the_lines_that_follow(fake_llm, piped):
+    piped("/quit\nHi\n")
+    assert main(["chat", "m"]) == 0
+    assert fake_llm.made[0].asked == []
+
+
+def test_stats_and_help_say_what_there_is_without_touching_stdout(piped, capsys):
+    piped("Hi\n/stats\n/help\n")
+    main(["chat", "some-model", "--quant", "int8"])
+    out, err = capsys.readouterr()
+    assert out == "Hello world.\n"
+    for said in ("some-model", "int8/eager", "Fake CPU", "tokens        4", "4.0 tok/s"):
+        assert said in err
+    for command in ("/reset", "/stats", "/system TEXT", "/help", "/quit"):
+        assert command in err
+
+
+def test_an_unknown_command_is_named_and_a_path_is_no_command(fake_llm, piped, capsys):
+    piped("/rest\n/etc/hosts: what is it?\n")
+    assert main(["chat", "m"]) == 0
+    assert "'/rest'. Did you mean '/reset'?" in capsys.readouterr().err
+    assert fake_llm.made[0].asked[0].prompt == "<user>/etc/hosts: what is it?<assistant>"
+
+
+def test_a_refused_turn_does_not_end_the_session(piped, capsys):
+    piped("x" * 300 + "\nHi\n")
+    assert main(["chat", "m"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello world.\n"
+    assert "error: this message takes 317 tokens" in err
+
+
+def test_old_turns_are_dropped_with_a_note_when_the_context_is_full(fake_llm, piped, capsys):
+    piped("".join(f"{'abc'[i] * 40}\n" for i in range(3)))
+    assert main(["chat", "m", "-n", "30"]) == 0
+    assert "forgot 1 of 2 exchanges" in capsys.readouterr().err
+    assert fake_llm.made[0].asked[2].prompt.startswith("<user>b")
+
+
+def test_json_is_one_object_an_answer(piped, capsys):
+    piped("Hi\nMore\n")
+    main(["chat", "m", "--json"])
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(a["prompt"], a["text"]) for a in answers] == [
+        ("Hi", "Hello world."),
+        ("More", "Hello world."),
+    ]
+
+
+def test_ctrl_c_over_a_pipe_ends_the_session(fake_llm, piped, capsys, monkeypatch):
+    monkeypatch.setattr(fake_llm, "interrupt_after", 2)
+    piped("Hi\nMore\n")
+    assert main(["chat", "m"]) == 130
+    assert capsys.readouterr().out == "Hello wor\n"
+
+
+TERMINAL_CHAT = """
+import sys, time
+import hotloop
+from cli_fakes import FakeLLM
+
+class Slow(FakeLLM):
+    made = []
+    words = tuple(f"w{i} " for i in range(300))
+
+    def stream(self, prompts, params):
+        text = self.tokenizer.decode(prompts[0])
+        self.words = ("History: " + text.replace("\\n", "|"),) if "second" in text else Slow.words
+        for delta in super().stream(prompts, params):
+            time.sleep(0.01)
+            yield delta
+
+vars(hotloop)["LLM"] = Slow
+from hotloop.cli.app import main
+sys.exit(main(["chat", "some-model"]))
+"""
+
+
+class Terminal:
+    """A program in a pseudo-terminal, 120 columns wide."""
+
+    def __init__(self, code: str) -> None:
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            path = str(Path(__file__).parent)
+            os.environ |= {"PYTHONPATH": path, "TERM": "xterm", "COLUMNS": "120", "LINES": "24"}
+            os.execv(sys.executable, [sys.executable, "-c", code])
+        self.seen = ""
+
+    def wait_for(self, text: str, seconds: float = 20) -> None:
+        """Reads until ``text`` was shown, and forgets what came before its end."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < deadline, f"{text!r} never came: {self.seen!r}"
+            if select.select([self._fd], [], [], 0.1)[0]:
+                self.seen += os.read(self._fd, 65536).decode(errors="replace")
+        self.before, _, self.seen = self.seen.partition(text)
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_in_a_terminal_ctrl_c_stops_the_answer_keeps_the_session_and_then_leaves_kindly():
+    terminal = Terminal(TERMINAL_CHAT)
+    terminal.wait_for("> ")
+    terminal.type("first\n")
+    terminal.wait_for("w5 ")
+    terminal.wait_for("tok/s")  # the speed is shown while the answer comes
+    terminal.type("\x03")
+    terminal.wait_for("ended by Ctrl-C")
+    terminal.wait_for("> ")
+    terminal.type("second\n")
+    terminal.wait_for("History: <user>first<assistant>w0 w1 w2 w3 w4 w5 ")
+    terminal.wait_for("<user>second<assistant>")
+    assert not re.search(r"w299", terminal.before), "the answer was cancelled"
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    assert terminal.exit_code() == 0
+
+
+def test_in_a_terminal_ctrl_d_leaves_kindly():
+    terminal = Terminal(TERMINAL_CHAT)
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+
+
+def test_chat_works_where_stdout_is_no_terminal():
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINAL_CHAT],
+        input="second\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert done.stdout == "History: <user>second<assistant>\n"
+    assert "\033" not in done.stdout + done.stderr

@@ -1,0 +1,112 @@
+"""``hotloop generate``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hotloop.cli.app import main
+
+pytestmark = pytest.mark.usefixtures("fake_llm")
+
+
+def test_the_text_goes_to_stdout_and_its_figures_to_stderr(fake_llm, capsys):
+    assert main(["generate", "some-model", "Say hello"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello world.\n"
+    assert "4 tokens · TTFT 0.500 s · decode 4.0 tok/s\n" in err
+    (llm,) = fake_llm.made
+    assert llm.closed
+    assert llm.asked[0].prompt == "Say hello"
+
+
+def test_text_arrives_piece_by_piece(monkeypatch):
+    pieces = []
+    monkeypatch.setattr("sys.stdout.write", pieces.append)
+    main(["generate", "m", "p"])
+    assert pieces == ["Hello", " wor", "ld", ".", "\n"]
+
+
+def test_json_is_one_object_with_the_engines_own_counts(capsys):
+    assert main(["generate", "some-model", "Hi", "--json", "--quant", "int8"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    said = json.loads(line)
+    assert said["text"] == "Hello world."
+    assert said["cell"] == "int8/eager"
+    assert said["prompt"] == "Hi"
+    assert (said["n_prompt_tokens"], said["n_tokens"]) == (2, 4)
+    assert (said["ttft_s"], said["decode_tok_s"], said["finish_reason"]) == (0.5, 4.0, "eos")
+
+
+def test_a_single_token_has_no_decode_speed_and_its_json_is_still_valid(capsys):
+    assert main(["generate", "m", "p", "-n", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["decode_tok_s"] is None
+    assert "decode" not in err
+
+
+@pytest.mark.parametrize("how", [["-"], ["--stdin"], []])
+def test_the_prompt_can_come_through_a_pipe_and_loses_only_its_last_newline(fake_llm, piped, how):
+    piped("one\ntwo\n\n")
+    assert main(["generate", "m", *how]) == 0
+    assert fake_llm.made[0].asked[0].prompt == "one\ntwo\n"
+
+
+def test_the_prompt_can_come_from_a_file(fake_llm, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("Grüße\n", encoding="utf-8")
+    assert main(["generate", "m", "--prompt-file", str(file)]) == 0
+    assert fake_llm.made[0].asked[0].prompt == "Grüße"
+
+
+def test_a_prompt_can_begin_with_a_hyphen_after_two_of_them(fake_llm):
+    assert main(["generate", "m", "--", "- one"]) == 0
+    assert fake_llm.made[0].asked[0].prompt == "- one"
+
+
+def test_two_prompts_are_refused_before_anything_is_loaded(fake_llm, capsys, piped):
+    piped("two")
+    assert main(["generate", "m", "one", "-"]) == 2
+    assert "prompt once" in capsys.readouterr().err
+    assert fake_llm.made == []
+
+
+def test_a_missing_prompt_file_is_named(capsys, tmp_path):
+    assert main(["generate", "m", "--prompt-file", str(tmp_path / "gone.txt")]) == 2
+    assert "gone.txt" in capsys.readouterr().err
+
+
+def test_chat_wraps_the_prompt_in_the_models_template(fake_llm):
+    main(["generate", "m", "Hi", "--chat"])
+    assert fake_llm.made[0].asked[0].prompt == "<user>Hi<assistant>"
+
+
+def test_options_reach_the_engine_and_the_models_own_sampling_stays_where_none_is_given(fake_llm):
+    of_engine = "--quant int4-g64 --head none --execution compile --max-seq-len 64"
+    of_sampling = "--top-p 0.9 --seed 0 --stop END --stop . --ignore-eos"
+    main(["generate", "m", "p", *of_engine.split(), *of_sampling.split()])
+    (llm,) = fake_llm.made
+    assert llm.config.name == "int4-g64+head=none/compile"
+    assert llm.config.max_seq_len == 64
+    params = llm.asked[0].params
+    assert params.temperature == 0.25
+    assert (params.top_p, params.seed, params.stop) == (0.9, 0, ("END", "."))
+    assert params.ignore_eos
+    assert params.max_new_tokens == 256
+
+
+def test_a_sampling_option_that_cannot_be_is_a_usage_error(fake_llm, capsys):
+    assert main(["generate", "m", "p", "--top-p", "7"]) == 2
+    assert "top_p" in capsys.readouterr().err
+    assert fake_llm.made[0].closed
+
+
+def test_ctrl_c_keeps_what_came_frees_the_engine_and_exits_130(fake_llm, capsys, monkeypatch):
+    monkeypatch.setattr(fake_llm, "interrupt_after", 2)
+    assert main(["generate", "m", "p"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "Hello wor\n"
+    assert "2 tokens" in err
+    assert "ended by Ctrl-C" in err
+    assert fake_llm.made[0].closed

@@ -1,0 +1,63 @@
+"""The options stand for the values they make, completely and with the same defaults."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+
+from hotloop.bench.record import Workload
+from hotloop.cli.options import (
+    EngineOptions,
+    QualityOptions,
+    SamplingOptions,
+    WeightOptions,
+    WorkloadOptions,
+)
+from hotloop.errors import ConfigError
+from hotloop.sweep.recipe import QualityOptions as RecipeQuality
+from hotloop.sweep.recipe import Recipe
+from hotloop.types import EngineConfig, SamplingParams
+
+
+def names(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
+
+
+def test_every_field_of_a_configuration_has_an_option():
+    of_weights = {"model", "weights", "seed"}
+    assert names(EngineOptions) | of_weights == names(EngineConfig)
+    assert names(SamplingOptions) == names(SamplingParams)
+    assert WorkloadOptions().fields().keys() == Workload.model_fields.keys()
+    assert QualityOptions().fields().keys() == RecipeQuality.model_fields.keys()
+
+
+def test_no_option_given_is_the_default_configuration():
+    assert EngineOptions().config("m") == EngineConfig(model="m")
+    assert EngineOptions().given() == {}
+    assert WeightOptions().model("m") == "m"
+    assert Workload(**WorkloadOptions().fields()) == Recipe(model="m").workload
+    assert RecipeQuality(**QualityOptions().fields()) == Recipe(model="m").quality
+
+
+def test_no_sampling_option_given_is_the_models_own_sampling():
+    own = SamplingParams(temperature=0.3, top_k=7, stop=("x",), ignore_eos=True, seed=3)
+    assert SamplingOptions().params(own) == own
+    assert SamplingOptions(temperature=0.0).params(own) == replace(own, temperature=0.0)
+
+
+def test_a_shape_is_the_model_of_random_weights():
+    assert WeightOptions(weights="random", shape="llama-2-13b").model(None) == "llama-2-13b"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        (None, WeightOptions(), "either MODEL or --shape"),
+        ("m", WeightOptions(weights="random", shape="s"), "either MODEL or --shape"),
+        (None, WeightOptions(shape="s"), "--weights random"),
+    ],
+)
+def test_a_model_that_is_not_clear_is_refused(model, options, said):
+    with pytest.raises(ConfigError, match=said):
+        options.model(model)

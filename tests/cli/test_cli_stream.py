@@ -1,0 +1,99 @@
+"""How a streamed answer is shown on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+from hotloop.cli.stream import PlainWriter, TerminalWriter, writer_for
+
+FIGURE = "decode 9.9 tok/s"
+
+
+class Screen(io.StringIO):
+    """Enough of a terminal: a grid that knows the four sequences that the writer uses."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, [[" "] * width]
+        self.row = self.column = 0
+        self.saved = (0, 0)
+
+    def write(self, text: str) -> int:
+        for part in re.findall(r"\033\[\d*[KGm]|\033[78]|[\s\S]", text):
+            if part == "\0337":
+                self.saved = (self.row, self.column)
+            elif part == "\0338":
+                self.row, self.column = self.saved
+            elif part == "\033[K":
+                self.rows[self.row][self.column :] = [" "] * (self.width - self.column)
+            elif part.endswith("G") and part.startswith("\033"):
+                self.column = int(part[2:-1]) - 1
+            elif part == "\n":
+                self._next_row()
+            elif not part.startswith("\033"):
+                if self.column == self.width:
+                    self._next_row()
+                self.rows[self.row][self.column] = part
+                self.column += 1
+        return len(text)
+
+    def _next_row(self) -> None:
+        self.row, self.column = self.row + 1, 0
+        if self.row == len(self.rows):
+            self.rows.append([" "] * self.width)
+
+    def lines(self) -> list[str]:
+        return ["".join(row).rstrip() for row in self.rows]
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    monkeypatch.setenv("COLUMNS", "40")
+    return Screen(40)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 39, 40, 41, 200])
+def test_the_text_stays_whole_whatever_the_figure_covers_meanwhile(screen, size):
+    text = "".join(f"{i:03} " for i in range(25)) + "\nend of\n\n" + "x" * 40 + "\nlast line"
+    writer = TerminalWriter(screen)
+    for start in range(0, len(text), size):
+        writer.write(text[start : start + size], FIGURE)
+    writer.end()
+    folded = [line[i : i + 40] for line in text.split("\n") for i in range(0, len(line) or 1, 40)]
+    assert screen.lines() == [*(line.rstrip() for line in folded), ""]
+
+
+def test_the_figure_stands_at_the_right_edge_while_there_is_room(screen):
+    writer = TerminalWriter(screen)
+    writer.write("Hello", FIGURE)
+    assert screen.lines() == ["Hello" + " " * 19 + FIGURE]
+    writer.write(" there, how are you?", FIGURE)
+    assert screen.lines() == ["Hello there, how are you?"]
+
+
+def test_a_model_cannot_move_the_cursor(screen):
+    writer = TerminalWriter(screen)
+    writer.write("a\033[2Jb\rc\x9bd\a", "")
+    assert screen.lines() == ["a[2Jbcd"]
+
+
+def test_what_is_no_terminal_gets_the_text_as_it_is_and_a_last_newline():
+    out = io.StringIO()
+    writer = writer_for(out)
+    assert isinstance(writer, PlainWriter)
+    for piece in ("a\033[2J", "", "b"):
+        writer.write(piece, FIGURE)
+    writer.end()
+    assert out.getvalue() == "a\033[2Jb\n"
+
+
+def test_a_text_that_ends_its_line_gets_no_second_newline():
+    out = io.StringIO()
+    writer = PlainWriter(out)
+    writer.write("one\n", "")
+    writer.write("", "")
+    writer.end()
+    assert out.getvalue() == "one\n"
