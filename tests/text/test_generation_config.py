@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFWriter
+from tiny_tokenizers import write, write_gguf
+
+from hotloop.errors import CheckpointError
+from hotloop.text.generation_config import generation_defaults, write_generation_config
+from hotloop.types import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": 2},
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
+        ),
+        ({"do_sample": True, "top_p": None}, {"temperature": 1.0}),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 50}, {"temperature": 0.0}),
+        ({"temperature": 0.6}, {"temperature": 0.0}),
+        (
+            {"repetition_penalty": 1.1, "max_new_tokens": 64, "max_length": 20},
+            {"temperature": 0.0, "repetition_penalty": 1.1, "max_new_tokens": 64},
+        ),
+        ({}, {}),
+    ],
+)
+def test_suggestions_mean_what_transformers_makes_of_them(
+    config: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    write(tmp_path, "generation_config.json", config)
+    assert generation_defaults(tmp_path) == expected
+    SamplingParams(**expected)
+
+
+def test_folder_that_suggests_nothing_gives_nothing(tmp_path: Path) -> None:
+    assert generation_defaults(tmp_path) == {}
+
+
+def test_gguf_gives_its_sampling_keys(tmp_path: Path) -> None:
+    def fill(writer: GGUFWriter) -> None:
+        writer.add_float32("general.sampling.temp", 0.5)
+        writer.add_int32("general.sampling.top_k", 20)
+        writer.add_float32("general.sampling.penalty_repeat", 1.25)
+
+    assert generation_defaults(write_gguf(tmp_path / "a.gguf", fill)) == {
+        "temperature": 0.5,
+        "top_k": 20,
+        "repetition_penalty": 1.25,
+    }
+    bare = write_gguf(tmp_path / "b.gguf", lambda writer: writer.add_name("bare"))
+    assert generation_defaults(bare) == {}
+
+
+@pytest.mark.parametrize("value", [{"top_p": 3.0}, {"temperature": "hot"}, {"top_k": -1}])
+def test_sampling_that_is_not_possible_is_refused(value: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, "generation_config.json", {"do_sample": True, **value})
+    with pytest.raises(CheckpointError, match=next(iter(value))) as caught:
+        generation_defaults(tmp_path)
+    assert caught.value.file == tmp_path / "generation_config.json"
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.0}, {"temperature": 0.6, "top_k": 20, "max_new_tokens": 9}]
+)
+def test_written_suggestions_are_read_back(sampling: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, "generation_config.json", {"top_p": 0.5, "eos_token_id": 7})
+    write_generation_config(tmp_path, sampling=sampling)
+    assert generation_defaults(tmp_path) == {"temperature": 0.0, **sampling}
+    write_generation_config(tmp_path, eos_ids={3, 1})
+    assert generation_defaults(tmp_path) == {"temperature": 0.0, **sampling}
