@@ -1,0 +1,402 @@
+"""The two libraries that turn text into token ids, behind one face.
+
+``JsonBackend`` is a ``tokenizer.json`` in Hugging Face's ``tokenizers``; ``SentencePieceBackend``
+is a ``tokenizer.model`` in ``sentencepiece``.
+
+Encoding is the library's own. Decoding is not: each backend says which *bytes* a token stands for,
+and text is those bytes put together. That is what makes incremental decoding exact and linear: no
+token's bytes depend on its neighbours. It differs from the libraries' own decoding in two places,
+both on purpose: bytes that are no UTF-8 become U+FFFD by Unicode's rule (one per maximal subpart)
+whichever the backend, and ``clean_up_tokenization_spaces``, which loses spaces, is not applied.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import sentencepiece
+import tokenizers
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import (
+    ModelProto,  # pyrefly: ignore[missing-module-attribute]  (protobuf makes it at import)
+)
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
+
+from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.text.config_files import TOKENIZER_CONFIG, all_special_texts, special_tokens
+
+if TYPE_CHECKING:
+    from tokenizers.decoders import Decoder
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_MODEL = "tokenizer.model"
+
+_SPACE = "▁"
+_WHITESPACE = re.compile(r"\s+")
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class Backend(Protocol):
+    """A vocabulary and the way into it.
+
+    Attributes:
+        vocab_size: Token ids are below this; some below it may have no token.
+        special_ids: Control tokens: not text, left out of decoded text unless asked for.
+        strips_leading_space: Decoded text loses one leading space: the one encoding put there.
+    """
+
+    vocab_size: int
+    special_ids: frozenset[int]
+    strips_leading_space: bool
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of ``text``."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token below ``vocab_size`` stands for; empty for an id without a token."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its spelling in the vocabulary."""
+        ...
+
+    def save(self, folder: Path) -> Path:
+        """Writes the vocabulary into ``folder`` and returns the file."""
+        ...
+
+
+# ---------------------------------------------------------------------------------- tokenizer.json
+
+
+class JsonBackend:
+    """A ``tokenizers.Tokenizer``. Safe to share between threads.
+
+    Args:
+        tokenizer: The tokenizer. Truncation and padding it may have been saved with are taken off.
+        file: Where it came from, for error messages.
+
+    Raises:
+        UnsupportedError: Its decoder is of a kind that is not known here.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, file: Path) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._encoding = threading.Lock()
+        self._piece_bytes, self.strips_leading_space = _read_decoder(tokenizer.decoder, file)
+        added = tokenizer.get_added_tokens_decoder()
+        self._added_bytes = {i: token.content.encode() for i, token in added.items()}
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of ``text``; tokens added around it are those of the post-processor."""
+        # The library takes this option from the object, not from the call.
+        with self._encoding:
+            self._tokenizer.encode_special_tokens = not parse_special
+            return self._tokenizer.encode(text, add_special_tokens=add_special).ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for; an added token for its own text."""
+        if token_id in self._added_bytes:
+            return self._added_bytes[token_id]
+        piece = self._tokenizer.id_to_token(token_id)
+        return b"" if piece is None else self._piece_bytes(piece)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its spelling in the vocabulary."""
+        return self._tokenizer.token_to_id(token)
+
+    def save(self, folder: Path) -> Path:
+        """Writes ``tokenizer.json``."""
+        file = folder / TOKENIZER_JSON
+        self._tokenizer.save(str(file))
+        return file
+
+
+def load_json_backend(file: Path, config: Mapping[str, Any]) -> JsonBackend:
+    """Reads a ``tokenizer.json``.
+
+    Args:
+        file: The file.
+        config: The ``tokenizer_config.json`` beside it: the special tokens it names are special
+            whether or not the file says so, and its ``add_bos_token`` and ``add_eos_token``
+            overrule the file's own post-processor.
+
+    Raises:
+        CheckpointError: The file is damaged.
+        UnsupportedError: Its decoder is of a kind that is not known here.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(file, f"not a tokenizer.json that can be read: {error}") from error
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for text in all_special_texts(config):
+        token = added.get(text, AddedToken(text, normalized=False))
+        if not token.special and tokenizer.token_to_id(text) is not None:
+            token.special = True
+            tokenizer.add_special_tokens([token])
+
+    add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
+    if add_bos is not None or add_eos is not None:
+        named = special_tokens(config)
+        bos, eos = named.get("bos_token"), named.get("eos_token")
+        if add_bos is None:
+            add_bos = tokenizer.encode("", add_special_tokens=True).tokens[:1] == [bos]
+        frame_with(tokenizer, bos if add_bos else None, eos if add_eos else None)
+    return JsonBackend(tokenizer, file)
+
+
+def frame_with(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Makes ``tokenizer`` put these tokens, where there are any, before and after every text."""
+    framing = [
+        (token, token_id)
+        for token in (bos, eos)
+        if token is not None and (token_id := tokenizer.token_to_id(token)) is not None
+    ]
+    known = {token for token, _ in framing}
+    tokenizer.post_processor = TemplateProcessing(
+        single=[token for token in (bos, "$A", eos) if token == "$A" or token in known],
+        special_tokens=framing,
+    )
+
+
+def _read_decoder(decoder: Decoder | None, file: Path) -> tuple[Callable[[str], bytes], bool]:
+    """What a piece of the vocabulary stands for, and whether a leading space is stripped."""
+    spec = json.loads(decoder.__getstate__()) if decoder is not None else {"type": None}
+    byte_level = spaces = byte_pieces = strips = False
+    for part in spec["decoders"] if spec["type"] == "Sequence" else [spec]:
+        match part:
+            case {"type": "ByteLevel"}:
+                byte_level = True
+            case {"type": "ByteFallback"}:
+                byte_pieces = True
+            case {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}:
+                spaces = True
+            case {"type": "Strip", "content": " ", "start": 0 | 1 as start, "stop": 0}:
+                strips = start == 1
+            case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
+                spaces, strips = True, scheme != "never"
+            case {"type": "Fuse"}:
+                pass
+            case _:
+                raise UnsupportedError(
+                    f"{file}: a decoder of type {part['type']!r} as given here is not supported. "
+                    "Byte-level (GPT-2, Llama 3, Qwen) and SentencePiece-like (Llama 2, Mistral) "
+                    "decoders are."
+                )
+    if byte_level:
+        return _byte_level_bytes, strips
+    return lambda piece: _sentencepiece_bytes(piece, spaces, byte_pieces), strips
+
+
+@cache
+def byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes in visible characters: character -> byte.
+
+    Bytes that are visible in Latin-1 stand for themselves, the others, in order, for the
+    characters from U+0100 on.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {
+        chr(0x100 + i): byte for i, byte in enumerate(hidden)
+    }
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    alphabet = byte_level_alphabet()
+    try:
+        return bytes([alphabet[character] for character in piece])
+    except KeyError:  # not spelled in bytes: a token that was added as plain text
+        return piece.encode()
+
+
+def _sentencepiece_bytes(piece: str, spaces: bool = True, byte_pieces: bool = True) -> bytes:
+    if byte_pieces and (match := _BYTE_PIECE.fullmatch(piece)):
+        return bytes.fromhex(match[1])
+    return (piece.replace(_SPACE, " ") if spaces else piece).encode()
+
+
+# --------------------------------------------------------------------------------- tokenizer.model
+
+
+class SentencePieceBackend:
+    """A SentencePiece model, with tokens beside it that the model itself does not know.
+
+    Args:
+        proto: The model.
+        file: Where it came from, for error messages.
+        config: The ``tokenizer_config.json`` beside it. ``added_tokens_decoder`` adds tokens,
+            ``add_bos_token`` (true unless it says otherwise) and ``add_eos_token`` frame a text
+            with the tokens it names. SentencePiece puts a space before a text; ``legacy: false``
+            keeps it from doing so again after every special token within one.
+
+    Raises:
+        CheckpointError: The model contradicts itself.
+        UnsupportedError: It normalizes text in a way that is not undone here.
+    """
+
+    def __init__(self, proto: ModelProto, file: Path, config: Mapping[str, Any]) -> None:
+        if (
+            proto.trainer_spec.treat_whitespace_as_suffix
+            or proto.denormalizer_spec.precompiled_charsmap
+        ):
+            raise UnsupportedError(
+                f"{file}: SentencePiece models with whitespace as a suffix or with a denormalizer "
+                "are not supported."
+            )
+        kinds = ModelProto.SentencePiece
+        self._proto = proto
+        self._model = _processor(proto, file)
+        self._n_pieces = len(proto.pieces)
+        self._added = {
+            i: AddedToken(piece.piece, special=True)
+            for i, piece in enumerate(proto.pieces)
+            if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
+        } | _added_tokens(file, config)
+        self._ids = {token.content: i for i, token in self._added.items()}
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self.vocab_size = max(self._n_pieces, 1 + max(self._added, default=-1))
+        self.strips_leading_space = proto.normalizer_spec.add_dummy_prefix
+
+        self._splits = {
+            parse_special: _splitter(
+                t for t in self._added.values() if parse_special or not t.special
+            )
+            for parse_special in (False, True)
+        }
+        self._continuation = self._model
+        if config.get("legacy", True) is False and self.strips_leading_space:
+            unprefixed = ModelProto.FromString(proto.SerializeToString())
+            unprefixed.normalizer_spec.add_dummy_prefix = False
+            self._continuation = _processor(unprefixed, file)
+
+        named = special_tokens(config)
+        bos, eos = (self._ids.get(named.get(name, "")) for name in ("bos_token", "eos_token"))
+        self._prefix = [bos] if bos is not None and config.get("add_bos_token", True) else []
+        self._suffix = [eos] if eos is not None and config.get("add_eos_token", False) else []
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of ``text``, the stretches between added tokens encoded one by one."""
+        ids: list[int] = []
+        start = 0
+        for match in self._splits[parse_special].finditer(text):
+            token_id = self._ids[match[0]]
+            token = self._added[token_id]
+            before = text[start : match.start()]
+            ids += self._encode_stretch(before.rstrip() if token.lstrip else before, start == 0)
+            ids.append(token_id)
+            start = match.end()
+            if token.rstrip and (space := _WHITESPACE.match(text, start)):
+                start = space.end()
+        ids += self._encode_stretch(text[start:], start == 0)
+        return [*self._prefix, *ids, *self._suffix] if add_special else ids
+
+    def _encode_stretch(self, text: str, first: bool) -> list[int]:
+        return (self._model if first else self._continuation).encode(text) if text else []
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for; an added token for its own text."""
+        if token_id in self._added:
+            return self._added[token_id].content.encode()
+        if token_id >= self._n_pieces:
+            return b""
+        return _sentencepiece_bytes(
+            self._model.id_to_piece(token_id), byte_pieces=self._model.is_byte(token_id)
+        )
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its spelling in the vocabulary."""
+        if token in self._ids:
+            return self._ids[token]
+        token_id = self._model.piece_to_id(token)  # the unknown token's for what there is not
+        return token_id if self._model.id_to_piece(token_id) == token else None
+
+    def save(self, folder: Path) -> Path:
+        """Writes ``tokenizer.model``; tokens beside the model belong to the configuration."""
+        file = folder / TOKENIZER_MODEL
+        file.write_bytes(self._proto.SerializeToString(deterministic=True))
+        return file
+
+
+def read_sentencepiece_model(file: Path) -> ModelProto:
+    """Reads a ``tokenizer.model``.
+
+    Raises:
+        CheckpointError: The file is damaged.
+        UnsupportedError: It is a tiktoken file by the same name.
+    """
+    data = file.read_bytes()
+    try:
+        return ModelProto.FromString(data)
+    except DecodeError as error:
+        if _is_tiktoken(data):
+            raise UnsupportedError(
+                f"{file} is a tiktoken vocabulary, not a SentencePiece model. Use the model's "
+                f"Hugging Face form, which has a {TOKENIZER_JSON}."
+            ) from error
+        raise CheckpointError(file, f"not a SentencePiece model: {error}") from error
+
+
+def sentencepiece_names(proto: ModelProto) -> dict[str, str]:
+    """The special tokens that a SentencePiece model names itself."""
+    spec = proto.trainer_spec
+    control = {p.piece for p in proto.pieces if p.type != ModelProto.SentencePiece.NORMAL}
+    named = {"bos_token": spec.bos_piece, "eos_token": spec.eos_piece, "unk_token": spec.unk_piece}
+    return {name: piece for name, piece in named.items() if piece in control}
+
+
+def _processor(proto: ModelProto, file: Path) -> sentencepiece.SentencePieceProcessor:
+    if not proto.pieces:
+        raise CheckpointError(file, "not a SentencePiece model: it holds no vocabulary")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    except RuntimeError as error:
+        raise CheckpointError(file, f"SentencePiece refuses this vocabulary: {error}") from error
+
+
+def _added_tokens(file: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    try:
+        added = {
+            int(i): AddedToken(**token)
+            for i, token in (config.get("added_tokens_decoder") or {}).items()
+        }
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            file.with_name(TOKENIZER_CONFIG), f"added_tokens_decoder: {error}"
+        ) from error
+    for token in added.values():
+        if token.single_word:
+            raise UnsupportedError(
+                f"{file}: the added token {token.content!r} matches whole words only, which is "
+                "not supported beside a SentencePiece model."
+            )
+    return added
+
+
+def _splitter(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
+    """Finds added tokens, the longest first; ``(?!)`` finds nothing."""
+    texts = sorted((token.content for token in tokens if token.content), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def _is_tiktoken(data: bytes) -> bool:
+    """Whether the first line is a token in base64 and its rank."""
+    token, _, rank = data.split(b"\n", 1)[0].partition(b" ")
+    try:
+        return bool(base64.b64decode(token, validate=True)) and rank.strip().isdigit()
+    except binascii.Error:
+        return False

@@ -1,0 +1,283 @@
+"""A model's tokenizer: text to token ids and back, and messages to a prompt.
+
+Read from whatever the model came with: ``tokenizer.json``, ``tokenizer.model`` (SentencePiece) or
+the vocabulary inside a GGUF file. Nothing is unpickled and no code of the model's is run, except
+its chat template, in a sandbox. A tokenizer that is none of these is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from hotloop.errors import CheckpointError, RequestError, UnsupportedError
+from hotloop.gguf_header import read_gguf_header
+from hotloop.text.backends import (
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    Backend,
+    SentencePieceBackend,
+    load_json_backend,
+    read_sentencepiece_model,
+    sentencepiece_names,
+)
+from hotloop.text.chat import compile_template, render
+from hotloop.text.config_files import (
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    TOKENIZER_CONFIG,
+    read_json,
+    read_text,
+    special_tokens,
+    token_ids,
+    write_json,
+)
+from hotloop.text.generation_config import write_generation_config
+from hotloop.text.gguf_vocabulary import read_gguf_vocabulary
+
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_OTHER_TOKENIZERS = ("tekken.json", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokenizer:
+    """One model's tokenizer. Make one with ``load_tokenizer``; safe to share between threads.
+
+    Attributes:
+        source: The folder or file it was read from.
+        backend: The vocabulary.
+        config: What its ``tokenizer_config.json`` says, or would say.
+        eos_ids: The tokens that end an answer.
+        chat_template: The model's chat template, if it has one.
+    """
+
+    source: Path
+    backend: Backend
+    config: Mapping[str, Any]
+    eos_ids: frozenset[int]
+    chat_template: str | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this. A model's own vocabulary can be larger, by padding."""
+        return self.backend.vocab_size
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token a text begins with, whether or not ``encode`` puts it there."""
+        token = special_tokens(self.config).get("bos_token")
+        return None if token is None else self.backend.token_id(token)
+
+    @property
+    def strips_leading_space(self) -> bool:
+        """Whether decoded text loses one leading space: the one that encoding put there."""
+        return self.backend.strips_leading_space
+
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids of ``text``.
+
+        Args:
+            text: Any text.
+            add_special: Add what the model itself adds around a text, such as BOS in front.
+            parse_special: Take control tokens spelled out in the text, such as ``<|im_end|>``, for
+                the tokens. A prompt made by ``apply_chat_template`` needs that; in text from
+                elsewhere it would let the writer speak with the model's own voice. Tokens that
+                were added to the vocabulary as plain text are taken as such either way.
+
+        Raises:
+            RequestError: The text holds half of a surrogate pair, which no encoding has.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not valid Unicode: {error}") from error
+        return self.backend.encode(text, add_special=add_special, parse_special=parse_special)
+
+    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
+        """What one token stands for: UTF-8 that can begin or end within a character.
+
+        Raises:
+            RequestError: The token is outside the vocabulary.
+        """
+        if not 0 <= token_id < self.vocab_size:
+            raise RequestError(
+                f"token id {token_id} is outside the vocabulary of {self.vocab_size} tokens."
+            )
+        if skip_special and token_id in self.backend.special_ids:
+            return b""
+        return self.backend.token_bytes(token_id)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ``ids``; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            RequestError: A token is outside the vocabulary.
+        """
+        data = b"".join(self.token_bytes(i, skip_special=skip_special) for i in ids)
+        if self.strips_leading_space:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", "replace")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt for a conversation.
+
+        Encode it with ``parse_special`` and without ``add_special``: a template writes its own BOS.
+
+        Args:
+            messages: Each with ``role`` and ``content``.
+            add_generation_prompt: End with the beginning of the assistant's answer.
+            variables: Whatever else the model's template understands, such as
+                ``enable_thinking``.
+
+        Raises:
+            UnsupportedError: The model has no chat template.
+            CheckpointError: The template is not valid.
+            RequestError: The template refuses the messages, or fails on them.
+        """
+        return render(
+            self._template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            variables={**special_tokens(self.config), **variables},
+        )
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        if self.chat_template is None:
+            raise UnsupportedError(
+                f"{self.source} has no chat template (none named 'default', where there are "
+                "several). It is probably no chat model: generate from plain text instead."
+            )
+        return compile_template(self.chat_template, self.source)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes a form that ``load_tokenizer`` reads back as the same tokenizer.
+
+        Args:
+            folder: An existing folder. Of a ``generation_config.json`` in it, the end-of-sequence
+                tokens are replaced.
+
+        Returns:
+            The files written.
+        """
+        config = {k: v for k, v in self.config.items() if k != "chat_template"}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        files = [self.backend.save(folder), write_json(folder / TOKENIZER_CONFIG, config)]
+        if self.eos_ids:
+            files.append(write_generation_config(folder, eos_ids=self.eos_ids))
+        return files
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Reads a model's tokenizer.
+
+    Args:
+        path: A model folder as Hugging Face lays it out, or a ``.gguf`` file.
+
+    Raises:
+        CheckpointError: No tokenizer there, or a damaged one.
+        UnsupportedError: A tokenizer of a kind that is not read.
+    """
+    if path.is_dir():
+        return _load_folder(path)
+    if path.suffix != ".gguf":
+        raise CheckpointError(path, "neither a model folder nor a .gguf file")
+    if not path.is_file():
+        raise CheckpointError(path, "there is no such file")
+    backend, config, eos_ids = read_gguf_vocabulary(path, read_gguf_header(path).metadata)
+    return Tokenizer(
+        source=path,
+        backend=backend,
+        config=config,
+        eos_ids=eos_ids,
+        chat_template=_chat_template(path, config.get("chat_template")),
+    )
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    # What older folders say in files of their own comes first, so that newer ones overrule it.
+    config = {
+        **read_json(folder / "special_tokens_map.json"),
+        **read_json(folder / TOKENIZER_CONFIG),
+    }
+    if (json_file := folder / TOKENIZER_JSON).is_file():
+        backend: Backend = load_json_backend(json_file, config)
+    elif (model_file := folder / TOKENIZER_MODEL).is_file():
+        proto = read_sentencepiece_model(model_file)
+        config = {**sentencepiece_names(proto), **_with_added_tokens(folder, config)}
+        backend = SentencePieceBackend(proto, model_file, config)
+    else:
+        raise _no_tokenizer(folder)
+    if (template_file := folder / _CHAT_TEMPLATE_FILE).is_file():
+        chat_template = read_text(template_file)
+    else:
+        chat_template = _chat_template(folder / TOKENIZER_CONFIG, config.get("chat_template"))
+    return Tokenizer(
+        source=folder,
+        backend=backend,
+        config=config,
+        eos_ids=_eos_ids(folder, config, backend),
+        chat_template=chat_template,
+    )
+
+
+def _with_added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with the tokens of an ``added_tokens.json`` that it does not list itself."""
+    special = set(special_tokens(config).values())
+    older = {
+        str(token_id): {"content": text, "special": text in special}
+        for text, token_id in read_json(folder / "added_tokens.json").items()
+    }
+    return {**config, "added_tokens_decoder": older | (config.get("added_tokens_decoder") or {})}
+
+
+def _eos_ids(folder: Path, config: Mapping[str, Any], backend: Backend) -> frozenset[int]:
+    """As ``generation_config.json`` says; without its word, as the other two files say."""
+    if ids := _ids_in(folder / GENERATION_CONFIG):
+        return ids
+    token = special_tokens(config).get("eos_token")
+    token_id = None if token is None else backend.token_id(token)
+    own = frozenset() if token_id is None else frozenset({token_id})
+    return own | _ids_in(folder / MODEL_CONFIG)
+
+
+def _ids_in(file: Path) -> frozenset[int]:
+    return token_ids(file, read_json(file), "eos_token_id")
+
+
+def _chat_template(file: Path, template: Any) -> str | None:
+    """A template as configurations hold it: text, or several with names."""
+    try:
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(file, f"its chat template cannot be read: {error!r}") from error
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(file, f"its chat template is a {type(template).__name__}, not text")
+    return template
+
+
+def _no_tokenizer(folder: Path) -> Exception:
+    for pattern in _OTHER_TOKENIZERS:
+        for file in sorted(folder.glob(pattern)):
+            return UnsupportedError(
+                f"{file}: tokenizers of this kind are not read. Convert it to a {TOKENIZER_JSON}: "
+                "load it with transformers and call save_pretrained."
+            )
+    return CheckpointError(
+        folder, f"no tokenizer: looked for {TOKENIZER_JSON} and {TOKENIZER_MODEL}"
+    )

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from gguf import GGUFWriter
+from tiny_tokenizers import (
+    CHATML,
+    CORPUS,
+    TEXTS,
+    byte_level,
+    gguf_byte_level,
+    gguf_sentencepiece,
+    sentencepiece_folder,
+    sentencepiece_model,
+    write_gguf,
+)
+from tokenizers import pre_tokenizers
+
+from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.text.gguf_vocabulary import read_gguf_vocabulary
+from hotloop.text.tokenizer import load_tokenizer
+
+CASES = (
+    "It'S we'LL",
+    "A1b22ccc333",
+    "x!\n\n\n  y",
+    "HTTPServer fooBar",
+    "½ ² Ⅳ 12345 1,000",
+    "a/\n//b",
+)
+
+
+def metadata(**changes: Any) -> dict[str, Any]:
+    """A SentencePiece vocabulary of four tokens that is whole, but for ``changes``."""
+    values = {
+        "model": "llama",
+        "tokens": ["<unk>", "<s>", "</s>", "a"],
+        "token_type": [2, 3, 3, 1],
+        "scores": [0.0, 0.0, 0.0, -1.0],
+        **changes,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "deepseek-r1-qwen", "tekken"])
+def test_text_is_split_as_transformers_splits_it(pre: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = load_tokenizer(gguf_byte_level(tmp_path / "a.gguf", byte_level(), pre))
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+    ours.save(tmp_path)
+    saved = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (*TEXTS, *CASES):
+        expected = theirs.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert saved.pre_tokenizer.pre_tokenize_str(text) == expected
+    for text in (*TEXTS, "<think>a<|im_end|>b"):
+        ids = ours.encode(text, add_special=False, parse_special=True)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("pre", "whole"), [("llama-bpe", True), ("tekken", True), ("gpt-2", False)]
+)
+def test_word_that_is_a_token_is_taken_whole_where_the_name_says_so(pre: str, whole: bool) -> None:
+    # No merge leads to the token, so only looking it up finds it.
+    spelled = metadata(model="gpt2", pre=pre, tokens=[*"abc", "abc"], merges=[], token_type=[1] * 4)
+    backend, *_ = read_gguf_vocabulary(Path("x.gguf"), spelled)
+    ids = backend.encode("abc", add_special=False, parse_special=False)
+    assert ids == ([3] if whole else [0, 1, 2])
+
+
+def test_vocabulary_is_the_one_it_was_written_from(tmp_path: Path) -> None:
+    original = byte_level(pre_tokenizers.Digits(individual_digits=True))
+    ours = load_tokenizer(gguf_byte_level(tmp_path / "a.gguf", original, "smollm"))
+    assert ours.vocab_size == original.get_vocab_size()
+    assert ours.bos_id == 0
+    assert ours.eos_ids == {0, 2}  # end of sequence, and end of turn
+    assert ours.chat_template == CHATML
+    assert ours.encode("Hi")[0] != ours.bos_id
+
+
+@pytest.mark.parametrize(("pre", "whole"), [("smollm", False), ("gpt-2", True)])
+def test_digits_stand_alone_where_the_name_says_so(pre: str, whole: bool, tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    assert tokenizer.encode(" 10").tokens == ["Ġ10"]
+    ours = load_tokenizer(gguf_byte_level(tmp_path / "a.gguf", tokenizer, pre))
+    assert len(ours.encode(" 10")) == (1 if whole else 3)
+
+
+def test_qwen_text_is_normalized(tmp_path: Path) -> None:
+    ours = load_tokenizer(gguf_byte_level(tmp_path / "a.gguf", byte_level(), "qwen2"))
+    assert ours.encode("e\u0301") == ours.encode("é")
+
+
+@pytest.mark.parametrize(("pre", "adds"), [("llama-bpe", True), ("qwen2", False)])
+def test_bos_goes_in_front_where_the_file_or_the_name_says_so(
+    pre: str, adds: bool, tmp_path: Path
+) -> None:
+    ours = load_tokenizer(gguf_byte_level(tmp_path / "a.gguf", byte_level(), pre))
+    assert (ours.encode("Hi")[0] == ours.bos_id) is adds
+    said = metadata(add_bos_token=not adds)
+    backend, *_ = read_gguf_vocabulary(Path("x.gguf"), said)
+    assert (1 in backend.encode("a", add_special=True, parse_special=False)) is not adds
+
+
+def test_sentencepiece_in_gguf_is_the_same_sentencepiece(tmp_path: Path) -> None:
+    model = sentencepiece_model()
+    ours = load_tokenizer(gguf_sentencepiece(tmp_path / "a.gguf", model))
+    folder = sentencepiece_folder(tmp_path, added_tokens_decoder=None)
+    theirs = load_tokenizer(folder)
+    for text in (*TEXTS, " a", "   a", "a<think>b", CORPUS[:5000]):
+        for parse in (False, True):
+            ids = ours.encode(text, parse_special=parse)
+            assert ids == theirs.encode(text, parse_special=parse)
+            assert ours.decode(ids) == theirs.decode(ids) == text
+    assert ours.bos_id == ours.encode("")[0] == 1
+    assert ours.eos_ids == {2}
+
+
+def test_no_space_is_put_in_front_where_the_file_says_so() -> None:
+    tokens = ["<unk>", "<s>", "</s>", "a", "▁", "▁a"]
+    whole = {"tokens": tokens, "token_type": [2, 3, 3, 1, 1, 1], "scores": [0.0] * 5 + [1.0]}
+    ids = {
+        prefix: read_gguf_vocabulary(Path("x.gguf"), metadata(**whole, add_space_prefix=prefix))[
+            0
+        ].encode("a", add_special=False, parse_special=False)
+        for prefix in (True, False)
+    }
+    assert ids == {True: [5], False: [3]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model": "bert"}, "'bert' is not supported"),
+        ({"model": "rwkv"}, "'rwkv' is not supported"),
+        ({"model": "gpt2", "pre": None, "merges": []}, "tokenizer.ggml.pre is missing"),
+        ({"model": "gpt2", "pre": "smolm", "merges": []}, "'smolm'. Did you mean 'smollm'"),
+    ],
+)
+def test_unknown_kinds_are_refused_by_name(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UnsupportedError, match=problem):
+        read_gguf_vocabulary(Path("x.gguf"), metadata(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model": None}, "holds no tokenizer"),
+        ({"tokens": None}, "tokens is missing"),
+        ({"scores": None}, "scores is missing"),
+        ({"scores": [0.0]}, "4 tokens but 1 scores"),
+        ({"token_type": [1]}, "4 tokens but 1 token types"),
+        ({"token_type": [1, 1, 1, 1]}, "SentencePiece refuses"),
+        ({"token_type": [2, 3, 3, 99]}, "enumerator 99"),
+        ({"tokens": [1, 2, 3, 4]}, "tokens is missing"),
+        ({"bos_token_id": "1"}, "bos_token_id '1' is not among the tokens"),
+        ({"bos_token_id": 4}, "bos_token_id 4 is not among the tokens"),
+        ({"model": "gpt2", "pre": "gpt-2"}, "merges is missing"),
+        ({"model": "gpt2", "pre": "gpt-2", "merges": ["a b"]}, "tokens and merges"),
+        ({"model": "gpt2", "pre": "gpt-2", "merges": [], "tokens": ["a"] * 4}, "a token twice"),
+    ],
+)
+def test_metadata_that_contradict_themselves_are_refused(
+    changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(CheckpointError, match=problem) as caught:
+        read_gguf_vocabulary(Path("x.gguf"), metadata(**changes))
+    assert caught.value.file == Path("x.gguf")
+
+
+def test_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "a.gguf", lambda writer: GGUFWriter.add_name(writer, "bare"))
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        load_tokenizer(file)
