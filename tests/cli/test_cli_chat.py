@@ -19,7 +19,6 @@ from hotloop.cli.app import main
 from hotloop.cli.chat import Conversation, read_turns
 from hotloop.errors import RequestError
 
-
 pytestmark = pytest.mark.usefixtures("fake_llm")
 
 

@@ -40,7 +40,10 @@ def apply_rope(x_BTHE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU of the first half times the second half: [..., 2F] to [..., F] (Shazeer 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    product = F.silu(gate) * up
+    # As it is: but this makes torch.compile write it down here, once, rather than compute it again
+    # in every row of the product that follows.
+    return product.as_strided(product.size(), product.stride())
 
 
 def attention(

@@ -45,3 +45,8 @@ def percent(share: float, decimals: int = 0) -> str:
 def memory(n_bytes: float) -> str:
     """Bytes in MiB, from 10 GiB on in GiB."""
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 10 * 2**30 else f"{n_bytes / 2**30:.1f} GiB"
+
+
+def divergence(nats: float) -> str:
+    """A KL divergence; below what rounding the stored reference can leave, only that it is."""
+    return significant(nats, 2) if nats >= 1e-6 else "< 1e-6"

@@ -181,7 +181,7 @@ def _gain(chosen: Record, scored: Sequence[Record]) -> str:
 
 
 def _caveat(record: Record) -> str:
-    return f" Its speed was unstable: {record.reason}." if record.status == "unstable" else ""
+    return " Its speed was unstable between repeats." if record.status == "unstable" else ""
 
 
 def _incomparable(records: Sequence[Record]) -> str | None:

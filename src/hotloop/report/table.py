@@ -21,7 +21,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from hotloop.bench.record import Figure, Record
-from hotloop.report.numbers import half_width, memory, percent, significant, uncertain
+from hotloop.report.numbers import divergence, half_width, memory, percent, significant, uncertain
 from hotloop.report.read import latest
 from hotloop.report.recommend import MAX_DELTA_LN_PPL, Recommendation, recommend
 
@@ -62,7 +62,7 @@ COLUMNS = (
     Column("mbu_datasheet", "MBU\ndatasheet", lambda f: percent(f.mean)),
     Column("perplexity", "ppl", lambda f: significant(f.mean, 4), of_quality=True),
     Column("delta_ln_ppl", "Δ ln ppl", lambda f: uncertain(f.mean, f.se, signed=True), True),
-    Column("kl_mean", "mean\nKL", lambda f: significant(f.mean, 2), of_quality=True),
+    Column("kl_mean", "mean\nKL", lambda f: divergence(f.mean), of_quality=True),
     Column("same_top1", "same\ntop-1", lambda f: percent(f.mean, 1), of_quality=True),
 )
 
@@ -327,7 +327,8 @@ def _device(record: Record) -> str:
 
 def _versions(record: Record) -> str:
     hotloop = record.provenance.get("hotloop", {})
-    commit = f", commit {hotloop['git_commit'][:10]}" if hotloop.get("git_commit") else ""
+    changed = " with changes" if hotloop.get("git_dirty") else ""
+    commit = f", commit {hotloop['git_commit'][:10]}{changed}" if hotloop.get("git_commit") else ""
     versions = {"hotloop": hotloop.get("version"), **record.provenance.get("versions", {})}
     named = [f"{name} {version}" for name, version in versions.items() if version]
     return ", ".join(named) + commit

@@ -58,6 +58,15 @@ def run_cell(job: Job, on_event: OnEvent = ignore) -> Record:
     return _run(job, on_event, _measure)
 
 
+def score_cell(job: Job, on_event: OnEvent = ignore) -> Record:
+    """Measures the quality of one configuration and leaves its speed alone.
+
+    Returns:
+        As ``run_cell``, without speed and workload.
+    """
+    return _run(job, on_event, _score)
+
+
 def score_reference(job: Job, on_event: OnEvent = ignore) -> Record:
     """Scores the reference that ``job.reference`` names, and keeps it there.
 
@@ -168,6 +177,11 @@ def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         if status == "failed" and not isinstance(error, HotloopError):
             raise
         return figures | {"quality_reason": reason}  # the speed was measured all the same
+
+
+def _score(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
+    attempt.fields["workload"] = None
+    return {"status": "ok"} | _quality(attempt, engine)
 
 
 def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
