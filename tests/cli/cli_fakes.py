@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
+from hotloop.bench.record import MEASURED, Figure, Record, Status
 from hotloop.types import (
     Delta,
     EngineConfig,
@@ -96,3 +97,23 @@ class FakeLLM:
 
     def close(self) -> None:
         self.closed = True
+
+
+def figure(mean: float) -> Figure:
+    return Figure(
+        mean=mean, ci95=(0.9 * mean, 1.1 * mean), se=0.05 * mean, n=5, samples=(mean,) * 5
+    )
+
+
+def record(config: EngineConfig, status: Status = "ok", **fields: object) -> Record:
+    """A record of ``config`` as ``status`` would leave it."""
+    speed = {name: figure(10.0) for name in ("decode_tok_s", "e2e_tok_s", "ttft_s", "tpot_s")}
+    return Record(
+        cell=config.name,
+        config=config.to_dict(),
+        status=status,
+        reason=None if status == "ok" else "because",
+        started_at="2024-01-01T00:00:00+00:00",
+        **(speed if status in MEASURED else {}),
+        **fields,
+    )

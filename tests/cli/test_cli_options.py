@@ -56,6 +56,7 @@ def test_a_shape_is_the_model_of_random_weights():
         (None, WeightOptions(), "either MODEL or --shape"),
         ("m", WeightOptions(weights="random", shape="s"), "either MODEL or --shape"),
         (None, WeightOptions(shape="s"), "--weights random"),
+        ("llama-2-13b", WeightOptions(), "--weights random"),
     ],
 )
 def test_a_model_that_is_not_clear_is_refused(model, options, said):

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +35,7 @@ from hotloop.errors import HotloopError, RequestError, UnknownNameError
 
 if TYPE_CHECKING:
     from hotloop.engine.llm import LLM
-    from hotloop.types import SamplingParams
+    from hotloop.types import EngineConfig, SamplingParams
 
 app = App(
     name="chat",
@@ -86,9 +86,10 @@ def chat(
     conversation that outgrows the context loses its oldest turns, with a note.
     """
     interactive = sys.stdin.isatty()
-    with loaded(engine.config(model)) as llm:
+    config = engine.config(model)
+    with loaded(config) as llm:
         params = sampling.params(llm.default_sampling)
-        session = Session(llm, params, system, json=json, interactive=interactive)
+        session = Session(llm, config, params, system, json=json, interactive=interactive)
         if interactive:
             session.greet()
         try:
@@ -149,6 +150,7 @@ class Session:
 
     Args:
         llm: The engine.
+        config: What it was asked to be.
         params: How to sample every answer.
         system: The system message.
         json: Print an object an answer instead of text.
@@ -158,6 +160,7 @@ class Session:
     def __init__(
         self,
         llm: LLM,
+        config: EngineConfig,
         params: SamplingParams,
         system: str | None = None,
         *,
@@ -166,7 +169,7 @@ class Session:
     ) -> None:
         self._llm, self._params = llm, params
         self._json, self._interactive = json, interactive
-        self._about = llm.describe()
+        self._config, self._about = config, llm.describe()
         context = self._about.max_seq_len
         room = min(params.max_new_tokens or MIN_ANSWER_TOKENS, context // 2)
         self._talk = Conversation(lambda messages: chat_ids(llm, messages), context - room, system)
@@ -175,8 +178,8 @@ class Session:
 
     def greet(self) -> None:
         """Says what is talking."""
-        about = self._about
-        note(f"{about.config.model} · {about.config.name} on {about.device_name} · /help for help")
+        config, device = self._config, self._about.device_name
+        note(f"{config.model} · {config.name} on {device} · /help for help")
 
     def take(self, text: str) -> bool:
         """Obeys or answers one turn; False ends the session."""
@@ -232,8 +235,8 @@ class Session:
         later_tokens = sum(timing.n_tokens - 1 for timing in timings)
         later_s = sum(timing.e2e_s - timing.ttft_s for timing in timings)
         rows = {
-            "model": f"{self._about.config.model}, {self._about.family}",
-            "configuration": self._about.config.name,
+            "model": self._config.model,
+            "configuration": self._config.name,
             "device": f"{self._about.device_name}, {self._about.dtype}",
             "weights": f"{self._about.weight_bytes / 1e6:,.0f} MB",
             "answers": str(len(self._answers)),
@@ -245,7 +248,7 @@ class Session:
 
 
 @contextmanager
-def stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
+def stop_on_ctrl_c() -> Generator[Callable[[], bool]]:
     """Turns Ctrl-C into a question that ``relay`` asks between tokens.
 
     So the engine is not torn out of the middle of a step. Whoever presses it twice, because no

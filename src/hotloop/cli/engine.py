@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def loaded(config: EngineConfig) -> Iterator[LLM]:
+def loaded(config: EngineConfig) -> Generator[LLM]:
     """The engine of ``config``."""
     label = f"{config.model} as {config.name}"
     with stderr().status(f"{label}: starting") as status:

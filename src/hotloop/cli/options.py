@@ -42,12 +42,13 @@ Tolerance = Annotated[
 Json = Annotated[bool, option(OUTPUT, "Print JSON instead of text for people.")]
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Options:
     """Options of a verb that belong together."""
 
     def given(self) -> dict[str, Any]:
         """Those that differ from their defaults."""
-        values = ((field, getattr(self, field.name)) for field in fields(self))  # pyrefly: ignore
+        values = ((field, getattr(self, field.name)) for field in fields(self))
         return {field.name: value for field, value in values if value != field.default}
 
 
@@ -141,11 +142,14 @@ class WeightOptions(_Options):
         Raises:
             ConfigError: Neither or both are given, or a shape without random weights.
         """
+        from hotloop.models.shapes import SHAPES
+
         name = model if self.shape is None else self.shape
         if name is None or None not in (model, self.shape):
             raise ConfigError("give either MODEL or --shape NAME.")
-        if self.shape is not None and self.weights != "random":
-            raise ConfigError(f"--shape {self.shape} has no checkpoint; add --weights random.")
+        is_shape = self.shape is not None or (name in SHAPES and not Path(name).exists())
+        if is_shape and self.weights != "random":
+            raise ConfigError(f"{name!r} is only a shape, without weights: add --weights random.")
         return name
 
 

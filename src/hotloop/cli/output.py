@@ -10,12 +10,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from hotloop.bench.record import Record
 
@@ -64,7 +64,7 @@ def print_memory(heading: str, rows: Iterable[tuple[str, Mapping[str, int], str]
         sizes = (n_bytes.get(f"{part}_bytes") for part in parts)
         shown = ("" if size is None else memory(size) for size in sizes)
         grid.add_row(name, *shown, Text(fits))
-    stdout().print(grid)
+    print_rich(grid)
 
 
 def note(text: str) -> None:
@@ -75,12 +75,16 @@ def note(text: str) -> None:
     console.print(text, style="dim", markup=False, highlight=False, soft_wrap=plain)
 
 
-def stdout() -> Console:
-    """A rich console for tables."""
+def print_rich(table: RenderableType) -> None:
+    """Prints what rich renders: as wide as the terminal, or as a log or a file can hold it."""
     from rich.console import Console
 
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if narrow else PIPE_WIDTH)
+    console = Console(width=None if narrow else PIPE_WIDTH)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 def stderr() -> Console:
@@ -91,7 +95,7 @@ def stderr() -> Console:
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str) -> Generator[Callable[[int, int], None]]:
     """A bar on stderr, where that is a terminal; yields what to call with (done, total)."""
     from rich.progress import Progress
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import App
 
 from hotloop.cli.options import DEFAULT_TOLERANCE, OUTPUT, Json, Tolerance, option
-from hotloop.cli.output import note, print_json, stdout
+from hotloop.cli.output import note, print_json, print_rich
 
 app = App(
     name="report",
@@ -53,5 +53,5 @@ def report(
         case "csv":
             sys.stdout.write(to_csv(table))
         case _:
-            stdout().print(to_rich(table))
+            print_rich(to_rich(table))
     return 0

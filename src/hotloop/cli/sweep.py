@@ -25,7 +25,7 @@ from hotloop.cli.options import (
     WorkloadOptions,
     option,
 )
-from hotloop.cli.output import note, print_json, print_memory, stdout
+from hotloop.cli.output import note, print_json, print_memory, print_rich
 from hotloop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def sweep(
         for row in table.rows:
             print_json(row.record.model_dump(mode="json"))
     else:
-        stdout().print(to_rich(table))
+        print_rich(to_rich(table))
     note(f"Records and tables are in {results}.")
     if stopped:
         return 130

@@ -1,0 +1,106 @@
+"""``hotloop info`` and ``hotloop quantize``: what is said of machines, models and files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hotloop import hardware
+from hotloop.cli.app import main
+from hotloop.weights import hub
+from hotloop.weights import quantize as weights_quantize
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.setattr(hardware, "measure_read_bandwidth", lambda _device: 12.5e9)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_machine_is_its_devices_with_memory_bandwidth_and_ways_of_execution(capsys):
+    assert main(["info", "--json"]) == 0
+    cpu = json.loads(capsys.readouterr().out)["devices"][0]
+    assert (cpu["device"], cpu["read_bytes_per_s"]) == ("cpu", 12.5e9)
+    assert 0 < cpu["free_bytes"] <= cpu["total_bytes"]
+    assert cpu["execution"]["eager"] == {"available": True, "reason": None}
+    assert "compile" in cpu["execution"]
+
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "12.5 GB/s measured" in out
+    assert cpu["name"] in out
+
+
+@pytest.mark.usefixtures("measured")
+def test_what_cannot_run_says_why(monkeypatch, capsys):
+    from hotloop.kernels import cpu
+
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no C++ compiler found")
+    assert main(["info"]) == 0
+    assert "no: no C++ compiler found" in capsys.readouterr().out
+
+
+def test_a_shape_needs_no_checkpoint_to_be_described(capsys):
+    argv = ["--device", "cpu", "--max-seq-len", "1000", "--max-batch-size", "2", "--json"]
+    assert main(["info", "llama-2-13b", *argv]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["n_layers"], said["n_params"]) == (40, 13_015_864_320)
+    assert said["kv_bytes_per_token"] == 2 * 40 * 5120 * 2
+    by_scheme = {each["quant"]: each for each in said["memory"]}
+    assert by_scheme["none"]["cache_bytes"] == 2 * 1000 * said["kv_bytes_per_token"]
+    bytes_ = [by_scheme[scheme]["weights_bytes"] for scheme in ("none", "int8", "int4-g128")]
+    assert bytes_ == sorted(bytes_, reverse=True)
+    assert by_scheme["none"]["fits"] == (
+        by_scheme["none"]["total_bytes"] <= by_scheme["none"]["free_bytes"]
+    )
+
+
+def test_a_scheme_that_a_model_does_not_allow_has_its_reason_in_the_table(tiny_llama, capsys):
+    assert main(["info", str(tiny_llama), "--quant", "int8,int4-g128", "--device", "cpu"]) == 0
+    int8, int4 = capsys.readouterr().out.splitlines()[-2:]
+    assert int8.endswith("yes")
+    assert int4.startswith("int4-g128")
+    assert "do not divide" in int4
+
+
+@pytest.fixture
+def tiny_llama(tmp_path):
+    """A folder with the description of a tiny model and one tensor: nothing of it is loaded."""
+    import torch
+    from safetensors.torch import save_file
+
+    from hotloop.models.families.llama import FAMILY
+
+    (tmp_path / "config.json").write_text(json.dumps(dict(FAMILY.tiny)))
+    save_file({"model.norm.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_model_that_is_not_there_is_a_usage_error(capsys):
+    assert main(["info", "./nowhere"]) == 2
+    assert "./nowhere" in capsys.readouterr().err
+
+
+def test_quantize_says_what_became_of_the_bytes(monkeypatch, tmp_path, capsys):
+    source, out = tmp_path / "model.gguf", tmp_path / "out"
+    source.write_bytes(bytes(3000))
+    asked = {}
+
+    def quantize_checkpoint(src, dst, *, progress, **options):
+        progress(1, 2)
+        asked.update(options, src=src)
+        dst.mkdir()
+        (dst / "model.safetensors").write_bytes(bytes(1000))
+
+    monkeypatch.setattr(hub, "resolve_model", lambda _name: source)
+    monkeypatch.setattr(weights_quantize, "quantize_checkpoint", quantize_checkpoint)
+    assert main(["quantize", "m", str(out), "--quant", "int4-g64", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["src_bytes"], said["out_bytes"]) == (3000, 1000)
+    assert asked == {"src": source, "quant": "int4-g64", "head": "auto"}
+
+
+def test_quantize_needs_a_scheme(capsys):
+    assert main(["quantize", "m", "out"]) == 2
+    assert "--quant" in capsys.readouterr().err

@@ -1,0 +1,265 @@
+"""The verbs that measure: ``bench``, ``eval``, ``sweep``, and ``report``, which shows it again.
+
+What they call is faked where it would load a model; what is checked is that the command line gets
+there, and that what comes back is printed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from cli_fakes import figure, record
+
+from hotloop.bench.record import Record
+from hotloop.cli.app import main
+from hotloop.cli.options import DEFAULT_TOLERANCE
+from hotloop.report.recommend import MAX_DELTA_LN_PPL
+from hotloop.sweep import cell, job, plan, runner, store
+from hotloop.sweep.events import CellFinished, CellStarted
+from hotloop.sweep.job import Job
+from hotloop.types import EngineConfig
+
+RANDOM_7B = ["--weights", "random", "--shape", "llama-2-7b"]
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """Cells that end as ``ok`` at once; the jobs they were given, the references first."""
+    given: list[Job] = []
+
+    def run(each: Job, on_event) -> Record:
+        given.append(each)
+        on_event(CellStarted(each.cell, 1, 1))
+        return record(each.config, perplexity=figure(20.0) if each.quality else None)
+
+    for name in ("run_cell", "score_cell", "score_reference"):
+        monkeypatch.setattr(cell, name, run)
+    monkeypatch.setattr(job, "resolve_model", Path)
+    monkeypatch.setattr(job, "hash_checkpoint", str)
+    return given
+
+
+def test_bench_prints_for_people_and_shows_progress_on_stderr(jobs, capsys):
+    assert main(["bench", *RANDOM_7B, "--quant", "int8"]) == 0
+    out, err = capsys.readouterr()
+    assert "int8/eager" in out.splitlines()[0]
+    assert any(line.startswith("decode tok/s") and "10" in line for line in out.splitlines())
+    assert "[1/1] int8/eager" in err
+    assert len(jobs) == 1
+
+
+def test_bench_json_is_the_record_a_sweep_would_write(jobs, capsys):
+    argv = ["--execution", "compile", "--prompt-tokens", "5", "--new-tokens", "7", "--batch", "2"]
+    assert (
+        main(["bench", *RANDOM_7B, *argv, "--repeats", "9", "--weights-seed", "3", "--json"]) == 0
+    )
+    assert Record.model_validate_json(capsys.readouterr().out).status == "ok"
+    config, workload = jobs[0].config, jobs[0].workload
+    assert (config.model, config.weights, config.seed) == ("llama-2-7b", "random", 3)
+    assert (config.execution, config.max_batch_size) == ("compile", 2)
+    assert (workload.prompt_tokens, workload.new_tokens, workload.repeats) == (5, 7, 9)
+    assert jobs[0].quality is None
+
+
+@pytest.mark.usefixtures("jobs")
+def test_bench_of_what_does_not_fit_prints_the_record_and_exits_1(monkeypatch, capsys):
+    monkeypatch.setattr(
+        cell, "run_cell", lambda each, _: record(each.config, status="predicted-oom")
+    )
+    assert main(["bench", *RANDOM_7B, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["status"] == "predicted-oom"
+
+
+def test_bench_without_a_model_is_a_usage_error(jobs, capsys):
+    assert main(["bench"]) == 2
+    assert "either MODEL or --shape" in capsys.readouterr().err
+    assert jobs == []
+
+
+def test_eval_compares_with_the_unquantized_model_in_the_same_type(jobs, capsys):
+    assert main(["eval", "m", "--quant", "int8", "--dtype", "float32", "--window", "64"]) == 0
+    reference, scored = jobs
+    assert (reference.config.quant, reference.config.dtype) == ("none", "float32")
+    assert scored.reference == reference.reference
+    assert scored.config.quant == "int8"
+    assert scored.config.max_seq_len == 64
+    assert "20" in capsys.readouterr().out
+
+
+def test_eval_can_go_without_a_reference(jobs, capsys):
+    assert main(["eval", "m", "--no-reference", "--json"]) == 0
+    assert [each.reference for each in jobs] == [None]
+    assert json.loads(capsys.readouterr().out)["perplexity"]["mean"] == 20.0
+
+
+def test_eval_says_why_there_is_no_reference_and_goes_on(jobs, monkeypatch):
+    monkeypatch.setattr(cell, "score_reference", lambda each, _: record(each.config, status="oom"))
+    assert main(["eval", "m", "--quant", "int8"]) == 0
+    assert jobs[0].reference is None
+    assert "oom, because" in (jobs[0].no_reference or "")
+
+
+class FakeSweeps:
+    """Runs nothing: cells end as ``ends`` says, in turn. ``asked`` is what each sweep was given."""
+
+    def __init__(self) -> None:
+        self.ends: tuple[str, ...] = ("ok", "failed")
+        self.asked: list[SimpleNamespace] = []
+
+    def __call__(self, recipe, results, *, resume, on_event) -> list[Record]:
+        self.asked.append(SimpleNamespace(recipe=recipe, results=results, resume=resume))
+        results.mkdir(parents=True)
+        records = []
+        for i, config in enumerate(runner.expand(recipe)):
+            end = self.ends[i % len(self.ends)]
+            if end == "Ctrl-C":
+                raise KeyboardInterrupt
+            on_event(CellStarted(config.name, i + 1, 2))
+            records.append(record(config, status=end, delta_ln_ppl=figure(1e-4)))
+            store.append(results / store.RECORDS, records[-1])
+            on_event(CellFinished(records[-1]))
+        return records
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> FakeSweeps:
+    fake = FakeSweeps()
+    monkeypatch.setattr(runner, "run_sweep", fake)
+    return fake
+
+
+def test_sweep_by_flags_prints_the_table_and_leaves_it_in_the_folder(sweeps, tmp_path, capsys):
+    out = tmp_path / "results"
+    argv = ["--quant", "none,int8", "--execution", "eager", "--out", str(out)]
+    assert main(["sweep", "m", *argv, "--batch", "2", "--window", "64", "--timeout-s", "9"]) == 0
+    recipe = sweeps.asked[0].recipe
+    assert recipe.matrix.quant == ["none", "int8"]
+    assert (recipe.workload.batch, recipe.quality.window, recipe.timeout_s) == (2, 64, 9)
+    shown, progress = capsys.readouterr()
+    assert "none/eager" in shown
+    assert "Recommended" in shown
+    assert shown.splitlines() == [line.rstrip() for line in shown.splitlines()]
+    assert "none/eager" in progress
+    assert {file.name for file in out.iterdir()} == {"records.jsonl", "table.md", "table.csv"}
+
+
+def test_sweep_without_flags_is_the_matrix_of_the_levers(sweeps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "m"]) == 0
+    assert len(runner.expand(sweeps.asked[0].recipe)) == 6
+    assert sweeps.asked[0].results == Path("results/sweep")
+
+
+def test_sweep_takes_a_recipe_and_its_name_for_the_folder(sweeps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("name: mine\nmodel: m\nmatrix: {quant: [int8]}\n")
+    assert main(["sweep", "r.yaml", "--resume"]) == 0
+    assert sweeps.asked[0].results == Path("results/mine")
+    assert sweeps.asked[0].resume
+
+
+def test_a_recipe_is_not_overruled_by_flags_that_would_go_unnoticed(sweeps, tmp_path, capsys):
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("model: m\n")
+    assert main(["sweep", str(recipe), "--quant", "int8", "--batch", "2", "--no-quality"]) == 2
+    assert "--quant, --batch, --no-quality: with a recipe" in capsys.readouterr().err
+    assert sweeps.asked == []
+
+
+@pytest.mark.usefixtures("sweeps")
+def test_sweep_json_is_a_record_a_line(tmp_path, capsys):
+    argv = ["--quant", "none,int8", "--execution", "eager", "--out", str(tmp_path / "r")]
+    assert main(["sweep", "m", *argv, "--json"]) == 0
+    records = map(Record.model_validate_json, capsys.readouterr().out.splitlines())
+    assert [(r.cell, r.status) for r in records] == [("none/eager", "ok"), ("int8/eager", "failed")]
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        (("ok", "failed"), 0),
+        (("predicted-oom", "failed"), 0),
+        (("unsupported", "oom"), 0),
+        (("failed", "timeout"), 1),
+        (("ok", "Ctrl-C"), 130),
+        (("Ctrl-C", "ok"), 130),
+    ],
+)
+def test_the_exit_code_of_a_sweep_says_whether_anything_was_learned(
+    ends, code, sweeps, tmp_path, capsys
+):
+    sweeps.ends = ends
+    argv = ["--quant", "none,int8", "--execution", "eager", "--out", str(tmp_path / "r")]
+    assert main(["sweep", "m", *argv]) == code
+    out, err = capsys.readouterr()
+    assert ("none/eager" in out) == (ends[0] != "Ctrl-C")
+    assert ("--resume goes on" in err) == (code == 130)
+
+
+def test_dry_run_prints_cells_and_predicted_memory_and_runs_nothing(sweeps, monkeypatch, capsys):
+    def planned(recipe):
+        config = EngineConfig(model=recipe.model)
+        bytes_ = {f"{part}_bytes": 2**20 for part in ("weights", "cache", "total", "free")}
+        yield plan.PlannedCell(cell="a", config=config, predicted_bytes=bytes_, fits=False)
+        yield plan.PlannedCell(cell="b", config=config, unsupported="[no] such groups")
+
+    monkeypatch.setattr(plan, "plan", lambda recipe: list(planned(recipe)))
+    assert main(["sweep", "m", "--dry-run"]) == 0
+    heading, first, second = capsys.readouterr().out.splitlines()
+    assert heading.split()[:2] == ["configuration", "weights"]
+    assert first.split() == ["a", *["1", "MiB"] * 4, "no"]
+    assert second.split() == ["b", "[no]", "such", "groups"]
+
+    assert main(["sweep", "m", "--dry-run", "--json"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(each["cell"], each["fits"]) for each in said] == [("a", False), ("b", None)]
+    assert sweeps.asked == []
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for quant in ("none", "int8"):
+        config = EngineConfig(model="m", quant=quant)
+        store.append(tmp_path / store.RECORDS, record(config, delta_ln_ppl=figure(1e-4)))
+    with (tmp_path / store.RECORDS).open("a") as file:
+        file.write('{"half')
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "csv", "json"])
+def test_report_prints_every_format_and_names_damaged_lines_on_stderr(results, form, capsys):
+    assert main(["report", str(results), "--format", form]) == 0
+    out, err = capsys.readouterr()
+    assert "line 3" in err
+    match form:
+        case "json":
+            cells = [json.loads(line)["cell"] for line in out.splitlines()]
+            assert cells == ["none/eager", "int8/eager"]
+        case "csv":
+            rows = csv.DictReader(io.StringIO(out))
+            assert [row["cell"] for row in rows] == ["none/eager", "int8/eager"]
+        case "markdown":
+            assert out.startswith("| configuration")
+        case "table":
+            assert "Recommended" in out
+
+
+def test_report_json_is_the_json_format(results, capsys):
+    main(["report", str(results), "--format", "json"])
+    by_format = capsys.readouterr().out
+    main(["report", str(results), "--json"])
+    assert capsys.readouterr().out == by_format
+
+
+def test_report_of_nothing_is_a_usage_error(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "gone")]) == 2
+    assert "gone" in capsys.readouterr().err
+
+
+def test_the_tolerance_in_the_help_is_the_reports_own():
+    assert DEFAULT_TOLERANCE == MAX_DELTA_LN_PPL
