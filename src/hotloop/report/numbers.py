@@ -37,9 +37,11 @@ def half_width(figure: Figure) -> float | None:
 
 
 def percent(share: float, decimals: int = 0) -> str:
-    """A share as a percentage, rounded down, so that only what is all is shown as all."""
-    scale = 10**decimals
-    return "100%" if share == 1 else f"{math.floor(share * 100 * scale) / scale:.{decimals}f}%"
+    """A share as a percentage; what is not all is never shown as all."""
+    if share == 1:
+        return "100%"
+    shown = round(share * 100, decimals)
+    return f"{100 - 10**-decimals if shown == 100 else shown:.{decimals}f}%"
 
 
 def memory(n_bytes: float) -> str:

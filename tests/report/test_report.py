@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from hotloop.bench.record import QualityProtocol, Record, Workload
+from hotloop.bench.statistics import mean_figure, t_critical
+from hotloop.errors import ConfigError
+from hotloop.report.numbers import divergence, memory, percent, significant, uncertain
+from hotloop.report.read import latest, read_records
+from hotloop.report.recommend import recommend
+from hotloop.report.table import make_table, to_csv, to_markdown, to_rich
+from hotloop.report.write import write_results
+from hotloop.sweep.store import append
+
+NOISE = (-1.0, -0.5, 0.0, 0.5, 1.0)
+
+
+def record(
+    cell: str,
+    tok_s: float | None = None,
+    *,
+    spread: float = 0.1,
+    loss: float | None = None,
+    loss_spread: float = 0.001,
+    **fields,
+) -> Record:
+    """A record with figures of these means, and samples that spread evenly about them."""
+    quant, _, execution = cell.partition("/")
+    made = {
+        "cell": cell,
+        "config": {"model": "m", "weights": "checkpoint", "quant": quant, "execution": execution},
+        "status": "ok",
+        "started_at": "2025-01-02T03:04:05+00:00",
+        "workload": Workload(prompt_tokens=32, new_tokens=64),
+        "provenance": {
+            "hotloop": {"version": "0.1.0", "git_commit": "c" * 40, "git_dirty": False},
+            "versions": {"torch": "2.13.0", "cuda": None},
+            "device": {"name": "A Processor", "n_threads": 2, "read_bytes_per_s": 28.04e9},
+        },
+    }
+    if tok_s is not None:
+        speeds = mean_figure([tok_s + spread * x for x in NOISE])
+        made |= {
+            "decode_tok_s": speeds,
+            "e2e_tok_s": speeds,
+            "ttft_s": mean_figure([0.0123] * 5),
+            "mbu": mean_figure([0.618] * 5),
+            "peak_bytes": 600 * 2**20,
+        }
+    if loss is not None:
+        made |= {
+            "quality_protocol": QualityProtocol(
+                text="a text", text_sha256="x", window=256, n_windows=5, reference="none/eager bf16"
+            ),
+            "perplexity": mean_figure([20.5 + x for x in NOISE]),
+            "delta_ln_ppl": mean_figure([loss + loss_spread * x for x in NOISE]),
+            "kl_mean": mean_figure([0.0123] * 5),
+            "kl_p99": 0.2,
+            "same_top1": mean_figure([0.9712] * 5),
+        }
+    return Record(**(made | fields))
+
+
+REFERENCE = record("none/eager", 30, loss=0.0, loss_spread=0.0)
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "shown"),
+    [
+        (61.234, 0.82, "61.2 ± 0.8"),
+        (61.234, 0.123, "61.23 ± 0.12"),
+        (1234.5, 56.0, "1234 ± 56"),
+        (1234.5, 12.3, "1234 ± 12"),
+        (12.345, None, "12.35"),
+        (0.0, 0.0, "0"),
+        (0.00001, 0.000002, "0.0000 ± 0.0000"),
+    ],
+)
+def test_a_mean_has_the_digits_that_its_uncertainty_leaves(mean, half_width, shown):
+    assert uncertain(mean, half_width) == shown
+
+
+def test_numbers_show_no_more_than_is_known():
+    assert uncertain(0.0123, 0.0011, signed=True) == "+0.0123 ± 0.0011"
+    assert uncertain(-0.0123, 0.003, signed=True) == "-0.012 ± 0.003"
+    assert [significant(x, 3) for x in (12.345, 0.012345, 12345.6)] == ["12.3", "0.0123", "12346"]
+    assert percent(0.99996, 1) == "99.9%"  # not all is never shown as all
+    assert percent(1.0, 1) == "100%"
+    assert memory(600 * 2**20) == "600 MiB"
+    assert memory(12.34 * 2**30) == "12.3 GiB"
+    assert divergence(-3e-10) == "< 1e-6"
+
+
+# --- reading
+
+
+def test_records_are_read_from_a_folder_or_a_file_and_bad_lines_reported(tmp_path):
+    append(tmp_path / "records.jsonl", REFERENCE)
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"cell": "int')
+    problems = []
+    assert read_records(tmp_path, on_problem=problems.append) == [REFERENCE]
+    assert len(problems) == 1
+    with pytest.warns(UserWarning, match="half-written"):
+        assert read_records(tmp_path / "records.jsonl") == [REFERENCE]
+    with pytest.raises(ConfigError, match="cannot read the records"):
+        read_records(tmp_path / "nothing")
+
+
+def test_the_latest_attempt_counts_and_cells_keep_their_place():
+    first = record("a/eager", status="timeout")
+    again = record("a/eager", 10, attempt=2)
+    other = record("b/eager", 20)
+    assert latest([first, other, again]) == [again, other]
+
+
+def test_a_new_workload_replaces_the_old_figures_and_another_device_does_not():
+    def on(device: str, max_seq_len: int) -> Record:
+        return record("a/eager", 1, config={"device": device, "max_seq_len": max_seq_len})
+
+    records = [on("cpu", 64), on("cpu", 128), on("cuda", 64)]
+    assert latest(records) == records[1:]
+
+
+# --- recommending
+
+
+def test_the_fastest_within_the_tolerance_is_recommended_and_the_faster_explained():
+    int8 = record("int8/compile", 60, loss=0.002)
+    int4 = record("int4-g64/compile", 78.6, loss=0.08, loss_spread=0.01)
+    found = recommend([REFERENCE, int8, int4])
+    assert found.cell == "int8/compile"
+    assert found.quality_known
+    assert "2.0 × none/eager" in found.why
+    assert found.passed_over == (
+        "int4-g64/compile is 31% faster, but Δ ln ppl +0.080 ± 0.004 exceeds 0.02.",
+    )
+    assert recommend([REFERENCE, int8, int4], max_delta_ln_ppl=0.1).cell == "int4-g64/compile"
+
+
+def test_a_loss_must_be_shown_to_be_small_and_not_merely_look_small():
+    figure = mean_figure([0.015 + 0.01 * x for x in NOISE])
+    upper = figure.mean + t_critical(4, confidence=0.9) * figure.se
+    assert figure.mean < 0.02 < upper  # within the tolerance, but not with confidence
+    unsure = record("int4-g64/compile", 90, loss=0.015, loss_spread=0.01)
+    found = recommend([REFERENCE, unsure])
+    assert found.cell == "none/eager"
+    windows = math.ceil(5 * ((upper - 0.015) / 0.005) ** 2)
+    assert "is not shown to be within 0.02" in found.passed_over[0]
+    assert f"some {windows} windows would tell" in found.passed_over[0]
+
+    assert recommend([REFERENCE, unsure], max_delta_ln_ppl=upper + 1e-9).cell == "int4-g64/compile"
+
+
+def test_between_speeds_that_differ_by_noise_the_better_quality_is_picked():
+    good = record("int8/compile", 60.0, spread=2, loss=0.001)
+    fast = record("int4-g32/compile", 60.5, spread=2, loss=0.010)
+    found = recommend([REFERENCE, fast, good])
+    assert found.cell == "int8/compile"
+    (why,) = found.passed_over
+    assert why.startswith("int4-g32/compile is as fast within noise, but it loses more quality, ")
+    assert why.endswith("Δ ln ppl +0.0100 ± 0.0004.")
+
+
+def test_without_quality_it_is_speed_alone_and_says_so():
+    why = "random weights have no quality"
+    found = recommend(
+        [
+            record("none/eager", 30, quality_reason=why),
+            record("int4-g64/compile", 90, quality_reason=why),
+        ]
+    )
+    assert (found.cell, found.quality_known) == ("int4-g64/compile", False)
+    assert "speed alone" in found.why
+    assert why in found.why
+
+
+def test_an_unscored_cell_is_not_recommended_over_scored_ones():
+    unscored = record("int8/compile", 90, quality_reason="out of memory in quality")
+    found = recommend([REFERENCE, unscored])
+    assert found.cell == "none/eager"
+    assert "its quality is unknown (out of memory in quality)" in found.passed_over[0]
+
+
+def test_nothing_is_recommended_where_nothing_can_be():
+    assert recommend([]).cell is None
+    assert recommend([record("a/eager", status="oom", reason="x")]).cell is None
+    bad = recommend([record("int4-g64/eager", 30, loss=0.5)])
+    assert bad.cell is None
+    assert "int4-g64/eager: Δ ln ppl" in bad.passed_over[0]
+
+
+def test_records_that_do_not_compare_are_not_compared():
+    elsewhere = record("int8/eager", 60, provenance={"device": {"name": "Another"}})
+    found = recommend([record("none/eager", 30), elsewhere])
+    assert found.cell is None
+    assert "different devices" in found.why
+
+
+def test_an_unstable_speed_is_recommended_with_a_warning():
+    found = recommend([record("none/eager", 30, loss=0.0, status="unstable", reason="r")])
+    assert found.cell == "none/eager"
+    assert "unstable" in found.why
+
+
+# --- tables
+
+EVERYTHING = [
+    REFERENCE,
+    record("int8/eager", 42, loss=0.002, status="unstable", reason="the clock changed"),
+    record("int8/compile", status="failed", reason="KeyError in load: 'x'\n  File y"),
+    record("int4-g64/eager", status="predicted-oom", reason="needs 12.00 GiB, 8.00 GiB free"),
+    record("int4-g64/compile", 100.3, loss=0.08, loss_spread=0.01),
+]
+
+
+def printed(records: list[Record], width: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width).print(to_rich(make_table(records)))
+    return out.getvalue()
+
+
+def test_a_120_column_terminal_shows_every_number_in_one_row_each():
+    lines = printed(EVERYTHING, 120).splitlines()
+    row = next(line for line in lines if line.startswith("  int4-g64/compile"))
+    shown = (
+        "int4-g64/compile ok 100.30 ± 0.10 12.3 100 600 MiB 62% 20.50 +0.080 ± 0.004 0.012 97.1%"
+    )
+    assert row.split() == shown.split()
+    assert "…" not in "".join(lines)
+
+
+@pytest.mark.parametrize("width", [80, 100, 119])
+def test_a_narrow_terminal_gets_speed_and_quality_apart_and_loses_nothing(width):
+    text = printed(EVERYTHING, width)
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    for shown in ("100.30 ± 0.10", "600 MiB", "+0.080 ± 0.004", "97.1%", "predicted-oom [3]"):
+        assert shown in text
+
+
+def test_every_row_that_needs_one_has_a_note_and_the_recommended_one_is_marked():
+    table = make_table(EVERYTHING)
+    assert [row.status for row in table.rows] == [
+        "ok",
+        "unstable [1]",
+        "failed [2]",
+        "predicted-oom [3]",
+        "ok",
+    ]
+    assert table.notes == (
+        "unstable: the clock changed",
+        "failed: KeyError in load: 'x'",
+        "predicted-oom: needs 12.00 GiB, 8.00 GiB free",
+    )
+    assert [row.recommended for row in table.rows] == [False, True, False, False, False]
+    assert "★ int8/eager" in printed(EVERYTHING, 120)
+    assert "★ Recommended: int8/eager, because" in printed(EVERYTHING, 120)
+
+
+def test_random_weights_have_no_quality_columns_and_the_table_says_why():
+    text = to_markdown(make_table([record("none/eager", 30, quality_reason="random weights")]))
+    assert "ppl" not in text
+    assert "No quality: random weights." in text
+    assert "speed alone" in text
+
+
+def test_a_row_without_quality_among_others_says_why():
+    table = make_table([REFERENCE, record("int8/eager", 42, quality_reason="out of memory")])
+    perplexity = [column.field for column in table.columns].index("perplexity")
+    assert table.rows[1].cells[perplexity] == "[1]"
+    assert table.notes == ("quality: out of memory",)
+
+
+def test_markdown_is_a_table_with_all_that_stands_below_it():
+    text = to_markdown(make_table([*EVERYTHING, record("a|b/eager", status="oom", reason="x")]))
+    heading, rule, *rows = text.split("\n\n")[0].splitlines()
+    assert len({len(line) for line in (heading, rule, *rows)}) == 1
+    assert {line.replace("\\|", "").count("|") for line in (heading, rule, *rows)} == {12}
+    assert "| **int8/eager** ★ |" in text
+    for below in (
+        "- model: m",
+        "- device: A Processor, 2 threads",
+        "- measured to read: 28.0 GB/s",
+        "- versions: hotloop 0.1.0, torch 2.13.0, commit cccccccccc",
+        "- workload: 32 prompt tokens, 64 new tokens, 5 repeats",
+        "- text: a text, 5 windows of 256 tokens, against none/eager bf16",
+        "- date: 2025-01-02",
+    ):
+        assert f"\n{below}\n" in text
+
+
+def test_what_differs_between_rows_is_said_of_which():
+    other = record("int8/eager", 1, workload=Workload(prompt_tokens=8, new_tokens=8))
+    context = make_table([REFERENCE, other]).context
+    assert ("workload", "8 prompt tokens, 8 new tokens, 5 repeats (int8/eager)") in context
+
+
+def test_csv_has_the_numbers_as_recorded():
+    rows = list(csv.DictReader(io.StringIO(to_csv(make_table(EVERYTHING)))))
+    assert [row["cell"] for row in rows] == [r.cell for r in EVERYTHING]
+    assert [row["recommended"] for row in rows] == ["false", "true", "false", "false", "false"]
+    speed = EVERYTHING[4].decode_tok_s
+    assert float(rows[4]["decode_tok_s"]) == speed.mean
+    assert float(rows[4]["decode_tok_s_ci95_high"]) == speed.ci95[1]
+    assert int(rows[4]["decode_tok_s_n"]) == 5
+    assert float(rows[4]["kl_p99"]) == 0.2
+    assert rows[2]["decode_tok_s"] == rows[2]["decode_tok_s_ci95_low"] == ""
+    assert rows[3]["reason"] == "needs 12.00 GiB, 8.00 GiB free"
+
+
+def test_a_results_folder_gets_its_tables_from_its_records_alone(tmp_path):
+    for one in EVERYTHING:
+        append(tmp_path / "records.jsonl", one)
+    table = write_results(tmp_path)
+    assert (tmp_path / "table.md").read_text() == to_markdown(table)
+    assert (tmp_path / "table.csv").read_text() == to_csv(table)
+    assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["cell"]
+
+
+def test_no_records_make_an_empty_table_and_no_error():
+    assert "No recommendation" in printed([], 80)
+    assert "No recommendation" in to_markdown(make_table([]))

@@ -1,0 +1,176 @@
+"""``run_cell`` with the real measuring, scoring and reference, around a tiny engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from sweep_fakes import FakeEngine
+
+from hotloop import hardware
+from hotloop.errors import CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
+from hotloop.sweep.cell import explain, run_cell, score_reference
+from hotloop.sweep.events import CellPhase
+from hotloop.sweep.job import EngineSource, Job, hash_checkpoint, make_jobs
+from hotloop.sweep.recipe import QualityOptions, Workload
+from hotloop.types import EngineConfig, Score
+
+V = 7
+
+
+class ScoringEngine(FakeEngine):
+    """Predicts by a fixed table of bigrams, a little off under ``int8``."""
+
+    def score(self, windows, *, full=False):
+        logits_VV = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+        if self.config.quant == "int8":
+            logits_VV += 0.1 * torch.randn(V, V, generator=torch.Generator().manual_seed(1))
+        for window in windows:
+            ids = torch.tensor(window)
+            log_probs_TV = logits_VV[ids[:-1]].log_softmax(-1)
+            yield Score(
+                token_logprobs=log_probs_TV.gather(1, ids[1:, None])[:, 0],
+                top1=log_probs_TV.argmax(-1),
+                log_probs=log_probs_TV if full else None,
+            )
+
+
+class BrokenEngine(ScoringEngine):
+    def score(self, *_windows, **_options):
+        raise ZeroDivisionError("a bug")
+
+
+@dataclass(frozen=True)
+class Roomy:
+    total_bytes: int = 1
+    free_bytes: int = 2
+
+    def to_dict(self) -> dict[str, int]:
+        return {"total_bytes": 1}
+
+
+def roomy(_config: EngineConfig) -> Roomy:
+    return Roomy()
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = {"name": "made up", "read_bytes_per_s": 1e9, "datasheet_bytes_per_s": 2e9}
+    monkeypatch.setattr(hardware, "provenance", lambda _: {"device": device})
+
+
+def job(folder: Path, quant: str, *, engine: str = "ScoringEngine", **config) -> Job:
+    (folder / "model.gguf").write_bytes(b"weights")
+    (folder / "text.txt").write_text("abcdefg" * 3 + "gfedcba" * 3)
+    (made,) = make_jobs(
+        [EngineConfig(model=str(folder / "model.gguf"), quant=quant, **config)],
+        Workload(prompt_tokens=4, new_tokens=8),
+        QualityOptions(window=8, n_windows=9, text=folder / "text.txt"),
+        source=EngineSource(create=f"{__name__}:{engine}", predict=f"{__name__}:roomy"),
+    )
+    return made
+
+
+def compared(folder: Path, quant: str) -> Job:
+    made = job(folder, quant)
+    scoring = made.reference_job(folder / ".reference")
+    assert score_reference(scoring).status == "ok"
+    return made.model_copy(update={"reference": scoring.reference})
+
+
+def test_speed_and_quality_stand_in_one_record(tmp_path):
+    events = []
+    record = run_cell(compared(tmp_path, "int8"), events.append)
+    assert record.status == "ok"
+    assert record.cell == "int8/eager"
+    assert record.decode_tok_s.mean == pytest.approx(100)
+    assert record.mbu.mean == pytest.approx(2 * record.mbu_datasheet.mean)
+    assert record.perplexity.n == 5  # the text has no more windows
+    assert record.quality_protocol.n_windows == 5
+    assert record.delta_ln_ppl.se > 0
+    assert record.kl_mean.mean > 0
+    assert record.kl_max >= record.kl_p99 >= record.kl_mean.mean
+    assert record.same_top1.mean <= 1
+    assert "config" not in record.engine
+    counted = [e.done for e in events if isinstance(e, CellPhase) and e.phase == "quality"]
+    assert counted == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_reference_compared_with_itself_shows_no_difference(tmp_path):
+    record = run_cell(compared(tmp_path, "none"))
+    assert record.delta_ln_ppl.mean == 0
+    assert abs(record.kl_mean.mean) < 1e-6
+    assert record.same_top1.mean == 1
+
+
+def test_a_reference_of_something_else_is_not_compared_with(tmp_path):
+    other = compared(tmp_path, "int8").model_copy(update={"weights_sha256": "other"})
+    record = run_cell(other)
+    assert record.status == "ok"
+    assert record.perplexity is not None
+    assert record.delta_ln_ppl is None
+    assert "is the reference of something else: its weights" in record.quality_reason
+
+
+def test_a_text_too_short_costs_the_quality_and_not_the_speed(tmp_path):
+    made = job(tmp_path, "none")
+    (tmp_path / "text.txt").write_text("abc")
+    record = run_cell(made)
+    assert (record.status, record.perplexity) == ("ok", None)
+    assert "the text has 3 tokens and a window takes 8" in record.quality_reason
+
+
+def test_a_bug_in_scoring_is_a_failure(tmp_path):
+    record = run_cell(job(tmp_path, "none", engine="BrokenEngine"))
+    assert record.status == "failed"
+    assert record.reason.startswith("ZeroDivisionError in quality: a bug\n")
+    assert record.decode_tok_s is None
+    assert record.load_s == 0.5  # it was loaded all the same
+
+
+def test_random_weights_carry_no_quality(tmp_path):
+    record = run_cell(job(tmp_path, "none", weights="random"))
+    assert record.status == "ok"
+    assert (record.perplexity, record.quality_protocol) == (None, None)
+    assert "random weights" in record.quality_reason
+    assert record.provenance["weights_sha256"] is None
+
+
+def test_the_engine_is_closed_however_the_cell_ends(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(FakeEngine, "close", lambda engine: closed.append(engine))
+    run_cell(job(tmp_path, "none"))
+    run_cell(job(tmp_path, "none", engine="BrokenEngine"))
+    assert [type(engine).__name__ for engine in closed] == ["ScoringEngine", "BrokenEngine"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (UnsupportedError("no such device"), "unsupported", "no such device"),
+        (ConfigError("group size 128 does not divide 576"), "unsupported", "does not divide"),
+        (OutOfMemoryError("load", 2**33, 2**30), "oom", "load, needed 8.00 GiB, free 1.00 GiB"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "oom", "out of memory in load: CUDA"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "oom", "CPUAllocator"),
+        (MemoryError(), "oom", "out of memory in load: MemoryError"),
+        (CheckpointError("a.gguf", "truncated"), "failed", "CheckpointError in load: a.gguf"),
+        (KeyError("x"), "failed", "KeyError in load: 'x'"),
+    ],
+)
+def test_every_error_has_its_status(error, status, says):
+    found, reason = explain(error, "load")
+    assert found == status
+    assert says in reason
+
+
+def test_a_checkpoint_is_hashed_by_its_content(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "model-1.safetensors").write_bytes(b"1")
+    (tmp_path / "a" / "config.json").write_bytes(b"{}")
+    before = hash_checkpoint(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_bytes(b"words")
+    assert hash_checkpoint(tmp_path / "a") == before
+    (tmp_path / "a" / "config.json").write_bytes(b'{"x": 1}')
+    assert hash_checkpoint(tmp_path / "a") != before

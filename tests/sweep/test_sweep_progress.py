@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from hotloop.bench.record import Figure, Record
+from hotloop.sweep.events import (
+    CellFinished,
+    CellPhase,
+    CellSkipped,
+    CellStarted,
+    Event,
+    Noticed,
+    ReferenceFinished,
+    ReferenceStarted,
+    from_line,
+    to_line,
+)
+from hotloop.sweep.progress import SweepProgress
+
+
+def record(status: str, **fields) -> Record:
+    return Record(cell="int8/eager", config={}, status=status, started_at="2025", **fields)
+
+
+MEASURED = record("ok", decode_tok_s=Figure(mean=1234.56, n=1, samples=(1234.56,)))
+EVENTS = [
+    Noticed("line 3 is half-written [and] ignored"),
+    ReferenceStarted("none/eager"),
+    CellPhase("none/eager", "reference", 0, 0),
+    CellPhase("none/eager", "reference", 1, 2),
+    ReferenceFinished("none/eager", "no room"),
+    CellSkipped(MEASURED),
+    CellStarted("int8/eager", 2, 6, attempt=3),
+    CellPhase("int8/eager", "load"),
+    CellPhase("int8/eager", "speed"),
+    CellPhase("int8/eager", "speed", 1, 5, 99.5),
+    CellFinished(record("oom", reason="out of memory in load\n  File x")),
+]
+
+
+def shown(events: list[Event], **console) -> str:
+    out = io.StringIO()
+    with SweepProgress(Console(file=out, width=100, **console)) as progress:
+        for event in events:
+            progress(event)
+    return out.getvalue()
+
+
+def test_without_a_terminal_progress_is_plain_lines():
+    lines = shown(EVENTS).splitlines()
+    assert lines == [
+        "note line 3 is half-written [and] ignored",
+        "reference none/eager scoring it first",
+        "  scoring",
+        "reference none/eager  none no room  (0 s)",
+        "int8/eager  done before: ok  decode 1,234.6 tok/s",
+        "[2/6] int8/eager attempt 3",
+        "  loading, compiling, warming up",
+        "  timing",
+        "[2/6] int8/eager  oom out of memory in load  (0 s)",
+    ]
+
+
+def test_on_a_terminal_finished_cells_stay_above_the_bar():
+    text = shown(EVENTS, force_terminal=True, color_system=None)
+    assert "[2/6] int8/eager  oom out of memory in load" in text
+
+
+def test_events_come_through_the_pipe_as_they_were():
+    for event in (CellPhase("a", "speed", 1, 5, 99.5), CellFinished(MEASURED)):
+        line = to_line(event)
+        assert line.endswith(b"\n")
+        assert line.count(b"\n") == 1
+        assert from_line(line) == event

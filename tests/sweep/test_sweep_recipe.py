@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hotloop.errors import ConfigError
+from hotloop.sweep.recipe import (
+    QualityOptions,
+    Recipe,
+    cell_names,
+    expand,
+    fit_to_experiment,
+    load_recipe,
+    recipe_from_flags,
+)
+from hotloop.types import EngineConfig
+
+BATCH_OF_4 = "workload: {prompt_tokens: 1, new_tokens: 2, batch: 4}"
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def load(folder: Path, text: str) -> Recipe:
+    (folder / "recipe.yaml").write_text(text)
+    return load_recipe(folder / "recipe.yaml")
+
+
+def refused(folder: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(folder, text)
+    return str(error.value)
+
+
+def test_the_demo_is_schemes_times_executions():
+    assert cell_names(expand(load_recipe(RECIPES / "demo.yaml"))) == [
+        "none/eager",
+        "none/compile",
+        "int8/eager",
+        "int8/compile",
+        "int4-g64/eager",
+        "int4-g64/compile",
+    ]
+
+
+def test_defaults_hold_for_the_matrix_and_for_explicit_cells(tmp_path):
+    recipe = load(
+        tmp_path,
+        """
+        model: m
+        defaults: {dtype: float32, max_seq_len: 1024}
+        matrix: {execution: [compile, eager]}
+        cells: [{quant: int8, dtype: bfloat16}]
+        """,
+    )
+    compiled, eager, explicit = expand(recipe)
+    common = {"model": "m", "max_seq_len": 1024}
+    assert compiled == EngineConfig(execution="compile", dtype="float32", **common)
+    assert eager == EngineConfig(execution="eager", dtype="float32", **common)
+    assert explicit == EngineConfig(quant="int8", dtype="bfloat16", **common)
+
+
+def test_explicit_cells_alone_need_no_matrix(tmp_path):
+    assert cell_names(expand(load(tmp_path, "model: m\ncells: [{quant: int8}]"))) == ["int8/eager"]
+    assert cell_names(expand(load(tmp_path, "model: m"))) == ["none/eager"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "place", "rest"),
+    [
+        ("matrix: {quant: [none, int44]}", "matrix.quant[1]", "'int44'. Did you mean 'int4'?"),
+        ("matrix: {quant: [int4-g65]}", "matrix.quant[0]", "g32, g64, g128"),
+        ("defaults: {head: int9}", "defaults.head", "'int9'. Did you mean 'int8'?"),
+        (
+            "cells: [{execution: eagre}]",
+            "cells[0].execution",
+            "'eagre' is not a choice. Did you mean 'eager'? Choose from: eager, compile.",
+        ),
+        ("matrix: {dtpye: [float32]}", "matrix.dtpye", "Did you mean 'dtype'?"),
+        ("qualty: false", "qualty", "Did you mean 'quality'?"),
+        ("quality: {windw: 3}", "quality.windw", "Did you mean 'window'?"),
+        ("workload: {prompt_tokens: 8}", "workload.new_tokens", "is missing"),
+        (
+            "workload: {prompt_tokens: 8, new_tokens: 1}",
+            "workload",
+            "new_tokens must be at least 2",
+        ),
+        ("matrix: {quant: int8}", "matrix.quant", "should be a valid list, not 'int8'"),
+        ("matrix: {quant: []}", "matrix.quant", "should have at least one value"),
+        ("quality: [1]", "quality", "should be a mapping"),
+        ("timeout_s: 0", "timeout_s", "should be greater than 0"),
+        ("weights: randm", "weights", "Did you mean 'random'?"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_place_value_nearest_and_choices(
+    tmp_path, recipe, place, rest
+):
+    message = refused(tmp_path, f"model: m\n{recipe}\n")
+    assert message.startswith(f"{tmp_path / 'recipe.yaml'}: {place}: ")
+    assert rest in message
+
+
+def test_all_problems_are_named_at_once(tmp_path):
+    lines = refused(tmp_path, "model: 3\nmatrix: {quant: [x], exectuion: [eager]}").splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        "model",
+        "matrix.quant[0]",
+        "matrix.exectuion",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: m\nmodel: n", "the key 'model' is given 2 times"),
+        ("model: [", "not valid YAML"),
+        ("- model", "a recipe is a mapping"),
+        ("matrix: {quant: [int8]}", "model: is missing"),
+        ("model: m\ncells: [{quant: int8}, {quant: int8}]", "the cell 'int8/eager' 2 times"),
+        ("model: m\nmatrix: {quant: [int4, int4-g128]}", "the cell 'int4-g128/eager' 2 times"),
+        ("model: m\nmatrix: {max_seq_len: [16]}", "cannot hold the"),
+        (f"model: m\nmatrix: {{max_batch_size: [2]}}\n{BATCH_OF_4}", "the workload's batch of 4"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_as_written_is_refused(tmp_path, text, says):
+    assert says in refused(tmp_path, text)
+
+
+def test_a_missing_recipe_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_memory_is_sized_for_the_experiment():
+    recipe = recipe_from_flags(
+        "m",
+        matrix={},
+        workload={"prompt_tokens": 30, "new_tokens": 20, "batch": 3},
+        quality={"window": 64},
+    )
+    (config,) = expand(recipe)
+    assert (config.max_seq_len, config.max_batch_size) == (64, 3)
+    workload = recipe.workload
+    assert fit_to_experiment(EngineConfig(model="m", max_batch_size=3), workload, None) == (
+        EngineConfig(model="m", max_batch_size=3, max_seq_len=50)
+    )
+
+
+def test_random_weights_are_not_scored():
+    recipe = recipe_from_flags("m", weights="random", matrix={}, quality={"window": 4096})
+    assert recipe.quality_options is None
+    (config,) = expand(recipe)
+    assert config.max_seq_len == 256
+
+
+def test_quality_can_be_left_out_and_its_text_lies_beside_the_recipe(tmp_path):
+    assert load(tmp_path, "model: m\nquality: false").quality_options is None
+    recipe = load(tmp_path, "model: m\nquality: {text: my.txt}")
+    assert recipe.quality_options == QualityOptions(text=tmp_path / "my.txt")
+
+
+def test_flags_are_checked_like_a_file_and_empty_ones_left_out():
+    recipe = recipe_from_flags(
+        "m",
+        matrix={"quant": ["int8"], "execution": []},
+        defaults={"dtype": None},
+        timeout_s=None,
+        quality=False,
+    )
+    assert recipe == Recipe(model="m", matrix={"quant": ["int8"]}, quality=False)
+    with pytest.raises(ConfigError, match=r"command line: matrix.quant\[0\]: .*Did you mean"):
+        recipe_from_flags("m", matrix={"quant": ["itn8"]})
+
+
+def test_the_hash_is_of_what_a_recipe_says_and_not_of_how(tmp_path):
+    first = load(tmp_path, "model: m\nmatrix: {quant: [none, int8]}")
+    same = load(tmp_path, "# a comment\nmatrix:\n  quant:\n  - none\n  - int8\nmodel: m")
+    other = load(tmp_path, "model: m\nmatrix: {quant: [int8, none]}")
+    assert first.sha256 == same.sha256 != other.sha256
+
+
+def test_cells_of_one_name_are_told_apart_by_what_varies():
+    configs = [EngineConfig(model="m", prefill_chunk=n) for n in (64, 128)]
+    assert cell_names([*configs, EngineConfig(model="m", quant="int8")]) == [
+        "none/eager/prefill_chunk=64",
+        "none/eager/prefill_chunk=128",
+        "int8/eager",
+    ]
