@@ -90,9 +90,7 @@ class LLM:
                 progress("warmup", 0, 0)
             self._warm_up()
         self._warmup_s = time.perf_counter() - started
-        self._compile_cache = (
-            compile_cache_state() if self.config.execution == "compile" else None
-        )
+        self._compile_cache = compile_cache_state() if self.config.execution == "compile" else None
 
     # ------------------------------------------------------------------------------ generating
 
@@ -394,9 +392,7 @@ class LLM:
         )[0]
 
     @torch.inference_mode()
-    def _launch(
-        self, slots: list[Request | None], previous: _Launched | None
-    ) -> _Launched | None:
+    def _launch(self, slots: list[Request | None], previous: _Launched | None) -> _Launched | None:
         """Starts a decode step for whoever will need one, without waiting for it."""
         coming = set() if previous is None else {id(r) for r in previous.requests}
         active = [

@@ -91,4 +91,3 @@ def workspace_bytes(setup: Setup) -> int:
     )
     runtime = 768 * 2**20 if setup.device.type == "cuda" else 0  # context, cuBLAS, graphs
     return activations + attention + logits + widened + runtime
-

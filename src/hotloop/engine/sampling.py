@@ -112,9 +112,7 @@ class Sampler:
         scores_BV = logits_BV
         if features.penalize:
             penalty_B1 = self.penalty[here, None]
-            penalized = torch.where(
-                logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1
-            )
+            penalized = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
             scores_BV = torch.where(self.seen_SV[here], penalized, logits_BV)
         ids_B = scores_BV.argmax(dim=-1)
         if features.draw:
@@ -144,9 +142,7 @@ class Sampler:
         # A token stays while the sum *before* it is short of top_p: the first always does.
         before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
         kept_BV = kept_BV & (before_BV < self.top_p[here, None])
-        kept_BV = kept_BV & (
-            probabilities_BV >= self.min_p[here, None] * probabilities_BV[:, :1]
-        )
+        kept_BV = kept_BV & (probabilities_BV >= self.min_p[here, None] * probabilities_BV[:, :1])
         kept_BV = kept_BV | (rank_V == 0)
         noisy_BV = sorted_BV.where(kept_BV, -torch.inf) + gumbel_BV.gather(1, order_BV)
         return order_BV.gather(1, noisy_BV.argmax(dim=-1, keepdim=True))[:, 0]

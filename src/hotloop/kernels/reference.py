@@ -117,8 +117,6 @@ def dequantize_int4(
     return weight.to(dtype).view(n, -1)
 
 
-def linear_int4(
-    x_MK: Tensor, packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None
-) -> Tensor:
+def linear_int4(x_MK: Tensor, packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None) -> Tensor:
     """Product with packed int4 weights."""
     return F.linear(x_MK, dequantize_int4(packed, scale_NG, offset_NG, x_MK.dtype))

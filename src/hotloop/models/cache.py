@@ -35,12 +35,11 @@ class KVCache(nn.Module):
             self.register_buffer(f"v{layer}", torch.zeros(shape, dtype=dtype, device=device))
         self.n_slots, self.n_positions = n_slots, n_positions
 
-    def write(
-        self, layer: int, slots_B: Tensor, positions_BT: Tensor, k_BTJE: Tensor, v_BTJE: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Stores new keys and values; returns the layer's whole caches."""
-        keys: Tensor = getattr(self, f"k{layer}")
-        values: Tensor = getattr(self, f"v{layer}")
-        keys[slots_B[:, None], :, positions_BT] = k_BTJE
-        values[slots_B[:, None], :, positions_BT] = v_BTJE
-        return keys, values
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer."""
+        return getattr(self, f"k{index}"), getattr(self, f"v{index}")
+
+
+def write(cache_SJCE: Tensor, slots_B: Tensor, positions_BT: Tensor, new_BTJE: Tensor) -> None:
+    """Stores new keys or values in place."""
+    cache_SJCE[slots_B[:, None], :, positions_BT] = new_BTJE

@@ -6,7 +6,7 @@ a projection is decided when its weight is assigned; how a step runs (eagerly, c
 by the engine. This module only says what is computed.
 
 Shape letters: B sequences, T tokens of each, D model width, H query heads, J key/value heads,
-E head dimension, V vocabulary.
+E head dimension, V vocabulary, S slots, C cache positions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hotloop.kernels import reference
 from hotloop.kernels.attention import Attention
-from hotloop.models.cache import KVCache
+from hotloop.models.cache import KVCache, write
 from hotloop.models.config import ModelConfig
 from hotloop.models.linear import Embedding, Linear
 from hotloop.models.rope import rope_tables
@@ -41,7 +41,6 @@ class Block(nn.Module):
     def __init__(
         self,
         *,
-        index: int,
         linears: dict[str, tuple[int, int]],
         n_heads: int,
         n_kv_heads: int,
@@ -52,7 +51,6 @@ class Block(nn.Module):
         attention: Attention,
     ) -> None:
         super().__init__()
-        self.index = index
         self.heads = (n_heads, n_kv_heads, n_kv_heads)
         self.head_dim, self.window, self.attention = head_dim, window, attention
         self.qkv_proj = Linear(*linears["qkv_proj"])
@@ -71,7 +69,8 @@ class Block(nn.Module):
         cos_BTE: Tensor,
         sin_BTE: Tensor,
         positions_BT: Tensor,
-        cache: KVCache,
+        keys_SJCE: Tensor,
+        values_SJCE: Tensor,
         slots_B: Tensor,
         first_slot: int,
         length: int,
@@ -84,12 +83,13 @@ class Block(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = reference.apply_rope(q, cos_BTE, sin_BTE)
         k = reference.apply_rope(k, cos_BTE, sin_BTE)
-        keys, values = cache.write(self.index, slots_B, positions_BT, k, v)
+        write(keys_SJCE, slots_B, positions_BT, k)
+        write(values_SJCE, slots_B, positions_BT, v)
         here = slice(first_slot, first_slot + B)
         attended = self.attention(
             q,
-            keys[here],
-            values[here],
+            keys_SJCE[here],
+            values_SJCE[here],
             positions_BT,
             length=length,
             window=self.window,
@@ -118,7 +118,6 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(
-                index=i,
                 linears=config.linears,
                 n_heads=config.n_heads,
                 n_kv_heads=config.n_kv_heads,
@@ -128,7 +127,7 @@ class Decoder(nn.Module):
                 window=config.sliding_window,
                 attention=attention,
             )
-            for i in range(config.n_layers)
+            for _ in range(config.n_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(config.vocab_size, config.hidden_size)
@@ -157,9 +156,10 @@ class Decoder(nn.Module):
         x_BTD = self.embedding(ids_BT)
         cos_BTE, sin_BTE = self.cos[positions_BT], self.sin[positions_BT]
         slots_B = torch.arange(first_slot, first_slot + ids_BT.shape[0], device=ids_BT.device)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            keys, values = cache.layer(i)
             x_BTD = layer(
-                x_BTD, cos_BTE, sin_BTE, positions_BT, cache, slots_B, first_slot, length
+                x_BTD, cos_BTE, sin_BTE, positions_BT, keys, values, slots_B, first_slot, length
             )
         return self.norm(x_BTD)
 
