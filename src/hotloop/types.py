@@ -300,7 +300,7 @@ class EngineDescription:
 
 
 Prompt = str | Sequence[int]
-"""Text, tokenized with the special tokens the model itself adds; or token ids, taken as they are."""
+"""Text, tokenized with the special tokens that the model itself adds; or token ids, as they are."""
 
 
 class Engine(Protocol):

@@ -14,7 +14,7 @@ import dataclasses
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -138,7 +138,7 @@ class LLM:
         prompts: str | Sequence[Prompt],
         params: SamplingParams | None = None,
         **options: Any,
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta]:
         """As ``generate``, piece by piece. Closing the iterator abandons what is unfinished.
 
         Raises:
@@ -342,7 +342,7 @@ class LLM:
             submitted_s=submitted_s,
         )
 
-    def _run(self, requests: list[Request]) -> Iterator[Delta]:
+    def _run(self, requests: list[Request]) -> Generator[Delta]:
         waiting = deque(requests)
         slots: list[Request | None] = [None] * self._cache.n_slots
         launched: _Launched | None = None
@@ -466,8 +466,10 @@ class _Launched:
         if sampled.logprobs is not None:
             assert sampled.top_ids is not None
             assert sampled.top_logprobs is not None
-            logprobs = tuple(
-                _to_host(t) for t in (sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+            logprobs = (
+                _to_host(sampled.logprobs),
+                _to_host(sampled.top_ids),
+                _to_host(sampled.top_logprobs),
             )
         ids = _to_host(sampled.ids)
         ready = None

@@ -150,8 +150,10 @@ def refuse_unless(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, .
 
 
 def read_rope(config: Mapping[str, Any]) -> RopeConfig:
-    """Rotary settings in either spelling: ``rope_parameters``, or ``rope_theta`` and
-    ``rope_scaling`` (whose kind was once called ``type``).
+    """Rotary settings in either spelling.
+
+    Those are ``rope_parameters``, or ``rope_theta`` beside ``rope_scaling``, whose kind was once
+    called ``type``.
 
     Raises:
         UnsupportedError: A kind of scaling, or an argument of one, that is not implemented.
@@ -194,10 +196,12 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
         return dataclasses.replace(
             rope, scaling="factors", factors=tuple(map(float, values["factors"]))
         )
-    original = values.pop("original_max_position_embeddings", rope.original_max_position)
+    original = values.get("original_max_position_embeddings", rope.original_max_position)
     return dataclasses.replace(
         rope,
         scaling=kind,
+        factor=float(values["factor"]),
+        low_freq_factor=float(values.get("low_freq_factor", rope.low_freq_factor)),
+        high_freq_factor=float(values.get("high_freq_factor", rope.high_freq_factor)),
         original_max_position=int(original),
-        **{k: float(v) for k, v in values.items()},
     )

@@ -11,7 +11,7 @@ group per output channel).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,7 @@ class QTensor:
             bits=first.bits,
         )
 
-    def _map(self, f) -> QTensor:  # noqa: ANN001
+    def _map(self, f: Callable[[Tensor], Tensor]) -> QTensor:
         return QTensor(
             values=f(self.values),
             scale=f(self.scale),

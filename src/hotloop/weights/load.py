@@ -90,7 +90,8 @@ def _load_embeddings(
         decoder.embedding.assign(decoder.head.packed[0], None, dtype)
     elif weight.bits == 8:
         # Every int8 kernel keeps [N, K] integers and [N] scales: one copy serves both.
-        decoder.embedding.assign(*decoder.head.packed, dtype)
+        values, scale = decoder.head.packed
+        decoder.embedding.assign(values, scale, dtype)
     else:
         decoder.embedding.assign(weight.dequantize(dtype).to(device), None, dtype)
 

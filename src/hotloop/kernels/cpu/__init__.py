@@ -70,8 +70,10 @@ def _build(compiler: str) -> Path:
         built = Path(scratch) / library.name
         lib_dir = torch_dir / "lib"
         subprocess.run(
-            [compiler, *FLAGS, f"-I{torch_dir / 'include'}", str(SOURCE), "-o", str(built)]
-            + [f"-L{lib_dir}", "-ltorch_cpu", f"-Wl,-rpath,{lib_dir}"],
+            [
+                *(compiler, *FLAGS, f"-I{torch_dir / 'include'}", str(SOURCE), "-o", str(built)),
+                *(f"-L{lib_dir}", "-ltorch_cpu", f"-Wl,-rpath,{lib_dir}"),
+            ],
             capture_output=True,
             text=True,
             check=True,

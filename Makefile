@@ -1,0 +1,42 @@
+# hotloop: the whole set-up. `make demo` and `make test` are all a fresh machine needs.
+#
+# PYTHON and TORCH can be given: make demo TORCH=torch  (a CUDA build on Linux)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= smollm2-135m
+RESULTS ?= results/demo
+
+.PHONY: demo test check bench help-pages clean
+
+demo: $(VENV)/installed
+	$(BIN)/hotloop pull $(MODEL)
+	$(BIN)/hotloop sweep recipes/demo.yaml --out $(RESULTS) --resume
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/cpu.py
+
+help-pages: $(VENV)/installed
+	$(BIN)/python -m hotloop.cli.help_pages
+
+# torch first and by itself, so that the build asked for is the one that is installed.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) results
