@@ -28,6 +28,12 @@ from hotloop.models.decoder import Decoder
 SMALLEST_LENGTH = 256
 """Attention reads at least this many cache positions; beyond, the next power of two."""
 
+_COMPILER_OPTIONS: dict[str, dict[str, str | int | bool]] = {
+    # The generated kernels of a step are tiny, and our own ones have threads already.
+    "cpu": {"cpp.threads": 1, "size_asserts": False},
+    "cuda": {"coordinate_descent_tuning": True},
+}
+
 StepKey = tuple[int, int, Features]
 """Rows, length of cache that is read, and sampler features: one CUDA graph each."""
 
@@ -58,8 +64,10 @@ class Stepper:
         self._forward: Callable[[Tensor, Tensor, int], Tensor] = self._logits
         self._graphs: dict[StepKey, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
         if execution == "compile":
-            _prepare_compiler(device)
-            self._forward = torch.compile(self._logits, fullgraph=True)
+            # Without this, artifacts land in a temporary directory: the next boot compiles again.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+            options = _COMPILER_OPTIONS[device.type]
+            self._forward = torch.compile(self._logits, fullgraph=True, options=options)
 
     def step(self, n: int, longest: int, features: Features) -> Sampled:
         """One token for each of the first ``n`` slots.
@@ -124,16 +132,6 @@ class Stepper:
         with torch.cuda.graph(graph):
             sampled = self._step(*key)
         return graph, sampled
-
-
-def _prepare_compiler(device: torch.device) -> None:
-    """Sets torch.compile up for decode steps; compiled artifacts go to the user's cache."""
-    import torch._inductor.config as inductor
-
-    # Without this, artifacts land in a temporary directory, and the next boot compiles again.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
-    if device.type == "cuda":
-        inductor.coordinate_descent_tuning = True
 
 
 def compile_cache_state() -> Literal["cold", "warm"] | None:

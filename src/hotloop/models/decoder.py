@@ -63,6 +63,7 @@ class Block(nn.Module):
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
 
+    @torch.compiler.nested_compile_region  # compiled once, for all layers; eagerly it is a call
     def forward(
         self,
         x_BTD: Tensor,
