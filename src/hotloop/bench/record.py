@@ -77,6 +77,9 @@ class QualityProtocol(_Strict):
 class Record(_Strict):
     """One attempt at one cell. See the fields of ``EngineDescription`` for ``engine``.
 
+    The four speeds are means over the requests of a repeat; ``aggregate_tok_s`` alone is of the
+    whole batch: all its tokens over the time to the last.
+
     ``mbu`` is against the measured read bandwidth and ``mbu_datasheet`` against the vendor's
     figure, where one is known; both bandwidths stand in ``provenance["device"]``.
     """
@@ -92,6 +95,7 @@ class Record(_Strict):
     workload: Workload | None = None
     decode_tok_s: Figure | None = None
     e2e_tok_s: Figure | None = None
+    aggregate_tok_s: Figure | None = None
     ttft_s: Figure | None = None
     tpot_s: Figure | None = None
     mbu: Figure | None = None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,16 +84,13 @@ def machine() -> dict[str, Any]:
 
 def execution(device: torch.device) -> dict[str, dict[str, Any]]:
     """The ways of execution on ``device``: whether each can be had, and why not."""
+    from hotloop.engine.execution import compile_unavailable_reason
     from hotloop.kernels import cpu
 
     reasons: dict[str, str | None] = {"eager": None}
     if device.type == "cpu":
         reasons["eager with own kernels"] = cpu.unavailable_reason()
-        compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-        reasons["compile"] = None if compiler else "no C++ compiler (install g++, or set CXX)"
-    else:
-        triton = importlib.util.find_spec("triton")
-        reasons["compile"] = None if triton else "triton is not installed"
+    reasons["compile"] = compile_unavailable_reason(device)
     return {name: {"available": not why, "reason": why} for name, why in reasons.items()}
 
 

@@ -13,9 +13,11 @@ Shape letters: B rows of a step, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from hotloop.models.decoder import Decoder
 SMALLEST_LENGTH = 256
 """Attention reads at least this many cache positions; beyond, the next power of two."""
 
-_COMPILER_OPTIONS: dict[str, dict[str, str | int | bool]] = {
+_COMPILER_OPTIONS: dict[str, dict[str, str | int | bool | Callable[..., Any]]] = {
     # The generated kernels of a step are tiny, and our own ones have threads already.
     "cpu": {"cpp.threads": 1, "size_asserts": False},
     "cuda": {"coordinate_descent_tuning": True},
@@ -132,6 +134,17 @@ class Stepper:
         with torch.cuda.graph(graph):
             sampled = self._step(*key)
         return graph, sampled
+
+
+def compile_unavailable_reason(device: torch.device) -> str | None:
+    """Why torch.compile cannot generate code for a device here, or None if it can."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "torch.compile on CUDA needs triton, which is not installed (pip install triton)"
+        return None
+    if not (os.environ.get("CXX") or any(map(shutil.which, ("g++", "c++", "clang++")))):
+        return "torch.compile on a CPU needs a C++ compiler (install g++, or set CXX)"
+    return None
 
 
 def compile_cache_state() -> Literal["cold", "warm"] | None:

@@ -270,7 +270,9 @@ class LLM:
             dtype=setup.dtype,
             device=setup.device,
         )
-        self._sampler = Sampler(self._cache.n_slots, model.vocab_size, setup.device)
+        # Rows of the embedding beyond the tokenizer's vocabulary are padding: never chosen.
+        n_tokens = self.tokenizer.vocab_size if self.tokenizer else model.vocab_size
+        self._sampler = Sampler(self._cache.n_slots, min(n_tokens, model.vocab_size), setup.device)
         self._stepper = Stepper(
             self._decoder,
             self._cache,

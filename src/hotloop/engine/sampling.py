@@ -70,7 +70,13 @@ class Sampled:
 
 
 class Sampler:
-    """The options of every slot as device tensors, and the choice itself."""
+    """The options of every slot as device tensors, and the choice itself.
+
+    Args:
+        n_slots: Slots of the cache.
+        vocab_size: Token ids that may be chosen are below this; further logits are padding.
+        device: Where logits are.
+    """
 
     def __init__(self, n_slots: int, vocab_size: int, device: torch.device) -> None:
         def per_slot(value: float, dtype: torch.dtype) -> Tensor:
@@ -109,6 +115,7 @@ class Sampler:
             features: What to compute.
         """
         here = slice(first_slot, first_slot + logits_BV.shape[0])
+        logits_BV = logits_BV[:, : self.vocab_size]
         scores_BV = logits_BV
         if features.penalize:
             penalty_B1 = self.penalty[here, None]

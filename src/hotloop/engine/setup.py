@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from hotloop.errors import ConfigError
+from hotloop.engine.execution import compile_unavailable_reason
+from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.hardware import resolve_device
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
@@ -27,7 +28,7 @@ class Setup:
     """An engine's configuration, resolved.
 
     Attributes:
-        config: As asked for, with canonical scheme names.
+        config: As asked for, with the schemes' canonical names.
         model: The shape of the model.
         path: The checkpoint; None for a built-in shape.
         scheme: Of the projections.
@@ -64,8 +65,9 @@ def prepare(config: EngineConfig) -> Setup:
     device = resolve_device(config.device)
     path, hf_config = _describe_model(config)
     model = read_config(hf_config)
-    config = _settle_schemes(config, stored_schemes(hf_config))
-    scheme, head_scheme = parse_scheme(config.quant), parse_scheme(config.head)
+    config, scheme, head_scheme = _settle_schemes(config, stored_schemes(hf_config))
+    if config.execution == "compile" and (reason := compile_unavailable_reason(device)):
+        raise UnsupportedError(f"execution 'compile' cannot run here: {reason}.")
     for name, (n, k) in names.linear_weights(model).items():
         scheme.check(name, n, k)
     head_scheme.check(names.head(model), model.vocab_size, model.hidden_size)
@@ -107,22 +109,34 @@ def _describe_model(config: EngineConfig) -> tuple[Path | None, dict[str, Any]]:
         checkpoint.close()
 
 
-def _settle_schemes(config: EngineConfig, stored: tuple[str, str] | None) -> EngineConfig:
-    """Canonical scheme names; those of a quantized checkpoint where it is one."""
-    quant = parse_scheme(config.quant).name
-    head = config.head
-    if head == "auto":
-        head = "none" if quant == "none" else "int8"
-    head = parse_scheme(head).name
+def _settle_schemes(
+    config: EngineConfig, stored: tuple[str, str] | None
+) -> tuple[EngineConfig, Scheme, Scheme]:
+    """Canonical names, the scheme of projections, and that of the head.
+
+    A quantized checkpoint has its own; ``stored`` names them.
+    """
+    scheme = parse_scheme(config.quant)
+    head_scheme = _head_scheme(scheme, config.head)
     if stored is not None and config.weights == "checkpoint":
-        if quant not in ("none", stored[0]) or (config.head != "auto" and head != stored[1]):
+        same = scheme.name in ("none", stored[0]) and config.head in ("auto", stored[1])
+        if not same:
             raise ConfigError(
                 f"{config.model} is already quantized as {stored[0]} with head {stored[1]}; it "
-                f"cannot be quantized again as {quant} with head {head}. Leave quant out, or "
-                "start from the unquantized checkpoint."
+                f"cannot be quantized again as {scheme.name} with head {head_scheme.name}. Leave "
+                "quant and head out, or start from the unquantized checkpoint."
             )
-        quant, head = stored
-    return dataclasses.replace(config, quant=quant, head=head)
+        scheme, head_scheme = parse_scheme(stored[0]), parse_scheme(stored[1])
+    by_default = head_scheme.name == _head_scheme(scheme, "auto").name
+    head = "auto" if by_default else head_scheme.name
+    return dataclasses.replace(config, quant=scheme.name, head=head), scheme, head_scheme
+
+
+def _head_scheme(scheme: Scheme, head: str) -> Scheme:
+    """``auto`` is int8 under any quantization: four bits cost the head more than they save."""
+    if head == "auto":
+        head = "none" if scheme.name == "none" else "int8"
+    return parse_scheme(head)
 
 
 def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

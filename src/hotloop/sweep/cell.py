@@ -164,6 +164,7 @@ def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         "reason": speed.instability,
         "decode_tok_s": speed.decode_tok_s,
         "e2e_tok_s": speed.e2e_tok_s,
+        "aggregate_tok_s": speed.aggregate_tok_s,
         "ttft_s": speed.ttft_s,
         "tpot_s": speed.tpot_s,
         "mbu": speed.mbu,
