@@ -77,7 +77,12 @@ def attention(
 
 
 def linear_int8(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Product with int8 weights: the scale of each output channel is applied to the result."""
+    """Product with int8 weights: the scale of each output channel is applied to the result.
+
+    In float16 it is applied to the weight: sums of products with integers would leave its range.
+    """
+    if x_MK.dtype == torch.float16:
+        return F.linear(x_MK, (values_NK * scale_N[:, None]).half())
     return (F.linear(x_MK, values_NK.to(x_MK.dtype)) * scale_N).to(x_MK.dtype)
 
 
@@ -89,11 +94,11 @@ def pack_int4(values_NK: Tensor, group_size: int) -> Tensor:
     come apart with one shift and one mask each.
     """
     n, k = values_NK.shape
-    nibbles = (values_NK.int() + 8).view(n, k // group_size, 4, group_size // 4)
-    shifts = torch.arange(0, 16, 4, device=nibbles.device, dtype=torch.int32).view(4, 1)
-    words = (nibbles << shifts).sum(dim=2, dtype=torch.int32)
-    # Words are unsigned; int16 is how torch stores them: values above 2**15 wrap around.
-    return (words - ((words >> 15) << 16)).to(torch.int16).view(n, k // 4)
+    words = values_NK.new_zeros(n, k // group_size, group_size // 4, dtype=torch.int16)
+    # A quarter at a time: the weight can be large, and this is on the way of loading it.
+    for i, run in enumerate(values_NK.view(n, -1, 4, group_size // 4).unbind(2)):
+        words |= (run + 8).to(torch.int16) << 4 * i  # unsigned words: the top bit is int16's sign
+    return words.view(n, k // 4)
 
 
 def unpack_int4(packed: Tensor, group_size: int) -> Tensor:

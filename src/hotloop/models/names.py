@@ -53,3 +53,22 @@ def linear_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
         for linear, parts in LINEAR_PARTS.items()
         for part, rows in zip(parts, part_rows(config, linear), strict=True)
     }
+
+
+def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an unquantized checkpoint: full name to shape, in the order of layers."""
+    width = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (config.vocab_size, width)}
+    for i in range(config.n_layers):
+        for linear, parts in LINEAR_PARTS.items():
+            for part, rows in zip(parts, part_rows(config, linear), strict=True):
+                shapes[f"{layer(i, part)}.weight"] = (rows, config.linears[linear][1])
+                if config.bias[linear]:
+                    shapes[f"{layer(i, part)}.bias"] = (rows,)
+        shapes |= {f"{layer(i, part)}.weight": (width,) for part in NORMS.values()}
+        if config.qk_norm:
+            shapes |= {f"{layer(i, part)}.weight": (config.head_dim,) for part in HEAD_NORMS.values()}
+    shapes[f"{NORM}.weight"] = (width,)
+    if not config.tie_embeddings:
+        shapes[f"{HEAD}.weight"] = (config.vocab_size, width)
+    return shapes

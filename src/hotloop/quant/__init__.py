@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import WeightFormat
-from hotloop.quant.qtensor import QTensor
+from hotloop.quant.qtensor import QTensor, join_rows
 from hotloop.registry import resolve
 
 SCHEMES = {
@@ -41,13 +41,18 @@ class Scheme(Protocol):
         ...
 
     def quantize(self, weight: Tensor) -> Tensor | QTensor:
-        """Quantizes a floating-point [N, K] weight, on its own device."""
+        """Quantizes a floating-point [N, K] weight, on its own device.
+
+        Each row by itself, so that a few at a time give what all of them together would.
+        """
         ...
 
-    def random(self, n: int, k: int, *, std: float, like: Tensor) -> Tensor | QTensor:
-        """Random [n, k] weights of about this standard deviation.
+    def random(
+        self, n: int, k: int, *, std: float, dtype: torch.dtype, generator: torch.Generator
+    ) -> Tensor | QTensor:
+        """Random [n, k] weights of about this standard deviation, on the generator's device.
 
-        Made directly in quantized form, on the device and in the dtype of ``like``.
+        Made directly in quantized form; ``dtype`` is that of weights that stay unquantized.
         """
         ...
 
@@ -67,4 +72,4 @@ def parse_scheme(name: str) -> Scheme:
     return resolve("quantization scheme", SCHEMES, base).from_options(tuple(options))
 
 
-__all__ = ["SCHEMES", "QTensor", "Scheme", "parse_scheme"]
+__all__ = ["SCHEMES", "QTensor", "Scheme", "join_rows", "parse_scheme"]

@@ -6,13 +6,14 @@ Asymmetric (``int4-g64-asym``): 16 steps from the group's minimum to its maximum
 floating-point offset, so that any group that already lies on such a grid is kept.
 
 Scales and offsets are rounded to bfloat16 *before* the values are chosen, so the values make up
-for that rounding, and so that every kernel on every device computes with the same numbers.
+for that rounding, and so that every kernel on every device computes with the same numbers. For
+the same reason constants are multiplied with: CUDA divides by them a little differently.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,18 +46,22 @@ class Int4:
     @classmethod
     def from_options(cls, options: tuple[str, ...]) -> Int4:
         """``gN`` with N in 32, 64, 128; ``sym`` or ``asym``."""
-        group_size, symmetric = cls.group_size, cls.symmetric
+        meanings = {f"g{size}": ("group_size", size) for size in GROUP_SIZES}
+        meanings |= {"sym": ("symmetric", True), "asym": ("symmetric", False)}
+        fields: dict[str, Any] = {}
         for option in options:
-            if option in ("sym", "asym"):
-                symmetric = option == "sym"
-            elif re.fullmatch(r"g\d+", option) and int(option[1:]) in GROUP_SIZES:
-                group_size = int(option[1:])
-            else:
+            if option not in meanings:
                 raise ConfigError(
                     f"quantization scheme 'int4' has no option {option!r}. Choose from: "
-                    f"{', '.join(f'g{g}' for g in GROUP_SIZES)}, sym, asym."
+                    f"{', '.join(meanings)}."
                 )
-        return cls(group_size, symmetric)
+            field, value = meanings[option]
+            if fields.setdefault(field, value) != value:
+                raise ConfigError(
+                    f"quantization scheme 'int4-{'-'.join(options)}' has two values of {field}: "
+                    "give one."
+                )
+        return cls(**fields)
 
     def check(self, name: str, n: int, k: int) -> None:  # noqa: ARG002
         """Groups must divide the input features; those that do are named."""
@@ -72,27 +77,36 @@ class Int4:
         n, k = weight.shape
         self.check("weight", n, k)
         groups = weight.float().view(n, k // self.group_size, self.group_size)
+        low, high = groups.aminmax(dim=2)
         if self.symmetric:
-            largest = groups.abs().argmax(dim=2, keepdim=True)
-            scale, offset = groups.gather(2, largest).squeeze(2) / -8, None
+            scale = (torch.where(high > -low, high, low) * (-1 / 8)).to(SCALE_DTYPE)
+            offset = None
         else:
-            low, high = groups.aminmax(dim=2)
-            scale = (high - low) / 15
-            # The value -8 stands for the minimum: minimum = -8 * scale + offset.
-            offset = (low + 8 * scale).to(SCALE_DTYPE)
-        scale = torch.where(scale != 0, scale, 1.0).to(SCALE_DTYPE)
+            scale = ((high - low) * (1 / 15)).to(SCALE_DTYPE)
+            # -8 stands for the minimum, 7 for the maximum: 0 is half a step above their middle.
+            offset = ((low + high + scale.float()) * 0.5).to(SCALE_DTYPE)
+        scale = torch.where(scale != 0, scale, 1.0)  # one value throughout: the offset, or zero
         centred = groups if offset is None else groups - offset.float()[:, :, None]
         values = (centred / scale.float()[:, :, None]).round_().clamp_(-8, 7).to(torch.int8)
         return QTensor(values=values.view(n, k), scale=scale, offset=offset, bits=4)
 
-    def random(self, n: int, k: int, *, std: float, like: Tensor) -> QTensor:
+    def random(
+        self,
+        n: int,
+        k: int,
+        *,
+        std: float,
+        dtype: torch.dtype,  # noqa: ARG002
+        generator: torch.Generator,
+    ) -> QTensor:
         """Uniform integers, scaled to ``std``."""
         self.check("weight", n, k)
-        values = torch.empty(n, k, dtype=torch.int8, device=like.device).random_(-7, 8)
-        shape = (n, k // self.group_size)
-        scale = torch.full(shape, std / ((15**2 - 1) / 12) ** 0.5, device=like.device)
-        offset = None if self.symmetric else torch.zeros_like(scale, dtype=SCALE_DTYPE)
-        return QTensor(values=values, scale=scale.to(SCALE_DTYPE), offset=offset, bits=4)
+        values = torch.empty(n, k, dtype=torch.int8, device=generator.device)
+        values.random_(-7, 8, generator=generator)
+        step = std / ((15**2 - 1) / 12) ** 0.5
+        scale = values.new_full((n, k // self.group_size), step, dtype=SCALE_DTYPE)
+        offset = None if self.symmetric else torch.zeros_like(scale)
+        return QTensor(values=values, scale=scale, offset=offset, bits=4)
 
     def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
         """Four bits in groups."""

@@ -36,15 +36,25 @@ class Int8:
     def quantize(self, weight: Tensor) -> QTensor:
         """Rounds to the nearest of 255 steps of ``max|row| / 127``."""
         weight = weight.float()
-        scale = weight.abs().amax(dim=1, keepdim=True) / QMAX
+        # Not divided: CUDA divides by constants a little differently.
+        scale = weight.abs().amax(dim=1, keepdim=True) * (1 / QMAX)
         scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero
         values = (weight / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
         return QTensor(values=values, scale=scale, offset=None, bits=8)
 
-    def random(self, n: int, k: int, *, std: float, like: Tensor) -> QTensor:
+    def random(
+        self,
+        n: int,
+        k: int,
+        *,
+        std: float,
+        dtype: torch.dtype,  # noqa: ARG002
+        generator: torch.Generator,
+    ) -> QTensor:
         """Uniform integers, scaled to ``std``."""
-        values = torch.empty(n, k, dtype=torch.int8, device=like.device).random_(-QMAX, QMAX + 1)
-        scale = torch.full((n, 1), std / (QMAX / 3**0.5), device=like.device)
+        values = torch.empty(n, k, dtype=torch.int8, device=generator.device)
+        values.random_(-QMAX, QMAX + 1, generator=generator)
+        scale = torch.full((n, 1), std / (QMAX / 3**0.5), device=generator.device)
         return QTensor(values=values, scale=scale, offset=None, bits=8)
 
     def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:

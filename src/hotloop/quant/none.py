@@ -31,9 +31,12 @@ class NoScheme:
         """The weight itself."""
         return weight
 
-    def random(self, n: int, k: int, *, std: float, like: Tensor) -> Tensor:
+    def random(
+        self, n: int, k: int, *, std: float, dtype: torch.dtype, generator: torch.Generator
+    ) -> Tensor:
         """Normally distributed [n, k]."""
-        return torch.empty(n, k, device=like.device, dtype=like.dtype).normal_(0, std)
+        weight = torch.empty(n, k, dtype=dtype, device=generator.device)
+        return weight.normal_(0, std, generator=generator)
 
     def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
         """Floating point."""

@@ -11,7 +11,7 @@ group per output channel).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from hotloop.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class QTensor:
     """A quantized matrix: ``weight = values * scale + offset``, scale and offset per group.
 
@@ -39,7 +39,8 @@ class QTensor:
     def __post_init__(self) -> None:
         assert self.values.dtype == torch.int8, f"values are {self.values.dtype}, not int8"
         assert self.values.shape[0] == self.scale.shape[0], "one row of scales per output feature"
-        assert self.offset is None or self.offset.shape == self.scale.shape
+        assert self.values.shape[1] % self.scale.shape[1] == 0, "groups of equal size"
+        assert self.offset is None or self.offset.shape == self.scale.shape, "an offset per scale"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,14 +56,15 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight it stands for, [N, K], computed in float32 and rounded once to ``dtype``."""
         n, k = self.shape
-        weight = self.values.view(n, -1, self.group_size).float() * self.scale.float()[:, :, None]
+        weight = self.values.view(n, -1, self.group_size).float()
+        weight *= self.scale.float()[:, :, None]
         if self.offset is not None:
             weight += self.offset.float()[:, :, None]
         return weight.view(n, k).to(dtype)
 
     def rows(self, start: int, stop: int) -> QTensor:
         """Output features ``start`` to ``stop``: a column-parallel shard."""
-        return self._map(lambda t: t[start:stop])
+        return self.map(lambda t: t[start:stop])
 
     def columns(self, start: int, stop: int) -> QTensor:
         """Input features ``start`` to ``stop``: a row-parallel shard, along whole groups.
@@ -93,27 +95,53 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
-        return self._map(lambda t: t.to(device))
+        return self.map(lambda t: t.to(device))
 
-    @staticmethod
-    def cat(parts: Sequence[QTensor]) -> QTensor:
-        """Joins along the output features: exact, since no group spans two of them."""
-        first = parts[0]
-        if len(parts) == 1:
-            return first
-        return QTensor(
-            values=torch.cat([p.values for p in parts]),
-            scale=torch.cat([p.scale for p in parts]),
-            offset=None
-            if first.offset is None
-            else torch.cat([p.offset for p in parts if p.offset is not None]),
-            bits=first.bits,
-        )
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its values, scales and, where there are some, offsets."""
+        return tuple(t for t in (self.values, self.scale, self.offset) if t is not None)
 
-    def _map(self, f: Callable[[Tensor], Tensor]) -> QTensor:
+    def map(self, f: Callable[[Tensor], Tensor]) -> QTensor:
+        """The same of ``f`` of each of its tensors."""
         return QTensor(
             values=f(self.values),
             scale=f(self.scale),
             offset=None if self.offset is None else f(self.offset),
             bits=self.bits,
         )
+
+
+def join_rows(parts: Iterable[Tensor | QTensor], n: int) -> Tensor | QTensor:
+    """Joins weights along the output features: exact, since no group spans two of them.
+
+    Args:
+        parts: All dense or all of one scheme. Each is copied and let go before the next is asked
+            for, so that an iterator can make them one at a time.
+        n: Output features in all.
+    """
+    whole: Tensor | QTensor | None = None
+    row = 0
+    for part in parts:
+        if part.shape[0] == n:
+            return part
+        if whole is None:
+            whole = _like_with_rows(part, n)
+        for new, joined in zip(_tensors(part), _tensors(whole), strict=True):
+            assert new.dtype == joined.dtype, f"{new.dtype} cannot join {joined.dtype}"
+            joined[row : row + len(new)] = new
+        row += part.shape[0]
+    assert whole is not None, "nothing to join"
+    assert row == n, f"{row} rows came, not {n}"
+    return whole
+
+
+def _tensors(weight: Tensor | QTensor) -> tuple[Tensor, ...]:
+    return weight.tensors if isinstance(weight, QTensor) else (weight,)
+
+
+def _like_with_rows(weight: Tensor | QTensor, n: int) -> Tensor | QTensor:
+    def resized(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(n, *tensor.shape[1:])
+
+    return weight.map(resized) if isinstance(weight, QTensor) else resized(weight)

@@ -76,12 +76,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def check_finite(tensor: Tensor, info: TensorInfo) -> None:
+def check_finite(tensor: Tensor, info: TensorInfo, *, first_row: int = 0) -> None:
     """Refuses NaN and infinite weights, in one pass over the tensor that allocates nothing.
 
     Args:
         tensor: What was read of the tensor, whole or in part.
         info: Its entry, for the message.
+        first_row: The row of the tensor at which ``tensor`` begins, for the message.
 
     Raises:
         CheckpointError: An element is not finite; the first one's place is named.
@@ -93,9 +94,12 @@ def check_finite(tensor: Tensor, info: TensorInfo) -> None:
     if all(bool(torch.isfinite(end)) for end in torch.aminmax(comparable)):
         return
     bad = torch.isfinite(comparable).logical_not().nonzero()
+    place = bad[0].tolist()
+    if place:
+        place[0] += first_row
     raise CheckpointError(
         info.file,
-        f"{len(bad)} of {tensor.numel()} elements are NaN or infinite, the first at "
-        f"{bad[0].tolist()}: the checkpoint is damaged",
+        f"{len(bad)} of {tensor.numel()} elements read are NaN or infinite, the first at "
+        f"{place}: the checkpoint is damaged",
         tensor=info.name,
     )

@@ -75,34 +75,29 @@ def quantize_checkpoint(
         if stored := stored_schemes(checkpoint.config):
             raise ConfigError(f"{src} is already quantized as {stored[0]} with head {stored[1]}.")
         model = read_config(checkpoint.config)
-        tokenizer = load_tokenizer(src)
-        source = CheckpointSource(checkpoint, torch.device("cpu"))
-        matrices = {
-            name: (shape, scheme) for name, shape in names.linear_weights(model).items()
-        } | {names.head(model): ((model.vocab_size, model.hidden_size), head_scheme)}
-        for name, (shape, each) in matrices.items():
-            each.check(name, *shape)
+        schemes = dict.fromkeys(names.linear_weights(model), scheme)
+        schemes[names.head(model)] = head_scheme
+        shapes = names.tensors(model)
+        for name, each in schemes.items():
+            each.check(name, *shapes[f"{name}.weight"])
+        tokenizer, sampling = load_tokenizer(src), generation_defaults(src)
+        source = CheckpointSource(checkpoint, torch.device("cpu"), ignored=names.redundant(model))
         with SafetensorsWriter(dst) as writer:
-            for i, (name, info) in enumerate(checkpoint.tensors.items()):
-                if model.tie_embeddings and name == f"{names.HEAD}.weight":
-                    continue  # a second copy of the embedding
-                matrix = matrices.get(name.removesuffix(".weight"))
-                if matrix is None:
-                    writer.add(name, source.tensor(name, info.shape))
+            for i, (name, shape) in enumerate(shapes.items(), start=1):
+                matrix = name.removesuffix(".weight")
+                if matrix in schemes:
+                    weight = source.matrix(matrix, shape, schemes[matrix])
                 else:
-                    weight = source.matrix(name.removesuffix(".weight"), *matrix)
-                    parts = (
-                        stored_parts(name, weight)
-                        if isinstance(weight, QTensor)
-                        else {name: weight}
-                    )
-                    for part, tensor in parts.items():
-                        writer.add(part, tensor)
+                    weight = source.tensor(name, shape)
+                for part, tensor in stored_parts(name, weight).items():
+                    writer.add(part, tensor)
                 if progress:
-                    progress(i + 1, len(checkpoint.tensors))
+                    progress(i, len(shapes))
+            source.finish()
             description = {"version": VERSION, "scheme": scheme.name, "head": head_scheme.name}
             config = checkpoint.config | {DESCRIPTION: description}
             (writer.staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            write_generation_config(writer.staging, sampling=sampling)
             tokenizer.save(writer.staging)
     finally:
         checkpoint.close()

@@ -1,7 +1,8 @@
 """Where the weights of a model come from, one matrix at a time.
 
-Three sources, one interface: a checkpoint whose matrices are quantized as they are read, a
-checkpoint that ``hotloop quantize`` wrote, and random weights for which only the shape is needed.
+Three sources, one interface: a checkpoint whose matrices are quantized as they are read, a few
+rows at a time, a checkpoint that ``hotloop quantize`` wrote, and random weights for which only the
+shape is needed.
 
 A quantized matrix ``x.weight`` is stored as ``x.weight.values`` (8 bits: int8 [N, K]; 4 bits:
 uint8 [N, K/2], even columns in the low nibble, each plus 8), ``x.weight.scale`` and, where the
@@ -10,14 +11,17 @@ scheme has them, ``x.weight.offset`` [N, G].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError
-from hotloop.quant import QTensor, Scheme
-from hotloop.weights.checkpoint import Checkpoint, check_finite
+from hotloop.kernels.linear import WeightFormat
+from hotloop.quant import QTensor, Scheme, join_rows
+from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite
+from hotloop.weights.tensor_file import row_chunks
 
 INITIAL_STD = 0.02
 """Standard deviation of random weights: what transformers are commonly initialized with."""
@@ -57,27 +61,19 @@ class CheckpointSource:
     def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme) -> Tensor | QTensor:
         """Reads ``name.weight``, or its quantized parts where those are stored."""
         scheme.check(name, *shape)
-        if f"{name}.weight.values" in self.checkpoint.tensors:
-            return self._quantized(f"{name}.weight", shape)
-        return scheme.quantize(self.tensor(f"{name}.weight", shape).to(self.device))
+        n, k = shape
+        wide = torch.float32  # in which schemes quantize
+        pieces = row_chunks(range(n), k * wide.itemsize)
+        form = scheme.format(n, k, dtype=wide, device=self.device.type)
+        if form.bits and f"{name}.weight.values" in self.checkpoint.tensors:
+            stored = self._expect_quantized(f"{name}.weight", form)
+            return join_rows((self._read_quantized(stored, rows) for rows in pieces), n)
+        info = self._expect(f"{name}.weight", shape)
+        return join_rows((scheme.quantize(self._read(info, rows)) for rows in pieces), n)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Reads a tensor in the type it is stored in."""
-        info = self.checkpoint.tensors.get(name)
-        if info is None:
-            raise CheckpointError(
-                self.checkpoint.path,
-                "missing from the checkpoint, though the model's configuration calls for it",
-                tensor=name,
-            )
-        if info.shape != shape:
-            raise CheckpointError(
-                info.file,
-                f"has shape {list(info.shape)} where the model's configuration calls for "
-                f"{list(shape)}",
-                tensor=name,
-            )
-        self.used.add(name)
+        info = self._expect(name, shape)
         tensor = self.checkpoint.read(name)
         check_finite(tensor, info)
         return tensor
@@ -95,19 +91,50 @@ class CheckpointSource:
                 tensor=first,
             )
 
-    def _quantized(self, name: str, shape: tuple[int, int]) -> QTensor:
-        n, k = shape
-        stored = self.checkpoint.tensors[f"{name}.values"]
-        bits = 4 if stored.dtype == "U8" else 8
-        values = self.tensor(f"{name}.values", (n, k // 2 if bits == 4 else k))
-        groups = self.checkpoint.tensors.get(f"{name}.scale")
-        scale = self.tensor(f"{name}.scale", (n, groups.shape[1] if groups else 1))
-        offset = None
-        if f"{name}.offset" in self.checkpoint.tensors:
-            offset = self.tensor(f"{name}.offset", tuple(scale.shape))
-        if bits == 4:
-            values = torch.stack((values & 15, values >> 4), dim=-1).view(n, k).to(torch.int8) - 8
-        return QTensor(values=values, scale=scale, offset=offset, bits=bits)
+    def _expect(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> TensorInfo:
+        info = self.checkpoint.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                self.checkpoint.path,
+                "missing from the checkpoint, though the model's configuration calls for it",
+                tensor=name,
+            )
+        if info.shape != shape or dtype not in (None, info.dtype):
+            raise CheckpointError(
+                info.file,
+                f"has shape {list(info.shape)} of {info.dtype} where the model's configuration "
+                f"calls for {list(shape)}{f' of {dtype}' if dtype else ''}",
+                tensor=name,
+            )
+        self.used.add(name)
+        return info
+
+    def _read(self, info: TensorInfo, rows: range) -> Tensor:
+        tensor = self.checkpoint.read(info.name, (slice(rows.start, rows.stop),))
+        check_finite(tensor, info, first_row=rows.start)
+        return tensor.to(self.device)
+
+    def _expect_quantized(self, name: str, form: WeightFormat) -> dict[str, TensorInfo]:
+        """The parts of a quantized matrix, each as its scheme would have stored it."""
+        four = form.bits == 4
+        scales = ((form.n, form.n_scales // form.n), "BF16" if four else "F32")
+        parts = {
+            "values": ((form.n, form.k // 2 if four else form.k), "U8" if four else "I8"),
+            "scale": scales,
+        }
+        if not form.symmetric:
+            parts["offset"] = scales
+        return {part: self._expect(f"{name}.{part}", *parts[part]) for part in parts}
+
+    def _read_quantized(self, stored: Mapping[str, TensorInfo], rows: range) -> QTensor:
+        parts = {part: self._read(info, rows) for part, info in stored.items()}
+        values, bits = parts["values"], 8
+        if values.dtype == torch.uint8:  # two of four bits each
+            nibbles = torch.stack((values & 15, values >> 4), dim=-1)
+            values, bits = nibbles.flatten(1).to(torch.int8) - 8, 4
+        return QTensor(
+            values=values, scale=parts["scale"], offset=parts.get("offset"), bits=bits
+        )
 
 
 def stored_parts(name: str, weight: QTensor) -> dict[str, Tensor]:
@@ -127,19 +154,20 @@ class RandomSource:
     """
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.like = torch.empty(0, dtype=dtype, device=device)
-        torch.manual_seed(seed)
+        self.dtype = dtype
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme) -> Tensor | QTensor:
         """Random integers or floating-point numbers of about the usual size."""
         scheme.check(name, *shape)
-        return scheme.random(*shape, std=INITIAL_STD, like=self.like)
+        return scheme.random(*shape, std=INITIAL_STD, dtype=self.dtype, generator=self.generator)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Random numbers for a table, ones for a norm, zeros for a bias."""
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.generator.device)
         if len(shape) == 2:
-            return self.like.new_empty(shape).normal_(0, INITIAL_STD)
-        return self.like.new_full(shape, 0.0 if name.endswith(".bias") else 1.0)
+            return tensor.normal_(0, INITIAL_STD, generator=self.generator)
+        return tensor.fill_(0.0 if name.endswith(".bias") else 1.0)
 
     def finish(self) -> None:
         """Nothing can be left over."""

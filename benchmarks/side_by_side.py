@@ -1,0 +1,163 @@
+"""hotloop and llama.cpp decode the same small model on the same CPU, turn by turn.
+
+Every engine is loaded in a process of its own and waits; a round lets each produce the same number
+of tokens once. So what the machine does to one engine it does to all, and slow minutes cancel out.
+
+    pip install llama-cpp-python==0.3.36
+    python benchmarks/side_by_side.py --out benchmarks/results/cpu-side-by-side.json
+
+llama.cpp's files in other formats are made by its own quantizer, from the model that
+``hotloop pull smollm2-135m`` fetched. ``--llama-python`` names another environment's interpreter
+where llama-cpp-python lives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+PROMPT = [1, 504, 2365, 253, 655]  # five tokens, as they come
+LLAMA_TYPES = {"F16": 1, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2}
+PAIRS = {  # hotloop's configuration: llama.cpp's format at about equal bits
+    "none/compile": "F16",
+    "int8/compile": "Q8_0",
+    "int4-g32-asym/compile": "Q4_1",
+    "int4-g64/compile": "Q4_0",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "WHAT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        serve(*args.worker, args.threads, args.new_tokens)
+        return
+
+    from hotloop import hardware
+    from hotloop.bench.statistics import mean_figure
+    from hotloop.weights.hub import resolve_model
+
+    source = resolve_model("smollm2-135m")
+    with tempfile.TemporaryDirectory() as folder:
+        formats = [(kind, Path(folder) / f"{kind}.gguf") for kind in LLAMA_TYPES]
+        f16 = formats[0][1]
+        for kind, path in formats:
+            origin = source if kind == "F16" else f16
+            run([args.llama_python, __file__, "--worker", "requantize", f"{origin},{path},{kind}"])
+        common = ["--threads", str(args.threads), "--new-tokens", str(args.new_tokens)]
+        workers = {
+            name: start([sys.executable, __file__, *common, "--worker", "hotloop", name])
+            for name in PAIRS
+        } | {
+            kind: start([args.llama_python, __file__, *common, "--worker", "llama", str(path)])
+            for kind, path in formats
+        }
+        for name, worker in workers.items():
+            print(f"{name}: {worker.stdout.readline().strip()}", file=sys.stderr)
+        samples: dict[str, list[float]] = {name: [] for name in workers}
+        for number in range(args.rounds + 1):
+            for name, worker in workers.items():
+                worker.stdin.write("go\n")
+                worker.stdin.flush()
+                speed = float(worker.stdout.readline())
+                if number:  # the first round warms up
+                    samples[name].append(speed)
+            print(f"round {number} of {args.rounds}", file=sys.stderr)
+        for worker in workers.values():
+            worker.stdin.close()
+            worker.wait()
+
+    figures = {name: mean_figure(values).model_dump() for name, values in samples.items()}
+    result = {
+        "what": "decode tok/s, batch 1, greedy; both at the same context",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "prompt_tokens": len(PROMPT),
+        "new_tokens": args.new_tokens,
+        "threads": args.threads,
+        "decode_tok_s": figures,
+        "provenance": hardware.provenance(hardware.resolve_device("cpu")),
+    }
+    for name, kind in PAIRS.items():
+        ours, theirs = figures[name], figures[kind]
+        ratio = ours["mean"] / theirs["mean"]
+        print(f"{name:22} {ours['mean']:6.1f}   {kind:5} {theirs['mean']:6.1f}   ×{ratio:.2f}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run(command: list[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def serve(engine: str, what: str, threads: int, new_tokens: int) -> None:
+    """A worker: loads, says so, and answers each line with a speed in decode tok/s."""
+    if engine == "requantize":
+        requantize(*what.split(","))
+        return
+    timed = {"hotloop": hotloop, "llama": llama}[engine](what, threads, new_tokens)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(timed(), flush=True)
+
+
+def hotloop(name: str, threads: int, new_tokens: int):
+    import torch
+
+    from hotloop import LLM, SamplingParams
+
+    torch.set_num_threads(threads)
+    quant, execution = name.split("/")
+    llm = LLM("smollm2-135m", quant=quant, execution=execution, max_seq_len=512)
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    return lambda: llm.generate([PROMPT], params)[0].timing.decode_tok_s
+
+
+def llama(path: str, threads: int, new_tokens: int):
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+
+    def timed() -> float:
+        model.reset()
+        model.eval(PROMPT)
+        token = model.sample(temp=0)
+        started = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            model.eval([token])
+            token = model.sample(temp=0)
+        return (new_tokens - 1) / (time.perf_counter() - started)
+
+    return timed
+
+
+def requantize(source: str, target: str, kind: str) -> None:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize = LLAMA_TYPES[kind], True
+    failed = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+    assert not failed, f"llama.cpp could not make {target}"
+
+
+if __name__ == "__main__":
+    main()
