@@ -55,6 +55,11 @@ def linear_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def redundant(config: ModelConfig) -> frozenset[str]:
+    """Tensors that a checkpoint can hold beside those: a tied head, which repeats the embedding."""
+    return frozenset({f"{HEAD}.weight"} if config.tie_embeddings else ())
+
+
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantized checkpoint: full name to shape, in the order of layers."""
     width = config.hidden_size
@@ -67,7 +72,9 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                     shapes[f"{layer(i, part)}.bias"] = (rows,)
         shapes |= {f"{layer(i, part)}.weight": (width,) for part in NORMS.values()}
         if config.qk_norm:
-            shapes |= {f"{layer(i, part)}.weight": (config.head_dim,) for part in HEAD_NORMS.values()}
+            shapes |= {
+                f"{layer(i, part)}.weight": (config.head_dim,) for part in HEAD_NORMS.values()
+            }
     shapes[f"{NORM}.weight"] = (width,)
     if not config.tie_embeddings:
         shapes[f"{HEAD}.weight"] = (config.vocab_size, width)

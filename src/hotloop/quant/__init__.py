@@ -72,4 +72,14 @@ def parse_scheme(name: str) -> Scheme:
     return resolve("quantization scheme", SCHEMES, base).from_options(tuple(options))
 
 
-__all__ = ["SCHEMES", "QTensor", "Scheme", "join_rows", "parse_scheme"]
+def parse_head_scheme(name: str, scheme: Scheme) -> Scheme:
+    """The scheme of the output head beside ``scheme`` in the blocks.
+
+    ``auto`` is int8 beside any quantization: four bits cost the head more than they save.
+    """
+    if name == "auto":
+        name = "none" if scheme.name == "none" else "int8"
+    return parse_scheme(name)
+
+
+__all__ = ["SCHEMES", "QTensor", "Scheme", "join_rows", "parse_head_scheme", "parse_scheme"]

@@ -1,7 +1,7 @@
 """From a source of weights to a decoder that can run: read, quantize, join, pack, assign.
 
-One matrix at a time: what is held on the host besides the model itself is the matrix being read
-and what it is quantized to.
+One matrix at a time, a few rows at a time: what is held on the host besides the model is the matrix
+being made and its packed form. ``benchmarks/load_memory.py`` measures it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Decoder, RMSNorm
-from hotloop.quant import QTensor, Scheme
+from hotloop.quant import QTensor, Scheme, join_rows
 from hotloop.weights.source import Source
 
 
@@ -50,21 +50,27 @@ def load_weights(
         weight = source.tensor(f"{name}.weight", tuple(module.weight.shape))
         module.weight = weight.to(device, dtype)
 
+    def matrix(name: str, n: int, k: int) -> Tensor | QTensor:
+        weight = source.matrix(name, (n, k), scheme)
+        return weight if isinstance(weight, QTensor) else weight.to(device, dtype)
+
     _load_embeddings(decoder, config, source, head_scheme, dtype, device)
     norm(decoder.norm, names.NORM)
     for i, block in enumerate(decoder.layers):
         for attribute, parts in names.LINEAR_PARTS.items():
-            rows = names.part_rows(config, attribute)
-            full = [names.layer(i, part) for part in parts]
-            k = config.linears[attribute][1]
-            weight = _join(
-                [source.matrix(p, (n, k), scheme) for p, n in zip(full, rows, strict=True)]
-            )
+            n, k = config.linears[attribute]
+            rows = dict(zip(parts, names.part_rows(config, attribute), strict=True))
             bias = None
             if config.bias[attribute]:
-                biases = [source.tensor(f"{p}.bias", (n,)) for p, n in zip(full, rows, strict=True)]
-                bias = torch.cat(biases)
-            getattr(block, attribute).assign(weight, bias, dtype=dtype, device=device)
+                full = [source.tensor(f"{names.layer(i, p)}.bias", (r,)) for p, r in rows.items()]
+                bias = torch.cat(full)
+            # Handed on at once: nothing is held while the next one is read.
+            getattr(block, attribute).assign(
+                join_rows((matrix(names.layer(i, p), r, k) for p, r in rows.items()), n),
+                bias,
+                dtype=dtype,
+                device=device,
+            )
         for attribute, part in (names.NORMS | (names.HEAD_NORMS if config.qk_norm else {})).items():
             norm(getattr(block, attribute), names.layer(i, part))
         if on_layer:
@@ -94,12 +100,3 @@ def _load_embeddings(
         decoder.embedding.assign(values, scale, dtype)
     else:
         decoder.embedding.assign(weight.dequantize(dtype).to(device), None, dtype)
-
-
-def _join(parts: list[Tensor | QTensor]) -> Tensor | QTensor:
-    quantized = [p for p in parts if isinstance(p, QTensor)]
-    if quantized:
-        assert len(quantized) == len(parts), "one scheme for all parts of a projection"
-        return QTensor.cat(quantized)
-    dense = [p for p in parts if isinstance(p, Tensor)]
-    return dense[0] if len(dense) == 1 else torch.cat(dense)

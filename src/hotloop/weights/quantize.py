@@ -1,8 +1,8 @@
 """``hotloop quantize``: a checkpoint in, a quantized checkpoint out, one tensor at a time.
 
 The result is a folder that stands alone: safetensors (``weights.source`` says how a quantized
-matrix is stored), ``config.json`` with a versioned description, and the tokenizer's files. Loading
-it gives bit for bit what quantizing on load gives.
+matrix is stored), ``config.json`` with a versioned description, the tokenizer's files and what the
+model's makers suggest for sampling. Loading it gives bit for bit what quantizing on load gives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.models import names
 from hotloop.models.families import read_config
-from hotloop.quant import QTensor, parse_scheme
+from hotloop.quant import parse_head_scheme, parse_scheme
+from hotloop.text.generation_config import generation_defaults, write_generation_config
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.weights.checkpoint import open_checkpoint
 from hotloop.weights.source import CheckpointSource, stored_parts
@@ -32,16 +33,20 @@ def stored_schemes(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
     Raises:
         UnsupportedError: Written by a later version.
+        ConfigError: A damaged description.
     """
-    description = config.get(DESCRIPTION)
-    if description is None:
-        return None
-    if description["version"] != VERSION:
-        raise UnsupportedError(
-            f"the checkpoint is quantized in format {description['version']}; this hotloop reads "
-            f"format {VERSION}. Update hotloop, or quantize again."
-        )
-    return description["scheme"], description["head"]
+    match config.get(DESCRIPTION):
+        case None:
+            return None
+        case {"version": version} if version != VERSION:
+            raise UnsupportedError(
+                f"the checkpoint is quantized in format {version}; this hotloop reads format "
+                f"{VERSION}. Update hotloop, or quantize again."
+            )
+        case {"version": _, "scheme": str(scheme), "head": str(head)}:
+            return scheme, head
+        case damaged:
+            raise ConfigError(f"config.json has a damaged {DESCRIPTION!r}: {damaged!r:.100}.")
 
 
 def quantize_checkpoint(
@@ -58,41 +63,46 @@ def quantize_checkpoint(
         src: A folder of safetensors, or a GGUF file.
         dst: A folder that does not exist yet or is empty.
         quant: Scheme of the projections in blocks.
-        head: Scheme of the head; ``auto`` is int8. A tied embedding is the same matrix.
+        head: Scheme of the head; ``auto`` is int8, or none beside none. A tied embedding is the
+            same matrix.
         progress: Called with (tensors done, tensors in all).
 
     Returns:
         ``dst``.
 
     Raises:
-        ConfigError: A scheme that does not fit, or a source that is already quantized.
-        CheckpointError: A damaged source; ``dst`` is then not made.
+        ConfigError: Schemes that do not fit or change nothing, a source that is already
+            quantized, or a destination that is in use.
+        CheckpointError: A damaged or incomplete source; ``dst`` is then not made.
     """
     scheme = parse_scheme(quant)
-    head_scheme = parse_scheme("int8" if head == "auto" else head)
+    head_scheme = parse_head_scheme(head, scheme)
+    if scheme.name == head_scheme.name == "none":
+        raise ConfigError("quant 'none' with head 'none' quantizes nothing: give a scheme.")
     checkpoint = open_checkpoint(src)
     try:
         if stored := stored_schemes(checkpoint.config):
             raise ConfigError(f"{src} is already quantized as {stored[0]} with head {stored[1]}.")
         model = read_config(checkpoint.config)
-        schemes = dict.fromkeys(names.linear_weights(model), scheme)
-        schemes[names.head(model)] = head_scheme
-        shapes = names.tensors(model)
-        for name, each in schemes.items():
-            each.check(name, *shapes[f"{name}.weight"])
+        matrices = {name: (shape, scheme) for name, shape in names.linear_weights(model).items()}
+        matrices[names.head(model)] = ((model.vocab_size, model.hidden_size), head_scheme)
+        for name, (shape, each) in matrices.items():
+            each.check(name, *shape)
         tokenizer, sampling = load_tokenizer(src), generation_defaults(src)
         source = CheckpointSource(checkpoint, torch.device("cpu"), ignored=names.redundant(model))
+        tensors = names.tensors(model)
         with SafetensorsWriter(dst) as writer:
-            for i, (name, shape) in enumerate(shapes.items(), start=1):
+            for i, (name, shape) in enumerate(tensors.items(), start=1):
                 matrix = name.removesuffix(".weight")
-                if matrix in schemes:
-                    weight = source.matrix(matrix, shape, schemes[matrix])
-                else:
-                    weight = source.tensor(name, shape)
+                weight = (
+                    source.matrix(matrix, *matrices[matrix])
+                    if matrix in matrices
+                    else source.tensor(name, shape)
+                )
                 for part, tensor in stored_parts(name, weight).items():
                     writer.add(part, tensor)
                 if progress:
-                    progress(i, len(shapes))
+                    progress(i, len(tensors))
             source.finish()
             description = {"version": VERSION, "scheme": scheme.name, "head": head_scheme.name}
             config = checkpoint.config | {DESCRIPTION: description}

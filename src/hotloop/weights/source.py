@@ -132,13 +132,13 @@ class CheckpointSource:
         if values.dtype == torch.uint8:  # two of four bits each
             nibbles = torch.stack((values & 15, values >> 4), dim=-1)
             values, bits = nibbles.flatten(1).to(torch.int8) - 8, 4
-        return QTensor(
-            values=values, scale=parts["scale"], offset=parts.get("offset"), bits=bits
-        )
+        return QTensor(values=values, scale=parts["scale"], offset=parts.get("offset"), bits=bits)
 
 
-def stored_parts(name: str, weight: QTensor) -> dict[str, Tensor]:
-    """The tensors that a quantized ``name`` is stored as; ``CheckpointSource`` reads them back."""
+def stored_parts(name: str, weight: Tensor | QTensor) -> dict[str, Tensor]:
+    """The tensors that ``name`` is stored as; ``CheckpointSource`` reads them back."""
+    if isinstance(weight, Tensor):
+        return {name: weight}
     values = weight.values
     if weight.bits == 4:
         nibbles = (values + 8).to(torch.uint8)
