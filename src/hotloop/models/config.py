@@ -7,6 +7,7 @@ arithmetic is either understood or refused by name; the rest is ignored.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,6 @@ class ModelConfig:
         mlp_bias: The feed-forward projections have biases.
         qk_norm: Queries and keys are normalized per head before they are rotated.
         sliding_window: Tokens back to which attention reaches, or None for all.
-        dtype: Element type the checkpoint was trained in.
     """
 
     family: str
@@ -81,7 +81,6 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
-    dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -126,12 +125,27 @@ class ModelConfig:
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * itemsize
 
 
-def require(config: Mapping[str, Any], *keys: str) -> list[Any]:
-    """The values of keys that must be there, or ConfigError naming the first that is not."""
-    for key in keys:
-        if config.get(key) is None:
-            raise ConfigError(f"config.json has no {key!r}, which this model family needs.")
-    return [config[key] for key in keys]
+def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A key that holds a positive integer; ConfigError where it does not, or is not there."""
+    value = _value(config, key, default)
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"config.json sets {key} = {value!r:.80}; it must be an integer above 0.")
+    return value
+
+
+def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A key that holds a number; ConfigError where it does not, or is not there."""
+    value = _value(config, key, default)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ConfigError(f"config.json sets {key} = {value!r:.80}; it must be a number.")
+    return float(value)
+
+
+def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise ConfigError(f"config.json has no {key!r}, which this model needs.")
+    return value
 
 
 def refuse_unless(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) -> None:
@@ -164,44 +178,35 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
     partial = given.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise UnsupportedError(f"partial_rotary_factor = {partial} is not implemented.")
-    theta = given.pop("rope_theta", None)
-    rope = RopeConfig(theta=float(theta) if theta is not None else RopeConfig.theta)
-    kind = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
-
-    arguments = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-        "gguf_factors": ("factors",),
-    }
-    if kind not in arguments:
+    rope = RopeConfig(theta=number(given, "rope_theta", RopeConfig.theta))
+    kind = given.get("rope_type", given.get("type", "default"))
+    settings = given.keys() - {"rope_theta", "rope_type", "type"}
+    match kind:
+        case "default":
+            return rope
+        case "linear":
+            used = {"factor"}
+            rope = dataclasses.replace(rope, scaling=kind, factor=number(given, "factor"))
+        case "llama3":
+            used = {"factor", "low_freq_factor", "high_freq_factor"}
+            rope = dataclasses.replace(
+                rope,
+                scaling=kind,
+                factor=number(given, "factor"),
+                low_freq_factor=number(given, "low_freq_factor"),
+                high_freq_factor=number(given, "high_freq_factor"),
+                original_max_position=integer(given, "original_max_position_embeddings"),
+            )
+        case "gguf_factors":  # from a GGUF file's own tensor
+            used = {"factors"}
+            rope = dataclasses.replace(rope, scaling="factors", factors=tuple(given["factors"]))
+        case _:
+            raise UnsupportedError(
+                f"rope_scaling type {kind!r} is not implemented; supported: 'default', 'linear', "
+                "'llama3'."
+            )
+    if unknown := settings - used - {"original_max_position_embeddings"}:
         raise UnsupportedError(
-            f"rope_scaling type {kind!r} is not implemented; supported: "
-            f"{', '.join(map(repr, arguments))}."
+            f"rope_scaling of type {kind!r} has {min(unknown)!r}, which is not implemented."
         )
-    if kind == "default":
-        return rope
-    if unknown := given.keys() - set(arguments[kind]) - {"original_max_position_embeddings"}:
-        raise UnsupportedError(
-            f"rope_scaling of type {kind!r} has {sorted(unknown)[0]!r}, which is not implemented."
-        )
-    values = dict(zip(arguments[kind], require(given, *arguments[kind]), strict=True))
-    if kind == "gguf_factors":
-        return dataclasses.replace(
-            rope, scaling="factors", factors=tuple(map(float, values["factors"]))
-        )
-    original = values.get("original_max_position_embeddings", rope.original_max_position)
-    return dataclasses.replace(
-        rope,
-        scaling=kind,
-        factor=float(values["factor"]),
-        low_freq_factor=float(values.get("low_freq_factor", rope.low_freq_factor)),
-        high_freq_factor=float(values.get("high_freq_factor", rope.high_freq_factor)),
-        original_max_position=int(original),
-    )
+    return rope

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hotloop.errors import UnsupportedError
-from hotloop.models.config import ModelConfig, refuse_unless, require
+from hotloop.errors import ConfigError, UnsupportedError
+from hotloop.models.config import ModelConfig, integer, number, refuse_unless
 from hotloop.registry import resolve
 
 FAMILIES = {
@@ -62,8 +62,8 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a ``config.json``.
 
     Raises:
-        UnsupportedError: An architecture, or a key that would change the arithmetic, that is not
-            implemented; it is named.
+        UnknownNameError: An architecture that is not implemented; the nearest is named.
+        UnsupportedError: A key that would change the arithmetic and is not implemented.
         ConfigError: A key that the family needs is missing or wrong.
     """
     return family_of(config).read(config)
@@ -71,34 +71,28 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that serves a ``config.json``."""
-    (architectures,) = require(config, "architectures")
-    if len(architectures) != 1:
-        raise UnsupportedError(f"config.json names {len(architectures)} architectures, not one.")
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ConfigError(f"config.json must name one architecture, not {architectures!r:.80}.")
+    family = resolve("model architecture", FAMILIES, str(architectures[0]))
     refuse_unless(config, _REFUSED)
-    return resolve("model architecture", FAMILIES, architectures[0])
+    if kinds := set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise UnsupportedError(f"config.json has layers of type {min(kinds)!r}: not implemented.")
+    return family
 
 
 def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The ModelConfig fields that every family spells alike."""
-    hidden, intermediate, n_layers, n_heads, vocab, eps = require(
-        config,
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-        "rms_norm_eps",
-    )
+    hidden, n_heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
     return {
-        "vocab_size": vocab,
+        "vocab_size": integer(config, "vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "n_layers": n_layers,
+        "intermediate_size": integer(config, "intermediate_size"),
+        "n_layers": integer(config, "num_hidden_layers"),
         "n_heads": n_heads,
-        "n_kv_heads": config.get("num_key_value_heads") or n_heads,
-        "head_dim": config.get("head_dim") or hidden // n_heads,
-        "max_position": config.get("max_position_embeddings", 2048),
-        "norm_eps": eps,
+        "n_kv_heads": integer(config, "num_key_value_heads", n_heads),
+        "head_dim": integer(config, "head_dim", hidden // n_heads),
+        "max_position": integer(config, "max_position_embeddings", 2048),
+        "norm_eps": number(config, "rms_norm_eps"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
     }

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hotloop.models.config import ModelConfig, read_rope
+from hotloop.models.config import ModelConfig, integer, read_rope
 from hotloop.models.families import Family, common_fields
 
 
 def read(config: Mapping[str, Any]) -> ModelConfig:
-    """``sliding_window`` is honoured; later versions set it to null."""
+    """``sliding_window`` is honoured: 4096 where it is left out; later versions set it to null."""
+    config = {"sliding_window": 4096} | dict(config)
+    window = config["sliding_window"]
     return ModelConfig(
         **common_fields(config),
         family="mistral",
         rope=read_rope(config),
-        sliding_window=config.get("sliding_window"),
+        sliding_window=None if window is None else integer(config, "sliding_window"),
     )
 
 
