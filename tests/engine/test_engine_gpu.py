@@ -1,0 +1,118 @@
+"""The engine on a CUDA device, against itself on the CPU: ``pytest -m gpu`` where there is one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hotloop import LLM, SamplingParams
+from hotloop.engine.memory import predict_memory
+from hotloop.engine.sampling import Features, Sampler
+from hotloop.kernels.linear import choose_linear
+from hotloop.quant import QTensor, parse_scheme
+from hotloop.types import EngineConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11], [20, 21, 22, 23]]
+GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
+
+
+def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[tuple[int, ...]]:
+    return [g.token_ids for g in llm.generate(prompts, GREEDY)]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[tuple[int, ...]]:
+    return tokens(LLM(str(folder), dtype="float32", device="cpu"))
+
+
+@pytest.mark.parametrize("execution", ["eager", "compile"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_float32_greedy_tokens_on_the_gpu_are_those_of_the_cpu(
+    folder: Path, expected: list[tuple[int, ...]], execution: str, slots: int
+) -> None:
+    llm = LLM(
+        str(folder), dtype="float32", device="cuda", execution=execution, max_batch_size=slots
+    )
+    assert tokens(llm) == expected
+    llm.close()
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32", "int4-g32-asym"])
+def test_compiled_bfloat16_steps_agree_with_eager_ones_to_the_top_two(
+    folder: Path, quant: str
+) -> None:
+    eager, compiled = (
+        LLM(str(folder), device="cuda", quant=quant, execution=execution).generate(
+            PROMPTS, SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=2)
+        )
+        for execution in ("eager", "compile")
+    )
+    for ours, theirs in zip(eager, compiled, strict=True):
+        for mine, its in zip(ours.logprobs, theirs.logprobs, strict=True):
+            if mine.token_id != its.token_id:
+                assert mine.token_id in {i for i, _ in its.top}
+                assert its.token_id in {i for i, _ in mine.top}
+                break
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32", "int4-g64-asym", "int4-g128"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+@pytest.mark.parametrize(("n", "k"), [(576, 1536), (960, 640), (32000, 1024), (5120, 13824)])
+def test_quantized_products_are_within_bfloat16_rounding_of_float64(
+    scheme: str, rows: int, n: int, k: int
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(n + k + rows)
+    weight = torch.randn(n, k, device="cuda", generator=generator) * 0.02
+    x = torch.randn(rows, k, device="cuda", generator=generator).bfloat16()
+    quantized = parse_scheme(scheme).quantize(weight)
+    assert isinstance(quantized, QTensor)
+    form = parse_scheme(scheme).format(n, k, dtype=torch.bfloat16, device="cuda")
+    kernel, _ = choose_linear(form)
+    packed = kernel.pack(quantized.values, quantized.scale, quantized.offset)
+    assert sum(t.nbytes for t in packed) == kernel.nbytes(form)
+    expected = x.double() @ quantized.dequantize(torch.float64).T
+    error = (kernel(x, *packed).double() - expected).norm() / expected.norm()
+    assert error < 6e-3  # bfloat16 products of bfloat16-rounded weights
+
+
+def test_draws_on_the_gpu_are_those_of_the_cpu() -> None:
+    params = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=7)
+    logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    drawn = []
+    for device in ("cpu", "cuda"):
+        sampler = Sampler(4, 1000, torch.device(device))
+        for slot in range(4):
+            sampler.admit(slot, params, 7 + slot, torch.tensor([1, 2], device=device))
+        positions = torch.arange(4, device=device) + 10
+        sampled = sampler.sample(logits.to(device), positions, 0, Features.of([params]))
+        drawn.append(sampled.ids.tolist())
+    assert drawn[0] == drawn[1]
+
+
+def test_sampled_text_does_not_depend_on_execution_or_neighbours(folder: Path) -> None:
+    params = SamplingParams(max_new_tokens=16, ignore_eos=True, temperature=0.9, top_p=0.9, seed=3)
+    alone = LLM(str(folder), dtype="float32", device="cuda")
+    among = LLM(str(folder), dtype="float32", device="cuda", execution="compile", max_batch_size=4)
+    singly = [alone.generate([p], params)[0].token_ids for p in PROMPTS]
+    assert [g.token_ids for g in among.generate(PROMPTS, params)] == singly
+
+
+def test_memory_is_what_was_predicted() -> None:
+    config = EngineConfig(
+        model="llama-2-7b", weights="random", quant="int4-g128", device="cuda", max_seq_len=1024
+    )
+    plan = predict_memory(config)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    llm = LLM(config)
+    resident = torch.cuda.memory_allocated() - before
+    exact = plan.weights_bytes + plan.cache_bytes
+    assert exact <= resident <= exact + 64 * 2**20  # small state beside them
+    llm.generate([[1] * 900], GREEDY)
+    assert torch.cuda.max_memory_allocated() - before <= plan.total_bytes
+    llm.close()
