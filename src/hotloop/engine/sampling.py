@@ -59,8 +59,8 @@ class Sampled:
     Attributes:
         ids: int64 [B].
         logprobs: float32 [B], of those tokens; None without the feature.
-        top_logprobs: float32 [B, MAX_LOGPROBS], most likely first.
-        top_ids: int64 [B, MAX_LOGPROBS].
+        top_logprobs: float32 [B, MAX_LOGPROBS], most likely first; fewer where V is smaller.
+        top_ids: int64, as many.
     """
 
     ids: Tensor
@@ -101,7 +101,7 @@ class Sampler:
         self.seed[slot] = seed
         if params.repetition_penalty != 1:
             self.seen_SV[slot] = False
-            self.seen_SV[slot, prompt_ids] = True
+            self.seen_SV[slot, prompt_ids[prompt_ids < self.vocab_size]] = True
 
     def sample(
         self, logits_BV: Tensor, positions_B: Tensor, first_slot: int, features: Features
@@ -115,12 +115,11 @@ class Sampler:
             features: What to compute.
         """
         here = slice(first_slot, first_slot + logits_BV.shape[0])
-        logits_BV = logits_BV[:, : self.vocab_size]
-        scores_BV = logits_BV
+        scores_BV = logits_BV[:, : self.vocab_size]
         if features.penalize:
             penalty_B1 = self.penalty[here, None]
-            penalized = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-            scores_BV = torch.where(self.seen_SV[here], penalized, logits_BV)
+            penalized = torch.where(scores_BV > 0, scores_BV / penalty_B1, scores_BV * penalty_B1)
+            scores_BV = torch.where(self.seen_SV[here], penalized, scores_BV)
         ids_B = scores_BV.argmax(dim=-1)
         if features.draw:
             drawn_B = self._draw(scores_BV, positions_B, here, features)
@@ -129,7 +128,8 @@ class Sampler:
             self.seen_SV[here].scatter_(1, ids_B[:, None], True)
         if not features.logprobs:
             return Sampled(ids=ids_B)
-        logprobs_BV = logits_BV.log_softmax(dim=-1)
+        # The model's own distribution, as scoring has it: padding has its share of that.
+        logprobs_BV = logits_BV.log_softmax(dim=-1)[:, : self.vocab_size]
         top, top_ids = logprobs_BV.topk(min(MAX_LOGPROBS, self.vocab_size), dim=-1)
         chosen = logprobs_BV.gather(1, ids_B[:, None])[:, 0]
         return Sampled(ids=ids_B, logprobs=chosen, top_logprobs=top, top_ids=top_ids)
@@ -138,21 +138,27 @@ class Sampler:
         self, scores_BV: Tensor, positions_B: Tensor, here: slice, features: Features
     ) -> Tensor:
         temperature_B1 = self.temperature[here, None]
-        scaled_BV = scores_BV / torch.where(temperature_B1 > 0, temperature_B1, 1.0)
-        gumbel_BV = _gumbel(self.seed[here], positions_B, self.vocab_size)
-        if not features.truncate:
-            return (scaled_BV + gumbel_BV).argmax(dim=-1)
+        # Differences to the largest: however low the temperature, they do not overflow upwards.
+        scaled_BV = scores_BV - scores_BV.amax(dim=-1, keepdim=True)
+        scaled_BV = scaled_BV / torch.where(temperature_B1 > 0, temperature_B1, 1.0)
+        if features.truncate:
+            scaled_BV = scaled_BV.where(self._kept(scaled_BV, here), -torch.inf)
+        return (scaled_BV + _gumbel(self.seed[here], positions_B, self.vocab_size)).argmax(dim=-1)
+
+    def _kept(self, scaled_BV: Tensor, here: slice) -> Tensor:
+        """Which tokens top-k, top-p and min-p leave, bool [B, V]: all of a row without any."""
         sorted_BV, order_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
-        rank_V = torch.arange(self.vocab_size, device=scores_BV.device)
+        rank_V = torch.arange(self.vocab_size, device=scaled_BV.device)
         kept_BV = rank_V < self.top_k[here, None]
         probabilities_BV = sorted_BV.where(kept_BV, -torch.inf).softmax(dim=-1)
-        # A token stays while the sum *before* it is short of top_p: the first always does.
+        # A token stays while the sum *before* it is short of top_p: the first always does. Rounded
+        # sums can reach 1 before the end, but top_p = 1 keeps what follows, too.
         before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
-        kept_BV = kept_BV & (before_BV < self.top_p[here, None])
+        top_p_B1 = self.top_p[here, None]
+        kept_BV = kept_BV & ((before_BV < top_p_B1) | (top_p_B1 == 1))
         kept_BV = kept_BV & (probabilities_BV >= self.min_p[here, None] * probabilities_BV[:, :1])
         kept_BV = kept_BV | (rank_V == 0)
-        noisy_BV = sorted_BV.where(kept_BV, -torch.inf) + gumbel_BV.gather(1, order_BV)
-        return order_BV.gather(1, noisy_BV.argmax(dim=-1, keepdim=True))[:, 0]
+        return torch.empty_like(kept_BV).scatter_(1, order_BV, kept_BV)
 
 
 def _gumbel(seed_B: Tensor, positions_B: Tensor, vocab_size: int) -> Tensor:
@@ -163,7 +169,8 @@ def _gumbel(seed_B: Tensor, positions_B: Tensor, vocab_size: int) -> Tensor:
     ids_V = torch.arange(vocab_size, device=seed_B.device)
     words_BV = _mix(key_B[:, None] ^ _mix(ids_V + 1))
     # -log1p(-u) is fine-grained where it decides: at small u, which make large Gumbel numbers.
-    uniform_BV = (words_BV.float() + 0.5) * 2**-32
+    # Never 1, which the largest words are rounded to: minus infinity could tie with what is masked.
+    uniform_BV = ((words_BV.float() + 0.5) * 2**-32).clamp_(max=1 - 2**-24)
     return -torch.log(-torch.log1p(-uniform_BV))
 
 
