@@ -52,17 +52,16 @@ def write_random(
     folder: Path, *, eos: Iterable[int] = (END,), n_layers: int = 2, seed: int = 0, **keys: object
 ) -> Path:
     """A random Llama with logits far enough apart that rounding does not decide."""
-    config = LlamaConfig(
-        vocab_size=N_TOKENS,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=320,
-        **keys,
-    )
-    model = LlamaForCausalLM(config)
+    shape = {
+        "vocab_size": N_TOKENS,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 320,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**shape | keys))
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

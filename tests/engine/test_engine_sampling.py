@@ -1,0 +1,269 @@
+"""Draws follow the distribution that SamplingParams defines, and nothing else moves them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tiny_models import write_markov
+
+from hotloop import LLM, SamplingParams
+from hotloop.engine.sampling import Features, Sampler, _gumbel
+
+LOGITS = np.array([0.2, -1.5, 2.1, 0.9, 0.9, -0.3, 1.7, -2.2, 0.0, 1.1])
+SEEN = [2, 5, 7]
+"""Prompt tokens: with positive and negative logits, what a repetition penalty is about."""
+
+
+def distribution(logits: np.ndarray, params: SamplingParams, seen: list[int]) -> np.ndarray:
+    """The definition in SamplingParams, in float64, token by token."""
+    scores = logits.astype(np.float64).copy()
+    for i in set(seen):
+        scores[i] *= 1 / params.repetition_penalty if scores[i] > 0 else params.repetition_penalty
+    if params.temperature == 0:
+        return np.eye(len(scores))[scores.argmax()]
+    scores = scores / params.temperature
+    best_first = np.argsort(-scores, kind="stable")
+    kept = list(best_first[: params.top_k or len(scores)])
+    weights = np.exp(scores - scores.max())
+    share = {i: weights[i] / weights[kept].sum() for i in kept}
+    nucleus, total = [], 0.0
+    for i in kept:
+        if total >= params.top_p and nucleus:
+            break
+        nucleus.append(i)
+        total += share[i]
+    most_likely = share[kept[0]]
+    final = [i for i in nucleus if share[i] >= params.min_p * most_likely]
+    probabilities = np.zeros(len(scores))
+    probabilities[final] = weights[final] / weights[final].sum()
+    return probabilities
+
+
+def draws(
+    logits: np.ndarray, params: SamplingParams, n_seeds: int = 4096, n_positions: int = 8
+) -> np.ndarray:
+    """Tokens drawn at many positions with many seeds, all from the same logits."""
+    sampler = Sampler(n_seeds, len(logits), torch.device("cpu"))
+    for slot in range(n_seeds):
+        sampler.admit(slot, params, slot * 7919 + 13, torch.tensor(SEEN))
+    seen_SV = sampler.seen_SV.clone()
+    logits_SV = torch.tensor(logits, dtype=torch.float32).expand(n_seeds, -1)
+    drawn = []
+    for position in range(n_positions):
+        sampler.seen_SV.copy_(seen_SV)
+        positions_S = torch.full((n_seeds,), position + 3)
+        drawn.append(sampler.sample(logits_SV, positions_S, 0, Features.of([params])).ids)
+    return torch.cat(drawn).numpy()
+
+
+def assert_drawn_from(drawn: np.ndarray, probabilities: np.ndarray) -> None:
+    """Nothing impossible, and a chi-square test that right code fails once in ten thousand runs."""
+    counts = np.bincount(drawn, minlength=len(probabilities))
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    if possible.sum() > 1:
+        expected = len(drawn) * probabilities[possible]
+        assert stats.chisquare(counts[possible], expected).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.6},
+        {"temperature": 1.8},
+        {"top_k": 1},
+        {"top_k": 4},
+        {"top_k": 99},
+        {"top_p": 0.5},
+        {"top_p": 0.93},
+        {"top_p": 1e-30},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
+        {"repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6},
+        {"temperature": 0.7, "top_k": 6, "top_p": 0.9},
+        {"temperature": 1.5, "top_k": 7, "top_p": 0.95, "min_p": 0.15},
+        {"temperature": 0.9, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.4},
+    ],
+    ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_draws_follow_the_distribution_of_the_options(options):
+    params = SamplingParams(**{"temperature": 1.0} | options)
+    assert_drawn_from(draws(LOGITS, params), distribution(LOGITS, params, SEEN))
+
+
+def test_equally_likely_tokens_at_the_edge_of_top_k_are_kept_by_their_ids():
+    params = SamplingParams(temperature=1.0, top_k=4)
+    assert set(draws(LOGITS, params)) == {2, 3, 6, 9}  # 1.1 is the third, 0.9 stands twice
+
+
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+def test_temperature_zero_takes_the_largest_logit_after_the_penalty(penalty):
+    params = SamplingParams(repetition_penalty=penalty, top_k=3, seed=1)
+    assert set(draws(LOGITS, params, n_seeds=64)) == {2 if penalty == 1 else 6}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-300])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_the_lowest_temperatures_take_the_most_likely_token(temperature, sign, top_k):
+    logits = LOGITS + 5 * sign
+    params = SamplingParams(temperature=temperature, top_k=top_k)
+    assert set(draws(logits, params, n_seeds=64)) == {2}
+
+
+def test_the_highest_temperatures_draw_evenly():
+    params = SamplingParams(temperature=1e30)
+    assert_drawn_from(draws(LOGITS, params), np.full(10, 0.1))
+
+
+def test_tokens_without_probability_are_never_drawn():
+    logits = np.array([0.0, -200.0, 0.1, -np.inf, -150.0, 0.2])
+    for options in ({}, {"top_p": 0.999}, {"min_p": 1e-3}, {"top_k": 5}):
+        params = SamplingParams(temperature=1.0, **options)
+        assert set(draws(logits, params)) == {0, 2, 5}
+
+
+@pytest.fixture
+def neighbours() -> tuple[Sampler, SamplingParams, SamplingParams]:
+    """A sampler of two slots: one draws from all tokens, the other truncates and penalizes."""
+    sampler = Sampler(2, 49_152, torch.device("cpu"))
+    plain = SamplingParams(temperature=1.0)
+    other = SamplingParams(temperature=1.0, top_p=0.5, repetition_penalty=1.5, logprobs=1)
+    sampler.admit(1, other, 5, torch.tensor(SEEN))
+    return sampler, plain, other
+
+
+def drawn_alone_and_beside(neighbours, seed: int) -> tuple[int, int]:
+    sampler, plain, other = neighbours
+    logits_V = torch.randn(49_152, generator=torch.Generator().manual_seed(0)) * 2
+    sampler.admit(0, plain, seed, torch.tensor(SEEN))
+    positions_B = torch.tensor([3, 3])
+    alone = sampler.sample(logits_V[None], positions_B[:1], 0, Features.of([plain]))
+    both = Features.of([plain, other])
+    beside = sampler.sample(logits_V.expand(2, -1), positions_B, 0, both)
+    return alone.ids[0].item(), beside.ids[0].item()
+
+
+def test_a_neighbour_that_truncates_does_not_move_a_draw(neighbours):
+    for seed in range(10):
+        alone, beside = drawn_alone_and_beside(neighbours, seed)
+        assert alone == beside
+
+
+def test_beside_a_neighbour_that_truncates_the_least_likely_token_can_be_drawn(
+    neighbours, monkeypatch
+):
+    # So many tokens that float32's running sum of their probabilities reaches 1 before the end.
+    least = int(torch.randn(49_152, generator=torch.Generator().manual_seed(0)).argmin())
+    gumbel_BV = torch.zeros(1, 49_152).index_fill_(1, torch.tensor([least]), 1e3)
+    monkeypatch.setattr("hotloop.engine.sampling._gumbel", lambda *_: gumbel_BV)
+    assert drawn_alone_and_beside(neighbours, 0) == (least, least)
+
+
+def test_gumbel_numbers_are_finite_independent_and_distributed_as_they_should_be():
+    seeds_B, positions_B = torch.arange(200), torch.arange(5, 205)
+    of_seeds = _gumbel(seeds_B, torch.zeros_like(seeds_B), 1000)
+    of_positions = _gumbel(torch.zeros_like(seeds_B), positions_B, 1000)
+    of_high_seeds = _gumbel(seeds_B << 40, torch.zeros_like(seeds_B), 1000)
+    for gumbel_BV in (of_seeds, of_positions, of_high_seeds):
+        assert gumbel_BV.isfinite().all()
+        uniform = np.exp(-np.exp(-gumbel_BV.double().numpy()))
+        assert stats.kstest(uniform.ravel(), "uniform").pvalue > 1e-3
+        # Neighbouring rows, and neighbouring ids, have nothing to do with each other.
+        cells = (uniform * 16).astype(int)
+        for first, second in ((cells[1:], cells[:-1]), (cells[:, 1:], cells[:, :-1])):
+            pairs = np.bincount((first * 16 + second).ravel(), minlength=256)
+            assert stats.chisquare(pairs).pvalue > 1e-3
+
+
+def test_the_largest_hash_does_not_make_an_infinite_gumbel_number(monkeypatch):
+    for word in (0, 2**32 - 1):
+        monkeypatch.setattr("hotloop.engine.sampling._mix", lambda x, w=word: x * 0 + w)
+        assert _gumbel(torch.tensor([1]), torch.tensor([1]), 4).isfinite().all()
+
+
+# ------------------------------------------------------------------------ through the whole engine
+
+
+@pytest.fixture(scope="module")
+def markov(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, np.ndarray]:
+    """An engine with four slots, and its logits [V, V] after each of six tokens."""
+    logits_VV = torch.randn(6, 6, generator=torch.Generator().manual_seed(3))
+    folder = write_markov(tmp_path_factory.mktemp("markov"), logits_VV)
+    return LLM(str(folder), dtype="float32", max_batch_size=4), logits_VV.numpy()
+
+
+SAMPLED = SamplingParams(max_new_tokens=40, ignore_eos=True, temperature=1.0)
+
+
+def test_an_engine_draws_each_token_from_the_distribution_after_the_one_before_it(markov):
+    llm, logits_VV = markov
+    params = dataclasses.replace(SAMPLED, temperature=0.8, top_k=5, top_p=0.95)
+    pairs = []
+    for seed in range(60):
+        (g,) = llm.generate([[4]], params, seed=seed)
+        pairs += zip((4, *g.token_ids), g.token_ids, strict=False)
+    before, after = np.array(pairs).T
+    for token in range(6):
+        expected = distribution(logits_VV[token], params, [])
+        assert_drawn_from(after[before == token], expected)
+
+
+def test_a_repetition_penalty_covers_prompt_and_answer(markov):
+    llm, logits_VV = markov
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True, repetition_penalty=1.8)
+    prompts = [[4], [0, 1], [3, 3, 5]]
+    for prompt, g in zip(prompts, llm.generate(prompts, params), strict=True):
+        for i, token in enumerate(g.token_ids):
+            seen = [*prompt, *g.token_ids[:i]]
+            assert distribution(logits_VV[seen[-1]], params, seen)[token] == 1
+
+
+def test_a_seed_gives_the_same_answer_whatever_the_batch_and_the_slot(markov):
+    llm, _ = markov
+    prompts = [[i % 6] for i in range(4, 11)]
+    params = dataclasses.replace(SAMPLED, seed=11, logprobs=2)
+    together = [g.token_ids for g in llm.generate(prompts, params)]
+    assert together == [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
+    assert together == [g.token_ids for g in llm.generate(prompts, params)]
+
+
+def test_different_seeds_give_different_answers(markov):
+    llm, _ = markov
+    seeds = (0, 1, 2**32, 2**32 + 1, 2**63 - 1)
+    assert len({llm.generate([[4]], SAMPLED, seed=s)[0].token_ids for s in seeds}) == len(seeds)
+
+
+def test_without_a_seed_every_request_is_drawn_anew(markov):
+    llm, _ = markov
+    answers = [g.token_ids for _ in range(2) for g in llm.generate([[4], [4]], SAMPLED)]
+    assert len(set(answers)) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_log_probabilities_are_those_of_the_raw_logits(llm, twin_logits, temperature):
+    prompts = [[5, 6], [7] * 9]
+    params = SamplingParams(
+        max_new_tokens=12, temperature=temperature, top_k=5, repetition_penalty=1.5, seed=3
+    )
+    for prompt, g in zip(
+        prompts, llm.generate(prompts, params, logprobs=7, ignore_eos=True), strict=True
+    ):
+        expected_TV = twin_logits([*prompt, *g.token_ids]).log_softmax(dim=-1)[len(prompt) - 1 :]
+        assert [entry.token_id for entry in g.logprobs] == list(g.token_ids)
+        for entry, expected_V in zip(g.logprobs, expected_TV, strict=False):
+            top = expected_V.topk(7)
+            torch.testing.assert_close(torch.tensor(entry.logprob), expected_V[entry.token_id])
+            torch.testing.assert_close(torch.tensor([p for _, p in entry.top]), top.values)
+            assert [i for i, _ in entry.top] == top.indices.tolist()
+
+
+def test_log_probabilities_come_only_when_asked_for(llm):
+    (g,) = llm.generate([[5]], max_new_tokens=3)
+    assert g.logprobs is None
+    (g,) = llm.generate([[5]], max_new_tokens=3, logprobs=0)
+    assert [entry.top for entry in g.logprobs] == [()] * 3
