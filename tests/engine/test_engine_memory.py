@@ -1,0 +1,111 @@
+"""Bytes that are described or predicted are the bytes that are there."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+from tiny_models import write_random
+from torch import nn
+
+from hotloop import LLM, EngineConfig
+from hotloop.engine.memory import predict_memory
+from hotloop.models.linear import Embedding, Linear
+
+TABLES = ("cos", "sin")
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "untied, with biases"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    biases = "biases" in request.param
+    return write_random(
+        tmp_path_factory.mktemp("model"),
+        tie_word_embeddings=request.param == "tied",
+        attention_bias=biases,
+        mlp_bias=biases,
+    )
+
+
+def resident_bytes(module: nn.Module) -> int:
+    """Every storage once, however many tensors look at it."""
+    storages = [t.untyped_storage() for t in (*module.parameters(), *module.buffers())]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+@pytest.mark.parametrize("head", ["auto", "none", "int8", "int4-g32"])
+@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32", "int4-g64-asym"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_described_and_predicted_bytes_are_those_resident(model, dtype, quant, head):
+    config = EngineConfig(
+        model=str(model),
+        quant=quant,
+        head=head,
+        dtype=dtype,
+        max_batch_size=2,
+        max_seq_len=40,
+    )
+    predicted = predict_memory(config)
+    llm = LLM(config)
+    described = llm.describe()
+    weights, cache = resident_bytes(llm._decoder), resident_bytes(llm._cache)
+    assert described.weight_bytes == predicted.weights_bytes == weights
+    assert described.kv_bytes_per_token * 2 * 40 == predicted.cache_bytes == cache
+
+    # One step reads every product and norm, a tied head too; of the embedding only single rows.
+    read = sum(
+        t.nbytes
+        for module in llm._decoder.modules()
+        if not isinstance(module, Embedding)
+        for name, t in module.named_buffers(recurse=False)
+        if name not in TABLES
+    )
+    assert described.weight_bytes_per_step == read
+
+
+def test_random_weights_take_the_bytes_of_the_checkpoint(model):
+    for quant in ("none", "int4-g32"):
+        read, made = (
+            LLM(str(model), quant=quant, weights=weights) for weights in ("checkpoint", "random")
+        )
+        assert resident_bytes(read._decoder) == resident_bytes(made._decoder)
+
+
+def test_a_prediction_says_where_it_is_and_adds_up(folder):
+    plan = predict_memory(EngineConfig(model=str(folder), max_batch_size=4))
+    counts = plan.to_dict()
+    parts = ("weights_bytes", "cache_bytes", "workspace_bytes")
+    assert counts["total_bytes"] == plan.total_bytes == sum(counts[part] for part in parts)
+    assert plan.device == "cpu"
+    assert plan.free_bytes > 0
+
+
+def test_shapes_of_70_billion_parameters_are_predicted_without_loading_any():
+    config = EngineConfig(model="llama-2-70b", weights="random", device="cpu", max_seq_len=1024)
+    plan = predict_memory(config)
+    assert plan.weights_bytes / 68_976_648_192 == pytest.approx(2, rel=1e-4)  # bfloat16
+    assert plan.cache_bytes == 1024 * 80 * 2 * 8 * 128 * 2
+
+
+def test_a_description_is_of_the_engine_that_runs(model):
+    llm = LLM(str(model), quant="int8", dtype="float32", max_seq_len=100, max_batch_size=2)
+    described = llm.describe()
+    assert (described.family, described.device, described.dtype) == ("llama", "cpu", "float32")
+    assert (described.vocab_size, described.max_seq_len) == (300, 100)
+    assert described.config.name == "int8/eager/float32/batch2"
+    dense = LLM(str(model), dtype="float32")
+    parameters = {t.data_ptr(): t.numel() for t in dense._decoder.buffers()}
+    tables = sum(getattr(dense._decoder, name).numel() for name in TABLES)
+    assert described.n_params == sum(parameters.values()) - tables
+    linears = {name for name, m in dense._decoder.named_modules() if isinstance(m, Linear)}
+    assert described.kernels.keys() == {n.split(".")[-1] for n in linears} | {"attention"}
+    assert described.load_s > 0
+    assert described.warmup_s > 0
+
+
+def test_closing_frees_weights_and_cache(folder):
+    llm = LLM(str(folder), dtype="float32")
+    kept = [weakref.ref(module) for module in (llm._decoder, llm._cache)]
+    llm.close()
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
+    llm.close()  # twice does no harm
