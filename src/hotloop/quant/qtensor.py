@@ -127,10 +127,9 @@ def join_rows(parts: Iterable[Tensor | QTensor], n: int) -> Tensor | QTensor:
             return part
         if whole is None:
             whole = _like_with_rows(part, n)
-        for new, joined in zip(_tensors(part), _tensors(whole), strict=True):
-            assert new.dtype == joined.dtype, f"{new.dtype} cannot join {joined.dtype}"
-            joined[row : row + len(new)] = new
+        _copy_rows(part, whole, row)
         row += part.shape[0]
+        del part  # before the next is made: matrices are large
     assert whole is not None, "nothing to join"
     assert row == n, f"{row} rows came, not {n}"
     return whole
@@ -138,6 +137,12 @@ def join_rows(parts: Iterable[Tensor | QTensor], n: int) -> Tensor | QTensor:
 
 def _tensors(weight: Tensor | QTensor) -> tuple[Tensor, ...]:
     return weight.tensors if isinstance(weight, QTensor) else (weight,)
+
+
+def _copy_rows(part: Tensor | QTensor, whole: Tensor | QTensor, row: int) -> None:
+    for new, joined in zip(_tensors(part), _tensors(whole), strict=True):
+        assert new.dtype == joined.dtype, f"{new.dtype} cannot join {joined.dtype}"
+        joined[row : row + len(new)] = new
 
 
 def _like_with_rows(weight: Tensor | QTensor, n: int) -> Tensor | QTensor:

@@ -1,0 +1,325 @@
+"""Matrix products against float64, and the choice among them."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from hotloop.kernels import cpu, reference
+from hotloop.kernels.linear import KERNELS, WeightFormat, choose_linear
+from hotloop.quant import QTensor, parse_scheme
+
+SCHEMES = ["none", "int8", *(f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym"))]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(7, 128), (65, 576), (33, 1536), (5, 13824), (1, 2176)]  # odd N, tails of every kind
+
+needs_compiler = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def parts(weight: Tensor | QTensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(weight, QTensor):
+        return weight.values, weight.scale, weight.offset
+    return weight, None, None
+
+
+def exactly(weight: Tensor | QTensor) -> Tensor:
+    """The weight it stands for, in float64."""
+    if not isinstance(weight, QTensor):
+        return weight.double()
+    n, k = weight.shape
+    exact = weight.values.double().view(n, -1, weight.group_size)
+    exact = exact * weight.scale.double()[..., None]
+    if weight.offset is not None:
+        exact = exact + weight.offset.double()[..., None]
+    return exact.view(n, k)
+
+
+def assert_within_rounding(y: Tensor, x: Tensor, weight: Tensor, *, x_step: float = 0.0) -> None:
+    """Holds ``y`` against x @ weight.T in float64.
+
+    Allowed are one rounding to ``y``'s type, float32 sums in any order, and activations rounded to
+    half a step of ``x_step`` of their row's largest.
+    """
+    x = x.double()
+    exact = x @ weight.T
+    half_ulp = torch.finfo(y.dtype).eps / 2
+    allowed = half_ulp * 1.001 * exact.abs() + 2**-20 * (x.abs() @ weight.abs().T)
+    allowed += x_step / 2 * x.abs().amax(1, keepdim=True) * weight.abs().sum(1)
+    worst = ((y.double() - exact).abs() / allowed.clamp(min=1e-300)).max()
+    assert worst <= 1, f"{worst:.2f} times the error that rounding explains"
+
+
+def form_of(name: str, n: int, k: int, dtype: torch.dtype) -> WeightFormat:
+    return parse_scheme(name).format(n, k, dtype=dtype, device="cpu")
+
+
+def kernels_for(form: WeightFormat) -> list:
+    return [kernel for kernel in KERNELS if kernel.unsupported(form) is None]
+
+
+# Our own kernels.
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run_operator(x: Tensor, weight: Tensor | QTensor) -> Tensor:
+    ops = torch.ops.hotloop_cpu
+    if not isinstance(weight, QTensor):
+        return ops.linear_bf16(x, weight)
+    if weight.bits == 8:
+        return ops.linear_int8(x, weight.values, weight.scale.view(-1))
+    packed = reference.pack_int4(weight.values, weight.group_size)
+    return ops.linear_int4(x, packed, weight.scale, weight.offset)
+
+
+def step_of(name: str) -> float:
+    return 0.0 if name == "none" else 1.001 / 32767
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_decode_kernels_equal_their_specification_up_to_rounding(name, n, k):
+    if name.startswith("int4") and k % int(name.split("-")[1][1:]):
+        k = k // 128 * 128
+    weight = parse_scheme(name).quantize(normal(n, k, dtype=torch.bfloat16))
+    for rows in range(1, 10):
+        x = normal(rows, k, seed=rows, dtype=torch.bfloat16)
+        y = run_operator(x, weight)
+        assert (y.dtype, y.shape) == (torch.bfloat16, (rows, n))
+        assert_within_rounding(y, x, exactly(weight), x_step=step_of(name))
+
+
+@needs_compiler
+@pytest.mark.parametrize("k", [2, 30, 34, 4130])
+@pytest.mark.parametrize("n", [1, 6])
+def test_bfloat16_kernel_serves_every_even_width(k, n):
+    weight, x = normal(n, k, dtype=torch.bfloat16), normal(3, k, seed=1, dtype=torch.bfloat16)
+    assert_within_rounding(run_operator(x, weight), x, weight.double())
+
+
+@needs_compiler
+@pytest.mark.parametrize("k", [1, 31, 33, 577, 2047, 2049, 4109])
+def test_int8_kernel_serves_every_width(k):
+    weight = parse_scheme("int8").quantize(normal(6, k))
+    x = normal(3, k, seed=1, dtype=torch.bfloat16)
+    y = run_operator(x, weight)
+    assert_within_rounding(y, x, exactly(weight), x_step=step_of("int8"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integer_sums_do_not_overflow_at_the_largest_values(sign):
+    k = 13824
+    x = torch.full((1, k), 1.0, dtype=torch.bfloat16)
+    values = torch.full((2, k), sign * 127, dtype=torch.int8)
+    y = torch.ops.hotloop_cpu.linear_int8(x, values, torch.full((2,), 2.0**-7))
+    expected = torch.full((1, 2), sign * 127 * k / 128, dtype=torch.float64)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
+    lowest = torch.full((2, k), -8 if sign < 0 else 7, dtype=torch.int8)
+    packed = reference.pack_int4(lowest, 128)
+    scale = torch.full((2, k // 128), 0.125, dtype=torch.bfloat16)
+    y = torch.ops.hotloop_cpu.linear_int4(x, packed, scale, None)
+    expected = torch.full((1, 2), float(lowest[0, 0]) * k / 8, dtype=torch.float64)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["none", "int8", "int4-g32", "int4-g64-asym", "int4-g128"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 37, 575])
+def test_poisoned_activations_poison_their_row_and_no_other(name, poison, place):
+    k = 512 if name == "int4-g128" else 576
+    weight = parse_scheme(name).quantize(normal(9, k, dtype=torch.bfloat16))
+    x = normal(4, k, dtype=torch.bfloat16)
+    clean = run_operator(x, weight)
+    x[2, min(place, k - 1)] = poison
+    y = run_operator(x, weight)
+    assert y[2].isnan().all() if poison != poison else not y[2].isfinite().any()
+    others = [0, 1, 3]
+    assert torch.equal(y[others], clean[others])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["none", "int8", "int4-g64", "int4-g64-asym"])
+def test_zero_activations_give_zero(name):
+    weight = parse_scheme(name).quantize(normal(9, 576, dtype=torch.bfloat16))
+    assert not run_operator(torch.zeros(2, 576, dtype=torch.bfloat16), weight).any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["none", "int8", "int4-g64", "int4-g64-asym"])
+@pytest.mark.parametrize("exponent", [-60, 60])
+def test_activations_of_any_size_lose_no_precision(name, exponent):
+    weight = parse_scheme(name).quantize(normal(9, 576, dtype=torch.bfloat16))
+    x = normal(2, 576, seed=1, dtype=torch.bfloat16)
+    y, scaled = (run_operator(x * 2.0**e, weight) for e in (0, exponent))
+    torch.testing.assert_close(scaled, y * 2.0**exponent, rtol=2**-7, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["none", "int8", "int4-g32", "int4-g64-asym", "int4-g128"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_changes_no_bit(name, rows):
+    weight = parse_scheme(name).quantize(normal(301, 1536, dtype=torch.bfloat16))
+    x = normal(rows, 1536, seed=1, dtype=torch.bfloat16)
+    results = []
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        results.append(run_operator(x, weight))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["none", "int8", "int4-g64", "int4-g64-asym"])
+def test_a_row_gives_the_same_bits_alone_and_among_others(name):
+    weight = parse_scheme(name).quantize(normal(65, 576, dtype=torch.bfloat16))
+    x = normal(8, 576, seed=1, dtype=torch.bfloat16)
+    together = run_operator(x, weight)
+    for i in range(8):
+        assert torch.equal(run_operator(x[i : i + 1], weight)[0], together[i])
+
+
+@needs_compiler
+def test_torch_compile_is_told_the_shapes_that_operators_return():
+    x, checks = normal(3, 64, dtype=torch.bfloat16), ("test_schema", "test_faketensor")
+    ops, int8 = torch.ops.hotloop_cpu, parse_scheme("int8").quantize(normal(7, 64))
+    int4 = parse_scheme("int4-g32-asym").quantize(normal(7, 64))
+    packed = reference.pack_int4(int4.values, 32)
+    cache = normal(2, 2, 8, 16)
+    for op, arguments in (
+        (ops.linear_bf16, (x, normal(7, 64, dtype=torch.bfloat16))),
+        (ops.linear_int8, (x, int8.values, int8.scale.view(-1))),
+        (ops.linear_int4, (x, packed, int4.scale, int4.offset)),
+        (ops.linear_int4, (x, packed, int4.scale, None)),
+        (ops.decode_attention, (normal(2, 4, 16), cache, cache, torch.tensor([3, 7]), 0, 0.25)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=checks)
+
+
+# Every kernel, ours or not.
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_gives_the_product_for_few_rows_and_many(name, dtype):
+    n, k = 65, 1152  # 9 groups of 128
+    weight = parse_scheme(name).quantize(normal(n, k, dtype=dtype))
+    form = form_of(name, n, k, dtype)
+    kernels = kernels_for(form)
+    assert kernels
+    for kernel in kernels:
+        packed = kernel.pack(*parts(weight))
+        for rows in (1, 2, 4, 5, 8, 9, 40):
+            x = normal(rows, k, seed=rows, dtype=dtype)
+            y = kernel(x, *packed)
+            assert (y.dtype, y.shape) == (dtype, (rows, n)), kernel.name
+            # Plain torch rounds the dequantized weight, or the product before it is scaled.
+            rtol = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+            expected = x.double() @ exactly(weight).T
+            torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=rtol * k**0.5)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_of_a_weight_are_known_before_it_is_packed(name, dtype):
+    for n, k in ((7, 128), (64, 1152)):
+        form = form_of(name, n, k, dtype)
+        for kernel in kernels_for(form):
+            packed = kernel.pack(*parts(parse_scheme(name).quantize(normal(n, k, dtype=dtype))))
+            assert sum(t.nbytes for t in packed) == kernel.nbytes(form), kernel.name
+
+
+def test_int8_products_in_float16_do_not_overflow():
+    weight = parse_scheme("int8").quantize(0.02 * normal(64, 4096))
+    x = 20 * normal(2, 4096, seed=1, dtype=torch.float16)
+    expected = (x.double() @ exactly(weight).T).half()
+    assert expected.abs().max() > 40, "small results would prove nothing"
+    y = reference.linear_int8(x, weight.values, weight.scale.view(-1))
+    torch.testing.assert_close(y, expected, rtol=2e-3, atol=0.1)
+
+
+# Packing.
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_packing_int4_and_unpacking_it_is_exact(group_size):
+    values = torch.randint(-8, 8, (5, 384), dtype=torch.int8)
+    values[0], values[1] = -8, 7
+    packed = reference.pack_int4(values, group_size)
+    assert (packed.dtype, packed.shape) == (torch.int16, (5, 96))
+    assert torch.equal(reference.unpack_int4(packed, group_size), values)
+    assert torch.equal(reference.pack_int4(values[:, 128:256], group_size), packed[:, 32:64])
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_packed_word_holds_four_runs_of_its_group_from_the_lowest_nibble_up(group_size):
+    values = torch.randint(-8, 8, (1, group_size), dtype=torch.int8)
+    quarter = group_size // 4
+    for j, word in enumerate(reference.pack_int4(values, group_size)[0].tolist()):
+        nibbles = [(word >> 4 * i & 15) - 8 for i in range(4)]
+        assert nibbles == values[0, j::quarter].tolist()
+
+
+@pytest.mark.parametrize("name", SCHEMES[2:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantizing_the_packed_weight_gives_the_weight_to_the_bit(name, dtype):
+    weight = parse_scheme(name).quantize(normal(9, 256))
+    packed = reference.pack_int4(weight.values, weight.group_size)
+    dequantized = reference.dequantize_int4(packed, weight.scale, weight.offset, dtype)
+    assert torch.equal(dequantized, weight.dequantize(dtype))
+
+
+# The choice.
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("none", torch.bfloat16, "dense/cpu"),
+        ("none", torch.float32, "dense/torch"),
+        ("none", torch.float16, "dense/torch"),
+        ("int8", torch.bfloat16, "int8/cpu"),
+        ("int8", torch.float32, "int8/torch"),
+        ("int4-g64", torch.bfloat16, "int4/cpu"),
+        ("int4-g64-asym", torch.bfloat16, "int4/cpu"),
+        ("int4-g64", torch.float32, "int4/torch"),
+    ],
+)
+def test_fastest_kernel_is_taken_without_a_word(name, dtype, expected):
+    kernel, notes = choose_linear(form_of(name, 64, 128, dtype))
+    assert (kernel.name, notes) == (expected, [])
+
+
+@needs_compiler
+def test_width_that_our_kernel_does_not_serve_is_noted():
+    kernel, notes = choose_linear(form_of("none", 8, 15, torch.bfloat16))
+    assert kernel.name == "dense/torch"
+    assert notes == ["dense/cpu not used: needs an even number of input features, not 15"]
+
+
+def test_gpu_takes_no_cpu_kernel_and_says_why_not_tinygemm():
+    for dtype, n, says in (
+        (torch.float16, 64, "int4/tinygemm not used: tinygemm needs bfloat16 activations"),
+        (torch.bfloat16, 60, "int4/tinygemm not used: tinygemm needs N a multiple of 8"),
+    ):
+        form = parse_scheme("int4-g64").format(n, 128, dtype=dtype, device="cuda")
+        kernel, notes = choose_linear(form)
+        assert kernel.name == "int4/torch"
+        assert notes[0].startswith(says)
+        assert not any("cpu" in note for note in notes)

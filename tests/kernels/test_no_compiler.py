@@ -1,0 +1,98 @@
+"""Machines on which our CPU kernels cannot be built: what is said, and what runs instead."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hotloop.kernels import cpu
+from hotloop.kernels.attention import choose_attention, torch_attention
+from hotloop.kernels.linear import choose_linear
+from hotloop.quant import parse_scheme
+
+
+def reason_here() -> str | None:
+    """What a fresh process would find; in this one the operators may be loaded already."""
+    return cpu.unavailable_reason.__wrapped__()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def script(path: Path, body: str) -> str:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_failing_compiler_is_named_with_its_words(tmp_path, cache, monkeypatch):
+    broken = script(
+        tmp_path / "broken-c++",
+        'test "$1" = --version && echo broken 1.0 && exit 0\n'
+        'echo "fatal: no such header" >&2; exit 1',
+    )
+    monkeypatch.setenv("CXX", broken)
+    reason = reason_here()
+    assert reason is not None
+    assert reason.startswith(f"building the CPU kernels with {broken} failed: ")
+    assert reason.endswith("fatal: no such header")
+    assert not list((cache / "kernels").iterdir()), "nothing half-made is left"
+
+
+@pytest.mark.parametrize("compiler", ["false", "/nowhere/c++"])
+def test_compiler_that_is_none_is_named(compiler, cache, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    assert f"building the CPU kernels with {compiler} failed: " in str(reason_here())
+    assert not cache.exists()
+
+
+@pytest.mark.usefixtures("cache")
+def test_missing_compiler_is_explained(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert reason_here() == "no C++ compiler found (install g++, or set CXX)"
+
+
+@pytest.mark.usefixtures("cache")
+def test_library_that_cannot_be_loaded_is_a_reason_too(tmp_path, monkeypatch):
+    nonsense = script(
+        tmp_path / "c++",
+        'test "$1" = --version && echo 1.0 && exit 0\n'
+        'while test "$1" != -o; do shift; done; echo no library > "$2"',
+    )
+    monkeypatch.setenv("CXX", nonsense)
+    assert f"building the CPU kernels with {nonsense} failed: " in str(reason_here())
+
+
+def test_cache_that_cannot_be_written_is_a_reason_too(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "file"))
+    reason = str(reason_here())
+    assert "failed" in reason
+    assert str(tmp_path / "file") in reason
+
+
+@pytest.mark.parametrize("name", ["none", "int8", "int4-g64", "int4-g32-asym"])
+def test_next_kernel_is_taken_and_the_reason_noted(name, monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no compiler today")
+    form = parse_scheme(name).format(64, 128, dtype=torch.bfloat16, device="cpu")
+    kernel, notes = choose_linear(form)
+    base = {"none": "dense", "int8": "int8"}.get(name, "int4")
+    assert kernel.name == f"{base}/torch"
+    assert notes == [f"{base}/cpu not used: no compiler today"]
+    weight = parse_scheme(name).quantize(torch.randn(64, 128).bfloat16())
+    dense = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.bfloat16)
+    parts = (
+        (weight, None, None) if dense is weight else (weight.values, weight.scale, weight.offset)
+    )
+    x = torch.randn(1, 128).bfloat16()
+    torch.testing.assert_close(kernel(x, *kernel.pack(*parts)), x @ dense.T, rtol=0.02, atol=0.1)
+
+
+def test_attention_falls_back_with_the_reason(monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no compiler today")
+    chosen = choose_attention(torch.device("cpu"), torch.bfloat16)
+    assert chosen == ("torch", torch_attention, ["attention/cpu not used: no compiler today"])
