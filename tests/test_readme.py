@@ -1,0 +1,82 @@
+"""The README's commands, run as they stand there, on the real small model."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hotloop.errors import DownloadError
+from hotloop.weights.hub import pull
+
+README = Path(__file__).parents[1] / "README.md"
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(where: str) -> list[list[str]]:
+    """The hotloop commands of the README's shell blocks that run on ``where``."""
+    found = []
+    for block in blocks("sh"):
+        words = [shlex.split(line, comments=True) for line in block.splitlines()]
+        gpu = "llama-2-13b" in block
+        found += [w for w in words if w and w[0] == "hotloop" and gpu == (where == "gpu")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def _model() -> None:
+    try:
+        pull("smollm2-135m")
+    except DownloadError as error:
+        pytest.skip(f"the demo model is neither here nor to be had: {error}")
+
+
+def run(words: list[str], folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, **options
+    )
+
+
+def test_the_readme_has_commands_to_run() -> None:
+    verbs = {words[1] for words in commands("cpu")}
+    assert verbs >= {"pull", "info", "sweep", "generate", "chat", "bench", "eval", "quantize"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_model")
+@pytest.mark.parametrize("words", commands("cpu"), ids=lambda words: " ".join(words[1:3]))
+def test_command_does_what_it_says(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "recipes").symlink_to(README.parent / "recipes")
+    done = run(words, tmp_path, input="What is 2 + 2?\n/quit\n", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_model")
+def test_python_example_runs(tmp_path: Path) -> None:
+    (example,) = blocks("python")
+    assert len([line for line in example.splitlines() if line]) == 5 - 1
+    done = run([sys.executable, "-c", example], tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    text, speed = done.stdout.rsplit(maxsplit=1)
+    assert "Paris" in text
+    assert float(speed) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", commands("gpu"), ids=lambda words: " ".join(words[1:3]))
+def test_gpu_command_does_what_it_says(words: list[str], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    done = run(words, tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
