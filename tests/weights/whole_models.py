@@ -1,0 +1,173 @@
+"""Tiny models with everything that belongs to one, as folders and as GGUF files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from weights_files import llama_rows, write_gguf
+
+from hotloop.kernels.attention import torch_attention
+from hotloop.models import names
+from hotloop.models.decoder import Decoder
+from hotloop.models.families import read_config
+from hotloop.quant import parse_head_scheme, parse_scheme
+from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
+from hotloop.weights.load import load_weights
+from hotloop.weights.quantize import stored_schemes
+from hotloop.weights.source import CheckpointSource, Source
+
+CPU = torch.device("cpu")
+VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "</s>"]
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 11, "max_new_tokens": 5}
+
+Change = Callable[[dict[str, Tensor]], object]
+
+
+def random_tensors(
+    config: dict[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """A tensor of every name that the model has; norms are near one."""
+    noise = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in names.tensors(read_config(config)).items():
+        std = 0.1 if len(shape) == 1 else shape[1] ** -0.5
+        tensor = torch.empty(shape).normal_("norm" in name, std, generator=noise)
+        tensors[name] = tensor.to(dtype)
+    return tensors
+
+
+def write_folder(
+    folder: Path,
+    change: Change | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    **keys: Any,
+) -> Path:
+    """A model as Hugging Face lays it out; ``change`` may damage its tensors first."""
+    folder.mkdir(exist_ok=True)
+    tensors = random_tensors(CONFIG | keys, dtype)
+    if change is not None:
+        change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG | keys))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(VOCABULARY)}, merges=[("a", "b")])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "chat_template": "{{ messages[0].content }}!"})
+    )
+    settings = SAMPLING | {"eos_token_id": [VOCABULARY.index("</s>")]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
+    """The same model as one GGUF file with its tokenizer, matrices in ``kind``."""
+    config = CONFIG | {"tie_word_embeddings": tied}
+    heads = {"q_proj": CONFIG["num_attention_heads"], "k_proj": CONFIG["num_key_value_heads"]}
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    tensors = {}
+    for name, tensor in random_tensors(config, torch.float32).items():
+        name = name.removesuffix(".weight")
+        if name not in whole:
+            layer, part = name.removeprefix("model.layers.").split(".", 1)
+            if n_heads := heads.get(part.split(".")[-1]):
+                tensor = llama_rows(tensor, n_heads)
+        stored = whole[name] if name in whole else f"blk.{layer}.{parts[part]}"
+        tensors[f"{stored}.weight"] = (tensor.numpy(), kind if tensor.dim() == 2 else "F32")
+    keys = {
+        "block_count": CONFIG["num_hidden_layers"],
+        "context_length": CONFIG["max_position_embeddings"],
+        "feed_forward_length": CONFIG["intermediate_size"],
+    }
+    text = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": VOCABULARY,
+        "tokenizer.ggml.token_type": [1] * (len(VOCABULARY) - 2) + [3, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": VOCABULARY.index("</s>"),
+        "general.sampling.temp": 0.7,
+    }
+    return write_gguf(path, tensors, keys=keys, general=text)
+
+
+def load_from(
+    checkpoint: Checkpoint | None,
+    source: Source,
+    config: dict[str, Any],
+    *,
+    quant: str = "none",
+    head: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    model = read_config(config)
+    decoder = Decoder(model, n_positions=8, attention=torch_attention, device=CPU)
+    scheme = parse_scheme(quant)
+    try:
+        load_weights(
+            decoder,
+            model,
+            source,
+            scheme=scheme,
+            head_scheme=parse_head_scheme(head, scheme),
+            dtype=dtype,
+            device=CPU,
+            on_layer=on_layer,
+        )
+    finally:
+        if checkpoint is not None:
+            checkpoint.close()
+    return decoder
+
+
+def load(path: Path, **options: Any) -> Decoder:
+    """A decoder with the weights at ``path``, as the engine loads them."""
+    checkpoint = open_checkpoint(path)
+    if stored := stored_schemes(checkpoint.config):
+        options = {"quant": stored[0], "head": stored[1]} | options
+    ignored = names.redundant(read_config(checkpoint.config))
+    source = CheckpointSource(checkpoint, CPU, ignored=ignored)
+    return load_from(checkpoint, source, checkpoint.config, **options)
+
+
+def assert_same_weights(a: Decoder, b: Decoder) -> None:
+    """Bit for bit, as packed, in the same order."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
