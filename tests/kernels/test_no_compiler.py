@@ -69,6 +69,7 @@ def test_library_that_cannot_be_loaded_is_a_reason_too(tmp_path, monkeypatch):
 
 def test_cache_that_cannot_be_written_is_a_reason_too(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", "echo 1.0"))
     monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "file"))
     reason = str(reason_here())
     assert "failed" in reason
