@@ -5,7 +5,7 @@ checkpoint of random bfloat16 weights is written to a temporary folder, in shard
 proportions of Llama-2-70B, where the matrices of a block are nearly as large as the embedding and
 little can hide behind it. Each scheme is loaded in a process of its own.
 
-    python benchmarks/load_memory.py [--gigabytes 3] [--schemes int8 int4-g128]
+    python benchmarks/load_memory.py [--gigabytes 3] [--schemes none int8 int4-g128]
 
 Prints one JSON line per scheme, and writes them to benchmarks/results/load_memory-KIND.json.
 """
@@ -96,7 +96,7 @@ def measure(folder: Path, quant: str) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint")
-    parser.add_argument("--schemes", nargs="+", default=["int8", "int4-g128"])
+    parser.add_argument("--schemes", nargs="+", default=["none", "int8", "int4-g128"])
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
