@@ -52,7 +52,12 @@ def write_text_files(folder: Path, eos: Iterable[int] = (END,), **generation: ob
 
 
 def write_random(
-    folder: Path, *, eos: Iterable[int] = (END,), n_layers: int = 2, seed: int = 0, **keys: object
+    folder: Path,
+    *,
+    eos: Iterable[int] = (END,),
+    n_layers: int = 2,
+    embedding_std: float = 1.0,
+    **keys: object,
 ) -> Path:
     """A random Llama with logits far enough apart that rounding does not decide."""
     shape = {
@@ -65,14 +70,14 @@ def write_random(
         "max_position_embeddings": 320,
     }
     model = LlamaForCausalLM(LlamaConfig(**shape | keys))
-    noise = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 middle = 0.0 if name.endswith("bias") else 1.0
                 parameter.normal_(middle, 0.1, generator=noise)
             else:
-                std = 1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5
+                std = embedding_std if "embed" in name else 1.5 * parameter.shape[1] ** -0.5
                 parameter.normal_(0, std, generator=noise)
     model.save_pretrained(folder)
     write_text_files(folder, eos)
