@@ -77,7 +77,7 @@ class Int4:
         n, k = weight.shape
         self.check("weight", n, k)
         groups = weight.float().view(n, k // self.group_size, self.group_size)
-        low, high = groups.aminmax(dim=2)
+        low, high = groups.amin(dim=2), groups.amax(dim=2)
         if self.symmetric:
             scale = (torch.where(high > -low, high, low) * (-1 / 8)).to(SCALE_DTYPE)
             offset = None
