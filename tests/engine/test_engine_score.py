@@ -93,22 +93,23 @@ def test_a_quantized_model_scores_as_transformers_with_its_dequantized_weights(
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("quant", ["none", "int8", "int4-g32", "int4-g64-asym"])
-def test_bfloat16_decoding_agrees_with_scoring_to_the_top_two(folder, quant, rows):
+def test_bfloat16_decoding_agrees_with_scoring_up_to_rounding(folder, quant, rows):
     # Few rows go through kernels of their own, many rows through the library's product: where they
-    # first differ, each side's token must be among the other's two best.
+    # first differ, each side's token must be among the other's best, of which a random model has
+    # three or more within one rounding step.
     llm = LLM(str(folder), dtype="bfloat16", quant=quant, max_batch_size=rows)
     prompts = [WINDOW[i : i + 12] for i in range(0, 48, 12)]
-    params = SamplingParams(max_new_tokens=40, ignore_eos=True, logprobs=2)
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True, logprobs=4)
     for g in llm.generate(prompts, params):
         (score,) = llm.score([[*g.prompt_ids, *g.token_ids]], full=True)
         scored_TV = score.log_probs[len(g.prompt_ids) - 1 :]
         for decoded, scored_V in zip(g.logprobs, scored_TV, strict=True):
-            top2 = scored_V.topk(2).indices.tolist()
-            if decoded.token_id != top2[0]:
-                assert decoded.token_id == top2[1]
-                assert top2[0] in {token_id for token_id, _ in decoded.top}
-                break
             assert decoded.logprob == pytest.approx(scored_V[decoded.token_id].item(), abs=0.15)
+            best = int(scored_V.argmax())
+            if decoded.token_id != best:
+                assert decoded.token_id in scored_V.topk(4).indices
+                assert dict(decoded.top)[best] == pytest.approx(decoded.logprob, abs=0.05)
+                break
 
 
 @pytest.mark.slow
