@@ -89,7 +89,8 @@ def test_draws_on_the_gpu_are_those_of_the_cpu() -> None:
         for slot in range(4):
             sampler.admit(slot, params, 7 + slot, torch.tensor([1, 2], device=device))
         positions = torch.arange(4, device=device) + 10
-        sampled = sampler.sample(logits.to(device), positions, 0, Features.of([params]))
+        logits_BTV = logits.to(device)[:, None]
+        sampled = sampler.sample(logits_BTV, positions[:, None], 0, Features.of([params]))
         drawn.append(sampled.ids.tolist())
     assert drawn[0] == drawn[1]
 

@@ -54,7 +54,8 @@ def draws(
     for position in range(n_positions):
         sampler.seen_SV.copy_(seen_SV)
         positions_S = torch.full((n_seeds,), position + 3)
-        drawn.append(sampler.sample(logits_SV, positions_S, 0, Features.of([params])).ids)
+        sampled = sampler.sample(logits_SV[:, None], positions_S[:, None], 0, Features.of([params]))
+        drawn.append(sampled.ids[:, 0])
     return torch.cat(drawn).numpy()
 
 
@@ -141,11 +142,11 @@ def drawn_alone_and_beside(neighbours, seed: int) -> tuple[int, int]:
     sampler, plain, other = neighbours
     logits_V = torch.randn(49_152, generator=torch.Generator().manual_seed(0)) * 2
     sampler.admit(0, plain, seed, torch.tensor(SEEN))
-    positions_B = torch.tensor([3, 3])
-    alone = sampler.sample(logits_V[None], positions_B[:1], 0, Features.of([plain]))
+    positions_B1 = torch.tensor([[3], [3]])
+    alone = sampler.sample(logits_V[None, None], positions_B1[:1], 0, Features.of([plain]))
     both = Features.of([plain, other])
-    beside = sampler.sample(logits_V.expand(2, -1), positions_B, 0, both)
-    return alone.ids[0].item(), beside.ids[0].item()
+    beside = sampler.sample(logits_V.expand(2, 1, -1), positions_B1, 0, both)
+    return alone.ids[0, 0].item(), beside.ids[0, 0].item()
 
 
 def test_a_neighbour_that_truncates_does_not_move_a_draw(neighbours):
@@ -159,16 +160,17 @@ def test_beside_a_neighbour_that_truncates_the_least_likely_token_can_be_drawn(
 ):
     # So many tokens that float32's running sum of their probabilities reaches 1 before the end.
     least = int(torch.randn(49_152, generator=torch.Generator().manual_seed(0)).argmin())
-    gumbel_BV = torch.zeros(1, 49_152).index_fill_(1, torch.tensor([least]), 1e3)
-    monkeypatch.setattr("hotloop.engine.sampling._gumbel", lambda *_: gumbel_BV)
+    gumbel_V = torch.zeros(49_152).index_fill_(0, torch.tensor([least]), 1e3)
+    monkeypatch.setattr("hotloop.engine.sampling._gumbel", lambda *_: gumbel_V)
     assert drawn_alone_and_beside(neighbours, 0) == (least, least)
 
 
 def test_gumbel_numbers_are_finite_independent_and_distributed_as_they_should_be():
     seeds_B, positions_B = torch.arange(200), torch.arange(5, 205)
-    of_seeds = _gumbel(seeds_B, torch.zeros_like(seeds_B), 1000)
-    of_positions = _gumbel(torch.zeros_like(seeds_B), positions_B, 1000)
-    of_high_seeds = _gumbel(seeds_B << 40, torch.zeros_like(seeds_B), 1000)
+    zeros_B1 = torch.zeros_like(seeds_B)[:, None]
+    of_seeds = _gumbel(seeds_B, zeros_B1, 1000)[:, 0]
+    of_positions = _gumbel(torch.tensor([0]), positions_B[None], 1000)[0]
+    of_high_seeds = _gumbel(seeds_B << 40, zeros_B1, 1000)[:, 0]
     for gumbel_BV in (of_seeds, of_positions, of_high_seeds):
         assert gumbel_BV.isfinite().all()
         uniform = np.exp(-np.exp(-gumbel_BV.double().numpy()))
@@ -183,7 +185,7 @@ def test_gumbel_numbers_are_finite_independent_and_distributed_as_they_should_be
 def test_the_largest_hash_does_not_make_an_infinite_gumbel_number(monkeypatch):
     for word in (0, 2**32 - 1):
         monkeypatch.setattr("hotloop.engine.sampling._mix", lambda x, w=word: x * 0 + w)
-        assert _gumbel(torch.tensor([1]), torch.tensor([1]), 4).isfinite().all()
+        assert _gumbel(torch.tensor([1]), torch.tensor([[1]]), 4).isfinite().all()
 
 
 # ------------------------------------------------------------------------ through the whole engine

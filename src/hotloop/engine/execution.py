@@ -101,15 +101,16 @@ class Stepper:
     def _step(self, n: int, length: int, features: Features) -> Sampled:
         ids, positions = self.ids[:n], self.positions[:n]
         logits = self._forward(ids[:, None], positions[:, None], length)
-        sampled = self.sampler.sample(logits, positions + 1, 0, features)
-        ids.copy_(sampled.ids)
+        sampled = self.sampler.sample(logits, positions[:, None] + 1, 0, features)
+        if features.penalize:
+            self.sampler.remember(sampled.ids, 0)
+        ids.copy_(sampled.ids[:, 0])
         # A finished slot may run one step too many: it must not write beyond the cache.
         positions.add_(1).clamp_(max=self.cache.n_positions - 1)
         return sampled
 
-    def _logits(self, ids_B1: Tensor, positions_B1: Tensor, length: int) -> Tensor:
-        hidden = self.decoder(ids_B1, positions_B1, self.cache, length=length)
-        return self.decoder.logits(hidden[:, 0])
+    def _logits(self, ids_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
+        return self.decoder.logits(self.decoder(ids_BT, positions_BT, self.cache, length=length))
 
     def _capture(self, key: StepKey) -> tuple[torch.cuda.CUDAGraph, Sampled]:
         # Compilation and lazy handles must come before the capture, and what those runs do to the

@@ -7,12 +7,12 @@ keep, a run can be repeated, and neighbours in the batch cannot matter.
 
 What nobody in the batch asked for is not computed; ``Features`` says what somebody did.
 
-Shape letters: B rows sampled, S slots, V vocabulary.
+Shape letters: B sequences, T consecutive positions of each, S slots, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -57,16 +57,24 @@ class Sampled:
     """What a step gives: tokens, and log-probabilities where they were asked for.
 
     Attributes:
-        ids: int64 [B].
-        logprobs: float32 [B], of those tokens; None without the feature.
-        top_logprobs: float32 [B, MAX_LOGPROBS], most likely first; fewer where V is smaller.
+        ids: int64 [B, T].
+        n_kept: int64 [B]: the first so many of each row count, the others never happened; None
+            where all do.
+        logprobs: float32 [B, T], of those tokens; None without the feature.
+        top_logprobs: float32 [B, T, MAX_LOGPROBS], most likely first; fewer where V is smaller.
         top_ids: int64, as many.
     """
 
     ids: Tensor
+    n_kept: Tensor | None = None
     logprobs: Tensor | None = None
     top_logprobs: Tensor | None = None
     top_ids: Tensor | None = None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Sampled:
+        """The same of ``f`` of each of its tensors."""
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return Sampled(**{name: f(tensor) for name, tensor in tensors.items()})
 
 
 class Sampler:
@@ -104,74 +112,96 @@ class Sampler:
             self.seen_SV[slot, prompt_ids[prompt_ids < self.vocab_size]] = True
 
     def sample(
-        self, logits_BV: Tensor, positions_B: Tensor, first_slot: int, features: Features
+        self,
+        logits_BTV: Tensor,
+        positions_BT: Tensor,
+        first_slot: int,
+        features: Features,
+        drafts_BT: Tensor | None = None,
     ) -> Sampled:
-        """Chooses a token per row; row b belongs to slot ``first_slot + b``.
+        """Chooses a token at every position; sequence b belongs to slot ``first_slot + b``.
 
         Args:
-            logits_BV: float32, as the model gave them.
-            positions_B: The position that each chosen token will have.
-            first_slot: The slot of the first row.
+            logits_BTV: float32, as the model gave them.
+            positions_BT: The position that each chosen token will have.
+            first_slot: The slot of the first sequence.
             features: What to compute.
+            drafts_BT: int64 [B, T - 1], where T > 1: the tokens that position t supposes to have
+                come just before it, which a repetition penalty is about.
         """
-        here = slice(first_slot, first_slot + logits_BV.shape[0])
-        scores_BV = logits_BV[:, : self.vocab_size]
+        B, T, _ = logits_BTV.shape
+        here = slice(first_slot, first_slot + B)
+        scores_BTV = logits_BTV[..., : self.vocab_size]
         if features.penalize:
-            penalty_B1 = self.penalty[here, None]
-            penalized = torch.where(scores_BV > 0, scores_BV / penalty_B1, scores_BV * penalty_B1)
-            scores_BV = torch.where(self.seen_SV[here], penalized, scores_BV)
-        ids_B = scores_BV.argmax(dim=-1)
+            penalty_B11 = self.penalty[here, None, None]
+            penalized = torch.where(
+                scores_BTV > 0, scores_BTV / penalty_B11, scores_BTV * penalty_B11
+            )
+            scores_BTV = torch.where(self._seen(here, T, drafts_BT), penalized, scores_BTV)
+        ids_BT = scores_BTV.argmax(dim=-1)
         if features.draw:
-            drawn_B = self._draw(scores_BV, positions_B, here, features)
-            ids_B = torch.where(self.temperature[here] > 0, drawn_B, ids_B)
-        if features.penalize:
-            self.seen_SV[here].scatter_(1, ids_B[:, None], True)
+            drawn_BT = self._draw(scores_BTV, positions_BT, here, features)
+            ids_BT = torch.where(self.temperature[here, None] > 0, drawn_BT, ids_BT)
         if not features.logprobs:
-            return Sampled(ids=ids_B)
+            return Sampled(ids=ids_BT)
         # The model's own distribution, as scoring has it: padding has its share of that.
-        logprobs_BV = logits_BV.log_softmax(dim=-1)[:, : self.vocab_size]
-        top, top_ids = logprobs_BV.topk(min(MAX_LOGPROBS, self.vocab_size), dim=-1)
-        chosen = logprobs_BV.gather(1, ids_B[:, None])[:, 0]
-        return Sampled(ids=ids_B, logprobs=chosen, top_logprobs=top, top_ids=top_ids)
+        logprobs_BTV = logits_BTV.log_softmax(dim=-1)[..., : self.vocab_size]
+        top, top_ids = logprobs_BTV.topk(min(MAX_LOGPROBS, self.vocab_size), dim=-1)
+        chosen = logprobs_BTV.gather(2, ids_BT[..., None])[..., 0]
+        return Sampled(ids=ids_BT, logprobs=chosen, top_logprobs=top, top_ids=top_ids)
+
+    def remember(self, ids_BT: Tensor, first_slot: int) -> None:
+        """Tells the slots' repetition penalties of tokens that have become part of the answer."""
+        self.seen_SV[first_slot : first_slot + len(ids_BT)].scatter_(1, ids_BT, True)
+
+    def _seen(self, here: slice, T: int, drafts_BT: Tensor | None) -> Tensor:
+        """Which tokens the penalty is about at each position, bool [B, T, V]."""
+        seen_BTV = self.seen_SV[here, None].repeat(1, T, 1)
+        for t in range(1, T):
+            assert drafts_BT is not None, "later positions suppose drafts"
+            new_B11 = drafts_BT[:, t - 1, None, None].clamp(min=0)
+            seen_BTV[:, t:].scatter_(2, new_B11.expand(-1, T - t, 1), True)
+        return seen_BTV
 
     def _draw(
-        self, scores_BV: Tensor, positions_B: Tensor, here: slice, features: Features
+        self, scores_BTV: Tensor, positions_BT: Tensor, here: slice, features: Features
     ) -> Tensor:
-        temperature_B1 = self.temperature[here, None]
+        temperature_B11 = self.temperature[here, None, None]
         # Differences to the largest: however low the temperature, they do not overflow upwards.
-        scaled_BV = scores_BV - scores_BV.amax(dim=-1, keepdim=True)
-        scaled_BV = scaled_BV / torch.where(temperature_B1 > 0, temperature_B1, 1.0)
+        scaled_BTV = scores_BTV - scores_BTV.amax(dim=-1, keepdim=True)
+        scaled_BTV = scaled_BTV / torch.where(temperature_B11 > 0, temperature_B11, 1.0)
         if features.truncate:
-            scaled_BV = scaled_BV.where(self._kept(scaled_BV, here), -torch.inf)
-        return (scaled_BV + _gumbel(self.seed[here], positions_B, self.vocab_size)).argmax(dim=-1)
+            scaled_BTV = scaled_BTV.where(self._kept(scaled_BTV, here), -torch.inf)
+        gumbel_BTV = _gumbel(self.seed[here], positions_BT, self.vocab_size)
+        return (scaled_BTV + gumbel_BTV).argmax(dim=-1)
 
-    def _kept(self, scaled_BV: Tensor, here: slice) -> Tensor:
-        """Which tokens top-k, top-p and min-p leave, bool [B, V]: all of a row without any."""
-        sorted_BV, order_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
-        rank_V = torch.arange(self.vocab_size, device=scaled_BV.device)
-        kept_BV = rank_V < self.top_k[here, None]
-        probabilities_BV = sorted_BV.where(kept_BV, -torch.inf).softmax(dim=-1)
+    def _kept(self, scaled_BTV: Tensor, here: slice) -> Tensor:
+        """Which tokens top-k, top-p and min-p leave, bool [B, T, V]: all of a row without any."""
+        sorted_BTV, order_BTV = scaled_BTV.sort(dim=-1, descending=True, stable=True)
+        rank_V = torch.arange(self.vocab_size, device=scaled_BTV.device)
+        kept_BTV = rank_V < self.top_k[here, None, None]
+        probabilities_BTV = sorted_BTV.where(kept_BTV, -torch.inf).softmax(dim=-1)
         # A token stays while the sum *before* it is short of top_p: the first always does. Rounded
         # sums can reach 1 before the end, but top_p = 1 keeps what follows, too.
-        before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
-        top_p_B1 = self.top_p[here, None]
-        kept_BV = kept_BV & ((before_BV < top_p_B1) | (top_p_B1 == 1))
-        kept_BV = kept_BV & (probabilities_BV >= self.min_p[here, None] * probabilities_BV[:, :1])
-        kept_BV = kept_BV | (rank_V == 0)
-        return torch.empty_like(kept_BV).scatter_(1, order_BV, kept_BV)
+        before_BTV = probabilities_BTV.cumsum(dim=-1) - probabilities_BTV
+        top_p_B11 = self.top_p[here, None, None]
+        kept_BTV = kept_BTV & ((before_BTV < top_p_B11) | (top_p_B11 == 1))
+        least_BT1 = self.min_p[here, None, None] * probabilities_BTV[..., :1]
+        kept_BTV = (kept_BTV & (probabilities_BTV >= least_BT1)) | (rank_V == 0)
+        return torch.empty_like(kept_BTV).scatter_(2, order_BTV, kept_BTV)
 
 
-def _gumbel(seed_B: Tensor, positions_B: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel numbers, float32 [B, V], a pure function of (seed, position, token id)."""
+def _gumbel(seed_B: Tensor, positions_BT: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel numbers, float32 [B, T, V], a pure function of (seed, position, token id)."""
     key_B = _mix((seed_B & _WORD) ^ 0x9E3779B9)
     key_B = _mix(key_B ^ (seed_B >> 32))
-    key_B = _mix(key_B ^ (positions_B & _WORD))
+    key_BT = _mix(key_B[:, None] ^ (positions_BT & _WORD))
     ids_V = torch.arange(vocab_size, device=seed_B.device)
-    words_BV = _mix(key_B[:, None] ^ _mix(ids_V + 1))
+    words_BTV = _mix(key_BT[..., None] ^ _mix(ids_V + 1))
     # -log1p(-u) is fine-grained where it decides: at small u, which make large Gumbel numbers.
     # Never 1, which the largest words are rounded to: minus infinity could tie with what is masked.
-    uniform_BV = ((words_BV.float() + 0.5) * 2**-32).clamp_(max=1 - 2**-24)
-    return -torch.log(-torch.log1p(-uniform_BV))
+    uniform_BTV = ((words_BTV.float() + 0.5) * 2**-32).clamp_(max=1 - 2**-24)
+    return -torch.log(-torch.log1p(-uniform_BTV))
 
 
 def _mix(x: Tensor) -> Tensor:

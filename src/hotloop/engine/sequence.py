@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Set as AbstractSet
 
@@ -50,8 +51,10 @@ class Sequence:
         if not self.token_ids:
             self._first_s = self._last_s
         self.token_ids.append(token_id)
-        if logprob is not None:
-            self.logprobs.append(logprob)
+        if self.params.logprobs is not None:
+            assert logprob is not None, "the step was told that somebody wants log-probabilities"
+            top = logprob.top[: self.params.logprobs]
+            self.logprobs.append(dataclasses.replace(logprob, top=top))
         text = ""
         if token_id in self.eos_ids:
             self.finish_reason = "eos"
