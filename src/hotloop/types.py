@@ -9,9 +9,11 @@ Shape letters, here and everywhere: B sequences in a batch, T tokens of one sequ
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from hotloop.errors import ConfigError, RequestError, UnknownNameError
@@ -27,6 +29,9 @@ WeightSource = Literal["checkpoint", "random"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Element type of activations and of unquantized weights. ``auto`` lets the device decide."""
+
+DraftPolicy = Literal["adaptive", "always"]
+"""Whether drafts are made only where they pay, as measured while running, or in every step."""
 
 FinishReason = Literal["eos", "stop", "length"]
 """Why a generation ended: end-of-sequence token, a stop string, or the token limit."""
@@ -57,6 +62,12 @@ class EngineConfig:
         head: The scheme of the output head: ``auto`` (``int8`` under any quantization, otherwise
             ``none``), or a scheme's name. A tied embedding follows the head.
         execution: How a decode step runs.
+        draft: Speculative decoding: ``none``; ``ngram``, which looks up what followed the latest
+            tokens where they stood before; ``exit-N``, the model's own first N layers; or a model
+            of the same vocabulary, named as in ``model``.
+        draft_quant: The scheme of a draft model's weights.
+        draft_tokens: The most tokens drafted for one step.
+        draft_policy: Draft where it pays, or always.
         device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
         dtype: Element type of activations and unquantized weights.
         max_batch_size: Slots in the cache: sequences decoded at once.
@@ -71,6 +82,10 @@ class EngineConfig:
     quant: str = "none"
     head: str = "auto"
     execution: Execution = "eager"
+    draft: str = "none"
+    draft_quant: str = "none"
+    draft_tokens: int = 4
+    draft_policy: DraftPolicy = "adaptive"
     device: str = "auto"
     dtype: DType = "auto"
     max_batch_size: int = 1
@@ -82,7 +97,8 @@ class EngineConfig:
         _check_choice("weight source", self.weights, WeightSource)
         _check_choice("execution", self.execution, Execution)
         _check_choice("dtype", self.dtype, DType)
-        for name in ("max_batch_size", "max_seq_len", "prefill_chunk"):
+        _check_choice("draft policy", self.draft_policy, DraftPolicy)
+        for name in ("max_batch_size", "max_seq_len", "prefill_chunk", "draft_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
@@ -92,11 +108,24 @@ class EngineConfig:
         """A short name that sorts, such as ``int4-g64/compile``: what differs from the default."""
         parts = [self.quant if self.head == "auto" else f"{self.quant}+head={self.head}"]
         parts.append(self.execution)
+        if self.draft != "none":
+            parts.append(f"draft={self.draft_name}")
         if self.dtype != "auto":
             parts.append(self.dtype)
         if self.max_batch_size != 1:
             parts.append(f"batch{self.max_batch_size}")
         return "/".join(parts)
+
+    @property
+    def draft_name(self) -> str:
+        """How drafts are made, such as ``ngram-4`` or ``llama-2-13b:int4-g128-4``."""
+        if self.draft == "none":
+            return "none"
+        name = Path(self.draft).name
+        if self.draft_quant != "none":
+            name += f":{self.draft_quant}"
+        always = "-always" if self.draft_policy == "always" else ""
+        return f"{name}-{self.draft_tokens}{always}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""
@@ -209,6 +238,61 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """What drafting did for one request, or for several together.
+
+    A step gives a request one token, and one more for every draft before the first that the model
+    would not have chosen itself.
+
+    Attributes:
+        n_steps: Steps that decoded the request.
+        n_off: Those of them without drafts.
+        n_tokens: Tokens that came of these steps.
+        proposed: How often a draft stood at each place, the first one first.
+        accepted: How often it was kept there.
+        draft_s: Seconds the device spent making drafts.
+        verify_s: Seconds it spent in the model, with drafts or without.
+    """
+
+    n_steps: int = 0
+    n_off: int = 0
+    n_tokens: int = 0
+    proposed: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens kept per step; NaN without steps."""
+        return self.n_tokens / self.n_steps if self.n_steps else math.nan
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Share of drafts at each place that was kept; NaN where there were none."""
+        return tuple(
+            kept / made if made else math.nan
+            for made, kept in zip(self.proposed, self.accepted, strict=True)
+        )
+
+    def __add__(self, other: Speculation) -> Speculation:
+        """Both together."""
+        return Speculation(
+            n_steps=self.n_steps + other.n_steps,
+            n_off=self.n_off + other.n_off,
+            n_tokens=self.n_tokens + other.n_tokens,
+            proposed=_add_places(self.proposed, other.proposed),
+            accepted=_add_places(self.accepted, other.accepted),
+            draft_s=self.draft_s + other.draft_s,
+            verify_s=self.verify_s + other.verify_s,
+        )
+
+
+def _add_places(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x + y for x, y in itertools.zip_longest(a, b, fillvalue=0))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """The answer to one prompt.
 
@@ -222,6 +306,7 @@ class Generation:
     finish_reason: FinishReason
     timing: Timing
     logprobs: tuple[TokenLogprob, ...] | None = None
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,14 +47,17 @@ def test_described_and_predicted_bytes_are_those_resident(model, dtype, quant, h
     predicted = predict_memory(config)
     llm = LLM(config)
     described = llm.describe()
-    weights, cache = resident_bytes(llm._runner._decoder), resident_bytes(llm._runner._cache)
+    weights, cache = (
+        resident_bytes(llm._runner._model.decoder),
+        resident_bytes(llm._runner._model.cache),
+    )
     assert described.weight_bytes == predicted.weights_bytes == weights
     assert described.kv_bytes_per_token * 2 * 40 == predicted.cache_bytes == cache
 
     # One step reads every product and norm, a tied head too; of the embedding only single rows.
     read = sum(
         t.nbytes
-        for module in llm._runner._decoder.modules()
+        for module in llm._runner._model.decoder.modules()
         if not isinstance(module, Embedding)
         for name, t in module.named_buffers(recurse=False)
         if name not in TABLES
@@ -67,7 +70,9 @@ def test_random_weights_take_the_bytes_of_the_checkpoint(model):
         read, made = (
             LLM(str(model), quant=quant, weights=weights) for weights in ("checkpoint", "random")
         )
-        assert resident_bytes(read._runner._decoder) == resident_bytes(made._runner._decoder)
+        assert resident_bytes(read._runner._model.decoder) == resident_bytes(
+            made._runner._model.decoder
+        )
 
 
 def test_a_prediction_says_where_it_is_and_adds_up(folder):
@@ -93,10 +98,12 @@ def test_a_description_is_of_the_engine_that_runs(model):
     assert (described.vocab_size, described.max_seq_len) == (300, 100)
     assert described.config.name == "int8/eager/float32/batch2"
     dense = LLM(str(model), dtype="float32")
-    parameters = {t.data_ptr(): t.numel() for t in dense._runner._decoder.buffers()}
-    tables = sum(getattr(dense._runner._decoder, name).numel() for name in TABLES)
+    parameters = {t.data_ptr(): t.numel() for t in dense._runner._model.decoder.buffers()}
+    tables = sum(getattr(dense._runner._model.decoder, name).numel() for name in TABLES)
     assert described.n_params == sum(parameters.values()) - tables
-    linears = {name for name, m in dense._runner._decoder.named_modules() if isinstance(m, Linear)}
+    linears = {
+        name for name, m in dense._runner._model.decoder.named_modules() if isinstance(m, Linear)
+    }
     assert described.kernels.keys() == {n.split(".")[-1] for n in linears} | {"attention"}
     assert described.load_s > 0
     assert described.warmup_s > 0
@@ -104,7 +111,9 @@ def test_a_description_is_of_the_engine_that_runs(model):
 
 def test_closing_frees_weights_and_cache(folder):
     llm = LLM(str(folder), dtype="float32")
-    kept = [weakref.ref(module) for module in (llm._runner._decoder, llm._runner._cache)]
+    kept = [
+        weakref.ref(module) for module in (llm._runner._model.decoder, llm._runner._model.cache)
+    ]
     llm.close()
     gc.collect()
     assert [ref() for ref in kept] == [None, None]

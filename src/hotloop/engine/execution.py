@@ -1,23 +1,33 @@
-"""How a decode step runs: plainly, or compiled, and on a GPU as one CUDA graph.
+"""How a decode step runs: plainly, or compiled, and on a GPU as CUDA graphs.
 
 A step is one program on the device: embed, layers, logits, sample, advance. It reads its tokens
 and positions from the slots and leaves the next ones there, so that steps can follow each other
 without the host. What the host learns of a step is a ``Sampled`` of its own.
 
-``eager`` runs it operation by operation. ``compile`` hands the model part to torch.compile and, on
-a GPU, captures each size of step once in a CUDA graph. The sampler is never compiled: it is small,
-it has many variants, and inside the graph it costs no launches.
+With speculative decoding a step is two programs: a drafter proposes k tokens for every slot, and
+the model looks at k + 1 positions at once. At each it chooses a token as it would have done without
+drafts; the drafts that equal its choices were right, and so are the choices up to the first that
+was not. Every token is thus the model's own: greedy or drawn, with whatever options, speculation
+changes when tokens come and never which (see ``speculation``).
 
-Shape letters: B rows of a step, V vocabulary.
+``eager`` runs a program operation by operation. ``compile`` hands the model part to torch.compile
+and, on a GPU, captures each size of program once in a CUDA graph. The sampler is never compiled: it
+is small, it has many variants, and inside the graph it costs no launches.
+
+Shape letters: B rows of a step, T positions of each, S slots, C cache positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import itertools
 import os
 import shutil
-from collections.abc import Callable
-from typing import Any, Literal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,105 +46,321 @@ _COMPILER_OPTIONS: dict[str, dict[str, str | int | bool | Callable[..., Any]]] =
     "cuda": {"coordinate_descent_tuning": True},
 }
 
-StepKey = tuple[int, int, Features]
-"""Rows, length of cache that is read, and sampler features: one CUDA graph each."""
+_MAX_SPECIALIZATIONS = 64
+"""Numbers of rows and positions, and lengths, for which one function may be compiled anew."""
+
+Result = TypeVar("Result")
 
 
-class Stepper:
-    """Runs decode steps over the slots of a cache.
+class Slots:
+    """Where every slot is: the tokens of its sequence, and the position of the newest.
 
     Attributes:
-        ids: int64 [S], the newest token of each slot, not yet in the cache.
-        positions: int64 [S], where that token belongs.
+        history: int64 [S, more than C]: the token at each position, up to the newest; beyond it,
+            anything.
+        positions: int64 [S]: of the newest token, which is not in the cache yet.
+    """
+
+    def __init__(self, n_slots: int, n_positions: int, spare: int, device: torch.device) -> None:
+        width = n_positions + spare + 1  # a finished slot may run a step too many
+        self.history = torch.zeros(n_slots, width, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(n_slots, dtype=torch.int64, device=device)
+        self.last = n_positions - 1
+
+    def admit(self, slot: int, prompt_ids: Tensor, first_id: Tensor) -> None:
+        """Puts a prompt and the first token of its answer [1] into a slot."""
+        n = len(prompt_ids)
+        self.history[slot, :n] = prompt_ids
+        self.history[slot, n : n + 1] = first_id
+        self.positions[slot] = n
+
+    def tokens(self, positions_BT: Tensor) -> Tensor:
+        """The tokens at some positions of the first B slots."""
+        return self.history[: len(positions_BT)].gather(1, positions_BT)
+
+    def upcoming(self, n: int, T: int) -> Tensor:
+        """Positions [n, T] of the newest token and those after it, none beyond the cache."""
+        first = self.positions[:n, None]
+        if T == 1:
+            return first
+        return (first + torch.arange(T, device=first.device)).clamp(max=self.last)
+
+    def advance(self, ids_BT: Tensor, n_kept_B: Tensor | None) -> None:
+        """Appends each row's tokens, of which the first ``n_kept_B`` (or all) count."""
+        B, T = ids_BT.shape
+        positions = self.positions[:B]
+        after = positions[:, None] + torch.arange(1, T + 1, device=positions.device)
+        self.history[:B].scatter_(1, after, ids_BT)
+        positions.add_(T if n_kept_B is None else n_kept_B).clamp_(max=self.last)
+
+
+class Forward:
+    """Logits [B, T, V] of tokens and positions [B, T] of the first B slots, through a cache.
+
+    Args:
+        decoder: The model.
+        cache: Its cache.
+        execution: Compiled or not.
+        device: Where it runs.
+        n_layers: Stop after so many layers; None takes all.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         cache: KVCache,
-        sampler: Sampler,
         *,
         execution: Literal["eager", "compile"],
-        reads_whole_cache: bool,
         device: torch.device,
+        n_layers: int | None = None,
     ) -> None:
-        self.decoder, self.cache, self.sampler = decoder, cache, sampler
-        self.ids = torch.zeros(cache.n_slots, dtype=torch.int64, device=device)
-        self.positions = torch.zeros_like(self.ids)
-        self.device, self.execution = device, execution
-        self.reads_whole_cache = reads_whole_cache
-        self._forward: Callable[[Tensor, Tensor, int], Tensor] = self._logits
-        self._graphs: dict[StepKey, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
+        def logits(ids_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
+            hidden = decoder(ids_BT, positions_BT, cache, length=length, n_layers=n_layers)
+            return decoder.logits(hidden)
+
+        self._logits: Callable[[Tensor, Tensor, int], Tensor] = logits
         if execution == "compile":
             # Without this, artifacts land in a temporary directory: the next boot compiles again.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
             options = _COMPILER_OPTIONS[device.type]
-            self._forward = torch.compile(self._logits, fullgraph=True, options=options)
+            self._logits = torch.compile(logits, fullgraph=True, options=options)
 
-    def step(self, n: int, longest: int, features: Features) -> Sampled:
-        """One token for each of the first ``n`` slots.
+    def __call__(self, ids_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
+        """``length`` exceeds every position."""
+        with torch._dynamo.config.patch(recompile_limit=_MAX_SPECIALIZATIONS):
+            return self._logits(ids_BT, positions_BT, length)
+
+
+class Drafter(ABC):
+    """Guesses what comes next in every slot, from what the slots know."""
+
+    @abstractmethod
+    def propose(self, n: int, k: int, length: int, features: Features) -> Tensor:
+        """Guesses for the first ``n`` slots, int64 [n, k]; negative where there are none.
+
+        Device-side only: it is captured in a CUDA graph.
+        """
+
+    def admit(self, slot: int) -> None:  # noqa: B027 (most have nothing to do)
+        """Is told that a slot holds another sequence now."""
+
+    def skip(self, n: int) -> None:  # noqa: B027
+        """Is told of a step of the first ``n`` slots without drafts."""
+
+    def catch_up(self, known: Mapping[int, int], slack: int) -> None:  # noqa: B027
+        """Learns what it was not there for, before it proposes.
 
         Args:
-            n: Rows; slots among them that hold nothing compute something harmless.
-            longest: Exceeds every position in use.
-            features: What the sampler must do.
+            known: By slot, a position that its newest token has reached.
+            slack: How far beyond that it may be.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """How long the device spent on the parts of one step, in seconds.
+
+    Attributes:
+        catch_up_s: The drafter's learning what it was not there for.
+        draft_s: Making drafts.
+        model_s: The model.
+    """
+
+    catch_up_s: float = 0.0
+    draft_s: float = 0.0
+    model_s: float = 0.0
+
+    def __truediv__(self, n: int) -> StepTimes:
+        """An n-th of each."""
+        return StepTimes(
+            catch_up_s=self.catch_up_s / n, draft_s=self.draft_s / n, model_s=self.model_s / n
+        )
+
+
+Marks = Sequence[Any]
+"""Clock readings in seconds, or events on the device: where a step began, and its parts ended."""
+
+
+def step_times(marks: Marks) -> StepTimes:
+    """What lies between marks, once the device has passed the last one."""
+    spans = [
+        end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
+        for begin, end in itertools.pairwise(marks)
+    ]
+    catch_up_s, draft_s, model_s = spans
+    return StepTimes(catch_up_s=catch_up_s, draft_s=draft_s, model_s=model_s)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What to do in one step.
+
+    Attributes:
+        n: Rows: the first so many slots. Those among them that hold nothing compute something
+            harmless.
+        longest: Exceeds every position in use, drafts included.
+        features: What the sampler must do.
+        k: Drafts for each slot.
+        known: By slot that holds something, a position that its newest token has reached.
+        slack: How far beyond that it may be, by steps under way.
+    """
+
+    n: int
+    longest: int
+    features: Features
+    k: int = 0
+    known: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    slack: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """One size of a program: what a CUDA graph is captured for."""
+
+    drafting: bool
+    n: int
+    k: int
+    length: int
+    features: Features
+
+
+class Stepper:
+    """Runs decode steps over the slots of a cache.
+
+    Args:
+        forward: The model.
+        slots: What to advance.
+        sampler: Chooses tokens.
+        drafter: Makes drafts, if anybody does.
+        max_drafts: The most drafts in a step.
+        n_positions: Of the cache.
+        captures: Whether programs become CUDA graphs.
+        reads_whole_cache: Whether attention itself reads no more than each row needs.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        slots: Slots,
+        sampler: Sampler,
+        *,
+        drafter: Drafter | None,
+        max_drafts: int,
+        n_positions: int,
+        captures: bool,
+        reads_whole_cache: bool,
+    ) -> None:
+        self.forward, self.slots, self.sampler, self.drafter = forward, slots, sampler, drafter
+        self.n_positions, self.captures = n_positions, captures
+        self.reads_whole_cache = reads_whole_cache
+        self._device = slots.positions.device
+        self._drafts = slots.positions.new_full((len(slots.positions), max(1, max_drafts)), -1)
+        # The sizes that ran before; with CUDA graphs, each one's graph and results.
+        self._ready: dict[_Program, Any] = {}
+
+    def step(self, step: Step) -> tuple[Sampled, Marks | None]:
+        """One token or more for each row.
+
+        On a CPU, where looking at drafts costs nothing, a step in which nobody had one is plain.
 
         Returns:
-            Tensors that stay as they are until the next step of the same key.
+            Tensors that stay as they are until the next step of the same size; and, where there is
+            a drafter and nothing had to be compiled, the marks of its parts.
         """
-        key = (n, self.length(longest), features)
-        if self.execution == "eager" or self.device.type != "cuda":
-            return self._step(*key)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(key)
-        graph, sampled = self._graphs[key]
-        graph.replay()
-        return sampled
+        n, k, length = step.n, step.k, self.length(step.longest)
+        if self.drafter is None:
+            return self._run(_Program(False, n, 0, length, step.features), self._model), None
+        known_programs = len(self._ready)
+        marks = [self._mark()]
+        if k:
+            self.drafter.catch_up(step.known, step.slack)
+            marks.append(self._mark())
+            features = dataclasses.replace(step.features, logprobs=False)
+            self._run(_Program(True, n, k, length, features), self._draft)
+            if self._device.type == "cpu" and (self._drafts[:n, 0] < 0).all():
+                k = 0
+        else:
+            self.drafter.skip(n)
+            marks.append(self._mark())
+        marks.append(self._mark())
+        sampled = self._run(_Program(False, n, k, length, step.features), self._model)
+        marks.append(self._mark())
+        return sampled, marks if len(self._ready) == known_programs else None
 
     def length(self, longest: int) -> int:
         """How much of the cache a step reads that must see ``longest`` positions."""
         if self.reads_whole_cache:
-            return self.cache.n_positions
+            return self.n_positions
         length = max(SMALLEST_LENGTH, 1 << (longest - 1).bit_length())
-        return min(length, self.cache.n_positions)
+        return min(length, self.n_positions)
 
-    def _step(self, n: int, length: int, features: Features) -> Sampled:
-        ids, positions = self.ids[:n], self.positions[:n]
-        logits = self._forward(ids[:, None], positions[:, None], length)
-        sampled = self.sampler.sample(logits, positions[:, None] + 1, 0, features)
+    def _draft(self, program: _Program) -> None:
+        assert self.drafter is not None, "there is nobody to draft"
+        n, k = program.n, program.k
+        drafts = self.drafter.propose(n, k, program.length, program.features)
+        self._drafts[:n, :k].copy_(drafts)
+
+    def _model(self, program: _Program) -> Sampled:
+        n, k, features = program.n, program.k, program.features
+        slots = self.slots
+        positions_BT = slots.upcoming(n, k + 1)
+        ids_BT, drafts_BD, n_kept_B = slots.tokens(positions_BT[:, :1]), None, None
+        if k:
+            drafts_BD = self._drafts[:n, :k]
+            ids_BT = torch.cat((ids_BT, drafts_BD.clamp(min=0)), dim=1)
+        logits_BTV = self.forward(ids_BT, positions_BT, program.length)
+        sampled = self.sampler.sample(logits_BTV, positions_BT + 1, 0, features, drafts_BD)
+        kept_BT = sampled.ids
+        if drafts_BD is not None:
+            right_BD = sampled.ids[:, :k] == drafts_BD
+            n_kept_B = right_BD.long().cumprod(dim=1).sum(dim=1) + 1
+            kept = torch.arange(k + 1, device=n_kept_B.device) < n_kept_B[:, None]
+            kept_BT = torch.where(kept, sampled.ids, sampled.ids[:, :1])
+            n_drafts_B = (drafts_BD >= 0).sum(dim=1)
+            sampled = dataclasses.replace(sampled, n_kept=n_kept_B, n_drafts=n_drafts_B)
         if features.penalize:
-            self.sampler.remember(sampled.ids, 0)
-        ids.copy_(sampled.ids[:, 0])
-        # A finished slot may run one step too many: it must not write beyond the cache.
-        positions.add_(1).clamp_(max=self.cache.n_positions - 1)
+            self.sampler.remember(kept_BT, 0)
+        slots.advance(sampled.ids, n_kept_B)
         return sampled
 
-    def _logits(self, ids_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
-        return self.decoder.logits(self.decoder(ids_BT, positions_BT, self.cache, length=length))
+    def _run(self, program: _Program, run: Callable[[_Program], Result]) -> Result:
+        if not self.captures:
+            self._ready.setdefault(program)
+            return run(program)
+        if program not in self._ready:
+            self._ready[program] = self._capture(program, run)
+        graph, result = self._ready[program]
+        graph.replay()
+        return result
 
-    def _capture(self, key: StepKey) -> tuple[torch.cuda.CUDAGraph, Sampled]:
+    def _capture(
+        self, program: _Program, run: Callable[[_Program], Result]
+    ) -> tuple[torch.cuda.CUDAGraph, Result]:
         # Compilation and lazy handles must come before the capture, and what those runs do to the
         # slots must be undone after them; the cache needs no undoing, they write at positions that
         # the step itself is about to write.
-        saved = self.ids.clone(), self.positions.clone(), self.sampler.seen_SV.clone()
-
-        def restore() -> None:
-            for tensor, value in zip(
-                (self.ids, self.positions, self.sampler.seen_SV), saved, strict=True
-            ):
-                tensor.copy_(value)
-
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        state = (self.slots.history, self.slots.positions, self.sampler.seen_SV)
+        saved = [tensor.clone() for tensor in state]
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._step(*key)
-                restore()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+                run(program)
+                for tensor, value in zip(state, saved, strict=True):
+                    tensor.copy_(value)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            sampled = self._step(*key)
-        return graph, sampled
+            result = run(program)
+        return graph, result
+
+    def _mark(self) -> Any:
+        """This moment: on a GPU, the one at which it has done what it was told so far."""
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def compile_unavailable_reason(device: torch.device) -> str | None:

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
+from hotloop.engine.execution import Step, StepTimes
 from hotloop.engine.runner import Pending, Progress, Runner, out_of_memory_in
 from hotloop.engine.sampling import Features
 from hotloop.engine.sequence import Sequence as Request
 from hotloop.engine.setup import prepare
+from hotloop.engine.speculation import DraftController, sizes_up_to
 from hotloop.errors import RequestError, UnsupportedError
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
@@ -73,6 +75,10 @@ class LLM:
         n_tokens = self.tokenizer.vocab_size if self.tokenizer else setup.model.vocab_size
         n_tokens = min(n_tokens, setup.model.vocab_size)
         self._runner = Runner(setup, n_tokens=n_tokens, progress=progress)
+        self._controller: DraftController | None = None
+        if setup.draft is not None:
+            sizes = sizes_up_to(config.draft_tokens)
+            self._controller = DraftController(sizes, always=config.draft_policy == "always")
         self._load_s = time.perf_counter() - started
         started = time.perf_counter()
         with out_of_memory_in("warmup"):
@@ -198,9 +204,16 @@ class LLM:
     # ------------------------------------------------------------------------------ getting ready
 
     def _warm_up(self) -> None:
-        """Compiles and captures what a greedy run with one prompt needs, and touches the rest."""
+        """Compiles and captures what a greedy run with one prompt needs, and touches the rest.
+
+        With speculative decoding, that is a step of every number of drafts, each run and timed.
+        """
         prompt = [i % self._setup.model.vocab_size for i in range(1, 4)]
-        n = min(4, self._setup.n_positions - len(prompt))
+        n_steps = 3
+        if self._setup.draft is not None:
+            sizes = sizes_up_to(self.config.draft_tokens)
+            n_steps = 3 * sum(1 + k for k in sizes)
+        n = min(1 + n_steps, self._setup.n_positions - len(prompt))
         if n >= 1:
             self.generate([prompt], SamplingParams(max_new_tokens=n, ignore_eos=True))
         self._runner.synchronize()
@@ -256,6 +269,7 @@ class LLM:
             eos_ids=self.tokenizer.eos_ids if self.tokenizer else frozenset(),
             tokenizer=self.tokenizer,
             submitted_s=submitted_s,
+            speculates=self._controller is not None,
         )
 
     def _run(self, requests: list[Request]) -> Generator[Delta]:
@@ -267,10 +281,14 @@ class LLM:
                 if waiting and slots[slot] is None:
                     request = slots[slot] = waiting.popleft()
                     yield from self._deliver(slots, self._admit(request, slot))
-            # The next step starts before the last one's tokens are looked at.
+            # The next step starts before the last one's tokens are looked at, unless the device
+            # is done with it anyway.
             previous, launched = launched, self._launch(slots, launched)
             if previous is not None:
                 yield from self._deliver(slots, previous)
+            if launched is not None and not self._runner.asynchronous:
+                yield from self._deliver(slots, launched)
+                launched = None
 
     def _admit(self, request: Request, slot: int) -> _Launched:
         """Prefills a prompt into a slot, and samples its first token."""
@@ -288,22 +306,49 @@ class LLM:
         }
         if not active:
             return None
-        longest = max(len(r.prompt_ids) + len(r.token_ids) for r in active.values()) + 1
-        features = Features.of(r.params for r in active.values())
-        return _Launched(active, self._runner.step(max(active) + 1, longest, features))
+        # Where newest tokens are, as far as is known; steps under way can take them further.
+        known = {slot: len(r.prompt_ids) + len(r.token_ids) - 1 for slot, r in active.items()}
+        slack = 0 if previous is None else 1 + previous.k
+        furthest, n = max(known.values()) + slack, max(active) + 1
+        k = 0
+        if self._controller is not None:
+            wanted = max(
+                r.max_new_tokens - len(r.token_ids) - (id(r) in coming) for r in active.values()
+            )
+            room = self._setup.n_positions - 1 - furthest
+            k = self._controller.choose(n, min(wanted, room) - 1)
+        step = Step(
+            n=n,
+            longest=furthest + k + 1,
+            features=Features.of(r.params for r in active.values()),
+            k=k,
+            known=known,
+            slack=slack,
+        )
+        return _Launched(active, self._runner.step(step), n=n, k=k)
 
     def _deliver(self, slots: list[Request | None], launched: _Launched) -> Iterator[Delta]:
         """Hands a step's tokens to their requests, and frees the slots of those that end."""
-        rows = launched.pending.wait()
-        for row, request in launched.requests.items():
-            if request.finish_reason is not None:
-                continue  # ended a step ago, when this one was already on its way
-            text, taken = "", []
-            for token_id, logprob in rows[row]:
+        taken = launched.pending.wait()
+        # The others ended a step ago, when this one was already on its way.
+        going = {row: r for row, r in launched.requests.items() if r.finish_reason is None}
+        if self._controller is not None and launched.n:
+            kept = [len(taken.rows[row]) for row in going]
+            self._controller.observe(launched.n, taken.k, times=taken.times, kept=kept)
+        for row, request in going.items():
+            text, ids = "", []
+            for token_id, logprob in taken.rows[row]:
                 text += request.accept(token_id, logprob)
-                taken.append(token_id)
+                ids.append(token_id)
                 if request.finish_reason is not None:
                     break  # what else the step brought is beyond the end
+            if self._controller is not None and launched.n:
+                request.count_step(
+                    given=len(taken.rows[row]),
+                    taken=len(ids),
+                    n_drafts=taken.n_drafts[row],
+                    share=(taken.times or StepTimes()) / len(going),
+                )
             ended = request.finish_reason is not None
             if ended:
                 assert request.slot is not None
@@ -311,14 +356,19 @@ class LLM:
             yield Delta(
                 index=request.index,
                 text=text,
-                token_ids=tuple(taken),
+                token_ids=tuple(ids),
                 generation=request.generation() if ended else None,
             )
 
 
 @dataclass(frozen=True)
 class _Launched:
-    """A step on its way to the host, and whose tokens each of its rows brings."""
+    """A step on its way to the host, and whose tokens each of its rows brings.
+
+    ``n`` rows with ``k`` drafts each; a prompt's first token comes of no step, and n is 0.
+    """
 
     requests: dict[int, Request]
     pending: Pending
+    n: int = 0
+    k: int = 0

@@ -46,18 +46,26 @@ def predict_memory(config: EngineConfig) -> MemoryPlan:
         HotloopError: Whatever ``LLM(config)`` would raise before it reads a weight.
     """
     setup = prepare(config)
-    cache = config.max_batch_size * setup.n_positions
     return MemoryPlan(
         weights_bytes=weights_bytes(setup),
-        cache_bytes=cache * setup.model.kv_bytes_per_token(setup.dtype.itemsize),
-        workspace_bytes=workspace_bytes(setup),
+        cache_bytes=sum(map(_cache_bytes, setup.models)),
+        workspace_bytes=max(map(workspace_bytes, setup.models)),
         device=str(setup.device),
         free_bytes=free_bytes(setup.device),
     )
 
 
 def weights_bytes(setup: Setup) -> int:
-    """Exact bytes of all resident weights, tables of rotary positions included."""
+    """Exact bytes of all resident weights, rotary tables and a draft model included."""
+    return sum(map(_weights_bytes, setup.models))
+
+
+def _cache_bytes(setup: Setup) -> int:
+    n_tokens = setup.config.max_batch_size * setup.n_positions
+    return n_tokens * setup.model.kv_bytes_per_token(setup.dtype.itemsize)
+
+
+def _weights_bytes(setup: Setup) -> int:
     model, itemsize = setup.model, setup.dtype.itemsize
 
     def form(scheme: Scheme, n: int, k: int) -> WeightFormat:

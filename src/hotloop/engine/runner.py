@@ -3,20 +3,34 @@
 A ``Runner`` does what it is told about slots: put a prompt into one, take a step with the first n,
 score a window. What that gives comes back as ``Pending``, on its way to the host, so that the next
 step can start before the last one's tokens are looked at.
+
+Shape letters: T tokens of one sequence, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hotloop.engine.execution import Stepper, compile_cache_state
+from hotloop.engine.execution import (
+    Drafter,
+    Forward,
+    Marks,
+    Slots,
+    Step,
+    Stepper,
+    StepTimes,
+    compile_cache_state,
+    step_times,
+)
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.sampling import Features, Sampled, Sampler
 from hotloop.engine.setup import Setup
+from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info
 from hotloop.kernels.attention import choose_attention
@@ -30,47 +44,56 @@ from hotloop.weights.source import CheckpointSource, RandomSource
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total) while an engine gets ready."""
 
-Tokens = list[list[tuple[int, TokenLogprob | None]]]
-"""Of each row, the tokens that it was given, with log-probabilities where some row wants them."""
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a step gave, on the host.
+
+    Attributes:
+        rows: Each row's tokens, with log-probabilities where some row wants them.
+        n_drafts: How many drafts each row had.
+        k: How many drafts the step was made for; 0 if nobody had any.
+        times: How long it took, where there is a drafter.
+    """
+
+    rows: list[list[tuple[int, TokenLogprob | None]]]
+    n_drafts: list[int]
+    k: int
+    times: StepTimes | None
 
 
 class Runner:
-    """A model on a device.
+    """A model on a device, and who makes drafts for it.
 
     Args:
         setup: What to load, and where.
         n_tokens: Token ids that may be chosen are below this.
         progress: Told of layers as they are loaded.
+
+    Attributes:
+        asynchronous: Whether ``step`` returns before the device has done it.
     """
 
     def __init__(self, setup: Setup, *, n_tokens: int, progress: Progress | None = None) -> None:
         self._setup = setup
-        model, device = setup.model, setup.device
+        self.asynchronous = setup.device.type == "cuda"
+        config, device = setup.config, setup.device
         with out_of_memory_in("load"), torch.inference_mode():
-            self._attention_name, attention, self._attention_notes = choose_attention(
-                device, setup.dtype
-            )
-            self._decoder = Decoder(
-                model, n_positions=setup.n_positions, attention=attention, device=device
-            )
-            self._load_weights(progress)
-            self._cache = KVCache(
-                n_layers=model.n_layers,
-                n_slots=setup.config.max_batch_size,
-                n_kv_heads=model.n_kv_heads,
-                n_positions=setup.n_positions,
-                head_dim=model.head_dim,
-                dtype=setup.dtype,
-                device=device,
-            )
-            self._sampler = Sampler(self._cache.n_slots, n_tokens, device)
+            self._model = _Model(setup, progress)
+            self._sampler = Sampler(config.max_batch_size, n_tokens, device)
+            spare = config.draft_tokens if setup.draft else 0
+            self._slots = Slots(config.max_batch_size, setup.n_positions, spare, device)
+            self._draft_model: _Model | None = None
+            self._drafter = self._make_drafter(progress)
             self._stepper = Stepper(
-                self._decoder,
-                self._cache,
+                self._model.forward(),
+                self._slots,
                 self._sampler,
-                execution=setup.config.execution,
-                reads_whole_cache=self._attention_name == "cpu",
-                device=device,
+                drafter=self._drafter,
+                max_drafts=spare,
+                n_positions=setup.n_positions,
+                captures=config.execution == "compile" and device.type == "cuda",
+                reads_whole_cache=self._model.attention_name == "cpu",
             )
 
     @torch.inference_mode()
@@ -81,37 +104,31 @@ class Runner:
         with out_of_memory_in("prefill"):
             ids = torch.tensor(prompt_ids, device=self._setup.device)
             self._sampler.admit(slot, params, seed, ids)
-            hidden = self._prefill(ids, slot)
-            logits = self._decoder.logits(hidden[None, -1:])
+            hidden = self._model.prefill(ids, 0, slot)
+            logits = self._model.decoder.logits(hidden[None, -1:])
             position = torch.full((1, 1), len(ids), device=self._setup.device)
             features = Features.of([params])
             sampled = self._sampler.sample(logits, position, slot, features)
             if features.penalize:
                 self._sampler.remember(sampled.ids, slot)
-            self._stepper.ids[slot : slot + 1] = sampled.ids[:, 0]
-            self._stepper.positions[slot] = len(ids)
+            self._slots.admit(slot, ids, sampled.ids[0])
+            if self._drafter is not None:
+                self._drafter.admit(slot)
             return Pending(sampled)
 
     @torch.inference_mode()
-    def step(self, n: int, longest: int, features: Features) -> Pending:
-        """Starts a decode step of the first ``n`` slots, without waiting for it.
-
-        Args:
-            n: Rows.
-            longest: Exceeds every position in use.
-            features: What the sampler must do.
-        """
+    def step(self, step: Step) -> Pending:
+        """Starts a decode step, without waiting for it."""
         with out_of_memory_in("decode"):
-            return Pending(self._stepper.step(n, longest, features))
+            return Pending(*self._stepper.step(step))
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int], full: bool) -> Score:
         """Scores one window in the first slot."""
         ids_T = torch.tensor(ids, device=self._setup.device)
         logprobs, top1, distributions = [], [], []
-        for chunk in self._chunks(len(ids) - 1):
-            logits = self._decoder.logits(self._forward(ids_T, chunk, 0))
-            log_probs = logits.log_softmax(dim=-1)
+        for chunk, hidden in self._model.chunks(ids_T[:-1], 0, 0):
+            log_probs = self._model.decoder.logits(hidden).log_softmax(dim=-1)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
             logprobs.append(log_probs.gather(1, labels[:, None])[:, 0].cpu())
             top1.append(log_probs.argmax(dim=-1).cpu())
@@ -130,37 +147,127 @@ class Runner:
 
     def describe(self) -> dict[str, Any]:
         """What ``EngineDescription`` says of a device: its name, kernels, notes and bytes."""
-        setup, model, decoder = self._setup, self._setup.model, self._decoder
-        linears = {name: getattr(decoder.layers[0], name) for name in names.LINEAR_PARTS}
-        linears["head"] = decoder.head
-        kernels = {name: linear.kernel.name for name, linear in linears.items()}
-        notes = dict.fromkeys(note for linear in linears.values() for note in linear.notes)
-        norms = (2 * model.n_layers + 1) * model.hidden_size * setup.dtype.itemsize
-        blocks = sum(
-            getattr(layer, name).nbytes for layer in decoder.layers for name in names.LINEAR_PARTS
-        )
+        setup, model = self._setup, self._model
+        kernels, notes = model.kernels(), model.notes()
+        if self._draft_model is not None:
+            kernels |= {f"draft/{name}": k for name, k in self._draft_model.kernels().items()}
+            notes = dict.fromkeys((*notes, *self._draft_model.notes()))
         compiled = setup.config.execution == "compile"
         return {
             "device": str(setup.device),
             "device_name": device_info(setup.device).name,
             "weight_bytes": weights_bytes(setup),
-            "weight_bytes_per_step": blocks + decoder.head.nbytes + norms,
-            "kv_bytes_per_token": model.kv_bytes_per_token(setup.dtype.itemsize),
-            "kernels": kernels | {"attention": f"attention/{self._attention_name}"},
-            "notes": (*notes, *self._attention_notes),
+            "weight_bytes_per_step": model.bytes_per_step,
+            "kv_bytes_per_token": setup.model.kv_bytes_per_token(setup.dtype.itemsize),
+            "kernels": kernels,
+            "notes": tuple(notes),
             "compile_cache": compile_cache_state() if compiled else None,
         }
 
     def close(self) -> None:
         """Frees the device."""
-        for name in ("_stepper", "_sampler", "_decoder", "_cache"):
+        for name in ("_stepper", "_drafter", "_draft_model", "_sampler", "_slots", "_model"):
             if hasattr(self, name):
                 delattr(self, name)
         if self._setup.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _make_drafter(self, progress: Progress | None) -> Drafter | None:
+        draft = self._setup.draft
+        if draft is None:
+            return None
+        if draft.n_layers is not None:
+            forward = self._model.forward(n_layers=draft.n_layers)
+            return ExitDrafter(forward, self._slots, self._sampler)
+        if draft.setup is None:
+            return NgramDrafter(self._slots)
+        model = self._draft_model = _Model(draft.setup, progress)
+        return ModelDrafter(model.forward(), model.prefill, self._slots, self._sampler)
+
+
+class _Model:
+    """A decoder with its weights and its cache."""
+
+    def __init__(self, setup: Setup, progress: Progress | None) -> None:
+        self.setup = setup
+        model, device = setup.model, setup.device
+        self.attention_name, attention, self._attention_notes = choose_attention(
+            device, setup.dtype
+        )
+        self.decoder = Decoder(
+            model, n_positions=setup.n_positions, attention=attention, device=device
+        )
+        self._load_weights(progress)
+        self.cache = KVCache(
+            n_layers=model.n_layers,
+            n_slots=setup.config.max_batch_size,
+            n_kv_heads=model.n_kv_heads,
+            n_positions=setup.n_positions,
+            head_dim=model.head_dim,
+            dtype=setup.dtype,
+            device=device,
+        )
+
+    def forward(self, n_layers: int | None = None) -> Forward:
+        """The model as steps run it, or its first layers."""
+        setup = self.setup
+        return Forward(
+            self.decoder,
+            self.cache,
+            execution=setup.config.execution,
+            device=setup.device,
+            n_layers=n_layers,
+        )
+
+    def prefill(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
+        """Puts tokens from position ``start`` on into a slot; the last chunk's hidden states."""
+        hidden = None
+        for _, hidden in self.chunks(ids_T, start, slot):  # noqa: B007
+            pass
+        assert hidden is not None, "there was nothing to put there"
+        return hidden
+
+    def chunks(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
+        """Runs tokens through the model a chunk at a time: their places, hidden states [T, D]."""
+        size = self.setup.config.prefill_chunk
+        for first in range(0, len(ids_T), size):
+            chunk = range(first, min(first + size, len(ids_T)))
+            positions_T = torch.arange(start + chunk.start, start + chunk.stop, device=ids_T.device)
+            hidden = self.decoder(
+                ids_T[None, chunk.start : chunk.stop],
+                positions_T[None],
+                self.cache,
+                first_slot=slot,
+                length=start + chunk.stop,
+            )
+            yield chunk, hidden[0]
+
+    def kernels(self) -> dict[str, str]:
+        """Which arithmetic each kind of layer uses."""
+        kernels = {name: linear.kernel.name for name, linear in self._linears().items()}
+        return kernels | {"attention": f"attention/{self.attention_name}"}
+
+    def notes(self) -> dict[str, None]:
+        """Why faster kernels were passed over, each reason once."""
+        notes = (note for linear in self._linears().values() for note in linear.notes)
+        return dict.fromkeys((*notes, *self._attention_notes))
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of weights that a decode step reads."""
+        model, itemsize = self.setup.model, self.setup.dtype.itemsize
+        norms = (2 * model.n_layers + 1) * model.hidden_size * itemsize
+        layers = self.decoder.layers
+        blocks = sum(getattr(layer, name).nbytes for layer in layers for name in names.LINEAR_PARTS)
+        return blocks + self.decoder.head.nbytes + norms
+
+    def _linears(self) -> dict[str, Any]:
+        first = self.decoder.layers[0]
+        linears = {name: getattr(first, name) for name in names.LINEAR_PARTS}
+        return linears | {"head": self.decoder.head}
+
     def _load_weights(self, progress: Progress | None) -> None:
-        setup, checkpoint = self._setup, None
+        setup, checkpoint = self.setup, None
         if setup.config.weights == "random":
             source = RandomSource(setup.config.seed, setup.dtype, setup.device)
         else:
@@ -169,7 +276,7 @@ class Runner:
             source = CheckpointSource(checkpoint, setup.device, ignored=redundant)
         try:
             load_weights(
-                self._decoder,
+                self.decoder,
                 setup.model,
                 source,
                 scheme=setup.scheme,
@@ -182,52 +289,33 @@ class Runner:
             if checkpoint is not None:
                 checkpoint.close()
 
-    def _prefill(self, ids: Tensor, slot: int) -> Tensor:
-        """Runs a prompt through the model in chunks; returns the last chunk's hidden states."""
-        hidden = None
-        for chunk in self._chunks(len(ids)):
-            hidden = self._forward(ids, chunk, slot)
-        assert hidden is not None, "prompts are not empty"
-        return hidden
-
-    def _forward(self, ids: Tensor, chunk: range, slot: int) -> Tensor:
-        """Hidden states [T, D] of one chunk of one sequence."""
-        positions = torch.arange(chunk.start, chunk.stop, device=ids.device)
-        return self._decoder(
-            ids[None, chunk.start : chunk.stop],
-            positions[None],
-            self._cache,
-            first_slot=slot,
-            length=chunk.stop,
-        )[0]
-
-    def _chunks(self, n: int) -> Iterator[range]:
-        size = self._setup.config.prefill_chunk
-        for start in range(0, n, size):
-            yield range(start, min(start + size, n))
-
 
 class Pending:
-    """Tokens on their way to the host, where ``wait`` gets them."""
+    """What a step gives, on its way to the host, where ``wait`` gets it."""
 
-    def __init__(self, sampled: Sampled) -> None:
-        self._host = sampled.map(_to_host)
+    def __init__(self, sampled: Sampled, marks: Marks | None = None) -> None:
+        self._host, self._marks = sampled.map(_to_host), marks
         self._ready = None
         if sampled.ids.is_cuda:
             self._ready = torch.cuda.Event()
             self._ready.record()
 
-    def wait(self) -> Tokens:
-        """The tokens of every row, once they are there."""
+    def wait(self) -> Taken:
+        """What it gave, once that is there."""
         if self._ready is not None:
             self._ready.synchronize()
         host = self._host
-        rows = host.ids.tolist()
-        kept = [len(row) for row in rows] if host.n_kept is None else host.n_kept.tolist()
-        return [
-            [(token, self._logprob(b, t, token)) for t, token in enumerate(row[:n])]
-            for b, (row, n) in enumerate(zip(rows, kept, strict=True))
-        ]
+        ids = host.ids.tolist()
+        kept = [len(row) for row in ids] if host.n_kept is None else host.n_kept.tolist()
+        return Taken(
+            rows=[
+                [(token, self._logprob(b, t, token)) for t, token in enumerate(row[:n])]
+                for b, (row, n) in enumerate(zip(ids, kept, strict=True))
+            ],
+            n_drafts=[0] * len(ids) if host.n_drafts is None else host.n_drafts.tolist(),
+            k=host.ids.shape[1] - 1,
+            times=None if self._marks is None else step_times(self._marks),
+        )
 
     def _logprob(self, b: int, t: int, token: int) -> TokenLogprob | None:
         host = self._host

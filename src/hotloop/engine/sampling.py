@@ -7,7 +7,7 @@ keep, a run can be repeated, and neighbours in the batch cannot matter.
 
 What nobody in the batch asked for is not computed; ``Features`` says what somebody did.
 
-Shape letters: B sequences, T consecutive positions of each, S slots, V vocabulary.
+Shape letters: B sequences, T consecutive positions of each, D drafts, S slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Sampled:
         ids: int64 [B, T].
         n_kept: int64 [B]: the first so many of each row count, the others never happened; None
             where all do.
+        n_drafts: int64 [B]: how many of each row's drafts there were; None in a step without.
         logprobs: float32 [B, T], of those tokens; None without the feature.
         top_logprobs: float32 [B, T, MAX_LOGPROBS], most likely first; fewer where V is smaller.
         top_ids: int64, as many.
@@ -67,6 +68,7 @@ class Sampled:
 
     ids: Tensor
     n_kept: Tensor | None = None
+    n_drafts: Tensor | None = None
     logprobs: Tensor | None = None
     top_logprobs: Tensor | None = None
     top_ids: Tensor | None = None
@@ -117,7 +119,7 @@ class Sampler:
         positions_BT: Tensor,
         first_slot: int,
         features: Features,
-        drafts_BT: Tensor | None = None,
+        drafts_BD: Tensor | None = None,
     ) -> Sampled:
         """Chooses a token at every position; sequence b belongs to slot ``first_slot + b``.
 
@@ -126,8 +128,8 @@ class Sampler:
             positions_BT: The position that each chosen token will have.
             first_slot: The slot of the first sequence.
             features: What to compute.
-            drafts_BT: int64 [B, T - 1], where T > 1: the tokens that position t supposes to have
-                come just before it, which a repetition penalty is about.
+            drafts_BD: int64, negative for none: tokens supposed to follow those that slots know of.
+                The last position supposes all D of them, each one before it one less.
         """
         B, T, _ = logits_BTV.shape
         here = slice(first_slot, first_slot + B)
@@ -137,7 +139,7 @@ class Sampler:
             penalized = torch.where(
                 scores_BTV > 0, scores_BTV / penalty_B11, scores_BTV * penalty_B11
             )
-            scores_BTV = torch.where(self._seen(here, T, drafts_BT), penalized, scores_BTV)
+            scores_BTV = torch.where(self._seen(here, T, drafts_BD), penalized, scores_BTV)
         ids_BT = scores_BTV.argmax(dim=-1)
         if features.draw:
             drawn_BT = self._draw(scores_BTV, positions_BT, here, features)
@@ -154,13 +156,16 @@ class Sampler:
         """Tells the slots' repetition penalties of tokens that have become part of the answer."""
         self.seen_SV[first_slot : first_slot + len(ids_BT)].scatter_(1, ids_BT, True)
 
-    def _seen(self, here: slice, T: int, drafts_BT: Tensor | None) -> Tensor:
+    def _seen(self, here: slice, T: int, drafts_BD: Tensor | None) -> Tensor:
         """Which tokens the penalty is about at each position, bool [B, T, V]."""
         seen_BTV = self.seen_SV[here, None].repeat(1, T, 1)
-        for t in range(1, T):
-            assert drafts_BT is not None, "later positions suppose drafts"
-            new_B11 = drafts_BT[:, t - 1, None, None].clamp(min=0)
-            seen_BTV[:, t:].scatter_(2, new_B11.expand(-1, T - t, 1), True)
+        if drafts_BD is None:
+            return seen_BTV
+        D = drafts_BD.shape[1]
+        for d in range(D):
+            later = seen_BTV[:, max(0, T - D + d) :]
+            index = drafts_BD[:, d, None, None].clamp(min=0).expand(-1, later.shape[1], 1)
+            later.scatter_(2, index, True)
         return seen_BTV
 
     def _draw(

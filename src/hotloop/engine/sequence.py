@@ -6,9 +6,17 @@ import dataclasses
 import time
 from collections.abc import Set as AbstractSet
 
+from hotloop.engine.execution import StepTimes
 from hotloop.text.detokenize import Detokenizer, StopFilter
 from hotloop.text.tokenizer import Tokenizer
-from hotloop.types import FinishReason, Generation, SamplingParams, Timing, TokenLogprob
+from hotloop.types import (
+    FinishReason,
+    Generation,
+    SamplingParams,
+    Speculation,
+    Timing,
+    TokenLogprob,
+)
 
 
 class Sequence:
@@ -31,6 +39,7 @@ class Sequence:
         eos_ids: AbstractSet[int],
         tokenizer: Tokenizer | None,
         submitted_s: float,
+        speculates: bool,
     ) -> None:
         self.index, self.prompt_ids, self.params, self.seed = index, prompt_ids, params, seed
         self.max_new_tokens = max_new_tokens
@@ -44,6 +53,7 @@ class Sequence:
         self._text: list[str] = []
         self._submitted_s = submitted_s
         self._first_s = self._last_s = submitted_s
+        self._speculation = Speculation() if speculates else None
 
     def accept(self, token_id: int, logprob: TokenLogprob | None) -> str:
         """Takes the next token; returns the text that is certain now, and notices the end."""
@@ -69,6 +79,26 @@ class Sequence:
         self._text.append(text)
         return text
 
+    def count_step(self, *, given: int, taken: int, n_drafts: int, share: StepTimes) -> None:
+        """Counts a step with drafts, or with none where there could have been some.
+
+        Args:
+            given: Tokens that the step brought this request.
+            taken: Those of them before its end.
+            n_drafts: Drafts that stood for it.
+            share: Its share of the step's time.
+        """
+        assert self._speculation is not None, "nobody drafts"
+        self._speculation += Speculation(
+            n_steps=1,
+            n_off=int(n_drafts == 0),
+            n_tokens=taken,
+            proposed=(1,) * n_drafts,
+            accepted=tuple(int(place < given - 1) for place in range(n_drafts)),
+            draft_s=share.catch_up_s + share.draft_s,
+            verify_s=share.model_s,
+        )
+
     def generation(self) -> Generation:
         """The whole answer, once it has ended."""
         assert self.finish_reason is not None, "the sequence goes on"
@@ -83,6 +113,7 @@ class Sequence:
                 e2e_s=self._last_s - self._submitted_s,
             ),
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
+            speculation=self._speculation,
         )
 
     def _end_of_text(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,31 @@ from typing import Any
 import torch
 
 from hotloop.engine.execution import compile_unavailable_reason
-from hotloop.errors import ConfigError, UnsupportedError
+from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError
 from hotloop.hardware import resolve_device
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.families import read_config
 from hotloop.models.shapes import SHAPES
-from hotloop.quant import Scheme, parse_scheme
+from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
+from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import DEFAULT_MAX_SEQ_LEN, EngineConfig
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
 from hotloop.weights.hub import resolve_model
 from hotloop.weights.quantize import stored_schemes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """Who makes drafts, resolved: a model, the first layers of the model itself, or a look-up.
+
+    Attributes:
+        n_layers: The layers of the model itself to take, if those.
+        setup: The draft model, if there is one.
+    """
+
+    n_layers: int | None = None
+    setup: Setup | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +51,7 @@ class Setup:
         device: Where it runs.
         dtype: Element type of activations and unquantized weights.
         n_positions: Tokens a slot can hold.
+        draft: Who makes drafts; None without speculative decoding.
     """
 
     config: EngineConfig
@@ -46,6 +62,12 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     n_positions: int
+    draft: Draft | None = None
+
+    @property
+    def models(self) -> tuple[Setup, ...]:
+        """This one and, if there is one, the draft model's."""
+        return (self, self.draft.setup) if self.draft and self.draft.setup else (self,)
 
     def open(self) -> Checkpoint:
         """The checkpoint, opened anew."""
@@ -77,7 +99,7 @@ def prepare(config: EngineConfig) -> Setup:
             f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
             "tokens."
         )
-    return Setup(
+    setup = Setup(
         config=config,
         model=model,
         path=path,
@@ -87,6 +109,79 @@ def prepare(config: EngineConfig) -> Setup:
         dtype=_resolve_dtype(config, device),
         n_positions=n_positions,
     )
+    draft = _prepare_draft(setup)
+    if draft is None and config.draft_quant != "none":
+        raise ConfigError(f"draft_quant {config.draft_quant!r} is of no use without a draft model.")
+    return dataclasses.replace(setup, draft=draft)
+
+
+def _prepare_draft(target: Setup) -> Draft | None:
+    """Who makes drafts for ``target``."""
+    config, name = target.config, target.config.draft
+    if name == "none":
+        return None
+    if name == "ngram":
+        return Draft()
+    if match := re.fullmatch(r"exit-(\d+)", name):
+        n_layers, of = int(match[1]), target.model.n_layers
+        if not 1 <= n_layers < of:
+            raise ConfigError(
+                f"draft {name!r} takes the first {n_layers} of the model's {of} layers: give a "
+                f"number from 1 to {of - 1}."
+            )
+        return Draft(n_layers=n_layers)
+    try:
+        setup = prepare(
+            EngineConfig(
+                model=name,
+                weights=config.weights,
+                quant=config.draft_quant,
+                execution=config.execution,
+                device=config.device,
+                dtype=config.dtype,
+                max_batch_size=config.max_batch_size,
+                max_seq_len=target.n_positions,
+                prefill_chunk=config.prefill_chunk,
+                seed=config.seed + 1,  # with random weights, it should be another model
+            )
+        )
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"draft {name!r} is neither 'ngram', nor 'exit-N', nor a model: {error}"
+        ) from error
+    except (ConfigError, UnsupportedError) as error:
+        kind = UnsupportedError if isinstance(error, UnsupportedError) else ConfigError
+        raise kind(f"draft {name!r}: {error}") from error
+    _check_vocabulary(target, setup)
+    return Draft(setup=setup)
+
+
+def _check_vocabulary(target: Setup, draft: Setup) -> None:
+    """Refuses a draft model whose token ids mean something else, by the first that does."""
+
+    def tokenizer(setup: Setup) -> Tokenizer | None:
+        if setup.path is None or setup.config.weights == "random":
+            return None
+        return load_tokenizer(setup.path)
+
+    ours, theirs = tokenizer(target), tokenizer(draft)
+    if ours is None or theirs is None:
+        sizes = target.model.vocab_size, draft.model.vocab_size
+    else:
+        sizes = ours.vocab_size, theirs.vocab_size
+        for i in range(min(sizes)):
+            pair = [t.token_bytes(i, skip_special=False) for t in (ours, theirs)]
+            if pair[0] != pair[1]:
+                raise ConfigError(
+                    f"draft {draft.config.model!r} has another vocabulary than "
+                    f"{target.config.model!r}: token {i} is {pair[1]!r}, not {pair[0]!r}. Use a "
+                    "draft model of the same family."
+                )
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"draft {draft.config.model!r} has a vocabulary of {sizes[1]} tokens, and "
+            f"{target.config.model!r} one of {sizes[0]}. Use a draft model of the same family."
+        )
 
 
 def _describe_model(config: EngineConfig) -> tuple[Path | None, dict[str, Any]]:
@@ -117,7 +212,7 @@ def _settle_schemes(
     A quantized checkpoint has its own; ``stored`` names them.
     """
     scheme = parse_scheme(config.quant)
-    head_scheme = _head_scheme(scheme, config.head)
+    head_scheme = parse_head_scheme(config.head, scheme)
     if stored is not None and config.weights == "checkpoint":
         same = scheme.name in ("none", stored[0]) and config.head in ("auto", stored[1])
         if not same:
@@ -127,16 +222,9 @@ def _settle_schemes(
                 "quant and head out, or start from the unquantized checkpoint."
             )
         scheme, head_scheme = parse_scheme(stored[0]), parse_scheme(stored[1])
-    by_default = head_scheme.name == _head_scheme(scheme, "auto").name
+    by_default = head_scheme.name == parse_head_scheme("auto", scheme).name
     head = "auto" if by_default else head_scheme.name
     return dataclasses.replace(config, quant=scheme.name, head=head), scheme, head_scheme
-
-
-def _head_scheme(scheme: Scheme, head: str) -> Scheme:
-    """``auto`` is int8 under any quantization: four bits cost the head more than they save."""
-    if head == "auto":
-        head = "none" if scheme.name == "none" else "int8"
-    return parse_scheme(head)
 
 
 def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

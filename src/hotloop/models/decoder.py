@@ -144,6 +144,7 @@ class Decoder(nn.Module):
         *,
         first_slot: int = 0,
         length: int,
+        n_layers: int | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] of new tokens, normalized for the head.
 
@@ -153,11 +154,13 @@ class Decoder(nn.Module):
             cache: Holds everything before them, and them afterwards.
             first_slot: Sequence b is in slot ``first_slot + b``.
             length: Exceeds every position; bounds how much of the cache is read.
+            n_layers: Stop after so many layers; None takes all.
         """
         x_BTD = self.embedding(ids_BT)
         cos_BTE, sin_BTE = self.cos[positions_BT], self.sin[positions_BT]
         slots_B = torch.arange(first_slot, first_slot + ids_BT.shape[0], device=ids_BT.device)
-        for i, layer in enumerate(self.layers):
+        layers = self.layers if n_layers is None else self.layers[:n_layers]
+        for i, layer in enumerate(layers):
             keys, values = cache.layer(i)
             x_BTD = layer(
                 x_BTD, cos_BTE, sin_BTE, positions_BT, keys, values, slots_B, first_slot, length
