@@ -12,7 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hotloop.errors import HotloopError
-from hotloop.types import Delta, EngineConfig, Generation, SamplingParams, Score, Timing
+from hotloop.types import (
+    Delta,
+    EngineConfig,
+    Generation,
+    SamplingParams,
+    Score,
+    Speculation,
+    Timing,
+)
 
 if TYPE_CHECKING:
     from hotloop.engine.llm import LLM
@@ -26,6 +34,7 @@ __all__ = [
     "HotloopError",
     "SamplingParams",
     "Score",
+    "Speculation",
     "Timing",
     "__version__",
 ]

@@ -85,7 +85,12 @@ def write_random(
 
 
 def write_markov(
-    folder: Path, logits_VV: Tensor, *, eos: Iterable[int] = (END,), max_position: int = 64
+    folder: Path,
+    logits_VV: Tensor,
+    *,
+    eos: Iterable[int] = (END,),
+    max_position: int = 64,
+    n_layers: int = 1,
 ) -> Path:
     """A Llama whose next-token logits are row ``t`` of ``logits_VV`` after token ``t``, exactly.
 
@@ -98,7 +103,7 @@ def write_markov(
         "vocab_size": V,
         "hidden_size": V,
         "intermediate_size": 2,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": n_layers,
         "num_attention_heads": 1,
         "max_position_embeddings": max_position,
         "rms_norm_eps": 0.0,
@@ -113,7 +118,11 @@ def write_markov(
         "input_layernorm": torch.ones(V),
         "post_attention_layernorm": torch.ones(V),
     }
-    tensors = {f"model.layers.0.{name}.weight": tensor for name, tensor in layer.items()}
+    tensors = {
+        f"model.layers.{i}.{name}.weight": tensor.clone()
+        for i in range(n_layers)
+        for name, tensor in layer.items()
+    }
     tensors |= {
         "model.embed_tokens.weight": torch.eye(V),
         "model.norm.weight": torch.ones(V),

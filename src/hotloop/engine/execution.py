@@ -119,7 +119,8 @@ class Forward:
             return decoder.logits(hidden)
 
         self._logits: Callable[[Tensor, Tensor, int], Tensor] = logits
-        if execution == "compile":
+        self._compiled = execution == "compile"
+        if self._compiled:
             # Without this, artifacts land in a temporary directory: the next boot compiles again.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
             options = _COMPILER_OPTIONS[device.type]
@@ -127,6 +128,11 @@ class Forward:
 
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
         """``length`` exceeds every position."""
+        if not self._compiled:
+            return self._logits(ids_BT, positions_BT, length)
+        # Code for a given number of rows is better than code for any; only length varies.
+        torch._dynamo.mark_static(ids_BT)
+        torch._dynamo.mark_static(positions_BT)
         with torch._dynamo.config.patch(recompile_limit=_MAX_SPECIALIZATIONS):
             return self._logits(ids_BT, positions_BT, length)
 
@@ -268,6 +274,8 @@ class Stepper:
             a drafter and nothing had to be compiled, the marks of its parts.
         """
         n, k, length = step.n, step.k, self.length(step.longest)
+        if self.captures:  # fewer sizes to compile and to capture
+            n = min(1 << (n - 1).bit_length(), len(self.slots.positions))
         if self.drafter is None:
             return self._run(_Program(False, n, 0, length, step.features), self._model), None
         known_programs = len(self._ready)

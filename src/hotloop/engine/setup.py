@@ -109,20 +109,23 @@ def prepare(config: EngineConfig) -> Setup:
         dtype=_resolve_dtype(config, device),
         n_positions=n_positions,
     )
-    draft = _prepare_draft(setup)
-    if draft is None and config.draft_quant != "none":
-        raise ConfigError(f"draft_quant {config.draft_quant!r} is of no use without a draft model.")
-    return dataclasses.replace(setup, draft=draft)
+    return dataclasses.replace(setup, draft=_prepare_draft(setup))
 
 
 def _prepare_draft(target: Setup) -> Draft | None:
     """Who makes drafts for ``target``."""
     config, name = target.config, target.config.draft
+    match = re.fullmatch(r"exit-(\d+)", name)
+    if config.draft_quant != "none" and (match or name in ("none", "ngram")):
+        raise ConfigError(
+            f"draft_quant {config.draft_quant!r} is the scheme of a draft model, and draft "
+            f"{name!r} is none: leave it out, or give a model as the draft."
+        )
     if name == "none":
         return None
     if name == "ngram":
         return Draft()
-    if match := re.fullmatch(r"exit-(\d+)", name):
+    if match:
         n_layers, of = int(match[1]), target.model.n_layers
         if not 1 <= n_layers < of:
             raise ConfigError(

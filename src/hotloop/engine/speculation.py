@@ -51,7 +51,7 @@ class NgramDrafter(Drafter):
         found_B1 = matching_BC.gather(1, place_B1) >= 2
         ahead_D = torch.arange(k, device=history_BC.device)
         source_BD = place_B1 + 1 + ahead_D % (newest_B1 - place_B1).clamp(min=1)
-        return history_BC.gather(1, source_BD).where(found_B1, -1)
+        return self.slots.tokens(source_BD).where(found_B1, -1)
 
 
 class ExitDrafter(Drafter):
@@ -154,16 +154,23 @@ def sizes_up_to(most: int) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Average:
-    """An average that forgets: what came last counts most."""
+    """A mean that forgets: what came last counts most."""
 
-    value: float
-    weight: float
+    total: float = 0.0
+    weight: float = 0.0
 
-    def add(self, value: float, memory: float) -> None:
-        self.weight = self.weight * memory + 1
-        self.value += (value - self.value) / self.weight
+    def fade(self, share: float) -> None:
+        """Lets all that was added count less."""
+        self.total, self.weight = self.total * share, self.weight * share
+
+    def add(self, value: float) -> None:
+        self.total, self.weight = self.total + value, self.weight + 1
+
+    def mean(self, prior: float, weight: float = 1.0) -> float:
+        """The mean, with what was expected counting as ``weight`` further values."""
+        return (self.total + prior * weight) / (self.weight + weight)
 
 
 class DraftController:
@@ -171,9 +178,10 @@ class DraftController:
 
     With a_i the chance that the i-th draft is right if those before it are, a step with k drafts
     gives 1 + a_1 + a_1 a_2 + … tokens, and takes as long as such steps took lately. The k with the
-    most tokens per second is taken; 0 is one of them. Chances are learnt only by drafting, so where
-    0 is best the next best k is tried now and then: as often as makes the time so lost at most
-    ``TRIAL_SHARE`` of all time.
+    most tokens per second is taken; 0 is one of them. Of drafts further ahead than were made lately
+    it is expected that they are as good as the one before. Where 0 is best, chances can be learnt
+    only at a loss: the next best k is tried now and then, as often as makes the time so lost at
+    most ``TRIAL_SHARE`` of all time.
 
     Args:
         sizes: Numbers of drafts to choose from, ascending, 0 among them.
@@ -195,7 +203,7 @@ class DraftController:
 
     def __init__(self, sizes: Sequence[int], *, always: bool = False) -> None:
         self._sizes, self._always = tuple(sizes), always
-        self._chances = [_Average(value=self.CHANCE, weight=1.0) for _ in range(max(sizes))]
+        self._chances = [_Average() for _ in range(max(sizes))]
         self._costs: dict[tuple[int, int], _Average] = {}
         self._credit_s: float | None = None
         self._since_plain = 0
@@ -224,35 +232,39 @@ class DraftController:
             kept: Tokens that it gave each request.
         """
         self._since_plain = 0 if k == 0 else self._since_plain + 1
+        if k:
+            for chance in self._chances:
+                chance.fade(self.MEMORY)
         for tokens in kept:
             for place in range(min(tokens, k)):
-                self._chances[place].add(float(tokens > place + 1), self.MEMORY)
+                self._chances[place].add(float(tokens > place + 1))
         if times is None:
             return
-        seconds = times.draft_s + times.model_s
-        cost = self._costs.setdefault((n, k), _Average(value=seconds, weight=0.0))
+        seconds, known_s = times.draft_s + times.model_s, self._cost_s(n, k)
+        cost = self._costs.setdefault((n, k), _Average())
+        cost.fade(self.MEMORY)
         # A single slow step, which another process got in the way of, says little.
-        cost.add(min(seconds, 2 * cost.value), self.MEMORY)
+        cost.add(seconds if known_s is None else min(seconds, 2 * known_s))
         plain_s = self._cost_s(n, 0)
         if plain_s is None:
             return
-        if self._credit_s is None:
-            self._credit_s = self.INITIAL_TRIALS * plain_s
-        self._credit_s += self.TRIAL_SHARE * seconds
-        if k:
-            tokens_gained = sum(kept) / max(1, len(kept))
-            lost_s = seconds + times.catch_up_s - tokens_gained * plain_s
-            self._credit_s -= max(0.0, lost_s)
+        most_s = self.INITIAL_TRIALS * plain_s
+        credit_s = most_s if self._credit_s is None else self._credit_s
+        if k and kept:
+            plainly_s = plain_s * sum(kept) / len(kept)
+            credit_s += plainly_s - seconds - times.catch_up_s
+        self._credit_s = min(most_s, credit_s + self.TRIAL_SHARE * seconds)
 
     def _cost_s(self, n: int, k: int) -> float | None:
         cost = self._costs.get((n, k))
-        return None if cost is None else cost.value
+        return None if cost is None else cost.mean(0.0, 0.0)
 
     def _tokens(self, k: int) -> float:
-        total = chance = 1.0
-        for average in self._chances[:k]:
-            chance *= average.value
-            total += chance
+        total, all_right, expected = 1.0, 1.0, self.CHANCE
+        for chance in self._chances[:k]:
+            expected = chance.mean(expected)
+            all_right *= expected
+            total += all_right
         return total
 
     def _tokens_per_s(self, n: int, k: int) -> float:

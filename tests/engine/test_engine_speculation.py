@@ -1,0 +1,379 @@
+"""Speculation changes when tokens come, never which."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sampling_definition import distribution
+from scipy import stats
+from tiny_models import N_TOKENS, encode, write_markov, write_random, write_script
+
+from hotloop import LLM, Generation, SamplingParams, Speculation
+from hotloop.engine.execution import StepTimes
+from hotloop.engine.speculation import DraftController, sizes_up_to
+from hotloop.errors import ConfigError, HotloopError
+
+PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
+FREELY = SamplingParams(max_new_tokens=24, ignore_eos=True)
+SAMPLING = {
+    "drawn": {"temperature": 0.9},
+    "truncated": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    "penalized": {"temperature": 0.7, "repetition_penalty": 1.3},
+    "penalized greedy": {"repetition_penalty": 1.3},
+}
+DRAFTS = ("ngram", "exit-1", "another", "itself")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of three layers."""
+    return write_random(tmp_path_factory.mktemp("deep"), n_layers=3)
+
+
+@pytest.fixture(scope="module")
+def drafts(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What ``draft`` is called for each of ``DRAFTS``."""
+    another = write_random(tmp_path_factory.mktemp("another"), n_layers=1, num_key_value_heads=1)
+    models = {"another": str(another), "itself": str(deep)}
+    return {name: models.get(name, name) for name in DRAFTS}
+
+
+@pytest.fixture(scope="module")
+def plain(deep: Path) -> LLM:
+    return LLM(str(deep), dtype="float32", max_batch_size=3)
+
+
+def answers(llm: LLM, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> list:
+    return [g.token_ids for g in llm.generate(prompts, FREELY, **options)]
+
+
+def total(generations: Sequence[Generation]) -> Speculation:
+    return sum((g.speculation for g in generations), Speculation())
+
+
+@pytest.mark.parametrize("policy", ["always", "adaptive"])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_tokens_are_those_of_plain_decoding(deep, drafts, plain, draft, policy):
+    llm = LLM(
+        str(deep), dtype="float32", max_batch_size=3, draft=drafts[draft], draft_policy=policy
+    )
+    assert answers(llm) == answers(plain)
+    for options in SAMPLING.values():
+        assert answers(llm, **options, seed=5) == answers(plain, **options, seed=5)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_tokens_of_a_compiled_engine_are_those_of_plain_decoding(tmp_path_factory, drafts, draft):
+    folder = str(write_random(tmp_path_factory.mktemp("compiled"), n_layers=2))
+    drafts = drafts | {"itself": folder}
+    plain = LLM(folder, dtype="float32", max_batch_size=2)
+    compiled = LLM(
+        folder,
+        dtype="float32",
+        max_batch_size=2,
+        execution="compile",
+        draft=drafts[draft],
+        draft_policy="always",
+        draft_tokens=3,
+    )
+    assert answers(compiled) == answers(plain)
+    options = SAMPLING["truncated"] | {"seed": 2}
+    assert answers(compiled, **options) == answers(plain, **options)
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 2, 7])
+def test_the_number_of_drafts_does_not_change_tokens(deep, plain, draft_tokens):
+    llm = LLM(
+        str(deep),
+        dtype="float32",
+        max_batch_size=3,
+        draft="exit-2",
+        draft_policy="always",
+        draft_tokens=draft_tokens,
+    )
+    assert answers(llm) == answers(plain)
+    assert answers(llm, temperature=1.0, seed=1) == answers(plain, temperature=1.0, seed=1)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_draft_model_that_is_the_model_is_always_right(deep, slots, monkeypatch):
+    # Its cache must hold what it was not there for: prompts, and steps without drafts.
+    llm = LLM(str(deep), dtype="float32", max_batch_size=slots, draft=str(deep), draft_tokens=3)
+    wanted = itertools.cycle([3, 0, 0, 2, 1, 0, 3, 3])
+    monkeypatch.setattr(llm._controller, "choose", lambda n, limit: min(limit, next(wanted)))
+    for options in ({}, *SAMPLING.values()):
+        seen = total(llm.generate(PROMPTS, FREELY, **options, seed=8))
+        assert len(seen.proposed) == 3
+        assert seen.accepted == seen.proposed
+        assert seen.n_off > 0
+
+
+def test_first_layers_that_add_nothing_more_are_always_right(tmp_path):
+    # All layers of a Markov model add nothing, so that its first one is as good as all.
+    logits_VV = torch.randn(N_TOKENS, N_TOKENS, generator=torch.Generator().manual_seed(0)) * 3
+    folder = write_markov(tmp_path, logits_VV, n_layers=2)
+    llm = LLM(str(folder), dtype="float32", draft="exit-1", draft_policy="always")
+    for options in ({}, {"temperature": 1.0, "seed": 4}):
+        (g,) = llm.generate([[5, 6, 7]], FREELY, **options)
+        assert g.speculation.proposed == g.speculation.accepted
+        assert g.speculation.tokens_per_step > 3
+
+
+def test_text_that_repeats_is_looked_up(tmp_path):
+    folder = write_script(tmp_path, range(10, 16))
+    llm = LLM(str(folder), dtype="float32", draft="ngram", draft_policy="always")
+    (g,) = llm.generate([[10, 11, 12, 13, 14, 15, 10]], FREELY)
+    assert g.speculation.accepted == g.speculation.proposed
+    assert g.speculation.n_off == 0
+    assert len(g.speculation.proposed) == 4
+
+
+def test_text_without_repetition_is_decoded_plainly(tmp_path):
+    folder = write_script(tmp_path, range(10, 90))
+    llm = LLM(str(folder), dtype="float32", draft="ngram", draft_policy="always", max_seq_len=64)
+    (g,) = llm.generate([[10, 11, 12]], FREELY)
+    assert g.token_ids == tuple(range(13, 13 + 24))
+    assert g.speculation.n_off == g.speculation.n_steps == 23
+    assert g.speculation.proposed == ()
+
+
+def test_counts_of_speculation_add_up(deep):
+    llm = LLM(str(deep), dtype="float32", draft="exit-2", draft_policy="always", draft_tokens=3)
+    for g in llm.generate(PROMPTS, FREELY):
+        seen = g.speculation
+        assert seen.n_tokens == len(g.token_ids) - 1  # the first comes of the prompt
+        assert seen.n_tokens <= seen.n_steps + sum(seen.accepted)
+        assert list(seen.accepted) == sorted(seen.accepted, reverse=True)
+        assert all(a <= p for a, p in zip(seen.accepted, seen.proposed, strict=True))
+        assert seen.draft_s > 0
+        assert seen.verify_s > 0
+
+
+def test_an_engine_without_drafts_counts_nothing(plain):
+    (g,) = plain.generate([[7]], FREELY)
+    assert g.speculation is None
+
+
+# ----------------------------------------------------------------------------------- distribution
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, np.ndarray]:
+    """A Markov chain of six tokens drafted for by another one, and its logits [V, V]."""
+    target_VV, noise_VV = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(3))
+    target, other = (
+        str(write_markov(tmp_path_factory.mktemp("chain"), logits_VV))
+        for logits_VV in (target_VV, target_VV + noise_VV)
+    )
+    llm = LLM(target, dtype="float32", draft=other, draft_policy="always")
+    return llm, target_VV.numpy()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1}],
+    ids=lambda o: ",".join(o) or "all",
+)
+def test_draws_follow_the_exact_distribution_at_first_and_later_positions(chains, options):
+    llm, logits_VV = chains
+    params = SamplingParams(max_new_tokens=5, ignore_eos=True, temperature=0.8, **options)
+    generated = [llm.generate([[2]], params, seed=seed)[0] for seed in range(600)]
+    seen = total(generated)
+    assert 0 < sum(seen.accepted) < sum(seen.proposed)
+    transition_VV = np.array([distribution(logits, params, []) for logits in logits_VV])
+    probabilities = np.eye(6)[2]
+    for tokens in np.array([g.token_ids for g in generated]).T:
+        probabilities = probabilities @ transition_VV
+        counts, possible = np.bincount(tokens, minlength=6), probabilities > 0
+        assert counts[~possible].sum() == 0
+        expected = probabilities[possible] * len(generated)
+        assert stats.chisquare(counts[possible], expected).pvalue > 1e-4
+
+
+def test_a_draft_that_the_model_would_never_choose_is_never_kept(tmp_path_factory):
+    # The draft model is sure of another token, to which top_k leaves no probability.
+    ids = range(10, 16)
+    target, other = (
+        str(write_script(tmp_path_factory.mktemp("s"), order)) for order in (ids, ids[::-1])
+    )
+    llm = LLM(target, dtype="float32", draft=other, draft_policy="always")
+    (g,) = llm.generate([[10]], FREELY, temperature=5.0, top_k=1)
+    assert g.token_ids == tuple(10 + (i + 1) % 6 for i in range(24))
+    assert sum(g.speculation.proposed) > 0
+    assert sum(g.speculation.accepted) == 0
+
+
+# ------------------------------------------------------------------------------- how answers end
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, LLM]:
+    """Engines with and without drafts that are always right, whose answers end by themselves."""
+    folder = str(write_random(tmp_path_factory.mktemp("eos"), eos=range(0, N_TOKENS, 11)))
+    options = {"dtype": "float32", "max_batch_size": 2, "max_seq_len": 90}
+    drafting = LLM(folder, draft=folder, draft_policy="always", draft_tokens=5, **options)
+    return drafting, LLM(folder, **options)
+
+
+def same(a: Generation, b: Generation) -> None:
+    assert a.token_ids == b.token_ids
+    assert (a.text, a.finish_reason) == (b.text, b.finish_reason)
+    for x, y in zip(a.logprobs or (), b.logprobs or (), strict=True):
+        assert x.token_id == y.token_id
+        assert x.logprob == pytest.approx(y.logprob, abs=1e-4)
+        assert [i for i, _ in x.top] == [i for i, _ in y.top]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="eos"),
+        pytest.param({"ignore_eos": True}, id="full_context"),
+        *(
+            pytest.param({"max_new_tokens": n, "ignore_eos": True}, id=f"{n}_tokens")
+            for n in (1, 2, 3, 7)
+        ),
+        pytest.param({"logprobs": 3, "max_new_tokens": 15}, id="logprobs"),
+        pytest.param({"temperature": 1.0, "seed": 3, "logprobs": 2}, id="drawn"),
+    ],
+)
+def test_answers_end_as_without_speculation(ending, options):
+    drafting, plain = ending
+    prompts = [[i] for i in range(2, 12)]
+    for a, b in zip(
+        drafting.generate(prompts, SamplingParams(**options)),
+        plain.generate(prompts, SamplingParams(**options)),
+        strict=True,
+    ):
+        same(a, b)
+
+
+def test_stop_strings_end_answers_as_without_speculation(tmp_path):
+    text = "there is the token of the engine "
+    ids = list(dict.fromkeys(encode(text)))
+    folder = str(write_script(tmp_path, ids))
+    options = {"dtype": "float32", "max_seq_len": 60}
+    plain = LLM(folder, **options)
+    drafting = LLM(folder, draft=folder, draft_policy="always", draft_tokens=7, **options)
+    whole = plain.generate([ids[:1]], FREELY)[0].text
+    for start in range(1, 10):
+        stop = whole[start : start + 3]
+        same(*(llm.generate([ids[:1]], FREELY, stop=(stop,))[0] for llm in (drafting, plain)))
+
+
+def test_streamed_pieces_make_up_the_answer(ending):
+    drafting, plain = ending
+    pieces = list(drafting.stream([[5], [6], [7]], FREELY))
+    for i, g in enumerate(plain.generate([[5], [6], [7]], FREELY)):
+        mine = [piece for piece in pieces if piece.index == i]
+        assert tuple(t for piece in mine for t in piece.token_ids) == g.token_ids
+        assert "".join(piece.text for piece in mine) == g.text
+        assert len(mine) < len(g.token_ids)
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+def refused(folder: Path, **options: object) -> str:
+    with pytest.raises(HotloopError) as caught:
+        LLM(str(folder), dtype="float32", **options)
+    return str(caught.value)
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused_by_the_first_difference(folder, tmp_path):
+    other = write_random(tmp_path)
+    made = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = made["model"]["vocab"]
+    first, second = vocabulary["a"], vocabulary["b"]
+    vocabulary["a"], vocabulary["b"] = second, first
+    (other / "tokenizer.json").write_text(json.dumps(made))
+    message = refused(folder, draft=str(other))
+    assert f"token {first} is b'b', not b'a'" in message
+
+
+def test_a_draft_model_with_more_tokens_is_refused(folder):
+    message = refused(folder, draft="llama-2-7b", weights="random")
+    assert "32000" in message
+    assert "300" in message
+
+
+def test_drafts_that_cannot_be_are_refused(folder, tmp_path):
+    assert "from 1 to 1" in refused(folder, draft="exit-2")
+    assert "neither 'ngram'" in refused(folder, draft="no-such-model")
+    assert "draft_quant" in refused(folder, draft="ngram", draft_quant="int8")
+    short = write_random(tmp_path, max_position_embeddings=16)
+    assert "context of 16" in refused(folder, draft=str(short))
+    with pytest.raises(ConfigError, match="draft_tokens"):
+        LLM(str(folder), draft="ngram", draft_tokens=0)
+
+
+# ------------------------------------------------------------------------------------ controller
+
+
+class Device:
+    """A pretended device: what a step costs, and how often drafts are right."""
+
+    def __init__(self, cost_s: dict[int, float], chance: float) -> None:
+        self.cost_s, self.chance = cost_s, chance
+        self.random = np.random.default_rng(0)
+        self.seconds = self.tokens = 0.0
+        self.sizes: list[int] = []
+
+    def run(self, controller: DraftController, n_steps: int) -> None:
+        for _ in range(n_steps):
+            k = controller.choose(1, 99)
+            right = int(np.cumprod(self.random.random(k) < self.chance).sum())
+            cost = self.cost_s[k]
+            controller.observe(
+                1, k, times=StepTimes(draft_s=cost / 3, model_s=2 * cost / 3), kept=[right + 1]
+            )
+            self.sizes.append(k)
+            self.seconds += cost
+            self.tokens += right + 1
+
+
+COSTS_S = {0: 0.010, 1: 0.013, 2: 0.014, 4: 0.018}
+
+
+def test_drafting_that_does_not_pay_costs_at_most_a_few_per_cent():
+    for chance in (0.0, 0.1, 0.25):
+        device = Device(COSTS_S, chance)
+        device.run(DraftController(sizes_up_to(4)), 1000)
+        assert device.seconds / device.tokens < COSTS_S[0] * 1.03
+
+
+def test_drafting_that_pays_is_found_and_kept():
+    device = Device(COSTS_S, 0.9)
+    device.run(DraftController(sizes_up_to(4)), 300)
+    best = COSTS_S[4] / sum(0.9**i for i in range(5))
+    assert device.seconds / device.tokens < best * 1.05
+    assert device.sizes.count(4) > 250
+
+
+def test_the_controller_follows_a_change_of_text():
+    controller, device = DraftController(sizes_up_to(4)), Device(COSTS_S, 0.95)
+    device.run(controller, 200)
+    device.chance = 0.0
+    device.run(controller, 100)
+    assert device.sizes[-80:].count(0) > 75
+    device.chance = 0.95
+    device.run(controller, 1500)
+    assert device.sizes[-100:].count(4) > 90
+
+
+def test_the_controller_keeps_within_the_limit():
+    for controller in (DraftController(sizes_up_to(4)), DraftController((0, 1, 4), always=True)):
+        device = Device(COSTS_S, 1.0)
+        device.run(controller, 20)
+        for limit in (-1, 0, 1, 3):
+            assert controller.choose(1, limit) <= max(0, limit)
+
+
+def test_sizes_are_powers_of_two_and_the_most():
+    assert sizes_up_to(1) == (0, 1)
+    assert sizes_up_to(4) == (0, 1, 2, 4)
+    assert sizes_up_to(5) == (0, 1, 2, 4, 5)
