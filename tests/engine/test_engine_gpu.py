@@ -103,6 +103,51 @@ def test_sampled_text_does_not_depend_on_execution_or_neighbours(folder: Path) -
     assert [g.token_ids for g in among.generate(PROMPTS, params)] == singly
 
 
+@pytest.mark.parametrize("execution", ["eager", "compile"])
+@pytest.mark.parametrize("draft", ["ngram", "exit-1", "itself"])
+def test_speculation_does_not_change_tokens(
+    folder: Path, expected: list[tuple[int, ...]], execution: str, draft: str
+) -> None:
+    sampled = SamplingParams(max_new_tokens=16, ignore_eos=True, temperature=0.9, top_k=30, seed=3)
+    options = {"dtype": "float32", "device": "cuda", "max_batch_size": 2}
+    plain = LLM(str(folder), **options)
+    llm = LLM(
+        str(folder),
+        execution=execution,
+        draft=str(folder) if draft == "itself" else draft,
+        draft_policy="always",
+        draft_tokens=3,
+        **options,
+    )
+    assert tokens(llm) == expected
+    drawn = [[g.token_ids for g in engine.generate(PROMPTS, sampled)] for engine in (llm, plain)]
+    assert drawn[0] == drawn[1]
+    if draft == "itself":
+        for g in llm.generate(PROMPTS, GREEDY):
+            assert g.speculation is not None
+            assert g.speculation.accepted == g.speculation.proposed
+            assert g.speculation.draft_s > 0
+
+
+def test_a_compiled_engine_reads_a_longer_cache_as_answers_grow(folder: Path) -> None:
+    # From 256 positions on, a step reads twice as many: another program.
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    prompts = [[5, 6, 7, 8] * 55, [9, 8, 7]]
+    answers = [
+        [
+            g.token_ids
+            for g in LLM(str(folder), dtype="float32", **options).generate(prompts, params)
+        ]
+        for options in (
+            {"device": "cpu"},
+            {"device": "cuda", "execution": "compile", "max_batch_size": 2},
+            {"device": "cuda", "execution": "compile", "draft": "ngram", "draft_policy": "always"},
+        )
+    ]
+    assert answers[1] == answers[0]
+    assert answers[2] == answers[0]
+
+
 def test_memory_is_what_was_predicted() -> None:
     config = EngineConfig(
         model="llama-2-7b", weights="random", quant="int4-g128", device="cuda", max_seq_len=1024
