@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
-from hotloop.kernels.attention import choose_attention, cpu_attention, torch_attention
+from hotloop.kernels.attention import (
+    MAX_TOKENS,
+    choose_attention,
+    cpu_attention,
+    torch_attention,
+)
 
 needs_compiler = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -39,13 +44,14 @@ def by_definition(
 
 
 def assert_attention(
-    attention, lengths: list[int], heads: tuple[int, int], E: int, window: int | None, dtype
+    attention, lengths: list[int], heads: tuple[int, int], E: int, window: int | None, dtype, T=1
 ) -> None:
+    """T new tokens each, after which sequences have these lengths."""
     H, J = heads
     C = max(lengths) + 3
-    q = normal(len(lengths), 1, H, E, dtype=dtype)
+    q = normal(len(lengths), T, H, E, dtype=dtype)
     k, v = (normal(len(lengths), J, C, E, seed=s, dtype=dtype) for s in (1, 2))
-    positions = torch.tensor(lengths)[:, None] - 1
+    positions = torch.tensor(lengths)[:, None] + torch.arange(-T, 0)
     y = attention(q, k, v, positions, length=C, window=window, scale=E**-0.5)
     assert (y.dtype, y.shape) == (dtype, q.shape)
     expected = by_definition(q, k, v, positions, window)
@@ -70,6 +76,30 @@ def test_decode_kernel_equals_the_definition_across_blocks_and_windows(lengths, 
     assert_attention(cpu_attention, lengths, (4, 2), 24, window, torch.float32)
 
 
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 1, 7, 128])
+@pytest.mark.parametrize("T", [2, 5, 9, MAX_TOKENS])
+def test_kernel_lets_each_of_several_tokens_see_up_to_itself(T, window):
+    # Across a block's end, a whole sequence, and one longer than the other.
+    for lengths in ([130], [T], [257, 19], [128 + T, 3 * T]):
+        assert_attention(cpu_attention, lengths, (9, 3), 24, window, torch.float32, T)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_token_gives_the_same_bits_alone_and_among_others(window, dtype):
+    q = normal(2, MAX_TOKENS, 9, 64, dtype=dtype)
+    k, v = (normal(2, 3, 300, 64, seed=s, dtype=dtype) for s in (1, 2))
+    positions = torch.tensor([[120], [250]]) + torch.arange(MAX_TOKENS)
+    arguments = {"length": 300, "window": window, "scale": 0.125}
+    together = cpu_attention(q, k, v, positions, **arguments)
+    for t in range(MAX_TOKENS):
+        one = slice(t, t + 1)
+        alone = cpu_attention(q[:, one], k, v, positions[:, one].contiguous(), **arguments)
+        assert torch.equal(alone, together[:, one])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("heads", HEADS)
@@ -79,10 +109,11 @@ def test_torch_attention_equals_the_definition(heads, window, dtype):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("attention", [torch_attention, cpu_attention])
-def test_prefill_of_several_tokens_sees_the_past_and_itself(attention, window):
-    positions = torch.tensor([[4, 5, 6], [0, 1, 2]])
-    q, k, v = normal(2, 3, 4, 24), normal(2, 2, 16, 24, seed=1), normal(2, 2, 16, 24, seed=2)
-    y = attention(q, k, v, positions, length=8, window=window, scale=24**-0.5)
+def test_prefill_of_many_tokens_sees_the_past_and_itself(attention, window):
+    T = MAX_TOKENS + 1
+    positions = torch.tensor([[4], [0]]) + torch.arange(T)
+    q, k, v = normal(2, T, 4, 24), normal(2, 2, 32, 24, seed=1), normal(2, 2, 32, 24, seed=2)
+    y = attention(q, k, v, positions, length=T + 4, window=window, scale=24**-0.5)
     expected = by_definition(q, k, v, positions, window)
     torch.testing.assert_close(y.double(), expected, rtol=1.3e-6, atol=1e-5)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
-from hotloop.kernels.linear import KERNELS, WeightFormat, choose_linear
+from hotloop.kernels.linear import KERNELS, MAX_ROWS_CPU, WeightFormat, choose_linear
 from hotloop.quant import QTensor, parse_scheme
 
 SCHEMES = ["none", "int8", *(f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym"))]
@@ -74,14 +74,26 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def quantized(name: str, n: int, k: int) -> Tensor | QTensor:
+    """A random weight of at least [n, k]: our int4 kernel takes sixteen output features at once."""
+    if name.startswith("int4"):
+        n = -(-n // cpu.INT4_FEATURES) * cpu.INT4_FEATURES
+        k = -(-k // int(name.split("-")[1][1:])) * int(name.split("-")[1][1:])
+    return parse_scheme(name).quantize(normal(n, k, dtype=torch.bfloat16))
+
+
 def run_operator(x: Tensor, weight: Tensor | QTensor) -> Tensor:
     ops = torch.ops.hotloop_cpu
     if not isinstance(weight, QTensor):
         return ops.linear_bf16(x, weight)
     if weight.bits == 8:
         return ops.linear_int8(x, weight.values, weight.scale.view(-1))
-    packed = reference.pack_int4(weight.values, weight.group_size)
-    return ops.linear_int4(x, packed, weight.scale, weight.offset)
+    return ops.linear_int4(x, *packed_int4(weight))
+
+
+def packed_int4(weight: QTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    offset = None if weight.offset is None else cpu.side_by_side(weight.offset)
+    return cpu.pack_int4(weight.values), cpu.side_by_side(weight.scale), offset
 
 
 def step_of(name: str) -> float:
@@ -92,10 +104,9 @@ def step_of(name: str) -> float:
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_decode_kernels_equal_their_specification_up_to_rounding(name, n, k):
-    if name.startswith("int4") and k % int(name.split("-")[1][1:]):
-        k = k // 128 * 128
-    weight = parse_scheme(name).quantize(normal(n, k, dtype=torch.bfloat16))
-    for rows in range(1, 10):
+    weight = quantized(name, n, k)
+    n, k = weight.shape
+    for rows in (*range(1, 11), 16, 19):  # more than nine are taken in parts
         x = normal(rows, k, seed=rows, dtype=torch.bfloat16)
         y = run_operator(x, weight)
         assert (y.dtype, y.shape) == (torch.bfloat16, (rows, n))
@@ -103,17 +114,18 @@ def test_decode_kernels_equal_their_specification_up_to_rounding(name, n, k):
 
 
 @needs_compiler
-@pytest.mark.parametrize("k", [2, 30, 34, 4130])
-@pytest.mark.parametrize("n", [1, 6])
-def test_bfloat16_kernel_serves_every_even_width(k, n):
+@pytest.mark.parametrize("k", [1, 2, 31, 33, 4131])
+@pytest.mark.parametrize("n", [1, 17])
+def test_bfloat16_kernel_serves_every_shape(k, n):
     weight, x = normal(n, k, dtype=torch.bfloat16), normal(3, k, seed=1, dtype=torch.bfloat16)
     assert_within_rounding(run_operator(x, weight), x, weight.double())
 
 
 @needs_compiler
 @pytest.mark.parametrize("k", [1, 31, 33, 577, 2047, 2049, 4109])
-def test_int8_kernel_serves_every_width(k):
-    weight = parse_scheme("int8").quantize(normal(6, k))
+@pytest.mark.parametrize("n", [1, 17])
+def test_int8_kernel_serves_every_shape(k, n):
+    weight = parse_scheme("int8").quantize(normal(n, k))
     x = normal(3, k, seed=1, dtype=torch.bfloat16)
     y = run_operator(x, weight)
     assert_within_rounding(y, x, exactly(weight), x_step=step_of("int8"))
@@ -128,11 +140,10 @@ def test_integer_sums_do_not_overflow_at_the_largest_values(sign):
     y = torch.ops.hotloop_cpu.linear_int8(x, values, torch.full((2,), 2.0**-7))
     expected = torch.full((1, 2), sign * 127 * k / 128, dtype=torch.float64)
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
-    lowest = torch.full((2, k), -8 if sign < 0 else 7, dtype=torch.int8)
-    packed = reference.pack_int4(lowest, 128)
-    scale = torch.full((2, k // 128), 0.125, dtype=torch.bfloat16)
-    y = torch.ops.hotloop_cpu.linear_int4(x, packed, scale, None)
-    expected = torch.full((1, 2), float(lowest[0, 0]) * k / 8, dtype=torch.float64)
+    lowest = torch.full((16, k), -8 if sign < 0 else 7, dtype=torch.int8)
+    scale = torch.full((16, k // 128), 0.125, dtype=torch.bfloat16)
+    y = run_operator(x, QTensor(values=lowest, scale=scale, offset=None, bits=4))
+    expected = torch.full((1, 16), float(lowest[0, 0]) * k / 8, dtype=torch.float64)
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
 
 
@@ -141,11 +152,10 @@ def test_integer_sums_do_not_overflow_at_the_largest_values(sign):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 37, 575])
 def test_poisoned_activations_poison_their_row_and_no_other(name, poison, place):
-    k = 512 if name == "int4-g128" else 576
-    weight = parse_scheme(name).quantize(normal(9, k, dtype=torch.bfloat16))
-    x = normal(4, k, dtype=torch.bfloat16)
+    weight = quantized(name, 9, 576)
+    x = normal(4, weight.shape[1], dtype=torch.bfloat16)
     clean = run_operator(x, weight)
-    x[2, min(place, k - 1)] = poison
+    x[2, place] = poison
     y = run_operator(x, weight)
     assert y[2].isnan().all() if poison != poison else not y[2].isfinite().any()
     others = [0, 1, 3]
@@ -155,7 +165,7 @@ def test_poisoned_activations_poison_their_row_and_no_other(name, poison, place)
 @needs_compiler
 @pytest.mark.parametrize("name", ["none", "int8", "int4-g64", "int4-g64-asym"])
 def test_zero_activations_give_zero(name):
-    weight = parse_scheme(name).quantize(normal(9, 576, dtype=torch.bfloat16))
+    weight = quantized(name, 9, 576)
     assert not run_operator(torch.zeros(2, 576, dtype=torch.bfloat16), weight).any()
 
 
@@ -163,7 +173,7 @@ def test_zero_activations_give_zero(name):
 @pytest.mark.parametrize("name", ["none", "int8", "int4-g64", "int4-g64-asym"])
 @pytest.mark.parametrize("exponent", [-60, 60])
 def test_activations_of_any_size_lose_no_precision(name, exponent):
-    weight = parse_scheme(name).quantize(normal(9, 576, dtype=torch.bfloat16))
+    weight = quantized(name, 9, 576)
     x = normal(2, 576, seed=1, dtype=torch.bfloat16)
     y, scaled = (run_operator(x * 2.0**e, weight) for e in (0, exponent))
     torch.testing.assert_close(scaled, y * 2.0**exponent, rtol=2**-7, atol=0)
@@ -174,7 +184,7 @@ def test_activations_of_any_size_lose_no_precision(name, exponent):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.usefixtures("threads")
 def test_the_number_of_threads_changes_no_bit(name, rows):
-    weight = parse_scheme(name).quantize(normal(301, 1536, dtype=torch.bfloat16))
+    weight = quantized(name, 301, 1536)
     x = normal(rows, 1536, seed=1, dtype=torch.bfloat16)
     results = []
     for n_threads in (1, 2, 3):
@@ -185,28 +195,28 @@ def test_the_number_of_threads_changes_no_bit(name, rows):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["none", "int8", "int4-g64", "int4-g64-asym"])
-def test_a_row_gives_the_same_bits_alone_and_among_others(name):
-    weight = parse_scheme(name).quantize(normal(65, 576, dtype=torch.bfloat16))
-    x = normal(8, 576, seed=1, dtype=torch.bfloat16)
-    together = run_operator(x, weight)
-    for i in range(8):
-        assert torch.equal(run_operator(x[i : i + 1], weight)[0], together[i])
+@pytest.mark.parametrize("name", ["none", "int8", "int4-g32", "int4-g64-asym", "int4-g128"])
+@pytest.mark.parametrize("k", [576, 4224])
+def test_a_row_gives_the_same_bits_alone_and_among_any_number_of_others(name, k):
+    weight = quantized(name, 65, k)
+    x = normal(20, weight.shape[1], seed=1, dtype=torch.bfloat16)
+    alone = torch.cat([run_operator(row[None], weight) for row in x])
+    for rows in range(2, 21):
+        assert torch.equal(run_operator(x[:rows], weight), alone[:rows])
 
 
 @needs_compiler
 def test_torch_compile_is_told_the_shapes_that_operators_return():
     x, checks = normal(3, 64, dtype=torch.bfloat16), ("test_schema", "test_faketensor")
     ops, int8 = torch.ops.hotloop_cpu, parse_scheme("int8").quantize(normal(7, 64))
-    int4 = parse_scheme("int4-g32-asym").quantize(normal(7, 64))
-    packed = reference.pack_int4(int4.values, 32)
-    cache = normal(2, 2, 8, 16)
+    words, scale, offset = packed_int4(parse_scheme("int4-g32-asym").quantize(normal(32, 64)))
+    q, cache, positions = normal(2, 2, 4, 16), normal(2, 2, 8, 16), torch.tensor([[2, 3], [6, 7]])
     for op, arguments in (
         (ops.linear_bf16, (x, normal(7, 64, dtype=torch.bfloat16))),
         (ops.linear_int8, (x, int8.values, int8.scale.view(-1))),
-        (ops.linear_int4, (x, packed, int4.scale, int4.offset)),
-        (ops.linear_int4, (x, packed, int4.scale, None)),
-        (ops.decode_attention, (normal(2, 4, 16), cache, cache, torch.tensor([3, 7]), 0, 0.25)),
+        (ops.linear_int4, (x, words, scale, offset)),
+        (ops.linear_int4, (x, words, scale, None)),
+        (ops.decode_attention, (q, cache, cache, positions, 0, 0.25)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=checks)
 
@@ -217,14 +227,14 @@ def test_torch_compile_is_told_the_shapes_that_operators_return():
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_kernel_gives_the_product_for_few_rows_and_many(name, dtype):
-    n, k = 65, 1152  # 9 groups of 128
+    n, k = 80, 1152  # 9 groups of 128
     weight = parse_scheme(name).quantize(normal(n, k, dtype=dtype))
     form = form_of(name, n, k, dtype)
     kernels = kernels_for(form)
     assert kernels
     for kernel in kernels:
         packed = kernel.pack(*parts(weight))
-        for rows in (1, 2, 4, 5, 8, 9, 40):
+        for rows in (1, 2, 9, MAX_ROWS_CPU, MAX_ROWS_CPU + 1):
             x = normal(rows, k, seed=rows, dtype=dtype)
             y = kernel(x, *packed)
             assert (y.dtype, y.shape) == (dtype, (rows, n)), kernel.name
@@ -284,6 +294,13 @@ def test_dequantizing_the_packed_weight_gives_the_weight_to_the_bit(name, dtype)
     assert torch.equal(dequantized, weight.dequantize(dtype))
 
 
+@pytest.mark.parametrize("name", SCHEMES[2:])
+def test_our_kernels_order_of_int4_weights_gives_them_back_to_the_bit(name):
+    weight = parse_scheme(name).quantize(normal(48, 256))
+    dequantized = cpu.dequantize_int4(*packed_int4(weight))
+    assert torch.equal(dequantized, weight.dequantize())
+
+
 # The choice.
 
 
@@ -307,10 +324,10 @@ def test_fastest_kernel_is_taken_without_a_word(name, dtype, expected):
 
 
 @needs_compiler
-def test_width_that_our_kernel_does_not_serve_is_noted():
-    kernel, notes = choose_linear(form_of("none", 8, 15, torch.bfloat16))
-    assert kernel.name == "dense/torch"
-    assert notes == ["dense/cpu not used: needs an even number of input features, not 15"]
+def test_number_of_output_features_that_our_kernel_does_not_serve_is_noted():
+    kernel, notes = choose_linear(form_of("int4-g32", 40, 64, torch.bfloat16))
+    assert kernel.name == "int4/torch"
+    assert notes == ["int4/cpu not used: needs a multiple of 16 output features, not 40"]
 
 
 def test_gpu_takes_no_cpu_kernel_and_says_why_not_tinygemm():

@@ -47,6 +47,10 @@ def torch_attention(
     return reference.attention(q_BTHE, keys, values, positions_BT, window=window, scale=scale)
 
 
+MAX_TOKENS = 16
+"""Tokens of each sequence up to which our kernel is used; PyTorch's is made for many."""
+
+
 def cpu_attention(
     q_BTHE: Tensor,
     k_cache_BJCE: Tensor,
@@ -57,9 +61,8 @@ def cpu_attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Our own kernel for one token of each sequence; it reads no more than each needs."""
-    B, T, H, E = q_BTHE.shape
-    if T > 1:
+    """Our own kernel for a few tokens of each sequence; it reads no more than each needs."""
+    if q_BTHE.shape[1] > MAX_TOKENS:
         return torch_attention(
             q_BTHE,
             k_cache_BJCE,
@@ -69,10 +72,9 @@ def cpu_attention(
             window=window,
             scale=scale,
         )
-    out = torch.ops.hotloop_cpu.decode_attention(
-        q_BTHE.reshape(B, H, E), k_cache_BJCE, v_cache_BJCE, positions_BT, window or 0, scale
+    return torch.ops.hotloop_cpu.decode_attention(
+        q_BTHE.contiguous(), k_cache_BJCE, v_cache_BJCE, positions_BT, window or 0, scale
     )
-    return out.view(B, T, H, E)
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, Attention, list[str]]:

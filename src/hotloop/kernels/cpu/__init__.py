@@ -37,6 +37,43 @@ FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11
 )
 
+INT4_FEATURES = 16
+"""Output features whose int4 weights ``linear_int4`` reads side by side."""
+
+_NIBBLES = (0, 16, 4, 20, 8, 24, 12, 28)
+"""The bit of a word at which each of its eight weights begins."""
+
+
+def pack_int4(values_NK: Tensor) -> Tensor:
+    """Packs int8 values -8…7 as ``linear_int4`` reads them: int32 [N/16, K/8, 16].
+
+    A word holds eight consecutive weights of one output feature, each plus 8: even ones in its low
+    half, odd ones in its high half, from the lowest nibble up.
+    """
+    n, k = values_NK.shape
+    words = values_NK.new_zeros(n, k // 8, dtype=torch.int32)
+    # An eighth at a time: the weight can be large, and this is on the way of loading it.
+    for i, bit in enumerate(_NIBBLES):
+        words |= (values_NK[:, i::8] + 8).to(torch.int32) << bit
+    return side_by_side(words)
+
+
+def side_by_side(rows_NX: Tensor) -> Tensor:
+    """The order in which ``linear_int4`` reads words, scales and offsets: [N/16, X, 16]."""
+    return rows_NX.unflatten(0, (-1, INT4_FEATURES)).transpose(1, 2).contiguous()
+
+
+def dequantize_int4(words: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """The weight that ``linear_int4`` multiplies with, float32 [N, K]."""
+    blocks, eighth, features = words.shape
+    rows = words.transpose(1, 2)
+    nibbles = torch.stack([((rows >> bit) & 15).to(torch.int8) - 8 for bit in _NIBBLES], dim=-1)
+    weight = nibbles.view(blocks, features, scale.shape[1], -1).float()
+    weight = weight * scale.transpose(1, 2).float().unsqueeze(-1)
+    if offset is not None:
+        weight = weight + offset.transpose(1, 2).float().unsqueeze(-1)
+    return weight.view(blocks * features, eighth * 8)
+
 
 @functools.cache
 def unavailable_reason() -> str | None:
@@ -94,14 +131,17 @@ def _processor() -> str:
 
 def _register_shapes() -> None:
     """Tells torch.compile the shape of each operator's result."""
-    for name in ("linear_bf16", "linear_int8", "linear_int4"):
 
-        def linear(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
-            return x.new_empty(x.shape[0], weight.shape[0])
+    def linear(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[0])
 
-        torch.library.register_fake(f"hotloop_cpu::{name}", linear)
+    def linear_int4(x: Tensor, words: Tensor, *_: Tensor | None) -> Tensor:
+        return x.new_empty(x.shape[0], words.shape[0] * INT4_FEATURES)
 
     def attention(q: Tensor, *_: Tensor | int | float) -> Tensor:
         return torch.empty_like(q)
 
+    torch.library.register_fake("hotloop_cpu::linear_bf16", linear)
+    torch.library.register_fake("hotloop_cpu::linear_int8", linear)
+    torch.library.register_fake("hotloop_cpu::linear_int4", linear_int4)
     torch.library.register_fake("hotloop_cpu::decode_attention", attention)

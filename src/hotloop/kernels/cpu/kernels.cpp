@@ -1,25 +1,26 @@
 // Decode kernels for CPUs: matrix products with few rows, and attention over the cache.
 //
 // At batch 1 a CPU decodes at the speed at which it reads and unpacks weights. These kernels read
-// each weight once, as stored, and spend as few instructions on it as they can:
-//   bfloat16  two weights lie in one 32-bit lane; a shift and a mask make two floats of them, and
-//             the activations are split into even and odd ones to match.
+// each weight once, as stored, unpack it once for all rows of activations, and spend as few
+// instructions on it as they can:
+//   bfloat16  is multiplied as it is, two neighbours to a lane, and summed in float32.
 //   int8/int4 activations are rounded to 16-bit fixed point, one scale per row, so that one
-//             instruction multiplies and adds sixteen pairs, exactly. The error, 2^-16 of the row's
-//             largest activation, is a hundredth of bfloat16's own.
-// Written in GNU vector extensions, so that GCC and Clang compile it for any processor; the one
-// intrinsic has a portable twin. Sums run in a fixed order: the same input gives the same bits
-// whatever the number of threads.
+//             instruction multiplies and adds pairs, exactly. The error, 2^-16 of the row's largest
+//             activation, is a hundredth of bfloat16's own.
+// Written in GNU vector extensions, so that GCC and Clang compile it for any processor; the two
+// intrinsics have portable twins. Sums run in a fixed order: a row gives the same bits whatever the
+// number of threads, and whatever other rows are in the product.
 //
 // The specification of every function is its twin in hotloop/kernels/reference.py.
 // Letters: M rows of activations, N output features, K input features, G groups along K;
-// S slots, H query heads, J key/value heads, C cache positions, D head dimension.
+// B sequences, T tokens of each, H query heads, J key/value heads, C cache positions,
+// E head dimension.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef __AVX2__
+#if defined(__AVX2__) || defined(__AVX512VNNI__)
 #include <immintrin.h>
 #endif
 
@@ -29,7 +30,9 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <numeric>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -37,13 +40,23 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef int32_t s32x8 __attribute__((vector_size(32)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef int16_t s16x16 __attribute__((vector_size(32)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
-typedef int8_t s8x16 __attribute__((vector_size(16)));
+#ifdef __AVX512VNNI__
+constexpr int kBytes = 64;  // of a vector
+constexpr int kSums = 16;   // vectors of sums that leave registers for the rest
+#else
+constexpr int kBytes = 32;
+constexpr int kSums = 8;
+#endif
+constexpr int kLanes = kBytes / 4;  // 32-bit lanes of a vector
+constexpr int kPairs = 2 * kLanes;  // 16-bit values of a vector, two to a lane
+
+typedef float f32v __attribute__((vector_size(kBytes)));
+typedef uint32_t u32v __attribute__((vector_size(kBytes)));
+typedef int32_t s32v __attribute__((vector_size(kBytes)));
+typedef int16_t s16v __attribute__((vector_size(kBytes)));
+typedef uint16_t u16h __attribute__((vector_size(kBytes / 2)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int8_t s8h __attribute__((vector_size(kBytes / 2)));
 
 template <class V> inline V load(const void* p) {
   V v;
@@ -51,8 +64,48 @@ template <class V> inline V load(const void* p) {
   return v;
 }
 
-inline float sum(f32x8 v) {
-  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+template <class V> inline V load_part(const void* p, size_t bytes) {  // zeros beyond
+  V v{};
+  std::memcpy(&v, p, bytes);
+  return v;
+}
+
+inline float sum(f32v v) {
+  f32x4 quarters[kLanes / 4];
+  std::memcpy(quarters, &v, sizeof v);
+  if constexpr (kLanes == 16) {
+    quarters[0] += quarters[2];
+    quarters[1] += quarters[3];
+  }
+  const f32x4 q = quarters[0] + quarters[1];
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// Lane l is swapped with lane l ^ bit.
+template <int bit, int... l> f32v swap(f32v v, std::integer_sequence<int, l...>) {
+  return f32v{v[l ^ bit]...};
+}
+
+template <int bit, int... l> s32v mask(std::integer_sequence<int, l...>) {
+  return s32v{(l & bit ? -1 : 0)...};
+}
+
+// Lane i of the result is the sum over all lanes of v[i].
+template <int span, int first, int n> inline f32v sum_each(const f32v (&v)[n]) {
+  if constexpr (span == 1) {
+    return v[first];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+    constexpr int half = span / 2;
+    const f32v a = sum_each<half, first>(v);
+    if constexpr (first + half >= n) {
+      return a + swap<half>(a, lanes);
+    } else {
+      const f32v b = sum_each<half, first + half>(v);
+      const s32v second = mask<half>(lanes);
+      return (second ? b : a) + swap<half>(second ? a : b, lanes);
+    }
+  }
 }
 
 inline float widen(uint16_t bf16) {
@@ -66,13 +119,42 @@ inline uint16_t narrow(float value) {  // to the nearest bfloat16, ties to even
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+inline u16h narrow(f32v values) {
+  const u32v bits = (u32v)values, nan = u32v{} + 0x7fc0;
+  const u32v rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(values == values ? rounded : nan, u16h);
+}
+
 inline float get(const float* p) { return *p; }
 inline float get(const uint16_t* p) { return widen(*p); }
 inline void put(float* p, float value) { *p = value; }
 inline void put(uint16_t* p, float value) { *p = narrow(value); }
-inline f32x8 get8(const float* p) { return load<f32x8>(p); }
-inline f32x8 get8(const uint16_t* p) {
-  return (f32x8)(__builtin_convertvector(load<u16x8>(p), u32x8) << 16);
+inline f32v get_vector(const float* p) { return load<f32v>(p); }
+inline f32v get_vector(const uint16_t* p) {
+  return (f32v)(__builtin_convertvector(load<u16h>(p), u32v) << 16);
+}
+
+// sums + a * b, neighbours added: one lane takes the products of two pairs.
+inline s32v multiply_add(s32v sums, s16v a, s16v b) {
+#if defined(__AVX512VNNI__)
+  return (s32v)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sums + (s32v)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  const s32v x = (s32v)a, y = (s32v)b;  // two 16-bit values in a lane: the low one, the high one
+  return sums + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// The same of bfloat16 pairs.
+inline f32v multiply_add(f32v sums, s16v a, s16v b) {
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+  return (f32v)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+  const u32v x = (u32v)a, y = (u32v)b, high = u32v{} + 0xffff0000u;
+  sums += (f32v)(x << 16) * (f32v)(y << 16);
+  return sums + (f32v)(x & high) * (f32v)(y & high);
+#endif
 }
 
 // Wide weights are used up faster than the hardware fetches them unasked (int4 is not: unpacking
@@ -81,10 +163,10 @@ constexpr int64_t kAhead = 4096;  // bytes
 
 inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead); }
 
-// Output features that one thread should at least take: about 32 thousand weights, below which
-// waking another thread costs more than it saves.
+// Vectors of output features that one thread should at least take: about 32 thousand weights, below
+// which waking another thread costs more than it saves.
 inline int64_t grain(int64_t M, int64_t K) {
-  return std::max<int64_t>(1, (int64_t(1) << 15) / (M * K));
+  return std::max<int64_t>(1, (int64_t(1) << 15) / (M * K * kLanes));
 }
 
 // Straight from the C interface: at this size, going through the dispatcher would show.
@@ -105,50 +187,50 @@ Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 const uint16_t* bf16(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
 
-// ---------------------------------------------------------------------------- bfloat16 weights
+// ---------------------------------------------------------------------------- rows of activations
 
-float dot_bf16(const uint32_t* w, const float* even, const float* odd, int64_t K) {
-  f32x8 a{}, b{}, c{}, d{};
-  const u32x8 high = u32x8{} + 0xffff0000u;
-  int64_t k = 0;  // counts pairs
-  for (; k + 16 <= K / 2; k += 16) {
-    prefetch(w + k);
-    const u32x8 p = load<u32x8>(w + k), q = load<u32x8>(w + k + 8);
-    a += (f32x8)(p << 16) * load<f32x8>(even + k);
-    b += (f32x8)(p & high) * load<f32x8>(odd + k);
-    c += (f32x8)(q << 16) * load<f32x8>(even + k + 8);
-    d += (f32x8)(q & high) * load<f32x8>(odd + k + 8);
+// Rows taken at a time, all of which use a weight while it is in a register. Nine: eight guesses are
+// verified with the token before them.
+constexpr int kRows = 9;
+
+// Calls f(n) with n, at most `most`, as a constant.
+template <int most, class F> void with_constant(int64_t n, F f) {
+  if (n == most) {
+    f(std::integral_constant<int, most>{});
+  } else if constexpr (most > 1) {
+    with_constant<most - 1>(n, f);
   }
-  float tail = 0;
-  for (; k < K / 2; k++) {
-    tail += widen(uint16_t(w[k])) * even[k] + widen(uint16_t(w[k] >> 16)) * odd[k];
-  }
-  return sum((a + b) + (c + d)) + tail;
 }
 
-Tensor linear_bf16(const Tensor& x, const Tensor& weight) {
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
-  STD_TORCH_CHECK(K % 2 == 0 && weight.size(1) == K, "weight is [N, K] with even K");
-  std::vector<float> even(M * K / 2), odd(M * K / 2);
-  for (int64_t i = 0; i < M * K / 2; i++) {
-    even[i] = widen(bf16(x)[2 * i]);
-    odd[i] = widen(bf16(x)[2 * i + 1]);
+// Calls f(R, first) for every R rows from `first` on, R being a constant and at most kRows.
+template <class F> void for_rows(int64_t M, F f) {
+  const int64_t parts = (M + kRows - 1) / kRows;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = M * part / parts;
+    with_constant<kRows>(M * (part + 1) / parts - first, [&](auto R) { f(R, first); });
   }
-  Tensor y = new_output(x, {M, N});
-  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
-  const auto* w = static_cast<const uint32_t*>(weight.const_data_ptr());
-  torch::stable::parallel_for(0, N, grain(M, K), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n++) {
-      for (int64_t m = 0; m < M; m++) {
-        out[m * N + n] =
-            narrow(dot_bf16(w + n * K / 2, &even[m * K / 2], &odd[m * K / 2], K));
+}
+
+// Activations as the loops read them: of rows that are taken together `run` values each, side by
+// side, then the next `run`; with zeros from K on to the end of the last one.
+template <int run> struct Activations {
+  int64_t width;
+  std::vector<int16_t> values;
+
+  Activations(const int16_t* x, int64_t M, int64_t K)
+      : width((K + run - 1) / run * run), values(M * width) {
+    for_rows(M, [&](auto R, int64_t first) {
+      for (int r = 0; r < R; r++, x += K) {
+        int16_t* to = &values[first * width + r * run];
+        int64_t k = 0;
+        for (; k + run <= K; k += run) std::copy_n(x + k, run, to + k * R);
+        std::copy_n(x + k, K - k, to + k * R);
       }
-    }
-  });
-  return y;
-}
+    });
+  }
 
-// ------------------------------------------------------------------------------ integer weights
+  const int16_t* from(int64_t first) const { return &values[first * width]; }
+};
 
 // Activations in 16-bit fixed point: x[m, k] ≈ values[m * K + k] * scale[m].
 struct FixedPoint {
@@ -171,156 +253,213 @@ struct FixedPoint {
   }
 };
 
-// Products of sixteen pairs, neighbours added: eight exact 32-bit sums.
-inline s32x8 multiply_add(s16x16 a, s16x16 b) {
-#ifdef __AVX2__
-  return (s32x8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+// The [M, N] product: f(n, m, y) leaves features n … n + kLanes - 1 of rows m … m + R - 1 in y.
+template <class F> Tensor by_features(const Tensor& x, int64_t N, F f) {
+  const int64_t M = x.size(0), K = x.size(1);
+  Tensor result = new_output(x, {M, N});
+  auto* out = static_cast<uint16_t*>(result.mutable_data_ptr());
+  const int64_t parts = (N + kLanes - 1) / kLanes;
+  torch::stable::parallel_for(0, parts, grain(M, K), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kLanes; n < std::min(end * kLanes, N); n += kLanes) {
+      for_rows(M, [&](auto R, int64_t m) {
+        f32v y[R];
+        f(n, m, y);
+        for (int r = 0; r < R; r++) {
+          const u16h rounded = narrow(y[r]);
+          std::memcpy(out + (m + r) * N + n, &rounded, 2 * std::min<int64_t>(kLanes, N - n));
+        }
+      });
+    }
+  });
+  return result;
+}
+
+// ------------------------------------------------------------------- bfloat16 and int8, row-major
+
+inline s16v widen(s8h v) {
+#ifdef __AVX512VNNI__
+  return (s16v)_mm512_cvtepi8_epi16((__m256i)v);
 #else
-  const s32x8 x = (s32x8)a, y = (s32x8)b;  // two 16-bit values in a lane: the low one, the high one
-  return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+  return __builtin_convertvector(v, s16v);
 #endif
 }
 
-// A lane of such sums holds 258 products of 127 * 32767 and two of them arrive at a time: up to
-// 2048 weights go into eight lanes without overflow.
-constexpr int64_t kExact = 2048;
+inline s16v load_weights(const uint16_t* w) { return load<s16v>(w); }
+inline s16v load_weights(const uint16_t* w, int64_t n) { return load_part<s16v>(w, 2 * n); }
+inline s16v load_weights(const int8_t* w) { return widen(load<s8h>(w)); }
+inline s16v load_weights(const int8_t* w, int64_t n) { return widen(load_part<s8h>(w, n)); }
 
-float dot_int8(const int8_t* w, const int16_t* x, int64_t K) {
-  f32x8 total{};
-  float tail = 0;
-  for (int64_t start = 0; start < K; start += kExact) {
-    const int64_t stop = std::min(start + kExact, K);
-    s32x8 a{}, b{};
-    int64_t k = start;
-    for (; k + 32 <= stop; k += 32) {
-      prefetch(w + k);
-      const s16x16 p = __builtin_convertvector(load<s8x16>(w + k), s16x16);
-      const s16x16 q = __builtin_convertvector(load<s8x16>(w + k + 16), s16x16);
-      a += multiply_add(p, load<s16x16>(x + k));
-      b += multiply_add(q, load<s16x16>(x + k + 16));
-    }
-    total += __builtin_convertvector(a, f32x8) + __builtin_convertvector(b, f32x8);
-    for (; k < stop; k++) tail += float(w[k] * x[k]);
+inline f32v to_float(f32v v) { return v; }
+inline f32v to_float(s32v v) { return __builtin_convertvector(v, f32v); }
+
+// A lane of 32-bit sums holds 258 products of 127 * 32767, and two of them arrive at a time.
+constexpr int64_t kExact = 128 * kPairs;
+
+// Lanes of total[r][i + f] add up to the sum over k of w[f][k] * x[r][k].
+template <int F, int R, class W>
+void add_products(const W* const (&w)[F], const int16_t* x, int64_t K, f32v (&total)[R][kLanes],
+                  int i) {
+  using Sums = std::conditional_t<std::is_same_v<W, int8_t>, s32v, f32v>;
+  for (int r = 0; r < R; r++) {
+    for (int f = 0; f < F; f++) total[r][i + f] = f32v{};
   }
-  return sum(total) + tail;
+  for (int64_t k = 0; k < K;) {
+    Sums sums[R][F]{};
+    const auto add = [&](auto... part) {
+      s16v weights[F];
+      for (int f = 0; f < F; f++) weights[f] = load_weights(w[f] + k, part...);
+      for (int r = 0; r < R; r++) {
+        const s16v activations = load<s16v>(x + k * R + r * kPairs);
+        for (int f = 0; f < F; f++) {
+          sums[r][f] = multiply_add(sums[r][f], weights[f], activations);
+        }
+      }
+    };
+    const int64_t stop = std::min(k + kExact, K);
+    for (; k + kPairs <= stop; k += kPairs) {
+      // A tile's weights lie one row behind the other: asked for in that order.
+      for (int f = 0; f < F; f++) prefetch(w[0] + F * k + f * kPairs);
+      add();
+    }
+    if (k < stop) {
+      add(stop - k);
+      k = stop;
+    }
+    for (int r = 0; r < R; r++) {
+      for (int f = 0; f < F; f++) total[r][i + f] += to_float(sums[r][f]);
+    }
+  }
+}
+
+// y[m, n] = scale(m, n) * the sum over k of weight[n, k] * x[m, k]
+template <class W, class Scale>
+Tensor product(const Tensor& like, const Activations<kPairs>& x, const Tensor& weight,
+               Scale scale) {
+  const int64_t M = like.size(0), K = like.size(1), N = weight.size(0);
+  const auto* rows = static_cast<const W*>(weight.const_data_ptr());
+  return by_features(like, N, [&]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
+    constexpr int F = 2 * R <= kSums ? 2 : 1;
+    f32v total[R][kLanes];
+    for (int i = 0; i < kLanes; i += F) {
+      const W* w[F];
+      for (int f = 0; f < F; f++) w[f] = rows + std::min(n + i + f, N - 1) * K;
+      add_products<F, R>(w, x.from(m), K, total, i);
+    }
+    for (int r = 0; r < R; r++) y[r] = sum_each<kLanes, 0>(total[r]) * scale(m + r, n);
+  });
+}
+
+Tensor linear_bf16(const Tensor& x, const Tensor& weight) {
+  const int64_t M = x.size(0), K = x.size(1);
+  STD_TORCH_CHECK(weight.size(1) == K, "weight is [N, K]");
+  const Activations<kPairs> activations(static_cast<const int16_t*>(x.const_data_ptr()), M, K);
+  return product<uint16_t>(x, activations, weight, [](int64_t, int64_t) { return 1.0f; });
 }
 
 Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& scale) {
   const int64_t M = x.size(0), K = x.size(1), N = values.size(0);
   STD_TORCH_CHECK(values.size(1) == K && scale.numel() == N, "values [N, K], scale [N]");
   const FixedPoint fixed(x);
-  Tensor y = new_output(x, {M, N});
-  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
-  const auto* w = static_cast<const int8_t*>(values.const_data_ptr());
+  const Activations<kPairs> activations(fixed.values.data(), M, K);
   const auto* s = static_cast<const float*>(scale.const_data_ptr());
-  torch::stable::parallel_for(0, N, grain(M, K), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n++) {
-      for (int64_t m = 0; m < M; m++) {
-        const float total = dot_int8(w + n * K, &fixed.values[m * K], K);
-        out[m * N + n] = narrow(total * (s[n] * fixed.scale[m]));
-      }
-    }
+  return product<int8_t>(x, activations, values, [&](int64_t m, int64_t n) {
+    const f32v scales = n + kLanes <= N ? load<f32v>(s + n) : load_part<f32v>(s + n, 4 * (N - n));
+    return scales * fixed.scale[m];
   });
-  return y;
 }
 
-// Packed int4: a group of `size` weights is size / 4 words of 16 bits; word j holds the weights
-// j, j + size / 4, j + size / 2 and j + 3 * size / 4, each plus 8, from its lowest nibble up.
-// Calls f(nibbles, k) for every sixteen weights in order, k being the first one's place.
-template <int size, class F> inline void for_nibbles(const uint16_t* words, F f) {
-  constexpr int quarter = size / 4;
-  if constexpr (quarter == 8) {  // two quarters side by side make a vector
-    const u16x8 v = load<u16x8>(words), u = v >> 4;
-    u16x16 both;
-    std::memcpy(&both, &v, sizeof v);
-    std::memcpy(reinterpret_cast<char*>(&both) + sizeof v, &u, sizeof u);
-    f((s16x16)(both & 15), 0);
-    f((s16x16)((both >> 8) & 15), 16);
-  } else {
-    for (int j = 0; j < quarter; j += 16) {
-      const u16x16 v = load<u16x16>(words + j);
-      f((s16x16)(v & 15), j);
-      f((s16x16)((v >> 4) & 15), quarter + j);
-      f((s16x16)((v >> 8) & 15), 2 * quarter + j);
-      f((s16x16)(v >> 12), 3 * quarter + j);
+// ------------------------------------------------------------------- int4, features side by side
+
+// A block is sixteen output features. Its weights come as 32-bit words of eight along K, the words
+// of the sixteen features in turn: nibble i of a word's low half is weight 2 i, of its high half
+// weight 2 i + 1, each plus 8. So a lane belongs to one feature, whose scale it takes and whose sum
+// it keeps. Scales and offsets are blocks of [G, 16], too.
+constexpr int kBlockFeatures = 16;
+
+struct Int4Weight {
+  const uint32_t* words;
+  const uint16_t *scale, *offset;
+  int64_t K, G;
+};
+
+// Features n … n + kLanes - 1 of R rows. `x` holds pairs of activations, `x_sums` sums over groups.
+template <int R>
+void multiply_int4(const Int4Weight& weight, int64_t n, const int16_t* x, const int32_t* x_sums,
+                   f32v (&total)[R]) {
+  const int64_t K = weight.K, G = weight.G, size = K / G;
+  const int64_t block = n / kBlockFeatures, lane = n % kBlockFeatures;
+  const uint32_t* words = weight.words + block * kBlockFeatures * K / 8 + lane;
+  const int64_t first_scale = block * kBlockFeatures * G + lane;
+  for (int r = 0; r < R; r++) total[r] = f32v{};
+  for (int64_t g = 0; g < G; g++) {
+    s32v sums[R];
+    for (int r = 0; r < R; r++) sums[r] = s32v{} - 8 * x_sums[g * R + r];
+    for (int64_t k = g * size; k < (g + 1) * size; k += 8) {
+      u32v word = load<u32v>(words + k / 8 * kBlockFeatures);
+      for (int i = 0; i < 4; i++) {
+        const s16v nibbles = (s16v)(word & 0x000f000f);
+        word >>= 4;
+        for (int r = 0; r < R; r++) {
+          const s32v pair = s32v{} + load<int32_t>(x + (k + 2 * i) * R + 2 * r);
+          sums[r] = multiply_add(sums[r], nibbles, (s16v)pair);
+        }
+      }
+    }
+    const int64_t at = first_scale + g * kBlockFeatures;
+    const f32v scale = get_vector(weight.scale + at);
+    for (int r = 0; r < R; r++) total[r] += to_float(sums[r]) * scale;
+    if (weight.offset) {
+      const f32v offset = get_vector(weight.offset + at);
+      for (int r = 0; r < R; r++) total[r] += offset * float(x_sums[g * R + r]);
     }
   }
 }
 
-template <int size>
-void linear_int4_rows(int64_t begin, int64_t end, int64_t M, int64_t N, int64_t K,
-                      const FixedPoint& fixed, const std::vector<s32x8>& minus_eight,
-                      const std::vector<float>& group_sums, const uint16_t* packed,
-                      const uint16_t* scale, const uint16_t* offset, uint16_t* out) {
-  const int64_t G = K / size;
-  for (int64_t n = begin; n < end; n++) {
-    for (int64_t m = 0; m < M; m++) {
-      const int16_t* x = &fixed.values[m * K];
-      f32x8 total{};
-      for (int64_t g = 0; g < G; g++) {
-        s32x8 sums = minus_eight[m * G + g];
-        for_nibbles<size>(packed + (n * K + g * size) / 4, [&](s16x16 nibbles, int k) {
-          sums += multiply_add(nibbles, load<s16x16>(x + g * size + k));
-        });
-        total += __builtin_convertvector(sums, f32x8) * widen(scale[n * G + g]);
-      }
-      float shift = 0;
-      if (offset) {
-        for (int64_t g = 0; g < G; g++) shift += group_sums[m * G + g] * widen(offset[n * G + g]);
-      }
-      out[m * N + n] = narrow((sum(total) + shift) * fixed.scale[m]);
-    }
-  }
-}
-
-Tensor linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale,
+Tensor linear_int4(const Tensor& x, const Tensor& words, const Tensor& scale,
                    std::optional<Tensor> offset) {
-  const int64_t M = x.size(0), K = x.size(1), N = packed.size(0), G = scale.size(1);
-  const int64_t size = K / G;
-  STD_TORCH_CHECK(packed.size(1) * 4 == K && size * G == K, "packed [N, K / 4], scale [N, G]");
-  STD_TORCH_CHECK(size == 32 || size == 64 || size == 128, "groups of 32, 64 or 128");
+  const int64_t M = x.size(0), K = x.size(1), N = kBlockFeatures * words.size(0);
+  const int64_t G = scale.size(1);
+  STD_TORCH_CHECK(words.size(1) * 8 == K && K % (8 * G) == 0 && K / G <= 256,
+                  "words [N / 16, K / 8, 16], scale [N / 16, G, 16], groups of up to 256");
   const FixedPoint fixed(x);
+  const Activations<2> pairs(fixed.values.data(), M, K);
+  const int64_t size = K / G;
   // Nibbles are 8 more than the weights: what that adds is known from the activations alone.
-  std::vector<s32x8> minus_eight(M * G);
-  std::vector<float> group_sums(M * G);
-  for (int64_t i = 0; i < M * G; i++) {
-    s32x8 lanes{};
-    for (int64_t k = 0; k < size; k += 16) {
-      lanes += multiply_add(s16x16{} + 1, load<s16x16>(&fixed.values[i * size + k]));
+  std::vector<int32_t> x_sums(M * G);
+  for_rows(M, [&](auto R, int64_t first) {
+    for (int64_t r = 0; r < R; r++) {
+      for (int64_t g = 0; g < G; g++) {
+        const int16_t* group = &fixed.values[(first + r) * K + g * size];
+        x_sums[first * G + g * R + r] = std::accumulate(group, group + size, int32_t(0));
+      }
     }
-    minus_eight[i] = lanes * -8;
-    group_sums[i] = sum(__builtin_convertvector(lanes, f32x8));
-  }
-  Tensor y = new_output(x, {M, N});
-  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
-  const auto rows = size == 32   ? linear_int4_rows<32>
-                    : size == 64 ? linear_int4_rows<64>
-                                 : linear_int4_rows<128>;
-  torch::stable::parallel_for(0, N, grain(M, K), [&](int64_t begin, int64_t end) {
-    rows(begin, end, M, N, K, fixed, minus_eight, group_sums, bf16(packed), bf16(scale),
-         offset ? bf16(*offset) : nullptr, out);
   });
-  return y;
+  const Int4Weight weight{static_cast<const uint32_t*>(words.const_data_ptr()), bf16(scale),
+                          offset ? bf16(*offset) : nullptr, K, G};
+  return by_features(x, N, [&]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
+    multiply_int4(weight, n, pairs.from(m), &x_sums[m * G], y);
+    for (int r = 0; r < R; r++) y[r] *= fixed.scale[m + r];
+  });
 }
 
 // ------------------------------------------------------------------------------------ attention
 
-template <class T> inline float dot(const T* a, const float* b, int64_t D) {
-  f32x8 acc{};
-  int64_t d = 0;
-  for (; d + 8 <= D; d += 8) acc += get8(a + d) * load<f32x8>(b + d);
+template <class Value> inline float dot(const Value* a, const float* b, int64_t E) {
+  f32v acc{};
+  int64_t e = 0;
+  for (; e + kLanes <= E; e += kLanes) acc += get_vector(a + e) * load<f32v>(b + e);
   float tail = 0;
-  for (; d < D; d++) tail += get(a + d) * b[d];
+  for (; e < E; e++) tail += get(a + e) * b[e];
   return sum(acc) + tail;
 }
 
-template <class T> inline void add_scaled(float* out, const T* v, float p, int64_t D) {
-  int64_t d = 0;
-  for (; d + 8 <= D; d += 8) {
-    const f32x8 r = load<f32x8>(out + d) + get8(v + d) * p;
-    std::memcpy(out + d, &r, sizeof r);
+template <class Value> inline void add_scaled(float* out, const Value* v, float p, int64_t E) {
+  int64_t e = 0;
+  for (; e + kLanes <= E; e += kLanes) {
+    const f32v r = load<f32v>(out + e) + get_vector(v + e) * p;
+    std::memcpy(out + e, &r, sizeof r);
   }
-  for (; d < D; d++) out[d] += get(v + d) * p;
+  for (; e < E; e++) out[e] += get(v + e) * p;
 }
 
 // One block of cache positions against the query heads of one key/value head. Leaves the maximum
@@ -331,90 +470,93 @@ struct Partial {
   float maximum, total;
 };
 
-template <class T>
-void attend_block(const T* keys, const T* values, int64_t length, int64_t D, const float* q,
+template <class Value>
+void attend_block(const Value* keys, const Value* values, int64_t length, int64_t E, const float* q,
                   int64_t heads, Partial* partial, float* out) {
   float score[kBlock];
   for (int64_t h = 0; h < heads; h++) {
     float maximum = -std::numeric_limits<float>::infinity(), total = 0;
     for (int64_t j = 0; j < length; j++) {
-      score[j] = dot(keys + j * D, q + h * D, D);
+      score[j] = dot(keys + j * E, q + h * E, E);
       maximum = std::max(maximum, score[j]);
     }
-    float* o = out + h * D;
-    std::fill(o, o + D, 0.0f);
+    float* o = out + h * E;
+    std::fill(o, o + E, 0.0f);
     for (int64_t j = 0; j < length; j++) {
       const float p = std::exp(score[j] - maximum);
       total += p;
-      add_scaled(o, values + j * D, p, D);
+      add_scaled(o, values + j * E, p, E);
     }
     partial[h] = {maximum, total};
   }
 }
 
-template <class T>
+template <class Value>
 void attention_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                      const Tensor& positions, int64_t window, double scale, Tensor& y) {
-  const int64_t B = q.size(0), H = q.size(1), D = q.size(2);
+  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), E = q.size(3);
   const int64_t J = k_cache.size(1), C = k_cache.size(2), heads = H / J;
-  const auto* query = static_cast<const T*>(q.const_data_ptr());
-  const auto* keys = static_cast<const T*>(k_cache.const_data_ptr());
-  const auto* values = static_cast<const T*>(v_cache.const_data_ptr());
+  const auto* query = static_cast<const Value*>(q.const_data_ptr());
+  const auto* keys = static_cast<const Value*>(k_cache.const_data_ptr());
+  const auto* values = static_cast<const Value*>(v_cache.const_data_ptr());
   const auto* position = static_cast<const int64_t*>(positions.const_data_ptr());
-  auto* out = static_cast<T*>(y.mutable_data_ptr());
+  auto* out = static_cast<Value*>(y.mutable_data_ptr());
 
-  std::vector<float> scaled(B * H * D);
-  for (int64_t i = 0; i < B * H * D; i++) scaled[i] = get(query + i) * float(scale);
+  std::vector<float> scaled(q.numel());
+  for (size_t i = 0; i < scaled.size(); i++) scaled[i] = get(query + i) * float(scale);
 
-  int64_t longest = 0;
-  for (int64_t b = 0; b < B; b++) longest = std::max(longest, position[b] + 1);
+  const int64_t longest = *std::max_element(position, position + B * T) + 1;
   STD_TORCH_CHECK(longest <= C, "position beyond the cache");
   const int64_t blocks = (longest + kBlock - 1) / kBlock;
-  std::vector<Partial> partial(B * J * blocks * heads);
-  std::vector<float> sums(partial.size() * D);
+  // Of every block, all heads of all tokens.
+  std::vector<Partial> partial(blocks * B * T * H);
+  std::vector<float> sums(partial.size() * E);
 
+  // A block of one key/value head is read from memory once, for all tokens.
   torch::stable::parallel_for(0, B * J * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const int64_t block = i % blocks, bj = i / blocks, b = bj / J;
-      const int64_t stop = std::min((block + 1) * kBlock, position[b] + 1);
-      const int64_t first = window ? std::max<int64_t>(0, position[b] + 1 - window) : 0;
-      const int64_t start = std::max(block * kBlock, first);
-      if (start >= stop) {
-        for (int64_t h = 0; h < heads; h++) partial[i * heads + h] = {0, 0};
-        continue;
+      const int64_t block = i % blocks, bj = i / blocks, b = bj / J, j = bj % J;
+      for (int64_t bt = b * T; bt < (b + 1) * T; bt++) {
+        const int64_t stop = std::min((block + 1) * kBlock, position[bt] + 1);
+        const int64_t first = window ? std::max<int64_t>(0, position[bt] + 1 - window) : 0;
+        const int64_t start = std::max(block * kBlock, first);
+        const int64_t head = bt * H + j * heads, at = block * B * T * H + head;
+        if (start >= stop) {
+          std::fill_n(&partial[at], heads, Partial{0, 0});
+          continue;
+        }
+        attend_block(keys + (bj * C + start) * E, values + (bj * C + start) * E, stop - start, E,
+                     &scaled[head * E], heads, &partial[at], &sums[at * E]);
       }
-      attend_block(keys + (bj * C + start) * D, values + (bj * C + start) * D, stop - start, D,
-                   &scaled[bj * heads * D], heads, &partial[i * heads], &sums[i * heads * D]);
     }
   });
 
-  std::vector<float> row(D);
-  for (int64_t bh = 0; bh < B * H; bh++) {
-    const int64_t bj = bh / heads, h = bh % heads;
+  std::vector<float> row(E);
+  for (int64_t head = 0; head < B * T * H; head++) {
     float maximum = -std::numeric_limits<float>::infinity(), total = 0;
-    for (int64_t block = 0; block < blocks; block++) {
-      const Partial& p = partial[(bj * blocks + block) * heads + h];
-      if (p.total > 0) maximum = std::max(maximum, p.maximum);
+    for (int64_t i = head; i < int64_t(partial.size()); i += B * T * H) {
+      if (partial[i].total > 0) maximum = std::max(maximum, partial[i].maximum);
     }
     std::fill(row.begin(), row.end(), 0.0f);
-    for (int64_t block = 0; block < blocks; block++) {
-      const int64_t i = (bj * blocks + block) * heads + h;
+    for (int64_t i = head; i < int64_t(partial.size()); i += B * T * H) {
       if (partial[i].total == 0) continue;
       const float weight = std::exp(partial[i].maximum - maximum);
       total += partial[i].total * weight;
-      add_scaled(row.data(), &sums[i * D], weight, D);
+      add_scaled(row.data(), &sums[i * E], weight, E);
     }
-    for (int64_t d = 0; d < D; d++) put(out + bh * D + d, row[d] / total);
+    for (int64_t e = 0; e < E; e++) put(out + head * E + e, row[e] / total);
   }
 }
 
-// q [B, H, D]; caches [B, J, C, D]; positions int64 [B], each of the newest token already in the
-// cache; window 0 for none. Returns [B, H, D].
+// q [B, T, H, E]; caches [B, J, C, E], which already hold the keys and values of these tokens;
+// positions int64 [B, T], each of which sees those up to its own; window 0 for none. Returns
+// [B, T, H, E].
 Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                         const Tensor& positions, int64_t window, double scale) {
-  STD_TORCH_CHECK(q.is_contiguous() && k_cache.is_contiguous() && v_cache.is_contiguous(),
-                  "contiguous q and caches");
-  Tensor y = new_output(q, {q.size(0), q.size(1), q.size(2)});
+  STD_TORCH_CHECK(q.is_contiguous() && k_cache.is_contiguous() && v_cache.is_contiguous() &&
+                      positions.is_contiguous(),
+                  "contiguous q, caches and positions");
+  Tensor y = new_output(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
   if (q.scalar_type() == ScalarType::BFloat16) {
     attention_typed<uint16_t>(q, k_cache, v_cache, positions, window, scale, y);
   } else {
@@ -429,7 +571,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
   m.def("linear_bf16(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor values, Tensor scale) -> Tensor");
-  m.def("linear_int4(Tensor x, Tensor packed, Tensor scale, Tensor? offset) -> Tensor");
+  m.def("linear_int4(Tensor x, Tensor words, Tensor scale, Tensor? offset) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, "
         "int window, float scale) -> Tensor");
 }
