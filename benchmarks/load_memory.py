@@ -25,7 +25,7 @@ import psutil
 import tokenizers
 import torch
 
-from hotloop.bench.memory import MemoryMeter
+from hotloop.memory_meter import MemoryMeter
 from hotloop.engine.llm import LLM
 from hotloop.hardware import provenance
 from hotloop.models import names

@@ -57,7 +57,10 @@ class EngineConfig:
         head: The scheme of the output head: ``auto`` (``int8`` under any quantization, otherwise
             ``none``), or a scheme's name. A tied embedding follows the head.
         execution: How a decode step runs.
-        device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
+        tensor_parallel: Ranks that each hold a slice of every layer and compute together, each in
+            a process and, on GPUs, on a device of its own.
+        device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``; with several ranks on
+            GPUs ``auto`` or ``cuda``, and rank r takes ``cuda:r``.
         dtype: Element type of activations and unquantized weights.
         max_batch_size: Slots in the cache: sequences decoded at once.
         max_seq_len: Tokens a slot can hold, prompt and answer together; None takes the model's
@@ -71,6 +74,7 @@ class EngineConfig:
     quant: str = "none"
     head: str = "auto"
     execution: Execution = "eager"
+    tensor_parallel: int = 1
     device: str = "auto"
     dtype: DType = "auto"
     max_batch_size: int = 1
@@ -82,7 +86,7 @@ class EngineConfig:
         _check_choice("weight source", self.weights, WeightSource)
         _check_choice("execution", self.execution, Execution)
         _check_choice("dtype", self.dtype, DType)
-        for name in ("max_batch_size", "max_seq_len", "prefill_chunk"):
+        for name in ("tensor_parallel", "max_batch_size", "max_seq_len", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
@@ -92,6 +96,8 @@ class EngineConfig:
         """A short name that sorts, such as ``int4-g64/compile``: what differs from the default."""
         parts = [self.quant if self.head == "auto" else f"{self.quant}+head={self.head}"]
         parts.append(self.execution)
+        if self.tensor_parallel != 1:
+            parts.append(f"tp{self.tensor_parallel}")
         if self.dtype != "auto":
             parts.append(self.dtype)
         if self.max_batch_size != 1:

@@ -16,6 +16,8 @@ from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.families import read_config
 from hotloop.models.shapes import SHAPES
+from hotloop.parallel.plan import Shard, plan_shards
+from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_scheme
 from hotloop.types import DEFAULT_MAX_SEQ_LEN, EngineConfig
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
@@ -36,6 +38,8 @@ class Setup:
         device: Where it runs.
         dtype: Element type of activations and unquantized weights.
         n_positions: Tokens a slot can hold.
+        shards: What of the model each rank holds.
+        rank: The rank that ``device`` and what follows is of; rank 0 holds the most.
     """
 
     config: EngineConfig
@@ -46,6 +50,24 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     n_positions: int
+    shards: tuple[Shard, ...]
+    rank: int = 0
+
+    @property
+    def shard(self) -> Shard:
+        """What this rank holds."""
+        return self.shards[self.rank]
+
+    @property
+    def local(self) -> ModelConfig:
+        """The shape of this rank's decoder."""
+        return self.model.local(self.shard)
+
+    def on(self, rank: int, local_rank: int) -> Setup:
+        """The same for another rank, the ``local_rank``-th on its machine."""
+        cuda = self.device.type == "cuda" and len(self.shards) > 1
+        device = torch.device("cuda", local_rank) if cuda else self.device
+        return dataclasses.replace(self, rank=rank, device=device)
 
     def open(self) -> Checkpoint:
         """The checkpoint, opened anew."""
@@ -62,7 +84,7 @@ def prepare(config: EngineConfig) -> Setup:
         ModelNotFoundError: No such model here.
         CheckpointError: A checkpoint whose description is damaged.
     """
-    device = resolve_device(config.device)
+    device = _resolve_device(config)
     path, hf_config = _describe_model(config)
     model = read_config(hf_config)
     config, scheme, head_scheme = _settle_schemes(config, stored_schemes(hf_config))
@@ -77,6 +99,15 @@ def prepare(config: EngineConfig) -> Setup:
             f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
             "tokens."
         )
+    shards = plan_shards(
+        config.tensor_parallel,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        alignment=scheme.alignment,
+    )
     return Setup(
         config=config,
         model=model,
@@ -86,7 +117,42 @@ def prepare(config: EngineConfig) -> Setup:
         device=device,
         dtype=_resolve_dtype(config, device),
         n_positions=n_positions,
+        shards=shards,
     )
+
+
+def ranks_here(config: EngineConfig) -> int:
+    """How many of a configuration's ranks run on this machine.
+
+    Raises:
+        ConfigError: torchrun started another number of processes than there are to be ranks.
+    """
+    launched = Torchrun.environment()
+    if launched is None:
+        return config.tensor_parallel
+    if launched.world_size != config.tensor_parallel:
+        raise ConfigError(
+            f"torchrun started {launched.world_size} processes, but tensor_parallel is "
+            f"{config.tensor_parallel}: give --tp {launched.world_size}, or start it without "
+            "torchrun, which one machine does not need."
+        )
+    return launched.local_world_size
+
+
+def _resolve_device(config: EngineConfig) -> torch.device:
+    """The device of rank 0, once it is clear that there is one for every rank."""
+    n_here = ranks_here(config)
+    device = resolve_device(config.device)
+    if config.tensor_parallel == 1 or device.type == "cpu":
+        return device
+    if ":" in config.device:
+        raise ConfigError(
+            f"device {config.device!r} is one GPU, and tensor_parallel {config.tensor_parallel} "
+            "takes one for each rank: use cuda."
+        )
+    if (found := torch.cuda.device_count()) < n_here:
+        raise UnsupportedError(f"needs {n_here} GPUs, found {found}")
+    return torch.device("cuda", 0)
 
 
 def _describe_model(config: EngineConfig) -> tuple[Path | None, dict[str, Any]]:
