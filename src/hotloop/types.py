@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -309,6 +310,15 @@ Prompt = str | Sequence[int]
 """Text, tokenized with the special tokens that the model itself adds; or token ids, as they are."""
 
 
+class PeakMemory(Protocol):
+    """What an engine's meter has measured, once its block has ended."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak; of several ranks, on the one that has most."""
+        ...
+
+
 class Engine(Protocol):
     """Anything that can be measured: hotloop's own engine, and every baseline.
 
@@ -330,6 +340,10 @@ class Engine(Protocol):
 
     def describe(self) -> EngineDescription:
         """What is really running."""
+        ...
+
+    def meter(self) -> AbstractContextManager[PeakMemory]:
+        """Measures the memory of the ``with`` block it manages, wherever the engine runs."""
         ...
 
     def close(self) -> None:

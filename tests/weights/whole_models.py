@@ -13,8 +13,8 @@ from weights_files import llama_rows, write_gguf
 
 from hotloop.kernels.attention import torch_attention
 from hotloop.models import names
-from hotloop.models.decoder import Decoder
 from hotloop.models.config import ModelConfig
+from hotloop.models.decoder import Decoder
 from hotloop.models.families import read_config
 from hotloop.parallel.collectives import Group
 from hotloop.parallel.plan import Shard, plan_shards
@@ -25,6 +25,7 @@ from hotloop.weights.quantize import stored_schemes
 from hotloop.weights.source import CheckpointSource, Source
 
 CPU = torch.device("cpu")
+ALONE = Group()
 VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "</s>"]
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -135,7 +136,7 @@ def load_from(
     quant: str = "none",
     head: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
-    group: Group = Group(),
+    group: Group = ALONE,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     model = read_config(config)
@@ -180,7 +181,7 @@ def shards(model: ModelConfig, n: int, alignment: int) -> tuple[Shard, ...]:
     )
 
 
-def load(path: Path, *, group: Group = Group(), **options: Any) -> Decoder:
+def load(path: Path, *, group: Group = ALONE, **options: Any) -> Decoder:
     """A decoder with the weights at ``path``, as the engine loads them on a rank."""
     checkpoint = open_checkpoint(path)
     if stored := stored_schemes(checkpoint.config):

@@ -132,7 +132,9 @@ class Stepper:
                 restore()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads go on meanwhile: NCCL's, which looks after its work, and a rank's, which
+        # waits for the tokens of the step before.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             sampled = self._step(*key)
         return graph, sampled
 

@@ -15,15 +15,18 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
+from hotloop.engine.ranks import RankGroup
 from hotloop.engine.runner import Pending, Progress, Runner, out_of_memory_in
 from hotloop.engine.sampling import Features
 from hotloop.engine.sequence import Sequence as Request
 from hotloop.engine.setup import prepare
 from hotloop.errors import RequestError, UnsupportedError
+from hotloop.parallel.launch import Reply
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
@@ -31,6 +34,7 @@ from hotloop.types import (
     EngineConfig,
     EngineDescription,
     Generation,
+    PeakMemory,
     Prompt,
     SamplingParams,
     Score,
@@ -50,6 +54,8 @@ class LLM:
 
     Raises:
         HotloopError: The model cannot be found, is damaged, or does not fit; each says why.
+        SystemExit: In a process that torchrun started as a rank other than 0, when the model is no
+            longer needed: such a process is a rank and nothing else.
 
     Attributes:
         config: As asked for, with what was left to hotloop filled in.
@@ -72,7 +78,9 @@ class LLM:
         # Rows of the embedding beyond the tokenizer's vocabulary are padding: never chosen.
         n_tokens = self.tokenizer.vocab_size if self.tokenizer else setup.model.vocab_size
         n_tokens = min(n_tokens, setup.model.vocab_size)
-        self._runner = Runner(setup, n_tokens=n_tokens, progress=progress)
+        several = config.tensor_parallel > 1
+        make = RankGroup if several else Runner
+        self._runner = make(setup, n_tokens=n_tokens, progress=progress)
         self._load_s = time.perf_counter() - started
         started = time.perf_counter()
         with out_of_memory_in("warmup"):
@@ -190,6 +198,16 @@ class LLM:
             warmup_s=self._warmup_s,
             **self._facts,
         )
+
+    @contextmanager
+    def meter(self) -> Iterator[PeakMemory]:
+        """Measures the peak of memory in the ``with`` block: of the largest rank's process."""
+        peak = _Peak()
+        self._runner.start_meter()
+        try:
+            yield peak
+        finally:
+            peak.peak_bytes = self._runner.stop_meter()
 
     def close(self) -> None:
         """Frees the device."""
@@ -316,9 +334,14 @@ class LLM:
             )
 
 
+@dataclass
+class _Peak:
+    peak_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class _Launched:
     """A step on its way to the host, and whose tokens each of its rows brings."""
 
     requests: dict[int, Request]
-    pending: Pending
+    pending: Pending | Reply

@@ -3,6 +3,9 @@
 A ``Runner`` does what it is told about slots: put a prompt into one, take a step with the first n,
 score a window. What that gives comes back as ``Pending``, on its way to the host, so that the next
 step can start before the last one's tokens are looked at.
+
+Of several ranks each has a Runner of its own, in a process of its own, and all are told the same
+(``ranks``). They differ in what they hold of the weights and of the cache.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ from hotloop.engine.execution import Stepper, compile_cache_state
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.sampling import Features, Sampled, Sampler
 from hotloop.engine.setup import Setup
+from hotloop.engine.vocabulary import Vocabulary
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info
 from hotloop.kernels.attention import choose_attention
+from hotloop.memory_meter import MemoryMeter
 from hotloop.models import names
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
+from hotloop.parallel.collectives import Group
 from hotloop.types import SamplingParams, Score, TokenLogprob
 from hotloop.weights.load import load_weights
 from hotloop.weights.source import CheckpointSource, RandomSource
@@ -35,23 +41,36 @@ Tokens = list[list[tuple[int, TokenLogprob | None]]]
 
 
 class Runner:
-    """A model on a device.
+    """A model on a device, or a rank's part of one.
 
     Args:
         setup: What to load, and where.
         n_tokens: Token ids that may be chosen are below this.
         progress: Told of layers as they are loaded.
+        group: The ranks that have the rest of it.
     """
 
-    def __init__(self, setup: Setup, *, n_tokens: int, progress: Progress | None = None) -> None:
-        self._setup = setup
-        model, device = setup.model, setup.device
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        n_tokens: int,
+        progress: Progress | None = None,
+        group: Group | None = None,
+    ) -> None:
+        self._setup, self._group = setup, group or Group()
+        model, device = setup.local, setup.device
         with out_of_memory_in("load"), torch.inference_mode():
             self._attention_name, attention, self._attention_notes = choose_attention(
                 device, setup.dtype
             )
             self._decoder = Decoder(
-                model, n_positions=setup.n_positions, attention=attention, device=device
+                model,
+                n_positions=setup.n_positions,
+                attention=attention,
+                device=device,
+                n_head_rows=len(setup.shard.vocabulary),
+                total=self._group.sum,
             )
             self._load_weights(progress)
             self._cache = KVCache(
@@ -63,7 +82,9 @@ class Runner:
                 dtype=setup.dtype,
                 device=device,
             )
-            self._sampler = Sampler(self._cache.n_slots, n_tokens, device)
+            shares = [shard.vocabulary for shard in setup.shards]
+            self._vocabulary = Vocabulary(shares, n_tokens, self._group)
+            self._sampler = Sampler(self._cache.n_slots, n_tokens, device, self._vocabulary)
             self._stepper = Stepper(
                 self._decoder,
                 self._cache,
@@ -106,21 +127,21 @@ class Runner:
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int], full: bool) -> Score:
-        """Scores one window in the first slot."""
-        ids_T = torch.tensor(ids, device=self._setup.device)
+        """Scores one window in the first slot; whole distributions come to rank 0 alone."""
+        ids_T, vocabulary = torch.tensor(ids, device=self._setup.device), self._vocabulary
         logprobs, top1, distributions = [], [], []
         for chunk in self._chunks(len(ids) - 1):
             logits = self._decoder.logits(self._forward(ids_T, chunk, 0))
-            log_probs = logits.log_softmax(dim=-1)
+            log_probs = vocabulary.log_softmax(logits)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
-            logprobs.append(log_probs.gather(1, labels[:, None])[:, 0].cpu())
-            top1.append(log_probs.argmax(dim=-1).cpu())
-            if full:
-                distributions.append(log_probs.cpu())
+            logprobs.append(vocabulary.at(log_probs, labels).cpu())
+            top1.append(vocabulary.argmax(log_probs).cpu())
+            if full and (whole := vocabulary.whole(log_probs)) is not None:
+                distributions.append(whole.cpu())
         return Score(
             token_logprobs=torch.cat(logprobs),
             top1=torch.cat(top1),
-            log_probs=torch.cat(distributions) if full else None,
+            log_probs=torch.cat(distributions) if distributions else None,
         )
 
     def synchronize(self) -> None:
@@ -128,9 +149,19 @@ class Runner:
         if self._setup.device.type == "cuda":
             torch.cuda.synchronize(self._setup.device)
 
+    def start_meter(self) -> None:
+        """Starts to measure the peak of this process's memory."""
+        self._meter = MemoryMeter(str(self._setup.device)).__enter__()
+
+    def stop_meter(self) -> int:
+        """Bytes at the peak since ``start_meter``; of several ranks, on the one that has most."""
+        self._meter.__exit__(None, None, None)
+        peak = torch.tensor([self._meter.peak_bytes], device=self._setup.device)
+        return int(self._group.max(peak))
+
     def describe(self) -> dict[str, Any]:
         """What ``EngineDescription`` says of a device: its name, kernels, notes and bytes."""
-        setup, model, decoder = self._setup, self._setup.model, self._decoder
+        setup, model, decoder = self._setup, self._setup.local, self._decoder
         linears = {name: getattr(decoder.layers[0], name) for name in names.LINEAR_PARTS}
         linears["head"] = decoder.head
         kernels = {name: linear.kernel.name for name, linear in linears.items()}
@@ -140,14 +171,17 @@ class Runner:
             getattr(layer, name).nbytes for layer in decoder.layers for name in names.LINEAR_PARTS
         )
         compiled = setup.config.execution == "compile"
+        kernels["attention"] = f"attention/{self._attention_name}"
+        if self._group.kernel is not None:
+            kernels["all_reduce"] = f"all_reduce/{self._group.kernel}"
         return {
             "device": str(setup.device),
             "device_name": device_info(setup.device).name,
             "weight_bytes": weights_bytes(setup),
             "weight_bytes_per_step": blocks + decoder.head.nbytes + norms,
             "kv_bytes_per_token": model.kv_bytes_per_token(setup.dtype.itemsize),
-            "kernels": kernels | {"attention": f"attention/{self._attention_name}"},
-            "notes": (*notes, *self._attention_notes),
+            "kernels": kernels,
+            "notes": (*notes, *self._attention_notes, *self._group.notes),
             "compile_cache": compile_cache_state() if compiled else None,
         }
 
@@ -160,18 +194,20 @@ class Runner:
             torch.cuda.empty_cache()
 
     def _load_weights(self, progress: Progress | None) -> None:
-        setup, checkpoint = self._setup, None
+        setup, group, checkpoint = self._setup, self._group, None
         if setup.config.weights == "random":
             source = RandomSource(setup.config.seed, setup.dtype, setup.device)
         else:
             checkpoint = setup.open()
             redundant = names.redundant(setup.model)
-            source = CheckpointSource(checkpoint, setup.device, ignored=redundant)
+            source = CheckpointSource(checkpoint, setup.device, redundant, combine=group.max)
         try:
             load_weights(
                 self._decoder,
                 setup.model,
                 source,
+                shard=setup.shard,
+                adds_biases=setup.rank == 0,
                 scheme=setup.scheme,
                 head_scheme=setup.head_scheme,
                 dtype=setup.dtype,

@@ -23,7 +23,6 @@ from hotloop.models.config import ModelConfig
 from hotloop.models.linear import Embedding, Linear
 from hotloop.models.rope import rope_tables
 
-
 Total = Callable[[Tensor], Tensor]
 """Of what a rank's slice of a projection gives, the sum over all ranks."""
 

@@ -16,11 +16,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
+
+from hotloop.parallel.link import PeerError
 
 SYMMETRIC_BYTES = 256 * 2**10
 """Sums up to this size go through symmetric memory; beyond, NCCL moves fewer bytes."""
@@ -30,10 +33,6 @@ _SYMMETRIC_DTYPES = (torch.bfloat16, torch.float32)
 TIMEOUT = timedelta(minutes=30)
 """For ranks that compile or read at different speeds. Ranks that die are noticed by the launcher,
 which does not wait for this."""
-
-
-class PeerError(RuntimeError):
-    """A collective failed: most likely because another rank is gone, whose own error says more."""
 
 
 class Group:
@@ -97,10 +96,10 @@ class ProcessGroup(Group):
         )
         world = dist.group.WORLD
         assert world is not None, "it was just made"
-        self._name = world.group_name
+        self._name: str = world.group_name
         self._kernel, self._buffer = backend, None
         if backend == "nccl":
-            self._buffer, note = _symmetric_buffer(self._name, self, device)
+            self._buffer, note = _symmetric_buffer(world, self, device)
             self.notes = (note,) if note else ()
             self._kernel = "nccl" if self._buffer is None else "symm_mem"
 
@@ -143,7 +142,7 @@ class ProcessGroup(Group):
 def _sum(x: Tensor, group: str) -> Tensor:
     result = x.clone(memory_format=torch.contiguous_format)
     with _peers():
-        dist.all_reduce(result, group=c10d._resolve_process_group(group))
+        dist.all_reduce(result, group=c10d._resolve_process_group(cast(Any, group)))
     return result
 
 
@@ -172,7 +171,7 @@ def _peers() -> Iterator[None]:
 
 
 def _symmetric_buffer(
-    name: str, group: ProcessGroup, device: torch.device
+    world: dist.ProcessGroup, group: ProcessGroup, device: torch.device
 ) -> tuple[Tensor | None, str | None]:
     """Memory that every rank can read, tried out; or why there is none.
 
@@ -190,9 +189,9 @@ def _symmetric_buffer(
             import torch.distributed._symmetric_memory as symm_mem
 
             buffer = symm_mem.empty(SYMMETRIC_BYTES, dtype=torch.uint8, device=device)
-            symm_mem.rendezvous(buffer, name)
+            symm_mem.rendezvous(buffer, world)
             ones = torch.ones(64, dtype=torch.bfloat16, device=device)
-            if not bool((_sum_symmetric(ones, buffer, name) == group.size).all()):
+            if not bool((_sum_symmetric(ones, buffer, world.group_name) == group.size).all()):
                 reason = "a first sum came out wrong"
         except (RuntimeError, ImportError, AttributeError) as error:
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -78,12 +78,15 @@ class Rank:
 
 
 def start_rank(module: str, index: int) -> Rank:
-    """Starts ``python -m module FD``, whose ``FD`` is its end of the connection."""
+    """Starts ``python -m module INDEX FD``; ``FD`` is its end of the connection."""
     ours, theirs = Pipe()
     log = tempfile.TemporaryFile()  # noqa: SIM115 (goes when the rank does)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", module, str(theirs.fileno())],
+            [
+                *(sys.executable, "-X", "faulthandler", "-m", module),
+                *(str(index), str(theirs.fileno())),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

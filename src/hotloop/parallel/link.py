@@ -22,10 +22,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from hotloop.errors import HotloopError
-from hotloop.parallel.collectives import PeerError
 
 LAST = "last"
 """The command after which no other comes: the rank ends."""
+
+class PeerError(RuntimeError):
+    """A collective failed: most likely because another rank is gone, whose own error says more."""
+
 
 Command = tuple[int, str, tuple[Any, ...]]
 
@@ -73,7 +76,7 @@ class Failure:
 Message = Answer | Told | Failure
 
 
-def send(connection: Connection, message: Command | Message) -> None:
+def send(connection: Connection, message: Any) -> None:
     """Sends by plain pickling: the connection's own would put tensors into shared memory."""
     connection.send_bytes(pickle.dumps(message))
 
@@ -115,10 +118,9 @@ class Caller:
     def _receive(self) -> None:
         while True:
             try:
-                command = receive(self._connection)
+                self._commands.put(receive(self._connection))
             except (EOFError, OSError):
                 end_group()
-            self._commands.put(command)
 
     def _send(self) -> None:
         while True:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hotloop.errors import UnsupportedError
 
@@ -97,8 +98,8 @@ def plan_shards(
     def vocabulary(n: int) -> list[range] | None:
         return _split_finely(vocab_size, n, 1)
 
-    parts = heads(n_ranks), features(n_ranks), vocabulary(n_ranks)
-    if parts[0] is None or parts[1] is None or parts[2] is None:
+    of_heads, of_features, of_vocabulary = heads(n_ranks), features(n_ranks), vocabulary(n_ranks)
+    if of_heads is None or of_features is None or of_vocabulary is None:
         works = [n for n in range(1, n_heads + 1) if heads(n) and features(n) and vocabulary(n)]
         kept = f" and {alignment} features that share a scale" if alignment > 1 else ""
         raise UnsupportedError(
@@ -107,7 +108,7 @@ def plan_shards(
         )
     return tuple(
         Shard(heads=q, kv_heads=kv, features=f, vocabulary=v)
-        for (q, kv), f, v in zip(*parts, strict=True)
+        for (q, kv), f, v in zip(of_heads, of_features, of_vocabulary, strict=True)
     )
 
 
@@ -128,9 +129,7 @@ def _split(n: int, n_parts: int, unit: int) -> list[range]:
     edges = [0]
     for part in range(n_parts):
         edges.append(edges[-1] + n_units // n_parts + (part < n_units % n_parts))
-    return [
-        range(a * unit, min(b * unit, n)) for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [range(a * unit, min(b * unit, n)) for a, b in pairwise(edges)]
 
 
 def _listed(degrees: Sequence[int]) -> str:

@@ -3,8 +3,8 @@
 Ranks that we start share one that the caller serves on the loopback interface, at a port that the
 system picks. Ranks that torchrun started (or whatever else sets its environment: ``RANK``,
 ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``) use torchrun's. There, the process
-of rank 0 is the caller, which starts rank 0 on its own machine; the other processes become the other
-ranks and call the caller, whose address and secret they find in the store.
+of rank 0 is the caller, which starts rank 0 on its own machine; the other processes become the
+other ranks and call the caller, whose address and secret they find in the store.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ class Torchrun:
             world_size=world_size,
             local_rank=local_rank,
             local_world_size=local_world_size,
-            address=Address(
-                host=os.environ["MASTER_ADDR"], port=port, prefix=f"hotloop/{attempt}"
-            ),
+            address=Address(host=os.environ["MASTER_ADDR"], port=port, prefix=f"hotloop/{attempt}"),
             serves=rank == 0 and not by_agent,
         )
 

@@ -22,6 +22,7 @@ SCHEMES = {
 }
 """Every quantization scheme: ``name -> "module:attribute"``."""
 
+
 class Scheme(Protocol):
     """How one weight matrix becomes integers."""
 

@@ -18,7 +18,7 @@ from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Decoder, RMSNorm
 from hotloop.parallel.plan import Shard
-from hotloop.quant import QTensor, Scheme, join_rows
+from hotloop.quant import QTensor, Scheme, cut, join_rows
 from hotloop.weights.source import Source
 
 
@@ -122,5 +122,5 @@ def _load_embeddings(
         head = weight.rows(rows.start, rows.stop)
     else:
         decoder.embedding.assign(weight.dequantize(dtype).to(device), None, dtype)
-        head = weight.rows(rows.start, rows.stop)
+        head = cut(weight, slice(rows.start, rows.stop), None)
     decoder.head.assign(head, dtype=dtype, device=device)

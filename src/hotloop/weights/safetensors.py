@@ -79,8 +79,8 @@ class SafetensorsCheckpoint:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
         """One tensor, or a slice of it, in its stored type, in memory of its own.
 
-        A slice of the first dimension reads its own bytes alone; so does one of a matrix's columns
-        where rows are long, or it reads the rows that it cuts, a chunk at a time, and keeps the cut.
+        A slice of the first dimension reads its own bytes alone. Slices of later ones do so where
+        rows are long; else they read the rows they cut, a chunk at a time, and keep the cut.
         """
         entry = self._entries[name]
         dtype = DTYPES[entry.info.dtype]

@@ -27,9 +27,9 @@ CHUNK_BYTES = 8 * 2**20
 """What is read at once of a tensor that is sliced or dequantized on its way."""
 
 WORTH_SKIPPING_BYTES = 16 * 2**10
-"""Within rows, reading skips what it does not need if it is this much. Measured from the page cache,
-skipping costs twice the time in rows of 16 KiB and none in rows of 56 KiB; from a disk or a network
-it saves the bytes."""
+"""Within rows, reading skips what it does not need if it is this much. From the page cache, it was
+measured to take twice the time in rows of 16 KiB and none in rows of 56 KiB; from a disk or over a
+network it saves the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
