@@ -25,9 +25,9 @@ import psutil
 import tokenizers
 import torch
 
-from hotloop.bench.memory import MemoryMeter
 from hotloop.engine.llm import LLM
 from hotloop.hardware import provenance
+from hotloop.memory_meter import MemoryMeter
 from hotloop.models import names
 from hotloop.models.families import read_config
 from hotloop.weights.checkpoint import open_checkpoint

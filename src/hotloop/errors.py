@@ -10,10 +10,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class HotloopError(Exception):
-    """Base of every error that hotloop raises for its user."""
+    """Base of every error that hotloop raises for its user.
+
+    They can be pickled, whatever their constructors take: ranks report theirs to the caller.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(HotloopError, ValueError):
@@ -87,3 +94,28 @@ class OutOfMemoryError(HotloopError):
             f"out of memory in {phase}{needed}{free}. Use a smaller quantization, a shorter "
             "max_seq_len or a smaller max_batch_size."
         )
+
+
+class RankError(HotloopError):
+    """A rank of a tensor-parallel group ended, or raised what is none of hotloop's errors.
+
+    Args:
+        rank: Which one.
+        n_ranks: Of how many.
+        problem: How it ended: its exception, its exit code or the signal that killed it.
+        log: The last lines that it wrote to stderr.
+    """
+
+    def __init__(self, rank: int, n_ranks: int, problem: str, log: str = "") -> None:
+        self.rank, self.n_ranks, self.problem, self.log = rank, n_ranks, problem, log
+        told = f". It wrote last:\n{log}" if log else ""
+        super().__init__(f"rank {rank} of {n_ranks} {problem}{told}")
+
+
+def _rebuild(
+    kind: type[HotloopError], args: tuple[Any, ...], fields: dict[str, Any]
+) -> HotloopError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -167,6 +168,16 @@ def free_bytes(device: torch.device) -> int:
     import torch
 
     return _host_memory()[1] if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def kernel_oom_kills() -> int | None:
+    """How many processes the kernel has killed for want of memory; None where it does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None
 
 
 def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) -> float:

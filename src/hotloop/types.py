@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -62,13 +63,16 @@ class EngineConfig:
         head: The scheme of the output head: ``auto`` (``int8`` under any quantization, otherwise
             ``none``), or a scheme's name. A tied embedding follows the head.
         execution: How a decode step runs.
+        tensor_parallel: Ranks that each hold a slice of every layer and compute together, each in
+            a process and, on GPUs, on a device of its own.
         draft: Speculative decoding: ``none``; ``ngram``, which looks up what followed the latest
             tokens where they stood before; ``exit-N``, the model's own first N layers; or a model
             of the same vocabulary, named as in ``model``.
         draft_quant: The scheme of a draft model's weights.
         draft_tokens: The most tokens drafted for one step.
         draft_policy: Draft where it pays, or always.
-        device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
+        device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``; with several ranks on
+            GPUs ``auto`` or ``cuda``, and rank r takes ``cuda:r``.
         dtype: Element type of activations and unquantized weights.
         max_batch_size: Slots in the cache: sequences decoded at once.
         max_seq_len: Tokens a slot can hold, prompt and answer together; None takes the model's
@@ -82,6 +86,7 @@ class EngineConfig:
     quant: str = "none"
     head: str = "auto"
     execution: Execution = "eager"
+    tensor_parallel: int = 1
     draft: str = "none"
     draft_quant: str = "none"
     draft_tokens: int = 4
@@ -98,7 +103,14 @@ class EngineConfig:
         _check_choice("execution", self.execution, Execution)
         _check_choice("dtype", self.dtype, DType)
         _check_choice("draft policy", self.draft_policy, DraftPolicy)
-        for name in ("max_batch_size", "max_seq_len", "prefill_chunk", "draft_tokens"):
+        counts = (
+            "tensor_parallel",
+            "draft_tokens",
+            "max_batch_size",
+            "max_seq_len",
+            "prefill_chunk",
+        )
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
@@ -108,6 +120,8 @@ class EngineConfig:
         """A short name that sorts, such as ``int4-g64/compile``: what differs from the default."""
         parts = [self.quant if self.head == "auto" else f"{self.quant}+head={self.head}"]
         parts.append(self.execution)
+        if self.tensor_parallel != 1:
+            parts.append(f"tp{self.tensor_parallel}")
         if self.draft != "none":
             parts.append(f"draft={self.draft_name}")
         if self.dtype != "auto":
@@ -388,6 +402,15 @@ Prompt = str | Sequence[int]
 """Text, tokenized with the special tokens that the model itself adds; or token ids, as they are."""
 
 
+class PeakMemory(Protocol):
+    """What an engine's meter has measured, once its block has ended."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak; of several ranks, on the one that has most."""
+        ...
+
+
 class Engine(Protocol):
     """Anything that can be measured: hotloop's own engine, and every baseline.
 
@@ -409,6 +432,10 @@ class Engine(Protocol):
 
     def describe(self) -> EngineDescription:
         """What is really running."""
+        ...
+
+    def meter(self) -> AbstractContextManager[PeakMemory]:
+        """Measures the memory of the ``with`` block it manages, wherever the engine runs."""
         ...
 
     def close(self) -> None:

@@ -3,6 +3,7 @@ import pytest
 from hotloop.bench.measure import bytes_read_per_step, measure_speed
 from hotloop.bench.record import Workload
 from hotloop.errors import ConfigError, HotloopError
+from hotloop.memory_meter import MemoryMeter
 from hotloop.types import EngineConfig, EngineDescription, Generation, Timing
 
 MIB = 2**20
@@ -52,6 +53,9 @@ class FakeEngine:
 
     def describe(self):
         return self.description
+
+    def meter(self):
+        return MemoryMeter("cpu")
 
     def close(self):
         pass

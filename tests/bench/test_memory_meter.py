@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hotloop.bench import memory
-from hotloop.bench.memory import MemoryMeter
+from hotloop import memory_meter as memory
+from hotloop.memory_meter import MemoryMeter
 
 MIB = 2**20
 

@@ -54,6 +54,9 @@ class BigramEngine:
             kv_bytes_per_token=0,
         )
 
+    def meter(self):
+        raise NotImplementedError
+
     def close(self):
         pass
 

@@ -13,6 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from hotloop.errors import OutOfMemoryError, UnsupportedError
+from hotloop.memory_meter import MemoryMeter
 from hotloop.types import EngineConfig, EngineDescription, Generation, Timing
 
 
@@ -106,6 +107,9 @@ class FakeEngine:
             load_s=0.5,
             warmup_s=0.25,
         )
+
+    def meter(self):
+        return MemoryMeter("cpu")
 
     def close(self) -> None:
         pass

@@ -13,8 +13,11 @@ from weights_files import llama_rows, write_gguf
 
 from hotloop.kernels.attention import torch_attention
 from hotloop.models import names
+from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import read_config
+from hotloop.parallel.collectives import Group
+from hotloop.parallel.plan import Shard, plan_shards
 from hotloop.quant import parse_head_scheme, parse_scheme
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
 from hotloop.weights.load import load_weights
@@ -22,6 +25,7 @@ from hotloop.weights.quantize import stored_schemes
 from hotloop.weights.source import CheckpointSource, Source
 
 CPU = torch.device("cpu")
+ALONE = Group()
 VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "</s>"]
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -132,16 +136,26 @@ def load_from(
     quant: str = "none",
     head: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
+    group: Group = ALONE,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     model = read_config(config)
-    decoder = Decoder(model, n_positions=8, attention=torch_attention, device=CPU)
-    scheme = parse_scheme(quant)
+    scheme, size = parse_scheme(quant), group.size
+    shard = shards(model, size, scheme.alignment if size > 1 else 1)[group.rank]
+    decoder = Decoder(
+        model.local(shard),
+        n_positions=8,
+        attention=torch_attention,
+        device=CPU,
+        n_head_rows=len(shard.vocabulary),
+    )
     try:
         load_weights(
             decoder,
             model,
             source,
+            shard=shard,
+            adds_biases=group.rank == 0,
             scheme=scheme,
             head_scheme=parse_head_scheme(head, scheme),
             dtype=dtype,
@@ -154,14 +168,27 @@ def load_from(
     return decoder
 
 
-def load(path: Path, **options: Any) -> Decoder:
-    """A decoder with the weights at ``path``, as the engine loads them."""
+def shards(model: ModelConfig, n: int, alignment: int) -> tuple[Shard, ...]:
+    """Of ``n`` ranks, what each holds of a model."""
+    return plan_shards(
+        n,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        alignment=alignment,
+    )
+
+
+def load(path: Path, *, group: Group = ALONE, **options: Any) -> Decoder:
+    """A decoder with the weights at ``path``, as the engine loads them on a rank."""
     checkpoint = open_checkpoint(path)
     if stored := stored_schemes(checkpoint.config):
         options = {"quant": stored[0], "head": stored[1]} | options
     ignored = names.redundant(read_config(checkpoint.config))
-    source = CheckpointSource(checkpoint, CPU, ignored=ignored)
-    return load_from(checkpoint, source, checkpoint.config, **options)
+    source = CheckpointSource(checkpoint, CPU, ignored=ignored, combine=group.max)
+    return load_from(checkpoint, source, checkpoint.config, group=group, **options)
 
 
 def assert_same_weights(a: Decoder, b: Decoder) -> None:

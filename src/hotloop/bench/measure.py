@@ -19,7 +19,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hotloop.bench.memory import MemoryMeter
 from hotloop.bench.record import Figure, Workload
 from hotloop.bench.stability import cpu_times, explain_instability
 from hotloop.bench.statistics import mean_figure
@@ -41,7 +40,8 @@ class Speed:
             included; at batch 1 the same as ``e2e_tok_s``.
         mbu: Memory bandwidth utilization against the measured read bandwidth, if that was given.
         mbu_datasheet: The same against the vendor's figure, if that was given.
-        peak_bytes: Peak memory while the workload ran, loading excluded. See ``MemoryMeter``.
+        peak_bytes: Peak memory while the workload ran, loading excluded, of the largest rank. See
+            ``MemoryMeter``.
         instability: Why the repeats disagree, where they do.
     """
 
@@ -86,7 +86,7 @@ def measure_speed(
     repeats: list[list[Timing]] = []
     others_cpu: list[float | None] = []
     sm_clock_mhz: list[float | None] = []
-    with MemoryMeter(description.device) as memory:
+    with engine.meter() as memory:
         _run(engine, workload, description.vocab_size, 0)
         for repeat in range(1, workload.repeats + 1):
             before = cpu_times()

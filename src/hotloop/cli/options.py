@@ -91,6 +91,9 @@ class EngineOptions(DeviceOptions):
     execution: Annotated[
         Execution, option(EXECUTION, "Plain PyTorch, or torch.compile with CUDA graphs.")
     ] = EngineConfig.execution
+    tensor_parallel: Annotated[
+        int, option(EXECUTION, "Ranks that share every layer, one GPU each.", alias="--tp")
+    ] = EngineConfig.tensor_parallel
 
     def config(self, model: str) -> EngineConfig:
         """The configuration of ``model`` read from its checkpoint."""
@@ -107,20 +110,34 @@ class MatrixOptions(DeviceOptions):
     )
     head: Annotated[str, option(MATRIX, "Schemes of the output head.")] = EngineConfig.head
     execution: Annotated[str, option(MATRIX, "Of eager and compile.")] = "eager,compile"
+    tensor_parallel: Annotated[
+        str, option(MATRIX, "Ranks that share every layer, such as 1,2,4.", alias="--tp")
+    ] = str(EngineConfig.tensor_parallel)
     dtype: Annotated[str, option(MATRIX, "Of auto, float32, bfloat16 and float16.")] = (
         EngineConfig.dtype
     )
 
-    def matrix(self) -> dict[str, list[str]]:
-        """The values of each axis."""
-        return {axis: getattr(self, axis).split(",") for axis in _AXES}
+    def matrix(self) -> dict[str, list[str | int]]:
+        """The values of each axis.
+
+        Raises:
+            ConfigError: A degree of tensor parallelism that is no number.
+        """
+        values: dict[str, list[Any]] = {axis: getattr(self, axis).split(",") for axis in _AXES}
+        try:
+            values["tensor_parallel"] = [int(n) for n in values["tensor_parallel"]]
+        except ValueError:
+            raise ConfigError(
+                f"--tp {self.tensor_parallel}: give numbers of ranks, separated by commas."
+            ) from None
+        return values
 
     def defaults(self) -> dict[str, Any]:
         """The fields that are the same for all engines, where they were given."""
         return {name: value for name, value in self.given().items() if name not in _AXES}
 
 
-_AXES = ("quant", "head", "execution", "dtype")
+_AXES = ("quant", "head", "execution", "tensor_parallel", "dtype")
 
 
 @Parameter(name="*")

@@ -358,7 +358,9 @@ class Stepper:
                     tensor.copy_(value)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads go on meanwhile: NCCL's, which looks after its work, and a rank's, which
+        # waits for the tokens of the step before.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = run(program)
         return graph, result
 

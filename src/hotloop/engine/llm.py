@@ -15,17 +15,20 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
 from hotloop.engine.execution import Step, StepTimes
+from hotloop.engine.ranks import RankGroup
 from hotloop.engine.runner import Pending, Progress, Runner, out_of_memory_in
 from hotloop.engine.sampling import Features
 from hotloop.engine.sequence import Sequence as Request
 from hotloop.engine.setup import prepare
 from hotloop.engine.speculation import DraftController, sizes_up_to
 from hotloop.errors import RequestError, UnsupportedError
+from hotloop.parallel.launch import Reply
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
@@ -33,6 +36,7 @@ from hotloop.types import (
     EngineConfig,
     EngineDescription,
     Generation,
+    PeakMemory,
     Prompt,
     SamplingParams,
     Score,
@@ -52,6 +56,8 @@ class LLM:
 
     Raises:
         HotloopError: The model cannot be found, is damaged, or does not fit; each says why.
+        SystemExit: In a process that torchrun started as a rank other than 0, when the model is no
+            longer needed: such a process is a rank and nothing else.
 
     Attributes:
         config: As asked for, with what was left to hotloop filled in.
@@ -74,7 +80,8 @@ class LLM:
         # Rows of the embedding beyond the tokenizer's vocabulary are padding: never chosen.
         n_tokens = self.tokenizer.vocab_size if self.tokenizer else setup.model.vocab_size
         n_tokens = min(n_tokens, setup.model.vocab_size)
-        self._runner = Runner(setup, n_tokens=n_tokens, progress=progress)
+        make = RankGroup if config.tensor_parallel > 1 else Runner
+        self._runner = make(setup, n_tokens=n_tokens, progress=progress)
         self._controller: DraftController | None = None
         if setup.draft is not None:
             sizes = sizes_up_to(config.draft_tokens)
@@ -196,6 +203,16 @@ class LLM:
             warmup_s=self._warmup_s,
             **self._facts,
         )
+
+    @contextmanager
+    def meter(self) -> Iterator[PeakMemory]:
+        """Measures the peak of memory in the ``with`` block: of the largest rank's process."""
+        peak = _Peak()
+        self._runner.start_meter()
+        try:
+            yield peak
+        finally:
+            peak.peak_bytes = self._runner.stop_meter()
 
     def close(self) -> None:
         """Frees the device."""
@@ -361,6 +378,11 @@ class LLM:
             )
 
 
+@dataclass
+class _Peak:
+    peak_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class _Launched:
     """A step on its way to the host, and whose tokens each of its rows brings.
@@ -369,6 +391,6 @@ class _Launched:
     """
 
     requests: dict[int, Request]
-    pending: Pending
+    pending: Pending | Reply
     n: int = 0
     k: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from hotloop.engine.setup import Setup, prepare
+from hotloop.engine.setup import Setup, prepare, ranks_here
 from hotloop.hardware import free_bytes
 from hotloop.kernels.linear import WeightFormat, choose_linear
 from hotloop.quant import Scheme
@@ -15,7 +15,7 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes by purpose, on the device that holds the model.
+    """Bytes by purpose, on the device that holds the model; of several ranks, those of the largest.
 
     ``weights_bytes`` and ``cache_bytes`` are exact; ``workspace_bytes`` is an upper estimate of
     what a forward needs besides: activations of a prefill chunk, its logits when it is scored,
@@ -46,27 +46,29 @@ def predict_memory(config: EngineConfig) -> MemoryPlan:
         HotloopError: Whatever ``LLM(config)`` would raise before it reads a weight.
     """
     setup = prepare(config)
+    free = [free_bytes(setup.on(0, i).device) for i in range(ranks_here(config))]
+    # Ranks on a CPU share its memory evenly; on GPUs each has its own.
     return MemoryPlan(
         weights_bytes=weights_bytes(setup),
         cache_bytes=sum(map(_cache_bytes, setup.models)),
         workspace_bytes=max(map(workspace_bytes, setup.models)),
         device=str(setup.device),
-        free_bytes=free_bytes(setup.device),
+        free_bytes=min(free) // (len(free) if setup.device.type == "cpu" else 1),
     )
 
 
 def weights_bytes(setup: Setup) -> int:
-    """Exact bytes of all resident weights, rotary tables and a draft model included."""
+    """Exact bytes of a rank's resident weights, rotary tables and a draft model included."""
     return sum(map(_weights_bytes, setup.models))
 
 
 def _cache_bytes(setup: Setup) -> int:
     n_tokens = setup.config.max_batch_size * setup.n_positions
-    return n_tokens * setup.model.kv_bytes_per_token(setup.dtype.itemsize)
+    return n_tokens * setup.local.kv_bytes_per_token(setup.dtype.itemsize)
 
 
 def _weights_bytes(setup: Setup) -> int:
-    model, itemsize = setup.model, setup.dtype.itemsize
+    model, itemsize = setup.local, setup.dtype.itemsize
 
     def form(scheme: Scheme, n: int, k: int) -> WeightFormat:
         return scheme.format(n, k, dtype=setup.dtype, device=setup.device.type)
@@ -75,25 +77,31 @@ def _weights_bytes(setup: Setup) -> int:
         return choose_linear(form)[0].nbytes(form)
 
     per_layer = sum(packed(form(setup.scheme, n, k)) for n, k in model.linears.values())
-    per_layer += itemsize * sum(n for name, (n, _) in model.linears.items() if model.bias[name])
+    biases = {name: n for name, (n, _) in model.linears.items() if model.bias[name]}
+    if setup.rank > 0:  # rank 0 adds those of what all ranks sum up
+        biases = {name: n for name, n in biases.items() if name not in ("o_proj", "down_proj")}
+    per_layer += itemsize * sum(biases.values())
     per_layer += itemsize * (2 * model.hidden_size + 2 * model.head_dim * model.qk_norm)
-    head = form(setup.head_scheme, model.vocab_size, model.hidden_size)
-    # A tied embedding shares the head's bytes, unless they are packed beyond looking rows up.
-    table = 0 if model.tie_embeddings and head.bits != 4 else head.n * head.k * itemsize
+    whole = form(setup.head_scheme, model.vocab_size, model.hidden_size)
+    if model.tie_embeddings and whole.bits != 4:
+        embeddings = packed(whole)  # the head is a slice of the embedding
+    else:
+        head = form(setup.head_scheme, len(setup.shard.vocabulary), model.hidden_size)
+        embeddings = packed(head) + whole.n * whole.k * itemsize
     norm = itemsize * model.hidden_size
     rope = 2 * _FLOAT32 * setup.n_positions * model.head_dim
-    return model.n_layers * per_layer + packed(head) + table + norm + rope
+    return model.n_layers * per_layer + embeddings + norm + rope
 
 
 def workspace_bytes(setup: Setup) -> int:
     """Upper estimate of what one forward needs besides weights and cache."""
-    model = setup.model
+    model, n_logits = setup.local, len(setup.shard.vocabulary)
     rows = min(setup.config.prefill_chunk, setup.n_positions)
     widest = 4 * model.hidden_size + 3 * model.intermediate_size + model.linears["qkv_proj"][0]
     activations = rows * widest * _FLOAT32
     attention = rows * model.n_heads * setup.n_positions * (1 + setup.dtype.itemsize)
-    logits = 2 * rows * model.vocab_size * _FLOAT32
-    matrices = [*model.linears.values(), (model.vocab_size, model.hidden_size)]
+    logits = 2 * rows * n_logits * _FLOAT32
+    matrices = [*model.linears.values(), (n_logits, model.hidden_size)]
     widened = max(n * k for n, k in matrices) * (
         _FLOAT32 if setup.device.type == "cpu" else setup.dtype.itemsize
     )

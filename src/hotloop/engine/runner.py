@@ -4,6 +4,9 @@ A ``Runner`` does what it is told about slots: put a prompt into one, take a ste
 score a window. What that gives comes back as ``Pending``, on its way to the host, so that the next
 step can start before the last one's tokens are looked at.
 
+Of several ranks each has a Runner of its own, in a process of its own, and all are told the same
+(``ranks``). They differ in what they hold of the weights and of the cache.
+
 Shape letters: T tokens of one sequence, D model width, V vocabulary.
 """
 
@@ -30,13 +33,16 @@ from hotloop.engine.execution import (
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.sampling import Features, Sampled, Sampler
 from hotloop.engine.setup import Setup
-from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter
+from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter, SharedDrafter
+from hotloop.engine.vocabulary import Vocabulary
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info
 from hotloop.kernels.attention import choose_attention
+from hotloop.memory_meter import MemoryMeter
 from hotloop.models import names
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
+from hotloop.parallel.collectives import Group
 from hotloop.types import SamplingParams, Score, TokenLogprob
 from hotloop.weights.load import load_weights
 from hotloop.weights.source import CheckpointSource, RandomSource
@@ -63,24 +69,34 @@ class Taken:
 
 
 class Runner:
-    """A model on a device, and who makes drafts for it.
+    """A model on a device, or a rank's part of one; and who makes drafts for it.
 
     Args:
         setup: What to load, and where.
         n_tokens: Token ids that may be chosen are below this.
         progress: Told of layers as they are loaded.
+        group: The ranks that have the rest of it.
 
     Attributes:
         asynchronous: Whether ``step`` returns before the device has done it.
     """
 
-    def __init__(self, setup: Setup, *, n_tokens: int, progress: Progress | None = None) -> None:
-        self._setup = setup
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        n_tokens: int,
+        progress: Progress | None = None,
+        group: Group | None = None,
+    ) -> None:
+        self._setup, self._group = setup, group or Group()
         self.asynchronous = setup.device.type == "cuda"
         config, device = setup.config, setup.device
         with out_of_memory_in("load"), torch.inference_mode():
-            self._model = _Model(setup, progress)
-            self._sampler = Sampler(config.max_batch_size, n_tokens, device)
+            self._model = _Model(setup, self._group, progress)
+            shares = [shard.vocabulary for shard in setup.shards]
+            self._vocabulary = Vocabulary(shares, n_tokens, self._group)
+            self._sampler = Sampler(config.max_batch_size, n_tokens, device, self._vocabulary)
             spare = config.draft_tokens if setup.draft else 0
             self._slots = Slots(config.max_batch_size, setup.n_positions, spare, device)
             self._draft_model: _Model | None = None
@@ -124,20 +140,20 @@ class Runner:
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int], full: bool) -> Score:
-        """Scores one window in the first slot."""
-        ids_T = torch.tensor(ids, device=self._setup.device)
+        """Scores one window in the first slot; whole distributions come to rank 0 alone."""
+        ids_T, vocabulary = torch.tensor(ids, device=self._setup.device), self._vocabulary
         logprobs, top1, distributions = [], [], []
         for chunk, hidden in self._model.chunks(ids_T[:-1], 0, 0):
-            log_probs = self._model.decoder.logits(hidden).log_softmax(dim=-1)
+            log_probs = vocabulary.log_softmax(self._model.decoder.logits(hidden))
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
-            logprobs.append(log_probs.gather(1, labels[:, None])[:, 0].cpu())
-            top1.append(log_probs.argmax(dim=-1).cpu())
-            if full:
-                distributions.append(log_probs.cpu())
+            logprobs.append(vocabulary.at(log_probs, labels).cpu())
+            top1.append(vocabulary.argmax(log_probs).cpu())
+            if full and (whole := vocabulary.whole(log_probs)) is not None:
+                distributions.append(whole.cpu())
         return Score(
             token_logprobs=torch.cat(logprobs),
             top1=torch.cat(top1),
-            log_probs=torch.cat(distributions) if full else None,
+            log_probs=torch.cat(distributions) if distributions else None,
         )
 
     def synchronize(self) -> None:
@@ -145,22 +161,34 @@ class Runner:
         if self._setup.device.type == "cuda":
             torch.cuda.synchronize(self._setup.device)
 
+    def start_meter(self) -> None:
+        """Starts to measure the peak of this process's memory."""
+        self._meter = MemoryMeter(str(self._setup.device)).__enter__()
+
+    def stop_meter(self) -> int:
+        """Bytes at the peak since ``start_meter``; of several ranks, on the one that has most."""
+        self._meter.__exit__(None, None, None)
+        peak = torch.tensor([self._meter.peak_bytes], device=self._setup.device)
+        return int(self._group.max(peak))
+
     def describe(self) -> dict[str, Any]:
         """What ``EngineDescription`` says of a device: its name, kernels, notes and bytes."""
         setup, model = self._setup, self._model
         kernels, notes = model.kernels(), model.notes()
         if self._draft_model is not None:
             kernels |= {f"draft/{name}": k for name, k in self._draft_model.kernels().items()}
-            notes = dict.fromkeys((*notes, *self._draft_model.notes()))
+            notes |= self._draft_model.notes()
+        if self._group.kernel is not None:
+            kernels["all_reduce"] = f"all_reduce/{self._group.kernel}"
         compiled = setup.config.execution == "compile"
         return {
             "device": str(setup.device),
             "device_name": device_info(setup.device).name,
             "weight_bytes": weights_bytes(setup),
             "weight_bytes_per_step": model.bytes_per_step,
-            "kv_bytes_per_token": setup.model.kv_bytes_per_token(setup.dtype.itemsize),
+            "kv_bytes_per_token": setup.local.kv_bytes_per_token(setup.dtype.itemsize),
             "kernels": kernels,
-            "notes": tuple(notes),
+            "notes": (*notes, *self._group.notes),
             "compile_cache": compile_cache_state() if compiled else None,
         }
 
@@ -181,23 +209,33 @@ class Runner:
             return ExitDrafter(forward, self._slots, self._sampler)
         if draft.setup is None:
             return NgramDrafter(self._slots)
-        model = self._draft_model = _Model(draft.setup, progress)
-        return ModelDrafter(model.forward(), model.prefill, self._slots, self._sampler)
+        drafter = None
+        if self._group.rank == 0:
+            model = self._draft_model = _Model(draft.setup, Group(), progress)
+            drafter = ModelDrafter(model.forward(), model.prefill, self._slots, self._sampler)
+        if drafter is not None and self._group.size == 1:
+            return drafter
+        return SharedDrafter(drafter, self._group, self._setup.device)
 
 
 class _Model:
-    """A decoder with its weights and its cache."""
+    """A decoder, or a rank's part of one, with its weights and its cache."""
 
-    def __init__(self, setup: Setup, progress: Progress | None) -> None:
+    def __init__(self, setup: Setup, group: Group, progress: Progress | None) -> None:
         self.setup = setup
-        model, device = setup.model, setup.device
+        model, device = setup.local, setup.device
         self.attention_name, attention, self._attention_notes = choose_attention(
             device, setup.dtype
         )
         self.decoder = Decoder(
-            model, n_positions=setup.n_positions, attention=attention, device=device
+            model,
+            n_positions=setup.n_positions,
+            attention=attention,
+            device=device,
+            n_head_rows=len(setup.shard.vocabulary),
+            total=group.sum,
         )
-        self._load_weights(progress)
+        self._load_weights(group, progress)
         self.cache = KVCache(
             n_layers=model.n_layers,
             n_slots=setup.config.max_batch_size,
@@ -255,7 +293,7 @@ class _Model:
     @property
     def bytes_per_step(self) -> int:
         """Bytes of weights that a decode step reads."""
-        model, itemsize = self.setup.model, self.setup.dtype.itemsize
+        model, itemsize = self.setup.local, self.setup.dtype.itemsize
         norms = (2 * model.n_layers + 1) * model.hidden_size * itemsize
         layers = self.decoder.layers
         blocks = sum(getattr(layer, name).nbytes for layer in layers for name in names.LINEAR_PARTS)
@@ -266,19 +304,21 @@ class _Model:
         linears = {name: getattr(first, name) for name in names.LINEAR_PARTS}
         return linears | {"head": self.decoder.head}
 
-    def _load_weights(self, progress: Progress | None) -> None:
+    def _load_weights(self, group: Group, progress: Progress | None) -> None:
         setup, checkpoint = self.setup, None
         if setup.config.weights == "random":
             source = RandomSource(setup.config.seed, setup.dtype, setup.device)
         else:
             checkpoint = setup.open()
             redundant = names.redundant(setup.model)
-            source = CheckpointSource(checkpoint, setup.device, ignored=redundant)
+            source = CheckpointSource(checkpoint, setup.device, redundant, combine=group.max)
         try:
             load_weights(
                 self.decoder,
                 setup.model,
                 source,
+                shard=setup.shard,
+                adds_biases=setup.rank == 0,
                 scheme=setup.scheme,
                 head_scheme=setup.head_scheme,
                 dtype=setup.dtype,

@@ -7,18 +7,28 @@ keep, a run can be repeated, and neighbours in the batch cannot matter.
 
 What nobody in the batch asked for is not computed; ``Features`` says what somebody did.
 
-Shape letters: B sequences, T consecutive positions of each, D drafts, S slots, V vocabulary.
+Of several ranks each has the logits of some rows of the vocabulary, and all choose the same tokens:
+see ``vocabulary``.
+
+Shape letters: B sequences, T consecutive positions of each, D drafts, S slots, V vocabulary (this
+rank's), K candidates.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hotloop.engine.vocabulary import Vocabulary
+from hotloop.parallel.collectives import Group
 from hotloop.types import MAX_LOGPROBS, SamplingParams
+
+FEW = 64
+"""Where nobody's top-k is larger, top-k and top-p are decided among so many candidates."""
 
 _WORD = 0xFFFFFFFF
 
@@ -30,12 +40,15 @@ class Features:
     Attributes:
         draw: Somebody does not decode greedily.
         truncate: Somebody uses top-k, top-p or min-p.
+        n_best: Among how many of the most likely tokens top-k and top-p are to be decided: 0 where
+            nobody uses either, None for all tokens.
         penalize: Somebody uses a repetition penalty.
         logprobs: Somebody wants log-probabilities.
     """
 
     draw: bool = False
     truncate: bool = False
+    n_best: int | None = 0
     penalize: bool = False
     logprobs: bool = False
 
@@ -44,9 +57,12 @@ class Features:
         """The features that these requests need together."""
         requests = list(requests)
         drawn = [p for p in requests if not p.greedy]
+        ranked = [p for p in drawn if p.top_k or p.top_p < 1]
+        few = all(0 < p.top_k <= FEW for p in ranked)
         return cls(
             draw=bool(drawn),
             truncate=any(p.top_k or p.top_p < 1 or p.min_p for p in drawn),
+            n_best=0 if not ranked else FEW if few else None,
             penalize=any(p.repetition_penalty != 1 for p in requests),
             logprobs=any(p.logprobs is not None for p in requests),
         )
@@ -86,9 +102,18 @@ class Sampler:
         n_slots: Slots of the cache.
         vocab_size: Token ids that may be chosen are below this; further logits are padding.
         device: Where logits are.
+        vocabulary: Whose logits this rank has; None for all.
     """
 
-    def __init__(self, n_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        n_slots: int,
+        vocab_size: int,
+        device: torch.device,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        self.vocabulary = vocabulary or Vocabulary([range(vocab_size)], vocab_size, Group())
+
         def per_slot(value: float, dtype: torch.dtype) -> Tensor:
             return torch.full((n_slots,), value, dtype=dtype, device=device)
 
@@ -98,8 +123,15 @@ class Sampler:
         self.min_p = per_slot(0, torch.float32)
         self.penalty = per_slot(1, torch.float32)
         self.seed = per_slot(0, torch.int64)
-        self.seen_SV = torch.zeros(n_slots, vocab_size, dtype=torch.bool, device=device)
+        width = max(vocab_size, self.vocabulary.ids.stop)
+        self.seen_SV = torch.zeros(n_slots, width, dtype=torch.bool, device=device)
         self.vocab_size = vocab_size
+
+    def of_whole_vocabulary(self) -> Sampler:
+        """The same, with the same slots, for logits that one rank has all of."""
+        other = copy.copy(self)
+        other.vocabulary = Vocabulary([range(self.vocab_size)], self.vocab_size, Group())
+        return other
 
     def admit(self, slot: int, params: SamplingParams, seed: int, prompt_ids: Tensor) -> None:
         """Puts a request's options, and the tokens its penalty is about, into a slot."""
@@ -124,7 +156,7 @@ class Sampler:
         """Chooses a token at every position; sequence b belongs to slot ``first_slot + b``.
 
         Args:
-            logits_BTV: float32, as the model gave them.
+            logits_BTV: float32, as the model gave them: this rank's rows.
             positions_BT: The position that each chosen token will have.
             first_slot: The slot of the first sequence.
             features: What to compute.
@@ -132,24 +164,24 @@ class Sampler:
                 The last position supposes all D of them, each one before it one less.
         """
         B, T, _ = logits_BTV.shape
-        here = slice(first_slot, first_slot + B)
-        scores_BTV = logits_BTV[..., : self.vocab_size]
+        here, vocabulary = slice(first_slot, first_slot + B), self.vocabulary
+        scores_BTV = vocabulary.choosable(logits_BTV)
         if features.penalize:
             penalty_B11 = self.penalty[here, None, None]
             penalized = torch.where(
                 scores_BTV > 0, scores_BTV / penalty_B11, scores_BTV * penalty_B11
             )
             scores_BTV = torch.where(self._seen(here, T, drafts_BD), penalized, scores_BTV)
-        ids_BT = scores_BTV.argmax(dim=-1)
+        ids_BT = vocabulary.argmax(scores_BTV)
         if features.draw:
             drawn_BT = self._draw(scores_BTV, positions_BT, here, features)
             ids_BT = torch.where(self.temperature[here, None] > 0, drawn_BT, ids_BT)
         if not features.logprobs:
             return Sampled(ids=ids_BT)
         # The model's own distribution, as scoring has it: padding has its share of that.
-        logprobs_BTV = logits_BTV.log_softmax(dim=-1)[..., : self.vocab_size]
-        top, top_ids = logprobs_BTV.topk(min(MAX_LOGPROBS, self.vocab_size), dim=-1)
-        chosen = logprobs_BTV.gather(2, ids_BT[..., None])[..., 0]
+        logprobs_BTV = vocabulary.choosable(vocabulary.log_softmax(logits_BTV))
+        top, top_ids = vocabulary.best(logprobs_BTV, min(MAX_LOGPROBS, self.vocab_size))
+        chosen = vocabulary.at(logprobs_BTV, ids_BT)
         return Sampled(ids=ids_BT, logprobs=chosen, top_logprobs=top, top_ids=top_ids)
 
     def remember(self, ids_BT: Tensor, first_slot: int) -> None:
@@ -158,50 +190,63 @@ class Sampler:
 
     def _seen(self, here: slice, T: int, drafts_BD: Tensor | None) -> Tensor:
         """Which tokens the penalty is about at each position, bool [B, T, V]."""
+        ids = self.vocabulary.ids
         seen_BTV = self.seen_SV[here, None].repeat(1, T, 1)
         if drafts_BD is None:
-            return seen_BTV
+            return seen_BTV[..., ids.start : ids.stop]
         D = drafts_BD.shape[1]
         for d in range(D):
             later = seen_BTV[:, max(0, T - D + d) :]
             index = drafts_BD[:, d, None, None].clamp(min=0).expand(-1, later.shape[1], 1)
             later.scatter_(2, index, True)
-        return seen_BTV
+        return seen_BTV[..., ids.start : ids.stop]
 
     def _draw(
         self, scores_BTV: Tensor, positions_BT: Tensor, here: slice, features: Features
     ) -> Tensor:
         temperature_B11 = self.temperature[here, None, None]
         # Differences to the largest: however low the temperature, they do not overflow upwards.
-        scaled_BTV = scores_BTV - scores_BTV.amax(dim=-1, keepdim=True)
+        scaled_BTV = scores_BTV - self.vocabulary.amax(scores_BTV)
         scaled_BTV = scaled_BTV / torch.where(temperature_B11 > 0, temperature_B11, 1.0)
         if features.truncate:
-            scaled_BTV = scaled_BTV.where(self._kept(scaled_BTV, here), -torch.inf)
-        gumbel_BTV = _gumbel(self.seed[here], positions_BT, self.vocab_size)
-        return (scaled_BTV + gumbel_BTV).argmax(dim=-1)
+            scaled_BTV = scaled_BTV.where(self._kept(scaled_BTV, here, features), -torch.inf)
+        ids = self.vocabulary.ids
+        gumbel_BTV = _gumbel(self.seed[here], positions_BT, len(ids), ids.start)
+        return self.vocabulary.argmax(scaled_BTV + gumbel_BTV)
 
-    def _kept(self, scaled_BTV: Tensor, here: slice) -> Tensor:
-        """Which tokens top-k, top-p and min-p leave, bool [B, T, V]: all of a row without any."""
-        sorted_BTV, order_BTV = scaled_BTV.sort(dim=-1, descending=True, stable=True)
-        rank_V = torch.arange(self.vocab_size, device=scaled_BTV.device)
-        kept_BTV = rank_V < self.top_k[here, None, None]
-        probabilities_BTV = sorted_BTV.where(kept_BTV, -torch.inf).softmax(dim=-1)
+    def _kept(self, scaled_BTV: Tensor, here: slice, features: Features) -> Tensor:
+        """Which tokens top-k, top-p and min-p leave, bool [B, T, V]: all of a row without any.
+
+        ``scaled_BTV`` is 0 for the most likely token, which is always kept.
+        """
+        kept_BTV = scaled_BTV.exp() >= self.min_p[here, None, None]
+        if features.n_best == 0:
+            return kept_BTV
+        n_best = min(features.n_best or self.vocab_size, self.vocab_size)
+        best_BTK, ids_BTK = self.vocabulary.best(scaled_BTV, n_best)
+        top_k_B11, top_p_B11 = self.top_k[here, None, None], self.top_p[here, None, None]
+        # Sums of weights from the top down: how many follow changes none of them.
+        weights_BTK = best_BTK.exp()
+        sums_BTK = weights_BTK.cumsum(dim=-1)
+        last_BT1 = (top_k_B11.clamp(max=n_best) - 1).expand(*sums_BTK.shape[:2], 1)
+        reached_BTK = sums_BTK - weights_BTK
         # A token stays while the sum *before* it is short of top_p: the first always does. Rounded
         # sums can reach 1 before the end, but top_p = 1 keeps what follows, too.
-        before_BTV = probabilities_BTV.cumsum(dim=-1) - probabilities_BTV
-        top_p_B11 = self.top_p[here, None, None]
-        kept_BTV = kept_BTV & ((before_BTV < top_p_B11) | (top_p_B11 == 1))
-        least_BT1 = self.min_p[here, None, None] * probabilities_BTV[..., :1]
-        kept_BTV = (kept_BTV & (probabilities_BTV >= least_BT1)) | (rank_V == 0)
-        return torch.empty_like(kept_BTV).scatter_(2, order_BTV, kept_BTV)
+        among_BTK = (reached_BTK < top_p_B11 * sums_BTK.gather(2, last_BT1)) | (top_p_B11 == 1)
+        among_BTK &= torch.arange(n_best, device=best_BTK.device) < top_k_B11
+        unranked_B11 = (top_k_B11 == self.vocab_size) & (top_p_B11 == 1)
+        return kept_BTV & (self.vocabulary.mark(among_BTK, ids_BTK) | unranked_B11)
 
 
-def _gumbel(seed_B: Tensor, positions_BT: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel numbers, float32 [B, T, V], a pure function of (seed, position, token id)."""
+def _gumbel(seed_B: Tensor, positions_BT: Tensor, n: int, first: int = 0) -> Tensor:
+    """Gumbel numbers of ``n`` token ids from ``first`` on, float32 [B, T, n].
+
+    Each is a pure function of (seed, position, token id).
+    """
     key_B = _mix((seed_B & _WORD) ^ 0x9E3779B9)
     key_B = _mix(key_B ^ (seed_B >> 32))
     key_BT = _mix(key_B[:, None] ^ (positions_BT & _WORD))
-    ids_V = torch.arange(vocab_size, device=seed_B.device)
+    ids_V = torch.arange(first, first + n, device=seed_B.device)
     words_BTV = _mix(key_BT[..., None] ^ _mix(ids_V + 1))
     # -log1p(-u) is fine-grained where it decides: at small u, which make large Gumbel numbers.
     # Never 1, which the largest words are rounded to: minus infinity could tie with what is masked.

@@ -17,6 +17,8 @@ from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.families import read_config
 from hotloop.models.shapes import SHAPES
+from hotloop.parallel.plan import Shard, plan_shards
+from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import DEFAULT_MAX_SEQ_LEN, EngineConfig
@@ -51,7 +53,9 @@ class Setup:
         device: Where it runs.
         dtype: Element type of activations and unquantized weights.
         n_positions: Tokens a slot can hold.
-        draft: Who makes drafts; None without speculative decoding.
+        shards: What of the model each rank holds.
+        rank: The rank that ``device`` and what follows is of; rank 0 holds the most.
+        draft: Who makes drafts, if anybody does. A draft model is on rank 0 alone.
     """
 
     config: EngineConfig
@@ -62,12 +66,35 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     n_positions: int
+    shards: tuple[Shard, ...]
+    rank: int = 0
     draft: Draft | None = None
 
     @property
+    def shard(self) -> Shard:
+        """What this rank holds."""
+        return self.shards[self.rank]
+
+    @property
+    def local(self) -> ModelConfig:
+        """The shape of this rank's decoder."""
+        return self.model.local(self.shard)
+
+    def on(self, rank: int, local_rank: int) -> Setup:
+        """The same for another rank, the ``local_rank``-th on its machine."""
+        cuda = self.device.type == "cuda" and len(self.shards) > 1
+        device = torch.device("cuda", local_rank) if cuda else self.device
+        draft = self.draft
+        if draft and draft.setup:
+            draft = Draft(setup=dataclasses.replace(draft.setup, device=device))
+        return dataclasses.replace(self, rank=rank, device=device, draft=draft)
+
+    @property
     def models(self) -> tuple[Setup, ...]:
-        """This one and, if there is one, the draft model's."""
-        return (self, self.draft.setup) if self.draft and self.draft.setup else (self,)
+        """This one and, on rank 0, the draft model's if there is one."""
+        if self.rank > 0 or self.draft is None or self.draft.setup is None:
+            return (self,)
+        return (self, self.draft.setup)
 
     def open(self) -> Checkpoint:
         """The checkpoint, opened anew."""
@@ -84,7 +111,10 @@ def prepare(config: EngineConfig) -> Setup:
         ModelNotFoundError: No such model here.
         CheckpointError: A checkpoint whose description is damaged.
     """
-    device = resolve_device(config.device)
+    return _prepare(config, _resolve_device(config))
+
+
+def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     path, hf_config = _describe_model(config)
     model = read_config(hf_config)
     config, scheme, head_scheme = _settle_schemes(config, stored_schemes(hf_config))
@@ -99,6 +129,15 @@ def prepare(config: EngineConfig) -> Setup:
             f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
             "tokens."
         )
+    shards = plan_shards(
+        config.tensor_parallel,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        alignment=scheme.alignment,
+    )
     setup = Setup(
         config=config,
         model=model,
@@ -108,6 +147,7 @@ def prepare(config: EngineConfig) -> Setup:
         device=device,
         dtype=_resolve_dtype(config, device),
         n_positions=n_positions,
+        shards=shards,
     )
     return dataclasses.replace(setup, draft=_prepare_draft(setup))
 
@@ -134,20 +174,19 @@ def _prepare_draft(target: Setup) -> Draft | None:
             )
         return Draft(n_layers=n_layers)
     try:
-        setup = prepare(
-            EngineConfig(
-                model=name,
-                weights=config.weights,
-                quant=config.draft_quant,
-                execution=config.execution,
-                device=config.device,
-                dtype=config.dtype,
-                max_batch_size=config.max_batch_size,
-                max_seq_len=target.n_positions,
-                prefill_chunk=config.prefill_chunk,
-                seed=config.seed + 1,  # with random weights, it should be another model
-            )
+        draft_config = EngineConfig(
+            model=name,
+            weights=config.weights,
+            quant=config.draft_quant,
+            execution=config.execution,
+            device=config.device,
+            dtype=config.dtype,
+            max_batch_size=config.max_batch_size,
+            max_seq_len=target.n_positions,
+            prefill_chunk=config.prefill_chunk,
+            seed=config.seed + 1,  # with random weights, it should be another model
         )
+        setup = _prepare(draft_config, target.device)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             f"draft {name!r} is neither 'ngram', nor 'exit-N', nor a model: {error}"
@@ -185,6 +224,40 @@ def _check_vocabulary(target: Setup, draft: Setup) -> None:
             f"draft {draft.config.model!r} has a vocabulary of {sizes[1]} tokens, and "
             f"{target.config.model!r} one of {sizes[0]}. Use a draft model of the same family."
         )
+
+
+def ranks_here(config: EngineConfig) -> int:
+    """How many of a configuration's ranks run on this machine.
+
+    Raises:
+        ConfigError: torchrun started another number of processes than there are to be ranks.
+    """
+    launched = Torchrun.environment()
+    if launched is None:
+        return config.tensor_parallel
+    if launched.world_size != config.tensor_parallel:
+        raise ConfigError(
+            f"torchrun started {launched.world_size} processes, but tensor_parallel is "
+            f"{config.tensor_parallel}: give --tp {launched.world_size}, or start it without "
+            "torchrun, which one machine does not need."
+        )
+    return launched.local_world_size
+
+
+def _resolve_device(config: EngineConfig) -> torch.device:
+    """The device of rank 0, once it is clear that there is one for every rank."""
+    n_here = ranks_here(config)
+    device = resolve_device(config.device)
+    if config.tensor_parallel == 1 or device.type == "cpu":
+        return device
+    if ":" in config.device:
+        raise ConfigError(
+            f"device {config.device!r} is one GPU, and tensor_parallel {config.tensor_parallel} "
+            "takes one for each rank: use cuda."
+        )
+    if (found := torch.cuda.device_count()) < n_here:
+        raise UnsupportedError(f"needs {n_here} GPUs, found {found}")
+    return torch.device("cuda", 0)
 
 
 def _describe_model(config: EngineConfig) -> tuple[Path | None, dict[str, Any]]:

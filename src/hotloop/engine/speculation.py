@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hotloop.engine.execution import Drafter, Forward, Slots, StepTimes
 from hotloop.engine.sampling import Features, Sampler
+from hotloop.parallel.collectives import Group
 
 
 class NgramDrafter(Drafter):
@@ -70,9 +71,8 @@ class ExitDrafter(Drafter):
 
     def propose(self, n: int, k: int, length: int, features: Features) -> Tensor:
         """See ``Drafter``."""
-        positions_BT = self.slots.upcoming(n, k)
-        newest_B1 = self.slots.tokens(positions_BT[:, :1])
-        return _draw(self, newest_B1, positions_BT[:, :1], k, length, features)
+        newest_B1 = self.slots.upcoming(n, 1)
+        return _draw(self, self.slots.tokens(newest_B1), newest_B1, k, length, features)
 
 
 class ModelDrafter(Drafter):
@@ -85,7 +85,7 @@ class ModelDrafter(Drafter):
         forward: The draft model.
         prefill: Puts tokens [T] of a slot, from a position on, into the draft model's cache.
         slots: The model's.
-        sampler: The model's.
+        sampler: The model's; of its vocabulary the draft model has all logits.
     """
 
     def __init__(
@@ -95,7 +95,8 @@ class ModelDrafter(Drafter):
         slots: Slots,
         sampler: Sampler,
     ) -> None:
-        self.forward, self.prefill, self.slots, self.sampler = forward, prefill, slots, sampler
+        self.forward, self.prefill, self.slots = forward, prefill, slots
+        self.sampler = sampler.of_whole_vocabulary()
         self._learnt: dict[int, int] = {}  # by slot: everything before this position
         self._missed: set[int] = set()  # slots in which there is more to learn than the newest two
 
@@ -124,6 +125,40 @@ class ModelDrafter(Drafter):
                     self.prefill(self.slots.history[slot, start:stop], start, slot)
                 self._missed.remove(slot)
             self._learnt[slot] = position
+
+
+class SharedDrafter(Drafter):
+    """A drafter on rank 0, whose drafts all ranks take.
+
+    Args:
+        drafter: It, on rank 0; None on the others.
+        group: The ranks.
+        device: Where drafts are.
+    """
+
+    def __init__(self, drafter: Drafter | None, group: Group, device: torch.device) -> None:
+        self.drafter, self.group, self.device = drafter, group, device
+
+    def propose(self, n: int, k: int, length: int, features: Features) -> Tensor:
+        """See ``Drafter``."""
+        if self.drafter is not None:
+            return self.group.max(self.drafter.propose(n, k, length, features))
+        return self.group.max(torch.full((n, k), -1, device=self.device))
+
+    def admit(self, slot: int) -> None:
+        """See ``Drafter``."""
+        if self.drafter is not None:
+            self.drafter.admit(slot)
+
+    def skip(self, n: int) -> None:
+        """See ``Drafter``."""
+        if self.drafter is not None:
+            self.drafter.skip(n)
+
+    def catch_up(self, known: Mapping[int, int], slack: int) -> None:
+        """See ``Drafter``."""
+        if self.drafter is not None:
+            self.drafter.catch_up(known, slack)
 
 
 def _draw(

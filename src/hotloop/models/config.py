@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hotloop.errors import ConfigError, UnsupportedError
+from hotloop.parallel.plan import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,15 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embedding, not {self.head_dim}.")
+
+    def local(self, shard: Shard) -> ModelConfig:
+        """The decoder of one rank: fewer heads and features, all of the embedding's rows."""
+        return dataclasses.replace(
+            self,
+            n_heads=len(shard.heads),
+            n_kv_heads=len(shard.kv_heads),
+            intermediate_size=len(shard.features),
+        )
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:

@@ -11,6 +11,8 @@ E head dimension, V vocabulary, S slots, C cache positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,9 @@ from hotloop.models.cache import KVCache, write
 from hotloop.models.config import ModelConfig
 from hotloop.models.linear import Embedding, Linear
 from hotloop.models.rope import rope_tables
+
+Total = Callable[[Tensor], Tensor]
+"""Of what a rank's slice of a projection gives, the sum over all ranks."""
 
 
 class RMSNorm(nn.Module):
@@ -49,8 +54,10 @@ class Block(nn.Module):
         qk_norm: bool,
         window: int | None,
         attention: Attention,
+        total: Total,
     ) -> None:
         super().__init__()
+        self.total = total
         self.heads = (n_heads, n_kv_heads, n_kv_heads)
         self.head_dim, self.window, self.attention = head_dim, window, attention
         self.qkv_proj = Linear(*linears["qkv_proj"])
@@ -96,15 +103,28 @@ class Block(nn.Module):
             window=self.window,
             scale=self.head_dim**-0.5,
         )
-        x_BTD = x_BTD + self.o_proj(attended.reshape(B, T, -1))
+        x_BTD = x_BTD + self.total(self.o_proj(attended.reshape(B, T, -1)))
         gate_up = self.gate_up_proj(self.post_attention_norm(x_BTD))
-        return x_BTD + self.down_proj(reference.swiglu(gate_up))
+        return x_BTD + self.total(self.down_proj(reference.swiglu(gate_up)))
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class Decoder(nn.Module):
     """Token ids in, hidden states and logits out, with keys and values in a cache.
 
-    Made without weights: ``weights.load`` assigns them one by one.
+    Made without weights: ``weights.load`` assigns them one by one. One of several ranks is made
+    from its own numbers of heads and features, and knows no more of the others than this.
+
+    Args:
+        config: The shape.
+        n_positions: Positions that rotary tables are made for.
+        attention: The kernel.
+        device: Where it runs.
+        n_head_rows: Rows of the head: all of the vocabulary, or this rank's.
+        total: Sums over ranks; a single one's sum is itself.
     """
 
     def __init__(
@@ -114,6 +134,8 @@ class Decoder(nn.Module):
         n_positions: int,
         attention: Attention,
         device: torch.device,
+        n_head_rows: int | None = None,
+        total: Total = _itself,
     ) -> None:
         super().__init__()
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
@@ -127,11 +149,12 @@ class Decoder(nn.Module):
                 qk_norm=config.qk_norm,
                 window=config.sliding_window,
                 attention=attention,
+                total=total,
             )
             for _ in range(config.n_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = Linear(config.vocab_size, config.hidden_size)
+        self.head = Linear(n_head_rows or config.vocab_size, config.hidden_size)
         cos, sin = rope_tables(config.head_dim, n_positions, config.rope)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
@@ -168,5 +191,5 @@ class Decoder(nn.Module):
         return self.norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [..., V] of hidden states [..., D]."""
+        """Float32 logits [..., V] of hidden states [..., D]; of several ranks, this one's rows."""
         return self.head(hidden).float()

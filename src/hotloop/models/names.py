@@ -6,6 +6,7 @@ Merged projections name their parts in the order in which they are joined.
 from __future__ import annotations
 
 from hotloop.models.config import ModelConfig
+from hotloop.parallel.plan import Shard
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
@@ -34,6 +35,27 @@ def part_rows(config: ModelConfig, linear: str) -> tuple[int, ...]:
     if linear == "gate_up_proj":
         return (config.intermediate_size, config.intermediate_size)
     return (config.linears[linear][0],)
+
+
+def part_slices(config: ModelConfig, shard: Shard) -> dict[str, tuple[range | None, range | None]]:
+    """Which rows and columns of each part of a block a rank holds; None for all.
+
+    What takes the residual stream in is cut along its output, what gives to it along its input.
+    """
+
+    def wide(heads: range) -> range:
+        return range(heads.start * config.head_dim, heads.stop * config.head_dim)
+
+    q, kv, features = wide(shard.heads), wide(shard.kv_heads), shard.features
+    return {
+        "self_attn.q_proj": (q, None),
+        "self_attn.k_proj": (kv, None),
+        "self_attn.v_proj": (kv, None),
+        "self_attn.o_proj": (None, q),
+        "mlp.gate_proj": (features, None),
+        "mlp.up_proj": (features, None),
+        "mlp.down_proj": (None, features),
+    }
 
 
 def head(config: ModelConfig) -> str:

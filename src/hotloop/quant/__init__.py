@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import WeightFormat
-from hotloop.quant.qtensor import QTensor, join_rows
+from hotloop.quant.qtensor import Combine, QTensor, cut, join_rows
 from hotloop.registry import resolve
 
 SCHEMES = {
@@ -31,6 +31,14 @@ class Scheme(Protocol):
         """The canonical short name, which ``parse_scheme`` reads back."""
         ...
 
+    @property
+    def alignment(self) -> int:
+        """Input features that a slice keeps together, since their scale is made of them alone.
+
+        1 where a scale is of a whole row: ``quantize`` then needs ``combine`` for a slice of it.
+        """
+        ...
+
     @classmethod
     def from_options(cls, options: tuple[str, ...]) -> Scheme:
         """The scheme with the options that followed its name; ConfigError for a bad one."""
@@ -40,10 +48,15 @@ class Scheme(Protocol):
         """Raises ConfigError if the weight ``name`` of shape [n, k] cannot be quantized so."""
         ...
 
-    def quantize(self, weight: Tensor) -> Tensor | QTensor:
+    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> Tensor | QTensor:
         """Quantizes a floating-point [N, K] weight, on its own device.
 
         Each row by itself, so that a few at a time give what all of them together would.
+
+        Args:
+            weight: Whole rows, or the same slice of each along multiples of ``alignment``.
+            combine: For slices: gives the maximum over all slices of the rows, [N, 1], of that of
+                this one. What comes out is then a slice of what whole rows give.
         """
         ...
 
@@ -82,4 +95,13 @@ def parse_head_scheme(name: str, scheme: Scheme) -> Scheme:
     return parse_scheme(name)
 
 
-__all__ = ["SCHEMES", "QTensor", "Scheme", "join_rows", "parse_head_scheme", "parse_scheme"]
+__all__ = [
+    "SCHEMES",
+    "Combine",
+    "QTensor",
+    "Scheme",
+    "cut",
+    "join_rows",
+    "parse_head_scheme",
+    "parse_scheme",
+]

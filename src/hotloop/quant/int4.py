@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hotloop.errors import ConfigError
 from hotloop.kernels.linear import WeightFormat
-from hotloop.quant.qtensor import QTensor
+from hotloop.quant.qtensor import Combine, QTensor
 
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPE = torch.bfloat16
@@ -72,7 +72,12 @@ class Int4:
                 + (f"Groups of {' or '.join(map(str, fits))} do." if fits else "Use int8 instead.")
             )
 
-    def quantize(self, weight: Tensor) -> QTensor:
+    @property
+    def alignment(self) -> int:
+        """A group's scale is its own, whatever the rest of the row."""
+        return self.group_size
+
+    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:  # noqa: ARG002
         """Rounds to the nearest of 16 steps per group."""
         n, k = weight.shape
         self.check("weight", n, k)

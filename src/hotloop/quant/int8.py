@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hotloop.errors import ConfigError
 from hotloop.kernels.linear import WeightFormat
-from hotloop.quant.qtensor import QTensor
+from hotloop.quant.qtensor import Combine, QTensor
 
 QMAX = 127  # -128 is left unused, so that the grid is symmetric
 
@@ -19,6 +19,7 @@ class Int8:
     """Per-channel symmetric int8; the scale is float32, which costs nothing here."""
 
     name: str = "int8"
+    alignment: int = 1
 
     @classmethod
     def from_options(cls, options: tuple[str, ...]) -> Int8:
@@ -33,11 +34,14 @@ class Int8:
     def check(self, name: str, n: int, k: int) -> None:
         """Every shape will do."""
 
-    def quantize(self, weight: Tensor) -> QTensor:
+    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:
         """Rounds to the nearest of 255 steps of ``max|row| / 127``."""
         weight = weight.float()
+        largest = weight.abs().amax(dim=1, keepdim=True)
+        if combine is not None:
+            largest = combine(largest)
         # Not divided: CUDA divides by constants a little differently.
-        scale = weight.abs().amax(dim=1, keepdim=True) * (1 / QMAX)
+        scale = largest * (1 / QMAX)
         scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero
         values = (weight / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
         return QTensor(values=values, scale=scale, offset=None, bits=8)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hotloop.errors import ConfigError
 from hotloop.kernels.linear import WeightFormat
+from hotloop.quant.qtensor import Combine
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class NoScheme:
     """The scheme that leaves weights alone."""
 
     name: str = "none"
+    alignment: int = 1
 
     @classmethod
     def from_options(cls, options: tuple[str, ...]) -> NoScheme:
@@ -27,7 +29,7 @@ class NoScheme:
     def check(self, name: str, n: int, k: int) -> None:
         """Every shape will do."""
 
-    def quantize(self, weight: Tensor) -> Tensor:
+    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> Tensor:  # noqa: ARG002
         """The weight itself."""
         return weight
 

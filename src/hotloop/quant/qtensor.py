@@ -19,6 +19,9 @@ from torch import Tensor
 
 from hotloop.errors import ConfigError
 
+Combine = Callable[[Tensor], Tensor]
+"""Of a tensor, the element-wise maximum over every slice of the same rows."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QTensor:
@@ -133,6 +136,18 @@ def join_rows(parts: Iterable[Tensor | QTensor], n: int) -> Tensor | QTensor:
     assert whole is not None, "nothing to join"
     assert row == n, f"{row} rows came, not {n}"
     return whole
+
+
+def cut(weight: Tensor | QTensor, rows: slice, columns: range | None) -> Tensor | QTensor:
+    """A slice of a weight; what shares no memory with it, unless it is all of it."""
+    n, k = weight.shape
+    start, stop, _ = rows.indices(n)
+    first, last = (0, k) if columns is None else (columns.start, columns.stop)
+    if (start, stop, first, last) == (0, n, 0, k):
+        return weight
+    if isinstance(weight, QTensor):
+        return weight.rows(start, stop).columns(first, last).map(Tensor.clone)
+    return weight[start:stop, first:last].clone()
 
 
 def _tensors(weight: Tensor | QTensor) -> tuple[Tensor, ...]:

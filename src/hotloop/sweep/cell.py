@@ -152,11 +152,14 @@ def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[st
 def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     attempt.enter("speed")
     device = attempt.fields["provenance"]["device"]
+    # A rank's share of the bandwidth: on GPUs each has a device, on a CPU they share one.
+    sharing = attempt.job.config.tensor_parallel if device["kind"] == "cpu" else 1
+    datasheet = device["datasheet_bytes_per_s"]
     speed = measure_speed(
         engine,
         attempt.job.workload,
-        read_bytes_per_s=device["read_bytes_per_s"],
-        datasheet_bytes_per_s=device["datasheet_bytes_per_s"],
+        read_bytes_per_s=device["read_bytes_per_s"] / sharing,
+        datasheet_bytes_per_s=datasheet and datasheet / sharing,
         on_repeat=attempt.step,
     )
     figures = {

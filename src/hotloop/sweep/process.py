@@ -21,6 +21,7 @@ from typing import BinaryIO
 import psutil
 
 from hotloop.bench.record import Record, Status
+from hotloop.hardware import kernel_oom_kills
 from hotloop.sweep.cell import base_record, gib
 from hotloop.sweep.events import CellFinished, CellPhase, CellPrepared, OnEvent, from_line
 from hotloop.sweep.job import Job
@@ -114,7 +115,7 @@ class _Seen:
         self.record: Record | None = None
         self._peak_rss = 0
         self._available = psutil.virtual_memory().available
-        self._oom_kills = _kernel_oom_kills()
+        self._oom_kills = kernel_oom_kills()
 
     def take(self, line: bytes) -> None:
         event = from_line(line)
@@ -148,7 +149,7 @@ class _Seen:
         name = signal.Signals(-code).name
         held = f"it held {gib(self._peak_rss)} of the {gib(self._available)} available"
         if -code == signal.SIGKILL:
-            before, after = self._oom_kills, _kernel_oom_kills()
+            before, after = self._oom_kills, kernel_oom_kills()
             if before is not None and after is not None and after > before:
                 return "oom", f"killed by the kernel in {self.phase} for want of memory; {held}"
             if self._peak_rss > OOM_SHARE * self._available:
@@ -224,16 +225,6 @@ def _end(child: subprocess.Popen[bytes], grace_s: float) -> None:
         assert child.stdin is not None, "stdin was asked for as a pipe"
         with suppress(BrokenPipeError):
             child.stdin.close()
-
-
-def _kernel_oom_kills() -> int | None:
-    """How many processes the kernel has killed for want of memory; None where it does not say."""
-    with suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            name, _, count = line.partition(" ")
-            if name == "oom_kill":
-                return int(count)
-    return None
 
 
 def _tail(log: Path, start: int) -> str:

@@ -76,13 +76,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def check_finite(tensor: Tensor, info: TensorInfo, *, first_row: int = 0) -> None:
+def check_finite(
+    tensor: Tensor, info: TensorInfo, *, first_row: int = 0, first_column: int = 0
+) -> None:
     """Refuses NaN and infinite weights, in one pass over the tensor that allocates nothing.
 
     Args:
         tensor: What was read of the tensor, whole or in part.
         info: Its entry, for the message.
         first_row: The row of the tensor at which ``tensor`` begins, for the message.
+        first_column: Its column, likewise.
 
     Raises:
         CheckpointError: An element is not finite; the first one's place is named.
@@ -95,8 +98,8 @@ def check_finite(tensor: Tensor, info: TensorInfo, *, first_row: int = 0) -> Non
         return
     bad = torch.isfinite(comparable).logical_not().nonzero()
     place = bad[0].tolist()
-    if place:
-        place[0] += first_row
+    for dim, first in enumerate((first_row, first_column)[: len(place)]):
+        place[dim] += first
     raise CheckpointError(
         info.file,
         f"{len(bad)} of {tensor.numel()} elements read are NaN or infinite, the first at "

@@ -142,8 +142,8 @@ class GGUFCheckpoint:
         """One tensor, or a slice of it, in memory of its own.
 
         F32, F16 and BF16 keep their type, block formats are dequantized to float32. No rows are
-        read but those of ``index`` (where rows are reordered, of the heads it touches), and no
-        blocks dequantized but those it touches, a chunk at a time.
+        read but those of ``index`` (where rows are reordered, of the heads it touches), of long
+        rows only its columns, and no blocks dequantized but those it touches, a chunk at a time.
         """
         return _read(self._entries[name], index)
 
@@ -289,10 +289,8 @@ def _read(entry: _Entry, index: tuple[slice, ...] = ()) -> Tensor:
     if result.numel() == 0:
         return result
     for part in row_chunks(stored, entry.n_columns * entry.dtype.itemsize, group):
-        data = entry.file.read(
-            entry.offset + part.start * entry.row_bytes, len(part) * entry.row_bytes
-        )
-        data = data.view(len(part), -1)[:, blocks.start * n_bytes : blocks.stop * n_bytes]
+        wanted = range(blocks.start * n_bytes, blocks.stop * n_bytes)
+        data = entry.file.read_columns(entry.offset, part, entry.row_bytes, wanted)
         if group > 1:  # a pair's two halves, from side by side to half a head apart
             data = data.unflatten(0, (-1, group // 2, 2)).transpose(1, 2).flatten(0, 2)
         data = data.contiguous()

@@ -1,4 +1,7 @@
-"""From a source of weights to a decoder that can run: read, quantize, join, pack, assign.
+"""From a source of weights to a decoder that can run: read, quantize, slice, join, pack, assign.
+
+One of several ranks loads its slices, and the whole embedding: looking rows up reads few bytes, and
+a tied head is a slice of it.
 
 One matrix at a time, a few rows at a time: what is held on the host besides the model is the matrix
 being made and its packed form. ``benchmarks/load_memory.py`` measures it.
@@ -14,7 +17,8 @@ from torch import Tensor
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Decoder, RMSNorm
-from hotloop.quant import QTensor, Scheme, join_rows
+from hotloop.parallel.plan import Shard
+from hotloop.quant import QTensor, Scheme, cut, join_rows
 from hotloop.weights.source import Source
 
 
@@ -23,6 +27,8 @@ def load_weights(
     config: ModelConfig,
     source: Source,
     *,
+    shard: Shard,
+    adds_biases: bool,
     scheme: Scheme,
     head_scheme: Scheme,
     dtype: torch.dtype,
@@ -32,9 +38,11 @@ def load_weights(
     """Assigns every weight of ``decoder``.
 
     Args:
-        decoder: Made without weights.
-        config: The shape of it.
+        decoder: Made without weights, in the shape of the shard.
+        config: The shape of the whole model.
         source: Where weights come from.
+        shard: What of it this rank holds.
+        adds_biases: Whether biases of what ranks sum up are this rank's to add.
         scheme: Of the projections in blocks.
         head_scheme: Of the head; a tied embedding is the same matrix, and follows it.
         dtype: Element type of activations and unquantized weights.
@@ -50,24 +58,32 @@ def load_weights(
         weight = source.tensor(f"{name}.weight", tuple(module.weight.shape))
         module.weight = weight.to(device, dtype)
 
-    def matrix(name: str, n: int, k: int) -> Tensor | QTensor:
-        weight = source.matrix(name, (n, k), scheme)
+    slices = names.part_slices(config, shard)
+
+    def matrix(i: int, part: str, n: int, k: int) -> Tensor | QTensor:
+        rows, columns = slices[part]
+        name = names.layer(i, part)
+        weight = source.matrix(name, (n, k), scheme, rows=rows, columns=columns)
         return weight if isinstance(weight, QTensor) else weight.to(device, dtype)
 
-    _load_embeddings(decoder, config, source, head_scheme, dtype, device)
+    def bias(i: int, parts: dict[str, int]) -> Tensor | None:
+        full = [
+            source.tensor(f"{names.layer(i, part)}.bias", (n,), rows=slices[part][0])
+            for part, n in parts.items()
+        ]
+        summed = any(slices[part][1] is not None for part in parts)
+        return torch.cat(full) if adds_biases or not summed else None
+
+    _load_embeddings(decoder, config, source, shard.vocabulary, head_scheme, dtype, device)
     norm(decoder.norm, names.NORM)
     for i, block in enumerate(decoder.layers):
         for attribute, parts in names.LINEAR_PARTS.items():
-            n, k = config.linears[attribute]
+            linear, k = getattr(block, attribute), config.linears[attribute][1]
             rows = dict(zip(parts, names.part_rows(config, attribute), strict=True))
-            bias = None
-            if config.bias[attribute]:
-                full = [source.tensor(f"{names.layer(i, p)}.bias", (r,)) for p, r in rows.items()]
-                bias = torch.cat(full)
             # Handed on at once: nothing is held while the next one is read.
-            getattr(block, attribute).assign(
-                join_rows((matrix(names.layer(i, p), r, k) for p, r in rows.items()), n),
-                bias,
+            linear.assign(
+                join_rows((matrix(i, part, n, k) for part, n in rows.items()), linear.n),
+                bias(i, rows) if config.bias[attribute] else None,
                 dtype=dtype,
                 device=device,
             )
@@ -82,21 +98,29 @@ def _load_embeddings(
     decoder: Decoder,
     config: ModelConfig,
     source: Source,
+    rows: range,
     head_scheme: Scheme,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     shape = (config.vocab_size, config.hidden_size)
-    weight = source.matrix(names.head(config), shape, head_scheme)
-    decoder.head.assign(weight, dtype=dtype, device=device)
     if not config.tie_embeddings:
+        head = source.matrix(names.HEAD, shape, head_scheme, rows=rows)
+        decoder.head.assign(head, dtype=dtype, device=device)
         table = source.tensor(f"{names.EMBEDDING}.weight", shape).to(device, dtype)
         decoder.embedding.assign(table, None, dtype)
-    elif not isinstance(weight, QTensor):
-        decoder.embedding.assign(decoder.head.packed[0], None, dtype)
+        return
+    weight = source.matrix(names.EMBEDDING, shape, head_scheme)
+    if not isinstance(weight, QTensor):
+        weight = weight.to(device, dtype)
+        decoder.embedding.assign(weight, None, dtype)
+        head = weight[rows.start : rows.stop]
     elif weight.bits == 8:
-        # Every int8 kernel keeps [N, K] integers and [N] scales: one copy serves both.
-        values, scale = decoder.head.packed
-        decoder.embedding.assign(values, scale, dtype)
+        # Every int8 kernel keeps [N, K] integers and [N] scales as they are: one copy serves both.
+        weight = weight.to(device)
+        decoder.embedding.assign(weight.values, weight.scale.view(-1), dtype)
+        head = weight.rows(rows.start, rows.stop)
     else:
         decoder.embedding.assign(weight.dequantize(dtype).to(device), None, dtype)
+        head = cut(weight, slice(rows.start, rows.stop), None)
+    decoder.head.assign(head, dtype=dtype, device=device)

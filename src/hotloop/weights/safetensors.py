@@ -79,8 +79,8 @@ class SafetensorsCheckpoint:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
         """One tensor, or a slice of it, in its stored type, in memory of its own.
 
-        A slice of the first dimension reads its own bytes alone; slices of later ones read the
-        rows they cut, a chunk at a time, and keep the cut.
+        A slice of the first dimension reads its own bytes alone. Slices of later ones do so where
+        rows are long; else they read the rows they cut, a chunk at a time, and keep the cut.
         """
         entry = self._entries[name]
         dtype = DTYPES[entry.info.dtype]
@@ -90,17 +90,20 @@ class SafetensorsCheckpoint:
         row_bytes = math.prod(row_shape) * dtype.itemsize
         rows, *inner = index_ranges(index, shape)
 
-        def read_rows(part: range) -> Tensor:
-            data = entry.file.read(entry.offset + part.start * row_bytes, len(part) * row_bytes)
-            return data.view(dtype).view(len(part), *row_shape)
-
         if all(len(cut) == size for cut, size in zip(inner, row_shape, strict=True)):
-            return read_rows(rows).view(()) if scalar else read_rows(rows)
+            data = entry.file.read(entry.offset + rows.start * row_bytes, len(rows) * row_bytes)
+            whole = data.view(dtype).view(len(rows), *row_shape)
+            return whole.view(()) if scalar else whole
+        # Of the rows' bytes, those from the first to the last element of the cut in dimension 1.
+        column_bytes = row_bytes // row_shape[0]
+        columns = range(inner[0].start * column_bytes, inner[0].stop * column_bytes)
         out = torch.empty(len(rows), *map(len, inner), dtype=dtype)
-        cuts = tuple(slice(cut.start, cut.stop) for cut in inner)
+        deeper = tuple(slice(cut.start, cut.stop) for cut in inner[1:])
         for part in row_chunks(rows, row_bytes):
+            data = entry.file.read_columns(entry.offset, part, row_bytes, columns)
+            cut = data.contiguous().view(dtype).view(len(part), len(inner[0]), *row_shape[1:])
             at = part.start - rows.start
-            out[at : at + len(part)] = read_rows(part)[:, *cuts]
+            out[at : at + len(part)] = cut[:, :, *deeper]
         return out
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 Three sources, one interface: a checkpoint whose matrices are quantized as they are read, a few
 rows at a time, a checkpoint that ``hotloop quantize`` wrote, and random weights for which only the
-shape is needed.
+shape is needed. Of a matrix of which a rank holds a slice, only the slice is read and made; it is
+bit for bit what it would be in the whole.
 
 A quantized matrix ``x.weight`` is stored as ``x.weight.values`` (8 bits: int8 [N, K]; 4 bits:
 uint8 [N, K/2], even columns in the low nibble, each plus 8), ``x.weight.scale`` and, where the
@@ -11,7 +12,8 @@ scheme has them, ``x.weight.offset`` [N, G].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor
 
 from hotloop.errors import CheckpointError
 from hotloop.kernels.linear import WeightFormat
-from hotloop.quant import QTensor, Scheme, join_rows
+from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
+from hotloop.quant.none import NoScheme
 from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite
 from hotloop.weights.tensor_file import row_chunks
 
@@ -27,15 +30,36 @@ INITIAL_STD = 0.02
 """Standard deviation of random weights: what transformers are commonly initialized with."""
 
 
+BLOCK_ROWS = 1024
+"""Rows of a random matrix that are made at once."""
+
+
 class Source(Protocol):
     """Gives out weights by their Hugging Face names, without ``.weight``."""
 
-    def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme) -> Tensor | QTensor:
-        """A weight matrix under ``scheme``, checked for its shape and for finite values."""
+    def matrix(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        *,
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Tensor | QTensor:
+        """A weight matrix under ``scheme``, checked for its shape and for finite values.
+
+        Args:
+            name: Its name.
+            shape: Of the whole matrix.
+            scheme: How it is quantized.
+            rows: Output features to take; None for all.
+            columns: Input features, along multiples of the scheme's alignment; None for all. All
+                ranks then ask for a slice of the same matrix, each for its own.
+        """
         ...
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """An unquantized tensor by its full name."""
+    def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
+        """An unquantized tensor of this whole shape by its full name, or some of its rows."""
         ...
 
     def finish(self) -> None:
@@ -50,32 +74,55 @@ class CheckpointSource:
         checkpoint: The open checkpoint.
         device: Where matrices are quantized: on a GPU it is faster than on the host.
         ignored: Names of tensors that may be in the checkpoint without being used.
+        combine: Of statistics of the columns that this rank reads, the maximum over all ranks'.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, ignored: frozenset[str] = frozenset()
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        ignored: frozenset[str] = frozenset(),
+        combine: Combine | None = None,
     ) -> None:
         self.checkpoint, self.device, self.ignored = checkpoint, device, ignored
+        self.combine = combine
         self.used: set[str] = set()
 
-    def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme) -> Tensor | QTensor:
+    def matrix(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        *,
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Tensor | QTensor:
         """Reads ``name.weight``, or its quantized parts where those are stored."""
         scheme.check(name, *shape)
         n, k = shape
+        rows = range(n) if rows is None else rows
         wide = torch.float32  # in which schemes quantize
-        pieces = row_chunks(range(n), k * wide.itemsize)
+        # As many pieces on every rank, whatever the width of its columns: they are combined.
+        pieces = row_chunks(rows, k * wide.itemsize)
         form = scheme.format(n, k, dtype=wide, device=self.device.type)
         if form.bits and f"{name}.weight.values" in self.checkpoint.tensors:
             stored = self._expect_quantized(f"{name}.weight", form)
-            return join_rows((self._read_quantized(stored, rows) for rows in pieces), n)
-        info = self._expect(f"{name}.weight", shape)
-        return join_rows((scheme.quantize(self._read(info, rows)) for rows in pieces), n)
+            read = (self._read_quantized(stored, piece, columns, form) for piece in pieces)
+        else:
+            info = self._expect(f"{name}.weight", shape)
+            combine = self.combine if columns is not None else None
+            read = (
+                scheme.quantize(self._read(info, piece, columns), combine=combine)
+                for piece in pieces
+            )
+        return join_rows(read, len(rows))
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
         """Reads a tensor in the type it is stored in."""
         info = self._expect(name, shape)
-        tensor = self.checkpoint.read(name)
-        check_finite(tensor, info)
+        rows = range(shape[0]) if rows is None else rows
+        tensor = self.checkpoint.read(name, (slice(rows.start, rows.stop),))
+        check_finite(tensor, info, first_row=rows.start)
         return tensor
 
     def finish(self) -> None:
@@ -109,9 +156,11 @@ class CheckpointSource:
         self.used.add(name)
         return info
 
-    def _read(self, info: TensorInfo, rows: range) -> Tensor:
-        tensor = self.checkpoint.read(info.name, (slice(rows.start, rows.stop),))
-        check_finite(tensor, info, first_row=rows.start)
+    def _read(self, info: TensorInfo, rows: range, columns: range | None) -> Tensor:
+        columns = range(info.shape[1]) if columns is None else columns
+        index = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+        tensor = self.checkpoint.read(info.name, index)
+        check_finite(tensor, info, first_row=rows.start, first_column=columns.start)
         return tensor.to(self.device)
 
     def _expect_quantized(self, name: str, form: WeightFormat) -> dict[str, TensorInfo]:
@@ -126,8 +175,21 @@ class CheckpointSource:
             parts["offset"] = scales
         return {part: self._expect(f"{name}.{part}", *parts[part]) for part in parts}
 
-    def _read_quantized(self, stored: Mapping[str, TensorInfo], rows: range) -> QTensor:
-        parts = {part: self._read(info, rows) for part, info in stored.items()}
+    def _read_quantized(
+        self,
+        stored: Mapping[str, TensorInfo],
+        rows: range,
+        columns: range | None,
+        form: WeightFormat,
+    ) -> QTensor:
+        def share(info: TensorInfo) -> range | None:
+            """Of a part with a fraction of the columns, the same fraction; all of a single one."""
+            if columns is None or info.shape[1] == 1:
+                return None
+            each = form.k // info.shape[1]
+            return range(columns.start // each, columns.stop // each)
+
+        parts = {part: self._read(info, rows, share(info)) for part, info in stored.items()}
         values, bits = parts["values"], 8
         if values.dtype == torch.uint8:  # two of four bits each
             nibbles = torch.stack((values & 15, values >> 4), dim=-1)
@@ -150,24 +212,58 @@ def stored_parts(name: str, weight: Tensor | QTensor) -> dict[str, Tensor]:
 class RandomSource:
     """Random weights made on the device, directly in quantized form.
 
-    Norms are ones and biases zeros, so that activations keep their size through the layers.
+    Norms are ones and biases zeros, so that activations keep their size through the layers. A
+    matrix is made of blocks of rows, each from a generator of its own, so that a slice of it is the
+    same whichever rank makes it, and little else is made for it.
     """
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.seed, self.dtype = seed, dtype
+        self.generator = torch.Generator(device)
 
-    def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme) -> Tensor | QTensor:
+    def matrix(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        *,
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Tensor | QTensor:
         """Random integers or floating-point numbers of about the usual size."""
         scheme.check(name, *shape)
-        return scheme.random(*shape, std=INITIAL_STD, dtype=self.dtype, generator=self.generator)
+        n, k = shape
+        rows = range(n) if rows is None else rows
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        def slices() -> Iterator[Tensor | QTensor]:
+            for first in range(rows.start // BLOCK_ROWS * BLOCK_ROWS, rows.stop, BLOCK_ROWS):
+                self.generator.manual_seed(_block_seed(self.seed, name, first))
+                block = scheme.random(
+                    min(BLOCK_ROWS, n - first),
+                    k,
+                    std=INITIAL_STD,
+                    dtype=self.dtype,
+                    generator=self.generator,
+                )
+                start, stop = max(rows.start - first, 0), rows.stop - first
+                yield cut(block, slice(start, stop), columns)
+
+        return join_rows(slices(), len(rows))
+
+    def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
         """Random numbers for a table, ones for a norm, zeros for a bias."""
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.generator.device)
         if len(shape) == 2:
-            return tensor.normal_(0, INITIAL_STD, generator=self.generator)
-        return tensor.fill_(0.0 if name.endswith(".bias") else 1.0)
+            table = self.matrix(name, (shape[0], shape[1]), NoScheme(), rows=rows)
+            assert isinstance(table, Tensor), "a table is not quantized"
+            return table
+        n = shape[0] if rows is None else len(rows)
+        value = 0.0 if name.endswith(".bias") else 1.0
+        return torch.full((n,), value, dtype=self.dtype, device=self.generator.device)
 
     def finish(self) -> None:
         """Nothing can be left over."""
+
+
+def _block_seed(seed: int, name: str, first_row: int) -> int:
+    digest = hashlib.sha256(f"{seed} {name} {first_row}".encode()).digest()
+    return int.from_bytes(digest[:7])

@@ -13,7 +13,7 @@ The meaning of the bytes is the formats' business.
 
 from __future__ import annotations
 
-import threading
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,11 @@ from hotloop.errors import CheckpointError
 
 CHUNK_BYTES = 8 * 2**20
 """What is read at once of a tensor that is sliced or dequantized on its way."""
+
+WORTH_SKIPPING_BYTES = 16 * 2**10
+"""Within rows, reading skips what it does not need if it is this much. From the page cache, it was
+measured to take twice the time in rows of 16 KiB and none in rows of 56 KiB; from a disk or over a
+network it saves the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +63,33 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
         self.n_bytes = path.stat().st_size
-        self._lock = threading.Lock()
 
     def read(self, offset: int, n_bytes: int) -> Tensor:
         """Bytes ``offset`` to ``offset + n_bytes`` as a new uint8 tensor ``[n_bytes]``."""
         data = torch.empty(n_bytes, dtype=torch.uint8)
-        rest = data.numpy().data
-        with self._lock:
-            self._file.seek(offset)
-            while rest:  # one call returns at most 2 GiB on Linux
-                n_read = self._file.readinto(rest)
-                if not n_read:
-                    raise CheckpointError(self.path, "the file became shorter while it was read")
-                rest = rest[n_read:]
+        self._read_into(data.numpy().data, offset)
         return data
+
+    def read_columns(self, offset: int, rows: range, row_bytes: int, columns: range) -> Tensor:
+        """Bytes ``columns`` of each of ``rows``, which begin at ``offset``: uint8 [rows, columns].
+
+        Nothing else is read, unless what lies between is too little to be worth skipping.
+        """
+        start = offset + rows.start * row_bytes
+        if row_bytes - len(columns) < WORTH_SKIPPING_BYTES:
+            whole = self.read(start, len(rows) * row_bytes).view(len(rows), row_bytes)
+            return whole[:, columns.start : columns.stop]
+        data = torch.empty(len(rows), len(columns), dtype=torch.uint8)
+        for i, row in enumerate(data.numpy()):
+            self._read_into(row.data, start + i * row_bytes + columns.start)
+        return data
+
+    def _read_into(self, rest: memoryview, offset: int) -> None:
+        while rest:  # one call returns at most 2 GiB on Linux
+            n_read = os.preadv(self._file.fileno(), [rest], offset)
+            if not n_read:
+                raise CheckpointError(self.path, "the file became shorter while it was read")
+            rest, offset = rest[n_read:], offset + n_read
 
     def close(self) -> None:
         """Closes the file; nothing can be read from it afterwards."""

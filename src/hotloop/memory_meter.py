@@ -1,8 +1,8 @@
 """Peak memory of a stretch of work.
 
 The answer to "how much must be free for this to run", so on CUDA it is what torch's allocator took
-from the device and on CPU what the process held resident. Memory that other processes use, ranks of
-a tensor-parallel group among them, is not in it.
+from the device and on CPU what the process held resident. Memory that other processes use is not in
+it: of a tensor-parallel group each rank measures its own.
 """
 
 from __future__ import annotations

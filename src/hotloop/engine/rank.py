@@ -1,0 +1,97 @@
+"""The process of one rank: ``python -m hotloop.engine.rank RANK FD``.
+
+It loads its shard into a Runner and then does as the caller says, over the connection at the file
+descriptor FD. What it prints goes to a log that only its death makes anybody read.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from hotloop.engine.runner import Pending, Runner
+from hotloop.engine.setup import Setup
+from hotloop.parallel.collectives import ProcessGroup
+from hotloop.parallel.link import Caller
+from hotloop.parallel.rendezvous import Address, Torchrun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a rank needs to know in order to load.
+
+    Attributes:
+        setup: What to load.
+        n_tokens: Token ids that may be chosen are below this.
+        store: By which ranks find each other.
+        n_threads: To compute with on a CPU.
+        one_machine: All ranks are on this machine.
+    """
+
+    setup: Setup
+    n_tokens: int
+    store: Address
+    n_threads: int
+    one_machine: bool
+
+
+def serve(
+    caller: Caller, rank: int, local_rank: int, *, own: tuple[Setup, int] | None = None
+) -> None:
+    """Loads, and obeys until there is nothing more to do; an error ends the process.
+
+    Args:
+        caller: Whom to obey.
+        rank: Which rank this is.
+        local_rank: Which of those on this machine.
+        own: Setup and n_tokens as this process has found them itself, if it has.
+    """
+    try:
+        commands = caller.commands()
+        number, _, (start,) = next(commands)
+        setup, n_tokens = own or (start.setup, start.n_tokens)
+        group = _join(start, setup := setup.on(rank, local_rank))
+
+        def progress(*what: Any) -> None:
+            if rank == 0:
+                caller.tell(number, *what)
+
+        runner = Runner(setup, n_tokens=n_tokens, progress=progress, group=group)
+        if rank == 0:
+            caller.answer(number, lambda: None)
+        for number, command, arguments in commands:
+            result = getattr(runner, command)(*arguments)
+            if rank == 0:
+                _answer(caller, number, result)
+    except BaseException as error:
+        caller.fail(error)
+
+
+def _join(start: Start, setup: Setup) -> ProcessGroup:
+    if setup.device.type == "cpu":
+        torch.set_num_threads(start.n_threads)
+    if start.one_machine:  # gloo looks a host's name up otherwise, and may not find its way back
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return ProcessGroup(start.store.connect(), setup.rank, len(setup.shards), setup.device)
+
+
+def _answer(caller: Caller, number: int, result: Any) -> None:
+    """Sends a result once it is there, without waiting for it here."""
+    caller.answer(number, result.wait if isinstance(result, Pending) else lambda: result)
+
+
+def main() -> None:
+    """Serves the caller that started this process."""
+    rank, file = map(int, sys.argv[1:])
+    os.set_inheritable(file, False)  # or a process started here could hold it open
+    launched = Torchrun.environment()
+    serve(Caller(Connection(file)), rank, launched.local_rank if launched else rank)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tensor parallelism: who holds what, how ranks compute together, how they start and end."""

@@ -1,0 +1,210 @@
+"""Sums, maxima and gathering over the ranks of one model.
+
+``Group`` is one rank by itself, for which there is nothing to do; ``ProcessGroup`` is several, over
+gloo on CPUs and NCCL on GPUs. The sum after a row-parallel projection is a torch operator that the
+compiler does not look into, so that it can stand in compiled regions and in CUDA graphs.
+
+A single token's activations are a few KiB, for which NCCL's latency is most of its time. Where all
+ranks can read each other's memory, such small sums go through torch's symmetric memory: each rank
+reads the others' numbers itself, one kernel long. Ranks may then add them in different orders and
+differ by rounding, which is why whatever must agree (tokens) is decided by exact comparisons.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from hotloop.parallel.link import PeerError
+
+SYMMETRIC_BYTES = 256 * 2**10
+"""Sums up to this size go through symmetric memory; beyond, NCCL moves fewer bytes."""
+
+_SYMMETRIC_DTYPES = (torch.bfloat16, torch.float32)
+
+TIMEOUT = timedelta(minutes=30)
+"""For ranks that compile or read at different speeds. Ranks that die are noticed by the launcher,
+which does not wait for this."""
+
+
+class Group:
+    """One rank by itself: sums and maxima are what they are of.
+
+    Attributes:
+        rank: Which of the group's ranks this is.
+        size: How many there are.
+        notes: What a reader of results must know of the choice of collectives.
+    """
+
+    rank = 0
+    size = 1
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kernel(self) -> str | None:
+        """What small sums run on, as records name it; None where there is nothing to sum."""
+        return None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks of tensors of one shape, on every rank."""
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """Their element-wise maximum, on every rank: exact, the same bits everywhere."""
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All of them, [size, ...], on every rank: the same bits everywhere."""
+        return x[None]
+
+    def gather_to_first(self, x: Tensor) -> Tensor | None:
+        """All of them, [size, ...], on rank 0; None on the others."""
+        return x[None]
+
+
+class ProcessGroup(Group):
+    """This process and its peers.
+
+    Args:
+        store: By which they find each other.
+        rank: This rank.
+        size: How many there are.
+        device: Where its tensors are. The others' are on the same kind of device.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size = rank, size
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "nccl"
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=TIMEOUT,
+            device_id=device if backend == "nccl" else None,
+        )
+        world = dist.group.WORLD
+        assert world is not None, "it was just made"
+        self._name: str = world.group_name
+        self._kernel, self._buffer = backend, None
+        if backend == "nccl":
+            self._buffer, note = _symmetric_buffer(world, self, device)
+            self.notes = (note,) if note else ()
+            self._kernel = "nccl" if self._buffer is None else "symm_mem"
+
+    @property
+    def kernel(self) -> str | None:
+        """``gloo``, ``nccl`` or ``symm_mem``."""
+        return self._kernel
+
+    def sum(self, x: Tensor) -> Tensor:
+        """As in ``Group``; through symmetric memory where that is quicker."""
+        buffer = self._buffer
+        if buffer is not None and x.nbytes <= buffer.nbytes and x.dtype in _SYMMETRIC_DTYPES:
+            return _sum_symmetric(x, buffer, self._name)
+        return _sum(x, self._name)
+
+    def max(self, x: Tensor) -> Tensor:
+        """As in ``Group``."""
+        result = x.clone()
+        with _peers():
+            dist.all_reduce(result, dist.ReduceOp.MAX)
+        return result
+
+    def gather(self, x: Tensor) -> Tensor:
+        """As in ``Group``."""
+        gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        with _peers():
+            dist.all_gather_into_tensor(gathered, x.contiguous())
+        return gathered.view(self.size, *x.shape)
+
+    def gather_to_first(self, x: Tensor) -> Tensor | None:
+        """As in ``Group``."""
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        with _peers():
+            dist.gather(x, parts)
+        return None if parts is None else torch.stack(parts)
+
+
+@torch.library.custom_op("hotloop_parallel::sum", mutates_args=())
+def _sum(x: Tensor, group: str) -> Tensor:
+    result = x.clone(memory_format=torch.contiguous_format)
+    with _peers():
+        dist.all_reduce(result, group=c10d._resolve_process_group(cast(Any, group)))
+    return result
+
+
+# The buffer is scratch, whose content nobody is meant to see: it is not declared as mutated.
+@torch.library.custom_op("hotloop_parallel::sum_symmetric", mutates_args=())
+def _sum_symmetric(x: Tensor, buffer: Tensor, group: str) -> Tensor:
+    mine = buffer.view(x.dtype)[: x.numel()].view(x.shape)
+    mine.copy_(x)
+    return torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", group)
+
+
+@_sum.register_fake
+@_sum_symmetric.register_fake
+def _like(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PeerError(f"a collective failed: {error}") from error
+
+
+def _symmetric_buffer(
+    world: dist.ProcessGroup, group: ProcessGroup, device: torch.device
+) -> tuple[Tensor | None, str | None]:
+    """Memory that every rank can read, tried out; or why there is none.
+
+    Every rank takes the same way: what any of them lacks, none uses.
+    """
+
+    def agreed(reason: str | None) -> bool:
+        ok = torch.tensor([reason is not None], dtype=torch.int32, device=device)
+        return not bool(group.max(ok))
+
+    reason = _symmetric_unavailable_reason(group.size, device)
+    buffer = None
+    if agreed(reason):
+        try:
+            import torch.distributed._symmetric_memory as symm_mem
+
+            buffer = symm_mem.empty(SYMMETRIC_BYTES, dtype=torch.uint8, device=device)
+            symm_mem.rendezvous(buffer, world)
+            ones = torch.ones(64, dtype=torch.bfloat16, device=device)
+            if not bool((_sum_symmetric(ones, buffer, world.group_name) == group.size).all()):
+                reason = "a first sum came out wrong"
+        except (RuntimeError, ImportError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if agreed(reason):
+            return buffer, None
+    return None, f"all_reduce/symm_mem not used: {reason or 'another rank cannot'}"
+
+
+def _symmetric_unavailable_reason(size: int, device: torch.device) -> str | None:
+    if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
+        return "the ranks are on several machines"
+    others = [i for i in range(torch.cuda.device_count()) if i != device.index][: size - 1]
+    for other in others:
+        if not torch.cuda.can_device_access_peer(device, other):
+            return f"{device} cannot read the memory of cuda:{other}"
+    return None

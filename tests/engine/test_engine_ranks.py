@@ -1,0 +1,242 @@
+"""Ranks that are processes: they start, agree, are pipelined, measured, refused, and end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import write_random
+
+from hotloop import LLM, SamplingParams
+from hotloop.engine.memory import predict_memory
+from hotloop.engine.setup import prepare
+from hotloop.errors import CheckpointError, ConfigError, RankError, UnsupportedError
+from hotloop.types import EngineConfig
+
+PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
+FREELY = SamplingParams(max_new_tokens=12, ignore_eos=True)
+AT_MOST_S = 10.0
+
+
+def tokens(llm: LLM, **options: object) -> list[tuple[int, ...]]:
+    return [g.token_ids for g in llm.generate(PROMPTS, FREELY, **options)]
+
+
+def pids(llm: LLM) -> list[int]:
+    return [rank.process.pid for rank in llm._runner._ranks._ranks]
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + AT_MOST_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's heads, untied, with every bias."""
+    return write_random(
+        tmp_path_factory.mktemp("nine"),
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        hidden_size=576,
+        intermediate_size=256,
+        attention_bias=True,
+        mlp_bias=True,
+        embedding_std=0.3,
+    )
+
+
+@pytest.fixture(scope="module")
+def two(nine: Path) -> Iterator[LLM]:
+    """Two compiled ranks in float32, quantized as they load."""
+    config = EngineConfig(
+        model=str(nine),
+        quant="int8",
+        dtype="float32",
+        execution="compile",
+        max_batch_size=3,
+        tensor_parallel=2,
+    )
+    llm = LLM(config)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def one(nine: Path) -> LLM:
+    return LLM(str(nine), quant="int8", dtype="float32", max_batch_size=3)
+
+
+def test_greedy_tokens_of_two_compiled_ranks_are_those_of_one(one, two):
+    assert tokens(two) == tokens(one)
+
+
+def test_sampled_tokens_of_two_compiled_ranks_are_those_of_one(one, two):
+    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 3}
+    assert tokens(two, **options) == tokens(one, **options)
+
+
+def test_scores_of_two_ranks_are_those_of_one(one, two):
+    window = [*range(2, 60), 299]
+    (expected,), (score,) = (list(llm.score([window], full=True)) for llm in (one, two))
+    torch.testing.assert_close(score.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(score.token_logprobs, expected.token_logprobs, rtol=1e-4, atol=1e-4)
+    assert score.top1.equal(expected.top1)
+
+
+def test_a_description_is_of_one_rank_and_says_how_sums_are_made(one, two):
+    alone, shared = one.describe(), two.describe()
+    assert shared.kernels["all_reduce"] == "all_reduce/gloo"
+    assert "all_reduce" not in alone.kernels
+    assert shared.config.name == "int8/compile/tp2/float32/batch3"
+    assert shared.n_params == alone.n_params
+    assert shared.compile_cache == "cold"
+    assert shared.weight_bytes == predict_memory(two.config).weights_bytes
+    assert shared.weight_bytes_per_step < 0.7 * alone.weight_bytes_per_step
+    assert shared.kv_bytes_per_token == alone.kv_bytes_per_token * 2 // 3
+
+
+def test_peak_memory_is_that_of_the_largest_rank(two):
+    with two.meter() as memory:
+        tokens(two)
+    residents = [psutil.Process(pid).memory_info().rss for pid in pids(two)]
+    assert max(residents) <= memory.peak_bytes < 1.5 * max(residents)
+
+
+def test_threads_are_divided_among_the_ranks(two):
+    # A rank's own count is not told: what it computes with shows in its process.
+    share = max(1, torch.get_num_threads() // 2)
+    assert two._setup.device.type == "cpu"
+    assert all(psutil.Process(pid).num_threads() >= share for pid in pids(two))
+
+
+def test_an_abandoned_stream_leaves_the_ranks_in_step(one, two):
+    expected = tokens(one)
+    stream = two.stream([[7]], FREELY)
+    next(stream)
+    stream.close()
+    assert tokens(two) == expected
+
+
+def test_a_rank_killed_while_it_generates_ends_the_run_with_its_error(nine):
+    llm = LLM(str(nine), dtype="float32", tensor_parallel=3, max_seq_len=300)
+    ranks, killed = pids(llm), []
+    stream = llm.stream([[7]], SamplingParams(max_new_tokens=290, ignore_eos=True))
+    next(stream)
+
+    def kill() -> None:
+        killed.append(time.monotonic())
+        os.kill(ranks[1], signal.SIGKILL)
+
+    threading.Timer(0.1, kill).start()
+    with pytest.raises(RankError, match="rank 1 of 3 was killed by SIGKILL in step"):
+        list(stream)
+    assert time.monotonic() - killed[0] < AT_MOST_S
+    wait_until(lambda: not any(map(alive, ranks)), "no rank is left")
+    with pytest.raises(RankError, match="rank 1 of 3"):
+        llm.generate([[7]], FREELY)
+    llm.close()
+
+
+def test_a_rank_killed_while_it_loads_ends_the_run_with_its_error(nine):
+    before, ranks = set(psutil.Process().children()), []
+
+    def kill() -> None:
+        while len(ranks) < 2:
+            started = set(psutil.Process().children()) - before
+            ranks[:] = [c.pid for c in started if "hotloop.engine.rank" in c.cmdline()]
+        last = next(pid for pid in ranks if psutil.Process(pid).cmdline()[-2] == "1")
+        os.kill(last, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(RankError, match="rank 1 of 2 was killed by SIGKILL in load"):
+        LLM(str(nine), dtype="float32", tensor_parallel=2)
+    killer.join()
+    wait_until(lambda: not any(map(alive, ranks)), "no rank is left")
+
+
+def test_the_error_of_the_rank_that_reads_damaged_weights_comes_out(nine, tmp_path):
+    for file in nine.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 250] = float("inf")  # the last rank's
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"down_proj.* the first at \[3, 250\]"):
+        LLM(str(tmp_path), quant="int4-g32", dtype="float32", tensor_parallel=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ["right", "wrong"])
+def test_torchrun_starts_the_ranks(nine, asked):
+    degree = 2 if asked == "right" else 3
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+        *("-m", "hotloop", "generate", str(nine), "one", "--tp", str(degree)),
+        *("--dtype", "float32", "-n", "5", "--json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if asked == "wrong":
+        assert done.returncode != 0
+        assert "torchrun started 2 processes, but tensor_parallel is 3" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    llm = LLM(str(nine), dtype="float32")
+    expected = llm.generate("one", max_new_tokens=5)
+    assert json.loads(line)["token_ids"] == list(expected.token_ids)
+
+
+# What is refused before anything starts.
+
+
+def test_more_gpus_than_there_are_is_refused(nine, monkeypatch):
+    monkeypatch.setattr("hotloop.engine.setup.resolve_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = EngineConfig(model=str(nine), tensor_parallel=4)
+    with pytest.raises(UnsupportedError) as caught:
+        prepare(config)
+    assert str(caught.value) == "needs 4 GPUs, found 1"
+
+
+def test_one_named_gpu_for_several_ranks_is_refused(nine, monkeypatch):
+    monkeypatch.setattr("hotloop.engine.setup.resolve_device", lambda _: torch.device("cuda", 1))
+    config = EngineConfig(model=str(nine), tensor_parallel=2, device="cuda:1")
+    with pytest.raises(ConfigError, match="'cuda:1' is one GPU, and tensor_parallel 2 takes one"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tensor_parallel": 0}, ConfigError, "tensor_parallel must be at least 1, not 0"),
+        ({"tensor_parallel": 10}, UnsupportedError, "cannot split 9 query heads.*9 work"),
+        (
+            {"tensor_parallel": 3, "quant": "int4-g64", "model": "narrow"},
+            UnsupportedError,
+            "64 features that share a scale; only 1 works",
+        ),
+    ],
+)
+def test_a_degree_that_cannot_work_is_refused_with_those_that_do(
+    nine, folder, options, error, message
+):
+    model = str(folder if options.pop("model", None) else nine)
+    with pytest.raises(error, match=message):
+        LLM(model, **options)

@@ -1,0 +1,217 @@
+"""Whatever becomes of a rank or of the caller, nobody waits for ever and nobody is left over."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hotloop.errors import CheckpointError, RankError
+from hotloop.parallel.launch import Ranks, start_rank
+
+HERE = Path(__file__).parent
+AT_MOST_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def _program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+
+
+def start(n: int) -> Ranks:
+    return Ranks([start_rank("parallel_program", rank) for rank in range(n)])
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    started = start(3)
+    yield started
+    started.end()
+
+
+def pids(ranks: Ranks) -> list[int]:
+    return [rank.process.pid for rank in ranks._ranks]
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + AT_MOST_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def failure_of(ranks: Ranks, command: str, *arguments: object) -> Exception:
+    """How a command fails; in time, and leaving nobody."""
+    started, processes = time.monotonic(), pids(ranks)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (which one is the question)
+        ranks.tell(command, *arguments).wait()
+    assert time.monotonic() - started < AT_MOST_S
+    wait_until(lambda: not any(map(alive, processes)), "every rank is ended")
+    with pytest.raises(type(caught.value)):  # and it stays so
+        ranks.tell("pid")
+    return caught.value
+
+
+def test_the_first_rank_answers_in_any_order_of_asking(ranks):
+    assert ranks.tell("pid").wait() == pids(ranks)[0]
+    first, second = ranks.tell("add", 1, 2), ranks.tell("add", 3, 4)
+    assert (second.wait(), first.wait()) == (7, 3)
+
+
+def test_progress_is_told_to_whoever_waits_for_the_result(ranks):
+    seen = []
+    assert ranks.tell("tell").wait(lambda *what: seen.append(what)) == "told"
+    assert seen == [("phase", 0), ("phase", 1), ("phase", 2)]
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_an_error_of_ours_comes_out_as_it_went_in(ranks, who):
+    error = failure_of(ranks, "raise_known", who)
+    assert type(error) is CheckpointError
+    assert (error.file, error.tensor) == (Path("some/file"), "some.tensor")
+    assert str(error) == "some/file, tensor 'some.tensor': is damaged"
+
+
+def test_another_exception_becomes_an_error_that_names_rank_command_and_last_lines(ranks):
+    error = failure_of(ranks, "raise_unknown", 1)
+    assert type(error) is RankError
+    assert (error.rank, error.n_ranks) == (1, 3)
+    assert "rank 1 of 3 failed in raise_unknown: KeyError: 'no such thing'" in str(error)
+    assert "parallel_program.py" in error.log, "the traceback"
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_that_is_killed_is_named_with_its_signal(ranks, who):
+    error = failure_of(ranks, "die", who)
+    assert type(error) is RankError
+    assert str(error).startswith(f"rank {who} of 3 was killed by SIGKILL in die")
+
+
+def test_a_rank_that_ends_is_named_with_its_exit_code_and_last_words(ranks):
+    error = failure_of(ranks, "exit", 2)
+    assert str(error).startswith("rank 2 of 3 ended with exit code 3 in exit")
+    assert "these are my last words" in str(error)
+
+
+def test_a_rank_killed_from_outside_ends_whoever_waits(ranks):
+    reply = ranks.tell("hang")
+    os.kill(pids(ranks)[1], signal.SIGKILL)
+    with pytest.raises(RankError, match="rank 1 of 3 was killed by SIGKILL in hang"):
+        reply.wait()
+
+
+def test_the_rank_that_failed_first_wins_over_what_it_causes_in_others(ranks):
+    error = failure_of(ranks, "raise_after_peers", 2)
+    assert type(error) is CheckpointError
+
+
+def test_ranks_that_only_lost_each_other_say_so(ranks):
+    error = failure_of(ranks, "lose_peers")
+    assert "PeerError: connection reset" in str(error)
+
+
+def test_a_rank_whose_connection_a_child_keeps_open_is_noticed_all_the_same(ranks):
+    error = failure_of(ranks, "die_leaving_a_child", 0)
+    assert str(error).startswith("rank 0 of 3 ended with exit code 5")
+
+
+def test_a_program_that_cannot_start_is_an_error_with_its_reason():
+    ranks = Ranks([start_rank("no_such_program", rank) for rank in range(2)])
+    with pytest.raises(RankError, match=r"ended with exit code 1.*(\n.*)*no_such_program"):
+        ranks.tell("pid").wait()
+
+
+def test_ending_leaves_no_process_and_can_be_repeated(ranks):
+    processes = pids(ranks)
+    ranks.tell("hang")
+    ranks.end()
+    assert not any(map(alive, processes))
+    ranks.end()
+
+
+def test_ranks_that_nobody_refers_to_any_more_are_ended():
+    ranks = start(2)
+    processes = pids(ranks)
+    ranks.tell("hang")
+    del ranks
+    gc.collect()
+    assert not any(map(alive, processes))
+
+
+def test_an_answer_that_is_given_up_is_not_taken_for_another(ranks):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ranks.tell("pid").wait()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            ranks.tell("sleep", 0.6).wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert ranks.tell("add", 20, 22).wait() == 42
+
+
+CALLER = """
+import sys, time
+from hotloop.parallel.launch import Ranks, start_rank
+ranks = Ranks([start_rank("parallel_program", rank) for rank in range(2)])
+reply = ranks.tell("hang")
+print(*(rank.process.pid for rank in ranks._ranks), flush=True)
+{then}
+"""
+
+
+def caller(then: str) -> tuple[subprocess.Popen, list[int]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CALLER.format(then=then)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    return process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_end_when_their_caller_is_killed_though_they_wait_for_each_other(sent):
+    process, ranks = caller("reply.wait()")
+    assert all(map(alive, ranks))
+    process.send_signal(sent)
+    process.wait()
+    wait_until(lambda: not any(map(alive, ranks)), "the ranks end by themselves")
+
+
+def test_ranks_end_with_a_caller_that_is_stopped_at_the_terminal():
+    process, ranks = caller("reply.wait()")
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the whole group
+    process.wait(AT_MOST_S)
+    wait_until(lambda: not any(map(alive, ranks)), "the caller ends its ranks")
+
+
+@pytest.mark.parametrize("then", ["", "sys.exit(4)", "raise ValueError"])
+def test_ranks_end_with_the_interpreter(then):
+    process, ranks = caller(then)
+    process.wait(AT_MOST_S)
+    wait_until(lambda: not any(map(alive, ranks)), "the caller ends its ranks")
+
+
+def test_a_fork_of_the_caller_leaves_the_ranks_alone():
+    then = "import os\nif os.fork() == 0: sys.exit(0)\nos.wait(); print('waited', flush=True)\n"
+    process, ranks = caller(then + "time.sleep(60)")
+    assert process.stdout.readline() == "waited\n"
+    assert all(map(alive, ranks))
+    process.kill()
+    process.wait()

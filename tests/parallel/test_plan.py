@@ -1,0 +1,140 @@
+"""Shards cover the model once, keep its groups together, and are as even as that allows."""
+
+import itertools
+import random
+
+import pytest
+
+from hotloop.errors import UnsupportedError
+from hotloop.models.config import ModelConfig
+from hotloop.models.families import read_config
+from hotloop.models.shapes import SHAPES
+from hotloop.parallel.plan import Shard, plan_shards
+
+SMOLLM2 = {
+    "n_heads": 9,
+    "n_kv_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+}
+
+
+def shape(model: ModelConfig) -> dict[str, int]:
+    return {name: getattr(model, name) for name in SMOLLM2}
+
+
+def joined(ranges: list[range]) -> list[int]:
+    return list(itertools.chain(*ranges))
+
+
+def assert_sound(shards: tuple[Shard, ...], alignment: int, **model: int) -> None:
+    group = model["n_heads"] // model["n_kv_heads"]
+    for part, n in (
+        ("heads", model["n_heads"]),
+        ("features", model["intermediate_size"]),
+        ("vocabulary", model["vocab_size"]),
+    ):
+        shares = [getattr(shard, part) for shard in shards]
+        assert joined(shares) == list(range(n)), "everything once, in order"
+        assert all(shares), "nobody idle"
+        assert len(shares[0]) == max(map(len, shares)), "rank 0 has no less than any other"
+    for shard in shards:
+        # Query head i is served by key/value head i // group: so it must be within the rank, too.
+        local = len(shard.heads) // len(shard.kv_heads)
+        assert len(shard.heads) % len(shard.kv_heads) == 0
+        for i, head in enumerate(shard.heads):
+            assert shard.kv_heads[i // local] == head // group
+        for edge in (shard.heads.start, shard.heads.stop):
+            assert edge * model["head_dim"] % alignment == 0
+        for edge in (shard.features.start, shard.features.stop):
+            assert edge % alignment == 0
+
+
+def test_one_rank_has_everything():
+    (shard,) = plan_shards(1, **SMOLLM2, alignment=64)
+    assert shard == Shard(
+        heads=range(9), kv_heads=range(3), features=range(1536), vocabulary=range(49152)
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "heads", "kv_heads"),
+    [
+        (2, [6, 3], [2, 1]),  # groups of three query heads: two, and one
+        (3, [3, 3, 3], [1, 1, 1]),
+        (4, [3, 3, 2, 1], [1, 1, 1, 1]),  # the last group is two ranks'
+        (9, [1] * 9, [1] * 9),
+    ],
+)
+@pytest.mark.parametrize("alignment", [1, 32, 64])
+def test_nine_query_and_three_key_value_heads(n, heads, kv_heads, alignment):
+    shards = plan_shards(n, **SMOLLM2, alignment=alignment)
+    assert [len(shard.heads) for shard in shards] == heads
+    assert [len(shard.kv_heads) for shard in shards] == kv_heads
+    assert_sound(shards, alignment, **SMOLLM2)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("alignment", [1, 128])
+def test_the_built_in_shapes_are_split_evenly_where_kernels_like_it(name, n, alignment):
+    model = shape(read_config(SHAPES[name]))
+    shards = plan_shards(n, **model, alignment=alignment)
+    assert_sound(shards, alignment, **model)
+    assert len({len(shard.heads) for shard in shards}) == 1
+    widths = [len(shard.features) for shard in shards]
+    assert max(widths) - min(widths) <= alignment
+    for shard in shards:
+        assert len(shard.features) % 32 == 0
+        assert len(shard.vocabulary) % 8 == 0
+
+
+def test_any_model_is_split_soundly_or_refused_with_degrees_that_work():
+    dice = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        n_kv = dice.randint(1, 8)
+        alignment = dice.choice([1, 32, 64, 128])
+        model = {
+            "n_kv_heads": n_kv,
+            "n_heads": n_kv * dice.randint(1, 8),
+            "head_dim": dice.choice([16, 32, 64, 96, 128]),
+            "intermediate_size": alignment * dice.randint(4, 40),
+            "vocab_size": dice.randint(30, 4000),
+        }
+        if model["n_heads"] * model["head_dim"] % alignment:
+            continue  # the scheme itself refuses
+        n = dice.randint(1, 8)
+        shards, refusal = planned(n, alignment, **model)
+        if shards is not None:
+            assert_sound(shards, alignment, **model)
+            continue
+        refused += 1
+        assert refusal.startswith(f"tensor_parallel {n} cannot split {model['n_heads']} ")
+        words = refusal.rpartition("; ")[2].replace(",", " ").replace("and", " ").split()
+        degrees = [int(word) for word in words if word.isdigit()]
+        assert 1 in degrees
+        assert n not in degrees
+        for degree in degrees:
+            assert_sound(plan_shards(degree, **model, alignment=alignment), alignment, **model)
+    assert 20 < refused < 200
+
+
+def planned(n: int, alignment: int, **model: int) -> tuple[tuple[Shard, ...] | None, str]:
+    try:
+        return plan_shards(n, **model, alignment=alignment), ""
+    except UnsupportedError as error:
+        return None, str(error)
+
+
+def test_a_refusal_says_what_does_not_divide_and_what_works():
+    tiny = SMOLLM2 | {"n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "intermediate_size": 128}
+    with pytest.raises(UnsupportedError) as caught:
+        plan_shards(4, **tiny, alignment=32)
+    assert str(caught.value) == (
+        "tensor_parallel 4 cannot split 4 query heads, 2 key/value heads and 128 features and 32 "
+        "features that share a scale; 1 and 2 work."
+    )
+    with pytest.raises(UnsupportedError, match=r"tensor_parallel 10 .*; 1, 2, .* and 9 work\."):
+        plan_shards(10, **SMOLLM2, alignment=1)
