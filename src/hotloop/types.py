@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,6 +49,11 @@ def _check_choice(kind: str, value: str, literal: Any) -> None:
         raise UnknownNameError(kind, value, get_args(literal))
 
 
+def is_draft_model(draft: str) -> bool:
+    """Whether a value of ``EngineConfig.draft`` names a model of its own."""
+    return draft not in ("none", "ngram") and not re.fullmatch(r"exit-\d+", draft)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that makes one engine differ from another.
@@ -62,6 +68,7 @@ class EngineConfig:
         head: The scheme of the output head: ``auto`` (``int8`` under any quantization, otherwise
             ``none``), or a scheme's name. A tied embedding follows the head.
         execution: How a decode step runs.
+        tensor_parallel: Devices that share the model, each with a slice of every layer.
         draft: Speculative decoding: ``none``; ``ngram``, which looks up what followed the latest
             tokens where they stood before; ``exit-N``, the model's own first N layers; or a model
             of the same vocabulary, named as in ``model``.
@@ -82,6 +89,7 @@ class EngineConfig:
     quant: str = "none"
     head: str = "auto"
     execution: Execution = "eager"
+    tensor_parallel: int = 1
     draft: str = "none"
     draft_quant: str = "none"
     draft_tokens: int = 4
@@ -98,7 +106,8 @@ class EngineConfig:
         _check_choice("execution", self.execution, Execution)
         _check_choice("dtype", self.dtype, DType)
         _check_choice("draft policy", self.draft_policy, DraftPolicy)
-        for name in ("max_batch_size", "max_seq_len", "prefill_chunk", "draft_tokens"):
+        at_least_1 = ("tensor_parallel", "max_batch_size", "max_seq_len", "prefill_chunk")
+        for name in (*at_least_1, "draft_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
@@ -108,6 +117,8 @@ class EngineConfig:
         """A short name that sorts, such as ``int4-g64/compile``: what differs from the default."""
         parts = [self.quant if self.head == "auto" else f"{self.quant}+head={self.head}"]
         parts.append(self.execution)
+        if self.tensor_parallel != 1:
+            parts.append(f"tp{self.tensor_parallel}")
         if self.draft != "none":
             parts.append(f"draft={self.draft_name}")
         if self.dtype != "auto":

@@ -84,6 +84,7 @@ def prepare(config: EngineConfig) -> Setup:
         ModelNotFoundError: No such model here.
         CheckpointError: A checkpoint whose description is damaged.
     """
+    _check_gpus(config)
     device = resolve_device(config.device)
     path, hf_config = _describe_model(config)
     model = read_config(hf_config)
@@ -110,6 +111,14 @@ def prepare(config: EngineConfig) -> Setup:
         n_positions=n_positions,
     )
     return dataclasses.replace(setup, draft=_prepare_draft(setup))
+
+
+def _check_gpus(config: EngineConfig) -> None:
+    wanted, found = config.tensor_parallel, torch.cuda.device_count()
+    if config.device.startswith(("auto", "cuda")) and wanted > max(1, found):
+        raise UnsupportedError(f"needs {wanted} GPUs, found {found}")
+    if wanted > 1:
+        raise UnsupportedError(f"tensor_parallel {wanted}: this hotloop runs on one device.")
 
 
 def _prepare_draft(target: Setup) -> Draft | None:
