@@ -171,6 +171,64 @@ def test_a_recipe_is_not_overruled_by_flags_that_would_go_unnoticed(sweeps, tmp_
     assert sweeps.asked == []
 
 
+def test_a_recipes_models_can_be_replaced(sweeps, tmp_path):
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("model: big\nmatrix: {draft: [none, small]}\n")
+    argv = ["--weights", "random", "--model", "bigger", "--draft-model", "smaller"]
+    assert main(["sweep", str(recipe), *argv, "--out", str(tmp_path / "r")]) == 0
+    configs = runner.expand(sweeps.asked[0].recipe)
+    assert [(c.model, c.weights, c.draft) for c in configs] == [
+        ("bigger", "random", "none"),
+        ("bigger", "random", "smaller"),
+    ]
+
+
+def test_a_recipe_of_random_weights_can_be_run_with_a_checkpoint_or_another_shape(sweeps, tmp_path):
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("model: llama-2-7b\nweights: random\n")
+    replacements = (["--weights", "checkpoint", "--model", "m"], ["--shape", "llama-2-13b"])
+    for i, argv in enumerate(replacements):
+        assert main(["sweep", str(recipe), *argv, "--out", str(tmp_path / f"{i}")]) == 0
+    said = [(asked.recipe.model, asked.recipe.weights) for asked in sweeps.asked]
+    assert said == [("m", "checkpoint"), ("llama-2-13b", "random")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["m", "--model", "n", "--draft-model", "d"], "--model, --draft-model: takes the place"),
+        (["r.yml", "--model", "n", "--shape", "llama-2-7b"], "either --model or --shape"),
+        (["r.yml", "--draft-model", "d"], "no cell with a draft model"),
+        (["r.yml", "--draft", "ngram", "--draft-tokens", "2", "--tp", "2"], "with a recipe, say"),
+        (["r.yml", "--weights-seed", "3"], "--weights-seed: with a recipe"),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused(argv, says, sweeps, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yml").write_text("model: m\n")
+    assert main(["sweep", *argv]) == 2
+    assert says in capsys.readouterr().err
+    assert sweeps.asked == []
+
+
+def test_sweep_takes_drafts_and_devices_as_axes(sweeps, tmp_path):
+    argv = ["--quant", "int8", "--execution", "eager", "--tp", "1,2", "--draft", "none,ngram,small"]
+    of_drafts = ["--draft-quant", "int8", "--draft-tokens", "2", "--draft-policy", "always"]
+    assert main(["sweep", "m", *argv, *of_drafts, "--out", str(tmp_path / "r")]) == 0
+    configs = runner.expand(sweeps.asked[0].recipe)
+    assert [config.name for config in configs] == [
+        f"int8/eager{tp}{draft}"
+        for tp in ("", "/tp2")
+        for draft in ("", "/draft=ngram-2-always", "/draft=small:int8-2-always")
+    ]
+
+
+def test_a_number_of_devices_that_is_none_is_refused_by_its_place(sweeps, capsys):
+    assert main(["sweep", "m", "--tp", "1,two"]) == 2
+    assert "matrix.tensor_parallel[1]: should be a valid integer" in capsys.readouterr().err
+    assert sweeps.asked == []
+
+
 @pytest.mark.usefixtures("sweeps")
 def test_sweep_json_is_a_record_a_line(tmp_path, capsys):
     argv = ["--quant", "none,int8", "--execution", "eager", "--out", str(tmp_path / "r")]
