@@ -145,7 +145,8 @@ def test_sweep_by_flags_prints_the_table_and_leaves_it_in_the_folder(sweeps, tmp
     assert "Recommended" in shown
     assert shown.splitlines() == [line.rstrip() for line in shown.splitlines()]
     assert "none/eager" in progress
-    assert {file.name for file in out.iterdir()} == {"records.jsonl", "table.md", "table.csv"}
+    files = {"records.jsonl", "table.md", "table.csv", "page.md"}
+    assert {file.name for file in out.iterdir()} == files
 
 
 def test_sweep_without_flags_is_the_matrix_of_the_levers(sweeps, tmp_path, monkeypatch):

@@ -11,10 +11,12 @@ from rich.console import Console
 from hotloop.bench.record import QualityProtocol, Record, Workload
 from hotloop.bench.statistics import mean_figure, t_critical
 from hotloop.errors import ConfigError
+from hotloop.report.layout import to_markdown, to_rich
 from hotloop.report.numbers import divergence, memory, percent, significant, uncertain
+from hotloop.report.page import make_page
 from hotloop.report.read import latest, read_records
 from hotloop.report.recommend import recommend
-from hotloop.report.table import make_table, to_csv, to_markdown, to_rich
+from hotloop.report.table import make_table, to_csv
 from hotloop.report.write import write_results
 from hotloop.sweep.store import append
 
@@ -250,7 +252,7 @@ def test_a_narrow_terminal_gets_speed_and_quality_apart_and_loses_nothing(width)
 
 def test_every_row_that_needs_one_has_a_note_and_the_recommended_one_is_marked():
     table = make_table(EVERYTHING)
-    assert [row.status for row in table.rows] == [
+    assert [row.cells[1] for row in table.rows] == [
         "ok",
         "unstable [1]",
         "failed [2]",
@@ -321,9 +323,11 @@ def test_csv_has_the_numbers_as_recorded():
 def test_a_results_folder_gets_its_tables_from_its_records_alone(tmp_path):
     for one in EVERYTHING:
         append(tmp_path / "records.jsonl", one)
-    table = write_results(tmp_path)
+    table = write_results(tmp_path, read_records(tmp_path))
     assert (tmp_path / "table.md").read_text() == to_markdown(table)
     assert (tmp_path / "table.csv").read_text() == to_csv(table)
+    (page,) = make_page(EVERYTHING)
+    assert (tmp_path / "page.md").read_text() == to_markdown(page)
     assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["cell"]
 
 

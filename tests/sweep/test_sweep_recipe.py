@@ -232,7 +232,7 @@ def test_a_default_draft_model_is_replaced_too_and_one_that_is_not_there_is_not(
 
 def test_a_draft_model_does_not_take_a_place_that_it_has_already(tmp_path):
     recipe = load(tmp_path, "name: r\nmodel: m\nmatrix: {draft: [small, smaller]}")
-    with pytest.raises(ConfigError, match="recipe 'r': .*2 times"):
+    with pytest.raises(ConfigError, match=r"recipe 'r': .*2 times"):
         replace_models(recipe, draft_model="other")
 
 

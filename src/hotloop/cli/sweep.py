@@ -91,7 +91,8 @@ def sweep(
     goes on. The exit code is 1 if not one configuration could be measured or
     ruled out.
     """
-    from hotloop.report.table import to_rich
+    from hotloop.report.layout import to_rich
+    from hotloop.report.read import read_records
     from hotloop.report.write import write_results
     from hotloop.sweep.plan import plan
     from hotloop.sweep.progress import SweepProgress
@@ -135,7 +136,8 @@ def sweep(
         note("Stopped. The same command with --resume goes on.")
         if not (results / RECORDS).exists():
             return 130
-    table = write_results(results, max_delta_ln_ppl=tolerance)
+    written = read_records(results, on_problem=note)
+    table = write_results(results, written, max_delta_ln_ppl=tolerance)
     if json:
         for row in table.rows:
             print_json(row.record.model_dump(mode="json"))
