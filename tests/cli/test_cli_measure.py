@@ -308,6 +308,50 @@ def test_report_prints_every_format_and_names_damaged_lines_on_stderr(results, f
             assert "Recommended" in out
 
 
+def test_the_reference_layout_joins_folders(results, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    config = EngineConfig(model="n", tensor_parallel=4)
+    store.append(other / store.RECORDS, record(config, status="unsupported"))
+    argv = ["report", str(results), str(other), "--layout", "reference"]
+
+    assert main([*argv, "--format", "markdown"]) == 0
+    first, second = capsys.readouterr().out.split("## ")[1:]
+    assert first.startswith("m\n\n| Quantization |")
+    assert "unsupported: because" in second
+    assert main(argv) == 0
+    assert "Tensor" in capsys.readouterr().out
+    assert main([*argv, "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["model"], row["quantization"]) for row in rows] == [
+        ("m", "none"),
+        ("m", "int8"),
+        ("n", "none"),
+    ]
+    assert main([*argv, "--json"]) == 0
+    cells = [json.loads(line)["cell"] for line in capsys.readouterr().out.splitlines()]
+    assert cells == ["none/eager", "int8/eager", "none/eager/tp4"]
+
+
+def test_the_full_layout_is_of_one_folder(results, capsys):
+    assert main(["report", str(results), str(results)]) == 2
+    assert "only --layout reference joins them" in capsys.readouterr().err
+
+
+def test_report_leaves_the_tables_in_the_folder_where_it_is_asked_to(results, capsys):
+    assert main(["report", str(results)]) == 0
+    assert [file.name for file in results.iterdir()] == [store.RECORDS]
+    assert main(["report", str(results), "--write", "--layout", "reference"]) == 0
+    assert {file.name for file in results.iterdir()} == {
+        store.RECORDS,
+        "table.md",
+        "table.csv",
+        "page.md",
+    }
+    assert main(["report", str(results / store.RECORDS), "--write"]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
 def test_report_json_is_the_json_format(results, capsys):
     main(["report", str(results), "--format", "json"])
     by_format = capsys.readouterr().out

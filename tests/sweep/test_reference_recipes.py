@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sweep_recipe import RECIPES
 
 from hotloop import hardware
 from hotloop.bench.record import Record
@@ -18,6 +17,7 @@ from hotloop.sweep.plan import PlannedCell, plan
 from hotloop.sweep.recipe import Recipe, expand, load_recipe, replace_models
 from hotloop.types import EngineConfig
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 GIB = 2**30
 LEVERS = ("quant", "execution", "tensor_parallel", "draft", "draft_quant")
 
@@ -135,7 +135,7 @@ def test_what_cannot_run_is_a_row_of_the_page_that_says_by_how_much(monkeypatch)
     def note(*cells: str) -> str:
         text, _, number = shown[cells].partition(" [")
         assert text in ("did not fit", "unsupported")
-        return notes[int(number.rstrip("]"))] if text != "did not" else ""
+        return notes[int(number.rstrip("]"))]
 
     said = note("int8", "no", "1", "–")
     assert said.startswith("did not fit on a single GPU: needs 66.")
@@ -161,7 +161,7 @@ def test_without_a_gpu_several_are_missing_all_the_same(monkeypatch):
 
 def test_a_recipe_without_weights_says_what_to_give(tmp_path: Path):
     recipe = load_recipe(RECIPES / "asclepius-13b.yaml")
-    with pytest.raises(ValueError, match="only a shape.*--weights random.*--model"):
+    with pytest.raises(ValueError, match=r"only a shape.*--weights random.*--model"):
         make_jobs(expand(recipe), recipe.workload, None)
     checkpoint = tmp_path / "model.gguf"
     checkpoint.write_bytes(b"weights")
