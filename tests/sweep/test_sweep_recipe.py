@@ -199,6 +199,11 @@ def test_a_draft_models_scheme_is_for_the_cells_that_have_a_draft_model(tmp_path
     ]
 
 
+def test_a_draft_models_scheme_that_no_cell_has_a_use_for_is_left_for_the_engine_to_refuse():
+    recipe = recipe_from_flags("m", matrix={}, defaults={"draft_quant": "int8"})
+    assert expand(recipe)[0].draft_quant == "int8"
+
+
 def test_draft_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
     recipe = load(tmp_path, "model: m\nmatrix: {draft: [a/small, b/small]}")
     assert cell_names(expand(recipe)) == [

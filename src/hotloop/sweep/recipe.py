@@ -267,10 +267,8 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
         combinations = []  # explicit cells alone, and not the empty product's one
     explicit = [cell.model_dump(exclude_unset=True) for cell in recipe.cells]
     defaults = recipe.defaults.model_dump(exclude_unset=True)
-    configs = [
-        _config(recipe, {**_concerning(levers, defaults), **levers})
-        for levers in combinations + explicit
-    ]
+    cells = _with_defaults(defaults, combinations + explicit)
+    configs = [_config(recipe, levers) for levers in cells]
     for config, count in Counter(configs).items():
         if count > 1:
             raise ConfigError(
@@ -329,10 +327,22 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _concerning(levers: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults without a draft model's scheme, where a cell has no draft model."""
-    has_draft_model = is_draft_model(levers.get("draft", defaults.get("draft", "none")))
-    return {k: v for k, v in defaults.items() if has_draft_model or k != "draft_quant"}
+def _with_defaults(
+    defaults: dict[str, Any], cells: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Cells with what the defaults say; a draft model's scheme is for those with a draft model.
+
+    Where no cell has one, they all keep it, for the engine to refuse it.
+    """
+    whole = [{**defaults, **levers} for levers in cells]
+    drafted = [is_draft_model(levers.get("draft", "none")) for levers in whole]
+    if not any(drafted):
+        return whole
+    others = {name: value for name, value in defaults.items() if name != "draft_quant"}
+    return [
+        with_all if has_draft_model else {**others, **levers}
+        for levers, with_all, has_draft_model in zip(cells, whole, drafted, strict=True)
+    ]
 
 
 def _config(recipe: Recipe, levers: dict[str, Any]) -> EngineConfig:
