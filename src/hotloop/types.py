@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,11 @@ MAX_LOGPROBS = 20
 def _check_choice(kind: str, value: str, literal: Any) -> None:
     if value not in get_args(literal):
         raise UnknownNameError(kind, value, get_args(literal))
+
+
+def is_draft_model(draft: str) -> bool:
+    """Whether a value of ``EngineConfig.draft`` names a model of its own."""
+    return draft not in ("none", "ngram") and not re.fullmatch(r"exit-\d+", draft)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +109,8 @@ class EngineConfig:
         _check_choice("execution", self.execution, Execution)
         _check_choice("dtype", self.dtype, DType)
         _check_choice("draft policy", self.draft_policy, DraftPolicy)
-        counts = (
-            "tensor_parallel",
-            "draft_tokens",
-            "max_batch_size",
-            "max_seq_len",
-            "prefill_chunk",
-        )
-        for name in counts:
+        sizes = ("max_batch_size", "max_seq_len", "prefill_chunk")
+        for name in ("tensor_parallel", "draft_tokens", *sizes):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")

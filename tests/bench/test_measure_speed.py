@@ -4,19 +4,24 @@ from hotloop.bench.measure import bytes_read_per_step, measure_speed
 from hotloop.bench.record import Workload
 from hotloop.errors import ConfigError, HotloopError
 from hotloop.memory_meter import MemoryMeter
-from hotloop.types import EngineConfig, EngineDescription, Generation, Timing
+from hotloop.types import EngineConfig, EngineDescription, Generation, Speculation, Timing
 
 MIB = 2**20
 
 
 class FakeEngine:
-    """Answers with the timings it is given, one list a call; the first call is the warm-up."""
+    """Answers with the timings it is given, one list a call; the first call is the warm-up.
 
-    def __init__(self, calls, *, max_batch_size=1, max_seq_len=4096, ballast_bytes=0):
-        self.calls, self.seen = list(calls), []
+    ``drafting`` is what drafting did, if it drafts, one for all requests of a call.
+    """
+
+    def __init__(
+        self, calls, *, drafting=None, max_batch_size=1, max_seq_len=4096, ballast_bytes=0
+    ):
+        self.calls, self.drafting, self.seen = list(calls), drafting, []
         self.ballast_bytes = ballast_bytes
         self.description = EngineDescription(
-            config=EngineConfig(model="fake", max_batch_size=max_batch_size),
+            config=EngineConfig(model="fake", max_batch_size=max_batch_size, draft="ngram"),
             family="fake",
             device="cpu",
             device_name="fake",
@@ -39,6 +44,7 @@ class FakeEngine:
                 text="",
                 finish_reason="length",
                 timing=timing,
+                speculation=self.drafting and self.drafting[len(self.seen) - 1],
             )
             for prompt, timing in zip(prompts, self.calls[len(self.seen) - 1], strict=True)
         ]
@@ -151,6 +157,54 @@ def test_mbu_is_bytes_over_time_over_each_bandwidth():
     read = 1000 + 10 * (5 + 11 / 2)
     assert speed.mbu.mean == pytest.approx(read / 0.1 / 20_000)
     assert speed.mbu_datasheet.mean == pytest.approx(read / 0.1 / 40_000)
+
+
+def test_what_drafting_did_is_that_of_all_requests_of_all_repeats_but_the_warm_up():
+    drafting = [
+        Speculation(n_steps=99, n_tokens=99, proposed=(99, 99, 99), accepted=(0, 0, 0)),
+        Speculation(
+            n_steps=5,
+            n_off=1,
+            n_tokens=10,
+            proposed=(4, 2),
+            accepted=(3, 1),
+            draft_s=1.0,
+            verify_s=3.0,
+        ),
+        Speculation(n_steps=10, n_off=5, n_tokens=10, proposed=(4,), accepted=(1,), verify_s=4.0),
+    ]
+    calls = [[timing(0.1), timing(0.1)]] * 3
+    engine = FakeEngine(calls, drafting=drafting, max_batch_size=2)
+    workload = Workload(prompt_tokens=5, new_tokens=11, batch=2, repeats=2)
+    seen = measure(engine, workload).speculation
+    assert seen.draft == "ngram-4"
+    assert (seen.proposed, seen.accepted) == ((16, 4), (8, 2))
+    assert seen.acceptance == (0.5, 0.5)
+    assert seen.tokens_per_step.samples == (2.0, 1.0)
+    assert (seen.draft_share, seen.verify_share) == (2 / 16, 14 / 16)
+    assert seen.off_share == 12 / 30
+
+
+def test_drafting_that_nothing_came_of_and_that_no_clock_saw_is_recorded_as_such():
+    drafting = [Speculation(n_steps=10, n_off=10, n_tokens=10)] * 2
+    engine = FakeEngine([WARM_UP, [timing(0.1)]], drafting=drafting)
+    seen = measure(engine, Workload(prompt_tokens=5, new_tokens=11, repeats=1)).speculation
+    assert (seen.acceptance, seen.off_share, seen.tokens_per_step.mean) == ((), 1.0, 1.0)
+    assert (seen.draft_share, seen.verify_share) == (None, None)
+
+
+def test_a_step_with_drafts_is_no_token_and_has_no_mbu():
+    calls, bandwidths = (
+        [WARM_UP, [timing(0.1)]],
+        {"read_bytes_per_s": 1, "datasheet_bytes_per_s": 1},
+    )
+    workload = Workload(prompt_tokens=5, new_tokens=11, repeats=1)
+    drafting = [Speculation(n_steps=5, n_tokens=10)] * 2
+    speed = measure(FakeEngine(calls, drafting=drafting), workload, **bandwidths)
+    assert (speed.mbu, speed.mbu_datasheet) == (None, None)
+    plain = measure(FakeEngine(calls), workload, **bandwidths)
+    assert plain.speculation is None
+    assert plain.mbu is not None
 
 
 def test_peak_memory_of_generating_is_seen():

@@ -15,6 +15,7 @@ from hotloop.types import (
     Generation,
     Prompt,
     SamplingParams,
+    Speculation,
     Timing,
 )
 
@@ -48,6 +49,7 @@ class FakeLLM:
     words: tuple[str, ...] = ("Hello", " wor", "ld", ".")
     default_sampling = SamplingParams(temperature=0.25)
     interrupt_after: int | None = None
+    speculation: Speculation | None = None
 
     def __init__(self, config: EngineConfig, *, progress: Callable[[str, int, int], None]) -> None:
         progress("load", 1, 2)
@@ -69,6 +71,7 @@ class FakeLLM:
             text="".join(words),
             finish_reason="eos",
             timing=Timing(n_tokens=len(words), ttft_s=0.5, e2e_s=0.5 + 0.25 * (len(words) - 1)),
+            speculation=self.speculation,
         )
         try:
             for i, word in enumerate(words):

@@ -18,6 +18,7 @@ import pytest
 from hotloop.cli.app import main
 from hotloop.cli.chat import Conversation, read_turns
 from hotloop.errors import RequestError
+from hotloop.types import Speculation
 
 pytestmark = pytest.mark.usefixtures("fake_llm")
 
@@ -119,6 +120,14 @@ def test_stats_and_help_say_what_there_is_without_touching_stdout(piped, capsys)
         assert said in err
     for command in ("/reset", "/stats", "/system TEXT", "/help", "/quit"):
         assert command in err
+
+
+def test_stats_say_what_drafting_did_in_all_answers(fake_llm, piped, capsys, monkeypatch):
+    seen = Speculation(n_steps=2, n_tokens=3, proposed=(2,), accepted=(1,))
+    monkeypatch.setattr(fake_llm, "speculation", seen)
+    piped("Hi\nAgain\n/stats\n")
+    main(["chat", "m", "--draft", "ngram"])
+    assert "speculation   1.50 tokens/step, acceptance 50%" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_named_and_a_path_is_no_command(fake_llm, piped, capsys):

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from hotloop.cli.app import main
+from hotloop.types import Speculation
 
 pytestmark = pytest.mark.usefixtures("fake_llm")
 
@@ -37,6 +38,28 @@ def test_json_is_one_object_with_the_engines_own_counts(capsys):
     assert said["prompt"] == "Hi"
     assert (said["n_prompt_tokens"], said["n_tokens"]) == (2, 4)
     assert (said["ttft_s"], said["decode_tok_s"], said["finish_reason"]) == (0.5, 4.0, "eos")
+
+
+def test_what_drafting_did_is_said_where_there_was_any(fake_llm, capsys, monkeypatch):
+    seen = Speculation(n_steps=2, n_tokens=3, proposed=(2, 1), accepted=(1, 0))
+    monkeypatch.setattr(fake_llm, "speculation", seen)
+    assert main(["generate", "m", "p", "--draft", "ngram", "--draft-tokens", "2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "decode 4.0 tok/s · 1.50 tokens/step, acceptance 50%\n" in err
+    assert json.loads(out)["speculation"]["accepted"] == [1, 0]
+    assert fake_llm.made[0].config.name == "none/eager/draft=ngram-2"
+
+    monkeypatch.setattr(fake_llm, "speculation", Speculation(n_steps=3, n_off=3, n_tokens=3))
+    assert main(["generate", "m", "p"]) == 0
+    assert "tok/s · 1.00 tokens/step\n" in capsys.readouterr().err
+
+
+def test_one_token_takes_no_step_and_says_nothing_of_drafting(fake_llm, capsys, monkeypatch):
+    monkeypatch.setattr(fake_llm, "speculation", Speculation())
+    assert main(["generate", "m", "p", "-n", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "tokens/step" not in err
+    assert "speculation" not in json.loads(out)
 
 
 def test_a_single_token_has_no_decode_speed_and_its_json_is_still_valid(capsys):

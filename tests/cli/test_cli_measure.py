@@ -145,7 +145,8 @@ def test_sweep_by_flags_prints_the_table_and_leaves_it_in_the_folder(sweeps, tmp
     assert "Recommended" in shown
     assert shown.splitlines() == [line.rstrip() for line in shown.splitlines()]
     assert "none/eager" in progress
-    assert {file.name for file in out.iterdir()} == {"records.jsonl", "table.md", "table.csv"}
+    files = {"records.jsonl", "table.md", "table.csv", "page.md"}
+    assert {file.name for file in out.iterdir()} == files
 
 
 def test_sweep_without_flags_is_the_matrix_of_the_levers(sweeps, tmp_path, monkeypatch):
@@ -168,6 +169,64 @@ def test_a_recipe_is_not_overruled_by_flags_that_would_go_unnoticed(sweeps, tmp_
     recipe.write_text("model: m\n")
     assert main(["sweep", str(recipe), "--quant", "int8", "--batch", "2", "--no-quality"]) == 2
     assert "--quant, --batch, --no-quality: with a recipe" in capsys.readouterr().err
+    assert sweeps.asked == []
+
+
+def test_a_recipes_models_can_be_replaced(sweeps, tmp_path):
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("model: big\nmatrix: {draft: [none, small]}\n")
+    argv = ["--weights", "random", "--model", "bigger", "--draft-model", "smaller"]
+    assert main(["sweep", str(recipe), *argv, "--out", str(tmp_path / "r")]) == 0
+    configs = runner.expand(sweeps.asked[0].recipe)
+    assert [(c.model, c.weights, c.draft) for c in configs] == [
+        ("bigger", "random", "none"),
+        ("bigger", "random", "smaller"),
+    ]
+
+
+def test_a_recipe_of_random_weights_can_be_run_with_a_checkpoint_or_another_shape(sweeps, tmp_path):
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("model: llama-2-7b\nweights: random\n")
+    replacements = (["--weights", "checkpoint", "--model", "m"], ["--shape", "llama-2-13b"])
+    for i, argv in enumerate(replacements):
+        assert main(["sweep", str(recipe), *argv, "--out", str(tmp_path / f"{i}")]) == 0
+    said = [(asked.recipe.model, asked.recipe.weights) for asked in sweeps.asked]
+    assert said == [("m", "checkpoint"), ("llama-2-13b", "random")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["m", "--model", "n", "--draft-model", "d"], "--model, --draft-model: takes the place"),
+        (["r.yml", "--model", "n", "--shape", "llama-2-7b"], "either --model or --shape"),
+        (["r.yml", "--draft-model", "d"], "no cell with a draft model"),
+        (["r.yml", "--draft", "ngram", "--draft-tokens", "2", "--tp", "2"], "with a recipe, say"),
+        (["r.yml", "--weights-seed", "3"], "--weights-seed: with a recipe"),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused(argv, says, sweeps, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yml").write_text("model: m\n")
+    assert main(["sweep", *argv]) == 2
+    assert says in capsys.readouterr().err
+    assert sweeps.asked == []
+
+
+def test_sweep_takes_drafts_and_devices_as_axes(sweeps, tmp_path):
+    argv = ["--quant", "int8", "--execution", "eager", "--tp", "1,2", "--draft", "none,ngram,small"]
+    of_drafts = ["--draft-quant", "int8", "--draft-tokens", "2", "--draft-policy", "always"]
+    assert main(["sweep", "m", *argv, *of_drafts, "--out", str(tmp_path / "r")]) == 0
+    configs = runner.expand(sweeps.asked[0].recipe)
+    assert [config.name for config in configs] == [
+        f"int8/eager{tp}{draft}"
+        for tp in ("", "/tp2")
+        for draft in ("", "/draft=ngram-2-always", "/draft=small:int8-2-always")
+    ]
+
+
+def test_a_number_of_devices_that_is_none_is_refused_by_its_place(sweeps, capsys):
+    assert main(["sweep", "m", "--tp", "1,two"]) == 2
+    assert "matrix.tensor_parallel[1]: should be a valid integer" in capsys.readouterr().err
     assert sweeps.asked == []
 
 
@@ -247,6 +306,50 @@ def test_report_prints_every_format_and_names_damaged_lines_on_stderr(results, f
             assert out.startswith("| configuration")
         case "table":
             assert "Recommended" in out
+
+
+def test_the_reference_layout_joins_folders(results, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    config = EngineConfig(model="n", tensor_parallel=4)
+    store.append(other / store.RECORDS, record(config, status="unsupported"))
+    argv = ["report", str(results), str(other), "--layout", "reference"]
+
+    assert main([*argv, "--format", "markdown"]) == 0
+    first, second = capsys.readouterr().out.split("## ")[1:]
+    assert first.startswith("m\n\n| Quantization |")
+    assert "unsupported: because" in second
+    assert main(argv) == 0
+    assert "Tensor" in capsys.readouterr().out
+    assert main([*argv, "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["model"], row["quantization"]) for row in rows] == [
+        ("m", "none"),
+        ("m", "int8"),
+        ("n", "none"),
+    ]
+    assert main([*argv, "--json"]) == 0
+    cells = [json.loads(line)["cell"] for line in capsys.readouterr().out.splitlines()]
+    assert cells == ["none/eager", "int8/eager", "none/eager/tp4"]
+
+
+def test_the_full_layout_is_of_one_folder(results, capsys):
+    assert main(["report", str(results), str(results)]) == 2
+    assert "only --layout reference joins them" in capsys.readouterr().err
+
+
+def test_report_leaves_the_tables_in_the_folder_where_it_is_asked_to(results, capsys):
+    assert main(["report", str(results)]) == 0
+    assert [file.name for file in results.iterdir()] == [store.RECORDS]
+    assert main(["report", str(results), "--write", "--layout", "reference"]) == 0
+    assert {file.name for file in results.iterdir()} == {
+        store.RECORDS,
+        "table.md",
+        "table.csv",
+        "page.md",
+    }
+    assert main(["report", str(results / store.RECORDS), "--write"]) == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 def test_report_json_is_the_json_format(results, capsys):

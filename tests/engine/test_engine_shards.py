@@ -299,7 +299,7 @@ def test_predicted_and_described_bytes_are_those_resident_on_rank_0_and_no_rank_
         assert cache <= predicted.cache_bytes
     assert predicted.weights_bytes == described.weight_bytes == residents[0] == max(residents)
     rank0 = several._runner.runners[0]
-    assert predicted.cache_bytes == sum(t.nbytes for t in rank0._cache.buffers())
+    assert predicted.cache_bytes == sum(t.nbytes for t in rank0._model.cache.buffers())
     read = sum(
         t.nbytes
         for module in rank0._decoder.modules()

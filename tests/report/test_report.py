@@ -6,66 +6,21 @@ import json
 import math
 
 import pytest
+from report_records import NOISE, drafting, record
 from rich.console import Console
 
-from hotloop.bench.record import QualityProtocol, Record, Workload
+from hotloop.bench.record import Record, Workload
 from hotloop.bench.statistics import mean_figure, t_critical
 from hotloop.errors import ConfigError
+from hotloop.report.context import RANDOM_ACCEPTANCE
+from hotloop.report.layout import to_markdown, to_rich
 from hotloop.report.numbers import divergence, memory, percent, significant, uncertain
+from hotloop.report.page import make_page
 from hotloop.report.read import latest, read_records
 from hotloop.report.recommend import recommend
-from hotloop.report.table import make_table, to_csv, to_markdown, to_rich
+from hotloop.report.table import make_table, to_csv
 from hotloop.report.write import write_results
 from hotloop.sweep.store import append
-
-NOISE = (-1.0, -0.5, 0.0, 0.5, 1.0)
-
-
-def record(
-    cell: str,
-    tok_s: float | None = None,
-    *,
-    spread: float = 0.1,
-    loss: float | None = None,
-    loss_spread: float = 0.001,
-    **fields,
-) -> Record:
-    """A record with figures of these means, and samples that spread evenly about them."""
-    quant, _, execution = cell.partition("/")
-    made = {
-        "cell": cell,
-        "config": {"model": "m", "weights": "checkpoint", "quant": quant, "execution": execution},
-        "status": "ok",
-        "started_at": "2025-01-02T03:04:05+00:00",
-        "workload": Workload(prompt_tokens=32, new_tokens=64),
-        "provenance": {
-            "hotloop": {"version": "0.1.0", "git_commit": "c" * 40, "git_dirty": False},
-            "versions": {"torch": "2.13.0", "cuda": None},
-            "device": {"name": "A Processor", "n_threads": 2, "read_bytes_per_s": 28.04e9},
-        },
-    }
-    if tok_s is not None:
-        speeds = mean_figure([tok_s + spread * x for x in NOISE])
-        made |= {
-            "decode_tok_s": speeds,
-            "e2e_tok_s": speeds,
-            "ttft_s": mean_figure([0.0123] * 5),
-            "mbu": mean_figure([0.618] * 5),
-            "peak_bytes": 600 * 2**20,
-        }
-    if loss is not None:
-        made |= {
-            "quality_protocol": QualityProtocol(
-                text="a text", text_sha256="x", window=256, n_windows=5, reference="none/eager bf16"
-            ),
-            "perplexity": mean_figure([20.5 + x for x in NOISE]),
-            "delta_ln_ppl": mean_figure([loss + loss_spread * x for x in NOISE]),
-            "kl_mean": mean_figure([0.0123] * 5),
-            "kl_p99": 0.2,
-            "same_top1": mean_figure([0.9712] * 5),
-        }
-    return Record(**(made | fields))
-
 
 REFERENCE = record("none/eager", 30, loss=0.0, loss_spread=0.0)
 
@@ -250,7 +205,7 @@ def test_a_narrow_terminal_gets_speed_and_quality_apart_and_loses_nothing(width)
 
 def test_every_row_that_needs_one_has_a_note_and_the_recommended_one_is_marked():
     table = make_table(EVERYTHING)
-    assert [row.status for row in table.rows] == [
+    assert [row.cells[1] for row in table.rows] == [
         "ok",
         "unstable [1]",
         "failed [2]",
@@ -318,12 +273,54 @@ def test_csv_has_the_numbers_as_recorded():
     assert rows[3]["reason"] == "needs 12.00 GiB, 8.00 GiB free"
 
 
+def test_what_drafting_did_has_columns_where_there_was_any():
+    drafted = record("int8/compile", 50, speculation=drafting(), mbu=None)
+    table = make_table([record("none/eager", 30), drafted])
+    headings = [column.heading for column in table.columns]
+    places = [headings.index(name) for name in ("tokens per step", "acceptance", "MBU")]
+    assert [[row.cells[i] for i in places] for row in table.rows] == [
+        ["", "", "62%"],
+        ["2.50", "75%", ""],
+    ]
+    assert any("share of steps' first drafts" in remark for remark in table.remarks)
+    assert RANDOM_ACCEPTANCE not in table.remarks
+    plain = make_table([record("none/eager", 30)])
+    assert "acceptance" not in [column.heading for column in plain.columns]
+
+    _, row = csv.DictReader(io.StringIO(to_csv(table)))
+    assert float(row["speculation_tokens_per_step"]) == 2.5
+    assert float(row["speculation_tokens_per_step_se"]) > 0
+    assert row["speculation_acceptance"] == "0.75 0.25"
+    assert row["speculation_proposed"] == "8 4"
+    assert float(row["speculation_off_share"]) == 0.2
+
+
+def test_drafting_that_never_came_to_a_draft_has_no_acceptance():
+    off = drafting(proposed=(), accepted=(), acceptance=(), off_share=1.0)
+    table = make_table([record("none/eager", 30, speculation=off)])
+    assert "–" in table.rows[0].cells
+
+
+def test_acceptance_of_random_weights_is_said_to_mean_nothing():
+    config = {"model": "m", "weights": "random"}
+    table = make_table([record("none/eager", 30, config=config, speculation=drafting())])
+    assert RANDOM_ACCEPTANCE in table.remarks
+
+
+def test_another_engine_is_in_the_table_and_is_not_recommended():
+    theirs = record("none/eager", 90, baseline="another", loss=0.0)
+    table = make_table([REFERENCE, theirs])
+    assert [row.recommended for row in table.rows] == [True, False]
+
+
 def test_a_results_folder_gets_its_tables_from_its_records_alone(tmp_path):
     for one in EVERYTHING:
         append(tmp_path / "records.jsonl", one)
-    table = write_results(tmp_path)
+    table = write_results(tmp_path, read_records(tmp_path))
     assert (tmp_path / "table.md").read_text() == to_markdown(table)
     assert (tmp_path / "table.csv").read_text() == to_csv(table)
+    (page,) = make_page(EVERYTHING)
+    assert (tmp_path / "page.md").read_text() == to_markdown(page)
     assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["cell"]
 
 

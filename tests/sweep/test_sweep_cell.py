@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +57,8 @@ def roomy(_config: EngineConfig) -> Roomy:
 
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = {"name": "made up", "read_bytes_per_s": 1e9, "datasheet_bytes_per_s": 2e9}
+    device = {"kind": "cpu", "name": "made up"}
+    device |= {"read_bytes_per_s": 1e9, "datasheet_bytes_per_s": 2e9}
     monkeypatch.setattr(hardware, "provenance", lambda _: {"device": device})
 
 
@@ -163,6 +164,31 @@ def test_every_error_has_its_status(error, status, says):
     found, reason = explain(error, "load")
     assert found == status
     assert says in reason
+
+
+def test_a_draft_models_checkpoint_is_part_of_what_was_measured_and_not_of_its_reference(tmp_path):
+    (tmp_path / "draft.gguf").write_bytes(b"draft")
+    plain = job(tmp_path, "int8")
+    drafted = job(tmp_path, "int8", draft=str(tmp_path / "draft.gguf"))
+    sha256 = hash_checkpoint(tmp_path / "draft.gguf")
+    assert run_cell(drafted).provenance["draft_sha256"] == sha256
+    assert run_cell(plain).provenance["draft_sha256"] is None
+    assert plain.reference_job(tmp_path) == drafted.reference_job(tmp_path)
+
+    (tmp_path / "draft.gguf").write_bytes(b"another")
+    assert job(tmp_path, "int8", draft=str(tmp_path / "draft.gguf")).key != drafted.key
+
+
+@pytest.mark.parametrize("draft", ["ngram", "exit-2", "llama-2-13b"])
+def test_only_a_draft_model_that_is_read_is_hashed(tmp_path, draft):
+    weights = "random" if draft == "llama-2-13b" else "checkpoint"
+    assert job(tmp_path, "int8", draft=draft, weights=weights).draft_sha256 is None
+
+
+def test_a_record_says_which_engine_it_is_of_where_that_is_not_ours(tmp_path):
+    ours = job(tmp_path, "none")
+    theirs = ours.model_copy(update={"source": replace(ours.source, baseline="fake")})
+    assert (run_cell(ours).baseline, run_cell(theirs).baseline) == (None, "fake")
 
 
 def test_a_checkpoint_is_hashed_by_its_content(tmp_path):

@@ -13,6 +13,7 @@ from hotloop.sweep.recipe import (
     fit_to_experiment,
     load_recipe,
     recipe_from_flags,
+    replace_models,
 )
 from hotloop.types import EngineConfig
 
@@ -67,6 +68,8 @@ def test_explicit_cells_alone_need_no_matrix(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "place", "rest"),
     [
+        ("defaults: {draft_quant: int9}", "defaults.draft_quant", "Did you mean 'int8'?"),
+        ("matrix: {tensor_parallel: [two]}", "matrix.tensor_parallel[0]", "a valid integer"),
         ("matrix: {quant: [none, int44]}", "matrix.quant[1]", "'int44'. Did you mean 'int4'?"),
         ("matrix: {quant: [int4-g65]}", "matrix.quant[0]", "g32, g64, g128"),
         ("defaults: {head: int9}", "defaults.head", "'int9'. Did you mean 'int8'?"),
@@ -118,6 +121,7 @@ def test_all_problems_are_named_at_once(tmp_path):
         ("model: m\ncells: [{quant: int8}, {quant: int8}]", "the cell 'int8/eager' 2 times"),
         ("model: m\nmatrix: {quant: [int4, int4-g128]}", "the cell 'int4-g128/eager' 2 times"),
         ("model: m\nmatrix: {max_seq_len: [16]}", "cannot hold the"),
+        ("model: m\nmatrix: {tensor_parallel: [0]}", "tensor_parallel must be at least 1, not 0"),
         (f"model: m\nmatrix: {{max_batch_size: [2]}}\n{BATCH_OF_4}", "the workload's batch of 4"),
     ],
 )
@@ -169,6 +173,72 @@ def test_flags_are_checked_like_a_file_and_empty_ones_left_out():
     assert recipe == Recipe(model="m", matrix={"quant": ["int8"]}, quality=False)
     with pytest.raises(ConfigError, match=r"command line: matrix.quant\[0\]: .*Did you mean"):
         recipe_from_flags("m", matrix={"quant": ["itn8"]})
+
+
+DRAFTED = """
+model: big
+defaults: {draft_quant: int4, draft_tokens: 2}
+matrix: {draft: [none, ngram, exit-2, small]}
+cells: [{draft: small, draft_quant: int8}, {quant: int8}]
+"""
+
+
+def test_a_draft_models_scheme_is_for_the_cells_that_have_a_draft_model(tmp_path):
+    configs = expand(load(tmp_path, DRAFTED))
+    assert [(c.draft, c.draft_quant, c.draft_tokens) for c in configs] == [
+        ("none", "none", 2),
+        ("ngram", "none", 2),
+        ("exit-2", "none", 2),
+        ("small", "int4-g128", 2),
+        ("small", "int8", 2),
+        ("none", "none", 2),
+    ]
+    assert cell_names(configs)[3:5] == [
+        "none/eager/draft=small:int4-g128-2",
+        "none/eager/draft=small:int8-2",
+    ]
+
+
+def test_a_draft_models_scheme_that_no_cell_has_a_use_for_is_left_for_the_engine_to_refuse():
+    recipe = recipe_from_flags("m", matrix={}, defaults={"draft_quant": "int8"})
+    assert expand(recipe)[0].draft_quant == "int8"
+
+
+def test_draft_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    recipe = load(tmp_path, "model: m\nmatrix: {draft: [a/small, b/small]}")
+    assert cell_names(expand(recipe)) == [
+        "none/eager/draft=small-4/draft=a/small",
+        "none/eager/draft=small-4/draft=b/small",
+    ]
+
+
+def test_models_of_a_recipe_can_be_replaced_and_all_else_stays(tmp_path):
+    (tmp_path / "my.txt").write_text("words")
+    recipe = load(tmp_path, f"{DRAFTED}\nname: mine\nquality: {{text: my.txt}}")
+    assert replace_models(recipe) == recipe
+    replaced = replace_models(recipe, weights="random", model="bigger", draft_model="smaller")
+    assert (replaced.name, replaced.model, replaced.weights) == ("mine", "bigger", "random")
+    before, after = expand(recipe), expand(replaced)
+    drafts = [c.draft for c in after]
+    assert drafts == ["none", "ngram", "exit-2", "smaller", "smaller", "none"]
+    assert [c.draft_quant for c in after] == [c.draft_quant for c in before]
+    assert replaced.sha256 != recipe.sha256
+    text = replace_models(recipe, model="bigger").quality_options.text
+    assert text == tmp_path / "my.txt"
+
+
+def test_a_default_draft_model_is_replaced_too_and_one_that_is_not_there_is_not(tmp_path):
+    recipe = load(tmp_path, "model: m\ndefaults: {draft: small}")
+    assert expand(replace_models(recipe, draft_model="other"))[0].draft == "other"
+    recipe = load(tmp_path, "model: m\nmatrix: {draft: [none, ngram, exit-2]}")
+    with pytest.raises(ConfigError, match="'other' takes the place of none"):
+        replace_models(recipe, draft_model="other")
+
+
+def test_a_draft_model_does_not_take_a_place_that_it_has_already(tmp_path):
+    recipe = load(tmp_path, "name: r\nmodel: m\nmatrix: {draft: [small, smaller]}")
+    with pytest.raises(ConfigError, match=r"recipe 'r': .*2 times"):
+        replace_models(recipe, draft_model="other")
 
 
 def test_the_hash_is_of_what_a_recipe_says_and_not_of_how(tmp_path):

@@ -150,6 +150,12 @@ def test_an_unknown_name_is_answered_with_the_nearest(find):
         find("what is this")
 
 
+@pytest.mark.parametrize("find", [resolve_model, pull])
+def test_a_shape_is_not_taken_for_a_model_with_weights(find):
+    with pytest.raises(ModelNotFoundError, match="only a shape, without weights: take random"):
+        find("llama-2-13b")
+
+
 # The Hugging Face hub.
 
 

@@ -6,7 +6,8 @@ The definitions are those of the design, in one place:
   1 / TPOT. End-to-end tok/s: n / end-to-end. Each is a value of one request; in a batch a repeat's
   value is the mean over its requests. ``aggregate_tok_s`` alone is of the batch as a whole.
 - A repeat is the independent sample: a figure's mean, interval and ``n`` are over repeats.
-- MBU: bytes that one decode step must read, over the time of a step, over the bandwidth.
+- MBU: bytes that one decode step must read, over the time of a step, over the bandwidth. With
+  speculation a step is not a token, and there is none.
 
 The engine counts tokens and reads the clock itself (:class:`~hotloop.types.Timing`), so that work
 between submitting and the first forward counts too. Loading and compiling are not in here: engines
@@ -19,12 +20,19 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hotloop.bench.record import Figure, Workload
+from hotloop.bench.record import Figure, SpeculationFigures, Workload
 from hotloop.bench.stability import cpu_times, explain_instability
 from hotloop.bench.statistics import mean_figure
 from hotloop.errors import ConfigError, HotloopError
 from hotloop.hardware import gpu_state
-from hotloop.types import Engine, EngineDescription, SamplingParams, Timing
+from hotloop.types import (
+    Engine,
+    EngineDescription,
+    Generation,
+    SamplingParams,
+    Speculation,
+    Timing,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,7 @@ class Speed:
             included; at batch 1 the same as ``e2e_tok_s``.
         mbu: Memory bandwidth utilization against the measured read bandwidth, if that was given.
         mbu_datasheet: The same against the vendor's figure, if that was given.
+        speculation: What drafting did, where the engine drafts.
         peak_bytes: Peak memory while the workload ran, loading excluded, of the largest rank. See
             ``MemoryMeter``.
         instability: Why the repeats disagree, where they do.
@@ -52,6 +61,7 @@ class Speed:
     aggregate_tok_s: Figure
     mbu: Figure | None
     mbu_datasheet: Figure | None
+    speculation: SpeculationFigures | None
     peak_bytes: int
     instability: str | None
 
@@ -84,24 +94,29 @@ def measure_speed(
     description = engine.describe()
     _check(workload, description)
     repeats: list[list[Timing]] = []
+    drafting: list[Speculation | None] = []
     others_cpu: list[float | None] = []
     sm_clock_mhz: list[float | None] = []
     with engine.meter() as memory:
         _run(engine, workload, description.vocab_size, 0)
         for repeat in range(1, workload.repeats + 1):
             before = cpu_times()
-            timings = _run(engine, workload, description.vocab_size, repeat)
+            generations = _run(engine, workload, description.vocab_size, repeat)
             others_cpu.append(cpu_times().others_since(before))
             sm_clock_mhz.append(_sm_clock_mhz(description.device))
+            timings = [generation.timing for generation in generations]
             repeats.append(timings)
+            drafting.append(_drafting(generations))
             if on_repeat:
                 on_repeat(repeat, workload.repeats, _mean(timings, lambda t: t.decode_tok_s))
 
     def figure(of_one_request: Callable[[Timing], float]) -> Figure:
         return mean_figure([_mean(timings, of_one_request) for timings in repeats])
 
+    speculation = _speculation(description.config.draft_name, drafting)
+
     def mbu(bytes_per_s: float | None) -> Figure | None:
-        if bytes_per_s is None:
+        if bytes_per_s is None or speculation is not None:
             return None
         read = bytes_read_per_step(description, workload)
         return mean_figure([read / seconds / bytes_per_s for seconds in tpot_s.samples])
@@ -115,6 +130,7 @@ def measure_speed(
         aggregate_tok_s=mean_figure([_aggregate_tok_s(timings) for timings in repeats]),
         mbu=mbu(read_bytes_per_s),
         mbu_datasheet=mbu(datasheet_bytes_per_s),
+        speculation=speculation,
         peak_bytes=memory.peak_bytes,
         instability=explain_instability(
             tpot_s.samples, others_cpu=others_cpu, sm_clock_mhz=sm_clock_mhz
@@ -151,20 +167,46 @@ def _check(workload: Workload, description: EngineDescription) -> None:
         )
 
 
-def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> list[Timing]:
+def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> list[Generation]:
     import numpy as np
 
     random = np.random.default_rng((workload.seed, repeat))
     prompts = random.integers(vocab_size, size=(workload.batch, workload.prompt_tokens)).tolist()
     params = SamplingParams(max_new_tokens=workload.new_tokens, temperature=0, ignore_eos=True)
-    timings = [generation.timing for generation in engine.generate(prompts, params)]
-    produced, asked = [t.n_tokens for t in timings], [workload.new_tokens] * workload.batch
+    generations = engine.generate(prompts, params)
+    produced = [generation.timing.n_tokens for generation in generations]
+    asked = [workload.new_tokens] * workload.batch
     if produced != asked:
         raise HotloopError(
             f"the engine answered with {produced} tokens where {asked} were asked for, "
             "end-of-sequence ignored; its speed would be that of another workload."
         )
-    return timings
+    return generations
+
+
+def _drafting(generations: Sequence[Generation]) -> Speculation | None:
+    """What drafting did for all requests of a repeat; None where the engine does not draft."""
+    each = [g.speculation for g in generations if g.speculation is not None]
+    return sum(each, Speculation()) if each else None
+
+
+def _speculation(draft: str, repeats: Sequence[Speculation | None]) -> SpeculationFigures | None:
+    """What drafting did in all repeats."""
+    each = [repeat for repeat in repeats if repeat is not None]
+    if not each:
+        return None
+    total = sum(each, Speculation())
+    step_s = total.draft_s + total.verify_s
+    return SpeculationFigures(
+        draft=draft,
+        proposed=total.proposed,
+        accepted=total.accepted,
+        acceptance=total.acceptance,
+        tokens_per_step=mean_figure([repeat.tokens_per_step for repeat in each]),
+        draft_share=total.draft_s / step_s if step_s else None,
+        verify_share=total.verify_s / step_s if step_s else None,
+        off_share=total.n_off / total.n_steps,
+    )
 
 
 def _mean(timings: Sequence[Timing], of_one_request: Callable[[Timing], float]) -> float:

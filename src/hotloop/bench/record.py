@@ -56,6 +56,31 @@ class Workload(_Strict):
     seed: int = 0
 
 
+class SpeculationFigures(_Strict):
+    """What drafting did in the timed repeats. See ``types.Speculation`` for the words.
+
+    Attributes:
+        draft: Who made drafts: the configuration's ``draft_name``.
+        proposed: How often a draft stood at each place, the first one first.
+        accepted: How often it was kept there.
+        acceptance: The share that was kept there.
+        tokens_per_step: Tokens that a step gave a request.
+        draft_share: Share of the device's time in steps that went into making drafts; None where
+            no step was timed.
+        verify_share: The rest of it: the model, with drafts or without.
+        off_share: Share of steps without drafts.
+    """
+
+    draft: str
+    proposed: tuple[int, ...]
+    accepted: tuple[int, ...]
+    acceptance: tuple[float, ...]
+    tokens_per_step: Figure
+    draft_share: float | None
+    verify_share: float | None
+    off_share: float
+
+
 class QualityProtocol(_Strict):
     """On what quality was computed: enough to do it again and get the same numbers.
 
@@ -81,11 +106,15 @@ class Record(_Strict):
     whole batch: all its tokens over the time to the last.
 
     ``mbu`` is against the measured read bandwidth and ``mbu_datasheet`` against the vendor's
-    figure, where one is known; both bandwidths stand in ``provenance["device"]``.
+    figure, where one is known; both bandwidths stand in ``provenance["device"]``. With
+    ``speculation`` there is neither.
+
+    ``baseline`` names the engine that was measured, where it is not hotloop's own.
     """
 
     schema_version: int = SCHEMA_VERSION
     cell: str
+    baseline: str | None = None
     attempt: int = 1
     config: dict[str, Any]
     status: Status
@@ -100,6 +129,7 @@ class Record(_Strict):
     tpot_s: Figure | None = None
     mbu: Figure | None = None
     mbu_datasheet: Figure | None = None
+    speculation: SpeculationFigures | None = None
     load_s: float | None = None
     warmup_s: float | None = None
     peak_bytes: int | None = None

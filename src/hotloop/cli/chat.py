@@ -30,8 +30,9 @@ from hotloop.cli.options import (
     option,
 )
 from hotloop.cli.output import note, print_json
-from hotloop.cli.stream import SILENT, Answer, relay, writer_for
+from hotloop.cli.stream import SILENT, Answer, relay, shown_speculation, writer_for
 from hotloop.errors import HotloopError, RequestError, UnknownNameError
+from hotloop.types import Speculation
 
 if TYPE_CHECKING:
     from hotloop.engine.llm import LLM
@@ -244,6 +245,8 @@ class Session:
             "decode": f"{later_tokens / later_s:.1f} tok/s" if later_s else "-",
             "context": f"{self._context_used} of {self._about.max_seq_len} tokens",
         }
+        if drafting := [a.speculation for a in self._answers if a.speculation is not None]:
+            rows["speculation"] = shown_speculation(sum(drafting, Speculation()))
         return "\n".join(f"{name:14}{value}" for name, value in rows.items())
 
 

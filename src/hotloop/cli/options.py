@@ -13,16 +13,24 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 
 from hotloop.errors import ConfigError
-from hotloop.types import DType, EngineConfig, Execution, SamplingParams, WeightSource
+from hotloop.types import (
+    DraftPolicy,
+    DType,
+    EngineConfig,
+    Execution,
+    SamplingParams,
+    WeightSource,
+)
 
 PROMPT = Group("Prompt", sort_key=0)
 MODEL = Group("Model", sort_key=1)
 MATRIX = Group("Matrix", sort_key=2, help="Every combination is measured; separate by commas.")
 EXECUTION = Group("Execution", sort_key=3)
-SAMPLING = Group("Sampling", sort_key=4)
-WORKLOAD = Group("Workload", sort_key=5)
-QUALITY = Group("Quality", sort_key=6)
-OUTPUT = Group("Output", sort_key=7)
+SPECULATION = Group("Speculation", sort_key=4)
+SAMPLING = Group("Sampling", sort_key=5)
+WORKLOAD = Group("Workload", sort_key=6)
+QUALITY = Group("Quality", sort_key=7)
+OUTPUT = Group("Output", sort_key=8)
 
 
 def option(group: Group, text: str, default: str | None = None, **more: Any) -> Parameter:
@@ -78,7 +86,23 @@ class DeviceOptions(_Options):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(DeviceOptions):
+class DraftOptions(DeviceOptions):
+    """Those, and how drafts are made, whoever makes them."""
+
+    draft_quant: Annotated[str, option(SPECULATION, "Weights of a draft model, as --quant.")] = (
+        EngineConfig.draft_quant
+    )
+    draft_tokens: Annotated[int, option(SPECULATION, "The most tokens drafted for one step.")] = (
+        EngineConfig.draft_tokens
+    )
+    draft_policy: Annotated[
+        DraftPolicy, option(SPECULATION, "Draft where it pays, as measured, or in every step.")
+    ] = EngineConfig.draft_policy
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(DraftOptions):
     """One engine: ``EngineConfig`` but for the model and where its weights are from."""
 
     quant: Annotated[
@@ -94,6 +118,14 @@ class EngineOptions(DeviceOptions):
     tensor_parallel: Annotated[
         int, option(EXECUTION, "Ranks that share every layer, one GPU each.", alias="--tp")
     ] = EngineConfig.tensor_parallel
+    draft: Annotated[
+        str,
+        option(
+            SPECULATION,
+            "Who drafts: ngram, looking up the text so far; exit-N, the first N layers; or a "
+            "smaller model of the same vocabulary.",
+        ),
+    ] = EngineConfig.draft
 
     def config(self, model: str) -> EngineConfig:
         """The configuration of ``model`` read from its checkpoint."""
@@ -102,7 +134,7 @@ class EngineOptions(DeviceOptions):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class MatrixOptions(DeviceOptions):
+class MatrixOptions(DraftOptions):
     """Many engines: each option with commas is an axis of the matrix."""
 
     quant: Annotated[str, option(MATRIX, "Schemes: none, int8, int4-gN, int4-gN-asym.")] = (
@@ -113,31 +145,25 @@ class MatrixOptions(DeviceOptions):
     tensor_parallel: Annotated[
         str, option(MATRIX, "Ranks that share every layer, such as 1,2,4.", alias="--tp")
     ] = str(EngineConfig.tensor_parallel)
+    draft: Annotated[str, option(MATRIX, "Of none, ngram, exit-N and draft models.")] = (
+        EngineConfig.draft
+    )
     dtype: Annotated[str, option(MATRIX, "Of auto, float32, bfloat16 and float16.")] = (
         EngineConfig.dtype
     )
 
-    def matrix(self) -> dict[str, list[str | int]]:
-        """The values of each axis.
-
-        Raises:
-            ConfigError: A degree of tensor parallelism that is no number.
-        """
-        values: dict[str, list[Any]] = {axis: getattr(self, axis).split(",") for axis in _AXES}
-        try:
-            values["tensor_parallel"] = [int(n) for n in values["tensor_parallel"]]
-        except ValueError:
-            raise ConfigError(
-                f"--tp {self.tensor_parallel}: give numbers of ranks, separated by commas."
-            ) from None
-        return values
+    def matrix(self) -> dict[str, list[Any]]:
+        """The values of each axis."""
+        axes: dict[str, list[Any]] = {axis: getattr(self, axis).split(",") for axis in _AXES}
+        axes["tensor_parallel"] = [int(n) if n.isdecimal() else n for n in axes["tensor_parallel"]]
+        return axes
 
     def defaults(self) -> dict[str, Any]:
         """The fields that are the same for all engines, where they were given."""
         return {name: value for name, value in self.given().items() if name not in _AXES}
 
 
-_AXES = ("quant", "head", "execution", "tensor_parallel", "dtype")
+_AXES = ("quant", "head", "execution", "tensor_parallel", "draft", "dtype")
 
 
 @Parameter(name="*")
@@ -146,8 +172,9 @@ class WeightOptions(_Options):
     """Measuring without a checkpoint: random weights of a model's shape."""
 
     weights: Annotated[
-        WeightSource, option(MODEL, "random needs no checkpoint: it shows speed and fit.")
-    ] = EngineConfig.weights
+        WeightSource | None,
+        option(MODEL, "random needs no checkpoint: it shows speed and fit.", EngineConfig.weights),
+    ] = None
     shape: Annotated[
         str | None, option(MODEL, "Instead of MODEL, for random weights: llama-2-13b and others.")
     ] = None
@@ -168,6 +195,17 @@ class WeightOptions(_Options):
         if is_shape and self.weights != "random":
             raise ConfigError(f"{name!r} is only a shape, without weights: add --weights random.")
         return name
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReplacementOptions(_Options):
+    """Other models than a recipe's: see ``sweep.recipe.replace_models``."""
+
+    model: Annotated[str | None, option(MODEL, "With a recipe: in place of its model.")] = None
+    draft_model: Annotated[
+        str | None, option(MODEL, "With a recipe: in place of its draft model.")
+    ] = None
 
 
 @Parameter(name="*")
@@ -250,6 +288,7 @@ DEFAULT_DEVICE = DeviceOptions()
 DEFAULT_ENGINE = EngineOptions()
 DEFAULT_MATRIX = MatrixOptions()
 DEFAULT_WEIGHTS = WeightOptions()
+DEFAULT_REPLACEMENT = ReplacementOptions()
 DEFAULT_SAMPLING = SamplingOptions()
 DEFAULT_WORKLOAD = WorkloadOptions()
 DEFAULT_QUALITY = QualityOptions()

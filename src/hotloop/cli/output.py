@@ -38,14 +38,14 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 def print_record(record: Record) -> None:
     """Prints one record for people: what a table has of it, from top to bottom."""
-    from hotloop.report.table import make_table
+    from hotloop.report.table import LABELS, make_table
 
     table = make_table([record])
     pairs = [("configuration", record.cell), ("status", record.status)]
     if record.reason:
         pairs.append(("reason", record.reason))
-    titles = (column.title.replace("\n", " ") for column in table.columns)
-    pairs += zip(titles, table.rows[0].cells, strict=True)
+    shown = zip(table.columns, table.rows[0].cells, strict=True)
+    pairs += [(column.heading, cell) for column, cell in shown if column not in LABELS]
     print_pairs([*pairs, *table.context])
 
 

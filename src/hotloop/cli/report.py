@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App
 
 from hotloop.cli.options import DEFAULT_TOLERANCE, OUTPUT, Json, Tolerance, option
 from hotloop.cli.output import note, print_json, print_rich
+from hotloop.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hotloop.report.layout import Table
 
 app = App(
     name="report",
@@ -17,7 +21,8 @@ app = App(
 Examples:
   hotloop report results/demo
   hotloop report results/demo --format markdown > table.md
-  hotloop report results/demo --json | jq .decode_tok_s.mean""",
+  hotloop report results/demo --json | jq .decode_tok_s.mean
+  hotloop report results/13b results/70b --layout reference""",
 )
 
 
@@ -25,33 +30,59 @@ Examples:
 def report(
     results: Annotated[Path, option(OUTPUT, "A results folder, or a file of records.")],
     /,
-    *,
+    *more: Annotated[Path, option(OUTPUT, "Further ones, for --layout reference to join.")],
+    layout: Annotated[
+        Literal["full", "reference"],
+        option(OUTPUT, "Every figure of a cell; or the levers and tokens/s, a table per model."),
+    ] = "full",
     form: Annotated[
         Literal["table", "markdown", "csv", "json"],
         option(OUTPUT, "json is the records themselves, one a line.", name="--format"),
     ] = "table",
+    write: Annotated[
+        bool, option(OUTPUT, "Also write table.md, table.csv and page.md into the folders.")
+    ] = False,
     tolerance: Tolerance = DEFAULT_TOLERANCE,
     json: Json = False,
 ) -> int:
     """Print the table of a sweep, and its recommendation.
 
     Of each configuration the last attempt counts. Lines that are damaged or
-    half-written are named on standard error and left out.
+    half-written are named on standard error and left out. --layout reference has
+    the layout of published tables of decoding speed.
     """
-    from hotloop.report.read import latest, read_records
-    from hotloop.report.table import make_table, to_csv, to_markdown, to_rich
+    from hotloop.report import page, table
+    from hotloop.report.layout import to_markdown, to_rich
+    from hotloop.report.read import read_records
+    from hotloop.report.write import write_results
 
-    records = read_records(results, on_problem=note)
+    if more and layout == "full":
+        raise ConfigError(
+            f"{1 + len(more)} results folders: only --layout reference joins them. Give one."
+        )
+    paths = (results, *more)
+    if write and (files := [path for path in paths if path.is_file()]):
+        raise ConfigError(f"--write needs a results folder, and {files[0]} is a file.")
+    experiments = [read_records(path, on_problem=note) for path in paths]
+    if write:
+        for folder, records in zip(paths, experiments, strict=True):
+            write_results(folder, records, max_delta_ln_ppl=tolerance)
+    tables: list[Table]
+    if layout == "full":
+        tables = [table.make_table(experiments[0], max_delta_ln_ppl=tolerance)]
+    else:
+        tables = page.make_page(*experiments)
     if json or form == "json":
-        for record in latest(records):
-            print_json(record.model_dump(mode="json"))
+        for row in (row for each in tables for row in each.rows):
+            print_json(row.record.model_dump(mode="json"))
         return 0
-    table = make_table(records, max_delta_ln_ppl=tolerance)
     match form:
         case "markdown":
-            sys.stdout.write(to_markdown(table))
+            sys.stdout.write("\n".join(map(to_markdown, tables)))
         case "csv":
-            sys.stdout.write(to_csv(table))
+            full = layout == "full"
+            sys.stdout.write(table.to_csv(tables[0]) if full else page.to_csv(tables))
         case _:
-            print_rich(to_rich(table))
+            for each in tables:
+                print_rich(to_rich(each))
     return 0

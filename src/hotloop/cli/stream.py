@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TextIO, cast
 
-from hotloop.types import Delta, FinishReason, Generation, Timing
+from hotloop.types import Delta, FinishReason, Generation, Speculation, Timing
 
 _ENDS = {
     "stop": "ended at a stop string",
@@ -51,9 +51,18 @@ class Answer:
             parts.append(f"TTFT {self.timing.ttft_s:.3f} s")
             if self.timing.n_tokens > 1:
                 parts.append(f"decode {self.timing.decode_tok_s:.1f} tok/s")
+        if self.speculation is not None:
+            parts.append(shown_speculation(self.speculation))
         if self.finish_reason != "eos":
             parts.append(_ENDS[self.finish_reason])
         return " · ".join(parts)
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """What drafting did for a finished answer; None without drafts, or without any step."""
+        if self.generation is None or self.generation.speculation is None:
+            return None
+        return self.generation.speculation if self.generation.speculation.n_steps else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
@@ -70,7 +79,15 @@ class Answer:
             found["n_prompt_tokens"] = len(self.generation.prompt_ids)
             if self.generation.logprobs is not None:
                 found["logprobs"] = [asdict(logprob) for logprob in self.generation.logprobs]
+        if self.speculation is not None:
+            found["speculation"] = asdict(self.speculation)
         return found
+
+
+def shown_speculation(seen: Speculation) -> str:
+    """What drafting did, in a few words; acceptance is that of each step's first draft."""
+    shown = f"{seen.tokens_per_step:.2f} tokens/step"
+    return f"{shown}, acceptance {seen.acceptance[0]:.0%}" if seen.acceptance else shown
 
 
 class Writer(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ from cyclopts import App
 from hotloop.cli.options import (
     DEFAULT_MATRIX,
     DEFAULT_QUALITY,
+    DEFAULT_REPLACEMENT,
     DEFAULT_TOLERANCE,
     DEFAULT_WEIGHTS,
     DEFAULT_WORKLOAD,
@@ -20,6 +22,7 @@ from hotloop.cli.options import (
     Json,
     MatrixOptions,
     QualityOptions,
+    ReplacementOptions,
     Tolerance,
     WeightOptions,
     WorkloadOptions,
@@ -31,6 +34,7 @@ from hotloop.errors import ConfigError
 if TYPE_CHECKING:
     from hotloop.bench.record import Status
     from hotloop.sweep.plan import PlannedCell
+    from hotloop.sweep.recipe import Recipe
 
 app = App(
     name="sweep",
@@ -39,6 +43,7 @@ Examples:
   hotloop sweep smollm2-135m
   hotloop sweep smollm2-135m --quant none,int8 --execution compile --out results/a
   hotloop sweep recipe.yaml --resume
+  hotloop sweep recipe.yaml --model ./my-model --draft-model ./my-draft
   hotloop sweep --weights random --shape llama-2-13b --dry-run""",
 )
 
@@ -48,11 +53,17 @@ FAILURES: tuple[Status, ...] = ("failed", "timeout", "interrupted")
 @app.default
 def sweep(
     model: Annotated[
-        str | None, option(MODEL, "A model; or a recipe (.yaml), which says all of the below.")
+        str | None,
+        option(
+            MODEL,
+            "A model; or a recipe (.yaml), which says all of the below and of which only the "
+            "models and --weights can be replaced here.",
+        ),
     ] = None,
     /,
     *,
     weights: WeightOptions = DEFAULT_WEIGHTS,
+    replacement: ReplacementOptions = DEFAULT_REPLACEMENT,
     matrix: MatrixOptions = DEFAULT_MATRIX,
     workload: WorkloadOptions = DEFAULT_WORKLOAD,
     quality: QualityOptions = DEFAULT_QUALITY,
@@ -80,22 +91,27 @@ def sweep(
     goes on. The exit code is 1 if not one configuration could be measured or
     ruled out.
     """
-    from hotloop.report.table import to_rich
+    from hotloop.report.layout import to_rich
+    from hotloop.report.read import read_records
     from hotloop.report.write import write_results
     from hotloop.sweep.plan import plan
     from hotloop.sweep.progress import SweepProgress
-    from hotloop.sweep.recipe import load_recipe, recipe_from_flags
+    from hotloop.sweep.recipe import recipe_from_flags
     from hotloop.sweep.runner import run_sweep
     from hotloop.sweep.store import RECORDS
 
     if model is not None and model.endswith((".yaml", ".yml")):
         said = [*weights.given(), *matrix.given(), *workload.given(), *quality.given()]
         said += ["no_quality"] * no_quality + ["timeout_s"] * (timeout_s is not None)
-        if said:
-            flags = ", ".join("--" + name.replace("_", "-") for name in said)
-            raise ConfigError(f"{flags}: with a recipe, say it in {model}.")
-        recipe = load_recipe(model)
+        if fixed := [name for name in said if name not in ("weights", "shape")]:
+            raise ConfigError(f"{_flags(fixed)}: with a recipe, say it in {model}.")
+        recipe = _recipe(model, weights, replacement)
     else:
+        if given := replacement.given():
+            raise ConfigError(
+                f"{_flags(given)}: takes the place of what a recipe says. Without a recipe, give "
+                "MODEL, and the draft model to --draft."
+            )
         recipe = recipe_from_flags(
             weights.model(model),
             weights=weights.weights,
@@ -120,7 +136,8 @@ def sweep(
         note("Stopped. The same command with --resume goes on.")
         if not (results / RECORDS).exists():
             return 130
-    table = write_results(results, max_delta_ln_ppl=tolerance)
+    written = read_records(results, on_problem=note)
+    table = write_results(results, written, max_delta_ln_ppl=tolerance)
     if json:
         for row in table.rows:
             print_json(row.record.model_dump(mode="json"))
@@ -130,6 +147,25 @@ def sweep(
     if stopped:
         return 130
     return int(all(record.status in FAILURES for record in records))
+
+
+def _recipe(path: str, weights: WeightOptions, replacement: ReplacementOptions) -> Recipe:
+    """A recipe with the models that are to take the place of its own."""
+    from hotloop.sweep.recipe import load_recipe, replace_models
+
+    recipe = load_recipe(path)
+    if weights.shape is not None and replacement.model is not None:
+        raise ConfigError("give either --model or --shape.")
+    return replace_models(
+        recipe,
+        weights=weights.weights,
+        model=replacement.model or weights.shape,
+        draft_model=replacement.draft_model,
+    )
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _show_plan(cells: list[PlannedCell], *, json: bool) -> None:

@@ -17,7 +17,7 @@ from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.families import read_config
 from hotloop.models.shapes import SHAPES
-from hotloop.parallel.plan import Shard, plan_shards
+from hotloop.parallel.plan import Shard
 from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
@@ -129,15 +129,6 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
             f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
             "tokens."
         )
-    shards = plan_shards(
-        config.tensor_parallel,
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads,
-        head_dim=model.head_dim,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
-        alignment=scheme.alignment,
-    )
     setup = Setup(
         config=config,
         model=model,
@@ -147,7 +138,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         device=device,
         dtype=_resolve_dtype(config, device),
         n_positions=n_positions,
-        shards=shards,
+        shards=model.shards(config.tensor_parallel, scheme.alignment),
     )
     return dataclasses.replace(setup, draft=_prepare_draft(setup))
 

@@ -32,11 +32,11 @@ def read_records(
 def latest(records: Iterable[Record]) -> list[Record]:
     """The last record of each cell, in the order in which cells first appear.
 
-    A cell is told by its name and configuration, but for ``max_seq_len``, which follows the
-    workload: after a change of workload the new figures replace the old ones.
+    A cell is told by its name, its engine and its configuration, but for ``max_seq_len``, which
+    follows the workload: after a change of workload the new figures replace the old ones.
     """
-    cells: dict[tuple[str, str], Record] = {}
+    cells: dict[tuple[str, str | None, str], Record] = {}
     for record in records:
         config = {k: v for k, v in record.config.items() if k != "max_seq_len"}
-        cells[record.cell, json.dumps(config, sort_keys=True)] = record
+        cells[record.cell, record.baseline, json.dumps(config, sort_keys=True)] = record
     return list(cells.values())

@@ -51,10 +51,12 @@ def recommend(
     Without any quality in the records it goes by speed alone, and says so.
 
     Args:
-        records: Of one model, workload and device; the last of each cell counts.
+        records: Of one model, workload and device; the last of each cell counts, and those of
+            other engines do not.
         max_delta_ln_ppl: The increase of ln perplexity to tolerate.
     """
-    measured = [r for r in latest(records) if r.status in MEASURED and r.decode_tok_s]
+    ours = (record for record in latest(records) if record.baseline is None)
+    measured = [record for record in ours if record.status in MEASURED and record.decode_tok_s]
     scored = [record for record in measured if record.delta_ln_ppl]
 
     def answer(chosen: Record | None, why: str, passed_over: Iterable[str] = ()) -> Recommendation:

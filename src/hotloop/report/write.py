@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from hotloop.report.read import read_records
+from hotloop.bench.record import Record
+from hotloop.report.layout import Table, to_markdown
+from hotloop.report.page import make_page
 from hotloop.report.recommend import MAX_DELTA_LN_PPL
-from hotloop.report.table import Table, make_table, to_csv, to_markdown
+from hotloop.report.table import make_table, to_csv
 
 
-def write_results(folder: Path, *, max_delta_ln_ppl: float = MAX_DELTA_LN_PPL) -> Table:
-    """Writes ``table.md`` and ``table.csv`` from ``records.jsonl``, and returns what they show.
+def write_results(
+    folder: Path, records: Sequence[Record], *, max_delta_ln_ppl: float = MAX_DELTA_LN_PPL
+) -> Table:
+    """Writes ``table.md``, ``table.csv`` and ``page.md``.
 
     Args:
         folder: A results folder.
+        records: What is in its ``records.jsonl``.
         max_delta_ln_ppl: The quality loss that the recommendation tolerates.
 
-    Raises:
-        ConfigError: There are no records there, or some are of a newer schema than this reads.
+    Returns:
+        What ``table.md`` shows.
     """
-    table = make_table(read_records(folder), max_delta_ln_ppl=max_delta_ln_ppl)
+    table = make_table(records, max_delta_ln_ppl=max_delta_ln_ppl)
+    page = "\n".join(map(to_markdown, make_page(records)))
     (folder / "table.md").write_text(to_markdown(table), encoding="utf-8")
     (folder / "table.csv").write_text(to_csv(table), encoding="utf-8")
+    (folder / "page.md").write_text(page, encoding="utf-8")
     return table

@@ -78,9 +78,14 @@ def score_reference(job: Job, on_event: OnEvent = ignore) -> Record:
 
 def base_record(job: Job) -> dict[str, Any]:
     """The fields of a job's record that are known before it runs."""
-    inputs = {"weights_sha256": job.weights_sha256, "key": job.key}
+    inputs = {
+        "weights_sha256": job.weights_sha256,
+        "draft_sha256": job.draft_sha256,
+        "key": job.key,
+    }
     return {
         "cell": job.cell,
+        "baseline": job.source.baseline,
         "attempt": job.attempt,
         "config": job.config.to_dict(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -172,6 +177,7 @@ def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         "tpot_s": speed.tpot_s,
         "mbu": speed.mbu,
         "mbu_datasheet": speed.mbu_datasheet,
+        "speculation": speed.speculation,
         "peak_bytes": speed.peak_bytes,
     }
     try:

@@ -19,7 +19,7 @@ from hotloop import __version__
 from hotloop.bench.record import Workload
 from hotloop.evaluate.text import load_text
 from hotloop.sweep.recipe import QualityOptions, cell_names, sha256_of
-from hotloop.types import Engine, EngineConfig
+from hotloop.types import Engine, EngineConfig, is_draft_model
 from hotloop.weights.hub import resolve_model
 
 
@@ -49,10 +49,12 @@ class EngineSource:
         create: ``module:attribute`` of ``(EngineConfig) -> Engine``.
         predict: ``module:attribute`` of ``(EngineConfig) -> MemoryPlan``, or None where nothing
             can be predicted.
+        baseline: What the engine is called where it is not hotloop's own.
     """
 
     create: str = "hotloop.engine.llm:LLM"
     predict: str | None = "hotloop.engine.memory:predict_memory"
+    baseline: str | None = None
 
     def resolve(
         self,
@@ -72,6 +74,7 @@ class Job(BaseModel):
         quality: What to score; None for nothing. Its text's path is absolute.
         text_sha256: Hash of the text to score.
         weights_sha256: Hash of the checkpoint; None for random weights.
+        draft_sha256: Hash of the draft model's; None where there is none.
         reference: The file to compare with, or, as a reference, to write.
         no_reference: Why there is none.
         attempt: Which attempt at this cell it is.
@@ -88,6 +91,7 @@ class Job(BaseModel):
     quality: QualityOptions | None = None
     text_sha256: str | None = None
     weights_sha256: str | None = None
+    draft_sha256: str | None = None
     reference: Path | None = None
     no_reference: str | None = None
     attempt: int = 1
@@ -97,12 +101,13 @@ class Job(BaseModel):
     @property
     def key(self) -> str:
         """Same key, same measurement: the hash of everything that decides the result."""
-        return sha256_of({**self._scored(), "workload": self.workload.model_dump()})
+        timed = {"workload": self.workload.model_dump(), "draft": self.draft_sha256}
+        return sha256_of({**self._scored(), **timed})
 
     def reference_job(self, folder: Path) -> Job:
         """The job that scores what this one is compared with: unquantized, eager, the same dtype.
 
-        What does not touch its numbers, such as the number of slots, is left at the default, so
+        What does not touch its numbers, such as the number of slots or who drafts, is left out, so
         that as many cells as possible share it. Where it is kept in ``folder`` says what it is of.
         """
         assert self.quality is not None, "a job that scores nothing has no reference"
@@ -113,7 +118,13 @@ class Job(BaseModel):
             max_seq_len=self.quality.window,
         )
         job = self.model_copy(
-            update={"task": "reference", "cell": config.name, "config": config, "attempt": 1}
+            update={
+                "task": "reference",
+                "cell": config.name,
+                "config": config,
+                "draft_sha256": None,
+                "attempt": 1,
+            }
         )
         name = sha256_of({**job._scored(), "hotloop": __version__})
         return job.model_copy(update={"reference": folder / f"{name[:16]}.safetensors"})
@@ -138,7 +149,7 @@ def make_jobs(
     source: EngineSource = EngineSource(),
     provenance: Mapping[str, Any] | None = None,
 ) -> list[Job]:
-    """Jobs that measure configurations. A checkpoint is read once, to hash it.
+    """Jobs that measure configurations. Each checkpoint is read once, to hash it.
 
     Args:
         configs: What to measure; see ``fit_to_experiment``.
@@ -151,11 +162,10 @@ def make_jobs(
         ConfigError: The text cannot be read.
         ModelNotFoundError: There is no such model on this machine.
     """
-    weights = {
-        model: hash_checkpoint(resolve_model(model))
-        for model in {config.model for config in configs if config.weights == "checkpoint"}
-    }
-    text_sha256 = load_text(quality.text).sha256 if quality and weights else None
+    read = [_checkpoints(config) for config in configs]
+    names = dict.fromkeys(name for pair in read for name in pair)
+    sha256 = {name: name and hash_checkpoint(resolve_model(name)) for name in names}
+    text_sha256 = load_text(quality.text).sha256 if quality and any(names) else None
     return [
         Job(
             cell=name,
@@ -163,12 +173,20 @@ def make_jobs(
             workload=workload,
             quality=quality,
             text_sha256=text_sha256,
-            weights_sha256=weights[config.model] if config.weights == "checkpoint" else None,
+            weights_sha256=sha256[model],
+            draft_sha256=sha256[draft],
             source=source,
             provenance=dict(provenance or {}),
         )
-        for name, config in zip(cell_names(configs), configs, strict=True)
+        for name, config, (model, draft) in zip(cell_names(configs), configs, read, strict=True)
     ]
+
+
+def _checkpoints(config: EngineConfig) -> tuple[str | None, str | None]:
+    """The checkpoints that a configuration reads: the model's, and the draft model's."""
+    if config.weights == "random":
+        return None, None
+    return config.model, config.draft if is_draft_model(config.draft) else None
 
 
 def hash_checkpoint(path: Path) -> str:

@@ -10,7 +10,7 @@ derived from ``EngineConfig``, so a new lever can be swept by being a field ther
       execution: [eager, compile]
     cells:                        # and these
       - {quant: int8, head: none}
-    defaults: {dtype: bfloat16}   # for all of them
+    defaults: {dtype: bfloat16}   # for all of them; draft_quant for those with a draft model
     workload: {prompt_tokens: 32, new_tokens: 64}
     quality: {window: 256, n_windows: 16}    # or false
     timeout_s: 600                # per cell
@@ -55,7 +55,7 @@ from pydantic import (
 
 from hotloop.bench.record import Workload
 from hotloop.errors import ConfigError
-from hotloop.types import EngineConfig, WeightSource
+from hotloop.types import EngineConfig, WeightSource, is_draft_model
 
 
 class _Strict(BaseModel):
@@ -90,6 +90,7 @@ def _lever_types() -> dict[str, Any]:
     hints = get_type_hints(EngineConfig)
     hints["quant"] = Annotated[str, AfterValidator(_canonical_scheme)]
     hints["head"] = Annotated[str, AfterValidator(_canonical_head)]
+    hints["draft_quant"] = Annotated[str, AfterValidator(_canonical_scheme)]
     return {
         field.name: hints[field.name]
         for field in fields(EngineConfig)
@@ -210,6 +211,44 @@ def recipe_from_flags(
     return _checked(_given(said), source="command line", folder=Path())
 
 
+def replace_models(
+    recipe: Recipe,
+    *,
+    weights: WeightSource | None = None,
+    model: str | None = None,
+    draft_model: str | None = None,
+) -> Recipe:
+    """The same experiment with other weights; what is None stays as the recipe says.
+
+    Args:
+        recipe: What to change.
+        weights: Where weights come from.
+        model: As in ``EngineConfig``.
+        draft_model: Takes the place of whatever model the recipe has for a draft.
+
+    Raises:
+        ConfigError: The recipe has no draft model to replace, or two cells become the same.
+    """
+    said = recipe.model_dump(exclude_unset=True)
+    said |= _given({"weights": weights, "model": model})
+    if draft_model is not None:
+        if not any(is_draft_model(config.draft) for config in expand(recipe)):
+            raise ConfigError(
+                f"the draft model {draft_model!r} takes the place of none: the recipe "
+                f"{recipe.name!r} has no cell with a draft model."
+            )
+
+        def replaced(draft: str) -> str:
+            return draft_model if is_draft_model(draft) else draft
+
+        for levers in (said.get("defaults", {}), *said.get("cells", [])):
+            if "draft" in levers:
+                levers["draft"] = replaced(levers["draft"])
+        if "draft" in (axes := said.get("matrix", {})):
+            axes["draft"] = [replaced(draft) for draft in axes["draft"]]
+    return _checked(said, source=f"recipe {recipe.name!r}", folder=recipe._folder)
+
+
 def expand(recipe: Recipe) -> list[EngineConfig]:
     """Every configuration of a recipe: the matrix's product, then the explicit cells.
 
@@ -228,7 +267,8 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
         combinations = []  # explicit cells alone, and not the empty product's one
     explicit = [cell.model_dump(exclude_unset=True) for cell in recipe.cells]
     defaults = recipe.defaults.model_dump(exclude_unset=True)
-    configs = [_config(recipe, {**defaults, **levers}) for levers in combinations + explicit]
+    cells = _with_defaults(defaults, combinations + explicit)
+    configs = [_config(recipe, levers) for levers in cells]
     for config, count in Counter(configs).items():
         if count > 1:
             raise ConfigError(
@@ -285,6 +325,24 @@ def cell_names(configs: Sequence[EngineConfig]) -> list[str]:
 def sha256_of(value: Any) -> str:
     """Hash of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _with_defaults(
+    defaults: dict[str, Any], cells: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Cells with what the defaults say; a draft model's scheme is for those with a draft model.
+
+    Where no cell has one, they all keep it, for the engine to refuse it.
+    """
+    whole = [{**defaults, **levers} for levers in cells]
+    drafted = [is_draft_model(levers.get("draft", "none")) for levers in whole]
+    if not any(drafted):
+        return whole
+    others = {name: value for name, value in defaults.items() if name != "draft_quant"}
+    return [
+        with_all if has_draft_model else {**others, **levers}
+        for levers, with_all, has_draft_model in zip(cells, whole, drafted, strict=True)
+    ]
 
 
 def _config(recipe: Recipe, levers: dict[str, Any]) -> EngineConfig:

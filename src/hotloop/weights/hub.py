@@ -25,6 +25,7 @@ from pathlib import Path
 
 from hotloop.cache import cache_dir
 from hotloop.errors import DownloadError, ModelNotFoundError
+from hotloop.models.shapes import SHAPES
 
 Progress = Callable[[str], None]
 """Is told, a line at a time, what is being done."""
@@ -144,6 +145,11 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
 
 
 def _unknown(name: str) -> ModelNotFoundError:
+    if name in SHAPES:
+        return ModelNotFoundError(
+            f"{name!r} is only a shape, without weights: take random ones (--weights random), or "
+            "give a checkpoint; in place of a recipe's, with --model and --draft-model."
+        )
     nearest = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.5)
     guess = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return ModelNotFoundError(

@@ -1,0 +1,110 @@
+"""What stands below a table because its numbers mean nothing without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from hotloop.bench.record import Record
+from hotloop.report.numbers import significant
+
+
+def context(
+    records: Sequence[Record], *, leave_out: Iterable[str] = ()
+) -> tuple[tuple[str, str], ...]:
+    """What was measured on what, a label and a text each.
+
+    What differs between records is said once for each value, with the cells that it is true of.
+
+    Args:
+        records: Those of a table.
+        leave_out: Labels of ``CONTEXT`` that the table has no use for.
+    """
+    lines = []
+    for label, of in CONTEXT.items():
+        if label in leave_out:
+            continue
+        cells: dict[str, list[str]] = {}
+        for record in records:
+            if text := of(record):
+                cells.setdefault(text, []).append(record.cell)
+        if len(cells) == 1:
+            lines.append((label, next(iter(cells))))
+        else:
+            lines += [(label, f"{text} ({', '.join(names)})") for text, names in cells.items()]
+        if label == "device" and (bandwidth := _bandwidth(records)):
+            lines.append(("measured to read", bandwidth))
+    return tuple(lines)
+
+
+RANDOM_ACCEPTANCE = (
+    "Random weights: drafts are accepted as between unrelated models, not as between trained ones."
+)
+
+
+def has_random_weights(record: Record) -> bool:
+    """Whether it is of a model that was never trained."""
+    return record.config.get("weights") == "random"
+
+
+def model_name(record: Record) -> str:
+    """The model, and whether only its shape is real."""
+    random = ", random weights" if has_random_weights(record) else ""
+    return f"{record.config.get('model')}{random}"
+
+
+def device_name(record: Record) -> str:
+    """What the device calls itself; empty where a record ended before that was known."""
+    return record.provenance.get("device", {}).get("name", "")
+
+
+def _device(record: Record) -> str:
+    n_threads = record.provenance.get("device", {}).get("n_threads")
+    return device_name(record) + (f", {n_threads} threads" if n_threads else "")
+
+
+def _bandwidth(records: Sequence[Record]) -> str:
+    """What the device was measured to read, over all cells."""
+    devices = [record.provenance.get("device", {}) for record in records]
+    measured = sorted(d["read_bytes_per_s"] / 1e9 for d in devices if d.get("read_bytes_per_s"))
+    if not measured:
+        return ""
+    low, high = (significant(measured[end], 3) for end in (0, -1))
+    return f"{low if low == high else f'{low} to {high}'} GB/s"
+
+
+def _versions(record: Record) -> str:
+    hotloop = record.provenance.get("hotloop", {})
+    changed = " with changes" if hotloop.get("git_dirty") else ""
+    commit = f", commit {hotloop['git_commit'][:10]}{changed}" if hotloop.get("git_commit") else ""
+    versions = {"hotloop": hotloop.get("version"), **record.provenance.get("versions", {})}
+    named = [f"{name} {version}" for name, version in versions.items() if version]
+    return ", ".join(named) + commit
+
+
+def _workload(record: Record) -> str:
+    if (workload := record.workload) is None:
+        return ""
+    batch = f"batch {workload.batch}, " if workload.batch != 1 else ""
+    return (
+        f"{batch}{workload.prompt_tokens} prompt tokens, {workload.new_tokens} new tokens, "
+        f"{workload.repeats} repeats"
+    )
+
+
+def _text(record: Record) -> str:
+    if (protocol := record.quality_protocol) is None:
+        return ""
+    against = f", against {protocol.reference}" if protocol.reference else ""
+    return f"{protocol.text}, {protocol.n_windows} windows of {protocol.window} tokens{against}"
+
+
+CONTEXT: Mapping[str, Callable[[Record], str]] = {
+    "model": model_name,
+    "device": _device,
+    "element type": lambda record: (record.engine or {}).get("dtype", ""),
+    "versions": _versions,
+    "workload": _workload,
+    "text": _text,
+    "date": lambda record: record.started_at[:10],
+}
+"""The labels, in order. An empty text says nothing."""

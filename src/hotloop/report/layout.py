@@ -1,0 +1,198 @@
+"""A table as it is shown, whatever it is about: for a terminal, and as Markdown.
+
+Both renderings come from the same value, and what a table leaves out it says: rows that have no
+figures, or should be read with care, have numbered notes, and below stand advice, remarks and what
+was measured on what. Which columns there are and what they hold is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from hotloop.bench.record import Record
+
+STAR = "★"
+
+UNBOUNDED = 1000
+"""Columns of a console that has the room which every table would like."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column.
+
+    Attributes:
+        title: Its heading; line breaks are for the terminal.
+        text: What stands in a record's row; empty where the record has nothing.
+        field: The field of records that it shows, if it is one.
+        is_label: Whether it says which row this is, rather than a number.
+        of_quality: Whether it is about quality.
+    """
+
+    title: str
+    text: Callable[[Record], str]
+    field: str = ""
+    is_label: bool = False
+    of_quality: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The title in one line."""
+        return self.title.replace("\n", " ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A record as a row.
+
+    Attributes:
+        record: The record.
+        cells: What stands in each of the table's columns, references to notes included.
+        recommended: Whether it is the one to use.
+    """
+
+    record: Record
+    cells: tuple[str, ...]
+    recommended: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What all renderings show.
+
+    Attributes:
+        title: Its heading, where several tables need one.
+        columns: From left to right, labels first.
+        rows: From top to bottom.
+        notes: The numbered notes; the first is number 1.
+        advice: What to use and why, a sentence each, the first one the most important.
+        remarks: What holds for the table as a whole.
+        context: What was measured on what: label and text.
+    """
+
+    title: str = ""
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    advice: tuple[str, ...] = ()
+    remarks: tuple[str, ...]
+    context: tuple[tuple[str, str], ...]
+
+
+class Notes:
+    """Numbered notes while rows are being made: the same words get the same number."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str, note: str | None) -> str:
+        """``text``, with a reference to the note if there is one."""
+        if not note:
+            return text
+        if note not in self.texts:
+            self.texts.append(note)
+        return f"{text} [{self.texts.index(note) + 1}]".lstrip()
+
+
+def to_markdown(table: Table) -> str:
+    """The table and all that stands below it, as GitHub-flavoured Markdown."""
+    headings = [column.heading for column in table.columns]
+    lines = []
+    for row in table.rows:
+        first, *others = row.cells
+        name = f"**{first}** {STAR}" if row.recommended else first
+        lines.append([cell.replace("|", "\\|") for cell in (name, *others)])
+    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    labels = [column.is_label for column in table.columns]
+
+    def joined(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if is_label else cell.rjust(width)
+            for cell, width, is_label in zip(cells, widths, labels, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [
+        "-" * width if is_label else "-" * (width - 1) + ":"
+        for width, is_label in zip(widths, labels, strict=True)
+    ]
+    paragraphs = [
+        table.title and f"## {table.title}",
+        "\n".join(map(joined, [headings, rule, *lines])),
+        "  \n".join(f"[{number}] {note}" for number, note in enumerate(table.notes, start=1)),
+        "\n".join(table.advice[:1]),
+        "\n".join(f"- {sentence}" for sentence in table.advice[1:]),
+        "\n".join(table.remarks),
+        "\n".join(f"- {label}: {text}" for label, text in table.context),
+    ]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def to_rich(table: Table) -> RichReport:
+    """The table and all that stands below it, for ``rich.console.Console.print``."""
+    return RichReport(table)
+
+
+@dataclass(frozen=True)
+class RichReport:
+    """Renders a table in one piece, or speed and quality apart where the console is narrow."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """What rich asks for."""
+        if self.table.title:
+            yield Padding(Text(self.table.title, style="bold"), (0, 0, 1, 0))
+        columns = list(enumerate(self.table.columns))
+        whole = self._grid([i for i, _ in columns])
+        unbounded = options.update(width=UNBOUNDED)
+        if Measurement.get(console, unbounded, whole).maximum <= options.max_width:
+            yield whole
+        else:
+            quality = [i for i, column in columns if column.of_quality]
+            yield self._grid([i for i, column in columns if not column.of_quality])
+            if quality:
+                yield Padding(self._grid([0, *quality]), (1, 0, 0, 0))
+        if self.table.notes:
+            notes = ((f"[{number}]", note) for number, note in enumerate(self.table.notes, 1))
+            yield Padding(_pairs(notes), (1, 0, 0, 0))
+        if self.table.advice:
+            first, *others = self.table.advice
+            yield Padding(Text(first, style="bold"), (1, 0, 0, 0))
+            yield from (Padding(Text(other), (0, 0, 0, 2)) for other in others)
+        yield Text("")
+        yield from (Text(remark, style="dim") for remark in self.table.remarks)
+        yield _pairs(self.table.context, style="dim")
+
+    def _grid(self, columns: Sequence[int]) -> RichTable:
+        grid = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        for i in columns:
+            column = self.table.columns[i]
+            grid.add_column(
+                column.title,
+                justify="left" if column.is_label else "right",
+                no_wrap=True,
+                vertical="bottom" if i == 0 else "top",
+            )
+        starred = any(row.recommended for row in self.table.rows)
+        for row in self.table.rows:
+            star = f"{STAR if row.recommended else ' '} " if starred else ""
+            style = "bold green" if row.recommended else "" if row.record.decode_tok_s else "dim"
+            cells = (Text(star * (i == 0) + row.cells[i]) for i in columns)
+            grid.add_row(*cells, style=style)
+        return grid
+
+
+def _pairs(pairs: Iterable[tuple[str, str]], style: str = "") -> RichTable:
+    grid = RichTable.grid(padding=(0, 1))
+    for label, text in pairs:
+        grid.add_row(Text(label), Text(text), style=style)
+    return grid

@@ -1,0 +1,209 @@
+"""The page: one table per model in the layout of published tables of decoding speed.
+
+Its columns are quantization, compiled, tensor parallel, speculative decoding and tokens per second.
+Memory, quality and a recommendation are not on it; they are in the experiment's own table. What did
+not fit, could not be done or varied between repeats is a row with a numbered note.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from hotloop.bench.record import Figure, Record
+from hotloop.report.context import (
+    RANDOM_ACCEPTANCE,
+    context,
+    device_name,
+    has_random_weights,
+    model_name,
+)
+from hotloop.report.fields import csv_names, csv_text, csv_values
+from hotloop.report.layout import Column, Notes, Row, Table
+from hotloop.report.numbers import half_width, uncertain
+from hotloop.report.read import latest
+from hotloop.types import EngineConfig, is_draft_model
+
+NONE = "–"
+
+DID_NOT_FIT = ("oom", "predicted-oom")
+
+QUANTIZATIONS = ("none", "int8", "fp8", "int4")
+EXECUTIONS = {"eager": "no", "compile": "yes"}
+"""Orders of rows; what is in none of them comes after, by its name."""
+
+
+def make_page(*experiments: Iterable[Record]) -> list[Table]:
+    """A table for each model, device and workload: what is in one table compares.
+
+    Args:
+        *experiments: The records of each results folder, all attempts; the last at each cell
+            counts, and over several folders the last folder's.
+    """
+    records = [record for experiment in experiments for record in latest(experiment)]
+    return [_table(latest(group)) for group in _comparable(records)]
+
+
+def to_csv(tables: Iterable[Table]) -> str:
+    """All tables as one CSV file: the levers, and every number as it was recorded."""
+    figures = ["decode_tok_s", "e2e_tok_s", "speculation.tokens_per_step", "speculation.acceptance"]
+    labels = [column.title.replace("\n", "_").lower() for column in LABELS]
+    header = ["model", "weights", "device", *labels, "status", *csv_names(figures), "reason"]
+    rows = []
+    for record in (row.record for table in tables for row in table.rows):
+        what = [record.config.get("model"), record.config.get("weights"), device_name(record)]
+        levers = [column.text(record) for column in LABELS]
+        values = csv_values(figures, record)
+        rows.append([*what, *levers, record.status, *values, record.reason])
+    return csv_text(header, rows)
+
+
+def _comparable(records: Sequence[Record]) -> Iterable[list[Record]]:
+    """Records by model, device and workload, in the order in which these first appear.
+
+    One that ended before its device was known goes with the first device of its model.
+    """
+    devices: dict[Any, str] = {}
+
+    def experiment(record: Record) -> Any:
+        return record.config.get("model"), record.config.get("weights"), record.workload
+
+    for record in records:
+        if device := device_name(record):
+            devices.setdefault(experiment(record), device)
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        key = experiment(record)
+        device = device_name(record) or devices.get(key)
+        groups.setdefault((key, device), []).append(record)
+    return groups.values()
+
+
+def _table(records: Sequence[Record]) -> Table:
+    records = sorted(records, key=_order)
+    columns = (*LABELS, *SPEEDS)
+    levers = [tuple(column.text(record) for column in LABELS) for record in records]
+    namesakes = Counter(levers)
+    notes, rows = Notes(), []
+    for record, labels in zip(records, levers, strict=True):
+        quantization, compiled, ranks, drafts = labels
+        quantization = notes.mark(quantization, record.cell if namesakes[labels] > 1 else None)
+        if record.speculation and has_random_weights(record):
+            drafts = notes.mark(drafts, RANDOM_ACCEPTANCE)
+        decode, end_to_end = (column.text(record) for column in SPEEDS)
+        decode = notes.mark(decode, _caveat(record))
+        cells = (quantization, compiled, ranks, drafts, decode, end_to_end)
+        rows.append(Row(record=record, cells=cells))
+    on = next((f" on {name}" for name in map(device_name, records) if name), "")
+    return Table(
+        title=f"{model_name(records[0])}{on}",
+        columns=columns,
+        rows=tuple(rows),
+        notes=tuple(notes.texts),
+        remarks=tuple(_remarks(records)),
+        context=context(records, leave_out=("model", "text")),
+    )
+
+
+def _quantization(record: Record) -> str:
+    quant, head = record.config.get("quant", NONE), record.config.get("head", "auto")
+    quant = quant if head == "auto" else f"{quant}, head {head}"
+    return f"{record.baseline}, {quant}" if record.baseline else quant
+
+
+def _compiled(record: Record) -> str:
+    execution = record.config.get("execution", NONE)
+    return NONE if record.baseline else EXECUTIONS.get(execution, execution)
+
+
+def _drafts(record: Record) -> str:
+    said = (field.name for field in fields(EngineConfig) if field.name.startswith("draft"))
+    drafting = {name: record.config[name] for name in said if name in record.config}
+    name = EngineConfig(model="", **drafting).draft_name
+    return NONE if name == "none" else name
+
+
+def _decode(record: Record) -> str:
+    if record.status in DID_NOT_FIT:
+        return "did not fit"
+    return _speed(record.decode_tok_s) or record.status
+
+
+def _speed(figure: Figure | None) -> str:
+    return uncertain(figure.mean, half_width(figure)) if figure else ""
+
+
+LABELS = (
+    Column(title="Quantization", text=_quantization, is_label=True),
+    Column(title="Compiled", text=_compiled, is_label=True),
+    Column(
+        title="Tensor\nparallel",
+        text=lambda record: str(record.config.get("tensor_parallel", 1)),
+        is_label=True,
+    ),
+    Column(title="Speculative\ndecoding", text=_drafts, is_label=True),
+)
+
+SPEEDS = (
+    Column(title="decode\ntokens/s", text=_decode, field="decode_tok_s"),
+    Column(
+        title="end-to-end\ntokens/s",
+        text=lambda record: _speed(record.e2e_tok_s),
+        field="e2e_tok_s",
+    ),
+)
+
+
+def _order(record: Record) -> Any:
+    """Baselines first, then by the columns from left to right."""
+    config = record.config
+    quant, execution = config.get("quant", ""), config.get("execution", "")
+    draft = config.get("draft", "none")
+    return (
+        record.baseline is None,
+        _rank(quant.partition("-")[0], QUANTIZATIONS),
+        _quantization(record),
+        _rank(execution, tuple(EXECUTIONS)),
+        config.get("tensor_parallel", 1),
+        (draft != "none", is_draft_model(draft), _drafts(record)),
+        record.cell,
+    )
+
+
+def _rank(value: str, order: Sequence[str]) -> tuple[int, str]:
+    return (order.index(value) if value in order else len(order), value)
+
+
+def _caveat(record: Record) -> str | None:
+    """Why a row has no figures, or why they should be read with care."""
+    reason = (record.reason or "").partition("\n")[0]
+    match record.status:
+        case "ok":
+            return None
+        case "unstable":
+            return f"lots of variance: {reason}"
+        case "oom" | "predicted-oom":
+            return f"did not fit {_where(record)}: {reason}"
+    return f"{record.status}: {reason}" if reason else None
+
+
+def _where(record: Record) -> str:
+    n_devices = record.config.get("tensor_parallel", 1)
+    if record.provenance.get("device", {}).get("kind") != "cuda":
+        return "in memory"
+    return "on a single GPU" if n_devices == 1 else f"on {n_devices} GPUs"
+
+
+def _remarks(records: Sequence[Record]) -> list[str]:
+    remarks = []
+    if any(record.decode_tok_s for record in records):
+        remarks.append(
+            "tokens/s are those of one request, mean over repeats ± half of the 95% interval: "
+            "decode, after its first token; end-to-end, all of them over the whole time, prefill "
+            "included, which is what gpt-fast prints."
+        )
+    if has_random_weights(records[0]):
+        remarks.append("Random weights show speed and fit, and nothing of quality.")
+    return remarks
