@@ -141,6 +141,8 @@ struct Linear {
   const LinearArgs& args;
   const int lane, warp, g, t;
   const int part, first_item, item_step, n_items;  // items are first_item, + item_step, ...
+  const int tile_bytes, stage_bytes;               // of a stage of the ring
+  const int staged_row;                            // g, or 0 if there is no such row
   int first_unit, end_unit;                        // of this warp, in every item
 
   // Shared memory.
@@ -155,13 +157,15 @@ struct Linear {
   __device__ __forceinline__ Linear(const LinearArgs& a, int thread, int block, int blocks)
       : args(a), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
         part(block % a.split), first_item(block / a.split), item_step(blocks / a.split),
-        n_items((a.tiles + kTiles - 1) / kTiles) {
+        n_items((a.tiles + kTiles - 1) / kTiles),
+        tile_bytes(a.units_per_stage * Weight::kUnitBytes), stage_bytes(kTiles * tile_bytes),
+        staged_row(g < a.rows ? g : 0) {
     const int workers = a.split * kWarps, worker = part * kWarps + warp;
     first_unit = a.units * worker / workers;
     end_unit = a.units * (worker + 1) / workers;
     uint8_t* memory = shared_memory();
-    ring = memory + warp * a.stages * stage_bytes();
-    memory += kWarps * a.stages * stage_bytes();
+    ring = memory + warp * a.stages * stage_bytes;
+    memory += kWarps * a.stages * stage_bytes;
     sums = reinterpret_cast<float4*>(memory);
     memory += sizeof(float4) * kBuffers * kWarps * kTiles * kColumns * 32;
     squares = reinterpret_cast<float*>(memory);
@@ -172,10 +176,6 @@ struct Linear {
     memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * a.stages) + 15) / 16 * 16;
     const int blocks_of_warp = (a.units + workers - 1) / workers * kUnitBlocks;
     staged = reinterpret_cast<uint4*>(memory) + warp * blocks_of_warp * a.rows * 4;
-  }
-
-  __device__ __forceinline__ int stage_bytes() const {
-    return kTiles * args.units_per_stage * Weight::kUnitBytes;
   }
 
   __device__ __forceinline__ void run() {
@@ -209,7 +209,7 @@ struct Linear {
     const int tile = next.item * kTiles, tiles = min(kTiles, args.tiles - tile);
     copy_begin(arrived + stage, tiles * bytes, lane);
     for (int r = 0; r < tiles; r++)
-      copy(ring + stage * stage_bytes() + r * args.units_per_stage * Weight::kUnitBytes,
+      copy(ring + stage * stage_bytes + r * tile_bytes,
            args.weight +
                (static_cast<int64_t>(tile + r) * args.units + next.unit) * Weight::kUnitBytes,
            bytes, arrived + stage, policy, lane);
@@ -233,40 +233,43 @@ struct Linear {
     for (int item = first_item; item < n_items; item += item_step, number++) {
       float sum[kTiles][kColumns][4] = {};
       const bool adds_squares = kNorm && !kStaged && number == 0;
-      int in_stage = 0;
-      for (int unit = first_unit; unit < end_unit; unit++) {
-        if (in_stage == 0) barrier_wait(arrived + stage, parity);
-        const uint8_t* weights =
-            ring + stage * stage_bytes() + in_stage * Weight::kUnitBytes;
-        multiply_unit(weights, unit, sum, square, adds_squares);
-        if (++in_stage == args.units_per_stage || unit + 1 == end_unit) {
-          sync_warp();  // every lane has read the stage: it can be overwritten
-          ask(next, stage, policy);
-          in_stage = 0;
-          if (++stage == args.stages) stage = 0, parity ^= 1;
+      const uint4* x = staged + staged_row * 4 + t;  // of the next unit, in row 0 or row g
+      for (int unit = first_unit; unit < end_unit;) {
+        barrier_wait(arrived + stage, parity);
+        const uint8_t* weights = ring + stage * stage_bytes;
+        const int end = min(unit + args.units_per_stage, end_unit);
+        for (; unit < end; unit++) {
+          multiply_unit(weights, x, unit, sum, square, adds_squares);
+          weights += Weight::kUnitBytes;
+          x += kUnitBlocks * args.rows * 4;
         }
+        sync_warp();  // every lane has read the stage: it can be overwritten
+        ask(next, stage, policy);
+        if (++stage == args.stages) stage = 0, parity ^= 1;
       }
       if (kNorm && number == 0) put_squares(square);
       put_sums(sum, number);
     }
   }
 
-  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, int unit,
+  // Sums of groups run in two chains, since each product waits for the one before it.
+  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x, int unit,
                                                 float sum[kTiles][kColumns][4],
                                                 float square[kColumns], bool adds_squares) {
     constexpr int kGroupBlocks = Weight::kGroupBlocks;
-    float part_sum[kTiles][kColumns][4], x_sum[kColumns][4];
+    float even[kTiles][kColumns][4], odd[kTiles][kColumns][4], x_sum[kColumns][4];
 #pragma unroll
     for (int block = 0; block < kUnitBlocks; block++) {
       uint4 b[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; c++)
-        b[c] = x_block(unit * kUnitBlocks + block, c, square, adds_squares);
+        b[c] = kStaged ? x[(block * args.rows + staged_rows_to(c)) * 4]
+                       : read_x(unit * kUnitBlocks + block, c, square, adds_squares);
       if constexpr (kGroupBlocks > 0) {
         if (block % kGroupBlocks == 0) {
           zero(x_sum);
 #pragma unroll
-          for (int r = 0; r < kTiles; r++) zero(part_sum[r]);
+          for (int r = 0; r < kTiles; r++) zero(even[r]), zero(odd[r]);
         }
         if constexpr (Weight::kOffset) {  // a product with ones adds up x, where sums need it
           const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
@@ -279,14 +282,13 @@ struct Linear {
       }
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
-        const uint8_t* tile = weights + r * args.units_per_stage * Weight::kUnitBytes;
+        const uint8_t* tile = weights + r * tile_bytes;
         uint32_t a[2][4];
         Weight::unpack(tile, block, lane, a);
 #pragma unroll
         for (int c = 0; c < kColumns; c++) {
-          float* to = kGroupBlocks > 0 ? part_sum[r][c] : sum[r][c];
-          mma(to, a[0], b[c].x, b[c].y);
-          mma(to, a[1], b[c].z, b[c].w);
+          mma(kGroupBlocks > 0 ? even[r][c] : sum[r][c], a[0], b[c].x, b[c].y);
+          mma(kGroupBlocks > 0 ? odd[r][c] : sum[r][c], a[1], b[c].z, b[c].w);
         }
         if constexpr (kGroupBlocks > 0) {
           if (block % kGroupBlocks == kGroupBlocks - 1) {
@@ -294,25 +296,24 @@ struct Linear {
             const uint32_t scale = group[g];
 #pragma unroll
             for (int c = 0; c < kColumns; c++) {
-              sum[r][c][0] = fmaf(low(scale), part_sum[r][c][0], sum[r][c][0]);
-              sum[r][c][1] = fmaf(low(scale), part_sum[r][c][1], sum[r][c][1]);
-              sum[r][c][2] = fmaf(high(scale), part_sum[r][c][2], sum[r][c][2]);
-              sum[r][c][3] = fmaf(high(scale), part_sum[r][c][3], sum[r][c][3]);
-            }
-            if constexpr (Weight::kOffset) {
-              const uint32_t offset = group[8 + g];
 #pragma unroll
-              for (int c = 0; c < kColumns; c++) {
-                sum[r][c][0] = fmaf(low(offset), x_sum[c][0], sum[r][c][0]);
-                sum[r][c][1] = fmaf(low(offset), x_sum[c][1], sum[r][c][1]);
-                sum[r][c][2] = fmaf(high(offset), x_sum[c][2], sum[r][c][2]);
-                sum[r][c][3] = fmaf(high(offset), x_sum[c][3], sum[r][c][3]);
-              }
+              for (int i = 0; i < 4; i++) even[r][c][i] += odd[r][c][i];
+              add_scaled(sum[r][c], scale, even[r][c]);
+              if constexpr (Weight::kOffset) add_scaled(sum[r][c], group[8 + g], x_sum[c]);
             }
           }
         }
       }
     }
+  }
+
+  // Rows g and g + 8 of a tile have a scale each.
+  static __device__ __forceinline__ void add_scaled(float sum[4], uint32_t scales,
+                                                    const float more[4]) {
+    sum[0] = fmaf(low(scales), more[0], sum[0]);
+    sum[1] = fmaf(low(scales), more[1], sum[1]);
+    sum[2] = fmaf(high(scales), more[2], sum[2]);
+    sum[3] = fmaf(high(scales), more[3], sum[3]);
   }
 
   static __device__ __forceinline__ void zero(float values[kColumns][4]) {
@@ -322,39 +323,38 @@ struct Linear {
       for (int i = 0; i < 4; i++) values[c][i] = 0;
   }
 
-  // Eight features of row 8c + g as two B operands: those at 8t of a block of 32.
-  __device__ __forceinline__ uint4 x_block(int block, int c, float square[kColumns],
-                                           bool adds_squares) const {
-    if (!kStaged) return read_x(block, c, square, adds_squares);
-    const int row = 8 * c + g;
-    return row < args.rows ? staged[staged_at(block, row)] : uint4{0, 0, 0, 0};
+  // x as B operands: of rows 8c + g the features from 8t on of a block of 32. Lanes whose row does
+  // not exist read another one: what they compute is not written anywhere.
+
+  // From row g of x in shared memory to row 8c + g.
+  __device__ __forceinline__ int staged_rows_to(int c) const {
+    return c == 0 || 8 * c + g < args.rows ? 8 * c : 0;
   }
 
-  __device__ __forceinline__ int staged_at(int block, int row) const {
-    return ((block - first_unit * kUnitBlocks) * args.rows + row) * 4 + t;
-  }
-
-  // Each lane reads back what it wrote itself, so this needs no synchronization.
+  // Each lane reads back what it wrote itself, or what a lane of its warp did.
   __device__ __forceinline__ void stage_x(float square[kColumns]) {
 #pragma unroll 4
     for (int block = first_unit * kUnitBlocks; block < end_unit * kUnitBlocks; block++)
 #pragma unroll
       for (int c = 0; c < kColumns; c++) {
         const uint4 x = read_x(block, c, square, kNorm);
-        if (8 * c + g < args.rows) staged[staged_at(block, 8 * c + g)] = x;
+        const int at = (block - first_unit * kUnitBlocks) * args.rows + 8 * c + g;
+        if (8 * c + g < args.rows) staged[at * 4 + t] = x;
       }
+    sync_warp();
   }
 
   // With a norm: x times the norm's weight. Its other factor, the same for a whole row, is applied
-  // to the sums; what it is made of is gathered here.
+  // to the sums; what it is made of is gathered here. Features beyond the last, whose weights are
+  // zeros, are again the last.
   __device__ __forceinline__ uint4 read_x(int block, int c, float square[kColumns],
                                           bool adds_squares) const {
-    const int row = 8 * c + g, k = 32 * block + 8 * t;
-    if (row >= args.rows || k >= args.k) return uint4{0, 0, 0, 0};
+    const int row = 8 * c + g < args.rows ? 8 * c + g : 0;
+    const int k = min(32 * block + 8 * t, args.k - 8);
     uint4 x = *reinterpret_cast<const uint4*>(args.x + static_cast<int64_t>(row) * args.k + k);
     if constexpr (kNorm) {
       const uint4 w = *reinterpret_cast<const uint4*>(args.norm_weight + k);
-      if (adds_squares) {
+      if (adds_squares && k == 32 * block + 8 * t) {
         square[c] = add_squares(square[c], x.x);
         square[c] = add_squares(square[c], x.y);
         square[c] = add_squares(square[c], x.z);
