@@ -50,7 +50,7 @@ from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
 from hotloop.models.shapes import shape
 
-SECTIONS = {"check": 100, "sweep": 90, "stack": 60, "linear": 30, "attention": 25}
+SECTIONS = {"check": 80, "sweep": 80, "stack": 55, "linear": 30, "attention": 20}
 """Seconds that each may take."""
 
 CUDA = torch.device("cuda")
@@ -275,6 +275,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
     for i, name in enumerate(KINDS):
         yield f"products {name}", products(name, i)
     yield "attention", attentions()
+    yield "PDL over a whole step", pdl_over_a_step(section)
     for name in ("int4-g128", "int8", "bf16", "fp8", "int4-g32-asym"):
         down = Tuning(warps=16, split=4, units_per_stage=4)
         yield f"13B down {name}", large(name, 5120, 13824, 7, residual=True, tuning=down)
@@ -282,7 +283,6 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         yield f"13B gate and up {name}", large(name, 27648, 5120, 8, **gate_up)
     yield "heads", heads()
     yield "70B down int4-g64", large("int4-g64", 8192, 28672, 12, residual=True)
-    yield "PDL over a whole step", pdl_over_a_step(section)
 
 
 def pdl_over_a_step(section: Section) -> Iterator[Case]:
