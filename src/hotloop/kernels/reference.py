@@ -125,3 +125,109 @@ def dequantize_int4(
 def linear_int4(x_MK: Tensor, packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None) -> Tensor:
     """Product with packed int4 weights."""
     return F.linear(x_MK, dequantize_int4(packed, scale_NG, offset_NG, x_MK.dtype))
+
+
+def fused_linear(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    paired: bool = False,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Product with all that surrounds it in a decoder: norm, bias, SwiGLU, residual.
+
+    Between reading ``x`` and rounding the result, only the norm's weighted input is rounded, to
+    ``x``'s type: its other factor, common to a row, is applied to the sums.
+
+    Args:
+        x_MK: Activations.
+        weight_NK: Floating point.
+        norm_weight: [K] of a root-mean-square norm of ``x``, or None.
+        eps: Of the norm.
+        bias: [N], or None.
+        paired: The weight is gate and up features, one below the other: their SwiGLU is taken.
+        residual: Like the result, which is added to it; or None.
+        dtype: Of the result.
+
+    Returns:
+        [M, N], or [M, N / 2] of a paired weight.
+    """
+    x = x_MK if norm_weight is None else x_MK * norm_weight
+    y = x.float() @ weight_NK.float().T
+    if norm_weight is not None:
+        y = y * torch.rsqrt(x_MK.float().square().mean(-1, keepdim=True) + eps)
+    if bias is not None:
+        y = y + bias.float()
+    if paired:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(dtype)
+
+
+def fused_attention(
+    qkv: Tensor,
+    keys_BJCE: Tensor,
+    values_BJCE: Tensor,
+    positions_B: Tensor,
+    cos_CE: Tensor,
+    sin_CE: Tensor,
+    *,
+    n_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    window: int | None = None,
+) -> Tensor:
+    """Attention with all that surrounds it: head norms, rotation, storing new keys and values.
+
+    Args:
+        qkv: [B * T, (H + 2J) * E]: queries, keys and values of T new tokens of each sequence.
+        keys_BJCE: The cache, written at the new tokens' positions. A token beyond its end is not
+            stored, and sees what the last one sees.
+        values_BJCE: Likewise.
+        positions_B: Position of each sequence's first new token; the others follow it.
+        cos_CE: Rotation, float32.
+        sin_CE: Rotation, float32.
+        n_heads: H.
+        q_norm: [E] of a root-mean-square norm of each query head, or None.
+        k_norm: [E] of one of each key head, or None.
+        eps: Of those norms.
+        window: Positions that a token sees, itself included, or None for all.
+
+    Returns:
+        [B * T, H * E].
+    """
+    B, J, C, E = keys_BJCE.shape
+    split = (n_heads, J, J)
+    q, k, v = qkv.view(B, -1, sum(split), E).split(split, dim=2)
+    if q_norm is not None:
+        q = rms_norm(q, q_norm, eps)
+    if k_norm is not None:
+        k = rms_norm(k, k_norm, eps)
+    T = q.shape[1]
+    positions_BT = positions_B[:, None] + torch.arange(T, device=qkv.device)
+    at = positions_BT.clamp(max=C - 1)
+    q, k = (apply_rope(part, cos_CE[at], sin_CE[at]) for part in (q, k))
+    for b, t in (positions_BT < C).nonzero().tolist():
+        keys_BJCE[b, :, at[b, t]] = k[b, t]
+        values_BJCE[b, :, at[b, t]] = v[b, t]
+    out = attention(q, keys_BJCE, values_BJCE, at, window=window, scale=E**-0.5)
+    return out.reshape(B * T, n_heads * E)
+
+
+def embed(ids: Tensor, table_VK: Tensor, scale_V: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of a table, [..., K]; of an int8 one with a scale per row, as they are worth."""
+    rows = F.embedding(ids, table_VK)
+    return rows if scale_V is None else (rows.float() * scale_V[ids][..., None]).to(dtype)
+
+
+def argmax(logits_MV: Tensor) -> Tensor:
+    """The largest of each row, [M]; of equal ones the first. NaNs are never the largest."""
+    numbers = logits_MV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return (numbers == numbers.amax(-1, keepdim=True)).int().argmax(-1)

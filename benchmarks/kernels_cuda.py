@@ -1,0 +1,819 @@
+"""The CUDA kernels on this machine's GPU: are they right, and how near the memory's speed are they?
+
+    PYTHONPATH=src:tests/kernels python benchmarks/kernels_cuda.py --out benchmarks/results/kernels
+
+Every section runs in a process of its own with a limit of its own, so that one which fails or hangs
+is reported and the rest goes on. Each leaves a JSON file under ``--out``.
+
+    check      every kernel against float64; with and without dependent launch, bit for bit
+    sweep      what to choose for each product: a descent along one choice after the other
+    stack      whole decode steps of a model with random weights in one CUDA graph
+    linear     each product by itself, over weights that do not fit the caches
+    attention  over short and long histories
+
+Needs torch with CUDA and cuda-bindings; nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda_cases import (
+    KINDS,
+    Case,
+    argmax_case,
+    attention_case,
+    embed_case,
+    linear_case,
+    make_weight,
+)
+from torch import Tensor
+
+from hotloop import hardware
+from hotloop.kernels.cuda import step
+from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.compile import Kernel, compile_kernel
+from hotloop.kernels.cuda.launch import Device, Launch
+from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
+from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
+from hotloop.models.shapes import shape
+
+SECTIONS = {"check": 80, "sweep": 80, "stack": 55, "linear": 30, "attention": 20}
+"""Seconds that each may take."""
+
+CUDA = torch.device("cuda")
+BEYOND_CACHES = 300_000_000  # bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the sections' time limits")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.section:
+        Section(args.section, args.out, SECTIONS[args.section] * args.scale).run()
+        return
+    failed = []
+    for name in args.sections:
+        limit = SECTIONS[name] * args.scale
+        command = [sys.executable, __file__, "--out", str(args.out), "--section", name]
+        command += ["--scale", str(args.scale)]
+        started = time.perf_counter()
+        try:
+            ended_well = subprocess.run(command, timeout=limit + 20, check=False).returncode == 0
+        except subprocess.TimeoutExpired:
+            ended_well = False
+        if not ended_well:
+            failed.append(name)
+        seconds = time.perf_counter() - started
+        print(f"== {name}: {'ok' if ended_well else 'FAILED'}, {seconds:.0f} s", flush=True)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+class Section:
+    """One section: its clock, its results, the device."""
+
+    def __init__(self, name: str, out: Path, limit_s: float) -> None:
+        self.name, self.out = name, out
+        self.ends = time.perf_counter() + limit_s
+        self.device = Device(torch.device("cuda", torch.cuda.current_device()))
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[str] = []
+        self.facts: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+
+    @property
+    def time_is_up(self) -> bool:
+        return time.perf_counter() > self.ends
+
+    def run(self) -> None:
+        print(f"== {self.name}", flush=True)
+        try:
+            globals()[f"{self.name}_section"](self)
+        except Exception:
+            self.failures.append(traceback.format_exc())
+        if self.time_is_up:
+            self.facts["cut_short"] = True
+        self.facts["compile_seconds"] = self.device.compile_seconds
+        self.facts["notes"] = sorted(self.device.notes)
+        self.write()
+        for failure in self.failures[:8]:
+            print(failure, flush=True)
+        sys.exit(1 if self.failures else 0)
+
+    def write(self) -> None:
+        content = {**self.facts, "rows": self.rows, "failures": self.failures}
+        (self.out / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    def add(self, line: str, **row: Any) -> None:
+        self.rows.append(row)
+        print(line, flush=True)
+        self.write()
+
+    def bandwidth(self) -> float:
+        """Bytes per second of a plain read, measured here and now."""
+        if "read_bytes_per_s" not in self.facts:
+            self.facts["read_bytes_per_s"] = hardware.measure_read_bandwidth(CUDA)
+            print(f"plain read: {self.facts['read_bytes_per_s'] / 1e9:.0f} GB/s", flush=True)
+        return self.facts["read_bytes_per_s"]
+
+    def compile(self, kernels: Iterable[Kernel]) -> None:
+        """All at once, as loading them later does it one by one."""
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(lambda k: compile_kernel(k, self.device.architecture), set(kernels)))
+
+    def generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.device.device).manual_seed(seed)
+
+
+# Are they right?
+
+
+def check_section(section: Section) -> None:
+    n_ok = 0
+    for title, cases in check_groups(section):
+        if section.time_is_up:
+            break
+        started = time.perf_counter()
+        try:
+            made = list(cases)
+            section.compile(case.call.kernel for case in made)
+        except Exception:
+            section.failures.append(f"{title}: {traceback.format_exc()}")
+            continue
+        n_failures = len(section.failures)
+        for case in made:
+            try:
+                check(section, case)
+                n_ok += 1
+            except Exception as error:
+                what = f"{title}: {case.call.kernel.name}: {type(error).__name__}: {error}"
+                section.failures.append(what[:600])
+                if "CUDA" in what:  # the context is lost
+                    raise
+        bad = len(section.failures) - n_failures
+        seconds = time.perf_counter() - started
+        section.add(
+            f"{title:28} {len(made) - bad:3} of {len(made):3} right, {seconds:.1f} s",
+            title=title,
+            cases=len(made),
+            failures=bad,
+        )
+        del made
+    print(f"{n_ok} cases right, {len(section.failures)} wrong", flush=True)
+
+
+def check(section: Section, case: Case) -> None:
+    """Right by itself; the same bits when it overlaps its predecessor."""
+    section.device.prepare(case.call, dependent=False)()
+    torch.cuda.synchronize()
+    case.check()
+    first = [output.clone() for output in case.outputs]
+    dependent = section.device.prepare(case.call)
+    for _ in range(3):
+        dependent()
+    torch.cuda.synchronize()
+    assert same_bits(first, case.outputs), "other bits with dependent launch"
+
+
+def same_bits(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    return all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
+    """Groups of cases; made one after the other, since weights are large."""
+    tuned = {
+        "staged": Tuning(),
+        "split": Tuning(warps=7, split=3, tiles=2, units_per_stage=1, ring_bytes=60_000),
+        "direct": Tuning(warps=16, staged_bytes=0, resident=1),
+    }
+    n_sms = section.device.n_sms
+
+    def products(name: str, seed: int) -> Iterator[Case]:
+        generator = section.generator(seed)
+        weight = make_weight(name, 333, 1152, generator)
+        paired = make_weight(
+            name, 2 * 172, 576 if "g128" not in name else 640, generator, paired=True
+        )
+        for rows in (1, 2, 3, 5, 8, 9, 16, 17, 64):
+            for tuning in tuned.values() if rows in (1, 5, 16) else [tuned["staged"]]:
+                yield linear_case(
+                    weight, rows, generator, residual=rows != 3, bias=rows == 5, tuning=tuning,
+                    n_sms=n_sms,
+                )  # fmt: skip
+        for rows in (1, 8, 9):
+            for tuning in (tuned["staged"], tuned["direct"]):
+                yield linear_case(
+                    paired, rows, generator, epilogue="swiglu", norm=True, bias=rows == 8,
+                    tuning=tuning, n_sms=n_sms,
+                )  # fmt: skip
+        yield linear_case(weight, 2, generator, norm=True, tuning=tuned["staged"], n_sms=n_sms)
+
+    def large(name: str, n: int, k: int, seed: int, **settings: Any) -> Iterator[Case]:
+        generator = section.generator(seed)
+        weight = make_weight(name, n, k, generator, paired=settings.get("epilogue") == "swiglu")
+        for rows in (1, 8):
+            yield linear_case(
+                weight, rows, generator, tuning=settings.get("tuning", Tuning()), n_sms=n_sms,
+                **{k: v for k, v in settings.items() if k != "tuning"},
+            )  # fmt: skip
+
+    def heads() -> Iterator[Case]:
+        generator = section.generator(9)
+        for name, n, k in (
+            ("bf16", 151936, 576),
+            ("int8", 49152, 576),
+            ("int4-g64-asym", 32000, 4096),
+            ("fp8", 128256, 1024),
+        ):
+            weight = make_weight(name, n, k, generator)
+            for rows in (1, 3):
+                yield linear_case(
+                    weight, rows, generator, epilogue="logits", norm=True, tuning=Tuning(),
+                    n_sms=n_sms,
+                )  # fmt: skip
+
+    def attentions() -> Iterator[Case]:
+        generator = section.generator(10)
+        shapes = ((9, 3, 64), (8, 8, 96), (40, 40, 128), (32, 8, 128), (64, 8, 128), (8, 2, 256))
+        for n_heads, n_kv_heads, head_dim in shapes:
+            for tokens, splits, warps, window in (
+                (1, 1, 4, None), (1, 3, 4, None), (4, 2, 8, None), (16, 5, 4, None), (3, 2, 4, 100)
+            ):  # fmt: skip
+                plan = AttentionPlan(
+                    batch=2, tokens=tokens, n_heads=n_heads, n_kv_heads=n_kv_heads,
+                    head_dim=head_dim, n_positions=1100, window=window, splits=splits, warps=warps,
+                )  # fmt: skip
+                for at in ([0, 517], [15, 1099 - tokens + 1]):
+                    yield attention_case(plan, at, generator, norms=n_heads == 9)
+
+    def small() -> Iterator[Case]:
+        generator = section.generator(11)
+        for rows in (1, 5):
+            for int8 in (False, True):
+                yield embed_case(rows, 32000, 5120, generator, int8=int8)
+                yield argmax_case(rows, 264, generator, advance=int8)
+
+    yield "embedding and argmax", small()
+    for i, name in enumerate(KINDS):
+        yield f"products {name}", products(name, i)
+    yield "attention", attentions()
+    yield "PDL over a whole step", pdl_over_a_step(section)
+    for name in ("int4-g128", "int8", "bf16", "fp8", "int4-g32-asym"):
+        down = Tuning(warps=16, split=4, units_per_stage=4)
+        yield f"13B down {name}", large(name, 5120, 13824, 7, residual=True, tuning=down)
+        gate_up = {"epilogue": "swiglu", "norm": True}
+        yield f"13B gate and up {name}", large(name, 27648, 5120, 8, **gate_up)
+    yield "heads", heads()
+    yield "70B down int4-g64", large("int4-g64", 8192, 28672, 12, residual=True)
+
+
+def pdl_over_a_step(section: Section) -> Iterator[Case]:
+    """Two small decoders with the same weights, one of them launched with overlap.
+
+    Each kernel of a step waits for exactly what it reads, or ids and sums differ sooner or later.
+    """
+    for rows in (1, 4):
+        steps = [
+            DecodeStep(section, "llama-3.1-8b", "int4-g128", rows, n_layers=6, dependent=dependent)
+            for dependent in (False, True)
+        ]
+        steps[1].share_weights(steps[0])
+        for decode in steps:
+            decode.prepare()
+        wanted, found = [], []
+        for number in range(20):
+            for decode, results in zip(steps, (wanted, found), strict=True):
+                decode.ids.fill_(17 + number)
+                decode()
+                results.append((decode.ids.clone(), decode.x.clone(), decode.logits.clone()))
+        torch.cuda.synchronize()
+
+        def verify(wanted=wanted, found=found) -> None:
+            for one, other in zip(wanted, found, strict=True):
+                assert not one[1].isnan().any(), "NaNs"
+                assert same_bits(one, other), "other bits with overlap"
+
+        verify()
+        yield dataclasses.replace(
+            embed_case(1, 10, 64, section.generator(1), int8=False), check=verify
+        )
+
+
+# Whole steps.
+
+
+def model(name: str) -> dict[str, int]:
+    """The numbers of a shape that kernels need."""
+    config = shape(name)
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "width": config["hidden_size"],
+        "feed_forward": config["intermediate_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config["num_key_value_heads"],
+        "head_dim": head_dim,
+        "vocab": config["vocab_size"],
+    }
+
+
+def products_of(name: str) -> dict[str, tuple[int, int, Epilogue, bool]]:
+    """Role: N, K, epilogue, with a norm or a residual."""
+    m = model(name)
+    q, kv = m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]
+    return {
+        "qkv": (q + 2 * kv, m["width"], "plain", True),
+        "o": (m["width"], q, "plain", False),
+        "gate_up": (2 * m["feed_forward"], m["width"], "swiglu", True),
+        "down": (m["width"], m["feed_forward"], "plain", False),
+        "head": (m["vocab"], m["width"], "logits", True),
+    }
+
+
+def make_format(kind: str, n: int, k: int, epilogue: Epilogue) -> Format:
+    base, group_size, symmetric = KINDS[kind]
+    return Format(
+        kind=base, group_size=group_size, symmetric=symmetric, n=n, k=k,
+        paired=epilogue == "swiglu",
+    )  # fmt: skip
+
+
+def random_packed(form: Format) -> tuple[Tensor, Tensor | None]:
+    """Bytes of a weight of about the size that keeps activations as they are; and scales."""
+    std = form.k**-0.5
+    if form.kind == "bf16":
+        values = torch.empty(form.nbytes // 2, dtype=torch.bfloat16, device=CUDA).normal_(0, std)
+        return values.view(torch.uint8), None
+    words = torch.empty(form.nbytes // 8, dtype=torch.int64, device=CUDA).random_()
+    packed = words.view(torch.uint8)
+    if form.kind == "int4":
+        scales = packed.view(-1, form.unit_bytes)[:, FRAGMENT_BYTES:].view(torch.bfloat16)
+        scales.fill_(std / 4.6)
+        if not form.symmetric:
+            scales.view(len(scales), -1, 2, 16)[:, :, 1] = 0
+        return packed, None
+    spread = 74.0 if form.kind == "int8" else 0.5
+    if form.kind == "fp8":
+        packed &= 0b10111111  # below 2, and no NaNs
+    return packed, torch.full((form.n,), std / spread, device=CUDA)
+
+
+class Tunings:
+    """What the sweep chose, or the defaults."""
+
+    def __init__(self, out: Path) -> None:
+        path = out / "sweep.json"
+        self.rows = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def of(self, name: str, kind: str, role: str) -> Tuning:
+        """The one of this product; else of the same product of another model."""
+        fitting = [r for r in self.rows if (r["kind"], r["role"]) == (kind, role)]
+        exact = [r for r in fitting if r["model"] == name]
+        for row in (*exact, *fitting):
+            return Tuning(**row["best"])
+        return Tuning()
+
+
+class DecodeStep:
+    """A decode step of a model with random weights: embed, layers, head, argmax; one CUDA graph."""
+
+    def __init__(
+        self,
+        section: Section,
+        name: str,
+        kind: str,
+        rows: int,
+        *,
+        n_layers: int | None = None,
+        context: int = 200,
+        tunings: Tunings | None = None,
+        splits: int = 2,
+        dependent: bool = True,
+        parts: tuple[str, ...] = ("products", "attention", "ends"),
+    ) -> None:
+        self.section, self.rows, self.dependent, self.parts = section, rows, dependent, parts
+        m = model(name)
+        self.n_layers = n_layers or m["n_layers"]
+        self.products = products_of(name)
+        n_sms = section.device.n_sms
+        self.plans = {
+            role: LinearPlan(
+                form=make_format(kind, n, k, epilogue),
+                rows=rows,
+                epilogue=epilogue,
+                norm=norm,
+                tuning=tunings.of(name, kind, role) if tunings else Tuning(),
+                n_sms=n_sms,
+            )
+            for role, (n, k, epilogue, norm) in self.products.items()
+        }
+        self.attention = AttentionPlan(
+            batch=1, tokens=rows, n_heads=m["n_heads"], n_kv_heads=m["n_kv_heads"],
+            head_dim=m["head_dim"], n_positions=512, splits=splits,
+        )  # fmt: skip
+        width, vocab = m["width"], m["vocab"]
+        self.table = torch.empty(vocab, width, dtype=torch.bfloat16, device=CUDA).normal_()
+        self.weights = [
+            {role: random_packed(self.plans[role].form) for role in self.plans if role != "head"}
+            for _ in range(self.n_layers)
+        ]
+        self.head = random_packed(self.plans["head"].form)
+        cache = (1, m["n_kv_heads"], 512, m["head_dim"])
+        self.caches = [
+            [torch.randn(cache, device=CUDA).bfloat16() for _ in range(2)]
+            for _ in range(self.n_layers)
+        ]
+        self.ids = torch.full((rows,), 5, device=CUDA)
+        self.positions = torch.tensor([context], device=CUDA)
+        self.launches: list[Launch] = []
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.x = self.row_buffer(width)
+        self.logits = torch.empty(rows, vocab, device=CUDA)
+
+    def row_buffer(self, width: int) -> Tensor:
+        return torch.empty(self.rows, width, dtype=torch.bfloat16, device=CUDA)
+
+    def share_weights(self, other: DecodeStep) -> None:
+        self.table, self.weights, self.head = other.table, other.weights, other.head
+        self.caches = [[t.clone() for t in pair] for pair in other.caches]
+
+    @property
+    def nbytes(self) -> int:
+        """Weights that a step reads, with their scales."""
+        layer = sum(self.plan_bytes(role) for role in self.plans if role != "head")
+        return self.n_layers * layer + (self.plan_bytes("head") if "ends" in self.parts else 0)
+
+    def plan_bytes(self, role: str) -> int:
+        form = self.plans[role].form
+        return form.nbytes + (4 * form.n if form.kind in ("fp8", "int8") else 0)
+
+    def prepare(self) -> None:
+        """Launches everything once, and captures it."""
+        device, dependent = self.section.device, self.dependent
+        plans, attention = self.plans, self.attention
+        self.section.compile([*(plan.kernel for plan in plans.values()), attention.kernel])
+        width, rows = self.x.shape[1], self.rows
+        ones = torch.ones(width, dtype=torch.bfloat16, device=CUDA)
+        qkv = self.row_buffer(plans["qkv"].width)
+        attended, hidden = self.row_buffer(plans["o"].form.k), self.row_buffer(plans["down"].form.k)
+        attended.normal_()
+        best = (
+            torch.empty(rows, plans["head"].blocks, device=CUDA),
+            torch.empty(rows, plans["head"].blocks, dtype=torch.int32, device=CUDA),
+        )
+        n_partial = max(attention.n_partial, *(plan.n_partial for plan in plans.values()))
+        n_counters = max(attention.n_counters, *(plan.n_counters for plan in plans.values()))
+        work = {
+            "partial": torch.empty(n_partial, device=CUDA),
+            "counters": torch.zeros(n_counters, dtype=torch.int32, device=CUDA),
+        }
+        norm = {"norm_weight_K": ones, "eps": 1e-5}
+        angles = torch.arange(512 * attention.head_dim, device=CUDA).view(512, -1) / 1000.0
+        turns = (angles.cos(), angles.sin())
+        x = self.x
+        calls = []
+        if "ends" in self.parts:
+            calls.append(step.embed(self.ids, self.table, None, x))
+        else:
+            x.normal_()
+        for weights, (keys, values) in zip(self.weights, self.caches, strict=True):
+            calls.append(plans["qkv"].call(x, qkv, *weights["qkv"], **norm))
+            if "attention" in self.parts:
+                calls.append(
+                    attention.call(qkv, attended, keys, values, self.positions, *turns, **work)
+                )
+            calls.append(plans["o"].call(attended, x, *weights["o"], residual=x, **work))
+            calls.append(plans["gate_up"].call(x, hidden, *weights["gate_up"], **norm))
+            calls.append(plans["down"].call(hidden, x, *weights["down"], residual=x, **work))
+        if "ends" in self.parts:
+            calls.append(plans["head"].call(x, self.logits, *self.head, best=best, **norm))
+            calls.append(step.argmax(best, self.ids))
+        # Kept, since they keep alive what the graph reads and writes.
+        self.launches = [device.prepare(call, dependent=dependent) for call in calls]
+        self.graph = capture(self.launches)
+
+    def __call__(self) -> None:
+        assert self.graph is not None, "not prepared"
+        self.graph.replay()
+
+
+def stack_section(section: Section) -> None:
+    bandwidth = section.bandwidth()
+    tunings = Tunings(section.out)
+    runs: list[tuple[str, str, int, dict[str, Any]]] = [
+        ("llama-2-13b", "int4-g128", 1, {"parts": ("products",)}),
+        ("llama-2-13b", "int4-g128", 1, {"parts": ("products", "attention")}),
+        ("llama-2-13b", "int4-g128", 1, {}),
+        ("llama-2-13b", "int4-g128", 1, {"tunings": None}),
+        ("llama-2-13b", "int4-g128", 1, {"dependent": False}),
+        ("llama-2-13b", "int4-g128", 8, {}),
+        ("llama-3.1-8b", "int4-g128", 1, {}),
+        ("llama-2-13b", "int8", 1, {}),
+        ("llama-2-13b", "int8", 8, {}),
+        ("llama-2-70b", "int4-g128", 1, {}),
+        ("llama-3.1-8b", "int8", 1, {}),
+        ("llama-2-13b", "fp8", 1, {}),
+        ("llama-2-13b", "bf16", 1, {}),
+        ("llama-3.1-8b", "bf16", 1, {}),
+        ("llama-2-13b", "int4-g128", 4, {}),
+        ("llama-2-13b", "int4-g128", 16, {}),
+        ("llama-2-13b", "int4-g32-asym", 1, {}),
+        ("llama-2-70b", "int8", 1, {}),
+    ]
+    for name, kind, rows, settings in runs:
+        if section.time_is_up:
+            break
+        try:
+            decode = DecodeStep(section, name, kind, rows, **{"tunings": tunings, **settings})
+            decode.prepare()
+            seconds = graph_seconds(decode.graph)
+            nbytes = decode.nbytes
+        except Exception as error:
+            section.failures.append(
+                f"{name} {kind} M={rows}: {type(error).__name__}: {error}"[:600]
+            )
+            continue
+        finally:
+            decode = None
+            torch.cuda.empty_cache()
+        note = " ".join(f"{k}={v}" for k, v in settings.items())
+        section.add(
+            f"{name:13} {kind:14} M={rows:<2} {seconds * 1e3:7.3f} ms {1 / seconds:6.1f} steps/s "
+            f"{nbytes / seconds / 1e9:5.0f} GB/s {nbytes / seconds / bandwidth:5.1%}  {note}",
+            model=name,
+            kind=kind,
+            rows=rows,
+            settings=note,
+            seconds=seconds,
+            nbytes=nbytes,
+            share=nbytes / seconds / bandwidth,
+        )
+
+
+# One kernel at a time.
+
+
+def capture(launches: list[Launch]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for launch in launches:
+            launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    return graph
+
+
+def graph_seconds(graph: torch.cuda.CUDAGraph, *, min_seconds: float = 0.03) -> float:
+    """Seconds of a replay: the median of five measurements."""
+
+    def timed(n: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(n):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / n
+
+    n = max(2, round(min_seconds / timed(2)))
+    return statistics.median(timed(n) for _ in range(5))
+
+
+class Product:
+    """One product over as many weights as do not fit the caches, timed under any tuning."""
+
+    def __init__(self, section: Section, name: str, kind: str, role: str) -> None:
+        self.section, self.key = section, (name, kind, role)
+        n, k, self.epilogue, self.norm = products_of(name)[role]
+        self.form = make_format(kind, n, k, self.epilogue)
+        self.n_weights = max(6, -(-BEYOND_CACHES // self.form.nbytes))
+        self.weights = [random_packed(self.form) for _ in range(self.n_weights)]
+        self.has_residual = role in ("o", "down")
+
+    def plan(self, tuning: Tuning, rows: int = 1) -> LinearPlan:
+        return LinearPlan(
+            form=self.form, rows=rows, epilogue=self.epilogue, norm=self.norm, tuning=tuning,
+            n_sms=self.section.device.n_sms,
+        )  # fmt: skip
+
+    def seconds(self, tuning: Tuning, rows: int = 1, *, dependent: bool = True) -> float:
+        plan, device = self.plan(tuning, rows), self.section.device
+        x = torch.randn(rows, self.form.k, device=CUDA).bfloat16()
+        dtype = torch.float32 if self.epilogue == "logits" else torch.bfloat16
+        y = torch.zeros(rows, plan.width, dtype=dtype, device=CUDA)
+        settings: dict[str, Any] = {
+            "partial": torch.empty(plan.n_partial, device=CUDA),
+            "counters": torch.zeros(plan.n_counters, dtype=torch.int32, device=CUDA),
+        }
+        if self.norm:
+            ones = torch.ones(self.form.k, dtype=torch.bfloat16, device=CUDA)
+            settings |= {"norm_weight_K": ones, "eps": 1e-5}
+        if self.has_residual:
+            settings["residual"] = torch.zeros_like(y)
+        launches = [
+            device.prepare(plan.call(x, y, *weight, **settings), dependent=dependent)
+            for weight in self.weights
+        ]
+        return graph_seconds(capture(launches), min_seconds=0.006) / self.n_weights
+
+
+CHOICES: list[dict[str, list[Any]]] = [
+    {"warps": [4, 8, 11, 15, 16]},
+    {"split": [1, 2, 3, 4]},
+    {"units_per_stage": [1, 2, 4]},
+    {"ring_bytes": [40 << 10, 64 << 10, 96 << 10, 108 << 10, 200 << 10]},
+    {"staged_bytes": [0, 64 << 10]},
+    {"tiles": [1, 2]},
+    {"resident": [1, 2, 3]},
+    {"blocks_per_sm": [1, 2]},
+    {"warps": [4, 6, 8, 11, 15, 16]},
+]
+
+
+def sweep_section(section: Section) -> None:
+    bandwidth = section.bandwidth()
+    models = [
+        ("llama-2-13b", "int4-g128"),
+        ("llama-3.1-8b", "int4-g128"),
+        ("llama-2-13b", "int8"),
+        ("llama-2-13b", "bf16"),
+        ("llama-2-70b", "int4-g128"),
+    ]
+    for name, kind in models:
+        for role in products_of(name):
+            if section.time_is_up:
+                return
+            product = Product(section, name, kind, role)
+            best, seconds, tried = descend(section, product)
+            nbytes = product.form.nbytes
+            changed = {
+                k: v for k, v in best.items() if v != dataclasses.asdict(Tuning())[k]
+            }  # beside the defaults
+            section.add(
+                f"{name:13} {kind:10} {role:8} {tried[0]['us']:7.2f} -> {seconds * 1e6:7.2f} us "
+                f"{nbytes / seconds / 1e9:5.0f} GB/s {nbytes / seconds / bandwidth:5.1%} {changed}",
+                model=name,
+                kind=kind,
+                role=role,
+                best=best,
+                us=seconds * 1e6,
+                nbytes=nbytes,
+                share=nbytes / seconds / bandwidth,
+                tried=tried,
+            )
+            del product
+            torch.cuda.empty_cache()
+
+
+def descend(section: Section, product: Product) -> tuple[dict[str, Any], float, list[Any]]:
+    """Tries the values of one choice after the other, and keeps the best of each."""
+    best = dataclasses.asdict(Tuning())
+    tried: list[dict[str, Any]] = []
+    seen: dict[tuple[Any, ...], float] = {}
+
+    def fits(settings: dict[str, Any]) -> bool:
+        if product.norm and settings["split"] > 1:
+            return False
+        plan = product.plan(Tuning(**settings))
+        threads = settings["resident"] * plan.kernel.threads
+        return plan.shared_bytes <= section.device.shared_bytes and threads <= 2048
+
+    def timed(settings: dict[str, Any]) -> float:
+        key = tuple(settings.values())
+        if key not in seen:
+            seen[key] = product.seconds(Tuning(**settings))
+            tried.append({**settings, "us": seen[key] * 1e6})
+        return seen[key]
+
+    fastest = timed(best)
+    for choice in CHOICES:
+        ((name, values),) = choice.items()
+        options = [o for v in values if fits(o := {**best, name: v})]
+        section.compile(product.plan(Tuning(**o)).kernel for o in options)
+        for option in options:
+            if section.time_is_up:
+                break
+            seconds = timed(option)
+            if seconds < 0.995 * fastest:  # less is noise
+                best, fastest = option, seconds
+    return best, fastest, tried
+
+
+def linear_section(section: Section) -> None:
+    bandwidth = section.bandwidth()
+    tunings = Tunings(section.out)
+    for name, kind in (
+        ("llama-2-13b", "int4-g128"), ("llama-3.1-8b", "int4-g128"), ("llama-2-13b", "int8"),
+        ("llama-2-70b", "int4-g128"), ("llama-2-13b", "fp8"), ("llama-2-13b", "bf16"),
+        ("llama-3.1-8b", "int8"), ("llama-2-13b", "int4-g64"), ("llama-2-13b", "int4-g32-asym"),
+        ("llama-2-70b", "int8"), ("llama-3.1-8b", "bf16"),
+    ):  # fmt: skip
+        for role in products_of(name):
+            if section.time_is_up:
+                return
+            product = Product(section, name, kind, role)
+            tuning = tunings.of(name, kind, role)
+            us = {rows: product.seconds(tuning, rows) * 1e6 for rows in (1, 8, 16)}
+            alone = product.seconds(tuning, dependent=False) * 1e6
+            nbytes = product.form.nbytes
+            section.add(
+                f"{name:13} {kind:14} {role:8} M=1 {us[1]:7.2f} us "
+                f"{nbytes / us[1] / 1e3:5.0f} GB/s {nbytes / us[1] * 1e6 / bandwidth:5.1%}  "
+                f"M=8 {us[8]:7.2f}  M=16 {us[16]:7.2f}  without PDL {alone:7.2f}",
+                model=name,
+                kind=kind,
+                role=role,
+                us=us,
+                us_without_pdl=alone,
+                nbytes=nbytes,
+                share=nbytes / us[1] * 1e6 / bandwidth,
+            )
+            del product
+            torch.cuda.empty_cache()
+
+
+def attention_section(section: Section) -> None:
+    bandwidth = section.bandwidth()
+    for name in ("llama-2-13b", "llama-3.1-8b"):
+        m = model(name)
+        for context in (200, 4096, 32768):
+            for splits, warps in (
+                (1, 4),
+                (2, 4),
+                (3, 4),
+                (2, 8),
+                (8, 4),
+                (16, 4),
+                (16, 8),
+                (33, 8),
+            ):
+                if section.time_is_up:
+                    return
+                if context <= 512 < 100 * splits or (context > 4096 and splits < 8):
+                    continue
+                seconds, nbytes = attention_seconds(section, m, context, splits, warps)
+                section.add(
+                    f"{name:13} at {context:6}: {splits:2} splits, {warps} warps: "
+                    f"{seconds * 1e6:7.2f} us {nbytes / seconds / 1e9:5.0f} GB/s "
+                    f"{nbytes / seconds / bandwidth:5.1%}",
+                    model=name,
+                    context=context,
+                    splits=splits,
+                    warps=warps,
+                    us=seconds * 1e6,
+                    nbytes=nbytes,
+                )
+
+
+def attention_seconds(
+    section: Section, m: dict[str, int], context: int, splits: int, warps: int
+) -> tuple[float, int]:
+    """Seconds and bytes of cache of one launch, among as many caches as do not fit the caches."""
+    H, J, E, C = m["n_heads"], m["n_kv_heads"], m["head_dim"], context + 16
+    plan = AttentionPlan(
+        batch=1, tokens=1, n_heads=H, n_kv_heads=J, head_dim=E, n_positions=C, splits=splits,
+        warps=warps,
+    )  # fmt: skip
+    nbytes = 4 * J * context * E
+    n = max(6, min(40, -(-BEYOND_CACHES // nbytes)))
+    qkv = torch.randn(1, (H + 2 * J) * E, device=CUDA).bfloat16()
+    out = torch.empty(1, H * E, dtype=torch.bfloat16, device=CUDA)
+    turns = (torch.ones(C, E, device=CUDA), torch.zeros(C, E, device=CUDA))
+    positions = torch.tensor([context], device=CUDA)
+    work = {
+        "partial": torch.empty(plan.n_partial, device=CUDA),
+        "counters": torch.zeros(plan.n_counters, dtype=torch.int32, device=CUDA),
+    }
+    launches = []
+    for _ in range(n):
+        caches = [torch.zeros(1, J, C, E, dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
+        call = plan.call(qkv, out, *caches, positions, *turns, **work)
+        launches.append(section.device.prepare(call))
+    seconds = graph_seconds(capture(launches), min_seconds=0.01) / n
+    return seconds, nbytes
+
+
+if __name__ == "__main__":
+    main()

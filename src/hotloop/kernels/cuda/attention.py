@@ -1,0 +1,183 @@
+"""How ``attention.cu`` is launched.
+
+Shape letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache
+positions, E head dimension.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.cuda.compile import Kernel
+from hotloop.kernels.cuda.launch import Arguments, Call
+
+HEAD_DIMS = (64, 96, 128, 256)
+MAX_TOKENS = 16
+
+
+class AttentionArguments(Arguments):
+    """``AttentionArgs`` of ``attention.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "q_norm", "k_norm")),
+        *((name, ctypes.c_void_p) for name in ("positions", "keys", "values", "out")),
+        *((name, ctypes.c_void_p) for name in ("partial", "counters")),
+        *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads", "capacity")),
+        *((name, ctypes.c_int) for name in ("window", "splits")),
+        ("scale", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlan:
+    """Attention for given shapes.
+
+    Attributes:
+        batch: B.
+        tokens: T, up to 16.
+        n_heads: H.
+        n_kv_heads: J.
+        head_dim: E: 64, 96, 128 or 256.
+        n_positions: C.
+        window: Positions that a token sees, itself included, or None for all.
+        splits: Blocks that share a history. With ``warps``, decides the order of sums.
+        warps: Warps of a block.
+    """
+
+    batch: int
+    tokens: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_positions: int
+    window: int | None = None
+    splits: int = 1
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.tokens <= MAX_TOKENS, f"{self.tokens} tokens"
+        assert self.head_dim in HEAD_DIMS, f"heads of {self.head_dim}"
+        assert self.n_heads % self.n_kv_heads == 0, "query heads share key/value heads evenly"
+        assert self.window is None or self.window >= 1, f"a window of {self.window}"
+
+    @property
+    def columns(self) -> int:
+        """Groups of eight rows of a block; two do not fit the registers with the widest heads."""
+        rows = self.tokens * self.n_heads // self.n_kv_heads
+        return 1 if rows <= 8 or self.head_dim > 128 else 2
+
+    @property
+    def groups(self) -> int:
+        """Groups of blocks that share a history and nothing else."""
+        rows = self.tokens * self.n_heads // self.n_kv_heads
+        return self.batch * self.n_kv_heads * -(-rows // (8 * self.columns))
+
+    @property
+    def n_partial(self) -> int:
+        """Float32 values of workspace that ``partial`` must have."""
+        share = 8 * self.columns * (self.head_dim + 2)
+        return 0 if self.splits == 1 else self.groups * self.splits * share
+
+    @property
+    def n_counters(self) -> int:
+        """Zeros that ``counters`` must have."""
+        return 0 if self.splits == 1 else self.groups
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block, laid out as in ``Attention``'s constructor."""
+        rows = 8 * self.columns
+        new = 2 * (rows + 2 * self.tokens) * self.head_dim
+        found = 4 * self.warps * rows * (self.head_dim + 2) + 16
+        return max(new, found)
+
+    @property
+    def kernel(self) -> Kernel:
+        """The instance of ``attention.cu``."""
+        return Kernel(
+            name=f"attention_e{self.head_dim}_w{self.warps}c{self.columns}",
+            file="attention.cu",
+            function=f"attention<{self.head_dim}, {self.warps}, {self.columns}>",
+            args="AttentionArgs",
+            threads=32 * self.warps,
+        )
+
+    def call(
+        self,
+        qkv: Tensor,
+        out: Tensor,
+        keys_BJCE: Tensor,
+        values_BJCE: Tensor,
+        positions_B: Tensor,
+        cos_CE: Tensor,
+        sin_CE: Tensor,
+        *,
+        q_norm_E: Tensor | None = None,
+        k_norm_E: Tensor | None = None,
+        eps: float = 0.0,
+        partial: Tensor | None = None,
+        counters: Tensor | None = None,
+    ) -> Call:
+        """The launch that writes new keys and values, and ``out``; see ``reference``.
+
+        Args:
+            qkv: bfloat16 [B * T, (H + 2J) * E].
+            out: bfloat16 [B * T, H * E].
+            keys_BJCE: bfloat16; the slots of these sequences.
+            values_BJCE: Like ``keys_BJCE``.
+            positions_B: int64, of the first new token of each sequence.
+            cos_CE: float32.
+            sin_CE: float32.
+            q_norm_E: bfloat16, where query heads are normalized.
+            k_norm_E: bfloat16, where key heads are.
+            eps: Of those norms.
+            partial: float32 workspace of ``n_partial``, where histories are split.
+            counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
+        """
+        rows, width = self.batch * self.tokens, self.n_heads + 2 * self.n_kv_heads
+        cache = (self.batch, self.n_kv_heads, self.n_positions, self.head_dim)
+        assert qkv.shape == (rows, width * self.head_dim), f"qkv is {tuple(qkv.shape)}"
+        assert out.shape == (rows, self.n_heads * self.head_dim), f"out is {tuple(out.shape)}"
+        assert keys_BJCE.shape == values_BJCE.shape == cache, f"keys are {tuple(keys_BJCE.shape)}"
+        assert positions_B.shape == (self.batch,), f"positions are {tuple(positions_B.shape)}"
+        assert positions_B.dtype == torch.int64, f"positions are {positions_B.dtype}"
+        assert cos_CE.shape[0] >= self.n_positions, "a rotation for each position"
+        assert self.n_partial <= (0 if partial is None else partial.numel()), "too small"
+        assert self.n_counters <= (0 if counters is None else counters.numel()), "too small"
+        for tensor in (qkv, out, keys_BJCE, values_BJCE):
+            assert tensor.dtype == torch.bfloat16, f"{tensor.dtype}"
+            assert tensor.data_ptr() % 16 == 0, "tensors are read 16 bytes at a time"
+        args, tensors = AttentionArguments.of(
+            qkv=qkv,
+            cos=cos_CE,
+            sin=sin_CE,
+            q_norm=q_norm_E,
+            k_norm=k_norm_E,
+            positions=positions_B,
+            keys=keys_BJCE,
+            values=values_BJCE,
+            out=out,
+            partial=partial,
+            counters=counters,
+            tokens=self.tokens,
+            heads=self.n_heads,
+            kv_heads=self.n_kv_heads,
+            capacity=self.n_positions,
+            window=self.window or 0,
+            splits=self.splits,
+            scale=self.head_dim**-0.5 * math.log2(math.e),
+            eps=eps,
+        )
+        return Call(
+            kernel=self.kernel,
+            grid=(self.splits, self.groups // self.batch, self.batch),
+            shared_bytes=self.shared_bytes,
+            args=args,
+            tensors=tensors,
+        )

@@ -1,0 +1,191 @@
+"""CUDA C++ to machine code, by NVRTC: no compiler and no CUDA header on the user's machine.
+
+A kernel is a device function of one of the ``.cu`` files with its template arguments chosen. It is
+compiled by itself, so that what is not used costs nothing, and kept in the user's cache directory
+by everything that it depends on. A cached file carries its checksum: a damaged one is made again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hotloop.cache import cache_dir
+from hotloop.errors import HotloopError
+
+SOURCES = Path(__file__).parent
+HEADER = "device.cuh"
+OPTIONS = (
+    "--std=c++17",
+    # Whether a product and a sum are fused is written down in the source, not left to the
+    # compiler: kernels for different numbers of rows must compute the same bits.
+    "--fmad=false",
+)
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
+"""Those that every kernel is known to compile for; later ones run the code of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One kernel: a device function with chosen template arguments.
+
+    Attributes:
+        name: Of the entry point, as profilers show it.
+        file: Where the device function is.
+        function: The function, with its template arguments.
+        args: The struct it takes.
+        threads: Of a block.
+        blocks_per_sm: That should fit a multiprocessor: limits the registers of a thread.
+    """
+
+    name: str
+    file: str
+    function: str
+    args: str
+    threads: int
+    blocks_per_sm: int = 1
+
+    def source(self) -> str:
+        """A translation unit with the entry point."""
+        return (
+            f'#include "{self.file}"\n'
+            f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.blocks_per_sm})\n'
+            f"{self.name}(const __grid_constant__ {self.args} args) {{ {self.function}(args); }}\n"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """Machine code.
+
+    Attributes:
+        cubin: For one architecture.
+        seconds: Spent in the compiler; 0 if it came from the cache.
+        note: Why it could not be kept, or None.
+    """
+
+    cubin: bytes
+    seconds: float
+    note: str | None = None
+
+
+class CompileError(HotloopError):
+    """NVRTC refused a kernel; the message holds its log."""
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why kernels cannot be compiled here, or None if they can."""
+    if (
+        importlib.util.find_spec("cuda") is None
+        or importlib.util.find_spec("cuda.bindings") is None
+    ):
+        return "cuda-bindings is not installed (pip install 'hotloop[cuda]')"
+    try:
+        _nvrtc_version()
+    except (RuntimeError, OSError, HotloopError) as error:
+        return f"NVRTC cannot be loaded (pip install 'hotloop[cuda]'): {error}"
+    return None
+
+
+def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
+    """Machine code of a kernel, from the cache if it is there.
+
+    Args:
+        kernel: What to compile.
+        architecture: Such as ``sm_90``.
+
+    Raises:
+        CompileError: NVRTC refused it.
+    """
+    files = {name: (SOURCES / name).read_text() for name in (HEADER, kernel.file)}
+    options = (*OPTIONS, f"--gpu-architecture={architecture}")
+    identity = (*files.values(), kernel.source(), *options, _nvrtc_version())
+    key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    path = cache_dir() / "kernels" / f"{kernel.name}-{architecture}-{key}.cubin"
+    if (cubin := _read(path)) is not None:
+        return Compiled(cubin=cubin, seconds=0.0)
+    started = time.perf_counter()
+    cubin = _compile(kernel, files, options)
+    seconds = time.perf_counter() - started
+    return Compiled(cubin=cubin, seconds=seconds, note=_write(path, cubin))
+
+
+def _read(path: Path) -> bytes | None:
+    """What a cached file holds; None if it is not there, or not whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, cubin = content[:32], content[32:]
+    return cubin if hashlib.sha256(cubin).digest() == checksum else None
+
+
+def _write(path: Path, cubin: bytes) -> str | None:
+    """Keeps machine code; the reason if that is not possible, which costs time and nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(cubin).digest() + cubin)
+            Path(scratch).replace(path)  # atomic: another process sees all of it or none
+        except OSError:
+            Path(scratch).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        return f"compiled kernels are not kept: {error}"
+    return None
+
+
+def _compile(kernel: Kernel, files: dict[str, str], options: tuple[str, ...]) -> bytes:
+    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            kernel.source().encode(),
+            f"{kernel.name}.cu".encode(),
+            len(files),
+            [text.encode() for text in files.values()],
+            [name.encode() for name in files],
+        )
+    )
+    try:
+        flags = [option.encode() for option in options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise CompileError(
+                f"NVRTC could not compile {kernel.name} with {' '.join(options)}: "
+                f"{log.decode(errors='replace').strip()[:2000]}"
+            )
+        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return cubin
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+@functools.cache
+def _nvrtc_version() -> str:
+    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+
+    major, minor = _checked(nvrtc.nvrtcVersion())
+    return f"{major}.{minor}"
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """What an NVRTC call returned besides its status."""
+    status, *values = result
+    if status.value != 0:
+        raise CompileError(f"NVRTC failed: {status.name}.")
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,257 @@
+// The instructions that the kernels are made of, one small function each.
+//
+// Only here is PTX written. The kernels above need no CUDA header, so nothing but NVRTC itself is
+// needed to compile them; and a test can put a file of the same name in this one's place whose
+// functions do the same on a CPU, and so run the very source of the kernels without a GPU.
+//
+// bfloat16 travels as bits: one in a bf16 (uint16_t), two in a uint32_t, the first in the low half.
+
+#pragma once
+
+#ifdef __CUDACC_RTC__
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef long long int64_t;
+#else  // by hand, with nvcc
+#include <stdint.h>
+#endif
+typedef uint16_t bf16;
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+
+// Conversions.
+
+__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float widen(bf16 value) { return low(value); }
+
+__device__ __forceinline__ bf16 narrow(float value) {
+  bf16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t narrow(float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
+// a * b + c of both halves, each rounded once.
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+// (value & mask) | bits, in one instruction.
+__device__ __forceinline__ uint32_t mask_or(uint32_t value, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(value), "r"(mask), "r"(bits));
+  return result;
+}
+
+// The low halves of two words, or the high ones, as one word.
+__device__ __forceinline__ uint32_t low_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x5410);
+}
+__device__ __forceinline__ uint32_t high_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632);
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Products: c[16 x 8] += a[16 x 16] * b[16 x 8], spread over a warp. With g = lane / 4 and
+// t = lane % 4, a lane holds of a: rows g and g + 8 at columns 2t, 2t + 1 (a[0], a[1]) and
+// 2t + 8, 2t + 9 (a[2], a[3]); of b: rows 2t, 2t + 1 (b0) and 2t + 8, 2t + 9 (b1) of column g;
+// of c: columns 2t, 2t + 1 of row g (c[0], c[1]) and of row g + 8 (c[2], c[3]).
+__device__ __forceinline__ void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Transposes an 8 x 8 matrix of which each lane holds row g, columns 2t and 2t + 1.
+__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+// Warps.
+
+__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+__device__ __forceinline__ int shuffle_xor(int value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+__device__ __forceinline__ uint32_t broadcast(uint32_t value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+
+// Shared memory.
+
+__device__ __forceinline__ uint8_t* shared_memory() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<uint8_t*>(memory);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Barriers in shared memory, and copies into it that arrive at one when they are complete.
+//
+// Hopper copies in bulk: one lane names the bytes, the barrier counts them. Before it, each lane
+// copies its share in pieces of 16 bytes, and arrives when those are there.
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(
+                   shared_address(barrier))
+               : "memory");
+}
+
+// Waits until the phase of the given parity is complete; of a new barrier, parity 1 is.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  const uint32_t address = shared_address(barrier);
+  uint32_t done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2;"
+        " selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+#else
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
+        " selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+#endif
+  } while (!done);
+}
+
+#if __CUDA_ARCH__ >= 900
+
+constexpr int kCopyArrivals = 1;  // at a barrier, per call of copy_begin
+
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void barriers_are_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Announces copies of ``bytes`` in all.
+__device__ __forceinline__ void copy_begin(uint64_t* barrier, int bytes, int lane) {
+  if (lane == 0)
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
+                     shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// Copies ``bytes``, a multiple of 16, to aligned shared memory.
+__device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint64_t* barrier,
+                                     uint64_t policy, int lane) {
+  if (lane == 0)
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_end(uint64_t*, int) {}
+
+#else
+
+constexpr int kCopyArrivals = 32;
+
+__device__ __forceinline__ uint64_t read_once_policy() { return 0; }
+__device__ __forceinline__ void barriers_are_ready() {}
+__device__ __forceinline__ void copy_begin(uint64_t*, int, int) {}
+
+__device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint64_t*, uint64_t,
+                                     int lane) {
+  for (int i = 16 * lane; i < bytes; i += 512)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to) + i),
+                 "l"(static_cast<const uint8_t*>(from) + i)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_end(uint64_t* barrier, int) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+#endif
+
+// Programmatic dependent launch. A kernel may start before its predecessor has ended; until it has
+// waited, it may touch nothing that any kernel of the step writes.
+
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Blocks among each other: the last of ``n`` that call this with one counter is told so, and sees
+// what the others wrote before; the counter is zero again for the next use. Called by whole warps.
+__device__ __forceinline__ bool is_last_warp(uint32_t* counter, uint32_t n, int lane) {
+  __threadfence();
+  __syncwarp();
+  uint32_t before = 0;
+  if (lane == 0) {
+    before = atomicAdd(counter, 1u);
+    if (before == n - 1) *counter = 0;
+  }
+  before = broadcast(before, 0);
+  __threadfence();
+  return before == n - 1;
+}
+
+// The same for whole blocks; ``flag`` is shared.
+__device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag,
+                                              int thread) {
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    *flag = atomicAdd(counter, 1u);
+    if (*flag == n - 1) *counter = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return *flag == n - 1;
+}
+
+// Reads what other blocks wrote during this kernel.
+__device__ __forceinline__ float4 load_from_others(const float4* p) { return __ldcg(p); }
+__device__ __forceinline__ float load_from_others(const float* p) { return __ldcg(p); }

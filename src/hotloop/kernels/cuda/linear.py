@@ -1,0 +1,254 @@
+"""How ``linear.cu`` is launched: for which weight, with how many rows, and which epilogue.
+
+``Tuning`` is what can be chosen for speed. Some of it decides the order of sums, and with it the
+bits of a result: it belongs to a weight, whatever the number of rows.
+
+Shape letters: M rows, N output features, K input features, G groups along K.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.cuda.compile import Kernel
+from hotloop.kernels.cuda.launch import Arguments, Call
+from hotloop.kernels.cuda.packing import BLOCK, Format
+
+Epilogue = Literal["plain", "swiglu", "logits"]
+_EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logits": "kLogits"}
+
+MAX_ROWS = 64
+_BUFFERS = 2  # kBuffers of linear.cu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What a launch can choose for speed.
+
+    Attributes:
+        warps: Warps of a block that share K. Decides the order of sums.
+        split: Blocks that share K. Decides the order of sums.
+        tiles: Tiles that a warp computes together.
+        units_per_stage: Units of one copy.
+        ring_bytes: Shared memory for weights on their way, of a block.
+        blocks_per_sm: Blocks of this kernel on a multiprocessor.
+        resident: Blocks, of this kernel or its neighbours, that should fit a multiprocessor's
+            registers.
+        staged_bytes: Up to how many bytes of x a block keeps in shared memory.
+    """
+
+    warps: int = 8
+    split: int = 1
+    tiles: int = 1
+    units_per_stage: int = 2
+    ring_bytes: int = 96 * 1024
+    blocks_per_sm: int = 1
+    resident: int = 2
+    staged_bytes: int = 64 * 1024
+
+
+class LinearArguments(Arguments):
+    """``LinearArgs`` of ``linear.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "norm_weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("residual", "y", "best_value", "best_index")),
+        *((name, ctypes.c_void_p) for name in ("partial", "counters")),
+        *((name, ctypes.c_int) for name in ("rows", "n", "k", "tiles", "units")),
+        *((name, ctypes.c_int) for name in ("split", "stages", "units_per_stage")),
+        ("eps", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPlan:
+    """A product for one weight format, number of rows and epilogue, on one kind of device.
+
+    Attributes:
+        form: The weight's format.
+        rows: M, up to 64.
+        epilogue: ``plain`` (bfloat16, with a residual where one is given), ``swiglu`` (bfloat16,
+            of a paired weight) or ``logits`` (float32, with each block's best where asked for).
+        norm: x is normalized first.
+        tuning: What was chosen for speed.
+        n_sms: Multiprocessors of the device.
+    """
+
+    form: Format
+    rows: int
+    epilogue: Epilogue = "plain"
+    norm: bool = False
+    tuning: Tuning = Tuning()
+    n_sms: int
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.rows <= MAX_ROWS, f"{self.rows} rows"
+        assert self.form.paired == (self.epilogue == "swiglu"), "swiglu, and it alone, pairs"
+        assert not (self.norm and self.tuning.split > 1), "a norm needs all of x in each block"
+
+    @property
+    def columns(self) -> int:
+        """Groups of eight rows that the kernel is made for."""
+        return next(c for c in (1, 2, 4, 8) if self.rows <= 8 * c)
+
+    @property
+    def items(self) -> int:
+        """Pieces of work: ``tuning.tiles`` tiles each."""
+        return -(-self.form.tiles // self.tuning.tiles)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        at_once = max(1, self.n_sms * self.tuning.blocks_per_sm // self.tuning.split)
+        return self.tuning.split * min(self.items, at_once)
+
+    @property
+    def _staged_bytes(self) -> int:
+        workers = self.tuning.split * self.tuning.warps
+        units = -(-self.form.units // workers)  # of a warp
+        return self.tuning.warps * units * self.form.unit_k // BLOCK * self.rows * BLOCK * 2
+
+    @property
+    def staged(self) -> bool:
+        """Each block keeps x in shared memory."""
+        return self._staged_bytes <= self.tuning.staged_bytes
+
+    @property
+    def stages(self) -> int:
+        """Copies on their way, of a warp."""
+        t = self.tuning
+        bytes_ = t.warps * t.tiles * t.units_per_stage * self.form.unit_bytes
+        return max(2, t.ring_bytes // bytes_)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block, laid out as in ``Linear``'s constructor."""
+        t = self.tuning
+        ring = self.stages * t.warps * t.tiles * t.units_per_stage * self.form.unit_bytes
+        sums = 16 * _BUFFERS * t.warps * t.tiles * self.columns * 32
+        squares = 4 * t.warps * 8 * self.columns
+        barriers = 8 * (2 * _BUFFERS + t.warps * self.stages)
+        staged = self._staged_bytes if self.staged else 0
+        return ring + sums + squares + -(-barriers // 16) * 16 + staged
+
+    @property
+    def n_partial(self) -> int:
+        """Float32 values of workspace that ``partial`` must have."""
+        if self.tuning.split == 1:
+            return 0
+        return self.items * self.tuning.split * self.tuning.tiles * self.columns * 128
+
+    @property
+    def n_counters(self) -> int:
+        """Zeros that ``counters`` must have."""
+        return self.items if self.tuning.split > 1 else 0
+
+    @property
+    def width(self) -> int:
+        """Output features of y."""
+        return self.form.n // 2 if self.form.paired else self.form.n
+
+    @property
+    def kernel(self) -> Kernel:
+        """The instance of ``linear.cu``."""
+        form, t = self.form, self.tuning
+        types = {"bf16": "Bf16", "fp8": "Fp8", "int8": "Int8"}
+        flags = [str(flag).lower() for flag in (self.norm, self.staged)]
+        weight, name = types.get(form.kind), form.kind
+        if form.group_size is not None:
+            weight = f"Int4<{form.group_size}, {str(not form.symmetric).lower()}>"
+            name += f"g{form.group_size}{'' if form.symmetric else 'a'}"
+        function = (
+            f"linear<{weight}, {t.warps}, {t.tiles}, {self.columns}, "
+            f"{_EPILOGUES[self.epilogue]}, {', '.join(flags)}>"
+        )
+        features = (
+            f"{'norm_' if self.norm else ''}{self.epilogue}{'' if self.staged else '_direct'}"
+        )
+        return Kernel(
+            name=f"linear_{name}_{features}_w{t.warps}t{t.tiles}c{self.columns}r{t.resident}",
+            file="linear.cu",
+            function=function,
+            args="LinearArgs",
+            threads=32 * (t.warps + 1),
+            blocks_per_sm=t.resident if self.columns <= 2 else 1,  # many rows need the registers
+        )
+
+    def call(
+        self,
+        x_MK: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        scale_N: Tensor | None = None,
+        *,
+        norm_weight_K: Tensor | None = None,
+        eps: float = 0.0,
+        bias_N: Tensor | None = None,
+        residual: Tensor | None = None,
+        best: tuple[Tensor, Tensor] | None = None,
+        partial: Tensor | None = None,
+        counters: Tensor | None = None,
+    ) -> Call:
+        """The launch that computes ``y``; see ``reference.fused_linear``.
+
+        Args:
+            x_MK: bfloat16.
+            y: [M, width]: float32 for ``logits``, else bfloat16. May be ``residual``.
+            weight: As ``packing.pack`` made it.
+            scale_N: float32 scales of an eight-bit weight.
+            norm_weight_K: bfloat16, where there is a norm.
+            eps: Of the norm.
+            bias_N: bfloat16, in the order of the weight before packing.
+            residual: bfloat16, like ``y``, which it is added to.
+            best: For ``logits``: float32 and int32 [M, blocks], the largest logit of each block
+                and where it is. NaNs are never the largest.
+            partial: float32 workspace of ``n_partial``, where K is split.
+            counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
+        """
+        logits = self.epilogue == "logits"
+        assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
+        assert y.shape == (self.rows, self.width), f"y is {tuple(y.shape)}"
+        assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
+        assert y.dtype == (torch.float32 if logits else torch.bfloat16), f"y is {y.dtype}"
+        assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
+        assert (scale_N is not None) == (self.form.kind in ("fp8", "int8")), "a scale per output"
+        assert (norm_weight_K is not None) == self.norm, "a norm has a weight"
+        assert residual is None or (not logits and residual.shape == y.shape), "like y"
+        assert best is None or logits, "logits alone have a best"
+        assert self.n_partial <= (0 if partial is None else partial.numel()), "too small"
+        assert self.n_counters <= (0 if counters is None else counters.numel()), "too small"
+        assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
+        args, tensors = LinearArguments.of(
+            weight=weight,
+            scale=scale_N,
+            x=x_MK,
+            norm_weight=norm_weight_K,
+            bias=bias_N,
+            residual=residual,
+            y=y,
+            best_value=best[0] if best else None,
+            best_index=best[1] if best else None,
+            partial=partial,
+            counters=counters,
+            rows=self.rows,
+            n=self.form.n,
+            k=self.form.k,
+            tiles=self.form.tiles,
+            units=self.form.units,
+            split=self.tuning.split,
+            stages=self.stages,
+            units_per_stage=self.tuning.units_per_stage,
+            eps=eps,
+        )
+        return Call(
+            kernel=self.kernel,
+            grid=(self.blocks, 1, 1),
+            shared_bytes=self.shared_bytes,
+            args=args,
+            tensors=tensors,
+        )

@@ -1,0 +1,146 @@
+"""Weights in the order in which ``linear.cu`` reads them.
+
+A weight is cut into tiles of 16 output features and units of 1024 bytes of each tile: 32, 64 or 128
+input features of 16, 8 or 4 bits. A unit holds, for each block of 32 input features, the operands
+of ``mma.m16n8k16``, lane after lane; with int4 the scales (and offsets) of its groups follow. So a
+tile is one run of bytes, and a lane reads its operands with one instruction.
+
+With ``paired``, the weight is gate and up features one below the other, and a tile takes eight of
+each, so that SwiGLU finds both of a feature in one lane.
+
+What does not fill a tile or a unit is padded with zeros, which results never see.
+
+Shape letters: N output features, K input features, G groups along K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE_ROWS = 16
+BLOCK = 32
+"""Input features of two products."""
+
+FRAGMENT_BYTES = 1024
+"""Bytes of weights in a unit."""
+
+Kind = Literal["bf16", "fp8", "int8", "int4"]
+BITS: dict[Kind, int] = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a weight is stored.
+
+    Attributes:
+        kind: Element type: ``bf16``; ``fp8`` (e4m3) or ``int8`` with a float32 scale per output
+            feature; ``int4`` in groups with bfloat16 scales.
+        group_size: Input features that share a scale: 32, 64 or 128 of ``int4``, else None.
+        symmetric: Without offsets.
+        n: Output features.
+        k: Input features, a multiple of 8.
+        paired: Gate and up features, for SwiGLU.
+    """
+
+    kind: Kind
+    group_size: int | None = None
+    symmetric: bool = True
+    n: int
+    k: int
+    paired: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.k % 8 == 0, f"{self.k} input features are not a multiple of 8"
+        assert (self.kind == "int4") == (self.group_size is not None), "int4 alone has groups"
+        assert self.group_size in (None, 32, 64, 128), f"groups of {self.group_size}"
+        assert self.group_size is None or self.k % self.group_size == 0, "whole groups"
+        assert self.symmetric or self.kind == "int4", "int4 alone has offsets"
+        assert not self.paired or self.n % 2 == 0, "as many gate as up features"
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 output features."""
+        return -(-self.n // (2 if self.paired else 1) // (TILE_ROWS // (2 if self.paired else 1)))
+
+    @property
+    def unit_k(self) -> int:
+        """Input features of a unit."""
+        return FRAGMENT_BYTES * 8 // BITS[self.kind] // TILE_ROWS
+
+    @property
+    def units(self) -> int:
+        """Units of a tile."""
+        return -(-self.k // self.unit_k)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a unit, with its scales and offsets."""
+        if self.group_size is None:
+            return FRAGMENT_BYTES
+        groups = self.unit_k // self.group_size
+        return FRAGMENT_BYTES + groups * 2 * TILE_ROWS * (1 if self.symmetric else 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight; eight-bit ones have N float32 scales besides."""
+        return self.tiles * self.units * self.unit_bytes
+
+
+def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """The bytes of a weight.
+
+    Args:
+        form: How to store it.
+        values: [N, K]: bfloat16; float8_e4m3fn; int8, with ``int4`` in -8…7.
+        scale: [N, G] of ``int4``, rounded to bfloat16; else not used, as the kernel takes scales of
+            output features apart.
+        offset: Like ``scale``, where the weight has offsets.
+
+    Returns:
+        uint8 [tiles, units, unit_bytes].
+    """
+    assert tuple(values.shape) == (form.n, form.k), f"{tuple(values.shape)} for {form}"
+    blocks = form.unit_k // BLOCK
+    rows = _tile_rows(form, values.view(torch.int16 if form.kind == "bf16" else torch.int8))
+    rows = F.pad(rows, (0, form.units * form.unit_k - form.k))
+    # A lane (g, t) holds rows g and g + 8 ("half"), and of a block's features 8t to 8t + 7: of
+    # product i those at 4i, in the order of its registers ("pair", "half") and halves of them (e).
+    #   0: tile  1: half  2: g  3: unit  4: block  5: t  6: i  7: pair  8: e
+    view = rows.view(form.tiles, 2, 8, form.units, blocks, 4, 2, 2, 2)
+    flat = (form.tiles, form.units, FRAGMENT_BYTES)
+    if form.kind == "bf16":
+        return view.permute(0, 3, 4, 6, 2, 5, 7, 1, 8).contiguous().view(torch.uint8).view(flat)
+    if form.kind != "int4":
+        return view.permute(0, 3, 4, 2, 5, 6, 7, 8, 1).contiguous().view(torch.uint8).view(flat)
+    assert scale is not None, "int4 has scales"
+    assert (offset is None) == form.symmetric, f"offsets do not fit {form}"
+    # Padding stands for zero whatever its integers are, since its scale and offset are zero.
+    nibbles = (view + 8).view(torch.uint8).permute(0, 3, 4, 2, 5, 6, 8, 7, 1)
+    fragments = (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(flat)
+    groups = [_groups(form, t) for t in (scale, offset) if t is not None]
+    return torch.cat((fragments, torch.stack(groups, 3).flatten(2).view(torch.uint8)), dim=2)
+
+
+def _groups(form: Format, per_group_NG: Tensor) -> Tensor:
+    """bfloat16 [tiles, units, groups of a unit, 16]: rows g and g + 8 side by side."""
+    assert form.group_size is not None, "only int4 has groups"
+    in_unit = form.unit_k // form.group_size
+    rows = _tile_rows(form, per_group_NG.to(torch.bfloat16))
+    rows = F.pad(rows, (0, form.units * in_unit - rows.shape[-1]))
+    view = rows.view(form.tiles, 2, 8, form.units, in_unit)
+    return view.permute(0, 3, 4, 2, 1).reshape(form.tiles, form.units, in_unit, TILE_ROWS)
+
+
+def _tile_rows(form: Format, matrix: Tensor) -> Tensor:
+    """[N, X] as [tiles, 16, X]."""
+    per_tile = TILE_ROWS // 2 if form.paired else TILE_ROWS
+    parts = [
+        F.pad(part, (0, 0, 0, form.tiles * per_tile - part.shape[0])).view(form.tiles, per_tile, -1)
+        for part in matrix.chunk(2 if form.paired else 1)
+    ]
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,111 @@
+"""How the kernels of ``step.cu`` are launched: a step's first and its last.
+
+Shape letters: M rows, V vocabulary, K width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.cuda.compile import Kernel
+from hotloop.kernels.cuda.launch import Arguments, Call
+
+
+class EmbedArguments(Arguments):
+    """``EmbedArgs`` of ``step.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("ids", "table", "scale", "x")),
+        ("k", ctypes.c_int),
+    )
+
+
+class ArgmaxArguments(Arguments):
+    """``ArgmaxArgs`` of ``step.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "ids", "positions")),
+        *((name, ctypes.c_int) for name in ("n", "last_position")),
+    )
+
+
+def embed_kernel(*, int8: bool) -> Kernel:
+    """The instance for a bfloat16 table, or for an int8 one."""
+    return Kernel(
+        name=f"embed_{'int8' if int8 else 'bf16'}",
+        file="step.cu",
+        function=f"embed<{str(int8).lower()}>",
+        args="EmbedArgs",
+        threads=256,
+    )
+
+
+def argmax_kernel() -> Kernel:
+    """The one that ends a greedy step."""
+    return Kernel(
+        name="argmax_step", file="step.cu", function="argmax", args="ArgmaxArgs", threads=32
+    )
+
+
+def embed(ids_M: Tensor, table_VK: Tensor, scale_V: Tensor | None, x_MK: Tensor) -> Call:
+    """The launch that looks up the rows of ``ids_M``; see ``reference.embed``.
+
+    Args:
+        ids_M: int64.
+        table_VK: bfloat16, or int8 with scales.
+        scale_V: float32 scales of an int8 table.
+        x_MK: bfloat16, written.
+    """
+    int8 = table_VK.dtype == torch.int8
+    assert int8 or table_VK.dtype == torch.bfloat16, f"the table is {table_VK.dtype}"
+    assert int8 == (scale_V is not None), "int8 tables have scales"
+    assert ids_M.dtype == torch.int64, f"ids are {ids_M.dtype}"
+    assert x_MK.shape == (len(ids_M), table_VK.shape[1]), f"x is {tuple(x_MK.shape)}"
+    assert x_MK.shape[1] % 8 == 0, "rows are read eight values at a time"
+    args, tensors = EmbedArguments.of(
+        ids=ids_M, table=table_VK, scale=scale_V, x=x_MK, k=x_MK.shape[1]
+    )
+    return Call(
+        kernel=embed_kernel(int8=int8),
+        grid=(len(ids_M), 1, 1),
+        shared_bytes=0,
+        args=args,
+        tensors=tensors,
+    )
+
+
+def argmax(
+    best: tuple[Tensor, Tensor],
+    ids_M: Tensor,
+    positions_M: Tensor | None = None,
+    *,
+    last_position: int = 0,
+) -> Call:
+    """The launch that ends a greedy step: newest ids from what the head's blocks found best.
+
+    Args:
+        best: As the head's product left it: float32 and int32 [M, blocks].
+        ids_M: int64, written.
+        positions_M: int64, each moved on by one but not beyond ``last_position``; or None.
+        last_position: The last one of the cache.
+    """
+    value, index = best
+    assert value.shape == index.shape, f"{tuple(value.shape)} and {tuple(index.shape)}"
+    args, tensors = ArgmaxArguments.of(
+        best_value=value,
+        best_index=index,
+        ids=ids_M,
+        positions=positions_M,
+        n=value.shape[1],
+        last_position=last_position,
+    )
+    return Call(
+        kernel=argmax_kernel(),
+        grid=(len(ids_M), 1, 1),
+        shared_bytes=0,
+        args=args,
+        tensors=tensors,
+    )

@@ -1,0 +1,260 @@
+"""Random inputs for each CUDA kernel, and what must come out of it, up to rounding.
+
+A case holds the launch and a check of what it wrote. Outputs and workspaces are poisoned, so that
+whatever is not written, or read where nothing was written, shows. The same cases run on a GPU and,
+small ones, on a CPU (``cuda_emulation``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels import reference
+from hotloop.kernels.cuda import step
+from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.launch import Call
+from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
+from hotloop.kernels.cuda.packing import Format, Kind, pack
+from hotloop.quant import parse_scheme
+
+KINDS: dict[str, tuple[Kind, int | None, bool]] = {
+    "bf16": ("bf16", None, True),
+    "fp8": ("fp8", None, True),
+    "int8": ("int8", None, True),
+    **{f"int4-g{g}": ("int4", g, True) for g in (32, 64, 128)},
+    **{f"int4-g{g}-asym": ("int4", g, False) for g in (32, 64, 128)},
+}
+SUM_STEP = 2.0**-18
+"""Error of float32 sums of products, relative to the sum of their magnitudes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A launch, what it writes, and the check of that."""
+
+    call: Call
+    outputs: tuple[Tensor, ...]
+    check: Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A weight as a kernel takes it, and what it stands for."""
+
+    form: Format
+    packed: Tensor
+    scale: Tensor | None  # float32 [N], of eight-bit weights
+    exact: Tensor  # float64 [N, K]
+
+
+def poisoned(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    return torch.full(shape, float("nan"), device=device).to(dtype)
+
+
+def normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=generator, device=generator.device) * std
+
+
+def make_weight(name: str, n: int, k: int, generator: torch.Generator, *, paired=False) -> Weight:
+    kind, group_size, symmetric = KINDS[name]
+    form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k, paired=paired)
+    weight = normal(generator, n, k, std=k**-0.5)
+    scale_N = None
+    if kind == "bf16":
+        values, scale, offset = weight.bfloat16(), None, None
+        exact = values.double()
+    elif kind == "fp8":
+        scale_N = weight.abs().amax(1) / 448
+        values, scale, offset = (weight / scale_N[:, None]).to(torch.float8_e4m3fn), None, None
+        exact = values.double() * scale_N.double()[:, None]
+    else:
+        q = parse_scheme(name).quantize(weight)
+        values, scale, offset = q.values, q.scale, q.offset
+        exact = values.double().view(n, q.scale.shape[1], -1) * scale.double()[..., None]
+        exact = (exact if offset is None else exact + offset.double()[..., None]).view(n, k)
+        if kind == "int8":
+            scale_N, scale = scale.reshape(-1).float(), None
+    return Weight(form=form, packed=pack(form, values, scale, offset), scale=scale_N, exact=exact)
+
+
+def assert_within(y: Tensor, exact: Tensor, allowed: Tensor, what: str) -> None:
+    assert not y.isnan().any(), f"{what}: {int(y.isnan().sum())} NaNs"
+    worst = ((y.double() - exact).abs() / allowed.clamp(min=1e-300)).max()
+    assert worst <= 1, f"{what}: {worst:.3g} times the error that rounding explains"
+
+
+def linear_case(
+    weight: Weight,
+    rows: int,
+    generator: torch.Generator,
+    *,
+    epilogue: Epilogue = "plain",
+    norm: bool = False,
+    bias: bool = False,
+    residual: bool = False,
+    tuning: Tuning,
+    n_sms: int,
+    x_MK: Tensor | None = None,
+) -> Case:
+    device, form, eps = generator.device, weight.form, 1e-5
+    plan = LinearPlan(
+        form=form, rows=rows, epilogue=epilogue, norm=norm, tuning=tuning, n_sms=n_sms
+    )
+    x = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
+    norm_weight = (1 + normal(generator, form.k, std=0.2)).bfloat16() if norm else None
+    bias_N = normal(generator, form.n).bfloat16() if bias else None
+    added = normal(generator, rows, plan.width).bfloat16() if residual else None
+    dtype = torch.float32 if epilogue == "logits" else torch.bfloat16
+    y = poisoned(rows, plan.width, dtype=dtype, device=device)
+    best = None
+    if epilogue == "logits":
+        best = (
+            poisoned(rows, plan.blocks, dtype=torch.float32, device=device),
+            torch.full((rows, plan.blocks), -1, dtype=torch.int32, device=device),
+        )
+    counters = torch.zeros(plan.n_counters, dtype=torch.int32, device=device)
+    call = plan.call(
+        x,
+        y,
+        weight.packed,
+        weight.scale,
+        norm_weight_K=norm_weight,
+        eps=eps,
+        bias_N=bias_N,
+        residual=added,
+        best=best,
+        partial=poisoned(plan.n_partial, dtype=torch.float32, device=device),
+        counters=counters,
+    )
+
+    def check() -> None:
+        what = f"{call.kernel.name} [{rows}, {form.k}] x [{form.n}, {form.k}]"
+        taken = x if norm_weight is None else x * norm_weight  # rounded, as the kernel does
+        factor = torch.ones(rows, 1, dtype=torch.float64, device=device)
+        if norm:
+            factor = (x.double().square().mean(1, keepdim=True) + eps).rsqrt()
+        sums = taken.double() @ weight.exact.T * factor
+        error = SUM_STEP * (taken.double().abs() @ weight.exact.abs().T * factor)
+        if bias_N is not None:
+            sums = sums + bias_N.double()
+        if epilogue == "swiglu":
+            (gate, up), (gate_error, up_error) = sums.chunk(2, 1), error.chunk(2, 1)
+            silu = gate * gate.sigmoid()
+            sums = silu * up
+            error = 1.1 * gate_error * up.abs() + silu.abs() * up_error + 2**-20 * sums.abs()
+        if added is not None:
+            sums = sums + added.double()
+        half_ulp = torch.finfo(dtype).eps / 2
+        assert_within(y, sums, error + half_ulp * 1.001 * sums.abs() + 2**-22 * sums.abs(), what)
+        assert not counters.any(), f"{what}: counters are not zero again"
+        if best is not None:
+            value, index = best
+            assert ((index >= 0) & (index < form.n)).all(), f"{what}: indices of the best"
+            assert torch.equal(value, y.gather(1, index.long())), f"{what}: values of the best"
+            assert torch.equal(value.amax(1), y.amax(1)), f"{what}: the best of all"
+
+    return Case(call=call, outputs=(y, *(best or ())), check=check)
+
+
+def attention_case(
+    plan: AttentionPlan, positions: list[int], generator: torch.Generator, *, norms: bool = False
+) -> Case:
+    device, eps = generator.device, 1e-6
+    B, T, H, J = plan.batch, plan.tokens, plan.n_heads, plan.n_kv_heads
+    C, E = plan.n_positions, plan.head_dim
+    qkv = normal(generator, B * T, (H + 2 * J) * E).bfloat16()
+    qkv[:, : H * E] *= 3  # so that some positions matter much more than others
+    keys, values = (normal(generator, B, J, C, E).bfloat16() for _ in range(2))
+    positions_B = torch.tensor(positions, device=device)
+    angles = torch.outer(torch.arange(C), 1e4 ** -(torch.arange(0, E, 2) / E))
+    angles = torch.cat((angles, angles), 1).to(device)
+    cos, sin = angles.cos(), angles.sin()
+    q_norm, k_norm = (
+        (1 + normal(generator, E, std=0.2)).bfloat16() if norms else None for _ in range(2)
+    )
+    out = poisoned(B * T, H * E, dtype=torch.bfloat16, device=device)
+    counters = torch.zeros(plan.n_counters, dtype=torch.int32, device=device)
+    before = keys.clone(), values.clone()
+    call = plan.call(
+        qkv,
+        out,
+        keys,
+        values,
+        positions_B,
+        cos,
+        sin,
+        q_norm_E=q_norm,
+        k_norm_E=k_norm,
+        eps=eps,
+        partial=poisoned(plan.n_partial, dtype=torch.float32, device=device),
+        counters=counters,
+    )
+
+    def check() -> None:
+        what = f"{call.kernel.name} {plan} at {positions}"
+        wanted = [t.clone() for t in before]
+        window = plan.window
+        settings = {"n_heads": H, "q_norm": q_norm, "k_norm": k_norm, "eps": eps, "window": window}
+        reference.fused_attention(qkv, *wanted, positions_B, cos, sin, **settings)
+        written = (wanted[0] != before[0]) | (wanted[1] != before[1])
+        for now, then, want in zip((keys, values), before, wanted, strict=True):
+            assert torch.equal(now[~written], then[~written]), f"{what}: elsewhere in the cache"
+            torch.testing.assert_close(now, want, rtol=2**-7, atol=1e-6)
+        assert torch.equal(values, wanted[1]), f"{what}: values are only copied"
+        # The sums in float64, of the keys and values that the kernel itself left.
+        q = qkv.view(B, T, -1, E)[:, :, :H]
+        q = q if q_norm is None else reference.rms_norm(q, q_norm, eps)
+        at = (positions_B[:, None] + torch.arange(T, device=device)).clamp(max=C - 1)
+        q = reference.apply_rope(q, cos[at], sin[at]).double()
+        k, v = (t.double().repeat_interleave(H // J, 1) for t in (keys, values))
+        scores = torch.einsum("bthe,bhce->bhtc", q, k) * E**-0.5
+        behind = at[:, None, :, None] - torch.arange(C, device=device)
+        hidden = (behind < 0) | (behind >= (plan.window or C + T))
+        share = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        wide = torch.einsum("bhtc,bhce->bthe", share, v).reshape(B * T, H * E)
+        size = torch.einsum("bhtc,bhce->bthe", share, v.abs()).reshape(B * T, H * E)
+        assert_within(out, wide, 2**-8 * wide.abs() + 2**-6 * size, what)
+        typical = ((out.double() - wide).abs() / size).mean()
+        assert typical < 2**-9, f"{what}: mean error {typical:.2g} of the values' size"
+        assert not counters.any(), f"{what}: counters are not zero again"
+
+    return Case(call=call, outputs=(out, keys, values), check=check)
+
+
+def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int8: bool) -> Case:
+    device = generator.device
+    ids = torch.randint(vocab, (rows,), generator=generator, device=device)
+    table, scale = normal(generator, vocab, k).bfloat16(), None
+    if int8:
+        q = parse_scheme("int8").quantize(table)
+        table, scale = q.values, q.scale.reshape(-1).float()
+    x = poisoned(rows, k, dtype=torch.bfloat16, device=device)
+
+    def check() -> None:
+        assert torch.equal(x, reference.embed(ids, table, scale, torch.bfloat16)), "embed"
+
+    return Case(call=step.embed(ids, table, scale, x), outputs=(x,), check=check)
+
+
+def argmax_case(rows: int, n: int, generator: torch.Generator, *, advance: bool) -> Case:
+    device = generator.device
+    # Few different values, so that there are ties; indices in any order.
+    value = torch.randint(5, (rows, n), generator=generator, device=device).float()
+    value[-1] = -torch.inf
+    index = torch.randperm(rows * n, generator=generator, device=device).view(rows, n).int()
+    ids = torch.full((rows,), -1, device=device)
+    positions = torch.arange(rows, device=device) if advance else None
+
+    def check() -> None:
+        first = index.masked_fill(value != value.amax(1, keepdim=True), 2**31 - 1).amin(1)
+        assert torch.equal(ids, first.long()), "the first of the largest"
+        if positions is not None:
+            moved = (torch.arange(rows, device=device) + 1).clamp(max=3)
+            assert torch.equal(positions, moved), "positions"
+
+    call = step.argmax((value, index), ids, positions, last_position=3)
+    return Case(call=call, outputs=(ids,), check=check)

@@ -1,0 +1,49 @@
+"""Runs the CUDA kernels' own source on a CPU: slowly, but with every index and every wait in it."""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from hotloop.kernels import cpu
+from hotloop.kernels.cuda.compile import SOURCES, Kernel
+from hotloop.kernels.cuda.launch import Call
+
+EMULATED = Path(__file__).with_name("emulated")
+
+needs_compiler = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+)
+
+
+def emulate(call: Call) -> None:
+    """What launching ``call`` would do; its tensors are in ordinary memory."""
+    run = ctypes.CDLL(str(build(call.kernel))).run
+    run(ctypes.byref(call.args), *call.grid, call.kernel.threads, call.shared_bytes)
+
+
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="hotloop-emulated-")
+
+
+@functools.cache
+def build(kernel: Kernel) -> Path:
+    """A shared library in which ``device.cuh`` is the CPU's."""
+    source = Path(folder().name) / f"{kernel.name}.cpp"
+    for file in (EMULATED / "device.cuh", SOURCES / kernel.file):
+        (source.parent / file.name).write_text(file.read_text())
+    source.write_text(
+        f"{kernel.source()}\n"
+        'extern "C" void run(const void* args, int x, int y, int z, int threads, int bytes) {\n'
+        f"  const auto kernel = [](const void* a) {{ {kernel.name}(*({kernel.args}*)a); }};\n"
+        "  run_grid(kernel, args, {x, y, z}, threads, bytes);\n"
+        "}\n"
+    )
+    library = source.with_suffix(".so")
+    flags = ("-std=c++20", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC")
+    subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
+    return library

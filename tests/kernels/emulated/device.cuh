@@ -1,0 +1,324 @@
+// Stands in for hotloop/kernels/cuda/device.cuh, so that the kernels' own source runs on a CPU.
+//
+// A block's threads are fibers that give way to each other, in an order drawn anew each round,
+// wherever they wait for others. Shared memory starts out as NaNs, copies into it arrive some
+// rounds late, and a block in which nobody gets on any more ends the process with a message: so a
+// wait that is missing, or one too many, shows. Blocks run one after the other.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+using std::max;
+using std::min;
+
+typedef uint16_t bf16;
+
+struct dim3 { int x, y, z; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+
+inline float infinity() { return std::numeric_limits<float>::infinity(); }
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline void __threadfence() {}
+
+// The machine.
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct Copy { void* to; const void* from; int bytes; uint64_t* barrier; };
+
+struct Meeting {  // of the lanes of a warp
+  int arrived = 0;
+  uint64_t generation = 0;
+  uint32_t words[2][32][8];
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool ended = false;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> meetings;
+  std::vector<Copy> copies;
+  std::vector<uint4> shared;
+  ucontext_t scheduler;
+  int current = 0, at_block_barrier = 0;
+  uint64_t block_generation = 0, events = 0;
+  std::mt19937 random{1};
+  void (*kernel)(const void*) = nullptr;
+  const void* args = nullptr;
+};
+inline Machine machine;
+
+inline void give_way() { swapcontext(&machine.fibers[machine.current].context, &machine.scheduler); }
+
+inline void run_fiber() {
+  machine.kernel(machine.args);
+  machine.fibers[machine.current].ended = true;
+  machine.events++;
+  give_way();
+}
+
+inline void complete_copies();
+
+inline void run_block(int threads) {
+  Machine& m = machine;
+  m.fibers.resize(threads);
+  m.meetings.assign(threads / 32, {});
+  m.at_block_barrier = 0;
+  memset(m.shared.data(), 0xff, m.shared.size() * sizeof(uint4));
+  constexpr size_t kStack = 1 << 18;
+  for (Fiber& fiber : m.fibers) {
+    fiber.ended = false;
+    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  std::vector<int> order(threads);
+  for (int i = 0; i < threads; i++) order[i] = i;
+  int living = threads, idle_rounds = 0;
+  while (living > 0) {
+    const uint64_t events = m.events;
+    // Warps in any order, and lanes of a warp too.
+    std::shuffle(order.begin(), order.end(), m.random);
+    for (int i : order) {
+      if (m.fibers[i].ended) continue;
+      m.current = i;
+      threadIdx = {i, 0, 0};
+      swapcontext(&m.scheduler, &m.fibers[i].context);
+      if (m.fibers[i].ended) living--;
+    }
+    complete_copies();
+    idle_rounds = m.events == events ? idle_rounds + 1 : 0;
+    if (idle_rounds > 1000) {
+      fprintf(stderr, "block (%d, %d, %d): %d threads wait for ever\n", blockIdx.x, blockIdx.y,
+              blockIdx.z, living);
+      abort();
+    }
+  }
+}
+
+inline void run_grid(void (*kernel)(const void*), const void* args, dim3 grid, int threads,
+                     int shared_bytes) {
+  machine.kernel = kernel;
+  machine.args = args;
+  machine.shared.resize((shared_bytes + 15) / 16);
+  gridDim = grid;
+  blockDim = {threads, 1, 1};
+  for (int z = 0; z < grid.z; z++)
+    for (int y = 0; y < grid.y; y++)
+      for (int x = 0; x < grid.x; x++) {
+        blockIdx = {x, y, z};
+        run_block(threads);
+      }
+}
+
+// All lanes of a warp put down some words, and then see all of them.
+inline uint32_t (*meet(const uint32_t* words, int n))[8] {
+  Meeting& meeting = machine.meetings[machine.current / 32];
+  const uint64_t generation = meeting.generation;
+  memcpy(meeting.words[generation % 2][machine.current % 32], words, 4 * n);
+  machine.events++;
+  if (++meeting.arrived == 32) {
+    meeting.arrived = 0;
+    meeting.generation++;
+  } else {
+    while (meeting.generation == generation) give_way();
+  }
+  return meeting.words[generation % 2];
+}
+
+template <class To, class From> inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Conversions.
+
+inline float low(uint32_t pair) { return bits<float>(pair << 16); }
+inline float high(uint32_t pair) { return bits<float>(pair & 0xffff0000u); }
+inline float widen(bf16 value) { return low(value); }
+inline bf16 narrow(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  const uint32_t b = bits<uint32_t>(value);
+  return bf16((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
+inline uint32_t narrow(float first, float second) {
+  return narrow(first) | uint32_t(narrow(second)) << 16;
+}
+inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  // Exact in double for what the kernels do with it; then rounded through float, which is exact
+  // enough for sums and products of two bfloat16.
+  const auto one = [](float x, float y, float z) { return float(double(x) * y + z); };
+  return narrow(one(low(a), low(b), low(c)), one(high(a), high(b), high(c)));
+}
+inline uint32_t mask_or(uint32_t value, uint32_t mask, uint32_t b) { return (value & mask) | b; }
+inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
+inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+// Warps.
+
+inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+  const int lane = machine.current % 32, g = lane / 4, t = lane % 4;
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const auto all = meet(mine, 6);
+  for (int i = 0; i < 4; i++) {
+    const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+    float sum = c[i];
+    for (int k = 0; k < 16; k++) {
+      const uint32_t* of_a = all[4 * (row % 8) + k % 8 / 2];
+      const uint32_t* of_b = all[4 * column + k % 8 / 2];
+      const uint32_t x = of_a[row / 8 + 2 * (k / 8)], y = of_b[4 + k / 8];
+      sum += k % 2 ? high(x) * high(y) : low(x) * low(y);
+    }
+    c[i] = sum;
+  }
+}
+
+inline uint32_t transpose(uint32_t pair) {
+  const int lane = machine.current % 32, g = lane / 4, t = lane % 4;
+  const auto all = meet(&pair, 1);  // of the result: row g, columns 2t and 2t + 1
+  const auto at = [&](int row, int column) {
+    const uint32_t word = all[4 * row + column / 2][0];
+    return column % 2 ? word >> 16 : word & 0xffff;
+  };
+  return at(2 * t, g) | at(2 * t + 1, g) << 16;
+}
+
+inline float shuffle_xor(float value, int mask) {
+  const uint32_t word = bits<uint32_t>(value);
+  const auto all = meet(&word, 1);
+  return bits<float>(all[(machine.current % 32) ^ mask][0]);
+}
+inline int shuffle_xor(int value, int mask) {
+  const uint32_t word = value;
+  const auto all = meet(&word, 1);
+  return int(all[(machine.current % 32) ^ mask][0]);
+}
+inline uint32_t broadcast(uint32_t value, int lane) { return meet(&value, 1)[lane][0]; }
+inline void sync_warp() { meet(nullptr, 0); }
+inline void sync_block() {
+  const uint64_t generation = machine.block_generation;
+  machine.events++;
+  if (++machine.at_block_barrier == int(machine.fibers.size())) {
+    machine.at_block_barrier = 0;
+    machine.block_generation++;
+  } else {
+    while (machine.block_generation == generation) give_way();
+  }
+}
+
+// Shared memory, barriers and copies.
+
+inline uint8_t* shared_memory() { return reinterpret_cast<uint8_t*>(machine.shared.data()); }
+
+struct Barrier {  // in the eight bytes of the real one
+  int32_t bytes;
+  int16_t pending;
+  uint16_t expected_and_phase;
+};
+
+inline void change(uint64_t* barrier, int arrivals, int bytes) {
+  Barrier b = bits<Barrier>(*barrier);
+  b.pending -= arrivals;
+  b.bytes += bytes;
+  if (b.pending < 0) {
+    fprintf(stderr, "more arrivals at a barrier than it expects\n");
+    abort();
+  }
+  if (b.pending == 0 && b.bytes == 0) {
+    b.pending = b.expected_and_phase >> 1;
+    b.expected_and_phase ^= 1;
+  }
+  *barrier = bits<uint64_t>(b);
+  machine.events++;
+}
+inline void barrier_init(uint64_t* barrier, int arrivals) {
+  *barrier = bits<uint64_t>(Barrier{0, int16_t(arrivals), uint16_t(arrivals << 1)});
+}
+inline void barrier_arrive(uint64_t* barrier) { change(barrier, 1, 0); }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  while ((bits<Barrier>(*barrier).expected_and_phase & 1u) == parity) give_way();
+}
+
+constexpr int kCopyArrivals = 1;
+inline uint64_t read_once_policy() { return 0; }
+inline void barriers_are_ready() {}
+inline void copy_begin(uint64_t* barrier, int bytes, int lane) {
+  if (lane == 0) change(barrier, 1, bytes);
+}
+inline void copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t, int lane) {
+  if (lane != 0) return;
+  if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes % 16 || bytes <= 0) {
+    fprintf(stderr, "a copy of %d bytes, or its place, is not aligned\n", bytes);
+    abort();
+  }
+  memset(to, 0xff, bytes);
+  machine.copies.push_back({to, from, bytes, barrier});
+}
+inline void copy_end(uint64_t*, int) {}
+inline void complete_copies() {
+  std::vector<Copy> later;
+  for (const Copy& c : machine.copies) {
+    if (machine.random() % 4) {
+      later.push_back(c);
+      machine.events++;
+    } else {
+      memcpy(c.to, c.from, c.bytes);
+      change(c.barrier, 0, -c.bytes);
+    }
+  }
+  machine.copies.swap(later);
+}
+
+inline void launch_dependents() {}
+inline void wait_for_predecessor() {}
+
+inline bool is_last_warp(uint32_t* counter, uint32_t n, int lane) {
+  uint32_t before = 0;
+  if (lane == 0) {
+    before = (*counter)++;
+    if (before == n - 1) *counter = 0;
+  }
+  return broadcast(before, 0) == n - 1;
+}
+inline bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag, int thread) {
+  sync_block();
+  if (thread == 0) {
+    *flag = (*counter)++;
+    if (*flag == n - 1) *counter = 0;
+  }
+  sync_block();
+  return *flag == n - 1;
+}
+template <class T> inline T load_from_others(const T* p) { return *p; }

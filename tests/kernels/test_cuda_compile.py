@@ -1,0 +1,155 @@
+"""Every CUDA kernel compiles for every supported architecture; no GPU is needed for that."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_cases import KINDS
+
+from hotloop.kernels.cuda import compile as compiler
+from hotloop.kernels.cuda import step
+from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan
+from hotloop.kernels.cuda.compile import (
+    ARCHITECTURES,
+    CompileError,
+    Kernel,
+    compile_kernel,
+    unavailable_reason,
+)
+from hotloop.kernels.cuda.linear import LinearPlan, Tuning
+from hotloop.kernels.cuda.packing import Format
+
+needs_nvrtc = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kernels"
+
+
+def linear_kernels(name: str) -> list[Kernel]:
+    kind, group_size, symmetric = KINDS[name]
+    kernels = []
+    for epilogue, norm in (("plain", False), ("plain", True), ("swiglu", True), ("logits", True)):
+        form = Format(
+            kind=kind,
+            group_size=group_size,
+            symmetric=symmetric,
+            n=5120,
+            k=5120,
+            paired=epilogue == "swiglu",
+        )
+        settings = [(1, 1 << 20), (9, 0)]
+        if name in ("int8", "int4-g128"):  # the widest for one type with groups and one without
+            settings += [(32, 0), (64, 0)]
+        for rows, staged_bytes in settings:
+            plan = LinearPlan(
+                form=form,
+                rows=rows,
+                epilogue=epilogue,
+                norm=norm,
+                tuning=Tuning(staged_bytes=staged_bytes),
+                n_sms=132,
+            )
+            kernels.append(plan.kernel)
+    return kernels
+
+
+def attention_kernels() -> list[Kernel]:
+    return [
+        AttentionPlan(
+            batch=1, tokens=tokens, n_heads=8, n_kv_heads=8, head_dim=head_dim, n_positions=64
+        ).kernel
+        for head_dim in HEAD_DIMS
+        for tokens in (1, 16)
+    ]
+
+
+def step_kernels() -> list[Kernel]:
+    return [step.embed_kernel(int8=False), step.embed_kernel(int8=True), step.argmax_kernel()]
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("group", [*KINDS, "attention", "step"])
+def test_every_kernel_compiles_for_every_architecture(group, architecture):
+    kernels = {"attention": attention_kernels, "step": step_kernels}.get(
+        group, lambda: linear_kernels(group)
+    )()
+    assert len({kernel.name for kernel in kernels}) == len(set(kernels)), "a name means one kernel"
+    with ThreadPoolExecutor() as pool:
+        for compiled in pool.map(lambda k: compile_kernel(k, architecture), kernels):
+            assert compiled.cubin[:4] == b"\x7fELF"
+            assert compiled.note is None
+
+
+@needs_nvrtc
+def test_a_compiled_kernel_is_kept(cache):
+    first = compile_kernel(step.argmax_kernel(), "sm_90")
+    again = compile_kernel(step.argmax_kernel(), "sm_90")
+    assert (again.cubin, again.seconds) == (first.cubin, 0.0)
+    assert first.seconds > 0
+    assert len(list(cache.iterdir())) == 1, "and nothing else is"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b[:0], lambda b: b[:99] + b"x" + b[100:]]
+)
+def test_a_damaged_file_in_the_cache_is_made_again(cache, damage):
+    first = compile_kernel(step.argmax_kernel(), "sm_90")
+    (path,) = cache.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    again = compile_kernel(step.argmax_kernel(), "sm_90")
+    assert again.cubin == first.cubin
+    assert again.seconds > 0
+    assert compile_kernel(step.argmax_kernel(), "sm_90").seconds == 0, "whole again"
+
+
+@needs_nvrtc
+def test_cache_that_cannot_be_written_costs_time_and_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "file"))
+    compiled = compile_kernel(step.argmax_kernel(), "sm_90")
+    assert compiled.cubin[:4] == b"\x7fELF"
+    assert str(compiled.note).startswith("compiled kernels are not kept: ")
+    assert str(tmp_path / "file") in str(compiled.note)
+
+
+@needs_nvrtc
+def test_another_architecture_or_kernel_is_another_file(cache):
+    for architecture in ("sm_80", "sm_90"):
+        for kernel in step_kernels():
+            compile_kernel(kernel, architecture)
+    assert len(list(cache.iterdir())) == 6
+
+
+@needs_nvrtc
+def test_refused_source_is_an_error_with_the_compilers_words(cache):
+    kernel = Kernel(
+        name="broken", file="step.cu", function="no_such_function", args="EmbedArgs", threads=32
+    )
+    with pytest.raises(CompileError, match="no_such_function"):
+        compile_kernel(kernel, "sm_90")
+    assert not cache.exists()
+
+
+def test_missing_bindings_are_explained(monkeypatch):
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda _: None)
+    reason = unavailable_reason.__wrapped__()
+    assert reason == "cuda-bindings is not installed (pip install 'hotloop[cuda]')"
+
+
+def test_arguments_are_all_given_and_contiguous():
+    x = torch.zeros(2, 8)
+    arguments = step.EmbedArguments
+    with pytest.raises(AssertionError, match="scale"):
+        arguments.of(ids=x, table=x, x=x, k=8)
+    with pytest.raises(AssertionError, match="contiguous"):
+        arguments.of(ids=x, table=x.T, scale=None, x=x, k=8)
+    args, tensors = arguments.of(ids=x, table=x, scale=None, x=x, k=8)
+    assert (args.ids, args.scale, args.k) == (x.data_ptr(), None, 8)
+    assert len(tensors) == 3

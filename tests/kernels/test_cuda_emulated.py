@@ -1,0 +1,176 @@
+"""The CUDA kernels' own source, run on a CPU, against float64."""
+
+import pytest
+import torch
+from cuda_cases import (
+    KINDS,
+    Weight,
+    argmax_case,
+    attention_case,
+    embed_case,
+    linear_case,
+    make_weight,
+)
+from cuda_emulation import emulate, needs_compiler
+
+from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.linear import Tuning
+
+pytestmark = needs_compiler
+
+SMALL = Tuning(warps=2, ring_bytes=8 * 1024)
+SPLIT = Tuning(warps=2, split=2, tiles=2, ring_bytes=16 * 1024)
+DIRECT = Tuning(warps=2, ring_bytes=8 * 1024, staged_bytes=0)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weight(name: str, n: int = 72, *, paired: bool = False) -> Weight:
+    k = 640 if "g128" in name else 576  # not a multiple of an int4 unit
+    return make_weight(name, n, k, generator(), paired=paired)
+
+
+def run(case) -> None:
+    emulate(case.call)
+    case.check()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_weight_type_equals_its_specification(name):
+    run(linear_case(weight(name), 3, generator(1), residual=True, tuning=SMALL, n_sms=3))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64])
+@pytest.mark.parametrize("tuning", [SPLIT, DIRECT], ids=["split", "direct"])
+def test_every_number_of_rows_equals_its_specification(rows, tuning):
+    run(linear_case(weight("int8", 40), rows, generator(rows), tuning=tuning, n_sms=3))
+
+
+@pytest.mark.parametrize("name", ["int4-g64-asym", "fp8"])
+@pytest.mark.parametrize("tuning", [SMALL, DIRECT], ids=["staged", "direct"])
+def test_norm_with_bias_and_swiglu_equals_its_specification(name, tuning):
+    paired = weight(name, 2 * 44, paired=True)
+    for rows in (1, 5):
+        run(
+            linear_case(
+                paired,
+                rows,
+                generator(rows),
+                epilogue="swiglu",
+                norm=True,
+                bias=True,
+                tuning=tuning,
+                n_sms=2,
+            )
+        )
+
+
+@pytest.mark.parametrize("name", ["bf16", "int4-g32"])
+def test_logits_and_the_best_of_each_block_equal_their_specification(name):
+    head = weight(name, 83)
+    for rows in (2, 11):
+        run(
+            linear_case(
+                head,
+                rows,
+                generator(rows),
+                epilogue="logits",
+                norm=True,
+                tuning=SMALL,
+                n_sms=2,
+            )
+        )
+
+
+@pytest.mark.parametrize("tuning", [SMALL, SPLIT, DIRECT], ids=["staged", "split", "direct"])
+def test_a_row_does_not_depend_on_how_many_there_are(tuning):
+    given = weight("int4-g64-asym")
+    x = torch.randn(17, given.form.k, generator=generator(3)).bfloat16()
+    norm = tuning.split == 1
+    results = []
+    for rows in (1, 2, 8, 9, 17):
+        case = linear_case(
+            given, rows, generator(4), norm=norm, tuning=tuning, n_sms=3, x_MK=x[:rows]
+        )
+        emulate(case.call)
+        results.append(case.outputs[0])
+    for y in results:
+        assert torch.equal(y, results[-1][: len(y)])
+
+
+def test_more_warps_than_units_and_more_blocks_than_tiles_are_fine():
+    tiny = make_weight("int4-g32", 5, 96, generator())
+    run(linear_case(tiny, 2, generator(1), tuning=Tuning(warps=3, ring_bytes=4096), n_sms=9))
+    tuning = Tuning(warps=2, split=3, ring_bytes=4096)
+    run(linear_case(tiny, 2, generator(2), tuning=tuning, n_sms=9))
+
+
+PLANS = {
+    "one row": AttentionPlan(
+        batch=2, tokens=1, n_heads=3, n_kv_heads=3, head_dim=64, n_positions=70, splits=1, warps=2
+    ),
+    "grouped": AttentionPlan(
+        batch=2, tokens=3, n_heads=8, n_kv_heads=2, head_dim=96, n_positions=50, splits=2, warps=2
+    ),
+    "window": AttentionPlan(
+        batch=1,
+        tokens=5,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=64,
+        n_positions=90,
+        window=20,
+        splits=3,
+        warps=1,
+    ),
+    "many rows": AttentionPlan(
+        batch=1, tokens=6, n_heads=12, n_kv_heads=2, head_dim=128, n_positions=40, splits=2, warps=2
+    ),
+    "wide heads": AttentionPlan(
+        batch=1, tokens=4, n_heads=6, n_kv_heads=2, head_dim=256, n_positions=40, splits=2, warps=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("norms", [False, True], ids=["plain", "norms"])
+def test_attention_equals_its_specification(name, norms):
+    plan = PLANS[name]
+    last = plan.n_positions - plan.tokens
+    for at in (0, 7, 15, 16, last):
+        positions = [at, last - at][: plan.batch]
+        run(attention_case(plan, positions, generator(at), norms=norms))
+
+
+def test_attention_beyond_the_cache_leaves_it_alone():
+    plan = PLANS["window"]
+    run(attention_case(plan, [plan.n_positions - 2], generator(1)))
+
+
+def test_a_token_does_not_depend_on_how_many_come_with_it():
+    many = PLANS["window"]
+    one = AttentionPlan(**(many.__dict__ | {"tokens": 1}))
+    case = attention_case(many, [40], generator(2))
+    first = attention_case(one, [40], generator(2))
+    # The same inputs: the generator draws the first token's first.
+    args = {f: getattr(case.call.args, f) for f, _ in case.call.args._fields_}
+    for field in ("qkv", "positions"):
+        setattr(first.call.args, field, args[field])
+    first.outputs[1].copy_(case.outputs[1])
+    first.outputs[2].copy_(case.outputs[2])
+    emulate(first.call)
+    emulate(case.call)
+    assert torch.equal(first.outputs[0][0], case.outputs[0][0])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_embedding_equals_its_specification(int8):
+    run(embed_case(3, 50, 72, generator(), int8=int8))
+
+
+@pytest.mark.parametrize("n", [1, 7, 100])
+@pytest.mark.parametrize("advance", [False, True])
+def test_the_winner_of_winners_is_the_first_of_the_largest(n, advance):
+    run(argmax_case(5, n, generator(), advance=advance))

@@ -1,0 +1,73 @@
+"""The CUDA kernels on a GPU, against float64; benchmarks/kernels_cuda.py checks many more cases."""
+
+import pytest
+import torch
+from cuda_cases import KINDS, Case, attention_case, embed_case, linear_case, make_weight
+
+from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.compile import unavailable_reason
+from hotloop.kernels.cuda.launch import Device
+from hotloop.kernels.cuda.linear import Tuning
+
+REASON = "no CUDA device" if not torch.cuda.is_available() else unavailable_reason()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return Device(torch.device("cuda", torch.cuda.current_device()))
+
+
+def generator(device: Device, seed: int) -> torch.Generator:
+    return torch.Generator(device.device).manual_seed(seed)
+
+
+def assert_right_and_the_same_with_dependent_launch(device: Device, case: Case) -> None:
+    device.prepare(case.call, dependent=False)()
+    torch.cuda.synchronize()
+    case.check()
+    first = [output.clone() for output in case.outputs]
+    launch = device.prepare(case.call)
+    for _ in range(3):
+        launch()
+    torch.cuda.synchronize()
+    for one, other in zip(first, case.outputs, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_products_equal_their_specification(device, name):
+    weight = make_weight(name, 333, 1152, generator(device, 0))
+    for rows in (1, 5, 16):
+        for tuning in (Tuning(), Tuning(warps=7, split=3, staged_bytes=0)):
+            case = linear_case(
+                weight,
+                rows,
+                generator(device, rows),
+                residual=True,
+                tuning=tuning,
+                n_sms=device.n_sms,
+            )
+            assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_attention_equals_its_specification(device, head_dim):
+    plan = AttentionPlan(
+        batch=2,
+        tokens=3,
+        n_heads=8,
+        n_kv_heads=2,
+        head_dim=head_dim,
+        n_positions=600,
+        splits=3,
+    )
+    for at in ([0, 512], [15, 597]):
+        case = attention_case(plan, at, generator(device, 1), norms=True)
+        assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_embedding_equals_its_specification(device, int8):
+    case = embed_case(3, 1000, 5120, generator(device, 2), int8=int8)
+    assert_right_and_the_same_with_dependent_launch(device, case)

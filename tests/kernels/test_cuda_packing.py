@@ -1,0 +1,58 @@
+"""Weights in the CUDA kernels' order: nothing is lost, and sizes are what they are said to be."""
+
+import pytest
+import torch
+from cuda_cases import KINDS, make_weight
+
+from hotloop.kernels.cuda.linear import LinearPlan, Tuning
+from hotloop.kernels.cuda.packing import Format, pack
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(32, 640), (50, 640), (18, 384)])
+def test_bytes_are_as_many_as_the_format_says(name, paired, n, k):
+    weight = make_weight(name, n, k, torch.Generator().manual_seed(0), paired=paired)
+    form = weight.form
+    assert weight.packed.dtype == torch.uint8
+    assert weight.packed.shape == (form.tiles, form.units, form.unit_bytes)
+    assert weight.packed.nbytes == form.nbytes
+
+
+def test_every_weight_is_in_its_tile_once():
+    values = torch.arange(32 * 128, dtype=torch.int16).view(32, 128)
+    form = Format(kind="bf16", n=32, k=128)
+    packed = pack(form, values.view(torch.bfloat16), None, None).view(torch.int16)
+    for tile, rows in zip(packed, values.view(2, 16, 128), strict=True):
+        assert torch.equal(tile.flatten().sort().values, rows.flatten())
+
+
+def test_models_in_use_pack_without_much_padding():
+    for n, k, most in ((15360, 5120, 0), (5120, 13824, 0), (49152, 576, 0.12), (32000, 4096, 0)):
+        form = Format(kind="int4", group_size=64, n=n, k=k)
+        plain = n * k // 2 + n * k // 64 * 2
+        assert plain <= form.nbytes <= (1 + most) * plain
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"kind": "int8", "n": 16, "k": 60},
+        {"kind": "int4", "n": 16, "k": 64},
+        {"kind": "int4", "group_size": 128, "n": 16, "k": 192},
+        {"kind": "int8", "n": 16, "k": 64, "symmetric": False},
+        {"kind": "int8", "n": 15, "k": 64, "paired": True},
+    ],
+)
+def test_what_no_kernel_reads_is_refused(bad):
+    with pytest.raises(AssertionError):
+        Format(**bad)
+
+
+def test_blocks_share_out_all_items_evenly():
+    form = Format(kind="int4", group_size=128, n=5120, k=5120)
+    for split, tiles in ((1, 1), (2, 1), (3, 2)):
+        plan = LinearPlan(form=form, rows=1, tuning=Tuning(split=split, tiles=tiles), n_sms=132)
+        assert plan.blocks % split == 0
+        assert plan.blocks <= 132
+        assert plan.items == 320 / tiles
