@@ -185,6 +185,14 @@ def test_what_drafting_did_is_that_of_all_requests_of_all_repeats_but_the_warm_u
     assert seen.off_share == 12 / 30
 
 
+def test_repeats_whose_texts_drafts_suit_unequally_say_so():
+    drafting = [Speculation(n_steps=steps, n_tokens=12) for steps in (6, 6, 12, 6, 4, 12)]
+    calls = [WARM_UP, *([timing(t)] for t in (0.1, 0.2, 0.1, 0.07, 0.2))]
+    engine = FakeEngine(calls, drafting=drafting)
+    speed = measure(engine, Workload(prompt_tokens=5, new_tokens=11))
+    assert "a step gave 1.00 to 3.00 tokens" in speed.instability
+
+
 def test_drafting_that_nothing_came_of_and_that_no_clock_saw_is_recorded_as_such():
     drafting = [Speculation(n_steps=10, n_off=10, n_tokens=10)] * 2
     engine = FakeEngine([WARM_UP, [timing(0.1)]], drafting=drafting)

@@ -47,6 +47,16 @@ def test_what_the_machine_did_meanwhile_is_quoted_only_where_it_matters():
     assert "between 1410 and 1980 MHz" in busy
 
 
+def test_texts_that_drafts_suit_unequally_are_not_blamed_on_the_machine():
+    seconds = [1.0, 1.4, 0.8, 1.3, 0.9]
+    varied = explain_instability(seconds, tokens_per_step=[2.4, 1.2, 3.1, 1.3, 2.6])
+    assert varied is not None
+    assert varied.endswith("drafts suit some texts better, a step gave 1.20 to 3.10 tokens")
+    alike = explain_instability(seconds, tokens_per_step=[2.4, 2.41, 2.4, 2.39, 2.4])
+    assert alike == explain_instability(seconds)
+    assert explain_instability([1.0] * 5, tokens_per_step=[1.2, 3.1, 1.3, 2.6, 2.0]) is None
+
+
 def test_own_work_and_that_of_ended_children_is_not_blamed_on_others():
     before = CpuTimes(total=100, busy=40, own=10)
     after = CpuTimes(total=200, busy=120, own=40)

@@ -133,7 +133,10 @@ def measure_speed(
         speculation=speculation,
         peak_bytes=memory.peak_bytes,
         instability=explain_instability(
-            tpot_s.samples, others_cpu=others_cpu, sm_clock_mhz=sm_clock_mhz
+            tpot_s.samples,
+            others_cpu=others_cpu,
+            sm_clock_mhz=sm_clock_mhz,
+            tokens_per_step=speculation.tokens_per_step.samples if speculation else (),
         ),
     )
 

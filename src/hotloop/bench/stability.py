@@ -67,6 +67,7 @@ def explain_instability(
     *,
     others_cpu: Sequence[float | None] = (),
     sm_clock_mhz: Sequence[float | None] = (),
+    tokens_per_step: Sequence[float] = (),
 ) -> str | None:
     """What makes repeats unstable, in a sentence or two; None if they are not.
 
@@ -74,13 +75,20 @@ def explain_instability(
         seconds: The time of each repeat, in the order they were run.
         others_cpu: Share of CPU time that other processes took during each, where known.
         sm_clock_mhz: The GPU's clock right after each, where known.
+        tokens_per_step: Tokens that a step gave in each, where drafts were made: these depend on
+            the text, and every repeat has another.
     """
     variation = _variation(seconds)
     if variation <= MAX_VARIATION:
         return None
+    if _variation(tokens_per_step) > MAX_VARIATION:
+        low, high = min(tokens_per_step), max(tokens_per_step)
+        pattern = f"drafts suit some texts better, a step gave {low:.2f} to {high:.2f} tokens"
+    else:
+        pattern = _pattern(seconds)
     what = (
         f"time per token varies by {variation:.0%} between repeats (coefficient of variation, "
-        f"limit {MAX_VARIATION:.0%}): {_pattern(seconds)}"
+        f"limit {MAX_VARIATION:.0%}): {pattern}"
     )
     busy = max((share for share in others_cpu if share is not None), default=0.0)
     if busy >= _BUSY_CPU:
