@@ -302,11 +302,13 @@ def test_predicted_and_described_bytes_are_those_resident_on_rank_0_and_no_rank_
     assert predicted.cache_bytes == sum(t.nbytes for t in rank0._model.cache.buffers())
     read = sum(
         t.nbytes
-        for module in rank0._decoder.modules()
+        for module in rank0._model.decoder.modules()
         if not isinstance(module, Embedding)
         for name, t in module.named_buffers(recurse=False)
         if name not in ("cos", "sin")
     )
     assert described.weight_bytes_per_step == read
-    linears = {n.split(".")[-1] for n, m in rank0._decoder.named_modules() if isinstance(m, Linear)}
+    linears = {
+        n.split(".")[-1] for n, m in rank0._model.decoder.named_modules() if isinstance(m, Linear)
+    }
     assert described.kernels.keys() == linears | {"attention", "all_reduce"}
