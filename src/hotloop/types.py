@@ -64,7 +64,7 @@ class EngineConfig:
     Attributes:
         model: A local path (folder or ``.gguf``), a pulled name, or a built-in shape's name.
         weights: Read the checkpoint, or make random weights of its shape.
-        quant: A quantization scheme by its short name: ``none``, ``int8``, ``int4-g64``,
+        quant: A quantization scheme by its short name: ``none``, ``int8``, ``fp8``, ``int4-g64``,
             ``int4-g32-asym``.
         head: The scheme of the output head: ``auto`` (``int8`` under any quantization, otherwise
             ``none``), or a scheme's name. A tied embedding follows the head.

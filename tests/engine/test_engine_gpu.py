@@ -42,7 +42,7 @@ def test_float32_greedy_tokens_on_the_gpu_are_those_of_the_cpu(
     llm.close()
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32", "int4-g32-asym"])
+@pytest.mark.parametrize("quant", ["none", "int8", "fp8", "int4-g32", "int4-g32-asym"])
 def test_compiled_bfloat16_steps_agree_with_eager_ones_to_the_top_two(
     folder: Path, quant: str
 ) -> None:
@@ -60,7 +60,7 @@ def test_compiled_bfloat16_steps_agree_with_eager_ones_to_the_top_two(
                 break
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4-g32", "int4-g64-asym", "int4-g128"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-g32", "int4-g64-asym", "int4-g128"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
 @pytest.mark.parametrize(("n", "k"), [(576, 1536), (960, 640), (32000, 1024), (5120, 13824)])
 def test_quantized_products_are_within_bfloat16_rounding_of_float64(

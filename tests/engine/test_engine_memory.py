@@ -32,8 +32,8 @@ def resident_bytes(module: nn.Module) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-@pytest.mark.parametrize("head", ["auto", "none", "int8", "int4-g32"])
-@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32", "int4-g64-asym"])
+@pytest.mark.parametrize("head", ["auto", "none", "int8", "fp8", "int4-g32"])
+@pytest.mark.parametrize("quant", ["none", "int8", "fp8", "int4-g32", "int4-g64-asym"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_described_and_predicted_bytes_are_those_resident(model, dtype, quant, head):
     config = EngineConfig(

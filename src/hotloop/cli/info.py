@@ -25,7 +25,7 @@ Examples:
   hotloop info llama-2-70b --max-seq-len 4096 --device cuda --json""",
 )
 
-SCHEMES = "none,int8,int4-g128,int4-g64,int4-g32,int4-g32-asym"
+SCHEMES = "none,int8,fp8,int4-g128,int4-g64,int4-g32,int4-g32-asym"
 
 
 @app.default

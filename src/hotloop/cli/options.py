@@ -106,7 +106,7 @@ class EngineOptions(DraftOptions):
     """One engine: ``EngineConfig`` but for the model and where its weights are from."""
 
     quant: Annotated[
-        str, option(MODEL, "Weights: none, int8, int4-gN with N 32, 64 or 128, or int4-gN-asym.")
+        str, option(MODEL, "Weights: none, int8, fp8, int4-gN (N 32, 64 or 128), or int4-gN-asym.")
     ] = EngineConfig.quant
     head: Annotated[
         str, option(MODEL, "The output head: a scheme, or auto, int8 if anything is quantized.")
@@ -137,7 +137,7 @@ class EngineOptions(DraftOptions):
 class MatrixOptions(DraftOptions):
     """Many engines: each option with commas is an axis of the matrix."""
 
-    quant: Annotated[str, option(MATRIX, "Schemes: none, int8, int4-gN, int4-gN-asym.")] = (
+    quant: Annotated[str, option(MATRIX, "Schemes: none, int8, fp8, int4-gN, int4-gN-asym.")] = (
         "none,int8,int4-g64"
     )
     head: Annotated[str, option(MATRIX, "Schemes of the output head.")] = EngineConfig.head

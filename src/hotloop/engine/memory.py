@@ -83,7 +83,7 @@ def _weights_bytes(setup: Setup) -> int:
     per_layer += itemsize * sum(biases.values())
     per_layer += itemsize * (2 * model.hidden_size + 2 * model.head_dim * model.qk_norm)
     whole = form(setup.head_scheme, model.vocab_size, model.hidden_size)
-    if model.tie_embeddings and whole.bits != 4:
+    if model.tie_embeddings and whole.kind in ("dense", "int8"):
         embeddings = packed(whole)  # the head is a slice of the embedding
     else:
         head = form(setup.head_scheme, len(setup.shard.vocabulary), model.hidden_size)

@@ -11,7 +11,7 @@ Shape letters: M rows, N output features, K input features, G groups along K.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,17 @@ from torch import Tensor
 
 from hotloop.kernels import cpu, reference
 
+Kind = Literal["dense", "int8", "fp8", "int4"]
+"""What a weight's elements are: unquantized floating point, or a quantized type."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
     """What a choice of kernel depends on.
 
     Attributes:
-        bits: 4 or 8, or None for floating point.
-        group_size: Input features that share a scale, or None for floating point.
+        kind: What its elements are.
+        group_size: Input features that share a scale, or None for a dense weight.
         symmetric: Without offsets.
         n: Output features.
         k: Input features.
@@ -34,7 +37,7 @@ class WeightFormat:
         device: "cpu" or "cuda".
     """
 
-    bits: int | None
+    kind: Kind
     group_size: int | None
     symmetric: bool
     n: int
@@ -78,7 +81,7 @@ MAX_ROWS_CPU = 64
 still, on shapes from 576 to 3072 (AVX-512)."""
 
 NOT_MEANT = ""
-"""An ``unsupported`` answer that needs no mention: another device, another number of bits."""
+"""An ``unsupported`` answer that needs no mention: another device, another kind of weight."""
 
 
 class DenseTorch:
@@ -87,7 +90,7 @@ class DenseTorch:
     name = "dense/torch"
 
     def unsupported(self, form: WeightFormat) -> str | None:
-        return NOT_MEANT if form.bits else None
+        return None if form.kind == "dense" else NOT_MEANT
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         assert scale is None, "a floating-point weight has no scale"
@@ -108,7 +111,7 @@ class DenseCpu(DenseTorch):
     max_rows = MAX_ROWS_CPU
 
     def unsupported(self, form: WeightFormat) -> str | None:
-        return _cpu_unsupported(form, bits=None)
+        return _cpu_unsupported(form, "dense")
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         if x_MK.shape[0] <= self.max_rows:
@@ -116,34 +119,43 @@ class DenseCpu(DenseTorch):
         return _wide_product(x_MK, packed[0])
 
 
-class Int8Torch:
-    """int8 weights in plain PyTorch: torch.compile fuses the conversion into the product."""
+class ChannelwiseTorch:
+    """Eight-bit weights in plain PyTorch: torch.compile fuses the conversion into the product.
 
-    name = "int8/torch"
+    Args:
+        kind: ``int8`` or ``fp8``.
+    """
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind: Kind = kind
+        self.name = f"{kind}/torch"
 
     def unsupported(self, form: WeightFormat) -> str | None:
-        return None if form.bits == 8 else NOT_MEANT
+        return None if form.kind == self.kind else NOT_MEANT
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        assert scale is not None, "int8 needs its scales"
-        assert offset is None, "int8 is symmetric"
+        assert scale is not None, f"{self.kind} needs its scales"
+        assert offset is None, f"{self.kind} is symmetric"
         return [values.contiguous(), scale.reshape(-1).float()]
 
     def nbytes(self, form: WeightFormat) -> int:
         return form.n * form.k + 4 * form.n_scales
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        return reference.linear_int8(x_MK, *packed)
+        return reference.linear_channelwise(x_MK, *packed)
 
 
-class Int8Cpu(Int8Torch):
+class Int8Cpu(ChannelwiseTorch):
     """int8 weights on a CPU, with our own kernel where rows are few."""
 
-    name = "int8/cpu"
     max_rows = MAX_ROWS_CPU
 
+    def __init__(self) -> None:
+        super().__init__("int8")
+        self.name = "int8/cpu"
+
     def unsupported(self, form: WeightFormat) -> str | None:
-        return _cpu_unsupported(form, bits=8)
+        return _cpu_unsupported(form, "int8")
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         if x_MK.shape[0] <= self.max_rows:
@@ -158,7 +170,7 @@ class Int4Torch:
     name = "int4/torch"
 
     def unsupported(self, form: WeightFormat) -> str | None:
-        return None if form.bits == 4 else NOT_MEANT
+        return None if form.kind == "int4" else NOT_MEANT
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         assert scale is not None, "int4 needs its scales"
@@ -179,7 +191,7 @@ class Int4Cpu(Int4Torch):
     max_rows = MAX_ROWS_CPU
 
     def unsupported(self, form: WeightFormat) -> str | None:
-        reason = _cpu_unsupported(form, bits=4)
+        reason = _cpu_unsupported(form, "int4")
         if reason is None and form.n % cpu.INT4_FEATURES:
             return f"needs a multiple of {cpu.INT4_FEATURES} output features, not {form.n}"
         return reason
@@ -203,7 +215,7 @@ class Int4TinyGemm:
     max_rows = 32
 
     def unsupported(self, form: WeightFormat) -> str | None:
-        if form.bits != 4 or form.device != "cuda":
+        if form.kind != "int4" or form.device != "cuda":
             return NOT_MEANT
         if form.dtype != torch.bfloat16:
             return f"tinygemm needs bfloat16 activations, not {form.dtype}"
@@ -237,7 +249,8 @@ KERNELS: tuple[LinearKernel, ...] = (
     Int8Cpu(),
     DenseCpu(),
     Int4Torch(),
-    Int8Torch(),
+    ChannelwiseTorch("int8"),
+    ChannelwiseTorch("fp8"),
     DenseTorch(),
 )
 """In order of preference."""
@@ -255,8 +268,8 @@ def choose_linear(form: WeightFormat) -> tuple[LinearKernel, list[str]]:
     raise AssertionError(f"no kernel serves {form}")
 
 
-def _cpu_unsupported(form: WeightFormat, bits: int | None) -> str | None:
-    if form.bits != bits or form.device != "cpu":
+def _cpu_unsupported(form: WeightFormat, kind: Kind) -> str | None:
+    if form.kind != kind or form.device != "cpu":
         return NOT_MEANT
     if form.dtype != torch.bfloat16:
         return NOT_MEANT  # float32 is asked for where exactness matters more than speed

@@ -76,13 +76,13 @@ def attention(
     return out.view(B, J, group, T, E).permute(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
-def linear_int8(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Product with int8 weights: the scale of each output channel is applied to the result.
+def linear_channelwise(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """Product with int8 or fp8 weights: the scale of each output channel is for the result.
 
     In float16 it is applied to the weight: sums of products with integers would leave its range.
     """
     if x_MK.dtype == torch.float16:
-        return F.linear(x_MK, (values_NK * scale_N[:, None]).half())
+        return F.linear(x_MK, (values_NK.float() * scale_N[:, None]).half())
     return (F.linear(x_MK, values_NK.to(x_MK.dtype)) * scale_N).to(x_MK.dtype)
 
 

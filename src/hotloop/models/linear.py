@@ -40,7 +40,7 @@ class Linear(nn.Module):
         assert tuple(weight.shape) == (self.n, self.k), f"{weight.shape} for {self.n, self.k}"
         quantized = isinstance(weight, QTensor)
         form = WeightFormat(
-            bits=weight.bits if quantized else None,
+            kind=weight.kind if quantized else "dense",
             group_size=weight.group_size if quantized else None,
             symmetric=not quantized or weight.offset is None,
             n=self.n,

@@ -115,7 +115,7 @@ def _load_embeddings(
         weight = weight.to(device, dtype)
         decoder.embedding.assign(weight, None, dtype)
         head = weight[rows.start : rows.stop]
-    elif weight.bits == 8:
+    elif weight.kind == "int8":
         # Every int8 kernel keeps [N, K] integers and [N] scales as they are: one copy serves both.
         weight = weight.to(device)
         decoder.embedding.assign(weight.values, weight.scale.view(-1), dtype)
