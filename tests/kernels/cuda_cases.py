@@ -16,6 +16,7 @@ from torch import Tensor
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_torch
 from hotloop.kernels.cuda.launch import Call
 from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format, Kind, pack
@@ -63,22 +64,16 @@ def make_weight(name: str, n: int, k: int, generator: torch.Generator, *, paired
     kind, group_size, symmetric = KINDS[name]
     form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k, paired=paired)
     weight = normal(generator, n, k, std=k**-0.5)
-    scale_N = None
     if kind == "bf16":
-        values, scale, offset = weight.bfloat16(), None, None
-        exact = values.double()
-    elif kind == "fp8":
-        scale_N = weight.abs().amax(1) / 448
-        values, scale, offset = (weight / scale_N[:, None]).to(torch.float8_e4m3fn), None, None
-        exact = values.double() * scale_N.double()[:, None]
-    else:
-        q = parse_scheme(name).quantize(weight)
-        values, scale, offset = q.values, q.scale, q.offset
-        exact = values.double().view(n, q.scale.shape[1], -1) * scale.double()[..., None]
-        exact = (exact if offset is None else exact + offset.double()[..., None]).view(n, k)
-        if kind == "int8":
-            scale_N, scale = scale.reshape(-1).float(), None
-    return Weight(form=form, packed=pack(form, values, scale, offset), scale=scale_N, exact=exact)
+        values = weight.bfloat16()
+        packed = pack(form, values, None, None)
+        return Weight(form=form, packed=packed, scale=None, exact=values.double())
+    q = parse_scheme(name).quantize(weight)
+    exact = q.values.double().view(n, q.scale.shape[1], -1) * q.scale.double()[..., None]
+    exact = (exact if q.offset is None else exact + q.offset.double()[..., None]).view(n, k)
+    scale_N = None if kind == "int4" else q.scale.reshape(-1)
+    packed = pack(form, q.values, q.scale, q.offset)
+    return Weight(form=form, packed=packed, scale=scale_N, exact=exact)
 
 
 def assert_within(y: Tensor, exact: Tensor, allowed: Tensor, what: str) -> None:
@@ -158,6 +153,17 @@ def linear_case(
             assert torch.equal(value.amax(1), y.amax(1)), f"{what}: the best of all"
 
     return Case(call=call, outputs=(y, *(best or ())), check=check)
+
+
+def dequantize_case(weight: Weight) -> Case:
+    form = weight.form
+    rows = poisoned(form.n, form.k, dtype=torch.bfloat16, device=weight.packed.device)
+
+    def check() -> None:
+        assert torch.equal(rows, dequantize_torch(form, weight.packed)), f"rows of {form}"
+
+    call = dequantize_call(form, weight.packed, rows)
+    return Case(call=call, outputs=(rows,), check=check)
 
 
 def attention_case(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hotloop.kernels import cpu
-from hotloop.kernels.cuda.compile import SOURCES, Kernel
+from hotloop.kernels.cuda.compile import HEADERS, SOURCES, Kernel
 from hotloop.kernels.cuda.launch import Call
 
 EMULATED = Path(__file__).with_name("emulated")
@@ -34,8 +34,10 @@ def folder() -> tempfile.TemporaryDirectory:
 def build(kernel: Kernel) -> Path:
     """A shared library in which ``device.cuh`` is the CPU's."""
     source = Path(folder().name) / f"{kernel.name}.cpp"
-    for file in (EMULATED / "device.cuh", SOURCES / kernel.file):
-        (source.parent / file.name).write_text(file.read_text())
+    for name in (*HEADERS, kernel.file):
+        emulated = EMULATED / name
+        text = (emulated if emulated.exists() else SOURCES / name).read_text()
+        (source.parent / name).write_text(text)
     source.write_text(
         f"{kernel.source()}\n"
         'extern "C" void run(const void* args, int x, int y, int z, int threads, int bytes) {\n'

@@ -17,6 +17,7 @@ from hotloop.kernels.cuda.compile import (
     compile_kernel,
     unavailable_reason,
 )
+from hotloop.kernels.cuda.dequantize import dequantize_kernel
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format
 
@@ -54,7 +55,8 @@ def linear_kernels(name: str) -> list[Kernel]:
                 n_sms=132,
             )
             kernels.append(plan.kernel)
-    return kernels
+        kernels.append(dequantize_kernel(form))
+    return list(dict.fromkeys(kernels))
 
 
 def attention_kernels() -> list[Kernel]:

@@ -7,6 +7,7 @@ from cuda_cases import (
     Weight,
     argmax_case,
     attention_case,
+    dequantize_case,
     embed_case,
     linear_case,
     make_weight,
@@ -105,6 +106,12 @@ def test_more_warps_than_units_and_more_blocks_than_tiles_are_fine():
     run(linear_case(tiny, 2, generator(1), tuning=Tuning(warps=3, ring_bytes=4096), n_sms=9))
     tuning = Tuning(warps=2, split=3, ring_bytes=4096)
     run(linear_case(tiny, 2, generator(2), tuning=tuning, n_sms=9))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("paired", [False, True], ids=["plain", "paired"])
+def test_dequantized_weights_equal_their_specification(name, paired):
+    run(dequantize_case(weight(name, 2 * 44 if paired else 83, paired=paired)))
 
 
 PLANS = {

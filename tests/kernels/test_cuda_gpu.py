@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from cuda_cases import KINDS, Case, attention_case, embed_case, linear_case, make_weight
+from cuda_cases import (
+    KINDS,
+    Case,
+    attention_case,
+    dequantize_case,
+    embed_case,
+    linear_case,
+    make_weight,
+)
 
 from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.compile import unavailable_reason
@@ -49,6 +57,13 @@ def test_products_equal_their_specification(device, name):
                 n_sms=device.n_sms,
             )
             assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("paired", [False, True])
+def test_dequantized_weights_equal_their_specification(device, name, paired):
+    weight = make_weight(name, 2 * 172, 1152, generator(device, 0), paired=paired)
+    assert_right_and_the_same_with_dependent_launch(device, dequantize_case(weight))
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

@@ -4,8 +4,10 @@ import pytest
 import torch
 from cuda_cases import KINDS, make_weight
 
+from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
-from hotloop.kernels.cuda.packing import Format, pack
+from hotloop.kernels.cuda.packing import Format, pack, unpack
+from hotloop.quant import parse_scheme
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -17,6 +19,29 @@ def test_bytes_are_as_many_as_the_format_says(name, paired, n, k):
     assert weight.packed.dtype == torch.uint8
     assert weight.packed.shape == (form.tiles, form.units, form.unit_bytes)
     assert weight.packed.nbytes == form.nbytes
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(32, 640), (50, 640), (18, 384)])
+def test_packing_and_unpacking_again_is_exact(name, paired, n, k):
+    kind, group_size, symmetric = KINDS[name]
+    form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k, paired=paired)
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, scale, offset, whole = weight, None, None, weight
+    if kind != "bf16":
+        q = parse_scheme(name).quantize(weight)
+        values, scale, offset, whole = q.values, q.scale, q.offset, q.dequantize(torch.bfloat16)
+    packed = pack(form, values, scale, offset)
+    unpacked = unpack(form, packed)
+    assert torch.equal(unpacked[0], values)
+    if kind == "int4":
+        assert torch.equal(unpacked[1], scale)
+        assert offset is None or torch.equal(unpacked[2], offset)
+        assert torch.equal(dequantize(form, packed), whole)
+    else:
+        assert unpacked[1:] == (None, None)
+        assert torch.equal(dequantize(form, packed), values.bfloat16())
 
 
 def test_every_weight_is_in_its_tile_once():

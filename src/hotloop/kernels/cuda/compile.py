@@ -22,7 +22,7 @@ from hotloop.cache import cache_dir
 from hotloop.errors import HotloopError
 
 SOURCES = Path(__file__).parent
-HEADER = "device.cuh"
+HEADERS = ("device.cuh", "weights.cuh")
 OPTIONS = (
     "--std=c++17",
     # Whether a product and a sum are fused is written down in the source, not left to the
@@ -106,7 +106,7 @@ def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
     Raises:
         CompileError: NVRTC refused it.
     """
-    files = {name: (SOURCES / name).read_text() for name in (HEADER, kernel.file)}
+    files = {name: (SOURCES / name).read_text() for name in (*HEADERS, kernel.file)}
     options = (*OPTIONS, f"--gpu-architecture={architecture}")
     identity = (*files.values(), kernel.source(), *options, _nvrtc_version())
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ stream; so it can be called from Python at each step, or captured in a CUDA grap
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +160,12 @@ class Launch:
                 f"launching {self.call.kernel.name} failed: {status.name} (grid {self.call.grid}, "
                 f"{self.call.shared_bytes} bytes of shared memory)."
             )
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The one ``Device`` of a CUDA device: kernels are loaded once."""
+    return Device(device)
 
 
 def _driver() -> Any:

@@ -157,21 +157,16 @@ class LinearPlan:
     def kernel(self) -> Kernel:
         """The instance of ``linear.cu``."""
         form, t = self.form, self.tuning
-        types = {"bf16": "Bf16", "fp8": "Fp8", "int8": "Int8"}
         flags = [str(flag).lower() for flag in (self.norm, self.staged)]
-        weight, name = types.get(form.kind), form.kind
-        if form.group_size is not None:
-            weight = f"Int4<{form.group_size}, {str(not form.symmetric).lower()}>"
-            name += f"g{form.group_size}{'' if form.symmetric else 'a'}"
         function = (
-            f"linear<{weight}, {t.warps}, {t.tiles}, {self.columns}, "
+            f"linear<{form.struct}, {t.warps}, {t.tiles}, {self.columns}, "
             f"{_EPILOGUES[self.epilogue]}, {', '.join(flags)}>"
         )
         features = (
             f"{'norm_' if self.norm else ''}{self.epilogue}{'' if self.staged else '_direct'}"
         )
         return Kernel(
-            name=f"linear_{name}_{features}_w{t.warps}t{t.tiles}c{self.columns}r{t.resident}",
+            name=f"linear_{form.label}_{features}_w{t.warps}t{t.tiles}c{self.columns}r{t.resident}",
             file="linear.cu",
             function=function,
             args="LinearArgs",
