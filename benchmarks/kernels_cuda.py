@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -43,7 +44,7 @@ from torch import Tensor
 
 from hotloop import hardware
 from hotloop.kernels.cuda import step
-from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
 from hotloop.kernels.cuda.launch import Device, Launch
 from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
@@ -254,12 +255,14 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         generator = section.generator(10)
         shapes = ((9, 3, 64), (8, 8, 96), (40, 40, 128), (32, 8, 128), (64, 8, 128), (8, 2, 256))
         for n_heads, n_kv_heads, head_dim in shapes:
-            for tokens, splits, warps, window in (
-                (1, 1, 4, None), (1, 3, 4, None), (4, 2, 8, None), (16, 5, 4, None), (3, 2, 4, 100)
+            for tokens, chunk, warps, stages, window in (
+                (1, 2048, 4, 1, None), (1, 512, 8, 1, None), (4, 256, 8, 2, None),
+                (16, 128, 4, 1, None), (3, 64, 4, 2, 100),
             ):  # fmt: skip
                 plan = AttentionPlan(
                     batch=2, tokens=tokens, n_heads=n_heads, n_kv_heads=n_kv_heads,
-                    head_dim=head_dim, n_positions=1100, window=window, splits=splits, warps=warps,
+                    head_dim=head_dim, n_positions=1100, window=window,
+                    tuning=AttentionTuning(chunk=chunk, warps=warps, stages=stages),
                 )  # fmt: skip
                 for at in ([0, 517], [15, 1099 - tokens + 1]):
                     yield attention_case(plan, at, generator, norms=n_heads == 9)
@@ -405,7 +408,7 @@ class DecodeStep:
         n_layers: int | None = None,
         context: int = 200,
         tunings: Tunings | None = None,
-        splits: int = 2,
+        attention: AttentionTuning | None = None,
         dependent: bool = True,
         parts: tuple[str, ...] = ("products", "attention", "ends"),
     ) -> None:
@@ -427,7 +430,7 @@ class DecodeStep:
         }
         self.attention = AttentionPlan(
             batch=1, tokens=rows, n_heads=m["n_heads"], n_kv_heads=m["n_kv_heads"],
-            head_dim=m["head_dim"], n_positions=512, splits=splits,
+            head_dim=m["head_dim"], n_positions=512, tuning=attention or AttentionTuning(),
         )  # fmt: skip
         width, vocab = m["width"], m["vocab"]
         self.table = torch.empty(vocab, width, dtype=torch.bfloat16, device=CUDA).normal_()
@@ -759,42 +762,32 @@ def attention_section(section: Section) -> None:
     for name in ("llama-2-13b", "llama-3.1-8b"):
         m = model(name)
         for context in (200, 4096, 32768):
-            for splits, warps in (
-                (1, 4),
-                (2, 4),
-                (3, 4),
-                (2, 8),
-                (8, 4),
-                (16, 4),
-                (16, 8),
-                (33, 8),
-            ):
+            for chunk, warps, stages in itertools.product((256, 512, 1024), (4, 8, 16), (1, 2, 4)):
                 if section.time_is_up:
                     return
-                if context <= 512 < 100 * splits or (context > 4096 and splits < 8):
-                    continue
-                seconds, nbytes = attention_seconds(section, m, context, splits, warps)
+                tuning = AttentionTuning(chunk=chunk, warps=warps, stages=stages)
+                if warps * stages > 24 or (context < chunk and chunk > 256):
+                    continue  # beyond shared memory, or the same again
+                seconds, nbytes = attention_seconds(section, m, context, tuning)
                 section.add(
-                    f"{name:13} at {context:6}: {splits:2} splits, {warps} warps: "
-                    f"{seconds * 1e6:7.2f} us {nbytes / seconds / 1e9:5.0f} GB/s "
+                    f"{name:13} at {context:6}: chunks of {chunk:4}, {warps:2} warps, {stages} "
+                    f"stages: {seconds * 1e6:7.2f} us {nbytes / seconds / 1e9:5.0f} GB/s "
                     f"{nbytes / seconds / bandwidth:5.1%}",
                     model=name,
                     context=context,
-                    splits=splits,
-                    warps=warps,
+                    tuning=dataclasses.asdict(tuning),
                     us=seconds * 1e6,
                     nbytes=nbytes,
                 )
 
 
 def attention_seconds(
-    section: Section, m: dict[str, int], context: int, splits: int, warps: int
+    section: Section, m: dict[str, int], context: int, tuning: AttentionTuning
 ) -> tuple[float, int]:
     """Seconds and bytes of cache of one launch, among as many caches as do not fit the caches."""
     H, J, E, C = m["n_heads"], m["n_kv_heads"], m["head_dim"], context + 16
     plan = AttentionPlan(
-        batch=1, tokens=1, n_heads=H, n_kv_heads=J, head_dim=E, n_positions=C, splits=splits,
-        warps=warps,
+        batch=1, tokens=1, n_heads=H, n_kv_heads=J, head_dim=E, n_positions=C, tuning=tuning,
     )  # fmt: skip
     nbytes = 4 * J * context * E
     n = max(6, min(40, -(-BEYOND_CACHES // nbytes)))

@@ -35,9 +35,10 @@ SUM_STEP = 2.0**-18
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A launch, what it writes, and the check of that."""
+    """A launch, what the one before it writes, what it writes itself, and the check of that."""
 
     call: Call
+    inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...]
     check: Callable[[], None]
 
@@ -152,7 +153,8 @@ def linear_case(
             assert torch.equal(value, y.gather(1, index.long())), f"{what}: values of the best"
             assert torch.equal(value.amax(1), y.amax(1)), f"{what}: the best of all"
 
-    return Case(call=call, outputs=(y, *(best or ())), check=check)
+    inputs = (x,) if added is None else (x, added)
+    return Case(call=call, inputs=inputs, outputs=(y, *(best or ())), check=check)
 
 
 def dequantize_case(weight: Weight) -> Case:
@@ -228,7 +230,7 @@ def attention_case(
         assert typical < 2**-9, f"{what}: mean error {typical:.2g} of the values' size"
         assert not counters.any(), f"{what}: counters are not zero again"
 
-    return Case(call=call, outputs=(out, keys, values), check=check)
+    return Case(call=call, inputs=(qkv,), outputs=(out, keys, values), check=check)
 
 
 def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int8: bool) -> Case:
@@ -243,7 +245,7 @@ def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int
     def check() -> None:
         assert torch.equal(x, reference.embed(ids, table, scale, torch.bfloat16)), "embed"
 
-    return Case(call=step.embed(ids, table, scale, x), outputs=(x,), check=check)
+    return Case(call=step.embed(ids, table, scale, x), inputs=(ids,), outputs=(x,), check=check)
 
 
 def argmax_case(rows: int, n: int, generator: torch.Generator, *, advance: bool) -> Case:
@@ -263,4 +265,4 @@ def argmax_case(rows: int, n: int, generator: torch.Generator, *, advance: bool)
             assert torch.equal(positions, moved), "positions"
 
     call = step.argmax((value, index), ids, positions, last_position=3)
-    return Case(call=call, outputs=(ids,), check=check)
+    return Case(call=call, inputs=(value, index), outputs=(ids,), check=check)

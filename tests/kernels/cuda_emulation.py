@@ -4,9 +4,11 @@ import ctypes
 import functools
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from hotloop.kernels import cpu
 from hotloop.kernels.cuda.compile import HEADERS, SOURCES, Kernel
@@ -19,10 +21,23 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def emulate(call: Call) -> None:
-    """What launching ``call`` would do; its tensors are in ordinary memory."""
+class Late(ctypes.Structure):
+    _fields_ = (("to", ctypes.c_void_p), ("from_", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+
+
+def emulate(call: Call, late: Sequence[Tensor] = ()) -> None:
+    """What launching ``call`` would do; its tensors are in ordinary memory.
+
+    What is ``late`` is there only once a block has waited for the kernel before this one.
+    """
     run = ctypes.CDLL(str(build(call.kernel))).run
-    run(ctypes.byref(call.args), *call.grid, call.kernel.threads, call.shared_bytes)
+    contents = [t.clone() for t in late]
+    pairs = zip(late, contents, strict=True)
+    copies = [Late(t.data_ptr(), content.data_ptr(), t.nbytes) for t, content in pairs]
+    run(
+        ctypes.byref(call.args), *call.grid, call.kernel.threads, call.shared_bytes,
+        (Late * len(copies))(*copies), len(copies),
+    )  # fmt: skip
 
 
 @functools.cache
@@ -40,9 +55,10 @@ def build(kernel: Kernel) -> Path:
         (source.parent / name).write_text(text)
     source.write_text(
         f"{kernel.source()}\n"
-        'extern "C" void run(const void* args, int x, int y, int z, int threads, int bytes) {\n'
+        'extern "C" void run(const void* args, int x, int y, int z, int threads, int bytes,\n'
+        "                    const Late* late, int n_late) {\n"
         f"  const auto kernel = [](const void* a) {{ {kernel.name}(*({kernel.args}*)a); }};\n"
-        "  run_grid(kernel, args, {x, y, z}, threads, bytes);\n"
+        "  run_grid(kernel, args, {x, y, z}, threads, bytes, late, n_late);\n"
         "}\n"
     )
     library = source.with_suffix(".so")

@@ -1,7 +1,10 @@
 """The CUDA kernels' own source, run on a CPU, against float64."""
 
+import dataclasses
+
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_cases import (
     KINDS,
     Weight,
@@ -14,7 +17,7 @@ from cuda_cases import (
 )
 from cuda_emulation import emulate, needs_compiler
 
-from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.linear import Tuning
 
 pytestmark = needs_compiler
@@ -34,7 +37,7 @@ def weight(name: str, n: int = 72, *, paired: bool = False) -> Weight:
 
 
 def run(case) -> None:
-    emulate(case.call)
+    emulate(case.call, late=case.inputs)
     case.check()
 
 
@@ -116,10 +119,22 @@ def test_dequantized_weights_equal_their_specification(name, paired):
 
 PLANS = {
     "one row": AttentionPlan(
-        batch=2, tokens=1, n_heads=3, n_kv_heads=3, head_dim=64, n_positions=70, splits=1, warps=2
+        batch=2,
+        tokens=1,
+        n_heads=3,
+        n_kv_heads=3,
+        head_dim=64,
+        n_positions=70,
+        tuning=AttentionTuning(chunk=80, warps=2),
     ),
     "grouped": AttentionPlan(
-        batch=2, tokens=3, n_heads=8, n_kv_heads=2, head_dim=96, n_positions=50, splits=2, warps=2
+        batch=2,
+        tokens=3,
+        n_heads=8,
+        n_kv_heads=2,
+        head_dim=96,
+        n_positions=50,
+        tuning=AttentionTuning(chunk=32, warps=2, stages=2),
     ),
     "window": AttentionPlan(
         batch=1,
@@ -129,14 +144,25 @@ PLANS = {
         head_dim=64,
         n_positions=90,
         window=20,
-        splits=3,
-        warps=1,
+        tuning=AttentionTuning(chunk=16, warps=1),
     ),
     "many rows": AttentionPlan(
-        batch=1, tokens=6, n_heads=12, n_kv_heads=2, head_dim=128, n_positions=40, splits=2, warps=2
+        batch=1,
+        tokens=6,
+        n_heads=12,
+        n_kv_heads=2,
+        head_dim=128,
+        n_positions=40,
+        tuning=AttentionTuning(chunk=16, warps=2),
     ),
     "wide heads": AttentionPlan(
-        batch=1, tokens=4, n_heads=6, n_kv_heads=2, head_dim=256, n_positions=40, splits=2, warps=2
+        batch=1,
+        tokens=4,
+        n_heads=6,
+        n_kv_heads=2,
+        head_dim=256,
+        n_positions=40,
+        tuning=AttentionTuning(chunk=48, warps=3, stages=3),
     ),
 }
 
@@ -156,20 +182,30 @@ def test_attention_beyond_the_cache_leaves_it_alone():
     run(attention_case(plan, [plan.n_positions - 2], generator(1)))
 
 
-def test_a_token_does_not_depend_on_how_many_come_with_it():
-    many = PLANS["window"]
-    one = AttentionPlan(**(many.__dict__ | {"tokens": 1}))
-    case = attention_case(many, [40], generator(2))
-    first = attention_case(one, [40], generator(2))
-    # The same inputs: the generator draws the first token's first.
-    args = {f: getattr(case.call.args, f) for f, _ in case.call.args._fields_}
-    for field in ("qkv", "positions"):
-        setattr(first.call.args, field, args[field])
-    first.outputs[1].copy_(case.outputs[1])
-    first.outputs[2].copy_(case.outputs[2])
-    emulate(first.call)
-    emulate(case.call)
-    assert torch.equal(first.outputs[0][0], case.outputs[0][0])
+@pytest.mark.parametrize("name", ["grouped", "window", "many rows"])
+@pytest.mark.parametrize("more_positions", [0, 100])
+def test_a_token_does_not_depend_on_how_many_come_with_it_nor_on_the_cache(name, more_positions):
+    many = PLANS[name]
+    for at in (0, 13, 27):  # the new tokens reach into another step, or another chunk
+        case = attention_case(many, [at] * many.batch, generator(at))
+        emulate(case.call)
+        out, *caches = case.outputs
+        qkv, cos, sin, *_ = case.call.tensors
+        width = (many.n_heads + 2 * many.n_kv_heads) * many.head_dim
+        longer = [F.pad(cache, (0, 0, 0, more_positions)) for cache in caches]
+        cos, sin = (F.pad(table, (0, 0, 0, more_positions)) for table in (cos, sin))
+        n_positions = many.n_positions + more_positions
+        one = dataclasses.replace(many, tokens=1, n_positions=n_positions)
+        for token in range(many.tokens):
+            alone = torch.empty(many.batch, many.n_heads * many.head_dim, dtype=torch.bfloat16)
+            positions = torch.full((many.batch,), at + token)
+            work = {
+                "partial": torch.full((one.n_partial,), float("nan")),
+                "counters": torch.zeros(one.n_counters, dtype=torch.int32),
+            }
+            of_token = qkv.view(many.batch, -1, width)[:, token].contiguous()
+            emulate(one.call(of_token, alone, *longer, positions, cos, sin, **work))
+            assert torch.equal(alone, out.view(many.batch, many.tokens, -1)[:, token])
 
 
 @pytest.mark.parametrize("int8", [False, True])

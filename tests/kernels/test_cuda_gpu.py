@@ -12,7 +12,7 @@ from cuda_cases import (
     make_weight,
 )
 
-from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import unavailable_reason
 from hotloop.kernels.cuda.launch import Device
 from hotloop.kernels.cuda.linear import Tuning
@@ -75,7 +75,7 @@ def test_attention_equals_its_specification(device, head_dim):
         n_kv_heads=2,
         head_dim=head_dim,
         n_positions=600,
-        splits=3,
+        tuning=AttentionTuning(chunk=256),
     )
     for at in ([0, 512], [15, 597]):
         case = attention_case(plan, at, generator(device, 1), norms=True)

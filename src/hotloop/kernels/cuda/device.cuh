@@ -185,6 +185,12 @@ __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint
 
 __device__ __forceinline__ void copy_end(uint64_t*, int) {}
 
+// Reads ``bytes``, a multiple of 16, into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) {
+  if (lane == 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 #else
 
 constexpr int kCopyArrivals = 32;
@@ -204,6 +210,11 @@ __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint
 __device__ __forceinline__ void copy_end(uint64_t* barrier, int) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) {
+  for (int i = 128 * lane; i < bytes; i += 4096)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(from) + i));
 }
 
 #endif
