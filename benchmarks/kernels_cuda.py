@@ -205,7 +205,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         "split": Tuning(warps=7, split=3, tiles=2, units_per_stage=1, ring_bytes=60_000),
         "direct": Tuning(warps=16, staged_bytes=0, resident=1),
     }
-    n_sms = section.device.n_sms
+    limits = section.device.limits
 
     def products(name: str, seed: int) -> Iterator[Case]:
         generator = section.generator(seed)
@@ -217,22 +217,22 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
             for tuning in tuned.values() if rows in (1, 5, 16) else [tuned["staged"]]:
                 yield linear_case(
                     weight, rows, generator, residual=rows != 3, bias=rows == 5, tuning=tuning,
-                    n_sms=n_sms,
+                    limits=limits,
                 )  # fmt: skip
         for rows in (1, 8, 9):
             for tuning in (tuned["staged"], tuned["direct"]):
                 yield linear_case(
                     paired, rows, generator, epilogue="swiglu", norm=True, bias=rows == 8,
-                    tuning=tuning, n_sms=n_sms,
+                    tuning=tuning, limits=limits,
                 )  # fmt: skip
-        yield linear_case(weight, 2, generator, norm=True, tuning=tuned["staged"], n_sms=n_sms)
+        yield linear_case(weight, 2, generator, norm=True, tuning=tuned["staged"], limits=limits)
 
     def large(name: str, n: int, k: int, seed: int, **settings: Any) -> Iterator[Case]:
         generator = section.generator(seed)
         weight = make_weight(name, n, k, generator, paired=settings.get("epilogue") == "swiglu")
         for rows in (1, 8):
             yield linear_case(
-                weight, rows, generator, tuning=settings.get("tuning", Tuning()), n_sms=n_sms,
+                weight, rows, generator, tuning=settings.get("tuning", Tuning()), limits=limits,
                 **{k: v for k, v in settings.items() if k != "tuning"},
             )  # fmt: skip
 
@@ -248,7 +248,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
             for rows in (1, 3):
                 yield linear_case(
                     weight, rows, generator, epilogue="logits", norm=True, tuning=Tuning(),
-                    n_sms=n_sms,
+                    limits=limits,
                 )  # fmt: skip
 
     def attentions() -> Iterator[Case]:
@@ -416,7 +416,7 @@ class DecodeStep:
         m = model(name)
         self.n_layers = n_layers or m["n_layers"]
         self.products = products_of(name)
-        n_sms = section.device.n_sms
+        limits = section.device.limits
         self.plans = {
             role: LinearPlan(
                 form=make_format(kind, n, k, epilogue),
@@ -424,7 +424,7 @@ class DecodeStep:
                 epilogue=epilogue,
                 norm=norm,
                 tuning=tunings.of(name, kind, role) if tunings else Tuning(),
-                n_sms=n_sms,
+                limits=limits,
             )
             for role, (n, k, epilogue, norm) in self.products.items()
         }
@@ -618,7 +618,7 @@ class Product:
     def plan(self, tuning: Tuning, rows: int = 1) -> LinearPlan:
         return LinearPlan(
             form=self.form, rows=rows, epilogue=self.epilogue, norm=self.norm, tuning=tuning,
-            n_sms=self.section.device.n_sms,
+            limits=self.section.device.limits,
         )  # fmt: skip
 
     def seconds(self, tuning: Tuning, rows: int = 1, *, dependent: bool = True) -> float:
@@ -701,7 +701,7 @@ def descend(section: Section, product: Product) -> tuple[dict[str, Any], float, 
             return False
         plan = product.plan(Tuning(**settings))
         threads = settings["resident"] * plan.kernel.threads
-        return plan.shared_bytes <= section.device.shared_bytes and threads <= 2048
+        return plan.layout is not None and threads <= 2048
 
     def timed(settings: dict[str, Any]) -> float:
         key = tuple(settings.values())

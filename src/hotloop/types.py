@@ -23,8 +23,10 @@ from hotloop.errors import ConfigError, RequestError, UnknownNameError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Execution = Literal["eager", "compile"]
-"""How a step runs: ``eager`` is plain PyTorch, ``compile`` is torch.compile with CUDA graphs."""
+Execution = Literal["auto", "eager", "compile", "fused"]
+"""How a step runs: ``eager`` is plain PyTorch, ``compile`` is torch.compile, ``fused`` is our own
+CUDA kernels; on GPUs the latter two in CUDA graphs. ``auto`` is ``fused`` where it runs, else
+``eager``."""
 
 WeightSource = Literal["checkpoint", "random"]
 """Where weights come from. ``random`` needs only the model's shape: for speed and fit."""
@@ -91,7 +93,7 @@ class EngineConfig:
     weights: WeightSource = "checkpoint"
     quant: str = "none"
     head: str = "auto"
-    execution: Execution = "eager"
+    execution: Execution = "auto"
     tensor_parallel: int = 1
     draft: str = "none"
     draft_quant: str = "none"
@@ -365,6 +367,7 @@ class EngineDescription:
         device: The torch device in use.
         device_name: The device's own name.
         dtype: Element type of activations.
+        execution: How steps run; empty where there is no choice.
         vocab_size: Token ids are below this.
         max_seq_len: Tokens a slot can hold.
         n_params: Parameters of the model, a tied embedding counted once.
@@ -396,6 +399,7 @@ class EngineDescription:
     load_s: float = 0.0
     warmup_s: float = 0.0
     compile_cache: Literal["cold", "warm"] | None = None
+    execution: str = ""
 
 
 Prompt = str | Sequence[int]

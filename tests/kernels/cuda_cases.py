@@ -17,7 +17,7 @@ from hotloop.kernels import reference
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_torch
-from hotloop.kernels.cuda.launch import Call
+from hotloop.kernels.cuda.launch import Call, Limits
 from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format, Kind, pack
 from hotloop.quant import parse_scheme
@@ -93,12 +93,12 @@ def linear_case(
     bias: bool = False,
     residual: bool = False,
     tuning: Tuning,
-    n_sms: int,
+    limits: Limits,
     x_MK: Tensor | None = None,
 ) -> Case:
     device, form, eps = generator.device, weight.form, 1e-5
     plan = LinearPlan(
-        form=form, rows=rows, epilogue=epilogue, norm=norm, tuning=tuning, n_sms=n_sms
+        form=form, rows=rows, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
     )
     x = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
     norm_weight = (1 + normal(generator, form.k, std=0.2)).bfloat16() if norm else None

@@ -18,8 +18,11 @@ from hotloop.kernels.cuda.compile import (
     unavailable_reason,
 )
 from hotloop.kernels.cuda.dequantize import dequantize_kernel
+from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format
+
+LIMITS = Limits(n_sms=132, shared_bytes=227 * 1024)
 
 needs_nvrtc = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
@@ -52,7 +55,7 @@ def linear_kernels(name: str) -> list[Kernel]:
                 epilogue=epilogue,
                 norm=norm,
                 tuning=Tuning(staged_bytes=staged_bytes),
-                n_sms=132,
+                limits=LIMITS,
             )
             kernels.append(plan.kernel)
         kernels.append(dequantize_kernel(form))

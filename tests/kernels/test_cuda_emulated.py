@@ -18,6 +18,7 @@ from cuda_cases import (
 from cuda_emulation import emulate, needs_compiler
 
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
+from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import Tuning
 
 pytestmark = needs_compiler
@@ -29,6 +30,10 @@ DIRECT = Tuning(warps=2, ring_bytes=8 * 1024, staged_bytes=0)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def limits(n_sms: int) -> Limits:
+    return Limits(n_sms=n_sms, shared_bytes=99 * 1024)
 
 
 def weight(name: str, n: int = 72, *, paired: bool = False) -> Weight:
@@ -43,13 +48,13 @@ def run(case) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_weight_type_equals_its_specification(name):
-    run(linear_case(weight(name), 3, generator(1), residual=True, tuning=SMALL, n_sms=3))
+    run(linear_case(weight(name), 3, generator(1), residual=True, tuning=SMALL, limits=limits(3)))
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64])
 @pytest.mark.parametrize("tuning", [SPLIT, DIRECT], ids=["split", "direct"])
 def test_every_number_of_rows_equals_its_specification(rows, tuning):
-    run(linear_case(weight("int8", 40), rows, generator(rows), tuning=tuning, n_sms=3))
+    run(linear_case(weight("int8", 40), rows, generator(rows), tuning=tuning, limits=limits(3)))
 
 
 @pytest.mark.parametrize("name", ["int4-g64-asym", "fp8"])
@@ -66,7 +71,7 @@ def test_norm_with_bias_and_swiglu_equals_its_specification(name, tuning):
                 norm=True,
                 bias=True,
                 tuning=tuning,
-                n_sms=2,
+                limits=limits(2),
             )
         )
 
@@ -83,7 +88,7 @@ def test_logits_and_the_best_of_each_block_equal_their_specification(name):
                 epilogue="logits",
                 norm=True,
                 tuning=SMALL,
-                n_sms=2,
+                limits=limits(2),
             )
         )
 
@@ -96,7 +101,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(tuning):
     results = []
     for rows in (1, 2, 8, 9, 17):
         case = linear_case(
-            given, rows, generator(4), norm=norm, tuning=tuning, n_sms=3, x_MK=x[:rows]
+            given, rows, generator(4), norm=norm, tuning=tuning, limits=limits(3), x_MK=x[:rows]
         )
         emulate(case.call)
         results.append(case.outputs[0])
@@ -106,9 +111,13 @@ def test_a_row_does_not_depend_on_how_many_there_are(tuning):
 
 def test_more_warps_than_units_and_more_blocks_than_tiles_are_fine():
     tiny = make_weight("int4-g32", 5, 96, generator())
-    run(linear_case(tiny, 2, generator(1), tuning=Tuning(warps=3, ring_bytes=4096), n_sms=9))
+    run(
+        linear_case(
+            tiny, 2, generator(1), tuning=Tuning(warps=3, ring_bytes=4096), limits=limits(9)
+        )
+    )
     tuning = Tuning(warps=2, split=3, ring_bytes=4096)
-    run(linear_case(tiny, 2, generator(2), tuning=tuning, n_sms=9))
+    run(linear_case(tiny, 2, generator(2), tuning=tuning, limits=limits(9)))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -54,7 +54,7 @@ def test_products_equal_their_specification(device, name):
                 generator(device, rows),
                 residual=True,
                 tuning=tuning,
-                n_sms=device.n_sms,
+                limits=device.limits,
             )
             assert_right_and_the_same_with_dependent_launch(device, case)
 

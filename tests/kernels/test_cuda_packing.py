@@ -1,13 +1,19 @@
 """Weights in the CUDA kernels' order: nothing is lost, and sizes are what they are said to be."""
 
+import itertools
+
 import pytest
 import torch
 from cuda_cases import KINDS, make_weight
 
 from hotloop.kernels.cuda.dequantize import dequantize
+from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format, pack, unpack
 from hotloop.quant import parse_scheme
+
+H100 = Limits(n_sms=132, shared_bytes=227 * 1024)
+SMALLER = Limits(n_sms=76, shared_bytes=99 * 1024)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -77,7 +83,24 @@ def test_what_no_kernel_reads_is_refused(bad):
 def test_blocks_share_out_all_items_evenly():
     form = Format(kind="int4", group_size=128, n=5120, k=5120)
     for split, tiles in ((1, 1), (2, 1), (3, 2)):
-        plan = LinearPlan(form=form, rows=1, tuning=Tuning(split=split, tiles=tiles), n_sms=132)
+        plan = LinearPlan(form=form, rows=1, tuning=Tuning(split=split, tiles=tiles), limits=H100)
         assert plan.blocks % split == 0
         assert plan.blocks <= 132
         assert plan.items == 320 / tiles
+
+
+@pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
+@pytest.mark.parametrize("name", KINDS)
+def test_whatever_is_asked_for_what_is_launched_fits(limits, name):
+    kind, group_size, symmetric = KINDS[name]
+    form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=5120, k=13824)
+    for warps, units, rows in itertools.product((1, 8, 16), (1, 4), (1, 8, 16, 64)):
+        wanted = Tuning(warps=warps, units_per_stage=units, staged_bytes=1 << 20)
+        layout = LinearPlan(form=form, rows=rows, tuning=wanted, limits=limits).layout
+        if rows <= 16:
+            assert layout is not None, "decoding always fits"
+        if layout is not None:
+            assert layout.shared_bytes <= limits.shared_bytes
+            assert layout.stages >= 2
+    roomy = LinearPlan(form=form, rows=1, tuning=Tuning(), limits=H100).layout
+    assert (roomy.units_per_stage, roomy.staged) == (2, True), "what fits is left as it is"

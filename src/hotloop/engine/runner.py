@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from hotloop.engine.execution import (
     Step,
     Stepper,
     StepTimes,
+    TorchForward,
     compile_cache_state,
     step_times,
 )
+from hotloop.engine.fused import FusedForward
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.sampling import Features, Sampled, Sampler
 from hotloop.engine.setup import Setup
@@ -38,6 +40,7 @@ from hotloop.engine.vocabulary import Vocabulary
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info
 from hotloop.kernels.attention import choose_attention
+from hotloop.kernels.cuda.launch import device_of
 from hotloop.memory_meter import MemoryMeter
 from hotloop.models import names
 from hotloop.models.cache import KVCache
@@ -93,6 +96,7 @@ class Runner:
         self.asynchronous = setup.device.type == "cuda"
         config, device = setup.config, setup.device
         with out_of_memory_in("load"), torch.inference_mode():
+            self._n_tokens = n_tokens
             self._model = _Model(setup, self._group, progress)
             shares = [shard.vocabulary for shard in setup.shards]
             self._vocabulary = Vocabulary(shares, n_tokens, self._group)
@@ -102,14 +106,14 @@ class Runner:
             self._draft_model: _Model | None = None
             self._drafter = self._make_drafter(progress)
             self._stepper = Stepper(
-                self._model.forward(),
+                self._model.forward(n_tokens),
                 self._slots,
                 self._sampler,
                 drafter=self._drafter,
                 max_drafts=spare,
                 n_positions=setup.n_positions,
-                captures=config.execution == "compile" and device.type == "cuda",
-                reads_whole_cache=self._model.attention_name == "cpu",
+                captures=setup.execution != "eager" and device.type == "cuda",
+                reads_whole_cache=self._model.attention_name in ("cpu", "fused"),
             )
 
     @torch.inference_mode()
@@ -180,7 +184,6 @@ class Runner:
             notes |= self._draft_model.notes()
         if self._group.kernel is not None:
             kernels["all_reduce"] = f"all_reduce/{self._group.kernel}"
-        compiled = setup.config.execution == "compile"
         return {
             "device": str(setup.device),
             "device_name": device_info(setup.device).name,
@@ -188,8 +191,8 @@ class Runner:
             "weight_bytes_per_step": model.bytes_per_step,
             "kv_bytes_per_token": setup.local.kv_bytes_per_token(setup.dtype.itemsize),
             "kernels": kernels,
-            "notes": (*notes, *self._group.notes),
-            "compile_cache": compile_cache_state() if compiled else None,
+            "notes": (*(n for s in setup.models for n in s.notes), *notes, *self._group.notes),
+            "compile_cache": self._model.compile_cache(),
         }
 
     def close(self) -> None:
@@ -205,14 +208,15 @@ class Runner:
         if draft is None:
             return None
         if draft.n_layers is not None:
-            forward = self._model.forward(n_layers=draft.n_layers)
+            forward = self._model.forward(self._n_tokens, n_layers=draft.n_layers)
             return ExitDrafter(forward, self._slots, self._sampler)
         if draft.setup is None:
             return NgramDrafter(self._slots)
         drafter = None
         if self._group.rank == 0:
             model = self._draft_model = _Model(draft.setup, Group(), progress)
-            drafter = ModelDrafter(model.forward(), model.prefill, self._slots, self._sampler)
+            forward = model.forward(self._n_tokens)
+            drafter = ModelDrafter(forward, model.prefill, self._slots, self._sampler)
         if drafter is not None and self._group.size == 1:
             return drafter
         return SharedDrafter(drafter, self._group, self._setup.device)
@@ -222,11 +226,11 @@ class _Model:
     """A decoder, or a rank's part of one, with its weights and its cache."""
 
     def __init__(self, setup: Setup, group: Group, progress: Progress | None) -> None:
-        self.setup = setup
+        self.setup, self._shared = setup, group.size > 1
         model, device = setup.local, setup.device
-        self.attention_name, attention, self._attention_notes = choose_attention(
-            device, setup.dtype
-        )
+        name, attention, self._attention_notes = choose_attention(device, setup.dtype)
+        self.attention_name = "fused" if setup.fused else name
+        self._launcher = device_of(device) if setup.fused else None
         self.decoder = Decoder(
             model,
             n_positions=setup.n_positions,
@@ -246,16 +250,30 @@ class _Model:
             device=device,
         )
 
-    def forward(self, n_layers: int | None = None) -> Forward:
-        """The model as steps run it, or its first layers."""
-        setup = self.setup
-        return Forward(
+    def forward(self, n_tokens: int, n_layers: int | None = None) -> Forward:
+        """The model as steps run it, or its first layers; ids below ``n_tokens`` may be chosen."""
+        if self._launcher is not None:
+            return FusedForward(
+                self.decoder,
+                self.cache,
+                self._launcher,
+                n_tokens=n_tokens,
+                shared=self._shared,
+                n_layers=n_layers,
+            )
+        return TorchForward(
             self.decoder,
             self.cache,
-            execution=setup.config.execution,
-            device=setup.device,
+            compiled=self.setup.execution == "compile",
+            device=self.setup.device,
             n_layers=n_layers,
         )
+
+    def compile_cache(self) -> Literal["cold", "warm"] | None:
+        """Whether compiled code was found (``warm``) or made; None if there is none."""
+        if self._launcher is not None:
+            return "cold" if self._launcher.compile_seconds else "warm"
+        return compile_cache_state() if self.setup.execution == "compile" else None
 
     def prefill(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
         """Puts tokens from position ``start`` on into a slot; the last chunk's hidden states."""
@@ -287,7 +305,9 @@ class _Model:
 
     def notes(self) -> dict[str, None]:
         """Why faster kernels were passed over, each reason once."""
-        notes = (note for linear in self._linears().values() for note in linear.notes)
+        notes = [note for linear in self._linears().values() for note in linear.notes]
+        if self._launcher is not None:
+            notes += sorted(self._launcher.notes)
         return dict.fromkeys((*notes, *self._attention_notes))
 
     @property
@@ -323,6 +343,7 @@ class _Model:
                 head_scheme=setup.head_scheme,
                 dtype=setup.dtype,
                 device=setup.device,
+                fused=setup.fused,
                 on_layer=None if progress is None else lambda i, n: progress("load", i, n),
             )
         finally:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from hotloop.engine import fused
 from hotloop.engine.execution import compile_unavailable_reason
 from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError
 from hotloop.hardware import resolve_device
+from hotloop.kernels.cuda.launch import unavailable_reason as fused_unavailable_reason
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.families import read_config
@@ -52,10 +55,12 @@ class Setup:
         head_scheme: Of the head.
         device: Where it runs.
         dtype: Element type of activations and unquantized weights.
+        execution: How a step runs.
         n_positions: Tokens a slot can hold.
         shards: What of the model each rank holds.
         rank: The rank that ``device`` and what follows is of; rank 0 holds the most.
         draft: Who makes drafts, if anybody does. A draft model is on rank 0 alone.
+        notes: What a reader of results must know of these choices.
     """
 
     config: EngineConfig
@@ -65,15 +70,22 @@ class Setup:
     head_scheme: Scheme
     device: torch.device
     dtype: torch.dtype
+    execution: Literal["eager", "compile", "fused"]
     n_positions: int
     shards: tuple[Shard, ...]
     rank: int = 0
     draft: Draft | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def shard(self) -> Shard:
         """What this rank holds."""
         return self.shards[self.rank]
+
+    @property
+    def fused(self) -> bool:
+        """Whether weights are for the fused step."""
+        return self.execution == "fused"
 
     @property
     def local(self) -> ModelConfig:
@@ -129,6 +141,11 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
             f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
             "tokens."
         )
+    dtype = _resolve_dtype(config, device)
+    shards = model.shards(config.tensor_parallel, scheme.alignment)
+    execution, notes = _resolve_execution(
+        config, device, dtype, [model.local(shard) for shard in shards]
+    )
     setup = Setup(
         config=config,
         model=model,
@@ -136,9 +153,11 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         scheme=scheme,
         head_scheme=head_scheme,
         device=device,
-        dtype=_resolve_dtype(config, device),
+        dtype=dtype,
+        execution=execution,
         n_positions=n_positions,
-        shards=model.shards(config.tensor_parallel, scheme.alignment),
+        shards=shards,
+        notes=notes,
     )
     return dataclasses.replace(setup, draft=_prepare_draft(setup))
 
@@ -169,7 +188,8 @@ def _prepare_draft(target: Setup) -> Draft | None:
             model=name,
             weights=config.weights,
             quant=config.draft_quant,
-            execution=config.execution,
+            # Without fused steps of the model's own, those of a draft model would not be captured.
+            execution=config.execution if target.fused else target.execution,
             device=config.device,
             dtype=config.dtype,
             max_batch_size=config.max_batch_size,
@@ -301,3 +321,27 @@ def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
     return torch.bfloat16
+
+
+def _resolve_execution(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, parts: Sequence[ModelConfig]
+) -> tuple[Literal["eager", "compile", "fused"], tuple[str, ...]]:
+    """How a step runs, and what to say about it: ``auto`` is fused, or says why it is not.
+
+    Args:
+        config: What was asked for.
+        device: Where.
+        dtype: Element type of activations.
+        parts: The shape of each rank's decoder.
+    """
+    if config.execution in ("eager", "compile"):
+        return config.execution, ()
+    tokens = 1 if config.draft == "none" else 1 + config.draft_tokens
+    reasons = (fused.unsupported_reason(part, dtype, tokens) for part in parts)
+    reason = fused_unavailable_reason(device) or next(filter(None, reasons), None)
+    if reason is None:
+        return "fused", ()
+    if config.execution == "fused":
+        raise UnsupportedError(f"execution 'fused' cannot run here: {reason}.")
+    # On other devices nobody expects it.
+    return "eager", (f"execution/fused not used, but eager: {reason}",) * (device.type == "cuda")

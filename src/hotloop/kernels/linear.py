@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
+from hotloop.kernels.cuda.dequantize import dequantize
+from hotloop.kernels.cuda.packing import Format, pack
 
 Kind = Literal["dense", "int8", "fp8", "int4"]
 """What a weight's elements are: unquantized floating point, or a quantized type."""
@@ -35,6 +37,8 @@ class WeightFormat:
         k: Input features.
         dtype: Element type of activations, and of unquantized weights.
         device: "cpu" or "cuda".
+        fused: For the fused step, which reads one order of bytes alone.
+        paired: Gate and up features, one below the other; the fused step takes their SwiGLU.
     """
 
     kind: Kind
@@ -44,6 +48,8 @@ class WeightFormat:
     k: int
     dtype: torch.dtype
     device: str
+    fused: bool = False
+    paired: bool = False
 
     @property
     def n_scales(self) -> int:
@@ -57,6 +63,11 @@ class LinearKernel(Protocol):
     @property
     def name(self) -> str:
         """As records name it, such as ``int4/tinygemm``."""
+        ...
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether packed rows are the rows as they came: an embedding can share them."""
         ...
 
     def unsupported(self, form: WeightFormat) -> str | None:
@@ -88,6 +99,7 @@ class DenseTorch:
     """Floating-point weights through PyTorch's own product."""
 
     name = "dense/torch"
+    keeps_rows = True
 
     def unsupported(self, form: WeightFormat) -> str | None:
         return None if form.kind == "dense" else NOT_MEANT
@@ -125,6 +137,8 @@ class ChannelwiseTorch:
     Args:
         kind: ``int8`` or ``fp8``.
     """
+
+    keeps_rows = True
 
     def __init__(self, kind: Kind) -> None:
         self.kind: Kind = kind
@@ -168,6 +182,7 @@ class Int4Torch:
     """int4 weights in plain PyTorch."""
 
     name = "int4/torch"
+    keeps_rows = False
 
     def unsupported(self, form: WeightFormat) -> str | None:
         return None if form.kind == "int4" else NOT_MEANT
@@ -212,7 +227,7 @@ class Int4TinyGemm:
     """int4 weights on CUDA through tinygemm, which PyTorch ships."""
 
     name = "int4/tinygemm"
-    max_rows = 32
+    keeps_rows = False
 
     def unsupported(self, form: WeightFormat) -> str | None:
         if form.kind != "int4" or form.device != "cuda":
@@ -243,6 +258,48 @@ class Int4TinyGemm:
         return torch.ops.aten._weight_int4pack_mm(x_MK, words, group_size, scale_zero_GN2)
 
 
+class Fused:
+    """Weights in the order in which the kernels of the fused step read them (``kernels.cuda``).
+
+    Those read the bytes themselves. Called like other kernels, for the many rows of a prompt, it
+    gives the weight back as rows of bfloat16, for the occasion.
+
+    Args:
+        form: The one format that it serves.
+    """
+
+    keeps_rows = False
+
+    def __init__(self, form: WeightFormat) -> None:
+        self.name = f"{form.kind}/fused"
+        self.form = Format(
+            kind="bf16" if form.kind == "dense" else form.kind,
+            group_size=form.group_size if form.kind == "int4" else None,
+            symmetric=form.symmetric,
+            n=form.n,
+            k=form.k,
+            paired=form.paired,
+        )
+
+    def unsupported(self, form: WeightFormat) -> str | None:
+        return None if form.fused else NOT_MEANT
+
+    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
+        packed = pack(self.form, values, scale, offset)
+        if self.form.kind in ("int8", "fp8"):
+            assert scale is not None, f"{self.form.kind} needs its scales"
+            return [packed, scale.reshape(-1).float().clone()]  # shared with no embedding
+        return [packed]
+
+    def nbytes(self, form: WeightFormat) -> int:
+        return self.form.nbytes + (4 * form.n if self.form.kind in ("int8", "fp8") else 0)
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        weight, *scale_N = packed
+        y = F.linear(x_MK, dequantize(self.form, weight))
+        return (y * scale_N[0]).to(x_MK.dtype) if scale_N else y
+
+
 KERNELS: tuple[LinearKernel, ...] = (
     Int4TinyGemm(),
     Int4Cpu(),
@@ -258,6 +315,8 @@ KERNELS: tuple[LinearKernel, ...] = (
 
 def choose_linear(form: WeightFormat) -> tuple[LinearKernel, list[str]]:
     """The first kernel that can serve a weight, and why those before it cannot."""
+    if form.fused:
+        return Fused(form), []
     notes: list[str] = []
     for kernel in KERNELS:
         reason = kernel.unsupported(form)

@@ -90,10 +90,17 @@ def unavailable_reason() -> str | None:
     ):
         return "cuda-bindings is not installed (pip install 'hotloop[cuda]')"
     try:
-        _nvrtc_version()
+        nvrtc_version()
     except (RuntimeError, OSError, HotloopError) as error:
         return f"NVRTC cannot be loaded (pip install 'hotloop[cuda]'): {error}"
     return None
+
+
+def knows(architecture: str) -> bool:
+    """Whether this NVRTC compiles for an architecture."""
+    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+
+    return architecture in {f"sm_{number}" for number in _checked(nvrtc.nvrtcGetSupportedArchs())}
 
 
 def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
@@ -108,7 +115,7 @@ def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
     """
     files = {name: (SOURCES / name).read_text() for name in (*HEADERS, kernel.file)}
     options = (*OPTIONS, f"--gpu-architecture={architecture}")
-    identity = (*files.values(), kernel.source(), *options, _nvrtc_version())
+    identity = (*files.values(), kernel.source(), *options, str(nvrtc_version()))
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     path = cache_dir() / "kernels" / f"{kernel.name}-{architecture}-{key}.cubin"
     if (cubin := _read(path)) is not None:
@@ -176,11 +183,12 @@ def _compile(kernel: Kernel, files: dict[str, str], options: tuple[str, ...]) ->
 
 
 @functools.cache
-def _nvrtc_version() -> str:
+def nvrtc_version() -> tuple[int, int]:
+    """Of CUDA, such as (13, 0)."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
     major, minor = _checked(nvrtc.nvrtcVersion())
-    return f"{major}.{minor}"
+    return major, minor
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

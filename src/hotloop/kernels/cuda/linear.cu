@@ -32,6 +32,7 @@ struct LinearArgs {
   float4* partial;               // workspace of a split, see is_last_warp
   uint32_t* counters;            // zeros, one per item
   int rows, n, k;
+  int n_best;                    // output features that can be the best
   int tiles, units;
   int split;                     // blocks that share K; divides the number of blocks
   int stages, units_per_stage;   // a warp's ring: how many copies, and the length of each
@@ -426,8 +427,8 @@ struct Linear {
         if (has1) put(at + n1, v[2 + i]);
       }
       if (kEpilogue == kLogits) {
-        if (has0) best[i].offer(v[i], n0);
-        if (has1) best[i].offer(v[2 + i], n1);
+        if (n0 < args.n_best) best[i].offer(v[i], n0);
+        if (n1 < args.n_best) best[i].offer(v[2 + i], n1);
       }
     }
   }

@@ -9,14 +9,16 @@ Shape letters: M rows, N output features, K input features, G groups along K.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
-from hotloop.kernels.cuda.launch import Arguments, Call
+from hotloop.kernels.cuda.launch import Arguments, Call, Limits
 from hotloop.kernels.cuda.packing import BLOCK, Format
 
 Epilogue = Literal["plain", "swiglu", "logits"]
@@ -28,13 +30,13 @@ _BUFFERS = 2  # kBuffers of linear.cu
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What a launch can choose for speed.
+    """What a launch can choose for speed; what does not fit the device is made smaller.
 
     Attributes:
         warps: Warps of a block that share K. Decides the order of sums.
         split: Blocks that share K. Decides the order of sums.
         tiles: Tiles that a warp computes together.
-        units_per_stage: Units of one copy.
+        units_per_stage: The most units of one copy.
         ring_bytes: Shared memory for weights on their way, of a block.
         blocks_per_sm: Blocks of this kernel on a multiprocessor.
         resident: Blocks, of this kernel or its neighbours, that should fit a multiprocessor's
@@ -52,6 +54,23 @@ class Tuning:
     staged_bytes: int = 64 * 1024
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a block divides its shared memory.
+
+    Attributes:
+        stages: Copies on their way, of a warp.
+        units_per_stage: Units of a copy.
+        staged: The block keeps x there.
+        shared_bytes: In all.
+    """
+
+    stages: int
+    units_per_stage: int
+    staged: bool
+    shared_bytes: int
+
+
 class LinearArguments(Arguments):
     """``LinearArgs`` of ``linear.cu``."""
 
@@ -59,7 +78,7 @@ class LinearArguments(Arguments):
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "norm_weight", "bias")),
         *((name, ctypes.c_void_p) for name in ("residual", "y", "best_value", "best_index")),
         *((name, ctypes.c_void_p) for name in ("partial", "counters")),
-        *((name, ctypes.c_int) for name in ("rows", "n", "k", "tiles", "units")),
+        *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
         *((name, ctypes.c_int) for name in ("split", "stages", "units_per_stage")),
         ("eps", ctypes.c_float),
     )
@@ -76,7 +95,7 @@ class LinearPlan:
             of a paired weight) or ``logits`` (float32, with each block's best where asked for).
         norm: x is normalized first.
         tuning: What was chosen for speed.
-        n_sms: Multiprocessors of the device.
+        limits: Of the device.
     """
 
     form: Format
@@ -84,7 +103,7 @@ class LinearPlan:
     epilogue: Epilogue = "plain"
     norm: bool = False
     tuning: Tuning = Tuning()
-    n_sms: int
+    limits: Limits
 
     def __post_init__(self) -> None:
         assert 1 <= self.rows <= MAX_ROWS, f"{self.rows} rows"
@@ -104,8 +123,33 @@ class LinearPlan:
     @property
     def blocks(self) -> int:
         """Blocks of the grid."""
-        at_once = max(1, self.n_sms * self.tuning.blocks_per_sm // self.tuning.split)
+        at_once = max(1, self.limits.n_sms * self.tuning.blocks_per_sm // self.tuning.split)
         return self.tuning.split * min(self.items, at_once)
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """As asked for where that fits the device: else with shorter copies, fewer, or none of x.
+
+        None if nothing fits: the rows are too many.
+        """
+        t = self.tuning
+        staged_bytes = self._staged_bytes
+        staging = (True, False) if staged_bytes <= t.staged_bytes else (False,)
+        for staged, units in itertools.product(staging, range(t.units_per_stage, 0, -1)):
+            copies = t.warps * t.tiles * units * self.form.unit_bytes
+            rest = self._bytes_beside_ring + (staged_bytes if staged else 0)
+            # Each stage has a barrier per warp.
+            room = (self.limits.shared_bytes - rest) // (copies + 8 * t.warps)
+            if room >= 2:
+                stages = min(room, max(2, t.ring_bytes // copies))
+                ring = stages * (copies + 8 * t.warps)
+                return Layout(
+                    stages=stages,
+                    units_per_stage=units,
+                    staged=staged,
+                    shared_bytes=-(-(ring + rest) // 16) * 16,
+                )
+        return None
 
     @property
     def _staged_bytes(self) -> int:
@@ -114,27 +158,11 @@ class LinearPlan:
         return self.tuning.warps * units * self.form.unit_k // BLOCK * self.rows * BLOCK * 2
 
     @property
-    def staged(self) -> bool:
-        """Each block keeps x in shared memory."""
-        return self._staged_bytes <= self.tuning.staged_bytes
-
-    @property
-    def stages(self) -> int:
-        """Copies on their way, of a warp."""
+    def _bytes_beside_ring(self) -> int:
         t = self.tuning
-        bytes_ = t.warps * t.tiles * t.units_per_stage * self.form.unit_bytes
-        return max(2, t.ring_bytes // bytes_)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block, laid out as in ``Linear``'s constructor."""
-        t = self.tuning
-        ring = self.stages * t.warps * t.tiles * t.units_per_stage * self.form.unit_bytes
         sums = 16 * _BUFFERS * t.warps * t.tiles * self.columns * 32
         squares = 4 * t.warps * 8 * self.columns
-        barriers = 8 * (2 * _BUFFERS + t.warps * self.stages)
-        staged = self._staged_bytes if self.staged else 0
-        return ring + sums + squares + -(-barriers // 16) * 16 + staged
+        return sums + squares + 8 * 2 * _BUFFERS + 16
 
     @property
     def n_partial(self) -> int:
@@ -149,22 +177,31 @@ class LinearPlan:
         return self.items if self.tuning.split > 1 else 0
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Element type of y."""
+        return torch.float32 if self.epilogue == "logits" else torch.bfloat16
+
+    @property
     def width(self) -> int:
         """Output features of y."""
         return self.form.n // 2 if self.form.paired else self.form.n
 
     @property
+    def _fitted(self) -> Layout:
+        assert self.layout is not None, f"{self.rows} rows do not fit {self.limits}"
+        return self.layout
+
+    @cached_property
     def kernel(self) -> Kernel:
         """The instance of ``linear.cu``."""
         form, t = self.form, self.tuning
-        flags = [str(flag).lower() for flag in (self.norm, self.staged)]
+        staged = self._fitted.staged
+        flags = [str(flag).lower() for flag in (self.norm, staged)]
         function = (
             f"linear<{form.struct}, {t.warps}, {t.tiles}, {self.columns}, "
             f"{_EPILOGUES[self.epilogue]}, {', '.join(flags)}>"
         )
-        features = (
-            f"{'norm_' if self.norm else ''}{self.epilogue}{'' if self.staged else '_direct'}"
-        )
+        features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
         return Kernel(
             name=f"linear_{form.label}_{features}_w{t.warps}t{t.tiles}c{self.columns}r{t.resident}",
             file="linear.cu",
@@ -186,6 +223,7 @@ class LinearPlan:
         bias_N: Tensor | None = None,
         residual: Tensor | None = None,
         best: tuple[Tensor, Tensor] | None = None,
+        n_best: int | None = None,
         partial: Tensor | None = None,
         counters: Tensor | None = None,
     ) -> Call:
@@ -201,20 +239,22 @@ class LinearPlan:
             bias_N: bfloat16, in the order of the weight before packing.
             residual: bfloat16, like ``y``, which it is added to.
             best: For ``logits``: float32 and int32 [M, blocks], the largest logit of each block
-                and where it is. NaNs are never the largest.
+                and where it is, among the first ``n_best``, or all. NaNs are never the largest.
+            n_best: See ``best``.
             partial: float32 workspace of ``n_partial``, where K is split.
             counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
         """
-        logits = self.epilogue == "logits"
+        layout = self._fitted
         assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
         assert y.shape == (self.rows, self.width), f"y is {tuple(y.shape)}"
         assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
-        assert y.dtype == (torch.float32 if logits else torch.bfloat16), f"y is {y.dtype}"
+        assert y.dtype == self.dtype, f"y is {y.dtype}"
         assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
         assert (scale_N is not None) == (self.form.kind in ("fp8", "int8")), "a scale per output"
         assert (norm_weight_K is not None) == self.norm, "a norm has a weight"
-        assert residual is None or (not logits and residual.shape == y.shape), "like y"
-        assert best is None or logits, "logits alone have a best"
+        assert residual is None or residual.shape == y.shape, "like y"
+        assert residual is None or self.epilogue != "logits", "logits have no residual"
+        assert best is None or self.epilogue == "logits", "logits alone have a best"
         assert self.n_partial <= (0 if partial is None else partial.numel()), "too small"
         assert self.n_counters <= (0 if counters is None else counters.numel()), "too small"
         assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
@@ -233,17 +273,39 @@ class LinearPlan:
             rows=self.rows,
             n=self.form.n,
             k=self.form.k,
+            n_best=self.form.n if n_best is None else n_best,
             tiles=self.form.tiles,
             units=self.form.units,
             split=self.tuning.split,
-            stages=self.stages,
-            units_per_stage=self.tuning.units_per_stage,
+            stages=layout.stages,
+            units_per_stage=layout.units_per_stage,
             eps=eps,
         )
         return Call(
             kernel=self.kernel,
             grid=(self.blocks, 1, 1),
-            shared_bytes=self.shared_bytes,
+            shared_bytes=layout.shared_bytes,
             args=args,
             tensors=tensors,
         )
+
+
+def plan_rows(
+    form: Format,
+    rows: int,
+    epilogue: Epilogue = "plain",
+    *,
+    norm: bool,
+    tuning: Tuning,
+    limits: Limits,
+) -> list[tuple[slice, LinearPlan]]:
+    """Plans for any number of rows: as many at a time as the device takes."""
+
+    def plan(n: int) -> LinearPlan:
+        return LinearPlan(
+            form=form, rows=n, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
+        )
+
+    at_once = next(n for n in (64, 32, 16, 8) if plan(min(n, rows)).layout is not None)
+    firsts = range(0, rows, at_once)
+    return [(slice(i, i + at_once), plan(min(at_once, rows - i))) for i in firsts]

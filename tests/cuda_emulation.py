@@ -1,10 +1,14 @@
-"""Runs the CUDA kernels' own source on a CPU: slowly, but with every index and every wait in it."""
+"""Runs the CUDA kernels' own source on a CPU: slowly, but with every index and every wait in it.
+
+``EmulatedDevice`` takes the place of a GPU in an engine, so that whole models run on the kernels.
+"""
 
 import ctypes
 import functools
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,13 +16,17 @@ from torch import Tensor
 
 from hotloop.kernels import cpu
 from hotloop.kernels.cuda.compile import HEADERS, SOURCES, Kernel
-from hotloop.kernels.cuda.launch import Call
+from hotloop.kernels.cuda.launch import Call, Limits
 
 EMULATED = Path(__file__).with_name("emulated")
 
 needs_compiler = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
 )
+
+
+ONE_AT_A_TIME = threading.Lock()
+"""The emulated machine is one, and ranks can be threads."""
 
 
 class Late(ctypes.Structure):
@@ -34,10 +42,35 @@ def emulate(call: Call, late: Sequence[Tensor] = ()) -> None:
     contents = [t.clone() for t in late]
     pairs = zip(late, contents, strict=True)
     copies = [Late(t.data_ptr(), content.data_ptr(), t.nbytes) for t, content in pairs]
-    run(
-        ctypes.byref(call.args), *call.grid, call.kernel.threads, call.shared_bytes,
-        (Late * len(copies))(*copies), len(copies),
-    )  # fmt: skip
+    shape = (*call.grid, call.kernel.threads, call.shared_bytes)
+    with ONE_AT_A_TIME:
+        run(ctypes.byref(call.args), *shape, (Late * len(copies))(*copies), len(copies))
+
+
+class EmulatedDevice:
+    """As ``kernels.cuda.launch.Device``, with tensors in ordinary memory.
+
+    Attributes:
+        launched: Names of the kernels that were launched, and whether each could have overlapped.
+    """
+
+    limits = Limits(n_sms=3, shared_bytes=227 * 1024)
+    compile_seconds = 0.0
+    notes: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, bool]] = []
+
+    def load(self, kernels: Iterable[Kernel]) -> None:
+        for kernel in kernels:
+            build(kernel)
+
+    def prepare(self, call: Call, *, dependent: bool) -> Callable[[], None]:
+        def launch() -> None:
+            self.launched.append((call.kernel.name, dependent))
+            emulate(call)
+
+        return launch
 
 
 @functools.cache
