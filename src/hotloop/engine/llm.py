@@ -78,15 +78,18 @@ class LLM:
         # Rows of the embedding beyond the tokenizer's vocabulary are padding: never chosen.
         n_tokens = self.tokenizer.vocab_size if self.tokenizer else setup.model.vocab_size
         n_tokens = min(n_tokens, setup.model.vocab_size)
-        several = config.tensor_parallel > 1
-        make = RankGroup if several else Runner
+        make = RankGroup if config.tensor_parallel > 1 else Runner
         self._runner = make(setup, n_tokens=n_tokens, progress=progress)
         self._load_s = time.perf_counter() - started
         started = time.perf_counter()
         with out_of_memory_in("warmup"):
             if progress:
                 progress("warmup", 0, 0)
-            self._warm_up()
+            try:
+                self._warm_up()
+            except BaseException:  # a Ctrl-C too: whoever catches it must not keep the ranks alive
+                self.close()
+                raise
         self._warmup_s = time.perf_counter() - started
         self._facts = self._runner.describe()
 

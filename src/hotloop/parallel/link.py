@@ -26,6 +26,7 @@ from hotloop.errors import HotloopError
 LAST = "last"
 """The command after which no other comes: the rank ends."""
 
+
 class PeerError(RuntimeError):
     """A collective failed: most likely because another rank is gone, whose own error says more."""
 
