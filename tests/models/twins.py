@@ -84,6 +84,8 @@ def load(
         decoder,
         config,
         CheckpointSource(open_checkpoint(folder), CPU),
+        shard=config.shards(1, alignment=1)[0],
+        adds_biases=True,
         scheme=scheme,
         head_scheme=scheme,
         dtype=dtype,

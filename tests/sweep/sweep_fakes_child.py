@@ -18,7 +18,12 @@ __all__ = ["create", "predict"]
 
 hardware.resolve_device = lambda name: name
 hardware.provenance = lambda device: {
-    "device": {"name": device, "read_bytes_per_s": 1e9, "datasheet_bytes_per_s": None}
+    "device": {
+        "kind": "cpu",
+        "name": device,
+        "read_bytes_per_s": 1e9,
+        "datasheet_bytes_per_s": None,
+    }
 }
 
 

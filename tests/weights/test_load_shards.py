@@ -12,7 +12,6 @@ from whole_models import (
     CPU,
     load,
     load_from,
-    shards,
     write_folder,
     write_gguf_model,
 )
@@ -90,7 +89,7 @@ def test_shards_of_a_checkpoint_are_slices_of_the_whole(quant, tied, tmp_path):
         options = {} if kind == "quantized" else {"quant": quant}
         whole = load(path, **options)
         for n in (2, 3, 4):
-            plan = shards(read_config(MODEL), n, parse_scheme(quant).alignment)
+            plan = read_config(MODEL).shards(n, alignment=parse_scheme(quant).alignment)
             parts = ThreadRanks(n).run(lambda group, o=options, p=path: load(p, group=group, **o))
             for rank, (part, shard) in enumerate(zip(parts, plan, strict=True)):
                 assert_is_shard_of(part, whole, shard, first=rank == 0)
@@ -105,7 +104,7 @@ def test_random_shards_are_slices_of_the_random_whole(quant, monkeypatch):
         return load_from(None, RandomSource(3, torch.bfloat16, CPU), MODEL, quant=quant, **options)
 
     whole = made()
-    plan = shards(read_config(MODEL), 4, parse_scheme(quant).alignment)
+    plan = read_config(MODEL).shards(4, alignment=parse_scheme(quant).alignment)
     for rank, (part, shard) in enumerate(zip(ThreadRanks(4).run(made), plan, strict=True)):
         assert_is_shard_of(part, whole, shard, first=rank == 0)
 
@@ -161,7 +160,7 @@ def test_a_rank_reads_its_own_slices_of_matrices_only(
     monkeypatch.setattr("hotloop.weights.tensor_file.WORTH_SKIPPING_BYTES", 1)
     scheme, config = parse_scheme(quant), read_config(MODEL)
     options = {} if kind == "quantized" else {"quant": quant}
-    plan = shards(config, 4, scheme.alignment)
+    plan = config.shards(4, alignment=scheme.alignment)
     stored = load_file(path / "model.safetensors")
     bytes_read.clear()
     ThreadRanks(4).run(lambda group: load(path, group=group, **options))

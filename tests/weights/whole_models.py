@@ -13,11 +13,9 @@ from weights_files import llama_rows, write_gguf
 
 from hotloop.kernels.attention import torch_attention
 from hotloop.models import names
-from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import read_config
 from hotloop.parallel.collectives import Group
-from hotloop.parallel.plan import Shard, plan_shards
 from hotloop.quant import parse_head_scheme, parse_scheme
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
 from hotloop.weights.load import load_weights
@@ -141,7 +139,8 @@ def load_from(
 ) -> Decoder:
     model = read_config(config)
     scheme, size = parse_scheme(quant), group.size
-    shard = shards(model, size, scheme.alignment if size > 1 else 1)[group.rank]
+    alignment = scheme.alignment if size > 1 else 1
+    shard = model.shards(size, alignment=alignment)[group.rank]
     decoder = Decoder(
         model.local(shard),
         n_positions=8,
@@ -166,19 +165,6 @@ def load_from(
         if checkpoint is not None:
             checkpoint.close()
     return decoder
-
-
-def shards(model: ModelConfig, n: int, alignment: int) -> tuple[Shard, ...]:
-    """Of ``n`` ranks, what each holds of a model."""
-    return plan_shards(
-        n,
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads,
-        head_dim=model.head_dim,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
-        alignment=alignment,
-    )
 
 
 def load(path: Path, *, group: Group = ALONE, **options: Any) -> Decoder:

@@ -16,7 +16,7 @@ from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.families import read_config
 from hotloop.models.shapes import SHAPES
-from hotloop.parallel.plan import Shard, plan_shards
+from hotloop.parallel.plan import Shard
 from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_scheme
 from hotloop.types import DEFAULT_MAX_SEQ_LEN, EngineConfig
@@ -99,15 +99,6 @@ def prepare(config: EngineConfig) -> Setup:
             f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
             "tokens."
         )
-    shards = plan_shards(
-        config.tensor_parallel,
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads,
-        head_dim=model.head_dim,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
-        alignment=scheme.alignment,
-    )
     return Setup(
         config=config,
         model=model,
@@ -117,7 +108,7 @@ def prepare(config: EngineConfig) -> Setup:
         device=device,
         dtype=_resolve_dtype(config, device),
         n_positions=n_positions,
-        shards=shards,
+        shards=model.shards(config.tensor_parallel, alignment=scheme.alignment),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hotloop.errors import ConfigError, UnsupportedError
-from hotloop.parallel.plan import Shard
+from hotloop.parallel.plan import Shard, plan_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,18 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embedding, not {self.head_dim}.")
+
+    def shards(self, n_ranks: int, *, alignment: int) -> tuple[Shard, ...]:
+        """What each of ``n_ranks`` holds; see ``parallel.plan``."""
+        return plan_shards(
+            n_ranks,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            alignment=alignment,
+        )
 
     def local(self, shard: Shard) -> ModelConfig:
         """The decoder of one rank: fewer heads and features, all of the embedding's rows."""
