@@ -25,7 +25,8 @@ check: $(VENV)/installed
 	$(BIN)/lint-imports
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/hotloop pull $(MODEL)
+	$(BIN)/python benchmarks/side_by_side.py --out results/cpu-side-by-side.json
 
 help-pages: $(VENV)/installed
 	$(BIN)/python -m hotloop.cli.help_pages

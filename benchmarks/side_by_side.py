@@ -8,7 +8,7 @@ of tokens once. So what the machine does to one engine it does to all, and slow 
 
 llama.cpp's files in other formats are made by its own quantizer, from the model that
 ``hotloop pull smollm2-135m`` fetched. ``--llama-python`` names another environment's interpreter
-where llama-cpp-python lives.
+where llama-cpp-python lives; where there is none, hotloop runs alone.
 """
 
 from __future__ import annotations
@@ -51,9 +51,13 @@ def main() -> None:
     from hotloop.weights.hub import resolve_model
 
     source = resolve_model("smollm2-135m")
+    beside = subprocess.run([args.llama_python, "-c", "import llama_cpp"], capture_output=True)
+    if beside.returncode:
+        print("hotloop alone: there is no llama-cpp-python here", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        formats = [(kind, Path(folder) / f"{kind}.gguf") for kind in LLAMA_TYPES]
-        f16 = formats[0][1]
+        kinds = [] if beside.returncode else list(LLAMA_TYPES)
+        formats = [(kind, Path(folder) / f"{kind}.gguf") for kind in kinds]
+        f16 = Path(folder) / "F16.gguf"
         for kind, path in formats:
             origin = source if kind == "F16" else f16
             run([args.llama_python, __file__, "--worker", "requantize", f"{origin},{path},{kind}"])
@@ -91,9 +95,11 @@ def main() -> None:
         "provenance": hardware.provenance(hardware.resolve_device("cpu")),
     }
     for name, kind in PAIRS.items():
-        ours, theirs = figures[name], figures[kind]
-        ratio = ours["mean"] / theirs["mean"]
-        print(f"{name:22} {ours['mean']:6.1f}   {kind:5} {theirs['mean']:6.1f}   ×{ratio:.2f}")
+        line = f"{name:22} {figures[name]['mean']:6.1f}"
+        if kind in figures:
+            theirs = figures[kind]["mean"]
+            line += f"   {kind:5} {theirs:6.1f}   ×{figures[name]['mean'] / theirs:.2f}"
+        print(line)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")

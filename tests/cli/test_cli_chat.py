@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -214,8 +216,18 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def exit_code(self, seconds: float = 20) -> int:
+        """Of the program, which should be about to end; what it still shows is read meanwhile."""
+        deadline = time.monotonic() + seconds
+        while (ended := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise AssertionError(f"the program did not end: {self.seen!r}")
+            if select.select([self._fd], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):  # the terminal is gone before the process is
+                    self.seen += os.read(self._fd, 65536).decode(errors="replace")
+        return os.waitstatus_to_exitcode(ended[1])
 
 
 def test_in_a_terminal_ctrl_c_stops_the_answer_keeps_the_session_and_then_leaves_kindly():

@@ -9,6 +9,7 @@ import pytest
 from hotloop.bench.record import Workload
 from hotloop.cli.options import (
     EngineOptions,
+    MatrixOptions,
     QualityOptions,
     SamplingOptions,
     WeightOptions,
@@ -38,6 +39,10 @@ def test_no_option_given_is_the_default_configuration():
     assert WeightOptions().model("m") == "m"
     assert Workload(**WorkloadOptions().fields()) == Recipe(model="m").workload
     assert RecipeQuality(**QualityOptions().fields()) == Recipe(model="m").quality
+
+
+def test_degrees_of_tensor_parallelism_are_numbers():
+    assert MatrixOptions(tensor_parallel="1,2,4").matrix()["tensor_parallel"] == [1, 2, 4]
 
 
 def test_no_sampling_option_given_is_the_models_own_sampling():

@@ -118,13 +118,6 @@ def test_peak_memory_is_that_of_the_largest_rank(two):
     assert memory.peak_bytes == pytest.approx(max(residents), rel=0.2)
 
 
-def test_threads_are_divided_among_the_ranks(two):
-    # A rank's own count is not told: what it computes with shows in its process.
-    share = max(1, torch.get_num_threads() // 2)
-    assert two._setup.device.type == "cpu"
-    assert all(psutil.Process(pid).num_threads() >= share for pid in pids(two))
-
-
 def test_an_abandoned_stream_leaves_the_ranks_in_step(one, two):
     expected = tokens(one)
     stream = two.stream([[7]], FREELY)
@@ -169,6 +162,24 @@ def test_a_rank_killed_while_it_loads_ends_the_run_with_its_error(nine):
         LLM(str(nine), dtype="float32", tensor_parallel=2)
     killer.join()
     wait_until(lambda: not any(map(alive, ranks)), "no rank is left")
+
+
+def test_ranks_end_when_their_caller_is_killed_in_the_middle_of_a_step(nine):
+    code = (
+        "from hotloop import LLM\n"
+        f"llm = LLM({str(nine)!r}, dtype='float32', tensor_parallel=2, max_seq_len=300)\n"
+        "stream = llm.stream([[7]], max_new_tokens=290, ignore_eos=True)\n"
+        "next(stream)\n"
+        "print(*(r.process.pid for r in llm._runner._ranks._ranks), flush=True)\n"
+        "list(stream)\n"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    ranks = [int(pid) for pid in caller.stdout.readline().split()]
+    assert len(ranks) == 2
+    assert all(map(alive, ranks))
+    caller.kill()
+    caller.wait()
+    wait_until(lambda: not any(map(alive, ranks)), "the ranks end by themselves")
 
 
 def test_the_error_of_the_rank_that_reads_damaged_weights_comes_out(nine, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
-from hotloop.kernels.linear import KERNELS, MAX_ROWS_CPU, WeightFormat, choose_linear
+from hotloop.kernels.linear import KERNELS, WeightFormat, choose_linear
 from hotloop.quant import QTensor, parse_scheme
 
 SCHEMES = ["none", "int8", "fp8", *(f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym"))]
@@ -236,7 +236,7 @@ def test_every_kernel_gives_the_product_for_few_rows_and_many(name, dtype):
     assert kernels
     for kernel in kernels:
         packed = kernel.pack(*parts(weight))
-        for rows in (1, 2, 9, MAX_ROWS_CPU, MAX_ROWS_CPU + 1):
+        for rows in (1, 2, 9, 64, 131):
             x = normal(rows, k, seed=rows, dtype=dtype)
             y = kernel(x, *packed)
             assert (y.dtype, y.shape) == (dtype, (rows, n)), kernel.name
@@ -295,13 +295,6 @@ def test_dequantizing_the_packed_weight_gives_the_weight_to_the_bit(name, dtype)
     packed = reference.pack_int4(weight.values, weight.group_size)
     dequantized = reference.dequantize_int4(packed, weight.scale, weight.offset, dtype)
     assert torch.equal(dequantized, weight.dequantize(dtype))
-
-
-@pytest.mark.parametrize("name", INT4)
-def test_our_kernels_order_of_int4_weights_gives_them_back_to_the_bit(name):
-    weight = parse_scheme(name).quantize(normal(48, 256))
-    dequantized = cpu.dequantize_int4(*packed_int4(weight))
-    assert torch.equal(dequantized, weight.dequantize())
 
 
 # The choice.

@@ -53,6 +53,24 @@ def test_error_on_normal_weights_stays_below_the_declared_floor(name, floor_db):
     assert floor_db <= measured_db < floor_db + 0.3, "set the floor just below what is measured"
 
 
+@pytest.mark.parametrize("name", ["none", *SQNR_FLOOR_DB])
+def test_slices_of_rows_are_quantized_as_in_the_whole_once_their_maxima_are_combined(name):
+    scheme, weight = parse_scheme(name), normal(16, 512)
+    weight[3, 400] = 1.0  # the largest of its row by far, in one slice only
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    whole = scheme.quantize(weight)
+    for start, stop in ((0, 128), (128, 512)):
+        assert start % scheme.alignment == 0
+        part = scheme.quantize(weight[:, start:stop], combine=lambda _: largest)
+        if isinstance(whole, Tensor):
+            assert torch.equal(part, whole[:, start:stop])
+        else:
+            for ours, expected in zip(
+                part.tensors, whole.columns(start, stop).tensors, strict=True
+            ):
+                assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("name", INTEGERS)
 def test_no_weight_is_further_off_than_half_a_step_and_its_rounded_scale(name):
     weight = normal(64, 256)

@@ -56,10 +56,12 @@ def roomy(_config: EngineConfig) -> Roomy:
 
 
 @pytest.fixture(autouse=True)
-def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = {"kind": "cpu", "name": "made up"}
-    device |= {"read_bytes_per_s": 1e9, "datasheet_bytes_per_s": 2e9}
-    monkeypatch.setattr(hardware, "provenance", lambda _: {"device": device})
+def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the machine is said to be."""
+    said = {"kind": "cpu", "name": "made up"}
+    said |= {"read_bytes_per_s": 1e9, "datasheet_bytes_per_s": 2e9}
+    monkeypatch.setattr(hardware, "provenance", lambda _: {"device": said})
+    return said
 
 
 def job(folder: Path, quant: str, *, engine: str = "ScoringEngine", **config) -> Job:
@@ -97,6 +99,14 @@ def test_speed_and_quality_stand_in_one_record(tmp_path):
     assert "config" not in record.engine
     counted = [e.done for e in events if isinstance(e, CellPhase) and e.phase == "quality"]
     assert counted == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("kind", "shared_by"), [("cpu", 4), ("cuda", 1)])
+def test_ranks_share_the_bandwidth_of_a_cpu_and_have_a_gpu_each(tmp_path, device, kind, shared_by):
+    device["kind"] = kind
+    one, four = (run_cell(job(tmp_path, "none", tensor_parallel=n)) for n in (1, 4))
+    assert four.mbu.mean == pytest.approx(shared_by * one.mbu.mean)
+    assert four.mbu_datasheet.mean == pytest.approx(shared_by * one.mbu_datasheet.mean)
 
 
 def test_the_reference_compared_with_itself_shows_no_difference(tmp_path):

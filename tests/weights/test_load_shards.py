@@ -198,7 +198,7 @@ def header_bytes(path: Path) -> int:
 
 
 def sorted_by_rank(counted: dict[int, list[int]], plan: tuple[Shard, ...]) -> list[int]:
-    """Bytes that each rank read: threads come in any order, but larger shards read more."""
+    """Bytes read of each rank. Threads open their files in any order; larger shards read more."""
     totals = sorted((sum(reads) for reads in counted.values()), reverse=True)
     assert len(totals) == len(plan)
     return totals

@@ -82,7 +82,7 @@ def measure_speed(
     Args:
         engine: What to measure.
         workload: What to run.
-        read_bytes_per_s: Measured read bandwidth of the device of one rank, for ``mbu``.
+        read_bytes_per_s: Measured read bandwidth that one rank has, for ``mbu``.
         datasheet_bytes_per_s: The vendor's bandwidth of it, for ``mbu_datasheet``.
         on_repeat: Called after each repeat with how many are done, of how many, and its decode
             tok/s.

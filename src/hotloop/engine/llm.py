@@ -91,7 +91,11 @@ class LLM:
         with out_of_memory_in("warmup"):
             if progress:
                 progress("warmup", 0, 0)
-            self._warm_up()
+            try:
+                self._warm_up()
+            except BaseException:  # a Ctrl-C too: whoever catches it must not keep the ranks alive
+                self.close()
+                raise
         self._warmup_s = time.perf_counter() - started
         self._facts = self._runner.describe()
 

@@ -1,9 +1,9 @@
-"""Matrix products with few rows: which implementations exist, and which one to take.
+"""Matrix products with a weight: which implementations exist, and which one to take.
 
 A weight is handed over as its parts (``values``, ``scale``, ``offset``; see ``quant.QTensor``),
 once, to be packed the way a kernel reads it. At each call the kernel decides by the number of
-rows: products with many rows (prefill) are bound by arithmetic, not by reading weights, so they
-dequantize into floating point and use the vendor's matrix product.
+rows: products with few (decoding) are bound by reading the weight, those with many (prefill) by
+arithmetic.
 
 Shape letters: M rows, N output features, K input features, G groups along K.
 """
@@ -87,10 +87,6 @@ class LinearKernel(Protocol):
         ...
 
 
-MAX_ROWS_CPU = 64
-"""Rows up to which our CPU kernels are used: there, each is several times the wide product's speed
-still, on shapes from 576 to 3072 (AVX-512)."""
-
 NOT_MEANT = ""
 """An ``unsupported`` answer that needs no mention: another device, another kind of weight."""
 
@@ -117,18 +113,15 @@ class DenseTorch:
 
 
 class DenseCpu(DenseTorch):
-    """bfloat16 weights on a CPU, with our own kernel where rows are few."""
+    """bfloat16 weights on a CPU, with our own kernel."""
 
     name = "dense/cpu"
-    max_rows = MAX_ROWS_CPU
 
     def unsupported(self, form: WeightFormat) -> str | None:
         return _cpu_unsupported(form, "dense")
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        if x_MK.shape[0] <= self.max_rows:
-            return torch.ops.hotloop_cpu.linear_bf16(x_MK, packed[0])
-        return _wide_product(x_MK, packed[0])
+        return torch.ops.hotloop_cpu.linear_bf16(x_MK, packed[0])
 
 
 class ChannelwiseTorch:
@@ -160,9 +153,7 @@ class ChannelwiseTorch:
 
 
 class Int8Cpu(ChannelwiseTorch):
-    """int8 weights on a CPU, with our own kernel where rows are few."""
-
-    max_rows = MAX_ROWS_CPU
+    """int8 weights on a CPU, with our own kernel."""
 
     def __init__(self) -> None:
         super().__init__("int8")
@@ -172,10 +163,7 @@ class Int8Cpu(ChannelwiseTorch):
         return _cpu_unsupported(form, "int8")
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        if x_MK.shape[0] <= self.max_rows:
-            return torch.ops.hotloop_cpu.linear_int8(x_MK, *packed)
-        values, scale = packed
-        return _wide_product(x_MK, values, scale)
+        return torch.ops.hotloop_cpu.linear_int8(x_MK, *packed)
 
 
 class Int4Torch:
@@ -200,10 +188,9 @@ class Int4Torch:
 
 
 class Int4Cpu(Int4Torch):
-    """int4 weights on a CPU, with our own kernel where rows are few."""
+    """int4 weights on a CPU, with our own kernel."""
 
     name = "int4/cpu"
-    max_rows = MAX_ROWS_CPU
 
     def unsupported(self, form: WeightFormat) -> str | None:
         reason = _cpu_unsupported(form, "int4")
@@ -217,10 +204,7 @@ class Int4Cpu(Int4Torch):
         return [cpu.pack_int4(values), *map(cpu.side_by_side, scales)]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        words, scale, offset = _with_offset(packed)
-        if x_MK.shape[0] <= self.max_rows:
-            return torch.ops.hotloop_cpu.linear_int4(x_MK, words, scale, offset)
-        return _wide_product(x_MK, cpu.dequantize_int4(words, scale, offset))
+        return torch.ops.hotloop_cpu.linear_int4(x_MK, *_with_offset(packed))
 
 
 class Int4TinyGemm:
@@ -333,15 +317,6 @@ def _cpu_unsupported(form: WeightFormat, kind: Kind) -> str | None:
     if form.dtype != torch.bfloat16:
         return NOT_MEANT  # float32 is asked for where exactness matters more than speed
     return cpu.unavailable_reason()
-
-
-def _wide_product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor | None = None) -> Tensor:
-    """A product with many rows, in float32: CPUs without bfloat16 units are slow at anything else.
-
-    The weight is widened for the occasion; with many rows that is the smaller part of the work.
-    """
-    y = F.linear(x_MK.float(), weight_NK.float())
-    return (y if scale_N is None else y * scale_N).to(x_MK.dtype)
 
 
 def _with_offset(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:

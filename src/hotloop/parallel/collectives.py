@@ -203,8 +203,7 @@ def _symmetric_buffer(
 def _symmetric_unavailable_reason(size: int, device: torch.device) -> str | None:
     if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
         return "the ranks are on several machines"
-    others = [i for i in range(torch.cuda.device_count()) if i != device.index][: size - 1]
-    for other in others:
-        if not torch.cuda.can_device_access_peer(device, other):
+    for other in range(size):  # ranks of one machine take its first devices
+        if other != device.index and not torch.cuda.can_device_access_peer(device, other):
             return f"{device} cannot read the memory of cuda:{other}"
     return None

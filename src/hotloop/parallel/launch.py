@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -59,14 +60,28 @@ class Rank:
     killed: bool = False
 
     def kill(self) -> None:
-        """Ends its process and what that started, without asking: it may be waiting for a peer."""
-        if self.process is None:
-            with suppress(OSError):
-                send(self.connection, (0, LAST, ()))
-        elif not self.killed:  # once: later, the number can be another process's
-            self.killed = True
+        """Ends its process and what that started, without asking: it may be waiting for a peer.
+
+        One that is not ours ends itself when its connection does (see ``link``).
+        """
+        if self.killed:
+            return  # once: later, the number can be another process's
+        self.killed = True
+        if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+        else:
+            with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+                end.shutdown(socket.SHUT_RDWR)
+
+    def release(self) -> None:
+        """Ends it when there is nothing more to do; one that is not ours ends in good order."""
+        if self.process is not None:
+            self.kill()
+        elif not self.killed:
+            self.killed = True
+            with suppress(OSError):
+                send(self.connection, (0, LAST, ()))
 
     def close(self) -> None:
         """Waits for the end of its process, and lets go of what it leaves."""
@@ -279,7 +294,7 @@ def _end(watch: _Watch, thread: threading.Thread, owner: int) -> None:
         return  # a fork of the caller has come to its end, not the caller
     watch.ended = True
     for rank in watch.ranks:
-        rank.kill()
+        rank.release()
     with suppress(RuntimeError):  # where the thread itself collects this garbage
         thread.join()
     for rank in watch.ranks:

@@ -63,18 +63,6 @@ def side_by_side(rows_NX: Tensor) -> Tensor:
     return rows_NX.unflatten(0, (-1, INT4_FEATURES)).transpose(1, 2).contiguous()
 
 
-def dequantize_int4(words: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """The weight that ``linear_int4`` multiplies with, float32 [N, K]."""
-    blocks, eighth, features = words.shape
-    rows = words.transpose(1, 2)
-    nibbles = torch.stack([((rows >> bit) & 15).to(torch.int8) - 8 for bit in _NIBBLES], dim=-1)
-    weight = nibbles.view(blocks, features, scale.shape[1], -1).float()
-    weight = weight * scale.transpose(1, 2).float().unsqueeze(-1)
-    if offset is not None:
-        weight = weight + offset.transpose(1, 2).float().unsqueeze(-1)
-    return weight.view(blocks * features, eighth * 8)
-
-
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why the operators cannot be used, or None when they are loaded and ready."""

@@ -1,0 +1,78 @@
+"""Collectives on CUDA devices, captured in graphs while another thread uses the device."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+RANK = """
+import sys, threading
+import torch
+from hotloop.parallel.collectives import SYMMETRIC_BYTES, ProcessGroup
+from hotloop.parallel.rendezvous import Address
+
+rank, size, port = map(int, sys.argv[1:])
+device = torch.device("cuda", rank)
+store = Address(host="127.0.0.1", port=port).connect()
+group = ProcessGroup(store, rank, size, device)
+total = sum(range(1, size + 1))
+stop = threading.Event()
+
+def wait_for_events():
+    while not stop.is_set():
+        event = torch.cuda.Event()
+        event.record()
+        event.synchronize()
+
+for dtype in (torch.bfloat16, torch.float32, torch.float16):
+    for n in (8, 4096, SYMMETRIC_BYTES):
+        x = torch.full((1, 1, n), float(rank + 1), device=device, dtype=dtype)
+        assert (group.sum(x) == total).all(), (dtype, n)
+        assert (x == rank + 1).all(), "what is summed is left alone"
+        stop.clear()
+        thread = threading.Thread(target=wait_for_events)
+        thread.start()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            y = group.sum(group.sum(x))
+            best = group.max(torch.full((2, 1), rank, device=device))
+        stop.set()
+        thread.join()
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert (y == total * size).all(), (dtype, n)
+        assert (best == size - 1).all()
+gathered = group.gather(torch.full((2, 3), rank, device=device))
+assert (gathered == torch.arange(size, device=device)[:, None, None]).all()
+print(group.kernel, *group.notes)
+"""
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_sums_and_maxima_are_exact_in_and_out_of_graphs(size):
+    if (found := torch.cuda.device_count()) < size:
+        pytest.skip(f"needs {size} GPUs, found {found}")
+    from hotloop.parallel.rendezvous import serve_store
+
+    _store, address = serve_store()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(size), str(address.port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, outputs
+    kernels = {out.split()[0] for out, _ in outputs}
+    assert len(kernels) == 1, "every rank takes the same way"
+    assert kernels <= {"nccl", "symm_mem"}
