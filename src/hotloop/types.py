@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -400,6 +400,11 @@ class EngineDescription:
     warmup_s: float = 0.0
     compile_cache: Literal["cold", "warm"] | None = None
     execution: str = ""
+
+    @property
+    def name(self) -> str:
+        """The configuration's name, with what ``auto`` turned out to be."""
+        return replace(self.config, execution=self.execution or self.config.execution).name
 
 
 Prompt = str | Sequence[int]

@@ -92,6 +92,7 @@ class FakeLLM:
             dtype="float32",
             vocab_size=128,
             max_seq_len=CONTEXT,
+            execution="eager",
             n_params=1000,
             weight_bytes=4000,
             weight_bytes_per_step=4000,

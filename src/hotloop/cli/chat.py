@@ -237,7 +237,7 @@ class Session:
         later_s = sum(timing.e2e_s - timing.ttft_s for timing in timings)
         rows = {
             "model": self._config.model,
-            "configuration": self._config.name,
+            "configuration": self._about.name,
             "device": f"{self._about.device_name}, {self._about.dtype}",
             "weights": f"{self._about.weight_bytes / 1e6:,.0f} MB",
             "answers": str(len(self._answers)),

@@ -113,7 +113,12 @@ class EngineOptions(DraftOptions):
     ] = EngineConfig.head
     dtype: Dtype = EngineConfig.dtype
     execution: Annotated[
-        Execution, option(EXECUTION, "Plain PyTorch, or torch.compile with CUDA graphs.")
+        Execution,
+        option(
+            EXECUTION,
+            "Plain PyTorch (eager), torch.compile (compile), or CUDA kernels of our own (fused). "
+            "auto is fused where that runs, else eager.",
+        ),
     ] = EngineConfig.execution
     tensor_parallel: Annotated[
         int, option(EXECUTION, "Ranks that share every layer, one GPU each.", alias="--tp")
@@ -141,7 +146,7 @@ class MatrixOptions(DraftOptions):
         "none,int8,int4-g64"
     )
     head: Annotated[str, option(MATRIX, "Schemes of the output head.")] = EngineConfig.head
-    execution: Annotated[str, option(MATRIX, "Of eager and compile.")] = "eager,compile"
+    execution: Annotated[str, option(MATRIX, "Of auto, eager, compile and fused.")] = "auto,compile"
     tensor_parallel: Annotated[
         str, option(MATRIX, "Ranks that share every layer, such as 1,2,4.", alias="--tp")
     ] = str(EngineConfig.tensor_parallel)

@@ -129,13 +129,14 @@ struct Linear {
     copy_end(arrived + stage, lane);
     next.unit += units;
     if (next.unit == end_unit) next = {next.item + item_step, first_unit};
+    if (next.item >= n_items) launch_dependents();
   }
 
   __device__ __forceinline__ void multiply() {
     const uint64_t policy = read_once_policy();
     Cursor next = {first_unit < end_unit ? first_item : n_items, first_unit};
+    if (next.item >= n_items) launch_dependents();
     for (int i = 0; i < args.stages; i++) ask(next, i, policy);
-    launch_dependents();
     wait_for_predecessor();
 
     float square[kColumns] = {};  // sums over this lane's share of x, of rows 8c + g
