@@ -57,13 +57,14 @@ struct Linear {
   const int tile_bytes, stage_bytes;               // of a stage of the ring
   const int staged_row;                            // g, or 0 if there is no such row
   int first_unit, end_unit;                        // of this warp, in every item
+  int chunks, x_stride;                            // of eight features: this warp's; between rows
 
   // Shared memory.
   uint8_t* ring;
   float4* sums;           // [kBuffers][kWarps][kTiles][kColumns][32]
   float* squares;         // [kWarps][kMaxRows]
-  uint4* staged;          // this warp's x: [blocks of K][rows][4]
-  uint64_t* arrived;      // [stages], of this warp: the copy is there
+  uint4* staged;          // this warp's x: [rows][x_stride]
+  uint64_t* arrived;      // [stages], of this warp: the copy is there; then of x
   uint64_t* summed;       // [kBuffers]: every warp's sums are there
   uint64_t* taken;        // [kBuffers]: the epilogue has them
 
@@ -85,16 +86,18 @@ struct Linear {
     memory += sizeof(float) * kWarps * kMaxRows;
     summed = reinterpret_cast<uint64_t*>(memory);
     taken = summed + kBuffers;
-    arrived = taken + kBuffers + warp * a.stages;
-    memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * a.stages) + 15) / 16 * 16;
-    const int blocks_of_warp = (a.units + workers - 1) / workers * kUnitBlocks;
-    staged = reinterpret_cast<uint4*>(memory) + warp * blocks_of_warp * a.rows * 4;
+    arrived = taken + kBuffers + warp * (a.stages + 1);
+    memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * (a.stages + 1)) + 15) / 16 * 16;
+    chunks = (min(end_unit * Weight::kUnitK, a.k) - first_unit * Weight::kUnitK) / 8;
+    // Rows begin an odd number of half lines apart: eight lanes read two of them at once.
+    x_stride = 4 * ((a.units + workers - 1) / workers * kUnitBlocks | 1);
+    staged = reinterpret_cast<uint4*>(memory) + warp * a.rows * x_stride;
   }
 
   __device__ __forceinline__ void run() {
     const bool copies = warp < kWarps;
     if (copies && lane == 0)
-      for (int i = 0; i < args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
+      for (int i = 0; i <= args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
     if (!copies && lane == 0)
       for (int i = 0; i < kBuffers; i++) {
         barrier_init(summed + i, kWarps);
@@ -137,39 +140,37 @@ struct Linear {
     Cursor next = {first_unit < end_unit ? first_item : n_items, first_unit};
     if (next.item >= n_items) launch_dependents();
     for (int i = 0; i < args.stages; i++) ask(next, i, policy);
+    NormWeight norm;
+    if (kNorm) hold(norm);
     wait_for_predecessor();
-
-    float square[kColumns] = {};  // sums over this lane's share of x, of rows 8c + g
-    if (kStaged) stage_x(square);
+    if (kStaged) stage_x();
+    if (kNorm) normalize(norm);
 
     int stage = 0, number = 0;
     uint32_t parity = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
       float sum[kTiles][kColumns][4] = {};
-      const bool adds_squares = kNorm && !kStaged && number == 0;
-      const uint4* x = staged + staged_row * 4 + t;  // of the next unit, in row 0 or row g
+      const uint4* x = staged + staged_row * x_stride + t;  // of the next unit, in row 0 or row g
       for (int unit = first_unit; unit < end_unit;) {
         barrier_wait(arrived + stage, parity);
         const uint8_t* weights = ring + stage * stage_bytes;
         const int end = min(unit + args.units_per_stage, end_unit);
         for (; unit < end; unit++) {
-          multiply_unit(weights, x, unit, sum, square, adds_squares);
+          multiply_unit(weights, x, unit, sum);
           weights += Weight::kUnitBytes;
-          x += kUnitBlocks * args.rows * 4;
+          x += kUnitBlocks * 4;
         }
         sync_warp();  // every lane has read the stage: it can be overwritten
         ask(next, stage, policy);
         if (++stage == args.stages) stage = 0, parity ^= 1;
       }
-      if (kNorm && number == 0) put_squares(square);
       put_sums(sum, number);
     }
   }
 
   // Sums of groups run in two chains, since each product waits for the one before it.
   __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x, int unit,
-                                                float sum[kTiles][kColumns][4],
-                                                float square[kColumns], bool adds_squares) {
+                                                float sum[kTiles][kColumns][4]) {
     constexpr int kGroupBlocks = Weight::kGroupBlocks;
     float even[kTiles][kColumns][4], odd[kTiles][kColumns][4], x_sum[kColumns][4];
 #pragma unroll
@@ -177,8 +178,8 @@ struct Linear {
       uint4 b[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; c++)
-        b[c] = kStaged ? x[(block * args.rows + staged_rows_to(c)) * 4]
-                       : read_x(unit * kUnitBlocks + block, c, square, adds_squares);
+        b[c] = kStaged ? x[block * 4 + staged_rows_to(c) * x_stride]
+                       : read_x(unit * kUnitBlocks + block, c);
       if constexpr (kGroupBlocks > 0) {
         if (block % kGroupBlocks == 0) {
           zero(x_sum);
@@ -245,55 +246,88 @@ struct Linear {
     return c == 0 || 8 * c + g < args.rows ? 8 * c : 0;
   }
 
-  // Each lane reads back what it wrote itself, or what a lane of its warp did.
-  __device__ __forceinline__ void stage_x(float square[kColumns]) {
-#pragma unroll 4
-    for (int block = first_unit * kUnitBlocks; block < end_unit * kUnitBlocks; block++)
-#pragma unroll
-      for (int c = 0; c < kColumns; c++) {
-        const uint4 x = read_x(block, c, square, kNorm);
-        const int at = (block - first_unit * kUnitBlocks) * args.rows + 8 * c + g;
-        if (8 * c + g < args.rows) staged[at * 4 + t] = x;
-      }
+  // This warp's part of x, all of it on its way at once.
+  __device__ __forceinline__ void stage_x() {
+    uint64_t* barrier = arrived + args.stages;
+    const uint64_t policy = read_often_policy();
+    const int bytes = max(chunks, 0) * sizeof(uint4);
+    if (bytes > 0) {
+      copy_begin(barrier, args.rows * bytes, lane);
+      for (int row = 0; row < args.rows; row++)
+        copy(staged + row * x_stride, x_chunks(row), bytes, barrier, policy, lane);
+      copy_end(barrier, lane);
+    }
+    // Beyond the last feature weights are zeros, and x must be numbers.
+    const int beyond = (end_unit - first_unit) * kUnitBlocks * 4;
+    for (int row = 0; row < args.rows; row++)
+      for (int i = max(chunks, 0) + lane; i < beyond; i += 32)
+        staged[row * x_stride + i] = uint4{0, 0, 0, 0};
+    if (bytes > 0) barrier_wait(barrier, 0);
     sync_warp();
   }
 
-  // With a norm: x times the norm's weight. Its other factor, the same for a whole row, is applied
-  // to the sums; what it is made of is gathered here. Features beyond the last, whose weights are
-  // zeros, are again the last.
-  __device__ __forceinline__ uint4 read_x(int block, int c, float square[kColumns],
-                                          bool adds_squares) const {
-    const int row = 8 * c + g < args.rows ? 8 * c + g : 0;
-    const int k = min(32 * block + 8 * t, args.k - 8);
-    uint4 x = *reinterpret_cast<const uint4*>(args.x + static_cast<int64_t>(row) * args.k + k);
-    if constexpr (kNorm) {
-      const uint4 w = *reinterpret_cast<const uint4*>(args.norm_weight + k);
-      if (adds_squares && k == 32 * block + 8 * t) {
-        square[c] = add_squares(square[c], x.x);
-        square[c] = add_squares(square[c], x.y);
-        square[c] = add_squares(square[c], x.z);
-        square[c] = add_squares(square[c], x.w);
-      }
-      x.x = fma_pair(x.x, w.x, kMinusZeros);
-      x.y = fma_pair(x.y, w.y, kMinusZeros);
-      x.z = fma_pair(x.z, w.z, kMinusZeros);
-      x.w = fma_pair(x.w, w.w, kMinusZeros);
+  __device__ __forceinline__ const uint4* x_chunks(int row) const {
+    return reinterpret_cast<const uint4*>(args.x + static_cast<int64_t>(row) * args.k +
+                                          first_unit * Weight::kUnitK);
+  }
+
+  // The norm: x times its weight. Its other factor, the same for a whole row, is applied to the
+  // sums; the squares that it is made of are added up here, lane by lane in every 32nd chunk.
+
+  // What a lane holds of the norm's weight, read before x is there.
+  struct NormWeight {
+    static constexpr int kHeld = 4;
+    uint4 chunk[kHeld];
+  };
+
+  __device__ __forceinline__ uint4 norm_weight(int chunk) const {
+    return reinterpret_cast<const uint4*>(args.norm_weight + first_unit * Weight::kUnitK)[chunk];
+  }
+
+  __device__ __forceinline__ void hold(NormWeight& norm) const {
+#pragma unroll
+    for (int i = 0; i < NormWeight::kHeld; i++)
+      if (32 * i + lane < chunks) norm.chunk[i] = norm_weight(32 * i + lane);
+  }
+
+  __device__ __forceinline__ void normalize(const NormWeight& norm) {
+    for (int row = 0; row < args.rows; row++) {
+      const uint4* from = kStaged ? staged + row * x_stride : x_chunks(row);
+      float sum = 0;
+      for (int begin = 0; begin < chunks; begin += 32 * NormWeight::kHeld)
+#pragma unroll
+        for (int i = 0; i < NormWeight::kHeld; i++) {
+          const int chunk = begin + 32 * i + lane;
+          if (chunk >= chunks) continue;
+          const uint4 x = from[chunk];
+          sum = add_squares(add_squares(sum, x.x), x.y);
+          sum = add_squares(add_squares(sum, x.z), x.w);
+          if (kStaged)
+            staged[row * x_stride + chunk] =
+                times(x, begin == 0 ? norm.chunk[i] : norm_weight(chunk));
+        }
+      for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+      if (lane == 0) squares[warp * kMaxRows + row] = sum;
     }
-    return x;
+    sync_warp();
   }
 
   static __device__ __forceinline__ float add_squares(float sum, uint32_t pair) {
     return fmaf(high(pair), high(pair), fmaf(low(pair), low(pair), sum));
   }
 
-  __device__ __forceinline__ void put_squares(const float square[kColumns]) {
-#pragma unroll
-    for (int c = 0; c < kColumns; c++) {
-      float sum = square[c];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      if (t == 0) squares[warp * kMaxRows + 8 * c + g] = sum;
-    }
+  static __device__ __forceinline__ uint4 times(uint4 x, uint4 w) {
+    return {fma_pair(x.x, w.x, kMinusZeros), fma_pair(x.y, w.y, kMinusZeros),
+            fma_pair(x.z, w.z, kMinusZeros), fma_pair(x.w, w.w, kMinusZeros)};
+  }
+
+  // x where it is not staged. Features beyond the last, whose weights are zeros, are again the last.
+  __device__ __forceinline__ uint4 read_x(int block, int c) const {
+    const int row = 8 * c + g < args.rows ? 8 * c + g : 0;
+    const int k = min(32 * block + 8 * t, args.k - 8);
+    const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    return kNorm ? times(x, *reinterpret_cast<const uint4*>(args.norm_weight + k)) : x;
   }
 
   __device__ __forceinline__ float4* sums_of(int number, int of_warp) const {
@@ -332,6 +366,11 @@ struct Linear {
     Best best[kColumns][2];
     int number = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
+      Beside beside[kTiles][kColumns];
+#pragma unroll
+      for (int r = 0; r < kTiles; r++)
+#pragma unroll
+        for (int c = 0; c < kColumns; c++) beside[r][c] = read_beside(item * kTiles + r, c);
       barrier_wait(summed + number % kBuffers, number / kBuffers % 2);
       if (kNorm && number == 0) norm_factors(factor);
       float4 sum[kTiles][kColumns];
@@ -339,6 +378,7 @@ struct Linear {
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
         for (int c = 0; c < kColumns; c++) sum[r][c] = float4{0, 0, 0, 0};
+#pragma unroll 4
       for (int w = 0; w < kWarps; w++) add(sum, sums_of(number, w));
       sync_warp();
       if (lane == 0) barrier_arrive(taken + number % kBuffers);
@@ -347,7 +387,7 @@ struct Linear {
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
         for (int c = 0; c < kColumns; c++)
-          write(sum[r][c], item * kTiles + r, c, factor[c], best[c]);
+          write(sum[r][c], item * kTiles + r, c, beside[r][c], factor[c], best[c]);
     }
     if (kEpilogue == kLogits && args.best_value != nullptr) write_best(best);
   }
@@ -397,39 +437,77 @@ struct Linear {
     return true;
   }
 
-  // Rows g and g + 8 of a tile, of SwiGLU gate and up of one feature, at rows 8c + 2t (+ 1) of x.
-  __device__ __forceinline__ void write(float4 sum, int tile, int c, const float factor[2],
-                                        Best best[2]) {
-    if (tile >= args.tiles) return;
-    const bool pairs = kEpilogue == kSwiGLU;
-    const int width = pairs ? args.n / 2 : args.n;  // of y
-    const int n0 = pairs ? 8 * tile + g : kTileRows * tile + g;
-    const int n1 = pairs ? width + n0 : n0 + 8;
-    const bool has0 = n0 < width, has1 = n1 < args.n;
-    float v[4] = {sum.x, sum.y, sum.z, sum.w};
+  // A lane has rows g and g + 8 of a tile (of SwiGLU gate and up of one feature), at rows 8c + 2t
+  // and 8c + 2t + 1 of x.
+  struct Place {
+    int width;   // of y
+    int n0, n1;  // output features
+    bool has0, has1;
+  };
+
+  __device__ __forceinline__ Place place_of(int tile) const {
+    constexpr bool pairs = kEpilogue == kSwiGLU;
+    Place p;
+    p.width = pairs ? args.n / 2 : args.n;
+    p.n0 = pairs ? 8 * tile + g : kTileRows * tile + g;
+    p.n1 = pairs ? p.width + p.n0 : p.n0 + 8;
+    p.has0 = p.n0 < p.width && tile < args.tiles, p.has1 = p.n1 < args.n && tile < args.tiles;
+    return p;
+  }
+
+  // What goes into y beside the sums, read while those are still on their way.
+  struct Beside {
+    float scale[2], bias[2];
+    float residual[4];
+  };
+
+  __device__ __forceinline__ Beside read_beside(int tile, int c) const {
+    const Place p = place_of(tile);
+    Beside b = {};
     if (Weight::kChannelScale) {
-      const float s0 = has0 ? args.scale[n0] : 0, s1 = has1 ? args.scale[n1] : 0;
-      v[0] *= s0, v[1] *= s0, v[2] *= s1, v[3] *= s1;
+      if (p.has0) b.scale[0] = args.scale[p.n0];
+      if (p.has1) b.scale[1] = args.scale[p.n1];
     }
-    if (kNorm) v[0] *= factor[0], v[1] *= factor[1], v[2] *= factor[0], v[3] *= factor[1];
     if (args.bias != nullptr) {
-      const float b0 = has0 ? widen(args.bias[n0]) : 0, b1 = has1 ? widen(args.bias[n1]) : 0;
-      v[0] += b0, v[1] += b0, v[2] += b1, v[3] += b1;
+      if (p.has0) b.bias[0] = widen(args.bias[p.n0]);
+      if (p.has1) b.bias[1] = widen(args.bias[p.n1]);
+    }
+    if (kEpilogue != kLogits && args.residual != nullptr)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int row = 8 * c + 2 * t + i;
+        if (row >= args.rows) continue;
+        const bf16* residual = args.residual + static_cast<int64_t>(row) * p.width;
+        if (p.has0) b.residual[i] = widen(residual[p.n0]);
+        if (p.has1 && kEpilogue == kPlain) b.residual[2 + i] = widen(residual[p.n1]);
+      }
+    return b;
+  }
+
+  __device__ __forceinline__ void write(float4 sum, int tile, int c, const Beside& beside,
+                                        const float factor[2], Best best[2]) {
+    const Place p = place_of(tile);
+    float v[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (Weight::kChannelScale) v[i] *= beside.scale[i / 2];
+      if (kNorm) v[i] *= factor[i % 2];
+      if (args.bias != nullptr) v[i] += beside.bias[i / 2];
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int row = 8 * c + 2 * t + i;
       if (row >= args.rows) continue;
-      const int64_t at = static_cast<int64_t>(row) * width;
+      const int64_t at = static_cast<int64_t>(row) * p.width;
       if (kEpilogue == kSwiGLU) {
-        if (has0) put(at + n0, silu(v[i]) * v[2 + i]);
+        if (p.has0) put(at + p.n0, silu(v[i]) * v[2 + i], beside.residual[i]);
       } else {
-        if (has0) put(at + n0, v[i]);
-        if (has1) put(at + n1, v[2 + i]);
+        if (p.has0) put(at + p.n0, v[i], beside.residual[i]);
+        if (p.has1) put(at + p.n1, v[2 + i], beside.residual[2 + i]);
       }
       if (kEpilogue == kLogits) {
-        if (n0 < args.n_best) best[i].offer(v[i], n0);
-        if (n1 < args.n_best) best[i].offer(v[2 + i], n1);
+        if (p.has0 && p.n0 < args.n_best) best[i].offer(v[i], p.n0);
+        if (p.has1 && p.n1 < args.n_best) best[i].offer(v[2 + i], p.n1);
       }
     }
   }
@@ -438,13 +516,11 @@ struct Linear {
     return v / (1.0f + exp2_fast(v * -1.4426950408889634f));
   }
 
-  __device__ __forceinline__ void put(int64_t at, float value) const {
-    if (kEpilogue == kLogits) {
+  __device__ __forceinline__ void put(int64_t at, float value, float residual) const {
+    if (kEpilogue == kLogits)
       static_cast<float*>(args.y)[at] = value;
-    } else {
-      if (args.residual != nullptr) value += widen(args.residual[at]);
-      static_cast<bf16*>(args.y)[at] = narrow(value);
-    }
+    else
+      static_cast<bf16*>(args.y)[at] = narrow(args.residual != nullptr ? value + residual : value);
   }
 
   __device__ __forceinline__ void write_best(Best best[kColumns][2]) {

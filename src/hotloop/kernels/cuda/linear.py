@@ -128,41 +128,45 @@ class LinearPlan:
 
     @cached_property
     def layout(self) -> Layout | None:
-        """As asked for where that fits the device: else with shorter copies, fewer, or none of x.
+        """As asked for where that fits the device: else with fewer or shorter copies, or none of x.
 
-        None if nothing fits: the rows are too many.
+        Best is to take no more than half of a multiprocessor, since the next kernel's block then
+        has room beside this one's. None if nothing fits: the rows are too many.
         """
-        t = self.tuning
+        t, whole = self.tuning, self.limits.shared_bytes
         staged_bytes = self._staged_bytes
         staging = (True, False) if staged_bytes <= t.staged_bytes else (False,)
-        for staged, units in itertools.product(staging, range(t.units_per_stage, 0, -1)):
-            copies = t.warps * t.tiles * units * self.form.unit_bytes
-            rest = self._bytes_beside_ring + (staged_bytes if staged else 0)
-            # Each stage has a barrier per warp.
-            room = (self.limits.shared_bytes - rest) // (copies + 8 * t.warps)
-            if room >= 2:
-                stages = min(room, max(2, t.ring_bytes // copies))
-                ring = stages * (copies + 8 * t.warps)
-                return Layout(
-                    stages=stages,
-                    units_per_stage=units,
-                    staged=staged,
-                    shared_bytes=-(-(ring + rest) // 16) * 16,
-                )
+        for staged, limit in itertools.product(staging, (whole // 2 - 1024, whole)):
+            for units in range(t.units_per_stage, 0, -1):
+                copies = t.warps * t.tiles * units * self.form.unit_bytes
+                rest = self._bytes_beside_ring + (staged_bytes if staged else 0)
+                # Each stage has a barrier per warp.
+                room = (limit - rest) // (copies + 8 * t.warps)
+                if room >= 2:
+                    stages = min(room, max(2, t.ring_bytes // copies))
+                    ring = stages * (copies + 8 * t.warps)
+                    return Layout(
+                        stages=stages,
+                        units_per_stage=units,
+                        staged=staged,
+                        shared_bytes=-(-(ring + rest) // 16) * 16,
+                    )
         return None
 
     @property
     def _staged_bytes(self) -> int:
         workers = self.tuning.split * self.tuning.warps
         units = -(-self.form.units // workers)  # of a warp
-        return self.tuning.warps * units * self.form.unit_k // BLOCK * self.rows * BLOCK * 2
+        blocks = units * (self.form.unit_k // BLOCK) | 1
+        return self.tuning.warps * self.rows * blocks * BLOCK * 2
 
     @property
     def _bytes_beside_ring(self) -> int:
         t = self.tuning
         sums = 16 * _BUFFERS * t.warps * t.tiles * self.columns * 32
         squares = 4 * t.warps * 8 * self.columns
-        return sums + squares + 8 * 2 * _BUFFERS + 16
+        barriers = 8 * (2 * _BUFFERS + t.warps)
+        return sums + squares + barriers + 16
 
     @property
     def n_partial(self) -> int:
