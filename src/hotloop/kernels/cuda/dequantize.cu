@@ -28,14 +28,16 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
 #pragma unroll
   for (int block = 0; block < kUnitBlocks; block++) {
     uint32_t a[2][4];
-    Weight::unpack(from, block, lane, a);
+    Weight::operands(from, block, lane, a);
     if constexpr (Weight::kGroupBlocks > 0) {
       const uint32_t* group = Weight::group(from, block);
       const uint32_t scale = group[g], offset = Weight::kOffset ? group[8 + g] : 0;
       for (int i = 0; i < 2; i++)
         for (int r = 0; r < 4; r++) {
           const float s = r % 2 ? high(scale) : low(scale), o = r % 2 ? high(offset) : low(offset);
-          a[i][r] = narrow(fmaf(low(a[i][r]), s, o), fmaf(high(a[i][r]), s, o));
+          const float first = low(a[i][r]) - Weight::kRaised;
+          const float second = high(a[i][r]) - Weight::kRaised;
+          a[i][r] = narrow(fmaf(first, s, o), fmaf(second, s, o));
         }
     }
     const int k = 32 * (unit * kUnitBlocks + block) + 8 * t;

@@ -50,6 +50,8 @@ template <class Weight, int kWarps, int kTiles, int kColumns, Epilogue kEpilogue
 struct Linear {
   static constexpr int kUnitBlocks = Weight::kUnitK / 32;
   static constexpr int kMaxRows = 8 * kColumns;
+  static constexpr bool kGroups = Weight::kGroupBlocks > 0;
+  static constexpr int kUnitGroups = kGroups ? kUnitBlocks / Weight::kGroupBlocks : 0;
 
   const LinearArgs& args;
   const int lane, warp, g, t;
@@ -63,6 +65,7 @@ struct Linear {
   uint8_t* ring;
   float4* sums;           // [kBuffers][kWarps][kTiles][kColumns][32]
   float* squares;         // [kWarps][kMaxRows]
+  float* x_sums;          // of this warp's groups of weights: [groups][kMaxRows]
   uint4* staged;          // this warp's x: [rows][x_stride]
   uint64_t* arrived;      // [stages], of this warp: the copy is there; then of x
   uint64_t* summed;       // [kBuffers]: every warp's sums are there
@@ -88,9 +91,12 @@ struct Linear {
     taken = summed + kBuffers;
     arrived = taken + kBuffers + warp * (a.stages + 1);
     memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * (a.stages + 1)) + 15) / 16 * 16;
+    const int units_of_warp = (a.units + workers - 1) / workers;
+    x_sums = reinterpret_cast<float*>(memory) + warp * units_of_warp * kUnitGroups * kMaxRows;
+    memory += sizeof(float) * kWarps * units_of_warp * kUnitGroups * kMaxRows;
     chunks = (min(end_unit * Weight::kUnitK, a.k) - first_unit * Weight::kUnitK) / 8;
     // Rows begin an odd number of half lines apart: eight lanes read two of them at once.
-    x_stride = 4 * ((a.units + workers - 1) / workers * kUnitBlocks | 1);
+    x_stride = 4 * (units_of_warp * kUnitBlocks | 1);
     staged = reinterpret_cast<uint4*>(memory) + warp * a.rows * x_stride;
   }
 
@@ -144,21 +150,23 @@ struct Linear {
     if (kNorm) hold(norm);
     wait_for_predecessor();
     if (kStaged) stage_x();
-    if (kNorm) normalize(norm);
+    if (kNorm || kGroups) prepare_x(norm);
 
     int stage = 0, number = 0;
     uint32_t parity = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
       float sum[kTiles][kColumns][4] = {};
       const uint4* x = staged + staged_row * x_stride + t;  // of the next unit, in row 0 or row g
+      const float* x_sum = x_sums + 2 * t;
       for (int unit = first_unit; unit < end_unit;) {
         barrier_wait(arrived + stage, parity);
         const uint8_t* weights = ring + stage * stage_bytes;
         const int end = min(unit + args.units_per_stage, end_unit);
         for (; unit < end; unit++) {
-          multiply_unit(weights, x, unit, sum);
+          multiply_unit(weights, x, x_sum, unit, sum);
           weights += Weight::kUnitBytes;
           x += kUnitBlocks * 4;
+          x_sum += kUnitGroups * kMaxRows;
         }
         sync_warp();  // every lane has read the stage: it can be overwritten
         ask(next, stage, policy);
@@ -168,11 +176,14 @@ struct Linear {
     }
   }
 
-  // Sums of groups run in two chains, since each product waits for the one before it.
-  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x, int unit,
+  // Sums of groups run in two chains, since each product waits for the one before it. They begin
+  // with what takes back by how much the operands are more than the weights.
+  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
+                                                const float* x_sum, int unit,
                                                 float sum[kTiles][kColumns][4]) {
     constexpr int kGroupBlocks = Weight::kGroupBlocks;
-    float even[kTiles][kColumns][4], odd[kTiles][kColumns][4], x_sum[kColumns][4];
+    float even[kTiles][kColumns][4], odd[kTiles][kColumns][4];
+    float2 group_x[kColumns];
 #pragma unroll
     for (int block = 0; block < kUnitBlocks; block++) {
       uint4 b[kColumns];
@@ -180,32 +191,33 @@ struct Linear {
       for (int c = 0; c < kColumns; c++)
         b[c] = kStaged ? x[block * 4 + staged_rows_to(c) * x_stride]
                        : read_x(unit * kUnitBlocks + block, c);
-      if constexpr (kGroupBlocks > 0) {
-        if (block % kGroupBlocks == 0) {
-          zero(x_sum);
-#pragma unroll
-          for (int r = 0; r < kTiles; r++) zero(even[r]), zero(odd[r]);
-        }
-        if constexpr (Weight::kOffset) {  // a product with ones adds up x, where sums need it
-          const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+      if constexpr (kGroups) {
+        if (block % kGroupBlocks == 0)
 #pragma unroll
           for (int c = 0; c < kColumns; c++) {
-            mma(x_sum[c], ones, b[c].x, b[c].y);
-            mma(x_sum[c], ones, b[c].z, b[c].w);
+            const int at = block / kGroupBlocks * kMaxRows + 8 * c;
+            group_x[c] = *reinterpret_cast<const float2*>(x_sum + at);
+            const float first = -Weight::kRaised * group_x[c].x;
+            const float second = -Weight::kRaised * group_x[c].y;
+#pragma unroll
+            for (int r = 0; r < kTiles; r++)
+              for (int i = 0; i < 4; i++) {
+                even[r][c][i] = i % 2 == 0 ? first : second;
+                odd[r][c][i] = 0;
+              }
           }
-        }
       }
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
         const uint8_t* tile = weights + r * tile_bytes;
         uint32_t a[2][4];
-        Weight::unpack(tile, block, lane, a);
+        Weight::operands(tile, block, lane, a);
 #pragma unroll
         for (int c = 0; c < kColumns; c++) {
-          mma(kGroupBlocks > 0 ? even[r][c] : sum[r][c], a[0], b[c].x, b[c].y);
-          mma(kGroupBlocks > 0 ? odd[r][c] : sum[r][c], a[1], b[c].z, b[c].w);
+          mma(kGroups ? even[r][c] : sum[r][c], a[0], b[c].x, b[c].y);
+          mma(kGroups ? odd[r][c] : sum[r][c], a[1], b[c].z, b[c].w);
         }
-        if constexpr (kGroupBlocks > 0) {
+        if constexpr (kGroups) {
           if (block % kGroupBlocks == kGroupBlocks - 1) {
             const uint32_t* group = Weight::group(tile, block);
             const uint32_t scale = group[g];
@@ -214,7 +226,11 @@ struct Linear {
 #pragma unroll
               for (int i = 0; i < 4; i++) even[r][c][i] += odd[r][c][i];
               add_scaled(sum[r][c], scale, even[r][c]);
-              if constexpr (Weight::kOffset) add_scaled(sum[r][c], group[8 + g], x_sum[c]);
+              if constexpr (Weight::kOffset) {
+                const float2 x = group_x[c];
+                const float sums[4] = {x.x, x.y, x.x, x.y};
+                add_scaled(sum[r][c], group[8 + g], sums);
+              }
             }
           }
         }
@@ -229,13 +245,6 @@ struct Linear {
     sum[1] = fmaf(low(scales), more[1], sum[1]);
     sum[2] = fmaf(high(scales), more[2], sum[2]);
     sum[3] = fmaf(high(scales), more[3], sum[3]);
-  }
-
-  static __device__ __forceinline__ void zero(float values[kColumns][4]) {
-#pragma unroll
-    for (int c = 0; c < kColumns; c++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) values[c][i] = 0;
   }
 
   // x as B operands: of rows 8c + g the features from 8t on of a block of 32. Lanes whose row does
@@ -272,7 +281,8 @@ struct Linear {
   }
 
   // The norm: x times its weight. Its other factor, the same for a whole row, is applied to the
-  // sums; the squares that it is made of are added up here, lane by lane in every 32nd chunk.
+  // sums; the squares that it is made of are added up here, lane by lane in every 32nd chunk. And
+  // what x adds up to over each group of weights.
 
   // What a lane holds of the norm's weight, read before x is there.
   struct NormWeight {
@@ -290,27 +300,42 @@ struct Linear {
       if (32 * i + lane < chunks) norm.chunk[i] = norm_weight(32 * i + lane);
   }
 
-  __device__ __forceinline__ void normalize(const NormWeight& norm) {
+  __device__ __forceinline__ void prepare_x(const NormWeight& norm) {
+    constexpr int kGroupChunks = kGroups ? 4 * Weight::kGroupBlocks : 1;
+    const int all_chunks = (end_unit - first_unit) * kUnitBlocks * 4;
     for (int row = 0; row < args.rows; row++) {
       const uint4* from = kStaged ? staged + row * x_stride : x_chunks(row);
-      float sum = 0;
-      for (int begin = 0; begin < chunks; begin += 32 * NormWeight::kHeld)
+      float squares_sum = 0;
+      for (int begin = 0; begin < all_chunks; begin += 32 * NormWeight::kHeld)
 #pragma unroll
         for (int i = 0; i < NormWeight::kHeld; i++) {
           const int chunk = begin + 32 * i + lane;
-          if (chunk >= chunks) continue;
-          const uint4 x = from[chunk];
-          sum = add_squares(add_squares(sum, x.x), x.y);
-          sum = add_squares(add_squares(sum, x.z), x.w);
-          if (kStaged)
-            staged[row * x_stride + chunk] =
-                times(x, begin == 0 ? norm.chunk[i] : norm_weight(chunk));
+          uint4 x = {0, 0, 0, 0};
+          if (chunk < chunks) {
+            x = from[chunk];
+            if (kNorm) {
+              squares_sum = add_squares(add_squares(squares_sum, x.x), x.y);
+              squares_sum = add_squares(add_squares(squares_sum, x.z), x.w);
+              x = times(x, begin == 0 ? norm.chunk[i] : norm_weight(chunk));
+              if (kStaged) staged[row * x_stride + chunk] = x;
+            }
+          }
+          if (kGroups && begin + 32 * i < all_chunks) {
+            float sum = (add(x.x) + add(x.y)) + (add(x.z) + add(x.w));
+            for (int mask = 1; mask < kGroupChunks; mask *= 2) sum += shuffle_xor(sum, mask);
+            if (chunk % kGroupChunks == 0 && chunk < all_chunks)
+              x_sums[chunk / kGroupChunks * kMaxRows + row] = sum;
+          }
         }
-      for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-      if (lane == 0) squares[warp * kMaxRows + row] = sum;
+      if (kNorm) {
+        for (int mask = 1; mask < 32; mask *= 2) squares_sum += shuffle_xor(squares_sum, mask);
+        if (lane == 0) squares[warp * kMaxRows + row] = squares_sum;
+      }
     }
     sync_warp();
   }
+
+  static __device__ __forceinline__ float add(uint32_t pair) { return low(pair) + high(pair); }
 
   static __device__ __forceinline__ float add_squares(float sum, uint32_t pair) {
     return fmaf(high(pair), high(pair), fmaf(low(pair), low(pair), sum));
@@ -321,10 +346,10 @@ struct Linear {
             fma_pair(x.z, w.z, kMinusZeros), fma_pair(x.w, w.w, kMinusZeros)};
   }
 
-  // x where it is not staged. Features beyond the last, whose weights are zeros, are again the last.
+  // x where it is not staged; zeros beyond the last feature.
   __device__ __forceinline__ uint4 read_x(int block, int c) const {
-    const int row = 8 * c + g < args.rows ? 8 * c + g : 0;
-    const int k = min(32 * block + 8 * t, args.k - 8);
+    const int row = 8 * c + g < args.rows ? 8 * c + g : 0, k = 32 * block + 8 * t;
+    if (k >= args.k) return {0, 0, 0, 0};
     const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
     const uint4 x = *reinterpret_cast<const uint4*>(from);
     return kNorm ? times(x, *reinterpret_cast<const uint4*>(args.norm_weight + k)) : x;

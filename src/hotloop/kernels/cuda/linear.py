@@ -155,9 +155,7 @@ class LinearPlan:
 
     @property
     def _staged_bytes(self) -> int:
-        workers = self.tuning.split * self.tuning.warps
-        units = -(-self.form.units // workers)  # of a warp
-        blocks = units * (self.form.unit_k // BLOCK) | 1
+        blocks = self._units_of_warp * (self.form.unit_k // BLOCK) | 1
         return self.tuning.warps * self.rows * blocks * BLOCK * 2
 
     @property
@@ -166,7 +164,14 @@ class LinearPlan:
         sums = 16 * _BUFFERS * t.warps * t.tiles * self.columns * 32
         squares = 4 * t.warps * 8 * self.columns
         barriers = 8 * (2 * _BUFFERS + t.warps)
-        return sums + squares + barriers + 16
+        group_size = self.form.group_size
+        groups = self._units_of_warp * self.form.unit_k // group_size if group_size else 0
+        x_sums = 4 * t.warps * groups * 8 * self.columns
+        return sums + squares + barriers + 16 + x_sums
+
+    @property
+    def _units_of_warp(self) -> int:
+        return -(-self.form.units // (self.tuning.split * self.tuning.warps))
 
     @property
     def n_partial(self) -> int:

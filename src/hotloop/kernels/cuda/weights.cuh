@@ -13,16 +13,18 @@ constexpr int kFragmentBytes = 1024;  // of a unit
 constexpr uint32_t kOnes = 0x3f803f80u;
 constexpr uint32_t kMinusZeros = 0x80008000u;
 
-// How each type of weight is unpacked: two A operands for each block of 32 input features.
+// How each type of weight becomes two A operands for each block of 32 input features. They are
+// kRaised more than the weights: to take that from what a group adds up to is less work.
 //
 // kUnitK: input features of a unit. kGroupBlocks: blocks that share a scale, 0 if all do.
 
 struct Bf16 {
   static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupBlocks = 0;
+  static constexpr int kRaised = 0;
   static constexpr bool kChannelScale = false, kOffset = false;
 
-  static __device__ __forceinline__ void unpack(const uint8_t* unit, int, int lane,
-                                                uint32_t a[2][4]) {
+  static __device__ __forceinline__ void operands(const uint8_t* unit, int, int lane,
+                                                  uint32_t a[2][4]) {
     for (int i = 0; i < 2; i++) {
       const uint4 words = reinterpret_cast<const uint4*>(unit)[32 * i + lane];
       a[i][0] = words.x, a[i][1] = words.y, a[i][2] = words.z, a[i][3] = words.w;
@@ -34,10 +36,11 @@ struct Bf16 {
 template <class Derived>
 struct EightBits {
   static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupBlocks = 0;
+  static constexpr int kRaised = 0;
   static constexpr bool kChannelScale = true, kOffset = false;
 
-  static __device__ __forceinline__ void unpack(const uint8_t* unit, int block, int lane,
-                                                uint32_t a[2][4]) {
+  static __device__ __forceinline__ void operands(const uint8_t* unit, int block, int lane,
+                                                  uint32_t a[2][4]) {
     const uint4 words = reinterpret_cast<const uint4*>(unit)[32 * block + lane];
     Derived::convert(words.x, a[0][0], a[0][1]);
     Derived::convert(words.y, a[0][2], a[0][3]);
@@ -79,17 +82,15 @@ struct Int4 {
   static constexpr int kUnitK = 128, kGroupBlocks = kGroup / 32;
   static constexpr int kGroupBytes = (kAsymmetric ? 4 : 2) * kTileRows;
   static constexpr int kUnitBytes = kFragmentBytes + kUnitK / kGroup * kGroupBytes;
+  static constexpr int kRaised = 136;
   static constexpr bool kChannelScale = false, kOffset = kAsymmetric;
 
-  // A bfloat16 of 128 plus the nibble, less 136: exact.
-  static __device__ __forceinline__ uint32_t pair(uint32_t word) {
-    return fma_pair(mask_or(word, 0x000f000fu, 0x43004300u), kOnes, 0xc308c308u);
-  }
-  static __device__ __forceinline__ void unpack(const uint8_t* unit, int block, int lane,
-                                                uint32_t a[2][4]) {
+  // A bfloat16 of 128 plus the nibble, which is 8 more than the weight: exact.
+  static __device__ __forceinline__ void operands(const uint8_t* unit, int block, int lane,
+                                                  uint32_t a[2][4]) {
     const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * block + lane];
-    for (int r = 0; r < 4; r++) a[0][r] = pair(words.x >> 4 * r);
-    for (int r = 0; r < 4; r++) a[1][r] = pair(words.y >> 4 * r);
+    for (int r = 0; r < 4; r++) a[0][r] = mask_or(words.x >> 4 * r, 0x000f000fu, 0x43004300u);
+    for (int r = 0; r < 4; r++) a[1][r] = mask_or(words.y >> 4 * r, 0x000f000fu, 0x43004300u);
   }
   static __device__ __forceinline__ const uint32_t* group(const uint8_t* unit, int block) {
     return reinterpret_cast<const uint32_t*>(unit + kFragmentBytes +
