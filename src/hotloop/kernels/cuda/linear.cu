@@ -51,7 +51,7 @@ struct Linear {
   static constexpr int kUnitBlocks = Weight::kUnitK / 32;
   static constexpr int kMaxRows = 8 * kColumns;
   static constexpr bool kGroups = Weight::kGroupBlocks > 0;
-  static constexpr int kUnitGroups = kGroups ? kUnitBlocks / Weight::kGroupBlocks : 0;
+  static constexpr int kUnitSums = Weight::kOffset ? kUnitBlocks / Weight::kGroupBlocks : 0;
 
   const LinearArgs& args;
   const int lane, warp, g, t;
@@ -92,8 +92,8 @@ struct Linear {
     arrived = taken + kBuffers + warp * (a.stages + 1);
     memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * (a.stages + 1)) + 15) / 16 * 16;
     const int units_of_warp = (a.units + workers - 1) / workers;
-    x_sums = reinterpret_cast<float*>(memory) + warp * units_of_warp * kUnitGroups * kMaxRows;
-    memory += sizeof(float) * kWarps * units_of_warp * kUnitGroups * kMaxRows;
+    x_sums = reinterpret_cast<float*>(memory) + warp * units_of_warp * kUnitSums * kMaxRows;
+    memory += sizeof(float) * kWarps * units_of_warp * kUnitSums * kMaxRows;
     chunks = (min(end_unit * Weight::kUnitK, a.k) - first_unit * Weight::kUnitK) / 8;
     // Rows begin an odd number of half lines apart: eight lanes read two of them at once.
     x_stride = 4 * (units_of_warp * kUnitBlocks | 1);
@@ -138,19 +138,26 @@ struct Linear {
     copy_end(arrived + stage, lane);
     next.unit += units;
     if (next.unit == end_unit) next = {next.item + item_step, first_unit};
-    if (next.item >= n_items) launch_dependents();
+    if (next.item >= n_items) let_next_begin();
+  }
+
+  // Once the last copy was asked for: what the next kernel's blocks ask for at their beginning is to
+  // fill the memory's time from then to their first product, and not to come before what this kernel
+  // asks for. One warp's word counts for its block.
+  __device__ __forceinline__ void let_next_begin() const {
+    if (warp == 0) launch_dependents();
   }
 
   __device__ __forceinline__ void multiply() {
     const uint64_t policy = read_once_policy();
     Cursor next = {first_unit < end_unit ? first_item : n_items, first_unit};
-    if (next.item >= n_items) launch_dependents();
+    if (next.item >= n_items) let_next_begin();
     for (int i = 0; i < args.stages; i++) ask(next, i, policy);
     NormWeight norm;
     if (kNorm) hold(norm);
     wait_for_predecessor();
     if (kStaged) stage_x();
-    if (kNorm || kGroups) prepare_x(norm);
+    if (kNorm || Weight::kOffset) prepare_x(norm);
 
     int stage = 0, number = 0;
     uint32_t parity = 0;
@@ -166,7 +173,7 @@ struct Linear {
           multiply_unit(weights, x, x_sum, unit, sum);
           weights += Weight::kUnitBytes;
           x += kUnitBlocks * 4;
-          x_sum += kUnitGroups * kMaxRows;
+          x_sum += kUnitSums * kMaxRows;
         }
         sync_warp();  // every lane has read the stage: it can be overwritten
         ask(next, stage, policy);
@@ -176,14 +183,12 @@ struct Linear {
     }
   }
 
-  // Sums of groups run in two chains, since each product waits for the one before it. They begin
-  // with what takes back by how much the operands are more than the weights.
+  // Sums of groups run in two chains, since each product waits for the one before it.
   __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
                                                 const float* x_sum, int unit,
                                                 float sum[kTiles][kColumns][4]) {
     constexpr int kGroupBlocks = Weight::kGroupBlocks;
     float even[kTiles][kColumns][4], odd[kTiles][kColumns][4];
-    float2 group_x[kColumns];
 #pragma unroll
     for (int block = 0; block < kUnitBlocks; block++) {
       uint4 b[kColumns];
@@ -194,18 +199,7 @@ struct Linear {
       if constexpr (kGroups) {
         if (block % kGroupBlocks == 0)
 #pragma unroll
-          for (int c = 0; c < kColumns; c++) {
-            const int at = block / kGroupBlocks * kMaxRows + 8 * c;
-            group_x[c] = *reinterpret_cast<const float2*>(x_sum + at);
-            const float first = -Weight::kRaised * group_x[c].x;
-            const float second = -Weight::kRaised * group_x[c].y;
-#pragma unroll
-            for (int r = 0; r < kTiles; r++)
-              for (int i = 0; i < 4; i++) {
-                even[r][c][i] = i % 2 == 0 ? first : second;
-                odd[r][c][i] = 0;
-              }
-          }
+          for (int c = 0; c < kColumns; c++) begin_group(x_sum, block / kGroupBlocks, c, even, odd);
       }
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
@@ -227,7 +221,7 @@ struct Linear {
               for (int i = 0; i < 4; i++) even[r][c][i] += odd[r][c][i];
               add_scaled(sum[r][c], scale, even[r][c]);
               if constexpr (Weight::kOffset) {
-                const float2 x = group_x[c];
+                const float2 x = x_sum_of(x_sum, block / kGroupBlocks, c);
                 const float sums[4] = {x.x, x.y, x.x, x.y};
                 add_scaled(sum[r][c], group[8 + g], sums);
               }
@@ -236,6 +230,29 @@ struct Linear {
         }
       }
     }
+  }
+
+  // What rows 8c + 2t and 8c + 2t + 1 of x add up to over a group of weights.
+  static __device__ __forceinline__ float2 x_sum_of(const float* x_sum, int group, int c) {
+    return *reinterpret_cast<const float2*>(x_sum + group * kMaxRows + 8 * c);
+  }
+
+  // Sums begin with what takes back by how much the operands are more than the weights.
+  static __device__ __forceinline__ void begin_group(const float* x_sum, int group, int c,
+                                                     float even[kTiles][kColumns][4],
+                                                     float odd[kTiles][kColumns][4]) {
+    float2 less = {0, 0};
+    if constexpr (Weight::kRaised > 0) {
+      less = x_sum_of(x_sum, group, c);
+      less = {-Weight::kRaised * less.x, -Weight::kRaised * less.y};
+    }
+#pragma unroll
+    for (int r = 0; r < kTiles; r++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        even[r][c][i] = i % 2 == 0 ? less.x : less.y;
+        odd[r][c][i] = 0;
+      }
   }
 
   // Rows g and g + 8 of a tile have a scale each.
@@ -282,7 +299,7 @@ struct Linear {
 
   // The norm: x times its weight. Its other factor, the same for a whole row, is applied to the
   // sums; the squares that it is made of are added up here, lane by lane in every 32nd chunk. And
-  // what x adds up to over each group of weights.
+  // what x adds up to over each group of weights, where that is needed.
 
   // What a lane holds of the norm's weight, read before x is there.
   struct NormWeight {
@@ -301,7 +318,7 @@ struct Linear {
   }
 
   __device__ __forceinline__ void prepare_x(const NormWeight& norm) {
-    constexpr int kGroupChunks = kGroups ? 4 * Weight::kGroupBlocks : 1;
+    constexpr int kGroupChunks = 4 * Weight::kGroupBlocks;
     const int all_chunks = (end_unit - first_unit) * kUnitBlocks * 4;
     for (int row = 0; row < args.rows; row++) {
       const uint4* from = kStaged ? staged + row * x_stride : x_chunks(row);
@@ -320,7 +337,8 @@ struct Linear {
               if (kStaged) staged[row * x_stride + chunk] = x;
             }
           }
-          if (kGroups && begin + 32 * i < all_chunks) {
+          if constexpr (Weight::kOffset) {
+            if (begin + 32 * i >= all_chunks) continue;
             float sum = (add(x.x) + add(x.y)) + (add(x.z) + add(x.w));
             for (int mask = 1; mask < kGroupChunks; mask *= 2) sum += shuffle_xor(sum, mask);
             if (chunk % kGroupChunks == 0 && chunk < all_chunks)
@@ -385,7 +403,6 @@ struct Linear {
   };
 
   __device__ __forceinline__ void finish() {
-    launch_dependents();
     wait_for_predecessor();  // for the residual, and since y may still be in use
     float factor[kColumns][2];  // of the norm, for rows 8c + 2t and 8c + 2t + 1
     Best best[kColumns][2];

@@ -164,9 +164,10 @@ class LinearPlan:
         sums = 16 * _BUFFERS * t.warps * t.tiles * self.columns * 32
         squares = 4 * t.warps * 8 * self.columns
         barriers = 8 * (2 * _BUFFERS + t.warps)
-        group_size = self.form.group_size
-        groups = self._units_of_warp * self.form.unit_k // group_size if group_size else 0
-        x_sums = 4 * t.warps * groups * 8 * self.columns
+        x_sums = 0
+        if self.form.group_size and not self.form.symmetric:
+            groups = self._units_of_warp * self.form.unit_k // self.form.group_size
+            x_sums = 4 * t.warps * groups * 8 * self.columns
         return sums + squares + barriers + 16 + x_sums
 
     @property

@@ -13,10 +13,11 @@ constexpr int kFragmentBytes = 1024;  // of a unit
 constexpr uint32_t kOnes = 0x3f803f80u;
 constexpr uint32_t kMinusZeros = 0x80008000u;
 
-// How each type of weight becomes two A operands for each block of 32 input features. They are
-// kRaised more than the weights: to take that from what a group adds up to is less work.
+// How each type of weight becomes two A operands for each block of 32 input features.
 //
-// kUnitK: input features of a unit. kGroupBlocks: blocks that share a scale, 0 if all do.
+// kUnitK: input features of a unit. kGroupBlocks: blocks that share a scale, 0 if all do. kOffset:
+// groups have offsets too, so that what x adds up to over each group is known. Then operands can be
+// kRaised more than the weights, since that comes off with the offset.
 
 struct Bf16 {
   static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupBlocks = 0;
@@ -82,15 +83,19 @@ struct Int4 {
   static constexpr int kUnitK = 128, kGroupBlocks = kGroup / 32;
   static constexpr int kGroupBytes = (kAsymmetric ? 4 : 2) * kTileRows;
   static constexpr int kUnitBytes = kFragmentBytes + kUnitK / kGroup * kGroupBytes;
-  static constexpr int kRaised = 136;
+  static constexpr int kRaised = kAsymmetric ? 136 : 0;
   static constexpr bool kChannelScale = false, kOffset = kAsymmetric;
 
-  // A bfloat16 of 128 plus the nibble, which is 8 more than the weight: exact.
+  // A bfloat16 of 128 plus the nibble, less 136 if need be: exact.
+  static __device__ __forceinline__ uint32_t pair(uint32_t word) {
+    const uint32_t raised = mask_or(word, 0x000f000fu, 0x43004300u);
+    return kRaised > 0 ? raised : fma_pair(raised, kOnes, 0xc308c308u);
+  }
   static __device__ __forceinline__ void operands(const uint8_t* unit, int block, int lane,
                                                   uint32_t a[2][4]) {
     const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * block + lane];
-    for (int r = 0; r < 4; r++) a[0][r] = mask_or(words.x >> 4 * r, 0x000f000fu, 0x43004300u);
-    for (int r = 0; r < 4; r++) a[1][r] = mask_or(words.y >> 4 * r, 0x000f000fu, 0x43004300u);
+    for (int r = 0; r < 4; r++) a[0][r] = pair(words.x >> 4 * r);
+    for (int r = 0; r < 4; r++) a[1][r] = pair(words.y >> 4 * r);
   }
   static __device__ __forceinline__ const uint32_t* group(const uint8_t* unit, int block) {
     return reinterpret_cast<const uint32_t*>(unit + kFragmentBytes +
