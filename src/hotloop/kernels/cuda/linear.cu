@@ -31,6 +31,8 @@ struct LinearArgs {
   int* best_index;               // [M, blocks]
   float4* partial;               // workspace of a split, see is_last_warp
   uint32_t* counters;            // zeros, one per item
+  const uint8_t* ahead;          // what the next product will read first beyond what it has room for
+  int ahead_bytes;
   int rows, n, k;
   int n_best;                    // output features that can be the best
   int tiles, units;
@@ -101,17 +103,7 @@ struct Linear {
   }
 
   __device__ __forceinline__ void run() {
-    const bool copies = warp < kWarps;
-    if (copies && lane == 0)
-      for (int i = 0; i <= args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
-    if (!copies && lane == 0)
-      for (int i = 0; i < kBuffers; i++) {
-        barrier_init(summed + i, kWarps);
-        barrier_init(taken + i, 1);
-      }
-    barriers_are_ready();
-    sync_block();
-    if (copies)
+    if (warp < kWarps)
       multiply();
     else
       finish();
@@ -138,21 +130,29 @@ struct Linear {
     copy_end(arrived + stage, lane);
     next.unit += units;
     if (next.unit == end_unit) next = {next.item + item_step, first_unit};
-    if (next.item >= n_items) let_next_begin();
+    if (next.item >= n_items && warp == 0) foresee();
   }
 
-  // Once the last copy was asked for: what the next kernel's blocks ask for at their beginning is to
-  // fill the memory's time from then to their first product, and not to come before what this kernel
-  // asks for. One warp's word counts for its block.
-  __device__ __forceinline__ void let_next_begin() const {
-    if (warp == 0) launch_dependents();
+  // When all is asked for, the memory would soon be idle until the next product begins. Its blocks are
+  // there already and have asked for what they have room for: this gets what they will ask for then
+  // into the L2 cache, each block its share.
+  __device__ __forceinline__ void foresee() const {
+    constexpr int kPiece = 16 * 1024;
+    const int share = args.ahead_bytes / static_cast<int>(gridDim.x) / 16 * 16;
+    const uint8_t* from = args.ahead + static_cast<int64_t>(blockIdx.x) * share;
+    for (int at = 0; at < share; at += kPiece) prefetch(from + at, min(kPiece, share - at), lane);
   }
 
   __device__ __forceinline__ void multiply() {
     const uint64_t policy = read_once_policy();
     Cursor next = {first_unit < end_unit ? first_item : n_items, first_unit};
-    if (next.item >= n_items) let_next_begin();
+    if (lane == 0)
+      for (int i = 0; i <= args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
+    barriers_are_ready();
+    sync_warp();
     for (int i = 0; i < args.stages; i++) ask(next, i, policy);
+    launch_dependents();
+    sync_block();  // the other barriers are ready
     NormWeight norm;
     if (kNorm) hold(norm);
     wait_for_predecessor();
@@ -403,6 +403,13 @@ struct Linear {
   };
 
   __device__ __forceinline__ void finish() {
+    if (lane == 0)
+      for (int i = 0; i < kBuffers; i++) {
+        barrier_init(summed + i, kWarps);
+        barrier_init(taken + i, 1);
+      }
+    barriers_are_ready();
+    sync_block();
     wait_for_predecessor();  // for the residual, and since y may still be in use
     float factor[kColumns][2];  // of the norm, for rows 8c + 2t and 8c + 2t + 1
     Best best[kColumns][2];

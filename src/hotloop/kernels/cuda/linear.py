@@ -25,6 +25,9 @@ Epilogue = Literal["plain", "swiglu", "logits"]
 _EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logits": "kLogits"}
 
 MAX_ROWS = 64
+MAX_AHEAD = 9 << 20
+"""Bytes that a product reads ahead for the next: what memory gives in three microseconds."""
+
 _BUFFERS = 2  # kBuffers of linear.cu
 
 
@@ -51,7 +54,7 @@ class Tuning:
     ring_bytes: int = 96 * 1024
     blocks_per_sm: int = 1
     resident: int = 2
-    staged_bytes: int = 64 * 1024
+    staged_bytes: int = 160 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,9 @@ class LinearArguments(Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "norm_weight", "bias")),
         *((name, ctypes.c_void_p) for name in ("residual", "y", "best_value", "best_index")),
-        *((name, ctypes.c_void_p) for name in ("partial", "counters")),
-        *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
+        *((name, ctypes.c_void_p) for name in ("partial", "counters", "ahead")),
+        *((name, ctypes.c_int) for name in ("ahead_bytes", "rows", "n", "k", "n_best")),
+        *((name, ctypes.c_int) for name in ("tiles", "units")),
         *((name, ctypes.c_int) for name in ("split", "stages", "units_per_stage")),
         ("eps", ctypes.c_float),
     )
@@ -174,6 +178,14 @@ class LinearPlan:
     def _units_of_warp(self) -> int:
         return -(-self.form.units // (self.tuning.split * self.tuning.warps))
 
+    def beyond_rings(self, weight: Tensor) -> Tensor:
+        """What blocks read first of a weight beyond what they have room for, up to a limit."""
+        layout, t = self._fitted, self.tuning
+        ring = layout.stages * layout.units_per_stage * t.tiles * t.warps * self.form.unit_bytes
+        tile = self.form.units * self.form.unit_bytes
+        first = self.blocks // t.split * (ring * t.split // tile) * tile  # whole tiles
+        return weight.view(-1)[first : first + MAX_AHEAD]
+
     @property
     def n_partial(self) -> int:
         """Float32 values of workspace that ``partial`` must have."""
@@ -236,6 +248,7 @@ class LinearPlan:
         n_best: int | None = None,
         partial: Tensor | None = None,
         counters: Tensor | None = None,
+        ahead: Tensor | None = None,
     ) -> Call:
         """The launch that computes ``y``; see ``reference.fused_linear``.
 
@@ -253,6 +266,7 @@ class LinearPlan:
             n_best: See ``best``.
             partial: float32 workspace of ``n_partial``, where K is split.
             counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
+            ahead: uint8, read into the L2 cache at the end; see ``beyond_rings``.
         """
         layout = self._fitted
         assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
@@ -280,6 +294,8 @@ class LinearPlan:
             best_index=best[1] if best else None,
             partial=partial,
             counters=counters,
+            ahead=ahead,
+            ahead_bytes=0 if ahead is None else ahead.numel(),
             rows=self.rows,
             n=self.form.n,
             k=self.form.k,
