@@ -6,7 +6,7 @@ Every section runs in a process of its own with a limit of its own, so that one 
 is reported and the rest goes on. Each leaves a JSON file under ``--out``.
 
     check      every kernel against float64; with and without dependent launch, bit for bit
-    sweep      what to choose for each product: a descent along one choice after the other
+    tune       what to choose for each product of a step: one after the other, in its place
     stack      whole decode steps of a model with random weights in one CUDA graph
     linear     each product by itself, over weights that do not fit the caches
     attention  over short and long histories
@@ -49,9 +49,10 @@ from hotloop.kernels.cuda.compile import Kernel, compile_kernel
 from hotloop.kernels.cuda.launch import Call, Device, Launch
 from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
+from hotloop.kernels.cuda.tuning import linear_tuning
 from hotloop.models.shapes import shape
 
-SECTIONS = {"check": 80, "sweep": 80, "stack": 55, "linear": 30, "attention": 20}
+SECTIONS = {"check": 80, "tune": 120, "stack": 55, "linear": 30, "attention": 20}
 """Seconds that each may take."""
 
 CUDA = torch.device("cuda")
@@ -380,19 +381,19 @@ def random_packed(form: Format) -> tuple[Tensor, Tensor | None]:
 
 
 class Tunings:
-    """What the sweep chose, or the defaults."""
+    """What the tuning chose, or the rules."""
 
     def __init__(self, out: Path) -> None:
-        path = out / "sweep.json"
-        self.rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        path = out / "tune.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        self.rows = [row for row in rows if "best" in row]
 
-    def of(self, name: str, kind: str, role: str) -> Tuning:
-        """The one of this product; else of the same product of another model."""
-        fitting = [r for r in self.rows if (r["kind"], r["role"]) == (kind, role)]
-        exact = [r for r in fitting if r["model"] == name]
-        for row in (*exact, *fitting):
-            return Tuning(**row["best"])
-        return Tuning()
+    def of(self, name: str, kind: str, role: str, form: Format) -> Tuning:
+        """The one of this product, or what the rules say."""
+        for row in self.rows:
+            if (row["model"], row["kind"], row["role"]) == (name, kind, role):
+                return Tuning(**row["best"])
+        return linear_tuning(form)
 
 
 class DecodeStep:
@@ -421,11 +422,11 @@ class DecodeStep:
         limits = section.device.limits
         self.plans = {
             role: LinearPlan(
-                form=make_format(kind, n, k, epilogue),
+                form=(form := make_format(kind, n, k, epilogue)),
                 rows=rows,
                 epilogue=epilogue,
                 norm=norm,
-                tuning=tunings.of(name, kind, role) if tunings else Tuning(),
+                tuning=tunings.of(name, kind, role, form) if tunings else linear_tuning(form),
                 limits=limits,
             )
             for role, (n, k, epilogue, norm) in self.products.items()
@@ -657,84 +658,66 @@ class Product:
         return graph_seconds(capture(launches), min_seconds=0.006) / self.n_weights
 
 
-CHOICES: list[dict[str, list[Any]]] = [
-    {"warps": [8, 9, 10, 11, 12, 13, 14, 16, 18, 20]},
-    {"units_per_stage": [1, 2, 3, 4]},
-    {"resident": [1, 2]},
-    {"ring_bytes": [48 << 10, 64 << 10, 96 << 10, 160 << 10]},
-    {"tiles": [1, 2]},
-    {"blocks_per_sm": [1, 2]},
-    {"warps": [8, 9, 10, 11, 12, 13, 14, 16, 18, 20]},
-]
+WARPS, UNITS, RESIDENT = (8, 10, 11, 12, 14, 16, 20), (1, 2, 4), (1, 2)
+START = Tuning(warps=11)
 
 
-def sweep_section(section: Section) -> None:
-    bandwidth = section.bandwidth()
-    models = [
-        ("llama-2-13b", "int4-g128"),
-        ("llama-3.1-8b", "int4-g128"),
-        ("llama-2-13b", "int8"),
-        ("llama-2-13b", "bf16"),
-        ("llama-2-70b", "int4-g128"),
-    ]
-    for name, kind in models:
-        for role in products_of(name):
-            if section.time_is_up:
-                return
-            product = Product(section, name, kind, role)
-            best, seconds, tried = descend(section, product)
-            nbytes = product.form.nbytes
-            changed = {
-                k: v for k, v in best.items() if v != dataclasses.asdict(Tuning())[k]
-            }  # beside the defaults
+def tune_section(section: Section) -> None:
+    """What to choose for each product, where it stands: what it gains alone its neighbours lose."""
+    for name, kind in (
+        ("llama-2-13b", "int4-g128"), ("llama-3.1-8b", "int4-g128"), ("llama-2-13b", "int8"),
+        ("llama-2-70b", "int4-g128"), ("llama-2-13b", "bf16"), ("llama-3.1-8b", "int8"),
+    ):  # fmt: skip
+        if section.time_is_up:
+            return
+        decode = DecodeStep(section, name, kind, 1, n_layers=8)
+        best, tried = tune(section, decode)
+        decode = None
+        torch.cuda.empty_cache()
+        for role, tuning in best.items():
             section.add(
-                f"{name:13} {kind:10} {role:8} {tried[0]['us']:7.2f} -> {seconds * 1e6:7.2f} us "
-                f"{nbytes / seconds / 1e9:5.0f} GB/s {nbytes / seconds / bandwidth:5.1%} {changed}",
+                f"{name:13} {kind:10} {role:8} {tuning}",
                 model=name,
                 kind=kind,
                 role=role,
-                best=best,
-                us=seconds * 1e6,
-                nbytes=nbytes,
-                share=nbytes / seconds / bandwidth,
-                tried=tried,
+                best=dataclasses.asdict(tuning),
             )
-            del product
-            torch.cuda.empty_cache()
+        section.add(f"  {tried[0]['us']:.1f} -> {min(t['us'] for t in tried):.1f} us", tried=tried)
 
 
-def descend(section: Section, product: Product) -> tuple[dict[str, Any], float, list[Any]]:
-    """Tries the values of one choice after the other, and keeps the best of each."""
-    best = dataclasses.asdict(Tuning())
+def tune(section: Section, decode: DecodeStep) -> tuple[dict[str, Tuning], list[dict[str, Any]]]:
+    """The best tuning of each role: one role after the other, the others as they are."""
     tried: list[dict[str, Any]] = []
-    seen: dict[tuple[Any, ...], float] = {}
 
-    def fits(settings: dict[str, Any]) -> bool:
-        if product.norm and settings["split"] > 1:
-            return False
-        plan = product.plan(Tuning(**settings))
-        threads = settings["resident"] * plan.kernel.threads
-        return plan.layout is not None and threads <= 2048
+    def timed(plans: dict[str, LinearPlan]) -> float:
+        decode.plans = plans
+        decode.prepare()
+        return graph_seconds(decode.graph, min_seconds=0.006)
 
-    def timed(settings: dict[str, Any]) -> float:
-        key = tuple(settings.values())
-        if key not in seen:
-            seen[key] = product.seconds(Tuning(**settings))
-            tried.append({**settings, "us": seen[key] * 1e6})
-        return seen[key]
+    def options(plan: LinearPlan) -> list[LinearPlan]:
+        made = [
+            dataclasses.replace(
+                plan, tuning=Tuning(warps=warps, units_per_stage=units, resident=resident)
+            )
+            for warps, units, resident in itertools.product(WARPS, UNITS, RESIDENT)
+            if units <= -(-plan.form.units // warps) and resident * 32 * (warps + 1) <= 1088
+        ]
+        return [other for other in made if other.layout is not None]
 
+    best = {role: dataclasses.replace(p, tuning=START) for role, p in decode.plans.items()}
+    section.compile(o.kernel for plan in best.values() for o in options(plan))
     fastest = timed(best)
-    for choice in CHOICES:
-        ((name, values),) = choice.items()
-        options = [o for v in values if fits(o := {**best, name: v})]
-        section.compile(product.plan(Tuning(**o)).kernel for o in options)
-        for option in options:
+    tried.append({"us": fastest * 1e6, "of": "start"})
+    for role in ("gate_up", "qkv", "down", "o", "gate_up", "qkv", "down", "o", "head"):
+        for option in options(best[role]):
             if section.time_is_up:
                 break
-            seconds = timed(option)
-            if seconds < 0.995 * fastest:  # less is noise
-                best, fastest = option, seconds
-    return best, fastest, tried
+            seconds = timed({**best, role: option})
+            tuning = dataclasses.asdict(option.tuning)
+            tried.append({"us": seconds * 1e6, "of": role, "tuning": tuning})
+            if seconds < 0.998 * fastest:  # less is noise
+                best, fastest = {**best, role: option}, seconds
+    return {role: plan.tuning for role, plan in best.items()}, tried
 
 
 def linear_section(section: Section) -> None:
@@ -750,7 +733,7 @@ def linear_section(section: Section) -> None:
             if section.time_is_up:
                 return
             product = Product(section, name, kind, role)
-            tuning = tunings.of(name, kind, role)
+            tuning = tunings.of(name, kind, role, product.form)
             us = {rows: product.seconds(tuning, rows) * 1e6 for rows in (1, 8, 16)}
             alone = product.seconds(tuning, dependent=False) * 1e6
             nbytes = product.form.nbytes

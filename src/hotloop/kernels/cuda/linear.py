@@ -25,6 +25,9 @@ Epilogue = Literal["plain", "swiglu", "logits"]
 _EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logits": "kLogits"}
 
 MAX_ROWS = 64
+MAX_TOGETHER = 4
+"""Tiles of eight rows that a warp has registers for."""
+
 MAX_AHEAD = 9 << 20
 """Bytes that a product reads ahead for the next: what memory gives in three microseconds."""
 
@@ -65,12 +68,14 @@ class Layout:
         stages: Copies on their way, of a warp.
         units_per_stage: Units of a copy.
         staged: The block keeps x there.
+        tiles: Tiles that a warp computes together.
         shared_bytes: In all.
     """
 
     stages: int
     units_per_stage: int
     staged: bool
+    tiles: int
     shared_bytes: int
 
 
@@ -121,8 +126,8 @@ class LinearPlan:
 
     @property
     def items(self) -> int:
-        """Pieces of work: ``tuning.tiles`` tiles each."""
-        return -(-self.form.tiles // self.tuning.tiles)
+        """Pieces of work: as many tiles each as a warp computes together."""
+        return -(-self.form.tiles // self._fitted.tiles)
 
     @property
     def blocks(self) -> int:
@@ -139,11 +144,16 @@ class LinearPlan:
         """
         t, whole = self.tuning, self.limits.shared_bytes
         staged_bytes = self._staged_bytes
-        staging = (True, False) if staged_bytes <= t.staged_bytes else (False,)
-        for staged, limit in itertools.product(staging, (whole // 2 - 1024, whole)):
+        # x that is not staged is read for every item: better few of them, and all tiles together.
+        share = -(-self.form.tiles // self.limits.n_sms)
+        together = max(t.tiles, min(share, MAX_TOGETHER // self.columns))
+        ways = [(False, tiles) for tiles in range(together, t.tiles - 1, -1)]
+        if staged_bytes <= t.staged_bytes:
+            ways.insert(0, (True, t.tiles))
+        for (staged, tiles), limit in itertools.product(ways, (whole // 2 - 1024, whole)):
             for units in range(t.units_per_stage, 0, -1):
-                copies = t.warps * t.tiles * units * self.form.unit_bytes
-                rest = self._bytes_beside_ring + (staged_bytes if staged else 0)
+                copies = t.warps * tiles * units * self.form.unit_bytes
+                rest = self._bytes_beside_ring(tiles) + (staged_bytes if staged else 0)
                 # Each stage has a barrier per warp.
                 room = (limit - rest) // (copies + 8 * t.warps)
                 if room >= 2:
@@ -153,6 +163,7 @@ class LinearPlan:
                         stages=stages,
                         units_per_stage=units,
                         staged=staged,
+                        tiles=tiles,
                         shared_bytes=-(-(ring + rest) // 16) * 16,
                     )
         return None
@@ -162,10 +173,9 @@ class LinearPlan:
         blocks = self._units_of_warp * (self.form.unit_k // BLOCK) | 1
         return self.tuning.warps * self.rows * blocks * BLOCK * 2
 
-    @property
-    def _bytes_beside_ring(self) -> int:
+    def _bytes_beside_ring(self, tiles: int) -> int:
         t = self.tuning
-        sums = 16 * _BUFFERS * t.warps * t.tiles * self.columns * 32
+        sums = 16 * _BUFFERS * t.warps * tiles * self.columns * 32
         squares = 4 * t.warps * 8 * self.columns
         barriers = 8 * (2 * _BUFFERS + t.warps)
         x_sums = 0
@@ -181,7 +191,8 @@ class LinearPlan:
     def beyond_rings(self, weight: Tensor) -> Tensor:
         """What blocks read first of a weight beyond what they have room for, up to a limit."""
         layout, t = self._fitted, self.tuning
-        ring = layout.stages * layout.units_per_stage * t.tiles * t.warps * self.form.unit_bytes
+        units = layout.stages * layout.units_per_stage * layout.tiles * t.warps
+        ring = units * self.form.unit_bytes
         tile = self.form.units * self.form.unit_bytes
         first = self.blocks // t.split * (ring * t.split // tile) * tile  # whole tiles
         return weight.view(-1)[first : first + MAX_AHEAD]
@@ -191,7 +202,7 @@ class LinearPlan:
         """Float32 values of workspace that ``partial`` must have."""
         if self.tuning.split == 1:
             return 0
-        return self.items * self.tuning.split * self.tuning.tiles * self.columns * 128
+        return self.items * self.tuning.split * self._fitted.tiles * self.columns * 128
 
     @property
     def n_counters(self) -> int:
@@ -217,20 +228,21 @@ class LinearPlan:
     def kernel(self) -> Kernel:
         """The instance of ``linear.cu``."""
         form, t = self.form, self.tuning
-        staged = self._fitted.staged
+        staged, tiles = self._fitted.staged, self._fitted.tiles
         flags = [str(flag).lower() for flag in (self.norm, staged)]
         function = (
-            f"linear<{form.struct}, {t.warps}, {t.tiles}, {self.columns}, "
+            f"linear<{form.struct}, {t.warps}, {tiles}, {self.columns}, "
             f"{_EPILOGUES[self.epilogue]}, {', '.join(flags)}>"
         )
+        resident = t.resident if tiles * self.columns <= 2 else 1  # those need the registers
         features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
         return Kernel(
-            name=f"linear_{form.label}_{features}_w{t.warps}t{t.tiles}c{self.columns}r{t.resident}",
+            name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{self.columns}r{resident}",
             file="linear.cu",
             function=function,
             args="LinearArgs",
             threads=32 * (t.warps + 1),
-            blocks_per_sm=t.resident if self.columns <= 2 else 1,  # many rows need the registers
+            blocks_per_sm=resident,
         )
 
     def call(
