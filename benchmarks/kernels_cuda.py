@@ -46,7 +46,7 @@ from hotloop import hardware
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
-from hotloop.kernels.cuda.launch import Call, Device, Launch
+from hotloop.kernels.cuda.launch import Device, Launch
 from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
 from hotloop.kernels.cuda.tuning import linear_tuning
@@ -412,10 +412,8 @@ class DecodeStep:
         attention: AttentionTuning | None = None,
         dependent: bool = True,
         parts: tuple[str, ...] = ("products", "attention", "ends"),
-        looks_ahead: bool = True,
     ) -> None:
         self.section, self.rows, self.dependent, self.parts = section, rows, dependent, parts
-        self.looks_ahead = looks_ahead
         m = model(name)
         self.n_layers = n_layers or m["n_layers"]
         self.products = products_of(name)
@@ -495,31 +493,22 @@ class DecodeStep:
         angles = torch.arange(512 * attention.head_dim, device=CUDA).view(512, -1) / 1000.0
         turns = (angles.cos(), angles.sin())
         x = self.x
-        order = [(role, layer[role][0]) for layer in self.weights for role in layer]
-        order.append(("head", self.head[0]))
-        following = iter(order[1:])
-
-        def product(role: str, *tensors: Any, **settings: Any) -> Call:
-            after, weight = next(following, (None, None))
-            ahead = plans[after].beyond_rings(weight) if after and self.looks_ahead else None
-            return plans[role].call(*tensors, **settings, ahead=ahead)
-
         calls = []
         if "ends" in self.parts:
             calls.append(step.embed(self.ids, self.table, None, x))
         else:
             x.normal_()
         for weights, (keys, values) in zip(self.weights, self.caches, strict=True):
-            calls.append(product("qkv", x, qkv, *weights["qkv"], **norm))
+            calls.append(plans["qkv"].call(x, qkv, *weights["qkv"], **norm))
             if "attention" in self.parts:
                 calls.append(
                     attention.call(qkv, attended, keys, values, self.positions, *turns, **work)
                 )
-            calls.append(product("o", attended, x, *weights["o"], residual=x, **work))
-            calls.append(product("gate_up", x, hidden, *weights["gate_up"], **norm))
-            calls.append(product("down", hidden, x, *weights["down"], residual=x, **work))
+            calls.append(plans["o"].call(attended, x, *weights["o"], residual=x, **work))
+            calls.append(plans["gate_up"].call(x, hidden, *weights["gate_up"], **norm))
+            calls.append(plans["down"].call(hidden, x, *weights["down"], residual=x, **work))
         if "ends" in self.parts:
-            calls.append(product("head", x, self.logits, *self.head, best=best, **norm))
+            calls.append(plans["head"].call(x, self.logits, *self.head, best=best, **norm))
             calls.append(step.argmax(best, self.ids))
         # Kept, since they keep alive what the graph reads and writes.
         self.launches = [device.prepare(call, dependent=dependent) for call in calls]
@@ -538,7 +527,6 @@ def stack_section(section: Section) -> None:
         ("llama-2-13b", "int4-g128", 1, {"parts": ("products", "attention")}),
         ("llama-2-13b", "int4-g128", 1, {}),
         ("llama-2-13b", "int4-g128", 1, {"tunings": None}),
-        ("llama-2-13b", "int4-g128", 1, {"looks_ahead": False}),
         ("llama-2-13b", "int4-g128", 1, {"dependent": False}),
         ("llama-2-13b", "int4-g128", 8, {}),
         ("llama-3.1-8b", "int4-g128", 1, {}),
@@ -649,11 +637,8 @@ class Product:
         if self.has_residual:
             settings["residual"] = torch.zeros_like(y)
         launches = [
-            device.prepare(
-                plan.call(x, y, *weight, **settings, ahead=plan.beyond_rings(after[0])),
-                dependent=dependent,
-            )
-            for weight, after in itertools.pairwise((*self.weights, self.weights[0]))
+            device.prepare(plan.call(x, y, *weight, **settings), dependent=dependent)
+            for weight in self.weights
         ]
         return graph_seconds(capture(launches), min_seconds=0.006) / self.n_weights
 

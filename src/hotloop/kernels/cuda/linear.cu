@@ -31,8 +31,6 @@ struct LinearArgs {
   int* best_index;               // [M, blocks]
   float4* partial;               // workspace of a split, see is_last_warp
   uint32_t* counters;            // zeros, one per item
-  const uint8_t* ahead;          // what the next product will read first beyond what it has room for
-  int ahead_bytes;
   int rows, n, k;
   int n_best;                    // output features that can be the best
   int tiles, units;
@@ -130,17 +128,6 @@ struct Linear {
     copy_end(arrived + stage, lane);
     next.unit += units;
     if (next.unit == end_unit) next = {next.item + item_step, first_unit};
-    if (next.item >= n_items && warp == 0) foresee();
-  }
-
-  // When all is asked for, the memory would soon be idle until the next product begins. Its blocks are
-  // there already and have asked for what they have room for: this gets what they will ask for then
-  // into the L2 cache, each block its share.
-  __device__ __forceinline__ void foresee() const {
-    constexpr int kPiece = 16 * 1024;
-    const int share = args.ahead_bytes / static_cast<int>(gridDim.x) / 16 * 16;
-    const uint8_t* from = args.ahead + static_cast<int64_t>(blockIdx.x) * share;
-    for (int at = 0; at < share; at += kPiece) prefetch(from + at, min(kPiece, share - at), lane);
   }
 
   __device__ __forceinline__ void multiply() {

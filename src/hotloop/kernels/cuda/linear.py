@@ -28,9 +28,6 @@ MAX_ROWS = 64
 MAX_TOGETHER = 4
 """Tiles of eight rows that a warp has registers for."""
 
-MAX_AHEAD = 9 << 20
-"""Bytes that a product reads ahead for the next: what memory gives in three microseconds."""
-
 _BUFFERS = 2  # kBuffers of linear.cu
 
 
@@ -85,9 +82,8 @@ class LinearArguments(Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "norm_weight", "bias")),
         *((name, ctypes.c_void_p) for name in ("residual", "y", "best_value", "best_index")),
-        *((name, ctypes.c_void_p) for name in ("partial", "counters", "ahead")),
-        *((name, ctypes.c_int) for name in ("ahead_bytes", "rows", "n", "k", "n_best")),
-        *((name, ctypes.c_int) for name in ("tiles", "units")),
+        *((name, ctypes.c_void_p) for name in ("partial", "counters")),
+        *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
         *((name, ctypes.c_int) for name in ("split", "stages", "units_per_stage")),
         ("eps", ctypes.c_float),
     )
@@ -139,10 +135,9 @@ class LinearPlan:
     def layout(self) -> Layout | None:
         """As asked for where that fits the device: else with fewer or shorter copies, or none of x.
 
-        Best is to take no more than half of a multiprocessor, since the next kernel's block then
-        has room beside this one's. None if nothing fits: the rows are too many.
+        None if nothing fits: the rows are too many.
         """
-        t, whole = self.tuning, self.limits.shared_bytes
+        t = self.tuning
         staged_bytes = self._staged_bytes
         # x that is not staged is read for every item: better few of them, and all tiles together.
         share = -(-self.form.tiles // self.limits.n_sms)
@@ -150,22 +145,22 @@ class LinearPlan:
         ways = [(False, tiles) for tiles in range(together, t.tiles - 1, -1)]
         if staged_bytes <= t.staged_bytes:
             ways.insert(0, (True, t.tiles))
-        for (staged, tiles), limit in itertools.product(ways, (whole // 2 - 1024, whole)):
-            for units in range(t.units_per_stage, 0, -1):
-                copies = t.warps * tiles * units * self.form.unit_bytes
-                rest = self._bytes_beside_ring(tiles) + (staged_bytes if staged else 0)
-                # Each stage has a barrier per warp.
-                room = (limit - rest) // (copies + 8 * t.warps)
-                if room >= 2:
-                    stages = min(room, max(2, t.ring_bytes // copies))
-                    ring = stages * (copies + 8 * t.warps)
-                    return Layout(
-                        stages=stages,
-                        units_per_stage=units,
-                        staged=staged,
-                        tiles=tiles,
-                        shared_bytes=-(-(ring + rest) // 16) * 16,
-                    )
+        sizes = range(t.units_per_stage, 0, -1)
+        for (staged, tiles), units in itertools.product(ways, sizes):
+            copies = t.warps * tiles * units * self.form.unit_bytes
+            rest = self._bytes_beside_ring(tiles) + (staged_bytes if staged else 0)
+            # Each stage has a barrier per warp.
+            room = (self.limits.shared_bytes - rest) // (copies + 8 * t.warps)
+            if room >= 2:
+                stages = min(room, max(2, t.ring_bytes // copies))
+                ring = stages * (copies + 8 * t.warps)
+                return Layout(
+                    stages=stages,
+                    units_per_stage=units,
+                    staged=staged,
+                    tiles=tiles,
+                    shared_bytes=-(-(ring + rest) // 16) * 16,
+                )
         return None
 
     @property
@@ -187,15 +182,6 @@ class LinearPlan:
     @property
     def _units_of_warp(self) -> int:
         return -(-self.form.units // (self.tuning.split * self.tuning.warps))
-
-    def beyond_rings(self, weight: Tensor) -> Tensor:
-        """What blocks read first of a weight beyond what they have room for, up to a limit."""
-        layout, t = self._fitted, self.tuning
-        units = layout.stages * layout.units_per_stage * layout.tiles * t.warps
-        ring = units * self.form.unit_bytes
-        tile = self.form.units * self.form.unit_bytes
-        first = self.blocks // t.split * (ring * t.split // tile) * tile  # whole tiles
-        return weight.view(-1)[first : first + MAX_AHEAD]
 
     @property
     def n_partial(self) -> int:
@@ -260,7 +246,6 @@ class LinearPlan:
         n_best: int | None = None,
         partial: Tensor | None = None,
         counters: Tensor | None = None,
-        ahead: Tensor | None = None,
     ) -> Call:
         """The launch that computes ``y``; see ``reference.fused_linear``.
 
@@ -278,7 +263,6 @@ class LinearPlan:
             n_best: See ``best``.
             partial: float32 workspace of ``n_partial``, where K is split.
             counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
-            ahead: uint8, read into the L2 cache at the end; see ``beyond_rings``.
         """
         layout = self._fitted
         assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
@@ -306,8 +290,6 @@ class LinearPlan:
             best_index=best[1] if best else None,
             partial=partial,
             counters=counters,
-            ahead=ahead,
-            ahead_bytes=0 if ahead is None else ahead.numel(),
             rows=self.rows,
             n=self.form.n,
             k=self.form.k,

@@ -1,7 +1,7 @@
 """What a launch should choose for speed, from the shape alone.
 
-The rules are what a sweep over five models' products on one H100 had in common
-(``benchmarks/results/h100-kernels/sweep.json``). They look at the weight and never at the number of
+The rules are what tuning every product of a step in its place, on one H100, had in common
+(``benchmarks/results/h100-kernels/tune.json``). They look at the weight and never at the number of
 rows, since some choices decide the order of sums.
 """
 
@@ -11,23 +11,25 @@ from hotloop.kernels.cuda.attention import AttentionTuning
 from hotloop.kernels.cuda.linear import Tuning
 from hotloop.kernels.cuda.packing import Format
 
-MAX_WARPS = 16
-MAX_IDLE = 0.08
-"""How much of the time of a block's warps may be spent waiting for those that have a unit more."""
+WARPS = (20, 16, 14, 12, 11, 10, 8)
 
 
 def linear_tuning(form: Format) -> Tuning:
-    """For products with a weight: many warps, with even shares of K that come in one copy each."""
+    """For products with a weight: warps with even shares of K, copied in even parts.
 
-    def idle(warps: int) -> float:
-        return 1 - form.units / (-(-form.units // warps) * warps)
+    A block has a multiprocessor to itself: the next kernel's begins when it ends, just when memory
+    would be idle. Two at a time would take turns at that instead.
+    """
 
-    warps = next(w for w in range(MAX_WARPS, 0, -1) if idle(w) <= MAX_IDLE)
+    def units_of(warps: int) -> int:
+        return -(-form.units // warps)
+
+    warps = min(WARPS, key=lambda warps: units_of(warps) * warps)  # of equals the first: most warps
     return Tuning(
         warps=warps,
-        units_per_stage=min(4, -(-form.units // warps)),
-        ring_bytes=64 * 1024,
-        staged_bytes=128 * 1024,
+        units_per_stage=next(u for u in (4, 3, 2, 1) if units_of(warps) % u == 0),
+        ring_bytes=128 * 1024,
+        resident=1,
     )
 
 
