@@ -249,7 +249,7 @@ class _Plans:
             head_dim=layer.head_dim,
             n_positions=cache.n_positions,
             window=layer.window,
-            tuning=attention_tuning(),
+            tuning=attention_tuning(cache.n_positions),
         )
         self.o = product(layer.o_proj, norm=False)
         self.gate_up = product(layer.gate_up_proj, "swiglu", norm=True)

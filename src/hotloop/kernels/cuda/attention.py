@@ -48,7 +48,7 @@ class AttentionTuning:
 
     chunk: int = 512
     warps: int = 8
-    stages: int = 1
+    stages: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

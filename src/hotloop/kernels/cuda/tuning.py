@@ -12,6 +12,13 @@ from hotloop.kernels.cuda.linear import Tuning
 from hotloop.kernels.cuda.packing import Format
 
 WARPS = (20, 16, 14, 12, 11, 10, 8)
+"""Of a block; of equals the first is taken."""
+
+TWO_STAGES = 136 * 1024
+"""Bytes that two copies of every warp may take: longer ones come too late."""
+
+LONG_CACHE = 8192
+"""Positions from which on chunks of a history are better longer."""
 
 
 def linear_tuning(form: Format) -> Tuning:
@@ -24,15 +31,14 @@ def linear_tuning(form: Format) -> Tuning:
     def units_of(warps: int) -> int:
         return -(-form.units // warps)
 
-    warps = min(WARPS, key=lambda warps: units_of(warps) * warps)  # of equals the first: most warps
-    return Tuning(
-        warps=warps,
-        units_per_stage=next(u for u in (4, 3, 2, 1) if units_of(warps) % u == 0),
-        ring_bytes=128 * 1024,
-        resident=1,
-    )
+    def fits(warps: int, units: int) -> bool:
+        return units_of(warps) % units == 0 and 2 * warps * units * form.unit_bytes <= TWO_STAGES
+
+    warps = min(WARPS, key=lambda warps: units_of(warps) * warps)
+    units = next(units for units in (4, 3, 2, 1) if fits(warps, units))
+    return Tuning(warps=warps, units_per_stage=units, ring_bytes=64 * 1024, resident=1)
 
 
-def attention_tuning() -> AttentionTuning:
-    """For attention over any cache: what fits a multiprocessor beside a block of a product."""
-    return AttentionTuning()
+def attention_tuning(n_positions: int) -> AttentionTuning:
+    """For attention over a cache of so many positions."""
+    return AttentionTuning(chunk=1024 if n_positions > LONG_CACHE else 512)
