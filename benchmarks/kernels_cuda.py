@@ -47,7 +47,7 @@ from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
 from hotloop.kernels.cuda.launch import Device, Launch
-from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
+from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tuning
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
 from hotloop.kernels.cuda.tuning import linear_tuning
 from hotloop.models.shapes import shape
@@ -203,8 +203,8 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
     """Groups of cases; made one after the other, since weights are large."""
     tuned = {
         "staged": Tuning(),
-        "split": Tuning(warps=7, split=3, tiles=2, units_per_stage=1, ring_bytes=60_000),
-        "direct": Tuning(warps=16, staged_bytes=0, resident=1),
+        "together": Tuning(warps=7, tiles=2, units_per_stage=1, ring_bytes=60_000),
+        "direct": Tuning(warps=16, staged_bytes=0),
     }
     limits = section.device.limits
 
@@ -217,8 +217,8 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         for rows in (1, 2, 3, 5, 8, 9, 16, 17, 64):
             for tuning in tuned.values() if rows in (1, 5, 16) else [tuned["staged"]]:
                 yield linear_case(
-                    weight, rows, generator, residual=rows != 3, bias=rows == 5, tuning=tuning,
-                    limits=limits,
+                    weight, rows, generator, residual=rows != 3, bias=rows == 5, onward=rows != 2,
+                    tuning=tuning, limits=limits,
                 )  # fmt: skip
         for rows in (1, 8, 9):
             for tuning in (tuned["staged"], tuned["direct"]):
@@ -233,8 +233,8 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         weight = make_weight(name, n, k, generator, paired=settings.get("epilogue") == "swiglu")
         for rows in (1, 8):
             yield linear_case(
-                weight, rows, generator, tuning=settings.get("tuning", Tuning()), limits=limits,
-                **{k: v for k, v in settings.items() if k != "tuning"},
+                weight, rows, generator, tuning=linear_tuning(weight.form), limits=limits,
+                **settings,
             )  # fmt: skip
 
     def heads() -> Iterator[Case]:
@@ -281,8 +281,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
     yield "attention", attentions()
     yield "PDL over a whole step", pdl_over_a_step(section)
     for name in ("int4-g128", "int8", "bf16", "fp8", "int4-g32-asym"):
-        down = Tuning(warps=16, split=4, units_per_stage=4)
-        yield f"13B down {name}", large(name, 5120, 13824, 7, residual=True, tuning=down)
+        yield f"13B down {name}", large(name, 5120, 13824, 7, residual=True, onward=True)
         gate_up = {"epilogue": "swiglu", "norm": True}
         yield f"13B gate and up {name}", large(name, 27648, 5120, 8, **gate_up)
     yield "heads", heads()
@@ -380,22 +379,6 @@ def random_packed(form: Format) -> tuple[Tensor, Tensor | None]:
     return packed, torch.full((form.n,), std / spread, device=CUDA)
 
 
-class Tunings:
-    """What the tuning chose, or the rules."""
-
-    def __init__(self, out: Path) -> None:
-        path = out / "tune.json"
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        self.rows = [row for row in rows if "best" in row]
-
-    def of(self, name: str, kind: str, role: str, form: Format) -> Tuning:
-        """The one of this product, or what the rules say."""
-        for row in self.rows:
-            if (row["model"], row["kind"], row["role"]) == (name, kind, role):
-                return Tuning(**row["best"])
-        return linear_tuning(form)
-
-
 class DecodeStep:
     """A decode step of a model with random weights: embed, layers, head, argmax; one CUDA graph."""
 
@@ -408,7 +391,6 @@ class DecodeStep:
         *,
         n_layers: int | None = None,
         context: int = 200,
-        tunings: Tunings | None = None,
         attention: AttentionTuning | None = None,
         dependent: bool = True,
         parts: tuple[str, ...] = ("products", "attention", "ends"),
@@ -424,7 +406,7 @@ class DecodeStep:
                 rows=rows,
                 epilogue=epilogue,
                 norm=norm,
-                tuning=tunings.of(name, kind, role, form) if tunings else linear_tuning(form),
+                tuning=linear_tuning(form),
                 limits=limits,
             )
             for role, (n, k, epilogue, norm) in self.products.items()
@@ -476,6 +458,8 @@ class DecodeStep:
         self.section.compile([*(plan.kernel for plan in plans.values()), attention.kernel])
         width, rows = self.x.shape[1], self.rows
         ones = torch.ones(width, dtype=torch.bfloat16, device=CUDA)
+        normed = Normed.empty(rows, width, 1e-5, CUDA)
+        onward = Onward(weight=ones, normed=normed)
         qkv = self.row_buffer(plans["qkv"].width)
         attended, hidden = self.row_buffer(plans["o"].form.k), self.row_buffer(plans["down"].form.k)
         attended.normal_()
@@ -483,32 +467,26 @@ class DecodeStep:
             torch.empty(rows, plans["head"].blocks, device=CUDA),
             torch.empty(rows, plans["head"].blocks, dtype=torch.int32, device=CUDA),
         )
-        n_partial = max(attention.n_partial, *(plan.n_partial for plan in plans.values()))
-        n_counters = max(attention.n_counters, *(plan.n_counters for plan in plans.values()))
         work = {
-            "partial": torch.empty(n_partial, device=CUDA),
-            "counters": torch.zeros(n_counters, dtype=torch.int32, device=CUDA),
+            "partial": torch.empty(attention.n_partial, device=CUDA),
+            "counters": torch.zeros(attention.n_counters, dtype=torch.int32, device=CUDA),
         }
-        norm = {"norm_weight_K": ones, "eps": 1e-5}
+        added = {"residual": self.x, "onward": onward}
         angles = torch.arange(512 * attention.head_dim, device=CUDA).view(512, -1) / 1000.0
         turns = (angles.cos(), angles.sin())
         x = self.x
-        calls = []
-        if "ends" in self.parts:
-            calls.append(step.embed(self.ids, self.table, None, x))
-        else:
-            x.normal_()
+        calls = [step.embed(self.ids, self.table, None, x, onward)]
         for weights, (keys, values) in zip(self.weights, self.caches, strict=True):
-            calls.append(plans["qkv"].call(x, qkv, *weights["qkv"], **norm))
+            calls.append(plans["qkv"].call(normed, qkv, *weights["qkv"]))
             if "attention" in self.parts:
                 calls.append(
                     attention.call(qkv, attended, keys, values, self.positions, *turns, **work)
                 )
-            calls.append(plans["o"].call(attended, x, *weights["o"], residual=x, **work))
-            calls.append(plans["gate_up"].call(x, hidden, *weights["gate_up"], **norm))
-            calls.append(plans["down"].call(hidden, x, *weights["down"], residual=x, **work))
+            calls.append(plans["o"].call(attended, x, *weights["o"], **added))
+            calls.append(plans["gate_up"].call(normed, hidden, *weights["gate_up"]))
+            calls.append(plans["down"].call(hidden, x, *weights["down"], **added))
         if "ends" in self.parts:
-            calls.append(plans["head"].call(x, self.logits, *self.head, best=best, **norm))
+            calls.append(plans["head"].call(normed, self.logits, *self.head, best=best))
             calls.append(step.argmax(best, self.ids))
         # Kept, since they keep alive what the graph reads and writes.
         self.launches = [device.prepare(call, dependent=dependent) for call in calls]
@@ -521,12 +499,10 @@ class DecodeStep:
 
 def stack_section(section: Section) -> None:
     bandwidth = section.bandwidth()
-    tunings = Tunings(section.out)
     runs: list[tuple[str, str, int, dict[str, Any]]] = [
         ("llama-2-13b", "int4-g128", 1, {"parts": ("products",)}),
         ("llama-2-13b", "int4-g128", 1, {"parts": ("products", "attention")}),
         ("llama-2-13b", "int4-g128", 1, {}),
-        ("llama-2-13b", "int4-g128", 1, {"tunings": None}),
         ("llama-2-13b", "int4-g128", 1, {"dependent": False}),
         ("llama-2-13b", "int4-g128", 8, {}),
         ("llama-3.1-8b", "int4-g128", 1, {}),
@@ -546,7 +522,7 @@ def stack_section(section: Section) -> None:
         if section.time_is_up:
             break
         try:
-            decode = DecodeStep(section, name, kind, rows, **{"tunings": tunings, **settings})
+            decode = DecodeStep(section, name, kind, rows, **settings)
             decode.prepare()
             seconds = graph_seconds(decode.graph)
             nbytes = decode.nbytes
@@ -627,24 +603,23 @@ class Product:
         x = torch.randn(rows, self.form.k, device=CUDA).bfloat16()
         dtype = torch.float32 if self.epilogue == "logits" else torch.bfloat16
         y = torch.zeros(rows, plan.width, dtype=dtype, device=CUDA)
-        settings: dict[str, Any] = {
-            "partial": torch.empty(plan.n_partial, device=CUDA),
-            "counters": torch.zeros(plan.n_counters, dtype=torch.int32, device=CUDA),
-        }
+        settings: dict[str, Any] = {}
+        taken: Tensor | Normed = x
         if self.norm:
-            ones = torch.ones(self.form.k, dtype=torch.bfloat16, device=CUDA)
-            settings |= {"norm_weight_K": ones, "eps": 1e-5}
+            taken = Normed.empty(rows, self.form.k, 1e-5, CUDA)
+            taken.squares.fill_(1.0)
         if self.has_residual:
-            settings["residual"] = torch.zeros_like(y)
+            ones = torch.ones(self.form.n, dtype=torch.bfloat16, device=CUDA)
+            normed = Normed.empty(rows, self.form.n, 1e-5, CUDA)
+            settings = {"residual": y, "onward": Onward(weight=ones, normed=normed)}
         launches = [
-            device.prepare(plan.call(x, y, *weight, **settings), dependent=dependent)
+            device.prepare(plan.call(taken, y, *weight, **settings), dependent=dependent)
             for weight in self.weights
         ]
         return graph_seconds(capture(launches), min_seconds=0.006) / self.n_weights
 
 
-WARPS, UNITS, RESIDENT = (8, 10, 11, 12, 14, 16, 20), (1, 2, 4), (1, 2)
-START = Tuning(warps=11)
+WARPS, UNITS = (8, 10, 11, 12, 14, 16, 20), (1, 2, 3, 4)
 
 
 def tune_section(section: Section) -> None:
@@ -680,16 +655,17 @@ def tune(section: Section, decode: DecodeStep) -> tuple[dict[str, Tuning], list[
         return graph_seconds(decode.graph, min_seconds=0.006)
 
     def options(plan: LinearPlan) -> list[LinearPlan]:
+        tuning = linear_tuning(plan.form)
         made = [
             dataclasses.replace(
-                plan, tuning=Tuning(warps=warps, units_per_stage=units, resident=resident)
+                plan, tuning=dataclasses.replace(tuning, warps=warps, units_per_stage=units)
             )
-            for warps, units, resident in itertools.product(WARPS, UNITS, RESIDENT)
-            if units <= -(-plan.form.units // warps) and resident * 32 * (warps + 1) <= 1088
+            for warps, units in itertools.product(WARPS, UNITS)
+            if units <= -(-plan.form.units // warps)
         ]
         return [other for other in made if other.layout is not None]
 
-    best = {role: dataclasses.replace(p, tuning=START) for role, p in decode.plans.items()}
+    best = dict(decode.plans)
     section.compile(o.kernel for plan in best.values() for o in options(plan))
     fastest = timed(best)
     tried.append({"us": fastest * 1e6, "of": "start"})
@@ -707,7 +683,6 @@ def tune(section: Section, decode: DecodeStep) -> tuple[dict[str, Tuning], list[
 
 def linear_section(section: Section) -> None:
     bandwidth = section.bandwidth()
-    tunings = Tunings(section.out)
     for name, kind in (
         ("llama-2-13b", "int4-g128"), ("llama-3.1-8b", "int4-g128"), ("llama-2-13b", "int8"),
         ("llama-2-70b", "int4-g128"), ("llama-2-13b", "fp8"), ("llama-2-13b", "bf16"),
@@ -718,7 +693,7 @@ def linear_section(section: Section) -> None:
             if section.time_is_up:
                 return
             product = Product(section, name, kind, role)
-            tuning = tunings.of(name, kind, role, product.form)
+            tuning = linear_tuning(product.form)
             us = {rows: product.seconds(tuning, rows) * 1e6 for rows in (1, 8, 16)}
             alone = product.seconds(tuning, dependent=False) * 1e6
             nbytes = product.form.nbytes

@@ -190,6 +190,7 @@ inline bf16 narrow(float value) {
 inline uint32_t narrow(float first, float second) {
   return narrow(first) | uint32_t(narrow(second)) << 16;
 }
+constexpr uint32_t kMinusZeros = 0x80008000u;
 inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   // Exact in double for what the kernels do with it; then rounded through float, which is exact
   // enough for sums and products of two bfloat16.
@@ -240,7 +241,6 @@ inline int shuffle_xor(int value, int mask) {
   const auto all = meet(&word, 1);
   return int(all[(machine.current % 32) ^ mask][0]);
 }
-inline uint32_t broadcast(uint32_t value, int lane) { return meet(&value, 1)[lane][0]; }
 inline void sync_warp() { meet(nullptr, 0); }
 inline void sync_block() {
   const uint64_t generation = machine.block_generation;
@@ -321,14 +321,6 @@ inline void complete_copies() {
 inline void launch_dependents() {}
 inline void wait_for_predecessor() { end_predecessor(); }
 
-inline bool is_last_warp(uint32_t* counter, uint32_t n, int lane) {
-  uint32_t before = 0;
-  if (lane == 0) {
-    before = (*counter)++;
-    if (before == n - 1) *counter = 0;
-  }
-  return broadcast(before, 0) == n - 1;
-}
 inline bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag, int thread) {
   sync_block();
   if (thread == 0) {

@@ -18,7 +18,7 @@ from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_torch
 from hotloop.kernels.cuda.launch import Call, Limits
-from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
+from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tuning
 from hotloop.kernels.cuda.packing import Format, Kind, pack
 from hotloop.quant import parse_scheme
 
@@ -92,6 +92,7 @@ def linear_case(
     norm: bool = False,
     bias: bool = False,
     residual: bool = False,
+    onward: bool = False,
     tuning: Tuning,
     limits: Limits,
     x_MK: Tensor | None = None,
@@ -101,7 +102,12 @@ def linear_case(
         form=form, rows=rows, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
     )
     x = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
-    norm_weight = (1 + normal(generator, form.k, std=0.2)).bfloat16() if norm else None
+    taken: Tensor | Normed = x
+    if norm:
+        before = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
+        weight_K = (1 + normal(generator, form.k, std=0.2)).bfloat16()
+        x, squares = reference.begin_norm(before, weight_K)
+        taken = Normed(x=x, squares=squares, eps=eps)
     bias_N = normal(generator, form.n).bfloat16() if bias else None
     added = normal(generator, rows, plan.width).bfloat16() if residual else None
     dtype = torch.float32 if epilogue == "logits" else torch.bfloat16
@@ -112,29 +118,25 @@ def linear_case(
             poisoned(rows, plan.blocks, dtype=torch.float32, device=device),
             torch.full((rows, plan.blocks), -1, dtype=torch.int32, device=device),
         )
-    counters = torch.zeros(plan.n_counters, dtype=torch.int32, device=device)
+    following = onward_to(plan.width, rows, generator) if onward else None
     call = plan.call(
-        x,
+        taken,
         y,
         weight.packed,
         weight.scale,
-        norm_weight_K=norm_weight,
-        eps=eps,
         bias_N=bias_N,
         residual=added,
+        onward=following,
         best=best,
-        partial=poisoned(plan.n_partial, dtype=torch.float32, device=device),
-        counters=counters,
     )
 
     def check() -> None:
         what = f"{call.kernel.name} [{rows}, {form.k}] x [{form.n}, {form.k}]"
-        taken = x if norm_weight is None else x * norm_weight  # rounded, as the kernel does
         factor = torch.ones(rows, 1, dtype=torch.float64, device=device)
         if norm:
-            factor = (x.double().square().mean(1, keepdim=True) + eps).rsqrt()
-        sums = taken.double() @ weight.exact.T * factor
-        error = SUM_STEP * (taken.double().abs() @ weight.exact.abs().T * factor)
+            factor = (before.double().square().mean(1, keepdim=True) + eps).rsqrt()
+        sums = x.double() @ weight.exact.T * factor
+        error = SUM_STEP * (x.double().abs() @ weight.exact.abs().T * factor)
         if bias_N is not None:
             sums = sums + bias_N.double()
         if epilogue == "swiglu":
@@ -146,15 +148,36 @@ def linear_case(
             sums = sums + added.double()
         half_ulp = torch.finfo(dtype).eps / 2
         assert_within(y, sums, error + half_ulp * 1.001 * sums.abs() + 2**-22 * sums.abs(), what)
-        assert not counters.any(), f"{what}: counters are not zero again"
+        if following is not None:
+            assert_onward(y, following, what)
         if best is not None:
             value, index = best
             assert ((index >= 0) & (index < form.n)).all(), f"{what}: indices of the best"
             assert torch.equal(value, y.gather(1, index.long())), f"{what}: values of the best"
             assert torch.equal(value.amax(1), y.amax(1)), f"{what}: the best of all"
 
-    inputs = (x,) if added is None else (x, added)
-    return Case(call=call, inputs=inputs, outputs=(y, *(best or ())), check=check)
+    inputs = [x, *([squares] if norm else []), *([] if added is None else [added])]
+    outputs = [y, *(best or ()), *(outputs_of(following) if following else ())]
+    return Case(call=call, inputs=tuple(inputs), outputs=tuple(outputs), check=check)
+
+
+def onward_to(k: int, rows: int, generator: torch.Generator) -> Onward:
+    device = generator.device
+    normed = Normed.empty(rows, k, 1e-5, device)
+    for tensor in (normed.x, normed.squares):
+        tensor.fill_(torch.nan)
+    weight_K = (1 + normal(generator, k, std=0.2)).bfloat16()
+    return Onward(weight=weight_K, normed=normed)
+
+
+def outputs_of(onward: Onward) -> tuple[Tensor, Tensor]:
+    return onward.normed.x, onward.normed.squares
+
+
+def assert_onward(y: Tensor, onward: Onward, what: str) -> None:
+    x, squares = reference.begin_norm(y, onward.weight)
+    assert torch.equal(onward.normed.x, x), f"{what}: what goes into the norm"
+    torch.testing.assert_close(onward.normed.squares, squares, msg=f"{what}: squares")
 
 
 def dequantize_case(weight: Weight) -> Case:
@@ -241,11 +264,14 @@ def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int
         q = parse_scheme("int8").quantize(table)
         table, scale = q.values, q.scale.reshape(-1).float()
     x = poisoned(rows, k, dtype=torch.bfloat16, device=device)
+    following = onward_to(k, rows, generator)
 
     def check() -> None:
         assert torch.equal(x, reference.embed(ids, table, scale, torch.bfloat16)), "embed"
+        assert_onward(x, following, "embed")
 
-    return Case(call=step.embed(ids, table, scale, x), inputs=(ids,), outputs=(x,), check=check)
+    call = step.embed(ids, table, scale, x, following)
+    return Case(call=call, inputs=(ids,), outputs=(x, *outputs_of(following)), check=check)
 
 
 def argmax_case(rows: int, n: int, generator: torch.Generator, *, advance: bool) -> Case:

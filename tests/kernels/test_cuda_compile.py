@@ -150,11 +150,12 @@ def test_missing_bindings_are_explained(monkeypatch):
 
 def test_arguments_are_all_given_and_contiguous():
     x = torch.zeros(2, 8)
-    arguments = step.EmbedArguments
-    with pytest.raises(AssertionError, match="scale"):
-        arguments.of(ids=x, table=x, x=x, k=8)
+    arguments = step.ArgmaxArguments
+    given = {"best_value": x, "best_index": x, "ids": x, "n": 8, "last_position": 0}
+    with pytest.raises(AssertionError, match="positions"):
+        arguments.of(**given)
     with pytest.raises(AssertionError, match="contiguous"):
-        arguments.of(ids=x, table=x.T, scale=None, x=x, k=8)
-    args, tensors = arguments.of(ids=x, table=x, scale=None, x=x, k=8)
-    assert (args.ids, args.scale, args.k) == (x.data_ptr(), None, 8)
+        arguments.of(**{**given, "ids": x.T}, positions=None)
+    args, tensors = arguments.of(**given, positions=None)
+    assert (args.ids, args.positions, args.n) == (x.data_ptr(), None, 8)
     assert len(tensors) == 3

@@ -24,7 +24,7 @@ from hotloop.kernels.cuda.linear import Tuning
 pytestmark = needs_compiler
 
 SMALL = Tuning(warps=2, ring_bytes=8 * 1024)
-SPLIT = Tuning(warps=2, split=2, tiles=2, ring_bytes=16 * 1024)
+TOGETHER = Tuning(warps=2, tiles=2, ring_bytes=16 * 1024)
 DIRECT = Tuning(warps=2, ring_bytes=8 * 1024, staged_bytes=0)
 
 
@@ -48,11 +48,21 @@ def run(case) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_weight_type_equals_its_specification(name):
-    run(linear_case(weight(name), 3, generator(1), residual=True, tuning=SMALL, limits=limits(3)))
+    run(
+        linear_case(
+            weight(name),
+            3,
+            generator(1),
+            residual=True,
+            onward=True,
+            tuning=SMALL,
+            limits=limits(3),
+        )
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64])
-@pytest.mark.parametrize("tuning", [SPLIT, DIRECT], ids=["split", "direct"])
+@pytest.mark.parametrize("tuning", [TOGETHER, DIRECT], ids=["together", "direct"])
 def test_every_number_of_rows_equals_its_specification(rows, tuning):
     run(linear_case(weight("int8", 40), rows, generator(rows), tuning=tuning, limits=limits(3)))
 
@@ -93,15 +103,14 @@ def test_logits_and_the_best_of_each_block_equal_their_specification(name):
         )
 
 
-@pytest.mark.parametrize("tuning", [SMALL, SPLIT, DIRECT], ids=["staged", "split", "direct"])
+@pytest.mark.parametrize("tuning", [SMALL, TOGETHER, DIRECT], ids=["staged", "together", "direct"])
 def test_a_row_does_not_depend_on_how_many_there_are(tuning):
     given = weight("int4-g64-asym")
     x = torch.randn(17, given.form.k, generator=generator(3)).bfloat16()
-    norm = tuning.split == 1
     results = []
     for rows in (1, 2, 8, 9, 17):
         case = linear_case(
-            given, rows, generator(4), norm=norm, tuning=tuning, limits=limits(3), x_MK=x[:rows]
+            given, rows, generator(4), norm=True, tuning=tuning, limits=limits(3), x_MK=x[:rows]
         )
         emulate(case.call)
         results.append(case.outputs[0])
@@ -116,8 +125,6 @@ def test_more_warps_than_units_and_more_blocks_than_tiles_are_fine():
             tiny, 2, generator(1), tuning=Tuning(warps=3, ring_bytes=4096), limits=limits(9)
         )
     )
-    tuning = Tuning(warps=2, split=3, ring_bytes=4096)
-    run(linear_case(tiny, 2, generator(2), tuning=tuning, limits=limits(9)))
 
 
 @pytest.mark.parametrize("name", KINDS)

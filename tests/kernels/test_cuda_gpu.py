@@ -47,12 +47,13 @@ def assert_right_and_the_same_with_dependent_launch(device: Device, case: Case) 
 def test_products_equal_their_specification(device, name):
     weight = make_weight(name, 333, 1152, generator(device, 0))
     for rows in (1, 5, 16):
-        for tuning in (Tuning(), Tuning(warps=7, split=3, staged_bytes=0)):
+        for tuning in (Tuning(), Tuning(warps=7, staged_bytes=0)):
             case = linear_case(
                 weight,
                 rows,
                 generator(device, rows),
                 residual=True,
+                onward=True,
                 tuning=tuning,
                 limits=device.limits,
             )

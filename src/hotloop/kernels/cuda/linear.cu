@@ -5,13 +5,14 @@
 // are B, so up to eight of them cost little more than one.
 //
 // A block keeps a ring of shared memory per warp full of weights that are on their way. It asks for
-// the first of them before it waits for the kernel that computes x: since the next kernel's block
-// finds room beside this one's, memory is never idle between kernels. Warps share out K, so every
-// block sees all of x (or of its part, where K is split among blocks); one more warp adds up what
-// they found, in a fixed order, and applies the epilogue.
+// the first of them before it waits for the kernel that computes x. Warps share out K, so every block
+// sees all of x; one more warp adds up what they found, in a fixed order, and applies the epilogue.
+//
+// A norm is taken apart. The product before has its result multiplied by the norm's weight already,
+// and adds up squares, a tile at a time; the factor that is common to a row is applied to the sums.
 //
 // Bits: a row's result depends on neither the number of rows nor on timing. It depends on the
-// number of warps and on the split, which belong to the weight and not to the call.
+// number of warps, which belongs to the weight and not to the call.
 //
 // Letters: M rows of x, N output features, K input features. A tile is 16 output features, a unit
 // what a tile has of 1024 bytes of weights (and their scales), a block of K 32 input features; an
@@ -22,19 +23,19 @@
 struct LinearArgs {
   const uint8_t* weight;         // [tiles, units, bytes of a unit]
   const float* scale;            // [N], of eight-bit weights
-  const bf16* x;                 // [M, K]
-  const bf16* norm_weight;       // [K], of kNorm
+  const bf16* x;                 // [M, K]; of kNorm, times the norm's weight
+  const float* squares;          // [M, tiles of K], of kNorm: what those of its input add up to
   const bf16* bias;              // [N], or null
   const bf16* residual;          // like y, or null; not of kLogits
   void* y;                       // [M, N] bf16; [M, N / 2] of kSwiGLU; float of kLogits
+  const bf16* next_norm;         // [N]: weight of the norm that y goes into, or null; of kPlain
+  bf16* next_x;                  // [M, N]: y times it
+  float* next_squares;           // [M, tiles]: of y
   float* best_value;             // [M, blocks], of kLogits, or null
   int* best_index;               // [M, blocks]
-  float4* partial;               // workspace of a split, see is_last_warp
-  uint32_t* counters;            // zeros, one per item
   int rows, n, k;
   int n_best;                    // output features that can be the best
   int tiles, units;
-  int split;                     // blocks that share K; divides the number of blocks
   int stages, units_per_stage;   // a warp's ring: how many copies, and the length of each
   float eps;                     // of kNorm
 };
@@ -55,7 +56,7 @@ struct Linear {
 
   const LinearArgs& args;
   const int lane, warp, g, t;
-  const int part, first_item, item_step, n_items;  // items are first_item, + item_step, ...
+  const int first_item, item_step, n_items;        // items are first_item, + item_step, ...
   const int tile_bytes, stage_bytes;               // of a stage of the ring
   const int staged_row;                            // g, or 0 if there is no such row
   int first_unit, end_unit;                        // of this warp, in every item
@@ -64,7 +65,6 @@ struct Linear {
   // Shared memory.
   uint8_t* ring;
   float4* sums;           // [kBuffers][kWarps][kTiles][kColumns][32]
-  float* squares;         // [kWarps][kMaxRows]
   float* x_sums;          // of this warp's groups of weights: [groups][kMaxRows]
   uint4* staged;          // this warp's x: [rows][x_stride]
   uint64_t* arrived;      // [stages], of this warp: the copy is there; then of x
@@ -73,25 +73,21 @@ struct Linear {
 
   __device__ __forceinline__ Linear(const LinearArgs& a, int thread, int block, int blocks)
       : args(a), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
-        part(block % a.split), first_item(block / a.split), item_step(blocks / a.split),
-        n_items((a.tiles + kTiles - 1) / kTiles),
+        first_item(block), item_step(blocks), n_items((a.tiles + kTiles - 1) / kTiles),
         tile_bytes(a.units_per_stage * Weight::kUnitBytes), stage_bytes(kTiles * tile_bytes),
         staged_row(g < a.rows ? g : 0) {
-    const int workers = a.split * kWarps, worker = part * kWarps + warp;
-    first_unit = a.units * worker / workers;
-    end_unit = a.units * (worker + 1) / workers;
+    first_unit = a.units * warp / kWarps;
+    end_unit = a.units * (warp + 1) / kWarps;
     uint8_t* memory = shared_memory();
     ring = memory + warp * a.stages * stage_bytes;
     memory += kWarps * a.stages * stage_bytes;
     sums = reinterpret_cast<float4*>(memory);
     memory += sizeof(float4) * kBuffers * kWarps * kTiles * kColumns * 32;
-    squares = reinterpret_cast<float*>(memory);
-    memory += sizeof(float) * kWarps * kMaxRows;
     summed = reinterpret_cast<uint64_t*>(memory);
     taken = summed + kBuffers;
     arrived = taken + kBuffers + warp * (a.stages + 1);
     memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * (a.stages + 1)) + 15) / 16 * 16;
-    const int units_of_warp = (a.units + workers - 1) / workers;
+    const int units_of_warp = (a.units + kWarps - 1) / kWarps;
     x_sums = reinterpret_cast<float*>(memory) + warp * units_of_warp * kUnitSums * kMaxRows;
     memory += sizeof(float) * kWarps * units_of_warp * kUnitSums * kMaxRows;
     chunks = (min(end_unit * Weight::kUnitK, a.k) - first_unit * Weight::kUnitK) / 8;
@@ -140,11 +136,9 @@ struct Linear {
     for (int i = 0; i < args.stages; i++) ask(next, i, policy);
     launch_dependents();
     sync_block();  // the other barriers are ready
-    NormWeight norm;
-    if (kNorm) hold(norm);
     wait_for_predecessor();
     if (kStaged) stage_x();
-    if (kNorm || Weight::kOffset) prepare_x(norm);
+    if (Weight::kOffset) add_up_x();
 
     int stage = 0, number = 0;
     uint32_t parity = 0;
@@ -284,57 +278,19 @@ struct Linear {
                                           first_unit * Weight::kUnitK);
   }
 
-  // The norm: x times its weight. Its other factor, the same for a whole row, is applied to the
-  // sums; the squares that it is made of are added up here, lane by lane in every 32nd chunk. And
-  // what x adds up to over each group of weights, where that is needed.
-
-  // What a lane holds of the norm's weight, read before x is there.
-  struct NormWeight {
-    static constexpr int kHeld = 4;
-    uint4 chunk[kHeld];
-  };
-
-  __device__ __forceinline__ uint4 norm_weight(int chunk) const {
-    return reinterpret_cast<const uint4*>(args.norm_weight + first_unit * Weight::kUnitK)[chunk];
-  }
-
-  __device__ __forceinline__ void hold(NormWeight& norm) const {
-#pragma unroll
-    for (int i = 0; i < NormWeight::kHeld; i++)
-      if (32 * i + lane < chunks) norm.chunk[i] = norm_weight(32 * i + lane);
-  }
-
-  __device__ __forceinline__ void prepare_x(const NormWeight& norm) {
+  // What this warp's x adds up to over each group of weights.
+  __device__ __forceinline__ void add_up_x() {
     constexpr int kGroupChunks = 4 * Weight::kGroupBlocks;
     const int all_chunks = (end_unit - first_unit) * kUnitBlocks * 4;
     for (int row = 0; row < args.rows; row++) {
       const uint4* from = kStaged ? staged + row * x_stride : x_chunks(row);
-      float squares_sum = 0;
-      for (int begin = 0; begin < all_chunks; begin += 32 * NormWeight::kHeld)
-#pragma unroll
-        for (int i = 0; i < NormWeight::kHeld; i++) {
-          const int chunk = begin + 32 * i + lane;
-          uint4 x = {0, 0, 0, 0};
-          if (chunk < chunks) {
-            x = from[chunk];
-            if (kNorm) {
-              squares_sum = add_squares(add_squares(squares_sum, x.x), x.y);
-              squares_sum = add_squares(add_squares(squares_sum, x.z), x.w);
-              x = times(x, begin == 0 ? norm.chunk[i] : norm_weight(chunk));
-              if (kStaged) staged[row * x_stride + chunk] = x;
-            }
-          }
-          if constexpr (Weight::kOffset) {
-            if (begin + 32 * i >= all_chunks) continue;
-            float sum = (add(x.x) + add(x.y)) + (add(x.z) + add(x.w));
-            for (int mask = 1; mask < kGroupChunks; mask *= 2) sum += shuffle_xor(sum, mask);
-            if (chunk % kGroupChunks == 0 && chunk < all_chunks)
-              x_sums[chunk / kGroupChunks * kMaxRows + row] = sum;
-          }
-        }
-      if (kNorm) {
-        for (int mask = 1; mask < 32; mask *= 2) squares_sum += shuffle_xor(squares_sum, mask);
-        if (lane == 0) squares[warp * kMaxRows + row] = squares_sum;
+      for (int begin = 0; begin < all_chunks; begin += 32) {
+        const int chunk = begin + lane;
+        const uint4 x = chunk < chunks ? from[chunk] : uint4{0, 0, 0, 0};
+        float sum = (add(x.x) + add(x.y)) + (add(x.z) + add(x.w));
+        for (int mask = 1; mask < kGroupChunks; mask *= 2) sum += shuffle_xor(sum, mask);
+        if (chunk % kGroupChunks == 0 && chunk < all_chunks)
+          x_sums[chunk / kGroupChunks * kMaxRows + row] = sum;
       }
     }
     sync_warp();
@@ -342,22 +298,12 @@ struct Linear {
 
   static __device__ __forceinline__ float add(uint32_t pair) { return low(pair) + high(pair); }
 
-  static __device__ __forceinline__ float add_squares(float sum, uint32_t pair) {
-    return fmaf(high(pair), high(pair), fmaf(low(pair), low(pair), sum));
-  }
-
-  static __device__ __forceinline__ uint4 times(uint4 x, uint4 w) {
-    return {fma_pair(x.x, w.x, kMinusZeros), fma_pair(x.y, w.y, kMinusZeros),
-            fma_pair(x.z, w.z, kMinusZeros), fma_pair(x.w, w.w, kMinusZeros)};
-  }
-
   // x where it is not staged; zeros beyond the last feature.
   __device__ __forceinline__ uint4 read_x(int block, int c) const {
     const int row = 8 * c + g < args.rows ? 8 * c + g : 0, k = 32 * block + 8 * t;
     if (k >= args.k) return {0, 0, 0, 0};
     const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
-    const uint4 x = *reinterpret_cast<const uint4*>(from);
-    return kNorm ? times(x, *reinterpret_cast<const uint4*>(args.norm_weight + k)) : x;
+    return *reinterpret_cast<const uint4*>(from);
   }
 
   __device__ __forceinline__ float4* sums_of(int number, int of_warp) const {
@@ -397,8 +343,9 @@ struct Linear {
       }
     barriers_are_ready();
     sync_block();
-    wait_for_predecessor();  // for the residual, and since y may still be in use
+    wait_for_predecessor();  // for what it reads, and since y may still be in use
     float factor[kColumns][2];  // of the norm, for rows 8c + 2t and 8c + 2t + 1
+    if (kNorm) norm_factors(factor);
     Best best[kColumns][2];
     int number = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
@@ -408,7 +355,6 @@ struct Linear {
 #pragma unroll
         for (int c = 0; c < kColumns; c++) beside[r][c] = read_beside(item * kTiles + r, c);
       barrier_wait(summed + number % kBuffers, number / kBuffers % 2);
-      if (kNorm && number == 0) norm_factors(factor);
       float4 sum[kTiles][kColumns];
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
@@ -418,7 +364,6 @@ struct Linear {
       for (int w = 0; w < kWarps; w++) add(sum, sums_of(number, w));
       sync_warp();
       if (lane == 0) barrier_arrive(taken + number % kBuffers);
-      if (args.split > 1 && !join_parts(sum, item)) continue;
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
@@ -440,37 +385,18 @@ struct Linear {
   }
 
   __device__ __forceinline__ void norm_factors(float factor[kColumns][2]) const {
+    const int parts = (args.k + kTileRows - 1) / kTileRows;
+    for (int row = 0; row < args.rows; row++) {
+      float sum = 0;
+#pragma unroll 4
+      for (int i = lane; i < parts; i += 32) sum += args.squares[row * parts + i];
+      for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+      const float of_row = rsqrtf(sum / args.k + args.eps);
 #pragma unroll
-    for (int c = 0; c < kColumns; c++)
-      for (int i = 0; i < 2; i++) {
-        float sum = 0;
-        for (int w = 0; w < kWarps; w++) sum += squares[w * kMaxRows + 8 * c + 2 * t + i];
-        factor[c][i] = rsqrtf(sum / args.k + args.eps);
-      }
-  }
-
-  // Whichever block comes last adds up what all found, in their order.
-  __device__ __forceinline__ bool join_parts(float4 sum[kTiles][kColumns], int item) {
-    constexpr int kSize = kTiles * kColumns * 32;
-    float4* parts = args.partial + static_cast<int64_t>(item) * args.split * kSize + lane;
-#pragma unroll
-    for (int r = 0; r < kTiles; r++)
-#pragma unroll
-      for (int c = 0; c < kColumns; c++) {
-        parts[part * kSize + (r * kColumns + c) * 32] = sum[r][c];
-        sum[r][c] = float4{0, 0, 0, 0};
-      }
-    if (!is_last_warp(args.counters + item, args.split, lane)) return false;
-    for (int p = 0; p < args.split; p++)
-#pragma unroll
-      for (int r = 0; r < kTiles; r++)
-#pragma unroll
-        for (int c = 0; c < kColumns; c++) {
-          const float4 more = load_from_others(parts + p * kSize + (r * kColumns + c) * 32);
-          sum[r][c].x += more.x, sum[r][c].y += more.y;
-          sum[r][c].z += more.z, sum[r][c].w += more.w;
-        }
-    return true;
+      for (int c = 0; c < kColumns; c++)
+        for (int i = 0; i < 2; i++)
+          if (8 * c + 2 * t + i == row) factor[c][i] = of_row;
+    }
   }
 
   // A lane has rows g and g + 8 of a tile (of SwiGLU gate and up of one feature), at rows 8c + 2t
@@ -493,7 +419,7 @@ struct Linear {
 
   // What goes into y beside the sums, read while those are still on their way.
   struct Beside {
-    float scale[2], bias[2];
+    float scale[2], bias[2], next_norm[2];
     float residual[4];
   };
 
@@ -507,6 +433,10 @@ struct Linear {
     if (args.bias != nullptr) {
       if (p.has0) b.bias[0] = widen(args.bias[p.n0]);
       if (p.has1) b.bias[1] = widen(args.bias[p.n1]);
+    }
+    if (kEpilogue == kPlain && args.next_norm != nullptr) {
+      if (p.has0) b.next_norm[0] = widen(args.next_norm[p.n0]);
+      if (p.has1) b.next_norm[1] = widen(args.next_norm[p.n1]);
     }
     if (kEpilogue != kLogits && args.residual != nullptr)
 #pragma unroll
@@ -533,17 +463,22 @@ struct Linear {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int row = 8 * c + 2 * t + i;
-      if (row >= args.rows) continue;
+      const bool has0 = p.has0 && row < args.rows, has1 = p.has1 && row < args.rows;
       const int64_t at = static_cast<int64_t>(row) * p.width;
+      float squares = 0;
       if (kEpilogue == kSwiGLU) {
-        if (p.has0) put(at + p.n0, silu(v[i]) * v[2 + i], beside.residual[i]);
+        if (has0) put(at + p.n0, silu(v[i]) * v[2 + i], beside.residual[i], 0, squares);
       } else {
-        if (p.has0) put(at + p.n0, v[i], beside.residual[i]);
-        if (p.has1) put(at + p.n1, v[2 + i], beside.residual[2 + i]);
+        if (has0) put(at + p.n0, v[i], beside.residual[i], beside.next_norm[0], squares);
+        if (has1) put(at + p.n1, v[2 + i], beside.residual[2 + i], beside.next_norm[1], squares);
+      }
+      if (kEpilogue == kPlain && args.next_norm != nullptr) {
+        for (int mask = 4; mask < 32; mask *= 2) squares += shuffle_xor(squares, mask);
+        if (g == 0 && has0) args.next_squares[row * args.tiles + tile] = squares;
       }
       if (kEpilogue == kLogits) {
-        if (p.has0 && p.n0 < args.n_best) best[i].offer(v[i], p.n0);
-        if (p.has1 && p.n1 < args.n_best) best[i].offer(v[2 + i], p.n1);
+        if (has0 && p.n0 < args.n_best) best[i].offer(v[i], p.n0);
+        if (has1 && p.n1 < args.n_best) best[i].offer(v[2 + i], p.n1);
       }
     }
   }
@@ -552,11 +487,18 @@ struct Linear {
     return v / (1.0f + exp2_fast(v * -1.4426950408889634f));
   }
 
-  __device__ __forceinline__ void put(int64_t at, float value, float residual) const {
-    if (kEpilogue == kLogits)
+  __device__ __forceinline__ void put(int64_t at, float value, float residual, float next_norm,
+                                      float& squares) const {
+    if (kEpilogue == kLogits) {
       static_cast<float*>(args.y)[at] = value;
-    else
-      static_cast<bf16*>(args.y)[at] = narrow(args.residual != nullptr ? value + residual : value);
+      return;
+    }
+    const bf16 y = narrow(args.residual != nullptr ? value + residual : value);
+    static_cast<bf16*>(args.y)[at] = y;
+    if (kEpilogue == kPlain && args.next_norm != nullptr) {
+      args.next_x[at] = narrow(widen(y) * next_norm);
+      squares = fmaf(widen(y), widen(y), squares);
+    }
   }
 
   __device__ __forceinline__ void write_best(Best best[kColumns][2]) {

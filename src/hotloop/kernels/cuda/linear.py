@@ -12,14 +12,14 @@ import ctypes
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call, Limits
-from hotloop.kernels.cuda.packing import BLOCK, Format
+from hotloop.kernels.cuda.packing import BLOCK, TILE_ROWS, Format
 
 Epilogue = Literal["plain", "swiglu", "logits"]
 _EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logits": "kLogits"}
@@ -37,23 +37,16 @@ class Tuning:
 
     Attributes:
         warps: Warps of a block that share K. Decides the order of sums.
-        split: Blocks that share K. Decides the order of sums.
         tiles: Tiles that a warp computes together.
         units_per_stage: The most units of one copy.
         ring_bytes: Shared memory for weights on their way, of a block.
-        blocks_per_sm: Blocks of this kernel on a multiprocessor.
-        resident: Blocks, of this kernel or its neighbours, that should fit a multiprocessor's
-            registers.
         staged_bytes: Up to how many bytes of x a block keeps in shared memory.
     """
 
     warps: int = 8
-    split: int = 1
     tiles: int = 1
     units_per_stage: int = 2
     ring_bytes: int = 96 * 1024
-    blocks_per_sm: int = 1
-    resident: int = 2
     staged_bytes: int = 160 * 1024
 
 
@@ -76,15 +69,67 @@ class Layout:
     shared_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Normed:
+    """A norm's input as a product takes it; the product applies what is missing to its sums.
+
+    Attributes:
+        x: bfloat16 [M, K], the norm's input times its weight.
+        squares: float32 [M, K / 16 rounded up]: what squares of the input add up to, 16 at a time.
+        eps: Of the norm.
+    """
+
+    x: Tensor
+    squares: Tensor
+    eps: float
+
+    @classmethod
+    def empty(cls, rows: int, k: int, eps: float, device: torch.device) -> Normed:
+        """Room for it."""
+        return cls(
+            x=torch.empty(rows, k, dtype=torch.bfloat16, device=device),
+            squares=torch.empty(rows, -(-k // TILE_ROWS), dtype=torch.float32, device=device),
+            eps=eps,
+        )
+
+    def rows(self, rows: slice) -> Normed:
+        """Some rows of it."""
+        return Normed(x=self.x[rows], squares=self.squares[rows], eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onward:
+    """What else to make of a result that goes into a norm next.
+
+    Attributes:
+        weight: bfloat16 [N], the norm's.
+        normed: Written.
+    """
+
+    ARGUMENTS: ClassVar = ("norm", "next_x", "next_squares")
+
+    weight: Tensor
+    normed: Normed
+
+    def arguments(self) -> dict[str, Tensor]:
+        """By ``ARGUMENTS``, the names of fields of arguments."""
+        tensors = (self.weight, self.normed.x, self.normed.squares)
+        return dict(zip(self.ARGUMENTS, tensors, strict=True))
+
+    def rows(self, rows: slice) -> Onward:
+        """Some rows of it."""
+        return Onward(weight=self.weight, normed=self.normed.rows(rows))
+
+
 class LinearArguments(Arguments):
     """``LinearArgs`` of ``linear.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "norm_weight", "bias")),
-        *((name, ctypes.c_void_p) for name in ("residual", "y", "best_value", "best_index")),
-        *((name, ctypes.c_void_p) for name in ("partial", "counters")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "squares", "bias")),
+        *((name, ctypes.c_void_p) for name in ("residual", "y", "norm", "next_x", "next_squares")),
+        *((name, ctypes.c_void_p) for name in ("best_value", "best_index")),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
-        *((name, ctypes.c_int) for name in ("split", "stages", "units_per_stage")),
+        *((name, ctypes.c_int) for name in ("stages", "units_per_stage")),
         ("eps", ctypes.c_float),
     )
 
@@ -113,7 +158,6 @@ class LinearPlan:
     def __post_init__(self) -> None:
         assert 1 <= self.rows <= MAX_ROWS, f"{self.rows} rows"
         assert self.form.paired == (self.epilogue == "swiglu"), "swiglu, and it alone, pairs"
-        assert not (self.norm and self.tuning.split > 1), "a norm needs all of x in each block"
 
     @property
     def columns(self) -> int:
@@ -128,8 +172,7 @@ class LinearPlan:
     @property
     def blocks(self) -> int:
         """Blocks of the grid."""
-        at_once = max(1, self.limits.n_sms * self.tuning.blocks_per_sm // self.tuning.split)
-        return self.tuning.split * min(self.items, at_once)
+        return min(self.items, self.limits.n_sms)
 
     @cached_property
     def layout(self) -> Layout | None:
@@ -171,29 +214,16 @@ class LinearPlan:
     def _bytes_beside_ring(self, tiles: int) -> int:
         t = self.tuning
         sums = 16 * _BUFFERS * t.warps * tiles * self.columns * 32
-        squares = 4 * t.warps * 8 * self.columns
         barriers = 8 * (2 * _BUFFERS + t.warps)
         x_sums = 0
         if self.form.group_size and not self.form.symmetric:
             groups = self._units_of_warp * self.form.unit_k // self.form.group_size
             x_sums = 4 * t.warps * groups * 8 * self.columns
-        return sums + squares + barriers + 16 + x_sums
+        return sums + barriers + 16 + x_sums
 
     @property
     def _units_of_warp(self) -> int:
-        return -(-self.form.units // (self.tuning.split * self.tuning.warps))
-
-    @property
-    def n_partial(self) -> int:
-        """Float32 values of workspace that ``partial`` must have."""
-        if self.tuning.split == 1:
-            return 0
-        return self.items * self.tuning.split * self._fitted.tiles * self.columns * 128
-
-    @property
-    def n_counters(self) -> int:
-        """Zeros that ``counters`` must have."""
-        return self.items if self.tuning.split > 1 else 0
+        return -(-self.form.units // self.tuning.warps)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -220,86 +250,78 @@ class LinearPlan:
             f"linear<{form.struct}, {t.warps}, {tiles}, {self.columns}, "
             f"{_EPILOGUES[self.epilogue]}, {', '.join(flags)}>"
         )
-        resident = t.resident if tiles * self.columns <= 2 else 1  # those need the registers
         features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
         return Kernel(
-            name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{self.columns}r{resident}",
+            name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{self.columns}",
             file="linear.cu",
             function=function,
             args="LinearArgs",
             threads=32 * (t.warps + 1),
-            blocks_per_sm=resident,
         )
 
     def call(
         self,
-        x_MK: Tensor,
+        x: Tensor | Normed,
         y: Tensor,
         weight: Tensor,
         scale_N: Tensor | None = None,
         *,
-        norm_weight_K: Tensor | None = None,
-        eps: float = 0.0,
         bias_N: Tensor | None = None,
         residual: Tensor | None = None,
+        onward: Onward | None = None,
         best: tuple[Tensor, Tensor] | None = None,
         n_best: int | None = None,
-        partial: Tensor | None = None,
-        counters: Tensor | None = None,
     ) -> Call:
         """The launch that computes ``y``; see ``reference.fused_linear``.
 
         Args:
-            x_MK: bfloat16.
+            x: bfloat16 [M, K]; with a norm, its input on the way.
             y: [M, width]: float32 for ``logits``, else bfloat16. May be ``residual``.
             weight: As ``packing.pack`` made it.
             scale_N: float32 scales of an eight-bit weight.
-            norm_weight_K: bfloat16, where there is a norm.
-            eps: Of the norm.
             bias_N: bfloat16, in the order of the weight before packing.
             residual: bfloat16, like ``y``, which it is added to.
+            onward: For ``plain``: what else to make of ``y``.
             best: For ``logits``: float32 and int32 [M, blocks], the largest logit of each block
                 and where it is, among the first ``n_best``, or all. NaNs are never the largest.
             n_best: See ``best``.
-            partial: float32 workspace of ``n_partial``, where K is split.
-            counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
         """
         layout = self._fitted
+        normed = x if isinstance(x, Normed) else None
+        x_MK = x.x if isinstance(x, Normed) else x
+        assert (normed is not None) == self.norm, "a norm's input comes with its squares"
         assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
         assert y.shape == (self.rows, self.width), f"y is {tuple(y.shape)}"
         assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
         assert y.dtype == self.dtype, f"y is {y.dtype}"
         assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
         assert (scale_N is not None) == (self.form.kind in ("fp8", "int8")), "a scale per output"
-        assert (norm_weight_K is not None) == self.norm, "a norm has a weight"
         assert residual is None or residual.shape == y.shape, "like y"
         assert residual is None or self.epilogue != "logits", "logits have no residual"
+        assert onward is None or self.epilogue == "plain", "only plain results go into a norm"
+        assert onward is None or onward.normed.x.shape == y.shape, "like y"
         assert best is None or self.epilogue == "logits", "logits alone have a best"
-        assert self.n_partial <= (0 if partial is None else partial.numel()), "too small"
-        assert self.n_counters <= (0 if counters is None else counters.numel()), "too small"
         assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
         args, tensors = LinearArguments.of(
             weight=weight,
             scale=scale_N,
             x=x_MK,
-            norm_weight=norm_weight_K,
+            squares=normed.squares if normed else None,
             bias=bias_N,
             residual=residual,
             y=y,
+            **(onward.arguments() if onward else dict.fromkeys(Onward.ARGUMENTS)),
             best_value=best[0] if best else None,
             best_index=best[1] if best else None,
-            partial=partial,
-            counters=counters,
             rows=self.rows,
             n=self.form.n,
             k=self.form.k,
             n_best=self.form.n if n_best is None else n_best,
             tiles=self.form.tiles,
             units=self.form.units,
-            split=self.tuning.split,
             stages=layout.stages,
             units_per_stage=layout.units_per_stage,
-            eps=eps,
+            eps=normed.eps if normed else 0.0,
         )
         return Call(
             kernel=self.kernel,

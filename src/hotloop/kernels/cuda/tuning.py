@@ -36,7 +36,7 @@ def linear_tuning(form: Format) -> Tuning:
 
     warps = min(WARPS, key=lambda warps: units_of(warps) * warps)
     units = next(units for units in (4, 3, 2, 1) if fits(warps, units))
-    return Tuning(warps=warps, units_per_stage=units, ring_bytes=64 * 1024, resident=1)
+    return Tuning(warps=warps, units_per_stage=units, ring_bytes=64 * 1024)
 
 
 def attention_tuning(n_positions: int) -> AttentionTuning:

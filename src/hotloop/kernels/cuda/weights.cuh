@@ -11,7 +11,6 @@
 constexpr int kTileRows = 16;
 constexpr int kFragmentBytes = 1024;  // of a unit
 constexpr uint32_t kOnes = 0x3f803f80u;
-constexpr uint32_t kMinusZeros = 0x80008000u;
 
 // How each type of weight becomes two A operands for each block of 32 input features.
 //
