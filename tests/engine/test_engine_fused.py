@@ -223,7 +223,7 @@ def test_it_is_taken_by_default_and_says_so(engine):
     llm = engine(quant="int4-g32")
     described = llm.describe()
     assert (described.execution, described.config.execution) == ("fused", "auto")
-    assert described.config.name == "int4-g32/auto"
+    assert (described.config.name, described.name) == ("int4-g32/auto", "int4-g32/fused")
     kernels = dict.fromkeys(("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "int4/fused")
     assert described.kernels == kernels | {"head": "int8/fused", "attention": "attention/fused"}
     assert described.notes == ()

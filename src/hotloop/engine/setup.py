@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from hotloop.parallel.plan import Shard
 from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
-from hotloop.types import DEFAULT_MAX_SEQ_LEN, EngineConfig
+from hotloop.types import DEFAULT_MAX_SEQ_LEN, EngineConfig, StepExecution
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
 from hotloop.weights.hub import resolve_model
 from hotloop.weights.quantize import stored_schemes
@@ -70,7 +70,7 @@ class Setup:
     head_scheme: Scheme
     device: torch.device
     dtype: torch.dtype
-    execution: Literal["eager", "compile", "fused"]
+    execution: StepExecution
     n_positions: int
     shards: tuple[Shard, ...]
     rank: int = 0
@@ -325,7 +325,7 @@ def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 def _resolve_execution(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, parts: Sequence[ModelConfig]
-) -> tuple[Literal["eager", "compile", "fused"], tuple[str, ...]]:
+) -> tuple[StepExecution, tuple[str, ...]]:
     """How a step runs, and what to say about it: ``auto`` is fused, or says why it is not.
 
     Args:
