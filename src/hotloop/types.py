@@ -54,9 +54,15 @@ def _check_choice(kind: str, value: str, literal: Any) -> None:
         raise UnknownNameError(kind, value, get_args(literal))
 
 
+def exit_layers(draft: str) -> int | None:
+    """N of a value ``exit-N`` of ``EngineConfig.draft``; None of any other."""
+    match = re.fullmatch(r"exit-(\d+)", draft)
+    return int(match[1]) if match else None
+
+
 def is_draft_model(draft: str) -> bool:
     """Whether a value of ``EngineConfig.draft`` names a model of its own."""
-    return draft not in ("none", "ngram") and not re.fullmatch(r"exit-\d+", draft)
+    return draft not in ("none", "ngram") and exit_layers(draft) is None
 
 
 @dataclass(frozen=True, kw_only=True)
