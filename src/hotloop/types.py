@@ -23,10 +23,12 @@ from hotloop.errors import ConfigError, RequestError, UnknownNameError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Execution = Literal["auto", "eager", "compile", "fused"]
+StepExecution = Literal["eager", "compile", "fused"]
 """How a step runs: ``eager`` is plain PyTorch, ``compile`` is torch.compile, ``fused`` is our own
-CUDA kernels; on GPUs the latter two in CUDA graphs. ``auto`` is ``fused`` where it runs, else
-``eager``."""
+CUDA kernels; on GPUs the latter two in CUDA graphs."""
+
+Execution = Literal["auto", StepExecution]
+"""What to ask for: ``auto`` is ``fused`` where that runs, else ``eager``."""
 
 WeightSource = Literal["checkpoint", "random"]
 """Where weights come from. ``random`` needs only the model's shape: for speed and fit."""
@@ -52,9 +54,15 @@ def _check_choice(kind: str, value: str, literal: Any) -> None:
         raise UnknownNameError(kind, value, get_args(literal))
 
 
+def exit_layers(draft: str) -> int | None:
+    """N of a value ``exit-N`` of ``EngineConfig.draft``; None of any other."""
+    match = re.fullmatch(r"exit-(\d+)", draft)
+    return int(match[1]) if match else None
+
+
 def is_draft_model(draft: str) -> bool:
     """Whether a value of ``EngineConfig.draft`` names a model of its own."""
-    return draft not in ("none", "ngram") and not re.fullmatch(r"exit-\d+", draft)
+    return draft not in ("none", "ngram") and exit_layers(draft) is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +375,7 @@ class EngineDescription:
         device: The torch device in use.
         device_name: The device's own name.
         dtype: Element type of activations.
-        execution: How steps run; empty where there is no choice.
+        execution: How steps run; None where an engine has no such choice.
         vocab_size: Token ids are below this.
         max_seq_len: Tokens a slot can hold.
         n_params: Parameters of the model, a tied embedding counted once.
@@ -399,7 +407,7 @@ class EngineDescription:
     load_s: float = 0.0
     warmup_s: float = 0.0
     compile_cache: Literal["cold", "warm"] | None = None
-    execution: str = ""
+    execution: StepExecution | None = None
 
     @property
     def name(self) -> str:

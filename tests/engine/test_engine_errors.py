@@ -140,7 +140,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(folder, tmp_path):
             LLM(str(quantized), **options)
     for options in ({}, {"quant": "int8"}, {"quant": "int8", "head": "int8"}):
         llm = LLM(str(quantized), dtype="float32", **options)
-        assert llm.config.name == "int8/eager/float32"
+        assert llm.describe().name == "int8/eager/float32"
 
 
 def test_a_quantized_checkpoint_gives_the_tokens_of_quantizing_on_load(folder, tmp_path):

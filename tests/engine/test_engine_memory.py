@@ -96,7 +96,7 @@ def test_a_description_is_of_the_engine_that_runs(model):
     described = llm.describe()
     assert (described.family, described.device, described.dtype) == ("llama", "cpu", "float32")
     assert (described.vocab_size, described.max_seq_len) == (300, 100)
-    assert described.config.name == "int8/eager/float32/batch2"
+    assert described.name == "int8/eager/float32/batch2"
     dense = LLM(str(model), dtype="float32")
     parameters = {t.data_ptr(): t.numel() for t in dense._runner._model.decoder.buffers()}
     tables = sum(getattr(dense._runner._model.decoder, name).numel() for name in TABLES)

@@ -179,8 +179,8 @@ class Session:
 
     def greet(self) -> None:
         """Says what is talking."""
-        config, device = self._config, self._about.device_name
-        note(f"{config.model} · {config.name} on {device} · /help for help")
+        about = self._about
+        note(f"{self._config.model} · {about.name} on {about.device_name} · /help for help")
 
     def take(self, text: str) -> bool:
         """Obeys or answers one turn; False ends the session."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from hotloop.engine.setup import Setup, prepare, ranks_here
 from hotloop.hardware import free_bytes
@@ -73,7 +72,7 @@ def _weights_bytes(setup: Setup) -> int:
 
     def form(scheme: Scheme, n: int, k: int, *, paired: bool = False) -> WeightFormat:
         plain = scheme.format(n, k, dtype=setup.dtype, device=setup.device.type)
-        return dataclasses.replace(plain, fused=setup.fused, paired=paired)
+        return replace(plain, fused=setup.fused, paired=paired)
 
     def packed(form: WeightFormat) -> int:
         return choose_linear(form)[0].nbytes(form)

@@ -181,7 +181,7 @@ class Runner:
         kernels, notes = model.kernels(), model.notes()
         if self._draft_model is not None:
             kernels |= {f"draft/{name}": k for name, k in self._draft_model.kernels().items()}
-            notes |= self._draft_model.notes()
+            notes |= {f"draft/{note}": None for note in self._draft_model.notes()}
         if self._group.kernel is not None:
             kernels["all_reduce"] = f"all_reduce/{self._group.kernel}"
         return {
@@ -191,7 +191,7 @@ class Runner:
             "weight_bytes_per_step": model.bytes_per_step,
             "kv_bytes_per_token": setup.local.kv_bytes_per_token(setup.dtype.itemsize),
             "kernels": kernels,
-            "notes": (*(n for s in setup.models for n in s.notes), *notes, *self._group.notes),
+            "notes": (*notes, *self._group.notes),
             "compile_cache": self._model.compile_cache(),
         }
 
@@ -304,8 +304,9 @@ class _Model:
         return kernels | {"attention": f"attention/{self.attention_name}"}
 
     def notes(self) -> dict[str, None]:
-        """Why faster kernels were passed over, each reason once."""
-        notes = [note for linear in self._linears().values() for note in linear.notes]
+        """Why faster ways were passed over, each reason once."""
+        notes = [*self.setup.notes]
+        notes += [note for linear in self._linears().values() for note in linear.notes]
         if self._launcher is not None:
             notes += sorted(self._launcher.notes)
         return dict.fromkeys((*notes, *self._attention_notes))

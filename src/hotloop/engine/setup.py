@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,7 +23,13 @@ from hotloop.parallel.plan import Shard
 from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
-from hotloop.types import DEFAULT_MAX_SEQ_LEN, EngineConfig
+from hotloop.types import (
+    DEFAULT_MAX_SEQ_LEN,
+    EngineConfig,
+    StepExecution,
+    exit_layers,
+    is_draft_model,
+)
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
 from hotloop.weights.hub import resolve_model
 from hotloop.weights.quantize import stored_schemes
@@ -70,7 +75,7 @@ class Setup:
     head_scheme: Scheme
     device: torch.device
     dtype: torch.dtype
-    execution: Literal["eager", "compile", "fused"]
+    execution: StepExecution
     n_positions: int
     shards: tuple[Shard, ...]
     rank: int = 0
@@ -130,8 +135,6 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     path, hf_config = _describe_model(config)
     model = read_config(hf_config)
     config, scheme, head_scheme = _settle_schemes(config, stored_schemes(hf_config))
-    if config.execution == "compile" and (reason := compile_unavailable_reason(device)):
-        raise UnsupportedError(f"execution 'compile' cannot run here: {reason}.")
     for name, (n, k) in names.linear_weights(model).items():
         scheme.check(name, n, k)
     head_scheme.check(names.head(model), model.vocab_size, model.hidden_size)
@@ -165,8 +168,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
 def _prepare_draft(target: Setup) -> Draft | None:
     """Who makes drafts for ``target``."""
     config, name = target.config, target.config.draft
-    match = re.fullmatch(r"exit-(\d+)", name)
-    if config.draft_quant != "none" and (match or name in ("none", "ngram")):
+    if config.draft_quant != "none" and not is_draft_model(name):
         raise ConfigError(
             f"draft_quant {config.draft_quant!r} is the scheme of a draft model, and draft "
             f"{name!r} is none: leave it out, or give a model as the draft."
@@ -175,8 +177,8 @@ def _prepare_draft(target: Setup) -> Draft | None:
         return None
     if name == "ngram":
         return Draft()
-    if match:
-        n_layers, of = int(match[1]), target.model.n_layers
+    if (n_layers := exit_layers(name)) is not None:
+        of = target.model.n_layers
         if not 1 <= n_layers < of:
             raise ConfigError(
                 f"draft {name!r} takes the first {n_layers} of the model's {of} layers: give a "
@@ -188,7 +190,7 @@ def _prepare_draft(target: Setup) -> Draft | None:
             model=name,
             weights=config.weights,
             quant=config.draft_quant,
-            # Without fused steps of the model's own, those of a draft model would not be captured.
+            # ``auto`` is what it is for the model, or beside fused steps what it is for this one.
             execution=config.execution if target.fused else target.execution,
             device=config.device,
             dtype=config.dtype,
@@ -325,7 +327,7 @@ def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 def _resolve_execution(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, parts: Sequence[ModelConfig]
-) -> tuple[Literal["eager", "compile", "fused"], tuple[str, ...]]:
+) -> tuple[StepExecution, tuple[str, ...]]:
     """How a step runs, and what to say about it: ``auto`` is fused, or says why it is not.
 
     Args:
@@ -333,15 +335,25 @@ def _resolve_execution(
         device: Where.
         dtype: Element type of activations.
         parts: The shape of each rank's decoder.
+
+    Raises:
+        UnsupportedError: What was asked for, other than ``auto``, cannot run.
     """
-    if config.execution in ("eager", "compile"):
-        return config.execution, ()
-    tokens = 1 if config.draft == "none" else 1 + config.draft_tokens
-    reasons = (fused.unsupported_reason(part, dtype, tokens) for part in parts)
-    reason = fused_unavailable_reason(device) or next(filter(None, reasons), None)
+    if config.execution == "eager":
+        return "eager", ()
+    wanted = "fused" if config.execution == "auto" else config.execution
+    if wanted == "compile":
+        reason = compile_unavailable_reason(device)
+    else:
+        tokens = 1 if config.draft == "none" else 1 + config.draft_tokens
+        reasons = (fused.unsupported_reason(part, dtype, tokens) for part in parts)
+        reason = fused_unavailable_reason(device) or next(filter(None, reasons), None)
     if reason is None:
-        return "fused", ()
-    if config.execution == "fused":
-        raise UnsupportedError(f"execution 'fused' cannot run here: {reason}.")
+        return wanted, ()
+    if config.execution != "auto":
+        raise UnsupportedError(
+            f"execution {wanted!r} cannot run here: {reason}. Choose 'auto', or 'eager', which "
+            "always runs."
+        )
     # On other devices nobody expects it.
     return "eager", (f"execution/fused not used, but eager: {reason}",) * (device.type == "cuda")

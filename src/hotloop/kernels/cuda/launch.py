@@ -79,6 +79,11 @@ class LaunchError(HotloopError):
 class Device:
     """Loads and launches kernels on one CUDA device.
 
+    Args:
+        device: Which one, with its index.
+        dependent_launch: Kernels may start before their predecessors have ended, where the device
+            can do that. Without it they do the same, one after the other.
+
     Attributes:
         architecture: What kernels are compiled for, such as ``sm_90``.
         limits: What launches are made for.
@@ -86,7 +91,7 @@ class Device:
         notes: What went otherwise than it should, for records.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, dependent_launch: bool = True) -> None:
         assert device.index is not None, f"which of the devices, {device}?"
         driver = _driver()
         torch.cuda.synchronize(device)  # makes torch's context current: ours is the same
@@ -99,7 +104,7 @@ class Device:
             n_sms=properties.multi_processor_count,
             shared_bytes=_checked(driver.cuDeviceGetAttribute(optin, ordinal)),
         )
-        self.has_dependent_launch = properties.major >= 9
+        self.dependent_launch = dependent_launch and properties.major >= 9
         self.compile_seconds = 0.0
         self.notes: set[str] = set()
         self._functions: dict[Kernel, Any] = {}
@@ -140,7 +145,7 @@ class Device:
         Args:
             call: What to launch; its tensors are on this device.
             dependent: The kernel may start before its predecessor in the stream has ended
-                (programmatic dependent launch), where the device can do that.
+                (programmatic dependent launch), where that is on.
         """
         driver = _driver()
         limit = self.limits.shared_bytes
@@ -150,7 +155,7 @@ class Device:
         config.gridDimX, config.gridDimY, config.gridDimZ = call.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = call.kernel.threads, 1, 1
         config.sharedMemBytes = call.shared_bytes
-        if dependent and self.has_dependent_launch:
+        if dependent and self.dependent_launch:
             attribute = driver.CUlaunchAttribute()
             attribute.id = (
                 driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
