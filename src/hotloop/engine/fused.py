@@ -20,11 +20,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from hotloop.kernels import reference
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import HEAD_DIMS, MAX_TOKENS, AttentionPlan
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Call, Limits
-from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, plan_rows
+from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, plan_rows
 from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache
@@ -99,7 +100,7 @@ class FusedForward:
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
         # Blocks that share work count themselves here, and leave zeros behind.
-        largest = _Plans(decoder, cache, launcher.limits, cache.n_slots, MAX_TOKENS)
+        largest = _attention_plan(decoder, cache, cache.n_slots, MAX_TOKENS)
         device = decoder.cos.device
         self._counters = torch.zeros(largest.n_counters, dtype=torch.int32, device=device)
 
@@ -114,16 +115,17 @@ class FusedForward:
         plans = self._plans_for(B, T)
         positions_B = positions_BT[:, 0].contiguous()
         self._dependent = False  # on what torch did before
-        x_MD = self._embed(ids_BT.flatten().contiguous())
-        for i, layer in enumerate(self._layers):
-            qkv = self._product(plans.qkv, layer.qkv_proj, x_MD, norm=layer.input_norm)
+        next_norms = (*(layer.input_norm for layer in self._layers[1:]), self._decoder.norm)
+        x_MD, normed = self._embed(ids_BT.flatten().contiguous(), self._layers[0].input_norm)
+        for i, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
+            qkv = self._product(plans.qkv, layer.qkv_proj, normed)
             attended = self._attend(plans.attention, i, qkv, positions_B)
-            x_MD = self._add(plans.o, layer.o_proj, attended, x_MD)
-            gated = self._product(
-                plans.gate_up, layer.gate_up_proj, x_MD, norm=layer.post_attention_norm
+            x_MD, normed = self._add(
+                plans.o, layer.o_proj, attended, x_MD, layer.post_attention_norm
             )
-            x_MD = self._add(plans.down, layer.down_proj, gated, x_MD)
-        logits_MV, best_M = self._logits(plans.head, x_MD)
+            gated = self._product(plans.gate_up, layer.gate_up_proj, normed)
+            x_MD, normed = self._add(plans.down, layer.down_proj, gated, x_MD, next_norm)
+        logits_MV, best_M = self._logits(plans.head, normed)
         return logits_MV.view(B, T, -1), None if best_M is None else best_M.view(B, T)
 
     def _plans_for(self, B: int, T: int) -> _Plans:
@@ -134,12 +136,13 @@ class FusedForward:
             self._plans[B, T] = plans
         return self._plans[B, T]
 
-    def _embed(self, ids_M: Tensor) -> Tensor:
+    def _embed(self, ids_M: Tensor, norm: RMSNorm) -> tuple[Tensor, Normed]:
         embedding = self._decoder.embedding
         assert embedding.table is not None, "no table was assigned"
         x_MD = ids_M.new_empty(len(ids_M), embedding.k, dtype=torch.bfloat16)
-        self._launch(step.embed(ids_M, embedding.table, embedding.scale, x_MD))
-        return x_MD
+        onward = _onward_to(norm, x_MD)
+        self._launch(step.embed(ids_M, embedding.table, embedding.scale, x_MD, onward))
+        return x_MD, onward.normed
 
     def _attend(self, plan: AttentionPlan, i: int, qkv: Tensor, positions_B: Tensor) -> Tensor:
         decoder, layer = self._decoder, self._layers[i]
@@ -165,21 +168,29 @@ class FusedForward:
         self._launch(call)
         return out
 
-    def _add(self, plans: _RowPlans, linear: Linear, x_MK: Tensor, onto_MD: Tensor) -> Tensor:
-        """The residual stream and a product: in its place, unless ranks have parts of the sum."""
-        if not self._shared:
-            return self._product(plans, linear, x_MK, onto=onto_MD)
-        total_MD = self._layers[0].total(self._product(plans, linear, x_MK))
-        self._dependent = False
-        return onto_MD + total_MD
+    def _add(
+        self, plans: _RowPlans, linear: Linear, x_MK: Tensor, onto_MD: Tensor, norm: RMSNorm
+    ) -> tuple[Tensor, Normed]:
+        """The residual stream and a product, on its way to a norm.
 
-    def _logits(self, plans: _RowPlans, x_MD: Tensor) -> tuple[Tensor, Tensor | None]:
-        decoder, (_, plan) = self._decoder, plans[0]
+        In the stream's place, unless ranks have parts of the sum.
+        """
+        if not self._shared:
+            onward = _onward_to(norm, onto_MD)
+            self._product(plans, linear, x_MK, onto=onto_MD, onward=onward)
+            return onto_MD, onward.normed
+        total_MD = onto_MD + self._layers[0].total(self._product(plans, linear, x_MK))
+        self._dependent = False
+        x_MD, squares = reference.begin_norm(total_MD, norm.weight)
+        return total_MD, Normed(x=x_MD, squares=squares, eps=norm.eps)
+
+    def _logits(self, plans: _RowPlans, normed: Normed) -> tuple[Tensor, Tensor | None]:
+        x_MD, (_, plan) = normed.x, plans[0]
         best = (
             x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.float32),
             x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.int32),
         )
-        logits_MV = self._product(plans, decoder.head, x_MD, norm=decoder.norm, best=best)
+        logits_MV = self._product(plans, self._decoder.head, normed, best=best)
         if self._shared:
             return logits_MV, None
         best_M = x_MD.new_empty(len(x_MD), dtype=torch.int64)
@@ -190,28 +201,26 @@ class FusedForward:
         self,
         plans: _RowPlans,
         linear: Linear,
-        x_MK: Tensor,
+        x: Tensor | Normed,
         *,
-        norm: RMSNorm | None = None,
         onto: Tensor | None = None,
+        onward: Onward | None = None,
         best: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """A product, added to ``onto`` in its place; of the head, with what is ``best``."""
         (_, plan) = plans[0]
+        x_MK = x.x if isinstance(x, Normed) else x
         y = x_MK.new_empty(len(x_MK), plan.width, dtype=plan.dtype) if onto is None else onto
         for rows, plan in plans:
             call = plan.call(
-                x_MK[rows],
+                x.rows(rows) if isinstance(x, Normed) else x[rows],
                 y[rows],
                 *linear.packed,
-                norm_weight_K=None if norm is None else norm.weight,
-                eps=0.0 if norm is None else norm.eps,
                 bias_N=linear.bias,
                 residual=None if onto is None else onto[rows],
+                onward=None if onward is None else onward.rows(rows),
                 best=None if best is None else (best[0][rows], best[1][rows]),
                 n_best=min(self._n_tokens, linear.n),
-                partial=x_MK.new_empty(plan.n_partial, dtype=torch.float32),
-                counters=self._counters,
             )
             self._launch(call)
         return y
@@ -223,6 +232,27 @@ class FusedForward:
 
 def _blocks(decoder: Decoder) -> list[Block]:
     return cast(list[Block], list(decoder.layers))
+
+
+def _onward_to(norm: RMSNorm, x_MD: Tensor) -> Onward:
+    rows, width = x_MD.shape
+    normed = Normed.empty(rows, width, norm.eps, x_MD.device)
+    return Onward(weight=norm.weight, normed=normed)
+
+
+def _attention_plan(decoder: Decoder, cache: KVCache, B: int, T: int) -> AttentionPlan:
+    layer, *_ = _blocks(decoder)
+    n_heads, n_kv_heads, _ = layer.heads
+    return AttentionPlan(
+        batch=B,
+        tokens=T,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=layer.head_dim,
+        n_positions=cache.n_positions,
+        window=layer.window,
+        tuning=attention_tuning(cache.n_positions),
+    )
 
 
 _RowPlans = Sequence[tuple[slice, LinearPlan]]
@@ -239,34 +269,15 @@ class _Plans:
             return plan_rows(form, B * T, epilogue, norm=norm, tuning=tuning, limits=limits)
 
         layer, *_ = _blocks(decoder)
-        n_heads, n_kv_heads, _ = layer.heads
         self.qkv = product(layer.qkv_proj, norm=True)
-        self.attention = AttentionPlan(
-            batch=B,
-            tokens=T,
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            head_dim=layer.head_dim,
-            n_positions=cache.n_positions,
-            window=layer.window,
-            tuning=attention_tuning(cache.n_positions),
-        )
+        self.attention = _attention_plan(decoder, cache, B, T)
         self.o = product(layer.o_proj, norm=False)
         self.gate_up = product(layer.gate_up_proj, "swiglu", norm=True)
         self.down = product(layer.down_proj, norm=False)
         self.head = product(decoder.head, "logits", norm=True)
 
     @property
-    def _all(self) -> list[LinearPlan | AttentionPlan]:
-        rows = (*self.qkv, *self.o, *self.gate_up, *self.down, *self.head)
-        return [self.attention, *(plan for _, plan in rows)]
-
-    @property
     def kernels(self) -> list[Kernel]:
         """All but the ends of the step, which are the same for every size."""
-        return [plan.kernel for plan in self._all]
-
-    @property
-    def n_counters(self) -> int:
-        """Zeros that some kernel must have."""
-        return max(plan.n_counters for plan in self._all)
+        rows = (*self.qkv, *self.o, *self.gate_up, *self.down, *self.head)
+        return [self.attention.kernel, *(plan.kernel for _, plan in rows)]
