@@ -115,6 +115,13 @@ def test_an_option_that_cannot_be_used_is_refused(folder, options, message):
         LLM(str(folder), **options)
 
 
+def test_fused_is_refused_on_a_cpu_and_auto_is_eager_there(folder):
+    message = "execution 'fused' cannot run here: it is for NVIDIA GPUs. Choose 'auto', or 'eager'"
+    with pytest.raises(UnsupportedError, match=message):
+        LLM(str(folder), execution="fused", device="cpu")
+    assert LLM(str(folder), execution="auto", device="cpu").describe().execution == "eager"
+
+
 def test_a_built_in_shape_needs_random_weights():
     with pytest.raises(ConfigError, match=r"built-in shape without weights.*--weights random"):
         LLM("llama-2-7b")
