@@ -49,7 +49,7 @@ from hotloop.kernels.cuda.compile import Kernel, compile_kernel
 from hotloop.kernels.cuda.launch import Device, Launch
 from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tuning
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
-from hotloop.kernels.cuda.tuning import linear_tuning
+from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
 from hotloop.models.shapes import shape
 
 SECTIONS = {"check": 80, "tune": 120, "stack": 55, "linear": 30, "attention": 20}
@@ -263,7 +263,9 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
                 plan = AttentionPlan(
                     batch=2, tokens=tokens, n_heads=n_heads, n_kv_heads=n_kv_heads,
                     head_dim=head_dim, n_positions=1100, window=window,
-                    tuning=AttentionTuning(chunk=chunk, warps=warps, stages=stages),
+                    tuning=AttentionTuning(
+                        chunk=chunk, warps=warps, stages=stages if head_dim < 256 else 1
+                    ),
                 )  # fmt: skip
                 for at in ([0, 517], [15, 1099 - tokens + 1]):
                     yield attention_case(plan, at, generator, norms=n_heads == 9)
@@ -413,7 +415,8 @@ class DecodeStep:
         }
         self.attention = AttentionPlan(
             batch=1, tokens=rows, n_heads=m["n_heads"], n_kv_heads=m["n_kv_heads"],
-            head_dim=m["head_dim"], n_positions=512, tuning=attention or AttentionTuning(),
+            head_dim=m["head_dim"], n_positions=512,
+            tuning=attention or attention_tuning(m["head_dim"], 512, limits),
         )  # fmt: skip
         width, vocab = m["width"], m["vocab"]
         self.table = torch.empty(vocab, width, dtype=torch.bfloat16, device=CUDA).normal_()

@@ -9,7 +9,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from agreement import assert_top_two_agree
+from agreement import ALTERNATIVES, assert_top_two_agree
 from cuda_emulation import EmulatedDevice, needs_compiler
 from test_engine_memory import resident_bytes
 from test_engine_shards import ThreadRunner
@@ -36,7 +36,7 @@ pytestmark = needs_compiler
 CPU = torch.device("cpu")
 N_POSITIONS = 80
 PROMPTS = ([7], list(range(2, 19)), [260, 3] * 10)
-FREELY = SamplingParams(max_new_tokens=7, ignore_eos=True, logprobs=2)
+FREELY = SamplingParams(max_new_tokens=7, ignore_eos=True, logprobs=ALTERNATIVES)
 MODELS = {
     **{name: (name, {"head_dim": 64}) for name in FAMILIES},
     "untied": ("LlamaForCausalLM", {"tie_word_embeddings": False, "head_dim": 96}),
@@ -268,6 +268,18 @@ def test_described_and_predicted_bytes_are_those_resident(quant, head, tied, tmp
 def test_greedy_tokens_agree_with_the_plain_engine_to_the_top_two(engine):
     plain = engine(execution="eager", dtype="float32")
     assert_top_two_agree(*(llm.generate(list(PROMPTS), FREELY) for llm in (engine(), plain)))
+
+
+def test_a_prompt_gives_the_same_by_steps_and_by_the_decoder(engine, monkeypatch):
+    found = []
+    for short in (0, 64):
+        monkeypatch.setattr("hotloop.engine.runner.SHORT_PROMPT", short)
+        found.append(engine(quant="int4-g32").generate(list(PROMPTS), FREELY))
+    for one, other in zip(*found, strict=True):
+        here, there = (dict(g.logprobs[0].top) for g in (one, other))
+        both = here.keys() & there.keys()
+        assert len(both) >= ALTERNATIVES - 1
+        assert max(abs(here[i] - there[i]) for i in both) < 0.1
 
 
 def test_neighbours_change_nothing(engine):

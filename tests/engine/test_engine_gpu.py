@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from agreement import assert_top_two_agree
+from agreement import ALTERNATIVES, assert_top_two_agree
 
 from hotloop import LLM, SamplingParams
 from hotloop.engine.memory import predict_memory
@@ -53,7 +53,7 @@ def test_compiled_bfloat16_steps_agree_with_eager_ones_to_the_top_two(
 ) -> None:
     eager, compiled = (
         LLM(str(folder), device="cuda", quant=quant, execution=execution).generate(
-            PROMPTS, SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=2)
+            PROMPTS, SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=ALTERNATIVES)
         )
         for execution in ("eager", "compile")
     )

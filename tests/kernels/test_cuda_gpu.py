@@ -12,10 +12,11 @@ from cuda_cases import (
     make_weight,
 )
 
-from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
+from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.compile import unavailable_reason
 from hotloop.kernels.cuda.launch import Device
 from hotloop.kernels.cuda.linear import Tuning
+from hotloop.kernels.cuda.tuning import attention_tuning
 
 REASON = "no CUDA device" if not torch.cuda.is_available() else unavailable_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -76,7 +77,7 @@ def test_attention_equals_its_specification(device, head_dim):
         n_kv_heads=2,
         head_dim=head_dim,
         n_positions=600,
-        tuning=AttentionTuning(chunk=256),
+        tuning=attention_tuning(head_dim, 600, device.limits),
     )
     for at in ([0, 512], [15, 597]):
         case = attention_case(plan, at, generator(device, 1), norms=True)

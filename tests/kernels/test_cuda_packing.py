@@ -6,10 +6,12 @@ import pytest
 import torch
 from cuda_cases import KINDS, make_weight
 
+from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan
 from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format, pack, unpack
+from hotloop.kernels.cuda.tuning import attention_tuning
 from hotloop.quant import parse_scheme
 
 H100 = Limits(n_sms=132, shared_bytes=227 * 1024)
@@ -86,6 +88,22 @@ def test_blocks_share_out_all_items_evenly():
         plan = LinearPlan(form=form, rows=1, tuning=Tuning(tiles=tiles), limits=H100)
         assert plan.blocks <= 132
         assert plan.items == 320 / tiles
+
+
+@pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_attention_by_the_rules_fits(limits, head_dim):
+    for tokens, group in itertools.product((1, 16), (1, 8)):
+        plan = AttentionPlan(
+            batch=1,
+            tokens=tokens,
+            n_heads=group,
+            n_kv_heads=1,
+            head_dim=head_dim,
+            n_positions=4096,
+            tuning=attention_tuning(head_dim, 4096, limits),
+        )
+        assert plan.shared_bytes <= limits.shared_bytes
 
 
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])

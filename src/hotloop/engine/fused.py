@@ -100,7 +100,7 @@ class FusedForward:
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
         # Blocks that share work count themselves here, and leave zeros behind.
-        largest = _attention_plan(decoder, cache, cache.n_slots, MAX_TOKENS)
+        largest = _attention_plan(decoder, cache, launcher.limits, cache.n_slots, MAX_TOKENS)
         device = decoder.cos.device
         self._counters = torch.zeros(largest.n_counters, dtype=torch.int32, device=device)
 
@@ -109,8 +109,13 @@ class FusedForward:
         ids_BT: Tensor,
         positions_BT: Tensor,
         length: int,  # noqa: ARG002 (attention stops where a sequence ends)
+        *,
+        first_slot: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """See ``Forward``; a sequence's positions follow its first one."""
+        """See ``Forward``; a sequence's positions follow its first one.
+
+        Sequences are in the slots from ``first_slot`` on.
+        """
         B, T = ids_BT.shape
         plans = self._plans_for(B, T)
         positions_B = positions_BT[:, 0].contiguous()
@@ -119,7 +124,7 @@ class FusedForward:
         x_MD, normed = self._embed(ids_BT.flatten().contiguous(), self._layers[0].input_norm)
         for i, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
             qkv = self._product(plans.qkv, layer.qkv_proj, normed)
-            attended = self._attend(plans.attention, i, qkv, positions_B)
+            attended = self._attend(plans.attention, i, first_slot, qkv, positions_B)
             x_MD, normed = self._add(
                 plans.o, layer.o_proj, attended, x_MD, layer.post_attention_norm
             )
@@ -144,9 +149,12 @@ class FusedForward:
         self._launch(step.embed(ids_M, embedding.table, embedding.scale, x_MD, onward))
         return x_MD, onward.normed
 
-    def _attend(self, plan: AttentionPlan, i: int, qkv: Tensor, positions_B: Tensor) -> Tensor:
+    def _attend(
+        self, plan: AttentionPlan, i: int, first_slot: int, qkv: Tensor, positions_B: Tensor
+    ) -> Tensor:
         decoder, layer = self._decoder, self._layers[i]
-        keys, values = (slots[: plan.batch] for slots in self._cache.layer(i))
+        here = slice(first_slot, first_slot + plan.batch)
+        keys, values = (slots[here] for slots in self._cache.layer(i))
         out = qkv.new_empty(len(qkv), plan.n_heads * plan.head_dim)
         norms, eps = {}, 0.0
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -240,7 +248,9 @@ def _onward_to(norm: RMSNorm, x_MD: Tensor) -> Onward:
     return Onward(weight=norm.weight, normed=normed)
 
 
-def _attention_plan(decoder: Decoder, cache: KVCache, B: int, T: int) -> AttentionPlan:
+def _attention_plan(
+    decoder: Decoder, cache: KVCache, limits: Limits, B: int, T: int
+) -> AttentionPlan:
     layer, *_ = _blocks(decoder)
     n_heads, n_kv_heads, _ = layer.heads
     return AttentionPlan(
@@ -251,7 +261,7 @@ def _attention_plan(decoder: Decoder, cache: KVCache, B: int, T: int) -> Attenti
         head_dim=layer.head_dim,
         n_positions=cache.n_positions,
         window=layer.window,
-        tuning=attention_tuning(cache.n_positions),
+        tuning=attention_tuning(layer.head_dim, cache.n_positions, limits),
     )
 
 
@@ -270,7 +280,7 @@ class _Plans:
 
         layer, *_ = _blocks(decoder)
         self.qkv = product(layer.qkv_proj, norm=True)
-        self.attention = _attention_plan(decoder, cache, B, T)
+        self.attention = _attention_plan(decoder, cache, limits, B, T)
         self.o = product(layer.o_proj, norm=False)
         self.gate_up = product(layer.gate_up_proj, "swiglu", norm=True)
         self.down = product(layer.down_proj, norm=False)

@@ -50,6 +50,12 @@ from hotloop.types import SamplingParams, Score, TokenLogprob
 from hotloop.weights.load import load_weights
 from hotloop.weights.source import CheckpointSource, RandomSource
 
+STEP_TOKENS = 8
+"""Tokens that a step of the fused kernels takes for little more than one."""
+
+SHORT_PROMPT = 64
+"""Tokens up to which steps are faster than giving every weight back as rows for one product."""
+
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total) while an engine gets ready."""
 
@@ -124,8 +130,7 @@ class Runner:
         with out_of_memory_in("prefill"):
             ids = torch.tensor(prompt_ids, device=self._setup.device)
             self._sampler.admit(slot, params, seed, ids)
-            hidden = self._model.prefill(ids, 0, slot)
-            logits = self._model.decoder.logits(hidden[None, -1:])
+            logits = self._model.prefill(ids, 0, slot)
             position = torch.full((1, 1), len(ids), device=self._setup.device)
             features = Features.of([params])
             sampled = self._sampler.sample(logits, position, slot, features)
@@ -147,8 +152,8 @@ class Runner:
         """Scores one window in the first slot; whole distributions come to rank 0 alone."""
         ids_T, vocabulary = torch.tensor(ids, device=self._setup.device), self._vocabulary
         logprobs, top1, distributions = [], [], []
-        for chunk, hidden in self._model.chunks(ids_T[:-1], 0, 0):
-            log_probs = vocabulary.log_softmax(self._model.decoder.logits(hidden))
+        for chunk, logits_TV in self._model.logits(ids_T[:-1], 0, 0):
+            log_probs = vocabulary.log_softmax(logits_TV)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
             logprobs.append(vocabulary.at(log_probs, labels).cpu())
             top1.append(vocabulary.argmax(log_probs).cpu())
@@ -249,23 +254,30 @@ class _Model:
             dtype=setup.dtype,
             device=device,
         )
+        self._steps = self._fused_forward(model.vocab_size)
 
     def forward(self, n_tokens: int, n_layers: int | None = None) -> Forward:
         """The model as steps run it, or its first layers; ids below ``n_tokens`` may be chosen."""
-        if self._launcher is not None:
-            return FusedForward(
-                self.decoder,
-                self.cache,
-                self._launcher,
-                n_tokens=n_tokens,
-                shared=self._shared,
-                n_layers=n_layers,
-            )
+        fused = self._fused_forward(n_tokens, n_layers)
+        if fused is not None:
+            return fused
         return TorchForward(
             self.decoder,
             self.cache,
             compiled=self.setup.execution == "compile",
             device=self.setup.device,
+            n_layers=n_layers,
+        )
+
+    def _fused_forward(self, n_tokens: int, n_layers: int | None = None) -> FusedForward | None:
+        if self._launcher is None:
+            return None
+        return FusedForward(
+            self.decoder,
+            self.cache,
+            self._launcher,
+            n_tokens=n_tokens,
+            shared=self._shared,
             n_layers=n_layers,
         )
 
@@ -276,27 +288,43 @@ class _Model:
         return compile_cache_state() if self.setup.execution == "compile" else None
 
     def prefill(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
-        """Puts tokens from position ``start`` on into a slot; the last chunk's hidden states."""
-        hidden = None
-        for _, hidden in self.chunks(ids_T, start, slot):  # noqa: B007
-            pass
-        assert hidden is not None, "there was nothing to put there"
-        return hidden
+        """Puts tokens from position ``start`` on into a slot; logits [1, 1, V] after the last.
 
-    def chunks(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
-        """Runs tokens through the model a chunk at a time: their places, hidden states [T, D]."""
-        size = self.setup.config.prefill_chunk
-        for first in range(0, len(ids_T), size):
-            chunk = range(first, min(first + size, len(ids_T)))
-            positions_T = torch.arange(start + chunk.start, start + chunk.stop, device=ids_T.device)
-            hidden = self.decoder(
+        A few of them take steps, since those read the weights as they are.
+        """
+        if self._steps is not None and len(ids_T) <= SHORT_PROMPT:
+            *_, (_, logits_TV) = self.logits(ids_T, start, slot)
+            return logits_TV[None, -1:]
+        *_, (_, hidden_TD) = self._chunks(ids_T, start, slot)
+        return self.decoder.logits(hidden_TD[None, -1:])
+
+    def logits(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
+        """Runs tokens through the model, by steps where those have kernels of their own.
+
+        Yields:
+            Some tokens' places, and the logits [T, V] after each.
+        """
+        if self._steps is None:
+            for chunk, hidden_TD in self._chunks(ids_T, start, slot):
+                yield chunk, self.decoder.logits(hidden_TD)
+            return
+        for chunk, positions_T in _spans(ids_T, start, STEP_TOKENS):
+            ids_BT = ids_T[None, chunk.start : chunk.stop]
+            end = start + chunk.stop
+            logits_BTV, _ = self._steps(ids_BT, positions_T[None], end, first_slot=slot)
+            yield chunk, logits_BTV[0]
+
+    def _chunks(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
+        """Runs tokens through the decoder a chunk at a time: their places, hidden states [T, D]."""
+        for chunk, positions_T in _spans(ids_T, start, self.setup.config.prefill_chunk):
+            hidden_BTD = self.decoder(
                 ids_T[None, chunk.start : chunk.stop],
                 positions_T[None],
                 self.cache,
                 first_slot=slot,
                 length=start + chunk.stop,
             )
-            yield chunk, hidden[0]
+            yield chunk, hidden_BTD[0]
 
     def kernels(self) -> dict[str, str]:
         """Which arithmetic each kind of layer uses."""
@@ -350,6 +378,13 @@ class _Model:
         finally:
             if checkpoint is not None:
                 checkpoint.close()
+
+
+def _spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]]:
+    """Places of a few tokens at a time, and their positions, the first of all being ``start``."""
+    for first in range(0, len(ids_T), size):
+        places = range(first, min(first + size, len(ids_T)))
+        yield places, torch.arange(start + places.start, start + places.stop, device=ids_T.device)
 
 
 class Pending:

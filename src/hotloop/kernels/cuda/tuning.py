@@ -7,7 +7,8 @@ rows, since some choices decide the order of sums.
 
 from __future__ import annotations
 
-from hotloop.kernels.cuda.attention import AttentionTuning
+from hotloop.kernels.cuda.attention import MAX_TOKENS, STEP, AttentionTuning
+from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import Tuning
 from hotloop.kernels.cuda.packing import Format
 
@@ -39,6 +40,10 @@ def linear_tuning(form: Format) -> Tuning:
     return Tuning(warps=warps, units_per_stage=units, ring_bytes=64 * 1024)
 
 
-def attention_tuning(n_positions: int) -> AttentionTuning:
-    """For attention over a cache of so many positions."""
-    return AttentionTuning(chunk=1024 if n_positions > LONG_CACHE else 512)
+def attention_tuning(head_dim: int, n_positions: int, limits: Limits) -> AttentionTuning:
+    """For attention over a cache of so many positions: what fits the device."""
+    new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside what is on its way
+    room = (limits.shared_bytes - new_tokens) // (4 * STEP * head_dim)
+    warps, stages = next((w, s) for w, s in ((8, 2), (8, 1), (4, 1), (2, 1)) if w * s < room)
+    chunk = 1024 if n_positions > LONG_CACHE else 512
+    return AttentionTuning(chunk=chunk, warps=warps, stages=stages)
