@@ -6,7 +6,7 @@ Every section runs in a process of its own with a limit of its own, so that one 
 is reported and the rest goes on. Each leaves a JSON file under ``--out``.
 
     check      every kernel against float64; with and without dependent launch, bit for bit
-    sweep      what to choose for each product: a descent along one choice after the other
+    tune       what to choose for each product of a step: one after the other, in its place
     stack      whole decode steps of a model with random weights in one CUDA graph
     linear     each product by itself, over weights that do not fit the caches
     attention  over short and long histories
@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,15 @@ from torch import Tensor
 
 from hotloop import hardware
 from hotloop.kernels.cuda import step
-from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
 from hotloop.kernels.cuda.launch import Device, Launch
-from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
+from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tuning
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
+from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
 from hotloop.models.shapes import shape
 
-SECTIONS = {"check": 80, "sweep": 80, "stack": 55, "linear": 30, "attention": 20}
+SECTIONS = {"check": 80, "tune": 120, "stack": 55, "linear": 30, "attention": 20}
 """Seconds that each may take."""
 
 CUDA = torch.device("cuda")
@@ -201,10 +203,10 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
     """Groups of cases; made one after the other, since weights are large."""
     tuned = {
         "staged": Tuning(),
-        "split": Tuning(warps=7, split=3, tiles=2, units_per_stage=1, ring_bytes=60_000),
-        "direct": Tuning(warps=16, staged_bytes=0, resident=1),
+        "together": Tuning(warps=7, tiles=2, units_per_stage=1, ring_bytes=60_000),
+        "direct": Tuning(warps=16, staged_bytes=0),
     }
-    n_sms = section.device.n_sms
+    limits = section.device.limits
 
     def products(name: str, seed: int) -> Iterator[Case]:
         generator = section.generator(seed)
@@ -215,24 +217,24 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         for rows in (1, 2, 3, 5, 8, 9, 16, 17, 64):
             for tuning in tuned.values() if rows in (1, 5, 16) else [tuned["staged"]]:
                 yield linear_case(
-                    weight, rows, generator, residual=rows != 3, bias=rows == 5, tuning=tuning,
-                    n_sms=n_sms,
+                    weight, rows, generator, residual=rows != 3, bias=rows == 5, onward=rows != 2,
+                    tuning=tuning, limits=limits,
                 )  # fmt: skip
         for rows in (1, 8, 9):
             for tuning in (tuned["staged"], tuned["direct"]):
                 yield linear_case(
                     paired, rows, generator, epilogue="swiglu", norm=True, bias=rows == 8,
-                    tuning=tuning, n_sms=n_sms,
+                    tuning=tuning, limits=limits,
                 )  # fmt: skip
-        yield linear_case(weight, 2, generator, norm=True, tuning=tuned["staged"], n_sms=n_sms)
+        yield linear_case(weight, 2, generator, norm=True, tuning=tuned["staged"], limits=limits)
 
     def large(name: str, n: int, k: int, seed: int, **settings: Any) -> Iterator[Case]:
         generator = section.generator(seed)
         weight = make_weight(name, n, k, generator, paired=settings.get("epilogue") == "swiglu")
         for rows in (1, 8):
             yield linear_case(
-                weight, rows, generator, tuning=settings.get("tuning", Tuning()), n_sms=n_sms,
-                **{k: v for k, v in settings.items() if k != "tuning"},
+                weight, rows, generator, tuning=linear_tuning(weight.form), limits=limits,
+                **settings,
             )  # fmt: skip
 
     def heads() -> Iterator[Case]:
@@ -247,19 +249,23 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
             for rows in (1, 3):
                 yield linear_case(
                     weight, rows, generator, epilogue="logits", norm=True, tuning=Tuning(),
-                    n_sms=n_sms,
+                    limits=limits,
                 )  # fmt: skip
 
     def attentions() -> Iterator[Case]:
         generator = section.generator(10)
         shapes = ((9, 3, 64), (8, 8, 96), (40, 40, 128), (32, 8, 128), (64, 8, 128), (8, 2, 256))
         for n_heads, n_kv_heads, head_dim in shapes:
-            for tokens, splits, warps, window in (
-                (1, 1, 4, None), (1, 3, 4, None), (4, 2, 8, None), (16, 5, 4, None), (3, 2, 4, 100)
+            for tokens, chunk, warps, stages, window in (
+                (1, 2048, 4, 1, None), (1, 512, 8, 1, None), (4, 256, 8, 2, None),
+                (16, 128, 4, 1, None), (3, 64, 4, 2, 100),
             ):  # fmt: skip
                 plan = AttentionPlan(
                     batch=2, tokens=tokens, n_heads=n_heads, n_kv_heads=n_kv_heads,
-                    head_dim=head_dim, n_positions=1100, window=window, splits=splits, warps=warps,
+                    head_dim=head_dim, n_positions=1100, window=window,
+                    tuning=AttentionTuning(
+                        chunk=chunk, warps=warps, stages=stages if head_dim < 256 else 1
+                    ),
                 )  # fmt: skip
                 for at in ([0, 517], [15, 1099 - tokens + 1]):
                     yield attention_case(plan, at, generator, norms=n_heads == 9)
@@ -277,8 +283,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
     yield "attention", attentions()
     yield "PDL over a whole step", pdl_over_a_step(section)
     for name in ("int4-g128", "int8", "bf16", "fp8", "int4-g32-asym"):
-        down = Tuning(warps=16, split=4, units_per_stage=4)
-        yield f"13B down {name}", large(name, 5120, 13824, 7, residual=True, tuning=down)
+        yield f"13B down {name}", large(name, 5120, 13824, 7, residual=True, onward=True)
         gate_up = {"epilogue": "swiglu", "norm": True}
         yield f"13B gate and up {name}", large(name, 27648, 5120, 8, **gate_up)
     yield "heads", heads()
@@ -376,22 +381,6 @@ def random_packed(form: Format) -> tuple[Tensor, Tensor | None]:
     return packed, torch.full((form.n,), std / spread, device=CUDA)
 
 
-class Tunings:
-    """What the sweep chose, or the defaults."""
-
-    def __init__(self, out: Path) -> None:
-        path = out / "sweep.json"
-        self.rows = json.loads(path.read_text())["rows"] if path.exists() else []
-
-    def of(self, name: str, kind: str, role: str) -> Tuning:
-        """The one of this product; else of the same product of another model."""
-        fitting = [r for r in self.rows if (r["kind"], r["role"]) == (kind, role)]
-        exact = [r for r in fitting if r["model"] == name]
-        for row in (*exact, *fitting):
-            return Tuning(**row["best"])
-        return Tuning()
-
-
 class DecodeStep:
     """A decode step of a model with random weights: embed, layers, head, argmax; one CUDA graph."""
 
@@ -404,8 +393,7 @@ class DecodeStep:
         *,
         n_layers: int | None = None,
         context: int = 200,
-        tunings: Tunings | None = None,
-        splits: int = 2,
+        attention: AttentionTuning | None = None,
         dependent: bool = True,
         parts: tuple[str, ...] = ("products", "attention", "ends"),
     ) -> None:
@@ -413,21 +401,22 @@ class DecodeStep:
         m = model(name)
         self.n_layers = n_layers or m["n_layers"]
         self.products = products_of(name)
-        n_sms = section.device.n_sms
+        limits = section.device.limits
         self.plans = {
             role: LinearPlan(
-                form=make_format(kind, n, k, epilogue),
+                form=(form := make_format(kind, n, k, epilogue)),
                 rows=rows,
                 epilogue=epilogue,
                 norm=norm,
-                tuning=tunings.of(name, kind, role) if tunings else Tuning(),
-                n_sms=n_sms,
+                tuning=linear_tuning(form),
+                limits=limits,
             )
             for role, (n, k, epilogue, norm) in self.products.items()
         }
         self.attention = AttentionPlan(
             batch=1, tokens=rows, n_heads=m["n_heads"], n_kv_heads=m["n_kv_heads"],
-            head_dim=m["head_dim"], n_positions=512, splits=splits,
+            head_dim=m["head_dim"], n_positions=512,
+            tuning=attention or attention_tuning(m["head_dim"], 512, limits),
         )  # fmt: skip
         width, vocab = m["width"], m["vocab"]
         self.table = torch.empty(vocab, width, dtype=torch.bfloat16, device=CUDA).normal_()
@@ -472,6 +461,8 @@ class DecodeStep:
         self.section.compile([*(plan.kernel for plan in plans.values()), attention.kernel])
         width, rows = self.x.shape[1], self.rows
         ones = torch.ones(width, dtype=torch.bfloat16, device=CUDA)
+        normed = Normed.empty(rows, width, 1e-5, CUDA)
+        onward = Onward(weight=ones, normed=normed)
         qkv = self.row_buffer(plans["qkv"].width)
         attended, hidden = self.row_buffer(plans["o"].form.k), self.row_buffer(plans["down"].form.k)
         attended.normal_()
@@ -479,32 +470,26 @@ class DecodeStep:
             torch.empty(rows, plans["head"].blocks, device=CUDA),
             torch.empty(rows, plans["head"].blocks, dtype=torch.int32, device=CUDA),
         )
-        n_partial = max(attention.n_partial, *(plan.n_partial for plan in plans.values()))
-        n_counters = max(attention.n_counters, *(plan.n_counters for plan in plans.values()))
         work = {
-            "partial": torch.empty(n_partial, device=CUDA),
-            "counters": torch.zeros(n_counters, dtype=torch.int32, device=CUDA),
+            "partial": torch.empty(attention.n_partial, device=CUDA),
+            "counters": torch.zeros(attention.n_counters, dtype=torch.int32, device=CUDA),
         }
-        norm = {"norm_weight_K": ones, "eps": 1e-5}
+        added = {"residual": self.x, "onward": onward}
         angles = torch.arange(512 * attention.head_dim, device=CUDA).view(512, -1) / 1000.0
         turns = (angles.cos(), angles.sin())
         x = self.x
-        calls = []
-        if "ends" in self.parts:
-            calls.append(step.embed(self.ids, self.table, None, x))
-        else:
-            x.normal_()
+        calls = [step.embed(self.ids, self.table, None, x, onward)]
         for weights, (keys, values) in zip(self.weights, self.caches, strict=True):
-            calls.append(plans["qkv"].call(x, qkv, *weights["qkv"], **norm))
+            calls.append(plans["qkv"].call(normed, qkv, *weights["qkv"]))
             if "attention" in self.parts:
                 calls.append(
                     attention.call(qkv, attended, keys, values, self.positions, *turns, **work)
                 )
-            calls.append(plans["o"].call(attended, x, *weights["o"], residual=x, **work))
-            calls.append(plans["gate_up"].call(x, hidden, *weights["gate_up"], **norm))
-            calls.append(plans["down"].call(hidden, x, *weights["down"], residual=x, **work))
+            calls.append(plans["o"].call(attended, x, *weights["o"], **added))
+            calls.append(plans["gate_up"].call(normed, hidden, *weights["gate_up"]))
+            calls.append(plans["down"].call(hidden, x, *weights["down"], **added))
         if "ends" in self.parts:
-            calls.append(plans["head"].call(x, self.logits, *self.head, best=best, **norm))
+            calls.append(plans["head"].call(normed, self.logits, *self.head, best=best))
             calls.append(step.argmax(best, self.ids))
         # Kept, since they keep alive what the graph reads and writes.
         self.launches = [device.prepare(call, dependent=dependent) for call in calls]
@@ -517,12 +502,10 @@ class DecodeStep:
 
 def stack_section(section: Section) -> None:
     bandwidth = section.bandwidth()
-    tunings = Tunings(section.out)
     runs: list[tuple[str, str, int, dict[str, Any]]] = [
         ("llama-2-13b", "int4-g128", 1, {"parts": ("products",)}),
         ("llama-2-13b", "int4-g128", 1, {"parts": ("products", "attention")}),
         ("llama-2-13b", "int4-g128", 1, {}),
-        ("llama-2-13b", "int4-g128", 1, {"tunings": None}),
         ("llama-2-13b", "int4-g128", 1, {"dependent": False}),
         ("llama-2-13b", "int4-g128", 8, {}),
         ("llama-3.1-8b", "int4-g128", 1, {}),
@@ -542,7 +525,7 @@ def stack_section(section: Section) -> None:
         if section.time_is_up:
             break
         try:
-            decode = DecodeStep(section, name, kind, rows, **{"tunings": tunings, **settings})
+            decode = DecodeStep(section, name, kind, rows, **settings)
             decode.prepare()
             seconds = graph_seconds(decode.graph)
             nbytes = decode.nbytes
@@ -571,7 +554,7 @@ def stack_section(section: Section) -> None:
 # One kernel at a time.
 
 
-def capture(launches: list[Launch]) -> torch.cuda.CUDAGraph:
+def capture(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -615,7 +598,7 @@ class Product:
     def plan(self, tuning: Tuning, rows: int = 1) -> LinearPlan:
         return LinearPlan(
             form=self.form, rows=rows, epilogue=self.epilogue, norm=self.norm, tuning=tuning,
-            n_sms=self.section.device.n_sms,
+            limits=self.section.device.limits,
         )  # fmt: skip
 
     def seconds(self, tuning: Tuning, rows: int = 1, *, dependent: bool = True) -> float:
@@ -623,107 +606,86 @@ class Product:
         x = torch.randn(rows, self.form.k, device=CUDA).bfloat16()
         dtype = torch.float32 if self.epilogue == "logits" else torch.bfloat16
         y = torch.zeros(rows, plan.width, dtype=dtype, device=CUDA)
-        settings: dict[str, Any] = {
-            "partial": torch.empty(plan.n_partial, device=CUDA),
-            "counters": torch.zeros(plan.n_counters, dtype=torch.int32, device=CUDA),
-        }
+        settings: dict[str, Any] = {}
+        taken: Tensor | Normed = x
         if self.norm:
-            ones = torch.ones(self.form.k, dtype=torch.bfloat16, device=CUDA)
-            settings |= {"norm_weight_K": ones, "eps": 1e-5}
+            taken = Normed.empty(rows, self.form.k, 1e-5, CUDA)
+            taken.squares.fill_(1.0)
         if self.has_residual:
-            settings["residual"] = torch.zeros_like(y)
+            ones = torch.ones(self.form.n, dtype=torch.bfloat16, device=CUDA)
+            normed = Normed.empty(rows, self.form.n, 1e-5, CUDA)
+            settings = {"residual": y, "onward": Onward(weight=ones, normed=normed)}
         launches = [
-            device.prepare(plan.call(x, y, *weight, **settings), dependent=dependent)
+            device.prepare(plan.call(taken, y, *weight, **settings), dependent=dependent)
             for weight in self.weights
         ]
         return graph_seconds(capture(launches), min_seconds=0.006) / self.n_weights
 
 
-CHOICES: list[dict[str, list[Any]]] = [
-    {"warps": [4, 8, 11, 15, 16]},
-    {"split": [1, 2, 3, 4]},
-    {"units_per_stage": [1, 2, 4]},
-    {"ring_bytes": [40 << 10, 64 << 10, 96 << 10, 108 << 10, 200 << 10]},
-    {"staged_bytes": [0, 64 << 10]},
-    {"tiles": [1, 2]},
-    {"resident": [1, 2, 3]},
-    {"blocks_per_sm": [1, 2]},
-    {"warps": [4, 6, 8, 11, 15, 16]},
-]
+WARPS, UNITS = (8, 10, 11, 12, 14, 16, 20), (1, 2, 3, 4)
 
 
-def sweep_section(section: Section) -> None:
-    bandwidth = section.bandwidth()
-    models = [
-        ("llama-2-13b", "int4-g128"),
-        ("llama-3.1-8b", "int4-g128"),
-        ("llama-2-13b", "int8"),
-        ("llama-2-13b", "bf16"),
-        ("llama-2-70b", "int4-g128"),
-    ]
-    for name, kind in models:
-        for role in products_of(name):
-            if section.time_is_up:
-                return
-            product = Product(section, name, kind, role)
-            best, seconds, tried = descend(section, product)
-            nbytes = product.form.nbytes
-            changed = {
-                k: v for k, v in best.items() if v != dataclasses.asdict(Tuning())[k]
-            }  # beside the defaults
+def tune_section(section: Section) -> None:
+    """What to choose for each product, where it stands: what it gains alone its neighbours lose."""
+    for name, kind in (
+        ("llama-2-13b", "int4-g128"), ("llama-3.1-8b", "int4-g128"), ("llama-2-13b", "int8"),
+        ("llama-2-70b", "int4-g128"), ("llama-2-13b", "bf16"), ("llama-3.1-8b", "int8"),
+    ):  # fmt: skip
+        if section.time_is_up:
+            return
+        decode = DecodeStep(section, name, kind, 1, n_layers=8)
+        best, tried = tune(section, decode)
+        decode = None
+        torch.cuda.empty_cache()
+        for role, tuning in best.items():
             section.add(
-                f"{name:13} {kind:10} {role:8} {tried[0]['us']:7.2f} -> {seconds * 1e6:7.2f} us "
-                f"{nbytes / seconds / 1e9:5.0f} GB/s {nbytes / seconds / bandwidth:5.1%} {changed}",
+                f"{name:13} {kind:10} {role:8} {tuning}",
                 model=name,
                 kind=kind,
                 role=role,
-                best=best,
-                us=seconds * 1e6,
-                nbytes=nbytes,
-                share=nbytes / seconds / bandwidth,
-                tried=tried,
+                best=dataclasses.asdict(tuning),
             )
-            del product
-            torch.cuda.empty_cache()
+        section.add(f"  {tried[0]['us']:.1f} -> {min(t['us'] for t in tried):.1f} us", tried=tried)
 
 
-def descend(section: Section, product: Product) -> tuple[dict[str, Any], float, list[Any]]:
-    """Tries the values of one choice after the other, and keeps the best of each."""
-    best = dataclasses.asdict(Tuning())
+def tune(section: Section, decode: DecodeStep) -> tuple[dict[str, Tuning], list[dict[str, Any]]]:
+    """The best tuning of each role: one role after the other, the others as they are."""
     tried: list[dict[str, Any]] = []
-    seen: dict[tuple[Any, ...], float] = {}
 
-    def fits(settings: dict[str, Any]) -> bool:
-        if product.norm and settings["split"] > 1:
-            return False
-        plan = product.plan(Tuning(**settings))
-        threads = settings["resident"] * plan.kernel.threads
-        return plan.shared_bytes <= section.device.shared_bytes and threads <= 2048
+    def timed(plans: dict[str, LinearPlan]) -> float:
+        decode.plans = plans
+        decode.prepare()
+        return graph_seconds(decode.graph, min_seconds=0.006)
 
-    def timed(settings: dict[str, Any]) -> float:
-        key = tuple(settings.values())
-        if key not in seen:
-            seen[key] = product.seconds(Tuning(**settings))
-            tried.append({**settings, "us": seen[key] * 1e6})
-        return seen[key]
+    def options(plan: LinearPlan) -> list[LinearPlan]:
+        tuning = linear_tuning(plan.form)
+        made = [
+            dataclasses.replace(
+                plan, tuning=dataclasses.replace(tuning, warps=warps, units_per_stage=units)
+            )
+            for warps, units in itertools.product(WARPS, UNITS)
+            if units <= -(-plan.form.units // warps)
+        ]
+        return [other for other in made if other.layout is not None]
 
+    best = dict(decode.plans)
+    section.compile(o.kernel for plan in best.values() for o in options(plan))
     fastest = timed(best)
-    for choice in CHOICES:
-        ((name, values),) = choice.items()
-        options = [o for v in values if fits(o := {**best, name: v})]
-        section.compile(product.plan(Tuning(**o)).kernel for o in options)
-        for option in options:
+    tried.append({"us": fastest * 1e6, "of": "start"})
+    for role in ("gate_up", "qkv", "down", "o", "gate_up", "qkv", "down", "o", "head"):
+        for option in options(best[role]):
             if section.time_is_up:
                 break
-            seconds = timed(option)
-            if seconds < 0.995 * fastest:  # less is noise
-                best, fastest = option, seconds
-    return best, fastest, tried
+            seconds = timed({**best, role: option})
+            tuning = dataclasses.asdict(option.tuning)
+            tried.append({"us": seconds * 1e6, "of": role, "tuning": tuning})
+            if seconds < 0.998 * fastest:  # less is noise
+                best, fastest = {**best, role: option}, seconds
+    return {role: plan.tuning for role, plan in best.items()}, tried
 
 
 def linear_section(section: Section) -> None:
     bandwidth = section.bandwidth()
-    tunings = Tunings(section.out)
     for name, kind in (
         ("llama-2-13b", "int4-g128"), ("llama-3.1-8b", "int4-g128"), ("llama-2-13b", "int8"),
         ("llama-2-70b", "int4-g128"), ("llama-2-13b", "fp8"), ("llama-2-13b", "bf16"),
@@ -734,7 +696,7 @@ def linear_section(section: Section) -> None:
             if section.time_is_up:
                 return
             product = Product(section, name, kind, role)
-            tuning = tunings.of(name, kind, role)
+            tuning = linear_tuning(product.form)
             us = {rows: product.seconds(tuning, rows) * 1e6 for rows in (1, 8, 16)}
             alone = product.seconds(tuning, dependent=False) * 1e6
             nbytes = product.form.nbytes
@@ -759,42 +721,32 @@ def attention_section(section: Section) -> None:
     for name in ("llama-2-13b", "llama-3.1-8b"):
         m = model(name)
         for context in (200, 4096, 32768):
-            for splits, warps in (
-                (1, 4),
-                (2, 4),
-                (3, 4),
-                (2, 8),
-                (8, 4),
-                (16, 4),
-                (16, 8),
-                (33, 8),
-            ):
+            for chunk, warps, stages in itertools.product((256, 512, 1024), (4, 8, 16), (1, 2, 4)):
                 if section.time_is_up:
                     return
-                if context <= 512 < 100 * splits or (context > 4096 and splits < 8):
-                    continue
-                seconds, nbytes = attention_seconds(section, m, context, splits, warps)
+                tuning = AttentionTuning(chunk=chunk, warps=warps, stages=stages)
+                if warps * stages > 24 or (context < chunk and chunk > 256):
+                    continue  # beyond shared memory, or the same again
+                seconds, nbytes = attention_seconds(section, m, context, tuning)
                 section.add(
-                    f"{name:13} at {context:6}: {splits:2} splits, {warps} warps: "
-                    f"{seconds * 1e6:7.2f} us {nbytes / seconds / 1e9:5.0f} GB/s "
+                    f"{name:13} at {context:6}: chunks of {chunk:4}, {warps:2} warps, {stages} "
+                    f"stages: {seconds * 1e6:7.2f} us {nbytes / seconds / 1e9:5.0f} GB/s "
                     f"{nbytes / seconds / bandwidth:5.1%}",
                     model=name,
                     context=context,
-                    splits=splits,
-                    warps=warps,
+                    tuning=dataclasses.asdict(tuning),
                     us=seconds * 1e6,
                     nbytes=nbytes,
                 )
 
 
 def attention_seconds(
-    section: Section, m: dict[str, int], context: int, splits: int, warps: int
+    section: Section, m: dict[str, int], context: int, tuning: AttentionTuning
 ) -> tuple[float, int]:
     """Seconds and bytes of cache of one launch, among as many caches as do not fit the caches."""
     H, J, E, C = m["n_heads"], m["n_kv_heads"], m["head_dim"], context + 16
     plan = AttentionPlan(
-        batch=1, tokens=1, n_heads=H, n_kv_heads=J, head_dim=E, n_positions=C, splits=splits,
-        warps=warps,
+        batch=1, tokens=1, n_heads=H, n_kv_heads=J, head_dim=E, n_positions=C, tuning=tuning,
     )  # fmt: skip
     nbytes = 4 * J * context * E
     n = max(6, min(40, -(-BEYOND_CACHES // nbytes)))

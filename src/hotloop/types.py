@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -23,8 +23,12 @@ from hotloop.errors import ConfigError, RequestError, UnknownNameError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Execution = Literal["eager", "compile"]
-"""How a step runs: ``eager`` is plain PyTorch, ``compile`` is torch.compile with CUDA graphs."""
+StepExecution = Literal["eager", "compile", "fused"]
+"""How a step runs: ``eager`` is plain PyTorch, ``compile`` is torch.compile, ``fused`` is our own
+CUDA kernels; on GPUs the latter two in CUDA graphs."""
+
+Execution = Literal["auto", StepExecution]
+"""What to ask for: ``auto`` is ``fused`` where that runs, else ``eager``."""
 
 WeightSource = Literal["checkpoint", "random"]
 """Where weights come from. ``random`` needs only the model's shape: for speed and fit."""
@@ -50,9 +54,15 @@ def _check_choice(kind: str, value: str, literal: Any) -> None:
         raise UnknownNameError(kind, value, get_args(literal))
 
 
+def exit_layers(draft: str) -> int | None:
+    """N of a value ``exit-N`` of ``EngineConfig.draft``; None of any other."""
+    match = re.fullmatch(r"exit-(\d+)", draft)
+    return int(match[1]) if match else None
+
+
 def is_draft_model(draft: str) -> bool:
     """Whether a value of ``EngineConfig.draft`` names a model of its own."""
-    return draft not in ("none", "ngram") and not re.fullmatch(r"exit-\d+", draft)
+    return draft not in ("none", "ngram") and exit_layers(draft) is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +74,7 @@ class EngineConfig:
     Attributes:
         model: A local path (folder or ``.gguf``), a pulled name, or a built-in shape's name.
         weights: Read the checkpoint, or make random weights of its shape.
-        quant: A quantization scheme by its short name: ``none``, ``int8``, ``int4-g64``,
+        quant: A quantization scheme by its short name: ``none``, ``int8``, ``fp8``, ``int4-g64``,
             ``int4-g32-asym``.
         head: The scheme of the output head: ``auto`` (``int8`` under any quantization, otherwise
             ``none``), or a scheme's name. A tied embedding follows the head.
@@ -91,7 +101,7 @@ class EngineConfig:
     weights: WeightSource = "checkpoint"
     quant: str = "none"
     head: str = "auto"
-    execution: Execution = "eager"
+    execution: Execution = "auto"
     tensor_parallel: int = 1
     draft: str = "none"
     draft_quant: str = "none"
@@ -365,6 +375,7 @@ class EngineDescription:
         device: The torch device in use.
         device_name: The device's own name.
         dtype: Element type of activations.
+        execution: How steps run; None where an engine has no such choice.
         vocab_size: Token ids are below this.
         max_seq_len: Tokens a slot can hold.
         n_params: Parameters of the model, a tied embedding counted once.
@@ -396,6 +407,12 @@ class EngineDescription:
     load_s: float = 0.0
     warmup_s: float = 0.0
     compile_cache: Literal["cold", "warm"] | None = None
+    execution: StepExecution | None = None
+
+    @property
+    def name(self) -> str:
+        """The configuration's name, with what ``auto`` turned out to be."""
+        return replace(self.config, execution=self.execution or self.config.execution).name
 
 
 Prompt = str | Sequence[int]

@@ -92,6 +92,7 @@ class FakeLLM:
             dtype="float32",
             vocab_size=128,
             max_seq_len=CONTEXT,
+            execution="eager",
             n_params=1000,
             weight_bytes=4000,
             weight_bytes_per_step=4000,
@@ -109,10 +110,12 @@ def figure(mean: float) -> Figure:
 
 
 def record(config: EngineConfig, status: Status = "ok", **fields: object) -> Record:
-    """A record of ``config`` as ``status`` would leave it."""
+    """A record of ``config`` as ``status`` would leave it; if it ran, then as ``FakeLLM`` does."""
+    if status in MEASURED and config.execution == "auto":
+        fields["engine"] = {"execution": "eager"}
     speed = {name: figure(10.0) for name in ("decode_tok_s", "e2e_tok_s", "ttft_s", "tpot_s")}
     return Record(
-        cell=config.name,
+        cell=(replace(config, execution="eager") if "engine" in fields else config).name,
         config=config.to_dict(),
         status=status,
         reason=None if status == "ok" else "because",

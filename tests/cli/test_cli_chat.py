@@ -193,14 +193,17 @@ sys.exit(main(["chat", "some-model"]))
 """
 
 
+PATHS = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
+WITH_FAKES = {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
+
+
 class Terminal:
     """A program in a pseudo-terminal, 120 columns wide."""
 
     def __init__(self, code: str) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            path = str(Path(__file__).parent)
-            os.environ |= {"PYTHONPATH": path, "TERM": "xterm", "COLUMNS": "120", "LINES": "24"}
+            os.environ |= WITH_FAKES | {"TERM": "xterm", "COLUMNS": "120", "LINES": "24"}
             os.execv(sys.executable, [sys.executable, "-c", code])
         self.seen = ""
 
@@ -261,7 +264,7 @@ def test_chat_works_where_stdout_is_no_terminal():
         input="second\n",
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | WITH_FAKES,
     )
     assert done.stdout == "History: <user>second<assistant>\n"
     assert "\033" not in done.stdout + done.stderr

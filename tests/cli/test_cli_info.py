@@ -25,6 +25,7 @@ def test_a_machine_is_its_devices_with_memory_bandwidth_and_ways_of_execution(ca
     assert 0 < cpu["free_bytes"] <= cpu["total_bytes"]
     assert cpu["execution"]["eager"] == {"available": True, "reason": None}
     assert "compile" in cpu["execution"]
+    assert cpu["execution"]["fused"] == {"available": False, "reason": "it is for NVIDIA GPUs"}
 
     assert main(["info"]) == 0
     out = capsys.readouterr().out

@@ -49,7 +49,8 @@ def test_bench_prints_for_people_and_shows_progress_on_stderr(jobs, capsys):
     out, err = capsys.readouterr()
     assert "int8/eager" in out.splitlines()[0]
     assert any(line.startswith("decode tok/s") and "10" in line for line in out.splitlines())
-    assert "[1/1] int8/eager" in err
+    assert "[1/1] int8/auto" in err
+    assert "[1/1] int8/eager  ok" in err
     assert len(jobs) == 1
 
 
@@ -330,7 +331,7 @@ def test_the_reference_layout_joins_folders(results, tmp_path, capsys):
     ]
     assert main([*argv, "--json"]) == 0
     cells = [json.loads(line)["cell"] for line in capsys.readouterr().out.splitlines()]
-    assert cells == ["none/eager", "int8/eager", "none/eager/tp4"]
+    assert cells == ["none/eager", "int8/eager", "none/auto/tp4"]
 
 
 def test_the_full_layout_is_of_one_folder(results, capsys):

@@ -115,6 +115,13 @@ def test_an_option_that_cannot_be_used_is_refused(folder, options, message):
         LLM(str(folder), **options)
 
 
+def test_fused_is_refused_on_a_cpu_and_auto_is_eager_there(folder):
+    message = "execution 'fused' cannot run here: it is for NVIDIA GPUs. Choose 'auto', or 'eager'"
+    with pytest.raises(UnsupportedError, match=message):
+        LLM(str(folder), execution="fused", device="cpu")
+    assert LLM(str(folder), execution="auto", device="cpu").describe().execution == "eager"
+
+
 def test_a_built_in_shape_needs_random_weights():
     with pytest.raises(ConfigError, match=r"built-in shape without weights.*--weights random"):
         LLM("llama-2-7b")
@@ -140,7 +147,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(folder, tmp_path):
             LLM(str(quantized), **options)
     for options in ({}, {"quant": "int8"}, {"quant": "int8", "head": "int8"}):
         llm = LLM(str(quantized), dtype="float32", **options)
-        assert llm.config.name == "int8/eager/float32"
+        assert llm.describe().name == "int8/eager/float32"
 
 
 def test_a_quantized_checkpoint_gives_the_tokens_of_quantizing_on_load(folder, tmp_path):

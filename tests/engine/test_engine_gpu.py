@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from agreement import ALTERNATIVES, assert_top_two_agree
 
 from hotloop import LLM, SamplingParams
 from hotloop.engine.memory import predict_memory
@@ -14,7 +15,7 @@ from hotloop.engine.sampling import Features, Sampler
 from hotloop.errors import RankError
 from hotloop.kernels.linear import choose_linear
 from hotloop.quant import QTensor, parse_scheme
-from hotloop.types import EngineConfig
+from hotloop.types import EngineConfig, Execution
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,25 +47,20 @@ def test_float32_greedy_tokens_on_the_gpu_are_those_of_the_cpu(
     llm.close()
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32", "int4-g32-asym"])
+@pytest.mark.parametrize("quant", ["none", "int8", "fp8", "int4-g32", "int4-g32-asym"])
 def test_compiled_bfloat16_steps_agree_with_eager_ones_to_the_top_two(
     folder: Path, quant: str
 ) -> None:
     eager, compiled = (
         LLM(str(folder), device="cuda", quant=quant, execution=execution).generate(
-            PROMPTS, SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=2)
+            PROMPTS, SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=ALTERNATIVES)
         )
         for execution in ("eager", "compile")
     )
-    for ours, theirs in zip(eager, compiled, strict=True):
-        for mine, its in zip(ours.logprobs, theirs.logprobs, strict=True):
-            if mine.token_id != its.token_id:
-                assert mine.token_id in {i for i, _ in its.top}
-                assert its.token_id in {i for i, _ in mine.top}
-                break
+    assert_top_two_agree(eager, compiled)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4-g32", "int4-g64-asym", "int4-g128"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-g32", "int4-g64-asym", "int4-g128"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
 @pytest.mark.parametrize(("n", "k"), [(576, 1536), (960, 640), (32000, 1024), (5120, 13824)])
 def test_quantized_products_are_within_bfloat16_rounding_of_float64(
@@ -202,9 +198,15 @@ def test_a_rank_killed_on_a_gpu_ends_the_run_in_time(folder: Path) -> None:
     assert time.monotonic() - killed < 10
 
 
-def test_memory_is_what_was_predicted() -> None:
+@pytest.mark.parametrize("execution", ["eager", "auto"])
+def test_memory_is_what_was_predicted(execution: Execution) -> None:
     config = EngineConfig(
-        model="llama-2-7b", weights="random", quant="int4-g128", device="cuda", max_seq_len=1024
+        model="llama-2-7b",
+        weights="random",
+        quant="int4-g128",
+        execution=execution,
+        device="cuda",
+        max_seq_len=1024,
     )
     plan = predict_memory(config)
     torch.cuda.reset_peak_memory_stats()
@@ -214,5 +216,6 @@ def test_memory_is_what_was_predicted() -> None:
     exact = plan.weights_bytes + plan.cache_bytes
     assert exact <= resident <= exact + 64 * 2**20  # small state beside them
     llm.generate([[1] * 900], GREEDY)
+    list(llm.score([[1] * 900]))
     assert torch.cuda.max_memory_allocated() - before <= plan.total_bytes
     llm.close()

@@ -32,8 +32,8 @@ def resident_bytes(module: nn.Module) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-@pytest.mark.parametrize("head", ["auto", "none", "int8", "int4-g32"])
-@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32", "int4-g64-asym"])
+@pytest.mark.parametrize("head", ["auto", "none", "int8", "fp8", "int4-g32"])
+@pytest.mark.parametrize("quant", ["none", "int8", "fp8", "int4-g32", "int4-g64-asym"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_described_and_predicted_bytes_are_those_resident(model, dtype, quant, head):
     config = EngineConfig(
@@ -96,7 +96,7 @@ def test_a_description_is_of_the_engine_that_runs(model):
     described = llm.describe()
     assert (described.family, described.device, described.dtype) == ("llama", "cpu", "float32")
     assert (described.vocab_size, described.max_seq_len) == (300, 100)
-    assert described.config.name == "int8/eager/float32/batch2"
+    assert described.name == "int8/eager/float32/batch2"
     dense = LLM(str(model), dtype="float32")
     parameters = {t.data_ptr(): t.numel() for t in dense._runner._model.decoder.buffers()}
     tables = sum(getattr(dense._runner._model.decoder, name).numel() for name in TABLES)

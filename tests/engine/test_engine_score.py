@@ -74,7 +74,7 @@ def test_scores_do_not_depend_on_what_ran_before(llm):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("quant", ["int8", "int4-g32", "int4-g64-asym"])
+@pytest.mark.parametrize("quant", ["int8", "fp8", "int4-g32", "int4-g64-asym"])
 @pytest.mark.parametrize("head", ["none", "int8", "int4-g64"])
 def test_a_quantized_model_scores_as_transformers_with_its_dequantized_weights(
     tmp_path, quant, head, tied

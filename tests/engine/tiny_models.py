@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 END, BEGIN = 0, 1
 """Ids of the special tokens of every tokenizer made here."""
@@ -55,11 +55,12 @@ def write_random(
     folder: Path,
     *,
     eos: Iterable[int] = (END,),
+    model_type: str = "llama",
     n_layers: int = 2,
     embedding_std: float = 1.0,
     **keys: object,
 ) -> Path:
-    """A random Llama with logits far enough apart that rounding does not decide."""
+    """A random model with logits far enough apart that rounding does not decide."""
     shape = {
         "vocab_size": N_TOKENS,
         "hidden_size": 64,
@@ -69,7 +70,8 @@ def write_random(
         "num_key_value_heads": 2,
         "max_position_embeddings": 320,
     }
-    model = LlamaForCausalLM(LlamaConfig(**shape | keys))
+    config = AutoConfig.for_model(model_type, **shape | keys)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

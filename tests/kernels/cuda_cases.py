@@ -16,8 +16,9 @@ from torch import Tensor
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan
-from hotloop.kernels.cuda.launch import Call
-from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Tuning
+from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_torch
+from hotloop.kernels.cuda.launch import Call, Limits
+from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tuning
 from hotloop.kernels.cuda.packing import Format, Kind, pack
 from hotloop.quant import parse_scheme
 
@@ -34,9 +35,10 @@ SUM_STEP = 2.0**-18
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A launch, what it writes, and the check of that."""
+    """A launch, what the one before it writes, what it writes itself, and the check of that."""
 
     call: Call
+    inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...]
     check: Callable[[], None]
 
@@ -63,22 +65,16 @@ def make_weight(name: str, n: int, k: int, generator: torch.Generator, *, paired
     kind, group_size, symmetric = KINDS[name]
     form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k, paired=paired)
     weight = normal(generator, n, k, std=k**-0.5)
-    scale_N = None
     if kind == "bf16":
-        values, scale, offset = weight.bfloat16(), None, None
-        exact = values.double()
-    elif kind == "fp8":
-        scale_N = weight.abs().amax(1) / 448
-        values, scale, offset = (weight / scale_N[:, None]).to(torch.float8_e4m3fn), None, None
-        exact = values.double() * scale_N.double()[:, None]
-    else:
-        q = parse_scheme(name).quantize(weight)
-        values, scale, offset = q.values, q.scale, q.offset
-        exact = values.double().view(n, q.scale.shape[1], -1) * scale.double()[..., None]
-        exact = (exact if offset is None else exact + offset.double()[..., None]).view(n, k)
-        if kind == "int8":
-            scale_N, scale = scale.reshape(-1).float(), None
-    return Weight(form=form, packed=pack(form, values, scale, offset), scale=scale_N, exact=exact)
+        values = weight.bfloat16()
+        packed = pack(form, values, None, None)
+        return Weight(form=form, packed=packed, scale=None, exact=values.double())
+    q = parse_scheme(name).quantize(weight)
+    exact = q.values.double().view(n, q.scale.shape[1], -1) * q.scale.double()[..., None]
+    exact = (exact if q.offset is None else exact + q.offset.double()[..., None]).view(n, k)
+    scale_N = None if kind == "int4" else q.scale.reshape(-1)
+    packed = pack(form, q.values, q.scale, q.offset)
+    return Weight(form=form, packed=packed, scale=scale_N, exact=exact)
 
 
 def assert_within(y: Tensor, exact: Tensor, allowed: Tensor, what: str) -> None:
@@ -96,16 +92,22 @@ def linear_case(
     norm: bool = False,
     bias: bool = False,
     residual: bool = False,
+    onward: bool = False,
     tuning: Tuning,
-    n_sms: int,
+    limits: Limits,
     x_MK: Tensor | None = None,
 ) -> Case:
     device, form, eps = generator.device, weight.form, 1e-5
     plan = LinearPlan(
-        form=form, rows=rows, epilogue=epilogue, norm=norm, tuning=tuning, n_sms=n_sms
+        form=form, rows=rows, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
     )
     x = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
-    norm_weight = (1 + normal(generator, form.k, std=0.2)).bfloat16() if norm else None
+    taken: Tensor | Normed = x
+    if norm:
+        before = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
+        weight_K = (1 + normal(generator, form.k, std=0.2)).bfloat16()
+        x, squares = reference.begin_norm(before, weight_K)
+        taken = Normed(x=x, squares=squares, eps=eps)
     bias_N = normal(generator, form.n).bfloat16() if bias else None
     added = normal(generator, rows, plan.width).bfloat16() if residual else None
     dtype = torch.float32 if epilogue == "logits" else torch.bfloat16
@@ -116,29 +118,25 @@ def linear_case(
             poisoned(rows, plan.blocks, dtype=torch.float32, device=device),
             torch.full((rows, plan.blocks), -1, dtype=torch.int32, device=device),
         )
-    counters = torch.zeros(plan.n_counters, dtype=torch.int32, device=device)
+    following = onward_to(plan.width, rows, generator) if onward else None
     call = plan.call(
-        x,
+        taken,
         y,
         weight.packed,
         weight.scale,
-        norm_weight_K=norm_weight,
-        eps=eps,
         bias_N=bias_N,
         residual=added,
+        onward=following,
         best=best,
-        partial=poisoned(plan.n_partial, dtype=torch.float32, device=device),
-        counters=counters,
     )
 
     def check() -> None:
         what = f"{call.kernel.name} [{rows}, {form.k}] x [{form.n}, {form.k}]"
-        taken = x if norm_weight is None else x * norm_weight  # rounded, as the kernel does
         factor = torch.ones(rows, 1, dtype=torch.float64, device=device)
         if norm:
-            factor = (x.double().square().mean(1, keepdim=True) + eps).rsqrt()
-        sums = taken.double() @ weight.exact.T * factor
-        error = SUM_STEP * (taken.double().abs() @ weight.exact.abs().T * factor)
+            factor = (before.double().square().mean(1, keepdim=True) + eps).rsqrt()
+        sums = x.double() @ weight.exact.T * factor
+        error = SUM_STEP * (x.double().abs() @ weight.exact.abs().T * factor)
         if bias_N is not None:
             sums = sums + bias_N.double()
         if epilogue == "swiglu":
@@ -150,14 +148,47 @@ def linear_case(
             sums = sums + added.double()
         half_ulp = torch.finfo(dtype).eps / 2
         assert_within(y, sums, error + half_ulp * 1.001 * sums.abs() + 2**-22 * sums.abs(), what)
-        assert not counters.any(), f"{what}: counters are not zero again"
+        if following is not None:
+            assert_onward(y, following, what)
         if best is not None:
             value, index = best
             assert ((index >= 0) & (index < form.n)).all(), f"{what}: indices of the best"
             assert torch.equal(value, y.gather(1, index.long())), f"{what}: values of the best"
             assert torch.equal(value.amax(1), y.amax(1)), f"{what}: the best of all"
 
-    return Case(call=call, outputs=(y, *(best or ())), check=check)
+    inputs = [x, *([squares] if norm else []), *([] if added is None else [added])]
+    outputs = [y, *(best or ()), *(outputs_of(following) if following else ())]
+    return Case(call=call, inputs=tuple(inputs), outputs=tuple(outputs), check=check)
+
+
+def onward_to(k: int, rows: int, generator: torch.Generator) -> Onward:
+    device = generator.device
+    normed = Normed.empty(rows, k, 1e-5, device)
+    for tensor in (normed.x, normed.squares):
+        tensor.fill_(torch.nan)
+    weight_K = (1 + normal(generator, k, std=0.2)).bfloat16()
+    return Onward(weight=weight_K, normed=normed)
+
+
+def outputs_of(onward: Onward) -> tuple[Tensor, Tensor]:
+    return onward.normed.x, onward.normed.squares
+
+
+def assert_onward(y: Tensor, onward: Onward, what: str) -> None:
+    x, squares = reference.begin_norm(y, onward.weight)
+    assert torch.equal(onward.normed.x, x), f"{what}: what goes into the norm"
+    torch.testing.assert_close(onward.normed.squares, squares, msg=f"{what}: squares")
+
+
+def dequantize_case(weight: Weight) -> Case:
+    form = weight.form
+    rows = poisoned(form.n, form.k, dtype=torch.bfloat16, device=weight.packed.device)
+
+    def check() -> None:
+        assert torch.equal(rows, dequantize_torch(form, weight.packed)), f"rows of {form}"
+
+    call = dequantize_call(form, weight.packed, rows)
+    return Case(call=call, outputs=(rows,), check=check)
 
 
 def attention_case(
@@ -222,7 +253,7 @@ def attention_case(
         assert typical < 2**-9, f"{what}: mean error {typical:.2g} of the values' size"
         assert not counters.any(), f"{what}: counters are not zero again"
 
-    return Case(call=call, outputs=(out, keys, values), check=check)
+    return Case(call=call, inputs=(qkv,), outputs=(out, keys, values), check=check)
 
 
 def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int8: bool) -> Case:
@@ -233,11 +264,14 @@ def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int
         q = parse_scheme("int8").quantize(table)
         table, scale = q.values, q.scale.reshape(-1).float()
     x = poisoned(rows, k, dtype=torch.bfloat16, device=device)
+    following = onward_to(k, rows, generator)
 
     def check() -> None:
         assert torch.equal(x, reference.embed(ids, table, scale, torch.bfloat16)), "embed"
+        assert_onward(x, following, "embed")
 
-    return Case(call=step.embed(ids, table, scale, x), outputs=(x,), check=check)
+    call = step.embed(ids, table, scale, x, following)
+    return Case(call=call, inputs=(ids,), outputs=(x, *outputs_of(following)), check=check)
 
 
 def argmax_case(rows: int, n: int, generator: torch.Generator, *, advance: bool) -> Case:
@@ -257,4 +291,4 @@ def argmax_case(rows: int, n: int, generator: torch.Generator, *, advance: bool)
             assert torch.equal(positions, moved), "positions"
 
     call = step.argmax((value, index), ids, positions, last_position=3)
-    return Case(call=call, outputs=(ids,), check=check)
+    return Case(call=call, inputs=(value, index), outputs=(ids,), check=check)

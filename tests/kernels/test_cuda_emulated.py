@@ -1,30 +1,39 @@
 """The CUDA kernels' own source, run on a CPU, against float64."""
 
+import dataclasses
+
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_cases import (
     KINDS,
     Weight,
     argmax_case,
     attention_case,
+    dequantize_case,
     embed_case,
     linear_case,
     make_weight,
 )
 from cuda_emulation import emulate, needs_compiler
 
-from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
+from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import Tuning
 
 pytestmark = needs_compiler
 
 SMALL = Tuning(warps=2, ring_bytes=8 * 1024)
-SPLIT = Tuning(warps=2, split=2, tiles=2, ring_bytes=16 * 1024)
+TOGETHER = Tuning(warps=2, tiles=2, ring_bytes=16 * 1024)
 DIRECT = Tuning(warps=2, ring_bytes=8 * 1024, staged_bytes=0)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def limits(n_sms: int) -> Limits:
+    return Limits(n_sms=n_sms, shared_bytes=99 * 1024)
 
 
 def weight(name: str, n: int = 72, *, paired: bool = False) -> Weight:
@@ -33,19 +42,29 @@ def weight(name: str, n: int = 72, *, paired: bool = False) -> Weight:
 
 
 def run(case) -> None:
-    emulate(case.call)
+    emulate(case.call, late=case.inputs)
     case.check()
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_weight_type_equals_its_specification(name):
-    run(linear_case(weight(name), 3, generator(1), residual=True, tuning=SMALL, n_sms=3))
+    run(
+        linear_case(
+            weight(name),
+            3,
+            generator(1),
+            residual=True,
+            onward=True,
+            tuning=SMALL,
+            limits=limits(3),
+        )
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64])
-@pytest.mark.parametrize("tuning", [SPLIT, DIRECT], ids=["split", "direct"])
+@pytest.mark.parametrize("tuning", [TOGETHER, DIRECT], ids=["together", "direct"])
 def test_every_number_of_rows_equals_its_specification(rows, tuning):
-    run(linear_case(weight("int8", 40), rows, generator(rows), tuning=tuning, n_sms=3))
+    run(linear_case(weight("int8", 40), rows, generator(rows), tuning=tuning, limits=limits(3)))
 
 
 @pytest.mark.parametrize("name", ["int4-g64-asym", "fp8"])
@@ -62,7 +81,7 @@ def test_norm_with_bias_and_swiglu_equals_its_specification(name, tuning):
                 norm=True,
                 bias=True,
                 tuning=tuning,
-                n_sms=2,
+                limits=limits(2),
             )
         )
 
@@ -79,20 +98,19 @@ def test_logits_and_the_best_of_each_block_equal_their_specification(name):
                 epilogue="logits",
                 norm=True,
                 tuning=SMALL,
-                n_sms=2,
+                limits=limits(2),
             )
         )
 
 
-@pytest.mark.parametrize("tuning", [SMALL, SPLIT, DIRECT], ids=["staged", "split", "direct"])
+@pytest.mark.parametrize("tuning", [SMALL, TOGETHER, DIRECT], ids=["staged", "together", "direct"])
 def test_a_row_does_not_depend_on_how_many_there_are(tuning):
     given = weight("int4-g64-asym")
     x = torch.randn(17, given.form.k, generator=generator(3)).bfloat16()
-    norm = tuning.split == 1
     results = []
     for rows in (1, 2, 8, 9, 17):
         case = linear_case(
-            given, rows, generator(4), norm=norm, tuning=tuning, n_sms=3, x_MK=x[:rows]
+            given, rows, generator(4), norm=True, tuning=tuning, limits=limits(3), x_MK=x[:rows]
         )
         emulate(case.call)
         results.append(case.outputs[0])
@@ -102,17 +120,37 @@ def test_a_row_does_not_depend_on_how_many_there_are(tuning):
 
 def test_more_warps_than_units_and_more_blocks_than_tiles_are_fine():
     tiny = make_weight("int4-g32", 5, 96, generator())
-    run(linear_case(tiny, 2, generator(1), tuning=Tuning(warps=3, ring_bytes=4096), n_sms=9))
-    tuning = Tuning(warps=2, split=3, ring_bytes=4096)
-    run(linear_case(tiny, 2, generator(2), tuning=tuning, n_sms=9))
+    run(
+        linear_case(
+            tiny, 2, generator(1), tuning=Tuning(warps=3, ring_bytes=4096), limits=limits(9)
+        )
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("paired", [False, True], ids=["plain", "paired"])
+def test_dequantized_weights_equal_their_specification(name, paired):
+    run(dequantize_case(weight(name, 2 * 44 if paired else 83, paired=paired)))
 
 
 PLANS = {
     "one row": AttentionPlan(
-        batch=2, tokens=1, n_heads=3, n_kv_heads=3, head_dim=64, n_positions=70, splits=1, warps=2
+        batch=2,
+        tokens=1,
+        n_heads=3,
+        n_kv_heads=3,
+        head_dim=64,
+        n_positions=70,
+        tuning=AttentionTuning(chunk=80, warps=2),
     ),
     "grouped": AttentionPlan(
-        batch=2, tokens=3, n_heads=8, n_kv_heads=2, head_dim=96, n_positions=50, splits=2, warps=2
+        batch=2,
+        tokens=3,
+        n_heads=8,
+        n_kv_heads=2,
+        head_dim=96,
+        n_positions=50,
+        tuning=AttentionTuning(chunk=32, warps=2, stages=2),
     ),
     "window": AttentionPlan(
         batch=1,
@@ -122,14 +160,25 @@ PLANS = {
         head_dim=64,
         n_positions=90,
         window=20,
-        splits=3,
-        warps=1,
+        tuning=AttentionTuning(chunk=16, warps=1),
     ),
     "many rows": AttentionPlan(
-        batch=1, tokens=6, n_heads=12, n_kv_heads=2, head_dim=128, n_positions=40, splits=2, warps=2
+        batch=1,
+        tokens=6,
+        n_heads=12,
+        n_kv_heads=2,
+        head_dim=128,
+        n_positions=40,
+        tuning=AttentionTuning(chunk=16, warps=2),
     ),
     "wide heads": AttentionPlan(
-        batch=1, tokens=4, n_heads=6, n_kv_heads=2, head_dim=256, n_positions=40, splits=2, warps=2
+        batch=1,
+        tokens=4,
+        n_heads=6,
+        n_kv_heads=2,
+        head_dim=256,
+        n_positions=40,
+        tuning=AttentionTuning(chunk=48, warps=3, stages=3),
     ),
 }
 
@@ -149,20 +198,30 @@ def test_attention_beyond_the_cache_leaves_it_alone():
     run(attention_case(plan, [plan.n_positions - 2], generator(1)))
 
 
-def test_a_token_does_not_depend_on_how_many_come_with_it():
-    many = PLANS["window"]
-    one = AttentionPlan(**(many.__dict__ | {"tokens": 1}))
-    case = attention_case(many, [40], generator(2))
-    first = attention_case(one, [40], generator(2))
-    # The same inputs: the generator draws the first token's first.
-    args = {f: getattr(case.call.args, f) for f, _ in case.call.args._fields_}
-    for field in ("qkv", "positions"):
-        setattr(first.call.args, field, args[field])
-    first.outputs[1].copy_(case.outputs[1])
-    first.outputs[2].copy_(case.outputs[2])
-    emulate(first.call)
-    emulate(case.call)
-    assert torch.equal(first.outputs[0][0], case.outputs[0][0])
+@pytest.mark.parametrize("name", ["grouped", "window", "many rows"])
+@pytest.mark.parametrize("more_positions", [0, 100])
+def test_a_token_does_not_depend_on_how_many_come_with_it_nor_on_the_cache(name, more_positions):
+    many = PLANS[name]
+    for at in (0, 13, 27):  # the new tokens reach into another step, or another chunk
+        case = attention_case(many, [at] * many.batch, generator(at))
+        emulate(case.call)
+        out, *caches = case.outputs
+        qkv, cos, sin, *_ = case.call.tensors
+        width = (many.n_heads + 2 * many.n_kv_heads) * many.head_dim
+        longer = [F.pad(cache, (0, 0, 0, more_positions)) for cache in caches]
+        cos, sin = (F.pad(table, (0, 0, 0, more_positions)) for table in (cos, sin))
+        n_positions = many.n_positions + more_positions
+        one = dataclasses.replace(many, tokens=1, n_positions=n_positions)
+        for token in range(many.tokens):
+            alone = torch.empty(many.batch, many.n_heads * many.head_dim, dtype=torch.bfloat16)
+            positions = torch.full((many.batch,), at + token)
+            work = {
+                "partial": torch.full((one.n_partial,), float("nan")),
+                "counters": torch.zeros(one.n_counters, dtype=torch.int32),
+            }
+            of_token = qkv.view(many.batch, -1, width)[:, token].contiguous()
+            emulate(one.call(of_token, alone, *longer, positions, cos, sin, **work))
+            assert torch.equal(alone, out.view(many.batch, many.tokens, -1)[:, token])
 
 
 @pytest.mark.parametrize("int8", [False, True])

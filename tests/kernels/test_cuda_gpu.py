@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from cuda_cases import KINDS, Case, attention_case, embed_case, linear_case, make_weight
+from cuda_cases import (
+    KINDS,
+    Case,
+    attention_case,
+    dequantize_case,
+    embed_case,
+    linear_case,
+    make_weight,
+)
 
 from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.compile import unavailable_reason
 from hotloop.kernels.cuda.launch import Device
 from hotloop.kernels.cuda.linear import Tuning
+from hotloop.kernels.cuda.tuning import attention_tuning
 
 REASON = "no CUDA device" if not torch.cuda.is_available() else unavailable_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -39,16 +48,24 @@ def assert_right_and_the_same_with_dependent_launch(device: Device, case: Case) 
 def test_products_equal_their_specification(device, name):
     weight = make_weight(name, 333, 1152, generator(device, 0))
     for rows in (1, 5, 16):
-        for tuning in (Tuning(), Tuning(warps=7, split=3, staged_bytes=0)):
+        for tuning in (Tuning(), Tuning(warps=7, staged_bytes=0)):
             case = linear_case(
                 weight,
                 rows,
                 generator(device, rows),
                 residual=True,
+                onward=True,
                 tuning=tuning,
-                n_sms=device.n_sms,
+                limits=device.limits,
             )
             assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("paired", [False, True])
+def test_dequantized_weights_equal_their_specification(device, name, paired):
+    weight = make_weight(name, 2 * 172, 1152, generator(device, 0), paired=paired)
+    assert_right_and_the_same_with_dependent_launch(device, dequantize_case(weight))
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
@@ -60,7 +77,7 @@ def test_attention_equals_its_specification(device, head_dim):
         n_kv_heads=2,
         head_dim=head_dim,
         n_positions=600,
-        splits=3,
+        tuning=attention_tuning(head_dim, 600, device.limits),
     )
     for at in ([0, 512], [15, 597]):
         case = attention_case(plan, at, generator(device, 1), norms=True)

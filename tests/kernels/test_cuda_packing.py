@@ -1,11 +1,21 @@
 """Weights in the CUDA kernels' order: nothing is lost, and sizes are what they are said to be."""
 
+import itertools
+
 import pytest
 import torch
 from cuda_cases import KINDS, make_weight
 
+from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan
+from hotloop.kernels.cuda.dequantize import dequantize
+from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
-from hotloop.kernels.cuda.packing import Format, pack
+from hotloop.kernels.cuda.packing import Format, pack, unpack
+from hotloop.kernels.cuda.tuning import attention_tuning
+from hotloop.quant import parse_scheme
+
+H100 = Limits(n_sms=132, shared_bytes=227 * 1024)
+SMALLER = Limits(n_sms=76, shared_bytes=99 * 1024)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -17,6 +27,29 @@ def test_bytes_are_as_many_as_the_format_says(name, paired, n, k):
     assert weight.packed.dtype == torch.uint8
     assert weight.packed.shape == (form.tiles, form.units, form.unit_bytes)
     assert weight.packed.nbytes == form.nbytes
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(32, 640), (50, 640), (18, 384)])
+def test_packing_and_unpacking_again_is_exact(name, paired, n, k):
+    kind, group_size, symmetric = KINDS[name]
+    form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k, paired=paired)
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, scale, offset, whole = weight, None, None, weight
+    if kind != "bf16":
+        q = parse_scheme(name).quantize(weight)
+        values, scale, offset, whole = q.values, q.scale, q.offset, q.dequantize(torch.bfloat16)
+    packed = pack(form, values, scale, offset)
+    unpacked = unpack(form, packed)
+    assert torch.equal(unpacked[0], values)
+    if kind == "int4":
+        assert torch.equal(unpacked[1], scale)
+        assert offset is None or torch.equal(unpacked[2], offset)
+        assert torch.equal(dequantize(form, packed), whole)
+    else:
+        assert unpacked[1:] == (None, None)
+        assert torch.equal(dequantize(form, packed), values.bfloat16())
 
 
 def test_every_weight_is_in_its_tile_once():
@@ -51,8 +84,40 @@ def test_what_no_kernel_reads_is_refused(bad):
 
 def test_blocks_share_out_all_items_evenly():
     form = Format(kind="int4", group_size=128, n=5120, k=5120)
-    for split, tiles in ((1, 1), (2, 1), (3, 2)):
-        plan = LinearPlan(form=form, rows=1, tuning=Tuning(split=split, tiles=tiles), n_sms=132)
-        assert plan.blocks % split == 0
+    for tiles in (1, 2):
+        plan = LinearPlan(form=form, rows=1, tuning=Tuning(tiles=tiles), limits=H100)
         assert plan.blocks <= 132
         assert plan.items == 320 / tiles
+
+
+@pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_attention_by_the_rules_fits(limits, head_dim):
+    for tokens, group in itertools.product((1, 16), (1, 8)):
+        plan = AttentionPlan(
+            batch=1,
+            tokens=tokens,
+            n_heads=group,
+            n_kv_heads=1,
+            head_dim=head_dim,
+            n_positions=4096,
+            tuning=attention_tuning(head_dim, 4096, limits),
+        )
+        assert plan.shared_bytes <= limits.shared_bytes
+
+
+@pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
+@pytest.mark.parametrize("name", KINDS)
+def test_whatever_is_asked_for_what_is_launched_fits(limits, name):
+    kind, group_size, symmetric = KINDS[name]
+    form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=5120, k=13824)
+    for warps, units, rows in itertools.product((1, 8, 16), (1, 4), (1, 8, 16, 64)):
+        wanted = Tuning(warps=warps, units_per_stage=units, staged_bytes=1 << 20)
+        layout = LinearPlan(form=form, rows=rows, tuning=wanted, limits=limits).layout
+        if rows <= 8:
+            assert layout is not None, "decoding always fits"
+        if layout is not None:
+            assert layout.shared_bytes <= limits.shared_bytes
+            assert layout.stages >= 2
+    roomy = LinearPlan(form=form, rows=1, tuning=Tuning(), limits=H100).layout
+    assert (roomy.units_per_stage, roomy.staged) == (2, True), "what fits is left as it is"

@@ -10,7 +10,9 @@ from hotloop.kernels import cpu, reference
 from hotloop.kernels.linear import KERNELS, WeightFormat, choose_linear
 from hotloop.quant import QTensor, parse_scheme
 
-SCHEMES = ["none", "int8", *(f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym"))]
+SCHEMES = ["none", "int8", "fp8", *(f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym"))]
+OURS = [name for name in SCHEMES if name != "fp8"]  # on CPUs
+INT4 = [name for name in SCHEMES if name.startswith("int4")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(7, 128), (65, 576), (33, 1536), (5, 13824), (1, 2176)]  # odd N, tails of every kind
 
@@ -86,7 +88,7 @@ def run_operator(x: Tensor, weight: Tensor | QTensor) -> Tensor:
     ops = torch.ops.hotloop_cpu
     if not isinstance(weight, QTensor):
         return ops.linear_bf16(x, weight)
-    if weight.bits == 8:
+    if weight.kind == "int8":
         return ops.linear_int8(x, weight.values, weight.scale.view(-1))
     return ops.linear_int4(x, *packed_int4(weight))
 
@@ -101,7 +103,7 @@ def step_of(name: str) -> float:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_decode_kernels_equal_their_specification_up_to_rounding(name, n, k):
     weight = quantized(name, n, k)
@@ -142,7 +144,7 @@ def test_integer_sums_do_not_overflow_at_the_largest_values(sign):
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
     lowest = torch.full((16, k), -8 if sign < 0 else 7, dtype=torch.int8)
     scale = torch.full((16, k // 128), 0.125, dtype=torch.bfloat16)
-    y = run_operator(x, QTensor(values=lowest, scale=scale, offset=None, bits=4))
+    y = run_operator(x, QTensor(values=lowest, scale=scale, offset=None, kind="int4"))
     expected = torch.full((1, 16), float(lowest[0, 0]) * k / 8, dtype=torch.float64)
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
 
@@ -254,12 +256,13 @@ def test_bytes_of_a_weight_are_known_before_it_is_packed(name, dtype):
             assert sum(t.nbytes for t in packed) == kernel.nbytes(form), kernel.name
 
 
-def test_int8_products_in_float16_do_not_overflow():
-    weight = parse_scheme("int8").quantize(0.02 * normal(64, 4096))
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_eight_bit_products_in_float16_do_not_overflow(name):
+    weight = parse_scheme(name).quantize(0.02 * normal(64, 4096))
     x = 20 * normal(2, 4096, seed=1, dtype=torch.float16)
     expected = (x.double() @ exactly(weight).T).half()
     assert expected.abs().max() > 40, "small results would prove nothing"
-    y = reference.linear_int8(x, weight.values, weight.scale.view(-1))
+    y = reference.linear_channelwise(x, weight.values, weight.scale.view(-1))
     torch.testing.assert_close(y, expected, rtol=2e-3, atol=0.1)
 
 
@@ -285,7 +288,7 @@ def test_packed_word_holds_four_runs_of_its_group_from_the_lowest_nibble_up(grou
         assert nibbles == values[0, j::quarter].tolist()
 
 
-@pytest.mark.parametrize("name", SCHEMES[2:])
+@pytest.mark.parametrize("name", INT4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dequantizing_the_packed_weight_gives_the_weight_to_the_bit(name, dtype):
     weight = parse_scheme(name).quantize(normal(9, 256))
@@ -306,6 +309,7 @@ def test_dequantizing_the_packed_weight_gives_the_weight_to_the_bit(name, dtype)
         ("none", torch.float16, "dense/torch"),
         ("int8", torch.bfloat16, "int8/cpu"),
         ("int8", torch.float32, "int8/torch"),
+        ("fp8", torch.bfloat16, "fp8/torch"),
         ("int4-g64", torch.bfloat16, "int4/cpu"),
         ("int4-g64-asym", torch.bfloat16, "int4/cpu"),
         ("int4-g64", torch.float32, "int4/torch"),

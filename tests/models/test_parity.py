@@ -168,7 +168,7 @@ def test_tiny_configuration_switches_on_what_the_family_has(architecture):
     assert switches.get(config.family, True)
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4-g32", "int4-g32-asym"])
+@pytest.mark.parametrize("quant", ["int8", "fp8", "int4-g32", "int4-g32-asym"])
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_quantized_model_is_the_model_of_its_dequantized_weights(architecture, quant, tmp_path):
     model = save_random(tmp_path, tiny(architecture))

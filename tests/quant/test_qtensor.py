@@ -10,7 +10,7 @@ from torch import Tensor
 from hotloop.errors import ConfigError
 from hotloop.quant import QTensor, join_rows, parse_scheme
 
-QUANTIZED = ["int8", "int4-g32", "int4-g64-asym", "int4-g128"]
+QUANTIZED = ["int8", "fp8", "int4-g32", "int4-g64-asym", "int4-g128"]
 
 
 def normal(*shape: int) -> Tensor:
@@ -41,7 +41,7 @@ def test_column_shards_of_a_quantized_weight_join_to_the_whole(name):
     shards = [whole.columns(a, a + 128) for a in range(0, 512, 128)]
     assert torch.equal(torch.cat([s.dequantize() for s in shards], dim=1), whole.dequantize())
     assert all(s.shape == (6, 128) for s in shards)
-    if whole.bits == 4:  # a group's scale is its own, so the order does not matter either
+    if whole.kind == "int4":  # a group's scale is its own, so the order does not matter either
         assert_same(shards[1], scheme.quantize(weight[:, 128:256]))
 
 
@@ -59,8 +59,9 @@ def test_shards_that_cut_a_group_apart_are_refused(start, stop):
         whole.columns(start, stop)
 
 
-def test_scale_per_channel_serves_any_columns():
-    whole = parse_scheme("int8").quantize(normal(4, 100))
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_scale_per_channel_serves_any_columns(name):
+    whole = parse_scheme(name).quantize(normal(4, 100))
     assert torch.equal(whole.columns(13, 40).dequantize(), whole.dequantize()[:, 13:40])
 
 

@@ -13,6 +13,7 @@ from hotloop.quant import QTensor, Scheme, parse_head_scheme, parse_scheme
 # (in brackets). docs/numerics.md quotes this table.
 SQNR_FLOOR_DB = {
     "int8": 41.9,  # 42.0, rows of 1024
+    "fp8": 31.5,  # 31.6
     "int4-g32": 21.2,  # 21.3
     "int4-g64": 20.3,  # 20.4
     "int4-g128": 19.6,  # 19.7
@@ -20,6 +21,7 @@ SQNR_FLOOR_DB = {
     "int4-g64-asym": 20.8,  # 20.9
     "int4-g128-asym": 19.9,  # 20.0
 }
+INTEGERS = [name for name in SQNR_FLOOR_DB if name.startswith("int")]
 INT4 = [name for name in SQNR_FLOOR_DB if name.startswith("int4")]
 
 
@@ -69,7 +71,7 @@ def test_slices_of_rows_are_quantized_as_in_the_whole_once_their_maxima_are_comb
                 assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("name", SQNR_FLOOR_DB)
+@pytest.mark.parametrize("name", INTEGERS)
 def test_no_weight_is_further_off_than_half_a_step_and_its_rounded_scale(name):
     weight = normal(64, 256)
     q = quantized(name, weight)
@@ -79,11 +81,19 @@ def test_no_weight_is_further_off_than_half_a_step_and_its_rounded_scale(name):
     assert (error <= steps * q.scale.float().abs()[..., None]).all()
 
 
+def test_no_fp8_weight_is_further_off_than_half_a_step_at_its_own_size():
+    weight = normal(64, 256)
+    q = quantized("fp8", weight)
+    # Three bits of mantissa; below 2**-6 they are steps of 2**-9.
+    half_step = torch.maximum(weight.abs() * 2.0**-4, q.scale * 2.0**-10)
+    assert ((q.dequantize() - weight).abs() <= 1.001 * half_step).all()
+
+
 @pytest.mark.parametrize("name", SQNR_FLOOR_DB)
-def test_values_stay_within_their_bits(name):
+def test_values_use_their_range_and_stay_within_it(name):
     q = quantized(name, normal(64, 256))
-    low, high = (-127, 127) if q.bits == 8 else (-8, 7)
-    assert (q.values.min(), q.values.max()) == (low, high)
+    low, high = {"int8": (-127, 127), "fp8": (-448, 448), "int4": (-8, 7)}[q.kind]
+    assert (q.values.float().min(), q.values.float().max()) == (low, high)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.001, -0.25, 3.0])
@@ -198,6 +208,7 @@ def test_groups_that_do_not_divide_are_refused_with_those_that_do(name, k, fix):
     [
         ("none", "none"),
         ("int8", "int8"),
+        ("fp8", "fp8"),
         ("int4", "int4-g128"),
         ("int4-g64", "int4-g64"),
         ("int4-asym-g32", "int4-g32-asym"),
@@ -216,6 +227,7 @@ def test_names_are_read_in_any_order_and_written_in_one(given, canonical):
         ("int4-g48", "no option 'g48'. Choose from: g32, g64, g128, sym, asym."),
         ("int4-", "no option ''"),
         ("int8-g64", "no option 'g64': it is symmetric, with one scale per output channel"),
+        ("fp8-e5m2", "no option 'e5m2': it is e4m3, with one scale per output channel"),
         ("none-g64", "no option 'g64'"),
         ("int4-g32-g64", "two values of group_size"),
         ("int4-sym-asym", "two values of symmetric"),
@@ -233,7 +245,7 @@ def test_unknown_scheme_is_refused_with_the_nearest():
 
 
 def test_head_follows_only_quantized_projections():
-    for name, head in (("none", "none"), ("int8", "int8"), ("int4-g32", "int8")):
+    for name, head in (("none", "none"), ("int8", "int8"), ("fp8", "int8"), ("int4-g32", "int8")):
         assert parse_head_scheme("auto", parse_scheme(name)).name == head
     assert parse_head_scheme("int4-g64", parse_scheme("none")).name == "int4-g64"
 

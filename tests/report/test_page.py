@@ -19,7 +19,7 @@ GPU = {"device": {"name": "A GPU", "kind": "cuda"}}
 CPU = {"device": {"name": "A Processor", "kind": "cpu"}}
 NOWHERE: dict = {}
 
-LEVERS = EngineConfig(model="big", weights="random").to_dict()
+LEVERS = EngineConfig(model="big", weights="random", execution="eager").to_dict()
 
 
 def cell(tok_s: float | None = None, *, on: dict = GPU, **fields) -> Record:
@@ -120,6 +120,23 @@ def test_a_number_that_is_missing_or_doubtful_has_a_note(fields, decode, note):
     table = page(cell(**fields))
     assert table.rows[0].cells[4] == decode
     assert table.notes == (note,)
+
+
+def test_what_auto_turned_out_to_be_is_shown_and_stands_where_that_would():
+    fused, eager = (
+        cell(9, execution="auto", engine={"execution": name}, quant=quant)
+        for name, quant in (("fused", "none"), ("eager", "int8"))
+    )
+    compiled = cell(8, execution="compile"), cell(8, execution="compile", quant="int8")
+    never = cell(execution="auto", tensor_parallel=2, status="unsupported", reason="one GPU")
+    rows = shown(fused, eager, *compiled, never)
+    assert [row[:3] for row in rows] == [
+        ("none", "yes", "1"),
+        ("none", "auto", "2"),
+        ("none", "fused", "1"),
+        ("int8", "no", "1"),
+        ("int8", "yes", "1"),
+    ]
 
 
 def test_acceptance_of_random_weights_is_not_taken_for_that_of_a_trained_model():

@@ -78,6 +78,19 @@ def test_the_latest_attempt_counts_and_cells_keep_their_place():
     assert latest([first, other, again]) == [again, other]
 
 
+def test_an_attempt_that_knew_what_auto_is_takes_the_place_of_one_that_did_not():
+    config = {"quant": "a", "execution": "auto"}
+    lost = record("a/auto", config=config, status="timeout")
+    known = record("a/eager", 10, config=config, attempt=2)
+    asked_for = record("a/eager", 20, config=config | {"execution": "eager"})
+    assert latest([lost, asked_for, known]) == [known, asked_for]
+
+
+def test_cells_that_differ_in_their_length_alone_are_several():
+    cells = [record(f"a/eager/max_seq_len={n}", 1, config={"max_seq_len": n}) for n in (64, 128)]
+    assert latest(cells) == cells
+
+
 def test_a_new_workload_replaces_the_old_figures_and_another_device_does_not():
     def on(device: str, max_seq_len: int) -> Record:
         return record("a/eager", 1, config={"device": device, "max_seq_len": max_seq_len})

@@ -100,6 +100,7 @@ class FakeEngine:
             dtype="float32",
             vocab_size=7,
             max_seq_len=64,
+            execution="eager",
             n_params=7,
             weight_bytes=28,
             weight_bytes_per_step=28,

@@ -116,6 +116,11 @@ def test_the_reference_compared_with_itself_shows_no_difference(tmp_path):
     assert record.same_top1.mean == 1
 
 
+def test_a_reference_is_plain_pytorch_whatever_auto_is(tmp_path):
+    scoring = job(tmp_path, "int8").reference_job(tmp_path)
+    assert (scoring.cell, scoring.config.execution) == ("none/eager", "eager")
+
+
 def test_a_reference_of_something_else_is_not_compared_with(tmp_path):
     other = compared(tmp_path, "int8").model_copy(update={"weights_sha256": "other"})
     record = run_cell(other)

@@ -33,4 +33,4 @@ def test_a_plan_says_of_each_cell_whether_it_fits_or_why_it_cannot_be():
 def test_an_engine_without_a_prediction_is_planned_without_one():
     source = EngineSource(create=f"{__name__}:create", predict=None)
     (cell,) = plan(recipe_from_flags("m", matrix={}), source=source)
-    assert (cell.cell, cell.fits, cell.predicted_bytes) == ("none/eager", None, None)
+    assert (cell.cell, cell.fits, cell.predicted_bytes) == ("none/auto", None, None)

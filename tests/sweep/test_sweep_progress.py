@@ -32,10 +32,10 @@ EVENTS = [
     CellPhase("none/eager", "reference", 1, 2),
     ReferenceFinished("none/eager", "no room"),
     CellSkipped(MEASURED),
-    CellStarted("int8/eager", 2, 6, attempt=3),
-    CellPhase("int8/eager", "load"),
-    CellPhase("int8/eager", "speed"),
-    CellPhase("int8/eager", "speed", 1, 5, 99.5),
+    CellStarted("int8/auto", 2, 6, attempt=3),
+    CellPhase("int8/auto", "load"),
+    CellPhase("int8/auto", "speed"),
+    CellPhase("int8/auto", "speed", 1, 5, 99.5),
     CellFinished(record("oom", reason="out of memory in load\n  File x")),
 ]
 
@@ -56,7 +56,7 @@ def test_without_a_terminal_progress_is_plain_lines():
         "  scoring",
         "reference none/eager  none no room  (0 s)",
         "int8/eager  done before: ok  decode 1,234.6 tok/s",
-        "[2/6] int8/eager attempt 3",
+        "[2/6] int8/auto attempt 3",
         "  loading, compiling, warming up",
         "  timing",
         "[2/6] int8/eager  oom out of memory in load  (0 s)",

@@ -34,11 +34,11 @@ def refused(folder: Path, text: str) -> str:
 
 def test_the_demo_is_schemes_times_executions():
     assert cell_names(expand(load_recipe(RECIPES / "demo.yaml"))) == [
-        "none/eager",
+        "none/auto",
         "none/compile",
-        "int8/eager",
+        "int8/auto",
         "int8/compile",
-        "int4-g64/eager",
+        "int4-g64/auto",
         "int4-g64/compile",
     ]
 
@@ -61,8 +61,8 @@ def test_defaults_hold_for_the_matrix_and_for_explicit_cells(tmp_path):
 
 
 def test_explicit_cells_alone_need_no_matrix(tmp_path):
-    assert cell_names(expand(load(tmp_path, "model: m\ncells: [{quant: int8}]"))) == ["int8/eager"]
-    assert cell_names(expand(load(tmp_path, "model: m"))) == ["none/eager"]
+    assert cell_names(expand(load(tmp_path, "model: m\ncells: [{quant: int8}]"))) == ["int8/auto"]
+    assert cell_names(expand(load(tmp_path, "model: m"))) == ["none/auto"]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_explicit_cells_alone_need_no_matrix(tmp_path):
         (
             "cells: [{execution: eagre}]",
             "cells[0].execution",
-            "'eagre' is not a choice. Did you mean 'eager'? Choose from: eager, compile.",
+            "Did you mean 'eager'? Choose from: auto, eager, compile, fused.",
         ),
         ("matrix: {dtpye: [float32]}", "matrix.dtpye", "Did you mean 'dtype'?"),
         ("qualty: false", "qualty", "Did you mean 'quality'?"),
@@ -118,8 +118,8 @@ def test_all_problems_are_named_at_once(tmp_path):
         ("model: [", "not valid YAML"),
         ("- model", "a recipe is a mapping"),
         ("matrix: {quant: [int8]}", "model: is missing"),
-        ("model: m\ncells: [{quant: int8}, {quant: int8}]", "the cell 'int8/eager' 2 times"),
-        ("model: m\nmatrix: {quant: [int4, int4-g128]}", "the cell 'int4-g128/eager' 2 times"),
+        ("model: m\ncells: [{quant: int8}, {quant: int8}]", "the cell 'int8/auto' 2 times"),
+        ("model: m\nmatrix: {quant: [int4, int4-g128]}", "the cell 'int4-g128/auto' 2 times"),
         ("model: m\nmatrix: {max_seq_len: [16]}", "cannot hold the"),
         ("model: m\nmatrix: {tensor_parallel: [0]}", "tensor_parallel must be at least 1, not 0"),
         (f"model: m\nmatrix: {{max_batch_size: [2]}}\n{BATCH_OF_4}", "the workload's batch of 4"),
@@ -194,8 +194,8 @@ def test_a_draft_models_scheme_is_for_the_cells_that_have_a_draft_model(tmp_path
         ("none", "none", 2),
     ]
     assert cell_names(configs)[3:5] == [
-        "none/eager/draft=small:int4-g128-2",
-        "none/eager/draft=small:int8-2",
+        "none/auto/draft=small:int4-g128-2",
+        "none/auto/draft=small:int8-2",
     ]
 
 
@@ -207,8 +207,8 @@ def test_a_draft_models_scheme_that_no_cell_has_a_use_for_is_left_for_the_engine
 def test_draft_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
     recipe = load(tmp_path, "model: m\nmatrix: {draft: [a/small, b/small]}")
     assert cell_names(expand(recipe)) == [
-        "none/eager/draft=small-4/draft=a/small",
-        "none/eager/draft=small-4/draft=b/small",
+        "none/auto/draft=small-4/draft=a/small",
+        "none/auto/draft=small-4/draft=b/small",
     ]
 
 
@@ -251,7 +251,7 @@ def test_the_hash_is_of_what_a_recipe_says_and_not_of_how(tmp_path):
 def test_cells_of_one_name_are_told_apart_by_what_varies():
     configs = [EngineConfig(model="m", prefill_chunk=n) for n in (64, 128)]
     assert cell_names([*configs, EngineConfig(model="m", quant="int8")]) == [
-        "none/eager/prefill_chunk=64",
-        "none/eager/prefill_chunk=128",
-        "int8/eager",
+        "none/auto/prefill_chunk=64",
+        "none/auto/prefill_chunk=128",
+        "int8/auto",
     ]

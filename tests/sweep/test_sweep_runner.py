@@ -36,7 +36,7 @@ FAKE = EngineSource(create="sweep_fakes_child:create", predict="sweep_fakes_chil
 
 @pytest.fixture(autouse=True)
 def _children_find_the_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
 
 
 def recipe(*ends: End, timeout_s: float = 60.0) -> Recipe:
@@ -57,7 +57,8 @@ def sweep(results: Path, *ends: End, **options) -> list[Record]:
 def test_a_cell_becomes_a_complete_record(tmp_path):
     events = []
     (record,) = sweep(tmp_path, End.OK, on_event=events.append)
-    assert (record.status, record.reason, record.attempt) == ("ok", None, 1)
+    assert (record.cell, record.status, record.attempt) == ("none/eager", "ok", 1)
+    assert record.reason is None
     assert record.decode_tok_s.mean == pytest.approx(100)
     assert record.decode_tok_s.n == 5
     assert record.load_s == 0.5
@@ -69,7 +70,7 @@ def test_a_cell_becomes_a_complete_record(tmp_path):
     assert record.provenance["recipe"]["sha256"] == recipe(End.OK).sha256
     assert read_file(tmp_path / "records.jsonl") == ([record], [])
 
-    assert events[0] == CellStarted("none/eager", 1, 1)
+    assert events[0] == CellStarted("none/auto", 1, 1)
     phases = [(e.phase, e.done, e.total) for e in events if isinstance(e, CellPhase)]
     assert phases[:3] == [("predict", 0, 0), ("load", 0, 0), ("speed", 0, 0)]
     assert phases[3:] == [("speed", done, 5) for done in range(1, 6)]

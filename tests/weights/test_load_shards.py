@@ -17,7 +17,7 @@ from whole_models import (
 )
 
 from hotloop.errors import CheckpointError
-from hotloop.kernels.linear import DenseTorch, Int4Torch, Int8Torch
+from hotloop.kernels.linear import ChannelwiseTorch, DenseTorch, Int4Torch
 from hotloop.models import names
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import read_config
@@ -32,13 +32,14 @@ from hotloop.weights.tensor_file import TensorFile
 KEYS = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
 KEYS |= {"hidden_size": 576, "intermediate_size": 256, "attention_bias": True, "mlp_bias": True}
 MODEL = CONFIG | KEYS
-SCHEMES = ["none", "int8", "int4-g32", "int4-g64-asym"]
+SCHEMES = ["none", "int8", "fp8", "int4-g32", "int4-g64-asym"]
 
 
 @pytest.fixture(autouse=True)
 def _rows_and_columns_stay_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels whose packed weights can be sliced as well."""
-    plain = (Int4Torch(), Int8Torch(), DenseTorch())
+    eight_bits = (ChannelwiseTorch("int8"), ChannelwiseTorch("fp8"))
+    plain = (Int4Torch(), *eight_bits, DenseTorch())
     monkeypatch.setattr("hotloop.kernels.linear.KERNELS", plain)
 
 

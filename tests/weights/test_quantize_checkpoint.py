@@ -23,8 +23,8 @@ from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.weights.quantize import quantize_checkpoint, stored_schemes
 
-QUANTS = ["int8", "int4-g32-asym", "int4-g64"]
-HEADS = ["none", "int8", "int4-g64"]
+QUANTS = ["int8", "fp8", "int4-g32-asym", "int4-g64"]
+HEADS = ["none", "int8", "fp8", "int4-g64"]
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 

@@ -179,8 +179,8 @@ class Session:
 
     def greet(self) -> None:
         """Says what is talking."""
-        config, device = self._config, self._about.device_name
-        note(f"{config.model} · {config.name} on {device} · /help for help")
+        about = self._about
+        note(f"{self._config.model} · {about.name} on {about.device_name} · /help for help")
 
     def take(self, text: str) -> bool:
         """Obeys or answers one turn; False ends the session."""
@@ -237,7 +237,7 @@ class Session:
         later_s = sum(timing.e2e_s - timing.ttft_s for timing in timings)
         rows = {
             "model": self._config.model,
-            "configuration": self._config.name,
+            "configuration": self._about.name,
             "device": f"{self._about.device_name}, {self._about.dtype}",
             "weights": f"{self._about.weight_bytes / 1e6:,.0f} MB",
             "answers": str(len(self._answers)),

@@ -67,8 +67,9 @@ def generate(
             params = replace(params, max_new_tokens=DEFAULT_NEW_TOKENS)
         asked = chat_ids(llm, [{"role": "user", "content": text}]) if chat else text
         answer = relay(llm.stream([asked], params), SILENT if json else writer_for(sys.stdout))
+        cell = llm.describe().name
     if json:
-        print_json({"model": model, "cell": config.name, "prompt": text, **answer.to_dict()})
+        print_json({"model": model, "cell": cell, "prompt": text, **answer.to_dict()})
     note(answer.summary())
     return 130 if answer.finish_reason == "interrupted" else 0
 

@@ -25,7 +25,7 @@ Examples:
   hotloop info llama-2-70b --max-seq-len 4096 --device cuda --json""",
 )
 
-SCHEMES = "none,int8,int4-g128,int4-g64,int4-g32,int4-g32-asym"
+SCHEMES = "none,int8,fp8,int4-g128,int4-g64,int4-g32,int4-g32-asym"
 
 
 @app.default
@@ -86,11 +86,13 @@ def execution(device: torch.device) -> dict[str, dict[str, Any]]:
     """The ways of execution on ``device``: whether each can be had, and why not."""
     from hotloop.engine.execution import compile_unavailable_reason
     from hotloop.kernels import cpu
+    from hotloop.kernels.cuda import launch
 
     reasons: dict[str, str | None] = {"eager": None}
     if device.type == "cpu":
         reasons["eager with own kernels"] = cpu.unavailable_reason()
     reasons["compile"] = compile_unavailable_reason(device)
+    reasons["fused"] = launch.unavailable_reason(device)
     return {name: {"available": not why, "reason": why} for name, why in reasons.items()}
 
 

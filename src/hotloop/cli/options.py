@@ -106,14 +106,19 @@ class EngineOptions(DraftOptions):
     """One engine: ``EngineConfig`` but for the model and where its weights are from."""
 
     quant: Annotated[
-        str, option(MODEL, "Weights: none, int8, int4-gN with N 32, 64 or 128, or int4-gN-asym.")
+        str, option(MODEL, "Weights: none, int8, fp8, int4-gN (N 32, 64 or 128), or int4-gN-asym.")
     ] = EngineConfig.quant
     head: Annotated[
         str, option(MODEL, "The output head: a scheme, or auto, int8 if anything is quantized.")
     ] = EngineConfig.head
     dtype: Dtype = EngineConfig.dtype
     execution: Annotated[
-        Execution, option(EXECUTION, "Plain PyTorch, or torch.compile with CUDA graphs.")
+        Execution,
+        option(
+            EXECUTION,
+            "Plain PyTorch (eager), torch.compile (compile), or CUDA kernels of our own (fused). "
+            "auto is fused where that runs, else eager.",
+        ),
     ] = EngineConfig.execution
     tensor_parallel: Annotated[
         int, option(EXECUTION, "Ranks that share every layer, one GPU each.", alias="--tp")
@@ -137,11 +142,11 @@ class EngineOptions(DraftOptions):
 class MatrixOptions(DraftOptions):
     """Many engines: each option with commas is an axis of the matrix."""
 
-    quant: Annotated[str, option(MATRIX, "Schemes: none, int8, int4-gN, int4-gN-asym.")] = (
+    quant: Annotated[str, option(MATRIX, "Schemes: none, int8, fp8, int4-gN, int4-gN-asym.")] = (
         "none,int8,int4-g64"
     )
     head: Annotated[str, option(MATRIX, "Schemes of the output head.")] = EngineConfig.head
-    execution: Annotated[str, option(MATRIX, "Of eager and compile.")] = "eager,compile"
+    execution: Annotated[str, option(MATRIX, "Of auto, eager, compile and fused.")] = "auto,compile"
     tensor_parallel: Annotated[
         str, option(MATRIX, "Ranks that share every layer, such as 1,2,4.", alias="--tp")
     ] = str(EngineConfig.tensor_parallel)

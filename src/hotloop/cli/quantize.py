@@ -26,7 +26,7 @@ def quantize(
     out: Annotated[Path, option(OUTPUT, "The folder to make.")],
     /,
     *,
-    quant: Annotated[str, option(MODEL, "int8, int4-gN with N 32, 64 or 128, or int4-gN-asym.")],
+    quant: Annotated[str, option(MODEL, "int8, fp8, int4-gN (N 32, 64 or 128), or int4-gN-asym.")],
     head: Annotated[str, option(MODEL, "The output head: a scheme, or auto, which is int8.")] = (
         EngineConfig.head
     ),

@@ -10,9 +10,10 @@ drafts; the drafts that equal its choices were right, and so are the choices up 
 was not. Every token is thus the model's own: greedy or drawn, with whatever options, speculation
 changes when tokens come and never which (see ``speculation``).
 
-``eager`` runs a program operation by operation. ``compile`` hands the model part to torch.compile
-and, on a GPU, captures each size of program once in a CUDA graph. The sampler is never compiled: it
-is small, it has many variants, and inside the graph it costs no launches.
+``eager`` runs a program operation by operation. ``compile`` hands the model part to torch.compile;
+``fused`` runs it on kernels of our own (``fused``). Both, on a GPU, capture each size of program
+once in a CUDA graph. The sampler is never compiled: it is small, it has many variants, and inside
+the graph it costs no launches.
 
 Shape letters: B rows of a step, T positions of each, S slots, C cache positions, V vocabulary.
 """
@@ -27,7 +28,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -94,13 +95,33 @@ class Slots:
         positions.add_(T if n_kept_B is None else n_kept_B).clamp_(max=self.last)
 
 
-class Forward:
-    """Logits [B, T, V] of tokens and positions [B, T] of the first B slots, through a cache.
+class Forward(Protocol):
+    """The model part of a program."""
+
+    def __call__(
+        self, ids_BT: Tensor, positions_BT: Tensor, length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, T, V] of tokens of the first B slots, through their cache.
+
+        Args:
+            ids_BT: The tokens.
+            positions_BT: Their positions.
+            length: Exceeds every position.
+
+        Returns:
+            The logits, and with them the token ids [B, T] of the largest among those that may be
+            chosen, where they have been found on the way.
+        """
+        ...
+
+
+class TorchForward:
+    """The decoder as a ``Forward``, in plain PyTorch.
 
     Args:
         decoder: The model.
         cache: Its cache.
-        execution: Compiled or not.
+        compiled: Whether torch.compile makes code of it.
         device: Where it runs.
         n_layers: Stop after so many layers; None takes all.
     """
@@ -110,7 +131,7 @@ class Forward:
         decoder: Decoder,
         cache: KVCache,
         *,
-        execution: Literal["eager", "compile"],
+        compiled: bool,
         device: torch.device,
         n_layers: int | None = None,
     ) -> None:
@@ -119,22 +140,24 @@ class Forward:
             return decoder.logits(hidden)
 
         self._logits: Callable[[Tensor, Tensor, int], Tensor] = logits
-        self._compiled = execution == "compile"
+        self._compiled = compiled
         if self._compiled:
             # Without this, artifacts land in a temporary directory: the next boot compiles again.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
             options = _COMPILER_OPTIONS[device.type]
             self._logits = torch.compile(logits, fullgraph=True, options=options)
 
-    def __call__(self, ids_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
-        """``length`` exceeds every position."""
+    def __call__(
+        self, ids_BT: Tensor, positions_BT: Tensor, length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``Forward``."""
         if not self._compiled:
-            return self._logits(ids_BT, positions_BT, length)
+            return self._logits(ids_BT, positions_BT, length), None
         # Code for a given number of rows is better than code for any; only length varies.
         torch._dynamo.mark_static(ids_BT)
         torch._dynamo.mark_static(positions_BT)
         with torch._dynamo.config.patch(recompile_limit=_MAX_SPECIALIZATIONS):
-            return self._logits(ids_BT, positions_BT, length)
+            return self._logits(ids_BT, positions_BT, length), None
 
 
 class Drafter(ABC):
@@ -316,8 +339,10 @@ class Stepper:
         if k:
             drafts_BD = self._drafts[:n, :k]
             ids_BT = torch.cat((ids_BT, drafts_BD.clamp(min=0)), dim=1)
-        logits_BTV = self.forward(ids_BT, positions_BT, program.length)
-        sampled = self.sampler.sample(logits_BTV, positions_BT + 1, 0, features, drafts_BD)
+        logits_BTV, best_BT = self.forward(ids_BT, positions_BT, program.length)
+        sampled = self.sampler.sample(
+            logits_BTV, positions_BT + 1, 0, features, drafts_BD, best_BT=best_BT
+        )
         kept_BT = sampled.ids
         if drafts_BD is not None:
             right_BD = sampled.ids[:, :k] == drafts_BD

@@ -200,6 +200,7 @@ class LLM:
             config=self.config,
             family=model.family,
             dtype=str(setup.dtype).removeprefix("torch."),
+            execution=setup.execution,
             vocab_size=model.vocab_size,
             max_seq_len=setup.n_positions,
             n_params=model.n_params,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from hotloop.engine.setup import Setup, prepare, ranks_here
 from hotloop.hardware import free_bytes
@@ -70,24 +70,31 @@ def _cache_bytes(setup: Setup) -> int:
 def _weights_bytes(setup: Setup) -> int:
     model, itemsize = setup.local, setup.dtype.itemsize
 
-    def form(scheme: Scheme, n: int, k: int) -> WeightFormat:
-        return scheme.format(n, k, dtype=setup.dtype, device=setup.device.type)
+    def form(scheme: Scheme, n: int, k: int, *, paired: bool = False) -> WeightFormat:
+        plain = scheme.format(n, k, dtype=setup.dtype, device=setup.device.type)
+        return replace(plain, fused=setup.fused, paired=paired)
 
     def packed(form: WeightFormat) -> int:
         return choose_linear(form)[0].nbytes(form)
 
-    per_layer = sum(packed(form(setup.scheme, n, k)) for n, k in model.linears.values())
+    per_layer = sum(
+        packed(form(setup.scheme, n, k, paired=name == "gate_up_proj"))
+        for name, (n, k) in model.linears.items()
+    )
     biases = {name: n for name, (n, _) in model.linears.items() if model.bias[name]}
     if setup.rank > 0:  # rank 0 adds those of what all ranks sum up
         biases = {name: n for name, n in biases.items() if name not in ("o_proj", "down_proj")}
     per_layer += itemsize * sum(biases.values())
     per_layer += itemsize * (2 * model.hidden_size + 2 * model.head_dim * model.qk_norm)
     whole = form(setup.head_scheme, model.vocab_size, model.hidden_size)
-    if model.tie_embeddings and whole.bits != 4:
+    same_rows = model.tie_embeddings and whole.kind in ("dense", "int8")
+    if same_rows and choose_linear(whole)[0].keeps_rows:
         embeddings = packed(whole)  # the head is a slice of the embedding
     else:
         head = form(setup.head_scheme, len(setup.shard.vocabulary), model.hidden_size)
-        embeddings = packed(head) + whole.n * whole.k * itemsize
+        int8 = same_rows and whole.kind == "int8"
+        row_bytes = whole.k + _FLOAT32 if int8 else whole.k * itemsize
+        embeddings = packed(head) + whole.n * row_bytes
     norm = itemsize * model.hidden_size
     rope = 2 * _FLOAT32 * setup.n_positions * model.head_dim
     return model.n_layers * per_layer + embeddings + norm + rope

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from hotloop.engine.execution import (
     Step,
     Stepper,
     StepTimes,
+    TorchForward,
     compile_cache_state,
     step_times,
 )
+from hotloop.engine.fused import FusedForward
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.sampling import Features, Sampled, Sampler
 from hotloop.engine.setup import Setup
@@ -38,6 +40,7 @@ from hotloop.engine.vocabulary import Vocabulary
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info
 from hotloop.kernels.attention import choose_attention
+from hotloop.kernels.cuda.launch import device_of
 from hotloop.memory_meter import MemoryMeter
 from hotloop.models import names
 from hotloop.models.cache import KVCache
@@ -46,6 +49,12 @@ from hotloop.parallel.collectives import Group
 from hotloop.types import SamplingParams, Score, TokenLogprob
 from hotloop.weights.load import load_weights
 from hotloop.weights.source import CheckpointSource, RandomSource
+
+STEP_TOKENS = 8
+"""Tokens that a step of the fused kernels takes for little more than one."""
+
+SHORT_PROMPT = 64
+"""Tokens up to which steps are faster than giving every weight back as rows for one product."""
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total) while an engine gets ready."""
@@ -93,6 +102,7 @@ class Runner:
         self.asynchronous = setup.device.type == "cuda"
         config, device = setup.config, setup.device
         with out_of_memory_in("load"), torch.inference_mode():
+            self._n_tokens = n_tokens
             self._model = _Model(setup, self._group, progress)
             shares = [shard.vocabulary for shard in setup.shards]
             self._vocabulary = Vocabulary(shares, n_tokens, self._group)
@@ -102,14 +112,14 @@ class Runner:
             self._draft_model: _Model | None = None
             self._drafter = self._make_drafter(progress)
             self._stepper = Stepper(
-                self._model.forward(),
+                self._model.forward(n_tokens),
                 self._slots,
                 self._sampler,
                 drafter=self._drafter,
                 max_drafts=spare,
                 n_positions=setup.n_positions,
-                captures=config.execution == "compile" and device.type == "cuda",
-                reads_whole_cache=self._model.attention_name == "cpu",
+                captures=setup.execution != "eager" and device.type == "cuda",
+                reads_whole_cache=self._model.attention_name in ("cpu", "fused"),
             )
 
     @torch.inference_mode()
@@ -120,8 +130,7 @@ class Runner:
         with out_of_memory_in("prefill"):
             ids = torch.tensor(prompt_ids, device=self._setup.device)
             self._sampler.admit(slot, params, seed, ids)
-            hidden = self._model.prefill(ids, 0, slot)
-            logits = self._model.decoder.logits(hidden[None, -1:])
+            logits = self._model.prefill(ids, 0, slot)
             position = torch.full((1, 1), len(ids), device=self._setup.device)
             features = Features.of([params])
             sampled = self._sampler.sample(logits, position, slot, features)
@@ -143,8 +152,8 @@ class Runner:
         """Scores one window in the first slot; whole distributions come to rank 0 alone."""
         ids_T, vocabulary = torch.tensor(ids, device=self._setup.device), self._vocabulary
         logprobs, top1, distributions = [], [], []
-        for chunk, hidden in self._model.chunks(ids_T[:-1], 0, 0):
-            log_probs = vocabulary.log_softmax(self._model.decoder.logits(hidden))
+        for chunk, logits_TV in self._model.logits(ids_T[:-1], 0, 0):
+            log_probs = vocabulary.log_softmax(logits_TV)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
             logprobs.append(vocabulary.at(log_probs, labels).cpu())
             top1.append(vocabulary.argmax(log_probs).cpu())
@@ -177,10 +186,9 @@ class Runner:
         kernels, notes = model.kernels(), model.notes()
         if self._draft_model is not None:
             kernels |= {f"draft/{name}": k for name, k in self._draft_model.kernels().items()}
-            notes |= self._draft_model.notes()
+            notes |= {f"draft/{note}": None for note in self._draft_model.notes()}
         if self._group.kernel is not None:
             kernels["all_reduce"] = f"all_reduce/{self._group.kernel}"
-        compiled = setup.config.execution == "compile"
         return {
             "device": str(setup.device),
             "device_name": device_info(setup.device).name,
@@ -189,7 +197,7 @@ class Runner:
             "kv_bytes_per_token": setup.local.kv_bytes_per_token(setup.dtype.itemsize),
             "kernels": kernels,
             "notes": (*notes, *self._group.notes),
-            "compile_cache": compile_cache_state() if compiled else None,
+            "compile_cache": self._model.compile_cache(),
         }
 
     def close(self) -> None:
@@ -205,14 +213,15 @@ class Runner:
         if draft is None:
             return None
         if draft.n_layers is not None:
-            forward = self._model.forward(n_layers=draft.n_layers)
+            forward = self._model.forward(self._n_tokens, n_layers=draft.n_layers)
             return ExitDrafter(forward, self._slots, self._sampler)
         if draft.setup is None:
             return NgramDrafter(self._slots)
         drafter = None
         if self._group.rank == 0:
             model = self._draft_model = _Model(draft.setup, Group(), progress)
-            drafter = ModelDrafter(model.forward(), model.prefill, self._slots, self._sampler)
+            forward = model.forward(self._n_tokens)
+            drafter = ModelDrafter(forward, model.prefill, self._slots, self._sampler)
         if drafter is not None and self._group.size == 1:
             return drafter
         return SharedDrafter(drafter, self._group, self._setup.device)
@@ -222,11 +231,11 @@ class _Model:
     """A decoder, or a rank's part of one, with its weights and its cache."""
 
     def __init__(self, setup: Setup, group: Group, progress: Progress | None) -> None:
-        self.setup = setup
+        self.setup, self._shared = setup, group.size > 1
         model, device = setup.local, setup.device
-        self.attention_name, attention, self._attention_notes = choose_attention(
-            device, setup.dtype
-        )
+        name, attention, self._attention_notes = choose_attention(device, setup.dtype)
+        self.attention_name = "fused" if setup.fused else name
+        self._launcher = device_of(device) if setup.fused else None
         self.decoder = Decoder(
             model,
             n_positions=setup.n_positions,
@@ -245,40 +254,77 @@ class _Model:
             dtype=setup.dtype,
             device=device,
         )
+        self._steps = self._fused_forward(model.vocab_size)
 
-    def forward(self, n_layers: int | None = None) -> Forward:
-        """The model as steps run it, or its first layers."""
-        setup = self.setup
-        return Forward(
+    def forward(self, n_tokens: int, n_layers: int | None = None) -> Forward:
+        """The model as steps run it, or its first layers; ids below ``n_tokens`` may be chosen."""
+        fused = self._fused_forward(n_tokens, n_layers)
+        if fused is not None:
+            return fused
+        return TorchForward(
             self.decoder,
             self.cache,
-            execution=setup.config.execution,
-            device=setup.device,
+            compiled=self.setup.execution == "compile",
+            device=self.setup.device,
             n_layers=n_layers,
         )
 
-    def prefill(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
-        """Puts tokens from position ``start`` on into a slot; the last chunk's hidden states."""
-        hidden = None
-        for _, hidden in self.chunks(ids_T, start, slot):  # noqa: B007
-            pass
-        assert hidden is not None, "there was nothing to put there"
-        return hidden
+    def _fused_forward(self, n_tokens: int, n_layers: int | None = None) -> FusedForward | None:
+        if self._launcher is None:
+            return None
+        return FusedForward(
+            self.decoder,
+            self.cache,
+            self._launcher,
+            n_tokens=n_tokens,
+            shared=self._shared,
+            n_layers=n_layers,
+        )
 
-    def chunks(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
-        """Runs tokens through the model a chunk at a time: their places, hidden states [T, D]."""
-        size = self.setup.config.prefill_chunk
-        for first in range(0, len(ids_T), size):
-            chunk = range(first, min(first + size, len(ids_T)))
-            positions_T = torch.arange(start + chunk.start, start + chunk.stop, device=ids_T.device)
-            hidden = self.decoder(
+    def compile_cache(self) -> Literal["cold", "warm"] | None:
+        """Whether compiled code was found (``warm``) or made; None if there is none."""
+        if self._launcher is not None:
+            return "cold" if self._launcher.compile_seconds else "warm"
+        return compile_cache_state() if self.setup.execution == "compile" else None
+
+    def prefill(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
+        """Puts tokens from position ``start`` on into a slot; logits [1, 1, V] after the last.
+
+        A few of them take steps, since those read the weights as they are.
+        """
+        if self._steps is not None and len(ids_T) <= SHORT_PROMPT:
+            *_, (_, logits_TV) = self.logits(ids_T, start, slot)
+            return logits_TV[None, -1:]
+        *_, (_, hidden_TD) = self._chunks(ids_T, start, slot)
+        return self.decoder.logits(hidden_TD[None, -1:])
+
+    def logits(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
+        """Runs tokens through the model, by steps where those have kernels of their own.
+
+        Yields:
+            Some tokens' places, and the logits [T, V] after each.
+        """
+        if self._steps is None:
+            for chunk, hidden_TD in self._chunks(ids_T, start, slot):
+                yield chunk, self.decoder.logits(hidden_TD)
+            return
+        for chunk, positions_T in _spans(ids_T, start, STEP_TOKENS):
+            ids_BT = ids_T[None, chunk.start : chunk.stop]
+            end = start + chunk.stop
+            logits_BTV, _ = self._steps(ids_BT, positions_T[None], end, first_slot=slot)
+            yield chunk, logits_BTV[0]
+
+    def _chunks(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
+        """Runs tokens through the decoder a chunk at a time: their places, hidden states [T, D]."""
+        for chunk, positions_T in _spans(ids_T, start, self.setup.config.prefill_chunk):
+            hidden_BTD = self.decoder(
                 ids_T[None, chunk.start : chunk.stop],
                 positions_T[None],
                 self.cache,
                 first_slot=slot,
                 length=start + chunk.stop,
             )
-            yield chunk, hidden[0]
+            yield chunk, hidden_BTD[0]
 
     def kernels(self) -> dict[str, str]:
         """Which arithmetic each kind of layer uses."""
@@ -286,8 +332,11 @@ class _Model:
         return kernels | {"attention": f"attention/{self.attention_name}"}
 
     def notes(self) -> dict[str, None]:
-        """Why faster kernels were passed over, each reason once."""
-        notes = (note for linear in self._linears().values() for note in linear.notes)
+        """Why faster ways were passed over, each reason once."""
+        notes = [*self.setup.notes]
+        notes += [note for linear in self._linears().values() for note in linear.notes]
+        if self._launcher is not None:
+            notes += sorted(self._launcher.notes)
         return dict.fromkeys((*notes, *self._attention_notes))
 
     @property
@@ -323,11 +372,19 @@ class _Model:
                 head_scheme=setup.head_scheme,
                 dtype=setup.dtype,
                 device=setup.device,
+                fused=setup.fused,
                 on_layer=None if progress is None else lambda i, n: progress("load", i, n),
             )
         finally:
             if checkpoint is not None:
                 checkpoint.close()
+
+
+def _spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]]:
+    """Places of a few tokens at a time, and their positions, the first of all being ``start``."""
+    for first in range(0, len(ids_T), size):
+        places = range(first, min(first + size, len(ids_T)))
+        yield places, torch.arange(start + places.start, start + places.stop, device=ids_T.device)
 
 
 class Pending:

@@ -152,6 +152,8 @@ class Sampler:
         first_slot: int,
         features: Features,
         drafts_BD: Tensor | None = None,
+        *,
+        best_BT: Tensor | None = None,
     ) -> Sampled:
         """Chooses a token at every position; sequence b belongs to slot ``first_slot + b``.
 
@@ -162,6 +164,8 @@ class Sampler:
             features: What to compute.
             drafts_BD: int64, negative for none: tokens supposed to follow those that slots know of.
                 The last position supposes all D of them, each one before it one less.
+            best_BT: The token ids of the largest logits among those that may be chosen, where
+                somebody has found them already.
         """
         B, T, _ = logits_BTV.shape
         here, vocabulary = slice(first_slot, first_slot + B), self.vocabulary
@@ -172,7 +176,9 @@ class Sampler:
                 scores_BTV > 0, scores_BTV / penalty_B11, scores_BTV * penalty_B11
             )
             scores_BTV = torch.where(self._seen(here, T, drafts_BD), penalized, scores_BTV)
-        ids_BT = vocabulary.argmax(scores_BTV)
+        if best_BT is None or features.penalize:
+            best_BT = vocabulary.argmax(scores_BTV)
+        ids_BT = best_BT
         if features.draw:
             drawn_BT = self._draw(scores_BTV, positions_BT, here, features)
             ids_BT = torch.where(self.temperature[here, None] > 0, drawn_BT, ids_BT)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hotloop.engine import fused
 from hotloop.engine.execution import compile_unavailable_reason
 from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError
 from hotloop.hardware import resolve_device
+from hotloop.kernels.cuda.launch import unavailable_reason as fused_unavailable_reason
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.families import read_config
@@ -21,7 +23,13 @@ from hotloop.parallel.plan import Shard
 from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
-from hotloop.types import DEFAULT_MAX_SEQ_LEN, EngineConfig
+from hotloop.types import (
+    DEFAULT_MAX_SEQ_LEN,
+    EngineConfig,
+    StepExecution,
+    exit_layers,
+    is_draft_model,
+)
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
 from hotloop.weights.hub import resolve_model
 from hotloop.weights.quantize import stored_schemes
@@ -52,10 +60,12 @@ class Setup:
         head_scheme: Of the head.
         device: Where it runs.
         dtype: Element type of activations and unquantized weights.
+        execution: How a step runs.
         n_positions: Tokens a slot can hold.
         shards: What of the model each rank holds.
         rank: The rank that ``device`` and what follows is of; rank 0 holds the most.
         draft: Who makes drafts, if anybody does. A draft model is on rank 0 alone.
+        notes: What a reader of results must know of these choices.
     """
 
     config: EngineConfig
@@ -65,15 +75,22 @@ class Setup:
     head_scheme: Scheme
     device: torch.device
     dtype: torch.dtype
+    execution: StepExecution
     n_positions: int
     shards: tuple[Shard, ...]
     rank: int = 0
     draft: Draft | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def shard(self) -> Shard:
         """What this rank holds."""
         return self.shards[self.rank]
+
+    @property
+    def fused(self) -> bool:
+        """Whether weights are for the fused step."""
+        return self.execution == "fused"
 
     @property
     def local(self) -> ModelConfig:
@@ -118,8 +135,6 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     path, hf_config = _describe_model(config)
     model = read_config(hf_config)
     config, scheme, head_scheme = _settle_schemes(config, stored_schemes(hf_config))
-    if config.execution == "compile" and (reason := compile_unavailable_reason(device)):
-        raise UnsupportedError(f"execution 'compile' cannot run here: {reason}.")
     for name, (n, k) in names.linear_weights(model).items():
         scheme.check(name, n, k)
     head_scheme.check(names.head(model), model.vocab_size, model.hidden_size)
@@ -129,6 +144,11 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
             f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
             "tokens."
         )
+    dtype = _resolve_dtype(config, device)
+    shards = model.shards(config.tensor_parallel, scheme.alignment)
+    execution, notes = _resolve_execution(
+        config, device, dtype, [model.local(shard) for shard in shards]
+    )
     setup = Setup(
         config=config,
         model=model,
@@ -136,9 +156,11 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         scheme=scheme,
         head_scheme=head_scheme,
         device=device,
-        dtype=_resolve_dtype(config, device),
+        dtype=dtype,
+        execution=execution,
         n_positions=n_positions,
-        shards=model.shards(config.tensor_parallel, scheme.alignment),
+        shards=shards,
+        notes=notes,
     )
     return dataclasses.replace(setup, draft=_prepare_draft(setup))
 
@@ -146,8 +168,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
 def _prepare_draft(target: Setup) -> Draft | None:
     """Who makes drafts for ``target``."""
     config, name = target.config, target.config.draft
-    match = re.fullmatch(r"exit-(\d+)", name)
-    if config.draft_quant != "none" and (match or name in ("none", "ngram")):
+    if config.draft_quant != "none" and not is_draft_model(name):
         raise ConfigError(
             f"draft_quant {config.draft_quant!r} is the scheme of a draft model, and draft "
             f"{name!r} is none: leave it out, or give a model as the draft."
@@ -156,8 +177,8 @@ def _prepare_draft(target: Setup) -> Draft | None:
         return None
     if name == "ngram":
         return Draft()
-    if match:
-        n_layers, of = int(match[1]), target.model.n_layers
+    if (n_layers := exit_layers(name)) is not None:
+        of = target.model.n_layers
         if not 1 <= n_layers < of:
             raise ConfigError(
                 f"draft {name!r} takes the first {n_layers} of the model's {of} layers: give a "
@@ -169,7 +190,8 @@ def _prepare_draft(target: Setup) -> Draft | None:
             model=name,
             weights=config.weights,
             quant=config.draft_quant,
-            execution=config.execution,
+            # ``auto`` is what it is for the model, or beside fused steps what it is for this one.
+            execution=config.execution if target.fused else target.execution,
             device=config.device,
             dtype=config.dtype,
             max_batch_size=config.max_batch_size,
@@ -301,3 +323,37 @@ def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
     return torch.bfloat16
+
+
+def _resolve_execution(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, parts: Sequence[ModelConfig]
+) -> tuple[StepExecution, tuple[str, ...]]:
+    """How a step runs, and what to say about it: ``auto`` is fused, or says why it is not.
+
+    Args:
+        config: What was asked for.
+        device: Where.
+        dtype: Element type of activations.
+        parts: The shape of each rank's decoder.
+
+    Raises:
+        UnsupportedError: What was asked for, other than ``auto``, cannot run.
+    """
+    if config.execution == "eager":
+        return "eager", ()
+    wanted = "fused" if config.execution == "auto" else config.execution
+    if wanted == "compile":
+        reason = compile_unavailable_reason(device)
+    else:
+        tokens = 1 if config.draft == "none" else 1 + config.draft_tokens
+        reasons = (fused.unsupported_reason(part, dtype, tokens) for part in parts)
+        reason = fused_unavailable_reason(device) or next(filter(None, reasons), None)
+    if reason is None:
+        return wanted, ()
+    if config.execution != "auto":
+        raise UnsupportedError(
+            f"execution {wanted!r} cannot run here: {reason}. Choose 'auto', or 'eager', which "
+            "always runs."
+        )
+    # On other devices nobody expects it.
+    return "eager", (f"execution/fused not used, but eager: {reason}",) * (device.type == "cuda")

@@ -172,9 +172,16 @@ def _draw(
     """The k tokens [B, k] that follow ``tokens_BT``, one by one, drawn as the model draws."""
     drafts_BD = tokens_BT[:, :0]
     for _ in range(k):
-        logits_BTV = drafter.forward(tokens_BT, positions_BT, length)[:, -1:]
+        logits_BTV, best_BT = drafter.forward(tokens_BT, positions_BT, length)
         following_B1 = positions_BT[:, -1:] + 1
-        sampled = drafter.sampler.sample(logits_BTV, following_B1, 0, features, drafts_BD)
+        sampled = drafter.sampler.sample(
+            logits_BTV[:, -1:],
+            following_B1,
+            0,
+            features,
+            drafts_BD,
+            best_BT=None if best_BT is None else best_BT[:, -1:],
+        )
         tokens_BT, positions_BT = sampled.ids, following_B1.clamp(max=drafter.slots.last)
         drafts_BD = torch.cat((drafts_BD, tokens_BT), dim=1)
     return drafts_BD

@@ -76,13 +76,13 @@ def attention(
     return out.view(B, J, group, T, E).permute(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
-def linear_int8(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Product with int8 weights: the scale of each output channel is applied to the result.
+def linear_channelwise(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """Product with int8 or fp8 weights: the scale of each output channel is for the result.
 
     In float16 it is applied to the weight: sums of products with integers would leave its range.
     """
     if x_MK.dtype == torch.float16:
-        return F.linear(x_MK, (values_NK * scale_N[:, None]).half())
+        return F.linear(x_MK, (values_NK.float() * scale_N[:, None]).half())
     return (F.linear(x_MK, values_NK.to(x_MK.dtype)) * scale_N).to(x_MK.dtype)
 
 
@@ -131,22 +131,22 @@ def fused_linear(
     x_MK: Tensor,
     weight_NK: Tensor,
     *,
-    norm_weight: Tensor | None = None,
+    squares: Tensor | None = None,
     eps: float = 0.0,
     bias: Tensor | None = None,
     paired: bool = False,
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Product with all that surrounds it in a decoder: norm, bias, SwiGLU, residual.
+    """Product with all that surrounds it in a decoder: rest of a norm, bias, SwiGLU, residual.
 
-    Between reading ``x`` and rounding the result, only the norm's weighted input is rounded, to
-    ``x``'s type: its other factor, common to a row, is applied to the sums.
+    Nothing is rounded between reading ``x`` and the result.
 
     Args:
-        x_MK: Activations.
+        x_MK: Activations; with a norm, as ``begin_norm`` gives them.
         weight_NK: Floating point.
-        norm_weight: [K] of a root-mean-square norm of ``x``, or None.
+        squares: Of a norm, as ``begin_norm`` gives them, or None: the factor that a row of the
+            norm has in common is applied to the sums.
         eps: Of the norm.
         bias: [N], or None.
         paired: The weight is gate and up features, one below the other: their SwiGLU is taken.
@@ -156,10 +156,9 @@ def fused_linear(
     Returns:
         [M, N], or [M, N / 2] of a paired weight.
     """
-    x = x_MK if norm_weight is None else x_MK * norm_weight
-    y = x.float() @ weight_NK.float().T
-    if norm_weight is not None:
-        y = y * torch.rsqrt(x_MK.float().square().mean(-1, keepdim=True) + eps)
+    y = x_MK.float() @ weight_NK.float().T
+    if squares is not None:
+        y = y * torch.rsqrt(squares.sum(-1, keepdim=True) / x_MK.shape[-1] + eps)
     if bias is not None:
         y = y + bias.float()
     if paired:
@@ -168,6 +167,22 @@ def fused_linear(
     if residual is not None:
         y = y + residual.float()
     return y.to(dtype)
+
+
+def begin_norm(x_MK: Tensor, weight_K: Tensor, part: int = 16) -> tuple[Tensor, Tensor]:
+    """Of a root-mean-square norm, what can be done before a whole row is known.
+
+    Args:
+        x_MK: The norm's input.
+        weight_K: Its weight.
+        part: How many squares are added up together.
+
+    Returns:
+        [M, K], the input times the weight, rounded to the input's type; and float32
+        [M, K / part rounded up], what squares of the input add up to.
+    """
+    squares = F.pad(x_MK.float().square(), (0, -x_MK.shape[-1] % part))
+    return x_MK * weight_K, squares.unflatten(-1, (-1, part)).sum(-1)
 
 
 def fused_attention(

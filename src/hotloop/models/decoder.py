@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.head_dim, self.window, self.attention = head_dim, window, attention
         self.qkv_proj = Linear(*linears["qkv_proj"])
         self.o_proj = Linear(*linears["o_proj"])
-        self.gate_up_proj = Linear(*linears["gate_up_proj"])
+        self.gate_up_proj = Linear(*linears["gate_up_proj"], paired=True)
         self.down_proj = Linear(*linears["down_proj"])
         width = linears["qkv_proj"][1]
         self.input_norm = RMSNorm(width, norm_eps)

@@ -10,11 +10,17 @@ from hotloop.quant import QTensor
 
 
 class Linear(nn.Module):
-    """``x @ weight.T + bias`` for a weight of [n, k] that ``assign`` brings."""
+    """``x @ weight.T + bias`` for a weight of [n, k] that ``assign`` brings.
 
-    def __init__(self, n: int, k: int) -> None:
+    Args:
+        n: Output features.
+        k: Input features.
+        paired: Gate and up features, one below the other.
+    """
+
+    def __init__(self, n: int, k: int, *, paired: bool = False) -> None:
         super().__init__()
-        self.n, self.k = n, k
+        self.n, self.k, self.paired = n, k, paired
         self.kernel: LinearKernel | None = None
         self.notes: list[str] = []
         self.n_packed = 0
@@ -28,6 +34,7 @@ class Linear(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        fused: bool = False,
     ) -> None:
         """Packs a weight for the kernel that serves it best, on ``device``.
 
@@ -36,17 +43,20 @@ class Linear(nn.Module):
             bias: [n], or None.
             dtype: Element type of activations.
             device: Where to.
+            fused: For the fused step.
         """
         assert tuple(weight.shape) == (self.n, self.k), f"{weight.shape} for {self.n, self.k}"
         quantized = isinstance(weight, QTensor)
         form = WeightFormat(
-            bits=weight.bits if quantized else None,
+            kind=weight.kind if quantized else "dense",
             group_size=weight.group_size if quantized else None,
             symmetric=not quantized or weight.offset is None,
             n=self.n,
             k=self.k,
             dtype=dtype,
             device=device.type,
+            fused=fused,
+            paired=self.paired,
         )
         self.kernel, self.notes = choose_linear(form)
         if isinstance(weight, QTensor):

@@ -1,6 +1,6 @@
 """Quantized tensors and the schemes that make them.
 
-A scheme is named by its registered name and, after dashes, its own options: ``int8``,
+A scheme is named by its registered name and, after dashes, its own options: ``int8``, ``fp8``,
 ``int4-g64``, ``int4-g32-asym``. ``parse_scheme`` is the only reader of such names.
 """
 
@@ -18,13 +18,14 @@ from hotloop.registry import resolve
 SCHEMES = {
     "none": "hotloop.quant.none:NoScheme",
     "int8": "hotloop.quant.int8:Int8",
+    "fp8": "hotloop.quant.fp8:Fp8",
     "int4": "hotloop.quant.int4:Int4",
 }
 """Every quantization scheme: ``name -> "module:attribute"``."""
 
 
 class Scheme(Protocol):
-    """How one weight matrix becomes integers."""
+    """How one weight matrix becomes numbers of few bits."""
 
     @property
     def name(self) -> str:

@@ -93,7 +93,7 @@ class Int4:
         scale = torch.where(scale != 0, scale, 1.0)  # one value throughout: the offset, or zero
         centred = groups if offset is None else groups - offset.float()[:, :, None]
         values = (centred / scale.float()[:, :, None]).round_().clamp_(-8, 7).to(torch.int8)
-        return QTensor(values=values.view(n, k), scale=scale, offset=offset, bits=4)
+        return QTensor(values=values.view(n, k), scale=scale, offset=offset, kind="int4")
 
     def random(
         self,
@@ -111,12 +111,12 @@ class Int4:
         step = std / ((15**2 - 1) / 12) ** 0.5
         scale = values.new_full((n, k // self.group_size), step, dtype=SCALE_DTYPE)
         offset = None if self.symmetric else torch.zeros_like(scale)
-        return QTensor(values=values, scale=scale, offset=offset, bits=4)
+        return QTensor(values=values, scale=scale, offset=offset, kind="int4")
 
     def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
         """Four bits in groups."""
         return WeightFormat(
-            bits=4,
+            kind="int4",
             group_size=self.group_size,
             symmetric=self.symmetric,
             n=n,

@@ -44,7 +44,7 @@ class Int8:
         scale = largest * (1 / QMAX)
         scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero
         values = (weight / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
-        return QTensor(values=values, scale=scale, offset=None, bits=8)
+        return QTensor(values=values, scale=scale, offset=None, kind="int8")
 
     def random(
         self,
@@ -59,10 +59,10 @@ class Int8:
         values = torch.empty(n, k, dtype=torch.int8, device=generator.device)
         values.random_(-QMAX, QMAX + 1, generator=generator)
         scale = torch.full((n, 1), std / (QMAX / 3**0.5), device=generator.device)
-        return QTensor(values=values, scale=scale, offset=None, bits=8)
+        return QTensor(values=values, scale=scale, offset=None, kind="int8")
 
     def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
         """Eight bits, one group per output channel."""
         return WeightFormat(
-            bits=8, group_size=k, symmetric=True, n=n, k=k, dtype=dtype, device=device
+            kind="int8", group_size=k, symmetric=True, n=n, k=k, dtype=dtype, device=device
         )

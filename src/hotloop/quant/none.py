@@ -43,5 +43,5 @@ class NoScheme:
     def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
         """Floating point."""
         return WeightFormat(
-            bits=None, group_size=None, symmetric=True, n=n, k=k, dtype=dtype, device=device
+            kind="dense", group_size=None, symmetric=True, n=n, k=k, dtype=dtype, device=device
         )

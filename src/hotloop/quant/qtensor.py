@@ -1,4 +1,4 @@
-"""A quantized weight before any kernel has touched it: integers, scales, offsets.
+"""A quantized weight before any kernel has touched it: values, scales, offsets.
 
 This is the form in which weights are sliced for tensor parallelism and stored on disk. Everything
 in it is laid out like the weight it came from, so slicing needs no knowledge of the scheme:
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,19 +29,21 @@ class QTensor:
     """A quantized matrix: ``weight = values * scale + offset``, scale and offset per group.
 
     Attributes:
-        values: int8 [N, K]. Signed: -127…127 with 8 bits, -8…7 with 4.
+        values: [N, K]: int8, which holds -127…127 of ``int8`` and -8…7 of ``int4``;
+            float8_e4m3fn of ``fp8``.
         scale: Floating point [N, G].
         offset: Floating point [N, G], or None where the scheme is symmetric.
-        bits: Bits of one value: 4 or 8.
+        kind: What the values are.
     """
 
     values: Tensor
     scale: Tensor
     offset: Tensor | None
-    bits: int
+    kind: Literal["int8", "fp8", "int4"]
 
     def __post_init__(self) -> None:
-        assert self.values.dtype == torch.int8, f"values are {self.values.dtype}, not int8"
+        dtype = torch.float8_e4m3fn if self.kind == "fp8" else torch.int8
+        assert self.values.dtype == dtype, f"values of {self.kind} are {self.values.dtype}"
         assert self.values.shape[0] == self.scale.shape[0], "one row of scales per output feature"
         assert self.values.shape[1] % self.scale.shape[1] == 0, "groups of equal size"
         assert self.offset is None or self.offset.shape == self.scale.shape, "an offset per scale"
@@ -81,7 +84,7 @@ class QTensor:
                 values=self.values[:, start:stop],
                 scale=self.scale,
                 offset=self.offset,
-                bits=self.bits,
+                kind=self.kind,
             )
         if start % size or stop % size:
             raise ConfigError(
@@ -93,7 +96,7 @@ class QTensor:
             values=self.values[:, start:stop],
             scale=self.scale[:, groups],
             offset=None if self.offset is None else self.offset[:, groups],
-            bits=self.bits,
+            kind=self.kind,
         )
 
     def to(self, device: torch.device | str) -> QTensor:
@@ -111,7 +114,7 @@ class QTensor:
             values=f(self.values),
             scale=f(self.scale),
             offset=None if self.offset is None else f(self.offset),
-            bits=self.bits,
+            kind=self.kind,
         )
 
 

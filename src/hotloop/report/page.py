@@ -113,8 +113,13 @@ def _quantization(record: Record) -> str:
     return f"{record.baseline}, {quant}" if record.baseline else quant
 
 
+def _execution(record: Record) -> str:
+    """What ran, where something did: ``auto`` is not what a reader wants to know."""
+    return (record.engine or {}).get("execution") or record.config.get("execution", NONE)
+
+
 def _compiled(record: Record) -> str:
-    execution = record.config.get("execution", NONE)
+    execution = _execution(record)
     return NONE if record.baseline else EXECUTIONS.get(execution, execution)
 
 
@@ -159,7 +164,7 @@ SPEEDS = (
 def _order(record: Record) -> Any:
     """Baselines first, then by the columns from left to right."""
     config = record.config
-    quant, execution = config.get("quant", ""), config.get("execution", "")
+    quant, execution = config.get("quant", ""), _execution(record)
     draft = config.get("draft", "none")
     return (
         record.baseline is None,

@@ -32,11 +32,15 @@ def read_records(
 def latest(records: Iterable[Record]) -> list[Record]:
     """The last record of each cell, in the order in which cells first appear.
 
-    A cell is told by its name, its engine and its configuration, but for ``max_seq_len``, which
-    follows the workload: after a change of workload the new figures replace the old ones.
+    A cell is told by its engine and its configuration, and not by its name, which says what
+    ``auto`` turned out to be where an attempt got so far. ``max_seq_len`` follows the workload:
+    after a change of workload the new figures replace the old ones; unless the name has it,
+    because cells differ in it.
     """
-    cells: dict[tuple[str, str | None, str], Record] = {}
+    cells: dict[tuple[str | None, str], Record] = {}
     for record in records:
-        config = {k: v for k, v in record.config.items() if k != "max_seq_len"}
-        cells[record.cell, record.baseline, json.dumps(config, sort_keys=True)] = record
+        config = dict(record.config)
+        if "/max_seq_len=" not in record.cell:
+            config.pop("max_seq_len", None)
+        cells[record.baseline, json.dumps(config, sort_keys=True)] = record
     return list(cells.values())

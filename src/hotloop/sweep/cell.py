@@ -141,6 +141,7 @@ def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[st
         with closing(create(job.config)) as engine:
             description = engine.describe()
             attempt.fields |= {
+                "cell": job.cell.replace(job.config.name, description.name, 1),
                 "load_s": description.load_s,
                 "warmup_s": description.warmup_s,
                 # its configuration stands in `config` already

@@ -115,6 +115,7 @@ class Job(BaseModel):
             model=self.config.model,
             device=self.config.device,
             dtype=self.config.dtype,
+            execution="eager",
             max_seq_len=self.quality.window,
         )
         job = self.model_copy(

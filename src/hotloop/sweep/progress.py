@@ -53,7 +53,7 @@ class SweepProgress:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", start=False, visible=False, note="")
-        self._label = ""
+        self._place, self._label = "", ""
         self._began = time.monotonic()
 
     def __enter__(self) -> SweepProgress:
@@ -74,27 +74,28 @@ class SweepProgress:
             case Noticed(message):
                 self._say(f"[yellow]note[/] {escape(message)}")
             case ReferenceStarted(cell, reused):
-                self._begin(f"reference {cell}", "" if reused else "scoring it first")
-            case ReferenceFinished(_, reason):
+                self._begin("reference", cell, "" if reused else "scoring it first")
+            case ReferenceFinished(cell, reason):
                 how = "[green]ready[/]" if reason is None else f"[yellow]none[/] {escape(reason)}"
-                self._end(how)
+                self._end(cell, how)
             case CellSkipped(record):
                 self._say(f"{escape(record.cell)}  [dim]done before:[/] {_outcome(record)}")
             case CellStarted(cell, index, total, attempt):
                 again = f"attempt {attempt}" if attempt > 1 else ""
-                self._begin(f"[{index}/{total}] {cell}", again)
+                self._begin(f"[{index}/{total}]", cell, again)
             case CellPhase():
                 self._phase(event)
             case CellPrepared():
                 pass
             case CellFinished(record):
-                self._end(_outcome(record))
+                self._end(record.cell, _outcome(record))
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def _begin(self, label: str, note: str) -> None:
-        self._label, self._began = escape(label), time.monotonic()
+    def _begin(self, place: str, cell: str, note: str) -> None:
+        self._place, self._began = escape(place), time.monotonic()
+        self._label = f"{self._place} {escape(cell)}"
         self._progress.reset(
             self._task, description=self._label, total=None, visible=True, note=note
         )
@@ -114,10 +115,11 @@ class SweepProgress:
         if event.done == 0 and not self._console.is_terminal:
             self._say(f"  {doing}")
 
-    def _end(self, outcome: str) -> None:
+    def _end(self, cell: str, outcome: str) -> None:
+        """Ends what was begun; ``cell`` can be more precise by now."""
         self._progress.update(self._task, visible=False)
         seconds = time.monotonic() - self._began
-        self._say(f"{self._label}  {outcome}  [dim]({seconds:.0f} s)[/]")
+        self._say(f"{self._place} {escape(cell)}  {outcome}  [dim]({seconds:.0f} s)[/]")
 
 
 def _outcome(record: Record) -> str:

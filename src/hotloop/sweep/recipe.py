@@ -7,7 +7,7 @@ derived from ``EngineConfig``, so a new lever can be swept by being a field ther
     model: smollm2-135m
     matrix:                       # every combination, in EngineConfig's order of fields
       quant: [none, int8, int4-g64]
-      execution: [eager, compile]
+      execution: [auto, compile]
     cells:                        # and these
       - {quant: int8, head: none}
     defaults: {dtype: bfloat16}   # for all of them; draft_quant for those with a draft model

@@ -33,6 +33,7 @@ def load_weights(
     head_scheme: Scheme,
     dtype: torch.dtype,
     device: torch.device,
+    fused: bool = False,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> None:
     """Assigns every weight of ``decoder``.
@@ -47,6 +48,7 @@ def load_weights(
         head_scheme: Of the head; a tied embedding is the same matrix, and follows it.
         dtype: Element type of activations and unquantized weights.
         device: Where the model runs.
+        fused: It runs the fused step.
         on_layer: Called with (layers done, layers in all).
 
     Raises:
@@ -74,7 +76,7 @@ def load_weights(
         summed = any(slices[part][1] is not None for part in parts)
         return torch.cat(full) if adds_biases or not summed else None
 
-    _load_embeddings(decoder, config, source, shard.vocabulary, head_scheme, dtype, device)
+    _load_embeddings(decoder, config, source, shard.vocabulary, head_scheme, dtype, device, fused)
     norm(decoder.norm, names.NORM)
     for i, block in enumerate(decoder.layers):
         for attribute, parts in names.LINEAR_PARTS.items():
@@ -86,6 +88,7 @@ def load_weights(
                 bias(i, rows) if config.bias[attribute] else None,
                 dtype=dtype,
                 device=device,
+                fused=fused,
             )
         for attribute, part in (names.NORMS | (names.HEAD_NORMS if config.qk_norm else {})).items():
             norm(getattr(block, attribute), names.layer(i, part))
@@ -102,11 +105,12 @@ def _load_embeddings(
     head_scheme: Scheme,
     dtype: torch.dtype,
     device: torch.device,
+    fused: bool,
 ) -> None:
     shape = (config.vocab_size, config.hidden_size)
     if not config.tie_embeddings:
         head = source.matrix(names.HEAD, shape, head_scheme, rows=rows)
-        decoder.head.assign(head, dtype=dtype, device=device)
+        decoder.head.assign(head, dtype=dtype, device=device, fused=fused)
         table = source.tensor(f"{names.EMBEDDING}.weight", shape).to(device, dtype)
         decoder.embedding.assign(table, None, dtype)
         return
@@ -115,12 +119,12 @@ def _load_embeddings(
         weight = weight.to(device, dtype)
         decoder.embedding.assign(weight, None, dtype)
         head = weight[rows.start : rows.stop]
-    elif weight.bits == 8:
-        # Every int8 kernel keeps [N, K] integers and [N] scales as they are: one copy serves both.
+    elif weight.kind == "int8":
+        # A kernel that keeps rows as they are shares them: one copy serves both.
         weight = weight.to(device)
         decoder.embedding.assign(weight.values, weight.scale.view(-1), dtype)
         head = weight.rows(rows.start, rows.stop)
     else:
         decoder.embedding.assign(weight.dequantize(dtype).to(device), None, dtype)
         head = cut(weight, slice(rows.start, rows.stop), None)
-    decoder.head.assign(head, dtype=dtype, device=device)
+    decoder.head.assign(head, dtype=dtype, device=device, fused=fused)

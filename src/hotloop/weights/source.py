@@ -5,9 +5,9 @@ rows at a time, a checkpoint that ``hotloop quantize`` wrote, and random weights
 shape is needed. Of a matrix of which a rank holds a slice, only the slice is read and made; it is
 bit for bit what it would be in the whole.
 
-A quantized matrix ``x.weight`` is stored as ``x.weight.values`` (8 bits: int8 [N, K]; 4 bits:
-uint8 [N, K/2], even columns in the low nibble, each plus 8), ``x.weight.scale`` and, where the
-scheme has them, ``x.weight.offset`` [N, G].
+A quantized matrix ``x.weight`` is stored as ``x.weight.values`` (int8 or float8_e4m3fn [N, K];
+int4: uint8 [N, K/2], even columns in the low nibble, each plus 8), ``x.weight.scale`` and, where
+the scheme has them, ``x.weight.offset`` [N, G].
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class CheckpointSource:
         # As many pieces on every rank, whatever the width of its columns: they are combined.
         pieces = row_chunks(rows, k * wide.itemsize)
         form = scheme.format(n, k, dtype=wide, device=self.device.type)
-        if form.bits and f"{name}.weight.values" in self.checkpoint.tensors:
+        if form.kind != "dense" and f"{name}.weight.values" in self.checkpoint.tensors:
             stored = self._expect_quantized(f"{name}.weight", form)
             read = (self._read_quantized(stored, piece, columns, form) for piece in pieces)
         else:
@@ -165,10 +165,11 @@ class CheckpointSource:
 
     def _expect_quantized(self, name: str, form: WeightFormat) -> dict[str, TensorInfo]:
         """The parts of a quantized matrix, each as its scheme would have stored it."""
-        four = form.bits == 4
+        four = form.kind == "int4"
+        values = {"int8": "I8", "fp8": "F8_E4M3", "int4": "U8"}[form.kind]
         scales = ((form.n, form.n_scales // form.n), "BF16" if four else "F32")
         parts = {
-            "values": ((form.n, form.k // 2 if four else form.k), "U8" if four else "I8"),
+            "values": ((form.n, form.k // 2 if four else form.k), values),
             "scale": scales,
         }
         if not form.symmetric:
@@ -190,11 +191,12 @@ class CheckpointSource:
             return range(columns.start // each, columns.stop // each)
 
         parts = {part: self._read(info, rows, share(info)) for part, info in stored.items()}
-        values, bits = parts["values"], 8
-        if values.dtype == torch.uint8:  # two of four bits each
+        values, kind = parts["values"], form.kind
+        assert kind != "dense", "a dense matrix has no parts"
+        if kind == "int4":  # two in a byte
             nibbles = torch.stack((values & 15, values >> 4), dim=-1)
-            values, bits = nibbles.flatten(1).to(torch.int8) - 8, 4
-        return QTensor(values=values, scale=parts["scale"], offset=parts.get("offset"), bits=bits)
+            values = nibbles.flatten(1).to(torch.int8) - 8
+        return QTensor(values=values, scale=parts["scale"], offset=parts.get("offset"), kind=kind)
 
 
 def stored_parts(name: str, weight: Tensor | QTensor) -> dict[str, Tensor]:
@@ -202,7 +204,7 @@ def stored_parts(name: str, weight: Tensor | QTensor) -> dict[str, Tensor]:
     if isinstance(weight, Tensor):
         return {name: weight}
     values = weight.values
-    if weight.bits == 4:
+    if weight.kind == "int4":
         nibbles = (values + 8).to(torch.uint8)
         values = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
     parts = {f"{name}.values": values, f"{name}.scale": weight.scale}

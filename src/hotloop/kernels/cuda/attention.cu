@@ -3,11 +3,16 @@
 // and values, scores, softmax, sum.
 //
 // A block serves eight or sixteen rows (query heads that share a key/value head, times new tokens)
-// of one sequence, and one of ``splits`` shares of its history; whichever block comes last merges
-// the shares, in their order. Within a share each warp takes every so many-th step of 16 positions,
-// and reads keys and values straight into the operands of its products. Which positions a warp
-// takes depends on where they are and not on where the sequence ends: so a token's result has the
-// same bits however many new tokens come with it.
+// of one sequence, over one chunk of its history; blocks beyond the end of a history leave at once,
+// and whichever of the others comes last merges what they found, in the order of chunks. Each warp
+// takes every so many-th step of 16 positions.
+//
+// The history was written before the step began, so it is read before waiting for the product: up
+// to what a warp's ring holds into shared memory, the rest into the L2 cache.
+//
+// Bits: which chunk, warp and step a position belongs to is decided by the position alone, and what
+// a token does not see adds zeros; so a token's result has the same bits however many new tokens
+// come with it, and however long the cache is.
 //
 // Letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache positions,
 // E head dimension. g = lane / 4 and t = lane % 4 are a lane's place in fragments.
@@ -16,7 +21,7 @@
 
 struct AttentionArgs {
   const bf16* qkv;           // [B * T, (H + 2J) * E]
-  const float* cos;          // [C, E]
+  const float* cos;          // [C, E], both halves alike
   const float* sin;
   const bf16* q_norm;        // [E], or null
   const bf16* k_norm;
@@ -24,44 +29,55 @@ struct AttentionArgs {
   bf16* keys;                // [B, J, C, E]
   bf16* values;
   bf16* out;                 // [B * T, H * E]
-  float* partial;            // workspace of splits, see is_last_block
-  uint32_t* counters;        // zeros, one per group of splits
+  float* partial;            // workspace of chunks, see is_last_block
+  uint32_t* counters;        // zeros, one per group of blocks that share a history
   int tokens, heads, kv_heads, capacity;
   int window;                // 0 for none
-  int splits;
+  int chunk;                 // positions of a block, whole steps
   float scale;               // of scores, times log2(e)
   float eps;                 // of the norms
 };
 
-constexpr int kMaxTokens = 16;
 constexpr int kStep = 16;  // positions that a warp takes at once
 
-// kColumns: groups of eight rows.
-template <int kE, int kWarps, int kColumns>
+// kColumns: groups of eight rows. kStages: steps that a warp's ring holds.
+template <int kE, int kWarps, int kColumns, int kStages>
 struct Attention {
   static_assert(kE % 32 == 0, "fragments take 32 dimensions at a time");
-  static constexpr int kBlocks = kE / 32;            // of the head dimension, in scores
-  static constexpr int kQuads = (kE + 63) / 64;      // of 64 dimensions, in sums
+  static constexpr int kBlocks = kE / 32;        // of the head dimension, in scores
+  static constexpr int kQuads = (kE + 63) / 64;  // of 64 dimensions, in sums
   static constexpr int kRows = 8 * kColumns;
   static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kHalf = kE / 2;
 
   const AttentionArgs& args;
   const int thread, lane, warp, g, t;
-  const int split, j, row_block, b, row_blocks;
-  const int group, n_rows;  // query heads of a key/value head; rows in all
-  int position, end;        // of the first new token; one past the last position seen
-  bf16 *keys, *values;      // of this sequence and head
+  const int j, row_block, b, row_blocks;
+  const int group;             // query heads of a key/value head
+  const int n_rows, n_here;    // rows in all; of this block
+  const int position, end;     // of the first new token; one past the last position seen
+  const int begin;             // the first position seen
+  const int first_chunk, n_chunks;  // those that hold something to be seen
+  const int chunk;             // this block's among them
+  bf16 *keys, *values;         // of this sequence and head
 
-  // Shared memory: first the new tokens, then what the warps found.
+  // Shared memory.
   bf16 *new_q, *new_k, *new_v;  // [kRows, E], [T, E], [T, E]
-  float *found, *found_max, *found_sum;  // [kWarps, kRows, E], [kWarps, kRows] twice
+  float* turns;                 // [T, 2, E / 2]: cosines and sines of the new tokens
+  uint64_t* arrived;            // [kStages], of this warp: the copy is there
   uint32_t* flag;
+  bf16* ring;                   // [kStages, 2, kStep, E], of this warp: keys and values
+  float *found, *found_max, *found_sum;  // in the rings' place: [kWarps, kRows, E], [kWarps, kRows]
 
   __device__ __forceinline__ Attention(const AttentionArgs& a, int of_thread, int x, int y, int z)
       : args(a), thread(of_thread), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
-        split(x), j(y % a.kv_heads), row_block(y / a.kv_heads), b(z),
+        j(y % a.kv_heads), row_block(y / a.kv_heads), b(z),
         row_blocks((a.tokens * (a.heads / a.kv_heads) + kRows - 1) / kRows),
-        group(a.heads / a.kv_heads), n_rows(a.tokens * group) {
+        group(a.heads / a.kv_heads), n_rows(a.tokens * group),
+        n_here(min(kRows, n_rows - row_block * kRows)),
+        position(static_cast<int>(a.positions[b])), end(min(position + a.tokens, a.capacity)),
+        begin(a.window > 0 ? max(position - a.window + 1, 0) : 0), first_chunk(begin / a.chunk),
+        n_chunks((end - 1) / a.chunk + 1 - first_chunk), chunk(x) {
     const int64_t head = (static_cast<int64_t>(b) * a.kv_heads + j) * a.capacity * kE;
     keys = a.keys + head;
     values = a.values + head;
@@ -69,37 +85,98 @@ struct Attention {
     new_q = reinterpret_cast<bf16*>(memory);
     new_k = new_q + kRows * kE;
     new_v = new_k + a.tokens * kE;
-    found = reinterpret_cast<float*>(memory);
+    turns = reinterpret_cast<float*>(new_v + a.tokens * kE);
+    arrived = reinterpret_cast<uint64_t*>(turns + a.tokens * kE) + warp * kStages;
+    flag = reinterpret_cast<uint32_t*>(arrived + (kWarps - warp) * kStages);
+    uint8_t* rings = reinterpret_cast<uint8_t*>(flag) + (kWarps * kStages % 2 ? 8 : 16);
+    ring = reinterpret_cast<bf16*>(rings) + warp * kStages * 2 * kStep * kE;
+    found = reinterpret_cast<float*>(rings);
     found_max = found + kWarps * kRows * kE;
     found_sum = found_max + kWarps * kRows;
-    flag = reinterpret_cast<uint32_t*>(found_sum + kWarps * kRows);
   }
 
-  // A row is a new token and a query head; rows beyond the last repeat it, and are not written.
-  __device__ __forceinline__ int row_at(int row) const {
-    return min(row_block * kRows + row, n_rows - 1);
+  // A row is a new token and a query head.
+  __device__ __forceinline__ int token_of(int row) const {
+    return min(row_block * kRows + row, n_rows - 1) / group;
   }
-  __device__ __forceinline__ int token_of(int row) const { return row_at(row) / group; }
-  __device__ __forceinline__ int head_of(int row) const { return j * group + row_at(row) % group; }
+  __device__ __forceinline__ int head_of(int row) const {
+    return j * group + (row_block * kRows + row) % group;
+  }
+
+  // Positions that this block looks at.
+  __device__ __forceinline__ int first_position() const {
+    return (first_chunk + chunk) * args.chunk;
+  }
+  __device__ __forceinline__ int end_position() const {
+    return min(first_position() + args.chunk, end);
+  }
+  __device__ __forceinline__ bool has_new_tokens() const { return end_position() > position; }
 
   __device__ __forceinline__ void run() {
     launch_dependents();
+    if (chunk >= n_chunks) return;
+    const int n_steps = (end_position() + kStep - 1) / kStep;
+    int step = max(first_position(), begin) / kStep;
+    step += (warp + kWarps - step % kWarps) % kWarps;
+    const uint64_t policy = read_once_policy();
+    if (lane == 0)
+      for (int i = 0; i < kStages; i++) barrier_init(arrived + i, kCopyArrivals);
+    barriers_are_ready();
+    sync_warp();
+    for (int i = 0; i < kStages; i++) ask(step + i * kWarps, n_steps, i, policy);
+    for (int later = step + kStages * kWarps; later < n_steps; later += kWarps) foresee(later);
+    read_turns();
+    sync_block();
+
     wait_for_predecessor();
-    position = static_cast<int>(args.positions[b]);
-    end = min(position + args.tokens, args.capacity);
     take_new_tokens();
     sync_block();
-    if (split == 0 && row_block == 0) store_new_tokens();
+    if (row_block == 0) store_new_tokens();
     float sum[kColumns][kQuads][4][4] = {}, max[kColumns][2], weight[kColumns][2] = {};
     for (int c = 0; c < kColumns; c++) max[c][0] = max[c][1] = -infinity();
-    attend(sum, max, weight);
-    sync_block();  // the new tokens are no longer needed: their memory is
+    attend(step, n_steps, policy, sum, max, weight);
+    sync_block();  // the rings are no longer needed: their memory is
     put_found(sum, max, weight);
     sync_block();
-    if (args.splits == 1)
+    if (n_chunks == 1)
       write_out();
     else if (put_share())
       join_shares();
+  }
+
+  // Before the product has ended.
+
+  __device__ __forceinline__ int history_of(int step) const {  // positions that the cache holds
+    return min(kStep, position - kStep * step);
+  }
+
+  __device__ __forceinline__ void ask(int step, int n_steps, int stage, uint64_t policy) {
+    const int n = history_of(step);
+    if (step >= n_steps || n <= 0) return;
+    const int64_t at = static_cast<int64_t>(step) * kStep * kE;
+    const int bytes = n * kE * sizeof(bf16);
+    bf16* to = ring + stage * 2 * kStep * kE;
+    copy_begin(arrived + stage, 2 * bytes, lane);
+    copy(to, keys + at, bytes, arrived + stage, policy, lane);
+    copy(to + kStep * kE, values + at, bytes, arrived + stage, policy, lane);
+    copy_end(arrived + stage, lane);
+  }
+
+  __device__ __forceinline__ void foresee(int step) {
+    const int n = history_of(step);
+    if (n <= 0) return;
+    const int64_t at = static_cast<int64_t>(step) * kStep * kE;
+    prefetch(keys + at, n * kE * sizeof(bf16), lane);
+    prefetch(values + at, n * kE * sizeof(bf16), lane);
+  }
+
+  __device__ __forceinline__ void read_turns() {
+    for (int i = thread; i < args.tokens * kHalf; i += kThreads) {
+      const int token = i / kHalf, e = i % kHalf;
+      const int64_t at = static_cast<int64_t>(min(position + token, args.capacity - 1)) * kE + e;
+      turns[token * kE + e] = args.cos[at];
+      turns[token * kE + kHalf + e] = args.sin[at];
+    }
   }
 
   // New tokens: into shared memory, as the cache will hold them.
@@ -107,15 +184,16 @@ struct Attention {
   __device__ __forceinline__ void take_new_tokens() {
     const int width = (args.heads + 2 * args.kv_heads) * kE;
     const bf16* qkv = args.qkv + static_cast<int64_t>(b) * args.tokens * width;
-    for (int i = warp; i < kRows + 2 * args.tokens; i += kWarps) {
-      if (i < kRows) {
+    const int n = n_here + (has_new_tokens() ? 2 * args.tokens : 0);
+    for (int i = warp; i < n; i += kWarps) {
+      if (i < n_here) {
         const int token = token_of(i);
         turn(qkv + token * width + head_of(i) * kE, args.q_norm, token, new_q + i * kE);
-      } else if (i < kRows + args.tokens) {
-        const int token = i - kRows;
+      } else if (i < n_here + args.tokens) {
+        const int token = i - n_here;
         turn(qkv + token * width + (args.heads + j) * kE, args.k_norm, token, new_k + token * kE);
       } else {
-        const int token = i - kRows - args.tokens;
+        const int token = i - n_here - args.tokens;
         const bf16* v = qkv + token * width + (args.heads + args.kv_heads + j) * kE;
         for (int e = lane; e < kE / 8; e += 32)
           reinterpret_cast<uint4*>(new_v + token * kE)[e] = reinterpret_cast<const uint4*>(v)[e];
@@ -125,7 +203,7 @@ struct Attention {
 
   // Norm (as the plain one: rounded before and after its weight) and rotation of one head.
   __device__ __forceinline__ void turn(const bf16* from, const bf16* norm, int token, bf16* to) {
-    constexpr int kHalf = kE / 2, kPairs = (kHalf + 31) / 32;
+    constexpr int kPairs = (kHalf + 31) / 32;
     float x[kPairs][2], squares = 0;
 #pragma unroll
     for (int i = 0; i < kPairs; i++)
@@ -147,56 +225,33 @@ struct Attention {
           x[i][half] = widen(narrow(widen(narrow(x[i][half] * factor)) * w));
         }
     }
-    const int64_t at = static_cast<int64_t>(min(position + token, args.capacity - 1)) * kE;
 #pragma unroll
     for (int i = 0; i < kPairs; i++) {
       const int e = 32 * i + lane;
       if (e >= kHalf) continue;
-      const float* cos = args.cos + at + e;
-      const float* sin = args.sin + at + e;
-      to[e] = narrow(x[i][0] * cos[0] - x[i][1] * sin[0]);
-      to[kHalf + e] = narrow(x[i][1] * cos[kHalf] + x[i][0] * sin[kHalf]);
+      const float cos = turns[token * kE + e], sin = turns[token * kE + kHalf + e];
+      to[e] = narrow(x[i][0] * cos - x[i][1] * sin);
+      to[kHalf + e] = narrow(x[i][1] * cos + x[i][0] * sin);
     }
   }
 
+  // Each is stored by the block whose chunk it is in.
   __device__ __forceinline__ void store_new_tokens() {
-    const int n = (end - position) * (kE / 8);
-    const int64_t at = static_cast<int64_t>(position) * (kE / 8);
-    for (int i = thread; i < n; i += kThreads) {
-      reinterpret_cast<uint4*>(keys)[at + i] = reinterpret_cast<const uint4*>(new_k)[i];
-      reinterpret_cast<uint4*>(values)[at + i] = reinterpret_cast<const uint4*>(new_v)[i];
+    const int first = max(position, first_position());
+    const int64_t to = static_cast<int64_t>(first) * (kE / 8);
+    const int from = (first - position) * (kE / 8);
+    for (int i = thread; i < (end_position() - first) * (kE / 8); i += kThreads) {
+      reinterpret_cast<uint4*>(keys)[to + i] = reinterpret_cast<const uint4*>(new_k)[from + i];
+      reinterpret_cast<uint4*>(values)[to + i] = reinterpret_cast<const uint4*>(new_v)[from + i];
     }
   }
 
-  // The history.
+  // Scores, softmax and sum.
 
-  struct Keys {  // of positions g and g + 8 of a step
-    uint4 at[2][kBlocks];
-  };
-
-  __device__ __forceinline__ const uint4* place(int at, const bf16* cache, const bf16* fresh) const {
-    at = min(at, end - 1);
-    return reinterpret_cast<const uint4*>(at < position ? cache + static_cast<int64_t>(at) * kE
-                                                        : fresh + (at - position) * kE);
-  }
-
-  __device__ __forceinline__ void read_keys(int step, Keys& k) const {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const uint4* from = place(kStep * step + g + 8 * i, keys, new_k);
-#pragma unroll
-      for (int block = 0; block < kBlocks; block++) k.at[i][block] = from[4 * block + t];
-    }
-  }
-
-  __device__ __forceinline__ void attend(float sum[kColumns][kQuads][4][4], float max[kColumns][2],
+  __device__ __forceinline__ void attend(int step, int n_steps, uint64_t policy,
+                                         float sum[kColumns][kQuads][4][4], float max[kColumns][2],
                                          float weight[kColumns][2]) {
-    const int stride = args.splits * kWarps, worker = split * kWarps + warp;
-    const int first = args.window > 0 ? max_of(position - args.window + 1, 0) / kStep : 0;
-    const int n_steps = (end + kStep - 1) / kStep;
-    int step = first + (worker + stride - first % stride) % stride;
     if (step >= n_steps) return;
-
     uint4 q[kColumns][kBlocks];
     int token_at[kColumns][2];  // positions of rows 8c + 2t and 8c + 2t + 1
 #pragma unroll
@@ -207,51 +262,74 @@ struct Attention {
       for (int i = 0; i < 2; i++)
         token_at[c][i] = min(position + token_of(8 * c + 2 * t + i), end - 1);
     }
+    int stage = 0;
+    uint32_t parity = 0;
+    for (; step < n_steps; step += kWarps) {
+      const int n = history_of(step);
+      bf16* k = ring + stage * 2 * kStep * kE;
+      bf16* v = k + kStep * kE;
+      if (n > 0) barrier_wait(arrived + stage, parity);
+      if (n < kStep) add_new_tokens(step, n > 0 ? n : 0, k, v);
 
-    Keys k;
-    read_keys(step, k);
-    for (; step < n_steps; step += stride) {
-      uint4 v[kQuads][4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int at = kStep * step + 2 * t + (i & 1) + 8 * (i >> 1);
-        const uint4* from = place(at, values, new_v);
-#pragma unroll
-        for (int quad = 0; quad < kQuads; quad++)
-          v[quad][i] = 64 * quad + 8 * g < kE ? from[8 * quad + g] : uint4{0, 0, 0, 0};
-      }
-      float score[kColumns][4] = {};
+      float even[kColumns][4] = {}, odd[kColumns][4] = {};
+      const uint4* k0 = reinterpret_cast<const uint4*>(k + g * kE);
+      const uint4* k1 = reinterpret_cast<const uint4*>(k + (g + 8) * kE);
 #pragma unroll
       for (int block = 0; block < kBlocks; block++) {
-        const uint4 k0 = k.at[0][block], k1 = k.at[1][block];
-        const uint32_t a0[4] = {k0.x, k1.x, k0.y, k1.y}, a1[4] = {k0.z, k1.z, k0.w, k1.w};
+        const uint4 w0 = k0[4 * block + t], w1 = k1[4 * block + t];
+        const uint32_t a0[4] = {w0.x, w1.x, w0.y, w1.y}, a1[4] = {w0.z, w1.z, w0.w, w1.w};
 #pragma unroll
         for (int c = 0; c < kColumns; c++) {
-          mma(score[c], a0, q[c][block].x, q[c][block].y);
-          mma(score[c], a1, q[c][block].z, q[c][block].w);
+          mma(even[c], a0, q[c][block].x, q[c][block].y);
+          mma(odd[c], a1, q[c][block].z, q[c][block].w);
         }
       }
-      if (step + stride < n_steps) read_keys(step + stride, k);
       uint32_t p[kColumns][2];
 #pragma unroll
-      for (int c = 0; c < kColumns; c++)
-        soften(score[c], kStep * step + g, token_at[c], sum[c], max[c], weight[c], p[c]);
+      for (int c = 0; c < kColumns; c++) {
+        for (int i = 0; i < 4; i++) even[c][i] += odd[c][i];
+        soften(even[c], kStep * step + g, token_at[c], sum[c], max[c], weight[c], p[c]);
+      }
 #pragma unroll
-      for (int quad = 0; quad < kQuads; quad++)
+      for (int quad = 0; quad < kQuads; quad++) {
+        uint4 rows[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const bf16* row = v + (2 * t + (i & 1) + 8 * (i >> 1)) * kE;
+          rows[i] = 64 * quad + 8 * g < kE ? reinterpret_cast<const uint4*>(row)[8 * quad + g]
+                                           : uint4{0, 0, 0, 0};
+        }
 #pragma unroll
         for (int f = 0; f < 4; f++) {
-          const uint32_t v0 = word(v[quad][0], f), v1 = word(v[quad][1], f);
-          const uint32_t v2 = word(v[quad][2], f), v3 = word(v[quad][3], f);
+          const uint32_t v0 = word(rows[0], f), v1 = word(rows[1], f);
+          const uint32_t v2 = word(rows[2], f), v3 = word(rows[3], f);
           const uint32_t a[4] = {low_halves(v0, v1), high_halves(v0, v1), low_halves(v2, v3),
                                  high_halves(v2, v3)};
 #pragma unroll
           for (int c = 0; c < kColumns; c++) mma(sum[c][quad][f], a, p[c][0], p[c][1]);
         }
+      }
+      sync_warp();  // every lane has read the stage: it can be overwritten
+      ask(step + kStages * kWarps, n_steps, stage, policy);
+      if (++stage == kStages) stage = 0, parity ^= 1;
     }
 #pragma unroll
     for (int c = 0; c < kColumns; c++)
       for (int i = 0; i < 2; i++)
         for (int mask = 4; mask < 32; mask *= 2) weight[c][i] += shuffle_xor(weight[c][i], mask);
+  }
+
+  // Into a step of which the cache holds the first n positions; what nobody sees is zero.
+  __device__ __forceinline__ void add_new_tokens(int step, int n, bf16* k, bf16* v) {
+    for (int i = lane; i < (kStep - n) * (kE / 8); i += 32) {
+      const int row = n + i / (kE / 8), e = i % (kE / 8), token = kStep * step + row - position;
+      const bool is_new = token < end - position;
+      const uint4* new_key = reinterpret_cast<const uint4*>(new_k + token * kE) + e;
+      const uint4* new_value = reinterpret_cast<const uint4*>(new_v + token * kE) + e;
+      reinterpret_cast<uint4*>(k + row * kE)[e] = is_new ? *new_key : uint4{0, 0, 0, 0};
+      reinterpret_cast<uint4*>(v + row * kE)[e] = is_new ? *new_value : uint4{0, 0, 0, 0};
+    }
+    sync_warp();
   }
 
   // One step of the running softmax: of scores of positions ``at`` and ``at`` + 8 (rows 8c + 2t
@@ -270,7 +348,7 @@ struct Attention {
       }
       float top = fmaxf(max[i], fmaxf(score[i], score[2 + i]));
       for (int mask = 4; mask < 32; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
-      const float base = top == -infinity() ? 0 : top;  // nothing was visible yet
+      const float base = finite(top);
       const float shrink = exp2_fast(max[i] - base);
       max[i] = top;
       score[i] = exp2_fast(score[i] - base);
@@ -285,10 +363,14 @@ struct Attention {
     p[1] = transpose(narrow(score[2], score[3]));
   }
 
+  // What exponents are taken relative to: where nothing was visible, they are all zero anyway.
+  static __device__ __forceinline__ float finite(float top) {
+    return top == -infinity() ? 0.0f : top;
+  }
+
   static __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
   }
-  static __device__ __forceinline__ int max_of(int a, int b) { return a > b ? a : b; }
 
   // Putting it together: each part has its sums, their largest score, and their weight.
 
@@ -299,6 +381,7 @@ struct Attention {
     for (int c = 0; c < kColumns; c++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
+        if (8 * c + 2 * t + i >= n_here) continue;
         const int row = warp * kRows + 8 * c + 2 * t + i;
         if (g == 0) found_max[row] = max[c][i], found_sum[row] = weight[c][i];
 #pragma unroll
@@ -314,72 +397,79 @@ struct Attention {
   }
 
   struct Merged {
-    float sum = 0, max = -infinity(), weight = 0;
+    float sum = 0, weight = 0, max;
 
+    // Parts are added in order, once their largest score is known.
     __device__ __forceinline__ void add(float more, float more_max, float more_weight) {
-      const float top = fmaxf(max, more_max), base = top == -infinity() ? 0 : top;
-      const float shrink = exp2_fast(max - base), more_shrink = exp2_fast(more_max - base);
-      sum = sum * shrink + more * more_shrink;
-      weight = weight * shrink + more_weight * more_shrink;
-      max = top;
+      const float shrink = exp2_fast(more_max - finite(max));
+      sum = fmaf(more, shrink, sum);
+      weight = fmaf(more_weight, shrink, weight);
     }
   };
 
   // What this block's warps found, of one row and dimension.
-  __device__ __forceinline__ Merged merged(int i) const {
-    const int row = i / kE;
+  __device__ __forceinline__ Merged merged(int row, int e) const {
     Merged m;
-    for (int w = 0; w < kWarps; w++)
-      m.add(found[w * kRows * kE + i], found_max[w * kRows + row], found_sum[w * kRows + row]);
+    m.max = -infinity();
+    for (int w = 0; w < kWarps; w++) m.max = fmaxf(m.max, found_max[w * kRows + row]);
+    for (int w = 0; w < kWarps; w++) {
+      const int at = w * kRows + row;
+      m.add(found[at * kE + e], found_max[at], found_sum[at]);
+    }
     return m;
   }
 
-  __device__ __forceinline__ void put_out(int i, const Merged& m) const {
-    const int row = i / kE, e = i % kE;
-    if (row_block * kRows + row >= n_rows) return;
+  __device__ __forceinline__ void put_out(int row, int e, const Merged& m) const {
     const int64_t token = static_cast<int64_t>(b) * args.tokens + token_of(row);
     args.out[(token * args.heads + head_of(row)) * kE + e] = narrow(m.sum / m.weight);
   }
 
   __device__ __forceinline__ void write_out() const {
-    for (int i = thread; i < kRows * kE; i += kThreads) put_out(i, merged(i));
+    for (int i = thread; i < n_here * kE; i += kThreads)
+      put_out(i / kE, i % kE, merged(i / kE, i % kE));
   }
 
-  // [shares of all blocks][splits][sums (kRows, E), largest (kRows), weights (kRows)]
+  // [groups][chunks][sums (kRows, E), largest (kRows), weights (kRows)]
   static constexpr int kShare = kRows * kE + 2 * kRows;
 
   __device__ __forceinline__ int shares() const {
     return (b * args.kv_heads + j) * row_blocks + row_block;
   }
+  __device__ __forceinline__ float* share(int of_chunk) const {
+    return args.partial + (static_cast<int64_t>(shares()) * gridDim.x + of_chunk) * kShare;
+  }
 
   __device__ __forceinline__ bool put_share() const {
-    float* to = args.partial + (static_cast<int64_t>(shares()) * args.splits + split) * kShare;
-    for (int i = thread; i < kRows * kE; i += kThreads) {
-      const Merged m = merged(i);
+    float* to = share(chunk);
+    for (int i = thread; i < n_here * kE; i += kThreads) {
+      const int row = i / kE;
+      const Merged m = merged(row, i % kE);
       to[i] = m.sum;
       if (i % kE == 0) {
-        to[kRows * kE + i / kE] = m.max;
-        to[kRows * kE + kRows + i / kE] = m.weight;
+        to[kRows * kE + row] = m.max;
+        to[kRows * kE + kRows + row] = m.weight;
       }
     }
-    return is_last_block(args.counters + shares(), args.splits, flag, thread);
+    return is_last_block(args.counters + shares(), n_chunks, flag, thread);
   }
 
   __device__ __forceinline__ void join_shares() const {
-    const float* from = args.partial + static_cast<int64_t>(shares()) * args.splits * kShare;
-    for (int i = thread; i < kRows * kE; i += kThreads) {
+    for (int i = thread; i < n_here * kE; i += kThreads) {
+      const int row = i / kE;
       Merged m;
-      for (int s = 0; s < args.splits; s++) {
-        const float* share = from + s * kShare;
-        m.add(load_from_others(share + i), load_from_others(share + kRows * kE + i / kE),
-              load_from_others(share + kRows * kE + kRows + i / kE));
-      }
-      put_out(i, m);
+      m.max = -infinity();
+      for (int s = 0; s < n_chunks; s++)
+        m.max = fmaxf(m.max, load_from_others(share(s) + kRows * kE + row));
+      for (int s = 0; s < n_chunks; s++)
+        m.add(load_from_others(share(s) + i), load_from_others(share(s) + kRows * kE + row),
+              load_from_others(share(s) + kRows * kE + kRows + row));
+      put_out(row, i % kE, m);
     }
   }
 };
 
-template <int kE, int kWarps, int kColumns>
+template <int kE, int kWarps, int kColumns, int kStages>
 __device__ __forceinline__ void attention(const AttentionArgs& args) {
-  Attention<kE, kWarps, kColumns>(args, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z).run();
+  Attention<kE, kWarps, kColumns, kStages>(args, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z)
+      .run();
 }

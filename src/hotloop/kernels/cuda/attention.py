@@ -18,6 +18,7 @@ from hotloop.kernels.cuda.launch import Arguments, Call
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_TOKENS = 16
+STEP = 16  # kStep of attention.cu
 
 
 class AttentionArguments(Arguments):
@@ -28,10 +29,26 @@ class AttentionArguments(Arguments):
         *((name, ctypes.c_void_p) for name in ("positions", "keys", "values", "out")),
         *((name, ctypes.c_void_p) for name in ("partial", "counters")),
         *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads", "capacity")),
-        *((name, ctypes.c_int) for name in ("window", "splits")),
+        *((name, ctypes.c_int) for name in ("window", "chunk")),
         ("scale", ctypes.c_float),
         ("eps", ctypes.c_float),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTuning:
+    """What a launch can choose for speed.
+
+    Attributes:
+        chunk: Positions of a history that a block looks at, a multiple of 16. Decides the order of
+            sums.
+        warps: Warps of a block. Decides the order of sums.
+        stages: Steps of 16 positions that a warp has on their way.
+    """
+
+    chunk: int = 512
+    warps: int = 8
+    stages: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +63,7 @@ class AttentionPlan:
         head_dim: E: 64, 96, 128 or 256.
         n_positions: C.
         window: Positions that a token sees, itself included, or None for all.
-        splits: Blocks that share a history. With ``warps``, decides the order of sums.
-        warps: Warps of a block.
+        tuning: What was chosen for speed.
     """
 
     batch: int
@@ -57,14 +73,14 @@ class AttentionPlan:
     head_dim: int
     n_positions: int
     window: int | None = None
-    splits: int = 1
-    warps: int = 4
+    tuning: AttentionTuning = AttentionTuning()
 
     def __post_init__(self) -> None:
         assert 1 <= self.tokens <= MAX_TOKENS, f"{self.tokens} tokens"
         assert self.head_dim in HEAD_DIMS, f"heads of {self.head_dim}"
         assert self.n_heads % self.n_kv_heads == 0, "query heads share key/value heads evenly"
         assert self.window is None or self.window >= 1, f"a window of {self.window}"
+        assert self.tuning.chunk % STEP == 0, f"chunks of {self.tuning.chunk}"
 
     @property
     def columns(self) -> int:
@@ -79,33 +95,46 @@ class AttentionPlan:
         return self.batch * self.n_kv_heads * -(-rows // (8 * self.columns))
 
     @property
+    def chunks(self) -> int:
+        """The most blocks that share a history."""
+        whole = -(-self.n_positions // self.tuning.chunk)
+        if self.window is None:
+            return whole
+        return min(whole, -(-(self.window + self.tokens) // self.tuning.chunk) + 1)
+
+    @property
     def n_partial(self) -> int:
         """Float32 values of workspace that ``partial`` must have."""
         share = 8 * self.columns * (self.head_dim + 2)
-        return 0 if self.splits == 1 else self.groups * self.splits * share
+        return 0 if self.chunks == 1 else self.groups * self.chunks * share
 
     @property
     def n_counters(self) -> int:
         """Zeros that ``counters`` must have."""
-        return 0 if self.splits == 1 else self.groups
+        return 0 if self.chunks == 1 else self.groups
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block, laid out as in ``Attention``'s constructor."""
-        rows = 8 * self.columns
-        new = 2 * (rows + 2 * self.tokens) * self.head_dim
-        found = 4 * self.warps * rows * (self.head_dim + 2) + 16
-        return max(new, found)
+        rows, warps, stages = 8 * self.columns, self.tuning.warps, self.tuning.stages
+        new = 2 * (rows + 4 * self.tokens) * self.head_dim
+        barriers = 8 * warps * stages + (8 if warps * stages % 2 else 16)
+        rings = 4 * warps * stages * STEP * self.head_dim
+        found = 4 * warps * rows * (self.head_dim + 2)
+        return new + barriers + max(rings, found)
 
     @property
     def kernel(self) -> Kernel:
         """The instance of ``attention.cu``."""
+        warps, stages = self.tuning.warps, self.tuning.stages
         return Kernel(
-            name=f"attention_e{self.head_dim}_w{self.warps}c{self.columns}",
+            name=f"attention_e{self.head_dim}_w{warps}c{self.columns}s{stages}",
             file="attention.cu",
-            function=f"attention<{self.head_dim}, {self.warps}, {self.columns}>",
+            function=f"attention<{self.head_dim}, {warps}, {self.columns}, {stages}>",
             args="AttentionArgs",
-            threads=32 * self.warps,
+            threads=32 * warps,
+            # Registers that leave room beside it for a block of a product.
+            blocks_per_sm=max(1, 16 // warps) if self.columns == 1 else 1,
         )
 
     def call(
@@ -132,12 +161,12 @@ class AttentionPlan:
             keys_BJCE: bfloat16; the slots of these sequences.
             values_BJCE: Like ``keys_BJCE``.
             positions_B: int64, of the first new token of each sequence.
-            cos_CE: float32.
-            sin_CE: float32.
+            cos_CE: float32, both halves alike.
+            sin_CE: Like ``cos_CE``.
             q_norm_E: bfloat16, where query heads are normalized.
             k_norm_E: bfloat16, where key heads are.
             eps: Of those norms.
-            partial: float32 workspace of ``n_partial``, where histories are split.
+            partial: float32 workspace of ``n_partial``, where histories have several chunks.
             counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
         """
         rows, width = self.batch * self.tokens, self.n_heads + 2 * self.n_kv_heads
@@ -170,13 +199,13 @@ class AttentionPlan:
             kv_heads=self.n_kv_heads,
             capacity=self.n_positions,
             window=self.window or 0,
-            splits=self.splits,
+            chunk=self.tuning.chunk,
             scale=self.head_dim**-0.5 * math.log2(math.e),
             eps=eps,
         )
         return Call(
             kernel=self.kernel,
-            grid=(self.splits, self.groups // self.batch, self.batch),
+            grid=(self.chunks, self.groups // self.batch, self.batch),
             shared_bytes=self.shared_bytes,
             args=args,
             tensors=tensors,

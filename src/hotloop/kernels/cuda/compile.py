@@ -22,15 +22,15 @@ from hotloop.cache import cache_dir
 from hotloop.errors import HotloopError
 
 SOURCES = Path(__file__).parent
-HEADER = "device.cuh"
+HEADERS = ("device.cuh", "weights.cuh")
 OPTIONS = (
     "--std=c++17",
     # Whether a product and a sum are fused is written down in the source, not left to the
     # compiler: kernels for different numbers of rows must compute the same bits.
     "--fmad=false",
 )
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
-"""Those that every kernel is known to compile for; later ones run the code of their own."""
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+"""Those that tests compile every kernel for. Others are taken where NVRTC knows them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +90,17 @@ def unavailable_reason() -> str | None:
     ):
         return "cuda-bindings is not installed (pip install 'hotloop[cuda]')"
     try:
-        _nvrtc_version()
+        nvrtc_version()
     except (RuntimeError, OSError, HotloopError) as error:
         return f"NVRTC cannot be loaded (pip install 'hotloop[cuda]'): {error}"
     return None
+
+
+def knows(architecture: str) -> bool:
+    """Whether this NVRTC compiles for an architecture."""
+    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+
+    return architecture in {f"sm_{number}" for number in _checked(nvrtc.nvrtcGetSupportedArchs())}
 
 
 def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
@@ -106,9 +113,9 @@ def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
     Raises:
         CompileError: NVRTC refused it.
     """
-    files = {name: (SOURCES / name).read_text() for name in (HEADER, kernel.file)}
+    files = {name: (SOURCES / name).read_text() for name in (*HEADERS, kernel.file)}
     options = (*OPTIONS, f"--gpu-architecture={architecture}")
-    identity = (*files.values(), kernel.source(), *options, _nvrtc_version())
+    identity = (*files.values(), kernel.source(), *options, str(nvrtc_version()))
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     path = cache_dir() / "kernels" / f"{kernel.name}-{architecture}-{key}.cubin"
     if (cubin := _read(path)) is not None:
@@ -176,11 +183,12 @@ def _compile(kernel: Kernel, files: dict[str, str], options: tuple[str, ...]) ->
 
 
 @functools.cache
-def _nvrtc_version() -> str:
+def nvrtc_version() -> tuple[int, int]:
+    """Of CUDA, such as (13, 0)."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
     major, minor = _checked(nvrtc.nvrtcVersion())
-    return f"{major}.{minor}"
+    return major, minor
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

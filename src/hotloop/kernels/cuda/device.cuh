@@ -40,6 +40,8 @@ __device__ __forceinline__ uint32_t narrow(float first, float second) {
   return pair;
 }
 
+constexpr uint32_t kMinusZeros = 0x80008000u;  // what to add to leave even zeros as they are
+
 // a * b + c of both halves, each rounded once.
 __device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;
@@ -93,9 +95,6 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) {
 }
 __device__ __forceinline__ int shuffle_xor(int value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-__device__ __forceinline__ uint32_t broadcast(uint32_t value, int lane) {
-  return __shfl_sync(0xffffffffu, value, lane);
 }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
@@ -159,6 +158,12 @@ __device__ __forceinline__ uint64_t read_once_policy() {
   return policy;
 }
 
+__device__ __forceinline__ uint64_t read_often_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ __forceinline__ void barriers_are_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -185,11 +190,18 @@ __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint
 
 __device__ __forceinline__ void copy_end(uint64_t*, int) {}
 
+// Reads ``bytes``, a multiple of 16, into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) {
+  if (lane == 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 #else
 
 constexpr int kCopyArrivals = 32;
 
 __device__ __forceinline__ uint64_t read_once_policy() { return 0; }
+__device__ __forceinline__ uint64_t read_often_policy() { return 0; }
 __device__ __forceinline__ void barriers_are_ready() {}
 __device__ __forceinline__ void copy_begin(uint64_t*, int, int) {}
 
@@ -204,6 +216,11 @@ __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint
 __device__ __forceinline__ void copy_end(uint64_t* barrier, int) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) {
+  for (int i = 128 * lane; i < bytes; i += 4096)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(from) + i));
 }
 
 #endif
@@ -224,21 +241,7 @@ __device__ __forceinline__ void wait_for_predecessor() {
 }
 
 // Blocks among each other: the last of ``n`` that call this with one counter is told so, and sees
-// what the others wrote before; the counter is zero again for the next use. Called by whole warps.
-__device__ __forceinline__ bool is_last_warp(uint32_t* counter, uint32_t n, int lane) {
-  __threadfence();
-  __syncwarp();
-  uint32_t before = 0;
-  if (lane == 0) {
-    before = atomicAdd(counter, 1u);
-    if (before == n - 1) *counter = 0;
-  }
-  before = broadcast(before, 0);
-  __threadfence();
-  return before == n - 1;
-}
-
-// The same for whole blocks; ``flag`` is shared.
+// what the others wrote before; the counter is zero again for the next use. ``flag`` is shared.
 __device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag,
                                               int thread) {
   __threadfence();
@@ -253,5 +256,4 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t n, uin
 }
 
 // Reads what other blocks wrote during this kernel.
-__device__ __forceinline__ float4 load_from_others(const float4* p) { return __ldcg(p); }
 __device__ __forceinline__ float load_from_others(const float* p) { return __ldcg(p); }

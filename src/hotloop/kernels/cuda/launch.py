@@ -8,7 +8,10 @@ stream; so it can be called from Python at each step, or captured in a CUDA grap
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,11 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import HotloopError
+from hotloop.kernels.cuda import compile as compiler
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
+
+OLDEST = (8, 0)
+"""Compute capability from which on the kernels run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +43,19 @@ class Call:
     shared_bytes: int
     args: ctypes.Structure
     tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What of a device decides how kernels are launched on it.
+
+    Attributes:
+        n_sms: Multiprocessors.
+        shared_bytes: Shared memory that a block can have.
+    """
+
+    n_sms: int
+    shared_bytes: int
 
 
 class Arguments(ctypes.Structure):
@@ -59,15 +79,19 @@ class LaunchError(HotloopError):
 class Device:
     """Loads and launches kernels on one CUDA device.
 
+    Args:
+        device: Which one, with its index.
+        dependent_launch: Kernels may start before their predecessors have ended, where the device
+            can do that. Without it they do the same, one after the other.
+
     Attributes:
         architecture: What kernels are compiled for, such as ``sm_90``.
-        n_sms: Multiprocessors.
-        shared_bytes: Shared memory that a block can have.
-        compile_seconds: Time spent in the compiler so far.
+        limits: What launches are made for.
+        compile_seconds: Threads' time spent in the compiler so far.
         notes: What went otherwise than it should, for records.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, dependent_launch: bool = True) -> None:
         assert device.index is not None, f"which of the devices, {device}?"
         driver = _driver()
         torch.cuda.synchronize(device)  # makes torch's context current: ours is the same
@@ -76,35 +100,43 @@ class Device:
         properties = torch.cuda.get_device_properties(device)
         self.device = device
         self.architecture = f"sm_{properties.major}{properties.minor}"
-        self.n_sms = properties.multi_processor_count
-        self.shared_bytes = _checked(driver.cuDeviceGetAttribute(optin, ordinal))
-        self.has_dependent_launch = properties.major >= 9
+        self.limits = Limits(
+            n_sms=properties.multi_processor_count,
+            shared_bytes=_checked(driver.cuDeviceGetAttribute(optin, ordinal)),
+        )
+        self.dependent_launch = dependent_launch and properties.major >= 9
         self.compile_seconds = 0.0
         self.notes: set[str] = set()
         self._functions: dict[Kernel, Any] = {}
 
-    def load(self, kernel: Kernel) -> Any:
-        """The driver's handle of a kernel, which is compiled if need be."""
+    def load(self, kernels: Iterable[Kernel]) -> None:
+        """Compiles kernels, all at once, and loads them; what is loaded already stays."""
+        missing = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._functions]
+        if not missing:
+            return
+        with ThreadPoolExecutor() as pool:
+            compiled = list(pool.map(lambda k: compile_kernel(k, self.architecture), missing))
+        for kernel, code in zip(missing, compiled, strict=True):
+            self.compile_seconds += code.seconds
+            if code.note:
+                self.notes.add(code.note)
+            self._functions[kernel] = self._load(kernel, code.cubin)
+
+    def _load(self, kernel: Kernel, cubin: bytes) -> Any:
+        """The driver's handle of a kernel."""
         driver = _driver()
-        if kernel in self._functions:
-            return self._functions[kernel]
-        compiled = compile_kernel(kernel, self.architecture)
-        self.compile_seconds += compiled.seconds
-        if compiled.note:
-            self.notes.add(compiled.note)
         with torch.cuda.device(self.device):
-            module = _checked(driver.cuModuleLoadData(compiled.cubin))
+            module = _checked(driver.cuModuleLoadData(cubin))
         function = _checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
         attribute = driver.CUfunction_attribute
         for name, value in (
-            ("MAX_DYNAMIC_SHARED_SIZE_BYTES", self.shared_bytes),
+            ("MAX_DYNAMIC_SHARED_SIZE_BYTES", self.limits.shared_bytes),
             # The same for all kernels: a multiprocessor can only hold blocks of two kernels at a
             # time if it need not be divided anew between them.
             ("PREFERRED_SHARED_MEMORY_CARVEOUT", 100),
         ):
             of = getattr(attribute, f"CU_FUNC_ATTRIBUTE_{name}")
             _checked(driver.cuFuncSetAttribute(function, of, value))
-        self._functions[kernel] = function
         return function
 
     def prepare(self, call: Call, *, dependent: bool = True) -> Launch:
@@ -113,16 +145,17 @@ class Device:
         Args:
             call: What to launch; its tensors are on this device.
             dependent: The kernel may start before its predecessor in the stream has ended
-                (programmatic dependent launch), where the device can do that.
+                (programmatic dependent launch), where that is on.
         """
         driver = _driver()
-        assert call.shared_bytes <= self.shared_bytes, f"{call.shared_bytes} of {self.shared_bytes}"
-        function = self.load(call.kernel)
+        limit = self.limits.shared_bytes
+        assert call.shared_bytes <= limit, f"{call.shared_bytes} of {limit}"
+        self.load((call.kernel,))
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = call.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = call.kernel.threads, 1, 1
         config.sharedMemBytes = call.shared_bytes
-        if dependent and self.has_dependent_launch:
+        if dependent and self.dependent_launch:
             attribute = driver.CUlaunchAttribute()
             attribute.id = (
                 driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -132,7 +165,7 @@ class Device:
             attribute.value = value
             config.attrs = [attribute]
             config.numAttrs = 1
-        return Launch(call, function, config, self.device)
+        return Launch(call, self._functions[call.kernel], config, self.device)
 
 
 class Launch:
@@ -153,12 +186,37 @@ class Launch:
             LaunchError: The driver refused.
         """
         self._config.hStream = torch.cuda.current_stream(self.device).cuda_stream
-        (status,) = self._launch(self._config, self._function, self._address, 0)
+        with torch.cuda.device(self.device):
+            (status,) = self._launch(self._config, self._function, self._address, 0)
         if status.value != 0:
             raise LaunchError(
                 f"launching {self.call.kernel.name} failed: {status.name} (grid {self.call.grid}, "
                 f"{self.call.shared_bytes} bytes of shared memory)."
             )
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None if they can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "it is for NVIDIA GPUs"
+    if (capability := torch.cuda.get_device_capability(device)) < OLDEST:
+        found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
+        return f"it needs compute capability {needed}, not {found}"
+    if reason := compiler.unavailable_reason():
+        return reason
+    (major, minor), architecture = compiler.nvrtc_version(), f"sm_{''.join(map(str, capability))}"
+    if not compiler.knows(architecture):
+        return f"NVRTC {major}.{minor} does not know {architecture}: update nvidia-cuda-nvrtc"
+    newest = _checked(_driver().cuDriverGetVersion()) // 1000
+    if newest < major:
+        return f"the GPU's driver is for CUDA up to {newest}, and NVRTC is {major}.{minor}"
+    return None
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The one ``Device`` of a CUDA device: kernels are loaded once."""
+    return Device(device)
 
 
 def _driver() -> Any:

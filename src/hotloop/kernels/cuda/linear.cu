@@ -5,130 +5,44 @@
 // are B, so up to eight of them cost little more than one.
 //
 // A block keeps a ring of shared memory per warp full of weights that are on their way. It asks for
-// the first of them before it waits for the kernel that computes x: since the next kernel's block
-// finds room beside this one's, memory is never idle between kernels. Warps share out K, so every
-// block sees all of x (or of its part, where K is split among blocks); one more warp adds up what
-// they found, in a fixed order, and applies the epilogue.
+// the first of them before it waits for the kernel that computes x. Warps share out K, so every block
+// sees all of x; one more warp adds up what they found, in a fixed order, and applies the epilogue.
+//
+// A norm is taken apart. The product before has its result multiplied by the norm's weight already,
+// and adds up squares, a tile at a time; the factor that is common to a row is applied to the sums.
 //
 // Bits: a row's result depends on neither the number of rows nor on timing. It depends on the
-// number of warps and on the split, which belong to the weight and not to the call.
+// number of warps, which belongs to the weight and not to the call.
 //
 // Letters: M rows of x, N output features, K input features. A tile is 16 output features, a unit
 // what a tile has of 1024 bytes of weights (and their scales), a block of K 32 input features; an
 // item of work is kTiles tiles. g = lane / 4 and t = lane % 4 are a lane's place in fragments.
 
-#include "device.cuh"
+#include "weights.cuh"
 
 struct LinearArgs {
   const uint8_t* weight;         // [tiles, units, bytes of a unit]
   const float* scale;            // [N], of eight-bit weights
-  const bf16* x;                 // [M, K]
-  const bf16* norm_weight;       // [K], of kNorm
+  const bf16* x;                 // [M, K]; of kNorm, times the norm's weight
+  const float* squares;          // [M, tiles of K], of kNorm: what those of its input add up to
   const bf16* bias;              // [N], or null
   const bf16* residual;          // like y, or null; not of kLogits
   void* y;                       // [M, N] bf16; [M, N / 2] of kSwiGLU; float of kLogits
+  const bf16* next_norm;         // [N]: weight of the norm that y goes into, or null; of kPlain
+  bf16* next_x;                  // [M, N]: y times it
+  float* next_squares;           // [M, tiles]: of y
   float* best_value;             // [M, blocks], of kLogits, or null
   int* best_index;               // [M, blocks]
-  float4* partial;               // workspace of a split, see is_last_warp
-  uint32_t* counters;            // zeros, one per item
   int rows, n, k;
+  int n_best;                    // output features that can be the best
   int tiles, units;
-  int split;                     // blocks that share K; divides the number of blocks
   int stages, units_per_stage;   // a warp's ring: how many copies, and the length of each
   float eps;                     // of kNorm
 };
 
 enum Epilogue { kPlain, kSwiGLU, kLogits };
 
-constexpr int kTileRows = 16;
-constexpr int kFragmentBytes = 1024;  // of a unit
-constexpr int kBuffers = 2;           // of sums on their way to the epilogue
-constexpr uint32_t kOnes = 0x3f803f80u;
-constexpr uint32_t kMinusZeros = 0x80008000u;
-
-// How each type of weight is unpacked: two A operands for each block of 32 input features.
-//
-// kUnitK: input features of a unit. kGroupBlocks: blocks that share a scale, 0 if all do.
-
-struct Bf16 {
-  static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupBlocks = 0;
-  static constexpr bool kChannelScale = false, kOffset = false;
-
-  static __device__ __forceinline__ void unpack(const uint8_t* unit, int, int lane,
-                                                uint32_t a[2][4]) {
-    for (int i = 0; i < 2; i++) {
-      const uint4 words = reinterpret_cast<const uint4*>(unit)[32 * i + lane];
-      a[i][0] = words.x, a[i][1] = words.y, a[i][2] = words.z, a[i][3] = words.w;
-    }
-  }
-};
-
-// Bytes 0 and 2 of a word are one pair of weights, 1 and 3 the other.
-template <class Derived>
-struct EightBits {
-  static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupBlocks = 0;
-  static constexpr bool kChannelScale = true, kOffset = false;
-
-  static __device__ __forceinline__ void unpack(const uint8_t* unit, int block, int lane,
-                                                uint32_t a[2][4]) {
-    const uint4 words = reinterpret_cast<const uint4*>(unit)[32 * block + lane];
-    Derived::convert(words.x, a[0][0], a[0][1]);
-    Derived::convert(words.y, a[0][2], a[0][3]);
-    Derived::convert(words.z, a[1][0], a[1][1]);
-    Derived::convert(words.w, a[1][2], a[1][3]);
-  }
-};
-
-struct Int8 : EightBits<Int8> {
-  // A bfloat16 of 128 plus the lower seven bits, less 128 or 256 by the sign: exact.
-  static __device__ __forceinline__ uint32_t pair(uint32_t word) {
-    const uint32_t magnitude = mask_or(word, 0x007f007fu, 0x43004300u);
-    const uint32_t minus = mask_or(word, 0x00800080u, 0xc300c300u);
-    return fma_pair(magnitude, kOnes, minus);
-  }
-  static __device__ __forceinline__ void convert(uint32_t word, uint32_t& even, uint32_t& odd) {
-    even = pair(word);
-    odd = pair(word >> 8);
-  }
-};
-
-struct Fp8 : EightBits<Fp8> {
-  // Sign, exponent and mantissa of e4m3 moved to their places in bfloat16 are the value times
-  // 2^-120, subnormal ones too: exact.
-  static __device__ __forceinline__ uint32_t pair(uint32_t shifted) {
-    const uint32_t moved = mask_or(shifted >> 4, 0x07f007f0u, shifted & 0x80008000u);
-    return fma_pair(moved, 0x7b807b80u, kMinusZeros);
-  }
-  static __device__ __forceinline__ void convert(uint32_t word, uint32_t& even, uint32_t& odd) {
-    even = pair(word << 8);
-    odd = pair(word);
-  }
-};
-
-// Four pairs of weights, each plus 8, in the nibbles of a word. After the fragments of a unit come,
-// for each of its groups, the scales of the tile and then its offsets, rows g and g + 8 together.
-template <int kGroup, bool kAsymmetric>
-struct Int4 {
-  static constexpr int kUnitK = 128, kGroupBlocks = kGroup / 32;
-  static constexpr int kGroupBytes = (kAsymmetric ? 4 : 2) * kTileRows;
-  static constexpr int kUnitBytes = kFragmentBytes + kUnitK / kGroup * kGroupBytes;
-  static constexpr bool kChannelScale = false, kOffset = kAsymmetric;
-
-  // A bfloat16 of 128 plus the nibble, less 136: exact.
-  static __device__ __forceinline__ uint32_t pair(uint32_t word) {
-    return fma_pair(mask_or(word, 0x000f000fu, 0x43004300u), kOnes, 0xc308c308u);
-  }
-  static __device__ __forceinline__ void unpack(const uint8_t* unit, int block, int lane,
-                                                uint32_t a[2][4]) {
-    const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * block + lane];
-    for (int r = 0; r < 4; r++) a[0][r] = pair(words.x >> 4 * r);
-    for (int r = 0; r < 4; r++) a[1][r] = pair(words.y >> 4 * r);
-  }
-  static __device__ __forceinline__ const uint32_t* group(const uint8_t* unit, int block) {
-    return reinterpret_cast<const uint32_t*>(unit + kFragmentBytes +
-                                             block / kGroupBlocks * kGroupBytes);
-  }
-};
+constexpr int kBuffers = 2;  // of sums on their way to the epilogue
 
 // kTiles: tiles that a warp computes together from one reading of x. kColumns: groups of eight
 // rows of x. kStaged: each warp keeps its part of x in shared memory.
@@ -137,59 +51,53 @@ template <class Weight, int kWarps, int kTiles, int kColumns, Epilogue kEpilogue
 struct Linear {
   static constexpr int kUnitBlocks = Weight::kUnitK / 32;
   static constexpr int kMaxRows = 8 * kColumns;
+  static constexpr bool kGroups = Weight::kGroupBlocks > 0;
+  static constexpr int kUnitSums = Weight::kOffset ? kUnitBlocks / Weight::kGroupBlocks : 0;
 
   const LinearArgs& args;
   const int lane, warp, g, t;
-  const int part, first_item, item_step, n_items;  // items are first_item, + item_step, ...
+  const int first_item, item_step, n_items;        // items are first_item, + item_step, ...
   const int tile_bytes, stage_bytes;               // of a stage of the ring
   const int staged_row;                            // g, or 0 if there is no such row
   int first_unit, end_unit;                        // of this warp, in every item
+  int chunks, x_stride;                            // of eight features: this warp's; between rows
 
   // Shared memory.
   uint8_t* ring;
   float4* sums;           // [kBuffers][kWarps][kTiles][kColumns][32]
-  float* squares;         // [kWarps][kMaxRows]
-  uint4* staged;          // this warp's x: [blocks of K][rows][4]
-  uint64_t* arrived;      // [stages], of this warp: the copy is there
+  float* x_sums;          // of this warp's groups of weights: [groups][kMaxRows]
+  uint4* staged;          // this warp's x: [rows][x_stride]
+  uint64_t* arrived;      // [stages], of this warp: the copy is there; then of x
   uint64_t* summed;       // [kBuffers]: every warp's sums are there
   uint64_t* taken;        // [kBuffers]: the epilogue has them
 
   __device__ __forceinline__ Linear(const LinearArgs& a, int thread, int block, int blocks)
       : args(a), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
-        part(block % a.split), first_item(block / a.split), item_step(blocks / a.split),
-        n_items((a.tiles + kTiles - 1) / kTiles),
+        first_item(block), item_step(blocks), n_items((a.tiles + kTiles - 1) / kTiles),
         tile_bytes(a.units_per_stage * Weight::kUnitBytes), stage_bytes(kTiles * tile_bytes),
         staged_row(g < a.rows ? g : 0) {
-    const int workers = a.split * kWarps, worker = part * kWarps + warp;
-    first_unit = a.units * worker / workers;
-    end_unit = a.units * (worker + 1) / workers;
+    first_unit = a.units * warp / kWarps;
+    end_unit = a.units * (warp + 1) / kWarps;
     uint8_t* memory = shared_memory();
     ring = memory + warp * a.stages * stage_bytes;
     memory += kWarps * a.stages * stage_bytes;
     sums = reinterpret_cast<float4*>(memory);
     memory += sizeof(float4) * kBuffers * kWarps * kTiles * kColumns * 32;
-    squares = reinterpret_cast<float*>(memory);
-    memory += sizeof(float) * kWarps * kMaxRows;
     summed = reinterpret_cast<uint64_t*>(memory);
     taken = summed + kBuffers;
-    arrived = taken + kBuffers + warp * a.stages;
-    memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * a.stages) + 15) / 16 * 16;
-    const int blocks_of_warp = (a.units + workers - 1) / workers * kUnitBlocks;
-    staged = reinterpret_cast<uint4*>(memory) + warp * blocks_of_warp * a.rows * 4;
+    arrived = taken + kBuffers + warp * (a.stages + 1);
+    memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * (a.stages + 1)) + 15) / 16 * 16;
+    const int units_of_warp = (a.units + kWarps - 1) / kWarps;
+    x_sums = reinterpret_cast<float*>(memory) + warp * units_of_warp * kUnitSums * kMaxRows;
+    memory += sizeof(float) * kWarps * units_of_warp * kUnitSums * kMaxRows;
+    chunks = (min(end_unit * Weight::kUnitK, a.k) - first_unit * Weight::kUnitK) / 8;
+    // Rows begin an odd number of half lines apart: eight lanes read two of them at once.
+    x_stride = 4 * (units_of_warp * kUnitBlocks | 1);
+    staged = reinterpret_cast<uint4*>(memory) + warp * a.rows * x_stride;
   }
 
   __device__ __forceinline__ void run() {
-    const bool copies = warp < kWarps;
-    if (copies && lane == 0)
-      for (int i = 0; i < args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
-    if (!copies && lane == 0)
-      for (int i = 0; i < kBuffers; i++) {
-        barrier_init(summed + i, kWarps);
-        barrier_init(taken + i, 1);
-      }
-    barriers_are_ready();
-    sync_block();
-    if (copies)
+    if (warp < kWarps)
       multiply();
     else
       finish();
@@ -221,76 +129,70 @@ struct Linear {
   __device__ __forceinline__ void multiply() {
     const uint64_t policy = read_once_policy();
     Cursor next = {first_unit < end_unit ? first_item : n_items, first_unit};
+    if (lane == 0)
+      for (int i = 0; i <= args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
+    barriers_are_ready();
+    sync_warp();
     for (int i = 0; i < args.stages; i++) ask(next, i, policy);
     launch_dependents();
+    sync_block();  // the other barriers are ready
     wait_for_predecessor();
-
-    float square[kColumns] = {};  // sums over this lane's share of x, of rows 8c + g
-    if (kStaged) stage_x(square);
+    if (kStaged) stage_x();
+    if (Weight::kOffset) add_up_x();
 
     int stage = 0, number = 0;
     uint32_t parity = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
       float sum[kTiles][kColumns][4] = {};
-      const bool adds_squares = kNorm && !kStaged && number == 0;
-      const uint4* x = staged + staged_row * 4 + t;  // of the next unit, in row 0 or row g
+      const uint4* x = staged + staged_row * x_stride + t;  // of the next unit, in row 0 or row g
+      const float* x_sum = x_sums + 2 * t;
       for (int unit = first_unit; unit < end_unit;) {
         barrier_wait(arrived + stage, parity);
         const uint8_t* weights = ring + stage * stage_bytes;
         const int end = min(unit + args.units_per_stage, end_unit);
         for (; unit < end; unit++) {
-          multiply_unit(weights, x, unit, sum, square, adds_squares);
+          multiply_unit(weights, x, x_sum, unit, sum);
           weights += Weight::kUnitBytes;
-          x += kUnitBlocks * args.rows * 4;
+          x += kUnitBlocks * 4;
+          x_sum += kUnitSums * kMaxRows;
         }
         sync_warp();  // every lane has read the stage: it can be overwritten
         ask(next, stage, policy);
         if (++stage == args.stages) stage = 0, parity ^= 1;
       }
-      if (kNorm && number == 0) put_squares(square);
       put_sums(sum, number);
     }
   }
 
   // Sums of groups run in two chains, since each product waits for the one before it.
-  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x, int unit,
-                                                float sum[kTiles][kColumns][4],
-                                                float square[kColumns], bool adds_squares) {
+  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
+                                                const float* x_sum, int unit,
+                                                float sum[kTiles][kColumns][4]) {
     constexpr int kGroupBlocks = Weight::kGroupBlocks;
-    float even[kTiles][kColumns][4], odd[kTiles][kColumns][4], x_sum[kColumns][4];
+    float even[kTiles][kColumns][4], odd[kTiles][kColumns][4];
 #pragma unroll
     for (int block = 0; block < kUnitBlocks; block++) {
       uint4 b[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; c++)
-        b[c] = kStaged ? x[(block * args.rows + staged_rows_to(c)) * 4]
-                       : read_x(unit * kUnitBlocks + block, c, square, adds_squares);
-      if constexpr (kGroupBlocks > 0) {
-        if (block % kGroupBlocks == 0) {
-          zero(x_sum);
+        b[c] = kStaged ? x[block * 4 + staged_rows_to(c) * x_stride]
+                       : read_x(unit * kUnitBlocks + block, c);
+      if constexpr (kGroups) {
+        if (block % kGroupBlocks == 0)
 #pragma unroll
-          for (int r = 0; r < kTiles; r++) zero(even[r]), zero(odd[r]);
-        }
-        if constexpr (Weight::kOffset) {  // a product with ones adds up x, where sums need it
-          const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
-#pragma unroll
-          for (int c = 0; c < kColumns; c++) {
-            mma(x_sum[c], ones, b[c].x, b[c].y);
-            mma(x_sum[c], ones, b[c].z, b[c].w);
-          }
-        }
+          for (int c = 0; c < kColumns; c++) begin_group(x_sum, block / kGroupBlocks, c, even, odd);
       }
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
         const uint8_t* tile = weights + r * tile_bytes;
         uint32_t a[2][4];
-        Weight::unpack(tile, block, lane, a);
+        Weight::operands(tile, block, lane, a);
 #pragma unroll
         for (int c = 0; c < kColumns; c++) {
-          mma(kGroupBlocks > 0 ? even[r][c] : sum[r][c], a[0], b[c].x, b[c].y);
-          mma(kGroupBlocks > 0 ? odd[r][c] : sum[r][c], a[1], b[c].z, b[c].w);
+          mma(kGroups ? even[r][c] : sum[r][c], a[0], b[c].x, b[c].y);
+          mma(kGroups ? odd[r][c] : sum[r][c], a[1], b[c].z, b[c].w);
         }
-        if constexpr (kGroupBlocks > 0) {
+        if constexpr (kGroups) {
           if (block % kGroupBlocks == kGroupBlocks - 1) {
             const uint32_t* group = Weight::group(tile, block);
             const uint32_t scale = group[g];
@@ -299,12 +201,39 @@ struct Linear {
 #pragma unroll
               for (int i = 0; i < 4; i++) even[r][c][i] += odd[r][c][i];
               add_scaled(sum[r][c], scale, even[r][c]);
-              if constexpr (Weight::kOffset) add_scaled(sum[r][c], group[8 + g], x_sum[c]);
+              if constexpr (Weight::kOffset) {
+                const float2 x = x_sum_of(x_sum, block / kGroupBlocks, c);
+                const float sums[4] = {x.x, x.y, x.x, x.y};
+                add_scaled(sum[r][c], group[8 + g], sums);
+              }
             }
           }
         }
       }
     }
+  }
+
+  // What rows 8c + 2t and 8c + 2t + 1 of x add up to over a group of weights.
+  static __device__ __forceinline__ float2 x_sum_of(const float* x_sum, int group, int c) {
+    return *reinterpret_cast<const float2*>(x_sum + group * kMaxRows + 8 * c);
+  }
+
+  // Sums begin with what takes back by how much the operands are more than the weights.
+  static __device__ __forceinline__ void begin_group(const float* x_sum, int group, int c,
+                                                     float even[kTiles][kColumns][4],
+                                                     float odd[kTiles][kColumns][4]) {
+    float2 less = {0, 0};
+    if constexpr (Weight::kRaised > 0) {
+      less = x_sum_of(x_sum, group, c);
+      less = {-Weight::kRaised * less.x, -Weight::kRaised * less.y};
+    }
+#pragma unroll
+    for (int r = 0; r < kTiles; r++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        even[r][c][i] = i % 2 == 0 ? less.x : less.y;
+        odd[r][c][i] = 0;
+      }
   }
 
   // Rows g and g + 8 of a tile have a scale each.
@@ -316,13 +245,6 @@ struct Linear {
     sum[3] = fmaf(high(scales), more[3], sum[3]);
   }
 
-  static __device__ __forceinline__ void zero(float values[kColumns][4]) {
-#pragma unroll
-    for (int c = 0; c < kColumns; c++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) values[c][i] = 0;
-  }
-
   // x as B operands: of rows 8c + g the features from 8t on of a block of 32. Lanes whose row does
   // not exist read another one: what they compute is not written anywhere.
 
@@ -331,55 +253,57 @@ struct Linear {
     return c == 0 || 8 * c + g < args.rows ? 8 * c : 0;
   }
 
-  // Each lane reads back what it wrote itself, or what a lane of its warp did.
-  __device__ __forceinline__ void stage_x(float square[kColumns]) {
-#pragma unroll 4
-    for (int block = first_unit * kUnitBlocks; block < end_unit * kUnitBlocks; block++)
-#pragma unroll
-      for (int c = 0; c < kColumns; c++) {
-        const uint4 x = read_x(block, c, square, kNorm);
-        const int at = (block - first_unit * kUnitBlocks) * args.rows + 8 * c + g;
-        if (8 * c + g < args.rows) staged[at * 4 + t] = x;
-      }
+  // This warp's part of x, all of it on its way at once.
+  __device__ __forceinline__ void stage_x() {
+    uint64_t* barrier = arrived + args.stages;
+    const uint64_t policy = read_often_policy();
+    const int bytes = max(chunks, 0) * sizeof(uint4);
+    if (bytes > 0) {
+      copy_begin(barrier, args.rows * bytes, lane);
+      for (int row = 0; row < args.rows; row++)
+        copy(staged + row * x_stride, x_chunks(row), bytes, barrier, policy, lane);
+      copy_end(barrier, lane);
+    }
+    // Beyond the last feature weights are zeros, and x must be numbers.
+    const int beyond = (end_unit - first_unit) * kUnitBlocks * 4;
+    for (int row = 0; row < args.rows; row++)
+      for (int i = max(chunks, 0) + lane; i < beyond; i += 32)
+        staged[row * x_stride + i] = uint4{0, 0, 0, 0};
+    if (bytes > 0) barrier_wait(barrier, 0);
     sync_warp();
   }
 
-  // With a norm: x times the norm's weight. Its other factor, the same for a whole row, is applied
-  // to the sums; what it is made of is gathered here. Features beyond the last, whose weights are
-  // zeros, are again the last.
-  __device__ __forceinline__ uint4 read_x(int block, int c, float square[kColumns],
-                                          bool adds_squares) const {
-    const int row = 8 * c + g < args.rows ? 8 * c + g : 0;
-    const int k = min(32 * block + 8 * t, args.k - 8);
-    uint4 x = *reinterpret_cast<const uint4*>(args.x + static_cast<int64_t>(row) * args.k + k);
-    if constexpr (kNorm) {
-      const uint4 w = *reinterpret_cast<const uint4*>(args.norm_weight + k);
-      if (adds_squares && k == 32 * block + 8 * t) {
-        square[c] = add_squares(square[c], x.x);
-        square[c] = add_squares(square[c], x.y);
-        square[c] = add_squares(square[c], x.z);
-        square[c] = add_squares(square[c], x.w);
+  __device__ __forceinline__ const uint4* x_chunks(int row) const {
+    return reinterpret_cast<const uint4*>(args.x + static_cast<int64_t>(row) * args.k +
+                                          first_unit * Weight::kUnitK);
+  }
+
+  // What this warp's x adds up to over each group of weights.
+  __device__ __forceinline__ void add_up_x() {
+    constexpr int kGroupChunks = 4 * Weight::kGroupBlocks;
+    const int all_chunks = (end_unit - first_unit) * kUnitBlocks * 4;
+    for (int row = 0; row < args.rows; row++) {
+      const uint4* from = kStaged ? staged + row * x_stride : x_chunks(row);
+      for (int begin = 0; begin < all_chunks; begin += 32) {
+        const int chunk = begin + lane;
+        const uint4 x = chunk < chunks ? from[chunk] : uint4{0, 0, 0, 0};
+        float sum = (add(x.x) + add(x.y)) + (add(x.z) + add(x.w));
+        for (int mask = 1; mask < kGroupChunks; mask *= 2) sum += shuffle_xor(sum, mask);
+        if (chunk % kGroupChunks == 0 && chunk < all_chunks)
+          x_sums[chunk / kGroupChunks * kMaxRows + row] = sum;
       }
-      x.x = fma_pair(x.x, w.x, kMinusZeros);
-      x.y = fma_pair(x.y, w.y, kMinusZeros);
-      x.z = fma_pair(x.z, w.z, kMinusZeros);
-      x.w = fma_pair(x.w, w.w, kMinusZeros);
     }
-    return x;
+    sync_warp();
   }
 
-  static __device__ __forceinline__ float add_squares(float sum, uint32_t pair) {
-    return fmaf(high(pair), high(pair), fmaf(low(pair), low(pair), sum));
-  }
+  static __device__ __forceinline__ float add(uint32_t pair) { return low(pair) + high(pair); }
 
-  __device__ __forceinline__ void put_squares(const float square[kColumns]) {
-#pragma unroll
-    for (int c = 0; c < kColumns; c++) {
-      float sum = square[c];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      if (t == 0) squares[warp * kMaxRows + 8 * c + g] = sum;
-    }
+  // x where it is not staged; zeros beyond the last feature.
+  __device__ __forceinline__ uint4 read_x(int block, int c) const {
+    const int row = 8 * c + g < args.rows ? 8 * c + g : 0, k = 32 * block + 8 * t;
+    if (k >= args.k) return {0, 0, 0, 0};
+    const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
+    return *reinterpret_cast<const uint4*>(from);
   }
 
   __device__ __forceinline__ float4* sums_of(int number, int of_warp) const {
@@ -412,28 +336,39 @@ struct Linear {
   };
 
   __device__ __forceinline__ void finish() {
-    launch_dependents();
-    wait_for_predecessor();  // for the residual, and since y may still be in use
+    if (lane == 0)
+      for (int i = 0; i < kBuffers; i++) {
+        barrier_init(summed + i, kWarps);
+        barrier_init(taken + i, 1);
+      }
+    barriers_are_ready();
+    sync_block();
+    wait_for_predecessor();  // for what it reads, and since y may still be in use
     float factor[kColumns][2];  // of the norm, for rows 8c + 2t and 8c + 2t + 1
+    if (kNorm) norm_factors(factor);
     Best best[kColumns][2];
     int number = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
+      Beside beside[kTiles][kColumns];
+#pragma unroll
+      for (int r = 0; r < kTiles; r++)
+#pragma unroll
+        for (int c = 0; c < kColumns; c++) beside[r][c] = read_beside(item * kTiles + r, c);
       barrier_wait(summed + number % kBuffers, number / kBuffers % 2);
-      if (kNorm && number == 0) norm_factors(factor);
       float4 sum[kTiles][kColumns];
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
         for (int c = 0; c < kColumns; c++) sum[r][c] = float4{0, 0, 0, 0};
+#pragma unroll 4
       for (int w = 0; w < kWarps; w++) add(sum, sums_of(number, w));
       sync_warp();
       if (lane == 0) barrier_arrive(taken + number % kBuffers);
-      if (args.split > 1 && !join_parts(sum, item)) continue;
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
         for (int c = 0; c < kColumns; c++)
-          write(sum[r][c], item * kTiles + r, c, factor[c], best[c]);
+          write(sum[r][c], item * kTiles + r, c, beside[r][c], factor[c], best[c]);
     }
     if (kEpilogue == kLogits && args.best_value != nullptr) write_best(best);
   }
@@ -450,72 +385,100 @@ struct Linear {
   }
 
   __device__ __forceinline__ void norm_factors(float factor[kColumns][2]) const {
+    const int parts = (args.k + kTileRows - 1) / kTileRows;
+    for (int row = 0; row < args.rows; row++) {
+      float sum = 0;
+#pragma unroll 4
+      for (int i = lane; i < parts; i += 32) sum += args.squares[row * parts + i];
+      for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+      const float of_row = rsqrtf(sum / args.k + args.eps);
 #pragma unroll
-    for (int c = 0; c < kColumns; c++)
-      for (int i = 0; i < 2; i++) {
-        float sum = 0;
-        for (int w = 0; w < kWarps; w++) sum += squares[w * kMaxRows + 8 * c + 2 * t + i];
-        factor[c][i] = rsqrtf(sum / args.k + args.eps);
-      }
-  }
-
-  // Whichever block comes last adds up what all found, in their order.
-  __device__ __forceinline__ bool join_parts(float4 sum[kTiles][kColumns], int item) {
-    constexpr int kSize = kTiles * kColumns * 32;
-    float4* parts = args.partial + static_cast<int64_t>(item) * args.split * kSize + lane;
-#pragma unroll
-    for (int r = 0; r < kTiles; r++)
-#pragma unroll
-      for (int c = 0; c < kColumns; c++) {
-        parts[part * kSize + (r * kColumns + c) * 32] = sum[r][c];
-        sum[r][c] = float4{0, 0, 0, 0};
-      }
-    if (!is_last_warp(args.counters + item, args.split, lane)) return false;
-    for (int p = 0; p < args.split; p++)
-#pragma unroll
-      for (int r = 0; r < kTiles; r++)
-#pragma unroll
-        for (int c = 0; c < kColumns; c++) {
-          const float4 more = load_from_others(parts + p * kSize + (r * kColumns + c) * 32);
-          sum[r][c].x += more.x, sum[r][c].y += more.y;
-          sum[r][c].z += more.z, sum[r][c].w += more.w;
-        }
-    return true;
-  }
-
-  // Rows g and g + 8 of a tile, of SwiGLU gate and up of one feature, at rows 8c + 2t (+ 1) of x.
-  __device__ __forceinline__ void write(float4 sum, int tile, int c, const float factor[2],
-                                        Best best[2]) {
-    if (tile >= args.tiles) return;
-    const bool pairs = kEpilogue == kSwiGLU;
-    const int width = pairs ? args.n / 2 : args.n;  // of y
-    const int n0 = pairs ? 8 * tile + g : kTileRows * tile + g;
-    const int n1 = pairs ? width + n0 : n0 + 8;
-    const bool has0 = n0 < width, has1 = n1 < args.n;
-    float v[4] = {sum.x, sum.y, sum.z, sum.w};
-    if (Weight::kChannelScale) {
-      const float s0 = has0 ? args.scale[n0] : 0, s1 = has1 ? args.scale[n1] : 0;
-      v[0] *= s0, v[1] *= s0, v[2] *= s1, v[3] *= s1;
+      for (int c = 0; c < kColumns; c++)
+        for (int i = 0; i < 2; i++)
+          if (8 * c + 2 * t + i == row) factor[c][i] = of_row;
     }
-    if (kNorm) v[0] *= factor[0], v[1] *= factor[1], v[2] *= factor[0], v[3] *= factor[1];
+  }
+
+  // A lane has rows g and g + 8 of a tile (of SwiGLU gate and up of one feature), at rows 8c + 2t
+  // and 8c + 2t + 1 of x.
+  struct Place {
+    int width;   // of y
+    int n0, n1;  // output features
+    bool has0, has1;
+  };
+
+  __device__ __forceinline__ Place place_of(int tile) const {
+    constexpr bool pairs = kEpilogue == kSwiGLU;
+    Place p;
+    p.width = pairs ? args.n / 2 : args.n;
+    p.n0 = pairs ? 8 * tile + g : kTileRows * tile + g;
+    p.n1 = pairs ? p.width + p.n0 : p.n0 + 8;
+    p.has0 = p.n0 < p.width && tile < args.tiles, p.has1 = p.n1 < args.n && tile < args.tiles;
+    return p;
+  }
+
+  // What goes into y beside the sums, read while those are still on their way.
+  struct Beside {
+    float scale[2], bias[2], next_norm[2];
+    float residual[4];
+  };
+
+  __device__ __forceinline__ Beside read_beside(int tile, int c) const {
+    const Place p = place_of(tile);
+    Beside b = {};
+    if (Weight::kChannelScale) {
+      if (p.has0) b.scale[0] = args.scale[p.n0];
+      if (p.has1) b.scale[1] = args.scale[p.n1];
+    }
     if (args.bias != nullptr) {
-      const float b0 = has0 ? widen(args.bias[n0]) : 0, b1 = has1 ? widen(args.bias[n1]) : 0;
-      v[0] += b0, v[1] += b0, v[2] += b1, v[3] += b1;
+      if (p.has0) b.bias[0] = widen(args.bias[p.n0]);
+      if (p.has1) b.bias[1] = widen(args.bias[p.n1]);
+    }
+    if (kEpilogue == kPlain && args.next_norm != nullptr) {
+      if (p.has0) b.next_norm[0] = widen(args.next_norm[p.n0]);
+      if (p.has1) b.next_norm[1] = widen(args.next_norm[p.n1]);
+    }
+    if (kEpilogue != kLogits && args.residual != nullptr)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int row = 8 * c + 2 * t + i;
+        if (row >= args.rows) continue;
+        const bf16* residual = args.residual + static_cast<int64_t>(row) * p.width;
+        if (p.has0) b.residual[i] = widen(residual[p.n0]);
+        if (p.has1 && kEpilogue == kPlain) b.residual[2 + i] = widen(residual[p.n1]);
+      }
+    return b;
+  }
+
+  __device__ __forceinline__ void write(float4 sum, int tile, int c, const Beside& beside,
+                                        const float factor[2], Best best[2]) {
+    const Place p = place_of(tile);
+    float v[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (Weight::kChannelScale) v[i] *= beside.scale[i / 2];
+      if (kNorm) v[i] *= factor[i % 2];
+      if (args.bias != nullptr) v[i] += beside.bias[i / 2];
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int row = 8 * c + 2 * t + i;
-      if (row >= args.rows) continue;
-      const int64_t at = static_cast<int64_t>(row) * width;
+      const bool has0 = p.has0 && row < args.rows, has1 = p.has1 && row < args.rows;
+      const int64_t at = static_cast<int64_t>(row) * p.width;
+      float squares = 0;
       if (kEpilogue == kSwiGLU) {
-        if (has0) put(at + n0, silu(v[i]) * v[2 + i]);
+        if (has0) put(at + p.n0, silu(v[i]) * v[2 + i], beside.residual[i], 0, squares);
       } else {
-        if (has0) put(at + n0, v[i]);
-        if (has1) put(at + n1, v[2 + i]);
+        if (has0) put(at + p.n0, v[i], beside.residual[i], beside.next_norm[0], squares);
+        if (has1) put(at + p.n1, v[2 + i], beside.residual[2 + i], beside.next_norm[1], squares);
+      }
+      if (kEpilogue == kPlain && args.next_norm != nullptr) {
+        for (int mask = 4; mask < 32; mask *= 2) squares += shuffle_xor(squares, mask);
+        if (g == 0 && has0) args.next_squares[row * args.tiles + tile] = squares;
       }
       if (kEpilogue == kLogits) {
-        if (has0) best[i].offer(v[i], n0);
-        if (has1) best[i].offer(v[2 + i], n1);
+        if (has0 && p.n0 < args.n_best) best[i].offer(v[i], p.n0);
+        if (has1 && p.n1 < args.n_best) best[i].offer(v[2 + i], p.n1);
       }
     }
   }
@@ -524,12 +487,17 @@ struct Linear {
     return v / (1.0f + exp2_fast(v * -1.4426950408889634f));
   }
 
-  __device__ __forceinline__ void put(int64_t at, float value) const {
+  __device__ __forceinline__ void put(int64_t at, float value, float residual, float next_norm,
+                                      float& squares) const {
     if (kEpilogue == kLogits) {
       static_cast<float*>(args.y)[at] = value;
-    } else {
-      if (args.residual != nullptr) value += widen(args.residual[at]);
-      static_cast<bf16*>(args.y)[at] = narrow(value);
+      return;
+    }
+    const bf16 y = narrow(args.residual != nullptr ? value + residual : value);
+    static_cast<bf16*>(args.y)[at] = y;
+    if (kEpilogue == kPlain && args.next_norm != nullptr) {
+      args.next_x[at] = narrow(widen(y) * next_norm);
+      squares = fmaf(widen(y), widen(y), squares);
     }
   }
 

@@ -9,58 +9,127 @@ Shape letters: M rows, N output features, K input features, G groups along K.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
-from hotloop.kernels.cuda.launch import Arguments, Call
-from hotloop.kernels.cuda.packing import BLOCK, Format
+from hotloop.kernels.cuda.launch import Arguments, Call, Limits
+from hotloop.kernels.cuda.packing import BLOCK, TILE_ROWS, Format
 
 Epilogue = Literal["plain", "swiglu", "logits"]
 _EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logits": "kLogits"}
 
 MAX_ROWS = 64
+MAX_TOGETHER = 4
+"""Tiles of eight rows that a warp has registers for."""
+
 _BUFFERS = 2  # kBuffers of linear.cu
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What a launch can choose for speed.
+    """What a launch can choose for speed; what does not fit the device is made smaller.
 
     Attributes:
         warps: Warps of a block that share K. Decides the order of sums.
-        split: Blocks that share K. Decides the order of sums.
         tiles: Tiles that a warp computes together.
-        units_per_stage: Units of one copy.
+        units_per_stage: The most units of one copy.
         ring_bytes: Shared memory for weights on their way, of a block.
-        blocks_per_sm: Blocks of this kernel on a multiprocessor.
-        resident: Blocks, of this kernel or its neighbours, that should fit a multiprocessor's
-            registers.
         staged_bytes: Up to how many bytes of x a block keeps in shared memory.
     """
 
     warps: int = 8
-    split: int = 1
     tiles: int = 1
     units_per_stage: int = 2
     ring_bytes: int = 96 * 1024
-    blocks_per_sm: int = 1
-    resident: int = 2
-    staged_bytes: int = 64 * 1024
+    staged_bytes: int = 160 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a block divides its shared memory.
+
+    Attributes:
+        stages: Copies on their way, of a warp.
+        units_per_stage: Units of a copy.
+        staged: The block keeps x there.
+        tiles: Tiles that a warp computes together.
+        shared_bytes: In all.
+    """
+
+    stages: int
+    units_per_stage: int
+    staged: bool
+    tiles: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normed:
+    """A norm's input as a product takes it; the product applies what is missing to its sums.
+
+    Attributes:
+        x: bfloat16 [M, K], the norm's input times its weight.
+        squares: float32 [M, K / 16 rounded up]: what squares of the input add up to, 16 at a time.
+        eps: Of the norm.
+    """
+
+    x: Tensor
+    squares: Tensor
+    eps: float
+
+    @classmethod
+    def empty(cls, rows: int, k: int, eps: float, device: torch.device) -> Normed:
+        """Room for it."""
+        return cls(
+            x=torch.empty(rows, k, dtype=torch.bfloat16, device=device),
+            squares=torch.empty(rows, -(-k // TILE_ROWS), dtype=torch.float32, device=device),
+            eps=eps,
+        )
+
+    def rows(self, rows: slice) -> Normed:
+        """Some rows of it."""
+        return Normed(x=self.x[rows], squares=self.squares[rows], eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onward:
+    """What else to make of a result that goes into a norm next.
+
+    Attributes:
+        weight: bfloat16 [N], the norm's.
+        normed: Written.
+    """
+
+    ARGUMENTS: ClassVar = ("norm", "next_x", "next_squares")
+
+    weight: Tensor
+    normed: Normed
+
+    def arguments(self) -> dict[str, Tensor]:
+        """By ``ARGUMENTS``, the names of fields of arguments."""
+        tensors = (self.weight, self.normed.x, self.normed.squares)
+        return dict(zip(self.ARGUMENTS, tensors, strict=True))
+
+    def rows(self, rows: slice) -> Onward:
+        """Some rows of it."""
+        return Onward(weight=self.weight, normed=self.normed.rows(rows))
 
 
 class LinearArguments(Arguments):
     """``LinearArgs`` of ``linear.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "norm_weight", "bias")),
-        *((name, ctypes.c_void_p) for name in ("residual", "y", "best_value", "best_index")),
-        *((name, ctypes.c_void_p) for name in ("partial", "counters")),
-        *((name, ctypes.c_int) for name in ("rows", "n", "k", "tiles", "units")),
-        *((name, ctypes.c_int) for name in ("split", "stages", "units_per_stage")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "squares", "bias")),
+        *((name, ctypes.c_void_p) for name in ("residual", "y", "norm", "next_x", "next_squares")),
+        *((name, ctypes.c_void_p) for name in ("best_value", "best_index")),
+        *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
+        *((name, ctypes.c_int) for name in ("stages", "units_per_stage")),
         ("eps", ctypes.c_float),
     )
 
@@ -76,7 +145,7 @@ class LinearPlan:
             of a paired weight) or ``logits`` (float32, with each block's best where asked for).
         norm: x is normalized first.
         tuning: What was chosen for speed.
-        n_sms: Multiprocessors of the device.
+        limits: Of the device.
     """
 
     form: Format
@@ -84,12 +153,11 @@ class LinearPlan:
     epilogue: Epilogue = "plain"
     norm: bool = False
     tuning: Tuning = Tuning()
-    n_sms: int
+    limits: Limits
 
     def __post_init__(self) -> None:
         assert 1 <= self.rows <= MAX_ROWS, f"{self.rows} rows"
         assert self.form.paired == (self.epilogue == "swiglu"), "swiglu, and it alone, pairs"
-        assert not (self.norm and self.tuning.split > 1), "a norm needs all of x in each block"
 
     @property
     def columns(self) -> int:
@@ -98,55 +166,69 @@ class LinearPlan:
 
     @property
     def items(self) -> int:
-        """Pieces of work: ``tuning.tiles`` tiles each."""
-        return -(-self.form.tiles // self.tuning.tiles)
+        """Pieces of work: as many tiles each as a warp computes together."""
+        return -(-self.form.tiles // self._fitted.tiles)
 
     @property
     def blocks(self) -> int:
         """Blocks of the grid."""
-        at_once = max(1, self.n_sms * self.tuning.blocks_per_sm // self.tuning.split)
-        return self.tuning.split * min(self.items, at_once)
+        return min(self.items, self.limits.n_sms)
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """As asked for where that fits the device: else with fewer or shorter copies, or none of x.
+
+        None if nothing fits: the rows are too many.
+        """
+        t = self.tuning
+        staged_bytes = self._staged_bytes
+        # x that is not staged is read for every item: better few of them, and all tiles together.
+        share = -(-self.form.tiles // self.limits.n_sms)
+        together = max(t.tiles, min(share, MAX_TOGETHER // self.columns))
+        ways = [(False, tiles) for tiles in range(together, t.tiles - 1, -1)]
+        if staged_bytes <= t.staged_bytes:
+            ways.insert(0, (True, t.tiles))
+        sizes = range(t.units_per_stage, 0, -1)
+        for (staged, tiles), units in itertools.product(ways, sizes):
+            copies = t.warps * tiles * units * self.form.unit_bytes
+            rest = self._bytes_beside_ring(tiles) + (staged_bytes if staged else 0)
+            # Each stage has a barrier per warp.
+            room = (self.limits.shared_bytes - rest) // (copies + 8 * t.warps)
+            if room >= 2:
+                stages = min(room, max(2, t.ring_bytes // copies))
+                ring = stages * (copies + 8 * t.warps)
+                return Layout(
+                    stages=stages,
+                    units_per_stage=units,
+                    staged=staged,
+                    tiles=tiles,
+                    shared_bytes=-(-(ring + rest) // 16) * 16,
+                )
+        return None
 
     @property
     def _staged_bytes(self) -> int:
-        workers = self.tuning.split * self.tuning.warps
-        units = -(-self.form.units // workers)  # of a warp
-        return self.tuning.warps * units * self.form.unit_k // BLOCK * self.rows * BLOCK * 2
+        blocks = self._units_of_warp * (self.form.unit_k // BLOCK) | 1
+        return self.tuning.warps * self.rows * blocks * BLOCK * 2
 
-    @property
-    def staged(self) -> bool:
-        """Each block keeps x in shared memory."""
-        return self._staged_bytes <= self.tuning.staged_bytes
-
-    @property
-    def stages(self) -> int:
-        """Copies on their way, of a warp."""
+    def _bytes_beside_ring(self, tiles: int) -> int:
         t = self.tuning
-        bytes_ = t.warps * t.tiles * t.units_per_stage * self.form.unit_bytes
-        return max(2, t.ring_bytes // bytes_)
+        sums = 16 * _BUFFERS * t.warps * tiles * self.columns * 32
+        barriers = 8 * (2 * _BUFFERS + t.warps)
+        x_sums = 0
+        if self.form.group_size and not self.form.symmetric:
+            groups = self._units_of_warp * self.form.unit_k // self.form.group_size
+            x_sums = 4 * t.warps * groups * 8 * self.columns
+        return sums + barriers + 16 + x_sums
 
     @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block, laid out as in ``Linear``'s constructor."""
-        t = self.tuning
-        ring = self.stages * t.warps * t.tiles * t.units_per_stage * self.form.unit_bytes
-        sums = 16 * _BUFFERS * t.warps * t.tiles * self.columns * 32
-        squares = 4 * t.warps * 8 * self.columns
-        barriers = 8 * (2 * _BUFFERS + t.warps * self.stages)
-        staged = self._staged_bytes if self.staged else 0
-        return ring + sums + squares + -(-barriers // 16) * 16 + staged
+    def _units_of_warp(self) -> int:
+        return -(-self.form.units // self.tuning.warps)
 
     @property
-    def n_partial(self) -> int:
-        """Float32 values of workspace that ``partial`` must have."""
-        if self.tuning.split == 1:
-            return 0
-        return self.items * self.tuning.split * self.tuning.tiles * self.columns * 128
-
-    @property
-    def n_counters(self) -> int:
-        """Zeros that ``counters`` must have."""
-        return self.items if self.tuning.split > 1 else 0
+    def dtype(self) -> torch.dtype:
+        """Element type of y."""
+        return torch.float32 if self.epilogue == "logits" else torch.bfloat16
 
     @property
     def width(self) -> int:
@@ -154,101 +236,118 @@ class LinearPlan:
         return self.form.n // 2 if self.form.paired else self.form.n
 
     @property
+    def _fitted(self) -> Layout:
+        assert self.layout is not None, f"{self.rows} rows do not fit {self.limits}"
+        return self.layout
+
+    @cached_property
     def kernel(self) -> Kernel:
         """The instance of ``linear.cu``."""
         form, t = self.form, self.tuning
-        types = {"bf16": "Bf16", "fp8": "Fp8", "int8": "Int8"}
-        flags = [str(flag).lower() for flag in (self.norm, self.staged)]
-        weight, name = types.get(form.kind), form.kind
-        if form.group_size is not None:
-            weight = f"Int4<{form.group_size}, {str(not form.symmetric).lower()}>"
-            name += f"g{form.group_size}{'' if form.symmetric else 'a'}"
+        staged, tiles = self._fitted.staged, self._fitted.tiles
+        flags = [str(flag).lower() for flag in (self.norm, staged)]
         function = (
-            f"linear<{weight}, {t.warps}, {t.tiles}, {self.columns}, "
+            f"linear<{form.struct}, {t.warps}, {tiles}, {self.columns}, "
             f"{_EPILOGUES[self.epilogue]}, {', '.join(flags)}>"
         )
-        features = (
-            f"{'norm_' if self.norm else ''}{self.epilogue}{'' if self.staged else '_direct'}"
-        )
+        features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
         return Kernel(
-            name=f"linear_{name}_{features}_w{t.warps}t{t.tiles}c{self.columns}r{t.resident}",
+            name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{self.columns}",
             file="linear.cu",
             function=function,
             args="LinearArgs",
             threads=32 * (t.warps + 1),
-            blocks_per_sm=t.resident if self.columns <= 2 else 1,  # many rows need the registers
         )
 
     def call(
         self,
-        x_MK: Tensor,
+        x: Tensor | Normed,
         y: Tensor,
         weight: Tensor,
         scale_N: Tensor | None = None,
         *,
-        norm_weight_K: Tensor | None = None,
-        eps: float = 0.0,
         bias_N: Tensor | None = None,
         residual: Tensor | None = None,
+        onward: Onward | None = None,
         best: tuple[Tensor, Tensor] | None = None,
-        partial: Tensor | None = None,
-        counters: Tensor | None = None,
+        n_best: int | None = None,
     ) -> Call:
         """The launch that computes ``y``; see ``reference.fused_linear``.
 
         Args:
-            x_MK: bfloat16.
+            x: bfloat16 [M, K]; with a norm, its input on the way.
             y: [M, width]: float32 for ``logits``, else bfloat16. May be ``residual``.
             weight: As ``packing.pack`` made it.
             scale_N: float32 scales of an eight-bit weight.
-            norm_weight_K: bfloat16, where there is a norm.
-            eps: Of the norm.
             bias_N: bfloat16, in the order of the weight before packing.
             residual: bfloat16, like ``y``, which it is added to.
+            onward: For ``plain``: what else to make of ``y``.
             best: For ``logits``: float32 and int32 [M, blocks], the largest logit of each block
-                and where it is. NaNs are never the largest.
-            partial: float32 workspace of ``n_partial``, where K is split.
-            counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
+                and where it is, among the first ``n_best``, or all. NaNs are never the largest.
+            n_best: See ``best``.
         """
-        logits = self.epilogue == "logits"
+        layout = self._fitted
+        normed = x if isinstance(x, Normed) else None
+        x_MK = x.x if isinstance(x, Normed) else x
+        assert (normed is not None) == self.norm, "a norm's input comes with its squares"
         assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
         assert y.shape == (self.rows, self.width), f"y is {tuple(y.shape)}"
         assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
-        assert y.dtype == (torch.float32 if logits else torch.bfloat16), f"y is {y.dtype}"
+        assert y.dtype == self.dtype, f"y is {y.dtype}"
         assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
         assert (scale_N is not None) == (self.form.kind in ("fp8", "int8")), "a scale per output"
-        assert (norm_weight_K is not None) == self.norm, "a norm has a weight"
-        assert residual is None or (not logits and residual.shape == y.shape), "like y"
-        assert best is None or logits, "logits alone have a best"
-        assert self.n_partial <= (0 if partial is None else partial.numel()), "too small"
-        assert self.n_counters <= (0 if counters is None else counters.numel()), "too small"
+        assert residual is None or residual.shape == y.shape, "like y"
+        assert residual is None or self.epilogue != "logits", "logits have no residual"
+        assert onward is None or self.epilogue == "plain", "only plain results go into a norm"
+        assert onward is None or onward.normed.x.shape == y.shape, "like y"
+        assert best is None or self.epilogue == "logits", "logits alone have a best"
         assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
         args, tensors = LinearArguments.of(
             weight=weight,
             scale=scale_N,
             x=x_MK,
-            norm_weight=norm_weight_K,
+            squares=normed.squares if normed else None,
             bias=bias_N,
             residual=residual,
             y=y,
+            **(onward.arguments() if onward else dict.fromkeys(Onward.ARGUMENTS)),
             best_value=best[0] if best else None,
             best_index=best[1] if best else None,
-            partial=partial,
-            counters=counters,
             rows=self.rows,
             n=self.form.n,
             k=self.form.k,
+            n_best=self.form.n if n_best is None else n_best,
             tiles=self.form.tiles,
             units=self.form.units,
-            split=self.tuning.split,
-            stages=self.stages,
-            units_per_stage=self.tuning.units_per_stage,
-            eps=eps,
+            stages=layout.stages,
+            units_per_stage=layout.units_per_stage,
+            eps=normed.eps if normed else 0.0,
         )
         return Call(
             kernel=self.kernel,
             grid=(self.blocks, 1, 1),
-            shared_bytes=self.shared_bytes,
+            shared_bytes=layout.shared_bytes,
             args=args,
             tensors=tensors,
         )
+
+
+def plan_rows(
+    form: Format,
+    rows: int,
+    epilogue: Epilogue = "plain",
+    *,
+    norm: bool,
+    tuning: Tuning,
+    limits: Limits,
+) -> list[tuple[slice, LinearPlan]]:
+    """Plans for any number of rows: as many at a time as the device takes."""
+
+    def plan(n: int) -> LinearPlan:
+        return LinearPlan(
+            form=form, rows=n, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
+        )
+
+    at_once = next(n for n in (64, 32, 16, 8) if plan(min(n, rows)).layout is not None)
+    firsts = range(0, rows, at_once)
+    return [(slice(i, i + at_once), plan(min(at_once, rows - i))) for i in firsts]

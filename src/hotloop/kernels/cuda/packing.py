@@ -90,6 +90,20 @@ class Format:
         """Bytes of the packed weight; eight-bit ones have N float32 scales besides."""
         return self.tiles * self.units * self.unit_bytes
 
+    @property
+    def struct(self) -> str:
+        """The type of ``weights.cuh`` that reads it."""
+        if self.group_size is None:
+            return {"bf16": "Bf16", "fp8": "Fp8", "int8": "Int8"}[self.kind]
+        return f"Int4<{self.group_size}, {str(not self.symmetric).lower()}>"
+
+    @property
+    def label(self) -> str:
+        """A short name, such as ``int4g128a``, which can stand in an identifier."""
+        if self.group_size is None:
+            return self.kind
+        return f"{self.kind}g{self.group_size}{'' if self.symmetric else 'a'}"
+
 
 def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     """The bytes of a weight.
@@ -105,25 +119,57 @@ def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | No
         uint8 [tiles, units, unit_bytes].
     """
     assert tuple(values.shape) == (form.n, form.k), f"{tuple(values.shape)} for {form}"
-    blocks = form.unit_k // BLOCK
     rows = _tile_rows(form, values.view(torch.int16 if form.kind == "bf16" else torch.int8))
     rows = F.pad(rows, (0, form.units * form.unit_k - form.k))
-    # A lane (g, t) holds rows g and g + 8 ("half"), and of a block's features 8t to 8t + 7: of
-    # product i those at 4i, in the order of its registers ("pair", "half") and halves of them (e).
-    #   0: tile  1: half  2: g  3: unit  4: block  5: t  6: i  7: pair  8: e
-    view = rows.view(form.tiles, 2, 8, form.units, blocks, 4, 2, 2, 2)
+    ordered = rows.view(_axes(form)).permute(_ORDERS[form.kind])
     flat = (form.tiles, form.units, FRAGMENT_BYTES)
-    if form.kind == "bf16":
-        return view.permute(0, 3, 4, 6, 2, 5, 7, 1, 8).contiguous().view(torch.uint8).view(flat)
     if form.kind != "int4":
-        return view.permute(0, 3, 4, 2, 5, 6, 7, 8, 1).contiguous().view(torch.uint8).view(flat)
+        return ordered.contiguous().view(torch.uint8).view(flat)
     assert scale is not None, "int4 has scales"
     assert (offset is None) == form.symmetric, f"offsets do not fit {form}"
     # Padding stands for zero whatever its integers are, since its scale and offset are zero.
-    nibbles = (view + 8).view(torch.uint8).permute(0, 3, 4, 2, 5, 6, 8, 7, 1)
+    nibbles = (ordered + 8).view(torch.uint8)
     fragments = (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(flat)
     groups = [_groups(form, t) for t in (scale, offset) if t is not None]
     return torch.cat((fragments, torch.stack(groups, 3).flatten(2).view(torch.uint8)), dim=2)
+
+
+def unpack(form: Format, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The inverse of ``pack``: values [N, K], and of ``int4`` scales and offsets [N, G]."""
+    fragments = packed[..., :FRAGMENT_BYTES]
+    if form.kind == "int4":
+        ordered = torch.stack((fragments & 15, fragments >> 4), dim=-1).view(torch.int8) - 8
+    else:
+        ordered = fragments.contiguous().view(torch.int16 if form.kind == "bf16" else torch.int8)
+    order, axes = _ORDERS[form.kind], _axes(form)
+    back = [order.index(axis) for axis in range(len(order))]
+    rows = ordered.view([axes[axis] for axis in order]).permute(back)
+    values = _plain_rows(form, rows.reshape(form.tiles, TILE_ROWS, -1))[:, : form.k].contiguous()
+    if form.group_size is None:
+        dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+        return values.view(dtypes[form.kind]), None, None
+    groups = packed[..., FRAGMENT_BYTES:].contiguous().view(torch.bfloat16)
+    groups = groups.view(form.tiles, form.units, -1, 1 if form.symmetric else 2, 8, 2)
+    # tile, half, g, unit, group; for scales and, where there are some, offsets
+    parts = groups.permute(3, 0, 5, 4, 1, 2).flatten(4).flatten(2, 3)
+    n_groups = form.k // form.group_size
+    scale, *offset = (_plain_rows(form, part)[:, :n_groups].contiguous() for part in parts)
+    return values, scale, offset[0] if offset else None
+
+
+# A lane (g, t) holds rows g and g + 8 ("half"), and of a block's features 8t to 8t + 7: of product
+# i those at 4i, in the order of its registers ("pair", "half") and halves of them (e).
+#   0: tile  1: half  2: g  3: unit  4: block  5: t  6: i  7: pair  8: e
+_ORDERS: dict[Kind, tuple[int, ...]] = {
+    "bf16": (0, 3, 4, 6, 2, 5, 7, 1, 8),
+    "fp8": (0, 3, 4, 2, 5, 6, 7, 8, 1),
+    "int8": (0, 3, 4, 2, 5, 6, 7, 8, 1),
+    "int4": (0, 3, 4, 2, 5, 6, 8, 7, 1),
+}
+
+
+def _axes(form: Format) -> tuple[int, ...]:
+    return (form.tiles, 2, 8, form.units, form.unit_k // BLOCK, 4, 2, 2, 2)
 
 
 def _groups(form: Format, per_group_NG: Tensor) -> Tensor:
@@ -144,3 +190,10 @@ def _tile_rows(form: Format, matrix: Tensor) -> Tensor:
         for part in matrix.chunk(2 if form.paired else 1)
     ]
     return torch.cat(parts, dim=1)
+
+
+def _plain_rows(form: Format, tiles: Tensor) -> Tensor:
+    """The inverse of ``_tile_rows``: [tiles, 16, X] as [N, X]."""
+    n_parts = 2 if form.paired else 1
+    parts = tiles.chunk(n_parts, dim=1)
+    return torch.cat([part.flatten(0, 1)[: form.n // n_parts] for part in parts])

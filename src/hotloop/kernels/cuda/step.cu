@@ -7,6 +7,9 @@ struct EmbedArgs {
   const void* table;   // [V, K], bf16 or int8
   const float* scale;  // [V], of an int8 table
   bf16* x;             // [M, K]
+  const bf16* norm;    // [K]: weight of the norm that x goes into
+  bf16* next_x;        // [M, K]: x times it
+  float* next_squares; // [M, parts]: what x's squares add up to, 16 at a time
   int k;
 };
 
@@ -16,7 +19,15 @@ __device__ __forceinline__ uint32_t scaled(uint32_t word, int bit, float scale) 
                 static_cast<int8_t>(word >> (bit + 8)) * scale);
 }
 
-// Rows of a table. A block per row of x; K is a multiple of 8.
+__device__ __forceinline__ uint32_t times(uint32_t x, uint32_t w) {
+  return fma_pair(x, w, kMinusZeros);
+}
+
+__device__ __forceinline__ float add_squares(uint32_t pair) {
+  return fmaf(high(pair), high(pair), low(pair) * low(pair));
+}
+
+// Rows of a table, and what a norm needs of them. A block per row of x; K is a multiple of 8.
 //
 // The first kernel of a step lets the next ones start only when it has itself waited: whatever
 // starts after it may rely on everything before the step.
@@ -25,17 +36,30 @@ __device__ __forceinline__ void embed(const EmbedArgs& args) {
   wait_for_predecessor();
   launch_dependents();
   const int64_t id = args.ids[blockIdx.x];
-  uint4* x = reinterpret_cast<uint4*>(args.x + static_cast<int64_t>(blockIdx.x) * args.k);
-  for (int i = threadIdx.x; i < args.k / 8; i += blockDim.x) {
-    if (kInt8) {
-      const uint2 values =
-          reinterpret_cast<const uint2*>(static_cast<const int8_t*>(args.table) + id * args.k)[i];
-      const float scale = args.scale[id];
-      x[i] = uint4{scaled(values.x, 0, scale), scaled(values.x, 16, scale),
-                   scaled(values.y, 0, scale), scaled(values.y, 16, scale)};
-    } else {
-      x[i] = reinterpret_cast<const uint4*>(static_cast<const bf16*>(args.table) + id * args.k)[i];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * args.k;
+  const int chunks = args.k / 8, parts = (chunks + 1) / 2;
+  // Whole warps go round together: two lanes add up a part.
+  for (int i = threadIdx.x; i < (chunks + 31) / 32 * 32; i += blockDim.x) {
+    float squares = 0;
+    if (i < chunks) {
+      uint4 x;
+      if (kInt8) {
+        const uint2 values =
+            reinterpret_cast<const uint2*>(static_cast<const int8_t*>(args.table) + id * args.k)[i];
+        const float scale = args.scale[id];
+        x = uint4{scaled(values.x, 0, scale), scaled(values.x, 16, scale),
+                  scaled(values.y, 0, scale), scaled(values.y, 16, scale)};
+      } else {
+        x = reinterpret_cast<const uint4*>(static_cast<const bf16*>(args.table) + id * args.k)[i];
+      }
+      const uint4 w = reinterpret_cast<const uint4*>(args.norm)[i];
+      reinterpret_cast<uint4*>(args.x + row)[i] = x;
+      reinterpret_cast<uint4*>(args.next_x + row)[i] =
+          uint4{times(x.x, w.x), times(x.y, w.y), times(x.z, w.z), times(x.w, w.w)};
+      squares = (add_squares(x.x) + add_squares(x.y)) + (add_squares(x.z) + add_squares(x.w));
     }
+    squares += shuffle_xor(squares, 1);
+    if (i % 2 == 0 && i < chunks) args.next_squares[blockIdx.x * parts + i / 2] = squares;
   }
 }
 

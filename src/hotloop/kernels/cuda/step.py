@@ -12,13 +12,15 @@ from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call
+from hotloop.kernels.cuda.linear import Onward
 
 
 class EmbedArguments(Arguments):
     """``EmbedArgs`` of ``step.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("ids", "table", "scale", "x")),
+        *((name, ctypes.c_void_p) for name in ("ids", "table", "scale", "x", "norm")),
+        *((name, ctypes.c_void_p) for name in ("next_x", "next_squares")),
         ("k", ctypes.c_int),
     )
 
@@ -50,7 +52,9 @@ def argmax_kernel() -> Kernel:
     )
 
 
-def embed(ids_M: Tensor, table_VK: Tensor, scale_V: Tensor | None, x_MK: Tensor) -> Call:
+def embed(
+    ids_M: Tensor, table_VK: Tensor, scale_V: Tensor | None, x_MK: Tensor, onward: Onward
+) -> Call:
     """The launch that looks up the rows of ``ids_M``; see ``reference.embed``.
 
     Args:
@@ -58,6 +62,7 @@ def embed(ids_M: Tensor, table_VK: Tensor, scale_V: Tensor | None, x_MK: Tensor)
         table_VK: bfloat16, or int8 with scales.
         scale_V: float32 scales of an int8 table.
         x_MK: bfloat16, written.
+        onward: What goes on to the first product; written but for the weight.
     """
     int8 = table_VK.dtype == torch.int8
     assert int8 or table_VK.dtype == torch.bfloat16, f"the table is {table_VK.dtype}"
@@ -66,7 +71,7 @@ def embed(ids_M: Tensor, table_VK: Tensor, scale_V: Tensor | None, x_MK: Tensor)
     assert x_MK.shape == (len(ids_M), table_VK.shape[1]), f"x is {tuple(x_MK.shape)}"
     assert x_MK.shape[1] % 8 == 0, "rows are read eight values at a time"
     args, tensors = EmbedArguments.of(
-        ids=ids_M, table=table_VK, scale=scale_V, x=x_MK, k=x_MK.shape[1]
+        ids=ids_M, table=table_VK, scale=scale_V, x=x_MK, k=x_MK.shape[1], **onward.arguments()
     )
     return Call(
         kernel=embed_kernel(int8=int8),

@@ -3,7 +3,8 @@
 // A block's threads are fibers that give way to each other, in an order drawn anew each round,
 // wherever they wait for others. Shared memory starts out as NaNs, copies into it arrive some
 // rounds late, and a block in which nobody gets on any more ends the process with a message: so a
-// wait that is missing, or one too many, shows. Blocks run one after the other.
+// wait that is missing, or one too many, shows. What the kernel before this one writes is NaNs
+// until a block has waited for it. Blocks run one after the other.
 
 #pragma once
 
@@ -46,6 +47,8 @@ inline void __threadfence() {}
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+struct Late { void* to; const void* from; int64_t bytes; };  // of the kernel before this one
+
 struct Copy { void* to; const void* from; int bytes; uint64_t* barrier; };
 
 struct Meeting {  // of the lanes of a warp
@@ -64,6 +67,8 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Meeting> meetings;
   std::vector<Copy> copies;
+  std::vector<Late> late;
+  bool predecessor_ended = false;
   std::vector<uint4> shared;
   ucontext_t scheduler;
   int current = 0, at_block_barrier = 0;
@@ -85,12 +90,20 @@ inline void run_fiber() {
 
 inline void complete_copies();
 
+inline void end_predecessor() {
+  if (machine.predecessor_ended) return;
+  machine.predecessor_ended = true;
+  for (const Late& l : machine.late) memcpy(l.to, l.from, l.bytes);
+}
+
 inline void run_block(int threads) {
   Machine& m = machine;
   m.fibers.resize(threads);
   m.meetings.assign(threads / 32, {});
   m.at_block_barrier = 0;
   memset(m.shared.data(), 0xff, m.shared.size() * sizeof(uint4));
+  m.predecessor_ended = false;
+  for (const Late& l : m.late) memset(l.to, 0xff, l.bytes);
   constexpr size_t kStack = 1 << 18;
   for (Fiber& fiber : m.fibers) {
     fiber.ended = false;
@@ -126,8 +139,9 @@ inline void run_block(int threads) {
 }
 
 inline void run_grid(void (*kernel)(const void*), const void* args, dim3 grid, int threads,
-                     int shared_bytes) {
+                     int shared_bytes, const Late* late, int n_late) {
   machine.kernel = kernel;
+  machine.late.assign(late, late + n_late);
   machine.args = args;
   machine.shared.resize((shared_bytes + 15) / 16);
   gridDim = grid;
@@ -138,6 +152,7 @@ inline void run_grid(void (*kernel)(const void*), const void* args, dim3 grid, i
         blockIdx = {x, y, z};
         run_block(threads);
       }
+  end_predecessor();
 }
 
 // All lanes of a warp put down some words, and then see all of them.
@@ -175,6 +190,7 @@ inline bf16 narrow(float value) {
 inline uint32_t narrow(float first, float second) {
   return narrow(first) | uint32_t(narrow(second)) << 16;
 }
+constexpr uint32_t kMinusZeros = 0x80008000u;
 inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   // Exact in double for what the kernels do with it; then rounded through float, which is exact
   // enough for sums and products of two bfloat16.
@@ -225,7 +241,6 @@ inline int shuffle_xor(int value, int mask) {
   const auto all = meet(&word, 1);
   return int(all[(machine.current % 32) ^ mask][0]);
 }
-inline uint32_t broadcast(uint32_t value, int lane) { return meet(&value, 1)[lane][0]; }
 inline void sync_warp() { meet(nullptr, 0); }
 inline void sync_block() {
   const uint64_t generation = machine.block_generation;
@@ -273,6 +288,7 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 constexpr int kCopyArrivals = 1;
 inline uint64_t read_once_policy() { return 0; }
+inline uint64_t read_often_policy() { return 0; }
 inline void barriers_are_ready() {}
 inline void copy_begin(uint64_t* barrier, int bytes, int lane) {
   if (lane == 0) change(barrier, 1, bytes);
@@ -287,6 +303,7 @@ inline void copy(void* to, const void* from, int bytes, uint64_t* barrier, uint6
   machine.copies.push_back({to, from, bytes, barrier});
 }
 inline void copy_end(uint64_t*, int) {}
+inline void prefetch(const void*, int, int) {}
 inline void complete_copies() {
   std::vector<Copy> later;
   for (const Copy& c : machine.copies) {
@@ -302,16 +319,8 @@ inline void complete_copies() {
 }
 
 inline void launch_dependents() {}
-inline void wait_for_predecessor() {}
+inline void wait_for_predecessor() { end_predecessor(); }
 
-inline bool is_last_warp(uint32_t* counter, uint32_t n, int lane) {
-  uint32_t before = 0;
-  if (lane == 0) {
-    before = (*counter)++;
-    if (before == n - 1) *counter = 0;
-  }
-  return broadcast(before, 0) == n - 1;
-}
 inline bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag, int thread) {
   sync_block();
   if (thread == 0) {

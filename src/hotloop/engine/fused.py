@@ -1,0 +1,293 @@
+"""The fused step: what ``models.decoder`` computes, as one chain of our own CUDA kernels.
+
+Five kernels a layer: norm and query/key/value product; head norms, rotation, cache and attention;
+output product, onto the residual stream; norm, gate and up product, SwiGLU; down product, onto the
+residual stream. Each may start before its predecessor has ended, and then reads weights until the
+activations are there (``kernels.cuda``). The decoder is the specification, and runs the prompts.
+
+A row's result has the same bits whatever the number of rows: checking k drafts at once gives
+exactly what k + 1 single steps give.
+
+Shape letters: B sequences, T tokens of each, M = B * T rows, D model width, K input features,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels import reference
+from hotloop.kernels.cuda import step
+from hotloop.kernels.cuda.attention import HEAD_DIMS, MAX_TOKENS, AttentionPlan
+from hotloop.kernels.cuda.compile import Kernel
+from hotloop.kernels.cuda.launch import Call, Limits
+from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, plan_rows
+from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
+from hotloop.kernels.linear import Fused
+from hotloop.models.cache import KVCache
+from hotloop.models.config import ModelConfig
+from hotloop.models.decoder import Block, Decoder, RMSNorm
+from hotloop.models.linear import Linear
+
+
+def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> str | None:
+    """Why a model cannot run the fused step, or None if it can.
+
+    Args:
+        model: Its shape, or that of a rank's part.
+        dtype: Element type of activations.
+        tokens: The most tokens of a sequence in one step.
+    """
+    if dtype != torch.bfloat16:
+        return f"it computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if model.head_dim not in HEAD_DIMS:
+        return f"heads must be {', '.join(map(str, HEAD_DIMS))} wide, not {model.head_dim}"
+    if tokens > MAX_TOKENS:
+        return f"a step takes at most {MAX_TOKENS - 1} drafts, not {tokens - 1}"
+    for name, (_, k) in model.linears.items():
+        if k % 8:
+            return f"{name} must have a multiple of 8 input features, not {k}"
+    return None
+
+
+class Launcher(Protocol):
+    """What kernels run on: a ``kernels.cuda.launch.Device``, or a test's stand-in."""
+
+    @property
+    def limits(self) -> Limits:
+        """What launches are made for."""
+        ...
+
+    def load(self, kernels: Iterable[Kernel]) -> None:
+        """Compiles and loads what is not loaded yet."""
+        ...
+
+    def prepare(self, call: Call, *, dependent: bool) -> Callable[[], None]:
+        """What launches ``call``; if ``dependent``, perhaps before its predecessor has ended."""
+        ...
+
+
+class FusedForward:
+    """The fused step as a ``Forward``, which also knows the most likely tokens.
+
+    Args:
+        decoder: The model, with weights that were assigned for the fused step.
+        cache: Its cache.
+        launcher: The device.
+        n_tokens: Token ids that may be chosen are below this.
+        shared: Other ranks have the rest of the model: what goes onto the residual stream is summed
+            up over ranks, and which token is most likely is not known here.
+        n_layers: Stop after so many layers; None takes all.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        launcher: Launcher,
+        *,
+        n_tokens: int,
+        shared: bool = False,
+        n_layers: int | None = None,
+    ) -> None:
+        self._decoder, self._cache, self._launcher = decoder, cache, launcher
+        self._n_tokens, self._shared = n_tokens, shared
+        self._layers = _blocks(decoder)[:n_layers]
+        self._plans: dict[tuple[int, int], _Plans] = {}
+        self._dependent = False
+        # Blocks that share work count themselves here, and leave zeros behind.
+        largest = _attention_plan(decoder, cache, launcher.limits, cache.n_slots, MAX_TOKENS)
+        device = decoder.cos.device
+        self._counters = torch.zeros(largest.n_counters, dtype=torch.int32, device=device)
+
+    def __call__(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        length: int,  # noqa: ARG002 (attention stops where a sequence ends)
+        *,
+        first_slot: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``Forward``; a sequence's positions follow its first one.
+
+        Sequences are in the slots from ``first_slot`` on.
+        """
+        B, T = ids_BT.shape
+        plans = self._plans_for(B, T)
+        positions_B = positions_BT[:, 0].contiguous()
+        self._dependent = False  # on what torch did before
+        next_norms = (*(layer.input_norm for layer in self._layers[1:]), self._decoder.norm)
+        x_MD, normed = self._embed(ids_BT.flatten().contiguous(), self._layers[0].input_norm)
+        for i, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
+            qkv = self._product(plans.qkv, layer.qkv_proj, normed)
+            attended = self._attend(plans.attention, i, first_slot, qkv, positions_B)
+            x_MD, normed = self._add(
+                plans.o, layer.o_proj, attended, x_MD, layer.post_attention_norm
+            )
+            gated = self._product(plans.gate_up, layer.gate_up_proj, normed)
+            x_MD, normed = self._add(plans.down, layer.down_proj, gated, x_MD, next_norm)
+        logits_MV, best_M = self._logits(plans.head, normed)
+        return logits_MV.view(B, T, -1), None if best_M is None else best_M.view(B, T)
+
+    def _plans_for(self, B: int, T: int) -> _Plans:
+        if (B, T) not in self._plans:
+            plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
+            embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
+            self._launcher.load((*plans.kernels, embed, step.argmax_kernel()))
+            self._plans[B, T] = plans
+        return self._plans[B, T]
+
+    def _embed(self, ids_M: Tensor, norm: RMSNorm) -> tuple[Tensor, Normed]:
+        embedding = self._decoder.embedding
+        assert embedding.table is not None, "no table was assigned"
+        x_MD = ids_M.new_empty(len(ids_M), embedding.k, dtype=torch.bfloat16)
+        onward = _onward_to(norm, x_MD)
+        self._launch(step.embed(ids_M, embedding.table, embedding.scale, x_MD, onward))
+        return x_MD, onward.normed
+
+    def _attend(
+        self, plan: AttentionPlan, i: int, first_slot: int, qkv: Tensor, positions_B: Tensor
+    ) -> Tensor:
+        decoder, layer = self._decoder, self._layers[i]
+        here = slice(first_slot, first_slot + plan.batch)
+        keys, values = (slots[here] for slots in self._cache.layer(i))
+        out = qkv.new_empty(len(qkv), plan.n_heads * plan.head_dim)
+        norms, eps = {}, 0.0
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms = {"q_norm_E": layer.q_norm.weight, "k_norm_E": layer.k_norm.weight}
+            eps = layer.q_norm.eps
+        call = plan.call(
+            qkv,
+            out,
+            keys,
+            values,
+            positions_B,
+            decoder.cos,
+            decoder.sin,
+            **norms,
+            eps=eps,
+            partial=qkv.new_empty(plan.n_partial, dtype=torch.float32),
+            counters=self._counters,
+        )
+        self._launch(call)
+        return out
+
+    def _add(
+        self, plans: _RowPlans, linear: Linear, x_MK: Tensor, onto_MD: Tensor, norm: RMSNorm
+    ) -> tuple[Tensor, Normed]:
+        """The residual stream and a product, on its way to a norm.
+
+        In the stream's place, unless ranks have parts of the sum.
+        """
+        if not self._shared:
+            onward = _onward_to(norm, onto_MD)
+            self._product(plans, linear, x_MK, onto=onto_MD, onward=onward)
+            return onto_MD, onward.normed
+        total_MD = onto_MD + self._layers[0].total(self._product(plans, linear, x_MK))
+        self._dependent = False
+        x_MD, squares = reference.begin_norm(total_MD, norm.weight)
+        return total_MD, Normed(x=x_MD, squares=squares, eps=norm.eps)
+
+    def _logits(self, plans: _RowPlans, normed: Normed) -> tuple[Tensor, Tensor | None]:
+        x_MD, (_, plan) = normed.x, plans[0]
+        best = (
+            x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.float32),
+            x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.int32),
+        )
+        logits_MV = self._product(plans, self._decoder.head, normed, best=best)
+        if self._shared:
+            return logits_MV, None
+        best_M = x_MD.new_empty(len(x_MD), dtype=torch.int64)
+        self._launch(step.argmax(best, best_M))
+        return logits_MV, best_M
+
+    def _product(
+        self,
+        plans: _RowPlans,
+        linear: Linear,
+        x: Tensor | Normed,
+        *,
+        onto: Tensor | None = None,
+        onward: Onward | None = None,
+        best: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """A product, added to ``onto`` in its place; of the head, with what is ``best``."""
+        (_, plan) = plans[0]
+        x_MK = x.x if isinstance(x, Normed) else x
+        y = x_MK.new_empty(len(x_MK), plan.width, dtype=plan.dtype) if onto is None else onto
+        for rows, plan in plans:
+            call = plan.call(
+                x.rows(rows) if isinstance(x, Normed) else x[rows],
+                y[rows],
+                *linear.packed,
+                bias_N=linear.bias,
+                residual=None if onto is None else onto[rows],
+                onward=None if onward is None else onward.rows(rows),
+                best=None if best is None else (best[0][rows], best[1][rows]),
+                n_best=min(self._n_tokens, linear.n),
+            )
+            self._launch(call)
+        return y
+
+    def _launch(self, call: Call) -> None:
+        self._launcher.prepare(call, dependent=self._dependent)()
+        self._dependent = True
+
+
+def _blocks(decoder: Decoder) -> list[Block]:
+    return cast(list[Block], list(decoder.layers))
+
+
+def _onward_to(norm: RMSNorm, x_MD: Tensor) -> Onward:
+    rows, width = x_MD.shape
+    normed = Normed.empty(rows, width, norm.eps, x_MD.device)
+    return Onward(weight=norm.weight, normed=normed)
+
+
+def _attention_plan(
+    decoder: Decoder, cache: KVCache, limits: Limits, B: int, T: int
+) -> AttentionPlan:
+    layer, *_ = _blocks(decoder)
+    n_heads, n_kv_heads, _ = layer.heads
+    return AttentionPlan(
+        batch=B,
+        tokens=T,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=layer.head_dim,
+        n_positions=cache.n_positions,
+        window=layer.window,
+        tuning=attention_tuning(layer.head_dim, cache.n_positions, limits),
+    )
+
+
+_RowPlans = Sequence[tuple[slice, LinearPlan]]
+
+
+class _Plans:
+    """How every kernel of a step of B sequences with T tokens each is launched."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, limits: Limits, B: int, T: int) -> None:
+        def product(linear: Linear, epilogue: Epilogue = "plain", *, norm: bool) -> _RowPlans:
+            assert isinstance(linear.kernel, Fused), "a weight was not assigned for this"
+            form = linear.kernel.form
+            tuning = linear_tuning(form)
+            return plan_rows(form, B * T, epilogue, norm=norm, tuning=tuning, limits=limits)
+
+        layer, *_ = _blocks(decoder)
+        self.qkv = product(layer.qkv_proj, norm=True)
+        self.attention = _attention_plan(decoder, cache, limits, B, T)
+        self.o = product(layer.o_proj, norm=False)
+        self.gate_up = product(layer.gate_up_proj, "swiglu", norm=True)
+        self.down = product(layer.down_proj, norm=False)
+        self.head = product(decoder.head, "logits", norm=True)
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """All but the ends of the step, which are the same for every size."""
+        rows = (*self.qkv, *self.o, *self.gate_up, *self.down, *self.head)
+        return [self.attention.kernel, *(plan.kernel for _, plan in rows)]

@@ -1,0 +1,50 @@
+// Packed weights as plain rows of bfloat16, for products with many rows.
+//
+// A warp takes a unit of a tile. Groups' scales and offsets are applied, and the result rounded
+// once; a scale per output feature is left to whoever has the product.
+
+#include "weights.cuh"
+
+struct DequantizeArgs {
+  const uint8_t* weight;  // [tiles, units, bytes of a unit]
+  bf16* rows;             // [N, K]
+  int n, k;
+  int tiles, units;
+};
+
+// kPaired: a tile has gate features in its rows 0 to 7 and up features in the others.
+template <class Weight, bool kPaired, int kWarps>
+__device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
+  constexpr int kUnitBlocks = Weight::kUnitK / 32;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (index >= static_cast<int64_t>(args.tiles) * args.units) return;
+  const int tile = index / args.units, unit = index % args.units;
+  const uint8_t* from = args.weight + index * Weight::kUnitBytes;
+  const int half = kPaired ? args.n / 2 : 8;  // rows between the first of a tile and its ninth
+  const int first = (kPaired ? 8 : kTileRows) * tile + g;
+  const bool has[2] = {kPaired ? first < half : first < args.n,
+                       kPaired ? first < half : first + half < args.n};
+#pragma unroll
+  for (int block = 0; block < kUnitBlocks; block++) {
+    uint32_t a[2][4];
+    Weight::operands(from, block, lane, a);
+    if constexpr (Weight::kGroupBlocks > 0) {
+      const uint32_t* group = Weight::group(from, block);
+      const uint32_t scale = group[g], offset = Weight::kOffset ? group[8 + g] : 0;
+      for (int i = 0; i < 2; i++)
+        for (int r = 0; r < 4; r++) {
+          const float s = r % 2 ? high(scale) : low(scale), o = r % 2 ? high(offset) : low(offset);
+          const float first = low(a[i][r]) - Weight::kRaised;
+          const float second = high(a[i][r]) - Weight::kRaised;
+          a[i][r] = narrow(fmaf(first, s, o), fmaf(second, s, o));
+        }
+    }
+    const int k = 32 * (unit * kUnitBlocks + block) + 8 * t;
+    if (k >= args.k) continue;
+    for (int h = 0; h < 2; h++)
+      if (has[h])
+        *reinterpret_cast<uint4*>(args.rows + static_cast<int64_t>(first + h * half) * args.k + k) =
+            uint4{a[0][h], a[0][2 + h], a[1][h], a[1][2 + h]};
+  }
+}

@@ -1,0 +1,77 @@
+"""Packed weights as plain rows of bfloat16: how ``dequantize.cu`` is launched, and its twin.
+
+Shape letters: N output features, K input features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.cuda.compile import Kernel
+from hotloop.kernels.cuda.launch import Arguments, Call, device_of
+from hotloop.kernels.cuda.packing import Format, unpack
+
+_WARPS = 8
+
+
+class DequantizeArguments(Arguments):
+    """``DequantizeArgs`` of ``dequantize.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "rows")),
+        *((name, ctypes.c_int) for name in ("n", "k", "tiles", "units")),
+    )
+
+
+def dequantize(form: Format, packed: Tensor) -> Tensor:
+    """The weight, bfloat16 [N, K]: with the scales and offsets of groups, rounded once.
+
+    Scales of output features are not applied; eight-bit values alone are exact.
+    """
+    if not packed.is_cuda:
+        return dequantize_torch(form, packed)
+    rows = torch.empty(form.n, form.k, dtype=torch.bfloat16, device=packed.device)
+    device_of(packed.device).prepare(dequantize_call(form, packed, rows), dependent=False)()
+    return rows
+
+
+def dequantize_torch(form: Format, packed: Tensor) -> Tensor:
+    """The same in plain PyTorch: what the kernel is tested against."""
+    values, scale, offset = unpack(form, packed)
+    if scale is None:
+        return values.to(torch.bfloat16)
+    weight = values.view(form.n, scale.shape[1], -1).float() * scale.float()[..., None]
+    if offset is not None:
+        weight = weight + offset.float()[..., None]
+    return weight.to(torch.bfloat16).view(form.n, form.k)
+
+
+def dequantize_kernel(form: Format) -> Kernel:
+    """The instance for a format."""
+    return Kernel(
+        name=f"dequantize_{form.label}{'_paired' if form.paired else ''}",
+        file="dequantize.cu",
+        function=f"dequantize<{form.struct}, {str(form.paired).lower()}, {_WARPS}>",
+        args="DequantizeArgs",
+        threads=32 * _WARPS,
+    )
+
+
+def dequantize_call(form: Format, packed: Tensor, rows_NK: Tensor) -> Call:
+    """The launch that writes ``rows_NK``, bfloat16."""
+    assert rows_NK.shape == (form.n, form.k), f"rows are {tuple(rows_NK.shape)} for {form}"
+    assert rows_NK.dtype == torch.bfloat16, f"rows are {rows_NK.dtype}"
+    assert packed.nbytes == form.nbytes, f"{packed.nbytes} bytes for {form}"
+    args, tensors = DequantizeArguments.of(
+        weight=packed, rows=rows_NK, n=form.n, k=form.k, tiles=form.tiles, units=form.units
+    )
+    return Call(
+        kernel=dequantize_kernel(form),
+        grid=(-(-form.tiles * form.units // _WARPS), 1, 1),
+        shared_bytes=0,
+        args=args,
+        tensors=tensors,
+    )

@@ -1,0 +1,75 @@
+"""fp8, weight only: e4m3 with one scale per output channel, rounded to nearest.
+
+A sign, four bits of exponent, three of mantissa, no infinities (Micikevicius et al. 2022, "FP8
+Formats for Deep Learning"). As many bytes as int8. Errors are relative to each weight and not to
+the largest of its row: larger than int8's on weights of an even spread, smaller where a few stand
+out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hotloop.errors import ConfigError
+from hotloop.kernels.linear import WeightFormat
+from hotloop.quant.qtensor import Combine, QTensor
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = 448.0
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Per-channel e4m3; the scale is float32, which costs nothing here."""
+
+    name: str = "fp8"
+    alignment: int = 1
+
+    @classmethod
+    def from_options(cls, options: tuple[str, ...]) -> Fp8:
+        """Takes no options."""
+        if options:
+            raise ConfigError(
+                f"quantization scheme 'fp8' has no option {options[0]!r}: it is e4m3, with one "
+                "scale per output channel."
+            )
+        return cls()
+
+    def check(self, name: str, n: int, k: int) -> None:
+        """Every shape will do."""
+
+    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:
+        """Rounds to the nearest e4m3 number, once ``max|row|`` is the largest of them."""
+        weight = weight.float()
+        largest = weight.abs().amax(dim=1, keepdim=True)
+        if combine is not None:
+            largest = combine(largest)
+        # Not divided: CUDA divides by constants a little differently.
+        scale = largest * (1 / LARGEST)
+        scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero
+        values = (weight / scale).clamp_(-LARGEST, LARGEST).to(DTYPE)
+        return QTensor(values=values, scale=scale, offset=None, kind="fp8")
+
+    def random(
+        self,
+        n: int,
+        k: int,
+        *,
+        std: float,
+        dtype: torch.dtype,  # noqa: ARG002
+        generator: torch.Generator,
+    ) -> QTensor:
+        """Normally distributed numbers, scaled to ``std``."""
+        values = torch.empty(n, k, device=generator.device).normal_(0, 64, generator=generator)
+        scale = torch.full((n, 1), std / 64, device=generator.device)
+        values = values.clamp_(-LARGEST, LARGEST).to(DTYPE)
+        return QTensor(values=values, scale=scale, offset=None, kind="fp8")
+
+    def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
+        """One group per output channel."""
+        return WeightFormat(
+            kind="fp8", group_size=k, symmetric=True, n=n, k=k, dtype=dtype, device=device
+        )

@@ -1,0 +1,100 @@
+"""Runs the CUDA kernels' own source on a CPU: slowly, but with every index and every wait in it.
+
+``EmulatedDevice`` takes the place of a GPU in an engine, so that whole models run on the kernels.
+"""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from hotloop.kernels import cpu
+from hotloop.kernels.cuda.compile import HEADERS, SOURCES, Kernel
+from hotloop.kernels.cuda.launch import Call, Limits
+
+EMULATED = Path(__file__).with_name("emulated")
+
+needs_compiler = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+)
+
+
+ONE_AT_A_TIME = threading.Lock()
+"""The emulated machine is one, and ranks can be threads."""
+
+
+class Late(ctypes.Structure):
+    _fields_ = (("to", ctypes.c_void_p), ("from_", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+
+
+def emulate(call: Call, late: Sequence[Tensor] = ()) -> None:
+    """What launching ``call`` would do; its tensors are in ordinary memory.
+
+    What is ``late`` is there only once a block has waited for the kernel before this one.
+    """
+    run = ctypes.CDLL(str(build(call.kernel))).run
+    contents = [t.clone() for t in late]
+    pairs = zip(late, contents, strict=True)
+    copies = [Late(t.data_ptr(), content.data_ptr(), t.nbytes) for t, content in pairs]
+    shape = (*call.grid, call.kernel.threads, call.shared_bytes)
+    with ONE_AT_A_TIME:
+        run(ctypes.byref(call.args), *shape, (Late * len(copies))(*copies), len(copies))
+
+
+class EmulatedDevice:
+    """As ``kernels.cuda.launch.Device``, with tensors in ordinary memory.
+
+    Attributes:
+        launched: Names of the kernels that were launched, and whether each could have overlapped.
+    """
+
+    limits = Limits(n_sms=3, shared_bytes=227 * 1024)
+    compile_seconds = 0.0
+    notes: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, bool]] = []
+
+    def load(self, kernels: Iterable[Kernel]) -> None:
+        for kernel in kernels:
+            build(kernel)
+
+    def prepare(self, call: Call, *, dependent: bool) -> Callable[[], None]:
+        def launch() -> None:
+            self.launched.append((call.kernel.name, dependent))
+            emulate(call)
+
+        return launch
+
+
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="hotloop-emulated-")
+
+
+@functools.cache
+def build(kernel: Kernel) -> Path:
+    """A shared library in which ``device.cuh`` is the CPU's."""
+    source = Path(folder().name) / f"{kernel.name}.cpp"
+    for name in (*HEADERS, kernel.file):
+        emulated = EMULATED / name
+        text = (emulated if emulated.exists() else SOURCES / name).read_text()
+        (source.parent / name).write_text(text)
+    source.write_text(
+        f"{kernel.source()}\n"
+        'extern "C" void run(const void* args, int x, int y, int z, int threads, int bytes,\n'
+        "                    const Late* late, int n_late) {\n"
+        f"  const auto kernel = [](const void* a) {{ {kernel.name}(*({kernel.args}*)a); }};\n"
+        "  run_grid(kernel, args, {x, y, z}, threads, bytes, late, n_late);\n"
+        "}\n"
+    )
+    library = source.with_suffix(".so")
+    flags = ("-std=c++20", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC")
+    subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
+    return library

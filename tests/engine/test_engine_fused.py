@@ -1,0 +1,361 @@
+"""The fused step with its kernels' own source run on a CPU: against the decoder, and itself."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+from agreement import ALTERNATIVES, assert_top_two_agree
+from cuda_emulation import EmulatedDevice, needs_compiler
+from test_engine_memory import resident_bytes
+from test_engine_shards import ThreadRunner
+from tiny_models import N_TOKENS, write_random
+from torch import Tensor
+
+from hotloop import LLM, EngineConfig, SamplingParams
+from hotloop.engine import fused
+from hotloop.engine.fused import FusedForward
+from hotloop.engine.memory import predict_memory
+from hotloop.engine.setup import _resolve_execution
+from hotloop.errors import UnsupportedError
+from hotloop.kernels.attention import torch_attention
+from hotloop.models.cache import KVCache
+from hotloop.models.decoder import Decoder
+from hotloop.models.families import FAMILIES, read_config
+from hotloop.quant import Scheme, parse_scheme
+from hotloop.registry import resolve
+from hotloop.weights.load import load_weights
+from hotloop.weights.source import RandomSource
+
+pytestmark = needs_compiler
+
+CPU = torch.device("cpu")
+N_POSITIONS = 80
+PROMPTS = ([7], list(range(2, 19)), [260, 3] * 10)
+FREELY = SamplingParams(max_new_tokens=7, ignore_eos=True, logprobs=ALTERNATIVES)
+MODELS = {
+    **{name: (name, {"head_dim": 64}) for name in FAMILIES},
+    "untied": ("LlamaForCausalLM", {"tie_word_embeddings": False, "head_dim": 96}),
+    "odd heads": (
+        "LlamaForCausalLM",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 96},
+    ),
+    "no shared heads": (
+        "Qwen2ForCausalLM",
+        {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128},
+    ),
+    "wide heads": (
+        "Qwen3ForCausalLM",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256},
+    ),
+}
+SCHEMES = {
+    "none": "none",
+    "int8": "int8",
+    "fp8": "fp8",
+    "int4-g32": "int8",
+    "int4-g64-asym": "int4-g64",
+    "int4-g128": "none",
+    "int4-g32-asym": "fp8",
+}
+"""Of the projections, and of the head beside them."""
+
+
+# One step.
+
+
+class Model:
+    """A decoder with random weights, in any of three ways, and its cache."""
+
+    def __init__(
+        self, keys: dict[str, Any], quant: str, head: str, dtype: torch.dtype, *, fused: bool
+    ) -> None:
+        self.config = config = read_config(keys)
+        self.decoder = Decoder(
+            config, n_positions=N_POSITIONS, attention=torch_attention, device=CPU
+        )
+        load_weights(
+            self.decoder,
+            config,
+            VariedSource(),
+            shard=config.shards(1)[0],
+            adds_biases=True,
+            scheme=parse_scheme(quant),
+            head_scheme=parse_scheme(head),
+            dtype=dtype,
+            device=CPU,
+            fused=fused,
+        )
+        self.cache = KVCache(
+            n_layers=config.n_layers,
+            n_slots=2,
+            n_kv_heads=config.n_kv_heads,
+            n_positions=N_POSITIONS,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            device=CPU,
+        )
+
+    @torch.inference_mode()
+    def logits(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        hidden = self.decoder(ids_BT, positions_BT, self.cache, length=N_POSITIONS)
+        return self.decoder.logits(hidden)
+
+
+class VariedSource(RandomSource):
+    """Norms and biases that matter, and matrices that keep activations at their size."""
+
+    def __init__(self) -> None:
+        super().__init__(0, torch.float32, CPU)
+
+    def tensor(self, name: str, shape: tuple[int, ...], **options: Any) -> Tensor:
+        tensor = super().tensor(name, shape, **options)
+        return tensor if tensor.dim() == 2 else tensor + 0.2 * noise(name, tensor.shape)
+
+    def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme, **_: Any) -> Any:
+        return scheme.quantize(noise(name, shape) * (1.5 * shape[1] ** -0.5))
+
+
+def noise(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(crc32(name.encode())))
+
+
+def positions_from(*first: int, T: int) -> Tensor:
+    return torch.tensor(first)[:, None] + torch.arange(T)
+
+
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [*((name, "int4-g32-asym") for name in MODELS), *(("LlamaForCausalLM", q) for q in SCHEMES)],
+)
+@torch.inference_mode()
+def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, quant):
+    architecture, changes = MODELS[name]
+    whole_groups = {"hidden_size": 128, "intermediate_size": 128}
+    sizes = whole_groups if quant in ("int4-g128", "int4-g64-asym") else {}
+    keys = dict(resolve("architecture", FAMILIES, architecture).tiny) | sizes | changes
+    exact, eager, fast = (
+        Model(keys, quant, SCHEMES[quant], dtype, fused=fused)
+        for dtype, fused in (
+            (torch.float32, False),
+            (torch.bfloat16, False),
+            (torch.bfloat16, True),
+        )
+    )
+    vocab = exact.config.vocab_size
+    forward = FusedForward(fast.decoder, fast.cache, EmulatedDevice(), n_tokens=vocab - 3)
+    generator = torch.Generator().manual_seed(1)
+    for first, T in (((0, 0), 31), ((31, 31), 1), ((32, 20), 4), ((36, 21), 1)):
+        ids = torch.randint(vocab, (2, T), generator=generator)
+        positions = positions_from(*first, T=T)
+        wanted, plainly = exact.logits(ids, positions), eager.logits(ids, positions)
+        if T > fused.MAX_TOKENS:  # a prompt: the decoder's, from the same bytes
+            logits, best = fast.logits(ids, positions), None
+        else:
+            logits, best = forward(ids, positions, N_POSITIONS)
+        error, usual = ((x - wanted).square().mean().sqrt() for x in (logits, plainly))
+        assert error < 1.3 * usual, f"{T} tokens at {first}: {error:.3g} and not {usual:.3g}"
+        if best is not None:
+            assert torch.equal(best, logits[..., : vocab - 3].argmax(-1))
+
+
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_in_steps_of_any_size():
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
+    ids = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(2))
+    results = []
+    for sizes in ((16,), (1,) * 16, (2, 3, 11), (7, 8, 1)):
+        model = Model(keys, "int4-g32", "int8", torch.bfloat16, fused=True)
+        model.logits(ids, positions_from(0, 0, T=16))  # a prompt
+        forward = FusedForward(model.decoder, model.cache, EmulatedDevice(), n_tokens=128)
+        parts, at = [], 16
+        for T in sizes:
+            taken = ids[:, at - 16 : at - 16 + T]
+            parts.append(forward(taken, positions_from(at, at, T=T), N_POSITIONS)[0])
+            at += T
+        results.append(torch.cat(parts, dim=1))
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
+@torch.inference_mode()
+def test_what_is_not_a_number_stays_in_its_sequence_and_chooses_a_token_all_the_same():
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
+    model = Model(keys, "int8", "int8", torch.bfloat16, fused=True)
+    forward = FusedForward(model.decoder, model.cache, EmulatedDevice(), n_tokens=128)
+    ids = torch.arange(40).view(2, 20)
+    model.logits(ids[:, :18], positions_from(0, 0, T=18))
+    last, positions = ids[:, 18:], positions_from(18, 18, T=2)
+    sound, best = forward(last, positions, N_POSITIONS)
+    model.cache.k0[0, :, 3] = torch.nan
+    poisoned, chosen = forward(last, positions, N_POSITIONS)
+    assert poisoned[0].isnan().all()
+    assert ((chosen >= 0) & (chosen < 128)).all()
+    assert torch.equal(poisoned[1], sound[1])
+    assert torch.equal(chosen[1], best[1])
+
+
+@torch.inference_mode()
+def test_all_kernels_but_the_first_may_overlap_their_predecessor():
+    keys = dict(resolve("architecture", FAMILIES, "Qwen3ForCausalLM").tiny) | {"head_dim": 64}
+    model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
+    forward = FusedForward(model.decoder, model.cache, device, n_tokens=128)
+    forward(torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1), N_POSITIONS)
+    names, overlap = zip(*device.launched, strict=True)
+    assert overlap == (False, *[True] * (5 * 3 + 2))
+    assert names[0] == "embed_bf16"
+    assert names[-1] == "argmax_step"
+
+
+# The whole engine.
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotloop.engine.runner.device_of", lambda _: EmulatedDevice())
+    monkeypatch.setattr("hotloop.engine.setup.fused_unavailable_reason", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random(
+        tmp_path_factory.mktemp("model"), head_dim=64, vocab_size=N_TOKENS + 20, n_layers=2
+    )
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Any]:
+    def make(**options: Any) -> LLM:
+        return LLM(str(folder), max_seq_len=64, **options)
+
+    return make
+
+
+def answers(llm: LLM, prompts: Any = PROMPTS, **options: Any) -> list[Any]:
+    return [(g.token_ids, g.logprobs) for g in llm.generate(prompts, FREELY, **options)]
+
+
+def test_it_is_taken_by_default_and_says_so(engine):
+    llm = engine(quant="int4-g32")
+    described = llm.describe()
+    assert (described.execution, described.config.execution) == ("fused", "auto")
+    assert (described.config.name, described.name) == ("int4-g32/auto", "int4-g32/fused")
+    kernels = dict.fromkeys(("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "int4/fused")
+    assert described.kernels == kernels | {"head": "int8/fused", "attention": "attention/fused"}
+    assert described.notes == ()
+    assert described.compile_cache == "warm", "nothing was compiled"
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "fp8", "int4-g64-asym"])
+@pytest.mark.parametrize("head", ["auto", "none", "int4-g32"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_described_and_predicted_bytes_are_those_resident(quant, head, tied, tmp_path):
+    model = write_random(
+        tmp_path, head_dim=64, tie_word_embeddings=tied, attention_bias=True, n_layers=1
+    )
+    config = EngineConfig(
+        model=str(model), quant=quant, head=head, max_seq_len=16, draft="ngram", draft_tokens=1
+    )
+    predicted, llm = predict_memory(config), LLM(config)
+    resident = resident_bytes(llm._runner._model.decoder)
+    assert llm.describe().weight_bytes == predicted.weights_bytes == resident
+
+
+def test_greedy_tokens_agree_with_the_plain_engine_to_the_top_two(engine):
+    plain = engine(execution="eager", dtype="float32")
+    assert_top_two_agree(*(llm.generate(list(PROMPTS), FREELY) for llm in (engine(), plain)))
+
+
+def test_a_prompt_gives_the_same_by_steps_and_by_the_decoder(engine, monkeypatch):
+    found = []
+    for short in (0, 64):
+        monkeypatch.setattr("hotloop.engine.runner.SHORT_PROMPT", short)
+        found.append(engine(quant="int4-g32").generate(list(PROMPTS), FREELY))
+    for one, other in zip(*found, strict=True):
+        here, there = (dict(g.logprobs[0].top) for g in (one, other))
+        both = here.keys() & there.keys()
+        assert len(both) >= ALTERNATIVES - 1
+        assert max(abs(here[i] - there[i]) for i in both) < 0.1
+
+
+def test_neighbours_change_nothing(engine):
+    together, alone = engine(max_batch_size=4), engine()
+    for sampling in ({}, {"temperature": 0.9, "top_k": 20, "seed": 3}):
+        assert answers(together, **sampling) == [
+            answers(alone, [prompt], **sampling)[0] for prompt in PROMPTS
+        ]
+
+
+@pytest.mark.parametrize("draft", ["ngram", "exit-1", "itself"])
+@pytest.mark.parametrize("draft_tokens", [1, 3, 7])
+def test_drafts_change_neither_tokens_nor_their_probabilities(folder, engine, draft, draft_tokens):
+    plain = engine(quant="int8", max_batch_size=2)
+    drafted = engine(
+        quant="int8",
+        max_batch_size=2,
+        draft=str(folder) if draft == "itself" else draft,
+        draft_policy="always",
+        draft_tokens=draft_tokens,
+    )
+    for sampling in ({}, {"temperature": 0.9, "repetition_penalty": 1.2, "seed": 3}):
+        assert answers(drafted, **sampling) == answers(plain, **sampling)
+    assert drafted.generate(list(PROMPTS), FREELY)[0].speculation.n_steps > 0
+
+
+@pytest.mark.parametrize("quant", ["none", "int4-g32"])
+def test_ranks_agree_with_one_to_the_top_two(quant, engine, monkeypatch):
+    monkeypatch.setattr("hotloop.engine.llm.RankGroup", ThreadRunner)
+    one, two = engine(quant=quant), engine(quant=quant, tensor_parallel=2)
+    assert two.describe().kernels["o_proj"] == one.describe().kernels["o_proj"]
+    assert_top_two_agree(*(llm.generate(list(PROMPTS), FREELY) for llm in (one, two)))
+
+
+def test_closing_frees_plans_counters_weights_and_cache(engine):
+    llm = engine(draft="exit-1")
+    llm.generate([[7]], FREELY)
+    runner = llm._runner
+    forwards = [runner._stepper.forward, runner._drafter.forward]
+    kept = [weakref.ref(part) for part in (*forwards, runner._model.decoder, runner._model.cache)]
+    kept += [weakref.ref(plans) for forward in forwards for plans in forward._plans.values()]
+    assert len(kept) >= 4 + 2
+    del forwards
+    llm.close()
+    gc.collect()
+    assert not any(ref() for ref in kept)
+
+
+# What cannot run.
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "float32"}, "it computes in bfloat16, not float32"),
+        ({"draft": "ngram", "draft_tokens": 16}, "a step takes at most 15 drafts, not 16"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_and_left_to_eager_by_default(engine, options, says):
+    with pytest.raises(UnsupportedError, match=f"^execution 'fused' cannot run here: {says}"):
+        engine(execution="fused", **options)
+    assert engine(**options).describe().execution == "eager"
+
+
+def test_heads_of_other_widths_are_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="heads must be 64, 96, 128, 256 wide, not 16"):
+        LLM(str(write_random(tmp_path)), execution="fused")
+
+
+def test_on_a_gpu_the_reason_is_noted_and_elsewhere_goes_without_saying(folder, monkeypatch):
+    config = EngineConfig(model=str(folder))
+    for device, reason, notes in (
+        ("cuda:0", None, ()),
+        ("cuda:0", "no luck", ("execution/fused not used, but eager: no luck",)),
+        ("cpu", "no luck", ()),
+    ):
+        monkeypatch.setattr("hotloop.engine.setup.fused_unavailable_reason", lambda _, r=reason: r)
+        resolved = _resolve_execution(config, torch.device(device), torch.bfloat16, [])
+        assert resolved == ("eager" if reason else "fused", notes)

@@ -1,0 +1,260 @@
+"""The fused step in whole engines on a GPU: ``pytest -m gpu`` where there is one."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from agreement import ALTERNATIVES, assert_top_two_agree
+from tiny_models import N_TOKENS, write_random
+from torch import Tensor
+
+from hotloop import LLM, Generation, SamplingParams
+from hotloop.errors import ModelNotFoundError
+from hotloop.evaluate.quality import kl_divergence
+from hotloop.evaluate.text import load_text
+from hotloop.evaluate.windows import make_windows
+from hotloop.kernels.cuda.attention import MAX_TOKENS
+from hotloop.kernels.cuda.launch import Device, unavailable_reason
+from hotloop.models.families import FAMILIES
+from hotloop.registry import resolve
+from hotloop.weights.hub import resolve_model
+
+CUDA = torch.device("cuda", 0)
+REASON = unavailable_reason(CUDA) if torch.cuda.is_available() else "no CUDA device"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+SCHEMES = ("none", "int8", "fp8", "int4-g32", "int4-g128", "int4-g64-asym")
+PROMPTS = [[7], list(range(2, 40)), [260, 3] * 10]
+GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=ALTERNATIVES)
+DRAWN = {
+    "temperature": {"temperature": 0.9},
+    "top-k": {"temperature": 0.9, "top_k": 20},
+    "top-p": {"temperature": 1.1, "top_p": 0.9},
+    "min-p": {"temperature": 1.1, "min_p": 0.05},
+    "penalty": {"temperature": 0.9, "repetition_penalty": 1.3},
+}
+
+Make = Callable[..., LLM]
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of each, with every switch of the family on, and rows that no token has."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+    sizes |= {"vocab_size": N_TOKENS + 20}
+    folders = {}
+    for name in FAMILIES:
+        keys = dict(resolve("architecture", FAMILIES, name).tiny)
+        del keys["architectures"], keys["num_hidden_layers"]
+        folder = tmp_path_factory.mktemp(name)
+        folders[name] = write_random(folder, n_layers=3, **keys | sizes)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def make(families: dict[str, Path]) -> Make:
+    def make(**options: Any) -> LLM:
+        return LLM(str(families["LlamaForCausalLM"]), execution="fused", device="cuda", **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose kernels take long enough to overlap, with room for a long prompt."""
+    return write_random(
+        tmp_path_factory.mktemp("large"),
+        n_layers=6,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=1280,
+    )
+
+
+def answers(llm: LLM, prompts: list[list[int]], **options: Any) -> list[Any]:
+    return [(g.token_ids, g.logprobs) for g in llm.generate(prompts, GREEDY, **options)]
+
+
+@pytest.mark.parametrize("quant", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_agree_with_exact_ones_to_the_top_two(
+    family: str, quant: str, families: dict[str, Path]
+) -> None:
+    found: list[list[Generation]] = []
+    # Not with eager ones: their logits are rounded to bfloat16, and equal each other too often.
+    ways = {"fused": {"device": "cuda"}, "eager": {"device": "cpu", "dtype": "float32"}}
+    for execution, options in ways.items():
+        llm = LLM(str(families[family]), quant=quant, execution=execution, **options)
+        assert llm.describe().execution == execution
+        found.append(llm.generate(PROMPTS, GREEDY))
+        llm.close()
+    assert_top_two_agree(*found)
+    assert all(token < N_TOKENS for g in found[0] for token in g.token_ids)
+
+
+@pytest.mark.parametrize("quant", ["none", "int4-g32"])
+def test_neighbours_change_nothing(quant: str, make: Make) -> None:
+    prompts = [[2 + i] * (1 + 3 * i) for i in range(16)]
+    alone, among = make(quant=quant), make(quant=quant, max_batch_size=16)
+    singly = answers(alone, prompts)
+    for n in (1, 2, 3, 5, 8, 16):
+        assert answers(among, prompts[:n]) == singly[:n]
+
+
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_among_any_number_of_rows(make: Make) -> None:
+    llm = make(quant="int8", max_batch_size=16)
+    llm.generate([[2 + i] * (1 + 3 * i) for i in range(16)], GREEDY)
+    forward, slots = llm._runner._stepper.forward, llm._runner._slots
+    positions = slots.positions[:, None].clone()
+    ids = slots.tokens(positions)
+    whole, best = forward(ids, positions, llm.describe().max_seq_len)
+    for n in (1, 2, 3, 5, 8):
+        logits, chosen = forward(ids[:n], positions[:n], llm.describe().max_seq_len)
+        assert torch.equal(logits, whole[:n])
+        assert torch.equal(chosen, best[:n])
+
+
+@pytest.mark.parametrize("draft", ["ngram", "exit-1", "itself"])
+@pytest.mark.parametrize("draft_tokens", [1, 4, MAX_TOKENS - 1])
+def test_drafts_change_neither_tokens_nor_their_probabilities(
+    draft: str, draft_tokens: int, make: Make, families: dict[str, Path]
+) -> None:
+    plain = make(quant="int8", max_batch_size=3)
+    drafted = make(
+        quant="int8",
+        max_batch_size=3,
+        draft=str(families["LlamaForCausalLM"]) if draft == "itself" else draft,
+        draft_policy="always",
+        draft_tokens=draft_tokens,
+    )
+    for sampling in ({}, {"seed": 3, **DRAWN["top-k"]}, {"seed": 3, **DRAWN["penalty"]}):
+        assert answers(drafted, PROMPTS, **sampling) == answers(plain, PROMPTS, **sampling)
+    assert any(any(g.speculation.proposed) for g in drafted.generate(PROMPTS, GREEDY))
+
+
+@pytest.mark.parametrize("sampling", DRAWN.values(), ids=DRAWN)
+def test_drawn_tokens_can_be_repeated(sampling: dict[str, Any], make: Make) -> None:
+    llm, another = make(max_batch_size=3), make()
+    first = answers(llm, PROMPTS, seed=5, **sampling)
+    assert answers(llm, PROMPTS, seed=5, **sampling) == first
+    assert answers(another, PROMPTS, seed=5, **sampling) == first
+    assert answers(llm, PROMPTS, seed=6, **sampling) != first
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="this GPU has no dependent launch",
+)
+@pytest.mark.parametrize("quant", ["none", "int8", "int4-g128"])
+def test_overlapping_kernels_give_the_bits_of_kernels_one_after_the_other(
+    quant: str, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[list[Any], list[Tensor]]:
+        llm = LLM(str(large), execution="fused", device="cuda", quant=quant, max_batch_size=3)
+        prompts = [list(range(2, 290)) * 2, [5, 6, 7], [9] * 100]
+        found = answers(llm, prompts)
+        window = [2 + (7 * i) % 290 for i in range(64)]
+        logits = [decoded_log_probs(llm, window) for _ in range(10)]
+        llm.close()
+        return found, logits
+
+    found, logits = run()
+    one_by_one = Device(CUDA, dependent_launch=False)
+    monkeypatch.setattr("hotloop.engine.runner.device_of", lambda _: one_by_one)
+    assert not one_by_one.dependent_launch
+    expected, (first, *_) = run()
+    assert found == expected
+    assert all(torch.equal(each, first) for each in logits)
+
+
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_a_long_prompt_is_seen_to_its_beginning(quant: str, large: Path) -> None:
+    prompts = [[2 + (i * i) % 290 for i in range(1000)], [5, 6, 7]]
+    params = SamplingParams(max_new_tokens=48, ignore_eos=True, logprobs=ALTERNATIVES)
+    found = []
+    for execution in ("fused", "eager"):
+        llm = LLM(str(large), device="cuda", quant=quant, execution=execution, max_batch_size=2)
+        found.append(llm.generate(prompts, params))
+        if execution == "fused":
+            changed = llm.generate([[3, *prompts[0][1:]]], params)[0]
+            assert changed.logprobs[1:] != found[0][0].logprobs[1:]
+        llm.close()
+    assert_top_two_agree(*found)
+
+
+def test_closing_gives_the_memory_back(large: Path) -> None:
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    llm = LLM(str(large), execution="fused", device="cuda", draft="exit-2")
+    llm.generate(PROMPTS, GREEDY)
+    weight_bytes = llm.describe().weight_bytes
+    assert torch.cuda.memory_allocated() - before > weight_bytes
+    llm.close()
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < weight_bytes / 2  # cuBLAS keeps a workspace
+
+
+# A model that was trained.
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> str:
+    try:
+        return str(resolve_model("smollm2-135m"))
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4-g64"])
+def test_a_trained_model_is_as_near_its_float32_self_as_eager_bfloat16_is(
+    quant: str, smollm2: str
+) -> None:
+    options: dict[str, Any] = {"quant": quant, "max_seq_len": 256}
+    exact = LLM(smollm2, device="cpu", dtype="float32", **options)
+    windows = make_windows(exact.encode(load_text(None).content), 256, 3)
+    expected = [score.log_probs for score in exact.score(windows, full=True)]
+
+    kl, ln_ppl = {}, {"exact": mean_loss(windows, expected)}
+    for execution in ("fused", "eager"):
+        llm = LLM(smollm2, device="cuda", execution=execution, **options)
+        ways = {
+            "decoded": [decoded_log_probs(llm, window) for window in windows],
+            "scored": [score.log_probs for score in llm.score(windows, full=True)],
+        }
+        for way, found in ways.items():
+            pairs = zip(expected, found, strict=True)
+            kl[execution, way] = torch.cat([kl_divergence(p, q) for p, q in pairs]).mean().item()
+            ln_ppl[f"{execution}, {way}"] = mean_loss(windows, found)
+        if execution == "fused":
+            prompts = [window[:24] for window in windows]
+            params = SamplingParams(max_new_tokens=40, ignore_eos=True, logprobs=ALTERNATIVES)
+            assert_top_two_agree(*(e.generate(prompts, params) for e in (llm, exact)))
+        llm.close()
+    for way in ("decoded", "scored"):
+        assert kl["fused", way] <= 1.15 * kl["eager", way] + 1e-5, kl
+    assert max(ln_ppl.values()) - min(ln_ppl.values()) < 0.005, ln_ppl
+
+
+@torch.inference_mode()
+def decoded_log_probs(llm: LLM, window: list[int]) -> Tensor:
+    """The distributions [T - 1, V] after each token but the last, by steps of a few tokens."""
+    forward, length = llm._runner._stepper.forward, llm.describe().max_seq_len
+    ids = torch.tensor([window[:-1]], device=CUDA)
+    positions = torch.arange(len(window) - 1, device=CUDA)[None]
+    steps = zip(ids.split(MAX_TOKENS, 1), positions.split(MAX_TOKENS, 1), strict=True)
+    logits = [forward(*step, length)[0][0] for step in steps]
+    return torch.cat(logits).log_softmax(-1).cpu()
+
+
+def mean_loss(windows: list[list[int]], log_probs: list[Tensor]) -> float:
+    losses = [
+        -log_probs_TV.gather(1, torch.tensor(window[1:])[:, None])
+        for window, log_probs_TV in zip(windows, log_probs, strict=True)
+    ]
+    return torch.cat(losses).mean().item()
