@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 RESULTS ?= results/demo
 
-.PHONY: demo test check bench help-pages clean
+.PHONY: demo test check bench bench-gpu help-pages clean
 
 demo: $(VENV)/installed
 	$(BIN)/hotloop pull $(MODEL)
@@ -27,6 +27,9 @@ check: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/hotloop pull $(MODEL)
 	$(BIN)/python benchmarks/side_by_side.py --out results/cpu-side-by-side.json
+
+bench-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/h100 --docs docs/performance.md
 
 help-pages: $(VENV)/installed
 	$(BIN)/python -m hotloop.cli.help_pages

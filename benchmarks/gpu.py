@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.docs:
         before, _, rest = args.docs.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
-        args.docs.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}")
+        args.docs.write_text(f"{before}{BEGIN}\n\n{table}{END}{after}")
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
@@ -93,13 +93,13 @@ def sweep(shape: str, executions: Iterable[str], out: Path) -> list[str]:
 def speed_table(folders: Iterable[Path]) -> str:
     """Every cell: its speed, and what share of the memory's bandwidth that is."""
     lines = [
-        "| shape | scheme | execution | decode tok/s | end-to-end tok/s | MBU | ready, cold |",
+        "| shape | scheme | execution | decode tok/s | end-to-end tok/s | MBU | ready |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for folder in folders:
         if (folder / RECORDS).exists():
             lines += [line(folder.name, record) for record in read_records(folder)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n"
 
 
 def line(shape: str, record: Record) -> str:
@@ -108,8 +108,9 @@ def line(shape: str, record: Record) -> str:
         execution = record.config["execution"]
         return f"| {shape} | {scheme} | {execution} | {record.status} | | | |"
     speeds = (plus_minus(figure) for figure in (record.decode_tok_s, record.e2e_tok_s))
-    mbu = f"{record.mbu.mean:.0%}" if record.mbu else "–"
-    ready = f"{record.warmup_s:.1f} s" if record.warmup_s is not None else "–"
+    mbu = f"{record.mbu.mean:.0%}".replace("%", " %") if record.mbu else "–"
+    cache = (record.engine or {}).get("compile_cache") or "–"
+    ready = f"{record.warmup_s:.1f} s, {cache}" if record.warmup_s is not None else "–"
     return f"| {shape} | {scheme} | {execution} | {' | '.join(speeds)} | {mbu} | {ready} |"
 
 
