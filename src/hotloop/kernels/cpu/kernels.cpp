@@ -350,7 +350,7 @@ void add_products(const W* const (&w)[F], const int16_t* x, int64_t K, f32v (&to
 template <class W, class Scale>
 Tensor product(const Tensor& like, const Activations<kPairs>& x, const Tensor& weight,
                Scale scale) {
-  const int64_t M = like.size(0), K = like.size(1), N = weight.size(0);
+  const int64_t K = like.size(1), N = weight.size(0);
   const auto* rows = static_cast<const W*>(weight.const_data_ptr());
   return by_features(like, N, [&]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
     constexpr int F = 2 * R <= kSums ? 2 : 1;
@@ -473,7 +473,7 @@ inline f32v exp(f32v x) {
   for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
     power = power * r + c;
   }
-  return power * (f32v)(((s32v)rounded << 23) + (127 << 23));
+  return power * (f32v)(((u32v)rounded << 23) + (127u << 23));
 }
 
 constexpr int64_t kBlock = 128;
