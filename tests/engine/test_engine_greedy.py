@@ -114,7 +114,7 @@ def test_compiled_samples_equal_eager_ones(compiled):
 
 @pytest.mark.usefixtures("compiled")
 def test_another_model_of_the_same_shapes_is_compiled_for_itself(tmp_path):
-    folder = str(write_random(tmp_path, n_layers=1, rms_norm_eps=3.0))
+    folder = str(write_random(tmp_path, rms_norm_eps=3.0))
     fast, plain = (
         LLM(folder, dtype="float32", max_batch_size=3, execution=execution)
         for execution in ("compile", "eager")

@@ -86,6 +86,18 @@ def test_kernel_lets_each_of_several_tokens_see_up_to_itself(T, window):
 
 
 @needs_compiler
+def test_shares_are_as_exact_as_float32_however_far_scores_are_apart():
+    scores = -1.75 * torch.arange(64)  # to where e^x is no normal number any more
+    q, k = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 64, 64)
+    q[..., 0], k[0, 0, :, 0] = 8, scores
+    values = torch.eye(64)[None, None]  # so what comes out are the shares
+    last = torch.tensor([[63]])
+    shares = cpu_attention(q, k, values, last, length=64, window=None, scale=0.125)
+    expected = scores.double().softmax(0)
+    torch.testing.assert_close(shares.double().flatten(), expected, rtol=3e-7, atol=2e-38)
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [None, 40])
 def test_a_token_gives_the_same_bits_alone_and_among_others(window, dtype):

@@ -144,7 +144,11 @@ class Forward:
         # Code for a given number of rows is better than code for any; only length varies.
         torch._dynamo.mark_static(ids_BT)
         torch._dynamo.mark_static(positions_BT)
-        with torch._dynamo.config.patch(recompile_limit=_MAX_SPECIALIZATIONS):
+        # A float that another model has otherwise, such as a norm's epsilon, would become an input,
+        # which the regions compiled once for all layers cannot take.
+        with torch._dynamo.config.patch(
+            recompile_limit=_MAX_SPECIALIZATIONS, specialize_float=True
+        ):
             return self._logits(ids_BT, positions_BT, length)
 
 
