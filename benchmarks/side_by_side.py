@@ -51,11 +51,11 @@ def main() -> None:
     from hotloop.weights.hub import resolve_model
 
     source = resolve_model("smollm2-135m")
-    beside = subprocess.run([args.llama_python, "-c", "import llama_cpp"], capture_output=True)
-    if beside.returncode:
-        print("hotloop alone: there is no llama-cpp-python here", file=sys.stderr)
+    version = llama_version(args.llama_python)
+    if version is None:
+        print(f"hotloop alone: {args.llama_python} has no llama-cpp-python", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        kinds = [] if beside.returncode else list(LLAMA_TYPES)
+        kinds = list(LLAMA_TYPES) if version else []
         formats = [(kind, Path(folder) / f"{kind}.gguf") for kind in kinds]
         f16 = Path(folder) / "F16.gguf"
         for kind, path in formats:
@@ -85,24 +85,37 @@ def main() -> None:
             worker.wait()
 
     figures = {name: mean_figure(values).model_dump() for name, values in samples.items()}
+    ratios = {
+        name: mean_figure([a / b for a, b in zip(samples[name], samples[kind], strict=True)])
+        for name, kind in PAIRS.items()
+        if kind in samples
+    }
     result = {
         "what": "decode tok/s, batch 1, greedy; both at the same context",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompt_tokens": len(PROMPT),
         "new_tokens": args.new_tokens,
         "threads": args.threads,
+        "llama_cpp_python": version,
         "decode_tok_s": figures,
+        "ratio_in_a_round": {name: ratio.model_dump() for name, ratio in ratios.items()},
         "provenance": hardware.provenance(hardware.resolve_device("cpu")),
     }
     for name, kind in PAIRS.items():
         line = f"{name:22} {figures[name]['mean']:6.1f}"
-        if kind in figures:
-            theirs = figures[kind]["mean"]
-            line += f"   {kind:5} {theirs:6.1f}   ×{figures[name]['mean'] / theirs:.2f}"
+        if name in ratios:
+            line += f"   {kind:5} {figures[kind]['mean']:6.1f}   ×{ratios[name].mean:.2f}"
         print(line)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def llama_version(python: str) -> str | None:
+    """Of llama-cpp-python there, if it is there."""
+    command = [python, "-c", "import llama_cpp; print(llama_cpp.__version__)"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
@@ -137,20 +150,28 @@ def hotloop(name: str, threads: int, new_tokens: int):
 
 
 def llama(path: str, threads: int, new_tokens: int):
+    """Steps through llama.cpp's C interface: what its Python wrapper adds is not timed."""
     import llama_cpp
+    import numpy as np
 
     model = llama_cpp.Llama(
         path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
     )
+    token = (llama_cpp.llama_token * 1)()
+
+    def choose() -> None:
+        logits = llama_cpp.llama_get_logits(model.ctx)
+        token[0] = np.ctypeslib.as_array(logits, shape=(model.n_vocab(),)).argmax()
 
     def timed() -> float:
         model.reset()
         model.eval(PROMPT)
-        token = model.sample(temp=0)
+        choose()
         started = time.perf_counter()
         for _ in range(new_tokens - 1):
-            model.eval([token])
-            token = model.sample(temp=0)
+            failed = llama_cpp.llama_decode(model.ctx, llama_cpp.llama_batch_get_one(token, 1))
+            assert not failed, "llama.cpp could not decode"
+            choose()
         return (new_tokens - 1) / (time.perf_counter() - started)
 
     return timed

@@ -2,18 +2,23 @@
 
 Three kinds of text, each with what it is known to be good or bad for: continuing code, summarizing
 with quotations, telling a story. Two engines that differ in nothing but the draft answer the same
-prompts in turn, so what the machine does to one it does to the other; the figure is the ratio of
-their decode tok/s, pair by pair.
+prompts in turn: off, on, on, off. So what the machine does to one it does to the other, and a speed
+that drifts cancels out. Every such round gives one ratio of decode tok/s; the figure is their
+geometric mean, and its interval is over rounds. A story is another one in every round.
 
     python benchmarks/speculation.py --drafts ngram exit-10 --out benchmarks/results/NAME.json
 
-The prompts are made of Python's own library and help topics, which every machine has.
+The prompts are made of Python's own library and help topics, which every machine has. Rows that the
+file has of other drafts and texts stay in it, so that parts can be measured at different times.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
+import statistics
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -28,84 +33,101 @@ from hotloop.bench.statistics import mean_figure
 from hotloop.cli.engine import chat_ids
 from hotloop.hardware import provenance
 
+TEXTS = ("code", "quotations", "story")
 
-def prompts(llm: LLM) -> dict[str, tuple[list[int], SamplingParams]]:
-    """Token ids by kind of text, and how to sample: drawn where greedy text goes in circles."""
-    code = Path(json.decoder.__file__).read_text()
-    article = topics["assert"][:1500]
-    quote = f"Summarize the text below. Quote its most important sentences.\n\n{article}"
-    story = "Write a story about a lighthouse keeper who finds a letter from the sea."
+
+def prompt(llm: LLM, text: str) -> tuple[list[int], SamplingParams]:
+    """Token ids, and how to sample: drawn where greedy text goes in circles."""
     greedy = SamplingParams(temperature=0.0)
-    return {
-        "code": (llm.encode(code)[:400], greedy),
-        "summary with quotations": (chat_ids(llm, [{"role": "user", "content": quote}]), greedy),
-        "story": (
-            chat_ids(llm, [{"role": "user", "content": story}]),
-            SamplingParams(temperature=0.8, top_p=0.95, seed=0),
-        ),
-    }
+    if text == "code":
+        return llm.encode(Path(json.decoder.__file__).read_text())[:400], greedy
+    if text == "quotations":
+        article = topics["assert"][:1500]
+        asked = f"Summarize the text below. Quote its most important sentences.\n\n{article}"
+        return chat_ids(llm, [{"role": "user", "content": asked}]), greedy
+    asked = "Write a story about a lighthouse keeper who finds a letter from the sea."
+    drawn = SamplingParams(temperature=0.8, top_p=0.95)
+    return chat_ids(llm, [{"role": "user", "content": asked}]), drawn
 
 
 def run(llm: LLM, ids: list[int], params: SamplingParams, n: int) -> Generation:
     return llm.generate([ids], params, max_new_tokens=n, ignore_eos=True)[0]
 
 
-def measure(off: LLM, on: LLM, repeats: int, n: int) -> list[dict[str, Any]]:
-    rows = []
-    for kind, (ids, params) in prompts(off).items():
-        speeds: dict[str, list[float]] = {"off": [], "on": []}
-        seen, same = Speculation(), 0
-        for repeat in range(repeats + 1):
-            pair = {}
-            for name, llm in (("off", off), ("on", on))[:: 1 if repeat % 2 else -1]:
-                pair[name] = run(llm, ids, params, n)
-            if repeat == 0:
-                continue  # warms up
-            for name, generation in pair.items():
-                speeds[name].append(generation.timing.decode_tok_s)
-            assert pair["on"].speculation is not None
-            seen += pair["on"].speculation
-            same += pair["on"].token_ids == pair["off"].token_ids
-        ratios = [b / a for a, b in zip(speeds["off"], speeds["on"], strict=True)]
-        rows.append(
-            {
-                "text": kind,
-                "prompt_tokens": len(ids),
-                "off_tok_s": mean_figure(speeds["off"]).model_dump(),
-                "on_tok_s": mean_figure(speeds["on"]).model_dump(),
-                "ratio": mean_figure(ratios).model_dump(),
-                "acceptance": seen.acceptance,
-                "tokens_per_step": seen.tokens_per_step,
-                "off_share": seen.n_off / seen.n_steps,
-                "draft_share": seen.draft_s / (seen.draft_s + seen.verify_s),
-                "equal_answers": f"{same} of {repeats}",
-            }
-        )
-        show(rows[-1])
-    return rows
+def measure(
+    off: LLM, on: LLM, ids: list[int], params: SamplingParams, *, rounds: int, n: int
+) -> dict[str, Any]:
+    speeds: dict[str, list[float]] = {"off": [], "on": []}
+    seen, same = Speculation(), 0
+    for number in range(rounds + 1):
+        seeded = dataclasses.replace(params, seed=number)
+        turns = [run(llm, ids, seeded, n) for llm in (off, on, on, off)]
+        if number == 0:
+            continue  # warms up
+        for name, (one, other) in {"off": (turns[0], turns[3]), "on": (turns[1], turns[2])}.items():
+            pair = (one.timing.decode_tok_s, other.timing.decode_tok_s)
+            speeds[name].append(statistics.harmonic_mean(pair))  # of both answers together
+        for generation in turns[1:3]:
+            assert generation.speculation is not None
+            seen += generation.speculation
+            same += generation.token_ids == turns[0].token_ids
+    return {
+        "prompt_tokens": len(ids),
+        "new_tokens": n,
+        "off_tok_s": mean_figure(speeds["off"]).model_dump(),
+        "on_tok_s": mean_figure(speeds["on"]).model_dump(),
+        "ratio": ratio(speeds["on"], speeds["off"]),
+        "acceptance": seen.acceptance,
+        "tokens_per_step": seen.tokens_per_step,
+        "off_share": seen.n_off / seen.n_steps,
+        "draft_share": seen.draft_s / (seen.draft_s + seen.verify_s),
+        "equal_answers": f"{same} of {2 * rounds}",
+    }
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
+    """The geometric mean of pairs' ratios, with its 95 % interval."""
+    logs = mean_figure([math.log(a / b) for a, b in zip(above, below, strict=True)])
+    ci95 = None if logs.ci95 is None else [math.exp(end) for end in logs.ci95]
+    samples = [math.exp(log) for log in logs.samples]
+    return {"mean": math.exp(logs.mean), "ci95": ci95, "n": logs.n, "samples": samples}
 
 
 def show(row: dict[str, Any]) -> None:
-    ratio, (low, high) = row["ratio"]["mean"], row["ratio"]["ci95"]
+    mean, (low, high) = row["ratio"]["mean"], row["ratio"]["ci95"]
     acceptance = " ".join(f"{share:.2f}" for share in row["acceptance"])
     print(
-        f"{row['text']:24} off {row['off_tok_s']['mean']:7.1f}  on {row['on_tok_s']['mean']:7.1f}"
-        f"  x{ratio:.3f} [{low:.3f}, {high:.3f}]  tokens/step {row['tokens_per_step']:.2f}"
-        f"  off {row['off_share']:.0%}  drafts {row['draft_share']:.0%}  [{acceptance}]",
+        f"{row['draft']:8} {row['text']:24} off {row['off_tok_s']['mean']:7.1f}"
+        f"  on {row['on_tok_s']['mean']:7.1f}  x{mean:.3f} [{low:.3f}, {high:.3f}]"
+        f"  tokens/step {row['tokens_per_step']:.2f}  off {row['off_share']:.0%}"
+        f"  drafts {row['draft_share']:.1%}  [{acceptance}]  equal {row['equal_answers']}",
         flush=True,
     )
+
+
+def keep(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows to a file, in place of those of the same draft and text there."""
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    by_name = {(row["draft"], row["text"]): row for row in (*known, *rows)}
+    result = {
+        "what": "decode tok/s with speculative decoding over without, round by round",
+        "rows": list(by_name.values()),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--drafts", nargs="+", default=["ngram", "exit-10"])
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--quant", default="none")
     parser.add_argument("--execution", default="compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--new-tokens", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
 
@@ -116,24 +138,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "max_seq_len": 1024,
     }
     off = LLM(args.model, **options)
-    results = []
+    device = torch.device(off.describe().device)
+    rows = []
     for draft in args.drafts:
         on = LLM(args.model, draft=draft, draft_tokens=args.draft_tokens, **options)
         print(on.config.name, file=sys.stderr)
-        rows = measure(off, on, args.repeats, args.new_tokens)
-        results.append({"draft": draft, "config": on.config.to_dict(), "rows": rows})
+        for text in args.texts:
+            ids, params = prompt(off, text)
+            measured = measure(off, on, ids, params, rounds=args.rounds, n=args.new_tokens)
+            rows.append(
+                {
+                    "draft": draft,
+                    "text": text,
+                    **measured,
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "config": on.config.to_dict(),
+                    "provenance": provenance(device),
+                }
+            )
+            show(rows[-1])
         on.close()
     if args.out:
-        device = torch.device(off.describe().device)
-        result = {
-            "what": "decode tok/s with speculative decoding over without, pair by pair",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "new_tokens": args.new_tokens,
-            "results": results,
-            "provenance": provenance(device),
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        keep(args.out, rows)
 
 
 if __name__ == "__main__":

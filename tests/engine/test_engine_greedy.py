@@ -112,6 +112,16 @@ def test_compiled_samples_equal_eager_ones(compiled):
     assert tokens(fast, PROMPTS, **options) == tokens(plain, PROMPTS, **options)
 
 
+@pytest.mark.usefixtures("compiled")
+def test_another_model_of_the_same_shapes_is_compiled_for_itself(tmp_path):
+    folder = str(write_random(tmp_path, rms_norm_eps=3.0))
+    fast, plain = (
+        LLM(folder, dtype="float32", max_batch_size=3, execution=execution)
+        for execution in ("compile", "eager")
+    )
+    assert tokens(fast, PROMPTS) == tokens(plain, PROMPTS)
+
+
 def test_a_compiled_engine_says_how_it_was_compiled(compiled):
     fast, plain = compiled
     assert fast.describe().compile_cache == "cold"

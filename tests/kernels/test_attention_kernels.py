@@ -81,8 +81,20 @@ def test_decode_kernel_equals_the_definition_across_blocks_and_windows(lengths, 
 @pytest.mark.parametrize("T", [2, 5, 9, MAX_TOKENS])
 def test_kernel_lets_each_of_several_tokens_see_up_to_itself(T, window):
     # Across a block's end, a whole sequence, and one longer than the other.
-    for lengths in ([130], [T], [257, 19], [128 + T, 3 * T]):
+    for lengths in ([130], [T], [257, T + 3], [128 + T, 3 * T]):
         assert_attention(cpu_attention, lengths, (9, 3), 24, window, torch.float32, T)
+
+
+@needs_compiler
+def test_shares_are_as_exact_as_float32_however_far_scores_are_apart():
+    scores = -1.75 * torch.arange(64)  # to where e^x is no normal number any more
+    q, k = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 64, 64)
+    q[..., 0], k[0, 0, :, 0] = 8, scores
+    values = torch.eye(64)[None, None]  # so what comes out are the shares
+    last = torch.tensor([[63]])
+    shares = cpu_attention(q, k, values, last, length=64, window=None, scale=0.125)
+    expected = scores.double().softmax(0)
+    torch.testing.assert_close(shares.double().flatten(), expected, rtol=3e-7, atol=2e-38)
 
 
 @needs_compiler
@@ -90,9 +102,9 @@ def test_kernel_lets_each_of_several_tokens_see_up_to_itself(T, window):
 @pytest.mark.parametrize("window", [None, 40])
 def test_a_token_gives_the_same_bits_alone_and_among_others(window, dtype):
     q = normal(2, MAX_TOKENS, 9, 64, dtype=dtype)
-    k, v = (normal(2, 3, 300, 64, seed=s, dtype=dtype) for s in (1, 2))
+    k, v = (normal(2, 3, 320, 64, seed=s, dtype=dtype) for s in (1, 2))
     positions = torch.tensor([[120], [250]]) + torch.arange(MAX_TOKENS)
-    arguments = {"length": 300, "window": window, "scale": 0.125}
+    arguments = {"length": 320, "window": window, "scale": 0.125}
     together = cpu_attention(q, k, v, positions, **arguments)
     for t in range(MAX_TOKENS):
         one = slice(t, t + 1)
@@ -112,7 +124,7 @@ def test_torch_attention_equals_the_definition(heads, window, dtype):
 def test_prefill_of_many_tokens_sees_the_past_and_itself(attention, window):
     T = MAX_TOKENS + 1
     positions = torch.tensor([[4], [0]]) + torch.arange(T)
-    q, k, v = normal(2, T, 4, 24), normal(2, 2, 32, 24, seed=1), normal(2, 2, 32, 24, seed=2)
+    q, k, v = normal(2, T, 4, 24), normal(2, 2, T + 9, 24, seed=1), normal(2, 2, T + 9, 24, seed=2)
     y = attention(q, k, v, positions, length=T + 4, window=window, scale=24**-0.5)
     expected = by_definition(q, k, v, positions, window)
     torch.testing.assert_close(y.double(), expected, rtol=1.3e-6, atol=1e-5)

@@ -47,7 +47,7 @@ def torch_attention(
     return reference.attention(q_BTHE, keys, values, positions_BT, window=window, scale=scale)
 
 
-MAX_TOKENS = 16
+MAX_TOKENS = 64
 """Tokens of each sequence up to which our kernel is used; PyTorch's is made for many."""
 
 

@@ -7,9 +7,9 @@
 //   int8/int4 activations are rounded to 16-bit fixed point, one scale per row, so that one
 //             instruction multiplies and adds pairs, exactly. The error, 2^-16 of the row's largest
 //             activation, is a hundredth of bfloat16's own.
-// Written in GNU vector extensions, so that GCC and Clang compile it for any processor; the two
-// intrinsics have portable twins. Sums run in a fixed order: a row gives the same bits whatever the
-// number of threads, and whatever other rows are in the product.
+// Written in GNU vector extensions, so that GCC and Clang compile it for any processor; every
+// intrinsic has a portable twin. Sums run in a fixed order: on one machine a row gives the same bits
+// whatever the number of threads, and whatever other rows are in the product.
 //
 // The specification of every function is its twin in hotloop/kernels/reference.py.
 // Letters: M rows of activations, N output features, K input features, G groups along K;
@@ -30,9 +30,11 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -42,10 +44,10 @@ using torch::stable::Tensor;
 
 #ifdef __AVX512VNNI__
 constexpr int kBytes = 64;  // of a vector
-constexpr int kSums = 16;   // vectors of sums that leave registers for the rest
+constexpr int kSums = 18;   // vectors of sums that leave registers for the rest
 #else
 constexpr int kBytes = 32;
-constexpr int kSums = 8;
+constexpr int kSums = 9;
 #endif
 constexpr int kLanes = kBytes / 4;  // 32-bit lanes of a vector
 constexpr int kPairs = 2 * kLanes;  // 16-bit values of a vector, two to a lane
@@ -55,8 +57,18 @@ typedef uint32_t u32v __attribute__((vector_size(kBytes)));
 typedef int32_t s32v __attribute__((vector_size(kBytes)));
 typedef int16_t s16v __attribute__((vector_size(kBytes)));
 typedef uint16_t u16h __attribute__((vector_size(kBytes / 2)));
-typedef float f32x4 __attribute__((vector_size(16)));
 typedef int8_t s8h __attribute__((vector_size(kBytes / 2)));
+
+// A std::vector that begins where a vector may: loads that straddle cache lines take twice as long.
+template <class T> struct Aligned {
+  using value_type = T;
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kBytes)));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(kBytes)); }
+  bool operator==(const Aligned&) const { return true; }
+};
+template <class T> using Buffer = std::vector<T, Aligned<T>>;
 
 template <class V> inline V load(const void* p) {
   V v;
@@ -70,68 +82,76 @@ template <class V> inline V load_part(const void* p, size_t bytes) {  // zeros b
   return v;
 }
 
-inline float sum(f32v v) {
-  f32x4 quarters[kLanes / 4];
-  std::memcpy(quarters, &v, sizeof v);
-  if constexpr (kLanes == 16) {
-    quarters[0] += quarters[2];
-    quarters[1] += quarters[3];
-  }
-  const f32x4 q = quarters[0] + quarters[1];
-  return (q[0] + q[2]) + (q[1] + q[3]);
-}
-
-// Lane l is swapped with lane l ^ bit.
-template <int bit, int... l> f32v swap(f32v v, std::integer_sequence<int, l...>) {
+// v with lanes l and l ^ bit exchanged.
+template <int bit, int... l> f32v exchange(f32v v, std::integer_sequence<int, l...>) {
   return f32v{v[l ^ bit]...};
 }
 
-template <int bit, int... l> s32v mask(std::integer_sequence<int, l...>) {
+// True (all bits) in lanes whose number has the bit.
+template <int bit, int... l> s32v lanes_with(std::integer_sequence<int, l...>) {
   return s32v{(l & bit ? -1 : 0)...};
 }
 
-// Lane i of the result is the sum over all lanes of v[i].
-template <int span, int first, int n> inline f32v sum_each(const f32v (&v)[n]) {
+constexpr auto kLaneNumbers = std::make_integer_sequence<int, kLanes>();
+
+template <int span = kLanes> inline float sum(f32v v) {
+  if constexpr (span == 1) {
+    return v[0];
+  } else {
+    return sum<span / 2>(v + exchange<span / 2>(v, kLaneNumbers));
+  }
+}
+
+// Lane l of the result is the sum over all lanes of v[l].
+template <int span = kLanes, int first = 0> inline f32v sum_each(const f32v (&v)[kLanes]) {
   if constexpr (span == 1) {
     return v[first];
   } else {
-    constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
     constexpr int half = span / 2;
-    const f32v a = sum_each<half, first>(v);
-    if constexpr (first + half >= n) {
-      return a + swap<half>(a, lanes);
-    } else {
-      const f32v b = sum_each<half, first + half>(v);
-      const s32v second = mask<half>(lanes);
-      return (second ? b : a) + swap<half>(second ? a : b, lanes);
-    }
+    const f32v a = sum_each<half, first>(v), b = sum_each<half, first + half>(v);
+    const s32v in_b = lanes_with<half>(kLaneNumbers);
+    return (in_b ? b : a) + exchange<half>(in_b ? a : b, kLaneNumbers);
   }
 }
+
+// Half a vector of narrow integers to a whole one of wide ones; GCC alone takes four instructions.
+#ifdef __AVX512VNNI__
+inline s16v widen(s8h v) { return (s16v)_mm512_cvtepi8_epi16((__m256i)v); }
+inline u32v widen(u16h v) { return (u32v)_mm512_cvtepu16_epi32((__m256i)v); }
+#else
+inline s16v widen(s8h v) { return __builtin_convertvector(v, s16v); }
+inline u32v widen(u16h v) { return __builtin_convertvector(v, u32v); }
+#endif
 
 inline float widen(uint16_t bf16) {
   const uint32_t bits = uint32_t(bf16) << 16;
   return load<float>(&bits);
 }
 
-inline uint16_t narrow(float value) {  // to the nearest bfloat16, ties to even
-  const uint32_t bits = load<uint32_t>(&value);
-  if (std::isnan(value)) return 0x7fc0;
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
+// To the nearest bfloat16, ties to even.
 inline u16h narrow(f32v values) {
   const u32v bits = (u32v)values, nan = u32v{} + 0x7fc0;
   const u32v rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return __builtin_convertvector(values == values ? rounded : nan, u16h);
 }
 
-inline float get(const float* p) { return *p; }
-inline float get(const uint16_t* p) { return widen(*p); }
-inline void put(float* p, float value) { *p = value; }
-inline void put(uint16_t* p, float value) { *p = narrow(value); }
-inline f32v get_vector(const float* p) { return load<f32v>(p); }
-inline f32v get_vector(const uint16_t* p) {
-  return (f32v)(__builtin_convertvector(load<u16h>(p), u32v) << 16);
+// Values as floats, a vector of them or only the first n, and back.
+inline f32v from_bf16(u16h bits) { return (f32v)(widen(bits) << 16); }
+inline f32v get(const float* p) { return load<f32v>(p); }
+inline f32v get(const uint16_t* p) { return from_bf16(load<u16h>(p)); }
+inline f32v get(const float* p, int64_t n) { return load_part<f32v>(p, 4 * n); }
+inline f32v get(const uint16_t* p, int64_t n) { return from_bf16(load_part<u16h>(p, 2 * n)); }
+inline void put(float* p, f32v values, int64_t n = kLanes) { std::memcpy(p, &values, 4 * n); }
+inline void put(uint16_t* p, f32v values, int64_t n = kLanes) {
+  const u16h rounded = narrow(values);
+  std::memcpy(p, &rounded, 2 * n);
+}
+
+// Calls f(i) for whole vectors of n values, the first being value i, and f(i, rest) for a last one.
+template <class F> void for_vectors(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i);
+  if (i < n) f(i, n - i);
 }
 
 // sums + a * b, neighbours added: one lane takes the products of two pairs.
@@ -146,7 +166,8 @@ inline s32v multiply_add(s32v sums, s16v a, s16v b) {
 #endif
 }
 
-// The same of bfloat16 pairs.
+// The same of bfloat16 pairs, whose products are exact in float32. (The instruction takes numbers
+// below 2^-126 for zero.)
 inline f32v multiply_add(f32v sums, s16v a, s16v b) {
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
   return (f32v)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
@@ -157,16 +178,18 @@ inline f32v multiply_add(f32v sums, s16v a, s16v b) {
 #endif
 }
 
-// Wide weights are used up faster than the hardware fetches them unasked (int4 is not: unpacking
-// takes longer). Asking for an address beyond the end is harmless.
-constexpr int64_t kAhead = 4096;  // bytes
+// Weights are used up faster than the hardware fetches them unasked. Asking for an address beyond
+// the end is harmless.
+constexpr int64_t kAhead = 8192;  // bytes
 
 inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead); }
 
-// Vectors of output features that one thread should at least take: about 32 thousand weights, below
-// which waking another thread costs more than it saves.
-inline int64_t grain(int64_t M, int64_t K) {
-  return std::max<int64_t>(1, (int64_t(1) << 15) / (M * K * kLanes));
+// Pieces of work that one thread should at least take: with less than so many products, waking
+// another thread and handing the results back costs more than it saves (measured).
+constexpr int64_t kLinearProducts = 1 << 15, kAttentionProducts = 1 << 17;
+
+inline int64_t grain(int64_t least, int64_t products) {
+  return std::max<int64_t>(1, least / std::max<int64_t>(1, products));
 }
 
 // Straight from the C interface: at this size, going through the dispatcher would show.
@@ -215,7 +238,7 @@ template <class F> void for_rows(int64_t M, F f) {
 // side, then the next `run`; with zeros from K on to the end of the last one.
 template <int run> struct Activations {
   int64_t width;
-  std::vector<int16_t> values;
+  Buffer<int16_t> values;
 
   Activations(const int16_t* x, int64_t M, int64_t K)
       : width((K + run - 1) / run * run), values(M * width) {
@@ -259,14 +282,14 @@ template <class F> Tensor by_features(const Tensor& x, int64_t N, F f) {
   Tensor result = new_output(x, {M, N});
   auto* out = static_cast<uint16_t*>(result.mutable_data_ptr());
   const int64_t parts = (N + kLanes - 1) / kLanes;
-  torch::stable::parallel_for(0, parts, grain(M, K), [&](int64_t begin, int64_t end) {
+  const int64_t least = grain(kLinearProducts, M * K * kLanes);
+  torch::stable::parallel_for(0, parts, least, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * kLanes; n < std::min(end * kLanes, N); n += kLanes) {
       for_rows(M, [&](auto R, int64_t m) {
         f32v y[R];
         f(n, m, y);
         for (int r = 0; r < R; r++) {
-          const u16h rounded = narrow(y[r]);
-          std::memcpy(out + (m + r) * N + n, &rounded, 2 * std::min<int64_t>(kLanes, N - n));
+          put(out + (m + r) * N + n, y[r], std::min<int64_t>(kLanes, N - n));
         }
       });
     }
@@ -275,14 +298,6 @@ template <class F> Tensor by_features(const Tensor& x, int64_t N, F f) {
 }
 
 // ------------------------------------------------------------------- bfloat16 and int8, row-major
-
-inline s16v widen(s8h v) {
-#ifdef __AVX512VNNI__
-  return (s16v)_mm512_cvtepi8_epi16((__m256i)v);
-#else
-  return __builtin_convertvector(v, s16v);
-#endif
-}
 
 inline s16v load_weights(const uint16_t* w) { return load<s16v>(w); }
 inline s16v load_weights(const uint16_t* w, int64_t n) { return load_part<s16v>(w, 2 * n); }
@@ -335,7 +350,7 @@ void add_products(const W* const (&w)[F], const int16_t* x, int64_t K, f32v (&to
 template <class W, class Scale>
 Tensor product(const Tensor& like, const Activations<kPairs>& x, const Tensor& weight,
                Scale scale) {
-  const int64_t M = like.size(0), K = like.size(1), N = weight.size(0);
+  const int64_t K = like.size(1), N = weight.size(0);
   const auto* rows = static_cast<const W*>(weight.const_data_ptr());
   return by_features(like, N, [&]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
     constexpr int F = 2 * R <= kSums ? 2 : 1;
@@ -345,7 +360,7 @@ Tensor product(const Tensor& like, const Activations<kPairs>& x, const Tensor& w
       for (int f = 0; f < F; f++) w[f] = rows + std::min(n + i + f, N - 1) * K;
       add_products<F, R>(w, x.from(m), K, total, i);
     }
-    for (int r = 0; r < R; r++) y[r] = sum_each<kLanes, 0>(total[r]) * scale(m + r, n);
+    for (int r = 0; r < R; r++) y[r] = sum_each(total[r]) * scale(m + r, n);
   });
 }
 
@@ -363,8 +378,7 @@ Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& scale) {
   const Activations<kPairs> activations(fixed.values.data(), M, K);
   const auto* s = static_cast<const float*>(scale.const_data_ptr());
   return product<int8_t>(x, activations, values, [&](int64_t m, int64_t n) {
-    const f32v scales = n + kLanes <= N ? load<f32v>(s + n) : load_part<f32v>(s + n, 4 * (N - n));
-    return scales * fixed.scale[m];
+    return get(s + n, std::min<int64_t>(kLanes, N - n)) * fixed.scale[m];
   });
 }
 
@@ -392,24 +406,29 @@ void multiply_int4(const Int4Weight& weight, int64_t n, const int16_t* x, const 
   const int64_t first_scale = block * kBlockFeatures * G + lane;
   for (int r = 0; r < R; r++) total[r] = f32v{};
   for (int64_t g = 0; g < G; g++) {
-    s32v sums[R];
-    for (int r = 0; r < R; r++) sums[r] = s32v{} - 8 * x_sums[g * R + r];
+    constexpr int kChains = R == 1 ? 4 : R < kSums / 3 ? 2 : 1;  // that do not wait on each other
+    s32v sums[R][kChains]{};
+    for (int r = 0; r < R; r++) sums[r][0] -= 8 * x_sums[g * R + r];
     for (int64_t k = g * size; k < (g + 1) * size; k += 8) {
+      prefetch(words + k / 8 * kBlockFeatures);
       u32v word = load<u32v>(words + k / 8 * kBlockFeatures);
       for (int i = 0; i < 4; i++) {
         const s16v nibbles = (s16v)(word & 0x000f000f);
         word >>= 4;
         for (int r = 0; r < R; r++) {
           const s32v pair = s32v{} + load<int32_t>(x + (k + 2 * i) * R + 2 * r);
-          sums[r] = multiply_add(sums[r], nibbles, (s16v)pair);
+          s32v& chain = sums[r][i % kChains];
+          chain = multiply_add(chain, nibbles, (s16v)pair);
         }
       }
     }
     const int64_t at = first_scale + g * kBlockFeatures;
-    const f32v scale = get_vector(weight.scale + at);
-    for (int r = 0; r < R; r++) total[r] += to_float(sums[r]) * scale;
+    const f32v scale = get(weight.scale + at);
+    for (int r = 0; r < R; r++) {
+      total[r] += to_float(std::accumulate(sums[r], sums[r] + kChains, s32v{})) * scale;
+    }
     if (weight.offset) {
-      const f32v offset = get_vector(weight.offset + at);
+      const f32v offset = get(weight.offset + at);
       for (int r = 0; r < R; r++) total[r] += offset * float(x_sums[g * R + r]);
     }
   }
@@ -444,107 +463,125 @@ Tensor linear_int4(const Tensor& x, const Tensor& words, const Tensor& scale,
 
 // ------------------------------------------------------------------------------------ attention
 
-template <class Value> inline float dot(const Value* a, const float* b, int64_t E) {
-  f32v acc{};
-  int64_t e = 0;
-  for (; e + kLanes <= E; e += kLanes) acc += get_vector(a + e) * load<f32v>(b + e);
-  float tail = 0;
-  for (; e < E; e++) tail += get(a + e) * b[e];
-  return sum(acc) + tail;
-}
-
-template <class Value> inline void add_scaled(float* out, const Value* v, float p, int64_t E) {
-  int64_t e = 0;
-  for (; e + kLanes <= E; e += kLanes) {
-    const f32v r = load<f32v>(out + e) + get_vector(v + e) * p;
-    std::memcpy(out + e, &r, sizeof r);
+// e^x of x <= 0, as exact as float32 is; 1e-38 where it would be less. NaN stays NaN.
+inline f32v exp(f32v x) {
+  x = x < -87 ? f32v{} - 87 : x;
+  const float integers = 3 << 22;  // beside it, floats have no fractions
+  const f32v rounded = x * float(M_LOG2E) + integers, n = rounded - integers;
+  const f32v r = (x - n * 0.693359375f) - n * float(M_LN2 - 0.693359375);
+  f32v power = f32v{} + 1.0f / 5040;  // e^r by its series: |r| is at most half of ln 2
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    power = power * r + c;
   }
-  for (; e < E; e++) out[e] += get(v + e) * p;
+  return power * (f32v)(((u32v)rounded << 23) + (127u << 23));
 }
 
-// One block of cache positions against the query heads of one key/value head. Leaves the maximum
-// score, the sum of exponentials and the weighted sum of values, relative to that maximum.
 constexpr int64_t kBlock = 128;
 
+// What one query head learns from a block of cache positions, besides the sum of values: relative
+// to the largest score, the sum of exponentials.
 struct Partial {
-  float maximum, total;
+  float largest, total;
 };
 
-template <class Value>
-void attend_block(const Value* keys, const Value* values, int64_t length, int64_t E, const float* q,
-                  int64_t heads, Partial* partial, float* out) {
-  float score[kBlock];
-  for (int64_t h = 0; h < heads; h++) {
-    float maximum = -std::numeric_limits<float>::infinity(), total = 0;
-    for (int64_t j = 0; j < length; j++) {
-      score[j] = dot(keys + j * E, q + h * E, E);
-      maximum = std::max(maximum, score[j]);
+// R query heads of one key/value head against up to a block of positions; q and out are [R, E].
+template <int R, class Value>
+void attend(const Value* keys, const Value* values, int64_t length, int64_t E, const float* q,
+            Partial* partial, float* out) {
+  alignas(kBytes) float p[R][kBlock];  // scores, then their exponentials
+  for (int64_t j = 0; j < length; j += kLanes) {
+    f32v products[R][kLanes];
+    for (int i = 0; i < kLanes; i++) {
+      const Value* key = keys + std::min(j + i, length - 1) * E;  // the last one again, at the end
+      f32v sums[R]{};
+      for_vectors(E, [&](int64_t e, auto... rest) {
+        const f32v k = get(key + e, rest...);
+        for (int r = 0; r < R; r++) sums[r] += k * get(q + r * E + e, rest...);
+      });
+      for (int r = 0; r < R; r++) products[r][i] = sums[r];
     }
-    float* o = out + h * E;
-    std::fill(o, o + E, 0.0f);
-    for (int64_t j = 0; j < length; j++) {
-      const float p = std::exp(score[j] - maximum);
-      total += p;
-      add_scaled(o, values + j * E, p, E);
-    }
-    partial[h] = {maximum, total};
+    for (int r = 0; r < R; r++) put(p[r] + j, sum_each(products[r]));
   }
+  for (int r = 0; r < R; r++) {
+    const float largest = *std::max_element(p[r], p[r] + length);
+    f32v total{};
+    for_vectors(length, [&](int64_t j, auto... rest) {
+      put(p[r] + j, exp(get(p[r] + j) - largest));
+      total += get(p[r] + j, rest...);
+    });
+    partial[r] = {largest, sum(total)};
+  }
+  for_vectors(E, [&](int64_t e, auto... rest) {
+    f32v sums[R]{};
+    for (int64_t j = 0; j < length; j++) {
+      const f32v v = get(values + j * E + e, rest...);
+      for (int r = 0; r < R; r++) sums[r] += v * p[r][j];
+    }
+    for (int r = 0; r < R; r++) put(out + r * E + e, sums[r], rest...);
+  });
 }
 
 template <class Value>
 void attention_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                      const Tensor& positions, int64_t window, double scale, Tensor& y) {
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), E = q.size(3);
-  const int64_t J = k_cache.size(1), C = k_cache.size(2), heads = H / J;
+  const int64_t J = k_cache.size(1), C = k_cache.size(2), heads = H / J, BTH = B * T * H;
   const auto* query = static_cast<const Value*>(q.const_data_ptr());
   const auto* keys = static_cast<const Value*>(k_cache.const_data_ptr());
   const auto* values = static_cast<const Value*>(v_cache.const_data_ptr());
   const auto* position = static_cast<const int64_t*>(positions.const_data_ptr());
   auto* out = static_cast<Value*>(y.mutable_data_ptr());
 
-  std::vector<float> scaled(q.numel());
-  for (size_t i = 0; i < scaled.size(); i++) scaled[i] = get(query + i) * float(scale);
-
   const int64_t longest = *std::max_element(position, position + B * T) + 1;
   STD_TORCH_CHECK(longest <= C, "position beyond the cache");
-  const int64_t blocks = (longest + kBlock - 1) / kBlock;
-  // Of every block, all heads of all tokens.
-  std::vector<Partial> partial(blocks * B * T * H);
-  std::vector<float> sums(partial.size() * E);
+  Buffer<float> scaled(BTH * E);
+  for_vectors(BTH * E, [&](int64_t i, auto... rest) {
+    put(&scaled[i], get(query + i, rest...) * float(scale), rest...);
+  });
 
-  // A block of one key/value head is read from memory once, for all tokens.
-  torch::stable::parallel_for(0, B * J * blocks, 1, [&](int64_t begin, int64_t end) {
+  // Blocks are the same for every token, so that a token's sums are the same among any others. One
+  // that a token does not see leaves it nothing.
+  const int64_t blocks = (longest + kBlock - 1) / kBlock;
+  std::vector<Partial> partial(blocks * BTH, {-std::numeric_limits<float>::infinity(), 0});
+  Buffer<float> sums(blocks * BTH * E);
+
+  // A block of one key/value head is read from memory once, for all tokens and query heads.
+  const int64_t products = T * heads * std::min(longest, kBlock) * E;
+  const int64_t least = grain(kAttentionProducts, products);
+  torch::stable::parallel_for(0, B * J * blocks, least, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t block = i % blocks, bj = i / blocks, b = bj / J, j = bj % J;
       for (int64_t bt = b * T; bt < (b + 1) * T; bt++) {
-        const int64_t stop = std::min((block + 1) * kBlock, position[bt] + 1);
-        const int64_t first = window ? std::max<int64_t>(0, position[bt] + 1 - window) : 0;
-        const int64_t start = std::max(block * kBlock, first);
-        const int64_t head = bt * H + j * heads, at = block * B * T * H + head;
-        if (start >= stop) {
-          std::fill_n(&partial[at], heads, Partial{0, 0});
-          continue;
-        }
-        attend_block(keys + (bj * C + start) * E, values + (bj * C + start) * E, stop - start, E,
-                     &scaled[head * E], heads, &partial[at], &sums[at * E]);
+        const int64_t seen = position[bt] + 1;
+        const int64_t first = std::max(block * kBlock, window ? seen - window : 0);
+        const int64_t length = std::min((block + 1) * kBlock, seen) - first;
+        if (length <= 0) continue;
+        const Value *k = keys + (bj * C + first) * E, *v = values + (bj * C + first) * E;
+        for_rows(heads, [&](auto R, int64_t h) {
+          const int64_t bth = bt * H + j * heads + h, at = block * BTH + bth;
+          attend<R>(k, v, length, E, &scaled[bth * E], &partial[at], &sums[at * E]);
+        });
       }
     }
   });
 
-  std::vector<float> row(E);
-  for (int64_t head = 0; head < B * T * H; head++) {
-    float maximum = -std::numeric_limits<float>::infinity(), total = 0;
-    for (int64_t i = head; i < int64_t(partial.size()); i += B * T * H) {
-      if (partial[i].total > 0) maximum = std::max(maximum, partial[i].maximum);
+  std::vector<float> weight(blocks);
+  for (int64_t bth = 0; bth < BTH; bth++) {
+    float largest = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int64_t i = 0; i < blocks; i++) {
+      largest = std::max(largest, partial[i * BTH + bth].largest);
     }
-    std::fill(row.begin(), row.end(), 0.0f);
-    for (int64_t i = head; i < int64_t(partial.size()); i += B * T * H) {
-      if (partial[i].total == 0) continue;
-      const float weight = std::exp(partial[i].maximum - maximum);
-      total += partial[i].total * weight;
-      add_scaled(row.data(), &sums[i * E], weight, E);
+    for (int64_t i = 0; i < blocks; i++) {
+      weight[i] = std::exp(partial[i * BTH + bth].largest - largest);
+      total += partial[i * BTH + bth].total * weight[i];
     }
-    for (int64_t e = 0; e < E; e++) put(out + head * E + e, row[e] / total);
+    for_vectors(E, [&](int64_t e, auto... rest) {
+      f32v sum{};
+      for (int64_t i = 0; i < blocks; i++) {
+        sum += get(&sums[(i * BTH + bth) * E + e], rest...) * weight[i];
+      }
+      put(out + bth * E + e, sum / total, rest...);
+    });
   }
 }
 

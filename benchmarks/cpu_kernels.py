@@ -1,0 +1,154 @@
+"""Where a token's time goes on a CPU, and what a few more rows cost: our kernels by themselves.
+
+The products of a whole SmolLM2-135M run one after the other in the order of a decode step, so that
+each weight comes from memory as it does there: with one row, and with those that verifying takes.
+The operators are called as compiled code calls them. Attention runs by itself, since its keys and
+values stay in cache at this size.
+
+    python benchmarks/cpu_kernels.py --out benchmarks/results/cpu-kernels.json
+
+What a step takes beyond these is its small operations, the compiled wrapper and the sampler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hotloop import hardware
+from hotloop.kernels import cpu
+from hotloop.kernels.linear import choose_linear
+from hotloop.quant import QTensor, parse_head_scheme, parse_scheme
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
+SHAPES = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}
+HEAD = (49152, 576)
+SCHEMES = ("none", "int8", "int4-g64", "int4-g32-asym")
+ROWS = (1, 2, 3, 5, 9)
+
+Product = tuple[str, Callable[..., Tensor], list[Tensor | None]]
+"""Its name, the operator, and what that takes after the activations."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--passes", type=int, default=40)
+    parser.add_argument("--positions", type=int, nargs="+", default=[37, 500])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if reason := cpu.unavailable_reason():
+        parser.error(reason)
+    torch.manual_seed(0)
+    result: dict[str, Any] = {
+        "what": "our CPU kernels at the shapes of SmolLM2-135M; medians over passes",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": args.threads,
+        "passes": args.passes,
+        "products": {},
+        "attention": {},
+    }
+    with torch.inference_mode():
+        models = {scheme: products(scheme) for scheme in SCHEMES}
+        times: dict[tuple[str, int], list[dict[str, float]]] = {}
+        for _ in range(args.passes):  # schemes and rows in turn: slow minutes hit all alike
+            for scheme, model in models.items():
+                for rows in ROWS:
+                    times.setdefault((scheme, rows), []).append(one_pass(model, rows))
+        for scheme, model in models.items():
+            result["products"][scheme] = report(scheme, model, times)
+        for position in args.positions:
+            result["attention"][position] = attention(position, args.passes)
+    result["provenance"] = hardware.provenance(hardware.resolve_device("cpu"))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def products(scheme: str) -> list[Product]:
+    """Every product of a step, in order, with random weights."""
+    ops = torch.ops.hotloop_cpu
+    body, head = parse_scheme(scheme), parse_head_scheme("auto", parse_scheme(scheme))
+    shapes = [(name, shape, body) for _ in range(LAYERS) for name, shape in SHAPES.items()]
+    made: list[Product] = []
+    for name, (n, k), form in [*shapes, ("head", HEAD, head)]:
+        weight = form.quantize(torch.randn(n, k, dtype=torch.bfloat16) / k**0.5)
+        kernel, _ = choose_linear(form.format(n, k, dtype=torch.bfloat16, device="cpu"))
+        if not isinstance(weight, QTensor):
+            made.append((name, ops.linear_bf16.default, [*kernel.pack(weight, None, None)]))
+            continue
+        packed = [*kernel.pack(weight.values, weight.scale, weight.offset)]
+        if weight.bits == 8:
+            made.append((name, ops.linear_int8.default, packed))
+        else:
+            offset = [] if weight.offset is not None else [None]
+            made.append((name, ops.linear_int4.default, [*packed, *offset]))
+    return made
+
+
+def one_pass(model: list[Product], rows: int) -> dict[str, float]:
+    """Seconds by name, summed over a step."""
+    widths = {name: k for name, (_, k) in {**SHAPES, "head": HEAD}.items()}
+    x = {name: torch.randn(rows, k, dtype=torch.bfloat16) for name, k in widths.items()}
+    seconds = dict.fromkeys(widths, 0.0)
+    for name, product, weight in model:
+        started = time.perf_counter()
+        product(x[name], *weight)
+        seconds[name] += time.perf_counter() - started
+    return seconds
+
+
+def report(
+    scheme: str, model: list[Product], times: dict[tuple[str, int], list[dict[str, float]]]
+) -> dict[str, Any]:
+    calls = {name: sum(other == name for other, _, _ in model) for name in (*SHAPES, "head")}
+    nbytes = {name: sum(t.nbytes for t in weight if t is not None) for name, _, weight in model}
+    one_row = {
+        name: statistics.median(p[name] for p in times[scheme, 1]) / n for name, n in calls.items()
+    }
+    steps = {rows: statistics.median(sum(p.values()) for p in times[scheme, rows]) for rows in ROWS}
+    print(scheme)
+    for name, seconds in one_row.items():
+        rate = nbytes[name] / seconds / 1e9
+        print(f"  {name:8} {1e6 * seconds:7.1f} us x {calls[name]:2}   {rate:5.1f} GB/s")
+    ratios = "  ".join(f"{rows}: {steps[rows] / steps[1]:.2f}" for rows in ROWS)
+    print(f"  together {1e3 * steps[1]:.2f} ms;  t(M)/t(1) {ratios}", flush=True)
+    return {
+        "us_per_call": {name: 1e6 * seconds for name, seconds in one_row.items()},
+        "calls": calls,
+        "bytes_per_call": nbytes,
+        "ms_per_step_by_rows": {rows: 1e3 * seconds for rows, seconds in steps.items()},
+    }
+
+
+def attention(position: int, passes: int) -> dict[int, float]:
+    """Microseconds of one layer's attention by number of tokens, the last one at ``position``."""
+    keys, values = torch.randn(2, 1, KV_HEADS, 1024, HEAD_DIM, dtype=torch.bfloat16).unbind(0)
+    found = {}
+    for T in ROWS:
+        q = torch.randn(1, T, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+        positions = torch.arange(position + 1 - T, position + 1)[None]
+        arguments = (q, keys, values, positions, 0, HEAD_DIM**-0.5)
+        samples = []
+        for _ in range(10 * passes):
+            started = time.perf_counter()
+            torch.ops.hotloop_cpu.decode_attention.default(*arguments)
+            samples.append(time.perf_counter() - started)
+        found[T] = 1e6 * statistics.median(samples)
+    listed = "  ".join(f"{T}: {us:.1f}" for T, us in found.items())
+    print(f"attention at position {position}, us by tokens  {listed}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
