@@ -1,9 +1,10 @@
 """The fused step: what ``models.decoder`` computes, as one chain of our own CUDA kernels.
 
-Five kernels a layer: norm and query/key/value product; head norms, rotation, cache and attention;
-output product, onto the residual stream; norm, gate and up product, SwiGLU; down product, onto the
-residual stream. Each may start before its predecessor has ended, and then reads weights until the
-activations are there (``kernels.cuda``). The decoder is the specification, and runs the prompts.
+Five kernels a layer: query/key/value product; head norms, rotation, cache and attention; output
+product, onto the residual stream; gate and up product, SwiGLU; down product, onto the residual
+stream. What writes the residual stream begins the norm that follows, what reads it ends it. Each
+kernel may start before its predecessor has ended, and then reads weights until the activations are
+there (``kernels.cuda``). The decoder is the specification, and runs long prompts.
 
 A row's result has the same bits whatever the number of rows: checking k drafts at once gives
 exactly what k + 1 single steps give.

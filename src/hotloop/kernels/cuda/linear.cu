@@ -5,8 +5,9 @@
 // are B, so up to eight of them cost little more than one.
 //
 // A block keeps a ring of shared memory per warp full of weights that are on their way. It asks for
-// the first of them before it waits for the kernel that computes x. Warps share out K, so every block
-// sees all of x; one more warp adds up what they found, in a fixed order, and applies the epilogue.
+// the first of them before it waits for the kernel that computes x. Warps share out K, so every
+// block sees all of x; one more warp adds up what they found, in a fixed order, and applies the
+// epilogue.
 //
 // A norm is taken apart. The product before has its result multiplied by the norm's weight already,
 // and adds up squares, a tile at a time; the factor that is common to a row is applied to the sums.
@@ -68,6 +69,7 @@ struct Linear {
   float* x_sums;          // of this warp's groups of weights: [groups][kMaxRows]
   uint4* staged;          // this warp's x: [rows][x_stride]
   uint64_t* arrived;      // [stages], of this warp: the copy is there; then of x
+  float* factors;         // [kMaxRows], of kNorm
   uint64_t* summed;       // [kBuffers]: every warp's sums are there
   uint64_t* taken;        // [kBuffers]: the epilogue has them
 
@@ -83,6 +85,8 @@ struct Linear {
     memory += kWarps * a.stages * stage_bytes;
     sums = reinterpret_cast<float4*>(memory);
     memory += sizeof(float4) * kBuffers * kWarps * kTiles * kColumns * 32;
+    factors = reinterpret_cast<float*>(memory);
+    memory += sizeof(float) * kMaxRows;
     summed = reinterpret_cast<uint64_t*>(memory);
     taken = summed + kBuffers;
     arrived = taken + kBuffers + warp * (a.stages + 1);
@@ -137,7 +141,9 @@ struct Linear {
     launch_dependents();
     sync_block();  // the other barriers are ready
     wait_for_predecessor();
-    if (kStaged) stage_x();
+    if (kStaged) ask_for_x();
+    if (kNorm) find_factors();
+    if (kStaged) await_x();
     if (Weight::kOffset) add_up_x();
 
     int stage = 0, number = 0;
@@ -254,23 +260,39 @@ struct Linear {
   }
 
   // This warp's part of x, all of it on its way at once.
-  __device__ __forceinline__ void stage_x() {
-    uint64_t* barrier = arrived + args.stages;
-    const uint64_t policy = read_often_policy();
+  __device__ __forceinline__ void ask_for_x() {
     const int bytes = max(chunks, 0) * sizeof(uint4);
     if (bytes > 0) {
-      copy_begin(barrier, args.rows * bytes, lane);
+      const uint64_t policy = read_often_policy();
+      copy_begin(x_arrived(), args.rows * bytes, lane);
       for (int row = 0; row < args.rows; row++)
-        copy(staged + row * x_stride, x_chunks(row), bytes, barrier, policy, lane);
-      copy_end(barrier, lane);
+        copy(staged + row * x_stride, x_chunks(row), bytes, x_arrived(), policy, lane);
+      copy_end(x_arrived(), lane);
     }
     // Beyond the last feature weights are zeros, and x must be numbers.
     const int beyond = (end_unit - first_unit) * kUnitBlocks * 4;
     for (int row = 0; row < args.rows; row++)
       for (int i = max(chunks, 0) + lane; i < beyond; i += 32)
         staged[row * x_stride + i] = uint4{0, 0, 0, 0};
-    if (bytes > 0) barrier_wait(barrier, 0);
+  }
+
+  __device__ __forceinline__ void await_x() {
+    if (chunks > 0) barrier_wait(x_arrived(), 0);
     sync_warp();
+  }
+
+  __device__ __forceinline__ uint64_t* x_arrived() const { return arrived + args.stages; }
+
+  // What the norm multiplies each row by, for the warp that finishes: warps share out the rows.
+  __device__ __forceinline__ void find_factors() {
+    const int parts = (args.k + kTileRows - 1) / kTileRows;
+    for (int row = warp; row < args.rows; row += kWarps) {
+      float sum = 0;
+#pragma unroll 16
+      for (int i = lane; i < parts; i += 32) sum += args.squares[row * parts + i];
+      for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+      if (lane == 0) factors[row] = rsqrtf(sum / args.k + args.eps);
+    }
   }
 
   __device__ __forceinline__ const uint4* x_chunks(int row) const {
@@ -345,7 +367,6 @@ struct Linear {
     sync_block();
     wait_for_predecessor();  // for what it reads, and since y may still be in use
     float factor[kColumns][2];  // of the norm, for rows 8c + 2t and 8c + 2t + 1
-    if (kNorm) norm_factors(factor);
     Best best[kColumns][2];
     int number = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
@@ -355,6 +376,10 @@ struct Linear {
 #pragma unroll
         for (int c = 0; c < kColumns; c++) beside[r][c] = read_beside(item * kTiles + r, c);
       barrier_wait(summed + number % kBuffers, number / kBuffers % 2);
+      if (kNorm && number == 0)
+#pragma unroll
+        for (int c = 0; c < kColumns; c++)
+          for (int i = 0; i < 2; i++) factor[c][i] = factors[8 * c + 2 * t + i];
       float4 sum[kTiles][kColumns];
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
@@ -382,21 +407,6 @@ struct Linear {
         sum[r][c].x += more.x, sum[r][c].y += more.y;
         sum[r][c].z += more.z, sum[r][c].w += more.w;
       }
-  }
-
-  __device__ __forceinline__ void norm_factors(float factor[kColumns][2]) const {
-    const int parts = (args.k + kTileRows - 1) / kTileRows;
-    for (int row = 0; row < args.rows; row++) {
-      float sum = 0;
-#pragma unroll 4
-      for (int i = lane; i < parts; i += 32) sum += args.squares[row * parts + i];
-      for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-      const float of_row = rsqrtf(sum / args.k + args.eps);
-#pragma unroll
-      for (int c = 0; c < kColumns; c++)
-        for (int i = 0; i < 2; i++)
-          if (8 * c + 2 * t + i == row) factor[c][i] = of_row;
-    }
   }
 
   // A lane has rows g and g + 8 of a tile (of SwiGLU gate and up of one feature), at rows 8c + 2t

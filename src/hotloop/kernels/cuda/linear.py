@@ -219,7 +219,8 @@ class LinearPlan:
         if self.form.group_size and not self.form.symmetric:
             groups = self._units_of_warp * self.form.unit_k // self.form.group_size
             x_sums = 4 * t.warps * groups * 8 * self.columns
-        return sums + barriers + 16 + x_sums
+        factors = 4 * 8 * self.columns
+        return sums + factors + barriers + 16 + x_sums
 
     @property
     def _units_of_warp(self) -> int:
