@@ -2,6 +2,7 @@
 
 Every engine is loaded in a process of its own and waits; a round lets each produce the same number
 of tokens once. So what the machine does to one engine it does to all, and slow minutes cancel out.
+A round in which other processes were busy is measured again.
 
     pip install llama-cpp-python==0.3.36
     python benchmarks/side_by_side.py --out benchmarks/results/cpu-side-by-side.json
@@ -22,6 +23,8 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+
+from bystanders import Bystanders
 
 PROMPT = [1, 504, 2365, 253, 655]  # five tokens, as they come
 LLAMA_TYPES = {"F16": 1, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2}
@@ -72,14 +75,19 @@ def main() -> None:
         for name, worker in workers.items():
             print(f"{name}: {worker.stdout.readline().strip()}", file=sys.stderr)
         samples: dict[str, list[float]] = {name: [] for name in workers}
-        for number in range(args.rounds + 1):
-            for name, worker in workers.items():
-                worker.stdin.write("go\n")
-                worker.stdin.flush()
-                speed = float(worker.stdout.readline())
-                if number:  # the first round warms up
-                    samples[name].append(speed)
+        number = disturbed = 0
+        while number <= args.rounds:
+            bystanders = Bystanders()
+            turns = {name: turn(worker) for name, worker in workers.items()}
+            if bystanders.disturb(sum(cpu_s for _, cpu_s in turns.values())):
+                disturbed += 1
+                assert disturbed <= 3 * args.rounds, "other processes are busy: measure later"
+                continue
             print(f"round {number} of {args.rounds}", file=sys.stderr)
+            number += 1
+            if number > 1:  # the first round warms up
+                for name, (speed, _) in turns.items():
+                    samples[name].append(speed)
         for worker in workers.values():
             worker.stdin.close()
             worker.wait()
@@ -96,6 +104,7 @@ def main() -> None:
         "prompt_tokens": len(PROMPT),
         "new_tokens": args.new_tokens,
         "threads": args.threads,
+        "disturbed_rounds": disturbed,
         "llama_cpp_python": version,
         "decode_tok_s": figures,
         "ratio_in_a_round": {name: ratio.model_dump() for name, ratio in ratios.items()},
@@ -122,19 +131,29 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+def turn(worker: subprocess.Popen[str]) -> tuple[float, float]:
+    """A worker's decode tok/s, and the processor time that took it, in seconds."""
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    speed, cpu_s = map(float, worker.stdout.readline().split())
+    return speed, cpu_s
+
+
 def run(command: list[str]) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def serve(engine: str, what: str, threads: int, new_tokens: int) -> None:
-    """A worker: loads, says so, and answers each line with a speed in decode tok/s."""
+    """A worker: loads, says so, and answers each line with decode tok/s and processor seconds."""
     if engine == "requantize":
         requantize(*what.split(","))
         return
     timed = {"hotloop": hotloop, "llama": llama}[engine](what, threads, new_tokens)
     print("ready", flush=True)
     for _ in sys.stdin:
-        print(timed(), flush=True)
+        began_s = time.process_time()
+        speed = timed()
+        print(speed, time.process_time() - began_s, flush=True)
 
 
 def hotloop(name: str, threads: int, new_tokens: int):

@@ -4,7 +4,8 @@ Three kinds of text, each with what it is known to be good or bad for: continuin
 with quotations, telling a story. Two engines that differ in nothing but the draft answer the same
 prompts in turn: off, on, on, off. So what the machine does to one it does to the other, and a speed
 that drifts cancels out. Every such round gives one ratio of decode tok/s; the figure is their
-geometric mean, and its interval is over rounds. A story is another one in every round.
+geometric mean, and its interval is over rounds. A story is another one in every round. A round in
+which other processes were busy is measured again.
 
     python benchmarks/speculation.py --drafts ngram exit-10 --out benchmarks/results/NAME.json
 
@@ -20,6 +21,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +29,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from bystanders import Bystanders
 
 from hotloop import LLM, Generation, SamplingParams, Speculation
 from hotloop.bench.statistics import mean_figure
@@ -58,11 +61,17 @@ def measure(
     off: LLM, on: LLM, ids: list[int], params: SamplingParams, *, rounds: int, n: int
 ) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {"off": [], "on": []}
-    seen, same = Speculation(), 0
-    for number in range(rounds + 1):
+    seen, same, number, disturbed = Speculation(), 0, 0, 0
+    while number <= rounds:
         seeded = dataclasses.replace(params, seed=number)
+        bystanders, began_s = Bystanders(), time.process_time()
         turns = [run(llm, ids, seeded, n) for llm in (off, on, on, off)]
-        if number == 0:
+        if bystanders.disturb(time.process_time() - began_s):
+            disturbed += 1
+            assert disturbed <= 3 * rounds, "other processes are busy: measure on a quiet machine"
+            continue
+        number += 1
+        if number == 1:
             continue  # warms up
         for name, (one, other) in {"off": (turns[0], turns[3]), "on": (turns[1], turns[2])}.items():
             pair = (one.timing.decode_tok_s, other.timing.decode_tok_s)
@@ -82,6 +91,7 @@ def measure(
         "off_share": seen.n_off / seen.n_steps,
         "draft_share": seen.draft_s / (seen.draft_s + seen.verify_s),
         "equal_answers": f"{same} of {2 * rounds}",
+        "disturbed_rounds": disturbed,
     }
 
 
