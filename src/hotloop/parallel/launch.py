@@ -202,7 +202,7 @@ class _Watch:
 
     def __post_init__(self) -> None:
         self._replies: weakref.WeakValueDictionary[int, Reply] = weakref.WeakValueDictionary()
-        self._command = ""
+        self._command = "start"
         self._oom_kills = kernel_oom_kills()
 
     def expect(self, reply: Reply, command: str) -> None:
