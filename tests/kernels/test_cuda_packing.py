@@ -11,7 +11,7 @@ from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format, pack, unpack
-from hotloop.kernels.cuda.tuning import attention_tuning
+from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
 from hotloop.quant import parse_scheme
 
 H100 = Limits(n_sms=132, shared_bytes=227 * 1024)
@@ -104,6 +104,17 @@ def test_attention_by_the_rules_fits(limits, head_dim):
             tuning=attention_tuning(head_dim, 4096, limits),
         )
         assert plan.shared_bytes <= limits.shared_bytes
+
+
+@pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
+@pytest.mark.parametrize("name", KINDS)
+def test_products_by_the_rules_fit(limits, name):
+    kind, group_size, symmetric = KINDS[name]
+    for k, rows in itertools.product((640, 4096, 5120, 8192, 13824, 28672), (1, 8)):
+        form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=8192, k=k)
+        plan = LinearPlan(form=form, rows=rows, tuning=linear_tuning(form), limits=limits)
+        assert plan.layout is not None
+        assert plan.layout.shared_bytes <= limits.shared_bytes
 
 
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])

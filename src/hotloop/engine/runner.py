@@ -102,8 +102,7 @@ class Runner:
         self.asynchronous = setup.device.type == "cuda"
         config, device = setup.config, setup.device
         with out_of_memory_in("load"), torch.inference_mode():
-            self._n_tokens = n_tokens
-            self._model = _Model(setup, self._group, progress)
+            self._model = _Model(setup, self._group, n_tokens, progress)
             shares = [shard.vocabulary for shard in setup.shards]
             self._vocabulary = Vocabulary(shares, n_tokens, self._group)
             self._sampler = Sampler(config.max_batch_size, n_tokens, device, self._vocabulary)
@@ -112,7 +111,7 @@ class Runner:
             self._draft_model: _Model | None = None
             self._drafter = self._make_drafter(progress)
             self._stepper = Stepper(
-                self._model.forward(n_tokens),
+                self._model.forward(),
                 self._slots,
                 self._sampler,
                 drafter=self._drafter,
@@ -213,15 +212,14 @@ class Runner:
         if draft is None:
             return None
         if draft.n_layers is not None:
-            forward = self._model.forward(self._n_tokens, n_layers=draft.n_layers)
+            forward = self._model.forward(draft.n_layers)
             return ExitDrafter(forward, self._slots, self._sampler)
         if draft.setup is None:
             return NgramDrafter(self._slots)
         drafter = None
         if self._group.rank == 0:
-            model = self._draft_model = _Model(draft.setup, Group(), progress)
-            forward = model.forward(self._n_tokens)
-            drafter = ModelDrafter(forward, model.prefill, self._slots, self._sampler)
+            model = self._draft_model = _Model(draft.setup, Group(), self._model.n_tokens, progress)
+            drafter = ModelDrafter(model.forward(), model.prefill, self._slots, self._sampler)
         if drafter is not None and self._group.size == 1:
             return drafter
         return SharedDrafter(drafter, self._group, self._setup.device)
@@ -230,8 +228,10 @@ class Runner:
 class _Model:
     """A decoder, or a rank's part of one, with its weights and its cache."""
 
-    def __init__(self, setup: Setup, group: Group, progress: Progress | None) -> None:
-        self.setup, self._shared = setup, group.size > 1
+    def __init__(
+        self, setup: Setup, group: Group, n_tokens: int, progress: Progress | None
+    ) -> None:
+        self.setup, self.n_tokens, self._shared = setup, n_tokens, group.size > 1
         model, device = setup.local, setup.device
         name, attention, self._attention_notes = choose_attention(device, setup.dtype)
         self.attention_name = "fused" if setup.fused else name
@@ -254,11 +254,11 @@ class _Model:
             dtype=setup.dtype,
             device=device,
         )
-        self._steps = self._fused_forward(model.vocab_size)
+        self._steps = self._fused_forward()
 
-    def forward(self, n_tokens: int, n_layers: int | None = None) -> Forward:
-        """The model as steps run it, or its first layers; ids below ``n_tokens`` may be chosen."""
-        fused = self._fused_forward(n_tokens, n_layers)
+    def forward(self, n_layers: int | None = None) -> Forward:
+        """The model as steps run it, or its first layers."""
+        fused = self._steps if n_layers is None else self._fused_forward(n_layers)
         if fused is not None:
             return fused
         return TorchForward(
@@ -269,14 +269,14 @@ class _Model:
             n_layers=n_layers,
         )
 
-    def _fused_forward(self, n_tokens: int, n_layers: int | None = None) -> FusedForward | None:
+    def _fused_forward(self, n_layers: int | None = None) -> FusedForward | None:
         if self._launcher is None:
             return None
         return FusedForward(
             self.decoder,
             self.cache,
             self._launcher,
-            n_tokens=n_tokens,
+            n_tokens=self.n_tokens,
             shared=self._shared,
             n_layers=n_layers,
         )

@@ -143,7 +143,7 @@ class LinearPlan:
         rows: M, up to 64.
         epilogue: ``plain`` (bfloat16, with a residual where one is given), ``swiglu`` (bfloat16,
             of a paired weight) or ``logits`` (float32, with each block's best where asked for).
-        norm: x is normalized first.
+        norm: x comes as ``Normed``: the factor of each row is applied to the sums.
         tuning: What was chosen for speed.
         limits: Of the device.
     """
