@@ -477,13 +477,15 @@ class DecodeStep:
         added = {"residual": self.x, "onward": onward}
         angles = torch.arange(512 * attention.head_dim, device=CUDA).view(512, -1) / 1000.0
         turns = (angles.cos(), angles.sin())
-        x = self.x
+        x, slots = self.x, torch.arange(attention.batch, device=CUDA)
         calls = [step.embed(self.ids, self.table, None, x, onward)]
         for weights, (keys, values) in zip(self.weights, self.caches, strict=True):
             calls.append(plans["qkv"].call(normed, qkv, *weights["qkv"]))
             if "attention" in self.parts:
                 calls.append(
-                    attention.call(qkv, attended, keys, values, self.positions, *turns, **work)
+                    attention.call(
+                        qkv, attended, keys, values, slots, self.positions, *turns, **work
+                    )
                 )
             calls.append(plans["o"].call(attended, x, *weights["o"], **added))
             calls.append(plans["gate_up"].call(normed, hidden, *weights["gate_up"]))
@@ -753,7 +755,7 @@ def attention_seconds(
     qkv = torch.randn(1, (H + 2 * J) * E, device=CUDA).bfloat16()
     out = torch.empty(1, H * E, dtype=torch.bfloat16, device=CUDA)
     turns = (torch.ones(C, E, device=CUDA), torch.zeros(C, E, device=CUDA))
-    positions = torch.tensor([context], device=CUDA)
+    positions, slots = (torch.tensor([at], device=CUDA) for at in (context, 0))
     work = {
         "partial": torch.empty(plan.n_partial, device=CUDA),
         "counters": torch.zeros(plan.n_counters, dtype=torch.int32, device=CUDA),
@@ -761,7 +763,7 @@ def attention_seconds(
     launches = []
     for _ in range(n):
         caches = [torch.zeros(1, J, C, E, dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
-        call = plan.call(qkv, out, *caches, positions, *turns, **work)
+        call = plan.call(qkv, out, *caches, slots, positions, *turns, **work)
         launches.append(section.device.prepare(call))
     seconds = graph_seconds(capture(launches), min_seconds=0.01) / n
     return seconds, nbytes

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels import reference
-from hotloop.kernels.cuda import step
+from hotloop.kernels.cuda import prompt, step
 from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_torch
 from hotloop.kernels.cuda.launch import Call, Limits
 from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tuning
 from hotloop.kernels.cuda.packing import Format, Kind, pack
+from hotloop.kernels.cuda.prompt import Product
 from hotloop.quant import parse_scheme
 
 KINDS: dict[str, tuple[Kind, int | None, bool]] = {
@@ -199,11 +200,10 @@ def attention_case(
     C, E = plan.n_positions, plan.head_dim
     qkv = normal(generator, B * T, (H + 2 * J) * E).bfloat16()
     qkv[:, : H * E] *= 3  # so that some positions matter much more than others
-    keys, values = (normal(generator, B, J, C, E).bfloat16() for _ in range(2))
+    keys, values = (normal(generator, B + 1, J, C, E).bfloat16() for _ in range(2))
+    slots = torch.randperm(B + 1, generator=generator, device=device)[:B]
     positions_B = torch.tensor(positions, device=device)
-    angles = torch.outer(torch.arange(C), 1e4 ** -(torch.arange(0, E, 2) / E))
-    angles = torch.cat((angles, angles), 1).to(device)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = rotations(C, E, device)
     q_norm, k_norm = (
         (1 + normal(generator, E, std=0.2)).bfloat16() if norms else None for _ in range(2)
     )
@@ -215,6 +215,7 @@ def attention_case(
         out,
         keys,
         values,
+        slots,
         positions_B,
         cos,
         sin,
@@ -230,7 +231,10 @@ def attention_case(
         wanted = [t.clone() for t in before]
         window = plan.window
         settings = {"n_heads": H, "q_norm": q_norm, "k_norm": k_norm, "eps": eps, "window": window}
-        reference.fused_attention(qkv, *wanted, positions_B, cos, sin, **settings)
+        of_slots = [t[slots] for t in wanted]
+        reference.fused_attention(qkv, *of_slots, positions_B, cos, sin, **settings)
+        for all_slots, these in zip(wanted, of_slots, strict=True):
+            all_slots[slots] = these
         written = (wanted[0] != before[0]) | (wanted[1] != before[1])
         for now, then, want in zip((keys, values), before, wanted, strict=True):
             assert torch.equal(now[~written], then[~written]), f"{what}: elsewhere in the cache"
@@ -241,7 +245,7 @@ def attention_case(
         q = q if q_norm is None else reference.rms_norm(q, q_norm, eps)
         at = (positions_B[:, None] + torch.arange(T, device=device)).clamp(max=C - 1)
         q = reference.apply_rope(q, cos[at], sin[at]).double()
-        k, v = (t.double().repeat_interleave(H // J, 1) for t in (keys, values))
+        k, v = (t[slots].double().repeat_interleave(H // J, 1) for t in (keys, values))
         scores = torch.einsum("bthe,bhce->bhtc", q, k) * E**-0.5
         behind = at[:, None, :, None] - torch.arange(C, device=device)
         hidden = (behind < 0) | (behind >= (plan.window or C + T))
@@ -254,6 +258,115 @@ def attention_case(
         assert not counters.any(), f"{what}: counters are not zero again"
 
     return Case(call=call, inputs=(qkv,), outputs=(out, keys, values), check=check)
+
+
+def rotations(n: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [n, head_dim]."""
+    angles = torch.outer(torch.arange(n), 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim))
+    angles = torch.cat((angles, angles), 1).to(device)
+    return angles.cos(), angles.sin()
+
+
+def product_of(
+    rows: int, n: int, generator: torch.Generator, *, scale: bool, bias: bool
+) -> tuple[Product, Tensor]:
+    """A product, and what it is when it is finished, float64 [rows, n]."""
+    y = normal(generator, rows, n).bfloat16()
+    scale_N = 1 + normal(generator, n, std=0.2) if scale else None
+    bias_N = normal(generator, n).bfloat16() if bias else None
+    exact = y.double() * (1 if scale_N is None else scale_N.double())
+    exact = exact if bias_N is None else exact + bias_N.double()
+    return Product(y=y, scale=scale_N, bias=bias_N), exact
+
+
+def add_norm_case(
+    rows: int, k: int, generator: torch.Generator, *, scale: bool, bias: bool, adds: bool = True
+) -> Case:
+    device, eps = generator.device, 1e-5
+    x = normal(generator, rows, k).bfloat16()
+    weight = (1 + normal(generator, k, std=0.2)).bfloat16()
+    product, exact = product_of(rows, k, generator, scale=scale, bias=bias)
+    total, normed = (poisoned(rows, k, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    def check() -> None:
+        before = total if adds else x
+        if adds:
+            wanted = x.double() + exact
+            assert_within(total, wanted, 2**-8 * wanted.abs() + 2**-20 * exact.abs(), "sum")
+        wide = before.double()
+        factor = (wide.square().mean(1, keepdim=True) + eps).rsqrt()
+        wanted = wide * factor * weight.double()
+        assert_within(normed, wanted, 2**-7 * wanted.abs(), "norm")  # rounded twice
+        typical = (normed.double() - wanted).abs().sum() / wanted.abs().sum()
+        assert typical < 2**-8.5, f"norm: a mean error of {typical:.2g}"
+
+    call = prompt.add_norm(
+        x,
+        weight,
+        eps,
+        normed,
+        product=product if adds else None,
+        sum_MK=total if adds else None,
+    )
+    outputs = (total, normed) if adds else (normed,)
+    return Case(call=call, inputs=(x, product.y), outputs=outputs, check=check)
+
+
+def rotate_case(
+    rows: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    position: int,
+    generator: torch.Generator,
+    *,
+    scale: bool = False,
+    bias: bool = False,
+    norms: bool = False,
+) -> Case:
+    device, eps = generator.device, 1e-6
+    (H, J), E, C = heads, head_dim, position + rows + 3
+    product, exact = product_of(rows, (H + 2 * J) * E, generator, scale=scale, bias=bias)
+    cos, sin = rotations(C, E, device)
+    q_norm, k_norm = (
+        (1 + normal(generator, E, std=0.2)).bfloat16() if norms else None for _ in range(2)
+    )
+    q = poisoned(rows, H * E, dtype=torch.bfloat16, device=device)
+    keys, values = (normal(generator, J, C, E).bfloat16() for _ in range(2))
+    before = keys.clone(), values.clone()
+    here = slice(position, position + rows)
+
+    def check() -> None:
+        parts = exact.bfloat16().view(1, rows, -1, E).split((H, J, J), dim=2)
+        for part, norm, found in zip(parts, (q_norm, k_norm), (q, keys), strict=False):
+            wanted = part if norm is None else reference.rms_norm(part, norm, eps)
+            wanted = reference.apply_rope(wanted, cos[None, here], sin[None, here])[0]
+            got = q.view(rows, H, E) if found is q else keys[:, here].transpose(0, 1)
+            torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
+            assert (got == wanted).double().mean() > 0.97, "more than roundings differ"
+        assert torch.equal(values[:, here].transpose(0, 1), parts[2][0]), "values"
+        for now, then in zip((keys, values), before, strict=True):
+            outside = torch.ones(C, dtype=torch.bool)
+            outside[here] = False
+            assert torch.equal(now[:, outside], then[:, outside]), "elsewhere in the cache"
+
+    call = prompt.rotate(
+        product, q, keys, values, position, cos, sin, q_norm_E=q_norm, k_norm_E=k_norm, eps=eps
+    )
+    return Case(call=call, inputs=(product.y,), outputs=(q, keys, values), check=check)
+
+
+def swiglu_case(rows: int, f: int, generator: torch.Generator, *, scale: bool, bias: bool) -> Case:
+    product, exact = product_of(rows, 2 * f, generator, scale=scale, bias=bias)
+    out = poisoned(rows, f, dtype=torch.bfloat16, device=generator.device)
+
+    def check() -> None:
+        gate, up = exact.chunk(2, 1)
+        wanted = gate * gate.sigmoid() * up
+        allowed = 2**-8 * wanted.abs() + 2**-18 * (gate * up).abs()
+        assert_within(out, wanted, allowed, "swiglu")
+
+    call = prompt.swiglu(product, out)
+    return Case(call=call, inputs=(product.y,), outputs=(out,), check=check)
 
 
 def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int8: bool) -> Case:

@@ -8,7 +8,7 @@ import torch
 from cuda_cases import KINDS
 
 from hotloop.kernels.cuda import compile as compiler
-from hotloop.kernels.cuda import step
+from hotloop.kernels.cuda import prompt, step
 from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan
 from hotloop.kernels.cuda.compile import (
     ARCHITECTURES,
@@ -74,18 +74,23 @@ def attention_kernels() -> list[Kernel]:
     ]
 
 
+def prompt_kernels() -> list[Kernel]:
+    return list({kernel for head_dim in HEAD_DIMS for kernel in prompt.kernels(head_dim)})
+
+
 def step_kernels() -> list[Kernel]:
     return [step.embed_kernel(int8=False), step.embed_kernel(int8=True), step.argmax_kernel()]
+
+
+OTHERS = {"attention": attention_kernels, "prompt": prompt_kernels, "step": step_kernels}
 
 
 @needs_nvrtc
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("group", [*KINDS, "attention", "step"])
+@pytest.mark.parametrize("group", [*KINDS, *OTHERS])
 def test_every_kernel_compiles_for_every_architecture(group, architecture):
-    kernels = {"attention": attention_kernels, "step": step_kernels}.get(
-        group, lambda: linear_kernels(group)
-    )()
+    kernels = OTHERS[group]() if group in OTHERS else linear_kernels(group)
     assert len({kernel.name for kernel in kernels}) == len(set(kernels)), "a name means one kernel"
     with ThreadPoolExecutor() as pool:
         for compiled in pool.map(lambda k: compile_kernel(k, architecture), kernels):

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from cuda_cases import (
     KINDS,
     Weight,
+    add_norm_case,
     argmax_case,
     attention_case,
     dequantize_case,
     embed_case,
     linear_case,
     make_weight,
+    rotate_case,
+    swiglu_case,
 )
 from cuda_emulation import emulate, needs_compiler
 
@@ -206,7 +209,7 @@ def test_a_token_does_not_depend_on_how_many_come_with_it_nor_on_the_cache(name,
         case = attention_case(many, [at] * many.batch, generator(at))
         emulate(case.call)
         out, *caches = case.outputs
-        qkv, cos, sin, *_ = case.call.tensors
+        qkv, cos, sin, _, slots, *_ = case.call.tensors
         width = (many.n_heads + 2 * many.n_kv_heads) * many.head_dim
         longer = [F.pad(cache, (0, 0, 0, more_positions)) for cache in caches]
         cos, sin = (F.pad(table, (0, 0, 0, more_positions)) for table in (cos, sin))
@@ -220,8 +223,34 @@ def test_a_token_does_not_depend_on_how_many_come_with_it_nor_on_the_cache(name,
                 "counters": torch.zeros(one.n_counters, dtype=torch.int32),
             }
             of_token = qkv.view(many.batch, -1, width)[:, token].contiguous()
-            emulate(one.call(of_token, alone, *longer, positions, cos, sin, **work))
+            emulate(one.call(of_token, alone, *longer, slots, positions, cos, sin, **work))
             assert torch.equal(alone, out.view(many.batch, many.tokens, -1)[:, token])
+
+
+FINISHES = [{"scale": s, "bias": b} for s in (False, True) for b in (False, True)]
+
+
+@pytest.mark.parametrize("finish", FINISHES, ids=str)
+def test_a_prompts_sums_and_norms_equal_their_specification(finish):
+    for k in (72, 2056):
+        run(add_norm_case(2, k, generator(k), **finish))
+
+
+def test_a_prompts_first_norm_has_nothing_to_add():
+    run(add_norm_case(3, 72, generator(), scale=False, bias=False, adds=False))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("norms", [False, True], ids=["plain", "norms"])
+def test_a_prompts_queries_keys_and_values_equal_their_specification(head_dim, norms):
+    for finish in FINISHES:
+        run(rotate_case(3, (6, 2), head_dim, 5, generator(), norms=norms, **finish))
+
+
+@pytest.mark.parametrize("finish", FINISHES, ids=str)
+def test_a_prompts_swiglu_equals_its_specification(finish):
+    for f in (72, 2056):
+        run(swiglu_case(2, f, generator(f), **finish))
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -5,11 +5,14 @@ import torch
 from cuda_cases import (
     KINDS,
     Case,
+    add_norm_case,
     attention_case,
     dequantize_case,
     embed_case,
     linear_case,
     make_weight,
+    rotate_case,
+    swiglu_case,
 )
 
 from hotloop.kernels.cuda.attention import AttentionPlan
@@ -88,3 +91,18 @@ def test_attention_equals_its_specification(device, head_dim):
 def test_embedding_equals_its_specification(device, int8):
     case = embed_case(3, 1000, 5120, generator(device, 2), int8=int8)
     assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_what_is_between_a_prompts_products_equals_its_specification(device, scale):
+    finish = {"scale": scale, "bias": scale}
+    for k in (576, 5120, 13824):
+        case = add_norm_case(67, k, generator(device, k), **finish)
+        assert_right_and_the_same_with_dependent_launch(device, case)
+        case = swiglu_case(67, k, generator(device, k), **finish)
+        assert_right_and_the_same_with_dependent_launch(device, case)
+    for head_dim in (64, 96, 128, 256):
+        case = rotate_case(
+            67, (9, 3), head_dim, 5, generator(device, head_dim), norms=scale, **finish
+        )
+        assert_right_and_the_same_with_dependent_launch(device, case)

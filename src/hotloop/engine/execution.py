@@ -376,33 +376,11 @@ class Stepper:
             self._ready.setdefault(program)
             return run(program)
         if program not in self._ready:
-            self._ready[program] = self._capture(program, run)
+            state = (self.slots.history, self.slots.positions, self.sampler.seen_SV)
+            self._ready[program] = capture(lambda: run(program), self._device, state)
         graph, result = self._ready[program]
         graph.replay()
         return result
-
-    def _capture(
-        self, program: _Program, run: Callable[[_Program], Result]
-    ) -> tuple[torch.cuda.CUDAGraph, Result]:
-        # Compilation and lazy handles must come before the capture, and what those runs do to the
-        # slots must be undone after them; the cache needs no undoing, they write at positions that
-        # the step itself is about to write.
-        state = (self.slots.history, self.slots.positions, self.sampler.seen_SV)
-        saved = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                run(program)
-                for tensor, value in zip(state, saved, strict=True):
-                    tensor.copy_(value)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: NCCL's, which looks after its work, and a rank's, which
-        # waits for the tokens of the step before.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = run(program)
-        return graph, result
 
     def _mark(self) -> Any:
         """This moment: on a GPU, the one at which it has done what it was told so far."""
@@ -411,6 +389,34 @@ class Stepper:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def capture(
+    run: Callable[[], Result], device: torch.device, state: Sequence[Tensor] = ()
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """What ``run`` has the device do, as a CUDA graph, and the tensors that its results will be in.
+
+    Args:
+        run: It is called before the capture too, since compilation and lazy handles must come
+            first. The cache does not mind: positions are written that the graph writes again.
+        device: The device.
+        state: What those calls change, and what is to be as it was.
+    """
+    saved = [tensor.clone() for tensor in state]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads go on meanwhile: NCCL's, which looks after its work, and a rank's, which waits
+    # for the tokens of the step before.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = run()
+    return graph, result
 
 
 def compile_unavailable_reason(device: torch.device) -> str | None:

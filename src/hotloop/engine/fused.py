@@ -97,13 +97,14 @@ class FusedForward:
     ) -> None:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
         self._n_tokens, self._shared = n_tokens, shared
-        self._layers = _blocks(decoder)[:n_layers]
+        self._layers = blocks_of(decoder)[:n_layers]
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
         # Blocks that share work count themselves here, and leave zeros behind.
         largest = _attention_plan(decoder, cache, launcher.limits, cache.n_slots, MAX_TOKENS)
         device = decoder.cos.device
         self._counters = torch.zeros(largest.n_counters, dtype=torch.int32, device=device)
+        self._slots = torch.arange(cache.n_slots, device=device)
 
     def __call__(
         self,
@@ -111,21 +112,22 @@ class FusedForward:
         positions_BT: Tensor,
         length: int,  # noqa: ARG002 (attention stops where a sequence ends)
         *,
-        first_slot: int = 0,
+        slots_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See ``Forward``; a sequence's positions follow its first one.
 
-        Sequences are in the slots from ``first_slot`` on.
+        Sequences are in the slots that ``slots_B`` names, or in the first ones.
         """
         B, T = ids_BT.shape
         plans = self._plans_for(B, T)
+        slots_B = self._slots[:B] if slots_B is None else slots_B
         positions_B = positions_BT[:, 0].contiguous()
         self._dependent = False  # on what torch did before
         next_norms = (*(layer.input_norm for layer in self._layers[1:]), self._decoder.norm)
         x_MD, normed = self._embed(ids_BT.flatten().contiguous(), self._layers[0].input_norm)
         for i, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
             qkv = self._product(plans.qkv, layer.qkv_proj, normed)
-            attended = self._attend(plans.attention, i, first_slot, qkv, positions_B)
+            attended = self._attend(plans.attention, i, qkv, slots_B, positions_B)
             x_MD, normed = self._add(
                 plans.o, layer.o_proj, attended, x_MD, layer.post_attention_norm
             )
@@ -133,6 +135,15 @@ class FusedForward:
             x_MD, normed = self._add(plans.down, layer.down_proj, gated, x_MD, next_norm)
         logits_MV, best_M = self._logits(plans.head, normed)
         return logits_MV.view(B, T, -1), None if best_M is None else best_M.view(B, T)
+
+    def logits(self, x_MD: Tensor) -> Tensor:
+        """Logits [M, V] of the residual stream behind the last layer."""
+        self._dependent = False
+        norm = self._decoder.norm
+        weighted, squares = reference.begin_norm(x_MD, norm.weight)
+        normed = Normed(x=weighted, squares=squares, eps=norm.eps)
+        logits_MV, _ = self._logits(self._plans_for(1, len(x_MD)).head, normed)
+        return logits_MV
 
     def _plans_for(self, B: int, T: int) -> _Plans:
         if (B, T) not in self._plans:
@@ -151,11 +162,9 @@ class FusedForward:
         return x_MD, onward.normed
 
     def _attend(
-        self, plan: AttentionPlan, i: int, first_slot: int, qkv: Tensor, positions_B: Tensor
+        self, plan: AttentionPlan, i: int, qkv: Tensor, slots_B: Tensor, positions_B: Tensor
     ) -> Tensor:
         decoder, layer = self._decoder, self._layers[i]
-        here = slice(first_slot, first_slot + plan.batch)
-        keys, values = (slots[here] for slots in self._cache.layer(i))
         out = qkv.new_empty(len(qkv), plan.n_heads * plan.head_dim)
         norms, eps = {}, 0.0
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -164,8 +173,8 @@ class FusedForward:
         call = plan.call(
             qkv,
             out,
-            keys,
-            values,
+            *self._cache.layer(i),
+            slots_B,
             positions_B,
             decoder.cos,
             decoder.sin,
@@ -239,7 +248,8 @@ class FusedForward:
         self._dependent = True
 
 
-def _blocks(decoder: Decoder) -> list[Block]:
+def blocks_of(decoder: Decoder) -> list[Block]:
+    """A decoder's layers, by their type."""
     return cast(list[Block], list(decoder.layers))
 
 
@@ -252,7 +262,7 @@ def _onward_to(norm: RMSNorm, x_MD: Tensor) -> Onward:
 def _attention_plan(
     decoder: Decoder, cache: KVCache, limits: Limits, B: int, T: int
 ) -> AttentionPlan:
-    layer, *_ = _blocks(decoder)
+    layer, *_ = blocks_of(decoder)
     n_heads, n_kv_heads, _ = layer.heads
     return AttentionPlan(
         batch=B,
@@ -279,7 +289,7 @@ class _Plans:
             tuning = linear_tuning(form)
             return plan_rows(form, B * T, epilogue, norm=norm, tuning=tuning, limits=limits)
 
-        layer, *_ = _blocks(decoder)
+        layer, *_ = blocks_of(decoder)
         self.qkv = product(layer.qkv_proj, norm=True)
         self.attention = _attention_plan(decoder, cache, limits, B, T)
         self.o = product(layer.o_proj, norm=False)

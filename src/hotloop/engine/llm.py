@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Any, overload
 
 from hotloop.engine.execution import Step, StepTimes
+from hotloop.engine.prompt import SHORT_PROMPT
 from hotloop.engine.ranks import RankGroup
 from hotloop.engine.runner import Pending, Progress, Runner, out_of_memory_in
 from hotloop.engine.sampling import Features
@@ -229,15 +230,21 @@ class LLM:
         """Compiles and captures what a greedy run with one prompt needs, and touches the rest.
 
         With speculative decoding, that is a step of every number of drafts, each run and timed.
+        Where long prompts have kernels of their own, one of those comes first.
         """
-        prompt = [i % self._setup.model.vocab_size for i in range(1, 4)]
+
+        def answer(n_prompt: int, n: int) -> None:
+            prompt = [i % self._setup.model.vocab_size for i in range(1, n_prompt + 1)]
+            if (n := min(n, self._setup.n_positions - n_prompt)) >= 1:
+                self.generate([prompt], SamplingParams(max_new_tokens=n, ignore_eos=True))
+
+        if self._setup.fused:
+            answer(SHORT_PROMPT + 1, 1)
         n_steps = 3
         if self._setup.draft is not None:
             sizes = sizes_up_to(self.config.draft_tokens)
             n_steps = 3 * sum(1 + k for k in sizes)
-        n = min(1 + n_steps, self._setup.n_positions - len(prompt))
-        if n >= 1:
-            self.generate([prompt], SamplingParams(max_new_tokens=n, ignore_eos=True))
+        answer(3, 1 + n_steps)
         self._runner.synchronize()
 
     # ------------------------------------------------------------------------------ requests

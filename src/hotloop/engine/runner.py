@@ -33,6 +33,7 @@ from hotloop.engine.execution import (
 )
 from hotloop.engine.fused import FusedForward
 from hotloop.engine.memory import weights_bytes
+from hotloop.engine.prompt import FusedPrompt, spans
 from hotloop.engine.sampling import Features, Sampled, Sampler
 from hotloop.engine.setup import Setup
 from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter, SharedDrafter
@@ -49,12 +50,6 @@ from hotloop.parallel.collectives import Group
 from hotloop.types import SamplingParams, Score, TokenLogprob
 from hotloop.weights.load import load_weights
 from hotloop.weights.source import CheckpointSource, RandomSource
-
-STEP_TOKENS = 8
-"""Tokens that a step of the fused kernels takes for little more than one."""
-
-SHORT_PROMPT = 64
-"""Tokens up to which steps are faster than giving every weight back as rows for one product."""
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total) while an engine gets ready."""
@@ -254,7 +249,16 @@ class _Model:
             dtype=setup.dtype,
             device=device,
         )
-        self._steps = self._fused_forward()
+        self._steps, self._prompt = self._fused_forward(), None
+        if self._steps is not None and self._launcher is not None:
+            self._prompt = FusedPrompt(
+                self._steps,
+                self.decoder,
+                self.cache,
+                self._launcher,
+                chunk=setup.config.prefill_chunk,
+                shared=self._shared,
+            )
 
     def forward(self, n_layers: int | None = None) -> Forward:
         """The model as steps run it, or its first layers."""
@@ -288,43 +292,35 @@ class _Model:
         return compile_cache_state() if self.setup.execution == "compile" else None
 
     def prefill(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
-        """Puts tokens from position ``start`` on into a slot; logits [1, 1, V] after the last.
-
-        A few of them take steps, since those read the weights as they are.
-        """
-        if self._steps is not None and len(ids_T) <= SHORT_PROMPT:
-            *_, (_, logits_TV) = self.logits(ids_T, start, slot)
-            return logits_TV[None, -1:]
+        """Puts tokens from position ``start`` on into a slot; logits [1, 1, V] after the last."""
+        if self._prompt is not None:
+            return self._prompt(ids_T, start, slot)[None]
         *_, (_, hidden_TD) = self._chunks(ids_T, start, slot)
         return self.decoder.logits(hidden_TD[None, -1:])
 
     def logits(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
-        """Runs tokens through the model, by steps where those have kernels of their own.
+        """Runs tokens through the model.
 
         Yields:
             Some tokens' places, and the logits [T, V] after each.
         """
-        if self._steps is None:
-            for chunk, hidden_TD in self._chunks(ids_T, start, slot):
-                yield chunk, self.decoder.logits(hidden_TD)
+        if self._prompt is not None:
+            yield from self._prompt.logits(ids_T, start, slot)
             return
-        for chunk, positions_T in _spans(ids_T, start, STEP_TOKENS):
-            ids_BT = ids_T[None, chunk.start : chunk.stop]
-            end = start + chunk.stop
-            logits_BTV, _ = self._steps(ids_BT, positions_T[None], end, first_slot=slot)
-            yield chunk, logits_BTV[0]
+        for places, hidden_TD in self._chunks(ids_T, start, slot):
+            yield places, self.decoder.logits(hidden_TD)
 
     def _chunks(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
         """Runs tokens through the decoder a chunk at a time: their places, hidden states [T, D]."""
-        for chunk, positions_T in _spans(ids_T, start, self.setup.config.prefill_chunk):
+        for places, positions_T in spans(ids_T, start, self.setup.config.prefill_chunk):
             hidden_BTD = self.decoder(
-                ids_T[None, chunk.start : chunk.stop],
+                ids_T[None, places.start : places.stop],
                 positions_T[None],
                 self.cache,
                 first_slot=slot,
-                length=start + chunk.stop,
+                length=start + places.stop,
             )
-            yield chunk, hidden_BTD[0]
+            yield places, hidden_BTD[0]
 
     def kernels(self) -> dict[str, str]:
         """Which arithmetic each kind of layer uses."""
@@ -378,13 +374,6 @@ class _Model:
         finally:
             if checkpoint is not None:
                 checkpoint.close()
-
-
-def _spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]]:
-    """Places of a few tokens at a time, and their positions, the first of all being ``start``."""
-    for first in range(0, len(ids_T), size):
-        places = range(first, min(first + size, len(ids_T)))
-        yield places, torch.arange(start + places.start, start + places.stop, device=ids_T.device)
 
 
 class Pending:

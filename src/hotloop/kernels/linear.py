@@ -20,6 +20,7 @@ from torch import Tensor
 from hotloop.kernels import cpu, reference
 from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.packing import Format, pack
+from hotloop.kernels.cuda.prompt import Product
 
 Kind = Literal["dense", "int8", "fp8", "int4"]
 """What a weight's elements are: unquantized floating point, or a quantized type."""
@@ -279,9 +280,11 @@ class Fused:
         return self.form.nbytes + (4 * form.n if self.form.kind in ("int8", "fp8") else 0)
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        weight, *scale_N = packed
-        y = F.linear(x_MK, dequantize(self.form, weight))
-        return (y * scale_N[0]).to(x_MK.dtype) if scale_N else y
+        return self.product(x_MK, *packed).finished()
+
+    def product(self, x_MK: Tensor, weight: Tensor, scale_N: Tensor | None = None) -> Product:
+        """The same, of which a scale per output feature has not been applied yet."""
+        return Product(y=F.linear(x_MK, dequantize(self.form, weight)), scale=scale_N)
 
 
 KERNELS: tuple[LinearKernel, ...] = (

@@ -15,7 +15,7 @@
 // come with it, and however long the cache is.
 //
 // Letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache positions,
-// E head dimension. g = lane / 4 and t = lane % 4 are a lane's place in fragments.
+// E head dimension, S slots. g = lane / 4 and t = lane % 4 are a lane's place in fragments.
 
 #include "device.cuh"
 
@@ -26,7 +26,8 @@ struct AttentionArgs {
   const bf16* q_norm;        // [E], or null
   const bf16* k_norm;
   const int64_t* positions;  // [B]: of each sequence's first new token; the others follow it
-  bf16* keys;                // [B, J, C, E]
+  const int64_t* slots;      // [B]: whose place in the cache each sequence has
+  bf16* keys;                // [S, J, C, E]
   bf16* values;
   bf16* out;                 // [B * T, H * E]
   float* partial;            // workspace of chunks, see is_last_block
@@ -78,7 +79,7 @@ struct Attention {
         position(static_cast<int>(a.positions[b])), end(min(position + a.tokens, a.capacity)),
         begin(a.window > 0 ? max(position - a.window + 1, 0) : 0), first_chunk(begin / a.chunk),
         n_chunks((end - 1) / a.chunk + 1 - first_chunk), chunk(x) {
-    const int64_t head = (static_cast<int64_t>(b) * a.kv_heads + j) * a.capacity * kE;
+    const int64_t head = (a.slots[b] * a.kv_heads + j) * a.capacity * kE;
     keys = a.keys + head;
     values = a.values + head;
     uint8_t* memory = shared_memory();

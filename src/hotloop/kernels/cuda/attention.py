@@ -1,6 +1,6 @@
 """How ``attention.cu`` is launched.
 
-Shape letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache
+Shape letters: B sequences, T new tokens of each, S slots, H query heads, J key/value heads, C cache
 positions, E head dimension.
 """
 
@@ -26,8 +26,8 @@ class AttentionArguments(Arguments):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "q_norm", "k_norm")),
-        *((name, ctypes.c_void_p) for name in ("positions", "keys", "values", "out")),
-        *((name, ctypes.c_void_p) for name in ("partial", "counters")),
+        *((name, ctypes.c_void_p) for name in ("positions", "slots", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("out", "partial", "counters")),
         *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads", "capacity")),
         *((name, ctypes.c_int) for name in ("window", "chunk")),
         ("scale", ctypes.c_float),
@@ -141,8 +141,9 @@ class AttentionPlan:
         self,
         qkv: Tensor,
         out: Tensor,
-        keys_BJCE: Tensor,
-        values_BJCE: Tensor,
+        keys_SJCE: Tensor,
+        values_SJCE: Tensor,
+        slots_B: Tensor,
         positions_B: Tensor,
         cos_CE: Tensor,
         sin_CE: Tensor,
@@ -158,8 +159,9 @@ class AttentionPlan:
         Args:
             qkv: bfloat16 [B * T, (H + 2J) * E].
             out: bfloat16 [B * T, H * E].
-            keys_BJCE: bfloat16; the slots of these sequences.
-            values_BJCE: Like ``keys_BJCE``.
+            keys_SJCE: bfloat16, the cache.
+            values_SJCE: Like ``keys_SJCE``.
+            slots_B: int64, the slot of each sequence.
             positions_B: int64, of the first new token of each sequence.
             cos_CE: float32, both halves alike.
             sin_CE: Like ``cos_CE``.
@@ -170,16 +172,18 @@ class AttentionPlan:
             counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
         """
         rows, width = self.batch * self.tokens, self.n_heads + 2 * self.n_kv_heads
-        cache = (self.batch, self.n_kv_heads, self.n_positions, self.head_dim)
+        cache = (self.n_kv_heads, self.n_positions, self.head_dim)
         assert qkv.shape == (rows, width * self.head_dim), f"qkv is {tuple(qkv.shape)}"
         assert out.shape == (rows, self.n_heads * self.head_dim), f"out is {tuple(out.shape)}"
-        assert keys_BJCE.shape == values_BJCE.shape == cache, f"keys are {tuple(keys_BJCE.shape)}"
-        assert positions_B.shape == (self.batch,), f"positions are {tuple(positions_B.shape)}"
-        assert positions_B.dtype == torch.int64, f"positions are {positions_B.dtype}"
+        assert keys_SJCE.shape[1:] == cache, f"keys are {tuple(keys_SJCE.shape)}"
+        assert keys_SJCE.shape == values_SJCE.shape, f"values are {tuple(values_SJCE.shape)}"
+        for tensor in (positions_B, slots_B):
+            assert tensor.shape == (self.batch,), f"{tuple(tensor.shape)} for each sequence"
+            assert tensor.dtype == torch.int64, f"{tensor.dtype} for each sequence"
         assert cos_CE.shape[0] >= self.n_positions, "a rotation for each position"
         assert self.n_partial <= (0 if partial is None else partial.numel()), "too small"
         assert self.n_counters <= (0 if counters is None else counters.numel()), "too small"
-        for tensor in (qkv, out, keys_BJCE, values_BJCE):
+        for tensor in (qkv, out, keys_SJCE, values_SJCE):
             assert tensor.dtype == torch.bfloat16, f"{tensor.dtype}"
             assert tensor.data_ptr() % 16 == 0, "tensors are read 16 bytes at a time"
         args, tensors = AttentionArguments.of(
@@ -189,8 +193,9 @@ class AttentionPlan:
             q_norm=q_norm_E,
             k_norm=k_norm_E,
             positions=positions_B,
-            keys=keys_BJCE,
-            values=values_BJCE,
+            slots=slots_B,
+            keys=keys_SJCE,
+            values=values_SJCE,
             out=out,
             partial=partial,
             counters=counters,

@@ -22,7 +22,7 @@ from hotloop.cache import cache_dir
 from hotloop.errors import HotloopError
 
 SOURCES = Path(__file__).parent
-HEADERS = ("device.cuh", "weights.cuh")
+HEADERS = ("device.cuh", "pointwise.cuh", "weights.cuh")
 OPTIONS = (
     "--std=c++17",
     # Whether a product and a sum are fused is written down in the source, not left to the

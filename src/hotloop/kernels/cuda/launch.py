@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,15 +61,24 @@ class Limits:
 class Arguments(ctypes.Structure):
     """A struct of ``*.cu``; pointers are given as tensors, and absent ones as None."""
 
+    _names: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls) -> None:
+        cls._names = frozenset(field[0] for field in cls._fields_)
+
     @classmethod
     def of(cls, **values: Tensor | float | None) -> tuple[Arguments, tuple[Tensor, ...]]:
         """The struct, and the tensors that it points into."""
-        names = [field[0] for field in cls._fields_]
-        assert sorted(values) == sorted(names), f"{sorted(values)} for {sorted(names)}"
-        tensors = tuple(v for v in values.values() if isinstance(v, Tensor))
-        assert all(t.is_contiguous() for t in tensors), "kernels read contiguous tensors"
-        raw = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in values.items()}
-        return cls(**raw), tensors
+        assert values.keys() == cls._names, f"{sorted(values)} for {sorted(cls._names)}"
+        tensors, raw = [], {}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                assert value.is_contiguous(), f"{name}: kernels read contiguous tensors"
+                tensors.append(value)
+                raw[name] = value.data_ptr()
+            else:
+                raw[name] = value
+        return cls(**raw), tuple(tensors)
 
 
 class LaunchError(HotloopError):
@@ -108,6 +117,7 @@ class Device:
         self.compile_seconds = 0.0
         self.notes: set[str] = set()
         self._functions: dict[Kernel, Any] = {}
+        self._configs: dict[tuple[Any, ...], Any] = {}
 
     def load(self, kernels: Iterable[Kernel]) -> None:
         """Compiles kernels, all at once, and loads them; what is loaded already stays."""
@@ -147,37 +157,28 @@ class Device:
             dependent: The kernel may start before its predecessor in the stream has ended
                 (programmatic dependent launch), where that is on.
         """
-        driver = _driver()
         limit = self.limits.shared_bytes
         assert call.shared_bytes <= limit, f"{call.shared_bytes} of {limit}"
         self.load((call.kernel,))
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = call.grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = call.kernel.threads, 1, 1
-        config.sharedMemBytes = call.shared_bytes
-        if dependent and self.dependent_launch:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = (
-                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            )
-            value = driver.CUlaunchAttributeValue()
-            value.programmaticStreamSerializationAllowed = 1
-            attribute.value = value
-            config.attrs = [attribute]
-            config.numAttrs = 1
-        return Launch(call, self._functions[call.kernel], config, self.device)
+        return Launch(call, self, self._functions[call.kernel], dependent and self.dependent_launch)
+
+    def config(self, call: Call, stream: int, dependent: bool) -> Any:
+        """What the driver is told of a launch besides its arguments; made once, and kept."""
+        key = (call.grid, call.kernel.threads, call.shared_bytes, stream, dependent)
+        if key not in self._configs:
+            self._configs[key] = _config(*key)
+        return self._configs[key]
 
 
 class Launch:
     """A prepared launch: call it."""
 
-    def __init__(self, call: Call, function: Any, config: Any, device: torch.device) -> None:
-        driver = _driver()
-        self.call, self.device = call, device
-        self._function, self._config = function, config
+    def __init__(self, call: Call, device: Device, function: Any, dependent: bool) -> None:
+        self.call, self._device = call, device
+        self._function, self._dependent = function, dependent
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call.args))
         self._address = ctypes.addressof(self._pointers)
-        self._launch = driver.cuLaunchKernelEx
+        self._launch = _driver().cuLaunchKernelEx
 
     def __call__(self) -> None:
         """Launches on the device's current stream.
@@ -185,14 +186,38 @@ class Launch:
         Raises:
             LaunchError: The driver refused.
         """
-        self._config.hStream = torch.cuda.current_stream(self.device).cuda_stream
-        with torch.cuda.device(self.device):
-            (status,) = self._launch(self._config, self._function, self._address, 0)
+        device = self._device.device
+        stream = torch.cuda.current_stream(device).cuda_stream
+        config = self._device.config(self.call, stream, self._dependent)
+        with torch.cuda.device(device):
+            (status,) = self._launch(config, self._function, self._address, 0)
         if status.value != 0:
             raise LaunchError(
                 f"launching {self.call.kernel.name} failed: {status.name} (grid {self.call.grid}, "
                 f"{self.call.shared_bytes} bytes of shared memory)."
             )
+
+
+def _config(
+    grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int, dependent: bool
+) -> Any:
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.hStream = stream
+    if dependent:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        value = driver.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        config.attrs = [attribute]
+        config.numAttrs = 1
+    return config
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -219,6 +244,7 @@ def device_of(device: torch.device) -> Device:
     return Device(device)
 
 
+@functools.cache
 def _driver() -> Any:
     return importlib.import_module("cuda.bindings.driver")
 

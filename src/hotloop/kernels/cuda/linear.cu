@@ -19,6 +19,7 @@
 // what a tile has of 1024 bytes of weights (and their scales), a block of K 32 input features; an
 // item of work is kTiles tiles. g = lane / 4 and t = lane % 4 are a lane's place in fragments.
 
+#include "pointwise.cuh"
 #include "weights.cuh"
 
 struct LinearArgs {
@@ -491,10 +492,6 @@ struct Linear {
         if (has1 && p.n1 < args.n_best) best[i].offer(v[2 + i], p.n1);
       }
     }
-  }
-
-  static __device__ __forceinline__ float silu(float v) {
-    return v / (1.0f + exp2_fast(v * -1.4426950408889634f));
   }
 
   __device__ __forceinline__ void put(int64_t at, float value, float residual, float next_norm,

@@ -1,6 +1,6 @@
 // What a decode step needs besides products and attention: its first kernel and its last.
 
-#include "device.cuh"
+#include "pointwise.cuh"
 
 struct EmbedArgs {
   const int64_t* ids;  // [M]
@@ -17,14 +17,6 @@ struct EmbedArgs {
 __device__ __forceinline__ uint32_t scaled(uint32_t word, int bit, float scale) {
   return narrow(static_cast<int8_t>(word >> bit) * scale,
                 static_cast<int8_t>(word >> (bit + 8)) * scale);
-}
-
-__device__ __forceinline__ uint32_t times(uint32_t x, uint32_t w) {
-  return fma_pair(x, w, kMinusZeros);
-}
-
-__device__ __forceinline__ float add_squares(uint32_t pair) {
-  return fmaf(high(pair), high(pair), low(pair) * low(pair));
 }
 
 // Rows of a table, and what a norm needs of them. A block per row of x; K is a multiple of 8.
@@ -56,7 +48,7 @@ __device__ __forceinline__ void embed(const EmbedArgs& args) {
       reinterpret_cast<uint4*>(args.x + row)[i] = x;
       reinterpret_cast<uint4*>(args.next_x + row)[i] =
           uint4{times(x.x, w.x), times(x.y, w.y), times(x.z, w.z), times(x.w, w.w)};
-      squares = (add_squares(x.x) + add_squares(x.y)) + (add_squares(x.z) + add_squares(x.w));
+      squares = add_squares(x.w, add_squares(x.z, add_squares(x.y, add_squares(x.x, 0))));
     }
     squares += shuffle_xor(squares, 1);
     if (i % 2 == 0 && i < chunks) args.next_squares[blockIdx.x * parts + i / 2] = squares;

@@ -1,0 +1,24 @@
+// Arithmetic that several kernels have in common.
+
+#pragma once
+
+#include "device.cuh"
+
+// Both halves of a pair of bfloat16, each product rounded once.
+__device__ __forceinline__ uint32_t times(uint32_t x, uint32_t w) {
+  return fma_pair(x, w, kMinusZeros);
+}
+
+// Onto a sum, the squares of a pair.
+__device__ __forceinline__ float add_squares(uint32_t pair, float sum) {
+  return fmaf(high(pair), high(pair), fmaf(low(pair), low(pair), sum));
+}
+
+__device__ __forceinline__ float sum_of_warp(float value) {
+  for (int mask = 1; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+__device__ __forceinline__ float silu(float v) {
+  return v / (1.0f + exp2_fast(v * -1.4426950408889634f));
+}
