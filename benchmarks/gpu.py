@@ -2,17 +2,18 @@
 
     python benchmarks/gpu.py --out benchmarks/results/h100 --docs docs/performance.md
 
-Speeds are those of ``hotloop sweep`` with random weights, each cell in a process of its own:
-batch 1, greedy, 200 new tokens after a prompt of 5. Then, each in a process of its own too:
+Everything runs in processes of its own, with limits: what fails or takes too long is named at the
+end, and the rest goes on. What an earlier run left under ``--out`` stays in the tables.
 
+    speed     ``hotloop sweep`` with random weights: batch 1, greedy, 200 new tokens after 5
+    kernels   whole steps without the engine and parts of them, and every product by itself
+              (``kernels_cuda.py``)
     rows      the time of a step over 8 positions against that over one
     context   tokens per second and MBU after a prompt of 32,000 tokens
     prompt    time to the first token after 512
     sampling  what top-k and top-p cost over greedy
 
-Bandwidths of single kernels, and whole steps without the engine, are ``kernels_cuda.py``'s. What
-fails or takes too long is named at the end, and the rest goes on. Takes some ten minutes with all
-executions, three with ``--executions fused``.
+Takes some four minutes with ``--executions fused``, and half an hour with all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hotloop.bench.record import MEASURED, Record
+import torch
+
+from hotloop import LLM, Generation, SamplingParams
+from hotloop.bench.measure import measure_speed
+from hotloop.bench.record import MEASURED, Record, Workload
+from hotloop.hardware import measure_read_bandwidth, provenance
 from hotloop.report.read import read_records
 from hotloop.sweep.store import RECORDS
 
@@ -46,16 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, help="a page with the table's marks in it")
     parser.add_argument("--shapes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--executions", nargs="+", default=["fused", "compile", "eager"])
-    parser.add_argument("--only", nargs="+", choices=(*PROBES, "speed"), default=[*PROBES, "speed"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--probe", choices=PROBES, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.probe:
-        result = PROBES[args.probe]()
+        result = PROBES[args.probe]() | {"provenance": provenance(torch.device("cuda"))}
         (args.out / f"{args.probe}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(args.probe, json.dumps(result["figures"]), flush=True)
         return
     failed = []
+    if "kernels" in args.only and not run(kernels(args.out / "kernels"), 2 * CELL_S):
+        failed.append("kernels")
     for probe in (name for name in PROBES if name in args.only):
         command = [sys.executable, __file__, "--out", str(args.out), "--probe", probe]
         if not run(command, CELL_S):
@@ -65,13 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cells = len(SCHEMES[shape]) * len(args.executions)
             if not run(sweep(shape, args.executions, args.out / shape), cells * CELL_S):
                 failed.append(shape)
-    table = speed_table(args.out / shape for shape in SCHEMES)
-    print(table)
-    (args.out / "table.md").write_text(table)
+    tables = "\n".join(
+        [
+            speed_table(args.out / shape for shape in SCHEMES),
+            figures_table(args.out),
+            steps_table(args.out / "kernels" / "stack.json"),
+            products_table(args.out / "kernels" / "linear.json"),
+        ]
+    )
+    print(tables)
     if args.docs:
         before, _, rest = args.docs.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
-        args.docs.write_text(f"{before}{BEGIN}\n\n{table}{END}{after}")
+        args.docs.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}")
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
@@ -90,28 +104,90 @@ def sweep(shape: str, executions: Iterable[str], out: Path) -> list[str]:
     return [sys.executable, "-m", "hotloop", "sweep", *random, *options, *WORKLOAD, *where]
 
 
+def kernels(out: Path) -> list[str]:
+    script = Path(__file__).with_name("kernels_cuda.py")
+    return [sys.executable, str(script), "--out", str(out), "--sections", "stack", "linear"]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:
+    """Of markdown; the first ``texts`` columns are words."""
+    rule = ["---" if i < texts else "---:" for i in range(len(head))]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
+
+
 def speed_table(folders: Iterable[Path]) -> str:
     """Every cell: its speed, and what share of the memory's bandwidth that is."""
-    lines = [
-        "| shape | scheme | execution | decode tok/s | end-to-end tok/s | MBU | ready |",
-        "|---|---|---|---:|---:|---:|---:|",
+    head = ("shape", "scheme", "execution", "decode tok/s", "end-to-end tok/s", "MBU", "ready")
+    rows = [
+        line(folder.name, record)
+        for folder in folders
+        if (folder / RECORDS).exists()
+        for record in read_records(folder)
     ]
-    for folder in folders:
-        if (folder / RECORDS).exists():
-            lines += [line(folder.name, record) for record in read_records(folder)]
-    return "\n".join(lines) + "\n\n"
+    return table(head, rows, texts=3)
 
 
-def line(shape: str, record: Record) -> str:
+def figures_table(out: Path) -> str:
+    """What each probe found."""
+    found = [(probe, out / f"{probe}.json") for probe in PROBES]
+    figures = [
+        ((PROBES[probe].__doc__ or "").rstrip("."), name, f"{value:.3g}")
+        for probe, path in found
+        if path.exists()
+        for name, value in json.loads(path.read_text())["figures"].items()
+    ]
+    return table(("what", "of", "figure"), figures, texts=2)
+
+
+def steps_table(path: Path) -> str:
+    """What a step without the engine consists of, in milliseconds."""
+    head = ("shape", "scheme", "its bytes alone", "layers' products", "attention", "head and ends",
+            "step", "bandwidth", "M = 8 / M = 1")  # fmt: skip
+    found = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    ms = {(r["model"], r["kind"], r["rows"], r["what"]): 1e3 * r["seconds"] for r in found["rows"]}
+    rows = []
+    for r in found["rows"]:
+        if r["rows"] != 1 or r["what"] != "step":
+            continue
+        of = (r["model"], r["kind"])
+        step = ms[*of, 1, "step"]
+        parts = [ms.get((*of, 1, what)) for what in ("products", "attention")]
+        shares = ["–", "–", "–"]
+        if None not in parts:
+            products, attention = parts
+            shares = [f"{products:.3f}", f"{attention - products:.3f}", f"{step - attention:.3f}"]
+        eight = ms.get((*of, 8, "step"))
+        alone = 1e3 * r["nbytes"] / found["read_bytes_per_s"]
+        last = "–" if eight is None else f"{eight / step:.2f}"
+        share = f"{r['share']:.0%}".replace("%", " %")
+        rows.append((*of, f"{alone:.3f}", *shares, f"{step:.3f}", share, last))
+    return table(head, rows, texts=2)
+
+
+def products_table(path: Path) -> str:
+    """Microseconds of each product by itself, and the bandwidth at which it reads its weight."""
+    found = json.loads(path.read_text())["rows"] if path.exists() else []
+    roles = list(dict.fromkeys(r["role"] for r in found))
+    of = {(r["model"], r["kind"], r["role"]): r for r in found}
+    rows = []
+    for model, kind in dict.fromkeys((r["model"], r["kind"]) for r in found):
+        cells = [of.get((model, kind, role)) for role in roles]
+        shown = [
+            "–" if r is None else f"{r['us']['1']:.1f} µs, {100 * r['share']:.0f} %" for r in cells
+        ]
+        rows.append((model, kind, *shown))
+    return table(("shape", "scheme", *roles), rows, texts=2)
+
+
+def line(shape: str, record: Record) -> tuple[str, ...]:
     scheme, execution = record.config["quant"], (record.engine or {}).get("execution", "–")
     if record.status not in MEASURED:
-        execution = record.config["execution"]
-        return f"| {shape} | {scheme} | {execution} | {record.status} | | | |"
+        return (shape, scheme, record.config["execution"], record.status, "", "", "")
     speeds = (plus_minus(figure) for figure in (record.decode_tok_s, record.e2e_tok_s))
     mbu = f"{record.mbu.mean:.0%}".replace("%", " %") if record.mbu else "–"
     cache = (record.engine or {}).get("compile_cache") or "–"
     ready = f"{record.warmup_s:.1f} s, {cache}" if record.warmup_s is not None else "–"
-    return f"| {shape} | {scheme} | {execution} | {' | '.join(speeds)} | {mbu} | {ready} |"
+    return (shape, scheme, execution, *speeds, mbu, ready)
 
 
 def plus_minus(figure: Any) -> str:
@@ -123,47 +199,49 @@ def plus_minus(figure: Any) -> str:
 
 
 def rows() -> dict[str, Any]:
-    """Milliseconds of a step over 1 and over 8 positions."""
+    """Time of a step over 8 positions, over that of one over 1."""
     result: dict[str, Any] = {"figures": {}, "samples": {}}
     for shape, quant in (
         ("llama-2-13b", "int4-g128"), ("llama-2-13b", "int8"), ("llama-3.1-8b", "int4-g128"),
+        ("llama-3.1-8b", "int8"),
     ):  # fmt: skip
         llm = engine(shape, quant, draft="ngram", draft_tokens=7, draft_policy="always")
         eight = step_ms(llm, ids=[5, 6, 7] * 4)  # what repeats has drafts
         plain = engine(shape, quant)
         one = step_ms(plain, ids=[5, 6, 7] * 4)
-        result["samples"][f"{shape}/{quant}"] = {"one_ms": one, "eight_ms": eight}
-        result["figures"][f"{shape}/{quant}"] = median(eight) / median(one)
+        result["samples"][f"{shape}, {quant}"] = {"one_ms": one, "eight_ms": eight}
+        result["figures"][f"{shape}, {quant}"] = median(eight) / median(one)
         llm.close(), plain.close()
     return result
 
 
 def context() -> dict[str, Any]:
-    """Decoding at 32,000 tokens of context."""
-    import torch
-
-    from hotloop.bench.measure import measure_speed
-    from hotloop.bench.record import Workload
-    from hotloop.hardware import measure_read_bandwidth
-
+    """llama-3.1-8b, int4-g128, decoding after 32,000 tokens."""
     bandwidth = measure_read_bandwidth(torch.device("cuda"))
     llm = engine("llama-3.1-8b", "int4-g128", max_seq_len=32768)
     workload = Workload(prompt_tokens=32000, new_tokens=128, repeats=3)
     speed = measure_speed(llm, workload, read_bytes_per_s=bandwidth, datasheet_bytes_per_s=None)
     assert speed.mbu is not None
-    figures = {"decode_tok_s": speed.decode_tok_s.mean, "mbu": speed.mbu.mean}
+    figures = {"decode tok/s": speed.decode_tok_s.mean, "MBU": speed.mbu.mean}
     return {"figures": figures, "mbu": speed.mbu.model_dump(), "read_bytes_per_s": bandwidth}
 
 
 def prompt() -> dict[str, Any]:
-    """Seconds to the first token after 512."""
-    llm = engine("llama-2-13b", "int4-g128", max_seq_len=1024)
-    samples = [answer(llm, list(range(2, 514)), 4).timing.ttft_s for _ in range(8)][1:]
-    return {"figures": {"ttft_512_ms": 1e3 * median(samples)}, "ttft_s": samples}
+    """llama-2-13b, milliseconds to the first token."""
+    result: dict[str, Any] = {"figures": {}, "ttft_s": {}}
+    for quant in ("int4-g128", "int8"):
+        llm = engine("llama-2-13b", quant, max_seq_len=1024)
+        for n in (5, 64, 512):
+            ids = [2 + i % 1000 for i in range(n)]
+            samples = [answer(llm, ids, 4).timing.ttft_s for _ in range(11)][1:]
+            result["figures"][f"{quant}, after {n} tokens"] = 1e3 * median(samples)
+            result["ttft_s"][f"{quant}, after {n} tokens"] = samples
+        llm.close()
+    return result
 
 
 def sampling() -> dict[str, Any]:
-    """Seconds per token, drawn and greedy."""
+    """llama-2-13b, int4-g128, seconds per token, over greedy."""
     llm = engine("llama-2-13b", "int4-g128")
     ways: dict[str, dict[str, Any]] = {
         "greedy": {}, "top-k, top-p": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1},
@@ -175,23 +253,19 @@ def sampling() -> dict[str, Any]:
             if repeat:  # the first round warms up
                 tpot[way].append(timing.tpot_s)
     greedy, drawn = (median(samples) for samples in tpot.values())
-    return {"figures": {"drawn_over_greedy": drawn / greedy}, "tpot_s": tpot}
+    return {"figures": {"top-k 50, top-p 0.95": drawn / greedy}, "tpot_s": tpot}
 
 
-def engine(shape: str, quant: str, **options: Any) -> Any:
-    from hotloop import LLM
-
+def engine(shape: str, quant: str, **options: Any) -> LLM:
     options = {"max_seq_len": 512, "execution": "fused", **options}
     return LLM(shape, weights="random", quant=quant, **options)
 
 
-def answer(llm: Any, ids: list[int], n: int, **options: Any) -> Any:
-    from hotloop import SamplingParams
-
+def answer(llm: LLM, ids: list[int], n: int, **options: Any) -> Generation:
     return llm.generate([ids], SamplingParams(max_new_tokens=n, ignore_eos=True, **options))[0]
 
 
-def step_ms(llm: Any, ids: list[int]) -> list[float]:
+def step_ms(llm: LLM, ids: list[int]) -> list[float]:
     """Of several answers: milliseconds that a step of the model took."""
     samples = []
     for _ in range(6):
@@ -209,6 +283,7 @@ def median(samples: Iterable[float]) -> float:
 
 
 PROBES = {"rows": rows, "context": context, "prompt": prompt, "sampling": sampling}
+PARTS = ("speed", "kernels", *PROBES)
 
 
 if __name__ == "__main__":
