@@ -8,6 +8,7 @@ import pytest
 from tiny_models import N_TOKENS, write_random
 
 from hotloop import LLM, SamplingParams
+from hotloop.engine.llm import in_a_row
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
 """More of them than slots, of 1 to 60 tokens; the chunks of 3 and the 32-wide masks do not fit."""
@@ -55,6 +56,39 @@ def test_requests_that_end_at_different_times_leave_the_others_alone(tmp_path):
     for whole, answer in zip(alone(llm, prompts), answers, strict=True):
         first = next((i for i, token in enumerate(whole) if token in eos), len(whole))
         assert answer == whole[: first + 1]
+
+
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_steps_in_a_row_change_no_answer(tmp_path, monkeypatch, n, asynchronous):
+    eos = range(0, N_TOKENS, 11)
+    one_by_one, several = (
+        LLM(str(write_random(tmp_path, eos=eos)), dtype="float32", max_batch_size=3)
+        for _ in range(2)
+    )
+    # As it would be found on a GPU, where a step is taken before the last one is looked at.
+    monkeypatch.setattr(several, "_in_a_row", n)
+    monkeypatch.setattr(several._runner, "asynchronous", asynchronous)
+    prompts = [*PROMPTS, *([i] for i in range(2, 12))]
+    for options in (
+        {},
+        {"ignore_eos": False},
+        {"max_new_tokens": 5, "logprobs": 3},
+        {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.2, "seed": 3},
+    ):
+        params = dataclasses.replace(FREELY, **options)
+        answers = [
+            [(g.token_ids, g.logprobs, g.finish_reason) for g in llm.generate(prompts, params)]
+            for llm in (one_by_one, several)
+        ]
+        assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("step_s", "n"), [(1.0, 1), (2.8e-3, 1), (1.9e-3, 2), (5e-4, 8), (1e-6, 8)]
+)
+def test_as_many_steps_in_a_row_as_nobody_notices(step_s, n):
+    assert in_a_row(step_s) == n
 
 
 @pytest.mark.parametrize("prefill_chunk", [1, 3, 512])

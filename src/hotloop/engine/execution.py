@@ -237,7 +237,7 @@ def step_times(marks: Marks) -> StepTimes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """What to do in one step.
+    """What to do in one step, or in several in a row.
 
     Attributes:
         n: Rows: the first so many slots. Those among them that hold nothing compute something
@@ -245,6 +245,7 @@ class Step:
         longest: Exceeds every position in use, drafts included.
         features: What the sampler must do.
         k: Drafts for each slot.
+        in_a_row: So many steps without drafts, one after the other, as one program.
         known: By slot that holds something, a position that its newest token has reached.
         slack: How far beyond that it may be, by steps under way.
     """
@@ -253,6 +254,7 @@ class Step:
     longest: int
     features: Features
     k: int = 0
+    in_a_row: int = 1
     known: Mapping[int, int] = dataclasses.field(default_factory=dict)
     slack: int = 0
 
@@ -266,6 +268,7 @@ class _Program:
     k: int
     length: int
     features: Features
+    in_a_row: int = 1
 
 
 class Stepper:
@@ -315,7 +318,8 @@ class Stepper:
         if self.captures:  # fewer sizes to compile and to capture
             n = min(1 << (n - 1).bit_length(), len(self.slots.positions))
         if self.drafter is None:
-            return self._run(_Program(False, n, 0, length, step.features), self._model), None
+            program = _Program(False, n, 0, length, step.features, step.in_a_row)
+            return self._run(program, self._steps), None
         known_programs = len(self._ready)
         marks = [self._mark()]
         if k:
@@ -345,6 +349,10 @@ class Stepper:
         n, k = program.n, program.k
         drafts = self.drafter.propose(n, k, program.length, program.features)
         self._drafts[:n, :k].copy_(drafts)
+
+    def _steps(self, program: _Program) -> Sampled:
+        """Plain steps that follow each other on the device."""
+        return Sampled.joined([self._model(program) for _ in range(program.in_a_row)])
 
     def _model(self, program: _Program) -> Sampled:
         n, k, features = program.n, program.k, program.features

@@ -41,7 +41,24 @@ from hotloop.types import (
     Prompt,
     SamplingParams,
     Score,
+    Timing,
 )
+
+BURST_S = 4e-3
+"""Tokens that come together may have taken this long: nobody sees them wait for each other."""
+
+MOST_IN_A_ROW = 8
+"""Steps that are one program: a request that ends among the first has the others run in vain."""
+
+
+def in_a_row(step_s: float) -> int:
+    """How many steps to give a GPU at once, a power of two.
+
+    Between programs it does nothing for some microseconds, and the host is busy for some hundred:
+    with the smallest models, longer than with a step.
+    """
+    n = min(MOST_IN_A_ROW, max(1, int(BURST_S / step_s)))
+    return 1 << (n.bit_length() - 1)
 
 
 class LLM:
@@ -87,6 +104,7 @@ class LLM:
         if setup.draft is not None:
             sizes = sizes_up_to(config.draft_tokens)
             self._controller = DraftController(sizes, always=config.draft_policy == "always")
+        self._in_a_row = 1
         self._load_s = time.perf_counter() - started
         started = time.perf_counter()
         with out_of_memory_in("warmup"):
@@ -229,14 +247,17 @@ class LLM:
     def _warm_up(self) -> None:
         """Compiles and captures what a greedy run with one prompt needs, and touches the rest.
 
-        With speculative decoding, that is a step of every number of drafts, each run and timed.
-        Where long prompts have kernels of their own, one of those comes first.
+        With speculative decoding, that is a step of every number of drafts, each run and timed;
+        without, how many plain ones to take in a row is found. Where long prompts have kernels of
+        their own, one of those comes first.
         """
 
-        def answer(n_prompt: int, n: int) -> None:
+        def answer(n_prompt: int, n: int) -> Timing:
             prompt = [i % self._setup.model.vocab_size for i in range(1, n_prompt + 1)]
-            if (n := min(n, self._setup.n_positions - n_prompt)) >= 1:
-                self.generate([prompt], SamplingParams(max_new_tokens=n, ignore_eos=True))
+            if (n := min(n, self._setup.n_positions - n_prompt)) < 1:
+                return Timing(n_tokens=0, ttft_s=0.0, e2e_s=0.0)
+            (given,) = self.generate([prompt], SamplingParams(max_new_tokens=n, ignore_eos=True))
+            return given.timing
 
         if self._setup.fused:
             answer(SHORT_PROMPT + 1, 1)
@@ -245,6 +266,11 @@ class LLM:
             sizes = sizes_up_to(self.config.draft_tokens)
             n_steps = 3 * sum(1 + k for k in sizes)
         answer(3, 1 + n_steps)
+        if self._runner.captures and self._controller is None:
+            timing = answer(3, 9)
+            if timing.n_tokens > 1:
+                self._in_a_row = in_a_row(timing.tpot_s)
+            answer(3, 1 + self._in_a_row)
         self._runner.synchronize()
 
     # ------------------------------------------------------------------------------ requests
@@ -327,34 +353,37 @@ class LLM:
 
     def _launch(self, slots: list[Request | None], previous: _Launched | None) -> _Launched | None:
         """Starts a decode step for whoever will need one, without waiting for it."""
-        coming = set() if previous is None else {id(r) for r in previous.requests.values()}
-        active = {
-            slot: r
-            for slot, r in enumerate(slots)
-            if r is not None and len(r.token_ids) + (id(r) in coming) < r.max_new_tokens
+        coming = (
+            {} if previous is None else dict.fromkeys(previous.requests.values(), previous.steps)
+        )
+        active = {slot: r for slot, r in enumerate(slots) if r is not None}
+        wanted = {
+            slot: r.max_new_tokens - len(r.token_ids) - coming.get(r, 0)
+            for slot, r in active.items()
         }
+        active = {slot: r for slot, r in active.items() if wanted[slot] > 0}
         if not active:
             return None
         # Where newest tokens are, as far as is known; steps under way can take them further.
         known = {slot: len(r.prompt_ids) + len(r.token_ids) - 1 for slot, r in active.items()}
-        slack = 0 if previous is None else 1 + previous.k
+        slack = 0 if previous is None else previous.steps + previous.k
         furthest, n = max(known.values()) + slack, max(active) + 1
-        k = 0
+        k, steps = 0, 1
         if self._controller is not None:
-            wanted = max(
-                r.max_new_tokens - len(r.token_ids) - (id(r) in coming) for r in active.values()
-            )
             room = self._setup.n_positions - 1 - furthest
-            k = self._controller.choose(n, min(wanted, room) - 1)
+            k = self._controller.choose(n, min(max(wanted.values()), room) - 1)
+        elif min(wanted[slot] for slot in active) >= self._in_a_row:
+            steps = self._in_a_row
         step = Step(
             n=n,
-            longest=furthest + k + 1,
+            longest=furthest + k + steps,
             features=Features.of(r.params for r in active.values()),
             k=k,
+            in_a_row=steps,
             known=known,
             slack=slack,
         )
-        return _Launched(active, self._runner.step(step), n=n, k=k)
+        return _Launched(active, self._runner.step(step), n=n, k=k, steps=steps)
 
     def _deliver(self, slots: list[Request | None], launched: _Launched) -> Iterator[Delta]:
         """Hands a step's tokens to their requests, and frees the slots of those that end."""
@@ -397,7 +426,7 @@ class _Peak:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A step on its way to the host, and whose tokens each of its rows brings.
+    """A step on its way to the host, or several in a row, and whose tokens each row brings.
 
     ``n`` rows with ``k`` drafts each; a prompt's first token comes of no step, and n is 0.
     """
@@ -406,3 +435,4 @@ class _Launched:
     pending: Pending | Reply
     n: int = 0
     k: int = 0
+    steps: int = 1

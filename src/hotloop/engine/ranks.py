@@ -43,6 +43,7 @@ class RankGroup:
 
     def __init__(self, setup: Setup, *, n_tokens: int, progress: Progress | None = None) -> None:
         self.asynchronous = setup.device.type == "cuda"
+        self.captures = self.asynchronous and setup.execution != "eager"
         launched, n_ranks = Torchrun.environment(), len(setup.shards)
         if launched is not None and launched.rank > 0:
             _be_rank(launched, setup, n_tokens)

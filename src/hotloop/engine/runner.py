@@ -83,6 +83,7 @@ class Runner:
 
     Attributes:
         asynchronous: Whether ``step`` returns before the device has done it.
+        captures: Whether programs become CUDA graphs.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Runner:
     ) -> None:
         self._setup, self._group = setup, group or Group()
         self.asynchronous = setup.device.type == "cuda"
+        self.captures = self.asynchronous and setup.execution != "eager"
         config, device = setup.config, setup.device
         with out_of_memory_in("load"), torch.inference_mode():
             self._model = _Model(setup, self._group, n_tokens, progress)
@@ -112,7 +114,7 @@ class Runner:
                 drafter=self._drafter,
                 max_drafts=spare,
                 n_positions=setup.n_positions,
-                captures=setup.execution != "eager" and device.type == "cuda",
+                captures=self.captures,
                 reads_whole_cache=self._model.attention_name in ("cpu", "fused"),
             )
 
@@ -399,7 +401,7 @@ class Pending:
                 for b, (row, n) in enumerate(zip(ids, kept, strict=True))
             ],
             n_drafts=[0] * len(ids) if host.n_drafts is None else host.n_drafts.tolist(),
-            k=host.ids.shape[1] - 1,
+            k=0 if host.n_kept is None else host.ids.shape[1] - 1,
             times=None if self._marks is None else step_times(self._marks),
         )
 

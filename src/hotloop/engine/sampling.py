@@ -17,7 +17,7 @@ rank's), K candidates.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,19 @@ class Sampled:
     logprobs: Tensor | None = None
     top_logprobs: Tensor | None = None
     top_ids: Tensor | None = None
+
+    @staticmethod
+    def joined(steps: Sequence[Sampled]) -> Sampled:
+        """Steps without drafts, one after the other, as if they were one."""
+        if len(steps) == 1:
+            return steps[0]
+        of_each = [vars(step) for step in steps]
+        tensors = {
+            name: torch.cat([step[name] for step in of_each], dim=1)
+            for name, value in of_each[0].items()
+            if value is not None
+        }
+        return Sampled(**tensors)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Sampled:
         """The same of ``f`` of each of its tensors."""
