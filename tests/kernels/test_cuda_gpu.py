@@ -3,13 +3,16 @@
 import pytest
 import torch
 from cuda_cases import (
+    DRAWS,
     KINDS,
     Case,
     attention_case,
     dequantize_case,
     embed_case,
+    hard_scores,
     linear_case,
     make_weight,
+    sample_case,
 )
 
 from hotloop.kernels.cuda.attention import AttentionPlan
@@ -88,3 +91,12 @@ def test_attention_equals_its_specification(device, head_dim):
 def test_embedding_equals_its_specification(device, int8):
     case = embed_case(3, 1000, 5120, generator(device, 2), int8=int8)
     assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("vocab", [300, 32_000, 128_257])
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_equal_their_definition(device, vocab, name):
+    scores = hard_scores(vocab, 16, generator(device, vocab))
+    for listed in (8192, 64):
+        case = sample_case(scores, [DRAWS[name]] * len(scores), listed=listed)
+        assert_right_and_the_same_with_dependent_launch(device, case)

@@ -22,6 +22,13 @@ typedef uint16_t bf16;
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
+// Bits.
+
+__device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ int count_bits(uint32_t word) { return __popc(word); }
+__device__ __forceinline__ int bit_width(uint64_t value) { return 64 - __clzll(value); }
+
 // Conversions.
 
 __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
@@ -96,6 +103,25 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) {
 __device__ __forceinline__ int shuffle_xor(int value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+__device__ __forceinline__ uint64_t shuffle_xor(uint64_t value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+// Of the lane so far below; of the first ones, their own.
+template <class T>
+__device__ __forceinline__ T shuffle_up(T value, int distance) {
+  return __shfl_up_sync(0xffffffffu, value, distance);
+}
+__device__ __forceinline__ bool all_lanes(bool value) { return __all_sync(0xffffffffu, value); }
+__device__ __forceinline__ uint32_t ballot(bool value) {
+  return __ballot_sync(0xffffffffu, value);
+}
+__device__ __forceinline__ uint32_t sum_lanes(uint32_t value) {
+  return __reduce_add_sync(0xffffffffu, value);
+}
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
@@ -104,6 +130,11 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ uint8_t* shared_memory() {
   extern __shared__ uint4 memory[];
   return reinterpret_cast<uint8_t*>(memory);
+}
+
+// What was there before.
+__device__ __forceinline__ uint32_t atomic_add(uint32_t* p, uint32_t value) {
+  return atomicAdd(p, value);
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
