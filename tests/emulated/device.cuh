@@ -208,6 +208,7 @@ inline uint32_t mask_or(uint32_t value, uint32_t mask, uint32_t b) { return (val
 inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 
 // Warps.
 
@@ -259,6 +260,9 @@ template <class F> inline uint32_t over_lanes(uint32_t value, F f) {
 }
 inline bool all_lanes(bool value) { return over_lanes(value, std::bit_and<uint32_t>()); }
 inline uint32_t sum_lanes(uint32_t value) { return over_lanes(value, std::plus<uint32_t>()); }
+inline uint32_t max_of_lanes(uint32_t value) {
+  return over_lanes(value, [](uint32_t a, uint32_t b) { return max(a, b); });
+}
 inline uint32_t ballot(bool value) {
   return over_lanes(uint32_t(value) << machine.current % 32, std::bit_or<uint32_t>());
 }

@@ -327,13 +327,15 @@ DRAWS = {
 def hard_scores(vocab: int, tokens: int, generator: torch.Generator) -> Tensor:
     """Scores [B, T, V] of many kinds, one of them in each sequence."""
     x = normal(generator, tokens, vocab)
-    peaked, masked = x.clone(), 2 * x
+    peaked, masked, close = x.clone(), 2 * x, 1e-6 * x
     peaked[:, vocab // 3] += 40
+    close[:, vocab // 2] = 100  # beside which the others are equal
     masked[:, ::3] = -torch.inf
     rounded = (8 * x).bfloat16().float()
     spread = x * 10 ** (4 * normal(generator, tokens, vocab)).clamp(max=30)
     equal = torch.zeros_like(x)
-    return torch.stack((2.5 * x, 0.01 * x, peaked, masked, rounded, spread, equal, equal - 1e4))
+    kinds = (2.5 * x, 0.01 * x, peaked, masked, close, rounded, spread, equal, equal - 1e4)
+    return torch.stack(kinds)
 
 
 def sample_case(

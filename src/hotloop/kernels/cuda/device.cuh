@@ -77,6 +77,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return result;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Products: c[16 x 8] += a[16 x 16] * b[16 x 8], spread over a warp. With g = lane / 4 and
 // t = lane % 4, a lane holds of a: rows g and g + 8 at columns 2t, 2t + 1 (a[0], a[1]) and
 // 2t + 8, 2t + 9 (a[2], a[3]); of b: rows 2t, 2t + 1 (b0) and 2t + 8, 2t + 9 (b1) of column g;
@@ -121,6 +127,9 @@ __device__ __forceinline__ uint32_t ballot(bool value) {
 }
 __device__ __forceinline__ uint32_t sum_lanes(uint32_t value) {
   return __reduce_add_sync(0xffffffffu, value);
+}
+__device__ __forceinline__ uint32_t max_of_lanes(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
 }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }

@@ -32,6 +32,7 @@ static_assert(kBins == kThreads, "a thread has a bin");
 // distance of 32, where no weight is left (2^-46).
 constexpr float kBinsPerUnit = 32;
 constexpr uint32_t kInfinite = 0x7f800000u;
+constexpr uint64_t kNone = ~0ull;
 
 // What a token weighs that is so far below the most likely one, which weighs 2^40: sums of 2^23 of
 // them fit.
@@ -61,7 +62,7 @@ struct Found {  // the bin that holds the cut
 
 template <int kListed>
 struct Shared {
-  uint64_t listed[kListed];  // orders, in any order
+  uint64_t listed[kListed < kThreads ? kThreads : kListed];  // orders, in any order
   Sum warps[kWarps];
   uint64_t winners[kWarps];
   Found found;
@@ -118,22 +119,57 @@ struct Tokens {
   template <class F>
   __device__ __forceinline__ void each(int thread, F f) const {
     const int lane = thread % 32;
-    float next = listed == nullptr && thread < n ? row[thread] : 0;
+    const float* at = row + thread;
+    float next = listed == nullptr && thread < n ? *at : 0;
 #pragma unroll 1
     for (int first = thread - lane; first < n; first += kThreads) {
       const int i = first + lane;
-      uint64_t found = ~0ull;
+      uint64_t found = kNone;
       if (listed != nullptr) {
         if (i < n) found = listed[i];
       } else {
         const float score = next;
-        if (i + kThreads < n) next = row[i + kThreads];  // on its way while this one is looked at
+        at += kThreads;
+        if (i + kThreads < n) next = *at;  // on its way while this one is looked at
         if (i < n) found = order(score, i);
       }
       f(found);
     }
   }
 };
+
+// Lists the tokens of a row up to ``bound``, unless they are too many. ``n_listed`` is zero.
+template <int kListed>
+__device__ __forceinline__ void list(Tokens& tokens, uint64_t bound, Shared<kListed>& shared,
+                                     int thread) {
+  const int lane = thread % 32;
+  tokens.each(thread, [&](uint64_t order) {
+    const bool inside = order <= bound;
+    const uint32_t lanes = ballot(inside);
+    if (lanes == 0) return;
+    uint32_t place = 0;
+    if (lane == 0) place = atomic_add(&shared.n_listed, count_bits(lanes));
+    place = shuffle(place, 0) + count_bits(lanes & ((1u << lane) - 1));
+    if (inside && place < kListed) shared.listed[place] = order;
+  });
+  sync_block();
+  const uint32_t n = shared.n_listed;
+  if (n <= kListed) tokens.listed = shared.listed, tokens.n = n;
+}
+
+// The best token of each thread's share of a row, with the thread in its id's place.
+template <int kListed>
+__device__ __forceinline__ Tokens best_of_threads(const Tokens& tokens, Shared<kListed>& shared,
+                                                  int thread) {
+  float score = -infinity();
+  for (int i = thread; i < tokens.n; i += kThreads) score = fmaxf(score, tokens.row[i]);
+  shared.listed[thread] = thread < tokens.n ? tokens.order(score, thread) : kNone;
+  sync_block();
+  Tokens best = tokens;
+  best.listed = shared.listed;
+  best.n = kThreads;
+  return best;
+}
 
 // The last order that is kept: of the tokens up to ``bound``, in order, one is kept while what
 // stands before it is less than a limit. That is ``most`` tokens, or so large a share of the weight
@@ -156,7 +192,7 @@ __device__ __forceinline__ uint64_t cut(Tokens& tokens, uint64_t bound, bool wei
       shared.add(inside, bin, weighted && inside ? weight(distance) : 0, weighted, lane);
     });
     sync_block();
-    if (thread == 0) shared.found.n = 0;
+    if (thread == 0) shared.found.n = shared.n_listed = 0;
     // Each thread has a bin, and what stands up to its end.
     const uint32_t n = shared.n[thread];
     const uint64_t mass =
@@ -182,24 +218,15 @@ __device__ __forceinline__ uint64_t cut(Tokens& tokens, uint64_t bound, bool wei
     const uint64_t end = shift < 0 ? tokens.edge(found.bin + 1) : first + ((bin + 1) << shift);
     first = shift < 0 ? tokens.edge(found.bin) : first + (bin << shift);
     bound = min(bound, end - 1);
-    const uint32_t n_kept = n_before + found.n;
-    if (tokens.listed == nullptr && n_kept <= kListed) {
-      tokens.each(thread, [&](uint64_t order) {
-        const uint32_t lanes = ballot(order <= bound);
-        if (lanes == 0) return;
-        uint32_t place = 0;
-        if (lane == 0) place = atomic_add(&shared.n_listed, count_bits(lanes));
-        place = shuffle(place, 0) + count_bits(lanes & ((1u << lane) - 1));
-        if (order <= bound) shared.listed[place] = order;
-      });
-      sync_block();
-      tokens.listed = shared.listed;
-      tokens.n = n_kept;
-    }
+    if (tokens.listed == nullptr && n_before + found.n <= kListed)
+      list(tokens, bound, shared, thread);
     if (found.n == 1 || shift == 0) return bound;
     shift = max(bit_width(bound - first) - kBinBits, 0);
   }
 }
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kSlack = 0x1p-10f;  // far more than the error of what is only estimated
 
 // A bijection of words in which every bit affects every other (Wellons' lowbias32).
 __device__ __forceinline__ uint32_t mix(uint32_t x) {
@@ -210,9 +237,11 @@ __device__ __forceinline__ uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
-__device__ __forceinline__ float gumbel(uint32_t key, uint32_t id) {
-  const uint32_t word = mix(key ^ mix(id + 1));
-  const float uniform = (static_cast<float>(word) + 0.5f) * 0x1p-32f;
+__device__ __forceinline__ float uniform_of(uint32_t key, uint32_t id) {
+  return (static_cast<float>(mix(key ^ mix(id + 1))) + 0.5f) * 0x1p-32f;
+}
+
+__device__ __forceinline__ float gumbel(float uniform) {
   return -logf(-log1pf(-fminf(uniform, 1 - 0x1p-24f)));
 }
 
@@ -221,6 +250,11 @@ __device__ __forceinline__ uint64_t candidate(float value, uint32_t id) {
   const uint32_t bits = float_bits(value);
   const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
   return static_cast<uint64_t>(ordered) << 32 | ~id;
+}
+
+// The value in the upper half of a candidate; not a number where there was none.
+__device__ __forceinline__ float value_of(uint32_t ordered) {
+  return float_of(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
 }
 
 __device__ __forceinline__ uint64_t largest_of_lanes(uint64_t value) {
@@ -251,20 +285,37 @@ __device__ __forceinline__ void sample(const SampleArgs& args) {
   uint64_t bound = (static_cast<uint64_t>(kInfinite) << tokens.id_bits) - 1;
   const int64_t top_k = args.top_k[sequence];
   const float top_p = args.top_p[sequence], min_p = args.min_p[sequence];
+  enum { kNarrow, kTopK, kTopP, kStages };
 #pragma unroll 1
-  for (int weighted = 0; weighted < 2; weighted++)
-    if (weighted ? top_p < 1 : top_k < args.n)
-      bound = cut(tokens, bound, weighted, weighted ? top_p : top_k, shared, thread);
+  for (int stage = kNarrow; stage < kStages; stage++) {
+    const bool cuts = stage == kTopP ? top_p < 1 : top_k < args.n;
+    if (!cuts || (stage == kNarrow && top_k > kThreads)) continue;
+    Tokens among = stage == kNarrow ? best_of_threads(tokens, shared, thread) : tokens;
+    bound = cut(among, bound, stage == kTopP, stage == kTopP ? top_p : top_k, shared, thread);
+    if (stage == kNarrow) {
+      bound |= (1ull << tokens.id_bits) - 1;  // equal ones have other ids than threads
+      list(tokens, bound, shared, thread);
+    } else {
+      tokens = among;
+    }
+  }
   const uint64_t seed = args.seed[sequence];
   uint32_t key = mix(static_cast<uint32_t>(seed) ^ 0x9e3779b9u);
   key = mix(key ^ static_cast<uint32_t>(seed >> 32));
   key = mix(key ^ static_cast<uint32_t>(args.positions[row]));
   uint64_t winner = 0;  // less than any candidate
+  float beaten = -infinity();  // what the best one of the warp is worth
   tokens.each(thread, [&](uint64_t order) {
     const float distance = tokens.distance(order);
-    if (order > bound || expf(-distance) < min_p) return;
     const uint32_t id = tokens.id(order);
-    winner = max(winner, candidate(gumbel(key, id) - distance, id));
+    const float uniform = uniform_of(key, id);
+    // A Gumbel number is at most -log(uniform): which costs little, and rules out almost all.
+    const float most = distance * kLog2E + log2_fast(uniform) + beaten;
+    const bool can_win = order <= bound && !(most > kSlack);
+    if (ballot(can_win) == 0) return;
+    if (can_win && expf(-distance) >= min_p)
+      winner = max(winner, candidate(gumbel(uniform) - distance, id));
+    beaten = kLog2E * value_of(max_of_lanes(static_cast<uint32_t>(winner >> 32)));
   });
   winner = largest_of_lanes(winner);
   if (lane == 0) shared.winners[warp] = winner;

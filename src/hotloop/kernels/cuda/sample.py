@@ -19,6 +19,9 @@ LISTED = 8192
 """So many tokens that are left go on in shared memory: what any GPU has room for."""
 
 
+_THREADS = 1024
+
+
 class SampleArguments(Arguments):
     """``SampleArgs`` of ``sample.cu``."""
 
@@ -36,7 +39,7 @@ def sample_kernel(listed: int = LISTED) -> Kernel:
         file="sample.cu",
         function=f"sample<{listed}, {_shared_bytes(listed)}>",
         args="SampleArgs",
-        threads=1024,
+        threads=_THREADS,
     )
 
 
@@ -100,5 +103,5 @@ def sample(
 
 def _shared_bytes(listed: int) -> int:
     """Of ``Shared`` in ``sample.cu``, which checks this."""
-    of_warps, found, bins = 32 * (16 + 8), 24, 3 * 4 * 1024
-    return 8 * listed + of_warps + found + bins + 8
+    of_warps, found, bins = 32 * (16 + 8), 24, 3 * 4 * _THREADS
+    return 8 * max(listed, _THREADS) + of_warps + found + bins + 8
