@@ -10,6 +10,7 @@ is reported and the rest goes on. Each leaves a JSON file under ``--out``.
     stack      whole decode steps of a model with random weights in one CUDA graph, and parts
     linear     each product by itself, over weights that do not fit the caches
     attention  over short and long histories
+    sample     draws, beside those of PyTorch's kernels: are they the same, and what do they take?
 
 Needs torch with CUDA and cuda-bindings; nothing else.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -25,24 +27,28 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from cuda_cases import (
+    DRAWS,
     KINDS,
     Case,
     argmax_case,
     attention_case,
     embed_case,
+    hard_scores,
     linear_case,
     make_weight,
+    sample_case,
 )
 from torch import Tensor
 
 from hotloop import hardware
+from hotloop.engine.sampling import Features, Sampler
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
@@ -51,8 +57,9 @@ from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tu
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
 from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
 from hotloop.models.shapes import shape
+from hotloop.types import SamplingParams
 
-SECTIONS = {"check": 80, "tune": 120, "stack": 55, "linear": 30, "attention": 20}
+SECTIONS = {"check": 80, "tune": 120, "stack": 55, "linear": 30, "attention": 20, "sample": 30}
 """Seconds that each may take."""
 
 CUDA = torch.device("cuda")
@@ -277,7 +284,15 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
                 yield embed_case(rows, 32000, 5120, generator, int8=int8)
                 yield argmax_case(rows, 264, generator, advance=int8)
 
+    def draws() -> Iterator[Case]:
+        for vocab in (300, 32_000, 128_257):
+            scores = hard_scores(vocab, 8, section.generator(vocab))
+            for options in DRAWS.values():
+                for listed in (8192, 64):
+                    yield sample_case(scores, [options] * len(scores), listed=listed)
+
     yield "embedding and argmax", small()
+    yield "draws", draws()
     for i, name in enumerate(KINDS):
         yield f"products {name}", products(name, i)
     yield "attention", attentions()
@@ -566,7 +581,7 @@ def stack_section(section: Section) -> None:
 # One kernel at a time.
 
 
-def capture(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:
+def capture(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -777,6 +792,61 @@ def attention_seconds(
         launches.append(section.device.prepare(call))
     seconds = graph_seconds(capture(launches), min_seconds=0.01) / n
     return seconds, nbytes
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "usual": lambda normal: 2.5 * normal,
+    "flat": lambda normal: 0.05 * normal,
+    "peaked": lambda normal: (2.5 * normal).index_fill_(-1, torch.tensor([7], device=CUDA), 25.0),
+}
+OPTIONS = {
+    "temperature": SamplingParams(temperature=0.8),
+    "top-k, top-p": SamplingParams(temperature=0.8, top_k=50, top_p=0.95),
+    "top-p": SamplingParams(temperature=0.8, top_p=0.95),
+}
+
+
+def sample_section(section: Section) -> None:
+    for vocab, rows, kind, (name, params) in itertools.product(
+        (32_000, 128_256), (1, 8), SCORES, OPTIONS.items()
+    ):
+        if section.time_is_up:
+            return
+        normal = torch.randn(rows, 1, vocab, generator=section.generator(vocab), device=CUDA)
+        scores = SCORES[kind](normal)
+        positions = torch.arange(64, device=CUDA)[:, None, None].repeat(1, rows, 1)
+        chosen, us = [], []
+        for launcher in (section.device, None):
+            draw = drawing(scores, params, launcher)
+            chosen.append(torch.stack([draw(at) for at in positions]))
+            calls = [functools.partial(draw, at) for at in positions[:10]]
+            us.append(graph_seconds(capture(calls), min_seconds=0.01) / len(calls) * 1e6)
+        different = int((chosen[0] != chosen[1]).sum())
+        line = f"V={vocab:6} rows={rows} {kind:6} {name:12}"
+        if different:
+            section.failures.append(f"{line}: {different} of {chosen[0].numel()} differ")
+        section.add(
+            f"{line} {us[0]:7.1f} us, PyTorch {us[1]:7.1f} us, {different} differ",
+            vocab=vocab,
+            rows=rows,
+            scores=kind,
+            options=name,
+            us=us[0],
+            us_of_torch=us[1],
+            different=different,
+        )
+
+
+def drawing(
+    scores: Tensor, params: SamplingParams, launcher: Device | None
+) -> Callable[[Tensor], Tensor]:
+    """Draws at given positions, by the kernel or without a launcher by PyTorch."""
+    rows, _, vocab = scores.shape
+    sampler, nobody = Sampler(rows, vocab, CUDA, launcher=launcher), torch.zeros(0, device=CUDA)
+    for slot in range(rows):
+        sampler.admit(slot, params, slot, nobody.long())
+    best, features = scores.argmax(-1), Features.of([params])
+    return lambda at: sampler.sample(scores, at, 0, features, best_BT=best).ids
 
 
 if __name__ == "__main__":

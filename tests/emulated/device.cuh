@@ -13,9 +13,11 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <random>
@@ -177,6 +179,11 @@ template <class To, class From> inline To bits(From from) {
   return to;
 }
 
+inline uint32_t float_bits(float value) { return bits<uint32_t>(value); }
+inline float float_of(uint32_t word) { return bits<float>(word); }
+inline int count_bits(uint32_t word) { return std::popcount(word); }
+inline int bit_width(uint64_t value) { return std::bit_width(value); }
+
 // Conversions.
 
 inline float low(uint32_t pair) { return bits<float>(pair << 16); }
@@ -201,6 +208,7 @@ inline uint32_t mask_or(uint32_t value, uint32_t mask, uint32_t b) { return (val
 inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 
 // Warps.
 
@@ -231,15 +239,32 @@ inline uint32_t transpose(uint32_t pair) {
   return at(2 * t, g) | at(2 * t + 1, g) << 16;
 }
 
-inline float shuffle_xor(float value, int mask) {
-  const uint32_t word = bits<uint32_t>(value);
-  const auto all = meet(&word, 1);
-  return bits<float>(all[(machine.current % 32) ^ mask][0]);
+template <class T> inline T shuffle(T value, int lane) {
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof value);
+  memcpy(&value, meet(words, sizeof(T) / 4)[lane], sizeof value);
+  return value;
 }
-inline int shuffle_xor(int value, int mask) {
-  const uint32_t word = value;
-  const auto all = meet(&word, 1);
-  return int(all[(machine.current % 32) ^ mask][0]);
+template <class T> inline T shuffle_xor(T value, int mask) {
+  return shuffle(value, (machine.current % 32) ^ mask);
+}
+template <class T> inline T shuffle_up(T value, int distance) {
+  const int lane = machine.current % 32;
+  return shuffle(value, lane < distance ? lane : lane - distance);
+}
+template <class F> inline uint32_t over_lanes(uint32_t value, F f) {
+  const auto all = meet(&value, 1);
+  uint32_t result = all[0][0];
+  for (int lane = 1; lane < 32; lane++) result = f(result, all[lane][0]);
+  return result;
+}
+inline bool all_lanes(bool value) { return over_lanes(value, std::bit_and<uint32_t>()); }
+inline uint32_t sum_lanes(uint32_t value) { return over_lanes(value, std::plus<uint32_t>()); }
+inline uint32_t max_of_lanes(uint32_t value) {
+  return over_lanes(value, [](uint32_t a, uint32_t b) { return max(a, b); });
+}
+inline uint32_t ballot(bool value) {
+  return over_lanes(uint32_t(value) << machine.current % 32, std::bit_or<uint32_t>());
 }
 inline void sync_warp() { meet(nullptr, 0); }
 inline void sync_block() {
@@ -256,6 +281,12 @@ inline void sync_block() {
 // Shared memory, barriers and copies.
 
 inline uint8_t* shared_memory() { return reinterpret_cast<uint8_t*>(machine.shared.data()); }
+
+inline uint32_t atomic_add(uint32_t* p, uint32_t value) {
+  const uint32_t before = *p;
+  *p += value;
+  return before;
+}
 
 struct Barrier {  // in the eight bytes of the real one
   int32_t bytes;

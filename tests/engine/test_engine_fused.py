@@ -1,5 +1,6 @@
 """The fused step with its kernels' own source run on a CPU: against the decoder, and itself."""
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ from hotloop.engine import fused
 from hotloop.engine.fused import FusedForward
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.prompt import FusedPrompt
+from hotloop.engine.sampling import Features, Sampler
 from hotloop.engine.setup import _resolve_execution
 from hotloop.errors import UnsupportedError
 from hotloop.kernels.attention import torch_attention
+from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import FAMILIES, read_config
@@ -220,6 +223,53 @@ def test_all_kernels_but_the_first_may_overlap_their_predecessor():
     assert names[-1] == "argmax_step"
 
 
+# The sampler beside it.
+
+
+DRAWN = {
+    "temperature": SamplingParams(temperature=0.9),
+    "top-k and top-p": SamplingParams(temperature=0.8, top_k=20, top_p=0.9),
+    "min-p": SamplingParams(temperature=1.2, min_p=0.1),
+    "penalty": SamplingParams(temperature=0.9, top_k=9, repetition_penalty=1.7),
+    "none": SamplingParams(),
+}
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("names", [("min-p", "none", "top-k and top-p"), tuple(DRAWN)])
+@torch.inference_mode()
+def test_its_kernel_draws_what_torch_draws(names, first, T):
+    device, n_tokens = EmulatedDevice(), 300
+    plain, fast = (Sampler(6, n_tokens, CPU, launcher=launcher) for launcher in (None, device))
+    params = [DRAWN[name] for name in names]
+    generator = torch.Generator().manual_seed(4)
+    for slot, options in enumerate(params, start=first):
+        for sampler in (plain, fast):
+            sampler.admit(slot, options, 5 + slot, torch.arange(0, n_tokens, 3))
+    drafts = torch.randint(n_tokens, (len(params), 2), generator=generator)
+    for positions in (torch.full((len(params), T), at) for at in (3, 4)):
+        # Rows that no token has; of a drafter's first step the last position alone.
+        logits = 3 * torch.randn(len(params), 5, n_tokens + 20, generator=generator)[:, -T:]
+        choices = [
+            sampler.sample(
+                logits, positions, first, sampler.relevant(Features.of(params)), drafts
+            ).ids
+            for sampler in (plain, fast)
+        ]
+        assert torch.equal(*choices)
+    assert {name for name, _ in device.launched} == {sample_kernel().name}
+
+
+@pytest.mark.parametrize("logprobs", [None, 3])
+def test_its_sampler_distinguishes_no_ways_to_truncate(logprobs):
+    fast = Sampler(1, 300, CPU, launcher=EmulatedDevice())
+    drawn = [dataclasses.replace(p, logprobs=logprobs) for p in DRAWN.values() if not p.greedy]
+    plainly = {fast.relevant(Features.of([p])) for p in drawn if p.repetition_penalty == 1}
+    assert plainly == {Features(draw=True, logprobs=logprobs is not None)}
+    assert len({fast.relevant(Features.of([p])) for p in drawn}) == 2
+
+
 # The whole engine.
 
 
@@ -293,7 +343,7 @@ def test_a_prompt_gives_the_same_by_steps_and_by_many_rows(engine, monkeypatch):
 
 def test_neighbours_change_nothing(engine):
     together, alone = engine(max_batch_size=4), engine()
-    for sampling in ({}, {"temperature": 0.9, "top_k": 20, "seed": 3}):
+    for sampling in ({}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3}):
         assert answers(together, **sampling) == [
             answers(alone, [prompt], **sampling)[0] for prompt in PROMPTS
         ]
@@ -313,6 +363,17 @@ def test_drafts_change_neither_tokens_nor_their_probabilities(folder, engine, dr
     for sampling in ({}, {"temperature": 0.9, "repetition_penalty": 1.2, "seed": 3}):
         assert answers(drafted, **sampling) == answers(plain, **sampling)
     assert drafted.generate(list(PROMPTS), FREELY)[0].speculation.n_steps > 0
+
+
+@pytest.mark.parametrize("draft", ["none", "exit-1", "itself"])
+def test_one_kernel_draws_for_the_model_and_its_drafter(folder, engine, monkeypatch, draft):
+    device = EmulatedDevice()
+    monkeypatch.setattr("hotloop.engine.runner.device_of", lambda _: device)
+    monkeypatch.setattr(Sampler, "_draw", None)
+    llm = engine(draft=str(folder) if draft == "itself" else draft, draft_policy="always")
+    llm.generate([[7]], FREELY, max_new_tokens=4, temperature=0.9, seed=3)
+    overlaps = {overlap for name, overlap in device.launched if name == sample_kernel().name}
+    assert overlaps == {False}, "it comes after torch's own"
 
 
 @pytest.mark.parametrize("quant", ["none", "int4-g32"])

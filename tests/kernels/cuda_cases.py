@@ -7,12 +7,13 @@ small ones, on a CPU (``cuda_emulation``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hotloop.engine.sampling import _gumbel
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import prompt, step
 from hotloop.kernels.cuda.attention import AttentionPlan
@@ -21,6 +22,7 @@ from hotloop.kernels.cuda.launch import Call, Limits
 from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tuning
 from hotloop.kernels.cuda.packing import Format, Kind, pack
 from hotloop.kernels.cuda.prompt import Product
+from hotloop.kernels.cuda.sample import LISTED, sample
 from hotloop.quant import parse_scheme
 
 KINDS: dict[str, tuple[Kind, int | None, bool]] = {
@@ -405,3 +407,120 @@ def argmax_case(rows: int, n: int, generator: torch.Generator, *, advance: bool)
 
     call = step.argmax((value, index), ids, positions, last_position=3)
     return Case(call=call, inputs=(value, index), outputs=(ids,), check=check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a sequence's tokens are drawn."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+DRAWS = {
+    "temperature": Options(temperature=0.8, seed=1),
+    "lowest temperature": Options(temperature=1e-40, top_k=9),
+    "highest temperature": Options(temperature=1e30, top_k=9, top_p=0.9, seed=2**40),
+    "top-k": Options(top_k=50, seed=2**62 + 7),
+    "top-k of one": Options(top_k=1),
+    "top-k of most": Options(top_k=290, temperature=1.7),
+    "top-p": Options(top_p=0.9, seed=3),
+    "least top-p": Options(top_p=1e-30),
+    "most top-p": Options(top_p=0.9999, temperature=2.0),
+    "min-p": Options(min_p=0.05, seed=4),
+    "most min-p": Options(min_p=1.0),
+    "all": Options(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, seed=5),
+    "top-k and top-p of equals": Options(temperature=1e30, top_k=40, top_p=0.5, seed=6),
+}
+
+
+def hard_scores(vocab: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Scores [B, T, V] of many kinds, one of them in each sequence."""
+    x = normal(generator, tokens, vocab)
+    peaked, masked, close = x.clone(), 2 * x, 1e-6 * x
+    peaked[:, vocab // 3] += 40
+    close[:, vocab // 2] = 100  # beside which the others are equal
+    masked[:, ::3] = -torch.inf
+    rounded = (8 * x).bfloat16().float()
+    spread = x * 10 ** (4 * normal(generator, tokens, vocab)).clamp(max=30)
+    equal = torch.zeros_like(x)
+    kinds = (2.5 * x, 0.01 * x, peaked, masked, close, rounded, spread, equal, equal - 1e4)
+    return torch.stack(kinds)
+
+
+def sample_case(
+    scores_BTV: Tensor,
+    options: Sequence[Options],
+    *,
+    positions_BT: Tensor | None = None,
+    listed: int = LISTED,
+) -> Case:
+    """Draws from given scores; the definition is that of ``engine.sampling``, in float64."""
+    (B, T, V), device = scores_BTV.shape, scores_BTV.device
+
+    def per_sequence(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([getattr(o, name) for o in options], dtype=dtype, device=device)
+
+    temperature, top_p, min_p = (
+        per_sequence(name, torch.float32) for name in ("temperature", "top_p", "min_p")
+    )
+    top_k, seed = (per_sequence(name, torch.int64) for name in ("top_k", "seed"))
+    top_k = torch.where(top_k > 0, top_k, V).clamp(max=V)
+    if positions_BT is None:
+        positions_BT = torch.arange(B * T, device=device).view(B, T) * 7 + 3
+    best = scores_BTV.argmax(-1)
+    ids = torch.full((B, T), -1, device=device)
+
+    def check() -> None:
+        wanted = drawn(scores_BTV, best, positions_BT, temperature, top_k, top_p, min_p, seed)
+        for b, t in (ids != wanted).nonzero().tolist():
+            raise AssertionError(
+                f"{int(ids[b, t])} and not {int(wanted[b, t])} of {V} at {b}, {t}: {options[b]}"
+            )
+
+    call = sample(
+        scores_BTV,
+        best,
+        positions_BT,
+        ids,
+        temperature_B=temperature,
+        top_k_B=top_k,
+        top_p_B=top_p,
+        min_p_B=min_p,
+        seed_B=seed,
+        listed=listed,
+    )
+    # Late inputs are whole tensors in memory, and scores can lie apart.
+    late = (*((scores_BTV,) if scores_BTV.is_contiguous() else ()), best, positions_BT)
+    return Case(call=call, inputs=late, outputs=(ids,), check=check)
+
+
+def drawn(
+    scores_BTV: Tensor,
+    best_BT: Tensor,
+    positions_BT: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    seed_B: Tensor,
+) -> Tensor:
+    """The tokens that are right: with weights and their sums in float64, and no ties."""
+    V = scores_BTV.shape[-1]
+    temperature, top_k, top_p, min_p = (
+        options[:, None, None] for options in (temperature_B, top_k_B, top_p_B, min_p_B)
+    )
+    scaled = scores_BTV - scores_BTV.amax(-1, keepdim=True)
+    scaled = scaled / torch.where(temperature > 0, temperature, 1.0)
+    best_first, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    among = (torch.arange(V, device=scaled.device) < top_k).expand_as(scaled).clone()
+    weights = best_first.double().exp() * among
+    sums = weights.cumsum(-1)
+    among &= (sums - weights < top_p.double() * sums[..., -1:]) | (top_p == 1)
+    among[..., 0] = True
+    kept = torch.zeros_like(among).scatter(-1, ids, among) & (scaled.exp() >= min_p)
+    values = (scaled + _gumbel(seed_B, positions_BT, V)).where(kept, -torch.inf)
+    return torch.where((temperature > 0)[..., 0], values.argmax(-1), best_BT)

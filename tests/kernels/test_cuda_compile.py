@@ -21,6 +21,7 @@ from hotloop.kernels.cuda.dequantize import dequantize_kernel
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format
+from hotloop.kernels.cuda.sample import sample_kernel
 
 LIMITS = Limits(n_sms=132, shared_bytes=227 * 1024)
 
@@ -79,7 +80,8 @@ def prompt_kernels() -> list[Kernel]:
 
 
 def step_kernels() -> list[Kernel]:
-    return [step.embed_kernel(int8=False), step.embed_kernel(int8=True), step.argmax_kernel()]
+    embed = [step.embed_kernel(int8=int8) for int8 in (False, True)]
+    return [*embed, step.argmax_kernel(), sample_kernel()]
 
 
 OTHERS = {"attention": attention_kernels, "prompt": prompt_kernels, "step": step_kernels}
@@ -136,7 +138,7 @@ def test_another_architecture_or_kernel_is_another_file(cache):
     for architecture in ("sm_80", "sm_90"):
         for kernel in step_kernels():
             compile_kernel(kernel, architecture)
-    assert len(list(cache.iterdir())) == 6
+    assert len(list(cache.iterdir())) == 8
 
 
 @needs_nvrtc

@@ -1,21 +1,27 @@
 """The CUDA kernels' own source, run on a CPU, against float64."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cuda_cases import (
+    DRAWS,
     KINDS,
+    Options,
     Weight,
     add_norm_case,
     argmax_case,
     attention_case,
     dequantize_case,
+    drawn,
     embed_case,
+    hard_scores,
     linear_case,
     make_weight,
     rotate_case,
+    sample_case,
     swiglu_case,
 )
 from cuda_emulation import emulate, needs_compiler
@@ -42,6 +48,10 @@ def limits(n_sms: int) -> Limits:
 def weight(name: str, n: int = 72, *, paired: bool = False) -> Weight:
     k = 640 if "g128" in name else 576  # not a multiple of an int4 unit
     return make_weight(name, n, k, generator(), paired=paired)
+
+
+def normal_scores(*shape: int) -> torch.Tensor:
+    return 2.5 * torch.randn(*shape, generator=generator(sum(shape)))
 
 
 def run(case) -> None:
@@ -262,3 +272,110 @@ def test_embedding_equals_its_specification(int8):
 @pytest.mark.parametrize("advance", [False, True])
 def test_the_winner_of_winners_is_the_first_of_the_largest(n, advance):
     run(argmax_case(5, n, generator(), advance=advance))
+
+
+LISTED = (8192, 64)
+"""With as long a list as on a GPU, and with one that is too short for most cuts."""
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("listed", LISTED)
+def test_draws_equal_their_definition(name, listed):
+    scores = hard_scores(301, 2, generator(7))
+    run(sample_case(scores, [DRAWS[name]] * len(scores), listed=listed))
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 1024, 32_000, 49_152])
+def test_draws_from_vocabularies_of_any_size_equal_their_definition(vocab):
+    scores = normal_scores(1, 2, vocab)
+    for options in (Options(), Options(top_k=50, top_p=0.95), Options(top_p=0.9)):
+        run(sample_case(scores, [options]))
+
+
+def test_each_row_is_drawn_with_its_sequences_options_and_from_rows_that_lie_apart():
+    options = [Options(temperature=0.0), *DRAWS.values()]
+    wide = normal_scores(len(options), 3, 320)
+    run(sample_case(wide[..., :301], options))  # padding
+    run(sample_case(wide[:, -1:, :301], options))  # the last one of each sequence
+
+
+@pytest.mark.parametrize("listed", LISTED)
+@pytest.mark.parametrize("option", ["top_k", "top_p", "min_p"])
+def test_the_last_token_kept_can_be_drawn_and_the_next_one_cannot(option, listed):
+    n_kept, n_seeds = 70, 4096
+    scores = 0.3 * normal_scores(1, 1, 301)
+    best_first = scores[0, 0].sort(descending=True)
+    weights = (best_first.values - best_first.values[0]).double().exp()
+    before = weights.cumsum(0) - weights
+    value = {
+        "top_k": n_kept,
+        "top_p": (before[n_kept - 1 : n_kept + 1].mean() / weights.sum()).item(),
+        "min_p": weights[n_kept - 1 : n_kept + 1].mean().item(),
+    }[option]
+    # Seeds with which the token at the edge wins, or the one beyond it would if it were kept.
+    for edge, kept in ((n_kept - 1, True), (n_kept, False)):
+        many, ones = scores.expand(n_seeds, 1, -1), torch.ones(n_seeds)
+        positions, seeds = torch.full((n_seeds, 1), 3), torch.arange(n_seeds)
+        so_many = torch.full((n_seeds,), edge + 1)
+        ids = drawn(many, many.argmax(-1), positions, ones, so_many, ones, 0 * ones, seeds)
+        decisive = seeds[ids[:, 0] == best_first.indices[edge]][:3].tolist()
+        case = sample_case(
+            scores.expand(3, 1, -1).contiguous(),
+            [Options(**{option: value}, seed=seed) for seed in decisive],
+            positions_BT=positions[:3],
+            listed=listed,
+        )
+        run(case)
+        assert (case.outputs[0] == best_first.indices[edge]).tolist() == [[kept]] * 3
+
+
+@pytest.mark.parametrize("listed", LISTED)
+@pytest.mark.parametrize("option", [{"top_k": 5}, {"top_p": 4.5 / (2500 * (1 + math.exp(-1)))}])
+def test_equal_scores_are_kept_by_their_ids(option, listed):
+    scores = torch.zeros(16, 1, 5000)
+    scores[..., ::2] = -1
+    options = [Options(**option, seed=seed) for seed in range(len(scores))]
+    case = sample_case(scores, options, listed=listed)
+    run(case)
+    assert set(case.outputs[0].flatten().tolist()) == {1, 3, 5, 7, 9}
+
+
+def test_what_has_no_probability_is_never_chosen_unless_nothing_has():
+    scores = torch.full((4, 1, 301), -torch.inf)
+    scores[0, 0, 300] = scores[1, 0, 5:7] = 1.0
+    scores[3] = torch.nan
+    for options in (Options(), Options(top_k=200), Options(top_p=0.9), Options(min_p=0.1)):
+        case = sample_case(scores, [options] * 4)
+        emulate(case.call, late=case.inputs)
+        ids = case.outputs[0].flatten()
+        assert ids[0] == 300
+        assert ids[1] in (5, 6)
+        assert torch.equal(ids[2:], scores[2:, 0].argmax(-1))
+
+
+def test_scores_that_are_not_numbers_are_passed_over():
+    scores = normal_scores(1, 1, 301)
+    scores[..., ::2] = torch.nan
+    case = sample_case(scores.nan_to_num(-torch.inf), [Options(top_k=9, top_p=0.8)])
+    run(case)
+    wanted = case.outputs[0].clone()
+    case.call.tensors[0].copy_(scores.flatten())
+    case.outputs[0].fill_(-1)
+    emulate(case.call)
+    assert torch.equal(case.outputs[0], wanted)
+
+
+def test_a_draw_does_not_depend_on_the_list_nor_on_other_rows():
+    scores = normal_scores(3, 2, 700)
+    options = [Options(top_p=0.9, seed=3), Options(top_k=40, seed=4), Options(seed=5)]
+    results = []
+    for listed in LISTED:
+        case = sample_case(scores, options, listed=listed)
+        run(case)
+        results.append(case.outputs[0])
+    assert torch.equal(*results)
+    for b in range(3):
+        positions = torch.arange(6).view(3, 2)[b : b + 1] * 7 + 3
+        alone = sample_case(scores[b : b + 1], options[b : b + 1], positions_BT=positions)
+        run(alone)
+        assert torch.equal(alone.outputs[0][0], results[0][b])

@@ -3,15 +3,18 @@
 import pytest
 import torch
 from cuda_cases import (
+    DRAWS,
     KINDS,
     Case,
     add_norm_case,
     attention_case,
     dequantize_case,
     embed_case,
+    hard_scores,
     linear_case,
     make_weight,
     rotate_case,
+    sample_case,
     swiglu_case,
 )
 
@@ -105,4 +108,13 @@ def test_what_is_between_a_prompts_products_equals_its_specification(device, sca
         case = rotate_case(
             67, (9, 3), head_dim, 5, generator(device, head_dim), norms=scale, **finish
         )
+        assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("vocab", [300, 32_000, 128_257])
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_equal_their_definition(device, vocab, name):
+    scores = hard_scores(vocab, 16, generator(device, vocab))
+    for listed in (8192, 64):
+        case = sample_case(scores, [DRAWS[name]] * len(scores), listed=listed)
         assert_right_and_the_same_with_dependent_launch(device, case)

@@ -11,9 +11,8 @@ was not. Every token is thus the model's own: greedy or drawn, with whatever opt
 changes when tokens come and never which (see ``speculation``).
 
 ``eager`` runs a program operation by operation. ``compile`` hands the model part to torch.compile;
-``fused`` runs it on kernels of our own (``fused``). Both, on a GPU, capture each size of program
-once in a CUDA graph. The sampler is never compiled: it is small, it has many variants, and inside
-the graph it costs no launches.
+``fused`` runs it on kernels of our own (``fused``), and draws with one. Both, on a GPU, capture
+each size of program once in a CUDA graph. The sampler is never compiled: it has many variants.
 
 Shape letters: B rows of a step, T positions of each, S slots, C cache positions, V vocabulary.
 """
@@ -315,17 +314,18 @@ class Stepper:
             a drafter and nothing had to be compiled, the marks of its parts.
         """
         n, k, length = step.n, step.k, self.length(step.longest)
+        wanted = self.sampler.relevant(step.features)
         if self.captures:  # fewer sizes to compile and to capture
             n = min(1 << (n - 1).bit_length(), len(self.slots.positions))
         if self.drafter is None:
-            program = _Program(False, n, 0, length, step.features, step.in_a_row)
+            program = _Program(False, n, 0, length, wanted, step.in_a_row)
             return self._run(program, self._steps), None
         known_programs = len(self._ready)
         marks = [self._mark()]
         if k:
             self.drafter.catch_up(step.known, step.slack)
             marks.append(self._mark())
-            features = dataclasses.replace(step.features, logprobs=False)
+            features = dataclasses.replace(wanted, logprobs=False)
             self._run(_Program(True, n, k, length, features), self._draft)
             if self._device.type == "cpu" and (self._drafts[:n, 0] < 0).all():
                 k = 0
@@ -333,7 +333,7 @@ class Stepper:
             self.drafter.skip(n)
             marks.append(self._mark())
         marks.append(self._mark())
-        sampled = self._run(_Program(False, n, k, length, step.features), self._model)
+        sampled = self._run(_Program(False, n, k, length, wanted), self._model)
         marks.append(self._mark())
         return sampled, marks if len(self._ready) == known_programs else None
 

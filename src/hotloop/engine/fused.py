@@ -15,8 +15,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,8 +25,9 @@ from hotloop.kernels import reference
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import HEAD_DIMS, MAX_TOKENS, AttentionPlan
 from hotloop.kernels.cuda.compile import Kernel
-from hotloop.kernels.cuda.launch import Call, Limits
+from hotloop.kernels.cuda.launch import Call, Launcher, Limits
 from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, plan_rows
+from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache
@@ -53,23 +54,6 @@ def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> s
         if k % 8:
             return f"{name} must have a multiple of 8 input features, not {k}"
     return None
-
-
-class Launcher(Protocol):
-    """What kernels run on: a ``kernels.cuda.launch.Device``, or a test's stand-in."""
-
-    @property
-    def limits(self) -> Limits:
-        """What launches are made for."""
-        ...
-
-    def load(self, kernels: Iterable[Kernel]) -> None:
-        """Compiles and loads what is not loaded yet."""
-        ...
-
-    def prepare(self, call: Call, *, dependent: bool) -> Callable[[], None]:
-        """What launches ``call``; if ``dependent``, perhaps before its predecessor has ended."""
-        ...
 
 
 class FusedForward:
@@ -149,7 +133,9 @@ class FusedForward:
         if (B, T) not in self._plans:
             plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
-            self._launcher.load((*plans.kernels, embed, step.argmax_kernel()))
+            # The sampler's too: all are compiled at once.
+            ends = (embed, step.argmax_kernel(), sample_kernel())
+            self._launcher.load((*plans.kernels, *ends))
             self._plans[B, T] = plans
         return self._plans[B, T]
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotloop.engine.execution import capture
-from hotloop.engine.fused import FusedForward, Launcher, blocks_of
+from hotloop.engine.fused import FusedForward, blocks_of
 from hotloop.kernels.cuda import prompt
-from hotloop.kernels.cuda.launch import Call
+from hotloop.kernels.cuda.launch import Call, Launcher
 from hotloop.kernels.cuda.prompt import Product
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache

@@ -102,7 +102,13 @@ class Runner:
             self._model = _Model(setup, self._group, n_tokens, progress)
             shares = [shard.vocabulary for shard in setup.shards]
             self._vocabulary = Vocabulary(shares, n_tokens, self._group)
-            self._sampler = Sampler(config.max_batch_size, n_tokens, device, self._vocabulary)
+            self._sampler = Sampler(
+                config.max_batch_size,
+                n_tokens,
+                device,
+                self._vocabulary,
+                launcher=self._model.launcher if self._group.size == 1 else None,
+            )
             spare = config.draft_tokens if setup.draft else 0
             self._slots = Slots(config.max_batch_size, setup.n_positions, spare, device)
             self._draft_model: _Model | None = None
@@ -232,7 +238,7 @@ class _Model:
         model, device = setup.local, setup.device
         name, attention, self._attention_notes = choose_attention(device, setup.dtype)
         self.attention_name = "fused" if setup.fused else name
-        self._launcher = device_of(device) if setup.fused else None
+        self.launcher = device_of(device) if setup.fused else None
         self.decoder = Decoder(
             model,
             n_positions=setup.n_positions,
@@ -252,12 +258,12 @@ class _Model:
             device=device,
         )
         self._steps, self._prompt = self._fused_forward(), None
-        if self._steps is not None and self._launcher is not None:
+        if self._steps is not None and self.launcher is not None:
             self._prompt = FusedPrompt(
                 self._steps,
                 self.decoder,
                 self.cache,
-                self._launcher,
+                self.launcher,
                 chunk=setup.config.prefill_chunk,
                 shared=self._shared,
             )
@@ -276,12 +282,12 @@ class _Model:
         )
 
     def _fused_forward(self, n_layers: int | None = None) -> FusedForward | None:
-        if self._launcher is None:
+        if self.launcher is None:
             return None
         return FusedForward(
             self.decoder,
             self.cache,
-            self._launcher,
+            self.launcher,
             n_tokens=self.n_tokens,
             shared=self._shared,
             n_layers=n_layers,
@@ -289,8 +295,8 @@ class _Model:
 
     def compile_cache(self) -> Literal["cold", "warm"] | None:
         """Whether compiled code was found (``warm``) or made; None if there is none."""
-        if self._launcher is not None:
-            return "cold" if self._launcher.compile_seconds else "warm"
+        if self.launcher is not None:
+            return "cold" if self.launcher.compile_seconds else "warm"
         return compile_cache_state() if self.setup.execution == "compile" else None
 
     def prefill(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
@@ -333,8 +339,8 @@ class _Model:
         """Why faster ways were passed over, each reason once."""
         notes = [*self.setup.notes]
         notes += [note for linear in self._linears().values() for note in linear.notes]
-        if self._launcher is not None:
-            notes += sorted(self._launcher.notes)
+        if self.launcher is not None:
+            notes += sorted(self.launcher.notes)
         return dict.fromkeys((*notes, *self._attention_notes))
 
     @property

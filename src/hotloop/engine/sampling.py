@@ -7,6 +7,9 @@ keep, a run can be repeated, and neighbours in the batch cannot matter.
 
 What nobody in the batch asked for is not computed; ``Features`` says what somebody did.
 
+Beside a fused step, on one rank, a kernel draws (``kernels.cuda.sample``): what some sixty of
+PyTorch's do here, which specify it.
+
 Of several ranks each has the logits of some rows of the vocabulary, and all choose the same tokens:
 see ``vocabulary``.
 
@@ -17,6 +20,7 @@ rank's), K candidates.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +28,8 @@ import torch
 from torch import Tensor
 
 from hotloop.engine.vocabulary import Vocabulary
+from hotloop.kernels.cuda.launch import Launcher
+from hotloop.kernels.cuda.sample import sample
 from hotloop.parallel.collectives import Group
 from hotloop.types import MAX_LOGPROBS, SamplingParams
 
@@ -116,6 +122,8 @@ class Sampler:
         vocab_size: Token ids that may be chosen are below this; further logits are padding.
         device: Where logits are.
         vocabulary: Whose logits this rank has; None for all.
+        launcher: What the kernel that draws runs on; None draws in plain PyTorch, as logits of
+            several ranks must be.
     """
 
     def __init__(
@@ -124,8 +132,12 @@ class Sampler:
         vocab_size: int,
         device: torch.device,
         vocabulary: Vocabulary | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self.vocabulary = vocabulary or Vocabulary([range(vocab_size)], vocab_size, Group())
+        self._launcher = launcher
+        alone = self.vocabulary.group.size == 1
+        assert alone or launcher is None, "the kernel sees one rank's logits"
 
         def per_slot(value: float, dtype: torch.dtype) -> Tensor:
             return torch.full((n_slots,), value, dtype=dtype, device=device)
@@ -145,6 +157,12 @@ class Sampler:
         other = copy.copy(self)
         other.vocabulary = Vocabulary([range(self.vocab_size)], self.vocab_size, Group())
         return other
+
+    def relevant(self, features: Features) -> Features:
+        """What of them makes a difference to what is computed: the kernel has one way for all."""
+        if self._launcher is None:
+            return features
+        return dataclasses.replace(features, truncate=False, n_best=0)
 
     def admit(self, slot: int, params: SamplingParams, seed: int, prompt_ids: Tensor) -> None:
         """Puts a request's options, and the tokens its penalty is about, into a slot."""
@@ -192,7 +210,9 @@ class Sampler:
         if best_BT is None or features.penalize:
             best_BT = vocabulary.argmax(scores_BTV)
         ids_BT = best_BT
-        if features.draw:
+        if features.draw and self._launcher is not None:
+            ids_BT = self._launch(self._launcher, scores_BTV, best_BT, positions_BT, here)
+        elif features.draw:
             drawn_BT = self._draw(scores_BTV, positions_BT, here, features)
             ids_BT = torch.where(self.temperature[here, None] > 0, drawn_BT, ids_BT)
         if not features.logprobs:
@@ -219,6 +239,30 @@ class Sampler:
             index = drafts_BD[:, d, None, None].clamp(min=0).expand(-1, later.shape[1], 1)
             later.scatter_(2, index, True)
         return seen_BTV[..., ids.start : ids.stop]
+
+    def _launch(
+        self,
+        launcher: Launcher,
+        scores_BTV: Tensor,
+        best_BT: Tensor,
+        positions_BT: Tensor,
+        here: slice,
+    ) -> Tensor:
+        """What ``_draw`` gives, and ``best_BT`` where the temperature is 0, by the kernel."""
+        ids_BT = torch.empty_like(best_BT, memory_format=torch.contiguous_format)
+        call = sample(
+            scores_BTV,
+            best_BT.contiguous(),
+            positions_BT.contiguous(),
+            ids_BT,
+            temperature_B=self.temperature[here],
+            top_k_B=self.top_k[here],
+            top_p_B=self.top_p[here],
+            min_p_B=self.min_p[here],
+            seed_B=self.seed[here],
+        )
+        launcher.prepare(call, dependent=False)()  # on what torch did before
+        return ids_BT
 
     def _draw(
         self, scores_BTV: Tensor, positions_BT: Tensor, here: slice, features: Features

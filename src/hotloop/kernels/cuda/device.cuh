@@ -22,6 +22,13 @@ typedef uint16_t bf16;
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
+// Bits.
+
+__device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ int count_bits(uint32_t word) { return __popc(word); }
+__device__ __forceinline__ int bit_width(uint64_t value) { return 64 - __clzll(value); }
+
 // Conversions.
 
 __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
@@ -70,6 +77,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return result;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Products: c[16 x 8] += a[16 x 16] * b[16 x 8], spread over a warp. With g = lane / 4 and
 // t = lane % 4, a lane holds of a: rows g and g + 8 at columns 2t, 2t + 1 (a[0], a[1]) and
 // 2t + 8, 2t + 9 (a[2], a[3]); of b: rows 2t, 2t + 1 (b0) and 2t + 8, 2t + 9 (b1) of column g;
@@ -96,6 +109,28 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) {
 __device__ __forceinline__ int shuffle_xor(int value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+__device__ __forceinline__ uint64_t shuffle_xor(uint64_t value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+// Of the lane so far below; of the first ones, their own.
+template <class T>
+__device__ __forceinline__ T shuffle_up(T value, int distance) {
+  return __shfl_up_sync(0xffffffffu, value, distance);
+}
+__device__ __forceinline__ bool all_lanes(bool value) { return __all_sync(0xffffffffu, value); }
+__device__ __forceinline__ uint32_t ballot(bool value) {
+  return __ballot_sync(0xffffffffu, value);
+}
+__device__ __forceinline__ uint32_t sum_lanes(uint32_t value) {
+  return __reduce_add_sync(0xffffffffu, value);
+}
+__device__ __forceinline__ uint32_t max_of_lanes(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
@@ -104,6 +139,11 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ uint8_t* shared_memory() {
   extern __shared__ uint4 memory[];
   return reinterpret_cast<uint8_t*>(memory);
+}
+
+// What was there before.
+__device__ __forceinline__ uint32_t atomic_add(uint32_t* p, uint32_t value) {
+  return atomicAdd(p, value);
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

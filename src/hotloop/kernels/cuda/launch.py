@@ -10,10 +10,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,23 @@ class Arguments(ctypes.Structure):
 
 class LaunchError(HotloopError):
     """The driver refused a kernel or its launch."""
+
+
+class Launcher(Protocol):
+    """What an engine needs of a ``Device``, or of a test's stand-in."""
+
+    @property
+    def limits(self) -> Limits:
+        """What launches are made for."""
+        ...
+
+    def load(self, kernels: Iterable[Kernel]) -> None:
+        """Compiles and loads what is not loaded yet."""
+        ...
+
+    def prepare(self, call: Call, *, dependent: bool) -> Callable[[], None]:
+        """What launches ``call``; if ``dependent``, perhaps before its predecessor has ended."""
+        ...
 
 
 class Device:
