@@ -60,10 +60,11 @@ def test_requests_that_end_at_different_times_leave_the_others_alone(tmp_path):
 
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_steps_in_a_row_change_no_answer(tmp_path, monkeypatch, n, asynchronous):
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_steps_in_a_row_change_no_answer(tmp_path, monkeypatch, n, asynchronous, draft):
     eos = range(0, N_TOKENS, 11)
     one_by_one, several = (
-        LLM(str(write_random(tmp_path, eos=eos)), dtype="float32", max_batch_size=3)
+        LLM(str(write_random(tmp_path, eos=eos)), dtype="float32", max_batch_size=3, draft=draft)
         for _ in range(2)
     )
     # As it would be found on a GPU, where a step is taken before the last one is looked at.
@@ -77,15 +78,17 @@ def test_steps_in_a_row_change_no_answer(tmp_path, monkeypatch, n, asynchronous)
         {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.2, "seed": 3},
     ):
         params = dataclasses.replace(FREELY, **options)
-        answers = [
-            [(g.token_ids, g.logprobs, g.finish_reason) for g in llm.generate(prompts, params)]
-            for llm in (one_by_one, several)
-        ]
+        found = [llm.generate(prompts, params) for llm in (one_by_one, several)]
+        answers = [[(g.token_ids, g.logprobs, g.finish_reason) for g in each] for each in found]
         assert answers[0] == answers[1]
+        for g in found[1]:
+            if g.speculation is not None:
+                assert g.speculation.n_tokens == len(g.token_ids) - 1
+                assert g.speculation.n_off <= g.speculation.n_steps <= g.speculation.n_tokens
 
 
 @pytest.mark.parametrize(
-    ("step_s", "n"), [(1.0, 1), (2.8e-3, 1), (1.9e-3, 2), (5e-4, 8), (1e-6, 8)]
+    ("step_s", "n"), [(1.0, 1), (4.8e-3, 1), (2.8e-3, 2), (1.9e-3, 4), (5e-4, 8), (1e-6, 8)]
 )
 def test_as_many_steps_in_a_row_as_nobody_notices(step_s, n):
     assert in_a_row(step_s) == n

@@ -244,7 +244,7 @@ class Step:
         longest: Exceeds every position in use, drafts included.
         features: What the sampler must do.
         k: Drafts for each slot.
-        in_a_row: So many steps without drafts, one after the other, as one program.
+        in_a_row: So many steps, one after the other, as one program; 1 with drafts.
         known: By slot that holds something, a position that its newest token has reached.
         slack: How far beyond that it may be, by steps under way.
     """
@@ -333,7 +333,8 @@ class Stepper:
             self.drafter.skip(n)
             marks.append(self._mark())
         marks.append(self._mark())
-        sampled = self._run(_Program(False, n, k, length, wanted), self._model)
+        program = _Program(False, n, k, length, wanted, step.in_a_row)
+        sampled = self._run(program, self._steps)
         marks.append(self._mark())
         return sampled, marks if len(self._ready) == known_programs else None
 

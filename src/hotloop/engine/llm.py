@@ -44,8 +44,8 @@ from hotloop.types import (
     Timing,
 )
 
-BURST_S = 4e-3
-"""Tokens that come together may have taken this long: nobody sees them wait for each other."""
+BURST_S = 8e-3
+"""Tokens that come together may have taken this long, half of what a screen shows a picture."""
 
 MOST_IN_A_ROW = 8
 """Steps that are one program: a request that ends among the first has the others run in vain."""
@@ -247,8 +247,8 @@ class LLM:
     def _warm_up(self) -> None:
         """Compiles and captures what a greedy run with one prompt needs, and touches the rest.
 
-        With speculative decoding, that is a step of every number of drafts, each run and timed;
-        without, how many plain ones to take in a row is found. Where long prompts have kernels of
+        With speculative decoding, that is a step of every number of drafts, each run and timed. On
+        a GPU it is found how many plain ones to take in a row. Where long prompts have kernels of
         their own, one of those comes first.
         """
 
@@ -266,11 +266,13 @@ class LLM:
             sizes = sizes_up_to(self.config.draft_tokens)
             n_steps = 3 * sum(1 + k for k in sizes)
         answer(3, 1 + n_steps)
-        if self._runner.captures and self._controller is None:
+        if self._runner.captures:
+            controller, self._controller = self._controller, None  # plain steps alone
             timing = answer(3, 9)
             if timing.n_tokens > 1:
                 self._in_a_row = in_a_row(timing.tpot_s)
             answer(3, 1 + self._in_a_row)
+            self._controller = controller
         self._runner.synchronize()
 
     # ------------------------------------------------------------------------------ requests
@@ -368,12 +370,12 @@ class LLM:
         known = {slot: len(r.prompt_ids) + len(r.token_ids) - 1 for slot, r in active.items()}
         slack = 0 if previous is None else previous.steps + previous.k
         furthest, n = max(known.values()) + slack, max(active) + 1
-        k, steps = 0, 1
+        k = 0
         if self._controller is not None:
             room = self._setup.n_positions - 1 - furthest
             k = self._controller.choose(n, min(max(wanted.values()), room) - 1)
-        elif min(wanted[slot] for slot in active) >= self._in_a_row:
-            steps = self._in_a_row
+        all_want = min(wanted[slot] for slot in active)
+        steps = self._in_a_row if k == 0 and all_want >= self._in_a_row else 1
         step = Step(
             n=n,
             longest=furthest + k + steps,
@@ -392,7 +394,9 @@ class LLM:
         going = {row: r for row, r in launched.requests.items() if r.finish_reason is None}
         if self._controller is not None and launched.n:
             kept = [len(taken.rows[row]) for row in going]
-            self._controller.observe(launched.n, taken.k, times=taken.times, kept=kept)
+            self._controller.observe(
+                launched.n, taken.k, times=taken.times, kept=kept, steps=launched.steps
+            )
         for row, request in going.items():
             text, ids = "", []
             for token_id, logprob in taken.rows[row]:
@@ -401,7 +405,8 @@ class LLM:
                 if request.finish_reason is not None:
                     break  # what else the step brought is beyond the end
             if self._controller is not None and launched.n:
-                request.count_step(
+                request.count_steps(
+                    1 if launched.steps == 1 else len(ids),
                     given=len(taken.rows[row]),
                     taken=len(ids),
                     n_drafts=taken.n_drafts[row],

@@ -22,6 +22,7 @@ from hotloop.engine.execution import capture
 from hotloop.engine.fused import FusedForward, blocks_of
 from hotloop.kernels.cuda import prompt
 from hotloop.kernels.cuda.launch import Call, Launcher
+from hotloop.kernels.cuda.packing import Format
 from hotloop.kernels.cuda.prompt import Product
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache
@@ -32,7 +33,17 @@ STEP_TOKENS = 8
 """Tokens that a step of the fused kernels takes for little more than one."""
 
 SHORT_PROMPT = 64
-"""Tokens up to which steps are faster than giving every weight back as rows."""
+"""Prompts of more tokens never take steps."""
+
+
+def most_by_steps(form: Format) -> int:
+    """Tokens that steps get through sooner than a weight can be given back as rows.
+
+    A step reads the weight as it is, and takes a tenth longer with eight tokens than with one. To
+    give it back it is read too, and then rows of bfloat16 are written and read.
+    """
+    steps = (form.nbytes + 4 * form.n * form.k) / (1.1 * form.nbytes)
+    return min(SHORT_PROMPT, STEP_TOKENS * int(steps))
 
 
 def spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]]:
@@ -107,10 +118,13 @@ class FusedPrompt:
         self._layers = blocks_of(decoder)
         self._steps = PromptSteps(forward, decoder.cos.device)
         launcher.load(prompt.kernels(self._layers[0].head_dim))
+        largest = self._layers[0].gate_up_proj.kernel
+        assert isinstance(largest, Fused), "a weight was not assigned for this"
+        self._most_by_steps = most_by_steps(largest.form)
 
     def __call__(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
         """Puts tokens from position ``start`` on into a slot; logits [1, V] after the last."""
-        if len(ids_T) <= SHORT_PROMPT:
+        if len(ids_T) <= self._most_by_steps:
             *_, (_, logits_TV) = self.logits(ids_T, start, slot)
             return logits_TV[-1:]
         last_TD = ids_T.new_empty(0)

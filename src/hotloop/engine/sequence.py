@@ -79,19 +79,22 @@ class Sequence:
         self._text.append(text)
         return text
 
-    def count_step(self, *, given: int, taken: int, n_drafts: int, share: StepTimes) -> None:
-        """Counts a step with drafts, or with none where there could have been some.
+    def count_steps(
+        self, n: int, *, given: int, taken: int, n_drafts: int, share: StepTimes
+    ) -> None:
+        """Counts a step with drafts, or plain ones where there could have been some.
 
         Args:
-            given: Tokens that the step brought this request.
+            n: How many; one if there were drafts.
+            given: Tokens that they brought this request.
             taken: Those of them before its end.
             n_drafts: Drafts that stood for it.
-            share: Its share of the step's time.
+            share: Its share of their time.
         """
         assert self._speculation is not None, "nobody drafts"
         self._speculation += Speculation(
-            n_steps=1,
-            n_off=int(n_drafts == 0),
+            n_steps=n,
+            n_off=n if n_drafts == 0 else 0,
             n_tokens=taken,
             proposed=(1,) * n_drafts,
             accepted=tuple(int(place < given - 1) for place in range(n_drafts)),

@@ -264,14 +264,23 @@ class DraftController:
             return others[0]
         return best
 
-    def observe(self, n: int, k: int, *, times: StepTimes | None, kept: Sequence[int]) -> None:
-        """Learns from a step.
+    def observe(
+        self,
+        n: int,
+        k: int,
+        *,
+        times: StepTimes | None,
+        kept: Sequence[int],
+        steps: int = 1,
+    ) -> None:
+        """Learns from a step, or from several plain ones in a row.
 
         Args:
             n: Rows.
             k: Drafts that it was made for; 0 if nobody had any.
-            times: How long it took; None for the first of its size.
+            times: How long it took, or all of them; None for the first of its size.
             kept: Tokens that it gave each request.
+            steps: How many they were.
         """
         self._since_plain = 0 if k == 0 else self._since_plain + 1
         if k:
@@ -282,7 +291,7 @@ class DraftController:
                 self._chances[place].add(float(tokens > place + 1))
         if times is None:
             return
-        seconds, known_s = times.draft_s + times.model_s, self._cost_s(n, k)
+        seconds, known_s = (times.draft_s + times.model_s) / steps, self._cost_s(n, k)
         cost = self._costs.setdefault((n, k), _Average())
         cost.fade(self.MEMORY)
         # A single slow step, which another process got in the way of, says little.
@@ -295,7 +304,7 @@ class DraftController:
         if k and kept:
             plainly_s = plain_s * sum(kept) / len(kept)
             credit_s += plainly_s - seconds - times.catch_up_s
-        self._credit_s = min(most_s, credit_s + self.TRIAL_SHARE * seconds)
+        self._credit_s = min(most_s, credit_s + self.TRIAL_SHARE * seconds * steps)
 
     def _cost_s(self, n: int, k: int) -> float | None:
         cost = self._costs.get((n, k))
