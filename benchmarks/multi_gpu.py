@@ -53,7 +53,7 @@ SIZES = (1, 2, 4, 8)
 TESTS_S = 400.0
 """What tests of one kind may take."""
 
-ENOUGH_S = 90.0
+ENOUGH_S = 45.0
 """With less time left, nothing is begun."""
 
 GRACE_S = 20.0
