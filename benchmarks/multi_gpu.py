@@ -40,7 +40,7 @@ from gpu import median, plus_minus
 from hotloop.bench.record import MEASURED, Record, Status
 from hotloop.report.read import latest, read_records
 from hotloop.sweep.events import CellPhase, Event
-from hotloop.sweep.recipe import Recipe, expand, load_recipe, recipe_from_flags
+from hotloop.sweep.recipe import Recipe, expand, load_recipe, recipe_from_flags, replace_models
 from hotloop.sweep.runner import run_sweep
 from hotloop.sweep.store import RECORDS, append
 from hotloop.types import EngineConfig
@@ -361,7 +361,7 @@ def cells(plan: Plan, *, drafts: bool) -> list[tuple[Recipe, EngineConfig]]:
     """
     found: dict[EngineConfig, tuple[Any, Recipe]] = {}
     for recipe in plan.recipes:
-        for said in expand(recipe):
+        for said in expand(replace_models(recipe, weights="random")):
             if (said.draft != "none") != drafts or said.tensor_parallel not in plan.sizes:
                 continue
             for i, execution in enumerate(plan.executions):
@@ -369,7 +369,6 @@ def cells(plan: Plan, *, drafts: bool) -> list[tuple[Recipe, EngineConfig]]:
                 for j, way in enumerate(ways if said.tensor_parallel > 1 else ("auto",)):
                     config = dataclasses.replace(
                         said,
-                        weights="random",
                         execution=execution,
                         all_reduce=way,
                         device=plan.device,

@@ -38,6 +38,7 @@ def test_every_cell_of_the_recipes_is_measured_on_as_many_gpus_as_there_are():
         (1, "auto"),
     }
     assert max(c.tensor_parallel for _, c in cells(plan(1, 2), drafts=False)) == 2
+    assert {(c.weights, c.max_seq_len) for c in configs} == {("random", 205)}, "as the sweep has it"
 
 
 def test_what_matters_most_is_measured_first():
