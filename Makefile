@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 RESULTS ?= results/demo
 
-.PHONY: demo test check bench bench-gpu help-pages clean
+.PHONY: demo test check bench bench-gpu bench-multi-gpu help-pages clean
 
 demo: $(VENV)/installed
 	$(BIN)/hotloop pull $(MODEL)
@@ -30,6 +30,9 @@ bench: $(VENV)/installed
 
 bench-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/h100 --docs docs/performance.md
+
+bench-multi-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/multi_gpu.py --out benchmarks/results/multi-gpu --resume --docs docs/performance.md
 
 help-pages: $(VENV)/installed
 	$(BIN)/python -m hotloop.cli.help_pages

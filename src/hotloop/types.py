@@ -36,6 +36,10 @@ WeightSource = Literal["checkpoint", "random"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Element type of activations and of unquantized weights. ``auto`` lets the device decide."""
 
+AllReduce = Literal["auto", "nccl", "symm_mem"]
+"""What GPUs add up on what each has computed: NCCL, or small sums by reading each other's memory
+(``symm_mem``); ``auto`` is ``symm_mem`` where that works, else ``nccl``."""
+
 DraftPolicy = Literal["adaptive", "always"]
 """Whether drafts are made only where they pay, as measured while running, or in every step."""
 
@@ -81,6 +85,7 @@ class EngineConfig:
         execution: How a decode step runs.
         tensor_parallel: Ranks that each hold a slice of every layer and compute together, each in
             a process and, on GPUs, on a device of its own.
+        all_reduce: What several ranks on GPUs add up on; on CPUs it is gloo.
         draft: Speculative decoding: ``none``; ``ngram``, which looks up what followed the latest
             tokens where they stood before; ``exit-N``, the model's own first N layers; or a model
             of the same vocabulary, named as in ``model``.
@@ -103,6 +108,7 @@ class EngineConfig:
     head: str = "auto"
     execution: Execution = "auto"
     tensor_parallel: int = 1
+    all_reduce: AllReduce = "auto"
     draft: str = "none"
     draft_quant: str = "none"
     draft_tokens: int = 4
@@ -117,6 +123,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check_choice("weight source", self.weights, WeightSource)
         _check_choice("execution", self.execution, Execution)
+        _check_choice("all-reduce", self.all_reduce, AllReduce)
         _check_choice("dtype", self.dtype, DType)
         _check_choice("draft policy", self.draft_policy, DraftPolicy)
         sizes = ("max_batch_size", "max_seq_len", "prefill_chunk")
@@ -132,6 +139,8 @@ class EngineConfig:
         parts.append(self.execution)
         if self.tensor_parallel != 1:
             parts.append(f"tp{self.tensor_parallel}")
+        if self.all_reduce != "auto":
+            parts.append(self.all_reduce)
         if self.draft != "none":
             parts.append(f"draft={self.draft_name}")
         if self.dtype != "auto":

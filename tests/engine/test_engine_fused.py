@@ -223,6 +223,22 @@ def test_all_kernels_but_the_first_may_overlap_their_predecessor():
     assert names[-1] == "argmax_step"
 
 
+@torch.inference_mode()
+def test_after_a_sum_over_ranks_one_kernel_of_ours_waits_and_the_next_may_overlap():
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
+    model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
+    forward = FusedForward(model.decoder, model.cache, device, n_tokens=128, shared=True)
+    forward(torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1), N_POSITIONS)
+    first, *layers, head = device.launched
+    assert not first[1]
+    assert head[1]
+    assert len(layers) == 7 * model.config.n_layers
+    for name, overlaps in layers:
+        assert overlaps == (name != "add_total")
+    assert [name for name, _ in layers[3::7]] == ["add_total"] * model.config.n_layers
+    assert [name for name, _ in layers[6::7]] == ["add_total"] * model.config.n_layers
+
+
 # The sampler beside it.
 
 

@@ -1,8 +1,5 @@
 """The engine on a CUDA device, against itself on the CPU: ``pytest -m gpu`` where there is one."""
 
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ from agreement import ALTERNATIVES, assert_top_two_agree
 from hotloop import LLM, SamplingParams
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.sampling import Features, Sampler
-from hotloop.errors import RankError
 from hotloop.kernels.linear import choose_linear
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.types import EngineConfig, Execution
@@ -146,56 +142,6 @@ def test_a_compiled_engine_reads_a_longer_cache_as_answers_grow(folder: Path) ->
     ]
     assert answers[1] == answers[0]
     assert answers[2] == answers[0]
-
-
-several_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
-
-
-@several_gpus
-@pytest.mark.parametrize("execution", ["eager", "compile"])
-@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32"])
-def test_float32_greedy_tokens_of_two_gpus_are_those_of_the_cpu(
-    folder: Path, quant: str, execution: str
-) -> None:
-    on_cpu = tokens(LLM(str(folder), dtype="float32", device="cpu", quant=quant))
-    llm = LLM(
-        str(folder),
-        dtype="float32",
-        quant=quant,
-        execution=execution,
-        max_batch_size=3,
-        tensor_parallel=2,
-    )
-    assert tokens(llm) == on_cpu
-    assert llm.describe().kernels["all_reduce"] in ("all_reduce/nccl", "all_reduce/symm_mem")
-    llm.close()
-
-
-@several_gpus
-def test_compiled_bfloat16_samples_of_two_gpus_can_be_repeated_and_scored(folder: Path) -> None:
-    llm = LLM(str(folder), execution="compile", quant="int8", tensor_parallel=2)
-    params = SamplingParams(
-        max_new_tokens=48, ignore_eos=True, temperature=0.9, top_k=20, seed=3, logprobs=4
-    )
-    first, again = (llm.generate([PROMPTS[0]], params)[0] for _ in range(2))
-    assert first.token_ids == again.token_ids
-    (score,) = llm.score([[*first.prompt_ids, *first.token_ids]])
-    scored = score.token_logprobs[len(first.prompt_ids) - 1 :]
-    for logprob, expected in zip(first.logprobs, scored, strict=True):
-        assert logprob.logprob == pytest.approx(expected.item(), abs=0.15)
-    llm.close()
-
-
-@several_gpus
-def test_a_rank_killed_on_a_gpu_ends_the_run_in_time(folder: Path) -> None:
-    llm = LLM(str(folder), execution="compile", tensor_parallel=2, max_seq_len=300)
-    stream = llm.stream([[7]], SamplingParams(max_new_tokens=290, ignore_eos=True))
-    next(stream)
-    killed = time.monotonic()
-    os.kill(llm._runner._ranks._ranks[1].process.pid, signal.SIGKILL)
-    with pytest.raises(RankError, match="rank 1 of 2 was killed by SIGKILL"):
-        list(stream)
-    assert time.monotonic() - killed < 10
 
 
 @pytest.mark.parametrize("execution", ["eager", "auto"])

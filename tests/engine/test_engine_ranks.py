@@ -237,6 +237,16 @@ def test_one_named_gpu_for_several_ranks_is_refused(nine, monkeypatch):
     ("options", "error", "message"),
     [
         ({"tensor_parallel": 0}, ConfigError, "tensor_parallel must be at least 1, not 0"),
+        (
+            {"all_reduce": "nccl"},
+            ConfigError,
+            "all_reduce 'nccl' is what several ranks add up on, and tensor_parallel is 1",
+        ),
+        (
+            {"all_reduce": "symm_mem", "tensor_parallel": 2},
+            UnsupportedError,
+            "all_reduce 'symm_mem' is for GPUs, and ranks on a cpu add up on gloo",
+        ),
         ({"tensor_parallel": 10}, UnsupportedError, "cannot split 9 query heads.*9 work"),
         (
             {"tensor_parallel": 3, "quant": "int4-g64", "model": "narrow"},
@@ -245,9 +255,7 @@ def test_one_named_gpu_for_several_ranks_is_refused(nine, monkeypatch):
         ),
     ],
 )
-def test_a_degree_that_cannot_work_is_refused_with_those_that_do(
-    nine, folder, options, error, message
-):
+def test_ranks_that_cannot_work_are_refused_with_what_does(nine, folder, options, error, message):
     model = str(folder if options.pop("model", None) else nine)
     with pytest.raises(error, match=message):
         LLM(model, **options)

@@ -393,6 +393,20 @@ def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int
     return Case(call=call, inputs=(ids,), outputs=(x, *outputs_of(following)), check=check)
 
 
+def add_case(rows: int, k: int, generator: torch.Generator) -> Case:
+    added, residual = (normal(generator, rows, k).bfloat16() for _ in range(2))
+    x = poisoned(rows, k, dtype=torch.bfloat16, device=generator.device)
+    following = onward_to(k, rows, generator)
+
+    def check() -> None:
+        assert torch.equal(x, residual + added), "add"
+        assert_onward(x, following, "add")
+
+    call = step.add(added, residual, x, following)
+    outputs = (x, *outputs_of(following))
+    return Case(call=call, inputs=(added, residual), outputs=outputs, check=check)
+
+
 def argmax_case(rows: int, n: int, generator: torch.Generator, *, advance: bool) -> Case:
     device = generator.device
     # Few different values, so that there are ties; indices in any order.

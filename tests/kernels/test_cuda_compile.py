@@ -80,8 +80,8 @@ def prompt_kernels() -> list[Kernel]:
 
 
 def step_kernels() -> list[Kernel]:
-    embed = [step.embed_kernel(int8=int8) for int8 in (False, True)]
-    return [*embed, step.argmax_kernel(), sample_kernel()]
+    embeds = [step.embed_kernel(int8=int8) for int8 in (False, True)]
+    return [*embeds, step.add_kernel(), step.argmax_kernel(), sample_kernel()]
 
 
 OTHERS = {"attention": attention_kernels, "prompt": prompt_kernels, "step": step_kernels}
@@ -138,7 +138,7 @@ def test_another_architecture_or_kernel_is_another_file(cache):
     for architecture in ("sm_80", "sm_90"):
         for kernel in step_kernels():
             compile_kernel(kernel, architecture)
-    assert len(list(cache.iterdir())) == 8
+    assert len(list(cache.iterdir())) == 2 * len(step_kernels())
 
 
 @needs_nvrtc

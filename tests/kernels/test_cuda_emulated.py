@@ -11,6 +11,7 @@ from cuda_cases import (
     KINDS,
     Options,
     Weight,
+    add_case,
     add_norm_case,
     argmax_case,
     attention_case,
@@ -266,6 +267,11 @@ def test_a_prompts_swiglu_equals_its_specification(finish):
 @pytest.mark.parametrize("int8", [False, True])
 def test_embedding_equals_its_specification(int8):
     run(embed_case(3, 50, 72, generator(), int8=int8))
+
+
+@pytest.mark.parametrize("k", [8, 72, 1024, 2056])
+def test_adding_to_the_residual_stream_equals_its_specification(k):
+    run(add_case(3, k, generator()))
 
 
 @pytest.mark.parametrize("n", [1, 7, 100])

@@ -6,6 +6,7 @@ from cuda_cases import (
     DRAWS,
     KINDS,
     Case,
+    add_case,
     add_norm_case,
     attention_case,
     dequantize_case,
@@ -118,3 +119,9 @@ def test_draws_equal_their_definition(device, vocab, name):
     for listed in (8192, 64):
         case = sample_case(scores, [DRAWS[name]] * len(scores), listed=listed)
         assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_adding_to_the_residual_stream_equals_its_specification(device, rows):
+    case = add_case(rows, 5120, generator(device, 3))
+    assert_right_and_the_same_with_dependent_launch(device, case)

@@ -17,10 +17,10 @@ import torch
 from hotloop.parallel.collectives import SYMMETRIC_BYTES, ProcessGroup
 from hotloop.parallel.rendezvous import Address
 
-rank, size, port = map(int, sys.argv[1:])
+rank, size, port = map(int, sys.argv[1:4])
 device = torch.device("cuda", rank)
 store = Address(host="127.0.0.1", port=port).connect()
-group = ProcessGroup(store, rank, size, device)
+group = ProcessGroup(store, rank, size, device, all_reduce=sys.argv[4])
 total = sum(range(1, size + 1))
 stop = threading.Event()
 
@@ -55,8 +55,9 @@ print(group.kernel, *group.notes)
 """
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_sums_and_maxima_are_exact_in_and_out_of_graphs(size):
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("all_reduce", ["auto", "nccl"])
+def test_sums_and_maxima_are_exact_in_and_out_of_graphs(size, all_reduce):
     if (found := torch.cuda.device_count()) < size:
         pytest.skip(f"needs {size} GPUs, found {found}")
     from hotloop.parallel.rendezvous import serve_store
@@ -64,7 +65,7 @@ def test_sums_and_maxima_are_exact_in_and_out_of_graphs(size):
     _store, address = serve_store()
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(size), str(address.port)],
+            [sys.executable, "-c", RANK, *map(str, (rank, size, address.port)), all_reduce],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -75,4 +76,4 @@ def test_sums_and_maxima_are_exact_in_and_out_of_graphs(size):
     assert [rank.returncode for rank in ranks] == [0] * size, outputs
     kernels = {out.split()[0] for out, _ in outputs}
     assert len(kernels) == 1, "every rank takes the same way"
-    assert kernels <= {"nccl", "symm_mem"}
+    assert kernels <= ({"nccl"} if all_reduce == "nccl" else {"nccl", "symm_mem"})

@@ -204,6 +204,13 @@ def test_a_draft_models_scheme_that_no_cell_has_a_use_for_is_left_for_the_engine
     assert expand(recipe)[0].draft_quant == "int8"
 
 
+def test_a_choice_of_all_reduce_is_for_the_cells_of_several_ranks(tmp_path):
+    configs = expand(
+        load(tmp_path, "model: m\ndefaults: {all_reduce: nccl}\nmatrix: {tensor_parallel: [1, 2]}")
+    )
+    assert [c.name for c in configs] == ["none/auto", "none/auto/tp2/nccl"]
+
+
 def test_draft_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
     recipe = load(tmp_path, "model: m\nmatrix: {draft: [a/small, b/small]}")
     assert cell_names(expand(recipe)) == [

@@ -14,6 +14,7 @@ from cyclopts import Group, Parameter
 
 from hotloop.errors import ConfigError
 from hotloop.types import (
+    AllReduce,
     DraftPolicy,
     DType,
     EngineConfig,
@@ -123,6 +124,10 @@ class EngineOptions(DraftOptions):
     tensor_parallel: Annotated[
         int, option(EXECUTION, "Ranks that share every layer, one GPU each.", alias="--tp")
     ] = EngineConfig.tensor_parallel
+    all_reduce: Annotated[
+        AllReduce,
+        option(EXECUTION, "What GPUs add up on. auto is symm_mem where that works, else nccl."),
+    ] = EngineConfig.all_reduce
     draft: Annotated[
         str,
         option(
@@ -150,6 +155,9 @@ class MatrixOptions(DraftOptions):
     tensor_parallel: Annotated[
         str, option(MATRIX, "Ranks that share every layer, such as 1,2,4.", alias="--tp")
     ] = str(EngineConfig.tensor_parallel)
+    all_reduce: Annotated[
+        str, option(MATRIX, "What several GPUs add up on: of auto, nccl and symm_mem.")
+    ] = EngineConfig.all_reduce
     draft: Annotated[str, option(MATRIX, "Of none, ngram, exit-N and draft models.")] = (
         EngineConfig.draft
     )
@@ -168,7 +176,7 @@ class MatrixOptions(DraftOptions):
         return {name: value for name, value in self.given().items() if name not in _AXES}
 
 
-_AXES = ("quant", "head", "execution", "tensor_parallel", "draft", "dtype")
+_AXES = ("quant", "head", "execution", "tensor_parallel", "all_reduce", "draft", "dtype")
 
 
 @Parameter(name="*")

@@ -134,7 +134,8 @@ class FusedForward:
             plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
             # The sampler's too: all are compiled at once.
-            ends = (embed, step.argmax_kernel(), sample_kernel())
+            last = step.add_kernel() if self._shared else step.argmax_kernel()
+            ends = (embed, last, sample_kernel())
             self._launcher.load((*plans.kernels, *ends))
             self._plans[B, T] = plans
         return self._plans[B, T]
@@ -175,18 +176,15 @@ class FusedForward:
     def _add(
         self, plans: _RowPlans, linear: Linear, x_MK: Tensor, onto_MD: Tensor, norm: RMSNorm
     ) -> tuple[Tensor, Normed]:
-        """The residual stream and a product, on its way to a norm.
-
-        In the stream's place, unless ranks have parts of the sum.
-        """
-        if not self._shared:
-            onward = _onward_to(norm, onto_MD)
+        """The residual stream and a product, in the stream's place, on its way to a norm."""
+        onward = _onward_to(norm, onto_MD)
+        if self._shared:  # ranks have parts of the product
+            total_MD = self._layers[0].total(self._product(plans, linear, x_MK))
+            self._dependent = False
+            self._launch(step.add(total_MD, onto_MD, onto_MD, onward))
+        else:
             self._product(plans, linear, x_MK, onto=onto_MD, onward=onward)
-            return onto_MD, onward.normed
-        total_MD = onto_MD + self._layers[0].total(self._product(plans, linear, x_MK))
-        self._dependent = False
-        x_MD, squares = reference.begin_norm(total_MD, norm.weight)
-        return total_MD, Normed(x=x_MD, squares=squares, eps=norm.eps)
+        return onto_MD, onward.normed
 
     def _logits(self, plans: _RowPlans, normed: Normed) -> tuple[Tensor, Tensor | None]:
         x_MD, (_, plan) = normed.x, plans[0]

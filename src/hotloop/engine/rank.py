@@ -77,7 +77,13 @@ def _join(start: Start, setup: Setup) -> ProcessGroup:
         torch.set_num_threads(start.n_threads)
     if start.one_machine:  # gloo looks a host's name up otherwise, and may not find its way back
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return ProcessGroup(start.store.connect(), setup.rank, len(setup.shards), setup.device)
+    return ProcessGroup(
+        start.store.connect(),
+        setup.rank,
+        len(setup.shards),
+        setup.device,
+        all_reduce=setup.config.all_reduce,
+    )
 
 
 def _answer(caller: Caller, number: int, result: Any) -> None:

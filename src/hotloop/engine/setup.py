@@ -144,6 +144,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
             f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
             "tokens."
         )
+    _check_all_reduce(config, device)
     dtype = _resolve_dtype(config, device)
     shards = model.shards(config.tensor_parallel, scheme.alignment)
     execution, notes = _resolve_execution(
@@ -271,6 +272,23 @@ def _resolve_device(config: EngineConfig) -> torch.device:
     if (found := torch.cuda.device_count()) < n_here:
         raise UnsupportedError(f"needs {n_here} GPUs, found {found}")
     return torch.device("cuda", 0)
+
+
+def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
+    """Refuses a choice where there is none; whether GPUs can do it, their ranks find out."""
+    asked = config.all_reduce
+    if asked == "auto":
+        return
+    if config.tensor_parallel == 1:
+        raise ConfigError(
+            f"all_reduce {asked!r} is what several ranks add up on, and tensor_parallel is 1: "
+            "leave it out, or give more ranks."
+        )
+    if device.type != "cuda":
+        raise UnsupportedError(
+            f"all_reduce {asked!r} is for GPUs, and ranks on a {device.type} add up on gloo: leave "
+            "it out."
+        )
 
 
 def _describe_model(config: EngineConfig) -> tuple[Path | None, dict[str, Any]]:

@@ -5,9 +5,10 @@ gloo on CPUs and NCCL on GPUs. The sum after a row-parallel projection is a torc
 compiler does not look into, so that it can stand in compiled regions and in CUDA graphs.
 
 A single token's activations are a few KiB, for which NCCL's latency is most of its time. Where all
-ranks can read each other's memory, such small sums go through torch's symmetric memory: each rank
-reads the others' numbers itself, one kernel long. Ranks may then add them in different orders and
-differ by rounding, which is why whatever must agree (tokens) is decided by exact comparisons.
+ranks can read each other's memory, such small sums go through torch's symmetric memory, unless NCCL
+is asked for: each rank reads the others' numbers itself, and one kernel does all of it. Ranks may
+then add them in different orders and differ by rounding, which is why whatever must agree (tokens)
+is decided by exact comparisons.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from hotloop.errors import UnsupportedError
 from hotloop.parallel.link import PeerError
+from hotloop.types import AllReduce
 
 SYMMETRIC_BYTES = 256 * 2**10
 """Sums up to this size go through symmetric memory; beyond, NCCL moves fewer bytes."""
@@ -78,9 +81,22 @@ class ProcessGroup(Group):
         rank: This rank.
         size: How many there are.
         device: Where its tensors are. The others' are on the same kind of device.
+        all_reduce: What sums run on, on GPUs; whatever it is, NCCL takes those that are too large
+            for symmetric memory, maxima and gathering.
+
+    Raises:
+        UnsupportedError: Symmetric memory was asked for and does not work here; on every rank.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        *,
+        all_reduce: AllReduce = "auto",
+    ) -> None:
         self.rank, self.size = rank, size
         backend = "gloo"
         if device.type == "cuda":
@@ -97,11 +113,25 @@ class ProcessGroup(Group):
         world = dist.group.WORLD
         assert world is not None, "it was just made"
         self._name: str = world.group_name
-        self._kernel, self._buffer = backend, None
-        if backend == "nccl":
-            self._buffer, note = _symmetric_buffer(world, self, device)
-            self.notes = (note,) if note else ()
-            self._kernel = "nccl" if self._buffer is None else "symm_mem"
+        self._kernel = backend
+        self._buffer: Tensor | None = None
+        if backend == "nccl" and all_reduce != "nccl":
+            self._use_symmetric_memory(world, device, must=all_reduce == "symm_mem")
+
+    def _use_symmetric_memory(
+        self, world: dist.ProcessGroup, device: torch.device, *, must: bool
+    ) -> None:
+        """Where that works; else a note says why not, or an error if it ``must``."""
+        self._buffer, reason = _symmetric_buffer(world, self, device)
+        if self._buffer is not None:
+            self._kernel = "symm_mem"
+        elif must:
+            raise UnsupportedError(
+                f"all_reduce 'symm_mem' cannot be had here: {reason}. Use 'nccl', or 'auto', which "
+                "takes what there is."
+            )
+        else:
+            self.notes = (f"all_reduce/symm_mem not used: {reason}",)
 
     @property
     def kernel(self) -> str | None:
@@ -150,8 +180,7 @@ def _sum(x: Tensor, group: str) -> Tensor:
 @torch.library.custom_op("hotloop_parallel::sum_symmetric", mutates_args=())
 def _sum_symmetric(x: Tensor, buffer: Tensor, group: str) -> Tensor:
     mine = buffer.view(x.dtype)[: x.numel()].view(x.shape)
-    mine.copy_(x)
-    return torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", group)
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x.contiguous(), "sum", group)
 
 
 @_sum.register_fake
@@ -197,7 +226,7 @@ def _symmetric_buffer(
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if agreed(reason):
             return buffer, None
-    return None, f"all_reduce/symm_mem not used: {reason or 'another rank cannot'}"
+    return None, reason or "another rank cannot"
 
 
 def _symmetric_unavailable_reason(size: int, device: torch.device) -> str | None:

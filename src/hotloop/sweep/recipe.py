@@ -10,7 +10,8 @@ derived from ``EngineConfig``, so a new lever can be swept by being a field ther
       execution: [auto, compile]
     cells:                        # and these
       - {quant: int8, head: none}
-    defaults: {dtype: bfloat16}   # for all of them; draft_quant for those with a draft model
+    defaults: {dtype: bfloat16}   # for all of them; draft_quant for those with a draft model,
+                                  # all_reduce for those with several ranks
     workload: {prompt_tokens: 32, new_tokens: 64}
     quality: {window: 256, n_windows: 16}    # or false
     timeout_s: 600                # per cell
@@ -27,7 +28,7 @@ import itertools
 import json
 import types
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import (
@@ -330,19 +331,26 @@ def sha256_of(value: Any) -> str:
 def _with_defaults(
     defaults: dict[str, Any], cells: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Cells with what the defaults say; a draft model's scheme is for those with a draft model.
+    """Cells with what the defaults say; some of that is for those alone that have a use for it.
 
-    Where no cell has one, they all keep it, for the engine to refuse it.
+    Where no cell has, they all keep it, for the engine to refuse it.
     """
     whole = [{**defaults, **levers} for levers in cells]
-    drafted = [is_draft_model(levers.get("draft", "none")) for levers in whole]
-    if not any(drafted):
-        return whole
-    others = {name: value for name, value in defaults.items() if name != "draft_quant"}
-    return [
-        with_all if has_draft_model else {**others, **levers}
-        for levers, with_all, has_draft_model in zip(cells, whole, drafted, strict=True)
-    ]
+    for name, has_use in _ONLY_WHERE.items():
+        useful = [has_use(levers) for levers in whole]
+        if name not in defaults or not any(useful):
+            continue
+        for levers, own, kept in zip(whole, cells, useful, strict=True):
+            if not kept and name not in own:
+                del levers[name]
+    return whole
+
+
+_ONLY_WHERE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "draft_quant": lambda levers: is_draft_model(levers.get("draft", "none")),
+    "all_reduce": lambda levers: levers.get("tensor_parallel", 1) > 1,
+}
+"""Levers that do nothing by themselves, and the cells that have a use for them."""
 
 
 def _config(recipe: Recipe, levers: dict[str, Any]) -> EngineConfig:

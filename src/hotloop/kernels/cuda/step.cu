@@ -1,4 +1,5 @@
-// What a decode step needs besides products and attention: its first kernel and its last.
+// What a decode step needs besides products and attention: its first kernel and its last, and what
+// follows a sum over ranks.
 
 #include "pointwise.cuh"
 
@@ -17,6 +18,14 @@ struct EmbedArgs {
 __device__ __forceinline__ uint32_t scaled(uint32_t word, int bit, float scale) {
   return narrow(static_cast<int8_t>(word >> bit) * scale,
                 static_cast<int8_t>(word >> (bit + 8)) * scale);
+}
+
+__device__ __forceinline__ float add_squares(uint4 x) {
+  return add_squares(x.w, add_squares(x.z, add_squares(x.y, add_squares(x.x, 0))));
+}
+
+__device__ __forceinline__ uint4 times(uint4 x, uint4 w) {
+  return uint4{times(x.x, w.x), times(x.y, w.y), times(x.z, w.z), times(x.w, w.w)};
 }
 
 // Rows of a table, and what a norm needs of them. A block per row of x; K is a multiple of 8.
@@ -46,13 +55,53 @@ __device__ __forceinline__ void embed(const EmbedArgs& args) {
       }
       const uint4 w = reinterpret_cast<const uint4*>(args.norm)[i];
       reinterpret_cast<uint4*>(args.x + row)[i] = x;
-      reinterpret_cast<uint4*>(args.next_x + row)[i] =
-          uint4{times(x.x, w.x), times(x.y, w.y), times(x.z, w.z), times(x.w, w.w)};
-      squares = add_squares(x.w, add_squares(x.z, add_squares(x.y, add_squares(x.x, 0))));
+      reinterpret_cast<uint4*>(args.next_x + row)[i] = times(x, w);
+      squares = add_squares(x);
     }
     squares += shuffle_xor(squares, 1);
     if (i % 2 == 0 && i < chunks) args.next_squares[blockIdx.x * parts + i / 2] = squares;
   }
+}
+
+struct AddArgs {
+  const bf16* added;     // [M, K]
+  const bf16* residual;  // [M, K]
+  bf16* x;               // [M, K]: their sum; can be residual
+  const bf16* norm;      // [K]: weight of the norm that x goes into
+  bf16* next_x;          // [M, K]: x times it
+  float* next_squares;   // [M, parts]: what x's squares add up to, 16 at a time
+  int k;
+};
+
+__device__ __forceinline__ uint32_t plus(uint32_t a, uint32_t b) {
+  return narrow(low(a) + low(b), high(a) + high(b));
+}
+
+// A residual stream and what ranks have added up for it, and what a norm needs of them. A block for
+// every blockDim.x * 8 values of a row; K is a multiple of 8.
+//
+// It follows a kernel that is not ours, so it is as the first one of a step: what starts after it
+// may rely on everything before it. The norm's weight is never written, so it can be read at once.
+__device__ __forceinline__ void add(const AddArgs& args) {
+  const int chunks = args.k / 8, parts = (chunks + 1) / 2;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const bool here = i < chunks;
+  const int64_t row = static_cast<int64_t>(blockIdx.y) * args.k;
+  uint4 w{};
+  if (here) w = reinterpret_cast<const uint4*>(args.norm)[i];
+  wait_for_predecessor();
+  launch_dependents();
+  float squares = 0;
+  if (here) {
+    const uint4 a = reinterpret_cast<const uint4*>(args.added + row)[i];
+    const uint4 r = reinterpret_cast<const uint4*>(args.residual + row)[i];
+    const uint4 x{plus(r.x, a.x), plus(r.y, a.y), plus(r.z, a.z), plus(r.w, a.w)};
+    reinterpret_cast<uint4*>(args.x + row)[i] = x;
+    reinterpret_cast<uint4*>(args.next_x + row)[i] = times(x, w);
+    squares = add_squares(x);
+  }
+  squares += shuffle_xor(squares, 1);  // two lanes add up a part
+  if (here && i % 2 == 0) args.next_squares[blockIdx.y * parts + i / 2] = squares;
 }
 
 struct ArgmaxArgs {

@@ -1,4 +1,4 @@
-"""How the kernels of ``step.cu`` are launched: a step's first and its last.
+"""How the kernels of ``step.cu`` are launched: a step's first, its last, and the one after a sum.
 
 Shape letters: M rows, V vocabulary, K width.
 """
@@ -25,6 +25,16 @@ class EmbedArguments(Arguments):
     )
 
 
+class AddArguments(Arguments):
+    """``AddArgs`` of ``step.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("added", "residual", "x", "norm")),
+        *((name, ctypes.c_void_p) for name in ("next_x", "next_squares")),
+        ("k", ctypes.c_int),
+    )
+
+
 class ArgmaxArguments(Arguments):
     """``ArgmaxArgs`` of ``step.cu``."""
 
@@ -43,6 +53,11 @@ def embed_kernel(*, int8: bool) -> Kernel:
         args="EmbedArgs",
         threads=256,
     )
+
+
+def add_kernel() -> Kernel:
+    """The one that adds what ranks have summed."""
+    return Kernel(name="add_total", file="step.cu", function="add", args="AddArgs", threads=128)
 
 
 def argmax_kernel() -> Kernel:
@@ -76,6 +91,35 @@ def embed(
     return Call(
         kernel=embed_kernel(int8=int8),
         grid=(len(ids_M), 1, 1),
+        shared_bytes=0,
+        args=args,
+        tensors=tensors,
+    )
+
+
+def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward) -> Call:
+    """The launch that adds to the residual stream, and begins a norm.
+
+    Its twins are a sum, and ``reference.begin_norm`` of it.
+
+    Args:
+        added_MK: bfloat16.
+        residual_MK: bfloat16.
+        x_MK: bfloat16, written; it can be ``residual_MK``.
+        onward: What goes on to the next product; written but for the weight.
+    """
+    rows, k = x_MK.shape
+    for tensor in (added_MK, residual_MK, x_MK):
+        assert tensor.dtype == torch.bfloat16, f"it is {tensor.dtype}"
+        assert tensor.shape == (rows, k), f"{tuple(tensor.shape)} and {(rows, k)}"
+    assert k % 8 == 0, "rows are read eight values at a time"
+    args, tensors = AddArguments.of(
+        added=added_MK, residual=residual_MK, x=x_MK, k=k, **onward.arguments()
+    )
+    kernel = add_kernel()
+    return Call(
+        kernel=kernel,
+        grid=(-(-k // (8 * kernel.threads)), rows, 1),
         shared_bytes=0,
         args=args,
         tensors=tensors,

@@ -1,0 +1,184 @@
+"""One rank of a model, stepped by hand: what a step's sums over ranks take.
+
+    python benchmarks/rank_steps.py RANK PORT JOB OUT
+
+Started once for every rank by ``multi_gpu.py``, which serves the store at ``PORT``; ``JOB`` is a
+JSON object (``Job``). Rank 0 writes to ``OUT``:
+
+    step_ms           of several rounds: a step as it is
+    without_sums_ms   of an engine that leaves the sums over ranks out. Its tokens mean nothing, its
+                      time does: the difference is all that sums cost, waiting for others included.
+    kernels           of a round as it is, by torch.profiler: in which share of the time somebody
+                      adds up (maxima of the vocabulary's parts included), and how long each kernel
+                      took. Profiling itself makes steps slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hotloop.engine.execution import Step
+from hotloop.engine.runner import Runner
+from hotloop.engine.sampling import Features
+from hotloop.engine.setup import Setup, prepare
+from hotloop.parallel.collectives import Group, ProcessGroup
+from hotloop.parallel.rendezvous import LOOPBACK, Address
+from hotloop.types import EngineConfig, SamplingParams
+
+PROMPT = (1, 2, 3, 4, 5)
+GREEDY = SamplingParams(ignore_eos=True)
+
+ALL_REDUCE = re.compile(r"all_?reduce|hotloop_parallel::sum", re.IGNORECASE)
+"""In names of kernels, and of operators on a CPU: NCCL's, symmetric memory's, gloo's."""
+
+Span = tuple[str, float, float]
+"""A name, and microseconds at which it began and ended."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to step.
+
+    Attributes:
+        config: Fields of ``EngineConfig``.
+        rounds: How often to measure.
+        steps: Steps of a round.
+    """
+
+    config: dict[str, Any]
+    rounds: int
+    steps: int
+
+    @property
+    def n_positions(self) -> int:
+        """What all steps of an engine need: two rounds more, to warm up and to profile."""
+        return len(PROMPT) + (self.rounds + 2) * self.steps + 1
+
+    def setup(self, rank: int) -> Setup:
+        config = EngineConfig(**self.config, max_seq_len=self.n_positions)
+        return prepare(config).on(rank, rank)
+
+
+class WithoutSums(Group):
+    """A group whose ranks keep what they have computed for the whole."""
+
+    def __init__(self, group: Group) -> None:
+        self.rank, self.size = group.rank, group.size
+        self.max, self.gather, self.gather_to_first = group.max, group.gather, group.gather_to_first
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Stepping:
+    """An engine's runner with a prompt in its only slot."""
+
+    def __init__(self, job: Job, setup: Setup, group: Group) -> None:
+        self.job, self.setup = job, setup
+        self.runner = Runner(setup, n_tokens=setup.model.vocab_size, group=group)
+        self.runner.admit(0, GREEDY, 0, PROMPT).wait()
+        step = Step(n=1, longest=job.n_positions, features=Features.of([GREEDY]))
+        self.step = lambda: self.runner.step(step)
+        self.round_ms()  # compiles, captures, warms up
+
+    def round_ms(self) -> float:
+        """Milliseconds of a step; like an engine, it stays one step ahead of the tokens."""
+        self.runner.synchronize()
+        started = time.perf_counter()
+        ahead = self.step()
+        for _ in range(self.job.steps - 1):
+            behind, ahead = ahead, self.step()
+            behind.wait()
+        ahead.wait()
+        return 1e3 * (time.perf_counter() - started) / self.job.steps
+
+    def profile(self) -> dict[str, Any]:
+        """A round under torch's profiler, on rank 0; the others only take their part."""
+        kinds = torch.profiler.ProfilerActivity
+        on_gpu = self.setup.device.type == "cuda"
+        if self.setup.rank > 0:
+            self.round_ms()
+            return {}
+        with torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU]) as profiler:
+            self.round_ms()
+        wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+        spans = [
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in profiler.events()
+            if event.device_type == wanted
+        ]
+        return summary(spans, self.job.steps)
+
+
+def summary(spans: Sequence[Span], n_steps: int) -> dict[str, Any]:
+    """What kernels took, per step, in microseconds.
+
+    Kernels overlap: times by name can add up to more than the step, while the share of all-reduce
+    counts every moment once.
+    """
+    if not spans:
+        return {"failed": "the profiler saw nothing"}
+    whole_us = max(end for *_, end in spans) - min(begin for _, begin, _ in spans)
+    adding = [(begin, end) for name, begin, end in spans if ALL_REDUCE.search(name)]
+    by_name: Counter[str] = Counter()
+    for name, begin, end in spans:
+        by_name[name] += end - begin
+    return {
+        "all_reduce_share": covered(adding) / whole_us,
+        "all_reduce_us": covered(adding) / n_steps,
+        "all_reduces": len(adding) / n_steps,
+        "step_us": whole_us / n_steps,
+        "us_by_name": {name[:120]: us / n_steps for name, us in by_name.most_common(15)},
+    }
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """How much of the line some intervals cover."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def measure(job: Job, setup: Setup, group: Group) -> dict[str, Any]:
+    ways: dict[str, Group] = {"step_ms": group, "without_sums_ms": WithoutSums(group)}
+    result: dict[str, Any] = {"all_reduce": group.kernel, "notes": group.notes}
+    for way, adding in ways.items():
+        stepping = Stepping(job, setup, adding)
+        result[way] = [stepping.round_ms() for _ in range(job.rounds)]
+        if adding is group:
+            result["kernels"] = stepping.profile()
+        stepping.runner.close()
+    return result
+
+
+def main() -> None:
+    rank, port = map(int, sys.argv[1:3])
+    job, out = Job(**json.loads(sys.argv[3])), Path(sys.argv[4])
+    setup = job.setup(rank)
+    size = len(setup.shards)
+    if setup.device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    store = Address(host=LOOPBACK, port=port).connect()
+    group = ProcessGroup(
+        store, rank, size, setup.device, all_reduce=setup.config.all_reduce
+    )  # fmt: skip
+    result = measure(job, setup, group)
+    if rank == 0:
+        out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What ranks add up on: what was asked for, or a reason."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hotloop.errors import UnsupportedError
+from hotloop.parallel import collectives
+from hotloop.parallel.collectives import ProcessGroup
+
+
+@pytest.fixture(params=["works", "does not"])
+def symmetric_memory(request, monkeypatch) -> str:
+    """A GPU's rank without a GPU, on which symmetric memory works or does not."""
+    world = SimpleNamespace(group_name="0")
+    stand_in = SimpleNamespace(
+        init_process_group=lambda *_, **__: None, group=SimpleNamespace(WORLD=world)
+    )
+    found = (torch.empty(8), None) if request.param == "works" else (None, "no luck")
+    monkeypatch.setattr(collectives, "dist", stand_in)
+    monkeypatch.setattr(collectives, "_symmetric_buffer", lambda *_: found)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    return request.param
+
+
+def group(all_reduce: str, device: str = "cuda:0") -> ProcessGroup:
+    return ProcessGroup(None, 0, 2, torch.device(device), all_reduce=all_reduce)
+
+
+def test_by_default_symmetric_memory_is_taken_where_it_works_else_a_note_says_why(symmetric_memory):
+    made = group("auto")
+    if symmetric_memory == "works":
+        assert (made.kernel, made.notes) == ("symm_mem", ())
+    else:
+        assert (made.kernel, made.notes) == ("nccl", ("all_reduce/symm_mem not used: no luck",))
+
+
+def test_symmetric_memory_that_was_asked_for_is_used_or_refused(symmetric_memory):
+    if symmetric_memory == "works":
+        assert group("symm_mem").kernel == "symm_mem"
+    else:
+        with pytest.raises(UnsupportedError, match="'symm_mem' cannot be had here: no luck"):
+            group("symm_mem")
+
+
+@pytest.mark.usefixtures("symmetric_memory")
+def test_nccl_that_was_asked_for_is_used_and_needs_no_note():
+    assert (group("nccl").kernel, group("nccl").notes) == ("nccl", ())
+
+
+@pytest.mark.usefixtures("symmetric_memory")
+def test_a_cpu_adds_up_on_gloo():
+    assert (group("auto", "cpu").kernel, group("auto", "cpu").notes) == ("gloo", ())
