@@ -12,7 +12,9 @@ changes when tokens come and never which (see ``speculation``).
 
 ``eager`` runs a program operation by operation. ``compile`` hands the model part to torch.compile;
 ``fused`` runs it on kernels of our own (``fused``), and draws with one. Both, on a GPU, capture
-each size of program once in a CUDA graph. The sampler is never compiled: it has many variants.
+each size of program once in a CUDA graph: what the host does between kernels then costs nothing,
+and torch.compile is given the decoder by parts, of which a block serves all layers. On a CPU it is
+given the whole. The sampler is never compiled: it has many variants.
 
 Shape letters: B rows of a step, T positions of each, S slots, C cache positions, V vocabulary.
 """
@@ -25,6 +27,7 @@ import itertools
 import os
 import shutil
 import time
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
@@ -35,27 +38,25 @@ from torch import Tensor
 from hotloop.cache import cache_dir
 from hotloop.engine.sampling import Features, Sampled, Sampler
 from hotloop.models.cache import KVCache
-from hotloop.models.decoder import Decoder
+from hotloop.models.decoder import Block, Decoder, Run, call
 
 SMALLEST_LENGTH = 256
 """Attention reads at least this many cache positions; beyond, the next power of two."""
 
-_COMPILER_OPTIONS: dict[str, dict[str, str | int | bool | Callable[..., Any]]] = {
-    # The generated kernels of a step are tiny, and our own ones have threads already.
-    "cpu": {"cpp.threads": 1, "size_asserts": False},
-    "cuda": {"coordinate_descent_tuning": True},
-}
+_Options = dict[str, Any]
+
+_CPU_OPTIONS: _Options = {"cpp.threads": 1, "size_asserts": False}
+"""The generated kernels of a step are tiny, and our own ones have threads already."""
+
+_CUDA_OPTIONS: tuple[_Options, _Options] = ({"coordinate_descent_tuning": True}, {})
+"""For one token of each sequence, and for several.
+
+Tuning compiles and times many variants of each kernel, one after the other, while a model gets
+ready. Products with one row need it, which only then are kernels that torch.compile writes.
+"""
 
 _MAX_SPECIALIZATIONS = 64
 """Numbers of rows and positions, and lengths, for which one function may be compiled anew."""
-
-
-def _guards_kept(guards: Sequence[Any]) -> list[bool]:
-    """Those on arguments and global state: a loaded model does not change.
-
-    Checking its hundreds of tensors and modules in every step takes a tenth of one on a CPU.
-    """
-    return [guard.name in ("", "ids_BT", "positions_BT", "length") for guard in guards]
 
 
 Result = TypeVar("Result")
@@ -126,10 +127,16 @@ class Forward(Protocol):
 class TorchForward:
     """The decoder as a ``Forward``, in plain PyTorch.
 
+    torch.compile traces what it is given operation by operation: 80 layers take it many seconds for
+    each size of step, even where it makes code of the first alone (a nested region). By parts, it
+    traces one layer, and the host calls its code 80 times: right where a CUDA graph holds the
+    calls, too slow where each step makes them.
+
     Args:
         decoder: The model.
         cache: Its cache.
         compiled: Whether torch.compile makes code of it.
+        by_parts: Of its parts, rather than of the whole.
         device: Where it runs.
         n_layers: Stop after so many layers; None takes all.
     """
@@ -140,38 +147,92 @@ class TorchForward:
         cache: KVCache,
         *,
         compiled: bool,
+        by_parts: bool,
         device: torch.device,
         n_layers: int | None = None,
     ) -> None:
-        def logits(ids_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
-            hidden = decoder(ids_BT, positions_BT, cache, length=length, n_layers=n_layers)
-            return decoder.logits(hidden)
+        def through(run: Run) -> Callable[[Tensor, Tensor, int], Tensor]:
+            def logits(ids_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
+                hidden = decoder(
+                    ids_BT, positions_BT, cache, length=length, n_layers=n_layers, run=run
+                )
+                return run(Decoder.logits, decoder, hidden)
 
-        self._logits: Callable[[Tensor, Tensor, int], Tensor] = logits
-        self._compiled = compiled
-        if self._compiled:
-            # Without this, artifacts land in a temporary directory: the next boot compiles again.
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
-            options = {**_COMPILER_OPTIONS[device.type], "guard_filter_fn": _guards_kept}
-            # Code for one model is not told from code for another: its cache must be its own.
-            logits.__code__ = logits.__code__.replace()
-            self._logits = torch.compile(logits, fullgraph=True, options=options)
+            return logits
+
+        if not compiled:
+            self._one = self._several = through(call)
+            return
+        # Without this, artifacts land in a temporary directory: the next boot compiles again.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+        one, several = _CUDA_OPTIONS if device.type == "cuda" else (_CPU_OPTIONS, _CPU_OPTIONS)
+        if by_parts:
+            self._one, self._several = through(_Parts(one)), through(_Parts(several))
+        else:
+            self._one = _compiled(through(_nested), one)
+            self._several = _compiled(through(_nested), several)
 
     def __call__(
         self, ids_BT: Tensor, positions_BT: Tensor, length: int
     ) -> tuple[Tensor, Tensor | None]:
         """See ``Forward``."""
-        if not self._compiled:
-            return self._logits(ids_BT, positions_BT, length), None
+        logits = self._one if ids_BT.shape[1] == 1 else self._several
+        return logits(ids_BT, positions_BT, length), None
+
+
+class _Parts:
+    """A ``Run`` on compiled code of each part."""
+
+    def __init__(self, options: _Options) -> None:
+        self._options = options
+        self._code: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def __call__(self, part: Callable[..., Any], /, *args: Any) -> Any:
+        if part not in self._code:
+            self._code[part] = _compiled(part, self._options)
+        return self._code[part](*args)
+
+
+_block_region = torch.compiler.nested_compile_region(Block.forward)
+
+
+def _nested(part: Callable[..., Any], /, *args: Any) -> Any:
+    """A ``Run`` for torch.compile to trace, in which blocks are one region, compiled once."""
+    return _block_region(*args) if part is Block.forward else part(*args)
+
+
+def _compiled(function: Callable[..., Any], options: _Options) -> Callable[..., Any]:
+    """Code that torch.compile makes of a function, anew for each number of rows and tokens."""
+    # Code for one model is not told from code for another: its cache must be its own.
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        closure=function.__closure__,
+    )
+    guarded = {"", *own.__code__.co_varnames[: own.__code__.co_argcount]} - {"self"}
+
+    def guards_kept(guards: Sequence[Any]) -> list[bool]:
+        # Those on arguments and global state: a loaded model does not change, and its layers are
+        # alike. Checking its hundreds of tensors and modules takes a tenth of a step on a CPU.
+        return [guard.name in guarded for guard in guards]
+
+    options = options | {"guard_filter_fn": guards_kept}
+    code = torch.compile(own, fullgraph=True, options=options)
+
+    def run(*args: Any) -> Any:
         # Code for a given number of rows is better than code for any; only length varies.
-        torch._dynamo.mark_static(ids_BT)
-        torch._dynamo.mark_static(positions_BT)
+        for arg in args:
+            if isinstance(arg, Tensor):
+                torch._dynamo.mark_static(arg)
         # A float that another model has otherwise, such as a norm's epsilon, would become an input,
         # which the regions compiled once for all layers cannot take.
         with torch._dynamo.config.patch(
             recompile_limit=_MAX_SPECIALIZATIONS, specialize_float=True
         ):
-            return self._logits(ids_BT, positions_BT, length), None
+            return code(*args)
+
+    return run
 
 
 class Drafter(ABC):

@@ -277,6 +277,7 @@ class _Model:
             self.decoder,
             self.cache,
             compiled=self.setup.execution == "compile",
+            by_parts=self.setup.device.type == "cuda",
             device=self.setup.device,
             n_layers=n_layers,
         )

@@ -12,6 +12,7 @@ E head dimension, V vocabulary, S slots, C cache positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ from hotloop.models.rope import rope_tables
 
 Total = Callable[[Tensor], Tensor]
 """Of what a rank's slice of a projection gives, the sum over all ranks."""
+
+
+class Run(Protocol):
+    """How the decoder's parts are called: ``embed``, each ``Block.forward``, ``logits``."""
+
+    def __call__(self, part: Callable[..., Any], /, *args: Any) -> Any:
+        """What ``part(*args)`` gives."""
+        ...
 
 
 class RMSNorm(nn.Module):
@@ -70,7 +79,6 @@ class Block(nn.Module):
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
 
-    @torch.compiler.nested_compile_region  # compiled once, for all layers; eagerly it is a call
     def forward(
         self,
         x_BTD: Tensor,
@@ -110,6 +118,11 @@ class Block(nn.Module):
 
 def _itself(x: Tensor) -> Tensor:
     return x
+
+
+def call(part: Callable[..., Any], /, *args: Any) -> Any:
+    """A ``Run`` that does nothing else."""
+    return part(*args)
 
 
 class Decoder(nn.Module):
@@ -168,8 +181,9 @@ class Decoder(nn.Module):
         first_slot: int = 0,
         length: int,
         n_layers: int | None = None,
+        run: Run = call,
     ) -> Tensor:
-        """Hidden states [B, T, D] of new tokens, normalized for the head.
+        """Hidden states [B, T, D] of new tokens, as the last layer leaves them.
 
         Args:
             ids_BT: Token ids.
@@ -178,18 +192,36 @@ class Decoder(nn.Module):
             first_slot: Sequence b is in slot ``first_slot + b``.
             length: Exceeds every position; bounds how much of the cache is read.
             n_layers: Stop after so many layers; None takes all.
+            run: Calls the parts.
         """
-        x_BTD = self.embedding(ids_BT)
-        cos_BTE, sin_BTE = self.cos[positions_BT], self.sin[positions_BT]
-        slots_B = torch.arange(first_slot, first_slot + ids_BT.shape[0], device=ids_BT.device)
+        x_BTD, cos_BTE, sin_BTE, slots_B = run(
+            Decoder.embed, self, ids_BT, positions_BT, first_slot
+        )
         layers = self.layers if n_layers is None else self.layers[:n_layers]
         for i, layer in enumerate(layers):
             keys, values = cache.layer(i)
-            x_BTD = layer(
-                x_BTD, cos_BTE, sin_BTE, positions_BT, keys, values, slots_B, first_slot, length
+            x_BTD = run(
+                Block.forward,
+                layer,
+                x_BTD,
+                cos_BTE,
+                sin_BTE,
+                positions_BT,
+                keys,
+                values,
+                slots_B,
+                first_slot,
+                length,
             )
-        return self.norm(x_BTD)
+        return x_BTD
+
+    def embed(
+        self, ids_BT: Tensor, positions_BT: Tensor, first_slot: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What all layers start from: hidden states, both rotary tables' rows, and slots [B]."""
+        slots_B = torch.arange(first_slot, first_slot + ids_BT.shape[0], device=ids_BT.device)
+        return self.embedding(ids_BT), self.cos[positions_BT], self.sin[positions_BT], slots_B
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., D]; of several ranks, this one's rows."""
-        return self.head(hidden).float()
+        return self.head(self.norm(hidden)).float()

@@ -1,0 +1,34 @@
+"""A decoder compiled by parts, as on GPUs, gives what the whole gives, and each part once."""
+
+import pytest
+import torch
+from tiny_models import N_TOKENS, write_random
+from torch._dynamo.utils import counters
+
+from hotloop import LLM
+from hotloop.engine.execution import TorchForward
+
+CPU = torch.device("cpu")
+N_LAYERS = 3
+N_PARTS = 3  # embedding, block, logits
+
+
+@pytest.mark.parametrize(("quant", "width"), [("none", 64), ("int8", 96)])
+def test_parts_give_the_logits_of_the_whole_and_a_block_is_compiled_once_for_all_layers(
+    tmp_path, quant, width
+):
+    folder = write_random(tmp_path, n_layers=N_LAYERS, hidden_size=width)
+    model = LLM(str(folder), dtype="float32", quant=quant)._runner._model
+    whole, parts = (
+        TorchForward(model.decoder, model.cache, compiled=compiled, by_parts=compiled, device=CPU)
+        for compiled in (False, True)
+    )
+    before = counters["stats"]["unique_graphs"]
+    with torch.inference_mode():
+        for start, T in ((0, 2), (2, 1), (3, 2), (5, 1)):
+            ids_BT = torch.arange(start, start + T)[None] * 37 % N_TOKENS
+            positions_BT = torch.arange(start, start + T)[None]
+            expected, _ = whole(ids_BT, positions_BT, 64)
+            logits, _ = parts(ids_BT, positions_BT, 64)
+            torch.testing.assert_close(logits, expected)
+    assert counters["stats"]["unique_graphs"] - before == N_PARTS * len({1, 2})
