@@ -342,13 +342,15 @@ def rotate_case(
 
     def check() -> None:
         parts = exact.bfloat16().view(1, rows, -1, E).split((H, J, J), dim=2)
-        for part, norm, found in zip(parts, (q_norm, k_norm), (q, keys), strict=False):
-            wanted = part if norm is None else reference.rms_norm(part, norm, eps)
-            wanted = reference.apply_rope(wanted, cos[None, here], sin[None, here])[0]
-            got = q.view(rows, H, E) if found is q else keys[:, here].transpose(0, 1)
-            torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
-            assert (got == wanted).double().mean() > 0.97, "more than roundings differ"
-        assert torch.equal(values[:, here].transpose(0, 1), parts[2][0]), "values"
+        turned = zip(parts, (q_norm, k_norm), strict=False)
+        wanted = [
+            part if norm is None else reference.rms_norm(part, norm, eps) for part, norm in turned
+        ]
+        wanted = [reference.apply_rope(x, cos[None, here], sin[None, here])[0] for x in wanted]
+        stored = (cache[:, here].transpose(0, 1) for cache in (keys, values))
+        for got, want in zip((q.view(rows, H, E), *stored), (*wanted, parts[2][0]), strict=True):
+            torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+            assert (got == want).double().mean() > 0.97, "more than roundings differ"
         for now, then in zip((keys, values), before, strict=True):
             outside = torch.ones(C, dtype=torch.bool)
             outside[here] = False
