@@ -40,7 +40,6 @@ from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter, 
 from hotloop.engine.vocabulary import Vocabulary
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info
-from hotloop.huge_pages import use_huge_pages
 from hotloop.kernels.attention import choose_attention
 from hotloop.kernels.cuda.launch import device_of
 from hotloop.memory_meter import MemoryMeter
@@ -258,8 +257,6 @@ class _Model:
             dtype=setup.dtype,
             device=device,
         )
-        tensors = (*self.decoder.buffers(), *self.cache.buffers())
-        self._page_notes = [note] if (note := use_huge_pages(tensors)) else []
         self._steps, self._prompt = self._fused_forward(), None
         if self._steps is not None and self.launcher is not None:
             self._prompt = FusedPrompt(
@@ -345,7 +342,7 @@ class _Model:
         notes += [note for linear in self._linears().values() for note in linear.notes]
         if self.launcher is not None:
             notes += sorted(self.launcher.notes)
-        return dict.fromkeys((*notes, *self._attention_notes, *self._page_notes))
+        return dict.fromkeys((*notes, *self._attention_notes))
 
     @property
     def bytes_per_step(self) -> int:
