@@ -7,6 +7,8 @@ from tiny_models import write_random
 from transformers import LlamaForCausalLM
 
 from hotloop import LLM
+from hotloop.errors import ModelNotFoundError
+from hotloop.weights.hub import resolve_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +28,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(folder: Path) -> LLM:
     """It, in float32, with three slots."""
     return LLM(str(folder), dtype="float32", max_batch_size=3)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The path of a trained model, where it is pulled."""
+    try:
+        return str(resolve_model("smollm2-135m"))
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

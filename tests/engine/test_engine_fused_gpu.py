@@ -12,7 +12,6 @@ from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 
 from hotloop import LLM, Generation, SamplingParams
-from hotloop.errors import ModelNotFoundError
 from hotloop.evaluate.quality import kl_divergence
 from hotloop.evaluate.text import load_text
 from hotloop.evaluate.windows import make_windows
@@ -20,7 +19,6 @@ from hotloop.kernels.cuda.attention import MAX_TOKENS
 from hotloop.kernels.cuda.launch import Device, unavailable_reason
 from hotloop.models.families import FAMILIES
 from hotloop.registry import resolve
-from hotloop.weights.hub import resolve_model
 
 CUDA = torch.device("cuda", 0)
 REASON = unavailable_reason(CUDA) if torch.cuda.is_available() else "no CUDA device"
@@ -201,14 +199,6 @@ def test_closing_gives_the_memory_back(large: Path) -> None:
 
 
 # A model that was trained.
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> str:
-    try:
-        return str(resolve_model("smollm2-135m"))
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int4-g64"])

@@ -18,8 +18,7 @@ from agreement import ALTERNATIVES, assert_top_two_agree
 from tiny_models import write_random
 
 from hotloop import LLM, Generation, SamplingParams
-from hotloop.errors import ModelNotFoundError, RankError, UnsupportedError
-from hotloop.weights.hub import resolve_model
+from hotloop.errors import RankError, UnsupportedError
 
 DEVICE = os.environ.get("RANKS_ON", "cuda")
 N_DEVICES = 2 if DEVICE == "cpu" else torch.cuda.device_count()
@@ -64,14 +63,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mlp_bias=True,
         embedding_std=0.3,
     )
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> str:
-    try:
-        return str(resolve_model("smollm2-135m"))
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

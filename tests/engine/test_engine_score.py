@@ -10,10 +10,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotloop import LLM, SamplingParams
-from hotloop.errors import ModelNotFoundError
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.weights.checkpoint import open_checkpoint
-from hotloop.weights.hub import resolve_model
 
 WINDOW = torch.randint(2, 300, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -113,12 +111,9 @@ def test_bfloat16_decoding_agrees_with_scoring_up_to_rounding(folder, quant, row
 
 
 @pytest.mark.slow
-def test_a_real_model_gives_the_log_probabilities_of_transformers_over_512_tokens_of_text():
-    try:
-        path: Path = resolve_model("smollm2-135m")
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
-    llm = LLM(str(path), dtype="float32", max_seq_len=513)
+def test_a_real_model_gives_the_log_probabilities_of_transformers_over_512_tokens_of_text(smollm2):
+    path = Path(smollm2)
+    llm = LLM(smollm2, dtype="float32", max_seq_len=513)
     ids = llm.encode("\n".join(topics.values())[:10_000])[:513]
 
     checkpoint = open_checkpoint(path)
