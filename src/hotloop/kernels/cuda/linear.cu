@@ -55,6 +55,8 @@ struct Linear {
   static constexpr int kMaxRows = 8 * kColumns;
   static constexpr bool kGroups = Weight::kGroupBlocks > 0;
   static constexpr int kUnitSums = Weight::kOffset ? kUnitBlocks / Weight::kGroupBlocks : 0;
+  // x that is not staged is read a unit ahead, where registers allow.
+  static constexpr bool kAhead = !kStaged && kColumns == 1;
 
   const LinearArgs& args;
   const int lane, warp, g, t;
@@ -69,7 +71,7 @@ struct Linear {
   float4* sums;           // [kBuffers][kWarps][kTiles][kColumns][32]
   float* x_sums;          // of this warp's groups of weights: [groups][kMaxRows]
   uint4* staged;          // this warp's x: [rows][x_stride]
-  uint64_t* arrived;      // [stages], of this warp: the copy is there; then of x
+  uint64_t* arrived;      // [stages], of this warp: the copy is there
   float* factors;         // [kMaxRows], of kNorm
   uint64_t* summed;       // [kBuffers]: every warp's sums are there
   uint64_t* taken;        // [kBuffers]: the epilogue has them
@@ -90,8 +92,8 @@ struct Linear {
     memory += sizeof(float) * kMaxRows;
     summed = reinterpret_cast<uint64_t*>(memory);
     taken = summed + kBuffers;
-    arrived = taken + kBuffers + warp * (a.stages + 1);
-    memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * (a.stages + 1)) + 15) / 16 * 16;
+    arrived = taken + kBuffers + warp * a.stages;
+    memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * a.stages) + 15) / 16 * 16;
     const int units_of_warp = (a.units + kWarps - 1) / kWarps;
     x_sums = reinterpret_cast<float*>(memory) + warp * units_of_warp * kUnitSums * kMaxRows;
     memory += sizeof(float) * kWarps * units_of_warp * kUnitSums * kMaxRows;
@@ -135,18 +137,21 @@ struct Linear {
     const uint64_t policy = read_once_policy();
     Cursor next = {first_unit < end_unit ? first_item : n_items, first_unit};
     if (lane == 0)
-      for (int i = 0; i <= args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
+      for (int i = 0; i < args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
     barriers_are_ready();
     sync_warp();
     for (int i = 0; i < args.stages; i++) ask(next, i, policy);
     launch_dependents();
     sync_block();  // the other barriers are ready
     wait_for_predecessor();
-    if (kStaged) ask_for_x();
-    if (kNorm) find_factors();
-    if (kStaged) await_x();
+    float squares[kSquaresAtOnce];  // on their way together with x
+    if (kNorm) ask_for_squares(warp, 0, squares);
+    if (kStaged) take_x();
+    if (kNorm) find_factors(squares);
     if (Weight::kOffset) add_up_x();
 
+    uint4 ahead[kUnitBlocks][kColumns];
+    if (kAhead) read_unit(first_unit, ahead);
     int stage = 0, number = 0;
     uint32_t parity = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
@@ -158,7 +163,7 @@ struct Linear {
         const uint8_t* weights = ring + stage * stage_bytes;
         const int end = min(unit + args.units_per_stage, end_unit);
         for (; unit < end; unit++) {
-          multiply_unit(weights, x, x_sum, unit, sum);
+          multiply_unit(weights, x, x_sum, unit, ahead, sum);
           weights += Weight::kUnitBytes;
           x += kUnitBlocks * 4;
           x_sum += kUnitSums * kMaxRows;
@@ -174,16 +179,24 @@ struct Linear {
   // Sums of groups run in two chains, since each product waits for the one before it.
   __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
                                                 const float* x_sum, int unit,
+                                                uint4 ahead[kUnitBlocks][kColumns],
                                                 float sum[kTiles][kColumns][4]) {
     constexpr int kGroupBlocks = Weight::kGroupBlocks;
     float even[kTiles][kColumns][4], odd[kTiles][kColumns][4];
+    uint4 here[kUnitBlocks][kColumns];
+    if (kAhead) {
+#pragma unroll
+      for (int i = 0; i < kUnitBlocks * kColumns; i++) here[0][i] = ahead[0][i];
+      read_unit(unit + 1 < end_unit ? unit + 1 : first_unit, ahead);
+    }
 #pragma unroll
     for (int block = 0; block < kUnitBlocks; block++) {
       uint4 b[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; c++)
-        b[c] = kStaged ? x[block * 4 + staged_rows_to(c) * x_stride]
-                       : read_x(unit * kUnitBlocks + block, c);
+        b[c] = kStaged  ? x[block * 4 + staged_rows_to(c) * x_stride]
+               : kAhead ? here[block][c]
+                        : read_x(unit * kUnitBlocks + block, c);
       if constexpr (kGroups) {
         if (block % kGroupBlocks == 0)
 #pragma unroll
@@ -260,37 +273,57 @@ struct Linear {
     return c == 0 || 8 * c + g < args.rows ? 8 * c : 0;
   }
 
-  // This warp's part of x, all of it on its way at once.
-  __device__ __forceinline__ void ask_for_x() {
-    const int bytes = max(chunks, 0) * sizeof(uint4);
-    if (bytes > 0) {
-      const uint64_t policy = read_often_policy();
-      copy_begin(x_arrived(), args.rows * bytes, lane);
+  // This warp's part of x, by ordinary reads: copies in bulk, as weights come, would come after
+  // those that were asked for before. Eight reads are on their way at once.
+  __device__ __forceinline__ void take_x() {
+    const int all = (end_unit - first_unit) * kUnitBlocks * 4;
+    if (args.rows <= 2)
       for (int row = 0; row < args.rows; row++)
-        copy(staged + row * x_stride, x_chunks(row), bytes, x_arrived(), policy, lane);
-      copy_end(x_arrived(), lane);
-    }
-    // Beyond the last feature weights are zeros, and x must be numbers.
-    const int beyond = (end_unit - first_unit) * kUnitBlocks * 4;
-    for (int row = 0; row < args.rows; row++)
-      for (int i = max(chunks, 0) + lane; i < beyond; i += 32)
-        staged[row * x_stride + i] = uint4{0, 0, 0, 0};
-  }
-
-  __device__ __forceinline__ void await_x() {
-    if (chunks > 0) barrier_wait(x_arrived(), 0);
+        for (int begin = lane; begin < all; begin += 8 * 32) take_chunks<32, 0>(row, begin, all);
+    else
+      for (int row = 0; row < args.rows; row += 8)
+        for (int begin = lane; begin < all; begin += 32) take_chunks<0, 1>(row, begin, all);
     sync_warp();
   }
 
-  __device__ __forceinline__ uint64_t* x_arrived() const { return arrived + args.stages; }
+  // Beyond the last feature weights are zeros, and x must be numbers.
+  template <int kChunkStep, int kRowStep>
+  __device__ __forceinline__ void take_chunks(int first_row, int first_chunk, int all) {
+    uint4 x[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int row = first_row + i * kRowStep, chunk = first_chunk + i * kChunkStep;
+      x[i] = row < args.rows && chunk < chunks ? x_chunks(row)[chunk] : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int row = first_row + i * kRowStep, chunk = first_chunk + i * kChunkStep;
+      if (row < args.rows && chunk < all) staged[row * x_stride + chunk] = x[i];
+    }
+  }
 
   // What the norm multiplies each row by, for the warp that finishes: warps share out the rows.
-  __device__ __forceinline__ void find_factors() {
+
+  static constexpr int kSquaresAtOnce = 16;  // of a lane
+
+  __device__ __forceinline__ void ask_for_squares(int row, int begin, float squares[]) const {
+    const int parts = (args.k + kTileRows - 1) / kTileRows;
+#pragma unroll
+    for (int i = 0; i < kSquaresAtOnce; i++) {
+      const int part = begin + 32 * i + lane;
+      squares[i] = row < args.rows && part < parts ? args.squares[row * parts + part] : 0;
+    }
+  }
+
+  __device__ __forceinline__ void find_factors(float squares[]) {
     const int parts = (args.k + kTileRows - 1) / kTileRows;
     for (int row = warp; row < args.rows; row += kWarps) {
       float sum = 0;
-#pragma unroll 16
-      for (int i = lane; i < parts; i += 32) sum += args.squares[row * parts + i];
+      for (int begin = 0; begin < parts; begin += 32 * kSquaresAtOnce) {
+        if (row != warp || begin > 0) ask_for_squares(row, begin, squares);
+#pragma unroll
+        for (int i = 0; i < kSquaresAtOnce; i++) sum += squares[i];
+      }
       for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
       if (lane == 0) factors[row] = rsqrtf(sum / args.k + args.eps);
     }
@@ -327,6 +360,13 @@ struct Linear {
     if (k >= args.k) return {0, 0, 0, 0};
     const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
     return *reinterpret_cast<const uint4*>(from);
+  }
+
+  __device__ __forceinline__ void read_unit(int unit, uint4 x[kUnitBlocks][kColumns]) const {
+#pragma unroll
+    for (int block = 0; block < kUnitBlocks; block++)
+#pragma unroll
+      for (int c = 0; c < kColumns; c++) x[block][c] = read_x(unit * kUnitBlocks + block, c);
   }
 
   __device__ __forceinline__ float4* sums_of(int number, int of_warp) const {

@@ -214,7 +214,7 @@ class LinearPlan:
     def _bytes_beside_ring(self, tiles: int) -> int:
         t = self.tuning
         sums = 16 * _BUFFERS * t.warps * tiles * self.columns * 32
-        barriers = 8 * (2 * _BUFFERS + t.warps)
+        barriers = 8 * 2 * _BUFFERS
         x_sums = 0
         if self.form.group_size and not self.form.symmetric:
             groups = self._units_of_warp * self.form.unit_k // self.form.group_size
