@@ -240,7 +240,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         weight = make_weight(name, n, k, generator, paired=settings.get("epilogue") == "swiglu")
         for rows in (1, 8):
             yield linear_case(
-                weight, rows, generator, tuning=linear_tuning(weight.form), limits=limits,
+                weight, rows, generator, tuning=linear_tuning(weight.form, limits), limits=limits,
                 **settings,
             )  # fmt: skip
 
@@ -423,7 +423,7 @@ class DecodeStep:
                 rows=rows,
                 epilogue=epilogue,
                 norm=norm,
-                tuning=linear_tuning(form),
+                tuning=linear_tuning(form, limits),
                 limits=limits,
             )
             for role, (n, k, epilogue, norm) in self.products.items()
@@ -685,7 +685,7 @@ def tune(section: Section, decode: DecodeStep) -> tuple[dict[str, Tuning], list[
         return graph_seconds(decode.graph, min_seconds=0.006)
 
     def options(plan: LinearPlan) -> list[LinearPlan]:
-        tuning = linear_tuning(plan.form)
+        tuning = linear_tuning(plan.form, plan.limits)
         made = [
             dataclasses.replace(
                 plan, tuning=dataclasses.replace(tuning, warps=warps, units_per_stage=units)
@@ -723,7 +723,7 @@ def linear_section(section: Section) -> None:
             if section.time_is_up:
                 return
             product = Product(section, name, kind, role)
-            tuning = linear_tuning(product.form)
+            tuning = linear_tuning(product.form, section.device.limits)
             us = {rows: product.seconds(tuning, rows) * 1e6 for rows in (1, 8, 16)}
             alone = product.seconds(tuning, dependent=False) * 1e6
             nbytes = product.form.nbytes

@@ -319,7 +319,6 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 constexpr int kCopyArrivals = 1;
 inline uint64_t read_once_policy() { return 0; }
-inline uint64_t read_often_policy() { return 0; }
 inline void barriers_are_ready() {}
 inline void copy_begin(uint64_t* barrier, int bytes, int lane) {
   if (lane == 0) change(barrier, 1, bytes);

@@ -112,7 +112,7 @@ def test_products_by_the_rules_fit(limits, name):
     kind, group_size, symmetric = KINDS[name]
     for k, rows in itertools.product((640, 4096, 5120, 8192, 13824, 28672), (1, 8)):
         form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=8192, k=k)
-        plan = LinearPlan(form=form, rows=rows, tuning=linear_tuning(form), limits=limits)
+        plan = LinearPlan(form=form, rows=rows, tuning=linear_tuning(form, limits), limits=limits)
         assert plan.layout is not None
         assert plan.layout.shared_bytes <= limits.shared_bytes
 

@@ -270,7 +270,7 @@ class _Plans:
         def product(linear: Linear, epilogue: Epilogue = "plain", *, norm: bool) -> _RowPlans:
             assert isinstance(linear.kernel, Fused), "a weight was not assigned for this"
             form = linear.kernel.form
-            tuning = linear_tuning(form)
+            tuning = linear_tuning(form, limits)
             return plan_rows(form, B * T, epilogue, norm=norm, tuning=tuning, limits=limits)
 
         layer, *_ = blocks_of(decoder)

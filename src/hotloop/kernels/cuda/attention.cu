@@ -182,39 +182,66 @@ struct Attention {
 
   // New tokens: into shared memory, as the cache will hold them.
 
+  static constexpr int kPairs = (kHalf + 31) / 32;  // of a head's halves, of a lane
+  static constexpr int kAtOnce = 4;                 // heads of a warp that are on their way together
+
   __device__ __forceinline__ void take_new_tokens() {
     const int width = (args.heads + 2 * args.kv_heads) * kE;
     const bf16* qkv = args.qkv + static_cast<int64_t>(b) * args.tokens * width;
-    const int n = n_here + (has_new_tokens() ? 2 * args.tokens : 0);
-    for (int i = warp; i < n; i += kWarps) {
-      if (i < n_here) {
-        const int token = token_of(i);
-        turn(qkv + token * width + head_of(i) * kE, args.q_norm, token, new_q + i * kE);
-      } else if (i < n_here + args.tokens) {
-        const int token = i - n_here;
-        turn(qkv + token * width + (args.heads + j) * kE, args.k_norm, token, new_k + token * kE);
-      } else {
-        const int token = i - n_here - args.tokens;
-        const bf16* v = qkv + token * width + (args.heads + args.kv_heads + j) * kE;
-        for (int e = lane; e < kE / 8; e += 32)
-          reinterpret_cast<uint4*>(new_v + token * kE)[e] = reinterpret_cast<const uint4*>(v)[e];
+    const int n_keys = has_new_tokens() ? args.tokens : 0, n = n_here + 2 * n_keys;
+    for (int first = warp; first < n; first += kAtOnce * kWarps) {
+      float x[kAtOnce][kPairs][2];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        const int at = first + i * kWarps;
+        if (at >= n) break;
+        const bool is_query = at < n_here, is_key = at < n_here + n_keys;
+        const int token = is_query ? token_of(at) : (at - n_here) % args.tokens;
+        const int head = is_query ? head_of(at) : args.heads + (is_key ? 0 : args.kv_heads) + j;
+        read_head(qkv + token * width + head * kE, x[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        const int at = first + i * kWarps, key = at - n_here, value = key - n_keys;
+        if (at >= n) break;
+        if (at < n_here)
+          turn(x[i], args.q_norm, token_of(at), new_q + at * kE);
+        else if (value < 0)
+          turn(x[i], args.k_norm, key, new_k + key * kE);
+        else
+          put_head(x[i], new_v + value * kE);
       }
     }
   }
 
-  // Norm (as the plain one: rounded before and after its weight) and rotation of one head.
-  __device__ __forceinline__ void turn(const bf16* from, const bf16* norm, int token, bf16* to) {
-    constexpr int kPairs = (kHalf + 31) / 32;
-    float x[kPairs][2], squares = 0;
+  __device__ __forceinline__ void read_head(const bf16* from, float x[kPairs][2]) const {
 #pragma unroll
     for (int i = 0; i < kPairs; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int e = 32 * i + lane;
         x[i][half] = e < kHalf ? widen(from[half * kHalf + e]) : 0;
-        squares = fmaf(x[i][half], x[i][half], squares);
       }
+  }
+
+  __device__ __forceinline__ void put_head(const float x[kPairs][2], bf16* to) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int e = 32 * i + lane;
+        if (e < kHalf) to[half * kHalf + e] = narrow(x[i][half]);
+      }
+  }
+
+  // Norm (as the plain one: rounded before and after its weight) and rotation of one head.
+  __device__ __forceinline__ void turn(float x[kPairs][2], const bf16* norm, int token, bf16* to) {
     if (norm != nullptr) {
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < kPairs; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) squares = fmaf(x[i][half], x[i][half], squares);
       for (int mask = 1; mask < 32; mask *= 2) squares += shuffle_xor(squares, mask);
       const float factor = rsqrtf(squares / kE + args.eps);
 #pragma unroll
@@ -229,11 +256,14 @@ struct Attention {
 #pragma unroll
     for (int i = 0; i < kPairs; i++) {
       const int e = 32 * i + lane;
-      if (e >= kHalf) continue;
-      const float cos = turns[token * kE + e], sin = turns[token * kE + kHalf + e];
-      to[e] = narrow(x[i][0] * cos - x[i][1] * sin);
-      to[kHalf + e] = narrow(x[i][1] * cos + x[i][0] * sin);
+      const bool is_there = e < kHalf;
+      const float cos = is_there ? turns[token * kE + e] : 0;
+      const float sin = is_there ? turns[token * kE + kHalf + e] : 0;
+      const float first = x[i][0], second = x[i][1];
+      x[i][0] = first * cos - second * sin;
+      x[i][1] = second * cos + first * sin;
     }
+    put_head(x, to);
   }
 
   // Each is stored by the block whose chunk it is in.

@@ -198,12 +198,6 @@ __device__ __forceinline__ uint64_t read_once_policy() {
   return policy;
 }
 
-__device__ __forceinline__ uint64_t read_often_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 __device__ __forceinline__ void barriers_are_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -241,7 +235,6 @@ __device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) 
 constexpr int kCopyArrivals = 32;
 
 __device__ __forceinline__ uint64_t read_once_policy() { return 0; }
-__device__ __forceinline__ uint64_t read_often_policy() { return 0; }
 __device__ __forceinline__ void barriers_are_ready() {}
 __device__ __forceinline__ void copy_begin(uint64_t*, int, int) {}
 

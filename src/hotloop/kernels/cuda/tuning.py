@@ -1,43 +1,59 @@
 """What a launch should choose for speed, from the shape alone.
 
 The rules are what tuning every product of a step in its place, on one H100, had in common
-(``benchmarks/results/h100-kernels/tune.json``). They look at the weight and never at the number of
-rows, since some choices decide the order of sums.
+(``benchmarks/results/h100-kernels/tune.json``). The number of warps, which decides the order of
+sums, is chosen by the weight alone, whatever the device and the number of rows.
 """
 
 from __future__ import annotations
+
+import itertools
 
 from hotloop.kernels.cuda.attention import MAX_TOKENS, STEP, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import Tuning
 from hotloop.kernels.cuda.packing import Format
 
-WARPS = (20, 16, 14, 12, 11, 10, 8)
+WARPS = (8, 10, 11, 12, 14, 16, 20)
 """Of a block; of equals the first is taken."""
 
-TWO_STAGES = 136 * 1024
-"""Bytes that two copies of every warp may take: longer ones come too late."""
+UNITS = (4, 3, 2, 1)
+"""Of a copy."""
+
+COPIED_BYTES = 44 * 1024
+"""Of all warps' copies at a time: of longer ones there are too few on their way."""
+
+LEAST_RING_BYTES, RING_BYTES = 48 * 1024, 116 * 1024
+"""Weights on their way in a block: three of its warps' copies, or two."""
+
+RING_SHARE = 0.8
+"""Of all that a block reads, that its ring should hold at most. A product that asks for everything
+before its input is there keeps the kernel that makes this input from its own reads."""
 
 LONG_CACHE = 8192
 """Positions from which on chunks of a history are better longer."""
 
 
-def linear_tuning(form: Format) -> Tuning:
+def linear_tuning(form: Format, limits: Limits) -> Tuning:
     """For products with a weight: warps with even shares of K, copied in even parts.
 
     A block has a multiprocessor to itself: the next kernel's begins when it ends, just when memory
     would be idle. Two at a time would take turns at that instead.
     """
+    warps, units = min(itertools.product(WARPS, UNITS), key=lambda way: _cost(form, *way))
+    share = int(RING_SHARE * form.nbytes / limits.n_sms)
+    ring_bytes = min(RING_BYTES, max(LEAST_RING_BYTES, share))
+    while units > 1 and 2 * warps * units * form.unit_bytes > ring_bytes:
+        units = next(fewer for fewer in range(units - 1, 0, -1) if units % fewer == 0)
+    return Tuning(warps=warps, units_per_stage=units, ring_bytes=ring_bytes)
 
-    def units_of(warps: int) -> int:
-        return -(-form.units // warps)
 
-    def fits(warps: int, units: int) -> bool:
-        return units_of(warps) % units == 0 and 2 * warps * units * form.unit_bytes <= TWO_STAGES
-
-    warps = min(WARPS, key=lambda warps: units_of(warps) * warps)
-    units = next(units for units in (4, 3, 2, 1) if fits(warps, units))
-    return Tuning(warps=warps, units_per_stage=units, ring_bytes=64 * 1024)
+def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
+    """Less is better: whether copies are too long or uneven, what is idle, how short they are."""
+    units_of_warp = -(-form.units // warps)
+    copied = warps * units * form.unit_bytes
+    unfit = copied > COPIED_BYTES or units_of_warp % units > 0
+    return unfit, warps * units_of_warp - form.units, -copied
 
 
 def attention_tuning(head_dim: int, n_positions: int, limits: Limits) -> AttentionTuning:
