@@ -15,7 +15,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -28,7 +28,7 @@ from hotloop.engine.sampling import Features
 from hotloop.engine.sequence import Sequence as Request
 from hotloop.engine.setup import prepare
 from hotloop.engine.speculation import DraftController, sizes_up_to
-from hotloop.errors import RequestError, UnsupportedError
+from hotloop.errors import CheckpointError, RequestError, UnsupportedError
 from hotloop.parallel.launch import Reply
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
@@ -100,10 +100,7 @@ class LLM:
         n_tokens = min(n_tokens, setup.model.vocab_size)
         make = RankGroup if config.tensor_parallel > 1 else Runner
         self._runner = make(setup, n_tokens=n_tokens, progress=progress)
-        self._controller: DraftController | None = None
-        if setup.draft is not None:
-            sizes = sizes_up_to(config.draft_tokens)
-            self._controller = DraftController(sizes, always=config.draft_policy == "always")
+        self._controller = self._new_controller()
         self._in_a_row = 1
         self._load_s = time.perf_counter() - started
         started = time.perf_counter()
@@ -244,35 +241,51 @@ class LLM:
 
     # ------------------------------------------------------------------------------ getting ready
 
+    def _new_controller(self) -> DraftController | None:
+        if self._setup.draft is None:
+            return None
+        sizes = sizes_up_to(self.config.draft_tokens)
+        return DraftController(sizes, always=self.config.draft_policy == "always")
+
     def _warm_up(self) -> None:
         """Compiles and captures what a greedy run with one prompt needs, and touches the rest.
 
-        With speculative decoding, that is a step of every number of drafts, each run and timed. On
-        a GPU it is found how many plain ones to take in a row. Where long prompts have kernels of
-        their own, one of those comes first.
+        On a GPU also what a run needs that is sampled as the model's makers suggest. With
+        speculative decoding, that is a step of every number of drafts, each run and timed. On a GPU
+        it is found how many plain ones to take in a row. Where long prompts have kernels of their
+        own, one of those comes first.
         """
+        learning, greedy = self._controller, SamplingParams()
 
-        def answer(n_prompt: int, n: int) -> Timing:
+        def answer(
+            n_prompt: int,
+            n: int,
+            sampling: SamplingParams = greedy,
+            controller: DraftController | None = None,
+        ) -> Timing:
             prompt = [i % self._setup.model.vocab_size for i in range(1, n_prompt + 1)]
             if (n := min(n, self._setup.n_positions - n_prompt)) < 1:
                 return Timing(n_tokens=0, ttft_s=0.0, e2e_s=0.0)
-            (given,) = self.generate([prompt], SamplingParams(max_new_tokens=n, ignore_eos=True))
+            self._controller = controller
+            (given,) = self.generate([prompt], sampling, max_new_tokens=n, ignore_eos=True)
+            self._controller = learning
             return given.timing
 
         if self._setup.fused:
             answer(SHORT_PROMPT + 1, 1)
         n_steps = 3
-        if self._setup.draft is not None:
-            sizes = sizes_up_to(self.config.draft_tokens)
-            n_steps = 3 * sum(1 + k for k in sizes)
-        answer(3, 1 + n_steps)
+        if learning is not None:
+            n_steps = 3 * sum(1 + k for k in sizes_up_to(self.config.draft_tokens))
+        answer(3, 1 + n_steps, greedy, learning)
         if self._runner.captures:
-            controller, self._controller = self._controller, None  # plain steps alone
             timing = answer(3, 9)
             if timing.n_tokens > 1:
                 self._in_a_row = in_a_row(timing.tpot_s)
             answer(3, 1 + self._in_a_row)
-            self._controller = controller
+            with suppress(CheckpointError):  # whoever asks for what is suggested will be told
+                if (suggested := self.default_sampling).temperature > 0:
+                    answer(3, 1 + n_steps, suggested, self._new_controller())
+                    answer(3, 1 + self._in_a_row, suggested)
         self._runner.synchronize()
 
     # ------------------------------------------------------------------------------ requests
