@@ -59,7 +59,7 @@ from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
 from hotloop.models.shapes import shape
 from hotloop.types import SamplingParams
 
-SECTIONS = {"check": 80, "tune": 120, "stack": 55, "linear": 30, "attention": 20, "sample": 30}
+SECTIONS = {"check": 80, "tune": 180, "stack": 55, "linear": 30, "attention": 20, "sample": 30}
 """Seconds that each may take."""
 
 CUDA = torch.device("cuda")
@@ -650,6 +650,7 @@ class Product:
 
 
 WARPS, UNITS = (8, 10, 11, 12, 14, 16, 20), (1, 2, 3, 4)
+RINGS = tuple(kilobytes * 1024 for kilobytes in (48, 64, 96, 128, 160))
 
 
 def tune_section(section: Section) -> None:
@@ -685,15 +686,13 @@ def tune(section: Section, decode: DecodeStep) -> tuple[dict[str, Tuning], list[
         return graph_seconds(decode.graph, min_seconds=0.006)
 
     def options(plan: LinearPlan) -> list[LinearPlan]:
-        tuning = linear_tuning(plan.form, plan.limits)
-        made = [
-            dataclasses.replace(
-                plan, tuning=dataclasses.replace(tuning, warps=warps, units_per_stage=units)
-            )
-            for warps, units in itertools.product(WARPS, UNITS)
-            if units <= -(-plan.form.units // warps)
-        ]
-        return [other for other in made if other.layout is not None]
+        made: dict[Any, LinearPlan] = {}
+        for warps, units, ring_bytes in itertools.product(WARPS, UNITS, RINGS):
+            tuning = Tuning(warps=warps, units_per_stage=units, ring_bytes=ring_bytes)
+            other = dataclasses.replace(plan, tuning=tuning)
+            if units <= -(-plan.form.units // warps) and other.layout is not None:
+                made.setdefault((warps, other.layout), other)
+        return list(made.values())
 
     best = dict(decode.plans)
     section.compile(o.kernel for plan in best.values() for o in options(plan))

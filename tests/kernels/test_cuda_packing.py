@@ -117,6 +117,14 @@ def test_products_by_the_rules_fit(limits, name):
         assert plan.layout.shared_bytes <= limits.shared_bytes
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_the_order_of_sums_belongs_to_the_weight_and_not_to_the_device(name):
+    kind, group_size, symmetric = KINDS[name]
+    for n, k in itertools.product((4096, 32000), (640, 4096, 5120, 13824)):
+        form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k)
+        assert len({linear_tuning(form, limits).warps for limits in (H100, SMALLER)}) == 1
+
+
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
 @pytest.mark.parametrize("name", KINDS)
 def test_whatever_is_asked_for_what_is_launched_fits(limits, name):

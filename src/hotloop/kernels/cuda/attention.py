@@ -44,11 +44,14 @@ class AttentionTuning:
             sums.
         warps: Warps of a block. Decides the order of sums.
         stages: Steps of 16 positions that a warp has on their way.
+        columns: The most groups of eight rows of a block. With more each history is read less
+            often, with fewer more blocks share the work.
     """
 
     chunk: int = 512
     warps: int = 8
     stages: int = 2
+    columns: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ class AttentionPlan:
     def columns(self) -> int:
         """Groups of eight rows of a block; two do not fit the registers with the widest heads."""
         rows = self.tokens * self.n_heads // self.n_kv_heads
-        return 1 if rows <= 8 or self.head_dim > 128 else 2
+        return 1 if rows <= 8 or self.head_dim > 128 else self.tuning.columns
 
     @property
     def groups(self) -> int:

@@ -23,7 +23,7 @@ UNITS = (4, 3, 2, 1)
 COPIED_BYTES = 44 * 1024
 """Of all warps' copies at a time: of longer ones there are too few on their way."""
 
-LEAST_RING_BYTES, RING_BYTES = 48 * 1024, 116 * 1024
+LEAST_RING_BYTES, RING_BYTES = 48 * 1024, 128 * 1024
 """Weights on their way in a block: three of its warps' copies, or two."""
 
 RING_SHARE = 0.8
@@ -31,7 +31,7 @@ RING_SHARE = 0.8
 before its input is there keeps the kernel that makes this input from its own reads."""
 
 LONG_CACHE = 8192
-"""Positions from which on chunks of a history are better longer."""
+"""Positions from which on chunks of a history are better longer, and read by more rows at once."""
 
 
 def linear_tuning(form: Format, limits: Limits) -> Tuning:
@@ -61,5 +61,7 @@ def attention_tuning(head_dim: int, n_positions: int, limits: Limits) -> Attenti
     new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside what is on its way
     room = (limits.shared_bytes - new_tokens) // (4 * STEP * head_dim)
     warps, stages = next((w, s) for w, s in ((8, 2), (8, 1), (4, 1), (2, 1)) if w * s < room)
-    chunk = 1024 if n_positions > LONG_CACHE else 512
-    return AttentionTuning(chunk=chunk, warps=warps, stages=stages)
+    is_long = n_positions > LONG_CACHE
+    return AttentionTuning(
+        chunk=1024 if is_long else 512, warps=warps, stages=stages, columns=2 if is_long else 1
+    )
