@@ -14,6 +14,8 @@ RESULTS ?= results/demo
 demo: $(VENV)/installed
 	$(BIN)/hotloop pull $(MODEL)
 	$(BIN)/hotloop sweep recipes/demo.yaml --out $(RESULTS) --resume
+	$(BIN)/hotloop sweep recipes/demo-full.yaml --out $(RESULTS)-full --resume
+	$(BIN)/hotloop report $(RESULTS)
 
 test: check
 	$(BIN)/python -m pytest

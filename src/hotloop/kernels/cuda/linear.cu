@@ -150,7 +150,7 @@ struct Linear {
     if (kNorm) find_factors(squares);
     if (Weight::kOffset) add_up_x();
 
-    uint4 ahead[kUnitBlocks][kColumns];
+    uint4 ahead[kUnitBlocks];
     if (kAhead) read_unit(first_unit, ahead);
     int stage = 0, number = 0;
     uint32_t parity = 0;
@@ -179,14 +179,14 @@ struct Linear {
   // Sums of groups run in two chains, since each product waits for the one before it.
   __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
                                                 const float* x_sum, int unit,
-                                                uint4 ahead[kUnitBlocks][kColumns],
+                                                uint4 ahead[kUnitBlocks],
                                                 float sum[kTiles][kColumns][4]) {
     constexpr int kGroupBlocks = Weight::kGroupBlocks;
     float even[kTiles][kColumns][4], odd[kTiles][kColumns][4];
-    uint4 here[kUnitBlocks][kColumns];
+    uint4 here[kUnitBlocks];
     if (kAhead) {
 #pragma unroll
-      for (int i = 0; i < kUnitBlocks * kColumns; i++) here[0][i] = ahead[0][i];
+      for (int block = 0; block < kUnitBlocks; block++) here[block] = ahead[block];
       read_unit(unit + 1 < end_unit ? unit + 1 : first_unit, ahead);
     }
 #pragma unroll
@@ -195,7 +195,7 @@ struct Linear {
 #pragma unroll
       for (int c = 0; c < kColumns; c++)
         b[c] = kStaged  ? x[block * 4 + staged_rows_to(c) * x_stride]
-               : kAhead ? here[block][c]
+               : kAhead ? here[block]
                         : read_x(unit * kUnitBlocks + block, c);
       if constexpr (kGroups) {
         if (block % kGroupBlocks == 0)
@@ -362,11 +362,9 @@ struct Linear {
     return *reinterpret_cast<const uint4*>(from);
   }
 
-  __device__ __forceinline__ void read_unit(int unit, uint4 x[kUnitBlocks][kColumns]) const {
+  __device__ __forceinline__ void read_unit(int unit, uint4 x[kUnitBlocks]) const {
 #pragma unroll
-    for (int block = 0; block < kUnitBlocks; block++)
-#pragma unroll
-      for (int c = 0; c < kColumns; c++) x[block][c] = read_x(unit * kUnitBlocks + block, c);
+    for (int block = 0; block < kUnitBlocks; block++) x[block] = read_x(unit * kUnitBlocks + block, 0);
   }
 
   __device__ __forceinline__ float4* sums_of(int number, int of_warp) const {
