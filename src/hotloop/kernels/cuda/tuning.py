@@ -38,8 +38,8 @@ LONG_CACHE = 8192
 def linear_tuning(form: Format, limits: Limits) -> Tuning:
     """For products with a weight: warps with even shares of K, copied in even parts.
 
-    A block has a multiprocessor to itself: the next kernel's begins when it ends, just when memory
-    would be idle. Two at a time would take turns at that instead.
+    With such rings most blocks have a multiprocessor to themselves: the next kernel's begins when
+    one ends, just when memory would be idle.
     """
     warps, units = min(itertools.product(WARPS, UNITS), key=lambda way: _cost(form, *way))
     share = int(RING_SHARE * form.nbytes / limits.n_sms)
