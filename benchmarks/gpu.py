@@ -10,7 +10,7 @@ end, and the rest goes on. What an earlier run left under ``--out`` stays in the
               (``kernels_cuda.py``)
     rows      the time of a step over 8 positions against that over one
     context   tokens per second and MBU after a prompt of 32,000 tokens
-    prompt    time to the first token after 512
+    prompt    time to the first token after 5, 64 and 512
     sampling  what top-k and top-p cost over greedy
 
 Takes some four minutes with ``--executions fused``, and half an hour with all of them.

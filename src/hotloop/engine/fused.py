@@ -4,7 +4,7 @@ Five kernels a layer: query/key/value product; head norms, rotation, cache and a
 product, onto the residual stream; gate and up product, SwiGLU; down product, onto the residual
 stream. What writes the residual stream begins the norm that follows, what reads it ends it. Each
 kernel may start before its predecessor has ended, and then reads weights until the activations are
-there (``kernels.cuda``). The decoder is the specification, and runs long prompts.
+there (``kernels.cuda``). The decoder is the specification; ``prompt`` runs long prompts.
 
 A row's result has the same bits whatever the number of rows: checking k drafts at once gives
 exactly what k + 1 single steps give.
@@ -133,10 +133,9 @@ class FusedForward:
         if (B, T) not in self._plans:
             plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
-            # The sampler's too: all are compiled at once.
-            last = step.add_kernel() if self._shared else step.argmax_kernel()
-            ends = (embed, last, sample_kernel())
-            self._launcher.load((*plans.kernels, *ends))
+            # The sampler's too, beside one rank: all are compiled at once.
+            ends = [step.add_kernel()] if self._shared else [step.argmax_kernel(), sample_kernel()]
+            self._launcher.load((*plans.kernels, embed, *ends))
             self._plans[B, T] = plans
         return self._plans[B, T]
 

@@ -127,10 +127,11 @@ class FusedPrompt:
         if len(ids_T) <= self._most_by_steps:
             *_, (_, logits_TV) = self.logits(ids_T, start, slot)
             return logits_TV[-1:]
-        last_TD = ids_T.new_empty(0)
-        for places, _ in spans(ids_T, start, self._chunk):
-            last_TD = self._many(ids_T[places.start : places.stop], start + places.start, slot)
-        return self._forward.logits(last_TD[-1:])
+        *_, last_1D = [
+            self._many(ids_T[places.start : places.stop], start + places.start, slot)
+            for places, _ in spans(ids_T, start, self._chunk)
+        ]
+        return self._forward.logits(last_1D)
 
     def logits(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
         """As the call, by steps.
@@ -142,7 +143,7 @@ class FusedPrompt:
             yield places, self._steps(ids_T[places.start : places.stop], positions_T, slot)
 
     def _many(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
-        """The residual stream [T, D] behind the last layer."""
+        """The residual stream [1, D] behind the last layer, of the last token."""
         product, x_TD = None, self._decoder.embedding(ids_T)
         positions_BT = torch.arange(start, start + len(ids_T), device=ids_T.device)[None]
         for i, layer in enumerate(self._layers):
@@ -154,7 +155,7 @@ class FusedPrompt:
             gated = self._swiglu(self._product(layer.gate_up_proj, normed))
             product = self._sum(layer.down_proj, gated)
         assert product is not None, "a model has layers"
-        return x_TD + product.finished()
+        return x_TD[-1:] + replace(product, y=product.y[-1:]).finished()
 
     def _product(self, linear: Linear, x_TK: Tensor) -> Product:
         assert isinstance(linear.kernel, Fused), "a weight was not assigned for this"

@@ -45,7 +45,7 @@ class AttentionTuning:
         warps: Warps of a block. Decides the order of sums.
         stages: Steps of 16 positions that a warp has on their way.
         columns: The most groups of eight rows of a block. With more each history is read less
-            often, with fewer more blocks share the work.
+            often, with fewer more blocks share the work. Changes no bits.
     """
 
     chunk: int = 512
@@ -87,7 +87,7 @@ class AttentionPlan:
 
     @property
     def columns(self) -> int:
-        """Groups of eight rows of a block; two do not fit the registers with the widest heads."""
+        """Groups of eight rows of a block: as tuned, where there are rows and registers for it."""
         rows = self.tokens * self.n_heads // self.n_kv_heads
         return 1 if rows <= 8 or self.head_dim > 128 else self.tuning.columns
 

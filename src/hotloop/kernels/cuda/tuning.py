@@ -1,4 +1,4 @@
-"""What a launch should choose for speed, from the shape alone.
+"""What a launch should choose for speed, from the shape and the device.
 
 The rules are what tuning every product of a step in its place, on one H100, had in common
 (``tuned-anew-steps.txt`` and others in ``benchmarks/results/h100-kernels/trials``). The number of
@@ -25,7 +25,7 @@ COPIED_BYTES = 44 * 1024
 """Of all warps' copies at a time: of longer ones there are too few on their way."""
 
 LEAST_RING_BYTES, RING_BYTES = 48 * 1024, 128 * 1024
-"""Weights on their way in a block: three of its warps' copies, or two."""
+"""Bounds of what a block has on its way; the higher is three copies of 42 KB, or two of 44."""
 
 RING_SHARE = 0.8
 """Of all that a block reads, that its ring should hold at most. A product that asks for everything
