@@ -205,6 +205,7 @@ inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   return narrow(one(low(a), low(b), low(c)), one(high(a), high(b), high(c)));
 }
 inline uint32_t mask_or(uint32_t value, uint32_t mask, uint32_t b) { return (value & mask) | b; }
+inline uint32_t spread_odd_bytes(uint32_t word) { return word >> 8 & 0x00ff00ffu; }
 inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 inline float exp2_fast(float x) { return std::exp2(x); }

@@ -29,17 +29,17 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   for (int block = 0; block < kUnitBlocks; block++) {
     uint32_t a[2][4];
     Weight::operands(from, block, lane, a);
-    if constexpr (Weight::kGroupBlocks > 0) {
-      const uint32_t* group = Weight::group(from, block);
-      const uint32_t scale = group[g], offset = Weight::kOffset ? group[8 + g] : 0;
-      for (int i = 0; i < 2; i++)
-        for (int r = 0; r < 4; r++) {
-          const float s = r % 2 ? high(scale) : low(scale), o = r % 2 ? high(offset) : low(offset);
-          const float first = low(a[i][r]) - Weight::kRaised;
-          const float second = high(a[i][r]) - Weight::kRaised;
-          a[i][r] = narrow(fmaf(first, s, o), fmaf(second, s, o));
-        }
-    }
+    const uint32_t* group = nullptr;
+    if constexpr (Weight::kGroupBlocks > 0) group = Weight::group(from, block);
+    const uint32_t scale = group != nullptr ? group[g] : kOnes;
+    const uint32_t offset = Weight::kOffset ? group[8 + g] : 0;
+    for (int i = 0; i < 2; i++)
+      for (int r = 0; r < 4; r++) {
+        const float s = r % 2 ? high(scale) : low(scale), o = r % 2 ? high(offset) : low(offset);
+        const float first = weight_of<Weight>(low(a[i][r]), r);
+        const float second = weight_of<Weight>(high(a[i][r]), r);
+        a[i][r] = narrow(fmaf(first, s, o), fmaf(second, s, o));
+      }
     const int k = 32 * (unit * kUnitBlocks + block) + 8 * t;
     if (k >= args.k) continue;
     for (int h = 0; h < 2; h++)

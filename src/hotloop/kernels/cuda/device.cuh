@@ -63,6 +63,11 @@ __device__ __forceinline__ uint32_t mask_or(uint32_t value, uint32_t mask, uint3
   return result;
 }
 
+// Bytes 1 and 3 of a word where bytes 0 and 2 were, and zeros.
+__device__ __forceinline__ uint32_t spread_odd_bytes(uint32_t word) {
+  return __byte_perm(word, 0, 0x4341);
+}
+
 // The low halves of two words, or the high ones, as one word.
 __device__ __forceinline__ uint32_t low_halves(uint32_t first, uint32_t second) {
   return __byte_perm(first, second, 0x5410);

@@ -5,9 +5,9 @@
 // are B, so up to eight of them cost little more than one.
 //
 // A block keeps a ring of shared memory per warp full of weights that are on their way. It asks for
-// the first of them before it waits for the kernel that computes x. Warps share out K, so every
-// block sees all of x; one more warp adds up what they found, in a fixed order, and applies the
-// epilogue.
+// most of them before it waits for the kernel that computes x, then for x, and only then for the
+// rest: what is asked for first comes first. Warps share out K, so every block sees all of x; one
+// more warp adds up what they found, in a fixed order, and applies the epilogue.
 //
 // A norm is taken apart. The product before has its result multiplied by the norm's weight already,
 // and adds up squares, a tile at a time; the factor that is common to a row is applied to the sums.
@@ -54,7 +54,9 @@ struct Linear {
   static constexpr int kUnitBlocks = Weight::kUnitK / 32;
   static constexpr int kMaxRows = 8 * kColumns;
   static constexpr bool kGroups = Weight::kGroupBlocks > 0;
-  static constexpr int kUnitSums = Weight::kOffset ? kUnitBlocks / Weight::kGroupBlocks : 0;
+  static constexpr int kGroupBlocks = kGroups ? Weight::kGroupBlocks : kUnitBlocks;
+  static constexpr int kUnitGroups = kUnitBlocks / kGroupBlocks;
+  static constexpr bool kSums = Weight::kRaised > 0 || Weight::kOffset;  // x adds up
   // x that is not staged is read a unit ahead, where registers allow.
   static constexpr bool kAhead = !kStaged && kColumns == 1;
 
@@ -69,7 +71,7 @@ struct Linear {
   // Shared memory.
   uint8_t* ring;
   float4* sums;           // [kBuffers][kWarps][kTiles][kColumns][32]
-  float* x_sums;          // of this warp's groups of weights: [groups][kMaxRows]
+  float* x_sums;          // of kSums, over each of this warp's groups or in all: [groups][kMaxRows]
   uint4* staged;          // this warp's x: [rows][x_stride]
   uint64_t* arrived;      // [stages], of this warp: the copy is there
   float* factors;         // [kMaxRows], of kNorm
@@ -95,8 +97,9 @@ struct Linear {
     arrived = taken + kBuffers + warp * a.stages;
     memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * a.stages) + 15) / 16 * 16;
     const int units_of_warp = (a.units + kWarps - 1) / kWarps;
-    x_sums = reinterpret_cast<float*>(memory) + warp * units_of_warp * kUnitSums * kMaxRows;
-    memory += sizeof(float) * kWarps * units_of_warp * kUnitSums * kMaxRows;
+    const int warp_sums = kMaxRows * (kGroups ? units_of_warp * kUnitGroups : kSums ? 1 : 0);
+    x_sums = reinterpret_cast<float*>(memory) + warp * warp_sums;
+    memory += sizeof(float) * kWarps * warp_sums;
     chunks = (min(end_unit * Weight::kUnitK, a.k) - first_unit * Weight::kUnitK) / 8;
     // Rows begin an odd number of half lines apart: eight lanes read two of them at once.
     x_stride = 4 * (units_of_warp * kUnitBlocks | 1);
@@ -112,12 +115,18 @@ struct Linear {
 
   // The warps that multiply.
 
-  // Where the next copy comes from. Kept by all lanes alike.
+  // Where the next copy comes from, and how many were asked for. Kept by all lanes alike.
   struct Cursor {
-    int item, unit;
+    int item, unit, asked;
+    uint64_t policy;
   };
 
-  __device__ __forceinline__ void ask(Cursor& next, int stage, uint64_t policy) {
+  // As many copies as there are stages, or fewer for a start.
+  __device__ __forceinline__ void ask_up_to(Cursor& next, int n) {
+    while (next.asked < n) ask(next, next.asked++);
+  }
+
+  __device__ __forceinline__ void ask(Cursor& next, int stage) {
     if (next.item >= n_items) return;
     const int units = min(args.units_per_stage, end_unit - next.unit);
     const int bytes = units * Weight::kUnitBytes;
@@ -127,66 +136,90 @@ struct Linear {
       copy(ring + stage * stage_bytes + r * tile_bytes,
            args.weight +
                (static_cast<int64_t>(tile + r) * args.units + next.unit) * Weight::kUnitBytes,
-           bytes, arrived + stage, policy, lane);
+           bytes, arrived + stage, next.policy, lane);
     copy_end(arrived + stage, lane);
     next.unit += units;
-    if (next.unit == end_unit) next = {next.item + item_step, first_unit};
+    if (next.unit == end_unit) next.item += item_step, next.unit = first_unit;
   }
 
   __device__ __forceinline__ void multiply() {
-    const uint64_t policy = read_once_policy();
-    Cursor next = {first_unit < end_unit ? first_item : n_items, first_unit};
+    Cursor next = {first_unit < end_unit ? first_item : n_items, first_unit, 0, read_once_policy()};
     if (lane == 0)
       for (int i = 0; i < args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
     barriers_are_ready();
     sync_warp();
-    for (int i = 0; i < args.stages; i++) ask(next, i, policy);
+    ask_up_to(next, args.stages - 1);
     launch_dependents();
     sync_block();  // the other barriers are ready
     wait_for_predecessor();
     float squares[kSquaresAtOnce];  // on their way together with x
     if (kNorm) ask_for_squares(warp, 0, squares);
-    if (kStaged) take_x();
+    if (kStaged) take_x(next);
     if (kNorm) find_factors(squares);
-    if (Weight::kOffset) add_up_x();
 
     uint4 ahead[kUnitBlocks];
     if (kAhead) read_unit(first_unit, ahead);
-    int stage = 0, number = 0;
-    uint32_t parity = 0;
-    for (int item = first_item; item < n_items; item += item_step, number++) {
+    ask_up_to(next, args.stages);
+    Stage stage = {0, 0};
+    for (int item = first_item, number = 0; item < n_items; item += item_step, number++) {
       float sum[kTiles][kColumns][4] = {};
-      const uint4* x = staged + staged_row * x_stride + t;  // of the next unit, in row 0 or row g
-      const float* x_sum = x_sums + 2 * t;
-      for (int unit = first_unit; unit < end_unit;) {
-        barrier_wait(arrived + stage, parity);
-        const uint8_t* weights = ring + stage * stage_bytes;
-        const int end = min(unit + args.units_per_stage, end_unit);
-        for (; unit < end; unit++) {
-          multiply_unit(weights, x, x_sum, unit, ahead, sum);
-          weights += Weight::kUnitBytes;
-          x += kUnitBlocks * 4;
-          x_sum += kUnitSums * kMaxRows;
-        }
-        sync_warp();  // every lane has read the stage: it can be overwritten
-        ask(next, stage, policy);
-        if (++stage == args.stages) stage = 0, parity ^= 1;
-      }
+      if (kSums && number == 0)
+        multiply_item<kSums>(stage, next, ahead, sum);
+      else
+        multiply_item<false>(stage, next, ahead, sum);
       put_sums(sum, number);
     }
   }
 
-  // Sums of groups run in two chains, since each product waits for the one before it.
-  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
-                                                const float* x_sum, int unit,
+  // Of the ring: which is next, and of which round.
+  struct Stage {
+    int index;
+    uint32_t parity;
+  };
+
+  // kFirst: what x adds up to is found on the way; other items have it then.
+  template <bool kFirst>
+  __device__ __forceinline__ void multiply_item(Stage& stage, Cursor& next,
                                                 uint4 ahead[kUnitBlocks],
                                                 float sum[kTiles][kColumns][4]) {
-    constexpr int kGroupBlocks = Weight::kGroupBlocks;
+    const uint4* x = staged + staged_row * x_stride + t;  // of the next unit, in row 0 or row g
+    float* x_sum = x_sums + 2 * t;
+    float x_total[kColumns][2][4] = {};
+    for (int unit = first_unit; unit < end_unit;) {
+      barrier_wait(arrived + stage.index, stage.parity);
+      const uint8_t* weights = ring + stage.index * stage_bytes;
+      const int end = min(unit + args.units_per_stage, end_unit);
+      for (; unit < end; unit++) {
+        multiply_unit<kFirst>(weights, x, x_sum, unit, ahead, x_total, sum);
+        weights += Weight::kUnitBytes;
+        x += kUnitBlocks * 4;
+        if (kGroups) x_sum += kUnitGroups * kMaxRows;
+      }
+      sync_warp();  // every lane has read the stage: it can be overwritten
+      ask(next, stage.index);
+      if (++stage.index == args.stages) stage = {0, stage.parity ^ 1};
+    }
+    if (!kGroups && kSums)
+#pragma unroll
+      for (int c = 0; c < kColumns; c++) {
+        const float2 sum_of_x = x_sum_of<kFirst>(x_sum, 0, c, x_total[c]);
+#pragma unroll
+        for (int r = 0; r < kTiles; r++) lower(sum[r][c], sum_of_x);
+      }
+    if (kFirst) sync_warp();
+  }
+
+  // Sums of groups run in two chains, since each product waits for the one before it.
+  template <bool kFirst>
+  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
+                                                float* x_sum, int unit, uint4 ahead[kUnitBlocks],
+                                                float x_total[kColumns][2][4],
+                                                float sum[kTiles][kColumns][4]) {
     float even[kTiles][kColumns][4], odd[kTiles][kColumns][4];
     uint4 here[kUnitBlocks];
     if (kAhead) {
 #pragma unroll
-      for (int block = 0; block < kUnitBlocks; block++) here[block] = ahead[block];
+      for (int block = 0; block < kUnitBlocks; block++) here[block] = lifted(ahead[block]);
       read_unit(unit + 1 < end_unit ? unit + 1 : first_unit, ahead);
     }
 #pragma unroll
@@ -194,66 +227,84 @@ struct Linear {
       uint4 b[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; c++)
-        b[c] = kStaged  ? x[block * 4 + staged_rows_to(c) * x_stride]
-               : kAhead ? here[block]
-                        : read_x(unit * kUnitBlocks + block, c);
-      if constexpr (kGroups) {
-        if (block % kGroupBlocks == 0)
-#pragma unroll
-          for (int c = 0; c < kColumns; c++) begin_group(x_sum, block / kGroupBlocks, c, even, odd);
-      }
+        b[c] = kAhead ? here[block] : operand_x(x, unit, block, c);
+      if (kGroups && block % kGroupBlocks == 0) clear(even, odd, x_total);
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
-        const uint8_t* tile = weights + r * tile_bytes;
         uint32_t a[2][4];
-        Weight::operands(tile, block, lane, a);
+        Weight::operands(weights + r * tile_bytes, block, lane, a);
 #pragma unroll
         for (int c = 0; c < kColumns; c++) {
           mma(kGroups ? even[r][c] : sum[r][c], a[0], b[c].x, b[c].y);
           mma(kGroups ? odd[r][c] : sum[r][c], a[1], b[c].z, b[c].w);
         }
-        if constexpr (kGroups) {
-          if (block % kGroupBlocks == kGroupBlocks - 1) {
-            const uint32_t* group = Weight::group(tile, block);
-            const uint32_t scale = group[g];
+      }
+      if constexpr (kFirst) {
+        const uint32_t ones[4] = {Weight::one(0), Weight::one(0), Weight::one(1), Weight::one(1)};
 #pragma unroll
-            for (int c = 0; c < kColumns; c++) {
-#pragma unroll
-              for (int i = 0; i < 4; i++) even[r][c][i] += odd[r][c][i];
-              add_scaled(sum[r][c], scale, even[r][c]);
-              if constexpr (Weight::kOffset) {
-                const float2 x = x_sum_of(x_sum, block / kGroupBlocks, c);
-                const float sums[4] = {x.x, x.y, x.x, x.y};
-                add_scaled(sum[r][c], group[8 + g], sums);
-              }
-            }
-          }
+        for (int c = 0; c < kColumns; c++) {
+          mma(x_total[c][0], ones, b[c].x, b[c].y);
+          mma(x_total[c][1], ones, b[c].z, b[c].w);
         }
       }
-    }
-  }
-
-  // What rows 8c + 2t and 8c + 2t + 1 of x add up to over a group of weights.
-  static __device__ __forceinline__ float2 x_sum_of(const float* x_sum, int group, int c) {
-    return *reinterpret_cast<const float2*>(x_sum + group * kMaxRows + 8 * c);
-  }
-
-  // Sums begin with what takes back by how much the operands are more than the weights.
-  static __device__ __forceinline__ void begin_group(const float* x_sum, int group, int c,
-                                                     float even[kTiles][kColumns][4],
-                                                     float odd[kTiles][kColumns][4]) {
-    float2 less = {0, 0};
-    if constexpr (Weight::kRaised > 0) {
-      less = x_sum_of(x_sum, group, c);
-      less = {-Weight::kRaised * less.x, -Weight::kRaised * less.y};
-    }
+      if constexpr (kGroups) {
+        if (block % kGroupBlocks == kGroupBlocks - 1)
 #pragma unroll
-    for (int r = 0; r < kTiles; r++)
+          for (int c = 0; c < kColumns; c++)
+            end_group(weights, block, c,
+                      x_sum_of<kFirst>(x_sum, block / kGroupBlocks, c, x_total[c]), even, odd, sum);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void clear(float even[kTiles][kColumns][4],
+                                               float odd[kTiles][kColumns][4],
+                                               float x_total[kColumns][2][4]) {
+#pragma unroll
+    for (int c = 0; c < kColumns; c++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        even[r][c][i] = i % 2 == 0 ? less.x : less.y;
-        odd[r][c][i] = 0;
+#pragma unroll
+        for (int r = 0; r < kTiles; r++) even[r][c][i] = odd[r][c][i] = 0;
+        x_total[c][0][i] = x_total[c][1][i] = 0;
       }
+  }
+
+  __device__ __forceinline__ void end_group(const uint8_t* weights, int block, int c, float2 x_sum,
+                                            float even[kTiles][kColumns][4],
+                                            float odd[kTiles][kColumns][4],
+                                            float sum[kTiles][kColumns][4]) {
+#pragma unroll
+    for (int r = 0; r < kTiles; r++) {
+      const uint32_t* group = Weight::group(weights + r * tile_bytes, block);
+#pragma unroll
+      for (int i = 0; i < 4; i++) even[r][c][i] += odd[r][c][i];
+      lower(even[r][c], x_sum);
+      add_scaled(sum[r][c], group[g], even[r][c]);
+      if constexpr (Weight::kOffset) {
+        const float sums[4] = {x_sum.x, x_sum.y, x_sum.x, x_sum.y};
+        add_scaled(sum[r][c], group[8 + g], sums);
+      }
+    }
+  }
+
+  // What rows 8c + 2t and 8c + 2t + 1 of x add up to over a group of weights, or in all: products
+  // with weights of one, of which every lane has those of its rows.
+  template <bool kFirst>
+  __device__ __forceinline__ float2 x_sum_of(float* x_sum, int group, int c,
+                                             const float x_total[2][4]) const {
+    float2* kept = reinterpret_cast<float2*>(x_sum + group * kMaxRows + 8 * c);
+    if (!kFirst) return *kept;
+    const float2 sum = {x_total[0][0] + x_total[1][0], x_total[0][1] + x_total[1][1]};
+    if (g == 0) *kept = sum;
+    return sum;
+  }
+
+  // Takes back by how much the operands were more than the weights.
+  static __device__ __forceinline__ void lower(float sum[4], float2 x_sum) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      sum[i] = fmaf(-Weight::kRaised, i % 2 == 0 ? x_sum.x : x_sum.y, sum[i]);
   }
 
   // Rows g and g + 8 of a tile have a scale each.
@@ -265,8 +316,21 @@ struct Linear {
     sum[3] = fmaf(high(scales), more[3], sum[3]);
   }
 
-  // x as B operands: of rows 8c + g the features from 8t on of a block of 32. Lanes whose row does
-  // not exist read another one: what they compute is not written anywhere.
+  // x as B operands: of rows 8c + g the features from 8t on of a block of 32, multiplied by the power
+  // of two that the weights lack. Lanes whose row does not exist read another one: what they compute
+  // is not written anywhere.
+
+  static __device__ __forceinline__ uint4 lifted(uint4 x) {
+    if constexpr (Weight::kFall == 1) return x;
+    return {times(x.x, Weight::lift(0)), times(x.y, Weight::lift(1)), times(x.z, Weight::lift(0)),
+            times(x.w, Weight::lift(1))};
+  }
+
+  // From x of a unit on: where the unit's begins in row 0 or row g.
+  __device__ __forceinline__ uint4 operand_x(const uint4* x, int unit, int block, int c) const {
+    if constexpr (kStaged) return x[block * 4 + staged_rows_to(c) * x_stride];
+    return lifted(read_x(unit * kUnitBlocks + block, c));
+  }
 
   // From row g of x in shared memory to row 8c + g.
   __device__ __forceinline__ int staged_rows_to(int c) const {
@@ -274,32 +338,42 @@ struct Linear {
   }
 
   // This warp's part of x, by ordinary reads: copies in bulk, as weights come, would come after
-  // those that were asked for before. Eight reads are on their way at once.
-  __device__ __forceinline__ void take_x() {
+  // those that were asked for before. As many reads are on their way at once as there are registers.
+  __device__ __forceinline__ void take_x(Cursor& next) {
     const int all = (end_unit - first_unit) * kUnitBlocks * 4;
+    constexpr int kSteps = kWarps <= 12 ? 2 : 1;
     if (args.rows <= 2)
       for (int row = 0; row < args.rows; row++)
-        for (int begin = lane; begin < all; begin += 8 * 32) take_chunks<32, 0>(row, begin, all);
+        for (int begin = lane; begin < all; begin += 8 * 32)
+          take_chunks<8, 1>(next, row, begin, all);
     else
       for (int row = 0; row < args.rows; row += 8)
-        for (int begin = lane; begin < all; begin += 32) take_chunks<0, 1>(row, begin, all);
+        for (int begin = lane; begin < all; begin += kSteps * 32)
+          take_chunks<kSteps, 8>(next, row, begin, all);
     sync_warp();
   }
 
-  // Beyond the last feature weights are zeros, and x must be numbers.
-  template <int kChunkStep, int kRowStep>
-  __device__ __forceinline__ void take_chunks(int first_row, int first_chunk, int all) {
-    uint4 x[8];
+  // So many chunks, 32 apart, of so many rows. Beyond the last feature weights are zeros, and x must
+  // be numbers.
+  template <int kSteps, int kRows>
+  __device__ __forceinline__ void take_chunks(Cursor& next, int first_row, int first_chunk,
+                                              int all) {
+    uint4 x[kSteps][kRows];
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int row = first_row + i * kRowStep, chunk = first_chunk + i * kChunkStep;
-      x[i] = row < args.rows && chunk < chunks ? x_chunks(row)[chunk] : uint4{0, 0, 0, 0};
-    }
+    for (int i = 0; i < kSteps; i++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int row = first_row + i * kRowStep, chunk = first_chunk + i * kChunkStep;
-      if (row < args.rows && chunk < all) staged[row * x_stride + chunk] = x[i];
-    }
+      for (int r = 0; r < kRows; r++) {
+        const int row = first_row + r, chunk = first_chunk + 32 * i;
+        x[i][r] = row < args.rows && chunk < chunks ? x_chunks(row)[chunk] : uint4{0, 0, 0, 0};
+      }
+    ask_up_to(next, args.stages);
+#pragma unroll
+    for (int i = 0; i < kSteps; i++)
+#pragma unroll
+      for (int r = 0; r < kRows; r++) {
+        const int row = first_row + r, chunk = first_chunk + 32 * i;
+        if (row < args.rows && chunk < all) staged[row * x_stride + chunk] = lifted(x[i][r]);
+      }
   }
 
   // What the norm multiplies each row by, for the warp that finishes: warps share out the rows.
@@ -333,26 +407,6 @@ struct Linear {
     return reinterpret_cast<const uint4*>(args.x + static_cast<int64_t>(row) * args.k +
                                           first_unit * Weight::kUnitK);
   }
-
-  // What this warp's x adds up to over each group of weights.
-  __device__ __forceinline__ void add_up_x() {
-    constexpr int kGroupChunks = 4 * Weight::kGroupBlocks;
-    const int all_chunks = (end_unit - first_unit) * kUnitBlocks * 4;
-    for (int row = 0; row < args.rows; row++) {
-      const uint4* from = kStaged ? staged + row * x_stride : x_chunks(row);
-      for (int begin = 0; begin < all_chunks; begin += 32) {
-        const int chunk = begin + lane;
-        const uint4 x = chunk < chunks ? from[chunk] : uint4{0, 0, 0, 0};
-        float sum = (add(x.x) + add(x.y)) + (add(x.z) + add(x.w));
-        for (int mask = 1; mask < kGroupChunks; mask *= 2) sum += shuffle_xor(sum, mask);
-        if (chunk % kGroupChunks == 0 && chunk < all_chunks)
-          x_sums[chunk / kGroupChunks * kMaxRows + row] = sum;
-      }
-    }
-    sync_warp();
-  }
-
-  static __device__ __forceinline__ float add(uint32_t pair) { return low(pair) + high(pair); }
 
   // x where it is not staged; zeros beyond the last feature.
   __device__ __forceinline__ uint4 read_x(int block, int c) const {
@@ -505,6 +559,7 @@ struct Linear {
     float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
+      if (Weight::kFall != 1) v[i] *= Weight::kFall;
       if (Weight::kChannelScale) v[i] *= beside.scale[i / 2];
       if (kNorm) v[i] *= factor[i % 2];
       if (args.bias != nullptr) v[i] += beside.bias[i / 2];

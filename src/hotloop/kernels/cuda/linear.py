@@ -215,10 +215,10 @@ class LinearPlan:
         t = self.tuning
         sums = 16 * _BUFFERS * t.warps * tiles * self.columns * 32
         barriers = 8 * 2 * _BUFFERS
-        x_sums = 0
-        if self.form.group_size and not self.form.symmetric:
-            groups = self._units_of_warp * self.form.unit_k // self.form.group_size
-            x_sums = 4 * t.warps * groups * 8 * self.columns
+        per_warp = 1 if self.form.kind == "int8" else 0
+        if self.form.group_size:
+            per_warp = self._units_of_warp * self.form.unit_k // self.form.group_size
+        x_sums = 4 * t.warps * per_warp * 8 * self.columns
         factors = 4 * 8 * self.columns
         return sums + factors + barriers + 16 + x_sums
 

@@ -8,7 +8,8 @@ tile is one run of bytes, and a lane reads its operands with one instruction.
 With ``paired``, the weight is gate and up features one below the other, and a tile takes eight of
 each, so that SwiGLU finds both of a feature in one lane.
 
-What does not fill a tile or a unit is padded with zeros, which results never see.
+Integers are stored without signs, eight bits plus 128 and four bits plus 8. What does not fill a
+tile or a unit is padded, and results never see it.
 
 Shape letters: N output features, K input features, G groups along K.
 """
@@ -123,6 +124,8 @@ def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | No
     rows = F.pad(rows, (0, form.units * form.unit_k - form.k))
     ordered = rows.view(_axes(form)).permute(_ORDERS[form.kind])
     flat = (form.tiles, form.units, FRAGMENT_BYTES)
+    if form.kind == "int8":
+        ordered = ordered ^ -128  # the same bits as 128 more without a sign
     if form.kind != "int4":
         return ordered.contiguous().view(torch.uint8).view(flat)
     assert scale is not None, "int4 has scales"
@@ -141,6 +144,8 @@ def unpack(form: Format, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
         ordered = torch.stack((fragments & 15, fragments >> 4), dim=-1).view(torch.int8) - 8
     else:
         ordered = fragments.contiguous().view(torch.int16 if form.kind == "bf16" else torch.int8)
+    if form.kind == "int8":
+        ordered = ordered ^ -128
     order, axes = _ORDERS[form.kind], _axes(form)
     back = [order.index(axis) for axis in range(len(order))]
     rows = ordered.view([axes[axis] for axis in order]).permute(back)
@@ -164,7 +169,7 @@ _ORDERS: dict[Kind, tuple[int, ...]] = {
     "bf16": (0, 3, 4, 6, 2, 5, 7, 1, 8),
     "fp8": (0, 3, 4, 2, 5, 6, 7, 8, 1),
     "int8": (0, 3, 4, 2, 5, 6, 7, 8, 1),
-    "int4": (0, 3, 4, 2, 5, 6, 8, 7, 1),
+    "int4": (0, 3, 4, 2, 5, 6, 8, 1, 7),
 }
 
 

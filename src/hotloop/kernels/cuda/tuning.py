@@ -1,9 +1,9 @@
 """What a launch should choose for speed, from the shape and the device.
 
 The rules are what tuning every product of a step in its place, on one H100, had in common
-(``tuned-anew-steps.txt`` and others in ``benchmarks/results/h100-kernels/trials``). The number of
-warps, which decides the order of sums, is chosen by the weight alone, whatever the device and the
-number of rows.
+(``tuned-anew-steps.txt``, ``behind-x-rings.txt`` and others in
+``benchmarks/results/h100-kernels/trials``). The number of warps, which decides the order of sums,
+is chosen by the weight alone, whatever the device and the number of rows.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ UNITS = (4, 3, 2, 1)
 COPIED_BYTES = 44 * 1024
 """Of all warps' copies at a time: of longer ones there are too few on their way."""
 
-LEAST_RING_BYTES, RING_BYTES = 48 * 1024, 128 * 1024
-"""Bounds of what a block has on its way; the higher is three copies of 42 KB, or two of 44."""
+COPIES = 4
+"""Of a warp, on their way."""
+
+LEAST_RING_BYTES, RING_BYTES = 48 * 1024, 160 * 1024
+"""Bounds of what a block has on its way."""
+
+INT4_RING_BYTES = 128 * 1024
+"""The higher of these bounds where weights take longer to compute with than to come: what is there
+already is then not used any sooner, and what other kernels read comes later."""
 
 RING_SHARE = 0.8
 """Of all that a block reads, that its ring should hold at most. A product that asks for everything
@@ -42,8 +49,10 @@ def linear_tuning(form: Format, limits: Limits) -> Tuning:
     one ends, just when memory would be idle.
     """
     warps, units = min(itertools.product(WARPS, UNITS), key=lambda way: _cost(form, *way))
+    most = INT4_RING_BYTES if form.kind == "int4" else RING_BYTES
+    copies = COPIES * warps * units * form.unit_bytes
     share = int(RING_SHARE * form.nbytes / limits.n_sms)
-    ring_bytes = min(RING_BYTES, max(LEAST_RING_BYTES, share))
+    ring_bytes = min(most, max(LEAST_RING_BYTES, min(copies, share)))
     while units > 1 and 2 * warps * units * form.unit_bytes > ring_bytes:
         units = next(fewer for fewer in range(units - 1, 0, -1) if units % fewer == 0)
     return Tuning(warps=warps, units_per_stage=units, ring_bytes=ring_bytes)

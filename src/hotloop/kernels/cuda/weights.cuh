@@ -12,16 +12,23 @@ constexpr int kTileRows = 16;
 constexpr int kFragmentBytes = 1024;  // of a unit
 constexpr uint32_t kOnes = 0x3f803f80u;
 
-// How each type of weight becomes two A operands for each block of 32 input features.
+// How each type of weight becomes two A operands for each block of 32 input features, with as few
+// instructions as can be: its bits are cut out and lie where a bfloat16 of few bits has its own, so
+// that its value is the weight's but for a power of two. x makes up for a part of that, and the
+// results for the rest, which keeps sums far from both ends of what float can hold.
 //
 // kUnitK: input features of a unit. kGroupBlocks: blocks that share a scale, 0 if all do. kOffset:
-// groups have offsets too, so that what x adds up to over each group is known. Then operands can be
-// kRaised more than the weights, since that comes off with the offset.
+// groups have offsets too. kRaised: by how much operands are more than the weights; what x adds up
+// to takes that back. kFall: what results are multiplied by. lift(i), a pair of bfloat16: what x is
+// multiplied by where it meets the operands' registers 2i and 2i + 1. one(i): what a weight of one
+// would be there, if it were not raised.
 
 struct Bf16 {
-  static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupBlocks = 0;
-  static constexpr int kRaised = 0;
+  static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupBlocks = 0, kRaised = 0;
   static constexpr bool kChannelScale = false, kOffset = false;
+  static constexpr float kFall = 1;
+
+  static __device__ __forceinline__ constexpr uint32_t lift(int) { return kOnes; }
 
   static __device__ __forceinline__ void operands(const uint8_t* unit, int, int lane,
                                                   uint32_t a[2][4]) {
@@ -36,7 +43,6 @@ struct Bf16 {
 template <class Derived>
 struct EightBits {
   static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupBlocks = 0;
-  static constexpr int kRaised = 0;
   static constexpr bool kChannelScale = true, kOffset = false;
 
   static __device__ __forceinline__ void operands(const uint8_t* unit, int block, int lane,
@@ -49,55 +55,74 @@ struct EightBits {
   }
 };
 
+// Weights plus 128. A byte that ends a bfloat16 of zeros is worth 2^-133 times the integer in it.
 struct Int8 : EightBits<Int8> {
-  // A bfloat16 of 128 plus the lower seven bits, less 128 or 256 by the sign: exact.
-  static __device__ __forceinline__ uint32_t pair(uint32_t word) {
-    const uint32_t magnitude = mask_or(word, 0x007f007fu, 0x43004300u);
-    const uint32_t minus = mask_or(word, 0x00800080u, 0xc300c300u);
-    return fma_pair(magnitude, kOnes, minus);
-  }
+  static constexpr int kRaised = 128;
+  static constexpr float kFall = 0x1p67f;
+
+  static __device__ __forceinline__ constexpr uint32_t lift(int) { return 0x60806080u; }  // 2^66
+  static __device__ __forceinline__ constexpr uint32_t one(int) { return 0x00010001u; }
+
   static __device__ __forceinline__ void convert(uint32_t word, uint32_t& even, uint32_t& odd) {
-    even = pair(word);
-    odd = pair(word >> 8);
+    even = word & 0x00ff00ffu;
+    odd = spread_odd_bytes(word);
   }
 };
 
+// Sign, exponent and mantissa of e4m3 moved to their places in bfloat16 are the value times 2^-120,
+// subnormal ones too.
 struct Fp8 : EightBits<Fp8> {
-  // Sign, exponent and mantissa of e4m3 moved to their places in bfloat16 are the value times
-  // 2^-120, subnormal ones too: exact.
-  static __device__ __forceinline__ uint32_t pair(uint32_t shifted) {
-    const uint32_t moved = mask_or(shifted >> 4, 0x07f007f0u, shifted & 0x80008000u);
-    return fma_pair(moved, 0x7b807b80u, kMinusZeros);
+  static constexpr int kRaised = 0;
+  static constexpr float kFall = 0x1p60f;
+
+  static __device__ __forceinline__ constexpr uint32_t lift(int) { return 0x5d805d80u; }  // 2^60
+
+  static __device__ __forceinline__ uint32_t pair(uint32_t signs, uint32_t rest) {
+    return mask_or(rest, 0x07f007f0u, signs & 0x80008000u);
   }
   static __device__ __forceinline__ void convert(uint32_t word, uint32_t& even, uint32_t& odd) {
-    even = pair(word << 8);
-    odd = pair(word);
+    even = pair(word << 8, word << 4);
+    odd = pair(word, word >> 4);
   }
 };
 
-// Four pairs of weights, each plus 8, in the nibbles of a word. After the fragments of a unit come,
-// for each of its groups, the scales of the tile and then its offsets, rows g and g + 8 together.
+// Four pairs of weights, each plus 8, in the nibbles of a word: a byte's nibbles are of the same
+// row, and the higher counts 16 times. After the fragments of a unit come, for each of its groups,
+// the scales of the tile and then its offsets, rows g and g + 8 together.
 template <int kGroup, bool kAsymmetric>
 struct Int4 {
-  static constexpr int kUnitK = 128, kGroupBlocks = kGroup / 32;
+  static constexpr int kUnitK = 128, kGroupBlocks = kGroup / 32, kRaised = 8;
   static constexpr int kGroupBytes = (kAsymmetric ? 4 : 2) * kTileRows;
   static constexpr int kUnitBytes = kFragmentBytes + kUnitK / kGroup * kGroupBytes;
-  static constexpr int kRaised = kAsymmetric ? 136 : 0;
   static constexpr bool kChannelScale = false, kOffset = kAsymmetric;
+  static constexpr float kFall = 0x1p67f;
 
-  // A bfloat16 of 128 plus the nibble, less 136 if need be: exact.
-  static __device__ __forceinline__ uint32_t pair(uint32_t word) {
-    const uint32_t raised = mask_or(word, 0x000f000fu, 0x43004300u);
-    return kRaised > 0 ? raised : fma_pair(raised, kOnes, 0xc308c308u);
+  static __device__ __forceinline__ constexpr uint32_t lift(int i) {
+    return i == 0 ? 0x60806080u : 0x5e805e80u;  // 2^66, 2^62
   }
+  static __device__ __forceinline__ constexpr uint32_t one(int i) {
+    return i == 0 ? 0x00010001u : 0x00100010u;
+  }
+
   static __device__ __forceinline__ void operands(const uint8_t* unit, int block, int lane,
                                                   uint32_t a[2][4]) {
     const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * block + lane];
-    for (int r = 0; r < 4; r++) a[0][r] = pair(words.x >> 4 * r);
-    for (int r = 0; r < 4; r++) a[1][r] = pair(words.y >> 4 * r);
+    convert(words.x, a[0]);
+    convert(words.y, a[1]);
+  }
+  static __device__ __forceinline__ void convert(uint32_t word, uint32_t a[4]) {
+    const uint32_t odd = word >> 8;
+    a[0] = word & 0x000f000fu, a[2] = word & 0x00f000f0u;
+    a[1] = odd & 0x000f000fu, a[3] = odd & 0x00f000f0u;
   }
   static __device__ __forceinline__ const uint32_t* group(const uint8_t* unit, int block) {
     return reinterpret_cast<const uint32_t*>(unit + kFragmentBytes +
                                              block / kGroupBlocks * kGroupBytes);
   }
 };
+
+// The weight that an operand of register r stands for.
+template <class Weight>
+__device__ __forceinline__ float weight_of(float operand, int r) {
+  return operand * low(Weight::lift(r / 2)) * Weight::kFall - Weight::kRaised;
+}
