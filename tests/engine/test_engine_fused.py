@@ -156,6 +156,7 @@ def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, qua
     forward = FusedForward(fast.decoder, fast.cache, device, n_tokens=vocab - 3)
     prompt = FusedPrompt(forward, fast.decoder, fast.cache, device, chunk=20, shared=False)
     generator = torch.Generator().manual_seed(1)
+    found = []
     for first, T in (((0, 0), 31), ((31, 31), 1), ((32, 20), 4), ((36, 21), 1)):
         ids = torch.randint(vocab, (2, T), generator=generator)
         positions = positions_from(*first, T=T)
@@ -163,12 +164,17 @@ def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, qua
         if T > fused.MAX_TOKENS:  # prompts, of which only the last tokens have logits
             logits = torch.stack([prompt(row, 0, slot) for slot, row in enumerate(ids)])
             assert distance(logits, wanted[:, -1:]) < 2 * distance(plainly, wanted)
-            wanted, plainly, logits = (torch.stack(m.cache.layer(2)) for m in (exact, eager, fast))
+            caches = [torch.stack(m.cache.layer(2)) for m in (exact, eager, fast)]
+            assert distance(caches[2], caches[0]) < 1.3 * distance(caches[1], caches[0])
         else:
             logits, best = forward(ids, positions, N_POSITIONS)
             assert torch.equal(best, logits[..., : vocab - 3].argmax(-1))
-        error, usual = distance(logits, wanted), distance(plainly, wanted)
-        assert error < 1.3 * usual, f"{T} tokens at {first}: {error:.3g} and not {usual:.3g}"
+            assert distance(logits, wanted) < 2 * distance(plainly, wanted), f"{T} at {first}"
+            found.append((wanted, plainly, logits))
+    # Of one token alone, errors of the same size differ by a fifth from seed to seed.
+    wanted, plainly, logits = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
+    error, usual = distance(logits, wanted), distance(plainly, wanted)
+    assert error < 1.3 * usual, f"{error:.3g} and not {usual:.3g}"
 
 
 def distance(x: Tensor, wanted: Tensor) -> Tensor:

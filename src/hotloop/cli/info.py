@@ -67,19 +67,21 @@ def machine() -> dict[str, Any]:
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    found = []
+    provenances = []
     for device in devices:
         with stderr().status(f"Measuring the read bandwidth of {device}"):
-            provenance = hardware.provenance(device)
-        found.append(
-            {
-                "device": str(device),
-                **provenance["device"],
-                "free_bytes": hardware.free_bytes(device),
-                "execution": execution(device),
-            }
-        )
-    return {name: provenance[name] for name in ("hotloop", "versions", "host")} | {"devices": found}
+            provenances.append(hardware.provenance(device))
+    first, *_ = provenances
+    found = [
+        {
+            "device": str(device),
+            **provenance["device"],
+            "free_bytes": hardware.free_bytes(device),
+            "execution": execution(device),
+        }
+        for device, provenance in zip(devices, provenances, strict=True)
+    ]
+    return {name: first[name] for name in ("hotloop", "versions", "host")} | {"devices": found}
 
 
 def execution(device: torch.device) -> dict[str, dict[str, Any]]:
