@@ -502,7 +502,8 @@ class DecodeStep:
                         qkv, attended, keys, values, slots, self.positions, *turns, **work
                     )
                 )
-            calls.append(plans["o"].call(attended, x, *weights["o"], **added))
+            ahead, _ = weights["gate_up"]
+            calls.append(plans["o"].call(attended, x, *weights["o"], **added, ahead=ahead))
             calls.append(plans["gate_up"].call(normed, hidden, *weights["gate_up"]))
             calls.append(plans["down"].call(hidden, x, *weights["down"], **added))
         if "ends" in self.parts:

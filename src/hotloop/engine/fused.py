@@ -112,8 +112,9 @@ class FusedForward:
         for i, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
             qkv = self._product(plans.qkv, layer.qkv_proj, normed)
             attended = self._attend(plans.attention, i, qkv, slots_B, positions_B)
+            ahead, *_ = layer.gate_up_proj.packed
             x_MD, normed = self._add(
-                plans.o, layer.o_proj, attended, x_MD, layer.post_attention_norm
+                plans.o, layer.o_proj, attended, x_MD, layer.post_attention_norm, ahead
             )
             gated = self._product(plans.gate_up, layer.gate_up_proj, normed)
             x_MD, normed = self._add(plans.down, layer.down_proj, gated, x_MD, next_norm)
@@ -173,16 +174,22 @@ class FusedForward:
         return out
 
     def _add(
-        self, plans: _RowPlans, linear: Linear, x_MK: Tensor, onto_MD: Tensor, norm: RMSNorm
+        self,
+        plans: _RowPlans,
+        linear: Linear,
+        x_MK: Tensor,
+        onto_MD: Tensor,
+        norm: RMSNorm,
+        ahead: Tensor | None = None,
     ) -> tuple[Tensor, Normed]:
         """The residual stream and a product, in the stream's place, on its way to a norm."""
         onward = _onward_to(norm, onto_MD)
         if self._shared:  # ranks have parts of the product
-            total_MD = self._layers[0].total(self._product(plans, linear, x_MK))
+            total_MD = self._layers[0].total(self._product(plans, linear, x_MK, ahead=ahead))
             self._dependent = False
             self._launch(step.add(total_MD, onto_MD, onto_MD, onward))
         else:
-            self._product(plans, linear, x_MK, onto=onto_MD, onward=onward)
+            self._product(plans, linear, x_MK, onto=onto_MD, onward=onward, ahead=ahead)
         return onto_MD, onward.normed
 
     def _logits(self, plans: _RowPlans, normed: Normed) -> tuple[Tensor, Tensor | None]:
@@ -207,8 +214,12 @@ class FusedForward:
         onto: Tensor | None = None,
         onward: Onward | None = None,
         best: tuple[Tensor, Tensor] | None = None,
+        ahead: Tensor | None = None,
     ) -> Tensor:
-        """A product, added to ``onto`` in its place; of the head, with what is ``best``."""
+        """A product, added to ``onto`` in its place; of the head, with what is ``best``.
+
+        The beginning of the weight ``ahead`` comes into the L2 cache meanwhile.
+        """
         (_, plan) = plans[0]
         x_MK = x.x if isinstance(x, Normed) else x
         y = x_MK.new_empty(len(x_MK), plan.width, dtype=plan.dtype) if onto is None else onto
@@ -222,6 +233,7 @@ class FusedForward:
                 onward=None if onward is None else onward.rows(rows),
                 best=None if best is None else (best[0][rows], best[1][rows]),
                 n_best=min(self._n_tokens, linear.n),
+                ahead=ahead,
             )
             self._launch(call)
         return y

@@ -8,7 +8,8 @@
 // takes every so many-th step of 16 positions.
 //
 // The history was written before the step began, so it is read before waiting for the product: up
-// to what a warp's ring holds into shared memory, the rest into the L2 cache.
+// to what a warp's ring holds into shared memory, the rest into the L2 cache. The next kernel may
+// begin only when the new tokens are here: what it asks for would come before them.
 //
 // Bits: which chunk, warp and step a position belongs to is decided by the position alone, and what
 // a token does not see adds zeros; so a token's result has the same bits however many new tokens
@@ -50,6 +51,7 @@ struct Attention {
   static constexpr int kRows = 8 * kColumns;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kHalf = kE / 2;
+  static constexpr int kChunks = kE / 8;  // of 16 bytes, of a row
 
   const AttentionArgs& args;
   const int thread, lane, warp, g, t;
@@ -65,6 +67,7 @@ struct Attention {
   // Shared memory.
   bf16 *new_q, *new_k, *new_v;  // [kRows, E], [T, E], [T, E]
   float* turns;                 // [T, 2, E / 2]: cosines and sines of the new tokens
+  int *row_token, *row_head;    // [kRows]: which new token and query head a row is
   uint64_t* arrived;            // [kStages], of this warp: the copy is there
   uint32_t* flag;
   bf16* ring;                   // [kStages, 2, kStep, E], of this warp: keys and values
@@ -87,7 +90,9 @@ struct Attention {
     new_k = new_q + kRows * kE;
     new_v = new_k + a.tokens * kE;
     turns = reinterpret_cast<float*>(new_v + a.tokens * kE);
-    arrived = reinterpret_cast<uint64_t*>(turns + a.tokens * kE) + warp * kStages;
+    row_token = reinterpret_cast<int*>(turns + a.tokens * kE);
+    row_head = row_token + kRows;
+    arrived = reinterpret_cast<uint64_t*>(row_head + kRows) + warp * kStages;
     flag = reinterpret_cast<uint32_t*>(arrived + (kWarps - warp) * kStages);
     uint8_t* rings = reinterpret_cast<uint8_t*>(flag) + (kWarps * kStages % 2 ? 8 : 16);
     ring = reinterpret_cast<bf16*>(rings) + warp * kStages * 2 * kStep * kE;
@@ -96,12 +101,12 @@ struct Attention {
     found_sum = found_max + kWarps * kRows;
   }
 
-  // A row is a new token and a query head.
-  __device__ __forceinline__ int token_of(int row) const {
-    return min(row_block * kRows + row, n_rows - 1) / group;
-  }
-  __device__ __forceinline__ int head_of(int row) const {
-    return j * group + (row_block * kRows + row) % group;
+  // Divides what needs dividing while there is time for it.
+  __device__ __forceinline__ void find_rows() {
+    if (thread >= kRows) return;
+    const int row = min(row_block * kRows + thread, n_rows - 1);
+    row_token[thread] = row / group;
+    row_head[thread] = j * group + row % group;
   }
 
   // Positions that this block looks at.
@@ -114,7 +119,6 @@ struct Attention {
   __device__ __forceinline__ bool has_new_tokens() const { return end_position() > position; }
 
   __device__ __forceinline__ void run() {
-    launch_dependents();
     if (chunk >= n_chunks) return;
     const int n_steps = (end_position() + kStep - 1) / kStep;
     int step = max(first_position(), begin) / kStep;
@@ -127,15 +131,23 @@ struct Attention {
     for (int i = 0; i < kStages; i++) ask(step + i * kWarps, n_steps, i, policy);
     for (int later = step + kStages * kWarps; later < n_steps; later += kWarps) foresee(later);
     read_turns();
+    find_rows();
     sync_block();
+    NewHead first[kAtOnce];
+    find_new_heads(warp, first);
+    int token_at[kColumns][2];  // positions of rows 8c + 2t and 8c + 2t + 1
+    for (int c = 0; c < kColumns; c++)
+      for (int i = 0; i < 2; i++)
+        token_at[c][i] = min(position + row_token[8 * c + 2 * t + i], end - 1);
 
     wait_for_predecessor();
-    take_new_tokens();
+    take_new_tokens(first);
+    launch_dependents();
     sync_block();
     if (row_block == 0) store_new_tokens();
     float sum[kColumns][kQuads][4][4] = {}, max[kColumns][2], weight[kColumns][2] = {};
     for (int c = 0; c < kColumns; c++) max[c][0] = max[c][1] = -infinity();
-    attend(step, n_steps, policy, sum, max, weight);
+    attend(step, n_steps, policy, token_at, sum, max, weight);
     sync_block();  // the rings are no longer needed: their memory is
     put_found(sum, max, weight);
     sync_block();
@@ -151,16 +163,23 @@ struct Attention {
     return min(kStep, position - kStep * step);
   }
 
+  // Positions that the cache does not hold are zeros until new tokens take their places.
   __device__ __forceinline__ void ask(int step, int n_steps, int stage, uint64_t policy) {
-    const int n = history_of(step);
-    if (step >= n_steps || n <= 0) return;
-    const int64_t at = static_cast<int64_t>(step) * kStep * kE;
-    const int bytes = n * kE * sizeof(bf16);
+    if (step >= n_steps) return;
+    const int n = max(history_of(step), 0);
     bf16* to = ring + stage * 2 * kStep * kE;
-    copy_begin(arrived + stage, 2 * bytes, lane);
-    copy(to, keys + at, bytes, arrived + stage, policy, lane);
-    copy(to + kStep * kE, values + at, bytes, arrived + stage, policy, lane);
-    copy_end(arrived + stage, lane);
+    if (n > 0) {
+      const int64_t at = static_cast<int64_t>(step) * kStep * kE;
+      const int bytes = n * kE * sizeof(bf16);
+      copy_begin(arrived + stage, 2 * bytes, lane);
+      copy(to, keys + at, bytes, arrived + stage, policy, lane);
+      copy(to + kStep * kE, values + at, bytes, arrived + stage, policy, lane);
+      copy_end(arrived + stage, lane);
+    }
+#pragma unroll 1
+    for (int i = n * kChunks + lane; i < kStep * kChunks; i += 32)
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<uint4*>(to)[kStep * kChunks + i] =
+          uint4{0, 0, 0, 0};
   }
 
   __device__ __forceinline__ void foresee(int step) {
@@ -185,31 +204,53 @@ struct Attention {
   static constexpr int kPairs = (kHalf + 31) / 32;  // of a head's halves, of a lane
   static constexpr int kAtOnce = 4;                 // heads of a warp that are on their way together
 
-  __device__ __forceinline__ void take_new_tokens() {
-    const int width = (args.heads + 2 * args.kv_heads) * kE;
-    const bf16* qkv = args.qkv + static_cast<int64_t>(b) * args.tokens * width;
-    const int n_keys = has_new_tokens() ? args.tokens : 0, n = n_here + 2 * n_keys;
+  // Where a head of a new token comes from and goes to; a query's and a key's are turned on the way.
+  struct NewHead {
+    const bf16* from;
+    const bf16* norm;
+    bf16* to;
+    int token;
+    bool turned;
+  };
+
+  __device__ __forceinline__ int n_new_keys() const { return has_new_tokens() ? args.tokens : 0; }
+
+  // Those of a warp are kWarps apart: queries, then keys, then values.
+  __device__ __forceinline__ void find_new_heads(int first, NewHead heads[kAtOnce]) const {
+    const int n_keys = n_new_keys(), width = args.heads + 2 * args.kv_heads;
+    const bf16* qkv = args.qkv + static_cast<int64_t>(b) * args.tokens * width * kE;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      const int at = first + i * kWarps, key = at - n_here, value = key - n_keys;
+      if (value >= n_keys) break;
+      NewHead& h = heads[i];
+      h.turned = value < 0;
+      int head;
+      if (key < 0)
+        h.token = row_token[at], head = row_head[at], h.norm = args.q_norm, h.to = new_q + at * kE;
+      else if (value < 0)
+        h.token = key, head = args.heads + j, h.norm = args.k_norm, h.to = new_k + key * kE;
+      else
+        h.token = value, head = args.heads + args.kv_heads + j, h.to = new_v + value * kE;
+      h.from = qkv + (h.token * width + head) * kE;
+    }
+  }
+
+  __device__ __forceinline__ void take_new_tokens(NewHead heads[kAtOnce]) {
+    const int n = n_here + 2 * n_new_keys();
     for (int first = warp; first < n; first += kAtOnce * kWarps) {
+      if (first > warp) find_new_heads(first, heads);
       float x[kAtOnce][kPairs][2];
 #pragma unroll
       for (int i = 0; i < kAtOnce; i++) {
-        const int at = first + i * kWarps;
-        if (at >= n) break;
-        const bool is_query = at < n_here, is_key = at < n_here + n_keys;
-        const int token = is_query ? token_of(at) : (at - n_here) % args.tokens;
-        const int head = is_query ? head_of(at) : args.heads + (is_key ? 0 : args.kv_heads) + j;
-        read_head(qkv + token * width + head * kE, x[i]);
+        if (first + i * kWarps >= n) break;
+        read_head(heads[i].from, x[i]);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; i++) {
-        const int at = first + i * kWarps, key = at - n_here, value = key - n_keys;
-        if (at >= n) break;
-        if (at < n_here)
-          turn(x[i], args.q_norm, token_of(at), new_q + at * kE);
-        else if (value < 0)
-          turn(x[i], args.k_norm, key, new_k + key * kE);
-        else
-          put_head(x[i], new_v + value * kE);
+        if (first + i * kWarps >= n) break;
+        if (heads[i].turned) turn(x[i], heads[i].norm, heads[i].token);
+        put_head(x[i], heads[i].to);
       }
     }
   }
@@ -235,7 +276,7 @@ struct Attention {
   }
 
   // Norm (as the plain one: rounded before and after its weight) and rotation of one head.
-  __device__ __forceinline__ void turn(float x[kPairs][2], const bf16* norm, int token, bf16* to) {
+  __device__ __forceinline__ void turn(float x[kPairs][2], const bf16* norm, int token) {
     if (norm != nullptr) {
       float squares = 0;
 #pragma unroll
@@ -263,15 +304,15 @@ struct Attention {
       x[i][0] = first * cos - second * sin;
       x[i][1] = second * cos + first * sin;
     }
-    put_head(x, to);
   }
 
   // Each is stored by the block whose chunk it is in.
   __device__ __forceinline__ void store_new_tokens() {
     const int first = max(position, first_position());
-    const int64_t to = static_cast<int64_t>(first) * (kE / 8);
-    const int from = (first - position) * (kE / 8);
-    for (int i = thread; i < (end_position() - first) * (kE / 8); i += kThreads) {
+    const int64_t to = static_cast<int64_t>(first) * kChunks;
+    const int from = (first - position) * kChunks;
+#pragma unroll 1
+    for (int i = thread; i < (end_position() - first) * kChunks; i += kThreads) {
       reinterpret_cast<uint4*>(keys)[to + i] = reinterpret_cast<const uint4*>(new_k)[from + i];
       reinterpret_cast<uint4*>(values)[to + i] = reinterpret_cast<const uint4*>(new_v)[from + i];
     }
@@ -280,18 +321,16 @@ struct Attention {
   // Scores, softmax and sum.
 
   __device__ __forceinline__ void attend(int step, int n_steps, uint64_t policy,
+                                         const int token_at[kColumns][2],
                                          float sum[kColumns][kQuads][4][4], float max[kColumns][2],
                                          float weight[kColumns][2]) {
     if (step >= n_steps) return;
     uint4 q[kColumns][kBlocks];
-    int token_at[kColumns][2];  // positions of rows 8c + 2t and 8c + 2t + 1
 #pragma unroll
     for (int c = 0; c < kColumns; c++) {
       const uint4* from = reinterpret_cast<const uint4*>(new_q + (8 * c + g) * kE);
 #pragma unroll
       for (int block = 0; block < kBlocks; block++) q[c][block] = from[4 * block + t];
-      for (int i = 0; i < 2; i++)
-        token_at[c][i] = min(position + token_of(8 * c + 2 * t + i), end - 1);
     }
     int stage = 0;
     uint32_t parity = 0;
@@ -300,7 +339,7 @@ struct Attention {
       bf16* k = ring + stage * 2 * kStep * kE;
       bf16* v = k + kStep * kE;
       if (n > 0) barrier_wait(arrived + stage, parity);
-      if (n < kStep) add_new_tokens(step, n > 0 ? n : 0, k, v);
+      if (n < kStep) add_new_tokens(step, k);
 
       float even[kColumns][4] = {}, odd[kColumns][4] = {};
       const uint4* k0 = reinterpret_cast<const uint4*>(k + g * kE);
@@ -350,16 +389,16 @@ struct Attention {
         for (int mask = 4; mask < 32; mask *= 2) weight[c][i] += shuffle_xor(weight[c][i], mask);
   }
 
-  // Into a step of which the cache holds the first n positions; what nobody sees is zero.
-  __device__ __forceinline__ void add_new_tokens(int step, int n, bf16* k, bf16* v) {
-    for (int i = lane; i < (kStep - n) * (kE / 8); i += 32) {
-      const int row = n + i / (kE / 8), e = i % (kE / 8), token = kStep * step + row - position;
-      const bool is_new = token < end - position;
-      const uint4* new_key = reinterpret_cast<const uint4*>(new_k + token * kE) + e;
-      const uint4* new_value = reinterpret_cast<const uint4*>(new_v + token * kE) + e;
-      reinterpret_cast<uint4*>(k + row * kE)[e] = is_new ? *new_key : uint4{0, 0, 0, 0};
-      reinterpret_cast<uint4*>(v + row * kE)[e] = is_new ? *new_value : uint4{0, 0, 0, 0};
-    }
+  // Into the places of a step that they have; a lane takes a piece of the key or of the value.
+  __device__ __forceinline__ void add_new_tokens(int step, bf16* k) {
+#pragma unroll 1
+    for (int at = max(position, kStep * step); at < min(end, kStep * step + kStep); at++)
+      for (int i = lane; i < 2 * kChunks; i += 32) {
+        const bool is_value = i >= kChunks;
+        const int piece = i % kChunks, to = at % kStep + (is_value ? kStep : 0);
+        const uint4* from = reinterpret_cast<const uint4*>(is_value ? new_v : new_k);
+        reinterpret_cast<uint4*>(k)[to * kChunks + piece] = from[(at - position) * kChunks + piece];
+      }
     sync_warp();
   }
 
@@ -427,37 +466,45 @@ struct Attention {
       }
   }
 
+  // Of a row, two dimensions side by side.
   struct Merged {
-    float sum = 0, weight = 0, max;
+    float sum[2] = {0, 0}, weight = 0, max = -infinity();
 
     // Parts are added in order, once their largest score is known.
-    __device__ __forceinline__ void add(float more, float more_max, float more_weight) {
+    __device__ __forceinline__ void add(float2 more, float more_max, float more_weight) {
       const float shrink = exp2_fast(more_max - finite(max));
-      sum = fmaf(more, shrink, sum);
+      sum[0] = fmaf(more.x, shrink, sum[0]);
+      sum[1] = fmaf(more.y, shrink, sum[1]);
       weight = fmaf(more_weight, shrink, weight);
     }
   };
 
-  // What this block's warps found, of one row and dimension.
-  __device__ __forceinline__ Merged merged(int row, int e) const {
+  static constexpr int kRowPairs = kE / 2;
+
+  // What this block's warps found.
+  __device__ __forceinline__ Merged merged(int row, int pair) const {
     Merged m;
-    m.max = -infinity();
+#pragma unroll
     for (int w = 0; w < kWarps; w++) m.max = fmaxf(m.max, found_max[w * kRows + row]);
+#pragma unroll
     for (int w = 0; w < kWarps; w++) {
       const int at = w * kRows + row;
-      m.add(found[at * kE + e], found_max[at], found_sum[at]);
+      m.add(reinterpret_cast<const float2*>(found)[at * kRowPairs + pair], found_max[at],
+            found_sum[at]);
     }
     return m;
   }
 
-  __device__ __forceinline__ void put_out(int row, int e, const Merged& m) const {
-    const int64_t token = static_cast<int64_t>(b) * args.tokens + token_of(row);
-    args.out[(token * args.heads + head_of(row)) * kE + e] = narrow(m.sum / m.weight);
+  __device__ __forceinline__ void put_out(int row, int pair, const Merged& m) const {
+    const int64_t token = static_cast<int64_t>(b) * args.tokens + row_token[row];
+    const int64_t at = (token * args.heads + row_head[row]) * kRowPairs + pair;
+    const float part = 1 / m.weight;
+    reinterpret_cast<uint32_t*>(args.out)[at] = narrow(m.sum[0] * part, m.sum[1] * part);
   }
 
   __device__ __forceinline__ void write_out() const {
-    for (int i = thread; i < n_here * kE; i += kThreads)
-      put_out(i / kE, i % kE, merged(i / kE, i % kE));
+    for (int i = thread; i < n_here * kRowPairs; i += kThreads)
+      put_out(i / kRowPairs, i % kRowPairs, merged(i / kRowPairs, i % kRowPairs));
   }
 
   // [groups][chunks][sums (kRows, E), largest (kRows), weights (kRows)]
@@ -472,11 +519,11 @@ struct Attention {
 
   __device__ __forceinline__ bool put_share() const {
     float* to = share(chunk);
-    for (int i = thread; i < n_here * kE; i += kThreads) {
-      const int row = i / kE;
-      const Merged m = merged(row, i % kE);
-      to[i] = m.sum;
-      if (i % kE == 0) {
+    for (int i = thread; i < n_here * kRowPairs; i += kThreads) {
+      const int row = i / kRowPairs;
+      const Merged m = merged(row, i % kRowPairs);
+      reinterpret_cast<float2*>(to)[i] = float2{m.sum[0], m.sum[1]};
+      if (i % kRowPairs == 0) {
         to[kRows * kE + row] = m.max;
         to[kRows * kE + kRows + row] = m.weight;
       }
@@ -485,16 +532,16 @@ struct Attention {
   }
 
   __device__ __forceinline__ void join_shares() const {
-    for (int i = thread; i < n_here * kE; i += kThreads) {
-      const int row = i / kE;
+    for (int i = thread; i < n_here * kRowPairs; i += kThreads) {
+      const int row = i / kRowPairs;
       Merged m;
-      m.max = -infinity();
       for (int s = 0; s < n_chunks; s++)
         m.max = fmaxf(m.max, load_from_others(share(s) + kRows * kE + row));
       for (int s = 0; s < n_chunks; s++)
-        m.add(load_from_others(share(s) + i), load_from_others(share(s) + kRows * kE + row),
+        m.add(load_from_others(reinterpret_cast<const float2*>(share(s)) + i),
+              load_from_others(share(s) + kRows * kE + row),
               load_from_others(share(s) + kRows * kE + kRows + row));
-      put_out(row, i % kE, m);
+      put_out(row, i % kRowPairs, m);
     }
   }
 };

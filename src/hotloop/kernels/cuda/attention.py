@@ -120,7 +120,7 @@ class AttentionPlan:
     def shared_bytes(self) -> int:
         """Shared memory of a block, laid out as in ``Attention``'s constructor."""
         rows, warps, stages = 8 * self.columns, self.tuning.warps, self.tuning.stages
-        new = 2 * (rows + 4 * self.tokens) * self.head_dim
+        new = 2 * (rows + 4 * self.tokens) * self.head_dim + 8 * rows
         barriers = 8 * warps * stages + (8 if warps * stages % 2 else 16)
         rings = 4 * warps * stages * STEP * self.head_dim
         found = 4 * warps * rows * (self.head_dim + 2)
@@ -137,7 +137,7 @@ class AttentionPlan:
             args="AttentionArgs",
             threads=32 * warps,
             # Registers that leave room beside it for a block of a product.
-            blocks_per_sm=max(1, 16 // warps) if self.columns == 1 else 1,
+            registers=120 if self.columns == 1 else None,
         )
 
     def call(

@@ -43,7 +43,7 @@ class Kernel:
         function: The function, with its template arguments.
         args: The struct it takes.
         threads: Of a block.
-        blocks_per_sm: That should fit a multiprocessor: limits the registers of a thread.
+        registers: The most that a thread has, or None for as many as the compiler likes.
     """
 
     name: str
@@ -51,13 +51,16 @@ class Kernel:
     function: str
     args: str
     threads: int
-    blocks_per_sm: int = 1
+    registers: int | None = None
 
     def source(self) -> str:
         """A translation unit with the entry point."""
+        bounds = f"__launch_bounds__({self.threads}, 1)"  # as many registers as there are
+        if self.registers is not None:
+            bounds = f"__maxnreg__({self.registers})"
         return (
             f'#include "{self.file}"\n'
-            f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.blocks_per_sm})\n'
+            f'extern "C" __global__ void {bounds}\n'
             f"{self.name}(const __grid_constant__ {self.args} args) {{ {self.function}(args); }}\n"
         )
 

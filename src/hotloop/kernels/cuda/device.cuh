@@ -294,4 +294,7 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t n, uin
 }
 
 // Reads what other blocks wrote during this kernel.
-__device__ __forceinline__ float load_from_others(const float* p) { return __ldcg(p); }
+template <class T>
+__device__ __forceinline__ T load_from_others(const T* p) {
+  return __ldcg(p);
+}

@@ -57,6 +57,11 @@ class Limits:
     n_sms: int
     shared_bytes: int
 
+    @property
+    def alone_bytes(self) -> int:
+        """Shared memory of a block that leaves no room for another like it beside it."""
+        return self.shared_bytes // 2 + 512  # each takes 1 KB more than it asks for
+
 
 class Arguments(ctypes.Structure):
     """A struct of ``*.cu``; pointers are given as tensors, and absent ones as None."""

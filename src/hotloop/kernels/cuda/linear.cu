@@ -35,10 +35,12 @@ struct LinearArgs {
   float* next_squares;           // [M, tiles]: of y
   float* best_value;             // [M, blocks], of kLogits, or null
   int* best_index;               // [M, blocks]
+  const uint8_t* ahead;          // what a later kernel reads first, or null
   int rows, n, k;
   int n_best;                    // output features that can be the best
   int tiles, units;
   int stages, units_per_stage;   // a warp's ring: how many copies, and the length of each
+  int ahead_bytes;
   float eps;                     // of kNorm
 };
 
@@ -47,9 +49,9 @@ enum Epilogue { kPlain, kSwiGLU, kLogits };
 constexpr int kBuffers = 2;  // of sums on their way to the epilogue
 
 // kTiles: tiles that a warp computes together from one reading of x. kColumns: groups of eight
-// rows of x. kStaged: each warp keeps its part of x in shared memory.
-template <class Weight, int kWarps, int kTiles, int kColumns, Epilogue kEpilogue, bool kNorm,
-          bool kStaged>
+// rows of x. kFew: there are two at most. kStaged: each warp keeps its part of x in shared memory.
+template <class Weight, int kWarps, int kTiles, int kColumns, bool kFew, Epilogue kEpilogue,
+          bool kNorm, bool kStaged>
 struct Linear {
   static constexpr int kUnitBlocks = Weight::kUnitK / 32;
   static constexpr int kMaxRows = 8 * kColumns;
@@ -63,9 +65,12 @@ struct Linear {
   const LinearArgs& args;
   const int lane, warp, g, t;
   const int first_item, item_step, n_items;        // items are first_item, + item_step, ...
-  const int tile_bytes, stage_bytes;               // of a stage of the ring
+  const int stages, units_per_stage;               // of the ring
+  const int tile_bytes, stage_bytes;               // of a stage
+  const int row_bytes;                             // between a tile's units and the next one's
   const int staged_row;                            // g, or 0 if there is no such row
   int first_unit, end_unit;                        // of this warp, in every item
+  int64_t to_next_item;                            // bytes, from the end of this warp's units
   int chunks, x_stride;                            // of eight features: this warp's; between rows
 
   // Shared memory.
@@ -81,21 +86,25 @@ struct Linear {
   __device__ __forceinline__ Linear(const LinearArgs& a, int thread, int block, int blocks)
       : args(a), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
         first_item(block), item_step(blocks), n_items((a.tiles + kTiles - 1) / kTiles),
-        tile_bytes(a.units_per_stage * Weight::kUnitBytes), stage_bytes(kTiles * tile_bytes),
+        stages(a.stages), units_per_stage(a.units_per_stage),
+        tile_bytes(units_per_stage * Weight::kUnitBytes), stage_bytes(kTiles * tile_bytes),
+        row_bytes(a.units * Weight::kUnitBytes),
         staged_row(g < a.rows ? g : 0) {
     first_unit = a.units * warp / kWarps;
     end_unit = a.units * (warp + 1) / kWarps;
+    to_next_item = static_cast<int64_t>(item_step) * kTiles * row_bytes -
+                   (end_unit - first_unit) * Weight::kUnitBytes;
     uint8_t* memory = shared_memory();
-    ring = memory + warp * a.stages * stage_bytes;
-    memory += kWarps * a.stages * stage_bytes;
+    ring = memory + warp * stages * stage_bytes;
+    memory += kWarps * stages * stage_bytes;
     sums = reinterpret_cast<float4*>(memory);
     memory += sizeof(float4) * kBuffers * kWarps * kTiles * kColumns * 32;
     factors = reinterpret_cast<float*>(memory);
     memory += sizeof(float) * kMaxRows;
     summed = reinterpret_cast<uint64_t*>(memory);
     taken = summed + kBuffers;
-    arrived = taken + kBuffers + warp * a.stages;
-    memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * a.stages) + 15) / 16 * 16;
+    arrived = taken + kBuffers + warp * stages;
+    memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * stages) + 15) / 16 * 16;
     const int units_of_warp = (a.units + kWarps - 1) / kWarps;
     const int warp_sums = kMaxRows * (kGroups ? units_of_warp * kUnitGroups : kSums ? 1 : 0);
     x_sums = reinterpret_cast<float*>(memory) + warp * warp_sums;
@@ -117,9 +126,16 @@ struct Linear {
 
   // Where the next copy comes from, and how many were asked for. Kept by all lanes alike.
   struct Cursor {
+    const uint8_t* from;
     int item, unit, asked;
     uint64_t policy;
   };
+
+  __device__ __forceinline__ Cursor beginning() const {
+    const int64_t at = static_cast<int64_t>(first_item) * kTiles * args.units + first_unit;
+    return {args.weight + at * Weight::kUnitBytes, first_unit < end_unit ? first_item : n_items,
+            first_unit, 0, read_once_policy()};
+  }
 
   // As many copies as there are stages, or fewer for a start.
   __device__ __forceinline__ void ask_up_to(Cursor& next, int n) {
@@ -128,38 +144,39 @@ struct Linear {
 
   __device__ __forceinline__ void ask(Cursor& next, int stage) {
     if (next.item >= n_items) return;
-    const int units = min(args.units_per_stage, end_unit - next.unit);
+    const int units = min(units_per_stage, end_unit - next.unit);
     const int bytes = units * Weight::kUnitBytes;
-    const int tile = next.item * kTiles, tiles = min(kTiles, args.tiles - tile);
+    const int tiles = kTiles == 1 ? 1 : min(kTiles, args.tiles - next.item * kTiles);
     copy_begin(arrived + stage, tiles * bytes, lane);
     for (int r = 0; r < tiles; r++)
-      copy(ring + stage * stage_bytes + r * tile_bytes,
-           args.weight +
-               (static_cast<int64_t>(tile + r) * args.units + next.unit) * Weight::kUnitBytes,
-           bytes, arrived + stage, next.policy, lane);
+      copy(ring + stage * stage_bytes + r * tile_bytes, next.from + r * row_bytes, bytes,
+           arrived + stage, next.policy, lane);
     copy_end(arrived + stage, lane);
     next.unit += units;
-    if (next.unit == end_unit) next.item += item_step, next.unit = first_unit;
+    next.from += bytes;
+    if (next.unit == end_unit)
+      next.item += item_step, next.unit = first_unit, next.from += to_next_item;
   }
 
   __device__ __forceinline__ void multiply() {
-    Cursor next = {first_unit < end_unit ? first_item : n_items, first_unit, 0, read_once_policy()};
+    Cursor next = beginning();
     if (lane == 0)
-      for (int i = 0; i < args.stages; i++) barrier_init(arrived + i, kCopyArrivals);
+      for (int i = 0; i < stages; i++) barrier_init(arrived + i, kCopyArrivals);
     barriers_are_ready();
     sync_warp();
-    ask_up_to(next, args.stages - 1);
+    ask_up_to(next, stages - 1);
     launch_dependents();
+    if (args.ahead != nullptr) look_ahead();
     sync_block();  // the other barriers are ready
     wait_for_predecessor();
     float squares[kSquaresAtOnce];  // on their way together with x
-    if (kNorm) ask_for_squares(warp, 0, squares);
+    if (kNorm && !kFew) ask_for_squares(warp, 0, squares);
     if (kStaged) take_x(next);
-    if (kNorm) find_factors(squares);
+    if (kNorm && !kFew) find_factors(squares);
 
     uint4 ahead[kUnitBlocks];
     if (kAhead) read_unit(first_unit, ahead);
-    ask_up_to(next, args.stages);
+    ask_up_to(next, stages);
     Stage stage = {0, 0};
     for (int item = first_item, number = 0; item < n_items; item += item_step, number++) {
       float sum[kTiles][kColumns][4] = {};
@@ -169,6 +186,15 @@ struct Linear {
         multiply_item<false>(stage, next, ahead, sum);
       put_sums(sum, number);
     }
+  }
+
+  // This warp's part of what a later kernel reads first comes into the L2 cache, while memory has
+  // little else to do.
+  __device__ __forceinline__ void look_ahead() const {
+    const int warps = gridDim.x * kWarps, bytes = (args.ahead_bytes / warps + 127) / 128 * 128;
+    const int begin = (blockIdx.x * kWarps + warp) * bytes;
+    const int n = min(bytes, args.ahead_bytes - begin);
+    if (n > 0) prefetch(args.ahead + begin, n, lane);
   }
 
   // Of the ring: which is next, and of which round.
@@ -188,7 +214,7 @@ struct Linear {
     for (int unit = first_unit; unit < end_unit;) {
       barrier_wait(arrived + stage.index, stage.parity);
       const uint8_t* weights = ring + stage.index * stage_bytes;
-      const int end = min(unit + args.units_per_stage, end_unit);
+      const int end = min(unit + units_per_stage, end_unit);
       for (; unit < end; unit++) {
         multiply_unit<kFirst>(weights, x, x_sum, unit, ahead, x_total, sum);
         weights += Weight::kUnitBytes;
@@ -197,7 +223,7 @@ struct Linear {
       }
       sync_warp();  // every lane has read the stage: it can be overwritten
       ask(next, stage.index);
-      if (++stage.index == args.stages) stage = {0, stage.parity ^ 1};
+      if (++stage.index == stages) stage = {0, stage.parity ^ 1};
     }
     if (!kGroups && kSums)
 #pragma unroll
@@ -342,7 +368,7 @@ struct Linear {
   __device__ __forceinline__ void take_x(Cursor& next) {
     const int all = (end_unit - first_unit) * kUnitBlocks * 4;
     constexpr int kSteps = kWarps <= 12 ? 2 : 1;
-    if (args.rows <= 2)
+    if (kFew)
       for (int row = 0; row < args.rows; row++)
         for (int begin = lane; begin < all; begin += 8 * 32)
           take_chunks<8, 1>(next, row, begin, all);
@@ -366,7 +392,7 @@ struct Linear {
         const int row = first_row + r, chunk = first_chunk + 32 * i;
         x[i][r] = row < args.rows && chunk < chunks ? x_chunks(row)[chunk] : uint4{0, 0, 0, 0};
       }
-    ask_up_to(next, args.stages);
+    ask_up_to(next, stages);
 #pragma unroll
     for (int i = 0; i < kSteps; i++)
 #pragma unroll
@@ -390,17 +416,24 @@ struct Linear {
   }
 
   __device__ __forceinline__ void find_factors(float squares[]) {
-    const int parts = (args.k + kTileRows - 1) / kTileRows;
     for (int row = warp; row < args.rows; row += kWarps) {
-      float sum = 0;
-      for (int begin = 0; begin < parts; begin += 32 * kSquaresAtOnce) {
-        if (row != warp || begin > 0) ask_for_squares(row, begin, squares);
-#pragma unroll
-        for (int i = 0; i < kSquaresAtOnce; i++) sum += squares[i];
-      }
-      for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-      if (lane == 0) factors[row] = rsqrtf(sum / args.k + args.eps);
+      if (row != warp) ask_for_squares(row, 0, squares);
+      const float factor = factor_of(row, squares);
+      if (lane == 0) factors[row] = factor;
     }
+  }
+
+  // The first squares were asked for.
+  __device__ __forceinline__ float factor_of(int row, float squares[]) const {
+    const int parts = (args.k + kTileRows - 1) / kTileRows;
+    float sum = 0;
+    for (int begin = 0; begin < parts; begin += 32 * kSquaresAtOnce) {
+      if (begin > 0) ask_for_squares(row, begin, squares);
+#pragma unroll
+      for (int i = 0; i < kSquaresAtOnce; i++) sum += squares[i];
+    }
+    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+    return rsqrtf(sum / args.k + args.eps);
   }
 
   __device__ __forceinline__ const uint4* x_chunks(int row) const {
@@ -460,6 +493,13 @@ struct Linear {
     sync_block();
     wait_for_predecessor();  // for what it reads, and since y may still be in use
     float factor[kColumns][2];  // of the norm, for rows 8c + 2t and 8c + 2t + 1
+    if (kNorm && kFew)
+#pragma unroll
+      for (int row = 0; row < 2; row++) {
+        float squares[kSquaresAtOnce];
+        ask_for_squares(row, 0, squares);
+        factor[0][row] = row < args.rows ? factor_of(row, squares) : 0;
+      }
     Best best[kColumns][2];
     int number = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
@@ -469,7 +509,7 @@ struct Linear {
 #pragma unroll
         for (int c = 0; c < kColumns; c++) beside[r][c] = read_beside(item * kTiles + r, c);
       barrier_wait(summed + number % kBuffers, number / kBuffers % 2);
-      if (kNorm && number == 0)
+      if (kNorm && !kFew && number == 0)
 #pragma unroll
         for (int c = 0; c < kColumns; c++)
           for (int i = 0; i < 2; i++) factor[c][i] = factors[8 * c + 2 * t + i];
@@ -618,10 +658,10 @@ struct Linear {
   }
 };
 
-template <class Weight, int kWarps, int kTiles, int kColumns, Epilogue kEpilogue, bool kNorm,
-          bool kStaged>
+template <class Weight, int kWarps, int kTiles, int kColumns, bool kFew, Epilogue kEpilogue,
+          bool kNorm, bool kStaged>
 __device__ __forceinline__ void linear(const LinearArgs& args) {
-  Linear<Weight, kWarps, kTiles, kColumns, kEpilogue, kNorm, kStaged>(args, threadIdx.x,
-                                                                      blockIdx.x, gridDim.x)
+  Linear<Weight, kWarps, kTiles, kColumns, kFew, kEpilogue, kNorm, kStaged>(
+      args, threadIdx.x, blockIdx.x, gridDim.x)
       .run();
 }

@@ -28,6 +28,10 @@ MAX_ROWS = 64
 MAX_TOGETHER = 4
 """Tiles of eight rows that a warp has registers for."""
 
+AHEAD_BYTES = 32 * 1024
+"""Of a later product's weight, for each multiprocessor: about what a block asks for first. Of 64 KB
+reads that are waited for come later."""
+
 _BUFFERS = 2  # kBuffers of linear.cu
 
 
@@ -59,7 +63,8 @@ class Layout:
         units_per_stage: Units of a copy.
         staged: The block keeps x there.
         tiles: Tiles that a warp computes together.
-        shared_bytes: In all.
+        shared_bytes: In all. At least so many that no multiprocessor takes two such blocks: the next
+            kernel's begins when one ends, just when memory would be idle.
     """
 
     stages: int
@@ -127,9 +132,9 @@ class LinearArguments(Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "squares", "bias")),
         *((name, ctypes.c_void_p) for name in ("residual", "y", "norm", "next_x", "next_squares")),
-        *((name, ctypes.c_void_p) for name in ("best_value", "best_index")),
+        *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "ahead")),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
-        *((name, ctypes.c_int) for name in ("stages", "units_per_stage")),
+        *((name, ctypes.c_int) for name in ("stages", "units_per_stage", "ahead_bytes")),
         ("eps", ctypes.c_float),
     )
 
@@ -163,6 +168,11 @@ class LinearPlan:
     def columns(self) -> int:
         """Groups of eight rows that the kernel is made for."""
         return next(c for c in (1, 2, 4, 8) if self.rows <= 8 * c)
+
+    @property
+    def few(self) -> bool:
+        """Whether the kernel is made for two rows at most, which takes fewer registers."""
+        return self.rows <= 2
 
     @property
     def items(self) -> int:
@@ -202,7 +212,7 @@ class LinearPlan:
                     units_per_stage=units,
                     staged=staged,
                     tiles=tiles,
-                    shared_bytes=-(-(ring + rest) // 16) * 16,
+                    shared_bytes=max(-(-(ring + rest) // 16) * 16, self.limits.alone_bytes),
                 )
         return None
 
@@ -221,6 +231,10 @@ class LinearPlan:
         x_sums = 4 * t.warps * per_warp * 8 * self.columns
         factors = 4 * 8 * self.columns
         return sums + factors + barriers + 16 + x_sums
+
+    @property
+    def _ahead_bytes(self) -> int:
+        return self.limits.n_sms * AHEAD_BYTES
 
     @property
     def _units_of_warp(self) -> int:
@@ -246,14 +260,15 @@ class LinearPlan:
         """The instance of ``linear.cu``."""
         form, t = self.form, self.tuning
         staged, tiles = self._fitted.staged, self._fitted.tiles
-        flags = [str(flag).lower() for flag in (self.norm, staged)]
+        few, norm, in_shared = (str(flag).lower() for flag in (self.few, self.norm, staged))
         function = (
-            f"linear<{form.struct}, {t.warps}, {tiles}, {self.columns}, "
-            f"{_EPILOGUES[self.epilogue]}, {', '.join(flags)}>"
+            f"linear<{form.struct}, {t.warps}, {tiles}, {self.columns}, {few}, "
+            f"{_EPILOGUES[self.epilogue]}, {norm}, {in_shared}>"
         )
+        columns = f"{self.columns}{'few' if self.few else ''}"
         features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
         return Kernel(
-            name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{self.columns}",
+            name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{columns}",
             file="linear.cu",
             function=function,
             args="LinearArgs",
@@ -272,6 +287,7 @@ class LinearPlan:
         onward: Onward | None = None,
         best: tuple[Tensor, Tensor] | None = None,
         n_best: int | None = None,
+        ahead: Tensor | None = None,
     ) -> Call:
         """The launch that computes ``y``; see ``reference.fused_linear``.
 
@@ -286,6 +302,7 @@ class LinearPlan:
             best: For ``logits``: float32 and int32 [M, blocks], the largest logit of each block
                 and where it is, among the first ``n_best``, or all. NaNs are never the largest.
             n_best: See ``best``.
+            ahead: The weight of a later product: its beginning comes into the L2 cache meanwhile.
         """
         layout = self._fitted
         normed = x if isinstance(x, Normed) else None
@@ -314,6 +331,7 @@ class LinearPlan:
             **(onward.arguments() if onward else dict.fromkeys(Onward.ARGUMENTS)),
             best_value=best[0] if best else None,
             best_index=best[1] if best else None,
+            ahead=ahead,
             rows=self.rows,
             n=self.form.n,
             k=self.form.k,
@@ -322,6 +340,7 @@ class LinearPlan:
             units=self.form.units,
             stages=layout.stages,
             units_per_stage=layout.units_per_stage,
+            ahead_bytes=0 if ahead is None else min(ahead.nbytes, self._ahead_bytes),
             eps=normed.eps if normed else 0.0,
         )
         return Call(

@@ -43,11 +43,7 @@ LONG_CACHE = 8192
 
 
 def linear_tuning(form: Format, limits: Limits) -> Tuning:
-    """For products with a weight: warps with even shares of K, copied in even parts.
-
-    With such rings most blocks have a multiprocessor to themselves: the next kernel's begins when
-    one ends, just when memory would be idle.
-    """
+    """For products with a weight: warps with even shares of K, copied in even parts."""
     warps, units = min(itertools.product(WARPS, UNITS), key=lambda way: _cost(form, *way))
     most = INT4_RING_BYTES if form.kind == "int4" else RING_BYTES
     copies = COPIES * warps * units * form.unit_bytes
