@@ -63,8 +63,8 @@ class Layout:
         units_per_stage: Units of a copy.
         staged: The block keeps x there.
         tiles: Tiles that a warp computes together.
-        shared_bytes: In all. At least so many that no multiprocessor takes two such blocks: the next
-            kernel's begins when one ends, just when memory would be idle.
+        shared_bytes: In all. At least so many that no multiprocessor takes two such blocks: the
+            next kernel's begins when one ends, just when memory would be idle.
     """
 
     stages: int
