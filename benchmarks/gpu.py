@@ -86,9 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(tables)
     if args.docs:
-        before, _, rest = args.docs.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        args.docs.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}")
+        write_between(args.docs, BEGIN, END, tables)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
@@ -163,8 +161,7 @@ def steps_table(path: Path) -> str:
         eight = ms.get((*of, 8, "step"))
         alone = 1e3 * r["nbytes"] / found["read_bytes_per_s"]
         last = "–" if eight is None else f"{eight / step:.2f}"
-        share = f"{r['share']:.0%}".replace("%", " %")
-        rows.append((*of, f"{alone:.3f}", *shares, f"{step:.3f}", share, last))
+        rows.append((*of, f"{alone:.3f}", *shares, f"{step:.3f}", percent(r["share"]), last))
     return table(head, rows, texts=2)
 
 
@@ -177,7 +174,7 @@ def products_table(path: Path) -> str:
     for model, kind in dict.fromkeys((r["model"], r["kind"]) for r in found):
         cells = [of.get((model, kind, role)) for role in roles]
         shown = [
-            "–" if r is None else f"{r['us']['1']:.1f} µs, {100 * r['share']:.0f} %" for r in cells
+            "–" if r is None else f"{r['us']['1']:.1f} µs, {percent(r['share'])}" for r in cells
         ]
         rows.append((model, kind, *shown))
     return table(("shape", "scheme", *roles), rows, texts=2)
@@ -188,7 +185,7 @@ def line(shape: str, record: Record) -> tuple[str, ...]:
     if record.status not in MEASURED:
         return (shape, scheme, record.config["execution"], record.status, "", "", "")
     speeds = (plus_minus(figure) for figure in (record.decode_tok_s, record.e2e_tok_s))
-    mbu = f"{record.mbu.mean:.0%}".replace("%", " %") if record.mbu else "–"
+    mbu = percent(record.mbu.mean) if record.mbu else "–"
     cache = (record.engine or {}).get("compile_cache") or "–"
     ready = f"{record.warmup_s:.1f} s, {cache}" if record.warmup_s is not None else "–"
     return (shape, scheme, execution, *speeds, mbu, ready)
@@ -197,6 +194,18 @@ def line(shape: str, record: Record) -> tuple[str, ...]:
 def plus_minus(figure: Any) -> str:
     low, high = figure.ci95 or (figure.mean, figure.mean)
     return f"{figure.mean:.1f} ± {(high - low) / 2:.1f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Puts a text in the place of what is between two marks of a page."""
+    before, _, rest = page.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    assert found, f"{page} lacks the marks {begin} and {end}"
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 # Each of these runs alone in its process.

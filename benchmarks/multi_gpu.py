@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gpu import median, plus_minus
+from gpu import median, percent, plus_minus, write_between
 
 from hotloop.bench.record import MEASURED, Record, Status
 from hotloop.report.read import latest, read_records
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = make_table(args.out)
     print(table)
     if args.docs:
-        write_between_marks(args.docs, table)
+        write_between(args.docs, BEGIN, END, table)
     for how in ("unfinished", "FAILED"):
         if names := [name for name, said in ended.items() if said == how]:
             print(f"{how}: {', '.join(names)}; again with --resume", flush=True)
@@ -503,7 +503,7 @@ def make_table(out: Path) -> str:
     for section in ("speed", "drafts"):
         for records in sorted((out / section).glob(f"*/{RECORDS}")):
             lines += table_lines(records.parent.name, latest(read_records(records)), shares)
-    return "\n".join(lines) + "\n\n"
+    return "\n".join(lines) + "\n"
 
 
 def table_lines(
@@ -548,17 +548,6 @@ def lever(record: Record) -> tuple[str, ...]:
 
 def ranks(record: Record) -> int:
     return record.config["tensor_parallel"]
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def write_between_marks(page: Path, table: str) -> None:
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"{page} lacks the marks {BEGIN} and {END}"
-    page.write_text(f"{before}{BEGIN}\n\n{table}{END}{after}")
 
 
 if __name__ == "__main__":

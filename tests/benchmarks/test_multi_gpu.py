@@ -6,6 +6,7 @@ from pathlib import Path
 
 import multi_gpu
 import pytest
+from gpu import write_between
 from multi_gpu import CUT_SHORT, Item, Plan, cells, make_table, results_of, run_section
 from rank_steps import covered, summary
 
@@ -138,7 +139,7 @@ def test_the_table_has_gain_efficiency_and_the_share_of_sums(tmp_path):
         append(folder / RECORDS, one)
     key = "asclepius-13b/int4-g128/fused/tp4/symm_mem"
     (tmp_path / "share.json").write_text(json.dumps({key: {"ok": True, "share": 0.253}}))
-    *_, one, two, four, did_not_fit, alone, _ = make_table(tmp_path).split("\n")[:-1]
+    *_, one, two, four, did_not_fit, alone = make_table(tmp_path).split("\n")[:-1]
     assert one == "| llama-2-13b | int4-g128 | fused | 1 | – | – | 400.0 ± 1.0 | – | – | – |"
     assert two.endswith("| fused | 2 | nccl | – | 500.0 ± 1.0 | 1.25 | 62 % | – |")
     assert four.endswith("| 4 | symm_mem | – | 960.0 ± 1.0 | 2.40 | 60 % | 25 % |")
@@ -151,7 +152,7 @@ def test_the_page_has_a_place_for_the_table(tmp_path):
     before = (ROOT / "docs/performance.md").read_text()
     page.write_text(before)
     for table in ("an earlier table\n", "a later table\n"):
-        multi_gpu.write_between_marks(page, table)
+        write_between(page, multi_gpu.BEGIN, multi_gpu.END, table)
     after = page.read_text()
     assert "a later table" in after
     assert "an earlier table" not in after
@@ -159,7 +160,7 @@ def test_the_page_has_a_place_for_the_table(tmp_path):
     assert after.partition(multi_gpu.END)[2] == before.partition(multi_gpu.END)[2]
     (tmp_path / "other.md").write_text("nothing")
     with pytest.raises(AssertionError, match="lacks the marks"):
-        multi_gpu.write_between_marks(tmp_path / "other.md", "table")
+        write_between(tmp_path / "other.md", multi_gpu.BEGIN, multi_gpu.END, "table")
 
 
 PROFILE = [  # two steps; the sums overlap each other, and a product
