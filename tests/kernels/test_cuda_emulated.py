@@ -157,6 +157,15 @@ PLANS = {
         n_positions=70,
         tuning=AttentionTuning(chunk=80, warps=2),
     ),
+    "one stage": AttentionPlan(
+        batch=2,
+        tokens=3,
+        n_heads=2,
+        n_kv_heads=1,
+        head_dim=128,
+        n_positions=70,
+        tuning=AttentionTuning(chunk=80, warps=1, stages=1),
+    ),
     "grouped": AttentionPlan(
         batch=2,
         tokens=3,

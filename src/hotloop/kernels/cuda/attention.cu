@@ -9,7 +9,7 @@
 //
 // The history was written before the step began, so it is read before waiting for the product: up
 // to what a warp's ring holds into shared memory, the rest into the L2 cache. The next kernel may
-// begin only when the new tokens are here: what it asks for would come before them.
+// begin only when the product has ended: what it asks for would come before the new tokens.
 //
 // Bits: which chunk, warp and step a position belongs to is decided by the position alone, and what
 // a token does not see adds zeros; so a token's result has the same bits however many new tokens
@@ -391,6 +391,7 @@ struct Attention {
 
   // Into the places of a step that they have; a lane takes a piece of the key or of the value.
   __device__ __forceinline__ void add_new_tokens(int step, bf16* k) {
+    sync_warp();  // the zeros there are written by other lanes
 #pragma unroll 1
     for (int at = max(position, kStep * step); at < min(end, kStep * step + kStep); at++)
       for (int i = lane; i < 2 * kChunks; i += 32) {

@@ -136,8 +136,8 @@ class AttentionPlan:
             function=f"attention<{self.head_dim}, {warps}, {self.columns}, {stages}>",
             args="AttentionArgs",
             threads=32 * warps,
-            # Registers that leave room beside it for a block of a product.
-            registers=120 if self.columns == 1 else None,
+            # Few enough for a block of a product beside it, where shared memory has room as well.
+            registers=120 if self.columns == 1 and self.head_dim <= 128 else None,
         )
 
     def call(

@@ -60,7 +60,7 @@ class Limits:
     @property
     def alone_bytes(self) -> int:
         """Shared memory of a block that leaves no room for another like it beside it."""
-        return self.shared_bytes // 2 + 512  # each takes 1 KB more than it asks for
+        return self.shared_bytes // 2 + 512  # of 1 KB more, each takes 1 KB more
 
 
 class Arguments(ctypes.Structure):

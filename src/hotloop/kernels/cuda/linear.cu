@@ -79,7 +79,7 @@ struct Linear {
   float* x_sums;          // of kSums, over each of this warp's groups or in all: [groups][kMaxRows]
   uint4* staged;          // this warp's x: [rows][x_stride]
   uint64_t* arrived;      // [stages], of this warp: the copy is there
-  float* factors;         // [kMaxRows], of kNorm
+  float* factors;         // [kMaxRows], of kNorm unless kFew
   uint64_t* summed;       // [kBuffers]: every warp's sums are there
   uint64_t* taken;        // [kBuffers]: the epilogue has them
 
@@ -379,8 +379,8 @@ struct Linear {
     sync_warp();
   }
 
-  // So many chunks, 32 apart, of so many rows. Beyond the last feature weights are zeros, and x must
-  // be numbers.
+  // So many chunks, 32 apart, of so many rows. Beyond the last feature x is zeros: weights there may
+  // not be, as they are raised.
   template <int kSteps, int kRows>
   __device__ __forceinline__ void take_chunks(Cursor& next, int first_row, int first_chunk,
                                               int all) {
@@ -402,7 +402,8 @@ struct Linear {
       }
   }
 
-  // What the norm multiplies each row by, for the warp that finishes: warps share out the rows.
+  // What the norm multiplies each row by. The warp that finishes finds it itself if rows are few;
+  // of many, the other warps share them out.
 
   static constexpr int kSquaresAtOnce = 16;  // of a lane
 

@@ -320,6 +320,7 @@ class LinearPlan:
         assert onward is None or onward.normed.x.shape == y.shape, "like y"
         assert best is None or self.epilogue == "logits", "logits alone have a best"
         assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
+        assert ahead is None or ahead.data_ptr() % 16 == 0, "read 16 bytes at a time"
         args, tensors = LinearArguments.of(
             weight=weight,
             scale=scale_N,
