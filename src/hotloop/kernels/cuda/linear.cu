@@ -60,7 +60,7 @@ struct Linear {
   static constexpr int kUnitGroups = kUnitBlocks / kGroupBlocks;
   static constexpr bool kSums = Weight::kRaised > 0 || Weight::kOffset;  // x adds up
   // x that is not staged is read a unit ahead, where registers allow.
-  static constexpr bool kAhead = !kStaged && kColumns == 1;
+  static constexpr bool kReadsAhead = !kStaged && kColumns == 1;
 
   const LinearArgs& args;
   const int lane, warp, g, t;
@@ -124,7 +124,8 @@ struct Linear {
 
   // The warps that multiply.
 
-  // Where the next copy comes from, and how many were asked for. Kept by all lanes alike.
+  // Where the next copy comes from, and how many were asked for. Each lane has its own, and once x is
+  // there all are alike.
   struct Cursor {
     const uint8_t* from;
     int item, unit, asked;
@@ -174,16 +175,16 @@ struct Linear {
     if (kStaged) take_x(next);
     if (kNorm && !kFew) find_factors(squares);
 
-    uint4 ahead[kUnitBlocks];
-    if (kAhead) read_unit(first_unit, ahead);
+    uint4 next_x[kUnitBlocks];
+    if (kReadsAhead) read_unit(first_unit, next_x);
     ask_up_to(next, stages);
     Stage stage = {0, 0};
     for (int item = first_item, number = 0; item < n_items; item += item_step, number++) {
       float sum[kTiles][kColumns][4] = {};
       if (kSums && number == 0)
-        multiply_item<kSums>(stage, next, ahead, sum);
+        multiply_item<kSums>(stage, next, next_x, sum);
       else
-        multiply_item<false>(stage, next, ahead, sum);
+        multiply_item<false>(stage, next, next_x, sum);
       put_sums(sum, number);
     }
   }
@@ -206,7 +207,7 @@ struct Linear {
   // kFirst: what x adds up to is found on the way; other items have it then.
   template <bool kFirst>
   __device__ __forceinline__ void multiply_item(Stage& stage, Cursor& next,
-                                                uint4 ahead[kUnitBlocks],
+                                                uint4 next_x[kUnitBlocks],
                                                 float sum[kTiles][kColumns][4]) {
     const uint4* x = staged + staged_row * x_stride + t;  // of the next unit, in row 0 or row g
     float* x_sum = x_sums + 2 * t;
@@ -216,7 +217,7 @@ struct Linear {
       const uint8_t* weights = ring + stage.index * stage_bytes;
       const int end = min(unit + units_per_stage, end_unit);
       for (; unit < end; unit++) {
-        multiply_unit<kFirst>(weights, x, x_sum, unit, ahead, x_total, sum);
+        multiply_unit<kFirst>(weights, x, x_sum, unit, next_x, x_total, sum);
         weights += Weight::kUnitBytes;
         x += kUnitBlocks * 4;
         if (kGroups) x_sum += kUnitGroups * kMaxRows;
@@ -238,22 +239,22 @@ struct Linear {
   // Sums of groups run in two chains, since each product waits for the one before it.
   template <bool kFirst>
   __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
-                                                float* x_sum, int unit, uint4 ahead[kUnitBlocks],
+                                                float* x_sum, int unit, uint4 next_x[kUnitBlocks],
                                                 float x_total[kColumns][2][4],
                                                 float sum[kTiles][kColumns][4]) {
     float even[kTiles][kColumns][4], odd[kTiles][kColumns][4];
     uint4 here[kUnitBlocks];
-    if (kAhead) {
+    if (kReadsAhead) {
 #pragma unroll
-      for (int block = 0; block < kUnitBlocks; block++) here[block] = lifted(ahead[block]);
-      read_unit(unit + 1 < end_unit ? unit + 1 : first_unit, ahead);
+      for (int block = 0; block < kUnitBlocks; block++) here[block] = lifted(next_x[block]);
+      read_unit(unit + 1 < end_unit ? unit + 1 : first_unit, next_x);
     }
 #pragma unroll
     for (int block = 0; block < kUnitBlocks; block++) {
       uint4 b[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; c++)
-        b[c] = kAhead ? here[block] : operand_x(x, unit, block, c);
+        b[c] = kReadsAhead ? here[block] : operand_x(x, unit, block, c);
       if (kGroups && block % kGroupBlocks == 0) clear(even, odd, x_total);
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
