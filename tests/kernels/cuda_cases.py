@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hotloop.engine.execution import Slots
 from hotloop.engine.sampling import _gumbel
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import prompt, step
@@ -409,24 +410,83 @@ def add_case(rows: int, k: int, generator: torch.Generator) -> Case:
     return Case(call=call, inputs=(added, residual), outputs=outputs, check=check)
 
 
-def argmax_case(rows: int, n: int, generator: torch.Generator, *, advance: bool) -> Case:
+def argmax_case(rows: int, n: int, generator: torch.Generator) -> Case:
     device = generator.device
     # Few different values, so that there are ties; indices in any order.
     value = torch.randint(5, (rows, n), generator=generator, device=device).float()
     value[-1] = -torch.inf
     index = torch.randperm(rows * n, generator=generator, device=device).view(rows, n).int()
     ids = torch.full((rows,), -1, device=device)
-    positions = torch.arange(rows, device=device) if advance else None
 
     def check() -> None:
         first = index.masked_fill(value != value.amax(1, keepdim=True), 2**31 - 1).amin(1)
         assert torch.equal(ids, first.long()), "the first of the largest"
-        if positions is not None:
-            moved = (torch.arange(rows, device=device) + 1).clamp(max=3)
-            assert torch.equal(positions, moved), "positions"
 
-    call = step.argmax((value, index), ids, positions, last_position=3)
+    call = step.argmax((value, index), ids)
     return Case(call=call, inputs=(value, index), outputs=(ids,), check=check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slots:
+    """Slots with something in them, drafts for some, and the same without kernels."""
+
+    slots: Slots
+    twin: Slots
+    drafts: Tensor | None  # [rows, k]
+
+    @classmethod
+    def random(cls, rows: int, k: int, generator: torch.Generator) -> _Slots:
+        device, last = generator.device, 20
+        made = [Slots(rows + 1, last + 1, k, device) for _ in range(2)]
+        history = torch.randint(4, made[0].history.shape, generator=generator, device=device)
+        positions = torch.randint(last + 1, (rows + 1,), generator=generator, device=device)
+        positions[0] = last
+        for slots in made:
+            slots.history.copy_(history)
+            slots.positions.copy_(positions)
+        drafts = torch.randint(-1, 4, (rows, k + 2), generator=generator, device=device)
+        return cls(slots=made[0], twin=made[1], drafts=drafts[:, :k] if k else None)
+
+
+def next_tokens_case(rows: int, k: int, generator: torch.Generator) -> Case:
+    of = _Slots.random(rows, k, generator)
+    slots = of.slots
+    ids, positions = (slots.positions.new_full((rows, k + 1), -7) for _ in range(2))
+
+    def check() -> None:
+        expected_ids, expected = of.twin.next_tokens(rows, of.drafts)
+        assert torch.equal(ids, expected_ids), "ids"
+        assert torch.equal(positions, expected), "positions"
+
+    call = step.next_tokens(
+        slots.history, slots.positions, of.drafts, ids, positions, last_position=slots.last
+    )
+    inputs = (slots.history, slots.positions)
+    return Case(call=call, inputs=inputs, outputs=(ids, positions), check=check)
+
+
+def accept_case(rows: int, k: int, generator: torch.Generator) -> Case:
+    of = _Slots.random(rows, k, generator)
+    slots = of.slots
+    ids = torch.randint(4, (rows, k + 1), generator=generator, device=generator.device)
+    if of.drafts is not None and rows > 1:  # one kept to its end, another not at all
+        of.drafts[0], of.drafts[1, 0] = ids[0, :k], -1
+    counts = [slots.positions.new_full((rows,), -7) if k else None for _ in range(2)]
+
+    def check() -> None:
+        n_kept, n_drafts = of.twin.accept(ids, of.drafts)
+        if n_kept is not None and n_drafts is not None:
+            assert torch.equal(counts[0], n_kept), "kept"
+            assert torch.equal(counts[1], n_drafts), "drafts"
+        assert torch.equal(slots.history, of.twin.history), "history"
+        assert torch.equal(slots.positions, of.twin.positions), "positions"
+
+    call = step.accept(
+        ids, of.drafts, slots.history, slots.positions, n_kept_B=counts[0],
+        n_drafts_B=counts[1], last_position=slots.last,
+    )  # fmt: skip
+    outputs = tuple(count for count in counts if count is not None)
+    return Case(call=call, inputs=(ids,), outputs=(*outputs, slots.history), check=check)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,8 @@ def prompt_kernels() -> list[Kernel]:
 
 def step_kernels() -> list[Kernel]:
     embeds = [step.embed_kernel(int8=int8) for int8 in (False, True)]
-    return [*embeds, step.add_kernel(), step.argmax_kernel(), sample_kernel()]
+    ends = [step.next_tokens_kernel(), step.argmax_kernel(), step.accept_kernel()]
+    return [*embeds, step.add_kernel(), *ends, sample_kernel()]
 
 
 OTHERS = {"attention": attention_kernels, "prompt": prompt_kernels, "step": step_kernels}
@@ -160,11 +161,11 @@ def test_missing_bindings_are_explained(monkeypatch):
 def test_arguments_are_all_given_and_contiguous():
     x = torch.zeros(2, 8)
     arguments = step.ArgmaxArguments
-    given = {"best_value": x, "best_index": x, "ids": x, "n": 8, "last_position": 0}
-    with pytest.raises(AssertionError, match="positions"):
+    given = {"best_value": x, "best_index": x, "n": 8}
+    with pytest.raises(AssertionError, match="ids"):
         arguments.of(**given)
     with pytest.raises(AssertionError, match="contiguous"):
-        arguments.of(**{**given, "ids": x.T}, positions=None)
-    args, tensors = arguments.of(**given, positions=None)
-    assert (args.ids, args.positions, args.n) == (x.data_ptr(), None, 8)
-    assert len(tensors) == 3
+        arguments.of(**given, ids=x.T)
+    args, tensors = arguments.of(**given, ids=None)
+    assert (args.best_value, args.ids, args.n) == (x.data_ptr(), None, 8)
+    assert len(tensors) == 2

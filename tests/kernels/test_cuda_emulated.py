@@ -11,6 +11,7 @@ from cuda_cases import (
     KINDS,
     Options,
     Weight,
+    accept_case,
     add_case,
     add_norm_case,
     argmax_case,
@@ -21,6 +22,7 @@ from cuda_cases import (
     hard_scores,
     linear_case,
     make_weight,
+    next_tokens_case,
     rotate_case,
     sample_case,
     swiglu_case,
@@ -284,9 +286,15 @@ def test_adding_to_the_residual_stream_equals_its_specification(k):
 
 
 @pytest.mark.parametrize("n", [1, 7, 100])
-@pytest.mark.parametrize("advance", [False, True])
-def test_the_winner_of_winners_is_the_first_of_the_largest(n, advance):
-    run(argmax_case(5, n, generator(), advance=advance))
+def test_the_winner_of_winners_is_the_first_of_the_largest(n):
+    run(argmax_case(5, n, generator()))
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 15])
+def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(k):
+    for rows in (1, 4):
+        run(next_tokens_case(rows, k, generator(k)))
+        run(accept_case(rows, k, generator(k)))
 
 
 LISTED = (8192, 64)

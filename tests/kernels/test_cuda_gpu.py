@@ -6,6 +6,7 @@ from cuda_cases import (
     DRAWS,
     KINDS,
     Case,
+    accept_case,
     add_case,
     add_norm_case,
     attention_case,
@@ -14,6 +15,7 @@ from cuda_cases import (
     hard_scores,
     linear_case,
     make_weight,
+    next_tokens_case,
     rotate_case,
     sample_case,
     swiglu_case,
@@ -95,6 +97,15 @@ def test_attention_equals_its_specification(device, head_dim):
 def test_embedding_equals_its_specification(device, int8):
     case = embed_case(3, 1000, 5120, generator(device, 2), int8=int8)
     assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("k", [0, 7, 15])
+def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(device, k):
+    case = next_tokens_case(5, k, generator(device, k))
+    assert_right_and_the_same_with_dependent_launch(device, case)
+    accepted = accept_case(5, k, generator(device, k))
+    device.prepare(accepted.call)()  # once: it moves on
+    accepted.check()
 
 
 @pytest.mark.parametrize("scale", [False, True])

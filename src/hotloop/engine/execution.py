@@ -37,6 +37,8 @@ from torch import Tensor
 
 from hotloop.cache import cache_dir
 from hotloop.engine.sampling import Features, Sampled, Sampler
+from hotloop.kernels.cuda.launch import Call, Launcher
+from hotloop.kernels.cuda.step import accept, next_tokens
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Block, Decoder, Run, call
 
@@ -65,13 +67,29 @@ Result = TypeVar("Result")
 class Slots:
     """Where every slot is: the tokens of its sequence, and the position of the newest.
 
+    Args:
+        n_slots: Of the cache.
+        n_positions: Of the cache.
+        spare: The most drafts in a step.
+        device: Where the model is.
+        launcher: What the kernels that begin and end a step run on; None does so in plain PyTorch.
+
     Attributes:
         history: int64 [S, more than C]: the token at each position, up to the newest; beyond it,
             anything.
         positions: int64 [S]: of the newest token, which is not in the cache yet.
     """
 
-    def __init__(self, n_slots: int, n_positions: int, spare: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        n_slots: int,
+        n_positions: int,
+        spare: int,
+        device: torch.device,
+        *,
+        launcher: Launcher | None = None,
+    ) -> None:
+        self._launcher = launcher
         width = n_positions + spare + 1  # a finished slot may run a step too many
         self.history = torch.zeros(n_slots, width, dtype=torch.int64, device=device)
         self.positions = torch.zeros(n_slots, dtype=torch.int64, device=device)
@@ -95,13 +113,66 @@ class Slots:
             return first
         return (first + torch.arange(T, device=first.device)).clamp(max=self.last)
 
-    def advance(self, ids_BT: Tensor, n_kept_B: Tensor | None) -> None:
-        """Appends each row's tokens, of which the first ``n_kept_B`` (or all) count."""
+    def next_tokens(self, n: int, drafts_BD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a step of the first ``n`` slots looks at.
+
+        Args:
+            n: B.
+            drafts_BD: int64, negative for none; or None.
+
+        Returns:
+            int64 [B, T] for T = D + 1, the newest token of each and its drafts (0 for none), and
+            int64 [B, T], their positions.
+        """
+        T = 1 if drafts_BD is None else drafts_BD.shape[1] + 1
+        if self._launcher is not None:
+            ids_BT, positions_BT = (self.positions.new_empty(n, T) for _ in range(2))
+            state, given = (self.history, self.positions), (drafts_BD, ids_BT, positions_BT)
+            self._launch(next_tokens(*state, *given, last_position=self.last))
+            return ids_BT, positions_BT
+        positions_BT = self.upcoming(n, T)
+        ids_BT = self.tokens(positions_BT[:, :1])
+        if drafts_BD is not None:
+            ids_BT = torch.cat((ids_BT, drafts_BD.clamp(min=0)), dim=1)
+        return ids_BT, positions_BT
+
+    def accept(
+        self, ids_BT: Tensor, drafts_BD: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Appends what the model chose after each token of ``next_tokens``, as far as that counts.
+
+        Args:
+            ids_BT: int64.
+            drafts_BD: As for ``next_tokens``.
+
+        Returns:
+            int64 [B], how many choices count: those up to the first that is not its draft; and
+            int64 [B], how many drafts there were. None of both without drafts: all count.
+        """
         B, T = ids_BT.shape
-        positions = self.positions[:B]
-        after = positions[:, None] + torch.arange(1, T + 1, device=positions.device)
-        self.history[:B].scatter_(1, after, ids_BT)
-        positions.add_(T if n_kept_B is None else n_kept_B).clamp_(max=self.last)
+        n_kept_B = n_drafts_B = None
+        if self._launcher is not None:
+            if drafts_BD is not None:
+                n_kept_B, n_drafts_B = (self.positions.new_empty(B) for _ in range(2))
+            counts = {"n_kept_B": n_kept_B, "n_drafts_B": n_drafts_B}
+            state = (self.history, self.positions)
+            self._launch(
+                accept(ids_BT.contiguous(), drafts_BD, *state, **counts, last_position=self.last)
+            )
+            return n_kept_B, n_drafts_B
+        if drafts_BD is not None:
+            right_BD = ids_BT[:, :-1] == drafts_BD
+            n_kept_B = right_BD.long().cumprod(dim=1).sum(dim=1) + 1
+            n_drafts_B = (drafts_BD >= 0).sum(dim=1)
+        positions_B = self.positions[:B]
+        after_BT = positions_B[:, None] + torch.arange(1, T + 1, device=positions_B.device)
+        self.history[:B].scatter_(1, after_BT, ids_BT)
+        positions_B.add_(1 if n_kept_B is None else n_kept_B).clamp_(max=self.last)
+        return n_kept_B, n_drafts_B
+
+    def _launch(self, call: Call) -> None:
+        assert self._launcher is not None, "there is nothing to launch on"
+        self._launcher.prepare(call, dependent=False)()  # on what torch did before
 
 
 class Forward(Protocol):
@@ -418,27 +489,19 @@ class Stepper:
 
     def _model(self, program: _Program) -> Sampled:
         n, k, features = program.n, program.k, program.features
-        slots = self.slots
-        positions_BT = slots.upcoming(n, k + 1)
-        ids_BT, drafts_BD, n_kept_B = slots.tokens(positions_BT[:, :1]), None, None
-        if k:
-            drafts_BD = self._drafts[:n, :k]
-            ids_BT = torch.cat((ids_BT, drafts_BD.clamp(min=0)), dim=1)
+        drafts_BD = self._drafts[:n, :k] if k else None
+        ids_BT, positions_BT = self.slots.next_tokens(n, drafts_BD)
         logits_BTV, best_BT = self.forward(ids_BT, positions_BT, program.length)
-        sampled = self.sampler.sample(
-            logits_BTV, positions_BT + 1, 0, features, drafts_BD, best_BT=best_BT
-        )
-        kept_BT = sampled.ids
-        if drafts_BD is not None:
-            right_BD = sampled.ids[:, :k] == drafts_BD
-            n_kept_B = right_BD.long().cumprod(dim=1).sum(dim=1) + 1
-            kept = torch.arange(k + 1, device=n_kept_B.device) < n_kept_B[:, None]
-            kept_BT = torch.where(kept, sampled.ids, sampled.ids[:, :1])
-            n_drafts_B = (drafts_BD >= 0).sum(dim=1)
-            sampled = dataclasses.replace(sampled, n_kept=n_kept_B, n_drafts=n_drafts_B)
+        after_BT = positions_BT + 1 if features.draw else None
+        sampled = self.sampler.sample(logits_BTV, after_BT, 0, features, drafts_BD, best_BT=best_BT)
+        n_kept_B, n_drafts_B = self.slots.accept(sampled.ids, drafts_BD)
+        sampled = dataclasses.replace(sampled, n_kept=n_kept_B, n_drafts=n_drafts_B)
         if features.penalize:
+            kept_BT = sampled.ids
+            if n_kept_B is not None:
+                kept = torch.arange(k + 1, device=n_kept_B.device) < n_kept_B[:, None]
+                kept_BT = kept_BT.where(kept, kept_BT[:, :1])
             self.sampler.remember(kept_BT, 0)
-        slots.advance(sampled.ids, n_kept_B)
         return sampled
 
     def _run(self, program: _Program, run: Callable[[_Program], Result]) -> Result:

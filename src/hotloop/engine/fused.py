@@ -134,8 +134,9 @@ class FusedForward:
         if (B, T) not in self._plans:
             plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
-            # The sampler's too, beside one rank: all are compiled at once.
+            # Those of slots and sampler too, so that all are compiled at once.
             ends = [step.add_kernel()] if self._shared else [step.argmax_kernel(), sample_kernel()]
+            ends += [step.next_tokens_kernel(), step.accept_kernel()]
             self._launcher.load((*plans.kernels, embed, *ends))
             self._plans[B, T] = plans
         return self._plans[B, T]

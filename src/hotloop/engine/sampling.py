@@ -179,7 +179,7 @@ class Sampler:
     def sample(
         self,
         logits_BTV: Tensor,
-        positions_BT: Tensor,
+        positions_BT: Tensor | None,
         first_slot: int,
         features: Features,
         drafts_BD: Tensor | None = None,
@@ -190,7 +190,7 @@ class Sampler:
 
         Args:
             logits_BTV: float32, as the model gave them: this rank's rows.
-            positions_BT: The position that each chosen token will have.
+            positions_BT: The position that each chosen token will have; None if none is drawn.
             first_slot: The slot of the first sequence.
             features: What to compute.
             drafts_BD: int64, negative for none: tokens supposed to follow those that slots know of.
@@ -210,11 +210,13 @@ class Sampler:
         if best_BT is None or features.penalize:
             best_BT = vocabulary.argmax(scores_BTV)
         ids_BT = best_BT
-        if features.draw and self._launcher is not None:
-            ids_BT = self._launch(self._launcher, scores_BTV, best_BT, positions_BT, here)
-        elif features.draw:
-            drawn_BT = self._draw(scores_BTV, positions_BT, here, features)
-            ids_BT = torch.where(self.temperature[here, None] > 0, drawn_BT, ids_BT)
+        if features.draw:
+            assert positions_BT is not None, "a draw depends on its position"
+            if self._launcher is not None:
+                ids_BT = self._launch(self._launcher, scores_BTV, best_BT, positions_BT, here)
+            else:
+                drawn_BT = self._draw(scores_BTV, positions_BT, here, features)
+                ids_BT = torch.where(self.temperature[here, None] > 0, drawn_BT, ids_BT)
         if not features.logprobs:
             return Sampled(ids=ids_BT)
         # The model's own distribution, as scoring has it: padding has its share of that.

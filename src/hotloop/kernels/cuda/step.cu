@@ -1,4 +1,4 @@
-// What a decode step needs besides products and attention: its first kernel and its last, and what
+// What a decode step needs besides products and attention: its first kernels and its last, and what
 // follows a sum over ranks.
 
 #include "pointwise.cuh"
@@ -108,9 +108,7 @@ struct ArgmaxArgs {
   const float* best_value;  // [M, n]
   const int* best_index;    // [M, n]
   int64_t* ids;             // [M]
-  int64_t* positions;       // [M], each moved on by one, or null
   int n;
-  int last_position;        // that a position can have
 };
 
 // The winner of winners; of equal ones the first. A block of one warp per row.
@@ -130,9 +128,64 @@ __device__ __forceinline__ void argmax(const ArgmaxArgs& args) {
     const int at = shuffle_xor(index, mask);
     if (v > value || (v == value && at < index)) value = v, index = at;
   }
-  if (lane == 0) {
-    args.ids[row] = index;
-    if (args.positions != nullptr)
-      args.positions[row] = min(args.positions[row] + 1, static_cast<int64_t>(args.last_position));
-  }
+  if (lane == 0) args.ids[row] = index;
+}
+
+// Slots: a row of the history of each has the tokens at all positions up to its newest one's, and
+// room for T more.
+
+struct NextTokensArgs {
+  const int64_t* history;    // [S, width]
+  const int64_t* positions;  // [S]: of the newest token
+  const int64_t* drafts;     // [B, T - 1], rows ``drafts_stride`` apart; negative for none
+  int64_t* ids;              // [B, T]: the newest token and drafts, 0 for none
+  int64_t* at;               // [B, T]: their positions, none beyond the last one
+  int width, drafts_stride, tokens, last_position;
+};
+
+// A block of one warp per slot.
+__device__ __forceinline__ void next_tokens(const NextTokensArgs& args) {
+  launch_dependents();
+  wait_for_predecessor();
+  const int64_t slot = blockIdx.x;
+  const int lane = threadIdx.x;
+  if (lane >= args.tokens) return;
+  const int64_t position = args.positions[slot];
+  const int64_t id = lane == 0 ? args.history[slot * args.width + position]
+                               : args.drafts[slot * args.drafts_stride + lane - 1];
+  args.ids[slot * args.tokens + lane] = id < 0 ? 0 : id;
+  args.at[slot * args.tokens + lane] =
+      min(position + lane, static_cast<int64_t>(args.last_position));
+}
+
+struct AcceptArgs {
+  const int64_t* ids;     // [B, T]: what the model chose after the newest token and after each draft
+  const int64_t* drafts;  // as above
+  int64_t* history;       // [S, width]
+  int64_t* positions;     // [S]
+  int64_t* n_kept;        // [B]: choices up to the first that is not its draft; null if T is 1
+  int64_t* n_drafts;      // [B]: how many drafts there were; null if T is 1
+  int width, drafts_stride, tokens, last_position;
+};
+
+// A block of one warp per slot.
+__device__ __forceinline__ void accept(const AcceptArgs& args) {
+  launch_dependents();
+  wait_for_predecessor();
+  const int64_t slot = blockIdx.x;
+  const int lane = threadIdx.x;
+  const bool chooses = lane < args.tokens, is_drafted = lane < args.tokens - 1;
+  const int64_t id = chooses ? args.ids[slot * args.tokens + lane] : 0;
+  const int64_t draft = is_drafted ? args.drafts[slot * args.drafts_stride + lane] : -1;
+  const uint32_t right = ballot(is_drafted && id == draft);
+  const int n_drafts = count_bits(ballot(is_drafted && draft >= 0));
+  const int n_kept = 1 + count_bits(right & ~(right + 1));  // those before the first that is wrong
+  const int64_t position = args.positions[slot];
+  if (chooses) args.history[slot * args.width + position + 1 + lane] = id;
+  sync_warp();  // every lane has read the position
+  if (lane > 0) return;
+  args.positions[slot] = min(position + n_kept, static_cast<int64_t>(args.last_position));
+  if (args.n_kept == nullptr) return;
+  args.n_kept[slot] = n_kept;
+  args.n_drafts[slot] = n_drafts;
 }

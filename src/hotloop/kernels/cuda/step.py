@@ -1,6 +1,6 @@
-"""How the kernels of ``step.cu`` are launched: a step's first, its last, and the one after a sum.
+"""How the kernels of ``step.cu`` are launched: a step's first and last, and the one after a sum.
 
-Shape letters: M rows, V vocabulary, K width.
+Shape letters: M rows, V vocabulary, K width, S slots, B of them, T tokens of each.
 """
 
 from __future__ import annotations
@@ -39,8 +39,30 @@ class ArgmaxArguments(Arguments):
     """``ArgmaxArgs`` of ``step.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "ids", "positions")),
-        *((name, ctypes.c_int) for name in ("n", "last_position")),
+        *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "ids")),
+        ("n", ctypes.c_int),
+    )
+
+
+_SLOTS = ("width", "drafts_stride", "tokens", "last_position")
+
+
+class NextTokensArguments(Arguments):
+    """``NextTokensArgs`` of ``step.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("history", "positions", "drafts", "ids", "at")),
+        *((name, ctypes.c_int) for name in _SLOTS),
+    )
+
+
+class AcceptArguments(Arguments):
+    """``AcceptArgs`` of ``step.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("ids", "drafts", "history", "positions")),
+        *((name, ctypes.c_void_p) for name in ("n_kept", "n_drafts")),
+        *((name, ctypes.c_int) for name in _SLOTS),
     )
 
 
@@ -61,10 +83,22 @@ def add_kernel() -> Kernel:
 
 
 def argmax_kernel() -> Kernel:
-    """The one that ends a greedy step."""
-    return Kernel(
-        name="argmax_step", file="step.cu", function="argmax", args="ArgmaxArgs", threads=32
-    )
+    """The one that finds the most likely token."""
+    return _of_one_warp("argmax_step", "argmax", "ArgmaxArgs")
+
+
+def next_tokens_kernel() -> Kernel:
+    """The one that begins a step."""
+    return _of_one_warp("next_tokens_step", "next_tokens", "NextTokensArgs")
+
+
+def accept_kernel() -> Kernel:
+    """The one that ends a step."""
+    return _of_one_warp("accept_step", "accept", "AcceptArgs")
+
+
+def _of_one_warp(name: str, function: str, args: str) -> Kernel:
+    return Kernel(name=name, file="step.cu", function=function, args=args, threads=32)
 
 
 def embed(
@@ -126,20 +160,12 @@ def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward) -> 
     )
 
 
-def argmax(
-    best: tuple[Tensor, Tensor],
-    ids_M: Tensor,
-    positions_M: Tensor | None = None,
-    *,
-    last_position: int = 0,
-) -> Call:
-    """The launch that ends a greedy step: newest ids from what the head's blocks found best.
+def argmax(best: tuple[Tensor, Tensor], ids_M: Tensor) -> Call:
+    """The launch that finds the most likely tokens; see ``reference.argmax``.
 
     Args:
         best: As the head's product left it: float32 and int32 [M, blocks].
         ids_M: int64, written.
-        positions_M: int64, each moved on by one but not beyond ``last_position``; or None.
-        last_position: The last one of the cache.
     """
     value, index = best
     assert value.shape == index.shape, f"{tuple(value.shape)} and {tuple(index.shape)}"
@@ -147,14 +173,92 @@ def argmax(
         best_value=value,
         best_index=index,
         ids=ids_M,
-        positions=positions_M,
         n=value.shape[1],
+    )
+    return _block_for_each(argmax_kernel(), len(ids_M), args, tensors)
+
+
+def next_tokens(
+    history_SW: Tensor,
+    positions_S: Tensor,
+    drafts_BD: Tensor | None,
+    ids_BT: Tensor,
+    positions_BT: Tensor,
+    *,
+    last_position: int,
+) -> Call:
+    """The launch that begins a step of the first B slots; its twin is ``Slots.next_tokens``.
+
+    Args:
+        history_SW: int64, the tokens of each slot.
+        positions_S: int64, of the newest ones.
+        drafts_BD: int64 for D = T - 1, negative for none; None where T is 1. Rows may lie apart.
+        ids_BT: int64, written.
+        positions_BT: int64, written.
+        last_position: The last one of the cache.
+    """
+    args, tensors = NextTokensArguments.of(
+        history=history_SW,
+        positions=positions_S,
+        ids=ids_BT,
+        at=positions_BT,
         last_position=last_position,
+        **_drafts_and_sizes(drafts_BD, ids_BT, history_SW),
     )
-    return Call(
-        kernel=argmax_kernel(),
-        grid=(len(ids_M), 1, 1),
-        shared_bytes=0,
-        args=args,
-        tensors=tensors,
+    return _block_for_each(next_tokens_kernel(), len(ids_BT), args, tensors)
+
+
+def accept(
+    ids_BT: Tensor,
+    drafts_BD: Tensor | None,
+    history_SW: Tensor,
+    positions_S: Tensor,
+    *,
+    n_kept_B: Tensor | None,
+    n_drafts_B: Tensor | None,
+    last_position: int,
+) -> Call:
+    """The launch that ends a step of the first B slots; its twin is ``Slots.accept``.
+
+    Args:
+        ids_BT: int64, what the model chose.
+        drafts_BD: As for ``next_tokens``.
+        history_SW: int64; the choices are appended.
+        positions_S: int64; moved on by what is kept.
+        n_kept_B: int64, written; None where T is 1.
+        n_drafts_B: int64, written; None where T is 1.
+        last_position: The last one of the cache.
+    """
+    args, tensors = AcceptArguments.of(
+        ids=ids_BT,
+        history=history_SW,
+        positions=positions_S,
+        n_kept=n_kept_B,
+        n_drafts=n_drafts_B,
+        last_position=last_position,
+        **_drafts_and_sizes(drafts_BD, ids_BT, history_SW),
     )
+    return _block_for_each(accept_kernel(), len(ids_BT), args, tensors)
+
+
+def _drafts_and_sizes(
+    drafts_BD: Tensor | None, ids_BT: Tensor, history_SW: Tensor
+) -> dict[str, Tensor | int | None]:
+    """Arguments that both have."""
+    B, T = ids_BT.shape
+    assert T <= 32, f"a lane has a token, and there are {T}"
+    sizes = {"width": history_SW.shape[1], "tokens": T}
+    if drafts_BD is None:
+        assert T == 1, "a token after each draft"
+        return {"drafts": None, "drafts_stride": 0, **sizes}
+    assert drafts_BD.shape == (B, T - 1), f"drafts are {tuple(drafts_BD.shape)}"
+    assert drafts_BD.stride(1) == 1, "drafts of a slot are side by side"
+    stride = drafts_BD.stride(0)
+    flat = drafts_BD.as_strided(((B - 1) * stride + T - 1,), (1,))  # all that lies between
+    return {"drafts": flat, "drafts_stride": stride, **sizes}
+
+
+def _block_for_each(
+    kernel: Kernel, blocks: int, args: Arguments, tensors: tuple[Tensor, ...]
+) -> Call:
+    return Call(kernel=kernel, grid=(blocks, 1, 1), shared_bytes=0, args=args, tensors=tensors)
