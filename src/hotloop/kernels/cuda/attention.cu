@@ -52,6 +52,7 @@ struct Attention {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kHalf = kE / 2;
   static constexpr int kChunks = kE / 8;  // of 16 bytes, of a row
+  static constexpr int kFours = kE / 4;   // sums of a row, four at a time
 
   const AttentionArgs& args;
   const int thread, lane, warp, g, t;
@@ -71,7 +72,8 @@ struct Attention {
   uint64_t* arrived;            // [kStages], of this warp: the copy is there
   uint32_t* flag;
   bf16* ring;                   // [kStages, 2, kStep, E], of this warp: keys and values
-  float *found, *found_max, *found_sum;  // in the rings' place: [kWarps, kRows, E], [kWarps, kRows]
+  // In the rings' place: [kWarps, kRows, E] (see place_of), [kWarps, kRows].
+  float *found, *found_max, *found_sum;
 
   __device__ __forceinline__ Attention(const AttentionArgs& a, int of_thread, int x, int y, int z)
       : args(a), thread(of_thread), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
@@ -392,14 +394,22 @@ struct Attention {
   // Into the places of a step that they have; a lane takes a piece of the key or of the value.
   __device__ __forceinline__ void add_new_tokens(int step, bf16* k) {
     sync_warp();  // the zeros there are written by other lanes
-#pragma unroll 1
-    for (int at = max(position, kStep * step); at < min(end, kStep * step + kStep); at++)
-      for (int i = lane; i < 2 * kChunks; i += 32) {
-        const bool is_value = i >= kChunks;
-        const int piece = i % kChunks, to = at % kStep + (is_value ? kStep : 0);
-        const uint4* from = reinterpret_cast<const uint4*>(is_value ? new_v : new_k);
-        reinterpret_cast<uint4*>(k)[to * kChunks + piece] = from[(at - position) * kChunks + piece];
-      }
+    const int first = max(position, kStep * step);
+    const int n = (min(end, kStep * step + kStep) - first) * kChunks;
+    const uint4* keys_from = reinterpret_cast<const uint4*>(new_k) + (first - position) * kChunks;
+    const uint4* values_from = reinterpret_cast<const uint4*>(new_v) + (first - position) * kChunks;
+    uint4* to = reinterpret_cast<uint4*>(k) + first % kStep * kChunks;
+    for (int i = lane; i < n; i += 2 * 32) {
+      uint4 piece[2][2];
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+        if (i + 32 * j < n)
+          piece[j][0] = keys_from[i + 32 * j], piece[j][1] = values_from[i + 32 * j];
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+        if (i + 32 * j < n)
+          to[i + 32 * j] = piece[j][0], to[kStep * kChunks + i + 32 * j] = piece[j][1];
+    }
     sync_warp();
   }
 
@@ -458,54 +468,60 @@ struct Attention {
 #pragma unroll
         for (int quad = 0; quad < kQuads; quad++)
 #pragma unroll
-          for (int f = 0; f < 4; f++) {
+          for (int f = 0; f < 4; f += 2) {
             const int e = 64 * quad + 8 * g + 2 * f;
             if (e < kE)
-              *reinterpret_cast<float2*>(found + row * kE + e) =
-                  float2{sum[c][quad][f][i], sum[c][quad][f][2 + i]};
+              reinterpret_cast<float4*>(found)[place_of(row, e / 4)] =
+                  float4{sum[c][quad][f][i], sum[c][quad][f][2 + i], sum[c][quad][f + 1][i],
+                         sum[c][quad][f + 1][2 + i]};
           }
       }
   }
 
-  // Of a row, two dimensions side by side.
+  // Where four sums of a row are: lanes that write together have four rows, and write to all banks.
+  static __device__ __forceinline__ int place_of(int row, int four) {
+    return row * kFours + (four ^ (row >> 1 & 1 | row & 4));
+  }
+
+  // Of a row, four dimensions side by side.
   struct Merged {
-    float sum[2] = {0, 0}, weight = 0, max = -infinity();
+    float4 sum = {0, 0, 0, 0};
+    float weight = 0, max = -infinity();
 
     // Parts are added in order, once their largest score is known.
-    __device__ __forceinline__ void add(float2 more, float more_max, float more_weight) {
+    __device__ __forceinline__ void add(float4 more, float more_max, float more_weight) {
       const float shrink = exp2_fast(more_max - finite(max));
-      sum[0] = fmaf(more.x, shrink, sum[0]);
-      sum[1] = fmaf(more.y, shrink, sum[1]);
+      sum.x = fmaf(more.x, shrink, sum.x), sum.y = fmaf(more.y, shrink, sum.y);
+      sum.z = fmaf(more.z, shrink, sum.z), sum.w = fmaf(more.w, shrink, sum.w);
       weight = fmaf(more_weight, shrink, weight);
     }
   };
 
-  static constexpr int kRowPairs = kE / 2;
-
   // What this block's warps found.
-  __device__ __forceinline__ Merged merged(int row, int pair) const {
+  __device__ __forceinline__ Merged merged(int row, int four) const {
     Merged m;
 #pragma unroll
     for (int w = 0; w < kWarps; w++) m.max = fmaxf(m.max, found_max[w * kRows + row]);
 #pragma unroll
     for (int w = 0; w < kWarps; w++) {
       const int at = w * kRows + row;
-      m.add(reinterpret_cast<const float2*>(found)[at * kRowPairs + pair], found_max[at],
+      m.add(reinterpret_cast<const float4*>(found)[place_of(at, four)], found_max[at],
             found_sum[at]);
     }
     return m;
   }
 
-  __device__ __forceinline__ void put_out(int row, int pair, const Merged& m) const {
+  __device__ __forceinline__ void put_out(int row, int four, const Merged& m) const {
     const int64_t token = static_cast<int64_t>(b) * args.tokens + row_token[row];
-    const int64_t at = (token * args.heads + row_head[row]) * kRowPairs + pair;
+    const int64_t at = (token * args.heads + row_head[row]) * kFours + four;
     const float part = 1 / m.weight;
-    reinterpret_cast<uint32_t*>(args.out)[at] = narrow(m.sum[0] * part, m.sum[1] * part);
+    reinterpret_cast<uint2*>(args.out)[at] = uint2{narrow(m.sum.x * part, m.sum.y * part),
+                                                   narrow(m.sum.z * part, m.sum.w * part)};
   }
 
   __device__ __forceinline__ void write_out() const {
-    for (int i = thread; i < n_here * kRowPairs; i += kThreads)
-      put_out(i / kRowPairs, i % kRowPairs, merged(i / kRowPairs, i % kRowPairs));
+    for (int i = thread; i < n_here * kFours; i += kThreads)
+      put_out(i / kFours, i % kFours, merged(i / kFours, i % kFours));
   }
 
   // [groups][chunks][sums (kRows, E), largest (kRows), weights (kRows)]
@@ -520,11 +536,11 @@ struct Attention {
 
   __device__ __forceinline__ bool put_share() const {
     float* to = share(chunk);
-    for (int i = thread; i < n_here * kRowPairs; i += kThreads) {
-      const int row = i / kRowPairs;
-      const Merged m = merged(row, i % kRowPairs);
-      reinterpret_cast<float2*>(to)[i] = float2{m.sum[0], m.sum[1]};
-      if (i % kRowPairs == 0) {
+    for (int i = thread; i < n_here * kFours; i += kThreads) {
+      const int row = i / kFours;
+      const Merged m = merged(row, i % kFours);
+      reinterpret_cast<float4*>(to)[i] = m.sum;
+      if (i % kFours == 0) {
         to[kRows * kE + row] = m.max;
         to[kRows * kE + kRows + row] = m.weight;
       }
@@ -533,16 +549,16 @@ struct Attention {
   }
 
   __device__ __forceinline__ void join_shares() const {
-    for (int i = thread; i < n_here * kRowPairs; i += kThreads) {
-      const int row = i / kRowPairs;
+    for (int i = thread; i < n_here * kFours; i += kThreads) {
+      const int row = i / kFours;
       Merged m;
       for (int s = 0; s < n_chunks; s++)
         m.max = fmaxf(m.max, load_from_others(share(s) + kRows * kE + row));
       for (int s = 0; s < n_chunks; s++)
-        m.add(load_from_others(reinterpret_cast<const float2*>(share(s)) + i),
+        m.add(load_from_others(reinterpret_cast<const float4*>(share(s)) + i),
               load_from_others(share(s) + kRows * kE + row),
               load_from_others(share(s) + kRows * kE + kRows + row));
-      put_out(row, i % kRowPairs, m);
+      put_out(row, i % kFours, m);
     }
   }
 };

@@ -5,7 +5,7 @@
 // are B, so up to eight of them cost little more than one.
 //
 // A block keeps a ring of shared memory per warp full of weights that are on their way. It asks for
-// most of them before it waits for the kernel that computes x, then for x, and only then for the
+// some of them before it waits for the kernel that computes x, then for x, and only then for the
 // rest: what is asked for first comes first. Warps share out K, so every block sees all of x; one
 // more warp adds up what they found, in a fixed order, and applies the epilogue.
 //
@@ -79,7 +79,7 @@ struct Linear {
   float* x_sums;          // of kSums, over each of this warp's groups or in all: [groups][kMaxRows]
   uint4* staged;          // this warp's x: [rows][x_stride]
   uint64_t* arrived;      // [stages], of this warp: the copy is there
-  float* factors;         // [kMaxRows], of kNorm unless kFew
+  float* factors;         // [kMaxRows], of kNorm where warps share them out
   uint64_t* summed;       // [kBuffers]: every warp's sums are there
   uint64_t* taken;        // [kBuffers]: the epilogue has them
 
@@ -165,15 +165,15 @@ struct Linear {
       for (int i = 0; i < stages; i++) barrier_init(arrived + i, kCopyArrivals);
     barriers_are_ready();
     sync_warp();
-    ask_up_to(next, stages - 1);
+    ask_up_to(next, kFew ? stages - 1 : 1);  // x of many rows is long
     launch_dependents();
     if (args.ahead != nullptr) look_ahead();
     sync_block();  // the other barriers are ready
     wait_for_predecessor();
     float squares[kSquaresAtOnce];  // on their way together with x
-    if (kNorm && !kFew) ask_for_squares(warp, 0, squares);
+    if (kNorm && kSharesFactors) ask_for_squares(warp, 0, squares);
     if (kStaged) take_x(next);
-    if (kNorm && !kFew) find_factors(squares);
+    if (kNorm && kSharesFactors) share_factors(squares);
 
     uint4 next_x[kUnitBlocks];
     if (kReadsAhead) read_unit(first_unit, next_x);
@@ -403,9 +403,10 @@ struct Linear {
       }
   }
 
-  // What the norm multiplies each row by. The warp that finishes finds it itself if rows are few;
-  // of many, the other warps share them out.
+  // What the norm multiplies each row by. The warp that finishes has the time to find it for eight
+  // rows; more are shared out among the other warps.
 
+  static constexpr bool kSharesFactors = kColumns > 1;
   static constexpr int kSquaresAtOnce = 16;  // of a lane
 
   __device__ __forceinline__ void ask_for_squares(int row, int begin, float squares[]) const {
@@ -417,11 +418,26 @@ struct Linear {
     }
   }
 
-  __device__ __forceinline__ void find_factors(float squares[]) {
+  __device__ __forceinline__ void share_factors(float squares[]) {
     for (int row = warp; row < args.rows; row += kWarps) {
       if (row != warp) ask_for_squares(row, 0, squares);
       const float factor = factor_of(row, squares);
       if (lane == 0) factors[row] = factor;
+    }
+  }
+
+  // For rows 2t and 2t + 1.
+  __device__ __forceinline__ void find_factors(float factor[2]) const {
+    constexpr int kAtOnce = kFew ? 2 : 4;
+    for (int first = 0; first < args.rows; first += kAtOnce) {
+      float squares[kAtOnce][kSquaresAtOnce];
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++) ask_for_squares(first + r, 0, squares[r]);
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++) {
+        const float found = factor_of(first + r, squares[r]);
+        if ((first + r) / 2 == t) factor[r % 2] = found;
+      }
     }
   }
 
@@ -494,14 +510,8 @@ struct Linear {
     barriers_are_ready();
     sync_block();
     wait_for_predecessor();  // for what it reads, and since y may still be in use
-    float factor[kColumns][2];  // of the norm, for rows 8c + 2t and 8c + 2t + 1
-    if (kNorm && kFew)
-#pragma unroll
-      for (int row = 0; row < 2; row++) {
-        float squares[kSquaresAtOnce];
-        ask_for_squares(row, 0, squares);
-        factor[0][row] = row < args.rows ? factor_of(row, squares) : 0;
-      }
+    float factor[kColumns][2] = {};  // of the norm, for rows 8c + 2t and 8c + 2t + 1
+    if (kNorm && !kSharesFactors) find_factors(factor[0]);
     Best best[kColumns][2];
     int number = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
@@ -511,7 +521,7 @@ struct Linear {
 #pragma unroll
         for (int c = 0; c < kColumns; c++) beside[r][c] = read_beside(item * kTiles + r, c);
       barrier_wait(summed + number % kBuffers, number / kBuffers % 2);
-      if (kNorm && !kFew && number == 0)
+      if (kNorm && kSharesFactors && number == 0)
 #pragma unroll
         for (int c = 0; c < kColumns; c++)
           for (int i = 0; i < 2; i++) factor[c][i] = factors[8 * c + 2 * t + i];

@@ -34,7 +34,7 @@ INT4_RING_BYTES = 128 * 1024
 """The higher of these bounds where weights take longer to compute with than to come: what is there
 already is then not used any sooner, and what other kernels read comes later."""
 
-RING_SHARE = 0.8
+RING_SHARE = 0.75
 """Of all that a block reads, that its ring should hold at most. A product that asks for everything
 before its input is there keeps the kernel that makes this input from its own reads."""
 
