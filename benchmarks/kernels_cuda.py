@@ -43,6 +43,7 @@ from cuda_cases import (
     hard_scores,
     linear_case,
     make_weight,
+    next_tokens_case,
     sample_case,
 )
 from torch import Tensor
@@ -282,7 +283,9 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         for rows in (1, 5):
             for int8 in (False, True):
                 yield embed_case(rows, 32000, 5120, generator, int8=int8)
-                yield argmax_case(rows, 264, generator, advance=int8)
+            yield argmax_case(rows, 264, generator)
+            for k in (0, 7, 15):
+                yield next_tokens_case(rows, k, generator)
 
     def draws() -> Iterator[Case]:
         for vocab in (300, 32_000, 128_257):
@@ -291,7 +294,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
                 for listed in (8192, 64):
                     yield sample_case(scores, [options] * len(scores), listed=listed)
 
-    yield "embedding and argmax", small()
+    yield "a step's ends", small()
     yield "draws", draws()
     for i, name in enumerate(KINDS):
         yield f"products {name}", products(name, i)

@@ -5,7 +5,7 @@
 // are B, so up to eight of them cost little more than one.
 //
 // A block keeps a ring of shared memory per warp full of weights that are on their way. It asks for
-// some of them before it waits for the kernel that computes x, then for x, and only then for the
+// most of them before it waits for the kernel that computes x, then for x, and only then for the
 // rest: what is asked for first comes first. Warps share out K, so every block sees all of x; one
 // more warp adds up what they found, in a fixed order, and applies the epilogue.
 //
@@ -165,7 +165,7 @@ struct Linear {
       for (int i = 0; i < stages; i++) barrier_init(arrived + i, kCopyArrivals);
     barriers_are_ready();
     sync_warp();
-    ask_up_to(next, kFew ? stages - 1 : 1);  // x of many rows is long
+    ask_up_to(next, stages - 1);
     launch_dependents();
     if (args.ahead != nullptr) look_ahead();
     sync_block();  // the other barriers are ready
