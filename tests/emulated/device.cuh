@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <stdint.h>
 #include <string.h>
 #include <ucontext.h>
@@ -61,9 +62,10 @@ struct Meeting {  // of the lanes of a warp
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on
   std::unique_ptr<char[]> stack;
-  bool ended = false;
+  bool began = false, ended = false;
 };
 
 struct Machine {
@@ -73,7 +75,7 @@ struct Machine {
   std::vector<Late> late;
   bool predecessor_ended = false;
   std::vector<uint4> shared;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   int current = 0, at_block_barrier = 0;
   uint64_t block_generation = 0, events = 0;
   std::mt19937 random{1};
@@ -82,7 +84,17 @@ struct Machine {
 };
 inline Machine machine;
 
-inline void give_way() { swapcontext(&machine.fibers[machine.current].context, &machine.scheduler); }
+// Jumps, since swapcontext asks the system to keep signal masks each time.
+inline void give_way() {
+  if (_setjmp(machine.fibers[machine.current].place) == 0) _longjmp(machine.scheduler, 1);
+}
+
+[[gnu::noinline]] inline void go_on(Fiber& fiber) {
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (fiber.began) _longjmp(fiber.place, 1);
+  fiber.began = true;
+  setcontext(&fiber.context);
+}
 
 inline void run_fiber() {
   machine.kernel(machine.args);
@@ -109,7 +121,7 @@ inline void run_block(int threads) {
   for (const Late& l : m.late) memset(l.to, 0xff, l.bytes);
   constexpr size_t kStack = 1 << 18;
   for (Fiber& fiber : m.fibers) {
-    fiber.ended = false;
+    fiber.began = fiber.ended = false;
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -128,7 +140,7 @@ inline void run_block(int threads) {
       if (m.fibers[i].ended) continue;
       m.current = i;
       threadIdx = {i, 0, 0};
-      swapcontext(&m.scheduler, &m.fibers[i].context);
+      go_on(m.fibers[i]);
       if (m.fibers[i].ended) living--;
     }
     complete_copies();
