@@ -110,8 +110,13 @@ class Runner:
                 launcher=self._model.launcher if self._group.size == 1 else None,
             )
             spare = config.draft_tokens if setup.draft else 0
-            slots, launcher = (config.max_batch_size, setup.n_positions), self._model.launcher
-            self._slots = Slots(*slots, spare, device, launcher=launcher)
+            self._slots = Slots(
+                config.max_batch_size,
+                setup.n_positions,
+                spare,
+                device,
+                launcher=self._model.launcher,
+            )
             self._draft_model: _Model | None = None
             self._drafter = self._make_drafter(progress)
             self._stepper = Stepper(
