@@ -391,8 +391,7 @@ struct Attention {
         for (int mask = 4; mask < 32; mask *= 2) weight[c][i] += shuffle_xor(weight[c][i], mask);
   }
 
-  // Into the places of a step that they have. A lane takes pieces of keys and of values, two of each
-  // at once.
+  // Into the places of a step that they have; a lane takes two pieces of keys and of values at once.
   __device__ __forceinline__ void add_new_tokens(int step, bf16* k) {
     sync_warp();  // the zeros there are written by other lanes
     const int first = max(position, kStep * step);
