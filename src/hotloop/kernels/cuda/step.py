@@ -44,7 +44,7 @@ class ArgmaxArguments(Arguments):
     )
 
 
-_SLOTS = ("width", "drafts_stride", "tokens", "last_position")
+_SIZES = ("width", "drafts_stride", "tokens", "last_position")
 
 
 class NextTokensArguments(Arguments):
@@ -52,7 +52,7 @@ class NextTokensArguments(Arguments):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("history", "positions", "drafts", "ids", "at")),
-        *((name, ctypes.c_int) for name in _SLOTS),
+        *((name, ctypes.c_int) for name in _SIZES),
     )
 
 
@@ -62,7 +62,7 @@ class AcceptArguments(Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("ids", "drafts", "history", "positions")),
         *((name, ctypes.c_void_p) for name in ("n_kept", "n_drafts")),
-        *((name, ctypes.c_int) for name in _SLOTS),
+        *((name, ctypes.c_int) for name in _SIZES),
     )
 
 
@@ -122,13 +122,7 @@ def embed(
     args, tensors = EmbedArguments.of(
         ids=ids_M, table=table_VK, scale=scale_V, x=x_MK, k=x_MK.shape[1], **onward.arguments()
     )
-    return Call(
-        kernel=embed_kernel(int8=int8),
-        grid=(len(ids_M), 1, 1),
-        shared_bytes=0,
-        args=args,
-        tensors=tensors,
-    )
+    return _block_for_each(embed_kernel(int8=int8), len(ids_M), args, tensors)
 
 
 def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward) -> Call:
@@ -197,14 +191,8 @@ def next_tokens(
         positions_BT: int64, written.
         last_position: The last one of the cache.
     """
-    args, tensors = NextTokensArguments.of(
-        history=history_SW,
-        positions=positions_S,
-        ids=ids_BT,
-        at=positions_BT,
-        last_position=last_position,
-        **_drafts_and_sizes(drafts_BD, ids_BT, history_SW),
-    )
+    slots = _slots(history_SW, positions_S, drafts_BD, ids_BT, last_position)
+    args, tensors = NextTokensArguments.of(at=positions_BT, **slots)
     return _block_for_each(next_tokens_kernel(), len(ids_BT), args, tensors)
 
 
@@ -229,33 +217,37 @@ def accept(
         n_drafts_B: int64, written; None where T is 1.
         last_position: The last one of the cache.
     """
-    args, tensors = AcceptArguments.of(
-        ids=ids_BT,
-        history=history_SW,
-        positions=positions_S,
-        n_kept=n_kept_B,
-        n_drafts=n_drafts_B,
-        last_position=last_position,
-        **_drafts_and_sizes(drafts_BD, ids_BT, history_SW),
-    )
+    slots = _slots(history_SW, positions_S, drafts_BD, ids_BT, last_position)
+    args, tensors = AcceptArguments.of(n_kept=n_kept_B, n_drafts=n_drafts_B, **slots)
     return _block_for_each(accept_kernel(), len(ids_BT), args, tensors)
 
 
-def _drafts_and_sizes(
-    drafts_BD: Tensor | None, ids_BT: Tensor, history_SW: Tensor
+def _slots(
+    history_SW: Tensor,
+    positions_S: Tensor,
+    drafts_BD: Tensor | None,
+    ids_BT: Tensor,
+    last_position: int,
 ) -> dict[str, Tensor | int | None]:
     """Arguments that both have."""
     B, T = ids_BT.shape
     assert T <= 32, f"a lane has a token, and there are {T}"
-    sizes = {"width": history_SW.shape[1], "tokens": T}
+    common = {
+        "history": history_SW,
+        "positions": positions_S,
+        "ids": ids_BT,
+        "width": history_SW.shape[1],
+        "tokens": T,
+        "last_position": last_position,
+    }
     if drafts_BD is None:
         assert T == 1, "a token after each draft"
-        return {"drafts": None, "drafts_stride": 0, **sizes}
+        return {"drafts": None, "drafts_stride": 0, **common}
     assert drafts_BD.shape == (B, T - 1), f"drafts are {tuple(drafts_BD.shape)}"
     assert drafts_BD.stride(1) == 1, "drafts of a slot are side by side"
     stride = drafts_BD.stride(0)
     flat = drafts_BD.as_strided(((B - 1) * stride + T - 1,), (1,))  # all that lies between
-    return {"drafts": flat, "drafts_stride": stride, **sizes}
+    return {"drafts": flat, "drafts_stride": stride, **common}
 
 
 def _block_for_each(
