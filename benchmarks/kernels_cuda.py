@@ -54,9 +54,9 @@ from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
 from hotloop.kernels.cuda.launch import Device, Launch
-from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tuning
+from hotloop.kernels.cuda.linear import Ahead, Epilogue, LinearPlan, Normed, Onward, Tuning
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
-from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
+from hotloop.kernels.cuda.tuning import Role, attention_tuning, linear_tuning, look_ahead
 from hotloop.models.shapes import shape
 from hotloop.types import SamplingParams
 
@@ -497,18 +497,26 @@ class DecodeStep:
         turns = (angles.cos(), angles.sin())
         x, slots = self.x, torch.arange(attention.batch, device=CUDA)
         calls = [step.embed(self.ids, self.table, None, x, onward)]
-        for weights, (keys, values) in zip(self.weights, self.caches, strict=True):
-            calls.append(plans["qkv"].call(normed, qkv, *weights["qkv"]))
+        afters = [*self.weights[1:], None]
+        for weights, after, (keys, values) in zip(self.weights, afters, self.caches, strict=True):
+
+            def ahead(by: Role, later: str, of: Any = weights) -> dict[str, Ahead | None]:
+                return {"ahead": of and look_ahead(by, plans[later], of[later][0])}
+
+            call = plans["qkv"].call(normed, qkv, *weights["qkv"], **ahead("qkv", "gate_up"))
+            calls.append(call)
             if "attention" in self.parts:
                 calls.append(
                     attention.call(
                         qkv, attended, keys, values, slots, self.positions, *turns, **work
                     )
                 )
-            ahead, _ = weights["gate_up"]
-            calls.append(plans["o"].call(attended, x, *weights["o"], **added, ahead=ahead))
-            calls.append(plans["gate_up"].call(normed, hidden, *weights["gate_up"]))
-            calls.append(plans["down"].call(hidden, x, *weights["down"], **added))
+            for role, x_MK, y, beside in (
+                ("o", attended, x, added | ahead("o", "gate_up")),
+                ("gate_up", normed, hidden, ahead("gate_up", "down")),
+                ("down", hidden, x, added | ahead("down", "qkv", after)),
+            ):
+                calls.append(plans[role].call(x_MK, y, *weights[role], **beside))
         if "ends" in self.parts:
             calls.append(plans["head"].call(normed, self.logits, *self.head, best=best))
             calls.append(step.argmax(best, self.ids))

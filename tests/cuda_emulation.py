@@ -34,18 +34,28 @@ class Late(ctypes.Structure):
     _fields_ = (("to", ctypes.c_void_p), ("from_", ctypes.c_void_p), ("bytes", ctypes.c_int64))
 
 
-def emulate(call: Call, late: Sequence[Tensor] = ()) -> None:
+class Prefetch(ctypes.Structure):
+    _fields_ = (("at", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+
+
+def emulate(call: Call, late: Sequence[Tensor] = ()) -> list[tuple[int, int]]:
     """What launching ``call`` would do; its tensors are in ordinary memory.
 
     What is ``late`` is there only once a block has waited for the kernel before this one.
+
+    Returns:
+        What was read into the L2 cache ahead of time: addresses and bytes.
     """
-    run = ctypes.CDLL(str(build(call.kernel))).run
+    library = ctypes.CDLL(str(build(call.kernel)))
     contents = [t.clone() for t in late]
     pairs = zip(late, contents, strict=True)
     copies = [Late(t.data_ptr(), content.data_ptr(), t.nbytes) for t, content in pairs]
     shape = (*call.grid, call.kernel.threads, call.shared_bytes)
     with ONE_AT_A_TIME:
-        run(ctypes.byref(call.args), *shape, (Late * len(copies))(*copies), len(copies))
+        library.run(ctypes.byref(call.args), *shape, (Late * len(copies))(*copies), len(copies))
+        found = (Prefetch * library.n_prefetches())()
+        library.prefetches(found)
+    return [(one.at, one.bytes) for one in found]
 
 
 class EmulatedDevice:
@@ -94,6 +104,10 @@ def build(kernel: Kernel) -> Path:
         "                    const Late* late, int n_late) {\n"
         f"  const auto kernel = [](const void* a) {{ {kernel.name}(*({kernel.args}*)a); }};\n"
         "  run_grid(kernel, args, {x, y, z}, threads, bytes, late, n_late);\n"
+        "}\n"
+        'extern "C" int n_prefetches() { return machine.prefetches.size(); }\n'
+        'extern "C" void prefetches(Prefetch* to) {\n'
+        "  std::copy(machine.prefetches.begin(), machine.prefetches.end(), to);\n"
         "}\n"
     )
     library = source.with_suffix(".so")

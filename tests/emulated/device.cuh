@@ -55,6 +55,8 @@ struct Late { void* to; const void* from; int64_t bytes; };  // of the kernel be
 
 struct Copy { void* to; const void* from; int bytes; uint64_t* barrier; };
 
+struct Prefetch { const void* from; int64_t bytes; };
+
 struct Meeting {  // of the lanes of a warp
   int arrived = 0;
   uint64_t generation = 0;
@@ -72,6 +74,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Meeting> meetings;
   std::vector<Copy> copies;
+  std::vector<Prefetch> prefetches;
   std::vector<Late> late;
   bool predecessor_ended = false;
   std::vector<uint4> shared;
@@ -159,6 +162,7 @@ inline void run_grid(void (*kernel)(const void*), const void* args, dim3 grid, i
   machine.late.assign(late, late + n_late);
   machine.args = args;
   machine.shared.resize((shared_bytes + 15) / 16);
+  machine.prefetches.clear();
   gridDim = grid;
   blockDim = {threads, 1, 1};
   for (int z = 0; z < grid.z; z++)
@@ -337,17 +341,24 @@ inline void barriers_are_ready() {}
 inline void copy_begin(uint64_t* barrier, int bytes, int lane) {
   if (lane == 0) change(barrier, 1, bytes);
 }
-inline void copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t, int lane) {
-  if (lane != 0) return;
-  if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes % 16 || bytes <= 0) {
+inline void check_alignment(uintptr_t places, int bytes) {
+  if (places % 16 || bytes % 16 || bytes <= 0) {
     fprintf(stderr, "a copy of %d bytes, or its place, is not aligned\n", bytes);
     abort();
   }
+}
+inline void copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t, int lane) {
+  if (lane != 0) return;
+  check_alignment(uintptr_t(to) | uintptr_t(from), bytes);
   memset(to, 0xff, bytes);
   machine.copies.push_back({to, from, bytes, barrier});
 }
 inline void copy_end(uint64_t*, int) {}
-inline void prefetch(const void*, int, int) {}
+inline void prefetch(const void* from, int bytes, int lane) {
+  if (lane != 0) return;
+  check_alignment(uintptr_t(from), bytes);
+  machine.prefetches.push_back({from, bytes});
+}
 inline void complete_copies() {
   std::vector<Copy> later;
   for (const Copy& c : machine.copies) {

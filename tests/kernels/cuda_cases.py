@@ -20,7 +20,7 @@ from hotloop.kernels.cuda import prompt, step
 from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_torch
 from hotloop.kernels.cuda.launch import Call, Limits
-from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, Tuning
+from hotloop.kernels.cuda.linear import Ahead, Epilogue, LinearPlan, Normed, Onward, Tuning
 from hotloop.kernels.cuda.packing import Format, Kind, pack
 from hotloop.kernels.cuda.prompt import Product
 from hotloop.kernels.cuda.sample import LISTED, sample
@@ -100,6 +100,7 @@ def linear_case(
     tuning: Tuning,
     limits: Limits,
     x_MK: Tensor | None = None,
+    ahead: Ahead | None = None,
 ) -> Case:
     device, form, eps = generator.device, weight.form, 1e-5
     plan = LinearPlan(
@@ -132,6 +133,7 @@ def linear_case(
         residual=added,
         onward=following,
         best=best,
+        ahead=ahead,
     )
 
     def check() -> None:

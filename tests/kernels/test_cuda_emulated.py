@@ -31,7 +31,7 @@ from cuda_emulation import emulate, needs_compiler
 
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
-from hotloop.kernels.cuda.linear import Tuning
+from hotloop.kernels.cuda.linear import Ahead, Tuning
 
 pytestmark = needs_compiler
 
@@ -132,6 +132,28 @@ def test_a_row_does_not_depend_on_how_many_there_are(tuning):
         results.append(case.outputs[0])
     for y in results:
         assert torch.equal(y, results[-1][: len(y)])
+
+
+@pytest.mark.parametrize("items_left", [-1, 0, 1, 9])
+def test_a_product_looks_ahead_at_the_tiles_it_is_told_of_and_computes_the_same(items_left):
+    later = weight("int4-g64", 200)  # 13 tiles
+    ahead = Ahead(
+        weight=later.packed,
+        form=later.form,
+        first=3,
+        step=4,
+        tiles=3,
+        tile_bytes=1024,
+        items_left=items_left,
+    )
+    case = linear_case(weight("int8"), 3, generator(1), tuning=SMALL, limits=limits(4), ahead=ahead)
+    asked = emulate(case.call, late=case.inputs)
+    case.check()
+    tile_bytes = later.packed[0].nbytes
+    wanted = sorted(tile for block in range(4) for tile in range(3 + block, 13, 4))
+    found = sorted((at - later.packed.data_ptr()) / tile_bytes for at, _ in asked)
+    assert found == wanted
+    assert {n for _, n in asked} == {1024}
 
 
 def test_more_warps_than_units_and_more_blocks_than_tiles_are_fine():

@@ -24,7 +24,7 @@ from cuda_cases import (
 from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.compile import unavailable_reason
 from hotloop.kernels.cuda.launch import Device
-from hotloop.kernels.cuda.linear import Tuning
+from hotloop.kernels.cuda.linear import Ahead, Tuning
 from hotloop.kernels.cuda.tuning import attention_tuning
 
 REASON = "no CUDA device" if not torch.cuda.is_available() else unavailable_reason()
@@ -68,6 +68,24 @@ def test_products_equal_their_specification(device, name):
                 limits=device.limits,
             )
             assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("items_left", [-1, 0, 2])
+def test_looking_ahead_changes_no_result(device, items_left):
+    weight, later = (make_weight("int4-g64", n, 1152, generator(device, n)) for n in (9000, 5000))
+    ahead = Ahead(
+        weight=later.packed,
+        form=later.form,
+        first=100,
+        step=device.limits.n_sms,
+        tiles=5,
+        tile_bytes=later.packed[0].nbytes,
+        items_left=items_left,
+    )
+    case = linear_case(
+        weight, 1, generator(device, 1), tuning=Tuning(), limits=device.limits, ahead=ahead
+    )
+    assert_right_and_the_same_with_dependent_launch(device, case)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -11,7 +11,7 @@ from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format, pack, unpack
-from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
+from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning, look_ahead
 from hotloop.quant import parse_scheme
 
 H100 = Limits(n_sms=132, shared_bytes=227 * 1024)
@@ -140,3 +140,32 @@ def test_whatever_is_asked_for_what_is_launched_fits(limits, name):
             assert layout.stages >= 2
     roomy = LinearPlan(form=form, rows=1, tuning=Tuning(), limits=H100).layout
     assert (roomy.units_per_stage, roomy.staged) == (2, True), "what fits is left as it is"
+
+
+@pytest.mark.parametrize("by", ["qkv", "o"])
+@pytest.mark.parametrize("name", KINDS)
+def test_what_comes_ahead_of_time_is_not_what_the_later_product_asks_for_first(name, by):
+    kind, group_size, symmetric = KINDS[name]
+    form = Format(
+        kind=kind, group_size=group_size, symmetric=symmetric, n=28672, k=4096, paired=True
+    )
+    for rows in (1, 8):
+        later = LinearPlan(
+            form=form, rows=rows, epilogue="swiglu", tuning=linear_tuning(form, H100), limits=H100
+        )
+        weight = torch.empty(form.nbytes, dtype=torch.uint8)
+        ahead = look_ahead(by, later, weight)
+        assert ahead is not None
+        assert ahead.first // 132 > later.tiles_on_their_way
+        assert ahead.first + (ahead.tiles - 1) * ahead.step + 132 <= form.tiles
+        assert ahead.tiles * ahead.tile_bytes * 132 < 16e6, "well within the cache"
+
+
+def test_nothing_comes_ahead_of_time_of_a_weight_that_is_all_on_its_way():
+    form = Format(kind="int4", group_size=64, n=3072, k=576, paired=True)
+    later = LinearPlan(
+        form=form, rows=1, epilogue="swiglu", tuning=linear_tuning(form, H100), limits=H100
+    )
+    weight = torch.empty(form.nbytes, dtype=torch.uint8)
+    assert look_ahead("qkv", later, weight) is None
+    assert look_ahead("o", later, weight) is None

@@ -26,9 +26,9 @@ from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import HEAD_DIMS, MAX_TOKENS, AttentionPlan
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Call, Launcher, Limits
-from hotloop.kernels.cuda.linear import Epilogue, LinearPlan, Normed, Onward, plan_rows
+from hotloop.kernels.cuda.linear import Ahead, Epilogue, LinearPlan, Normed, Onward, plan_rows
 from hotloop.kernels.cuda.sample import sample_kernel
-from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning
+from hotloop.kernels.cuda.tuning import Role, attention_tuning, linear_tuning, look_ahead
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache
 from hotloop.models.config import ModelConfig
@@ -107,17 +107,18 @@ class FusedForward:
         slots_B = self._slots[:B] if slots_B is None else slots_B
         positions_B = positions_BT[:, 0].contiguous()
         self._dependent = False  # on what torch did before
-        next_norms = (*(layer.input_norm for layer in self._layers[1:]), self._decoder.norm)
         x_MD, normed = self._embed(ids_BT.flatten().contiguous(), self._layers[0].input_norm)
-        for i, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
-            qkv = self._product(plans.qkv, layer.qkv_proj, normed)
+        afters = (*self._layers[1:], None)
+        for i, (layer, after) in enumerate(zip(self._layers, afters, strict=True)):
+            gate_up, down = (plans.gate_up, layer.gate_up_proj), (plans.down, layer.down_proj)
+            qkv = self._product(plans.qkv, layer.qkv_proj, normed, ahead=_look("qkv", *gate_up))
             attended = self._attend(plans.attention, i, qkv, slots_B, positions_B)
-            ahead, *_ = layer.gate_up_proj.packed
-            x_MD, normed = self._add(
-                plans.o, layer.o_proj, attended, x_MD, layer.post_attention_norm, ahead
-            )
-            gated = self._product(plans.gate_up, layer.gate_up_proj, normed)
-            x_MD, normed = self._add(plans.down, layer.down_proj, gated, x_MD, next_norm)
+            onto, ahead = (x_MD, layer.post_attention_norm), _look("o", *gate_up)
+            x_MD, normed = self._add(plans.o, layer.o_proj, attended, *onto, ahead)
+            gated = self._product(*gate_up, normed, ahead=_look("gate_up", *down))
+            norm = self._decoder.norm if after is None else after.input_norm
+            ahead = None if after is None else _look("down", plans.qkv, after.qkv_proj)
+            x_MD, normed = self._add(*down, gated, x_MD, norm, ahead)
         logits_MV, best_M = self._logits(plans.head, normed)
         return logits_MV.view(B, T, -1), None if best_M is None else best_M.view(B, T)
 
@@ -181,7 +182,7 @@ class FusedForward:
         x_MK: Tensor,
         onto_MD: Tensor,
         norm: RMSNorm,
-        ahead: Tensor | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Tensor, Normed]:
         """The residual stream and a product, in the stream's place, on its way to a norm."""
         onward = _onward_to(norm, onto_MD)
@@ -215,11 +216,11 @@ class FusedForward:
         onto: Tensor | None = None,
         onward: Onward | None = None,
         best: tuple[Tensor, Tensor] | None = None,
-        ahead: Tensor | None = None,
+        ahead: Ahead | None = None,
     ) -> Tensor:
         """A product, added to ``onto`` in its place; of the head, with what is ``best``.
 
-        The beginning of the weight ``ahead`` comes into the L2 cache meanwhile.
+        What is ``ahead`` comes into the L2 cache meanwhile.
         """
         (_, plan) = plans[0]
         x_MK = x.x if isinstance(x, Normed) else x
@@ -237,6 +238,7 @@ class FusedForward:
                 ahead=ahead,
             )
             self._launch(call)
+            ahead = None
         return y
 
     def _launch(self, call: Call) -> None:
@@ -247,6 +249,11 @@ class FusedForward:
 def blocks_of(decoder: Decoder) -> list[Block]:
     """A decoder's layers, by their type."""
     return cast(list[Block], list(decoder.layers))
+
+
+def _look(by: Role, plans: _RowPlans, linear: Linear) -> Ahead | None:
+    (_, plan), (weight, *_) = plans[0], linear.packed
+    return look_ahead(by, plan, weight)
 
 
 def _onward_to(norm: RMSNorm, x_MD: Tensor) -> Onward:

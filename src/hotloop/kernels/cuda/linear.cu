@@ -35,12 +35,15 @@ struct LinearArgs {
   float* next_squares;           // [M, tiles]: of y
   float* best_value;             // [M, blocks], of kLogits, or null
   int* best_index;               // [M, blocks]
-  const uint8_t* ahead;          // what a later kernel reads first, or null
+  const uint8_t* ahead;          // a later product's weight, or null
   int rows, n, k;
   int n_best;                    // output features that can be the best
   int tiles, units;
   int stages, units_per_stage;   // a warp's ring: how many copies, and the length of each
-  int ahead_bytes;
+  int ahead_tiles, ahead_tile_bytes;                  // of the later weight
+  int ahead_first, ahead_step, ahead_pieces;          // which of its tiles, of the first block
+  int ahead_bytes;                                    // of each of them
+  int ahead_items_left;          // when: a block has so many items left, or -1: before it waits
   float eps;                     // of kNorm
 };
 
@@ -167,7 +170,6 @@ struct Linear {
     sync_warp();
     ask_up_to(next, stages - 1);
     launch_dependents();
-    if (args.ahead != nullptr) look_ahead();
     sync_block();  // the other barriers are ready
     wait_for_predecessor();
     float squares[kSquaresAtOnce];  // on their way together with x
@@ -187,15 +189,6 @@ struct Linear {
         multiply_item<false>(stage, next, next_x, sum);
       put_sums(sum, number);
     }
-  }
-
-  // This warp's part of what a later kernel reads first comes into the L2 cache, while memory has
-  // little else to do.
-  __device__ __forceinline__ void look_ahead() const {
-    const int warps = gridDim.x * kWarps, bytes = (args.ahead_bytes / warps + 127) / 128 * 128;
-    const int begin = (blockIdx.x * kWarps + warp) * bytes;
-    const int n = min(bytes, args.ahead_bytes - begin);
-    if (n > 0) prefetch(args.ahead + begin, n, lane);
   }
 
   // Of the ring: which is next, and of which round.
@@ -509,12 +502,15 @@ struct Linear {
       }
     barriers_are_ready();
     sync_block();
+    const int looks_ahead_at = item_to_look_ahead_at();
+    if (looks_ahead_at < 0) look_ahead();
     wait_for_predecessor();  // for what it reads, and since y may still be in use
     float factor[kColumns][2] = {};  // of the norm, for rows 8c + 2t and 8c + 2t + 1
     if (kNorm && !kSharesFactors) find_factors(factor[0]);
     Best best[kColumns][2];
     int number = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
+      if (number == looks_ahead_at) look_ahead();
       Beside beside[kTiles][kColumns];
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
@@ -541,6 +537,24 @@ struct Linear {
           write(sum[r][c], item * kTiles + r, c, beside[r][c], factor[c], best[c]);
     }
     if (kEpilogue == kLogits && args.best_value != nullptr) write_best(best);
+  }
+
+  // Memory is idle between the last copies of one kernel and the first of the next. Tiles of a later
+  // product come into the L2 cache meanwhile: not those it asks for first, or memory would be idle
+  // then, but some that it comes to later.
+
+  __device__ __forceinline__ int item_to_look_ahead_at() const {
+    if (args.ahead == nullptr) return n_items;  // none
+    if (args.ahead_items_left < 0) return -1;
+    return max(0, (n_items - 1 - first_item) / item_step - args.ahead_items_left);
+  }
+
+  __device__ __forceinline__ void look_ahead() const {
+    int tile = args.ahead_first + first_item;
+#pragma unroll 1
+    for (int i = 0; i < args.ahead_pieces && tile < args.ahead_tiles; i++, tile += args.ahead_step)
+      prefetch(args.ahead + static_cast<int64_t>(tile) * args.ahead_tile_bytes, args.ahead_bytes,
+               lane);
   }
 
   __device__ __forceinline__ void add(float4 sum[kTiles][kColumns], const float4* part_sums) {

@@ -28,10 +28,6 @@ MAX_ROWS = 64
 MAX_TOGETHER = 4
 """Tiles of eight rows that a warp has registers for."""
 
-AHEAD_BYTES = 32 * 1024
-"""Of a later product's weight, for each multiprocessor: about what a block asks for first. Of 64 KB
-reads that are waited for come later."""
-
 _BUFFERS = 2  # kBuffers of linear.cu
 
 
@@ -126,6 +122,51 @@ class Onward:
         return Onward(weight=self.weight, normed=self.normed.rows(rows))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """What of a later product's weight comes into the L2 cache while memory has little to do.
+
+    Every block of a grid asks for as many tiles; block b's are b further on than the first one's.
+
+    Attributes:
+        weight: As ``packing.pack`` made it.
+        form: Its format.
+        first: Of the first block, which tile comes first.
+        step: Tiles between one of a block's and the next one.
+        tiles: How many a block asks for.
+        tile_bytes: Of each, from its beginning, a multiple of 16.
+        items_left: When: a block has so many pieces of work left. -1 is before it waits for its
+            predecessor.
+    """
+
+    ARGUMENTS: ClassVar = (
+        *("ahead", "ahead_tiles", "ahead_tile_bytes", "ahead_first", "ahead_step"),
+        *("ahead_pieces", "ahead_bytes", "ahead_items_left"),
+    )
+
+    weight: Tensor
+    form: Format
+    first: int
+    step: int = 1
+    tiles: int = 1
+    tile_bytes: int
+    items_left: int
+
+    def arguments(self) -> dict[str, Tensor | int]:
+        """By ``ARGUMENTS``, the names of fields of arguments."""
+        whole = self.form.units * self.form.unit_bytes
+        assert self.weight.nbytes == self.form.nbytes, f"{self.weight.nbytes} for {self.form}"
+        assert self.weight.data_ptr() % 16 == 0, "read 16 bytes at a time"
+        assert 0 < self.tile_bytes <= whole, f"{self.tile_bytes} of a tile's {whole} bytes"
+        assert self.tile_bytes % 16 == 0, f"{self.tile_bytes} bytes, 16 at a time"
+        values = (self.weight, self.form.tiles, whole, self.first, self.step)
+        how = (self.tiles, self.tile_bytes, self.items_left)
+        return dict(zip(self.ARGUMENTS, (*values, *how), strict=True))
+
+
+_NOTHING_AHEAD = {"ahead": None, **dict.fromkeys(Ahead.ARGUMENTS[1:], 0)}
+
+
 class LinearArguments(Arguments):
     """``LinearArgs`` of ``linear.cu``."""
 
@@ -134,7 +175,7 @@ class LinearArguments(Arguments):
         *((name, ctypes.c_void_p) for name in ("residual", "y", "norm", "next_x", "next_squares")),
         *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "ahead")),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
-        *((name, ctypes.c_int) for name in ("stages", "units_per_stage", "ahead_bytes")),
+        *((name, ctypes.c_int) for name in ("stages", "units_per_stage", *Ahead.ARGUMENTS[1:])),
         ("eps", ctypes.c_float),
     )
 
@@ -184,6 +225,13 @@ class LinearPlan:
         """Blocks of the grid."""
         return min(self.items, self.limits.n_sms)
 
+    @property
+    def tiles_on_their_way(self) -> int:
+        """Of a block, that it asks for before it has any; one of which it has a part counts."""
+        layout = self._fitted
+        units = layout.stages * layout.units_per_stage * layout.tiles * self.tuning.warps
+        return -(-units // self.form.units)
+
     @cached_property
     def layout(self) -> Layout | None:
         """As asked for where that fits the device: else with fewer or shorter copies, or none of x.
@@ -231,10 +279,6 @@ class LinearPlan:
         x_sums = 4 * t.warps * per_warp * 8 * self.columns
         factors = 4 * 8 * self.columns
         return sums + factors + barriers + 16 + x_sums
-
-    @property
-    def _ahead_bytes(self) -> int:
-        return self.limits.n_sms * AHEAD_BYTES
 
     @property
     def _units_of_warp(self) -> int:
@@ -287,7 +331,7 @@ class LinearPlan:
         onward: Onward | None = None,
         best: tuple[Tensor, Tensor] | None = None,
         n_best: int | None = None,
-        ahead: Tensor | None = None,
+        ahead: Ahead | None = None,
     ) -> Call:
         """The launch that computes ``y``; see ``reference.fused_linear``.
 
@@ -302,7 +346,7 @@ class LinearPlan:
             best: For ``logits``: float32 and int32 [M, blocks], the largest logit of each block
                 and where it is, among the first ``n_best``, or all. NaNs are never the largest.
             n_best: See ``best``.
-            ahead: The weight of a later product: its beginning comes into the L2 cache meanwhile.
+            ahead: What of a later product's weight comes into the L2 cache meanwhile.
         """
         layout = self._fitted
         normed = x if isinstance(x, Normed) else None
@@ -320,7 +364,6 @@ class LinearPlan:
         assert onward is None or onward.normed.x.shape == y.shape, "like y"
         assert best is None or self.epilogue == "logits", "logits alone have a best"
         assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
-        assert ahead is None or ahead.data_ptr() % 16 == 0, "read 16 bytes at a time"
         args, tensors = LinearArguments.of(
             weight=weight,
             scale=scale_N,
@@ -332,7 +375,6 @@ class LinearPlan:
             **(onward.arguments() if onward else dict.fromkeys(Onward.ARGUMENTS)),
             best_value=best[0] if best else None,
             best_index=best[1] if best else None,
-            ahead=ahead,
             rows=self.rows,
             n=self.form.n,
             k=self.form.k,
@@ -341,7 +383,7 @@ class LinearPlan:
             units=self.form.units,
             stages=layout.stages,
             units_per_stage=layout.units_per_stage,
-            ahead_bytes=0 if ahead is None else min(ahead.nbytes, self._ahead_bytes),
+            **(ahead.arguments() if ahead else _NOTHING_AHEAD),
             eps=normed.eps if normed else 0.0,
         )
         return Call(

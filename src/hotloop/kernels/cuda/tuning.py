@@ -9,10 +9,14 @@ is chosen by the weight alone, whatever the device and the number of rows.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
 
 from hotloop.kernels.cuda.attention import MAX_TOKENS, STEP, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
-from hotloop.kernels.cuda.linear import Tuning
+from hotloop.kernels.cuda.linear import Ahead, LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format
 
 WARPS = (8, 10, 11, 12, 14, 16, 20)
@@ -40,6 +44,71 @@ before its input is there keeps the kernel that makes this input from its own re
 
 LONG_CACHE = 8192
 """Positions from which on chunks of a history are better longer, and read by more rows at once."""
+
+
+Role = Literal["qkv", "o", "gate_up", "down"]
+"""A product of a layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What a product has brought into the L2 cache of a later one's weight.
+
+    Attributes:
+        beyond: Tiles that a block of the later product leaves out, after those that it asks for
+            before it has any: had it more at once, memory would be idle until its input is there.
+            None leaves out none.
+        step: From one of a block's tiles to the next.
+        tiles: How many of a block's.
+        tile_bytes: The most of each.
+        items_left: See ``Ahead``.
+    """
+
+    beyond: int | None = 0
+    step: int = 1
+    tiles: int = 1
+    tile_bytes: int = 42 * 1024
+    items_left: int
+
+
+def _look(by: Role, later: LinearPlan) -> _Look | None:
+    match by:
+        case "qkv":
+            return _Look(beyond=4, step=3, tiles=2, items_left=1)
+        case "o":
+            return _Look(beyond=1, items_left=-1)
+        case "gate_up" if later.few:
+            return _Look(tile_bytes=32 * 1024, items_left=2)
+        case "gate_up":
+            return _Look(tile_bytes=64 * 1024, items_left=1)
+        case "down" if later.few and later.form.kind == "int4":
+            return _Look(beyond=None, tile_bytes=16 * 1024, items_left=0)
+        case "down":
+            return None
+
+
+def look_ahead(by: Role, later: LinearPlan, weight: Tensor) -> Ahead | None:
+    """What a product has brought into the L2 cache of a later one's weight, if anything.
+
+    qkv and ``o`` look at the weight of gate and up, since memory is idle longest while there is
+    attention, gate and up at down's, and down at the next layer's qkv.
+    """
+    look = _look(by, later)
+    if look is None:
+        return None
+    form, blocks = later.form, later.limits.n_sms
+    first = 0 if look.beyond is None else later.tiles_on_their_way + look.beyond
+    if first * blocks >= form.tiles:
+        return None
+    return Ahead(
+        weight=weight,
+        form=form,
+        first=first * blocks,
+        step=look.step * blocks,
+        tiles=look.tiles,
+        tile_bytes=min(look.tile_bytes, form.units * form.unit_bytes),
+        items_left=look.items_left,
+    )
 
 
 def linear_tuning(form: Format, limits: Limits) -> Tuning:
