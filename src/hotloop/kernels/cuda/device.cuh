@@ -229,15 +229,11 @@ __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint
 
 __device__ __forceinline__ void copy_end(uint64_t*, int) {}
 
-// Reads ``bytes``, a multiple of 16, into the L2 cache. Each lane asks for a part: one that asks for
-// all takes longer.
+// Reads ``bytes``, a multiple of 16, into the L2 cache. One lane asks for all of them: parts of each
+// lane's are ahead of what other warps wait for.
 __device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) {
-  const int part = (bytes / 32 + 127) / 128 * 128, n = min(part, bytes - lane * part);
-  if (n > 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                     static_cast<const uint8_t*>(from) + lane * part),
-                 "r"(n)
-                 : "memory");
+  if (lane == 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 #else
