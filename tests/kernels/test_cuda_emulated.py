@@ -156,6 +156,13 @@ def test_a_product_looks_ahead_at_the_tiles_it_is_told_of_and_computes_the_same(
     assert {n for _, n in asked} == {1024}
 
 
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "int4-g128-asym"])
+def test_x_far_from_zero_loses_nothing_to_integers_stored_without_a_sign(name):
+    given = weight(name)
+    x = (20 + torch.randn(3, given.form.k, generator=generator(5))).bfloat16()
+    run(linear_case(given, 3, generator(6), tuning=SMALL, limits=limits(3), x_MK=x))
+
+
 def test_more_warps_than_units_and_more_blocks_than_tiles_are_fine():
     tiny = make_weight("int4-g32", 5, 96, generator())
     run(

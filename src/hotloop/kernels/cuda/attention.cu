@@ -18,7 +18,7 @@
 // Letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache positions,
 // E head dimension, S slots. g = lane / 4 and t = lane % 4 are a lane's place in fragments.
 
-#include "device.cuh"
+#include "pointwise.cuh"
 
 struct AttentionArgs {
   const bf16* qkv;           // [B * T, (H + 2J) * E]
@@ -285,8 +285,7 @@ struct Attention {
       for (int i = 0; i < kPairs; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) squares = fmaf(x[i][half], x[i][half], squares);
-      for (int mask = 1; mask < 32; mask *= 2) squares += shuffle_xor(squares, mask);
-      const float factor = rsqrtf(squares / kE + args.eps);
+      const float factor = rsqrtf(sum_of_warp(squares) / kE + args.eps);
 #pragma unroll
       for (int i = 0; i < kPairs; i++)
 #pragma unroll

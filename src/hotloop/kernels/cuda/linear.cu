@@ -443,8 +443,7 @@ struct Linear {
 #pragma unroll
       for (int i = 0; i < kSquaresAtOnce; i++) sum += squares[i];
     }
-    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-    return rsqrtf(sum / args.k + args.eps);
+    return rsqrtf(sum_of_warp(sum) / args.k + args.eps);
   }
 
   __device__ __forceinline__ const uint4* x_chunks(int row) const {

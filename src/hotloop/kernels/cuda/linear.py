@@ -411,6 +411,6 @@ def plan_rows(
             form=form, rows=n, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
         )
 
-    at_once = next(n for n in (64, 32, 16, 8) if plan(min(n, rows)).layout is not None)
+    at_once = next((n for n in (64, 32, 16) if plan(min(n, rows)).layout is not None), 8)
     firsts = range(0, rows, at_once)
     return [(slice(i, i + at_once), plan(min(at_once, rows - i))) for i in firsts]
