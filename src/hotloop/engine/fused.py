@@ -111,14 +111,14 @@ class FusedForward:
         afters = (*self._layers[1:], None)
         for i, (layer, after) in enumerate(zip(self._layers, afters, strict=True)):
             gate_up, down = (plans.gate_up, layer.gate_up_proj), (plans.down, layer.down_proj)
-            qkv = self._product(plans.qkv, layer.qkv_proj, normed, ahead=_look("qkv", *gate_up))
+            o, by_o = (plans.o, layer.o_proj), _ahead("o", *gate_up)
+            qkv = self._product(plans.qkv, layer.qkv_proj, normed, ahead=_ahead("qkv", *gate_up))
             attended = self._attend(plans.attention, i, qkv, slots_B, positions_B)
-            onto, ahead = (x_MD, layer.post_attention_norm), _look("o", *gate_up)
-            x_MD, normed = self._add(plans.o, layer.o_proj, attended, *onto, ahead)
-            gated = self._product(*gate_up, normed, ahead=_look("gate_up", *down))
+            x_MD, normed = self._add(*o, attended, x_MD, layer.post_attention_norm, by_o)
+            gated = self._product(*gate_up, normed, ahead=_ahead("gate_up", *down))
             norm = self._decoder.norm if after is None else after.input_norm
-            ahead = None if after is None else _look("down", plans.qkv, after.qkv_proj)
-            x_MD, normed = self._add(*down, gated, x_MD, norm, ahead)
+            by_down = None if after is None else _ahead("down", plans.qkv, after.qkv_proj)
+            x_MD, normed = self._add(*down, gated, x_MD, norm, by_down)
         logits_MV, best_M = self._logits(plans.head, normed)
         return logits_MV.view(B, T, -1), None if best_M is None else best_M.view(B, T)
 
@@ -238,7 +238,7 @@ class FusedForward:
                 ahead=ahead,
             )
             self._launch(call)
-            ahead = None
+            ahead = None  # once is enough
         return y
 
     def _launch(self, call: Call) -> None:
@@ -251,7 +251,8 @@ def blocks_of(decoder: Decoder) -> list[Block]:
     return cast(list[Block], list(decoder.layers))
 
 
-def _look(by: Role, plans: _RowPlans, linear: Linear) -> Ahead | None:
+def _ahead(by: Role, plans: _RowPlans, linear: Linear) -> Ahead | None:
+    """What a product has brought into the L2 cache of a later one's weight."""
     (_, plan), (weight, *_) = plans[0], linear.packed
     return look_ahead(by, plan, weight)
 

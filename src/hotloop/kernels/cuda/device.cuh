@@ -229,8 +229,8 @@ __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint
 
 __device__ __forceinline__ void copy_end(uint64_t*, int) {}
 
-// Reads ``bytes``, a multiple of 16, into the L2 cache. One lane asks for all of them: parts of each
-// lane's are ahead of what other warps wait for.
+// Reads ``bytes``, a multiple of 16, into the L2 cache. One lane asks for all of them: with a part for
+// each lane steps took longer.
 __device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) {
   if (lane == 0)
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

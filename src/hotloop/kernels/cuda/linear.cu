@@ -40,9 +40,10 @@ struct LinearArgs {
   int n_best;                    // output features that can be the best
   int tiles, units;
   int stages, units_per_stage;   // a warp's ring: how many copies, and the length of each
-  int ahead_tiles, ahead_tile_bytes;                  // of the later weight
-  int ahead_first, ahead_step, ahead_pieces;          // which of its tiles, of the first block
-  int ahead_bytes;                                    // of each of them
+  int ahead_n, ahead_stride;     // its tiles, and bytes from one to the next
+  int ahead_first, ahead_step;   // the first block's first tile, and from one of a block's to the next
+  int ahead_tiles;               // that a block asks for
+  int ahead_tile_bytes;          // of each
   int ahead_items_left;          // when: a block has so many items left, or -1: before it waits
   float eps;                     // of kNorm
 };
@@ -551,8 +552,8 @@ struct Linear {
   __device__ __forceinline__ void look_ahead() const {
     int tile = args.ahead_first + first_item;
 #pragma unroll 1
-    for (int i = 0; i < args.ahead_pieces && tile < args.ahead_tiles; i++, tile += args.ahead_step)
-      prefetch(args.ahead + static_cast<int64_t>(tile) * args.ahead_tile_bytes, args.ahead_bytes,
+    for (int i = 0; i < args.ahead_tiles && tile < args.ahead_n; i++, tile += args.ahead_step)
+      prefetch(args.ahead + static_cast<int64_t>(tile) * args.ahead_stride, args.ahead_tile_bytes,
                lane);
   }
 

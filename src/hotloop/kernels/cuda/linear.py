@@ -140,8 +140,8 @@ class Ahead:
     """
 
     ARGUMENTS: ClassVar = (
-        *("ahead", "ahead_tiles", "ahead_tile_bytes", "ahead_first", "ahead_step"),
-        *("ahead_pieces", "ahead_bytes", "ahead_items_left"),
+        *("ahead", "ahead_n", "ahead_stride", "ahead_first", "ahead_step"),
+        *("ahead_tiles", "ahead_tile_bytes", "ahead_items_left"),
     )
 
     weight: Tensor
