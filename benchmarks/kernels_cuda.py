@@ -241,8 +241,8 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         weight = make_weight(name, n, k, generator, paired=settings.get("epilogue") == "swiglu")
         for rows in (1, 8):
             yield linear_case(
-                weight, rows, generator, tuning=linear_tuning(weight.form, limits), limits=limits,
-                **settings,
+                weight, rows, generator,
+                tuning=linear_tuning(weight.form, limits, "o"), limits=limits, **settings,
             )  # fmt: skip
 
     def heads() -> Iterator[Case]:
@@ -358,7 +358,7 @@ def model(name: str) -> dict[str, int]:
     }
 
 
-def products_of(name: str) -> dict[str, tuple[int, int, Epilogue, bool]]:
+def products_of(name: str) -> dict[Role, tuple[int, int, Epilogue, bool]]:
     """Role: N, K, epilogue, with a norm or a residual."""
     m = model(name)
     q, kv = m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]
@@ -426,7 +426,7 @@ class DecodeStep:
                 rows=rows,
                 epilogue=epilogue,
                 norm=norm,
-                tuning=linear_tuning(form, limits),
+                tuning=linear_tuning(form, limits, role),
                 limits=limits,
             )
             for role, (n, k, epilogue, norm) in self.products.items()
@@ -626,7 +626,7 @@ def graph_seconds(graph: torch.cuda.CUDAGraph, *, min_seconds: float = 0.03) -> 
 class Product:
     """One product over as many weights as do not fit the caches, timed under any tuning."""
 
-    def __init__(self, section: Section, name: str, kind: str, role: str) -> None:
+    def __init__(self, section: Section, name: str, kind: str, role: Role) -> None:
         self.section, self.key = section, (name, kind, role)
         n, k, self.epilogue, self.norm = products_of(name)[role]
         self.form = make_format(kind, n, k, self.epilogue)
@@ -734,7 +734,7 @@ def linear_section(section: Section) -> None:
             if section.time_is_up:
                 return
             product = Product(section, name, kind, role)
-            tuning = linear_tuning(product.form, section.device.limits)
+            tuning = linear_tuning(product.form, section.device.limits, role)
             us = {rows: product.seconds(tuning, rows) * 1e6 for rows in (1, 8, 16)}
             alone = product.seconds(tuning, dependent=False) * 1e6
             nbytes = product.form.nbytes

@@ -110,9 +110,12 @@ def test_attention_by_the_rules_fits(limits, head_dim):
 @pytest.mark.parametrize("name", KINDS)
 def test_products_by_the_rules_fit(limits, name):
     kind, group_size, symmetric = KINDS[name]
-    for k, rows in itertools.product((640, 4096, 5120, 8192, 13824, 28672), (1, 8)):
+    widths, roles = (640, 4096, 5120, 8192, 13824, 28672), ("qkv", "down")
+    for k, rows, role in itertools.product(widths, (1, 8), roles):
         form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=8192, k=k)
-        plan = LinearPlan(form=form, rows=rows, tuning=linear_tuning(form, limits), limits=limits)
+        plan = LinearPlan(
+            form=form, rows=rows, tuning=linear_tuning(form, limits, role), limits=limits
+        )
         assert plan.layout is not None
         assert plan.layout.shared_bytes <= limits.shared_bytes
 
@@ -122,7 +125,7 @@ def test_the_order_of_sums_belongs_to_the_weight_and_not_to_the_device(name):
     kind, group_size, symmetric = KINDS[name]
     for n, k in itertools.product((4096, 32000), (640, 4096, 5120, 13824)):
         form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k)
-        assert len({linear_tuning(form, limits).warps for limits in (H100, SMALLER)}) == 1
+        assert len({linear_tuning(form, limits, "o").warps for limits in (H100, SMALLER)}) == 1
 
 
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
@@ -151,7 +154,11 @@ def test_what_comes_ahead_of_time_is_not_what_the_later_product_asks_for_first(n
     )
     for rows in (1, 8):
         later = LinearPlan(
-            form=form, rows=rows, epilogue="swiglu", tuning=linear_tuning(form, H100), limits=H100
+            form=form,
+            rows=rows,
+            epilogue="swiglu",
+            tuning=linear_tuning(form, H100, "gate_up"),
+            limits=H100,
         )
         weight = torch.empty(form.nbytes, dtype=torch.uint8)
         ahead = look_ahead(by, later, weight)
@@ -164,7 +171,11 @@ def test_what_comes_ahead_of_time_is_not_what_the_later_product_asks_for_first(n
 def test_nothing_comes_ahead_of_time_of_a_weight_that_is_all_on_its_way():
     form = Format(kind="int4", group_size=64, n=3072, k=576, paired=True)
     later = LinearPlan(
-        form=form, rows=1, epilogue="swiglu", tuning=linear_tuning(form, H100), limits=H100
+        form=form,
+        rows=1,
+        epilogue="swiglu",
+        tuning=linear_tuning(form, H100, "gate_up"),
+        limits=H100,
     )
     weight = torch.empty(form.nbytes, dtype=torch.uint8)
     assert look_ahead("qkv", later, weight) is None

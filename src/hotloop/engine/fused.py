@@ -287,19 +287,21 @@ class _Plans:
     """How every kernel of a step of B sequences with T tokens each is launched."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, limits: Limits, B: int, T: int) -> None:
-        def product(linear: Linear, epilogue: Epilogue = "plain", *, norm: bool) -> _RowPlans:
+        def product(
+            linear: Linear, role: Role, epilogue: Epilogue = "plain", *, norm: bool
+        ) -> _RowPlans:
             assert isinstance(linear.kernel, Fused), "a weight was not assigned for this"
             form = linear.kernel.form
-            tuning = linear_tuning(form, limits)
+            tuning = linear_tuning(form, limits, role)
             return plan_rows(form, B * T, epilogue, norm=norm, tuning=tuning, limits=limits)
 
         layer, *_ = blocks_of(decoder)
-        self.qkv = product(layer.qkv_proj, norm=True)
+        self.qkv = product(layer.qkv_proj, "qkv", norm=True)
         self.attention = _attention_plan(decoder, cache, limits, B, T)
-        self.o = product(layer.o_proj, norm=False)
-        self.gate_up = product(layer.gate_up_proj, "swiglu", norm=True)
-        self.down = product(layer.down_proj, norm=False)
-        self.head = product(decoder.head, "logits", norm=True)
+        self.o = product(layer.o_proj, "o", norm=False)
+        self.gate_up = product(layer.gate_up_proj, "gate_up", "swiglu", norm=True)
+        self.down = product(layer.down_proj, "down", norm=False)
+        self.head = product(decoder.head, "head", "logits", norm=True)
 
     @property
     def kernels(self) -> list[Kernel]:

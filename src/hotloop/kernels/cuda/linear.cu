@@ -63,6 +63,8 @@ struct Linear {
   static constexpr int kGroupBlocks = kGroups ? Weight::kGroupBlocks : kUnitBlocks;
   static constexpr int kUnitGroups = kUnitBlocks / kGroupBlocks;
   static constexpr bool kSums = Weight::kRaised > 0 || Weight::kOffset;  // x adds up
+  // Units that a warp multiplies in one go: what one waits for leaves time for the other.
+  static constexpr int kUnitsAtOnce = kFew && kGroups ? 2 : 1;
   // x that is not staged is read a unit ahead, where registers allow.
   static constexpr bool kReadsAhead = !kStaged && kColumns == 1;
 
@@ -128,8 +130,7 @@ struct Linear {
 
   // The warps that multiply.
 
-  // Where the next copy comes from, and how many were asked for. Each lane has its own, and once x is
-  // there all are alike.
+  // Where the next copy comes from, and how many were asked for.
   struct Cursor {
     const uint8_t* from;
     int item, unit, asked;
@@ -180,7 +181,7 @@ struct Linear {
 
     uint4 next_x[kUnitBlocks];
     if (kReadsAhead) read_unit(first_unit, next_x);
-    ask_up_to(next, stages);
+    if (!kStaged) ask_up_to(next, stages);
     Stage stage = {0, 0};
     for (int item = first_item, number = 0; item < n_items; item += item_step, number++) {
       float sum[kTiles][kColumns][4] = {};
@@ -203,19 +204,17 @@ struct Linear {
   __device__ __forceinline__ void multiply_item(Stage& stage, Cursor& next,
                                                 uint4 next_x[kUnitBlocks],
                                                 float sum[kTiles][kColumns][4]) {
-    const uint4* x = staged + staged_row * x_stride + t;  // of the next unit, in row 0 or row g
-    float* x_sum = x_sums + 2 * t;
+    UnitAt at = {first_unit, nullptr, staged + staged_row * x_stride + t, x_sums + 2 * t};
     float x_total[kColumns][2][4] = {};
-    for (int unit = first_unit; unit < end_unit;) {
+    while (at.unit < end_unit) {
       barrier_wait(arrived + stage.index, stage.parity);
-      const uint8_t* weights = ring + stage.index * stage_bytes;
-      const int end = min(unit + units_per_stage, end_unit);
-      for (; unit < end; unit++) {
-        multiply_unit<kFirst>(weights, x, x_sum, unit, next_x, x_total, sum);
-        weights += Weight::kUnitBytes;
-        x += kUnitBlocks * 4;
-        if (kGroups) x_sum += kUnitGroups * kMaxRows;
-      }
+      at.weights = ring + stage.index * stage_bytes;
+      const int end = min(at.unit + units_per_stage, end_unit);
+      if (!kFirst && kUnitsAtOnce > 1)
+        while (at.unit + kUnitsAtOnce <= end)
+          multiply_units<kFirst, kUnitsAtOnce>(at, next_x, x_total, sum);
+#pragma unroll 1
+      while (at.unit < end) multiply_units<kFirst, 1>(at, next_x, x_total, sum);
       sync_warp();  // every lane has read the stage: it can be overwritten
       ask(next, stage.index);
       if (++stage.index == stages) stage = {0, stage.parity ^ 1};
@@ -223,11 +222,33 @@ struct Linear {
     if (!kGroups && kSums)
 #pragma unroll
       for (int c = 0; c < kColumns; c++) {
-        const float2 sum_of_x = x_sum_of<kFirst>(x_sum, 0, c, x_total[c]);
+        const float2 sum_of_x = x_sum_of<kFirst>(at.x_sum, 0, c, x_total[c]);
 #pragma unroll
         for (int r = 0; r < kTiles; r++) lower(sum[r][c], sum_of_x);
       }
     if (kFirst) sync_warp();
+  }
+
+  // Of a unit: where what it needs begins.
+  struct UnitAt {
+    int unit;
+    const uint8_t* weights;  // in the ring
+    const uint4* x;          // in row 0 or row g
+    float* x_sum;
+  };
+
+  template <bool kFirst, int kUnits>
+  __device__ __forceinline__ void multiply_units(UnitAt& at, uint4 next_x[kUnitBlocks],
+                                                 float x_total[kColumns][2][4],
+                                                 float sum[kTiles][kColumns][4]) {
+#pragma unroll
+    for (int i = 0; i < kUnits; i++) {
+      multiply_unit<kFirst>(at.weights, at.x, at.x_sum, at.unit, next_x, x_total, sum);
+      at.unit++;
+      at.weights += Weight::kUnitBytes;
+      at.x += kUnitBlocks * 4;
+      if (kGroups) at.x_sum += kUnitGroups * kMaxRows;
+    }
   }
 
   // Sums of groups run in two chains, since each product waits for the one before it.
@@ -365,11 +386,11 @@ struct Linear {
     constexpr int kSteps = kWarps <= 12 ? 2 : 1;
     if (kFew)
       for (int row = 0; row < args.rows; row++)
-        for (int begin = lane; begin < all; begin += 8 * 32)
+        for (int begin = 0; begin < all; begin += 8 * 32)
           take_chunks<8, 1>(next, row, begin, all);
     else
       for (int row = 0; row < args.rows; row += 8)
-        for (int begin = lane; begin < all; begin += kSteps * 32)
+        for (int begin = 0; begin < all; begin += kSteps * 32)
           take_chunks<kSteps, 8>(next, row, begin, all);
     sync_warp();
   }
@@ -384,7 +405,7 @@ struct Linear {
     for (int i = 0; i < kSteps; i++)
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
-        const int row = first_row + r, chunk = first_chunk + 32 * i;
+        const int row = first_row + r, chunk = first_chunk + 32 * i + lane;
         x[i][r] = row < args.rows && chunk < chunks ? x_chunks(row)[chunk] : uint4{0, 0, 0, 0};
       }
     ask_up_to(next, stages);
@@ -392,7 +413,7 @@ struct Linear {
     for (int i = 0; i < kSteps; i++)
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
-        const int row = first_row + r, chunk = first_chunk + 32 * i;
+        const int row = first_row + r, chunk = first_chunk + 32 * i + lane;
         if (row < args.rows && chunk < all) staged[row * x_stride + chunk] = lifted(x[i][r]);
       }
   }

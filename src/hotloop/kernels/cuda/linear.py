@@ -9,7 +9,6 @@ Shape letters: M rows, N output features, K input features, G groups along K.
 from __future__ import annotations
 
 import ctypes
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -27,6 +26,9 @@ _EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logi
 MAX_ROWS = 64
 MAX_TOGETHER = 4
 """Tiles of eight rows that a warp has registers for."""
+
+DIRECT_STAGES = 3
+"""The most copies on their way where x is read from the L2 cache meanwhile: more delay it."""
 
 _BUFFERS = 2  # kBuffers of linear.cu
 
@@ -243,17 +245,22 @@ class LinearPlan:
         # x that is not staged is read for every item: better few of them, and all tiles together.
         share = -(-self.form.tiles // self.limits.n_sms)
         together = max(t.tiles, min(share, MAX_TOGETHER // self.columns))
-        ways = [(False, tiles) for tiles in range(together, t.tiles - 1, -1)]
+        ways = [
+            (False, tiles, units)
+            for tiles in range(together, t.tiles - 1, -1)
+            for units in range(max(1, t.units_per_stage * t.tiles // tiles), 0, -1)
+        ]
         if staged_bytes <= t.staged_bytes:
-            ways.insert(0, (True, t.tiles))
-        sizes = range(t.units_per_stage, 0, -1)
-        for (staged, tiles), units in itertools.product(ways, sizes):
+            ways = [(True, t.tiles, units) for units in range(t.units_per_stage, 0, -1)] + ways
+        for staged, tiles, units in ways:
             copies = t.warps * tiles * units * self.form.unit_bytes
             rest = self._bytes_beside_ring(tiles) + (staged_bytes if staged else 0)
             # Each stage has a barrier per warp.
             room = (self.limits.shared_bytes - rest) // (copies + 8 * t.warps)
             if room >= 2:
                 stages = min(room, max(2, t.ring_bytes // copies))
+                if not staged:
+                    stages = min(stages, DIRECT_STAGES)
                 ring = stages * (copies + 8 * t.warps)
                 return Layout(
                     stages=stages,

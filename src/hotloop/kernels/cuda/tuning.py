@@ -31,12 +31,13 @@ COPIED_BYTES = 44 * 1024
 COPIES = 4
 """Of a warp, on their way."""
 
-LEAST_RING_BYTES, RING_BYTES = 48 * 1024, 160 * 1024
-"""Bounds of what a block has on its way."""
+INT4_COPIES = 3
+"""Of a warp, where the weight is int4 and parts of it come into the L2 cache ahead of time: what is
+there already is not used any sooner, since it takes longer to compute with than to come, and what
+other kernels read comes later."""
 
-INT4_RING_BYTES = 128 * 1024
-"""The higher of these bounds where weights take longer to compute with than to come: what is there
-already is then not used any sooner, and what other kernels read comes later."""
+LEAST_RING_BYTES = 48 * 1024
+"""What a block has on its way at least."""
 
 RING_SHARE = 0.75
 """Of all that a block reads, that its ring should hold at most. A product that asks for everything
@@ -46,8 +47,8 @@ LONG_CACHE = 8192
 """Positions from which on chunks of a history are better longer, and read by more rows at once."""
 
 
-Role = Literal["qkv", "o", "gate_up", "down"]
-"""A product of a layer."""
+Role = Literal["qkv", "o", "gate_up", "down", "head"]
+"""A product of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +73,17 @@ class _Look:
 
 
 def _look(by: Role, later: LinearPlan) -> _Look | None:
+    few, few_int4 = later.few, later.few and later.form.kind == "int4"
     match by:
         case "qkv":
-            return _Look(beyond=4, step=3, tiles=2, items_left=1)
+            return _Look(beyond=5, step=3, tiles=2, items_left=1 if few else 2)
         case "o":
-            return _Look(beyond=1, items_left=-1)
-        case "gate_up" if later.few:
-            return _Look(tile_bytes=32 * 1024, items_left=2)
+            return _Look(beyond=1 if few else 2, items_left=0)
         case "gate_up":
-            return _Look(tile_bytes=64 * 1024, items_left=1)
-        case "down" if later.few and later.form.kind == "int4":
-            return _Look(beyond=None, tile_bytes=16 * 1024, items_left=0)
-        case "down":
+            return _Look(tile_bytes=(32 if few_int4 else 64) * 1024, items_left=1)
+        case "down" if few_int4:
+            return _Look(beyond=None, tile_bytes=32 * 1024, items_left=0)
+        case "down" | "head":
             return None
 
 
@@ -111,13 +111,19 @@ def look_ahead(by: Role, later: LinearPlan, weight: Tensor) -> Ahead | None:
     )
 
 
-def linear_tuning(form: Format, limits: Limits) -> Tuning:
-    """For products with a weight: warps with even shares of K, copied in even parts."""
+def linear_tuning(form: Format, limits: Limits, role: Role) -> Tuning:
+    """For products with a weight: warps with even shares of K, copied in even parts.
+
+    Args:
+        form: The weight's format.
+        limits: Of the device.
+        role: Which product's it is.
+    """
     warps, units = min(itertools.product(WARPS, UNITS), key=lambda way: _cost(form, *way))
-    most = INT4_RING_BYTES if form.kind == "int4" else RING_BYTES
-    copies = COPIES * warps * units * form.unit_bytes
+    is_looked_at = form.kind == "int4" and role in ("gate_up", "down")
+    copies = (INT4_COPIES if is_looked_at else COPIES) * warps * units * form.unit_bytes
     share = int(RING_SHARE * form.nbytes / limits.n_sms)
-    ring_bytes = min(most, max(LEAST_RING_BYTES, min(copies, share)))
+    ring_bytes = max(LEAST_RING_BYTES, min(copies, share))
     while units > 1 and 2 * warps * units * form.unit_bytes > ring_bytes:
         units = next(fewer for fewer in range(units - 1, 0, -1) if units % fewer == 0)
     return Tuning(warps=warps, units_per_stage=units, ring_bytes=ring_bytes)
