@@ -9,6 +9,7 @@ Shape letters: M rows, N output features, K input features, G groups along K.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -28,7 +29,7 @@ MAX_TOGETHER = 4
 """Tiles of eight rows that a warp has registers for."""
 
 DIRECT_STAGES = 3
-"""The most copies on their way where x is read from the L2 cache meanwhile: more delay it."""
+"""The most copies on their way where eight rows of x come from the L2 cache after them."""
 
 _BUFFERS = 2  # kBuffers of linear.cu
 
@@ -241,25 +242,14 @@ class LinearPlan:
         None if nothing fits: the rows are too many.
         """
         t = self.tuning
-        staged_bytes = self._staged_bytes
-        # x that is not staged is read for every item: better few of them, and all tiles together.
-        share = -(-self.form.tiles // self.limits.n_sms)
-        together = max(t.tiles, min(share, MAX_TOGETHER // self.columns))
-        ways = [
-            (False, tiles, units)
-            for tiles in range(together, t.tiles - 1, -1)
-            for units in range(max(1, t.units_per_stage * t.tiles // tiles), 0, -1)
-        ]
-        if staged_bytes <= t.staged_bytes:
-            ways = [(True, t.tiles, units) for units in range(t.units_per_stage, 0, -1)] + ways
-        for staged, tiles, units in ways:
+        for staged, tiles, units in self._ways():
             copies = t.warps * tiles * units * self.form.unit_bytes
-            rest = self._bytes_beside_ring(tiles) + (staged_bytes if staged else 0)
+            rest = self._bytes_beside_ring(tiles) + (self._staged_bytes if staged else 0)
             # Each stage has a barrier per warp.
             room = (self.limits.shared_bytes - rest) // (copies + 8 * t.warps)
             if room >= 2:
                 stages = min(room, max(2, t.ring_bytes // copies))
-                if not staged:
+                if not staged and self.columns == 1:
                     stages = min(stages, DIRECT_STAGES)
                 ring = stages * (copies + 8 * t.warps)
                 return Layout(
@@ -270,6 +260,20 @@ class LinearPlan:
                     shared_bytes=max(-(-(ring + rest) // 16) * 16, self.limits.alone_bytes),
                 )
         return None
+
+    def _ways(self) -> Iterator[tuple[bool, int, int]]:
+        """Whether to stage x, and tiles and units of a copy: the best first."""
+        t = self.tuning
+        if self._staged_bytes <= t.staged_bytes:
+            yield from ((True, t.tiles, units) for units in range(t.units_per_stage, 0, -1))
+        # x that is not staged is read for every item: better few of them, and all tiles together.
+        share = -(-self.form.tiles // self.limits.n_sms)
+        together = max(t.tiles, min(share, MAX_TOGETHER // self.columns))
+        for tiles in range(together, t.tiles - 1, -1):
+            longest = t.units_per_stage
+            if self.columns == 1:  # copies become no longer by that, as x comes after them
+                longest = max(1, longest * t.tiles // tiles)
+            yield from ((False, tiles, units) for units in range(longest, 0, -1))
 
     @property
     def _staged_bytes(self) -> int:
