@@ -1,9 +1,9 @@
 """What a launch should choose for speed, from the shape and the device.
 
 The rules are what tuning every product of a step in its place, on one H100, had in common
-(``tuned-anew-steps.txt``, ``looks-and-rings-anew-steps.txt``, ``rings-with-new-looks-steps.txt`` and
-others in ``benchmarks/results/h100-kernels/trials``). The number of warps, which decides the order of
-sums, is chosen by the weight alone, whatever the device and the number of rows.
+(``tuned-anew-steps.txt``, ``looks-and-rings-anew-steps.txt``, ``rings-with-new-looks-steps.txt``
+and others in ``benchmarks/results/h100-kernels/trials``). The number of warps, which decides the
+order of sums, is chosen by the weight alone, whatever the device and the number of rows.
 """
 
 from __future__ import annotations
