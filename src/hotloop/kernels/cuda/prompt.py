@@ -37,9 +37,10 @@ class Product:
     bias: Tensor | None = None
 
     def finished(self) -> Tensor:
-        """[M, N], bfloat16."""
-        y = self.y if self.scale is None else (self.y * self.scale).to(self.y.dtype)
-        return y if self.bias is None else y + self.bias
+        """[M, N], bfloat16: rounded once, as the kernels do."""
+        y = self.y if self.scale is None else self.y * self.scale
+        y = y if self.bias is None else y + self.bias
+        return y.to(self.y.dtype)
 
     def arguments(self) -> dict[str, Tensor | None]:
         """Fields that all arguments have in common."""
