@@ -44,7 +44,7 @@ struct LinearArgs {
   int ahead_first, ahead_step;   // the first block's first tile, and from one of a block's to the next
   int ahead_tiles;               // that a block asks for
   int ahead_tile_bytes;          // of each
-  int ahead_items_left;          // when: a block has so many items left, or -1: before it waits
+  int ahead_items_left;          // when: a block has so many items left
   float eps;                     // of kNorm
 };
 
@@ -64,7 +64,7 @@ struct Linear {
   static constexpr int kUnitGroups = kUnitBlocks / kGroupBlocks;
   static constexpr bool kSums = Weight::kRaised > 0 || Weight::kOffset;  // x adds up
   // Units that a warp multiplies in one go: what one waits for leaves time for the other.
-  static constexpr int kUnitsAtOnce = kFew && kGroups ? 2 : 1;
+  static constexpr int kUnitsAtOnce = kFew && kGroups && kStaged ? 2 : 1;
   // x that is not staged is read a unit ahead, where registers allow.
   static constexpr bool kReadsAhead = !kStaged && kColumns == 1;
 
@@ -181,7 +181,7 @@ struct Linear {
 
     uint4 next_x[kUnitBlocks];
     if (kReadsAhead) read_unit(first_unit, next_x);
-    if (!kStaged) ask_up_to(next, stages);
+    if (!kStaged) ask_up_to(next, stages);  // else they were asked for behind x
     Stage stage = {0, 0};
     for (int item = first_item, number = 0; item < n_items; item += item_step, number++) {
       float sum[kTiles][kColumns][4] = {};
@@ -524,7 +524,6 @@ struct Linear {
     barriers_are_ready();
     sync_block();
     const int looks_ahead_at = item_to_look_ahead_at();
-    if (looks_ahead_at < 0) look_ahead();
     wait_for_predecessor();  // for what it reads, and since y may still be in use
     float factor[kColumns][2] = {};  // of the norm, for rows 8c + 2t and 8c + 2t + 1
     if (kNorm && !kSharesFactors) find_factors(factor[0]);
@@ -566,7 +565,6 @@ struct Linear {
 
   __device__ __forceinline__ int item_to_look_ahead_at() const {
     if (args.ahead == nullptr) return n_items;  // none
-    if (args.ahead_items_left < 0) return -1;
     return max(0, (n_items - 1 - first_item) / item_step - args.ahead_items_left);
   }
 

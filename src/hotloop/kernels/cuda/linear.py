@@ -138,8 +138,7 @@ class Ahead:
         step: Tiles between one of a block's and the next one.
         tiles: How many a block asks for.
         tile_bytes: Of each, from its beginning, a multiple of 16.
-        items_left: When: a block has so many pieces of work left. -1 is before it waits for its
-            predecessor.
+        items_left: When: a block has so many pieces of work left.
     """
 
     ARGUMENTS: ClassVar = (
