@@ -139,6 +139,15 @@ def test_between_speeds_that_differ_by_noise_the_better_quality_is_picked():
     assert why.endswith("Δ ln ppl +0.0100 ± 0.0004.")
 
 
+def test_of_equal_quality_and_speeds_that_differ_by_noise_the_faster_on_average_is_picked():
+    slower = record("none/compile", 29.5, spread=3, loss=0.0)
+    found = recommend([record("none/eager", 30.0, spread=3, loss=0.0), slower])
+    assert found.cell == "none/eager"
+    assert found.passed_over == (
+        "none/compile is as fast within noise, but slower on average, 29.5 tok/s.",
+    )
+
+
 def test_without_quality_it_is_speed_alone_and_says_so():
     why = "random weights have no quality"
     found = recommend(

@@ -88,12 +88,12 @@ def recommend(
             None,
             "no configuration's quality loss was shown to be within the tolerance of "
             f"{max_delta_ln_ppl:g} in ln perplexity.",
-            (f"{r.cell}: {_shortfall(r, max_delta_ln_ppl)}." for r in measured),
+            (f"{r.cell}: {_quality_gap(r, max_delta_ln_ppl)}." for r in measured),
         )
     fastest = max(within, key=_speed)
     chosen = min(
         (record for record in within if _within_noise(record, fastest)),
-        key=lambda record: (max(0.0, _loss(record)), -_speed(record)),
+        key=lambda record: (_counted_loss(record), -_speed(record)),
     )
     bound = f", with 95% confidence below {significant(_upper_bound(chosen), 2)}"
     return answer(
@@ -102,7 +102,7 @@ def recommend(
         f"quality loss is within {max_delta_ln_ppl:g}: {_shown_loss(chosen)}"
         f"{bound if _margin(chosen.delta_ln_ppl) else ''}.{_caveat(chosen)}",
         (
-            f"{_compared(r, chosen)}, but {_shortfall(r, max_delta_ln_ppl)}."
+            f"{_compared(r, chosen)}, but {_shortfall(r, chosen, max_delta_ln_ppl)}."
             for r in measured
             if _rivals(r, chosen)
         ),
@@ -117,6 +117,11 @@ def _speed(record: Record) -> float:
 def _loss(record: Record) -> float:
     assert record.delta_ln_ppl is not None, "only scored records have a loss"
     return record.delta_ln_ppl.mean
+
+
+def _counted_loss(record: Record) -> float:
+    """What counts where speeds are alike: better than the reference is as good as it."""
+    return max(0.0, _loss(record))
 
 
 def _upper_bound(record: Record) -> float:
@@ -149,8 +154,17 @@ def _compared(record: Record, chosen: Record) -> str:
     return f"{record.cell} is {percent(_speed(record) / _speed(chosen) - 1)} faster"
 
 
-def _shortfall(record: Record, tolerance: float) -> str:
-    """Why a record was not chosen for its quality."""
+def _shortfall(record: Record, chosen: Record, tolerance: float) -> str:
+    """Why a record was not chosen that is as fast or faster."""
+    if gap := _quality_gap(record, tolerance):
+        return gap
+    if _counted_loss(record) > _counted_loss(chosen):
+        return f"it loses more quality, {_shown_loss(record)}"
+    return f"slower on average, {significant(_speed(record), 3)} tok/s"
+
+
+def _quality_gap(record: Record, tolerance: float) -> str | None:
+    """What is missing to be within the tolerance, or None."""
     loss = record.delta_ln_ppl
     if loss is None:
         return f"its quality is unknown ({record.quality_reason})"
@@ -162,7 +176,7 @@ def _shortfall(record: Record, tolerance: float) -> str:
         if room > 0 and math.isfinite(upper):
             more = f"; some {math.ceil(loss.n * (_margin(loss) / room) ** 2)} windows would tell"
         return f"{_shown_loss(record)} is not shown to be within {tolerance:g}{more}"
-    return f"it loses more quality, {_shown_loss(record)}"
+    return None
 
 
 def _shown(figure: Figure | None) -> str:
