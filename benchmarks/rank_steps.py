@@ -39,8 +39,8 @@ from hotloop.types import EngineConfig, SamplingParams
 PROMPT = (1, 2, 3, 4, 5)
 GREEDY = SamplingParams(ignore_eos=True)
 
-ALL_REDUCE = re.compile(r"all_?reduce|hotloop_parallel::sum", re.IGNORECASE)
-"""In names of kernels, and of operators on a CPU: NCCL's, symmetric memory's, gloo's."""
+ALL_REDUCE = re.compile(r"all_?reduce|hotloop_parallel::sum|^sum_of_", re.IGNORECASE)
+"""In names of kernels, and of operators on a CPU: NCCL's, symmetric memory's, ours, gloo's."""
 
 Span = tuple[str, float, float]
 """A name, and microseconds at which it began and ended."""

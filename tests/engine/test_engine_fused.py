@@ -27,6 +27,7 @@ from hotloop.engine.setup import _resolve_execution
 from hotloop.errors import UnsupportedError
 from hotloop.kernels.attention import torch_attention
 from hotloop.kernels.cuda.sample import sample_kernel
+from hotloop.kernels.cuda.step import Exchange
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import FAMILIES, read_config
@@ -230,6 +231,27 @@ def test_all_kernels_but_the_first_may_overlap_their_predecessor():
 
 
 @torch.inference_mode()
+def test_what_ranks_send_each_other_they_add_up_in_the_chain():
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
+    model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
+    inbox = torch.zeros(Exchange.nbytes(1, 16, model.config.hidden_size), dtype=torch.uint8)
+    exchange = Exchange.over(
+        0, [inbox.data_ptr()], capacity=16, k=model.config.hidden_size, device=CPU, kept=inbox
+    )
+    forward = FusedForward(
+        model.decoder, model.cache, device, n_tokens=128, shared=True, exchange=exchange
+    )
+    alone = FusedForward(model.decoder, model.cache, EmulatedDevice(), n_tokens=128)
+    ids, positions = torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1)
+    (logits, best), (wanted, _) = (f(ids, positions, N_POSITIONS) for f in (forward, alone))
+    assert best is None
+    assert distance(logits, wanted) < 0.02 * wanted.std(), "a part is rounded before it is added"
+    names, overlap = zip(*device.launched, strict=True)
+    assert overlap == (False, *[True] * (7 * model.config.n_layers + 1))
+    assert names.count("sum_of_1") == 2 * model.config.n_layers
+
+
+@torch.inference_mode()
 def test_after_a_sum_over_ranks_one_kernel_of_ours_waits_and_the_next_may_overlap():
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
@@ -405,11 +427,23 @@ def test_one_kernel_draws_for_the_model_and_its_drafter(folder, engine, monkeypa
 
 
 @pytest.mark.parametrize("quant", ["none", "int4-g32"])
-def test_ranks_agree_with_one_to_the_top_two(quant, engine, monkeypatch):
+@pytest.mark.parametrize("exchanged", [16, 1], ids=["small sums", "single rows' sums"])
+def test_ranks_agree_with_one_to_the_top_two(quant, exchanged, engine, monkeypatch):
     monkeypatch.setattr("hotloop.engine.llm.RankGroup", ThreadRunner)
+    monkeypatch.setattr("hotloop.engine.fused.EXCHANGED_ROWS", exchanged)
+    devices: list[EmulatedDevice] = []
+
+    def device_of(_: object) -> EmulatedDevice:
+        devices.append(EmulatedDevice())
+        return devices[-1]
+
+    monkeypatch.setattr("hotloop.engine.runner.device_of", device_of)
     one, two = engine(quant=quant), engine(quant=quant, tensor_parallel=2)
     assert two.describe().kernels["o_proj"] == one.describe().kernels["o_proj"]
     assert_top_two_agree(*(llm.generate(list(PROMPTS), FREELY) for llm in (one, two)))
+    _, *ranks = ({name for name, _ in device.launched} for device in devices)
+    assert all("sum_of_2" in names for names in ranks)
+    assert all(("add_total" in names) == (exchanged < 8) for names in ranks)
 
 
 def test_closing_frees_plans_counters_weights_and_cache(engine):

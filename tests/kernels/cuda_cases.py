@@ -422,6 +422,43 @@ def add_case(rows: int, k: int, generator: torch.Generator) -> Case:
     return Case(call=call, inputs=(added, residual), outputs=outputs, check=check)
 
 
+def sum_cases(ranks: int, rows: int, k: int, generator: torch.Generator) -> list[list[Case]]:
+    """Of every rank, sums one after the other: of many rows and of one, each more than twice."""
+    device, capacity = generator.device, rows + 1
+    nbytes = step.Exchange.nbytes(ranks, capacity, k)
+    inboxes = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(ranks)]
+    addresses = [inbox.data_ptr() for inbox in inboxes]
+    exchanges = [
+        step.Exchange.over(r, addresses, capacity=capacity, k=k, device=device, kept=inboxes)
+        for r in range(ranks)
+    ]
+    cases: list[list[Case]] = [[] for _ in range(ranks)]
+    for n in (rows, 1, rows, 1, 1, rows):
+        parts = normal(generator, ranks, n, k).bfloat16()
+        residual = normal(generator, n, k).bfloat16()
+        for own, exchange in zip(cases, exchanges, strict=True):
+            own.append(_sum_case(parts, residual.clone(), exchange, generator))
+    return cases
+
+
+def _sum_case(
+    parts: Tensor, residual: Tensor, exchange: step.Exchange, generator: torch.Generator
+) -> Case:
+    mine = parts[exchange.rank].clone()
+    rows, k = mine.shape
+    x = poisoned(rows, k, dtype=torch.bfloat16, device=mine.device)
+    following = onward_to(k, rows, generator)
+
+    def check() -> None:
+        total = sum(part.float() for part in parts)
+        assert torch.equal(x, (residual.float() + total).bfloat16()), f"sum of {exchange.rank}"
+        assert_onward(x, following, "sum")
+
+    call = step.sum_ranks(mine, residual, x, following, exchange)
+    outputs = (x, *outputs_of(following))
+    return Case(call=call, inputs=(mine, residual), outputs=outputs, check=check)
+
+
 def argmax_case(rows: int, n: int, generator: torch.Generator) -> Case:
     device = generator.device
     # Few different values, so that there are ties; indices in any order.

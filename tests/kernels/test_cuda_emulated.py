@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from cuda_cases import (
     DRAWS,
     KINDS,
+    Case,
     Options,
     Weight,
     accept_case,
@@ -25,6 +27,7 @@ from cuda_cases import (
     next_tokens_case,
     rotate_case,
     sample_case,
+    sum_cases,
     swiglu_case,
 )
 from cuda_emulation import emulate, needs_compiler
@@ -312,6 +315,19 @@ def test_embedding_equals_its_specification(int8):
 @pytest.mark.parametrize("k", [8, 72, 1024, 2056])
 def test_adding_to_the_residual_stream_equals_its_specification(k):
     run(add_case(3, k, generator()))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_add_up_what_they_send_each_other(ranks):
+    for k in (72, 2056):
+        cases = sum_cases(ranks, 3, k, generator(k))
+
+        def one(rank: int, cases: list[list[Case]] = cases) -> None:
+            for case in cases[rank]:
+                run(case)
+
+        with ThreadPoolExecutor(ranks) as pool:
+            list(pool.map(one, range(ranks)))
 
 
 @pytest.mark.parametrize("n", [1, 7, 100])

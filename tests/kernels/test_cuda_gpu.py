@@ -18,6 +18,7 @@ from cuda_cases import (
     next_tokens_case,
     rotate_case,
     sample_case,
+    sum_cases,
     swiglu_case,
 )
 
@@ -124,6 +125,23 @@ def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(de
     accepted = accept_case(5, k, generator(device, k))
     device.prepare(accepted.call)()  # once: it moves on
     accepted.check()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("dependent", [False, True])
+def test_ranks_add_up_what_they_send_each_other(device, ranks, dependent):
+    """Ranks of one GPU, in streams: their blocks are few enough to run at the same time."""
+    cases = sum_cases(ranks, 3, 5120, generator(device, ranks))
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(ranks)]
+    for at_once in zip(*cases, strict=True):
+        for stream, case in zip(streams, at_once, strict=True):
+            with torch.cuda.stream(stream):
+                device.prepare(case.call, dependent=dependent)()
+    torch.cuda.synchronize()
+    for rank in cases:
+        for case in rank:
+            case.check()
 
 
 @pytest.mark.parametrize("scale", [False, True])

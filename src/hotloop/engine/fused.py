@@ -4,7 +4,8 @@ Five kernels a layer: query/key/value product; head norms, rotation, cache and a
 product, onto the residual stream; gate and up product, SwiGLU; down product, onto the residual
 stream. What writes the residual stream begins the norm that follows, what reads it ends it. Each
 kernel may start before its predecessor has ended, and then reads weights until the activations are
-there (``kernels.cuda``). The decoder is the specification; ``prompt`` runs long prompts.
+there (``kernels.cuda``). Where other ranks have the rest of the model, a sixth and a seventh add up
+what they have. The decoder is the specification; ``prompt`` runs long prompts.
 
 A row's result has the same bits whatever the number of rows: checking k drafts at once gives
 exactly what k + 1 single steps give.
@@ -28,12 +29,17 @@ from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Call, Launcher, Limits
 from hotloop.kernels.cuda.linear import Ahead, Epilogue, LinearPlan, Normed, Onward, plan_rows
 from hotloop.kernels.cuda.sample import sample_kernel
+from hotloop.kernels.cuda.step import Exchange
 from hotloop.kernels.cuda.tuning import Role, attention_tuning, linear_tuning, look_ahead
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache
 from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Block, Decoder, RMSNorm
 from hotloop.models.linear import Linear
+from hotloop.parallel.collectives import Group
+
+EXCHANGED_ROWS = 16
+"""Rows that ranks send each other for a sum; of more, others' collectives move fewer bytes."""
 
 
 def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> str | None:
@@ -66,6 +72,7 @@ class FusedForward:
         n_tokens: Token ids that may be chosen are below this.
         shared: Other ranks have the rest of the model: what goes onto the residual stream is summed
             up over ranks, and which token is most likely is not known here.
+        exchange: With those ranks, by which few rows are summed up; others by the decoder's total.
         n_layers: Stop after so many layers; None takes all.
     """
 
@@ -77,10 +84,11 @@ class FusedForward:
         *,
         n_tokens: int,
         shared: bool = False,
+        exchange: Exchange | None = None,
         n_layers: int | None = None,
     ) -> None:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
-        self._n_tokens, self._shared = n_tokens, shared
+        self._n_tokens, self._shared, self._exchange = n_tokens, shared, exchange
         self._layers = blocks_of(decoder)[:n_layers]
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
@@ -136,8 +144,13 @@ class FusedForward:
             plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
             # Those of slots and sampler too, so that all are compiled at once.
-            ends = [step.add_kernel()] if self._shared else [step.argmax_kernel(), sample_kernel()]
-            ends += [step.next_tokens_kernel(), step.accept_kernel()]
+            ends = [step.next_tokens_kernel(), step.accept_kernel()]
+            if not self._shared:
+                ends += [step.argmax_kernel(), sample_kernel()]
+            elif (exchange := self._exchange_of(B * T)) is not None:
+                ends += [step.sum_kernel(len(exchange.inboxes))]
+            else:
+                ends += [step.add_kernel()]
             self._launcher.load((*plans.kernels, embed, *ends))
             self._plans[B, T] = plans
         return self._plans[B, T]
@@ -186,13 +199,22 @@ class FusedForward:
     ) -> tuple[Tensor, Normed]:
         """The residual stream and a product, in the stream's place, on its way to a norm."""
         onward = _onward_to(norm, onto_MD)
-        if self._shared:  # ranks have parts of the product
-            total_MD = self._layers[0].total(self._product(plans, linear, x_MK, ahead=ahead))
+        if not self._shared:
+            self._product(plans, linear, x_MK, onto=onto_MD, onward=onward, ahead=ahead)
+            return onto_MD, onward.normed
+        part_MD = self._product(plans, linear, x_MK, ahead=ahead)
+        if (exchange := self._exchange_of(len(part_MD))) is not None:
+            self._launch(step.sum_ranks(part_MD, onto_MD, onto_MD, onward, exchange))
+        else:
+            total_MD = self._layers[0].total(part_MD)
             self._dependent = False
             self._launch(step.add(total_MD, onto_MD, onto_MD, onward))
-        else:
-            self._product(plans, linear, x_MK, onto=onto_MD, onward=onward, ahead=ahead)
         return onto_MD, onward.normed
+
+    def _exchange_of(self, rows: int) -> Exchange | None:
+        """By which so many rows are summed up over ranks, if by any."""
+        exchange = self._exchange
+        return None if exchange is None or rows > exchange.capacity else exchange
 
     def _logits(self, plans: _RowPlans, normed: Normed) -> tuple[Tensor, Tensor | None]:
         x_MD, (_, plan) = normed.x, plans[0]
@@ -244,6 +266,27 @@ class FusedForward:
     def _launch(self, call: Call) -> None:
         self._launcher.prepare(call, dependent=self._dependent)()
         self._dependent = True
+
+
+def make_exchange(group: Group, decoder: Decoder) -> Exchange | None:
+    """With the other ranks, for rows of the residual stream; None without memory for it.
+
+    All ranks call this at the same time.
+    """
+    if group.size == 1:
+        return None
+    k = decoder.embedding.k
+    inboxes = group.inboxes(Exchange.nbytes(group.size, EXCHANGED_ROWS, k))
+    if inboxes is None:
+        return None
+    return Exchange.over(
+        group.rank,
+        inboxes.addresses,
+        capacity=EXCHANGED_ROWS,
+        k=k,
+        device=decoder.cos.device,
+        kept=inboxes,
+    )
 
 
 def blocks_of(decoder: Decoder) -> list[Block]:

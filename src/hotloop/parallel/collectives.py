@@ -8,14 +8,16 @@ A single token's activations are a few KiB, for which NCCL's latency is most of 
 ranks can read each other's memory, such small sums go through torch's symmetric memory, unless NCCL
 is asked for: each rank reads the others' numbers itself, and one kernel does all of it. Ranks may
 then add them in different orders and differ by rounding, which is why whatever must agree (tokens)
-is decided by exact comparisons.
+is decided by exact comparisons. Kernels of our own (``kernels.cuda.step``) do without even that:
+``inboxes`` is memory in which they leave each other what they have.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
@@ -72,6 +74,26 @@ class Group:
         """All of them, [size, ...], on rank 0; None on the others."""
         return x[None]
 
+    def inboxes(self, nbytes: int) -> Inboxes | None:  # noqa: ARG002 (others make some)
+        """Memory of every rank that every rank can write into; None where there is no such thing.
+
+        All ranks ask for as many bytes at the same time.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inboxes:
+    """Memory of every rank, zeros at first.
+
+    Attributes:
+        addresses: Where this rank finds each rank's.
+        memory: What keeps it alive.
+    """
+
+    addresses: Sequence[int]
+    memory: object
+
 
 class ProcessGroup(Group):
     """This process and its peers.
@@ -112,7 +134,7 @@ class ProcessGroup(Group):
         )
         world = dist.group.WORLD
         assert world is not None, "it was just made"
-        self._name: str = world.group_name
+        self._world, self._name = world, str(world.group_name)
         self._kernel = backend
         self._buffer: Tensor | None = None
         if backend == "nccl" and all_reduce != "nccl":
@@ -166,6 +188,22 @@ class ProcessGroup(Group):
         with _peers():
             dist.gather(x, parts)
         return None if parts is None else torch.stack(parts)
+
+    def inboxes(self, nbytes: int) -> Inboxes | None:
+        """As in ``Group``: symmetric memory, where that is used."""
+        if self._buffer is None:
+            return None
+        import torch.distributed._symmetric_memory as symm_mem
+
+        mine = symm_mem.empty(nbytes, dtype=torch.uint8, device=self._buffer.device)
+        handle = symm_mem.rendezvous(mine, self._world)
+        mine.zero_()
+        offset = mine.data_ptr() - handle.buffer_ptrs[self.rank]
+        self.max(mine[:1])  # which no rank gets before all have come to it, with zeros
+        torch.cuda.synchronize(mine.device)
+        return Inboxes(
+            addresses=[address + offset for address in handle.buffer_ptrs], memory=(mine, handle)
+        )
 
 
 @torch.library.custom_op("hotloop_parallel::sum", mutates_args=())

@@ -104,6 +104,90 @@ __device__ __forceinline__ void add(const AddArgs& args) {
   if (here && i % 2 == 0) args.next_squares[blockIdx.y * parts + i / 2] = squares;
 }
 
+struct SumArgs {
+  const bf16* mine;        // [M, K]: this rank's part
+  const bf16* residual;    // [M, K]
+  bf16* x;                 // [M, K]: residual and all parts; can be residual
+  const bf16* norm;        // [K]: weight of the norm that x goes into
+  bf16* next_x;            // [M, K]: x times it
+  float* next_squares;     // [M, parts]: what x's squares add up to, 16 at a time
+  uint4* const* inboxes;   // of each rank, [2, ranks, capacity, K / 4]: four values and their marks
+  uint32_t* sums;          // [capacity, blocks of a row]: how many there have been
+  int k, rank, capacity;
+};
+
+// The residual stream and the parts that ranks have for it, in the order of ranks, and what a norm
+// needs of it. A block for every blockDim.x * 8 values of a row; K is a multiple of 8.
+//
+// A thread puts its values into the others' inboxes and waits for theirs. Those that come of one sum
+// and of the next are in two places: who writes a third time has seen what others sent the second
+// time, and so they had taken the first.
+template <int kRanks>
+__device__ __forceinline__ void sum(const SumArgs& args) {
+  const int chunks = args.k / 8, parts = (chunks + 1) / 2;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
+  const bool here = i < chunks;
+  const int64_t first = static_cast<int64_t>(row) * chunks;  // of the row, eight values each
+  uint4* inboxes[kRanks];
+#pragma unroll
+  for (int r = 0; r < kRanks; r++) inboxes[r] = args.inboxes[r];
+  uint4 w{}, mine{}, x{};
+  if (here) w = reinterpret_cast<const uint4*>(args.norm)[i];
+  launch_dependents();
+  wait_for_predecessor();
+  uint32_t* sums = args.sums + row * gridDim.x + blockIdx.x;
+  const uint32_t mark = *sums + 1;
+  if (here) {
+    mine = reinterpret_cast<const uint4*>(args.mine)[first + i];
+    x = reinterpret_cast<const uint4*>(args.residual)[first + i];
+  }
+  sync_block();  // all have read what the first thread is going to write
+  float squares = 0;
+  if (here) {
+    const auto place = [&](int to, int from) {
+      const int box = (mark % 2 * kRanks + from) * args.capacity + row;
+      return inboxes[to] + 2 * (static_cast<int64_t>(box) * chunks + i);
+    };
+#pragma unroll
+    for (int r = 0; r < kRanks; r++) {
+      if (r == args.rank) continue;
+      store_marked(place(r, args.rank), uint2{mine.x, mine.y}, mark);
+      store_marked(place(r, args.rank) + 1, uint2{mine.z, mine.w}, mark);
+    }
+    uint2 part[kRanks][2];
+    bool complete;
+    do {
+      complete = true;
+#pragma unroll
+      for (int r = 0; r < kRanks; r++) {
+        part[r][0] = uint2{mine.x, mine.y}, part[r][1] = uint2{mine.z, mine.w};
+        if (r == args.rank) continue;
+        complete &= load_marked(place(args.rank, r), mark, part[r][0]);
+        complete &= load_marked(place(args.rank, r) + 1, mark, part[r][1]);
+      }
+    } while (!complete);
+    float added[8] = {};
+#pragma unroll
+    for (int r = 0; r < kRanks; r++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const uint2 pairs = part[r][h];
+        added[4 * h] += low(pairs.x), added[4 * h + 1] += high(pairs.x);
+        added[4 * h + 2] += low(pairs.y), added[4 * h + 3] += high(pairs.y);
+      }
+    x = uint4{narrow(low(x.x) + added[0], high(x.x) + added[1]),
+              narrow(low(x.y) + added[2], high(x.y) + added[3]),
+              narrow(low(x.z) + added[4], high(x.z) + added[5]),
+              narrow(low(x.w) + added[6], high(x.w) + added[7])};
+    reinterpret_cast<uint4*>(args.x)[first + i] = x;
+    reinterpret_cast<uint4*>(args.next_x)[first + i] = times(x, w);
+    squares = add_squares(x);
+  }
+  squares += shuffle_xor(squares, 1);  // two lanes add up a part
+  if (here && i % 2 == 0) args.next_squares[row * parts + i / 2] = squares;
+  if (threadIdx.x == 0) *sums = mark;
+}
+
 struct ArgmaxArgs {
   const float* best_value;  // [M, n]
   const int* best_index;    // [M, n]

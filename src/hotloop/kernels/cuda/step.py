@@ -6,6 +6,8 @@ Shape letters: M rows, V vocabulary, K width, S slots, B of them, T tokens of ea
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +37,16 @@ class AddArguments(Arguments):
     )
 
 
+class SumArguments(Arguments):
+    """``SumArgs`` of ``step.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("mine", "residual", "x", "norm")),
+        *((name, ctypes.c_void_p) for name in ("next_x", "next_squares", "inboxes", "sums")),
+        *((name, ctypes.c_int) for name in ("k", "rank", "capacity")),
+    )
+
+
 class ArgmaxArguments(Arguments):
     """``ArgmaxArgs`` of ``step.cu``."""
 
@@ -43,6 +55,8 @@ class ArgmaxArguments(Arguments):
         ("n", ctypes.c_int),
     )
 
+
+_SUM_THREADS = 128
 
 _SIZES = ("width", "drafts_stride", "tokens", "last_position")
 
@@ -80,6 +94,17 @@ def embed_kernel(*, int8: bool) -> Kernel:
 def add_kernel() -> Kernel:
     """The one that adds what ranks have summed."""
     return Kernel(name="add_total", file="step.cu", function="add", args="AddArgs", threads=128)
+
+
+def sum_kernel(ranks: int) -> Kernel:
+    """The one that adds what so many ranks have."""
+    return Kernel(
+        name=f"sum_of_{ranks}",
+        file="step.cu",
+        function=f"sum<{ranks}>",
+        args="SumArgs",
+        threads=_SUM_THREADS,
+    )
 
 
 def argmax_kernel() -> Kernel:
@@ -152,6 +177,101 @@ def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward) -> 
         args=args,
         tensors=tensors,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """By which the ranks of a model send each other what they have for a sum.
+
+    Every rank launches the same sums in the same order.
+
+    Attributes:
+        rank: Which rank this is.
+        inboxes: int64 [ranks], on the device: addresses of every rank's inbox, of ``nbytes`` each,
+            which was zeros when the first of them was made.
+        sums: int32 [capacity, blocks of a row], zeros at first: how many sums there have been.
+        capacity: Rows that an inbox has room for.
+        k: Width of rows.
+        kept: What the inboxes are in, kept alive with this.
+    """
+
+    rank: int
+    inboxes: Tensor
+    sums: Tensor
+    capacity: int
+    k: int
+    kept: object = None
+
+    @classmethod
+    def over(
+        cls,
+        rank: int,
+        addresses: Sequence[int],
+        *,
+        capacity: int,
+        k: int,
+        device: torch.device,
+        kept: object,
+    ) -> Exchange:
+        """One over the ranks' inboxes at these addresses."""
+        return cls(
+            rank=rank,
+            inboxes=torch.tensor(addresses, dtype=torch.int64, device=device),
+            sums=torch.zeros(capacity, _blocks_of_row(k), dtype=torch.int32, device=device),
+            capacity=capacity,
+            k=k,
+            kept=kept,
+        )
+
+    @staticmethod
+    def nbytes(ranks: int, capacity: int, k: int) -> int:
+        """Bytes of an inbox: two sums', of values of two bytes with as many for their marks."""
+        return 2 * ranks * capacity * k * 4
+
+
+def sum_ranks(
+    mine_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward, exchange: Exchange
+) -> Call:
+    """The launch that adds what ranks have to the residual stream, and begins a norm.
+
+    As ``add`` does with their sum, which is taken in the order of ranks, and not rounded by itself.
+
+    Args:
+        mine_MK: bfloat16, this rank's part; M is up to the exchange's capacity.
+        residual_MK: bfloat16.
+        x_MK: bfloat16, written; it can be ``residual_MK``.
+        onward: What goes on to the next product; written but for the weight.
+        exchange: With the other ranks.
+    """
+    rows, k = x_MK.shape
+    for tensor in (mine_MK, residual_MK, x_MK):
+        assert tensor.dtype == torch.bfloat16, f"it is {tensor.dtype}"
+        assert tensor.shape == (rows, k), f"{tuple(tensor.shape)} and {(rows, k)}"
+    assert k == exchange.k, f"rows of {k}, and an exchange of {exchange.k}"
+    assert k % 8 == 0, "rows are read eight values at a time"
+    assert rows <= exchange.capacity, f"{rows} rows, and room for {exchange.capacity}"
+    args, tensors = SumArguments.of(
+        mine=mine_MK,
+        residual=residual_MK,
+        x=x_MK,
+        **onward.arguments(),
+        inboxes=exchange.inboxes,
+        sums=exchange.sums,
+        k=k,
+        rank=exchange.rank,
+        capacity=exchange.capacity,
+    )
+    return Call(
+        kernel=sum_kernel(len(exchange.inboxes)),
+        grid=(_blocks_of_row(k), rows, 1),
+        shared_bytes=0,
+        args=args,
+        tensors=tensors,
+    )
+
+
+def _blocks_of_row(k: int) -> int:
+    return -(-k // (8 * _SUM_THREADS))
 
 
 def argmax(best: tuple[Tensor, Tensor], ids_M: Tensor) -> Call:
