@@ -14,12 +14,13 @@ from agreement import ALTERNATIVES, assert_top_two_agree
 from cuda_emulation import EmulatedDevice, needs_compiler
 from test_engine_memory import resident_bytes
 from test_engine_shards import ThreadRunner
+from thread_group import ThreadRanks
 from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 
 from hotloop import LLM, EngineConfig, SamplingParams
 from hotloop.engine import fused
-from hotloop.engine.fused import FusedForward
+from hotloop.engine.fused import Exchanges, FusedForward
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.prompt import FusedPrompt
 from hotloop.engine.sampling import Features, Sampler
@@ -27,7 +28,6 @@ from hotloop.engine.setup import _resolve_execution
 from hotloop.errors import UnsupportedError
 from hotloop.kernels.attention import torch_attention
 from hotloop.kernels.cuda.sample import sample_kernel
-from hotloop.kernels.cuda.step import Exchange
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import FAMILIES, read_config
@@ -234,20 +234,18 @@ def test_all_kernels_but_the_first_may_overlap_their_predecessor():
 def test_what_ranks_send_each_other_they_add_up_in_the_chain():
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
-    inbox = torch.zeros(Exchange.nbytes(1, 16, model.config.hidden_size), dtype=torch.uint8)
-    exchange = Exchange.over(
-        0, [inbox.data_ptr()], capacity=16, k=model.config.hidden_size, device=CPU, kept=inbox
-    )
+    (exchanges,) = ThreadRanks(1).run(lambda group: Exchanges.over(group, model.decoder, 0))
     forward = FusedForward(
-        model.decoder, model.cache, device, n_tokens=128, shared=True, exchange=exchange
+        model.decoder, model.cache, device, n_tokens=128, shared=True, exchanges=exchanges
     )
     alone = FusedForward(model.decoder, model.cache, EmulatedDevice(), n_tokens=128)
     ids, positions = torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1)
     (logits, best), (wanted, _) = (f(ids, positions, N_POSITIONS) for f in (forward, alone))
-    assert best is None
+    assert best == logits[..., :128].argmax(-1)
     assert distance(logits, wanted) < 0.02 * wanted.std(), "a part is rounded before it is added"
     names, overlap = zip(*device.launched, strict=True)
-    assert overlap == (False, *[True] * (7 * model.config.n_layers + 1))
+    assert overlap == (False, *[True] * (7 * model.config.n_layers + 2))
+    assert names[-1] == "argmax_of_ranks_step"
     assert names.count("sum_of_1") == 2 * model.config.n_layers
 
 
@@ -442,7 +440,7 @@ def test_ranks_agree_with_one_to_the_top_two(quant, exchanged, engine, monkeypat
     assert two.describe().kernels["o_proj"] == one.describe().kernels["o_proj"]
     assert_top_two_agree(*(llm.generate(list(PROMPTS), FREELY) for llm in (one, two)))
     _, *ranks = ({name for name, _ in device.launched} for device in devices)
-    assert all("sum_of_2" in names for names in ranks)
+    assert all({"sum_of_2", "argmax_of_ranks_step"} <= names for names in ranks)
     assert all(("add_total" in names) == (exchanged < 8) for names in ranks)
 
 

@@ -425,7 +425,7 @@ def add_case(rows: int, k: int, generator: torch.Generator) -> Case:
 def sum_cases(ranks: int, rows: int, k: int, generator: torch.Generator) -> list[list[Case]]:
     """Of every rank, sums one after the other: of many rows and of one, each more than twice."""
     device, capacity = generator.device, rows + 1
-    nbytes = step.Exchange.nbytes(ranks, capacity, k)
+    nbytes = step.inbox_bytes(ranks, capacity, k)
     inboxes = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(ranks)]
     addresses = [inbox.data_ptr() for inbox in inboxes]
     exchanges = [
@@ -451,12 +451,58 @@ def _sum_case(
 
     def check() -> None:
         total = sum(part.float() for part in parts)
-        assert torch.equal(x, (residual.float() + total).bfloat16()), f"sum of {exchange.rank}"
+        assert torch.equal(x, (residual.float() + total).bfloat16()), (
+            f"sum of {exchange.rank}"
+        )  # which is so kept alive
         assert_onward(x, following, "sum")
 
     call = step.sum_ranks(mine, residual, x, following, exchange)
     outputs = (x, *outputs_of(following))
     return Case(call=call, inputs=(mine, residual), outputs=outputs, check=check)
+
+
+def argmax_of_ranks_cases(
+    ranks: int, rows: int, n: int, generator: torch.Generator
+) -> list[list[Case]]:
+    """Of every rank, choices one after the other, of few different values."""
+    device, vocab = generator.device, 1000
+    inboxes = [
+        torch.zeros(step.inbox_bytes(ranks, rows), dtype=torch.uint8, device=device)
+        for _ in range(ranks)
+    ]
+    addresses = [inbox.data_ptr() for inbox in inboxes]
+    exchanges = [
+        step.Exchange.over(r, addresses, capacity=rows, device=device, kept=inboxes)
+        for r in range(ranks)
+    ]
+    cases: list[list[Case]] = [[] for _ in range(ranks)]
+    for m in (rows, 1, rows, 1, rows):
+        value = torch.randint(4, (ranks, m, n), generator=generator, device=device).float()
+        value[-1] = -torch.inf  # as of padding alone
+        if ranks > 1:
+            value[0, 0] = 3
+            value[1, 0] = 3
+        index = torch.rand(ranks, m, vocab, generator=generator, device=device)
+        index = index.argsort(-1)[..., :n].int()
+        everywhere = index.long() + vocab * torch.arange(ranks, device=device)[:, None, None]
+        ranked = everywhere.where(value == value.amax((0, 2))[:, None], ranks * vocab)
+        wanted = ranked.amin((0, 2))
+        for own, exchange in zip(cases, exchanges, strict=True):
+            own.append(_argmax_of_ranks_case(value, index, vocab, wanted, exchange))
+    return cases
+
+
+def _argmax_of_ranks_case(
+    value: Tensor, index: Tensor, vocab: int, wanted: Tensor, exchange: step.Exchange
+) -> Case:
+    best = value[exchange.rank].clone(), index[exchange.rank].clone()
+    ids = torch.full_like(wanted, -1)
+
+    def check() -> None:
+        assert torch.equal(ids, wanted), f"choice of {exchange.rank}"  # which is so kept alive
+
+    call = step.argmax_of_ranks(best, ids, exchange, first=exchange.rank * vocab)
+    return Case(call=call, inputs=best, outputs=(ids,), check=check)
 
 
 def argmax_case(rows: int, n: int, generator: torch.Generator) -> Case:

@@ -17,6 +17,7 @@ from cuda_cases import (
     add_case,
     add_norm_case,
     argmax_case,
+    argmax_of_ranks_cases,
     attention_case,
     dequantize_case,
     drawn,
@@ -317,17 +318,27 @@ def test_adding_to_the_residual_stream_equals_its_specification(k):
     run(add_case(3, k, generator()))
 
 
+def run_ranks(cases: list[list[Case]]) -> None:
+    """Each rank's cases in order, at the same time as the others'."""
+
+    def one(own: list[Case]) -> None:
+        for case in own:
+            run(case)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        list(pool.map(one, cases))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks_add_up_what_they_send_each_other(ranks):
     for k in (72, 2056):
-        cases = sum_cases(ranks, 3, k, generator(k))
+        run_ranks(sum_cases(ranks, 3, k, generator(k)))
 
-        def one(rank: int, cases: list[list[Case]] = cases) -> None:
-            for case in cases[rank]:
-                run(case)
 
-        with ThreadPoolExecutor(ranks) as pool:
-            list(pool.map(one, range(ranks)))
+@pytest.mark.parametrize("ranks", [1, 2, 5, 32])
+def test_ranks_choose_the_same_token(ranks):
+    for n in (1, 40):
+        run_ranks(argmax_of_ranks_cases(ranks, 3, n, generator(n)))
 
 
 @pytest.mark.parametrize("n", [1, 7, 100])

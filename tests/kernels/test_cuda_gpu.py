@@ -1,5 +1,7 @@
 """The CUDA kernels on a GPU, against float64; benchmarks/kernels_cuda.py checks many more cases."""
 
+import itertools
+
 import pytest
 import torch
 from cuda_cases import (
@@ -9,6 +11,7 @@ from cuda_cases import (
     accept_case,
     add_case,
     add_norm_case,
+    argmax_of_ranks_cases,
     attention_case,
     dequantize_case,
     embed_case,
@@ -129,18 +132,19 @@ def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(de
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("dependent", [False, True])
-def test_ranks_add_up_what_they_send_each_other(device, ranks, dependent):
+def test_ranks_add_up_and_choose_by_what_they_send_each_other(device, ranks, dependent):
     """Ranks of one GPU, in streams: their blocks are few enough to run at the same time."""
-    cases = sum_cases(ranks, 3, 5120, generator(device, ranks))
-    torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(ranks)]
-    for at_once in zip(*cases, strict=True):
-        for stream, case in zip(streams, at_once, strict=True):
-            with torch.cuda.stream(stream):
-                device.prepare(case.call, dependent=dependent)()
+    of_sums = sum_cases(ranks, 3, 5120, generator(device, ranks))
+    of_choices = argmax_of_ranks_cases(ranks, 3, 132, generator(device, ranks))
     torch.cuda.synchronize()
-    for rank in cases:
-        for case in rank:
+    for cases in (of_sums, of_choices):
+        for at_once in zip(*cases, strict=True):
+            for stream, case in zip(streams, at_once, strict=True):
+                with torch.cuda.stream(stream):
+                    device.prepare(case.call, dependent=dependent)()
+        torch.cuda.synchronize()
+        for case in itertools.chain(*cases):
             case.check()
 
 

@@ -16,7 +16,7 @@ import sys, threading
 import torch
 from hotloop.kernels.cuda.launch import Device
 from hotloop.kernels.cuda.linear import Normed, Onward
-from hotloop.kernels.cuda.step import Exchange, sum_kernel, sum_ranks
+from hotloop.kernels.cuda.step import Exchange, inbox_bytes, sum_kernel, sum_ranks
 from hotloop.parallel.collectives import SYMMETRIC_BYTES, ProcessGroup
 from hotloop.parallel.rendezvous import Address
 
@@ -52,7 +52,7 @@ for dtype in (torch.bfloat16, torch.float32, torch.float16):
         torch.cuda.synchronize()
         assert (y == total * size).all(), (dtype, n)
         assert (best == size - 1).all()
-if (inboxes := group.inboxes(Exchange.nbytes(size, 4, 5120))) is not None:
+if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120))) is not None:
     exchange = Exchange.over(
         rank, inboxes.addresses, capacity=4, k=5120, device=device, kept=inboxes
     )

@@ -17,6 +17,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -29,7 +30,7 @@ from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Call, Launcher, Limits
 from hotloop.kernels.cuda.linear import Ahead, Epilogue, LinearPlan, Normed, Onward, plan_rows
 from hotloop.kernels.cuda.sample import sample_kernel
-from hotloop.kernels.cuda.step import Exchange
+from hotloop.kernels.cuda.step import Exchange, inbox_bytes
 from hotloop.kernels.cuda.tuning import Role, attention_tuning, linear_tuning, look_ahead
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache
@@ -72,7 +73,8 @@ class FusedForward:
         n_tokens: Token ids that may be chosen are below this.
         shared: Other ranks have the rest of the model: what goes onto the residual stream is summed
             up over ranks, and which token is most likely is not known here.
-        exchange: With those ranks, by which few rows are summed up; others by the decoder's total.
+        exchanges: With those ranks, by which few rows are summed up, and their most likely tokens
+            found; others are summed up by the decoder's total.
         n_layers: Stop after so many layers; None takes all.
     """
 
@@ -84,11 +86,12 @@ class FusedForward:
         *,
         n_tokens: int,
         shared: bool = False,
-        exchange: Exchange | None = None,
+        exchanges: Exchanges | None = None,
         n_layers: int | None = None,
     ) -> None:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
-        self._n_tokens, self._shared, self._exchange = n_tokens, shared, exchange
+        self._n_tokens, self._shared, self._exchanges = n_tokens, shared, exchanges
+        self._first_id = 0 if exchanges is None else exchanges.first_id
         self._layers = blocks_of(decoder)[:n_layers]
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
@@ -147,8 +150,8 @@ class FusedForward:
             ends = [step.next_tokens_kernel(), step.accept_kernel()]
             if not self._shared:
                 ends += [step.argmax_kernel(), sample_kernel()]
-            elif (exchange := self._exchange_of(B * T)) is not None:
-                ends += [step.sum_kernel(len(exchange.inboxes))]
+            elif (exchanges := self._exchanges_of(B * T)) is not None:
+                ends += [step.sum_kernel(exchanges.sums.ranks), step.argmax_of_ranks_kernel()]
             else:
                 ends += [step.add_kernel()]
             self._launcher.load((*plans.kernels, embed, *ends))
@@ -203,18 +206,18 @@ class FusedForward:
             self._product(plans, linear, x_MK, onto=onto_MD, onward=onward, ahead=ahead)
             return onto_MD, onward.normed
         part_MD = self._product(plans, linear, x_MK, ahead=ahead)
-        if (exchange := self._exchange_of(len(part_MD))) is not None:
-            self._launch(step.sum_ranks(part_MD, onto_MD, onto_MD, onward, exchange))
+        if (exchanges := self._exchanges_of(len(part_MD))) is not None:
+            self._launch(step.sum_ranks(part_MD, onto_MD, onto_MD, onward, exchanges.sums))
         else:
             total_MD = self._layers[0].total(part_MD)
             self._dependent = False
             self._launch(step.add(total_MD, onto_MD, onto_MD, onward))
         return onto_MD, onward.normed
 
-    def _exchange_of(self, rows: int) -> Exchange | None:
-        """By which so many rows are summed up over ranks, if by any."""
-        exchange = self._exchange
-        return None if exchange is None or rows > exchange.capacity else exchange
+    def _exchanges_of(self, rows: int) -> Exchanges | None:
+        """Those for so many rows, if there are any."""
+        exchanges = self._exchanges
+        return None if exchanges is None or rows > exchanges.sums.capacity else exchanges
 
     def _logits(self, plans: _RowPlans, normed: Normed) -> tuple[Tensor, Tensor | None]:
         x_MD, (_, plan) = normed.x, plans[0]
@@ -223,10 +226,14 @@ class FusedForward:
             x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.int32),
         )
         logits_MV = self._product(plans, self._decoder.head, normed, best=best)
-        if self._shared:
-            return logits_MV, None
         best_M = x_MD.new_empty(len(x_MD), dtype=torch.int64)
-        self._launch(step.argmax(best, best_M))
+        if not self._shared:
+            self._launch(step.argmax(best, best_M))
+        elif (exchanges := self._exchanges_of(len(x_MD))) is not None:
+            choices, first = exchanges.choices, exchanges.first_id
+            self._launch(step.argmax_of_ranks(best, best_M, choices, first=first))
+        else:
+            return logits_MV, None
         return logits_MV, best_M
 
     def _product(
@@ -256,7 +263,7 @@ class FusedForward:
                 residual=None if onto is None else onto[rows],
                 onward=None if onward is None else onward.rows(rows),
                 best=None if best is None else (best[0][rows], best[1][rows]),
-                n_best=min(self._n_tokens, linear.n),
+                n_best=max(0, min(self._n_tokens - self._first_id, linear.n)),
                 ahead=ahead,
             )
             self._launch(call)
@@ -268,25 +275,43 @@ class FusedForward:
         self._dependent = True
 
 
-def make_exchange(group: Group, decoder: Decoder) -> Exchange | None:
-    """With the other ranks, for rows of the residual stream; None without memory for it.
+@dataclass(frozen=True, kw_only=True)
+class Exchanges:
+    """What a step sends to other ranks, and gets of them.
 
-    All ranks call this at the same time.
+    Attributes:
+        sums: Of the residual stream.
+        choices: Of tokens.
+        first_id: Id of the first token of this rank's part of the vocabulary.
     """
-    if group.size == 1:
-        return None
-    k = decoder.embedding.k
-    inboxes = group.inboxes(Exchange.nbytes(group.size, EXCHANGED_ROWS, k))
-    if inboxes is None:
-        return None
-    return Exchange.over(
-        group.rank,
-        inboxes.addresses,
-        capacity=EXCHANGED_ROWS,
-        k=k,
-        device=decoder.cos.device,
-        kept=inboxes,
-    )
+
+    sums: Exchange
+    choices: Exchange
+    first_id: int
+
+    @classmethod
+    def over(cls, group: Group, decoder: Decoder, first_id: int) -> Exchanges | None:
+        """Those with the other ranks, where there is memory for it.
+
+        All ranks call this at the same time.
+        """
+        k, rows, device = decoder.embedding.k, EXCHANGED_ROWS, decoder.cos.device
+        of_sums, of_choices = (inbox_bytes(group.size, rows, width) for width in (k, 0))
+        inboxes = group.inboxes(of_sums + of_choices)
+        if inboxes is None:
+            return None
+        sums, choices = (
+            Exchange.over(
+                group.rank,
+                [address + offset for address in inboxes.addresses],
+                capacity=rows,
+                k=width,
+                device=device,
+                kept=inboxes,
+            )
+            for width, offset in ((k, 0), (0, of_sums))
+        )
+        return cls(sums=sums, choices=choices, first_id=first_id)
 
 
 def blocks_of(decoder: Decoder) -> list[Block]:

@@ -31,7 +31,7 @@ from hotloop.engine.execution import (
     compile_cache_state,
     step_times,
 )
-from hotloop.engine.fused import FusedForward, make_exchange
+from hotloop.engine.fused import Exchanges, FusedForward
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.prompt import FusedPrompt, spans
 from hotloop.engine.sampling import Features, Sampled, Sampler
@@ -263,7 +263,10 @@ class _Model:
             dtype=setup.dtype,
             device=device,
         )
-        self._exchange = make_exchange(group, self.decoder) if setup.fused else None
+        self._exchanges = None
+        if setup.fused:
+            first_id = setup.shard.vocabulary.start
+            self._exchanges = Exchanges.over(group, self.decoder, first_id)
         self._steps, self._prompt = self._fused_forward(), None
         if self._steps is not None and self.launcher is not None:
             self._prompt = FusedPrompt(
@@ -298,7 +301,7 @@ class _Model:
             self.launcher,
             n_tokens=self.n_tokens,
             shared=self._shared,
-            exchange=self._exchange,
+            exchanges=self._exchanges,
             n_layers=n_layers,
         )
 

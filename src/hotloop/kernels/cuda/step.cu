@@ -112,7 +112,7 @@ struct SumArgs {
   bf16* next_x;            // [M, K]: x times it
   float* next_squares;     // [M, parts]: what x's squares add up to, 16 at a time
   uint4* const* inboxes;   // of each rank, [2, ranks, capacity, K / 4]: four values and their marks
-  uint32_t* sums;          // [capacity, blocks of a row]: how many there have been
+  uint32_t* turns;         // [capacity, blocks of a row]: how many there have been
   int k, rank, capacity;
 };
 
@@ -135,8 +135,8 @@ __device__ __forceinline__ void sum(const SumArgs& args) {
   if (here) w = reinterpret_cast<const uint4*>(args.norm)[i];
   launch_dependents();
   wait_for_predecessor();
-  uint32_t* sums = args.sums + row * gridDim.x + blockIdx.x;
-  const uint32_t mark = *sums + 1;
+  uint32_t* turns = args.turns + row * gridDim.x + blockIdx.x;
+  const uint32_t mark = *turns + 1;
   if (here) {
     mine = reinterpret_cast<const uint4*>(args.mine)[first + i];
     x = reinterpret_cast<const uint4*>(args.residual)[first + i];
@@ -185,7 +185,7 @@ __device__ __forceinline__ void sum(const SumArgs& args) {
   }
   squares += shuffle_xor(squares, 1);  // two lanes add up a part
   if (here && i % 2 == 0) args.next_squares[row * parts + i / 2] = squares;
-  if (threadIdx.x == 0) *sums = mark;
+  if (threadIdx.x == 0) *turns = mark;
 }
 
 struct ArgmaxArgs {
@@ -195,24 +195,51 @@ struct ArgmaxArgs {
   int n;
 };
 
-// The winner of winners; of equal ones the first. A block of one warp per row.
+// The winner of a row's winners, on every lane.
+__device__ __forceinline__ Best best_of(const float* values, const int* indices, int n, int lane) {
+  Best best{-infinity(), 0x7fffffff};
+  for (int i = lane; i < n; i += 32) best.offer(values[i], indices[i]);
+  return best_of_warp(best);
+}
+
+// A block of one warp per row.
 __device__ __forceinline__ void argmax(const ArgmaxArgs& args) {
   launch_dependents();
   wait_for_predecessor();
-  const int row = blockIdx.x, lane = threadIdx.x;
-  float value = -infinity();
-  int index = 0x7fffffff;
-  for (int i = lane; i < args.n; i += 32) {
-    const float v = args.best_value[row * args.n + i];
-    const int at = args.best_index[row * args.n + i];
-    if (v > value || (v == value && at < index)) value = v, index = at;
+  const int row = blockIdx.x, lane = threadIdx.x, n = args.n;
+  const Best best = best_of(args.best_value + row * n, args.best_index + row * n, n, lane);
+  if (lane == 0) args.ids[row] = best.index;
+}
+
+struct ArgmaxOfRanksArgs {
+  const float* best_value;  // [M, n]
+  const int* best_index;    // [M, n]: of this rank's part of the vocabulary
+  int64_t* ids;             // [M]
+  uint4* const* inboxes;    // of each rank, [2, ranks, capacity]: a value and an id, and their marks
+  uint32_t* turns;          // [capacity]: how many there have been
+  int n, first;             // first: id of the first of this rank's part
+  int rank, ranks, capacity;
+};
+
+// The same over ranks, of which there are at most 32: a lane for each of them.
+__device__ __forceinline__ void argmax_of_ranks(const ArgmaxOfRanksArgs& args) {
+  launch_dependents();
+  wait_for_predecessor();
+  const int row = blockIdx.x, lane = threadIdx.x, n = args.n;
+  const uint32_t mark = args.turns[row] + 1;
+  Best best = best_of(args.best_value + row * n, args.best_index + row * n, n, lane);
+  best.index += args.first;
+  if (lane < args.ranks && lane != args.rank) {
+    const auto place = [&](int to, int from) {
+      return args.inboxes[to] + (mark % 2 * args.ranks + from) * args.capacity + row;
+    };
+    store_marked(place(lane, args.rank), uint2{float_bits(best.value), uint32_t(best.index)}, mark);
+    uint2 theirs;
+    while (!load_marked(place(args.rank, lane), mark, theirs)) continue;
+    best = Best{float_of(theirs.x), static_cast<int>(theirs.y)};
   }
-  for (int mask = 1; mask < 32; mask *= 2) {
-    const float v = shuffle_xor(value, mask);
-    const int at = shuffle_xor(index, mask);
-    if (v > value || (v == value && at < index)) value = v, index = at;
-  }
-  if (lane == 0) args.ids[row] = index;
+  best = best_of_warp(best);
+  if (lane == 0) args.ids[row] = best.index, args.turns[row] = mark;
 }
 
 // Slots: a row of the history of each has the tokens at all positions up to its newest one's, and

@@ -42,7 +42,7 @@ class SumArguments(Arguments):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("mine", "residual", "x", "norm")),
-        *((name, ctypes.c_void_p) for name in ("next_x", "next_squares", "inboxes", "sums")),
+        *((name, ctypes.c_void_p) for name in ("next_x", "next_squares", "inboxes", "turns")),
         *((name, ctypes.c_int) for name in ("k", "rank", "capacity")),
     )
 
@@ -53,6 +53,16 @@ class ArgmaxArguments(Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "ids")),
         ("n", ctypes.c_int),
+    )
+
+
+class ArgmaxOfRanksArguments(Arguments):
+    """``ArgmaxOfRanksArgs`` of ``step.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "ids")),
+        *((name, ctypes.c_void_p) for name in ("inboxes", "turns")),
+        *((name, ctypes.c_int) for name in ("n", "first", "rank", "ranks", "capacity")),
     )
 
 
@@ -110,6 +120,11 @@ def sum_kernel(ranks: int) -> Kernel:
 def argmax_kernel() -> Kernel:
     """The one that finds the most likely token."""
     return _of_one_warp("argmax_step", "argmax", "ArgmaxArgs")
+
+
+def argmax_of_ranks_kernel() -> Kernel:
+    """The one that finds the token that is most likely to all ranks."""
+    return _of_one_warp("argmax_of_ranks_step", "argmax_of_ranks", "ArgmaxOfRanksArgs")
 
 
 def next_tokens_kernel() -> Kernel:
@@ -181,26 +196,26 @@ def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """By which the ranks of a model send each other what they have for a sum.
+    """By which the ranks of a model send each other what they have, in launches of one kind.
 
-    Every rank launches the same sums in the same order.
+    Every rank launches the same in the same order.
 
     Attributes:
         rank: Which rank this is.
-        inboxes: int64 [ranks], on the device: addresses of every rank's inbox, of ``nbytes`` each,
-            which was zeros when the first of them was made.
-        sums: int32 [capacity, blocks of a row], zeros at first: how many sums there have been.
+        inboxes: int64 [ranks], on the device: addresses of every rank's inbox, which holds
+            ``inbox_bytes`` and was zeros when the first of them was made.
+        turns: int32 [capacity, blocks of a row], zeros at first: how often there was one.
         capacity: Rows that an inbox has room for.
-        k: Width of rows.
+        k: Width of rows that are summed up; 0 where it is for choices.
         kept: What the inboxes are in, kept alive with this.
     """
 
     rank: int
     inboxes: Tensor
-    sums: Tensor
+    turns: Tensor
     capacity: int
     k: int
-    kept: object = None
+    kept: object
 
     @classmethod
     def over(
@@ -209,7 +224,7 @@ class Exchange:
         addresses: Sequence[int],
         *,
         capacity: int,
-        k: int,
+        k: int = 0,
         device: torch.device,
         kept: object,
     ) -> Exchange:
@@ -217,16 +232,29 @@ class Exchange:
         return cls(
             rank=rank,
             inboxes=torch.tensor(addresses, dtype=torch.int64, device=device),
-            sums=torch.zeros(capacity, _blocks_of_row(k), dtype=torch.int32, device=device),
+            turns=torch.zeros(
+                capacity, max(1, _blocks_of_row(k)), dtype=torch.int32, device=device
+            ),
             capacity=capacity,
             k=k,
             kept=kept,
         )
 
-    @staticmethod
-    def nbytes(ranks: int, capacity: int, k: int) -> int:
-        """Bytes of an inbox: two sums', of values of two bytes with as many for their marks."""
-        return 2 * ranks * capacity * k * 4
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return len(self.inboxes)
+
+
+def inbox_bytes(ranks: int, capacity: int, k: int = 0) -> int:
+    """Of an inbox: for what comes of each rank in two turns, four bytes of marks for four bytes.
+
+    Args:
+        ranks: How many there are.
+        capacity: Rows.
+        k: Width of rows, of values of two bytes; 0 for choices, which are a value and a token id.
+    """
+    return 2 * ranks * capacity * (2 * 2 * k or 16)
 
 
 def sum_ranks(
@@ -256,13 +284,13 @@ def sum_ranks(
         x=x_MK,
         **onward.arguments(),
         inboxes=exchange.inboxes,
-        sums=exchange.sums,
+        turns=exchange.turns,
         k=k,
         rank=exchange.rank,
         capacity=exchange.capacity,
     )
     return Call(
-        kernel=sum_kernel(len(exchange.inboxes)),
+        kernel=sum_kernel(exchange.ranks),
         grid=(_blocks_of_row(k), rows, 1),
         shared_bytes=0,
         args=args,
@@ -290,6 +318,38 @@ def argmax(best: tuple[Tensor, Tensor], ids_M: Tensor) -> Call:
         n=value.shape[1],
     )
     return _block_for_each(argmax_kernel(), len(ids_M), args, tensors)
+
+
+def argmax_of_ranks(
+    best: tuple[Tensor, Tensor], ids_M: Tensor, exchange: Exchange, *, first: int
+) -> Call:
+    """The launch that finds the tokens that are most likely to all ranks, on each of them.
+
+    Of equal ones the first, as ``Vocabulary.argmax`` does.
+
+    Args:
+        best: As the product of this rank's part of the head left it: float32 and int32 [M, blocks].
+        ids_M: int64, written.
+        exchange: With the other ranks.
+        first: Id of the first token of this rank's part.
+    """
+    (value, index), rows = best, len(ids_M)
+    assert value.shape == index.shape, f"{tuple(value.shape)} and {tuple(index.shape)}"
+    assert exchange.ranks <= 32, f"a lane for a rank, and there are {exchange.ranks}"
+    assert rows <= exchange.capacity, f"{rows} rows, and room for {exchange.capacity}"
+    args, tensors = ArgmaxOfRanksArguments.of(
+        best_value=value,
+        best_index=index,
+        ids=ids_M,
+        inboxes=exchange.inboxes,
+        turns=exchange.turns,
+        n=value.shape[1],
+        first=first,
+        rank=exchange.rank,
+        ranks=exchange.ranks,
+        capacity=exchange.capacity,
+    )
+    return _block_for_each(argmax_of_ranks_kernel(), rows, args, tensors)
 
 
 def next_tokens(
