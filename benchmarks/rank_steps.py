@@ -39,7 +39,7 @@ from hotloop.types import EngineConfig, SamplingParams
 PROMPT = (1, 2, 3, 4, 5)
 GREEDY = SamplingParams(ignore_eos=True)
 
-ALL_REDUCE = re.compile(r"all_?reduce|hotloop_parallel::sum|^sum_of_", re.IGNORECASE)
+ALL_REDUCE = re.compile(r"all_?reduce|hotloop_parallel::sum|^sum_of_|_of_ranks", re.IGNORECASE)
 """In names of kernels, and of operators on a CPU: NCCL's, symmetric memory's, ours, gloo's."""
 
 Span = tuple[str, float, float]
