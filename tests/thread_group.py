@@ -44,11 +44,11 @@ class ThreadGroup(Group):
     def max(self, x: Tensor) -> Tensor:
         return self.gather(x).amax(dim=0)
 
-    def inboxes(self, nbytes: int) -> Inboxes:
+    def inboxes(self, nbytes: int, use: str) -> Inboxes:  # noqa: ARG002 (all alike)
         mine = torch.zeros(nbytes, dtype=torch.uint8)
         addresses = self.gather(torch.tensor(mine.data_ptr())).tolist()
         self._exchange.kept.append(mine)
-        return Inboxes(addresses=addresses, memory=self._exchange)
+        return Inboxes(rank=self.rank, addresses=addresses, memory=self._exchange)
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
         gathered = self.gather(x)

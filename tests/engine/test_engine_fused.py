@@ -14,13 +14,13 @@ from agreement import ALTERNATIVES, assert_top_two_agree
 from cuda_emulation import EmulatedDevice, needs_compiler
 from test_engine_memory import resident_bytes
 from test_engine_shards import ThreadRunner
-from thread_group import ThreadRanks
+from thread_group import ThreadGroup, ThreadRanks
 from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 
 from hotloop import LLM, EngineConfig, SamplingParams
 from hotloop.engine import fused
-from hotloop.engine.fused import Exchanges, FusedForward
+from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.prompt import FusedPrompt
 from hotloop.engine.sampling import Features, Sampler
@@ -31,6 +31,7 @@ from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import FAMILIES, read_config
+from hotloop.parallel.collectives import Group
 from hotloop.quant import Scheme, parse_scheme
 from hotloop.registry import resolve
 from hotloop.weights.load import load_weights
@@ -234,9 +235,9 @@ def test_all_kernels_but_the_first_may_overlap_their_predecessor():
 def test_what_ranks_send_each_other_they_add_up_in_the_chain():
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
-    (exchanges,) = ThreadRanks(1).run(lambda group: Exchanges.over(group, model.decoder, 0))
+    (peers,) = ThreadRanks(1).run(lambda group: Peers.of(group, model.decoder, 0, rows=4))
     forward = FusedForward(
-        model.decoder, model.cache, device, n_tokens=128, shared=True, exchanges=exchanges
+        model.decoder, model.cache, device, n_tokens=128, shared=True, peers=peers
     )
     alone = FusedForward(model.decoder, model.cache, EmulatedDevice(), n_tokens=128)
     ids, positions = torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1)
@@ -425,10 +426,11 @@ def test_one_kernel_draws_for_the_model_and_its_drafter(folder, engine, monkeypa
 
 
 @pytest.mark.parametrize("quant", ["none", "int4-g32"])
-@pytest.mark.parametrize("exchanged", [16, 1], ids=["small sums", "single rows' sums"])
-def test_ranks_agree_with_one_to_the_top_two(quant, exchanged, engine, monkeypatch):
+@pytest.mark.parametrize("by", ["inboxes", "collectives"])
+def test_ranks_agree_with_one_to_the_top_two(quant, by, engine, monkeypatch):
     monkeypatch.setattr("hotloop.engine.llm.RankGroup", ThreadRunner)
-    monkeypatch.setattr("hotloop.engine.fused.EXCHANGED_ROWS", exchanged)
+    if by == "collectives":
+        monkeypatch.setattr(ThreadGroup, "inboxes", Group.inboxes)
     devices: list[EmulatedDevice] = []
 
     def device_of(_: object) -> EmulatedDevice:
@@ -440,8 +442,11 @@ def test_ranks_agree_with_one_to_the_top_two(quant, exchanged, engine, monkeypat
     assert two.describe().kernels["o_proj"] == one.describe().kernels["o_proj"]
     assert_top_two_agree(*(llm.generate(list(PROMPTS), FREELY) for llm in (one, two)))
     _, *ranks = ({name for name, _ in device.launched} for device in devices)
-    assert all({"sum_of_2", "argmax_of_ranks_step"} <= names for names in ranks)
-    assert all(("add_total" in names) == (exchanged < 8) for names in ranks)
+    ours, others = {"sum_of_2", "argmax_of_ranks_step"}, {"add_total"}
+    wanted, avoided = (ours, others) if by == "inboxes" else (others, ours)
+    assert all(wanted <= names and not avoided & names for names in ranks)
+    used = "fused" if by == "inboxes" else "threads"
+    assert two.describe().kernels["all_reduce"] == f"all_reduce/{used}"
 
 
 def test_closing_frees_plans_counters_weights_and_cache(engine):

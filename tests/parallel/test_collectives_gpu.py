@@ -52,7 +52,7 @@ for dtype in (torch.bfloat16, torch.float32, torch.float16):
         torch.cuda.synchronize()
         assert (y == total * size).all(), (dtype, n)
         assert (best == size - 1).all()
-if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120))) is not None:
+if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120), "sums")) is not None:
     exchange = Exchange.over(
         rank, inboxes.addresses, capacity=4, k=5120, device=device, kept=inboxes
     )

@@ -4,8 +4,8 @@ Five kernels a layer: query/key/value product; head norms, rotation, cache and a
 product, onto the residual stream; gate and up product, SwiGLU; down product, onto the residual
 stream. What writes the residual stream begins the norm that follows, what reads it ends it. Each
 kernel may start before its predecessor has ended, and then reads weights until the activations are
-there (``kernels.cuda``). Where other ranks have the rest of the model, a sixth and a seventh add up
-what they have. The decoder is the specification; ``prompt`` runs long prompts.
+there (``kernels.cuda``). Where other ranks have the rest of the model, two kernels more add up what
+they have. The decoder is the specification; ``prompt`` runs long prompts.
 
 A row's result has the same bits whatever the number of rows: checking k drafts at once gives
 exactly what k + 1 single steps give.
@@ -37,10 +37,7 @@ from hotloop.models.cache import KVCache
 from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Block, Decoder, RMSNorm
 from hotloop.models.linear import Linear
-from hotloop.parallel.collectives import Group
-
-EXCHANGED_ROWS = 16
-"""Rows that ranks send each other for a sum; of more, others' collectives move fewer bytes."""
+from hotloop.parallel.collectives import Group, Use
 
 
 def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> str | None:
@@ -72,9 +69,9 @@ class FusedForward:
         launcher: The device.
         n_tokens: Token ids that may be chosen are below this.
         shared: Other ranks have the rest of the model: what goes onto the residual stream is summed
-            up over ranks, and which token is most likely is not known here.
-        exchanges: With those ranks, by which few rows are summed up, and their most likely tokens
-            found; others are summed up by the decoder's total.
+            up over ranks.
+        peers: Those, where this step's kernels can reach them. Else the decoder's total sums up,
+            and which token is most likely is not known here.
         n_layers: Stop after so many layers; None takes all.
     """
 
@@ -86,12 +83,12 @@ class FusedForward:
         *,
         n_tokens: int,
         shared: bool = False,
-        exchanges: Exchanges | None = None,
+        peers: Peers | None = None,
         n_layers: int | None = None,
     ) -> None:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
-        self._n_tokens, self._shared, self._exchanges = n_tokens, shared, exchanges
-        self._first_id = 0 if exchanges is None else exchanges.first_id
+        self._n_tokens, self._shared, self._peers = n_tokens, shared, peers
+        self._first_id = 0 if peers is None else peers.first_id
         self._layers = blocks_of(decoder)[:n_layers]
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
@@ -150,8 +147,8 @@ class FusedForward:
             ends = [step.next_tokens_kernel(), step.accept_kernel()]
             if not self._shared:
                 ends += [step.argmax_kernel(), sample_kernel()]
-            elif (exchanges := self._exchanges_of(B * T)) is not None:
-                ends += [step.sum_kernel(exchanges.sums.ranks), step.argmax_of_ranks_kernel()]
+            elif self._peers is not None:
+                ends += [step.sum_kernel(self._peers.sums.ranks), step.argmax_of_ranks_kernel()]
             else:
                 ends += [step.add_kernel()]
             self._launcher.load((*plans.kernels, embed, *ends))
@@ -206,18 +203,13 @@ class FusedForward:
             self._product(plans, linear, x_MK, onto=onto_MD, onward=onward, ahead=ahead)
             return onto_MD, onward.normed
         part_MD = self._product(plans, linear, x_MK, ahead=ahead)
-        if (exchanges := self._exchanges_of(len(part_MD))) is not None:
-            self._launch(step.sum_ranks(part_MD, onto_MD, onto_MD, onward, exchanges.sums))
+        if self._peers is not None:
+            self._launch(step.sum_ranks(part_MD, onto_MD, onto_MD, onward, self._peers.sums))
         else:
             total_MD = self._layers[0].total(part_MD)
             self._dependent = False
             self._launch(step.add(total_MD, onto_MD, onto_MD, onward))
         return onto_MD, onward.normed
-
-    def _exchanges_of(self, rows: int) -> Exchanges | None:
-        """Those for so many rows, if there are any."""
-        exchanges = self._exchanges
-        return None if exchanges is None or rows > exchanges.sums.capacity else exchanges
 
     def _logits(self, plans: _RowPlans, normed: Normed) -> tuple[Tensor, Tensor | None]:
         x_MD, (_, plan) = normed.x, plans[0]
@@ -229,8 +221,8 @@ class FusedForward:
         best_M = x_MD.new_empty(len(x_MD), dtype=torch.int64)
         if not self._shared:
             self._launch(step.argmax(best, best_M))
-        elif (exchanges := self._exchanges_of(len(x_MD))) is not None:
-            choices, first = exchanges.choices, exchanges.first_id
+        elif self._peers is not None:
+            choices, first = self._peers.choices, self._first_id
             self._launch(step.argmax_of_ranks(best, best_M, choices, first=first))
         else:
             return logits_MV, None
@@ -276,8 +268,8 @@ class FusedForward:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchanges:
-    """What a step sends to other ranks, and gets of them.
+class Peers:
+    """What a step sends to the other ranks, and gets of them.
 
     Attributes:
         sums: Of the residual stream.
@@ -290,27 +282,30 @@ class Exchanges:
     first_id: int
 
     @classmethod
-    def over(cls, group: Group, decoder: Decoder, first_id: int) -> Exchanges | None:
-        """Those with the other ranks, where there is memory for it.
+    def of(cls, group: Group, decoder: Decoder, first_id: int, rows: int) -> Peers | None:
+        """Those of a group, where there is memory that they can write into.
 
         All ranks call this at the same time.
+
+        Args:
+            group: The ranks.
+            decoder: This one's part of the model.
+            first_id: See ``Peers``.
+            rows: The most that a step has.
         """
-        k, rows, device = decoder.embedding.k, EXCHANGED_ROWS, decoder.cos.device
-        of_sums, of_choices = (inbox_bytes(group.size, rows, width) for width in (k, 0))
-        inboxes = group.inboxes(of_sums + of_choices)
-        if inboxes is None:
-            return None
-        sums, choices = (
-            Exchange.over(
-                group.rank,
-                [address + offset for address in inboxes.addresses],
-                capacity=rows,
-                k=width,
-                device=device,
-                kept=inboxes,
+
+        def exchange(use: Use, k: int) -> Exchange | None:
+            inboxes = group.inboxes(inbox_bytes(group.size, rows, k), use)
+            if inboxes is None:
+                return None
+            addresses, device = inboxes.addresses, decoder.cos.device
+            return Exchange.over(
+                inboxes.rank, addresses, capacity=rows, k=k, device=device, kept=inboxes
             )
-            for width, offset in ((k, 0), (0, of_sums))
-        )
+
+        sums, choices = exchange("sums", decoder.embedding.k), exchange("choices", 0)
+        if sums is None or choices is None:
+            return None
         return cls(sums=sums, choices=choices, first_id=first_id)
 
 

@@ -1,5 +1,5 @@
 // What a decode step needs besides products and attention: its first kernels and its last, and what
-// follows a sum over ranks.
+// ranks do with each other.
 
 #include "pointwise.cuh"
 

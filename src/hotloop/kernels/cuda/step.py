@@ -1,4 +1,4 @@
-"""How the kernels of ``step.cu`` are launched: a step's first and last, and the one after a sum.
+"""How the kernels of ``step.cu`` are launched: a step's first and last, and those of several ranks.
 
 Shape letters: M rows, V vocabulary, K width, S slots, B of them, T tokens of each.
 """
@@ -229,12 +229,11 @@ class Exchange:
         kept: object,
     ) -> Exchange:
         """One over the ranks' inboxes at these addresses."""
+        blocks = max(1, _blocks_of_row(k))
         return cls(
             rank=rank,
             inboxes=torch.tensor(addresses, dtype=torch.int64, device=device),
-            turns=torch.zeros(
-                capacity, max(1, _blocks_of_row(k)), dtype=torch.int32, device=device
-            ),
+            turns=torch.zeros(capacity, blocks, dtype=torch.int32, device=device),
             capacity=capacity,
             k=k,
             kept=kept,
