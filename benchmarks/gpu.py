@@ -10,7 +10,7 @@ end, and the rest goes on. What an earlier run left under ``--out`` stays in the
               (``kernels_cuda.py``)
     rows      the time of a step over 8 positions against that over one
     context   tokens per second and MBU after a prompt of 32,000 tokens
-    prompt    time to the first token after 5, 64 and 512
+    prompt    time to the first token after 5, 64, 200 and 512
     sampling  what top-k and top-p cost over greedy
 
 Takes some four minutes with ``--executions fused``, and half an hour with all of them.
@@ -244,7 +244,7 @@ def prompt() -> dict[str, Any]:
     result: dict[str, Any] = {"figures": {}, "ttft_s": {}}
     for quant in ("int4-g128", "int8"):
         llm = engine("llama-2-13b", quant, max_seq_len=1024)
-        for n in (5, 64, 512):
+        for n in (5, 64, 200, 512):
             ids = [2 + i % 1000 for i in range(n)]
             samples = [answer(llm, ids, 4).timing.ttft_s for _ in range(11)][1:]
             result["figures"][f"{quant}, after {n} tokens"] = 1e3 * median(samples)

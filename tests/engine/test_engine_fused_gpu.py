@@ -186,6 +186,24 @@ def test_a_long_prompt_is_seen_to_its_beginning(quant: str, large: Path) -> None
     assert_top_two_agree(*found)
 
 
+@pytest.mark.parametrize("quant", ["none", "int8", "int4-g128"])
+def test_a_captured_prompt_gives_what_launches_one_by_one_gave(quant: str, large: Path) -> None:
+    prompts = [[2 + (i * i + n) % 290 for i in range(n)] for n in (70, 128, 120, 500, 1000)]
+    llm = LLM(str(large), execution="fused", device="cuda", quant=quant, max_batch_size=2)
+    assert llm._runner._model._prompt is not None
+    rows = llm._runner._model._prompt._rows
+    captured: list[int] = []
+    found: list[Any] = []
+    for prompt in prompts:
+        found += answers(llm, [prompt])
+        captured.append(len(rows._captured))
+    assert captured[-1] == 2, "of 128 tokens and of 512"
+    assert answers(llm, prompts) == found, "in any slot, and behind other prompts"
+    rows._captured.clear()
+    assert answers(llm, [prompts[1]]) == [found[1]], "launched one by one"
+    llm.close()
+
+
 def test_closing_gives_the_memory_back(large: Path) -> None:
     gc.collect()
     before = torch.cuda.memory_allocated()

@@ -338,8 +338,9 @@ def rotate_case(
     q_norm, k_norm = (
         (1 + normal(generator, E, std=0.2)).bfloat16() if norms else None for _ in range(2)
     )
-    q = poisoned(rows, H * E, dtype=torch.bfloat16, device=device)
-    keys, values = (normal(generator, J, C, E).bfloat16() for _ in range(2))
+    q, k, v = (poisoned(rows, n * E, dtype=torch.bfloat16, device=device) for n in (H, J, J))
+    S, slot = 3, 1
+    keys, values = (normal(generator, S, J, C, E).bfloat16() for _ in range(2))
     before = keys.clone(), values.clone()
     here = slice(position, position + rows)
 
@@ -350,19 +351,28 @@ def rotate_case(
             part if norm is None else reference.rms_norm(part, norm, eps) for part, norm in turned
         ]
         wanted = [reference.apply_rope(x, cos[None, here], sin[None, here])[0] for x in wanted]
-        stored = (cache[:, here].transpose(0, 1) for cache in (keys, values))
-        for got, want in zip((q.view(rows, H, E), *stored), (*wanted, parts[2][0]), strict=True):
+        found = (x.view(rows, -1, E) for x in (q, k, v))
+        for got, want in zip(found, (*wanted, parts[2][0]), strict=True):
             torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
             assert (got == want).double().mean() > 0.97, "more than roundings differ"
-        for now, then in zip((keys, values), before, strict=True):
-            outside = torch.ones(C, dtype=torch.bool)
-            outside[here] = False
-            assert torch.equal(now[:, outside], then[:, outside]), "elsewhere in the cache"
+        for now, then, new in zip((keys, values), before, (k, v), strict=True):
+            then[slot, :, here] = new.view(rows, J, E).transpose(0, 1)
+            assert torch.equal(now, then), "not the same in the cache, or elsewhere in it"
 
     call = prompt.rotate(
-        product, q, keys, values, position, cos, sin, q_norm_E=q_norm, k_norm_E=k_norm, eps=eps
+        product,
+        prompt.Heads(q=q, k=k, v=v),
+        keys,
+        values,
+        torch.tensor([slot], device=device),
+        position,
+        cos,
+        sin,
+        q_norm_E=q_norm,
+        k_norm_E=k_norm,
+        eps=eps,
     )
-    return Case(call=call, inputs=(product.y,), outputs=(q, keys, values), check=check)
+    return Case(call=call, inputs=(product.y,), outputs=(q, k, v, keys, values), check=check)
 
 
 def swiglu_case(rows: int, f: int, generator: torch.Generator, *, scale: bool, bias: bool) -> Case:

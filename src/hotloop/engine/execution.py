@@ -525,7 +525,12 @@ class Stepper:
 
 
 def capture(
-    run: Callable[[], Result], device: torch.device, state: Sequence[Tensor] = ()
+    run: Callable[[], Result],
+    device: torch.device,
+    state: Sequence[Tensor] = (),
+    *,
+    runs_before: int = 2,
+    pool: Any = None,
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """What ``run`` has the device do, as a CUDA graph, and the tensors that its results will be in.
 
@@ -534,12 +539,14 @@ def capture(
             first. The cache does not mind: positions are written that the graph writes again.
         device: The device.
         state: What those calls change, and what is to be as it was.
+        runs_before: How many such calls; none where it has run already.
+        pool: The memory of other graphs, for all that it holds besides its results.
     """
     saved = [tensor.clone() for tensor in state]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(2):
+        for _ in range(runs_before):
             run()
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
@@ -547,7 +554,7 @@ def capture(
     graph = torch.cuda.CUDAGraph()
     # Other threads go on meanwhile: NCCL's, which looks after its work, and a rank's, which waits
     # for the tokens of the step before.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = run()
     return graph, result
 

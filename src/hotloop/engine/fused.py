@@ -251,6 +251,12 @@ def blocks_of(decoder: Decoder) -> list[Block]:
     return cast(list[Block], list(decoder.layers))
 
 
+def fused_kernel(linear: Linear) -> Fused:
+    """The kernel of a weight that was assigned for the fused step."""
+    assert isinstance(linear.kernel, Fused), "a weight was not assigned for this"
+    return linear.kernel
+
+
 def _ahead(by: Role, plans: _RowPlans, linear: Linear) -> Ahead | None:
     """What a product has brought into the L2 cache of a later one's weight."""
     (_, plan), (weight, *_) = plans[0], linear.packed
@@ -290,8 +296,7 @@ class _Plans:
         def product(
             linear: Linear, role: Role, epilogue: Epilogue = "plain", *, norm: bool
         ) -> _RowPlans:
-            assert isinstance(linear.kernel, Fused), "a weight was not assigned for this"
-            form = linear.kernel.form
+            form = fused_kernel(linear).form
             tuning = linear_tuning(form, limits, role)
             return plan_rows(form, B * T, epilogue, norm=norm, tuning=tuning, limits=limits)
 

@@ -282,9 +282,19 @@ class Fused:
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return self.product(x_MK, *packed).finished()
 
-    def product(self, x_MK: Tensor, weight: Tensor, scale_N: Tensor | None = None) -> Product:
-        """The same, of which a scale per output feature has not been applied yet."""
-        return Product(y=F.linear(x_MK, dequantize(self.form, weight)), scale=scale_N)
+    def product(
+        self,
+        x_MK: Tensor,
+        weight: Tensor,
+        scale_N: Tensor | None = None,
+        *,
+        room: Tensor | None = None,
+    ) -> Product:
+        """The same, of which a scale per output feature has not been applied yet.
+
+        The weight's rows are put into ``room``, if it is given: bfloat16 [at least N * K].
+        """
+        return Product(y=F.linear(x_MK, dequantize(self.form, weight, room)), scale=scale_N)
 
 
 KERNELS: tuple[LinearKernel, ...] = (

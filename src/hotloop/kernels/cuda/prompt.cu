@@ -4,7 +4,7 @@
 // Results of products come as they are: a scale per feature, where the weight has one, and a bias
 // are applied before anything else, and the sum is rounded once.
 //
-// Letters: M rows, K width, F feed-forward width, H query heads, J key/value heads, C cache
+// Letters: M rows, K width, F feed-forward width, H query heads, J key/value heads, S slots, C cache
 // positions, E head dimension.
 
 #include "pointwise.cuh"
@@ -89,16 +89,20 @@ struct RotateArgs {
   const float* sin;
   const bf16* q_norm;   // [E], or null
   const bf16* k_norm;
+  const int64_t* slot;  // of the cache
   bf16* q;              // [M, H * E]
-  bf16* keys;           // [J, C, E]: one slot of the cache
+  bf16* new_keys;       // [M, J * E]
+  bf16* new_values;
+  bf16* keys;           // [S, J, C, E]: the cache
   bf16* values;
   int heads, kv_heads, capacity;
   int position;         // of the first row; the others follow it
   float eps;            // of the norms
 };
 
-// Norms and rotation of query and key heads; keys and values go into the cache. A warp per head of
-// a row, in which a lane has pairs of the first half and those that turn with them.
+// Norms and rotation of query and key heads; keys and values go into the cache, and by themselves
+// to where the rows' own attention reads them. A warp per head of a row, in which a lane has pairs
+// of the first half and those that turn with them.
 template <int kE, int kWarps>
 __device__ __forceinline__ void rotate(const RotateArgs& args) {
   constexpr int kHalf = kE / 2, kPairs = kE / 4, kTurns = (kPairs + 31) / 32;
@@ -125,10 +129,13 @@ __device__ __forceinline__ void rotate(const RotateArgs& args) {
   const bf16* norm = is_query ? args.q_norm : turns ? args.k_norm : nullptr;
   const float factor = norm == nullptr ? 1 : rsqrtf(sum_of_warp(squares) / kE + args.eps);
   bf16* to = args.q + (static_cast<int64_t>(row) * args.heads + head) * kE;
+  bf16* in_cache = nullptr;
   if (!is_query) {
     const int j = (head - args.heads) % args.kv_heads;
-    to = (turns ? args.keys : args.values) +
-         (static_cast<int64_t>(j) * args.capacity + position) * kE;
+    to = (turns ? args.new_keys : args.new_values) +
+         (static_cast<int64_t>(row) * args.kv_heads + j) * kE;
+    in_cache = (turns ? args.keys : args.values) +
+               ((*args.slot * args.kv_heads + j) * args.capacity + position) * kE;
   }
   for (int i = 0; i < kTurns; i++) {
     if (lane + 32 * i >= kPairs) continue;
@@ -149,7 +156,10 @@ __device__ __forceinline__ void rotate(const RotateArgs& args) {
       result[0] = narrow(a[0] * cos.x - b[0] * sin.x, a[1] * cos.y - b[1] * sin.y);
       result[1] = narrow(b[0] * cos.x + a[0] * sin.x, b[1] * cos.y + a[1] * sin.y);
     }
-    for (int h = 0; h < 2; h++) *reinterpret_cast<uint32_t*>(to + h * kHalf + e) = result[h];
+    for (int h = 0; h < 2; h++) {
+      *reinterpret_cast<uint32_t*>(to + h * kHalf + e) = result[h];
+      if (!is_query) *reinterpret_cast<uint32_t*>(in_cache + h * kHalf + e) = result[h];
+    }
   }
 }
 

@@ -3,8 +3,8 @@
 A ``Product`` is what a product of many rows gave, before the scale per feature and the bias of its
 weight, which whoever takes it applies.
 
-Shape letters: M rows, N features, K width, F feed-forward width, J key/value heads, C cache
-positions, E head dimension.
+Shape letters: M rows, N features, K width, F feed-forward width, H query heads, J key/value heads,
+S slots, C cache positions, E head dimension.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class RotateArguments(Arguments):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("product", "scale", "bias", "cos", "sin")),
-        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "q", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "slot", "q")),
+        *((name, ctypes.c_void_p) for name in ("new_keys", "new_values", "keys", "values")),
         *((name, ctypes.c_int) for name in ("heads", "kv_heads", "capacity", "position")),
         ("eps", ctypes.c_float),
     )
@@ -126,11 +127,36 @@ def add_norm(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """What ``rotate`` makes of a product, besides what goes into the cache.
+
+    Attributes:
+        q: bfloat16 [M, H * E].
+        k: bfloat16 [M, J * E].
+        v: Like ``k``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def empty(cls, product: Product, n_heads: int, n_kv_heads: int, head_dim: int) -> Heads:
+        """Room for those of a product."""
+        rows = len(product.y)
+        q, k, v = (
+            product.y.new_empty(rows, n * head_dim) for n in (n_heads, n_kv_heads, n_kv_heads)
+        )
+        return cls(q=q, k=k, v=v)
+
+
 def rotate(
     product: Product,
-    q: Tensor,
-    keys_JCE: Tensor,
-    values_JCE: Tensor,
+    heads: Heads,
+    keys_SJCE: Tensor,
+    values_SJCE: Tensor,
+    slot_1: Tensor,
     position: int,
     cos_CE: Tensor,
     sin_CE: Tensor,
@@ -139,15 +165,16 @@ def rotate(
     k_norm_E: Tensor | None = None,
     eps: float = 0.0,
 ) -> Call:
-    """The launch that makes queries, and puts keys and values into a slot of the cache.
+    """The launch that makes heads, and puts keys and values into a slot of the cache.
 
     The same as ``reference.fused_attention`` does before it attends.
 
     Args:
         product: [M, (H + 2J) * E].
-        q: bfloat16 [M, H * E], written.
-        keys_JCE: bfloat16, of the slot.
-        values_JCE: Like ``keys_JCE``.
+        heads: Written.
+        keys_SJCE: bfloat16, the cache.
+        values_SJCE: Like ``keys_SJCE``.
+        slot_1: int64, which slot; read by the device.
         position: Of the first row; the others follow it.
         cos_CE: float32, both halves alike.
         sin_CE: Like ``cos_CE``.
@@ -155,22 +182,28 @@ def rotate(
         k_norm_E: bfloat16, where key heads are.
         eps: Of those norms.
     """
-    kv_heads, capacity, head_dim = keys_JCE.shape
-    rows, heads = len(q), q.shape[1] // head_dim
-    n_heads = heads + 2 * kv_heads
-    assert product.y.shape == (rows, n_heads * head_dim), f"{tuple(product.y.shape)}"
-    assert values_JCE.shape == keys_JCE.shape, f"values are {tuple(values_JCE.shape)}"
+    _, kv_heads, capacity, head_dim = keys_SJCE.shape
+    rows, n_heads = len(heads.q), heads.q.shape[1] // head_dim
+    n_all = n_heads + 2 * kv_heads
+    assert product.y.shape == (rows, n_all * head_dim), f"{tuple(product.y.shape)}"
+    for new in (heads.k, heads.v):
+        assert new.shape == (rows, kv_heads * head_dim), f"{tuple(new.shape)}"
+    assert values_SJCE.shape == keys_SJCE.shape, f"values are {tuple(values_SJCE.shape)}"
     assert 0 <= position <= capacity - rows, f"{rows} rows from {position} on, of {capacity}"
+    assert slot_1.dtype == torch.int64, f"a slot is {slot_1.dtype}"
     args, tensors = RotateArguments.of(
         **product.arguments(),
         cos=cos_CE,
         sin=sin_CE,
         q_norm=q_norm_E,
         k_norm=k_norm_E,
-        q=q,
-        keys=keys_JCE,
-        values=values_JCE,
-        heads=heads,
+        slot=slot_1,
+        q=heads.q,
+        new_keys=heads.k,
+        new_values=heads.v,
+        keys=keys_SJCE,
+        values=values_SJCE,
+        heads=n_heads,
         kv_heads=kv_heads,
         capacity=capacity,
         position=position,
@@ -178,7 +211,7 @@ def rotate(
     )
     return Call(
         kernel=_rotate_kernel(head_dim),
-        grid=(rows, -(-n_heads // _WARPS), 1),
+        grid=(rows, -(-n_all // _WARPS), 1),
         shared_bytes=0,
         args=args,
         tensors=tensors,
