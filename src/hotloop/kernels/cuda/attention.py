@@ -45,13 +45,14 @@ class AttentionTuning:
         least_chunk: Positions of a chunk at least, a multiple of 16: a shorter history has fewer.
             Decides the order of sums.
         warps: Warps of a block. Decides the order of sums.
-        stages: Steps of 16 positions that a warp has on their way.
+        stages: Steps of 16 positions that a warp has room for. With fewer there is room for more
+            blocks beside each other. Changes no bits.
         columns: The most groups of eight rows of a block. With more each history is read less
             often, with fewer more blocks share the work. Changes no bits.
     """
 
     chunks: int = 16
-    least_chunk: int = 512
+    least_chunk: int = 256
     warps: int = 8
     stages: int = 2
     columns: int = 2

@@ -141,16 +141,21 @@ def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
 
 
 def attention_tuning(
-    head_dim: int, n_kv_heads: int, n_positions: int, limits: Limits
+    head_dim: int, n_kv_heads: int, n_positions: int, batch: int, limits: Limits
 ) -> AttentionTuning:
-    """For attention over a cache of so many positions: what fits the device, and fills it."""
+    """For attention over a cache of so many positions: what fits the device, and fills it.
+
+    The number of sequences decides nothing that a result's bits depend on.
+    """
     new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside what is on its way
     room = (limits.shared_bytes - new_tokens) // (4 * STEP * head_dim)
     warps, stages = next((w, s) for w, s in ((8, 2), (8, 1), (4, 1), (2, 1)) if w * s < room)
+    chunks = _chunks(n_kv_heads, limits.n_sms)
+    beside_each_other = batch * n_kv_heads * chunks > 2 * limits.n_sms
     return AttentionTuning(
-        chunks=_chunks(n_kv_heads, limits.n_sms),
+        chunks=chunks,
         warps=warps,
-        stages=stages,
+        stages=1 if beside_each_other else stages,
         columns=2 if n_positions > LONG_CACHE else 1,
     )
 
