@@ -777,8 +777,8 @@ def attention_section(section: Section) -> None:
             seconds, nbytes = attention_seconds(section, m, batch, context, tuning)
             section.add(
                 f"{name:13} {batch} at {context:6}: {chunks:2} chunks of {least} or more, {warps} "
-                f"warps, {stages} stages: {seconds * 1e6:7.2f} us {nbytes / seconds / 1e9:5.0f} GB/s "
-                f"{nbytes / seconds / bandwidth:5.1%}",
+                f"warps, {stages} stages: {seconds * 1e6:7.2f} us "
+                f"{nbytes / seconds / 1e9:5.0f} GB/s {nbytes / seconds / bandwidth:5.1%}",
                 model=name,
                 batch=batch,
                 context=context,
