@@ -46,18 +46,20 @@ WORKLOAD = ("--prompt-tokens", "5", "--new-tokens", "200")
 REPEATS = {"fused": 5, "compile": 3, "eager": 2}
 """eager takes up to a quarter of a second for a token."""
 CELL_S = 200
-BEGIN, END = "<!-- gpu table: begin -->", "<!-- gpu table: end -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--docs", type=Path, help="a page with the table's marks in it")
+    parser.add_argument("--docs", type=Path, help="a page with marks for the tables of this --out")
     parser.add_argument("--shapes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--executions", nargs="+", default=list(REPEATS), choices=REPEATS)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--probe", choices=PROBES, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    begin, end = (f"<!-- tables of {args.out.name}: {which} -->" for which in ("begin", "end"))
+    if args.docs and not (begin in (page := args.docs.read_text()) and end in page):
+        parser.error(f"{args.docs} has no place for the tables: put {begin} and {end} there.")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.probe:
         result = PROBES[args.probe]() | {"provenance": provenance(torch.device("cuda"))}
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(tables)
     if args.docs:
-        write_between(args.docs, BEGIN, END, tables)
+        write_between(args.docs, begin, end, tables)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 

@@ -373,14 +373,11 @@ struct Attention {
     }
     int stage = 0;
     uint32_t parity = 0;
-    for (bool is_first = true; step < n_steps; step += kWarps, is_first = false) {
+    for (; step < n_steps; step += kWarps) {
       const int n = history_of(step);
       bf16* k = ring + stage * 2 * kStep * kE;
       bf16* v = k + kStep * kE;
       if (n > 0) barrier_wait(arrived + stage, parity);
-      // No sooner: of blocks that ask for much at once some get more than others, which are waited for.
-      if (kStages > 1 && !is_first)
-        ask(step + (kStages - 1) * kWarps, n_steps, (stage + kStages - 1) % kStages, policy);
       if (n < kStep) add_new_tokens(step, k);
 
       float even[kColumns][4] = {}, odd[kColumns][4] = {};
@@ -422,7 +419,7 @@ struct Attention {
         }
       }
       sync_warp();  // every lane has read the stage: it can be overwritten
-      if (kStages == 1) ask(step + kWarps, n_steps, stage, policy);
+      ask(step + kStages * kWarps, n_steps, stage, policy);
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
 #pragma unroll
