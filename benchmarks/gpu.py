@@ -78,14 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             limit_s = len(SCHEMES[shape]) * CELL_S
             if not run(sweep(shape, execution, args.out / shape), limit_s):
                 failed.append(f"{shape} {execution}")
-    tables = "\n".join(
-        [
-            speed_table(args.out / shape for shape in SCHEMES),
-            figures_table(args.out),
-            steps_table(args.out / "kernels" / "stack.json"),
-            products_table(args.out / "kernels" / "linear.json"),
-        ]
-    )
+    found = [
+        speed_table(args.out / shape for shape in SCHEMES),
+        figures_table(args.out),
+        steps_table(args.out / "kernels" / "stack.json"),
+        products_table(args.out / "kernels" / "linear.json"),
+    ]
+    tables = "\n".join(filter(None, found))
     print(tables)
     if args.docs:
         write_between(args.docs, begin, end, tables)
@@ -113,8 +112,10 @@ def kernels(out: Path) -> list[str]:
     return [sys.executable, str(script), "--out", str(out), "--sections", "stack", "linear"]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:
-    """Of markdown; the first ``texts`` columns are words."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
+    """Of markdown; the first ``texts`` columns are words. Empty where there are no rows."""
+    if not rows:
+        return ""
     rule = ["---" if i < texts else "---:" for i in range(len(head))]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
 
