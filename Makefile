@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 RESULTS ?= results/demo
+# Whose figures "make bench-gpu" makes: a folder of benchmarks/results, and a place in docs/performance.md.
+GPU ?= h100
 
 .PHONY: demo test check bench bench-gpu bench-multi-gpu help-pages clean
 
@@ -31,7 +33,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/side_by_side.py --out results/cpu-side-by-side.json
 
 bench-gpu: $(VENV)/installed
-	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/h100 --docs docs/performance.md
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/$(GPU) --docs docs/performance.md
 
 bench-multi-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/multi_gpu.py --out benchmarks/results/multi-gpu --resume --docs docs/performance.md

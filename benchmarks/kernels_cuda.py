@@ -264,15 +264,16 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         generator = section.generator(10)
         shapes = ((9, 3, 64), (8, 8, 96), (40, 40, 128), (32, 8, 128), (64, 8, 128), (8, 2, 256))
         for n_heads, n_kv_heads, head_dim in shapes:
-            for tokens, chunk, warps, stages, window in (
-                (1, 2048, 4, 1, None), (1, 512, 8, 1, None), (4, 256, 8, 2, None),
-                (16, 128, 4, 1, None), (3, 64, 4, 2, 100),
+            for tokens, chunks, least_chunk, warps, stages, window in (
+                (1, 16, 2048, 4, 1, None), (1, 3, 128, 8, 1, None), (4, 16, 256, 8, 2, None),
+                (16, 2, 64, 4, 1, None), (3, 16, 64, 4, 2, 100),
             ):  # fmt: skip
                 plan = AttentionPlan(
                     batch=2, tokens=tokens, n_heads=n_heads, n_kv_heads=n_kv_heads,
                     head_dim=head_dim, n_positions=1100, window=window,
                     tuning=AttentionTuning(
-                        chunk=chunk, warps=warps, stages=stages if head_dim < 256 else 1
+                        chunks=chunks, least_chunk=least_chunk, warps=warps,
+                        stages=stages if head_dim < 256 else 1,
                     ),
                 )  # fmt: skip
                 for at in ([0, 517], [15, 1099 - tokens + 1]):
@@ -434,7 +435,7 @@ class DecodeStep:
         self.attention = AttentionPlan(
             batch=1, tokens=rows, n_heads=m["n_heads"], n_kv_heads=m["n_kv_heads"],
             head_dim=m["head_dim"], n_positions=512,
-            tuning=attention or attention_tuning(m["head_dim"], 512, limits),
+            tuning=attention or attention_tuning(m["head_dim"], m["n_kv_heads"], 512, 1, limits),
         )  # fmt: skip
         width, vocab = m["width"], m["vocab"]
         self.table = torch.empty(vocab, width, dtype=torch.bfloat16, device=CUDA).normal_()
@@ -758,47 +759,57 @@ def attention_section(section: Section) -> None:
     bandwidth = section.bandwidth()
     for name in ("llama-2-13b", "llama-3.1-8b"):
         m = model(name)
-        for context in (200, 4096, 32768):
-            for chunk, warps, stages in itertools.product((256, 512, 1024), (4, 8, 16), (1, 2, 4)):
-                if section.time_is_up:
-                    return
-                tuning = AttentionTuning(chunk=chunk, warps=warps, stages=stages)
-                if warps * stages > 24 or (context < chunk and chunk > 256):
-                    continue  # beyond shared memory, or the same again
-                seconds, nbytes = attention_seconds(section, m, context, tuning)
-                section.add(
-                    f"{name:13} at {context:6}: chunks of {chunk:4}, {warps:2} warps, {stages} "
-                    f"stages: {seconds * 1e6:7.2f} us {nbytes / seconds / 1e9:5.0f} GB/s "
-                    f"{nbytes / seconds / bandwidth:5.1%}",
-                    model=name,
-                    context=context,
-                    tuning=dataclasses.asdict(tuning),
-                    us=seconds * 1e6,
-                    nbytes=nbytes,
-                )
+        rule = attention_tuning(m["head_dim"], m["n_kv_heads"], 32_768, 1, section.device.limits)
+        counts = sorted({rule.chunks, 2 * rule.chunks, 33})
+        rings = ((8, 2), (8, 1), (4, 4), (4, 2))
+        for context, batch, chunks, least, (warps, stages) in itertools.product(
+            (200, 1024, 4096, 32_768), (1, 8), counts, (256, 512), rings
+        ):
+            if batch * context > 40_000:
+                continue  # beyond memory
+            if section.time_is_up:
+                return
+            if chunks > rule.chunks and context <= least * rule.chunks:
+                continue  # the same again
+            tuning = AttentionTuning(
+                chunks=chunks, least_chunk=least, warps=warps, stages=stages, columns=1
+            )
+            seconds, nbytes = attention_seconds(section, m, batch, context, tuning)
+            section.add(
+                f"{name:13} {batch} at {context:6}: {chunks:2} chunks of {least} or more, {warps} "
+                f"warps, {stages} stages: {seconds * 1e6:7.2f} us "
+                f"{nbytes / seconds / 1e9:5.0f} GB/s {nbytes / seconds / bandwidth:5.1%}",
+                model=name,
+                batch=batch,
+                context=context,
+                tuning=dataclasses.asdict(tuning),
+                us=seconds * 1e6,
+                nbytes=nbytes,
+            )
 
 
 def attention_seconds(
-    section: Section, m: dict[str, int], context: int, tuning: AttentionTuning
+    section: Section, m: dict[str, int], batch: int, context: int, tuning: AttentionTuning
 ) -> tuple[float, int]:
     """Seconds and bytes of cache of one launch, among as many caches as do not fit the caches."""
     H, J, E, C = m["n_heads"], m["n_kv_heads"], m["head_dim"], context + 16
     plan = AttentionPlan(
-        batch=1, tokens=1, n_heads=H, n_kv_heads=J, head_dim=E, n_positions=C, tuning=tuning,
+        batch=batch, tokens=1, n_heads=H, n_kv_heads=J, head_dim=E, n_positions=C, tuning=tuning,
     )  # fmt: skip
-    nbytes = 4 * J * context * E
+    nbytes = 4 * batch * J * context * E
     n = max(6, min(40, -(-BEYOND_CACHES // nbytes)))
-    qkv = torch.randn(1, (H + 2 * J) * E, device=CUDA).bfloat16()
-    out = torch.empty(1, H * E, dtype=torch.bfloat16, device=CUDA)
+    qkv = torch.randn(batch, (H + 2 * J) * E, device=CUDA).bfloat16()
+    out = torch.empty(batch, H * E, dtype=torch.bfloat16, device=CUDA)
     turns = (torch.ones(C, E, device=CUDA), torch.zeros(C, E, device=CUDA))
-    positions, slots = (torch.tensor([at], device=CUDA) for at in (context, 0))
+    positions = torch.full((batch,), context, device=CUDA)
+    slots = torch.arange(batch, device=CUDA)
     work = {
         "partial": torch.empty(plan.n_partial, device=CUDA),
         "counters": torch.zeros(plan.n_counters, dtype=torch.int32, device=CUDA),
     }
     launches = []
     for _ in range(n):
-        caches = [torch.zeros(1, J, C, E, dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
+        caches = [torch.zeros(batch, J, C, E, dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
         call = plan.call(qkv, out, *caches, slots, positions, *turns, **work)
         launches.append(section.device.prepare(call))
     seconds = graph_seconds(capture(launches), min_seconds=0.01) / n

@@ -190,7 +190,7 @@ PLANS = {
         n_kv_heads=3,
         head_dim=64,
         n_positions=70,
-        tuning=AttentionTuning(chunk=80, warps=2),
+        tuning=AttentionTuning(least_chunk=96, warps=2),
     ),
     "one stage": AttentionPlan(
         batch=2,
@@ -199,7 +199,7 @@ PLANS = {
         n_kv_heads=1,
         head_dim=128,
         n_positions=70,
-        tuning=AttentionTuning(chunk=80, warps=1, stages=1),
+        tuning=AttentionTuning(least_chunk=80, warps=1, stages=1),
     ),
     "grouped": AttentionPlan(
         batch=2,
@@ -208,7 +208,7 @@ PLANS = {
         n_kv_heads=2,
         head_dim=96,
         n_positions=50,
-        tuning=AttentionTuning(chunk=32, warps=2, stages=2),
+        tuning=AttentionTuning(least_chunk=32, warps=2, stages=2),
     ),
     "window": AttentionPlan(
         batch=1,
@@ -218,7 +218,26 @@ PLANS = {
         head_dim=64,
         n_positions=90,
         window=20,
-        tuning=AttentionTuning(chunk=16, warps=1),
+        tuning=AttentionTuning(least_chunk=16, warps=1),
+    ),
+    "longer chunks": AttentionPlan(
+        batch=2,
+        tokens=5,
+        n_heads=6,
+        n_kv_heads=2,
+        head_dim=64,
+        n_positions=104,
+        tuning=AttentionTuning(chunks=2, least_chunk=16, warps=1),
+    ),
+    "longer chunks of a window": AttentionPlan(
+        batch=1,
+        tokens=5,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=64,
+        n_positions=90,
+        window=20,
+        tuning=AttentionTuning(chunks=1, least_chunk=16, warps=1),
     ),
     "many rows": AttentionPlan(
         batch=1,
@@ -227,7 +246,7 @@ PLANS = {
         n_kv_heads=2,
         head_dim=128,
         n_positions=40,
-        tuning=AttentionTuning(chunk=16, warps=2),
+        tuning=AttentionTuning(least_chunk=16, warps=1),
     ),
     "wide heads": AttentionPlan(
         batch=1,
@@ -236,7 +255,7 @@ PLANS = {
         n_kv_heads=2,
         head_dim=256,
         n_positions=40,
-        tuning=AttentionTuning(chunk=48, warps=3, stages=3),
+        tuning=AttentionTuning(least_chunk=48, warps=3, stages=3),
     ),
 }
 
@@ -246,7 +265,9 @@ PLANS = {
 def test_attention_equals_its_specification(name, norms):
     plan = PLANS[name]
     last = plan.n_positions - plan.tokens
-    for at in (0, 7, 15, 16, last):
+    for at in (0, 7, 15, 16, 29, 62, last):
+        if at > last:
+            continue
         positions = [at, last - at][: plan.batch]
         run(attention_case(plan, positions, generator(at), norms=norms))
 
@@ -256,11 +277,12 @@ def test_attention_beyond_the_cache_leaves_it_alone():
     run(attention_case(plan, [plan.n_positions - 2], generator(1)))
 
 
-@pytest.mark.parametrize("name", ["grouped", "window", "many rows"])
+@pytest.mark.parametrize("name", [name for name in PLANS if PLANS[name].tokens > 1])
 @pytest.mark.parametrize("more_positions", [0, 100])
 def test_a_token_does_not_depend_on_how_many_come_with_it_nor_on_the_cache(name, more_positions):
     many = PLANS[name]
-    for at in (0, 13, 27):  # the new tokens reach into another step, or another chunk
+    # The new tokens reach into another step, into another chunk, or to where chunks are longer.
+    for at in (0, 13, 27, 30):
         case = attention_case(many, [at] * many.batch, generator(at))
         emulate(case.call)
         out, *caches = case.outputs

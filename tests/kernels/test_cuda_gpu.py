@@ -107,10 +107,11 @@ def test_attention_equals_its_specification(device, head_dim):
         n_heads=8,
         n_kv_heads=2,
         head_dim=head_dim,
-        n_positions=600,
-        tuning=attention_tuning(head_dim, 600, device.limits),
+        n_positions=12_000,
+        tuning=attention_tuning(head_dim, 40, 12_000, 2, device.limits),
     )
-    for at in ([0, 512], [15, 597]):
+    longer_from = [at for at in range(1, 12_000) if plan.chunk_at(at) > plan.chunk_at(at - 1)]
+    for at in ([0, 512], [15, 597], [longer_from[0] - 2, longer_from[-1] - 1], [3000, 11_997]):
         case = attention_case(plan, at, generator(device, 1), norms=True)
         assert_right_and_the_same_with_dependent_launch(device, case)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuda_cases import KINDS, make_weight
 
-from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan
+from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
@@ -101,9 +101,47 @@ def test_attention_by_the_rules_fits(limits, head_dim):
             n_kv_heads=1,
             head_dim=head_dim,
             n_positions=4096,
-            tuning=attention_tuning(head_dim, 4096, limits),
+            tuning=attention_tuning(head_dim, 1, 4096, 1, limits),
         )
         assert plan.shared_bytes <= limits.shared_bytes
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 8, 10, 32, 40, 64, 96, 500])
+def test_a_long_historys_chunks_are_as_many_as_fill_the_device(n_kv_heads):
+    chunks = attention_tuning(128, n_kv_heads, 4096, 1, H100).chunks
+    turns = -(-chunks * n_kv_heads // H100.n_sms)
+    assert turns == 4 if n_kv_heads == 500 else turns <= 3
+    assert chunks * n_kv_heads >= 0.85 * turns * H100.n_sms
+
+
+def test_more_sequences_do_not_change_the_order_in_which_attention_sums():
+    one, many = (attention_tuning(128, 8, 4096, batch, H100) for batch in (1, 16))
+    assert one != many
+    assert (one.chunks, one.least_chunk, one.warps) == (many.chunks, many.least_chunk, many.warps)
+
+
+@pytest.mark.parametrize("window", [None, 100, 700])
+@pytest.mark.parametrize("chunks", [1, 3, 16])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_no_history_has_more_chunks_than_blocks_are_launched_for(tokens, chunks, window):
+    plan = AttentionPlan(
+        batch=1,
+        tokens=tokens,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=64,
+        n_positions=3000,
+        window=window,
+        tuning=AttentionTuning(chunks=chunks, least_chunk=64, warps=2),
+    )
+    for at in range(plan.n_positions - tokens):
+        begin = 0 if window is None else max(at - window + 1, 0)
+        last_of = {
+            plan.chunk_at(end): end for end in range(at, at + tokens)
+        }  # of each length of chunk
+        of_each = [end // n - begin // n + 1 for n, end in last_of.items()]
+        assert max(of_each) <= plan.chunks, f"at {at}"
+        assert sum(of_each) <= plan.blocks, f"at {at}"
 
 
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])

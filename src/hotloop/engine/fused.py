@@ -345,7 +345,7 @@ def _attention_plan(
         head_dim=layer.head_dim,
         n_positions=cache.n_positions,
         window=layer.window,
-        tuning=attention_tuning(layer.head_dim, cache.n_positions, limits),
+        tuning=attention_tuning(layer.head_dim, n_kv_heads, cache.n_positions, B, limits),
     )
 
 

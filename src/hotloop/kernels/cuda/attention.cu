@@ -8,12 +8,16 @@
 // takes every so many-th step of 16 positions.
 //
 // The history was written before the step began, so it is read before waiting for the product: up
-// to what a warp's ring holds into shared memory, the rest into the L2 cache. The next kernel may
+// to what a warp's ring holds into shared memory, some more into the L2 cache. The next kernel may
 // begin only when the product has ended: what it asks for would come before the new tokens.
 //
-// Bits: which chunk, warp and step a position belongs to is decided by the position alone, and what
-// a token does not see adds zeros; so a token's result has the same bits however many new tokens
-// come with it, and however long the cache is.
+// The more a token sees the longer its chunks are, so that a long history has as many as there are
+// multiprocessors for. Where new tokens are on both sides of a place from which on chunks are longer,
+// some blocks serve the first of them, others the rest.
+//
+// Bits: which chunk, warp and step a position belongs to is decided by the position and the token's
+// own, and what a token does not see adds zeros; so a token's result has the same bits however many
+// new tokens come with it, and however long the cache is.
 //
 // Letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache positions,
 // E head dimension, S slots. g = lane / 4 and t = lane % 4 are a lane's place in fragments.
@@ -32,15 +36,17 @@ struct AttentionArgs {
   bf16* values;
   bf16* out;                 // [B * T, H * E]
   float* partial;            // workspace of chunks, see is_last_block
-  uint32_t* counters;        // zeros, one per group of blocks that share a history
+  uint32_t* counters;        // zeros, two per group of blocks that share a history
   int tokens, heads, kv_heads, capacity;
   int window;                // 0 for none
-  int chunk;                 // positions of a block, whole steps
+  int chunks;                // that a long history has
+  int least_chunk;           // positions of a chunk at least, whole steps
   float scale;               // of scores, times log2(e)
   float eps;                 // of the norms
 };
 
-constexpr int kStep = 16;  // positions that a warp takes at once
+constexpr int kStep = 16;     // positions that a warp takes at once
+constexpr int kForeseen = 2;  // steps of a warp that come into the L2 cache ahead of time
 
 // kColumns: groups of eight rows. kStages: steps that a warp's ring holds.
 template <int kE, int kWarps, int kColumns, int kStages>
@@ -49,6 +55,7 @@ struct Attention {
   static constexpr int kBlocks = kE / 32;        // of the head dimension, in scores
   static constexpr int kQuads = (kE + 63) / 64;  // of 64 dimensions, in sums
   static constexpr int kRows = 8 * kColumns;
+  static constexpr int kTurn = kStep * kWarps;  // positions of a step of all warps
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kHalf = kE / 2;
   static constexpr int kChunks = kE / 8;  // of 16 bytes, of a row
@@ -59,10 +66,12 @@ struct Attention {
   const int j, row_block, b, row_blocks;
   const int group;             // query heads of a key/value head
   const int n_rows, n_here;    // rows in all; of this block
-  const int position, end;     // of the first new token; one past the last position seen
-  const int begin;             // the first position seen
-  const int first_chunk, n_chunks;  // those that hold something to be seen
-  const int chunk;             // this block's among them
+  const int position, begin;   // of the first new token; the first position seen
+  int first_token, end_token;  // new tokens that this block serves: their chunks are of one length
+  int end;                     // one past the last position that they see
+  int length;                  // of chunks
+  int first_chunk, n_chunks;   // those that hold something to be seen
+  int first_block, chunk;      // of blocks that serve these tokens; this block's among the chunks
   bf16 *keys, *values;         // of this sequence and head
 
   // Shared memory.
@@ -72,18 +81,18 @@ struct Attention {
   uint64_t* arrived;            // [kStages], of this warp: the copy is there
   uint32_t* flag;
   bf16* ring;                   // [kStages, 2, kStep, E], of this warp: keys and values
-  // In the rings' place: [kWarps, kRows, E] (see place_of), [kWarps, kRows].
+  // In the rings' place: [kWarps, kRows, E] (see place_of), [kWarps, kRows]; see also join_shares.
   float *found, *found_max, *found_sum;
 
   __device__ __forceinline__ Attention(const AttentionArgs& a, int of_thread, int x, int y, int z)
       : args(a), thread(of_thread), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
-        j(y % a.kv_heads), row_block(y / a.kv_heads), b(z),
+        j(x % a.kv_heads), row_block(x / a.kv_heads), b(y),
         row_blocks((a.tokens * (a.heads / a.kv_heads) + kRows - 1) / kRows),
         group(a.heads / a.kv_heads), n_rows(a.tokens * group),
         n_here(min(kRows, n_rows - row_block * kRows)),
-        position(static_cast<int>(a.positions[b])), end(min(position + a.tokens, a.capacity)),
-        begin(a.window > 0 ? max(position - a.window + 1, 0) : 0), first_chunk(begin / a.chunk),
-        n_chunks((end - 1) / a.chunk + 1 - first_chunk), chunk(x) {
+        position(static_cast<int>(a.positions[b])),
+        begin(a.window > 0 ? max(position - a.window + 1, 0) : 0) {
+    find_part(z);
     const int64_t head = (a.slots[b] * a.kv_heads + j) * a.capacity * kE;
     keys = a.keys + head;
     values = a.values + head;
@@ -103,6 +112,35 @@ struct Attention {
     found_sum = found_max + kWarps * kRows;
   }
 
+  // Of a token at this position: positions of a chunk.
+  __device__ __forceinline__ int length_at(int at) const {
+    const int seen = args.window > 0 ? min(at, args.window - 1) : at;
+    return max(args.least_chunk, kTurn * (seen / (kTurn * args.chunks) + 1));
+  }
+
+  // What the block does that is number ``block`` of those that share a history.
+  __device__ __forceinline__ void find_part(int block) {
+    first_token = first_block = 0;
+    end_token = args.tokens;
+    end = min(position + args.tokens, args.capacity);
+    length = length_at(position);
+    const int last_length = args.tokens > 1 ? length_at(end - 1) : length;
+    if (length != last_length) {
+      const int longer_from = (last_length / kTurn - 1) * kTurn * args.chunks;
+      const int n_blocks = (longer_from - 1) / length + 1 - begin / length;
+      if (block < n_blocks)
+        end_token = longer_from - position, end = longer_from;
+      else
+        first_token = longer_from - position, first_block = n_blocks, length = last_length;
+    }
+    first_chunk = begin / length;
+    n_chunks = (end - 1) / length + 1 - first_chunk;
+    chunk = block - first_block;
+  }
+  __device__ __forceinline__ bool serves(int row) const {
+    return row_token[row] >= first_token && row_token[row] < end_token;
+  }
+
   // Divides what needs dividing while there is time for it.
   __device__ __forceinline__ void find_rows() {
     if (thread >= kRows) return;
@@ -113,10 +151,10 @@ struct Attention {
 
   // Positions that this block looks at.
   __device__ __forceinline__ int first_position() const {
-    return (first_chunk + chunk) * args.chunk;
+    return (first_chunk + chunk) * length;
   }
   __device__ __forceinline__ int end_position() const {
-    return min(first_position() + args.chunk, end);
+    return min(first_position() + length, end);
   }
   __device__ __forceinline__ bool has_new_tokens() const { return end_position() > position; }
 
@@ -131,7 +169,7 @@ struct Attention {
     barriers_are_ready();
     sync_warp();
     for (int i = 0; i < kStages; i++) ask(step + i * kWarps, n_steps, i, policy);
-    for (int later = step + kStages * kWarps; later < n_steps; later += kWarps) foresee(later);
+    for (int i = kStages; i < kStages + kForeseen; i++) foresee(step + i * kWarps, n_steps);
     read_turns();
     find_rows();
     sync_block();
@@ -146,7 +184,7 @@ struct Attention {
     take_new_tokens(first);
     launch_dependents();
     sync_block();
-    if (row_block == 0) store_new_tokens();
+    if (row_block == 0 && end_token == args.tokens) store_new_tokens();
     float sum[kColumns][kQuads][4][4] = {}, max[kColumns][2], weight[kColumns][2] = {};
     for (int c = 0; c < kColumns; c++) max[c][0] = max[c][1] = -infinity();
     attend(step, n_steps, policy, token_at, sum, max, weight);
@@ -184,9 +222,9 @@ struct Attention {
           uint4{0, 0, 0, 0};
   }
 
-  __device__ __forceinline__ void foresee(int step) {
+  __device__ __forceinline__ void foresee(int step, int n_steps) {
     const int n = history_of(step);
-    if (n <= 0) return;
+    if (step >= n_steps || n <= 0) return;
     const int64_t at = static_cast<int64_t>(step) * kStep * kE;
     prefetch(keys + at, n * kE * sizeof(bf16), lane);
     prefetch(values + at, n * kE * sizeof(bf16), lane);
@@ -520,17 +558,18 @@ struct Attention {
 
   __device__ __forceinline__ void write_out() const {
     for (int i = thread; i < n_here * kFours; i += kThreads)
-      put_out(i / kFours, i % kFours, merged(i / kFours, i % kFours));
+      if (serves(i / kFours)) put_out(i / kFours, i % kFours, merged(i / kFours, i % kFours));
   }
 
-  // [groups][chunks][sums (kRows, E), largest (kRows), weights (kRows)]
+  // [groups][blocks][sums (kRows, E), largest (kRows), weights (kRows)]
   static constexpr int kShare = kRows * kE + 2 * kRows;
 
   __device__ __forceinline__ int shares() const {
     return (b * args.kv_heads + j) * row_blocks + row_block;
   }
   __device__ __forceinline__ float* share(int of_chunk) const {
-    return args.partial + (static_cast<int64_t>(shares()) * gridDim.x + of_chunk) * kShare;
+    const int64_t block = static_cast<int64_t>(shares()) * gridDim.z + first_block + of_chunk;
+    return args.partial + block * kShare;
   }
 
   __device__ __forceinline__ bool put_share() const {
@@ -544,19 +583,38 @@ struct Attention {
         to[kRows * kE + kRows + row] = m.weight;
       }
     }
-    return is_last_block(args.counters + shares(), n_chunks, flag, thread);
+    uint32_t* counter = args.counters + 2 * shares() + (first_block > 0);
+    return is_last_block(counter, n_chunks, flag, thread);
   }
 
+  static constexpr int kTogether = 8;  // shares of a row that are on their way at a time
+
   __device__ __forceinline__ void join_shares() const {
+    float *largest = found, *weights = found + n_chunks * kRows;  // [n_chunks, kRows]
+    for (int i = thread; i < n_chunks * kRows; i += kThreads) {
+      if (i % kRows >= n_here) continue;
+      const float* from = share(i / kRows) + kRows * kE + i % kRows;
+      largest[i] = load_from_others(from);
+      weights[i] = load_from_others(from + kRows);
+    }
+    sync_block();
     for (int i = thread; i < n_here * kFours; i += kThreads) {
       const int row = i / kFours;
+      if (!serves(row)) continue;
       Merged m;
-      for (int s = 0; s < n_chunks; s++)
-        m.max = fmaxf(m.max, load_from_others(share(s) + kRows * kE + row));
-      for (int s = 0; s < n_chunks; s++)
-        m.add(load_from_others(reinterpret_cast<const float4*>(share(s)) + i),
-              load_from_others(share(s) + kRows * kE + row),
-              load_from_others(share(s) + kRows * kE + kRows + row));
+      for (int s = 0; s < n_chunks; s++) m.max = fmaxf(m.max, largest[s * kRows + row]);
+      for (int first = 0; first < n_chunks; first += kTogether) {
+        float4 sums[kTogether];
+#pragma unroll
+        for (int s = 0; s < kTogether; s++)
+          if (first + s < n_chunks)
+            sums[s] = load_from_others(reinterpret_cast<const float4*>(share(first + s)) + i);
+#pragma unroll
+        for (int s = 0; s < kTogether; s++) {
+          const int at = (first + s) * kRows + row;
+          if (first + s < n_chunks) m.add(sums[s], largest[at], weights[at]);
+        }
+      }
       put_out(row, i % kFours, m);
     }
   }

@@ -29,7 +29,7 @@ class AttentionArguments(Arguments):
         *((name, ctypes.c_void_p) for name in ("positions", "slots", "keys", "values")),
         *((name, ctypes.c_void_p) for name in ("out", "partial", "counters")),
         *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads", "capacity")),
-        *((name, ctypes.c_int) for name in ("window", "chunk")),
+        *((name, ctypes.c_int) for name in ("window", "chunks", "least_chunk")),
         ("scale", ctypes.c_float),
         ("eps", ctypes.c_float),
     )
@@ -40,15 +40,19 @@ class AttentionTuning:
     """What a launch can choose for speed.
 
     Attributes:
-        chunk: Positions of a history that a block looks at, a multiple of 16. Decides the order of
+        chunks: Into how many a long history is divided, for as many blocks. Decides the order of
             sums.
+        least_chunk: Positions of a chunk at least, a multiple of 16: a shorter history has fewer.
+            Decides the order of sums.
         warps: Warps of a block. Decides the order of sums.
-        stages: Steps of 16 positions that a warp has on their way.
+        stages: Steps of 16 positions that a warp has room for. With fewer there is room for more
+            blocks beside each other. Changes no bits.
         columns: The most groups of eight rows of a block. With more each history is read less
             often, with fewer more blocks share the work. Changes no bits.
     """
 
-    chunk: int = 512
+    chunks: int = 16
+    least_chunk: int = 256
     warps: int = 8
     stages: int = 2
     columns: int = 2
@@ -83,7 +87,10 @@ class AttentionPlan:
         assert self.head_dim in HEAD_DIMS, f"heads of {self.head_dim}"
         assert self.n_heads % self.n_kv_heads == 0, "query heads share key/value heads evenly"
         assert self.window is None or self.window >= 1, f"a window of {self.window}"
-        assert self.tuning.chunk % STEP == 0, f"chunks of {self.tuning.chunk}"
+        least = self.tuning.least_chunk
+        assert least > 0, f"chunks of {least} positions"
+        assert least % STEP == 0, f"chunks of {least} positions"
+        assert self.tuning.chunks >= 1, f"{self.tuning.chunks} chunks"
 
     @property
     def columns(self) -> int:
@@ -97,24 +104,38 @@ class AttentionPlan:
         rows = self.tokens * self.n_heads // self.n_kv_heads
         return self.batch * self.n_kv_heads * -(-rows // (8 * self.columns))
 
+    def chunk_at(self, position: int) -> int:
+        """Positions of a chunk of what the token at a position sees, as in ``attention.cu``."""
+        seen = position if self.window is None else min(position, self.window - 1)
+        turn = STEP * self.tuning.warps
+        return max(self.tuning.least_chunk, turn * (seen // (turn * self.tuning.chunks) + 1))
+
     @property
     def chunks(self) -> int:
-        """The most blocks that share a history."""
-        whole = -(-self.n_positions // self.tuning.chunk)
+        """The most chunks of what a token sees, or several that come together."""
+        most = min(self.tuning.chunks, -(-self.n_positions // self.tuning.least_chunk))
         if self.window is None:
-            return whole
-        return min(whole, -(-(self.window + self.tokens) // self.tuning.chunk) + 1)
+            return most
+        # A window's ends lie in chunks that it does not fill.
+        inner = (self.window + self.tokens - 2) // self.chunk_at(self.n_positions)
+        return min(max(most, inner + 2), -(-self.n_positions // self.tuning.least_chunk))
+
+    @property
+    def blocks(self) -> int:
+        """The most blocks that share a history: tokens' chunks may be of two lengths."""
+        lengths = {self.chunk_at(0), self.chunk_at(self.n_positions - 1)}
+        return self.chunks * (2 if self.tokens > 1 and len(lengths) > 1 else 1)
 
     @property
     def n_partial(self) -> int:
         """Float32 values of workspace that ``partial`` must have."""
         share = 8 * self.columns * (self.head_dim + 2)
-        return 0 if self.chunks == 1 else self.groups * self.chunks * share
+        return 0 if self.blocks == 1 else self.groups * self.blocks * share
 
     @property
     def n_counters(self) -> int:
         """Zeros that ``counters`` must have."""
-        return 0 if self.chunks == 1 else self.groups
+        return 0 if self.blocks == 1 else 2 * self.groups
 
     @property
     def shared_bytes(self) -> int:
@@ -124,7 +145,8 @@ class AttentionPlan:
         barriers = 8 * warps * stages + (8 if warps * stages % 2 else 16)
         rings = 4 * warps * stages * STEP * self.head_dim
         found = 4 * warps * rows * (self.head_dim + 2)
-        return new + barriers + max(rings, found)
+        joined = 8 * self.chunks * rows
+        return new + barriers + max(rings, found, joined)
 
     @property
     def kernel(self) -> Kernel:
@@ -207,13 +229,14 @@ class AttentionPlan:
             kv_heads=self.n_kv_heads,
             capacity=self.n_positions,
             window=self.window or 0,
-            chunk=self.tuning.chunk,
+            chunks=self.tuning.chunks,
+            least_chunk=self.tuning.least_chunk,
             scale=self.head_dim**-0.5 * math.log2(math.e),
             eps=eps,
         )
         return Call(
             kernel=self.kernel,
-            grid=(self.chunks, self.groups // self.batch, self.batch),
+            grid=(self.groups // self.batch, self.batch, self.blocks),
             shared_bytes=self.shared_bytes,
             args=args,
             tensors=tensors,

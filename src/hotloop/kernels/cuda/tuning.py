@@ -44,7 +44,10 @@ RING_SHARE = 0.75
 before its input is there keeps the kernel that makes this input from its own reads."""
 
 LONG_CACHE = 8192
-"""Positions from which on chunks of a history are better longer, and read by more rows at once."""
+"""Positions from which on histories are better read by more rows at once."""
+
+FILLED = 0.85
+"""Of all multiprocessors, that a long history's chunks should occupy."""
 
 
 Role = Literal["qkv", "o", "gate_up", "down", "head"]
@@ -137,12 +140,29 @@ def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
     return unfit, warps * units_of_warp - form.units, -copied
 
 
-def attention_tuning(head_dim: int, n_positions: int, limits: Limits) -> AttentionTuning:
-    """For attention over a cache of so many positions: what fits the device."""
+def attention_tuning(
+    head_dim: int, n_kv_heads: int, n_positions: int, batch: int, limits: Limits
+) -> AttentionTuning:
+    """For attention over a cache of so many positions: what fits the device, and fills it.
+
+    The number of sequences decides nothing that a result's bits depend on.
+    """
     new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside what is on its way
     room = (limits.shared_bytes - new_tokens) // (4 * STEP * head_dim)
     warps, stages = next((w, s) for w, s in ((8, 2), (8, 1), (4, 1), (2, 1)) if w * s < room)
-    is_long = n_positions > LONG_CACHE
+    chunks = _chunks(n_kv_heads, limits.n_sms)
+    beside_each_other = batch * n_kv_heads * chunks > 2 * limits.n_sms
     return AttentionTuning(
-        chunk=1024 if is_long else 512, warps=warps, stages=stages, columns=2 if is_long else 1
+        chunks=chunks,
+        warps=warps,
+        stages=1 if beside_each_other else stages,
+        columns=2 if n_positions > LONG_CACHE else 1,
     )
+
+
+def _chunks(n_kv_heads: int, n_sms: int) -> int:
+    """As many as fill all multiprocessors once, or twice or thrice where that fills them better."""
+    ways = [(turns, turns * n_sms // n_kv_heads) for turns in (1, 2, 3)]
+    filled = {n: n * n_kv_heads / (turns * n_sms) for turns, n in ways if n > 0}
+    enough = (n for n, share in filled.items() if share >= FILLED)
+    return next(enough, max(filled, key=lambda n: filled[n], default=1))
