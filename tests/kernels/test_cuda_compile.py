@@ -82,6 +82,7 @@ def prompt_kernels() -> list[Kernel]:
 def step_kernels() -> list[Kernel]:
     embeds = [step.embed_kernel(int8=int8) for int8 in (False, True)]
     ends = [step.next_tokens_kernel(), step.argmax_kernel(), step.accept_kernel()]
+    ends.append(step.look_up_kernel())
     return [*embeds, step.add_kernel(), *ends, sample_kernel()]
 
 

@@ -14,6 +14,7 @@ from cuda_cases import (
     embed_case,
     hard_scores,
     linear_case,
+    look_up_case,
     make_weight,
     next_tokens_case,
     rotate_case,
@@ -125,6 +126,13 @@ def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(de
     accepted = accept_case(5, k, generator(device, k))
     device.prepare(accepted.call)()  # once: it moves on
     accepted.check()
+
+
+@pytest.mark.parametrize("n_words", [2, 12, 200])
+def test_drafts_that_are_looked_up_equal_their_specification(device, n_words):
+    for width in (70, 5000):
+        case = look_up_case(width, 7, n_words, generator(device, width))
+        assert_right_and_the_same_with_dependent_launch(device, case)
 
 
 @pytest.mark.parametrize("scale", [False, True])
