@@ -226,6 +226,15 @@ PLANS = {
         n_positions=104,
         tuning=AttentionTuning(chunks=2, least_chunk=16, warps=1),
     ),
+    "many chunks": AttentionPlan(
+        batch=1,
+        tokens=2,
+        n_heads=3,
+        n_kv_heads=1,
+        head_dim=64,
+        n_positions=200,
+        tuning=AttentionTuning(chunks=20, least_chunk=16, warps=1),
+    ),
     "longer chunks of a window": AttentionPlan(
         batch=1,
         tokens=5,

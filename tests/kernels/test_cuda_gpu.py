@@ -97,7 +97,8 @@ def test_dequantized_weights_equal_their_specification(device, name, paired):
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_attention_equals_its_specification(device, head_dim):
+@pytest.mark.parametrize("tuned_for", [8, 40], ids=["sixteen chunks", "three chunks"])
+def test_attention_equals_its_specification(device, head_dim, tuned_for):
     plan = AttentionPlan(
         batch=2,
         tokens=3,
@@ -105,7 +106,7 @@ def test_attention_equals_its_specification(device, head_dim):
         n_kv_heads=2,
         head_dim=head_dim,
         n_positions=12_000,
-        tuning=attention_tuning(head_dim, 40, 12_000, 2, device.limits),
+        tuning=attention_tuning(head_dim, tuned_for, 12_000, 2, device.limits),
     )
     longer_from = [at for at in range(1, 12_000) if plan.chunk_at(at) > plan.chunk_at(at - 1)]
     for at in ([0, 512], [15, 597], [longer_from[0] - 2, longer_from[-1] - 1], [3000, 11_997]):
