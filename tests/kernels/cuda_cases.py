@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hotloop.engine.execution import Slots
-from hotloop.engine.sampling import _gumbel
+from hotloop.engine.sampling import Features, _gumbel
+from hotloop.engine.speculation import NgramDrafter
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import prompt, step
 from hotloop.kernels.cuda.attention import AttentionPlan
@@ -558,6 +559,28 @@ def next_tokens_case(rows: int, k: int, generator: torch.Generator) -> Case:
     )
     inputs = (slots.history, slots.positions)
     return Case(call=call, inputs=inputs, outputs=(ids, positions), check=check)
+
+
+def look_up_case(width: int, k: int, n_words: int, generator: torch.Generator) -> Case:
+    """Of slots whose newest tokens are at any place, the first two and the last one among them.
+
+    The fewer words there are, the more often three tokens stood there before.
+    """
+    device, rows = generator.device, 12
+    slots = Slots(rows, width, k, device)
+    random = {"generator": generator, "device": device}
+    slots.history.copy_(torch.randint(n_words, slots.history.shape, **random))
+    slots.positions.copy_(torch.randint(width, (rows,), **random))
+    slots.positions[:4] = torch.tensor([0, 1, 2, width - 1])
+    drafts = slots.history.new_full((rows, k), -7)
+
+    def check() -> None:
+        expected = NgramDrafter(slots).propose(rows, k, width, Features())
+        assert torch.equal(drafts, expected), f"drafts of {n_words} words"
+
+    call = step.look_up(slots.history, slots.positions, drafts)
+    inputs = (slots.history, slots.positions)
+    return Case(call=call, inputs=inputs, outputs=(drafts,), check=check)
 
 
 def accept_case(rows: int, k: int, generator: torch.Generator) -> Case:

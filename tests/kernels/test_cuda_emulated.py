@@ -24,6 +24,7 @@ from cuda_cases import (
     embed_case,
     hard_scores,
     linear_case,
+    look_up_case,
     make_weight,
     next_tokens_case,
     rotate_case,
@@ -382,6 +383,12 @@ def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(k)
     for rows in (1, 4):
         run(next_tokens_case(rows, k, generator(k)))
         run(accept_case(rows, k, generator(k)))
+
+
+@pytest.mark.parametrize("n_words", [2, 4, 12, 200])
+def test_drafts_that_are_looked_up_equal_their_specification(n_words):
+    run(look_up_case(70, 5, n_words, generator(n_words)))
+    run(look_up_case(2500, 15, n_words, generator(n_words)))
 
 
 LISTED = (8192, 64)

@@ -17,6 +17,7 @@ from cuda_cases import (
     embed_case,
     hard_scores,
     linear_case,
+    look_up_case,
     make_weight,
     next_tokens_case,
     rotate_case,
@@ -148,6 +149,13 @@ def test_ranks_add_up_and_choose_by_what_they_send_each_other(device, ranks, dep
         torch.cuda.synchronize()
         for case in itertools.chain(*cases):
             case.check()
+
+
+@pytest.mark.parametrize("n_words", [2, 12, 200])
+def test_drafts_that_are_looked_up_equal_their_specification(device, n_words):
+    for width in (70, 5000):
+        case = look_up_case(width, 7, n_words, generator(device, width))
+        assert_right_and_the_same_with_dependent_launch(device, case)
 
 
 @pytest.mark.parametrize("scale", [False, True])

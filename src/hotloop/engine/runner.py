@@ -225,7 +225,7 @@ class Runner:
             forward = self._model.forward(draft.n_layers)
             return ExitDrafter(forward, self._slots, self._sampler)
         if draft.setup is None:
-            return NgramDrafter(self._slots)
+            return NgramDrafter(self._slots, launcher=self._model.launcher)
         drafter = None
         if self._group.rank == 0:
             model = self._draft_model = _Model(draft.setup, Group(), self._model.n_tokens, progress)

@@ -254,6 +254,54 @@ struct NextTokensArgs {
   int width, drafts_stride, tokens, last_position;
 };
 
+struct LookUpArgs {
+  const int64_t* history;    // [S, width]
+  const int64_t* positions;  // [S]: of the newest token
+  int64_t* drafts;           // [B, D]: what followed the newest tokens before, -1 if they are new
+  int width, n_drafts;
+};
+
+constexpr int kSeekers = 256;  // threads, each of which reads so many tokens at a time:
+constexpr int kSought = 8;
+
+// Where the newest three tokens stood before, or else two of them, the last of several places. A
+// block per slot; no slot has more than 2^30 positions.
+__device__ __forceinline__ void look_up(const LookUpArgs& args) {
+  launch_dependents();
+  wait_for_predecessor();
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int64_t* history = args.history + static_cast<int64_t>(blockIdx.x) * args.width;
+  const int position = static_cast<int>(args.positions[blockIdx.x]);
+  int64_t newest[3];
+#pragma unroll
+  for (int back = 0; back < 3; back++) newest[back] = history[max(position - back, 0)];
+  int best = -1;  // a place of two tokens, or ``position`` beyond a place of three
+  for (int first = thread; first < position; first += kSought * kSeekers) {
+    int64_t token[kSought];
+#pragma unroll
+    for (int i = 0; i < kSought; i++) {
+      const int at = first + i * kSeekers;
+      token[i] = at < position ? history[at] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kSought; i++) {
+      const int at = first + i * kSeekers;
+      if (token[i] != newest[0] || at < 1 || history[at - 1] != newest[1]) continue;
+      const bool three = at >= 2 && history[at - 2] == newest[2];
+      best = max(best, three ? position + at : at);
+    }
+  }
+  for (int mask = 1; mask < 32; mask *= 2) best = max(best, shuffle_xor(best, mask));
+  int* of_warps = reinterpret_cast<int*>(shared_memory());  // [kSeekers / 32]
+  if (lane == 0) of_warps[thread / 32] = best;
+  sync_block();
+  if (thread >= args.n_drafts) return;
+  for (int warp = 0; warp < kSeekers / 32; warp++) best = max(best, of_warps[warp]);
+  const int place = best >= position ? best - position : best;
+  int64_t* draft = args.drafts + static_cast<int64_t>(blockIdx.x) * args.n_drafts + thread;
+  *draft = best < 0 ? -1 : history[place + 1 + thread % (position - place)];
+}
+
 // A block of one warp per slot.
 __device__ __forceinline__ void next_tokens(const NextTokensArgs& args) {
   launch_dependents();

@@ -71,6 +71,15 @@ _SUM_THREADS = 128
 _SIZES = ("width", "drafts_stride", "tokens", "last_position")
 
 
+class LookUpArguments(Arguments):
+    """``LookUpArgs`` of ``step.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("history", "positions", "drafts")),
+        *((name, ctypes.c_int) for name in ("width", "n_drafts")),
+    )
+
+
 class NextTokensArguments(Arguments):
     """``NextTokensArgs`` of ``step.cu``."""
 
@@ -125,6 +134,20 @@ def argmax_kernel() -> Kernel:
 def argmax_of_ranks_kernel() -> Kernel:
     """The one that finds the token that is most likely to all ranks."""
     return _of_one_warp("argmax_of_ranks_step", "argmax_of_ranks", "ArgmaxOfRanksArgs")
+
+
+_SEEKERS = 256  # kSeekers of step.cu
+
+
+def look_up_kernel() -> Kernel:
+    """The one that makes drafts of what was there before."""
+    return Kernel(
+        name="look_up_step",
+        file="step.cu",
+        function="look_up",
+        args="LookUpArgs",
+        threads=_SEEKERS,
+    )
 
 
 def next_tokens_kernel() -> Kernel:
@@ -349,6 +372,35 @@ def argmax_of_ranks(
         capacity=exchange.capacity,
     )
     return _block_for_each(argmax_of_ranks_kernel(), rows, args, tensors)
+
+
+def look_up(history_SW: Tensor, positions_S: Tensor, drafts_BD: Tensor) -> Call:
+    """The launch that drafts for the first B slots; its twin is ``NgramDrafter.propose``.
+
+    Args:
+        history_SW: int64, the tokens of each slot.
+        positions_S: int64, of the newest ones.
+        drafts_BD: int64, written; -1 where the newest tokens have not been there before.
+    """
+    B, D = drafts_BD.shape
+    assert D <= _SEEKERS, f"a thread has a draft, and there are {D}"
+    assert history_SW.shape[1] < 2**30, f"{history_SW.shape[1]} positions"
+    for tensor in (history_SW, positions_S, drafts_BD):
+        assert tensor.dtype == torch.int64, f"it is {tensor.dtype}"
+    args, tensors = LookUpArguments.of(
+        history=history_SW,
+        positions=positions_S,
+        drafts=drafts_BD,
+        width=history_SW.shape[1],
+        n_drafts=D,
+    )
+    return Call(
+        kernel=look_up_kernel(),
+        grid=(B, 1, 1),
+        shared_bytes=4 * (_SEEKERS // 32),
+        args=args,
+        tensors=tensors,
+    )
 
 
 def next_tokens(
