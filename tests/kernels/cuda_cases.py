@@ -487,12 +487,13 @@ def look_up_case(width: int, k: int, n_words: int, generator: torch.Generator) -
 
     The fewer words there are, the more often three tokens stood there before.
     """
-    device, rows = generator.device, 12
-    slots = Slots(rows, width, k, device)
+    device, rows = generator.device, 14
+    slots = Slots(rows + 1, width, k, device)
     random = {"generator": generator, "device": device}
     slots.history.copy_(torch.randint(n_words, slots.history.shape, **random))
-    slots.positions.copy_(torch.randint(width, (rows,), **random))
-    slots.positions[:4] = torch.tensor([0, 1, 2, width - 1])
+    slots.positions.copy_(torch.randint(width, (rows + 1,), **random))
+    slots.positions[:7] = torch.tensor([0, 1, 2, 3, 4, 2, width - 1])
+    slots.history[2:5] = 1  # the first places at which two, then three tokens can be found
     drafts = slots.history.new_full((rows, k), -7)
 
     def check() -> None:

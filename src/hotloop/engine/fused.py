@@ -137,7 +137,7 @@ class FusedForward:
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
             # Those of slots and sampler too, so that all are compiled at once.
             ends = [step.add_kernel()] if self._shared else [step.argmax_kernel(), sample_kernel()]
-            ends += [step.next_tokens_kernel(), step.accept_kernel()]
+            ends += [step.look_up_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
             self._launcher.load((*plans.kernels, embed, *ends))
             self._plans[B, T] = plans
         return self._plans[B, T]
