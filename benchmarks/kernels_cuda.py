@@ -277,7 +277,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
                         stages=stages if head_dim < 256 else 1,
                     ),
                 )  # fmt: skip
-                for at in ([0, 517], [15, 1099 - tokens + 1]):
+                for at in ([0, 517], [122, 1020], [15, 1099 - tokens + 1]):
                     yield attention_case(plan, at, generator, norms=n_heads == 9)
 
     def small() -> Iterator[Case]:

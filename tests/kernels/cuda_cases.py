@@ -214,7 +214,9 @@ def attention_case(
         (1 + normal(generator, E, std=0.2)).bfloat16() if norms else None for _ in range(2)
     )
     out = poisoned(B * T, H * E, dtype=torch.bfloat16, device=device)
-    counters = torch.zeros(plan.n_counters, dtype=torch.int32, device=device)
+    beyond = 64  # more room than it needs, which is to stay as it is
+    counters = torch.zeros(plan.n_counters + beyond, dtype=torch.int32, device=device)
+    partial = poisoned(plan.n_partial + beyond, dtype=torch.float32, device=device)
     before = keys.clone(), values.clone()
     call = plan.call(
         qkv,
@@ -228,7 +230,7 @@ def attention_case(
         q_norm_E=q_norm,
         k_norm_E=k_norm,
         eps=eps,
-        partial=poisoned(plan.n_partial, dtype=torch.float32, device=device),
+        partial=partial,
         counters=counters,
     )
 
@@ -246,6 +248,8 @@ def attention_case(
             assert torch.equal(now[~written], then[~written]), f"{what}: elsewhere in the cache"
             torch.testing.assert_close(now, want, rtol=2**-7, atol=1e-6)
         assert torch.equal(values, wanted[1]), f"{what}: values are only copied"
+        assert not counters.any(), f"{what}: counters are zeros again"
+        assert partial[plan.n_partial :].isnan().all(), f"{what}: beyond the workspace"
         # The sums in float64, of the keys and values that the kernel itself left.
         q = qkv.view(B, T, -1, E)[:, :, :H]
         q = q if q_norm is None else reference.rms_norm(q, q_norm, eps)
@@ -566,12 +570,13 @@ def look_up_case(width: int, k: int, n_words: int, generator: torch.Generator) -
 
     The fewer words there are, the more often three tokens stood there before.
     """
-    device, rows = generator.device, 12
-    slots = Slots(rows, width, k, device)
+    device, rows = generator.device, 14
+    slots = Slots(rows + 1, width, k, device)
     random = {"generator": generator, "device": device}
     slots.history.copy_(torch.randint(n_words, slots.history.shape, **random))
-    slots.positions.copy_(torch.randint(width, (rows,), **random))
-    slots.positions[:4] = torch.tensor([0, 1, 2, width - 1])
+    slots.positions.copy_(torch.randint(width, (rows + 1,), **random))
+    slots.positions[:7] = torch.tensor([0, 1, 2, 3, 4, 2, width - 1])
+    slots.history[2:5] = 1  # the first places at which two, then three tokens can be found
     drafts = slots.history.new_full((rows, k), -7)
 
     def check() -> None:

@@ -9,7 +9,7 @@ from cuda_cases import KINDS
 
 from hotloop.kernels.cuda import compile as compiler
 from hotloop.kernels.cuda import prompt, step
-from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan
+from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import (
     ARCHITECTURES,
     CompileError,
@@ -68,10 +68,17 @@ def linear_kernels(name: str) -> list[Kernel]:
 def attention_kernels() -> list[Kernel]:
     return [
         AttentionPlan(
-            batch=1, tokens=tokens, n_heads=8, n_kv_heads=8, head_dim=head_dim, n_positions=64
+            batch=1,
+            tokens=tokens,
+            n_heads=8,
+            n_kv_heads=8,
+            head_dim=head_dim,
+            n_positions=64,
+            tuning=AttentionTuning(stages=stages),
         ).kernel
         for head_dim in HEAD_DIMS
         for tokens in (1, 16)
+        for stages in (1, 2)
     ]
 
 

@@ -256,7 +256,7 @@ PLANS = {
         n_kv_heads=2,
         head_dim=128,
         n_positions=40,
-        tuning=AttentionTuning(least_chunk=16, warps=1),
+        tuning=AttentionTuning(chunks=2, least_chunk=16, warps=1),
     ),
     "wide heads": AttentionPlan(
         batch=1,
@@ -289,7 +289,9 @@ def test_attention_beyond_the_cache_leaves_it_alone():
 
 @pytest.mark.parametrize("name", [name for name in PLANS if PLANS[name].tokens > 1])
 @pytest.mark.parametrize("more_positions", [0, 100])
-def test_a_token_does_not_depend_on_how_many_come_with_it_nor_on_the_cache(name, more_positions):
+def test_a_token_depends_on_neither_how_many_come_with_it_nor_on_the_cache_and_stages(
+    name, more_positions
+):
     many = PLANS[name]
     # The new tokens reach into another step, into another chunk, or to where chunks are longer.
     for at in (0, 13, 27, 30):
@@ -301,7 +303,8 @@ def test_a_token_does_not_depend_on_how_many_come_with_it_nor_on_the_cache(name,
         longer = [F.pad(cache, (0, 0, 0, more_positions)) for cache in caches]
         cos, sin = (F.pad(table, (0, 0, 0, more_positions)) for table in (cos, sin))
         n_positions = many.n_positions + more_positions
-        one = dataclasses.replace(many, tokens=1, n_positions=n_positions)
+        tuning = dataclasses.replace(many.tuning, stages=1 if many.tuning.stages > 1 else 2)
+        one = dataclasses.replace(many, tokens=1, n_positions=n_positions, tuning=tuning)
         for token in range(many.tokens):
             alone = torch.empty(many.batch, many.n_heads * many.head_dim, dtype=torch.bfloat16)
             positions = torch.full((many.batch,), at + token)

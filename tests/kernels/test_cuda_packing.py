@@ -134,7 +134,7 @@ def test_no_history_has_more_chunks_than_blocks_are_launched_for(tokens, chunks,
         window=window,
         tuning=AttentionTuning(chunks=chunks, least_chunk=64, warps=2),
     )
-    for at in range(plan.n_positions - tokens):
+    for at in range(plan.n_positions - tokens + 1):
         begin = 0 if window is None else max(at - window + 1, 0)
         last_of = {
             plan.chunk_at(end): end for end in range(at, at + tokens)

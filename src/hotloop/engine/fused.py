@@ -144,7 +144,7 @@ class FusedForward:
             plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
             # Those of slots and sampler too, so that all are compiled at once.
-            ends = [step.next_tokens_kernel(), step.accept_kernel()]
+            ends = [step.look_up_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
             if not self._shared:
                 ends += [step.argmax_kernel(), sample_kernel()]
             elif self._peers is not None:

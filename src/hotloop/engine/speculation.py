@@ -24,7 +24,7 @@ from torch import Tensor
 from hotloop.engine.execution import Drafter, Forward, Slots, StepTimes
 from hotloop.engine.sampling import Features, Sampler
 from hotloop.kernels.cuda.launch import Launcher
-from hotloop.kernels.cuda.step import look_up, look_up_kernel
+from hotloop.kernels.cuda.step import look_up
 from hotloop.parallel.collectives import Group
 
 
@@ -41,8 +41,6 @@ class NgramDrafter(Drafter):
 
     def __init__(self, slots: Slots, *, launcher: Launcher | None = None) -> None:
         self.slots, self.launcher = slots, launcher
-        if launcher is not None:
-            launcher.load([look_up_kernel()])
 
     def propose(self, n: int, k: int, length: int, features: Features) -> Tensor:  # noqa: ARG002
         """See ``Drafter``."""

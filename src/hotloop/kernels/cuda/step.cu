@@ -281,12 +281,13 @@ __device__ __forceinline__ void look_up(const LookUpArgs& args) {
 #pragma unroll
     for (int i = 0; i < kSought; i++) {
       const int at = first + i * kSeekers;
-      token[i] = at < position ? history[at] : -1;
+      token[i] = history[min(at, position)];
     }
 #pragma unroll
     for (int i = 0; i < kSought; i++) {
       const int at = first + i * kSeekers;
-      if (token[i] != newest[0] || at < 1 || history[at - 1] != newest[1]) continue;
+      if (at < 1 || at >= position || token[i] != newest[0]) continue;
+      if (history[at - 1] != newest[1]) continue;
       const bool three = at >= 2 && history[at - 2] == newest[2];
       best = max(best, three ? position + at : at);
     }

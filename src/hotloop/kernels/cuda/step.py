@@ -383,6 +383,7 @@ def look_up(history_SW: Tensor, positions_S: Tensor, drafts_BD: Tensor) -> Call:
         drafts_BD: int64, written; -1 where the newest tokens have not been there before.
     """
     B, D = drafts_BD.shape
+    assert min(len(history_SW), len(positions_S)) >= B, f"{B} slots"
     assert D <= _SEEKERS, f"a thread has a draft, and there are {D}"
     assert history_SW.shape[1] < 2**30, f"{history_SW.shape[1]} positions"
     for tensor in (history_SW, positions_S, drafts_BD):

@@ -2,8 +2,9 @@
 
 The rules are what tuning every product of a step in its place, on one H100, had in common
 (``tuned-anew-steps.txt``, ``looks-and-rings-anew-steps.txt``, ``rings-with-new-looks-steps.txt``
-and others in ``benchmarks/results/h100-kernels/trials``). The number of warps, which decides the
-order of sums, is chosen by the weight alone, whatever the device and the number of rows.
+and others in ``benchmarks/results/h100-kernels/trials``). A product's number of warps, which
+decides the order of its sums, is chosen by the weight alone, whatever the device and the number of
+rows; the chunks of attention by the heads and the device.
 """
 
 from __future__ import annotations
