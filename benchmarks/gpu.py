@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--probe", choices=PROBES, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     begin, end = (f"<!-- tables of {args.out.name}: {which} -->" for which in ("begin", "end"))
-    if args.docs and not (begin in (page := args.docs.read_text()) and end in page):
+    if args.docs and not all(mark in args.docs.read_text() for mark in (begin, end)):
         parser.error(f"{args.docs} has no place for the tables: put {begin} and {end} there.")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.probe:
@@ -240,9 +240,12 @@ def context() -> dict[str, Any]:
         workload = Workload(prompt_tokens=n, new_tokens=128, repeats=3)
         speed = measure_speed(llm, workload, read_bytes_per_s=bandwidth, datasheet_bytes_per_s=None)
         assert speed.mbu is not None
-        result["figures"][f"after {n:,} tokens, tok/s"] = speed.decode_tok_s.mean
-        result["figures"][f"after {n:,} tokens, MBU"] = speed.mbu.mean
-        result["mbu"][f"after {n:,} tokens"] = speed.mbu.model_dump()
+        after = f"after {n:,} tokens"
+        result["figures"] |= {
+            f"{after}, tok/s": speed.decode_tok_s.mean,
+            f"{after}, MBU": speed.mbu.mean,
+        }
+        result["mbu"][after] = speed.mbu.model_dump()
     return result
 
 

@@ -438,7 +438,10 @@ class DecodeStep:
         self.attention = AttentionPlan(
             batch=1, tokens=rows, n_heads=m["n_heads"], n_kv_heads=m["n_kv_heads"],
             head_dim=m["head_dim"], n_positions=512,
-            tuning=attention or attention_tuning(m["head_dim"], m["n_kv_heads"], 512, 1, limits),
+            tuning=attention or attention_tuning(
+                head_dim=m["head_dim"], n_kv_heads=m["n_kv_heads"], n_positions=512, batch=1,
+                limits=limits,
+            ),
         )  # fmt: skip
         width, vocab = m["width"], m["vocab"]
         self.table = torch.empty(vocab, width, dtype=torch.bfloat16, device=CUDA).normal_()
@@ -762,8 +765,11 @@ def attention_section(section: Section) -> None:
     bandwidth = section.bandwidth()
     for name in ("llama-2-13b", "llama-3.1-8b"):
         m = model(name)
-        rule = attention_tuning(m["head_dim"], m["n_kv_heads"], 32_768, 1, section.device.limits)
-        counts = sorted({rule.chunks, 2 * rule.chunks, 33})
+        rule = attention_tuning(
+            head_dim=m["head_dim"], n_kv_heads=m["n_kv_heads"], n_positions=32_768, batch=1,
+            limits=section.device.limits,
+        )  # fmt: skip
+        counts = sorted({rule.chunks, 2 * rule.chunks, 32})
         rings = ((8, 2), (8, 1), (4, 4), (4, 2))
         for context, batch, chunks, least, (warps, stages) in itertools.product(
             (200, 1024, 4096, 32_768), (1, 8), counts, (256, 512), rings

@@ -183,89 +183,39 @@ def test_dequantized_weights_equal_their_specification(name, paired):
     run(dequantize_case(weight(name, 2 * 44 if paired else 83, paired=paired)))
 
 
+def attention_plan(
+    *, B: int, T: int, H: int, J: int, E: int, C: int, window: int | None = None, **tuning: int
+) -> AttentionPlan:
+    return AttentionPlan(
+        batch=B,
+        tokens=T,
+        n_heads=H,
+        n_kv_heads=J,
+        head_dim=E,
+        n_positions=C,
+        window=window,
+        tuning=AttentionTuning(**tuning),
+    )
+
+
+WINDOW = {"B": 1, "T": 5, "H": 4, "J": 2, "E": 64, "C": 90, "window": 20, "warps": 1}
 PLANS = {
-    "one row": AttentionPlan(
-        batch=2,
-        tokens=1,
-        n_heads=3,
-        n_kv_heads=3,
-        head_dim=64,
-        n_positions=70,
-        tuning=AttentionTuning(least_chunk=96, warps=2),
+    "one row": attention_plan(B=2, T=1, H=3, J=3, E=64, C=70, least_chunk=96, warps=2),
+    "one stage": attention_plan(B=2, T=3, H=2, J=1, E=128, C=70, least_chunk=80, warps=1, stages=1),
+    "grouped": attention_plan(B=2, T=3, H=8, J=2, E=96, C=50, least_chunk=32, warps=2),
+    "window": attention_plan(**WINDOW, least_chunk=16),
+    "longer chunks of a window": attention_plan(**WINDOW, least_chunk=16, chunks=1),
+    "longer chunks": attention_plan(
+        B=2, T=5, H=6, J=2, E=64, C=104, chunks=2, least_chunk=16, warps=1
     ),
-    "one stage": AttentionPlan(
-        batch=2,
-        tokens=3,
-        n_heads=2,
-        n_kv_heads=1,
-        head_dim=128,
-        n_positions=70,
-        tuning=AttentionTuning(least_chunk=80, warps=1, stages=1),
+    "many chunks": attention_plan(
+        B=1, T=2, H=3, J=1, E=64, C=200, chunks=20, least_chunk=16, warps=1
     ),
-    "grouped": AttentionPlan(
-        batch=2,
-        tokens=3,
-        n_heads=8,
-        n_kv_heads=2,
-        head_dim=96,
-        n_positions=50,
-        tuning=AttentionTuning(least_chunk=32, warps=2, stages=2),
+    "many rows": attention_plan(
+        B=1, T=6, H=12, J=2, E=128, C=40, chunks=2, least_chunk=16, warps=1
     ),
-    "window": AttentionPlan(
-        batch=1,
-        tokens=5,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=64,
-        n_positions=90,
-        window=20,
-        tuning=AttentionTuning(least_chunk=16, warps=1),
-    ),
-    "longer chunks": AttentionPlan(
-        batch=2,
-        tokens=5,
-        n_heads=6,
-        n_kv_heads=2,
-        head_dim=64,
-        n_positions=104,
-        tuning=AttentionTuning(chunks=2, least_chunk=16, warps=1),
-    ),
-    "many chunks": AttentionPlan(
-        batch=1,
-        tokens=2,
-        n_heads=3,
-        n_kv_heads=1,
-        head_dim=64,
-        n_positions=200,
-        tuning=AttentionTuning(chunks=20, least_chunk=16, warps=1),
-    ),
-    "longer chunks of a window": AttentionPlan(
-        batch=1,
-        tokens=5,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=64,
-        n_positions=90,
-        window=20,
-        tuning=AttentionTuning(chunks=1, least_chunk=16, warps=1),
-    ),
-    "many rows": AttentionPlan(
-        batch=1,
-        tokens=6,
-        n_heads=12,
-        n_kv_heads=2,
-        head_dim=128,
-        n_positions=40,
-        tuning=AttentionTuning(chunks=2, least_chunk=16, warps=1),
-    ),
-    "wide heads": AttentionPlan(
-        batch=1,
-        tokens=4,
-        n_heads=6,
-        n_kv_heads=2,
-        head_dim=256,
-        n_positions=40,
-        tuning=AttentionTuning(least_chunk=48, warps=3, stages=3),
+    "wide heads": attention_plan(
+        B=1, T=4, H=6, J=2, E=256, C=40, least_chunk=48, warps=3, stages=3
     ),
 }
 
@@ -289,9 +239,7 @@ def test_attention_beyond_the_cache_leaves_it_alone():
 
 @pytest.mark.parametrize("name", [name for name in PLANS if PLANS[name].tokens > 1])
 @pytest.mark.parametrize("more_positions", [0, 100])
-def test_a_token_depends_on_neither_how_many_come_with_it_nor_on_the_cache_and_stages(
-    name, more_positions
-):
+def test_a_tokens_bits_depend_on_neither_its_company_nor_the_cache_nor_stages(name, more_positions):
     many = PLANS[name]
     # The new tokens reach into another step, into another chunk, or to where chunks are longer.
     for at in (0, 13, 27, 30):

@@ -110,7 +110,13 @@ def test_attention_equals_its_specification(device, head_dim, tuned_for):
         n_kv_heads=2,
         head_dim=head_dim,
         n_positions=12_000,
-        tuning=attention_tuning(head_dim, tuned_for, 12_000, 2, device.limits),
+        tuning=attention_tuning(
+            head_dim=head_dim,
+            n_kv_heads=tuned_for,
+            n_positions=12_000,
+            batch=2,
+            limits=device.limits,
+        ),
     )
     longer_from = [at for at in range(1, 12_000) if plan.chunk_at(at) > plan.chunk_at(at - 1)]
     for at in ([0, 512], [15, 597], [longer_from[0] - 2, longer_from[-1] - 1], [3000, 11_997]):

@@ -101,21 +101,28 @@ def test_attention_by_the_rules_fits(limits, head_dim):
             n_kv_heads=1,
             head_dim=head_dim,
             n_positions=4096,
-            tuning=attention_tuning(head_dim, 1, 4096, 1, limits),
+            tuning=attention_tuning(
+                head_dim=head_dim, n_kv_heads=1, n_positions=4096, batch=1, limits=limits
+            ),
         )
         assert plan.shared_bytes <= limits.shared_bytes
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 8, 10, 32, 40, 64, 96, 500])
 def test_a_long_historys_chunks_are_as_many_as_fill_the_device(n_kv_heads):
-    chunks = attention_tuning(128, n_kv_heads, 4096, 1, H100).chunks
+    chunks = attention_tuning(
+        head_dim=128, n_kv_heads=n_kv_heads, n_positions=4096, batch=1, limits=H100
+    ).chunks
     turns = -(-chunks * n_kv_heads // H100.n_sms)
     assert turns == 4 if n_kv_heads == 500 else turns <= 3
     assert chunks * n_kv_heads >= 0.85 * turns * H100.n_sms
 
 
 def test_more_sequences_do_not_change_the_order_in_which_attention_sums():
-    one, many = (attention_tuning(128, 8, 4096, batch, H100) for batch in (1, 16))
+    one, many = (
+        attention_tuning(head_dim=128, n_kv_heads=8, n_positions=4096, batch=batch, limits=H100)
+        for batch in (1, 16)
+    )
     assert one != many
     assert (one.chunks, one.least_chunk, one.warps) == (many.chunks, many.least_chunk, many.warps)
 

@@ -112,13 +112,12 @@ class AttentionPlan:
 
     @property
     def chunks(self) -> int:
-        """The most chunks of what a token sees, or several that come together."""
-        most = min(self.tuning.chunks, -(-self.n_positions // self.tuning.least_chunk))
-        if self.window is None:
-            return most
-        # A window's ends lie in chunks that it does not fill.
-        inner = (self.window + self.tokens - 2) // self.chunk_at(self.n_positions)
-        return min(max(most, inner + 2), -(-self.n_positions // self.tuning.least_chunk))
+        """The most chunks of a history, as far as any of the new tokens sees it."""
+        most = self.tuning.chunks
+        if self.window is not None:  # its ends lie in chunks that it does not fill
+            inner = (self.window + self.tokens - 2) // self.chunk_at(self.n_positions)
+            most = max(most, inner + 2)
+        return min(most, -(-self.n_positions // self.tuning.least_chunk))
 
     @property
     def blocks(self) -> int:

@@ -142,11 +142,16 @@ def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
 
 
 def attention_tuning(
-    head_dim: int, n_kv_heads: int, n_positions: int, batch: int, limits: Limits
+    *, head_dim: int, n_kv_heads: int, n_positions: int, batch: int, limits: Limits
 ) -> AttentionTuning:
-    """For attention over a cache of so many positions: what fits the device, and fills it.
+    """What fits the device, and fills it.
 
-    The number of sequences decides nothing that a result's bits depend on.
+    Args:
+        head_dim: Of the model.
+        n_kv_heads: Of the model, or of a rank's part.
+        n_positions: Of the cache. A result's bits do not depend on it, nor on ``batch``.
+        batch: Sequences of a step.
+        limits: Of the device.
     """
     new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside what is on its way
     room = (limits.shared_bytes - new_tokens) // (4 * STEP * head_dim)
