@@ -42,6 +42,7 @@ from cuda_cases import (
     embed_case,
     hard_scores,
     linear_case,
+    look_up_case,
     make_weight,
     next_tokens_case,
     sample_case,
@@ -287,6 +288,8 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
             yield argmax_case(rows, 264, generator)
             for k in (0, 7, 15):
                 yield next_tokens_case(rows, k, generator)
+        for n_words in (2, 12, 200):
+            yield look_up_case(5000, 7, n_words, generator)
 
     def draws() -> Iterator[Case]:
         for vocab in (300, 32_000, 128_257):

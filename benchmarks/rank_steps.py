@@ -32,15 +32,18 @@ from hotloop.engine.execution import Step
 from hotloop.engine.runner import Runner
 from hotloop.engine.sampling import Features
 from hotloop.engine.setup import Setup, prepare
-from hotloop.parallel.collectives import Group, ProcessGroup
+from hotloop.parallel.collectives import Group, Inboxes, ProcessGroup, Use
 from hotloop.parallel.rendezvous import LOOPBACK, Address
 from hotloop.types import EngineConfig, SamplingParams
 
 PROMPT = (1, 2, 3, 4, 5)
 GREEDY = SamplingParams(ignore_eos=True)
 
-ALL_REDUCE = re.compile(r"all_?reduce|hotloop_parallel::sum", re.IGNORECASE)
-"""In names of kernels, and of operators on a CPU: NCCL's, symmetric memory's, gloo's."""
+OURS = re.compile(r"^sum_of_|_of_ranks")
+"""In names of kernels of the fused step."""
+
+ALL_REDUCE = re.compile(rf"all_?reduce|hotloop_parallel::sum|{OURS.pattern}", re.IGNORECASE)
+"""In names of kernels, and of operators on a CPU: NCCL's, symmetric memory's, ours, gloo's."""
 
 Span = tuple[str, float, float]
 """A name, and microseconds at which it began and ended."""
@@ -74,11 +77,18 @@ class WithoutSums(Group):
     """A group whose ranks keep what they have computed for the whole."""
 
     def __init__(self, group: Group) -> None:
-        self.rank, self.size = group.rank, group.size
+        self._group, self.rank, self.size = group, group.rank, group.size
         self.max, self.gather, self.gather_to_first = group.max, group.gather, group.gather_to_first
 
     def sum(self, x: Tensor) -> Tensor:
         return x
+
+    def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:
+        """For sums each rank has its own alone: the same kernels, with nothing to wait for."""
+        found = self._group.inboxes(nbytes, use)
+        if found is None or use == "choices":
+            return found
+        return dataclasses.replace(found, rank=0, addresses=[found.addresses[self.rank]])
 
 
 class Stepping:
@@ -129,6 +139,7 @@ def summary(spans: Sequence[Span], n_steps: int) -> dict[str, Any]:
     """
     if not spans:
         return {"failed": "the profiler saw nothing"}
+    spans = by_themselves(spans)
     whole_us = max(end for *_, end in spans) - min(begin for _, begin, _ in spans)
     adding = [(begin, end) for name, begin, end in spans if ALL_REDUCE.search(name)]
     by_name: Counter[str] = Counter()
@@ -141,6 +152,19 @@ def summary(spans: Sequence[Span], n_steps: int) -> dict[str, Any]:
         "step_us": whole_us / n_steps,
         "us_by_name": {name[:120]: us / n_steps for name, us in by_name.most_common(15)},
     }
+
+
+def by_themselves(spans: Iterable[Span]) -> list[Span]:
+    """Spans in order; of ours that add up, what comes after all that began before them has ended.
+
+    They begin early, and wait for the product whose results they send.
+    """
+    result, reached = [], float("-inf")
+    for name, begin, end in sorted(spans, key=lambda span: span[1]):
+        begins = min(end, max(begin, reached)) if OURS.search(name) else begin
+        result.append((name, begins, end))
+        reached = max(reached, end)
+    return result
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:

@@ -5,11 +5,14 @@
 
 import ctypes
 import functools
+import itertools
+import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,8 +29,21 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-ONE_AT_A_TIME = threading.Lock()
-"""The emulated machine is one, and ranks can be threads."""
+_building: dict[Kernel, threading.Lock] = {}
+_busy: set[int] = set()
+_choosing = threading.Lock()
+
+
+@contextmanager
+def a_machine() -> Iterator[int]:
+    """The number of one that is free: ranks can be threads, whose kernels wait for each other."""
+    with _choosing:
+        number = next(i for i in itertools.count() if i not in _busy)
+        _busy.add(number)
+    try:
+        yield number
+    finally:
+        _busy.remove(number)
 
 
 class Late(ctypes.Structure):
@@ -46,12 +62,12 @@ def emulate(call: Call, late: Sequence[Tensor] = ()) -> list[tuple[int, int]]:
     Returns:
         What was read into the L2 cache ahead of time: addresses and bytes.
     """
-    library = ctypes.CDLL(str(build(call.kernel)))
     contents = [t.clone() for t in late]
     pairs = zip(late, contents, strict=True)
     copies = [Late(t.data_ptr(), content.data_ptr(), t.nbytes) for t, content in pairs]
     shape = (*call.grid, call.kernel.threads, call.shared_bytes)
-    with ONE_AT_A_TIME:
+    with a_machine() as number:
+        library = ctypes.CDLL(str(built_for(number, call.kernel)))
         library.run(ctypes.byref(call.args), *shape, (Late * len(copies))(*copies), len(copies))
         found = (Prefetch * library.n_prefetches())()
         library.prefetches(found)
@@ -95,8 +111,20 @@ def folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
+def built_for(machine: int, kernel: Kernel) -> Path:
+    """A copy of the library whose variables are one machine's."""
+    library = build(kernel)
+    return shutil.copyfile(library, library.with_suffix(f".{machine}.so"))
+
+
 def build(kernel: Kernel) -> Path:
     """A shared library in which ``device.cuh`` is the CPU's."""
+    with _building.setdefault(kernel, threading.Lock()):
+        return _build(kernel)
+
+
+@functools.cache
+def _build(kernel: Kernel) -> Path:
     source = Path(folder().name) / f"{kernel.name}.cpp"
     source.write_text(
         f"{kernel.source()}\n"

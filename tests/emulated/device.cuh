@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include <sched.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <string.h>
@@ -15,6 +16,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -47,9 +49,9 @@ inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline void __threadfence() {}
 
-// The machine.
+// The machine: each copy of a library has its own.
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct Late { void* to; const void* from; int64_t bytes; };  // of the kernel before this one
 
@@ -84,8 +86,9 @@ struct Machine {
   std::mt19937 random{1};
   void (*kernel)(const void*) = nullptr;
   const void* args = nullptr;
+  std::chrono::steady_clock::time_point started;
 };
-inline Machine machine;
+static Machine machine;
 
 // Jumps, since swapcontext asks the system to keep signal masks each time.
 inline void give_way() {
@@ -137,10 +140,10 @@ inline void run_block(int threads) {
   int living = threads, idle_rounds = 0;
   while (living > 0) {
     const uint64_t events = m.events;
-    // Warps in any order, and lanes of a warp too.
+    // Warps in any order, and lanes of a warp too; some begin late.
     std::shuffle(order.begin(), order.end(), m.random);
     for (int i : order) {
-      if (m.fibers[i].ended) continue;
+      if (m.fibers[i].ended || (!m.fibers[i].began && m.random() % 4)) continue;
       m.current = i;
       threadIdx = {i, 0, 0};
       go_on(m.fibers[i]);
@@ -163,6 +166,7 @@ inline void run_grid(void (*kernel)(const void*), const void* args, dim3 grid, i
   machine.args = args;
   machine.shared.resize((shared_bytes + 15) / 16);
   machine.prefetches.clear();
+  machine.started = std::chrono::steady_clock::now();
   gridDim = grid;
   blockDim = {threads, 1, 1};
   for (int z = 0; z < grid.z; z++)
@@ -386,3 +390,34 @@ inline bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag, int thr
   return *flag == n - 1;
 }
 template <class T> inline T load_from_others(const T* p) { return *p; }
+
+// Other ranks' kernels run at the same time, on machines and threads of their own.
+
+inline void store_marked(uint4* to, uint2 words, uint32_t mark) {
+  const auto put = [&](int i, uint32_t word) {
+    for (int rounds = machine.random() % 4; rounds > 0; rounds--) {  // others see the one before
+      machine.events++;
+      sched_yield();
+      give_way();
+    }
+    __atomic_store_n(reinterpret_cast<uint64_t*>(to) + i, uint64_t(mark) << 32 | word,
+                     __ATOMIC_RELAXED);
+  };
+  put(0, words.x), put(1, words.y);
+}
+inline bool load_marked(const uint4* from, uint32_t mark, uint2& words) {
+  const auto get = [&](int i) {
+    return __atomic_load_n(reinterpret_cast<const uint64_t*>(from) + i, __ATOMIC_RELAXED);
+  };
+  const uint64_t first = get(0), second = get(1);
+  words = uint2{uint32_t(first), uint32_t(second)};
+  if (first >> 32 == mark && second >> 32 == mark) return true;
+  if (std::chrono::steady_clock::now() - machine.started > std::chrono::seconds(60)) {
+    fprintf(stderr, "block (%d, %d): what other ranks have does not come\n", blockIdx.x, blockIdx.y);
+    abort();
+  }
+  machine.events++;
+  sched_yield();
+  give_way();
+  return false;
+}

@@ -14,12 +14,13 @@ from agreement import ALTERNATIVES, assert_top_two_agree
 from cuda_emulation import EmulatedDevice, needs_compiler
 from test_engine_memory import resident_bytes
 from test_engine_shards import ThreadRunner
+from thread_group import ThreadGroup, ThreadRanks
 from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 
 from hotloop import LLM, EngineConfig, SamplingParams
 from hotloop.engine import fused
-from hotloop.engine.fused import FusedForward
+from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.prompt import FusedPrompt
 from hotloop.engine.sampling import Features, Sampler
@@ -30,6 +31,7 @@ from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import FAMILIES, read_config
+from hotloop.parallel.collectives import Group
 from hotloop.quant import Scheme, parse_scheme
 from hotloop.registry import resolve
 from hotloop.weights.load import load_weights
@@ -230,6 +232,25 @@ def test_all_kernels_but_the_first_may_overlap_their_predecessor():
 
 
 @torch.inference_mode()
+def test_what_ranks_send_each_other_they_add_up_in_the_chain():
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
+    model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
+    (peers,) = ThreadRanks(1).run(lambda group: Peers.of(group, model.decoder, 0, rows=4))
+    forward = FusedForward(
+        model.decoder, model.cache, device, n_tokens=128, shared=True, peers=peers
+    )
+    alone = FusedForward(model.decoder, model.cache, EmulatedDevice(), n_tokens=128)
+    ids, positions = torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1)
+    (logits, best), (wanted, _) = (f(ids, positions, N_POSITIONS) for f in (forward, alone))
+    assert best == logits[..., :128].argmax(-1)
+    assert distance(logits, wanted) < 0.02 * wanted.std(), "a part is rounded before it is added"
+    names, overlap = zip(*device.launched, strict=True)
+    assert overlap == (False, *[True] * (7 * model.config.n_layers + 2))
+    assert names[-1] == "argmax_of_ranks_step"
+    assert names.count("sum_of_1") == 2 * model.config.n_layers
+
+
+@torch.inference_mode()
 def test_after_a_sum_over_ranks_one_kernel_of_ours_waits_and_the_next_may_overlap():
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
@@ -405,11 +426,27 @@ def test_one_kernel_draws_for_the_model_and_its_drafter(folder, engine, monkeypa
 
 
 @pytest.mark.parametrize("quant", ["none", "int4-g32"])
-def test_ranks_agree_with_one_to_the_top_two(quant, engine, monkeypatch):
+@pytest.mark.parametrize("by", ["inboxes", "collectives"])
+def test_ranks_agree_with_one_to_the_top_two(quant, by, engine, monkeypatch):
     monkeypatch.setattr("hotloop.engine.llm.RankGroup", ThreadRunner)
+    if by == "collectives":
+        monkeypatch.setattr(ThreadGroup, "inboxes", Group.inboxes)
+    devices: list[EmulatedDevice] = []
+
+    def device_of(_: object) -> EmulatedDevice:
+        devices.append(EmulatedDevice())
+        return devices[-1]
+
+    monkeypatch.setattr("hotloop.engine.runner.device_of", device_of)
     one, two = engine(quant=quant), engine(quant=quant, tensor_parallel=2)
     assert two.describe().kernels["o_proj"] == one.describe().kernels["o_proj"]
     assert_top_two_agree(*(llm.generate(list(PROMPTS), FREELY) for llm in (one, two)))
+    _, *ranks = ({name for name, _ in device.launched} for device in devices)
+    ours, others = {"sum_of_2", "argmax_of_ranks_step"}, {"add_total"}
+    wanted, avoided = (ours, others) if by == "inboxes" else (others, ours)
+    assert all(wanted <= names and not avoided & names for names in ranks)
+    used = "fused" if by == "inboxes" else "threads"
+    assert two.describe().kernels["all_reduce"] == f"all_reduce/{used}"
 
 
 def test_closing_frees_plans_counters_weights_and_cache(engine):

@@ -104,8 +104,14 @@ def tokens(answers: list[Generation]) -> list[tuple[int, ...]]:
 
 
 def assert_added_up_on(llm: LLM, all_reduce: str) -> None:
-    used = llm.describe().kernels["all_reduce"].removeprefix("all_reduce/")
-    assert used == all_reduce or (all_reduce == "auto" and used == "gloo")
+    described = llm.describe()
+    used = described.kernels["all_reduce"].removeprefix("all_reduce/")
+    if all_reduce == "auto":
+        assert used == "gloo"
+    elif all_reduce == "symm_mem" and described.execution == "fused":
+        assert used == "fused", "in its own kernels, through each other's symmetric memory"
+    else:
+        assert used == all_reduce
 
 
 @each_size

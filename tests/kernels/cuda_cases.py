@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hotloop.engine.execution import Slots
-from hotloop.engine.sampling import _gumbel
+from hotloop.engine.sampling import Features, _gumbel
+from hotloop.engine.speculation import NgramDrafter
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import prompt, step
 from hotloop.kernels.cuda.attention import AttentionPlan
@@ -426,6 +427,89 @@ def add_case(rows: int, k: int, generator: torch.Generator) -> Case:
     return Case(call=call, inputs=(added, residual), outputs=outputs, check=check)
 
 
+def sum_cases(ranks: int, rows: int, k: int, generator: torch.Generator) -> list[list[Case]]:
+    """Of every rank, sums one after the other: of many rows and of one, each more than twice."""
+    device, capacity = generator.device, rows + 1
+    nbytes = step.inbox_bytes(ranks, capacity, k)
+    inboxes = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(ranks)]
+    addresses = [inbox.data_ptr() for inbox in inboxes]
+    exchanges = [
+        step.Exchange.over(r, addresses, capacity=capacity, k=k, device=device, kept=inboxes)
+        for r in range(ranks)
+    ]
+    cases: list[list[Case]] = [[] for _ in range(ranks)]
+    for n in (rows, 1, rows, 1, 1, rows):
+        parts = normal(generator, ranks, n, k).bfloat16()
+        residual = normal(generator, n, k).bfloat16()
+        for own, exchange in zip(cases, exchanges, strict=True):
+            own.append(_sum_case(parts, residual.clone(), exchange, generator))
+    return cases
+
+
+def _sum_case(
+    parts: Tensor, residual: Tensor, exchange: step.Exchange, generator: torch.Generator
+) -> Case:
+    mine = parts[exchange.rank].clone()
+    rows, k = mine.shape
+    x = poisoned(rows, k, dtype=torch.bfloat16, device=mine.device)
+    following = onward_to(k, rows, generator)
+
+    def check() -> None:
+        total = sum(part.float() for part in parts)
+        assert torch.equal(x, (residual.float() + total).bfloat16()), (
+            f"sum of {exchange.rank}"
+        )  # which is so kept alive
+        assert_onward(x, following, "sum")
+
+    call = step.sum_ranks(mine, residual, x, following, exchange)
+    outputs = (x, *outputs_of(following))
+    return Case(call=call, inputs=(mine, residual), outputs=outputs, check=check)
+
+
+def argmax_of_ranks_cases(
+    ranks: int, rows: int, n: int, generator: torch.Generator
+) -> list[list[Case]]:
+    """Of every rank, choices one after the other, of few different values."""
+    device, vocab = generator.device, 1000
+    inboxes = [
+        torch.zeros(step.inbox_bytes(ranks, rows), dtype=torch.uint8, device=device)
+        for _ in range(ranks)
+    ]
+    addresses = [inbox.data_ptr() for inbox in inboxes]
+    exchanges = [
+        step.Exchange.over(r, addresses, capacity=rows, device=device, kept=inboxes)
+        for r in range(ranks)
+    ]
+    cases: list[list[Case]] = [[] for _ in range(ranks)]
+    for m in (rows, 1, rows, 1, rows):
+        value = torch.randint(4, (ranks, m, n), generator=generator, device=device).float()
+        value[-1] = -torch.inf  # as of padding alone
+        if ranks > 1:
+            value[0, 0] = 3
+            value[1, 0] = 3
+        index = torch.rand(ranks, m, vocab, generator=generator, device=device)
+        index = index.argsort(-1)[..., :n].int()
+        everywhere = index.long() + vocab * torch.arange(ranks, device=device)[:, None, None]
+        ranked = everywhere.where(value == value.amax((0, 2))[:, None], ranks * vocab)
+        wanted = ranked.amin((0, 2))
+        for own, exchange in zip(cases, exchanges, strict=True):
+            own.append(_argmax_of_ranks_case(value, index, vocab, wanted, exchange))
+    return cases
+
+
+def _argmax_of_ranks_case(
+    value: Tensor, index: Tensor, vocab: int, wanted: Tensor, exchange: step.Exchange
+) -> Case:
+    best = value[exchange.rank].clone(), index[exchange.rank].clone()
+    ids = torch.full_like(wanted, -1)
+
+    def check() -> None:
+        assert torch.equal(ids, wanted), f"choice of {exchange.rank}"  # which is so kept alive
+
+    call = step.argmax_of_ranks(best, ids, exchange, first=exchange.rank * vocab)
+    return Case(call=call, inputs=best, outputs=(ids,), check=check)
+
+
 def argmax_case(rows: int, n: int, generator: torch.Generator) -> Case:
     device = generator.device
     # Few different values, so that there are ties; indices in any order.
@@ -479,6 +563,29 @@ def next_tokens_case(rows: int, k: int, generator: torch.Generator) -> Case:
     )
     inputs = (slots.history, slots.positions)
     return Case(call=call, inputs=inputs, outputs=(ids, positions), check=check)
+
+
+def look_up_case(width: int, k: int, n_words: int, generator: torch.Generator) -> Case:
+    """Of slots whose newest tokens are at any place, the first two and the last one among them.
+
+    The fewer words there are, the more often three tokens stood there before.
+    """
+    device, rows = generator.device, 14
+    slots = Slots(rows + 1, width, k, device)
+    random = {"generator": generator, "device": device}
+    slots.history.copy_(torch.randint(n_words, slots.history.shape, **random))
+    slots.positions.copy_(torch.randint(width, (rows + 1,), **random))
+    slots.positions[:7] = torch.tensor([0, 1, 2, 3, 4, 2, width - 1])
+    slots.history[2:5] = 1  # the first places at which two, then three tokens can be found
+    drafts = slots.history.new_full((rows, k), -7)
+
+    def check() -> None:
+        expected = NgramDrafter(slots).propose(rows, k, width, Features())
+        assert torch.equal(drafts, expected), f"drafts of {n_words} words"
+
+    call = step.look_up(slots.history, slots.positions, drafts)
+    inputs = (slots.history, slots.positions)
+    return Case(call=call, inputs=inputs, outputs=(drafts,), check=check)
 
 
 def accept_case(rows: int, k: int, generator: torch.Generator) -> Case:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,22 +10,26 @@ import torch.nn.functional as F
 from cuda_cases import (
     DRAWS,
     KINDS,
+    Case,
     Options,
     Weight,
     accept_case,
     add_case,
     add_norm_case,
     argmax_case,
+    argmax_of_ranks_cases,
     attention_case,
     dequantize_case,
     drawn,
     embed_case,
     hard_scores,
     linear_case,
+    look_up_case,
     make_weight,
     next_tokens_case,
     rotate_case,
     sample_case,
+    sum_cases,
     swiglu_case,
 )
 from cuda_emulation import emulate, needs_compiler
@@ -296,6 +301,29 @@ def test_adding_to_the_residual_stream_equals_its_specification(k):
     run(add_case(3, k, generator()))
 
 
+def run_ranks(cases: list[list[Case]]) -> None:
+    """Each rank's cases in order, at the same time as the others'."""
+
+    def one(own: list[Case]) -> None:
+        for case in own:
+            run(case)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        list(pool.map(one, cases))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_add_up_what_they_send_each_other(ranks):
+    for k in (72, 2056):
+        run_ranks(sum_cases(ranks, 3, k, generator(k)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5, 32])
+def test_ranks_choose_the_same_token(ranks):
+    for n in (1, 40):
+        run_ranks(argmax_of_ranks_cases(ranks, 3, n, generator(n)))
+
+
 @pytest.mark.parametrize("n", [1, 7, 100])
 def test_the_winner_of_winners_is_the_first_of_the_largest(n):
     run(argmax_case(5, n, generator()))
@@ -306,6 +334,12 @@ def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(k)
     for rows in (1, 4):
         run(next_tokens_case(rows, k, generator(k)))
         run(accept_case(rows, k, generator(k)))
+
+
+@pytest.mark.parametrize("n_words", [2, 4, 12, 200])
+def test_drafts_that_are_looked_up_equal_their_specification(n_words):
+    run(look_up_case(70, 5, n_words, generator(n_words)))
+    run(look_up_case(2500, 15, n_words, generator(n_words)))
 
 
 LISTED = (8192, 64)

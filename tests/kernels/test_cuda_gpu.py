@@ -1,5 +1,7 @@
 """The CUDA kernels on a GPU, against float64; benchmarks/kernels_cuda.py checks many more cases."""
 
+import itertools
+
 import pytest
 import torch
 from cuda_cases import (
@@ -9,15 +11,18 @@ from cuda_cases import (
     accept_case,
     add_case,
     add_norm_case,
+    argmax_of_ranks_cases,
     attention_case,
     dequantize_case,
     embed_case,
     hard_scores,
     linear_case,
+    look_up_case,
     make_weight,
     next_tokens_case,
     rotate_case,
     sample_case,
+    sum_cases,
     swiglu_case,
 )
 
@@ -132,6 +137,31 @@ def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(de
     accepted = accept_case(5, k, generator(device, k))
     device.prepare(accepted.call)()  # once: it moves on
     accepted.check()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("dependent", [False, True])
+def test_ranks_add_up_and_choose_by_what_they_send_each_other(device, ranks, dependent):
+    """Ranks of one GPU, in streams: their blocks are few enough to run at the same time."""
+    streams = [torch.cuda.Stream() for _ in range(ranks)]
+    of_sums = sum_cases(ranks, 3, 5120, generator(device, ranks))
+    of_choices = argmax_of_ranks_cases(ranks, 3, 132, generator(device, ranks))
+    torch.cuda.synchronize()
+    for cases in (of_sums, of_choices):
+        for at_once in zip(*cases, strict=True):
+            for stream, case in zip(streams, at_once, strict=True):
+                with torch.cuda.stream(stream):
+                    device.prepare(case.call, dependent=dependent)()
+        torch.cuda.synchronize()
+        for case in itertools.chain(*cases):
+            case.check()
+
+
+@pytest.mark.parametrize("n_words", [2, 12, 200])
+def test_drafts_that_are_looked_up_equal_their_specification(device, n_words):
+    for width in (70, 5000):
+        case = look_up_case(width, 7, n_words, generator(device, width))
+        assert_right_and_the_same_with_dependent_launch(device, case)
 
 
 @pytest.mark.parametrize("scale", [False, True])

@@ -14,6 +14,9 @@ pytestmark = [
 RANK = """
 import sys, threading
 import torch
+from hotloop.kernels.cuda.launch import Device
+from hotloop.kernels.cuda.linear import Normed, Onward
+from hotloop.kernels.cuda.step import Exchange, inbox_bytes, sum_kernel, sum_ranks
 from hotloop.parallel.collectives import SYMMETRIC_BYTES, ProcessGroup
 from hotloop.parallel.rendezvous import Address
 
@@ -49,6 +52,28 @@ for dtype in (torch.bfloat16, torch.float32, torch.float16):
         torch.cuda.synchronize()
         assert (y == total * size).all(), (dtype, n)
         assert (best == size - 1).all()
+if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120), "sums")) is not None:
+    exchange = Exchange.over(
+        rank, inboxes.addresses, capacity=4, k=5120, device=device, kept=inboxes
+    )
+    ones = torch.ones(4, 5120, device=device, dtype=torch.bfloat16)
+    rows, launcher = ones * (rank + 1), Device(device)
+    launcher.load([sum_kernel(size)])
+    normed = Normed.empty(4, 5120, 1e-6, device)
+    onward = Onward(weight=ones[0], normed=normed)
+    call = sum_ranks(rows, ones, rows, onward, exchange)
+    launcher.prepare(call, dependent=False)()
+    torch.cuda.synchronize()
+    assert (rows == 1 + total).all(), "the residual stream, and everybody's"
+    rows.fill_(rank + 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(3):
+            rows.fill_(rank + 1)
+            launcher.prepare(call, dependent=False)()
+    for _ in range(200):
+        graph.replay()
+        assert (normed.x == 1 + total).all()
 gathered = group.gather(torch.full((2, 3), rank, device=device))
 assert (gathered == torch.arange(size, device=device)[:, None, None]).all()
 print(group.kernel, *group.notes)

@@ -540,7 +540,7 @@ def capture(
         device: The device.
         state: What those calls change, and what is to be as it was.
         runs_before: How many such calls; none where it has run already.
-        pool: The memory of other graphs, for all that it holds besides its results.
+        pool: Memory shared with other graphs: results are there until any of them is replayed.
     """
     saved = [tensor.clone() for tensor in state]
     stream = torch.cuda.Stream(device)

@@ -4,7 +4,8 @@ Five kernels a layer: query/key/value product; head norms, rotation, cache and a
 product, onto the residual stream; gate and up product, SwiGLU; down product, onto the residual
 stream. What writes the residual stream begins the norm that follows, what reads it ends it. Each
 kernel may start before its predecessor has ended, and then reads weights until the activations are
-there (``kernels.cuda``). The decoder is the specification; ``prompt`` runs long prompts.
+there (``kernels.cuda``). Where other ranks have the rest of the model, two kernels more add up what
+they have. The decoder is the specification; ``prompt`` runs long prompts.
 
 A row's result has the same bits whatever the number of rows: checking k drafts at once gives
 exactly what k + 1 single steps give.
@@ -16,6 +17,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -28,12 +30,14 @@ from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Call, Launcher, Limits
 from hotloop.kernels.cuda.linear import Ahead, Epilogue, LinearPlan, Normed, Onward, plan_rows
 from hotloop.kernels.cuda.sample import sample_kernel
+from hotloop.kernels.cuda.step import Exchange, inbox_bytes
 from hotloop.kernels.cuda.tuning import Role, attention_tuning, linear_tuning, look_ahead
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache
 from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Block, Decoder, RMSNorm
 from hotloop.models.linear import Linear
+from hotloop.parallel.collectives import Group, Use
 
 
 def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> str | None:
@@ -65,7 +69,9 @@ class FusedForward:
         launcher: The device.
         n_tokens: Token ids that may be chosen are below this.
         shared: Other ranks have the rest of the model: what goes onto the residual stream is summed
-            up over ranks, and which token is most likely is not known here.
+            up over ranks.
+        peers: Those, where this step's kernels can reach them. Else the decoder's total sums up,
+            and which token is most likely is not known here.
         n_layers: Stop after so many layers; None takes all.
     """
 
@@ -77,10 +83,12 @@ class FusedForward:
         *,
         n_tokens: int,
         shared: bool = False,
+        peers: Peers | None = None,
         n_layers: int | None = None,
     ) -> None:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
-        self._n_tokens, self._shared = n_tokens, shared
+        self._n_tokens, self._shared, self._peers = n_tokens, shared, peers
+        self._first_id = 0 if peers is None else peers.first_id
         self._layers = blocks_of(decoder)[:n_layers]
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
@@ -136,8 +144,13 @@ class FusedForward:
             plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
             # Those of slots and sampler too, so that all are compiled at once.
-            ends = [step.add_kernel()] if self._shared else [step.argmax_kernel(), sample_kernel()]
-            ends += [step.next_tokens_kernel(), step.accept_kernel()]
+            ends = [step.look_up_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
+            if not self._shared:
+                ends += [step.argmax_kernel(), sample_kernel()]
+            elif self._peers is not None:
+                ends += [step.sum_kernel(self._peers.sums.ranks), step.argmax_of_ranks_kernel()]
+            else:
+                ends += [step.add_kernel()]
             self._launcher.load((*plans.kernels, embed, *ends))
             self._plans[B, T] = plans
         return self._plans[B, T]
@@ -186,12 +199,16 @@ class FusedForward:
     ) -> tuple[Tensor, Normed]:
         """The residual stream and a product, in the stream's place, on its way to a norm."""
         onward = _onward_to(norm, onto_MD)
-        if self._shared:  # ranks have parts of the product
-            total_MD = self._layers[0].total(self._product(plans, linear, x_MK, ahead=ahead))
+        if not self._shared:
+            self._product(plans, linear, x_MK, onto=onto_MD, onward=onward, ahead=ahead)
+            return onto_MD, onward.normed
+        part_MD = self._product(plans, linear, x_MK, ahead=ahead)
+        if self._peers is not None:
+            self._launch(step.sum_ranks(part_MD, onto_MD, onto_MD, onward, self._peers.sums))
+        else:
+            total_MD = self._layers[0].total(part_MD)
             self._dependent = False
             self._launch(step.add(total_MD, onto_MD, onto_MD, onward))
-        else:
-            self._product(plans, linear, x_MK, onto=onto_MD, onward=onward, ahead=ahead)
         return onto_MD, onward.normed
 
     def _logits(self, plans: _RowPlans, normed: Normed) -> tuple[Tensor, Tensor | None]:
@@ -201,10 +218,14 @@ class FusedForward:
             x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.int32),
         )
         logits_MV = self._product(plans, self._decoder.head, normed, best=best)
-        if self._shared:
-            return logits_MV, None
         best_M = x_MD.new_empty(len(x_MD), dtype=torch.int64)
-        self._launch(step.argmax(best, best_M))
+        if not self._shared:
+            self._launch(step.argmax(best, best_M))
+        elif self._peers is not None:
+            choices, first = self._peers.choices, self._first_id
+            self._launch(step.argmax_of_ranks(best, best_M, choices, first=first))
+        else:
+            return logits_MV, None
         return logits_MV, best_M
 
     def _product(
@@ -234,7 +255,7 @@ class FusedForward:
                 residual=None if onto is None else onto[rows],
                 onward=None if onward is None else onward.rows(rows),
                 best=None if best is None else (best[0][rows], best[1][rows]),
-                n_best=min(self._n_tokens, linear.n),
+                n_best=max(0, min(self._n_tokens - self._first_id, linear.n)),
                 ahead=ahead,
             )
             self._launch(call)
@@ -244,6 +265,48 @@ class FusedForward:
     def _launch(self, call: Call) -> None:
         self._launcher.prepare(call, dependent=self._dependent)()
         self._dependent = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peers:
+    """What a step sends to the other ranks, and gets of them.
+
+    Attributes:
+        sums: Of the residual stream.
+        choices: Of tokens.
+        first_id: Id of the first token of this rank's part of the vocabulary.
+    """
+
+    sums: Exchange
+    choices: Exchange
+    first_id: int
+
+    @classmethod
+    def of(cls, group: Group, decoder: Decoder, first_id: int, rows: int) -> Peers | None:
+        """Those of a group, where there is memory that they can write into.
+
+        All ranks call this at the same time.
+
+        Args:
+            group: The ranks.
+            decoder: This one's part of the model.
+            first_id: See ``Peers``.
+            rows: The most that a step has.
+        """
+
+        def exchange(use: Use, k: int) -> Exchange | None:
+            inboxes = group.inboxes(inbox_bytes(group.size, rows, k), use)
+            if inboxes is None:
+                return None
+            addresses, device = inboxes.addresses, decoder.cos.device
+            return Exchange.over(
+                inboxes.rank, addresses, capacity=rows, k=k, device=device, kept=inboxes
+            )
+
+        sums, choices = exchange("sums", decoder.embedding.k), exchange("choices", 0)
+        if sums is None or choices is None:
+            return None
+        return cls(sums=sums, choices=choices, first_id=first_id)
 
 
 def blocks_of(decoder: Decoder) -> list[Block]:

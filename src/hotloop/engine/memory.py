@@ -51,7 +51,7 @@ def predict_memory(config: EngineConfig) -> MemoryPlan:
     return MemoryPlan(
         weights_bytes=weights_bytes(setup),
         cache_bytes=sum(map(_cache_bytes, setup.models)),
-        workspace_bytes=max(map(workspace_bytes, setup.models)),
+        workspace_bytes=_workspace_bytes(setup),
         device=str(setup.device),
         free_bytes=min(free) // (len(free) if setup.device.type == "cpu" else 1),
     )
@@ -100,17 +100,29 @@ def _weights_bytes(setup: Setup) -> int:
     return model.n_layers * per_layer + embeddings + norm + rope
 
 
-def workspace_bytes(setup: Setup) -> int:
-    """Upper estimate of what one forward needs besides weights and cache."""
+def _workspace_bytes(setup: Setup) -> int:
+    widened = [_widened_bytes(each) for each in setup.models]
+    # The fused step keeps the room for it, of every model.
+    return max(map(_transient_bytes, setup.models)) + (
+        sum(widened) if setup.fused else max(widened)
+    )
+
+
+def _transient_bytes(setup: Setup) -> int:
+    """Upper estimate of what one forward needs besides weights, cache and a matrix dequantized."""
     model, n_logits = setup.local, len(setup.shard.vocabulary)
     rows = min(setup.config.prefill_chunk, setup.n_positions)
     widest = 4 * model.hidden_size + 3 * model.intermediate_size + model.linears["qkv_proj"][0]
     activations = rows * widest * _FLOAT32
     attention = rows * model.n_heads * setup.n_positions * (1 + setup.dtype.itemsize)
     logits = 2 * rows * n_logits * _FLOAT32
-    matrices = [*model.linears.values(), (n_logits, model.hidden_size)]
-    widened = max(n * k for n, k in matrices) * (
-        _FLOAT32 if setup.device.type == "cpu" else setup.dtype.itemsize
-    )
     runtime = 768 * 2**20 if setup.device.type == "cuda" else 0  # context, cuBLAS, graphs
-    return activations + attention + logits + widened + runtime
+    return activations + attention + logits + runtime
+
+
+def _widened_bytes(setup: Setup) -> int:
+    """Of the largest matrix, dequantized."""
+    model = setup.local
+    matrices = [*model.linears.values(), (len(setup.shard.vocabulary), model.hidden_size)]
+    itemsize = _FLOAT32 if setup.device.type == "cpu" else setup.dtype.itemsize
+    return max(n * k for n, k in matrices) * itemsize

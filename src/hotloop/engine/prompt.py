@@ -116,7 +116,7 @@ class PromptRows:
         decoder: The model.
         cache: Its cache.
         launcher: The device.
-        shared: Other ranks have the rest of the model. Then nothing is captured.
+        shared: Other ranks have the rest of the model. Then nothing is filled up and captured.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class PromptRows:
             positions_BT = torch.arange(start, start + T, device=self._device)[None]
             attend = partial(self._attend_to_slot, positions_BT, start + T, slot)
             x_TD, product = self._through(ids_T, start, attend)
-        elif T <= CAPTURED_TOKENS:
+        elif T <= CAPTURED_TOKENS and not self._shared:
             x_TD, product = self._beginning(ids_T)
         else:
             x_TD, product = self._through(ids_T, 0, self._attend_to_themselves)
@@ -153,7 +153,7 @@ class PromptRows:
         return x_TD[last] + replace(product, y=product.y[last]).finished()
 
     def _beginning(self, ids_T: Tensor) -> _Behind:
-        """As ``_through``, of more tokens than there are.
+        """As ``_through``, of more tokens than there are; it is there until the next call.
 
         What is behind them is at positions that are written again before anybody reads them.
         """
@@ -166,7 +166,7 @@ class PromptRows:
             return behind
         run = partial(self._through, ids, 0, self._attend_to_themselves)
         behind = run()
-        if self._device.type == "cuda" and not self._shared:
+        if self._device.type == "cuda":
             pool = next((graph.pool() for graph, _ in self._captured.values()), None)
             self._captured[size] = capture(run, self._device, runs_before=0, pool=pool)
         return behind

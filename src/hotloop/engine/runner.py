@@ -31,9 +31,9 @@ from hotloop.engine.execution import (
     compile_cache_state,
     step_times,
 )
-from hotloop.engine.fused import FusedForward
+from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.memory import weights_bytes
-from hotloop.engine.prompt import FusedPrompt, spans
+from hotloop.engine.prompt import STEP_TOKENS, FusedPrompt, spans
 from hotloop.engine.sampling import Features, Sampled, Sampler
 from hotloop.engine.setup import Setup
 from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter, SharedDrafter
@@ -196,7 +196,8 @@ class Runner:
             kernels |= {f"draft/{name}": k for name, k in self._draft_model.kernels().items()}
             notes |= {f"draft/{note}": None for note in self._draft_model.notes()}
         if self._group.kernel is not None:
-            kernels["all_reduce"] = f"all_reduce/{self._group.kernel}"
+            used = self._group.kernel if model.peers is None else "fused"
+            kernels["all_reduce"] = f"all_reduce/{used}"
         return {
             "device": str(setup.device),
             "device_name": device_info(setup.device).name,
@@ -224,7 +225,7 @@ class Runner:
             forward = self._model.forward(draft.n_layers)
             return ExitDrafter(forward, self._slots, self._sampler)
         if draft.setup is None:
-            return NgramDrafter(self._slots)
+            return NgramDrafter(self._slots, launcher=self._model.launcher)
         drafter = None
         if self._group.rank == 0:
             model = self._draft_model = _Model(draft.setup, Group(), self._model.n_tokens, progress)
@@ -263,6 +264,11 @@ class _Model:
             dtype=setup.dtype,
             device=device,
         )
+        self.peers = None
+        if setup.fused:
+            drafts = setup.config.draft_tokens if setup.draft else 0
+            rows = max(STEP_TOKENS, setup.config.max_batch_size * (1 + drafts))
+            self.peers = Peers.of(group, self.decoder, setup.shard.vocabulary.start, rows)
         self._steps, self._prompt = self._fused_forward(), None
         if self._steps is not None and self.launcher is not None:
             self._prompt = FusedPrompt(
@@ -297,6 +303,7 @@ class _Model:
             self.launcher,
             n_tokens=self.n_tokens,
             shared=self._shared,
+            peers=self.peers,
             n_layers=n_layers,
         )
 

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from hotloop.engine.execution import Drafter, Forward, Slots, StepTimes
 from hotloop.engine.sampling import Features, Sampler
+from hotloop.kernels.cuda.launch import Launcher
+from hotloop.kernels.cuda.step import look_up
 from hotloop.parallel.collectives import Group
 
 
@@ -31,13 +33,22 @@ class NgramDrafter(Drafter):
 
     The last three tokens, or else the last two; of several places the latest. Where less than k
     tokens followed, the text since then is taken to go round.
+
+    Args:
+        slots: The model's.
+        launcher: What the kernel that does so runs on; None does so in plain PyTorch.
     """
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
+    def __init__(self, slots: Slots, *, launcher: Launcher | None = None) -> None:
+        self.slots, self.launcher = slots, launcher
 
     def propose(self, n: int, k: int, length: int, features: Features) -> Tensor:  # noqa: ARG002
         """See ``Drafter``."""
+        if self.launcher is not None:
+            drafts_BD = self.slots.history.new_empty(n, k)
+            call = look_up(self.slots.history, self.slots.positions, drafts_BD)
+            self.launcher.prepare(call, dependent=False)()  # on what torch did before
+            return drafts_BD
         history_BC = self.slots.history[:n, :length]
         newest_B1 = self.slots.positions[:n, None]
         at_C = torch.arange(length, device=history_BC.device)

@@ -8,16 +8,18 @@ A single token's activations are a few KiB, for which NCCL's latency is most of 
 ranks can read each other's memory, such small sums go through torch's symmetric memory, unless NCCL
 is asked for: each rank reads the others' numbers itself, and one kernel does all of it. Ranks may
 then add them in different orders and differ by rounding, which is why whatever must agree (tokens)
-is decided by exact comparisons.
+is decided by exact comparisons. The fused step needs neither: its kernels (``kernels.cuda.step``)
+leave what they have in each other's ``inboxes``, which are symmetric memory too.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,10 @@ _SYMMETRIC_DTYPES = (torch.bfloat16, torch.float32)
 TIMEOUT = timedelta(minutes=30)
 """For ranks that compile or read at different speeds. Ranks that die are noticed by the launcher,
 which does not wait for this."""
+
+
+Use = Literal["sums", "choices"]
+"""What ranks leave in inboxes: parts of the residual stream, or most likely tokens."""
 
 
 class Group:
@@ -72,6 +78,32 @@ class Group:
         """All of them, [size, ...], on rank 0; None on the others."""
         return x[None]
 
+    def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:  # noqa: ARG002 (others do)
+        """Memory of every rank that every rank can write into; None where there is no such thing.
+
+        All ranks ask for as many bytes at the same time.
+
+        Args:
+            nbytes: Of each.
+            use: What for.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inboxes:
+    """Memory of every rank, zeros at first.
+
+    Attributes:
+        rank: Which rank this is.
+        addresses: Where it finds each rank's.
+        memory: What keeps it alive.
+    """
+
+    rank: int
+    addresses: Sequence[int]
+    memory: object
+
 
 class ProcessGroup(Group):
     """This process and its peers.
@@ -82,7 +114,7 @@ class ProcessGroup(Group):
         size: How many there are.
         device: Where its tensors are. The others' are on the same kind of device.
         all_reduce: What sums run on, on GPUs; whatever it is, NCCL takes those that are too large
-            for symmetric memory, maxima and gathering.
+            for symmetric memory, maxima and gathering, but for what the fused step does by itself.
 
     Raises:
         UnsupportedError: Symmetric memory was asked for and does not work here; on every rank.
@@ -112,7 +144,7 @@ class ProcessGroup(Group):
         )
         world = dist.group.WORLD
         assert world is not None, "it was just made"
-        self._name: str = world.group_name
+        self._world, self._name = world, str(world.group_name)
         self._kernel = backend
         self._buffer: Tensor | None = None
         if backend == "nccl" and all_reduce != "nccl":
@@ -166,6 +198,21 @@ class ProcessGroup(Group):
         with _peers():
             dist.gather(x, parts)
         return None if parts is None else torch.stack(parts)
+
+    def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:  # noqa: ARG002 (all alike)
+        """As in ``Group``: symmetric memory, where that is used."""
+        if self._buffer is None:
+            return None
+        import torch.distributed._symmetric_memory as symm_mem
+
+        mine = symm_mem.empty(nbytes, dtype=torch.uint8, device=self._buffer.device)
+        handle = symm_mem.rendezvous(mine, self._world)
+        mine.zero_()
+        offset = mine.data_ptr() - handle.buffer_ptrs[self.rank]
+        self.max(mine[:1])  # which no rank gets before all have come to it, with zeros
+        torch.cuda.synchronize(mine.device)
+        addresses = [address + offset for address in handle.buffer_ptrs]
+        return Inboxes(rank=self.rank, addresses=addresses, memory=(mine, handle))
 
 
 @torch.library.custom_op("hotloop_parallel::sum", mutates_args=())

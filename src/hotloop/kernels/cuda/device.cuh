@@ -299,3 +299,27 @@ template <class T>
 __device__ __forceinline__ T load_from_others(const T* p) {
   return __ldcg(p);
 }
+
+// GPUs among each other. Words that one writes into another's memory carry a mark each: eight bytes
+// are written as one, so where the mark is, the word is as well, and nothing need be ordered.
+
+__device__ __forceinline__ uint64_t marked(uint32_t word, uint32_t mark) {
+  return static_cast<uint64_t>(mark) << 32 | word;
+}
+
+__device__ __forceinline__ void store_marked(uint4* to, uint2 words, uint32_t mark) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(to),
+               "l"(marked(words.x, mark)), "l"(marked(words.y, mark))
+               : "memory");
+}
+
+// Whether both words of that mark are there; if so, they are.
+__device__ __forceinline__ bool load_marked(const uint4* from, uint32_t mark, uint2& words) {
+  uint64_t first, second;
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(first), "=l"(second)
+               : "l"(from)
+               : "memory");
+  words = uint2{static_cast<uint32_t>(first), static_cast<uint32_t>(second)};
+  return first >> 32 == mark && second >> 32 == mark;
+}

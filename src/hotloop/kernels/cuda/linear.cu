@@ -505,16 +505,6 @@ struct Linear {
 
   // The warp that finishes.
 
-  struct Best {
-    float value = -infinity();
-    int index = 0;
-
-    // Of equal values the first wins, in whatever order they come.
-    __device__ __forceinline__ void offer(float v, int i) {
-      if (v > value || (v == value && i < index)) value = v, index = i;
-    }
-  };
-
   __device__ __forceinline__ void finish() {
     if (lane == 0)
       for (int i = 0; i < kBuffers; i++) {

@@ -22,3 +22,20 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 __device__ __forceinline__ float silu(float v) {
   return v / (1.0f + exp2_fast(v * -1.4426950408889634f));
 }
+
+// The largest value, and where it is.
+struct Best {
+  float value = -infinity();
+  int index = 0;
+
+  // Of equal values the first wins, in whatever order they come.
+  __device__ __forceinline__ void offer(float v, int i) {
+    if (v > value || (v == value && i < index)) value = v, index = i;
+  }
+};
+
+__device__ __forceinline__ Best best_of_warp(Best best) {
+  for (int mask = 1; mask < 32; mask *= 2)
+    best.offer(shuffle_xor(best.value, mask), shuffle_xor(best.index, mask));
+  return best;
+}
