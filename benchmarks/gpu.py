@@ -58,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--probe", choices=PROBES, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     begin, end = (f"<!-- tables of {args.out.name}: {which} -->" for which in ("begin", "end"))
-    if args.docs and not all(mark in args.docs.read_text() for mark in (begin, end)):
-        parser.error(f"{args.docs} has no place for the tables: put {begin} and {end} there.")
+    require_marks(parser, args.docs, begin, end)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.probe:
         result = PROBES[args.probe]() | {"provenance": provenance(torch.device("cuda"))}
@@ -201,6 +200,12 @@ def plus_minus(figure: Any) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
+
+
+def require_marks(parser: argparse.ArgumentParser, page: Path | None, begin: str, end: str) -> None:
+    """Exits, and says why, if what is going to be measured has no place in a page."""
+    if page and not (page.exists() and all(mark in page.read_text() for mark in (begin, end))):
+        parser.error(f"{page} has no place for the tables: put {begin} and {end} there.")
 
 
 def write_between(page: Path, begin: str, end: str, text: str) -> None:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gpu import median, percent, plus_minus, write_between
+from gpu import median, percent, plus_minus, require_marks, write_between
 
 from hotloop.bench.record import MEASURED, Record, Status
 from hotloop.report.read import latest, read_records
@@ -129,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    require_marks(parser, args.docs, BEGIN, END)
     ends = time.monotonic() + args.limit_s
     plan = make_plan(args.rehearse, args.out, args.executions, args.sizes)
     if args.section:

@@ -158,9 +158,17 @@ def test_the_page_has_a_place_for_the_table(tmp_path):
     assert "an earlier table" not in after
     assert after.partition(multi_gpu.BEGIN)[0] == before.partition(multi_gpu.BEGIN)[0]
     assert after.partition(multi_gpu.END)[2] == before.partition(multi_gpu.END)[2]
-    (tmp_path / "other.md").write_text("nothing")
-    with pytest.raises(AssertionError, match="lacks the marks"):
-        write_between(tmp_path / "other.md", multi_gpu.BEGIN, multi_gpu.END, "table")
+
+
+@pytest.mark.parametrize("page", ["nothing", None])
+def test_a_page_without_a_place_is_named_before_anything_is_measured(tmp_path, capsys, page):
+    docs, out = tmp_path / "page.md", tmp_path / "out"
+    if page is not None:
+        docs.write_text(page)
+    with pytest.raises(SystemExit, match="2"):
+        multi_gpu.main(["--rehearse", "--out", str(out), "--docs", str(docs)])
+    assert f"{docs} has no place for the tables" in capsys.readouterr().err
+    assert not out.exists()
 
 
 PROFILE = [  # two steps; the sums overlap each other, and a product
