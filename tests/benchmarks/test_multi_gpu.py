@@ -158,6 +158,9 @@ def test_the_page_has_a_place_for_the_table(tmp_path):
     assert "an earlier table" not in after
     assert after.partition(multi_gpu.BEGIN)[0] == before.partition(multi_gpu.BEGIN)[0]
     assert after.partition(multi_gpu.END)[2] == before.partition(multi_gpu.END)[2]
+    (tmp_path / "other.md").write_text("nothing")
+    with pytest.raises(AssertionError, match="lacks the marks"):
+        write_between(tmp_path / "other.md", multi_gpu.BEGIN, multi_gpu.END, "table")
 
 
 @pytest.mark.parametrize("page", ["nothing", None])
