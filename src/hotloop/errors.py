@@ -8,6 +8,7 @@ Mistakes of our own are assertions, not these.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ class UnknownNameError(ConfigError):
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
         self.kind, self.name, self.choices = kind, name, sorted(choices)
-        nearest = difflib.get_close_matches(name, self.choices, n=1)
+        nearest = difflib.get_close_matches(shorten(name), self.choices, n=1)
         guess = f" Did you mean {nearest[0]!r}?" if nearest else ""
         listed = ", ".join(self.choices) or "none are defined"
-        super().__init__(f"unknown {kind} {name!r}.{guess} Choose from: {listed}.")
+        super().__init__(f"unknown {kind} {shorten_value(name)}.{guess} Choose from: {listed}.")
 
 
 class UnsupportedError(HotloopError, ValueError):
@@ -63,7 +64,9 @@ class CheckpointError(HotloopError, ValueError):
 
     def __init__(self, file: Path | str, problem: str, *, tensor: str | None = None) -> None:
         self.file, self.tensor = Path(file), tensor
-        where = f"{file}, tensor {tensor!r}" if tensor else str(file)
+        where = shorten(str(file))
+        if tensor:
+            where += f", tensor {shorten_value(tensor, 200)}"
         super().__init__(f"{where}: {problem}")
 
 
@@ -110,6 +113,40 @@ class RankError(HotloopError):
         self.rank, self.n_ranks, self.problem, self.log = rank, n_ranks, problem, log
         told = f". It wrote last:\n{log}" if log else ""
         super().__init__(f"rank {rank} of {n_ranks} {problem}{told}")
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    """``text`` for a message: of a long one both ends, ``limit`` characters in all."""
+    if len(text) <= limit:
+        return text
+    kept = limit - 1
+    return f"{text[: kept - kept // 3]}…{text[-(kept // 3) :]}"
+
+
+def shorten_value(value: object, limit: int = 80) -> str:
+    """The repr of a value from outside, in at most ``limit`` characters.
+
+    Only as much of the value is looked at as is shown: a text of a gigabyte, or lists that contain
+    each other over and over, cost nothing.
+    """
+    if isinstance(value, str) and len(value) > limit:
+        value = shorten(value, limit)
+    return shorten(_REPR.repr(value), limit)
+
+
+class _Repr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = 10_000  # shortened before or after
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 128:
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_REPR = _Repr()
 
 
 def _rebuild(

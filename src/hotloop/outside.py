@@ -1,0 +1,381 @@
+"""Files that hotloop did not write: read within limits, and checked before anything uses them.
+
+Whoever reads a file from outside does it in three steps, each of which ends in one line that names
+the file: the file is a regular one and not too large (:func:`read_bytes`, :func:`read_text`), it
+holds JSON of bounded depth (:func:`read_json`, :func:`parse_json`), and its values are those of a
+:class:`StrictModel` (:func:`validated`). Nothing of a raw dict goes further.
+
+A caller chooses the class of the error: ``CheckpointError`` for what belongs to a model,
+:func:`config_error` for what a user wrote, such as a recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import re
+import stat
+import types
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten, shorten_value
+
+DEFAULT_LIMIT_BYTES = 16 * 2**20
+"""The size of file that :func:`read_bytes` refuses to exceed unless told otherwise: the largest
+configurations and indexes in use have less than a megabyte."""
+
+MAX_DEPTH = 64
+"""Nested lists and objects of a JSON document."""
+
+MAX_NUMBER_CHARS = 400
+"""Characters of a number in JSON. Python itself stops at 4,300 digits, with an error of its own."""
+
+LARGEST_COUNT = 2**31 - 1
+"""No size, count or token id of a model is larger."""
+
+Refuse = Callable[[Path | str, str], HotloopError]
+"""Makes the error of a problem with a file: ``CheckpointError``, ``config_error``."""
+
+
+def config_error(file: Path | str, problem: str) -> ConfigError:
+    """The error of a file that the user wrote: a recipe, a template, a text."""
+    return ConfigError(f"{shorten(str(file))}: {problem}")
+
+
+def file_kind(path: Path, *, refuse: Refuse = CheckpointError) -> Literal["file", "folder"]:
+    """Tells regular files from folders, and follows symbolic links.
+
+    Raises:
+        HotloopError: Nothing is there, it cannot be reached, or it is a pipe, a socket or a device.
+    """
+    with _system_errors(path, refuse):
+        return _kind(path.stat(), path, refuse)
+
+
+@contextlib.contextmanager
+def open_file(path: Path, *, refuse: Refuse = CheckpointError) -> Iterator[BinaryIO]:
+    """Opens a regular file for reading; never blocks, whatever ``path`` turns out to be.
+
+    Raises:
+        HotloopError: It cannot be opened, or is no regular file.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    with _system_errors(path, refuse):
+        _require_file(path.stat(), path, refuse)
+        file = open(path, "rb", opener=opener)  # noqa: SIM115  (closed by the with below)
+    with file:
+        _require_file(os.fstat(file.fileno()), path, refuse)
+        yield file
+
+
+def read_bytes(
+    path: Path, *, limit: int = DEFAULT_LIMIT_BYTES, refuse: Refuse = CheckpointError
+) -> bytes:
+    """Reads a regular file of at most ``limit`` bytes.
+
+    Raises:
+        HotloopError: It cannot be read, is no regular file, or is larger.
+    """
+    with open_file(path, refuse=refuse) as file, _system_errors(path, refuse):
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise refuse(path, f"has more than {limit:,} bytes, too many for what it should hold")
+    return data
+
+
+def read_text(
+    path: Path, *, limit: int = DEFAULT_LIMIT_BYTES, refuse: Refuse = CheckpointError
+) -> str:
+    """Reads a UTF-8 file of at most ``limit`` bytes.
+
+    Raises:
+        HotloopError: As for :func:`read_bytes`, or the file is not UTF-8.
+    """
+    return _decode(read_bytes(path, limit=limit, refuse=refuse), path, refuse)
+
+
+def read_json(
+    path: Path, *, limit: int = DEFAULT_LIMIT_BYTES, refuse: Refuse = CheckpointError
+) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+        HotloopError: As for :func:`read_text` and :func:`parse_json`.
+    """
+    return parse_json(read_bytes(path, limit=limit, refuse=refuse), path, refuse=refuse)
+
+
+def parse_json(
+    data: bytes | str, file: Path | str, *, refuse: Refuse = CheckpointError
+) -> dict[str, Any]:
+    """Parses one JSON object whose depth, numbers and strings are bounded.
+
+    Args:
+        data: UTF-8, with or without a byte order mark.
+        file: Where it comes from, for the error: a file, or a line of one.
+        refuse: Makes the error.
+
+    Raises:
+        HotloopError: Not JSON, no object, a key given twice, a number that is infinite, NaN or too
+            long, more than ``MAX_DEPTH`` levels, or half a surrogate pair in a string.
+    """
+
+    def integer(digits: str) -> int:
+        return int(_bounded(digits))
+
+    def decimal(digits: str) -> float:
+        value = float(_bounded(digits))
+        if not math.isfinite(value):
+            raise _JsonProblem(f"the number {digits} is too large")
+        return value
+
+    text = data if isinstance(data, str) else _decode(data, file, refuse)
+    try:
+        value = json.loads(
+            text.removeprefix("\ufeff"),
+            object_pairs_hook=_object,
+            parse_int=integer,
+            parse_float=decimal,
+            parse_constant=_no_constant,
+        )
+    except json.JSONDecodeError as error:
+        raise refuse(file, f"is not valid JSON: {error}") from error
+    except _JsonProblem as problem:
+        raise refuse(file, f"is not valid JSON: {problem}") from problem
+    except RecursionError:
+        raise refuse(file, f"is nested more than {MAX_DEPTH} levels deep") from None
+    if not isinstance(value, dict):
+        raise refuse(file, f"holds {_kind_of_json(value)}, not a JSON object")
+    if _is_deeper(value, MAX_DEPTH):
+        raise refuse(file, f"is nested more than {MAX_DEPTH} levels deep")
+    if _SURROGATE.search(text) and not _is_encodable(value):
+        raise refuse(file, "holds half a surrogate pair, which is no text")
+    return value
+
+
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+"""How many of something a model has."""
+
+TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+"""A token's id."""
+
+Positive = Annotated[float, Field(gt=0, le=1e18)]
+"""A number above zero; no base, factor or length of a model is above 10^18."""
+
+
+class StrictModel(BaseModel):
+    """A value from outside: unknown keys fail, and no type is converted to another.
+
+    A boolean or a text is no number, NaN and infinity are none either. Integers still need bounds
+    of their own: :data:`Count`, :data:`TokenId`, or ``Field(ge=..., le=...)``.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validated(
+    model: type[M], value: object, file: Path | str, *, refuse: Refuse = CheckpointError
+) -> M:
+    """Checks a value against a pydantic model.
+
+    Args:
+        model: What the value must be; its aliases are the keys of the file.
+        value: What the file holds.
+        file: Where it comes from, for the error.
+        refuse: Makes the error.
+
+    Raises:
+        HotloopError: One line with the file and the first problems: key, value, what is right.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise refuse(file, joined(problems(error, model))) from error
+
+
+def problems(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
+    """Puts each of pydantic's errors into words: the key, the value, and what is right.
+
+    Args:
+        error: What ``model_validate`` raised.
+        model: What was validated, so that the known keys can be named.
+    """
+    return [_problem(one, model) for one in error.errors(include_url=False)]
+
+
+def joined(found: list[str], most: int = 3) -> str:
+    """The first problems in one line, and how many there are beside them."""
+    rest = f" (and {len(found) - most} more)" if len(found) > most else ""
+    return "; ".join(found[:most]) + rest
+
+
+def _problem(error: Any, model: type[BaseModel] | None) -> str:
+    kind, loc, value = error["type"], error["loc"], shorten_value(error["input"])
+    place = shorten("".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc), 120)
+    place = place.removeprefix(".") or "the whole"
+    if kind == "extra_forbidden":
+        return f"{place}: there is no such key.{_nearest(loc[-1], _fields_at(model, loc[:-1]))}"
+    if kind == "missing":
+        return f"{place}: is missing"
+    if kind == "value_error":
+        return f"{place}: {error['ctx']['error']}"
+    if kind == "literal_error":
+        choices = get_args(_declared_at(model, loc))
+        return f"{place}: {value} is not a choice.{_nearest(error['input'], choices)}"
+    said = _MUST.get(kind) or error["msg"].replace("Input should", "must", 1)
+    return f"{place}: {said}, not {value}"
+
+
+_MUST = {
+    "model_type": "must be an object",
+    "dict_type": "must be an object",
+    "too_short": "must have at least one value",
+    "float_type": "must be a number",
+    "int_type": "must be an integer",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+}
+
+
+def _nearest(word: object, choices: Iterable[object]) -> str:
+    names = [str(choice) for choice in choices]
+    found = difflib.get_close_matches(shorten(str(word), 80), names, n=1)
+    guess = f" Did you mean {found[0]!r}?" if found else ""
+    return guess + (f" Choose from: {', '.join(names)}." if names else "")
+
+
+def _fields_at(model: type[BaseModel] | None, loc: tuple[int | str, ...]) -> list[str]:
+    here = _declared_at(model, loc)
+    if not (isinstance(here, type) and issubclass(here, BaseModel)):
+        return []
+    return [field.alias or name for name, field in here.model_fields.items()]
+
+
+def _declared_at(model: Any, loc: tuple[int | str, ...]) -> Any:
+    """What a model declares at a place: a model, or a value's type; None where that is unclear."""
+    here = model
+    for part in loc:
+        if isinstance(part, int):
+            here = next(iter(get_args(here)), None)
+        elif isinstance(here, type) and issubclass(here, BaseModel):
+            by_key = {field.alias or name: field for name, field in here.model_fields.items()}
+            here = by_key[part].annotation if part in by_key else None
+        else:
+            return None
+        while get_origin(here) in (Annotated, Union, types.UnionType):
+            here = get_args(here)[0]
+    return here
+
+
+class _JsonProblem(Exception):  # noqa: N818  (it never leaves this module)
+    """What JSON allows in letter and no file of ours means."""
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _JsonProblem(f"the key {shorten_value(key)} appears twice")
+            seen.add(key)
+    return value
+
+
+def _bounded(digits: str) -> str:
+    if len(digits) > MAX_NUMBER_CHARS:
+        raise _JsonProblem(f"a number has {len(digits)} digits: {shorten(digits, 40)}")
+    return digits
+
+
+def _no_constant(name: str) -> float:
+    raise _JsonProblem(f"{name} is not a number")
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _is_encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind_of_json(value: Any) -> str:
+    match value:
+        case list():
+            return "a list"
+        case str():
+            return "text"
+        case None:
+            return "null"
+        case _:
+            return shorten_value(value)
+
+
+def _decode(data: bytes, file: Path | str, refuse: Refuse) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        bad = data[error.start : error.start + 1].hex()
+        raise refuse(file, f"is not UTF-8 text: byte {error.start} is 0x{bad}") from error
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path, refuse: Refuse) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise refuse(path, "there is no such file or folder") from error
+    except OSError as error:
+        raise refuse(path, f"cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a null character or a lone surrogate in its name
+        raise refuse(path, f"is no name of a file: {error}") from error
+
+
+def _require_file(found: os.stat_result, path: Path, refuse: Refuse) -> None:
+    if _kind(found, path, refuse) == "folder":
+        raise refuse(path, "is a folder, not a file")
+
+
+def _kind(found: os.stat_result, path: Path, refuse: Refuse) -> Literal["file", "folder"]:
+    if stat.S_ISREG(found.st_mode):
+        return "file"
+    if stat.S_ISDIR(found.st_mode):
+        return "folder"
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+    raise refuse(path, f"is {kind}, not a file")
