@@ -10,6 +10,8 @@ MODEL ?= smollm2-135m
 RESULTS ?= results/demo
 # Whose figures "make bench-gpu" makes: a folder of benchmarks/results, and a place in docs/performance.md.
 GPU ?= h100
+# Processes that run tests, each one file at a time; they share the cores. A crash ends the run.
+TEST_WORKERS ?= 2
 
 .PHONY: demo test check bench bench-gpu bench-multi-gpu help-pages clean
 
@@ -20,7 +22,7 @@ demo: $(VENV)/installed
 	$(BIN)/hotloop report $(RESULTS)
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --max-worker-restart 0
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
