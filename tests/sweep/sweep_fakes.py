@@ -52,8 +52,11 @@ def create(config: EngineConfig) -> "FakeEngine":
             print("about to fall over", flush=True)
             os.kill(os.getpid(), signal.SIGSEGV)
         case End.HANGS:
-            grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-            Path(os.environ["PIDS"]).write_text(f"{os.getpid()} {grandchild.pid}")
+            sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+            pids = [os.getpid(), subprocess.Popen(sleep).pid]
+            # As ranks are: in a session of its own, which ending this one's group does not reach.
+            pids.append(subprocess.Popen(sleep, start_new_session=True).pid)
+            Path(os.environ["PIDS"]).write_text(" ".join(map(str, pids)))
             time.sleep(60)
         case End.OOM:
             raise OutOfMemoryError("load", 2**33, 2**30)

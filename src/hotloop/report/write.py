@@ -10,12 +10,13 @@ from hotloop.report.layout import Table, to_markdown
 from hotloop.report.page import make_page
 from hotloop.report.recommend import MAX_DELTA_LN_PPL
 from hotloop.report.table import make_table, to_csv
+from hotloop.writing import write_whole
 
 
 def write_results(
     folder: Path, records: Sequence[Record], *, max_delta_ln_ppl: float = MAX_DELTA_LN_PPL
 ) -> Table:
-    """Writes ``table.md``, ``table.csv`` and ``page.md``.
+    """Writes ``table.md``, ``table.csv`` and ``page.md``; what has these names is replaced.
 
     Args:
         folder: A results folder.
@@ -24,10 +25,13 @@ def write_results(
 
     Returns:
         What ``table.md`` shows.
+
+    Raises:
+        HotloopError: A file cannot be written.
     """
     table = make_table(records, max_delta_ln_ppl=max_delta_ln_ppl)
     page = "\n".join(map(to_markdown, make_page(records)))
-    (folder / "table.md").write_text(to_markdown(table), encoding="utf-8")
-    (folder / "table.csv").write_text(to_csv(table), encoding="utf-8")
-    (folder / "page.md").write_text(page, encoding="utf-8")
+    write_whole(folder / "table.md", to_markdown(table))
+    write_whole(folder / "table.csv", to_csv(table))
+    write_whole(folder / "page.md", page)
     return table

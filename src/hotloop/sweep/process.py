@@ -1,8 +1,10 @@
 """One cell in a process of its own, so that whatever becomes of it is a record and not the end.
 
-The child leads a session of its own: a Ctrl-C at the terminal reaches only us, and ending the
-child ends everything it started. It tells of its progress through a pipe of its own; what it and
-its libraries print goes to a log. If we die, it sees its stdin close and ends itself.
+The child leads a session of its own, so a Ctrl-C at the terminal reaches only us. What it starts
+may lead further sessions (ranks do) and outlive it, so all of these processes carry a mark in their
+environment, and the next cell begins when none of them is left. The child tells of its progress
+through a pipe of its own; what it and its libraries print goes to a log. If we die, it sees its
+stdin close and ends itself.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,8 +26,17 @@ import psutil
 from hotloop.bench.record import Record, Status
 from hotloop.hardware import kernel_oom_kills
 from hotloop.sweep.cell import base_record, gib
-from hotloop.sweep.events import CellFinished, CellPhase, CellPrepared, OnEvent, from_line
+from hotloop.sweep.events import (
+    CellFinished,
+    CellPhase,
+    CellPrepared,
+    Noticed,
+    OnEvent,
+    from_line,
+)
 from hotloop.sweep.job import Job
+from hotloop.sweep.marked import MARK, end_marked
+from hotloop.writing import opened_to_append
 
 GRACE_S = 5.0
 """How long a process may take to end, once it was asked to or has given its record."""
@@ -67,11 +79,10 @@ def run_isolated(
     seen = _Seen(on_event)
     fields, deadline = base_record(job), time.monotonic() + timeout_s
     stopped: Status | None = None
-    with log.open("ab") as output:
-        output.write(f"--- {job.cell}, attempt {job.attempt}\n".encode())
-        output.flush()
+    with opened_to_append(log) as output:
+        output.write(f"--- {job.cell}, attempt {job.attempt}\n".encode(errors="backslashreplace"))
         log_start = output.tell()
-        with _started(job, output, grace_s) as (child, pipe):
+        with _started(job, output, grace_s, on_event) as (child, pipe):
             try:
                 while True:
                     ended = child.poll() is not None  # before reading: then all it wrote is there
@@ -183,11 +194,11 @@ class _Pipe:
 
 @contextmanager
 def _started(
-    job: Job, output: BinaryIO, grace_s: float
+    job: Job, output: BinaryIO, grace_s: float, on_event: OnEvent
 ) -> Iterator[tuple[subprocess.Popen[bytes], _Pipe]]:
     """The process of a job and the pipe of its events; afterwards, nothing of it is left."""
     reader, writer = os.pipe()
-    pipe = _Pipe(reader)
+    pipe, mark = _Pipe(reader), uuid.uuid4().hex
     try:
         try:
             child = subprocess.Popen(
@@ -197,6 +208,7 @@ def _started(
                 stderr=subprocess.STDOUT,
                 pass_fds=(writer,),
                 start_new_session=True,
+                env=os.environ | {MARK: mark},
             )
         finally:
             os.close(writer)
@@ -208,12 +220,19 @@ def _started(
             yield child, pipe
         finally:
             _end(child, grace_s)
+            if left := end_marked(mark):
+                on_event(
+                    Noticed(
+                        f"processes that {job.cell} started do not end (ids {left}): they can "
+                        "disturb what is measured next."
+                    )
+                )
     finally:
         pipe.close()
 
 
 def _end(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Ends a process and all that it started, politely first."""
+    """Ends a process and its group, politely first."""
     try:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(child.pid, signal.SIGTERM)

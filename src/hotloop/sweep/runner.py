@@ -6,7 +6,6 @@ before the next one starts, so a sweep can be stopped at any time and resumed.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from hotloop.bench.record import MEASURED, Record, Status
@@ -25,6 +24,7 @@ from hotloop.sweep.job import EngineSource, Job, make_jobs
 from hotloop.sweep.process import Interrupted, run_isolated
 from hotloop.sweep.recipe import Recipe, expand
 from hotloop.sweep.store import RECORDS, append, locked, read_file
+from hotloop.writing import file_name, make_folder, make_subfolder
 
 FINISHED: tuple[Status, ...] = (*MEASURED, "unsupported", "predicted-oom", "oom")
 """The statuses that ``resume`` does not try again: another attempt would end the same way."""
@@ -65,7 +65,7 @@ def run_sweep(
         source=source,
         provenance={"recipe": {"name": recipe.name, "sha256": recipe.sha256}},
     )
-    results.mkdir(parents=True, exist_ok=True)
+    make_folder(results)
     with locked(results):
         earlier = _earlier(results, resume, on_event)
         sweep = _Sweep(results, recipe.timeout_s, on_event)
@@ -151,10 +151,8 @@ class _Sweep:
         return reason
 
     def _run(self, job: Job) -> Record:
-        name = re.sub(r"[^\w.+=-]+", "_", job.cell)
         prefix = "reference-" if job.task == "reference" else ""
-        log = self.results / "logs" / f"{prefix}{name}.log"
-        log.parent.mkdir(exist_ok=True)
+        log = make_subfolder(self.results, "logs") / f"{prefix}{file_name(job.cell)}.log"
         return run_isolated(job, log=log, timeout_s=self.timeout_s, on_event=self.on_event)
 
     def _keep(self, record: Record) -> Record:

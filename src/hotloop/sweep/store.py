@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from hotloop.bench.record import SCHEMA_VERSION, Record
 from hotloop.errors import ConfigError
+from hotloop.writing import append_line, opened_to_append
 
 RECORDS = "records.jsonl"
 
@@ -56,21 +56,8 @@ def read_file(path: Path) -> tuple[list[Record], list[str]]:
 
 
 def append(path: Path, record: Record) -> None:
-    """Adds a record: one write, on the disk when this returns.
-
-    A half-written last line stays by itself: the record begins on a line of its own.
-    """
-    line = record.model_dump_json().encode() + b"\n"
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":
-            line = b"\n" + line
-        if os.write(file, line) != len(line):
-            raise OSError(f"{path}: the disk is full")
-        os.fsync(file)
-    finally:
-        os.close(file)
+    """Adds a record; see ``append_line``."""
+    append_line(path, record.model_dump_json().encode())
 
 
 @contextmanager
@@ -79,9 +66,9 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: Another sweep is writing there.
+        HotloopError: The folder cannot be written to; see ``opened_to_append``.
     """
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with opened_to_append(folder / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -89,8 +76,6 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another sweep is writing to {folder}: wait for it, or choose another folder."
             ) from error
         yield
-    finally:
-        os.close(lock)
 
 
 def _check_schema(said: object, where: str) -> None:

@@ -4,7 +4,8 @@ Reads a job, one line of JSON, from stdin; writes events, a line of JSON each, t
 descriptor FD, the last one holding the record. stdout and stderr are for whoever reads the log.
 
 stdin stays open for as long as the parent lives. When it closes, the parent is gone and nobody
-will read the result, so the whole process group ends.
+will read the result, so the whole process group ends, and what this process started in other
+sessions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 from hotloop.sweep.cell import run_cell, score_reference
 from hotloop.sweep.events import CellFinished, Event, to_line
 from hotloop.sweep.job import Job
+from hotloop.sweep.marked import MARK, end_marked
 
 
 def main() -> None:
@@ -40,6 +42,8 @@ def main() -> None:
 def _end_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
+    if mark := os.environ.get(MARK):
+        end_marked(mark)
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
