@@ -17,8 +17,14 @@ from typing import Any
 class HotloopError(Exception):
     """Base of every error that hotloop raises for its user.
 
-    They can be pickled, whatever their constructors take: ranks report theirs to the caller.
+    They can be pickled, whatever their constructors take: ranks report theirs to the caller. A
+    message has at most ``MESSAGE_LIMIT`` characters, whatever it repeats of a value.
     """
+
+    MESSAGE_LIMIT = 2_000
+
+    def __str__(self) -> str:
+        return shorten(super().__str__(), self.MESSAGE_LIMIT)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
@@ -108,6 +114,8 @@ class RankError(HotloopError):
         problem: How it ended: its exception, its exit code or the signal that killed it.
         log: The last lines that it wrote to stderr.
     """
+
+    MESSAGE_LIMIT = 20_000  # the log is the part that helps
 
     def __init__(self, rank: int, n_ranks: int, problem: str, log: str = "") -> None:
         self.rank, self.n_ranks, self.problem, self.log = rank, n_ranks, problem, log

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hotloop
 from hotloop import errors
+from hotloop.bench.record import Record
 from hotloop.cli import help_pages
 from hotloop.cli.app import VERBS, help_page, main
+from hotloop.sweep.store import RECORDS
 
 HEAVY = ("torch", "numpy", "pydantic", "gguf", "transformers", "yaml", "tokenizers")
 
@@ -124,13 +128,54 @@ def test_errors_for_users_are_one_line_and_say_by_their_code_whose_turn_it_is(
     assert err == f"error: {error}\n"
 
 
-def test_an_unexpected_exception_keeps_its_traceback(monkeypatch):
-    def failing(_config, **_options):
-        raise ZeroDivisionError
+class PanicException(BaseException):
+    """What a library in Rust raises where it should not: no Exception."""
 
-    monkeypatch.setitem(vars(hotloop), "LLM", failing)
-    with pytest.raises(ZeroDivisionError):
-        main(["generate", "model", "prompt"])
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch):
+    """Has every load of a model raise an error."""
+
+    def fail_with(error: BaseException) -> None:
+        def fail(_config, **_options):
+            raise error
+
+        monkeypatch.setitem(vars(hotloop), "LLM", fail)
+
+    return fail_with
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("a\nb"), RecursionError(), PanicException("index")]
+)
+def test_an_unexpected_exception_is_one_line_that_says_how_to_see_more(error, failing, capsys):
+    failing(error)
+    assert main(["generate", "model", "prompt"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {type(error).__name__}")
+    assert "please report it with what HOTLOOP_TRACEBACK=1 shows" in line
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), errors.ConfigError("no")])
+def test_hotloop_traceback_shows_where_whatever_went_wrong(error, failing, capsys, monkeypatch):
+    monkeypatch.setenv("HOTLOOP_TRACEBACK", "1")
+    failing(error)
+    assert main(["generate", "model", "prompt"]) in (1, 2)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last.startswith("error: ")
+
+
+def test_an_error_of_the_system_names_the_file_and_is_no_fault_of_ours(failing, capsys):
+    failing(PermissionError(13, "Permission denied", "/root/x"))
+    assert main(["generate", "model", "prompt"]) == 1
+    assert capsys.readouterr().err == "error: /root/x: Permission denied.\n"
+
+
+def test_an_error_message_has_a_bounded_length():
+    assert len(str(errors.CheckpointError("f" * 10**6, "p" * 10**6))) <= 2_000
 
 
 def test_a_reader_that_goes_away_is_no_error():
@@ -142,3 +187,59 @@ def test_a_reader_that_goes_away_is_no_error():
     os.close(write_end)
     assert done.returncode == 141
     assert done.stderr == b""
+
+
+RECORD = {
+    "cell": "c",
+    "config": {},
+    "status": "failed",
+    "reason": "Δ ★ …",
+    "started_at": "2024-01-01T00:00:00+00:00",
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with a results folder of one record, whose reason is not ASCII."""
+    (tmp_path / "results").mkdir()
+    line = Record(**RECORD).model_dump_json()
+    (tmp_path / "results" / RECORDS).write_text(line + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_full_disk_behind_stdout_is_one_line(results):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "hotloop", "report", "results"],
+            cwd=results,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: input or output failed: No space left on device.\n"
+
+
+def test_a_closed_stdout_is_one_line_and_nothing_is_written_in_its_place(results):
+    shell = f"exec {sys.executable} -m hotloop report results >&-"
+    done = subprocess.run(["sh", "-c", shell], cwd=results, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output is closed")
+
+
+def test_closed_stdin_and_stderr_do_not_matter(results):
+    shell = f"exec {sys.executable} -m hotloop report results <&- 2>&-"
+    done = subprocess.run(["sh", "-c", shell], cwd=results, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert "★" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_encoding_that_lacks_a_character_gets_it_escaped(results, encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    data = run("report", "results", "--json", cwd=results, env=environment)
+    assert (data.returncode, data.stderr) == (0, "")
+    assert json.loads(data.stdout)["reason"] == RECORD["reason"]
+    table = run("report", "results", cwd=results, env=environment)
+    assert (table.returncode, table.stderr) == (0, "")
+    assert r"\u0394 \u2605 \u2026" in table.stdout

@@ -76,8 +76,8 @@ def test_the_figure_stands_at_the_right_edge_while_there_is_room(screen):
 
 def test_a_model_cannot_move_the_cursor(screen):
     writer = TerminalWriter(screen)
-    writer.write("a\033[2Jb\rc\x9bd\a", "")
-    assert screen.lines() == ["a[2Jbcd"]
+    writer.write("a\033[2Jb\r\nc\x9bd\u202ee", "")
+    assert screen.lines() == [r"a\x1b[2Jb", r"c\x9bd\u202ee"]
 
 
 def test_what_is_no_terminal_gets_the_text_as_it_is_and_a_last_newline():

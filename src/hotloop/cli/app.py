@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotloop import __version__
+from hotloop.cli.output import discard_output, open_streams, print_error
 from hotloop.errors import (
     ConfigError,
     HotloopError,
     ModelNotFoundError,
     RequestError,
     UnsupportedError,
+    shorten,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 
 VERBS = ("generate", "chat", "bench", "sweep", "eval", "report", "pull", "quantize", "info")
 """Every verb is ``app`` of the module of its name, in the order of the help page."""
+
+TRACEBACK = "HOTLOOP_TRACEBACK"
+"""The variable of the environment that asks for the traceback of whatever ends a command."""
 
 HELP_FLAGS = ("--help", "-h")
 
@@ -61,25 +67,52 @@ def commands() -> App:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
-    An unexpected exception, which is a mistake of ours, comes out as it is.
+    Whatever goes wrong ends in one line on stderr; ``TRACEBACK`` in the environment adds where.
 
     Args:
         argv: The arguments after the program's name; None takes the process's own.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not open_streams():
+        print_error("standard output is closed: open it, or send it to a file or /dev/null.")
+        return 1
     try:
         code = _run(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; let it succeed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 141
     except HotloopError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, USAGE_ERRORS) else 1
+        return _failed(error, str(error))
+    except OSError as error:
+        discard_output()
+        what = error.filename or "input or output failed"  # only who opens a file knows its name
+        return _failed(error, f"{what}: {error.strerror or error}.")
+    except MemoryError as error:
+        return _failed(error, "this machine has too little memory for that.")
+    except SystemExit:
+        raise
+    except BaseException as error:  # some libraries' panics are no Exception
+        said = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+        hint = "" if _wants_traceback() else f" with what {TRACEBACK}=1 shows"
+        return _failed(
+            error, f"{shorten(said, 500)}. This is a fault of hotloop: please report it{hint}."
+        )
     return code
+
+
+def _failed(error: BaseException, message: str) -> int:
+    """Says what went wrong, and returns the exit code."""
+    if _wants_traceback():
+        traceback.print_exception(error)
+    print_error(message)
+    return 2 if isinstance(error, USAGE_ERRORS) else 1
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get(TRACEBACK, "0") not in ("", "0")
 
 
 def _run(argv: list[str]) -> int:
@@ -96,7 +129,7 @@ def _run(argv: list[str]) -> int:
         return commands()(argv) or 0
     except CycloptsError as error:
         verb = f" {argv[0]}" if argv[0] in VERBS else ""
-        print(f"error: {error}\nTry: hotloop{verb} --help", file=sys.stderr)
+        print_error(f"{error}\nTry: hotloop{verb} --help")
         return 2
 
 

@@ -29,7 +29,7 @@ from hotloop.cli.options import (
     SamplingOptions,
     option,
 )
-from hotloop.cli.output import note, print_json
+from hotloop.cli.output import note, print_error, print_json
 from hotloop.cli.stream import SILENT, Answer, relay, shown_speculation, writer_for
 from hotloop.errors import HotloopError, RequestError, UnknownNameError
 from hotloop.types import Speculation
@@ -191,7 +191,7 @@ class Session:
             if text.strip():
                 self._reply(text)
         except HotloopError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(str(error))
         return True
 
     def _obey(self, name: str, text: str | None) -> bool:

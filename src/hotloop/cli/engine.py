@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import hotloop
-from hotloop.cli.output import stderr
+from hotloop.cli.output import spinner
 
 if TYPE_CHECKING:
     from hotloop.engine.llm import LLM
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def loaded(config: EngineConfig) -> Generator[LLM]:
     """The engine of ``config``."""
     label = f"{config.model} as {config.name}"
-    with stderr().status(f"{label}: starting") as status:
+    with spinner(f"{label}: starting") as show:
 
         def progress(phase: str, done: int, total: int) -> None:
-            status.update(f"{label}: {phase}" + (f" {done}/{total}" if total else ""))
+            show(f"{label}: {phase}" + (f" {done}/{total}" if total else ""))
 
         llm = hotloop.LLM(config, progress=progress)
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App
 
 from hotloop.cli.options import DEFAULT_DEVICE, MODEL, DeviceOptions, Dtype, Json, option
-from hotloop.cli.output import print_json, print_memory, print_pairs, stderr
+from hotloop.cli.output import print_json, print_memory, print_pairs, print_text, spinner
 from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.types import EngineConfig
 
@@ -69,7 +69,7 @@ def machine() -> dict[str, Any]:
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     provenances = []
     for device in devices:
-        with stderr().status(f"Measuring the read bandwidth of {device}"):
+        with spinner(f"Measuring the read bandwidth of {device}"):
             provenances.append(hardware.provenance(device))
     first, *_ = provenances
     found = [
@@ -174,7 +174,7 @@ def _show_model(about: dict[str, Any]) -> None:
         ]
     )
     room = f"{about['max_batch_size']} × {about['max_seq_len']:,} tokens of cache"
-    print(f"\nMemory on {about['device']} with {room}:\n")
+    print_text(f"\nMemory on {about['device']} with {room}:\n")
     rows = about["memory"]
     print_memory("quant", ((r["quant"], r, r.get("unsupported") or _yes(r["fits"])) for r in rows))
 

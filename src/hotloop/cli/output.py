@@ -1,31 +1,90 @@
 """Where things go: data to stdout, everything else to stderr.
 
-rich decides by itself about colours (NO_COLOR, no terminal); what it does not decide, such as the
-figure that follows a streamed answer, is in ``stream``.
+Every text that a verb shows is printed here or in ``stream``, where it is made printable: it can
+hold what a file, a path or a recipe says. rich decides by itself about colours (NO_COLOR, no
+terminal); what it does not decide, such as the figure that follows a streamed answer, is in
+``stream``.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from hotloop.printable import printable
+
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from hotloop.bench.record import Record
+    from hotloop.console import SafeConsole
 
 PIPE_WIDTH = 200
 """Columns for tables that no terminal folds, unless COLUMNS says otherwise."""
 
 
+def open_streams() -> bool:
+    """Makes stdin, stdout and stderr usable; False if stdout is closed, and so nothing can be.
+
+    Characters that an encoding lacks are escaped instead of ending the program. A stream that was
+    closed is /dev/null, so that no file that is opened later gets its place.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (as long as the process)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # a locale may have bytes made lone surrogates
+    return sys.stdout is not None
+
+
+def discard_output() -> None:
+    """Sends what stdout still holds to /dev/null if it cannot be written.
+
+    Python flushes stdout once more when it ends, and would complain.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_json(value: Any) -> None:
-    """Prints one object on one line; what JSON cannot hold (NaN, infinity) becomes null."""
-    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False), flush=True)
+    """Prints one object on one line; what JSON cannot hold (NaN, infinity) becomes null.
+
+    A line with characters that a terminal would obey, or that stdout's encoding lacks, is written
+    in ASCII, with JSON's escapes: its reader gets the same value.
+    """
+    value = _finite(value)
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if printable(line) != line or not _encodable(line):
+        line = json.dumps(value, allow_nan=False).replace("\x7f", "\\u007f")
+    print(line, flush=True)
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Prints text for people."""
+    print(printable(text), end=end)
+
+
+def print_error(text: str) -> None:
+    """Prints an error on stderr; where that cannot be written either, nobody is told."""
+    with suppress(OSError):
+        print(f"error: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
@@ -33,7 +92,7 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     pairs = list(pairs)
     width = max(len(name) for name, _ in pairs) + 2
     for name, value in pairs:
-        print(f"{name:{width}}{value}")
+        print_text(f"{name:{width}}{value}")
 
 
 def print_record(record: Record) -> None:
@@ -72,36 +131,54 @@ def note(text: str) -> None:
     console = stderr()
     # Lines are folded at words for a terminal, and left alone for a log.
     plain = not console.is_terminal
-    console.print(text, style="dim", markup=False, highlight=False, soft_wrap=plain)
+    console.print(text, style="dim", soft_wrap=plain)
 
 
 def print_rich(table: RenderableType) -> None:
     """Prints what rich renders: as wide as the terminal, or as a log or a file can hold it."""
-    from rich.console import Console
+    from hotloop.console import SafeConsole
 
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if narrow else PIPE_WIDTH)
+    console = SafeConsole(width=None if narrow else PIPE_WIDTH)
     with console.capture() as capture:
         console.print(table)
     for line in capture.get().splitlines():
         print(line.rstrip())
 
 
-def stderr() -> Console:
+def stderr() -> SafeConsole:
     """A rich console for progress and notes."""
-    from rich.console import Console
+    from hotloop.console import SafeConsole
 
-    return Console(stderr=True)
+    return SafeConsole(stderr=True)
+
+
+@contextmanager
+def spinner(label: str) -> Generator[Callable[[str], None]]:
+    """A spinner on stderr, where that is a terminal; yields what to call with a new label."""
+    from rich.text import Text
+
+    with stderr().status(Text(label)) as status:
+        yield lambda text: status.update(Text(text))
 
 
 @contextmanager
 def progress_bar(description: str) -> Generator[Callable[[int, int], None]]:
     """A bar on stderr, where that is a terminal; yields what to call with (done, total)."""
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=stderr(), transient=True) as progress:
-        task = progress.add_task(description, total=None)
+        task = progress.add_task(escape(description), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:

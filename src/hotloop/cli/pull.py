@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import App
 
 from hotloop.cli.options import MODEL, Json, option
-from hotloop.cli.output import note, print_json
+from hotloop.cli.output import note, print_json, print_text
 
 app = App(
     name="pull",
@@ -35,5 +35,5 @@ def pull(
     if json:
         print_json({"name": name, "path": str(path)})
     else:
-        print(path)
+        print_text(str(path))
     return 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App
 
 from hotloop.cli.options import DEFAULT_TOLERANCE, OUTPUT, Json, Tolerance, option
-from hotloop.cli.output import note, print_json, print_rich
+from hotloop.cli.output import note, print_json, print_rich, print_text
 from hotloop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,10 +77,10 @@ def report(
         return 0
     match form:
         case "markdown":
-            sys.stdout.write("\n".join(map(to_markdown, tables)))
+            print_text("\n".join(map(to_markdown, tables)), end="")
         case "csv":
             full = layout == "full"
-            sys.stdout.write(table.to_csv(tables[0]) if full else page.to_csv(tables))
+            print_text(table.to_csv(tables[0]) if full else page.to_csv(tables), end="")
         case _:
             for each in tables:
                 print_rich(to_rich(each))

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TextIO, cast
 
+from hotloop.printable import printable
 from hotloop.types import Delta, FinishReason, Generation, Speculation, Timing
 
 _ENDS = {
@@ -21,8 +22,6 @@ _ENDS = {
     "length": "ended at the token limit",
     "interrupted": "ended by Ctrl-C",
 }
-
-_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +102,16 @@ class Writer(Protocol):
 
 
 class PlainWriter:
-    """Passes text on, unchanged."""
+    """Passes text on: unchanged to a file or a pipe, printable to a simple terminal."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
+        self._shown = _on_screen if out.isatty() else str
         self._open_line = True
 
     def write(self, text: str, _figure: str, /) -> None:
         """Writes ``text``; there is no place for a figure."""
-        self._out.write(text)
+        self._out.write(self._shown(text))
         self._out.flush()
         if text:
             self._open_line = not text.endswith("\n")
@@ -126,7 +126,7 @@ class PlainWriter:
 class TerminalWriter:
     """Writes text to a terminal, with a figure at the right edge of the current line.
 
-    Control characters in the text are dropped: a model does not get to move the cursor.
+    A model does not get to move the cursor: control characters in its text are escaped.
     """
 
     def __init__(self, out: TextIO) -> None:
@@ -138,7 +138,7 @@ class TerminalWriter:
         """Writes ``text``, then ``figure`` if the line has room for it."""
         from rich.cells import cell_len
 
-        text = text.translate(_CONTROLS).expandtabs(4)
+        text = _on_screen(text).expandtabs(4)
         width = shutil.get_terminal_size().columns
         head, newline, tail = text.rpartition("\n")
         column = (0 if newline else self._column) + cell_len(tail)
@@ -156,6 +156,11 @@ class TerminalWriter:
     def end(self) -> None:
         """Wipes the figure and ends the line unless the text did."""
         self.write("\n" if self._column else "", "")
+
+
+def _on_screen(text: str) -> str:
+    """Generated text as a terminal may have it; of CR LF the line feed alone."""
+    return printable(text.replace("\r", ""))
 
 
 def writer_for(out: TextIO) -> Writer:

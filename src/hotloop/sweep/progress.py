@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hotloop.bench.record import Record
+from hotloop.console import SafeConsole
 from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
@@ -41,7 +42,7 @@ class SweepProgress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or SafeConsole(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -91,7 +92,7 @@ class SweepProgress:
                 self._end(record.cell, _outcome(record))
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=True, highlight=False, soft_wrap=True)
 
     def _begin(self, place: str, cell: str, note: str) -> None:
         self._place, self._began = escape(place), time.monotonic()
