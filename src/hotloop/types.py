@@ -424,8 +424,23 @@ class EngineDescription:
         return replace(self.config, execution=self.execution or self.config.execution).name
 
 
-Prompt = str | Sequence[int]
-"""Text, tokenized with the special tokens that the model itself adds; or token ids, as they are."""
+@dataclass(frozen=True, kw_only=True)
+class ChatPrompt:
+    """A conversation up to where the model's answer begins, made by ``Tokenizer.chat_prompt``.
+
+    Attributes:
+        token_ids: The conversation, control tokens included.
+        starts_text: The answer is a message of its own: it begins without the space that
+            SentencePiece puts before a text. False where it continues a message.
+    """
+
+    token_ids: tuple[int, ...]
+    starts_text: bool = True
+
+
+Prompt = str | Sequence[int] | ChatPrompt
+"""Text, tokenized with the special tokens that the model itself adds; token ids, as they are; or a
+conversation. An answer to the first two continues the prompt: prompt and answer are one text."""
 
 
 class PeakMemory(Protocol):

@@ -11,7 +11,7 @@ from hotloop.cli.output import spinner
 
 if TYPE_CHECKING:
     from hotloop.engine.llm import LLM
-    from hotloop.types import EngineConfig
+    from hotloop.types import ChatPrompt, EngineConfig
 
 
 @contextmanager
@@ -30,11 +30,7 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
         llm.close()
 
 
-def chat_ids(llm: LLM, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, up to where the model's answer begins.
-
-    The template writes every special token itself.
-    """
+def chat_prompt(llm: LLM, messages: Sequence[dict[str, str]]) -> ChatPrompt:
+    """A conversation, up to where the model's answer begins."""
     assert llm.tokenizer is not None, "a checkpoint comes with a tokenizer"
-    text = llm.tokenizer.apply_chat_template(messages)
-    return llm.tokenizer.encode(text, add_special=False, parse_special=True)
+    return llm.tokenizer.chat_prompt(messages)

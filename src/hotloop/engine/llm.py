@@ -33,6 +33,7 @@ from hotloop.parallel.launch import Reply
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
+    ChatPrompt,
     Delta,
     EngineConfig,
     EngineDescription,
@@ -119,7 +120,7 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: str, params: SamplingParams | None = None, **options: Any
+        self, prompts: str | ChatPrompt, params: SamplingParams | None = None, **options: Any
     ) -> Generation: ...
 
     @overload
@@ -129,25 +130,27 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: str | ChatPrompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
         """Answers a prompt, or several at once.
 
         Args:
-            prompts: Text, or a list whose items are texts or lists of token ids.
+            prompts: Text, a conversation (``tokenizer.chat_prompt``), or a list whose items are
+                texts, conversations or lists of token ids.
             params: How to sample; None takes the model's own suggestions.
             **options: Fields of SamplingParams, over those of ``params``.
 
         Returns:
-            One Generation for one text, a list in the order of ``prompts`` for a list.
+            One Generation for one text or conversation, a list in the order of ``prompts`` for a
+            list.
 
         Raises:
             RequestError: A prompt that cannot be served; nothing is generated then.
         """
-        single = isinstance(prompts, str)
-        listed: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        single = isinstance(prompts, str | ChatPrompt)
+        listed = _listed(prompts)
         done = {
             delta.index: delta.generation
             for delta in self.stream(listed, params, **options)
@@ -158,7 +161,7 @@ class LLM:
 
     def stream(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: str | ChatPrompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         **options: Any,
     ) -> Generator[Delta]:
@@ -169,7 +172,7 @@ class LLM:
         """
         submitted_s = time.perf_counter()
         params = dataclasses.replace(params or self.default_sampling, **options)
-        listed: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        listed = _listed(prompts)
         requests = [
             self._request(i, prompt, params, submitted_s) for i, prompt in enumerate(listed)
         ]
@@ -311,7 +314,7 @@ class LLM:
         if isinstance(prompt, str):
             ids = self._tokenizer_or_refuse().encode(prompt)
         else:
-            ids = list(prompt)
+            ids = list(prompt.token_ids if isinstance(prompt, ChatPrompt) else prompt)
             self._check_ids(ids)
         if not ids:
             raise RequestError("the prompt is empty: give at least one token.")
@@ -338,6 +341,7 @@ class LLM:
             max_new_tokens=wanted or room,
             eos_ids=self.tokenizer.eos_ids if self.tokenizer else frozenset(),
             tokenizer=self.tokenizer,
+            starts_text=isinstance(prompt, ChatPrompt) and prompt.starts_text,
             submitted_s=submitted_s,
             speculates=self._controller is not None,
         )
@@ -435,6 +439,10 @@ class LLM:
                 token_ids=tuple(ids),
                 generation=request.generation() if ended else None,
             )
+
+
+def _listed(prompts: str | ChatPrompt | Sequence[Prompt]) -> list[Prompt]:
+    return [prompts] if isinstance(prompts, str | ChatPrompt) else list(prompts)
 
 
 @dataclass

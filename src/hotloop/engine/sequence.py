@@ -26,6 +26,8 @@ class Sequence:
         index: Which prompt of the call it is.
         slot: Its slot in the cache, while it has one.
         finish_reason: Why it ended; None while it goes on.
+
+    ``starts_text`` says that the answer is a text of its own, not the prompt's continuation.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Sequence:
         max_new_tokens: int,
         eos_ids: AbstractSet[int],
         tokenizer: Tokenizer | None,
+        starts_text: bool = False,
         submitted_s: float,
         speculates: bool,
     ) -> None:
@@ -48,7 +51,8 @@ class Sequence:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
+        after = () if starts_text else prompt_ids
+        self._detokenizer = Detokenizer(tokenizer, after=after) if tokenizer else None
         self._stops = StopFilter(params.stop)
         self._text: list[str] = []
         self._submitted_s = submitted_s

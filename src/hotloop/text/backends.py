@@ -17,8 +17,8 @@ import binascii
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +33,7 @@ from tokenizers.processors import TemplateProcessing
 
 from hotloop.errors import CheckpointError, UnsupportedError
 from hotloop.text.config_files import TOKENIZER_CONFIG, all_special_texts, special_tokens
+from hotloop.text.control_tokens import any_of
 
 if TYPE_CHECKING:
     from tokenizers.decoders import Decoder
@@ -60,6 +61,13 @@ class Backend(Protocol):
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of ``text``."""
+        ...
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        """Token ids of ``text``: control tokens parsed, but for those after a ``mark``.
+
+        No token is added around it. The marks themselves are no text.
+        """
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -97,7 +105,8 @@ class JsonBackend:
         self._piece_bytes, self.strips_leading_space = _read_decoder(tokenizer.decoder, file)
         added = tokenizer.get_added_tokens_decoder()
         self._added_bytes = {i: token.content.encode() for i, token in added.items()}
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._special = {token.content: (i, token) for i, token in added.items() if token.special}
+        self.special_ids = frozenset(i for i, _ in self._special.values())
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -106,6 +115,27 @@ class JsonBackend:
         with self._encoding:
             self._tokenizer.encode_special_tokens = not parse_special
             return self._tokenizer.encode(text, add_special_tokens=add_special).ids
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        """Token ids of ``text``: control tokens parsed, but for those after a ``mark``."""
+        ids: list[int] = []
+        for part in _split(text, _splitter(self._special, after_not=mark), self._special):
+            if isinstance(part, int):
+                ids.append(part)
+            elif stretch := part.replace(mark, ""):
+                with self._encoding:
+                    tokenizer = self._continuation if ids else self._tokenizer
+                    tokenizer.encode_special_tokens = True
+                    ids += tokenizer.encode(stretch, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _continuation(self) -> tokenizers.Tokenizer:
+        """For text after a control token: without the space that only a text's beginning gets."""
+        spec = json.loads(self._tokenizer.to_str())
+        if not _takes_off_first_space(spec["pre_tokenizer"]):
+            return self._tokenizer
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for; an added token for its own text."""
@@ -202,6 +232,17 @@ def _read_decoder(decoder: Decoder | None, file: Path) -> tuple[Callable[[str], 
     return lambda piece: _sentencepiece_bytes(piece, spaces, byte_pieces), strips
 
 
+def _takes_off_first_space(pre_tokenizer: Any) -> bool:
+    """Changes a pre-tokenizer that puts a space before a text's beginning alone to put none."""
+    if not isinstance(pre_tokenizer, dict):
+        return False
+    if pre_tokenizer.get("prepend_scheme") == "first":
+        pre_tokenizer["prepend_scheme"] = "never"
+        return True
+    parts = pre_tokenizer.get("pretokenizers", ())
+    return sum(map(_takes_off_first_space, parts)) > 0  # of all of them
+
+
 @cache
 def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's spelling of bytes in visible characters: character -> byte.
@@ -268,15 +309,15 @@ class SentencePieceBackend:
             if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
         } | _added_tokens(file, config)
         self._ids = {token.content: i for i, token in self._added.items()}
+        self._by_text = {token.content: (i, token) for i, token in self._added.items()}
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.vocab_size = max(self._n_pieces, 1 + max(self._added, default=-1))
         self.strips_leading_space = proto.normalizer_spec.add_dummy_prefix
 
+        self._special = {t.content for t in self._added.values() if t.special}
         self._splits = {
-            parse_special: _splitter(
-                t for t in self._added.values() if parse_special or not t.special
-            )
-            for parse_special in (False, True)
+            True: _splitter(self._by_text),
+            False: _splitter(self._by_text.keys() - self._special),
         }
         self._continuation = self._model
         if config.get("legacy", True) is False and self.strips_leading_space:
@@ -291,19 +332,28 @@ class SentencePieceBackend:
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of ``text``, the stretches between added tokens encoded one by one."""
-        ids: list[int] = []
-        start = 0
-        for match in self._splits[parse_special].finditer(text):
-            token_id = self._ids[match[0]]
-            token = self._added[token_id]
-            before = text[start : match.start()]
-            ids += self._encode_stretch(before.rstrip() if token.lstrip else before, start == 0)
-            ids.append(token_id)
-            start = match.end()
-            if token.rstrip and (space := _WHITESPACE.match(text, start)):
-                start = space.end()
-        ids += self._encode_stretch(text[start:], start == 0)
+        ids = self._encode(text, self._splits[parse_special], first=True)
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        """Token ids of ``text``: control tokens parsed, but for those after a ``mark``."""
+        ids: list[int] = []
+        for part in _split(text, _splitter(self._special, after_not=mark), self._by_text):
+            if isinstance(part, int):
+                ids.append(part)
+            elif stretch := part.replace(mark, ""):
+                ids += self._encode(stretch, self._splits[False], first=not ids)
+        return ids
+
+    def _encode(self, text: str, splitter: re.Pattern[str], first: bool) -> list[int]:
+        ids: list[int] = []
+        for part in _split(text, splitter, self._by_text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encode_stretch(part, first)
+            first = False
+        return ids
 
     def _encode_stretch(self, text: str, first: bool) -> list[int]:
         return (self._model if first else self._continuation).encode(text) if text else []
@@ -387,10 +437,28 @@ def _added_tokens(file: Path, config: Mapping[str, Any]) -> dict[int, AddedToken
     return added
 
 
-def _splitter(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
-    """Finds added tokens, the longest first; ``(?!)`` finds nothing."""
-    texts = sorted((token.content for token in tokens if token.content), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+def _splitter(texts: Iterable[str], *, after_not: str = "") -> re.Pattern[str]:
+    """Finds added tokens, the longest first; none right after the text ``after_not``."""
+    no_mark = f"(?<!{re.escape(after_not)})" if after_not else ""
+    return re.compile(f"{no_mark}(?:{any_of(texts)})")
+
+
+def _split(
+    text: str, splitter: re.Pattern[str], tokens: Mapping[str, tuple[int, AddedToken]]
+) -> Iterator[str | int]:
+    """The ids of the tokens that ``splitter`` finds, and the stretches of text between them."""
+    start = 0
+    for match in splitter.finditer(text):
+        token_id, token = tokens[match[0]]
+        before = text[start : match.start()]
+        if before := before.rstrip() if token.lstrip else before:
+            yield before
+        yield token_id
+        start = match.end()
+        if token.rstrip and (space := _WHITESPACE.match(text, start)):
+            start = space.end()
+    if start < len(text):
+        yield text[start:]
 
 
 def _is_tiktoken(data: bytes) -> bool:

@@ -1,92 +1,192 @@
 """Chat templates: the program, in Jinja, by which a model turns messages into one prompt.
 
-A template comes with the model and is not trusted: it runs in Jinja's immutable sandbox, which
-lets it neither reach into Python nor change what it is given. What it finds around itself
-(functions, filters, whitespace rules) is what Hugging Face's transformers gives it.
+A template comes with the model and is not trusted: it runs in a process of its own
+(``template_process``), in Jinja's sandbox and under limits of time, memory and output. The process
+starts with the first prompt, in about a tenth of a second, and stays for the next ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from hotloop.errors import CheckpointError, HotloopError, RequestError, UnsupportedError
 
-from hotloop.errors import CheckpointError, RequestError
+CPU_LIMIT_S = 5.0
+"""Processor time for one prompt. Templates in use take a few milliseconds."""
 
+HANG_LIMIT_S = 120.0
+"""Time on the clock, for a process that does nothing: a busy machine must not end a prompt."""
 
-class _GenerationBlock(Extension):
-    """Lets ``{% generation %}``, which marks the assistant's text for training, pass."""
+MEMORY_LIMIT_BYTES = 512 * 2**20
+OUTPUT_LIMIT_CHARS = 16 * 2**20
+"""Several million tokens."""
 
-    tags = {"generation"}  # noqa: RUF012 (the name and type are Jinja's)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+_PROGRAM = Path(__file__).with_name("template_process.py")  # never imported: that needs Jinja
+_LENGTH = struct.Struct("<Q")
+_RESERVED = ("messages", "add_generation_prompt")
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
-
-
-def _to_json(value: Any, *, ensure_ascii: bool = False, **options: Any) -> str:
-    """Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def compile_template(source: str, file: Path) -> jinja2.Template:
-    """Compiles a chat template.
+class ChatTemplate:
+    """A chat template. Safe to share between threads.
 
     Args:
         source: The template.
         file: Where it came from, for error messages.
-
-    Raises:
-        CheckpointError: It is not valid Jinja.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    try:
-        return environment.from_string(source, globals=functions)
-    except jinja2.TemplateSyntaxError as error:
-        raise CheckpointError(file, f"its chat template is not valid Jinja: {error}") from error
 
+    def __init__(self, source: str, file: Path) -> None:
+        self._source, self._file = source, file
+        self._rendering = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end = lambda: None
 
-def render(
-    template: jinja2.Template,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    add_generation_prompt: bool,
-    variables: Mapping[str, Any],
-) -> str:
-    """The prompt that a template makes of ``messages``.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        mark: str = "",
+    ) -> str:
+        """The prompt that the template makes of ``messages``.
 
-    Raises:
-        RequestError: The template refuses the messages, or fails on them.
-    """
-    given = {"tools": None, "documents": None, **variables}
-    try:
-        return template.render(
-            **given,
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
+        Args:
+            messages: JSON values, each an object.
+            add_generation_prompt: End with the beginning of the assistant's answer.
+            variables: Whatever else the template may use.
+            mark: A character of the messages that must leave the template as it went in.
+
+        Raises:
+            CheckpointError: The template is not valid Jinja.
+            RequestError: It refuses the messages, fails on them, or exceeds a limit.
+            UnsupportedError: No process can be started.
+        """
+        for name in _RESERVED:
+            if name in variables:
+                raise RequestError(f"the template variable {name!r} cannot be set.")
+        given = {"tools": None, "documents": None, **variables}
+        given["add_generation_prompt"] = add_generation_prompt
+        try:
+            listed = [dict(message) for message in messages]
+            request = _frame({"messages": listed, "variables": given, "mark": mark})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(
+                f"messages must be objects, and what they hold JSON values: {error}"
+            ) from error
+        with self._rendering:
+            reply = self._ask(request)
+        if "text" in reply:
+            return reply["text"]
+        raise self._error(reply["kind"], reply["problem"])
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start()
+            request = self._first_request() + request
+        try:
+            assert process.stdin is not None
+            process.stdin.write(request)
+            process.stdin.flush()
+            data = _receive(process, time.monotonic() + HANG_LIMIT_S)
+        except BaseException as error:  # a Ctrl-C too: the reply would answer the next request
+            self._end()
+            if isinstance(error, TimeoutError):
+                raise self._error("limit", f"more than {HANG_LIMIT_S:.0f} s") from error
+            if isinstance(error, OSError | EOFError):
+                raise self._ended(process.returncode) from error
+            raise
+        return json.loads(data)
+
+    def _first_request(self) -> bytes:
+        return _frame(
+            {
+                "template": self._source,
+                "memory_bytes": MEMORY_LIMIT_BYTES,
+                "cpu_s": CPU_LIMIT_S,
+                "output_chars": OUTPUT_LIMIT_CHARS,
+            }
         )
-    except jinja2.TemplateError as error:
-        raise RequestError(f"the model's chat template refuses these messages: {error}") from error
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise RequestError(f"the model's chat template fails on these messages: {error}") from error
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._end()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for us
+            )
+        except OSError as error:
+            raise UnsupportedError(
+                f"the chat template of {self._file} needs a process of its own, which cannot be "
+                f"started: {error}"
+            ) from error
+        self._process = process
+        self._end = weakref.finalize(self, _end, process)
+        return process
+
+    def _ended(self, code: int | None) -> HotloopError:
+        if code == -signal.SIGPROF:
+            return self._error("limit", f"more than {CPU_LIMIT_S:g} s of processor time")
+        how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
+        return self._error("failed", f"its process ended ({how})")
+
+    def _error(self, kind: str, problem: str) -> HotloopError:
+        if kind == "syntax":
+            return CheckpointError(self._file, f"its chat template is not valid Jinja: {problem}")
+        verb = {
+            "refused": "refuses these messages",
+            "failed": "fails on these messages",
+            "limit": "takes",
+        }[kind]
+        return RequestError(f"the chat template of {self._file} {verb}: {problem}")
+
+
+def _frame(value: dict[str, Any]) -> bytes:
+    data = json.dumps(value).encode()
+    return _LENGTH.pack(len(data)) + data
+
+
+def _receive(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """Reads a reply.
+
+    Raises:
+        TimeoutError: It does not come in time.
+        EOFError: The process ended.
+    """
+    assert process.stdout is not None
+    data = bytearray()
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while len(data) < _LENGTH.size or len(data) < _LENGTH.size + _LENGTH.unpack_from(data)[0]:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            piece = os.read(process.stdout.fileno(), 2**20)
+            if not piece:
+                raise EOFError
+            data += piece
+    return bytes(data[_LENGTH.size :])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # what was not read yet is of no use to anybody
+                stream.close()

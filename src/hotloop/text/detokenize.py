@@ -15,17 +15,28 @@ if TYPE_CHECKING:
 
 
 class Detokenizer:
-    """Decodes one sequence token by token. All it returns, joined, is ``tokenizer.decode(ids)``.
+    """Decodes one sequence token by token.
+
+    All it returns, joined, is what ``tokenizer.decode(after + ids)`` adds to
+    ``tokenizer.decode(after)``. So the space that a SentencePiece vocabulary puts before a text is
+    left out at the beginning of a text alone, never within one.
 
     Args:
         tokenizer: What the tokens belong to.
+        after: The tokens before the sequence, which hold whole characters.
         skip_special: Leave control tokens out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, after: Iterable[int] = (), skip_special: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._strip_space = tokenizer.strips_leading_space
+        self._strip_space = tokenizer.strips_leading_space and not any(
+            tokenizer.token_bytes(i, skip_special=skip_special)
+            for i in after
+            if i < tokenizer.vocab_size  # a row of the embedding without a token has no text
+        )
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:

@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from hotloop.errors import CheckpointError, RequestError, UnsupportedError
 from hotloop.gguf_header import read_gguf_header
 from hotloop.text.backends import (
@@ -26,7 +24,7 @@ from hotloop.text.backends import (
     read_sentencepiece_model,
     sentencepiece_names,
 )
-from hotloop.text.chat import compile_template, render
+from hotloop.text.chat import ChatTemplate
 from hotloop.text.config_files import (
     GENERATION_CONFIG,
     MODEL_CONFIG,
@@ -37,8 +35,10 @@ from hotloop.text.config_files import (
     token_ids,
     write_json,
 )
+from hotloop.text.control_tokens import ControlTokens, unused_mark
 from hotloop.text.generation_config import write_generation_config
 from hotloop.text.gguf_vocabulary import read_gguf_vocabulary
+from hotloop.types import ChatPrompt
 
 _CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _OTHER_TOKENIZERS = ("tekken.json", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
@@ -87,17 +87,14 @@ class Tokenizer:
             text: Any text.
             add_special: Add what the model itself adds around a text, such as BOS in front.
             parse_special: Take control tokens spelled out in the text, such as ``<|im_end|>``, for
-                the tokens. A prompt made by ``apply_chat_template`` needs that; in text from
-                elsewhere it would let the writer speak with the model's own voice. Tokens that
-                were added to the vocabulary as plain text are taken as such either way.
+                the tokens. In text from elsewhere that would let the writer speak with the model's
+                own voice. Tokens that were added to the vocabulary as plain text are taken as such
+                either way.
 
         Raises:
             RequestError: The text holds half of a surrogate pair, which no encoding has.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text is not valid Unicode: {error}") from error
+        _check_unicode(text)
         return self.backend.encode(text, add_special=add_special, parse_special=parse_special)
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
@@ -125,16 +122,21 @@ class Tokenizer:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", "replace")
 
+    def control_tokens_in(self, text: str) -> list[str]:
+        """The control tokens that ``text`` spells, each once."""
+        return self._control_tokens.spelled_in(text)
+
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt for a conversation.
+        """The prompt for a conversation, as text, to be read or shown.
 
-        Encode it with ``parse_special`` and without ``add_special``: a template writes its own BOS.
+        For an engine use ``chat_prompt``: in text, a control token that a message spells cannot be
+        told from one that the template writes.
 
         Args:
             messages: Each with ``role`` and ``content``.
@@ -145,23 +147,74 @@ class Tokenizer:
         Raises:
             UnsupportedError: The model has no chat template.
             CheckpointError: The template is not valid.
-            RequestError: The template refuses the messages, or fails on them.
+            RequestError: The template refuses the messages, fails on them or exceeds a limit.
         """
-        return render(
-            self._template,
+        return self._template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             variables={**special_tokens(self.config), **variables},
         )
 
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> ChatPrompt:
+        """The prompt for a conversation, up to where the model's answer begins.
+
+        Control tokens are those that the template writes: what messages and variables spell is
+        text.
+
+        Args:
+            messages: Each with ``role`` and ``content``.
+            continue_final_message: The answer continues the last message instead of beginning a
+                new one.
+            variables: Whatever else the model's template understands, such as
+                ``enable_thinking``.
+
+        Raises:
+            UnsupportedError: The model has no chat template.
+            CheckpointError: The template is not valid.
+            RequestError: The template refuses the messages, fails on them or exceeds a limit; or
+                there is no last message to continue.
+        """
+        mark = unused_mark((messages, variables))
+        marked = self._control_tokens.marked(messages, mark)
+        if continue_final_message:
+            marked = _with_ending(marked, mark)
+        text = self._template.render(
+            marked,
+            add_generation_prompt=not continue_final_message,
+            variables={
+                **special_tokens(self.config),
+                **self._control_tokens.marked(variables, mark),
+            },
+            mark=mark,
+        )
+        if continue_final_message:
+            text = _before_ending(text, mark)
+        _check_unicode(text)
+        if mark in text:
+            ids = self.backend.encode_marked(text, mark)
+        else:
+            ids = self.backend.encode(text, add_special=False, parse_special=True)
+        return ChatPrompt(token_ids=tuple(ids), starts_text=not continue_final_message)
+
     @cached_property
-    def _template(self) -> jinja2.Template:
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self.backend.token_bytes(i).decode() for i in self.backend.special_ids)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise UnsupportedError(
                 f"{self.source} has no chat template (none named 'default', where there are "
                 "several). It is probably no chat model: generate from plain text instead."
             )
-        return compile_template(self.chat_template, self.source)
+        return ChatTemplate(self.chat_template, self.source)
 
     def save(self, folder: Path) -> list[Path]:
         """Writes a form that ``load_tokenizer`` reads back as the same tokenizer.
@@ -180,6 +233,34 @@ class Tokenizer:
         if self.eos_ids:
             files.append(write_generation_config(folder, eos_ids=self.eos_ids))
         return files
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = ascii(text[error.start])
+        raise RequestError(
+            f"the text is not valid Unicode: it holds {bad}, half a surrogate pair."
+        ) from error
+
+
+def _with_ending(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
+    """Messages with a sign at the last one's end, by which its place in the prompt is found.
+
+    The sign ends in a space, so that it shows whether the template trims.
+    """
+    content = messages[-1].get("content") if messages else None
+    if not isinstance(content, str):
+        raise RequestError("there is no last message with a text to continue.")
+    return [*messages[:-1], {**messages[-1], "content": f"{content}{2 * mark} "}]
+
+
+def _before_ending(text: str, mark: str) -> str:
+    before, sign, after = text.rpartition(2 * mark)
+    if not sign:
+        raise RequestError("the chat template leaves out the last message: it cannot be continued.")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
