@@ -437,6 +437,9 @@ class ChatPrompt:
     token_ids: tuple[int, ...]
     starts_text: bool = True
 
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
 
 Prompt = str | Sequence[int] | ChatPrompt
 """Text, tokenized with the special tokens that the model itself adds; token ids, as they are; or a

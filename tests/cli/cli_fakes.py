@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from hotloop.bench.record import MEASURED, Figure, Record, Status
 from hotloop.types import (
+    ChatPrompt,
     Delta,
     EngineConfig,
     EngineDescription,
@@ -22,15 +26,34 @@ from hotloop.types import (
 CONTEXT = 200
 
 
+@dataclass(frozen=True)
 class FakeTokenizer:
     """One token a character; ``<role>`` of the template is one, too."""
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+    chat_template: str = "<role>content"
+    source: Path = Path("fake")
+    bos_id: int = ord("^")
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        assert (parse_special, add_special) == (True, False), "the template writes its own"
-        return [ord(character) for character in text]
+    def chat_prompt(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> ChatPrompt:
+        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        shown = "".join(f"{{{name}={value!r}}}" for name, value in variables.items())
+        end = "" if continue_final_message else "<assistant>"
+        return ChatPrompt(
+            token_ids=tuple(map(ord, shown + text + end)), starts_text=not continue_final_message
+        )
+
+    def control_tokens_in(self, text: str) -> list[str]:
+        return re.findall("<end>", text)
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        assert parse_special, "plain text is for the engine to encode"
+        return [self.bos_id, *map(ord, text.replace("<end>", "$"))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
@@ -62,7 +85,10 @@ class FakeLLM:
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> Generator[Delta]:
         (prompt,) = prompts
-        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        if isinstance(prompt, str):
+            text = prompt
+        else:
+            text = self.tokenizer.decode(getattr(prompt, "token_ids", prompt))
         self.asked.append(Asked(text, params))
         words = self.words[: params.max_new_tokens]
         done = Generation(

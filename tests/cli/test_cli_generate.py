@@ -133,3 +133,70 @@ def test_ctrl_c_keeps_what_came_frees_the_engine_and_exits_130(fake_llm, capsys,
     assert "2 tokens" in err
     assert "ended by Ctrl-C" in err
     assert fake_llm.made[0].closed
+
+
+def test_control_tokens_in_a_prompt_are_text_with_a_note_unless_asked_for(fake_llm, capsys):
+    assert main(["generate", "m", "a<end>"]) == 0
+    assert fake_llm.made[-1].asked[0].prompt == "a<end>"
+    assert "The prompt spells <end>: taken as text; --special" in capsys.readouterr().err
+    assert main(["generate", "m", "a<end>", "--special"]) == 0
+    assert fake_llm.made[-1].asked[0].prompt == "^a$"
+    assert "spells" not in capsys.readouterr().err
+
+
+def test_a_prompt_that_spells_the_beginning_of_text_has_it_once(fake_llm):
+    assert main(["generate", "m", "^a", "--special"]) == 0
+    assert fake_llm.made[-1].asked[0].prompt == "^a"
+
+
+def test_template_arguments_are_json_or_text(fake_llm):
+    arguments = ["thinking=false", "level=high", 'tools=[{"n": 1}]', "empty=", "odd=NaN"]
+    options = [part for argument in arguments for part in ("--template-arg", argument)]
+    assert main(["generate", "m", "hi", "--chat", *options]) == 0
+    assert fake_llm.made[-1].asked[0].prompt == (
+        "{thinking=False}{level='high'}{tools=[{'n': 1}]}{empty=''}{odd='NaN'}<user>hi<assistant>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--chat", "--template-arg", "thinking"], "'thinking': give NAME=VALUE"),
+        (["--chat", "--template-arg", "a b=1"], "give NAME=VALUE"),
+        (["--chat", "--template-arg", "=1"], "give NAME=VALUE"),
+        (["--chat", "--template-arg", "a=1", "--template-arg", "a=2"], "a is given twice"),
+        (["--chat", "--template-arg", "messages=[]"], "messages is not for you to set"),
+        (["--chat", "--template-arg", "continue_final_message=1"], "not for you to set"),
+        (["--chat", "--template-arg", "a=" + "9" * 5000], "cannot be read"),
+        (["--chat", "--template-arg", "a=" + "[" * 100_000], "cannot be read"),
+        (["--chat", "--chat-template", "missing.jinja"], "missing.jinja: there is no such file"),
+        (["--chat", "--special"], "--special is for a prompt without --chat"),
+        (["--template-arg", "a=1"], "need --chat"),
+        (["--answer-start", "Sure"], "need --chat"),
+    ],
+)
+def test_template_options_that_cannot_be_are_refused_before_anything_is_loaded(
+    fake_llm, capsys, options, said
+):
+    assert main(["generate", "m", "hi", *options]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err) < 1000
+    assert not fake_llm.made
+
+
+def test_an_answer_goes_on_from_its_beginning(fake_llm):
+    assert main(["generate", "m", "hi", "--chat", "--answer-start", "Sure, "]) == 0
+    assert fake_llm.made[-1].asked[0].prompt == "<user>hi<assistant>Sure, "
+
+
+def test_a_template_of_ones_own_takes_the_place_of_the_models(fake_llm, tmp_path, monkeypatch):
+    file = tmp_path / "own.jinja"
+    file.write_text("OWN")
+    made = fake_llm("m", progress=lambda *_: None).tokenizer
+    monkeypatch.setattr(type(made), "chat_prompt", lambda self, *_, **__: self)
+    monkeypatch.setattr(
+        type(made), "decode", lambda _self, ids: f"{ids.chat_template}|{ids.source}"
+    )
+    assert main(["generate", "m", "hi", "--chat", "--chat-template", str(file)]) == 0
+    assert fake_llm.made[-1].asked[0].prompt == f"OWN|{file}"

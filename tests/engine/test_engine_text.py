@@ -3,9 +3,19 @@
 import math
 
 import pytest
-from tiny_models import END, encode, tokenizer, write_random, write_script, write_text_files
+import tokenizers
+from tiny_models import (
+    END,
+    N_TOKENS,
+    encode,
+    tokenizer,
+    write_random,
+    write_script,
+    write_text_files,
+)
 
 from hotloop import LLM, Delta, Generation, SamplingParams
+from hotloop.types import ChatPrompt
 
 TEXT = "caïd 🙂\tSTOPxyz"
 START = 200
@@ -185,3 +195,33 @@ def test_timings_are_in_order_and_count_the_tokens_of_the_engine(llm):
     (one,) = llm.generate([[5]], max_new_tokens=1)
     assert one.timing.ttft_s == one.timing.e2e_s
     assert math.isnan(one.timing.tpot_s)
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """Says ``w1 w2 w3 …``, in a vocabulary of words with the space before them, from ``<s>`` on."""
+    folder = tmp_path_factory.mktemp("spaced")
+    vocabulary = {"<s>": 0} | {f"▁w{i}": i for i in range(1, N_TOKENS)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
+    words.add_special_tokens(["<s>"])
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    words.decoder = tokenizers.decoders.Metaspace()
+    write_script(folder, range(10))
+    words.save(str(folder / "tokenizer.json"))
+    return LLM(str(folder), dtype="float32", max_batch_size=1)
+
+
+def test_prompt_and_answer_are_one_text(spaced):
+    assert spaced.generate("w1 w2", max_new_tokens=3).text == " w3 w4 w5"
+    (g,) = spaced.generate([[1, 2]], max_new_tokens=2)
+    assert g.text == " w3 w4"
+    assert "".join(d.text for d in spaced.stream("w1 w2", max_new_tokens=2)) == " w3 w4"
+    assert spaced.generate("w1", stop=(" w3",), max_new_tokens=5).text == " w2"
+    assert spaced.generate([[0]], max_new_tokens=2)[0].text == "w1 w2"  # nothing came before
+
+
+def test_answer_of_a_chat_begins_without_a_space(spaced):
+    prompt = ChatPrompt(token_ids=(0, 1, 2))
+    assert spaced.generate(prompt, max_new_tokens=2).text == "w3 w4"
+    continued = ChatPrompt(token_ids=(0, 1, 2), starts_text=False)
+    assert [g.text for g in spaced.generate([prompt, continued], max_new_tokens=1)] == ["w3", " w3"]

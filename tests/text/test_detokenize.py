@@ -76,6 +76,26 @@ def test_only_the_very_first_space_is_taken_off(tmp_path: Path) -> None:
     assert [detokenizer.push(i) for i in (1, space, space, space)] == ["", "", " ", " "]
 
 
+@pytest.mark.parametrize("n_before", [1, 2, 7, 40])
+def test_text_before_and_after_join_to_the_whole(tokenizer: Tokenizer, n_before: int) -> None:
+    text = "The capital of France is Paris and that of Italy is Rome"
+    ids = tokenizer.encode(text)
+    detokenizer = Detokenizer(tokenizer, after=ids[:n_before])
+    after = "".join(map(detokenizer.push, ids[n_before:])) + detokenizer.flush()
+    assert tokenizer.decode(ids[:n_before]) + after == text
+
+
+def test_text_goes_on_with_its_space_after_a_prompt_and_without_one_after_control_tokens(
+    tmp_path: Path,
+) -> None:
+    tokenizer = load_tokenizer(sentencepiece_folder(tmp_path))
+    (of, _), (after, *_) = (tokenizer.encode(t, add_special=False) for t in ("of f", "the"))
+    assert Detokenizer(tokenizer, after=[1, of]).push(after).startswith(" ")
+    assert not Detokenizer(tokenizer, after=[1]).push(after).startswith(" ")
+    beyond = tokenizer.vocab_size  # a row of the embedding that pads it
+    assert not Detokenizer(tokenizer, after=[1, beyond]).push(after).startswith(" ")
+
+
 def test_token_outside_the_vocabulary_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="outside the vocabulary"):
         Detokenizer(tokenizer).push(tokenizer.vocab_size)

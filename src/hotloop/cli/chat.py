@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App
 
-from hotloop.cli.engine import chat_ids, loaded
+from hotloop.cli.engine import ConversationFormat, Message, loaded
 from hotloop.cli.options import (
     DEFAULT_ENGINE,
     DEFAULT_SAMPLING,
+    DEFAULT_TEMPLATE,
     MODEL,
     EngineOptions,
     Json,
     Model,
     SamplingOptions,
+    TemplateOptions,
     option,
 )
 from hotloop.cli.output import note, print_error, print_json
@@ -36,7 +38,7 @@ from hotloop.types import Speculation
 
 if TYPE_CHECKING:
     from hotloop.engine.llm import LLM
-    from hotloop.types import EngineConfig, SamplingParams
+    from hotloop.types import ChatPrompt, EngineConfig, SamplingParams
 
 app = App(
     name="chat",
@@ -67,8 +69,6 @@ MIN_ANSWER_TOKENS = 256
 """Room that a prompt leaves for its answer, where the context is large enough and nothing is said
 about the answer's length."""
 
-Message = dict[str, str]
-
 
 @app.default
 def chat(
@@ -76,6 +76,7 @@ def chat(
     /,
     *,
     system: Annotated[str | None, option(MODEL, "The system message.")] = None,
+    template: TemplateOptions = DEFAULT_TEMPLATE,
     engine: EngineOptions = DEFAULT_ENGINE,
     sampling: SamplingOptions = DEFAULT_SAMPLING,
     json: Json = False,
@@ -87,10 +88,10 @@ def chat(
     conversation that outgrows the context loses its oldest turns, with a note.
     """
     interactive = sys.stdin.isatty()
-    config = engine.config(model)
+    config, conversation = engine.config(model), ConversationFormat(template)
     with loaded(config) as llm:
-        params = sampling.params(llm.default_sampling)
-        session = Session(llm, config, params, system, json=json, interactive=interactive)
+        params, encode = sampling.params(llm.default_sampling), conversation.encoder(llm)
+        session = Session(llm, config, params, encode, system, json=json, interactive=interactive)
         if interactive:
             session.greet()
         try:
@@ -110,19 +111,19 @@ class Conversation:
     """What was said, cut to what the context holds.
 
     Attributes:
-        encode: Messages to token ids, through the model's chat template.
+        encode: Makes a prompt of messages, through a chat template.
         limit: The most tokens a prompt may have.
         system: The system message.
         exchanges: A user's message and its answer, oldest first.
     """
 
-    encode: Callable[[list[Message]], list[int]]
+    encode: Callable[[list[Message]], ChatPrompt]
     limit: int
     system: str | None = None
     exchanges: list[tuple[str, str]] = field(default_factory=list)
 
-    def prompt(self, text: str) -> tuple[list[int], int]:
-        """Token ids for the answer to ``text``, and how many old exchanges had to go for it.
+    def prompt(self, text: str) -> tuple[ChatPrompt, int]:
+        """The prompt for the answer to ``text``, and how many old exchanges had to go for it.
 
         Raises:
             RequestError: ``text`` does not fit even alone; the conversation is as it was.
@@ -153,6 +154,7 @@ class Session:
         llm: The engine.
         config: What it was asked to be.
         params: How to sample every answer.
+        encode: Makes a prompt of messages.
         system: The system message.
         json: Print an object an answer instead of text.
         interactive: Someone sits there: Ctrl-C stops an answer rather than the session.
@@ -163,6 +165,7 @@ class Session:
         llm: LLM,
         config: EngineConfig,
         params: SamplingParams,
+        encode: Callable[[list[Message]], ChatPrompt],
         system: str | None = None,
         *,
         json: bool = False,
@@ -173,7 +176,7 @@ class Session:
         self._config, self._about = config, llm.describe()
         context = self._about.max_seq_len
         room = min(params.max_new_tokens or MIN_ANSWER_TOKENS, context // 2)
-        self._talk = Conversation(lambda messages: chat_ids(llm, messages), context - room, system)
+        self._talk = Conversation(encode, context - room, system)
         self._answers: list[Answer] = []
         self._context_used = 0
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import hotloop
-from hotloop.cli.output import spinner
+from hotloop.cli.output import note, spinner
+from hotloop.outside import config_error, read_text
 
 if TYPE_CHECKING:
+    from hotloop.cli.options import TemplateOptions
     from hotloop.engine.llm import LLM
     from hotloop.types import ChatPrompt, EngineConfig
+
+
+Message = dict[str, str]
 
 
 @contextmanager
@@ -30,7 +36,44 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
         llm.close()
 
 
-def chat_prompt(llm: LLM, messages: Sequence[dict[str, str]]) -> ChatPrompt:
-    """A conversation, up to where the model's answer begins."""
-    assert llm.tokenizer is not None, "a checkpoint comes with a tokenizer"
-    return llm.tokenizer.chat_prompt(messages)
+class ConversationFormat:
+    """How messages become a prompt.
+
+    Args:
+        options: What the user said about it.
+
+    Raises:
+        ConfigError: An option's value cannot be used, or its file cannot be read.
+    """
+
+    def __init__(self, options: TemplateOptions) -> None:
+        self._variables, self._file = options.variables(), options.chat_template
+        self._source = read_text(self._file, refuse=config_error) if self._file else None
+
+    def encoder(self, llm: LLM) -> Callable[[Sequence[Message]], ChatPrompt]:
+        """What encodes messages for ``llm``; the last one is continued if it is an answer."""
+        tokenizer = llm.tokenizer
+        assert tokenizer is not None, "a checkpoint comes with a tokenizer"
+        if self._file is not None:
+            tokenizer = replace(tokenizer, chat_template=self._source, source=self._file)
+
+        def encode(messages: Sequence[Message]) -> ChatPrompt:
+            continued = messages[-1]["role"] == "assistant"
+            return tokenizer.chat_prompt(
+                messages, continue_final_message=continued, **self._variables
+            )
+
+        return encode
+
+
+def raw_prompt(llm: LLM, text: str, *, special: bool) -> str | list[int]:
+    """A prompt without a template; control tokens that it spells are parsed if ``special``."""
+    tokenizer = llm.tokenizer
+    assert tokenizer is not None, "a checkpoint comes with a tokenizer"
+    if special:
+        ids = tokenizer.encode(text, parse_special=True)
+        spelled = ids[:2] == [tokenizer.bos_id] * 2  # its own, after the one put in front
+        return ids[1:] if spelled else ids
+    if spelled := tokenizer.control_tokens_in(text):
+        note(f"The prompt spells {', '.join(spelled)}: taken as text; --special for the tokens.")
+    return text

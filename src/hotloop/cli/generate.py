@@ -9,15 +9,17 @@ from typing import Annotated
 
 from cyclopts import App
 
-from hotloop.cli.engine import chat_ids, loaded
+from hotloop.cli.engine import ConversationFormat, loaded, raw_prompt
 from hotloop.cli.options import (
     DEFAULT_ENGINE,
     DEFAULT_SAMPLING,
+    DEFAULT_TEMPLATE,
     PROMPT,
     EngineOptions,
     Json,
     Model,
     SamplingOptions,
+    TemplateOptions,
     option,
 )
 from hotloop.cli.output import note, print_json
@@ -50,6 +52,13 @@ def generate(
     chat: Annotated[
         bool, option(PROMPT, "Wrap the prompt in the model's chat template, as a user's message.")
     ] = False,
+    answer_start: Annotated[
+        str | None, option(PROMPT, "With --chat: the beginning of the answer, which continues it.")
+    ] = None,
+    special: Annotated[
+        bool, option(PROMPT, "Parse control tokens in the prompt, such as <|im_start|>.")
+    ] = False,
+    template: TemplateOptions = DEFAULT_TEMPLATE,
     engine: EngineOptions = DEFAULT_ENGINE,
     sampling: SamplingOptions = DEFAULT_SAMPLING,
     json: Json = False,
@@ -59,13 +68,23 @@ def generate(
     The text streams to standard output; its figures follow on standard error. Without
     --max-new-tokens, it ends after 256 tokens.
     """
-    text = read_prompt(prompt, prompt_file, stdin)
+    if chat and special:
+        raise ConfigError("--special is for a prompt without --chat: a message is always text.")
+    if not chat and (answer_start is not None or template.given()):
+        raise ConfigError("--answer-start, --chat-template and --template-arg need --chat.")
+    text, conversation = read_prompt(prompt, prompt_file, stdin), ConversationFormat(template)
     config = engine.config(model)
     with loaded(config) as llm:
         params = sampling.params(llm.default_sampling)
         if params.max_new_tokens is None:
             params = replace(params, max_new_tokens=DEFAULT_NEW_TOKENS)
-        asked = chat_ids(llm, [{"role": "user", "content": text}]) if chat else text
+        if chat:
+            messages = [{"role": "user", "content": text}]
+            if answer_start is not None:
+                messages.append({"role": "assistant", "content": answer_start})
+            asked = conversation.encoder(llm)(messages)
+        else:
+            asked = raw_prompt(llm, text, special=special)
         answer = relay(llm.stream([asked], params), SILENT if json else writer_for(sys.stdout))
         cell = llm.describe().name
     if json:

@@ -6,13 +6,14 @@ default is None leaves the choice to the model or the device.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from hotloop.errors import ConfigError
+from hotloop.errors import ConfigError, shorten_value
 from hotloop.types import (
     AllReduce,
     DraftPolicy,
@@ -223,6 +224,58 @@ class ReplacementOptions(_Options):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class TemplateOptions(_Options):
+    """How a conversation becomes a prompt."""
+
+    chat_template: Annotated[
+        Path | None, option(PROMPT, "A Jinja file in place of the model's own chat template.")
+    ] = None
+    template_arg: Annotated[
+        tuple[str, ...],
+        option(
+            PROMPT,
+            "NAME=VALUE for the chat template, such as enable_thinking=false. VALUE is JSON, or "
+            "else text. Can be repeated.",
+        ),
+    ] = ()
+
+    def variables(self) -> dict[str, Any]:
+        """The template's variables, by name.
+
+        Raises:
+            ConfigError: An argument is not ``NAME=VALUE``, or its name cannot be given.
+        """
+        variables: dict[str, Any] = {}
+        for argument in self.template_arg:
+            name, equals, value = argument.partition("=")
+            if not equals or not name.isidentifier():
+                raise ConfigError(
+                    f"--template-arg {shorten_value(argument)}: give NAME=VALUE, such as "
+                    "enable_thinking=false."
+                )
+            if name in _NOT_VARIABLES or name in variables:
+                problem = "is given twice" if name in variables else "is not for you to set"
+                raise ConfigError(f"--template-arg {shorten_value(argument)}: {name} {problem}.")
+            variables[name] = _json_or_text(value)
+        return variables
+
+
+_NOT_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value, parse_constant=lambda _: value)
+    except json.JSONDecodeError:
+        return value
+    except (RecursionError, ValueError) as error:  # nested too deep, a number of 5,000 digits
+        raise ConfigError(
+            f"--template-arg: the value {shorten_value(value)} cannot be read: {error}."
+        ) from error
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions(_Options):
     """How to sample: ``SamplingParams``, where None keeps the model's own default."""
 
@@ -302,6 +355,7 @@ DEFAULT_ENGINE = EngineOptions()
 DEFAULT_MATRIX = MatrixOptions()
 DEFAULT_WEIGHTS = WeightOptions()
 DEFAULT_REPLACEMENT = ReplacementOptions()
+DEFAULT_TEMPLATE = TemplateOptions()
 DEFAULT_SAMPLING = SamplingOptions()
 DEFAULT_WORKLOAD = WorkloadOptions()
 DEFAULT_QUALITY = QualityOptions()
