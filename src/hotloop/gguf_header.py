@@ -10,17 +10,25 @@ No tensor data is read here and no key is given a meaning.
 
 from __future__ import annotations
 
+import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.errors import CheckpointError, UnsupportedError, shorten_value
+from hotloop.outside import open_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
+_MAX_HEADER_BYTES = 64 * 2**20  # vocabularies of 260,000 tokens with their merges take 12 MiB
+_MAX_ITEMS = 2**22
+_LEAST_BYTES = {"metadata keys": 13, "tensors": 24}  # that one of them takes in a header
+
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 # The value types of the GGUF specification; scalars by their struct code.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -58,16 +66,24 @@ class _Cursor:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
-        self.left = path.stat().st_size
+        self.left = min(os.fstat(file.fileno()).st_size, _MAX_HEADER_BYTES)
 
     def take(self, n_bytes: int) -> bytes:
         # Checked first, so that a damaged length asks for no memory.
-        if n_bytes > self.left:
+        data = self.file.read(n_bytes) if n_bytes <= self.left else b""
+        if len(data) < n_bytes:
             raise CheckpointError(
                 self.path, "the file ends within its header: it is truncated or damaged"
             )
         self.left -= n_bytes
-        return self.file.read(n_bytes)
+        return data
+
+    def count(self, what: str) -> int:
+        """How many of something follow, of which each takes some bytes at least."""
+        n = self.number("Q")
+        if n * _LEAST_BYTES[what] > self.left:
+            raise CheckpointError(self.path, f"claims {n} {what}, for which it has no room")
+        return n
 
     def number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
@@ -77,7 +93,7 @@ class _Cursor:
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            raise CheckpointError(self.path, f"a string is not UTF-8: {data[:40]!r}") from error
+            raise CheckpointError(self.path, f"a text is not UTF-8: {data[:40]!r}") from error
 
     def value(self, type_id: int) -> Any:
         if type_id == _STRING:
@@ -87,6 +103,8 @@ class _Cursor:
         if type_id != _ARRAY:
             raise CheckpointError(self.path, f"unknown metadata value type {type_id}")
         item_type, n_items = self.number("I"), self.number("Q")
+        if n_items > _MAX_ITEMS:
+            raise CheckpointError(self.path, f"claims a metadata list of {n_items} values")
         if item_type == _STRING:
             return [self.string() for _ in range(n_items)]
         if item_type not in _SCALARS:
@@ -97,6 +115,31 @@ class _Cursor:
         )
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF, by its first bytes or by the suffix of its name.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    with open_file(path) as file:
+        return file.read(len(_MAGIC)) == _MAGIC or path.suffix == ".gguf"
+
+
+def model_parts(path: Path) -> list[Path]:
+    """The files of the model that a file is a part of, in order; most models are one file.
+
+    Of a model in parts (``NAME-00001-of-00003.gguf``) any part can be named, and the first one
+    holds the metadata. Whether the others are there is not looked up.
+    """
+    name = _PART_NAME.fullmatch(path.name)
+    if not name or not 1 <= int(name["number"]) <= int(name["count"]):
+        return [path]
+    return [
+        path.with_name(f"{name['stem']}-{number:05d}-of-{name['count']}.gguf")
+        for number in range(1, int(name["count"]) + 1)
+    ]
+
+
 def read_gguf_header(path: Path) -> GGUFHeader:
     """Reads the header of a GGUF file (version 2 or 3, little-endian).
 
@@ -104,7 +147,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         CheckpointError: No GGUF file, or a truncated or damaged header.
         UnsupportedError: A version or byte order that is not read.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         cursor = _Cursor(file, path)
         if cursor.left < len(_MAGIC) or cursor.take(len(_MAGIC)) != _MAGIC:
             raise CheckpointError(path, "not a GGUF file: it does not begin with 'GGUF'")
@@ -115,13 +158,13 @@ def read_gguf_header(path: Path) -> GGUFHeader:
                 f"{path}: GGUF version {version}{order} is not supported, only little-endian 2 "
                 "and 3. Convert the model again with a current llama.cpp."
             )
-        n_tensors, n_metadata = cursor.number("Q"), cursor.number("Q")
+        n_tensors, n_metadata = cursor.count("tensors"), cursor.count("metadata keys")
 
         metadata: dict[str, Any] = {}
         for _ in range(n_metadata):
             key = cursor.string()
             if key in metadata:
-                raise CheckpointError(path, f"metadata key {key!r} appears twice")
+                raise CheckpointError(path, f"metadata key {shorten_value(key)} appears twice")
             metadata[key] = cursor.value(cursor.number("I"))
 
         entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
@@ -136,8 +179,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         header_bytes = file.tell()
 
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise CheckpointError(path, f"general.alignment is {alignment!r}")
+    if type(alignment) is not int or not 1 <= alignment <= 2**20:
+        raise CheckpointError(path, f"general.alignment is {shorten_value(alignment)}")
     data_start = -(-header_bytes // alignment) * alignment
     return GGUFHeader(
         path=path,

@@ -59,23 +59,30 @@ def file_kind(path: Path, *, refuse: Refuse = CheckpointError) -> Literal["file"
         return _kind(path.stat(), path, refuse)
 
 
-@contextlib.contextmanager
-def open_file(path: Path, *, refuse: Refuse = CheckpointError) -> Iterator[BinaryIO]:
+def open_file(path: Path, *, refuse: Refuse = CheckpointError) -> BinaryIO:
     """Opens a regular file for reading; never blocks, whatever ``path`` turns out to be.
 
     Raises:
-        HotloopError: It cannot be opened, or is no regular file.
+        HotloopError: It cannot be opened, is no regular file, or stands for one that git-lfs has
+            not fetched.
     """
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
-    with _system_errors(path, refuse):
+    with contextlib.ExitStack() as opened, _system_errors(path, refuse):
         _require_file(path.stat(), path, refuse)
-        file = open(path, "rb", opener=opener)  # noqa: SIM115  (closed by the with below)
-    with file:
+        file = opened.enter_context(open(path, "rb", opener=opener))
         _require_file(os.fstat(file.fileno()), path, refuse)
-        yield file
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise refuse(
+                path,
+                "is a git-lfs pointer and not the file itself: run `git lfs pull` in its folder, "
+                "or download the file again",
+            )
+        file.seek(0)
+        opened.pop_all()
+        return file
 
 
 def read_bytes(
@@ -287,6 +294,8 @@ def _declared_at(model: Any, loc: tuple[int | str, ...]) -> Any:
 class _JsonProblem(Exception):  # noqa: N818  (it never leaves this module)
     """What JSON allows in letter and no file of ours means."""
 
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 

@@ -99,7 +99,7 @@ def test_quantize_says_what_became_of_the_bytes(monkeypatch, tmp_path, capsys):
     assert main(["quantize", "m", str(out), "--quant", "int4-g64", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["src_bytes"], said["out_bytes"]) == (3000, 1000)
-    assert asked == {"src": source, "quant": "int4-g64", "head": "auto"}
+    assert asked == {"src": source, "quant": "int4-g64", "head": "auto", "source_name": "m"}
 
 
 def test_quantize_needs_a_scheme(capsys):

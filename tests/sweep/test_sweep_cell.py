@@ -13,9 +13,10 @@ from hotloop import hardware
 from hotloop.errors import CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
 from hotloop.sweep.cell import explain, run_cell, score_reference
 from hotloop.sweep.events import CellPhase
-from hotloop.sweep.job import EngineSource, Job, hash_checkpoint, make_jobs
+from hotloop.sweep.job import EngineSource, Job, make_jobs
 from hotloop.sweep.recipe import QualityOptions, Workload
 from hotloop.types import EngineConfig, Score
+from hotloop.weights.identity import hash_checkpoint
 
 V = 7
 

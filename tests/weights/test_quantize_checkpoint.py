@@ -2,15 +2,20 @@
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from torch import Tensor
+from weights_files import write_gguf
 from whole_models import (
+    CONFIG,
     VOCABULARY,
     assert_same_weights,
+    gguf_keys,
     load,
     write_folder,
     write_gguf_model,
@@ -18,10 +23,14 @@ from whole_models import (
 
 from hotloop.engine.llm import LLM
 from hotloop.errors import CheckpointError, ConfigError, UnsupportedError
+from hotloop.models import names
+from hotloop.models.families import read_config
 from hotloop.quant import parse_scheme
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import load_tokenizer
-from hotloop.weights.quantize import quantize_checkpoint, stored_schemes
+from hotloop.weights.checkpoint import open_checkpoint, stored_form
+from hotloop.weights.identity import hash_checkpoint, read_quantization
+from hotloop.weights.quantize import quantize_checkpoint
 
 QUANTS = ["int8", "fp8", "int4-g32-asym", "int4-g64"]
 HEADS = ["none", "int8", "fp8", "int4-g64"]
@@ -51,7 +60,8 @@ def test_head_is_int8_beside_quantized_projections_and_left_alone_beside_others(
     for quant, head in (("int4-g64", "int8"), ("int8", "int8")):
         folder = quantize_checkpoint(source, tmp_path / quant, quant=quant)
         config = json.loads((folder / "config.json").read_text())
-        assert stored_schemes(config) == (quant, head)
+        stored = read_quantization(config, folder)
+        assert (stored.scheme, stored.head) == (quant, head)
     folder = quantize_checkpoint(source, tmp_path / "head-only", quant="none", head="int8")
     assert_same_weights(load(folder), load(source, quant="none", head="int8"))
     with pytest.raises(ConfigError, match="quantizes nothing"):
@@ -93,11 +103,17 @@ def test_stored_form_is_the_one_that_its_version_says(tmp_path):
         row = torch.tensor([*range(-8, 8), *range(-8, 8)] * 2).float()
         tensors[Q_PROJ] = row.mul(0.5).repeat(64, 1)
 
+    source = write_folder(tmp_path / "m", change)
     folder = quantize_checkpoint(
-        write_folder(tmp_path / "m", change), tmp_path / "q", quant="int4-g32-asym"
+        source, tmp_path / "q", quant="int4-g32-asym", source_name="a/model"
     )
     config = json.loads((folder / "config.json").read_text())
-    description = {"version": 1, "scheme": "int4-g32-asym", "head": "int8"}
+    description = {
+        "version": 1,
+        "scheme": "int4-g32-asym",
+        "head": "int8",
+        "source": {"name": "a/model", "sha256": hash_checkpoint(source)},
+    }
     assert config["hotloop_quantization"] == description
     stored = load_file(folder / "model.safetensors")
     assert Q_PROJ not in stored
@@ -223,9 +239,71 @@ def test_format_of_a_later_version_is_refused_with_the_fix(tmp_path):
             act()
 
 
-@pytest.mark.parametrize("description", [{"version": 1, "scheme": "int8"}, "int8", {}])
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"version": 1, "scheme": "int8"},
+        {"version": "1", "scheme": "int8", "head": "int8"},
+        {"version": 1, "scheme": "int8", "head": "int8", "source": {"name": "m", "sha256": "x"}},
+        "int8",
+        {},
+    ],
+)
 def test_damaged_description_is_refused(description, tmp_path):
     folder = quantize_checkpoint(write_folder(tmp_path / "m"), tmp_path / "q", quant="int8")
     rewrite_description(folder, description)
-    with pytest.raises(ConfigError, match="damaged 'hotloop_quantization'"):
+    with pytest.raises(ConfigError, match=r"config\.json, hotloop_quantization: "):
         load(folder)
+
+
+def test_a_checkpoint_says_which_types_it_stores_and_what_it_was_made_from(tmp_path):
+    source = write_gguf_model(tmp_path / "m.gguf", "Q4_1", tied=True)
+    copy = quantize_checkpoint(source, tmp_path / "q", quant="int8", source_name="m")
+    plain = write_folder(tmp_path / "m")
+    forms = []
+    for path in (source, copy, plain):
+        with closing(open_checkpoint(path)) as checkpoint:
+            forms.append(stored_form(checkpoint))
+    gguf, quantized, folder = forms
+    assert [form.is_quantized for form in forms] == [True, True, False]
+    assert gguf.summary.startswith("Q4_1 for 15 of 20 tensors, 9")
+    assert gguf.types[0].n_bytes == sum(20 * n * k // 32 for n, k in matrix_shapes(tied=True))
+    assert quantized.summary.startswith("int8, head int8, made from m (I8 for 15 of 35 tensors")
+    assert quantized.quantization.source.sha256 == hash_checkpoint(source)
+    assert json.loads(json.dumps(quantized.to_dict()))["quantization"]["source"]["name"] == "m"
+    assert folder.summary == "BF16 for 21 of 21 tensors, 100 % of bytes"
+
+
+def matrix_shapes(*, tied: bool) -> list[tuple[int, ...]]:
+    shapes = names.tensors(read_config(CONFIG | {"tie_word_embeddings": tied})).values()
+    return [shape for shape in shapes if len(shape) == 2]
+
+
+def test_any_part_of_a_gguf_model_loads_the_whole_one(tmp_path):
+    """Each part by its own path, and a file without the suffix."""
+    whole = write_gguf_model(tmp_path / "m.gguf", "F16", tied=True)
+    reader = GGUFReader(whole)
+    parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    tensors = {
+        t.name: (torch.from_numpy(t.data.copy()).float().numpy(), t.tensor_type.name)
+        for t in reader.tensors
+    }
+    general = {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith("tokenizer.") or key == "general.sampling.temp"
+    }
+    half = dict(list(tensors.items())[:7])
+    keys = gguf_keys()
+    write_gguf(parts[0], half, keys=keys, general=general, split=(0, 2, len(tensors)))
+    rest = {name: tensor for name, tensor in tensors.items() if name not in half}
+    write_gguf(parts[1], rest, keys=keys, split=(1, 2, len(tensors)))
+    bare = tmp_path / "blob"
+    bare.write_bytes(whole.read_bytes())
+    expected = load(whole)
+    for path in (*parts, bare):
+        assert_same_weights(load(path), expected)
+        assert load_tokenizer(path).encode("ab") == load_tokenizer(whole).encode("ab")
+        assert generation_defaults(path) == generation_defaults(whole)
+    assert hash_checkpoint(parts[1]) == hash_checkpoint(parts[0])
+    LLM(str(parts[1]), device="cpu", max_seq_len=16).close()

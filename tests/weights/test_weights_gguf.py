@@ -320,7 +320,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
         (b"PK\3\4" + bytes(20), "not a GGUF file"),
         (b"GGUF\1\0\0\0" + bytes(16), "GGUF version 1 is not supported"),
         (b"GGUF\0\0\0\3" + bytes(16), "big-endian"),
-        (b"GGUF\3\0\0\0" + bytes(8) + b"\1" + bytes(7) + b"\xff" * 8, "truncated"),
+        (b"GGUF\3\0\0\0" + bytes(8) + b"\1" + bytes(7) + b"\xff" * 8, "no room"),
     ],
 )
 def test_what_is_no_gguf_file_is_refused(tmp_path, data, says):
@@ -372,10 +372,10 @@ def test_a_model_in_parts_is_read_as_one_whichever_part_is_named(parts):
 
 def test_parts_that_are_missing_renamed_or_mixed_up_are_refused(parts):
     alone = parts[0].rename(parts[0].with_name("alone.gguf"))
-    assert "part 1 of 2" in str(refusal(alone))
+    assert "split.no 0 (the first is 0) and split.count 2" in str(refusal(alone))
     assert f"{parts[0].name} is missing" in str(refusal(parts[1]))
     parts[0].write_bytes(parts[1].read_bytes())
-    assert "part 2 of 2" in str(refusal(parts[1]))
+    assert "split.no 1 (the first is 0) and split.count 2" in str(refusal(parts[1]))
 
 
 def test_parts_that_hold_a_tensor_twice_or_too_few_are_refused(parts):

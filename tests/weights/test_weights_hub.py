@@ -256,3 +256,30 @@ def test_a_repository_of_pickles_only_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
     with pytest.raises(DownloadError, match="never loaded"):
         pull("org/model")
+
+
+# Paths.
+
+
+def test_a_file_of_a_model_stands_for_the_whole_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    assert resolve_model(str(weights)) == tmp_path
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    assert resolve_model(str(weights)) == tmp_path
+    with pytest.raises(ModelNotFoundError, match="one of 2 safetensors files"):
+        resolve_model(str(tmp_path / "consolidated.safetensors"))
+    parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"")
+        assert resolve_model(str(part)) == parts[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "/" + "y" * 5000, "a\0b", "~nobody-at-all/m", "a\ud800"]
+)
+def test_a_name_that_the_system_refuses_is_no_model(name):
+    with pytest.raises(ModelNotFoundError) as raised:
+        resolve_model(name)
+    assert len(str(raised.value)) < 1000

@@ -1,13 +1,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from weights_files import entry, write_safetensors
 
-from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.errors import CheckpointError, HotloopError, UnsupportedError
 from hotloop.weights.checkpoint import check_finite, open_checkpoint
 from hotloop.weights.safetensors import DTYPES
 from hotloop.weights.tensor_file import TensorFile
@@ -31,8 +32,8 @@ def save_shards(folder: Path, *shards: dict[str, torch.Tensor], **weight_map: st
     (folder / INDEX).write_text(json.dumps({"weight_map": true_map | weight_map}))
 
 
-def refusal(folder: Path) -> CheckpointError:
-    with pytest.raises(CheckpointError) as caught:
+def refusal(folder: Path, kind: type[HotloopError] = CheckpointError) -> Any:
+    with pytest.raises(kind) as caught:
         open_checkpoint(folder)
     return caught.value
 
@@ -261,8 +262,24 @@ def test_folders_without_what_a_model_needs_are_refused(folder):
     (folder / "config.json").write_text("{")
     assert "config.json: is not valid JSON" in str(refusal(folder))
     (folder / "config.json").unlink()
+    assert "give the path of one: b.gguf" in str(refusal(folder))
+    (folder / "b.gguf").unlink()
     assert "config.json: is missing" in str(refusal(folder))
     assert "no such file or folder" in str(refusal(folder / "nowhere"))
+
+
+def test_what_is_there_in_place_of_a_model_is_named(folder):
+    weights = folder / "consolidated.safetensors"
+    (folder / "config.json").unlink()
+    (folder / "params.json").write_text("{}")
+    save_file({"t": torch.ones(1)}, weights)
+    assert "their makers' own layout (params.json" in str(refusal(folder, UnsupportedError))
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    (folder / "config.json").write_text("{}")
+    for name in ("consolidated.safetensors", "m.gguf"):
+        (folder / name).write_bytes(pointer)
+        path = folder / name if name.endswith("gguf") else folder
+        assert f"{name}: is a git-lfs pointer" in str(refusal(path))
 
 
 # Values.

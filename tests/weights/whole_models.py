@@ -18,8 +18,8 @@ from hotloop.models.families import read_config
 from hotloop.parallel.collectives import Group
 from hotloop.quant import parse_head_scheme, parse_scheme
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
+from hotloop.weights.identity import read_quantization
 from hotloop.weights.load import load_weights
-from hotloop.weights.quantize import stored_schemes
 from hotloop.weights.source import CheckpointSource, Source
 
 CPU = torch.device("cpu")
@@ -84,6 +84,15 @@ def write_folder(
     return folder
 
 
+def gguf_keys() -> dict[str, int]:
+    """What a GGUF file of the model says of its shape."""
+    return {
+        "block_count": CONFIG["num_hidden_layers"],
+        "context_length": CONFIG["max_position_embeddings"],
+        "feed_forward_length": CONFIG["intermediate_size"],
+    }
+
+
 def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
     """The same model as one GGUF file with its tokenizer, matrices in ``kind``."""
     config = CONFIG | {"tie_word_embeddings": tied}
@@ -109,11 +118,6 @@ def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
                 tensor = llama_rows(tensor, n_heads)
         stored = whole[name] if name in whole else f"blk.{layer}.{parts[part]}"
         tensors[f"{stored}.weight"] = (tensor.numpy(), kind if tensor.dim() == 2 else "F32")
-    keys = {
-        "block_count": CONFIG["num_hidden_layers"],
-        "context_length": CONFIG["max_position_embeddings"],
-        "feed_forward_length": CONFIG["intermediate_size"],
-    }
     text = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
@@ -123,7 +127,7 @@ def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
         "tokenizer.ggml.eos_token_id": VOCABULARY.index("</s>"),
         "general.sampling.temp": 0.7,
     }
-    return write_gguf(path, tensors, keys=keys, general=text)
+    return write_gguf(path, tensors, keys=gguf_keys(), general=text)
 
 
 def load_from(
@@ -169,8 +173,8 @@ def load_from(
 def load(path: Path, *, group: Group = ALONE, **options: Any) -> Decoder:
     """A decoder with the weights at ``path``, as the engine loads them on a rank."""
     checkpoint = open_checkpoint(path)
-    if stored := stored_schemes(checkpoint.config):
-        options = {"quant": stored[0], "head": stored[1]} | options
+    if stored := read_quantization(checkpoint.config, checkpoint.config_file):
+        options = {"quant": stored.scheme, "head": stored.head} | options
     ignored = names.redundant(read_config(checkpoint.config))
     source = CheckpointSource(checkpoint, CPU, ignored=ignored, combine=group.max)
     return load_from(checkpoint, source, checkpoint.config, group=group, **options)

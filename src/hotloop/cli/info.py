@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,8 +44,8 @@ def info(
     """Show what this machine is, or with MODEL whether a model fits it.
 
     Of the machine: devices, memory, read bandwidth as measured now, and which
-    ways of execution it has. Of a model: its shape, its parameters, and the bytes
-    that it takes under each scheme. Nothing is loaded.
+    ways of execution it has. Of a model: its shape, its parameters, the types its
+    file stores, and the bytes that it takes under each scheme. Nothing is loaded.
     """
     if model is None:
         about = machine()
@@ -105,8 +106,13 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
     """
     from hotloop.engine.memory import predict_memory
     from hotloop.engine.setup import prepare
+    from hotloop.weights.checkpoint import stored_form
 
     setup = prepare(config)
+    stored = None
+    if setup.path is not None:
+        with closing(setup.open()) as checkpoint:
+            stored = stored_form(checkpoint)
     under = []
     for scheme in schemes:
         try:
@@ -119,6 +125,7 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
     return {
         "model": config.model,
         "path": str(setup.path) if setup.path else None,
+        "stored": stored and stored.to_dict(),
         **asdict(setup.model),
         "n_params": setup.model.n_params,
         "device": str(setup.device),
@@ -162,6 +169,7 @@ def _show_model(about: dict[str, Any]) -> None:
         [
             ("model", about["model"]),
             *([("path", about["path"])] if about["path"] else []),
+            *([("stored as", about["stored"]["summary"])] if about["stored"] else []),
             ("family", about["family"]),
             ("parameters", f"{about['n_params']:,}"),
             ("layers", f"{about['n_layers']}, {about['hidden_size']} wide"),

@@ -42,7 +42,7 @@ def quantize(
 
     src = resolve_model(model)
     with progress_bar(f"Quantizing {model}") as progress:
-        quantize_checkpoint(src, out, quant=quant, head=head, progress=progress)
+        quantize_checkpoint(src, out, quant=quant, head=head, source_name=model, progress=progress)
     before, after = n_bytes(src), n_bytes(out)
     if json:
         sizes = {"src_bytes": before, "out_bytes": after}

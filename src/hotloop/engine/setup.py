@@ -32,7 +32,7 @@ from hotloop.types import (
 )
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
 from hotloop.weights.hub import resolve_model
-from hotloop.weights.quantize import stored_schemes
+from hotloop.weights.identity import Quantization, read_quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,8 @@ def prepare(config: EngineConfig) -> Setup:
 def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     path, hf_config = _describe_model(config)
     model = read_config(hf_config)
-    config, scheme, head_scheme = _settle_schemes(config, stored_schemes(hf_config))
+    stored = read_quantization(hf_config, path or config.model)
+    config, scheme, head_scheme = _settle_schemes(config, stored)
     for name, (n, k) in names.linear_weights(model).items():
         scheme.check(name, n, k)
     head_scheme.check(names.head(model), model.vocab_size, model.hidden_size)
@@ -312,7 +313,7 @@ def _describe_model(config: EngineConfig) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _settle_schemes(
-    config: EngineConfig, stored: tuple[str, str] | None
+    config: EngineConfig, stored: Quantization | None
 ) -> tuple[EngineConfig, Scheme, Scheme]:
     """Canonical names, the scheme of projections, and that of the head.
 
@@ -321,14 +322,14 @@ def _settle_schemes(
     scheme = parse_scheme(config.quant)
     head_scheme = parse_head_scheme(config.head, scheme)
     if stored is not None and config.weights == "checkpoint":
-        same = scheme.name in ("none", stored[0]) and config.head in ("auto", stored[1])
+        same = scheme.name in ("none", stored.scheme) and config.head in ("auto", stored.head)
         if not same:
             raise ConfigError(
-                f"{config.model} is already quantized as {stored[0]} with head {stored[1]}; it "
-                f"cannot be quantized again as {scheme.name} with head {head_scheme.name}. Leave "
-                "quant and head out, or start from the unquantized checkpoint."
+                f"{config.model} is already quantized as {stored.scheme} with head {stored.head}; "
+                f"it cannot be quantized again as {scheme.name} with head {head_scheme.name}. "
+                "Leave quant and head out, or start from the unquantized checkpoint."
             )
-        scheme, head_scheme = parse_scheme(stored[0]), parse_scheme(stored[1])
+        scheme, head_scheme = parse_scheme(stored.scheme), parse_scheme(stored.head)
     by_default = head_scheme.name == parse_head_scheme("auto", scheme).name
     head = "auto" if by_default else head_scheme.name
     return dataclasses.replace(config, quant=scheme.name, head=head), scheme, head_scheme

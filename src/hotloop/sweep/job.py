@@ -6,7 +6,6 @@ It travels to that process as JSON. An engine and its memory prediction are name
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,6 +20,7 @@ from hotloop.evaluate.text import load_text
 from hotloop.sweep.recipe import QualityOptions, cell_names, sha256_of
 from hotloop.types import Engine, EngineConfig, is_draft_model
 from hotloop.weights.hub import resolve_model
+from hotloop.weights.identity import hash_checkpoint
 
 
 class MemoryPlan(Protocol):
@@ -188,19 +188,6 @@ def _checkpoints(config: EngineConfig) -> tuple[str | None, str | None]:
     if config.weights == "random":
         return None, None
     return config.model, config.draft if is_draft_model(config.draft) else None
-
-
-def hash_checkpoint(path: Path) -> str:
-    """SHA-256 of a model file, or of the names and hashes of a folder's weights and configuration.
-
-    Args:
-        path: What ``resolve_model`` gives.
-    """
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json"))
-    return sha256_of({file.name: hash_checkpoint(file) for file in files})
 
 
 def _attribute(name: str) -> Callable[..., Any]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hotloop.errors import CheckpointError, RequestError
-from hotloop.gguf_header import read_gguf_header
+from hotloop.gguf_header import model_parts, read_gguf_header
+from hotloop.outside import file_kind
 from hotloop.text.config_files import GENERATION_CONFIG, read_json, write_json
 from hotloop.types import SamplingParams
 
@@ -39,8 +40,9 @@ def generation_defaults(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: A file that is not valid, or a value that no sampling could use.
     """
-    if path.suffix == ".gguf":
-        file, metadata = path, read_gguf_header(path).metadata
+    if file_kind(path) == "file":
+        file = model_parts(path)[0]
+        metadata = read_gguf_header(file).metadata
         found = {field: metadata.get(key) for field, key in _GGUF_KEYS.items()}
     else:
         file = path / GENERATION_CONFIG

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hotloop.errors import CheckpointError, RequestError, UnsupportedError
-from hotloop.gguf_header import read_gguf_header
+from hotloop.gguf_header import model_parts, read_gguf_header
+from hotloop.outside import file_kind
 from hotloop.text.backends import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -273,12 +274,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         CheckpointError: No tokenizer there, or a damaged one.
         UnsupportedError: A tokenizer of a kind that is not read.
     """
-    if path.is_dir():
+    if file_kind(path) == "folder":
         return _load_folder(path)
-    if path.suffix != ".gguf":
-        raise CheckpointError(path, "neither a model folder nor a .gguf file")
-    if not path.is_file():
-        raise CheckpointError(path, "there is no such file")
+    path = model_parts(path)[0]
     backend, config, eos_ids = read_gguf_vocabulary(path, read_gguf_header(path).metadata)
     return Tokenizer(
         source=path,

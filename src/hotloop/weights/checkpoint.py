@@ -7,6 +7,7 @@ tensors, which GGUF files are translated to. What a tensor is for, and what beco
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.errors import CheckpointError, UnsupportedError, shorten
+from hotloop.gguf_header import is_gguf
+from hotloop.outside import file_kind
 from hotloop.weights.gguf import GGUFCheckpoint
+from hotloop.weights.identity import StoredForm, StoredType, read_quantization
 from hotloop.weights.safetensors import SafetensorsCheckpoint
 from hotloop.weights.tensor_file import TensorInfo
 
-__all__ = ["Checkpoint", "TensorInfo", "check_finite", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "check_finite", "open_checkpoint", "stored_form"]
 
 
 class Checkpoint(Protocol):
@@ -28,11 +32,13 @@ class Checkpoint(Protocol):
     Attributes:
         path: The folder or the ``.gguf`` file.
         config: The keys of Hugging Face's ``config.json``; composed from the metadata of a GGUF.
+        config_file: The file that they were read from.
         tensors: Every tensor by its Hugging Face name.
     """
 
     path: Path
     config: dict[str, Any]
+    config_file: Path
     tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
@@ -57,22 +63,42 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a folder of safetensors, by its own path or that of a file in it, or a GGUF file.
 
+    GGUF files are told by their first bytes, whatever their name.
+
     Raises:
         CheckpointError: Nothing is there, or it is damaged; the message names file and tensor.
         UnsupportedError: Sound, but of a kind that is not read: pickles, or an architecture,
             element type or metadata key of GGUF that is not implemented.
     """
-    if path.is_dir():
+    if file_kind(path) == "folder":
         return SafetensorsCheckpoint(path)
-    if not path.is_file():
-        raise CheckpointError(path, "no such file or folder")
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return GGUFCheckpoint(path)
     if path.suffix == ".safetensors":
         return SafetensorsCheckpoint(path.parent)
     raise UnsupportedError(
-        f"{path} is no checkpoint that can be read: give a folder with config.json and "
-        "safetensors, or a .gguf file. Pickles (.bin, .pt) are never loaded."
+        f"{shorten(str(path))} is no checkpoint that can be read: give a folder with config.json "
+        "and safetensors, or a GGUF file. Pickles (.bin, .pt) are never loaded."
+    )
+
+
+def stored_form(checkpoint: Checkpoint) -> StoredForm:
+    """The types that a checkpoint stores, and what it was quantized from.
+
+    Raises:
+        UnsupportedError: Quantized by a later version of hotloop.
+        ConfigError: Its description of that is damaged.
+    """
+    counts, sizes = Counter[str](), Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        counts[tensor.dtype] += 1
+        sizes[tensor.dtype] += tensor.n_bytes
+    return StoredForm(
+        types=tuple(
+            StoredType(dtype=dtype, n_tensors=counts[dtype], n_bytes=n_bytes)
+            for dtype, n_bytes in sizes.most_common()
+        ),
+        quantization=read_quantization(checkpoint.config, checkpoint.config_file),
     )
 
 

@@ -24,8 +24,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from hotloop.errors import CheckpointError, UnsupportedError
-from hotloop.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
+from hotloop.errors import CheckpointError, UnsupportedError, shorten_value
+from hotloop.gguf_header import GGUFHeader, GGUFTensor, model_parts, read_gguf_header
 from hotloop.weights.gguf_config import config_from_metadata
 from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
 
@@ -54,7 +54,6 @@ _LAYER_NAMES = {
 _ROPE_FREQS = "rope_freqs.weight"
 
 _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>weight|bias)")
-_PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         headers = _read_parts(path)
-        self.path = headers[0].path
+        self.path = self.config_file = headers[0].path
         self.metadata: dict[str, Any] = headers[0].metadata
         self.config: dict[str, Any] = config_from_metadata(self.metadata, path)
         with ExitStack() as opened:
@@ -168,14 +167,8 @@ def _config_from_tensors(entries: Mapping[str, _Entry], path: Path) -> dict[str,
 
 def _read_parts(path: Path) -> list[GGUFHeader]:
     """The headers of all files of the model that ``path`` belongs to, in order."""
-    name = _PART_NAME.fullmatch(path.name)
-    count = int(name["count"]) if name else 1
-    paths = [path]
-    if name:
-        paths = [
-            path.with_name(f"{name['stem']}-{number:05d}-of-{count:05d}.gguf")
-            for number in range(1, count + 1)
-        ]
+    paths = model_parts(path)
+    count = len(paths)
     headers: list[GGUFHeader] = []
     for number, part in enumerate(paths):
         if not part.is_file():
@@ -186,8 +179,9 @@ def _read_parts(path: Path) -> list[GGUFHeader]:
         if (at, of) != (number, count):
             raise CheckpointError(
                 part,
-                f"says that it is part {at + 1} of {of}, which its name does not: the parts of a "
-                "model must keep the names they came with, NAME-00001-of-00003.gguf",
+                f"has split.no {shorten_value(at)} (the first is 0) and split.count "
+                f"{shorten_value(of)}, which its name does not say: the parts of a model must keep "
+                "the names they came with, NAME-00001-of-00003.gguf",
             )
         headers.append(header)
     n_tensors = sum(len(header.tensors) for header in headers)
@@ -207,7 +201,7 @@ def _read_entries(header: GGUFHeader, file: TensorFile, config: Mapping[str, Any
             raise CheckpointError(
                 file.path, f"begins at byte {tensor.offset}, within another", tensor=tensor.name
             )
-        end = tensor.offset + tensor.shape[0] * entry.row_bytes
+        end = tensor.offset + entry.info.n_bytes
         if end > file.n_bytes:
             raise CheckpointError(
                 file.path,
@@ -248,16 +242,23 @@ def _read_entry(tensor: GGUFTensor, file: TensorFile, config: Mapping[str, Any])
                 tensor=tensor.name,
             )
     type_ = _TYPES[tensor.type_id]
-    info = TensorInfo(name=name, shape=tensor.shape, dtype=type_.name, file=file.path)
-    entry = _Entry(info=info, file=file, type=type_, offset=tensor.offset, head_rows=head_rows)
-    if entry.n_columns % entry.block[0]:
+    elements, block_bytes = GGML_QUANT_SIZES[type_]
+    n_columns = tensor.shape[1] if len(tensor.shape) == 2 else 1
+    if n_columns % elements:
         raise CheckpointError(
             file.path,
-            f"has rows of {entry.n_columns}, which is not a multiple of {type_.name}'s blocks of "
-            f"{entry.block[0]}",
+            f"has rows of {n_columns}, which is not a multiple of {type_.name}'s blocks of "
+            f"{elements}",
             tensor=tensor.name,
         )
-    return entry
+    info = TensorInfo(
+        name=name,
+        shape=tensor.shape,
+        dtype=type_.name,
+        file=file.path,
+        n_bytes=tensor.shape[0] * n_columns // elements * block_bytes,
+    )
+    return _Entry(info=info, file=file, type=type_, offset=tensor.offset, head_rows=head_rows)
 
 
 def _translate_name(name: str) -> str | None:

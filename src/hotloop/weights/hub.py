@@ -24,8 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotloop.cache import cache_dir
-from hotloop.errors import DownloadError, ModelNotFoundError
+from hotloop.errors import DownloadError, ModelNotFoundError, shorten, shorten_value
+from hotloop.gguf_header import model_parts
 from hotloop.models.shapes import SHAPES
+from hotloop.weights.identity import SINGLE_FILE
 
 Progress = Callable[[str], None]
 """Is told, a line at a time, what is being done."""
@@ -81,25 +83,26 @@ _UNWANTED = ["*/*", "consolidated*"]
 
 
 def resolve_model(name: str) -> Path:
-    """The folder or ``.gguf`` file that a name stands for. Nothing is downloaded.
+    """The folder or GGUF file that a name stands for. Nothing is downloaded.
 
     Args:
-        name: A local path, which goes first; an alias such as ``smollm2-135m``; or a Hugging Face
-            repository such as ``org/model`` that is in the Hugging Face cache.
+        name: A local path, which goes first: a folder, the only safetensors file in one, or any
+            part of a GGUF file; an alias such as ``smollm2-135m``; or a Hugging Face repository
+            such as ``org/model`` that is in the Hugging Face cache.
 
     Raises:
         ModelNotFoundError: It is none of these; the message says how to get it.
     """
-    path = Path(name).expanduser()
+    path = _local(name)
     if path.exists():
-        return path
+        return _whole_model(path)
     if name in ALIASES:
         model = ALIASES[name]
         if model.path.is_file() and model.path.stat().st_size == model.n_bytes:
             return model.path
         raise ModelNotFoundError(f"{name} is not on this machine yet. Run: hotloop pull {name}")
     if name.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors"):
-        raise ModelNotFoundError(f"there is no file or folder {name!r}.")
+        raise ModelNotFoundError(f"there is no file or folder {shorten_value(name, 200)}.")
     if not _REPOSITORY.fullmatch(name):
         raise _unknown(name)
 
@@ -114,8 +117,8 @@ def resolve_model(name: str) -> Path:
         )
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise ModelNotFoundError(
-            f"there is no folder {name!r}, and no such repository in the Hugging Face cache. "
-            f"If it is on the hub, run: hotloop pull {name}"
+            f"there is no folder {shorten_value(name)}, and no such repository in the Hugging Face "
+            f"cache. If it is on the hub, run: hotloop pull {shorten(name, 100)}"
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise ModelNotFoundError(
@@ -144,17 +147,51 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
     raise _unknown(name)
 
 
+def _local(name: str) -> Path:
+    """A name as a path.
+
+    Raises:
+        ModelNotFoundError: The system takes it for none: it is too long, or of an unknown user.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelNotFoundError(
+            f"{shorten_value(name, 200)} is no name of a model: {shorten(str(error))}"
+        ) from error
+    return path
+
+
+def _whole_model(path: Path) -> Path:
+    """The model that a path belongs to: of a part of a GGUF the first one, of weights a folder.
+
+    Raises:
+        ModelNotFoundError: One of several safetensors files, which is not a whole model.
+    """
+    if path.suffix != ".safetensors" or path.is_dir():
+        return model_parts(path)[0]
+    n_files = len(list(path.parent.glob("*.safetensors")))
+    if n_files > 1 and path.name != SINGLE_FILE:
+        raise ModelNotFoundError(
+            f"{shorten(str(path))} is one of {n_files} safetensors files of its folder: give the "
+            f"folder, {shorten(str(path.parent))}."
+        )
+    return path.parent
+
+
 def _unknown(name: str) -> ModelNotFoundError:
     if name in SHAPES:
         return ModelNotFoundError(
             f"{name!r} is only a shape, without weights: take random ones (--weights random), or "
             "give a checkpoint; in place of a recipe's, with --model and --draft-model."
         )
-    nearest = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(shorten(name.lower()), ALIASES, n=1, cutoff=0.5)
     guess = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return ModelNotFoundError(
-        f"no model {name!r}: there is no such file or folder.{guess} Models to be had with "
-        f"`hotloop pull NAME` are {', '.join(ALIASES)}, and ORG/MODEL of the Hugging Face hub."
+        f"no model {shorten_value(name)}: there is no such file or folder.{guess} Models to be "
+        f"had with `hotloop pull NAME` are {', '.join(ALIASES)}, and ORG/MODEL of the Hugging Face "
+        "hub."
     )
 
 

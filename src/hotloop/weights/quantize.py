@@ -8,45 +8,27 @@ model's makers suggest for sampling. Loading it gives bit for bit what quantizin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hotloop.errors import ConfigError, UnsupportedError
+from hotloop.errors import ConfigError
 from hotloop.models import names
 from hotloop.models.families import read_config
 from hotloop.quant import parse_head_scheme, parse_scheme
 from hotloop.text.generation_config import generation_defaults, write_generation_config
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.weights.checkpoint import open_checkpoint
+from hotloop.weights.identity import (
+    QUANTIZATION_KEY,
+    Quantization,
+    SourceModel,
+    hash_checkpoint,
+    read_quantization,
+)
 from hotloop.weights.source import CheckpointSource, stored_parts
 from hotloop.weights.writer import SafetensorsWriter
-
-DESCRIPTION = "hotloop_quantization"
-VERSION = 1
-
-
-def stored_schemes(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Names of the schemes of projections and head, if ``config.json`` is of a quantized model.
-
-    Raises:
-        UnsupportedError: Written by a later version.
-        ConfigError: A damaged description.
-    """
-    match config.get(DESCRIPTION):
-        case None:
-            return None
-        case {"version": version} if version != VERSION:
-            raise UnsupportedError(
-                f"the checkpoint is quantized in format {version}; this hotloop reads format "
-                f"{VERSION}. Update hotloop, or quantize again."
-            )
-        case {"version": _, "scheme": str(scheme), "head": str(head)}:
-            return scheme, head
-        case damaged:
-            raise ConfigError(f"config.json has a damaged {DESCRIPTION!r}: {damaged!r:.100}.")
 
 
 def quantize_checkpoint(
@@ -55,6 +37,7 @@ def quantize_checkpoint(
     *,
     quant: str,
     head: str = "auto",
+    source_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Quantizes ``src`` into the new folder ``dst``.
@@ -65,6 +48,7 @@ def quantize_checkpoint(
         quant: Scheme of the projections in blocks.
         head: Scheme of the head; ``auto`` is int8, or none beside none. A tied embedding is the
             same matrix.
+        source_name: What the copy says that it was made from; None takes the path.
         progress: Called with (tensors done, tensors in all).
 
     Returns:
@@ -81,8 +65,11 @@ def quantize_checkpoint(
         raise ConfigError("quant 'none' with head 'none' quantizes nothing: give a scheme.")
     checkpoint = open_checkpoint(src)
     try:
-        if stored := stored_schemes(checkpoint.config):
-            raise ConfigError(f"{src} is already quantized as {stored[0]} with head {stored[1]}.")
+        src = checkpoint.path
+        if stored := read_quantization(checkpoint.config, checkpoint.config_file):
+            raise ConfigError(
+                f"{src} is already quantized as {stored.scheme} with head {stored.head}."
+            )
         model = read_config(checkpoint.config)
         matrices = {name: (shape, scheme) for name, shape in names.linear_weights(model).items()}
         matrices[names.head(model)] = ((model.vocab_size, model.hidden_size), head_scheme)
@@ -104,8 +91,12 @@ def quantize_checkpoint(
                 if progress:
                     progress(i, len(tensors))
             source.finish()
-            description = {"version": VERSION, "scheme": scheme.name, "head": head_scheme.name}
-            config = checkpoint.config | {DESCRIPTION: description}
+            description = Quantization(
+                scheme=scheme.name,
+                head=head_scheme.name,
+                source=SourceModel(name=source_name or str(src), sha256=hash_checkpoint(src)),
+            )
+            config = checkpoint.config | {QUANTIZATION_KEY: description.model_dump()}
             (writer.staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             write_generation_config(writer.staging, sampling=sampling)
             tokenizer.save(writer.staging)

@@ -10,7 +10,6 @@ opened, ever.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -21,13 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
+from hotloop.outside import parse_json, read_json
+from hotloop.weights.identity import SINGLE_FILE
 from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
 
-SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+
+MAX_DIMS = 8
+"""Dimensions of a tensor; no weight of a language model has more than four."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -66,7 +69,13 @@ class SafetensorsCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self.config: dict[str, Any] = _read_json_object(folder / "config.json")
+        self.config_file = folder / "config.json"
+        if not self.config_file.exists():
+            _refuse_other_layouts(folder)
+            raise CheckpointError(
+                self.config_file, "is missing: a model folder needs it beside its weights"
+            )
+        self.config: dict[str, Any] = read_json(self.config_file)
         placed = _place_tensors(folder)
         with ExitStack() as opened:
             files = [opened.enter_context(closing(TensorFile(path))) for path in placed]
@@ -129,28 +138,42 @@ def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             folder, f"holds {names} but no {INDEX_FILE} that says how they belong together"
         )
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise UnsupportedError(
-            f"{folder} holds its weights as pickles only ({pickles[0]}), which are never loaded: "
-            "opening a pickle runs the code in it. Where you trust it, convert it with transformers"
-            ": AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST) writes safetensors; "
-            "copy the tokenizer's files along."
-        )
-    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
-    if ggufs:
-        raise CheckpointError(folder, f"holds GGUF files; give the path of one: {', '.join(ggufs)}")
+    _refuse_other_layouts(folder)
     raise CheckpointError(folder, f"has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
+def _refuse_other_layouts(folder: Path) -> None:
+    """Names what a folder holds instead of Hugging Face's layout, if that is known."""
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if ggufs:
+        listed = shorten(", ".join(ggufs))
+        raise CheckpointError(folder, f"holds GGUF files; give the path of one: {listed}")
+    if (folder / "params.json").exists():
+        raise UnsupportedError(
+            f"{shorten(str(folder))} holds weights in their makers' own layout (params.json, "
+            "consolidated.*), which is not read. Fetch the same model in Hugging Face's layout "
+            "(config.json, model*.safetensors): hotloop pull ORG/MODEL."
+        )
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise UnsupportedError(
+            f"{shorten(str(folder))} holds its weights as pickles only ({pickles[0]}), which are "
+            "never loaded: opening a pickle runs the code in it. Where you trust it, convert it "
+            "with transformers: AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST) "
+            "writes safetensors; copy the tokenizer's files along."
+        )
+
+
 def _read_index(index: Path) -> dict[Path, set[str] | None]:
-    weight_map = _read_json_object(index).get("weight_map")
+    weight_map = read_json(index, limit=MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index, "has no 'weight_map' of tensor names to files")
     files: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise CheckpointError(index, f"puts it in {name!r}, not in a file", tensor=tensor)
+            raise CheckpointError(
+                index, f"puts it in {shorten_value(name)}, not in a file", tensor=tensor
+            )
         files.setdefault(name, set()).add(tensor)
 
     folder = index.parent.resolve()
@@ -165,11 +188,15 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
         if not inside or not any(path.resolve().is_relative_to(home) for home in homes):
             raise CheckpointError(
-                index, f"puts it in {name!r}, which is outside the folder", tensor=tensor
+                index,
+                f"puts it in {shorten_value(name)}, which is outside the folder",
+                tensor=tensor,
             )
         if not path.is_file():
             raise CheckpointError(
-                index, f"puts it in {name!r}, which is missing: download it too", tensor=tensor
+                index,
+                f"puts it in {shorten_value(name)}, which is missing: download it too",
+                tensor=tensor,
             )
         placed[path] = tensors
     return placed
@@ -210,7 +237,7 @@ def _read_header(file: TensorFile, *, expected: set[str] | None) -> list[_Entry]
                 tensor=name,
             )
         end = stop
-        info = TensorInfo(name=name, shape=shape, dtype=dtype, file=file.path)
+        info = TensorInfo(name=name, shape=shape, dtype=dtype, file=file.path, n_bytes=stop - begin)
         entries.append(_Entry(info=info, file=file, offset=data_start + begin))
     if data_start + end != file.n_bytes:
         raise CheckpointError(
@@ -230,7 +257,7 @@ def _parse_header(file: TensorFile) -> tuple[dict[str, Any], int]:
         )
     if 8 + n_bytes > file.n_bytes:
         raise CheckpointError(file.path, "ends within its header: it is truncated")
-    return _parse_json_object(file.path, file.read(8, n_bytes).numpy().tobytes()), 8 + n_bytes
+    return parse_json(file.read(8, n_bytes).numpy().tobytes(), file.path), 8 + n_bytes
 
 
 def _parse_entry(
@@ -240,46 +267,25 @@ def _parse_entry(
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             pass
         case _:
-            raise CheckpointError(path, f"has a malformed entry {entry!r:.100}", tensor=name)
+            raise CheckpointError(
+                path, f"has a malformed entry {shorten_value(entry, 100)}", tensor=name
+            )
     if dtype not in DTYPES:
         raise UnsupportedError(
-            f"{path}, tensor {name!r}: elements of type {dtype} are not supported. "
+            f"{path}, tensor {shorten_value(name)}: elements of type {shorten_value(dtype)} are "
+            "not supported. "
             f"Supported are {', '.join(DTYPES)}."
         )
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise CheckpointError(path, f"has the shape {shape}", tensor=name)
+    sizes_fit = all(type(size) is int and 0 <= size < 2**63 for size in (*shape, begin, end))
+    if len(shape) > MAX_DIMS or not sizes_fit:
+        raise CheckpointError(
+            path, f"has a malformed entry {shorten_value(entry, 100)}", tensor=name
+        )
     n_bytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if begin < 0 or end - begin != n_bytes:
+    if end - begin != n_bytes:
         raise CheckpointError(
             path,
             f"takes bytes {begin} to {end}, but {dtype} of shape {shape} needs {n_bytes} of them",
             tensor=name,
         )
     return name, (begin, end), tuple(shape), dtype
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        return _parse_json_object(path, path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            path, "is missing: a model folder needs it beside its weights"
-        ) from error
-
-
-def _parse_json_object(path: Path, data: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise CheckpointError(path, f"{key!r} appears twice")
-            seen[key] = value
-        return seen
-
-    try:
-        value = json.loads(data, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(path, f"is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(path, f"holds {type(value).__name__}, not a JSON object")
-    return value

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError
+from hotloop.outside import open_file
 
 CHUNK_BYTES = 8 * 2**20
 """What is read at once of a tensor that is sliced or dequantized on its way."""
@@ -41,28 +42,27 @@ class TensorInfo:
         shape: As PyTorch has it: ``(out_features, in_features)`` for a linear layer.
         dtype: The stored type, in its format's own word: ``BF16``, ``I32``, ``Q4_K``.
         file: Where it is stored.
+        n_bytes: What it takes there.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: Path
+    n_bytes: int
 
 
 class TensorFile:
     """A file open for reading at given places, by several threads if need be.
 
     Raises:
-        CheckpointError: The file cannot be opened.
+        CheckpointError: The file cannot be opened, or is no regular file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
-        self.n_bytes = path.stat().st_size
+        self._file = open_file(path)
+        self.n_bytes = os.fstat(self._file.fileno()).st_size
 
     def read(self, offset: int, n_bytes: int) -> Tensor:
         """Bytes ``offset`` to ``offset + n_bytes`` as a new uint8 tensor ``[n_bytes]``."""

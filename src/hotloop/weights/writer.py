@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
-from hotloop.weights.safetensors import DTYPES, INDEX_FILE, SINGLE_FILE
+from hotloop.weights.identity import SINGLE_FILE
+from hotloop.weights.safetensors import DTYPES, INDEX_FILE
 
 HEADER_BYTES = 256 * 2**10
 """Where the data of each file begins: room for about two thousand tensors."""

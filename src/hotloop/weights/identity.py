@@ -1,0 +1,177 @@
+"""What a checkpoint is: its content hash, the types it stores, and what it was quantized from.
+
+Quality is measured against an unquantized reference, so whoever measures must know whether a
+checkpoint is one. Two things say so: the types of its tensors, and the description that ``hotloop
+quantize`` puts into ``config.json``:
+
+    "hotloop_quantization": {
+      "version": 1,
+      "scheme": "int4-g64",                  the projections of the blocks
+      "head": "int8",                        the output head
+      "source": {                            the reference it was made from
+        "name": "smollm2-135m",              as the user named it
+        "sha256": "b179c952..."              hash_checkpoint of it
+      }
+    }
+
+torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from hotloop.errors import UnsupportedError
+from hotloop.gguf_header import model_parts
+from hotloop.outside import StrictModel, config_error, validated
+
+SINGLE_FILE = "model.safetensors"
+"""All of a model's weights. Other safetensors beside it are other layouts of them."""
+
+QUANTIZATION_KEY = "hotloop_quantization"
+QUANTIZATION_VERSION = 1
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class SourceModel(StrictModel):
+    """The unquantized reference that a quantized copy was made from.
+
+    Attributes:
+        name: The name or path that the user gave.
+        sha256: Its :func:`hash_checkpoint`.
+    """
+
+    name: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Quantization(StrictModel):
+    """What ``hotloop quantize`` says about the copy that it wrote.
+
+    Attributes:
+        version: Of this description.
+        scheme: Of the projections.
+        head: Of the output head.
+        source: What it was made from; None in copies that do not say.
+    """
+
+    version: Annotated[int, Field(ge=1, le=QUANTIZATION_VERSION)] = QUANTIZATION_VERSION
+    scheme: Annotated[str, Field(max_length=80)]
+    head: Annotated[str, Field(max_length=80)]
+    source: SourceModel | None = None
+
+
+def read_quantization(config: Mapping[str, Any], file: Path | str) -> Quantization | None:
+    """The description in a ``config.json``; None for a model that hotloop did not quantize.
+
+    Args:
+        config: The keys of ``config.json``.
+        file: Where they come from, for errors.
+
+    Raises:
+        UnsupportedError: Written by a later version.
+        ConfigError: A damaged description.
+    """
+    said = config.get(QUANTIZATION_KEY)
+    if said is None:
+        return None
+    version = said.get("version") if isinstance(said, dict) else None
+    if type(version) is int and version > QUANTIZATION_VERSION:
+        raise UnsupportedError(
+            f"{file}: the checkpoint is quantized in format {version}; this hotloop reads format "
+            f"{QUANTIZATION_VERSION}. Update hotloop, or quantize again."
+        )
+    return validated(Quantization, said, f"{file}, {QUANTIZATION_KEY}", refuse=config_error)
+
+
+def hash_checkpoint(path: Path) -> str:
+    """SHA-256 of a model file, or of the names and hashes of the files that make up a model.
+
+    Those are the weights and configuration of a folder, and all parts of a GGUF file in parts.
+
+    Args:
+        path: What ``resolve_model`` gives.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json"))
+    elif (files := model_parts(path)) == [path]:
+        return hash_file(path)
+    hashes = {file.name: hash_file(file) for file in files}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredType:
+    """The tensors of a checkpoint that are stored in one type.
+
+    Attributes:
+        dtype: The type in the format's own word: ``BF16``, ``I8``, ``Q4_K``.
+        n_tensors: How many tensors have it.
+        n_bytes: Bytes that they take.
+    """
+
+    dtype: str
+    n_tensors: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredForm:
+    """How a checkpoint stores its weights.
+
+    Attributes:
+        types: The types it stores, those with the most bytes first.
+        quantization: What ``hotloop quantize`` said about it, if it was quantized by that.
+    """
+
+    types: tuple[StoredType, ...]
+    quantization: Quantization | None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some of its tensors are stored in fewer bits than the model was made with."""
+        return self.quantization is not None or any(t.dtype not in _FLOATS for t in self.types)
+
+    @property
+    def summary(self) -> str:
+        """Such as ``Q4_1 for 210 of 272 tensors, 87 % of bytes; F32 for 62, 13 %``."""
+        n_tensors = sum(t.n_tensors for t in self.types)
+        n_bytes = max(sum(t.n_bytes for t in self.types), 1)
+        first, *others = self.types
+        said = [
+            f"{first.dtype} for {first.n_tensors} of {n_tensors} tensors, "
+            f"{first.n_bytes / n_bytes:.0%} of bytes".replace("%", " %")
+        ]
+        said += [
+            f"{t.dtype} for {t.n_tensors}, {t.n_bytes / n_bytes:.0%}".replace("%", " %")
+            for t in others
+        ]
+        text = "; ".join(said)
+        if self.quantization is None:
+            return text
+        how = f"{self.quantization.scheme}, head {self.quantization.head}"
+        source = self.quantization.source
+        return f"{how}{f', made from {source.name}' if source else ''} ({text})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, for records and ``hotloop info --json``."""
+        return {
+            "summary": self.summary,
+            "is_quantized": self.is_quantized,
+            "types": [vars(t) for t in self.types],
+            "quantization": self.quantization and self.quantization.model_dump(),
+        }
