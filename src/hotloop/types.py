@@ -69,6 +69,20 @@ def is_draft_model(draft: str) -> bool:
     return draft not in ("none", "ngram") and exit_layers(draft) is None
 
 
+def draft_name(draft: str, quant: str, n_tokens: int, policy: str) -> str:
+    """Names a way of making drafts, such as ``ngram-4`` or ``llama-2-13b:int4-g128-4``.
+
+    The arguments are the fields ``draft``, ``draft_quant``, ``draft_tokens`` and ``draft_policy``
+    of ``EngineConfig``.
+    """
+    if draft == "none":
+        return "none"
+    name = Path(draft).name
+    if quant != "none":
+        name += f":{quant}"
+    return f"{name}-{n_tokens}{'-always' if policy == 'always' else ''}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that makes one engine differ from another.
@@ -151,14 +165,8 @@ class EngineConfig:
 
     @property
     def draft_name(self) -> str:
-        """How drafts are made, such as ``ngram-4`` or ``llama-2-13b:int4-g128-4``."""
-        if self.draft == "none":
-            return "none"
-        name = Path(self.draft).name
-        if self.draft_quant != "none":
-            name += f":{self.draft_quant}"
-        always = "-always" if self.draft_policy == "always" else ""
-        return f"{name}-{self.draft_tokens}{always}"
+        """How drafts are made; see :func:`draft_name`."""
+        return draft_name(self.draft, self.draft_quant, self.draft_tokens, self.draft_policy)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""

@@ -161,3 +161,9 @@ def test_overflow_is_an_error_and_not_a_figure(bigram, windows, logits, compare)
 def test_windows_of_unequal_length_are_refused(bigram, ragged):
     with pytest.raises(ConfigError, match="windows of one length"):
         measure_quality(bigram(torch.zeros(V, V)), ragged)
+
+
+def test_predictions_so_broken_that_no_perplexity_holds_them_are_an_error(bigram):
+    logits = torch.full((4, 4), -1000.0).fill_diagonal_(0.0)
+    with pytest.raises(HotloopError, match=r"perplexity of a window is exp\(\d+\)"):
+        measure_quality(bigram(logits), [[0, 1, 2, 3], [3, 2, 1, 0]])

@@ -31,7 +31,7 @@ def test_a_torn_line_costs_only_itself(tmp_path):
     records, problems = read_file(path)
     assert [r.cell for r in records] == ["a", "c"]
     assert len(problems) == 1
-    assert "line 2, is half-written" in problems[0]
+    assert "line 2: is not valid JSON" in problems[0]
 
 
 def test_lines_that_are_no_records_are_reported_and_left_out(tmp_path):
@@ -42,7 +42,7 @@ def test_lines_that_are_no_records_are_reported_and_left_out(tmp_path):
     records, problems = read_file(path)
     assert [r.cell for r in records] == ["a"]
     assert [problem.partition("line ")[2][0] for problem in problems] == ["2", "3", "4"]
-    assert "config: Field required" in problems[0]
+    assert "config: is missing" in problems[0]
 
 
 def test_records_of_a_newer_schema_are_refused_and_not_misread(tmp_path):

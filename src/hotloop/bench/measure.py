@@ -16,6 +16,7 @@ report them apart.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,9 +154,6 @@ def bytes_read_per_step(description: EngineDescription, workload: Workload) -> f
 
 
 def _check(workload: Workload, description: EngineDescription) -> None:
-    for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("batch", 1), ("repeats", 1)):
-        if (value := getattr(workload, name)) < least:
-            raise ConfigError(f"a timed run needs {name} of at least {least}, not {value}.")
     slots = description.config.max_batch_size
     if workload.batch > slots:
         raise ConfigError(
@@ -204,7 +202,7 @@ def _speculation(draft: str, repeats: Sequence[Speculation | None]) -> Speculati
         draft=draft,
         proposed=total.proposed,
         accepted=total.accepted,
-        acceptance=total.acceptance,
+        acceptance=tuple(share if math.isfinite(share) else None for share in total.acceptance),
         tokens_per_step=mean_figure([repeat.tokens_per_step for repeat in each]),
         draft_share=total.draft_s / step_s if step_s else None,
         verify_share=total.verify_s / step_s if step_s else None,

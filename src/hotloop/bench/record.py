@@ -8,9 +8,12 @@ Fields only ever get added; a change of meaning raises ``SCHEMA_VERSION``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
+from typing_extensions import TypedDict
+
+from hotloop.outside import LARGEST_COUNT, Count, StrictModel
 
 SCHEMA_VERSION = 1
 
@@ -24,11 +27,24 @@ MEASURED: tuple[Status, ...] = ("ok", "unstable")
 """The statuses of records that carry figures."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Name = Annotated[str, Field(max_length=4096)]
+"""A name, such as that of a cell, a model or a device."""
+
+Reason = Annotated[str, Field(max_length=65_536)]
+"""Why something is as it is, with the last lines of a log at times."""
+
+MAX_NUMBER = 1e30
+
+Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
+"""A measured number. None that means something is larger, and a table has no room for one."""
+
+Bytes = Annotated[int, Field(ge=0, le=2**62)]
+
+Numbers = Annotated[tuple[Number, ...], Field(strict=False)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 
 
-class Figure(_Strict):
+class Figure(StrictModel):
     """A measured figure: its mean, how sure we are of it, and the samples it was computed from.
 
     Attributes:
@@ -39,31 +55,39 @@ class Figure(_Strict):
         samples: The samples themselves, in the order they were taken.
     """
 
-    mean: float
-    ci95: tuple[float, float] | None = None
-    se: float | None = None
-    n: Annotated[int, Field(ge=1)]
-    samples: tuple[float, ...]
+    mean: Number
+    ci95: Annotated[tuple[Number, Number], Field(strict=False)] | None = None
+    se: Annotated[float, Field(ge=0, le=MAX_NUMBER)] | None = None
+    n: Count
+    samples: Numbers
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.ci95 is not None and self.ci95[0] > self.ci95[1]:
+            raise ValueError(f"ci95 must not be reversed: {list(self.ci95)}")
+        if len(self.samples) != self.n:
+            raise ValueError(f"n is {self.n}, and there are {len(self.samples)} samples")
+        return self
 
 
-class Workload(_Strict):
+class Workload(StrictModel):
     """What was timed: ``batch`` prompts of ``prompt_tokens`` each, ``new_tokens`` decoded."""
 
-    prompt_tokens: int
-    new_tokens: int
-    batch: int = 1
-    repeats: int = 5
-    seed: int = 0
+    prompt_tokens: Count
+    new_tokens: Annotated[int, Field(ge=2, le=LARGEST_COUNT)]
+    batch: Count = 1
+    repeats: Count = 5
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
 
 
-class SpeculationFigures(_Strict):
+class SpeculationFigures(StrictModel):
     """What drafting did in the timed repeats. See ``types.Speculation`` for the words.
 
     Attributes:
         draft: Who made drafts: the configuration's ``draft_name``.
         proposed: How often a draft stood at each place, the first one first.
         accepted: How often it was kept there.
-        acceptance: The share that was kept there.
+        acceptance: The share that was kept there; None where no draft stood.
         tokens_per_step: Tokens that a step gave a request.
         draft_share: Share of the device's time in steps that went into making drafts; None where
             no step was timed.
@@ -71,17 +95,17 @@ class SpeculationFigures(_Strict):
         off_share: Share of steps without drafts.
     """
 
-    draft: str
-    proposed: tuple[int, ...]
-    accepted: tuple[int, ...]
-    acceptance: tuple[float, ...]
+    draft: Name
+    proposed: Counts
+    accepted: Counts
+    acceptance: Annotated[tuple[Number | None, ...], Field(strict=False)]
     tokens_per_step: Figure
     draft_share: float | None
     verify_share: float | None
     off_share: float
 
 
-class QualityProtocol(_Strict):
+class QualityProtocol(StrictModel):
     """On what quality was computed: enough to do it again and get the same numbers.
 
     Attributes:
@@ -92,14 +116,76 @@ class QualityProtocol(_Strict):
         reference: What the differences are against, such as ``none/eager float32``.
     """
 
-    text: str
-    text_sha256: str
-    window: int
-    n_windows: int
-    reference: str | None = None
+    text: Name
+    text_sha256: Name
+    window: Count
+    n_windows: Count
+    reference: Name | None = None
 
 
-class Record(_Strict):
+class _Keys(TypedDict, total=False):
+    """Keys that readers of records use; there can be others, of any value that JSON has."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
+
+
+class RecordedConfig(_Keys, total=False):
+    """``EngineConfig`` as a record has it."""
+
+    model: Name
+    weights: Name
+    quant: Name
+    head: Name
+    execution: Name
+    tensor_parallel: Count
+    draft: Name
+    draft_quant: Name
+    draft_tokens: Count
+    draft_policy: Name
+
+
+class RecordedEngine(_Keys, total=False):
+    """``EngineDescription`` as a record has it."""
+
+    dtype: Name
+    execution: Name | None
+    notes: Annotated[tuple[Reason, ...], Field(strict=False)]
+
+
+class RecordedHotloop(_Keys, total=False):
+    """Which hotloop has measured."""
+
+    version: Name | None
+    git_commit: Name | None
+    git_dirty: bool | None
+
+
+class RecordedDevice(_Keys, total=False):
+    """The device that was measured on; bandwidths in bytes per second."""
+
+    kind: Name
+    name: Name
+    n_threads: Count | None
+    read_bytes_per_s: Annotated[float, Field(gt=0, le=MAX_NUMBER)] | None
+    datasheet_bytes_per_s: Annotated[float, Field(gt=0, le=MAX_NUMBER)] | None
+
+
+class Provenance(_Keys, total=False):
+    """What was measured with what: see ``hardware.provenance``, and the hashes of inputs.
+
+    ``key`` is the job's, ``reference`` the stem of the reference's file where there is one.
+    """
+
+    hotloop: RecordedHotloop
+    versions: dict[str, Name | None]
+    device: RecordedDevice
+    key: Name
+    reference: Name
+    weights_sha256: Name | None
+    draft_sha256: Name | None
+
+
+class Record(StrictModel):
     """One attempt at one cell. See the fields of ``EngineDescription`` for ``engine``.
 
     The four speeds are means over the requests of a repeat; ``aggregate_tok_s`` alone is of the
@@ -113,13 +199,13 @@ class Record(_Strict):
     """
 
     schema_version: int = SCHEMA_VERSION
-    cell: str
-    baseline: str | None = None
-    attempt: int = 1
-    config: dict[str, Any]
+    cell: Name
+    baseline: Name | None = None
+    attempt: Count = 1
+    config: RecordedConfig
     status: Status
-    reason: str | None = None
-    started_at: str
+    reason: Reason | None = None
+    started_at: Name
 
     workload: Workload | None = None
     decode_tok_s: Figure | None = None
@@ -130,19 +216,25 @@ class Record(_Strict):
     mbu: Figure | None = None
     mbu_datasheet: Figure | None = None
     speculation: SpeculationFigures | None = None
-    load_s: float | None = None
-    warmup_s: float | None = None
-    peak_bytes: int | None = None
+    load_s: Number | None = None
+    warmup_s: Number | None = None
+    peak_bytes: Bytes | None = None
     predicted_bytes: dict[str, int] | None = None
 
     quality_protocol: QualityProtocol | None = None
-    quality_reason: str | None = None
+    quality_reason: Reason | None = None
     perplexity: Figure | None = None
     delta_ln_ppl: Figure | None = None
     kl_mean: Figure | None = None
-    kl_p99: float | None = None
-    kl_max: float | None = None
+    kl_p99: Number | None = None
+    kl_max: Number | None = None
     same_top1: Figure | None = None
 
-    engine: dict[str, Any] | None = None
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    engine: RecordedEngine | None = None
+    provenance: Provenance = Field(default_factory=Provenance)
+
+    @model_validator(mode="after")
+    def _has_figures(self) -> Self:
+        if self.decode_tok_s is not None and self.decode_tok_s.mean <= 0:
+            raise ValueError(f"decode_tok_s must be above 0, not {self.decode_tok_s.mean}")
+        return self

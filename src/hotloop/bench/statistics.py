@@ -31,8 +31,8 @@ def mean_figure(
         return Figure(mean=mean, n=1, samples=tuple(samples))
     se = statistics.stdev(samples) / math.sqrt(n)
     half = t_critical(n - 1) * se
-    ci95 = (max(mean - half, within[0]), min(mean + half, within[1]))
-    return Figure(mean=mean, ci95=ci95, se=se, n=n, samples=tuple(samples))
+    low, high = (min(max(end, within[0]), within[1]) for end in (mean - half, mean + half))
+    return Figure(mean=mean, ci95=(low, high), se=se, n=n, samples=tuple(samples))
 
 
 def t_critical(df: int, *, confidence: float = 0.95) -> float:

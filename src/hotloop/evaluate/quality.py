@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotloop.bench.record import Figure
+from hotloop.bench.record import MAX_NUMBER, Figure
 from hotloop.bench.statistics import mean_figure
 from hotloop.errors import ConfigError, HotloopError
 from hotloop.evaluate.reference import (
@@ -33,6 +33,8 @@ from hotloop.evaluate.reference import (
     row_chunks,
 )
 from hotloop.types import Engine, Score
+
+_MAX_NLL = math.floor(math.log(MAX_NUMBER))
 
 OnWindow = Callable[[int, int], None]
 """Called after each window with how many are done, and of how many."""
@@ -188,14 +190,19 @@ def _window_kl(score: Score, reference: Reference, index: int) -> Tensor:
 
 
 def _perplexity(nll: Sequence[float]) -> Figure:
-    mean_nll = mean_figure(nll)
+    mean_nll = mean_figure(nll, within=(-_MAX_NLL, _MAX_NLL))
+    if max(nll) > _MAX_NLL:
+        raise HotloopError(
+            f"the perplexity of a window is exp({max(nll):.0f}): the predictions are broken. Try "
+            "dtype float32, or another quantization."
+        )
     perplexity = math.exp(mean_nll.mean)
     return Figure(
         mean=perplexity,
         ci95=None
         if mean_nll.ci95 is None
         else (math.exp(mean_nll.ci95[0]), math.exp(mean_nll.ci95[1])),
-        se=None if mean_nll.se is None else perplexity * mean_nll.se,
+        se=None if mean_nll.se is None else min(perplexity * mean_nll.se, MAX_NUMBER),
         n=mean_nll.n,
         samples=tuple(math.exp(x) for x in nll),
     )

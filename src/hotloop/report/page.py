@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from typing import Any
 
 from hotloop.bench.record import Figure, Record
@@ -24,7 +23,7 @@ from hotloop.report.fields import csv_names, csv_text, csv_values
 from hotloop.report.layout import Column, Notes, Row, Table
 from hotloop.report.numbers import half_width, uncertain
 from hotloop.report.read import latest
-from hotloop.types import EngineConfig, is_draft_model
+from hotloop.types import EngineConfig, draft_name, is_draft_model
 
 NONE = "–"
 
@@ -124,9 +123,13 @@ def _compiled(record: Record) -> str:
 
 
 def _drafts(record: Record) -> str:
-    said = (field.name for field in fields(EngineConfig) if field.name.startswith("draft"))
-    drafting = {name: record.config[name] for name in said if name in record.config}
-    name = EngineConfig(model="", **drafting).draft_name
+    config = record.config
+    name = draft_name(
+        config.get("draft", EngineConfig.draft),
+        config.get("draft_quant", EngineConfig.draft_quant),
+        config.get("draft_tokens", EngineConfig.draft_tokens),
+        config.get("draft_policy", EngineConfig.draft_policy),
+    )
     return NONE if name == "none" else name
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hotloop import hardware
 from hotloop.bench.measure import measure_speed
@@ -25,6 +25,7 @@ from hotloop.errors import (
     HotloopError,
     OutOfMemoryError,
     UnsupportedError,
+    shorten,
 )
 from hotloop.evaluate.text import load_text
 from hotloop.evaluate.windows import make_windows
@@ -32,10 +33,13 @@ from hotloop.sweep.events import CellPhase, CellPrepared, OnEvent, Phase, ignore
 from hotloop.sweep.job import Job, MemoryPlan
 
 if TYPE_CHECKING:
+    from hotloop.bench.record import Provenance
     from hotloop.evaluate.reference import ReferenceKey
     from hotloop.types import Engine, EngineConfig
 
 _log = logging.getLogger(__name__)
+
+MAX_REASON_CHARS = 8_000
 
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -99,6 +103,13 @@ def gib(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB"
 
 
+def as_reason(text: str | None) -> str | None:
+    """A reason as a record can hold it: of a long one both ends, and no half of a character."""
+    if text is None:
+        return None
+    return shorten(text, MAX_REASON_CHARS).encode(errors="backslashreplace").decode()
+
+
 class _Attempt:
     """An attempt on its way: its phase, and what its record can say so far."""
 
@@ -120,14 +131,23 @@ class _Attempt:
         self.enter("predict")
         create, predict = self.job.source.resolve()
         device = hardware.resolve_device(self.job.config.device)
-        self.fields["provenance"] = {**hardware.provenance(device), **self.fields["provenance"]}
+        provenance = cast("Provenance", hardware.provenance(device) | self.fields["provenance"])
+        self.fields["provenance"] = provenance
         self.memory = predict(self.job.config)
         predicted = self.fields["predicted_bytes"] = self.memory.to_dict() if self.memory else None
-        self.on_event(CellPrepared(self.job.cell, predicted, self.fields["provenance"]))
+        self.on_event(CellPrepared(self.job.cell, predicted, provenance))
         return create
 
-    def record(self, status: Status, reason: str | None = None, **figures: Any) -> Record:
-        return Record(**self.fields, status=status, reason=reason, **figures)
+    def record(
+        self,
+        status: Status,
+        reason: str | None = None,
+        *,
+        quality_reason: str | None = None,
+        **figures: Any,
+    ) -> Record:
+        reasons = {"reason": as_reason(reason), "quality_reason": as_reason(quality_reason)}
+        return Record(**self.fields, status=status, **reasons, **figures)
 
 
 def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[str, Any]]) -> Record:

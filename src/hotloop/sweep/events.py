@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from hotloop.bench.record import Record
+from hotloop.bench.record import Provenance, Record
+from hotloop.errors import HotloopError, shorten_value
+from hotloop.outside import parse_json
 
 Phase = Literal["start", "predict", "load", "speed", "quality", "reference"]
 """What a cell is doing: starting its process, predicting memory, loading (with compilation and
@@ -81,7 +83,7 @@ class CellPrepared:
 
     cell: str
     predicted_bytes: dict[str, int] | None
-    provenance: dict[str, Any]
+    provenance: Provenance
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,13 @@ def to_line(event: Event) -> bytes:
 
 
 def from_line(line: bytes) -> Event:
-    """The event that ``to_line`` wrote."""
-    ((kind, value),) = json.loads(line).items()
-    return _FROM_CELL[kind].validate_python(value)
+    """The event that ``to_line`` wrote.
+
+    Raises:
+        HotloopError: The line is none.
+    """
+    try:
+        ((kind, value),) = parse_json(line, "an event").items()
+        return _FROM_CELL[kind].validate_python(value)
+    except (ValueError, KeyError) as error:
+        raise HotloopError(f"not an event of a cell: {shorten_value(line)}") from error

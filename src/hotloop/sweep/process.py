@@ -24,8 +24,9 @@ from typing import BinaryIO
 import psutil
 
 from hotloop.bench.record import Record, Status
+from hotloop.errors import HotloopError
 from hotloop.hardware import kernel_oom_kills
-from hotloop.sweep.cell import base_record, gib
+from hotloop.sweep.cell import as_reason, base_record, gib
 from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
@@ -36,6 +37,7 @@ from hotloop.sweep.events import (
 )
 from hotloop.sweep.job import Job
 from hotloop.sweep.marked import MARK, end_marked
+from hotloop.sweep.store import MAX_LINE_BYTES
 from hotloop.writing import opened_to_append
 
 GRACE_S = 5.0
@@ -88,7 +90,7 @@ def run_isolated(
                     ended = child.poll() is not None  # before reading: then all it wrote is there
                     for line in pipe.lines(0 if ended else TICK_S):
                         seen.take(line)
-                    if ended:
+                    if ended or seen.nonsense:
                         break
                     if seen.record:
                         deadline = min(deadline, time.monotonic() + grace_s)
@@ -102,6 +104,8 @@ def run_isolated(
     if record is None:
         if stopped == "interrupted":
             status, reason = stopped, f"stopped by its user in {seen.phase}"
+        elif seen.nonsense:
+            status, reason = "failed", f"ended in {seen.phase}, for it told {seen.nonsense}"
         elif stopped == "timeout":
             status, reason = (
                 stopped,
@@ -110,7 +114,8 @@ def run_isolated(
         else:
             status, reason = seen.explain_death(child.returncode)
         tail = _tail(log, log_start) if status != "interrupted" else ""
-        record = Record(**(fields | seen.facts), status=status, reason=reason + tail)
+        reason = as_reason(reason + tail)
+        record = Record(**(fields | seen.facts), status=status, reason=reason)
     if stopped == "interrupted":
         raise Interrupted(record)
     return record
@@ -124,12 +129,17 @@ class _Seen:
         self.phase = "start"
         self.facts = {}
         self.record: Record | None = None
+        self.nonsense = ""
         self._peak_rss = 0
         self._available = psutil.virtual_memory().available
         self._oom_kills = kernel_oom_kills()
 
     def take(self, line: bytes) -> None:
-        event = from_line(line)
+        try:
+            event = from_line(line)
+        except HotloopError as error:
+            self.nonsense = str(error)
+            return
         match event:
             case CellFinished():
                 self.record = event.record
@@ -185,6 +195,9 @@ class _Pipe:
                 break
             *lines, self._rest = (self._rest + chunk).split(b"\n")
             yield from lines
+            if len(self._rest) > MAX_LINE_BYTES:
+                yield self._rest  # no event is as long: as one, it is refused
+                self._rest = b""
             timeout_s = 0
 
     def close(self) -> None:

@@ -22,48 +22,42 @@ different results folders.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
-import types
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
-    ValidationError,
     create_model,
 )
 
 from hotloop.bench.record import Workload
-from hotloop.errors import ConfigError
+from hotloop.errors import ConfigError, shorten_value
+from hotloop.outside import LARGEST_COUNT, StrictModel, config_error, read_text, validated
+from hotloop.sweep.bounded_yaml import parse_yaml
 from hotloop.types import EngineConfig, WeightSource, is_draft_model
+from hotloop.writing import check_component
+
+MAX_RECIPE_BYTES = 256 * 2**10
+
+MAX_CELLS = 1_000
+"""Cells of a recipe: at a minute each, most of a day."""
+
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+"""A name or a path."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class QualityOptions(_Strict):
+class QualityOptions(StrictModel):
     """What to score.
 
     Attributes:
@@ -72,26 +66,40 @@ class QualityOptions(_Strict):
         text: A UTF-8 file, relative to the recipe; None takes the text that comes with Python.
     """
 
-    window: Annotated[int, Field(ge=2)] = 512
-    n_windows: Annotated[int, Field(ge=2)] = 16
+    window: Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = 512
+    n_windows: Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = 16
     text: Annotated[Path | None, Field(strict=False)] = None
 
 
 def _canonical_scheme(name: str) -> str:
     from hotloop.quant import parse_scheme  # imports torch
 
-    return parse_scheme(name).name
+    return parse_scheme(name.strip()).name
 
 
 def _canonical_head(name: str) -> str:
-    return name if name == "auto" else _canonical_scheme(name)
+    return "auto" if name.strip() == "auto" else _canonical_scheme(name)
+
+
+def _listed(values: object) -> object:
+    """The values of an axis: a list, or a text with commas; spaces around a value mean nothing."""
+    if isinstance(values, str):
+        values = values.split(",")
+    if isinstance(values, list):
+        return [value.strip() if isinstance(value, str) else value for value in values]
+    return values
 
 
 def _lever_types() -> dict[str, Any]:
-    hints = get_type_hints(EngineConfig)
-    hints["quant"] = Annotated[str, AfterValidator(_canonical_scheme)]
-    hints["head"] = Annotated[str, AfterValidator(_canonical_head)]
-    hints["draft_quant"] = Annotated[str, AfterValidator(_canonical_scheme)]
+    bounded = {
+        str: Text,
+        int: Annotated[int, Field(ge=-LARGEST_COUNT, le=LARGEST_COUNT)],
+        int | None: Annotated[int, Field(ge=-LARGEST_COUNT, le=LARGEST_COUNT)] | None,
+    }
+    hints = {name: bounded.get(h, h) for name, h in get_type_hints(EngineConfig).items()}
+    hints["quant"] = Annotated[Text, AfterValidator(_canonical_scheme)]
+    hints["head"] = Annotated[Text, AfterValidator(_canonical_head)]
+    hints["draft_quant"] = Annotated[Text, AfterValidator(_canonical_scheme)]
     return {
         field.name: hints[field.name]
         for field in fields(EngineConfig)
@@ -104,45 +112,35 @@ if TYPE_CHECKING:
 else:
     Levers = create_model(
         "Levers",
-        __base__=_Strict,
+        __base__=StrictModel,
         __doc__="Some of EngineConfig's fields, those of one cell or of all.",
         **{name: (hint, None) for name, hint in _lever_types().items()},
     )
     Matrix = create_model(
         "Matrix",
-        __base__=_Strict,
+        __base__=StrictModel,
         __doc__="The values to try of some of EngineConfig's fields.",
         **{
-            name: (Annotated[list[hint], Field(min_length=1)], None)
+            name: (Annotated[list[hint], Field(min_length=1), BeforeValidator(_listed)], None)
             for name, hint in _lever_types().items()
         },
     )
 
 
-def _timed(workload: Workload) -> Workload:
-    least = {"prompt_tokens": 1, "new_tokens": 2, "batch": 1, "repeats": 1, "seed": 0}
-    for name, minimum in least.items():
-        if getattr(workload, name) < minimum:
-            raise ConfigError(f"{name} must be at least {minimum}.")
-    return workload
-
-
-class Recipe(_Strict):
+class Recipe(StrictModel):
     """A whole experiment; the module says what the fields mean."""
 
-    name: Annotated[str, Field(min_length=1)] = "sweep"
-    model: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, AfterValidator(check_component)] = "sweep"
+    model: Text
     weights: WeightSource = "checkpoint"
     defaults: Levers = Levers()
     matrix: Matrix = Matrix()
-    cells: list[Levers] = []
-    workload: Annotated[Workload, AfterValidator(_timed)] = Workload(
-        prompt_tokens=128, new_tokens=128
-    )
+    cells: list[Levers] = Field(default_factory=list)
+    workload: Workload = Workload(prompt_tokens=128, new_tokens=128)
     quality: Annotated[
         QualityOptions | None, BeforeValidator(lambda value: None if value is False else value)
     ] = QualityOptions()
-    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    timeout_s: Annotated[float, Field(gt=0, le=1e9)] = 1800.0
 
     _folder: Path = PrivateAttr(default=Path())
 
@@ -165,17 +163,14 @@ def load_recipe(path: Path | str) -> Recipe:
 
     Raises:
         ConfigError: The file cannot be read, is no YAML, or says something that cannot be run;
-            every problem is named by its place in the recipe.
+            problems are named by their places in the recipe.
     """
     path = Path(path)
-    try:
-        said = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    said = parse_yaml(read_text(path, limit=MAX_RECIPE_BYTES, refuse=config_error), path)
     if not isinstance(said, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping with at least `model`, not {said!r:.80}.")
+        raise config_error(
+            path, f"a recipe is a mapping with at least `model`, not {shorten_value(said)}."
+        )
     return _checked(said, source=str(path), folder=path.parent)
 
 
@@ -258,9 +253,16 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
     and not of the model's whole context.
 
     Raises:
-        ConfigError: Two cells are the same, or a cell cannot hold the workload or a window.
+        ConfigError: Two cells are the same, a cell cannot hold the workload or a window, or there
+            are more than ``MAX_CELLS``.
     """
     axes = recipe.matrix.model_dump(exclude_unset=True)
+    if (count := math.prod(map(len, axes.values())) + len(recipe.cells)) > MAX_CELLS:
+        sizes = " x ".join(f"{len(values)} {name}" for name, values in axes.items())
+        raise ConfigError(
+            f"the recipe has {count:,} cells ({sizes or len(recipe.cells)}), more than "
+            f"{MAX_CELLS:,}: shorten the lists of `matrix`, or split the recipe."
+        )
     combinations = [
         dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
     ]
@@ -273,8 +275,8 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
     for config, count in Counter(configs).items():
         if count > 1:
             raise ConfigError(
-                f"the recipe has the cell {config.name!r} {count} times: remove it from `cells` "
-                "or from a list of `matrix`."
+                f"the recipe has the cell {shorten_value(config.name)} {count} times: remove it "
+                "from `cells` or from a list of `matrix`."
             )
     return configs
 
@@ -311,16 +313,17 @@ def cell_names(configs: Sequence[EngineConfig]) -> list[str]:
     ``EngineConfig.name`` leaves out fields that rarely matter; where a sweep varies one of those,
     such as ``prefill_chunk``, it is appended.
     """
-    names = []
+    namesakes: dict[str, list[dict[str, Any]]] = {}
     for config in configs:
-        namesakes = [other.to_dict() for other in configs if other.name == config.name]
-        varied = [
-            f"{field}={value}"
-            for field, value in config.to_dict().items()
-            if any(other[field] != value for other in namesakes)
-        ]
-        names.append("/".join([config.name, *varied]))
-    return names
+        namesakes.setdefault(config.name, []).append(config.to_dict())
+    varied = {
+        name: [field for field in same[0] if any(other[field] != same[0][field] for other in same)]
+        for name, same in namesakes.items()
+    }
+    return [
+        "/".join([c.name, *(f"{field}={getattr(c, field)}" for field in varied[c.name])])
+        for c in configs
+    ]
 
 
 def sha256_of(value: Any) -> str:
@@ -364,62 +367,10 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(said: dict[str, Any], *, source: str, folder: Path) -> Recipe:
+    recipe = validated(Recipe, said, source, refuse=config_error)
+    recipe._folder = folder
     try:
-        recipe = Recipe.model_validate(said)
-        recipe._folder = folder
         expand(recipe)
-    except ValidationError as error:
-        problems = [_problem(one["type"], one["loc"], one) for one in error.errors()]
-        between = " " if len(problems) == 1 else "\n  "
-        raise ConfigError(between.join([f"{source}:", *problems])) from error
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
+        raise config_error(source, str(error)) from error
     return recipe
-
-
-def _problem(kind: str, loc: tuple[int | str, ...], error: Any) -> str:
-    """One of pydantic's errors in a sentence: the place, the value, the nearest, the choices."""
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
-    place, value = place.removeprefix("."), error["input"]
-    if kind == "extra_forbidden":
-        choices = _declared_at(loc[:-1]).model_fields
-        return f"{place}: there is no such key. {_nearest(str(loc[-1]), choices)}"
-    if kind == "missing":
-        return f"{place}: is missing."
-    if kind == "literal_error":
-        choices = get_args(_declared_at(loc))
-        return f"{place}: {value!r} is not a choice. {_nearest(str(value), choices)}"
-    if kind == "value_error":
-        return f"{place}: {error['ctx']['error']}"
-    must = {"model_type": "should be a mapping", "too_short": "should have at least one value"}
-    said = must.get(kind) or error["msg"].removeprefix("Input ")
-    return f"{place}: {said}, not {value!r:.80}."
-
-
-def _nearest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
-    found = difflib.get_close_matches(word, choices, n=1)
-    guess = f"Did you mean {found[0]!r}? " if found else ""
-    return f"{guess}Choose from: {', '.join(choices)}."
-
-
-def _declared_at(loc: Sequence[int | str]) -> Any:
-    """What the recipe's models declare at a place: a model, or a value's type."""
-    here: Any = Recipe
-    for part in loc:
-        here = get_args(here)[0] if isinstance(part, int) else here.model_fields[part].annotation
-        while get_origin(here) in (Annotated, Union, types.UnionType):
-            here = get_args(here)[0]
-    return here
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML as written: a key given twice is an error, not silently the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, count in Counter(keys).items():
-            if count > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given {count} times", node.start_mark
-                )
-        return super().construct_mapping(node, deep)

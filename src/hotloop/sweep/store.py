@@ -7,52 +7,67 @@ the line being written. What a reader cannot parse it reports and leaves alone.
 from __future__ import annotations
 
 import fcntl
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import Any, BinaryIO
 
 from hotloop.bench.record import SCHEMA_VERSION, Record
-from hotloop.errors import ConfigError
+from hotloop.errors import ConfigError, shorten, shorten_value
+from hotloop.outside import config_error, open_file, parse_json, validated
 from hotloop.writing import append_line, opened_to_append
 
 RECORDS = "records.jsonl"
+
+
+MAX_FILE_BYTES = 2**28
+MAX_LINE_BYTES = 2**22
+"""A record has some ten thousand bytes."""
 
 
 def read_file(path: Path) -> tuple[list[Record], list[str]]:
     """The records of a file in the order they were written, and its lines that are none.
 
     Returns:
-        The records, and a sentence for each line that was not understood: half-written because
-        something ended its writer, or damaged since.
+        The records, and a sentence for each line that is left out: half-written because something
+        ended its writer, damaged since, or with values that no record has.
 
     Raises:
         ConfigError: A record is of a newer schema than this hotloop knows, or the file cannot be
-            read.
+            read or is too large.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read the records {path}: {error}") from error
     records, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            said = json.loads(line)
-            _check_schema(said, f"{path}, line {number}")
-            records.append(Record.model_validate_json(line))
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            problems.append(f"{path}, line {number}, is half-written or damaged; it is ignored.")
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            problems.append(
-                f"{path}, line {number}, is no record ({place}: {first['msg']}); it is ignored."
-            )
+    with open_file(path, refuse=config_error) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_FILE_BYTES:
+            raise config_error(path, f"has {size:,} bytes, more than {MAX_FILE_BYTES:,}")
+        for number, line in enumerate(_lines(file), start=1):
+            place = f"{shorten(str(path))}, line {number}"
+            if len(line) > MAX_LINE_BYTES:
+                problems.append(f"{place}: has more than {MAX_LINE_BYTES:,} bytes; it is left out.")
+                continue
+            if not line.strip():
+                continue
+            try:
+                said = parse_json(line.strip(), place, refuse=config_error)
+            except ConfigError as error:
+                problems.append(f"{error}; half-written or damaged, it is left out.")
+                continue
+            _check_schema(said, place)
+            try:
+                records.append(validated(Record, said, place, refuse=config_error))
+            except ConfigError as error:
+                problems.append(f"{error}; no record, it is left out.")
     return records, problems
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, only as much as shows it."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        rest = line
+        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES + 1)
+        yield line
 
 
 def append(path: Path, record: Record) -> None:
@@ -78,10 +93,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_schema(said: object, where: str) -> None:
-    found = said.get("schema_version") if isinstance(said, dict) else None
+def _check_schema(said: dict[str, Any], where: str) -> None:
+    found = said.get("schema_version")
     if isinstance(found, int) and found > SCHEMA_VERSION:
-        raise ConfigError(
-            f"{where}: schema version {found} is newer than this hotloop reads "
-            f"({SCHEMA_VERSION}): upgrade hotloop."
+        raise config_error(
+            where,
+            f"schema version {shorten_value(found)} is newer than this hotloop reads "
+            f"({SCHEMA_VERSION}): upgrade hotloop.",
         )

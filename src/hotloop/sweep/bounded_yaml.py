@@ -1,0 +1,103 @@
+"""YAML whose depth and size are bounded, anchors expanded, before anything is built of it.
+
+An anchor that is used ten times by one that is used ten times, nine deep, is a few hundred
+characters and 10^9 values, which every copy, comparison and message would visit one by one. So the
+graph of nodes is counted as a tree while it is composed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import yaml
+
+from hotloop.errors import shorten, shorten_value
+from hotloop.outside import Refuse, config_error
+
+MAX_DEPTH = 20
+"""Nested lists and mappings."""
+
+MAX_NODES = 50_000
+"""Keys, values, lists and mappings, each as often as it is used."""
+
+MAX_SCALAR_CHARS = 4_096
+"""Characters of a single text or number: no path is longer."""
+
+
+def parse_yaml(text: str, file: object, *, refuse: Refuse = config_error) -> Any:
+    """The one document of a YAML text, made of Python's own types.
+
+    Args:
+        text: The document.
+        file: Where it comes from, for the error.
+        refuse: Makes the error.
+
+    Raises:
+        HotloopError: It is not valid YAML, exceeds a bound of this module, or gives a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        said = ", ".join(filter(None, (error.context, error.problem)))
+        raise refuse(str(file), f"is not valid YAML: {shorten(said)}{place}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
+        said = shorten(" ".join(str(error).split()))
+        raise refuse(str(file), f"is not valid YAML: {said}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML within bounds, as written: keys are texts, and one given twice is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[yaml.Node, int] = {}  # of finished nodes, what each expands to
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> Any:
+        """Composes a node and counts what it expands to."""
+        event = self.peek_event()
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _problem(f"nested more than {MAX_DEPTH} levels deep", event)
+        node: Any = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self._sizes:
+                raise _problem(f"the anchor {shorten_value(event.anchor)} contains itself", event)
+            return node
+        self._sizes[node] = self._size(node, event)
+        if max(self._sizes[node], len(self._sizes)) > MAX_NODES:
+            raise _problem(f"more than {MAX_NODES:,} values, anchors expanded", event)
+        return node
+
+    def _size(self, node: yaml.Node, event: yaml.Event) -> int:
+        match node:
+            case yaml.MappingNode():
+                return 1 + sum(self._sizes[part] for pair in node.value for part in pair)
+            case yaml.SequenceNode():
+                return 1 + sum(self._sizes[part] for part in node.value)
+        if (length := len(node.value)) > MAX_SCALAR_CHARS:
+            said = f"{shorten_value(node.value)} has {length:,} characters"
+            raise _problem(f"{said}, more than {MAX_SCALAR_CHARS:,}", event)
+        return 1
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Makes a dict of a mapping whose keys are different texts."""
+        for key, _ in node.value:
+            if key.tag not in (_TEXT, _MERGE):
+                raise _problem("a key must be text", key)
+        keys = Counter(key.value for key, _ in node.value if key.tag == _TEXT)
+        for key, count in keys.items():
+            if count > 1:
+                raise _problem(f"the key {shorten_value(key)} is given {count} times", node)
+        return super().construct_mapping(node, deep)
+
+
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+
+
+def _problem(said: str, where: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=said, problem_mark=where.start_mark)
