@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import HANG_S
 
 from hotloop.errors import DownloadError
 from hotloop.weights.hub import pull
@@ -55,7 +56,7 @@ def test_the_readme_has_commands_to_run() -> None:
 @pytest.mark.parametrize("words", commands("cpu"), ids=lambda words: " ".join(words[1:3]))
 def test_command_does_what_it_says(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(README.parent / "recipes")
-    done = run(words, tmp_path, input="What is 2 + 2?\n/quit\n", timeout=300)
+    done = run(words, tmp_path, input="What is 2 + 2?\n/quit\n", timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -65,7 +66,7 @@ def test_command_does_what_it_says(words: list[str], tmp_path: Path) -> None:
 def test_python_example_runs(tmp_path: Path) -> None:
     (example,) = blocks("python")
     assert len([line for line in example.splitlines() if line]) == 5 - 1
-    done = run([sys.executable, "-c", example], tmp_path, timeout=300)
+    done = run([sys.executable, "-c", example], tmp_path, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     text, speed = done.stdout.rsplit(maxsplit=1)
     assert "Paris" in text
@@ -78,5 +79,5 @@ def test_gpu_command_does_what_it_says(words: list[str], tmp_path: Path) -> None
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    done = run(words, tmp_path, timeout=300)
+    done = run(words, tmp_path, timeout=HANG_S)
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from waiting import HANG_S
 
 from hotloop.parallel.collectives import Group, Inboxes
 
@@ -18,7 +19,7 @@ class _Exchange:
     def __init__(self, size: int) -> None:
         self.given: list[Tensor | None] = [None] * size
         self.kept: list[Tensor] = []  # which others write into
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.barrier = threading.Barrier(size, timeout=HANG_S)
 
 
 class ThreadGroup(Group):

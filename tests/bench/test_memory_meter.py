@@ -1,5 +1,6 @@
 import pytest
 import torch
+from waiting import wait_until
 
 from hotloop import memory_meter as memory
 from hotloop.memory_meter import MemoryMeter
@@ -20,7 +21,8 @@ def test_peak_of_a_block_is_seen_after_it_was_freed(monkeypatch, permitted):
     with MemoryMeter("cpu") as meter:
         block = _resident(200 * MIB)
         if not permitted:
-            memory.threading.Event().wait(0.05)
+            wanted = before.peak_bytes + 190 * MIB
+            wait_until(lambda: meter.peak_bytes > wanted, "the peak is sampled")
         del block
     assert meter.peak_bytes - before.peak_bytes == pytest.approx(200 * MIB, rel=0.1)
     if not permitted:

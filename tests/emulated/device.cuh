@@ -412,7 +412,7 @@ inline bool load_marked(const uint4* from, uint32_t mark, uint2& words) {
   const uint64_t first = get(0), second = get(1);
   words = uint2{uint32_t(first), uint32_t(second)};
   if (first >> 32 == mark && second >> 32 == mark) return true;
-  if (std::chrono::steady_clock::now() - machine.started > std::chrono::seconds(60)) {
+  if (std::chrono::steady_clock::now() - machine.started > std::chrono::seconds(900)) {
     fprintf(stderr, "block (%d, %d): what other ranks have does not come\n", blockIdx.x, blockIdx.y);
     abort();
   }

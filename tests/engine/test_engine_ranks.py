@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import write_random
+from waiting import HANG_S, alive, wait_until
 
 from hotloop import LLM, SamplingParams
 from hotloop.engine.memory import predict_memory
@@ -24,7 +24,6 @@ from hotloop.types import EngineConfig
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
 FREELY = SamplingParams(max_new_tokens=12, ignore_eos=True)
-AT_MOST_S = 10.0
 
 
 def tokens(llm: LLM, **options: object) -> list[tuple[int, ...]]:
@@ -33,17 +32,6 @@ def tokens(llm: LLM, **options: object) -> list[tuple[int, ...]]:
 
 def pids(llm: LLM) -> list[int]:
     return [rank.process.pid for rank in llm._runner._ranks._ranks]
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + AT_MOST_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -128,18 +116,15 @@ def test_an_abandoned_stream_leaves_the_ranks_in_step(one, two):
 
 def test_a_rank_killed_while_it_generates_ends_the_run_with_its_error(nine):
     llm = LLM(str(nine), dtype="float32", tensor_parallel=3, max_seq_len=300)
-    ranks, killed = pids(llm), []
+    ranks = pids(llm)
     stream = llm.stream([[7]], SamplingParams(max_new_tokens=290, ignore_eos=True))
     next(stream)
 
-    def kill() -> None:
-        killed.append(time.monotonic())
-        os.kill(ranks[1], signal.SIGKILL)
-
-    threading.Timer(0.1, kill).start()
+    # Stopped first, so that the others wait for it in the middle of a step.
+    os.kill(ranks[1], signal.SIGSTOP)
+    threading.Timer(0.1, os.kill, (ranks[1], signal.SIGKILL)).start()
     with pytest.raises(RankError, match="rank 1 of 3 was killed by SIGKILL in step"):
         list(stream)
-    assert time.monotonic() - killed[0] < AT_MOST_S
     wait_until(lambda: not any(map(alive, ranks)), "no rank is left")
     with pytest.raises(RankError, match="rank 1 of 3"):
         llm.generate([[7]], FREELY)
@@ -149,18 +134,17 @@ def test_a_rank_killed_while_it_generates_ends_the_run_with_its_error(nine):
 def test_a_rank_killed_while_it_loads_ends_the_run_with_its_error(nine):
     before, ranks = set(psutil.Process().children()), []
 
-    def kill() -> None:
-        while len(ranks) < 2:
+    def kill(*_: object) -> None:
+        if not ranks:
             started = set(psutil.Process().children()) - before
             ranks[:] = [c.pid for c in started if "hotloop.engine.rank" in c.cmdline()]
-        last = next(pid for pid in ranks if psutil.Process(pid).cmdline()[-2] == "1")
-        os.kill(last, signal.SIGKILL)
+            last = next(pid for pid in ranks if psutil.Process(pid).cmdline()[-2] == "1")
+            os.kill(last, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with pytest.raises(RankError, match=r"rank 1 of 2 was killed by SIGKILL in (start|load)\b"):
-        LLM(str(nine), dtype="float32", tensor_parallel=2)
-    killer.join()
+    # Or in warm-up, where the others wait for it, if it had loaded its part by then.
+    with pytest.raises(RankError, match=r"rank 1 of 2 was killed by SIGKILL in (load|admit)\b"):
+        LLM(str(nine), dtype="float32", tensor_parallel=2, progress=kill)
+    assert len(ranks) == 2
     wait_until(lambda: not any(map(alive, ranks)), "no rank is left")
 
 
@@ -202,7 +186,7 @@ def test_torchrun_starts_the_ranks(nine, asked):
         *("-m", "hotloop", "generate", str(nine), "one", "--tp", str(degree)),
         *("--dtype", "float32", "-n", "5", "--json"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     if asked == "wrong":
         assert done.returncode != 0
         assert "torchrun started 2 processes, but tensor_parallel is 3" in done.stderr

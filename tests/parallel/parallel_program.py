@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from hotloop.errors import CheckpointError
 from hotloop.parallel.link import Caller, PeerError
@@ -30,9 +31,10 @@ class Program:
     def add(self, a: int, b: int) -> int:
         return a + b
 
-    def sleep(self, seconds: float) -> str:
-        time.sleep(seconds)
-        return "slept"
+    def wait_for_file(self, path: Path) -> str:
+        while not path.exists():
+            time.sleep(0.02)
+        return "waited"
 
     def tell(self, number: int) -> str:
         for i in range(3 * (self.rank == 0)):

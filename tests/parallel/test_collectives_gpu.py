@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from waiting import HANG_S
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,7 +98,7 @@ def test_sums_and_maxima_are_exact_in_and_out_of_graphs(size, all_reduce):
         )
         for rank in range(size)
     ]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    outputs = [rank.communicate(timeout=HANG_S) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, outputs
     kernels = {out.split()[0] for out, _ in outputs}
     assert len(kernels) == 1, "every rank takes the same way"

@@ -52,12 +52,14 @@ def create(config: EngineConfig) -> "FakeEngine":
             print("about to fall over", flush=True)
             os.kill(os.getpid(), signal.SIGSEGV)
         case End.HANGS:
-            sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+            sleep = [sys.executable, "-c", "import time; time.sleep(9999)"]
             pids = [os.getpid(), subprocess.Popen(sleep).pid]
             # As ranks are: in a session of its own, which ending this one's group does not reach.
             pids.append(subprocess.Popen(sleep, start_new_session=True).pid)
-            Path(os.environ["PIDS"]).write_text(" ".join(map(str, pids)))
-            time.sleep(60)
+            written = Path(os.environ["PIDS"]).with_suffix(".new")
+            written.write_text(" ".join(map(str, pids)))
+            written.rename(os.environ["PIDS"])  # whole, when it is there
+            time.sleep(9999)
         case End.OOM:
             raise OutOfMemoryError("load", 2**33, 2**30)
         case End.UNSUPPORTED:

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import psutil
 import pytest
 from sweep_fakes import End
+from waiting import HANG_S, alive, wait_until
 
 from hotloop.bench.record import Record
 from hotloop.errors import ConfigError
@@ -36,10 +36,11 @@ FAKE = EngineSource(create="sweep_fakes_child:create", predict="sweep_fakes_chil
 
 @pytest.fixture(autouse=True)
 def _children_find_the_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parent}", prepend=os.pathsep)
 
 
-def recipe(*ends: End, timeout_s: float = 60.0) -> Recipe:
+def recipe(*ends: End, timeout_s: float = HANG_S) -> Recipe:
     return recipe_from_flags(
         "some-shape",
         weights="random",
@@ -50,7 +51,7 @@ def recipe(*ends: End, timeout_s: float = 60.0) -> Recipe:
 
 
 def sweep(results: Path, *ends: End, **options) -> list[Record]:
-    timeout_s = options.pop("timeout_s", 60.0)
+    timeout_s = options.pop("timeout_s", HANG_S)
     return run_sweep(recipe(*ends, timeout_s=timeout_s), results, source=FAKE, **options)
 
 
@@ -120,12 +121,18 @@ def test_whatever_ends_a_cell_is_a_row_and_not_the_end(tmp_path):
 
 def test_a_hang_ends_at_the_limit_with_everything_it_started(tmp_path, monkeypatch):
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
-    start = time.monotonic()
-    (record,) = sweep(tmp_path, End.HANGS, timeout_s=1.5)
-    assert time.monotonic() - start < 10
+    events = []
+
+    def time_s() -> float:
+        """Stands still until the cell hangs, with everything it started."""
+        loads = any(isinstance(event, CellPhase) and event.phase == "load" for event in events)
+        return 2.0 if loads and running(tmp_path / "pids") else 0.0
+
+    monkeypatch.setattr("hotloop.sweep.process.time", SimpleNamespace(monotonic=time_s))
+    (record,) = sweep(tmp_path, End.HANGS, timeout_s=1.5, on_event=events.append)
     assert record.status == "timeout"
     assert record.reason.startswith("took longer than the limit of 1.5 s in load")
-    assert not alive(tmp_path / "pids")
+    assert not running(tmp_path / "pids")
 
 
 def test_resume_measures_what_is_missing_or_failed_and_nothing_else(tmp_path):
@@ -173,8 +180,8 @@ def test_ctrl_c_ends_the_child_keeps_what_is_done_and_resumes(tmp_path, monkeypa
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
     parent = start_parent(tmp_path, End.UNSUPPORTED, End.HANGS)
     parent.send_signal(signal.SIGINT)
-    assert parent.wait(10) == 130
-    assert not alive(tmp_path / "pids")
+    assert parent.wait(HANG_S) == 130
+    assert not running(tmp_path / "pids")
     records, _ = read_file(tmp_path / "records.jsonl")
     assert [record.status for record in records] == ["unsupported", "interrupted"]
 
@@ -187,10 +194,7 @@ def test_a_child_ends_with_its_parent(tmp_path, monkeypatch):
     parent = start_parent(tmp_path, End.HANGS)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
-    while alive(tmp_path / "pids"):
-        assert time.monotonic() < deadline, "the child outlived its parent"
-        time.sleep(0.02)
+    wait_until(lambda: not running(tmp_path / "pids"), "the child ends with its parent")
 
 
 def scored_recipe(folder: Path, *ends: End) -> Recipe:
@@ -264,7 +268,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="another sweep"):
         sweep(tmp_path, End.OK)
     parent.send_signal(signal.SIGINT)
-    parent.wait(10)
+    parent.wait(HANG_S)
 
 
 PARENT = """
@@ -282,17 +286,16 @@ def start_parent(results: Path, *ends: End) -> subprocess.Popen:
     """A sweep in a process of its own, once its hanging cell hangs."""
     arguments = [str(results), *(str(int(end)) for end in ends)]
     parent = subprocess.Popen([sys.executable, "-c", PARENT, *arguments], env={**os.environ})
-    deadline = time.monotonic() + 20
-    while not (results / "pids").exists() or not (results / "pids").read_text():
-        assert time.monotonic() < deadline, "the cell did not start"
-        time.sleep(0.02)
+
+    def cell_hangs() -> bool:
+        assert parent.poll() is None, "the sweep ended"
+        return bool(running(results / "pids"))
+
+    wait_until(cell_hangs, "the cell starts")
     return parent
 
 
-def alive(pids: Path) -> list[int]:
-    """Which of the processes that a hanging engine wrote down still run."""
-    return [
-        pid
-        for pid in map(int, pids.read_text().split())
-        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]
+def running(pids: Path) -> list[int]:
+    """Which of the processes that a hanging engine wrote down run."""
+    written = pids.read_text().split() if pids.exists() else []
+    return [pid for pid in map(int, written) if alive(pid)]
