@@ -1,14 +1,105 @@
-"""Where hotloop keeps what it can make or fetch again: models, built kernels, compiled graphs."""
+"""Where hotloop keeps what it can make or fetch again: models, built kernels, compiled graphs.
+
+The cache folder is the user's choice or the user's home. Where there is no home (a container's user
+without one) or nothing can be written there (a read-only file system, another user's folder, a
+file), a folder for temporary files takes its place, and ``cache_note`` says so. What a folder that
+cannot be written holds already is still found.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
+import stat
+import tempfile
 from pathlib import Path
+
+from hotloop.errors import shorten
 
 
 def cache_dir() -> Path:
-    """``$HOTLOOP_CACHE``, else ``$XDG_CACHE_HOME/hotloop``, else ``~/.cache/hotloop``."""
+    """``$HOTLOOP_CACHE``, else ``$XDG_CACHE_HOME/hotloop``, else ``~/.cache/hotloop``.
+
+    Where the user has no home, it is the folder that ``writable_cache_dir`` returns.
+    """
+    return _configured() or _temporary_dir()
+
+
+def writable_cache_dir() -> Path:
+    """The cache folder, made if it is not there, or a temporary one if it cannot be written.
+
+    Raises:
+        OSError: There is no place for temporary files either.
+    """
+    configured = _configured()
+    if configured is None or _why_not_writable(configured) is not None:
+        return _temporary_dir()
+    return configured
+
+
+def cache_path(*parts: str) -> Path:
+    """The path of something in the cache: where it is, or else where it can be put.
+
+    Raises:
+        OSError: It is nowhere, and there is no place to put it.
+    """
+    found = cache_dir().joinpath(*parts)
+    return found if os.path.exists(found) else writable_cache_dir().joinpath(*parts)
+
+
+def cache_note() -> str | None:
+    """Why a temporary folder takes the place of the cache folder; None if none does."""
+    configured = _configured()
+    if configured is None:
+        why = "no home directory is known"
+    elif (problem := _why_not_writable(configured)) is not None:
+        why = f"{shorten(str(configured))} cannot be written: {problem}"
+    else:
+        return None
+    return f"{why}; the cache is {_temporary_dir()}. To choose another folder, set HOTLOOP_CACHE."
+
+
+def known_home(path: str | Path) -> Path | None:
+    """A path with its ``~`` replaced; None if no home directory is known for it."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return None
+
+
+def _configured() -> Path | None:
     if explicit := os.environ.get("HOTLOOP_CACHE"):
-        return Path(explicit).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "hotloop"
+        return known_home(explicit)
+    base = known_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return base / "hotloop" if base is not None else None
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        return "it is not a folder"
+    except OSError as error:
+        return error.strerror or str(error)
+    # Not only the mode: the answer knows of read-only file systems and of the superuser.
+    return None if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
+
+
+def _temporary_dir() -> Path:
+    """This user's folder among the temporary files, the same for every process."""
+    return _owned(Path(tempfile.gettempdir(), f"hotloop-{os.getuid()}"))
+
+
+@functools.cache
+def _owned(folder: Path) -> Path:
+    """``folder``, if nobody else can have put anything there: it holds code that is run."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        pass
+    else:
+        private = found.st_uid == os.getuid() and not found.st_mode & 0o022
+        if stat.S_ISDIR(found.st_mode) and private:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="hotloop-"))

@@ -1,5 +1,7 @@
 """Every CUDA kernel compiles for every supported architecture; no GPU is needed for that."""
 
+import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,14 +135,32 @@ def test_a_damaged_file_in_the_cache_is_made_again(cache, damage):
     assert compile_kernel(step.argmax_kernel(), "sm_90").seconds == 0, "whole again"
 
 
-@needs_nvrtc
-def test_cache_that_cannot_be_written_costs_time_and_says_so(tmp_path, monkeypatch):
+@pytest.fixture
+def unwritable(tmp_path, monkeypatch) -> Path:
+    """A machine whose cache folder is a file; the folder that takes its place."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / f"hotloop-{os.getuid()}"
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(unwritable):
+    compiled = compile_kernel(step.argmax_kernel(), "sm_90")
+    assert compiled.cubin[:4] == b"\x7fELF"
+    assert compiled.note is None
+    assert len(list((unwritable / "kernels").iterdir())) == 1
+    assert compile_kernel(step.argmax_kernel(), "sm_90").seconds == 0
+
+
+@needs_nvrtc
+def test_where_nothing_can_be_written_that_costs_time_and_is_said(unwritable):
+    unwritable.mkdir(mode=0o700)
+    (unwritable / "kernels").write_text("")
     compiled = compile_kernel(step.argmax_kernel(), "sm_90")
     assert compiled.cubin[:4] == b"\x7fELF"
     assert str(compiled.note).startswith("compiled kernels are not kept: ")
-    assert str(tmp_path / "file") in str(compiled.note)
+    assert str(unwritable / "kernels") in str(compiled.note)
 
 
 @needs_nvrtc

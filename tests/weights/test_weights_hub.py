@@ -206,8 +206,9 @@ def test_a_repository_is_pulled_without_its_pickles(tmp_path, monkeypatch):
     ]
     fetched = []
 
-    def download(name, *, allow_patterns, ignore_patterns):
+    def download(name, *, cache_dir, allow_patterns, ignore_patterns):
         assert name == "org/model"
+        assert cache_dir is None, "the library's own choice"
         fetched.extend(
             utils.filter_repo_objects(
                 wanted + unwanted, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import App
 
+from hotloop.cli.engine import note_cache
 from hotloop.cli.options import (
     DEFAULT_ENGINE,
     DEFAULT_WEIGHTS,
@@ -51,6 +52,7 @@ def bench(
     from hotloop.sweep.progress import SweepProgress
     from hotloop.sweep.recipe import expand, recipe_from_flags
 
+    note_cache()
     recipe = recipe_from_flags(
         weights.model(model),
         weights=weights.weights,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import hotloop
+from hotloop.cache import cache_note
 from hotloop.cli.output import note, spinner
 from hotloop.outside import config_error, read_text
 
@@ -20,9 +21,16 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 
+def note_cache() -> None:
+    """Says where the cache is if that is not where it should be."""
+    if text := cache_note():
+        note(text)
+
+
 @contextmanager
 def loaded(config: EngineConfig) -> Generator[LLM]:
     """The engine of ``config``."""
+    note_cache()
     label = f"{config.model} as {config.name}"
     with spinner(f"{label}: starting") as show:
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App
 
+from hotloop.cli.engine import note_cache
 from hotloop.cli.options import (
     DEFAULT_ENGINE,
     DEFAULT_QUALITY,
@@ -58,6 +59,7 @@ def evaluate(
     from hotloop.sweep.progress import SweepProgress
     from hotloop.sweep.recipe import expand, recipe_from_flags
 
+    note_cache()
     recipe = recipe_from_flags(
         model,
         matrix={},

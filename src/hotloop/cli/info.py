@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
+from hotloop.cache import writable_cache_dir
+from hotloop.cli.engine import note_cache
 from hotloop.cli.options import DEFAULT_DEVICE, MODEL, DeviceOptions, Dtype, Json, option
 from hotloop.cli.output import print_json, print_memory, print_pairs, print_text, spinner
 from hotloop.errors import ConfigError, UnsupportedError
@@ -48,6 +50,7 @@ def info(
     file stores, and the bytes that it takes under each scheme. Nothing is loaded.
     """
     if model is None:
+        note_cache()
         about = machine()
         print_json(about) if json else _show_machine(about)
     else:
@@ -82,7 +85,8 @@ def machine() -> dict[str, Any]:
         }
         for device, provenance in zip(devices, provenances, strict=True)
     ]
-    return {name: first[name] for name in ("hotloop", "versions", "host")} | {"devices": found}
+    about = {name: first[name] for name in ("hotloop", "versions", "host")}
+    return about | {"cache": str(writable_cache_dir()), "devices": found}
 
 
 def execution(device: torch.device) -> dict[str, dict[str, Any]]:
@@ -145,6 +149,7 @@ def _show_machine(about: dict[str, Any]) -> None:
         ("hotloop", about["hotloop"]["version"]),
         ("torch", f"{versions['torch']}, Python {versions['python']}"),
         ("host", f"{host['system']} {host['kernel']}, {host['machine']}"),
+        ("cache", about["cache"]),
     ]
     for device in about["devices"]:
         measured, quoted = device["read_bytes_per_s"], device["datasheet_bytes_per_s"]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import App
 
+from hotloop.cli.engine import note_cache
 from hotloop.cli.options import MODEL, Json, option
 from hotloop.cli.output import note, print_json, print_text
 
@@ -31,6 +32,7 @@ def pull(
     """
     from hotloop.weights import hub
 
+    note_cache()
     path = hub.pull(name, progress=note)
     if json:
         print_json({"name": name, "path": str(path)})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App
 
+from hotloop.cli.engine import note_cache
 from hotloop.cli.options import (
     DEFAULT_MATRIX,
     DEFAULT_QUALITY,
@@ -125,6 +126,7 @@ def sweep(
         _show_plan(plan(recipe), json=json)
         return 0
 
+    note_cache()
     results = out or Path("results", recipe.name)
     stopped = False
     records = []

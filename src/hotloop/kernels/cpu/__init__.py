@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hotloop.cache import cache_dir
+from hotloop.cache import cache_path
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = (
@@ -87,7 +87,7 @@ def _build(compiler: str) -> Path:
     # -march=native means another library on another processor that shares the home directory.
     identity = (SOURCE.read_text(), version, torch.__version__, _processor(), *FLAGS)
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    library = cache_dir() / "kernels" / f"cpu-{key}.so"
+    library = cache_path("kernels", f"cpu-{key}.so")
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hotloop.cache import cache_dir
+from hotloop.cache import cache_path, writable_cache_dir
 from hotloop.errors import HotloopError
 
 SOURCES = Path(__file__).parent
@@ -120,28 +120,29 @@ def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
     options = (*OPTIONS, f"--gpu-architecture={architecture}")
     identity = (*files.values(), kernel.source(), *options, str(nvrtc_version()))
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    path = cache_dir() / "kernels" / f"{kernel.name}-{architecture}-{key}.cubin"
-    if (cubin := _read(path)) is not None:
+    name = f"{kernel.name}-{architecture}-{key}.cubin"
+    if (cubin := _read(name)) is not None:
         return Compiled(cubin=cubin, seconds=0.0)
     started = time.perf_counter()
     cubin = _compile(kernel, files, options)
     seconds = time.perf_counter() - started
-    return Compiled(cubin=cubin, seconds=seconds, note=_write(path, cubin))
+    return Compiled(cubin=cubin, seconds=seconds, note=_write(name, cubin))
 
 
-def _read(path: Path) -> bytes | None:
+def _read(name: str) -> bytes | None:
     """What a cached file holds; None if it is not there, or not whole."""
     try:
-        content = path.read_bytes()
+        content = cache_path("kernels", name).read_bytes()
     except OSError:
         return None
     checksum, cubin = content[:32], content[32:]
     return cubin if hashlib.sha256(cubin).digest() == checksum else None
 
 
-def _write(path: Path, cubin: bytes) -> str | None:
+def _write(name: str, cubin: bytes) -> str | None:
     """Keeps machine code; the reason if that is not possible, which costs time and nothing else."""
     try:
+        path = writable_cache_dir() / "kernels" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
         try:

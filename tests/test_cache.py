@@ -1,0 +1,129 @@
+"""Where the cache is, on machines that have no good place for it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from hotloop import cache
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch, tmp_path):
+    """No cache is configured, and the machine's temporary files are in ``tmp_path``."""
+    monkeypatch.delenv("HOTLOOP_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    cache._owned.cache_clear()
+    yield
+    cache._owned.cache_clear()
+
+
+@pytest.fixture
+def nobody(monkeypatch) -> None:
+    """A user without HOME and without an entry in the system's list of users."""
+
+    def getpwuid(uid: int):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+
+
+def temporary(tmp_path: Path) -> Path:
+    return tmp_path / "tmp" / f"hotloop-{os.getuid()}"
+
+
+@pytest.mark.usefixtures("nobody")
+def test_without_a_home_the_cache_is_a_private_temporary_folder(tmp_path):
+    assert cache.cache_dir() == cache.writable_cache_dir() == temporary(tmp_path)
+    assert stat.S_IMODE(temporary(tmp_path).stat().st_mode) == 0o700
+    note = cache.cache_note()
+    assert "no home directory is known" in note
+    assert str(temporary(tmp_path)) in note
+
+
+@pytest.mark.usefixtures("nobody")
+def test_without_a_home_a_folder_that_is_named_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "mine"))
+    assert cache.writable_cache_dir() == tmp_path / "mine"
+    assert cache.cache_note() is None
+
+
+def test_the_home_of_a_user_who_is_not_there_is_not_made_in_the_current_folder(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOTLOOP_CACHE", "~no-such-user/cache")
+    assert cache.writable_cache_dir() == temporary(tmp_path)
+    assert not list(tmp_path.glob("~*"))
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "n" * 300, "/proc/hotloop"])
+def test_a_folder_that_cannot_be_made_is_replaced_and_named(name, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / name))
+    assert cache.writable_cache_dir() == temporary(tmp_path)
+    note = cache.cache_note()
+    assert str(tmp_path / name)[:100] in note
+    assert len(note) < 700
+
+
+def test_what_a_folder_that_cannot_be_written_holds_is_found(tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    (shared / "models").mkdir(parents=True)
+    (shared / "models" / "m.gguf").write_text("")
+    monkeypatch.setenv("HOTLOOP_CACHE", str(shared))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cache.cache_path("models", "m.gguf") == shared / "models" / "m.gguf"
+    assert cache.cache_path("models", "other.gguf").is_relative_to(temporary(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "open to others"])
+def test_a_temporary_folder_that_others_can_write_is_not_trusted(kind, tmp_path, monkeypatch):
+    theirs = temporary(tmp_path)
+    if kind == "file":
+        theirs.write_text("")
+    elif kind == "link":
+        theirs.symlink_to(tmp_path)
+    else:
+        theirs.mkdir()
+        theirs.chmod(0o777)
+    monkeypatch.setenv("HOTLOOP_CACHE", "/proc/hotloop")
+    ours = cache.writable_cache_dir()
+    assert ours.parent == theirs.parent
+    assert ours != theirs
+    assert cache.writable_cache_dir() == ours, "one for the whole process"
+
+
+def test_a_command_without_a_home_ends_in_one_line(tmp_path):
+    """In a process of its own: libraries look for the home folder when they are imported."""
+    code = """
+import os, pwd, sys
+def getpwuid(uid): raise KeyError(uid)
+pwd.getpwuid = getpwuid
+del os.environ["HOME"]
+from hotloop.cli.app import main
+sys.exit(main(sys.argv[1:]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", "some/model", "text"],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k not in ("HOTLOOP_CACHE", "XDG_CACHE_HOME")}
+        | {"HOME": "/", "TMPDIR": str(tmp_path / "tmp")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    note, error = done.stderr.splitlines()
+    assert note.startswith("no home directory is known")
+    assert error.startswith("error: there is no folder 'some/model'")
+    assert {path.name for path in tmp_path.iterdir()} == {"tmp"}, "no folder ~ is made"
