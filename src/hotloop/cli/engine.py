@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import hotloop
 from hotloop.cache import cache_note
 from hotloop.cli.output import note, spinner
-from hotloop.outside import config_error, read_text
 
 if TYPE_CHECKING:
     from hotloop.cli.options import TemplateOptions
@@ -55,6 +54,8 @@ class ConversationFormat:
     """
 
     def __init__(self, options: TemplateOptions) -> None:
+        from hotloop.outside import config_error, read_text
+
         self._variables, self._file = options.variables(), options.chat_template
         self._source = read_text(self._file, refuse=config_error) if self._file else None
 
