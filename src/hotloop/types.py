@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from hotloop.errors import ConfigError, RequestError, UnknownNameError
+from hotloop.checked import MAX_COUNT, Count, Range, Seed, check_fields
+from hotloop.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,16 +47,20 @@ DraftPolicy = Literal["adaptive", "always"]
 FinishReason = Literal["eos", "stop", "length"]
 """Why a generation ended: end-of-sequence token, a stop string, or the token limit."""
 
-DEFAULT_MAX_SEQ_LEN = 4096
-"""The longest context that is set up without being asked for."""
+DEFAULT_CACHE_BYTES = 2**30
+"""A context that nobody asked for is cut to what a cache of this size holds."""
+
+MIN_DEFAULT_SEQ_LEN = 4096
+"""It is not cut below so many tokens."""
+
+DEFAULT_NEW_TOKENS = 256
+"""The most tokens of an answer whose length neither the caller nor the model's makers set."""
+
+MAX_DRAFT_TOKENS = 256
+"""The most tokens that ``EngineConfig.draft_tokens`` can draft for one step."""
 
 MAX_LOGPROBS = 20
 """The most alternatives per token that ``SamplingParams.logprobs`` can ask for."""
-
-
-def _check_choice(kind: str, value: str, literal: Any) -> None:
-    if value not in get_args(literal):
-        raise UnknownNameError(kind, value, get_args(literal))
 
 
 def exit_layers(draft: str) -> int | None:
@@ -110,8 +115,9 @@ class EngineConfig:
             GPUs ``auto`` or ``cuda``, and rank r takes ``cuda:r``.
         dtype: Element type of activations and unquantized weights.
         max_batch_size: Slots in the cache: sequences decoded at once.
-        max_seq_len: Tokens a slot can hold, prompt and answer together; None takes the model's
-            context length, or 4096 where that is larger.
+        max_seq_len: Tokens a slot can hold, prompt and answer together. None takes the model's
+            context length, or of a longer one what a cache of ``DEFAULT_CACHE_BYTES`` holds, at
+            least ``MIN_DEFAULT_SEQ_LEN``.
         prefill_chunk: The most prompt tokens processed in one forward.
         seed: Seed of random weights.
     """
@@ -121,30 +127,21 @@ class EngineConfig:
     quant: str = "none"
     head: str = "auto"
     execution: Execution = "auto"
-    tensor_parallel: int = 1
+    tensor_parallel: Count = 1
     all_reduce: AllReduce = "auto"
     draft: str = "none"
     draft_quant: str = "none"
-    draft_tokens: int = 4
+    draft_tokens: Annotated[int, Range(1, MAX_DRAFT_TOKENS)] = 4
     draft_policy: DraftPolicy = "adaptive"
     device: str = "auto"
     dtype: DType = "auto"
-    max_batch_size: int = 1
-    max_seq_len: int | None = None
-    prefill_chunk: int = 512
-    seed: int = 0
+    max_batch_size: Count = 1
+    max_seq_len: Count | None = None
+    prefill_chunk: Count = 512
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        _check_choice("weight source", self.weights, WeightSource)
-        _check_choice("execution", self.execution, Execution)
-        _check_choice("all-reduce", self.all_reduce, AllReduce)
-        _check_choice("dtype", self.dtype, DType)
-        _check_choice("draft policy", self.draft_policy, DraftPolicy)
-        sizes = ("max_batch_size", "max_seq_len", "prefill_chunk")
-        for name in ("tensor_parallel", "draft_tokens", *sizes):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}.")
+        check_fields(self, ConfigError)
 
     @property
     def name(self) -> str:
@@ -181,7 +178,9 @@ class SamplingParams:
     the seed, the position and the logits alone, never on which other sequences are in the batch.
 
     Attributes:
-        max_new_tokens: The most tokens to produce; None fills the context.
+        max_new_tokens: The most tokens to produce. None takes what the model's makers suggest, or
+            else ``DEFAULT_NEW_TOKENS``, and in either case no more than the context has room for;
+            a number that the context has no room for is refused.
         temperature: 0 takes the most likely token, always.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the fewest most likely tokens whose probabilities reach this sum.
@@ -189,46 +188,26 @@ class SamplingParams:
         repetition_penalty: Divides positive and multiplies negative logits of tokens that are
             already in the prompt or the answer (Keskar et al. 2019, CTRL); 1 does nothing.
         seed: Seed of the draw; None takes a fresh one.
-        stop: Strings that end the answer. Neither they nor a part of one is ever emitted.
+        stop: Strings that end the answer, or one of them. Neither they nor a part of one is ever
+            emitted.
         ignore_eos: Go on past end-of-sequence tokens (timed runs do).
         logprobs: For each token its log-probability and that of this many most likely ones, from
             the model's own distribution before any of the options above; None for none.
     """
 
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    max_new_tokens: Count | None = None
+    temperature: Annotated[float, Range(0, 1e30, "0 or more")] = 0.0
+    top_k: Annotated[int, Range(0, MAX_COUNT, "0 (off) or more")] = 0
+    top_p: Annotated[float, Range(0, 1, "above 0 and at most 1", open=True)] = 1.0
+    min_p: Annotated[float, Range(0, 1)] = 0.0
+    repetition_penalty: Annotated[float, Range(0.001, 1000)] = 1.0
+    seed: Seed | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
+    logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
 
     def __post_init__(self) -> None:
-        def need(ok: bool, name: str, must: str) -> None:
-            if not ok:
-                raise RequestError(f"{name} must be {must}, not {getattr(self, name)!r}.")
-
-        need(self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", "1 or more")
-        need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
-        need(self.top_k >= 0, "top_k", "0 (off) or more")
-        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        need(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            "above 0",
-        )
-        need(self.seed is None or 0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1")
-        need(not isinstance(self.stop, str), "stop", "a tuple of strings")
-        need(all(self.stop), "stop", "free of empty strings")
-        need(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            f"between 0 and {MAX_LOGPROBS}",
-        )
+        check_fields(self, RequestError)
 
     @property
     def greedy(self) -> bool:

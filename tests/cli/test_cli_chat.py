@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cli_fakes import CONTEXT
 from waiting import HANG_S
 
 from hotloop.cli.app import main
@@ -96,6 +97,16 @@ def test_turns_over_a_pipe_get_an_answer_each_and_carry_the_history(fake_llm, pi
         "<user>Hi<assistant>Hello world.<user>More<assistant>",
     ]
     assert llm.closed
+
+
+@pytest.mark.parametrize("options", [[], ["--max-new-tokens", "1000"]])
+def test_an_answer_can_take_what_the_context_has_left_and_is_never_refused(
+    fake_llm, piped, options
+):
+    piped("Hi\n")
+    assert main(["chat", "m", *options]) == 0
+    (asked,) = fake_llm.made[0].asked
+    assert asked.params.max_new_tokens == CONTEXT - len(asked.prompt)
 
 
 def test_reset_forgets_and_system_is_set_for_what_follows(fake_llm, piped):

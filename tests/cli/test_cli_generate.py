@@ -116,7 +116,7 @@ def test_options_reach_the_engine_and_the_models_own_sampling_stays_where_none_i
     assert params.temperature == 0.25
     assert (params.top_p, params.seed, params.stop) == (0.9, 0, ("END", "."))
     assert params.ignore_eos
-    assert params.max_new_tokens == 256
+    assert params.max_new_tokens is None  # the engine's own limit, cut to the room there is
 
 
 def test_a_sampling_option_that_cannot_be_is_a_usage_error(fake_llm, capsys):

@@ -44,7 +44,7 @@ def textless(folder: Path) -> LLM:
         ([[5]], {"temperature": float("nan")}, "temperature must be"),
         ([[5]], {"top_p": 0}, "top_p must be above 0"),
         ([[5]], {"logprobs": 21}, "logprobs must be between 0 and 20"),
-        ([[5]], {"stop": "text"}, "stop must be a tuple of strings"),
+        ([[5]], {"stop": b"text"}, "stop must be text, or a list of texts, not b'text'"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
     ],
 )
@@ -88,7 +88,7 @@ def test_without_a_tokenizer_only_token_ids_are_served(textless):
     [
         ("dtype", "bfloat", "unknown dtype 'bfloat'. Did you mean 'bfloat16'"),
         ("execution", "compiled", "unknown execution 'compiled'. Did you mean 'compile'"),
-        ("weights", "radnom", "unknown weight source 'radnom'. Did you mean 'random'"),
+        ("weights", "radnom", "unknown weights 'radnom'. Did you mean 'random'"),
         ("quant", "in8", "unknown quantization scheme 'in8'. Did you mean 'int8'"),
         ("head", "int88", "unknown quantization scheme 'int88'. Did you mean 'int8'"),
     ],
@@ -105,9 +105,12 @@ def test_a_misspelled_choice_is_answered_with_the_nearest(folder, option, value,
         ({"quant": "int8-g64"}, "no option 'g64'"),
         ({"quant": "int4-g128"}, "64 input features, which groups of 128 do not divide.* 32 or 64"),
         ({"device": "gpu"}, "device 'gpu' is not a device's name"),
-        ({"max_seq_len": 321}, "max_seq_len 321 is beyond the model's context of 320"),
-        ({"max_batch_size": 0}, "max_batch_size must be at least 1, not 0"),
-        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1, not 0"),
+        (
+            {"max_seq_len": 321},
+            r"max_seq_len \(--max-seq-len\) 321 is beyond the model's context of 320",
+        ),
+        ({"max_batch_size": 0}, "max_batch_size must be 1 or more, not 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be 1 or more, not 0"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused(folder, options, message):

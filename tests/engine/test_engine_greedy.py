@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tiny_models import N_TOKENS, write_random
+from tiny_models import N_TOKENS, write_random, write_text_files
 
 from hotloop import LLM, SamplingParams
 from hotloop.engine.llm import in_a_row
@@ -138,9 +138,8 @@ def test_compiled_tokens_equal_eager_ones_at_every_number_of_rows(compiled):
 def test_compiled_tokens_equal_eager_ones_until_the_context_is_full(compiled):
     fast, plain = compiled
     prompts = [[9] * 250, [4, 5]]
-    answers = tokens(fast, prompts, max_new_tokens=None)
-    assert answers == tokens(plain, prompts, max_new_tokens=None)
-    assert [len(answer) for answer in answers] == [320 - 250, 320 - 2]
+    answers = [tokens(fast, [p], max_new_tokens=320 - len(p)) for p in prompts]
+    assert answers == [tokens(plain, [p], max_new_tokens=320 - len(p)) for p in prompts]
 
 
 def test_compiled_samples_equal_eager_ones(compiled):
@@ -169,7 +168,11 @@ def test_a_compiled_engine_says_how_it_was_compiled(compiled):
 @pytest.mark.parametrize(
     "context", [pytest.param(8, id="short"), pytest.param(300, id="beyond_a_power_of_two")]
 )
-def test_an_answer_can_fill_the_context_to_the_last_position(folder, twin_logits, context):
+def test_a_suggested_length_is_cut_to_what_fills_the_context_to_the_last_position(
+    tmp_path, twin_logits, context
+):
+    folder = write_random(tmp_path)
+    write_text_files(folder, max_new_tokens=10_000)
     llm = LLM(str(folder), dtype="float32", max_batch_size=3, max_seq_len=context)
     prompts = [[7], [5] * (context - 1), [5, 6, 7], [8] * (context - 2)]
     for prompt, g in zip(prompts, llm.generate(prompts, ignore_eos=True), strict=True):

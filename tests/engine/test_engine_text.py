@@ -15,7 +15,8 @@ from tiny_models import (
 )
 
 from hotloop import LLM, Delta, Generation, SamplingParams
-from hotloop.types import ChatPrompt
+from hotloop.errors import RequestError
+from hotloop.types import DEFAULT_NEW_TOKENS, ChatPrompt
 
 TEXT = "caïd 🙂\tSTOPxyz"
 START = 200
@@ -177,9 +178,25 @@ def test_the_makers_suggestions_are_taken_unless_something_else_is_asked(tmp_pat
 
     assert suggest().default_sampling == SamplingParams()
     llm = suggest(do_sample=True, temperature=0.7, top_k=9, max_new_tokens=5)
-    assert llm.default_sampling == SamplingParams(temperature=0.7, top_k=9, max_new_tokens=5)
+    assert llm.default_sampling == SamplingParams(temperature=0.7, top_k=9)
     assert len(llm.generate([[5]], ignore_eos=True)[0].token_ids) == 5
     assert len(llm.generate([[5]], ignore_eos=True, max_new_tokens=2)[0].token_ids) == 2
+
+
+def test_only_a_length_that_the_caller_gave_is_refused_for_want_of_room(tmp_path):
+    write_random(tmp_path)
+    llm = LLM(str(tmp_path), dtype="float32", max_seq_len=20)
+    assert llm.default_new_tokens == DEFAULT_NEW_TOKENS > 20
+    assert len(llm.generate([[5]], ignore_eos=True)[0].token_ids) == 20 - 1
+    with pytest.raises(RequestError, match="max_new_tokens is 20"):
+        llm.generate([[5]], max_new_tokens=20)
+    longer = LLM(str(tmp_path), dtype="float32")
+    assert len(longer.generate([[5]], ignore_eos=True)[0].token_ids) == DEFAULT_NEW_TOKENS
+
+
+def test_one_text_can_be_the_stop(scripted):
+    _, g = stream(scripted, stop="STOP")
+    assert (g.text, g.finish_reason) == ("caïd 🙂\t", "stop")
 
 
 def test_timings_are_in_order_and_count_the_tokens_of_the_engine(llm):

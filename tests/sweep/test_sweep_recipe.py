@@ -125,7 +125,7 @@ def test_an_axis_is_a_list_or_a_text_with_commas_and_spaces_mean_nothing(tmp_pat
         ("model: m\ncells: [{quant: int8}, {quant: int8}]", "the cell 'int8/auto' 2 times"),
         ("model: m\nmatrix: {quant: [int4, int4-g128]}", "the cell 'int4-g128/auto' 2 times"),
         ("model: m\nmatrix: {max_seq_len: [16]}", "cannot hold the"),
-        ("model: m\nmatrix: {tensor_parallel: [0]}", "tensor_parallel must be at least 1, not 0"),
+        ("model: m\nmatrix: {tensor_parallel: [0]}", "tensor_parallel must be 1 or more, not 0"),
         (f"model: m\nmatrix: {{max_batch_size: [2]}}\n{BATCH_OF_4}", "the workload's batch of 4"),
     ],
 )

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App
@@ -84,8 +84,9 @@ def chat(
     """Talk with a model.
 
     In a terminal: line editing, /help for the commands, Ctrl-C to stop an answer. From a pipe:
-    one turn a line, answers on standard output. --json prints one object an answer. A
-    conversation that outgrows the context loses its oldest turns, with a note.
+    one turn a line, answers on standard output. --json prints one object an answer. Without
+    --max-new-tokens, an answer goes on to its end. A conversation that outgrows the context loses
+    its oldest turns, with a note.
     """
     interactive = sys.stdin.isatty()
     config, conversation = engine.config(model), ConversationFormat(template)
@@ -222,8 +223,13 @@ class Session:
         if dropped:
             note(f"The context is full: forgot {dropped} of {before} exchanges, oldest first.")
         writer = SILENT if self._json else writer_for(sys.stdout)
+        # A limit on the length of answers never refuses one.
+        room = self._about.max_seq_len - len(ids)
+        params = replace(
+            self._params, max_new_tokens=min(self._params.max_new_tokens or room, room)
+        )
         with stop_on_ctrl_c() if self._interactive else nullcontext(bool) as stopped:
-            answer = relay(self._llm.stream([ids], self._params), writer, stopped)
+            answer = relay(self._llm.stream([ids], params), writer, stopped)
         if answer.text:
             self._talk.exchanges.append((text, answer.text))
         self._answers.append(answer)

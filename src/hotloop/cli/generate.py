@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,8 +34,6 @@ Examples:
   git diff | hotloop generate ./my-model - --chat --json""",
 )
 
-DEFAULT_NEW_TOKENS = 256
-
 
 @app.default
 def generate(
@@ -66,7 +63,8 @@ def generate(
     """Go on from a prompt.
 
     The text streams to standard output; its figures follow on standard error. Without
-    --max-new-tokens, it ends after 256 tokens.
+    --max-new-tokens, it ends after as many tokens as the model's makers suggest, or 256, or where
+    the context is full.
     """
     if chat and special:
         raise ConfigError("--special is for a prompt without --chat: a message is always text.")
@@ -76,8 +74,6 @@ def generate(
     config = engine.config(model)
     with loaded(config) as llm:
         params = sampling.params(llm.default_sampling)
-        if params.max_new_tokens is None:
-            params = replace(params, max_new_tokens=DEFAULT_NEW_TOKENS)
         if chat:
             messages = [{"role": "user", "content": text}]
             if answer_start is not None:

@@ -75,7 +75,7 @@ class DeviceOptions(_Options):
         option(
             EXECUTION,
             "Tokens a sequence can hold, prompt and answer.",
-            "the model's, or what is needed",
+            "the model's, cut to 1 GiB of cache but not below 4,096; or what is measured",
         ),
     ] = EngineConfig.max_seq_len
     max_batch_size: Annotated[int, option(EXECUTION, "Sequences decoded at once.")] = (
@@ -280,7 +280,8 @@ class SamplingOptions(_Options):
     """How to sample: ``SamplingParams``, where None keeps the model's own default."""
 
     max_new_tokens: Annotated[
-        int | None, option(SAMPLING, "The most tokens to produce.", alias="-n")
+        int | None,
+        option(SAMPLING, "The most tokens to produce.", "see above", alias="-n"),
     ] = None
     temperature: Annotated[
         float | None,

@@ -5,14 +5,14 @@ in chunks, and from then on takes part in every decode step, whose rows are the 
 highest one in use. The host runs one step behind the device: while a step computes, the tokens of
 the one before it are looked at, so that the device never waits for Python.
 
-Not thread-safe: one call at a time.
+One call at a time: while a stream has not ended, whatever else needs the device is refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 import time
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
+from hotloop.checked import changed, check_names
 from hotloop.engine.execution import Step, StepTimes
+from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.prompt import SHORT_PROMPT
 from hotloop.engine.ranks import RankGroup
 from hotloop.engine.runner import Pending, Progress, Runner, out_of_memory_in
@@ -28,11 +30,12 @@ from hotloop.engine.sampling import Features
 from hotloop.engine.sequence import Sequence as Request
 from hotloop.engine.setup import prepare
 from hotloop.engine.speculation import DraftController, sizes_up_to
-from hotloop.errors import CheckpointError, RequestError, UnsupportedError
+from hotloop.errors import CheckpointError, RequestError, UnsupportedError, shorten_value
 from hotloop.parallel.launch import Reply
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
+    DEFAULT_NEW_TOKENS,
     ChatPrompt,
     Delta,
     EngineConfig,
@@ -68,6 +71,8 @@ class LLM:
     >>> llm = LLM("smollm2-135m", quant="int4-g64", execution="compile")
     >>> llm.generate("Once upon a time", max_new_tokens=20, temperature=0.8).text
 
+    As a context manager it closes itself at the end of the ``with`` block.
+
     Args:
         model: A local path, a pulled name or a built-in shape's name; or a whole EngineConfig.
         progress: Told of (phase, done, total) while it gets ready.
@@ -79,7 +84,8 @@ class LLM:
             longer needed: such a process is a rank and nothing else.
 
     Attributes:
-        config: As asked for, with what was left to hotloop filled in.
+        config: As asked for; where they were left to hotloop, ``head``, ``execution``, ``device``,
+            ``dtype`` and ``max_seq_len`` are filled in.
         tokenizer: The model's own; None for random weights of a built-in shape.
     """
 
@@ -87,12 +93,13 @@ class LLM:
         self, model: str | EngineConfig, *, progress: Progress | None = None, **options: Any
     ) -> None:
         if isinstance(model, EngineConfig):
-            config = dataclasses.replace(model, **options)
+            config = changed(model, options, "option")
         else:
+            check_names(EngineConfig, options, "option")
             config = EngineConfig(model=model, **options)
         started = time.perf_counter()
         setup = self._setup = prepare(config)
-        self.config = setup.config
+        self.config = setup.resolved
         self.tokenizer: Tokenizer | None = None
         if setup.path is not None and config.weights == "checkpoint":
             self.tokenizer = load_tokenizer(setup.path)
@@ -100,7 +107,9 @@ class LLM:
         n_tokens = self.tokenizer.vocab_size if self.tokenizer else setup.model.vocab_size
         n_tokens = min(n_tokens, setup.model.vocab_size)
         make = RankGroup if config.tensor_parallel > 1 else Runner
-        self._runner = make(setup, n_tokens=n_tokens, progress=progress)
+        self._streaming = False
+        runner = make(setup, n_tokens=n_tokens, progress=progress)
+        self._open_runner: Runner | RankGroup | None = runner
         self._controller = self._new_controller()
         self._in_a_row = 1
         self._load_s = time.perf_counter() - started
@@ -149,15 +158,10 @@ class LLM:
         Raises:
             RequestError: A prompt that cannot be served; nothing is generated then.
         """
-        single = isinstance(prompts, str | ChatPrompt)
-        listed = _listed(prompts)
-        done = {
-            delta.index: delta.generation
-            for delta in self.stream(listed, params, **options)
-            if delta.generation is not None
-        }
-        generations = [done[i] for i in range(len(listed))]
-        return generations[0] if single else generations
+        deltas = self._stream(prompts, params, options)
+        done = {d.index: d.generation for d in deltas if d.generation is not None}
+        generations = [done[i] for i in range(len(done))]
+        return generations[0] if isinstance(prompts, str | ChatPrompt) else generations
 
     def stream(
         self,
@@ -167,16 +171,13 @@ class LLM:
     ) -> Generator[Delta]:
         """As ``generate``, piece by piece. Closing the iterator abandons what is unfinished.
 
+        From its first piece until it ends, is closed or is garbage-collected, nothing else can be
+        generated or scored.
+
         Raises:
             RequestError: At once, not at the first piece.
         """
-        submitted_s = time.perf_counter()
-        params = dataclasses.replace(params or self.default_sampling, **options)
-        listed = _listed(prompts)
-        requests = [
-            self._request(i, prompt, params, submitted_s) for i, prompt in enumerate(listed)
-        ]
-        return self._run(requests)
+        return self._stream(prompts, params, options)
 
     def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
         """Scores windows of token ids, through the same weights, kernels and cache.
@@ -189,34 +190,52 @@ class LLM:
             A Score per window, on the CPU.
         """
         for window in windows:
-            ids = list(window)
-            if len(ids) < 2:
-                raise RequestError(f"a window to score needs 2 tokens or more, not {len(ids)}.")
-            self._check_ids(ids)
-            if len(ids) > self._setup.n_positions:
+            self._check_free()
+            n = n_items(window, "a window to score must be a list of token ids")
+            if n < 2:
+                raise RequestError(f"a window to score needs 2 tokens or more, not {n}.")
+            if n > self._setup.n_positions:
                 raise RequestError(
-                    f"a window of {len(ids)} tokens is beyond the context of "
-                    f"{self._setup.n_positions}; use a smaller window or a larger max_seq_len."
+                    f"a window of {n} tokens is beyond the context of {self._setup.n_positions}; "
+                    "use a smaller window or a larger max_seq_len (--max-seq-len)."
                 )
+            ids = as_ids(window, self._setup.model.vocab_size)
             yield self._runner.score(ids, full)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with no special tokens added."""
+        self._check_open()
+        if not isinstance(text, str):
+            raise RequestError(f"what is encoded must be text, not {shorten_value(text)}.")
         return self._tokenizer_or_refuse().encode(text, add_special=False)
 
-    @cached_property
+    @property
     def default_sampling(self) -> SamplingParams:
-        """What the model's makers suggest; greedy where they suggest nothing."""
+        """What the model's makers suggest; greedy where they suggest nothing.
+
+        The length that they suggest is ``default_new_tokens``: what is suggested can be cut to what
+        the context has room for, what ``SamplingParams`` says cannot.
+        """
+        return SamplingParams(**self._suggestions | {"max_new_tokens": None})
+
+    @property
+    def default_new_tokens(self) -> int:
+        """The most tokens of an answer whose ``max_new_tokens`` is None, where there is room."""
+        return self._suggestions.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+
+    @cached_property
+    def _suggestions(self) -> dict[str, Any]:
         path = self._setup.path
         if path is None or self.config.weights == "random":
-            return SamplingParams()
-        return SamplingParams(**generation_defaults(path))
+            return {}
+        return generation_defaults(path)
 
     def describe(self) -> EngineDescription:
         """What is really running."""
+        self._check_open()
         setup, model = self._setup, self._setup.model
         return EngineDescription(
-            config=self.config,
+            config=setup.config,
             family=model.family,
             dtype=str(setup.dtype).removeprefix("torch."),
             execution=setup.execution,
@@ -239,8 +258,40 @@ class LLM:
             peak.peak_bytes = self._runner.stop_meter()
 
     def close(self) -> None:
-        """Frees the device."""
-        self._runner.close()
+        """Frees the device. Whatever is asked of the engine afterwards is refused."""
+        runner, self._open_runner = self._open_runner, None
+        if runner is not None:
+            runner.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _runner(self) -> Runner | RankGroup:
+        """The device's side.
+
+        Raises:
+            RequestError: The engine is closed.
+        """
+        if self._open_runner is None:
+            raise RequestError(f"this engine of {self.config.model} is closed: make a new LLM.")
+        return self._open_runner
+
+    def _check_open(self) -> None:
+        """Refuses what a closed engine is asked for."""
+        _ = self._runner
+
+    def _check_free(self) -> None:
+        """Refuses what would run into a stream that has not ended: they would share slots."""
+        self._check_open()
+        if self._streaming:
+            raise RequestError(
+                "this engine is in the middle of a stream: take it to its end or close it first, "
+                "or give all prompts in one call."
+            )
 
     # ------------------------------------------------------------------------------ getting ready
 
@@ -300,45 +351,63 @@ class LLM:
             )
         return self.tokenizer
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        vocab_size = self._setup.model.vocab_size
-        for i in ids:
-            if not 0 <= i < vocab_size:
-                raise RequestError(
-                    f"token id {i} is outside the vocabulary: ids are 0 to {vocab_size - 1}."
-                )
+    def _stream(
+        self,
+        prompts: str | ChatPrompt | Sequence[Prompt],
+        params: SamplingParams | None,
+        options: dict[str, Any],
+    ) -> Generator[Delta]:
+        submitted_s = time.perf_counter()
+        self._check_free()
+        if params is None:
+            params = self.default_sampling
+        elif not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {shorten_value(params)}.")
+        params = changed(params, options, "sampling option")
+        requests = [
+            self._request(i, prompt, params, submitted_s)
+            for i, prompt in enumerate(as_prompts(prompts))
+        ]
+        if len(requests) > 1 == self.config.max_batch_size:
+            warnings.warn(
+                f"{len(requests)} prompts are answered one after another, since max_batch_size is "
+                f"1: LLM(..., max_batch_size={min(len(requests), 8)}) answers several at once.",
+                stacklevel=3,  # whoever called generate or stream
+            )
+        return self._run(requests)
 
     def _request(
         self, index: int, prompt: Prompt, params: SamplingParams, submitted_s: float
     ) -> Request:
         if isinstance(prompt, str):
-            ids = self._tokenizer_or_refuse().encode(prompt)
-        else:
-            ids = list(prompt.token_ids if isinstance(prompt, ChatPrompt) else prompt)
-            self._check_ids(ids)
-        if not ids:
+            prompt = self._tokenizer_or_refuse().encode(prompt)
+        given = prompt.token_ids if isinstance(prompt, ChatPrompt) else prompt
+        n = n_items(given, "a prompt must be text or a list of token ids")
+        if n == 0:
             raise RequestError("the prompt is empty: give at least one token.")
-        if params.stop and self.tokenizer is None:
+        if params.stop:
             self._tokenizer_or_refuse()
-        room = self._setup.n_positions - len(ids)
-        if room < 1:
+        context = self._setup.n_positions
+        if n >= context:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, and the context of {self._setup.n_positions} "
-                "must hold at least one more: shorten it, or raise max_seq_len."
+                f"the prompt has {n} tokens, and the context of {context} must hold at least one "
+                "more: shorten it, or raise max_seq_len (--max-seq-len)."
             )
+        ids = as_ids(given, self._setup.model.vocab_size)
         wanted = params.max_new_tokens
-        if wanted is not None and wanted > room:
+        if wanted is None:  # nobody asked for a length, and so none is refused
+            wanted = min(self.default_new_tokens, context - n)
+        elif wanted > context - n:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens and max_new_tokens is {wanted}, together more "
-                f"than the context of {self._setup.n_positions}: shorten either, or raise "
-                "max_seq_len."
+                f"the prompt has {n} tokens and max_new_tokens is {wanted}, together more than the "
+                f"context of {context}: shorten either, or raise max_seq_len (--max-seq-len)."
             )
         return Request(
             index,
             ids,
             params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            max_new_tokens=wanted or room,
+            max_new_tokens=wanted,
             eos_ids=self.tokenizer.eos_ids if self.tokenizer else frozenset(),
             tokenizer=self.tokenizer,
             starts_text=isinstance(prompt, ChatPrompt) and prompt.starts_text,
@@ -347,10 +416,19 @@ class LLM:
         )
 
     def _run(self, requests: list[Request]) -> Generator[Delta]:
+        self._check_free()
+        self._streaming = True
+        try:
+            yield from self._answer(requests)
+        finally:
+            self._streaming = False
+
+    def _answer(self, requests: list[Request]) -> Iterator[Delta]:
         waiting = deque(requests)
         slots: list[Request | None] = [None] * self.config.max_batch_size
         launched: _Launched | None = None
         while waiting or launched or any(slots):
+            self._check_open()
             for slot in range(len(slots)):
                 if waiting and slots[slot] is None:
                     request = slots[slot] = waiting.popleft()
@@ -439,10 +517,6 @@ class LLM:
                 token_ids=tuple(ids),
                 generation=request.generation() if ended else None,
             )
-
-
-def _listed(prompts: str | ChatPrompt | Sequence[Prompt]) -> list[Prompt]:
-    return [prompts] if isinstance(prompts, str | ChatPrompt) else list(prompts)
 
 
 @dataclass

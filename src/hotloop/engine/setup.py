@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,9 @@ from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
-    DEFAULT_MAX_SEQ_LEN,
+    DEFAULT_CACHE_BYTES,
+    MIN_DEFAULT_SEQ_LEN,
+    DType,
     EngineConfig,
     StepExecution,
     exit_layers,
@@ -97,6 +99,19 @@ class Setup:
         """The shape of this rank's decoder."""
         return self.model.local(self.shard)
 
+    @property
+    def resolved(self) -> EngineConfig:
+        """The configuration, with the values that were left to hotloop."""
+        one_each = self.device.type == "cuda" and len(self.shards) > 1
+        return dataclasses.replace(
+            self.config,
+            head=self.head_scheme.name,
+            execution=self.execution,
+            device="cuda" if one_each else str(self.device),
+            dtype=cast(DType, str(self.dtype).removeprefix("torch.")),
+            max_seq_len=self.n_positions,
+        )
+
     def on(self, rank: int, local_rank: int) -> Setup:
         """The same for another rank, the ``local_rank``-th on its machine."""
         cuda = self.device.type == "cuda" and len(self.shards) > 1
@@ -139,14 +154,9 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     for name, (n, k) in names.linear_weights(model).items():
         scheme.check(name, n, k)
     head_scheme.check(names.head(model), model.vocab_size, model.hidden_size)
-    n_positions = config.max_seq_len or min(model.max_position, DEFAULT_MAX_SEQ_LEN)
-    if n_positions > model.max_position:
-        raise ConfigError(
-            f"max_seq_len {n_positions} is beyond the model's context of {model.max_position} "
-            "tokens."
-        )
     _check_all_reduce(config, device)
     dtype = _resolve_dtype(config, device)
+    n_positions = _resolve_context(config, model, dtype)
     shards = model.shards(config.tensor_parallel, scheme.alignment)
     execution, notes = _resolve_execution(
         config, device, dtype, [model.local(shard) for shard in shards]
@@ -164,7 +174,16 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         shards=shards,
         notes=notes,
     )
-    return dataclasses.replace(setup, draft=_prepare_draft(setup))
+    return _with_draft(setup, _prepare_draft(setup))
+
+
+def _with_draft(setup: Setup, draft: Draft | None) -> Setup:
+    """The setup of both, in which a context that nobody asked for is one that both can hold."""
+    if draft is None or draft.setup is None:
+        return dataclasses.replace(setup, draft=draft)
+    n_positions = min(setup.n_positions, draft.setup.model.max_position)
+    draft = Draft(setup=dataclasses.replace(draft.setup, n_positions=n_positions))
+    return dataclasses.replace(setup, n_positions=n_positions, draft=draft)
 
 
 def _prepare_draft(target: Setup) -> Draft | None:
@@ -197,7 +216,7 @@ def _prepare_draft(target: Setup) -> Draft | None:
             device=config.device,
             dtype=config.dtype,
             max_batch_size=config.max_batch_size,
-            max_seq_len=target.n_positions,
+            max_seq_len=config.max_seq_len,
             prefill_chunk=config.prefill_chunk,
             seed=config.seed + 1,  # with random weights, it should be another model
         )
@@ -333,6 +352,20 @@ def _settle_schemes(
     by_default = head_scheme.name == parse_head_scheme("auto", scheme).name
     head = "auto" if by_default else head_scheme.name
     return dataclasses.replace(config, quant=scheme.name, head=head), scheme, head_scheme
+
+
+def _resolve_context(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+    """Tokens a slot can hold: as many as were asked for, or the default of ``EngineConfig``."""
+    if config.max_seq_len is None:
+        bytes_per_token = config.max_batch_size * model.kv_bytes_per_token(dtype.itemsize)
+        within = max(MIN_DEFAULT_SEQ_LEN, DEFAULT_CACHE_BYTES // bytes_per_token)
+        return min(model.max_position, within)
+    if config.max_seq_len > model.max_position:
+        raise ConfigError(
+            f"max_seq_len (--max-seq-len) {config.max_seq_len} is beyond the model's context of "
+            f"{model.max_position} tokens."
+        )
+    return config.max_seq_len
 
 
 def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

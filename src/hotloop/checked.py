@@ -1,0 +1,209 @@
+"""Frozen dataclasses whose fields check themselves, by their annotations.
+
+A caller's value is taken as it is or refused in one line that names field, value and what is right:
+no number is rounded, and a boolean is no number. Numbers of other libraries (NumPy's, a tensor of
+one element) become Python's own, so that a value can be hashed, compared and written as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+import operator
+import os
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from hotloop.errors import HotloopError, UnknownNameError, shorten_value
+
+MAX_COUNT = 2**31 - 1
+"""No count of anything is larger."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes, for ``Annotated``.
+
+    Attributes:
+        least: The smallest.
+        most: The largest.
+        words: The range in words, of one whose largest number nobody means; None names both ends.
+        open: ``least`` itself is not among them.
+    """
+
+    least: float
+    most: float
+    words: str | None = None
+    open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and not (self.open and value == self.least)
+
+    def __str__(self) -> str:
+        return self.words or f"between {self.least} and {self.most}"
+
+    def required_of(self, value: float) -> str:
+        """What a number that is not among them must be."""
+        return f"at most {self.most}" if self.words and value > self.most else str(self)
+
+
+Count = Annotated[int, Range(1, MAX_COUNT, "1 or more")]
+"""How many of something, at least one."""
+
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+"""Of random numbers."""
+
+
+def check_fields(value: Any, error: type[HotloopError]) -> None:
+    """Checks every field of a frozen dataclass, which calls this in its ``__post_init__``.
+
+    Raises:
+        HotloopError: ``error``, of the first field whose value is none that it takes;
+            UnknownNameError for a text that is not among a field's choices.
+    """
+    for name, hint in _hints(type(value)).items():
+        given = getattr(value, name)
+        try:
+            taken = _taken(given, hint, name)
+        except _Refused as refused:
+            raise error(f"{name} must be {refused}, not {shorten_value(given)}.") from None
+        if taken is not given:
+            object.__setattr__(value, name, taken)
+
+
+T = TypeVar("T")
+
+
+def changed(value: T, options: Mapping[str, Any], kind: str) -> T:
+    """A copy of a dataclass with some fields changed.
+
+    Args:
+        value: What to copy.
+        options: The fields to change.
+        kind: What a field is called in an error, such as ``sampling option``.
+
+    Raises:
+        UnknownNameError: There is no such field.
+    """
+    check_names(type(value), options, kind)
+    return dataclasses.replace(cast(Any, value), **options)
+
+
+def check_names(of: type, options: Mapping[str, Any], kind: str) -> None:
+    """Refuses options that are no fields of a dataclass, by the first of them."""
+    names = list(_hints(of))
+    for name in options:
+        if name not in names:
+            raise UnknownNameError(kind, name, names)
+
+
+def integer(value: object) -> int | None:
+    """A whole number of any library as Python's own; None of what is none, booleans included."""
+    if type(value) is int:
+        return value
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if is_bool or getattr(value, "ndim", 0) > 0:
+        return None
+    try:
+        return operator.index(cast(Any, value))
+    except TypeError:
+        return None
+
+
+class _Refused(Exception):  # noqa: N818  (it never leaves this module)
+    """Says what a value must be."""
+
+
+@functools.cache
+def _hints(of: type) -> dict[str, Any]:
+    hints = get_type_hints(of, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(of)}
+
+
+def _taken(value: object, hint: Any, name: str) -> Any:
+    """The value as the field holds it.
+
+    Raises:
+        _Refused: It is none that the field takes.
+    """
+    extra = None
+    if get_origin(hint) is Annotated:
+        hint, extra, *_ = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        hint, *none = get_args(hint)
+        assert none == [type(None)], "a field takes one kind of value, and perhaps None"
+        return None if value is None else _taken(value, hint, name)
+    if get_origin(hint) is Literal:
+        return _choice(value, get_args(hint), name)
+    if get_origin(hint) is tuple:
+        return _texts(value)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise _Refused("True or False")
+        return value
+    if hint is str:
+        return _text(value)
+    return _number(value, hint, extra)
+
+
+def _number(value: object, kind: type, extra: object) -> float:
+    assert isinstance(extra, Range), "a number's field has a range"
+    if kind is int:
+        number, a = integer(value), "a whole number"
+    else:
+        number, a = _real(value), "a number"
+    if number is None:
+        raise _Refused(f"{a}, {extra}")
+    if number not in extra:
+        raise _Refused(extra.required_of(number))
+    return number
+
+
+def _real(value: object) -> float | None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer that no float holds
+        return math.inf if cast(int, value) > 0 else -math.inf
+
+
+def _choice(value: object, choices: Sequence[str], name: str) -> str:
+    if not isinstance(value, str):
+        raise _Refused(f"one of {', '.join(sorted(choices))}")
+    if value not in choices:
+        raise UnknownNameError(name, value, choices)
+    return value
+
+
+def _text(value: object) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        raise _Refused("text")
+    return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """One text, or a list of them."""
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise _Refused("text, or a list of texts")
+    if not all(value):
+        raise _Refused("free of empty texts")
+    return tuple(value)

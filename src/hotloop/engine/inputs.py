@@ -1,0 +1,70 @@
+"""What callers give an engine, prompts and windows, as lists of token ids, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from hotloop.checked import integer
+from hotloop.errors import RequestError, shorten_value
+from hotloop.types import ChatPrompt, Prompt
+
+
+def as_prompts(prompts: str | ChatPrompt | Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of one call.
+
+    Raises:
+        RequestError: Neither a prompt nor a list, or one list of token ids.
+    """
+    if isinstance(prompts, str | ChatPrompt):
+        return [prompts]
+    n = n_items(prompts, "prompts must be text, or a list of texts and lists of token ids")
+    if n and integer(prompts[0]) is not None:
+        raise RequestError(
+            f"prompts {shorten_value(prompts)} is one list of token ids, and a list of prompts is "
+            "expected: put it into a list of its own, as in [[5, 6, 7]]."
+        )
+    return list(prompts)
+
+
+def n_items(value: Any, must: str) -> int:
+    """How many items a list has, or whatever else has items in an order.
+
+    Args:
+        value: The list.
+        must: What an error says that it must be.
+
+    Raises:
+        RequestError: It is no list.
+    """
+    unordered = isinstance(value, str | bytes | bytearray | memoryview | Mapping | AbstractSet)
+    if not unordered and hasattr(value, "__getitem__"):
+        try:
+            return len(value)
+        except TypeError:  # a tensor without dimensions
+            pass
+    raise RequestError(f"{must}, not {shorten_value(value)}.")
+
+
+def as_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Token ids as Python's integers, each with a row in the embedding.
+
+    Raises:
+        RequestError: One is no integer, or is outside the vocabulary.
+    """
+    found = []
+    for given in ids:
+        i = integer(given)
+        if i is None:
+            raise RequestError(
+                f"a token id must be a whole number from 0 to {vocab_size - 1}, not "
+                f"{shorten_value(given)}."
+            )
+        if not 0 <= i < vocab_size:
+            raise RequestError(
+                f"token id {shorten_value(i)} is outside the vocabulary: ids are 0 to "
+                f"{vocab_size - 1}."
+            )
+        found.append(i)
+    return found
