@@ -22,6 +22,7 @@ from hotloop.report.recommend import MAX_DELTA_LN_PPL
 from hotloop.sweep import cell, job, plan, runner, store
 from hotloop.sweep.events import CellFinished, CellStarted
 from hotloop.sweep.job import Job
+from hotloop.sweep.models import KnownModel
 from hotloop.types import EngineConfig
 
 RANDOM_7B = ["--weights", "random", "--shape", "llama-2-7b"]
@@ -39,9 +40,24 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     for name in ("run_cell", "score_cell", "score_reference"):
         monkeypatch.setattr(cell, name, run)
-    monkeypatch.setattr(job, "resolve_model", Path)
-    monkeypatch.setattr(job, "hash_checkpoint", str)
+    monkeypatch.setattr(job, "Models", FakeModels)
     return given
+
+
+class FakeModels:
+    """Every name is a model, whose content it is."""
+
+    def __init__(self, *, readable: bool) -> None:
+        assert readable
+
+    def __getitem__(self, name: str) -> KnownModel:
+        return KnownModel(name=name, path=Path(name), sha256=name)
+
+    def reference_of(self, model: KnownModel, asked: str | None) -> KnownModel:
+        return self[asked] if asked else model
+
+    def check_length(self, *_: object) -> None:
+        pass
 
 
 def test_bench_prints_for_people_and_shows_progress_on_stderr(jobs, capsys):
@@ -227,7 +243,7 @@ def test_sweep_takes_drafts_and_devices_as_axes(sweeps, tmp_path):
 
 def test_a_number_of_devices_that_is_none_is_refused_by_its_place(sweeps, capsys):
     assert main(["sweep", "m", "--tp", "1,two"]) == 2
-    assert "matrix.tensor_parallel[1]: should be a valid integer" in capsys.readouterr().err
+    assert "matrix.tensor_parallel[1]: must be an integer" in capsys.readouterr().err
     assert sweeps.asked == []
 
 

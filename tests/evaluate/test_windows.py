@@ -1,7 +1,7 @@
 import pytest
 
 from hotloop.errors import ConfigError
-from hotloop.evaluate.windows import make_windows
+from hotloop.evaluate.windows import make_windows, take_windows
 
 
 def test_windows_follow_each_other_and_the_ragged_tail_is_dropped():
@@ -26,3 +26,19 @@ def test_limit_takes_the_first_windows_and_no_more_than_there_are():
 def test_windows_that_cannot_be_cut_are_refused_with_the_numbers(n_tokens, size, limit, problem):
     with pytest.raises(ConfigError, match=problem):
         make_windows(range(n_tokens), size, limit)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3, 10**9])
+@pytest.mark.parametrize("n_words", [50, 400, 30_000])
+def test_no_more_of_a_text_is_tokenized_than_its_windows_need(n_words, limit):
+    words = [f"word{i}" for i in range(n_words)]
+    text, seen = " ".join(words), []
+
+    def encode(part: str) -> list[int]:
+        seen.append(len(part))
+        return [len(word) for word in part.split()]
+
+    size = 16
+    assert take_windows(encode, text, size, limit) == make_windows(encode(text), size, limit)
+    if n_words == 30_000 and limit in (1, 3):
+        assert sum(seen[:-1]) < len(text) / 10

@@ -156,5 +156,6 @@ def test_a_recipe_without_weights_says_what_to_give(tmp_path: Path):
     checkpoint = tmp_path / "model.gguf"
     checkpoint.write_bytes(b"weights")
     recipe = replace_models(recipe, model=str(checkpoint))
-    jobs = make_jobs(expand(recipe), recipe.workload, None)
+    source = EngineSource(create=f"{__name__}:create")
+    jobs = make_jobs(expand(recipe), recipe.workload, None, source=source)
     assert len({job.weights_sha256 for job in jobs} - {None}) == 1

@@ -170,17 +170,28 @@ class RecordedDevice(_Keys, total=False):
     datasheet_bytes_per_s: Annotated[float, Field(gt=0, le=MAX_NUMBER)] | None
 
 
+class RecordedStorage(_Keys, total=False):
+    """``weights.identity.StoredForm`` as a record has it."""
+
+    summary: Name
+    is_quantized: bool
+
+
 class Provenance(_Keys, total=False):
     """What was measured with what: see ``hardware.provenance``, and the hashes of inputs.
 
-    ``key`` is the job's, ``reference`` the stem of the reference's file where there is one.
+    ``key`` is the job's, ``stored`` how the model's checkpoint is stored, ``reference`` the stem
+    of the reference's file where there is one, ``reference_model`` its model where that is not the
+    one that was measured.
     """
 
     hotloop: RecordedHotloop
     versions: dict[str, Name | None]
     device: RecordedDevice
     key: Name
+    stored: RecordedStorage
     reference: Name
+    reference_model: Name
     weights_sha256: Name | None
     draft_sha256: Name | None
 

@@ -71,7 +71,9 @@ def evaluate(
     with SweepProgress() as progress, TemporaryDirectory() as scratch:
         if no_reference:
             job = job.model_copy(update={"no_reference": "not asked for"})
-        else:
+        elif is_reference(job):
+            job = job.model_copy(update={"no_reference": "it is the unquantized reference itself"})
+        elif job.no_reference is None:
             job = with_reference(job, Path(scratch), progress)
         progress(CellStarted(job.cell, 1, 1))
         record = score_cell(job, progress)
@@ -81,6 +83,21 @@ def evaluate(
     else:
         print_record(record)
     return 0 if record.status in MEASURED else 1
+
+
+def is_reference(job: Job) -> bool:
+    """Whether a job's predictions are those that they would be compared with.
+
+    Raises:
+        HotloopError: The configuration cannot work.
+    """
+    config = job.config
+    if job.reference_model or config.quant != "none" or config.head not in ("auto", "none"):
+        return False
+
+    from hotloop.engine.setup import prepare  # imports torch
+
+    return config.tensor_parallel == 1 and prepare(config).execution == "eager"
 
 
 def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:

@@ -345,6 +345,14 @@ class QualityOptions(_Options):
     ] = None
     window: Annotated[int, option(QUALITY, "Tokens in a window of the text.")] = 512
     n_windows: Annotated[int, option(QUALITY, "The most windows to score.")] = 16
+    reference: Annotated[
+        str | None,
+        option(
+            QUALITY,
+            "The unquantized model to compare with.",
+            "the model itself, or what a quantized copy was made from",
+        ),
+    ] = None
 
     def fields(self) -> dict[str, Any]:
         """The fields of that other ``QualityOptions``."""

@@ -103,6 +103,8 @@ def print_record(record: Record) -> None:
     pairs = [("configuration", record.cell), ("status", record.status)]
     if record.reason:
         pairs.append(("reason", record.reason))
+    if record.quality_reason:
+        pairs.append(("quality", record.quality_reason))
     shown = zip(table.columns, table.rows[0].cells, strict=True)
     pairs += [(column.heading, cell) for column, cell in shown if column not in LABELS]
     print_pairs([*pairs, *table.context])

@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hotloop.errors import ConfigError
+
+_CHARS_PER_TOKEN = 8
+_SPARE_TOKENS = 256
+
+
+def take_windows(
+    encode: Callable[[str], list[int]], text: str, size: int, limit: int | None = None
+) -> list[list[int]]:
+    """The windows of a text, of which no more is tokenized than they need.
+
+    Where a text is cut changes only tokens near the cut, and the last ``_SPARE_TOKENS`` before it
+    are not used: the windows are those of the whole text.
+
+    Args:
+        encode: Makes token ids of a text.
+        text: The text.
+        size: As for ``make_windows``.
+        limit: As for ``make_windows``.
+
+    Raises:
+        ConfigError: As for ``make_windows``.
+    """
+    if limit is not None:
+        needed = size * limit + _SPARE_TOKENS
+        n_chars = needed * _CHARS_PER_TOKEN
+        while n_chars < len(text):
+            if len(ids := encode(text[:n_chars])) >= needed:
+                return make_windows(ids, size, limit)
+            n_chars *= 2
+    return make_windows(encode(text), size, limit)
 
 
 def make_windows(ids: Sequence[int], size: int, limit: int | None = None) -> list[list[int]]:

@@ -87,7 +87,7 @@ def _workload(record: Record) -> str:
     batch = f"batch {workload.batch}, " if workload.batch != 1 else ""
     return (
         f"{batch}{workload.prompt_tokens} prompt tokens, {workload.new_tokens} new tokens, "
-        f"{workload.repeats} repeats"
+        f"{workload.repeats} repeat{'s' * (workload.repeats != 1)}"
     )
 
 
@@ -100,6 +100,7 @@ def _text(record: Record) -> str:
 
 CONTEXT: Mapping[str, Callable[[Record], str]] = {
     "model": model_name,
+    "weights stored as": lambda record: record.provenance.get("stored", {}).get("summary", ""),
     "device": _device,
     "element type": lambda record: (record.engine or {}).get("dtype", ""),
     "versions": _versions,

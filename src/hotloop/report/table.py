@@ -131,4 +131,14 @@ def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
             "Quality: perplexity (ppl); against the reference on the same windows, Δ ln ppl "
             "± standard error, KL divergence, and how often both hold the same token likeliest."
         )
+    if any(r.delta_ln_ppl and _is_its_own_quantized_reference(r) for r in measured):
+        remarks.append(
+            "The reference has the weights as they are stored, which are quantized: what that has "
+            "cost is not in these figures. --reference names a model that is not."
+        )
     return remarks
+
+
+def _is_its_own_quantized_reference(record: Record) -> bool:
+    stored = record.provenance.get("stored", {})
+    return stored.get("is_quantized", False) and "reference_model" not in record.provenance

@@ -28,7 +28,7 @@ from hotloop.errors import (
     shorten,
 )
 from hotloop.evaluate.text import load_text
-from hotloop.evaluate.windows import make_windows
+from hotloop.evaluate.windows import take_windows
 from hotloop.sweep.events import CellPhase, CellPrepared, OnEvent, Phase, ignore
 from hotloop.sweep.job import Job, MemoryPlan
 
@@ -87,6 +87,8 @@ def base_record(job: Job) -> dict[str, Any]:
         "draft_sha256": job.draft_sha256,
         "key": job.key,
     }
+    if job.reference_model:
+        inputs["reference_model"] = job.reference_model
     return {
         "cell": job.cell,
         "baseline": job.source.baseline,
@@ -234,7 +236,8 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         except (ConfigError, CheckpointError) as error:
             why_none = str(error)
     quality = measure_quality(engine, windows, reference=reference, on_window=attempt.step)
-    compared = {"reference": f"none/eager {key.dtype}" if reference else None}
+    of = f" of {job.reference_model}" if job.reference_model else ""
+    compared = {"reference": f"none/eager {key.dtype}{of}" if reference else None}
     return {
         "quality_protocol": protocol.model_copy(update=compared),
         "quality_reason": None if reference else why_none,
@@ -265,7 +268,7 @@ def _windows(job: Job, engine: Engine) -> tuple[list[list[int]], QualityProtocol
 
     assert job.quality is not None, "a job that scores nothing needs no windows"
     text, description = load_text(job.quality.text), engine.describe()
-    windows = make_windows(engine.encode(text.content), job.quality.window, job.quality.n_windows)
+    windows = take_windows(engine.encode, text.content, job.quality.window, job.quality.n_windows)
     protocol = QualityProtocol(
         text=text.name,
         text_sha256=text.sha256,
@@ -273,7 +276,7 @@ def _windows(job: Job, engine: Engine) -> tuple[list[list[int]], QualityProtocol
         n_windows=len(windows),
     )
     key = ReferenceKey(
-        weights=job.weights_sha256 or "",
+        weights=job.compared_sha256 or "",
         dtype=description.dtype,
         vocab_size=description.vocab_size,
         text_sha256=text.sha256,

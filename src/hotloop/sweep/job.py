@@ -17,10 +17,15 @@ from pydantic import BaseModel, ConfigDict
 from hotloop import __version__
 from hotloop.bench.record import Workload
 from hotloop.evaluate.text import load_text
+from hotloop.sweep.models import (
+    KnownModel,
+    Models,
+    NoReferenceError,
+    checkpoints,
+    settle_schemes,
+)
 from hotloop.sweep.recipe import QualityOptions, cell_names, sha256_of
-from hotloop.types import Engine, EngineConfig, is_draft_model
-from hotloop.weights.hub import resolve_model
-from hotloop.weights.identity import hash_checkpoint
+from hotloop.types import Engine, EngineConfig
 
 
 class MemoryPlan(Protocol):
@@ -56,6 +61,11 @@ class EngineSource:
     predict: str | None = "hotloop.engine.memory:predict_memory"
     baseline: str | None = None
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this is hotloop's own engine, whose checkpoints and tokenizers can be read."""
+        return self.create == EngineSource.create
+
     def resolve(
         self,
     ) -> tuple[Callable[[EngineConfig], Engine], Callable[[EngineConfig], MemoryPlan | None]]:
@@ -75,6 +85,8 @@ class Job(BaseModel):
         text_sha256: Hash of the text to score.
         weights_sha256: Hash of the checkpoint; None for random weights.
         draft_sha256: Hash of the draft model's; None where there is none.
+        reference_model: The model to compare with, where it is not the one that is measured.
+        reference_sha256: Hash of that one's checkpoint.
         reference: The file to compare with, or, as a reference, to write.
         no_reference: Why there is none.
         attempt: Which attempt at this cell it is.
@@ -92,6 +104,8 @@ class Job(BaseModel):
     text_sha256: str | None = None
     weights_sha256: str | None = None
     draft_sha256: str | None = None
+    reference_model: str | None = None
+    reference_sha256: str | None = None
     reference: Path | None = None
     no_reference: str | None = None
     attempt: int = 1
@@ -112,7 +126,7 @@ class Job(BaseModel):
         """
         assert self.quality is not None, "a job that scores nothing has no reference"
         config = EngineConfig(
-            model=self.config.model,
+            model=self.reference_model or self.config.model,
             device=self.config.device,
             dtype=self.config.dtype,
             execution="eager",
@@ -123,22 +137,31 @@ class Job(BaseModel):
                 "task": "reference",
                 "cell": config.name,
                 "config": config,
+                "weights_sha256": self.compared_sha256,
                 "draft_sha256": None,
+                "reference_model": None,
+                "reference_sha256": None,
                 "attempt": 1,
             }
         )
         name = sha256_of({**job._scored(), "hotloop": __version__})
         return job.model_copy(update={"reference": folder / f"{name[:16]}.safetensors"})
 
+    @property
+    def compared_sha256(self) -> str | None:
+        """Hash of the checkpoint of the model to compare with."""
+        return self.reference_sha256 or self.weights_sha256
+
     def _scored(self) -> dict[str, Any]:
-        """What decides the predictions."""
-        windows = self.quality and self.quality.model_dump(exclude={"text"})
+        """What decides the predictions and what they are compared with."""
+        windows = self.quality and self.quality.model_dump(exclude={"text", "reference"})
         return {
             "config": self.config.to_dict(),
             "windows": windows,
             "text": self.text_sha256,
             "weights": self.weights_sha256,
             "source": self.source.create,
+            **({"reference": self.reference_sha256} if self.reference_sha256 else {}),
         }
 
 
@@ -160,34 +183,47 @@ def make_jobs(
         provenance: What the records should say besides what is found out.
 
     Raises:
-        ConfigError: The text cannot be read.
+        ConfigError: The text cannot be read or is too short, or the reference is not one.
         ModelNotFoundError: There is no such model on this machine.
+        CheckpointError: A checkpoint is damaged.
     """
-    read = [_checkpoints(config) for config in configs]
-    names = dict.fromkeys(name for pair in read for name in pair)
-    sha256 = {name: name and hash_checkpoint(resolve_model(name)) for name in names}
-    text_sha256 = load_text(quality.text).sha256 if quality and any(names) else None
-    return [
-        Job(
-            cell=name,
-            config=config,
+    models, text = Models(readable=source.is_own), None
+    jobs = []
+    for config in configs:
+        model, draft = (name and models[name] for name in checkpoints(config))
+        job = Job(
+            cell="",
+            config=settle_schemes(config, model.stored if model else None),
             workload=workload,
             quality=quality,
-            text_sha256=text_sha256,
-            weights_sha256=sha256[model],
-            draft_sha256=sha256[draft],
+            weights_sha256=model.sha256 if model else None,
+            draft_sha256=draft.sha256 if draft else None,
             source=source,
             provenance=dict(provenance or {}),
         )
-        for name, config, (model, draft) in zip(cell_names(configs), configs, read, strict=True)
-    ]
+        if model and model.stored:
+            job.provenance["stored"] = model.stored.to_dict()
+        if model and quality:
+            if text is None:
+                text = load_text(quality.text)
+                models.check_length(model, text.content, quality.window)
+            job = job.model_copy(
+                update={"text_sha256": text.sha256, **_compared(models, model, quality)}
+            )
+        jobs.append(job)
+    cells = cell_names([job.config for job in jobs])
+    return [job.model_copy(update={"cell": cell}) for job, cell in zip(jobs, cells, strict=True)]
 
 
-def _checkpoints(config: EngineConfig) -> tuple[str | None, str | None]:
-    """The checkpoints that a configuration reads: the model's, and the draft model's."""
-    if config.weights == "random":
-        return None, None
-    return config.model, config.draft if is_draft_model(config.draft) else None
+def _compared(models: Models, model: KnownModel, quality: QualityOptions) -> dict[str, Any]:
+    """The fields of a job that say what its quality is measured against."""
+    try:
+        reference = models.reference_of(model, quality.reference)
+    except NoReferenceError as error:
+        return {"no_reference": str(error)}
+    if reference.sha256 == model.sha256:
+        return {}
+    return {"reference_model": reference.name, "reference_sha256": reference.sha256}
 
 
 def _attribute(name: str) -> Callable[..., Any]:

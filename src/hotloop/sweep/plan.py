@@ -7,8 +7,10 @@ from typing import Any
 
 from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.sweep.job import EngineSource
+from hotloop.sweep.models import read_stored_form, settle_schemes
 from hotloop.sweep.recipe import Recipe, cell_names, expand
 from hotloop.types import EngineConfig
+from hotloop.weights.hub import resolve_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,9 @@ def plan(
         ModelNotFoundError: There is no such model on this machine.
     """
     configs = expand(recipe)
+    if source.is_own and recipe.weights == "checkpoint":
+        stored = read_stored_form(resolve_model(recipe.model))
+        configs = [settle_schemes(config, stored) for config in configs]
     names = cell_names(configs)
     return [_planned(name, config, source) for name, config in zip(names, configs, strict=True)]
 

@@ -64,11 +64,14 @@ class QualityOptions(StrictModel):
         window: Tokens in a window.
         n_windows: The most windows to score, from the beginning of the text.
         text: A UTF-8 file, relative to the recipe; None takes the text that comes with Python.
+        reference: The model to compare with, named as in ``EngineConfig``; None takes the model
+            itself, unquantized, or the one that a quantized copy was made from.
     """
 
     window: Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = 512
     n_windows: Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = 16
     text: Annotated[Path | None, Field(strict=False)] = None
+    reference: Text | None = None
 
 
 def _canonical_scheme(name: str) -> str:

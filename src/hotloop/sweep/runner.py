@@ -111,7 +111,7 @@ class _Sweep:
     def with_reference(self, job: Job, earlier: Record | None) -> Job:
         """The job with the reference it is to be compared with, scored now if it is missing."""
         compared = earlier is not None and "reference" in earlier.provenance
-        if job.quality is None or (compared and _is_finished(job, earlier)):
+        if job.quality is None or job.no_reference or (compared and _is_finished(job, earlier)):
             return job
         scoring = job.reference_job(self.results / ".reference")
         file = scoring.reference
