@@ -78,7 +78,7 @@ def test_ids_and_text_are_those_of_transformers(build: Build, tmp_path: Path) ->
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
     assert ours.bos_id == theirs.bos_token_id
-    assert ours.eos_ids == {theirs.eos_token_id}
+    assert theirs.eos_token_id in ours.eos_ids
     assert ours.vocab_size == len(theirs)
 
 
@@ -109,7 +109,7 @@ def test_saving_keeps_the_sampling_beside_it(chatty: Tokenizer, tmp_path: Path) 
     write(tmp_path, "generation_config.json", {"eos_token_id": 0, "temperature": 0.5})
     chatty.save(tmp_path)
     saved = json.loads((tmp_path / "generation_config.json").read_text())
-    assert saved == {"eos_token_id": [2], "temperature": 0.5}
+    assert saved == {"eos_token_id": [0, 2], "temperature": 0.5}
 
 
 def test_control_tokens_in_text_are_text_unless_asked_for(tokenizer: Tokenizer) -> None:
@@ -185,14 +185,128 @@ def test_truncation_and_padding_saved_with_a_tokenizer_are_not_applied(tmp_path:
     assert tokenizer.decode(tokenizer.encode(CORPUS[:500])) == CORPUS[:500]
 
 
-@pytest.mark.parametrize("build", [byte_level_folder, sentencepiece_folder])
-@pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("eos", [True, False])
-def test_configuration_says_what_is_added(build: Any, bos: bool, eos: bool, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(build(tmp_path, add_bos_token=bos, add_eos_token=eos))
+LATE = {"content": "<late>", "special": False, "normalized": False}
+LATE |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+LATER = LATE | {"content": "<later>", "special": True, "lstrip": True}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "add_eos_token": True},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True},
+        {"tokenizer_class": "TokenizersBackend", "add_eos_token": True},
+        {"tokenizer_class": "GPT2Tokenizer", "add_eos_token": True},
+        {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": False},
+        {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
+        {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": False},
+        {"tokenizer_class": "Qwen2Tokenizer", "add_eos_token": True},
+        {"tokenizer_class": "Qwen2TokenizerFast", "add_bos_token": True},
+        {"added_tokens_decoder": {"701": LATE}},
+        {"added_tokens_decoder": {"701": LATE, "702": LATER}, "pad_token": "<later>"},
+        {"added_tokens_decoder": {"900": LATER}},
+        {"added_tokens_decoder": {"700": LATE | {"content": "<think>", "special": True}}},
+        {"pad_token": "<late>"},
+        {"additional_special_tokens": ["<late>", {"__type": "AddedToken", **LATER}]},
+        {"extra_special_tokens": ["<late>"]},
+        {"extra_special_tokens": {"image_token": "<late>"}},
+        {"image_token": "<late>", "unk_token": None},
+    ],
+    ids=str,
+)
+def test_configuration_means_what_transformers_makes_of_it(keys: dict, tmp_path: Path) -> None:
+    folder = byte_level_folder(tmp_path, **keys)
+    ours, theirs = load_tokenizer(folder), in_transformers(folder)
+    text = "Hi <|im_end|>there <late>a <later>b<think>c<|endoftext|>"
+    assert ours.encode(text, parse_special=True) == theirs.encode(text)
+    assert ours.encode("Hi") == theirs.encode("Hi")
+    assert ours.vocab_size == len(theirs)
+    assert ours.bos_id == theirs.bos_token_id
+    ids = theirs.encode(text)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"add_bos_token": False, "add_eos_token": True},
+        {"add_eos_token": True},
+        {"add_prefix_space": True},
+    ],
+    ids=str,
+)
+def test_configuration_of_a_sentencepiece_model_means_what_transformers_makes_of_it(
+    keys: dict, legacy: bool, tmp_path: Path
+) -> None:
+    folder = sentencepiece_folder(tmp_path, legacy=legacy, **keys)
+    ours, theirs = load_tokenizer(folder), in_transformers(folder)
+    for text in ("Hi", "Hi <|im_end|>there <s>a"):
+        assert ours.encode(text, parse_special=True) == theirs.encode(text)
+
+
+def test_sentencepiece_model_can_do_without_its_first_space(tmp_path: Path) -> None:
+    folder = sentencepiece_folder(tmp_path, add_prefix_space=False)
+    ours, theirs = load_tokenizer(folder), in_transformers(folder)
+    for text in ("Hi", " Hi", "Hi<s>there"):
+        ids = ours.encode(text, parse_special=True)
+        assert ids == theirs.encode(text)
+        assert ours.decode(ids, skip_special=False) == f"<s>{text}"
+
+
+@pytest.mark.parametrize("bos", [True, False, None])
+@pytest.mark.parametrize("eos", [True, False, None])
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer"])
+def test_classes_that_frame_a_text_do_so_whatever_its_file_says(
+    name: str, bos: bool | None, eos: bool | None, tmp_path: Path
+) -> None:
+    keys = {"add_bos_token": bos, "add_eos_token": eos, "tokenizer_class": name}
+    tokenizer = load_tokenizer(byte_level_folder(tmp_path, **keys))
     plain = tokenizer.encode("Hi", add_special=False)
-    expected = [*[tokenizer.bos_id] * bos, *plain, *list(tokenizer.eos_ids) * eos]
+    expected = [*[0] * (bos is not False), *plain, *[2] * (eos is True)]
     assert tokenizer.encode("Hi") == expected
+
+
+def test_class_is_that_of_the_model_where_none_is_named(tmp_path: Path) -> None:
+    folder = byte_level_folder(tmp_path, tokenizer_class=None, add_eos_token=True)
+    assert load_tokenizer(folder).encode("Hi")[-1] != 2
+    write(folder, "config.json", {"model_type": "llama"})
+    assert load_tokenizer(folder).encode("Hi")[-1] == 2
+    write(folder, "config.json", {"model_type": "llama", "tokenizer_class": "GPT2Tokenizer"})
+    assert load_tokenizer(folder).encode("Hi")[-1] != 2
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("form", ["prepended", "metaspace"])
+def test_llama_puts_a_space_in_front_where_the_configuration_says_so(
+    form: str, wanted: bool, tmp_path: Path
+) -> None:
+    folder = llama_json_folder(tmp_path)
+    if form == "metaspace":
+        saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        saved.normalizer = None
+        saved.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+            prepend_scheme="never" if wanted else "first", split=False
+        )
+        saved.save(str(folder / "tokenizer.json"))
+    keys = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": wanted}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write(folder, "tokenizer_config.json", keys | names)
+    ours, theirs = load_tokenizer(folder), in_transformers(folder)
+    assert ours.encode("Hi there") == theirs.encode("Hi there")
+
+
+def test_names_of_its_class_count_where_the_configuration_names_none(tmp_path: Path) -> None:
+    folder = llama_json_folder(tmp_path)
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.bos_id == 1
+    assert tokenizer.eos_ids == {2}
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "bos_token": None})
+    assert load_tokenizer(folder).bos_id is None
 
 
 def test_tokens_named_in_the_configuration_are_special(tmp_path: Path) -> None:
@@ -219,7 +333,26 @@ def test_end_tokens_come_from_the_file_that_governs(
     for name, value in (("generation_config.json", generation), ("config.json", model)):
         if value is not None:
             write(tmp_path, name, value)
-    assert load_tokenizer(byte_level_folder(tmp_path)).eos_ids == expected
+    tokenizer = load_tokenizer(byte_level_folder(tmp_path))
+    assert tokenizer.eos_ids == expected | SPELLED_ENDS
+
+
+SPELLED_ENDS = {0, 2}
+"""``<|endoftext|>`` and ``<|im_end|>``, which end an answer whatever the files say."""
+
+
+def test_end_marker_that_is_plain_text_ends_nothing(tmp_path: Path) -> None:
+    folder = byte_level_folder(tmp_path)
+    saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    saved.add_tokens(["<|eot_id|>", "<|file_sep|>"])
+    saved.add_special_tokens(["<end_of_turn>"])
+    saved.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    text, code, turn = map(
+        tokenizer.backend.token_id, ("<|eot_id|>", "<|file_sep|>", "<end_of_turn>")
+    )
+    assert tokenizer.eos_ids == SPELLED_ENDS | {code, turn}
+    assert text not in tokenizer.eos_ids
 
 
 @pytest.mark.parametrize("token_id", [-1, 100_000])

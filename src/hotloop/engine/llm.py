@@ -234,6 +234,7 @@ class LLM:
         """What is really running."""
         self._check_open()
         setup, model = self._setup, self._setup.model
+        read = self.tokenizer.notes if self.tokenizer else ()
         return EngineDescription(
             config=setup.config,
             family=model.family,
@@ -244,7 +245,7 @@ class LLM:
             n_params=model.n_params,
             load_s=self._load_s,
             warmup_s=self._warmup_s,
-            **self._facts,
+            **self._facts | {"notes": (*self._facts["notes"], *read)},
         )
 
     @contextmanager

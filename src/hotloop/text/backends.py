@@ -17,7 +17,8 @@ import binascii
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,8 +32,15 @@ from sentencepiece.sentencepiece_model_pb2 import (
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from hotloop.errors import CheckpointError, UnsupportedError
-from hotloop.text.config_files import TOKENIZER_CONFIG, all_special_texts, special_tokens
+from hotloop.errors import (
+    CheckpointError,
+    HotloopError,
+    UnsupportedError,
+    shorten,
+    shorten_value,
+)
+from hotloop.outside import read_bytes
+from hotloop.text.config_files import Token, TokenizerConfig
 from hotloop.text.control_tokens import any_of
 
 if TYPE_CHECKING:
@@ -41,9 +49,31 @@ if TYPE_CHECKING:
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
 
+VOCABULARY_LIMIT_BYTES = 256 * 2**20
+"""Ten times the largest vocabularies in use."""
+
 _SPACE = "▁"
 _WHITESPACE = re.compile(r"\s+")
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+@contextmanager
+def library_errors(file: Path, problem: str) -> Generator[None]:
+    """Turns whatever a tokenizer library raises into an error that names ``file``.
+
+    ``tokenizers`` raises plain Exception; where its Rust code panics, not even that.
+
+    Raises:
+        CheckpointError: With ``problem`` and what the library says.
+    """
+    try:
+        yield
+    except HotloopError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # a Ctrl-C, an exit
+        raise CheckpointError(file, f"{problem}: {shorten(str(error))}") from error
 
 
 class Backend(Protocol):
@@ -52,11 +82,14 @@ class Backend(Protocol):
     Attributes:
         vocab_size: Token ids are below this; some below it may have no token.
         special_ids: Control tokens: not text, left out of decoded text unless asked for.
+        added_ids: Tokens that are matched as a whole before text is split, control tokens among
+            them, by their text.
         strips_leading_space: Decoded text loses one leading space: the one encoding put there.
     """
 
     vocab_size: int
     special_ids: frozenset[int]
+    added_ids: Mapping[str, int]
     strips_leading_space: bool
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -100,11 +133,12 @@ class JsonBackend:
     def __init__(self, tokenizer: tokenizers.Tokenizer, file: Path) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._file = tokenizer, file
         self._encoding = threading.Lock()
         self._piece_bytes, self.strips_leading_space = _read_decoder(tokenizer.decoder, file)
         added = tokenizer.get_added_tokens_decoder()
         self._added_bytes = {i: token.content.encode() for i, token in added.items()}
+        self.added_ids: Mapping[str, int] = {token.content: i for i, token in added.items()}
         self._special = {token.content: (i, token) for i, token in added.items() if token.special}
         self.special_ids = frozenset(i for i, _ in self._special.values())
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -112,7 +146,7 @@ class JsonBackend:
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of ``text``; tokens added around it are those of the post-processor."""
         # The library takes this option from the object, not from the call.
-        with self._encoding:
+        with self._encoding, library_errors(self._file, "its tokenizer fails on this text"):
             self._tokenizer.encode_special_tokens = not parse_special
             return self._tokenizer.encode(text, add_special_tokens=add_special).ids
 
@@ -123,7 +157,7 @@ class JsonBackend:
             if isinstance(part, int):
                 ids.append(part)
             elif stretch := part.replace(mark, ""):
-                with self._encoding:
+                with self._encoding, library_errors(self._file, "its tokenizer fails on this text"):
                     tokenizer = self._continuation if ids else self._tokenizer
                     tokenizer.encode_special_tokens = True
                     ids += tokenizer.encode(stretch, add_special_tokens=False).ids
@@ -155,38 +189,95 @@ class JsonBackend:
         return file
 
 
-def load_json_backend(file: Path, config: Mapping[str, Any]) -> JsonBackend:
+def load_json_backend(file: Path, config: TokenizerConfig) -> JsonBackend:
     """Reads a ``tokenizer.json``.
 
     Args:
         file: The file.
-        config: The ``tokenizer_config.json`` beside it: the special tokens it names are special
-            whether or not the file says so, and its ``add_bos_token`` and ``add_eos_token``
-            overrule the file's own post-processor.
+        config: The ``tokenizer_config.json`` beside it. The tokens it adds or names as special are
+            added or special whether or not the file says so; what else it changes depends on its
+            ``tokenizer_class``.
 
     Raises:
         CheckpointError: The file is damaged.
         UnsupportedError: Its decoder is of a kind that is not known here.
     """
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(file, f"not a tokenizer.json that can be read: {error}") from error
-    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    for text in all_special_texts(config):
-        token = added.get(text, AddedToken(text, normalized=False))
-        if not token.special and tokenizer.token_to_id(text) is not None:
-            token.special = True
-            tokenizer.add_special_tokens([token])
+    data = read_bytes(file, limit=VOCABULARY_LIMIT_BYTES)
+    with library_errors(file, "not a tokenizer.json that can be read"):
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        if config.kind.takes_prefix_space and config.add_prefix_space is not None:
+            tokenizer = _with_prefix_space(tokenizer, config.add_prefix_space)
+        _add_tokens(tokenizer, config)
+        if config.kind.frames and (config.add_bos_token, config.add_eos_token) != (None, None):
+            bos = config.kind.adds_bos if config.add_bos_token is None else config.add_bos_token
+            names = {**config.kind.names, **config.names}
+            frame_with(
+                tokenizer,
+                names.get("bos_token") if bos else None,
+                names.get("eos_token") if config.add_eos_token else None,
+            )
+        return JsonBackend(tokenizer, file)
 
-    add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
-    if add_bos is not None or add_eos is not None:
-        named = special_tokens(config)
-        bos, eos = named.get("bos_token"), named.get("eos_token")
-        if add_bos is None:
-            add_bos = tokenizer.encode("", add_special_tokens=True).tokens[:1] == [bos]
-        frame_with(tokenizer, bos if add_bos else None, eos if add_eos else None)
-    return JsonBackend(tokenizer, file)
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
+    """Adds the tokens that a configuration has beside those of the file, in transformers' order."""
+    in_file = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
+    wanted = {
+        token.content: _added_token(token, special=token.special or token.content in config.special)
+        for token in config.added.values()
+        if token.content
+    }
+    for text, token in config.special.items():
+        if text not in wanted:
+            wanted[text] = in_file.get(text, _added_token(token, special=True))
+            wanted[text].special = True
+    tokenizer.add_tokens(list(wanted.values()))
+
+
+def _added_token(token: Token, *, special: bool) -> AddedToken:
+    return AddedToken(
+        token.content,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        single_word=token.single_word,
+        normalized=not special if token.normalized is None else token.normalized,
+        special=special,
+    )
+
+
+def _with_prefix_space(tokenizer: tokenizers.Tokenizer, wanted: bool) -> tokenizers.Tokenizer:
+    """``tokenizer`` with or without a space before a text."""
+    parts = {"normalizer": tokenizer.normalizer, "pre_tokenizer": tokenizer.pre_tokenizer}
+    specs = {
+        name: None if part is None else json.loads(part.__getstate__())
+        for name, part in parts.items()
+    }
+    decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+    changed = {name: _prefix_changed(spec, wanted) for name, spec in specs.items()}
+    changed["decoder"] = _prefix_changed(decoder, wanted)
+    if changed == {**specs, "decoder": decoder}:
+        return tokenizer
+    spec = json.loads(tokenizer.to_str())
+    return tokenizers.Tokenizer.from_str(json.dumps(spec | changed))
+
+
+def _prefix_changed(part: Any, wanted: bool) -> Any:
+    """A part of a ``tokenizer.json`` with or without its space before a text."""
+    match part:
+        case {"type": "Sequence", **rest}:
+            (key,) = {"normalizers", "pretokenizers", "decoders"} & rest.keys()
+            changed = [_prefix_changed(one, wanted) for one in rest[key]]
+            return {"type": "Sequence", key: [one for one in changed if one is not None]}
+        case {"type": "ByteLevel"}:
+            return part | {"add_prefix_space": wanted}
+        case {"type": "Metaspace", "prepend_scheme": "never"} if wanted:
+            return part | {"prepend_scheme": "first"}
+        case {"type": "Metaspace"} if not wanted:
+            return part | {"prepend_scheme": "never"}
+        case {"type": "Prepend"} | {"type": "Strip"} if not wanted:
+            return None
+        case _:
+            return part
 
 
 def frame_with(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
@@ -282,15 +373,16 @@ class SentencePieceBackend:
         file: Where it came from, for error messages.
         config: The ``tokenizer_config.json`` beside it. ``added_tokens_decoder`` adds tokens,
             ``add_bos_token`` (true unless it says otherwise) and ``add_eos_token`` frame a text
-            with the tokens it names. SentencePiece puts a space before a text; ``legacy: false``
-            keeps it from doing so again after every special token within one.
+            with the tokens it names. SentencePiece puts a space before a text, unless
+            ``add_prefix_space`` is false; ``legacy: false`` keeps it from doing so again after
+            every special token within one.
 
     Raises:
         CheckpointError: The model contradicts itself.
         UnsupportedError: It normalizes text in a way that is not undone here.
     """
 
-    def __init__(self, proto: ModelProto, file: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, proto: ModelProto, file: Path, config: TokenizerConfig) -> None:
         if (
             proto.trainer_spec.treat_whitespace_as_suffix
             or proto.denormalizer_spec.precompiled_charsmap
@@ -299,6 +391,8 @@ class SentencePieceBackend:
                 f"{file}: SentencePiece models with whitespace as a suffix or with a denormalizer "
                 "are not supported."
             )
+        if config.add_prefix_space is False and config.kind.takes_prefix_space:
+            proto.normalizer_spec.add_dummy_prefix = False
         kinds = ModelProto.SentencePiece
         self._proto = proto
         self._model = _processor(proto, file)
@@ -308,7 +402,7 @@ class SentencePieceBackend:
             for i, piece in enumerate(proto.pieces)
             if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
         } | _added_tokens(file, config)
-        self._ids = {token.content: i for i, token in self._added.items()}
+        self.added_ids: Mapping[str, int] = {token.content: i for i, token in self._added.items()}
         self._by_text = {token.content: (i, token) for i, token in self._added.items()}
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.vocab_size = max(self._n_pieces, 1 + max(self._added, default=-1))
@@ -320,15 +414,17 @@ class SentencePieceBackend:
             False: _splitter(self._by_text.keys() - self._special),
         }
         self._continuation = self._model
-        if config.get("legacy", True) is False and self.strips_leading_space:
+        if config.legacy is False and self.strips_leading_space:
             unprefixed = ModelProto.FromString(proto.SerializeToString())
             unprefixed.normalizer_spec.add_dummy_prefix = False
             self._continuation = _processor(unprefixed, file)
 
-        named = special_tokens(config)
-        bos, eos = (self._ids.get(named.get(name, "")) for name in ("bos_token", "eos_token"))
-        self._prefix = [bos] if bos is not None and config.get("add_bos_token", True) else []
-        self._suffix = [eos] if eos is not None and config.get("add_eos_token", False) else []
+        bos, eos = (
+            self.added_ids.get(config.names.get(name, "")) for name in ("bos_token", "eos_token")
+        )
+        adds_bos = config.add_bos_token is not False
+        self._prefix = [bos] if bos is not None and adds_bos else []
+        self._suffix = [eos] if eos is not None and config.add_eos_token else []
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of ``text``, the stretches between added tokens encoded one by one."""
@@ -370,8 +466,8 @@ class SentencePieceBackend:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its spelling in the vocabulary."""
-        if token in self._ids:
-            return self._ids[token]
+        if token in self.added_ids:
+            return self.added_ids[token]
         token_id = self._model.piece_to_id(token)  # the unknown token's for what there is not
         return token_id if self._model.id_to_piece(token_id) == token else None
 
@@ -389,7 +485,7 @@ def read_sentencepiece_model(file: Path) -> ModelProto:
         CheckpointError: The file is damaged.
         UnsupportedError: It is a tiktoken file by the same name.
     """
-    data = file.read_bytes()
+    data = read_bytes(file, limit=VOCABULARY_LIMIT_BYTES)
     try:
         return ModelProto.FromString(data)
     except DecodeError as error:
@@ -418,21 +514,16 @@ def _processor(proto: ModelProto, file: Path) -> sentencepiece.SentencePieceProc
         raise CheckpointError(file, f"SentencePiece refuses this vocabulary: {error}") from error
 
 
-def _added_tokens(file: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    try:
-        added = {
-            int(i): AddedToken(**token)
-            for i, token in (config.get("added_tokens_decoder") or {}).items()
-        }
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            file.with_name(TOKENIZER_CONFIG), f"added_tokens_decoder: {error}"
-        ) from error
+def _added_tokens(file: Path, config: TokenizerConfig) -> dict[int, AddedToken]:
+    added = {
+        i: _added_token(token, special=token.special or token.content in config.special)
+        for i, token in config.added.items()
+    }
     for token in added.values():
         if token.single_word:
             raise UnsupportedError(
-                f"{file}: the added token {token.content!r} matches whole words only, which is "
-                "not supported beside a SentencePiece model."
+                f"{file}: the added token {shorten_value(token.content)} matches whole words only, "
+                "which is not supported beside a SentencePiece model."
             )
     return added
 

@@ -1,19 +1,29 @@
-"""The small JSON files that lie beside a tokenizer, and what they say about special tokens.
+"""The small JSON files that lie beside a tokenizer, and what they say of special tokens.
 
 Hugging Face's names are the vocabulary used everywhere in ``text``: a GGUF file's keys are turned
-into them on reading, so that there is one meaning and one way to save it.
+into them on reading, so that there is one meaning and one way to save it. What a key means can
+depend on ``tokenizer_class``, as it does in transformers: some classes put BOS in front whatever
+the file of the vocabulary says, others never look at the key.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from hotloop.errors import CheckpointError
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from hotloop import outside
+from hotloop.errors import shorten_value
+from hotloop.outside import LARGEST_COUNT, StrictModel, TokenId, validated
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 GENERATION_CONFIG = "generation_config.json"
 MODEL_CONFIG = "config.json"
 
@@ -27,17 +37,8 @@ SPECIAL_TOKEN_NAMES = (
     "mask_token",
 )
 
-
-def read_text(file: Path) -> str:
-    """The text in a UTF-8 file.
-
-    Raises:
-        CheckpointError: The file is not UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(file, f"not UTF-8 text: {error}") from error
+MAX_TOKEN_CHARS = 10_000
+"""Characters of an added token."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -46,15 +47,12 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is not JSON, or holds something other than an object.
     """
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(file, f"not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(file, f"must hold a JSON object, not a {type(value).__name__}")
-    return value
+    return outside.read_json(file) if file_is_there(file) else {}
+
+
+def file_is_there(file: Path) -> bool:
+    """Whether something has this name: a link to nothing is not the same as no file."""
+    return os.path.lexists(file)
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> Path:
@@ -63,38 +61,236 @@ def write_json(file: Path, value: Mapping[str, Any]) -> Path:
     return file
 
 
-def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The named special tokens of a ``tokenizer_config.json``, such as ``bos_token``, as text."""
-    named = {name: token_text(config.get(name)) for name in SPECIAL_TOKEN_NAMES}
-    return {name: text for name, text in named.items() if text is not None}
+# ----------------------------------------------------------------------------------- special tokens
 
 
-def all_special_texts(config: Mapping[str, Any]) -> list[str]:
-    """The named special tokens and those without a name."""
-    extra = [
-        token
-        for key in ("additional_special_tokens", "extra_special_tokens")
-        for token in config.get(key) or ()
-    ]
-    texts = [*special_tokens(config).values(), *map(token_text, extra)]
-    return [text for text in dict.fromkeys(texts) if text]
+class Token(StrictModel):
+    """A token as configurations describe it: its text, and what matching it does around it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    content: Annotated[str, Field(max_length=MAX_TOKEN_CHARS)]
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool | None = None
+    special: bool = False
 
 
-def token_text(token: Any) -> str | None:
-    """A token as configurations spell it, plainly or as an object, as text."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+def _spelled(value: Any) -> Any:
+    return {"content": value, "special": True} if isinstance(value, str) else value
 
 
-def token_ids(file: Path, config: Mapping[str, Any], key: str) -> frozenset[int]:
-    """The token ids under a key that holds one, a list of them, or nothing.
+def _values(value: Any) -> Any:
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+def _digits(key: str) -> int:
+    if not (key.isascii() and key.isdecimal()) or len(key) > 10 or int(key) > LARGEST_COUNT:
+        raise ValueError(f"{shorten_value(key)} is no token id")
+    return int(key)
+
+
+_Token = Annotated[Token, BeforeValidator(_spelled)]
+_TokenKey = Annotated[str, BeforeValidator(lambda key: str(_digits(key)))]
+
+
+class TokenizerConfig(StrictModel):
+    """What hotloop reads of a ``tokenizer_config.json``; other keys mean nothing to it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tokenizer_class: str | None = None
+    bos_token: _Token | None = None
+    eos_token: _Token | None = None
+    unk_token: _Token | None = None
+    pad_token: _Token | None = None
+    sep_token: _Token | None = None
+    cls_token: _Token | None = None
+    mask_token: _Token | None = None
+    additional_special_tokens: list[_Token] | None = None
+    extra_special_tokens: Annotated[list[_Token] | None, BeforeValidator(_values)] = None
+    own_special_tokens: tuple[_Token, ...] = ()
+    added_tokens_decoder: dict[_TokenKey, Token] | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    add_prefix_space: bool | None = None
+    legacy: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_own_names(cls, value: Any) -> Any:
+        """Tokens that a model names itself, such as ``image_token``, are special too."""
+        if not isinstance(value, dict):
+            return value
+        own = [
+            token
+            for key, token in value.items()
+            if key.endswith("_token") and key not in cls.model_fields and isinstance(token, str)
+        ]
+        return {**value, "own_special_tokens": tuple(own)}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The named special tokens, such as ``bos_token``, by their text."""
+        named = {name: getattr(self, name) for name in SPECIAL_TOKEN_NAMES}
+        return {name: token.content for name, token in named.items() if token and token.content}
+
+    @property
+    def special(self) -> dict[str, Token]:
+        """All special tokens, with a name and without, by their text."""
+        tokens = [
+            *(getattr(self, name) for name in SPECIAL_TOKEN_NAMES),
+            *(self.additional_special_tokens or ()),
+            *(self.extra_special_tokens or ()),
+            *self.own_special_tokens,
+        ]
+        return {token.content: token for token in tokens if token and token.content}
+
+    @property
+    def added(self) -> dict[int, Token]:
+        """The tokens beside the vocabulary, by id, in the order of ids."""
+        tokens = {int(i): token for i, token in (self.added_tokens_decoder or {}).items()}
+        return dict(sorted(tokens.items()))
+
+    @property
+    def kind(self) -> TokenizerClass:
+        """What its class makes of it."""
+        return _CLASSES.get((self.tokenizer_class or "").removesuffix("Fast"), TokenizerClass())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerClass:
+    """What a tokenizer class of transformers does beside what a ``tokenizer.json`` says.
+
+    Attributes:
+        frames: It obeys ``add_bos_token`` and ``add_eos_token``, whatever the vocabulary's file
+            puts around a text. Others obey only the file. (So transformers 4, in which the models
+            of these classes were made; 5 obeys them where there is no ``tokenizer.json``.)
+        adds_bos: BOS is put in front where ``add_bos_token`` is not given.
+        takes_prefix_space: It obeys ``add_prefix_space``.
+        names: The special tokens that it has where the configuration does not name any.
+    """
+
+    frames: bool = False
+    adds_bos: bool = False
+    takes_prefix_space: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+_TEXT_END = "<|endoftext|>"
+_LLAMA = TokenizerClass(
+    frames=True,
+    adds_bos=True,
+    takes_prefix_space=True,
+    names={"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+)
+_CLASSES = {
+    "LlamaTokenizer": _LLAMA,
+    "CodeLlamaTokenizer": _LLAMA,
+    "GemmaTokenizer": TokenizerClass(
+        frames=True,
+        adds_bos=True,
+        names={
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+        },
+    ),
+    "CohereTokenizer": TokenizerClass(
+        frames=True,
+        adds_bos=True,
+        names={"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"},
+    ),
+    "GPTNeoXTokenizer": TokenizerClass(
+        frames=True,
+        names=dict.fromkeys(("bos_token", "eos_token", "unk_token"), _TEXT_END),
+    ),
+    "GPT2Tokenizer": TokenizerClass(
+        takes_prefix_space=True,
+        names=dict.fromkeys(("bos_token", "eos_token", "unk_token"), _TEXT_END),
+    ),
+    "Qwen2Tokenizer": TokenizerClass(
+        takes_prefix_space=True,
+        names=dict.fromkeys(("eos_token", "unk_token", "pad_token"), _TEXT_END),
+    ),
+}
+
+_CLASS_OF_MODEL = {
+    "llama": "LlamaTokenizer",
+    "mistral": "LlamaTokenizer",
+    "mixtral": "LlamaTokenizer",
+    "gemma": "GemmaTokenizer",
+    "gemma2": "GemmaTokenizer",
+    "gemma3": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
+"""For folders that name no tokenizer class."""
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What the files beside a vocabulary say of it, as one ``tokenizer_config.json`` would.
 
     Raises:
-        CheckpointError: The key holds something else.
+        CheckpointError: A file is not JSON, or a value that hotloop reads is of the wrong kind.
     """
-    value = config.get(key)
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(v) is int and v >= 0 for v in values):
-        raise CheckpointError(file, f"{key} must be a token id or a list of them, not {value!r}")
-    return frozenset(values)
+    file, older_file = folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS_MAP
+    config = read_json(file)
+    validated(TokenizerConfig, config, file)
+    if "added_tokens_decoder" not in config:  # it came with the format that left the others behind
+        older = read_json(older_file)
+        validated(TokenizerConfig, older, older_file)
+        config = {**config, **older}
+    if config.get("tokenizer_class") is None:
+        model = read_json(folder / MODEL_CONFIG)
+        for name in (model.get("tokenizer_class"), _class_of_model(model.get("model_type"))):
+            if isinstance(name, str):
+                config["tokenizer_class"] = name
+                break
+    return config
+
+
+def _class_of_model(model_type: Any) -> str | None:
+    return _CLASS_OF_MODEL.get(model_type) if isinstance(model_type, str) else None
+
+
+class _AddedIds(StrictModel):
+    ids: dict[
+        Annotated[str, Field(max_length=MAX_TOKEN_CHARS)],
+        TokenId,
+    ]
+
+
+def read_added_tokens(folder: Path) -> dict[str, int]:
+    """The tokens of an ``added_tokens.json``, and their ids; empty where there is none.
+
+    Raises:
+        CheckpointError: It is not JSON, or holds anything but ids.
+    """
+    file = folder / ADDED_TOKENS
+    return validated(_AddedIds, {"ids": read_json(file)}, file).ids
+
+
+def _listed(value: Any) -> Any:
+    return value if value is None or isinstance(value, list) else [value]
+
+
+class _EndIds(StrictModel):
+    model_config = ConfigDict(extra="ignore")
+
+    eos_token_id: Annotated[
+        list[TokenId] | None,
+        BeforeValidator(lambda v: v if v is None or isinstance(v, list) else [v]),
+    ] = None
+
+
+def read_end_ids(file: Path) -> frozenset[int]:
+    """The ids under ``eos_token_id``, which holds one, a list of them, or nothing.
+
+    Raises:
+        CheckpointError: The file is not JSON, or the key holds something else.
+    """
+    return frozenset(validated(_EndIds, read_json(file), file).eos_token_id or ())

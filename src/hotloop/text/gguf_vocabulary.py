@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file.
+"""The tokenizer inside a GGUF file, read as llama.cpp reads it.
 
 A GGUF file holds a vocabulary and the *name* of the rules that split text before it is merged into
 tokens; the rules themselves belong to llama.cpp's table and are restated here for the models that
@@ -11,39 +11,61 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import tokenizers
+from pydantic import ConfigDict, FailFast, Field
 from sentencepiece.sentencepiece_model_pb2 import (
     ModelProto,  # pyrefly: ignore[missing-module-attribute]  (protobuf makes it at import)
 )
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from hotloop.errors import CheckpointError, UnknownNameError, UnsupportedError
+from hotloop.errors import CheckpointError, UnknownNameError, UnsupportedError, shorten_value
+from hotloop.outside import StrictModel, validated
 from hotloop.text.backends import (
     Backend,
     JsonBackend,
     SentencePieceBackend,
     frame_with,
+    library_errors,
     sentencepiece_names,
+)
+from hotloop.text.config_files import TokenizerConfig
+from hotloop.text.end_markers import (
+    CODE_END_MARKERS,
+    CODE_PART_MARKERS,
+    END_MARKERS,
+    spelled_ends,
 )
 
 _PREFIX = "tokenizer.ggml."
 
-_SPECIAL_IDS = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
-_END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-
 # Token types; SentencePiece numbers its own alike.
-_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
+_UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(7)
+
+_CONTROL_SPELLINGS = END_MARKERS | CODE_END_MARKERS | CODE_PART_MARKERS
+"""Control tokens whatever their type says: converters have written them as text."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
+
+# Letters that have a case, but for those of the ranges that DeepSeek's list leaves out.
+_DEEPSEEK_LETTERS = (
+    r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c88\u2d00-\u2d2d\ua790-\ua7fa"
+    r"\uab30-\uab68\x{10570}-\x{105bc}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7cb}\x{1df00}-\x{1df1e}]]"
+)
+_CJK = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,63 +73,133 @@ class _Splitting:
     """How text is split before merging, and what else hangs on the name.
 
     Attributes:
-        pattern: What is split off; None for GPT-2's own pattern.
-        digits: Every digit on its own, before anything else.
+        patterns: Each splits what those before it left: what it matches, and what lies between.
         nfc: Text is normalized to NFC first.
         ignore_merges: A piece that is a token as a whole is taken as such.
         add_bos: Whether BOS is put in front where the file does not say.
     """
 
-    pattern: str | None = None
-    digits: bool = False
+    patterns: tuple[str, ...]
     nfc: bool = False
     ignore_merges: bool = False
     add_bos: bool = False
 
 
-_GPT2 = _Splitting()
-_DIGITS = _Splitting(digits=True)
-_LLAMA3 = _Splitting(
-    pattern=rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", ignore_merges=True, add_bos=True
+_DEFAULT = _Splitting(
+    patterns=(r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 )
-_QWEN2_PATTERN = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = _Splitting(
-    pattern=(
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    ignore_merges=True,
-    add_bos=True,
+"""llama.cpp's own rules, for files that name none: no model was trained with them."""
+
+_DEFAULT_NOTE = (
+    f"{_PREFIX}pre names no rules: text is split by llama.cpp's default ones, which may not be the "
+    "model's. Convert the model again."
 )
 
 _SPLITTINGS = {
-    "default": _GPT2,  # what converters write where the model's own rules are GPT-2's
-    "gpt-2": _GPT2,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama3": _LLAMA3,
-    "qwen2": _Splitting(pattern=_QWEN2_PATTERN, nfc=True),
-    "deepseek-r1-qwen": _Splitting(pattern=_QWEN2_PATTERN),
-    "tekken": _TEKKEN,
+    name: splitting
+    for names, splitting in (
+        ("default", _DEFAULT),
+        ("gpt-2 phi-2 olmo mpt jais exaone4 trillion", _Splitting(patterns=(_GPT2,))),
+        (
+            "smollm starcoder refact command-r codeshell exaone minerva-7b",
+            _Splitting(patterns=(r"\p{N}", _GPT2)),
+        ),
+        (
+            "llama-bpe llama-v3 llama3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+            _Splitting(patterns=(_LLAMA3,), ignore_merges=True, add_bos=True),
+        ),
+        ("smaug-bpe dbrx", _Splitting(patterns=(_LLAMA3,))),
+        ("qwen2", _Splitting(patterns=(_QWEN2,), nfc=True)),
+        ("deepseek-r1-qwen megrez stablelm2 hunyuan", _Splitting(patterns=(_QWEN2,))),
+        ("tekken", _Splitting(patterns=(_TEKKEN,), ignore_merges=True, add_bos=True)),
+        (
+            "deepseek-llm",
+            _Splitting(
+                patterns=(
+                    r"[\r\n]",
+                    rf"\s?{_DEEPSEEK_LETTERS}+",
+                    r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+                    r"\s+$",
+                    _CJK,
+                    r"\p{N}+",
+                )
+            ),
+        ),
+        (
+            "deepseek-coder",
+            _Splitting(patterns=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
+        ),
+    )
+    for name in names.split()
 }
 
 
-def read_gguf_vocabulary(
-    file: Path, metadata: Mapping[str, Any]
-) -> tuple[Backend, dict[str, Any], frozenset[int]]:
+class _Keys(StrictModel):
+    """The keys of a tokenizer, by their names without the prefix."""
+
+    model_config = ConfigDict(alias_generator=lambda name: _PREFIX + name)
+
+    model: str
+    pre: str | None = None
+    tokens: Annotated[list[str], FailFast(), Field(min_length=1)]
+    token_type: Annotated[
+        list[Annotated[int, Field(ge=_UNDEFINED, le=_BYTE)]] | None, FailFast()
+    ] = None
+    scores: Annotated[list[float] | None, FailFast()] = None
+    merges: Annotated[list[str] | None, FailFast()] = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    add_space_prefix: bool = True
+    remove_extra_whitespaces: bool = False
+    precompiled_charsmap: Annotated[
+        list[Annotated[int, Field(ge=-128, le=255)]] | None, FailFast()
+    ] = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    eot_token_id: int | None = None
+    eom_token_id: int | None = None
+    unknown_token_id: int | None = None
+    padding_token_id: int | None = None
+    fim_pad_token_id: int | None = None
+    fim_rep_token_id: int | None = None
+    fim_sep_token_id: int | None = None
+    chat_template: Annotated[str | None, Field(alias="tokenizer.chat_template")] = None
+
+
+_END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_CODE_END_IDS = ("fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
+_NAMES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+_NEVER_USED = ("unknown_token_id", "padding_token_id", *_CODE_END_IDS)
+"""Ids that name a token of another vocabulary in files that work everywhere."""
+
+
+class GGUFVocabulary(NamedTuple):
+    """The tokenizer of a GGUF file.
+
+    Attributes:
+        backend: The vocabulary.
+        config: What a ``tokenizer_config.json`` would say.
+        end_ids: The tokens that end an answer.
+        notes: What a user should know of how it was read.
+    """
+
+    backend: Backend
+    config: dict[str, Any]
+    end_ids: frozenset[int]
+    notes: tuple[str, ...]
+
+
+def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabulary:
     """Builds the tokenizer that a GGUF file's metadata describe.
 
     Args:
         file: The file, for error messages.
         metadata: Its keys and values.
-
-    Returns:
-        The backend, what a ``tokenizer_config.json`` would say, and the token ids that end an
-        answer.
 
     Raises:
         CheckpointError: The metadata are incomplete or contradict themselves.
@@ -115,85 +207,93 @@ def read_gguf_vocabulary(
     """
     kind = metadata.get(f"{_PREFIX}model")
     if kind is None:
-        raise CheckpointError(file, "holds no tokenizer: tokenizer.ggml.model is missing")
-    if kind not in ("gpt2", "llama"):
+        raise CheckpointError(file, f"holds no tokenizer: {_PREFIX}model is missing")
+    if isinstance(kind, str) and kind not in ("gpt2", "llama"):
         raise UnsupportedError(
-            f"{file}: tokenizer.ggml.model {kind!r} is not supported. "
+            f"{file}: {_PREFIX}model {shorten_value(kind)} is not supported. "
             "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE) are."
         )
-    tokens = _required(file, metadata, "tokens", str)
-    types = metadata.get(f"{_PREFIX}token_type", [_NORMAL] * len(tokens))
+    known = {field.alias for field in _Keys.model_fields.values()}
+    keys = validated(_Keys, {k: v for k, v in metadata.items() if k in known}, file)
+    # An empty text would match everywhere; llama.cpp names it so too.
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(keys.tokens)]
+    types = [_NORMAL] * len(tokens) if keys.token_type is None else keys.token_type
     if len(types) != len(tokens):
-        raise CheckpointError(file, f"{len(tokens)} tokens but {len(types)} token types")
+        raise CheckpointError(
+            file, f"{_PREFIX}token_type: {len(tokens)} tokens but {len(types)} token types"
+        )
+    types = [
+        _CONTROL if token in _CONTROL_SPELLINGS else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
 
-    def id_of(key: str) -> int | None:
-        token_id = metadata.get(_PREFIX + key)
-        if token_id is not None and token_id not in range(len(tokens)):
-            raise CheckpointError(file, f"{_PREFIX}{key} {token_id!r} is not among the tokens")
-        return token_id
+    ids: dict[str, int] = {}
+    for key in (*_NAMES.values(), *_END_IDS, *_CODE_END_IDS):
+        token_id = getattr(keys, key)
+        if token_id is None or (key in _NEVER_USED and token_id not in range(len(tokens))):
+            continue
+        if token_id not in range(len(tokens)):
+            raise CheckpointError(
+                file,
+                f"{_PREFIX}{key} {shorten_value(token_id)} is not among the {len(tokens)} tokens",
+            )
+        ids[key] = token_id
+    config: dict[str, Any] = {name: tokens[ids[key]] for name, key in _NAMES.items() if key in ids}
+    if keys.chat_template:
+        config["chat_template"] = keys.chat_template
 
-    config: dict[str, Any] = {
-        name: tokens[token_id]
-        for name, key in _SPECIAL_IDS.items()
-        if (token_id := id_of(key)) is not None
-    }
-    if template := metadata.get("tokenizer.chat_template"):
-        config["chat_template"] = template
-    end_ids = frozenset(i for key in _END_IDS if (i := id_of(key)) is not None)
-    build = _byte_level_backend if kind == "gpt2" else _sentencepiece_backend
-    backend, config = build(file, metadata, tokens, types, config)
-    return backend, config, end_ids
+    notes: tuple[str, ...] = ()
+    if kind == "gpt2":
+        splitting = _splitting(file, keys.pre)
+        backend, config = _byte_level_backend(file, keys, splitting, tokens, types, config)
+        if splitting is _DEFAULT:
+            notes = (_DEFAULT_NOTE,)
+    else:
+        backend, config = _sentencepiece_backend(file, keys, tokens, types, config)
+    named = {ids[key] for key in (*_END_IDS, *_CODE_END_IDS) if key in ids}
+    ends = named | spelled_ends(backend.added_ids, backend.special_ids)
+    return GGUFVocabulary(backend, config, frozenset(ends), notes)
 
 
 def _byte_level_backend(
     file: Path,
-    metadata: Mapping[str, Any],
+    keys: _Keys,
+    splitting: _Splitting,
     tokens: list[str],
     types: list[int],
     config: dict[str, Any],
 ) -> tuple[JsonBackend, dict[str, Any]]:
-    splitting = _splitting(file, metadata)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise CheckpointError(file, "tokenizer.ggml.tokens holds a token twice")
-    merges = [
-        (a, b) for a, _, b in (m.partition(" ") for m in _required(file, metadata, "merges", str))
-    ]
-    try:
+        raise CheckpointError(file, f"{_PREFIX}tokens holds a token twice")
+    if keys.merges is None:
+        raise CheckpointError(file, f"{_PREFIX}merges is missing")
+    merges: list[tuple[str, str]] = []
+    for merge in keys.merges:
+        at = merge.find(" ", 1)  # a half can begin with a space, as llama.cpp has it
+        if at < 0:
+            raise CheckpointError(file, f"{_PREFIX}merges: {shorten_value(merge)} is no pair")
+        merges.append((merge[:at], merge[at + 1 :]))
+    with library_errors(file, "tokens and merges do not fit together"):
         model = models.BPE(vocabulary, merges, ignore_merges=splitting.ignore_merges)
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(file, f"tokens and merges do not fit together: {error}") from error
-
-    tokenizer = tokenizers.Tokenizer(model)
+        tokenizer = tokenizers.Tokenizer(model)
     if splitting.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    byte_level = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=splitting.pattern is None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(p), behavior="isolated") for p in splitting.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
-    first: list[pre_tokenizers.PreTokenizer] = []
-    if splitting.digits:
-        first.append(pre_tokenizers.Digits(individual_digits=True))
-    if splitting.pattern is not None:
-        first.append(pre_tokenizers.Split(Regex(splitting.pattern), behavior="isolated"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    for token_type, add in (
-        (_CONTROL, tokenizer.add_special_tokens),
-        (_USER_DEFINED, tokenizer.add_tokens),
-    ):
-        add(
-            [
-                AddedToken(t, normalized=False)
-                for t, k in zip(tokens, types, strict=True)
-                if k == token_type
-            ]
-        )
+    tokenizer.add_special_tokens(_added(tokens, types, _CONTROL, _UNKNOWN))
+    tokenizer.add_tokens(_added(tokens, types, _USER_DEFINED))
 
     config = {
         **config,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": metadata.get(f"{_PREFIX}add_bos_token", splitting.add_bos),
-        "add_eos_token": metadata.get(f"{_PREFIX}add_eos_token", False),
+        "add_bos_token": _said(keys.add_bos_token, splitting.add_bos),
+        "add_eos_token": _said(keys.add_eos_token, False),
     }
     frame_with(
         tokenizer,
@@ -203,38 +303,44 @@ def _byte_level_backend(
     return JsonBackend(tokenizer, file), config
 
 
-def _splitting(file: Path, metadata: Mapping[str, Any]) -> _Splitting:
-    name = metadata.get(f"{_PREFIX}pre")
+def _added(tokens: list[str], types: list[int], *kinds: int) -> list[AddedToken]:
+    return [
+        AddedToken(token, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in kinds
+    ]
+
+
+def _said(said: bool | None, default: bool) -> bool:
+    return default if said is None else said
+
+
+def _splitting(file: Path, name: str | None) -> _Splitting:
     if name is None:
-        raise UnsupportedError(
-            f"{file} does not say how its tokenizer splits text: tokenizer.ggml.pre is missing. "
-            "It was made before llama.cpp recorded that; convert the model again."
-        )
+        return _DEFAULT
     if name not in _SPLITTINGS:
-        raise UnsupportedError(
-            f"{file}: {UnknownNameError('tokenizer.ggml.pre', name, _SPLITTINGS)}"
-        )
+        raise UnsupportedError(f"{file}: {UnknownNameError(f'{_PREFIX}pre', name, _SPLITTINGS)}")
     return _SPLITTINGS[name]
 
 
 def _sentencepiece_backend(
     file: Path,
-    metadata: Mapping[str, Any],
+    keys: _Keys,
     tokens: list[str],
     types: list[int],
     config: dict[str, Any],
 ) -> tuple[SentencePieceBackend, dict[str, Any]]:
-    scores = _required(file, metadata, "scores", float)
-    if len(scores) != len(tokens):
-        raise CheckpointError(file, f"{len(tokens)} tokens but {len(scores)} scores")
+    if keys.scores is None:
+        raise CheckpointError(file, f"{_PREFIX}scores is missing")
+    if len(keys.scores) != len(tokens):
+        raise CheckpointError(
+            file, f"{_PREFIX}scores: {len(tokens)} tokens but {len(keys.scores)} scores"
+        )
+    # Tokens that users defined are matched in the raw text, before SentencePiece sees any of it.
+    in_model = {_USER_DEFINED: _NORMAL, _UNDEFINED: _UNUSED}
     proto = ModelProto()
-    for token, score, token_type in zip(tokens, scores, types, strict=True):
-        # Converters write the spaces of tokens that users defined as such.
-        piece = token.replace(" ", "▁") if token_type == _USER_DEFINED else token
-        try:
-            proto.pieces.add(piece=piece, score=score, type=token_type)
-        except ValueError as error:
-            raise CheckpointError(file, f"token {token!r}: {error}") from error
+    for token, score, kind in zip(tokens, keys.scores, types, strict=True):
+        proto.pieces.add(piece=token, score=score, type=in_model.get(kind, kind))
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(tokens)
@@ -243,23 +349,22 @@ def _sentencepiece_backend(
         if piece := config.get(f"{name}_token"):
             setattr(trainer, f"{name}_piece", piece)
     normalizer.name = "identity"
-    normalizer.add_dummy_prefix = metadata.get(f"{_PREFIX}add_space_prefix", True)
-    normalizer.remove_extra_whitespaces = metadata.get(f"{_PREFIX}remove_extra_whitespaces", False)
-    normalizer.precompiled_charsmap = bytes(metadata.get(f"{_PREFIX}precompiled_charsmap", ()))
+    normalizer.add_dummy_prefix = keys.add_space_prefix
+    normalizer.remove_extra_whitespaces = keys.remove_extra_whitespaces
+    charsmap = bytes(byte & 0xFF for byte in keys.precompiled_charsmap or ())
+    normalizer.precompiled_charsmap = charsmap
 
     config = {
         **sentencepiece_names(proto),
         **config,
         "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,  # a space after every special token, as llama.cpp has it
-        "add_bos_token": metadata.get(f"{_PREFIX}add_bos_token", True),
-        "add_eos_token": metadata.get(f"{_PREFIX}add_eos_token", False),
+        "legacy": True,  # a space after every added token, as llama.cpp has it
+        "add_bos_token": _said(keys.add_bos_token, True),
+        "add_eos_token": _said(keys.add_eos_token, False),
+        "added_tokens_decoder": {
+            str(i): {"content": token, "special": False, "normalized": False}
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind == _USER_DEFINED
+        },
     }
-    return SentencePieceBackend(proto, file, config), config
-
-
-def _required(file: Path, metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
-    values = metadata.get(_PREFIX + key)
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise CheckpointError(file, f"{_PREFIX}{key} is missing or is no list of {kind.__name__}")
-    return values
+    return SentencePieceBackend(proto, file, validated(TokenizerConfig, config, file)), config

@@ -15,7 +15,7 @@ from typing import Any
 
 from hotloop.errors import CheckpointError, RequestError, UnsupportedError
 from hotloop.gguf_header import model_parts, read_gguf_header
-from hotloop.outside import file_kind
+from hotloop.outside import file_kind, read_text, validated
 from hotloop.text.backends import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -30,13 +30,15 @@ from hotloop.text.config_files import (
     GENERATION_CONFIG,
     MODEL_CONFIG,
     TOKENIZER_CONFIG,
-    read_json,
-    read_text,
-    special_tokens,
-    token_ids,
+    TokenizerConfig,
+    file_is_there,
+    read_added_tokens,
+    read_end_ids,
+    read_tokenizer_config,
     write_json,
 )
 from hotloop.text.control_tokens import ControlTokens, unused_mark
+from hotloop.text.end_markers import spelled_ends
 from hotloop.text.generation_config import write_generation_config
 from hotloop.text.gguf_vocabulary import read_gguf_vocabulary
 from hotloop.types import ChatPrompt
@@ -55,6 +57,7 @@ class Tokenizer:
         config: What its ``tokenizer_config.json`` says, or would say.
         eos_ids: The tokens that end an answer.
         chat_template: The model's chat template, if it has one.
+        notes: What a user should know of how it was read.
     """
 
     source: Path
@@ -62,6 +65,7 @@ class Tokenizer:
     config: Mapping[str, Any]
     eos_ids: frozenset[int]
     chat_template: str | None
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -71,7 +75,7 @@ class Tokenizer:
     @property
     def bos_id(self) -> int | None:
         """The token a text begins with, whether or not ``encode`` puts it there."""
-        token = special_tokens(self.config).get("bos_token")
+        token = self._names.get("bos_token")
         return None if token is None else self.backend.token_id(token)
 
     @property
@@ -153,7 +157,7 @@ class Tokenizer:
         return self._template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
-            variables={**special_tokens(self.config), **variables},
+            variables={**self._names, **variables},
         )
 
     def chat_prompt(
@@ -190,7 +194,7 @@ class Tokenizer:
             marked,
             add_generation_prompt=not continue_final_message,
             variables={
-                **special_tokens(self.config),
+                **self._names,
                 **self._control_tokens.marked(variables, mark),
             },
             mark=mark,
@@ -203,6 +207,10 @@ class Tokenizer:
         else:
             ids = self.backend.encode(text, add_special=False, parse_special=True)
         return ChatPrompt(token_ids=tuple(ids), starts_text=not continue_final_message)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return validated(TokenizerConfig, dict(self.config), self.source).names
 
     @cached_property
     def _control_tokens(self) -> ControlTokens:
@@ -277,65 +285,70 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if file_kind(path) == "folder":
         return _load_folder(path)
     path = model_parts(path)[0]
-    backend, config, eos_ids = read_gguf_vocabulary(path, read_gguf_header(path).metadata)
+    read = read_gguf_vocabulary(path, read_gguf_header(path).metadata)
     return Tokenizer(
         source=path,
-        backend=backend,
-        config=config,
-        eos_ids=eos_ids,
-        chat_template=_chat_template(path, config.get("chat_template")),
+        backend=read.backend,
+        config=read.config,
+        eos_ids=read.end_ids,
+        chat_template=read.config.get("chat_template"),
+        notes=read.notes,
     )
 
 
 def _load_folder(folder: Path) -> Tokenizer:
-    # What older folders say in files of their own comes first, so that newer ones overrule it.
-    config = {
-        **read_json(folder / "special_tokens_map.json"),
-        **read_json(folder / TOKENIZER_CONFIG),
-    }
-    if (json_file := folder / TOKENIZER_JSON).is_file():
-        backend: Backend = load_json_backend(json_file, config)
-    elif (model_file := folder / TOKENIZER_MODEL).is_file():
+    raw = read_tokenizer_config(folder)
+    if file_is_there(folder / TOKENIZER_JSON):
+        backend: Backend = load_json_backend(
+            folder / TOKENIZER_JSON, validated(TokenizerConfig, raw, folder / TOKENIZER_CONFIG)
+        )
+    elif file_is_there(model_file := folder / TOKENIZER_MODEL):
         proto = read_sentencepiece_model(model_file)
-        config = {**sentencepiece_names(proto), **_with_added_tokens(folder, config)}
+        raw = {**sentencepiece_names(proto), **_with_added_tokens(folder, raw)}
+        config = validated(TokenizerConfig, raw, folder / TOKENIZER_CONFIG)
         backend = SentencePieceBackend(proto, model_file, config)
     else:
         raise _no_tokenizer(folder)
-    if (template_file := folder / _CHAT_TEMPLATE_FILE).is_file():
+    config = validated(TokenizerConfig, raw, folder / TOKENIZER_CONFIG)
+    names = config.kind.names.items()
+    raw = {name: text for name, text in names if backend.token_id(text) is not None} | raw
+    if file_is_there(template_file := folder / _CHAT_TEMPLATE_FILE):
         chat_template = read_text(template_file)
     else:
-        chat_template = _chat_template(folder / TOKENIZER_CONFIG, config.get("chat_template"))
+        chat_template = _chat_template(folder / TOKENIZER_CONFIG, raw.get("chat_template"))
     return Tokenizer(
         source=folder,
         backend=backend,
-        config=config,
-        eos_ids=_eos_ids(folder, config, backend),
+        config=raw,
+        eos_ids=_eos_ids(folder, raw, backend),
         chat_template=chat_template,
     )
 
 
 def _with_added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with the tokens of an ``added_tokens.json`` that it does not list itself."""
-    special = set(special_tokens(config).values())
+    special = validated(TokenizerConfig, config, folder / TOKENIZER_CONFIG).special
     older = {
         str(token_id): {"content": text, "special": text in special}
-        for text, token_id in read_json(folder / "added_tokens.json").items()
+        for text, token_id in read_added_tokens(folder).items()
     }
     return {**config, "added_tokens_decoder": older | (config.get("added_tokens_decoder") or {})}
 
 
 def _eos_ids(folder: Path, config: Mapping[str, Any], backend: Backend) -> frozenset[int]:
-    """As ``generation_config.json`` says; without its word, as the other two files say."""
-    if ids := _ids_in(folder / GENERATION_CONFIG):
-        return ids
-    token = special_tokens(config).get("eos_token")
+    """As ``generation_config.json`` says; without its word, as the other two files say.
+
+    And those that end an answer by their spelling.
+    """
+    spelled = spelled_ends(backend.added_ids, backend.special_ids)
+    if ids := read_end_ids(folder / GENERATION_CONFIG):
+        return ids | spelled
+    token = validated(TokenizerConfig, dict(config), folder / TOKENIZER_CONFIG).names.get(
+        "eos_token"
+    )
     token_id = None if token is None else backend.token_id(token)
     own = frozenset() if token_id is None else frozenset({token_id})
-    return own | _ids_in(folder / MODEL_CONFIG)
-
-
-def _ids_in(file: Path) -> frozenset[int]:
-    return token_ids(file, read_json(file), "eos_token_id")
+    return own | read_end_ids(folder / MODEL_CONFIG) | spelled
 
 
 def _chat_template(file: Path, template: Any) -> str | None:
