@@ -83,12 +83,14 @@ class FakeLLM:
         self.n_cancelled = 0
         self.made.append(self)
 
+    def text_of(self, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return self.tokenizer.decode(getattr(prompt, "token_ids", prompt))
+
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> Generator[Delta]:
         (prompt,) = prompts
-        if isinstance(prompt, str):
-            text = prompt
-        else:
-            text = self.tokenizer.decode(getattr(prompt, "token_ids", prompt))
+        text = self.text_of(prompt)
         self.asked.append(Asked(text, params))
         words = self.words[: params.max_new_tokens]
         done = Generation(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
+import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,11 +147,56 @@ def test_stats_say_what_drafting_did_in_all_answers(fake_llm, piped, capsys, mon
     assert "speculation   1.50 tokens/step, acceptance 50%" in capsys.readouterr().err
 
 
-def test_an_unknown_command_is_named_and_a_path_is_no_command(fake_llm, piped, capsys):
-    piped("/rest\n/etc/hosts: what is it?\n")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/no_think what is 2+2?", "/no_think what is 2+2?"),
+        ("/no_think", "/no_think"),
+        ("/etc/hosts: what is it?", "/etc/hosts: what is it?"),
+        ("/reset the router: how?", "/reset the router: how?"),
+        ("/", "/"),
+        ("//reset", "/reset"),
+        ("//system Be brief.", "/system Be brief."),
+        ("// is what kind of comment?", "// is what kind of comment?"),
+    ],
+)
+def test_only_its_own_commands_are_commands_and_a_second_slash_makes_a_message(
+    line, message, fake_llm, piped
+):
+    piped(f"{line}\n")
     assert main(["chat", "m"]) == 0
-    assert "'/rest'. Did you mean '/reset'?" in capsys.readouterr().err
-    assert fake_llm.made[0].asked[0].prompt == "<user>/etc/hosts: what is it?<assistant>"
+    assert [asked.prompt for asked in fake_llm.made[0].asked] == [f"<user>{message}<assistant>"]
+
+
+def test_a_mistyped_command_is_a_message_with_a_note(fake_llm, piped, capsys):
+    piped("/rest\n")
+    assert main(["chat", "m"]) == 0
+    assert "/rest is no command, so it is a message. /reset is one." in capsys.readouterr().err
+    assert len(fake_llm.made[0].asked) == 1
+
+
+def test_reset_keeps_the_system_message_and_says_so(fake_llm, piped, capsys):
+    piped("Hi\n/reset\n/help\nAgain\n")
+    assert main(["chat", "m", "--system", "Old"]) == 0
+    assert fake_llm.made[0].asked[1].prompt == "<system>Old<user>Again<assistant>"
+    err = capsys.readouterr().err
+    assert "The conversation is forgotten; the system message stays." in err
+    assert "forget the conversation; the system message stays" in err
+
+
+def test_input_that_is_not_utf_8_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINAL_CHAT],
+        input=b"Hi \xff\n",
+        capture_output=True,
+        env=os.environ | WITH_FAKES | {"PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 2
+    assert (
+        done.stderr.decode()
+        .splitlines()[-1]
+        .startswith("error: standard input is not text in utf-8")
+    )
 
 
 def test_a_refused_turn_does_not_end_the_session(piped, capsys):
@@ -184,29 +233,34 @@ def test_ctrl_c_over_a_pipe_ends_the_session(fake_llm, piped, capsys, monkeypatc
 
 TERMINAL_CHAT = """
 import sys, time
+from pathlib import Path
 import hotloop
 from cli_fakes import FakeLLM
 from hotloop.types import Delta
 
-class Endless(FakeLLM):
+class Terminal(FakeLLM):
     made = []
 
     def stream(self, prompts, params):
-        text = self.tokenizer.decode(prompts[0])
+        text = self.text_of(prompts[0])
         if "second" in text:
             self.words = ("History: " + text.replace("\\n", "|"),)
             yield from super().stream(prompts, params)
             return
         for i in range(10):
             yield Delta(index=0, text=f"w{i} ", token_ids=(i,))
-        while True:  # until it is cancelled, tokens that show nothing
-            time.sleep(0.01)
+        while not ("paced" in text and Path(sys.argv[1], "go").exists()):
+            time.sleep(0.01)  # for ever, unless it is cancelled; nothing is shown
             yield Delta(index=0, text="", token_ids=(10,))
+        self.words = tuple(f"w{i} " for i in range(10, 40))
+        yield from super().stream(prompts, params)
 
-vars(hotloop)["LLM"] = Endless
+vars(hotloop)["LLM"] = Terminal
 from hotloop.cli.app import main
 sys.exit(main(["chat", "some-model"]))
 """
+"""Answers ``second`` with the conversation, ``paced`` with words of which the last ones come when
+there is a file ``go`` in the folder that it is given, and all else with words without an end."""
 
 
 PATHS = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
@@ -214,23 +268,36 @@ WITH_FAKES = {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 
 
 class Terminal:
-    """A program in a pseudo-terminal, 120 columns wide."""
+    """A program in a pseudo-terminal, 120 columns wide, which is given a folder."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, folder: Path) -> None:
+        self.folder = folder
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.environ |= WITH_FAKES | {"TERM": "xterm", "COLUMNS": "120", "LINES": "24"}
-            os.execv(sys.executable, [sys.executable, "-c", code])
-        self.seen = ""
+            os.environ |= WITH_FAKES | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+            os.environ.pop("COLUMNS", None)
+            os.execv(sys.executable, [sys.executable, "-c", code, str(folder)])
+        self.seen = self.before = ""
+        self.resize(120)
+
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
 
     def wait_for(self, text: str) -> None:
         """Reads until ``text`` was shown, and forgets what came before its end."""
+        self._wait_for(re.compile(re.escape(text)))
+
+    def wait_for_prompt(self) -> None:
+        """Reads until a line can be typed; ``<role>`` in an answer is no prompt."""
+        self._wait_for(re.compile(r"(?<=\x1b\[0m)>"))
+
+    def _wait_for(self, pattern: re.Pattern[str]) -> None:
         deadline = time.monotonic() + HANG_S
-        while text not in self.seen:
-            assert time.monotonic() < deadline, f"{text!r} never came: {self.seen!r}"
+        while (found := pattern.search(self.seen)) is None:
+            assert time.monotonic() < deadline, f"{pattern} never came: {self.seen!r}"
             if select.select([self._fd], [], [], 0.1)[0]:
                 self.seen += os.read(self._fd, 65536).decode(errors="replace")
-        _, _, self.seen = self.seen.partition(text)
+        self.before, self.seen = self.seen[: found.start()], self.seen[found.end() :]
 
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
@@ -255,29 +322,80 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    with contextlib.closing(Terminal(TERMINAL_CHAT)) as opened:
+def terminal(tmp_path) -> Iterator[Terminal]:
+    with contextlib.closing(Terminal(TERMINAL_CHAT, tmp_path)) as opened:
+        opened.wait_for_prompt()
         yield opened
 
 
-def test_in_a_terminal_ctrl_c_stops_the_answer_keeps_the_session_and_then_leaves_kindly(terminal):
-    terminal.wait_for("> ")
-    terminal.type("first\n")
+def leave(terminal: Terminal) -> None:
+    terminal.wait_for_prompt()
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+
+
+def test_in_a_terminal_ctrl_c_stops_the_answer_and_never_the_session(terminal):
+    terminal.type("first\r")
     terminal.wait_for("w5 ")
     terminal.wait_for("tok/s")  # the speed is shown while the answer comes
     terminal.type("\x03")
     terminal.wait_for("ended by Ctrl-C")
-    terminal.wait_for("> ")
-    terminal.type("second\n")
+    terminal.wait_for_prompt()
+    terminal.type("half a line\x03")  # a moment late
+    terminal.wait_for("To leave: Ctrl-D or /quit.")
+    terminal.wait_for_prompt()
+    terminal.type("second\r")
     terminal.wait_for("History: <user>first<assistant>w0 w1 w2 w3 w4 w5 ")
     terminal.wait_for("<user>second<assistant>")
-    terminal.wait_for("> ")
-    terminal.type("\x03")
-    assert terminal.exit_code() == 0
+    leave(terminal)
+
+
+@pytest.mark.parametrize("mark", [("", ""), ("\x1b[200~", "\x1b[201~")], ids=["typed", "pasted"])
+def test_what_is_typed_while_an_answer_comes_is_hidden_until_the_next_prompt(mark, terminal):
+    terminal.type("paced\r")
+    terminal.wait_for("w9 ")
+    terminal.type(f"{mark[0]}second{mark[1]}")
+    (terminal.folder / "go").touch()
+    terminal.wait_for_prompt()
+    assert "second" not in terminal.before
+    terminal.wait_for("second")
+    terminal.type("\r")
+    terminal.wait_for("<user>second<assistant>")
+    leave(terminal)
+
+
+def test_a_pasted_text_of_several_lines_is_one_message(terminal):
+    terminal.type("\x1b[200~second\r    two\r\r/quit\x1b[201~\r")
+    terminal.wait_for("History: <user>second|    two||/quit<assistant>")
+    leave(terminal)
+
+
+def test_a_resize_while_an_answer_comes_leaves_its_text_whole(terminal):
+    terminal.type("paced\r")
+    terminal.wait_for("w9 ")
+    terminal.resize(50)
+    (terminal.folder / "go").touch()
+    terminal.wait_for("TTFT")
+    figure = r"\x1b7\x1b\[\d+G\x1b\[2m.*?\x1b8"
+    shown = re.sub(rf"{figure}|\x1b\[J", "", terminal.before)
+    assert " ".join(f"w{i}" for i in range(10, 40)) in shown
+    leave(terminal)
+
+
+def test_the_terminal_is_as_it_was_afterwards(tmp_path):
+    code = f"""
+import termios
+before = termios.tcgetattr(0)
+{TERMINAL_CHAT.replace("sys.exit(", "code = (")}
+print("SAME", termios.tcgetattr(0) == before)
+"""
+    with contextlib.closing(Terminal(code, tmp_path)) as terminal:
+        terminal.wait_for_prompt()
+        terminal.type("/quit\r")
+        terminal.wait_for("SAME True")
 
 
 def test_in_a_terminal_ctrl_d_leaves_kindly(terminal):
-    terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.exit_code() == 0
 

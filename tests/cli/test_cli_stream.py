@@ -22,13 +22,14 @@ class Screen(io.StringIO):
         self.saved = (0, 0)
 
     def write(self, text: str) -> int:
-        for part in re.findall(r"\033\[\d*[KGm]|\033[78]|[\s\S]", text):
+        for part in re.findall(r"\033\[\d*[JGm]|\033[78]|[\s\S]", text):
             if part == "\0337":
                 self.saved = (self.row, self.column)
             elif part == "\0338":
                 self.row, self.column = self.saved
-            elif part == "\033[K":
+            elif part == "\033[J":
                 self.rows[self.row][self.column :] = [" "] * (self.width - self.column)
+                self.rows[self.row + 1 :] = []
             elif part.endswith("G") and part.startswith("\033"):
                 self.column = int(part[2:-1]) - 1
             elif part == "\n":
@@ -72,6 +73,35 @@ def test_the_figure_stands_at_the_right_edge_while_there_is_room(screen):
     assert screen.lines() == ["Hello" + " " * 19 + FIGURE]
     writer.write(" there, how are you?", FIGURE)
     assert screen.lines() == ["Hello there, how are you?"]
+
+
+def test_after_a_resize_no_figure_covers_the_line_whose_end_is_not_known(screen, monkeypatch):
+    writer = TerminalWriter(screen)
+    writer.write("Hello", FIGURE)
+    monkeypatch.setenv("COLUMNS", "30")
+    screen.rows.append(list(FIGURE.ljust(40)))  # where a narrower terminal moves it
+    writer.write(" there", FIGURE)
+    writer.write(", you", FIGURE)
+    assert screen.lines() == ["Hello there, you"]
+    writer.write("\nNext", FIGURE)
+    assert screen.lines() == ["Hello there, you", "Next" + " " * 10 + FIGURE]
+
+
+def test_a_simple_terminal_gets_no_sequences_of_ours_nor_of_the_models(monkeypatch):
+    class Dumb(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "dumb")
+    out = Dumb()
+    writer_for(out).write("a\033[2J", FIGURE)
+    assert out.getvalue() == r"a\x1b[2J"
+
+
+def test_a_pipe_gets_exactly_what_the_model_said():
+    out = io.StringIO()
+    writer_for(out).write("a\033[2J\r\n", FIGURE)
+    assert out.getvalue() == "a\033[2J\r\n"
 
 
 def test_a_model_cannot_move_the_cursor(screen):

@@ -1,18 +1,15 @@
 """``hotloop chat``: a conversation in a terminal, or one turn a line over a pipe.
 
 The conversation is a value of its own (``Conversation``), free of terminals; ``Session`` is the
-loop around it.
+loop around it; what is particular to a terminal is in ``terminal``.
 """
 
 from __future__ import annotations
 
-import importlib
+import difflib
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +30,8 @@ from hotloop.cli.options import (
 )
 from hotloop.cli.output import note, print_error, print_json
 from hotloop.cli.stream import SILENT, Answer, relay, shown_speculation, writer_for
-from hotloop.errors import HotloopError, RequestError, UnknownNameError
+from hotloop.cli.terminal import NO_CTRL_C, CtrlC, ReadLine, line_reader
+from hotloop.errors import HotloopError, RequestError, shorten
 from hotloop.types import Speculation
 
 if TYPE_CHECKING:
@@ -50,17 +48,22 @@ Examples:
 )
 
 COMMANDS = {
-    "/reset": "forget the conversation",
+    "/reset": "forget the conversation; the system message stays",
     "/stats": "figures of this session",
     "/system TEXT": "set the system message; without TEXT, show it",
     "/help": "this list",
-    "/quit": "leave, as Ctrl-D and Ctrl-C at the prompt do",
+    "/quit": "leave, as Ctrl-D does",
 }
+_NAMES = {command.split()[0] for command in COMMANDS} | {"/exit"}
+
+HOW_TO_LEAVE = "Ctrl-C stops an answer. To leave: Ctrl-D or /quit."
 
 HELP = "\n".join(
     [
         *(f"{name:14}{what}" for name, what in COMMANDS.items()),
-        "Ctrl-C stops an answer. A line that ends in \\ goes on in the next.",
+        "Every other line is a message, /so too; a second slash makes a message of a command.",
+        HOW_TO_LEAVE,
+        "A text that is pasted is one message. A line that ends in \\ goes on in the next.",
         'All lines between two lines of """ are one message.',
     ]
 )
@@ -92,19 +95,29 @@ def chat(
     config, conversation = engine.config(model), ConversationFormat(template)
     with loaded(config) as llm:
         params, encode = sampling.params(llm.default_sampling), conversation.encoder(llm)
-        session = Session(llm, config, params, encode, system, json=json, interactive=interactive)
+        session = Session(llm, config, params, encode, system, json=json)
         if interactive:
             session.greet()
-        try:
-            for text in read_turns(line_reader()):
-                if not session.take(text):
-                    break
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-    if interactive:
-        print(file=sys.stderr)
+            converse_in_terminal(session)
+        else:
+            with line_reader() as read_line:
+                converse(session, read_turns(read_line))
     return 0
+
+
+def converse(session: Session, turns: Iterator[str]) -> None:
+    """Takes turns until they or the session end."""
+    for text in turns:
+        if not session.take(text):
+            break
+
+
+def converse_in_terminal(session: Session) -> None:
+    """Takes turns from a person, whose Ctrl-C does not end the program."""
+    with CtrlC() as ctrl_c, line_reader() as read_line:
+        session.ctrl_c = ctrl_c
+        read = ctrl_c.while_reading(read_line)
+        converse(session, read_turns(read, on_interrupt=lambda: note(HOW_TO_LEAVE)))
 
 
 @dataclass
@@ -158,8 +171,13 @@ class Session:
         encode: Makes a prompt of messages.
         system: The system message.
         json: Print an object an answer instead of text.
-        interactive: Someone sits there: Ctrl-C stops an answer rather than the session.
+
+    Attributes:
+        ctrl_c: What Ctrl-C does to an answer where that does not end the session: someone sits
+            there. None ends it.
     """
+
+    ctrl_c: CtrlC | None = None
 
     def __init__(
         self,
@@ -170,10 +188,9 @@ class Session:
         system: str | None = None,
         *,
         json: bool = False,
-        interactive: bool = False,
     ) -> None:
         self._llm, self._params = llm, params
-        self._json, self._interactive = json, interactive
+        self._json = json
         self._config, self._about = config, llm.describe()
         context = self._about.max_seq_len
         room = min(params.max_new_tokens or MIN_ANSWER_TOKENS, context // 2)
@@ -188,33 +205,37 @@ class Session:
 
     def take(self, text: str) -> bool:
         """Obeys or answers one turn; False ends the session."""
-        command = re.fullmatch(r"/(\w+)(?:\s+(.*))?", text.strip(), re.DOTALL)
         try:
-            if command:
-                return self._obey(command[1], command[2])
+            if (command := parse_command(text)) is not None:
+                return self._obey(*command)
             if text.strip():
-                self._reply(text)
+                self._reply(message_of(text))
         except HotloopError as error:
             print_error(str(error))
+        except KeyboardInterrupt:
+            if self.ctrl_c is None:
+                raise
+            note("Stopped. The conversation is as it was.")
         return True
 
-    def _obey(self, name: str, text: str | None) -> bool:
+    def _obey(self, name: str, text: str) -> bool:
         match name:
-            case "quit" | "exit":
+            case "/quit" | "/exit":
                 return False
-            case "help":
+            case "/help":
                 note(HELP)
-            case "reset":
+            case "/reset":
                 self._talk.exchanges.clear()
                 self._context_used = 0
-                note("The conversation is forgotten.")
-            case "stats":
+                kept = "; the system message stays." if self._talk.system else "."
+                note(f"The conversation is forgotten{kept}")
+            case "/stats":
                 note(self._stats())
-            case "system":
+            case "/system":
                 self._talk.system = text or self._talk.system
                 note(f"System message: {self._talk.system or 'none'}")
             case _:
-                raise UnknownNameError("command", f"/{name}", [c.split()[0] for c in COMMANDS])
+                raise AssertionError(f"no command {name!r}")
         return True
 
     def _reply(self, text: str) -> None:
@@ -228,7 +249,7 @@ class Session:
         params = replace(
             self._params, max_new_tokens=min(self._params.max_new_tokens or room, room)
         )
-        with stop_on_ctrl_c() if self._interactive else nullcontext(bool) as stopped:
+        with self.ctrl_c.while_answering() if self.ctrl_c else NO_CTRL_C as stopped:
             answer = relay(self._llm.stream([ids], params), writer, stopped)
         if answer.text:
             self._talk.exchanges.append((text, answer.text))
@@ -237,7 +258,7 @@ class Session:
         if self._json:
             print_json({"prompt": text, **answer.to_dict()})
         note(f"{answer.summary()} · context {self._context_used}/{self._about.max_seq_len}")
-        if answer.finish_reason == "interrupted" and not self._interactive:
+        if answer.finish_reason == "interrupted" and self.ctrl_c is None:
             raise KeyboardInterrupt
 
     def _stats(self) -> str:
@@ -259,35 +280,37 @@ class Session:
         return "\n".join(f"{name:14}{value}" for name, value in rows.items())
 
 
-@contextmanager
-def stop_on_ctrl_c() -> Generator[Callable[[], bool]]:
-    """Turns Ctrl-C into a question that ``relay`` asks between tokens.
-
-    So the engine is not torn out of the middle of a step. Whoever presses it twice, because no
-    token comes, gets a KeyboardInterrupt.
-    """
-    pressed = threading.Event()
-
-    def on_sigint(_signum: int, _frame: object) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    before = signal.signal(signal.SIGINT, on_sigint)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
+def parse_command(text: str) -> tuple[str, str] | None:
+    """A command and the text that it is given; None if the line is a message."""
+    name, *rest = text.split(maxsplit=1) or [""]
+    if name not in _NAMES or (rest and name != "/system"):
+        return None
+    return name, rest[0].strip() if rest else ""
 
 
-def read_turns(read_line: Callable[[str], str]) -> Iterator[str]:
+def message_of(text: str) -> str:
+    """The message that a line is: without the slash that keeps it from being a command."""
+    if re.match(r"\s*//\w", text):
+        return text.replace("/", "", 1)
+    if re.fullmatch(r"\s*/\w+\s*", text):
+        nearest = difflib.get_close_matches(shorten(text.strip()), _NAMES, n=1, cutoff=0.75)
+        if nearest:
+            note(f"{text.strip()} is no command, so it is a message. {nearest[0]} is one.")
+    return text
+
+
+def read_turns(
+    read_line: ReadLine, on_interrupt: Callable[[], object] | None = None
+) -> Iterator[str]:
     r"""Messages out of lines, until they end.
 
     A line that ends in ``\`` goes on in the next; lines between two lines of ``\"\"\"`` are one
     message.
 
     Args:
-        read_line: Returns the next line, given the prompt to show; raises EOFError at the end.
+        read_line: Reads the next line.
+        on_interrupt: Is called after a KeyboardInterrupt, which drops the lines of an unfinished
+            message; without it, the interrupt ends the program.
     """
     lines: list[str] = []
     quoted = False
@@ -296,6 +319,12 @@ def read_turns(read_line: Callable[[str], str]) -> Iterator[str]:
             line = read_line("… " if lines or quoted else "> ")
         except EOFError:
             break
+        except KeyboardInterrupt:
+            if on_interrupt is None:
+                raise
+            lines, quoted = [], False
+            on_interrupt()
+            continue
         if line.strip() == '"""':
             quoted = not quoted
         elif line.endswith("\\") and not quoted:
@@ -308,21 +337,3 @@ def read_turns(read_line: Callable[[str], str]) -> Iterator[str]:
             lines = []
     if lines:
         yield "\n".join(lines)
-
-
-def line_reader() -> Callable[[str], str]:
-    """How to read a line here: with editing in a terminal, else as it comes."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        with suppress(ImportError):  # where Python has no readline, input() is plain
-            importlib.import_module("readline")
-        return input
-
-    def read_line(prompt: str) -> str:
-        if sys.stdin.isatty():
-            print(prompt, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.removesuffix("\n")
-
-    return read_line

@@ -132,7 +132,8 @@ class TerminalWriter:
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._column = 0
-        self._figure_shown = False
+        self._width = 0
+        self._figure_shown = self._resized = False
 
     def write(self, text: str, figure: str, /) -> None:
         """Writes ``text``, then ``figure`` if the line has room for it."""
@@ -141,11 +142,16 @@ class TerminalWriter:
         text = _on_screen(text).expandtabs(4)
         width = shutil.get_terminal_size().columns
         head, newline, tail = text.rpartition("\n")
+        # Terminals differ in where the cursor is after a resize, until the next line begins.
+        self._resized = not newline and (self._resized or width != self._width != 0)
+        self._width = width
         column = (0 if newline else self._column) + cell_len(tail)
         # A full line leaves the cursor on its last column, not on the next line's first.
         self._column = (column - 1) % width + 1 if column else 0
-        wipe = "\033[K" if self._figure_shown else ""
-        self._figure_shown = bool(figure) and self._column + len(figure) + 2 <= width
+        # To the end of the screen: a narrower terminal has moved the figure to another line.
+        wipe = "\033[J" if self._figure_shown else ""
+        fits = self._column + len(figure) + 2 <= width
+        self._figure_shown = bool(figure) and fits and not self._resized
         shown = ""
         if self._figure_shown:
             # Save the cursor, jump to the right edge, write, come back.

@@ -1,0 +1,130 @@
+"""A terminal in a conversation: reading lines, Ctrl-C, and what is typed while an answer comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import termios
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+
+from hotloop.errors import RequestError
+
+ReadLine = Callable[[str], str]
+"""Returns the next line, given the prompt to show; raises EOFError at the end."""
+
+_PASTES_MARKED, _PASTES_PLAIN = "\033[?2004h", "\033[?2004l"
+
+
+class CtrlC:
+    """Decides what Ctrl-C does, within the ``with`` block that it manages.
+
+    At the prompt it is a KeyboardInterrupt. While an answer comes it is a question that ``relay``
+    asks between tokens, so that the engine is not torn out of the middle of a step; whoever presses
+    it twice, because no token comes, gets a KeyboardInterrupt. Anywhere else, such as a moment
+    after an answer, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._pressed = threading.Event()
+        self._reading = self._answering = False
+
+    def __enter__(self) -> CtrlC:
+        self._before = signal.signal(signal.SIGINT, self._on_sigint)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_sigint(self, _signum: int, _frame: object) -> None:
+        if self._reading or (self._answering and self._pressed.is_set()):
+            raise KeyboardInterrupt
+        self._pressed.set()
+
+    def while_reading(self, read_line: ReadLine) -> ReadLine:
+        """The same function, in which Ctrl-C is a KeyboardInterrupt."""
+
+        def read(prompt: str) -> str:
+            self._reading = True
+            try:
+                return read_line(prompt)
+            finally:
+                self._reading = False
+                self._pressed.clear()
+
+        return read
+
+    @contextmanager
+    def while_answering(self) -> Generator[Callable[[], bool]]:
+        """Yields what tells whether Ctrl-C was pressed since the last line was read."""
+        self._answering = True
+        try:
+            yield self._pressed.is_set
+        finally:
+            self._answering = False
+
+
+@contextmanager
+def line_reader() -> Generator[ReadLine]:
+    """How to read a line here: with editing in a terminal, else as it comes.
+
+    In a terminal a text of several lines that is pasted is one line to its reader, and what is
+    typed before the next prompt does not appear until then.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        yield _read_plain_line
+        return
+    from prompt_toolkit import PromptSession
+
+    session: PromptSession[str] = PromptSession()
+    pastes = os.environ.get("TERM", "dumb") != "dumb"
+
+    def read_line(prompt: str) -> str:
+        try:
+            return session.prompt(prompt, enable_suspend=True)
+        finally:
+            _write_if(pastes, _PASTES_MARKED)  # while an answer comes, too
+
+    with _typing_hidden():
+        try:
+            yield read_line
+        finally:
+            _write_if(pastes, _PASTES_PLAIN)
+
+
+def _read_plain_line(prompt: str) -> str:
+    if sys.stdin.isatty():
+        print(prompt, end="", file=sys.stderr, flush=True)
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not text in {error.encoding}: {error}.") from error
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
+
+
+@contextmanager
+def _typing_hidden() -> Generator[None]:
+    """Has the terminal keep what is typed for the next prompt, and not show it meanwhile."""
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    hidden = [*before]
+    hidden[3] &= ~(termios.ECHO | termios.ICANON)
+    try:
+        termios.tcsetattr(descriptor, termios.TCSANOW, hidden)
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)
+
+
+def _write_if(condition: bool, text: str) -> None:
+    if condition:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+NO_CTRL_C = nullcontext(lambda: False)
+"""In place of ``CtrlC.while_answering`` where Ctrl-C is to end the program."""
