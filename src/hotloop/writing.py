@@ -34,6 +34,12 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what ``replacing`` has left in a folder where its process was killed."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Generator[BinaryIO]:
     """A file to write that takes the place of ``path`` when the block ends well.

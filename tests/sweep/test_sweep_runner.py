@@ -213,7 +213,10 @@ def test_the_reference_is_scored_once_and_cells_are_compared_with_it(tmp_path):
     recipe = scored_recipe(tmp_path, End.OK, End.OOM_IN_QUALITY)
     records = run_sweep(recipe, tmp_path / "out", source=FAKE, on_event=events.append)
     about_it = [e for e in events if isinstance(e, ReferenceStarted | ReferenceFinished)]
-    assert about_it == [ReferenceStarted("none/eager"), ReferenceFinished("none/eager")]
+    started, finished = about_it
+    assert started == ReferenceStarted("none/eager")
+    assert (finished.cell, finished.reason) == ("none/eager", None)
+    assert finished.n_bytes > 0
     compared, unscored = records
     assert compared.status == "ok"
     assert compared.delta_ln_ppl.samples == (0.01, 0.02)
@@ -226,10 +229,24 @@ def test_the_reference_is_scored_once_and_cells_are_compared_with_it(tmp_path):
     assert unscored.decode_tok_s is not None
     assert "out of memory in quality: no room for the logits" in unscored.quality_reason
 
-    (tmp_path / "out" / "records.jsonl").write_text("")
-    recipe = scored_recipe(tmp_path, End.UNSUPPORTED)
-    run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE, on_event=events.append)
+
+def test_a_reference_stays_until_every_cell_is_finished(tmp_path):
+    def references():
+        return [path.suffix for path in (tmp_path / "out").glob(".reference/*")]
+
+    def run(*ends: End):
+        events = []
+        recipe = scored_recipe(tmp_path, *ends)
+        run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE, on_event=events.append)
+        return events
+
+    events = run(End.OK, End.RAISES)
+    assert references() == [".safetensors"]
+    assert any(isinstance(e, Noticed) and "stay in" in e.message for e in events)
+    (tmp_path / "out/.reference/.0.partial").write_text("what a killed process has left")
+    events = run(End.OK, End.UNSUPPORTED)
     assert ReferenceStarted("none/eager", reused=True) in events
+    assert not (tmp_path / "out/.reference").exists()
 
 
 def test_without_a_reference_cells_run_say_why_and_are_compared_once_there_is_one(

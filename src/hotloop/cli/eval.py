@@ -109,7 +109,7 @@ def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:
     on_event(ReferenceStarted(scoring.cell))
     record = score_reference(scoring, on_event)
     reason = None if record.status == "ok" else f"the reference: {record.status}, {record.reason}"
-    on_event(ReferenceFinished(scoring.cell, reason))
-    return job.model_copy(
-        update={"reference": None if reason else scoring.reference, "no_reference": reason}
-    )
+    file = scoring.reference
+    n_bytes = file.stat().st_size if file is not None and file.exists() else 0
+    on_event(ReferenceFinished(scoring.cell, reason, n_bytes))
+    return job.model_copy(update={"reference": None if reason else file, "no_reference": reason})

@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -37,8 +36,12 @@ from torch import Tensor
 
 from hotloop.errors import CheckpointError, ConfigError, HotloopError
 from hotloop.types import Score
+from hotloop.writing import replacing
 
 FORMAT = "hotloop-reference-1"
+
+KEPT_FREE_BYTES = 2**28
+"""What a reference leaves of a disk, for records and logs."""
 
 _CHUNK_ELEMENTS = 2**20
 """Distributions are handled this many elements at a time: a few MB for each intermediate."""
@@ -150,16 +153,15 @@ class ReferenceWriter:
         self._top1: list[Tensor] = []
         self._token_logprobs: list[Tensor] = []
         needed, free = n * (8 + 4 + 2 * V), shutil.disk_usage(path.parent).free
-        if needed > free:
+        if needed + KEPT_FREE_BYTES > free:
             raise HotloopError(
                 f"the reference takes {needed / 1e9:.2f} GB ({n} predictions of {V} tokens) and "
                 f"{free / 1e9:.2f} GB are free for {path}. Score fewer windows."
             )
 
     def __enter__(self) -> ReferenceWriter:
-        self._file = tempfile.NamedTemporaryFile(
-            dir=self._path.parent, prefix=f".{self._path.name}.", delete=False
-        )
+        self._replacing = replacing(self._path)
+        self._file = self._replacing.__enter__()
         self._file.write(self._header)
         self._file.seek(self._key.n_predictions * (8 + 4), 1)  # for what is known at the end
         return self
@@ -179,19 +181,20 @@ class ReferenceWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        unfinished = Path(self._file.name)
         try:
-            with self._file:
-                if kind is not None:
-                    return
-                top1, token_logprobs = torch.cat(self._top1), torch.cat(self._token_logprobs)
-                assert len(top1) == self._key.n_predictions, "windows were announced and not added"
-                self._file.seek(len(self._header))
-                self._file.write(top1.numpy().data)
-                self._file.write(token_logprobs.numpy().data)
-            unfinished.replace(self._path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+            if kind is None:
+                self._finish()
+        except BaseException as failure:
+            self._replacing.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._replacing.__exit__(kind, error, trace)
+
+    def _finish(self) -> None:
+        top1, token_logprobs = torch.cat(self._top1), torch.cat(self._token_logprobs)
+        assert len(top1) == self._key.n_predictions, "windows were announced and not added"
+        self._file.seek(len(self._header))
+        self._file.write(top1.numpy().data)
+        self._file.write(token_logprobs.numpy().data)
 
 
 def hash_windows(windows: Sequence[Sequence[int]]) -> str:

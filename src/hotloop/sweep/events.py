@@ -39,10 +39,11 @@ class ReferenceStarted:
 
 @dataclass(frozen=True)
 class ReferenceFinished:
-    """The reference is there, or there is none for a ``reason``."""
+    """The reference is there and takes ``n_bytes``, or there is none for a ``reason``."""
 
     cell: str
     reason: str | None = None
+    n_bytes: int = 0
 
 
 @dataclass(frozen=True)

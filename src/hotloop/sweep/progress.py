@@ -76,9 +76,9 @@ class SweepProgress:
                 self._say(f"[yellow]note[/] {escape(message)}")
             case ReferenceStarted(cell, reused):
                 self._begin("reference", cell, "" if reused else "scoring it first")
-            case ReferenceFinished(cell, reason):
-                how = "[green]ready[/]" if reason is None else f"[yellow]none[/] {escape(reason)}"
-                self._end(cell, how)
+            case ReferenceFinished(cell, reason, n_bytes):
+                ready = f"[green]ready[/] {n_bytes / 1e9:.2f} GB, until no cell needs it"
+                self._end(cell, ready if reason is None else f"[yellow]none[/] {escape(reason)}")
             case CellSkipped(record):
                 self._say(f"{escape(record.cell)}  [dim]done before:[/] {_outcome(record)}")
             case CellStarted(cell, index, total, attempt):

@@ -6,6 +6,7 @@ before the next one starts, so a sweep can be stopped at any time and resumed.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from hotloop.bench.record import MEASURED, Record, Status
@@ -24,7 +25,9 @@ from hotloop.sweep.job import EngineSource, Job, make_jobs
 from hotloop.sweep.process import Interrupted, run_isolated
 from hotloop.sweep.recipe import Recipe, expand
 from hotloop.sweep.store import RECORDS, append, locked, read_file
-from hotloop.writing import file_name, make_folder, make_subfolder
+from hotloop.writing import file_name, make_folder, make_subfolder, remove_unfinished
+
+REFERENCES = ".reference"
 
 FINISHED: tuple[Status, ...] = (*MEASURED, "unsupported", "predicted-oom", "oom")
 """The statuses that ``resume`` does not try again: another attempt would end the same way."""
@@ -42,8 +45,8 @@ def run_sweep(
 
     Args:
         recipe: What to measure.
-        results: The results folder, made if need be: ``records.jsonl``, ``logs/`` and, kept for
-            resuming, ``.reference/``.
+        results: The results folder, made if need be: ``records.jsonl``, ``logs/`` and, until all
+            cells are finished, ``.reference/``.
         resume: Go on in a folder that has records: cells that were finished there, with the same
             configuration, workload and quality protocol, are not measured again.
         on_event: Is told what happens.
@@ -71,10 +74,15 @@ def run_sweep(
         sweep = _Sweep(results, recipe.timeout_s, on_event)
         # All references before the first cell: what it shares with the cells is then in place.
         jobs = [sweep.with_reference(job, earlier.get(job.key)) for job in jobs]
-        return [
+        records = [
             sweep.measure(job, earlier.get(job.key), index=index, total=len(jobs))
             for index, job in enumerate(jobs, start=1)
         ]
+        if all(_is_finished(job, record) for job, record in zip(jobs, records, strict=True)):
+            sweep.remove_references()
+        else:
+            sweep.tell_of_references()
+        return records
 
 
 def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record]:
@@ -113,7 +121,7 @@ class _Sweep:
         compared = earlier is not None and "reference" in earlier.provenance
         if job.quality is None or job.no_reference or (compared and _is_finished(job, earlier)):
             return job
-        scoring = job.reference_job(self.results / ".reference")
+        scoring = job.reference_job(make_subfolder(self.results, REFERENCES))
         file = scoring.reference
         assert file is not None, "a reference job names its file"
         if file not in self.no_reference:
@@ -139,6 +147,7 @@ class _Sweep:
 
     def _score(self, job: Job, file: Path) -> str | None:
         """Makes sure that a reference is there, or says why it is not."""
+        remove_unfinished(file.parent)
         reused = file.exists()
         self.on_event(ReferenceStarted(job.cell, reused))
         reason = None
@@ -147,8 +156,27 @@ class _Sweep:
             if record.status != "ok":
                 why = (record.reason or "").partition("\n")[0]
                 reason = f"the reference {job.cell} ended as {record.status}: {why}"
-        self.on_event(ReferenceFinished(job.cell, reason))
+        n_bytes = 0 if reason else file.stat().st_size
+        self.on_event(ReferenceFinished(job.cell, reason, n_bytes))
         return reason
+
+    def remove_references(self) -> None:
+        """Removes the references that this sweep has used: all cells have been compared."""
+        for file in self.no_reference:
+            file.unlink(missing_ok=True)
+            with suppress(OSError):  # others are there, of another recipe
+                file.parent.rmdir()
+
+    def tell_of_references(self) -> None:
+        """Says what stays on the disk for another attempt."""
+        kept = sum(file.stat().st_size for file in self.no_reference if file.exists())
+        if kept:
+            self.on_event(
+                Noticed(
+                    f"{kept / 1e9:.2f} GB stay in {self.results / REFERENCES} for --resume: not "
+                    "every cell is finished."
+                )
+            )
 
     def _run(self, job: Job) -> Record:
         prefix = "reference-" if job.task == "reference" else ""
