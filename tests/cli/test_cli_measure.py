@@ -283,18 +283,35 @@ def test_dry_run_prints_cells_and_predicted_memory_and_runs_nothing(sweeps, monk
         bytes_ = {f"{part}_bytes": 2**20 for part in ("weights", "cache", "total", "free")}
         yield plan.PlannedCell(cell="a", config=config, predicted_bytes=bytes_, fits=False)
         yield plan.PlannedCell(cell="b", config=config, unsupported="[no] such groups")
+        yield plan.PlannedCell(cell="c", config=config)
 
     monkeypatch.setattr(plan, "plan", lambda recipe: list(planned(recipe)))
     assert main(["sweep", "m", "--dry-run"]) == 0
-    heading, first, second = capsys.readouterr().out.splitlines()
+    heading, first, second, _ = capsys.readouterr().out.splitlines()
     assert heading.split()[:2] == ["configuration", "weights"]
     assert first.split() == ["a", *["1", "MiB"] * 4, "no"]
     assert second.split() == ["b", "[no]", "such", "groups"]
 
     assert main(["sweep", "m", "--dry-run", "--json"]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(each["cell"], each["fits"]) for each in said] == [("a", False), ("b", None)]
+    assert [(each["cell"], each["fits"]) for each in said] == [
+        ("a", False),
+        ("b", None),
+        ("c", None),
+    ]
     assert sweeps.asked == []
+
+
+@pytest.mark.usefixtures("sweeps")
+def test_dry_run_of_what_cannot_run_at_all_says_so_and_exits_1(monkeypatch, capsys):
+    config = EngineConfig(model="m")
+    cells = [
+        plan.PlannedCell(cell="a", config=config, fits=False),
+        plan.PlannedCell(cell="b", config=config, unsupported="no such groups"),
+    ]
+    monkeypatch.setattr(plan, "plan", lambda _: cells)
+    assert main(["sweep", "m", "--dry-run"]) == 1
+    assert "none of the 2 cells could run here" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -71,6 +71,16 @@ def test_records_are_read_from_a_folder_or_a_file_and_bad_lines_reported(tmp_pat
         read_records(tmp_path / "nothing")
 
 
+def test_a_file_without_a_record_is_refused(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"records.jsonl: holds no records$"):
+        read_records(tmp_path)
+    path.write_text("{\n[]\n")
+    with pytest.raises(ConfigError, match="holds no records: 2 of its lines are none"):
+        read_records(path, on_problem=lambda _: None)
+
+
 def test_the_latest_attempt_counts_and_cells_keep_their_place():
     first = record("a/eager", status="timeout")
     again = record("a/eager", 10, attempt=2)
@@ -189,6 +199,65 @@ def test_an_unstable_speed_is_recommended_with_a_warning():
     assert "unstable" in found.why
 
 
+def repeated(cell: str, speeds: list[float], **fields) -> Record:
+    return record(cell, 1.0, **fields).model_copy(update={"decode_tok_s": mean_figure(speeds)})
+
+
+@pytest.mark.parametrize(
+    ("speeds", "says"),
+    [
+        ([50.0], "1 repeat is too few to know its speed, 50.00 tok/s"),
+        ([49.0, 51.0], "2 repeats are too few to know its speed, 50 ± 13 tok/s"),
+        ([4.0, 5.0, 60.0], "its repeats differ too much to know its speed, 23 ± 80 tok/s of 3"),
+    ],
+)
+def test_a_speed_that_is_not_known_is_not_recommended(speeds, says):
+    unknown = repeated("int8/eager", speeds, loss=0.001)
+    found = recommend([REFERENCE, unknown])
+    assert found.cell == "none/eager"
+    assert any(sentence.startswith(f"int8/eager: {says}") for sentence in found.passed_over)
+    alone = recommend([unknown])
+    assert alone.cell is None
+    assert "no configuration's speed is known" in alone.why
+    unscored = recommend([repeated("int8/eager", speeds)])
+    assert unscored.cell is None
+
+
+def test_what_ran_without_a_fast_kernel_is_marked_and_recommended_with_a_warning():
+    note = "int8/cpu not used: there is no C++ compiler"
+    slow = record("int8/eager", 50, loss=0.001, engine={"notes": [note]})
+    table = make_table([REFERENCE, slow])
+    (row,) = (row for row in table.rows if row.recommended)
+    assert row.record == slow
+    assert row.cells[2] == "50.00 ± 0.10 [1]"
+    assert table.notes == (note,)
+    assert f"It ran without a faster path: {note}." in table.advice[0]
+    (page,) = make_page([slow])
+    assert note in page.notes
+
+
+def test_a_batch_has_the_speed_of_one_sequence_and_that_of_all():
+    workload = Workload(prompt_tokens=32, new_tokens=64, batch=4, repeats=1)
+    of_all = mean_figure([190.0] * 5)
+    table = make_table([record("int8/eager", 50, workload=workload, aggregate_tok_s=of_all)])
+    shown = {column.heading: cell for column, cell in zip(table.columns, table.rows[0].cells)}
+    assert (shown["decode tok/s"], shown["total tok/s"]) == ("50.00 ± 0.10", "190")
+    assert any("total, of all together" in remark for remark in table.remarks)
+    assert dict(table.context)["workload"].endswith("64 new tokens, 1 repeat")
+    alone = make_table([record("int8/eager", 50, aggregate_tok_s=of_all)])
+    assert "total tok/s" not in [column.heading for column in alone.columns]
+
+
+def test_a_model_that_is_stored_quantized_is_said_to_be():
+    stored = {"stored": {"summary": "Q4_1 for 210 of 272 tensors", "is_quantized": True}}
+    table = make_table([record("int8/eager", 50, loss=0.001, provenance=stored)])
+    assert ("weights stored as", "Q4_1 for 210 of 272 tensors") in table.context
+    assert any("weights as they are stored" in remark for remark in table.remarks)
+    other = {**stored, "reference_model": "unquantized"}
+    table = make_table([record("int8/eager", 50, loss=0.001, provenance=other)])
+    assert not any("weights as they are stored" in remark for remark in table.remarks)
+
+
 # --- tables
 
 EVERYTHING = [
@@ -216,13 +285,30 @@ def test_a_120_column_terminal_shows_every_number_in_one_row_each():
     assert "…" not in "".join(lines)
 
 
-@pytest.mark.parametrize("width", [80, 100, 119])
-def test_a_narrow_terminal_gets_speed_and_quality_apart_and_loses_nothing(width):
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 119])
+def test_a_narrow_terminal_gets_the_table_in_pieces_and_loses_nothing(width):
     text = printed(EVERYTHING, width)
     assert "…" not in text
     assert all(len(line) <= width for line in text.splitlines())
     for shown in ("100.30 ± 0.10", "600 MiB", "+0.080 ± 0.004", "97.1%", "predicted-oom [3]"):
         assert shown in text
+
+
+def test_a_terminal_of_40_columns_shows_configuration_and_decode_speed_side_by_side():
+    first = printed(EVERYTHING, 40).partition("\n\n")[0]
+    assert ["int4-g64/compile", "100.30", "±", "0.10"] in [x.split() for x in first.splitlines()]
+    long = record("none/auto/draft=small:int4-g128-2/draft=a/small", 100.3)
+    text = printed([REFERENCE, long], 30)
+    assert "100.30 ± 0.10" in text
+    assert "…" not in text
+
+
+def test_the_page_is_narrow_too():
+    (table,) = make_page(EVERYTHING)
+    out = io.StringIO()
+    Console(file=out, width=40).print(to_rich(table))
+    assert "100.30 ± 0.10" in out.getvalue()
+    assert "…" not in out.getvalue()
 
 
 def test_every_row_that_needs_one_has_a_note_and_the_recommended_one_is_marked():

@@ -30,7 +30,7 @@ from hotloop.cli.options import (
     option,
 )
 from hotloop.cli.output import note, print_json, print_memory, print_rich
-from hotloop.errors import ConfigError
+from hotloop.errors import ConfigError, HotloopError
 
 if TYPE_CHECKING:
     from hotloop.bench.record import Status
@@ -123,7 +123,10 @@ def sweep(
             timeout_s=timeout_s,
         )
     if dry_run:
-        _show_plan(plan(recipe), json=json)
+        cells = plan(recipe)
+        _show_plan(cells, json=json)
+        if not any(cell.may_run for cell in cells):
+            raise HotloopError(f"none of the {len(cells)} cells could run here: see above.")
         return 0
 
     note_cache()

@@ -46,6 +46,11 @@ def has_random_weights(record: Record) -> bool:
     return record.config.get("weights") == "random"
 
 
+def notes(record: Record) -> tuple[str, ...]:
+    """What the engine has noted of itself: above all, why a faster path was not taken."""
+    return (record.engine or {}).get("notes", ())
+
+
 def model_name(record: Record) -> str:
     """The model, and whether only its shape is real."""
     random = ", random weights" if has_random_weights(record) else ""

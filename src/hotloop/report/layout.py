@@ -33,7 +33,8 @@ class Column:
         title: Its heading; line breaks are for the terminal.
         text: What stands in a record's row; empty where the record has nothing.
         field: The field of records that it shows, if it is one.
-        is_label: Whether it says which row this is, rather than a number.
+        is_label: Whether it holds words rather than a number.
+        is_key: Whether it, with other keys, tells which row this is.
         of_quality: Whether it is about quality.
     """
 
@@ -41,6 +42,7 @@ class Column:
     text: Callable[[Record], str]
     field: str = ""
     is_label: bool = False
+    is_key: bool = False
     of_quality: bool = False
 
     @property
@@ -143,7 +145,11 @@ def to_rich(table: Table) -> RichReport:
 
 @dataclass(frozen=True)
 class RichReport:
-    """Renders a table in one piece, or speed and quality apart where the console is narrow."""
+    """Renders a table in one piece; where the console is narrow, in pieces below each other.
+
+    Speed and quality come apart first. What is still too wide is cut into as many pieces as it
+    takes, each with the keys of rows, and decode speed in the first of them.
+    """
 
     table: Table
 
@@ -151,16 +157,14 @@ class RichReport:
         """What rich asks for."""
         if self.table.title:
             yield Padding(Text(self.table.title, style="bold"), (0, 0, 1, 0))
-        columns = list(enumerate(self.table.columns))
-        whole = self._grid([i for i, _ in columns])
         unbounded = options.update(width=UNBOUNDED)
-        if Measurement.get(console, unbounded, whole).maximum <= options.max_width:
-            yield whole
-        else:
-            quality = [i for i, column in columns if column.of_quality]
-            yield self._grid([i for i, column in columns if not column.of_quality])
-            if quality:
-                yield Padding(self._grid([0, *quality]), (1, 0, 0, 0))
+
+        def fits(columns: Sequence[int]) -> bool:
+            width = Measurement.get(console, unbounded, self._grid(columns)).maximum
+            return width <= options.max_width
+
+        for number, columns in enumerate(self._pieces(fits)):
+            yield Padding(self._grid(columns, fold=not fits(columns)), (number > 0, 0, 0, 0))
         if self.table.notes:
             notes = ((f"[{number}]", note) for number, note in enumerate(self.table.notes, 1))
             yield Padding(_pairs(notes), (1, 0, 0, 0))
@@ -172,14 +176,36 @@ class RichReport:
         yield from (Text(remark, style="dim") for remark in self.table.remarks)
         yield _pairs(self.table.context, style="dim")
 
-    def _grid(self, columns: Sequence[int]) -> RichTable:
+    def _pieces(self, fits: Callable[[Sequence[int]], bool]) -> list[list[int]]:
+        """The columns of each piece."""
+        columns = list(enumerate(self.table.columns))
+        if fits(whole := [i for i, _ in columns]):
+            return [whole]
+        keys = [i for i, column in columns if column.is_key]
+        speed = [i for i, column in columns if not column.is_key and not column.of_quality]
+        quality = [i for i, column in columns if column.of_quality]
+        pieces: list[list[int]] = []
+        for group in filter(None, (speed, quality)):
+            if fits([*keys, *group]):
+                pieces.append([*keys, *group])
+                continue
+            pieces.append(list(keys))
+            for i in sorted(group, key=lambda i: self.table.columns[i].field != "decode_tok_s"):
+                if len(pieces[-1]) > len(keys) and not fits([*pieces[-1], i]):
+                    pieces.append(list(keys))
+                pieces[-1].append(i)
+        return pieces
+
+    def _grid(self, columns: Sequence[int], *, fold: bool = False) -> RichTable:
+        """Some of the columns; those of keys are folded where there is not room even so."""
         grid = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
         for i in columns:
             column = self.table.columns[i]
             grid.add_column(
                 column.title,
                 justify="left" if column.is_label else "right",
-                no_wrap=True,
+                no_wrap=not (fold and column.is_key),
+                overflow="fold" if fold else "ellipsis",
                 vertical="bottom" if i == 0 else "top",
             )
         starred = any(row.recommended for row in self.table.rows)

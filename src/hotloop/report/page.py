@@ -19,6 +19,7 @@ from hotloop.report.context import (
     has_random_weights,
     model_name,
 )
+from hotloop.report.context import notes as engine_notes
 from hotloop.report.fields import csv_names, csv_text, csv_values
 from hotloop.report.layout import Column, Notes, Row, Table
 from hotloop.report.numbers import half_width, uncertain
@@ -93,6 +94,8 @@ def _table(records: Sequence[Record]) -> Table:
             drafts = notes.mark(drafts, RANDOM_ACCEPTANCE)
         decode, end_to_end = (column.text(record) for column in SPEEDS)
         decode = notes.mark(decode, _caveat(record))
+        for note in engine_notes(record) if record.decode_tok_s else ():
+            decode = notes.mark(decode, note)
         cells = (quantization, compiled, ranks, drafts, decode, end_to_end)
         rows.append(Row(record=record, cells=cells))
     on = next((f" on {name}" for name in map(device_name, records) if name), "")
@@ -144,14 +147,15 @@ def _speed(figure: Figure | None) -> str:
 
 
 LABELS = (
-    Column(title="Quantization", text=_quantization, is_label=True),
-    Column(title="Compiled", text=_compiled, is_label=True),
+    Column(title="Quantization", text=_quantization, is_label=True, is_key=True),
+    Column(title="Compiled", text=_compiled, is_label=True, is_key=True),
     Column(
         title="Tensor\nparallel",
         text=lambda record: str(record.config.get("tensor_parallel", 1)),
         is_label=True,
+        is_key=True,
     ),
-    Column(title="Speculative\ndecoding", text=_drafts, is_label=True),
+    Column(title="Speculative\ndecoding", text=_drafts, is_label=True, is_key=True),
 )
 
 SPEEDS = (

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hotloop.bench.record import Record
+from hotloop.outside import config_error
 from hotloop.sweep.store import RECORDS, read_file
 
 
@@ -23,9 +24,13 @@ def read_records(
     Raises:
         ConfigError: There are no records there, or some are of a newer schema than this reads.
     """
-    records, problems = read_file(path / RECORDS if path.is_dir() else path)
+    file = path / RECORDS if path.is_dir() else path
+    records, problems = read_file(file)
     for problem in problems:
         on_problem(problem)
+    if not records:
+        left_out = f": {len(problems)} of its lines are none" if problems else ""
+        raise config_error(file, f"holds no records{left_out}")
     return records
 
 

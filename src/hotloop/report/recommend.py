@@ -3,6 +3,9 @@
 The rule: of the configurations whose quality loss is shown to be within the tolerance, the one that
 decodes fastest; of those that are no slower than it beyond noise, the one with the least loss.
 
+A speed is known by at least ``MIN_REPEATS`` repeats whose interval is not absurdly wide; a cell whose
+speed is not known is not recommended.
+
 "Shown" is a non-inferiority test: the one-sided 95 % upper bound of Δ ln ppl (paired, clustered by
 window, Student's t) lies at or below the tolerance. A loss that could be small is not enough.
 """
@@ -15,11 +18,18 @@ from dataclasses import dataclass
 
 from hotloop.bench.record import MEASURED, Figure, Record
 from hotloop.bench.statistics import t_critical
+from hotloop.report.context import notes
 from hotloop.report.numbers import half_width, percent, significant, uncertain
 from hotloop.report.read import latest
 
 MAX_DELTA_LN_PPL = 0.02
 """The quality loss that is tolerated by default: 2 % more perplexity."""
+
+MIN_REPEATS = 3
+"""With fewer, the interval of a mean says next to nothing: t is 12.7 for two."""
+
+MAX_RELATIVE_HALF_WIDTH = 0.5
+"""Half of a speed's 95 % interval over its mean, above which nothing is known of the speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +66,9 @@ def recommend(
         max_delta_ln_ppl: The increase of ln perplexity to tolerate.
     """
     ours = (record for record in latest(records) if record.baseline is None)
-    measured = [record for record in ours if record.status in MEASURED and record.decode_tok_s]
+    timed = [record for record in ours if record.status in MEASURED and record.decode_tok_s]
+    unknown = [f"{record.cell}: {gap}." for record in timed if (gap := _speed_gap(record))]
+    measured = [record for record in timed if not _speed_gap(record)]
     scored = [record for record in measured if record.delta_ln_ppl]
 
     def answer(chosen: Record | None, why: str, passed_over: Iterable[str] = ()) -> Recommendation:
@@ -64,13 +76,15 @@ def recommend(
             cell=chosen.cell if chosen else None,
             record=chosen,
             why=why,
-            passed_over=tuple(passed_over),
+            passed_over=(*passed_over, *unknown),
             quality_known=bool(scored),
             max_delta_ln_ppl=max_delta_ln_ppl,
         )
 
-    if not measured:
+    if not timed:
         return answer(None, "no configuration was measured.")
+    if not measured:
+        return answer(None, "no configuration's speed is known. More --repeats would tell.")
     if differing := _incomparable(measured):
         return answer(None, f"the records are of different {differing}: they do not compare.")
     if not scored:
@@ -112,6 +126,21 @@ def recommend(
 def _speed(record: Record) -> float:
     assert record.decode_tok_s is not None, "only measured records are compared"
     return record.decode_tok_s.mean
+
+
+def _speed_gap(record: Record) -> str | None:
+    """What is missing for a measured speed to be known, or None."""
+    figure = record.decode_tok_s
+    assert figure is not None, "only measured records have a speed"
+    if figure.n < MIN_REPEATS:
+        repeats = "1 repeat is" if figure.n == 1 else f"{figure.n} repeats are"
+        return f"{repeats} too few to know its speed, {_shown(figure)} tok/s"
+    if (half_width(figure) or 0.0) > MAX_RELATIVE_HALF_WIDTH * figure.mean:
+        return (
+            f"its repeats differ too much to know its speed, {_shown(figure)} tok/s of "
+            f"{figure.n} repeats"
+        )
+    return None
 
 
 def _loss(record: Record) -> float:
@@ -197,7 +226,9 @@ def _gain(chosen: Record, scored: Sequence[Record]) -> str:
 
 
 def _caveat(record: Record) -> str:
-    return " Its speed was unstable between repeats." if record.status == "unstable" else ""
+    unstable = " Its speed was unstable between repeats." if record.status == "unstable" else ""
+    slower = [f" It ran without a faster path: {note}." for note in notes(record)]
+    return unstable + "".join(slower)
 
 
 def _incomparable(records: Sequence[Record]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from hotloop.bench.record import Record
 from hotloop.report.context import RANDOM_ACCEPTANCE, context, has_random_weights
+from hotloop.report.context import notes as engine_notes
 from hotloop.report.fields import csv_names, csv_text, csv_values, value_of
 from hotloop.report.layout import STAR, Column, Notes, Row, Table
 from hotloop.report.numbers import divergence, half_width, memory, percent, significant, uncertain
@@ -25,7 +26,7 @@ def _figure(field: str, title: str, show: Callable[[Any], str], of_quality: bool
 
 
 LABELS = (
-    Column(title="configuration", text=lambda record: record.cell, is_label=True),
+    Column(title="configuration", text=lambda record: record.cell, is_label=True, is_key=True),
     Column(title="status", text=lambda record: record.status, is_label=True),
 )
 
@@ -33,6 +34,7 @@ FIGURES = (
     _figure("decode_tok_s", "decode\ntok/s", lambda f: uncertain(f.mean, half_width(f))),
     _figure("ttft_s", "TTFT\nms", lambda f: significant(f.mean * 1e3, 3)),
     _figure("e2e_tok_s", "e2e\ntok/s", lambda f: significant(f.mean, 3)),
+    _figure("aggregate_tok_s", "total\ntok/s", lambda f: significant(f.mean, 3)),
     _figure("speculation.tokens_per_step", "tokens\nper step", lambda f: f"{f.mean:.2f}"),
     _figure("speculation.acceptance", "acceptance", lambda a: percent(a[0]) if a else "–"),
     _figure("peak_bytes", "peak\nmemory", memory),
@@ -67,7 +69,11 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
     records = latest(records)
     recommendation = recommend(records, max_delta_ln_ppl=max_delta_ln_ppl)
     notes = Notes()
-    columns = [*LABELS, *(column for column in FIGURES if any(map(column.text, records)))]
+    shown = [column for column in FIGURES if any(map(column.text, records))]
+    if not any(map(_is_batched, records)):
+        shown = [column for column in shown if column.field != "aggregate_tok_s"]
+    columns = [*LABELS, *shown]
+    place = {column.field: i for i, column in enumerate(columns)}
     first_of_quality = next((i for i, c in enumerate(columns) if c.of_quality), None)
     rows = []
     for record in records:
@@ -77,6 +83,8 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
         if first_of_quality is not None and record.decode_tok_s and record.quality_reason:
             note = f"quality: {record.quality_reason}"
             cells[first_of_quality] = notes.mark(cells[first_of_quality], note)
+        for note in engine_notes(record) if record.decode_tok_s else ():
+            cells[place["decode_tok_s"]] = notes.mark(cells[place["decode_tok_s"]], note)
         recommended = record is recommendation.record
         rows.append(Row(record=record, cells=tuple(cells), recommended=recommended))
     return Table(
@@ -120,6 +128,11 @@ def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
             "Speed: mean ± half of the 95% interval; TTFT, time to first token; decode, after it; "
             "e2e, end to end. MBU: share of the read bandwidth."
         )
+    if any(map(_is_batched, measured)):
+        remarks.append(
+            "These are of one sequence of the batch; total, of all together: their tokens over the "
+            "time to the last one."
+        )
     if drafted := [record for record in measured if record.speculation]:
         remarks.append(
             "Speculation: tokens that a step gave; acceptance, the share of steps' first drafts "
@@ -137,6 +150,10 @@ def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
             "cost is not in these figures. --reference names a model that is not."
         )
     return remarks
+
+
+def _is_batched(record: Record) -> bool:
+    return record.workload is not None and record.workload.batch > 1
 
 
 def _is_its_own_quantized_reference(record: Record) -> bool:

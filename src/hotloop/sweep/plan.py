@@ -33,6 +33,11 @@ class PlannedCell:
     fits: bool | None = None
     unsupported: str | None = None
 
+    @property
+    def may_run(self) -> bool:
+        """Whether nothing is known that would keep it from running."""
+        return self.unsupported is None and self.fits is not False
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""
         return {**vars(self), "config": self.config.to_dict()}
