@@ -88,10 +88,18 @@ def test_a_prompt_can_begin_with_a_hyphen_after_two_of_them(fake_llm):
     assert fake_llm.made[0].asked[0].prompt == "- one"
 
 
-def test_two_prompts_are_refused_before_anything_is_loaded(fake_llm, capsys, piped):
+@pytest.mark.parametrize("second", ["-", "--stdin"])
+def test_two_prompts_are_refused_before_anything_is_loaded(fake_llm, capsys, piped, second):
     piped("two")
-    assert main(["generate", "m", "one", "-"]) == 2
-    assert "prompt once" in capsys.readouterr().err
+    assert main(["generate", "m", "one", second]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert fake_llm.made == []
+
+
+def test_log_probabilities_that_nothing_prints_are_refused_with_the_fix(fake_llm, capsys):
+    for verb in (["generate", "m", "p"], ["chat", "m"]):
+        assert main([*verb, "--logprobs", "2"]) == 2
+        assert "--logprobs" in capsys.readouterr().err
     assert fake_llm.made == []
 
 
@@ -122,7 +130,7 @@ def test_options_reach_the_engine_and_the_models_own_sampling_stays_where_none_i
 def test_a_sampling_option_that_cannot_be_is_a_usage_error(fake_llm, capsys):
     assert main(["generate", "m", "p", "--top-p", "7"]) == 2
     assert "top_p" in capsys.readouterr().err
-    assert fake_llm.made[0].closed
+    assert fake_llm.made == [], "nothing is loaded for it"
 
 
 def test_ctrl_c_keeps_what_came_frees_the_engine_and_exits_130(fake_llm, capsys, monkeypatch):

@@ -60,10 +60,16 @@ def test_a_shape_is_the_model_of_random_weights():
     [
         (None, WeightOptions(), "either MODEL or --shape"),
         ("m", WeightOptions(weights="random", shape="s"), "either MODEL or --shape"),
-        (None, WeightOptions(shape="s"), "--weights random"),
+        (None, WeightOptions(shape="llama-2-7b"), "--weights random"),
+        (None, WeightOptions(shape="lama-2-7b"), "Did you mean 'llama-2-7b'"),
         ("llama-2-13b", WeightOptions(), "--weights random"),
     ],
 )
 def test_a_model_that_is_not_clear_is_refused(model, options, said):
     with pytest.raises(ConfigError, match=said):
         options.model(model)
+
+
+def test_spaces_around_the_values_of_a_list_mean_nothing():
+    assert MatrixOptions(quant="none, int8 ,fp8").matrix()["quant"] == ["none", "int8", "fp8"]
+    assert MatrixOptions(tensor_parallel="1, 2").matrix()["tensor_parallel"] == [1, 2]

@@ -86,11 +86,12 @@ def chat(
 ) -> int:
     """Talk with a model.
 
-    In a terminal: line editing, /help for the commands, Ctrl-C to stop an answer. From a pipe:
-    one turn a line, answers on standard output. --json prints one object an answer. Without
-    --max-new-tokens, an answer goes on to its end. A conversation that outgrows the context loses
-    its oldest turns, with a note.
+    In a terminal: line editing, /help for the commands, Ctrl-C to stop an answer.
+    From a pipe: one turn a line, answers on standard output. --json prints one
+    object an answer. Without --max-new-tokens, an answer goes on to its end. A
+    conversation that outgrows the context loses its oldest turns, with a note.
     """
+    sampling.check(json=json)
     interactive = sys.stdin.isatty()
     config, conversation = engine.config(model), ConversationFormat(template)
     with loaded(config) as llm:

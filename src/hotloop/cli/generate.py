@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from hotloop.cli.options import (
 )
 from hotloop.cli.output import note, print_json
 from hotloop.cli.stream import SILENT, relay, writer_for
-from hotloop.errors import ConfigError
+from hotloop.errors import ConfigError, shorten
 
 app = App(
     name="generate",
@@ -35,16 +36,22 @@ Examples:
 )
 
 
+MAX_PROMPT_CHARS = 2**26
+"""Of a prompt that is read: far more than any context holds, and less than a machine's memory."""
+
+
 @app.default
 def generate(
     model: Model,
-    prompt: Annotated[str | None, option(PROMPT, "The text to go on from.")] = None,
+    prompt: Annotated[
+        str | None, option(PROMPT, "The text to go on from; - reads it from standard input.")
+    ] = None,
     /,
     *,
-    stdin: Annotated[
-        bool,
-        option(PROMPT, "Read the prompt from standard input.", name=["--stdin", "-"]),
-    ] = False,
+    stdin: Annotated[bool, option(PROMPT, "Read the prompt from standard input, as - does.")] = (
+        False
+    ),
+    hyphen: Annotated[bool, option(PROMPT, "The same as --stdin.", name="-", show=False)] = False,
     prompt_file: Annotated[Path | None, option(PROMPT, "Read the prompt from a file.")] = None,
     chat: Annotated[
         bool, option(PROMPT, "Wrap the prompt in the model's chat template, as a user's message.")
@@ -62,15 +69,19 @@ def generate(
 ) -> int:
     """Go on from a prompt.
 
-    The text streams to standard output; its figures follow on standard error. Without
-    --max-new-tokens, it ends after as many tokens as the model's makers suggest, or 256, or where
-    the context is full.
+    The text streams to standard output; its figures follow on standard error.
+    Without --max-new-tokens, it ends after as many tokens as the model's makers
+    suggest, or 256, or where the context is full.
     """
+    sampling.check(json=json)
     if chat and special:
         raise ConfigError("--special is for a prompt without --chat: a message is always text.")
     if not chat and (answer_start is not None or template.given()):
         raise ConfigError("--answer-start, --chat-template and --template-arg need --chat.")
-    text, conversation = read_prompt(prompt, prompt_file, stdin), ConversationFormat(template)
+    text, conversation = (
+        read_prompt(prompt, prompt_file, stdin or hyphen),
+        ConversationFormat(template),
+    )
     config = engine.config(model)
     with loaded(config) as llm:
         params = sampling.params(llm.default_sampling)
@@ -105,8 +116,13 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: bool) -> str:
         return prompt
     if not named and sys.stdin.isatty():
         raise ConfigError("there is no prompt: give PROMPT, --prompt-file FILE, or - for stdin.")
+    where = shorten(str(file)) if file else "stdin"
     try:
-        text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the prompt cannot be read from {file or 'stdin'}: {error}") from error
+        with file.open(encoding="utf-8") if file else nullcontext(sys.stdin) as source:
+            text = source.read(MAX_PROMPT_CHARS + 1)
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        why = error.strerror if isinstance(error, OSError) else shorten(str(error))
+        raise ConfigError(f"the prompt cannot be read from {where}: {why}.") from error
+    if len(text) > MAX_PROMPT_CHARS:
+        raise ConfigError(f"the prompt from {where} has more than {MAX_PROMPT_CHARS:,} characters.")
     return text.removesuffix("\n")

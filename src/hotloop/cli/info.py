@@ -11,7 +11,7 @@ from cyclopts import App
 
 from hotloop.cache import writable_cache_dir
 from hotloop.cli.engine import note_cache
-from hotloop.cli.options import DEFAULT_DEVICE, MODEL, DeviceOptions, Dtype, Json, option
+from hotloop.cli.options import DEFAULT_DEVICE, MODEL, DeviceOptions, Dtype, Json, listed, option
 from hotloop.cli.output import print_json, print_memory, print_pairs, print_text, spinner
 from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.types import EngineConfig
@@ -58,7 +58,7 @@ def info(
 
         weights = "random" if model in SHAPES else "checkpoint"
         config = EngineConfig(model=model, weights=weights, dtype=dtype, **device.given())
-        about = anatomy(config, quant.split(","))
+        about = anatomy(config, listed(quant))
         print_json(about) if json else _show_model(about)
     return 0
 
@@ -68,6 +68,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     from hotloop import hardware
+    from hotloop.models.shapes import SHAPES
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -86,7 +87,11 @@ def machine() -> dict[str, Any]:
         for device, provenance in zip(devices, provenances, strict=True)
     ]
     about = {name: first[name] for name in ("hotloop", "versions", "host")}
-    return about | {"cache": str(writable_cache_dir()), "devices": found}
+    return about | {
+        "cache": str(writable_cache_dir()),
+        "shapes": list(SHAPES),
+        "devices": found,
+    }
 
 
 def execution(device: torch.device) -> dict[str, dict[str, Any]]:
@@ -150,6 +155,7 @@ def _show_machine(about: dict[str, Any]) -> None:
         ("torch", f"{versions['torch']}, Python {versions['python']}"),
         ("host", f"{host['system']} {host['kernel']}, {host['machine']}"),
         ("cache", about["cache"]),
+        ("built-in shapes", ", ".join(about["shapes"])),
     ]
     for device in about["devices"]:
         measured, quoted = device["read_bytes_per_s"], device["datasheet_bytes_per_s"]

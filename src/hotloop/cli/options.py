@@ -168,13 +168,18 @@ class MatrixOptions(DraftOptions):
 
     def matrix(self) -> dict[str, list[Any]]:
         """The values of each axis."""
-        axes: dict[str, list[Any]] = {axis: getattr(self, axis).split(",") for axis in _AXES}
+        axes: dict[str, list[Any]] = {axis: listed(getattr(self, axis)) for axis in _AXES}
         axes["tensor_parallel"] = [int(n) if n.isdecimal() else n for n in axes["tensor_parallel"]]
         return axes
 
     def defaults(self) -> dict[str, Any]:
         """The fields that are the same for all engines, where they were given."""
         return {name: value for name, value in self.given().items() if name not in _AXES}
+
+
+def listed(text: str) -> list[str]:
+    """The values of an option that takes several; spaces around a value mean nothing."""
+    return [value.strip() for value in text.split(",")]
 
 
 _AXES = ("quant", "head", "execution", "tensor_parallel", "all_reduce", "draft", "dtype")
@@ -190,7 +195,8 @@ class WeightOptions(_Options):
         option(MODEL, "random needs no checkpoint: it shows speed and fit.", EngineConfig.weights),
     ] = None
     shape: Annotated[
-        str | None, option(MODEL, "Instead of MODEL, for random weights: llama-2-13b and others.")
+        str | None,
+        option(MODEL, "Instead of MODEL, for random weights: a built-in shape (hotloop info)."),
     ] = None
     weights_seed: Annotated[int, option(MODEL, "Seed of random weights.")] = EngineConfig.seed
 
@@ -198,13 +204,16 @@ class WeightOptions(_Options):
         """The name of the model, whether it was given as MODEL or as ``--shape``.
 
         Raises:
-            ConfigError: Neither or both are given, or a shape without random weights.
+            ConfigError: Neither or both are given, there is no such shape, or it is without random
+                weights.
         """
-        from hotloop.models.shapes import SHAPES
+        from hotloop.models.shapes import SHAPES, shape
 
         name = model if self.shape is None else self.shape
         if name is None or None not in (model, self.shape):
             raise ConfigError("give either MODEL or --shape NAME.")
+        if self.shape is not None:
+            shape(self.shape)
         is_shape = self.shape is not None or (name in SHAPES and not Path(name).exists())
         if is_shape and self.weights != "random":
             raise ConfigError(f"{name!r} is only a shape, without weights: add --weights random.")
@@ -308,6 +317,17 @@ class SamplingOptions(_Options):
     logprobs: Annotated[
         int | None, option(SAMPLING, "With --json: log-probabilities, with this many alternatives.")
     ] = None
+
+    def check(self, *, json: bool) -> None:
+        """Refuses values that no model can use, before one is loaded.
+
+        Raises:
+            ConfigError: Log-probabilities are asked for where they are not printed.
+            RequestError: A value is none.
+        """
+        if self.logprobs is not None and not json:
+            raise ConfigError("--logprobs: only --json prints log-probabilities. Add --json.")
+        self.params(SamplingParams())
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """The model's ``defaults``, changed by what was given."""
