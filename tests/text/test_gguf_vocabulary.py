@@ -20,6 +20,7 @@ from tiny_tokenizers import (
 from tokenizers import pre_tokenizers
 
 from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.text.backends import JsonBackend, byte_level_alphabet
 from hotloop.text.gguf_vocabulary import read_gguf_vocabulary
 from hotloop.text.tokenizer import load_tokenizer
 
@@ -60,6 +61,36 @@ def test_text_is_split_as_transformers_splits_it(pre: str, tmp_path: Path) -> No
         ids = ours.encode(text, add_special=False, parse_special=True)
         assert ids == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+SPLIT = {
+    "default": "It|'|S| don|'|t| |123|45|!|\n\n | x|=|1|,|2| |½|Éa日本|,| |_|c| ՠ|\t|.",
+    "gpt-2": "It|'|S| don|'t| 12345|!|\n\n | x|=|1|,|2| ½|Éa日本|,| _|c| ՠ|\t|.",
+    "smollm": "It|'|S| don|'t| |1|2|3|4|5|!|\n\n | x|=|1|,|2| |½|Éa日本|,| _|c| ՠ|\t|.",
+    "llama-bpe": "It|'S| don|'t| |123|45|!\n\n| | x|=|1|,|2| |½|Éa日本|,| _|c| ՠ|\t|.",
+    "falcon3": "It|'S| don|'t| |123|45|!\n\n| | x|=|1|,|2| |½|Éa日本|,| _|c| ՠ|\t|.",
+    "smaug-bpe": "It|'S| don|'t| |123|45|!\n\n| | x|=|1|,|2| |½|Éa日本|,| _|c| ՠ|\t|.",
+    "qwen2": "It|'S| don|'t| |1|2|3|4|5|!\n\n| | x|=|1|,|2| |½|Éa日本|,| _|c| ՠ|\t|.",
+    "megrez": "It|'S| don|'t| |1|2|3|4|5|!\n\n| | x|=|1|,|2| |½|Éa日本|,| _|c| ՠ|\t|.",
+    "tekken": "It|'S| don|'t| |1|2|3|4|5|!\n\n| | x|=|1|,|2| |½|Éa日本|,| _|c| ՠ|\t|.",
+    "deepseek-llm": "It|'|S| don|'|t| |12345|!|\n|\n| | x|=|1|,|2| |½|É|a|日本|,| _|c| ՠ|\t.",
+    "deepseek-coder": "It|'|S| don|'|t| |1|2|3|4|5|!|\n|\n| | x|=|1|,|2| |½|Éa|日本|,| _|c| ՠ|\t.",
+}
+"""How llama.cpp splits a text before it merges (0.3.36 of its Python package)."""
+
+
+@pytest.mark.parametrize("pre", SPLIT)
+def test_text_is_split_as_llama_cpp_splits_it(pre: str) -> None:
+    letters = {letter: i for i, letter in enumerate(byte_level_alphabet())}
+    spelled = metadata(
+        model="gpt2", pre=pre, tokens=[*letters], merges=[], token_type=[1] * len(letters)
+    )
+    backend = read_gguf_vocabulary(Path("x.gguf"), spelled).backend
+    assert isinstance(backend, JsonBackend)
+    pieces = backend._tokenizer.pre_tokenizer.pre_tokenize_str(SPLIT[pre].replace("|", ""))
+    alphabet = byte_level_alphabet()
+    shown = [bytes(alphabet[letter] for letter in piece).decode() for piece, _ in pieces]
+    assert "|".join(shown) == SPLIT[pre]
 
 
 @pytest.mark.parametrize(
