@@ -56,7 +56,27 @@ def test_gguf_gives_its_sampling_keys(tmp_path: Path) -> None:
     assert generation_defaults(bare) == {}
 
 
-@pytest.mark.parametrize("value", [{"top_p": 3.0}, {"temperature": "hot"}, {"top_k": -1}])
+@pytest.mark.parametrize("nothing", [None, -1, "", []])
+@pytest.mark.parametrize("key", ["top_k", "top_p", "temperature", "max_new_tokens", "min_p"])
+def test_value_that_turns_something_off_suggests_nothing(
+    key: str, nothing: Any, tmp_path: Path
+) -> None:
+    write(tmp_path, "generation_config.json", {"do_sample": True, key: nothing})
+    assert generation_defaults(tmp_path) == {"temperature": 1.0}
+
+
+@pytest.mark.parametrize("text", ["", " \n", "{}"])
+def test_empty_file_suggests_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    assert generation_defaults(tmp_path) == {}
+
+
+def test_gguf_can_turn_top_k_off(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "a.gguf", lambda w: w.add_int32("general.sampling.top_k", -1))
+    assert generation_defaults(file) == {}
+
+
+@pytest.mark.parametrize("value", [{"top_p": 3.0}, {"temperature": "hot"}, {"top_k": -2}])
 def test_sampling_that_is_not_possible_is_refused(value: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", {"do_sample": True, **value})
     with pytest.raises(CheckpointError, match=next(iter(value))) as caught:

@@ -42,12 +42,13 @@ MAX_TOKEN_CHARS = 10_000
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file.
+    """The object in a JSON file; empty where there is no such file, or nothing in it.
 
     Raises:
         CheckpointError: The file is not JSON, or holds something other than an object.
     """
-    return outside.read_json(file) if file_is_there(file) else {}
+    text = outside.read_text(file) if file_is_there(file) else ""
+    return outside.parse_json(text, file) if text.strip() else {}
 
 
 def file_is_there(file: Path) -> bool:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from hotloop.errors import CheckpointError, RequestError
-from hotloop.gguf_header import model_parts, read_gguf_header
-from hotloop.outside import file_kind
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from hotloop.gguf_header import read_gguf_header
+from hotloop.outside import LARGEST_COUNT, Count, StrictModel, file_kind, validated
 from hotloop.text.config_files import GENERATION_CONFIG, read_json, write_json
-from hotloop.types import SamplingParams
 
-_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 _GGUF_KEYS = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
@@ -25,6 +24,41 @@ _GGUF_KEYS = {
     "min_p": "general.sampling.min_p",
     "repetition_penalty": "general.sampling.penalty_repeat",
 }
+
+
+def _or_nothing(value: Any) -> Any:
+    """Empty values say nothing; -1 is how several tools turn something off."""
+    return None if value in ("", [], {}) or (value == -1 and type(value) is int) else value
+
+
+_MayBeNothing = BeforeValidator(_or_nothing)
+_Temperature = Annotated[Annotated[float, Field(ge=0, le=1e6)] | None, _MayBeNothing]
+_TopK = Annotated[Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | None, _MayBeNothing]
+_TopP = Annotated[Annotated[float, Field(gt=0, le=1)] | None, _MayBeNothing]
+_MinP = Annotated[Annotated[float, Field(ge=0, le=1)] | None, _MayBeNothing]
+_Penalty = Annotated[Annotated[float, Field(gt=0, le=1e6)] | None, _MayBeNothing]
+
+
+class _Suggestions(StrictModel):
+    model_config = ConfigDict(extra="ignore")
+
+    do_sample: Annotated[bool | None, _MayBeNothing] = None
+    temperature: _Temperature = None
+    top_k: _TopK = None
+    top_p: _TopP = None
+    min_p: _MinP = None
+    repetition_penalty: _Penalty = None
+    max_new_tokens: Annotated[Count | None, _MayBeNothing] = None
+
+
+class _GGUFSuggestions(StrictModel):
+    model_config = ConfigDict(extra="ignore", alias_generator=lambda name: _GGUF_KEYS[name])
+
+    temperature: _Temperature = None
+    top_k: _TopK = None
+    top_p: _TopP = None
+    min_p: _MinP = None
+    repetition_penalty: _Penalty = None
 
 
 def generation_defaults(path: Path) -> dict[str, Any]:
@@ -41,24 +75,16 @@ def generation_defaults(path: Path) -> dict[str, Any]:
         CheckpointError: A file that is not valid, or a value that no sampling could use.
     """
     if file_kind(path) == "file":
-        file = model_parts(path)[0]
-        metadata = read_gguf_header(file).metadata
-        found = {field: metadata.get(key) for field, key in _GGUF_KEYS.items()}
+        found = validated(_GGUFSuggestions, read_gguf_header(path).metadata, path).model_dump()
     else:
         file = path / GENERATION_CONFIG
         config = read_json(file)
-        found = {field: config.get(field) for field in _FIELDS}
-        if config.get("do_sample", False):
+        found = validated(_Suggestions, config, file).model_dump()
+        if found.pop("do_sample"):
             found["temperature"] = 1.0 if found["temperature"] is None else found["temperature"]
         elif config:
             found |= {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}
-    defaults = {field: value for field, value in found.items() if value is not None}
-    try:
-        SamplingParams(**defaults)
-    except (RequestError, TypeError) as error:
-        problem = f"suggests sampling that is not possible: {defaults}: {error}"
-        raise CheckpointError(file, problem) from error
-    return defaults
+    return {field: value for field, value in found.items() if value is not None}
 
 
 def write_generation_config(
@@ -77,7 +103,9 @@ def write_generation_config(
     file = folder / GENERATION_CONFIG
     config = read_json(file)
     if sampling is not None:
-        config = {key: value for key, value in config.items() if key not in _FIELDS}
+        config = {
+            key: value for key, value in config.items() if key not in _Suggestions.model_fields
+        }
         config |= {"do_sample": sampling.get("temperature", 0.0) > 0, **sampling}
     if eos_ids is not None:
         config["eos_token_id"] = sorted(eos_ids)
