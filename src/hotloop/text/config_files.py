@@ -96,6 +96,15 @@ _Token = Annotated[Token, BeforeValidator(_spelled)]
 _TokenKey = Annotated[str, BeforeValidator(lambda key: str(_digits(key)))]
 
 
+class _NamedTemplate(StrictModel):
+    name: str
+    template: str
+
+
+def _named(value: Any) -> Any:
+    return [{"name": "default", "template": value}] if isinstance(value, str) else value
+
+
 class TokenizerConfig(StrictModel):
     """What hotloop reads of a ``tokenizer_config.json``; other keys mean nothing to it."""
 
@@ -117,6 +126,7 @@ class TokenizerConfig(StrictModel):
     add_eos_token: bool | None = None
     add_prefix_space: bool | None = None
     legacy: bool | None = None
+    chat_template: Annotated[list[_NamedTemplate] | None, BeforeValidator(_named)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -153,6 +163,12 @@ class TokenizerConfig(StrictModel):
         """The tokens beside the vocabulary, by id, in the order of ids."""
         tokens = {int(i): token for i, token in (self.added_tokens_decoder or {}).items()}
         return dict(sorted(tokens.items()))
+
+    @property
+    def default_template(self) -> str | None:
+        """The chat template; of several with names, the default one."""
+        named = {entry.name: entry.template for entry in self.chat_template or ()}
+        return named.get("default")
 
     @property
     def kind(self) -> TokenizerClass:

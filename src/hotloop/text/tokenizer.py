@@ -315,7 +315,7 @@ def _load_folder(folder: Path) -> Tokenizer:
     if file_is_there(template_file := folder / _CHAT_TEMPLATE_FILE):
         chat_template = read_text(template_file)
     else:
-        chat_template = _chat_template(folder / TOKENIZER_CONFIG, raw.get("chat_template"))
+        chat_template = config.default_template
     return Tokenizer(
         source=folder,
         backend=backend,
@@ -349,18 +349,6 @@ def _eos_ids(folder: Path, config: Mapping[str, Any], backend: Backend) -> froze
     token_id = None if token is None else backend.token_id(token)
     own = frozenset() if token_id is None else frozenset({token_id})
     return own | read_end_ids(folder / MODEL_CONFIG) | spelled
-
-
-def _chat_template(file: Path, template: Any) -> str | None:
-    """A template as configurations hold it: text, or several with names."""
-    try:
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    except (LookupError, TypeError) as error:
-        raise CheckpointError(file, f"its chat template cannot be read: {error!r}") from error
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(file, f"its chat template is a {type(template).__name__}, not text")
-    return template
 
 
 def _no_tokenizer(folder: Path) -> Exception:
