@@ -59,6 +59,24 @@ class RequestError(HotloopError, ValueError):
     """A prompt or a sampling option that the engine cannot serve."""
 
 
+class NumericsError(HotloopError):
+    """A step's logits are not finite, so that no next token can be chosen.
+
+    Args:
+        index: Which prompt of the call was to get the token.
+        n_tokens: Tokens that its answer has before it.
+        dtype: Element type of activations.
+    """
+
+    def __init__(self, index: int, n_tokens: int, dtype: str) -> None:
+        self.index, self.n_tokens, self.dtype = index, n_tokens, dtype
+        super().__init__(
+            f"prompt {index}: after {n_tokens} tokens of its answer the model's logits are not "
+            f"finite (NaN or infinity). Either its weights are damaged, or values overflow in "
+            f"{dtype}: try another dtype (--dtype float32)."
+        )
+
+
 class CheckpointError(HotloopError, ValueError):
     """A checkpoint that is damaged or does not match its own description.
 

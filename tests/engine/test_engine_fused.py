@@ -25,7 +25,7 @@ from hotloop.engine.memory import predict_memory
 from hotloop.engine.prompt import FusedPrompt
 from hotloop.engine.sampling import Features, Sampler
 from hotloop.engine.setup import _resolve_execution
-from hotloop.errors import UnsupportedError
+from hotloop.errors import NumericsError, UnsupportedError
 from hotloop.kernels.attention import torch_attention
 from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.models.cache import KVCache
@@ -461,6 +461,21 @@ def test_closing_frees_plans_counters_weights_and_cache(engine):
     llm.close()
     gc.collect()
     assert not any(ref() for ref in kept)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"repetition_penalty": 1.2}], ids=str
+)
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_a_step_without_finite_logits_ends_the_request_with_an_error(engine, options, draft):
+    llm = engine(draft=draft, max_batch_size=2)
+    with torch.inference_mode():
+        llm._runner._model.decoder.embedding.table[7] = torch.nan
+    answered = []
+    with pytest.raises(NumericsError, match="prompt 1: after 0 tokens"):  # noqa: PT012
+        for delta in llm.stream([[3], [9, 7]], FREELY, seed=1, **options):
+            answered += delta.token_ids if delta.index == 0 else ()
+    assert len(answered) == FREELY.max_new_tokens
 
 
 # What cannot run.

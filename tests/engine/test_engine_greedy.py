@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import N_TOKENS, write_random, write_text_files
 
 from hotloop import LLM, SamplingParams
 from hotloop.engine.llm import in_a_row
+from hotloop.errors import NumericsError
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
 """More of them than slots, of 1 to 60 tokens; the chunks of 3 and the 32-wide masks do not fit."""
@@ -146,6 +148,21 @@ def test_compiled_samples_equal_eager_ones(compiled):
     fast, plain = compiled
     options = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5}
     assert tokens(fast, PROMPTS, **options) == tokens(plain, PROMPTS, **options)
+
+
+def test_a_compiled_step_without_finite_logits_ends_the_request_with_an_error(compiled):
+    fast, _ = compiled
+    ((first, *_),) = tokens(fast, [[4, 5]])
+    row = fast._runner._model.decoder.embedding.table[first]
+    kept = row.clone()
+    try:
+        with torch.inference_mode():
+            row.fill_(torch.nan)
+        with pytest.raises(NumericsError, match="after 1 tokens"):
+            tokens(fast, [[4, 5]])
+    finally:
+        with torch.inference_mode():
+            row.copy_(kept)
 
 
 @pytest.mark.usefixtures("compiled")

@@ -398,6 +398,8 @@ def swiglu_case(rows: int, f: int, generator: torch.Generator, *, scale: bool, b
 def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int8: bool) -> Case:
     device = generator.device
     ids = torch.randint(vocab, (rows,), generator=generator, device=device)
+    for i, beyond in enumerate((-1, vocab, 2**62)[: rows - 1]):  # never memory beyond the table
+        ids[i] = beyond
     table, scale = normal(generator, vocab, k).bfloat16(), None
     if int8:
         q = parse_scheme("int8").quantize(table)
@@ -490,8 +492,11 @@ def argmax_of_ranks_cases(
         index = torch.rand(ranks, m, vocab, generator=generator, device=device)
         index = index.argsort(-1)[..., :n].int()
         everywhere = index.long() + vocab * torch.arange(ranks, device=device)[:, None, None]
-        ranked = everywhere.where(value == value.amax((0, 2))[:, None], ranks * vocab)
-        wanted = ranked.amin((0, 2))
+        if m > 1:
+            value[ranks // 2, 1, n // 2] = torch.nan
+        largest = value.amax((0, 2))
+        ranked = everywhere.where(value == largest[:, None], ranks * vocab)
+        wanted = ranked.amin((0, 2)).where(largest.abs() < torch.inf, -1)
         for own, exchange in zip(cases, exchanges, strict=True):
             own.append(_argmax_of_ranks_case(value, index, vocab, wanted, exchange))
     return cases
@@ -501,7 +506,7 @@ def _argmax_of_ranks_case(
     value: Tensor, index: Tensor, vocab: int, wanted: Tensor, exchange: step.Exchange
 ) -> Case:
     best = value[exchange.rank].clone(), index[exchange.rank].clone()
-    ids = torch.full_like(wanted, -1)
+    ids = torch.full_like(wanted, -2)
 
     def check() -> None:
         assert torch.equal(ids, wanted), f"choice of {exchange.rank}"  # which is so kept alive
@@ -514,13 +519,16 @@ def argmax_case(rows: int, n: int, generator: torch.Generator) -> Case:
     device = generator.device
     # Few different values, so that there are ties; indices in any order.
     value = torch.randint(5, (rows, n), generator=generator, device=device).float()
-    value[-1] = -torch.inf
+    for row, bad in zip(value[1:], (-torch.inf, torch.inf, torch.nan, -torch.nan), strict=False):
+        row[n // 2 if bad > -torch.inf else slice(None)] = bad
     index = torch.randperm(rows * n, generator=generator, device=device).view(rows, n).int()
-    ids = torch.full((rows,), -1, device=device)
+    ids = torch.full((rows,), -2, device=device)
 
     def check() -> None:
-        first = index.masked_fill(value != value.amax(1, keepdim=True), 2**31 - 1).amin(1)
-        assert torch.equal(ids, first.long()), "the first of the largest"
+        largest = value.amax(1, keepdim=True)
+        first = index.masked_fill(value != largest, 2**31 - 1).amin(1).long()
+        wanted = first.where(largest[:, 0].abs() < torch.inf, -1)
+        assert torch.equal(ids, wanted), "the first of the largest, of those that are finite"
 
     call = step.argmax((value, index), ids)
     return Case(call=call, inputs=(value, index), outputs=(ids,), check=check)

@@ -421,6 +421,16 @@ def test_what_has_no_probability_is_never_chosen_unless_nothing_has():
         assert torch.equal(ids[2:], scores[2:, 0].argmax(-1))
 
 
+def test_nothing_is_drawn_where_there_is_no_choice():
+    case = sample_case(normal_scores(2, 1, 301), [Options(top_p=0.9)] * 2)
+    run(case)
+    first, second = case.outputs[0].flatten().tolist()
+    best = case.inputs[1]
+    best[0] = -1
+    emulate(case.call)
+    assert case.outputs[0].flatten().tolist() == [-1, second] != [first, second]
+
+
 def test_scores_that_are_not_numbers_are_passed_over():
     scores = normal_scores(1, 1, 301)
     scores[..., ::2] = torch.nan

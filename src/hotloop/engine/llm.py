@@ -30,7 +30,13 @@ from hotloop.engine.sampling import Features
 from hotloop.engine.sequence import Sequence as Request
 from hotloop.engine.setup import prepare
 from hotloop.engine.speculation import DraftController, sizes_up_to
-from hotloop.errors import CheckpointError, RequestError, UnsupportedError, shorten_value
+from hotloop.errors import (
+    CheckpointError,
+    NumericsError,
+    RequestError,
+    UnsupportedError,
+    shorten_value,
+)
 from hotloop.parallel.launch import Reply
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
@@ -157,6 +163,8 @@ class LLM:
 
         Raises:
             RequestError: A prompt that cannot be served; nothing is generated then.
+            NumericsError: The model's logits were not finite for one of the prompts. The others are
+                answered all the same, for whoever takes them from ``stream``.
         """
         deltas = self._stream(prompts, params, options)
         done = {d.index: d.generation for d in deltas if d.generation is not None}
@@ -423,6 +431,9 @@ class LLM:
             yield from self._answer(requests)
         finally:
             self._streaming = False
+        for request in requests:
+            if request.failed:
+                raise NumericsError(request.index, len(request.token_ids), self.config.dtype)
 
     def _answer(self, requests: list[Request]) -> Iterator[Delta]:
         waiting = deque(requests)
@@ -487,7 +498,7 @@ class LLM:
         """Hands a step's tokens to their requests, and frees the slots of those that end."""
         taken = launched.pending.wait()
         # The others ended a step ago, when this one was already on its way.
-        going = {row: r for row, r in launched.requests.items() if r.finish_reason is None}
+        going = {row: r for row, r in launched.requests.items() if not r.ended}
         if self._controller is not None and launched.n:
             kept = [len(taken.rows[row]) for row in going]
             self._controller.observe(
@@ -496,6 +507,9 @@ class LLM:
         for row, request in going.items():
             text, ids = "", []
             for token_id, logprob in taken.rows[row]:
+                if token_id < 0:
+                    request.failed = True
+                    break
                 text += request.accept(token_id, logprob)
                 ids.append(token_id)
                 if request.finish_reason is not None:
@@ -508,15 +522,14 @@ class LLM:
                     n_drafts=taken.n_drafts[row],
                     share=(taken.times or StepTimes()) / len(going),
                 )
-            ended = request.finish_reason is not None
-            if ended:
+            if request.ended:
                 assert request.slot is not None
                 slots[request.slot] = None
             yield Delta(
                 index=request.index,
                 text=text,
                 token_ids=tuple(ids),
-                generation=request.generation() if ended else None,
+                generation=None if request.finish_reason is None else request.generation(),
             )
 
 

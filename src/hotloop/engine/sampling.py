@@ -79,7 +79,7 @@ class Sampled:
     """What a step gives: tokens, and log-probabilities where they were asked for.
 
     Attributes:
-        ids: int64 [B, T].
+        ids: int64 [B, T]; -1 where logits are not finite, and no token can be chosen.
         n_kept: int64 [B]: the first so many of each row count, the others never happened; None
             where all do.
         n_drafts: int64 [B]: how many of each row's drafts there were; None in a step without.
@@ -195,8 +195,8 @@ class Sampler:
             features: What to compute.
             drafts_BD: int64, negative for none: tokens supposed to follow those that slots know of.
                 The last position supposes all D of them, each one before it one less.
-            best_BT: The token ids of the largest logits among those that may be chosen, where
-                somebody has found them already.
+            best_BT: The token ids of the largest logits among those that may be chosen, or -1 where
+                that is not finite, where somebody has found them already.
         """
         B, T, _ = logits_BTV.shape
         here, vocabulary = slice(first_slot, first_slot + B), self.vocabulary
@@ -208,7 +208,7 @@ class Sampler:
             )
             scores_BTV = torch.where(self._seen(here, T, drafts_BD), penalized, scores_BTV)
         if best_BT is None or features.penalize:
-            best_BT = vocabulary.argmax(scores_BTV)
+            best_BT = vocabulary.choice(scores_BTV)
         ids_BT = best_BT
         if features.draw:
             assert positions_BT is not None, "a draw depends on its position"
@@ -216,7 +216,8 @@ class Sampler:
                 ids_BT = self._launch(self._launcher, scores_BTV, best_BT, positions_BT, here)
             else:
                 drawn_BT = self._draw(scores_BTV, positions_BT, here, features)
-                ids_BT = torch.where(self.temperature[here, None] > 0, drawn_BT, ids_BT)
+                is_drawn_BT = (self.temperature[here, None] > 0) & (best_BT >= 0)
+                ids_BT = torch.where(is_drawn_BT, drawn_BT, best_BT)
         if not features.logprobs:
             return Sampled(ids=ids_BT)
         # The model's own distribution, as scoring has it: padding has its share of that.
@@ -227,7 +228,8 @@ class Sampler:
 
     def remember(self, ids_BT: Tensor, first_slot: int) -> None:
         """Tells the slots' repetition penalties of tokens that have become part of the answer."""
-        self.seen_SV[first_slot : first_slot + len(ids_BT)].scatter_(1, ids_BT, True)
+        seen_BV = self.seen_SV[first_slot : first_slot + len(ids_BT)]
+        seen_BV.scatter_(1, ids_BT.clamp(min=0), True)  # of a row without a choice, anything
 
     def _seen(self, here: slice, T: int, drafts_BD: Tensor | None) -> Tensor:
         """Which tokens the penalty is about at each position, bool [B, T, V]."""
@@ -250,7 +252,7 @@ class Sampler:
         positions_BT: Tensor,
         here: slice,
     ) -> Tensor:
-        """What ``_draw`` gives, and ``best_BT`` where the temperature is 0, by the kernel."""
+        """What ``_draw`` gives, by the kernel; ``best_BT`` of greedy rows and where it is -1."""
         ids_BT = torch.empty_like(best_BT, memory_format=torch.contiguous_format)
         call = sample(
             scores_BTV,

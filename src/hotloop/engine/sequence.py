@@ -25,7 +25,8 @@ class Sequence:
     Attributes:
         index: Which prompt of the call it is.
         slot: Its slot in the cache, while it has one.
-        finish_reason: Why it ended; None while it goes on.
+        finish_reason: Why it ended; None while it goes on, and where it failed.
+        failed: The model gave no next token, since logits were not finite.
 
     ``starts_text`` says that the answer is a text of its own, not the prompt's continuation.
     """
@@ -51,6 +52,7 @@ class Sequence:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
+        self.failed = False
         after = () if starts_text else prompt_ids
         self._detokenizer = Detokenizer(tokenizer, after=after) if tokenizer else None
         self._stops = StopFilter(params.stop)
@@ -58,6 +60,11 @@ class Sequence:
         self._submitted_s = submitted_s
         self._first_s = self._last_s = submitted_s
         self._speculation = Speculation() if speculates else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more tokens are wanted."""
+        return self.failed or self.finish_reason is not None
 
     def accept(self, token_id: int, logprob: TokenLogprob | None) -> str:
         """Takes the next token; returns the text that is certain now, and notices the end."""

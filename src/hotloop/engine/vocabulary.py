@@ -55,11 +55,21 @@ class Vocabulary:
 
     def argmax(self, x: Tensor) -> Tensor:
         """The token id of the largest value of all ranks' [..., V]; of equal ones, the smallest."""
-        best = x.argmax(dim=-1)
+        return self._largest(x)[1]
+
+    def choice(self, logits: Tensor) -> Tensor:
+        """As ``argmax``, of what is to be chosen from; -1 where the largest is not finite."""
+        value, best = self._largest(logits)
+        return best.where(value.abs() < torch.inf, -1)
+
+    def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value, best = x.max(dim=-1)  # NaN where anything is
         if self.group.size == 1:
-            return best
-        value = x.gather(-1, best[..., None])[..., 0]
-        return _ids(self.group.max(_keys(value, best + self.rows.start)))
+            return value, best
+        # As an integer, NaN can be less than any number.
+        value = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        keys = self.group.max(_keys(value, best + self.rows.start))
+        return _values(keys), _ids(keys)
 
     def best(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` largest values of all ranks' [..., V], and their token ids.

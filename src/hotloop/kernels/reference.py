@@ -237,12 +237,17 @@ def fused_attention(
 
 
 def embed(ids: Tensor, table_VK: Tensor, scale_V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows of a table, [..., K]; of an int8 one with a scale per row, as they are worth."""
+    """Rows of a table, [..., K]; of an int8 one with a scale per row, as they are worth.
+
+    Ids that are not of the table look up its first or last row.
+    """
+    ids = ids.clamp(0, len(table_VK) - 1)
     rows = F.embedding(ids, table_VK)
     return rows if scale_V is None else (rows.float() * scale_V[ids][..., None]).to(dtype)
 
 
 def argmax(logits_MV: Tensor) -> Tensor:
-    """The largest of each row, [M]; of equal ones the first. NaNs are never the largest."""
-    numbers = logits_MV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return (numbers == numbers.amax(-1, keepdim=True)).int().argmax(-1)
+    """Where each row is largest, [M]: of equal ones the first; -1 where that is not finite."""
+    largest = logits_MV.amax(-1, keepdim=True)  # NaN where anything is
+    first = (logits_MV == largest).int().argmax(-1)
+    return first.where(largest[..., 0].abs() < torch.inf, -1)

@@ -108,8 +108,9 @@ class Embedding(nn.Module):
         self.table, self.scale, self.dtype = table, scale, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[...] token ids to [..., k]."""
+        """[...] token ids to [..., k]; ids that are none look up the first or the last row."""
         assert self.table is not None, "no table was assigned"
+        ids = ids.clamp(0, self.n - 1)
         rows = nn.functional.embedding(ids, self.table)
         if self.scale is not None:
             return (rows.float() * self.scale[ids][..., None]).to(self.dtype)

@@ -28,10 +28,13 @@ struct Best {
   float value = -infinity();
   int index = 0;
 
-  // Of equal values the first wins, in whatever order they come.
+  // Of equal values the first wins, in whatever order they come. What is not a number wins over all
+  // that is, so that nobody takes what is left for a choice.
   __device__ __forceinline__ void offer(float v, int i) {
-    if (v > value || (v == value && i < index)) value = v, index = i;
+    if (v > value || v != v || (v == value && i < index)) value = v, index = i;
   }
+  // The choice that it stands for: none, -1, where the largest is not a finite number.
+  __device__ __forceinline__ int choice() const { return fabsf(value) < infinity() ? index : -1; }
 };
 
 __device__ __forceinline__ Best best_of_warp(Best best) {

@@ -13,7 +13,7 @@
 
 struct SampleArgs {
   const float* scores;       // [B * T, n], rows ``stride`` apart
-  const int64_t* best;       // [B * T]: where a row's score is largest
+  const int64_t* best;       // [B * T]: where a row's score is largest; -1 for no token
   const int64_t* positions;  // [B * T]: that the tokens will have
   const float* temperature;  // [B], as are the other options
   const int64_t* top_k;      // n for all
@@ -263,7 +263,7 @@ __device__ __forceinline__ uint64_t largest_of_lanes(uint64_t value) {
 }
 
 // A block per row. Tokens without a finite score below the largest are never chosen; where there
-// are no others, as in a row that is not of numbers, the best one is.
+// are no others, the best one is.
 template <int kListed, int kSharedBytes>
 __device__ __forceinline__ void sample(const SampleArgs& args) {
   static_assert(sizeof(Shared<kListed>) == kSharedBytes, "sample.py knows the size");
@@ -275,7 +275,7 @@ __device__ __forceinline__ void sample(const SampleArgs& args) {
   wait_for_predecessor();
   const int64_t best = args.best[row];
   const float temperature = args.temperature[sequence];
-  if (temperature == 0) {
+  if (temperature == 0 || best < 0) {  // or there is none, since scores are not finite
     if (thread == 0) args.ids[row] = best;
     return;
   }

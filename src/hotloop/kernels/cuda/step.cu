@@ -11,7 +11,7 @@ struct EmbedArgs {
   const bf16* norm;    // [K]: weight of the norm that x goes into
   bf16* next_x;        // [M, K]: x times it
   float* next_squares; // [M, parts]: what x's squares add up to, 16 at a time
-  int k;
+  int k, vocab;        // vocab: V
 };
 
 // Two int8 values of a word, from a bit on, as they are worth.
@@ -28,7 +28,8 @@ __device__ __forceinline__ uint4 times(uint4 x, uint4 w) {
   return uint4{times(x.x, w.x), times(x.y, w.y), times(x.z, w.z), times(x.w, w.w)};
 }
 
-// Rows of a table, and what a norm needs of them. A block per row of x; K is a multiple of 8.
+// Rows of a table, and what a norm needs of them. A block per row of x; K is a multiple of 8. Ids
+// that are none read the first or the last row: never memory beyond the table.
 //
 // The first kernel of a step lets the next ones start only when it has itself waited: whatever
 // starts after it may rely on everything before the step.
@@ -36,7 +37,7 @@ template <bool kInt8>
 __device__ __forceinline__ void embed(const EmbedArgs& args) {
   wait_for_predecessor();
   launch_dependents();
-  const int64_t id = args.ids[blockIdx.x];
+  const int64_t id = min(max(args.ids[blockIdx.x], int64_t{0}), int64_t{args.vocab - 1});
   const int64_t row = static_cast<int64_t>(blockIdx.x) * args.k;
   const int chunks = args.k / 8, parts = (chunks + 1) / 2;
   // Whole warps go round together: two lanes add up a part.
@@ -208,7 +209,7 @@ __device__ __forceinline__ void argmax(const ArgmaxArgs& args) {
   wait_for_predecessor();
   const int row = blockIdx.x, lane = threadIdx.x, n = args.n;
   const Best best = best_of(args.best_value + row * n, args.best_index + row * n, n, lane);
-  if (lane == 0) args.ids[row] = best.index;
+  if (lane == 0) args.ids[row] = best.choice();
 }
 
 struct ArgmaxOfRanksArgs {
@@ -239,7 +240,7 @@ __device__ __forceinline__ void argmax_of_ranks(const ArgmaxOfRanksArgs& args) {
     best = Best{float_of(theirs.x), static_cast<int>(theirs.y)};
   }
   best = best_of_warp(best);
-  if (lane == 0) args.ids[row] = best.index, args.turns[row] = mark;
+  if (lane == 0) args.ids[row] = best.choice(), args.turns[row] = mark;
 }
 
 // Slots: a row of the history of each has the tokens at all positions up to its newest one's, and

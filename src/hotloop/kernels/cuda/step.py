@@ -23,7 +23,7 @@ class EmbedArguments(Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("ids", "table", "scale", "x", "norm")),
         *((name, ctypes.c_void_p) for name in ("next_x", "next_squares")),
-        ("k", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("k", "vocab")),
     )
 
 
@@ -170,7 +170,7 @@ def embed(
     """The launch that looks up the rows of ``ids_M``; see ``reference.embed``.
 
     Args:
-        ids_M: int64.
+        ids_M: int64; ids that are not of the table look up its first or last row.
         table_VK: bfloat16, or int8 with scales.
         scale_V: float32 scales of an int8 table.
         x_MK: bfloat16, written.
@@ -182,8 +182,9 @@ def embed(
     assert ids_M.dtype == torch.int64, f"ids are {ids_M.dtype}"
     assert x_MK.shape == (len(ids_M), table_VK.shape[1]), f"x is {tuple(x_MK.shape)}"
     assert x_MK.shape[1] % 8 == 0, "rows are read eight values at a time"
+    vocab, k = table_VK.shape
     args, tensors = EmbedArguments.of(
-        ids=ids_M, table=table_VK, scale=scale_V, x=x_MK, k=x_MK.shape[1], **onward.arguments()
+        ids=ids_M, table=table_VK, scale=scale_V, x=x_MK, k=k, vocab=vocab, **onward.arguments()
     )
     return _block_for_each(embed_kernel(int8=int8), len(ids_M), args, tensors)
 
