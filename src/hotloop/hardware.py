@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -168,6 +169,42 @@ def free_bytes(device: torch.device) -> int:
     import torch
 
     return _host_memory()[1] if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # torch's allocator, a graph's instantiation (CUDA error), NCCL
+    "CUDA_ERROR_OUT_OF_MEMORY",  # the driver, on loading or launching a kernel
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",  # torch on a CPU
+    "not enough memory",
+    "std::bad_alloc",
+)
+
+
+def shortage_of_memory(error: BaseException) -> BaseException | None:
+    """Which of an error and what caused it says that memory was short; None if none does.
+
+    Libraries raise their own kinds for it, often a plain RuntimeError, and compilers wrap what they
+    meet.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or any(words in str(seen) for words in _OUT_OF_MEMORY):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def bytes_asked_for(shortage: BaseException) -> int | None:
+    """How much could not be allocated, where an error for want of memory says so."""
+    found = re.search(
+        r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(shortage), re.IGNORECASE
+    )
+    if found is None:
+        return None
+    unit = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}[found[2].lower()]
+    return int(float(found[1].rstrip(".")) * unit)
 
 
 def kernel_oom_kills() -> int | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from agreement import ALTERNATIVES, assert_top_two_agree
+from tiny_models import write_random
 
 from hotloop import LLM, SamplingParams
 from hotloop.engine.memory import predict_memory
@@ -41,6 +42,40 @@ def test_float32_greedy_tokens_on_the_gpu_are_those_of_the_cpu(
     )
     assert tokens(llm) == expected
     llm.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+@pytest.mark.parametrize("execution", ["eager", "compile", "auto"])
+def test_another_gpu_than_the_first_gives_the_tokens_of_the_first(
+    tmp_path: Path, execution: str, draft: str
+) -> None:
+    folder = write_random(tmp_path, head_dim=64, hidden_size=128, intermediate_size=256)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        options = {"device": device, "execution": execution, "draft": draft, "max_batch_size": 2}
+        with LLM(str(folder), **options) as llm, llm.meter() as peak:
+            assert llm.describe().device == device
+            drawn = llm.generate(PROMPTS, GREEDY, temperature=0.9, seed=3)
+            found.append((tokens(llm), [g.token_ids for g in drawn]))
+        assert peak.peak_bytes > 0
+    assert found[0] == found[1]
+    assert torch.cuda.current_device() == 0, "the caller's own device is as it was"
+
+
+@pytest.mark.parametrize("execution", ["compile", "auto"])
+def test_tokens_do_not_depend_on_how_many_graphs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, execution: str
+) -> None:
+    folder = write_random(tmp_path, head_dim=64, hidden_size=128, intermediate_size=256)
+    found = []
+    for most in (64, 1):
+        monkeypatch.setattr("hotloop.engine.execution.MOST_GRAPHS", most)
+        options = {"execution": execution, "draft": "ngram", "max_batch_size": 3}
+        with LLM(str(folder), device="cuda", **options) as llm:
+            found.append([tokens(llm, PROMPTS[:n]) for n in (1, 3, 2, 4)])
+            assert len(llm._runner._stepper._graphs._kept) <= most
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "fp8", "int4-g32", "int4-g32-asym"])

@@ -10,6 +10,7 @@ from torch import nn
 
 from hotloop import LLM, EngineConfig
 from hotloop.engine.memory import predict_memory
+from hotloop.errors import OutOfMemoryError
 from hotloop.models.linear import Embedding, Linear
 
 TABLES = ("cos", "sin")
@@ -118,3 +119,32 @@ def test_closing_frees_weights_and_cache(folder):
     gc.collect()
     assert [ref() for ref in kept] == [None, None]
     llm.close()  # twice does no harm
+
+
+@pytest.mark.parametrize("options", [{"max_batch_size": 10**8}, {"max_batch_size": 2**31 - 1}])
+def test_a_cache_that_no_machine_could_hold_is_refused_before_anything_is_built(
+    folder, monkeypatch, options
+):
+    monkeypatch.delattr("hotloop.engine.llm.Runner")
+    with pytest.raises(OutOfMemoryError, match="max_batch_size") as raised:
+        LLM(str(folder), device="cpu", **options)
+    assert raised.value.needed_bytes > raised.value.free_bytes
+
+
+@pytest.mark.parametrize(
+    ("method", "phase"),
+    [
+        ("hotloop.engine.execution.Stepper.step", "decode"),
+        ("hotloop.engine.sampling.Sampler.admit", "prefill"),
+    ],
+)
+def test_memory_that_runs_short_is_reported_with_its_phase(folder, monkeypatch, method, phase):
+    def run_short(*_: object) -> None:
+        raise RuntimeError("can't allocate memory: you tried to allocate 64 bytes.")
+
+    llm = LLM(str(folder), dtype="float32")
+    monkeypatch.setattr(method, run_short)
+    for call, said in ((lambda: llm.generate([[5]]), phase), (lambda: LLM(str(folder)), "warmup")):
+        with pytest.raises(OutOfMemoryError) as raised:
+            call()
+        assert (raised.value.phase, raised.value.needed_bytes) == (said, 64)

@@ -1,12 +1,14 @@
 """A decoder compiled by parts, as on GPUs, gives what the whole gives, and each part once."""
 
+import collections
+
 import pytest
 import torch
 from tiny_models import N_TOKENS, write_random
 from torch._dynamo.utils import counters
 
 from hotloop import LLM
-from hotloop.engine.execution import TorchForward
+from hotloop.engine.execution import CompileWatch, Graphs, TorchForward
 
 CPU = torch.device("cpu")
 N_LAYERS = 3
@@ -32,3 +34,38 @@ def test_parts_give_the_logits_of_the_whole_and_a_block_is_compiled_once_for_all
             logits, _ = parts(ids_BT, positions_BT, 64)
             torch.testing.assert_close(logits, expected)
     assert counters["stats"]["unique_graphs"] - before == N_PARTS * len({1, 2})
+
+
+def test_graphs_share_a_pool_and_the_least_recently_used_goes(monkeypatch):
+    captured = []
+
+    class Graph:
+        def replay(self) -> None:
+            replayed.append(self)
+
+    def capture(program, _device, state, *, pool):
+        captured.append((program(), state, pool))
+        return Graph(), program()
+
+    replayed: list[Graph] = []
+    monkeypatch.setattr("hotloop.engine.execution.capture", capture)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr("torch.cuda.synchronize", lambda _: None)
+    graphs = Graphs(torch.device("cuda", 1), 2)
+    for key in "abacab":
+        assert graphs.run(key, lambda key=key: key.upper(), ()) == key.upper()
+    assert [name for name, _, _ in captured] == ["A", "B", "C", "B"]
+    assert {pool for _, _, pool in captured} == {"the pool"}
+    assert (len(replayed), graphs.n_captured) == (6, 4)
+
+
+def test_what_other_engines_compiled_does_not_count(monkeypatch):
+    counters = collections.defaultdict(collections.Counter)
+    monkeypatch.setattr("torch._dynamo.utils.counters", counters)
+    counters["inductor"]["fxgraph_cache_miss"] += 1
+    watch = CompileWatch()
+    assert watch.state() is None
+    counters["aot_autograd"]["autograd_cache_hit"] += 1
+    assert watch.state() == "warm"
+    counters["inductor"]["fxgraph_cache_bypass"] += 1
+    assert watch.state() == "cold"

@@ -10,6 +10,8 @@ import torch
 
 from hotloop import hardware
 from hotloop.errors import ConfigError, UnsupportedError
+from hotloop.hardware import bytes_asked_for, shortage_of_memory
+from hotloop.kernels.cuda.launch import LaunchError
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -219,3 +221,28 @@ def test_provenance_of_a_gpu_holds_driver_and_clocks():
     json.dumps(facts)
     assert facts["versions"]["driver"]
     assert facts["device"]["state"]["sm_clock_mhz"] > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "asked_for"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB."), 3 * 2**29),
+        (RuntimeError("can't allocate memory: you tried to allocate 640 bytes. Error 12"), 640),
+        (RuntimeError("not enough memory: you tried to allocate 8 bytes."), 8),
+        (RuntimeError("std::bad_alloc"), None),
+        (RuntimeError("CUDA error: out of memory"), None),
+        (RuntimeError("NCCL error: Cuda failure 2 'out of memory'"), None),
+        (LaunchError("the CUDA driver failed: CUDA_ERROR_OUT_OF_MEMORY."), None),
+        (MemoryError(), None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_memory_that_was_short_is_recognized_however_it_is_put(error, asked_for):
+    wrapped = ValueError("a compiler wraps it")
+    wrapped.__cause__ = error
+    assert shortage_of_memory(error) is shortage_of_memory(wrapped) is error
+    assert bytes_asked_for(error) == asked_for
+
+
+def test_other_errors_are_not_taken_for_a_want_of_memory():
+    assert shortage_of_memory(RuntimeError("CUDA error: an illegal memory access")) is None

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from waiting import HANG_S, alive, wait_until
 
-from hotloop.errors import CheckpointError, RankError
+from hotloop.errors import CheckpointError, RankError, RequestError
 from hotloop.parallel.launch import Ranks, start_rank
 
 HERE = Path(__file__).parent
@@ -128,6 +129,15 @@ def test_ending_leaves_no_process_and_can_be_repeated(ranks):
     ranks.end()
 
 
+def test_whoever_still_asks_ranks_that_have_ended_is_told_so(ranks):
+    reply = ranks.tell("hang")
+    ranks.end()
+    with pytest.raises(RequestError, match="is closed"):
+        reply.wait()
+    with pytest.raises(RequestError, match="is closed"):
+        ranks.tell("pid")
+
+
 def test_ranks_that_nobody_refers_to_any_more_are_ended():
     ranks = start(2)
     processes = pids(ranks)
@@ -164,9 +174,9 @@ print(*(rank.process.pid for rank in ranks._ranks), flush=True)
 """
 
 
-def caller(then: str) -> tuple[subprocess.Popen, list[int]]:
+def caller(then: str, code: str = CALLER) -> tuple[subprocess.Popen, list[int]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", CALLER.format(then=then)],
+        [sys.executable, "-c", code.format(then=then)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -182,6 +192,20 @@ def test_ranks_end_when_their_caller_is_killed_though_they_wait_for_each_other(s
     process.send_signal(sent)
     process.wait()
     wait_until(lambda: not any(map(alive, ranks)), "the ranks end by themselves")
+
+
+@pytest.mark.parametrize(
+    ("module", "first"), [("slow_program", ""), ("parallel_program", "os.fork() or time.sleep(60)")]
+)
+def test_ranks_end_with_their_caller_before_they_listen_and_while_a_fork_of_it_lives(module, first):
+    code = CALLER.replace("parallel_program", module).replace("import sys", "import os, sys")
+    process, ranks = caller(f"{first}\nreply.wait()", code)
+    assert all(map(alive, ranks))
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(map(alive, ranks)), "the ranks end by themselves")
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the fork
 
 
 def test_ranks_end_with_a_caller_that_is_stopped_at_the_terminal():

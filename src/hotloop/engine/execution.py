@@ -29,7 +29,8 @@ import shutil
 import time
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -429,12 +430,12 @@ class Stepper:
         reads_whole_cache: bool,
     ) -> None:
         self.forward, self.slots, self.sampler, self.drafter = forward, slots, sampler, drafter
-        self.n_positions, self.captures = n_positions, captures
+        self.n_positions = n_positions
         self.reads_whole_cache = reads_whole_cache
         self._device = slots.positions.device
         self._drafts = slots.positions.new_full((len(slots.positions), max(1, max_drafts)), -1)
-        # The sizes that ran before; with CUDA graphs, each one's graph and results.
-        self._ready: dict[_Program, Any] = {}
+        self._graphs = Graphs(self._device) if captures else None
+        self._ran: set[_Program] = set()  # those without graphs
 
     def step(self, step: Step) -> tuple[Sampled, Marks | None]:
         """One token or more for each row.
@@ -447,12 +448,12 @@ class Stepper:
         """
         n, k, length = step.n, step.k, self.length(step.longest)
         wanted = self.sampler.relevant(step.features)
-        if self.captures:  # fewer sizes to compile and to capture
+        if self._graphs is not None:  # fewer sizes to compile and to capture
             n = min(1 << (n - 1).bit_length(), len(self.slots.positions))
         if self.drafter is None:
             program = _Program(False, n, 0, length, wanted, step.in_a_row)
             return self._run(program, self._steps), None
-        known_programs = len(self._ready)
+        n_made = self._n_made
         marks = [self._mark()]
         if k:
             self.drafter.catch_up(step.known, step.slack)
@@ -468,7 +469,7 @@ class Stepper:
         program = _Program(False, n, k, length, wanted, step.in_a_row)
         sampled = self._run(program, self._steps)
         marks.append(self._mark())
-        return sampled, marks if len(self._ready) == known_programs else None
+        return sampled, marks if self._n_made == n_made else None
 
     def length(self, longest: int) -> int:
         """How much of the cache a step reads that must see ``longest`` positions."""
@@ -505,15 +506,16 @@ class Stepper:
         return sampled
 
     def _run(self, program: _Program, run: Callable[[_Program], Result]) -> Result:
-        if not self.captures:
-            self._ready.setdefault(program)
+        if self._graphs is None:
+            self._ran.add(program)
             return run(program)
-        if program not in self._ready:
-            state = (self.slots.history, self.slots.positions, self.sampler.seen_SV)
-            self._ready[program] = capture(lambda: run(program), self._device, state)
-        graph, result = self._ready[program]
-        graph.replay()
-        return result
+        state = (self.slots.history, self.slots.positions, self.sampler.seen_SV)
+        return self._graphs.run(program, lambda: run(program), state)
+
+    @property
+    def _n_made(self) -> int:
+        """How many programs there have been whose first run compiled or captured something."""
+        return len(self._ran) if self._graphs is None else self._graphs.n_captured
 
     def _mark(self) -> Any:
         """This moment: on a GPU, the one at which it has done what it was told so far."""
@@ -522,6 +524,53 @@ class Stepper:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+MOST_GRAPHS = 64
+"""More than the sizes of step that one kind of traffic needs; each holds some megabytes."""
+
+
+class Graphs:
+    """CUDA graphs of programs that run again and again; the least recently used ones go.
+
+    All have one pool of memory. What a program gives is therefore there until another one runs:
+    the stream, in which the copy to the host stands between the two, keeps that order.
+
+    Args:
+        device: The device.
+        most: The most graphs to keep; None for ``MOST_GRAPHS``.
+
+    Attributes:
+        n_captured: How many there have been.
+    """
+
+    def __init__(self, device: torch.device, most: int | None = None) -> None:
+        self.n_captured = 0
+        self._device, self._most = device, most or MOST_GRAPHS
+        self._pool: Any = None
+        self._kept: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = OrderedDict()
+
+    def run(self, key: Hashable, program: Callable[[], Result], state: Sequence[Tensor]) -> Result:
+        """Runs what ``key`` stands for, which ``program`` does where there is no graph of it yet.
+
+        Args:
+            key: Stands for one program.
+            program: It; see ``capture``.
+            state: What it changes; see ``capture``.
+        """
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        else:
+            if len(self._kept) >= self._most:
+                torch.cuda.synchronize(self._device)  # the one that goes may be running
+                self._kept.popitem(last=False)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            self._kept[key] = capture(program, self._device, state, pool=self._pool)
+            self.n_captured += 1
+        graph, result = self._kept[key]
+        graph.replay()
+        return result
 
 
 def capture(
@@ -554,7 +603,8 @@ def capture(
     graph = torch.cuda.CUDAGraph()
     # Other threads go on meanwhile: NCCL's, which looks after its work, and a rank's, which waits
     # for the tokens of the step before.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    # On a stream of this device: torch's own for captures is the first device's that had one.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = run()
     return graph, result
 
@@ -570,14 +620,23 @@ def compile_unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def compile_cache_state() -> Literal["cold", "warm"] | None:
-    """Whether this process's compiled graphs came from the cache; None if none were compiled."""
-    from torch._dynamo.utils import counters
+class CompileWatch:
+    """Tells whether the graphs compiled since it was made came from the cache."""
 
-    seen = counters["inductor"]
-    if seen["fxgraph_cache_miss"] or seen["fxgraph_cache_bypass"]:
-        return "cold"
-    # A hit of the outer cache (AOTAutograd's) never asks the inner one.
-    if seen["fxgraph_cache_hit"] or counters["aot_autograd"]["autograd_cache_hit"]:
-        return "warm"
-    return None
+    def __init__(self) -> None:
+        self._before = self._counts()
+
+    def state(self) -> Literal["cold", "warm"] | None:
+        """``cold`` if any was compiled anew, ``warm`` if all were found; None if there is none."""
+        made, found = (n - before for n, before in zip(self._counts(), self._before, strict=True))
+        return "cold" if made else "warm" if found else None
+
+    @staticmethod
+    def _counts() -> tuple[int, int]:
+        """How many this process has compiled, and how many it has found."""
+        from torch._dynamo.utils import counters
+
+        inner, outer = counters["inductor"], counters["aot_autograd"]
+        made = inner["fxgraph_cache_miss"] + inner["fxgraph_cache_bypass"]
+        # A hit of the outer cache (AOTAutograd's) never asks the inner one.
+        return made, inner["fxgraph_cache_hit"] + outer["autograd_cache_hit"]

@@ -23,9 +23,10 @@ from typing import Any, overload
 from hotloop.checked import changed, check_names
 from hotloop.engine.execution import Step, StepTimes
 from hotloop.engine.inputs import as_ids, as_prompts, n_items
+from hotloop.engine.memory import check_fits
 from hotloop.engine.prompt import SHORT_PROMPT
 from hotloop.engine.ranks import RankGroup
-from hotloop.engine.runner import Pending, Progress, Runner, out_of_memory_in
+from hotloop.engine.runner import Pending, Progress, Runner
 from hotloop.engine.sampling import Features
 from hotloop.engine.sequence import Sequence as Request
 from hotloop.engine.setup import prepare
@@ -33,6 +34,7 @@ from hotloop.engine.speculation import DraftController, sizes_up_to
 from hotloop.errors import (
     CheckpointError,
     NumericsError,
+    OutOfMemoryError,
     RequestError,
     UnsupportedError,
     shorten_value,
@@ -112,6 +114,7 @@ class LLM:
         # Rows of the embedding beyond the tokenizer's vocabulary are padding: never chosen.
         n_tokens = self.tokenizer.vocab_size if self.tokenizer else setup.model.vocab_size
         n_tokens = min(n_tokens, setup.model.vocab_size)
+        check_fits(setup)
         make = RankGroup if config.tensor_parallel > 1 else Runner
         self._streaming = False
         runner = make(setup, n_tokens=n_tokens, progress=progress)
@@ -120,14 +123,16 @@ class LLM:
         self._in_a_row = 1
         self._load_s = time.perf_counter() - started
         started = time.perf_counter()
-        with out_of_memory_in("warmup"):
-            if progress:
-                progress("warmup", 0, 0)
-            try:
-                self._warm_up()
-            except BaseException:  # a Ctrl-C too: whoever catches it must not keep the ranks alive
-                self.close()
-                raise
+        if progress:
+            progress("warmup", 0, 0)
+        try:
+            self._warm_up()
+        except BaseException as error:  # a Ctrl-C too: whoever catches it must not keep ranks alive
+            self.close()
+            if isinstance(error, OutOfMemoryError):
+                needed, free = error.needed_bytes, error.free_bytes
+                raise OutOfMemoryError("warmup", needed, free) from error
+            raise
         self._warmup_s = time.perf_counter() - started
         self._facts = self._runner.describe()
 

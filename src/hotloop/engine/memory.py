@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from hotloop.engine.setup import Setup, prepare, ranks_here
-from hotloop.hardware import free_bytes
+from hotloop.errors import OutOfMemoryError
+from hotloop.hardware import device_info, free_bytes
 from hotloop.kernels.linear import WeightFormat, choose_linear
 from hotloop.quant import Scheme
 from hotloop.types import EngineConfig
@@ -57,6 +58,20 @@ def predict_memory(config: EngineConfig) -> MemoryPlan:
     )
 
 
+def check_fits(setup: Setup) -> None:
+    """Refuses, before anything is built, what no device of this size could hold.
+
+    Raises:
+        OutOfMemoryError: Weights, caches and slots alone take more memory than the device has.
+    """
+    total, shared_by = device_info(setup.device).total_bytes, 1
+    if setup.device.type == "cpu":  # whose memory its ranks share
+        shared_by = ranks_here(setup.config)
+    needed = weights_bytes(setup) + sum(map(_cache_bytes, setup.models)) + _slots_bytes(setup)
+    if needed > total // shared_by:
+        raise OutOfMemoryError("load", needed, free_bytes(setup.device) // shared_by)
+
+
 def weights_bytes(setup: Setup) -> int:
     """Exact bytes of a rank's resident weights, rotary tables and a draft model included."""
     return sum(map(_weights_bytes, setup.models))
@@ -100,11 +115,20 @@ def _weights_bytes(setup: Setup) -> int:
     return model.n_layers * per_layer + embeddings + norm + rope
 
 
+def _slots_bytes(setup: Setup) -> int:
+    """Of what is kept of every slot beside the cache: tokens, and which of them were seen."""
+    drafts = setup.config.draft_tokens if setup.draft else 0
+    history = 8 * (setup.n_positions + drafts + 1)
+    return setup.config.max_batch_size * (history + setup.model.vocab_size)
+
+
 def _workspace_bytes(setup: Setup) -> int:
     widened = [_widened_bytes(each) for each in setup.models]
     # The fused step keeps the room for it, of every model.
-    return max(map(_transient_bytes, setup.models)) + (
-        sum(widened) if setup.fused else max(widened)
+    return (
+        _slots_bytes(setup)
+        + max(map(_transient_bytes, setup.models))
+        + (sum(widened) if setup.fused else max(widened))
     )
 
 

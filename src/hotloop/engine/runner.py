@@ -12,7 +12,8 @@ Shape letters: T tokens of one sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hotloop.engine.execution import (
+    CompileWatch,
     Drafter,
     Forward,
     Marks,
@@ -28,7 +30,6 @@ from hotloop.engine.execution import (
     Stepper,
     StepTimes,
     TorchForward,
-    compile_cache_state,
     step_times,
 )
 from hotloop.engine.fused import FusedForward, Peers
@@ -39,7 +40,7 @@ from hotloop.engine.setup import Setup
 from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter, SharedDrafter
 from hotloop.engine.vocabulary import Vocabulary
 from hotloop.errors import OutOfMemoryError
-from hotloop.hardware import device_info
+from hotloop.hardware import bytes_asked_for, device_info, free_bytes, shortage_of_memory
 from hotloop.kernels.attention import choose_attention
 from hotloop.kernels.cuda.launch import device_of
 from hotloop.memory_meter import MemoryMeter
@@ -98,7 +99,7 @@ class Runner:
         self.asynchronous = setup.device.type == "cuda"
         self.captures = self.asynchronous and setup.execution != "eager"
         config, device = setup.config, setup.device
-        with out_of_memory_in("load"), torch.inference_mode():
+        with working_on(device, "load"):
             self._model = _Model(setup, self._group, n_tokens, progress)
             shares = [shard.vocabulary for shard in setup.shards]
             self._vocabulary = Vocabulary(shares, n_tokens, self._group)
@@ -130,12 +131,11 @@ class Runner:
                 reads_whole_cache=self._model.attention_name in ("cpu", "fused"),
             )
 
-    @torch.inference_mode()
     def admit(
         self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int]
     ) -> Pending:
         """Prefills a prompt into a slot, and samples its first token: one row."""
-        with out_of_memory_in("prefill"):
+        with working_on(self._setup.device, "prefill"):
             ids = torch.tensor(prompt_ids, device=self._setup.device)
             self._sampler.admit(slot, params, seed, ids)
             logits = self._model.prefill(ids, 0, slot)
@@ -149,15 +149,17 @@ class Runner:
                 self._drafter.admit(slot)
             return Pending(sampled)
 
-    @torch.inference_mode()
     def step(self, step: Step) -> Pending:
         """Starts a decode step, without waiting for it."""
-        with out_of_memory_in("decode"):
+        with working_on(self._setup.device, "decode"):
             return Pending(*self._stepper.step(step))
 
-    @torch.inference_mode()
     def score(self, ids: Sequence[int], full: bool) -> Score:
         """Scores one window in the first slot; whole distributions come to rank 0 alone."""
+        with working_on(self._setup.device, "score"):
+            return self._score(ids, full)
+
+    def _score(self, ids: Sequence[int], full: bool) -> Score:
         ids_T, vocabulary = torch.tensor(ids, device=self._setup.device), self._vocabulary
         logprobs, top1, distributions = [], [], []
         for chunk, logits_TV in self._model.logits(ids_T[:-1], 0, 0):
@@ -185,8 +187,9 @@ class Runner:
     def stop_meter(self) -> int:
         """Bytes at the peak since ``start_meter``; of several ranks, on the one that has most."""
         self._meter.__exit__(None, None, None)
-        peak = torch.tensor([self._meter.peak_bytes], device=self._setup.device)
-        return int(self._group.max(peak))
+        with working_on(self._setup.device, "meter"):
+            peak = torch.tensor([self._meter.peak_bytes], device=self._setup.device)
+            return int(self._group.max(peak))
 
     def describe(self) -> dict[str, Any]:
         """What ``EngineDescription`` says of a device: its name, kernels, notes and bytes."""
@@ -215,7 +218,8 @@ class Runner:
             if hasattr(self, name):
                 delattr(self, name)
         if self._setup.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with working_on(self._setup.device, "close"):
+                torch.cuda.empty_cache()
 
     def _make_drafter(self, progress: Progress | None) -> Drafter | None:
         draft = self._setup.draft
@@ -246,6 +250,8 @@ class _Model:
         name, attention, self._attention_notes = choose_attention(device, setup.dtype)
         self.attention_name = "fused" if setup.fused else name
         self.launcher = device_of(device) if setup.fused else None
+        self._compile_s_before = 0.0 if self.launcher is None else self.launcher.compile_seconds
+        self._compiles = CompileWatch() if setup.execution == "compile" else None
         self.decoder = Decoder(
             model,
             n_positions=setup.n_positions,
@@ -310,8 +316,9 @@ class _Model:
     def compile_cache(self) -> Literal["cold", "warm"] | None:
         """Whether compiled code was found (``warm``) or made; None if there is none."""
         if self.launcher is not None:
-            return "cold" if self.launcher.compile_seconds else "warm"
-        return compile_cache_state() if self.setup.execution == "compile" else None
+            compiled = self.launcher.compile_seconds > self._compile_s_before
+            return "cold" if compiled else "warm"
+        return None if self._compiles is None else self._compiles.state()
 
     def prefill(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
         """Puts tokens from position ``start`` on into a slot; logits [1, 1, V] after the last."""
@@ -443,16 +450,24 @@ def _to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-class out_of_memory_in:  # noqa: N801 (reads as a statement)
-    """Turns the device's out-of-memory into ours, with the phase it happened in."""
+@contextmanager
+def working_on(device: torch.device, phase: str) -> Generator[None]:
+    """Has a device be the current one, for torch and for the driver, and no gradients be kept.
 
-    def __init__(self, phase: str) -> None:
-        self.phase = phase
+    Streams, events and graphs are those of the current device.
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
-            free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-            raise OutOfMemoryError(self.phase, free_bytes=free) from error
+    Raises:
+        OutOfMemoryError: Whatever ran out of memory, and however that was put.
+    """
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, torch.inference_mode():
+        try:
+            yield
+        except OutOfMemoryError:
+            raise
+        except Exception as error:
+            shortage = shortage_of_memory(error)
+            if shortage is None:
+                raise
+            needed = bytes_asked_for(shortage)
+            raise OutOfMemoryError(phase, needed, free_bytes(device)) from error

@@ -6,7 +6,8 @@ that whatever becomes of a rank, the caller learns of it. When one ends, all are
 caller gets the error of the one that failed first rather than those that this caused in others.
 
 Ranks lead sessions of their own: a Ctrl-C at the terminal reaches the caller alone, and ending a
-rank ends what it started. If the caller dies, they notice by their connections (see ``link``).
+rank ends what it started. If the caller dies, they notice by their connections (see ``link``), and
+by their parent (see ``program``).
 
 What ranks compute is none of this module's business.
 """
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, BinaryIO
 
-from hotloop.errors import HotloopError, OutOfMemoryError, RankError
+from hotloop.errors import HotloopError, OutOfMemoryError, RankError, RequestError
 from hotloop.hardware import kernel_oom_kills
 from hotloop.parallel.link import LAST, Answer, Failure, Told, receive, send
 
@@ -40,6 +41,9 @@ PEER_GRACE_S = 2.0
 """How long to wait for a better explanation, when all that a rank says is that a peer is gone."""
 
 LOG_TAIL_LINES = 8
+
+PHASES = {"admit": "prefill", "step": "decode"}
+"""What an error calls the phase of commands that have another name than that."""
 
 
 @dataclass(eq=False)
@@ -99,8 +103,8 @@ def start_rank(module: str, index: int) -> Rank:
     try:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-X", "faulthandler", "-m", module),
-                *(str(index), str(theirs.fileno())),
+                *(sys.executable, "-X", "faulthandler", "-m", "hotloop.parallel.program"),
+                *(str(os.getpid()), module, str(index), str(theirs.fileno())),
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -213,6 +217,14 @@ class _Watch:
             self._replies[reply.number] = reply
             self._command = command
 
+    def end(self) -> None:
+        """Tells whoever waits, or asks for more, that there are no ranks any more."""
+        with self.changed:
+            self.ended = True
+            if self.error is None:
+                self.error = RequestError("the engine is closed: its ranks have ended.")
+            self.changed.notify_all()
+
     def run(self) -> None:
         """Hands out what ranks send, until one of them fails or all are ended."""
         failures: dict[Rank, Failure | None] = {}  # None: it died without a word
@@ -278,7 +290,7 @@ class _Watch:
             rank.process.wait(PEER_GRACE_S)
         code = rank.process.poll()
         if code == -signal.SIGKILL and kernel_oom_kills() != self._oom_kills:
-            return OutOfMemoryError(self._command)
+            return OutOfMemoryError(PHASES.get(self._command, self._command))
         if code is None:
             how = "fell silent"
         elif code < 0:
@@ -292,7 +304,7 @@ def _end(watch: _Watch, thread: threading.Thread, owner: int) -> None:
     """Ends the ranks of a group that nobody uses any more."""
     if os.getpid() != owner:
         return  # a fork of the caller has come to its end, not the caller
-    watch.ended = True
+    watch.end()
     for rank in watch.ranks:
         rank.release()
     with suppress(RuntimeError):  # where the thread itself collects this garbage

@@ -11,20 +11,33 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import secrets
 import socket
+import struct
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
 import torch.distributed as dist
 
 from hotloop.errors import ConfigError, RankError
-from hotloop.parallel.launch import Rank
+from hotloop.parallel.launch import Rank, end_ranks
 from hotloop.parallel.link import receive, send
 
 LOOPBACK = "127.0.0.1"
 CALL_TIMEOUT_S = 300.0
 """How long the caller waits for the ranks that others started."""
+
+GREETING_S = 30
+"""How long each message of a greeting may take."""
+
+TICK_S = 0.1
+"""How often the caller looks who has arrived."""
 
 _CALLER = "caller"
 
@@ -121,30 +134,79 @@ class Torchrun:
             RankError: One did not come in time.
         """
         secret = secrets.token_bytes(32)
-        ranks: dict[int, Rank] = {}
+        missing, ranks = set(range(1, self.world_size)), []
+        arrived: queue.SimpleQueue[Rank] = queue.SimpleQueue()
+        deadline = time.monotonic() + CALL_TIMEOUT_S
         with socket.create_server((self.address.host, 0)) as listener:
-            listener.settimeout(CALL_TIMEOUT_S)
+            listener.settimeout(TICK_S)
             caller = (self.address.host, listener.getsockname()[1], secret.hex())
             store.set(_CALLER, json.dumps(caller))
-            while len(ranks) < self.world_size - 1:
-                try:
-                    connection = Connection(listener.accept()[0].detach())
-                except TimeoutError:
-                    missing = min(set(range(1, self.world_size)) - ranks.keys())
+            while missing:
+                with suppress(TimeoutError):
+                    reached, _ = listener.accept()
+                    # In a thread: whoever says nothing must not keep the others waiting.
+                    greeting = (reached, secret, arrived)
+                    threading.Thread(target=_greet, args=greeting, daemon=True).start()
+                while not arrived.empty():
+                    rank = arrived.get()
+                    if rank.index in missing:
+                        missing.remove(rank.index)
+                        ranks.append(rank)
+                    else:
+                        rank.connection.close()
+                if missing and time.monotonic() > deadline:
+                    end_ranks(ranks)
                     problem = f"did not come within {CALL_TIMEOUT_S:g} s"
-                    raise RankError(missing, self.world_size, problem) from None
-                deliver_challenge(connection, secret)
-                answer_challenge(connection, secret)
-                index = receive(connection)
-                ranks[index] = Rank(index, connection)
-        return [ranks[index] for index in sorted(ranks)]
+                    raise RankError(min(missing), self.world_size, problem)
+        return sorted(ranks, key=lambda rank: rank.index)
 
     def call(self, store: dist.Store) -> Connection:
-        """This rank's connection to the caller."""
+        """This rank's connection to the caller.
+
+        Raises:
+            RankError: The caller is not there, or is somebody else.
+        """
         host, port, secret = json.loads(store.get(_CALLER))
-        with socket.create_connection((host, port)) as reached:
-            connection = Connection(reached.detach())
-        answer_challenge(connection, bytes.fromhex(secret))
-        deliver_challenge(connection, bytes.fromhex(secret))
-        send(connection, self.rank)
-        return connection
+        try:
+            with (
+                socket.create_connection((host, port), timeout=GREETING_S) as reached,
+                _limited(reached) as connection,
+            ):
+                answer_challenge(connection, bytes.fromhex(secret))
+                deliver_challenge(connection, bytes.fromhex(secret))
+                send(connection, self.rank)
+                return connection
+        except (OSError, EOFError, AuthenticationError) as error:
+            problem = f"could not reach rank 0's process at {host}:{port}: {error}"
+            raise RankError(self.rank, self.world_size, problem) from error
+
+
+def _greet(reached: socket.socket, secret: bytes, arrived: queue.SimpleQueue[Rank]) -> None:
+    """Lets in a rank that called; drops whoever is none."""
+    with reached, suppress(OSError, EOFError, AuthenticationError):  # no rank, or too slow a one
+        with _limited(reached) as connection:
+            deliver_challenge(connection, secret)
+            answer_challenge(connection, secret)
+            index = receive(connection)
+        arrived.put(Rank(index, connection))
+
+
+@contextmanager
+def _limited(reached: socket.socket) -> Generator[Connection]:
+    """A connection whose messages must come in time within the block; closed if it fails."""
+    reached.settimeout(None)
+    connection = Connection(os.dup(reached.fileno()))
+
+    def limit(seconds: float) -> None:
+        # On the socket itself: the connection reads its file, past Python's timeouts.
+        interval = struct.pack("ll", int(seconds), 0)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            reached.setsockopt(socket.SOL_SOCKET, option, interval)
+
+    try:
+        limit(GREETING_S)
+        yield connection
+        limit(0)  # none
+    except BaseException:
+        connection.close()
+        raise

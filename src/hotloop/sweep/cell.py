@@ -8,9 +8,8 @@ a crash, a hang or a kill is the business of ``process``.
 from __future__ import annotations
 
 import logging
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -40,13 +39,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_REASON_CHARS = 8_000
-
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-"""What messages say where torch raises a plain RuntimeError for want of memory."""
 
 
 def run_cell(job: Job, on_event: OnEvent = ignore) -> Record:
@@ -292,7 +284,7 @@ def explain(error: Exception, phase: Phase, memory: MemoryPlan | None = None) ->
         return "unsupported", str(error)
     if isinstance(error, OutOfMemoryError):
         return "oom", str(error)
-    if (shortage := next(filter(_is_out_of_memory, _chain(error)), None)) is not None:
+    if (shortage := hardware.shortage_of_memory(error)) is not None:
         message = str(shortage).partition("\n")[0] or type(shortage).__name__
         known = f"; needed {gib(memory.total_bytes)} as predicted" if memory else ""
         known += f", {gib(memory.free_bytes)} were free before loading" if memory else ""
@@ -302,17 +294,3 @@ def explain(error: Exception, phase: Phase, memory: MemoryPlan | None = None) ->
     frames = "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()
     message = str(error).strip()
     return "failed", f"{type(error).__name__} in {phase}: {message}\n{frames}"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it: compilers wrap what they meet."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")  # without it, it is not one of torch's errors
-    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(words in str(error) for words in OUT_OF_MEMORY)

@@ -1,0 +1,68 @@
+"""Only ranks are let in, and nobody who says nothing keeps them waiting."""
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+import torch.distributed as dist
+
+from hotloop.errors import RankError
+from hotloop.parallel.link import receive, send
+from hotloop.parallel.rendezvous import LOOPBACK, Address, Torchrun
+
+
+def torchrun(rank: int) -> Torchrun:
+    return Torchrun(
+        rank=rank,
+        world_size=3,
+        local_rank=rank,
+        local_world_size=3,
+        address=Address(host=LOOPBACK, port=0),
+        serves=False,
+    )
+
+
+def where(store: dist.Store) -> tuple[str, int]:
+    """Where the caller listens, once it does."""
+    host, port, _ = json.loads(store.get("caller"))
+    return host, port
+
+
+@pytest.mark.parametrize("said", [b"", b"\0", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 8])
+def test_ranks_come_in_past_connections_that_are_none_of_theirs(said):
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as pool, ExitStack() as strangers:
+        accepted = pool.submit(torchrun(0).accept_ranks, store)
+        for _ in range(3):
+            stranger = strangers.enter_context(socket.create_connection(where(store)))
+            stranger.sendall(said)
+        calls = [pool.submit(torchrun(rank).call, store) for rank in (2, 1)]
+        ranks, (two, one) = accepted.result(), [call.result() for call in calls]
+    assert [rank.index for rank in ranks] == [1, 2]
+    for rank, own in zip(ranks, (one, two), strict=True):
+        send(rank.connection, "for you")
+        assert receive(own) == "for you"
+        rank.close()
+        own.close()
+
+
+def test_a_rank_that_does_not_come_is_named_though_somebody_else_calls(monkeypatch):
+    monkeypatch.setattr("hotloop.parallel.rendezvous.CALL_TIMEOUT_S", 0.3)
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        accepted = pool.submit(torchrun(0).accept_ranks, store)
+        with socket.create_connection(where(store)):
+            pool.submit(torchrun(1).call, store).result()
+            with pytest.raises(RankError, match=r"rank 2 of 3 did not come within 0\.3 s"):
+                accepted.result()
+
+
+def test_a_caller_that_is_somebody_else_is_an_error(monkeypatch):
+    monkeypatch.setattr("hotloop.parallel.rendezvous.GREETING_S", 1)
+    store = dist.HashStore()
+    with socket.create_server((LOOPBACK, 0)) as silent:
+        store.set("caller", json.dumps((*silent.getsockname(), "00")))
+        with pytest.raises(RankError, match="could not reach rank 0's process"):
+            torchrun(1).call(store)
