@@ -33,6 +33,7 @@ class FakeTokenizer:
     chat_template: str = "<role>content"
     source: Path = Path("fake")
     bos_id: int = ord("^")
+    notes: tuple[str, ...] = ()
 
     def chat_prompt(
         self,

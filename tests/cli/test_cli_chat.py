@@ -199,6 +199,24 @@ def test_input_that_is_not_utf_8_is_one_line():
     )
 
 
+def test_the_last_answer_can_be_continued_and_stays_one_answer(fake_llm, piped):
+    piped("Hi\n/continue\nAnd?\n")
+    assert main(["chat", "m"]) == 0
+    (llm,) = fake_llm.made
+    assert [asked.prompt for asked in llm.asked] == [
+        "<user>Hi<assistant>",
+        "<user>Hi<assistant>Hello world.",
+        "<user>Hi<assistant>Hello world.Hello world.<user>And?<assistant>",
+    ]
+
+
+def test_without_an_answer_there_is_nothing_to_continue(fake_llm, piped, capsys):
+    piped("/continue\nHi\n")
+    assert main(["chat", "m"]) == 0
+    assert "there is no answer to continue" in capsys.readouterr().err
+    assert len(fake_llm.made[0].asked) == 1
+
+
 def test_a_refused_turn_does_not_end_the_session(piped, capsys):
     piped("x" * 300 + "\nHi\n")
     assert main(["chat", "m"]) == 0

@@ -48,6 +48,7 @@ Examples:
 )
 
 COMMANDS = {
+    "/continue": "continue the last answer, where it was cut",
     "/reset": "forget the conversation; the system message stays",
     "/stats": "figures of this session",
     "/system TEXT": "set the system message; without TEXT, show it",
@@ -137,15 +138,20 @@ class Conversation:
     system: str | None = None
     exchanges: list[tuple[str, str]] = field(default_factory=list)
 
-    def prompt(self, text: str) -> tuple[ChatPrompt, int]:
+    def prompt(self, text: str | None) -> tuple[ChatPrompt, int]:
         """The prompt for the answer to ``text``, and how many old exchanges had to go for it.
 
+        Without ``text`` it is the prompt that continues the last answer.
+
         Raises:
-            RequestError: ``text`` does not fit even alone; the conversation is as it was.
+            RequestError: ``text`` does not fit even alone, or there is no answer to continue; the
+                conversation is as it was.
         """
-        dropped = 0
+        if text is None and not self.exchanges:
+            raise RequestError("there is no answer to continue.")
+        dropped, last = 0, len(self.exchanges) - (text is None)
         while len(ids := self.encode(self._messages(self.exchanges[dropped:], text))) > self.limit:
-            if dropped == len(self.exchanges):
+            if dropped == last:
                 raise RequestError(
                     f"this message takes {len(ids)} tokens, and {self.limit} fit. Shorten it, or "
                     "start with a larger --max-seq-len."
@@ -154,12 +160,20 @@ class Conversation:
         del self.exchanges[:dropped]
         return ids, dropped
 
-    def _messages(self, exchanges: list[tuple[str, str]], text: str) -> list[Message]:
+    def add(self, text: str | None, answer: str) -> None:
+        """Adds an answer to ``text``, or what continues the last answer."""
+        if text is None:
+            asked, begun = self.exchanges[-1]
+            self.exchanges[-1] = asked, begun + answer
+        else:
+            self.exchanges.append((text, answer))
+
+    def _messages(self, exchanges: list[tuple[str, str]], text: str | None) -> list[Message]:
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for asked, answered in exchanges:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answered})
-        return [*messages, {"role": "user", "content": text}]
+        return messages if text is None else [*messages, {"role": "user", "content": text}]
 
 
 class Session:
@@ -230,6 +244,8 @@ class Session:
                 self._context_used = 0
                 kept = "; the system message stays." if self._talk.system else "."
                 note(f"The conversation is forgotten{kept}")
+            case "/continue":
+                self._reply(None)
             case "/stats":
                 note(self._stats())
             case "/system":
@@ -239,7 +255,7 @@ class Session:
                 raise AssertionError(f"no command {name!r}")
         return True
 
-    def _reply(self, text: str) -> None:
+    def _reply(self, text: str | None) -> None:
         before = len(self._talk.exchanges)
         ids, dropped = self._talk.prompt(text)
         if dropped:
@@ -253,7 +269,7 @@ class Session:
         with self.ctrl_c.while_answering() if self.ctrl_c else NO_CTRL_C as stopped:
             answer = relay(self._llm.stream([ids], params), writer, stopped)
         if answer.text:
-            self._talk.exchanges.append((text, answer.text))
+            self._talk.add(text, answer.text)
         self._answers.append(answer)
         self._context_used = len(ids) + len(answer.token_ids)
         if self._json:

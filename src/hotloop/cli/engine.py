@@ -38,6 +38,8 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
 
         llm = hotloop.LLM(config, progress=progress)
     try:
+        for text in llm.tokenizer.notes if llm.tokenizer else ():
+            note(text)
         yield llm
     finally:
         llm.close()
