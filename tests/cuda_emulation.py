@@ -5,24 +5,50 @@
 
 import ctypes
 import functools
+import hashlib
 import itertools
+import os
 import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
+from hotloop.cache import cache_dir
 from hotloop.kernels import cpu
 from hotloop.kernels.cuda.compile import SOURCES, Kernel
 from hotloop.kernels.cuda.launch import Call, Limits
 
 EMULATED = Path(__file__).with_name("emulated")
+CACHE = cache_dir() / "emulated-kernels"
+"""Libraries by what they are built from; as it is before a test sets another folder."""
+
+UNUSED_S = 14 * 24 * 3600.0
+"""Libraries of sources that no test has needed for this long are deleted."""
+
+FLAGS = (
+    *("-std=c++20", "-O1", "-ffp-contract=off", "-w", "-fPIC"),
+    "-U_FORTIFY_SOURCE",  # which takes jumps between stacks for mistakes
+)
+RUN = """
+extern "C" void run(const void* args, int x, int y, int z, int threads, int bytes,
+                    const Late* late, int n_late) {
+  const auto kernel = [](const void* a) { NAME(*(ARGS*)a); };
+  run_grid(kernel, args, {x, y, z}, threads, bytes, late, n_late);
+}
+extern "C" int n_prefetches() { return machine.prefetches.size(); }
+extern "C" void prefetches(Prefetch* to) {
+  std::copy(machine.prefetches.begin(), machine.prefetches.end(), to);
+}
+"""
 
 needs_compiler = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -89,8 +115,8 @@ class EmulatedDevice:
         self.launched: list[tuple[str, bool]] = []
 
     def load(self, kernels: Iterable[Kernel]) -> None:
-        folder()  # one, before threads ask for it
-        with ThreadPoolExecutor() as pool:
+        sources()  # once, before threads ask for it
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(build, set(kernels)))
 
     def prepare(self, call: Call, *, dependent: bool) -> Callable[[], None]:
@@ -102,44 +128,62 @@ class EmulatedDevice:
 
 
 @functools.cache
-def folder() -> tempfile.TemporaryDirectory:
-    """Where libraries are built; with the kernels' source and the emulated functions."""
-    made = tempfile.TemporaryDirectory(prefix="hotloop-emulated-")
-    for source in (*SOURCES.glob("*.cu*"), *EMULATED.glob("*.cuh")):
-        (Path(made.name) / source.name).write_text(source.read_text())
-    return made
+def copies() -> tempfile.TemporaryDirectory:
+    """Where this process keeps its copies of libraries."""
+    return tempfile.TemporaryDirectory(prefix="hotloop-emulated-")
 
 
 @functools.cache
 def built_for(machine: int, kernel: Kernel) -> Path:
     """A copy of the library whose variables are one machine's."""
-    library = build(kernel)
-    return shutil.copyfile(library, library.with_suffix(f".{machine}.so"))
+    return shutil.copyfile(build(kernel), Path(copies().name) / f"{kernel.name}.{machine}.so")
 
 
 def build(kernel: Kernel) -> Path:
-    """A shared library in which ``device.cuh`` is the CPU's."""
+    """A shared library in which ``device.cuh`` is the CPU's; from the cache if it is there."""
     with _building.setdefault(kernel, threading.Lock()):
         return _build(kernel)
 
 
 @functools.cache
 def _build(kernel: Kernel) -> Path:
-    source = Path(folder().name) / f"{kernel.name}.cpp"
-    source.write_text(
-        f"{kernel.source()}\n"
-        'extern "C" void run(const void* args, int x, int y, int z, int threads, int bytes,\n'
-        "                    const Late* late, int n_late) {\n"
-        f"  const auto kernel = [](const void* a) {{ {kernel.name}(*({kernel.args}*)a); }};\n"
-        "  run_grid(kernel, args, {x, y, z}, threads, bytes, late, n_late);\n"
-        "}\n"
-        'extern "C" int n_prefetches() { return machine.prefetches.size(); }\n'
-        'extern "C" void prefetches(Prefetch* to) {\n'
-        "  std::copy(machine.prefetches.begin(), machine.prefetches.end(), to);\n"
-        "}\n"
-    )
-    library = source.with_suffix(".so")
-    flags = ("-std=c++20", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC")
-    jumps = "-U_FORTIFY_SOURCE"  # which takes jumps between stacks for mistakes
-    subprocess.run(["c++", *flags, jumps, str(source), "-o", str(library)], check=True)
+    text = kernel.source() + RUN.replace("NAME", kernel.name).replace("ARGS", kernel.args)
+    library = sources() / f"{kernel.name}-{digest(text)}.so"
+    if not library.exists():
+        # Included first, since what another header includes is never taken precompiled.
+        compile_to(library, "-shared", "-include", "device.cuh", "-x", "c++", "-", text=text)
     return library
+
+
+@functools.cache
+def sources() -> Path:
+    """A folder in the cache with kernels' source and the emulated functions, precompiled."""
+    files = {path.name: path.read_text() for path in SOURCES.glob("*.cu*")}
+    files |= {path.name: path.read_text() for path in EMULATED.glob("*.cuh")}
+    compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True)
+    folder = CACHE / digest(*itertools.chain(*sorted(files.items())), *FLAGS, compiler.stdout)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        if not (folder / name).exists():
+            scratch = folder / f"{name}.{os.getpid()}"
+            scratch.write_text(text)
+            scratch.replace(folder / name)
+    if not (folder / "device.cuh.gch").exists():
+        compile_to(folder / "device.cuh.gch", "-x", "c++-header", "device.cuh")
+    os.utime(folder)
+    for other in CACHE.iterdir():
+        if time.time() - other.stat().st_mtime > UNUSED_S:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def compile_to(path: Path, *arguments: str, text: str | None = None) -> None:
+    """Compiles in the folder of ``path``, which appears there once it is whole."""
+    scratch = path.with_suffix(f".{os.getpid()}{path.suffix}")
+    command = ("c++", *FLAGS, *arguments, "-o", scratch.name)
+    subprocess.run(command, cwd=path.parent, input=text, text=True, check=True)
+    scratch.replace(path)
+
+
+def digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
