@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for every supported architecture; no GPU is needed for that."""
+"""The CUDA kernels compile for every supported architecture; no GPU is needed for that."""
 
 import os
 import tempfile
@@ -85,7 +85,7 @@ def attention_kernels() -> list[Kernel]:
 
 
 def prompt_kernels() -> list[Kernel]:
-    return list({kernel for head_dim in HEAD_DIMS for kernel in prompt.kernels(head_dim)})
+    return list(dict.fromkeys(k for head_dim in HEAD_DIMS for k in prompt.kernels(head_dim)))
 
 
 def step_kernels() -> list[Kernel]:
@@ -98,15 +98,21 @@ def step_kernels() -> list[Kernel]:
 
 OTHERS = {"attention": attention_kernels, "prompt": prompt_kernels, "step": step_kernels}
 
+COMPLETE = ("sm_80", "sm_90")
+"""The source has two branches, for less than sm_90 and from it on: every kernel compiles in both.
+Of the other architectures, two kernels of each group stand for the rest."""
+
 
 @needs_nvrtc
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("group", [*KINDS, *OTHERS])
-def test_every_kernel_compiles_for_every_architecture(group, architecture):
+def test_kernels_compile_for_every_architecture(group, architecture):
     kernels = OTHERS[group]() if group in OTHERS else linear_kernels(group)
     assert len({kernel.name for kernel in kernels}) == len(set(kernels)), "a name means one kernel"
-    with ThreadPoolExecutor() as pool:
+    if architecture not in COMPLETE:
+        kernels = [kernels[0], kernels[-1]]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for compiled in pool.map(lambda k: compile_kernel(k, architecture), kernels):
             assert compiled.cubin[:4] == b"\x7fELF"
             assert compiled.note is None

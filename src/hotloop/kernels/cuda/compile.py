@@ -30,7 +30,7 @@ OPTIONS = (
     "--fmad=false",
 )
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
-"""Those that tests compile every kernel for. Others are taken where NVRTC knows them."""
+"""Those that tests compile kernels for. Others are taken where NVRTC knows them."""
 
 
 @dataclass(frozen=True, kw_only=True)
