@@ -74,6 +74,7 @@ class FakeLLM:
     default_sampling = SamplingParams(temperature=0.25)
     interrupt_after: int | None = None
     speculation: Speculation | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: EngineConfig, *, progress: Callable[[str, int, int], None]) -> None:
         progress("load", 1, 2)
@@ -126,6 +127,7 @@ class FakeLLM:
             weight_bytes=4000,
             weight_bytes_per_step=4000,
             kv_bytes_per_token=8,
+            notes=self.notes,
         )
 
     def close(self) -> None:

@@ -1,7 +1,10 @@
 """Machines on which our CPU kernels cannot be built: what is said, and what runs instead."""
 
 import os
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +42,7 @@ def test_failing_compiler_is_named_with_its_words(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("CXX", broken)
     reason = reason_here()
     assert reason is not None
-    assert reason.startswith(f"building the CPU kernels with {broken} failed: ")
+    assert reason.startswith(f"building the CPU kernels with {broken} failed, so decoding is ")
     assert reason.endswith("fatal: no such header")
     assert not list((cache / "kernels").iterdir()), "nothing half-made is left"
 
@@ -47,7 +50,7 @@ def test_failing_compiler_is_named_with_its_words(tmp_path, cache, monkeypatch):
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/c++"])
 def test_compiler_that_is_none_is_named(compiler, cache, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
-    assert f"building the CPU kernels with {compiler} failed: " in str(reason_here())
+    assert f"building the CPU kernels with {compiler} failed, so" in str(reason_here())
     assert not cache.exists()
 
 
@@ -55,7 +58,9 @@ def test_compiler_that_is_none_is_named(compiler, cache, monkeypatch):
 def test_missing_compiler_is_explained(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert reason_here() == "no C++ compiler found (install g++, or set CXX)"
+    assert reason_here() == (
+        "no C++ compiler found, so decoding is several times slower (install g++, or set CXX)"
+    )
 
 
 @pytest.mark.usefixtures("cache")
@@ -66,7 +71,7 @@ def test_library_that_cannot_be_loaded_is_a_reason_too(tmp_path, monkeypatch):
         'while test "$1" != -o; do shift; done; echo no library > "$2"',
     )
     monkeypatch.setenv("CXX", nonsense)
-    assert f"building the CPU kernels with {nonsense} failed: " in str(reason_here())
+    assert f"building the CPU kernels with {nonsense} failed, so" in str(reason_here())
 
 
 def test_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(tmp_path, monkeypatch):
@@ -99,3 +104,43 @@ def test_attention_falls_back_with_the_reason(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no compiler today")
     chosen = choose_attention(torch.device("cpu"), torch.bfloat16)
     assert chosen == ("torch", torch_attention, ["attention/cpu not used: no compiler today"])
+
+
+def test_processes_that_build_at_once_get_the_same_library(tmp_path, cache, monkeypatch):
+    slow = script(
+        tmp_path / "c++",
+        'test "$1" = --version && echo 1.0 && exit 0\n'
+        f'echo built >> {tmp_path / "log"}; while test "$1" != -o; do shift; done\n'
+        f'echo half > "$2"; while test "$(wc -l < {tmp_path / "log"})" -lt 2; do sleep 0.05; done\n'
+        'echo whole > "$2"',
+    )
+    monkeypatch.setenv("CXX", slow)
+    program = (
+        "from hotloop.kernels import cpu; import sys; print(cpu._build(sys.argv[1]).read_text())"
+    )
+    command = [sys.executable, "-c", program, slow]
+    builds = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [build.communicate(timeout=120)[0].split() for build in builds] == [["whole"]] * 2
+    assert len(list((cache / "kernels").iterdir())) == 1, "nothing half-made is left"
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_build_that_was_killed_leaves_nothing_that_is_taken_for_a_library(tmp_path):
+    hang, started = tmp_path / "hang", tmp_path / "started"
+    compiler = script(
+        tmp_path / "c++",
+        'test "$1" = --version && echo 1.0 && exit 0\n'
+        'while test "$1" != -o; do shift; done; echo half > "$2"\n'
+        f"touch {started}; while test -e {hang}; do sleep 0.05; done\n"
+        'echo whole > "$2"',
+    )
+    hang.touch()
+    program = "from hotloop.kernels import cpu; import sys; cpu._build(sys.argv[1])"
+    command = [sys.executable, "-c", program, compiler]
+    with subprocess.Popen(command) as build:
+        while not started.exists():
+            assert build.poll() is None, "the build ended before it was killed"
+            time.sleep(0.05)
+        build.kill()
+    hang.unlink()
+    assert cpu._build(compiler).read_text() == "whole\n"

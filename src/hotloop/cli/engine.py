@@ -26,6 +26,17 @@ def note_cache() -> None:
         note(text)
 
 
+def note_slower_kernels(notes: Sequence[str]) -> None:
+    """Says which kernels are passed over, and why: each reason once, with all that it is about."""
+    names: dict[str, list[str]] = {}
+    for text in notes:
+        name, not_used, reason = text.partition(" not used: ")
+        if not_used:
+            names.setdefault(reason, []).append(name)
+    for reason, passed_over in names.items():
+        note(f"{', '.join(passed_over)} not used: {reason}")
+
+
 @contextmanager
 def loaded(config: EngineConfig) -> Generator[LLM]:
     """The engine of ``config``."""
@@ -40,6 +51,7 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
     try:
         for text in llm.tokenizer.notes if llm.tokenizer else ():
             note(text)
+        note_slower_kernels(llm.describe().notes)
         yield llm
     finally:
         llm.close()

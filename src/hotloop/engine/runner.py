@@ -41,6 +41,7 @@ from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter, 
 from hotloop.engine.vocabulary import Vocabulary
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import bytes_asked_for, device_info, free_bytes, shortage_of_memory
+from hotloop.kernels import cpu
 from hotloop.kernels.attention import choose_attention
 from hotloop.kernels.cuda.launch import device_of
 from hotloop.memory_meter import MemoryMeter
@@ -130,6 +131,10 @@ class Runner:
                 captures=self.captures,
                 reads_whole_cache=self._model.attention_name in ("cpu", "fused"),
             )
+            models = [self._model, *([self._draft_model] if self._draft_model else [])]
+            kernels = {name for model in models for name in model.kernels().values()}
+            ours = all(name.endswith("/cpu") for name in kernels)
+            self._step_threads = cpu.threads_to_ourselves if ours else nullcontext
 
     def admit(
         self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int]
@@ -151,7 +156,7 @@ class Runner:
 
     def step(self, step: Step) -> Pending:
         """Starts a decode step, without waiting for it."""
-        with working_on(self._setup.device, "decode"):
+        with working_on(self._setup.device, "decode"), self._step_threads():
             return Pending(*self._stepper.step(step))
 
     def score(self, ids: Sequence[int], full: bool) -> Score:

@@ -10,6 +10,7 @@ decode_attention}``; ``kernels.reference`` specifies them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -17,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +38,9 @@ FLAGS = (
     "-fPIC",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11
 )
+
+SLOWER = "decoding is several times slower"
+"""What it means that the operators cannot be used."""
 
 INT4_FEATURES = 16
 """Output features whose int4 weights ``linear_int4`` reads side by side."""
@@ -63,17 +68,33 @@ def side_by_side(rows_NX: Tensor) -> Tensor:
     return rows_NX.unflatten(0, (-1, INT4_FEATURES)).transpose(1, 2).contiguous()
 
 
+@contextlib.contextmanager
+def threads_to_ourselves() -> Iterator[None]:
+    """Keeps PyTorch's own operators on the calling thread; ours use as many as before.
+
+    OpenMP's threads, which PyTorch uses, are made for a machine that does nothing else: a loop of
+    theirs takes as long as the thread that gets least of a processor, and they spin for many
+    milliseconds afterwards, in the way of the caller and of ours.
+    """
+    torch.ops.hotloop_cpu.keep_threads(True)
+    try:
+        yield
+    finally:
+        torch.ops.hotloop_cpu.keep_threads(False)
+
+
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why the operators cannot be used, or None when they are loaded and ready."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        return "no C++ compiler found (install g++, or set CXX)"
+        return f"no C++ compiler found, so {SLOWER} (install g++, or set CXX)"
     try:
         torch.ops.load_library(_build(compiler))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        return f"building the CPU kernels with {compiler} failed: {detail.strip()[-500:]}"
+        said = detail.strip()[-500:]
+        return f"building the CPU kernels with {compiler} failed, so {SLOWER}: {said}"
     _register_shapes()
     return None
 
@@ -85,7 +106,8 @@ def _build(compiler: str) -> Path:
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=30
     ).stdout
     # -march=native means another library on another processor that shares the home directory.
-    identity = (SOURCE.read_text(), version, torch.__version__, _processor(), *FLAGS)
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    identity = (*sources, version, torch.__version__, _processor(), *FLAGS)
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = cache_path("kernels", f"cpu-{key}.so")
     if library.exists():

@@ -32,10 +32,15 @@
 #include <limits>
 #include <new>
 #include <numeric>
+#include <memory>
 #include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "pool.h"
+
+extern "C" __attribute__((weak)) void omp_set_num_threads(int);  // where torch is built with OpenMP
 
 namespace {
 
@@ -192,6 +197,24 @@ inline int64_t grain(int64_t least, int64_t products) {
   return std::max<int64_t>(1, least / std::max<int64_t>(1, products));
 }
 
+// How many threads this thread's operators use; 0: as many as torch's.
+thread_local int own_threads = 0;
+
+int n_threads() { return own_threads ? own_threads : int(torch::stable::get_num_threads()); }
+
+void run(std::unique_ptr<hotloop::Task> task) {
+  hotloop::Pool::shared().run(std::move(task), n_threads());
+}
+
+// From here on torch's operators stay on the calling thread, and only ours use several; or, with
+// false, no longer. OpenMP's threads wait spinning for each other, and spin on for milliseconds.
+void keep_threads(bool on) {
+  if (on == (own_threads != 0)) return;
+  const int threads = n_threads();
+  own_threads = on ? threads : 0;
+  if (omp_set_num_threads) omp_set_num_threads(on ? 1 : threads);
+}
+
 // Straight from the C interface: at this size, going through the dispatcher would show.
 Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
   std::vector<int64_t> strides(sizes.size());
@@ -276,24 +299,46 @@ struct FixedPoint {
   }
 };
 
-// The [M, N] product: f(n, m, y) leaves features n … n + kLanes - 1 of rows m … m + R - 1 in y.
+// The features of a product in parts of a vector: f(n, m, y) leaves features n … n + kLanes - 1 of
+// rows m … m + R - 1 in y.
+template <class F> struct Features final : hotloop::Task {
+  F f;
+  int64_t M, N;
+  uint16_t* out;  // [M, N]
+
+  Features(F f, int64_t M, int64_t K, int64_t N, uint16_t* out)
+      : f(std::move(f)), M(M), N(N), out(out) {
+    units = (N + kLanes - 1) / kLanes;
+    least = grain(kLinearProducts, M * K * kLanes);
+    unit_bytes = M * kLanes * sizeof *out;
+  }
+
+  void compute(int64_t begin, int64_t end, std::byte* result) const override {
+    const int64_t first = begin * kLanes, width = (end - begin) * kLanes;
+    auto* to = reinterpret_cast<uint16_t*>(result);  // [M, width]
+    for (int64_t n = first; n < first + width; n += kLanes) {
+      for_rows(M, [&](auto R, int64_t m) {
+        f32v y[R];
+        f(n, m, y);
+        for (int r = 0; r < R; r++) put(to + (m + r) * width + n - first, y[r]);
+      });
+    }
+  }
+
+  void commit(int64_t begin, int64_t end, const std::byte* result) const override {
+    const int64_t first = begin * kLanes, width = (end - begin) * kLanes;
+    const auto* from = reinterpret_cast<const uint16_t*>(result);
+    for (int64_t m = 0; m < M; m++) {
+      std::copy_n(from + m * width, std::min(width, N - first), out + m * N + first);
+    }
+  }
+};
+
 template <class F> Tensor by_features(const Tensor& x, int64_t N, F f) {
   const int64_t M = x.size(0), K = x.size(1);
   Tensor result = new_output(x, {M, N});
   auto* out = static_cast<uint16_t*>(result.mutable_data_ptr());
-  const int64_t parts = (N + kLanes - 1) / kLanes;
-  const int64_t least = grain(kLinearProducts, M * K * kLanes);
-  torch::stable::parallel_for(0, parts, least, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin * kLanes; n < std::min(end * kLanes, N); n += kLanes) {
-      for_rows(M, [&](auto R, int64_t m) {
-        f32v y[R];
-        f(n, m, y);
-        for (int r = 0; r < R; r++) {
-          put(out + (m + r) * N + n, y[r], std::min<int64_t>(kLanes, N - n));
-        }
-      });
-    }
-  });
+  run(std::make_unique<Features<F>>(std::move(f), M, K, N, out));
   return result;
 }
 
@@ -348,11 +393,12 @@ void add_products(const W* const (&w)[F], const int16_t* x, int64_t K, f32v (&to
 
 // y[m, n] = scale(m, n) * the sum over k of weight[n, k] * x[m, k]
 template <class W, class Scale>
-Tensor product(const Tensor& like, const Activations<kPairs>& x, const Tensor& weight,
-               Scale scale) {
+Tensor product(const Tensor& like, Activations<kPairs> x, const Tensor& weight, Scale scale) {
   const int64_t K = like.size(1), N = weight.size(0);
   const auto* rows = static_cast<const W*>(weight.const_data_ptr());
-  return by_features(like, N, [&]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
+  return by_features(like, N, [=, weight = weight, x = std::move(x),
+                               scale = std::move(scale)]<int R>(int64_t n, int64_t m,
+                                                                f32v(&y)[R]) {
     constexpr int F = 2 * R <= kSums ? 2 : 1;
     f32v total[R][kLanes];
     for (int i = 0; i < kLanes; i += F) {
@@ -367,19 +413,22 @@ Tensor product(const Tensor& like, const Activations<kPairs>& x, const Tensor& w
 Tensor linear_bf16(const Tensor& x, const Tensor& weight) {
   const int64_t M = x.size(0), K = x.size(1);
   STD_TORCH_CHECK(weight.size(1) == K, "weight is [N, K]");
-  const Activations<kPairs> activations(static_cast<const int16_t*>(x.const_data_ptr()), M, K);
-  return product<uint16_t>(x, activations, weight, [](int64_t, int64_t) { return 1.0f; });
+  Activations<kPairs> activations(static_cast<const int16_t*>(x.const_data_ptr()), M, K);
+  return product<uint16_t>(x, std::move(activations), weight,
+                           [](int64_t, int64_t) { return 1.0f; });
 }
 
 Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& scale) {
   const int64_t M = x.size(0), K = x.size(1), N = values.size(0);
   STD_TORCH_CHECK(values.size(1) == K && scale.numel() == N, "values [N, K], scale [N]");
-  const FixedPoint fixed(x);
-  const Activations<kPairs> activations(fixed.values.data(), M, K);
+  FixedPoint fixed(x);
+  Activations<kPairs> activations(fixed.values.data(), M, K);
   const auto* s = static_cast<const float*>(scale.const_data_ptr());
-  return product<int8_t>(x, activations, values, [&](int64_t m, int64_t n) {
-    return get(s + n, std::min<int64_t>(kLanes, N - n)) * fixed.scale[m];
-  });
+  const auto scale_of = [N, s, scale = scale, of_row = std::move(fixed.scale)](int64_t m,
+                                                                             int64_t n) {
+    return get(s + n, std::min<int64_t>(kLanes, N - n)) * of_row[m];
+  };
+  return product<int8_t>(x, std::move(activations), values, scale_of);
 }
 
 // ------------------------------------------------------------------- int4, features side by side
@@ -440,8 +489,8 @@ Tensor linear_int4(const Tensor& x, const Tensor& words, const Tensor& scale,
   const int64_t G = scale.size(1);
   STD_TORCH_CHECK(words.size(1) * 8 == K && K % (8 * G) == 0 && K / G <= 256,
                   "words [N / 16, K / 8, 16], scale [N / 16, G, 16], groups of up to 256");
-  const FixedPoint fixed(x);
-  const Activations<2> pairs(fixed.values.data(), M, K);
+  FixedPoint fixed(x);
+  Activations<2> pairs(fixed.values.data(), M, K);
   const int64_t size = K / G;
   // Nibbles are 8 more than the weights: what that adds is known from the activations alone.
   std::vector<int32_t> x_sums(M * G);
@@ -455,10 +504,13 @@ Tensor linear_int4(const Tensor& x, const Tensor& words, const Tensor& scale,
   });
   const Int4Weight weight{static_cast<const uint32_t*>(words.const_data_ptr()), bf16(scale),
                           offset ? bf16(*offset) : nullptr, K, G};
-  return by_features(x, N, [&]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
+  auto features = [weight, G, words = words, scale = scale, offset = offset,
+                   pairs = std::move(pairs), x_sums = std::move(x_sums),
+                   of_row = std::move(fixed.scale)]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
     multiply_int4(weight, n, pairs.from(m), &x_sums[m * G], y);
-    for (int r = 0; r < R; r++) y[r] *= fixed.scale[m + r];
-  });
+    for (int r = 0; r < R; r++) y[r] *= of_row[m + r];
+  };
+  return by_features(x, N, std::move(features));
 }
 
 // ------------------------------------------------------------------------------------ attention
@@ -521,50 +573,92 @@ void attend(const Value* keys, const Value* values, int64_t length, int64_t E, c
   });
 }
 
-template <class Value>
-void attention_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                     const Tensor& positions, int64_t window, double scale, Tensor& y) {
-  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), E = q.size(3);
-  const int64_t J = k_cache.size(1), C = k_cache.size(2), heads = H / J, BTH = B * T * H;
-  const auto* query = static_cast<const Value*>(q.const_data_ptr());
-  const auto* keys = static_cast<const Value*>(k_cache.const_data_ptr());
-  const auto* values = static_cast<const Value*>(v_cache.const_data_ptr());
-  const auto* position = static_cast<const int64_t*>(positions.const_data_ptr());
-  auto* out = static_cast<Value*>(y.mutable_data_ptr());
+// Blocks of the cache, each for all tokens and query heads that share it: it is read from memory
+// once. They are the same for every token, so that a token's sums are the same among any others. One
+// that a token does not see leaves it nothing.
+template <class Value> struct Blocks final : hotloop::Task {
+  Tensor k_cache, v_cache;
+  std::vector<int64_t> position;  // [B, T]
+  Buffer<float> query;            // [B, T, H, E], scaled
+  int64_t T, H, J, C, E, heads, window, blocks, BTH;
+  Partial* partial = nullptr;  // [blocks, B, T, H]
+  float* sums = nullptr;       // [blocks, B, T, H, E]
 
-  const int64_t longest = *std::max_element(position, position + B * T) + 1;
-  STD_TORCH_CHECK(longest <= C, "position beyond the cache");
-  Buffer<float> scaled(BTH * E);
-  for_vectors(BTH * E, [&](int64_t i, auto... rest) {
-    put(&scaled[i], get(query + i, rest...) * float(scale), rest...);
-  });
+  Blocks(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
+         int64_t window, double scale)
+      : k_cache(k_cache), v_cache(v_cache), query(q.numel()), window(window) {
+    T = q.size(1), H = q.size(2), E = q.size(3), BTH = q.size(0) * T * H;
+    J = k_cache.size(1), C = k_cache.size(2), heads = H / J;
+    const auto* last = static_cast<const int64_t*>(positions.const_data_ptr());
+    position.assign(last, last + q.size(0) * T);
+    const auto* from = static_cast<const Value*>(q.const_data_ptr());
+    for_vectors(BTH * E, [&](int64_t i, auto... rest) {
+      put(&query[i], get(from + i, rest...) * float(scale), rest...);
+    });
+    const int64_t longest = *std::max_element(position.begin(), position.end()) + 1;
+    STD_TORCH_CHECK(longest <= C, "position beyond the cache");
+    blocks = (longest + kBlock - 1) / kBlock;
+    units = q.size(0) * J * blocks;
+    least = grain(kAttentionProducts, T * heads * std::min(longest, kBlock) * E);
+    unit_bytes = T * heads * (sizeof(Partial) + E * sizeof(float));
+  }
 
-  // Blocks are the same for every token, so that a token's sums are the same among any others. One
-  // that a token does not see leaves it nothing.
-  const int64_t blocks = (longest + kBlock - 1) / kBlock;
-  std::vector<Partial> partial(blocks * BTH, {-std::numeric_limits<float>::infinity(), 0});
-  Buffer<float> sums(blocks * BTH * E);
-
-  // A block of one key/value head is read from memory once, for all tokens and query heads.
-  const int64_t products = T * heads * std::min(longest, kBlock) * E;
-  const int64_t least = grain(kAttentionProducts, products);
-  torch::stable::parallel_for(0, B * J * blocks, least, [&](int64_t begin, int64_t end) {
+  void compute(int64_t begin, int64_t end, std::byte* result) const override {
+    const auto* keys = static_cast<const Value*>(k_cache.const_data_ptr());
+    const auto* values = static_cast<const Value*>(v_cache.const_data_ptr());
     for (int64_t i = begin; i < end; i++) {
       const int64_t block = i % blocks, bj = i / blocks, b = bj / J, j = bj % J;
-      for (int64_t bt = b * T; bt < (b + 1) * T; bt++) {
-        const int64_t seen = position[bt] + 1;
+      for (int64_t t = 0; t < T; t++) {
+        const auto [part, sum] = results(result, i - begin, t);
+        const int64_t seen = position[b * T + t] + 1;
         const int64_t first = std::max(block * kBlock, window ? seen - window : 0);
         const int64_t length = std::min((block + 1) * kBlock, seen) - first;
-        if (length <= 0) continue;
+        if (length <= 0) {
+          std::fill_n(part, heads, Partial{-std::numeric_limits<float>::infinity(), 0});
+          std::fill_n(sum, heads * E, 0.0f);
+          continue;
+        }
         const Value *k = keys + (bj * C + first) * E, *v = values + (bj * C + first) * E;
+        const float* q = &query[((b * T + t) * H + j * heads) * E];
         for_rows(heads, [&](auto R, int64_t h) {
-          const int64_t bth = bt * H + j * heads + h, at = block * BTH + bth;
-          attend<R>(k, v, length, E, &scaled[bth * E], &partial[at], &sums[at * E]);
+          attend<R>(k, v, length, E, q + h * E, part + h, sum + h * E);
         });
       }
     }
-  });
+  }
 
+  void commit(int64_t begin, int64_t end, const std::byte* result) const override {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t block = i % blocks, bj = i / blocks, b = bj / J, j = bj % J;
+      for (int64_t t = 0; t < T; t++) {
+        const auto [part, sum] = results(const_cast<std::byte*>(result), i - begin, t);
+        const int64_t at = block * BTH + (b * T + t) * H + j * heads;
+        std::copy_n(part, heads, partial + at);
+        std::copy_n(sum, heads * E, sums + at * E);
+      }
+    }
+  }
+
+  // Where a unit's results for token t are: of `heads` query heads each.
+  std::pair<Partial*, float*> results(std::byte* result, int64_t unit, int64_t t) const {
+    auto* floats = reinterpret_cast<float*>(result + unit * unit_bytes) + t * heads * E;
+    return {reinterpret_cast<Partial*>(result + unit * unit_bytes + T * heads * E * sizeof(float)) +
+                t * heads,
+            floats};
+  }
+};
+
+template <class Value>
+void attention_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                     const Tensor& positions, int64_t window, double scale, Tensor& y) {
+  auto task = std::make_unique<Blocks<Value>>(q, k_cache, v_cache, positions, window, scale);
+  const int64_t blocks = task->blocks, BTH = task->BTH, E = task->E;
+  std::vector<Partial> partial(blocks * BTH);
+  Buffer<float> sums(blocks * BTH * E);
+  task->partial = partial.data(), task->sums = sums.data();
+  run(std::move(task));
+
+  auto* out = static_cast<Value*>(y.mutable_data_ptr());
   std::vector<float> weight(blocks);
   for (int64_t bth = 0; bth < BTH; bth++) {
     float largest = -std::numeric_limits<float>::infinity(), total = 0;
@@ -611,6 +705,7 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
   m.def("linear_int4(Tensor x, Tensor words, Tensor scale, Tensor? offset) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, "
         "int window, float scale) -> Tensor");
+  m.def("keep_threads(bool on) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
@@ -618,4 +713,8 @@ STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_int4", TORCH_BOX(&linear_int4));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CompositeExplicitAutograd, m) {
+  m.impl("keep_threads", TORCH_BOX(&keep_threads));
 }

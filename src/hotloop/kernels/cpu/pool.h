@@ -1,0 +1,320 @@
+// A thread pool for operators of microseconds, on machines that have other work too.
+//
+// A parallel loop with static shares takes as long as its slowest thread. Beside other processes that
+// is a thread that the scheduler has just descheduled, for milliseconds: a thousand times as long as
+// its share takes. In this pool nobody waits for such a thread:
+//   - Work is cut into chunks. A thread takes the chunks of its own share, then steals from others.
+//   - A thread computes a chunk into memory of its own. Once no chunk is left to take, and one that
+//     another thread took is overdue, the caller computes it again. Whoever finishes a chunk first
+//     commits it; the other result is dropped. So the caller can always finish alone.
+//   - Idle workers spin briefly, since the next operator follows in microseconds, and then sleep: as
+//     long as they spin, the scheduler has no idle processor to which it could move the caller.
+//   - Workers are kept off the caller's processor. The scheduler does not know that one waits for the
+//     other, and where no processor is idle it can leave both on one.
+// A chunk's result is a pure function of its number: bits do not depend on who computed it.
+
+#pragma once
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace hotloop {
+
+// The work of an operator: units, of which several in a row are a chunk.
+class Task {
+ public:
+  virtual ~Task() = default;
+
+  // Computes units begin … end - 1 into `result`, which has room for them. It may run after the
+  // operator has returned, and its result is dropped then: so what it reads belongs to the task.
+  virtual void compute(int64_t begin, int64_t end, std::byte* result) const = 0;
+
+  // Moves a result to where the operator wants it: once for each unit, before the operator returns.
+  virtual void commit(int64_t begin, int64_t end, const std::byte* result) const = 0;
+
+  int64_t units;
+  int64_t least;      // units that make a chunk worth another thread's while
+  size_t unit_bytes;  // of its result
+};
+
+class Pool {
+ public:
+  static constexpr int kChunks = 16;  // of a thread's share, at most
+  static constexpr int kThreads = 256;
+
+  // The process's own. Never destroyed: its threads do not end before the process. A forked child
+  // has none of them, and begins with a new pool.
+  static Pool& shared() {
+    static const int once = [] {
+      process_pool_ = new Pool;
+      return pthread_atfork(nullptr, nullptr, [] { process_pool_ = new Pool; });
+    }();
+    static_cast<void>(once);
+    return *process_pool_;
+  }
+
+  // Computes and commits a task with up to so many threads, of which the caller is one.
+  void run(std::unique_ptr<Task> task, int threads) noexcept {
+    std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+    if (threads > 1 && task->units > task->least && lock.try_lock()) {
+      threads = prepare(threads);
+    } else {
+      threads = 1;  // in vain, or another caller has the workers
+    }
+    if (threads == 1) {
+      const int64_t length = chunk_length(*task, 1);
+      std::byte* const result = scratch(length * task->unit_bytes);
+      for (int64_t begin = 0; begin < task->units; begin += length) {
+        const int64_t end = std::min(begin + length, task->units);
+        task->compute(begin, end, result);
+        task->commit(begin, end, result);
+      }
+      return;
+    }
+    Region& region = free_region();
+    region.open(std::move(task), threads);
+    current_.store(&region, std::memory_order_release);
+    published_.fetch_add(1, std::memory_order_release);
+    published_.notify_all();
+    region.finish();
+    region.leave();
+    region.clear();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  // How long a worker spins before it sleeps: longer than most pauses between two operators.
+  static constexpr std::chrono::microseconds kIdle{100};
+
+  static void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");
+#endif
+  }
+
+  // Looks some times whether something has happened.
+  template <class F> static bool soon(F happened) {
+    for (int i = 0; i < 16; i++) {
+      if (happened()) return true;
+      relax();
+    }
+    return false;
+  }
+
+  static int64_t chunk_length(const Task& task, int threads) {
+    const int64_t chunks = int64_t(kChunks) * threads;
+    return std::max(task.least, (task.units + chunks - 1) / chunks);
+  }
+
+  // Memory of the calling thread, aligned as a vector is.
+  static std::byte* scratch(size_t bytes) {
+    struct alignas(64) Line {
+      std::byte bytes[64];
+    };
+    thread_local std::vector<Line> lines;
+    if (lines.size() * sizeof(Line) < bytes) lines.resize(bytes / sizeof(Line) + 1);
+    return lines.data()->bytes;
+  }
+
+  // A task while threads are at it. A worker that is late may still be inside when the caller has
+  // finished: the region is then not opened again, and the task kept, before it has left. Tasks are
+  // deleted by callers alone: a tensor's end may take Python's lock, which workers must not wait for.
+  class Region {
+   public:
+    void open(std::unique_ptr<Task> task, int threads) {
+      task_ = std::move(task);
+      threads_ = threads;
+      length_ = chunk_length(*task_, threads);
+      chunks_ = (task_->units + length_ - 1) / length_;
+      done_.store(0, std::memory_order_relaxed);
+      for (int t = 0; t < threads; t++) {
+        for (auto& state : shares_[t].chunks) state.store(0, std::memory_order_relaxed);
+      }
+      inside_.store(1, std::memory_order_release);
+    }
+
+    // Whether it was open: its task is not deleted then before one has left.
+    bool enter() {
+      int inside = inside_.load(std::memory_order_relaxed);
+      while (inside > 0) {
+        if (inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire)) {
+          return true;
+        }
+      }
+      return false;
+    }
+
+    void leave() { inside_.fetch_sub(1, std::memory_order_release); }
+
+    // Deletes the task if nobody is inside any more; returns whether the region can be opened.
+    bool clear() {
+      if (inside_.load(std::memory_order_acquire)) return false;
+      task_.reset();
+      return true;
+    }
+
+    // Computes chunks until none is left to take, one's own share first; returns how many.
+    int64_t work(int self) {
+      if (self >= threads_) return 0;
+      std::byte* const result = scratch(length_ * task_->unit_bytes);
+      int64_t computed = 0;
+      for (int i = 0; i < threads_; i++) {
+        const int owner = (self + i) % threads_;
+        const int64_t begin = first_of(owner), end = first_of(owner + 1);
+        for (int64_t j = 0; j < end - begin; j++) {
+          // From the far end of others' shares: they come from the near one.
+          const int64_t at = i == 0 ? j : end - begin - 1 - j;
+          auto& state = shares_[owner].chunks[at];
+          if (state.load(std::memory_order_relaxed)) continue;
+          if (state.fetch_or(kTaken, std::memory_order_relaxed)) continue;
+          compute(begin + at, state, result);
+          computed++;
+        }
+      }
+      return computed;
+    }
+
+    // What the caller does: works, waits for others no longer than their chunks should take, and
+    // then computes these itself.
+    void finish() {
+      const auto start = Clock::now();
+      const int64_t computed = work(0);
+      if (ready()) return;
+      const auto now = Clock::now();
+      const auto overdue = now + (now - start) / std::max<int64_t>(1, computed);
+      while (Clock::now() < overdue) {
+        if (soon([&] { return ready(); })) return;
+      }
+      std::byte* const result = scratch(length_ * task_->unit_bytes);
+      for (int owner = 0; owner < threads_; owner++) {
+        const int64_t begin = first_of(owner), end = first_of(owner + 1);
+        for (int64_t at = 0; at < end - begin; at++) {
+          auto& state = shares_[owner].chunks[at];
+          if (!(state.load(std::memory_order_relaxed) & kCommitted)) {
+            compute(begin + at, state, result);
+          }
+        }
+      }
+      while (!ready()) std::this_thread::yield();  // somebody is about to be ready
+    }
+
+   private:
+    static constexpr uint8_t kTaken = 1, kCommitted = 2;
+
+    struct alignas(64) Share {
+      std::atomic<uint8_t> chunks[kChunks];
+    };
+
+    int64_t first_of(int owner) const { return chunks_ * owner / threads_; }
+
+    bool ready() const { return done_.load(std::memory_order_acquire) == chunks_; }
+
+    void compute(int64_t chunk, std::atomic<uint8_t>& state, std::byte* result) {
+      const int64_t begin = chunk * length_, end = std::min(begin + length_, task_->units);
+      task_->compute(begin, end, result);
+      if (state.fetch_or(kCommitted, std::memory_order_relaxed) & kCommitted) return;
+      task_->commit(begin, end, result);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+
+    alignas(64) std::atomic<int> inside_{0};
+    std::unique_ptr<Task> task_;
+    int threads_ = 0;
+    int64_t length_ = 0, chunks_ = 0;  // of a chunk, in units; in all
+    alignas(64) std::atomic<int64_t> done_{0};
+    Share shares_[kThreads];
+  };
+
+  // One in which nobody is left. Every worker can be late in one, so there is one more.
+  Region& free_region() {
+    Region* found = nullptr;
+    for (const auto& region : regions_) {
+      if (region->clear()) found = region.get();
+    }
+    if (!found) found = regions_.emplace_back(std::make_unique<Region>()).get();
+    return *found;
+  }
+
+  // Sees to it that there are workers, off the caller's processor; returns how many threads to use.
+  int prepare(int threads) {
+    threads = std::min(threads, kThreads);
+#if defined(__linux__)
+    const int processor = sched_getcpu();
+    if (processor != processor_) keep_off(processor);
+    threads = std::min(threads, processors_);
+#endif
+    while (int(workers_.size()) < threads - 1) {
+      try {
+        const int self = int(workers_.size()) + 1;
+        workers_.emplace_back([this, self] { serve(self); });
+      } catch (const std::system_error&) {  // the process may have no more of them
+        break;
+      }
+#if defined(__linux__)
+      pthread_setaffinity_np(workers_.back().native_handle(), sizeof others_, &others_);
+#endif
+    }
+    return std::min(threads, int(workers_.size()) + 1);
+  }
+
+#if defined(__linux__)
+  void keep_off(int processor) {
+    processor_ = processor;
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    processors_ = CPU_COUNT(&allowed);
+    others_ = allowed;
+    if (processors_ > 1) CPU_CLR(processor, &others_);
+    for (auto& worker : workers_) {
+      pthread_setaffinity_np(worker.native_handle(), sizeof others_, &others_);
+    }
+  }
+#endif
+
+  [[noreturn]] void serve(int self) {
+    for (uint32_t seen = 0;;) {
+      const auto published = [&] { return published_.load(std::memory_order_acquire) != seen; };
+      for (const auto sleepy = Clock::now() + kIdle; !soon(published);) {
+        if (Clock::now() >= sleepy) published_.wait(seen);
+      }
+      seen = published_.load(std::memory_order_acquire);
+      Region* const region = current_.load(std::memory_order_acquire);
+      if (region->enter()) {
+        region->work(self);
+        region->leave();
+      }
+    }
+  }
+
+  inline static Pool* process_pool_ = nullptr;
+
+  std::mutex mutex_;
+  std::vector<std::thread> workers_;
+  std::vector<std::unique_ptr<Region>> regions_;
+  alignas(64) std::atomic<uint32_t> published_{0};  // how many tasks there have been
+  std::atomic<Region*> current_{nullptr};
+#if defined(__linux__)
+  int processor_ = -1;         // the caller's
+  int processors_ = kThreads;  // that the caller may run on
+  cpu_set_t others_{};         // those of them that workers may run on
+#endif
+};
+
+}  // namespace hotloop
