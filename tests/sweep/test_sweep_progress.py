@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 from rich.console import Console
 
@@ -61,6 +62,21 @@ def test_without_a_terminal_progress_is_plain_lines():
         "  timing",
         "[2/6] int8/eager  oom out of memory in load  (0 s)",
     ]
+
+
+def test_without_a_terminal_a_long_phase_says_that_it_goes_on():
+    out = io.StringIO()
+    deadline = time.monotonic() + 30
+    with SweepProgress(Console(file=out, width=100), heartbeat_s=0.01) as progress:
+        progress(CellStarted("int8/auto", 1, 1))
+        progress(CellPhase("int8/auto", "speed", 1, 5, 99.5))
+        while "timing 1/5, 0 s so far" not in out.getvalue():
+            assert time.monotonic() < deadline, "a phase that lasts says nothing"
+            time.sleep(0.01)
+        progress(CellFinished(MEASURED))
+        ended = out.getvalue()
+        time.sleep(0.05)
+        assert out.getvalue() == ended, "what has ended does not go on"
 
 
 def test_on_a_terminal_finished_cells_stay_above_the_bar():

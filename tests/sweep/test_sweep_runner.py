@@ -176,6 +176,41 @@ def test_a_half_written_line_is_reported_and_neither_trusted_nor_continued(tmp_p
     assert read_file(path)[0] == [record]
 
 
+def test_foreign_records_never_stop_a_resume(tmp_path):
+    (record,) = sweep(tmp_path, End.UNSUPPORTED)
+    own = record.model_dump(mode="json")
+    foreign = [
+        own | {"attempt": 2**31 - 1, "status": "failed"},
+        own | {"provenance": own["provenance"] | {"key": ["a", "list"]}},
+        own | {"provenance": None},
+        own | {"provenance": {}},
+        own | {"status": "ok", "decode_tok_s": {"mean": 1, "n": 3, "samples": [1]}},
+        [own],
+        None,
+    ]
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(map(json.dumps, foreign)) + "\n{")
+    events = []
+    (resumed,) = sweep(tmp_path, End.UNSUPPORTED, resume=True, on_event=events.append)
+    assert (resumed.status, resumed.attempt) == ("unsupported", 2**31 - 1)
+    assert len([event for event in events if isinstance(event, Noticed)]) == 6
+    path.write_text("".join(json.dumps(own | {"status": "ok"}) + "\n" for _ in range(2)))
+    (skipped,) = sweep(tmp_path, End.UNSUPPORTED, resume=True, on_event=events.append)
+    assert skipped.status == "ok"  # finished, as its record says
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", ".lock", "logs"])
+def test_links_in_a_results_folder_are_refused_before_anything_is_written(tmp_path, name):
+    results, outside = tmp_path / "results", tmp_path / "outside"
+    results.mkdir()
+    outside.mkdir()
+    target = outside if name == "logs" else outside / "file"
+    (results / name).symlink_to(target)
+    with pytest.raises(ConfigError, match=f"{name} is a link"):
+        sweep(results, End.UNSUPPORTED)
+    assert list(outside.iterdir()) == []
+
+
 def test_ctrl_c_ends_the_child_keeps_what_is_done_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
     parent = start_parent(tmp_path, End.UNSUPPORTED, End.HANGS)

@@ -139,7 +139,8 @@ def sweep(
     except KeyboardInterrupt:
         stopped = True
         note("Stopped. The same command with --resume goes on.")
-        if not (results / RECORDS).exists():
+        path = results / RECORDS
+        if not path.exists() or path.stat().st_size == 0:
             return 130
     written = read_records(results, on_problem=note)
     table = write_results(results, written, max_delta_ln_ppl=tolerance)

@@ -1,7 +1,12 @@
-"""A sweep under way as a person sees it, on stderr: a bar on a terminal, else plain lines."""
+"""A sweep under way as a person sees it, on stderr: a bar on a terminal, else plain lines.
+
+Without a terminal there is a line for each phase, and one every ``HEARTBEAT_S`` while a phase lasts: a
+log that says nothing for minutes looks like a program that hangs.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from types import TracebackType
 
@@ -24,6 +29,8 @@ from hotloop.sweep.events import (
     ReferenceStarted,
 )
 
+HEARTBEAT_S = 30.0
+
 DOING: dict[Phase, str] = {
     "start": "starting",
     "predict": "looking at the machine",
@@ -39,9 +46,10 @@ class SweepProgress:
 
     Args:
         console: Where to; stderr by default.
+        heartbeat_s: The longest silence of a phase without a terminal.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, heartbeat_s: float = HEARTBEAT_S) -> None:
         self._console = console or SafeConsole(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -56,9 +64,15 @@ class SweepProgress:
         self._task = self._progress.add_task("", start=False, visible=False, note="")
         self._place, self._label = "", ""
         self._began = time.monotonic()
+        self._heartbeat_s, self._said_at = heartbeat_s, self._began
+        self._doing = ""  # of the cell that runs, without a terminal
+        self._ended, self._beating = threading.Event(), threading.Lock()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> SweepProgress:
         self._progress.start()
+        if not self._console.is_terminal:
+            self._heart.start()
         return self
 
     def __exit__(
@@ -67,7 +81,18 @@ class SweepProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._ended.set()
+        if self._heart.is_alive():
+            self._heart.join()
         self._progress.stop()
+
+    def _beat(self) -> None:
+        """Says what goes on whenever nothing was said for a while."""
+        while not self._ended.wait(self._heartbeat_s / 4):
+            with self._beating:
+                doing, now = self._doing, time.monotonic()
+                if doing and now - self._said_at >= self._heartbeat_s:
+                    self._say(f"  {doing}, {now - self._began:.0f} s so far")
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
@@ -92,6 +117,7 @@ class SweepProgress:
                 self._end(record.cell, _outcome(record))
 
     def _say(self, text: str) -> None:
+        self._said_at = time.monotonic()
         self._console.print(text, markup=True, highlight=False, soft_wrap=True)
 
     def _begin(self, place: str, cell: str, note: str) -> None:
@@ -113,12 +139,16 @@ class SweepProgress:
             total=event.total or None,
             note=speed,
         )
+        count = f" {event.done}/{event.total}" if event.total else ""
+        self._doing = f"{doing}{count}"
         if event.done == 0 and not self._console.is_terminal:
             self._say(f"  {doing}")
 
     def _end(self, cell: str, outcome: str) -> None:
         """Ends what was begun; ``cell`` can be more precise by now."""
         self._progress.update(self._task, visible=False)
+        with self._beating:
+            self._doing = ""
         seconds = time.monotonic() - self._began
         self._say(f"{self._place} {escape(cell)}  {outcome}  [dim]({seconds:.0f} s)[/]")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hotloop.bench.record import MEASURED, Record, Status
 from hotloop.errors import ConfigError
+from hotloop.outside import LARGEST_COUNT
 from hotloop.sweep.events import (
     CellFinished,
     CellSkipped,
@@ -25,7 +26,13 @@ from hotloop.sweep.job import EngineSource, Job, make_jobs
 from hotloop.sweep.process import Interrupted, run_isolated
 from hotloop.sweep.recipe import Recipe, expand
 from hotloop.sweep.store import RECORDS, append, locked, read_file
-from hotloop.writing import file_name, make_folder, make_subfolder, remove_unfinished
+from hotloop.writing import (
+    file_name,
+    make_folder,
+    make_subfolder,
+    opened_to_append,
+    remove_unfinished,
+)
 
 REFERENCES = ".reference"
 
@@ -88,8 +95,8 @@ def run_sweep(
 def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record]:
     """The latest record of each job that was done in this folder, by the job's key."""
     path = results / RECORDS
-    if not path.exists():
-        return {}
+    with opened_to_append(path):
+        pass  # what cannot be written is to be known before the first cell has run
     records, problems = read_file(path)
     if records and not resume:
         raise ConfigError(
@@ -137,7 +144,8 @@ class _Sweep:
             self.on_event(CellSkipped(earlier))
             return earlier
         if earlier is not None:
-            job = job.model_copy(update={"attempt": earlier.attempt + 1})
+            attempt = min(earlier.attempt + 1, LARGEST_COUNT)
+            job = job.model_copy(update={"attempt": attempt})
         self.on_event(CellStarted(job.cell, index, total, job.attempt))
         try:
             return self._keep(self._run(job))
