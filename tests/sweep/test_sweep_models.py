@@ -114,7 +114,7 @@ def test_settling_keeps_what_was_asked_for_and_is_refused_by_the_engine():
 def test_a_text_that_is_too_short_is_refused_before_any_process_starts(monkeypatch, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("a few words")
-    tokenizer = SimpleNamespace(encode=lambda text, add_special: list(range(len(text.split()))))
+    tokenizer = SimpleNamespace(encode=lambda text, **_: list(range(len(text.split()))))
     monkeypatch.setattr("hotloop.text.tokenizer.load_tokenizer", lambda _: tokenizer)
     model = KnownModel(name="m", path=Path("m"), sha256="a")
     with pytest.raises(ConfigError, match="the text has 3 tokens and a window takes 8"):
