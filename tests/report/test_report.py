@@ -240,7 +240,10 @@ def test_a_batch_has_the_speed_of_one_sequence_and_that_of_all():
     workload = Workload(prompt_tokens=32, new_tokens=64, batch=4, repeats=1)
     of_all = mean_figure([190.0] * 5)
     table = make_table([record("int8/eager", 50, workload=workload, aggregate_tok_s=of_all)])
-    shown = {column.heading: cell for column, cell in zip(table.columns, table.rows[0].cells)}
+    shown = {
+        column.heading: cell
+        for column, cell in zip(table.columns, table.rows[0].cells, strict=True)
+    }
     assert (shown["decode tok/s"], shown["total tok/s"]) == ("50.00 ± 0.10", "190")
     assert any("total, of all together" in remark for remark in table.remarks)
     assert dict(table.context)["workload"].endswith("64 new tokens, 1 repeat")

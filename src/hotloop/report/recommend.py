@@ -3,8 +3,8 @@
 The rule: of the configurations whose quality loss is shown to be within the tolerance, the one that
 decodes fastest; of those that are no slower than it beyond noise, the one with the least loss.
 
-A speed is known by at least ``MIN_REPEATS`` repeats whose interval is not absurdly wide; a cell whose
-speed is not known is not recommended.
+A speed is known by at least ``MIN_REPEATS`` repeats whose interval is not absurdly wide; a cell
+whose speed is not known is not recommended.
 
 "Shown" is a non-inferiority test: the one-sided 95 % upper bound of Δ ln ppl (paired, clustered by
 window, Student's t) lies at or below the tolerance. A loss that could be small is not enough.
