@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hotloop.errors import ConfigError, UnsupportedError
+from hotloop.errors import ConfigError, UnsupportedError, shorten_value
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(
-            f"device {name!r} is not a device's name. Use auto, cpu, cuda or cuda:N."
+            f"device {shorten_value(name)} is not a device's name. Use auto, cpu, cuda or cuda:N."
         ) from error
     if device.type == "cpu":
         return torch.device("cpu")

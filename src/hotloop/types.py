@@ -65,7 +65,7 @@ MAX_LOGPROBS = 20
 
 def exit_layers(draft: str) -> int | None:
     """N of a value ``exit-N`` of ``EngineConfig.draft``; None of any other."""
-    match = re.fullmatch(r"exit-(\d+)", draft)
+    match = re.fullmatch(r"exit-(\d{1,9})", draft)
     return int(match[1]) if match else None
 
 

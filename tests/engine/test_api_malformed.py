@@ -15,6 +15,7 @@ import torch
 from malformed import Case, check, parametrize
 
 from hotloop import LLM, EngineConfig, SamplingParams
+from hotloop.engine.setup import prepare
 from hotloop.errors import RequestError, UnknownNameError
 
 NOT_COUNTS: dict[str, object] = {
@@ -144,7 +145,34 @@ def accepted_cases() -> Iterator[Case]:
         yield Case(f"accepted-{name}-{type(given).__name__}", run, None)
 
 
-@parametrize([*field_cases(), *edge_cases(), *accepted_cases()])
+ODD_TEXTS = {
+    "null_character": "a\0b",
+    "megabyte": "x" * 10**6,
+    "control": "\x1b[31m\u202e",
+    "surrogate": "\ud800",
+    "5000_digits": "exit-" + "9" * 5000,
+    "path": "/" + "n" * 5000,
+}
+
+
+def name_cases() -> Iterator[Case]:
+    """Texts where a name is expected: of a model, a scheme, a draft, a device."""
+    whole = {"model": "llama-2-7b", "weights": "random", "device": "cpu"}
+    for field in ("model", "quant", "head", "draft", "draft_quant", "device"):
+        says = {"quant": "quantization scheme", "head": "quantization scheme"}.get(field, field)
+        for kind, text in ODD_TEXTS.items():
+            options: dict[str, Any] = whole | {field: text}
+            if field == "draft_quant":
+                options["draft"] = "llama-2-7b"
+
+            def run(_: Path, options: dict[str, Any] = options) -> None:
+                prepare(EngineConfig(**options))
+
+            shown = () if kind == "path" and field == "model" else (says.removesuffix("_quant"),)
+            yield Case(f"name-{field}-{kind}", run, shown)
+
+
+@parametrize([*field_cases(), *edge_cases(), *accepted_cases(), *name_cases()])
 def test_a_field_takes_its_kind_of_value_alone(case, tmp_path):
     check(case, tmp_path)
 

@@ -19,7 +19,13 @@ from waiting import HANG_S, alive, wait_until
 from hotloop import LLM, SamplingParams
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.setup import prepare
-from hotloop.errors import CheckpointError, ConfigError, RankError, UnsupportedError
+from hotloop.errors import (
+    CheckpointError,
+    ConfigError,
+    RankError,
+    RequestError,
+    UnsupportedError,
+)
 from hotloop.types import EngineConfig
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
@@ -129,6 +135,20 @@ def test_a_rank_killed_while_it_generates_ends_the_run_with_its_error(nine):
     with pytest.raises(RankError, match="rank 1 of 3"):
         llm.generate([[7]], FREELY)
     llm.close()
+
+
+def test_ranks_that_were_closed_within_a_stream_keep_nobody_waiting(nine):
+    with LLM(str(nine), dtype="float32", tensor_parallel=2) as llm:
+        stream = llm.stream([[7]], FREELY)
+        next(stream)
+    for call in (
+        lambda: list(stream),
+        lambda: llm.generate([[7]], FREELY),
+        lambda: next(llm.score([[7, 8]])),
+        lambda: llm.describe(),
+    ):
+        with pytest.raises(RequestError, match="is closed"):
+            call()
 
 
 def test_a_rank_killed_while_it_loads_ends_the_run_with_its_error(nine):

@@ -12,7 +12,7 @@ import torch
 
 from hotloop.engine import fused
 from hotloop.engine.execution import compile_unavailable_reason
-from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError
+from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError, shorten_value
 from hotloop.hardware import resolve_device
 from hotloop.kernels.cuda.launch import unavailable_reason as fused_unavailable_reason
 from hotloop.models import names
@@ -223,11 +223,11 @@ def _prepare_draft(target: Setup) -> Draft | None:
         setup = _prepare(draft_config, target.device)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
-            f"draft {name!r} is neither 'ngram', nor 'exit-N', nor a model: {error}"
+            f"draft {shorten_value(name)} is neither 'ngram', nor 'exit-N', nor a model: {error}"
         ) from error
     except (ConfigError, UnsupportedError) as error:
         kind = UnsupportedError if isinstance(error, UnsupportedError) else ConfigError
-        raise kind(f"draft {name!r}: {error}") from error
+        raise kind(f"draft {shorten_value(name)}: {error}") from error
     _check_vocabulary(target, setup)
     return Draft(setup=setup)
 
