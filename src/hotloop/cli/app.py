@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, str(error))
     except OSError as error:
         discard_output()
-        what = error.filename or "input or output failed"  # only who opens a file knows its name
+        name = shorten(os.fsdecode(error.filename)) if error.filename else ""
+        what = name or "input or output failed"  # only who opens a file knows its name
         return _failed(error, f"{what}: {error.strerror or error}.")
     except MemoryError as error:
         return _failed(error, "this machine has too little memory for that.")
@@ -129,7 +130,7 @@ def _run(argv: list[str]) -> int:
         return commands()(argv) or 0
     except CycloptsError as error:
         verb = f" {argv[0]}" if argv[0] in VERBS else ""
-        print_error(f"{error}\nTry: hotloop{verb} --help")
+        print_error(f"{shorten(str(error), 1000)}\nTry: hotloop{verb} --help")
         return 2
 
 

@@ -121,7 +121,7 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: bool) -> str:
         with file.open(encoding="utf-8") if file else nullcontext(sys.stdin) as source:
             text = source.read(MAX_PROMPT_CHARS + 1)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        why = error.strerror if isinstance(error, OSError) else shorten(str(error))
+        why = getattr(error, "strerror", None) or shorten(str(error))
         raise ConfigError(f"the prompt cannot be read from {where}: {why}.") from error
     if len(text) > MAX_PROMPT_CHARS:
         raise ConfigError(f"the prompt from {where} has more than {MAX_PROMPT_CHARS:,} characters.")

@@ -7,11 +7,12 @@ default is None leaves the choice to the model or the device.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from hotloop.errors import ConfigError, shorten_value
 from hotloop.types import (
@@ -40,6 +41,19 @@ def option(group: Group, text: str, default: str | None = None, **more: Any) -> 
     if default is not None:
         more["show_default"] = default
     return Parameter(group=group, help=text, **more)
+
+
+def integer(group: Group, text: str, default: str | None = None, **more: Any) -> Parameter:
+    """The parameter of a whole number. cyclopts alone would round 1.5."""
+    return option(group, text, default, converter=_whole, **more)
+
+
+def _whole(_type: object, tokens: Sequence[Token]) -> int:
+    (token,) = tokens
+    try:
+        return int(token.value)
+    except ValueError:
+        raise ValueError(f"{shorten_value(token.value)} is not a whole number.") from None
 
 
 Model = Annotated[
@@ -72,16 +86,16 @@ class DeviceOptions(_Options):
     )
     max_seq_len: Annotated[
         int | None,
-        option(
+        integer(
             EXECUTION,
             "Tokens a sequence can hold, prompt and answer.",
             "the model's, cut to 1 GiB of cache but not below 4,096; or what is measured",
         ),
     ] = EngineConfig.max_seq_len
-    max_batch_size: Annotated[int, option(EXECUTION, "Sequences decoded at once.")] = (
+    max_batch_size: Annotated[int, integer(EXECUTION, "Sequences decoded at once.")] = (
         EngineConfig.max_batch_size
     )
-    prefill_chunk: Annotated[int, option(EXECUTION, "The most prompt tokens in one forward.")] = (
+    prefill_chunk: Annotated[int, integer(EXECUTION, "The most prompt tokens in one forward.")] = (
         EngineConfig.prefill_chunk
     )
 
@@ -94,7 +108,7 @@ class DraftOptions(DeviceOptions):
     draft_quant: Annotated[str, option(SPECULATION, "Weights of a draft model, as --quant.")] = (
         EngineConfig.draft_quant
     )
-    draft_tokens: Annotated[int, option(SPECULATION, "The most tokens drafted for one step.")] = (
+    draft_tokens: Annotated[int, integer(SPECULATION, "The most tokens drafted for one step.")] = (
         EngineConfig.draft_tokens
     )
     draft_policy: Annotated[
@@ -123,7 +137,7 @@ class EngineOptions(DraftOptions):
         ),
     ] = EngineConfig.execution
     tensor_parallel: Annotated[
-        int, option(EXECUTION, "Ranks that share every layer, one GPU each.", alias="--tp")
+        int, integer(EXECUTION, "Ranks that share every layer, one GPU each.", alias="--tp")
     ] = EngineConfig.tensor_parallel
     all_reduce: Annotated[
         AllReduce,
@@ -198,7 +212,7 @@ class WeightOptions(_Options):
         str | None,
         option(MODEL, "Instead of MODEL, for random weights: a built-in shape (hotloop info)."),
     ] = None
-    weights_seed: Annotated[int, option(MODEL, "Seed of random weights.")] = EngineConfig.seed
+    weights_seed: Annotated[int, integer(MODEL, "Seed of random weights.")] = EngineConfig.seed
 
     def model(self, model: str | None) -> str:
         """The name of the model, whether it was given as MODEL or as ``--shape``.
@@ -290,13 +304,13 @@ class SamplingOptions(_Options):
 
     max_new_tokens: Annotated[
         int | None,
-        option(SAMPLING, "The most tokens to produce.", "see above", alias="-n"),
+        integer(SAMPLING, "The most tokens to produce.", "see above", alias="-n"),
     ] = None
     temperature: Annotated[
         float | None,
         option(SAMPLING, "0 takes the most likely token, always.", "the model's own, or 0"),
     ] = None
-    top_k: Annotated[int | None, option(SAMPLING, "Keep the k most likely tokens; 0: all.")] = None
+    top_k: Annotated[int | None, integer(SAMPLING, "Keep the k most likely tokens; 0: all.")] = None
     top_p: Annotated[
         float | None, option(SAMPLING, "Keep the fewest tokens whose probabilities reach this sum.")
     ] = None
@@ -308,14 +322,15 @@ class SamplingOptions(_Options):
         float | None, option(SAMPLING, "Above 1, tokens seen before become less likely.")
     ] = None
     seed: Annotated[
-        int | None, option(SAMPLING, "Makes the answer reproducible.", "a fresh one each time")
+        int | None, integer(SAMPLING, "Makes the answer reproducible.", "a fresh one each time")
     ] = None
     stop: Annotated[
         tuple[str, ...], option(SAMPLING, "Text that ends the answer; can be repeated.")
     ] = ()
     ignore_eos: Annotated[bool, option(SAMPLING, "Go on past the end of the answer.")] = False
     logprobs: Annotated[
-        int | None, option(SAMPLING, "With --json: log-probabilities, with this many alternatives.")
+        int | None,
+        integer(SAMPLING, "With --json: log-probabilities, with this many alternatives."),
     ] = None
 
     def check(self, *, json: bool) -> None:
@@ -339,13 +354,13 @@ class SamplingOptions(_Options):
 class WorkloadOptions(_Options):
     """What to time: ``bench.record.Workload``."""
 
-    prompt_tokens: Annotated[int, option(WORKLOAD, "Tokens in each prompt.")] = 128
-    new_tokens: Annotated[int, option(WORKLOAD, "Tokens decoded for each, whatever they say.")] = (
+    prompt_tokens: Annotated[int, integer(WORKLOAD, "Tokens in each prompt.")] = 128
+    new_tokens: Annotated[int, integer(WORKLOAD, "Tokens decoded for each, whatever they say.")] = (
         128
     )
-    batch: Annotated[int, option(WORKLOAD, "Prompts at once.")] = 1
-    repeats: Annotated[int, option(WORKLOAD, "Timed runs, after one that is not.")] = 5
-    workload_seed: Annotated[int, option(WORKLOAD, "Seed of the prompts.")] = 0
+    batch: Annotated[int, integer(WORKLOAD, "Prompts at once.")] = 1
+    repeats: Annotated[int, integer(WORKLOAD, "Timed runs, after one that is not.")] = 5
+    workload_seed: Annotated[int, integer(WORKLOAD, "Seed of the prompts.")] = 0
 
     def fields(self) -> dict[str, int]:
         """The fields of ``Workload``."""
@@ -363,8 +378,8 @@ class QualityOptions(_Options):
         Path | None,
         option(QUALITY, "A UTF-8 text to predict.", "the help topics that come with Python"),
     ] = None
-    window: Annotated[int, option(QUALITY, "Tokens in a window of the text.")] = 512
-    n_windows: Annotated[int, option(QUALITY, "The most windows to score.")] = 16
+    window: Annotated[int, integer(QUALITY, "Tokens in a window of the text.")] = 512
+    n_windows: Annotated[int, integer(QUALITY, "The most windows to score.")] = 16
     reference: Annotated[
         str | None,
         option(
