@@ -22,7 +22,8 @@ demo: $(VENV)/installed
 	$(BIN)/hotloop report $(RESULTS)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+		--max-worker-restart 0
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

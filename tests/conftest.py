@@ -1,14 +1,35 @@
 import os
 import signal
 
+import pytest
+
 # A shell without job control has what it starts in the background ignore Ctrl-C, and what that
 # starts in turn. Several tests are about Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Each of several workers gets its share of the cores, and so do the processes that its tests start.
-# OpenMP reads this when torch is imported, which is later than here.
+# OpenMP reads this when torch is imported, which is later than here. With one thread Inductor
+# compiles in the process itself, instead of starting others that import torch for it.
 n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if n_workers > 1:
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (n_cpus or 1) // n_workers)))
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(name, str(max(1, (n_cpus or 1) // n_workers)))
+
+LONGEST = (
+    "test_engine_fused.py",
+    "test_cuda_compile.py",
+    "test_engine_greedy.py",
+    "test_engine_ranks.py",
+    "test_readme.py",
+    "test_cuda_emulated.py",
+    "test_engine_speculation.py",
+    "test_engine_shards.py",
+)
+"""Files that take most of the time; they begin first, so that no worker is left with one alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
