@@ -170,7 +170,8 @@ def progress_bar(description: str) -> Generator[Callable[[int, int], None]]:
     from rich.markup import escape
     from rich.progress import Progress
 
-    with Progress(console=stderr(), transient=True) as progress:
+    console = stderr()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(escape(description), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
