@@ -1,6 +1,6 @@
 # hotloop: the whole set-up. `make demo` and `make test` are all a fresh machine needs.
 #
-# PYTHON and TORCH can be given: make demo TORCH=torch  (a CUDA build on Linux)
+# PYTHON, TORCH and TEST_WORKERS can be given: make demo TORCH=torch  (a CUDA build on Linux)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import pytest
 from malformed import Case, check, parametrize
 from pydantic import Field
+from waiting import HANG_S
 
 from hotloop import outside
 from hotloop.errors import CheckpointError, ConfigError, UnknownNameError
@@ -194,4 +195,4 @@ def test_a_name_of_a_megabyte_is_shortened_in_errors():
 
 def test_importing_hotloop_and_its_cli_leaves_pydantic_alone():
     program = "import hotloop, hotloop.cli.app, sys; sys.exit('pydantic' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=300).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=HANG_S).returncode == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from waiting import HANG_S
 
 from hotloop.kernels import cpu
 
@@ -29,7 +30,7 @@ def program(tmp_path_factory) -> Path:
     source = Path(__file__).with_name("pool_program.cpp")
     include = f"-I{cpu.SOURCE.parent}"
     command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", include, str(source), "-o"]
-    subprocess.run([*command, str(built)], check=True, timeout=300)
+    subprocess.run([*command, str(built)], check=True, timeout=HANG_S)
     return built
 
 
@@ -38,7 +39,7 @@ def program(tmp_path_factory) -> Path:
 def test_pool_keeps_its_promise(promise, program):
     if promise == "worker_that_does_not_come_back" and len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one processor: there are no workers")
-    done = subprocess.run([program, promise], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([program, promise], capture_output=True, text=True, timeout=HANG_S)
     assert (done.returncode, done.stderr) == (0, "")
 
 

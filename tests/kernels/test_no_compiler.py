@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from waiting import HANG_S
 
 from hotloop.kernels import cpu
 from hotloop.kernels.attention import choose_attention, torch_attention
@@ -120,7 +121,7 @@ def test_processes_that_build_at_once_get_the_same_library(tmp_path, cache, monk
     )
     command = [sys.executable, "-c", program, slow]
     builds = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [build.communicate(timeout=120)[0].split() for build in builds] == [["whole"]] * 2
+    assert [build.communicate(timeout=HANG_S)[0].split() for build in builds] == [["whole"]] * 2
     assert len(list((cache / "kernels").iterdir())) == 1, "nothing half-made is left"
 
 

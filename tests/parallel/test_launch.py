@@ -195,7 +195,8 @@ def test_ranks_end_when_their_caller_is_killed_though_they_wait_for_each_other(s
 
 
 @pytest.mark.parametrize(
-    ("module", "first"), [("slow_program", ""), ("parallel_program", "os.fork() or time.sleep(60)")]
+    ("module", "first"),
+    [("slow_program", ""), ("parallel_program", "os.fork() or time.sleep(9999)")],
 )
 def test_ranks_end_with_their_caller_before_they_listen_and_while_a_fork_of_it_lives(module, first):
     code = CALLER.replace("parallel_program", module).replace("import sys", "import os, sys")
@@ -224,7 +225,7 @@ def test_ranks_end_with_the_interpreter(then):
 
 def test_a_fork_of_the_caller_leaves_the_ranks_alone():
     then = "import os\nif os.fork() == 0: sys.exit(0)\nos.wait(); print('waited', flush=True)\n"
-    process, ranks = caller(then + "time.sleep(60)")
+    process, ranks = caller(then + "time.sleep(9999)")
     assert process.stdout.readline() == "waited\n"
     assert all(map(alive, ranks))
     process.kill()
