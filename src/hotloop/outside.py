@@ -20,8 +20,9 @@ import re
 import stat
 import types
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -59,7 +60,7 @@ def file_kind(path: Path, *, refuse: Refuse = CheckpointError) -> Literal["file"
         return _kind(path.stat(), path, refuse)
 
 
-def open_file(path: Path, *, refuse: Refuse = CheckpointError) -> BinaryIO:
+def open_file(path: Path, *, refuse: Refuse = CheckpointError) -> BufferedReader:
     """Opens a regular file for reading; never blocks, whatever ``path`` turns out to be.
 
     Raises:
@@ -196,7 +197,12 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validated(
-    model: type[M], value: object, file: Path | str, *, refuse: Refuse = CheckpointError
+    model: type[M],
+    value: object,
+    file: Path | str,
+    *,
+    prefix: str = "",
+    refuse: Refuse = CheckpointError,
 ) -> M:
     """Checks a value against a pydantic model.
 
@@ -204,6 +210,7 @@ def validated(
         model: What the value must be; its aliases are the keys of the file.
         value: What the file holds.
         file: Where it comes from, for the error.
+        prefix: What the file has in front of every key.
         refuse: Makes the error.
 
     Raises:
@@ -212,17 +219,20 @@ def validated(
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise refuse(file, joined(problems(error, model))) from error
+        raise refuse(file, joined(problems(error, model, prefix))) from error
 
 
-def problems(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
+def problems(
+    error: ValidationError, model: type[BaseModel] | None = None, prefix: str = ""
+) -> list[str]:
     """Puts each of pydantic's errors into words: the key, the value, and what is right.
 
     Args:
         error: What ``model_validate`` raised.
         model: What was validated, so that the known keys can be named.
+        prefix: What the file has in front of every key.
     """
-    return [_problem(one, model) for one in error.errors(include_url=False)]
+    return [_problem(one, model, prefix) for one in error.errors(include_url=False)]
 
 
 def joined(found: list[str], most: int = 3) -> str:
@@ -231,16 +241,16 @@ def joined(found: list[str], most: int = 3) -> str:
     return "; ".join(found[:most]) + rest
 
 
-def _problem(error: Any, model: type[BaseModel] | None) -> str:
+def _problem(error: Any, model: type[BaseModel] | None, prefix: str) -> str:
     kind, loc, value = error["type"], error["loc"], shorten_value(error["input"])
-    place = shorten("".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc), 120)
-    place = place.removeprefix(".") or "the whole"
+    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)
+    place = shorten(prefix + place.removeprefix("."), 120) if loc else "the whole"
     if kind == "extra_forbidden":
         return f"{place}: there is no such key.{_nearest(loc[-1], _fields_at(model, loc[:-1]))}"
     if kind == "missing":
         return f"{place}: is missing"
     if kind == "value_error":
-        return f"{place}: {error['ctx']['error']}"
+        return f"{place}: {error['ctx']['error']}" if loc else str(error["ctx"]["error"])
     if kind == "literal_error":
         choices = get_args(_declared_at(model, loc))
         return f"{place}: {value} is not a choice.{_nearest(error['input'], choices)}"
@@ -263,7 +273,8 @@ _MUST = {
 
 def _nearest(word: object, choices: Iterable[object]) -> str:
     names = [str(choice) for choice in choices]
-    found = difflib.get_close_matches(shorten(str(word), 80), names, n=1)
+    spelled = shorten(word, 80) if isinstance(word, str) else shorten_value(word)
+    found = difflib.get_close_matches(spelled, names, n=1)
     guess = f" Did you mean {found[0]!r}?" if found else ""
     return guess + (f" Choose from: {', '.join(names)}." if names else "")
 

@@ -67,14 +67,18 @@ def test_a_scheme_that_a_model_does_not_allow_has_its_reason_in_the_table(tiny_l
 
 @pytest.fixture
 def tiny_llama(tmp_path):
-    """A folder with the description of a tiny model and one tensor: nothing of it is loaded."""
+    """A tiny model without a tokenizer: nothing of it is loaded."""
     import torch
     from safetensors.torch import save_file
 
+    from hotloop.models import names
+    from hotloop.models.families import read_config
     from hotloop.models.families.llama import FAMILY
 
     (tmp_path / "config.json").write_text(json.dumps(dict(FAMILY.tiny)))
-    save_file({"model.norm.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    shapes = names.tensors(read_config(FAMILY.tiny))
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path
 
 

@@ -10,7 +10,7 @@ from hotloop.errors import ConfigError, UnknownNameError, UnsupportedError
 from hotloop.models import names
 from hotloop.models.config import RopeConfig
 from hotloop.models.families import FAMILIES, family_of, read_config
-from hotloop.models.rope import inverse_frequencies, rope_tables
+from hotloop.models.rope import head_order, inverse_frequencies, rope_tables
 from hotloop.models.shapes import SHAPES, shape
 
 MISSING = object()
@@ -106,7 +106,7 @@ def test_parameters_are_counted_tensor_by_tensor(architecture):
         assert tensors[f"{name}.weight"] == size
     assert (f"{names.HEAD}.weight" in tensors) == (not config.tie_embeddings)
     assert f"{names.head(config)}.weight" in tensors
-    assert not names.redundant(config) & tensors.keys()
+    assert not any(names.is_redundant(config, name) for name in tensors)
 
 
 def test_cache_bytes_count_keys_and_values_of_every_layer():
@@ -130,9 +130,20 @@ def test_architecture_is_refused_before_its_own_keys():
     assert "Gemma2" in message(UnknownNameError, "Gemma2ForCausalLM", attn_logit_softcapping=50.0)
 
 
-@pytest.mark.parametrize("value", [MISSING, None, [], "LlamaForCausalLM", ["A", "B"]])
+@pytest.mark.parametrize("value", [MISSING, None, [], "LlamaForCausalLM", ["A", "B"], [1], {}])
 def test_other_than_one_architecture_is_refused(value):
-    assert "must name one architecture" in message(ConfigError, architectures=value)
+    assert "architectures must name one" in message(ConfigError, architectures=value)
+
+
+@pytest.mark.parametrize("value", [MISSING, None, []])
+def test_the_model_type_stands_in_for_an_architecture_that_is_left_out(value):
+    for architecture in FAMILIES:
+        tiny = dict(family_of(keys(architecture)).tiny)
+        expected = read_config(tiny)
+        tiny |= {"architectures": value}
+        assert read_config({k: v for k, v in tiny.items() if v is not MISSING}) == expected
+    said = message(UnknownNameError, architectures=value, model_type="lama")
+    assert "unknown model_type 'lama'. Did you mean 'llama'" in said
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -152,6 +163,8 @@ def test_other_than_one_architecture_is_refused(value):
         ("no_rope_layers", [1, 1, 0]),
         ("position_embedding_type", "alibi"),
         ("is_causal", False),
+        ("use_alibi", True),
+        ("scale_of_everything", 2.0),
     ],
 )
 def test_keys_that_would_change_the_arithmetic_are_refused_by_name(architecture, key, value):
@@ -166,66 +179,113 @@ def test_keys_that_say_what_is_so_anyway_are_fine(key):
     assert read_config(keys(**{key: value})) == read_config(keys())
 
 
-@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
-def test_windows_in_some_layers_are_refused(architecture):
-    said = message(UnsupportedError, architecture, use_sliding_window=True, sliding_window=64)
-    assert "use_sliding_window" in said
-    mixed = ["full_attention", "sliding_attention"]
-    assert "'sliding_attention'" in message(UnsupportedError, architecture, layer_types=mixed)
-    off = keys(
-        architecture,
-        use_sliding_window=False,
-        sliding_window=64,
-        layer_types=["full_attention"] * 2,
-    )
-    assert read_config(off).sliding_window is None
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_keys_that_say_nothing_of_the_arithmetic_are_ignored(architecture):
+    told = {"torch_dtype": "float16", "use_cache": True, "_attn_implementation": "sdpa"}
+    told |= {"bos_token_id": 1, "eos_token_id": [2, 3], "unheard_of": None}
+    assert read_config(keys(architecture, **told)) == read_config(keys(architecture))
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("architecture", "changes", "windows"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling type 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_scaling type 'longrope'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ("Qwen2ForCausalLM", {"use_sliding_window": False, "sliding_window": 9}, (None, None)),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "max_window_layers": 1}, (None, 4096)),
         (
-            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attention_factor": 1.2}},
-            "'attention_factor'",
+            "Qwen3ForCausalLM",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (9, None),
         ),
+        ("Qwen3ForCausalLM", {"layer_types": ["full_attention"] * 2}, (None, None)),
+        (
+            "MistralForCausalLM",
+            {"sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"]},
+            (None, 9),
+        ),
+        ("MistralForCausalLM", {"layer_types": ["full_attention"] * 2}, (None, None)),
     ],
 )
-def test_rotary_settings_that_are_not_implemented_are_refused(settings, says):
-    assert says in message(UnsupportedError, **settings)
+def test_every_layer_has_the_window_that_its_type_says(architecture, changes, windows):
+    assert read_config(keys(architecture, **changes)).windows == windows
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"hidden_size": MISSING}, "has no 'hidden_size'"),
-        ({"rms_norm_eps": None}, "has no 'rms_norm_eps'"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers = '2'; it must be an integer above 0"),
-        ({"vocab_size": 0}, "vocab_size = 0; it must be an integer above 0"),
-        ({"vocab_size": True}, "vocab_size = True; it must be an integer"),
-        ({"head_dim": 2.5}, "head_dim = 2.5; it must be an integer"),
-        ({"rms_norm_eps": "tiny"}, "rms_norm_eps = 'tiny'; it must be a number"),
-        ({"rope_theta": math.inf}, "rope_theta = inf; it must be a number"),
-        ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
-        ({"head_dim": 15}, "head_dim must be even for rotary embedding, not 15"),
-        ({"rope_scaling": {"type": "linear"}}, "has no 'factor'"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 values, and num_hidden_layers"),
+        ({"layer_types": ["full_attention", "linear"]}, "layer_types[1]: 'linear' is not a choice"),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
-            "has no 'high_freq_factor'",
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": None},
+            "sliding_window is missing",
         ),
     ],
 )
+def test_types_of_layers_that_cannot_be_are_refused(changes, says):
+    assert says in message(ConfigError, "MistralForCausalLM", **changes)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"rope_scaling": {"factor": 4.0}}, "factor = 4.0 does not belong to rope_type 'default'"),
+        ({"rope_scaling": {"type": "gguf_factors", "factors": []}}, "'gguf_factors'"),
+        ({"rope_scaling": {"type": "linear"}}, "needs factor, which is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor: must be greater"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 3}}, "beta_fast = 3"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2}}, "and type"),
+        ({"rope_scaling": "linear"}, "rope_scaling: must be an object, not 'linear'"),
+        ({"rope_scaling": LLAMA_3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below"),
+        ({"rope_scaling": {**LLAMA_3, "high_freq_factor": None}}, "needs high_freq_factor"),
+        ({"rope_scaling": YARN | {"beta_slow": 40.0}}, "beta_slow 40.0 must not exceed"),
+        ({"rope_scaling": YARN | {"finetuned": True}}, "finetuned: there is no such key"),
+        ({"rope_scaling": LONG | {"long_factor": [2.0] * 7}}, "long_factor has 7 values, and 8"),
+        ({"rope_scaling": LONG | {"short_factor": [0.0] * 8}}, "short_factor[0]: must be"),
+        ({"rope_theta": 0}, "rope_theta: must be greater than 1"),
+        ({"rope_theta": -1e4}, "rope_theta: must be greater than 1"),
+        ({"partial_rotary_factor": 0.3}, "rotates 4.8 elements"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor: must be greater than 0"),
+    ],
+)
+def test_rotary_settings_that_cannot_be_are_refused(settings, says):
+    assert says in message(ConfigError, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": MISSING}, "hidden_size: is missing"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: is missing"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps: must be greater than or equal to 0, not -1e-05"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers: must be an integer, not '2'"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers: must be less than or equal to"),
+        ({"vocab_size": 0}, "vocab_size: must be greater than or equal to 1, not 0"),
+        ({"vocab_size": True}, "vocab_size: must be an integer, not True"),
+        ({"head_dim": 2.5}, "head_dim: must be an integer, not 2.5"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps: must be a number, not 'tiny'"),
+        ({"rope_theta": math.inf}, "rope_theta: must be a finite number, not inf"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: must be true or false"),
+        ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 15}, "head_dim must be even for rotary embedding, not 15"),
+    ],
+)
 def test_wrong_and_missing_values_are_refused_by_name(changes, says):
-    assert says in message(ConfigError, **changes)
+    said = message(ConfigError, **changes)
+    assert says in said
+    assert said.startswith("config.json")
 
 
 def test_window_of_nothing_is_refused():
     said = message(ConfigError, "MistralForCausalLM", sliding_window=0)
-    assert "sliding_window = 0" in said
+    assert "sliding_window: must be greater than or equal to 1, not 0" in said
 
 
 # Rotary tables.
@@ -247,10 +307,24 @@ def test_llama_3_stretches_long_wavelengths_only():
     assert (ratio.diff() >= 0).all()
 
 
-def test_given_factors_divide_the_frequencies():
-    rope = RopeConfig(scaling="factors", factors=(1.0, 2.0, 4.0, 8.0))
-    ratio = inverse_frequencies(8, RopeConfig()) / inverse_frequencies(8, rope)
-    torch.testing.assert_close(ratio, torch.tensor([1.0, 2.0, 4.0, 8.0]))
+def test_given_factors_divide_the_frequencies_by_the_length_of_the_longest_sequence():
+    short, long = (1.0, 2.0, 4.0, 8.0), (2.0, 2.0, 2.0, 2.0)
+    rope = RopeConfig(
+        scaling="longrope", short_factors=short, long_factors=long, original_max_position=16
+    )
+    assert rope.depends_on_length
+    for n_positions, factors in ((16, short), (17, long)):
+        ratio = inverse_frequencies(8, RopeConfig()) / inverse_frequencies(8, rope, n_positions)
+        torch.testing.assert_close(ratio, torch.tensor(factors))
+
+
+def test_elements_that_are_not_rotated_have_no_angle():
+    rope = RopeConfig(partial=0.5, scaling="yarn", attention_factor=1.5)
+    cos, sin = rope_tables(8, 20, rope)
+    assert (cos[:, [2, 3, 6, 7]] == 1).all()
+    assert (sin[:, [2, 3, 6, 7]] == 0).all()
+    assert head_order(8, rope).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert head_order(8, RopeConfig()) is None
 
 
 def test_tables_hold_the_angle_of_every_position_in_both_halves():

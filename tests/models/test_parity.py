@@ -4,6 +4,7 @@ Parametrized over the registry: a new family is tested by being registered.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.phi3 import modeling_phi3
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from twins import Twin, load, reference_logits, save_random
 
 from hotloop.kernels import cpu
@@ -31,6 +34,13 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+ORIGINAL = {"original_max_position_embeddings": 32}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.2, 2.0, 3.0, 4.0, 6.0, 8.0, 9.0],
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 VARIANTS = {
     "llama-untied-without-biases": (
         "LlamaForCausalLM",
@@ -40,6 +50,46 @@ VARIANTS = {
     "llama-linear-rope": (
         "LlamaForCausalLM",
         {"rope_scaling": {"type": "linear", "factor": 3.0}, "head_dim": None},
+    ),
+    "llama-yarn": (
+        "LlamaForCausalLM",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}, "rope_theta": 500.0},
+    ),
+    "llama-yarn-with-every-setting": (
+        "LlamaForCausalLM",
+        {
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 8.0,
+                "beta_fast": 8.0,
+                "beta_slow": 2.0,
+                "mscale": 1.2,
+                "mscale_all_dim": 0.7,
+                "truncate": False,
+                **ORIGINAL,
+            },
+            "rope_theta": 100.0,
+        },
+    ),
+    "qwen2-yarn": (  # as the makers of Qwen2.5 tell their users to write it
+        "Qwen2ForCausalLM",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, **ORIGINAL}},
+    ),
+    "llama-dynamic-rope": (
+        "LlamaForCausalLM",
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 32},
+    ),
+    "llama-longrope-long": (
+        "LlamaForCausalLM",
+        {"rope_scaling": LONG_ROPE | ORIGINAL, "head_dim": 16, "max_position_embeddings": 256},
+    ),
+    "llama-longrope-short": (
+        "LlamaForCausalLM",
+        {
+            "rope_scaling": LONG_ROPE | {"attention_factor": 1.3},
+            "head_dim": 16,
+            "original_max_position_embeddings": 128,
+        },
     ),
     "llama-3-rope": ("LlamaForCausalLM", {"rope_scaling": LLAMA_3, "rope_theta": 5e5}),
     "llama-one-kv-head": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
@@ -60,6 +110,14 @@ VARIANTS = {
         {"tie_word_embeddings": True, "attention_bias": True},
     ),
     "qwen3-default-head-dim": ("Qwen3ForCausalLM", {"head_dim": 128}),
+    "qwen2-window-in-later-layers": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    ),
+    "qwen3-windows-by-layer-types": (
+        "Qwen3ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
+    ),
 }
 
 
@@ -82,7 +140,8 @@ def folder_and_model(request, tmp_path_factory) -> tuple[Path, PreTrainedModel]:
 def test_logits_of_whole_sequences_are_those_of_transformers(folder_and_model):
     folder, model = folder_and_model
     ids = tokens(model, 2, 90)
-    logits = load(folder).logits(ids, torch.zeros(2, dtype=torch.int64))
+    twin = load(folder, n_positions=ids.shape[1])  # some frequencies depend on the length
+    logits = twin.logits(ids, torch.zeros(2, dtype=torch.int64))
     torch.testing.assert_close(logits, reference_logits(model, ids))
 
 
@@ -93,7 +152,7 @@ def test_prefill_in_chunks_and_decoding_through_the_cache_change_nothing(
     folder, model = folder_and_model
     ids = tokens(model, 2, 24)
     expected = reference_logits(model, ids)
-    twin = load(folder, attention=attention)
+    twin = load(folder, attention=attention, n_positions=ids.shape[1])
     at = 0
     for n in (5, 1, 9, *[1] * 9):
         positions = torch.full((2,), at)
@@ -143,6 +202,43 @@ def test_sliding_window_forgets_what_is_beyond_it_and_nothing_nearer(tmp_path):
         other[0, changed] = (other[0, changed] + 1) % model.config.vocab_size
         different = load(tmp_path).logits(other, torch.tensor([0]))[0, -1]
         assert torch.equal(different, logits) == same, changed
+
+
+def test_layer_types_bound_the_layers_of_a_mistral_as_of_a_ministral(tmp_path):
+    """transformers has a class of its own for Mistrals of which some layers see everything."""
+    keys = tiny("MistralForCausalLM") | {"model_type": "ministral", "layer_types": MIXED}
+    model = save_random(tmp_path, keys | {"architectures": ["MinistralForCausalLM"]})
+    written = json.loads((tmp_path / "config.json").read_text())
+    written |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    ids = tokens(model, 2, 40)
+    logits = load(tmp_path).logits(ids, torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(logits, reference_logits(model, ids))
+
+
+@pytest.mark.parametrize("rope_type", ["default", "yarn"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_partial_rotary_factors_rotate_the_first_elements_of_a_head(
+    architecture, rope_type, tmp_path, monkeypatch
+):
+    """transformers' Llama has no code for it; its Phi-3, which rotates the same pairs, has."""
+    settings: dict[str, Any] = {"partial_rotary_factor": 0.5, "rope_type": rope_type}
+    if rope_type == "yarn":
+        settings |= {"factor": 4.0, **ORIGINAL}
+    model = save_random(tmp_path, tiny(architecture) | {"rope_scaling": settings, "head_dim": 24})
+    if rope_type == "default":
+        rotary = Phi3RotaryEmbedding.compute_default_rope_parameters(model.config)[0]
+        model.model.rotary_emb.inv_freq = rotary
+    monkeypatch.setattr(
+        sys.modules[type(model).__module__],
+        "apply_rotary_pos_emb",
+        modeling_phi3.apply_rotary_pos_emb,
+    )
+    ids = tokens(model, 2, 40)
+    logits = load(tmp_path).logits(ids, torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(logits, reference_logits(model, ids))
+    quantized = load(tmp_path, quant="int8")
+    assert quantized.logits(ids, torch.zeros(2, dtype=torch.int64)).isfinite().all()
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from whole_models import (
 )
 
 from hotloop.errors import CheckpointError, ConfigError
-from hotloop.models.families import FAMILIES, family_of
+from hotloop.models.families import FAMILIES, family_of, read_config
 from hotloop.quant import parse_scheme
+from hotloop.weights.checkpoint import open_checkpoint, read_model
 from hotloop.weights.quantize import quantize_checkpoint
 from hotloop.weights.source import RandomSource
 from hotloop.weights.writer import SafetensorsWriter
@@ -153,13 +155,13 @@ def test_missing_tensor_is_named(name, quant, tmp_path):
 
 
 def test_missing_bias_is_named(tmp_path):
-    name = "model.layers.0.self_attn.o_proj.bias"
+    name = "model.layers.1.self_attn.o_proj.bias"
     folder = write_folder(tmp_path / "m", lambda t: t.pop(name), attention_bias=True)
     assert refusal(folder).tensor == name
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_norm.weight"]
+    "name", ["model.layers.1.mlp.up_proj.scale", "model.layers.0.self_attn.q_norm.weight"]
 )
 def test_surplus_tensor_is_named(name, tmp_path):
     error = refusal(write_folder(tmp_path / "m", lambda t: t.update({name: torch.ones(3)})))
@@ -265,7 +267,7 @@ def test_random_weights_depend_on_their_seed_alone(quant):
 
     def make(seed: int) -> dict[str, Tensor]:
         source = RandomSource(seed, torch.bfloat16, CPU)
-        return load_from(None, source, keys, quant=quant).state_dict()
+        return load_from(None, source, read_config(keys), quant=quant).state_dict()
 
     state = torch.random.get_rng_state()
     first, again, other = make(0), make(0), make(1)
@@ -279,3 +281,49 @@ def test_random_weights_depend_on_their_seed_alone(quant):
             assert (tensor == 1).all()
         if name.endswith("bias"):
             assert not tensor.any()
+
+
+# Switches that the tensors overrule.
+
+
+def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(tmp_path):
+    def add_head(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+
+    tied = write_folder(tmp_path / "m", add_head, tie_word_embeddings=True)
+    untied = write_folder(tmp_path / "u", add_head, tie_word_embeddings=False)
+    with closing(open_checkpoint(tied)) as checkpoint:
+        model, (note,) = read_model(checkpoint)
+    assert not model.tie_embeddings
+    assert "lm_head.weight is not the embedding" in note
+    assert_same_weights(load(tied), load(untied))
+    copies = [
+        quantize_checkpoint(path, path.with_suffix(".q"), quant="int8") for path in (tied, untied)
+    ]
+    assert_same_weights(load(copies[0]), load(copies[1]))
+
+
+def test_a_head_that_equals_a_tied_embedding_is_a_copy_of_it(tmp_path):
+    def add_copy(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    folder = write_folder(tmp_path / "m", add_copy, tie_word_embeddings=True)
+    with closing(open_checkpoint(folder)) as checkpoint:
+        model, notes = read_model(checkpoint)
+    assert (model.tie_embeddings, notes) == (True, ())
+    assert_same_weights(load(folder), load(write_folder(tmp_path / "n", tie_word_embeddings=True)))
+
+
+def test_biases_of_queries_keys_and_values_need_none_of_the_output_projection(tmp_path):
+    def without(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("o_proj.bias")]:
+            del tensors[name]
+
+    folder = write_folder(tmp_path / "m", without, attention_bias=True)
+    with closing(open_checkpoint(folder)) as checkpoint:
+        model, (note,) = read_model(checkpoint)
+    assert (model.qkv_bias, model.o_bias) == (True, False)
+    assert "o_proj has no bias" in note
+    first = load(folder).layers[0]
+    assert first.qkv_proj.bias is not None
+    assert first.o_proj.bias is None

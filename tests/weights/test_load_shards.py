@@ -110,7 +110,8 @@ def test_random_shards_are_slices_of_the_random_whole(quant, monkeypatch):
 
     def made(group=None):
         options = {} if group is None else {"group": group}
-        return load_from(None, RandomSource(3, torch.bfloat16, CPU), MODEL, quant=quant, **options)
+        source = RandomSource(3, torch.bfloat16, CPU)
+        return load_from(None, source, read_config(MODEL), quant=quant, **options)
 
     whole = made()
     plan = read_config(MODEL).shards(4, parse_scheme(quant).alignment)

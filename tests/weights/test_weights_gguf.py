@@ -9,6 +9,9 @@ from weights_files import EMBEDDING, llama_rows, random_blocks, write_gguf
 
 from hotloop.errors import CheckpointError, UnsupportedError
 from hotloop.gguf_header import read_gguf_header
+from hotloop.models.config import RopeConfig
+from hotloop.models.families import read_config
+from hotloop.models.rope import inverse_frequencies
 from hotloop.weights.checkpoint import open_checkpoint
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -243,9 +246,57 @@ def test_rope_factors_are_part_of_the_configuration(tmp_path):
     factors = np.linspace(1, 8, 8, dtype=np.float32)
     path = write_gguf(tmp_path / "m.gguf", EMBEDDING | {"rope_freqs.weight": (factors, "F32")})
     checkpoint = open_checkpoint(path)
-    scaling = {"rope_type": "gguf_factors", "factors": factors.tolist()}
-    assert checkpoint.config["rope_scaling"] == scaling
+    assert checkpoint.config["rope_scaling"] == {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 128,
+        "attention_factor": 1.0,
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+    }
     assert "rope_freqs.weight" not in checkpoint.tensors
+    rope = read_config(checkpoint.config).rope
+    assert not rope.depends_on_length
+    ratio = inverse_frequencies(16, RopeConfig()) / inverse_frequencies(16, rope, 128)
+    torch.testing.assert_close(ratio, torch.from_numpy(factors))
+
+
+def test_short_and_long_rope_factors_are_those_of_longrope(tmp_path):
+    short, long = np.linspace(1, 2, 8, dtype=np.float32), np.linspace(1, 8, 8, dtype=np.float32)
+    tensors = EMBEDDING | {"rope_factors_short.weight": (short, "F32")}
+    keys = {
+        "rope.scaling.type": "longrope",
+        "rope.scaling.original_context_length": 64,
+        "rope.scaling.attn_factor": 1.25,
+    }
+    missing = refusal(write_gguf(tmp_path / "missing.gguf", tensors, keys=keys))
+    assert missing.tensor == "rope_factors_long.weight"
+    tensors |= {"rope_factors_long.weight": (long, "F32")}
+    rope = read_config(open_checkpoint(write_gguf(tmp_path / "m", tensors, keys=keys)).config).rope
+    assert (rope.scaling, rope.original_max_position, rope.attention_factor) == (
+        "longrope",
+        64,
+        1.25,
+    )
+    assert (rope.short_factors, rope.long_factors) == (tuple(short.tolist()), tuple(long.tolist()))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_heads_that_are_rotated_in_part_are_read_as_hugging_face_stores_them(arch, tmp_path):
+    """``llama`` files keep a pair side by side, the other ones half of what is rotated apart."""
+    weight = torch.arange(64.0)[:, None].expand(64, 32).contiguous()  # 4 heads of 16, 8 rotated
+    stored = weight
+    if arch == "llama":
+        rotated = weight.unflatten(0, (4, 16))[:, :8]
+        pairs = rotated.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        stored = torch.cat((pairs, weight.unflatten(0, (4, 16))[:, 8:]), dim=1).flatten(0, 1)
+        assert not torch.equal(stored, weight)
+    tensors = EMBEDDING | {"blk.0.attn_q.weight": (stored.numpy(), "F32")}
+    path = write_gguf(tmp_path / "m.gguf", tensors, arch=arch, keys={"rope.dimension_count": 8})
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config["partial_rotary_factor"] == 0.5
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(checkpoint.read(q_proj), weight)
+    assert torch.equal(checkpoint.read(q_proj, (slice(17, 23),)), weight[17:23])
 
 
 # What would change the arithmetic and is not implemented.
@@ -257,11 +308,12 @@ def test_rope_factors_are_part_of_the_configuration(tmp_path):
         ("gemma", {}, "architecture 'gemma' is not supported"),
         ("llama", {"expert_count": 8}, "llama.expert_count (here 8)"),
         ("qwen2", {"attention.sliding_window": 32}, "qwen2.attention.sliding_window"),
-        ("llama", {"attention.head_count": [4, 4]}, "llama.attention.head_count is [4, 4]"),
-        ("llama", {"rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
-        ("llama", {"attention.value_length": 8}, "llama.attention.value_length is 8"),
-        ("llama", {"rope.scaling.type": "longrope"}, "'longrope' is not supported"),
-        ("llama", {"block_count": None}, "no metadata key llama.block_count"),
+        ("llama", {"attention.head_count": [4, 4]}, "attention.head_count: must be an integer"),
+        ("llama", {"rope.dimension_count": 32}, "rope.dimension_count is 32; it must be even"),
+        ("llama", {"rope.dimension_count": 7}, "rope.dimension_count is 7; it must be even"),
+        ("llama", {"attention.value_length": 8}, "attention.value_length is 8"),
+        ("llama", {"rope.scaling.type": "longrope"}, "needs rope.scaling.original_context_length"),
+        ("llama", {"block_count": None}, "llama.block_count: is missing"),
     ],
 )
 def test_metadata_that_is_not_understood_is_refused_by_name(tmp_path, arch, keys, says):
@@ -276,10 +328,10 @@ def test_metadata_that_is_not_understood_is_refused_by_name(tmp_path, arch, keys
         ("blk.0.ffn_up.weight", (random_blocks(4, 256, "Q2_K"), "Q2_K"), "Q2_K is not supported"),
         ("blk.0.ffn_up_exps.weight", (noise(2, 4), "F32"), "'blk.0.ffn_up_exps.weight'"),
         ("blk.0.ffn_up.scale", (noise(4), "F32"), "'blk.0.ffn_up.scale'"),
-        ("rope_factors_long.weight", (noise(8), "F32"), "'rope_factors_long.weight'"),
+        ("rope_factors_long.weight", (np.ones(8, np.float32), "F32"), "rope_factors_long.weight"),
         ("blk.0.ffn_up.weight", (noise(2, 3, 4), "F32"), "has the shape (2, 3, 4)"),
         ("blk.0.attn_q.weight", (noise(48, 64), "F32"), "has 48 rows, not 4 heads of 16"),
-        ("rope_freqs.weight", (noise(4), "F32"), "has 4 factors for heads of width 16"),
+        ("rope_freqs.weight", (noise(4), "F32"), "and 8 frequencies are to be divided"),
     ],
 )
 def test_tensors_that_are_not_understood_are_refused_by_name(tmp_path, name, tensor, says):
@@ -289,7 +341,7 @@ def test_tensors_that_are_not_understood_are_refused_by_name(tmp_path, name, ten
 
 
 def test_rope_factors_beside_another_scaling_are_refused(tmp_path):
-    tensors = EMBEDDING | {"rope_freqs.weight": (noise(8), "F32")}
+    tensors = EMBEDDING | {"rope_freqs.weight": (np.ones(8, np.float32), "F32")}
     keys = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
     assert "together with" in str(refusal(write_gguf(tmp_path / "m.gguf", tensors, keys=keys)))
 

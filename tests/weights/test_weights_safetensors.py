@@ -130,7 +130,8 @@ def test_reading_end_to_end_holds_one_tensor_at_a_time(folder):
     before = kib("VmRSS")
     for name in checkpoint.tensors:
         check_finite(checkpoint.read(name), checkpoint.tensors[name])
-    assert kib("VmHWM") - before < 2.5 * tensor_kib
+    # One or two of the twelve, and what the allocator keeps of the one before.
+    assert kib("VmHWM") - before < 4 * tensor_kib
 
 
 # What a header can say that is not so.
@@ -192,10 +193,9 @@ def test_a_file_that_shrinks_after_opening_is_refused(folder):
 # What an index can say that is not so.
 
 
-@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "link.safetensors"])
+@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "b/../../a.safetensors"])
 def test_an_index_cannot_lead_out_of_the_folder(folder, name):
     save_file({"t": torch.ones(1)}, folder.parent / "a.safetensors")
-    (folder / "link.safetensors").symlink_to(folder.parent / "a.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"t": name}}))
     error = refusal(folder)
     assert error.tensor == "t"
@@ -210,6 +210,23 @@ def test_links_of_the_hugging_face_cache_are_followed(tmp_path, folder):
     for blob in blobs.iterdir():
         (snapshot / blob.name).symlink_to(Path("../../blobs") / blob.name)
     assert open_checkpoint(snapshot).tensors.keys() == {"x", "y"}
+
+
+def test_shards_that_are_links_are_followed_wherever_they_lead(tmp_path, folder):
+    save_shards(folder, {"x": torch.ones(2)}, {"y": torch.zeros(3)})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for shard in list(folder.glob("*.safetensors")):
+        shard.rename(elsewhere / shard.name)
+        shard.symlink_to(elsewhere / shard.name)
+    assert open_checkpoint(folder).tensors.keys() == {"x", "y"}
+
+
+def test_an_index_may_list_a_tied_head_that_is_not_stored(folder):
+    save_shards(folder, {"x": torch.ones(2)}, **{"lm_head.weight": "a.safetensors"})
+    assert refusal(folder).tensor == "lm_head.weight"
+    (folder / "config.json").write_text('{"tie_word_embeddings": true}')
+    assert open_checkpoint(folder).tensors.keys() == {"x"}
 
 
 def test_a_shard_that_is_missing_is_refused(folder):

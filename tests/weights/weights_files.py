@@ -55,12 +55,18 @@ def write_gguf(
         match value:
             case None:
                 pass
+            case bool():
+                writer.add_bool(key, value)
             case str():
                 writer.add_string(key, value)
             case list():
                 writer.add_array(key, value)
             case float():
                 writer.add_float32(key, value)
+            case _ if value < 0:
+                writer.add_int64(key, value)
+            case _ if value >= 2**32:
+                writer.add_uint64(key, value)
             case _:
                 writer.add_uint32(key, value)
     for name, (array, type_name) in tensors.items():

@@ -13,11 +13,12 @@ from weights_files import llama_rows, write_gguf
 
 from hotloop.kernels.attention import torch_attention
 from hotloop.models import names
+from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import read_config
 from hotloop.parallel.collectives import Group
 from hotloop.quant import parse_head_scheme, parse_scheme
-from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
+from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.identity import read_quantization
 from hotloop.weights.load import load_weights
 from hotloop.weights.source import CheckpointSource, Source
@@ -133,7 +134,7 @@ def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
 def load_from(
     checkpoint: Checkpoint | None,
     source: Source,
-    config: dict[str, Any],
+    model: ModelConfig,
     *,
     quant: str = "none",
     head: str = "auto",
@@ -141,7 +142,6 @@ def load_from(
     group: Group = ALONE,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    model = read_config(config)
     scheme, size = parse_scheme(quant), group.size
     shard = model.shards(size, scheme.alignment if size > 1 else 1)[group.rank]
     decoder = Decoder(
@@ -175,9 +175,10 @@ def load(path: Path, *, group: Group = ALONE, **options: Any) -> Decoder:
     checkpoint = open_checkpoint(path)
     if stored := read_quantization(checkpoint.config, checkpoint.config_file):
         options = {"quant": stored.scheme, "head": stored.head} | options
-    ignored = names.redundant(read_config(checkpoint.config))
-    source = CheckpointSource(checkpoint, CPU, ignored=ignored, combine=group.max)
-    return load_from(checkpoint, source, checkpoint.config, group=group, **options)
+    model, _ = read_model(checkpoint)
+    dtype = options.get("dtype", torch.bfloat16)
+    source = CheckpointSource(checkpoint, CPU, model=model, dtype=dtype, combine=group.max)
+    return load_from(checkpoint, source, model, group=group, **options)
 
 
 def assert_same_weights(a: Decoder, b: Decoder) -> None:

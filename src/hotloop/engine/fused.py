@@ -52,6 +52,8 @@ def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> s
         return f"it computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
     if model.head_dim not in HEAD_DIMS:
         return f"heads must be {', '.join(map(str, HEAD_DIMS))} wide, not {model.head_dim}"
+    if len(set(model.windows)) > 1:
+        return "its layers see differently far back, and it reads the cache alike for all of them"
     if tokens > MAX_TOKENS:
         return f"a step takes at most {MAX_TOKENS - 1} drafts, not {tokens - 1}"
     for name, (_, k) in model.linears.items():

@@ -389,8 +389,13 @@ class _Model:
             source = RandomSource(setup.config.seed, setup.dtype, setup.device)
         else:
             checkpoint = setup.open()
-            redundant = names.redundant(setup.model)
-            source = CheckpointSource(checkpoint, setup.device, redundant, combine=group.max)
+            source = CheckpointSource(
+                checkpoint,
+                setup.device,
+                model=setup.model,
+                dtype=setup.dtype,
+                combine=group.max,
+            )
         try:
             load_weights(
                 self.decoder,

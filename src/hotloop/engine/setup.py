@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -32,7 +32,7 @@ from hotloop.types import (
     exit_layers,
     is_draft_model,
 )
-from hotloop.weights.checkpoint import Checkpoint, open_checkpoint
+from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.hub import resolve_model
 from hotloop.weights.identity import Quantization, read_quantization
 
@@ -147,9 +147,7 @@ def prepare(config: EngineConfig) -> Setup:
 
 
 def _prepare(config: EngineConfig, device: torch.device) -> Setup:
-    path, hf_config = _describe_model(config)
-    model = read_config(hf_config)
-    stored = read_quantization(hf_config, path or config.model)
+    path, model, stored, model_notes = _describe_model(config)
     config, scheme, head_scheme = _settle_schemes(config, stored)
     for name, (n, k) in names.linear_weights(model).items():
         scheme.check(name, n, k)
@@ -161,6 +159,13 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     execution, notes = _resolve_execution(
         config, device, dtype, [model.local(shard) for shard in shards]
     )
+    if model.rope.depends_on_length and n_positions > model.rope.original_max_position:
+        note = (
+            f"rope scaling {model.rope.scaling!r}: the frequencies are those of sequences of "
+            f"{n_positions} tokens for shorter ones too; with max_seq_len up to "
+            f"{model.default_positions} they are those of the model's own context."
+        )
+        model_notes = (*model_notes, note)
     setup = Setup(
         config=config,
         model=model,
@@ -172,7 +177,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         execution=execution,
         n_positions=n_positions,
         shards=shards,
-        notes=notes,
+        notes=(*model_notes, *notes),
     )
     return _with_draft(setup, _prepare_draft(setup))
 
@@ -311,11 +316,13 @@ def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
         )
 
 
-def _describe_model(config: EngineConfig) -> tuple[Path | None, dict[str, Any]]:
-    """Where the model is, and its ``config.json``; both from the name alone."""
+def _describe_model(
+    config: EngineConfig,
+) -> tuple[Path | None, ModelConfig, Quantization | None, tuple[str, ...]]:
+    """Where the model is, its shape, how it is quantized, and notes; from the name alone."""
     if config.weights == "random":
         if config.model in SHAPES:
-            return None, SHAPES[config.model]
+            return None, read_config(SHAPES[config.model]), None, ()
         path = resolve_model(config.model)
     else:
         if config.model in SHAPES and not Path(config.model).exists():
@@ -326,7 +333,8 @@ def _describe_model(config: EngineConfig) -> tuple[Path | None, dict[str, Any]]:
         path = resolve_model(config.model)
     checkpoint = open_checkpoint(path)
     try:
-        return path, checkpoint.config
+        model, notes = read_model(checkpoint)
+        return path, model, read_quantization(checkpoint.config, checkpoint.config_file), notes
     finally:
         checkpoint.close()
 
@@ -359,7 +367,7 @@ def _resolve_context(config: EngineConfig, model: ModelConfig, dtype: torch.dtyp
     if config.max_seq_len is None:
         bytes_per_token = config.max_batch_size * model.kv_bytes_per_token(dtype.itemsize)
         within = max(MIN_DEFAULT_SEQ_LEN, DEFAULT_CACHE_BYTES // bytes_per_token)
-        return min(model.max_position, within)
+        return min(model.default_positions, within)
     if config.max_seq_len > model.max_position:
         raise ConfigError(
             f"max_seq_len (--max-seq-len) {config.max_seq_len} is beyond the model's context of "

@@ -1,18 +1,14 @@
-"""What a decoder is configured with, read from a checkpoint's ``config.json``.
+"""What a decoder is configured with.
 
-``config.json`` is the only source: a folder's name means nothing. Every key that would change the
-arithmetic is either understood or refused by name; the rest is ignored.
+Families make it from a checkpoint's ``config.json``, which ``models.keys`` validates; a folder's
+name means nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.parallel.plan import Shard, plan_shards
 
 
@@ -23,22 +19,46 @@ class RopeConfig:
     Attributes:
         theta: Base of the geometric series of wavelengths.
         scaling: How the frequencies are stretched for long contexts: ``linear`` (Chen et al.
-            2023), ``llama3`` (the Llama 3.1 report), ``factors`` (one divisor per frequency), or
-            None.
-        factor: The stretch, for ``linear`` and ``llama3``.
+            2023), ``dynamic`` (NTK-aware), ``yarn`` (Peng et al. 2023), ``longrope`` (Ding et al.
+            2024), ``llama3`` (the Llama 3.1 report), or None.
+        factor: The stretch; of ``longrope`` there is none.
+        original_max_position: Context length before stretching.
         low_freq_factor: ``llama3``: wavelengths above original_max_position / this are stretched.
         high_freq_factor: ``llama3``: those below original_max_position / this are left alone.
-        original_max_position: ``llama3``: context length before stretching.
-        factors: ``factors``: the divisors, head_dim / 2 of them.
+        beta_fast: ``yarn``: frequencies that turn more often than this within
+            original_max_position are left alone.
+        beta_slow: ``yarn``: those that turn less often than this are stretched.
+        truncate: ``yarn``: the bounds of the ramp between them are whole frequencies.
+        short_factors: ``longrope``: a divisor for each frequency, up to original_max_position.
+        long_factors: ``longrope``: those beyond it.
+        attention_factor: ``yarn``, ``longrope``: what cosines and sines are multiplied by.
+        partial: The part of a head that is rotated, its first elements.
     """
 
     theta: float = 10_000.0
     scaling: str | None = None
     factor: float = 1.0
+    original_max_position: int = 8192
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-    factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    partial: float = 1.0
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Elements of a head that are rotated."""
+        return round(head_dim * self.partial)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether sequences beyond ``original_max_position`` have other frequencies."""
+        if self.scaling == "longrope":
+            return self.short_factors != self.long_factors
+        return self.scaling == "dynamic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +83,7 @@ class ModelConfig:
         mlp_bias: The feed-forward projections have biases.
         qk_norm: Queries and keys are normalized per head before they are rotated.
         sliding_window: Tokens back to which attention reaches, or None for all.
+        full_layers: Layers that see everything in spite of ``sliding_window``.
     """
 
     family: str
@@ -82,15 +103,25 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise ConfigError(
-                f"num_attention_heads {self.n_heads} is not a multiple of num_key_value_heads "
-                f"{self.n_kv_heads}."
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even for rotary embedding, not {self.head_dim}.")
+        assert self.n_heads % self.n_kv_heads == 0, f"{self.n_heads} heads, {self.n_kv_heads} pairs"
+        assert self.rope.rotary_dim(self.head_dim) % 2 == 0, "elements are rotated in pairs"
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, the tokens back to which attention reaches, or None for all."""
+        return tuple(
+            None if i in self.full_layers else self.sliding_window for i in range(self.n_layers)
+        )
+
+    @property
+    def default_positions(self) -> int:
+        """The longest context whose frequencies are those of every shorter one."""
+        if self.rope.depends_on_length:
+            return min(self.max_position, self.rope.original_max_position)
+        return self.max_position
 
     def shards(self, n: int, alignment: int = 1) -> tuple[Shard, ...]:
         """What each of ``n`` ranks holds; see ``plan_shards``."""
@@ -145,90 +176,3 @@ class ModelConfig:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of cache that one token of one sequence takes."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * itemsize
-
-
-def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A key that holds a positive integer; ConfigError where it does not, or is not there."""
-    value = _value(config, key, default)
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"config.json sets {key} = {value!r:.80}; it must be an integer above 0.")
-    return value
-
-
-def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A key that holds a number; ConfigError where it does not, or is not there."""
-    value = _value(config, key, default)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ConfigError(f"config.json sets {key} = {value!r:.80}; it must be a number.")
-    return float(value)
-
-
-def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = default if config.get(key) is None else config[key]
-    if value is None:
-        raise ConfigError(f"config.json has no {key!r}, which this model needs.")
-    return value
-
-
-def refuse_unless(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuses values that would change the arithmetic and are not implemented.
-
-    Args:
-        config: The keys of config.json.
-        expected: For each key the values that are implemented; an absent key is fine.
-    """
-    for key, values in expected.items():
-        if key in config and config[key] not in values:
-            raise UnsupportedError(
-                f"config.json sets {key} = {config[key]!r}, which would change the arithmetic and "
-                f"is not implemented; supported: {', '.join(map(repr, values))}."
-            )
-
-
-def read_rope(config: Mapping[str, Any]) -> RopeConfig:
-    """Rotary settings in either spelling.
-
-    Those are ``rope_parameters``, or ``rope_theta`` beside ``rope_scaling``, whose kind was once
-    called ``type``.
-
-    Raises:
-        UnsupportedError: A kind of scaling, or an argument of one, that is not implemented.
-    """
-    given: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):
-        given |= {k: v for k, v in (config.get(key) or {}).items() if v is not None}
-    partial = given.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise UnsupportedError(f"partial_rotary_factor = {partial} is not implemented.")
-    rope = RopeConfig(theta=number(given, "rope_theta", RopeConfig.theta))
-    kind = given.get("rope_type", given.get("type", "default"))
-    settings = given.keys() - {"rope_theta", "rope_type", "type"}
-    match kind:
-        case "default":
-            return rope
-        case "linear":
-            used = {"factor"}
-            rope = dataclasses.replace(rope, scaling=kind, factor=number(given, "factor"))
-        case "llama3":
-            used = {"factor", "low_freq_factor", "high_freq_factor"}
-            rope = dataclasses.replace(
-                rope,
-                scaling=kind,
-                factor=number(given, "factor"),
-                low_freq_factor=number(given, "low_freq_factor"),
-                high_freq_factor=number(given, "high_freq_factor"),
-                original_max_position=integer(given, "original_max_position_embeddings"),
-            )
-        case "gguf_factors":  # from a GGUF file's own tensor
-            used = {"factors"}
-            rope = dataclasses.replace(rope, scaling="factors", factors=tuple(given["factors"]))
-        case _:
-            raise UnsupportedError(
-                f"rope_scaling type {kind!r} is not implemented; supported: 'default', 'linear', "
-                "'llama3'."
-            )
-    if unknown := settings - used - {"original_max_position_embeddings"}:
-        raise UnsupportedError(
-            f"rope_scaling of type {kind!r} has {min(unknown)!r}, which is not implemented."
-        )
-    return rope

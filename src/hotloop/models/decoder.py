@@ -160,11 +160,11 @@ class Decoder(nn.Module):
                 head_dim=config.head_dim,
                 norm_eps=config.norm_eps,
                 qk_norm=config.qk_norm,
-                window=config.sliding_window,
+                window=window,
                 attention=attention,
                 total=total,
             )
-            for _ in range(config.n_layers)
+            for window in config.windows
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(n_head_rows or config.vocab_size, config.hidden_size)

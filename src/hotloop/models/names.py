@@ -5,6 +5,8 @@ Merged projections name their parts in the order in which they are joined.
 
 from __future__ import annotations
 
+import re
+
 from hotloop.models.config import ModelConfig
 from hotloop.parallel.plan import Shard
 
@@ -19,12 +21,22 @@ LINEAR_PARTS = {
     "down_proj": ("mlp.down_proj",),
 }
 NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+ROTATED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "self_attn.k_norm")
 HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_WITHOUT_USE = re.compile(r"\.rotary_emb\.\w+|\.self_attn\.(?:\w+\.)?[kv]_scale")
 
 
 def layer(index: int, part: str) -> str:
     """The full name of a part of one block, without ``.weight``."""
     return f"model.layers.{index}.{part}"
+
+
+def layer_index(name: str) -> int | None:
+    """The block that a tensor belongs to, by its name; None for those of no block."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
 
 
 def part_rows(config: ModelConfig, linear: str) -> tuple[int, ...]:
@@ -77,9 +89,18 @@ def linear_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def redundant(config: ModelConfig) -> frozenset[str]:
-    """Tensors that a checkpoint can hold beside those: a tied head, which repeats the embedding."""
-    return frozenset({f"{HEAD}.weight"} if config.tie_embeddings else ())
+def is_redundant(config: ModelConfig, name: str) -> bool:
+    """Whether a checkpoint may hold a tensor that the model does not have.
+
+    Those are a tied head, which repeats the embedding; tables of rotary embedding, which are
+    computed; scales of a quantized cache, which another engine would keep; and layers beyond the
+    last one, which transformers ignores too.
+    """
+    if name == f"{HEAD}.weight":
+        return config.tie_embeddings
+    index = layer_index(name)
+    beyond = index is not None and index >= config.n_layers
+    return beyond or bool(_WITHOUT_USE.search(name))
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

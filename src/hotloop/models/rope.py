@@ -1,4 +1,9 @@
-"""Tables of rotary position embedding, with every way of stretching it that we support."""
+"""Tables of rotary position embedding, with every way of stretching it that we support.
+
+Pairs of dimensions lie half a head apart, also where only the first elements of a head are rotated:
+:func:`head_order` says how a checkpoint's rows are reordered for that, so that those that are not
+rotated have the frequency 0, and no kernel knows of them.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +15,83 @@ from torch import Tensor
 from hotloop.models.config import RopeConfig
 
 
-def inverse_frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
-    """Radians per token of each pair of dimensions, float32 [head_dim / 2]."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / rope.theta**exponent
-    if rope.scaling == "linear":
-        return frequencies / rope.factor
-    if rope.scaling == "factors":
-        return frequencies / torch.tensor(rope.factors)
-    if rope.scaling == "llama3":
-        # Long wavelengths are stretched, short ones left alone, those between interpolated.
-        wavelengths = 2 * math.pi / frequencies
-        cycles = rope.original_max_position / wavelengths
-        keep = (cycles - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = keep.clamp(0, 1)
-        return keep * frequencies + (1 - keep) * frequencies / rope.factor
-    assert rope.scaling is None, f"read_rope let {rope.scaling!r} through"
-    return frequencies
+def head_order(head_dim: int, rope: RopeConfig) -> Tensor | None:
+    """Which element of a checkpoint's head is where in ours, int64 [head_dim]; None if all are.
+
+    A checkpoint pairs element i of its first R with i + R/2; we pair i with i + head_dim/2.
+    """
+    rotated = rope.rotary_dim(head_dim)
+    if rotated == head_dim:
+        return None
+    halves = torch.arange(rotated).view(2, -1), torch.arange(rotated, head_dim).view(2, -1)
+    return torch.cat(halves, dim=1).flatten()
+
+
+def inverse_frequencies(head_dim: int, rope: RopeConfig, n_positions: int = 0) -> Tensor:
+    """Radians per token of each pair of dimensions, float32 [head_dim / 2].
+
+    Args:
+        head_dim: Width of a head.
+        rope: The settings.
+        n_positions: The longest sequence, where frequencies depend on it.
+    """
+    rotated = rope.rotary_dim(head_dim)
+    exponent = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
+    frequencies = _stretched(exponent, rope, n_positions)
+    return torch.nn.functional.pad(frequencies, (0, (head_dim - rotated) // 2))
+
+
+def _stretched(exponent: Tensor, rope: RopeConfig, n_positions: int) -> Tensor:
+    is_long = n_positions > rope.original_max_position
+    powers = rope.theta**exponent
+    match rope.scaling:
+        case None:
+            return 1.0 / powers
+        case "linear":
+            return 1.0 / powers / rope.factor
+        case "dynamic":
+            rotated = 2 * len(exponent)
+            length = max(n_positions, rope.original_max_position)
+            growth = rope.factor * length / rope.original_max_position - (rope.factor - 1)
+            return 1.0 / (rope.theta * growth ** (rotated / (rotated - 2))) ** exponent
+        case "longrope":
+            factors = rope.long_factors if is_long else rope.short_factors
+            return 1.0 / (torch.tensor(factors) * powers)
+        case "llama3":
+            # Long wavelengths are stretched, short ones left alone, those between interpolated.
+            frequencies = 1.0 / powers
+            cycles = rope.original_max_position / (2 * math.pi / frequencies)
+            keep = (cycles - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+            keep = keep.clamp(0, 1)
+            return keep * frequencies + (1 - keep) * frequencies / rope.factor
+        case "yarn":
+            # As llama3, with the ramp along the number of a frequency instead of its wavelength.
+            low, high = _yarn_ramp(2 * len(exponent), rope)
+            number = torch.arange(len(exponent), dtype=torch.float32)
+            stretch = ((number - low) / (high - low)).clamp(0, 1)
+            return stretch / (rope.factor * powers) + (1 - stretch) / powers
+    raise AssertionError(f"no settings of rope have the scaling {rope.scaling!r}")
+
+
+def _yarn_ramp(rotated: int, rope: RopeConfig) -> tuple[float, float]:
+    """Between which frequencies YaRN goes over from left alone to stretched."""
+
+    def number(n_turns: float) -> float:
+        turns = rope.original_max_position / (n_turns * 2 * math.pi)
+        return rotated * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = number(rope.beta_fast), number(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    return low, high + 0.001 if high == low else high
 
 
 def rope_tables(head_dim: int, n_positions: int, rope: RopeConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 [n_positions, head_dim], both halves alike."""
-    angles = torch.outer(
-        torch.arange(n_positions, dtype=torch.float32), inverse_frequencies(head_dim, rope)
-    )
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    frequencies = inverse_frequencies(head_dim, rope, n_positions)
+    angles = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequencies)
+    scale = torch.ones_like(frequencies)
+    scale[: rope.rotary_dim(head_dim) // 2] = rope.attention_factor
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)

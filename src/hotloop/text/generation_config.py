@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from hotloop.gguf_header import read_gguf_header
+from hotloop.gguf_header import model_parts, read_gguf_header
 from hotloop.outside import LARGEST_COUNT, Count, StrictModel, file_kind, validated
 from hotloop.text.config_files import GENERATION_CONFIG, read_json, write_json
 
@@ -75,7 +75,8 @@ def generation_defaults(path: Path) -> dict[str, Any]:
         CheckpointError: A file that is not valid, or a value that no sampling could use.
     """
     if file_kind(path) == "file":
-        found = validated(_GGUFSuggestions, read_gguf_header(path).metadata, path).model_dump()
+        file = model_parts(path)[0]
+        found = validated(_GGUFSuggestions, read_gguf_header(file).metadata, file).model_dump()
     else:
         file = path / GENERATION_CONFIG
         config = read_json(file)

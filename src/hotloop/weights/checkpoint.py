@@ -7,6 +7,7 @@ tensors, which GGUF files are translated to. What a tensor is for, and what beco
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +16,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hotloop.errors import CheckpointError, UnsupportedError, shorten
+from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
 from hotloop.gguf_header import is_gguf
+from hotloop.models import names
+from hotloop.models.config import ModelConfig
+from hotloop.models.families import read_config
 from hotloop.outside import file_kind
 from hotloop.weights.gguf import GGUFCheckpoint
 from hotloop.weights.identity import StoredForm, StoredType, read_quantization
 from hotloop.weights.safetensors import SafetensorsCheckpoint
-from hotloop.weights.tensor_file import TensorInfo
+from hotloop.weights.tensor_file import TensorInfo, row_chunks
 
-__all__ = ["Checkpoint", "TensorInfo", "check_finite", "open_checkpoint", "stored_form"]
+__all__ = [
+    "Checkpoint",
+    "TensorInfo",
+    "check_finite",
+    "open_checkpoint",
+    "read_model",
+    "stored_form",
+    "wrong_shape",
+]
 
 
 class Checkpoint(Protocol):
@@ -102,14 +114,100 @@ def stored_form(checkpoint: Checkpoint) -> StoredForm:
     )
 
 
+def read_model(checkpoint: Checkpoint) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The configuration of a checkpoint's model, in so far as its tensors bear it out.
+
+    Sizes are compared with the tensors before anything is built from them. Two switches follow the
+    tensors, as in transformers: a head of its own is used though the configuration ties it to the
+    embedding, and a bias of the output projection is left out where there is none.
+
+    Returns:
+        The configuration, and a sentence for each switch that the tensors overruled.
+
+    Raises:
+        UnsupportedError: An architecture, key or value that is not implemented.
+        ConfigError: A value that a key cannot have.
+        CheckpointError: Sizes that are not those of the tensors.
+    """
+    model = read_config(checkpoint.config, checkpoint.config_file)
+    _check_sizes(model, checkpoint)
+    notes = []
+    if model.tie_embeddings and not _is_tied(checkpoint):
+        model = dataclasses.replace(model, tie_embeddings=False)
+        notes.append(
+            f"{names.HEAD}.weight is not the embedding: it is used as the head, although "
+            "tie_word_embeddings is true."
+        )
+    biases = [f"{names.layer(0, f'self_attn.{part}_proj')}.bias" for part in "qo"]
+    if model.o_bias and biases[0] in checkpoint.tensors and biases[1] not in checkpoint.tensors:
+        model = dataclasses.replace(model, o_bias=False)
+        notes.append("self_attn.o_proj has no bias, although attention_bias is true.")
+    return model, tuple(notes)
+
+
+def _check_sizes(model: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Refuses more layers than there are, and shapes that are not those of the first layer."""
+    last = f"{names.layer(model.n_layers - 1, names.NORMS['input_norm'])}.weight"
+    if last not in checkpoint.tensors:
+        found = len({names.layer_index(name) for name in checkpoint.tensors} - {None})
+        raise CheckpointError(
+            checkpoint.config_file,
+            f"num_hidden_layers (block_count in GGUF) is {model.n_layers}, and the checkpoint has "
+            f"{found} layers: {shorten_value(last)} is missing",
+        )
+    first = dataclasses.replace(model, n_layers=1, full_layers=())
+    for name, shape in names.tensors(first).items():
+        info = checkpoint.tensors.get(name)
+        if info is not None and info.shape != shape:
+            raise wrong_shape(info, shape)
+
+
+def wrong_shape(
+    info: TensorInfo, shape: tuple[int, ...], dtype: str | None = None
+) -> CheckpointError:
+    """The error of a tensor that is not of the shape, or the type, that the model has for it."""
+    return CheckpointError(
+        info.file,
+        f"has shape {list(info.shape)} of {info.dtype} where the model's configuration calls for "
+        f"{list(shape)}{f' of {dtype}' if dtype else ''}",
+        tensor=info.name,
+    )
+
+
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the head is the embedding: there is none, or it is equal to it."""
+    head, embedding = (
+        checkpoint.tensors.get(f"{name}.weight") for name in (names.HEAD, names.EMBEDDING)
+    )
+    if head is None or embedding is None:
+        return True
+    if head.shape != embedding.shape:
+        return False
+    row_bytes = max(head.n_bytes, embedding.n_bytes) // max(head.shape[0], 1)
+    for rows in row_chunks(range(head.shape[0]), row_bytes):
+        index = (slice(rows.start, rows.stop),)
+        ours, theirs = (checkpoint.read(info.name, index) for info in (head, embedding))
+        if not torch.equal(ours, theirs):
+            return False
+    return True
+
+
 def check_finite(
-    tensor: Tensor, info: TensorInfo, *, first_row: int = 0, first_column: int = 0
+    tensor: Tensor,
+    info: TensorInfo,
+    *,
+    dtype: torch.dtype = torch.float32,
+    margin: float = 1.0,
+    first_row: int = 0,
+    first_column: int = 0,
 ) -> None:
     """Refuses NaN and infinite weights, in one pass over the tensor that allocates nothing.
 
     Args:
         tensor: What was read of the tensor, whole or in part.
         info: Its entry, for the message.
+        dtype: The type that it is converted to, in which it must be finite too.
+        margin: By what a weight is multiplied on the way.
         first_row: The row of the tensor at which ``tensor`` begins, for the message.
         first_column: Its column, likewise.
 
@@ -120,9 +218,20 @@ def check_finite(
         return
     # The smallest and the largest element are finite only if all are: NaN wins every comparison.
     comparable = tensor if tensor.itemsize > 1 else tensor.to(torch.bfloat16)
-    if all(bool(torch.isfinite(end)) for end in torch.aminmax(comparable)):
+    ends = torch.stack(torch.aminmax(comparable)).double()
+    if bool(torch.isfinite((ends * margin).to(dtype)).all()):
         return
-    bad = torch.isfinite(comparable).logical_not().nonzero()
+    finite = torch.isfinite(comparable)
+    if finite.all():
+        largest = ends[ends.abs().argmax()].item()
+        name = str(dtype).removeprefix("torch.")
+        problem = f"holds {largest:.4g}, which is too large for {name}"
+        raise CheckpointError(
+            info.file,
+            f"{problem}: choose another dtype" if margin == 1 else f"{problem} when quantized",
+            tensor=info.name,
+        )
+    bad = finite.logical_not().nonzero()
     place = bad[0].tolist()
     for dim, first in enumerate((first_row, first_column)[: len(place)]):
         place[dim] += first

@@ -24,7 +24,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from hotloop.errors import CheckpointError, UnsupportedError, shorten_value
+from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
 from hotloop.gguf_header import GGUFHeader, GGUFTensor, model_parts, read_gguf_header
 from hotloop.weights.gguf_config import config_from_metadata
 from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
@@ -52,6 +52,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FREQS = "rope_freqs.weight"
+_FACTORS = (_ROPE_FREQS, "rope_factors_short.weight", "rope_factors_long.weight")
 
 _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>weight|bias)")
 
@@ -60,7 +61,8 @@ _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>we
 class _Entry:
     """A tensor as a matrix of rows; one of one dimension is a single column.
 
-    ``head_rows`` is how many rows, those of one head, are stored in the other order; 1 if none.
+    Of every ``head_rows`` rows, those of one head, the first ``rotated_rows`` are stored in the
+    other order; 1 and 0 if none are.
     """
 
     info: TensorInfo
@@ -68,6 +70,7 @@ class _Entry:
     type: GGMLQuantizationType
     offset: int
     head_rows: int = 1
+    rotated_rows: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,7 +106,7 @@ class GGUFCheckpoint:
         headers = _read_parts(path)
         self.path = self.config_file = headers[0].path
         self.metadata: dict[str, Any] = headers[0].metadata
-        self.config: dict[str, Any] = config_from_metadata(self.metadata, path)
+        self.config: dict[str, Any] = config_from_metadata(self.metadata, self.path)
         with ExitStack() as opened:
             entries: dict[str, _Entry] = {}
             for header in headers:
@@ -114,28 +117,55 @@ class GGUFCheckpoint:
                         other = entries[name].info.file.name
                         raise CheckpointError(header.path, f"is in {other} too", tensor=name)
                     entries[name] = entry
-            if rope_freqs := entries.pop(_ROPE_FREQS, None):
-                self._honour_rope_freqs(rope_freqs)
-            self.config |= _config_from_tensors(entries, path)
+            self._honour_factors({name: entries.pop(name, None) for name in _FACTORS})
+            self.config |= _config_from_tensors(entries, self.config["model_type"], self.path)
             self._opened = opened.pop_all()
         self._entries = entries
         self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in entries.items()}
 
-    def _honour_rope_freqs(self, entry: _Entry) -> None:
-        """Llama 3's scaling comes as what each frequency is divided by, one factor a pair."""
-        if self.config["rope_scaling"] is not None:
+    def _honour_factors(self, tensors: Mapping[str, _Entry | None]) -> None:
+        """Rotary frequencies come with a divisor each: Llama 3's, or LongRoPE's short and long."""
+        given = {name: self._factors(name, entry) for name, entry in tensors.items() if entry}
+        scaling = self.config["rope_scaling"]
+        kind = scaling["rope_type"] if scaling else "none"
+        if kind == "longrope":
+            for key in ("short", "long"):
+                name = f"rope_factors_{key}.weight"
+                if name not in given:
+                    raise CheckpointError(
+                        self.path, "missing, though rope.scaling.type is longrope", tensor=name
+                    )
+                scaling[f"{key}_factor"] = given.pop(name)
+        elif kind == "none" and (factors := given.pop(_ROPE_FREQS, None)):
+            self.config["rope_scaling"] = {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": self.config["max_position_embeddings"],
+                "attention_factor": 1.0,
+                "short_factor": factors,
+                "long_factor": factors,
+            }
+        for name in given:
             raise UnsupportedError(
-                f"{self.path}: {_ROPE_FREQS} together with the rope scaling "
-                f"{self.config['rope_scaling']} is not supported."
+                f"{shorten(str(self.path))}: {name} together with the rope scaling {kind!r} is not "
+                "supported."
             )
-        factors = _read(entry).tolist()
-        if len(factors) != self.config["head_dim"] // 2:
+
+    def _factors(self, name: str, entry: _Entry) -> list[float]:
+        rotated = round(self.config["head_dim"] * self.config.get("partial_rotary_factor", 1.0))
+        if entry.info.shape != (rotated // 2,):
             raise CheckpointError(
                 entry.info.file,
-                f"has {len(factors)} factors for heads of width {self.config['head_dim']}",
-                tensor=_ROPE_FREQS,
+                f"has the shape {entry.info.shape}, and {rotated // 2} frequencies are to be "
+                "divided",
+                tensor=name,
             )
-        self.config["rope_scaling"] = {"rope_type": "gguf_factors", "factors": factors}
+        factors = _read(entry).float().tolist()
+        for factor in factors:
+            if not 1e-3 <= factor <= 1e38:
+                raise CheckpointError(
+                    entry.info.file, f"divides a frequency by {factor}", tensor=name
+                )
+        return factors
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
         """One tensor, or a slice of it, in memory of its own.
@@ -151,18 +181,23 @@ class GGUFCheckpoint:
         self._opened.close()
 
 
-def _config_from_tensors(entries: Mapping[str, _Entry], path: Path) -> dict[str, Any]:
+def _config_from_tensors(
+    entries: Mapping[str, _Entry], model_type: str, path: Path
+) -> dict[str, Any]:
     """The keys of ``config.json`` that the metadata does not tell."""
     embedding = entries.get("model.embed_tokens.weight")
     if embedding is None:
         raise CheckpointError(path, "is missing", tensor="token_embd.weight")
-    return {
+    config = {
         "vocab_size": embedding.info.shape[0],
         "tie_word_embeddings": "lm_head.weight" not in entries,
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in entries,
-        "mlp_bias": "model.layers.0.mlp.up_proj.bias" in entries,
         "torch_dtype": str(embedding.dtype).removeprefix("torch."),
     }
+    if model_type in ("llama", "qwen3"):
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in entries
+    if model_type == "llama":
+        config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in entries
+    return config
 
 
 def _read_parts(path: Path) -> list[GGUFHeader]:
@@ -217,7 +252,7 @@ def _read_entry(tensor: GGUFTensor, file: TensorFile, config: Mapping[str, Any])
     if tensor.type_id not in _TYPES:
         known = {t.value: t.name for t in GGMLQuantizationType}
         raise UnsupportedError(
-            f"{file.path}, tensor {tensor.name!r}: GGUF type "
+            f"{shorten(str(file.path))}, tensor {shorten_value(tensor.name)}: GGUF type "
             f"{known.get(tensor.type_id, tensor.type_id)} is not supported. Supported are "
             f"{', '.join(t.name for t in _TYPES.values())}."
         )
@@ -226,15 +261,16 @@ def _read_entry(tensor: GGUFTensor, file: TensorFile, config: Mapping[str, Any])
     name = _translate_name(tensor.name)
     if name is None:
         raise UnsupportedError(
-            f"{file.path}: no {config['model_type']} model has a tensor {tensor.name!r}, and "
-            "leaving it out may change what the model computes."
+            f"{shorten(str(file.path))}: no {config['model_type']} model has a tensor "
+            f"{shorten_value(tensor.name)}, and leaving it out may change what the model computes."
         )
     n_swapped = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(
         name.split(".")[-2]
     )
-    head_rows = 1
+    head_rows, rotated_rows = 1, 0
     if n_swapped and config["model_type"] in ("llama", "mistral"):
         head_rows = config["head_dim"]
+        rotated_rows = round(head_rows * config.get("partial_rotary_factor", 1.0))
         if tensor.shape[0] != config[n_swapped] * head_rows:
             raise CheckpointError(
                 file.path,
@@ -258,12 +294,19 @@ def _read_entry(tensor: GGUFTensor, file: TensorFile, config: Mapping[str, Any])
         file=file.path,
         n_bytes=tensor.shape[0] * n_columns // elements * block_bytes,
     )
-    return _Entry(info=info, file=file, type=type_, offset=tensor.offset, head_rows=head_rows)
+    return _Entry(
+        info=info,
+        file=file,
+        type=type_,
+        offset=tensor.offset,
+        head_rows=head_rows,
+        rotated_rows=rotated_rows,
+    )
 
 
 def _translate_name(name: str) -> str | None:
     """A tensor's Hugging Face name; None for one that is not known."""
-    if name == _ROPE_FREQS:
+    if name in _FACTORS:
         return name
     match = _TENSOR_NAME.fullmatch(name)
     if not match:
@@ -292,8 +335,11 @@ def _read(entry: _Entry, index: tuple[slice, ...] = ()) -> Tensor:
     for part in row_chunks(stored, entry.n_columns * entry.dtype.itemsize, group):
         wanted = range(blocks.start * n_bytes, blocks.stop * n_bytes)
         data = entry.file.read_columns(entry.offset, part, entry.row_bytes, wanted)
-        if group > 1:  # a pair's two halves, from side by side to half a head apart
-            data = data.unflatten(0, (-1, group // 2, 2)).transpose(1, 2).flatten(0, 2)
+        if group > 1:  # a pair's two, from side by side to half of what is rotated apart
+            heads = data.unflatten(0, (-1, group))
+            pairs = heads[:, : entry.rotated_rows].unflatten(1, (-1, 2))
+            rotated = pairs.transpose(1, 2).flatten(1, 2)
+            data = torch.cat((rotated, heads[:, entry.rotated_rows :]), dim=1).flatten(0, 1)
         data = data.contiguous()
         if entry.type.name in _FLOATS:
             values = data.view(entry.dtype)

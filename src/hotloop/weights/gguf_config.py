@@ -1,18 +1,21 @@
 """From the metadata of a GGUF file to the keys of a Hugging Face ``config.json``.
 
-Defaults are llama.cpp's. Every key of the file's architecture is either translated here, known to
-say nothing of the arithmetic, or refused by name.
+Defaults are llama.cpp's. Every key of the file's architecture is either validated and translated
+here, known to say nothing of the arithmetic, or refused by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from hotloop.errors import CheckpointError, UnsupportedError
+from hotloop.errors import UnsupportedError, shorten, shorten_value
+from hotloop.outside import Count, StrictModel, validated
 
 ARCHITECTURES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
@@ -21,119 +24,196 @@ ARCHITECTURES: Mapping[str, str] = {
 }
 """GGUF architectures, and what Hugging Face calls them."""
 
-# Keys that say nothing of the arithmetic, or what the tensors say themselves.
-_IDLE_KEYS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
+_IDLE_KEYS = {
+    "attention.layer_norm_epsilon",  # beside the one of the norm that these models have
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+    "vocab_size",
+}
+"""Keys that say nothing of the arithmetic, or what the tensors say themselves."""
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+"""Keys that other models use to change the arithmetic, and the values that leave it as it is."""
+
+_Positive = Annotated[float, Field(gt=0, le=1e6)]
 
 
-class _Keys:
-    """The architecture's own keys; each is taken once, and what is left is refused."""
+class _Keys(StrictModel):
+    """The architecture's own keys, without its name in front."""
 
-    def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
-        self.path = path
-        self.architecture = str(metadata.get("general.architecture"))
-        if self.architecture not in ARCHITECTURES:
-            raise UnsupportedError(
-                f"{path}: GGUF architecture {self.architecture!r} is not supported. "
-                f"Supported are {', '.join(ARCHITECTURES)}."
+    embedding_length: Count
+    feed_forward_length: Count
+    block_count: Annotated[int, Field(ge=1, le=10_000)]
+    context_length: Count
+    n_heads: Count = Field(alias="attention.head_count")
+    n_kv_heads: Count | None = Field(None, alias="attention.head_count_kv")
+    key_length: Count | None = Field(None, alias="attention.key_length")
+    value_length: Count | None = Field(None, alias="attention.value_length")
+    window: Annotated[int, Field(ge=0, le=2**31)] = Field(0, alias="attention.sliding_window")
+    norm_eps: Annotated[float, Field(ge=0, lt=1)] = Field(alias="attention.layer_norm_rms_epsilon")
+    rope_theta: Annotated[float, Field(gt=1, le=1e18)] = Field(1e4, alias="rope.freq_base")
+    rotary_dim: Count | None = Field(None, alias="rope.dimension_count")
+    scaling: Literal["none", "linear", "yarn", "longrope"] = Field(
+        "linear", alias="rope.scaling.type"
+    )
+    factor: Annotated[float, Field(ge=0, le=1e6)] = Field(0.0, alias="rope.scaling.factor")
+    older_factor: Annotated[float, Field(ge=0, le=1e6)] = Field(0.0, alias="rope.scale_linear")
+    original_context: Count | None = Field(None, alias="rope.scaling.original_context_length")
+    attention_factor: _Positive = Field(1.0, alias="rope.scaling.attn_factor")
+    yarn_attention_factor: _Positive = Field(1.0, alias="rope.scaling.yarn_attn_factor")
+    beta_fast: _Positive = Field(32.0, alias="rope.scaling.yarn_beta_fast")
+    beta_slow: _Positive = Field(1.0, alias="rope.scaling.yarn_beta_slow")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.key_length or self.embedding_length // self.n_heads
+
+    @property
+    def stretch(self) -> float:
+        """How far positions are stretched; 0 and a missing key mean 1."""
+        return self.factor or self.older_factor or 1.0
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.n_heads % (self.n_kv_heads or self.n_heads):
+            raise ValueError(
+                f"attention.head_count {self.n_heads} is not a multiple of "
+                f"attention.head_count_kv {self.n_kv_heads}"
             )
-        prefix = f"{self.architecture}."
-        self.left = {
-            key.removeprefix(prefix): value
-            for key, value in metadata.items()
-            if key.startswith(prefix)
-        }
-
-    def take(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of a key; without a default it must be there."""
-        value = self.left.pop(key, default)
-        if value is None:
-            raise CheckpointError(
-                self.path, f"has no metadata key {self.architecture}.{key}, which it needs"
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"attention.key_length, or embedding_length / attention.head_count, is "
+                f"{self.head_dim}; it must be even"
             )
-        if not isinstance(value, kind):
-            raise UnsupportedError(
-                f"{self.path}: metadata key {self.architecture}.{key} is {value!r:.80}; only one "
-                f"value of type {kind.__name__}, for all layers, is supported."
+        if self.value_length not in (None, self.head_dim):
+            raise ValueError(
+                f"attention.value_length is {self.value_length}, and only the width of a head, "
+                f"{self.head_dim}, is supported"
             )
-        return value
-
-    def refuse_the_rest(self) -> None:
-        for key in sorted(self.left.keys() - _IDLE_KEYS):
-            raise UnsupportedError(
-                f"{self.path}: metadata key {self.architecture}.{key} (here "
-                f"{self.left[key]!r:.80}) is not implemented, and may change what the model "
-                "computes."
+        rotated = self.rotary_dim or self.head_dim
+        if rotated % 2 or rotated > self.head_dim:
+            raise ValueError(
+                f"rope.dimension_count is {rotated}; it must be even and at most the width of a "
+                f"head, {self.head_dim}"
             )
+        if self.scaling in ("yarn", "longrope") and self.original_context is None:
+            raise ValueError(
+                f"rope.scaling.type {self.scaling!r} needs rope.scaling.original_context_length"
+            )
+        return self
 
 
 def config_from_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The keys of ``config.json`` that the metadata tells; the tensors tell the others.
 
     Raises:
-        CheckpointError: A key that every model of its architecture has is missing.
+        CheckpointError: A key that every model of its architecture has is missing, or wrong.
         UnsupportedError: An architecture, a key or a value that is not implemented.
     """
-    keys = _Keys(metadata, path)
-    hidden_size = keys.take("embedding_length", int)
-    n_heads = keys.take("attention.head_count", int)
-    head_dim = keys.take("attention.key_length", int, hidden_size // max(n_heads, 1))
+    file = shorten(str(path))
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{file}: GGUF architecture {shorten_value(architecture)} is not supported. "
+            f"Supported are {', '.join(ARCHITECTURES)}."
+        )
+    prefix = f"{architecture}."
+    said = {
+        key.removeprefix(prefix): value
+        for key, value in metadata.items()
+        if key.startswith(prefix) and key.removeprefix(prefix) not in _IDLE_KEYS
+    }
+    _refuse_others(said, file, prefix)
+    keys = validated(_Keys, said, path, prefix=prefix)
     config = {
-        "architectures": [ARCHITECTURES[keys.architecture]],
-        "model_type": keys.architecture,
+        "architectures": [ARCHITECTURES[architecture]],
+        "model_type": architecture,
         "hidden_act": "silu",
-        "hidden_size": hidden_size,
-        "intermediate_size": keys.take("feed_forward_length", int),
-        "num_hidden_layers": keys.take("block_count", int),
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": keys.take("attention.head_count_kv", int, n_heads),
-        "head_dim": head_dim,
-        "rms_norm_eps": _shortest(keys.take("attention.layer_norm_rms_epsilon", float)),
-        "max_position_embeddings": keys.take("context_length", int),
-        "rope_theta": _shortest(keys.take("rope.freq_base", float, 10000.0)),
+        "hidden_size": keys.embedding_length,
+        "intermediate_size": keys.feed_forward_length,
+        "num_hidden_layers": keys.block_count,
+        "num_attention_heads": keys.n_heads,
+        "num_key_value_heads": keys.n_kv_heads or keys.n_heads,
+        "head_dim": keys.head_dim,
+        "rms_norm_eps": _shortest(keys.norm_eps),
+        "max_position_embeddings": keys.context_length,
+        "rope_theta": _shortest(keys.rope_theta),
         "rope_scaling": _rope_scaling(keys),
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": _token_id(metadata, "bos"),
         "eos_token_id": _eos_token_id(metadata),
     }
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (width := keys.take(key, int, head_dim)) != head_dim:
+    if keys.rotary_dim and keys.rotary_dim != keys.head_dim:
+        config["partial_rotary_factor"] = keys.rotary_dim / keys.head_dim
+    if keys.window:
+        if architecture != "llama":
             raise UnsupportedError(
-                f"{path}: {keys.architecture}.{key} is {width}, and only the width of a head, "
-                f"{head_dim}, is supported."
+                f"{file}: metadata key {prefix}attention.sliding_window is {keys.window}, and "
+                f"windows of {architecture} are not supported in GGUF files."
             )
-    if keys.architecture == "llama" and "attention.sliding_window" in keys.left:
         # A Llama with a sliding window is what Hugging Face calls a Mistral.
         config["architectures"], config["model_type"] = ["MistralForCausalLM"], "mistral"
-        config["sliding_window"] = keys.take("attention.sliding_window", int)
-    keys.refuse_the_rest()
+        config["sliding_window"] = keys.window
     return config
 
 
-def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
-    kind = keys.take("rope.scaling.type", str, "linear")
-    factor = keys.take("rope.scaling.factor", float, 1.0) or 1.0
-    if kind == "none" or (kind == "linear" and factor == 1.0):
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn":
+def _refuse_others(said: dict[str, Any], file: str, prefix: str) -> None:
+    """Takes neutral values out, and refuses what else is not known."""
+    for key, values in _NEUTRAL.items():
+        if said.get(key) in values:
+            del said[key]
+    known = {field.alias or name for name, field in _Keys.model_fields.items()}
+    for key in sorted(said.keys() - known):
         raise UnsupportedError(
-            f"{keys.path}: {keys.architecture}.rope.scaling.type {kind!r} is not supported. "
-            "Supported are none, linear and yarn."
+            f"{file}: metadata key {shorten(prefix + key)} (here {shorten_value(said[key])}) is "
+            "not implemented, and may change what the model computes."
         )
-    scaling = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": keys.take("rope.scaling.original_context_length", int),
-    }
-    for key in ("beta_fast", "beta_slow"):
-        if f"rope.scaling.yarn_{key}" in keys.left:
-            scaling[key] = keys.take(f"rope.scaling.yarn_{key}", float)
-    return scaling
+
+
+def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
+    factor = _shortest(keys.stretch)
+    attention_factor = keys.attention_factor * keys.yarn_attention_factor
+    match keys.scaling:
+        case "linear" if factor != 1.0:
+            return {"rope_type": "linear", "factor": factor}
+        case "yarn":
+            scaling: dict[str, Any] = {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": keys.original_context,
+            }
+            scaling |= {
+                key: _shortest(getattr(keys, key))
+                for key in ("beta_fast", "beta_slow")
+                if key in keys.model_fields_set
+            }
+            if attention_factor != 1.0:  # llama.cpp multiplies the paper's by those of the file
+                scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+                scaling["attention_factor"] = attention_factor * scale
+            return scaling
+        case "longrope":  # whose factors are tensors
+            return {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": keys.original_context,
+                "attention_factor": attention_factor,
+            }
+    return None
+
+
+def _token_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return value if type(value) is int else None
 
 
 def _eos_token_id(metadata: Mapping[str, Any]) -> int | list[int] | None:
     """The ends of a text, of a turn and of a message: each of them ends an answer."""
-    ids = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    ids = [_token_id(metadata, end) for end in ("eos", "eot", "eom")]
     known = list(dict.fromkeys(end for end in ids if end is not None))
     return known[0] if len(known) == 1 else known or None
 

@@ -30,7 +30,7 @@ from pydantic import Field
 
 from hotloop.errors import UnsupportedError
 from hotloop.gguf_header import model_parts
-from hotloop.outside import StrictModel, config_error, validated
+from hotloop.outside import StrictModel, config_error, open_file, validated
 
 SINGLE_FILE = "model.safetensors"
 """All of a model's weights. Other safetensors beside it are other layouts of them."""
@@ -110,7 +110,7 @@ def hash_checkpoint(path: Path) -> str:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

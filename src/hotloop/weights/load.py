@@ -17,6 +17,7 @@ from torch import Tensor
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Decoder, RMSNorm
+from hotloop.models.rope import head_order
 from hotloop.parallel.plan import Shard
 from hotloop.quant import QTensor, Scheme, cut, join_rows
 from hotloop.weights.source import Source
@@ -55,10 +56,17 @@ def load_weights(
         CheckpointError: A tensor is missing, surplus, of another shape, or not finite.
         ConfigError: A matrix whose shape a scheme does not fit.
     """
+    order = head_order(config.head_dim, config.rope)
 
-    def norm(module: RMSNorm, name: str) -> None:
-        weight = source.tensor(f"{name}.weight", tuple(module.weight.shape))
-        module.weight = weight.to(device, dtype)
+    def ordered(rows: Tensor, part: str) -> Tensor:
+        """Rows of heads as our rotary embedding pairs them."""
+        if order is None or part not in names.ROTATED:
+            return rows
+        return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
+
+    def norm(module: RMSNorm, part: str, prefix: str) -> None:
+        weight = source.tensor(f"{prefix}.weight", tuple(module.weight.shape))
+        module.weight = ordered(weight, part).to(device, dtype)
 
     slices = names.part_slices(config, shard)
 
@@ -66,18 +74,20 @@ def load_weights(
         rows, columns = slices[part]
         name = names.layer(i, part)
         weight = source.matrix(name, (n, k), scheme, rows=rows, columns=columns)
-        return weight if isinstance(weight, QTensor) else weight.to(device, dtype)
+        if isinstance(weight, QTensor):
+            return weight.map(lambda tensor: ordered(tensor, part))
+        return ordered(weight, part).to(device, dtype)
 
     def bias(i: int, parts: dict[str, int]) -> Tensor | None:
         full = [
-            source.tensor(f"{names.layer(i, part)}.bias", (n,), rows=slices[part][0])
+            ordered(source.tensor(f"{names.layer(i, part)}.bias", (n,), rows=slices[part][0]), part)
             for part, n in parts.items()
         ]
         summed = any(slices[part][1] is not None for part in parts)
         return torch.cat(full) if adds_biases or not summed else None
 
     _load_embeddings(decoder, config, source, shard.vocabulary, head_scheme, dtype, device, fused)
-    norm(decoder.norm, names.NORM)
+    norm(decoder.norm, names.NORM, names.NORM)
     for i, block in enumerate(decoder.layers):
         for attribute, parts in names.LINEAR_PARTS.items():
             linear, k = getattr(block, attribute), config.linears[attribute][1]
@@ -91,7 +101,7 @@ def load_weights(
                 fused=fused,
             )
         for attribute, part in (names.NORMS | (names.HEAD_NORMS if config.qk_norm else {})).items():
-            norm(getattr(block, attribute), names.layer(i, part))
+            norm(getattr(block, attribute), part, names.layer(i, part))
         if on_layer:
             on_layer(i + 1, config.n_layers)
     source.finish()

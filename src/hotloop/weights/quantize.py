@@ -15,11 +15,10 @@ import torch
 
 from hotloop.errors import ConfigError
 from hotloop.models import names
-from hotloop.models.families import read_config
 from hotloop.quant import parse_head_scheme, parse_scheme
 from hotloop.text.generation_config import generation_defaults, write_generation_config
 from hotloop.text.tokenizer import load_tokenizer
-from hotloop.weights.checkpoint import open_checkpoint
+from hotloop.weights.checkpoint import open_checkpoint, read_model
 from hotloop.weights.identity import (
     QUANTIZATION_KEY,
     Quantization,
@@ -70,13 +69,13 @@ def quantize_checkpoint(
             raise ConfigError(
                 f"{src} is already quantized as {stored.scheme} with head {stored.head}."
             )
-        model = read_config(checkpoint.config)
+        model, _ = read_model(checkpoint)
         matrices = {name: (shape, scheme) for name, shape in names.linear_weights(model).items()}
         matrices[names.head(model)] = ((model.vocab_size, model.hidden_size), head_scheme)
         for name, (shape, each) in matrices.items():
             each.check(name, *shape)
         tokenizer, sampling = load_tokenizer(src), generation_defaults(src)
-        source = CheckpointSource(checkpoint, torch.device("cpu"), ignored=names.redundant(model))
+        source = CheckpointSource(checkpoint, torch.device("cpu"), model=model)
         tensors = names.tensors(model)
         with SafetensorsWriter(dst) as writer:
             for i, (name, shape) in enumerate(tensors.items(), start=1):
@@ -96,7 +95,10 @@ def quantize_checkpoint(
                 head=head_scheme.name,
                 source=SourceModel(name=source_name or str(src), sha256=hash_checkpoint(src)),
             )
-            config = checkpoint.config | {QUANTIZATION_KEY: description.model_dump()}
+            config = checkpoint.config | {
+                "tie_word_embeddings": model.tie_embeddings,
+                QUANTIZATION_KEY: description.model_dump(),
+            }
             (writer.staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             write_generation_config(writer.staging, sampling=sampling)
             tokenizer.save(writer.staging)

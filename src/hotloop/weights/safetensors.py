@@ -4,8 +4,8 @@ The header is read and checked here rather than by the safetensors package, whic
 ``tensor_file``) and does not say which tensor of which file is at fault. The format is a length,
 a JSON object ``name -> {dtype, shape, data_offsets}``, and the tensors' bytes without a gap.
 
-A folder is what somebody downloaded, so an index may not lead out of it and pickles are not
-opened, ever.
+A folder is what somebody downloaded, so an index may not name a file outside it and pickles are
+not opened, ever.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hotloop.weights.identity import SINGLE_FILE
 from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
 
 INDEX_FILE = "model.safetensors.index.json"
+TIED_HEAD = "lm_head.weight"
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
@@ -79,7 +80,12 @@ class SafetensorsCheckpoint:
         placed = _place_tensors(folder)
         with ExitStack() as opened:
             files = [opened.enter_context(closing(TensorFile(path))) for path in placed]
-            entries = [e for f in files for e in _read_header(f, expected=placed[f.path])]
+            tied = self.config.get("tie_word_embeddings") is True
+            entries = [
+                entry
+                for file in files
+                for entry in _read_header(file, expected=placed[file.path], tied=tied)
+            ]
             self._opened = opened.pop_all()
         # An index names each tensor once and every shard holds what it says: no name comes twice.
         self._entries = {entry.info.name: entry for entry in entries}
@@ -176,17 +182,11 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
             )
         files.setdefault(name, set()).add(tensor)
 
-    folder = index.parent.resolve()
-    # The Hugging Face cache keeps files as links from snapshots/<commit>/ to blobs/ beside it.
-    homes = (
-        {folder, folder.parent.parent / "blobs"} if folder.parent.name == "snapshots" else {folder}
-    )
     placed: dict[Path, set[str] | None] = {}
     for name, tensors in files.items():
-        path = index.parent / name
-        tensor = min(tensors)
-        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not inside or not any(path.resolve().is_relative_to(home) for home in homes):
+        path, tensor = index.parent / name, min(tensors)
+        # A link in the folder was made by whoever owns it; a name in the index was not.
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(
                 index,
                 f"puts it in {shorten_value(name)}, which is outside the folder",
@@ -202,12 +202,18 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
     return placed
 
 
-def _read_header(file: TensorFile, *, expected: set[str] | None) -> list[_Entry]:
-    """Every tensor of one file, in the order they lie, with types, shapes and places checked."""
+def _read_header(file: TensorFile, *, expected: set[str] | None, tied: bool) -> list[_Entry]:
+    """Every tensor of one file, in the order they lie, with types, shapes and places checked.
+
+    Args:
+        file: The file.
+        expected: The tensors that an index puts there; None if there is no index.
+        tied: The head is the embedding, so that an index may list one that is not stored.
+    """
     header, data_start = _parse_header(file)
     header.pop("__metadata__", None)
     if expected is not None:
-        for name in sorted(expected - header.keys()):
+        for name in sorted(expected - header.keys() - ({TIED_HEAD} if tied else set())):
             raise CheckpointError(
                 file.path, f"is missing, though {INDEX_FILE} puts it here", tensor=name
             )

@@ -21,9 +21,12 @@ from torch import Tensor
 
 from hotloop.errors import CheckpointError
 from hotloop.kernels.linear import WeightFormat
+from hotloop.models import names
+from hotloop.models.config import ModelConfig
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
 from hotloop.quant.none import NoScheme
-from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite
+from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite, wrong_shape
+from hotloop.weights.safetensors import DTYPES
 from hotloop.weights.tensor_file import row_chunks
 
 INITIAL_STD = 0.02
@@ -32,6 +35,16 @@ INITIAL_STD = 0.02
 
 BLOCK_ROWS = 1024
 """Rows of a random matrix that are made at once."""
+
+
+_MOST_BIAS_BYTES = 2**24
+
+_NO_WEIGHTS = frozenset(DTYPES) - {"F32", "F16", "BF16"}
+"""Element types of safetensors that hold no weights by themselves."""
+
+_QUANTIZED_MARGIN = 4.0
+"""By how much weights must stay below the largest number of a type under quantization: a group's
+range is twice its largest value, and rounded scales and offsets exceed what they stand for."""
 
 
 class Source(Protocol):
@@ -73,7 +86,8 @@ class CheckpointSource:
     Args:
         checkpoint: The open checkpoint.
         device: Where matrices are quantized: on a GPU it is faster than on the host.
-        ignored: Names of tensors that may be in the checkpoint without being used.
+        model: Of whose tensors the checkpoint may hold redundant ones; None allows none.
+        dtype: Element type of the model's arithmetic, in which every weight must be finite.
         combine: Of statistics of the columns that this rank reads, the maximum over all ranks'.
     """
 
@@ -81,11 +95,13 @@ class CheckpointSource:
         self,
         checkpoint: Checkpoint,
         device: torch.device,
-        ignored: frozenset[str] = frozenset(),
+        *,
+        model: ModelConfig | None = None,
+        dtype: torch.dtype = torch.float32,
         combine: Combine | None = None,
     ) -> None:
-        self.checkpoint, self.device, self.ignored = checkpoint, device, ignored
-        self.combine = combine
+        self.checkpoint, self.device, self.model = checkpoint, device, model
+        self.dtype, self.combine = dtype, combine
         self.used: set[str] = set()
 
     def matrix(
@@ -111,8 +127,9 @@ class CheckpointSource:
         else:
             info = self._expect(f"{name}.weight", shape)
             combine = self.combine if columns is not None else None
+            margin = 1.0 if form.kind == "dense" else _QUANTIZED_MARGIN
             read = (
-                scheme.quantize(self._read(info, piece, columns), combine=combine)
+                scheme.quantize(self._read(info, piece, columns, margin), combine=combine)
                 for piece in pieces
             )
         return join_rows(read, len(rows))
@@ -122,21 +139,30 @@ class CheckpointSource:
         info = self._expect(name, shape)
         rows = range(shape[0]) if rows is None else rows
         tensor = self.checkpoint.read(name, (slice(rows.start, rows.stop),))
-        check_finite(tensor, info, first_row=rows.start)
+        check_finite(tensor, info, dtype=self.dtype, first_row=rows.start)
         return tensor
 
     def finish(self) -> None:
         """Refuses a checkpoint with tensors that the model does not have."""
-        surplus = self.checkpoint.tensors.keys() - self.used - self.ignored
-        surplus = {name for name in surplus if not name.endswith("rotary_emb.inv_freq")}
+        unused = self.checkpoint.tensors.keys() - self.used
+        surplus = sorted(name for name in unused if not self._is_redundant(name))
         if surplus:
-            first = min(surplus)
+            first = surplus[0]
             raise CheckpointError(
                 self.checkpoint.tensors[first].file,
                 f"not a part of the model that config.json describes ({len(surplus)} such "
                 "tensors in all): the checkpoint is of another architecture",
                 tensor=first,
             )
+
+    def _is_redundant(self, name: str) -> bool:
+        """Whether a tensor changes nothing: by its name, or as a bias of zeros."""
+        if self.model is not None and names.is_redundant(self.model, name):
+            return True
+        info = self.checkpoint.tensors[name]
+        if not name.endswith(".bias") or len(info.shape) != 1 or info.n_bytes > _MOST_BIAS_BYTES:
+            return False
+        return not self.checkpoint.read(name).any()
 
     def _expect(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> TensorInfo:
         info = self.checkpoint.tensors.get(name)
@@ -146,21 +172,30 @@ class CheckpointSource:
                 "missing from the checkpoint, though the model's configuration calls for it",
                 tensor=name,
             )
-        if info.shape != shape or dtype not in (None, info.dtype):
+        if dtype is None and info.dtype in _NO_WEIGHTS:
             raise CheckpointError(
                 info.file,
-                f"has shape {list(info.shape)} of {info.dtype} where the model's configuration "
-                f"calls for {list(shape)}{f' of {dtype}' if dtype else ''}",
+                f"holds {info.dtype}: weights are F32, F16 or BF16 unless the checkpoint's "
+                "configuration names an encoding that hotloop reads",
                 tensor=name,
             )
+        if info.shape != shape or dtype not in (None, info.dtype):
+            raise wrong_shape(info, shape, dtype)
         self.used.add(name)
         return info
 
-    def _read(self, info: TensorInfo, rows: range, columns: range | None) -> Tensor:
+    def _read(self, info: TensorInfo, rows: range, columns: range | None, margin: float) -> Tensor:
         columns = range(info.shape[1]) if columns is None else columns
         index = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
         tensor = self.checkpoint.read(info.name, index)
-        check_finite(tensor, info, first_row=rows.start, first_column=columns.start)
+        check_finite(
+            tensor,
+            info,
+            dtype=self.dtype,
+            margin=margin,
+            first_row=rows.start,
+            first_column=columns.start,
+        )
         return tensor.to(self.device)
 
     def _expect_quantized(self, name: str, form: WeightFormat) -> dict[str, TensorInfo]:
@@ -190,7 +225,12 @@ class CheckpointSource:
             each = form.k // info.shape[1]
             return range(columns.start // each, columns.stop // each)
 
-        parts = {part: self._read(info, rows, share(info)) for part, info in stored.items()}
+        largest = {"int8": 127.0, "fp8": 448.0, "int4": 8.0}[form.kind]
+        margins = {"values": 1.0, "scale": largest, "offset": _QUANTIZED_MARGIN}
+        parts = {
+            part: self._read(info, rows, share(info), margins[part])
+            for part, info in stored.items()
+        }
         values, kind = parts["values"], form.kind
         assert kind != "dense", "a dense matrix has no parts"
         if kind == "int4":  # two in a byte

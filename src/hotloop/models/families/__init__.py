@@ -6,12 +6,16 @@ transformers is parametrized over the registry, and uses the family's own tiny c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from hotloop.errors import ConfigError, UnsupportedError
-from hotloop.models.config import ModelConfig, integer, number, refuse_unless
+from hotloop.errors import UnknownNameError, shorten_value
+from hotloop.models.config import ModelConfig, RopeConfig
+from hotloop.models.keys import ModelKeys, read_keys
+from hotloop.outside import config_error
 from hotloop.registry import resolve
 
 FAMILIES = {
@@ -29,70 +33,120 @@ class Family:
 
     Attributes:
         name: Short name, for records.
-        read: Makes a ModelConfig of the keys of ``config.json``.
+        keys: What ``config.json`` may say.
+        read: Makes a ModelConfig of that.
         tiny: Keys of a ``config.json`` for a tiny model with every switch of the family in use;
             the parity test builds both implementations from it.
+        neutral: Keys that the family knows with these values alone.
+        harmless: Keys that the family ignores, as transformers does.
+        nullable: Keys for which null means something else than leaving them out.
     """
 
     name: str
-    read: Callable[[Mapping[str, Any]], ModelConfig]
+    keys: type[ModelKeys]
+    read: Callable[[Any], ModelConfig]
     tiny: Mapping[str, Any]
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
+    nullable: tuple[str, ...] = ()
 
 
-# Keys that other models use to change the arithmetic; none of them is implemented.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "attention_multiplier": (None,),
-    "attn_logit_softcapping": (None,),
-    "clip_qkv": (None,),
-    "embedding_multiplier": (None, 1, 1.0),
-    "final_logit_softcapping": (None,),
-    "hidden_act": ("silu", "swish"),
-    "is_causal": (None, True),
-    "logits_scaling": (None, 1, 1.0),
-    "no_rope_layers": (None, []),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "position_embedding_type": (None, "rope"),
-    "quantization_config": (None,),
-    "residual_multiplier": (None, 1, 1.0),
-}
-
-
-def read_config(config: Mapping[str, Any]) -> ModelConfig:
+def read_config(config: Mapping[str, Any], file: Path | str = "config.json") -> ModelConfig:
     """The ModelConfig of a ``config.json``.
+
+    Args:
+        config: Its keys.
+        file: Where they come from, for errors.
 
     Raises:
         UnknownNameError: An architecture that is not implemented; the nearest is named.
-        UnsupportedError: A key that would change the arithmetic and is not implemented.
+        UnsupportedError: A key that may change the arithmetic and is not implemented.
         ConfigError: A key that the family needs is missing or wrong.
     """
-    return family_of(config).read(config)
+    family = family_of(config, file)
+    keys = read_keys(
+        family.keys,
+        config,
+        file,
+        neutral=family.neutral,
+        harmless=family.harmless,
+        nullable=family.nullable,
+    )
+    return family.read(keys)
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The family that serves a ``config.json``."""
+def family_of(config: Mapping[str, Any], file: Path | str = "config.json") -> Family:
+    """The family that serves a ``config.json``: by its architecture, or else by its model type."""
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
-        raise ConfigError(f"config.json must name one architecture, not {architectures!r:.80}.")
-    family = resolve("model architecture", FAMILIES, str(architectures[0]))
-    refuse_unless(config, _REFUSED)
-    if kinds := set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise UnsupportedError(f"config.json has layers of type {min(kinds)!r}: not implemented.")
-    return family
+    if architectures in (None, []) and (model_type := config.get("model_type")) is not None:
+        by_type = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
+        if not isinstance(model_type, str) or model_type not in by_type:
+            raise UnknownNameError("model_type", str(model_type), by_type)
+        return resolve("model architecture", FAMILIES, by_type[model_type])
+    match architectures:
+        case [str(architecture)]:
+            return resolve("model architecture", FAMILIES, architecture)
+        case _:
+            raise config_error(
+                file, f"architectures must name one, not {shorten_value(architectures)}"
+            )
 
 
-def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def common_fields(keys: ModelKeys) -> dict[str, Any]:
     """The ModelConfig fields that every family spells alike."""
-    hidden, n_heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
+    rope = _read_rope(keys)
+    max_position = keys.max_position_embeddings
+    if rope.scaling in ("dynamic", "yarn"):
+        max_position = max(max_position, int(rope.original_max_position * rope.factor))
     return {
-        "vocab_size": integer(config, "vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": integer(config, "intermediate_size"),
-        "n_layers": integer(config, "num_hidden_layers"),
-        "n_heads": n_heads,
-        "n_kv_heads": integer(config, "num_key_value_heads", n_heads),
-        "head_dim": integer(config, "head_dim", hidden // n_heads),
-        "max_position": integer(config, "max_position_embeddings", 2048),
-        "norm_eps": number(config, "rms_norm_eps"),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "vocab_size": keys.vocab_size,
+        "hidden_size": keys.hidden_size,
+        "intermediate_size": keys.intermediate_size,
+        "n_layers": keys.num_hidden_layers,
+        "n_heads": keys.num_attention_heads,
+        "n_kv_heads": keys.n_kv_heads,
+        "head_dim": keys.width_of_head,
+        "max_position": max_position,
+        "norm_eps": keys.rms_norm_eps,
+        "tie_embeddings": keys.tie_word_embeddings,
+        "rope": rope,
     }
+
+
+def _read_rope(keys: ModelKeys) -> RopeConfig:
+    rope = keys.rope
+    original = rope.original_max_position_embeddings or keys.max_position_embeddings
+    if rope.rope_type == "dynamic":  # transformers scales from the context in the file
+        original = keys.max_position_embeddings
+    factor = rope.factor or keys.max_position_embeddings / original
+    attention_factor = rope.attention_factor
+    if attention_factor is None and rope.rope_type == "yarn":
+        attention_factor = _yarn_scale(factor)
+        if rope.mscale and rope.mscale_all_dim:
+            attention_factor = _yarn_scale(factor, rope.mscale) / _yarn_scale(
+                factor, rope.mscale_all_dim
+            )
+    elif attention_factor is None and rope.rope_type == "longrope" and factor > 1:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
+    default = rope.rope_type == "default"
+    if default or rope.rope_type == "linear":  # which knows of no length
+        original = RopeConfig.original_max_position
+    return RopeConfig(
+        theta=rope.rope_theta,
+        scaling=None if default else rope.rope_type,
+        factor=1.0 if default or rope.rope_type == "longrope" else factor,
+        original_max_position=original,
+        low_freq_factor=rope.low_freq_factor or RopeConfig.low_freq_factor,
+        high_freq_factor=rope.high_freq_factor or RopeConfig.high_freq_factor,
+        beta_fast=rope.beta_fast,
+        beta_slow=rope.beta_slow,
+        truncate=rope.truncate,
+        short_factors=tuple(rope.short_factor or ()),
+        long_factors=tuple(rope.long_factor or ()),
+        attention_factor=1.0 if attention_factor is None else attention_factor,
+        partial=rope.partial_rotary_factor,
+    )
+
+
+def _yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from hotloop.models.config import ModelConfig, read_rope
+from hotloop.models.config import ModelConfig
 from hotloop.models.families import Family, common_fields
+from hotloop.models.keys import ModelKeys
 
 
-def read(config: Mapping[str, Any]) -> ModelConfig:
+class LlamaKeys(ModelKeys):
     """``attention_bias`` gives all four projections of attention a bias."""
-    bias = bool(config.get("attention_bias", False))
+
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+def read(keys: LlamaKeys) -> ModelConfig:
+    """Makes a ModelConfig."""
     return ModelConfig(
-        **common_fields(config),
+        **common_fields(keys),
         family="llama",
-        rope=read_rope(config),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        qkv_bias=keys.attention_bias,
+        o_bias=keys.attention_bias,
+        mlp_bias=keys.mlp_bias,
     )
 
 
 FAMILY = Family(
     name="llama",
+    keys=LlamaKeys,
     read=read,
+    neutral={"use_sliding_window": (False,)},
+    harmless=("layer_types", "max_window_layers", "sliding_window"),
     tiny={
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

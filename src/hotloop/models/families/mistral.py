@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from hotloop.models.config import ModelConfig, integer, read_rope
+from hotloop.models.config import ModelConfig
 from hotloop.models.families import Family, common_fields
+from hotloop.models.keys import WindowKeys
 
 
-def read(config: Mapping[str, Any]) -> ModelConfig:
-    """``sliding_window`` is honoured: 4096 where it is left out; later versions set it to null."""
-    config = {"sliding_window": 4096} | dict(config)
-    window = config["sliding_window"]
-    return ModelConfig(
-        **common_fields(config),
-        family="mistral",
-        rope=read_rope(config),
-        sliding_window=None if window is None else integer(config, "sliding_window"),
-    )
+def read(keys: WindowKeys) -> ModelConfig:
+    """The window is 4096 where it is left out; later versions set it to null."""
+    return ModelConfig(**common_fields(keys), **keys.window_fields(), family="mistral")
 
 
 FAMILY = Family(
     name="mistral",
+    keys=WindowKeys,
     read=read,
+    neutral={"attention_bias": (False,), "mlp_bias": (False,)},
+    nullable=("sliding_window",),
     tiny={
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",

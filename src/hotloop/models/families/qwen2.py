@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated
 
-from hotloop.models.config import ModelConfig, read_rope, refuse_unless
+from pydantic import Field
+
+from hotloop.models.config import ModelConfig
 from hotloop.models.families import Family, common_fields
+from hotloop.models.keys import WindowKeys
 
 
-def read(config: Mapping[str, Any]) -> ModelConfig:
-    """Sliding windows in some layers and not in others are refused; checkpoints leave them off."""
-    refuse_unless(config, {"use_sliding_window": (None, False)})
-    return ModelConfig(
-        **common_fields(config), family="qwen2", rope=read_rope(config), qkv_bias=True
-    )
+class QwenKeys(WindowKeys):
+    """``use_sliding_window`` bounds the layers from ``max_window_layers`` on."""
+
+    use_sliding_window: bool = False
+    max_window_layers: Annotated[int, Field(ge=0, le=10_000)] = 28
+
+    def windowed(self) -> tuple[bool, ...]:
+        """For each layer whether a window bounds it."""
+        if not self.use_sliding_window:
+            return (False,) * self.num_hidden_layers
+        if self.layer_types is not None:
+            return super().windowed()
+        return tuple(i >= self.max_window_layers for i in range(self.num_hidden_layers))
+
+
+def read(keys: QwenKeys) -> ModelConfig:
+    """Makes a ModelConfig."""
+    return ModelConfig(**common_fields(keys), **keys.window_fields(), family="qwen2", qkv_bias=True)
 
 
 FAMILY = Family(
     name="qwen2",
+    keys=QwenKeys,
     read=read,
+    neutral={"mlp_bias": (False,)},
+    harmless=("attention_bias",),
     tiny={
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

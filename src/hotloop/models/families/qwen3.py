@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from hotloop.models.config import ModelConfig, read_rope, refuse_unless
+from hotloop.models.config import ModelConfig
 from hotloop.models.families import Family, common_fields
+from hotloop.models.families.qwen2 import QwenKeys
+from hotloop.outside import Count
 
 
-def read(config: Mapping[str, Any]) -> ModelConfig:
+class Qwen3Keys(QwenKeys):
     """``attention_bias`` gives all four projections of attention a bias."""
-    refuse_unless(config, {"use_sliding_window": (None, False)})
-    bias = bool(config.get("attention_bias", False))
+
+    head_dim: Count | None = 128
+    attention_bias: bool = False
+
+
+def read(keys: Qwen3Keys) -> ModelConfig:
+    """Makes a ModelConfig."""
     return ModelConfig(
-        **common_fields({"head_dim": 128} | dict(config)),
+        **common_fields(keys),
+        **keys.window_fields(),
         family="qwen3",
-        rope=read_rope(config),
-        qkv_bias=bias,
-        o_bias=bias,
+        qkv_bias=keys.attention_bias,
+        o_bias=keys.attention_bias,
         qk_norm=True,
     )
 
 
 FAMILY = Family(
     name="qwen3",
+    keys=Qwen3Keys,
     read=read,
+    neutral={"mlp_bias": (False,)},
     tiny={
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
