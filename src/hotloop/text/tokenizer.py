@@ -298,20 +298,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def _load_folder(folder: Path) -> Tokenizer:
     raw = read_tokenizer_config(folder)
-    if file_is_there(folder / TOKENIZER_JSON):
-        backend: Backend = load_json_backend(
-            folder / TOKENIZER_JSON, validated(TokenizerConfig, raw, folder / TOKENIZER_CONFIG)
-        )
+    if file_is_there(json_file := folder / TOKENIZER_JSON):
+        backend: Backend = load_json_backend(json_file, _parsed(folder, raw))
     elif file_is_there(model_file := folder / TOKENIZER_MODEL):
         proto = read_sentencepiece_model(model_file)
         raw = {**sentencepiece_names(proto), **_with_added_tokens(folder, raw)}
-        config = validated(TokenizerConfig, raw, folder / TOKENIZER_CONFIG)
-        backend = SentencePieceBackend(proto, model_file, config)
+        backend = SentencePieceBackend(proto, model_file, _parsed(folder, raw))
     else:
         raise _no_tokenizer(folder)
-    config = validated(TokenizerConfig, raw, folder / TOKENIZER_CONFIG)
-    names = config.kind.names.items()
-    raw = {name: text for name, text in names if backend.token_id(text) is not None} | raw
+    class_names = _parsed(folder, raw).kind.names
+    raw = {k: v for k, v in class_names.items() if backend.token_id(v) is not None} | raw
+    config = _parsed(folder, raw)
     if file_is_there(template_file := folder / _CHAT_TEMPLATE_FILE):
         chat_template = read_text(template_file)
     else:
@@ -320,14 +317,18 @@ def _load_folder(folder: Path) -> Tokenizer:
         source=folder,
         backend=backend,
         config=raw,
-        eos_ids=_eos_ids(folder, raw, backend),
+        eos_ids=_eos_ids(folder, config, backend),
         chat_template=chat_template,
     )
 
 
+def _parsed(folder: Path, config: dict[str, Any]) -> TokenizerConfig:
+    return validated(TokenizerConfig, config, folder / TOKENIZER_CONFIG)
+
+
 def _with_added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with the tokens of an ``added_tokens.json`` that it does not list itself."""
-    special = validated(TokenizerConfig, config, folder / TOKENIZER_CONFIG).special
+    special = _parsed(folder, config).special
     older = {
         str(token_id): {"content": text, "special": text in special}
         for text, token_id in read_added_tokens(folder).items()
@@ -335,18 +336,16 @@ def _with_added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "added_tokens_decoder": older | (config.get("added_tokens_decoder") or {})}
 
 
-def _eos_ids(folder: Path, config: Mapping[str, Any], backend: Backend) -> frozenset[int]:
-    """As ``generation_config.json`` says; without its word, as the other two files say.
+def _eos_ids(folder: Path, config: TokenizerConfig, backend: Backend) -> frozenset[int]:
+    """The tokens that end an answer, by their ids and by their spelling.
 
-    And those that end an answer by their spelling.
+    The ids are those of ``generation_config.json``; where it has none, those of the other two
+    files.
     """
     spelled = spelled_ends(backend.added_ids, backend.special_ids)
     if ids := read_end_ids(folder / GENERATION_CONFIG):
         return ids | spelled
-    token = validated(TokenizerConfig, dict(config), folder / TOKENIZER_CONFIG).names.get(
-        "eos_token"
-    )
-    token_id = None if token is None else backend.token_id(token)
+    token_id = backend.token_id(config.names["eos_token"]) if "eos_token" in config.names else None
     own = frozenset() if token_id is None else frozenset({token_id})
     return own | read_end_ids(folder / MODEL_CONFIG) | spelled
 
