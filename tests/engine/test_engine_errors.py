@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import encode, tokenizer, write_random
 
-from hotloop import LLM, SamplingParams
+from hotloop import LLM, EngineConfig, SamplingParams
+from hotloop.engine.setup import prepare
 from hotloop.errors import (
     CheckpointError,
     ConfigError,
@@ -17,6 +19,7 @@ from hotloop.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from hotloop.types import MIN_DEFAULT_SEQ_LEN
 from hotloop.weights.quantize import quantize_checkpoint
 
 
@@ -116,6 +119,30 @@ def test_a_misspelled_choice_is_answered_with_the_nearest(folder, option, value,
 def test_an_option_that_cannot_be_used_is_refused(folder, options, message):
     with pytest.raises(ConfigError, match=message):
         LLM(str(folder), **options)
+
+
+def test_a_text_is_refused_whose_token_has_no_row_in_the_embedding(tmp_path):
+    text = tokenizer().decode([290])
+    assert max(encode(text)) >= 280
+    with LLM(str(write_random(tmp_path, vocab_size=280)), dtype="float32") as llm:
+        says = r"token id \d+ is outside the vocabulary: ids are 0 to 279"
+        with pytest.raises(RequestError, match=says):
+            llm.generate(text)
+
+
+def test_a_context_that_nobody_asked_for_is_the_models_as_far_as_the_cache_stays_small(
+    folder, tmp_path
+):
+    model = str(write_random(tmp_path, max_position_embeddings=10_000))
+
+    def context(**options: object) -> int:
+        return prepare(EngineConfig(model=model, device="cpu", **options)).n_positions
+
+    assert context() == 10_000
+    assert context(max_batch_size=10_000) == MIN_DEFAULT_SEQ_LEN
+    assert context(draft=str(folder)) == 320, "what the draft model can hold"
+    with pytest.raises(ConfigError, match=r"max_seq_len \(--max-seq-len\) 400 is beyond"):
+        context(draft=str(folder), max_seq_len=400)
 
 
 def test_fused_is_refused_on_a_cpu_and_auto_is_eager_there(folder):
