@@ -284,3 +284,18 @@ def test_a_name_that_the_system_refuses_is_no_model(name):
     with pytest.raises(ModelNotFoundError) as raised:
         resolve_model(name)
     assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../..", "./x", "a/..", "../smollm2-135m", "/etc/passwd", "a/b/c", "org/../x", "-/-", ""],
+)
+def test_pulling_a_path_is_refused_and_writes_nothing(name, tmp_path, monkeypatch):
+    def reached(*_args, **_options):
+        raise AssertionError("a path was asked for as a repository")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", reached)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ModelNotFoundError, match="no model"):
+        pull(name)
+    assert sorted(tmp_path.rglob("*")) == before

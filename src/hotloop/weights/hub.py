@@ -66,7 +66,9 @@ ALIASES: Mapping[str, WheelModel] = {
 }
 """Short names of models that anybody can pull without an account."""
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
+"""An owner and a name, of which neither is a path such as ``..``."""
+
 _WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",
