@@ -15,7 +15,18 @@ pytestmark = pytest.mark.usefixtures("fake_llm")
 
 DIGITS = "9" * 5000
 
-NO_INTEGER = ("", "many", "1.5", "nan", "1e3", "1,2", DIGITS, "\x1b[2J")
+NO_INTEGER = (
+    "",
+    "many",
+    "1.5",
+    "nan",
+    "1e3",
+    "1,2",
+    DIGITS,
+    "1" + "0" * 30,
+    "-1" + "0" * 30,
+    "\x1b[2J",
+)
 NO_NUMBER = ("", "many", "1,5", "\x1b[2J")
 NO_CHOICE = ("", "fastest", "\udcff", "n" * 5000)
 
@@ -103,7 +114,7 @@ def cases() -> Iterator[Case]:
             having = real if real and name in RESOLVED_LATER else verbs
             verb = having[turn % len(having)]
             turn += 1
-            names = (flag(name), name, name.removeprefix("workload_"))
+            names = (flag(name), name, name.removeprefix("workload_").removeprefix("weights_"))
             yield [verb, *VERBS[verb][0], f"{flag(name)}={value}"], names
 
 
