@@ -1,0 +1,48 @@
+"""What a checkpoint's configuration makes of the engine's: context, execution, notes."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import write_random
+
+from hotloop.engine import fused
+from hotloop.engine.setup import prepare
+from hotloop.errors import CheckpointError
+from hotloop.models.families import family_of, read_config
+from hotloop.types import EngineConfig
+
+
+def rewrite(folder, **keys):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    return str(folder)
+
+
+def test_the_default_context_is_the_one_whose_frequencies_do_not_depend_on_its_length(tmp_path):
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    model = rewrite(
+        write_random(tmp_path),
+        rope_scaling=scaling,
+        rope_parameters=None,
+        max_position_embeddings=64,
+    )
+    by_default = prepare(EngineConfig(model=model))
+    assert (by_default.n_positions, by_default.notes) == (64, ())
+    longer = prepare(EngineConfig(model=model, max_seq_len=200))
+    assert longer.model.max_position == 256
+    assert any("rope scaling 'dynamic'" in note for note in longer.notes)
+
+
+def test_layers_of_which_some_have_a_window_are_not_for_the_fused_step():
+    keys = dict(family_of({"architectures": ["Qwen3ForCausalLM"]}).tiny) | {"head_dim": 64}
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    plain, mixed = read_config(keys), read_config(keys | windows)
+    assert fused.unsupported_reason(plain, torch.bfloat16, 1) is None
+    assert "see differently far back" in str(fused.unsupported_reason(mixed, torch.bfloat16, 1))
+
+
+def test_sizes_are_compared_with_the_tensors_before_anything_is_built(tmp_path):
+    model = rewrite(write_random(tmp_path), num_hidden_layers=9_999)
+    with pytest.raises(CheckpointError, match="num_hidden_layers"):
+        prepare(EngineConfig(model=model))
