@@ -182,7 +182,7 @@ def test_keys_that_say_what_is_so_anyway_are_fine(key):
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_keys_that_say_nothing_of_the_arithmetic_are_ignored(architecture):
     told = {"torch_dtype": "float16", "use_cache": True, "_attn_implementation": "sdpa"}
-    told |= {"bos_token_id": 1, "eos_token_id": [2, 3], "unheard_of": None}
+    told |= {"bos_token_id": 1, "eos_token_id": [2, 3], "unheard_of": None, "use_alibi": False}
     assert read_config(keys(architecture, **told)) == read_config(keys(architecture))
 
 
