@@ -4,6 +4,11 @@ Every engine is loaded in a process of its own and waits; a round lets each prod
 of tokens once. So what the machine does to one engine it does to all, and slow minutes cancel out.
 A round in which other processes were busy is measured again.
 
+With ``--busy N`` a machine with other work is measured: N processes of lower priority compute all
+the while, and every round counts. Linux may group processes by session (autogroup), and a priority
+then counts within a session alone: with ``--busy-apart`` each is in one of its own, whose share of
+the processors is as large as ours.
+
     pip install llama-cpp-python==0.3.36
     python benchmarks/side_by_side.py --out benchmarks/results/cpu-side-by-side.json
 
@@ -29,6 +34,7 @@ from bystanders import Bystanders
 PROMPT = [1, 504, 2365, 253, 655]  # five tokens, as they come
 LLAMA_TYPES = {"F16": 1, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2}
 PAIRS = {  # hotloop's configuration: llama.cpp's format at about equal bits
+    "none/eager": "F16",
     "none/compile": "F16",
     "int8/compile": "Q8_0",
     "int4-g32-asym/compile": "Q4_1",
@@ -41,6 +47,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", type=int, default=0, metavar="N")
+    parser.add_argument("--busy-apart", action="store_true")
+    parser.add_argument("--engines", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "WHAT"), help=argparse.SUPPRESS)
@@ -58,36 +67,29 @@ def main() -> None:
     if version is None:
         print(f"hotloop alone: {args.llama_python} has no llama-cpp-python", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        kinds = list(LLAMA_TYPES) if version else []
+        pairs = {name: PAIRS[name] for name in args.engines}
+        kinds = [kind for kind in LLAMA_TYPES if kind in pairs.values()] if version else []
         formats = [(kind, Path(folder) / f"{kind}.gguf") for kind in kinds]
         f16 = Path(folder) / "F16.gguf"
         for kind, path in formats:
-            origin = source if kind == "F16" else f16
+            origin = f16 if f16.exists() else source
             run([args.llama_python, __file__, "--worker", "requantize", f"{origin},{path},{kind}"])
         common = ["--threads", str(args.threads), "--new-tokens", str(args.new_tokens)]
         workers = {
             name: start([sys.executable, __file__, *common, "--worker", "hotloop", name])
-            for name in PAIRS
+            for name in pairs
         } | {
             kind: start([args.llama_python, __file__, *common, "--worker", "llama", str(path)])
             for kind, path in formats
         }
         for name, worker in workers.items():
             print(f"{name}: {worker.stdout.readline().strip()}", file=sys.stderr)
-        samples: dict[str, list[float]] = {name: [] for name in workers}
-        number = disturbed = 0
-        while number <= args.rounds:
-            bystanders = Bystanders()
-            turns = {name: turn(worker) for name, worker in workers.items()}
-            if bystanders.disturb(sum(cpu_s for _, cpu_s in turns.values())):
-                disturbed += 1
-                assert disturbed <= 3 * args.rounds, "other processes are busy: measure later"
-                continue
-            print(f"round {number} of {args.rounds}", file=sys.stderr)
-            number += 1
-            if number > 1:  # the first round warms up
-                for name, (speed, _) in turns.items():
-                    samples[name].append(speed)
+        others = [busy(apart=args.busy_apart) for _ in range(args.busy)]
+        try:
+            samples, disturbed = measure(workers, args.rounds, undisturbed=not others)
+        finally:
+            for process in others:
+                process.kill()
         for worker in workers.values():
             worker.stdin.close()
             worker.wait()
@@ -95,7 +97,7 @@ def main() -> None:
     figures = {name: mean_figure(values).model_dump() for name, values in samples.items()}
     ratios = {
         name: mean_figure([a / b for a, b in zip(samples[name], samples[kind], strict=True)])
-        for name, kind in PAIRS.items()
+        for name, kind in pairs.items()
         if kind in samples
     }
     result = {
@@ -104,13 +106,15 @@ def main() -> None:
         "prompt_tokens": len(PROMPT),
         "new_tokens": args.new_tokens,
         "threads": args.threads,
+        "busy_processes": args.busy,
+        "busy_apart": args.busy_apart,
         "disturbed_rounds": disturbed,
         "llama_cpp_python": version,
         "decode_tok_s": figures,
         "ratio_in_a_round": {name: ratio.model_dump() for name, ratio in ratios.items()},
         "provenance": hardware.provenance(hardware.resolve_device("cpu")),
     }
-    for name, kind in PAIRS.items():
+    for name, kind in pairs.items():
         line = f"{name:22} {figures[name]['mean']:6.1f}"
         if name in ratios:
             line += f"   {kind:5} {figures[kind]['mean']:6.1f}   ×{ratios[name].mean:.2f}"
@@ -118,6 +122,40 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(
+    workers: dict[str, subprocess.Popen[str]], rounds: int, *, undisturbed: bool
+) -> tuple[dict[str, list[float]], int]:
+    """Decode tok/s by worker, one of each round; and how many rounds were measured again.
+
+    Args:
+        workers: Take turns.
+        rounds: How many count; one before them warms up.
+        undisturbed: Whether only rounds count in which other processes did nothing.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in workers}
+    number = disturbed = 0
+    while number <= rounds:
+        bystanders = Bystanders()
+        turns = {name: turn(worker) for name, worker in workers.items()}
+        if undisturbed and bystanders.disturb(sum(cpu_s for _, cpu_s in turns.values())):
+            disturbed += 1
+            assert disturbed <= 3 * rounds, "other processes are busy: measure later"
+            continue
+        print(f"round {number} of {rounds}", file=sys.stderr)
+        number += 1
+        if number > 1:
+            for name, (speed, _) in turns.items():
+                samples[name].append(speed)
+    return samples, disturbed
+
+
+def busy(*, apart: bool) -> subprocess.Popen[bytes]:
+    """A process of lower priority that computes until it is killed, or this one has ended."""
+    program = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    command = ["nice", "-n", "10", sys.executable, "-c", program]
+    return subprocess.Popen(command, start_new_session=apart)
 
 
 def llama_version(python: str) -> str | None:
