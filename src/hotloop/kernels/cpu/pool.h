@@ -70,10 +70,11 @@ class Pool {
   // Computes and commits a task with up to so many threads, of which the caller is one.
   void run(std::unique_ptr<Task> task, int threads) noexcept {
     std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
-    if (threads > 1 && task->units > task->least && lock.try_lock()) {
+    threads = int(std::min<int64_t>(threads, (task->units + task->least - 1) / task->least));
+    if (threads > 1 && lock.try_lock()) {
       threads = prepare(threads);
     } else {
-      threads = 1;  // in vain, or another caller has the workers
+      threads = 1;  // it is not worth more, or another caller has the workers
     }
     if (threads == 1) {
       const int64_t length = chunk_length(*task, 1);
@@ -89,7 +90,7 @@ class Pool {
     region.open(std::move(task), threads);
     current_.store(&region, std::memory_order_release);
     published_.fetch_add(1, std::memory_order_release);
-    published_.notify_all();
+    for (int worker = 1; worker < threads; worker++) published_.notify_one();
     region.finish();
     region.leave();
     region.clear();
@@ -143,6 +144,7 @@ class Pool {
       threads_ = threads;
       length_ = chunk_length(*task_, threads);
       chunks_ = (task_->units + length_ - 1) / length_;
+      arrived_.store(1, std::memory_order_relaxed);  // the caller
       done_.store(0, std::memory_order_relaxed);
       for (int t = 0; t < threads; t++) {
         for (auto& state : shares_[t].chunks) state.store(0, std::memory_order_relaxed);
@@ -170,9 +172,14 @@ class Pool {
       return true;
     }
 
+    // What a worker does that has entered: of those that are awake the first ones get a share.
+    void help() {
+      const int self = arrived_.fetch_add(1, std::memory_order_relaxed);
+      if (self < threads_) work(self);
+    }
+
     // Computes chunks until none is left to take, one's own share first; returns how many.
     int64_t work(int self) {
-      if (self >= threads_) return 0;
       std::byte* const result = scratch(length_ * task_->unit_bytes);
       int64_t computed = 0;
       for (int i = 0; i < threads_; i++) {
@@ -234,7 +241,7 @@ class Pool {
       done_.fetch_add(1, std::memory_order_release);
     }
 
-    alignas(64) std::atomic<int> inside_{0};
+    alignas(64) std::atomic<int> inside_{0}, arrived_{0};
     std::unique_ptr<Task> task_;
     int threads_ = 0;
     int64_t length_ = 0, chunks_ = 0;  // of a chunk, in units; in all
@@ -262,8 +269,7 @@ class Pool {
 #endif
     while (int(workers_.size()) < threads - 1) {
       try {
-        const int self = int(workers_.size()) + 1;
-        workers_.emplace_back([this, self] { serve(self); });
+        workers_.emplace_back([this] { serve(); });
       } catch (const std::system_error&) {  // the process may have no more of them
         break;
       }
@@ -288,7 +294,7 @@ class Pool {
   }
 #endif
 
-  [[noreturn]] void serve(int self) {
+  [[noreturn]] void serve() {
     for (uint32_t seen = 0;;) {
       const auto published = [&] { return published_.load(std::memory_order_acquire) != seen; };
       for (const auto sleepy = Clock::now() + kIdle; !soon(published);) {
@@ -297,7 +303,7 @@ class Pool {
       seen = published_.load(std::memory_order_acquire);
       Region* const region = current_.load(std::memory_order_acquire);
       if (region->enter()) {
-        region->work(self);
+        region->help();
         region->leave();
       }
     }
