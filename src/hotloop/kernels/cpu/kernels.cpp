@@ -216,17 +216,17 @@ void keep_threads(bool on) {
 }
 
 // Straight from the C interface: at this size, going through the dispatcher would show.
-Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= sizes.begin()[i];
+    stride *= sizes[i];
   }
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
                                                   dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -697,9 +697,81 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   return y;
 }
 
+// ----------------------------------------------------------- what an eager step does in between
+
+// Norms, rotations and SwiGLU of a row take a microsecond or so each; as PyTorch's operators they are
+// some forty calls a layer, which take longer. They stay on the calling thread.
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  const int64_t D = weight.numel(), rows = x.numel() / D;
+  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == D, "contiguous x [..., D], weight [D]");
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < x.dim(); i++) sizes.push_back(x.size(i));
+  Tensor y = new_output(x, sizes);
+  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
+  for (int64_t r = 0; r < rows; r++) {
+    const uint16_t* row = bf16(x) + r * D;
+    f32v squares{};
+    for_vectors(D, [&](int64_t i, auto... rest) {
+      const f32v v = get(row + i, rest...);
+      squares += v * v;
+    });
+    const float factor = 1 / std::sqrt(sum(squares) / float(D) + float(eps));
+    for_vectors(D, [&](int64_t i, auto... rest) {
+      const f32v normed = from_bf16(narrow(get(row + i, rest...) * factor));
+      put(out + r * D + i, normed * get(bf16(weight) + i, rest...), rest...);
+    });
+  }
+  return y;
+}
+
+// Halves of x [B, T, H, E] rotated by cos and sin, float32 [B, T, E]. Heads may lie apart.
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  const int64_t BT = x.size(0) * x.size(1), H = x.size(2), E = x.size(3), half = E / 2;
+  STD_TORCH_CHECK(x.stride(3) == 1 && x.stride(0) == x.size(1) * x.stride(1) &&
+                      cos.is_contiguous() && sin.is_contiguous(),
+                  "contiguous heads, tokens at one distance; contiguous cos and sin");
+  Tensor y = new_output(x, {x.size(0), x.size(1), H, E});
+  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
+  for (int64_t bt = 0; bt < BT; bt++) {
+    const auto* c = static_cast<const float*>(cos.const_data_ptr()) + bt * E;
+    const auto* s = static_cast<const float*>(sin.const_data_ptr()) + bt * E;
+    for (int64_t h = 0; h < H; h++, out += E) {
+      const uint16_t* head = bf16(x) + bt * x.stride(1) + h * x.stride(2);
+      for_vectors(half, [&](int64_t i, auto... rest) {
+        const f32v a = get(head + i, rest...), b = get(head + half + i, rest...);
+        put(out + i, a * get(c + i, rest...) - b * get(s + i, rest...), rest...);
+        put(out + half + i, b * get(c + half + i, rest...) + a * get(s + half + i, rest...), rest...);
+      });
+    }
+  }
+  return y;
+}
+
+// SiLU of the first half times the second one: [..., 2 F] to [..., F].
+Tensor swiglu(const Tensor& gate_up) {
+  const int64_t B = gate_up.size(0), T = gate_up.size(1), F = gate_up.size(2) / 2;
+  STD_TORCH_CHECK(gate_up.is_contiguous(), "contiguous [B, T, 2 F]");
+  Tensor y = new_output(gate_up, {B, T, F});
+  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
+  for (int64_t r = 0; r < B * T; r++) {
+    const uint16_t *gate = bf16(gate_up) + r * 2 * F, *up = gate + F;
+    for_vectors(F, [&](int64_t i, auto... rest) {
+      const f32v g = get(gate + i, rest...);
+      const f32v small = exp(g < 0 ? g : -g);  // e^-|g|
+      const f32v silu = g * (g < 0 ? small : f32v{} + 1) / (1 + small);
+      put(out + r * F + i, from_bf16(narrow(silu)) * get(up + i, rest...), rest...);
+    });
+  }
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("linear_bf16(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor values, Tensor scale) -> Tensor");
   m.def("linear_int4(Tensor x, Tensor words, Tensor scale, Tensor? offset) -> Tensor");
@@ -713,6 +785,9 @@ STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_int4", TORCH_BOX(&linear_int4));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CompositeExplicitAutograd, m) {
