@@ -378,6 +378,8 @@ def _decode(data: bytes, file: Path | str, refuse: Refuse) -> str:
 def _system_errors(path: Path, refuse: Refuse) -> Iterator[None]:
     try:
         yield
+    except HotloopError:  # which can be a ValueError too
+        raise
     except FileNotFoundError as error:
         raise refuse(path, "there is no such file or folder") from error
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -158,6 +159,15 @@ TEXT_OF_NO_RECIPE = {
 }
 
 
+NO_FILES = {
+    "pipe": "is a pipe",
+    "folder": "is a folder",
+    "link to itself": "cannot be read",
+    "nothing": "there is no such file",
+    "under a file": "cannot be read",
+}
+
+
 def others() -> Iterator[Case]:
     for name, text in TEXT_OF_NO_RECIPE.items():
         yield case(name, text)
@@ -165,10 +175,9 @@ def others() -> Iterator[Case]:
     yield case("UTF-16", "model: m".encode("utf-16"))
     yield case("a byte order mark", b"\xef\xbb\xbfmodel: m", accepted=True)
     yield case("spaces", 'model: m\nmatrix: {quant: " none , int8 "}', accepted=True)
-    for kind in ("pipe", "folder", "link to itself", "nothing", "under a file"):
-        yield Case(
-            f"recipe is a {kind}", lambda folder, kind=kind: no_file(folder, kind), ("r.yaml",)
-        )
+    for kind, says in NO_FILES.items():
+        run = functools.partial(no_file, kind=kind)
+        yield Case(f"recipe is a {kind}", run, (f"r.yaml: {says}",))
 
 
 def no_file(folder: Path, kind: str) -> None:
