@@ -150,11 +150,11 @@ class ChatTemplate:
         if kind == "syntax":
             return CheckpointError(self._file, f"its chat template is not valid Jinja: {problem}")
         verb = {
-            "refused": "refuses these messages",
-            "failed": "fails on these messages",
-            "limit": "takes",
+            "refused": "refuses these messages:",
+            "failed": "fails on these messages:",
+            "limit": "needs",
         }[kind]
-        return RequestError(f"the chat template of {self._file} {verb}: {problem}")
+        return RequestError(f"the chat template of {self._file} {verb} {problem}")
 
 
 def _frame(value: dict[str, Any]) -> bytes:
