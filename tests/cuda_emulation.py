@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -13,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from hotloop.cache import cache_dir
 from hotloop.kernels import cpu
 from hotloop.kernels.cuda.compile import SOURCES, Kernel
-from hotloop.kernels.cuda.launch import Call, Limits
+from hotloop.kernels.cuda.launch import Call, Limits, PreparedLaunch
 
 EMULATED = Path(__file__).with_name("emulated")
 CACHE = cache_dir() / "emulated-kernels"
@@ -119,10 +120,11 @@ class EmulatedDevice:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(build, set(kernels)))
 
-    def prepare(self, call: Call, *, dependent: bool) -> Callable[[], None]:
-        def launch() -> None:
+    def prepare(self, call: Call, *, dependent: bool) -> PreparedLaunch:
+        def launch(blocks: int | None = None) -> None:
             self.launched.append((call.kernel.name, dependent))
-            emulate(call)
+            x, y, z = call.grid
+            emulate(dataclasses.replace(call, grid=(x if blocks is None else blocks, y, z)))
 
         return launch
 

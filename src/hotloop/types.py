@@ -59,6 +59,10 @@ DEFAULT_NEW_TOKENS = 256
 MAX_DRAFT_TOKENS = 256
 """The most tokens that ``EngineConfig.draft_tokens`` can draft for one step."""
 
+LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK = 512, 8192
+"""Prompt tokens of one forward, where nobody asks for a number: the least, and with ``fused`` the
+most, as the device's memory allows."""
+
 MAX_LOGPROBS = 20
 """The most alternatives per token that ``SamplingParams.logprobs`` can ask for."""
 
@@ -118,7 +122,8 @@ class EngineConfig:
         max_seq_len: Tokens a slot can hold, prompt and answer together. None takes the model's
             context length, or of a longer one what a cache of ``DEFAULT_CACHE_BYTES`` holds, at
             least ``MIN_DEFAULT_SEQ_LEN``.
-        prefill_chunk: The most prompt tokens processed in one forward.
+        prefill_chunk: The most prompt tokens processed in one forward; None takes 512, and with
+            ``fused`` up to 8,192, as the device's memory allows.
         seed: Seed of random weights.
     """
 
@@ -137,7 +142,7 @@ class EngineConfig:
     dtype: DType = "auto"
     max_batch_size: Count = 1
     max_seq_len: Count | None = None
-    prefill_chunk: Count = 512
+    prefill_chunk: Count | None = None
     seed: Seed = 0
 
     def __post_init__(self) -> None:

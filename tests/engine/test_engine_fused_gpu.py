@@ -35,6 +35,15 @@ DRAWN = {
     "penalty": {"temperature": 0.9, "repetition_penalty": 1.3},
 }
 
+LARGE = {
+    "n_layers": 6,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1280,
+}
+
 Make = Callable[..., LLM]
 
 
@@ -63,15 +72,7 @@ def make(families: dict[str, Path]) -> Make:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose kernels take long enough to overlap, with room for a long prompt."""
-    return write_random(
-        tmp_path_factory.mktemp("large"),
-        n_layers=6,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=1280,
-    )
+    return write_random(tmp_path_factory.mktemp("large"), **LARGE)
 
 
 def answers(llm: LLM, prompts: list[list[int]], **options: Any) -> list[Any]:
@@ -192,16 +193,34 @@ def test_a_captured_prompt_gives_what_launches_one_by_one_gave(quant: str, large
     llm = LLM(str(large), execution="fused", device="cuda", quant=quant, max_batch_size=2)
     assert llm._runner._model._prompt is not None
     rows = llm._runner._model._prompt._rows
-    captured: list[int] = []
-    found: list[Any] = []
-    for prompt in prompts:
-        found += answers(llm, [prompt])
-        captured.append(len(rows._captured))
-    assert captured[-1] == 2, "of 128 tokens and of 512"
+    assert len(rows._captured) == 8, "every multiple of 64 up to 512, before the first request"
+    found = [answers(llm, [prompt])[0] for prompt in prompts]
     assert answers(llm, prompts) == found, "in any slot, and behind other prompts"
-    rows._captured.clear()
+    rows.captures = False
     assert answers(llm, [prompts[1]]) == [found[1]], "launched one by one"
     llm.close()
+
+
+@pytest.mark.parametrize("sliding_window", [None, 150])
+def test_a_prompt_in_chunks_agrees_with_eager_to_the_top_two(
+    sliding_window: int | None, large: Path, tmp_path: Path
+) -> None:
+    folder = large
+    if sliding_window is not None:
+        keys = LARGE | {"model_type": "mistral", "sliding_window": sliding_window}
+        folder = write_random(tmp_path, **keys)
+    prompts = [[2 + (i * i + n) % 290 for i in range(n)] for n in (1000, 330, 140)]
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=ALTERNATIVES)
+
+    def run(**options: Any) -> list[Generation]:
+        llm = LLM(str(folder), device="cuda", max_batch_size=3, **options)
+        found = llm.generate(prompts, params)
+        llm.close()
+        return found
+
+    eager = run(execution="eager")
+    for chunk in (None, 300, 96):
+        assert_top_two_agree(run(execution="fused", prefill_chunk=chunk), eager)
 
 
 def test_closing_gives_the_memory_back(large: Path) -> None:

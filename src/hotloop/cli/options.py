@@ -16,6 +16,8 @@ from cyclopts import Group, Parameter, Token
 
 from hotloop.errors import ConfigError, shorten_value
 from hotloop.types import (
+    LEAST_PREFILL_CHUNK,
+    MOST_PREFILL_CHUNK,
     AllReduce,
     DraftPolicy,
     DType,
@@ -95,9 +97,14 @@ class DeviceOptions(_Options):
     max_batch_size: Annotated[int, integer(EXECUTION, "Sequences decoded at once.")] = (
         EngineConfig.max_batch_size
     )
-    prefill_chunk: Annotated[int, integer(EXECUTION, "The most prompt tokens in one forward.")] = (
-        EngineConfig.prefill_chunk
-    )
+    prefill_chunk: Annotated[
+        int | None,
+        integer(
+            EXECUTION,
+            "The most prompt tokens in one forward.",
+            f"{LEAST_PREFILL_CHUNK}, with fused up to {MOST_PREFILL_CHUNK}",
+        ),
+    ] = EngineConfig.prefill_chunk
 
 
 @Parameter(name="*")

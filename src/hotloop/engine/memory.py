@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+from hotloop.engine.prompt import STEP_TOKENS, bytes_per_row
 from hotloop.engine.setup import Setup, prepare, ranks_here
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info, free_bytes
@@ -135,12 +136,16 @@ def _workspace_bytes(setup: Setup) -> int:
 def _transient_bytes(setup: Setup) -> int:
     """Upper estimate of what one forward needs besides weights, cache and a matrix dequantized."""
     model, n_logits = setup.local, len(setup.shard.vocabulary)
-    rows = min(setup.config.prefill_chunk, setup.n_positions)
+    rows = min(setup.prefill_chunk, setup.n_positions)
+    runtime = 768 * 2**20 if setup.device.type == "cuda" else 0  # context, cuBLAS, graphs
+    if setup.fused:  # attention keeps no scores, and logits are of a step's rows
+        drafts = setup.config.draft_tokens if setup.draft else 0
+        step = max(STEP_TOKENS, setup.config.max_batch_size * (1 + drafts))
+        return rows * bytes_per_row(model) + 2 * step * n_logits * _FLOAT32 + runtime
     widest = 4 * model.hidden_size + 3 * model.intermediate_size + model.linears["qkv_proj"][0]
     activations = rows * widest * _FLOAT32
     attention = rows * model.n_heads * setup.n_positions * (1 + setup.dtype.itemsize)
     logits = 2 * rows * n_logits * _FLOAT32
-    runtime = 768 * 2**20 if setup.device.type == "cuda" else 0  # context, cuBLAS, graphs
     return activations + attention + logits + runtime
 
 

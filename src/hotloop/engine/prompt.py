@@ -12,8 +12,9 @@ Shape letters: T tokens of one sequence, D model width, K input features of a pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,14 +23,18 @@ from torch import Tensor
 
 from hotloop.engine.execution import capture
 from hotloop.engine.fused import FusedForward, blocks_of, fused_kernel
+from hotloop.hardware import device_info
 from hotloop.kernels.cuda import prompt
-from hotloop.kernels.cuda.launch import Call, Launcher
+from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_kernel
+from hotloop.kernels.cuda.launch import Call, Launcher, PreparedLaunch
 from hotloop.kernels.cuda.packing import Format
 from hotloop.kernels.cuda.prompt import Heads, Product
 from hotloop.models import names
 from hotloop.models.cache import KVCache
-from hotloop.models.decoder import Decoder, RMSNorm
+from hotloop.models.config import ModelConfig
+from hotloop.models.decoder import Block, Decoder, RMSNorm
 from hotloop.models.linear import Linear
+from hotloop.types import LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK
 
 STEP_TOKENS = 8
 """Tokens that a step of the fused kernels takes for little more than one."""
@@ -41,7 +46,13 @@ CAPTURED_TOKENS = 512
 """Of the beginning of a prompt: more keep a device busy for longer than the host takes."""
 
 CAPTURED_STEP = 64
-"""Beginnings are filled up to a multiple of so many tokens."""
+"""Captured beginnings are padded to a multiple of so many tokens."""
+
+WORKSPACE_SHARE = 0.02
+"""Of a device's memory, which activations of a chunk may take."""
+
+MATMUL_ROWS = 2048
+"""Tokens of one matrix product: of 8,192 at a time an H200 takes 6 to 10 % longer for each."""
 
 
 def most_by_steps(form: Format) -> int:
@@ -59,6 +70,12 @@ def spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]
     for first in range(0, len(ids_T), size):
         places = range(first, min(first + size, len(ids_T)))
         yield places, torch.arange(start + places.start, start + places.stop, device=ids_T.device)
+
+
+def even_parts(n: int, most: int) -> list[range]:
+    """Splits n places into as few parts of at most ``most`` as there can be, of even lengths."""
+    bounds = [n * i // -(-n // most) for i in range(-(-n // most) + 1)]
+    return [range(first, end) for first, end in pairwise(bounds)]
 
 
 class PromptSteps:
@@ -99,39 +116,162 @@ class PromptSteps:
         return logits_BTV[0]
 
 
-_Attend = Callable[[int, Heads], Tensor]
-"""What tokens see [T, H * E], of a layer and their heads."""
+@dataclass(frozen=True)
+class _Views:
+    """The first T rows of a workspace's tensors.
 
-_Behind = tuple[Tensor, Product]
-"""The residual stream [T, D] behind the last layer, and what is still to be added to it."""
+    Attributes:
+        x: The residual stream [T, D].
+        normed: Its norm [T, D].
+        qkv: Queries, keys and values as multiplied [T, (H + 2J) * E].
+        q: Query heads [T, H * E].
+        k: Key heads [T, J * E].
+        v: Value heads [T, J * E].
+        part: What attention or the feed-forward adds to the residual stream [T, D].
+        gate_up: Gates and what they let through, as multiplied [T, 2F].
+        gated: Their SwiGLU [T, F].
+    """
+
+    x: Tensor
+    normed: Tensor
+    qkv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    part: Tensor
+    gate_up: Tensor
+    gated: Tensor
+
+
+class _Workspace:
+    """Activations of one chunk of a prompt, at fixed addresses for any number of its rows.
+
+    Two regions each hold what is not in use at the same time: qkv or gate_up, heads or gated.
+
+    Args:
+        layer: Any of the model's.
+        rows: The most tokens of a chunk.
+        device: Where they are.
+    """
+
+    def __init__(self, layer: Block, rows: int, device: torch.device) -> None:
+        n_heads, n_kv_heads, _ = layer.heads
+        widths = _widths(n_heads, n_kv_heads, layer.head_dim, layer.o_proj.n, layer.down_proj.k)
+        self._heads = tuple(n * layer.head_dim for n in layer.heads)
+        self._hidden, self._gated, self.rows = layer.o_proj.n, layer.down_proj.k, rows
+        self._regions = [
+            torch.empty(rows * width, dtype=torch.bfloat16, device=device) for width in widths
+        ]
+
+    def views(self, T: int) -> _Views:
+        """The tensors, of T rows."""
+        x, normed, part, products, heads = self._regions
+        D, F = self._hidden, self._gated
+        starts = [self.rows * width for width in accumulate((0, *self._heads))]
+        q, k, v = (
+            heads[start : start + T * width].view(T, width)
+            for start, width in zip(starts, self._heads, strict=False)
+        )
+        return _Views(
+            x=x[: T * D].view(T, D),
+            normed=normed[: T * D].view(T, D),
+            qkv=products[: T * sum(self._heads)].view(T, -1),
+            q=q,
+            k=k,
+            v=v,
+            part=part[: T * D].view(T, D),
+            gate_up=products[: 2 * T * F].view(T, 2 * F),
+            gated=heads[: T * F].view(T, F),
+        )
+
+
+def _widths(
+    n_heads: int, n_kv_heads: int, head_dim: int, hidden_size: int, intermediate_size: int
+) -> tuple[int, ...]:
+    """Elements of a row in each region of a workspace."""
+    heads = (n_heads + 2 * n_kv_heads) * head_dim
+    products = max(heads, 2 * intermediate_size)
+    return (hidden_size, hidden_size, hidden_size, products, max(heads, intermediate_size))
+
+
+def bytes_per_row(model: ModelConfig) -> int:
+    """Bytes that a token of a chunk takes in a workspace, and in the result of attention."""
+    heads = model.n_heads, model.n_kv_heads, model.head_dim
+    widths = _widths(*heads, model.hidden_size, model.intermediate_size)
+    return 2 * (sum(widths) + model.n_heads * model.head_dim)
+
+
+def prefill_chunk(model: ModelConfig, device: torch.device) -> int:
+    """Tokens of one chunk: a weight is dequantized once for each.
+
+    The more the better, as long as activations take no more than ``WORKSPACE_SHARE`` of the
+    device's memory; at the most, dequantizing is a twentieth of the time.
+    """
+    rows = int(WORKSPACE_SHARE * device_info(device).total_bytes) // bytes_per_row(model)
+    rows = 1 << max(0, rows.bit_length() - 1)
+    return min(MOST_PREFILL_CHUNK, max(LEAST_PREFILL_CHUNK, rows))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's launches, of any number of rows, and its weights once they are dequantized.
+
+    Attributes:
+        input_norm: Adds the previous layer's part to the residual stream, and normalizes that.
+        rotate: Heads from their product; keys and values into the cache.
+        post_attention_norm: As ``input_norm``, of attention's part.
+        swiglu: Of gate_up.
+        qkv_proj: Dequantizes the weight, and gives it as [K, N].
+        o_proj: Likewise.
+        gate_up_proj: Likewise.
+        down_proj: Likewise.
+    """
+
+    input_norm: PreparedLaunch
+    rotate: PreparedLaunch
+    post_attention_norm: PreparedLaunch
+    swiglu: PreparedLaunch
+    qkv_proj: Callable[[], Tensor]
+    o_proj: Callable[[], Tensor]
+    gate_up_proj: Callable[[], Tensor]
+    down_proj: Callable[[], Tensor]
 
 
 class PromptRows:
-    """Many tokens of one slot.
+    """Many tokens of one slot, a chunk at a time.
 
-    On a GPU, beginnings of up to ``CAPTURED_TOKENS``, filled up to a multiple of ``CAPTURED_STEP``,
-    are replays of CUDA graphs, each captured when one of its size first comes.
+    Addresses do not depend on the number of tokens, so every launch is prepared once. On a GPU,
+    beginnings of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are replays
+    of CUDA graphs, all captured with the first chunk.
 
     Args:
         decoder: The model.
         cache: Its cache.
         launcher: The device.
-        shared: Other ranks have the rest of the model. Then nothing is filled up and captured.
+        chunk: The most tokens at a time.
+        shared: Other ranks have the rest of the model. Then nothing is captured.
+
+    Attributes:
+        captures: Beginnings are captured and replayed.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, launcher: Launcher, *, shared: bool
+        self, decoder: Decoder, cache: KVCache, launcher: Launcher, *, chunk: int, shared: bool
     ) -> None:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
-        self._shared, self._layers, self._device = shared, blocks_of(decoder), decoder.cos.device
-        layer, *_ = self._layers
-        launcher.load(prompt.kernels(layer.head_dim))
-        forms = [fused_kernel(getattr(layer, name)).form for name in names.LINEAR_PARTS]
+        self._shared, self._blocks, self._device = shared, blocks_of(decoder), decoder.cos.device
+        first, *_ = self._blocks
+        forms = [fused_kernel(getattr(first, name)).form for name in names.LINEAR_PARTS]
+        launcher.load((*prompt.kernels(first.head_dim), *map(dequantize_kernel, forms)))
         largest = max(form.n * form.k for form in forms)
-        self._room = torch.empty(largest, dtype=torch.bfloat16, device=self._device)
+        self._weight = torch.empty(largest, dtype=torch.bfloat16, device=self._device)
+        self._workspace = _Workspace(first, min(chunk, cache.n_positions), self._device)
         self._ids = torch.zeros(CAPTURED_TOKENS, dtype=torch.int64, device=self._device)
-        self._slot = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, _Behind]] = {}
+        self._slot, self._start = torch.zeros(2, 1, dtype=torch.int64, device=self._device)
+        self._key_range = torch.zeros(2, dtype=torch.int32, device=self._device)
+        self._layers = self._prepare()
+        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self.captures = self._device.type == "cuda" and not shared
 
     def __call__(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
         """Puts tokens from position ``start`` on into a slot.
@@ -139,118 +279,207 @@ class PromptRows:
         Returns:
             The residual stream [1, D] behind the last layer, of the last token.
         """
-        T, window = len(ids_T), self._layers[0].window
+        T = len(ids_T)
+        assert start + T <= self._cache.n_positions, f"{T} tokens from {start} on do not fit"
         self._slot.fill_(slot)
-        if start > 0 or (window is not None and window < T):
-            positions_BT = torch.arange(start, start + T, device=self._device)[None]
-            attend = partial(self._attend_to_slot, positions_BT, start + T, slot)
-            x_TD, product = self._through(ids_T, start, attend)
-        elif T <= CAPTURED_TOKENS and not self._shared:
-            x_TD, product = self._beginning(ids_T)
+        self._start.fill_(start)
+        if self.captures and start == 0 and T <= CAPTURED_TOKENS:
+            self._replay(ids_T)
         else:
-            x_TD, product = self._through(ids_T, 0, self._attend_to_themselves)
-        last = slice(T - 1, T)
-        return x_TD[last] + replace(product, y=product.y[last]).finished()
+            self._run(ids_T, start)
+        views, last = self._workspace.views(T), slice(T - 1, T)
+        down = self._product(self._blocks[-1].down_proj, views.part[last])
+        return views.x[last] + down.finished()
 
-    def _beginning(self, ids_T: Tensor) -> _Behind:
-        """As ``_through``, of more tokens than there are; it is there until the next call.
+    def _replay(self, ids_T: Tensor) -> None:
+        """Runs a beginning as a captured graph.
 
-        What is behind them is at positions that are written again before anybody reads them.
+        What is behind its tokens is at positions that are written again before they are read.
         """
-        size = min(-(-len(ids_T) // CAPTURED_STEP) * CAPTURED_STEP, self._cache.n_positions)
-        ids = self._ids[:size]
-        ids[: len(ids_T)] = ids_T
-        if size in self._captured:
-            graph, behind = self._captured[size]
-            graph.replay()
-            return behind
-        run = partial(self._through, ids, 0, self._attend_to_themselves)
-        behind = run()
+        if not self._captured:
+            self._capture()
+        size = next(size for size in sorted(self._captured) if size >= len(ids_T))
+        self._ids[: len(ids_T)] = ids_T
+        self._captured[size].replay()
+
+    def _capture(self) -> None:
+        """Captures beginnings of every size, the largest first: it leaves room for the others."""
+        most = min(CAPTURED_TOKENS, self._workspace.rows)
+        sizes = {min(n, most) for n in range(CAPTURED_STEP, most + CAPTURED_STEP, CAPTURED_STEP)}
+        pool = None
+        for size in sorted(sizes, reverse=True):
+            run = partial(self._run, self._ids[:size], 0)
+            graph, _ = capture(run, self._device, runs_before=1, pool=pool)
+            pool = graph.pool()
+            self._captured[size] = graph
+
+    def _run(self, ids_T: Tensor, start: int) -> None:
+        """Runs tokens through the layers: the last one's part is still to be added."""
+        T = len(ids_T)
+        views = self._workspace.views(T)
+        views.x.copy_(self._decoder.embedding(ids_T))
         if self._device.type == "cuda":
-            pool = next((graph.pool() for graph, _ in self._captured.values()), None)
-            self._captured[size] = capture(run, self._device, runs_before=0, pool=pool)
-        return behind
+            _, kv_heads, capacity, _ = self._cache.layer(0)[0].shape
+            torch.mul(self._slot, kv_heads * capacity, out=self._key_range[:1])
+            torch.add(self._key_range[:1], self._start + T, out=self._key_range[1:])
+        for i, (layer, block) in enumerate(zip(self._layers, self._blocks, strict=True)):
+            layer.input_norm(T)
+            _multiply(views.normed, layer.qkv_proj(), views.qkv)
+            layer.rotate(T)
+            _multiply(self._attend(i, views, start), layer.o_proj(), views.part)
+            self._sum(block.o_proj, views.part)
+            layer.post_attention_norm(T)
+            _multiply(views.normed, layer.gate_up_proj(), views.gate_up)
+            layer.swiglu(T)
+            _multiply(views.gated, layer.down_proj(), views.part)
+            self._sum(block.down_proj, views.part)
 
-    def _through(self, ids_T: Tensor, start: int, attend: _Attend) -> _Behind:
-        product, x_TD = None, self._decoder.embedding(ids_T)
-        for i, layer in enumerate(self._layers):
-            normed = self._add_norm(x_TD, product, layer.input_norm)
-            heads = self._rotate(i, self._product(layer.qkv_proj, normed), start)
-            product = self._sum(layer.o_proj, attend(i, heads))
-            normed = self._add_norm(x_TD, product, layer.post_attention_norm)
-            gated = self._swiglu(self._product(layer.gate_up_proj, normed))
-            product = self._sum(layer.down_proj, gated)
-        assert product is not None, "a model has layers"
-        return x_TD, product
+    def _sum(self, linear: Linear, part_TD: Tensor) -> None:
+        """Sums a product over ranks, where there are several, in its place."""
+        if self._shared:
+            finished = _unfinished(linear, part_TD).finished()
+            part_TD.copy_(self._blocks[0].total(finished))
 
-    def _product(self, linear: Linear, x_TK: Tensor) -> Product:
-        product = fused_kernel(linear).product(x_TK, *linear.packed, room=self._room)
-        return replace(product, bias=linear.bias)
+    def _product(self, linear: Linear, y: Tensor) -> Product:
+        """What ``_sum`` left: of several ranks, scales and biases are in it."""
+        return Product(y=y) if self._shared else _unfinished(linear, y)
 
-    def _sum(self, linear: Linear, x_TK: Tensor) -> Product:
-        """A product that is of all ranks."""
-        product = self._product(linear, x_TK)
-        return Product(y=self._layers[0].total(product.finished())) if self._shared else product
+    def _attend(self, i: int, views: _Views, start: int) -> Tensor:
+        """The result of attention [T, H * E].
 
-    def _add_norm(self, x_TD: Tensor, product: Product | None, norm: RMSNorm) -> Tensor:
-        """The norm of the residual stream, to which a product is added in its place."""
-        normed, total = torch.empty_like(x_TD), None if product is None else x_TD
-        call = prompt.add_norm(x_TD, norm.weight, norm.eps, normed, product=product, sum_MK=total)
-        self._launch(call)
-        return normed
-
-    def _rotate(self, i: int, product: Product, start: int) -> Heads:
-        """Heads; keys and values go into the cache as well."""
-        decoder, layer = self._decoder, self._layers[i]
-        n_heads, n_kv_heads, _ = layer.heads
-        heads = Heads.empty(product, n_heads, n_kv_heads, layer.head_dim)
-        norms, eps = {}, 0.0
-        if layer.q_norm is not None and layer.k_norm is not None:
-            norms = {"q_norm_E": layer.q_norm.weight, "k_norm_E": layer.k_norm.weight}
-            eps = layer.q_norm.eps
-        caches, rotation = self._cache.layer(i), (decoder.cos, decoder.sin)
-        call = prompt.rotate(
-            product, heads, *caches, self._slot, start, *rotation, **norms, eps=eps
+        A beginning attends to itself. What follows one, or has a window, attends to its slot: by
+        flash attention on a GPU, whose number of keys is on the device.
+        """
+        block, T = self._blocks[i], len(views.q)
+        q_BTHE, k_BTJE, v_BTJE = (
+            x.view(1, T, -1, block.head_dim) for x in (views.q, views.k, views.v)
         )
-        self._launch(call)
-        return heads
-
-    def _attend_to_themselves(self, i: int, heads: Heads) -> Tensor:
-        """Tokens to one another, all that are before them."""
-        layer, T = self._layers[i], len(heads.q)
-        q, k, v = (
-            x.view(1, T, -1, layer.head_dim).transpose(1, 2) for x in (heads.q, heads.k, heads.v)
-        )
-        out_BHTE = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=layer.head_dim**-0.5, enable_gqa=True
-        )
-        return out_BHTE.transpose(1, 2).reshape(T, -1)
-
-    def _attend_to_slot(
-        self, positions_BT: Tensor, length: int, slot: int, i: int, heads: Heads
-    ) -> Tensor:
-        """Tokens to what is in the slot, up to so many positions."""
-        layer, T = self._layers[i], len(heads.q)
-        keys, values = (slots[slot : slot + 1] for slots in self._cache.layer(i))
-        out_BTHE = layer.attention(
-            heads.q.view(1, T, -1, layer.head_dim),
-            keys,
-            values,
-            positions_BT,
-            length=length,
-            window=layer.window,
-            scale=layer.head_dim**-0.5,
+        window, scale = block.window, block.head_dim**-0.5
+        if start == 0 and (window is None or window >= T):
+            out_BHTE = F.scaled_dot_product_attention(
+                q_BTHE.transpose(1, 2),
+                k_BTJE.transpose(1, 2),
+                v_BTJE.transpose(1, 2),
+                is_causal=True,
+                scale=scale,
+                enable_gqa=True,
+            )
+            return out_BHTE.transpose(1, 2).reshape(T, -1)
+        keys, values = self._cache.layer(i)
+        if self._device.type == "cuda":
+            rows_T = torch.zeros(2, dtype=torch.int32, device=self._device)
+            rows_T[1:].fill_(T)
+            out_THE, *_ = torch.ops.aten._flash_attention_forward(
+                q_BTHE[0],
+                _positions(keys),
+                _positions(values),
+                rows_T,
+                self._key_range,
+                T,
+                self._cache.n_positions,
+                0.0,  # of dropout
+                True,  # causal: the last query is at the last key's position
+                False,
+                scale=scale,
+                window_size_left=-1 if window is None else window - 1,
+                window_size_right=0,
+            )
+            return out_THE.view(T, -1)
+        slot = int(self._slot)
+        out_BTHE = block.attention(
+            q_BTHE,
+            keys[slot : slot + 1],
+            values[slot : slot + 1],
+            torch.arange(start, start + T)[None],
+            length=start + T,
+            window=window,
+            scale=scale,
         )
         return out_BTHE.reshape(T, -1)
 
-    def _swiglu(self, product: Product) -> Tensor:
-        rows, width = product.y.shape
-        gated = product.y.new_empty(rows, width // 2)
-        self._launch(prompt.swiglu(product, gated))
-        return gated
+    def _prepare(self) -> list[_Layer]:
+        views, last = self._workspace.views(self._workspace.rows), None
+        layers = []
+        for i, block in enumerate(self._blocks):
+            added = None if last is None else self._product(last.down_proj, views.part)
+            attended = self._product(block.o_proj, views.part)
+            gate_up = _unfinished(block.gate_up_proj, views.gate_up)
+            layers.append(
+                _Layer(
+                    self._add_norm(views, added, block.input_norm),
+                    self._rotate(i, views),
+                    self._add_norm(views, attended, block.post_attention_norm),
+                    self._prepared(prompt.swiglu(gate_up, views.gated)),
+                    *(self._dequantize(getattr(block, name)) for name in names.LINEAR_PARTS),
+                )
+            )
+            last = block
+        return layers
 
-    def _launch(self, call: Call) -> None:
-        self._launcher.prepare(call, dependent=False)()
+    def _add_norm(self, views: _Views, product: Product | None, norm: RMSNorm) -> PreparedLaunch:
+        total = None if product is None else views.x
+        return self._prepared(
+            prompt.add_norm(
+                views.x, norm.weight, norm.eps, views.normed, product=product, sum_MK=total
+            )
+        )
+
+    def _rotate(self, i: int, views: _Views) -> PreparedLaunch:
+        decoder, block = self._decoder, self._blocks[i]
+        norms, eps = {}, 0.0
+        if block.q_norm is not None and block.k_norm is not None:
+            norms = {"q_norm_E": block.q_norm.weight, "k_norm_E": block.k_norm.weight}
+            eps = block.q_norm.eps
+        return self._prepared(
+            prompt.rotate(
+                _unfinished(block.qkv_proj, views.qkv),
+                Heads(q=views.q, k=views.k, v=views.v),
+                *self._cache.layer(i),
+                self._slot,
+                self._start,
+                decoder.cos,
+                decoder.sin,
+                **norms,
+                eps=eps,
+            )
+        )
+
+    def _dequantize(self, linear: Linear) -> Callable[[], Tensor]:
+        weight_NK = self._weight[: linear.n * linear.k].view(linear.n, linear.k)
+        form = fused_kernel(linear).form
+        launch = self._prepared(dequantize_call(form, linear.packed[0], weight_NK))
+
+        def dequantized() -> Tensor:
+            launch()
+            return weight_NK.T
+
+        return dequantized
+
+    def _prepared(self, call: Call) -> PreparedLaunch:
+        return self._launcher.prepare(call, dependent=False)
+
+
+def _multiply(x_TK: Tensor, weight_KN: Tensor, y_TN: Tensor) -> None:
+    """Matrix product; many rows are faster some thousand at a time."""
+    for rows in even_parts(len(x_TK), MATMUL_ROWS):
+        part = slice(rows.start, rows.stop)
+        torch.mm(x_TK[part], weight_KN, out=y_TN[part])
+
+
+def _unfinished(linear: Linear, y: Tensor) -> Product:
+    """A product as it comes: an eight-bit weight's scales and the bias are not applied yet."""
+    _, *scale_N = linear.packed
+    return Product(y=y, scale=scale_N[0] if scale_N else None, bias=linear.bias)
+
+
+def _positions(slots_SJCE: Tensor) -> Tensor:
+    """All slots as one sequence [S * J * C, J, E], in which slot s begins at s * J * C.
+
+    Positions are C apart from those of the next head, so what follows a slot's C positions up to
+    the next slot is of no use.
+    """
+    S, J, C, E = slots_SJCE.shape
+    return slots_SJCE.as_strided(((S - 1) * J * C + C, J, E), (E, C * E, 1))
 
 
 class FusedPrompt:
@@ -277,7 +506,7 @@ class FusedPrompt:
     ) -> None:
         self._forward, self._chunk = forward, chunk
         self._steps = PromptSteps(forward, decoder.cos.device)
-        self._rows = PromptRows(decoder, cache, launcher, shared=shared)
+        self._rows = PromptRows(decoder, cache, launcher, chunk=chunk, shared=shared)
         layer, *_ = blocks_of(decoder)
         self._most_by_steps = most_by_steps(fused_kernel(layer.gate_up_proj).form)
 
@@ -288,7 +517,7 @@ class FusedPrompt:
             return logits_TV[-1:]
         *_, last_1D = [
             self._rows(ids_T[places.start : places.stop], start + places.start, slot)
-            for places, _ in spans(ids_T, start, self._chunk)
+            for places in even_parts(len(ids_T), self._chunk)
         ]
         return self._forward.logits(last_1D)
 

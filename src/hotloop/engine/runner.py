@@ -287,7 +287,7 @@ class _Model:
                 self.decoder,
                 self.cache,
                 self.launcher,
-                chunk=setup.config.prefill_chunk,
+                chunk=setup.prefill_chunk,
                 shared=self._shared,
             )
 
@@ -346,7 +346,7 @@ class _Model:
 
     def _chunks(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
         """Runs tokens through the decoder a chunk at a time: their places, hidden states [T, D]."""
-        for places, positions_T in spans(ids_T, start, self.setup.config.prefill_chunk):
+        for places, positions_T in spans(ids_T, start, self.setup.prefill_chunk):
             hidden_BTD = self.decoder(
                 ids_T[None, places.start : places.stop],
                 positions_T[None],

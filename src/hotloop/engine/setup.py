@@ -12,6 +12,7 @@ import torch
 
 from hotloop.engine import fused
 from hotloop.engine.execution import compile_unavailable_reason
+from hotloop.engine.prompt import prefill_chunk
 from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError, shorten_value
 from hotloop.hardware import resolve_device
 from hotloop.kernels.cuda.launch import unavailable_reason as fused_unavailable_reason
@@ -25,6 +26,7 @@ from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
     DEFAULT_CACHE_BYTES,
+    LEAST_PREFILL_CHUNK,
     MIN_DEFAULT_SEQ_LEN,
     DType,
     EngineConfig,
@@ -64,6 +66,7 @@ class Setup:
         dtype: Element type of activations and unquantized weights.
         execution: How a step runs.
         n_positions: Tokens a slot can hold.
+        prefill_chunk: The most prompt tokens of one forward.
         shards: What of the model each rank holds.
         rank: The rank that ``device`` and what follows is of; rank 0 holds the most.
         draft: Who makes drafts, if anybody does. A draft model is on rank 0 alone.
@@ -79,6 +82,7 @@ class Setup:
     dtype: torch.dtype
     execution: StepExecution
     n_positions: int
+    prefill_chunk: int
     shards: tuple[Shard, ...]
     rank: int = 0
     draft: Draft | None = None
@@ -166,6 +170,10 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
             f"{model.default_positions} they are those of the model's own context."
         )
         model_notes = (*model_notes, note)
+    chunk = config.prefill_chunk
+    if chunk is None:
+        local = model.local(shards[0])
+        chunk = prefill_chunk(local, device) if execution == "fused" else LEAST_PREFILL_CHUNK
     setup = Setup(
         config=config,
         model=model,
@@ -176,6 +184,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         dtype=dtype,
         execution=execution,
         n_positions=n_positions,
+        prefill_chunk=chunk,
         shards=shards,
         notes=(*model_notes, *notes),
     )

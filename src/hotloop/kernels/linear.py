@@ -20,7 +20,6 @@ from torch import Tensor
 from hotloop.kernels import cpu, reference
 from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.packing import Format, pack
-from hotloop.kernels.cuda.prompt import Product
 
 Kind = Literal["dense", "int8", "fp8", "int4"]
 """What a weight's elements are: unquantized floating point, or a quantized type."""
@@ -280,21 +279,9 @@ class Fused:
         return self.form.nbytes + (4 * form.n if self.form.kind in ("int8", "fp8") else 0)
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        return self.product(x_MK, *packed).finished()
-
-    def product(
-        self,
-        x_MK: Tensor,
-        weight: Tensor,
-        scale_N: Tensor | None = None,
-        *,
-        room: Tensor | None = None,
-    ) -> Product:
-        """The same, of which a scale per output feature has not been applied yet.
-
-        The weight's rows are put into ``room``, if it is given: bfloat16 [at least N * K].
-        """
-        return Product(y=F.linear(x_MK, dequantize(self.form, weight, room)), scale=scale_N)
+        weight, *scale_N = packed
+        y = F.linear(x_MK, dequantize(self.form, weight))
+        return (y * scale_N[0]).to(y.dtype) if scale_N else y
 
 
 KERNELS: tuple[LinearKernel, ...] = (

@@ -26,7 +26,7 @@ class DequantizeArguments(Arguments):
     )
 
 
-def dequantize(form: Format, packed: Tensor, room: Tensor | None = None) -> Tensor:
+def dequantize(form: Format, packed: Tensor) -> Tensor:
     """The weight, bfloat16 [N, K]: with the scales and offsets of groups, rounded once.
 
     Scales of output features are not applied; eight-bit values alone are exact.
@@ -34,15 +34,12 @@ def dequantize(form: Format, packed: Tensor, room: Tensor | None = None) -> Tens
     Args:
         form: Of the weight.
         packed: As ``packing.pack`` made it.
-        room: bfloat16 [at least N * K] that it may be put into; on a CPU it is not used.
     """
     if not packed.is_cuda:
         return dequantize_torch(form, packed)
-    if room is None:
-        room = torch.empty(form.n * form.k, dtype=torch.bfloat16, device=packed.device)
-    rows = room[: form.n * form.k].view(form.n, form.k)
-    device_of(packed.device).prepare(dequantize_call(form, packed, rows), dependent=False)()
-    return rows
+    rows_NK = torch.empty(form.n, form.k, dtype=torch.bfloat16, device=packed.device)
+    device_of(packed.device).prepare(dequantize_call(form, packed, rows_NK), dependent=False)()
+    return rows_NK
 
 
 def dequantize_torch(form: Format, packed: Tensor) -> Tensor:

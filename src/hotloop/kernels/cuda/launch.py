@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -24,6 +24,9 @@ from hotloop.kernels.cuda.compile import Kernel, compile_kernel
 
 OLDEST = (8, 0)
 """Compute capability from which on the kernels run."""
+
+MOST_CONFIGS = 1024
+"""Launch configurations that are kept, the most recently used: a step has some dozens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,6 +93,14 @@ class LaunchError(HotloopError):
     """The driver refused a kernel or its launch."""
 
 
+class PreparedLaunch(Protocol):
+    """Launches a kernel on the current stream."""
+
+    def __call__(self, blocks: int | None = None) -> None:
+        """Launches it; ``blocks`` replaces the call's own number of blocks along x."""
+        ...
+
+
 class Launcher(Protocol):
     """What an engine needs of a ``Device``, or of a test's stand-in."""
 
@@ -102,7 +113,7 @@ class Launcher(Protocol):
         """Compiles and loads what is not loaded yet."""
         ...
 
-    def prepare(self, call: Call, *, dependent: bool) -> Callable[[], None]:
+    def prepare(self, call: Call, *, dependent: bool) -> PreparedLaunch:
         """What launches ``call``; if ``dependent``, perhaps before its predecessor has ended."""
         ...
 
@@ -139,7 +150,7 @@ class Device:
         self.compile_seconds = 0.0
         self.notes: set[str] = set()
         self._functions: dict[Kernel, Any] = {}
-        self._configs: dict[tuple[Any, ...], Any] = {}
+        self._config = functools.lru_cache(MOST_CONFIGS)(_config)
 
     def load(self, kernels: Iterable[Kernel]) -> None:
         """Compiles kernels, all at once, and loads them; what is loaded already stays."""
@@ -184,12 +195,11 @@ class Device:
         self.load((call.kernel,))
         return Launch(call, self, self._functions[call.kernel], dependent and self.dependent_launch)
 
-    def config(self, call: Call, stream: int, dependent: bool) -> Any:
-        """What the driver is told of a launch besides its arguments; made once, and kept."""
-        key = (call.grid, call.kernel.threads, call.shared_bytes, stream, dependent)
-        if key not in self._configs:
-            self._configs[key] = _config(*key)
-        return self._configs[key]
+    def config(self, call: Call, blocks: int | None, stream: int, dependent: bool) -> Any:
+        """What the driver is told of a launch besides its arguments."""
+        x, y, z = call.grid
+        grid = (x if blocks is None else blocks, y, z)
+        return self._config(grid, call.kernel.threads, call.shared_bytes, stream, dependent)
 
 
 class Launch:
@@ -202,21 +212,24 @@ class Launch:
         self._address = ctypes.addressof(self._pointers)
         self._launch = _driver().cuLaunchKernelEx
 
-    def __call__(self) -> None:
+    def __call__(self, blocks: int | None = None) -> None:
         """Launches on the device's current stream.
+
+        Args:
+            blocks: Blocks of the grid along x, where they are not the call's.
 
         Raises:
             LaunchError: The driver refused.
         """
         device = self._device.device
         stream = torch.cuda.current_stream(device).cuda_stream
-        config = self._device.config(self.call, stream, self._dependent)
+        config = self._device.config(self.call, blocks, stream, self._dependent)
         with torch.cuda.device(device):
             (status,) = self._launch(config, self._function, self._address, 0)
         if status.value != 0:
             raise LaunchError(
                 f"launching {self.call.kernel.name} failed: {status.name} (grid {self.call.grid}, "
-                f"{self.call.shared_bytes} bytes of shared memory)."
+                f"blocks {blocks}, {self.call.shared_bytes} bytes of shared memory)."
             )
 
 

@@ -90,13 +90,13 @@ struct RotateArgs {
   const bf16* q_norm;   // [E], or null
   const bf16* k_norm;
   const int64_t* slot;  // of the cache
+  const int64_t* start; // position of the first row; the others follow it
   bf16* q;              // [M, H * E]
   bf16* new_keys;       // [M, J * E]
   bf16* new_values;
   bf16* keys;           // [S, J, C, E]: the cache
   bf16* values;
   int heads, kv_heads, capacity;
-  int position;         // of the first row; the others follow it
   float eps;            // of the norms
 };
 
@@ -112,7 +112,7 @@ __device__ __forceinline__ void rotate(const RotateArgs& args) {
   wait_for_predecessor();
   const bool is_query = head < args.heads, turns = head < args.heads + args.kv_heads;
   const bf16* from = args.product + static_cast<int64_t>(row) * n_heads * kE;
-  const int position = args.position + row;
+  const int64_t position = *args.start + row;
   float x[kTurns][2][2];  // of which half, which of a pair
   float squares = 0;
   for (int i = 0; i < kTurns; i++)
@@ -148,7 +148,7 @@ __device__ __forceinline__ void rotate(const RotateArgs& args) {
         result[h] = times(unit, weight);
       }
     if (turns) {
-      const int64_t turn = static_cast<int64_t>(position) * kE + e;
+      const int64_t turn = position * kE + e;
       const float2 cos = *reinterpret_cast<const float2*>(args.cos + turn);
       const float2 sin = *reinterpret_cast<const float2*>(args.sin + turn);
       const float a[2] = {low(result[0]), high(result[0])};

@@ -67,9 +67,9 @@ class RotateArguments(Arguments):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("product", "scale", "bias", "cos", "sin")),
-        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "slot", "q")),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "slot", "start", "q")),
         *((name, ctypes.c_void_p) for name in ("new_keys", "new_values", "keys", "values")),
-        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "capacity", "position")),
+        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "capacity")),
         ("eps", ctypes.c_float),
     )
 
@@ -141,15 +141,6 @@ class Heads:
     k: Tensor
     v: Tensor
 
-    @classmethod
-    def empty(cls, product: Product, n_heads: int, n_kv_heads: int, head_dim: int) -> Heads:
-        """Room for those of a product."""
-        rows = len(product.y)
-        q, k, v = (
-            product.y.new_empty(rows, n * head_dim) for n in (n_heads, n_kv_heads, n_kv_heads)
-        )
-        return cls(q=q, k=k, v=v)
-
 
 def rotate(
     product: Product,
@@ -157,7 +148,7 @@ def rotate(
     keys_SJCE: Tensor,
     values_SJCE: Tensor,
     slot_1: Tensor,
-    position: int,
+    start_1: Tensor,
     cos_CE: Tensor,
     sin_CE: Tensor,
     *,
@@ -174,8 +165,9 @@ def rotate(
         heads: Written.
         keys_SJCE: bfloat16, the cache.
         values_SJCE: Like ``keys_SJCE``.
-        slot_1: int64, which slot; read by the device.
-        position: Of the first row; the others follow it.
+        slot_1: int64, the slot, read by the device.
+        start_1: int64, the position of the first row, read by the device: the others follow it,
+            and all must lie within the cache.
         cos_CE: float32, both halves alike.
         sin_CE: Like ``cos_CE``.
         q_norm_E: bfloat16, where query heads are normalized.
@@ -189,8 +181,8 @@ def rotate(
     for new in (heads.k, heads.v):
         assert new.shape == (rows, kv_heads * head_dim), f"{tuple(new.shape)}"
     assert values_SJCE.shape == keys_SJCE.shape, f"values are {tuple(values_SJCE.shape)}"
-    assert 0 <= position <= capacity - rows, f"{rows} rows from {position} on, of {capacity}"
-    assert slot_1.dtype == torch.int64, f"a slot is {slot_1.dtype}"
+    for scalar in (slot_1, start_1):
+        assert scalar.dtype == torch.int64, f"slots and positions are {scalar.dtype}"
     args, tensors = RotateArguments.of(
         **product.arguments(),
         cos=cos_CE,
@@ -198,6 +190,7 @@ def rotate(
         q_norm=q_norm_E,
         k_norm=k_norm_E,
         slot=slot_1,
+        start=start_1,
         q=heads.q,
         new_keys=heads.k,
         new_values=heads.v,
@@ -206,7 +199,6 @@ def rotate(
         heads=n_heads,
         kv_heads=kv_heads,
         capacity=capacity,
-        position=position,
         eps=eps,
     )
     return Call(
