@@ -51,8 +51,9 @@ CAPTURED_STEP = 64
 WORKSPACE_SHARE = 0.02
 """Of a device's memory, which activations of a chunk may take."""
 
-MATMUL_ROWS = 2048
-"""Tokens of one matrix product: of 8,192 at a time an H200 takes 6 to 10 % longer for each."""
+PLANNED_STEP = 1024
+"""Beginnings of more tokens attend to themselves by plans that cuDNN makes, in some 60 ms for each
+number of tokens. Multiples of this have one, made with the first chunk."""
 
 
 def most_by_steps(form: Format) -> int:
@@ -242,7 +243,7 @@ class PromptRows:
 
     Addresses do not depend on the number of tokens, so every launch is prepared once. On a GPU,
     beginnings of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are replays
-    of CUDA graphs, all captured with the first chunk.
+    of CUDA graphs, all of them captured before the first chunk.
 
     Args:
         decoder: The model.
@@ -268,10 +269,11 @@ class PromptRows:
         self._workspace = _Workspace(first, min(chunk, cache.n_positions), self._device)
         self._ids = torch.zeros(CAPTURED_TOKENS, dtype=torch.int64, device=self._device)
         self._slot, self._start = torch.zeros(2, 1, dtype=torch.int64, device=self._device)
-        self._key_range = torch.zeros(2, dtype=torch.int32, device=self._device)
+        self._row_range, self._key_range = torch.zeros(2, 2, dtype=torch.int32, device=self._device)
         self._layers = self._prepare()
         self._captured: dict[int, torch.cuda.CUDAGraph] = {}
         self.captures = self._device.type == "cuda" and not shared
+        self._ready = False
 
     def __call__(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
         """Puts tokens from position ``start`` on into a slot.
@@ -281,6 +283,8 @@ class PromptRows:
         """
         T = len(ids_T)
         assert start + T <= self._cache.n_positions, f"{T} tokens from {start} on do not fit"
+        if not self._ready:
+            self._get_ready()
         self._slot.fill_(slot)
         self._start.fill_(start)
         if self.captures and start == 0 and T <= CAPTURED_TOKENS:
@@ -296,42 +300,45 @@ class PromptRows:
 
         What is behind its tokens is at positions that are written again before they are read.
         """
-        if not self._captured:
-            self._capture()
         size = next(size for size in sorted(self._captured) if size >= len(ids_T))
         self._ids[: len(ids_T)] = ids_T
         self._captured[size].replay()
 
-    def _capture(self) -> None:
-        """Captures beginnings of every size, the largest first: it leaves room for the others."""
-        most = min(CAPTURED_TOKENS, self._workspace.rows)
-        sizes = {min(n, most) for n in range(CAPTURED_STEP, most + CAPTURED_STEP, CAPTURED_STEP)}
-        pool = None
-        for size in sorted(sizes, reverse=True):
-            run = partial(self._run, self._ids[:size], 0)
-            graph, _ = capture(run, self._device, runs_before=1, pool=pool)
-            pool = graph.pool()
-            self._captured[size] = graph
+    def _get_ready(self) -> None:
+        """Captures beginnings of every size, and has plans made for attention in longer ones."""
+        rows, pool = self._workspace.rows, None
+        if self.captures:
+            most = min(CAPTURED_TOKENS, rows)
+            sizes = range(CAPTURED_STEP, most + CAPTURED_STEP, CAPTURED_STEP)
+            for size in sorted({min(n, most) for n in sizes}, reverse=True):
+                run = partial(self._run, self._ids[:size], 0)
+                graph, _ = capture(run, self._device, runs_before=1, pool=pool)
+                pool = graph.pool()
+                self._captured[size] = graph
+        if self._device.type == "cuda":
+            for size in range(2 * PLANNED_STEP, rows + PLANNED_STEP, PLANNED_STEP):
+                self._attend_by_plan(self._blocks[0], min(size, rows))
+        self._ready = True
 
     def _run(self, ids_T: Tensor, start: int) -> None:
         """Runs tokens through the layers: the last one's part is still to be added."""
         T = len(ids_T)
         views = self._workspace.views(T)
         views.x.copy_(self._decoder.embedding(ids_T))
-        if self._device.type == "cuda":
-            _, kv_heads, capacity, _ = self._cache.layer(0)[0].shape
-            torch.mul(self._slot, kv_heads * capacity, out=self._key_range[:1])
-            torch.add(self._key_range[:1], self._start + T, out=self._key_range[1:])
+        _, kv_heads, capacity, _ = self._cache.layer(0)[0].shape
+        self._row_range[1:].fill_(T)
+        torch.mul(self._slot, kv_heads * capacity, out=self._key_range[:1])
+        torch.add(self._key_range[:1], self._start + T, out=self._key_range[1:])
         for i, (layer, block) in enumerate(zip(self._layers, self._blocks, strict=True)):
             layer.input_norm(T)
-            _multiply(views.normed, layer.qkv_proj(), views.qkv)
+            torch.mm(views.normed, layer.qkv_proj(), out=views.qkv)
             layer.rotate(T)
-            _multiply(self._attend(i, views, start), layer.o_proj(), views.part)
+            torch.mm(self._attend(i, T, start), layer.o_proj(), out=views.part)
             self._sum(block.o_proj, views.part)
             layer.post_attention_norm(T)
-            _multiply(views.normed, layer.gate_up_proj(), views.gate_up)
+            torch.mm(views.normed, layer.gate_up_proj(), out=views.gate_up)
             layer.swiglu(T)
-            _multiply(views.gated, layer.down_proj(), views.part)
+            torch.mm(views.gated, layer.down_proj(), out=views.part)
             self._sum(block.down_proj, views.part)
 
     def _sum(self, linear: Linear, part_TD: Tensor) -> None:
@@ -344,58 +351,72 @@ class PromptRows:
         """What ``_sum`` left: of several ranks, scales and biases are in it."""
         return Product(y=y) if self._shared else _unfinished(linear, y)
 
-    def _attend(self, i: int, views: _Views, start: int) -> Tensor:
+    def _attend(self, i: int, T: int, start: int) -> Tensor:
         """The result of attention [T, H * E].
 
-        A beginning attends to itself. What follows one, or has a window, attends to its slot: by
-        flash attention on a GPU, whose number of keys is on the device.
+        A beginning attends to itself. What follows one, or has a window, attends to its slot, whose
+        range of keys is on the device.
         """
-        block, T = self._blocks[i], len(views.q)
-        q_BTHE, k_BTJE, v_BTJE = (
-            x.view(1, T, -1, block.head_dim) for x in (views.q, views.k, views.v)
-        )
-        window, scale = block.window, block.head_dim**-0.5
-        if start == 0 and (window is None or window >= T):
-            out_BHTE = F.scaled_dot_product_attention(
-                q_BTHE.transpose(1, 2),
-                k_BTJE.transpose(1, 2),
-                v_BTJE.transpose(1, 2),
-                is_causal=True,
-                scale=scale,
-                enable_gqa=True,
+        block, (keys, values) = self._blocks[i], self._cache.layer(i)
+        q, k, v = self._heads(T, block)
+        if self._device.type != "cuda":
+            slot = slice(int(self._slot), int(self._slot) + 1)
+            out_BTHE = block.attention(
+                q[None],
+                keys[slot],
+                values[slot],
+                torch.arange(start, start + T)[None],
+                length=start + T,
+                window=block.window,
+                scale=block.head_dim**-0.5,
             )
-            return out_BHTE.transpose(1, 2).reshape(T, -1)
-        keys, values = self._cache.layer(i)
-        if self._device.type == "cuda":
-            rows_T = torch.zeros(2, dtype=torch.int32, device=self._device)
-            rows_T[1:].fill_(T)
-            out_THE, *_ = torch.ops.aten._flash_attention_forward(
-                q_BTHE[0],
-                _positions(keys),
-                _positions(values),
-                rows_T,
-                self._key_range,
-                T,
-                self._cache.n_positions,
-                0.0,  # of dropout
-                True,  # causal: the last query is at the last key's position
-                False,
-                scale=scale,
-                window_size_left=-1 if window is None else window - 1,
-                window_size_right=0,
-            )
-            return out_THE.view(T, -1)
-        slot = int(self._slot)
-        out_BTHE = block.attention(
-            q_BTHE,
-            keys[slot : slot + 1],
-            values[slot : slot + 1],
-            torch.arange(start, start + T)[None],
-            length=start + T,
-            window=window,
-            scale=scale,
+            return out_BTHE.view(T, -1)
+        if start > 0 or (block.window is not None and block.window < T):
+            return self._flash(block, q, _positions(keys), _positions(values), self._key_range)
+        if T <= PLANNED_STEP:
+            return self._flash(block, q, k, v, self._row_range)
+        return self._attend_by_plan(block, T)
+
+    def _flash(
+        self, block: Block, q_THE: Tensor, keys_NJE: Tensor, values_NJE: Tensor, key_range: Tensor
+    ) -> Tensor:
+        """Causal flash attention [T, H * E] to a range of keys, whose last is the last query's."""
+        out_THE, *_ = torch.ops.aten._flash_attention_forward(
+            q_THE,
+            keys_NJE,
+            values_NJE,
+            self._row_range,
+            key_range,
+            len(q_THE),
+            self._cache.n_positions,
+            dropout_p=0.0,
+            is_causal=True,
+            return_debug_mask=False,
+            scale=block.head_dim**-0.5,
+            window_size_left=-1 if block.window is None else block.window - 1,
+            window_size_right=0,
         )
-        return out_BTHE.reshape(T, -1)
+        return out_THE.view(len(q_THE), -1)
+
+    def _attend_by_plan(self, block: Block, T: int) -> Tensor:
+        """As ``_attend``, of a beginning, padded to a number of tokens that has a plan."""
+        padded = min(-(-T // PLANNED_STEP) * PLANNED_STEP, self._workspace.rows)
+        q, k, v = self._heads(padded, block)
+        v[T:].zero_()  # keys behind a token have no weight, but none times NaN is NaN
+        out_HTE = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            is_causal=True,
+            scale=block.head_dim**-0.5,
+            enable_gqa=True,
+        )
+        return out_HTE[0].transpose(0, 1)[:T].reshape(T, -1)
+
+    def _heads(self, T: int, block: Block) -> list[Tensor]:
+        """Queries [T, H, E], keys and values [T, J, E] of the workspace."""
+        views = self._workspace.views(T)
+        return [x.view(T, -1, block.head_dim) for x in (views.q, views.k, views.v)]
 
     def _prepare(self) -> list[_Layer]:
         views, last = self._workspace.views(self._workspace.rows), None
@@ -457,13 +478,6 @@ class PromptRows:
 
     def _prepared(self, call: Call) -> PreparedLaunch:
         return self._launcher.prepare(call, dependent=False)
-
-
-def _multiply(x_TK: Tensor, weight_KN: Tensor, y_TN: Tensor) -> None:
-    """Matrix product; many rows are faster some thousand at a time."""
-    for rows in even_parts(len(x_TK), MATMUL_ROWS):
-        part = slice(rows.start, rows.stop)
-        torch.mm(x_TK[part], weight_KN, out=y_TN[part])
 
 
 def _unfinished(linear: Linear, y: Tensor) -> Product:
