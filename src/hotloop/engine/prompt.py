@@ -370,7 +370,7 @@ class PromptRows:
                 window=block.window,
                 scale=block.head_dim**-0.5,
             )
-            return out_BTHE.view(T, -1)
+            return out_BTHE.reshape(T, -1)
         if start > 0 or (block.window is not None and block.window < T):
             return self._flash(block, q, _positions(keys), _positions(values), self._key_range)
         if T <= PLANNED_STEP:
