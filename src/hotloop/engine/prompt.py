@@ -51,9 +51,12 @@ CAPTURED_STEP = 64
 WORKSPACE_SHARE = 0.02
 """Of a device's memory, which activations of a chunk may take."""
 
-PLANNED_STEP = 1024
-"""Beginnings of more tokens attend to themselves by plans that cuDNN makes, in some 60 ms for each
-number of tokens. Multiples of this have one, made with the first chunk."""
+PLANNED_TOKENS = (256, 512, 768, *range(1024, MOST_PREFILL_CHUNK + 1, 1024))
+"""Beginnings attend to themselves by plans that cuDNN makes, in some 60 ms for each number of
+tokens: they are padded to one of these, and all are planned with the first chunk."""
+
+REHEARSED_TOKENS = (640, 1024)
+"""Numbers of tokens whose matrix products' kernels are loaded with the first chunk."""
 
 
 def most_by_steps(form: Format) -> int:
@@ -305,7 +308,7 @@ class PromptRows:
         self._captured[size].replay()
 
     def _get_ready(self) -> None:
-        """Captures beginnings of every size, and has plans made for attention in longer ones."""
+        """Captures beginnings of every size, and has made beforehand what longer ones need."""
         rows, pool = self._workspace.rows, None
         if self.captures:
             most = min(CAPTURED_TOKENS, rows)
@@ -316,8 +319,10 @@ class PromptRows:
                 pool = graph.pool()
                 self._captured[size] = graph
         if self._device.type == "cuda":
-            for size in range(2 * PLANNED_STEP, rows + PLANNED_STEP, PLANNED_STEP):
+            for size in PLANNED_TOKENS:
                 self._attend_by_plan(self._blocks[0], min(size, rows))
+            for size in REHEARSED_TOKENS:
+                self._run(self._ids.new_zeros(min(size, rows)), 0)
         self._ready = True
 
     def _run(self, ids_T: Tensor, start: int) -> None:
@@ -358,7 +363,7 @@ class PromptRows:
         range of keys is on the device.
         """
         block, (keys, values) = self._blocks[i], self._cache.layer(i)
-        q, k, v = self._heads(T, block)
+        q, *_ = self._heads(T, block)
         if self._device.type != "cuda":
             slot = slice(int(self._slot), int(self._slot) + 1)
             out_BTHE = block.attention(
@@ -373,8 +378,6 @@ class PromptRows:
             return out_BTHE.reshape(T, -1)
         if start > 0 or (block.window is not None and block.window < T):
             return self._flash(block, q, _positions(keys), _positions(values), self._key_range)
-        if T <= PLANNED_STEP:
-            return self._flash(block, q, k, v, self._row_range)
         return self._attend_by_plan(block, T)
 
     def _flash(
@@ -400,7 +403,8 @@ class PromptRows:
 
     def _attend_by_plan(self, block: Block, T: int) -> Tensor:
         """As ``_attend``, of a beginning, padded to a number of tokens that has a plan."""
-        padded = min(-(-T // PLANNED_STEP) * PLANNED_STEP, self._workspace.rows)
+        padded = next((n for n in PLANNED_TOKENS if n >= T), T)
+        padded = max(T, min(padded, self._workspace.rows))
         q, k, v = self._heads(padded, block)
         v[T:].zero_()  # keys behind a token have no weight, but none times NaN is NaN
         out_HTE = F.scaled_dot_product_attention(
