@@ -240,7 +240,7 @@ def test_one_named_gpu_for_several_ranks_is_refused(nine, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"tensor_parallel": 0}, ConfigError, "tensor_parallel must be at least 1, not 0"),
+        ({"tensor_parallel": 0}, ConfigError, "tensor_parallel must be 1 or more, not 0"),
         (
             {"all_reduce": "nccl"},
             ConfigError,

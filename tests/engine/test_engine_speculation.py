@@ -305,10 +305,15 @@ def test_drafts_that_cannot_be_are_refused(folder, tmp_path):
     assert "from 1 to 1" in refused(folder, draft="exit-2")
     assert "neither 'ngram'" in refused(folder, draft="no-such-model")
     assert "draft_quant" in refused(folder, draft="ngram", draft_quant="int8")
-    short = write_random(tmp_path, max_position_embeddings=16)
-    assert "context of 16" in refused(folder, draft=str(short))
     with pytest.raises(ConfigError, match="draft_tokens"):
         LLM(str(folder), draft="ngram", draft_tokens=0)
+
+
+def test_a_context_longer_than_the_drafts_is_refused_only_where_it_was_asked_for(folder, tmp_path):
+    short = write_random(tmp_path, max_position_embeddings=16)
+    assert "context of 16" in refused(folder, draft=str(short), max_seq_len=100)
+    with LLM(str(folder), dtype="float32", draft=str(short)) as llm:
+        assert llm.describe().max_seq_len == 16
 
 
 # ------------------------------------------------------------------------------------ controller
