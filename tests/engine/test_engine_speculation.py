@@ -301,7 +301,7 @@ def test_a_draft_model_with_more_tokens_is_refused(folder):
     assert "300" in message
 
 
-def test_drafts_that_cannot_be_are_refused(folder, tmp_path):
+def test_drafts_that_cannot_be_are_refused(folder):
     assert "from 1 to 1" in refused(folder, draft="exit-2")
     assert "neither 'ngram'" in refused(folder, draft="no-such-model")
     assert "draft_quant" in refused(folder, draft="ngram", draft_quant="int8")

@@ -24,7 +24,6 @@ from hotloop.checked import changed, check_names
 from hotloop.engine.execution import Step, StepTimes
 from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.memory import check_fits
-from hotloop.engine.prompt import SHORT_PROMPT
 from hotloop.engine.ranks import RankGroup
 from hotloop.engine.runner import Pending, Progress, Runner
 from hotloop.engine.sampling import Features
@@ -320,8 +319,7 @@ class LLM:
 
         On a GPU also what a run needs that is sampled as the model's makers suggest. With
         speculative decoding, that is a step of every number of drafts, each run and timed. On a GPU
-        it is found how many plain ones to take in a row. Where long prompts have kernels of their
-        own, one of those comes first.
+        it is found how many plain ones to take in a row.
         """
         learning, greedy = self._controller, SamplingParams()
 
@@ -339,8 +337,6 @@ class LLM:
             self._controller = learning
             return given.timing
 
-        if self._setup.fused:
-            answer(SHORT_PROMPT + 1, 1)
         n_steps = 3
         if learning is not None:
             n_steps = 3 * sum(1 + k for k in sizes_up_to(self.config.draft_tokens))

@@ -53,10 +53,10 @@ WORKSPACE_SHARE = 0.02
 
 PLANNED_TOKENS = (256, 512, 768, *range(1024, MOST_PREFILL_CHUNK + 1, 1024))
 """Beginnings attend to themselves by plans that cuDNN makes, in some 60 ms for each number of
-tokens: they are padded to one of these, and all are planned with the first chunk."""
+tokens: they are padded to one of these, and all are planned beforehand."""
 
 REHEARSED_TOKENS = (640, 1024)
-"""Numbers of tokens whose matrix products' kernels are loaded with the first chunk."""
+"""Numbers of tokens whose matrix products' kernels are loaded beforehand."""
 
 
 def most_by_steps(form: Format) -> int:
@@ -246,7 +246,7 @@ class PromptRows:
 
     Addresses do not depend on the number of tokens, so every launch is prepared once. On a GPU,
     beginnings of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are replays
-    of CUDA graphs, all of them captured before the first chunk.
+    of CUDA graphs, which ``get_ready`` captures.
 
     Args:
         decoder: The model.
@@ -276,7 +276,6 @@ class PromptRows:
         self._layers = self._prepare()
         self._captured: dict[int, torch.cuda.CUDAGraph] = {}
         self.captures = self._device.type == "cuda" and not shared
-        self._ready = False
 
     def __call__(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
         """Puts tokens from position ``start`` on into a slot.
@@ -286,11 +285,9 @@ class PromptRows:
         """
         T = len(ids_T)
         assert start + T <= self._cache.n_positions, f"{T} tokens from {start} on do not fit"
-        if not self._ready:
-            self._get_ready()
         self._slot.fill_(slot)
         self._start.fill_(start)
-        if self.captures and start == 0 and T <= CAPTURED_TOKENS:
+        if self._captured and self.captures and start == 0 and T <= CAPTURED_TOKENS:
             self._replay(ids_T)
         else:
             self._run(ids_T, start)
@@ -307,8 +304,12 @@ class PromptRows:
         self._ids[: len(ids_T)] = ids_T
         self._captured[size].replay()
 
-    def _get_ready(self) -> None:
-        """Captures beginnings of every size, and has made beforehand what longer ones need."""
+    @torch.inference_mode()
+    def get_ready(self) -> None:
+        """Captures beginnings of every size, and has made beforehand what longer ones need.
+
+        It writes to the first slot, so no slot may be in use.
+        """
         rows, pool = self._workspace.rows, None
         if self.captures:
             most = min(CAPTURED_TOKENS, rows)
@@ -323,7 +324,6 @@ class PromptRows:
                 self._attend_by_plan(self._blocks[0], min(size, rows))
             for size in REHEARSED_TOKENS:
                 self._run(self._ids.new_zeros(min(size, rows)), 0)
-        self._ready = True
 
     def _run(self, ids_T: Tensor, start: int) -> None:
         """Runs tokens through the layers: the last one's part is still to be added."""
@@ -527,6 +527,10 @@ class FusedPrompt:
         self._rows = PromptRows(decoder, cache, launcher, chunk=chunk, shared=shared)
         layer, *_ = blocks_of(decoder)
         self._most_by_steps = most_by_steps(fused_kernel(layer.gate_up_proj).form)
+
+    def get_ready(self) -> None:
+        """Captures and plans what prompts need, while no slot is in use."""
+        self._rows.get_ready()
 
     def __call__(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
         """Puts tokens from position ``start`` on into a slot; logits [1, V] after the last."""

@@ -135,6 +135,9 @@ class Runner:
             kernels = {name for model in models for name in model.kernels().values()}
             ours = all(name.endswith("/cpu") for name in kernels)
             self._step_threads = cpu.threads_to_ourselves if ours else nullcontext
+        with working_on(device, "warmup"):
+            for model in models:
+                model.get_ready()
 
     def admit(
         self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int]
@@ -290,6 +293,11 @@ class _Model:
                 chunk=setup.prefill_chunk,
                 shared=self._shared,
             )
+
+    def get_ready(self) -> None:
+        """Makes beforehand what prompts need, while no slot is in use."""
+        if self._prompt is not None:
+            self._prompt.get_ready()
 
     def forward(self, n_layers: int | None = None) -> Forward:
         """The model as steps run it, or its first layers."""
