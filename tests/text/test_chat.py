@@ -3,7 +3,8 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import tokenizers
 from tiny_tokenizers import CHATML, byte_level_folder, llama_json_folder, sentencepiece_folder
 
 from hotloop.errors import CheckpointError, RequestError, UnsupportedError
+from hotloop.text.control_tokens import ControlTokens
 from hotloop.text.tokenizer import load_tokenizer
 
 MESSAGES = [
@@ -258,6 +260,70 @@ def test_control_tokens_in_messages_are_text(
             assert shown == expected
         else:  # SentencePiece puts a space before each stretch of text
             assert shown.replace(" ", "") == expected.replace(" ", "")
+
+
+class Listing(Sequence):
+    def __init__(self, items: list) -> None:
+        self._items = items
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+@pytest.mark.parametrize("held_in", [deque, Listing, iter, tuple])
+def test_control_tokens_in_messages_are_text_whatever_holds_the_messages(
+    held_in: Callable[[list], Any], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(folder_with(tmp_path, CHATML))
+    messages = [{"role": "user", "content": text} for text in FORGERIES]
+    assert tokenizer.chat_prompt(held_in(messages)) == tokenizer.chat_prompt(messages)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        deque(["<|im_end|>"]),
+        Listing(["<|im_end|>"]),
+        (text for text in ["<|im_end|>"]),
+        {"<|im_end|>": 1}.keys(),
+        {"<|im_end|>"},
+        b"<|im_end|>",
+        {("<|im_end|>",): 1},
+        {1: "<|im_end|>"},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_json_cannot_hold_is_refused_in_messages_and_variables(
+    value: Any, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(folder_with(tmp_path, CHATML))
+    with pytest.raises(RequestError, match="must be"):
+        tokenizer.chat_prompt([{"role": "user", "content": [value]}])
+    with pytest.raises(RequestError, match="must be"):
+        tokenizer.chat_prompt(MESSAGES, tools={"a": value})
+
+
+def test_deeply_nested_messages_and_variables_are_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder_with(tmp_path, CHATML))
+    deep: Any = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    endless: list = []
+    endless += [endless, endless]
+    for value in (deep, endless):
+        with pytest.raises(RequestError, match="levels deep"):
+            tokenizer.chat_prompt([{"role": "user", "content": value}])
+        with pytest.raises(RequestError, match="levels deep"):
+            tokenizer.chat_prompt(MESSAGES, tools=value)
+
+
+def test_marking_a_text_full_of_control_tokens_is_linear_in_its_length() -> None:
+    n = 500_000  # copying the text for every token would take many minutes
+    text = ControlTokens(["<s>"]).marked("<s>" * n, "|")
+    assert text == "|<s>" * n
 
 
 def test_control_token_in_pieces_is_not_put_together(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,18 @@ OUTPUT_LIMIT_CHARS = 16 * 2**20
 _PROGRAM = Path(__file__).with_name("template_process.py")  # never imported: that needs Jinja
 _LENGTH = struct.Struct("<Q")
 _RESERVED = ("messages", "add_generation_prompt")
+
+
+def as_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copies messages out of whatever holds them.
+
+    Raises:
+        RequestError: One of them is no object.
+    """
+    try:
+        return [dict(message) for message in messages]
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"messages must be objects, in a list: {error}") from error
 
 
 class ChatTemplate:
@@ -79,13 +91,11 @@ class ChatTemplate:
                 raise RequestError(f"the template variable {name!r} cannot be set.")
         given = {"tools": None, "documents": None, **variables}
         given["add_generation_prompt"] = add_generation_prompt
+        listed = as_messages(messages)
         try:
-            listed = [dict(message) for message in messages]
             request = _frame({"messages": listed, "variables": given, "mark": mark})
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(
-                f"messages must be objects, and what they hold JSON values: {error}"
-            ) from error
+            raise RequestError(f"what messages hold must be JSON values: {error}") from error
         with self._rendering:
             reply = self._ask(request)
         if "text" in reply:

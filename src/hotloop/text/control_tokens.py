@@ -10,10 +10,12 @@ trim, split or search a message find what they expect.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
-from hotloop.errors import RequestError
+from hotloop.errors import RequestError, shorten_value
+from hotloop.outside import MAX_DEPTH
 
 MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 """Unicode's noncharacters, which no text for interchange holds."""
@@ -43,14 +45,11 @@ class ControlTokens:
         """A JSON value whose texts have ``mark`` before every control token.
 
         The beginning of one at a text's end is marked too: the next text can complete it.
+
+        Raises:
+            RequestError: The value is none of JSON, or nested more than ``MAX_DEPTH`` levels deep.
         """
-        if isinstance(value, str):
-            return self._marked_text(value, mark)
-        if isinstance(value, Mapping):
-            return {self.marked(k, mark): self.marked(v, mark) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.marked(item, mark) for item in value]
-        return value
+        return _with_texts(value, lambda text: self._marked_text(text, mark))
 
     def _marked_text(self, text: str, mark: str) -> str:
         end = len(text.rstrip())  # templates trim
@@ -60,31 +59,58 @@ class ControlTokens:
             for start in range(max(0, end - self._longest), end)
             if text[start:end] in self._beginnings
         }
-        for place in sorted(places, reverse=True):
-            text = f"{text[:place]}{mark}{text[place:]}"
-        return text
+        edges = [0, *sorted(places), len(text)]
+        return mark.join(text[start:stop] for start, stop in pairwise(edges))
 
 
 def unused_mark(value: Any) -> str:
-    """A mark that no text of a JSON value holds.
+    """Finds a mark that no text of a JSON value holds.
 
     Raises:
-        RequestError: They hold all of them.
+        RequestError: The texts hold all of them; or the value is none of JSON, or nested too deep.
     """
-    used = {character for text in _texts(value) for character in MARKS if character in text}
+    used: set[str] = set()
+
+    def look_at(text: str) -> str:
+        used.update(character for character in MARKS if character in text)
+        return text
+
+    _with_texts(value, look_at)
     for mark in MARKS:
         if mark not in used:
             return mark
     raise RequestError("the messages hold every one of Unicode's noncharacters: leave one out.")
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _with_texts(value: Any, change: Callable[[str], str], levels: int = MAX_DEPTH) -> Any:
+    """Copies a JSON value, with ``change`` applied to each of its texts, keys included.
+
+    No other value is let through: its texts would stay as they are.
+    """
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+        return change(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if not isinstance(value, Mapping | list | tuple):
+        raise RequestError(
+            "messages and template variables must be JSON values (text, numbers, booleans, None, "
+            f"lists and dicts), not {shorten_value(value)} of type {type(value).__name__}."
+        )
+    if levels == 0:
+        raise RequestError(
+            f"messages and template variables must not be nested more than {MAX_DEPTH} levels deep."
+        )
+    if isinstance(value, Mapping):
+        return {
+            change(_checked_key(key)): _with_texts(item, change, levels - 1)
+            for key, item in value.items()
+        }
+    return [_with_texts(item, change, levels - 1) for item in value]
+
+
+def _checked_key(key: Any) -> str:
+    if not isinstance(key, str):
+        raise RequestError(
+            f"the keys of messages and template variables must be text, not {shorten_value(key)}."
+        )
+    return key

@@ -25,7 +25,7 @@ from hotloop.text.backends import (
     read_sentencepiece_model,
     sentencepiece_names,
 )
-from hotloop.text.chat import ChatTemplate
+from hotloop.text.chat import ChatTemplate, as_messages
 from hotloop.text.config_files import (
     GENERATION_CONFIG,
     MODEL_CONFIG,
@@ -186,8 +186,9 @@ class Tokenizer:
             RequestError: The template refuses the messages, fails on them or exceeds a limit; or
                 there is no last message to continue.
         """
-        mark = unused_mark((messages, variables))
-        marked = self._control_tokens.marked(messages, mark)
+        listed = as_messages(messages)
+        mark = unused_mark((listed, variables))
+        marked = self._control_tokens.marked(listed, mark)
         if continue_final_message:
             marked = _with_ending(marked, mark)
         text = self._template.render(
