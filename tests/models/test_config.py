@@ -213,6 +213,14 @@ def test_every_layer_has_the_window_that_its_type_says(architecture, changes, wi
     assert read_config(keys(architecture, **changes)).windows == windows
 
 
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_a_window_of_null_is_full_attention_in_qwen(architecture):
+    changes = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None}
+    assert read_config(keys(architecture, **changes)).windows == (None, None)
+    types = {"layer_types": ["sliding_attention"] * 2}
+    assert "sliding_window is missing" in message(ConfigError, architecture, **changes, **types)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -12,7 +12,10 @@ from hotloop.models.keys import WindowKeys
 
 
 class QwenKeys(WindowKeys):
-    """``use_sliding_window`` bounds the layers from ``max_window_layers`` on."""
+    """``use_sliding_window`` bounds the layers from ``max_window_layers`` on.
+
+    The window is 4096 where it is left out, and there is none where it is null.
+    """
 
     use_sliding_window: bool = False
     max_window_layers: Annotated[int, Field(ge=0, le=10_000)] = 28
@@ -23,7 +26,8 @@ class QwenKeys(WindowKeys):
             return (False,) * self.num_hidden_layers
         if self.layer_types is not None:
             return super().windowed()
-        return tuple(i >= self.max_window_layers for i in range(self.num_hidden_layers))
+        first = self.num_hidden_layers if self.sliding_window is None else self.max_window_layers
+        return tuple(i >= first for i in range(self.num_hidden_layers))
 
 
 def read(keys: QwenKeys) -> ModelConfig:
@@ -37,6 +41,7 @@ FAMILY = Family(
     read=read,
     neutral={"mlp_bias": (False,)},
     harmless=("attention_bias",),
+    nullable=("sliding_window",),
     tiny={
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

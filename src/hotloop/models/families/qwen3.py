@@ -32,6 +32,7 @@ FAMILY = Family(
     keys=Qwen3Keys,
     read=read,
     neutral={"mlp_bias": (False,)},
+    nullable=("sliding_window",),
     tiny={
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
