@@ -340,6 +340,16 @@ def test_tensors_that_are_not_understood_are_refused_by_name(tmp_path, name, ten
     assert name in str(error)
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"])
+@pytest.mark.parametrize("scaling", ["none", "linear", None])
+def test_a_factor_of_attention_is_refused_where_the_scaling_would_ignore_it(tmp_path, scaling, key):
+    keys = {"rope.scaling.type": scaling, "rope.scaling.factor": 2.0}
+    path = write_gguf(tmp_path / "m.gguf", EMBEDDING, keys=keys | {key: 1.5})
+    assert f"metadata key llama.{key} is 1.5" in str(refusal(path))
+    path = write_gguf(tmp_path / "m.gguf", EMBEDDING, keys=keys | {key: 1.0})
+    assert open_checkpoint(path).config
+
+
 def test_rope_factors_beside_another_scaling_are_refused(tmp_path):
     tensors = EMBEDDING | {"rope_freqs.weight": (np.ones(8, np.float32), "F32")}
     keys = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}

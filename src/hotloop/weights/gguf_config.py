@@ -145,7 +145,7 @@ def config_from_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, A
         "rms_norm_eps": _shortest(keys.norm_eps),
         "max_position_embeddings": keys.context_length,
         "rope_theta": _shortest(keys.rope_theta),
-        "rope_scaling": _rope_scaling(keys),
+        "rope_scaling": _rope_scaling(keys, file, prefix),
         "bos_token_id": _token_id(metadata, "bos"),
         "eos_token_id": _eos_token_id(metadata),
     }
@@ -176,7 +176,14 @@ def _refuse_others(said: dict[str, Any], file: str, prefix: str) -> None:
         )
 
 
-def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
+def _rope_scaling(keys: _Keys, file: str, prefix: str) -> dict[str, Any] | None:
+    if keys.scaling not in ("yarn", "longrope"):
+        for name in ("attention_factor", "yarn_attention_factor"):
+            if (value := getattr(keys, name)) != 1.0:
+                raise UnsupportedError(
+                    f"{file}: metadata key {prefix}{_Keys.model_fields[name].alias} is {value:g}, "
+                    f"and beside rope.scaling.type {keys.scaling!r} only 1 is supported."
+                )
     factor = _shortest(keys.stretch)
     attention_factor = keys.attention_factor * keys.yarn_attention_factor
     match keys.scaling:
