@@ -4,8 +4,8 @@ The header is read and checked here rather than by the safetensors package, whic
 ``tensor_file``) and does not say which tensor of which file is at fault. The format is a length,
 a JSON object ``name -> {dtype, shape, data_offsets}``, and the tensors' bytes without a gap.
 
-A folder is what somebody downloaded, so an index may not name a file outside it and pickles are
-not opened, ever.
+A folder is what somebody downloaded, so an index may name only ``*.safetensors`` files that are
+directly in it, and pickles are not opened, ever.
 """
 
 from __future__ import annotations
@@ -185,11 +185,13 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
     placed: dict[Path, set[str] | None] = {}
     for name, tensors in files.items():
         path, tensor = index.parent / name, min(tensors)
-        # A link in the folder was made by whoever owns it; a name in the index was not.
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        # A link in the folder was made by whoever owns it; a name in the index was not. Files of
+        # any other name are no part of hash_checkpoint.
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
                 index,
-                f"puts it in {shorten_value(name)}, which is outside the folder",
+                f"puts it in {shorten_value(name)}, which is not the name of a *.safetensors file "
+                "in the index's own folder: move the file there, and correct the index",
                 tensor=tensor,
             )
         if not path.is_file():
