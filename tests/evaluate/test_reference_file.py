@@ -1,10 +1,11 @@
+import json
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load, save_file
 
 from hotloop.errors import CheckpointError, ConfigError, HotloopError
 from hotloop.evaluate.quality import kl_divergence, write_reference
@@ -99,7 +100,7 @@ def test_the_reference_of_something_else_is_refused_with_the_difference(
     path = tmp_path / "ref"
     write_reference(engine, windows, path, key_of(windows, V))
     with pytest.raises(ConfigError, match=difference):
-        Reference(path, replace(key_of(windows, V), **change))
+        Reference(path, key_of(windows, V).model_copy(update=change))
 
 
 def test_a_half_written_reference_is_never_there(tmp_path, bigram, engine, windows, key_of):
@@ -129,11 +130,63 @@ def test_a_missing_damaged_or_foreign_file_is_refused(tmp_path, engine, windows,
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="not a whole reference"):
         Reference(path, key)
-    from safetensors.torch import save_file
-
     save_file({"log_probs": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not a reference of format"):
         Reference(path, key)
+
+
+METADATA_DAMAGE = {
+    "no key": {"key": None},
+    "no hash": {"windows_sha256": None},
+    "a hash that is none": {"windows_sha256": "w0"},
+    "a surplus key": {"more": "x"},
+    "a key that is no JSON": {"key": "{"},
+    "a key that is a list": {"key": "[]"},
+    "a deep key": {"key": '{"a":' * 100_000},
+    "a key without fields": {"key": "{}"},
+    "a window that is text": {"key": {"window": "17"}},
+    "a window that is huge": {"key": {"window": 10**300}},
+    "weights that are null": {"key": {"weights": None}},
+    "a surplus field": {"key": {"more": 1}},
+}
+TENSOR_DAMAGE = {
+    "token_logprobs that are no numbers": {"token_logprobs": lambda x: x * float("nan")},
+} | {
+    f"{name} {damage}": {name: change}
+    for name in ("top1", "token_logprobs", "log_probs")
+    for damage, change in {
+        "left out": None,
+        "of another type": lambda tensor: tensor.to(torch.bfloat16),
+        "with a row less": lambda tensor: tensor[:-1].contiguous(),
+        "of no dimension": lambda tensor: tensor.flatten()[0].clone(),
+        "of one dimension more": lambda tensor: tensor[None].contiguous(),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("damage", [*METADATA_DAMAGE, *TENSOR_DAMAGE])
+def test_whatever_a_damaged_file_holds_it_is_refused_as_no_whole_reference(
+    tmp_path, engine, windows, key_of, damage
+):
+    path, key = tmp_path / "ref", key_of(windows, V)
+    write_reference(engine, windows, path, key)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load(path.read_bytes())
+    for name, value in METADATA_DAMAGE.get(damage, {}).items():
+        if isinstance(value, dict):
+            value = json.dumps(json.loads(metadata[name]) | value)
+        metadata[name] = value
+    for name, change in TENSOR_DAMAGE.get(damage, {}).items():
+        tensors[name] = change and change(tensors[name])
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        path,
+        metadata={name: value for name, value in metadata.items() if value is not None},
+    )
+    with pytest.raises(CheckpointError, match=f"^{path}: not a whole reference") as refused:
+        Reference(path, key)
+    assert len(str(refused.value)) < 1000
 
 
 def test_a_disk_that_is_too_full_is_noticed_before_scoring(

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sweep_fakes import FakeEngine
 
 from hotloop import hardware
 from hotloop.errors import CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
+from hotloop.evaluate.reference import FORMAT
 from hotloop.sweep.cell import explain, run_cell, score_reference
 from hotloop.sweep.events import CellPhase
 from hotloop.sweep.job import EngineSource, Job, make_jobs
@@ -180,6 +182,16 @@ def test_every_error_has_its_status(error, status, says):
     found, reason = explain(error, "load")
     assert found == status
     assert says in reason
+
+
+def test_a_damaged_reference_costs_the_comparison_and_not_the_speed(tmp_path):
+    made = compared(tmp_path, "none")
+    save_file({"top1": torch.zeros(1)}, made.reference, metadata={"format": FORMAT})
+    record = run_cell(made)
+    assert (record.status, record.kl_mean) == ("ok", None)
+    assert record.decode_tok_s is not None
+    assert record.perplexity is not None
+    assert "not a whole reference" in record.quality_reason
 
 
 def test_a_draft_models_checkpoint_is_part_of_what_was_measured_and_not_of_its_reference(tmp_path):

@@ -19,7 +19,6 @@ never read.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -27,14 +26,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hotloop.errors import CheckpointError, ConfigError, HotloopError
+from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten_value
+from hotloop.outside import Count, StrictModel, parse_json, validated
 from hotloop.types import Score
 from hotloop.writing import replacing
 
@@ -47,8 +48,7 @@ _CHUNK_ELEMENTS = 2**20
 """Distributions are handled this many elements at a time: a few MB for each intermediate."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReferenceKey:
+class ReferenceKey(StrictModel):
     """What a reference is the reference of. Another value of any field is another reference.
 
     Attributes:
@@ -62,15 +62,23 @@ class ReferenceKey:
 
     weights: str
     dtype: str
-    vocab_size: int
+    vocab_size: Count
     text_sha256: str
-    window: int
-    n_windows: int
+    window: Count
+    n_windows: Count
 
     @property
     def n_predictions(self) -> int:
         """Predictions over all windows: a window's first token is given, not predicted."""
         return self.n_windows * (self.window - 1)
+
+
+class _Metadata(StrictModel):
+    """The metadata of a reference's file; ``key`` is a :class:`ReferenceKey` as JSON."""
+
+    format: str
+    key: str
+    windows_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Reference:
@@ -89,7 +97,8 @@ class Reference:
 
     Raises:
         ConfigError: The file is the reference of something else; the first difference is named.
-        CheckpointError: The file is missing or damaged, or not a reference at all.
+        CheckpointError: The file is missing or damaged, or not a reference at all: no other error
+            comes of what the file holds.
     """
 
     def __init__(self, path: Path, key: ReferenceKey) -> None:
@@ -97,18 +106,28 @@ class Reference:
             raise CheckpointError(path, "there is no reference here. Score the reference first.")
         try:
             file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(path, f"not a whole reference ({error}). Delete it.") from error
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, str(error)) from error
+        said = file.metadata() or {}
+        if said.get("format") != FORMAT:
             raise CheckpointError(
-                path, f"not a reference of format {FORMAT!r}, but {metadata.get('format')!r}."
+                path,
+                f"not a reference of format {FORMAT!r}, but {shorten_value(said.get('format'))}.",
             )
-        _check_key(path, found=json.loads(metadata["key"]), wanted=dataclasses.asdict(key))
+        metadata = validated(_Metadata, said, path, refuse=_damaged)
+        found = parse_json(metadata.key, path, refuse=_damaged)
+        _check_key(
+            path,
+            found=validated(ReferenceKey, found, path, prefix="key.", refuse=_damaged),
+            wanted=key,
+        )
+        _check_tensors(path, file, key)
         self.key = key
-        self.windows_sha256 = metadata["windows_sha256"]
+        self.windows_sha256 = metadata.windows_sha256
         shape = (key.n_windows, key.window - 1)
         self.token_logprobs: Tensor = file.get_tensor("token_logprobs").view(shape)
+        if not self.token_logprobs.isfinite().all():
+            raise _damaged(path, "its token_logprobs are not all finite")
         self.top1: Tensor = file.get_tensor("top1").view(shape)
         self._log_probs = file.get_slice("log_probs")
 
@@ -142,14 +161,10 @@ class ReferenceWriter:
         n, V = key.n_predictions, key.vocab_size
         metadata = {
             "format": FORMAT,
-            "key": json.dumps(dataclasses.asdict(key)),
+            "key": key.model_dump_json(),
             "windows_sha256": hash_windows(windows),
         }
-        # The big tensor comes last, so that it streams and the others stay aligned.
-        self._header = _safetensors_header(
-            {"top1": ("I64", (n,)), "token_logprobs": ("F32", (n,)), "log_probs": ("F16", (n, V))},
-            metadata,
-        )
+        self._header = _safetensors_header(_layout(key), metadata)
         self._top1: list[Tensor] = []
         self._token_logprobs: list[Tensor] = []
         needed, free = n * (8 + 4 + 2 * V), shutil.disk_usage(path.parent).free
@@ -222,13 +237,42 @@ def row_chunks(x_TV: Tensor) -> list[slice]:
     return [slice(i, min(i + step, T)) for i in range(0, T, step)]
 
 
-def _check_key(path: Path, *, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if found.get(name) != value:
+def _damaged(file: Path | str, problem: str) -> CheckpointError:
+    return CheckpointError(file, f"not a whole reference ({problem}). Delete it.")
+
+
+def _check_key(path: Path, *, found: ReferenceKey, wanted: ReferenceKey) -> None:
+    for name, value in wanted:
+        if (other := getattr(found, name)) != value:
             raise ConfigError(
-                f"{path} is the reference of something else: its {name} is {found.get(name)!r}, "
-                f"not {value!r}. Delete it to have it written anew."
+                f"{path} is the reference of something else: its {name} is "
+                f"{shorten_value(other)}, not {value!r}. Delete it to have it written anew."
             )
+
+
+def _check_tensors(path: Path, file: Any, key: ReferenceKey) -> None:
+    """Checks that an open safetensors file has the tensors of a reference."""
+    stored = set(file.keys())
+    for name, (dtype, shape) in _layout(key).items():
+        if name not in stored:
+            raise _damaged(path, f"its tensor {name} is missing")
+        tensor = file.get_slice(name)
+        found = tensor.get_dtype(), tuple(tensor.get_shape())
+        if found != (dtype, shape):
+            raise _damaged(
+                path,
+                f"its tensor {name} is {found[0]} of shape {shorten_value(found[1])}, "
+                f"not {dtype} of shape {shape}",
+            )
+
+
+def _layout(key: ReferenceKey) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors of a reference, in the order they lie: their types and shapes.
+
+    The big one comes last, so that it streams and the others stay aligned.
+    """
+    n, V = key.n_predictions, key.vocab_size
+    return {"top1": ("I64", (n,)), "token_logprobs": ("F32", (n,)), "log_probs": ("F16", (n, V))}
 
 
 def _safetensors_header(
