@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import stat
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from hotloop.errors import ConfigError, HotloopError, shorten, shorten_value
 
@@ -45,21 +46,37 @@ def replacing(path: Path) -> Generator[BinaryIO]:
     """A file to write that takes the place of ``path`` when the block ends well.
 
     It is written beside ``path`` and renamed: a link there is replaced and not followed, and a
-    block that raises leaves ``path`` as it was.
+    block that raises leaves ``path`` as it was. The block's own errors pass unchanged.
 
     Raises:
         HotloopError: The file cannot be made or written.
     """
     with _errors_named(path):
         unfinished = path.with_name(f".{uuid.uuid4().hex}.partial")
-        with unfinished.open("xb") as file:
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+        raw = _Unfinished(unfinished, path)
+    try:
+        with raw:  # closed without its buffer: what the block left there is not written
+            file = io.BufferedWriter(raw)
+            yield file
+            file.flush()
+            with _errors_named(path):
+                os.fsync(raw.fileno())
                 unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):  # remove_unfinished removes what stays
+            unfinished.unlink(missing_ok=True)
+
+
+class _Unfinished(io.FileIO):
+    """A new file whose errors of writing name the one that it will take the place of."""
+
+    def __init__(self, path: Path, target: Path) -> None:
+        super().__init__(path, "x")
+        self._target = target
+
+    def write(self, data: Any, /) -> int:
+        with _errors_named(self._target):
+            return super().write(data)
 
 
 @contextmanager

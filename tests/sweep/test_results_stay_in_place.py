@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import stat
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -20,6 +22,14 @@ from hotloop.writing import (
     replacing,
     write_whole,
 )
+
+
+@pytest.fixture
+def size_limit() -> Iterator[Callable[[int], None]]:
+    """Sets how many bytes a file may have, in place of a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
@@ -41,6 +51,28 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise KeyError
     assert [p.name for p in tmp_path.iterdir()] == ["table.md"]
     assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "no text", "t.txt"), ConfigError("c")])
+def test_an_error_of_the_block_itself_is_not_said_to_be_one_of_writing(tmp_path, error):
+    def write():
+        with replacing(tmp_path / "table.md") as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        write()
+    assert raised.value is error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [100, 2**20], ids=["on leaving the block", "within the block"])
+def test_a_file_that_cannot_be_written_to_its_end_is_named(tmp_path, size_limit, size):
+    path = tmp_path / "table.md"
+    size_limit(10)
+    with pytest.raises(HotloopError, match=f"^cannot write {path}: File too large"):
+        write_whole(path, "x" * size)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_written_is_as_readable_as_other_files(tmp_path):
