@@ -85,6 +85,16 @@ def check_fields(value: Any, error: type[HotloopError]) -> None:
             object.__setattr__(value, name, taken)
 
 
+def range_of(of: type, name: str) -> Range:
+    """The numbers that a field of a dataclass takes; one that can be None has a range too."""
+    hint = _hints(of)[name]
+    if get_origin(hint) in (Union, types.UnionType):
+        hint, *_ = get_args(hint)
+    _, bounds, *_ = get_args(hint)
+    assert isinstance(bounds, Range), "a number's field has a range"
+    return bounds
+
+
 T = TypeVar("T")
 
 

@@ -1,6 +1,7 @@
 """How answers end and what of them is shown: stop strings, end tokens, limits, streams."""
 
 import math
+from typing import Any
 
 import pytest
 import tokenizers
@@ -15,7 +16,8 @@ from tiny_models import (
 )
 
 from hotloop import LLM, Delta, Generation, SamplingParams
-from hotloop.errors import RequestError
+from hotloop.engine.runner import Runner
+from hotloop.errors import CheckpointError, RequestError
 from hotloop.types import DEFAULT_NEW_TOKENS, ChatPrompt
 
 TEXT = "caïd 🙂\tSTOPxyz"
@@ -181,6 +183,46 @@ def test_the_makers_suggestions_are_taken_unless_something_else_is_asked(tmp_pat
     assert llm.default_sampling == SamplingParams(temperature=0.7, top_k=9)
     assert len(llm.generate([[5]], ignore_eos=True)[0].token_ids) == 5
     assert len(llm.generate([[5]], ignore_eos=True, max_new_tokens=2)[0].token_ids) == 2
+
+
+class CapturingRunner(Runner):
+    """Warming up takes the suggested sampling in, as where steps are captured."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.captures = True
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotloop.engine.llm.Runner", CapturingRunner)
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+def test_a_suggestion_out_of_range_fails_for_who_takes_it_not_for_who_loads(tmp_path):
+    write_random(tmp_path)
+    write_text_files(tmp_path, do_sample=True, repetition_penalty=5000)
+    llm = LLM(str(tmp_path), dtype="float32")
+    said = r"generation_config\.json: repetition_penalty: must be between 0\.001 and 1000, not 5000"
+    with pytest.raises(CheckpointError, match=said):
+        llm.generate([[5]])
+    assert llm.generate([[5]], SamplingParams(max_new_tokens=2))[0].token_ids
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+def test_warming_up_hides_no_error_of_the_suggested_sampling(tmp_path, monkeypatch):
+    write_random(tmp_path)
+    write_text_files(tmp_path, do_sample=True, temperature=0.7)
+    admit = Runner.admit
+
+    def admit_greedy(self: Runner, slot: int, params: SamplingParams, *rest: object) -> object:
+        if params.temperature > 0:
+            raise CheckpointError("model.safetensors", "is damaged")
+        return admit(self, slot, params, *rest)
+
+    monkeypatch.setattr(Runner, "admit", admit_greedy)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        LLM(str(tmp_path), dtype="float32")
 
 
 def test_only_a_length_that_the_caller_gave_is_refused_for_want_of_room(tmp_path):

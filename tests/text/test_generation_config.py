@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,8 @@ import pytest
 from gguf import GGUFWriter
 from tiny_tokenizers import write, write_gguf
 
-from hotloop.errors import CheckpointError
+from hotloop.checked import range_of
+from hotloop.errors import CheckpointError, RequestError
 from hotloop.text.generation_config import generation_defaults, write_generation_config
 from hotloop.types import SamplingParams
 
@@ -82,6 +85,47 @@ def test_sampling_that_is_not_possible_is_refused(value: dict[str, Any], tmp_pat
     with pytest.raises(CheckpointError, match=next(iter(value))) as caught:
         generation_defaults(tmp_path)
     assert caught.value.file == tmp_path / "generation_config.json"
+
+
+DECIMALS = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+def values_at_the_edges() -> Iterator[tuple[str, float]]:
+    for name in (*DECIMALS, "top_k", "max_new_tokens"):
+        bounds = range_of(SamplingParams, name)
+        for edge in (bounds.least, bounds.most):
+            if name in DECIMALS:
+                edge = float(edge)
+                values = (math.nextafter(edge, -math.inf), edge, math.nextafter(edge, math.inf))
+            else:
+                values = (int(edge) - 1, int(edge), int(edge) + 1)
+            yield from ((name, value) for value in values if value != -1)  # which turns it off
+        yield name, 5000.0 if name in DECIMALS else 5000
+
+
+@pytest.mark.parametrize(("name", "value"), [*values_at_the_edges()])
+def test_a_suggestion_is_refused_by_name_exactly_where_sampling_would_refuse_it(
+    name: str, value: float, tmp_path: Path
+) -> None:
+    write(tmp_path, "generation_config.json", {"do_sample": True, name: value})
+    try:
+        SamplingParams(**{name: value})
+    except RequestError as error:
+        with pytest.raises(CheckpointError) as caught:
+            generation_defaults(tmp_path)
+        required = str(error).removeprefix(f"{name} ").removesuffix(".")
+        assert str(caught.value) == f"{tmp_path / 'generation_config.json'}: {name}: {required}"
+    else:
+        assert generation_defaults(tmp_path)[name] == value
+
+
+def test_a_suggestion_of_a_gguf_file_that_sampling_would_refuse_is_refused_by_its_key(
+    tmp_path: Path,
+) -> None:
+    key = "general.sampling.penalty_repeat"
+    file = write_gguf(tmp_path / "a.gguf", lambda writer: writer.add_float32(key, 5000))
+    with pytest.raises(CheckpointError, match=rf"a\.gguf: {key}: must be .* not 5000"):
+        generation_defaults(file)
 
 
 @pytest.mark.parametrize(

@@ -88,14 +88,14 @@ TOKENIZER_KEYS = {
     "chat_template": NOT_TEMPLATE,
 }
 
-NOT_NUMBER = ("1", True, [1], {"a": 1}, 10**30, -7)
+NOT_NUMBER = ("1", True, [1], {"a": 1}, 10**31, -7)
 GENERATION_KEYS = {
     "do_sample": ("yes", 1, [1]),
     "temperature": NOT_NUMBER,
     "top_k": (*NOT_NUMBER, 2.5),
     "top_p": (*NOT_NUMBER, 0, 1.5),
     "min_p": (*NOT_NUMBER, 1.5),
-    "repetition_penalty": (*NOT_NUMBER, 0),
+    "repetition_penalty": (*NOT_NUMBER, 0, 5000),
     "max_new_tokens": (*NOT_NUMBER, 0, 2.5),
 }
 NOT_IDS = ("</s>", 2.5, True, -1, 10**30, 2**31, [-1], ["2"], [None], {"a": 1}, [[2]])

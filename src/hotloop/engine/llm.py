@@ -346,10 +346,12 @@ class LLM:
             if timing.n_tokens > 1:
                 self._in_a_row = in_a_row(timing.tpot_s)
             answer(3, 1 + self._in_a_row)
+            suggested = greedy
             with suppress(CheckpointError):  # whoever asks for what is suggested will be told
-                if (suggested := self.default_sampling).temperature > 0:
-                    answer(3, 1 + n_steps, suggested, self._new_controller())
-                    answer(3, 1 + self._in_a_row, suggested)
+                suggested = self.default_sampling
+            if suggested.temperature > 0:
+                answer(3, 1 + n_steps, suggested, self._new_controller())
+                answer(3, 1 + self._in_a_row, suggested)
         self._runner.synchronize()
 
     # ------------------------------------------------------------------------------ requests

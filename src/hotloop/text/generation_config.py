@@ -11,11 +11,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationInfo
 
+from hotloop.checked import range_of
+from hotloop.errors import shorten_value
 from hotloop.gguf_header import model_parts, read_gguf_header
-from hotloop.outside import LARGEST_COUNT, Count, StrictModel, file_kind, validated
+from hotloop.outside import StrictModel, file_kind, validated
 from hotloop.text.config_files import GENERATION_CONFIG, read_json, write_json
+from hotloop.types import SamplingParams
 
 _GGUF_KEYS = {
     "temperature": "general.sampling.temp",
@@ -31,34 +34,38 @@ def _or_nothing(value: Any) -> Any:
     return None if value in ("", [], {}) or (value == -1 and type(value) is int) else value
 
 
+def _taken_by_sampling(value: float | None, info: ValidationInfo) -> float | None:
+    """Refuses what the field of ``SamplingParams`` that has the same name does not take."""
+    if value is not None and info.field_name is not None:
+        bounds = range_of(SamplingParams, info.field_name)
+        if value not in bounds:
+            raise ValueError(f"must be {bounds.required_of(value)}, not {shorten_value(value)}")
+    return value
+
+
 _MayBeNothing = BeforeValidator(_or_nothing)
-_Temperature = Annotated[Annotated[float, Field(ge=0, le=1e6)] | None, _MayBeNothing]
-_TopK = Annotated[Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | None, _MayBeNothing]
-_TopP = Annotated[Annotated[float, Field(gt=0, le=1)] | None, _MayBeNothing]
-_MinP = Annotated[Annotated[float, Field(ge=0, le=1)] | None, _MayBeNothing]
-_Penalty = Annotated[Annotated[float, Field(gt=0, le=1e6)] | None, _MayBeNothing]
+_Bounded = AfterValidator(_taken_by_sampling)
+_Decimal = Annotated[float | None, _MayBeNothing, _Bounded]
+_Whole = Annotated[int | None, _MayBeNothing, _Bounded]
 
 
-class _Suggestions(StrictModel):
+class _SuggestedSampling(StrictModel):
     model_config = ConfigDict(extra="ignore")
 
+    temperature: _Decimal = None
+    top_k: _Whole = None
+    top_p: _Decimal = None
+    min_p: _Decimal = None
+    repetition_penalty: _Decimal = None
+
+
+class _Suggestions(_SuggestedSampling):
     do_sample: Annotated[bool | None, _MayBeNothing] = None
-    temperature: _Temperature = None
-    top_k: _TopK = None
-    top_p: _TopP = None
-    min_p: _MinP = None
-    repetition_penalty: _Penalty = None
-    max_new_tokens: Annotated[Count | None, _MayBeNothing] = None
+    max_new_tokens: _Whole = None
 
 
-class _GGUFSuggestions(StrictModel):
-    model_config = ConfigDict(extra="ignore", alias_generator=lambda name: _GGUF_KEYS[name])
-
-    temperature: _Temperature = None
-    top_k: _TopK = None
-    top_p: _TopP = None
-    min_p: _MinP = None
-    repetition_penalty: _Penalty = None
+class _GGUFSuggestions(_SuggestedSampling):
+    model_config = ConfigDict(alias_generator=lambda name: _GGUF_KEYS[name])
 
 
 def generation_defaults(path: Path) -> dict[str, Any]:
