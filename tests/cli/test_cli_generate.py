@@ -157,6 +157,12 @@ def test_a_prompt_that_spells_the_beginning_of_text_has_it_once(fake_llm):
     assert fake_llm.made[-1].asked[0].prompt == "^a"
 
 
+@pytest.mark.parametrize("value", ["[1, NaN]", '{"a": -Infinity}', "Infinity"])
+def test_a_template_argument_is_json_as_a_whole_or_text_as_a_whole(fake_llm, value):
+    assert main(["generate", "m", "hi", "--chat", "--template-arg", f"x={value}"]) == 0
+    assert fake_llm.made[-1].asked[0].prompt == f"{{x={value!r}}}<user>hi<assistant>"
+
+
 def test_template_arguments_are_json_or_text(fake_llm):
     arguments = ["thinking=false", "level=high", 'tools=[{"n": 1}]', "empty=", "odd=NaN"]
     options = [part for argument in arguments for part in ("--template-arg", argument)]
@@ -177,6 +183,8 @@ def test_template_arguments_are_json_or_text(fake_llm):
         (["--chat", "--template-arg", "continue_final_message=1"], "not for you to set"),
         (["--chat", "--template-arg", "a=" + "9" * 5000], "cannot be read"),
         (["--chat", "--template-arg", "a=" + "[" * 100_000], "cannot be read"),
+        (["--chat", "--template-arg", "a=1e999"], "'1e999' cannot be read: the number '1e999' is"),
+        (["--chat", "--template-arg", "a=[1, -1e999]"], "the number '-1e999' is too large"),
         (["--chat", "--chat-template", "missing.jinja"], "missing.jinja: there is no such file"),
         (["--chat", "--special"], "--special is for a prompt without --chat"),
         (["--template-arg", "a=1"], "need --chat"),

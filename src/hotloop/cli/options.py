@@ -7,6 +7,7 @@ default is None leaves the choice to the model or the device.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -295,13 +296,25 @@ _NOT_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
 
 def _json_or_text(value: str) -> Any:
     try:
-        return json.loads(value, parse_constant=lambda _: value)
+        return json.loads(value, parse_constant=_not_json, parse_float=_finite)
     except json.JSONDecodeError:
         return value
-    except (RecursionError, ValueError) as error:  # nested too deep, a number of 5,000 digits
+    except (RecursionError, ValueError) as error:  # nested too deep, a number too large
         raise ConfigError(
             f"--template-arg: the value {shorten_value(value)} cannot be read: {error}."
         ) from error
+
+
+def _not_json(constant: str) -> float:
+    """Refuses NaN and Infinity, which Python takes and JSON does not have."""
+    raise json.JSONDecodeError("not JSON", constant, 0)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {shorten_value(digits)} is too large")
+    return number
 
 
 @Parameter(name="*")
