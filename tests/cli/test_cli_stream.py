@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 
 import pytest
 
-from hotloop.cli.stream import PlainWriter, TerminalWriter, writer_for
+from hotloop.cli.stream import PlainWriter, TerminalWriter, relay, writer_for
+from hotloop.errors import RankError
+from hotloop.types import Delta
 
 FIGURE = "decode 9.9 tok/s"
 
@@ -118,6 +121,20 @@ def test_what_is_no_terminal_gets_the_text_as_it_is_and_a_last_newline():
         writer.write(piece, FIGURE)
     writer.end()
     assert out.getvalue() == "a\033[2Jb\n"
+
+
+def failing_answer() -> Iterator[Delta]:
+    yield Delta(index=0, text="half of", token_ids=(1,))
+    raise RankError(1, 2, "was killed")
+
+
+def test_an_error_of_the_engine_leaves_the_answers_line_ended(screen):
+    plain = io.StringIO()
+    for writer in (PlainWriter(plain), TerminalWriter(screen)):
+        with pytest.raises(RankError):
+            relay(failing_answer(), writer)
+    assert plain.getvalue() == "half of\n"
+    assert screen.lines() == ["half of", ""]
 
 
 def test_a_text_that_ends_its_line_gets_no_second_newline():

@@ -222,7 +222,8 @@ def relay(
                     break
     except KeyboardInterrupt:
         pass
-    writer.end()
+    finally:  # an engine's error begins a line of its own
+        writer.end()
     timing = None
     if token_ids:
         timing = Timing(n_tokens=len(token_ids), ttft_s=first_s, e2e_s=last_s)
