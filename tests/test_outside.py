@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from pydantic import Field
 from waiting import HANG_S
 
 from hotloop import outside
-from hotloop.errors import CheckpointError, ConfigError, UnknownNameError
+from hotloop.errors import CheckpointError, ConfigError, UnknownNameError, shorten_value
 from hotloop.outside import Count, Positive, StrictModel, read_json, validated
 
 
@@ -185,6 +186,22 @@ def test_values_that_contain_each_other_over_and_over_cost_nothing():
     with pytest.raises(CheckpointError) as raised:
         validated(Sheet, {"size": value}, "f.json")
     assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_of_large_binary_values_only_what_is_shown_is_looked_at(kind):
+    value = kind(b"head" + bytes(2**24) + b"tail")
+    tracemalloc.start()
+    try:
+        shown, nested = shorten_value(value), shorten_value([value])
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2**20
+    assert "b'head" in shown
+    assert shown.rstrip(")").endswith("tail'")
+    assert max(len(shown), len(nested)) <= 80
+    assert shorten_value(kind(b"a'b")) == repr(kind(b"a'b"))
 
 
 def test_a_name_of_a_megabyte_is_shortened_in_errors():

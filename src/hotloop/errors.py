@@ -166,6 +166,14 @@ class _Repr(reprlib.Repr):
         self.maxlevel = 3
         self.maxstring = self.maxother = 10_000  # shortened before or after
 
+    def repr_bytes(self, x: bytes | bytearray, _level: int) -> str:
+        if len(x) > self.maxother:
+            half = self.maxother // 2
+            x = x[:half] + x[-half:]
+        return repr(x)
+
+    repr_bytearray = repr_bytes
+
     def repr_int(self, x: int, level: int) -> str:
         if x.bit_length() > 128:
             return f"an integer of {x.bit_length()} bits"
