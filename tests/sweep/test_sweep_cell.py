@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 from sweep_fakes import FakeEngine
 
 from hotloop import hardware
-from hotloop.errors import CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
+from hotloop.errors import (
+    CheckpointError,
+    ConfigError,
+    HotloopError,
+    OutOfMemoryError,
+    RankError,
+    UnsupportedError,
+)
 from hotloop.evaluate.reference import FORMAT
 from hotloop.sweep.cell import explain, run_cell, score_reference
 from hotloop.sweep.events import CellPhase
@@ -165,6 +172,15 @@ def test_the_engine_is_closed_however_the_cell_ends(tmp_path, monkeypatch):
     assert [type(engine).__name__ for engine in closed] == ["ScoringEngine", "BrokenEngine"]
 
 
+GONE = RankError(1, 2, "is gone", "another process: out of memory")
+
+
+def caused_by(cause: Exception) -> HotloopError:
+    error = HotloopError("no step")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "status", "says"),
     [
@@ -174,6 +190,9 @@ def test_the_engine_is_closed_however_the_cell_ends(tmp_path, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory."), "oom", "out of memory in load: CUDA"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "oom", "CPUAllocator"),
         (MemoryError(), "oom", "out of memory in load: MemoryError"),
+        (GONE, "failed", "RankError in load: rank 1 of 2 is gone"),
+        (caused_by(GONE), "failed", "HotloopError in load: no step"),
+        (caused_by(MemoryError()), "oom", "out of memory in load: MemoryError"),
         (CheckpointError("a.gguf", "truncated"), "failed", "CheckpointError in load: a.gguf"),
         (KeyError("x"), "failed", "KeyError in load: 'x'"),
     ],
