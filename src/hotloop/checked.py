@@ -64,7 +64,10 @@ class Range:
 Count = Annotated[int, Range(1, MAX_COUNT, "1 or more")]
 """How many of something, at least one."""
 
-Seed = Annotated[int, Range(0, 2**63 - 1)]
+MAX_SEED = 2**63 - 1
+"""The largest seed: torch and the kernels take an int64."""
+
+Seed = Annotated[int, Range(0, MAX_SEED)]
 """Of random numbers."""
 
 

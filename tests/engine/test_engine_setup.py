@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import write_random
 
+from hotloop.checked import MAX_SEED
 from hotloop.engine import fused
 from hotloop.engine.setup import prepare
 from hotloop.errors import CheckpointError
@@ -46,3 +47,11 @@ def test_sizes_are_compared_with_the_tensors_before_anything_is_built(tmp_path):
     model = rewrite(write_random(tmp_path), num_hidden_layers=9_999)
     with pytest.raises(CheckpointError, match="num_hidden_layers"):
         prepare(EngineConfig(model=model))
+
+
+@pytest.mark.parametrize("seed", [0, MAX_SEED])
+def test_a_draft_model_of_random_weights_has_another_seed_than_the_model(tmp_path, seed):
+    model = str(write_random(tmp_path))
+    setup = prepare(EngineConfig(model=model, draft=model, weights="random", seed=seed))
+    assert setup.config.seed == seed
+    assert setup.draft.setup.config.seed != seed

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hotloop.checked import MAX_SEED
 from hotloop.errors import ConfigError
 from hotloop.sweep.recipe import (
     QualityOptions,
@@ -15,7 +16,7 @@ from hotloop.sweep.recipe import (
     recipe_from_flags,
     replace_models,
 )
-from hotloop.types import EngineConfig
+from hotloop.types import MAX_DRAFT_TOKENS, EngineConfig
 
 BATCH_OF_4 = "workload: {prompt_tokens: 1, new_tokens: 2, batch: 4}"
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -125,7 +126,10 @@ def test_an_axis_is_a_list_or_a_text_with_commas_and_spaces_mean_nothing(tmp_pat
         ("model: m\ncells: [{quant: int8}, {quant: int8}]", "the cell 'int8/auto' 2 times"),
         ("model: m\nmatrix: {quant: [int4, int4-g128]}", "the cell 'int4-g128/auto' 2 times"),
         ("model: m\nmatrix: {max_seq_len: [16]}", "cannot hold the"),
-        ("model: m\nmatrix: {tensor_parallel: [0]}", "tensor_parallel must be 1 or more, not 0"),
+        (
+            "model: m\nmatrix: {tensor_parallel: [0]}",
+            "tensor_parallel[0]: must be 1 or more",
+        ),
         (f"model: m\nmatrix: {{max_batch_size: [2]}}\n{BATCH_OF_4}", "the workload's batch of 4"),
     ],
 )
@@ -177,6 +181,33 @@ def test_flags_are_checked_like_a_file_and_empty_ones_left_out():
     assert recipe == Recipe(model="m", matrix={"quant": ["int8"]}, quality=False)
     with pytest.raises(ConfigError, match=r"command line: matrix.quant\[0\]: .*Did you mean"):
         recipe_from_flags("m", matrix={"quant": ["itn8"]})
+
+
+@pytest.mark.parametrize("seed", [0, 2**40, MAX_SEED])
+def test_whatever_value_an_engine_takes_a_recipe_takes_too(seed):
+    config = EngineConfig(model="m", seed=seed, draft_tokens=MAX_DRAFT_TOKENS)
+    options = {"seed": config.seed, "draft_tokens": config.draft_tokens}
+    of_defaults = recipe_from_flags("m", matrix={}, defaults=options)
+    of_matrix = recipe_from_flags("m", matrix={name: [value] for name, value in options.items()})
+    for recipe in (of_defaults, of_matrix):
+        (cell,) = expand(recipe)
+        assert (cell.seed, cell.draft_tokens) == (seed, MAX_DRAFT_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("seed", MAX_SEED + 1, f"must be between 0 and {MAX_SEED}, not {MAX_SEED + 1}"),
+        ("seed", -1, f"must be between 0 and {MAX_SEED}, not -1"),
+        ("draft_tokens", MAX_DRAFT_TOKENS + 1, f"must be between 1 and {MAX_DRAFT_TOKENS}, not"),
+        ("max_seq_len", 0, "must be 1 or more, not 0"),
+        ("max_seq_len", 2**31, f"must be at most {2**31 - 1}, not {2**31}"),
+    ],
+)
+def test_a_value_that_no_engine_takes_is_refused_by_its_place_in_the_recipe(name, value, says):
+    with pytest.raises(ConfigError) as refused:
+        recipe_from_flags("m", matrix={name: [1, value]})
+    assert f"command line: matrix.{name}[1]: {says}" in str(refused.value)
 
 
 DRAFTED = """

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 
+from hotloop.checked import MAX_SEED
 from hotloop.engine import fused
 from hotloop.engine.execution import compile_unavailable_reason
 from hotloop.engine.prompt import prefill_chunk
@@ -232,7 +233,8 @@ def _prepare_draft(target: Setup) -> Draft | None:
             max_batch_size=config.max_batch_size,
             max_seq_len=config.max_seq_len,
             prefill_chunk=config.prefill_chunk,
-            seed=config.seed + 1,  # with random weights, it should be another model
+            # With random weights, it should be another model.
+            seed=(config.seed + 1) % (MAX_SEED + 1),
         )
         setup = _prepare(draft_config, target.device)
     except ModelNotFoundError as error:

@@ -26,11 +26,22 @@ import hashlib
 import itertools
 import json
 import math
+import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import (
     AfterValidator,
@@ -42,6 +53,7 @@ from pydantic import (
 )
 
 from hotloop.bench.record import Workload
+from hotloop.checked import Range
 from hotloop.errors import ConfigError, shorten_value
 from hotloop.outside import LARGEST_COUNT, StrictModel, config_error, read_text, validated
 from hotloop.sweep.bounded_yaml import parse_yaml
@@ -93,13 +105,31 @@ def _listed(values: object) -> object:
     return values
 
 
+def _checked_type(hint: Any) -> Any:
+    """The type of a field of ``EngineConfig`` as pydantic has it, with its ``Range``."""
+    if hint is str:
+        return Text
+    if get_origin(hint) in (Union, types.UnionType):
+        one, none = get_args(hint)
+        assert none is type(None), "a field takes one kind of value, and perhaps None"
+        return _checked_type(one) | None
+    if get_origin(hint) is Annotated:
+        kind, allowed = get_args(hint)
+        return Annotated[kind, AfterValidator(partial(_within, allowed))]
+    return hint
+
+
+def _within(allowed: Range, value: float) -> float:
+    if value not in allowed:
+        raise ValueError(f"must be {allowed.required_of(value)}, not {shorten_value(value)}")
+    return value
+
+
 def _lever_types() -> dict[str, Any]:
-    bounded = {
-        str: Text,
-        int: Annotated[int, Field(ge=-LARGEST_COUNT, le=LARGEST_COUNT)],
-        int | None: Annotated[int, Field(ge=-LARGEST_COUNT, le=LARGEST_COUNT)] | None,
+    hints = {
+        name: _checked_type(hint)
+        for name, hint in get_type_hints(EngineConfig, include_extras=True).items()
     }
-    hints = {name: bounded.get(h, h) for name, h in get_type_hints(EngineConfig).items()}
     hints["quant"] = Annotated[Text, AfterValidator(_canonical_scheme)]
     hints["head"] = Annotated[Text, AfterValidator(_canonical_head)]
     hints["draft_quant"] = Annotated[Text, AfterValidator(_canonical_scheme)]
