@@ -169,9 +169,9 @@ def test_hotloop_traceback_shows_where_whatever_went_wrong(error, failing, capsy
 
 
 def test_an_error_of_the_system_names_the_file_and_is_no_fault_of_ours(failing, capsys):
-    failing(PermissionError(13, "Permission denied", "/root/x"))
+    failing(PermissionError(13, "Permission denied", "/closed/x"))
     assert main(["generate", "model", "prompt"]) == 1
-    assert capsys.readouterr().err == "error: /root/x: Permission denied.\n"
+    assert capsys.readouterr().err == "error: /closed/x: Permission denied.\n"
 
 
 def test_an_error_message_has_a_bounded_length():
