@@ -74,7 +74,7 @@ def test_a_report_shows_names_of_cells_and_of_what_was_measured_as_text():
         context=((HOSTILE, HOSTILE),),
     )
     shown = on_console(to_rich(report))
-    assert shown.count(SHOWN[:18]) == 7
+    assert shown.count(SHOWN[:18]) == 8
     assert printable(shown) == shown
     assert "\x1b" in to_markdown(report), "a file is no terminal: it is escaped where it is printed"
 
@@ -98,10 +98,10 @@ def test_progress_of_a_sweep_shows_what_a_recipe_says_as_text():
 def test_every_way_to_print_shows_outside_text_as_text(capsys):
     output.print_text(HOSTILE)
     output.print_pairs([(HOSTILE, HOSTILE)])
-    output.print_memory(HOSTILE, [(HOSTILE, {}, HOSTILE)])
+    output.print_memory(HOSTILE, [(HOSTILE, {}, None, HOSTILE)])
     output.print_rich(HOSTILE)
     out = capsys.readouterr().out
-    assert out.count(SHOWN[:18]) == 7
+    assert out.count(SHOWN[:18]) == 8
     assert printable(out) == out
     output.print_error(HOSTILE)
     output.note(HOSTILE)

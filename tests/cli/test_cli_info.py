@@ -57,12 +57,19 @@ def test_a_shape_needs_no_checkpoint_to_be_described(capsys):
     )
 
 
-def test_a_scheme_that_a_model_does_not_allow_has_its_reason_in_the_table(tiny_llama, capsys):
-    assert main(["info", str(tiny_llama), "--quant", "int8,int4-g128", "--device", "cpu"]) == 0
-    int8, int4 = capsys.readouterr().out.splitlines()[-2:]
-    assert int8.endswith("yes")
-    assert int4.startswith("int4-g128")
-    assert "do not divide" in int4
+def test_a_scheme_that_a_model_does_not_allow_has_its_reason_under_the_table(
+    tiny_llama, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    schemes = "int8,int4-g128"
+    assert main(["info", str(tiny_llama), "--quant", schemes, "--device", "cpu"]) == 0
+    int8, int4, empty, reason = capsys.readouterr().out.splitlines()[-4:]
+    assert int8.startswith("int8 ")
+    assert int8.endswith(" yes")
+    assert int4.split() == ["int4-g128", "unsupported"]
+    assert not empty
+    assert reason.startswith("int4-g128: ")
+    assert "do not divide" in reason
 
 
 @pytest.fixture

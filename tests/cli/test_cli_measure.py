@@ -287,10 +287,12 @@ def test_dry_run_prints_cells_and_predicted_memory_and_runs_nothing(sweeps, monk
 
     monkeypatch.setattr(plan, "plan", lambda recipe: list(planned(recipe)))
     assert main(["sweep", "m", "--dry-run"]) == 0
-    heading, first, second, _ = capsys.readouterr().out.splitlines()
+    heading, first, second, third, _, reason = capsys.readouterr().out.splitlines()
     assert heading.split()[:2] == ["configuration", "weights"]
     assert first.split() == ["a", *["1", "MiB"] * 4, "no"]
-    assert second.split() == ["b", "[no]", "such", "groups"]
+    assert second.split() == ["b", "unsupported"]
+    assert third.split() == ["c", "not", "known"]
+    assert reason == "b: [no] such groups"
 
     assert main(["sweep", "m", "--dry-run", "--json"]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import pytest
 from waiting import HANG_S, alive, wait_until
 
 from hotloop.errors import CheckpointError, RankError, RequestError
-from hotloop.parallel.launch import Ranks, start_rank
+from hotloop.parallel.launch import Rank, Ranks, start_rank
 
 HERE = Path(__file__).parent
 
@@ -166,7 +167,7 @@ def test_an_answer_that_is_given_up_is_not_taken_for_another(ranks, tmp_path):
 
 CALLER = """
 import sys, time
-from hotloop.parallel.launch import Ranks, start_rank
+from hotloop.parallel.launch import Rank, Ranks, start_rank
 ranks = Ranks([start_rank("parallel_program", rank) for rank in range(2)])
 reply = ranks.tell("hang")
 print(*(rank.process.pid for rank in ranks._ranks), flush=True)
@@ -221,6 +222,22 @@ def test_ranks_end_with_the_interpreter(then):
     process, ranks = caller(then)
     process.wait(HANG_S)
     wait_until(lambda: not any(map(alive, ranks)), "the caller ends its ranks")
+
+
+def test_a_rank_that_somebody_else_started_ends_in_its_own_time_once_it_is_let_go():
+    ours, theirs = Pipe()
+    code = (
+        "import sys, time; from multiprocessing.connection import Connection\n"
+        "from hotloop.parallel.link import Caller\n"
+        "list(Caller(Connection(int(sys.argv[1]))).commands())\n"
+        "time.sleep(1); sys.exit(7)  # as if it took a while to let go of a GPU\n"
+    )
+    file = theirs.fileno()
+    command = [sys.executable, "-c", code, str(file)]
+    process = subprocess.Popen(command, pass_fds=(file,), start_new_session=True)
+    theirs.close()
+    Ranks([Rank(0, ours)]).end()  # which closes the connection
+    assert process.wait(HANG_S) == 7
 
 
 def test_a_fork_of_the_caller_leaves_the_ranks_alone():

@@ -195,7 +195,7 @@ def _show_model(about: dict[str, Any]) -> None:
     room = f"{about['max_batch_size']} × {about['max_seq_len']:,} tokens of cache"
     print_text(f"\nMemory on {about['device']} with {room}:\n")
     rows = about["memory"]
-    print_memory("quant", ((r["quant"], r, r.get("unsupported") or _yes(r["fits"])) for r in rows))
+    print_memory("quant", ((r["quant"], r, r.get("fits"), r.get("unsupported")) for r in rows))
 
 
 def _yes(value: bool) -> str:

@@ -110,22 +110,36 @@ def print_record(record: Record) -> None:
     print_pairs([*pairs, *table.context])
 
 
-def print_memory(heading: str, rows: Iterable[tuple[str, Mapping[str, int], str]]) -> None:
-    """Prints what configurations would take: name, bytes by purpose, and whether they fit."""
+def print_memory(
+    heading: str, rows: Iterable[tuple[str, Mapping[str, int], bool | None, str | None]]
+) -> None:
+    """Prints what configurations would take: name, bytes by purpose, and whether they fit.
+
+    Args:
+        heading: What the names are names of.
+        rows: Name, bytes by purpose, whether they fit (None: not known), and, for what cannot
+            run at all, why: the reasons follow the table, each once, with the names it is for.
+    """
     from rich.table import Table
     from rich.text import Text
 
     from hotloop.report.numbers import memory
 
     parts = ("weights", "cache", "workspace", "total", "free")
+    answers = {True: "yes", False: "no", None: "not known"}
     grid = Table(heading, *parts, "fits", box=None, pad_edge=False)
     for column in grid.columns[1:-1]:
         column.justify = "right"
-    for name, n_bytes, fits in rows:
+    reasons: dict[str, list[str]] = {}
+    for name, n_bytes, fits, reason in rows:
         sizes = (n_bytes.get(f"{part}_bytes") for part in parts)
         shown = ("" if size is None else memory(size) for size in sizes)
-        grid.add_row(name, *shown, Text(fits))
+        grid.add_row(name, *shown, Text("unsupported" if reason else answers[fits]))
+        if reason:
+            reasons.setdefault(reason, []).append(name)
     print_rich(grid)
+    for reason, names in reasons.items():
+        print_text(f"\n{', '.join(names)}: {reason}")
 
 
 def note(text: str) -> None:

@@ -179,8 +179,6 @@ def _show_plan(cells: list[PlannedCell], *, json: bool) -> None:
         for cell in cells:
             print_json(cell.to_dict())
         return
-    fits = {True: "yes", False: "no", None: "not known"}
     print_memory(
-        "configuration",
-        ((c.cell, c.predicted_bytes or {}, c.unsupported or fits[c.fits]) for c in cells),
+        "configuration", ((c.cell, c.predicted_bytes or {}, c.fits, c.unsupported) for c in cells)
     )

@@ -117,11 +117,13 @@ class Caller:
         threading.Event().wait()  # the sender ends the process
 
     def _receive(self) -> None:
-        while True:
+        command: Command | None = None
+        while command is None or command[1] != LAST:  # after the last one, the other end may go
             try:
-                self._commands.put(receive(self._connection))
+                command = receive(self._connection)
             except (EOFError, OSError):
                 end_group()
+            self._commands.put(command)
 
     def _send(self) -> None:
         while True:
