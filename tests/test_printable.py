@@ -74,7 +74,7 @@ def test_a_report_shows_names_of_cells_and_of_what_was_measured_as_text():
         context=((HOSTILE, HOSTILE),),
     )
     shown = on_console(to_rich(report))
-    assert shown.count(SHOWN[:18]) == 8
+    assert shown.count(SHOWN[:18]) == 7
     assert printable(shown) == shown
     assert "\x1b" in to_markdown(report), "a file is no terminal: it is escaped where it is printed"
 

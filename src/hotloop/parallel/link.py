@@ -117,13 +117,14 @@ class Caller:
         threading.Event().wait()  # the sender ends the process
 
     def _receive(self) -> None:
-        command: Command | None = None
-        while command is None or command[1] != LAST:  # after the last one, the other end may go
+        name = ""
+        while name != LAST:  # after which the other end may go
             try:
                 command = receive(self._connection)
             except (EOFError, OSError):
                 end_group()
             self._commands.put(command)
+            name = command[1]
 
     def _send(self) -> None:
         while True:
