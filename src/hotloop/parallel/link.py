@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from hotloop.errors import HotloopError
 
@@ -142,7 +142,7 @@ class Caller:
                 end_group()
 
 
-def end_group() -> None:
+def end_group() -> NoReturn:
     """Ends this process and, where it leads a group, what it started, whatever they wait for."""
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
