@@ -42,9 +42,9 @@ from cuda_cases import (
     embed_case,
     hard_scores,
     linear_case,
-    look_up_case,
     make_weight,
     next_tokens_case,
+    ngram_draft_case,
     sample_case,
 )
 from torch import Tensor
@@ -55,9 +55,16 @@ from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
 from hotloop.kernels.cuda.launch import Device, Launch
-from hotloop.kernels.cuda.linear import Ahead, Epilogue, LinearPlan, Normed, Onward, Tuning
+from hotloop.kernels.cuda.linear import (
+    Epilogue,
+    LinearPlan,
+    NormEpilogue,
+    Prefetch,
+    PrescaledInput,
+    Tuning,
+)
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
-from hotloop.kernels.cuda.tuning import Role, attention_tuning, linear_tuning, look_ahead
+from hotloop.kernels.cuda.tuning import Projection, attention_tuning, linear_tuning, plan_prefetch
 from hotloop.models.shapes import shape
 from hotloop.types import SamplingParams
 
@@ -226,8 +233,8 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         for rows in (1, 2, 3, 5, 8, 9, 16, 17, 64):
             for tuning in tuned.values() if rows in (1, 5, 16) else [tuned["staged"]]:
                 yield linear_case(
-                    weight, rows, generator, residual=rows != 3, bias=rows == 5, onward=rows != 2,
-                    tuning=tuning, limits=limits,
+                    weight, rows, generator, residual=rows != 3, bias=rows == 5,
+                    norm_epilogue=rows != 2, tuning=tuning, limits=limits,
                 )  # fmt: skip
         for rows in (1, 8, 9):
             for tuning in (tuned["staged"], tuned["direct"]):
@@ -265,7 +272,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
         generator = section.generator(10)
         shapes = ((9, 3, 64), (8, 8, 96), (40, 40, 128), (32, 8, 128), (64, 8, 128), (8, 2, 256))
         for n_heads, n_kv_heads, head_dim in shapes:
-            for tokens, chunks, least_chunk, warps, stages, window in (
+            for tokens, chunks, min_chunk, warps, stages, window in (
                 (1, 16, 2048, 4, 1, None), (1, 3, 128, 8, 1, None), (4, 16, 256, 8, 2, None),
                 (16, 2, 64, 4, 1, None), (3, 16, 64, 4, 2, 100),
             ):  # fmt: skip
@@ -273,7 +280,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
                     batch=2, tokens=tokens, n_heads=n_heads, n_kv_heads=n_kv_heads,
                     head_dim=head_dim, n_positions=1100, window=window,
                     tuning=AttentionTuning(
-                        chunks=chunks, least_chunk=least_chunk, warps=warps,
+                        chunks=chunks, min_chunk=min_chunk, warps=warps,
                         stages=stages if head_dim < 256 else 1,
                     ),
                 )  # fmt: skip
@@ -289,14 +296,16 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
             for k in (0, 7, 15):
                 yield next_tokens_case(rows, k, generator)
         for n_words in (2, 12, 200):
-            yield look_up_case(5000, 7, n_words, generator)
+            yield ngram_draft_case(5000, 7, n_words, generator)
 
     def draws() -> Iterator[Case]:
         for vocab in (300, 32_000, 128_257):
             scores = hard_scores(vocab, 8, section.generator(vocab))
             for options in DRAWS.values():
-                for listed in (8192, 64):
-                    yield sample_case(scores, [options] * len(scores), listed=listed)
+                for max_candidates in (8192, 64):
+                    yield sample_case(
+                        scores, [options] * len(scores), max_candidates=max_candidates
+                    )
 
     yield "a step's ends", small()
     yield "draws", draws()
@@ -305,7 +314,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
     yield "attention", attentions()
     yield "PDL over a whole step", pdl_over_a_step(section)
     for name in ("int4-g128", "int8", "bf16", "fp8", "int4-g32-asym"):
-        yield f"13B down {name}", large(name, 5120, 13824, 7, residual=True, onward=True)
+        yield f"13B down {name}", large(name, 5120, 13824, 7, residual=True, norm_epilogue=True)
         gate_up = {"epilogue": "swiglu", "norm": True}
         yield f"13B gate and up {name}", large(name, 27648, 5120, 8, **gate_up)
     yield "heads", heads()
@@ -362,8 +371,8 @@ def model(name: str) -> dict[str, int]:
     }
 
 
-def products_of(name: str) -> dict[Role, tuple[int, int, Epilogue, bool]]:
-    """Role: N, K, epilogue, with a norm or a residual."""
+def products_of(name: str) -> dict[Projection, tuple[int, int, Epilogue, bool]]:
+    """Projection: N, K, epilogue, with a norm or a residual."""
     m = model(name)
     q, kv = m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]
     return {
@@ -486,8 +495,8 @@ class DecodeStep:
         self.section.compile([*(plan.kernel for plan in plans.values()), attention.kernel])
         width, rows = self.x.shape[1], self.rows
         ones = torch.ones(width, dtype=torch.bfloat16, device=CUDA)
-        normed = Normed.empty(rows, width, 1e-5, CUDA)
-        onward = Onward(weight=ones, normed=normed)
+        prescaled = PrescaledInput.empty(rows, width, 1e-5, CUDA)
+        norm_epilogue = NormEpilogue(weight=ones, prescaled=prescaled)
         qkv = self.row_buffer(plans["qkv"].width)
         attended, hidden = self.row_buffer(plans["o"].form.k), self.row_buffer(plans["down"].form.k)
         attended.normal_()
@@ -499,18 +508,20 @@ class DecodeStep:
             "partial": torch.empty(attention.n_partial, device=CUDA),
             "counters": torch.zeros(attention.n_counters, dtype=torch.int32, device=CUDA),
         }
-        added = {"residual": self.x, "onward": onward}
+        added = {"residual": self.x, "norm_epilogue": norm_epilogue}
         angles = torch.arange(512 * attention.head_dim, device=CUDA).view(512, -1) / 1000.0
         turns = (angles.cos(), angles.sin())
         x, slots = self.x, torch.arange(attention.batch, device=CUDA)
-        calls = [step.embed(self.ids, self.table, None, x, onward)]
+        calls = [step.embed(self.ids, self.table, None, x, norm_epilogue)]
         afters = [*self.weights[1:], None]
         for weights, after, (keys, values) in zip(self.weights, afters, self.caches, strict=True):
 
-            def ahead(by: Role, later: str, of: Any = weights) -> dict[str, Ahead | None]:
-                return {"ahead": of and look_ahead(by, plans[later], of[later][0])}
+            def prefetch(
+                by: Projection, later: str, of: Any = weights
+            ) -> dict[str, Prefetch | None]:
+                return {"prefetch": of and plan_prefetch(by, plans[later], of[later][0])}
 
-            call = plans["qkv"].call(normed, qkv, *weights["qkv"], **ahead("qkv", "gate_up"))
+            call = plans["qkv"].call(prescaled, qkv, *weights["qkv"], **prefetch("qkv", "gate_up"))
             calls.append(call)
             if "attention" in self.parts:
                 calls.append(
@@ -519,13 +530,13 @@ class DecodeStep:
                     )
                 )
             for role, x_MK, y, beside in (
-                ("o", attended, x, added | ahead("o", "gate_up")),
-                ("gate_up", normed, hidden, ahead("gate_up", "down")),
-                ("down", hidden, x, added | ahead("down", "qkv", after)),
+                ("o", attended, x, added | prefetch("o", "gate_up")),
+                ("gate_up", prescaled, hidden, prefetch("gate_up", "down")),
+                ("down", hidden, x, added | prefetch("down", "qkv", after)),
             ):
                 calls.append(plans[role].call(x_MK, y, *weights[role], **beside))
         if "ends" in self.parts:
-            calls.append(plans["head"].call(normed, self.logits, *self.head, best=best))
+            calls.append(plans["head"].call(prescaled, self.logits, *self.head, best=best))
             calls.append(step.argmax(best, self.ids))
         # Kept, since they keep alive what the graph reads and writes.
         self.launches = [device.prepare(call, dependent=dependent) for call in calls]
@@ -633,7 +644,7 @@ def graph_seconds(graph: torch.cuda.CUDAGraph, *, min_seconds: float = 0.03) -> 
 class Product:
     """One product over as many weights as do not fit the caches, timed under any tuning."""
 
-    def __init__(self, section: Section, name: str, kind: str, role: Role) -> None:
+    def __init__(self, section: Section, name: str, kind: str, role: Projection) -> None:
         self.section, self.key = section, (name, kind, role)
         n, k, self.epilogue, self.norm = products_of(name)[role]
         self.form = make_format(kind, n, k, self.epilogue)
@@ -653,14 +664,17 @@ class Product:
         dtype = torch.float32 if self.epilogue == "logits" else torch.bfloat16
         y = torch.zeros(rows, plan.width, dtype=dtype, device=CUDA)
         settings: dict[str, Any] = {}
-        taken: Tensor | Normed = x
+        taken: Tensor | PrescaledInput = x
         if self.norm:
-            taken = Normed.empty(rows, self.form.k, 1e-5, CUDA)
+            taken = PrescaledInput.empty(rows, self.form.k, 1e-5, CUDA)
             taken.squares.fill_(1.0)
         if self.has_residual:
             ones = torch.ones(self.form.n, dtype=torch.bfloat16, device=CUDA)
-            normed = Normed.empty(rows, self.form.n, 1e-5, CUDA)
-            settings = {"residual": y, "onward": Onward(weight=ones, normed=normed)}
+            prescaled = PrescaledInput.empty(rows, self.form.n, 1e-5, CUDA)
+            settings = {
+                "residual": y,
+                "norm_epilogue": NormEpilogue(weight=ones, prescaled=prescaled),
+            }
         launches = [
             device.prepare(plan.call(taken, y, *weight, **settings), dependent=dependent)
             for weight in self.weights
@@ -781,7 +795,7 @@ def attention_section(section: Section) -> None:
             if chunks > rule.chunks and context <= least * rule.chunks:
                 continue  # the same again
             tuning = AttentionTuning(
-                chunks=chunks, least_chunk=least, warps=warps, stages=stages, columns=1
+                chunks=chunks, min_chunk=least, warps=warps, stages=stages, octets=1
             )
             seconds, nbytes = attention_seconds(section, m, batch, context, tuning)
             section.add(

@@ -1,6 +1,6 @@
-"""Runs the CUDA kernels' own source on a CPU: slowly, but with every index and every wait in it.
+"""Runs the CUDA kernels' own source on a CPU: slowly, but with all of its indexing and waits.
 
-``EmulatedDevice`` takes the place of a GPU in an engine, so that whole models run on the kernels.
+``EmulatedDevice`` replaces a GPU in an engine, so that whole models run on the kernels.
 """
 
 import ctypes
@@ -30,14 +30,14 @@ from hotloop.kernels.cuda.launch import Call, Limits, PreparedLaunch
 
 EMULATED = Path(__file__).with_name("emulated")
 CACHE = cache_dir() / "emulated-kernels"
-"""Libraries by what they are built from; as it is before a test sets another folder."""
+"""Libraries, by a hash of their source; resolved before tests set another cache folder."""
 
 UNUSED_S = 14 * 24 * 3600.0
-"""Libraries of sources that no test has needed for this long are deleted."""
+"""Libraries that no test has used for this long are deleted."""
 
 FLAGS = (
     *("-std=c++20", "-O1", "-ffp-contract=off", "-w", "-fPIC"),
-    "-U_FORTIFY_SOURCE",  # which takes jumps between stacks for mistakes
+    "-U_FORTIFY_SOURCE",  # it rejects jumps between stacks
 )
 RUN = """
 extern "C" void run(const void* args, int x, int y, int z, int threads, int bytes,
@@ -62,8 +62,8 @@ _choosing = threading.Lock()
 
 
 @contextmanager
-def a_machine() -> Iterator[int]:
-    """The number of one that is free: ranks can be threads, whose kernels wait for each other."""
+def acquire_machine() -> Iterator[int]:
+    """Yields the number of a free machine: ranks can be threads, whose kernels run together."""
     with _choosing:
         number = next(i for i in itertools.count() if i not in _busy)
         _busy.add(number)
@@ -82,18 +82,18 @@ class Prefetch(ctypes.Structure):
 
 
 def emulate(call: Call, late: Sequence[Tensor] = ()) -> list[tuple[int, int]]:
-    """What launching ``call`` would do; its tensors are in ordinary memory.
+    """Executes a launch, whose tensors are in ordinary memory.
 
-    What is ``late`` is there only once a block has waited for the kernel before this one.
+    The tensors ``late`` hold their values only after a block has waited for the kernel before.
 
     Returns:
-        What was read into the L2 cache ahead of time: addresses and bytes.
+        The prefetches into L2: addresses and bytes.
     """
     contents = [t.clone() for t in late]
     pairs = zip(late, contents, strict=True)
     copies = [Late(t.data_ptr(), content.data_ptr(), t.nbytes) for t, content in pairs]
     shape = (*call.grid, call.kernel.threads, call.shared_bytes)
-    with a_machine() as number:
+    with acquire_machine() as number:
         library = ctypes.CDLL(str(built_for(number, call.kernel)))
         library.run(ctypes.byref(call.args), *shape, (Late * len(copies))(*copies), len(copies))
         found = (Prefetch * library.n_prefetches())()
@@ -102,7 +102,7 @@ def emulate(call: Call, late: Sequence[Tensor] = ()) -> list[tuple[int, int]]:
 
 
 class EmulatedDevice:
-    """As ``kernels.cuda.launch.Device``, with tensors in ordinary memory.
+    """Implements ``kernels.cuda.launch.Launcher`` on a CPU.
 
     Attributes:
         launched: Names of the kernels that were launched, and whether each could have overlapped.
@@ -116,7 +116,7 @@ class EmulatedDevice:
         self.launched: list[tuple[str, bool]] = []
 
     def load(self, kernels: Iterable[Kernel]) -> None:
-        sources()  # once, before threads ask for it
+        sources()  # once, before the threads call it
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(build, set(kernels)))
 
@@ -131,18 +131,18 @@ class EmulatedDevice:
 
 @functools.cache
 def copies() -> tempfile.TemporaryDirectory:
-    """Where this process keeps its copies of libraries."""
+    """Makes the folder of this process's copies of libraries."""
     return tempfile.TemporaryDirectory(prefix="hotloop-emulated-")
 
 
 @functools.cache
 def built_for(machine: int, kernel: Kernel) -> Path:
-    """A copy of the library whose variables are one machine's."""
+    """Copies a library, so that each machine has variables of its own."""
     return shutil.copyfile(build(kernel), Path(copies().name) / f"{kernel.name}.{machine}.so")
 
 
 def build(kernel: Kernel) -> Path:
-    """A shared library in which ``device.cuh`` is the CPU's; from the cache if it is there."""
+    """Builds a shared library with the emulated ``device.cuh``, unless it is in the cache."""
     with _building.setdefault(kernel, threading.Lock()):
         return _build(kernel)
 
@@ -152,14 +152,14 @@ def _build(kernel: Kernel) -> Path:
     text = kernel.source() + RUN.replace("NAME", kernel.name).replace("ARGS", kernel.args)
     library = sources() / f"{kernel.name}-{digest(text)}.so"
     if not library.exists():
-        # Included first, since what another header includes is never taken precompiled.
+        # Included first: a precompiled header is used only if no other header includes it.
         compile_to(library, "-shared", "-include", "device.cuh", "-x", "c++", "-", text=text)
     return library
 
 
 @functools.cache
 def sources() -> Path:
-    """A folder in the cache with kernels' source and the emulated functions, precompiled."""
+    """Makes a folder in the cache with the kernels' source and the precompiled emulation."""
     files = {path.name: path.read_text() for path in SOURCES.glob("*.cu*")}
     files |= {path.name: path.read_text() for path in EMULATED.glob("*.cuh")}
     compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True)
@@ -180,7 +180,7 @@ def sources() -> Path:
 
 
 def compile_to(path: Path, *arguments: str, text: str | None = None) -> None:
-    """Compiles in the folder of ``path``, which appears there once it is whole."""
+    """Compiles to ``path``, which appears once it is complete."""
     scratch = path.with_suffix(f".{os.getpid()}{path.suffix}")
     command = ("c++", *FLAGS, *arguments, "-o", scratch.name)
     subprocess.run(command, cwd=path.parent, input=text, text=True, check=True)

@@ -1,10 +1,10 @@
-// Stands in for hotloop/kernels/cuda/device.cuh, so that the kernels' own source runs on a CPU.
+// Replaces hotloop/kernels/cuda/device.cuh, so that the kernels' own source runs on a CPU.
 //
-// A block's threads are fibers that give way to each other, in an order drawn anew each round,
-// wherever they wait for others. Shared memory starts out as NaNs, copies into it arrive some
-// rounds late, and a block in which nobody gets on any more ends the process with a message: so a
-// wait that is missing, or one too many, shows. What the kernel before this one writes is NaNs
-// until a block has waited for it. Blocks run one after the other.
+// The threads of a block are fibers, which yield to each other wherever they wait, in an order that
+// is drawn anew each round. Missing waits show: shared memory starts out as NaNs, copies into it
+// arrive some rounds late, and outputs of the kernel before this one are NaNs until a block has
+// waited for it. Waits that never end show too: a block without progress ends the process with a
+// message. Blocks run one after the other.
 
 #pragma once
 
@@ -53,7 +53,7 @@ inline void __threadfence() {}
 
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-struct Late { void* to; const void* from; int64_t bytes; };  // of the kernel before this one
+struct Late { void* to; const void* from; int64_t bytes; };  // an output of the kernel before
 
 struct Copy { void* to; const void* from; int bytes; uint64_t* barrier; };
 
@@ -67,7 +67,7 @@ struct Meeting {  // of the lanes of a warp
 
 struct Fiber {
   ucontext_t context;  // where it begins
-  jmp_buf place;       // where it goes on
+  jmp_buf place;       // where it resumes
   std::unique_ptr<char[]> stack;
   bool began = false, ended = false;
 };
@@ -90,12 +90,12 @@ struct Machine {
 };
 static Machine machine;
 
-// Jumps, since swapcontext asks the system to keep signal masks each time.
-inline void give_way() {
+// Jumps instead of swapcontext, which makes a system call for the signal mask each time.
+inline void yield() {
   if (_setjmp(machine.fibers[machine.current].place) == 0) _longjmp(machine.scheduler, 1);
 }
 
-[[gnu::noinline]] inline void go_on(Fiber& fiber) {
+[[gnu::noinline]] inline void resume(Fiber& fiber) {
   if (_setjmp(machine.scheduler) != 0) return;
   if (fiber.began) _longjmp(fiber.place, 1);
   fiber.began = true;
@@ -106,7 +106,7 @@ inline void run_fiber() {
   machine.kernel(machine.args);
   machine.fibers[machine.current].ended = true;
   machine.events++;
-  give_way();
+  yield();
 }
 
 inline void complete_copies();
@@ -140,19 +140,19 @@ inline void run_block(int threads) {
   int living = threads, idle_rounds = 0;
   while (living > 0) {
     const uint64_t events = m.events;
-    // Warps in any order, and lanes of a warp too; some begin late.
+    // Any order of warps, and of the lanes of a warp; some begin late.
     std::shuffle(order.begin(), order.end(), m.random);
     for (int i : order) {
       if (m.fibers[i].ended || (!m.fibers[i].began && m.random() % 4)) continue;
       m.current = i;
       threadIdx = {i, 0, 0};
-      go_on(m.fibers[i]);
+      resume(m.fibers[i]);
       if (m.fibers[i].ended) living--;
     }
     complete_copies();
     idle_rounds = m.events == events ? idle_rounds + 1 : 0;
     if (idle_rounds > 1000) {
-      fprintf(stderr, "block (%d, %d, %d): %d threads wait for ever\n", blockIdx.x, blockIdx.y,
+      fprintf(stderr, "block (%d, %d, %d): %d threads wait forever\n", blockIdx.x, blockIdx.y,
               blockIdx.z, living);
       abort();
     }
@@ -178,7 +178,7 @@ inline void run_grid(void (*kernel)(const void*), const void* args, dim3 grid, i
   end_predecessor();
 }
 
-// All lanes of a warp put down some words, and then see all of them.
+// Exchanges words among all lanes of a warp.
 inline uint32_t (*meet(const uint32_t* words, int n))[8] {
   Meeting& meeting = machine.meetings[machine.current / 32];
   const uint64_t generation = meeting.generation;
@@ -188,7 +188,7 @@ inline uint32_t (*meet(const uint32_t* words, int n))[8] {
     meeting.arrived = 0;
     meeting.generation++;
   } else {
-    while (meeting.generation == generation) give_way();
+    while (meeting.generation == generation) yield();
   }
   return meeting.words[generation % 2];
 }
@@ -201,7 +201,7 @@ template <class To, class From> inline To bits(From from) {
 }
 
 inline uint32_t float_bits(float value) { return bits<uint32_t>(value); }
-inline float float_of(uint32_t word) { return bits<float>(word); }
+inline float float_from_bits(uint32_t word) { return bits<float>(word); }
 inline int count_bits(uint32_t word) { return std::popcount(word); }
 inline int bit_width(uint64_t value) { return std::bit_width(value); }
 
@@ -220,8 +220,8 @@ inline uint32_t narrow(float first, float second) {
 }
 constexpr uint32_t kMinusZeros = 0x80008000u;
 inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
-  // Exact in double for what the kernels do with it; then rounded through float, which is exact
-  // enough for sums and products of two bfloat16.
+  // Exact in double for the kernels' operands; the rounding through float does not matter for sums
+  // and products of two bfloat16.
   const auto one = [](float x, float y, float z) { return float(double(x) * y + z); };
   return narrow(one(low(a), low(b), low(c)), one(high(a), high(b), high(c)));
 }
@@ -236,8 +236,8 @@ inline float log2_fast(float x) { return std::log2(x); }
 
 inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
   const int lane = machine.current % 32, g = lane / 4, t = lane % 4;
-  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  const auto all = meet(mine, 6);
+  const uint32_t operands[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const auto all = meet(operands, 6);
   for (int i = 0; i < 4; i++) {
     const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
     float sum = c[i];
@@ -253,7 +253,7 @@ inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
 
 inline uint32_t transpose(uint32_t pair) {
   const int lane = machine.current % 32, g = lane / 4, t = lane % 4;
-  const auto all = meet(&pair, 1);  // of the result: row g, columns 2t and 2t + 1
+  const auto all = meet(&pair, 1);  // returns row g, columns 2t and 2t + 1
   const auto at = [&](int row, int column) {
     const uint32_t word = all[4 * row + column / 2][0];
     return column % 2 ? word >> 16 : word & 0xffff;
@@ -282,7 +282,7 @@ template <class F> inline uint32_t over_lanes(uint32_t value, F f) {
 }
 inline bool all_lanes(bool value) { return over_lanes(value, std::bit_and<uint32_t>()); }
 inline uint32_t sum_lanes(uint32_t value) { return over_lanes(value, std::plus<uint32_t>()); }
-inline uint32_t max_of_lanes(uint32_t value) {
+inline uint32_t max_lanes(uint32_t value) {
   return over_lanes(value, [](uint32_t a, uint32_t b) { return max(a, b); });
 }
 inline uint32_t ballot(bool value) {
@@ -296,7 +296,7 @@ inline void sync_block() {
     machine.at_block_barrier = 0;
     machine.block_generation++;
   } else {
-    while (machine.block_generation == generation) give_way();
+    while (machine.block_generation == generation) yield();
   }
 }
 
@@ -310,7 +310,7 @@ inline uint32_t atomic_add(uint32_t* p, uint32_t value) {
   return before;
 }
 
-struct Barrier {  // in the eight bytes of the real one
+struct Barrier {  // of eight bytes, like an mbarrier
   int32_t bytes;
   int16_t pending;
   uint16_t expected_and_phase;
@@ -336,18 +336,18 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
 }
 inline void barrier_arrive(uint64_t* barrier) { change(barrier, 1, 0); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  while ((bits<Barrier>(*barrier).expected_and_phase & 1u) == parity) give_way();
+  while ((bits<Barrier>(*barrier).expected_and_phase & 1u) == parity) yield();
 }
 
 constexpr int kCopyArrivals = 1;
-inline uint64_t read_once_policy() { return 0; }
-inline void barriers_are_ready() {}
+inline uint64_t evict_first_policy() { return 0; }
+inline void fence_barrier_init() {}
 inline void copy_begin(uint64_t* barrier, int bytes, int lane) {
   if (lane == 0) change(barrier, 1, bytes);
 }
-inline void check_alignment(uintptr_t places, int bytes) {
-  if (places % 16 || bytes % 16 || bytes <= 0) {
-    fprintf(stderr, "a copy of %d bytes, or its place, is not aligned\n", bytes);
+inline void check_alignment(uintptr_t addresses, int bytes) {
+  if (addresses % 16 || bytes % 16 || bytes <= 0) {
+    fprintf(stderr, "a copy of %d bytes, or its address, is not aligned\n", bytes);
     abort();
   }
 }
@@ -389,35 +389,35 @@ inline bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag, int thr
   sync_block();
   return *flag == n - 1;
 }
-template <class T> inline T load_from_others(const T* p) { return *p; }
+template <class T> inline T load_from_l2(const T* p) { return *p; }
 
-// Other ranks' kernels run at the same time, on machines and threads of their own.
+// Other ranks' kernels run at the same time, on threads and machines of their own.
 
-inline void store_marked(uint4* to, uint2 words, uint32_t mark) {
-  const auto put = [&](int i, uint32_t word) {
-    for (int rounds = machine.random() % 4; rounds > 0; rounds--) {  // others see the one before
+inline void store_flagged(uint4* to, uint2 words, uint32_t flag) {
+  const auto store = [&](int i, uint32_t word) {
+    for (int rounds = machine.random() % 4; rounds > 0; rounds--) {  // others see the old value
       machine.events++;
       sched_yield();
-      give_way();
+      yield();
     }
-    __atomic_store_n(reinterpret_cast<uint64_t*>(to) + i, uint64_t(mark) << 32 | word,
+    __atomic_store_n(reinterpret_cast<uint64_t*>(to) + i, uint64_t(flag) << 32 | word,
                      __ATOMIC_RELAXED);
   };
-  put(0, words.x), put(1, words.y);
+  store(0, words.x), store(1, words.y);
 }
-inline bool load_marked(const uint4* from, uint32_t mark, uint2& words) {
-  const auto get = [&](int i) {
+inline bool load_flagged(const uint4* from, uint32_t flag, uint2& words) {
+  const auto load = [&](int i) {
     return __atomic_load_n(reinterpret_cast<const uint64_t*>(from) + i, __ATOMIC_RELAXED);
   };
-  const uint64_t first = get(0), second = get(1);
+  const uint64_t first = load(0), second = load(1);
   words = uint2{uint32_t(first), uint32_t(second)};
-  if (first >> 32 == mark && second >> 32 == mark) return true;
+  if (first >> 32 == flag && second >> 32 == flag) return true;
   if (std::chrono::steady_clock::now() - machine.started > std::chrono::seconds(900)) {
-    fprintf(stderr, "block (%d, %d): what other ranks have does not come\n", blockIdx.x, blockIdx.y);
+    fprintf(stderr, "block (%d, %d): other ranks' words do not arrive\n", blockIdx.x, blockIdx.y);
     abort();
   }
   machine.events++;
   sched_yield();
-  give_way();
+  yield();
   return false;
 }

@@ -246,7 +246,7 @@ def test_what_ranks_send_each_other_they_add_up_in_the_chain():
     assert distance(logits, wanted) < 0.02 * wanted.std(), "a part is rounded before it is added"
     names, overlap = zip(*device.launched, strict=True)
     assert overlap == (False, *[True] * (7 * model.config.n_layers + 2))
-    assert names[-1] == "argmax_of_ranks_step"
+    assert names[-1] == "argmax_over_ranks_step"
     assert names.count("sum_of_1") == 2 * model.config.n_layers
 
 
@@ -443,7 +443,7 @@ def test_ranks_agree_with_one_to_the_top_two(quant, by, engine, monkeypatch):
     assert two.describe().kernels["o_proj"] == one.describe().kernels["o_proj"]
     assert_top_two_agree(*(llm.generate(list(PROMPTS), FREELY) for llm in (one, two)))
     _, *ranks = ({name for name, _ in device.launched} for device in devices)
-    ours, others = {"sum_of_2", "argmax_of_ranks_step"}, {"add_total"}
+    ours, others = {"all_reduce_2", "argmax_over_ranks_step"}, {"add_total"}
     wanted, avoided = (ours, others) if by == "inboxes" else (others, ours)
     assert all(wanted <= names and not avoided & names for names in ranks)
     used = "fused" if by == "inboxes" else "threads"

@@ -21,10 +21,17 @@ from hotloop.kernels.cuda import prompt, step
 from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_torch
 from hotloop.kernels.cuda.launch import Call, Limits
-from hotloop.kernels.cuda.linear import Ahead, Epilogue, LinearPlan, Normed, Onward, Tuning
+from hotloop.kernels.cuda.linear import (
+    Epilogue,
+    LinearPlan,
+    NormEpilogue,
+    Prefetch,
+    PrescaledInput,
+    Tuning,
+)
 from hotloop.kernels.cuda.packing import Format, Kind, pack
-from hotloop.kernels.cuda.prompt import Product
-from hotloop.kernels.cuda.sample import LISTED, sample
+from hotloop.kernels.cuda.prompt import GemmOutput
+from hotloop.kernels.cuda.sample import MAX_CANDIDATES, sample
 from hotloop.quant import parse_scheme
 
 KINDS: dict[str, tuple[Kind, int | None, bool]] = {
@@ -97,23 +104,23 @@ def linear_case(
     norm: bool = False,
     bias: bool = False,
     residual: bool = False,
-    onward: bool = False,
+    norm_epilogue: bool = False,
     tuning: Tuning,
     limits: Limits,
     x_MK: Tensor | None = None,
-    ahead: Ahead | None = None,
+    prefetch: Prefetch | None = None,
 ) -> Case:
     device, form, eps = generator.device, weight.form, 1e-5
     plan = LinearPlan(
         form=form, rows=rows, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
     )
     x = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
-    taken: Tensor | Normed = x
+    taken: Tensor | PrescaledInput = x
     if norm:
         before = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
         weight_K = (1 + normal(generator, form.k, std=0.2)).bfloat16()
-        x, squares = reference.begin_norm(before, weight_K)
-        taken = Normed(x=x, squares=squares, eps=eps)
+        x, squares = reference.norm_epilogue(before, weight_K)
+        taken = PrescaledInput(x=x, squares=squares, eps=eps)
     bias_N = normal(generator, form.n).bfloat16() if bias else None
     added = normal(generator, rows, plan.width).bfloat16() if residual else None
     dtype = torch.float32 if epilogue == "logits" else torch.bfloat16
@@ -124,7 +131,7 @@ def linear_case(
             poisoned(rows, plan.blocks, dtype=torch.float32, device=device),
             torch.full((rows, plan.blocks), -1, dtype=torch.int32, device=device),
         )
-    following = onward_to(plan.width, rows, generator) if onward else None
+    following = make_norm_epilogue(plan.width, rows, generator) if norm_epilogue else None
     call = plan.call(
         taken,
         y,
@@ -132,9 +139,9 @@ def linear_case(
         weight.scale,
         bias_N=bias_N,
         residual=added,
-        onward=following,
+        norm_epilogue=following,
         best=best,
-        ahead=ahead,
+        prefetch=prefetch,
     )
 
     def check() -> None:
@@ -156,7 +163,7 @@ def linear_case(
         half_ulp = torch.finfo(dtype).eps / 2
         assert_within(y, sums, error + half_ulp * 1.001 * sums.abs() + 2**-22 * sums.abs(), what)
         if following is not None:
-            assert_onward(y, following, what)
+            assert_norm_epilogue(y, following, what)
         if best is not None:
             value, index = best
             assert ((index >= 0) & (index < form.n)).all(), f"{what}: indices of the best"
@@ -168,23 +175,23 @@ def linear_case(
     return Case(call=call, inputs=tuple(inputs), outputs=tuple(outputs), check=check)
 
 
-def onward_to(k: int, rows: int, generator: torch.Generator) -> Onward:
+def make_norm_epilogue(k: int, rows: int, generator: torch.Generator) -> NormEpilogue:
     device = generator.device
-    normed = Normed.empty(rows, k, 1e-5, device)
-    for tensor in (normed.x, normed.squares):
+    prescaled = PrescaledInput.empty(rows, k, 1e-5, device)
+    for tensor in (prescaled.x, prescaled.squares):
         tensor.fill_(torch.nan)
     weight_K = (1 + normal(generator, k, std=0.2)).bfloat16()
-    return Onward(weight=weight_K, normed=normed)
+    return NormEpilogue(weight=weight_K, prescaled=prescaled)
 
 
-def outputs_of(onward: Onward) -> tuple[Tensor, Tensor]:
-    return onward.normed.x, onward.normed.squares
+def outputs_of(norm_epilogue: NormEpilogue) -> tuple[Tensor, Tensor]:
+    return norm_epilogue.prescaled.x, norm_epilogue.prescaled.squares
 
 
-def assert_onward(y: Tensor, onward: Onward, what: str) -> None:
-    x, squares = reference.begin_norm(y, onward.weight)
-    assert torch.equal(onward.normed.x, x), f"{what}: what goes into the norm"
-    torch.testing.assert_close(onward.normed.squares, squares, msg=f"{what}: squares")
+def assert_norm_epilogue(y: Tensor, norm_epilogue: NormEpilogue, what: str) -> None:
+    x, squares = reference.norm_epilogue(y, norm_epilogue.weight)
+    assert torch.equal(norm_epilogue.prescaled.x, x), f"{what}: what goes into the norm"
+    torch.testing.assert_close(norm_epilogue.prescaled.squares, squares, msg=f"{what}: squares")
 
 
 def dequantize_case(weight: Weight) -> Case:
@@ -277,10 +284,10 @@ def rotations(n: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tens
     return angles.cos(), angles.sin()
 
 
-def product_of(
+def gemm_output_of(
     rows: int, n: int, generator: torch.Generator, *, scale: bool, bias: bool
-) -> tuple[Product, Tensor, Tensor]:
-    """A product; what it is when it is finished, float64 [rows, n]; and of what size parts of."""
+) -> tuple[GemmOutput, Tensor, Tensor]:
+    """A gemm; what it is when it is finished, float64 [rows, n]; and of what size parts of."""
     y = normal(generator, rows, n).bfloat16()
     scale_N = 1 + normal(generator, n, std=0.2) if scale else None
     bias_N = normal(generator, n).bfloat16() if bias else None
@@ -288,7 +295,7 @@ def product_of(
     size = exact.abs()
     if bias_N is not None:
         exact, size = exact + bias_N.double(), size + bias_N.double().abs()
-    return Product(y=y, scale=scale_N, bias=bias_N), exact, size
+    return GemmOutput(y=y, scale=scale_N, bias=bias_N), exact, size
 
 
 def add_norm_case(
@@ -297,7 +304,7 @@ def add_norm_case(
     device, eps = generator.device, 1e-5
     x = normal(generator, rows, k).bfloat16()
     weight = (1 + normal(generator, k, std=0.2)).bfloat16()
-    product, exact, size = product_of(rows, k, generator, scale=scale, bias=bias)
+    gemm, exact, size = gemm_output_of(rows, k, generator, scale=scale, bias=bias)
     total, normed = (poisoned(rows, k, dtype=torch.bfloat16, device=device) for _ in range(2))
 
     def check() -> None:
@@ -318,14 +325,14 @@ def add_norm_case(
         weight,
         eps,
         normed,
-        product=product if adds else None,
+        gemm=gemm if adds else None,
         sum_MK=total if adds else None,
     )
     outputs = (total, normed) if adds else (normed,)
-    return Case(call=call, inputs=(x, product.y), outputs=outputs, check=check)
+    return Case(call=call, inputs=(x, gemm.y), outputs=outputs, check=check)
 
 
-def rotate_case(
+def rope_case(
     rows: int,
     heads: tuple[int, int],
     head_dim: int,
@@ -338,7 +345,7 @@ def rotate_case(
 ) -> Case:
     device, eps = generator.device, 1e-6
     (H, J), E, C = heads, head_dim, position + rows + 3
-    product, exact, _ = product_of(rows, (H + 2 * J) * E, generator, scale=scale, bias=bias)
+    gemm, exact, _ = gemm_output_of(rows, (H + 2 * J) * E, generator, scale=scale, bias=bias)
     cos, sin = rotations(C, E, device)
     q_norm, k_norm = (
         (1 + normal(generator, E, std=0.2)).bfloat16() if norms else None for _ in range(2)
@@ -364,8 +371,8 @@ def rotate_case(
             then[slot, :, here] = new.view(rows, J, E).transpose(0, 1)
             assert torch.equal(now, then), "not the same in the cache, or elsewhere in it"
 
-    call = prompt.rotate(
-        product,
+    call = prompt.rope(
+        gemm,
         prompt.Heads(q=q, k=k, v=v),
         keys,
         values,
@@ -376,11 +383,11 @@ def rotate_case(
         k_norm_E=k_norm,
         eps=eps,
     )
-    return Case(call=call, inputs=(product.y,), outputs=(q, k, v, keys, values), check=check)
+    return Case(call=call, inputs=(gemm.y,), outputs=(q, k, v, keys, values), check=check)
 
 
 def swiglu_case(rows: int, f: int, generator: torch.Generator, *, scale: bool, bias: bool) -> Case:
-    product, exact, size = product_of(rows, 2 * f, generator, scale=scale, bias=bias)
+    gemm, exact, size = gemm_output_of(rows, 2 * f, generator, scale=scale, bias=bias)
     out = poisoned(rows, f, dtype=torch.bfloat16, device=generator.device)
 
     def check() -> None:
@@ -390,8 +397,8 @@ def swiglu_case(rows: int, f: int, generator: torch.Generator, *, scale: bool, b
         allowed = 2**-8 * wanted.abs() + 2**-20 * gate_size * up_size
         assert_within(out, wanted, allowed, "swiglu")
 
-    call = prompt.swiglu(product, out)
-    return Case(call=call, inputs=(product.y,), outputs=(out,), check=check)
+    call = prompt.swiglu(gemm, out)
+    return Case(call=call, inputs=(gemm.y,), outputs=(out,), check=check)
 
 
 def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int8: bool) -> Case:
@@ -404,11 +411,11 @@ def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int
         q = parse_scheme("int8").quantize(table)
         table, scale = q.values, q.scale.reshape(-1).float()
     x = poisoned(rows, k, dtype=torch.bfloat16, device=device)
-    following = onward_to(k, rows, generator)
+    following = make_norm_epilogue(k, rows, generator)
 
     def check() -> None:
         assert torch.equal(x, reference.embed(ids, table, scale, torch.bfloat16)), "embed"
-        assert_onward(x, following, "embed")
+        assert_norm_epilogue(x, following, "embed")
 
     call = step.embed(ids, table, scale, x, following)
     return Case(call=call, inputs=(ids,), outputs=(x, *outputs_of(following)), check=check)
@@ -417,18 +424,18 @@ def embed_case(rows: int, vocab: int, k: int, generator: torch.Generator, *, int
 def add_case(rows: int, k: int, generator: torch.Generator) -> Case:
     added, residual = (normal(generator, rows, k).bfloat16() for _ in range(2))
     x = poisoned(rows, k, dtype=torch.bfloat16, device=generator.device)
-    following = onward_to(k, rows, generator)
+    following = make_norm_epilogue(k, rows, generator)
 
     def check() -> None:
         assert torch.equal(x, residual + added), "add"
-        assert_onward(x, following, "add")
+        assert_norm_epilogue(x, following, "add")
 
     call = step.add(added, residual, x, following)
     outputs = (x, *outputs_of(following))
     return Case(call=call, inputs=(added, residual), outputs=outputs, check=check)
 
 
-def sum_cases(ranks: int, rows: int, k: int, generator: torch.Generator) -> list[list[Case]]:
+def all_reduce_cases(ranks: int, rows: int, k: int, generator: torch.Generator) -> list[list[Case]]:
     """Of every rank, sums one after the other: of many rows and of one, each more than twice."""
     device, capacity = generator.device, rows + 1
     nbytes = step.inbox_bytes(ranks, capacity, k)
@@ -443,31 +450,31 @@ def sum_cases(ranks: int, rows: int, k: int, generator: torch.Generator) -> list
         parts = normal(generator, ranks, n, k).bfloat16()
         residual = normal(generator, n, k).bfloat16()
         for own, exchange in zip(cases, exchanges, strict=True):
-            own.append(_sum_case(parts, residual.clone(), exchange, generator))
+            own.append(_all_reduce_case(parts, residual.clone(), exchange, generator))
     return cases
 
 
-def _sum_case(
+def _all_reduce_case(
     parts: Tensor, residual: Tensor, exchange: step.Exchange, generator: torch.Generator
 ) -> Case:
     mine = parts[exchange.rank].clone()
     rows, k = mine.shape
     x = poisoned(rows, k, dtype=torch.bfloat16, device=mine.device)
-    following = onward_to(k, rows, generator)
+    following = make_norm_epilogue(k, rows, generator)
 
     def check() -> None:
         total = sum(part.float() for part in parts)
         assert torch.equal(x, (residual.float() + total).bfloat16()), (
             f"sum of {exchange.rank}"
         )  # which is so kept alive
-        assert_onward(x, following, "sum")
+        assert_norm_epilogue(x, following, "sum")
 
-    call = step.sum_ranks(mine, residual, x, following, exchange)
+    call = step.all_reduce(mine, residual, x, following, exchange)
     outputs = (x, *outputs_of(following))
     return Case(call=call, inputs=(mine, residual), outputs=outputs, check=check)
 
 
-def argmax_of_ranks_cases(
+def argmax_over_ranks_cases(
     ranks: int, rows: int, n: int, generator: torch.Generator
 ) -> list[list[Case]]:
     """Of every rank, choices one after the other, of few different values."""
@@ -497,11 +504,11 @@ def argmax_of_ranks_cases(
         ranked = everywhere.where(value == largest[:, None], ranks * vocab)
         wanted = ranked.amin((0, 2)).where(largest.abs() < torch.inf, -1)
         for own, exchange in zip(cases, exchanges, strict=True):
-            own.append(_argmax_of_ranks_case(value, index, vocab, wanted, exchange))
+            own.append(_argmax_over_ranks_case(value, index, vocab, wanted, exchange))
     return cases
 
 
-def _argmax_of_ranks_case(
+def _argmax_over_ranks_case(
     value: Tensor, index: Tensor, vocab: int, wanted: Tensor, exchange: step.Exchange
 ) -> Case:
     best = value[exchange.rank].clone(), index[exchange.rank].clone()
@@ -510,7 +517,7 @@ def _argmax_of_ranks_case(
     def check() -> None:
         assert torch.equal(ids, wanted), f"choice of {exchange.rank}"  # which is so kept alive
 
-    call = step.argmax_of_ranks(best, ids, exchange, first=exchange.rank * vocab)
+    call = step.argmax_over_ranks(best, ids, exchange, first=exchange.rank * vocab)
     return Case(call=call, inputs=best, outputs=(ids,), check=check)
 
 
@@ -572,7 +579,7 @@ def next_tokens_case(rows: int, k: int, generator: torch.Generator) -> Case:
     return Case(call=call, inputs=inputs, outputs=(ids, positions), check=check)
 
 
-def look_up_case(width: int, k: int, n_words: int, generator: torch.Generator) -> Case:
+def ngram_draft_case(width: int, k: int, n_words: int, generator: torch.Generator) -> Case:
     """Of slots whose newest tokens are at any place, the first two and the last one among them.
 
     The fewer words there are, the more often three tokens stood there before.
@@ -590,7 +597,7 @@ def look_up_case(width: int, k: int, n_words: int, generator: torch.Generator) -
         expected = NgramDrafter(slots).propose(rows, k, width, Features())
         assert torch.equal(drafts, expected), f"drafts of {n_words} words"
 
-    call = step.look_up(slots.history, slots.positions, drafts)
+    call = step.ngram_draft(slots.history, slots.positions, drafts)
     inputs = (slots.history, slots.positions)
     return Case(call=call, inputs=inputs, outputs=(drafts,), check=check)
 
@@ -666,7 +673,7 @@ def sample_case(
     options: Sequence[Options],
     *,
     positions_BT: Tensor | None = None,
-    listed: int = LISTED,
+    max_candidates: int = MAX_CANDIDATES,
 ) -> Case:
     """Draws from given scores; the definition is that of ``engine.sampling``, in float64."""
     (B, T, V), device = scores_BTV.shape, scores_BTV.device
@@ -701,7 +708,7 @@ def sample_case(
         top_p_B=top_p,
         min_p_B=min_p,
         seed_B=seed,
-        listed=listed,
+        max_candidates=max_candidates,
     )
     # Late inputs are whole tensors in memory, and scores can lie apart.
     late = (*((scores_BTV,) if scores_BTV.is_contiguous() else ()), best, positions_BT)

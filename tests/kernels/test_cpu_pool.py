@@ -48,10 +48,10 @@ def test_torch_stays_on_one_thread_while_ours_keep_theirs():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with cpu.threads_to_ourselves():
+        with cpu.single_threaded_torch():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
-        with contextlib.suppress(ZeroDivisionError), cpu.threads_to_ourselves():
+        with contextlib.suppress(ZeroDivisionError), cpu.single_threaded_torch():
             raise ZeroDivisionError
         assert torch.get_num_threads() == 3
     finally:

@@ -91,8 +91,8 @@ def prompt_kernels() -> list[Kernel]:
 def step_kernels() -> list[Kernel]:
     embeds = [step.embed_kernel(int8=int8) for int8 in (False, True)]
     ends = [step.next_tokens_kernel(), step.argmax_kernel(), step.accept_kernel()]
-    ends += [step.argmax_of_ranks_kernel(), step.look_up_kernel()]
-    sums = [step.sum_kernel(ranks) for ranks in (2, 3, 4, 8)]
+    ends += [step.argmax_over_ranks_kernel(), step.ngram_draft_kernel()]
+    sums = [step.all_reduce_kernel(ranks) for ranks in (2, 3, 4, 8)]
     return [*embeds, step.add_kernel(), *sums, *ends, sample_kernel()]
 
 

@@ -16,27 +16,27 @@ from cuda_cases import (
     accept_case,
     add_case,
     add_norm_case,
+    all_reduce_cases,
     argmax_case,
-    argmax_of_ranks_cases,
+    argmax_over_ranks_cases,
     attention_case,
     dequantize_case,
     drawn,
     embed_case,
     hard_scores,
     linear_case,
-    look_up_case,
     make_weight,
     next_tokens_case,
-    rotate_case,
+    ngram_draft_case,
+    rope_case,
     sample_case,
-    sum_cases,
     swiglu_case,
 )
 from cuda_emulation import emulate, needs_compiler
 
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
-from hotloop.kernels.cuda.linear import Ahead, Tuning
+from hotloop.kernels.cuda.linear import Prefetch, Tuning
 
 pytestmark = needs_compiler
 
@@ -75,7 +75,7 @@ def test_every_weight_type_equals_its_specification(name):
             3,
             generator(1),
             residual=True,
-            onward=True,
+            norm_epilogue=True,
             tuning=SMALL,
             limits=limits(3),
         )
@@ -142,7 +142,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(tuning):
 @pytest.mark.parametrize("items_left", [0, 1, 9])
 def test_a_product_looks_ahead_at_the_tiles_it_is_told_of_and_computes_the_same(items_left):
     later = weight("int4-g64", 200)  # 13 tiles
-    ahead = Ahead(
+    prefetch = Prefetch(
         weight=later.packed,
         form=later.form,
         first=3,
@@ -151,7 +151,9 @@ def test_a_product_looks_ahead_at_the_tiles_it_is_told_of_and_computes_the_same(
         tile_bytes=1024,
         items_left=items_left,
     )
-    case = linear_case(weight("int8"), 3, generator(1), tuning=SMALL, limits=limits(4), ahead=ahead)
+    case = linear_case(
+        weight("int8"), 3, generator(1), tuning=SMALL, limits=limits(4), prefetch=prefetch
+    )
     asked = emulate(case.call, late=case.inputs)
     case.check()
     tile_bytes = later.packed[0].nbytes
@@ -200,23 +202,19 @@ def attention_plan(
 
 WINDOW = {"B": 1, "T": 5, "H": 4, "J": 2, "E": 64, "C": 90, "window": 20, "warps": 1}
 PLANS = {
-    "one row": attention_plan(B=2, T=1, H=3, J=3, E=64, C=70, least_chunk=96, warps=2),
-    "one stage": attention_plan(B=2, T=3, H=2, J=1, E=128, C=70, least_chunk=80, warps=1, stages=1),
-    "grouped": attention_plan(B=2, T=3, H=8, J=2, E=96, C=50, least_chunk=32, warps=2),
-    "window": attention_plan(**WINDOW, least_chunk=16),
-    "longer chunks of a window": attention_plan(**WINDOW, least_chunk=16, chunks=1),
+    "one row": attention_plan(B=2, T=1, H=3, J=3, E=64, C=70, min_chunk=96, warps=2),
+    "one stage": attention_plan(B=2, T=3, H=2, J=1, E=128, C=70, min_chunk=80, warps=1, stages=1),
+    "grouped": attention_plan(B=2, T=3, H=8, J=2, E=96, C=50, min_chunk=32, warps=2),
+    "window": attention_plan(**WINDOW, min_chunk=16),
+    "longer chunks of a window": attention_plan(**WINDOW, min_chunk=16, chunks=1),
     "longer chunks": attention_plan(
-        B=2, T=5, H=6, J=2, E=64, C=104, chunks=2, least_chunk=16, warps=1
+        B=2, T=5, H=6, J=2, E=64, C=104, chunks=2, min_chunk=16, warps=1
     ),
     "many chunks": attention_plan(
-        B=1, T=2, H=3, J=1, E=64, C=200, chunks=20, least_chunk=16, warps=1
+        B=1, T=2, H=3, J=1, E=64, C=200, chunks=20, min_chunk=16, warps=1
     ),
-    "many rows": attention_plan(
-        B=1, T=6, H=12, J=2, E=128, C=40, chunks=2, least_chunk=16, warps=1
-    ),
-    "wide heads": attention_plan(
-        B=1, T=4, H=6, J=2, E=256, C=40, least_chunk=48, warps=3, stages=3
-    ),
+    "many rows": attention_plan(B=1, T=6, H=12, J=2, E=128, C=40, chunks=2, min_chunk=16, warps=1),
+    "wide heads": attention_plan(B=1, T=4, H=6, J=2, E=256, C=40, min_chunk=48, warps=3, stages=3),
 }
 
 
@@ -282,7 +280,7 @@ def test_a_prompts_first_norm_has_nothing_to_add():
 @pytest.mark.parametrize("norms", [False, True], ids=["plain", "norms"])
 def test_a_prompts_queries_keys_and_values_equal_their_specification(head_dim, norms):
     for finish in FINISHES:
-        run(rotate_case(3, (6, 2), head_dim, 5, generator(), norms=norms, **finish))
+        run(rope_case(3, (6, 2), head_dim, 5, generator(), norms=norms, **finish))
 
 
 @pytest.mark.parametrize("finish", FINISHES, ids=str)
@@ -315,13 +313,13 @@ def run_ranks(cases: list[list[Case]]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks_add_up_what_they_send_each_other(ranks):
     for k in (72, 2056):
-        run_ranks(sum_cases(ranks, 3, k, generator(k)))
+        run_ranks(all_reduce_cases(ranks, 3, k, generator(k)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5, 32])
 def test_ranks_choose_the_same_token(ranks):
     for n in (1, 40):
-        run_ranks(argmax_of_ranks_cases(ranks, 3, n, generator(n)))
+        run_ranks(argmax_over_ranks_cases(ranks, 3, n, generator(n)))
 
 
 @pytest.mark.parametrize("n", [1, 7, 100])
@@ -338,19 +336,19 @@ def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(k)
 
 @pytest.mark.parametrize("n_words", [2, 4, 12, 200])
 def test_drafts_that_are_looked_up_equal_their_specification(n_words):
-    run(look_up_case(70, 5, n_words, generator(n_words)))
-    run(look_up_case(2500, 15, n_words, generator(n_words)))
+    run(ngram_draft_case(70, 5, n_words, generator(n_words)))
+    run(ngram_draft_case(2500, 15, n_words, generator(n_words)))
 
 
-LISTED = (8192, 64)
+MAX_CANDIDATES = (8192, 64)
 """With as long a list as on a GPU, and with one that is too short for most cuts."""
 
 
 @pytest.mark.parametrize("name", DRAWS)
-@pytest.mark.parametrize("listed", LISTED)
-def test_draws_equal_their_definition(name, listed):
+@pytest.mark.parametrize("max_candidates", MAX_CANDIDATES)
+def test_draws_equal_their_definition(name, max_candidates):
     scores = hard_scores(301, 2, generator(7))
-    run(sample_case(scores, [DRAWS[name]] * len(scores), listed=listed))
+    run(sample_case(scores, [DRAWS[name]] * len(scores), max_candidates=max_candidates))
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 1024, 32_000, 49_152])
@@ -367,9 +365,9 @@ def test_each_row_is_drawn_with_its_sequences_options_and_from_rows_that_lie_apa
     run(sample_case(wide[:, -1:, :301], options))  # the last one of each sequence
 
 
-@pytest.mark.parametrize("listed", LISTED)
+@pytest.mark.parametrize("max_candidates", MAX_CANDIDATES)
 @pytest.mark.parametrize("option", ["top_k", "top_p", "min_p"])
-def test_the_last_token_kept_can_be_drawn_and_the_next_one_cannot(option, listed):
+def test_the_last_token_kept_can_be_drawn_and_the_next_one_cannot(option, max_candidates):
     n_kept, n_seeds = 70, 4096
     scores = 0.3 * normal_scores(1, 1, 301)
     best_first = scores[0, 0].sort(descending=True)
@@ -391,19 +389,19 @@ def test_the_last_token_kept_can_be_drawn_and_the_next_one_cannot(option, listed
             scores.expand(3, 1, -1).contiguous(),
             [Options(**{option: value}, seed=seed) for seed in decisive],
             positions_BT=positions[:3],
-            listed=listed,
+            max_candidates=max_candidates,
         )
         run(case)
         assert (case.outputs[0] == best_first.indices[edge]).tolist() == [[kept]] * 3
 
 
-@pytest.mark.parametrize("listed", LISTED)
+@pytest.mark.parametrize("max_candidates", MAX_CANDIDATES)
 @pytest.mark.parametrize("option", [{"top_k": 5}, {"top_p": 4.5 / (2500 * (1 + math.exp(-1)))}])
-def test_equal_scores_are_kept_by_their_ids(option, listed):
+def test_equal_scores_are_kept_by_their_ids(option, max_candidates):
     scores = torch.zeros(16, 1, 5000)
     scores[..., ::2] = -1
     options = [Options(**option, seed=seed) for seed in range(len(scores))]
-    case = sample_case(scores, options, listed=listed)
+    case = sample_case(scores, options, max_candidates=max_candidates)
     run(case)
     assert set(case.outputs[0].flatten().tolist()) == {1, 3, 5, 7, 9}
 
@@ -447,8 +445,8 @@ def test_a_draw_does_not_depend_on_the_list_nor_on_other_rows():
     scores = normal_scores(3, 2, 700)
     options = [Options(top_p=0.9, seed=3), Options(top_k=40, seed=4), Options(seed=5)]
     results = []
-    for listed in LISTED:
-        case = sample_case(scores, options, listed=listed)
+    for max_candidates in MAX_CANDIDATES:
+        case = sample_case(scores, options, max_candidates=max_candidates)
         run(case)
         results.append(case.outputs[0])
     assert torch.equal(*results)

@@ -11,25 +11,25 @@ from cuda_cases import (
     accept_case,
     add_case,
     add_norm_case,
-    argmax_of_ranks_cases,
+    all_reduce_cases,
+    argmax_over_ranks_cases,
     attention_case,
     dequantize_case,
     embed_case,
     hard_scores,
     linear_case,
-    look_up_case,
     make_weight,
     next_tokens_case,
-    rotate_case,
+    ngram_draft_case,
+    rope_case,
     sample_case,
-    sum_cases,
     swiglu_case,
 )
 
 from hotloop.kernels.cuda.attention import AttentionPlan
 from hotloop.kernels.cuda.compile import unavailable_reason
 from hotloop.kernels.cuda.launch import Device
-from hotloop.kernels.cuda.linear import Ahead, Tuning
+from hotloop.kernels.cuda.linear import Prefetch, Tuning
 from hotloop.kernels.cuda.tuning import attention_tuning
 
 REASON = "no CUDA device" if not torch.cuda.is_available() else unavailable_reason()
@@ -68,7 +68,7 @@ def test_products_equal_their_specification(device, name):
                 rows,
                 generator(device, rows),
                 residual=True,
-                onward=True,
+                norm_epilogue=True,
                 tuning=tuning,
                 limits=device.limits,
             )
@@ -78,7 +78,7 @@ def test_products_equal_their_specification(device, name):
 @pytest.mark.parametrize("items_left", [0, 2])
 def test_looking_ahead_changes_no_result(device, items_left):
     weight, later = (make_weight("int4-g64", n, 1152, generator(device, n)) for n in (9000, 5000))
-    ahead = Ahead(
+    prefetch = Prefetch(
         weight=later.packed,
         form=later.form,
         first=100,
@@ -88,7 +88,7 @@ def test_looking_ahead_changes_no_result(device, items_left):
         items_left=items_left,
     )
     case = linear_case(
-        weight, 1, generator(device, 1), tuning=Tuning(), limits=device.limits, ahead=ahead
+        weight, 1, generator(device, 1), tuning=Tuning(), limits=device.limits, prefetch=prefetch
     )
     assert_right_and_the_same_with_dependent_launch(device, case)
 
@@ -144,8 +144,8 @@ def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(de
 def test_ranks_add_up_and_choose_by_what_they_send_each_other(device, ranks, dependent):
     """Ranks of one GPU, in streams: their blocks are few enough to run at the same time."""
     streams = [torch.cuda.Stream() for _ in range(ranks)]
-    of_sums = sum_cases(ranks, 3, 5120, generator(device, ranks))
-    of_choices = argmax_of_ranks_cases(ranks, 3, 132, generator(device, ranks))
+    of_sums = all_reduce_cases(ranks, 3, 5120, generator(device, ranks))
+    of_choices = argmax_over_ranks_cases(ranks, 3, 132, generator(device, ranks))
     torch.cuda.synchronize()
     for cases in (of_sums, of_choices):
         for at_once in zip(*cases, strict=True):
@@ -160,7 +160,7 @@ def test_ranks_add_up_and_choose_by_what_they_send_each_other(device, ranks, dep
 @pytest.mark.parametrize("n_words", [2, 12, 200])
 def test_drafts_that_are_looked_up_equal_their_specification(device, n_words):
     for width in (70, 5000):
-        case = look_up_case(width, 7, n_words, generator(device, width))
+        case = ngram_draft_case(width, 7, n_words, generator(device, width))
         assert_right_and_the_same_with_dependent_launch(device, case)
 
 
@@ -173,7 +173,7 @@ def test_what_is_between_a_prompts_products_equals_its_specification(device, sca
         case = swiglu_case(67, k, generator(device, k), **finish)
         assert_right_and_the_same_with_dependent_launch(device, case)
     for head_dim in (64, 96, 128, 256):
-        case = rotate_case(
+        case = rope_case(
             67, (9, 3), head_dim, 5, generator(device, head_dim), norms=scale, **finish
         )
         assert_right_and_the_same_with_dependent_launch(device, case)
@@ -183,8 +183,8 @@ def test_what_is_between_a_prompts_products_equals_its_specification(device, sca
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_equal_their_definition(device, vocab, name):
     scores = hard_scores(vocab, 16, generator(device, vocab))
-    for listed in (8192, 64):
-        case = sample_case(scores, [DRAWS[name]] * len(scores), listed=listed)
+    for max_candidates in (8192, 64):
+        case = sample_case(scores, [DRAWS[name]] * len(scores), max_candidates=max_candidates)
         assert_right_and_the_same_with_dependent_launch(device, case)
 
 

@@ -11,7 +11,7 @@ from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format, pack, unpack
-from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning, look_ahead
+from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning, plan_prefetch
 from hotloop.quant import parse_scheme
 
 H100 = Limits(n_sms=132, shared_bytes=227 * 1024)
@@ -124,7 +124,7 @@ def test_more_sequences_do_not_change_the_order_in_which_attention_sums():
         for batch in (1, 16)
     )
     assert one != many
-    assert (one.chunks, one.least_chunk, one.warps) == (many.chunks, many.least_chunk, many.warps)
+    assert (one.chunks, one.min_chunk, one.warps) == (many.chunks, many.min_chunk, many.warps)
 
 
 @pytest.mark.parametrize("window", [None, 100, 700])
@@ -139,7 +139,7 @@ def test_no_history_has_more_chunks_than_blocks_are_launched_for(tokens, chunks,
         head_dim=64,
         n_positions=3000,
         window=window,
-        tuning=AttentionTuning(chunks=chunks, least_chunk=64, warps=2),
+        tuning=AttentionTuning(chunks=chunks, min_chunk=64, warps=2),
     )
     for at in range(plan.n_positions - tokens + 1):
         begin = 0 if window is None else max(at - window + 1, 0)
@@ -206,11 +206,11 @@ def test_what_comes_ahead_of_time_is_not_what_the_later_product_asks_for_first(n
             limits=H100,
         )
         weight = torch.empty(form.nbytes, dtype=torch.uint8)
-        ahead = look_ahead(by, later, weight)
-        assert ahead is not None
-        assert ahead.first // 132 > later.tiles_on_their_way
-        assert ahead.first + (ahead.tiles - 1) * ahead.step + 132 <= form.tiles
-        assert ahead.tiles * ahead.tile_bytes * 132 < 16e6, "well within the cache"
+        prefetch = plan_prefetch(by, later, weight)
+        assert prefetch is not None
+        assert prefetch.first // 132 > later.tiles_in_flight
+        assert prefetch.first + (prefetch.tiles - 1) * prefetch.step + 132 <= form.tiles
+        assert prefetch.tiles * prefetch.tile_bytes * 132 < 16e6, "well within the cache"
 
 
 def test_nothing_comes_ahead_of_time_of_a_weight_that_is_all_on_its_way():
@@ -223,5 +223,5 @@ def test_nothing_comes_ahead_of_time_of_a_weight_that_is_all_on_its_way():
         limits=H100,
     )
     weight = torch.empty(form.nbytes, dtype=torch.uint8)
-    assert look_ahead("qkv", later, weight) is None
-    assert look_ahead("o", later, weight) is None
+    assert plan_prefetch("qkv", later, weight) is None
+    assert plan_prefetch("o", later, weight) is None

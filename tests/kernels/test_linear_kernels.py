@@ -94,8 +94,8 @@ def run_operator(x: Tensor, weight: Tensor | QTensor) -> Tensor:
 
 
 def packed_int4(weight: QTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    offset = None if weight.offset is None else cpu.side_by_side(weight.offset)
-    return cpu.pack_int4(weight.values), cpu.side_by_side(weight.scale), offset
+    offset = None if weight.offset is None else cpu.interleave_features(weight.offset)
+    return cpu.pack_int4(weight.values), cpu.interleave_features(weight.scale), offset
 
 
 def step_of(name: str) -> float:

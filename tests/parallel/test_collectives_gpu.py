@@ -16,8 +16,8 @@ RANK = """
 import sys, threading
 import torch
 from hotloop.kernels.cuda.launch import Device
-from hotloop.kernels.cuda.linear import Normed, Onward
-from hotloop.kernels.cuda.step import Exchange, inbox_bytes, sum_kernel, sum_ranks
+from hotloop.kernels.cuda.linear import PrescaledInput, NormEpilogue
+from hotloop.kernels.cuda.step import Exchange, inbox_bytes, all_reduce_kernel, all_reduce
 from hotloop.parallel.collectives import SYMMETRIC_BYTES, ProcessGroup
 from hotloop.parallel.rendezvous import Address
 
@@ -59,10 +59,10 @@ if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120), "sums")) is not None:
     )
     ones = torch.ones(4, 5120, device=device, dtype=torch.bfloat16)
     rows, launcher = ones * (rank + 1), Device(device)
-    launcher.load([sum_kernel(size)])
-    normed = Normed.empty(4, 5120, 1e-6, device)
-    onward = Onward(weight=ones[0], normed=normed)
-    call = sum_ranks(rows, ones, rows, onward, exchange)
+    launcher.load([all_reduce_kernel(size)])
+    prescaled = PrescaledInput.empty(4, 5120, 1e-6, device)
+    norm_epilogue = NormEpilogue(weight=ones[0], prescaled=prescaled)
+    call = all_reduce(rows, ones, rows, norm_epilogue, exchange)
     launcher.prepare(call, dependent=False)()
     torch.cuda.synchronize()
     assert (rows == 1 + total).all(), "the residual stream, and everybody's"
@@ -74,7 +74,7 @@ if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120), "sums")) is not None:
             launcher.prepare(call, dependent=False)()
     for _ in range(200):
         graph.replay()
-        assert (normed.x == 1 + total).all()
+        assert (prescaled.x == 1 + total).all()
 gathered = group.gather(torch.full((2, 3), rank, device=device))
 assert (gathered == torch.arange(size, device=device)[:, None, None]).all()
 print(group.kernel, *group.notes)

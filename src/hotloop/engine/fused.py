@@ -28,10 +28,17 @@ from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import HEAD_DIMS, MAX_TOKENS, AttentionPlan
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Call, Launcher, Limits
-from hotloop.kernels.cuda.linear import Ahead, Epilogue, LinearPlan, Normed, Onward, plan_rows
+from hotloop.kernels.cuda.linear import (
+    Epilogue,
+    LinearPlan,
+    NormEpilogue,
+    Prefetch,
+    PrescaledInput,
+    plan_rows,
+)
 from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.kernels.cuda.step import Exchange, inbox_bytes
-from hotloop.kernels.cuda.tuning import Role, attention_tuning, linear_tuning, look_ahead
+from hotloop.kernels.cuda.tuning import Projection, attention_tuning, linear_tuning, plan_prefetch
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache
 from hotloop.models.config import ModelConfig
@@ -117,28 +124,30 @@ class FusedForward:
         slots_B = self._slots[:B] if slots_B is None else slots_B
         positions_B = positions_BT[:, 0].contiguous()
         self._dependent = False  # on what torch did before
-        x_MD, normed = self._embed(ids_BT.flatten().contiguous(), self._layers[0].input_norm)
+        x_MD, prescaled = self._embed(ids_BT.flatten().contiguous(), self._layers[0].input_norm)
         afters = (*self._layers[1:], None)
         for i, (layer, after) in enumerate(zip(self._layers, afters, strict=True)):
             gate_up, down = (plans.gate_up, layer.gate_up_proj), (plans.down, layer.down_proj)
-            o, by_o = (plans.o, layer.o_proj), _ahead("o", *gate_up)
-            qkv = self._product(plans.qkv, layer.qkv_proj, normed, ahead=_ahead("qkv", *gate_up))
+            o, o_prefetch = (plans.o, layer.o_proj), _prefetch("o", *gate_up)
+            qkv = self._linear(
+                plans.qkv, layer.qkv_proj, prescaled, prefetch=_prefetch("qkv", *gate_up)
+            )
             attended = self._attend(plans.attention, i, qkv, slots_B, positions_B)
-            x_MD, normed = self._add(*o, attended, x_MD, layer.post_attention_norm, by_o)
-            gated = self._product(*gate_up, normed, ahead=_ahead("gate_up", *down))
+            x_MD, prescaled = self._add(*o, attended, x_MD, layer.post_attention_norm, o_prefetch)
+            gated = self._linear(*gate_up, prescaled, prefetch=_prefetch("gate_up", *down))
             norm = self._decoder.norm if after is None else after.input_norm
-            by_down = None if after is None else _ahead("down", plans.qkv, after.qkv_proj)
-            x_MD, normed = self._add(*down, gated, x_MD, norm, by_down)
-        logits_MV, best_M = self._logits(plans.head, normed)
+            down_prefetch = None if after is None else _prefetch("down", plans.qkv, after.qkv_proj)
+            x_MD, prescaled = self._add(*down, gated, x_MD, norm, down_prefetch)
+        logits_MV, best_M = self._logits(plans.head, prescaled)
         return logits_MV.view(B, T, -1), None if best_M is None else best_M.view(B, T)
 
     def logits(self, x_MD: Tensor) -> Tensor:
         """Logits [M, V] of the residual stream behind the last layer."""
         self._dependent = False
         norm = self._decoder.norm
-        weighted, squares = reference.begin_norm(x_MD, norm.weight)
-        normed = Normed(x=weighted, squares=squares, eps=norm.eps)
-        logits_MV, _ = self._logits(self._plans_for(1, len(x_MD)).head, normed)
+        weighted, squares = reference.norm_epilogue(x_MD, norm.weight)
+        prescaled = PrescaledInput(x=weighted, squares=squares, eps=norm.eps)
+        logits_MV, _ = self._logits(self._plans_for(1, len(x_MD)).head, prescaled)
         return logits_MV
 
     def _plans_for(self, B: int, T: int) -> _Plans:
@@ -146,24 +155,27 @@ class FusedForward:
             plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
             # Those of slots and sampler too, so that all are compiled at once.
-            ends = [step.look_up_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
+            ends = [step.ngram_draft_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
             if not self._shared:
                 ends += [step.argmax_kernel(), sample_kernel()]
             elif self._peers is not None:
-                ends += [step.sum_kernel(self._peers.sums.ranks), step.argmax_of_ranks_kernel()]
+                ends += [
+                    step.all_reduce_kernel(self._peers.sums.ranks),
+                    step.argmax_over_ranks_kernel(),
+                ]
             else:
                 ends += [step.add_kernel()]
             self._launcher.load((*plans.kernels, embed, *ends))
             self._plans[B, T] = plans
         return self._plans[B, T]
 
-    def _embed(self, ids_M: Tensor, norm: RMSNorm) -> tuple[Tensor, Normed]:
+    def _embed(self, ids_M: Tensor, norm: RMSNorm) -> tuple[Tensor, PrescaledInput]:
         embedding = self._decoder.embedding
         assert embedding.table is not None, "no table was assigned"
         x_MD = ids_M.new_empty(len(ids_M), embedding.k, dtype=torch.bfloat16)
-        onward = _onward_to(norm, x_MD)
-        self._launch(step.embed(ids_M, embedding.table, embedding.scale, x_MD, onward))
-        return x_MD, onward.normed
+        norm_epilogue = _norm_epilogue(norm, x_MD)
+        self._launch(step.embed(ids_M, embedding.table, embedding.scale, x_MD, norm_epilogue))
+        return x_MD, norm_epilogue.prescaled
 
     def _attend(
         self, plan: AttentionPlan, i: int, qkv: Tensor, slots_B: Tensor, positions_B: Tensor
@@ -197,71 +209,72 @@ class FusedForward:
         x_MK: Tensor,
         onto_MD: Tensor,
         norm: RMSNorm,
-        ahead: Ahead | None = None,
-    ) -> tuple[Tensor, Normed]:
-        """The residual stream and a product, in the stream's place, on its way to a norm."""
-        onward = _onward_to(norm, onto_MD)
+        prefetch: Prefetch | None = None,
+    ) -> tuple[Tensor, PrescaledInput]:
+        """Adds a projection to the residual stream, in place, with the norm epilogue."""
+        norm_epilogue = _norm_epilogue(norm, onto_MD)
         if not self._shared:
-            self._product(plans, linear, x_MK, onto=onto_MD, onward=onward, ahead=ahead)
-            return onto_MD, onward.normed
-        part_MD = self._product(plans, linear, x_MK, ahead=ahead)
+            self._linear(
+                plans, linear, x_MK, onto=onto_MD, norm_epilogue=norm_epilogue, prefetch=prefetch
+            )
+            return onto_MD, norm_epilogue.prescaled
+        part_MD = self._linear(plans, linear, x_MK, prefetch=prefetch)
         if self._peers is not None:
-            self._launch(step.sum_ranks(part_MD, onto_MD, onto_MD, onward, self._peers.sums))
+            self._launch(
+                step.all_reduce(part_MD, onto_MD, onto_MD, norm_epilogue, self._peers.sums)
+            )
         else:
             total_MD = self._layers[0].total(part_MD)
             self._dependent = False
-            self._launch(step.add(total_MD, onto_MD, onto_MD, onward))
-        return onto_MD, onward.normed
+            self._launch(step.add(total_MD, onto_MD, onto_MD, norm_epilogue))
+        return onto_MD, norm_epilogue.prescaled
 
-    def _logits(self, plans: _RowPlans, normed: Normed) -> tuple[Tensor, Tensor | None]:
-        x_MD, (_, plan) = normed.x, plans[0]
+    def _logits(self, plans: _RowPlans, prescaled: PrescaledInput) -> tuple[Tensor, Tensor | None]:
+        x_MD, (_, plan) = prescaled.x, plans[0]
         best = (
             x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.float32),
             x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.int32),
         )
-        logits_MV = self._product(plans, self._decoder.head, normed, best=best)
+        logits_MV = self._linear(plans, self._decoder.head, prescaled, best=best)
         best_M = x_MD.new_empty(len(x_MD), dtype=torch.int64)
         if not self._shared:
             self._launch(step.argmax(best, best_M))
         elif self._peers is not None:
             choices, first = self._peers.choices, self._first_id
-            self._launch(step.argmax_of_ranks(best, best_M, choices, first=first))
+            self._launch(step.argmax_over_ranks(best, best_M, choices, first=first))
         else:
             return logits_MV, None
         return logits_MV, best_M
 
-    def _product(
+    def _linear(
         self,
         plans: _RowPlans,
         linear: Linear,
-        x: Tensor | Normed,
+        x: Tensor | PrescaledInput,
         *,
         onto: Tensor | None = None,
-        onward: Onward | None = None,
+        norm_epilogue: NormEpilogue | None = None,
         best: tuple[Tensor, Tensor] | None = None,
-        ahead: Ahead | None = None,
+        prefetch: Prefetch | None = None,
     ) -> Tensor:
-        """A product, added to ``onto`` in its place; of the head, with what is ``best``.
-
-        What is ``ahead`` comes into the L2 cache meanwhile.
-        """
+        """Computes a matrix product, added to ``onto`` in place where that is given."""
         (_, plan) = plans[0]
-        x_MK = x.x if isinstance(x, Normed) else x
+        x_MK = x.x if isinstance(x, PrescaledInput) else x
         y = x_MK.new_empty(len(x_MK), plan.width, dtype=plan.dtype) if onto is None else onto
         for rows, plan in plans:
             call = plan.call(
-                x.rows(rows) if isinstance(x, Normed) else x[rows],
+                x.rows(rows) if isinstance(x, PrescaledInput) else x[rows],
                 y[rows],
                 *linear.packed,
                 bias_N=linear.bias,
                 residual=None if onto is None else onto[rows],
-                onward=None if onward is None else onward.rows(rows),
+                norm_epilogue=None if norm_epilogue is None else norm_epilogue.rows(rows),
                 best=None if best is None else (best[0][rows], best[1][rows]),
                 n_best=max(0, min(self._n_tokens - self._first_id, linear.n)),
-                ahead=ahead,
+                prefetch=prefetch,
             )
             self._launch(call)
-            ahead = None  # once is enough
+            prefetch = None  # the first launch prefetches
         return y
 
     def _launch(self, call: Call) -> None:
@@ -322,16 +335,16 @@ def fused_kernel(linear: Linear) -> Fused:
     return linear.kernel
 
 
-def _ahead(by: Role, plans: _RowPlans, linear: Linear) -> Ahead | None:
-    """What a product has brought into the L2 cache of a later one's weight."""
+def _prefetch(by: Projection, plans: _RowPlans, linear: Linear) -> Prefetch | None:
+    """Plans the prefetch by one projection of a later one's weight."""
     (_, plan), (weight, *_) = plans[0], linear.packed
-    return look_ahead(by, plan, weight)
+    return plan_prefetch(by, plan, weight)
 
 
-def _onward_to(norm: RMSNorm, x_MD: Tensor) -> Onward:
+def _norm_epilogue(norm: RMSNorm, x_MD: Tensor) -> NormEpilogue:
     rows, width = x_MD.shape
-    normed = Normed.empty(rows, width, norm.eps, x_MD.device)
-    return Onward(weight=norm.weight, normed=normed)
+    prescaled = PrescaledInput.empty(rows, width, norm.eps, x_MD.device)
+    return NormEpilogue(weight=norm.weight, prescaled=prescaled)
 
 
 def _attention_plan(
@@ -364,20 +377,20 @@ class _Plans:
     """How every kernel of a step of B sequences with T tokens each is launched."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, limits: Limits, B: int, T: int) -> None:
-        def product(
-            linear: Linear, role: Role, epilogue: Epilogue = "plain", *, norm: bool
+        def plan(
+            linear: Linear, projection: Projection, epilogue: Epilogue = "plain", *, norm: bool
         ) -> _RowPlans:
             form = fused_kernel(linear).form
-            tuning = linear_tuning(form, limits, role)
+            tuning = linear_tuning(form, limits, projection)
             return plan_rows(form, B * T, epilogue, norm=norm, tuning=tuning, limits=limits)
 
         layer, *_ = blocks_of(decoder)
-        self.qkv = product(layer.qkv_proj, "qkv", norm=True)
+        self.qkv = plan(layer.qkv_proj, "qkv", norm=True)
         self.attention = _attention_plan(decoder, cache, limits, B, T)
-        self.o = product(layer.o_proj, "o", norm=False)
-        self.gate_up = product(layer.gate_up_proj, "gate_up", "swiglu", norm=True)
-        self.down = product(layer.down_proj, "down", norm=False)
-        self.head = product(decoder.head, "head", "logits", norm=True)
+        self.o = plan(layer.o_proj, "o", norm=False)
+        self.gate_up = plan(layer.gate_up_proj, "gate_up", "swiglu", norm=True)
+        self.down = plan(layer.down_proj, "down", norm=False)
+        self.head = plan(decoder.head, "head", "logits", norm=True)
 
     @property
     def kernels(self) -> list[Kernel]:

@@ -6,7 +6,7 @@ as plain rows for the occasion, and kernels of our own do what is between the pr
 hundred tokens a GPU takes less time than the host takes to launch all that, so those are captured.
 The decoder (``models.decoder``) is the specification of both.
 
-Shape letters: T tokens of one sequence, D model width, K input features of a product, V vocabulary.
+Shape letters: T tokens of one sequence, D model width, K input features of a GEMM, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hotloop.kernels.cuda import prompt
 from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_kernel
 from hotloop.kernels.cuda.launch import Call, Launcher, PreparedLaunch
 from hotloop.kernels.cuda.packing import Format
-from hotloop.kernels.cuda.prompt import Heads, Product
+from hotloop.kernels.cuda.prompt import GemmOutput, Heads
 from hotloop.models import names
 from hotloop.models.cache import KVCache
 from hotloop.models.config import ModelConfig
@@ -222,7 +222,7 @@ class _Layer:
 
     Attributes:
         input_norm: Adds the previous layer's part to the residual stream, and normalizes that.
-        rotate: Heads from their product; keys and values into the cache.
+        rope: Applies head norms and rope to qkv, and stores keys and values in the cache.
         post_attention_norm: As ``input_norm``, of attention's part.
         swiglu: Of gate_up.
         qkv_proj: Dequantizes the weight, and gives it as [K, N].
@@ -232,7 +232,7 @@ class _Layer:
     """
 
     input_norm: PreparedLaunch
-    rotate: PreparedLaunch
+    rope: PreparedLaunch
     post_attention_norm: PreparedLaunch
     swiglu: PreparedLaunch
     qkv_proj: Callable[[], Tensor]
@@ -292,8 +292,8 @@ class PromptRows:
         else:
             self._run(ids_T, start)
         views, last = self._workspace.views(T), slice(T - 1, T)
-        down = self._product(self._blocks[-1].down_proj, views.part[last])
-        return views.x[last] + down.finished()
+        down = self._reduced(self._blocks[-1].down_proj, views.part[last])
+        return views.x[last] + down.with_scale_and_bias()
 
     def _replay(self, ids_T: Tensor) -> None:
         """Runs a beginning as a captured graph.
@@ -337,7 +337,7 @@ class PromptRows:
         for i, (layer, block) in enumerate(zip(self._layers, self._blocks, strict=True)):
             layer.input_norm(T)
             torch.mm(views.normed, layer.qkv_proj(), out=views.qkv)
-            layer.rotate(T)
+            layer.rope(T)
             torch.mm(self._attend(i, T, start), layer.o_proj(), out=views.part)
             self._sum(block.o_proj, views.part)
             layer.post_attention_norm(T)
@@ -347,14 +347,14 @@ class PromptRows:
             self._sum(block.down_proj, views.part)
 
     def _sum(self, linear: Linear, part_TD: Tensor) -> None:
-        """Sums a product over ranks, where there are several, in its place."""
+        """Sums a GEMM's output over ranks, where there are several, in place."""
         if self._shared:
-            finished = _unfinished(linear, part_TD).finished()
-            part_TD.copy_(self._blocks[0].total(finished))
+            y_TD = _gemm_output(linear, part_TD).with_scale_and_bias()
+            part_TD.copy_(self._blocks[0].total(y_TD))
 
-    def _product(self, linear: Linear, y: Tensor) -> Product:
-        """What ``_sum`` left: of several ranks, scales and biases are in it."""
-        return Product(y=y) if self._shared else _unfinished(linear, y)
+    def _reduced(self, linear: Linear, y: Tensor) -> GemmOutput:
+        """Returns the output that ``_sum`` left: over several ranks it includes scale and bias."""
+        return GemmOutput(y=y) if self._shared else _gemm_output(linear, y)
 
     def _attend(self, i: int, T: int, start: int) -> Tensor:
         """The result of attention [T, H * E].
@@ -426,13 +426,13 @@ class PromptRows:
         views, last = self._workspace.views(self._workspace.rows), None
         layers = []
         for i, block in enumerate(self._blocks):
-            added = None if last is None else self._product(last.down_proj, views.part)
-            attended = self._product(block.o_proj, views.part)
-            gate_up = _unfinished(block.gate_up_proj, views.gate_up)
+            added = None if last is None else self._reduced(last.down_proj, views.part)
+            attended = self._reduced(block.o_proj, views.part)
+            gate_up = _gemm_output(block.gate_up_proj, views.gate_up)
             layers.append(
                 _Layer(
                     self._add_norm(views, added, block.input_norm),
-                    self._rotate(i, views),
+                    self._rope(i, views),
                     self._add_norm(views, attended, block.post_attention_norm),
                     self._prepared(prompt.swiglu(gate_up, views.gated)),
                     *(self._dequantize(getattr(block, name)) for name in names.LINEAR_PARTS),
@@ -441,23 +441,21 @@ class PromptRows:
             last = block
         return layers
 
-    def _add_norm(self, views: _Views, product: Product | None, norm: RMSNorm) -> PreparedLaunch:
-        total = None if product is None else views.x
+    def _add_norm(self, views: _Views, gemm: GemmOutput | None, norm: RMSNorm) -> PreparedLaunch:
+        total = None if gemm is None else views.x
         return self._prepared(
-            prompt.add_norm(
-                views.x, norm.weight, norm.eps, views.normed, product=product, sum_MK=total
-            )
+            prompt.add_norm(views.x, norm.weight, norm.eps, views.normed, gemm=gemm, sum_MK=total)
         )
 
-    def _rotate(self, i: int, views: _Views) -> PreparedLaunch:
+    def _rope(self, i: int, views: _Views) -> PreparedLaunch:
         decoder, block = self._decoder, self._blocks[i]
         norms, eps = {}, 0.0
         if block.q_norm is not None and block.k_norm is not None:
             norms = {"q_norm_E": block.q_norm.weight, "k_norm_E": block.k_norm.weight}
             eps = block.q_norm.eps
         return self._prepared(
-            prompt.rotate(
-                _unfinished(block.qkv_proj, views.qkv),
+            prompt.rope(
+                _gemm_output(block.qkv_proj, views.qkv),
                 Heads(q=views.q, k=views.k, v=views.v),
                 *self._cache.layer(i),
                 self._slot,
@@ -484,10 +482,10 @@ class PromptRows:
         return self._launcher.prepare(call, dependent=False)
 
 
-def _unfinished(linear: Linear, y: Tensor) -> Product:
-    """A product as it comes: an eight-bit weight's scales and the bias are not applied yet."""
+def _gemm_output(linear: Linear, y: Tensor) -> GemmOutput:
+    """Returns a GEMM's output with the weight's scale and bias, which remain to be applied."""
     _, *scale_N = linear.packed
-    return Product(y=y, scale=scale_N[0] if scale_N else None, bias=linear.bias)
+    return GemmOutput(y=y, scale=scale_N[0] if scale_N else None, bias=linear.bias)
 
 
 def _positions(slots_SJCE: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class Runner:
             models = [self._model, *([self._draft_model] if self._draft_model else [])]
             kernels = {name for model in models for name in model.kernels().values()}
             ours = all(name.endswith("/cpu") for name in kernels)
-            self._step_threads = cpu.threads_to_ourselves if ours else nullcontext
+            self._step_threads = cpu.single_threaded_torch if ours else nullcontext
         with working_on(device, "warmup"):
             for model in models:
                 model.get_ready()

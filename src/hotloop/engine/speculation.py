@@ -24,7 +24,7 @@ from torch import Tensor
 from hotloop.engine.execution import Drafter, Forward, Slots, StepTimes
 from hotloop.engine.sampling import Features, Sampler
 from hotloop.kernels.cuda.launch import Launcher
-from hotloop.kernels.cuda.step import look_up
+from hotloop.kernels.cuda.step import ngram_draft
 from hotloop.parallel.collectives import Group
 
 
@@ -46,7 +46,7 @@ class NgramDrafter(Drafter):
         """See ``Drafter``."""
         if self.launcher is not None:
             drafts_BD = self.slots.history.new_empty(n, k)
-            call = look_up(self.slots.history, self.slots.positions, drafts_BD)
+            call = ngram_draft(self.slots.history, self.slots.positions, drafts_BD)
             self.launcher.prepare(call, dependent=False)()  # on what torch did before
             return drafts_BD
         history_BC = self.slots.history[:n, :length]

@@ -1,1 +1,1 @@
-"""The arithmetic: a plain-torch reference for every kernel, and the faster ones."""
+"""Kernels: a plain-torch reference for each of them, and faster implementations."""

@@ -1,7 +1,7 @@
-"""Attention over the cache: which implementation to take.
+"""Attention over the KV cache: the implementations, and the choice among them.
 
-Every implementation has the signature of ``reference.attention`` and a ``length`` that exceeds
-every position, so that it need not read the unused end of the cache.
+Every implementation has the signature of ``reference.attention`` and a ``length``, which is greater
+than every position, so that the unused end of the cache is not read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hotloop.kernels import cpu, reference
 
 
 class Attention(Protocol):
-    """Attention of new tokens to the caches, which already hold their keys and values."""
+    """Attention of new tokens over the caches, which already hold their keys and values."""
 
     def __call__(
         self,
@@ -42,13 +42,13 @@ def torch_attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """PyTorch's own, over the first ``length`` positions."""
+    """Computes attention over the first ``length`` positions by PyTorch's own kernel."""
     keys, values = k_cache_BJCE[:, :, :length], v_cache_BJCE[:, :, :length]
     return reference.attention(q_BTHE, keys, values, positions_BT, window=window, scale=scale)
 
 
 MAX_TOKENS = 64
-"""Tokens of each sequence up to which our kernel is used; PyTorch's is made for many."""
+"""The most tokens per sequence for which our kernel is used; PyTorch's is faster for more."""
 
 
 def cpu_attention(
@@ -61,7 +61,7 @@ def cpu_attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Our own kernel for a few tokens of each sequence; it reads no more than each needs."""
+    """Computes decode attention by our own kernel, which reads only the visible positions."""
     if q_BTHE.shape[1] > MAX_TOKENS:
         return torch_attention(
             q_BTHE,
@@ -78,7 +78,11 @@ def cpu_attention(
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, Attention, list[str]]:
-    """The fastest for a device: its name for records, itself, and why faster ones were passed."""
+    """Chooses the fastest implementation for a device.
+
+    Returns:
+        Its name for records, the implementation, and why faster ones cannot be used.
+    """
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return "torch", torch_attention, []
     if reason := cpu.unavailable_reason():

@@ -201,7 +201,7 @@ class Int4Cpu(Int4Torch):
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         assert scale is not None, "int4 needs its scales"
         scales = [scale] if offset is None else [scale, offset]
-        return [cpu.pack_int4(values), *map(cpu.side_by_side, scales)]
+        return [cpu.pack_int4(values), *map(cpu.interleave_features, scales)]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return torch.ops.hotloop_cpu.linear_int4(x_MK, *_with_offset(packed))

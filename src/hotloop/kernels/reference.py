@@ -1,7 +1,7 @@
-"""The arithmetic, in plain PyTorch: the specification of every kernel, and its fallback.
+"""Plain-PyTorch implementations: the specification of every kernel, and its fallback.
 
-Written to be read, and so that torch.compile fuses it well. Every faster kernel is tested against
-its twin here; where no faster one exists, this is what runs.
+They are written to be read, and so that torch.compile fuses them well. Every faster kernel is
+tested against its twin here, which runs where no faster one can.
 
 Shape letters: B sequences, T tokens of each, M = B * T rows, D model width, N output features,
 K input features, G groups along K; H query heads, J key/value heads, E head dimension, C cache
@@ -16,10 +16,9 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, computed in float32 (Zhang & Sennrich 2019).
+    """Applies RMS norm to the last dimension, in float32 (Zhang & Sennrich 2019).
 
-    The normalized value is rounded to ``x``'s type before the weight is applied, as the models
-    were trained.
+    The normalized value is rounded to ``x``'s type before the weight is applied, as in training.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -27,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_rope(x_BTHE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
-    """Rotary position embedding on halves: dimension i turns with i + E/2 (Su et al. 2021).
+    """Applies rope (rotary position embedding) to pairs of dimensions i, i + E/2 (Su et al. 2021).
 
     ``cos`` and ``sin`` are float32; the rotation is computed in float32 and rounded once.
     """
@@ -38,12 +37,12 @@ def apply_rope(x_BTHE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """SiLU of the first half times the second half: [..., 2F] to [..., F] (Shazeer 2020)."""
+    """Multiplies SiLU of the first half by the second: [..., 2F] to [..., F] (Shazeer 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    product = F.silu(gate) * up
-    # As it is: but this makes torch.compile write it down here, once, rather than compute it again
-    # in every row of the product that follows.
-    return product.as_strided(product.size(), product.stride())
+    gated = F.silu(gate) * up
+    # as_strided changes nothing, but makes torch.compile store the result here, once, instead of
+    # recomputing it for every output feature of the matrix product that follows.
+    return gated.as_strided(gated.size(), gated.stride())
 
 
 def attention(
@@ -55,7 +54,7 @@ def attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Attention of new tokens to the cache, which already holds their own keys and values.
+    """Computes attention of new tokens over the cache, which already holds their keys and values.
 
     A token at position p sees cache positions p - window + 1 … p (all up to p without a window).
     Query heads that share a key/value head are stacked as rows, so nothing is repeated in memory.
@@ -77,9 +76,9 @@ def attention(
 
 
 def linear_channelwise(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Product with int8 or fp8 weights: the scale of each output channel is for the result.
+    """Multiplies by int8 or fp8 weights, and the result by the scale of each output channel.
 
-    In float16 it is applied to the weight: sums of products with integers would leave its range.
+    In float16 the scale is applied to the weight first: unscaled sums would overflow.
     """
     if x_MK.dtype == torch.float16:
         return F.linear(x_MK, (values_NK.float() * scale_N[:, None]).half())
@@ -90,19 +89,20 @@ def pack_int4(values_NK: Tensor, group_size: int) -> Tensor:
     """Packs int8 values -8…7 into int16 [N, K/4].
 
     A group is group_size / 4 words; word j holds values j, j + group_size/4, j + group_size/2 and
-    j + 3 * group_size/4, each plus 8, from the lowest nibble up: four consecutive runs of a group
-    come apart with one shift and one mask each.
+    j + 3 * group_size/4, each plus 8, from the lowest nibble up. So one shift and one mask unpack
+    each of the four consecutive quarters of a group.
     """
     n, k = values_NK.shape
     words = values_NK.new_zeros(n, k // group_size, group_size // 4, dtype=torch.int16)
-    # A quarter at a time: the weight can be large, and this is on the way of loading it.
-    for i, run in enumerate(values_NK.view(n, -1, 4, group_size // 4).unbind(2)):
-        words |= (run + 8).to(torch.int16) << 4 * i  # unsigned words: the top bit is int16's sign
+    # A quarter at a time, to save memory: the weight can be large.
+    for i, quarter in enumerate(values_NK.view(n, -1, 4, group_size // 4).unbind(2)):
+        # Words are unsigned; their top bit is the sign of int16.
+        words |= (quarter + 8).to(torch.int16) << 4 * i
     return words.view(n, k // 4)
 
 
 def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
-    """The inverse of ``pack_int4``: int8 [N, K] in -8…7."""
+    """Inverts ``pack_int4``: returns int8 [N, K] in -8…7."""
     n = packed.shape[0]
     words = packed.view(n, -1, 1, group_size // 4)
     shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16).view(4, 1)
@@ -113,7 +113,7 @@ def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
 def dequantize_int4(
     packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The [N, K] weight that a packed one stands for, rounded once to ``dtype``."""
+    """Dequantizes a packed weight to [N, K], rounded once to ``dtype``."""
     n, groups = scale_NG.shape
     values = unpack_int4(packed, packed.shape[1] * 4 // groups).view(n, groups, -1)
     weight = values.float() * scale_NG.float()[:, :, None]
@@ -123,7 +123,7 @@ def dequantize_int4(
 
 
 def linear_int4(x_MK: Tensor, packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None) -> Tensor:
-    """Product with packed int4 weights."""
+    """Multiplies by packed int4 weights."""
     return F.linear(x_MK, dequantize_int4(packed, scale_NG, offset_NG, x_MK.dtype))
 
 
@@ -138,19 +138,19 @@ def fused_linear(
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Product with all that surrounds it in a decoder: rest of a norm, bias, SwiGLU, residual.
+    """Computes a matrix product with its epilogue: 1 / rms of a norm, bias, SwiGLU, residual.
 
-    Nothing is rounded between reading ``x`` and the result.
+    Nothing is rounded before the result.
 
     Args:
-        x_MK: Activations; with a norm, as ``begin_norm`` gives them.
+        x_MK: Activations, or the prescaled input that ``norm_epilogue`` returns.
         weight_NK: Floating point.
-        squares: Of a norm, as ``begin_norm`` gives them, or None: the factor that a row of the
-            norm has in common is applied to the sums.
+        squares: With a prescaled input, its partial sums of squares: each row of the product is
+            multiplied by 1 / rms. Else None.
         eps: Of the norm.
         bias: [N], or None.
-        paired: The weight is gate and up features, one below the other: their SwiGLU is taken.
-        residual: Like the result, which is added to it; or None.
+        paired: The weight is gate features followed by up features, and the result their SwiGLU.
+        residual: Added; shaped like the result, or None.
         dtype: Of the result.
 
     Returns:
@@ -169,17 +169,19 @@ def fused_linear(
     return y.to(dtype)
 
 
-def begin_norm(x_MK: Tensor, weight_K: Tensor, part: int = 16) -> tuple[Tensor, Tensor]:
-    """Of a root-mean-square norm, what can be done before a whole row is known.
+def norm_epilogue(x_MK: Tensor, weight_K: Tensor, part: int = 16) -> tuple[Tensor, Tensor]:
+    """Computes the part of an RMS norm that does not need a whole row.
+
+    The matrix product that follows completes the norm (``squares`` of ``fused_linear``).
 
     Args:
         x_MK: The norm's input.
         weight_K: Its weight.
-        part: How many squares are added up together.
+        part: The number of squares in a partial sum.
 
     Returns:
-        [M, K], the input times the weight, rounded to the input's type; and float32
-        [M, K / part rounded up], what squares of the input add up to.
+        The prescaled input [M, K], which is the input times the weight, rounded to the input's
+        type; and partial sums of the input's squares, float32 [M, K / part rounded up].
     """
     squares = F.pad(x_MK.float().square(), (0, -x_MK.shape[-1] % part))
     return x_MK * weight_K, squares.unflatten(-1, (-1, part)).sum(-1)
@@ -199,21 +201,21 @@ def fused_attention(
     eps: float = 0.0,
     window: int | None = None,
 ) -> Tensor:
-    """Attention with all that surrounds it: head norms, rotation, storing new keys and values.
+    """Computes attention with its surroundings: head norms, rope, storing new keys and values.
 
     Args:
         qkv: [B * T, (H + 2J) * E]: queries, keys and values of T new tokens of each sequence.
         keys_BJCE: The cache, written at the new tokens' positions. A token beyond its end is not
-            stored, and sees what the last one sees.
+            stored, and is treated as if it were at the last position.
         values_BJCE: Likewise.
         positions_B: Position of each sequence's first new token; the others follow it.
-        cos_CE: Rotation, float32.
-        sin_CE: Rotation, float32.
+        cos_CE: Cosines of rope, float32.
+        sin_CE: Sines of rope, float32.
         n_heads: H.
-        q_norm: [E] of a root-mean-square norm of each query head, or None.
-        k_norm: [E] of one of each key head, or None.
+        q_norm: [E], weight of the RMS norm of query heads, or None.
+        k_norm: [E], weight of the RMS norm of key heads, or None.
         eps: Of those norms.
-        window: Positions that a token sees, itself included, or None for all.
+        window: The number of positions that a token sees, itself included, or None for all.
 
     Returns:
         [B * T, H * E].
@@ -237,9 +239,9 @@ def fused_attention(
 
 
 def embed(ids: Tensor, table_VK: Tensor, scale_V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows of a table, [..., K]; of an int8 one with a scale per row, as they are worth.
+    """Looks up rows of a table, [..., K]; dequantizes those of an int8 table by their scales.
 
-    Ids that are not of the table look up its first or last row.
+    Ids outside the table are clamped to it.
     """
     ids = ids.clamp(0, len(table_VK) - 1)
     rows = F.embedding(ids, table_VK)
@@ -247,7 +249,7 @@ def embed(ids: Tensor, table_VK: Tensor, scale_V: Tensor | None, dtype: torch.dt
 
 
 def argmax(logits_MV: Tensor) -> Tensor:
-    """Where each row is largest, [M]: of equal ones the first; -1 where that is not finite."""
+    """Returns the argmax of each row, [M]: the first of equals; -1 where that is not finite."""
     largest = logits_MV.amax(-1, keepdim=True)  # NaN where anything is
     first = (logits_MV == largest).int().argmax(-1)
     return first.where(largest[..., 0].abs() < torch.inf, -1)

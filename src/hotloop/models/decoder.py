@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hotloop.kernels import between
+from hotloop.kernels import pointwise
 from hotloop.kernels.attention import Attention
 from hotloop.models.cache import KVCache, write
 from hotloop.models.config import ModelConfig
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same."""
-        return between.rms_norm(x, self.weight, self.eps)
+        return pointwise.rms_norm(x, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -97,8 +97,8 @@ class Block(nn.Module):
         q, k, v = qkv.split(self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = between.apply_rope(q, cos_BTE, sin_BTE)
-        k = between.apply_rope(k, cos_BTE, sin_BTE)
+        q = pointwise.apply_rope(q, cos_BTE, sin_BTE)
+        k = pointwise.apply_rope(k, cos_BTE, sin_BTE)
         write(keys_SJCE, slots_B, positions_BT, k)
         write(values_SJCE, slots_B, positions_BT, v)
         here = slice(first_slot, first_slot + B)
@@ -113,7 +113,7 @@ class Block(nn.Module):
         )
         x_BTD = x_BTD + self.total(self.o_proj(attended.reshape(B, T, -1)))
         gate_up = self.gate_up_proj(self.post_attention_norm(x_BTD))
-        return x_BTD + self.total(self.down_proj(between.swiglu(gate_up)))
+        return x_BTD + self.total(self.down_proj(pointwise.swiglu(gate_up)))
 
 
 def _itself(x: Tensor) -> Tensor:

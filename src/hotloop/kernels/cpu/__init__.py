@@ -1,11 +1,10 @@
-"""Our decode kernels for CPUs: C++ compiled on the user's machine, registered as torch operators.
+"""Decode kernels for CPUs: C++ compiled on the user's machine, and registered as torch operators.
 
-They need a C++20 compiler, as torch.compile itself does on a CPU. Built once per source, compiler,
-instruction set and torch version, in a few seconds, and kept in the user's cache directory. Where
-they cannot be built, ``unavailable_reason`` says why, and other kernels are chosen instead.
+They need a C++20 compiler, as torch.compile does on a CPU. They are built in a few seconds, once
+per source, compiler, instruction set and torch version, and cached in the user's cache directory.
+Where they cannot be built, ``unavailable_reason`` returns why, and other kernels are used.
 
-The operators are ``torch.ops.hotloop_cpu.{linear_bf16, linear_int8, linear_int4,
-decode_attention}``; ``kernels.reference`` specifies them.
+The operators are ``torch.ops.hotloop_cpu.*``; ``kernels.reference`` specifies them.
 """
 
 from __future__ import annotations
@@ -40,41 +39,41 @@ FLAGS = (
 )
 
 SLOWER = "decoding is several times slower"
-"""What it means that the operators cannot be used."""
+"""The consequence where the operators cannot be used, for messages."""
 
 INT4_FEATURES = 16
-"""Output features whose int4 weights ``linear_int4`` reads side by side."""
+"""Output features whose int4 weights ``linear_int4`` reads together."""
 
 _NIBBLES = (0, 16, 4, 20, 8, 24, 12, 28)
 """The bit of a word at which each of its eight weights begins."""
 
 
 def pack_int4(values_NK: Tensor) -> Tensor:
-    """Packs int8 values -8…7 as ``linear_int4`` reads them: int32 [N/16, K/8, 16].
+    """Packs int8 values -8…7 in the order of ``linear_int4``: int32 [N/16, K/8, 16].
 
     A word holds eight consecutive weights of one output feature, each plus 8: even ones in its low
     half, odd ones in its high half, from the lowest nibble up.
     """
     n, k = values_NK.shape
     words = values_NK.new_zeros(n, k // 8, dtype=torch.int32)
-    # An eighth at a time: the weight can be large, and this is on the way of loading it.
+    # An eighth at a time, to save memory: the weight can be large.
     for i, bit in enumerate(_NIBBLES):
         words |= (values_NK[:, i::8] + 8).to(torch.int32) << bit
-    return side_by_side(words)
+    return interleave_features(words)
 
 
-def side_by_side(rows_NX: Tensor) -> Tensor:
-    """The order in which ``linear_int4`` reads words, scales and offsets: [N/16, X, 16]."""
+def interleave_features(rows_NX: Tensor) -> Tensor:
+    """Arranges words, scales or offsets [N, X] in the order of ``linear_int4``: [N/16, X, 16]."""
     return rows_NX.unflatten(0, (-1, INT4_FEATURES)).transpose(1, 2).contiguous()
 
 
 @contextlib.contextmanager
-def threads_to_ourselves() -> Iterator[None]:
-    """Keeps PyTorch's own operators on the calling thread; ours use as many as before.
+def single_threaded_torch() -> Iterator[None]:
+    """Runs PyTorch's own operators on the calling thread; ours use as many threads as before.
 
-    OpenMP's threads, which PyTorch uses, are made for a machine that does nothing else: a loop of
-    theirs takes as long as the thread that gets least of a processor, and they spin for many
-    milliseconds afterwards, in the way of the caller and of ours.
+    PyTorch uses OpenMP's threads, which assume an otherwise idle machine: a parallel loop lasts as
+    long as its slowest thread, and afterwards the threads spin for many milliseconds, which takes
+    processors from the caller and from our threads.
     """
     torch.ops.hotloop_cpu.keep_threads(True)
     try:
@@ -85,7 +84,7 @@ def threads_to_ourselves() -> Iterator[None]:
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why the operators cannot be used, or None when they are loaded and ready."""
+    """Loads the operators; returns why they cannot be used, or None if they can."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return f"no C++ compiler found, so {SLOWER} (install g++, or set CXX)"
@@ -93,19 +92,19 @@ def unavailable_reason() -> str | None:
         torch.ops.load_library(_build(compiler))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        said = detail.strip()[-500:]
-        return f"building the CPU kernels with {compiler} failed, so {SLOWER}: {said}"
+        end = detail.strip()[-500:]
+        return f"building the CPU kernels with {compiler} failed, so {SLOWER}: {end}"
     _register_shapes()
     return None
 
 
 def _build(compiler: str) -> Path:
-    """The shared library, compiled unless the very same one is in the cache."""
+    """Builds the shared library, unless it is in the cache; returns its path."""
     torch_dir = Path(torch.__file__).parent
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=30
     ).stdout
-    # -march=native means another library on another processor that shares the home directory.
+    # -march=native: processors that share a home directory may need different libraries.
     sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
     identity = (*sources, version, torch.__version__, _processor(), *FLAGS)
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
@@ -131,7 +130,7 @@ def _build(compiler: str) -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Identifies the processor, on which -march=native depends."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor()
@@ -140,7 +139,7 @@ def _processor() -> str:
 
 
 def _register_shapes() -> None:
-    """Tells torch.compile the shape of each operator's result."""
+    """Registers the shape of each operator's result for torch.compile."""
 
     def linear(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0])

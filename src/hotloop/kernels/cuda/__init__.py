@@ -1,9 +1,9 @@
-"""Our decode kernels for NVIDIA GPUs: CUDA C++, compiled by NVRTC, launched through cuda-bindings.
+"""Kernels for NVIDIA GPUs: CUDA C++, compiled by NVRTC, launched through cuda-bindings.
 
-``*.cu`` hold the arithmetic, ``packing`` arranges weights as it is read, ``linear``, ``attention``,
-``step`` and ``sample`` say how each kernel is launched for given shapes (``Call``), ``compile``
-makes machine code of it, ``launch`` runs it. Everything up to ``launch`` works, and is tested,
-without a GPU.
+The ``*.cu`` files hold the kernels. ``packing`` arranges weights in the order of reading.
+``linear``, ``attention``, ``step``, ``sample``, ``prompt`` and ``dequantize`` determine the launch
+of a kernel for given shapes (``Call``), and ``tuning`` its parameters. ``compile`` compiles it and
+``launch`` launches it. Everything but ``launch`` works, and is tested, without a GPU.
 
-``kernels.reference`` specifies every kernel but ``sample``'s, which ``engine.sampling`` does.
+``kernels.reference`` specifies every kernel but ``sample.cu``, which ``engine.sampling`` specifies.
 """

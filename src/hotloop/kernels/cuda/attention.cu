@@ -1,26 +1,28 @@
-// Attention of a few new tokens of each sequence over the cache, straight from the product that
-// made their queries, keys and values: norms of query and key heads, rotation, storing the new keys
-// and values, scores, softmax, sum.
+// Decode attention of a few new tokens of each sequence over the cache, with all that surrounds it:
+// norms of query and key heads, rope, storing the new keys and values, and attention by online
+// softmax. The input is the result of the qkv product.
 //
-// A block serves eight or sixteen rows (query heads that share a key/value head, times new tokens)
-// of one sequence, over one chunk of its history; blocks beyond the end of a history leave at once,
-// and whichever of the others comes last merges what they found, in the order of chunks. Each warp
-// takes every so many-th step of 16 positions.
+// The keys of a sequence are split into chunks, one per block, as in flash-decoding. A block serves
+// one or two octets of rows (query heads that share a key/value head, times new tokens) of one
+// sequence; blocks beyond the end of a sequence return at once, and the last of the others to
+// finish merges their partial results in the order of chunks. Within a chunk the warps take tiles
+// of 16 positions in turn.
 //
-// The history was written before the step began, so it is read before waiting for the product: up
-// to what a warp's ring holds into shared memory, some more into the L2 cache. The next kernel may
-// begin only when the product has ended: what it asks for would come before the new tokens.
+// The history (the positions before the new tokens) was written before the decode step began, so it
+// is loaded before the wait for the qkv product: as many tiles as a warp's ring holds into shared
+// memory, and a few more into L2. The next kernel may start only when the qkv product has ended:
+// its loads would otherwise be served before those of the new tokens.
 //
-// The more a token sees the longer its chunks are, so that a long history has as many as there are
-// multiprocessors for. Where new tokens are on both sides of a place from which on chunks are longer,
-// some blocks serve the first of them, others the rest.
+// Chunks grow with the number of positions that a token sees, so that a long sequence has as many
+// chunks as fill the multiprocessors. Where the new tokens straddle a position at which chunks
+// become longer, some blocks serve the tokens before it, others the rest.
 //
-// Bits: which chunk, warp and step a position belongs to is decided by the position and the token's
-// own, and what a token does not see adds zeros; so a token's result has the same bits however many
-// new tokens come with it, and however long the cache is.
+// Determinism: the chunk, warp and tile of a position depend on that position and on the token's
+// own alone, and positions that a token does not see add zeros. So a token's result has the same
+// bits whatever the number of new tokens and the length of the cache.
 //
 // Letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache positions,
-// E head dimension, S slots. g = lane / 4 and t = lane % 4 are a lane's place in fragments.
+// E head dimension, S slots. g = lane / 4 and t = lane % 4 locate a lane in the fragments of mma.
 
 #include "pointwise.cuh"
 
@@ -31,58 +33,59 @@ struct AttentionArgs {
   const bf16* q_norm;        // [E], or null
   const bf16* k_norm;
   const int64_t* positions;  // [B]: of each sequence's first new token; the others follow it
-  const int64_t* slots;      // [B]: whose place in the cache each sequence has
+  const int64_t* slots;      // [B]: the slot of each sequence in the cache
   bf16* keys;                // [S, J, C, E]
   bf16* values;
   bf16* out;                 // [B * T, H * E]
-  float* partial;            // workspace of chunks, see is_last_block
-  uint32_t* counters;        // zeros, two per group of blocks that share a history
+  float* partial;            // workspace: partial results of chunks, see chunk_partial
+  uint32_t* counters;        // zeros, two per group of blocks that are merged
   int tokens, heads, kv_heads, capacity;
   int window;                // 0 for none
-  int chunks;                // that a long history has
-  int least_chunk;           // positions of a chunk at least, whole steps
+  int chunks;                // of a long sequence
+  int min_chunk;             // the fewest positions of a chunk, whole tiles
   float scale;               // of scores, times log2(e)
   float eps;                 // of the norms
 };
 
-constexpr int kStep = 16;     // positions that a warp takes at once
-constexpr int kForeseen = 2;  // steps of a warp that come into the L2 cache ahead of time
+constexpr int kTile = 16;            // positions of a tile
+constexpr int kPrefetchedTiles = 2;  // tiles of a warp that are prefetched into L2
 
-// kColumns: groups of eight rows. kStages: steps that a warp's ring holds.
-template <int kE, int kWarps, int kColumns, int kStages>
+// kOctets: octets of rows. kStages: tiles that a warp's ring holds.
+template <int kE, int kWarps, int kOctets, int kStages>
 struct Attention {
   static_assert(kE % 32 == 0, "fragments take 32 dimensions at a time");
-  static constexpr int kBlocks = kE / 32;        // of the head dimension, in scores
-  static constexpr int kQuads = (kE + 63) / 64;  // of 64 dimensions, in sums
-  static constexpr int kRows = 8 * kColumns;
-  static constexpr int kTurn = kStep * kWarps;  // positions of a step of all warps
+  static constexpr int kSlices = kE / 32;        // of 32 dimensions, in q k^T
+  static constexpr int kQuads = (kE + 63) / 64;  // of 64 dimensions, in the sum of values
+  static constexpr int kRows = 8 * kOctets;
+  static constexpr int kBlockTile = kTile * kWarps;  // positions of a tile per warp
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kHalf = kE / 2;
-  static constexpr int kChunks = kE / 8;  // of 16 bytes, of a row
-  static constexpr int kFours = kE / 4;   // sums of a row, four at a time
+  static constexpr int kVectors = kE / 8;  // 16-byte vectors of a head
+  static constexpr int kFloat4s = kE / 4;  // float4s of a row's result
 
   const AttentionArgs& args;
   const int thread, lane, warp, g, t;
   const int j, row_block, b, row_blocks;
   const int group;             // query heads of a key/value head
   const int n_rows, n_here;    // rows in all; of this block
-  const int position, begin;   // of the first new token; the first position seen
-  int first_token, end_token;  // new tokens that this block serves: their chunks are of one length
-  int end;                     // one past the last position that they see
-  int length;                  // of chunks
-  int first_chunk, n_chunks;   // those that hold something to be seen
-  int first_block, chunk;      // of blocks that serve these tokens; this block's among the chunks
+  const int position, begin;   // of the first new token; the first position that is visible to it
+  int first_token, end_token;  // new tokens that this block serves, whose chunks have one length
+  int end;                     // one past the last position that is visible to them
+  int length;                  // positions of a chunk
+  int first_chunk, n_chunks;   // chunks with visible positions
+  int first_block, chunk;      // the first block that serves these tokens; this block's chunk
   bf16 *keys, *values;         // of this sequence and head
 
   // Shared memory.
   bf16 *new_q, *new_k, *new_v;  // [kRows, E], [T, E], [T, E]
-  float* turns;                 // [T, 2, E / 2]: cosines and sines of the new tokens
-  int *row_token, *row_head;    // [kRows]: which new token and query head a row is
-  uint64_t* arrived;            // [kStages], of this warp: the copy is there
+  float* rope;                  // [T, 2, E / 2]: cosines and sines of the new tokens
+  int *row_token, *row_head;    // [kRows]: the new token and the query head of a row
+  uint64_t* full;               // [kStages], of this warp: barrier: the copy has arrived
   uint32_t* flag;
-  bf16* ring;                   // [kStages, 2, kStep, E], of this warp: keys and values
-  // In the rings' place: [kWarps, kRows, E] (see place_of), [kWarps, kRows]; see also join_shares.
-  float *found, *found_max, *found_sum;
+  bf16* ring;                   // [kStages, 2, kTile, E], of this warp: keys and values
+  // The warps' partial results, in the rings' memory: [kWarps, kRows, E] (see swizzled), and
+  // [kWarps, kRows] each. merge_chunks uses that memory too.
+  float *partial_out, *partial_max, *partial_exp_sum;
 
   __device__ __forceinline__ Attention(const AttentionArgs& a, int of_thread, int x, int y, int z)
       : args(a), thread(of_thread), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
@@ -92,7 +95,7 @@ struct Attention {
         n_here(min(kRows, n_rows - row_block * kRows)),
         position(static_cast<int>(a.positions[b])),
         begin(a.window > 0 ? max(position - a.window + 1, 0) : 0) {
-    find_part(z);
+    assign_chunk(z);
     const int64_t head = (a.slots[b] * a.kv_heads + j) * a.capacity * kE;
     keys = a.keys + head;
     values = a.values + head;
@@ -100,33 +103,33 @@ struct Attention {
     new_q = reinterpret_cast<bf16*>(memory);
     new_k = new_q + kRows * kE;
     new_v = new_k + a.tokens * kE;
-    turns = reinterpret_cast<float*>(new_v + a.tokens * kE);
-    row_token = reinterpret_cast<int*>(turns + a.tokens * kE);
+    rope = reinterpret_cast<float*>(new_v + a.tokens * kE);
+    row_token = reinterpret_cast<int*>(rope + a.tokens * kE);
     row_head = row_token + kRows;
-    arrived = reinterpret_cast<uint64_t*>(row_head + kRows) + warp * kStages;
-    flag = reinterpret_cast<uint32_t*>(arrived + (kWarps - warp) * kStages);
+    full = reinterpret_cast<uint64_t*>(row_head + kRows) + warp * kStages;
+    flag = reinterpret_cast<uint32_t*>(full + (kWarps - warp) * kStages);
     uint8_t* rings = reinterpret_cast<uint8_t*>(flag) + (kWarps * kStages % 2 ? 8 : 16);
-    ring = reinterpret_cast<bf16*>(rings) + warp * kStages * 2 * kStep * kE;
-    found = reinterpret_cast<float*>(rings);
-    found_max = found + kWarps * kRows * kE;
-    found_sum = found_max + kWarps * kRows;
+    ring = reinterpret_cast<bf16*>(rings) + warp * kStages * 2 * kTile * kE;
+    partial_out = reinterpret_cast<float*>(rings);
+    partial_max = partial_out + kWarps * kRows * kE;
+    partial_exp_sum = partial_max + kWarps * kRows;
   }
 
-  // Of a token at this position: positions of a chunk.
+  // The number of positions of a chunk, for a token at this position.
   __device__ __forceinline__ int length_at(int at) const {
     const int seen = args.window > 0 ? min(at, args.window - 1) : at;
-    return max(args.least_chunk, kTurn * (seen / (kTurn * args.chunks) + 1));
+    return max(args.min_chunk, kBlockTile * (seen / (kBlockTile * args.chunks) + 1));
   }
 
-  // What the block does that is number ``block`` of those that share a history.
-  __device__ __forceinline__ void find_part(int block) {
+  // Assigns tokens and a chunk to this block, the ``block``-th of those that serve the same rows.
+  __device__ __forceinline__ void assign_chunk(int block) {
     first_token = first_block = 0;
     end_token = args.tokens;
     end = min(position + args.tokens, args.capacity);
     length = length_at(position);
     const int last_length = args.tokens > 1 ? length_at(end - 1) : length;
     if (length != last_length) {
-      const int longer_from = (last_length / kTurn - 1) * kTurn * args.chunks;
+      const int longer_from = (last_length / kBlockTile - 1) * kBlockTile * args.chunks;
       const int n_blocks = (longer_from - 1) / length + 1 - begin / length;
       if (block < n_blocks)
         end_token = longer_from - position, end = longer_from;
@@ -141,7 +144,7 @@ struct Attention {
     return row_token[row] >= first_token && row_token[row] < end_token;
   }
 
-  // Divides what needs dividing while there is time for it.
+  // The token and head of each row: the divisions take place while loads are in flight.
   __device__ __forceinline__ void find_rows() {
     if (thread >= kRows) return;
     const int row = min(row_block * kRows + thread, n_rows - 1);
@@ -149,7 +152,7 @@ struct Attention {
     row_head[thread] = j * group + row % group;
   }
 
-  // Positions that this block looks at.
+  // The positions of this block's chunk.
   __device__ __forceinline__ int first_position() const {
     return (first_chunk + chunk) * length;
   }
@@ -160,111 +163,113 @@ struct Attention {
 
   __device__ __forceinline__ void run() {
     if (chunk >= n_chunks) return;
-    const int n_steps = (end_position() + kStep - 1) / kStep;
-    int step = max(first_position(), begin) / kStep;
-    step += (warp + kWarps - step % kWarps) % kWarps;
-    const uint64_t policy = read_once_policy();
+    const int n_tiles = (end_position() + kTile - 1) / kTile;
+    int tile = max(first_position(), begin) / kTile;
+    tile += (warp + kWarps - tile % kWarps) % kWarps;
+    const uint64_t policy = evict_first_policy();
     if (lane == 0)
-      for (int i = 0; i < kStages; i++) barrier_init(arrived + i, kCopyArrivals);
-    barriers_are_ready();
+      for (int i = 0; i < kStages; i++) barrier_init(full + i, kCopyArrivals);
+    fence_barrier_init();
     sync_warp();
-    for (int i = 0; i < kStages; i++) ask(step + i * kWarps, n_steps, i, policy);
-    for (int i = kStages; i < kStages + kForeseen; i++) foresee(step + i * kWarps, n_steps);
-    read_turns();
+    for (int i = 0; i < kStages; i++) issue_copy(tile + i * kWarps, n_tiles, i, policy);
+    for (int i = kStages; i < kStages + kPrefetchedTiles; i++)
+      prefetch_tile(tile + i * kWarps, n_tiles);
+    load_rope();
     find_rows();
     sync_block();
-    NewHead first[kAtOnce];
+    NewHead first[kHeadsInFlight];
     find_new_heads(warp, first);
-    int token_at[kColumns][2];  // positions of rows 8c + 2t and 8c + 2t + 1
-    for (int c = 0; c < kColumns; c++)
+    int token_at[kOctets][2];  // positions of rows 8c + 2t and 8c + 2t + 1
+    for (int c = 0; c < kOctets; c++)
       for (int i = 0; i < 2; i++)
         token_at[c][i] = min(position + row_token[8 * c + 2 * t + i], end - 1);
 
     wait_for_predecessor();
-    take_new_tokens(first);
+    load_new_tokens(first);
     launch_dependents();
     sync_block();
     if (row_block == 0 && end_token == args.tokens) store_new_tokens();
-    float sum[kColumns][kQuads][4][4] = {}, max[kColumns][2], weight[kColumns][2] = {};
-    for (int c = 0; c < kColumns; c++) max[c][0] = max[c][1] = -infinity();
-    attend(step, n_steps, policy, token_at, sum, max, weight);
-    sync_block();  // the rings are no longer needed: their memory is
-    put_found(sum, max, weight);
+    float sum[kOctets][kQuads][4][4] = {}, max[kOctets][2], exp_sum[kOctets][2] = {};
+    for (int c = 0; c < kOctets; c++) max[c][0] = max[c][1] = -infinity();
+    attend(tile, n_tiles, policy, token_at, sum, max, exp_sum);
+    sync_block();  // the rings' memory is reused
+    store_warp_partials(sum, max, exp_sum);
     sync_block();
     if (n_chunks == 1)
-      write_out();
-    else if (put_share())
-      join_shares();
+      write_outputs();
+    else if (store_chunk_partial())
+      merge_chunks();
   }
 
-  // Before the product has ended.
+  // Before the wait for the qkv product.
 
-  __device__ __forceinline__ int history_of(int step) const {  // positions that the cache holds
-    return min(kStep, position - kStep * step);
+  // The positions of a tile that the cache holds.
+  __device__ __forceinline__ int cached_positions(int tile) const {
+    return min(kTile, position - kTile * tile);
   }
 
-  // Positions that the cache does not hold are zeros until new tokens take their places.
-  __device__ __forceinline__ void ask(int step, int n_steps, int stage, uint64_t policy) {
-    if (step >= n_steps) return;
-    const int n = max(history_of(step), 0);
-    bf16* to = ring + stage * 2 * kStep * kE;
+  // Positions that the cache does not hold are zeros until the new tokens are inserted.
+  __device__ __forceinline__ void issue_copy(int tile, int n_tiles, int stage, uint64_t policy) {
+    if (tile >= n_tiles) return;
+    const int n = max(cached_positions(tile), 0);
+    bf16* to = ring + stage * 2 * kTile * kE;
     if (n > 0) {
-      const int64_t at = static_cast<int64_t>(step) * kStep * kE;
+      const int64_t at = static_cast<int64_t>(tile) * kTile * kE;
       const int bytes = n * kE * sizeof(bf16);
-      copy_begin(arrived + stage, 2 * bytes, lane);
-      copy(to, keys + at, bytes, arrived + stage, policy, lane);
-      copy(to + kStep * kE, values + at, bytes, arrived + stage, policy, lane);
-      copy_end(arrived + stage, lane);
+      copy_begin(full + stage, 2 * bytes, lane);
+      copy(to, keys + at, bytes, full + stage, policy, lane);
+      copy(to + kTile * kE, values + at, bytes, full + stage, policy, lane);
+      copy_end(full + stage, lane);
     }
 #pragma unroll 1
-    for (int i = n * kChunks + lane; i < kStep * kChunks; i += 32)
-      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<uint4*>(to)[kStep * kChunks + i] =
+    for (int i = n * kVectors + lane; i < kTile * kVectors; i += 32)
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<uint4*>(to)[kTile * kVectors + i] =
           uint4{0, 0, 0, 0};
   }
 
-  __device__ __forceinline__ void foresee(int step, int n_steps) {
-    const int n = history_of(step);
-    if (step >= n_steps || n <= 0) return;
-    const int64_t at = static_cast<int64_t>(step) * kStep * kE;
+  __device__ __forceinline__ void prefetch_tile(int tile, int n_tiles) {
+    const int n = cached_positions(tile);
+    if (tile >= n_tiles || n <= 0) return;
+    const int64_t at = static_cast<int64_t>(tile) * kTile * kE;
     prefetch(keys + at, n * kE * sizeof(bf16), lane);
     prefetch(values + at, n * kE * sizeof(bf16), lane);
   }
 
-  __device__ __forceinline__ void read_turns() {
+  __device__ __forceinline__ void load_rope() {
     for (int i = thread; i < args.tokens * kHalf; i += kThreads) {
       const int token = i / kHalf, e = i % kHalf;
       const int64_t at = static_cast<int64_t>(min(position + token, args.capacity - 1)) * kE + e;
-      turns[token * kE + e] = args.cos[at];
-      turns[token * kE + kHalf + e] = args.sin[at];
+      rope[token * kE + e] = args.cos[at];
+      rope[token * kE + kHalf + e] = args.sin[at];
     }
   }
 
   // New tokens: into shared memory, as the cache will hold them.
 
-  static constexpr int kPairs = (kHalf + 31) / 32;  // of a head's halves, of a lane
-  static constexpr int kAtOnce = 4;                 // heads of a warp that are on their way together
+  static constexpr int kPairs = (kHalf + 31) / 32;  // rope pairs of a lane
+  static constexpr int kHeadsInFlight = 4;          // heads that a warp loads together
 
-  // Where a head of a new token comes from and goes to; a query's and a key's are turned on the way.
+  // The source and destination of a head of a new token. Queries and keys are rotated (rope).
   struct NewHead {
     const bf16* from;
     const bf16* norm;
     bf16* to;
     int token;
-    bool turned;
+    bool rotated;
   };
 
   __device__ __forceinline__ int n_new_keys() const { return has_new_tokens() ? args.tokens : 0; }
 
-  // Those of a warp are kWarps apart: queries, then keys, then values.
-  __device__ __forceinline__ void find_new_heads(int first, NewHead heads[kAtOnce]) const {
+  // The heads of a warp, kWarps apart, in the order queries, keys, values.
+  __device__ __forceinline__ void find_new_heads(int first, NewHead heads[kHeadsInFlight]) const {
     const int n_keys = n_new_keys(), width = args.heads + 2 * args.kv_heads;
     const bf16* qkv = args.qkv + static_cast<int64_t>(b) * args.tokens * width * kE;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i++) {
+    for (int i = 0; i < kHeadsInFlight; i++) {
       const int at = first + i * kWarps, key = at - n_here, value = key - n_keys;
       if (value >= n_keys) break;
       NewHead& h = heads[i];
-      h.turned = value < 0;
+      h.rotated = value < 0;
       int head;
       if (key < 0)
         h.token = row_token[at], head = row_head[at], h.norm = args.q_norm, h.to = new_q + at * kE;
@@ -276,26 +281,26 @@ struct Attention {
     }
   }
 
-  __device__ __forceinline__ void take_new_tokens(NewHead heads[kAtOnce]) {
+  __device__ __forceinline__ void load_new_tokens(NewHead heads[kHeadsInFlight]) {
     const int n = n_here + 2 * n_new_keys();
-    for (int first = warp; first < n; first += kAtOnce * kWarps) {
+    for (int first = warp; first < n; first += kHeadsInFlight * kWarps) {
       if (first > warp) find_new_heads(first, heads);
-      float x[kAtOnce][kPairs][2];
+      float x[kHeadsInFlight][kPairs][2];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
+      for (int i = 0; i < kHeadsInFlight; i++) {
         if (first + i * kWarps >= n) break;
-        read_head(heads[i].from, x[i]);
+        load_head(heads[i].from, x[i]);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
+      for (int i = 0; i < kHeadsInFlight; i++) {
         if (first + i * kWarps >= n) break;
-        if (heads[i].turned) turn(x[i], heads[i].norm, heads[i].token);
-        put_head(x[i], heads[i].to);
+        if (heads[i].rotated) norm_and_rope(x[i], heads[i].norm, heads[i].token);
+        store_head(x[i], heads[i].to);
       }
     }
   }
 
-  __device__ __forceinline__ void read_head(const bf16* from, float x[kPairs][2]) const {
+  __device__ __forceinline__ void load_head(const bf16* from, float x[kPairs][2]) const {
 #pragma unroll
     for (int i = 0; i < kPairs; i++)
 #pragma unroll
@@ -305,7 +310,7 @@ struct Attention {
       }
   }
 
-  __device__ __forceinline__ void put_head(const float x[kPairs][2], bf16* to) const {
+  __device__ __forceinline__ void store_head(const float x[kPairs][2], bf16* to) const {
 #pragma unroll
     for (int i = 0; i < kPairs; i++)
 #pragma unroll
@@ -315,15 +320,15 @@ struct Attention {
       }
   }
 
-  // Norm (as the plain one: rounded before and after its weight) and rotation of one head.
-  __device__ __forceinline__ void turn(float x[kPairs][2], const bf16* norm, int token) {
+  // Norm (rounded before and after its weight, as in reference.rms_norm) and rope of one head.
+  __device__ __forceinline__ void norm_and_rope(float x[kPairs][2], const bf16* norm, int token) {
     if (norm != nullptr) {
       float squares = 0;
 #pragma unroll
       for (int i = 0; i < kPairs; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) squares = fmaf(x[i][half], x[i][half], squares);
-      const float factor = rsqrtf(sum_of_warp(squares) / kE + args.eps);
+      const float factor = rsqrtf(warp_sum(squares) / kE + args.eps);
 #pragma unroll
       for (int i = 0; i < kPairs; i++)
 #pragma unroll
@@ -337,21 +342,21 @@ struct Attention {
     for (int i = 0; i < kPairs; i++) {
       const int e = 32 * i + lane;
       const bool is_there = e < kHalf;
-      const float cos = is_there ? turns[token * kE + e] : 0;
-      const float sin = is_there ? turns[token * kE + kHalf + e] : 0;
+      const float cos = is_there ? rope[token * kE + e] : 0;
+      const float sin = is_there ? rope[token * kE + kHalf + e] : 0;
       const float first = x[i][0], second = x[i][1];
       x[i][0] = first * cos - second * sin;
       x[i][1] = second * cos + first * sin;
     }
   }
 
-  // Each is stored by the block whose chunk it is in.
+  // Stores the new keys and values of this block's chunk to the cache.
   __device__ __forceinline__ void store_new_tokens() {
     const int first = max(position, first_position());
-    const int64_t to = static_cast<int64_t>(first) * kChunks;
-    const int from = (first - position) * kChunks;
+    const int64_t to = static_cast<int64_t>(first) * kVectors;
+    const int from = (first - position) * kVectors;
 #pragma unroll 1
-    for (int i = thread; i < (end_position() - first) * kChunks; i += kThreads) {
+    for (int i = thread; i < (end_position() - first) * kVectors; i += kThreads) {
       reinterpret_cast<uint4*>(keys)[to + i] = reinterpret_cast<const uint4*>(new_k)[from + i];
       reinterpret_cast<uint4*>(values)[to + i] = reinterpret_cast<const uint4*>(new_v)[from + i];
     }
@@ -359,45 +364,45 @@ struct Attention {
 
   // Scores, softmax and sum.
 
-  __device__ __forceinline__ void attend(int step, int n_steps, uint64_t policy,
-                                         const int token_at[kColumns][2],
-                                         float sum[kColumns][kQuads][4][4], float max[kColumns][2],
-                                         float weight[kColumns][2]) {
-    if (step >= n_steps) return;
-    uint4 q[kColumns][kBlocks];
+  __device__ __forceinline__ void attend(int tile, int n_tiles, uint64_t policy,
+                                         const int token_at[kOctets][2],
+                                         float sum[kOctets][kQuads][4][4], float max[kOctets][2],
+                                         float exp_sum[kOctets][2]) {
+    if (tile >= n_tiles) return;
+    uint4 q[kOctets][kSlices];
 #pragma unroll
-    for (int c = 0; c < kColumns; c++) {
+    for (int c = 0; c < kOctets; c++) {
       const uint4* from = reinterpret_cast<const uint4*>(new_q + (8 * c + g) * kE);
 #pragma unroll
-      for (int block = 0; block < kBlocks; block++) q[c][block] = from[4 * block + t];
+      for (int slice = 0; slice < kSlices; slice++) q[c][slice] = from[4 * slice + t];
     }
     int stage = 0;
     uint32_t parity = 0;
-    for (; step < n_steps; step += kWarps) {
-      const int n = history_of(step);
-      bf16* k = ring + stage * 2 * kStep * kE;
-      bf16* v = k + kStep * kE;
-      if (n > 0) barrier_wait(arrived + stage, parity);
-      if (n < kStep) add_new_tokens(step, k);
+    for (; tile < n_tiles; tile += kWarps) {
+      const int n = cached_positions(tile);
+      bf16* k = ring + stage * 2 * kTile * kE;
+      bf16* v = k + kTile * kE;
+      if (n > 0) barrier_wait(full + stage, parity);
+      if (n < kTile) insert_new_tokens(tile, k);
 
-      float even[kColumns][4] = {}, odd[kColumns][4] = {};
+      float even[kOctets][4] = {}, odd[kOctets][4] = {};
       const uint4* k0 = reinterpret_cast<const uint4*>(k + g * kE);
       const uint4* k1 = reinterpret_cast<const uint4*>(k + (g + 8) * kE);
 #pragma unroll
-      for (int block = 0; block < kBlocks; block++) {
-        const uint4 w0 = k0[4 * block + t], w1 = k1[4 * block + t];
+      for (int slice = 0; slice < kSlices; slice++) {
+        const uint4 w0 = k0[4 * slice + t], w1 = k1[4 * slice + t];
         const uint32_t a0[4] = {w0.x, w1.x, w0.y, w1.y}, a1[4] = {w0.z, w1.z, w0.w, w1.w};
 #pragma unroll
-        for (int c = 0; c < kColumns; c++) {
-          mma(even[c], a0, q[c][block].x, q[c][block].y);
-          mma(odd[c], a1, q[c][block].z, q[c][block].w);
+        for (int c = 0; c < kOctets; c++) {
+          mma(even[c], a0, q[c][slice].x, q[c][slice].y);
+          mma(odd[c], a1, q[c][slice].z, q[c][slice].w);
         }
       }
-      uint32_t p[kColumns][2];
+      uint32_t p[kOctets][2];
 #pragma unroll
-      for (int c = 0; c < kColumns; c++) {
+      for (int c = 0; c < kOctets; c++) {
         for (int i = 0; i < 4; i++) even[c][i] += odd[c][i];
-        soften(even[c], kStep * step + g, token_at[c], sum[c], max[c], weight[c], p[c]);
+        online_softmax(even[c], kTile * tile + g, token_at[c], sum[c], max[c], exp_sum[c], p[c]);
       }
 #pragma unroll
       for (int quad = 0; quad < kQuads; quad++) {
@@ -415,27 +420,28 @@ struct Attention {
           const uint32_t a[4] = {low_halves(v0, v1), high_halves(v0, v1), low_halves(v2, v3),
                                  high_halves(v2, v3)};
 #pragma unroll
-          for (int c = 0; c < kColumns; c++) mma(sum[c][quad][f], a, p[c][0], p[c][1]);
+          for (int c = 0; c < kOctets; c++) mma(sum[c][quad][f], a, p[c][0], p[c][1]);
         }
       }
-      sync_warp();  // every lane has read the stage: it can be overwritten
-      ask(step + kStages * kWarps, n_steps, stage, policy);
+      sync_warp();  // every lane has read the stage, so it can be overwritten
+      issue_copy(tile + kStages * kWarps, n_tiles, stage, policy);
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
 #pragma unroll
-    for (int c = 0; c < kColumns; c++)
+    for (int c = 0; c < kOctets; c++)
       for (int i = 0; i < 2; i++)
-        for (int mask = 4; mask < 32; mask *= 2) weight[c][i] += shuffle_xor(weight[c][i], mask);
+        for (int mask = 4; mask < 32; mask *= 2) exp_sum[c][i] += shuffle_xor(exp_sum[c][i], mask);
   }
 
-  // Into the places of a step that they have; a lane takes two pieces of keys and of values at once.
-  __device__ __forceinline__ void add_new_tokens(int step, bf16* k) {
-    sync_warp();  // the zeros there are written by other lanes
-    const int first = max(position, kStep * step);
-    const int n = (min(end, kStep * step + kStep) - first) * kChunks;
-    const uint4* keys_from = reinterpret_cast<const uint4*>(new_k) + (first - position) * kChunks;
-    const uint4* values_from = reinterpret_cast<const uint4*>(new_v) + (first - position) * kChunks;
-    uint4* to = reinterpret_cast<uint4*>(k) + first % kStep * kChunks;
+  // Inserts new keys and values into a tile; a lane has two vectors of each in flight.
+  __device__ __forceinline__ void insert_new_tokens(int tile, bf16* k) {
+    sync_warp();  // other lanes have written the zeros
+    const int first = max(position, kTile * tile);
+    const int n = (min(end, kTile * tile + kTile) - first) * kVectors;
+    const uint4* keys_from = reinterpret_cast<const uint4*>(new_k) + (first - position) * kVectors;
+    const uint4* values_from =
+        reinterpret_cast<const uint4*>(new_v) + (first - position) * kVectors;
+    uint4* to = reinterpret_cast<uint4*>(k) + first % kTile * kVectors;
     for (int i = lane; i < n; i += 2 * 32) {
       uint4 piece[2][2];
 #pragma unroll
@@ -445,15 +451,16 @@ struct Attention {
 #pragma unroll
       for (int j = 0; j < 2; j++)
         if (i + 32 * j < n)
-          to[i + 32 * j] = piece[j][0], to[kStep * kChunks + i + 32 * j] = piece[j][1];
+          to[i + 32 * j] = piece[j][0], to[kTile * kVectors + i + 32 * j] = piece[j][1];
     }
     sync_warp();
   }
 
-  // One step of the running softmax: of scores of positions ``at`` and ``at`` + 8 (rows 8c + 2t
-  // and + 1 each) makes the B operand of the sum.
-  __device__ __forceinline__ void soften(float score[4], int at, const int token_at[2],
-                                         float sum[kQuads][4][4], float max[2], float weight[2],
+  // Online softmax over one tile: masks the scores of positions ``at`` and ``at`` + 8 (of rows
+  // 8c + 2t and 8c + 2t + 1), rescales the running sums to the new maximum, and returns exp(score)
+  // as the B operand of the sum of values.
+  __device__ __forceinline__ void online_softmax(float score[4], int at, const int token_at[2],
+                                         float sum[kQuads][4][4], float max[2], float exp_sum[2],
                                          uint32_t p[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -467,21 +474,21 @@ struct Attention {
       float top = fmaxf(max[i], fmaxf(score[i], score[2 + i]));
       for (int mask = 4; mask < 32; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
       const float base = finite(top);
-      const float shrink = exp2_fast(max[i] - base);
+      const float rescale = exp2_fast(max[i] - base);
       max[i] = top;
       score[i] = exp2_fast(score[i] - base);
       score[2 + i] = exp2_fast(score[2 + i] - base);
-      weight[i] = weight[i] * shrink + (score[i] + score[2 + i]);
+      exp_sum[i] = exp_sum[i] * rescale + (score[i] + score[2 + i]);
 #pragma unroll
       for (int quad = 0; quad < kQuads; quad++)
 #pragma unroll
-        for (int f = 0; f < 4; f++) sum[quad][f][i] *= shrink, sum[quad][f][2 + i] *= shrink;
+        for (int f = 0; f < 4; f++) sum[quad][f][i] *= rescale, sum[quad][f][2 + i] *= rescale;
     }
     p[0] = transpose(narrow(score[0], score[1]));
     p[1] = transpose(narrow(score[2], score[3]));
   }
 
-  // What exponents are taken relative to: where nothing was visible, they are all zero anyway.
+  // The base of the exponents: where nothing is visible, all exponentials are zero whatever it is.
   static __device__ __forceinline__ float finite(float top) {
     return top == -infinity() ? 0.0f : top;
   }
@@ -490,138 +497,140 @@ struct Attention {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
   }
 
-  // Putting it together: each part has its sums, their largest score, and their weight.
+  // Merging: a partial result is a sum of values, its largest score, and its sum of exponentials.
 
-  __device__ __forceinline__ void put_found(const float sum[kColumns][kQuads][4][4],
-                                            const float max[kColumns][2],
-                                            const float weight[kColumns][2]) {
+  __device__ __forceinline__ void store_warp_partials(const float sum[kOctets][kQuads][4][4],
+                                            const float max[kOctets][2],
+                                            const float exp_sum[kOctets][2]) {
 #pragma unroll
-    for (int c = 0; c < kColumns; c++)
+    for (int c = 0; c < kOctets; c++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         if (8 * c + 2 * t + i >= n_here) continue;
         const int row = warp * kRows + 8 * c + 2 * t + i;
-        if (g == 0) found_max[row] = max[c][i], found_sum[row] = weight[c][i];
+        if (g == 0) partial_max[row] = max[c][i], partial_exp_sum[row] = exp_sum[c][i];
 #pragma unroll
         for (int quad = 0; quad < kQuads; quad++)
 #pragma unroll
           for (int f = 0; f < 4; f += 2) {
             const int e = 64 * quad + 8 * g + 2 * f;
             if (e < kE)
-              reinterpret_cast<float4*>(found)[place_of(row, e / 4)] =
+              reinterpret_cast<float4*>(partial_out)[swizzled(row, e / 4)] =
                   float4{sum[c][quad][f][i], sum[c][quad][f][2 + i], sum[c][quad][f + 1][i],
                          sum[c][quad][f + 1][2 + i]};
           }
       }
   }
 
-  // Where four sums of a row are: lanes that write together have four rows, and write to all banks.
-  static __device__ __forceinline__ int place_of(int row, int four) {
-    return row * kFours + (four ^ (row >> 1 & 1 | row & 4));
+  // The index of a row's float4: lanes that write at once write four rows, without bank conflicts.
+  static __device__ __forceinline__ int swizzled(int row, int f4) {
+    return row * kFloat4s + (f4 ^ (row >> 1 & 1 | row & 4));
   }
 
-  // Of a row, four dimensions side by side.
+  // The merged result of four adjacent dimensions of a row.
   struct Merged {
     float4 sum = {0, 0, 0, 0};
-    float weight = 0, max = -infinity();
+    float exp_sum = 0, max = -infinity();
 
-    // Parts are added in order, once their largest score is known.
-    __device__ __forceinline__ void add(float4 more, float more_max, float more_weight) {
-      const float shrink = exp2_fast(more_max - finite(max));
-      sum.x = fmaf(more.x, shrink, sum.x), sum.y = fmaf(more.y, shrink, sum.y);
-      sum.z = fmaf(more.z, shrink, sum.z), sum.w = fmaf(more.w, shrink, sum.w);
-      weight = fmaf(more_weight, shrink, weight);
+    // Partial results are added in a fixed order, once the largest score of all is known.
+    __device__ __forceinline__ void add(float4 more, float more_max, float more_exp_sum) {
+      const float rescale = exp2_fast(more_max - finite(max));
+      sum.x = fmaf(more.x, rescale, sum.x), sum.y = fmaf(more.y, rescale, sum.y);
+      sum.z = fmaf(more.z, rescale, sum.z), sum.w = fmaf(more.w, rescale, sum.w);
+      exp_sum = fmaf(more_exp_sum, rescale, exp_sum);
     }
   };
 
-  // What this block's warps found.
-  __device__ __forceinline__ Merged merged(int row, int four) const {
+  // Merges the partial results of this block's warps.
+  __device__ __forceinline__ Merged merged(int row, int f4) const {
     Merged m;
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) m.max = fmaxf(m.max, found_max[w * kRows + row]);
+    for (int w = 0; w < kWarps; w++) m.max = fmaxf(m.max, partial_max[w * kRows + row]);
 #pragma unroll
     for (int w = 0; w < kWarps; w++) {
       const int at = w * kRows + row;
-      m.add(reinterpret_cast<const float4*>(found)[place_of(at, four)], found_max[at],
-            found_sum[at]);
+      m.add(reinterpret_cast<const float4*>(partial_out)[swizzled(at, f4)], partial_max[at],
+            partial_exp_sum[at]);
     }
     return m;
   }
 
-  __device__ __forceinline__ void put_out(int row, int four, const Merged& m) const {
+  __device__ __forceinline__ void store_output(int row, int f4, const Merged& m) const {
     const int64_t token = static_cast<int64_t>(b) * args.tokens + row_token[row];
-    const int64_t at = (token * args.heads + row_head[row]) * kFours + four;
-    const float part = 1 / m.weight;
+    const int64_t at = (token * args.heads + row_head[row]) * kFloat4s + f4;
+    const float part = 1 / m.exp_sum;
     reinterpret_cast<uint2*>(args.out)[at] = uint2{narrow(m.sum.x * part, m.sum.y * part),
                                                    narrow(m.sum.z * part, m.sum.w * part)};
   }
 
-  __device__ __forceinline__ void write_out() const {
-    for (int i = thread; i < n_here * kFours; i += kThreads)
-      if (serves(i / kFours)) put_out(i / kFours, i % kFours, merged(i / kFours, i % kFours));
+  __device__ __forceinline__ void write_outputs() const {
+    for (int i = thread; i < n_here * kFloat4s; i += kThreads)
+      if (serves(i / kFloat4s))
+        store_output(i / kFloat4s, i % kFloat4s, merged(i / kFloat4s, i % kFloat4s));
   }
 
-  // [groups][blocks][sums (kRows, E), largest (kRows), weights (kRows)]
-  static constexpr int kShare = kRows * kE + 2 * kRows;
+  // args.partial: [groups][blocks][sums (kRows, E), maxima (kRows), sums of exponentials (kRows)]
+  static constexpr int kPartialSize = kRows * kE + 2 * kRows;
 
-  __device__ __forceinline__ int shares() const {
+  __device__ __forceinline__ int partial_group() const {
     return (b * args.kv_heads + j) * row_blocks + row_block;
   }
-  __device__ __forceinline__ float* share(int of_chunk) const {
-    const int64_t block = static_cast<int64_t>(shares()) * gridDim.z + first_block + of_chunk;
-    return args.partial + block * kShare;
+  __device__ __forceinline__ float* chunk_partial(int of_chunk) const {
+    const int64_t block =
+        static_cast<int64_t>(partial_group()) * gridDim.z + first_block + of_chunk;
+    return args.partial + block * kPartialSize;
   }
 
-  __device__ __forceinline__ bool put_share() const {
-    float* to = share(chunk);
-    for (int i = thread; i < n_here * kFours; i += kThreads) {
-      const int row = i / kFours;
-      const Merged m = merged(row, i % kFours);
+  __device__ __forceinline__ bool store_chunk_partial() const {
+    float* to = chunk_partial(chunk);
+    for (int i = thread; i < n_here * kFloat4s; i += kThreads) {
+      const int row = i / kFloat4s;
+      const Merged m = merged(row, i % kFloat4s);
       reinterpret_cast<float4*>(to)[i] = m.sum;
-      if (i % kFours == 0) {
+      if (i % kFloat4s == 0) {
         to[kRows * kE + row] = m.max;
-        to[kRows * kE + kRows + row] = m.weight;
+        to[kRows * kE + kRows + row] = m.exp_sum;
       }
     }
-    uint32_t* counter = args.counters + 2 * shares() + (first_block > 0);
+    uint32_t* counter = args.counters + 2 * partial_group() + (first_block > 0);
     return is_last_block(counter, n_chunks, flag, thread);
   }
 
-  static constexpr int kTogether = 8;  // shares of a row that are on their way at a time
+  static constexpr int kInFlight = 8;  // partial results of a row that are loaded together
 
-  __device__ __forceinline__ void join_shares() const {
-    float *largest = found, *weights = found + n_chunks * kRows;  // [n_chunks, kRows]
+  __device__ __forceinline__ void merge_chunks() const {
+    float *maxima = partial_out, *exp_sums = partial_out + n_chunks * kRows;  // [n_chunks, kRows]
     for (int i = thread; i < n_chunks * kRows; i += kThreads) {
       if (i % kRows >= n_here) continue;
-      const float* from = share(i / kRows) + kRows * kE + i % kRows;
-      largest[i] = load_from_others(from);
-      weights[i] = load_from_others(from + kRows);
+      const float* from = chunk_partial(i / kRows) + kRows * kE + i % kRows;
+      maxima[i] = load_from_l2(from);
+      exp_sums[i] = load_from_l2(from + kRows);
     }
     sync_block();
-    for (int i = thread; i < n_here * kFours; i += kThreads) {
-      const int row = i / kFours;
+    for (int i = thread; i < n_here * kFloat4s; i += kThreads) {
+      const int row = i / kFloat4s;
       if (!serves(row)) continue;
       Merged m;
-      for (int s = 0; s < n_chunks; s++) m.max = fmaxf(m.max, largest[s * kRows + row]);
-      for (int first = 0; first < n_chunks; first += kTogether) {
-        float4 sums[kTogether];
+      for (int s = 0; s < n_chunks; s++) m.max = fmaxf(m.max, maxima[s * kRows + row]);
+      for (int first = 0; first < n_chunks; first += kInFlight) {
+        float4 sums[kInFlight];
 #pragma unroll
-        for (int s = 0; s < kTogether; s++)
+        for (int s = 0; s < kInFlight; s++)
           if (first + s < n_chunks)
-            sums[s] = load_from_others(reinterpret_cast<const float4*>(share(first + s)) + i);
+            sums[s] = load_from_l2(reinterpret_cast<const float4*>(chunk_partial(first + s)) + i);
 #pragma unroll
-        for (int s = 0; s < kTogether; s++) {
+        for (int s = 0; s < kInFlight; s++) {
           const int at = (first + s) * kRows + row;
-          if (first + s < n_chunks) m.add(sums[s], largest[at], weights[at]);
+          if (first + s < n_chunks) m.add(sums[s], maxima[at], exp_sums[at]);
         }
       }
-      put_out(row, i % kFours, m);
+      store_output(row, i % kFloat4s, m);
     }
   }
 };
 
-template <int kE, int kWarps, int kColumns, int kStages>
+template <int kE, int kWarps, int kOctets, int kStages>
 __device__ __forceinline__ void attention(const AttentionArgs& args) {
-  Attention<kE, kWarps, kColumns, kStages>(args, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z)
+  Attention<kE, kWarps, kOctets, kStages>(args, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z)
       .run();
 }

@@ -1,4 +1,4 @@
-"""How ``attention.cu`` is launched.
+"""Launches of ``attention.cu``, decode attention over the cache.
 
 Shape letters: B sequences, T new tokens of each, S slots, H query heads, J key/value heads, C cache
 positions, E head dimension.
@@ -18,7 +18,7 @@ from hotloop.kernels.cuda.launch import Arguments, Call
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_TOKENS = 16
-STEP = 16  # kStep of attention.cu
+TILE = 16  # kTile of attention.cu
 
 
 class AttentionArguments(Arguments):
@@ -29,7 +29,7 @@ class AttentionArguments(Arguments):
         *((name, ctypes.c_void_p) for name in ("positions", "slots", "keys", "values")),
         *((name, ctypes.c_void_p) for name in ("out", "partial", "counters")),
         *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads", "capacity")),
-        *((name, ctypes.c_int) for name in ("window", "chunks", "least_chunk")),
+        *((name, ctypes.c_int) for name in ("window", "chunks", "min_chunk")),
         ("scale", ctypes.c_float),
         ("eps", ctypes.c_float),
     )
@@ -37,25 +37,25 @@ class AttentionArguments(Arguments):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTuning:
-    """What a launch can choose for speed.
+    """Parameters that are chosen for speed.
 
     Attributes:
-        chunks: Into how many a long history is divided, for as many blocks. Decides the order of
-            sums.
-        least_chunk: Positions of a chunk at least, a multiple of 16: a shorter history has fewer.
-            Decides the order of sums.
-        warps: Warps of a block. Decides the order of sums.
-        stages: Steps of 16 positions that a warp has room for. With fewer there is room for more
-            blocks beside each other. Changes no bits.
-        columns: The most groups of eight rows of a block. With more each history is read less
-            often, with fewer more blocks share the work. Changes no bits.
+        chunks: The number of chunks of a long sequence, which is split over as many blocks.
+            Determines the order of sums.
+        min_chunk: The fewest positions of a chunk, a multiple of 16: a short sequence has fewer
+            chunks. Determines the order of sums.
+        warps: Warps of a block. Determines the order of sums.
+        stages: Tiles of 16 positions in a warp's ring. With fewer, more blocks fit on a
+            multiprocessor. Does not change results.
+        octets: The most octets of rows of a block. With more, the history is read less often; with
+            fewer, more blocks share the work. Does not change results.
     """
 
     chunks: int = 16
-    least_chunk: int = 256
+    min_chunk: int = 256
     warps: int = 8
     stages: int = 2
-    columns: int = 2
+    octets: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class AttentionPlan:
         n_kv_heads: J.
         head_dim: E: 64, 96, 128 or 256.
         n_positions: C.
-        window: Positions that a token sees, itself included, or None for all.
-        tuning: What was chosen for speed.
+        window: The number of positions that a token sees, itself included, or None for all.
+        tuning: Parameters chosen for speed.
     """
 
     batch: int
@@ -87,78 +87,79 @@ class AttentionPlan:
         assert self.head_dim in HEAD_DIMS, f"heads of {self.head_dim}"
         assert self.n_heads % self.n_kv_heads == 0, "query heads share key/value heads evenly"
         assert self.window is None or self.window >= 1, f"a window of {self.window}"
-        least = self.tuning.least_chunk
+        least = self.tuning.min_chunk
         assert least > 0, f"chunks of {least} positions"
-        assert least % STEP == 0, f"chunks of {least} positions"
+        assert least % TILE == 0, f"chunks of {least} positions"
         assert self.tuning.chunks >= 1, f"{self.tuning.chunks} chunks"
 
     @property
-    def columns(self) -> int:
-        """Groups of eight rows of a block: as tuned, where there are rows and registers for it."""
+    def octets(self) -> int:
+        """Octets of rows of a block, if there are enough rows and registers."""
         rows = self.tokens * self.n_heads // self.n_kv_heads
-        return 1 if rows <= 8 or self.head_dim > 128 else self.tuning.columns
+        return 1 if rows <= 8 or self.head_dim > 128 else self.tuning.octets
 
     @property
     def groups(self) -> int:
-        """Groups of blocks that share a history and nothing else."""
+        """Groups of blocks; the blocks of a group serve the same rows."""
         rows = self.tokens * self.n_heads // self.n_kv_heads
-        return self.batch * self.n_kv_heads * -(-rows // (8 * self.columns))
+        return self.batch * self.n_kv_heads * -(-rows // (8 * self.octets))
 
     def chunk_at(self, position: int) -> int:
-        """Positions of a chunk of what the token at a position sees, as in ``attention.cu``."""
+        """Returns the positions per chunk for a token at a position, as ``attention.cu`` does."""
         seen = position if self.window is None else min(position, self.window - 1)
-        turn = STEP * self.tuning.warps
-        return max(self.tuning.least_chunk, turn * (seen // (turn * self.tuning.chunks) + 1))
+        block_tile = TILE * self.tuning.warps
+        length = block_tile * (seen // (block_tile * self.tuning.chunks) + 1)
+        return max(self.tuning.min_chunk, length)
 
     @property
     def chunks(self) -> int:
-        """The most chunks of a history, as far as any of the new tokens sees it."""
+        """The most chunks of the positions that the new tokens see."""
         most = self.tuning.chunks
-        if self.window is not None:  # its ends lie in chunks that it does not fill
+        if self.window is not None:  # a window fills its first and last chunk only partly
             inner = (self.window + self.tokens - 2) // self.chunk_at(self.n_positions)
             most = max(most, inner + 2)
-        return min(most, -(-self.n_positions // self.tuning.least_chunk))
+        return min(most, -(-self.n_positions // self.tuning.min_chunk))
 
     @property
     def blocks(self) -> int:
-        """The most blocks that share a history: tokens' chunks may be of two lengths."""
+        """The most blocks of a group: the new tokens may have chunks of two lengths."""
         lengths = {self.chunk_at(0), self.chunk_at(self.n_positions - 1)}
         return self.chunks * (2 if self.tokens > 1 and len(lengths) > 1 else 1)
 
     @property
     def n_partial(self) -> int:
-        """Float32 values of workspace that ``partial`` must have."""
-        share = 8 * self.columns * (self.head_dim + 2)
-        return 0 if self.blocks == 1 else self.groups * self.blocks * share
+        """The size of the workspace ``partial``, in float32 values."""
+        per_block = 8 * self.octets * (self.head_dim + 2)
+        return 0 if self.blocks == 1 else self.groups * self.blocks * per_block
 
     @property
     def n_counters(self) -> int:
-        """Zeros that ``counters`` must have."""
+        """The size of the workspace ``counters``."""
         return 0 if self.blocks == 1 else 2 * self.groups
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block, laid out as in ``Attention``'s constructor."""
-        rows, warps, stages = 8 * self.columns, self.tuning.warps, self.tuning.stages
+        rows, warps, stages = 8 * self.octets, self.tuning.warps, self.tuning.stages
         new = 2 * (rows + 4 * self.tokens) * self.head_dim + 8 * rows
         barriers = 8 * warps * stages + (8 if warps * stages % 2 else 16)
-        rings = 4 * warps * stages * STEP * self.head_dim
-        found = 4 * warps * rows * (self.head_dim + 2)
-        joined = 8 * self.chunks * rows
-        return new + barriers + max(rings, found, joined)
+        rings = 4 * warps * stages * TILE * self.head_dim
+        partial = 4 * warps * rows * (self.head_dim + 2)
+        merge = 8 * self.chunks * rows
+        return new + barriers + max(rings, partial, merge)
 
     @property
     def kernel(self) -> Kernel:
         """The instance of ``attention.cu``."""
         warps, stages = self.tuning.warps, self.tuning.stages
         return Kernel(
-            name=f"attention_e{self.head_dim}_w{warps}c{self.columns}s{stages}",
+            name=f"attention_e{self.head_dim}_w{warps}c{self.octets}s{stages}",
             file="attention.cu",
-            function=f"attention<{self.head_dim}, {warps}, {self.columns}, {stages}>",
+            function=f"attention<{self.head_dim}, {warps}, {self.octets}, {stages}>",
             args="AttentionArgs",
             threads=32 * warps,
-            # Few enough for a block of a product beside it, where shared memory has room as well.
-            registers=120 if self.columns == 1 and self.head_dim <= 128 else None,
+            # Few enough for a block of linear.cu on the same multiprocessor, if it has the memory.
+            registers=120 if self.octets == 1 and self.head_dim <= 128 else None,
         )
 
     def call(
@@ -178,21 +179,23 @@ class AttentionPlan:
         partial: Tensor | None = None,
         counters: Tensor | None = None,
     ) -> Call:
-        """The launch that writes new keys and values, and ``out``; see ``reference``.
+        """Returns the launch that writes new keys, new values and ``out``.
+
+        It is specified by ``reference.fused_attention``.
 
         Args:
             qkv: bfloat16 [B * T, (H + 2J) * E].
-            out: bfloat16 [B * T, H * E].
+            out: bfloat16 [B * T, H * E], written.
             keys_SJCE: bfloat16, the cache.
             values_SJCE: Like ``keys_SJCE``.
             slots_B: int64, the slot of each sequence.
             positions_B: int64, of the first new token of each sequence.
-            cos_CE: float32, both halves alike.
-            sin_CE: Like ``cos_CE``.
-            q_norm_E: bfloat16, where query heads are normalized.
-            k_norm_E: bfloat16, where key heads are.
+            cos_CE: float32 cosines of rope, both halves alike.
+            sin_CE: float32 sines of rope, both halves alike.
+            q_norm_E: bfloat16, weight of the norm of query heads, or None.
+            k_norm_E: bfloat16, weight of the norm of key heads, or None.
             eps: Of those norms.
-            partial: float32 workspace of ``n_partial``, where histories have several chunks.
+            partial: float32 workspace of ``n_partial``, if that is not 0.
             counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
         """
         rows, width = self.batch * self.tokens, self.n_heads + 2 * self.n_kv_heads
@@ -204,7 +207,7 @@ class AttentionPlan:
         for tensor in (positions_B, slots_B):
             assert tensor.shape == (self.batch,), f"{tuple(tensor.shape)} for each sequence"
             assert tensor.dtype == torch.int64, f"{tensor.dtype} for each sequence"
-        assert cos_CE.shape[0] >= self.n_positions, "a rotation for each position"
+        assert cos_CE.shape[0] >= self.n_positions, "cosines for each position"
         assert self.n_partial <= (0 if partial is None else partial.numel()), "too small"
         assert self.n_counters <= (0 if counters is None else counters.numel()), "too small"
         for tensor in (qkv, out, keys_SJCE, values_SJCE):
@@ -229,7 +232,7 @@ class AttentionPlan:
             capacity=self.n_positions,
             window=self.window or 0,
             chunks=self.tuning.chunks,
-            least_chunk=self.tuning.least_chunk,
+            min_chunk=self.tuning.min_chunk,
             scale=self.head_dim**-0.5 * math.log2(math.e),
             eps=eps,
         )

@@ -1,8 +1,9 @@
-"""CUDA C++ to machine code, by NVRTC: no compiler and no CUDA header on the user's machine.
+"""Compiles CUDA C++ by NVRTC, which needs neither a compiler nor CUDA headers on the machine.
 
-A kernel is a device function of one of the ``.cu`` files with its template arguments chosen. It is
-compiled by itself, so that what is not used costs nothing, and kept in the user's cache directory
-by everything that it depends on. A cached file carries its checksum: a damaged one is made again.
+A kernel is an instance of a device function of one of the ``.cu`` files. Each is compiled by
+itself, so that unused instances cost nothing, and cached in the user's cache directory under a hash
+of its source, options and compiler. A cached file holds its checksum; a damaged one is compiled
+again.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,30 +19,31 @@ from typing import Any
 
 from hotloop.cache import cache_path, writable_cache_dir
 from hotloop.errors import HotloopError
+from hotloop.writing import make_folder, replacing
 
 SOURCES = Path(__file__).parent
 HEADERS = ("device.cuh", "pointwise.cuh", "weights.cuh")
 OPTIONS = (
     "--std=c++17",
-    # Whether a product and a sum are fused is written down in the source, not left to the
-    # compiler: kernels for different numbers of rows must compute the same bits.
+    # The source, not the compiler, decides which multiplications and additions are fused: kernels
+    # for different numbers of rows must compute the same bits.
     "--fmad=false",
 )
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
-"""Those that tests compile kernels for. Others are taken where NVRTC knows them."""
+"""Architectures that tests compile kernels for. Others are used where NVRTC supports them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One kernel: a device function with chosen template arguments.
+    """An instance of a device function.
 
     Attributes:
-        name: Of the entry point, as profilers show it.
-        file: Where the device function is.
+        name: Name of the entry point, as profilers show it.
+        file: File of the device function.
         function: The function, with its template arguments.
-        args: The struct it takes.
-        threads: Of a block.
-        registers: The most that a thread has, or None for as many as the compiler likes.
+        args: Its argument struct.
+        threads: Threads of a block.
+        registers: The most registers of a thread, or None for no limit.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Kernel:
     registers: int | None = None
 
     def source(self) -> str:
-        """A translation unit with the entry point."""
-        bounds = f"__launch_bounds__({self.threads}, 1)"  # as many registers as there are
+        """Returns a translation unit with the entry point."""
+        bounds = f"__launch_bounds__({self.threads}, 1)"  # all registers of a multiprocessor
         if self.registers is not None:
             bounds = f"__maxnreg__({self.registers})"
         return (
@@ -67,12 +67,12 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """Machine code.
+    """A compiled kernel.
 
     Attributes:
-        cubin: For one architecture.
-        seconds: Spent in the compiler; 0 if it came from the cache.
-        note: Why it could not be kept, or None.
+        cubin: Machine code for one architecture.
+        seconds: Time spent in the compiler; 0 if it came from the cache.
+        note: Why it could not be cached, or None.
     """
 
     cubin: bytes
@@ -86,7 +86,7 @@ class CompileError(HotloopError):
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why kernels cannot be compiled here, or None if they can."""
+    """Returns why kernels cannot be compiled here, or None if they can."""
     if (
         importlib.util.find_spec("cuda") is None
         or importlib.util.find_spec("cuda.bindings") is None
@@ -99,7 +99,7 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def knows(architecture: str) -> bool:
+def supports(architecture: str) -> bool:
     """Whether this NVRTC compiles for an architecture."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
@@ -107,10 +107,10 @@ def knows(architecture: str) -> bool:
 
 
 def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
-    """Machine code of a kernel, from the cache if it is there.
+    """Compiles a kernel, or reads it from the cache.
 
     Args:
-        kernel: What to compile.
+        kernel: The kernel.
         architecture: Such as ``sm_90``.
 
     Raises:
@@ -130,7 +130,7 @@ def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
 
 
 def _read(name: str) -> bytes | None:
-    """What a cached file holds; None if it is not there, or not whole."""
+    """Reads a cached file; returns None if it is missing or damaged."""
     try:
         content = cache_path("kernels", name).read_bytes()
     except OSError:
@@ -140,19 +140,12 @@ def _read(name: str) -> bytes | None:
 
 
 def _write(name: str, cubin: bytes) -> str | None:
-    """Keeps machine code; the reason if that is not possible, which costs time and nothing else."""
+    """Caches machine code; returns the reason where that fails, which costs only time."""
     try:
-        path = writable_cache_dir() / "kernels" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(cubin).digest() + cubin)
-            Path(scratch).replace(path)  # atomic: another process sees all of it or none
-        except OSError:
-            Path(scratch).unlink(missing_ok=True)
-            raise
-    except OSError as error:
+        folder = make_folder(writable_cache_dir() / "kernels")
+        with replacing(folder / name) as file:
+            file.write(hashlib.sha256(cubin).digest() + cubin)
+    except (OSError, HotloopError) as error:
         return f"compiled kernels are not kept: {error}"
     return None
 
@@ -188,7 +181,7 @@ def _compile(kernel: Kernel, files: dict[str, str], options: tuple[str, ...]) ->
 
 @functools.cache
 def nvrtc_version() -> tuple[int, int]:
-    """Of CUDA, such as (13, 0)."""
+    """Returns the version of CUDA that NVRTC belongs to, such as (13, 0)."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
     major, minor = _checked(nvrtc.nvrtcVersion())
@@ -196,7 +189,7 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """What an NVRTC call returned besides its status."""
+    """Checks the status of an NVRTC call, and returns its other results."""
     status, *values = result
     if status.value != 0:
         raise CompileError(f"NVRTC failed: {status.name}.")

@@ -1,7 +1,7 @@
-// Packed weights as plain rows of bfloat16, for products with many rows.
+// Dequantizes packed weights to plain rows of bfloat16, for GEMM with many rows.
 //
-// A warp takes a unit of a tile. Groups' scales and offsets are applied, and the result rounded
-// once; a scale per output feature is left to whoever has the product.
+// A warp takes one unit of a tile. Scales and offsets of groups are applied, and the result is
+// rounded once; a scale per output feature is applied after the GEMM.
 
 #include "weights.cuh"
 
@@ -12,10 +12,10 @@ struct DequantizeArgs {
   int tiles, units;
 };
 
-// kPaired: a tile has gate features in its rows 0 to 7 and up features in the others.
+// kPaired: rows 0 to 7 of a tile are gate features, the others up features.
 template <class Weight, bool kPaired, int kWarps>
 __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
-  constexpr int kUnitBlocks = Weight::kUnitK / 32;
+  constexpr int kUnitSlices = Weight::kUnitK / 32;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (index >= static_cast<int64_t>(args.tiles) * args.units) return;
@@ -26,11 +26,11 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   const bool has[2] = {kPaired ? first < half : first < args.n,
                        kPaired ? first < half : first + half < args.n};
 #pragma unroll
-  for (int block = 0; block < kUnitBlocks; block++) {
+  for (int slice = 0; slice < kUnitSlices; slice++) {
     uint32_t a[2][4];
-    Weight::operands(from, block, lane, a);
+    Weight::operands(from, slice, lane, a);
     const uint32_t* group = nullptr;
-    if constexpr (Weight::kGroupBlocks > 0) group = Weight::group(from, block);
+    if constexpr (Weight::kGroupSlices > 0) group = Weight::group(from, slice);
     const uint32_t scale = group != nullptr ? group[g] : kOnes;
     const uint32_t offset = Weight::kOffset ? group[8 + g] : 0;
     for (int i = 0; i < 2; i++)
@@ -40,7 +40,7 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
         const float second = weight_of<Weight>(high(a[i][r]), r);
         a[i][r] = narrow(fmaf(first, s, o), fmaf(second, s, o));
       }
-    const int k = 32 * (unit * kUnitBlocks + block) + 8 * t;
+    const int k = 32 * (unit * kUnitSlices + slice) + 8 * t;
     if (k >= args.k) continue;
     for (int h = 0; h < 2; h++)
       if (has[h])

@@ -1,4 +1,4 @@
-"""Packed weights as plain rows of bfloat16: how ``dequantize.cu`` is launched, and its twin.
+"""Dequantizes packed weights to rows of bfloat16: launches of ``dequantize.cu``, and its twin.
 
 Shape letters: N output features, K input features.
 """
@@ -27,13 +27,14 @@ class DequantizeArguments(Arguments):
 
 
 def dequantize(form: Format, packed: Tensor) -> Tensor:
-    """The weight, bfloat16 [N, K]: with the scales and offsets of groups, rounded once.
+    """Dequantizes a weight to bfloat16 [N, K], rounded once.
 
-    Scales of output features are not applied; eight-bit values alone are exact.
+    Scales and offsets of groups are applied. Scales per output feature are not, so that eight-bit
+    values remain exact.
 
     Args:
-        form: Of the weight.
-        packed: As ``packing.pack`` made it.
+        form: Format of the weight.
+        packed: As ``packing.pack`` returns it.
     """
     if not packed.is_cuda:
         return dequantize_torch(form, packed)
@@ -43,7 +44,7 @@ def dequantize(form: Format, packed: Tensor) -> Tensor:
 
 
 def dequantize_torch(form: Format, packed: Tensor) -> Tensor:
-    """The same in plain PyTorch: what the kernel is tested against."""
+    """Computes the same in plain PyTorch: the specification of the kernel."""
     values, scale, offset = unpack(form, packed)
     if scale is None:
         return values.to(torch.bfloat16)
@@ -54,7 +55,7 @@ def dequantize_torch(form: Format, packed: Tensor) -> Tensor:
 
 
 def dequantize_kernel(form: Format) -> Kernel:
-    """The instance for a format."""
+    """Returns the instance for a format."""
     return Kernel(
         name=f"dequantize_{form.label}{'_paired' if form.paired else ''}",
         file="dequantize.cu",
@@ -65,7 +66,7 @@ def dequantize_kernel(form: Format) -> Kernel:
 
 
 def dequantize_call(form: Format, packed: Tensor, rows_NK: Tensor) -> Call:
-    """The launch that writes ``rows_NK``, bfloat16."""
+    """Returns the launch that writes ``rows_NK``, bfloat16."""
     assert rows_NK.shape == (form.n, form.k), f"rows are {tuple(rows_NK.shape)} for {form}"
     assert rows_NK.dtype == torch.bfloat16, f"rows are {rows_NK.dtype}"
     assert packed.nbytes == form.nbytes, f"{packed.nbytes} bytes for {form}"

@@ -1,10 +1,11 @@
 // The instructions that the kernels are made of, one small function each.
 //
-// Only here is PTX written. The kernels above need no CUDA header, so nothing but NVRTC itself is
-// needed to compile them; and a test can put a file of the same name in this one's place whose
-// functions do the same on a CPU, and so run the very source of the kernels without a GPU.
+// This is the only file with PTX. The kernels need no CUDA header, so NVRTC alone compiles them;
+// and tests put a file of the same name in this one's place whose functions do the same on a CPU,
+// so that the kernels' own source runs without a GPU.
 //
-// bfloat16 travels as bits: one in a bf16 (uint16_t), two in a uint32_t, the first in the low half.
+// bfloat16 values are held as bits: one in a bf16 (uint16_t), two in a uint32_t, the first in the
+// low half.
 
 #pragma once
 
@@ -15,7 +16,7 @@ typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 typedef long long int64_t;
-#else  // by hand, with nvcc
+#else  // nvcc
 #include <stdint.h>
 #endif
 typedef uint16_t bf16;
@@ -25,7 +26,7 @@ __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u
 // Bits.
 
 __device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
-__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ int count_bits(uint32_t word) { return __popc(word); }
 __device__ __forceinline__ int bit_width(uint64_t value) { return 64 - __clzll(value); }
 
@@ -47,7 +48,7 @@ __device__ __forceinline__ uint32_t narrow(float first, float second) {
   return pair;
 }
 
-constexpr uint32_t kMinusZeros = 0x80008000u;  // what to add to leave even zeros as they are
+constexpr uint32_t kMinusZeros = 0x80008000u;  // x + -0 is x, even where x is -0
 
 // a * b + c of both halves, each rounded once.
 __device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
@@ -63,7 +64,7 @@ __device__ __forceinline__ uint32_t mask_or(uint32_t value, uint32_t mask, uint3
   return result;
 }
 
-// Bytes 1 and 3 of a word where bytes 0 and 2 were, and zeros.
+// Bytes 1 and 3 of a word in the places of bytes 0 and 2, with zeros between.
 __device__ __forceinline__ uint32_t spread_odd_bytes(uint32_t word) {
   return __byte_perm(word, 0, 0x4341);
 }
@@ -88,7 +89,7 @@ __device__ __forceinline__ float log2_fast(float x) {
   return result;
 }
 
-// Products: c[16 x 8] += a[16 x 16] * b[16 x 8], spread over a warp. With g = lane / 4 and
+// Tensor cores: c[16 x 8] += a[16 x 16] * b[16 x 8], spread over a warp. With g = lane / 4 and
 // t = lane % 4, a lane holds of a: rows g and g + 8 at columns 2t, 2t + 1 (a[0], a[1]) and
 // 2t + 8, 2t + 9 (a[2], a[3]); of b: rows 2t, 2t + 1 (b0) and 2t + 8, 2t + 9 (b1) of column g;
 // of c: columns 2t, 2t + 1 of row g (c[0], c[1]) and of row g + 8 (c[2], c[3]).
@@ -121,7 +122,7 @@ template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
-// Of the lane so far below; of the first ones, their own.
+// The value of the lane `distance` below; the first lanes get their own.
 template <class T>
 __device__ __forceinline__ T shuffle_up(T value, int distance) {
   return __shfl_up_sync(0xffffffffu, value, distance);
@@ -133,7 +134,7 @@ __device__ __forceinline__ uint32_t ballot(bool value) {
 __device__ __forceinline__ uint32_t sum_lanes(uint32_t value) {
   return __reduce_add_sync(0xffffffffu, value);
 }
-__device__ __forceinline__ uint32_t max_of_lanes(uint32_t value) {
+__device__ __forceinline__ uint32_t max_lanes(uint32_t value) {
   return __reduce_max_sync(0xffffffffu, value);
 }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
@@ -146,7 +147,7 @@ __device__ __forceinline__ uint8_t* shared_memory() {
   return reinterpret_cast<uint8_t*>(memory);
 }
 
-// What was there before.
+// Returns the value before the addition.
 __device__ __forceinline__ uint32_t atomic_add(uint32_t* p, uint32_t value) {
   return atomicAdd(p, value);
 }
@@ -155,10 +156,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Barriers in shared memory, and copies into it that arrive at one when they are complete.
+// Barriers in shared memory (mbarrier), and asynchronous copies that arrive at one on completion.
 //
-// Hopper copies in bulk: one lane names the bytes, the barrier counts them. Before it, each lane
-// copies its share in pieces of 16 bytes, and arrives when those are there.
+// From Hopper on one lane issues a bulk copy, whose bytes the barrier counts. On older devices each
+// lane copies its share 16 bytes at a time, and arrives when its copies are complete.
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -170,7 +171,7 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
-// Waits until the phase of the given parity is complete; of a new barrier, parity 1 is.
+// Waits until the phase of the given parity is complete; of a new barrier, the phase of parity 1 is.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   const uint32_t address = shared_address(barrier);
   uint32_t done;
@@ -195,19 +196,19 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int kCopyArrivals = 1;  // at a barrier, per call of copy_begin
+constexpr int kCopyArrivals = 1;  // arrivals at a barrier per call of copy_begin
 
-__device__ __forceinline__ uint64_t read_once_policy() {
+__device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
-__device__ __forceinline__ void barriers_are_ready() {
+__device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Announces copies of ``bytes`` in all.
+// Announces copies of ``bytes`` in total.
 __device__ __forceinline__ void copy_begin(uint64_t* barrier, int bytes, int lane) {
   if (lane == 0)
     asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
@@ -229,8 +230,8 @@ __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint
 
 __device__ __forceinline__ void copy_end(uint64_t*, int) {}
 
-// Reads ``bytes``, a multiple of 16, into the L2 cache. One lane asks for all of them: with a part for
-// each lane steps took longer.
+// Prefetches ``bytes``, a multiple of 16, into L2. One lane issues all of it: decode steps took
+// longer where each lane issued a part.
 __device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) {
   if (lane == 0)
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -240,8 +241,8 @@ __device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) 
 
 constexpr int kCopyArrivals = 32;
 
-__device__ __forceinline__ uint64_t read_once_policy() { return 0; }
-__device__ __forceinline__ void barriers_are_ready() {}
+__device__ __forceinline__ uint64_t evict_first_policy() { return 0; }
+__device__ __forceinline__ void fence_barrier_init() {}
 __device__ __forceinline__ void copy_begin(uint64_t*, int, int) {}
 
 __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint64_t*, uint64_t,
@@ -264,8 +265,8 @@ __device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) 
 
 #endif
 
-// Programmatic dependent launch. A kernel may start before its predecessor has ended; until it has
-// waited, it may touch nothing that any kernel of the step writes.
+// Programmatic dependent launch: a kernel may start before its predecessor has ended. Before it has
+// waited for the predecessor, it must not touch memory that any kernel of the step writes.
 
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -279,8 +280,8 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
-// Blocks among each other: the last of ``n`` that call this with one counter is told so, and sees
-// what the others wrote before; the counter is zero again for the next use. ``flag`` is shared.
+// Returns true in the last of ``n`` blocks that call this with one counter; that block sees the
+// writes of the others. Leaves the counter zero for the next use. ``flag`` is in shared memory.
 __device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag,
                                               int thread) {
   __threadfence();
@@ -294,32 +295,33 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t n, uin
   return *flag == n - 1;
 }
 
-// Reads what other blocks wrote during this kernel.
+// Loads from L2, past L1, what other blocks wrote during this kernel.
 template <class T>
-__device__ __forceinline__ T load_from_others(const T* p) {
+__device__ __forceinline__ T load_from_l2(const T* p) {
   return __ldcg(p);
 }
 
-// GPUs among each other. Words that one writes into another's memory carry a mark each: eight bytes
-// are written as one, so where the mark is, the word is as well, and nothing need be ordered.
+// Communication between GPUs, in the manner of NCCL's LL protocol: each word that one GPU writes
+// into another's memory has a flag beside it. A store of eight bytes is atomic, so a word whose
+// flag has arrived has arrived too, and no fence is needed.
 
-__device__ __forceinline__ uint64_t marked(uint32_t word, uint32_t mark) {
-  return static_cast<uint64_t>(mark) << 32 | word;
+__device__ __forceinline__ uint64_t flagged(uint32_t word, uint32_t flag) {
+  return static_cast<uint64_t>(flag) << 32 | word;
 }
 
-__device__ __forceinline__ void store_marked(uint4* to, uint2 words, uint32_t mark) {
+__device__ __forceinline__ void store_flagged(uint4* to, uint2 words, uint32_t flag) {
   asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(to),
-               "l"(marked(words.x, mark)), "l"(marked(words.y, mark))
+               "l"(flagged(words.x, flag)), "l"(flagged(words.y, flag))
                : "memory");
 }
 
-// Whether both words of that mark are there; if so, they are.
-__device__ __forceinline__ bool load_marked(const uint4* from, uint32_t mark, uint2& words) {
+// Loads two words; returns whether both have the flag.
+__device__ __forceinline__ bool load_flagged(const uint4* from, uint32_t flag, uint2& words) {
   uint64_t first, second;
   asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
                : "=l"(first), "=l"(second)
                : "l"(from)
                : "memory");
   words = uint2{static_cast<uint32_t>(first), static_cast<uint32_t>(second)};
-  return first >> 32 == mark && second >> 32 == mark;
+  return first >> 32 == flag && second >> 32 == flag;
 }

@@ -1,8 +1,8 @@
-"""Kernels on a device: load once, prepare a launch once, launch often.
+"""Loads kernels on a device, and launches them.
 
-A ``Call`` says everything about a launch but the device: the kernel, its grid, its shared memory
-and its arguments. ``Device.prepare`` turns one into a ``Launch``, which only looks up the current
-stream; so it can be called from Python at each step, or captured in a CUDA graph.
+A ``Call`` is a launch without its device: the kernel, its grid, its shared memory and its
+arguments. ``Device.prepare`` makes it a ``Launch``, which only looks up the current stream when it
+is called, so that calling it from Python is cheap; it can also be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from hotloop.errors import HotloopError
 from hotloop.kernels.cuda import compile as compiler
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
 
-OLDEST = (8, 0)
-"""Compute capability from which on the kernels run."""
+MIN_CAPABILITY = (8, 0)
+"""The lowest compute capability that the kernels support."""
 
-MOST_CONFIGS = 1024
-"""Launch configurations that are kept, the most recently used: a step has some dozens."""
+MAX_CONFIGS = 1024
+"""Size of the LRU cache of launch configurations, of which a decode step has some dozens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """A launch.
+    """A launch, without its device.
 
     Attributes:
-        kernel: What is launched.
+        kernel: The kernel.
         grid: Blocks along x, y and z.
         shared_bytes: Shared memory of a block.
         args: The kernel's argument.
-        tensors: What the argument points into, kept alive with it.
+        tensors: Tensors that the argument points into, which are kept alive.
     """
 
     kernel: Kernel
@@ -50,24 +50,25 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What of a device decides how kernels are launched on it.
+    """Properties of a device that launches depend on.
 
     Attributes:
-        n_sms: Multiprocessors.
-        shared_bytes: Shared memory that a block can have.
+        n_sms: Number of multiprocessors.
+        shared_bytes: The most shared memory of a block.
     """
 
     n_sms: int
     shared_bytes: int
 
     @property
-    def alone_bytes(self) -> int:
-        """Shared memory of a block that leaves no room for another like it beside it."""
-        return self.shared_bytes // 2 + 512  # of 1 KB more, each takes 1 KB more
+    def exclusive_bytes(self) -> int:
+        """Shared memory of a block such that a multiprocessor has no room for a second one."""
+        # A multiprocessor has 1 KB more than a block may have, and each block takes 1 KB more.
+        return self.shared_bytes // 2 + 512
 
 
 class Arguments(ctypes.Structure):
-    """A struct of ``*.cu``; pointers are given as tensors, and absent ones as None."""
+    """Base of the argument structs of ``*.cu``; pointers are set from tensors, null from None."""
 
     _names: ClassVar[frozenset[str]] = frozenset()
 
@@ -76,7 +77,7 @@ class Arguments(ctypes.Structure):
 
     @classmethod
     def of(cls, **values: Tensor | float | None) -> tuple[Arguments, tuple[Tensor, ...]]:
-        """The struct, and the tensors that it points into."""
+        """Returns the struct, and the tensors that it points into."""
         assert values.keys() == cls._names, f"{sorted(values)} for {sorted(cls._names)}"
         tensors, raw = [], {}
         for name, value in values.items():
@@ -94,27 +95,27 @@ class LaunchError(HotloopError):
 
 
 class PreparedLaunch(Protocol):
-    """Launches a kernel on the current stream."""
+    """A launch that is ready to be called."""
 
     def __call__(self, blocks: int | None = None) -> None:
-        """Launches it; ``blocks`` replaces the call's own number of blocks along x."""
+        """Launches on the current stream; ``blocks`` replaces the call's blocks along x."""
         ...
 
 
 class Launcher(Protocol):
-    """What an engine needs of a ``Device``, or of a test's stand-in."""
+    """The part of ``Device`` that engines use, which tests implement without a GPU."""
 
     @property
     def limits(self) -> Limits:
-        """What launches are made for."""
+        """Limits of the device."""
         ...
 
     def load(self, kernels: Iterable[Kernel]) -> None:
-        """Compiles and loads what is not loaded yet."""
+        """Compiles and loads kernels that are not loaded yet."""
         ...
 
     def prepare(self, call: Call, *, dependent: bool) -> PreparedLaunch:
-        """What launches ``call``; if ``dependent``, perhaps before its predecessor has ended."""
+        """Prepares a launch; a ``dependent`` one may start before its predecessor has ended."""
         ...
 
 
@@ -122,21 +123,21 @@ class Device:
     """Loads and launches kernels on one CUDA device.
 
     Args:
-        device: Which one, with its index.
-        dependent_launch: Kernels may start before their predecessors have ended, where the device
-            can do that. Without it they do the same, one after the other.
+        device: The device, with its index.
+        dependent_launch: Use programmatic dependent launch, in which a kernel may start before its
+            predecessor has ended, where the device supports it. Results do not depend on it.
 
     Attributes:
-        architecture: What kernels are compiled for, such as ``sm_90``.
-        limits: What launches are made for.
-        compile_seconds: Threads' time spent in the compiler so far.
-        notes: What went otherwise than it should, for records.
+        architecture: The architecture that kernels are compiled for, such as ``sm_90``.
+        limits: Limits of the device.
+        compile_seconds: Seconds spent in the compiler so far, summed over threads.
+        notes: Problems that records report.
     """
 
     def __init__(self, device: torch.device, *, dependent_launch: bool = True) -> None:
-        assert device.index is not None, f"which of the devices, {device}?"
+        assert device.index is not None, f"{device} has no index"
         driver = _driver()
-        torch.cuda.synchronize(device)  # makes torch's context current: ours is the same
+        torch.cuda.synchronize(device)  # makes torch's context current, which we share
         optin = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         ordinal = _checked(driver.cuDeviceGet(device.index))
         properties = torch.cuda.get_device_properties(device)
@@ -150,10 +151,10 @@ class Device:
         self.compile_seconds = 0.0
         self.notes: set[str] = set()
         self._functions: dict[Kernel, Any] = {}
-        self._config = functools.lru_cache(MOST_CONFIGS)(_config)
+        self._config = functools.lru_cache(MAX_CONFIGS)(_config)
 
     def load(self, kernels: Iterable[Kernel]) -> None:
-        """Compiles kernels, all at once, and loads them; what is loaded already stays."""
+        """Compiles kernels in parallel and loads them; skips those that are loaded already."""
         missing = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._functions]
         if not missing:
             return
@@ -166,7 +167,7 @@ class Device:
             self._functions[kernel] = self._load(kernel, code.cubin)
 
     def _load(self, kernel: Kernel, cubin: bytes) -> Any:
-        """The driver's handle of a kernel."""
+        """Loads a kernel, and returns the driver's handle of it."""
         driver = _driver()
         with torch.cuda.device(self.device):
             module = _checked(driver.cuModuleLoadData(cubin))
@@ -174,21 +175,21 @@ class Device:
         attribute = driver.CUfunction_attribute
         for name, value in (
             ("MAX_DYNAMIC_SHARED_SIZE_BYTES", self.limits.shared_bytes),
-            # The same for all kernels: a multiprocessor can only hold blocks of two kernels at a
-            # time if it need not be divided anew between them.
+            # The same for all kernels: blocks of two kernels share a multiprocessor only if they
+            # have the same carveout.
             ("PREFERRED_SHARED_MEMORY_CARVEOUT", 100),
         ):
-            of = getattr(attribute, f"CU_FUNC_ATTRIBUTE_{name}")
-            _checked(driver.cuFuncSetAttribute(function, of, value))
+            key = getattr(attribute, f"CU_FUNC_ATTRIBUTE_{name}")
+            _checked(driver.cuFuncSetAttribute(function, key, value))
         return function
 
     def prepare(self, call: Call, *, dependent: bool = True) -> Launch:
-        """Everything about a launch that can be done beforehand.
+        """Does all of a launch's work that can be done beforehand.
 
         Args:
-            call: What to launch; its tensors are on this device.
+            call: The launch; its tensors are on this device.
             dependent: The kernel may start before its predecessor in the stream has ended
-                (programmatic dependent launch), where that is on.
+                (programmatic dependent launch), where ``dependent_launch`` is on.
         """
         limit = self.limits.shared_bytes
         assert call.shared_bytes <= limit, f"{call.shared_bytes} of {limit}"
@@ -196,14 +197,14 @@ class Device:
         return Launch(call, self, self._functions[call.kernel], dependent and self.dependent_launch)
 
     def config(self, call: Call, blocks: int | None, stream: int, dependent: bool) -> Any:
-        """What the driver is told of a launch besides its arguments."""
+        """Returns the driver's configuration of a launch."""
         x, y, z = call.grid
         grid = (x if blocks is None else blocks, y, z)
         return self._config(grid, call.kernel.threads, call.shared_bytes, stream, dependent)
 
 
 class Launch:
-    """A prepared launch: call it."""
+    """A prepared launch on a ``Device``."""
 
     def __init__(self, call: Call, device: Device, function: Any, dependent: bool) -> None:
         self.call, self._device = call, device
@@ -216,7 +217,7 @@ class Launch:
         """Launches on the device's current stream.
 
         Args:
-            blocks: Blocks of the grid along x, where they are not the call's.
+            blocks: Blocks of the grid along x, or None for the call's.
 
         Raises:
             LaunchError: The driver refused.
@@ -256,16 +257,16 @@ def _config(
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None if they can."""
+    """Returns why the kernels cannot run on a device, or None if they can."""
     if device.type != "cuda" or torch.version.cuda is None:
         return "it is for NVIDIA GPUs"
-    if (capability := torch.cuda.get_device_capability(device)) < OLDEST:
-        found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
+    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        found, needed = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         return f"it needs compute capability {needed}, not {found}"
     if reason := compiler.unavailable_reason():
         return reason
     (major, minor), architecture = compiler.nvrtc_version(), f"sm_{''.join(map(str, capability))}"
-    if not compiler.knows(architecture):
+    if not compiler.supports(architecture):
         return f"NVRTC {major}.{minor} does not know {architecture}: update nvidia-cuda-nvrtc"
     newest = _checked(_driver().cuDriverGetVersion()) // 1000
     if newest < major:
@@ -275,7 +276,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """The one ``Device`` of a CUDA device: kernels are loaded once."""
+    """Returns the process's only ``Device`` of a CUDA device, so that kernels are loaded once."""
     return Device(device)
 
 

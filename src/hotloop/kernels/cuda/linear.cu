@@ -1,93 +1,96 @@
-// Products with few rows: y = epilogue(x @ weight.T), at the speed at which the weight is read.
+// GEMV, and GEMM with few rows: y = epilogue(x @ weight.T), bound by the reading of the weight.
 //
 // The weight is the A operand of mma.m16n8k16 and lies in memory in the order of its fragments
 // (kernels/cuda/packing.py), so one read of shared memory by a lane *is* its operand. The rows of x
-// are B, so up to eight of them cost little more than one.
+// are the B operand, so up to eight rows cost little more than one.
 //
-// A block keeps a ring of shared memory per warp full of weights that are on their way. It asks for
-// most of them before it waits for the kernel that computes x, then for x, and only then for the
-// rest: what is asked for first comes first. Warps share out K, so every block sees all of x; one
-// more warp adds up what they found, in a fixed order, and applies the epilogue.
+// Each warp has a ring of stages in shared memory, which it keeps full of weight copies in flight
+// (cp.async.bulk with an mbarrier each). A block issues most of them before it waits for the kernel
+// that computes x, then loads x, and issues the rest last, because memory serves loads in the order
+// in which they are issued. The warps split K, so every block reads all of x; one more warp, the
+// epilogue warp, reduces their partial sums in a fixed order and applies the epilogue.
 //
-// A norm is taken apart. The product before has its result multiplied by the norm's weight already,
-// and adds up squares, a tile at a time; the factor that is common to a row is applied to the sums.
+// An RMS norm before the product is split in two. The kernel that writes the norm's input also
+// writes that input times the norm's weight (the prescaled input) and partial sums of its squares
+// (the norm epilogue); this kernel multiplies its sums by the row's factor, 1 / rms.
 //
-// Bits: a row's result depends on neither the number of rows nor on timing. It depends on the
-// number of warps, which belongs to the weight and not to the call.
+// Determinism: the bits of a row's result depend on neither the number of rows nor timing. They
+// depend on the number of warps, which belongs to the weight and not to the call.
 //
-// Letters: M rows of x, N output features, K input features. A tile is 16 output features, a unit
-// what a tile has of 1024 bytes of weights (and their scales), a block of K 32 input features; an
-// item of work is kTiles tiles. g = lane / 4 and t = lane % 4 are a lane's place in fragments.
+// Letters: M rows of x, N output features, K input features. A tile is 16 output features; a unit
+// is 1024 bytes of a tile's weights with their scales; a slice is 32 input features; an octet is
+// eight rows of x, the width of one mma; an item of work is kTiles tiles. g = lane / 4 and
+// t = lane % 4 locate a lane in the fragments of mma.
 
 #include "pointwise.cuh"
 #include "weights.cuh"
 
 struct LinearArgs {
   const uint8_t* weight;         // [tiles, units, bytes of a unit]
-  const float* scale;            // [N], of eight-bit weights
-  const bf16* x;                 // [M, K]; of kNorm, times the norm's weight
-  const float* squares;          // [M, tiles of K], of kNorm: what those of its input add up to
+  const float* scale;            // [N], with eight-bit weights
+  const bf16* x;                 // [M, K]; with kNorm, the prescaled input
+  const float* squares;          // [M, tiles of K], with kNorm: partial sums of the input's squares
   const bf16* bias;              // [N], or null
-  const bf16* residual;          // like y, or null; not of kLogits
-  void* y;                       // [M, N] bf16; [M, N / 2] of kSwiGLU; float of kLogits
-  const bf16* next_norm;         // [N]: weight of the norm that y goes into, or null; of kPlain
-  bf16* next_x;                  // [M, N]: y times it
-  float* next_squares;           // [M, tiles]: of y
-  float* best_value;             // [M, blocks], of kLogits, or null
-  int* best_index;               // [M, blocks]
-  const uint8_t* ahead;          // a later product's weight, or null
+  const bf16* residual;          // added; shaped like y, or null; not with kLogits
+  void* y;                       // bf16 [M, N]; kSwiGLU: bf16 [M, N / 2]; kLogits: float [M, N]
+  const bf16* next_norm;         // [N]: weight of the norm that follows, or null; with kPlain
+  bf16* next_x;                  // [M, N]: its prescaled input, y * next_norm
+  float* next_squares;           // [M, tiles]: partial sums of y's squares
+  float* best_value;             // [M, blocks], with kLogits: each block's largest, or null
+  int* best_index;               // [M, blocks]: its output feature
+  const uint8_t* prefetch_weight;  // of a later matrix product, or null
   int rows, n, k;
-  int n_best;                    // output features that can be the best
+  int n_best;                    // the largest is taken among the first n_best output features
   int tiles, units;
-  int stages, units_per_stage;   // a warp's ring: how many copies, and the length of each
-  int ahead_n, ahead_stride;     // its tiles, and bytes from one to the next
-  int ahead_first, ahead_step;   // the first block's first tile, and from one of a block's to the next
-  int ahead_tiles;               // that a block asks for
-  int ahead_tile_bytes;          // of each
-  int ahead_items_left;          // when: a block has so many items left
-  float eps;                     // of kNorm
+  int stages, units_per_stage;   // of a warp's ring
+  int prefetch_n_tiles, prefetch_stride;  // tiles of that weight, and bytes per tile
+  int prefetch_first, prefetch_step;  // block 0's first tile; tiles between two of a block's
+  int prefetch_tiles;            // tiles per block
+  int prefetch_tile_bytes;       // bytes of each, from its beginning
+  int prefetch_items_left;       // a block prefetches when it has this many items left
+  float eps;                     // with kNorm
 };
 
 enum Epilogue { kPlain, kSwiGLU, kLogits };
 
-constexpr int kBuffers = 2;  // of sums on their way to the epilogue
+constexpr int kBuffers = 2;  // of partial sums, between the warps and the epilogue warp
 
-// kTiles: tiles that a warp computes together from one reading of x. kColumns: groups of eight
-// rows of x. kFew: there are two at most. kStaged: each warp keeps its part of x in shared memory.
-template <class Weight, int kWarps, int kTiles, int kColumns, bool kFew, Epilogue kEpilogue,
+// kTiles: tiles that a warp computes from one reading of x. kOctets: octets of x. kFew: x has at
+// most two rows. kStaged: each warp keeps its part of x in shared memory.
+template <class Weight, int kWarps, int kTiles, int kOctets, bool kFew, Epilogue kEpilogue,
           bool kNorm, bool kStaged>
 struct Linear {
-  static constexpr int kUnitBlocks = Weight::kUnitK / 32;
-  static constexpr int kMaxRows = 8 * kColumns;
-  static constexpr bool kGroups = Weight::kGroupBlocks > 0;
-  static constexpr int kGroupBlocks = kGroups ? Weight::kGroupBlocks : kUnitBlocks;
-  static constexpr int kUnitGroups = kUnitBlocks / kGroupBlocks;
-  static constexpr bool kSums = Weight::kRaised > 0 || Weight::kOffset;  // x adds up
-  // Units that a warp multiplies in one go: what one waits for leaves time for the other.
+  static constexpr int kUnitSlices = Weight::kUnitK / 32;
+  static constexpr int kMaxRows = 8 * kOctets;
+  static constexpr bool kGroups = Weight::kGroupSlices > 0;
+  static constexpr int kGroupSlices = kGroups ? Weight::kGroupSlices : kUnitSlices;
+  static constexpr int kUnitGroups = kUnitSlices / kGroupSlices;
+  static constexpr bool kSums = Weight::kZeroPoint > 0 || Weight::kOffset;  // sums of x are needed
+  // Units that a warp interleaves, so that one hides the latency of the other.
   static constexpr int kUnitsAtOnce = kFew && kGroups && kStaged ? 2 : 1;
-  // x that is not staged is read a unit ahead, where registers allow.
-  static constexpr bool kReadsAhead = !kStaged && kColumns == 1;
+  // x that is not staged is loaded one unit ahead (software pipelining), where registers allow.
+  static constexpr bool kPipelinesX = !kStaged && kOctets == 1;
 
   const LinearArgs& args;
   const int lane, warp, g, t;
-  const int first_item, item_step, n_items;        // items are first_item, + item_step, ...
+  const int first_item, item_step, n_items;        // this block's items: a grid-stride loop
   const int stages, units_per_stage;               // of the ring
   const int tile_bytes, stage_bytes;               // of a stage
-  const int row_bytes;                             // between a tile's units and the next one's
-  const int staged_row;                            // g, or 0 if there is no such row
+  const int row_bytes;                             // of all units of a tile
+  const int staged_row;                            // g, or 0 where x has no row g
   int first_unit, end_unit;                        // of this warp, in every item
-  int64_t to_next_item;                            // bytes, from the end of this warp's units
-  int chunks, x_stride;                            // of eight features: this warp's; between rows
+  int64_t to_next_item;                            // bytes from the end of this warp's units
+  int vectors, x_stride;                           // 16-byte vectors of x: this warp's; per row
 
   // Shared memory.
   uint8_t* ring;
-  float4* sums;           // [kBuffers][kWarps][kTiles][kColumns][32]
-  float* x_sums;          // of kSums, over each of this warp's groups or in all: [groups][kMaxRows]
-  uint4* staged;          // this warp's x: [rows][x_stride]
-  uint64_t* arrived;      // [stages], of this warp: the copy is there
-  float* factors;         // [kMaxRows], of kNorm where warps share them out
-  uint64_t* summed;       // [kBuffers]: every warp's sums are there
-  uint64_t* taken;        // [kBuffers]: the epilogue has them
+  float4* partial_sums;   // [kBuffers][kWarps][kTiles][kOctets][32]
+  float* x_sums;          // with kSums: sums of x over this warp's groups: [groups][kMaxRows]
+  uint4* staged;          // this warp's part of x: [rows][x_stride]
+  uint64_t* full;         // [stages], of this warp: barrier: the copy has arrived
+  float* norm_factors;    // [kMaxRows], with kNorm where the warps compute them
+  uint64_t* sums_full;    // [kBuffers]: barrier, every warp has stored its partial sums
+  uint64_t* sums_empty;   // [kBuffers]: barrier, the epilogue warp has read them
 
   __device__ __forceinline__ Linear(const LinearArgs& a, int thread, int block, int blocks)
       : args(a), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
@@ -103,21 +106,21 @@ struct Linear {
     uint8_t* memory = shared_memory();
     ring = memory + warp * stages * stage_bytes;
     memory += kWarps * stages * stage_bytes;
-    sums = reinterpret_cast<float4*>(memory);
-    memory += sizeof(float4) * kBuffers * kWarps * kTiles * kColumns * 32;
-    factors = reinterpret_cast<float*>(memory);
+    partial_sums = reinterpret_cast<float4*>(memory);
+    memory += sizeof(float4) * kBuffers * kWarps * kTiles * kOctets * 32;
+    norm_factors = reinterpret_cast<float*>(memory);
     memory += sizeof(float) * kMaxRows;
-    summed = reinterpret_cast<uint64_t*>(memory);
-    taken = summed + kBuffers;
-    arrived = taken + kBuffers + warp * stages;
+    sums_full = reinterpret_cast<uint64_t*>(memory);
+    sums_empty = sums_full + kBuffers;
+    full = sums_empty + kBuffers + warp * stages;
     memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * stages) + 15) / 16 * 16;
     const int units_of_warp = (a.units + kWarps - 1) / kWarps;
     const int warp_sums = kMaxRows * (kGroups ? units_of_warp * kUnitGroups : kSums ? 1 : 0);
     x_sums = reinterpret_cast<float*>(memory) + warp * warp_sums;
     memory += sizeof(float) * kWarps * warp_sums;
-    chunks = (min(end_unit * Weight::kUnitK, a.k) - first_unit * Weight::kUnitK) / 8;
-    // Rows begin an odd number of half lines apart: eight lanes read two of them at once.
-    x_stride = 4 * (units_of_warp * kUnitBlocks | 1);
+    vectors = (min(end_unit * Weight::kUnitK, a.k) - first_unit * Weight::kUnitK) / 8;
+    // An odd stride in 64-byte half lines: eight lanes read two rows without a bank conflict.
+    x_stride = 4 * (units_of_warp * kUnitSlices | 1);
     staged = reinterpret_cast<uint4*>(memory) + warp * a.rows * x_stride;
   }
 
@@ -125,39 +128,39 @@ struct Linear {
     if (warp < kWarps)
       multiply();
     else
-      finish();
+      run_epilogue();
   }
 
-  // The warps that multiply.
+  // The multiplying warps.
 
-  // Where the next copy comes from, and how many were asked for.
+  // The source of the next copy, and the number of copies issued.
   struct Cursor {
     const uint8_t* from;
-    int item, unit, asked;
+    int item, unit, issued;
     uint64_t policy;
   };
 
-  __device__ __forceinline__ Cursor beginning() const {
+  __device__ __forceinline__ Cursor first_copy() const {
     const int64_t at = static_cast<int64_t>(first_item) * kTiles * args.units + first_unit;
     return {args.weight + at * Weight::kUnitBytes, first_unit < end_unit ? first_item : n_items,
-            first_unit, 0, read_once_policy()};
+            first_unit, 0, evict_first_policy()};
   }
 
-  // As many copies as there are stages, or fewer for a start.
-  __device__ __forceinline__ void ask_up_to(Cursor& next, int n) {
-    while (next.asked < n) ask(next, next.asked++);
+  // Issues copies until n have been issued.
+  __device__ __forceinline__ void issue_up_to(Cursor& next, int n) {
+    while (next.issued < n) issue_copy(next, next.issued++);
   }
 
-  __device__ __forceinline__ void ask(Cursor& next, int stage) {
+  __device__ __forceinline__ void issue_copy(Cursor& next, int stage) {
     if (next.item >= n_items) return;
     const int units = min(units_per_stage, end_unit - next.unit);
     const int bytes = units * Weight::kUnitBytes;
     const int tiles = kTiles == 1 ? 1 : min(kTiles, args.tiles - next.item * kTiles);
-    copy_begin(arrived + stage, tiles * bytes, lane);
+    copy_begin(full + stage, tiles * bytes, lane);
     for (int r = 0; r < tiles; r++)
       copy(ring + stage * stage_bytes + r * tile_bytes, next.from + r * row_bytes, bytes,
-           arrived + stage, next.policy, lane);
-    copy_end(arrived + stage, lane);
+           full + stage, next.policy, lane);
+    copy_end(full + stage, lane);
     next.unit += units;
     next.from += bytes;
     if (next.unit == end_unit)
@@ -165,49 +168,49 @@ struct Linear {
   }
 
   __device__ __forceinline__ void multiply() {
-    Cursor next = beginning();
+    Cursor next = first_copy();
     if (lane == 0)
-      for (int i = 0; i < stages; i++) barrier_init(arrived + i, kCopyArrivals);
-    barriers_are_ready();
+      for (int i = 0; i < stages; i++) barrier_init(full + i, kCopyArrivals);
+    fence_barrier_init();
     sync_warp();
-    ask_up_to(next, stages - 1);
+    issue_up_to(next, stages - 1);
     launch_dependents();
-    sync_block();  // the other barriers are ready
+    sync_block();  // the epilogue warp has initialized the other barriers
     wait_for_predecessor();
-    float squares[kSquaresAtOnce];  // on their way together with x
-    if (kNorm && kSharesFactors) ask_for_squares(warp, 0, squares);
-    if (kStaged) take_x(next);
-    if (kNorm && kSharesFactors) share_factors(squares);
+    float squares[kSquaresAtOnce];  // loaded together with x
+    if (kNorm && kSharesFactors) load_squares(warp, 0, squares);
+    if (kStaged) stage_x(next);
+    if (kNorm && kSharesFactors) compute_shared_factors(squares);
 
-    uint4 next_x[kUnitBlocks];
-    if (kReadsAhead) read_unit(first_unit, next_x);
-    if (!kStaged) ask_up_to(next, stages);  // else they were asked for behind x
+    uint4 next_x[kUnitSlices];
+    if (kPipelinesX) load_unit(first_unit, next_x);
+    if (!kStaged) issue_up_to(next, stages);  // stage_x has issued them behind the loads of x
     Stage stage = {0, 0};
     for (int item = first_item, number = 0; item < n_items; item += item_step, number++) {
-      float sum[kTiles][kColumns][4] = {};
+      float sum[kTiles][kOctets][4] = {};
       if (kSums && number == 0)
         multiply_item<kSums>(stage, next, next_x, sum);
       else
         multiply_item<false>(stage, next, next_x, sum);
-      put_sums(sum, number);
+      store_partial_sums(sum, number);
     }
   }
 
-  // Of the ring: which is next, and of which round.
+  // A stage of the ring, and the parity of its current round.
   struct Stage {
     int index;
     uint32_t parity;
   };
 
-  // kFirst: what x adds up to is found on the way; other items have it then.
+  // kFirst: also computes the sums of x, which later items reuse.
   template <bool kFirst>
   __device__ __forceinline__ void multiply_item(Stage& stage, Cursor& next,
-                                                uint4 next_x[kUnitBlocks],
-                                                float sum[kTiles][kColumns][4]) {
-    UnitAt at = {first_unit, nullptr, staged + staged_row * x_stride + t, x_sums + 2 * t};
-    float x_total[kColumns][2][4] = {};
+                                                uint4 next_x[kUnitSlices],
+                                                float sum[kTiles][kOctets][4]) {
+    UnitPointers at = {first_unit, nullptr, staged + staged_row * x_stride + t, x_sums + 2 * t};
+    float x_total[kOctets][2][4] = {};
     while (at.unit < end_unit) {
-      barrier_wait(arrived + stage.index, stage.parity);
+      barrier_wait(full + stage.index, stage.parity);
       at.weights = ring + stage.index * stage_bytes;
       const int end = min(at.unit + units_per_stage, end_unit);
       if (!kFirst && kUnitsAtOnce > 1)
@@ -215,68 +218,68 @@ struct Linear {
           multiply_units<kFirst, kUnitsAtOnce>(at, next_x, x_total, sum);
 #pragma unroll 1
       while (at.unit < end) multiply_units<kFirst, 1>(at, next_x, x_total, sum);
-      sync_warp();  // every lane has read the stage: it can be overwritten
-      ask(next, stage.index);
+      sync_warp();  // every lane has read the stage, so it can be overwritten
+      issue_copy(next, stage.index);
       if (++stage.index == stages) stage = {0, stage.parity ^ 1};
     }
     if (!kGroups && kSums)
 #pragma unroll
-      for (int c = 0; c < kColumns; c++) {
+      for (int c = 0; c < kOctets; c++) {
         const float2 sum_of_x = x_sum_of<kFirst>(at.x_sum, 0, c, x_total[c]);
 #pragma unroll
-        for (int r = 0; r < kTiles; r++) lower(sum[r][c], sum_of_x);
+        for (int r = 0; r < kTiles; r++) subtract_zero_point(sum[r][c], sum_of_x);
       }
     if (kFirst) sync_warp();
   }
 
-  // Of a unit: where what it needs begins.
-  struct UnitAt {
+  // Where the inputs of a unit begin.
+  struct UnitPointers {
     int unit;
     const uint8_t* weights;  // in the ring
-    const uint4* x;          // in row 0 or row g
+    const uint4* x;          // staged, in row g (or 0)
     float* x_sum;
   };
 
   template <bool kFirst, int kUnits>
-  __device__ __forceinline__ void multiply_units(UnitAt& at, uint4 next_x[kUnitBlocks],
-                                                 float x_total[kColumns][2][4],
-                                                 float sum[kTiles][kColumns][4]) {
+  __device__ __forceinline__ void multiply_units(UnitPointers& at, uint4 next_x[kUnitSlices],
+                                                 float x_total[kOctets][2][4],
+                                                 float sum[kTiles][kOctets][4]) {
 #pragma unroll
     for (int i = 0; i < kUnits; i++) {
       multiply_unit<kFirst>(at.weights, at.x, at.x_sum, at.unit, next_x, x_total, sum);
       at.unit++;
       at.weights += Weight::kUnitBytes;
-      at.x += kUnitBlocks * 4;
+      at.x += kUnitSlices * 4;
       if (kGroups) at.x_sum += kUnitGroups * kMaxRows;
     }
   }
 
-  // Sums of groups run in two chains, since each product waits for the one before it.
+  // A group's sums run in two chains, even and odd, because each mma waits for the one before it.
   template <bool kFirst>
   __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
-                                                float* x_sum, int unit, uint4 next_x[kUnitBlocks],
-                                                float x_total[kColumns][2][4],
-                                                float sum[kTiles][kColumns][4]) {
-    float even[kTiles][kColumns][4], odd[kTiles][kColumns][4];
-    uint4 here[kUnitBlocks];
-    if (kReadsAhead) {
+                                                float* x_sum, int unit, uint4 next_x[kUnitSlices],
+                                                float x_total[kOctets][2][4],
+                                                float sum[kTiles][kOctets][4]) {
+    float even[kTiles][kOctets][4], odd[kTiles][kOctets][4];
+    uint4 here[kUnitSlices];
+    if (kPipelinesX) {
 #pragma unroll
-      for (int block = 0; block < kUnitBlocks; block++) here[block] = lifted(next_x[block]);
-      read_unit(unit + 1 < end_unit ? unit + 1 : first_unit, next_x);
+      for (int slice = 0; slice < kUnitSlices; slice++) here[slice] = scale_input(next_x[slice]);
+      load_unit(unit + 1 < end_unit ? unit + 1 : first_unit, next_x);
     }
 #pragma unroll
-    for (int block = 0; block < kUnitBlocks; block++) {
-      uint4 b[kColumns];
+    for (int slice = 0; slice < kUnitSlices; slice++) {
+      uint4 b[kOctets];
 #pragma unroll
-      for (int c = 0; c < kColumns; c++)
-        b[c] = kReadsAhead ? here[block] : operand_x(x, unit, block, c);
-      if (kGroups && block % kGroupBlocks == 0) clear(even, odd, x_total);
+      for (int c = 0; c < kOctets; c++)
+        b[c] = kPipelinesX ? here[slice] : x_operand(x, unit, slice, c);
+      if (kGroups && slice % kGroupSlices == 0) clear(even, odd, x_total);
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
         uint32_t a[2][4];
-        Weight::operands(weights + r * tile_bytes, block, lane, a);
+        Weight::operands(weights + r * tile_bytes, slice, lane, a);
 #pragma unroll
-        for (int c = 0; c < kColumns; c++) {
+        for (int c = 0; c < kOctets; c++) {
           mma(kGroups ? even[r][c] : sum[r][c], a[0], b[c].x, b[c].y);
           mma(kGroups ? odd[r][c] : sum[r][c], a[1], b[c].z, b[c].w);
         }
@@ -284,26 +287,27 @@ struct Linear {
       if constexpr (kFirst) {
         const uint32_t ones[4] = {Weight::one(0), Weight::one(0), Weight::one(1), Weight::one(1)};
 #pragma unroll
-        for (int c = 0; c < kColumns; c++) {
+        for (int c = 0; c < kOctets; c++) {
           mma(x_total[c][0], ones, b[c].x, b[c].y);
           mma(x_total[c][1], ones, b[c].z, b[c].w);
         }
       }
       if constexpr (kGroups) {
-        if (block % kGroupBlocks == kGroupBlocks - 1)
+        if (slice % kGroupSlices == kGroupSlices - 1)
 #pragma unroll
-          for (int c = 0; c < kColumns; c++)
-            end_group(weights, block, c,
-                      x_sum_of<kFirst>(x_sum, block / kGroupBlocks, c, x_total[c]), even, odd, sum);
+          for (int c = 0; c < kOctets; c++)
+            finish_group(weights, slice, c,
+                         x_sum_of<kFirst>(x_sum, slice / kGroupSlices, c, x_total[c]), even, odd,
+                         sum);
       }
     }
   }
 
-  static __device__ __forceinline__ void clear(float even[kTiles][kColumns][4],
-                                               float odd[kTiles][kColumns][4],
-                                               float x_total[kColumns][2][4]) {
+  static __device__ __forceinline__ void clear(float even[kTiles][kOctets][4],
+                                               float odd[kTiles][kOctets][4],
+                                               float x_total[kOctets][2][4]) {
 #pragma unroll
-    for (int c = 0; c < kColumns; c++)
+    for (int c = 0; c < kOctets; c++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
 #pragma unroll
@@ -312,26 +316,26 @@ struct Linear {
       }
   }
 
-  __device__ __forceinline__ void end_group(const uint8_t* weights, int block, int c, float2 x_sum,
-                                            float even[kTiles][kColumns][4],
-                                            float odd[kTiles][kColumns][4],
-                                            float sum[kTiles][kColumns][4]) {
+  __device__ __forceinline__ void finish_group(const uint8_t* weights, int slice, int c,
+                                               float2 x_sum, float even[kTiles][kOctets][4],
+                                               float odd[kTiles][kOctets][4],
+                                               float sum[kTiles][kOctets][4]) {
 #pragma unroll
     for (int r = 0; r < kTiles; r++) {
-      const uint32_t* group = Weight::group(weights + r * tile_bytes, block);
+      const uint32_t* group = Weight::group(weights + r * tile_bytes, slice);
 #pragma unroll
       for (int i = 0; i < 4; i++) even[r][c][i] += odd[r][c][i];
-      lower(even[r][c], x_sum);
+      subtract_zero_point(even[r][c], x_sum);
       add_scaled(sum[r][c], group[g], even[r][c]);
       if constexpr (Weight::kOffset) {
-        const float sums[4] = {x_sum.x, x_sum.y, x_sum.x, x_sum.y};
-        add_scaled(sum[r][c], group[8 + g], sums);
+        const float x_sums[4] = {x_sum.x, x_sum.y, x_sum.x, x_sum.y};
+        add_scaled(sum[r][c], group[8 + g], x_sums);
       }
     }
   }
 
-  // What rows 8c + 2t and 8c + 2t + 1 of x add up to over a group of weights, or in all: products
-  // with weights of one, of which every lane has those of its rows.
+  // The sums of rows 8c + 2t and 8c + 2t + 1 of x over a group (or over this warp's K): mma with
+  // weights of one leaves them in every lane that needs them.
   template <bool kFirst>
   __device__ __forceinline__ float2 x_sum_of(float* x_sum, int group, int c,
                                              const float x_total[2][4]) const {
@@ -342,14 +346,14 @@ struct Linear {
     return sum;
   }
 
-  // Takes back by how much the operands were more than the weights.
-  static __device__ __forceinline__ void lower(float sum[4], float2 x_sum) {
+  // Weights are stored plus a zero point: subtracts its part of the sums.
+  static __device__ __forceinline__ void subtract_zero_point(float sum[4], float2 x_sum) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      sum[i] = fmaf(-Weight::kRaised, i % 2 == 0 ? x_sum.x : x_sum.y, sum[i]);
+      sum[i] = fmaf(-Weight::kZeroPoint, i % 2 == 0 ? x_sum.x : x_sum.y, sum[i]);
   }
 
-  // Rows g and g + 8 of a tile have a scale each.
+  // Adds more * scale; rows g and g + 8 of a tile have a scale each.
   static __device__ __forceinline__ void add_scaled(float sum[4], uint32_t scales,
                                                     const float more[4]) {
     sum[0] = fmaf(low(scales), more[0], sum[0]);
@@ -358,73 +362,73 @@ struct Linear {
     sum[3] = fmaf(high(scales), more[3], sum[3]);
   }
 
-  // x as B operands: of rows 8c + g the features from 8t on of a block of 32, multiplied by the power
-  // of two that the weights lack. Lanes whose row does not exist read another one: what they compute
-  // is not written anywhere.
+  // x as B operands: features 8t to 8t + 7 of a slice, of row 8c + g, multiplied by the weight
+  // type's input scale. Lanes whose row does not exist read another row; their results are never
+  // stored.
 
-  static __device__ __forceinline__ uint4 lifted(uint4 x) {
-    if constexpr (Weight::kFall == 1) return x;
-    return {times(x.x, Weight::lift(0)), times(x.y, Weight::lift(1)), times(x.z, Weight::lift(0)),
-            times(x.w, Weight::lift(1))};
+  static __device__ __forceinline__ uint4 scale_input(uint4 x) {
+    if constexpr (Weight::kOutputScale == 1) return x;
+    return {times(x.x, Weight::input_scale(0)), times(x.y, Weight::input_scale(1)),
+            times(x.z, Weight::input_scale(0)), times(x.w, Weight::input_scale(1))};
   }
 
-  // From x of a unit on: where the unit's begins in row 0 or row g.
-  __device__ __forceinline__ uint4 operand_x(const uint4* x, int unit, int block, int c) const {
-    if constexpr (kStaged) return x[block * 4 + staged_rows_to(c) * x_stride];
-    return lifted(read_x(unit * kUnitBlocks + block, c));
+  // x: where the unit's part of staged x begins.
+  __device__ __forceinline__ uint4 x_operand(const uint4* x, int unit, int slice, int c) const {
+    if constexpr (kStaged) return x[slice * 4 + staged_rows_to(c) * x_stride];
+    return scale_input(load_x(unit * kUnitSlices + slice, c));
   }
 
-  // From row g of x in shared memory to row 8c + g.
+  // The number of rows from row g of staged x to row 8c + g.
   __device__ __forceinline__ int staged_rows_to(int c) const {
     return c == 0 || 8 * c + g < args.rows ? 8 * c : 0;
   }
 
-  // This warp's part of x, by ordinary reads: copies in bulk, as weights come, would come after
-  // those that were asked for before. As many reads are on their way at once as there are registers.
-  __device__ __forceinline__ void take_x(Cursor& next) {
-    const int all = (end_unit - first_unit) * kUnitBlocks * 4;
-    constexpr int kSteps = kWarps <= 12 ? 2 : 1;
+  // Copies this warp's part of x to shared memory by ordinary loads: bulk copies would queue behind
+  // the weights' copies. As many loads are in flight as there are registers for.
+  __device__ __forceinline__ void stage_x(Cursor& next) {
+    const int all = (end_unit - first_unit) * kUnitSlices * 4;
+    constexpr int kVectors = kWarps <= 12 ? 2 : 1;
     if (kFew)
       for (int row = 0; row < args.rows; row++)
         for (int begin = 0; begin < all; begin += 8 * 32)
-          take_chunks<8, 1>(next, row, begin, all);
+          stage_vectors<8, 1>(next, row, begin, all);
     else
       for (int row = 0; row < args.rows; row += 8)
-        for (int begin = 0; begin < all; begin += kSteps * 32)
-          take_chunks<kSteps, 8>(next, row, begin, all);
+        for (int begin = 0; begin < all; begin += kVectors * 32)
+          stage_vectors<kVectors, 8>(next, row, begin, all);
     sync_warp();
   }
 
-  // So many chunks, 32 apart, of so many rows. Beyond the last feature x is zeros: weights there may
-  // not be, as they are raised.
-  template <int kSteps, int kRows>
-  __device__ __forceinline__ void take_chunks(Cursor& next, int first_row, int first_chunk,
+  // Stages kVectors vectors, 32 apart, of kRows rows. Beyond the last feature x is zeros, because
+  // padding of the weights need not be.
+  template <int kVectors, int kRows>
+  __device__ __forceinline__ void stage_vectors(Cursor& next, int first_row, int first_vector,
                                               int all) {
-    uint4 x[kSteps][kRows];
+    uint4 x[kVectors][kRows];
 #pragma unroll
-    for (int i = 0; i < kSteps; i++)
+    for (int i = 0; i < kVectors; i++)
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
-        const int row = first_row + r, chunk = first_chunk + 32 * i + lane;
-        x[i][r] = row < args.rows && chunk < chunks ? x_chunks(row)[chunk] : uint4{0, 0, 0, 0};
+        const int row = first_row + r, vector = first_vector + 32 * i + lane;
+        x[i][r] = row < args.rows && vector < vectors ? x_vectors(row)[vector] : uint4{0, 0, 0, 0};
       }
-    ask_up_to(next, stages);
+    issue_up_to(next, stages);
 #pragma unroll
-    for (int i = 0; i < kSteps; i++)
+    for (int i = 0; i < kVectors; i++)
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
-        const int row = first_row + r, chunk = first_chunk + 32 * i + lane;
-        if (row < args.rows && chunk < all) staged[row * x_stride + chunk] = lifted(x[i][r]);
+        const int row = first_row + r, vector = first_vector + 32 * i + lane;
+        if (row < args.rows && vector < all) staged[row * x_stride + vector] = scale_input(x[i][r]);
       }
   }
 
-  // What the norm multiplies each row by. The warp that finishes has the time to find it for eight
-  // rows; more are shared out among the other warps.
+  // The norm's factor of each row, 1 / rms. The epilogue warp has the time to compute it for one
+  // octet; for more rows the other warps share the work.
 
-  static constexpr bool kSharesFactors = kColumns > 1;
-  static constexpr int kSquaresAtOnce = 16;  // of a lane
+  static constexpr bool kSharesFactors = kOctets > 1;
+  static constexpr int kSquaresAtOnce = 16;  // loads of a lane in flight
 
-  __device__ __forceinline__ void ask_for_squares(int row, int begin, float squares[]) const {
+  __device__ __forceinline__ void load_squares(int row, int begin, float squares[]) const {
     const int parts = (args.k + kTileRows - 1) / kTileRows;
 #pragma unroll
     for (int i = 0; i < kSquaresAtOnce; i++) {
@@ -433,161 +437,164 @@ struct Linear {
     }
   }
 
-  __device__ __forceinline__ void share_factors(float squares[]) {
+  __device__ __forceinline__ void compute_shared_factors(float squares[]) {
     for (int row = warp; row < args.rows; row += kWarps) {
-      if (row != warp) ask_for_squares(row, 0, squares);
-      const float factor = factor_of(row, squares);
-      if (lane == 0) factors[row] = factor;
+      if (row != warp) load_squares(row, 0, squares);
+      const float factor = norm_factor(row, squares);
+      if (lane == 0) norm_factors[row] = factor;
     }
   }
 
   // For rows 2t and 2t + 1.
-  __device__ __forceinline__ void find_factors(float factor[2]) const {
+  __device__ __forceinline__ void compute_factors(float factor[2]) const {
     constexpr int kAtOnce = kFew ? 2 : 4;
     for (int first = 0; first < args.rows; first += kAtOnce) {
       float squares[kAtOnce][kSquaresAtOnce];
 #pragma unroll
-      for (int r = 0; r < kAtOnce; r++) ask_for_squares(first + r, 0, squares[r]);
+      for (int r = 0; r < kAtOnce; r++) load_squares(first + r, 0, squares[r]);
 #pragma unroll
       for (int r = 0; r < kAtOnce; r++) {
-        const float found = factor_of(first + r, squares[r]);
+        const float found = norm_factor(first + r, squares[r]);
         if ((first + r) / 2 == t) factor[r % 2] = found;
       }
     }
   }
 
-  // The first squares were asked for.
-  __device__ __forceinline__ float factor_of(int row, float squares[]) const {
+  // 1 / rms of a row, whose first squares are loaded.
+  __device__ __forceinline__ float norm_factor(int row, float squares[]) const {
     const int parts = (args.k + kTileRows - 1) / kTileRows;
     float sum = 0;
     for (int begin = 0; begin < parts; begin += 32 * kSquaresAtOnce) {
-      if (begin > 0) ask_for_squares(row, begin, squares);
+      if (begin > 0) load_squares(row, begin, squares);
 #pragma unroll
       for (int i = 0; i < kSquaresAtOnce; i++) sum += squares[i];
     }
-    return rsqrtf(sum_of_warp(sum) / args.k + args.eps);
+    return rsqrtf(warp_sum(sum) / args.k + args.eps);
   }
 
-  __device__ __forceinline__ const uint4* x_chunks(int row) const {
+  __device__ __forceinline__ const uint4* x_vectors(int row) const {
     return reinterpret_cast<const uint4*>(args.x + static_cast<int64_t>(row) * args.k +
                                           first_unit * Weight::kUnitK);
   }
 
-  // x where it is not staged; zeros beyond the last feature.
-  __device__ __forceinline__ uint4 read_x(int block, int c) const {
-    const int row = 8 * c + g < args.rows ? 8 * c + g : 0, k = 32 * block + 8 * t;
+  // Loads x where it is not staged; zeros beyond the last feature.
+  __device__ __forceinline__ uint4 load_x(int slice, int c) const {
+    const int row = 8 * c + g < args.rows ? 8 * c + g : 0, k = 32 * slice + 8 * t;
     if (k >= args.k) return {0, 0, 0, 0};
     const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
     return *reinterpret_cast<const uint4*>(from);
   }
 
-  __device__ __forceinline__ void read_unit(int unit, uint4 x[kUnitBlocks]) const {
+  __device__ __forceinline__ void load_unit(int unit, uint4 x[kUnitSlices]) const {
 #pragma unroll
-    for (int block = 0; block < kUnitBlocks; block++) x[block] = read_x(unit * kUnitBlocks + block, 0);
+    for (int slice = 0; slice < kUnitSlices; slice++)
+      x[slice] = load_x(unit * kUnitSlices + slice, 0);
   }
 
-  __device__ __forceinline__ float4* sums_of(int number, int of_warp) const {
-    return sums + ((number % kBuffers * kWarps + of_warp) * kTiles * kColumns) * 32 + lane;
+  __device__ __forceinline__ float4* partial_sums_of(int number, int from_warp) const {
+    return partial_sums + ((number % kBuffers * kWarps + from_warp) * kTiles * kOctets) * 32 + lane;
   }
 
-  __device__ __forceinline__ void put_sums(const float sum[kTiles][kColumns][4], int number) {
-    barrier_wait(taken + number % kBuffers, number / kBuffers % 2 ^ 1);
-    float4* to = sums_of(number, warp);
+  __device__ __forceinline__ void store_partial_sums(const float sum[kTiles][kOctets][4],
+                                                     int number) {
+    barrier_wait(sums_empty + number % kBuffers, number / kBuffers % 2 ^ 1);
+    float4* to = partial_sums_of(number, warp);
 #pragma unroll
     for (int r = 0; r < kTiles; r++)
 #pragma unroll
-      for (int c = 0; c < kColumns; c++)
-        to[(r * kColumns + c) * 32] =
+      for (int c = 0; c < kOctets; c++)
+        to[(r * kOctets + c) * 32] =
             float4{sum[r][c][0], sum[r][c][1], sum[r][c][2], sum[r][c][3]};
     sync_warp();
-    if (lane == 0) barrier_arrive(summed + number % kBuffers);
+    if (lane == 0) barrier_arrive(sums_full + number % kBuffers);
   }
 
-  // The warp that finishes.
+  // The epilogue warp.
 
-  __device__ __forceinline__ void finish() {
+  __device__ __forceinline__ void run_epilogue() {
     if (lane == 0)
       for (int i = 0; i < kBuffers; i++) {
-        barrier_init(summed + i, kWarps);
-        barrier_init(taken + i, 1);
+        barrier_init(sums_full + i, kWarps);
+        barrier_init(sums_empty + i, 1);
       }
-    barriers_are_ready();
+    fence_barrier_init();
     sync_block();
-    const int looks_ahead_at = item_to_look_ahead_at();
-    wait_for_predecessor();  // for what it reads, and since y may still be in use
-    float factor[kColumns][2] = {};  // of the norm, for rows 8c + 2t and 8c + 2t + 1
-    if (kNorm && !kSharesFactors) find_factors(factor[0]);
-    Best best[kColumns][2];
+    const int prefetch_at = prefetch_item();
+    wait_for_predecessor();  // which writes the inputs, and may still read y
+    float factor[kOctets][2] = {};  // 1 / rms of rows 8c + 2t and 8c + 2t + 1
+    if (kNorm && !kSharesFactors) compute_factors(factor[0]);
+    Best best[kOctets][2];
     int number = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
-      if (number == looks_ahead_at) look_ahead();
-      Beside beside[kTiles][kColumns];
+      if (number == prefetch_at) issue_prefetch();
+      EpilogueInputs inputs[kTiles][kOctets];
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
-        for (int c = 0; c < kColumns; c++) beside[r][c] = read_beside(item * kTiles + r, c);
-      barrier_wait(summed + number % kBuffers, number / kBuffers % 2);
+        for (int c = 0; c < kOctets; c++) inputs[r][c] = load_epilogue_inputs(item * kTiles + r, c);
+      barrier_wait(sums_full + number % kBuffers, number / kBuffers % 2);
       if (kNorm && kSharesFactors && number == 0)
 #pragma unroll
-        for (int c = 0; c < kColumns; c++)
-          for (int i = 0; i < 2; i++) factor[c][i] = factors[8 * c + 2 * t + i];
-      float4 sum[kTiles][kColumns];
+        for (int c = 0; c < kOctets; c++)
+          for (int i = 0; i < 2; i++) factor[c][i] = norm_factors[8 * c + 2 * t + i];
+      float4 sum[kTiles][kOctets];
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
-        for (int c = 0; c < kColumns; c++) sum[r][c] = float4{0, 0, 0, 0};
+        for (int c = 0; c < kOctets; c++) sum[r][c] = float4{0, 0, 0, 0};
 #pragma unroll 4
-      for (int w = 0; w < kWarps; w++) add(sum, sums_of(number, w));
+      for (int w = 0; w < kWarps; w++) add(sum, partial_sums_of(number, w));
       sync_warp();
-      if (lane == 0) barrier_arrive(taken + number % kBuffers);
+      if (lane == 0) barrier_arrive(sums_empty + number % kBuffers);
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
-        for (int c = 0; c < kColumns; c++)
-          write(sum[r][c], item * kTiles + r, c, beside[r][c], factor[c], best[c]);
+        for (int c = 0; c < kOctets; c++)
+          write_tile(sum[r][c], item * kTiles + r, c, inputs[r][c], factor[c], best[c]);
     }
     if (kEpilogue == kLogits && args.best_value != nullptr) write_best(best);
   }
 
-  // Memory is idle between the last copies of one kernel and the first of the next. Tiles of a later
-  // product come into the L2 cache meanwhile: not those it asks for first, or memory would be idle
-  // then, but some that it comes to later.
+  // Memory is idle between the last loads of one kernel and the first of the next: tiles of a later
+  // matrix product's weight are prefetched into L2 then. They are not the tiles that it issues
+  // first, or memory would be idle at that time, but some that it reads later.
 
-  __device__ __forceinline__ int item_to_look_ahead_at() const {
-    if (args.ahead == nullptr) return n_items;  // none
-    return max(0, (n_items - 1 - first_item) / item_step - args.ahead_items_left);
+  __device__ __forceinline__ int prefetch_item() const {
+    if (args.prefetch_weight == nullptr) return n_items;  // none
+    return max(0, (n_items - 1 - first_item) / item_step - args.prefetch_items_left);
   }
 
-  __device__ __forceinline__ void look_ahead() const {
-    int tile = args.ahead_first + first_item;
+  __device__ __forceinline__ void issue_prefetch() const {
+    int tile = args.prefetch_first + first_item;
 #pragma unroll 1
-    for (int i = 0; i < args.ahead_tiles && tile < args.ahead_n; i++, tile += args.ahead_step)
-      prefetch(args.ahead + static_cast<int64_t>(tile) * args.ahead_stride, args.ahead_tile_bytes,
-               lane);
+    for (int i = 0; i < args.prefetch_tiles && tile < args.prefetch_n_tiles;
+         i++, tile += args.prefetch_step)
+      prefetch(args.prefetch_weight + static_cast<int64_t>(tile) * args.prefetch_stride,
+               args.prefetch_tile_bytes, lane);
   }
 
-  __device__ __forceinline__ void add(float4 sum[kTiles][kColumns], const float4* part_sums) {
+  __device__ __forceinline__ void add(float4 sum[kTiles][kOctets], const float4* part_sums) {
 #pragma unroll
     for (int r = 0; r < kTiles; r++)
 #pragma unroll
-      for (int c = 0; c < kColumns; c++) {
-        const float4 more = part_sums[(r * kColumns + c) * 32];
+      for (int c = 0; c < kOctets; c++) {
+        const float4 more = part_sums[(r * kOctets + c) * 32];
         sum[r][c].x += more.x, sum[r][c].y += more.y;
         sum[r][c].z += more.z, sum[r][c].w += more.w;
       }
   }
 
-  // A lane has rows g and g + 8 of a tile (of SwiGLU gate and up of one feature), at rows 8c + 2t
-  // and 8c + 2t + 1 of x.
-  struct Place {
+  // The outputs of a lane: features g and g + 8 of a tile (with kSwiGLU gate and up of one feature)
+  // of rows 8c + 2t and 8c + 2t + 1.
+  struct Output {
     int width;   // of y
     int n0, n1;  // output features
     bool has0, has1;
   };
 
-  __device__ __forceinline__ Place place_of(int tile) const {
+  __device__ __forceinline__ Output output_of(int tile) const {
     constexpr bool pairs = kEpilogue == kSwiGLU;
-    Place p;
+    Output p;
     p.width = pairs ? args.n / 2 : args.n;
     p.n0 = pairs ? 8 * tile + g : kTileRows * tile + g;
     p.n1 = pairs ? p.width + p.n0 : p.n0 + 8;
@@ -595,15 +602,15 @@ struct Linear {
     return p;
   }
 
-  // What goes into y beside the sums, read while those are still on their way.
-  struct Beside {
+  // The inputs of the epilogue beside the sums, loaded while the warps still multiply.
+  struct EpilogueInputs {
     float scale[2], bias[2], next_norm[2];
     float residual[4];
   };
 
-  __device__ __forceinline__ Beside read_beside(int tile, int c) const {
-    const Place p = place_of(tile);
-    Beside b = {};
+  __device__ __forceinline__ EpilogueInputs load_epilogue_inputs(int tile, int c) const {
+    const Output p = output_of(tile);
+    EpilogueInputs b = {};
     if (Weight::kChannelScale) {
       if (p.has0) b.scale[0] = args.scale[p.n0];
       if (p.has1) b.scale[1] = args.scale[p.n1];
@@ -628,16 +635,17 @@ struct Linear {
     return b;
   }
 
-  __device__ __forceinline__ void write(float4 sum, int tile, int c, const Beside& beside,
-                                        const float factor[2], Best best[2]) {
-    const Place p = place_of(tile);
+  __device__ __forceinline__ void write_tile(float4 sum, int tile, int c,
+                                             const EpilogueInputs& inputs, const float factor[2],
+                                             Best best[2]) {
+    const Output p = output_of(tile);
     float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      if (Weight::kFall != 1) v[i] *= Weight::kFall;
-      if (Weight::kChannelScale) v[i] *= beside.scale[i / 2];
+      if (Weight::kOutputScale != 1) v[i] *= Weight::kOutputScale;
+      if (Weight::kChannelScale) v[i] *= inputs.scale[i / 2];
       if (kNorm) v[i] *= factor[i % 2];
-      if (args.bias != nullptr) v[i] += beside.bias[i / 2];
+      if (args.bias != nullptr) v[i] += inputs.bias[i / 2];
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -646,24 +654,24 @@ struct Linear {
       const int64_t at = static_cast<int64_t>(row) * p.width;
       float squares = 0;
       if (kEpilogue == kSwiGLU) {
-        if (has0) put(at + p.n0, silu(v[i]) * v[2 + i], beside.residual[i], 0, squares);
+        if (has0) store(at + p.n0, silu(v[i]) * v[2 + i], inputs.residual[i], 0, squares);
       } else {
-        if (has0) put(at + p.n0, v[i], beside.residual[i], beside.next_norm[0], squares);
-        if (has1) put(at + p.n1, v[2 + i], beside.residual[2 + i], beside.next_norm[1], squares);
+        if (has0) store(at + p.n0, v[i], inputs.residual[i], inputs.next_norm[0], squares);
+        if (has1) store(at + p.n1, v[2 + i], inputs.residual[2 + i], inputs.next_norm[1], squares);
       }
       if (kEpilogue == kPlain && args.next_norm != nullptr) {
         for (int mask = 4; mask < 32; mask *= 2) squares += shuffle_xor(squares, mask);
         if (g == 0 && has0) args.next_squares[row * args.tiles + tile] = squares;
       }
       if (kEpilogue == kLogits) {
-        if (has0 && p.n0 < args.n_best) best[i].offer(v[i], p.n0);
-        if (has1 && p.n1 < args.n_best) best[i].offer(v[2 + i], p.n1);
+        if (has0 && p.n0 < args.n_best) best[i].update(v[i], p.n0);
+        if (has1 && p.n1 < args.n_best) best[i].update(v[2 + i], p.n1);
       }
     }
   }
 
-  __device__ __forceinline__ void put(int64_t at, float value, float residual, float next_norm,
-                                      float& squares) const {
+  __device__ __forceinline__ void store(int64_t at, float value, float residual, float next_norm,
+                                        float& squares) const {
     if (kEpilogue == kLogits) {
       static_cast<float*>(args.y)[at] = value;
       return;
@@ -676,14 +684,14 @@ struct Linear {
     }
   }
 
-  __device__ __forceinline__ void write_best(Best best[kColumns][2]) {
+  __device__ __forceinline__ void write_best(Best best[kOctets][2]) {
 #pragma unroll
-    for (int c = 0; c < kColumns; c++)
+    for (int c = 0; c < kOctets; c++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         Best b = best[c][i];
         for (int mask = 4; mask < 32; mask *= 2)
-          b.offer(shuffle_xor(b.value, mask), shuffle_xor(b.index, mask));
+          b.update(shuffle_xor(b.value, mask), shuffle_xor(b.index, mask));
         const int row = 8 * c + 2 * t + i;
         if (g == 0 && row < args.rows) {
           args.best_value[row * gridDim.x + blockIdx.x] = b.value;
@@ -693,10 +701,10 @@ struct Linear {
   }
 };
 
-template <class Weight, int kWarps, int kTiles, int kColumns, bool kFew, Epilogue kEpilogue,
+template <class Weight, int kWarps, int kTiles, int kOctets, bool kFew, Epilogue kEpilogue,
           bool kNorm, bool kStaged>
 __device__ __forceinline__ void linear(const LinearArgs& args) {
-  Linear<Weight, kWarps, kTiles, kColumns, kFew, kEpilogue, kNorm, kStaged>(
+  Linear<Weight, kWarps, kTiles, kOctets, kFew, kEpilogue, kNorm, kStaged>(
       args, threadIdx.x, blockIdx.x, gridDim.x)
       .run();
 }

@@ -1,7 +1,7 @@
-"""How ``linear.cu`` is launched: for which weight, with how many rows, and which epilogue.
+"""Launches of ``linear.cu``, the matrix product: for a weight format, number of rows and epilogue.
 
-``Tuning`` is what can be chosen for speed. Some of it decides the order of sums, and with it the
-bits of a result: it belongs to a weight, whatever the number of rows.
+``Tuning`` holds the parameters chosen for speed. Its number of warps determines the order of sums,
+and with it the bits of a result, so it belongs to a weight, whatever the number of rows.
 
 Shape letters: M rows, N output features, K input features, G groups along K.
 """
@@ -19,31 +19,31 @@ from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call, Limits
-from hotloop.kernels.cuda.packing import BLOCK, TILE_ROWS, Format
+from hotloop.kernels.cuda.packing import SLICE, TILE_ROWS, Format
 
 Epilogue = Literal["plain", "swiglu", "logits"]
 _EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logits": "kLogits"}
 
 MAX_ROWS = 64
-MAX_TOGETHER = 4
-"""Tiles of eight rows that a warp has registers for."""
+MAX_ACCUMULATORS = 4
+"""The most accumulators of a warp (16 features of an octet of rows each): registers limit them."""
 
 DIRECT_STAGES = 3
-"""The most copies on their way where eight rows of x come from the L2 cache after them."""
+"""The most copies in flight where x is not staged: its loads from L2 queue behind them."""
 
 _BUFFERS = 2  # kBuffers of linear.cu
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What a launch can choose for speed; what does not fit the device is made smaller.
+    """Parameters that are chosen for speed; a layout reduces those that do not fit the device.
 
     Attributes:
-        warps: Warps of a block that share K. Decides the order of sums.
+        warps: Warps of a block that split K. Determines the order of sums.
         tiles: Tiles that a warp computes together.
         units_per_stage: The most units of one copy.
-        ring_bytes: Shared memory for weights on their way, of a block.
-        staged_bytes: Up to how many bytes of x a block keeps in shared memory.
+        ring_bytes: Shared memory of a block for copies of weights in flight.
+        staged_bytes: The most bytes of x that a block keeps in shared memory.
     """
 
     warps: int = 8
@@ -55,15 +55,15 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a block divides its shared memory.
+    """Division of a block's shared memory.
 
     Attributes:
-        stages: Copies on their way, of a warp.
+        stages: Stages of a warp's ring, which are copies in flight.
         units_per_stage: Units of a copy.
-        staged: The block keeps x there.
+        staged: The block keeps x in shared memory.
         tiles: Tiles that a warp computes together.
-        shared_bytes: In all. At least so many that no multiprocessor takes two such blocks: the
-            next kernel's begins when one ends, just when memory would be idle.
+        shared_bytes: In total. At least so many that a multiprocessor holds one such block only: a
+            block of the next kernel then starts when it ends, which is when memory would be idle.
     """
 
     stages: int
@@ -74,12 +74,12 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Normed:
-    """A norm's input as a product takes it; the product applies what is missing to its sums.
+class PrescaledInput:
+    """Input of a matrix product behind an RMS norm, which multiplies its sums by 1 / rms.
 
     Attributes:
         x: bfloat16 [M, K], the norm's input times its weight.
-        squares: float32 [M, K / 16 rounded up]: what squares of the input add up to, 16 at a time.
+        squares: float32 [M, K / 16 rounded up], partial sums of 16 squares of the norm's input.
         eps: Of the norm.
     """
 
@@ -88,62 +88,62 @@ class Normed:
     eps: float
 
     @classmethod
-    def empty(cls, rows: int, k: int, eps: float, device: torch.device) -> Normed:
-        """Room for it."""
+    def empty(cls, rows: int, k: int, eps: float, device: torch.device) -> PrescaledInput:
+        """Allocates uninitialized tensors."""
         return cls(
             x=torch.empty(rows, k, dtype=torch.bfloat16, device=device),
             squares=torch.empty(rows, -(-k // TILE_ROWS), dtype=torch.float32, device=device),
             eps=eps,
         )
 
-    def rows(self, rows: slice) -> Normed:
-        """Some rows of it."""
-        return Normed(x=self.x[rows], squares=self.squares[rows], eps=self.eps)
+    def rows(self, rows: slice) -> PrescaledInput:
+        """Returns a slice of the rows."""
+        return PrescaledInput(x=self.x[rows], squares=self.squares[rows], eps=self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Onward:
-    """What else to make of a result that goes into a norm next.
+class NormEpilogue:
+    """Epilogue of a kernel whose result is the input of an RMS norm.
 
     Attributes:
-        weight: bfloat16 [N], the norm's.
-        normed: Written.
+        weight: bfloat16 [N], of the norm.
+        prescaled: Written: the input of the matrix product behind the norm.
     """
 
-    ARGUMENTS: ClassVar = ("norm", "next_x", "next_squares")
+    ARGUMENTS: ClassVar = ("next_norm", "next_x", "next_squares")
 
     weight: Tensor
-    normed: Normed
+    prescaled: PrescaledInput
 
     def arguments(self) -> dict[str, Tensor]:
-        """By ``ARGUMENTS``, the names of fields of arguments."""
-        tensors = (self.weight, self.normed.x, self.normed.squares)
+        """Returns the kernel arguments named in ``ARGUMENTS``."""
+        tensors = (self.weight, self.prescaled.x, self.prescaled.squares)
         return dict(zip(self.ARGUMENTS, tensors, strict=True))
 
-    def rows(self, rows: slice) -> Onward:
-        """Some rows of it."""
-        return Onward(weight=self.weight, normed=self.normed.rows(rows))
+    def rows(self, rows: slice) -> NormEpilogue:
+        """Returns a slice of the rows."""
+        return NormEpilogue(weight=self.weight, prescaled=self.prescaled.rows(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ahead:
-    """What of a later product's weight comes into the L2 cache while memory has little to do.
+class Prefetch:
+    """Prefetch into L2 of a part of a later matrix product's weight, while memory is nearly idle.
 
-    Every block of a grid asks for as many tiles; block b's are b further on than the first one's.
+    Each block prefetches the same number of tiles; block b begins b tiles after block 0.
 
     Attributes:
-        weight: As ``packing.pack`` made it.
+        weight: As ``packing.pack`` returns it.
         form: Its format.
-        first: Of the first block, which tile comes first.
-        step: Tiles between one of a block's and the next one.
-        tiles: How many a block asks for.
-        tile_bytes: Of each, from its beginning, a multiple of 16.
-        items_left: When: a block has so many pieces of work left.
+        first: The first tile of block 0.
+        step: Tiles from one of a block's tiles to the next.
+        tiles: Tiles per block.
+        tile_bytes: Bytes of each tile, from its beginning; a multiple of 16.
+        items_left: A block prefetches when it has this many items of work left.
     """
 
     ARGUMENTS: ClassVar = (
-        *("ahead", "ahead_n", "ahead_stride", "ahead_first", "ahead_step"),
-        *("ahead_tiles", "ahead_tile_bytes", "ahead_items_left"),
+        *("prefetch_weight", "prefetch_n_tiles", "prefetch_stride", "prefetch_first"),
+        *("prefetch_step", "prefetch_tiles", "prefetch_tile_bytes", "prefetch_items_left"),
     )
 
     weight: Tensor
@@ -155,7 +155,7 @@ class Ahead:
     items_left: int
 
     def arguments(self) -> dict[str, Tensor | int]:
-        """By ``ARGUMENTS``, the names of fields of arguments."""
+        """Returns the kernel arguments named in ``ARGUMENTS``."""
         whole = self.form.units * self.form.unit_bytes
         assert self.weight.nbytes == self.form.nbytes, f"{self.weight.nbytes} for {self.form}"
         assert self.weight.data_ptr() % 16 == 0, "read 16 bytes at a time"
@@ -166,7 +166,7 @@ class Ahead:
         return dict(zip(self.ARGUMENTS, (*values, *how), strict=True))
 
 
-_NOTHING_AHEAD = {"ahead": None, **dict.fromkeys(Ahead.ARGUMENTS[1:], 0)}
+_NO_PREFETCH = {"prefetch_weight": None, **dict.fromkeys(Prefetch.ARGUMENTS[1:], 0)}
 
 
 class LinearArguments(Arguments):
@@ -174,25 +174,25 @@ class LinearArguments(Arguments):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "squares", "bias")),
-        *((name, ctypes.c_void_p) for name in ("residual", "y", "norm", "next_x", "next_squares")),
-        *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "ahead")),
+        *((name, ctypes.c_void_p) for name in ("residual", "y", *NormEpilogue.ARGUMENTS)),
+        *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "prefetch_weight")),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
-        *((name, ctypes.c_int) for name in ("stages", "units_per_stage", *Ahead.ARGUMENTS[1:])),
+        *((name, ctypes.c_int) for name in ("stages", "units_per_stage", *Prefetch.ARGUMENTS[1:])),
         ("eps", ctypes.c_float),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearPlan:
-    """A product for one weight format, number of rows and epilogue, on one kind of device.
+    """A matrix product for one weight format, number of rows and epilogue, on one kind of device.
 
     Attributes:
         form: The weight's format.
         rows: M, up to 64.
-        epilogue: ``plain`` (bfloat16, with a residual where one is given), ``swiglu`` (bfloat16,
-            of a paired weight) or ``logits`` (float32, with each block's best where asked for).
-        norm: x comes as ``Normed``: the factor of each row is applied to the sums.
-        tuning: What was chosen for speed.
+        epilogue: ``plain`` (bfloat16, plus a residual where one is given), ``swiglu`` (bfloat16,
+            of a paired weight) or ``logits`` (float32, with the best of each block on request).
+        norm: x is a ``PrescaledInput``: sums are multiplied by 1 / rms of their row.
+        tuning: Parameters chosen for speed.
         limits: Of the device.
     """
 
@@ -208,18 +208,18 @@ class LinearPlan:
         assert self.form.paired == (self.epilogue == "swiglu"), "swiglu, and it alone, pairs"
 
     @property
-    def columns(self) -> int:
-        """Groups of eight rows that the kernel is made for."""
+    def octets(self) -> int:
+        """Octets of rows of the kernel's instance."""
         return next(c for c in (1, 2, 4, 8) if self.rows <= 8 * c)
 
     @property
     def few(self) -> bool:
-        """Whether the kernel is made for two rows at most, which takes fewer registers."""
+        """Whether the instance is for at most two rows, which takes fewer registers."""
         return self.rows <= 2
 
     @property
     def items(self) -> int:
-        """Pieces of work: as many tiles each as a warp computes together."""
+        """Items of work; an item is the tiles that a warp computes together."""
         return -(-self.form.tiles // self._fitted.tiles)
 
     @property
@@ -228,27 +228,28 @@ class LinearPlan:
         return min(self.items, self.limits.n_sms)
 
     @property
-    def tiles_on_their_way(self) -> int:
-        """Of a block, that it asks for before it has any; one of which it has a part counts."""
+    def tiles_in_flight(self) -> int:
+        """Tiles whose copies a block issues before the first arrives, counting partial ones."""
         layout = self._fitted
         units = layout.stages * layout.units_per_stage * layout.tiles * self.tuning.warps
         return -(-units // self.form.units)
 
     @cached_property
     def layout(self) -> Layout | None:
-        """As asked for where that fits the device: else with fewer or shorter copies, or none of x.
+        """The layout that ``tuning`` asks for, reduced to fit the device, or None if none fits.
 
-        None if nothing fits: the rows are too many.
+        A layout is reduced to fewer or shorter copies, or to x that is not staged. None fits where
+        the rows are too many.
         """
         t = self.tuning
-        for staged, tiles, units in self._ways():
+        for staged, tiles, units in self._candidates():
             copies = t.warps * tiles * units * self.form.unit_bytes
             rest = self._bytes_beside_ring(tiles) + (self._staged_bytes if staged else 0)
-            # Each stage has a barrier per warp.
+            # Each stage has one barrier per warp.
             room = (self.limits.shared_bytes - rest) // (copies + 8 * t.warps)
             if room >= 2:
                 stages = min(room, max(2, t.ring_bytes // copies))
-                if not staged and self.columns == 1:
+                if not staged and self.octets == 1:
                     stages = min(stages, DIRECT_STAGES)
                 ring = stages * (copies + 8 * t.warps)
                 return Layout(
@@ -256,38 +257,38 @@ class LinearPlan:
                     units_per_stage=units,
                     staged=staged,
                     tiles=tiles,
-                    shared_bytes=max(-(-(ring + rest) // 16) * 16, self.limits.alone_bytes),
+                    shared_bytes=max(-(-(ring + rest) // 16) * 16, self.limits.exclusive_bytes),
                 )
         return None
 
-    def _ways(self) -> Iterator[tuple[bool, int, int]]:
-        """Whether to stage x, and tiles and units of a copy: the best first."""
+    def _candidates(self) -> Iterator[tuple[bool, int, int]]:
+        """Yields whether to stage x, and the tiles and units of a copy, the best choice first."""
         t = self.tuning
         if self._staged_bytes <= t.staged_bytes:
             yield from ((True, t.tiles, units) for units in range(t.units_per_stage, 0, -1))
-        # x that is not staged is read for every item: better few of them, and all tiles together.
+        # x that is not staged is read again for every item, so fewer and larger items are better.
         share = -(-self.form.tiles // self.limits.n_sms)
-        together = max(t.tiles, min(share, MAX_TOGETHER // self.columns))
+        together = max(t.tiles, min(share, MAX_ACCUMULATORS // self.octets))
         for tiles in range(together, t.tiles - 1, -1):
             longest = t.units_per_stage
-            if self.columns == 1:  # copies become no longer by that, as x comes after them
+            if self.octets == 1:  # copies stay as short, because loads of x queue behind them
                 longest = max(1, longest * t.tiles // tiles)
             yield from ((False, tiles, units) for units in range(longest, 0, -1))
 
     @property
     def _staged_bytes(self) -> int:
-        blocks = self._units_of_warp * (self.form.unit_k // BLOCK) | 1
-        return self.tuning.warps * self.rows * blocks * BLOCK * 2
+        blocks = self._units_of_warp * (self.form.unit_k // SLICE) | 1
+        return self.tuning.warps * self.rows * blocks * SLICE * 2
 
     def _bytes_beside_ring(self, tiles: int) -> int:
         t = self.tuning
-        sums = 16 * _BUFFERS * t.warps * tiles * self.columns * 32
+        sums = 16 * _BUFFERS * t.warps * tiles * self.octets * 32
         barriers = 8 * 2 * _BUFFERS
         per_warp = 1 if self.form.kind == "int8" else 0
         if self.form.group_size:
             per_warp = self._units_of_warp * self.form.unit_k // self.form.group_size
-        x_sums = 4 * t.warps * per_warp * 8 * self.columns
-        factors = 4 * 8 * self.columns
+        x_sums = 4 * t.warps * per_warp * 8 * self.octets
+        factors = 4 * 8 * self.octets
         return sums + factors + barriers + 16 + x_sums
 
     @property
@@ -316,13 +317,13 @@ class LinearPlan:
         staged, tiles = self._fitted.staged, self._fitted.tiles
         few, norm, in_shared = (str(flag).lower() for flag in (self.few, self.norm, staged))
         function = (
-            f"linear<{form.struct}, {t.warps}, {tiles}, {self.columns}, {few}, "
+            f"linear<{form.struct}, {t.warps}, {tiles}, {self.octets}, {few}, "
             f"{_EPILOGUES[self.epilogue]}, {norm}, {in_shared}>"
         )
-        columns = f"{self.columns}{'few' if self.few else ''}"
+        octets = f"{self.octets}{'few' if self.few else ''}"
         features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
         return Kernel(
-            name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{columns}",
+            name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{octets}",
             file="linear.cu",
             function=function,
             args="LinearArgs",
@@ -331,37 +332,37 @@ class LinearPlan:
 
     def call(
         self,
-        x: Tensor | Normed,
+        x: Tensor | PrescaledInput,
         y: Tensor,
         weight: Tensor,
         scale_N: Tensor | None = None,
         *,
         bias_N: Tensor | None = None,
         residual: Tensor | None = None,
-        onward: Onward | None = None,
+        norm_epilogue: NormEpilogue | None = None,
         best: tuple[Tensor, Tensor] | None = None,
         n_best: int | None = None,
-        ahead: Ahead | None = None,
+        prefetch: Prefetch | None = None,
     ) -> Call:
-        """The launch that computes ``y``; see ``reference.fused_linear``.
+        """Returns the launch that computes ``y``; see ``reference.fused_linear``.
 
         Args:
-            x: bfloat16 [M, K]; with a norm, its input on the way.
-            y: [M, width]: float32 for ``logits``, else bfloat16. May be ``residual``.
-            weight: As ``packing.pack`` made it.
+            x: bfloat16 [M, K]; with a norm, the prescaled input.
+            y: [M, width], written: float32 for ``logits``, else bfloat16. May be ``residual``.
+            weight: As ``packing.pack`` returns it.
             scale_N: float32 scales of an eight-bit weight.
             bias_N: bfloat16, in the order of the weight before packing.
-            residual: bfloat16, like ``y``, which it is added to.
-            onward: For ``plain``: what else to make of ``y``.
-            best: For ``logits``: float32 and int32 [M, blocks], the largest logit of each block
-                and where it is, among the first ``n_best``, or all. NaNs are never the largest.
-            n_best: See ``best``.
-            ahead: What of a later product's weight comes into the L2 cache meanwhile.
+            residual: bfloat16, shaped like ``y``; added.
+            norm_epilogue: Of the norm that ``y`` goes into; for ``plain``.
+            best: For ``logits``, written: float32 and int32 [M, blocks], the largest logit of each
+                block and its output feature. A NaN counts as larger than any number.
+            n_best: ``best`` is taken among the first ``n_best`` features; None for all.
+            prefetch: A part of a later matrix product's weight.
         """
         layout = self._fitted
-        normed = x if isinstance(x, Normed) else None
-        x_MK = x.x if isinstance(x, Normed) else x
-        assert (normed is not None) == self.norm, "a norm's input comes with its squares"
+        prescaled = x if isinstance(x, PrescaledInput) else None
+        x_MK = x.x if isinstance(x, PrescaledInput) else x
+        assert (prescaled is not None) == self.norm, "a prescaled input where there is a norm"
         assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
         assert y.shape == (self.rows, self.width), f"y is {tuple(y.shape)}"
         assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
@@ -370,19 +371,22 @@ class LinearPlan:
         assert (scale_N is not None) == (self.form.kind in ("fp8", "int8")), "a scale per output"
         assert residual is None or residual.shape == y.shape, "like y"
         assert residual is None or self.epilogue != "logits", "logits have no residual"
-        assert onward is None or self.epilogue == "plain", "only plain results go into a norm"
-        assert onward is None or onward.normed.x.shape == y.shape, "like y"
+        next_norm: dict[str, Tensor | None] = dict.fromkeys(NormEpilogue.ARGUMENTS)
+        if norm_epilogue is not None:
+            assert self.epilogue == "plain", "a norm follows plain results alone"
+            assert norm_epilogue.prescaled.x.shape == y.shape, "like y"
+            next_norm |= norm_epilogue.arguments()
         assert best is None or self.epilogue == "logits", "logits alone have a best"
         assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
         args, tensors = LinearArguments.of(
             weight=weight,
             scale=scale_N,
             x=x_MK,
-            squares=normed.squares if normed else None,
+            squares=prescaled.squares if prescaled else None,
             bias=bias_N,
             residual=residual,
             y=y,
-            **(onward.arguments() if onward else dict.fromkeys(Onward.ARGUMENTS)),
+            **next_norm,
             best_value=best[0] if best else None,
             best_index=best[1] if best else None,
             rows=self.rows,
@@ -393,8 +397,8 @@ class LinearPlan:
             units=self.form.units,
             stages=layout.stages,
             units_per_stage=layout.units_per_stage,
-            **(ahead.arguments() if ahead else _NOTHING_AHEAD),
-            eps=normed.eps if normed else 0.0,
+            **(prefetch.arguments() if prefetch else _NO_PREFETCH),
+            eps=prescaled.eps if prescaled else 0.0,
         )
         return Call(
             kernel=self.kernel,
@@ -414,13 +418,13 @@ def plan_rows(
     tuning: Tuning,
     limits: Limits,
 ) -> list[tuple[slice, LinearPlan]]:
-    """Plans for any number of rows: as many at a time as the device takes."""
+    """Plans any number of rows: splits them into the largest launches that fit the device."""
 
     def plan(n: int) -> LinearPlan:
         return LinearPlan(
             form=form, rows=n, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
         )
 
-    at_once = next((n for n in (64, 32, 16) if plan(min(n, rows)).layout is not None), 8)
-    firsts = range(0, rows, at_once)
-    return [(slice(i, i + at_once), plan(min(at_once, rows - i))) for i in firsts]
+    rows_per_launch = next((n for n in (64, 32, 16) if plan(min(n, rows)).layout is not None), 8)
+    firsts = range(0, rows, rows_per_launch)
+    return [(slice(i, i + rows_per_launch), plan(min(rows_per_launch, rows - i))) for i in firsts]

@@ -1,15 +1,15 @@
-"""Weights in the order in which ``linear.cu`` reads them.
+"""Packs weights into the order in which ``linear.cu`` reads them.
 
-A weight is cut into tiles of 16 output features and units of 1024 bytes of each tile: 32, 64 or 128
-input features of 16, 8 or 4 bits. A unit holds, for each block of 32 input features, the operands
-of ``mma.m16n8k16``, lane after lane; with int4 the scales (and offsets) of its groups follow. So a
-tile is one run of bytes, and a lane reads its operands with one instruction.
+A weight is divided into tiles of 16 output features, and a tile into units of 1024 bytes: 32, 64 or
+128 input features of 16, 8 or 4 bits. A unit holds, for each slice of 32 input features, the
+operands of ``mma.m16n8k16``, lane after lane; with int4 the scales (and offsets) of its groups
+follow. So a tile is contiguous, and a lane reads its operands with one instruction.
 
-With ``paired``, the weight is gate and up features one below the other, and a tile takes eight of
-each, so that SwiGLU finds both of a feature in one lane.
+A ``paired`` weight is gate features followed by up features. A tile takes eight of each, so that
+one lane has both inputs of SwiGLU.
 
-Integers are stored without signs, eight bits plus 128 and four bits plus 8. What does not fill a
-tile or a unit is padded, and results never see it.
+Integers are stored unsigned: int8 plus 128, int4 plus 8. Incomplete tiles and units are padded,
+which does not affect results.
 
 Shape letters: N output features, K input features, G groups along K.
 """
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE_ROWS = 16
-BLOCK = 32
-"""Input features of two products."""
+SLICE = 32
+"""Input features of a slice, which are the K of two mma instructions."""
 
 FRAGMENT_BYTES = 1024
 """Bytes of weights in a unit."""
@@ -36,16 +36,16 @@ BITS: dict[Kind, int] = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How a weight is stored.
+    """Packed format of a weight.
 
     Attributes:
         kind: Element type: ``bf16``; ``fp8`` (e4m3) or ``int8`` with a float32 scale per output
             feature; ``int4`` in groups with bfloat16 scales.
-        group_size: Input features that share a scale: 32, 64 or 128 of ``int4``, else None.
-        symmetric: Without offsets.
+        group_size: Input features that share a scale: 32, 64 or 128 with ``int4``, else None.
+        symmetric: The weight has no offsets.
         n: Output features.
         k: Input features, a multiple of 8.
-        paired: Gate and up features, for SwiGLU.
+        paired: The weight is gate features followed by up features, for SwiGLU.
     """
 
     kind: Kind
@@ -80,7 +80,7 @@ class Format:
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of a unit, with its scales and offsets."""
+        """Bytes of a unit, including scales and offsets of its groups."""
         if self.group_size is None:
             return FRAGMENT_BYTES
         groups = self.unit_k // self.group_size
@@ -88,7 +88,7 @@ class Format:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight; eight-bit ones have N float32 scales besides."""
+        """Bytes of the packed weight, without the N float32 scales of an eight-bit one."""
         return self.tiles * self.units * self.unit_bytes
 
     @property
@@ -100,20 +100,20 @@ class Format:
 
     @property
     def label(self) -> str:
-        """A short name, such as ``int4g128a``, which can stand in an identifier."""
+        """A short name that is valid within an identifier, such as ``int4g128a``."""
         if self.group_size is None:
             return self.kind
         return f"{self.kind}g{self.group_size}{'' if self.symmetric else 'a'}"
 
 
 def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
-    """The bytes of a weight.
+    """Packs a weight.
 
     Args:
-        form: How to store it.
+        form: The packed format.
         values: [N, K]: bfloat16; float8_e4m3fn; int8, with ``int4`` in -8…7.
-        scale: [N, G] of ``int4``, rounded to bfloat16; else not used, as the kernel takes scales of
-            output features apart.
+        scale: [N, G] of ``int4``, which are rounded to bfloat16. Ignored otherwise: scales per
+            output feature are a separate argument of the kernel.
         offset: Like ``scale``, where the weight has offsets.
 
     Returns:
@@ -125,12 +125,12 @@ def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | No
     ordered = rows.view(_axes(form)).permute(_ORDERS[form.kind])
     flat = (form.tiles, form.units, FRAGMENT_BYTES)
     if form.kind == "int8":
-        ordered = ordered ^ -128  # the same bits as 128 more without a sign
+        ordered = ordered ^ -128  # the bits of value + 128 as an unsigned byte
     if form.kind != "int4":
         return ordered.contiguous().view(torch.uint8).view(flat)
     assert scale is not None, "int4 has scales"
     assert (offset is None) == form.symmetric, f"offsets do not fit {form}"
-    # Padding stands for zero whatever its integers are, since its scale and offset are zero.
+    # Padding has a scale and an offset of zero, so it is zero whatever its integers are.
     nibbles = (ordered + 8).view(torch.uint8)
     fragments = (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(flat)
     groups = [_groups(form, t) for t in (scale, offset) if t is not None]
@@ -138,7 +138,7 @@ def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | No
 
 
 def unpack(form: Format, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The inverse of ``pack``: values [N, K], and of ``int4`` scales and offsets [N, G]."""
+    """Inverts ``pack``: returns values [N, K], and with ``int4`` scales and offsets [N, G]."""
     fragments = packed[..., :FRAGMENT_BYTES]
     if form.kind == "int4":
         ordered = torch.stack((fragments & 15, fragments >> 4), dim=-1).view(torch.int8) - 8
@@ -147,24 +147,25 @@ def unpack(form: Format, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
     if form.kind == "int8":
         ordered = ordered ^ -128
     order, axes = _ORDERS[form.kind], _axes(form)
-    back = [order.index(axis) for axis in range(len(order))]
-    rows = ordered.view([axes[axis] for axis in order]).permute(back)
+    inverse = [order.index(axis) for axis in range(len(order))]
+    rows = ordered.view([axes[axis] for axis in order]).permute(inverse)
     values = _plain_rows(form, rows.reshape(form.tiles, TILE_ROWS, -1))[:, : form.k].contiguous()
     if form.group_size is None:
         dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
         return values.view(dtypes[form.kind]), None, None
     groups = packed[..., FRAGMENT_BYTES:].contiguous().view(torch.bfloat16)
     groups = groups.view(form.tiles, form.units, -1, 1 if form.symmetric else 2, 8, 2)
-    # tile, half, g, unit, group; for scales and, where there are some, offsets
+    # [scale and offset, tile, half, g, unit, group]
     parts = groups.permute(3, 0, 5, 4, 1, 2).flatten(4).flatten(2, 3)
     n_groups = form.k // form.group_size
     scale, *offset = (_plain_rows(form, part)[:, :n_groups].contiguous() for part in parts)
     return values, scale, offset[0] if offset else None
 
 
-# A lane (g, t) holds rows g and g + 8 ("half"), and of a block's features 8t to 8t + 7: of product
-# i those at 4i, in the order of its registers ("pair", "half") and halves of them (e).
-#   0: tile  1: half  2: g  3: unit  4: block  5: t  6: i  7: pair  8: e
+# The order of axes in memory. A lane (g, t) holds rows g and g + 8 ("half") and, of a slice, the
+# features 8t to 8t + 7: four for each of two mma instructions (i), in the order of the registers
+# ("pair", "half") and of the halves of a register (e).
+#   0: tile  1: half  2: g  3: unit  4: slice  5: t  6: i  7: pair  8: e
 _ORDERS: dict[Kind, tuple[int, ...]] = {
     "bf16": (0, 3, 4, 6, 2, 5, 7, 1, 8),
     "fp8": (0, 3, 4, 2, 5, 6, 7, 8, 1),
@@ -174,11 +175,14 @@ _ORDERS: dict[Kind, tuple[int, ...]] = {
 
 
 def _axes(form: Format) -> tuple[int, ...]:
-    return (form.tiles, 2, 8, form.units, form.unit_k // BLOCK, 4, 2, 2, 2)
+    return (form.tiles, 2, 8, form.units, form.unit_k // SLICE, 4, 2, 2, 2)
 
 
 def _groups(form: Format, per_group_NG: Tensor) -> Tensor:
-    """bfloat16 [tiles, units, groups of a unit, 16]: rows g and g + 8 side by side."""
+    """Arranges scales or offsets as bfloat16 [tiles, units, groups of a unit, 16].
+
+    Rows g and g + 8 are adjacent.
+    """
     assert form.group_size is not None, "only int4 has groups"
     in_unit = form.unit_k // form.group_size
     rows = _tile_rows(form, per_group_NG.to(torch.bfloat16))
@@ -188,7 +192,7 @@ def _groups(form: Format, per_group_NG: Tensor) -> Tensor:
 
 
 def _tile_rows(form: Format, matrix: Tensor) -> Tensor:
-    """[N, X] as [tiles, 16, X]."""
+    """Arranges [N, X] as [tiles, 16, X], with padding."""
     per_tile = TILE_ROWS // 2 if form.paired else TILE_ROWS
     parts = [
         F.pad(part, (0, 0, 0, form.tiles * per_tile - part.shape[0])).view(form.tiles, per_tile, -1)
@@ -198,7 +202,7 @@ def _tile_rows(form: Format, matrix: Tensor) -> Tensor:
 
 
 def _plain_rows(form: Format, tiles: Tensor) -> Tensor:
-    """The inverse of ``_tile_rows``: [tiles, 16, X] as [N, X]."""
+    """Inverts ``_tile_rows``: [tiles, 16, X] as [N, X]."""
     n_parts = 2 if form.paired else 1
     parts = tiles.chunk(n_parts, dim=1)
     return torch.cat([part.flatten(0, 1)[: form.n // n_parts] for part in parts])

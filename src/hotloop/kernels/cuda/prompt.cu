@@ -1,17 +1,16 @@
-// What the many rows of a prompt go through between products: those are the vendor's, on weights
-// given back as plain rows, and whatever can be done to their results on the way is done here.
+// Prefill kernels between the GEMMs, which cuBLAS computes on dequantized weights.
 //
-// Results of products come as they are: a scale per feature, where the weight has one, and a bias
-// are applied before anything else, and the sum is rounded once.
+// The output of a GEMM arrives without the weight's scale per output feature and without the bias:
+// the kernel that reads it applies both first, and rounds once.
 //
-// Letters: M rows, K width, F feed-forward width, H query heads, J key/value heads, S slots, C cache
-// positions, E head dimension.
+// Letters: M rows, K width, F feed-forward width, H query heads, J key/value heads, S slots,
+// C cache positions, E head dimension.
 
 #include "pointwise.cuh"
 
-// A product's pair of features from ``at`` on: with their scales and biases.
-__device__ __forceinline__ void finish(uint32_t pair, const float* scale, const bf16* bias, int at,
-                                       float result[2]) {
+// Applies scales and biases to a pair of features of a GEMM's output, the first being ``at``.
+__device__ __forceinline__ void apply_scale_and_bias(uint32_t pair, const float* scale,
+                                                     const bf16* bias, int at, float result[2]) {
   result[0] = low(pair), result[1] = high(pair);
   for (int i = 0; i < 2; i++) {
     if (scale != nullptr) result[i] *= scale[at + i];
@@ -19,8 +18,8 @@ __device__ __forceinline__ void finish(uint32_t pair, const float* scale, const 
   }
 }
 
-// Eight features, as four pairs.
-struct Eight {
+// Eight bfloat16 values, as four pairs.
+struct Bf16x8 {
   uint4 all;
   __device__ __forceinline__ uint32_t& operator[](int pair) { return (&all.x)[pair]; }
   __device__ __forceinline__ uint32_t operator[](int pair) const { return (&all.x)[pair]; }
@@ -28,17 +27,18 @@ struct Eight {
 
 struct AddNormArgs {
   const bf16* x;       // [M, K]: the residual stream
-  const bf16* product; // [M, K]: added to it, or null
-  const float* scale;  // [K], of the product, or null
+  const bf16* gemm;    // [M, K]: a GEMM's output, added to x, or null
+  const float* scale;  // [K], of the GEMM's weight, or null
   const bf16* bias;    // [K], or null
   const bf16* weight;  // [K], of the norm
-  bf16* sum;           // [M, K]: of x and the product, if there is one; may be x
+  bf16* sum;           // [M, K]: x + gemm, where there is one; may be x
   bf16* normed;        // [M, K]
   int k;
   float eps;
 };
 
-// Adds a product to the residual stream, and normalizes that. A block per row; K is a multiple of 8.
+// Adds a GEMM's output to the residual stream, and normalizes the sum (RMS norm). A block per row;
+// K is a multiple of 8.
 template <int kWarps>
 __device__ __forceinline__ void add_norm(const AddNormArgs& args) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -46,16 +46,16 @@ __device__ __forceinline__ void add_norm(const AddNormArgs& args) {
   wait_for_predecessor();
   const uint4* x = reinterpret_cast<const uint4*>(args.x + row);
   uint4* sum = reinterpret_cast<uint4*>(args.sum + row);
-  const bool adds = args.product != nullptr;
+  const bool adds = args.gemm != nullptr;
   float squares = 0;
   for (int i = thread; i < args.k / 8; i += 32 * kWarps) {
-    Eight here{x[i]};
+    Bf16x8 here{x[i]};
     if (adds) {
-      const Eight product{reinterpret_cast<const uint4*>(args.product + row)[i]};
+      const Bf16x8 gemm{reinterpret_cast<const uint4*>(args.gemm + row)[i]};
 #pragma unroll
       for (int p = 0; p < 4; p++) {
         float added[2];
-        finish(product[p], args.scale, args.bias, 8 * i + 2 * p, added);
+        apply_scale_and_bias(gemm[p], args.scale, args.bias, 8 * i + 2 * p, added);
         here[p] = narrow(low(here[p]) + added[0], high(here[p]) + added[1]);
       }
       sum[i] = here.all;
@@ -63,17 +63,17 @@ __device__ __forceinline__ void add_norm(const AddNormArgs& args) {
 #pragma unroll
     for (int p = 0; p < 4; p++) squares = add_squares(here[p], squares);
   }
-  float* of_warps = reinterpret_cast<float*>(shared_memory());
-  squares = sum_of_warp(squares);
-  if (lane == 0) of_warps[warp] = squares;
+  float* warp_sums = reinterpret_cast<float*>(shared_memory());
+  squares = warp_sum(squares);
+  if (lane == 0) warp_sums[warp] = squares;
   sync_block();
   squares = 0;
-  for (int w = 0; w < kWarps; w++) squares += of_warps[w];
+  for (int w = 0; w < kWarps; w++) squares += warp_sums[w];
   const float factor = rsqrtf(squares / args.k + args.eps);
   for (int i = thread; i < args.k / 8; i += 32 * kWarps) {
-    const Eight here{adds ? sum[i] : x[i]};  // what this thread itself has written
-    const Eight weight{reinterpret_cast<const uint4*>(args.weight)[i]};
-    Eight normed;
+    const Bf16x8 here{adds ? sum[i] : x[i]};  // written by this thread itself
+    const Bf16x8 weight{reinterpret_cast<const uint4*>(args.weight)[i]};
+    Bf16x8 normed;
 #pragma unroll
     for (int p = 0; p < 4; p++)
       normed[p] = times(narrow(low(here[p]) * factor, high(here[p]) * factor), weight[p]);
@@ -81,9 +81,9 @@ __device__ __forceinline__ void add_norm(const AddNormArgs& args) {
   }
 }
 
-struct RotateArgs {
-  const bf16* product;  // [M, (H + 2J) * E]: queries, keys and values
-  const float* scale;   // [(H + 2J) * E], of the product, or null
+struct RopeArgs {
+  const bf16* gemm;     // [M, (H + 2J) * E]: queries, keys and values
+  const float* scale;   // [(H + 2J) * E], of the GEMM's weight, or null
   const bf16* bias;     // [(H + 2J) * E], or null
   const float* cos;     // [C, E], both halves alike
   const float* sin;
@@ -100,57 +100,58 @@ struct RotateArgs {
   float eps;            // of the norms
 };
 
-// Norms and rotation of query and key heads; keys and values go into the cache, and by themselves
-// to where the rows' own attention reads them. A warp per head of a row, in which a lane has pairs
-// of the first half and those that turn with them.
+// Norms and rope of query and key heads. Keys and values are stored twice: to the cache, and to
+// tensors of their own for attention among the rows. A warp per head of a row; a lane has pairs of
+// the first half and the pairs of the second half that rotate with them.
 template <int kE, int kWarps>
-__device__ __forceinline__ void rotate(const RotateArgs& args) {
-  constexpr int kHalf = kE / 2, kPairs = kE / 4, kTurns = (kPairs + 31) / 32;
+__device__ __forceinline__ void rope(const RopeArgs& args) {
+  constexpr int kHalf = kE / 2, kPairs = kE / 4, kRounds = (kPairs + 31) / 32;
   const int lane = threadIdx.x % 32, row = blockIdx.x;
   const int head = blockIdx.y * kWarps + threadIdx.x / 32, n_heads = args.heads + 2 * args.kv_heads;
   if (head >= n_heads) return;
   wait_for_predecessor();
-  const bool is_query = head < args.heads, turns = head < args.heads + args.kv_heads;
-  const bf16* from = args.product + static_cast<int64_t>(row) * n_heads * kE;
+  const bool is_query = head < args.heads, rotates = head < args.heads + args.kv_heads;
+  const bf16* from = args.gemm + static_cast<int64_t>(row) * n_heads * kE;
   const int64_t position = *args.start + row;
-  float x[kTurns][2][2];  // of which half, which of a pair
+  float x[kRounds][2][2];  // [half][element of a pair]
   float squares = 0;
-  for (int i = 0; i < kTurns; i++)
+  for (int i = 0; i < kRounds; i++)
     for (int h = 0; h < 2; h++) {
       x[i][h][0] = x[i][h][1] = 0;
       if (lane + 32 * i >= kPairs) continue;
       const int at = head * kE + h * kHalf + 2 * (lane + 32 * i);
-      finish(*reinterpret_cast<const uint32_t*>(from + at), args.scale, args.bias, at, x[i][h]);
+      apply_scale_and_bias(*reinterpret_cast<const uint32_t*>(from + at), args.scale, args.bias, at,
+                           x[i][h]);
       for (int p = 0; p < 2; p++) {
         x[i][h][p] = widen(narrow(x[i][h][p]));
         squares = fmaf(x[i][h][p], x[i][h][p], squares);
       }
     }
-  const bf16* norm = is_query ? args.q_norm : turns ? args.k_norm : nullptr;
-  const float factor = norm == nullptr ? 1 : rsqrtf(sum_of_warp(squares) / kE + args.eps);
+  const bf16* norm = is_query ? args.q_norm : rotates ? args.k_norm : nullptr;
+  const float factor = norm == nullptr ? 1 : rsqrtf(warp_sum(squares) / kE + args.eps);
   bf16* to = args.q + (static_cast<int64_t>(row) * args.heads + head) * kE;
   bf16* in_cache = nullptr;
   if (!is_query) {
     const int j = (head - args.heads) % args.kv_heads;
-    to = (turns ? args.new_keys : args.new_values) +
+    to = (rotates ? args.new_keys : args.new_values) +
          (static_cast<int64_t>(row) * args.kv_heads + j) * kE;
-    in_cache = (turns ? args.keys : args.values) +
+    in_cache = (rotates ? args.keys : args.values) +
                ((*args.slot * args.kv_heads + j) * args.capacity + position) * kE;
   }
-  for (int i = 0; i < kTurns; i++) {
+  for (int i = 0; i < kRounds; i++) {
     if (lane + 32 * i >= kPairs) continue;
     const int e = 2 * (lane + 32 * i);
     uint32_t result[2] = {narrow(x[i][0][0], x[i][0][1]), narrow(x[i][1][0], x[i][1][1])};
     if (norm != nullptr)
       for (int h = 0; h < 2; h++) {
-        const uint32_t unit = narrow(x[i][h][0] * factor, x[i][h][1] * factor);
+        const uint32_t normalized = narrow(x[i][h][0] * factor, x[i][h][1] * factor);
         const uint32_t weight = *reinterpret_cast<const uint32_t*>(norm + h * kHalf + e);
-        result[h] = times(unit, weight);
+        result[h] = times(normalized, weight);
       }
-    if (turns) {
-      const int64_t turn = position * kE + e;
-      const float2 cos = *reinterpret_cast<const float2*>(args.cos + turn);
-      const float2 sin = *reinterpret_cast<const float2*>(args.sin + turn);
+    if (rotates) {
+      const int64_t rope_at = position * kE + e;
+      const float2 cos = *reinterpret_cast<const float2*>(args.cos + rope_at);
+      const float2 sin = *reinterpret_cast<const float2*>(args.sin + rope_at);
       const float a[2] = {low(result[0]), high(result[0])};
       const float b[2] = {low(result[1]), high(result[1])};
       result[0] = narrow(a[0] * cos.x - b[0] * sin.x, a[1] * cos.y - b[1] * sin.y);
@@ -164,28 +165,28 @@ __device__ __forceinline__ void rotate(const RotateArgs& args) {
 }
 
 struct SwigluArgs {
-  const bf16* product;  // [M, 2F]: gates, then what they let through
-  const float* scale;   // [2F], of the product, or null
+  const bf16* gemm;     // [M, 2F]: gate features, then up features
+  const float* scale;   // [2F], of the GEMM's weight, or null
   const bf16* bias;     // [2F], or null
   bf16* out;            // [M, F]
   int f;
 };
 
-// SiLU of the first half times the second. A thread takes eight features of a row; F is a multiple
+// SwiGLU: SiLU of the gates times the ups. A thread takes eight features of a row; F is a multiple
 // of 8.
 __device__ __forceinline__ void swiglu(const SwigluArgs& args) {
   const int row = blockIdx.x, first = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
   if (first >= args.f) return;
   wait_for_predecessor();
-  const bf16* product = args.product + static_cast<int64_t>(row) * 2 * args.f;
-  const Eight gates{*reinterpret_cast<const uint4*>(product + first)};
-  const Eight ups{*reinterpret_cast<const uint4*>(product + args.f + first)};
-  Eight result;
+  const bf16* gemm = args.gemm + static_cast<int64_t>(row) * 2 * args.f;
+  const Bf16x8 gates{*reinterpret_cast<const uint4*>(gemm + first)};
+  const Bf16x8 ups{*reinterpret_cast<const uint4*>(gemm + args.f + first)};
+  Bf16x8 result;
 #pragma unroll
   for (int p = 0; p < 4; p++) {
     float gate[2], up[2];
-    finish(gates[p], args.scale, args.bias, first + 2 * p, gate);
-    finish(ups[p], args.scale, args.bias, args.f + first + 2 * p, up);
+    apply_scale_and_bias(gates[p], args.scale, args.bias, first + 2 * p, gate);
+    apply_scale_and_bias(ups[p], args.scale, args.bias, args.f + first + 2 * p, up);
     result[p] = narrow(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
   }
   *reinterpret_cast<uint4*>(args.out + static_cast<int64_t>(row) * args.f + first) = result.all;

@@ -1,20 +1,21 @@
-// Draws a token: temperature, top-k, top-p and min-p, as hotloop/engine/sampling.py defines them.
+// Samples a token with temperature, top-k, top-p and min-p, as hotloop/engine/sampling.py defines
+// them.
 //
-// A token's order is how far its score is below the largest, in units of temperature, and after
-// that its id: the bits of a float that is not negative sort as it does. What top-k and top-p keep
-// is what stands, in that order, before a cut. It is found without sorting. A histogram says which
-// of a thousand bins holds the cut, another divides that bin, and so on until one token is left in
-// it, which ties can delay to the last bits of ids. As soon as few enough tokens stand before the
-// end of that bin, they alone are looked at, in shared memory.
+// The sort key of a token is the distance of its score below the largest, in units of temperature,
+// and below that its id: bits of non-negative floats sort like their values. In the order of keys,
+// top-k and top-p keep the tokens before a cutoff, which is found by radix select, without sorting:
+// a histogram tells which of 1024 bins holds the cutoff, another divides that bin, and so on until
+// it holds a single token (with ties, down to the last bits of ids). As soon as few enough tokens
+// precede the end of the bin, they are compacted into shared memory, and only they are read.
 //
-// Sums are integers, so their order does not matter: the same scores give the same bits.
+// Sums are of integers, so that their order does not matter: the same scores give the same bits.
 
 #include "device.cuh"
 
 struct SampleArgs {
-  const float* scores;       // [B * T, n], rows ``stride`` apart
-  const int64_t* best;       // [B * T]: where a row's score is largest; -1 for no token
-  const int64_t* positions;  // [B * T]: that the tokens will have
+  const float* scores;       // [B * T, n], with a stride of ``stride``
+  const int64_t* best;       // [B * T]: argmax of a row; -1 where it has none
+  const int64_t* positions;  // [B * T]: of the tokens to sample
   const float* temperature;  // [B], as are the other options
   const int64_t* top_k;      // n for all
   const float* top_p;
@@ -26,26 +27,26 @@ struct SampleArgs {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kBinBits = 10, kBins = 1 << kBinBits;
-static_assert(kBins == kThreads, "a thread has a bin");
+static_assert(kBins == kThreads, "one bin per thread");
 
-// The first histogram is linear, since that spreads common scores most evenly. It ends at a
-// distance of 32, where no weight is left (2^-46).
+// The first histogram is linear in the distance, which spreads common scores most evenly. It ends
+// at a distance of 32, where weights are negligible (2^-46).
 constexpr float kBinsPerUnit = 32;
 constexpr uint32_t kInfinite = 0x7f800000u;
 constexpr uint64_t kNone = ~0ull;
 
-// What a token weighs that is so far below the most likely one, which weighs 2^40: sums of 2^23 of
-// them fit.
+// The weight (unnormalized probability) of a token at this distance below the most likely one,
+// whose weight is 2^40: sums of 2^23 weights fit in 64 bits.
 __device__ __forceinline__ uint64_t weight(float distance) {
   return static_cast<uint64_t>(expf(-distance) * 0x1p40f);
 }
 
 struct Sum {
-  uint64_t mass;  // what the limit is about: weight, or again the number
-  uint32_t n;
+  uint64_t mass;  // the quantity that is limited: weight for top-p, n for top-k
+  uint32_t n;     // tokens
 };
 
-// What lanes have up to each, itself included.
+// Inclusive prefix sum over the lanes of a warp.
 __device__ __forceinline__ Sum running_sum(Sum sum, int lane) {
   for (int distance = 1; distance < 32; distance *= 2) {
     const uint64_t mass = shuffle_up(sum.mass, distance);
@@ -55,26 +56,26 @@ __device__ __forceinline__ Sum running_sum(Sum sum, int lane) {
   return sum;
 }
 
-struct Found {  // the bin that holds the cut
+struct CutoffBin {  // the bin that holds the cutoff
   uint64_t mass_before;
   uint32_t n_before, n, bin;
 };
 
-template <int kListed>
+template <int kMaxCandidates>
 struct Shared {
-  uint64_t listed[kListed < kThreads ? kThreads : kListed];  // orders, in any order
+  uint64_t candidates[kMaxCandidates < kThreads ? kThreads : kMaxCandidates];  // sort keys
   Sum warps[kWarps];
   uint64_t winners[kWarps];
-  Found found;
+  CutoffBin found;
   uint32_t n[kBins], low[kBins], high[kBins];
-  uint32_t n_listed;
+  uint32_t n_candidates;
 
   __device__ __forceinline__ void clear(int bin) { n[bin] = low[bin] = high[bin] = 0; }
 
-  // Counts a token of each lane that is inside. All lanes of a warp call this together.
+  // Adds each lane's token to the histogram, if it is inside. All lanes of a warp call it together.
   __device__ __forceinline__ void add(bool inside, uint32_t bin, uint64_t weight, bool weighted,
                                       int lane) {
-    // Equal scores would queue for one bin.
+    // Equal scores would serialize on the atomics of one bin, so that the warp sums them first.
     const uint32_t first = shuffle(bin, 0);
     const bool together = all_lanes(inside && bin == first);
     if (together && weighted)
@@ -90,110 +91,112 @@ struct Shared {
   }
 };
 
-// The tokens that may still matter: a row of scores, or those of it that are listed.
+// The tokens that remain: a whole row of scores, or its candidates.
 struct Tokens {
   const float* row;
-  const uint64_t* listed;  // null for the row
+  const uint64_t* candidates;  // null for the whole row
   int n;
   float largest, temperature;
   int id_bits;
 
-  __device__ __forceinline__ uint64_t order(float score, int id) const {
+  __device__ __forceinline__ uint64_t sort_key(float score, int id) const {
     const float distance = fabsf((score - largest) / temperature);  // 0 is not negative
     return static_cast<uint64_t>(float_bits(distance)) << id_bits | static_cast<uint32_t>(id);
   }
-  __device__ __forceinline__ float distance(uint64_t order) const {
-    return float_of(static_cast<uint32_t>(order >> id_bits));
+  __device__ __forceinline__ float distance(uint64_t sort_key) const {
+    return float_from_bits(static_cast<uint32_t>(sort_key >> id_bits));
   }
-  __device__ __forceinline__ uint32_t id(uint64_t order) const {
-    return static_cast<uint32_t>(order) & ((1u << id_bits) - 1);
+  __device__ __forceinline__ uint32_t id(uint64_t sort_key) const {
+    return static_cast<uint32_t>(sort_key) & ((1u << id_bits) - 1);
   }
-  // Where a linear bin begins.
+  // The first sort key of a linear bin.
   __device__ __forceinline__ uint64_t edge(uint32_t bin) const {
     const uint32_t distance = bin < kBins ? float_bits(bin / kBinsPerUnit) : kInfinite;
     return static_cast<uint64_t>(distance) << id_bits;
   }
 
-  // Calls ``f`` with the order of each token; whole warps together, with one that is beyond all
-  // others where there is none.
+  // Calls ``f`` with the sort key of each token. Whole warps call it together; lanes without a
+  // token pass kNone, which is beyond all keys.
   template <class F>
-  __device__ __forceinline__ void each(int thread, F f) const {
+  __device__ __forceinline__ void for_each(int thread, F f) const {
     const int lane = thread % 32;
     const float* at = row + thread;
-    float next = listed == nullptr && thread < n ? *at : 0;
+    float next = candidates == nullptr && thread < n ? *at : 0;
 #pragma unroll 1
     for (int first = thread - lane; first < n; first += kThreads) {
       const int i = first + lane;
       uint64_t found = kNone;
-      if (listed != nullptr) {
-        if (i < n) found = listed[i];
+      if (candidates != nullptr) {
+        if (i < n) found = candidates[i];
       } else {
         const float score = next;
         at += kThreads;
-        if (i + kThreads < n) next = *at;  // on its way while this one is looked at
-        if (i < n) found = order(score, i);
+        if (i + kThreads < n) next = *at;  // loaded while this score is processed
+        if (i < n) found = sort_key(score, i);
       }
       f(found);
     }
   }
 };
 
-// Lists the tokens of a row up to ``bound``, unless they are too many. ``n_listed`` is zero.
-template <int kListed>
-__device__ __forceinline__ void list(Tokens& tokens, uint64_t bound, Shared<kListed>& shared,
-                                     int thread) {
+// Compacts the tokens of a row up to ``bound`` into the candidates, unless they are too many.
+// Expects n_candidates to be zero.
+template <int kMaxCandidates>
+__device__ __forceinline__ void compact(Tokens& tokens, uint64_t bound,
+                                        Shared<kMaxCandidates>& shared, int thread) {
   const int lane = thread % 32;
-  tokens.each(thread, [&](uint64_t order) {
-    const bool inside = order <= bound;
+  tokens.for_each(thread, [&](uint64_t sort_key) {
+    const bool inside = sort_key <= bound;
     const uint32_t lanes = ballot(inside);
     if (lanes == 0) return;
     uint32_t place = 0;
-    if (lane == 0) place = atomic_add(&shared.n_listed, count_bits(lanes));
+    if (lane == 0) place = atomic_add(&shared.n_candidates, count_bits(lanes));
     place = shuffle(place, 0) + count_bits(lanes & ((1u << lane) - 1));
-    if (inside && place < kListed) shared.listed[place] = order;
+    if (inside && place < kMaxCandidates) shared.candidates[place] = sort_key;
   });
   sync_block();
-  const uint32_t n = shared.n_listed;
-  if (n <= kListed) tokens.listed = shared.listed, tokens.n = n;
+  const uint32_t n = shared.n_candidates;
+  if (n <= kMaxCandidates) tokens.candidates = shared.candidates, tokens.n = n;
 }
 
-// The best token of each thread's share of a row, with the thread in its id's place.
-template <int kListed>
-__device__ __forceinline__ Tokens best_of_threads(const Tokens& tokens, Shared<kListed>& shared,
-                                                  int thread) {
+// The best token of each thread's part of a row, with the thread in place of the id.
+template <int kMaxCandidates>
+__device__ __forceinline__ Tokens thread_maxima(const Tokens& tokens,
+                                                Shared<kMaxCandidates>& shared, int thread) {
   float score = -infinity();
   for (int i = thread; i < tokens.n; i += kThreads) score = fmaxf(score, tokens.row[i]);
-  shared.listed[thread] = thread < tokens.n ? tokens.order(score, thread) : kNone;
+  shared.candidates[thread] = thread < tokens.n ? tokens.sort_key(score, thread) : kNone;
   sync_block();
   Tokens best = tokens;
-  best.listed = shared.listed;
+  best.candidates = shared.candidates;
   best.n = kThreads;
   return best;
 }
 
-// The last order that is kept: of the tokens up to ``bound``, in order, one is kept while what
-// stands before it is less than a limit. That is ``most`` tokens, or so large a share of the weight
-// of all of them.
-template <int kListed>
-__device__ __forceinline__ uint64_t cut(Tokens& tokens, uint64_t bound, bool weighted, double most,
-                                        Shared<kListed>& shared, int thread) {
+// Returns the last sort key that is kept. Of the tokens up to ``bound``, in the order of keys, one
+// is kept while the mass before it is below a limit: ``most`` tokens, or, if weighted, the share
+// ``most`` of the weight of all tokens.
+template <int kMaxCandidates>
+__device__ __forceinline__ uint64_t select_cutoff(Tokens& tokens, uint64_t bound, bool weighted,
+                                                  double most, Shared<kMaxCandidates>& shared,
+                                                  int thread) {
   const int lane = thread % 32, warp = thread / 32;
-  uint64_t first = 0;  // the cut is from here on
+  uint64_t first = 0;  // the cutoff is at least this key
   uint64_t limit = static_cast<uint64_t>(most);
   uint32_t n_before = 0;
-  int shift = -1;  // linear at first
+  int shift = -1;  // the first histogram is linear
   while (true) {
-    tokens.each(thread, [&](uint64_t order) {
-      const bool inside = order >= first && order <= bound;
-      const float distance = tokens.distance(order);
+    tokens.for_each(thread, [&](uint64_t sort_key) {
+      const bool inside = sort_key >= first && sort_key <= bound;
+      const float distance = tokens.distance(sort_key);
       const uint32_t bin = shift < 0
                                ? static_cast<uint32_t>(fminf(distance * kBinsPerUnit, kBins - 1))
-                               : static_cast<uint32_t>((order - first) >> shift);
+                               : static_cast<uint32_t>((sort_key - first) >> shift);
       shared.add(inside, bin, weighted && inside ? weight(distance) : 0, weighted, lane);
     });
     sync_block();
-    if (thread == 0) shared.found.n = shared.n_listed = 0;
-    // Each thread has a bin, and what stands up to its end.
+    if (thread == 0) shared.found.n = shared.n_candidates = 0;
+    // Each thread has a bin, and the sum of all bins up to its own.
     const uint32_t n = shared.n[thread];
     const uint64_t mass =
         weighted ? static_cast<uint64_t>(shared.high[thread]) << 32 | shared.low[thread] : n;
@@ -210,25 +213,25 @@ __device__ __forceinline__ uint64_t cut(Tokens& tokens, uint64_t bound, bool wei
     if (up_to.mass - mass < limit && limit <= up_to.mass)
       shared.found = {up_to.mass - mass, up_to.n - n, n, static_cast<uint32_t>(thread)};
     sync_block();
-    const Found found = shared.found;
-    if (found.n == 0) return bound;  // there are not as many
+    const CutoffBin found = shared.found;
+    if (found.n == 0) return bound;  // the limit exceeds the mass of all tokens
     limit -= found.mass_before;
     n_before += found.n_before;
     const uint64_t bin = found.bin;
     const uint64_t end = shift < 0 ? tokens.edge(found.bin + 1) : first + ((bin + 1) << shift);
     first = shift < 0 ? tokens.edge(found.bin) : first + (bin << shift);
     bound = min(bound, end - 1);
-    if (tokens.listed == nullptr && n_before + found.n <= kListed)
-      list(tokens, bound, shared, thread);
+    if (tokens.candidates == nullptr && n_before + found.n <= kMaxCandidates)
+      compact(tokens, bound, shared, thread);
     if (found.n == 1 || shift == 0) return bound;
     shift = max(bit_width(bound - first) - kBinBits, 0);
   }
 }
 
 constexpr float kLog2E = 1.44269504f;
-constexpr float kSlack = 0x1p-10f;  // far more than the error of what is only estimated
+constexpr float kSlack = 0x1p-10f;  // far more than the error of the fast logarithm
 
-// A bijection of words in which every bit affects every other (Wellons' lowbias32).
+// A bijective hash of 32 bits (Wellons' lowbias32).
 __device__ __forceinline__ uint32_t mix(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
@@ -245,37 +248,37 @@ __device__ __forceinline__ float gumbel(float uniform) {
   return -logf(-log1pf(-fminf(uniform, 1 - 0x1p-24f)));
 }
 
-// Sorts as the value does, and of equal ones by descending ids.
-__device__ __forceinline__ uint64_t candidate(float value, uint32_t id) {
+// A key that sorts by value, and equal values by descending id.
+__device__ __forceinline__ uint64_t draw_key(float value, uint32_t id) {
   const uint32_t bits = float_bits(value);
   const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
   return static_cast<uint64_t>(ordered) << 32 | ~id;
 }
 
-// The value in the upper half of a candidate; not a number where there was none.
-__device__ __forceinline__ float value_of(uint32_t ordered) {
-  return float_of(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
+// The value of the upper half of a draw key; NaN for the key 0.
+__device__ __forceinline__ float draw_value(uint32_t ordered) {
+  return float_from_bits(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
 }
 
-__device__ __forceinline__ uint64_t largest_of_lanes(uint64_t value) {
+__device__ __forceinline__ uint64_t warp_max(uint64_t value) {
   for (int mask = 1; mask < 32; mask *= 2) value = max(value, shuffle_xor(value, mask));
   return value;
 }
 
-// A block per row. Tokens without a finite score below the largest are never chosen; where there
-// are no others, the best one is.
-template <int kListed, int kSharedBytes>
+// A block per row. Tokens whose distance below the largest score is not finite are never sampled;
+// where no other token remains, the best one is.
+template <int kMaxCandidates, int kSharedBytes>
 __device__ __forceinline__ void sample(const SampleArgs& args) {
-  static_assert(sizeof(Shared<kListed>) == kSharedBytes, "sample.py knows the size");
-  auto& shared = *reinterpret_cast<Shared<kListed>*>(shared_memory());
+  static_assert(sizeof(Shared<kMaxCandidates>) == kSharedBytes, "sample.py knows the size");
+  auto& shared = *reinterpret_cast<Shared<kMaxCandidates>*>(shared_memory());
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int row = blockIdx.x, sequence = row / args.tokens;
   shared.clear(thread);
-  if (thread == 0) shared.n_listed = 0;
+  if (thread == 0) shared.n_candidates = 0;
   wait_for_predecessor();
   const int64_t best = args.best[row];
   const float temperature = args.temperature[sequence];
-  if (temperature == 0 || best < 0) {  // or there is none, since scores are not finite
+  if (temperature == 0 || best < 0) {  // greedy, or scores that are not finite
     if (thread == 0) args.ids[row] = best;
     return;
   }
@@ -290,11 +293,12 @@ __device__ __forceinline__ void sample(const SampleArgs& args) {
   for (int stage = kNarrow; stage < kStages; stage++) {
     const bool cuts = stage == kTopP ? top_p < 1 : top_k < args.n;
     if (!cuts || (stage == kNarrow && top_k > kThreads)) continue;
-    Tokens among = stage == kNarrow ? best_of_threads(tokens, shared, thread) : tokens;
-    bound = cut(among, bound, stage == kTopP, stage == kTopP ? top_p : top_k, shared, thread);
+    Tokens among = stage == kNarrow ? thread_maxima(tokens, shared, thread) : tokens;
+    const double most = stage == kTopP ? top_p : top_k;
+    bound = select_cutoff(among, bound, stage == kTopP, most, shared, thread);
     if (stage == kNarrow) {
-      bound |= (1ull << tokens.id_bits) - 1;  // equal ones have other ids than threads
-      list(tokens, bound, shared, thread);
+      bound |= (1ull << tokens.id_bits) - 1;  // ids of equal scores are not thread numbers
+      compact(tokens, bound, shared, thread);
     } else {
       tokens = among;
     }
@@ -303,24 +307,24 @@ __device__ __forceinline__ void sample(const SampleArgs& args) {
   uint32_t key = mix(static_cast<uint32_t>(seed) ^ 0x9e3779b9u);
   key = mix(key ^ static_cast<uint32_t>(seed >> 32));
   key = mix(key ^ static_cast<uint32_t>(args.positions[row]));
-  uint64_t winner = 0;  // less than any candidate
-  float beaten = -infinity();  // what the best one of the warp is worth
-  tokens.each(thread, [&](uint64_t order) {
-    const float distance = tokens.distance(order);
-    const uint32_t id = tokens.id(order);
+  uint64_t winner = 0;  // below any draw key
+  float best_so_far = -infinity();  // the warp's largest value, in units of log2
+  tokens.for_each(thread, [&](uint64_t sort_key) {
+    const float distance = tokens.distance(sort_key);
+    const uint32_t id = tokens.id(sort_key);
     const float uniform = uniform_of(key, id);
-    // A Gumbel number is at most -log(uniform): which costs little, and rules out almost all.
-    const float most = distance * kLog2E + log2_fast(uniform) + beaten;
-    const bool can_win = order <= bound && !(most > kSlack);
+    // -log(uniform) bounds the Gumbel noise from above: it is cheap, and rules out most tokens.
+    const float most = distance * kLog2E + log2_fast(uniform) + best_so_far;
+    const bool can_win = sort_key <= bound && !(most > kSlack);
     if (ballot(can_win) == 0) return;
     if (can_win && expf(-distance) >= min_p)
-      winner = max(winner, candidate(gumbel(uniform) - distance, id));
-    beaten = kLog2E * value_of(max_of_lanes(static_cast<uint32_t>(winner >> 32)));
+      winner = max(winner, draw_key(gumbel(uniform) - distance, id));
+    best_so_far = kLog2E * draw_value(max_lanes(static_cast<uint32_t>(winner >> 32)));
   });
-  winner = largest_of_lanes(winner);
+  winner = warp_max(winner);
   if (lane == 0) shared.winners[warp] = winner;
   sync_block();
   if (warp > 0) return;
-  winner = largest_of_lanes(shared.winners[lane]);
+  winner = warp_max(shared.winners[lane]);
   if (lane == 0) args.ids[row] = winner == 0 ? best : static_cast<int64_t>(~winner & 0xffffffffu);
 }

@@ -1,6 +1,7 @@
-"""How the kernels of ``step.cu`` are launched: a step's first and last, and those of several ranks.
+"""Launches of ``step.cu``: the first and last kernels of a decode step, and all-reduces over ranks.
 
-Shape letters: M rows, V vocabulary, K width, S slots, B of them, T tokens of each.
+Shape letters: M rows, V vocabulary, K width, S slots, B sequences in the first slots, T tokens of
+each, D drafts of each, W width of a history.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call
-from hotloop.kernels.cuda.linear import Onward
+from hotloop.kernels.cuda.linear import NormEpilogue
 
 
 class EmbedArguments(Arguments):
     """``EmbedArgs`` of ``step.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("ids", "table", "scale", "x", "norm")),
+        *((name, ctypes.c_void_p) for name in ("ids", "table", "scale", "x", "next_norm")),
         *((name, ctypes.c_void_p) for name in ("next_x", "next_squares")),
         *((name, ctypes.c_int) for name in ("k", "vocab")),
     )
@@ -31,18 +32,18 @@ class AddArguments(Arguments):
     """``AddArgs`` of ``step.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("added", "residual", "x", "norm")),
+        *((name, ctypes.c_void_p) for name in ("added", "residual", "x", "next_norm")),
         *((name, ctypes.c_void_p) for name in ("next_x", "next_squares")),
         ("k", ctypes.c_int),
     )
 
 
-class SumArguments(Arguments):
-    """``SumArgs`` of ``step.cu``."""
+class AllReduceArguments(Arguments):
+    """``AllReduceArgs`` of ``step.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("mine", "residual", "x", "norm")),
-        *((name, ctypes.c_void_p) for name in ("next_x", "next_squares", "inboxes", "turns")),
+        *((name, ctypes.c_void_p) for name in ("local", "residual", "x", "next_norm")),
+        *((name, ctypes.c_void_p) for name in ("next_x", "next_squares", "inboxes", "rounds")),
         *((name, ctypes.c_int) for name in ("k", "rank", "capacity")),
     )
 
@@ -56,23 +57,23 @@ class ArgmaxArguments(Arguments):
     )
 
 
-class ArgmaxOfRanksArguments(Arguments):
-    """``ArgmaxOfRanksArgs`` of ``step.cu``."""
+class ArgmaxOverRanksArguments(Arguments):
+    """``ArgmaxOverRanksArgs`` of ``step.cu``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "ids")),
-        *((name, ctypes.c_void_p) for name in ("inboxes", "turns")),
+        *((name, ctypes.c_void_p) for name in ("inboxes", "rounds")),
         *((name, ctypes.c_int) for name in ("n", "first", "rank", "ranks", "capacity")),
     )
 
 
-_SUM_THREADS = 128
+_ALL_REDUCE_THREADS = 128
 
 _SIZES = ("width", "drafts_stride", "tokens", "last_position")
 
 
-class LookUpArguments(Arguments):
-    """``LookUpArgs`` of ``step.cu``."""
+class NgramDraftArguments(Arguments):
+    """``NgramDraftArgs`` of ``step.cu``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("history", "positions", "drafts")),
@@ -84,7 +85,10 @@ class NextTokensArguments(Arguments):
     """``NextTokensArgs`` of ``step.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("history", "positions", "drafts", "ids", "at")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("history", "positions", "drafts", "ids", "token_positions")
+        ),
         *((name, ctypes.c_int) for name in _SIZES),
     )
 
@@ -100,7 +104,7 @@ class AcceptArguments(Arguments):
 
 
 def embed_kernel(*, int8: bool) -> Kernel:
-    """The instance for a bfloat16 table, or for an int8 one."""
+    """Returns the embedding kernel for a bfloat16 or an int8 table."""
     return Kernel(
         name=f"embed_{'int8' if int8 else 'bf16'}",
         file="step.cu",
@@ -111,52 +115,52 @@ def embed_kernel(*, int8: bool) -> Kernel:
 
 
 def add_kernel() -> Kernel:
-    """The one that adds what ranks have summed."""
+    """Returns the kernel that adds the result of an all-reduce to the residual stream."""
     return Kernel(name="add_total", file="step.cu", function="add", args="AddArgs", threads=128)
 
 
-def sum_kernel(ranks: int) -> Kernel:
-    """The one that adds what so many ranks have."""
+def all_reduce_kernel(ranks: int) -> Kernel:
+    """Returns the kernel that adds the parts of so many ranks to the residual stream."""
     return Kernel(
-        name=f"sum_of_{ranks}",
+        name=f"all_reduce_{ranks}",
         file="step.cu",
-        function=f"sum<{ranks}>",
-        args="SumArgs",
-        threads=_SUM_THREADS,
+        function=f"all_reduce<{ranks}>",
+        args="AllReduceArgs",
+        threads=_ALL_REDUCE_THREADS,
     )
 
 
 def argmax_kernel() -> Kernel:
-    """The one that finds the most likely token."""
+    """Returns the argmax kernel."""
     return _of_one_warp("argmax_step", "argmax", "ArgmaxArgs")
 
 
-def argmax_of_ranks_kernel() -> Kernel:
-    """The one that finds the token that is most likely to all ranks."""
-    return _of_one_warp("argmax_of_ranks_step", "argmax_of_ranks", "ArgmaxOfRanksArgs")
+def argmax_over_ranks_kernel() -> Kernel:
+    """Returns the kernel of the argmax over all ranks' parts of the vocabulary."""
+    return _of_one_warp("argmax_over_ranks_step", "argmax_over_ranks", "ArgmaxOverRanksArgs")
 
 
-_SEEKERS = 256  # kSeekers of step.cu
+_DRAFT_THREADS = 256  # kDraftThreads of step.cu
 
 
-def look_up_kernel() -> Kernel:
-    """The one that makes drafts of what was there before."""
+def ngram_draft_kernel() -> Kernel:
+    """Returns the kernel of n-gram drafts."""
     return Kernel(
-        name="look_up_step",
+        name="ngram_draft_step",
         file="step.cu",
-        function="look_up",
-        args="LookUpArgs",
-        threads=_SEEKERS,
+        function="ngram_draft",
+        args="NgramDraftArgs",
+        threads=_DRAFT_THREADS,
     )
 
 
 def next_tokens_kernel() -> Kernel:
-    """The one that begins a step."""
+    """Returns the kernel that collects the input tokens of a step."""
     return _of_one_warp("next_tokens_step", "next_tokens", "NextTokensArgs")
 
 
 def accept_kernel() -> Kernel:
-    """The one that ends a step."""
+    """Returns the kernel that accepts drafts, and advances positions."""
     return _of_one_warp("accept_step", "accept", "AcceptArgs")
 
 
@@ -165,16 +169,20 @@ def _of_one_warp(name: str, function: str, args: str) -> Kernel:
 
 
 def embed(
-    ids_M: Tensor, table_VK: Tensor, scale_V: Tensor | None, x_MK: Tensor, onward: Onward
+    ids_M: Tensor,
+    table_VK: Tensor,
+    scale_V: Tensor | None,
+    x_MK: Tensor,
+    norm_epilogue: NormEpilogue,
 ) -> Call:
-    """The launch that looks up the rows of ``ids_M``; see ``reference.embed``.
+    """Returns the launch that looks up the rows of ``ids_M``; see ``reference.embed``.
 
     Args:
-        ids_M: int64; ids that are not of the table look up its first or last row.
+        ids_M: int64; ids outside the table are clamped to it.
         table_VK: bfloat16, or int8 with scales.
         scale_V: float32 scales of an int8 table.
         x_MK: bfloat16, written.
-        onward: What goes on to the first product; written but for the weight.
+        norm_epilogue: Of the first norm.
     """
     int8 = table_VK.dtype == torch.int8
     assert int8 or table_VK.dtype == torch.bfloat16, f"the table is {table_VK.dtype}"
@@ -184,21 +192,27 @@ def embed(
     assert x_MK.shape[1] % 8 == 0, "rows are read eight values at a time"
     vocab, k = table_VK.shape
     args, tensors = EmbedArguments.of(
-        ids=ids_M, table=table_VK, scale=scale_V, x=x_MK, k=k, vocab=vocab, **onward.arguments()
+        ids=ids_M,
+        table=table_VK,
+        scale=scale_V,
+        x=x_MK,
+        k=k,
+        vocab=vocab,
+        **norm_epilogue.arguments(),
     )
     return _block_for_each(embed_kernel(int8=int8), len(ids_M), args, tensors)
 
 
-def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward) -> Call:
-    """The launch that adds to the residual stream, and begins a norm.
+def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, norm_epilogue: NormEpilogue) -> Call:
+    """Returns the launch that adds to the residual stream, with a norm epilogue.
 
-    Its twins are a sum, and ``reference.begin_norm`` of it.
+    It is specified by a sum, and ``reference.norm_epilogue`` of that.
 
     Args:
-        added_MK: bfloat16.
+        added_MK: bfloat16, summed over ranks.
         residual_MK: bfloat16.
-        x_MK: bfloat16, written; it can be ``residual_MK``.
-        onward: What goes on to the next product; written but for the weight.
+        x_MK: bfloat16, written; may be ``residual_MK``.
+        norm_epilogue: Of the norm that follows.
     """
     rows, k = x_MK.shape
     for tensor in (added_MK, residual_MK, x_MK):
@@ -206,7 +220,7 @@ def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward) -> 
         assert tensor.shape == (rows, k), f"{tuple(tensor.shape)} and {(rows, k)}"
     assert k % 8 == 0, "rows are read eight values at a time"
     args, tensors = AddArguments.of(
-        added=added_MK, residual=residual_MK, x=x_MK, k=k, **onward.arguments()
+        added=added_MK, residual=residual_MK, x=x_MK, k=k, **norm_epilogue.arguments()
     )
     kernel = add_kernel()
     return Call(
@@ -220,23 +234,24 @@ def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """By which the ranks of a model send each other what they have, in launches of one kind.
+    """Buffers of one kind of all-reduce among the ranks of a model.
 
-    Every rank launches the same in the same order.
+    An inbox is memory of a rank into which the others write. Every rank launches the same
+    all-reduces in the same order.
 
     Attributes:
-        rank: Which rank this is.
-        inboxes: int64 [ranks], on the device: addresses of every rank's inbox, which holds
-            ``inbox_bytes`` and was zeros when the first of them was made.
-        turns: int32 [capacity, blocks of a row], zeros at first: how often there was one.
-        capacity: Rows that an inbox has room for.
-        k: Width of rows that are summed up; 0 where it is for choices.
-        kept: What the inboxes are in, kept alive with this.
+        rank: This rank.
+        inboxes: int64 [ranks], on the device: the address of every rank's inbox, which has
+            ``inbox_bytes`` bytes, all zero before any rank's first launch.
+        rounds: int32 [capacity, blocks of a row]: the number of completed all-reduces.
+        capacity: The most rows.
+        k: Width of rows that are summed; 0 for an argmax.
+        kept: The owner of the inboxes' memory, which is kept alive.
     """
 
     rank: int
     inboxes: Tensor
-    turns: Tensor
+    rounds: Tensor
     capacity: int
     k: int
     kept: object
@@ -252,12 +267,12 @@ class Exchange:
         device: torch.device,
         kept: object,
     ) -> Exchange:
-        """One over the ranks' inboxes at these addresses."""
+        """Makes the exchange of one rank over all ranks' inboxes at these addresses."""
         blocks = max(1, _blocks_of_row(k))
         return cls(
             rank=rank,
             inboxes=torch.tensor(addresses, dtype=torch.int64, device=device),
-            turns=torch.zeros(capacity, blocks, dtype=torch.int32, device=device),
+            rounds=torch.zeros(capacity, blocks, dtype=torch.int32, device=device),
             capacity=capacity,
             k=k,
             kept=kept,
@@ -265,55 +280,59 @@ class Exchange:
 
     @property
     def ranks(self) -> int:
-        """How many there are."""
+        """The number of ranks."""
         return len(self.inboxes)
 
 
 def inbox_bytes(ranks: int, capacity: int, k: int = 0) -> int:
-    """Of an inbox: for what comes of each rank in two turns, four bytes of marks for four bytes.
+    """Returns the size of an inbox: two rounds of every rank, with a flag per four bytes.
 
     Args:
-        ranks: How many there are.
-        capacity: Rows.
-        k: Width of rows, of values of two bytes; 0 for choices, which are a value and a token id.
+        ranks: The number of ranks.
+        capacity: The most rows.
+        k: Width of rows of bfloat16; 0 for an argmax, which exchanges a value and a token id.
     """
     return 2 * ranks * capacity * (2 * 2 * k or 16)
 
 
-def sum_ranks(
-    mine_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, onward: Onward, exchange: Exchange
+def all_reduce(
+    local_MK: Tensor,
+    residual_MK: Tensor,
+    x_MK: Tensor,
+    norm_epilogue: NormEpilogue,
+    exchange: Exchange,
 ) -> Call:
-    """The launch that adds what ranks have to the residual stream, and begins a norm.
+    """Returns the launch that adds all ranks' parts to the residual stream, with a norm epilogue.
 
-    As ``add`` does with their sum, which is taken in the order of ranks, and not rounded by itself.
+    It computes ``add`` of the sum over ranks, which is taken in the order of ranks and not rounded.
 
     Args:
-        mine_MK: bfloat16, this rank's part; M is up to the exchange's capacity.
+        local_MK: bfloat16, this rank's part; M is at most the exchange's capacity.
         residual_MK: bfloat16.
-        x_MK: bfloat16, written; it can be ``residual_MK``.
-        onward: What goes on to the next product; written but for the weight.
-        exchange: With the other ranks.
+        x_MK: bfloat16, written; may be ``residual_MK``.
+        norm_epilogue: Of the norm that follows.
+        exchange: Buffers shared with the other ranks.
     """
     rows, k = x_MK.shape
-    for tensor in (mine_MK, residual_MK, x_MK):
+    for tensor in (local_MK, residual_MK, x_MK):
         assert tensor.dtype == torch.bfloat16, f"it is {tensor.dtype}"
         assert tensor.shape == (rows, k), f"{tuple(tensor.shape)} and {(rows, k)}"
-    assert k == exchange.k, f"rows of {k}, and an exchange of {exchange.k}"
+    assert k == exchange.k, f"rows of {k} in an exchange of rows of {exchange.k}"
     assert k % 8 == 0, "rows are read eight values at a time"
-    assert rows <= exchange.capacity, f"{rows} rows, and room for {exchange.capacity}"
-    args, tensors = SumArguments.of(
-        mine=mine_MK,
+    assert rows <= exchange.capacity, f"{rows} rows in an exchange of {exchange.capacity}"
+    args, tensors = AllReduceArguments.of(
+        local=local_MK,
         residual=residual_MK,
         x=x_MK,
-        **onward.arguments(),
+        **norm_epilogue.arguments(),
         inboxes=exchange.inboxes,
-        turns=exchange.turns,
+        rounds=exchange.rounds,
         k=k,
         rank=exchange.rank,
         capacity=exchange.capacity,
     )
     return Call(
-        kernel=sum_kernel(exchange.ranks),
+        kernel=all_reduce_kernel(exchange.ranks),
         grid=(_blocks_of_row(k), rows, 1),
         shared_bytes=0,
         args=args,
@@ -322,14 +341,14 @@ def sum_ranks(
 
 
 def _blocks_of_row(k: int) -> int:
-    return -(-k // (8 * _SUM_THREADS))
+    return -(-k // (8 * _ALL_REDUCE_THREADS))
 
 
 def argmax(best: tuple[Tensor, Tensor], ids_M: Tensor) -> Call:
-    """The launch that finds the most likely tokens; see ``reference.argmax``.
+    """Returns the launch of the argmax over the vocabulary; see ``reference.argmax``.
 
     Args:
-        best: As the head's product left it: float32 and int32 [M, blocks].
+        best: The best of each block, as the head's matrix product writes it.
         ids_M: int64, written.
     """
     value, index = best
@@ -343,53 +362,56 @@ def argmax(best: tuple[Tensor, Tensor], ids_M: Tensor) -> Call:
     return _block_for_each(argmax_kernel(), len(ids_M), args, tensors)
 
 
-def argmax_of_ranks(
+def argmax_over_ranks(
     best: tuple[Tensor, Tensor], ids_M: Tensor, exchange: Exchange, *, first: int
 ) -> Call:
-    """The launch that finds the tokens that are most likely to all ranks, on each of them.
+    """Returns the launch of the argmax over all ranks' parts of the vocabulary, on every rank.
 
-    Of equal ones the first, as ``Vocabulary.argmax`` does.
+    It takes the first of equals, as ``Vocabulary.argmax`` does.
 
     Args:
-        best: As the product of this rank's part of the head left it: float32 and int32 [M, blocks].
+        best: The best of each block, as the matrix product of this rank's part of the head writes
+            it.
         ids_M: int64, written.
-        exchange: With the other ranks.
-        first: Id of the first token of this rank's part.
+        exchange: Buffers shared with the other ranks.
+        first: The first token id of this rank's part.
     """
     (value, index), rows = best, len(ids_M)
     assert value.shape == index.shape, f"{tuple(value.shape)} and {tuple(index.shape)}"
-    assert exchange.ranks <= 32, f"a lane for a rank, and there are {exchange.ranks}"
-    assert rows <= exchange.capacity, f"{rows} rows, and room for {exchange.capacity}"
-    args, tensors = ArgmaxOfRanksArguments.of(
+    assert exchange.ranks <= 32, f"{exchange.ranks} ranks, one per lane"
+    assert rows <= exchange.capacity, f"{rows} rows in an exchange of {exchange.capacity}"
+    args, tensors = ArgmaxOverRanksArguments.of(
         best_value=value,
         best_index=index,
         ids=ids_M,
         inboxes=exchange.inboxes,
-        turns=exchange.turns,
+        rounds=exchange.rounds,
         n=value.shape[1],
         first=first,
         rank=exchange.rank,
         ranks=exchange.ranks,
         capacity=exchange.capacity,
     )
-    return _block_for_each(argmax_of_ranks_kernel(), rows, args, tensors)
+    return _block_for_each(argmax_over_ranks_kernel(), rows, args, tensors)
 
 
-def look_up(history_SW: Tensor, positions_S: Tensor, drafts_BD: Tensor) -> Call:
-    """The launch that drafts for the first B slots; its twin is ``NgramDrafter.propose``.
+def ngram_draft(history_SW: Tensor, positions_S: Tensor, drafts_BD: Tensor) -> Call:
+    """Returns the launch of n-gram drafts for the first B slots.
+
+    It is specified by ``NgramDrafter.propose``.
 
     Args:
         history_SW: int64, the tokens of each slot.
-        positions_S: int64, of the newest ones.
-        drafts_BD: int64, written; -1 where the newest tokens have not been there before.
+        positions_S: int64, the position of each slot's newest token.
+        drafts_BD: int64, written; -1 where the newest tokens did not occur before.
     """
     B, D = drafts_BD.shape
     assert min(len(history_SW), len(positions_S)) >= B, f"{B} slots"
-    assert D <= _SEEKERS, f"a thread has a draft, and there are {D}"
+    assert D <= _DRAFT_THREADS, f"{D} drafts, one per thread"
     assert history_SW.shape[1] < 2**30, f"{history_SW.shape[1]} positions"
     for tensor in (history_SW, positions_S, drafts_BD):
         assert tensor.dtype == torch.int64, f"it is {tensor.dtype}"
-    args, tensors = LookUpArguments.of(
+    args, tensors = NgramDraftArguments.of(
         history=history_SW,
         positions=positions_S,
         drafts=drafts_BD,
@@ -397,9 +419,9 @@ def look_up(history_SW: Tensor, positions_S: Tensor, drafts_BD: Tensor) -> Call:
         n_drafts=D,
     )
     return Call(
-        kernel=look_up_kernel(),
+        kernel=ngram_draft_kernel(),
         grid=(B, 1, 1),
-        shared_bytes=4 * (_SEEKERS // 32),
+        shared_bytes=4 * (_DRAFT_THREADS // 32),
         args=args,
         tensors=tensors,
     )
@@ -414,18 +436,20 @@ def next_tokens(
     *,
     last_position: int,
 ) -> Call:
-    """The launch that begins a step of the first B slots; its twin is ``Slots.next_tokens``.
+    """Returns the launch that collects the input tokens of a step of the first B slots.
+
+    It is specified by ``Slots.next_tokens``.
 
     Args:
         history_SW: int64, the tokens of each slot.
-        positions_S: int64, of the newest ones.
-        drafts_BD: int64 for D = T - 1, negative for none; None where T is 1. Rows may lie apart.
+        positions_S: int64, the position of each slot's newest token.
+        drafts_BD: int64, D = T - 1, negative for no draft, with any stride of rows; None if T is 1.
         ids_BT: int64, written.
         positions_BT: int64, written.
-        last_position: The last one of the cache.
+        last_position: The last position of the cache.
     """
     slots = _slots(history_SW, positions_S, drafts_BD, ids_BT, last_position)
-    args, tensors = NextTokensArguments.of(at=positions_BT, **slots)
+    args, tensors = NextTokensArguments.of(token_positions=positions_BT, **slots)
     return _block_for_each(next_tokens_kernel(), len(ids_BT), args, tensors)
 
 
@@ -439,16 +463,18 @@ def accept(
     n_drafts_B: Tensor | None,
     last_position: int,
 ) -> Call:
-    """The launch that ends a step of the first B slots; its twin is ``Slots.accept``.
+    """Returns the launch that accepts drafts and advances the first B slots.
+
+    It is specified by ``Slots.accept``.
 
     Args:
-        ids_BT: int64, what the model chose.
+        ids_BT: int64, the sampled tokens.
         drafts_BD: As for ``next_tokens``.
-        history_SW: int64; the choices are appended.
-        positions_S: int64; moved on by what is kept.
-        n_kept_B: int64, written; None where T is 1.
-        n_drafts_B: int64, written; None where T is 1.
-        last_position: The last one of the cache.
+        history_SW: int64; the sampled tokens are appended.
+        positions_S: int64; advanced by the number of tokens kept.
+        n_kept_B: int64, written; None if T is 1.
+        n_drafts_B: int64, written; None if T is 1.
+        last_position: The last position of the cache.
     """
     slots = _slots(history_SW, positions_S, drafts_BD, ids_BT, last_position)
     args, tensors = AcceptArguments.of(n_kept=n_kept_B, n_drafts=n_drafts_B, **slots)
@@ -462,9 +488,9 @@ def _slots(
     ids_BT: Tensor,
     last_position: int,
 ) -> dict[str, Tensor | int | None]:
-    """Arguments that both have."""
+    """Returns the arguments that ``next_tokens`` and ``accept`` share."""
     B, T = ids_BT.shape
-    assert T <= 32, f"a lane has a token, and there are {T}"
+    assert T <= 32, f"{T} tokens, one per lane"
     common = {
         "history": history_SW,
         "positions": positions_S,
@@ -474,12 +500,12 @@ def _slots(
         "last_position": last_position,
     }
     if drafts_BD is None:
-        assert T == 1, "a token after each draft"
+        assert T == 1, "one token without drafts"
         return {"drafts": None, "drafts_stride": 0, **common}
     assert drafts_BD.shape == (B, T - 1), f"drafts are {tuple(drafts_BD.shape)}"
-    assert drafts_BD.stride(1) == 1, "drafts of a slot are side by side"
+    assert drafts_BD.stride(1) == 1, "drafts of a slot are adjacent"
     stride = drafts_BD.stride(0)
-    flat = drafts_BD.as_strided(((B - 1) * stride + T - 1,), (1,))  # all that lies between
+    flat = drafts_BD.as_strided(((B - 1) * stride + T - 1,), (1,))  # with the gaps
     return {"drafts": flat, "drafts_stride": stride, **common}
 
 

@@ -1,10 +1,10 @@
-"""What a launch should choose for speed, from the shape and the device.
+"""Chooses the tuning of launches by shape and device.
 
-The rules are what tuning every product of a step in its place, on one H100, had in common
+The rules summarize the tuning of every projection within whole decode steps on one H100
 (``tuned-anew-steps.txt``, ``looks-and-rings-anew-steps.txt``, ``rings-with-new-looks-steps.txt``
-and others in ``benchmarks/results/h100-kernels/trials``). A product's number of warps, which
-decides the order of its sums, is chosen by the weight alone, whatever the device and the number of
-rows; the chunks of attention by the heads and the device.
+and others in ``benchmarks/results/h100-kernels/trials``). A projection's number of warps, which
+determines the order of its sums, depends on the weight alone, whatever the device and the number of
+rows; the chunks of attention depend on the heads and the device.
 """
 
 from __future__ import annotations
@@ -15,58 +15,59 @@ from typing import Literal
 
 from torch import Tensor
 
-from hotloop.kernels.cuda.attention import MAX_TOKENS, STEP, AttentionTuning
+from hotloop.kernels.cuda.attention import MAX_TOKENS, TILE, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
-from hotloop.kernels.cuda.linear import Ahead, LinearPlan, Tuning
+from hotloop.kernels.cuda.linear import LinearPlan, Prefetch, Tuning
 from hotloop.kernels.cuda.packing import Format
 
 WARPS = (8, 10, 11, 12, 14, 16, 20)
-"""Of a block; of equals the first is taken."""
+"""Candidate numbers of warps of a block; the first of equals is chosen."""
 
 UNITS = (4, 3, 2, 1)
-"""Of a copy."""
+"""Candidate numbers of units of a copy."""
 
-COPIED_BYTES = 44 * 1024
-"""Of all warps' copies at a time: of longer ones there are too few on their way."""
+STAGE_BYTES = 44 * 1024
+"""The most bytes of a stage, over all warps: of longer copies too few are in flight."""
 
-COPIES = 4
-"""Of a warp, on their way."""
+STAGES = 4
+"""Copies of a warp in flight."""
 
-INT4_COPIES = 3
-"""Of a warp, where the weight is int4 and parts of it come into the L2 cache ahead of time: what is
-there already is not used any sooner, since it takes longer to compute with than to come, and what
-other kernels read comes later."""
+INT4_STAGES = 3
+"""Copies of a warp in flight, where the weight is int4 and parts of it are prefetched into L2. More
+copies gain nothing there, because dequantizing takes longer than loading from L2, and they delay
+the loads of other kernels."""
 
-LEAST_RING_BYTES = 48 * 1024
-"""What a block has on its way at least."""
+MIN_RING_BYTES = 48 * 1024
+"""The fewest bytes that a block has in flight."""
 
 RING_SHARE = 0.75
-"""Of all that a block reads, that its ring should hold at most. A product that asks for everything
-before its input is there keeps the kernel that makes this input from its own reads."""
+"""The largest share of a block's weights that its ring may hold. A kernel that issued all of its
+loads before its input arrives would delay the loads of the kernel that computes this input."""
 
 LONG_CACHE = 8192
-"""Positions from which on histories are better read by more rows at once."""
+"""Positions of a cache from which on a block of attention serves two octets of rows, so that the
+history is read less often."""
 
 FILLED = 0.85
-"""Of all multiprocessors, that a long history's chunks should occupy."""
+"""The share of the multiprocessors that the chunks of a long sequence should occupy."""
 
 
-Role = Literal["qkv", "o", "gate_up", "down", "head"]
-"""A product of a step."""
+Projection = Literal["qkv", "o", "gate_up", "down", "head"]
+"""A matrix product of a decode step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Look:
-    """What a product has brought into the L2 cache of a later one's weight.
+class _PrefetchRule:
+    """The part of a later projection's weight that a projection prefetches into L2.
 
     Attributes:
-        beyond: Tiles that a block of the later product leaves out, after those that it asks for
-            before it has any: had it more at once, memory would be idle until its input is there.
-            None leaves out none.
-        step: From one of a block's tiles to the next.
-        tiles: How many of a block's.
-        tile_bytes: The most of each.
-        items_left: See ``Ahead``.
+        beyond: Tiles per block to skip, counted behind those that a block of the later projection
+            issues first: with these in L2 its ring would fill at once, and memory would be idle
+            until its input arrives. None begins at the first tile.
+        step: Distance between a block's tiles, in units of the grid.
+        tiles: Tiles per block.
+        tile_bytes: The most bytes of each tile.
+        items_left: See ``Prefetch``.
     """
 
     beyond: int | None = 0
@@ -76,99 +77,100 @@ class _Look:
     items_left: int
 
 
-def _look(by: Role, later: LinearPlan) -> _Look | None:
+def _prefetch_rule(by: Projection, later: LinearPlan) -> _PrefetchRule | None:
     few, few_int4 = later.few, later.few and later.form.kind == "int4"
     match by:
         case "qkv":
-            return _Look(beyond=5, step=3, tiles=2, items_left=1 if few else 2)
+            return _PrefetchRule(beyond=5, step=3, tiles=2, items_left=1 if few else 2)
         case "o":
-            return _Look(beyond=1 if few else 2, items_left=0)
+            return _PrefetchRule(beyond=1 if few else 2, items_left=0)
         case "gate_up":
-            return _Look(tile_bytes=(32 if few_int4 else 64) * 1024, items_left=1)
+            return _PrefetchRule(tile_bytes=(32 if few_int4 else 64) * 1024, items_left=1)
         case "down" if few_int4:
-            return _Look(beyond=None, tile_bytes=32 * 1024, items_left=0)
+            return _PrefetchRule(beyond=None, tile_bytes=32 * 1024, items_left=0)
         case "down" | "head":
             return None
 
 
-def look_ahead(by: Role, later: LinearPlan, weight: Tensor) -> Ahead | None:
-    """What a product has brought into the L2 cache of a later one's weight, if anything.
+def plan_prefetch(by: Projection, later: LinearPlan, weight: Tensor) -> Prefetch | None:
+    """Plans the prefetch by one projection of a later one's weight, or returns None for none.
 
-    qkv and ``o`` look at the weight of gate and up, since memory is idle longest while there is
-    attention, gate and up at down's, and down at the next layer's qkv.
+    ``qkv`` and ``o`` prefetch the weight of ``gate_up``, because memory is idle longest around
+    attention; ``gate_up`` prefetches that of ``down``, and ``down`` that of the next layer's
+    ``qkv``.
     """
-    look = _look(by, later)
-    if look is None:
+    rule = _prefetch_rule(by, later)
+    if rule is None:
         return None
     form, blocks = later.form, later.limits.n_sms
-    first = 0 if look.beyond is None else later.tiles_on_their_way + look.beyond
+    first = 0 if rule.beyond is None else later.tiles_in_flight + rule.beyond
     if first * blocks >= form.tiles:
         return None
-    return Ahead(
+    return Prefetch(
         weight=weight,
         form=form,
         first=first * blocks,
-        step=look.step * blocks,
-        tiles=look.tiles,
-        tile_bytes=min(look.tile_bytes, form.units * form.unit_bytes),
-        items_left=look.items_left,
+        step=rule.step * blocks,
+        tiles=rule.tiles,
+        tile_bytes=min(rule.tile_bytes, form.units * form.unit_bytes),
+        items_left=rule.items_left,
     )
 
 
-def linear_tuning(form: Format, limits: Limits, role: Role) -> Tuning:
-    """For products with a weight: warps with even shares of K, copied in even parts.
+def linear_tuning(form: Format, limits: Limits, projection: Projection) -> Tuning:
+    """Chooses the tuning of a matrix product: warps with even shares of K, in even copies.
 
     Args:
         form: The weight's format.
         limits: Of the device.
-        role: Which product's it is.
+        projection: The projection that it is.
     """
-    warps, units = min(itertools.product(WARPS, UNITS), key=lambda way: _cost(form, *way))
-    is_looked_at = form.kind == "int4" and role in ("gate_up", "down")
-    copies = (INT4_COPIES if is_looked_at else COPIES) * warps * units * form.unit_bytes
+    warps, units = min(itertools.product(WARPS, UNITS), key=lambda choice: _cost(form, *choice))
+    is_prefetched = form.kind == "int4" and projection in ("gate_up", "down")
+    copies = (INT4_STAGES if is_prefetched else STAGES) * warps * units * form.unit_bytes
     share = int(RING_SHARE * form.nbytes / limits.n_sms)
-    ring_bytes = max(LEAST_RING_BYTES, min(copies, share))
+    ring_bytes = max(MIN_RING_BYTES, min(copies, share))
     while units > 1 and 2 * warps * units * form.unit_bytes > ring_bytes:
         units = next(fewer for fewer in range(units - 1, 0, -1) if units % fewer == 0)
     return Tuning(warps=warps, units_per_stage=units, ring_bytes=ring_bytes)
 
 
 def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
-    """Less is better: whether copies are too long or uneven, what is idle, how short they are."""
+    """Ranks a choice, less being better: unfit copies, then idle units, then short copies."""
     units_of_warp = -(-form.units // warps)
     copied = warps * units * form.unit_bytes
-    unfit = copied > COPIED_BYTES or units_of_warp % units > 0
+    unfit = copied > STAGE_BYTES or units_of_warp % units > 0
     return unfit, warps * units_of_warp - form.units, -copied
 
 
 def attention_tuning(
     *, head_dim: int, n_kv_heads: int, n_positions: int, batch: int, limits: Limits
 ) -> AttentionTuning:
-    """What fits the device, and fills it.
+    """Chooses the tuning of attention that fits the device and fills it.
 
     Args:
         head_dim: Of the model.
         n_kv_heads: Of the model, or of a rank's part.
-        n_positions: Of the cache. A result's bits do not depend on it, nor on ``batch``.
-        batch: Sequences of a step.
+        n_positions: Of the cache. A result's bits depend on neither it nor ``batch``.
+        batch: Sequences of a decode step.
         limits: Of the device.
     """
-    new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside what is on its way
-    room = (limits.shared_bytes - new_tokens) // (4 * STEP * head_dim)
+    new_tokens = 2 * (16 + 4 * MAX_TOKENS) * head_dim  # at most, beside the rings
+    room = (limits.shared_bytes - new_tokens) // (4 * TILE * head_dim)
     warps, stages = next((w, s) for w, s in ((8, 2), (8, 1), (4, 1), (2, 1)) if w * s < room)
     chunks = _chunks(n_kv_heads, limits.n_sms)
-    beside_each_other = batch * n_kv_heads * chunks > 2 * limits.n_sms
+    blocks_share_sms = batch * n_kv_heads * chunks > 2 * limits.n_sms
     return AttentionTuning(
         chunks=chunks,
         warps=warps,
-        stages=1 if beside_each_other else stages,
-        columns=2 if n_positions > LONG_CACHE else 1,
+        stages=1 if blocks_share_sms else stages,
+        octets=2 if n_positions > LONG_CACHE else 1,
     )
 
 
 def _chunks(n_kv_heads: int, n_sms: int) -> int:
-    """As many as fill all multiprocessors once, or twice or thrice where that fills them better."""
-    ways = [(turns, turns * n_sms // n_kv_heads) for turns in (1, 2, 3)]
-    filled = {n: n * n_kv_heads / (turns * n_sms) for turns, n in ways if n > 0}
+    """Chunks that fill all multiprocessors in one wave, or in two or three if these fill better."""
+    choices = [(waves, waves * n_sms // n_kv_heads) for waves in (1, 2, 3)]
+    filled = {n: n * n_kv_heads / (waves * n_sms) for waves, n in choices if n > 0}
     enough = (n for n, share in filled.items() if share >= FILLED)
     return next(enough, max(filled, key=lambda n: filled[n], default=1))

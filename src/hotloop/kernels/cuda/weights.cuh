@@ -1,8 +1,7 @@
-// Weights as they lie in memory (kernels/cuda/packing.py), and what they are worth.
+// Formats of packed weights (kernels/cuda/packing.py), and their conversion to operands of mma.
 //
-// A tile is 16 output features, a unit what a tile has of 1024 bytes of weights, with the scales of
-// its groups, a block 32 input features. g = lane / 4 and t = lane % 4 are a lane's place in
-// fragments.
+// A tile is 16 output features; a unit is 1024 bytes of a tile's weights with the scales of their
+// groups; a slice is 32 input features. g = lane / 4 and t = lane % 4 locate a lane in fragments.
 
 #pragma once
 
@@ -12,23 +11,24 @@ constexpr int kTileRows = 16;
 constexpr int kFragmentBytes = 1024;  // of a unit
 constexpr uint32_t kOnes = 0x3f803f80u;
 
-// How each type of weight becomes two A operands for each block of 32 input features, with as few
-// instructions as can be: its bits are cut out and lie where a bfloat16 of few bits has its own, so
-// that its value is the weight's but for a power of two. x makes up for a part of that, and the
-// results for the rest, which keeps sums far from both ends of what float can hold.
+// Each type converts its weights to two A operands per slice with as few instructions as possible:
+// the bits of a weight are masked into the low bits of a bfloat16, whose value is then the weight
+// plus a zero point, times a power of two. x is multiplied by one part of the inverse power (the
+// input scale) and the results by the rest (the output scale), which keeps sums well within the
+// range of float.
 //
-// kUnitK: input features of a unit. kGroupBlocks: blocks that share a scale, 0 if all do. kOffset:
-// groups have offsets too. kRaised: by how much operands are more than the weights; what x adds up
-// to takes that back. kFall: what results are multiplied by. lift(i), a pair of bfloat16: what x is
-// multiplied by where it meets the operands' registers 2i and 2i + 1. one(i): what a weight of one
-// would be there, if it were not raised.
+// kUnitK: input features of a unit. kGroupSlices: slices that share a scale, 0 where the scale is
+// per output feature. kOffset: groups have offsets. kZeroPoint: operand minus weight, subtracted
+// through the sums of x. kOutputScale: factor of the results. input_scale(i): factor of x, as a
+// pair of bfloat16, for the operands' registers 2i and 2i + 1. one(i): the operand of a weight of
+// one, without the zero point.
 
 struct Bf16 {
-  static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupBlocks = 0, kRaised = 0;
+  static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupSlices = 0, kZeroPoint = 0;
   static constexpr bool kChannelScale = false, kOffset = false;
-  static constexpr float kFall = 1;
+  static constexpr float kOutputScale = 1;
 
-  static __device__ __forceinline__ constexpr uint32_t lift(int) { return kOnes; }
+  static __device__ __forceinline__ constexpr uint32_t input_scale(int) { return kOnes; }
 
   static __device__ __forceinline__ void operands(const uint8_t* unit, int, int lane,
                                                   uint32_t a[2][4]) {
@@ -39,15 +39,15 @@ struct Bf16 {
   }
 };
 
-// Bytes 0 and 2 of a word are one pair of weights, 1 and 3 the other.
+// Bytes 0 and 2 of a word are one pair of weights, bytes 1 and 3 the other.
 template <class Derived>
 struct EightBits {
-  static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupBlocks = 0;
+  static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupSlices = 0;
   static constexpr bool kChannelScale = true, kOffset = false;
 
-  static __device__ __forceinline__ void operands(const uint8_t* unit, int block, int lane,
+  static __device__ __forceinline__ void operands(const uint8_t* unit, int slice, int lane,
                                                   uint32_t a[2][4]) {
-    const uint4 words = reinterpret_cast<const uint4*>(unit)[32 * block + lane];
+    const uint4 words = reinterpret_cast<const uint4*>(unit)[32 * slice + lane];
     Derived::convert(words.x, a[0][0], a[0][1]);
     Derived::convert(words.y, a[0][2], a[0][3]);
     Derived::convert(words.z, a[1][0], a[1][1]);
@@ -55,12 +55,14 @@ struct EightBits {
   }
 };
 
-// Weights plus 128. A byte that ends a bfloat16 of zeros is worth 2^-133 times the integer in it.
+// Weights plus 128. An integer in the low byte of a bfloat16 is a subnormal: 2^-133 times it.
 struct Int8 : EightBits<Int8> {
-  static constexpr int kRaised = 128;
-  static constexpr float kFall = 0x1p67f;
+  static constexpr int kZeroPoint = 128;
+  static constexpr float kOutputScale = 0x1p67f;
 
-  static __device__ __forceinline__ constexpr uint32_t lift(int) { return 0x60806080u; }  // 2^66
+  static __device__ __forceinline__ constexpr uint32_t input_scale(int) {
+    return 0x60806080u;  // 2^66
+  }
   static __device__ __forceinline__ constexpr uint32_t one(int) { return 0x00010001u; }
 
   static __device__ __forceinline__ void convert(uint32_t word, uint32_t& even, uint32_t& odd) {
@@ -69,13 +71,15 @@ struct Int8 : EightBits<Int8> {
   }
 };
 
-// Sign, exponent and mantissa of e4m3 moved to their places in bfloat16 are the value times 2^-120,
-// subnormal ones too.
+// Sign, exponent and mantissa of e4m3 in their places in bfloat16 give the value times 2^-120; this
+// holds for subnormals too.
 struct Fp8 : EightBits<Fp8> {
-  static constexpr int kRaised = 0;
-  static constexpr float kFall = 0x1p60f;
+  static constexpr int kZeroPoint = 0;
+  static constexpr float kOutputScale = 0x1p60f;
 
-  static __device__ __forceinline__ constexpr uint32_t lift(int) { return 0x5d805d80u; }  // 2^60
+  static __device__ __forceinline__ constexpr uint32_t input_scale(int) {
+    return 0x5d805d80u;  // 2^60
+  }
 
   static __device__ __forceinline__ uint32_t pair(uint32_t signs, uint32_t rest) {
     return mask_or(rest, 0x07f007f0u, signs & 0x80008000u);
@@ -86,27 +90,27 @@ struct Fp8 : EightBits<Fp8> {
   }
 };
 
-// Four pairs of weights, each plus 8, in the nibbles of a word: a byte's nibbles are of the same
-// row, and the higher counts 16 times. After the fragments of a unit come, for each of its groups,
-// the scales of the tile and then its offsets, rows g and g + 8 together.
+// Eight weights, each plus 8, in the nibbles of a word: both nibbles of a byte belong to one row,
+// and the upper one has 16 times its value. The fragments of a unit are followed, for each of its
+// groups, by the scales of the tile and then by its offsets, rows g and g + 8 side by side.
 template <int kGroup, bool kAsymmetric>
 struct Int4 {
-  static constexpr int kUnitK = 128, kGroupBlocks = kGroup / 32, kRaised = 8;
+  static constexpr int kUnitK = 128, kGroupSlices = kGroup / 32, kZeroPoint = 8;
   static constexpr int kGroupBytes = (kAsymmetric ? 4 : 2) * kTileRows;
   static constexpr int kUnitBytes = kFragmentBytes + kUnitK / kGroup * kGroupBytes;
   static constexpr bool kChannelScale = false, kOffset = kAsymmetric;
-  static constexpr float kFall = 0x1p67f;
+  static constexpr float kOutputScale = 0x1p67f;
 
-  static __device__ __forceinline__ constexpr uint32_t lift(int i) {
+  static __device__ __forceinline__ constexpr uint32_t input_scale(int i) {
     return i == 0 ? 0x60806080u : 0x5e805e80u;  // 2^66, 2^62
   }
   static __device__ __forceinline__ constexpr uint32_t one(int i) {
     return i == 0 ? 0x00010001u : 0x00100010u;
   }
 
-  static __device__ __forceinline__ void operands(const uint8_t* unit, int block, int lane,
+  static __device__ __forceinline__ void operands(const uint8_t* unit, int slice, int lane,
                                                   uint32_t a[2][4]) {
-    const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * block + lane];
+    const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * slice + lane];
     convert(words.x, a[0]);
     convert(words.y, a[1]);
   }
@@ -115,14 +119,14 @@ struct Int4 {
     a[0] = word & 0x000f000fu, a[2] = word & 0x00f000f0u;
     a[1] = odd & 0x000f000fu, a[3] = odd & 0x00f000f0u;
   }
-  static __device__ __forceinline__ const uint32_t* group(const uint8_t* unit, int block) {
+  static __device__ __forceinline__ const uint32_t* group(const uint8_t* unit, int slice) {
     return reinterpret_cast<const uint32_t*>(unit + kFragmentBytes +
-                                             block / kGroupBlocks * kGroupBytes);
+                                             slice / kGroupSlices * kGroupBytes);
   }
 };
 
-// The weight that an operand of register r stands for.
+// The weight that an operand in register r represents.
 template <class Weight>
 __device__ __forceinline__ float weight_of(float operand, int r) {
-  return operand * low(Weight::lift(r / 2)) * Weight::kFall - Weight::kRaised;
+  return operand * low(Weight::input_scale(r / 2)) * Weight::kOutputScale - Weight::kZeroPoint;
 }
