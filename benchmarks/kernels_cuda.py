@@ -50,7 +50,8 @@ from cuda_cases import (
 from torch import Tensor
 
 from hotloop import hardware
-from hotloop.engine.sampling import Features, Sampler
+from hotloop.engine.core import Features
+from hotloop.engine.sampling import Sampler
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel

@@ -28,9 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop.engine.execution import Step
+from hotloop.engine.core import Admit, Features, Step, Synchronize
 from hotloop.engine.runner import Runner
-from hotloop.engine.sampling import Features
 from hotloop.engine.setup import Setup, prepare
 from hotloop.parallel.collectives import Group, Inboxes, ProcessGroup, Use
 from hotloop.parallel.rendezvous import LOOPBACK, Address
@@ -97,14 +96,14 @@ class Stepping:
     def __init__(self, job: Job, setup: Setup, group: Group) -> None:
         self.job, self.setup = job, setup
         self.runner = Runner(setup, n_tokens=setup.model.vocab_size, group=group)
-        self.runner.admit(0, GREEDY, 0, PROMPT).wait()
+        self.runner.run(Admit(slot=0, params=GREEDY, seed=0, prompt_ids=PROMPT)).wait()
         step = Step(n=1, longest=job.n_positions, features=Features.of([GREEDY]))
-        self.step = lambda: self.runner.step(step)
+        self.step = lambda: self.runner.run(step)
         self.round_ms()  # compiles, captures, warms up
 
     def round_ms(self) -> float:
         """Milliseconds of a step; like an engine, it stays one step ahead of the tokens."""
-        self.runner.synchronize()
+        self.runner.run(Synchronize()).wait()
         started = time.perf_counter()
         ahead = self.step()
         for _ in range(self.job.steps - 1):

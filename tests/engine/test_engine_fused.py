@@ -20,10 +20,11 @@ from torch import Tensor
 
 from hotloop import LLM, EngineConfig, SamplingParams
 from hotloop.engine import fused
+from hotloop.engine.core import Features
 from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.prompt import FusedPrompt
-from hotloop.engine.sampling import Features, Sampler
+from hotloop.engine.sampling import Sampler
 from hotloop.engine.setup import _resolve_execution
 from hotloop.errors import NumericsError, UnsupportedError
 from hotloop.kernels.attention import torch_attention

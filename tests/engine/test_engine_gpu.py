@@ -8,8 +8,9 @@ from agreement import ALTERNATIVES, assert_top_two_agree
 from tiny_models import write_random
 
 from hotloop import LLM, SamplingParams
+from hotloop.engine.core import Features
 from hotloop.engine.memory import predict_memory
-from hotloop.engine.sampling import Features, Sampler
+from hotloop.engine.sampling import Sampler
 from hotloop.kernels.linear import choose_linear
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.types import EngineConfig, Execution

@@ -8,7 +8,8 @@ from thread_group import ThreadGroup, ThreadRanks
 from tiny_models import END, encode, write_script
 
 from hotloop import LLM
-from hotloop.engine.sampling import Features, Sampler
+from hotloop.engine.core import Features
+from hotloop.engine.sampling import Sampler
 from hotloop.engine.vocabulary import Vocabulary
 from hotloop.errors import NumericsError
 from hotloop.types import SamplingParams

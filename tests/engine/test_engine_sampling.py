@@ -10,7 +10,8 @@ from scipy import stats
 from tiny_models import write_markov
 
 from hotloop import LLM, SamplingParams
-from hotloop.engine.sampling import Features, Sampler, _gumbel
+from hotloop.engine.core import Features
+from hotloop.engine.sampling import Sampler, _gumbel
 
 LOGITS = np.array([0.2, -1.5, 2.1, 0.9, 0.9, -0.3, 1.7, -2.2, 0.0, 1.1])
 SEEN = [2, 5, 7]

@@ -14,9 +14,10 @@ from tiny_models import N_TOKENS, write_markov, write_random
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotloop import LLM, SamplingParams
+from hotloop.engine.core import FEW, Command, Describe, Done, Features, Pending, StepResult
 from hotloop.engine.memory import predict_memory
-from hotloop.engine.runner import Runner, Taken
-from hotloop.engine.sampling import FEW, Features, Sampler
+from hotloop.engine.runner import Runner
+from hotloop.engine.sampling import Sampler
 from hotloop.engine.setup import Setup
 from hotloop.engine.vocabulary import Vocabulary
 from hotloop.models.families import FAMILIES, family_of
@@ -31,7 +32,7 @@ SCHEMES = ["none", "int8", "int4-g32", "int4-g64-asym"]
 class ThreadRunner:
     """As ``RankGroup``."""
 
-    asynchronous = False
+    asynchronous = captures = False
 
     def __init__(self, setup: Setup, *, n_tokens: int, **_: object) -> None:
         self.ranks = ThreadRanks(len(setup.shards))
@@ -39,28 +40,15 @@ class ThreadRunner:
             lambda group: Runner(setup.on(group.rank, group.rank), n_tokens=n_tokens, group=group)
         )
 
-    def __getattr__(self, command: str) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            def one(group: ThreadGroup) -> Any:
-                result = getattr(self.runners[group.rank], command)(*arguments)
-                return result.wait() if command in ("admit", "step") else result
-
-            results = self.ranks.run(one)
-            if command not in ("admit", "step"):
-                return results[0]
-            tokens = [[[token for token, _ in row] for row in taken.rows] for taken in results]
+    def run(self, command: Command[Any]) -> Pending[Any]:
+        results = self.ranks.run(lambda group: self.runners[group.rank].run(command).wait())
+        if isinstance(results[0], StepResult):
+            tokens = [[[token for token, _ in row] for row in each.rows] for each in results]
             assert all(other == tokens[0] for other in tokens), "every rank has the same tokens"
-            return _Arrived(results[0])
+        return Done(results[0])
 
-        return run
-
-
-class _Arrived:
-    def __init__(self, taken: Taken) -> None:
-        self.taken = taken
-
-    def wait(self) -> Taken:
-        return self.taken
+    def close(self) -> None:
+        self.ranks.run(lambda group: self.runners[group.rank].close())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -297,7 +285,7 @@ def test_predicted_and_described_bytes_are_those_resident_on_rank_0_and_no_rank_
         }
         residents.append(sum(buffers.values()))
         cache = sum(t.nbytes for t in runner._model.cache.buffers())
-        assert runner.describe()["weight_bytes"] == residents[-1]
+        assert runner.run(Describe()).wait()["weight_bytes"] == residents[-1]
         assert cache <= predicted.cache_bytes
     assert predicted.weights_bytes == described.weight_bytes == residents[0] == max(residents)
     rank0 = several._runner.runners[0]

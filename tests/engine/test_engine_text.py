@@ -16,6 +16,7 @@ from tiny_models import (
 )
 
 from hotloop import LLM, Delta, Generation, SamplingParams
+from hotloop.engine.core import Admit, Command, Pending
 from hotloop.engine.runner import Runner
 from hotloop.errors import CheckpointError, RequestError
 from hotloop.types import DEFAULT_NEW_TOKENS, ChatPrompt
@@ -213,14 +214,14 @@ def test_a_suggestion_out_of_range_fails_for_who_takes_it_not_for_who_loads(tmp_
 def test_warming_up_hides_no_error_of_the_suggested_sampling(tmp_path, monkeypatch):
     write_random(tmp_path)
     write_text_files(tmp_path, do_sample=True, temperature=0.7)
-    admit = Runner.admit
+    run = Runner.run
 
-    def admit_greedy(self: Runner, slot: int, params: SamplingParams, *rest: object) -> object:
-        if params.temperature > 0:
+    def run_greedy(self: Runner, command: Command[Any]) -> Pending[Any]:
+        if isinstance(command, Admit) and command.params.temperature > 0:
             raise CheckpointError("model.safetensors", "is damaged")
-        return admit(self, slot, params, *rest)
+        return run(self, command)
 
-    monkeypatch.setattr(Runner, "admit", admit_greedy)
+    monkeypatch.setattr(Runner, "run", run_greedy)
     with pytest.raises(CheckpointError, match="is damaged"):
         LLM(str(tmp_path), dtype="float32")
 

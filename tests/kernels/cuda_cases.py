@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hotloop.engine.core import Features
 from hotloop.engine.execution import Slots
-from hotloop.engine.sampling import Features, _gumbel
+from hotloop.engine.sampling import _gumbel
 from hotloop.engine.speculation import NgramDrafter
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import prompt, step

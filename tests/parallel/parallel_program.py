@@ -1,7 +1,7 @@
 """Ranks without an engine, so that they start fast: ``python -m parallel_program RANK FD``.
 
-Commands are methods of ``Program``; those that name a rank concern that one, and the others then
-wait for it for ever, as in a collective.
+Commands are a method of ``Program`` and its arguments; those that name a rank concern that one, and
+the others then wait for it for ever, as in a collective.
 """
 
 import ctypes
@@ -90,7 +90,7 @@ def main() -> None:
     caller = Caller(Connection(file))
     program = Program(caller, rank)
     try:
-        for number, command, arguments in caller.commands():
+        for number, (command, *arguments) in caller.commands():
             arguments = (number,) if command == "tell" else arguments
             result = getattr(program, command)(*arguments)
             if rank == 0:

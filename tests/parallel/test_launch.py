@@ -14,7 +14,7 @@ import pytest
 from waiting import HANG_S, alive, wait_until
 
 from hotloop.errors import CheckpointError, RankError, RequestError
-from hotloop.parallel.launch import Rank, Ranks, start_rank
+from hotloop.parallel.launch import Rank, Ranks, Reply, start_rank
 
 HERE = Path(__file__).parent
 
@@ -28,6 +28,10 @@ def _program(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(n: int) -> Ranks:
     return Ranks([start_rank("parallel_program", rank) for rank in range(n)])
+
+
+def tell(ranks: Ranks, *command: object) -> Reply:
+    return ranks.tell(command, phase=f"phase {command[0]}")
 
 
 @pytest.fixture
@@ -45,22 +49,22 @@ def failure_of(ranks: Ranks, command: str, *arguments: object) -> Exception:
     """How a command fails, leaving nobody; ranks that wait for others never end by themselves."""
     processes = pids(ranks)
     with pytest.raises(Exception) as caught:  # noqa: PT011 (which one is the question)
-        ranks.tell(command, *arguments).wait()
+        tell(ranks, command, *arguments).wait()
     wait_until(lambda: not any(map(alive, processes)), "every rank is ended")
     with pytest.raises(type(caught.value)):  # and it stays so
-        ranks.tell("pid")
+        tell(ranks, "pid")
     return caught.value
 
 
 def test_the_first_rank_answers_in_any_order_of_asking(ranks):
-    assert ranks.tell("pid").wait() == pids(ranks)[0]
-    first, second = ranks.tell("add", 1, 2), ranks.tell("add", 3, 4)
+    assert tell(ranks, "pid").wait() == pids(ranks)[0]
+    first, second = tell(ranks, "add", 1, 2), tell(ranks, "add", 3, 4)
     assert (second.wait(), first.wait()) == (7, 3)
 
 
 def test_progress_is_told_to_whoever_waits_for_the_result(ranks):
     seen = []
-    assert ranks.tell("tell").wait(lambda *what: seen.append(what)) == "told"
+    assert tell(ranks, "tell").wait(lambda *what: seen.append(what)) == "told"
     assert seen == [("phase", 0), ("phase", 1), ("phase", 2)]
 
 
@@ -76,7 +80,7 @@ def test_another_exception_becomes_an_error_that_names_rank_command_and_last_lin
     error = failure_of(ranks, "raise_unknown", 1)
     assert type(error) is RankError
     assert (error.rank, error.n_ranks) == (1, 3)
-    assert "rank 1 of 3 failed in raise_unknown: KeyError: 'no such thing'" in str(error)
+    assert "rank 1 of 3 failed in phase raise_unknown: KeyError: 'no such thing'" in str(error)
     assert "parallel_program.py" in error.log, "the traceback"
 
 
@@ -84,19 +88,19 @@ def test_another_exception_becomes_an_error_that_names_rank_command_and_last_lin
 def test_a_rank_that_is_killed_is_named_with_its_signal(ranks, who):
     error = failure_of(ranks, "die", who)
     assert type(error) is RankError
-    assert str(error).startswith(f"rank {who} of 3 was killed by SIGKILL in die")
+    assert str(error).startswith(f"rank {who} of 3 was killed by SIGKILL in phase die")
 
 
 def test_a_rank_that_ends_is_named_with_its_exit_code_and_last_words(ranks):
     error = failure_of(ranks, "exit", 2)
-    assert str(error).startswith("rank 2 of 3 ended with exit code 3 in exit")
+    assert str(error).startswith("rank 2 of 3 ended with exit code 3 in phase exit")
     assert "these are my last words" in str(error)
 
 
 def test_a_rank_killed_from_outside_ends_whoever_waits(ranks):
-    reply = ranks.tell("hang")
+    reply = tell(ranks, "hang")
     os.kill(pids(ranks)[1], signal.SIGKILL)
-    with pytest.raises(RankError, match="rank 1 of 3 was killed by SIGKILL in hang"):
+    with pytest.raises(RankError, match="rank 1 of 3 was killed by SIGKILL in phase hang"):
         reply.wait()
 
 
@@ -119,30 +123,30 @@ def test_a_rank_whose_connection_a_child_keeps_open_is_noticed_all_the_same(rank
 def test_a_program_that_cannot_start_is_an_error_with_its_reason():
     ranks = Ranks([start_rank("no_such_program", rank) for rank in range(2)])
     with pytest.raises(RankError, match=r"ended with exit code 1.*(\n.*)*no_such_program"):
-        ranks.tell("pid").wait()
+        tell(ranks, "pid").wait()
 
 
 def test_ending_leaves_no_process_and_can_be_repeated(ranks):
     processes = pids(ranks)
-    ranks.tell("hang")
+    tell(ranks, "hang")
     ranks.end()
     assert not any(map(alive, processes))
     ranks.end()
 
 
 def test_whoever_still_asks_ranks_that_have_ended_is_told_so(ranks):
-    reply = ranks.tell("hang")
+    reply = tell(ranks, "hang")
     ranks.end()
     with pytest.raises(RequestError, match="is closed"):
         reply.wait()
     with pytest.raises(RequestError, match="is closed"):
-        ranks.tell("pid")
+        tell(ranks, "pid")
 
 
 def test_ranks_that_nobody_refers_to_any_more_are_ended():
     ranks = start(2)
     processes = pids(ranks)
-    ranks.tell("hang")
+    tell(ranks, "hang")
     del ranks
     gc.collect()
     assert not any(map(alive, processes))
@@ -153,23 +157,23 @@ def test_an_answer_that_is_given_up_is_not_taken_for_another(ranks, tmp_path):
         (tmp_path / "go").touch()
         raise KeyboardInterrupt
 
-    ranks.tell("pid").wait()
+    tell(ranks, "pid").wait()
     before = signal.signal(signal.SIGALRM, interrupt)
-    reply = ranks.tell("wait_for_file", tmp_path / "go")
+    reply = tell(ranks, "wait_for_file", tmp_path / "go")
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
             reply.wait()
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert ranks.tell("add", 20, 22).wait() == 42
+    assert tell(ranks, "add", 20, 22).wait() == 42
 
 
 CALLER = """
 import sys, time
 from hotloop.parallel.launch import Rank, Ranks, start_rank
 ranks = Ranks([start_rank("parallel_program", rank) for rank in range(2)])
-reply = ranks.tell("hang")
+reply = ranks.tell(("hang",), phase="a test")
 print(*(rank.process.pid for rank in ranks._ranks), flush=True)
 {then}
 """

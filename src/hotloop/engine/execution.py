@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from hotloop.cache import writable_cache_dir
-from hotloop.engine.sampling import Features, Sampled, Sampler
+from hotloop.engine.core import Features, Step, StepTimes
+from hotloop.engine.sampling import Sampled, Sampler
 from hotloop.kernels.cuda.launch import Call, Launcher
 from hotloop.kernels.cuda.step import accept, next_tokens
 from hotloop.models.cache import KVCache
@@ -332,27 +333,6 @@ class Drafter(ABC):
         """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    """How long the device spent on the parts of one step, in seconds.
-
-    Attributes:
-        catch_up_s: The drafter's learning what it was not there for.
-        draft_s: Making drafts.
-        model_s: The model.
-    """
-
-    catch_up_s: float = 0.0
-    draft_s: float = 0.0
-    model_s: float = 0.0
-
-    def __truediv__(self, n: int) -> StepTimes:
-        """An n-th of each."""
-        return StepTimes(
-            catch_up_s=self.catch_up_s / n, draft_s=self.draft_s / n, model_s=self.model_s / n
-        )
-
-
 Marks = Sequence[Any]
 """Clock readings in seconds, or events on the device: where a step began, and its parts ended."""
 
@@ -367,30 +347,6 @@ def step_times(marks: Marks) -> StepTimes:
     return StepTimes(catch_up_s=catch_up_s, draft_s=draft_s, model_s=model_s)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-    """What to do in one step, or in several in a row.
-
-    Attributes:
-        n: Rows: the first so many slots. Those among them that hold nothing compute something
-            harmless.
-        longest: Exceeds every position in use, drafts included.
-        features: What the sampler must do.
-        k: Drafts for each slot.
-        in_a_row: So many steps, one after the other, as one program; 1 with drafts.
-        known: By slot that holds something, a position that its newest token has reached.
-        slack: How far beyond that it may be, by steps under way.
-    """
-
-    n: int
-    longest: int
-    features: Features
-    k: int = 0
-    in_a_row: int = 1
-    known: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    slack: int = 0
-
-
 @dataclasses.dataclass(frozen=True)
 class _Program:
     """One size of a program: what a CUDA graph is captured for."""
@@ -400,7 +356,7 @@ class _Program:
     k: int
     length: int
     features: Features
-    in_a_row: int = 1
+    n_steps: int = 1
 
 
 class Stepper:
@@ -451,7 +407,7 @@ class Stepper:
         if self._graphs is not None:  # fewer sizes to compile and to capture
             n = min(1 << (n - 1).bit_length(), len(self.slots.positions))
         if self.drafter is None:
-            program = _Program(False, n, 0, length, wanted, step.in_a_row)
+            program = _Program(False, n, 0, length, wanted, step.n_steps)
             return self._run(program, self._steps), None
         n_made = self._n_made
         marks = [self._mark()]
@@ -466,7 +422,7 @@ class Stepper:
             self.drafter.skip(n)
             marks.append(self._mark())
         marks.append(self._mark())
-        program = _Program(False, n, k, length, wanted, step.in_a_row)
+        program = _Program(False, n, k, length, wanted, step.n_steps)
         sampled = self._run(program, self._steps)
         marks.append(self._mark())
         return sampled, marks if self._n_made == n_made else None
@@ -486,7 +442,7 @@ class Stepper:
 
     def _steps(self, program: _Program) -> Sampled:
         """Plain steps that follow each other on the device."""
-        return Sampled.joined([self._model(program) for _ in range(program.in_a_row)])
+        return Sampled.joined([self._model(program) for _ in range(program.n_steps)])
 
     def _model(self, program: _Program) -> Sampled:
         n, k, features = program.n, program.k, program.features

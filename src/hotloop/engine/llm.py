@@ -21,12 +21,24 @@ from functools import cached_property
 from typing import Any, overload
 
 from hotloop.checked import changed, check_names
-from hotloop.engine.execution import Step, StepTimes
+from hotloop.engine.core import (
+    Admit,
+    Describe,
+    EngineCore,
+    Features,
+    Pending,
+    ScoreWindow,
+    StartMeter,
+    Step,
+    StepResult,
+    StepTimes,
+    StopMeter,
+    Synchronize,
+)
 from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.memory import check_fits
 from hotloop.engine.ranks import RankGroup
-from hotloop.engine.runner import Pending, Progress, Runner
-from hotloop.engine.sampling import Features
+from hotloop.engine.runner import Progress, Runner
 from hotloop.engine.sequence import Sequence as Request
 from hotloop.engine.setup import prepare
 from hotloop.engine.speculation import DraftController, sizes_up_to
@@ -38,7 +50,6 @@ from hotloop.errors import (
     UnsupportedError,
     shorten_value,
 )
-from hotloop.parallel.launch import Reply
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
@@ -117,7 +128,7 @@ class LLM:
         make = RankGroup if config.tensor_parallel > 1 else Runner
         self._streaming = False
         runner = make(setup, n_tokens=n_tokens, progress=progress)
-        self._open_runner: Runner | RankGroup | None = runner
+        self._open_runner: EngineCore | None = runner
         self._controller = self._new_controller()
         self._in_a_row = 1
         self._load_s = time.perf_counter() - started
@@ -133,7 +144,7 @@ class LLM:
                 raise OutOfMemoryError("warmup", needed, free) from error
             raise
         self._warmup_s = time.perf_counter() - started
-        self._facts = self._runner.describe()
+        self._facts = self._runner.run(Describe()).wait()
 
     # ------------------------------------------------------------------------------ generating
 
@@ -212,7 +223,7 @@ class LLM:
                     "use a smaller window or a larger max_seq_len (--max-seq-len)."
                 )
             ids = as_ids(window, self._setup.model.vocab_size)
-            yield self._runner.score(ids, full)
+            yield self._runner.run(ScoreWindow(ids=ids, full=full)).wait()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with no special tokens added."""
@@ -264,11 +275,11 @@ class LLM:
     def meter(self) -> Iterator[PeakMemory]:
         """Measures the peak of memory in the ``with`` block: of the largest rank's process."""
         peak = _Peak()
-        self._runner.start_meter()
+        self._runner.run(StartMeter()).wait()
         try:
             yield peak
         finally:
-            peak.peak_bytes = self._runner.stop_meter()
+            peak.peak_bytes = self._runner.run(StopMeter()).wait()
 
     def close(self) -> None:
         """Frees the device. Whatever is asked of the engine afterwards is refused."""
@@ -283,7 +294,7 @@ class LLM:
         self.close()
 
     @property
-    def _runner(self) -> Runner | RankGroup:
+    def _runner(self) -> EngineCore:
         """The device's side.
 
         Raises:
@@ -352,7 +363,7 @@ class LLM:
             if suggested.temperature > 0:
                 answer(3, 1 + n_steps, suggested, self._new_controller())
                 answer(3, 1 + self._in_a_row, suggested)
-        self._runner.synchronize()
+        self._runner.run(Synchronize()).wait()
 
     # ------------------------------------------------------------------------------ requests
 
@@ -460,7 +471,10 @@ class LLM:
     def _admit(self, request: Request, slot: int) -> _Launched:
         """Prefills a prompt into a slot, and samples its first token."""
         request.slot = slot
-        pending = self._runner.admit(slot, request.params, request.seed, request.prompt_ids)
+        admit = Admit(
+            slot=slot, params=request.params, seed=request.seed, prompt_ids=request.prompt_ids
+        )
+        pending = self._runner.run(admit)
         return _Launched({0: request}, pending)
 
     def _launch(self, slots: list[Request | None], previous: _Launched | None) -> _Launched | None:
@@ -491,11 +505,11 @@ class LLM:
             longest=furthest + k + steps,
             features=Features.of(r.params for r in active.values()),
             k=k,
-            in_a_row=steps,
+            n_steps=steps,
             known=known,
             slack=slack,
         )
-        return _Launched(active, self._runner.step(step), n=n, k=k, steps=steps)
+        return _Launched(active, self._runner.run(step), n=n, k=k, steps=steps)
 
     def _deliver(self, slots: list[Request | None], launched: _Launched) -> Iterator[Delta]:
         """Hands a step's tokens to their requests, and frees the slots of those that end."""
@@ -549,7 +563,7 @@ class _Launched:
     """
 
     requests: dict[int, Request]
-    pending: Pending | Reply
+    pending: Pending[StepResult]
     n: int = 0
     k: int = 0
     steps: int = 1

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from hotloop.engine.runner import Pending, Runner
+from hotloop.engine.core import Command
+from hotloop.engine.runner import Runner
 from hotloop.engine.setup import Setup
 from hotloop.parallel.collectives import ProcessGroup
 from hotloop.parallel.link import Caller
@@ -22,8 +23,8 @@ from hotloop.parallel.rendezvous import Address, Torchrun
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a rank needs to know in order to load.
+class Load(Command[None]):
+    """Loads a rank's part of a model: the first command of a rank.
 
     Attributes:
         setup: What to load.
@@ -32,6 +33,8 @@ class Start:
         n_threads: To compute with on a CPU.
         one_machine: All ranks are on this machine.
     """
+
+    phase = "load"
 
     setup: Setup
     n_tokens: int
@@ -53,9 +56,9 @@ def serve(
     """
     try:
         commands = caller.commands()
-        number, _, (start,) = next(commands)
-        setup, n_tokens = own or (start.setup, start.n_tokens)
-        group = _join(start, setup := setup.on(rank, local_rank))
+        number, load = next(commands)
+        setup, n_tokens = own or (load.setup, load.n_tokens)
+        group = _join(load, setup := setup.on(rank, local_rank))
 
         def progress(*what: Any) -> None:
             if rank == 0:
@@ -64,31 +67,26 @@ def serve(
         runner = Runner(setup, n_tokens=n_tokens, progress=progress, group=group)
         if rank == 0:
             caller.answer(number, lambda: None)
-        for number, command, arguments in commands:
-            result = getattr(runner, command)(*arguments)
+        for number, command in commands:
+            pending = runner.run(command)
             if rank == 0:
-                _answer(caller, number, result)
+                caller.answer(number, pending.wait)  # which is not waited for here
     except BaseException as error:
         caller.fail(error)
 
 
-def _join(start: Start, setup: Setup) -> ProcessGroup:
+def _join(load: Load, setup: Setup) -> ProcessGroup:
     if setup.device.type == "cpu":
-        torch.set_num_threads(start.n_threads)
-    if start.one_machine:  # gloo looks a host's name up otherwise, and may not find its way back
+        torch.set_num_threads(load.n_threads)
+    if load.one_machine:  # gloo looks a host's name up otherwise, and may not find its way back
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return ProcessGroup(
-        start.store.connect(),
+        load.store.connect(),
         setup.rank,
         len(setup.shards),
         setup.device,
         all_reduce=setup.config.all_reduce,
     )
-
-
-def _answer(caller: Caller, number: int, result: Any) -> None:
-    """Sends a result once it is there, without waiting for it here."""
-    caller.answer(number, result.wait if isinstance(result, Pending) else lambda: result)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Several ranks with the interface of one ``Runner``.
+"""Several ranks as one ``EngineCore``.
 
-A ``RankGroup`` runs in the caller's process, which is no rank itself, and hands on to every rank
-what a Runner would be told; rank 0's results are the group's. If a rank dies or raises, whatever is
-asked of the group raises that rank's error.
+A ``RankGroup`` runs in the caller's process, which is not a rank itself. It sends each command to
+every rank; rank 0's result is the group's. If a rank dies or raises, every later call raises that
+rank's error.
 
 Launched by torchrun, the process of rank 0 is the caller, and the others become ranks here.
 """
@@ -10,26 +10,26 @@ Launched by torchrun, the process of rank 0 is the caller, and the others become
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
-from hotloop.engine.execution import Step
-from hotloop.engine.rank import Start, serve
+from hotloop.engine.core import Command, Pending
+from hotloop.engine.rank import Load, serve
 from hotloop.engine.runner import Progress
 from hotloop.engine.setup import Setup, ranks_here
-from hotloop.parallel.launch import Rank, Ranks, Reply, end_ranks, start_rank
+from hotloop.parallel.launch import Rank, Ranks, end_ranks, start_rank
 from hotloop.parallel.link import Caller
 from hotloop.parallel.rendezvous import Torchrun, serve_store
-from hotloop.types import SamplingParams, Score
+
+Result = TypeVar("Result")
 
 PROGRAM = "hotloop.engine.rank"
 """The module that a rank's process runs."""
 
 
 class RankGroup:
-    """As ``Runner``, over ``setup.config.tensor_parallel`` processes.
+    """``setup.config.tensor_parallel`` processes, each with a ``Runner`` of its shard.
 
     Args:
         setup: What to load, as rank 0 has it.
@@ -61,7 +61,7 @@ class RankGroup:
         except BaseException:
             end_ranks(ranks)
             raise
-        start = Start(
+        load = Load(
             setup=setup,
             n_tokens=n_tokens,
             store=address,
@@ -69,40 +69,14 @@ class RankGroup:
             one_machine=n_here == n_ranks,
         )
         try:
-            self._ranks.tell("load", start).wait(progress)
+            self._ranks.tell(load, phase=load.phase).wait(progress)
         except BaseException:
             self.close()
             raise
 
-    def admit(
-        self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int]
-    ) -> Reply:
-        """As ``Runner.admit``."""
-        return self._ranks.tell("admit", slot, params, seed, prompt_ids)
-
-    def step(self, step: Step) -> Reply:
-        """As ``Runner.step``."""
-        return self._ranks.tell("step", step)
-
-    def score(self, ids: Sequence[int], full: bool) -> Score:
-        """As ``Runner.score``."""
-        return self._ranks.tell("score", ids, full).wait()
-
-    def synchronize(self) -> None:
-        """As ``Runner.synchronize``: on rank 0, which waits for its part in everything."""
-        self._ranks.tell("synchronize").wait()
-
-    def start_meter(self) -> None:
-        """As ``Runner.start_meter``."""
-        self._ranks.tell("start_meter").wait()
-
-    def stop_meter(self) -> int:
-        """As ``Runner.stop_meter``."""
-        return self._ranks.tell("stop_meter").wait()
-
-    def describe(self) -> dict[str, Any]:
-        """As ``Runner.describe``: of rank 0, which holds no less than any other."""
-        return self._ranks.tell("describe").wait()
+    def run(self, command: Command[Result]) -> Pending[Result]:
+        """See ``EngineCore``: rank 0's result, which for a description holds no less than any."""
+        return self._ranks.tell(command, phase=command.phase)
 
     def close(self) -> None:
         """Ends the ranks."""

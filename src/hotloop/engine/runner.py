@@ -12,30 +12,41 @@ Shape letters: T tokens of one sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from hotloop.engine.core import (
+    Admit,
+    Command,
+    Describe,
+    Done,
+    Features,
+    Pending,
+    ScoreWindow,
+    StartMeter,
+    Step,
+    StepResult,
+    StopMeter,
+    Synchronize,
+)
 from hotloop.engine.execution import (
     CompileWatch,
     Drafter,
     Forward,
     Marks,
     Slots,
-    Step,
     Stepper,
-    StepTimes,
     TorchForward,
     step_times,
 )
 from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.prompt import STEP_TOKENS, FusedPrompt, spans
-from hotloop.engine.sampling import Features, Sampled, Sampler
+from hotloop.engine.sampling import Sampled, Sampler
 from hotloop.engine.setup import Setup
 from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter, SharedDrafter
 from hotloop.engine.vocabulary import Vocabulary
@@ -49,29 +60,14 @@ from hotloop.models import names
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
 from hotloop.parallel.collectives import Group
-from hotloop.types import SamplingParams, Score, TokenLogprob
+from hotloop.types import Score, TokenLogprob
 from hotloop.weights.load import load_weights
 from hotloop.weights.source import CheckpointSource, RandomSource
 
+Result = TypeVar("Result")
+
 Progress = Callable[[str, int, int], None]
 """Told of (phase, done, total) while an engine gets ready."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Taken:
-    """What a step gave, on the host.
-
-    Attributes:
-        rows: Each row's tokens, with log-probabilities where some row wants them.
-        n_drafts: How many drafts each row had.
-        k: How many drafts the step was made for; 0 if nobody had any.
-        times: How long it took, where there is a drafter.
-    """
-
-    rows: list[list[tuple[int, TokenLogprob | None]]]
-    n_drafts: list[int]
-    k: int
-    times: StepTimes | None
 
 
 class Runner:
@@ -139,43 +135,60 @@ class Runner:
             for model in models:
                 model.get_ready()
 
-    def admit(
-        self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int]
-    ) -> Pending:
-        """Prefills a prompt into a slot, and samples its first token: one row."""
-        with working_on(self._setup.device, "prefill"):
-            ids = torch.tensor(prompt_ids, device=self._setup.device)
-            self._sampler.admit(slot, params, seed, ids)
-            logits = self._model.prefill(ids, 0, slot)
-            position = torch.full((1, 1), len(ids), device=self._setup.device)
-            features = Features.of([params])
-            sampled = self._sampler.sample(logits, position, slot, features)
-            if features.penalize:
-                self._sampler.remember(sampled.ids, slot)
-            self._slots.admit(slot, ids, sampled.ids[0])
-            if self._drafter is not None:
-                self._drafter.admit(slot)
-            return Pending(sampled)
+    def run(self, command: Command[Result]) -> Pending[Result]:
+        """See ``EngineCore``."""
+        with working_on(self._setup.device, command.phase):
+            return self._dispatch(command)
 
-    def step(self, step: Step) -> Pending:
-        """Starts a decode step, without waiting for it."""
-        with working_on(self._setup.device, "decode"), self._step_threads():
-            return Pending(*self._stepper.step(step))
+    def _dispatch(self, command: Any) -> Any:
+        match command:
+            case Step():
+                return self._step(command)
+            case Admit():
+                return self._admit(command)
+            case ScoreWindow():
+                return Done(self._score(command))
+            case Synchronize():
+                return Done(self._synchronize())
+            case StartMeter():
+                return Done(self._start_meter())
+            case StopMeter():
+                return Done(self._stop_meter())
+            case Describe():
+                return Done(self._describe())
+            case _:
+                raise AssertionError(f"unknown command: {command}")
 
-    def score(self, ids: Sequence[int], full: bool) -> Score:
-        """Scores one window in the first slot; whole distributions come to rank 0 alone."""
-        with working_on(self._setup.device, "score"):
-            return self._score(ids, full)
+    def _admit(self, command: Admit) -> Pending[StepResult]:
+        slot, params = command.slot, command.params
+        ids = torch.tensor(command.prompt_ids, device=self._setup.device)
+        self._sampler.admit(slot, params, command.seed, ids)
+        logits = self._model.prefill(ids, 0, slot)
+        position = torch.full((1, 1), len(ids), device=self._setup.device)
+        features = Features.of([params])
+        sampled = self._sampler.sample(logits, position, slot, features)
+        if features.penalize:
+            self._sampler.remember(sampled.ids, slot)
+        self._slots.admit(slot, ids, sampled.ids[0])
+        if self._drafter is not None:
+            self._drafter.admit(slot)
+        return _StepOnItsWay(sampled)
 
-    def _score(self, ids: Sequence[int], full: bool) -> Score:
-        ids_T, vocabulary = torch.tensor(ids, device=self._setup.device), self._vocabulary
+    def _step(self, step: Step) -> Pending[StepResult]:
+        with self._step_threads():
+            return _StepOnItsWay(*self._stepper.step(step))
+
+    def _score(self, command: ScoreWindow) -> Score:
+        """The score; whole distributions come to rank 0 alone."""
+        ids_T = torch.tensor(command.ids, device=self._setup.device)
+        vocabulary = self._vocabulary
         logprobs, top1, distributions = [], [], []
         for chunk, logits_TV in self._model.logits(ids_T[:-1], 0, 0):
             log_probs = vocabulary.log_softmax(logits_TV)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
             logprobs.append(vocabulary.at(log_probs, labels).cpu())
             top1.append(vocabulary.argmax(log_probs).cpu())
-            if full and (whole := vocabulary.whole(log_probs)) is not None:
+            if command.full and (whole := vocabulary.whole(log_probs)) is not None:
                 distributions.append(whole.cpu())
         return Score(
             token_logprobs=torch.cat(logprobs),
@@ -183,24 +196,19 @@ class Runner:
             log_probs=torch.cat(distributions) if distributions else None,
         )
 
-    def synchronize(self) -> None:
-        """Waits until the device has done all that it was told."""
+    def _synchronize(self) -> None:
         if self._setup.device.type == "cuda":
             torch.cuda.synchronize(self._setup.device)
 
-    def start_meter(self) -> None:
-        """Starts to measure the peak of this process's memory."""
+    def _start_meter(self) -> None:
         self._meter = MemoryMeter(str(self._setup.device)).__enter__()
 
-    def stop_meter(self) -> int:
-        """Bytes at the peak since ``start_meter``; of several ranks, on the one that has most."""
+    def _stop_meter(self) -> int:
         self._meter.__exit__(None, None, None)
-        with working_on(self._setup.device, "meter"):
-            peak = torch.tensor([self._meter.peak_bytes], device=self._setup.device)
-            return int(self._group.max(peak))
+        peak = torch.tensor([self._meter.peak_bytes], device=self._setup.device)
+        return int(self._group.max(peak))
 
-    def describe(self) -> dict[str, Any]:
-        """What ``EngineDescription`` says of a device: its name, kernels, notes and bytes."""
+    def _describe(self) -> dict[str, Any]:
         setup, model = self._setup, self._model
         kernels, notes = model.kernels(), model.notes()
         if self._draft_model is not None:
@@ -423,8 +431,8 @@ class _Model:
                 checkpoint.close()
 
 
-class Pending:
-    """What a step gives, on its way to the host, where ``wait`` gets it."""
+class _StepOnItsWay:
+    """A step's result, which is being copied to the host."""
 
     def __init__(self, sampled: Sampled, marks: Marks | None = None) -> None:
         self._host, self._marks = sampled.map(_to_host), marks
@@ -433,14 +441,14 @@ class Pending:
             self._ready = torch.cuda.Event()
             self._ready.record()
 
-    def wait(self) -> Taken:
-        """What it gave, once that is there."""
+    def wait(self) -> StepResult:
+        """See ``Pending``."""
         if self._ready is not None:
             self._ready.synchronize()
         host = self._host
         ids = host.ids.tolist()
         kept = [len(row) for row in ids] if host.n_kept is None else host.n_kept.tolist()
-        return Taken(
+        return StepResult(
             rows=[
                 [(token, self._logprob(b, t, token)) for t, token in enumerate(row[:n])]
                 for b, (row, n) in enumerate(zip(ids, kept, strict=True))

@@ -21,57 +21,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hotloop.engine.core import Features
 from hotloop.engine.vocabulary import Vocabulary
 from hotloop.kernels.cuda.launch import Launcher
 from hotloop.kernels.cuda.sample import sample
 from hotloop.parallel.collectives import Group
 from hotloop.types import MAX_LOGPROBS, SamplingParams
 
-FEW = 64
-"""Where nobody's top-k is larger, top-k and top-p are decided among so many candidates."""
-
 _WORD = 0xFFFFFFFF
-
-
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """What the sampler must be able to do for the requests at hand.
-
-    Attributes:
-        draw: Somebody does not decode greedily.
-        truncate: Somebody uses top-k, top-p or min-p.
-        n_best: Among how many of the most likely tokens top-k and top-p are to be decided: 0 where
-            nobody uses either, None for all tokens.
-        penalize: Somebody uses a repetition penalty.
-        logprobs: Somebody wants log-probabilities.
-    """
-
-    draw: bool = False
-    truncate: bool = False
-    n_best: int | None = 0
-    penalize: bool = False
-    logprobs: bool = False
-
-    @classmethod
-    def of(cls, requests: Iterable[SamplingParams]) -> Features:
-        """The features that these requests need together."""
-        requests = list(requests)
-        drawn = [p for p in requests if not p.greedy]
-        ranked = [p for p in drawn if p.top_k or p.top_p < 1]
-        few = all(0 < p.top_k <= FEW for p in ranked)
-        return cls(
-            draw=bool(drawn),
-            truncate=any(p.top_k or p.top_p < 1 or p.min_p for p in drawn),
-            n_best=0 if not ranked else FEW if few else None,
-            penalize=any(p.repetition_penalty != 1 for p in requests),
-            logprobs=any(p.logprobs is not None for p in requests),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Set as AbstractSet
 
-from hotloop.engine.execution import StepTimes
+from hotloop.engine.core import StepTimes
 from hotloop.text.detokenize import Detokenizer, StopFilter
 from hotloop.text.tokenizer import Tokenizer
 from hotloop.types import (

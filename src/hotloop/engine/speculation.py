@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hotloop.engine.execution import Drafter, Forward, Slots, StepTimes
-from hotloop.engine.sampling import Features, Sampler
+from hotloop.engine.core import Features, StepTimes
+from hotloop.engine.execution import Drafter, Forward, Slots
+from hotloop.engine.sampling import Sampler
 from hotloop.kernels.cuda.launch import Launcher
 from hotloop.kernels.cuda.step import ngram_draft
 from hotloop.parallel.collectives import Group

@@ -42,9 +42,6 @@ PEER_GRACE_S = 2.0
 
 LOG_TAIL_LINES = 8
 
-PHASES = {"admit": "prefill", "step": "decode"}
-"""What an error calls the phase of commands that have another name than that."""
-
 
 @dataclass(eq=False)
 class Rank:
@@ -85,7 +82,7 @@ class Rank:
         elif not self.killed:
             self.killed = True
             with suppress(OSError):
-                send(self.connection, (0, LAST, ()))
+                send(self.connection, LAST)
 
     def close(self) -> None:
         """Waits for the end of its process, and lets go of what it leaves."""
@@ -142,15 +139,20 @@ class Ranks:
         self._finalizer = weakref.finalize(self, _end, self._watch, thread, os.getpid())
         thread.start()
 
-    def tell(self, command: str, *arguments: Any) -> Reply:
-        """Sends a command to every rank; its result, or what prevented it, comes by the reply."""
+    def tell(self, command: Any, *, phase: str) -> Reply:
+        """Sends a command to every rank; its result, or what prevented it, comes by the reply.
+
+        Args:
+            command: Any value that can be pickled.
+            phase: What an error calls the time until the next command.
+        """
         self._number += 1
         reply = Reply(self._number, self._watch)
-        self._watch.expect(reply, command)
+        self._watch.expect(reply, phase)
         try:
             for rank in self._ranks:
                 with suppress(OSError):  # it is gone, which the watch explains
-                    send(rank.connection, (self._number, command, arguments))
+                    send(rank.connection, (self._number, command))
         except BaseException:  # a Ctrl-C in the middle of a message: no rank would understand more
             self.end()
             raise
@@ -206,16 +208,16 @@ class _Watch:
 
     def __post_init__(self) -> None:
         self._replies: weakref.WeakValueDictionary[int, Reply] = weakref.WeakValueDictionary()
-        self._command = "start"
+        self._phase = "start"
         self._oom_kills = kernel_oom_kills()
 
-    def expect(self, reply: Reply, command: str) -> None:
-        """Remembers who waits for which command's result."""
+    def expect(self, reply: Reply, phase: str) -> None:
+        """Remembers who waits for a command's result, and in which phase."""
         with self.changed:
             if self.error is not None:
                 raise self.error
             self._replies[reply.number] = reply
-            self._command = command
+            self._phase = phase
 
     def end(self) -> None:
         """Tells whoever waits, or asks for more, that there are no ranks any more."""
@@ -282,22 +284,22 @@ class _Watch:
         if failure is not None:
             if failure.error is not None:
                 return failure.error
-            problem = f"failed in {self._command}: {failure.summary}"
+            problem = f"failed in {self._phase}: {failure.summary}"
             return RankError(rank.index, n_ranks, problem, _tail(rank.log))
         if rank.process is None:
-            return RankError(rank.index, n_ranks, f"is gone, in {self._command}")
+            return RankError(rank.index, n_ranks, f"is gone, in {self._phase}")
         with suppress(subprocess.TimeoutExpired):
             rank.process.wait(PEER_GRACE_S)
         code = rank.process.poll()
         if code == -signal.SIGKILL and kernel_oom_kills() != self._oom_kills:
-            return OutOfMemoryError(PHASES.get(self._command, self._command))
+            return OutOfMemoryError(self._phase)
         if code is None:
             how = "fell silent"
         elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
             how = f"ended with exit code {code}"
-        return RankError(rank.index, n_ranks, f"{how} in {self._command}", _tail(rank.log))
+        return RankError(rank.index, n_ranks, f"{how} in {self._phase}", _tail(rank.log))
 
 
 def _end(watch: _Watch, thread: threading.Thread, owner: int) -> None:

@@ -1,6 +1,6 @@
-"""What the caller's process and its ranks say to each other, and the rank's end of it.
+"""The messages between the caller's process and its ranks, and the rank's end of the connection.
 
-Commands are ``(number, name, arguments)`` and reach every rank in the same order. A rank answers
+Commands are numbered values of any type; they reach every rank in the same order. A rank answers
 some of them, by their number, and tells of its progress and of its end. A thread receives and a
 thread sends, so that a rank can start the next command while the last one's answer is still being
 computed on its device; and so that it notices at any time, even while it waits for its peers, that
@@ -23,15 +23,16 @@ from typing import Any, NoReturn
 
 from hotloop.errors import HotloopError
 
-LAST = "last"
-"""The command after which no other comes: the rank ends."""
+LAST = None
+"""Sent in place of a command, after which no other comes: the rank ends."""
 
 
 class PeerError(RuntimeError):
     """A collective failed: most likely because another rank is gone, whose own error says more."""
 
 
-Command = tuple[int, str, tuple[Any, ...]]
+Command = tuple[int, Any]
+"""A number, and the value that is the command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +93,14 @@ class Caller:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._outgoing: queue.SimpleQueue[Callable[[], Message]] = queue.SimpleQueue()
         for work in (self._receive, self._send):
             threading.Thread(target=work, daemon=True).start()
 
     def commands(self) -> Iterator[Command]:
         """What is to be done, in order, until there is nothing more."""
-        while (command := self._commands.get())[1] != LAST:
+        while (command := self._commands.get()) is not LAST:
             yield command
 
     def answer(self, number: int, value: Callable[[], Any]) -> None:
@@ -117,14 +118,14 @@ class Caller:
         threading.Event().wait()  # the sender ends the process
 
     def _receive(self) -> None:
-        name = ""
-        while name != LAST:  # after which the other end may go
+        while True:
             try:
                 command = receive(self._connection)
             except (EOFError, OSError):
                 end_group()
             self._commands.put(command)
-            name = command[1]
+            if command is LAST:  # the other end may go
+                return
 
     def _send(self) -> None:
         while True:
