@@ -372,6 +372,17 @@ def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -
     }
 
 
+def machine() -> dict[str, Any]:
+    """Names the processors of this machine, without torch and without using a GPU.
+
+    Returns:
+        The CPU's name, the CPUs that this process may use, and the names of the GPUs.
+    """
+    found = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    gpus = found.splitlines() if found else []
+    return {"cpu": _cpu_name(), "n_cpus_allowed": _n_cpus_allowed(), "gpus": gpus}
+
+
 def _git_state(package: Path) -> dict[str, Any]:
     """Commit of the checkout that ``package`` lies in as ``src/hotloop``, and if it was changed."""
     # Without optional locks: a status must not get in the way of somebody's commit.

@@ -1,9 +1,8 @@
 """From a name to an implementation, without importing the others.
 
-A registry is a literal dict ``name -> "module:attribute"``. There are four: model families
-(``models.families``), quantization schemes (``quant``), baselines and evaluation tasks. They exist
-because there a string from outside picks an implementation whose imports are heavy; everything
-else is a plain function call.
+A registry is a literal dict ``name -> "module:attribute"``: model families (``models.families``),
+quantization schemes (``quant``) and engines (``baselines``). They exist because there a string from
+outside picks an implementation whose imports are heavy; everything else is a plain function call.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from hotloop.errors import UnknownNameError
 
 
 def resolve(kind: str, registry: Mapping[str, str], name: str) -> Any:
-    """Imports and returns what ``name`` stands for.
+    """Imports and returns the implementation that ``name`` stands for.
 
     Args:
-        kind: What the registry holds, for the error message.
+        kind: The word for what the registry holds, for the error message.
         registry: ``name -> "module:attribute"``.
         name: The name to look up.
 
@@ -28,5 +27,10 @@ def resolve(kind: str, registry: Mapping[str, str], name: str) -> Any:
     """
     if name not in registry:
         raise UnknownNameError(kind, name, registry)
-    module, _, attribute = registry[name].partition(":")
+    return load(registry[name])
+
+
+def load(place: str) -> Any:
+    """Imports and returns the attribute that ``module:attribute`` names."""
+    module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)

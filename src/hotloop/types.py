@@ -59,6 +59,9 @@ DEFAULT_NEW_TOKENS = 256
 MAX_DRAFT_TOKENS = 256
 """The most tokens that ``EngineConfig.draft_tokens`` can draft for one step."""
 
+OWN_ENGINE = "hotloop"
+"""The value of ``EngineConfig.engine`` that is hotloop's own engine."""
+
 LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK = 512, 8192
 """Prompt tokens of one forward, where nobody asks for a number: the least, and with ``fused`` the
 most, as the device's memory allows."""
@@ -125,6 +128,8 @@ class EngineConfig:
         prefill_chunk: The most prompt tokens processed in one forward; None takes 512, and with
             ``fused`` up to 8,192, as the device's memory allows.
         seed: Seed of random weights.
+        engine: The engine that runs the model, by its name in ``baselines.ENGINES``. Only sweeps
+            choose: ``hotloop.LLM`` is hotloop's own.
     """
 
     model: str
@@ -144,6 +149,7 @@ class EngineConfig:
     max_seq_len: Count | None = None
     prefill_chunk: Count | None = None
     seed: Seed = 0
+    engine: str = OWN_ENGINE
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
@@ -151,8 +157,11 @@ class EngineConfig:
     @property
     def name(self) -> str:
         """A short name that sorts, such as ``int4-g64/compile``: what differs from the default."""
-        parts = [self.quant if self.head == "auto" else f"{self.quant}+head={self.head}"]
-        parts.append(self.execution)
+        own = self.engine == OWN_ENGINE
+        parts = [] if own else [self.engine]
+        parts.append(self.quant if self.head == "auto" else f"{self.quant}+head={self.head}")
+        if own or self.execution != "auto":
+            parts.append(self.execution)
         if self.tensor_parallel != 1:
             parts.append(f"tp{self.tensor_parallel}")
         if self.all_reduce != "auto":
@@ -414,6 +423,36 @@ class EngineDescription:
     def name(self) -> str:
         """The configuration's name, with what ``auto`` turned out to be."""
         return replace(self.config, execution=self.execution or self.config.execution).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Predicted bytes by purpose, and those that are free; of several ranks, the largest rank's.
+
+    Attributes:
+        weights_bytes: Resident weights, exactly.
+        cache_bytes: The KV cache, exactly.
+        workspace_bytes: An upper estimate of what a forward pass needs besides: the activations of
+            a prefill chunk, its logits when it is scored, and the largest matrix dequantized.
+        device: The device that holds the model.
+        free_bytes: What that device has left.
+    """
+
+    weights_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+    device: str
+    free_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, cache and workspace together."""
+        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+
+    def to_dict(self) -> dict[str, int]:
+        """The byte counts, total included, as records hold them."""
+        counts = {k: v for k, v in asdict(self).items() if k != "device"}
+        return counts | {"total_bytes": self.total_bytes}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,19 @@ from hotloop.bench.record import Record
 from hotloop.cli.app import main
 from hotloop.cli.options import DEFAULT_TOLERANCE
 from hotloop.report.recommend import MAX_DELTA_LN_PPL
-from hotloop.sweep import cell, job, plan, runner, store
+from hotloop.sweep import cell, job, models, plan, runner, store
+from hotloop.sweep.cell import base_record
 from hotloop.sweep.events import CellFinished, CellStarted
 from hotloop.sweep.job import Job
-from hotloop.sweep.models import KnownModel
+from hotloop.sweep.models import KnownModel, Models
 from hotloop.types import EngineConfig
+from hotloop.weights.identity import StoredForm, StoredType
+
+
+@pytest.fixture(autouse=True)
+def _no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "is_quantized_copy", lambda name: name == "copy")
+
 
 RANDOM_7B = ["--weights", "random", "--shape", "llama-2-7b"]
 
@@ -40,24 +48,24 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     for name in ("run_cell", "score_cell", "score_reference"):
         monkeypatch.setattr(cell, name, run)
+    monkeypatch.setattr(cell, "refuse_cell", lambda _: None)
     monkeypatch.setattr(job, "Models", FakeModels)
+    monkeypatch.setattr(job, "check_length", lambda *_: None)
     return given
 
 
-class FakeModels:
-    """Every name is a model, whose content it is."""
+UNQUANTIZED = StoredForm(
+    types=(StoredType(dtype="BF16", n_tensors=1, n_bytes=1),), quantization=None
+)
 
-    def __init__(self, *, readable: bool) -> None:
-        assert readable
+
+class FakeModels(Models):
+    """Every name is an unquantized model, whose content it is."""
 
     def __getitem__(self, name: str) -> KnownModel:
-        return KnownModel(name=name, path=Path(name), sha256=name)
-
-    def reference_of(self, model: KnownModel, asked: str | None) -> KnownModel:
-        return self[asked] if asked else model
-
-    def check_length(self, *_: object) -> None:
-        pass
+        model = KnownModel(name=name, path=Path(name))
+        vars(model).update(sha256=name, stored=UNQUANTIZED)
+        return model
 
 
 def test_bench_prints_for_people_and_shows_progress_on_stderr(jobs, capsys):
@@ -121,6 +129,19 @@ def test_eval_says_why_there_is_no_reference_and_goes_on(jobs, monkeypatch):
     assert "oom, because" in (jobs[0].no_reference or "")
 
 
+def test_what_cannot_run_is_refused_before_its_reference_is_scored(jobs, monkeypatch, capsys):
+    monkeypatch.setattr(
+        cell,
+        "refuse_cell",
+        lambda each: Record(**base_record(each), status="unsupported", reason="it is a copy"),
+    )
+    assert main(["eval", "m", "--quant", "int8"]) == 1
+    out = capsys.readouterr().out
+    assert "it is a copy" in out
+    assert "workload" not in out  # nobody asked for one
+    assert jobs == []
+
+
 class FakeSweeps:
     """Runs nothing: cells end as ``ends`` says, in turn. ``asked`` is what each sweep was given."""
 
@@ -171,6 +192,13 @@ def test_sweep_without_flags_is_the_matrix_of_the_levers(sweeps, tmp_path, monke
     assert main(["sweep", "m"]) == 0
     assert len(runner.expand(sweeps.asked[0].recipe)) == 6
     assert sweeps.asked[0].results == Path("results/sweep")
+
+
+def test_the_matrix_of_a_quantized_copy_has_its_own_scheme_alone(sweeps, tmp_path):
+    assert main(["sweep", "copy", "--out", str(tmp_path / "a")]) == 0
+    assert main(["sweep", "copy", "--quant", "int8", "--out", str(tmp_path / "b")]) == 0
+    schemes = [{c.quant for c in runner.expand(asked.recipe)} for asked in sweeps.asked]
+    assert schemes == [{"none"}, {"int8"}]
 
 
 def test_sweep_takes_a_recipe_and_its_name_for_the_folder(sweeps, tmp_path, monkeypatch):
@@ -313,7 +341,7 @@ def test_dry_run_of_what_cannot_run_at_all_says_so_and_exits_1(monkeypatch, caps
     ]
     monkeypatch.setattr(plan, "plan", lambda _: cells)
     assert main(["sweep", "m", "--dry-run"]) == 1
-    assert "none of the 2 cells could run here" in capsys.readouterr().err
+    assert "no cell can run here" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ def names(kind: type) -> set[str]:
 
 
 def test_every_field_of_a_configuration_has_an_option():
-    of_weights = {"model", "weights", "seed"}
-    assert names(EngineOptions) | of_weights == names(EngineConfig)
+    elsewhere = {"model", "weights", "seed", "engine"}
+    assert names(EngineOptions) | elsewhere == names(EngineConfig)
     assert names(SamplingOptions) == names(SamplingParams)
     assert WorkloadOptions().fields().keys() == Workload.model_fields.keys()
     assert QualityOptions().fields().keys() == RecipeQuality.model_fields.keys()

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 from hotloop.errors import OutOfMemoryError, UnsupportedError
 from hotloop.memory_meter import MemoryMeter
-from hotloop.types import EngineConfig, EngineDescription, Generation, Timing
+from hotloop.types import EngineConfig, EngineDescription, Generation, MemoryPlan, Timing
 
 
 class End(IntEnum):
@@ -31,17 +30,19 @@ class End(IntEnum):
     OOM_IN_QUALITY = 10
 
 
-@dataclass(frozen=True)
-class Memory:
-    total_bytes: int = 2**30
-    free_bytes: int = 2**31
-
-    def to_dict(self) -> dict[str, int]:
-        return {"total_bytes": self.total_bytes, "free_bytes": self.free_bytes}
+def predict(config: EngineConfig) -> MemoryPlan:
+    total = 2**32 if config.seed == End.PREDICTED_OOM else 2**30
+    return planned(total, 2**31)
 
 
-def predict(config: EngineConfig) -> Memory:
-    return Memory(2**32) if config.seed == End.PREDICTED_OOM else Memory()
+def planned(total_bytes: int, free_bytes: int) -> MemoryPlan:
+    return MemoryPlan(
+        weights_bytes=total_bytes,
+        cache_bytes=0,
+        workspace_bytes=0,
+        device="fake",
+        free_bytes=free_bytes,
+    )
 
 
 def create(config: EngineConfig) -> "FakeEngine":

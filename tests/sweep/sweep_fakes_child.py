@@ -11,20 +11,12 @@ from types import SimpleNamespace
 from sweep_fakes import End, create, predict
 
 from hotloop import hardware
+from hotloop.baselines import EngineKind
 from hotloop.bench.statistics import mean_figure
 from hotloop.errors import HotloopError
+from hotloop.sweep.marked import MARK
 
-__all__ = ["create", "predict"]
-
-hardware.resolve_device = lambda name: name
-hardware.provenance = lambda device: {
-    "device": {
-        "kind": "cpu",
-        "name": device,
-        "read_bytes_per_s": 1e9,
-        "datasheet_bytes_per_s": None,
-    }
-}
+FAKE = EngineKind(create=create, predict=predict)
 
 
 def write_reference(_engine, windows, path, key, on_window):
@@ -54,9 +46,19 @@ def measure_quality(engine, windows, *, reference, on_window):
     )
 
 
-sys.modules["hotloop.evaluate.quality"] = SimpleNamespace(
-    write_reference=write_reference, measure_quality=measure_quality
-)
-sys.modules["hotloop.evaluate.reference"] = SimpleNamespace(
-    Reference=open_reference, ReferenceKey=SimpleNamespace
-)
+if MARK in os.environ:  # in a cell's own process, and not where its sweep runs
+    hardware.resolve_device = lambda name: name
+    hardware.provenance = lambda device: {
+        "device": {
+            "kind": "cpu",
+            "name": device,
+            "read_bytes_per_s": 1e9,
+            "datasheet_bytes_per_s": None,
+        }
+    }
+    sys.modules["hotloop.evaluate.quality"] = SimpleNamespace(
+        write_reference=write_reference, measure_quality=measure_quality
+    )
+    sys.modules["hotloop.evaluate.reference"] = SimpleNamespace(
+        Reference=open_reference, ReferenceKey=SimpleNamespace
+    )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hotloop import hardware
+from hotloop.baselines import ENGINES
+from hotloop.baselines.hotloop import ENGINE
 from hotloop.bench.record import Record
 from hotloop.engine import memory
 from hotloop.report.page import make_page
 from hotloop.sweep.cell import run_cell
-from hotloop.sweep.job import EngineSource, make_jobs
+from hotloop.sweep.job import make_jobs
 from hotloop.sweep.plan import PlannedCell, plan
 from hotloop.sweep.recipe import Recipe, expand, load_recipe, replace_models
 from hotloop.types import EngineConfig
@@ -119,10 +122,14 @@ def create(_config: EngineConfig) -> None:
     raise AssertionError("a cell that cannot run must not be tried")
 
 
+NEVER_LOADED = replace(ENGINE, create=create)
+UNREADABLE = replace(NEVER_LOADED, reads_checkpoints=False)
+
+
 def run_all(recipe: Recipe) -> list[Record]:
-    source = EngineSource(create=f"{__name__}:create")
-    jobs = make_jobs(expand(recipe), recipe.workload, recipe.quality_options, source=source)
-    return [run_cell(job) for job in jobs]
+    source = f"{__name__}:NEVER_LOADED"
+    jobs = make_jobs(expand(recipe), recipe.workload, recipe.quality_options)
+    return [run_cell(job.model_copy(update={"source": source})) for job in jobs]
 
 
 @pytest.mark.usefixtures("_one_small_gpu")
@@ -149,13 +156,15 @@ def test_what_cannot_run_is_a_row_of_the_page_that_says_by_how_much(monkeypatch)
     assert with_draft == "unsupported: needs 4 GPUs, found 1"
 
 
-def test_a_recipe_without_weights_says_what_to_give(tmp_path: Path):
+def test_a_recipe_without_weights_says_what_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     recipe = load_recipe(RECIPES / "asclepius-13b.yaml")
     with pytest.raises(ValueError, match=r"only a shape.*--weights random.*--model"):
         make_jobs(expand(recipe), recipe.workload, None)
     checkpoint = tmp_path / "model.gguf"
     checkpoint.write_bytes(b"weights")
     recipe = replace_models(recipe, model=str(checkpoint))
-    source = EngineSource(create=f"{__name__}:create")
-    jobs = make_jobs(expand(recipe), recipe.workload, None, source=source)
+    monkeypatch.setitem(ENGINES, "hotloop", f"{__name__}:UNREADABLE")
+    jobs = make_jobs(expand(recipe), recipe.workload, None)
     assert len({job.weights_sha256 for job in jobs} - {None}) == 1

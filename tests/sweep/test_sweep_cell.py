@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from sweep_fakes import FakeEngine
+from sweep_fakes import FakeEngine, planned
 
 from hotloop import hardware
+from hotloop.baselines import ENGINES, EngineKind
 from hotloop.errors import (
     CheckpointError,
     ConfigError,
@@ -22,9 +22,9 @@ from hotloop.errors import (
 from hotloop.evaluate.reference import FORMAT
 from hotloop.sweep.cell import explain, run_cell, score_reference
 from hotloop.sweep.events import CellPhase
-from hotloop.sweep.job import EngineSource, Job, make_jobs
+from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.recipe import QualityOptions, Workload
-from hotloop.types import EngineConfig, Score
+from hotloop.types import EngineConfig, MemoryPlan, Score
 from hotloop.weights.identity import hash_checkpoint
 
 V = 7
@@ -52,17 +52,18 @@ class BrokenEngine(ScoringEngine):
         raise ZeroDivisionError("a bug")
 
 
-@dataclass(frozen=True)
-class Roomy:
-    total_bytes: int = 1
-    free_bytes: int = 2
-
-    def to_dict(self) -> dict[str, int]:
-        return {"total_bytes": 1}
+def roomy(_config: EngineConfig) -> MemoryPlan:
+    return planned(1, 2)
 
 
-def roomy(_config: EngineConfig) -> Roomy:
-    return Roomy()
+SCORING = EngineKind(create=ScoringEngine, predict=roomy)
+BROKEN = EngineKind(create=BrokenEngine, predict=roomy)
+
+
+@pytest.fixture(autouse=True)
+def _engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("hotloop", "other"):
+        monkeypatch.setitem(ENGINES, name, f"{__name__}:SCORING")
 
 
 @pytest.fixture(autouse=True)
@@ -74,16 +75,15 @@ def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     return said
 
 
-def job(folder: Path, quant: str, *, engine: str = "ScoringEngine", **config) -> Job:
+def job(folder: Path, quant: str, *, kind: str = "SCORING", **config) -> Job:
     (folder / "model.gguf").write_bytes(b"weights")
     (folder / "text.txt").write_text("abcdefg" * 3 + "gfedcba" * 3)
     (made,) = make_jobs(
         [EngineConfig(model=str(folder / "model.gguf"), quant=quant, **config)],
         Workload(prompt_tokens=4, new_tokens=8),
         QualityOptions(window=8, n_windows=9, text=folder / "text.txt"),
-        source=EngineSource(create=f"{__name__}:{engine}", predict=f"{__name__}:roomy"),
     )
-    return made
+    return made.model_copy(update={"source": f"{__name__}:{kind}"})
 
 
 def compared(folder: Path, quant: str) -> Job:
@@ -149,7 +149,7 @@ def test_a_text_too_short_costs_the_quality_and_not_the_speed(tmp_path):
 
 
 def test_a_bug_in_scoring_is_a_failure(tmp_path):
-    record = run_cell(job(tmp_path, "none", engine="BrokenEngine"))
+    record = run_cell(job(tmp_path, "none", kind="BROKEN"))
     assert record.status == "failed"
     assert record.reason.startswith("ZeroDivisionError in quality: a bug\n")
     assert record.decode_tok_s is None
@@ -168,7 +168,7 @@ def test_the_engine_is_closed_however_the_cell_ends(tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(FakeEngine, "close", lambda engine: closed.append(engine))
     run_cell(job(tmp_path, "none"))
-    run_cell(job(tmp_path, "none", engine="BrokenEngine"))
+    run_cell(job(tmp_path, "none", kind="BROKEN"))
     assert [type(engine).__name__ for engine in closed] == ["ScoringEngine", "BrokenEngine"]
 
 
@@ -233,9 +233,9 @@ def test_only_a_draft_model_that_is_read_is_hashed(tmp_path, draft):
 
 
 def test_a_record_says_which_engine_it_is_of_where_that_is_not_ours(tmp_path):
-    ours = job(tmp_path, "none")
-    theirs = ours.model_copy(update={"source": replace(ours.source, baseline="fake")})
-    assert (run_cell(ours).baseline, run_cell(theirs).baseline) == (None, "fake")
+    ours, theirs = (run_cell(job(tmp_path, "none", engine=e)) for e in ("hotloop", "other"))
+    assert (ours.baseline, theirs.baseline) == (None, "other")
+    assert (ours.cell, theirs.cell) == ("none/eager", "other/none/eager")
 
 
 def test_a_checkpoint_is_hashed_by_its_content(tmp_path):

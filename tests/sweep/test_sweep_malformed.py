@@ -11,21 +11,26 @@ from pathlib import Path
 import pytest
 from malformed import Case, check, parametrize
 
+from hotloop.baselines import ENGINES, EngineKind
 from hotloop.errors import HotloopError
 from hotloop.sweep.bounded_yaml import MAX_DEPTH
 from hotloop.sweep.events import from_line
-from hotloop.sweep.job import EngineSource
 from hotloop.sweep.plan import plan
 from hotloop.sweep.recipe import MAX_CELLS, MAX_RECIPE_BYTES, load_recipe
 
-NO_MODEL = EngineSource(create="builtins:dict", predict=None)
+NO_MODEL = EngineKind(create=lambda _: pytest.fail("nothing is loaded"))
+
+
+@pytest.fixture(autouse=True)
+def _without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "hotloop", f"{__name__}:NO_MODEL")
 
 
 def load(folder: Path, data: bytes) -> None:
     """All that happens to a recipe before something is run."""
     path = folder / "recipe.yaml"
     path.write_bytes(data)
-    plan(load_recipe(path), source=NO_MODEL)
+    plan(load_recipe(path))
 
 
 def case(name: str, text: str | bytes, *names: str, accepted: bool = False) -> Case:

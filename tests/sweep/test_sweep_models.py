@@ -11,7 +11,7 @@ from hotloop.errors import ConfigError, ModelNotFoundError
 from hotloop.evaluate.text import load_text
 from hotloop.sweep import models as models_module
 from hotloop.sweep.job import Job, make_jobs
-from hotloop.sweep.models import KnownModel, Models, settle_schemes
+from hotloop.sweep.models import KnownModel, check_length, settle_schemes
 from hotloop.sweep.recipe import QualityOptions, Workload
 from hotloop.types import EngineConfig
 from hotloop.weights.identity import Quantization, SourceModel, StoredForm, StoredType
@@ -42,7 +42,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> dict[str, StoredForm]:
     monkeypatch.setattr(models_module, "resolve_model", resolve)
     monkeypatch.setattr(models_module, "hash_checkpoint", lambda path: SHA[path.name])
     monkeypatch.setattr(models_module, "read_stored_form", lambda path: found[path.name])
-    monkeypatch.setattr(Models, "check_length", lambda *_: None)
+    monkeypatch.setattr("hotloop.sweep.job.check_length", lambda *_: None)
     return found
 
 
@@ -105,9 +105,9 @@ def test_another_reference_is_another_measurement():
 
 def test_settling_keeps_what_was_asked_for_and_is_refused_by_the_engine():
     asked = EngineConfig(model="copy", quant="int8")
-    assert settle_schemes(asked, copy_of(None)) == asked
-    assert settle_schemes(EngineConfig(model="m"), stored("BF16")) == EngineConfig(model="m")
-    settled = settle_schemes(EngineConfig(model="copy"), copy_of(None, head="none"))
+    assert settle_schemes(asked, copy_of(None).quantization) == asked
+    assert settle_schemes(EngineConfig(model="m"), None) == EngineConfig(model="m")
+    settled = settle_schemes(EngineConfig(model="copy"), copy_of(None, head="none").quantization)
     assert (settled.quant, settled.head) == ("int4-g64", "none")
 
 
@@ -116,7 +116,6 @@ def test_a_text_that_is_too_short_is_refused_before_any_process_starts(monkeypat
     text.write_text("a few words")
     tokenizer = SimpleNamespace(encode=lambda text, **_: list(range(len(text.split()))))
     monkeypatch.setattr("hotloop.text.tokenizer.load_tokenizer", lambda _: tokenizer)
-    model = KnownModel(name="m", path=Path("m"), sha256="a")
+    model = KnownModel(name="m", path=Path("m"))
     with pytest.raises(ConfigError, match="the text has 3 tokens and a window takes 8"):
-        Models(readable=True).check_length(model, load_text(text).content, 8)
-    Models(readable=False).check_length(model, load_text(text).content, 8)
+        check_length(model, load_text(text).content, 8)

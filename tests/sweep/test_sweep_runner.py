@@ -15,6 +15,7 @@ import pytest
 from sweep_fakes import End
 from waiting import HANG_S, alive, wait_until
 
+from hotloop.baselines import ENGINES
 from hotloop.bench.record import Record
 from hotloop.errors import ConfigError
 from hotloop.sweep.events import (
@@ -26,16 +27,16 @@ from hotloop.sweep.events import (
     ReferenceFinished,
     ReferenceStarted,
 )
-from hotloop.sweep.job import EngineSource
 from hotloop.sweep.recipe import Recipe, recipe_from_flags
 from hotloop.sweep.runner import run_sweep
 from hotloop.sweep.store import read_file
 
-FAKE = EngineSource(create="sweep_fakes_child:create", predict="sweep_fakes_child:predict")
+FAKE = "sweep_fakes_child:FAKE"
 
 
 @pytest.fixture(autouse=True)
-def _children_find_the_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+def _the_engine_is_a_fake_that_children_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "hotloop", FAKE)
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parent}", prepend=os.pathsep)
 
@@ -52,7 +53,7 @@ def recipe(*ends: End, timeout_s: float = HANG_S) -> Recipe:
 
 def sweep(results: Path, *ends: End, **options) -> list[Record]:
     timeout_s = options.pop("timeout_s", HANG_S)
-    return run_sweep(recipe(*ends, timeout_s=timeout_s), results, source=FAKE, **options)
+    return run_sweep(recipe(*ends, timeout_s=timeout_s), results, **options)
 
 
 def test_a_cell_becomes_a_complete_record(tmp_path):
@@ -64,7 +65,7 @@ def test_a_cell_becomes_a_complete_record(tmp_path):
     assert record.decode_tok_s.n == 5
     assert record.load_s == 0.5
     assert record.warmup_s == 0.25
-    assert record.predicted_bytes == {"total_bytes": 2**30, "free_bytes": 2**31}
+    assert record.predicted_bytes["total_bytes"] == 2**30
     assert record.engine["family"] == "fake"
     assert record.mbu.mean == pytest.approx((28 + 2 * 8) / 0.01 / 1e9)
     assert "random weights" in record.quality_reason
@@ -151,7 +152,7 @@ def test_resume_goes_by_the_whole_configuration_and_workload_and_not_by_the_name
     other = recipe(End.OK).model_copy(
         update={"workload": recipe(End.OK).workload.model_copy(update={"new_tokens": 4})}
     )
-    (record,) = run_sweep(other, tmp_path, resume=True, source=FAKE)
+    (record,) = run_sweep(other, tmp_path, resume=True)
     assert record.workload.new_tokens == 4
     assert len(read_file(tmp_path / "records.jsonl")[0]) == 2
 
@@ -246,7 +247,7 @@ def scored_recipe(folder: Path, *ends: End) -> Recipe:
 def test_the_reference_is_scored_once_and_cells_are_compared_with_it(tmp_path):
     events = []
     recipe = scored_recipe(tmp_path, End.OK, End.OOM_IN_QUALITY)
-    records = run_sweep(recipe, tmp_path / "out", source=FAKE, on_event=events.append)
+    records = run_sweep(recipe, tmp_path / "out", on_event=events.append)
     about_it = [e for e in events if isinstance(e, ReferenceStarted | ReferenceFinished)]
     started, finished = about_it
     assert started == ReferenceStarted("none/eager")
@@ -272,7 +273,7 @@ def test_a_reference_stays_until_every_cell_is_finished(tmp_path):
     def run(*ends: End):
         events = []
         recipe = scored_recipe(tmp_path, *ends)
-        run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE, on_event=events.append)
+        run_sweep(recipe, tmp_path / "out", resume=True, on_event=events.append)
         return events
 
     events = run(End.OK, End.RAISES)
@@ -289,7 +290,7 @@ def test_without_a_reference_cells_run_say_why_and_are_compared_once_there_is_on
 ):
     recipe = scored_recipe(tmp_path, End.OK)
     monkeypatch.setenv("NO_REFERENCE", "1")
-    for record in run_sweep(recipe, tmp_path / "out", source=FAKE):
+    for record in run_sweep(recipe, tmp_path / "out"):
         assert record.status == "ok"
         assert record.perplexity is not None
         assert record.delta_ln_ppl is None
@@ -297,20 +298,20 @@ def test_without_a_reference_cells_run_say_why_and_are_compared_once_there_is_on
             "the reference none/eager ended as failed: HotloopError in reference: made to fail"
         )
     events = []
-    run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE, on_event=events.append)
+    run_sweep(recipe, tmp_path / "out", resume=True, on_event=events.append)
     assert any(isinstance(event, CellSkipped) for event in events)
 
     monkeypatch.delenv("NO_REFERENCE")
-    for record in run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE):
+    for record in run_sweep(recipe, tmp_path / "out", resume=True):
         assert record.attempt == 2
         assert record.delta_ln_ppl is not None
 
 
 def test_another_checkpoint_under_the_same_name_is_measured_again(tmp_path):
     recipe = scored_recipe(tmp_path, End.UNSUPPORTED)
-    run_sweep(recipe, tmp_path / "out", source=FAKE)
+    run_sweep(recipe, tmp_path / "out")
     (tmp_path / "model.gguf").write_bytes(b"other weights")
-    run_sweep(recipe, tmp_path / "out", resume=True, source=FAKE)
+    run_sweep(recipe, tmp_path / "out", resume=True)
     assert len(read_file(tmp_path / "out" / "records.jsonl")[0]) == 2
 
 
@@ -326,7 +327,8 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path, monkeypatch):
 PARENT = """
 import sys
 from pathlib import Path
-from test_sweep_runner import End, sweep
+from test_sweep_runner import ENGINES, FAKE, End, sweep
+ENGINES["hotloop"] = FAKE
 try:
     sweep(Path(sys.argv[1]), *(End(int(end)) for end in sys.argv[2:]))
 except KeyboardInterrupt:

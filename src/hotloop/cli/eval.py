@@ -53,7 +53,7 @@ def evaluate(
     windows of text. --json prints a record, as a sweep writes it, without speed.
     """
     from hotloop.bench.record import MEASURED
-    from hotloop.sweep.cell import score_cell
+    from hotloop.sweep.cell import refuse_cell, score_cell
     from hotloop.sweep.events import CellFinished, CellStarted
     from hotloop.sweep.job import make_jobs
     from hotloop.sweep.progress import SweepProgress
@@ -64,20 +64,22 @@ def evaluate(
         model,
         matrix={},
         defaults=engine.given(),
-        workload={"prompt_tokens": 1, "new_tokens": 2},  # nothing is timed: the windows decide
+        workload={"prompt_tokens": 1, "new_tokens": 2},  # the windows decide what must fit
         quality=quality.fields(),
     )
-    (job,) = make_jobs(expand(recipe), recipe.workload, recipe.quality_options)
-    with SweepProgress() as progress, TemporaryDirectory() as scratch:
-        if no_reference:
-            job = job.model_copy(update={"no_reference": "not asked for"})
-        elif is_reference(job):
-            job = job.model_copy(update={"no_reference": "it is the unquantized reference itself"})
-        elif job.no_reference is None:
-            job = with_reference(job, Path(scratch), progress)
-        progress(CellStarted(job.cell, 1, 1))
-        record = score_cell(job, progress)
-        progress(CellFinished(record))
+    (job,) = make_jobs(expand(recipe), None, recipe.quality_options)
+    if (record := refuse_cell(job)) is None:
+        with SweepProgress() as progress, TemporaryDirectory() as scratch:
+            if no_reference:
+                job = job.model_copy(update={"no_reference": "not asked for"})
+            elif is_reference(job):
+                why = "it is the unquantized reference itself"
+                job = job.model_copy(update={"no_reference": why})
+            elif job.no_reference is None:
+                job = with_reference(job, Path(scratch), progress)
+            progress(CellStarted(job.cell, 1, 1))
+            record = score_cell(job, progress)
+            progress(CellFinished(record))
     if json:
         print_json(record.model_dump(mode="json"))
     else:
@@ -86,7 +88,7 @@ def evaluate(
 
 
 def is_reference(job: Job) -> bool:
-    """Whether a job's predictions are those that they would be compared with.
+    """Tells whether a job would be compared with itself.
 
     Raises:
         HotloopError: The configuration cannot work.
@@ -101,7 +103,7 @@ def is_reference(job: Job) -> bool:
 
 
 def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:
-    """The job, with the unquantized model scored in ``folder`` or the reason why it is not."""
+    """Scores the unquantized model into ``folder``; adds it, or why there is none, to the job."""
     from hotloop.sweep.cell import score_reference
     from hotloop.sweep.events import ReferenceFinished, ReferenceStarted
 

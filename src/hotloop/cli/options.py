@@ -165,14 +165,22 @@ class EngineOptions(DraftOptions):
         return EngineConfig(model=model, **asdict(self))
 
 
+DEFAULT_SCHEMES = "none,int8,int4-g64"
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class MatrixOptions(DraftOptions):
     """Many engines: each option with commas is an axis of the matrix."""
 
-    quant: Annotated[str, option(MATRIX, "Schemes: none, int8, fp8, int4-gN, int4-gN-asym.")] = (
-        "none,int8,int4-g64"
-    )
+    quant: Annotated[
+        str | None,
+        option(
+            MATRIX,
+            "Schemes: none, int8, fp8, int4-gN, int4-gN-asym.",
+            f"{DEFAULT_SCHEMES}; a quantized copy's own",
+        ),
+    ] = None
     head: Annotated[str, option(MATRIX, "Schemes of the output head.")] = EngineConfig.head
     execution: Annotated[str, option(MATRIX, "Of auto, eager, compile and fused.")] = "auto,compile"
     tensor_parallel: Annotated[
@@ -190,7 +198,8 @@ class MatrixOptions(DraftOptions):
 
     def matrix(self) -> dict[str, list[Any]]:
         """The values of each axis."""
-        axes: dict[str, list[Any]] = {axis: listed(getattr(self, axis)) for axis in _AXES}
+        said = {axis: getattr(self, axis) for axis in _AXES}
+        axes: dict[str, list[Any]] = {a: listed(v) for a, v in said.items() if v is not None}
         axes["tensor_parallel"] = [int(n) if n.isdecimal() else n for n in axes["tensor_parallel"]]
         return axes
 

@@ -13,6 +13,7 @@ from hotloop.cli.options import (
     DEFAULT_MATRIX,
     DEFAULT_QUALITY,
     DEFAULT_REPLACEMENT,
+    DEFAULT_SCHEMES,
     DEFAULT_TOLERANCE,
     DEFAULT_WEIGHTS,
     DEFAULT_WORKLOAD,
@@ -27,6 +28,7 @@ from hotloop.cli.options import (
     Tolerance,
     WeightOptions,
     WorkloadOptions,
+    listed,
     option,
 )
 from hotloop.cli.output import note, print_json, print_memory, print_rich
@@ -95,6 +97,7 @@ def sweep(
     from hotloop.report.layout import to_rich
     from hotloop.report.read import read_records
     from hotloop.report.write import write_results
+    from hotloop.sweep.models import is_quantized_copy
     from hotloop.sweep.plan import plan
     from hotloop.sweep.progress import SweepProgress
     from hotloop.sweep.recipe import recipe_from_flags
@@ -113,20 +116,27 @@ def sweep(
                 f"{_flags(given)}: takes the place of what a recipe says. Without a recipe, give "
                 "MODEL, and the draft model to --draft."
             )
-        recipe = recipe_from_flags(
-            weights.model(model),
-            weights=weights.weights,
-            matrix=matrix.matrix(),
-            defaults={**matrix.defaults(), "seed": weights.weights_seed},
-            workload=workload.fields(),
-            quality=False if no_quality else quality.fields(),
-            timeout_s=timeout_s,
-        )
+
+        def with_schemes(quant: list[str]) -> Recipe:
+            return recipe_from_flags(
+                name,
+                weights=weights.weights,
+                matrix={"quant": quant, **axes},
+                defaults={**matrix.defaults(), "seed": weights.weights_seed},
+                workload=workload.fields(),
+                quality=False if no_quality else quality.fields(),
+                timeout_s=timeout_s,
+            )
+
+        name, axes = weights.model(model), matrix.matrix()
+        recipe = with_schemes(listed(DEFAULT_SCHEMES))
+        if "quant" not in axes and recipe.weights == "checkpoint" and is_quantized_copy(name):
+            recipe = with_schemes(["none"])  # its own scheme: it can have no other
     if dry_run:
         cells = plan(recipe)
         _show_plan(cells, json=json)
         if not any(cell.may_run for cell in cells):
-            raise HotloopError(f"none of the {len(cells)} cells could run here: see above.")
+            raise HotloopError("no cell can run here: see above.")
         return 0
 
     note_cache()

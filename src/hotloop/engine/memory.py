@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 from hotloop.engine.prompt import STEP_TOKENS, bytes_per_row
 from hotloop.engine.setup import Setup, prepare, ranks_here
@@ -10,35 +10,9 @@ from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info, free_bytes
 from hotloop.kernels.linear import WeightFormat, choose_linear
 from hotloop.quant import Scheme
-from hotloop.types import EngineConfig
+from hotloop.types import EngineConfig, MemoryPlan
 
 _FLOAT32 = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """Bytes by purpose, on the device that holds the model; of several ranks, those of the largest.
-
-    ``weights_bytes`` and ``cache_bytes`` are exact; ``workspace_bytes`` is an upper estimate of
-    what a forward needs besides: activations of a prefill chunk, its logits when it is scored,
-    and the largest matrix dequantized.
-    """
-
-    weights_bytes: int
-    cache_bytes: int
-    workspace_bytes: int
-    device: str
-    free_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """The sum of the three."""
-        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
-
-    def to_dict(self) -> dict[str, int]:
-        """The byte counts, total included, as records hold them."""
-        counts = {k: v for k, v in asdict(self).items() if k != "device"}
-        return counts | {"total_bytes": self.total_bytes}
 
 
 def predict_memory(config: EngineConfig) -> MemoryPlan:

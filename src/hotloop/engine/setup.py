@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from hotloop.types import (
     DEFAULT_CACHE_BYTES,
     LEAST_PREFILL_CHUNK,
     MIN_DEFAULT_SEQ_LEN,
+    OWN_ENGINE,
     DType,
     EngineConfig,
     StepExecution,
@@ -148,7 +149,39 @@ def prepare(config: EngineConfig) -> Setup:
         ModelNotFoundError: No such model here.
         CheckpointError: A checkpoint whose description is damaged.
     """
+    if config.engine != OWN_ENGINE:
+        raise ConfigError(
+            f"engine {shorten_value(config.engine)} is not hotloop's own: only a sweep's cell can "
+            "name another engine."
+        )
     return _prepare(config, _resolve_device(config))
+
+
+def settle(config: EngineConfig) -> EngineConfig:
+    """Fills in what ``auto`` stands for, and resets what has no effect, without using a GPU.
+
+    Two configurations that settle to the same value make the same engine. On a GPU some that make
+    the same engine stay different, since only the GPU tells what ``auto`` stands for.
+    """
+    scheme = parse_scheme(config.quant)
+    head = parse_head_scheme(config.head, scheme)
+    known: dict[str, Any] = {"quant": scheme.name, "head": head.name}
+    if config.weights == "checkpoint":
+        known["seed"] = EngineConfig.seed
+    if config.draft == "none":
+        known |= {"draft_tokens": EngineConfig.draft_tokens}
+        known |= {"draft_policy": EngineConfig.draft_policy}
+    try:
+        device = resolve_device(config.device)
+    except (ConfigError, UnsupportedError):  # the cell will say so
+        return dataclasses.replace(config, **known)
+    if device.type == "cpu":
+        dtype = str(_resolve_dtype(config, device)).removeprefix("torch.")
+        known |= {"device": "cpu", "dtype": dtype}
+        known["prefill_chunk"] = config.prefill_chunk or LEAST_PREFILL_CHUNK
+        if config.execution == "auto":
+            known["execution"] = "eager"
+    return dataclasses.replace(config, **known)
 
 
 def _prepare(config: EngineConfig, device: torch.device) -> Setup:

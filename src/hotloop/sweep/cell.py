@@ -29,12 +29,13 @@ from hotloop.errors import (
 from hotloop.evaluate.text import load_text
 from hotloop.evaluate.windows import take_windows
 from hotloop.sweep.events import CellPhase, CellPrepared, OnEvent, Phase, ignore
-from hotloop.sweep.job import Job, MemoryPlan
+from hotloop.sweep.job import Job
+from hotloop.types import OWN_ENGINE
 
 if TYPE_CHECKING:
     from hotloop.bench.record import Provenance
     from hotloop.evaluate.reference import ReferenceKey
-    from hotloop.types import Engine, EngineConfig
+    from hotloop.types import Engine, EngineConfig, MemoryPlan
 
 _log = logging.getLogger(__name__)
 
@@ -63,11 +64,25 @@ def score_cell(job: Job, on_event: OnEvent = ignore) -> Record:
     return _run(job, on_event, _score)
 
 
+def refuse_cell(job: Job) -> Record | None:
+    """Checks a configuration before anything is loaded.
+
+    Returns:
+        The record of one that is unsupported or does not fit; None where it may run.
+    """
+    attempt = _Attempt(job, ignore)
+    try:
+        attempt.prepare()
+    except Exception as error:
+        return attempt.failed(error)
+    return attempt.predicted_oom()
+
+
 def score_reference(job: Job, on_event: OnEvent = ignore) -> Record:
     """Scores the reference that ``job.reference`` names, and keeps it there.
 
     Returns:
-        A record without figures; ``ok`` if the reference is there now.
+        A record without figures; ``ok`` if the reference was written.
     """
     return _run(job, on_event, _keep_reference)
 
@@ -83,7 +98,7 @@ def base_record(job: Job) -> dict[str, Any]:
         inputs["reference_model"] = job.reference_model
     return {
         "cell": job.cell,
-        "baseline": job.source.baseline,
+        "baseline": None if job.config.engine == OWN_ENGINE else job.config.engine,
         "attempt": job.attempt,
         "config": job.config.to_dict(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -123,14 +138,28 @@ class _Attempt:
     def prepare(self) -> Callable[[EngineConfig], Engine]:
         """Finds out what can be known before anything is loaded; returns what loads it."""
         self.enter("predict")
-        create, predict = self.job.source.resolve()
+        kind = self.job.engine
         device = hardware.resolve_device(self.job.config.device)
         provenance = cast("Provenance", hardware.provenance(device) | self.fields["provenance"])
         self.fields["provenance"] = provenance
-        self.memory = predict(self.job.config)
+        self.memory = kind.predict(self.job.config)
         predicted = self.fields["predicted_bytes"] = self.memory.to_dict() if self.memory else None
         self.on_event(CellPrepared(self.job.cell, predicted, provenance))
-        return create
+        return kind.create
+
+    def predicted_oom(self) -> Record | None:
+        """The record of a configuration that would not fit; None where it may."""
+        if self.memory is None or self.memory.total_bytes <= self.memory.free_bytes:
+            return None
+        needs = f"needs {gib(self.memory.total_bytes)}, {gib(self.memory.free_bytes)} free"
+        return self.record("predicted-oom", needs)
+
+    def failed(self, error: Exception) -> Record:
+        """The record of an attempt that an error ended."""
+        status, reason = explain(error, self.phase, self.memory)
+        if status == "failed":
+            _log.error("%s failed in %s", self.job.cell, self.phase, exc_info=error)
+        return self.record(status, reason)
 
     def record(
         self,
@@ -147,10 +176,9 @@ class _Attempt:
 def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[str, Any]]) -> Record:
     attempt = _Attempt(job, on_event)
     try:
-        create, memory = attempt.prepare(), attempt.memory
-        if memory is not None and memory.total_bytes > memory.free_bytes:
-            needs = f"needs {gib(memory.total_bytes)}, {gib(memory.free_bytes)} free"
-            return attempt.record("predicted-oom", needs)
+        create = attempt.prepare()
+        if (record := attempt.predicted_oom()) is not None:
+            return record
         attempt.enter("load")
         with closing(create(job.config)) as engine:
             description = engine.describe()
@@ -163,13 +191,11 @@ def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[st
             }
             return attempt.record(**work(attempt, engine))
     except Exception as error:
-        status, reason = explain(error, attempt.phase, attempt.memory)
-        if status == "failed":
-            _log.error("%s failed in %s", job.cell, attempt.phase, exc_info=error)
-        return attempt.record(status, reason)
+        return attempt.failed(error)
 
 
 def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
+    assert attempt.job.workload is not None, "a job that times something needs a workload"
     attempt.enter("speed")
     device = attempt.fields["provenance"]["device"]
     # A rank's share of the bandwidth: on GPUs each has a device, on a CPU they share one.
@@ -205,7 +231,6 @@ def _measure(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
 
 
 def _score(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
-    attempt.fields["workload"] = None
     return {"status": "ok"} | _quality(attempt, engine)
 
 

@@ -1,76 +1,34 @@
 """A job: everything that one process needs to know to measure one configuration.
 
-It travels to that process as JSON. An engine and its memory prediction are named
-``module:attribute``, so that whatever satisfies the ``Engine`` protocol can be swept.
+It travels to that process as JSON. Jobs are made here from the configurations of a recipe:
+configurations that come down to the same one become one job, and each job gets the key by which
+``--resume`` finds its record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from hotloop import __version__
+from hotloop import __version__, hardware, registry
+from hotloop.baselines import ENGINES, EngineKind
 from hotloop.bench.record import Workload
 from hotloop.evaluate.text import load_text
 from hotloop.sweep.models import (
     KnownModel,
     Models,
     NoReferenceError,
+    check_length,
     checkpoints,
     settle_schemes,
 )
 from hotloop.sweep.recipe import QualityOptions, cell_names, sha256_of
-from hotloop.types import Engine, EngineConfig
-
-
-class MemoryPlan(Protocol):
-    """Bytes that a configuration takes, and those that are free on its device."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Weights, cache and workspace together."""
-        ...
-
-    @property
-    def free_bytes(self) -> int:
-        """What the device has left."""
-        ...
-
-    def to_dict(self) -> dict[str, int]:
-        """All of its byte counts by name."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSource:
-    """Where an engine comes from.
-
-    Attributes:
-        create: ``module:attribute`` of ``(EngineConfig) -> Engine``.
-        predict: ``module:attribute`` of ``(EngineConfig) -> MemoryPlan``, or None where nothing
-            can be predicted.
-        baseline: What the engine is called where it is not hotloop's own.
-    """
-
-    create: str = "hotloop.engine.llm:LLM"
-    predict: str | None = "hotloop.engine.memory:predict_memory"
-    baseline: str | None = None
-
-    @property
-    def is_own(self) -> bool:
-        """Whether this is hotloop's own engine, whose checkpoints and tokenizers can be read."""
-        return self.create == EngineSource.create
-
-    def resolve(
-        self,
-    ) -> tuple[Callable[[EngineConfig], Engine], Callable[[EngineConfig], MemoryPlan | None]]:
-        """Imports ``create`` and ``predict``."""
-        return _attribute(self.create), _attribute(self.predict) if self.predict else lambda _: None
+from hotloop.types import OWN_ENGINE, EngineConfig, is_draft_model
 
 
 class Job(BaseModel):
@@ -78,20 +36,22 @@ class Job(BaseModel):
 
     Attributes:
         task: Measure ``config``, or score it and keep the distributions as a reference.
-        cell: What to call it.
-        config: What to measure.
-        workload: What to time.
-        quality: What to score; None for nothing. Its text's path is absolute.
+        cell: The cell's name.
+        config: The configuration.
+        source: The ``module:attribute`` of its engine's ``EngineKind``.
+        python: The interpreter that runs it; None for the one that runs this.
+        workload: The workload to time; None for a job that times nothing.
+        quality: The windows to score; None for none. Its text's path is absolute.
         text_sha256: Hash of the text to score.
         weights_sha256: Hash of the checkpoint; None for random weights.
-        draft_sha256: Hash of the draft model's; None where there is none.
+        draft_sha256: Hash of the draft model's checkpoint; None where there is none.
         reference_model: The model to compare with, where it is not the one that is measured.
-        reference_sha256: Hash of that one's checkpoint.
-        reference: The file to compare with, or, as a reference, to write.
-        no_reference: Why there is none.
-        attempt: Which attempt at this cell it is.
-        source: The engine.
-        provenance: What the record should say besides what the process finds out itself.
+        reference_sha256: Hash of that model's checkpoint.
+        reference: The file to compare with; for a reference, the file to write.
+        no_reference: The reason why there is no reference.
+        attempt: The number of the attempt at this cell, from 1.
+        key: See :func:`measurement_key`.
+        provenance: Entries of the record's provenance that are known before the job runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,7 +59,9 @@ class Job(BaseModel):
     task: Literal["measure", "reference"] = "measure"
     cell: str
     config: EngineConfig
-    workload: Workload
+    source: str
+    python: Path | None = None
+    workload: Workload | None = None
     quality: QualityOptions | None = None
     text_sha256: str | None = None
     weights_sha256: str | None = None
@@ -109,20 +71,20 @@ class Job(BaseModel):
     reference: Path | None = None
     no_reference: str | None = None
     attempt: int = 1
-    source: EngineSource = EngineSource()
+    key: str = ""
     provenance: dict[str, Any] = {}
 
     @property
-    def key(self) -> str:
-        """Same key, same measurement: the hash of everything that decides the result."""
-        timed = {"workload": self.workload.model_dump(), "draft": self.draft_sha256}
-        return sha256_of({**self._scored(), **timed})
+    def engine(self) -> EngineKind:
+        """The kind of engine that runs it. Its module is imported here."""
+        return registry.load(self.source)
 
     def reference_job(self, folder: Path) -> Job:
-        """The job that scores what this one is compared with: unquantized, eager, the same dtype.
+        """Makes the job that scores the reference of this one.
 
-        What does not touch its numbers, such as the number of slots or who drafts, is left out, so
-        that as many cells as possible share it. Where it is kept in ``folder`` says what it is of.
+        The reference is hotloop's own engine: unquantized, eager, the same dtype. It keeps only
+        those options that change its predictions, so that as many cells as possible share it. The
+        name of its file in ``folder`` is a hash of these.
         """
         assert self.quality is not None, "a job that scores nothing has no reference"
         config = EngineConfig(
@@ -137,14 +99,17 @@ class Job(BaseModel):
                 "task": "reference",
                 "cell": config.name,
                 "config": config,
+                "source": ENGINES[OWN_ENGINE],
+                "python": None,
                 "weights_sha256": self.compared_sha256,
                 "draft_sha256": None,
                 "reference_model": None,
                 "reference_sha256": None,
                 "attempt": 1,
+                "key": "",
             }
         )
-        name = sha256_of({**job._scored(), "hotloop": __version__})
+        name = sha256_of(_scored(job, job.config))
         return job.model_copy(update={"reference": folder / f"{name[:16]}.safetensors"})
 
     @property
@@ -152,80 +117,154 @@ class Job(BaseModel):
         """Hash of the checkpoint of the model to compare with."""
         return self.reference_sha256 or self.weights_sha256
 
-    def _scored(self) -> dict[str, Any]:
-        """What decides the predictions and what they are compared with."""
-        windows = self.quality and self.quality.model_dump(exclude={"text", "reference"})
-        return {
-            "config": self.config.to_dict(),
-            "windows": windows,
-            "text": self.text_sha256,
-            "weights": self.weights_sha256,
-            "source": self.source.create,
-            **({"reference": self.reference_sha256} if self.reference_sha256 else {}),
-        }
+
+def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any]) -> str:
+    """Hashes everything that decides a job's result, and nothing else.
+
+    A job whose key a record has is not measured again. The key covers the settled configuration,
+    the content of the checkpoints (not their names), the content of the text and its windows, the
+    reference's content, the workload, the engine, its interpreter, the versions of hotloop and
+    torch, and the machine. It leaves out names of cells and recipes, paths of files whose content
+    counts, time limits and the number of the attempt.
+
+    Args:
+        job: The job.
+        settled: Its configuration as its engine's ``settle`` returns it.
+        machine: What ``hardware.machine`` returns.
+    """
+    timed = {
+        "workload": job.workload and job.workload.model_dump(),
+        "draft": job.draft_sha256,
+        "reference": job.reference_sha256,
+        "machine": machine,
+    }
+    return sha256_of(_scored(job, settled) | timed)
+
+
+def _scored(job: Job, settled: EngineConfig) -> dict[str, Any]:
+    """Everything that decides a job's predictions."""
+    config = settled.to_dict()
+    if job.weights_sha256:
+        del config["model"]
+        if is_draft_model(settled.draft):
+            del config["draft"]
+    return {
+        "config": config,
+        "weights": job.weights_sha256,
+        "engine": [job.source, job.python and str(job.python)],
+        "versions": {"hotloop": __version__, "torch": version("torch")},
+        "text": job.text_sha256,
+        "windows": job.quality and job.quality.model_dump(exclude={"text", "reference"}),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A cell of a recipe.
+
+    Attributes:
+        name: Its name, different from those of the other cells.
+        config: The configuration, with the schemes of a quantized copy filled in.
+        settled: The same, with what ``auto`` stands for as far as that is known beforehand.
+        source: The ``module:attribute`` of its engine's ``EngineKind``.
+        engine: That ``EngineKind``.
+    """
+
+    name: str
+    config: EngineConfig
+    settled: EngineConfig
+    source: str
+    engine: EngineKind
+
+
+def make_cells(configs: Sequence[EngineConfig], models: Models) -> list[Cell]:
+    """Makes the cells of some configurations; those that settle to the same one become one cell.
+
+    Raises:
+        UnknownNameError: There is no such engine.
+        ModelNotFoundError: There is no such model on this machine.
+        CheckpointError: A checkpoint's description is damaged.
+    """
+    cells: dict[EngineConfig, Cell] = {}
+    for config in configs:
+        engine: EngineKind = registry.resolve("engine", ENGINES, config.engine)
+        if engine.reads_checkpoints and config.weights == "checkpoint":
+            config = settle_schemes(config, models[config.model].quantization)
+        settled = engine.settle(config)
+        cell = Cell(
+            name="",
+            config=config,
+            settled=settled,
+            source=ENGINES[config.engine],
+            engine=engine,
+        )
+        cells.setdefault(settled, cell)
+    names = cell_names([cell.config for cell in cells.values()])
+    return [replace(cell, name=name) for cell, name in zip(cells.values(), names, strict=True)]
 
 
 def make_jobs(
     configs: Sequence[EngineConfig],
-    workload: Workload,
+    workload: Workload | None,
     quality: QualityOptions | None,
     *,
-    source: EngineSource = EngineSource(),
+    pythons: Mapping[str, Path] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> list[Job]:
-    """Jobs that measure configurations. Each checkpoint is read once, to hash it.
+    """Makes the jobs that measure configurations. Each checkpoint is hashed once.
 
     Args:
-        configs: What to measure; see ``fit_to_experiment``.
-        workload: What to time.
-        quality: What to score; None for nothing. Random weights are not scored anyway.
-        source: Where engines come from.
-        provenance: What the records should say besides what is found out.
+        configs: The configurations; see ``fit_to_experiment``.
+        workload: The workload to time; None to time nothing.
+        quality: The windows to score; None for none. Random weights are never scored.
+        pythons: Interpreters of engines, by the engine's name.
+        provenance: Entries of the records' provenance.
 
     Raises:
+        UnknownNameError: There is no such engine.
         ConfigError: The text cannot be read or is too short, or the reference is not one.
         ModelNotFoundError: There is no such model on this machine.
         CheckpointError: A checkpoint is damaged.
     """
-    models, text = Models(readable=source.is_own), None
+    models, machine, text = Models(), hardware.machine(), None
     jobs = []
-    for config in configs:
-        model, draft = (name and models[name] for name in checkpoints(config))
+    for cell in make_cells(configs, models):
+        model, draft = (name and models[name] for name in checkpoints(cell.config))
         job = Job(
-            cell="",
-            config=settle_schemes(config, model.stored if model else None),
+            cell=cell.name,
+            config=cell.config,
+            source=cell.source,
+            python=(pythons or {}).get(cell.config.engine),
             workload=workload,
             quality=quality,
             weights_sha256=model.sha256 if model else None,
             draft_sha256=draft.sha256 if draft else None,
-            source=source,
             provenance=dict(provenance or {}),
         )
-        if model and model.stored:
+        readable = cell.engine.reads_checkpoints
+        if model and readable:
             job.provenance["stored"] = model.stored.to_dict()
         if model and quality:
-            if text is None:
-                text = load_text(quality.text)
-                models.check_length(model, text.content, quality.window)
-            job = job.model_copy(
-                update={"text_sha256": text.sha256, **_compared(models, model, quality)}
-            )
-        jobs.append(job)
-    cells = cell_names([job.config for job in jobs])
-    return [job.model_copy(update={"cell": cell}) for job, cell in zip(jobs, cells, strict=True)]
+            text = text or load_text(quality.text)
+            if readable:
+                check_length(model, text.content, quality.window)
+            compared = _compared(models, model, quality, readable=readable)
+            job = job.model_copy(update={"text_sha256": text.sha256, **compared})
+        key = measurement_key(job, cell.settled, machine)
+        jobs.append(job.model_copy(update={"key": key}))
+    return jobs
 
 
-def _compared(models: Models, model: KnownModel, quality: QualityOptions) -> dict[str, Any]:
+def _compared(
+    models: Models, model: KnownModel, quality: QualityOptions, *, readable: bool
+) -> dict[str, Any]:
     """The fields of a job that say what its quality is measured against."""
     try:
-        reference = models.reference_of(model, quality.reference)
+        reference = models.reference_of(
+            model, quality.reference, model.quantization if readable else None
+        )
     except NoReferenceError as error:
         return {"no_reference": str(error)}
     if reference.sha256 == model.sha256:
         return {}
     return {"reference_model": reference.name, "reference_sha256": reference.sha256}
-
-
-def _attribute(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from hotloop.errors import ConfigError, ModelNotFoundError, shorten_value
@@ -20,60 +21,57 @@ from hotloop.weights.identity import Quantization, StoredForm, hash_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class KnownModel:
-    """A checkpoint on this machine.
+    """A checkpoint on this machine. Its files are read when they are first needed.
 
     Attributes:
-        name: What the user calls it.
+        name: The name or path that the user gave.
         path: Where it is.
-        sha256: The hash of its content.
-        stored: The types of its tensors and its description, where they could be read.
     """
 
     name: str
     path: Path
-    sha256: str
-    stored: StoredForm | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of its content."""
+        return hash_checkpoint(self.path)
+
+    @cached_property
+    def stored(self) -> StoredForm:
+        """The types of its tensors and its description."""
+        return read_stored_form(self.path)
 
     @property
     def quantization(self) -> Quantization | None:
-        """What ``hotloop quantize`` says of it, if it is a copy that this wrote."""
-        return self.stored.quantization if self.stored else None
+        """What ``hotloop quantize`` wrote about it; None if it is not a quantized copy."""
+        return self.stored.quantization
 
 
 class Models:
-    """Checkpoints by name, each read once.
+    """Checkpoints by name, each read once."""
 
-    Args:
-        readable: Whether hotloop's own engine reads them; others have formats of their own.
-    """
-
-    def __init__(self, *, readable: bool) -> None:
-        self._readable = readable
+    def __init__(self) -> None:
         self._known: dict[str, KnownModel] = {}
 
     def __getitem__(self, name: str) -> KnownModel:
         if name not in self._known:
-            path = resolve_model(name)
-            self._known[name] = KnownModel(
-                name=name,
-                path=path,
-                sha256=hash_checkpoint(path),
-                stored=read_stored_form(path) if self._readable else None,
-            )
+            self._known[name] = KnownModel(name=name, path=resolve_model(name))
         return self._known[name]
 
-    def reference_of(self, model: KnownModel, asked: str | None) -> KnownModel:
-        """The unquantized model to compare with.
+    def reference_of(
+        self, model: KnownModel, asked: str | None, copy: Quantization | None
+    ) -> KnownModel:
+        """Finds the unquantized model to compare with.
 
         Args:
-            model: What is measured.
+            model: The model that is measured.
             asked: The reference that the user names.
+            copy: How ``model`` was quantized, if ``hotloop quantize`` wrote it.
 
         Raises:
             ConfigError: ``asked`` is a quantized copy, or not what ``model`` was made from.
             NoReferenceError: ``model`` is a quantized copy and its source is not to be found.
         """
-        copy = model.quantization
         if asked is not None:
             reference = self[asked]
             if reference.quantization is not None:
@@ -104,49 +102,59 @@ class Models:
             raise NoReferenceError(f"{lacks}; {copy.source.name} here has another content.")
         return reference
 
-    def check_length(self, model: KnownModel, text: str, window: int) -> None:
-        """Refuses a text that is too short, before processes are started that would find it so.
 
-        Raises:
-            ConfigError: The text has fewer tokens than a window.
-        """
-        if not self._readable:
-            return
-        from hotloop.text.tokenizer import load_tokenizer
+def check_length(model: KnownModel, text: str, window: int) -> None:
+    """Refuses a text that is shorter than a window, before any process starts.
 
-        tokenizer = load_tokenizer(model.path)
+    Raises:
+        ConfigError: The text has fewer tokens than a window.
+    """
+    from hotloop.text.tokenizer import load_tokenizer
 
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special=False)
+    tokenizer = load_tokenizer(model.path)
 
-        take_windows(encode, text, window, 1)
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special=False)
+
+    take_windows(encode, text, window, 1)
 
 
 class NoReferenceError(ConfigError):
-    """A model's quality cannot be known, since there is nothing to compare it with."""
+    """A model has no unquantized reference, so its quality is unknown."""
 
 
 def read_stored_form(path: Path) -> StoredForm:
-    """How a checkpoint is stored; see ``weights.checkpoint.stored_form``."""
+    """Reads how a checkpoint is stored; see ``weights.checkpoint.stored_form``."""
     from hotloop.weights.checkpoint import open_checkpoint, stored_form  # these import torch
 
     with closing(open_checkpoint(path)) as checkpoint:
         return stored_form(checkpoint)
 
 
-def settle_schemes(config: EngineConfig, stored: StoredForm | None) -> EngineConfig:
-    """The configuration with the schemes that a quantized copy has, where it names none."""
+def is_quantized_copy(name: str) -> bool:
+    """Tells whether ``hotloop quantize`` wrote a model.
+
+    Raises:
+        ModelNotFoundError: There is no such model on this machine.
+        CheckpointError: Its description is damaged.
+    """
+    return KnownModel(name=name, path=resolve_model(name)).quantization is not None
+
+
+def settle_schemes(config: EngineConfig, copy: Quantization | None) -> EngineConfig:
+    """Fills in the schemes of a quantized copy, unless the configuration asks for others."""
+    if copy is None:
+        return config
+    if config.quant not in ("none", copy.scheme) or config.head not in ("auto", copy.head):
+        return config
     from hotloop.quant import parse_head_scheme, parse_scheme  # imports torch
 
-    copy = stored.quantization if stored else None
-    if copy is None or config.quant != "none" or config.head not in ("auto", copy.head):
-        return config
     by_default = parse_head_scheme("auto", parse_scheme(copy.scheme)).name == copy.head
     return replace(config, quant=copy.scheme, head="auto" if by_default else copy.head)
 
 
 def checkpoints(config: EngineConfig) -> tuple[str | None, str | None]:
-    """The names of the checkpoints that a configuration reads: the model's, and its draft's."""
+    """Names the checkpoints that a configuration reads: the model's, and its draft model's."""
     if config.weights == "random":
         return None, None
     return config.model, config.draft if is_draft_model(config.draft) else None

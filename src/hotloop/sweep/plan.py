@@ -1,4 +1,4 @@
-"""What a recipe would run, and whether it would fit, without loading anything."""
+"""Plans a recipe: its cells, and whether each would fit, without loading anything."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hotloop.errors import ConfigError, UnsupportedError
-from hotloop.sweep.job import EngineSource
-from hotloop.sweep.models import read_stored_form, settle_schemes
-from hotloop.sweep.recipe import Recipe, cell_names, expand
+from hotloop.sweep.job import Cell, make_cells
+from hotloop.sweep.models import Models
+from hotloop.sweep.recipe import Recipe, expand
 from hotloop.types import EngineConfig
-from hotloop.weights.hub import resolve_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,35 +42,25 @@ class PlannedCell:
         return {**vars(self), "config": self.config.to_dict()}
 
 
-def plan(
-    recipe: Recipe,
-    *,
-    source: EngineSource = EngineSource(),  # noqa: B008 (frozen)
-) -> list[PlannedCell]:
-    """The cells of a recipe, in the order in which they would run.
+def plan(recipe: Recipe) -> list[PlannedCell]:
+    """Plans the cells of a recipe, in the order in which they would run.
 
     Raises:
         ModelNotFoundError: There is no such model on this machine.
     """
-    configs = expand(recipe)
-    if source.is_own and recipe.weights == "checkpoint":
-        stored = read_stored_form(resolve_model(recipe.model))
-        configs = [settle_schemes(config, stored) for config in configs]
-    names = cell_names(configs)
-    return [_planned(name, config, source) for name, config in zip(names, configs, strict=True)]
+    return [_planned(cell) for cell in make_cells(expand(recipe), Models())]
 
 
-def _planned(name: str, config: EngineConfig, source: EngineSource) -> PlannedCell:
-    _, predict = source.resolve()
+def _planned(cell: Cell) -> PlannedCell:
     try:
-        memory = predict(config)
+        memory = cell.engine.predict(cell.config)
     except (UnsupportedError, ConfigError) as error:
-        return PlannedCell(cell=name, config=config, unsupported=str(error))
+        return PlannedCell(cell=cell.name, config=cell.config, unsupported=str(error))
     if memory is None:
-        return PlannedCell(cell=name, config=config)
+        return PlannedCell(cell=cell.name, config=cell.config)
     return PlannedCell(
-        cell=name,
-        config=config,
+        cell=cell.name,
+        config=cell.config,
         predicted_bytes=memory.to_dict(),
         free_bytes=memory.free_bytes,
         fits=memory.total_bytes <= memory.free_bytes,

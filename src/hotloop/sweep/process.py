@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 import psutil
 
+import hotloop
 from hotloop.bench.record import Record, Status
 from hotloop.errors import HotloopError
 from hotloop.hardware import kernel_oom_kills
@@ -49,6 +50,25 @@ LOG_TAIL_LINES = 6
 OOM_SHARE = 0.8
 """A process killed by somebody else while it held this much of the memory that was available when
 it started is taken for a victim of some out-of-memory killer, even if the kernel counted none."""
+
+
+_START = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+folder = sys.argv.pop(1)
+spec = spec_from_file_location(
+    "hotloop", folder + "/__init__.py", submodule_search_locations=[folder]
+)
+sys.modules["hotloop"] = module = module_from_spec(spec)
+spec.loader.exec_module(module)
+
+from hotloop.sweep.worker import main
+
+main()
+"""
+"""Starts the worker of this very hotloop, whichever the interpreter: another one need not have
+hotloop installed, and gets nothing else of this one's packages."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -215,7 +235,10 @@ def _started(
     try:
         try:
             child = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "hotloop.sweep.worker", str(writer)],
+                [
+                    *(str(job.python or sys.executable), "-X", "faulthandler", "-c", _START),
+                    *(str(Path(hotloop.__file__).parent), str(writer)),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

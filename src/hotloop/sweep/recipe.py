@@ -15,6 +15,8 @@ derived from ``EngineConfig``, so a new lever can be swept by being a field ther
     workload: {prompt_tokens: 32, new_tokens: 64}
     quality: {window: 256, n_windows: 16}    # or false
     timeout_s: 600                # per cell
+    engines:                      # for cells that name another engine than hotloop
+      vllm: {python: ~/vllm/bin/python}    # its interpreter; hotloop need not be installed there
 
 One recipe is about one model: records of different models cannot be compared, so they belong into
 different results folders.
@@ -26,6 +28,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -52,9 +55,10 @@ from pydantic import (
     create_model,
 )
 
+from hotloop.baselines import ENGINES
 from hotloop.bench.record import Workload
 from hotloop.checked import Range
-from hotloop.errors import ConfigError, shorten_value
+from hotloop.errors import ConfigError, UnknownNameError, shorten, shorten_value
 from hotloop.outside import LARGEST_COUNT, StrictModel, config_error, read_text, validated
 from hotloop.sweep.bounded_yaml import parse_yaml
 from hotloop.types import EngineConfig, WeightSource, is_draft_model
@@ -84,6 +88,25 @@ class QualityOptions(StrictModel):
     n_windows: Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = 16
     text: Annotated[Path | None, Field(strict=False)] = None
     reference: Text | None = None
+
+
+class EngineSettings(StrictModel):
+    """Where the cells of one engine run.
+
+    Attributes:
+        python: The interpreter, relative to the recipe; None takes the one that runs hotloop.
+    """
+
+    python: Annotated[Path | None, Field(strict=False)] = None
+
+
+def _known_engine(name: str) -> str:
+    if name not in ENGINES:
+        raise UnknownNameError("engine", name, ENGINES)
+    return name
+
+
+Engine = Annotated[Text, AfterValidator(_known_engine)]
 
 
 def _canonical_scheme(name: str) -> str:
@@ -132,6 +155,7 @@ def _lever_types() -> dict[str, Any]:
     }
     hints["quant"] = Annotated[Text, AfterValidator(_canonical_scheme)]
     hints["head"] = Annotated[Text, AfterValidator(_canonical_head)]
+    hints["engine"] = Engine
     hints["draft_quant"] = Annotated[Text, AfterValidator(_canonical_scheme)]
     return {
         field.name: hints[field.name]
@@ -174,6 +198,7 @@ class Recipe(StrictModel):
         QualityOptions | None, BeforeValidator(lambda value: None if value is False else value)
     ] = QualityOptions()
     timeout_s: Annotated[float, Field(gt=0, le=1e9)] = 1800.0
+    engines: dict[Engine, EngineSettings] = Field(default_factory=dict)
 
     _folder: Path = PrivateAttr(default=Path())
 
@@ -189,6 +214,26 @@ class Recipe(StrictModel):
             return None
         text = self.quality.text and (self._folder / self.quality.text).resolve()
         return self.quality.model_copy(update={"text": text})
+
+    @property
+    def pythons(self) -> dict[str, Path]:
+        """The interpreters of engines, by the engine's name.
+
+        Raises:
+            ConfigError: One of them is not a program.
+        """
+        found = {}
+        for engine, settings in self.engines.items():
+            if settings.python is None:
+                continue
+            python = (self._folder / settings.python.expanduser()).absolute()
+            if not (python.is_file() and os.access(python, os.X_OK)):
+                raise ConfigError(
+                    f"engines.{engine}.python: {shorten(str(python))} is not a program: give the "
+                    "path of the interpreter that has the engine."
+                )
+            found[engine] = python
+        return found
 
 
 def load_recipe(path: Path | str) -> Recipe:

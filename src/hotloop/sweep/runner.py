@@ -22,7 +22,7 @@ from hotloop.sweep.events import (
     ReferenceStarted,
     ignore,
 )
-from hotloop.sweep.job import EngineSource, Job, make_jobs
+from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.process import Interrupted, run_isolated
 from hotloop.sweep.recipe import Recipe, expand
 from hotloop.sweep.store import RECORDS, append, locked, read_file
@@ -46,7 +46,6 @@ def run_sweep(
     *,
     resume: bool = False,
     on_event: OnEvent = ignore,
-    source: EngineSource = EngineSource(),  # noqa: B008 (frozen)
 ) -> list[Record]:
     """Measures every cell of a recipe.
 
@@ -57,10 +56,10 @@ def run_sweep(
         resume: Go on in a folder that has records: cells that were finished there, with the same
             configuration, workload and quality protocol, are not measured again.
         on_event: Is told what happens.
-        source: Where engines come from.
 
     Returns:
-        The latest record of each of the recipe's cells, in the recipe's order.
+        The latest record of each of the recipe's cells, in the recipe's order. Cells whose settled
+        configuration is the same are one.
 
     Raises:
         ConfigError: The folder has records and ``resume`` was not asked for, or another sweep is
@@ -72,7 +71,7 @@ def run_sweep(
         expand(recipe),
         recipe.workload,
         recipe.quality_options,
-        source=source,
+        pythons=recipe.pythons,
         provenance={"recipe": {"name": recipe.name, "sha256": recipe.sha256}},
     )
     make_folder(results)

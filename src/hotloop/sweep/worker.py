@@ -1,4 +1,4 @@
-"""The process of one cell: ``python -m hotloop.sweep.worker FD``.
+"""The process of one cell, which ``process`` starts with a file descriptor FD as its argument.
 
 Reads a job, one line of JSON, from stdin; writes events, a line of JSON each, to the file
 descriptor FD, the last one holding the record. stdout and stderr are for whoever reads the log.
@@ -47,7 +47,3 @@ def _end_with_parent() -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,46 @@
+"""The engines that a cell can name: hotloop's own, and others to compare it with.
+
+To add one, write a module with an ``EngineKind`` and add its name to ``ENGINES``. The module
+imports the engine's library inside ``create`` alone: an engine can run under an interpreter of its
+own, so the process that plans a sweep may lack its library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hotloop.types import Engine, EngineConfig, MemoryPlan
+
+ENGINES: Mapping[str, str] = {
+    "hotloop": "hotloop.baselines.hotloop:ENGINE",
+}
+"""The registry: the name in ``EngineConfig.engine`` -> where its ``EngineKind`` is."""
+
+
+def _unchanged(config: EngineConfig) -> EngineConfig:
+    return config
+
+
+def _unknown(config: EngineConfig) -> MemoryPlan | None:  # noqa: ARG001
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineKind:
+    """What a sweep needs to know about a kind of engine.
+
+    Attributes:
+        create: Loads the engine of a configuration.
+        predict: Predicts the memory of a configuration; None where that is unknown. Raises what
+            ``create`` would raise before it loads anything.
+        settle: Fills in what ``auto`` stands for, as far as that is known without using a GPU.
+            Configurations that settle to the same value are one cell.
+        reads_checkpoints: The model is a checkpoint that hotloop itself can read. Its stored form
+            and its tokenizer are then read before any process starts.
+    """
+
+    create: Callable[[EngineConfig], Engine]
+    predict: Callable[[EngineConfig], MemoryPlan | None] = _unknown
+    settle: Callable[[EngineConfig], EngineConfig] = _unchanged
+    reads_checkpoints: bool = False

@@ -1,0 +1,30 @@
+"""hotloop's own engine. torch is imported when a function is called."""
+
+from __future__ import annotations
+
+from hotloop.baselines import EngineKind
+from hotloop.types import Engine, EngineConfig, MemoryPlan
+
+
+def create(config: EngineConfig) -> Engine:
+    """Loads the engine."""
+    from hotloop.engine.llm import LLM
+
+    return LLM(config)
+
+
+def predict(config: EngineConfig) -> MemoryPlan:
+    """Predicts its memory; see ``predict_memory``."""
+    from hotloop.engine.memory import predict_memory
+
+    return predict_memory(config)
+
+
+def settle(config: EngineConfig) -> EngineConfig:
+    """Fills in what ``auto`` stands for; see ``engine.setup.settle``."""
+    from hotloop.engine import setup
+
+    return setup.settle(config)
+
+
+ENGINE = EngineKind(create=create, predict=predict, settle=settle, reads_checkpoints=True)
