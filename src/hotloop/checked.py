@@ -89,13 +89,14 @@ def check_fields(value: Any, error: type[HotloopError]) -> None:
 
 
 def range_of(of: type, name: str) -> Range:
-    """The numbers that a field of a dataclass takes; one that can be None has a range too."""
+    """Returns the numbers that a field of a dataclass takes, whether or not it can be None."""
     hint = _hints(of)[name]
-    if get_origin(hint) in (Union, types.UnionType):
-        hint, *_ = get_args(hint)
-    _, bounds, *_ = get_args(hint)
-    assert isinstance(bounds, Range), "a number's field has a range"
-    return bounds
+    while get_origin(hint) is not None:
+        hint, *extras = get_args(hint)
+        for extra in extras:
+            if isinstance(extra, Range):
+                return extra
+    raise AssertionError(f"the field {name} has no range")
 
 
 T = TypeVar("T")

@@ -12,11 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_type_hints
 
 from hotloop.checked import MAX_COUNT, Count, Range, Seed, check_fields
 from hotloop.errors import ConfigError, RequestError
@@ -96,60 +96,174 @@ def draft_name(draft: str, quant: str, n_tokens: int, policy: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lever:
+    """A field of ``EngineConfig`` as users meet it.
+
+    Command-line options, axes of a sweep's matrix, keys of recipes and help pages are made from it.
+
+    Attributes:
+        help: What it sets, in a sentence or two.
+        group: The part of a help page that lists it; None where the command line has another
+            option for it, or none.
+        default: The default in words, where the field's own value does not say it.
+        sweep: The values that a sweep tries by default, separated by commas; None for the default.
+        alias: Another name of its option.
+        names: The kind of names that it takes, where their list is in another module.
+        used: Tells from the other fields of a configuration whether it has an effect; None where
+            it always has.
+    """
+
+    help: str
+    group: Literal["Model", "Execution", "Speculation"] | None = None
+    default: str | None = None
+    sweep: str | None = None
+    alias: str | None = None
+    names: Literal["scheme", "head", "engine"] | None = None
+    used: Callable[[Mapping[str, Any]], bool] | None = None
+
+
+def _has_ranks(config: Mapping[str, Any]) -> bool:
+    return config["tensor_parallel"] > 1
+
+
+def _drafts(config: Mapping[str, Any]) -> bool:
+    return config["draft"] != "none"
+
+
+def _has_draft_model(config: Mapping[str, Any]) -> bool:
+    return is_draft_model(config["draft"])
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that makes one engine differ from another.
 
-    The same value drives ``generate``, ``bench``, ``sweep`` and ``serve``.
+    The same value drives ``generate``, ``chat``, ``bench``, ``eval`` and ``sweep``. Each field
+    describes itself in its :class:`Lever`; see :func:`levers`.
 
     Attributes:
         model: A local path (folder or ``.gguf``), a pulled name, or a built-in shape's name.
-        weights: Read the checkpoint, or make random weights of its shape.
-        quant: A quantization scheme by its short name: ``none``, ``int8``, ``fp8``, ``int4-g64``,
-            ``int4-g32-asym``.
-        head: The scheme of the output head: ``auto`` (``int8`` under any quantization, otherwise
-            ``none``), or a scheme's name. A tied embedding follows the head.
-        execution: How a decode step runs.
-        tensor_parallel: Ranks that each hold a slice of every layer and compute together, each in
-            a process and, on GPUs, on a device of its own.
-        all_reduce: What several ranks on GPUs add up on; on CPUs it is gloo.
-        draft: Speculative decoding: ``none``; ``ngram``, which looks up what followed the latest
-            tokens where they stood before; ``exit-N``, the model's own first N layers; or a model
-            of the same vocabulary, named as in ``model``.
-        draft_quant: The scheme of a draft model's weights.
-        draft_tokens: The most tokens drafted for one step.
-        draft_policy: Draft where it pays, or always.
-        device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``; with several ranks on
-            GPUs ``auto`` or ``cuda``, and rank r takes ``cuda:r``.
-        dtype: Element type of activations and unquantized weights.
-        max_batch_size: Slots in the cache: sequences decoded at once.
-        max_seq_len: Tokens a slot can hold, prompt and answer together. None takes the model's
-            context length, or of a longer one what a cache of ``DEFAULT_CACHE_BYTES`` holds, at
-            least ``MIN_DEFAULT_SEQ_LEN``.
-        prefill_chunk: The most prompt tokens processed in one forward; None takes 512, and with
-            ``fused`` up to 8,192, as the device's memory allows.
-        seed: Seed of random weights.
-        engine: The engine that runs the model, by its name in ``baselines.ENGINES``. Only sweeps
-            choose: ``hotloop.LLM`` is hotloop's own.
     """
 
     model: str
-    weights: WeightSource = "checkpoint"
-    quant: str = "none"
-    head: str = "auto"
-    execution: Execution = "auto"
-    tensor_parallel: Count = 1
-    all_reduce: AllReduce = "auto"
-    draft: str = "none"
-    draft_quant: str = "none"
-    draft_tokens: Annotated[int, Range(1, MAX_DRAFT_TOKENS)] = 4
-    draft_policy: DraftPolicy = "adaptive"
-    device: str = "auto"
-    dtype: DType = "auto"
-    max_batch_size: Count = 1
-    max_seq_len: Count | None = None
-    prefill_chunk: Count | None = None
-    seed: Seed = 0
-    engine: str = OWN_ENGINE
+    weights: Annotated[
+        WeightSource,
+        Lever(help="Source of weights. random needs no checkpoint: it shows speed and fit."),
+    ] = "checkpoint"
+    quant: Annotated[
+        str,
+        Lever(
+            help="Weight quantization: none, int8, fp8, int4-gN (N 32, 64 or 128), or "
+            "int4-gN-asym.",
+            group="Model",
+            sweep="none,int8,int4-g64",
+            names="scheme",
+        ),
+    ] = "none"
+    head: Annotated[
+        str,
+        Lever(
+            help="Quantization of the output head, and of an embedding tied to it. auto is int8 "
+            "under any --quant but none.",
+            group="Model",
+            names="head",
+        ),
+    ] = "auto"
+    execution: Annotated[
+        Execution,
+        Lever(
+            help="Plain PyTorch (eager), torch.compile (compile), or hotloop's CUDA kernels "
+            "(fused). auto is fused where that runs, else eager.",
+            group="Execution",
+            sweep="auto,compile",
+        ),
+    ] = "auto"
+    tensor_parallel: Annotated[
+        Count,
+        Lever(
+            help="Ranks that split every layer, on GPUs one GPU each.",
+            group="Execution",
+            alias="--tp",
+        ),
+    ] = 1
+    all_reduce: Annotated[
+        AllReduce,
+        Lever(
+            help="All-reduce backend of several GPUs. auto is symm_mem where that works, else "
+            "nccl.",
+            group="Execution",
+            used=_has_ranks,
+        ),
+    ] = "auto"
+    draft: Annotated[
+        str,
+        Lever(
+            help="Speculative decoding: none; ngram, which looks drafts up in the text so far; "
+            "exit-N, the model's first N layers; or a smaller model of the same vocabulary.",
+            group="Speculation",
+        ),
+    ] = "none"
+    draft_quant: Annotated[
+        str,
+        Lever(
+            help="Weight quantization of a draft model, as --quant.",
+            group="Speculation",
+            names="scheme",
+            used=_has_draft_model,
+        ),
+    ] = "none"
+    draft_tokens: Annotated[
+        int,
+        Range(1, MAX_DRAFT_TOKENS),
+        Lever(
+            help="Most tokens drafted for one step.",
+            group="Speculation",
+            used=_drafts,
+        ),
+    ] = 4
+    draft_policy: Annotated[
+        DraftPolicy,
+        Lever(
+            help="Draft where measurements show that it pays (adaptive), or in every step "
+            "(always).",
+            group="Speculation",
+            used=_drafts,
+        ),
+    ] = "adaptive"
+    device: Annotated[
+        str, Lever(help="Torch device, such as cpu or cuda:0.", group="Execution")
+    ] = "auto"
+    dtype: Annotated[
+        DType, Lever(help="Element type of activations and unquantized weights.", group="Model")
+    ] = "auto"
+    max_batch_size: Annotated[
+        Count, Lever(help="Sequences decoded at once.", group="Execution")
+    ] = 1
+    max_seq_len: Annotated[
+        Count | None,
+        Lever(
+            help="Tokens that a sequence can hold, prompt and answer together.",
+            group="Execution",
+            default="the model's context, cut to 1 GiB of cache but not below 4,096 tokens; or "
+            "what is measured",
+        ),
+    ] = None
+    prefill_chunk: Annotated[
+        Count | None,
+        Lever(
+            help="Most prompt tokens in one forward pass.",
+            group="Execution",
+            default=f"{LEAST_PREFILL_CHUNK}, with fused up to {MOST_PREFILL_CHUNK}",
+        ),
+    ] = None
+    seed: Annotated[Seed, Lever(help="Seed of random weights.")] = 0
+    engine: Annotated[
+        str,
+        Lever(
+            help="Engine that runs the model. Only the cells of a recipe choose one.",
+            names="engine",
+        ),
+    ] = OWN_ENGINE
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
@@ -182,6 +296,17 @@ class EngineConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""
         return asdict(self)
+
+
+def levers() -> dict[str, Lever]:
+    """Returns the levers of ``EngineConfig`` by name, in its order of fields."""
+    hints = get_type_hints(EngineConfig, include_extras=True)
+    return {
+        name: extra
+        for name, hint in hints.items()
+        for extra in getattr(hint, "__metadata__", ())
+        if isinstance(extra, Lever)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

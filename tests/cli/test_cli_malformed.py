@@ -44,7 +44,7 @@ VERBS: dict[str, tuple[list[str], tuple[type, ...]]] = {
             options.QualityOptions,
         ),
     ),
-    "info": (["m"], (options.DeviceOptions,)),
+    "info": (["m"], (options.FitOptions,)),
 }
 
 RESOLVED_LATER = ("quant", "head", "draft_quant", "max_seq_len", "tensor_parallel")

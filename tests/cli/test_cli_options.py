@@ -16,9 +16,9 @@ from hotloop.cli.options import (
     WorkloadOptions,
 )
 from hotloop.errors import ConfigError
+from hotloop.sweep.recipe import Matrix, Recipe
 from hotloop.sweep.recipe import QualityOptions as RecipeQuality
-from hotloop.sweep.recipe import Recipe
-from hotloop.types import EngineConfig, SamplingParams
+from hotloop.types import EngineConfig, SamplingParams, levers
 
 
 def names(kind: type) -> set[str]:
@@ -39,6 +39,19 @@ def test_no_option_given_is_the_default_configuration():
     assert WeightOptions().model("m") == "m"
     assert Workload(**WorkloadOptions().fields()) == Recipe(model="m").workload
     assert RecipeQuality(**QualityOptions().fields()) == Recipe(model="m").quality
+
+
+def test_a_lever_is_the_option_the_axis_and_the_key_of_its_field():
+    taken = names(EngineOptions)
+    assert taken == names(MatrixOptions)
+    assert taken | {"seed", "engine"} == set(Matrix.model_fields)
+    assert set(Matrix.model_fields) | {"weights"} == set(levers())
+
+
+def test_of_a_sweeps_levers_several_values_are_an_axis_and_one_is_for_all_cells():
+    options = MatrixOptions(quant="int8", draft_tokens="2,4", max_batch_size="8")
+    assert options.matrix() == {"execution": ["auto", "compile"], "draft_tokens": [2, 4]}
+    assert options.defaults() == {"quant": "int8", "max_batch_size": 8}
 
 
 def test_degrees_of_tensor_parallelism_are_numbers():

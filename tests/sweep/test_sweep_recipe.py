@@ -221,12 +221,12 @@ cells: [{draft: small, draft_quant: int8}, {quant: int8}]
 def test_a_draft_models_scheme_is_for_the_cells_that_have_a_draft_model(tmp_path):
     configs = expand(load(tmp_path, DRAFTED))
     assert [(c.draft, c.draft_quant, c.draft_tokens) for c in configs] == [
-        ("none", "none", 2),
+        ("none", "none", 4),
         ("ngram", "none", 2),
         ("exit-2", "none", 2),
         ("small", "int4-g128", 2),
         ("small", "int8", 2),
-        ("none", "none", 2),
+        ("none", "none", 4),
     ]
     assert cell_names(configs)[3:5] == [
         "none/auto/draft=small:int4-g128-2",
@@ -237,6 +237,16 @@ def test_a_draft_models_scheme_is_for_the_cells_that_have_a_draft_model(tmp_path
 def test_a_draft_models_scheme_that_no_cell_has_a_use_for_is_left_for_the_engine_to_refuse():
     recipe = recipe_from_flags("m", matrix={}, defaults={"draft_quant": "int8"})
     assert expand(recipe)[0].draft_quant == "int8"
+
+
+def test_cells_of_the_matrix_that_a_lever_does_not_tell_apart_are_one(tmp_path):
+    axes = "matrix: {draft: [none, ngram], draft_tokens: [2, 4]}"
+    configs = expand(load(tmp_path, f"model: m\n{axes}"))
+    assert [(c.draft, c.draft_tokens) for c in configs] == [
+        ("none", 4),
+        ("ngram", 2),
+        ("ngram", 4),
+    ]
 
 
 def test_a_choice_of_all_reduce_is_for_the_cells_of_several_ranks(tmp_path):

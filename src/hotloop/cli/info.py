@@ -11,7 +11,7 @@ from cyclopts import App
 
 from hotloop.cache import writable_cache_dir
 from hotloop.cli.engine import note_cache
-from hotloop.cli.options import DEFAULT_DEVICE, MODEL, DeviceOptions, Dtype, Json, listed, option
+from hotloop.cli.options import DEFAULT_FIT, MODEL, FitOptions, Json, listed, option
 from hotloop.cli.output import print_json, print_memory, print_pairs, print_text, spinner
 from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.types import EngineConfig
@@ -39,8 +39,7 @@ def info(
     /,
     *,
     quant: Annotated[str, option(MODEL, "The schemes to show, separated by commas.")] = SCHEMES,
-    dtype: Dtype = EngineConfig.dtype,
-    device: DeviceOptions = DEFAULT_DEVICE,
+    fit: FitOptions = DEFAULT_FIT,
     json: Json = False,
 ) -> int:
     """Show what this machine is, or with MODEL whether a model fits it.
@@ -57,7 +56,7 @@ def info(
         from hotloop.models.shapes import SHAPES
 
         weights = "random" if model in SHAPES else "checkpoint"
-        config = EngineConfig(model=model, weights=weights, dtype=dtype, **device.given())
+        config = EngineConfig(model=model, weights=weights, **fit.given())
         about = anatomy(config, listed(quant))
         print_json(about) if json else _show_model(about)
     return 0

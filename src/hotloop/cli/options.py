@@ -1,36 +1,31 @@
 """Options that several verbs share: one class for each value of ``types`` that they make.
 
-Defaults are those of that value; a test holds every field of it to have an option. An option whose
-default is None leaves the choice to the model or the device.
+Options of an engine are made from the levers of ``EngineConfig``. Other options are written here; a
+test checks that every field of their value has one. An option whose default is None leaves the
+choice to the model or the device.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
 from hotloop.errors import ConfigError, shorten_value
-from hotloop.types import (
-    LEAST_PREFILL_CHUNK,
-    MOST_PREFILL_CHUNK,
-    AllReduce,
-    DraftPolicy,
-    DType,
-    EngineConfig,
-    Execution,
-    SamplingParams,
-    WeightSource,
-)
+from hotloop.types import EngineConfig, Lever, SamplingParams, WeightSource, levers
 
 PROMPT = Group("Prompt", sort_key=0)
 MODEL = Group("Model", sort_key=1)
-MATRIX = Group("Matrix", sort_key=2, help="Every combination is measured; separate by commas.")
+MATRIX = Group(
+    "Matrix",
+    sort_key=2,
+    help="Each takes several values, separated by commas; every combination is measured.",
+)
 EXECUTION = Group("Execution", sort_key=3)
 SPECULATION = Group("Speculation", sort_key=4)
 SAMPLING = Group("Sampling", sort_key=5)
@@ -59,12 +54,39 @@ def _whole(_type: object, tokens: Sequence[Token]) -> int:
         raise ValueError(f"{shorten_value(token.value)} is not a whole number.") from None
 
 
+LEVERS = levers()
+
+_HINTS = get_type_hints(EngineConfig)
+_GROUPS = {"Model": MODEL, "Execution": EXECUTION, "Speculation": SPECULATION}
+
+
+def lever_option(name: str) -> Parameter:
+    """The parameter of a field of ``EngineConfig``, made from its ``Lever``."""
+    of = LEVERS[name]
+    make = integer if _is_number(name) else option
+    return make(_GROUPS[of.group or "Model"], of.help, of.default, **_alias(of))
+
+
+def _is_number(name: str) -> bool:
+    return int in (_HINTS[name], *get_args(_HINTS[name]))
+
+
+def _alias(of: Lever) -> dict[str, Any]:
+    return {} if of.alias is None else {"alias": of.alias}
+
+
+def _with_choices(name: str) -> str:
+    """The help of a lever that takes several values, with the choices where they are few."""
+    if get_origin(_HINTS[name]) is not Literal:
+        return LEVERS[name].help
+    return f"{LEVERS[name].help} Of {', '.join(get_args(_HINTS[name]))}."
+
+
 Model = Annotated[
     str, option(MODEL, "A folder, a .gguf file, a pulled name, or a built-in shape's name.")
 ]
-Dtype = Annotated[DType, option(MODEL, "Element type of activations and of unquantized weights.")]
 Tolerance = Annotated[
-    float, option(QUALITY, "The increase of ln perplexity that a recommendation tolerates.")
+    float, option(QUALITY, "Increase of ln perplexity that a recommendation tolerates.")
 ]
 Json = Annotated[bool, option(OUTPUT, "Print JSON instead of text for people.")]
 
@@ -79,133 +101,28 @@ class _Options:
         return {field.name: value for field, value in values if value != field.default}
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class DeviceOptions(_Options):
-    """Where an engine runs and what it makes room for: a part of ``EngineConfig``."""
-
-    device: Annotated[str, option(EXECUTION, "A torch device such as cpu or cuda:0.")] = (
-        EngineConfig.device
-    )
-    max_seq_len: Annotated[
-        int | None,
-        integer(
-            EXECUTION,
-            "Tokens a sequence can hold, prompt and answer.",
-            "the model's, cut to 1 GiB of cache but not below 4,096; or what is measured",
-        ),
-    ] = EngineConfig.max_seq_len
-    max_batch_size: Annotated[int, integer(EXECUTION, "Sequences decoded at once.")] = (
-        EngineConfig.max_batch_size
-    )
-    prefill_chunk: Annotated[
-        int | None,
-        integer(
-            EXECUTION,
-            "The most prompt tokens in one forward.",
-            f"{LEAST_PREFILL_CHUNK}, with fused up to {MOST_PREFILL_CHUNK}",
-        ),
-    ] = EngineConfig.prefill_chunk
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class DraftOptions(DeviceOptions):
-    """Those, and how drafts are made, whoever makes them."""
-
-    draft_quant: Annotated[str, option(SPECULATION, "Weights of a draft model, as --quant.")] = (
-        EngineConfig.draft_quant
-    )
-    draft_tokens: Annotated[int, integer(SPECULATION, "The most tokens drafted for one step.")] = (
-        EngineConfig.draft_tokens
-    )
-    draft_policy: Annotated[
-        DraftPolicy, option(SPECULATION, "Draft where it pays, as measured, or in every step.")
-    ] = EngineConfig.draft_policy
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions(DraftOptions):
-    """One engine: ``EngineConfig`` but for the model and where its weights are from."""
-
-    quant: Annotated[
-        str, option(MODEL, "Weights: none, int8, fp8, int4-gN (N 32, 64 or 128), or int4-gN-asym.")
-    ] = EngineConfig.quant
-    head: Annotated[
-        str, option(MODEL, "The output head: a scheme, or auto, int8 if anything is quantized.")
-    ] = EngineConfig.head
-    dtype: Dtype = EngineConfig.dtype
-    execution: Annotated[
-        Execution,
-        option(
-            EXECUTION,
-            "Plain PyTorch (eager), torch.compile (compile), or CUDA kernels of our own (fused). "
-            "auto is fused where that runs, else eager.",
-        ),
-    ] = EngineConfig.execution
-    tensor_parallel: Annotated[
-        int, integer(EXECUTION, "Ranks that share every layer, one GPU each.", alias="--tp")
-    ] = EngineConfig.tensor_parallel
-    all_reduce: Annotated[
-        AllReduce,
-        option(EXECUTION, "What GPUs add up on. auto is symm_mem where that works, else nccl."),
-    ] = EngineConfig.all_reduce
-    draft: Annotated[
-        str,
-        option(
-            SPECULATION,
-            "Who drafts: ngram, looking up the text so far; exit-N, the first N layers; or a "
-            "smaller model of the same vocabulary.",
-        ),
-    ] = EngineConfig.draft
+class _OneEngine(_Options):
+    """One engine: the levers that belong to a group."""
 
     def config(self, model: str) -> EngineConfig:
-        """The configuration of ``model`` read from its checkpoint."""
+        """Makes the configuration of ``model``, read from its checkpoint."""
         return EngineConfig(model=model, **asdict(self))
 
 
-DEFAULT_SCHEMES = "none,int8,int4-g64"
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class MatrixOptions(DraftOptions):
-    """Many engines: each option with commas is an axis of the matrix."""
-
-    quant: Annotated[
-        str | None,
-        option(
-            MATRIX,
-            "Schemes: none, int8, fp8, int4-gN, int4-gN-asym.",
-            f"{DEFAULT_SCHEMES}; a quantized copy's own",
-        ),
-    ] = None
-    head: Annotated[str, option(MATRIX, "Schemes of the output head.")] = EngineConfig.head
-    execution: Annotated[str, option(MATRIX, "Of auto, eager, compile and fused.")] = "auto,compile"
-    tensor_parallel: Annotated[
-        str, option(MATRIX, "Ranks that share every layer, such as 1,2,4.", alias="--tp")
-    ] = str(EngineConfig.tensor_parallel)
-    all_reduce: Annotated[
-        str, option(MATRIX, "What several GPUs add up on: of auto, nccl and symm_mem.")
-    ] = EngineConfig.all_reduce
-    draft: Annotated[str, option(MATRIX, "Of none, ngram, exit-N and draft models.")] = (
-        EngineConfig.draft
-    )
-    dtype: Annotated[str, option(MATRIX, "Of auto, float32, bfloat16 and float16.")] = (
-        EngineConfig.dtype
-    )
+class _ManyEngines(_Options):
+    """Many engines: the same levers, of which each takes several values."""
 
     def matrix(self) -> dict[str, list[Any]]:
-        """The values of each axis."""
-        said = {axis: getattr(self, axis) for axis in _AXES}
-        axes: dict[str, list[Any]] = {a: listed(v) for a, v in said.items() if v is not None}
-        axes["tensor_parallel"] = [int(n) if n.isdecimal() else n for n in axes["tensor_parallel"]]
-        return axes
+        """The levers with several values, given or by default."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        by_default = {name: one.sweep for name, one in LEVERS.items() if one.sweep}
+        said = {name: _values(name, text) for name, text in (by_default | given).items()}
+        return {name: values for name, values in said.items() if len(values) > 1}
 
     def defaults(self) -> dict[str, Any]:
-        """The fields that are the same for all engines, where they were given."""
-        return {name: value for name, value in self.given().items() if name not in _AXES}
+        """The levers that were given with one value, which holds for all engines."""
+        said = {name: _values(name, text) for name, text in self.given().items()}
+        return {name: values[0] for name, values in said.items() if len(values) == 1}
 
 
 def listed(text: str) -> list[str]:
@@ -213,7 +130,46 @@ def listed(text: str) -> list[str]:
     return [value.strip() for value in text.split(",")]
 
 
-_AXES = ("quant", "head", "execution", "tensor_parallel", "all_reduce", "draft", "dtype")
+def _values(name: str, text: str) -> list[Any]:
+    """The values of a lever; what should be a number and is none is left for the recipe."""
+    values: list[Any] = listed(text)
+    if not _is_number(name):
+        return values
+    return [int(v) if v.removeprefix("-").isdecimal() else v for v in values]
+
+
+def _one_value(name: str) -> tuple[str, Any, Any]:
+    hint: Any = _HINTS[name]
+    return name, Annotated[hint, lever_option(name)], field(default=getattr(EngineConfig, name))
+
+
+def _several_values(name: str) -> tuple[str, Any, Any]:
+    of = LEVERS[name]
+    default = of.sweep or of.default or str(getattr(EngineConfig, name))
+    parameter = option(MATRIX, _with_choices(name), default, **_alias(of))
+    return name, Annotated[str | None, parameter], field(default=None)
+
+
+def _options(name: str, base: type[_Options], fields: Iterable[tuple[str, Any, Any]]) -> Any:
+    """Makes a class of options from its fields and a class that has its methods."""
+    made = make_dataclass(name, fields, bases=(base,), frozen=True, kw_only=True)
+    made.__module__ = __name__  # or cyclopts would take it for one of Python's own types
+    return Parameter(name="*")(made)
+
+
+GROUPED = tuple(name for name, of in LEVERS.items() if of.group is not None)
+"""The levers that are options of their own."""
+
+if TYPE_CHECKING:
+    EngineOptions, MatrixOptions, FitOptions = _OneEngine, _ManyEngines, _Options
+else:
+    EngineOptions = _options("EngineOptions", _OneEngine, map(_one_value, GROUPED))
+    MatrixOptions = _options("MatrixOptions", _ManyEngines, map(_several_values, GROUPED))
+    FitOptions = _options(
+        "FitOptions",
+        _Options,
+        map(_one_value, ("dtype", "device", "max_seq_len", "max_batch_size", "prefill_chunk")),
+    )
 
 
 @Parameter(name="*")
@@ -223,13 +179,13 @@ class WeightOptions(_Options):
 
     weights: Annotated[
         WeightSource | None,
-        option(MODEL, "random needs no checkpoint: it shows speed and fit.", EngineConfig.weights),
+        option(MODEL, LEVERS["weights"].help, EngineConfig.weights),
     ] = None
     shape: Annotated[
         str | None,
         option(MODEL, "Instead of MODEL, for random weights: a built-in shape (hotloop info)."),
     ] = None
-    weights_seed: Annotated[int, integer(MODEL, "Seed of random weights.")] = EngineConfig.seed
+    weights_seed: Annotated[int, lever_option("seed")] = EngineConfig.seed
 
     def model(self, model: str | None) -> str:
         """The name of the model, whether it was given as MODEL or as ``--shape``.
@@ -423,7 +379,7 @@ class QualityOptions(_Options):
         return asdict(self)
 
 
-DEFAULT_DEVICE = DeviceOptions()
+DEFAULT_FIT = FitOptions()
 DEFAULT_ENGINE = EngineOptions()
 DEFAULT_MATRIX = MatrixOptions()
 DEFAULT_WEIGHTS = WeightOptions()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App
 
-from hotloop.cli.options import MODEL, OUTPUT, Json, Model, option
+from hotloop.cli.options import OUTPUT, Json, Model, lever_option, option
 from hotloop.cli.output import print_json, print_pairs, progress_bar
 from hotloop.types import EngineConfig
 
@@ -26,10 +26,8 @@ def quantize(
     out: Annotated[Path, option(OUTPUT, "The folder to make.")],
     /,
     *,
-    quant: Annotated[str, option(MODEL, "int8, fp8, int4-gN (N 32, 64 or 128), or int4-gN-asym.")],
-    head: Annotated[str, option(MODEL, "The output head: a scheme, or auto, which is int8.")] = (
-        EngineConfig.head
-    ),
+    quant: Annotated[str, lever_option("quant")],
+    head: Annotated[str, lever_option("head")] = EngineConfig.head,
     json: Json = False,
 ) -> int:
     """Write a quantized copy of a model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
@@ -13,7 +13,6 @@ from hotloop.cli.options import (
     DEFAULT_MATRIX,
     DEFAULT_QUALITY,
     DEFAULT_REPLACEMENT,
-    DEFAULT_SCHEMES,
     DEFAULT_TOLERANCE,
     DEFAULT_WEIGHTS,
     DEFAULT_WORKLOAD,
@@ -28,7 +27,6 @@ from hotloop.cli.options import (
     Tolerance,
     WeightOptions,
     WorkloadOptions,
-    listed,
     option,
 )
 from hotloop.cli.output import note, print_json, print_memory, print_rich
@@ -80,19 +78,20 @@ def sweep(
         option(OUTPUT, "The results folder: records and tables.", "results/ and the recipe's name"),
     ] = None,
     resume: Annotated[
-        bool, option(OUTPUT, "Go on in a results folder; what is finished there stays.")
+        bool, option(OUTPUT, "Skip configurations that the results folder already has.")
     ] = False,
     dry_run: Annotated[
         bool, option(OUTPUT, "Only print the cells and the memory each would take.")
     ] = False,
     json: Json = False,
 ) -> int:
-    """Measure every combination of the levers, and recommend one.
+    """Measure every combination of options, and recommend one.
 
     Each runs in a process of its own, so that one that does not fit or crashes
-    is a row of the table like the others. Ctrl-C keeps what is done; --resume
-    goes on. The exit code is 1 if not one configuration could be measured or
-    ruled out.
+    is a row of the table like the others. A quantized copy is measured in its own
+    scheme, unless --quant says otherwise. Ctrl-C keeps finished configurations,
+    and --resume skips them. The exit code is 1 if not one configuration could be
+    measured or ruled out.
     """
     from hotloop.report.layout import to_rich
     from hotloop.report.read import read_records
@@ -116,22 +115,24 @@ def sweep(
                 f"{_flags(given)}: takes the place of what a recipe says. Without a recipe, give "
                 "MODEL, and the draft model to --draft."
             )
+        name, axes = weights.model(model), matrix.matrix()
 
-        def with_schemes(quant: list[str]) -> Recipe:
+        def recipe_with(axes: dict[str, list[Any]]) -> Recipe:
             return recipe_from_flags(
                 name,
                 weights=weights.weights,
-                matrix={"quant": quant, **axes},
+                matrix=axes,
                 defaults={**matrix.defaults(), "seed": weights.weights_seed},
                 workload=workload.fields(),
                 quality=False if no_quality else quality.fields(),
                 timeout_s=timeout_s,
             )
 
-        name, axes = weights.model(model), matrix.matrix()
-        recipe = with_schemes(listed(DEFAULT_SCHEMES))
-        if "quant" not in axes and recipe.weights == "checkpoint" and is_quantized_copy(name):
-            recipe = with_schemes(["none"])  # its own scheme: it can have no other
+        recipe = recipe_with(axes)
+        by_default = "quant" not in matrix.given()
+        if by_default and recipe.weights == "checkpoint" and is_quantized_copy(name):
+            del axes["quant"]  # it has its own scheme and can have no other
+            recipe = recipe_with(axes)
     if dry_run:
         cells = plan(recipe)
         _show_plan(cells, json=json)

@@ -10,8 +10,7 @@ derived from ``EngineConfig``, so a new lever can be swept by being a field ther
       execution: [auto, compile]
     cells:                        # and these
       - {quant: int8, head: none}
-    defaults: {dtype: bfloat16}   # for all of them; draft_quant for those with a draft model,
-                                  # all_reduce for those with several ranks
+    defaults: {dtype: bfloat16}   # for all of them; what has no effect in a cell is left out of it
     workload: {prompt_tokens: 32, new_tokens: 64}
     quality: {window: 256, n_windows: 16}    # or false
     timeout_s: 600                # per cell
@@ -31,7 +30,7 @@ import math
 import os
 import types
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -61,7 +60,7 @@ from hotloop.checked import Range
 from hotloop.errors import ConfigError, UnknownNameError, shorten, shorten_value
 from hotloop.outside import LARGEST_COUNT, StrictModel, config_error, read_text, validated
 from hotloop.sweep.bounded_yaml import parse_yaml
-from hotloop.types import EngineConfig, WeightSource, is_draft_model
+from hotloop.types import EngineConfig, WeightSource, is_draft_model, levers
 from hotloop.writing import check_component
 
 MAX_RECIPE_BYTES = 256 * 2**10
@@ -137,8 +136,11 @@ def _checked_type(hint: Any) -> Any:
         assert none is type(None), "a field takes one kind of value, and perhaps None"
         return _checked_type(one) | None
     if get_origin(hint) is Annotated:
-        kind, allowed = get_args(hint)
-        return Annotated[kind, AfterValidator(partial(_within, allowed))]
+        kind, *extras = get_args(hint)
+        for allowed in extras:
+            if isinstance(allowed, Range):
+                return Annotated[kind, AfterValidator(partial(_within, allowed))]
+        return _checked_type(kind)
     return hint
 
 
@@ -153,15 +155,14 @@ def _lever_types() -> dict[str, Any]:
         name: _checked_type(hint)
         for name, hint in get_type_hints(EngineConfig, include_extras=True).items()
     }
-    hints["quant"] = Annotated[Text, AfterValidator(_canonical_scheme)]
-    hints["head"] = Annotated[Text, AfterValidator(_canonical_head)]
-    hints["engine"] = Engine
-    hints["draft_quant"] = Annotated[Text, AfterValidator(_canonical_scheme)]
     return {
-        field.name: hints[field.name]
-        for field in fields(EngineConfig)
-        if field.name not in ("model", "weights")
+        name: Annotated[Text, AfterValidator(_NAMES[lever.names])] if lever.names else hints[name]
+        for name, lever in levers().items()
+        if name != "weights"
     }
+
+
+_NAMES = {"scheme": _canonical_scheme, "head": _canonical_head, "engine": _known_engine}
 
 
 if TYPE_CHECKING:
@@ -348,15 +349,15 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
         combinations = []  # explicit cells alone, and not the empty product's one
     explicit = [cell.model_dump(exclude_unset=True) for cell in recipe.cells]
     defaults = recipe.defaults.model_dump(exclude_unset=True)
-    cells = _with_defaults(defaults, combinations + explicit)
-    configs = [_config(recipe, levers) for levers in cells]
-    for config, count in Counter(configs).items():
+    written = [_config(recipe, {**defaults, **levers}) for levers in combinations + explicit]
+    for config, count in Counter(written).items():
         if count > 1:
             raise ConfigError(
                 f"the recipe has the cell {shorten_value(config.name)} {count} times: remove it "
                 "from `cells` or from a list of `matrix`."
             )
-    return configs
+    cells = _with_defaults(defaults, combinations, explicit)
+    return list(dict.fromkeys(_config(recipe, levers) for levers in cells))
 
 
 def fit_to_experiment(
@@ -410,28 +411,27 @@ def sha256_of(value: Any) -> str:
 
 
 def _with_defaults(
-    defaults: dict[str, Any], cells: Sequence[dict[str, Any]]
+    defaults: dict[str, Any], matrix: Sequence[dict[str, Any]], explicit: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Cells with what the defaults say; some of that is for those alone that have a use for it.
+    """Adds the defaults to the cells of the matrix and to the explicit ones.
 
-    Where no cell has, they all keep it, for the engine to refuse it.
+    A lever that has no effect in a cell is left out of it, unless the cell was written with it by
+    hand; cells of the matrix can become equal by that. A lever that has no effect in any cell stays
+    in all of them, for the engine to refuse it.
     """
-    whole = [{**defaults, **levers} for levers in cells]
-    for name, has_use in _ONLY_WHERE.items():
-        useful = [has_use(levers) for levers in whole]
-        if name not in defaults or not any(useful):
+    by_hand = [*({} for _ in matrix), *explicit]
+    whole = [{**defaults, **cell} for cell in (*matrix, *explicit)]
+    otherwise = {one.name: one.default for one in fields(EngineConfig)}
+    for name, lever in levers().items():
+        if lever.used is None:
             continue
-        for levers, own, kept in zip(whole, cells, useful, strict=True):
-            if not kept and name not in own:
-                del levers[name]
+        used = [lever.used({**otherwise, **cell}) for cell in whole]
+        if not any(used):
+            continue
+        for cell, own, useful in zip(whole, by_hand, used, strict=True):
+            if not useful and name not in own:
+                cell.pop(name, None)
     return whole
-
-
-_ONLY_WHERE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "draft_quant": lambda levers: is_draft_model(levers.get("draft", "none")),
-    "all_reduce": lambda levers: levers.get("tensor_parallel", 1) > 1,
-}
-"""Levers that do nothing by themselves, and the cells that have a use for them."""
 
 
 def _config(recipe: Recipe, levers: dict[str, Any]) -> EngineConfig:
