@@ -85,7 +85,7 @@ class WithoutSums(Group):
     def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:
         """For sums each rank has its own alone: the same kernels, with nothing to wait for."""
         found = self._group.inboxes(nbytes, use)
-        if found is None or use == "choices":
+        if found is None or use == "argmax":
             return found
         return dataclasses.replace(found, rank=0, addresses=[found.addresses[self.rank]])
 

@@ -119,7 +119,7 @@ def test_kernels_compile_for_every_architecture(group, architecture):
 
 
 @needs_nvrtc
-def test_a_compiled_kernel_is_kept(cache):
+def test_a_compiled_kernel_is_cached(cache):
     first = compile_kernel(step.argmax_kernel(), "sm_90")
     again = compile_kernel(step.argmax_kernel(), "sm_90")
     assert (again.cubin, again.seconds) == (first.cubin, 0.0)
@@ -131,7 +131,7 @@ def test_a_compiled_kernel_is_kept(cache):
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-1], lambda b: b[:0], lambda b: b[:99] + b"x" + b[100:]]
 )
-def test_a_damaged_file_in_the_cache_is_made_again(cache, damage):
+def test_a_damaged_cached_kernel_is_compiled_again(cache, damage):
     first = compile_kernel(step.argmax_kernel(), "sm_90")
     (path,) = cache.iterdir()
     path.write_bytes(damage(path.read_bytes()))
@@ -160,7 +160,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(unwritabl
 
 
 @needs_nvrtc
-def test_where_nothing_can_be_written_that_costs_time_and_is_said(unwritable):
+def test_without_a_writable_cache_kernels_are_compiled_with_a_note(unwritable):
     unwritable.mkdir(mode=0o700)
     (unwritable / "kernels").write_text("")
     compiled = compile_kernel(step.argmax_kernel(), "sm_90")
@@ -178,7 +178,7 @@ def test_another_architecture_or_kernel_is_another_file(cache):
 
 
 @needs_nvrtc
-def test_refused_source_is_an_error_with_the_compilers_words(cache):
+def test_source_that_does_not_compile_raises_with_the_compilers_log(cache):
     kernel = Kernel(
         name="broken", file="step.cu", function="no_such_function", args="EmbedArgs", threads=32
     )

@@ -90,7 +90,7 @@ def test_every_number_of_rows_equals_its_specification(rows, tuning):
 
 @pytest.mark.parametrize("name", ["int4-g64-asym", "fp8"])
 @pytest.mark.parametrize("tuning", [SMALL, DIRECT], ids=["staged", "direct"])
-def test_norm_with_bias_and_swiglu_equals_its_specification(name, tuning):
+def test_norm_bias_and_swiglu_equal_their_specification(name, tuning):
     paired = weight(name, 2 * 44, paired=True)
     for rows in (1, 5):
         run(
@@ -125,7 +125,7 @@ def test_logits_and_the_best_of_each_block_equal_their_specification(name):
 
 
 @pytest.mark.parametrize("tuning", [SMALL, TOGETHER, DIRECT], ids=["staged", "together", "direct"])
-def test_a_row_does_not_depend_on_how_many_there_are(tuning):
+def test_a_rows_bits_do_not_depend_on_the_number_of_rows(tuning):
     given = weight("int4-g64-asym")
     x = torch.randn(17, given.form.k, generator=generator(3)).bfloat16()
     results = []
@@ -140,7 +140,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(tuning):
 
 
 @pytest.mark.parametrize("items_left", [0, 1, 9])
-def test_a_product_looks_ahead_at_the_tiles_it_is_told_of_and_computes_the_same(items_left):
+def test_planned_tiles_are_prefetched_and_results_stay_the_same(items_left):
     later = weight("int4-g64", 200)  # 13 tiles
     prefetch = Prefetch(
         weight=later.packed,
@@ -164,13 +164,13 @@ def test_a_product_looks_ahead_at_the_tiles_it_is_told_of_and_computes_the_same(
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-g32", "int4-g128-asym"])
-def test_x_far_from_zero_loses_nothing_to_integers_stored_without_a_sign(name):
+def test_the_zero_point_costs_no_accuracy_where_x_is_far_from_zero(name):
     given = weight(name)
     x = (20 + torch.randn(3, given.form.k, generator=generator(5))).bfloat16()
     run(linear_case(given, 3, generator(6), tuning=SMALL, limits=limits(3), x_MK=x))
 
 
-def test_more_warps_than_units_and_more_blocks_than_tiles_are_fine():
+def test_more_warps_than_units_and_more_blocks_than_tiles_work():
     tiny = make_weight("int4-g32", 5, 96, generator())
     run(
         linear_case(
@@ -230,14 +230,14 @@ def test_attention_equals_its_specification(name, norms):
         run(attention_case(plan, positions, generator(at), norms=norms))
 
 
-def test_attention_beyond_the_cache_leaves_it_alone():
+def test_tokens_beyond_the_cache_are_not_stored():
     plan = PLANS["window"]
     run(attention_case(plan, [plan.n_positions - 2], generator(1)))
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if PLANS[name].tokens > 1])
 @pytest.mark.parametrize("more_positions", [0, 100])
-def test_a_tokens_bits_depend_on_neither_its_company_nor_the_cache_nor_stages(name, more_positions):
+def test_a_tokens_bits_depend_on_neither_other_tokens_nor_the_cache(name, more_positions):
     many = PLANS[name]
     # The new tokens reach into another step, into another chunk, or to where chunks are longer.
     for at in (0, 13, 27, 30):
@@ -272,7 +272,7 @@ def test_a_prompts_sums_and_norms_equal_their_specification(finish):
         run(add_norm_case(2, k, generator(k), **finish))
 
 
-def test_a_prompts_first_norm_has_nothing_to_add():
+def test_a_prompts_first_norm_adds_no_gemm_output():
     run(add_norm_case(3, 72, generator(), scale=False, bias=False, adds=False))
 
 
@@ -311,31 +311,31 @@ def run_ranks(cases: list[list[Case]]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_ranks_add_up_what_they_send_each_other(ranks):
+def test_all_reduce_sums_over_ranks(ranks):
     for k in (72, 2056):
         run_ranks(all_reduce_cases(ranks, 3, k, generator(k)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5, 32])
-def test_ranks_choose_the_same_token(ranks):
+def test_the_argmax_over_ranks_is_the_same_on_all(ranks):
     for n in (1, 40):
         run_ranks(argmax_over_ranks_cases(ranks, 3, n, generator(n)))
 
 
 @pytest.mark.parametrize("n", [1, 7, 100])
-def test_the_winner_of_winners_is_the_first_of_the_largest(n):
+def test_argmax_takes_the_first_of_the_largest(n):
     run(argmax_case(5, n, generator()))
 
 
 @pytest.mark.parametrize("k", [0, 1, 7, 15])
-def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(k):
+def test_a_step_reads_newest_tokens_and_drafts_and_appends_accepted_ones(k):
     for rows in (1, 4):
         run(next_tokens_case(rows, k, generator(k)))
         run(accept_case(rows, k, generator(k)))
 
 
 @pytest.mark.parametrize("n_words", [2, 4, 12, 200])
-def test_drafts_that_are_looked_up_equal_their_specification(n_words):
+def test_ngram_drafts_equal_their_specification(n_words):
     run(ngram_draft_case(70, 5, n_words, generator(n_words)))
     run(ngram_draft_case(2500, 15, n_words, generator(n_words)))
 
@@ -397,7 +397,7 @@ def test_the_last_token_kept_can_be_drawn_and_the_next_one_cannot(option, max_ca
 
 @pytest.mark.parametrize("max_candidates", MAX_CANDIDATES)
 @pytest.mark.parametrize("option", [{"top_k": 5}, {"top_p": 4.5 / (2500 * (1 + math.exp(-1)))}])
-def test_equal_scores_are_kept_by_their_ids(option, max_candidates):
+def test_equal_scores_are_kept_in_the_order_of_ids(option, max_candidates):
     scores = torch.zeros(16, 1, 5000)
     scores[..., ::2] = -1
     options = [Options(**option, seed=seed) for seed in range(len(scores))]
@@ -406,7 +406,7 @@ def test_equal_scores_are_kept_by_their_ids(option, max_candidates):
     assert set(case.outputs[0].flatten().tolist()) == {1, 3, 5, 7, 9}
 
 
-def test_what_has_no_probability_is_never_chosen_unless_nothing_has():
+def test_tokens_of_probability_zero_are_sampled_only_if_all_are():
     scores = torch.full((4, 1, 301), -torch.inf)
     scores[0, 0, 300] = scores[1, 0, 5:7] = 1.0
     scores[3] = torch.nan
@@ -419,7 +419,7 @@ def test_what_has_no_probability_is_never_chosen_unless_nothing_has():
         assert torch.equal(ids[2:], scores[2:, 0].argmax(-1))
 
 
-def test_nothing_is_drawn_where_there_is_no_choice():
+def test_rows_without_an_argmax_sample_nothing():
     case = sample_case(normal_scores(2, 1, 301), [Options(top_p=0.9)] * 2)
     run(case)
     first, second = case.outputs[0].flatten().tolist()
@@ -429,7 +429,7 @@ def test_nothing_is_drawn_where_there_is_no_choice():
     assert case.outputs[0].flatten().tolist() == [-1, second] != [first, second]
 
 
-def test_scores_that_are_not_numbers_are_passed_over():
+def test_nan_scores_are_skipped():
     scores = normal_scores(1, 1, 301)
     scores[..., ::2] = torch.nan
     case = sample_case(scores.nan_to_num(-torch.inf), [Options(top_k=9, top_p=0.8)])
@@ -441,7 +441,7 @@ def test_scores_that_are_not_numbers_are_passed_over():
     assert torch.equal(case.outputs[0], wanted)
 
 
-def test_a_draw_does_not_depend_on_the_list_nor_on_other_rows():
+def test_a_draw_depends_on_neither_max_candidates_nor_other_rows():
     scores = normal_scores(3, 2, 700)
     options = [Options(top_p=0.9, seed=3), Options(top_k=40, seed=4), Options(seed=5)]
     results = []

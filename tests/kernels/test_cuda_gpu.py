@@ -59,7 +59,7 @@ def assert_right_and_the_same_with_dependent_launch(device: Device, case: Case) 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_products_equal_their_specification(device, name):
+def test_matrix_products_equal_their_specification(device, name):
     weight = make_weight(name, 333, 1152, generator(device, 0))
     for rows in (1, 5, 16):
         for tuning in (Tuning(), Tuning(warps=7, staged_bytes=0)):
@@ -76,7 +76,7 @@ def test_products_equal_their_specification(device, name):
 
 
 @pytest.mark.parametrize("items_left", [0, 2])
-def test_looking_ahead_changes_no_result(device, items_left):
+def test_prefetching_changes_no_result(device, items_left):
     weight, later = (make_weight("int4-g64", n, 1152, generator(device, n)) for n in (9000, 5000))
     prefetch = Prefetch(
         weight=later.packed,
@@ -131,7 +131,7 @@ def test_embedding_equals_its_specification(device, int8):
 
 
 @pytest.mark.parametrize("k", [0, 7, 15])
-def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(device, k):
+def test_a_step_reads_newest_tokens_and_drafts_and_appends_accepted_ones(device, k):
     case = next_tokens_case(5, k, generator(device, k))
     assert_right_and_the_same_with_dependent_launch(device, case)
     accepted = accept_case(5, k, generator(device, k))
@@ -141,7 +141,7 @@ def test_a_step_begins_with_newest_tokens_and_drafts_and_appends_what_is_kept(de
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("dependent", [False, True])
-def test_ranks_add_up_and_choose_by_what_they_send_each_other(device, ranks, dependent):
+def test_all_reduces_over_ranks_equal_their_specification(device, ranks, dependent):
     """Ranks of one GPU, in streams: their blocks are few enough to run at the same time."""
     streams = [torch.cuda.Stream() for _ in range(ranks)]
     of_sums = all_reduce_cases(ranks, 3, 5120, generator(device, ranks))
@@ -158,14 +158,14 @@ def test_ranks_add_up_and_choose_by_what_they_send_each_other(device, ranks, dep
 
 
 @pytest.mark.parametrize("n_words", [2, 12, 200])
-def test_drafts_that_are_looked_up_equal_their_specification(device, n_words):
+def test_ngram_drafts_equal_their_specification(device, n_words):
     for width in (70, 5000):
         case = ngram_draft_case(width, 7, n_words, generator(device, width))
         assert_right_and_the_same_with_dependent_launch(device, case)
 
 
 @pytest.mark.parametrize("scale", [False, True])
-def test_what_is_between_a_prompts_products_equals_its_specification(device, scale):
+def test_prefill_kernels_equal_their_specification(device, scale):
     finish = {"scale": scale, "bias": scale}
     for k in (576, 5120, 13824):
         case = add_norm_case(67, k, generator(device, k), **finish)

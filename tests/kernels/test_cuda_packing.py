@@ -21,7 +21,7 @@ SMALLER = Limits(n_sms=76, shared_bytes=99 * 1024)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(32, 640), (50, 640), (18, 384)])
-def test_bytes_are_as_many_as_the_format_says(name, paired, n, k):
+def test_packed_weights_have_the_bytes_of_their_format(name, paired, n, k):
     weight = make_weight(name, n, k, torch.Generator().manual_seed(0), paired=paired)
     form = weight.form
     assert weight.packed.dtype == torch.uint8
@@ -52,7 +52,7 @@ def test_packing_and_unpacking_again_is_exact(name, paired, n, k):
         assert torch.equal(dequantize(form, packed), values.bfloat16())
 
 
-def test_every_weight_is_in_its_tile_once():
+def test_a_tile_holds_each_of_its_weights_once():
     values = torch.arange(32 * 128, dtype=torch.int16).view(32, 128)
     form = Format(kind="bf16", n=32, k=128)
     packed = pack(form, values.view(torch.bfloat16), None, None).view(torch.int16)
@@ -60,7 +60,7 @@ def test_every_weight_is_in_its_tile_once():
         assert torch.equal(tile.flatten().sort().values, rows.flatten())
 
 
-def test_models_in_use_pack_without_much_padding():
+def test_models_in_use_need_little_padding():
     for n, k, most in ((15360, 5120, 0), (5120, 13824, 0), (49152, 576, 0.12), (32000, 4096, 0)):
         form = Format(kind="int4", group_size=64, n=n, k=k)
         plain = n * k // 2 + n * k // 64 * 2
@@ -77,12 +77,12 @@ def test_models_in_use_pack_without_much_padding():
         {"kind": "int8", "n": 15, "k": 64, "paired": True},
     ],
 )
-def test_what_no_kernel_reads_is_refused(bad):
+def test_formats_without_a_kernel_are_refused(bad):
     with pytest.raises(AssertionError):
         Format(**bad)
 
 
-def test_blocks_share_out_all_items_evenly():
+def test_items_are_spread_evenly_over_blocks():
     form = Format(kind="int4", group_size=128, n=5120, k=5120)
     for tiles in (1, 2):
         plan = LinearPlan(form=form, rows=1, tuning=Tuning(tiles=tiles), limits=H100)
@@ -92,7 +92,7 @@ def test_blocks_share_out_all_items_evenly():
 
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_attention_by_the_rules_fits(limits, head_dim):
+def test_tuned_attention_fits_the_device(limits, head_dim):
     for tokens, group in itertools.product((1, 16), (1, 8)):
         plan = AttentionPlan(
             batch=1,
@@ -109,7 +109,7 @@ def test_attention_by_the_rules_fits(limits, head_dim):
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 8, 10, 32, 40, 64, 96, 500])
-def test_a_long_historys_chunks_are_as_many_as_fill_the_device(n_kv_heads):
+def test_chunks_of_a_long_sequence_fill_the_device(n_kv_heads):
     chunks = attention_tuning(
         head_dim=128, n_kv_heads=n_kv_heads, n_positions=4096, batch=1, limits=H100
     ).chunks
@@ -118,7 +118,7 @@ def test_a_long_historys_chunks_are_as_many_as_fill_the_device(n_kv_heads):
     assert chunks * n_kv_heads >= 0.85 * turns * H100.n_sms
 
 
-def test_more_sequences_do_not_change_the_order_in_which_attention_sums():
+def test_attentions_order_of_sums_does_not_depend_on_the_batch():
     one, many = (
         attention_tuning(head_dim=128, n_kv_heads=8, n_positions=4096, batch=batch, limits=H100)
         for batch in (1, 16)
@@ -130,7 +130,7 @@ def test_more_sequences_do_not_change_the_order_in_which_attention_sums():
 @pytest.mark.parametrize("window", [None, 100, 700])
 @pytest.mark.parametrize("chunks", [1, 3, 16])
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_no_history_has_more_chunks_than_blocks_are_launched_for(tokens, chunks, window):
+def test_enough_blocks_are_launched_for_all_chunks(tokens, chunks, window):
     plan = AttentionPlan(
         batch=1,
         tokens=tokens,
@@ -153,7 +153,7 @@ def test_no_history_has_more_chunks_than_blocks_are_launched_for(tokens, chunks,
 
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
 @pytest.mark.parametrize("name", KINDS)
-def test_products_by_the_rules_fit(limits, name):
+def test_tuned_matrix_products_fit_the_device(limits, name):
     kind, group_size, symmetric = KINDS[name]
     widths, roles = (640, 4096, 5120, 8192, 13824, 28672), ("qkv", "down")
     for k, rows, role in itertools.product(widths, (1, 8), roles):
@@ -166,7 +166,7 @@ def test_products_by_the_rules_fit(limits, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_order_of_sums_belongs_to_the_weight_and_not_to_the_device(name):
+def test_the_order_of_sums_depends_on_the_weight_and_not_on_the_device(name):
     kind, group_size, symmetric = KINDS[name]
     for n, k in itertools.product((4096, 32000), (640, 4096, 5120, 13824)):
         form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k)
@@ -175,7 +175,7 @@ def test_the_order_of_sums_belongs_to_the_weight_and_not_to_the_device(name):
 
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
 @pytest.mark.parametrize("name", KINDS)
-def test_whatever_is_asked_for_what_is_launched_fits(limits, name):
+def test_layouts_fit_the_device_whatever_the_tuning(limits, name):
     kind, group_size, symmetric = KINDS[name]
     form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=5120, k=13824)
     for warps, units, rows in itertools.product((1, 8, 16), (1, 4), (1, 8, 16, 64)):
@@ -192,7 +192,7 @@ def test_whatever_is_asked_for_what_is_launched_fits(limits, name):
 
 @pytest.mark.parametrize("by", ["qkv", "o"])
 @pytest.mark.parametrize("name", KINDS)
-def test_what_comes_ahead_of_time_is_not_what_the_later_product_asks_for_first(name, by):
+def test_prefetched_tiles_are_not_those_that_the_later_product_issues_first(name, by):
     kind, group_size, symmetric = KINDS[name]
     form = Format(
         kind=kind, group_size=group_size, symmetric=symmetric, n=28672, k=4096, paired=True
@@ -213,7 +213,7 @@ def test_what_comes_ahead_of_time_is_not_what_the_later_product_asks_for_first(n
         assert prefetch.tiles * prefetch.tile_bytes * 132 < 16e6, "well within the cache"
 
 
-def test_nothing_comes_ahead_of_time_of_a_weight_that_is_all_on_its_way():
+def test_weights_that_are_wholly_in_flight_are_not_prefetched():
     form = Format(kind="int4", group_size=64, n=3072, k=576, paired=True)
     later = LinearPlan(
         form=form,

@@ -34,7 +34,7 @@ def script(path: Path, body: str) -> str:
     return str(path)
 
 
-def test_failing_compiler_is_named_with_its_words(tmp_path, cache, monkeypatch):
+def test_a_failing_compiler_is_named_with_its_output(tmp_path, cache, monkeypatch):
     broken = script(
         tmp_path / "broken-c++",
         'test "$1" = --version && echo broken 1.0 && exit 0\n'
@@ -49,7 +49,7 @@ def test_failing_compiler_is_named_with_its_words(tmp_path, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/c++"])
-def test_compiler_that_is_none_is_named(compiler, cache, monkeypatch):
+def test_a_compiler_that_does_not_work_is_named(compiler, cache, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     assert f"building the CPU kernels with {compiler} failed, so" in str(reason_here())
     assert not cache.exists()

@@ -1,7 +1,7 @@
 """Ranks without an engine, so that they start fast: ``python -m parallel_program RANK FD``.
 
-Commands are a method of ``Program`` and its arguments; those that name a rank concern that one, and
-the others then wait for it for ever, as in a collective.
+Commands are a method of ``Program`` and its arguments. Those with an argument ``who`` concern that
+rank; the others wait for it forever, as in a collective.
 """
 
 import ctypes
@@ -36,10 +36,10 @@ class Program:
             time.sleep(0.02)
         return "waited"
 
-    def tell(self, number: int) -> str:
+    def report(self, number: int) -> str:
         for i in range(3 * (self.rank == 0)):
-            self.caller.tell(number, "phase", i)
-        return "told"
+            self.caller.report(number, "phase", i)
+        return "reported"
 
     def raise_known(self, who: int) -> None:
         if self.rank == who:
@@ -52,7 +52,7 @@ class Program:
         wait_for_peer()
 
     def raise_after_peers(self, who: int) -> None:
-        """The others notice that ``who`` is in trouble before it says so itself."""
+        """The others report the failure of ``who`` before it does so itself."""
         if self.rank == who:
             time.sleep(0.5)
             raise CheckpointError("some/file", "is damaged")
@@ -91,7 +91,7 @@ def main() -> None:
     program = Program(caller, rank)
     try:
         for number, (command, *arguments) in caller.commands():
-            arguments = (number,) if command == "tell" else arguments
+            arguments = (number,) if command == "report" else arguments
             result = getattr(program, command)(*arguments)
             if rank == 0:
                 caller.answer(number, lambda result=result: result)

@@ -1,4 +1,4 @@
-"""A rank that is importing for ever, in C: as if torch took that long."""
+"""A rank whose import never ends, in C, as if it imported torch."""
 
 from parallel_program import wait_for_peer
 

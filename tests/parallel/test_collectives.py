@@ -1,4 +1,4 @@
-"""What ranks add up on: what was asked for, or a reason."""
+"""The all-reduce backend: the one asked for, or a reason why not."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ def group(all_reduce: str, device: str = "cuda:0") -> ProcessGroup:
     return ProcessGroup(None, 0, 2, torch.device(device), all_reduce=all_reduce)
 
 
-def test_by_default_symmetric_memory_is_taken_where_it_works_else_a_note_says_why(symmetric_memory):
+def test_auto_uses_symmetric_memory_where_it_works_and_else_notes_why_not(symmetric_memory):
     made = group("auto")
     if symmetric_memory == "works":
         assert (made.kernel, made.notes) == ("symm_mem", ())
@@ -36,19 +36,19 @@ def test_by_default_symmetric_memory_is_taken_where_it_works_else_a_note_says_wh
         assert (made.kernel, made.notes) == ("nccl", ("all_reduce/symm_mem not used: no luck",))
 
 
-def test_symmetric_memory_that_was_asked_for_is_used_or_refused(symmetric_memory):
+def test_symm_mem_is_used_or_refused(symmetric_memory):
     if symmetric_memory == "works":
         assert group("symm_mem").kernel == "symm_mem"
     else:
-        with pytest.raises(UnsupportedError, match="'symm_mem' cannot be had here: no luck"):
+        with pytest.raises(UnsupportedError, match="'symm_mem' does not work here: no luck"):
             group("symm_mem")
 
 
 @pytest.mark.usefixtures("symmetric_memory")
-def test_nccl_that_was_asked_for_is_used_and_needs_no_note():
+def test_nccl_is_used_without_a_note():
     assert (group("nccl").kernel, group("nccl").notes) == ("nccl", ())
 
 
 @pytest.mark.usefixtures("symmetric_memory")
-def test_a_cpu_adds_up_on_gloo():
+def test_cpus_use_gloo():
     assert (group("auto", "cpu").kernel, group("auto", "cpu").notes) == ("gloo", ())

@@ -16,7 +16,7 @@ RANK = """
 import sys, threading
 import torch
 from hotloop.kernels.cuda.launch import Device
-from hotloop.kernels.cuda.linear import PrescaledInput, NormEpilogue
+from hotloop.kernels.cuda.linear import NormEpilogue, PrescaledInput
 from hotloop.kernels.cuda.step import Exchange, inbox_bytes, all_reduce_kernel, all_reduce
 from hotloop.parallel.collectives import SYMMETRIC_BYTES, ProcessGroup
 from hotloop.parallel.rendezvous import Address
@@ -38,7 +38,7 @@ for dtype in (torch.bfloat16, torch.float32, torch.float16):
     for n in (8, 4096, SYMMETRIC_BYTES):
         x = torch.full((1, 1, n), float(rank + 1), device=device, dtype=dtype)
         assert (group.sum(x) == total).all(), (dtype, n)
-        assert (x == rank + 1).all(), "what is summed is left alone"
+        assert (x == rank + 1).all(), "the input is unchanged"
         stop.clear()
         thread = threading.Thread(target=wait_for_events)
         thread.start()
@@ -53,7 +53,7 @@ for dtype in (torch.bfloat16, torch.float32, torch.float16):
         torch.cuda.synchronize()
         assert (y == total * size).all(), (dtype, n)
         assert (best == size - 1).all()
-if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120), "sums")) is not None:
+if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120), "all_reduce")) is not None:
     exchange = Exchange.over(
         rank, inboxes.addresses, capacity=4, k=5120, device=device, kept=inboxes
     )
@@ -65,7 +65,7 @@ if (inboxes := group.inboxes(inbox_bytes(size, 4, 5120), "sums")) is not None:
     call = all_reduce(rows, ones, rows, norm_epilogue, exchange)
     launcher.prepare(call, dependent=False)()
     torch.cuda.synchronize()
-    assert (rows == 1 + total).all(), "the residual stream, and everybody's"
+    assert (rows == 1 + total).all(), "the residual stream and all ranks' parts"
     rows.fill_(rank + 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -101,5 +101,5 @@ def test_sums_and_maxima_are_exact_in_and_out_of_graphs(size, all_reduce):
     outputs = [rank.communicate(timeout=HANG_S) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, outputs
     kernels = {out.split()[0] for out, _ in outputs}
-    assert len(kernels) == 1, "every rank takes the same way"
+    assert len(kernels) == 1, "all ranks use one backend"
     assert kernels <= ({"nccl"} if all_reduce == "nccl" else {"nccl", "symm_mem"})

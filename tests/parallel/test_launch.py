@@ -1,4 +1,4 @@
-"""Whatever becomes of a rank or of the caller, nobody waits for ever and nobody is left over."""
+"""When a rank or the caller fails, nothing waits forever and no process remains."""
 
 import gc
 import os
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def _program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
-    # On a busy machine a rank may be slow to say what the others only suffer from.
+    # On a busy machine the rank with the cause may report later than its peers.
     monkeypatch.setattr("hotloop.parallel.launch.PEER_GRACE_S", HANG_S)
 
 
@@ -46,7 +46,7 @@ def pids(ranks: Ranks) -> list[int]:
 
 
 def failure_of(ranks: Ranks, command: str, *arguments: object) -> Exception:
-    """How a command fails, leaving nobody; ranks that wait for others never end by themselves."""
+    """Returns the error of a command, after which no rank remains."""
     processes = pids(ranks)
     with pytest.raises(Exception) as caught:  # noqa: PT011 (which one is the question)
         tell(ranks, command, *arguments).wait()
@@ -56,27 +56,27 @@ def failure_of(ranks: Ranks, command: str, *arguments: object) -> Exception:
     return caught.value
 
 
-def test_the_first_rank_answers_in_any_order_of_asking(ranks):
+def test_rank_0_answers_and_replies_can_be_awaited_in_any_order(ranks):
     assert tell(ranks, "pid").wait() == pids(ranks)[0]
     first, second = tell(ranks, "add", 1, 2), tell(ranks, "add", 3, 4)
     assert (second.wait(), first.wait()) == (7, 3)
 
 
-def test_progress_is_told_to_whoever_waits_for_the_result(ranks):
+def test_progress_reaches_the_waiting_reply(ranks):
     seen = []
-    assert tell(ranks, "tell").wait(lambda *what: seen.append(what)) == "told"
+    assert tell(ranks, "report").wait(lambda *what: seen.append(what)) == "reported"
     assert seen == [("phase", 0), ("phase", 1), ("phase", 2)]
 
 
 @pytest.mark.parametrize("who", [0, 2])
-def test_an_error_of_ours_comes_out_as_it_went_in(ranks, who):
+def test_errors_of_hotloop_are_passed_on_unchanged(ranks, who):
     error = failure_of(ranks, "raise_known", who)
     assert type(error) is CheckpointError
     assert (error.file, error.tensor) == (Path("some/file"), "some.tensor")
     assert str(error) == "some/file, tensor 'some.tensor': is damaged"
 
 
-def test_another_exception_becomes_an_error_that_names_rank_command_and_last_lines(ranks):
+def test_other_exceptions_become_errors_that_name_rank_command_and_log(ranks):
     error = failure_of(ranks, "raise_unknown", 1)
     assert type(error) is RankError
     assert (error.rank, error.n_ranks) == (1, 3)
@@ -91,31 +91,31 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(ranks, who):
     assert str(error).startswith(f"rank {who} of 3 was killed by SIGKILL in phase die")
 
 
-def test_a_rank_that_ends_is_named_with_its_exit_code_and_last_words(ranks):
+def test_a_rank_that_exits_is_named_with_its_exit_code_and_log(ranks):
     error = failure_of(ranks, "exit", 2)
     assert str(error).startswith("rank 2 of 3 ended with exit code 3 in phase exit")
     assert "these are my last words" in str(error)
 
 
-def test_a_rank_killed_from_outside_ends_whoever_waits(ranks):
+def test_a_rank_killed_from_outside_ends_the_wait_for_its_reply(ranks):
     reply = tell(ranks, "hang")
     os.kill(pids(ranks)[1], signal.SIGKILL)
     with pytest.raises(RankError, match="rank 1 of 3 was killed by SIGKILL in phase hang"):
         reply.wait()
 
 
-def test_the_rank_that_failed_first_wins_over_what_it_causes_in_others(ranks):
+def test_the_first_failure_is_reported_rather_than_those_it_causes(ranks):
     error = failure_of(ranks, "raise_after_peers", 2)
     assert type(error) is CheckpointError
 
 
-def test_ranks_that_only_lost_each_other_say_so(ranks, monkeypatch):
+def test_ranks_that_lose_each_other_without_a_cause_report_that(ranks, monkeypatch):
     monkeypatch.setattr("hotloop.parallel.launch.PEER_GRACE_S", 0.1)
     error = failure_of(ranks, "lose_peers")
     assert "PeerError: connection reset" in str(error)
 
 
-def test_a_rank_whose_connection_a_child_keeps_open_is_noticed_all_the_same(ranks):
+def test_the_end_of_a_rank_is_noticed_though_its_child_holds_the_connection(ranks):
     error = failure_of(ranks, "die_leaving_a_child", 0)
     assert str(error).startswith("rank 0 of 3 ended with exit code 5")
 
@@ -134,7 +134,7 @@ def test_ending_leaves_no_process_and_can_be_repeated(ranks):
     ranks.end()
 
 
-def test_whoever_still_asks_ranks_that_have_ended_is_told_so(ranks):
+def test_commands_to_ended_ranks_raise(ranks):
     reply = tell(ranks, "hang")
     ranks.end()
     with pytest.raises(RequestError, match="is closed"):
@@ -143,7 +143,7 @@ def test_whoever_still_asks_ranks_that_have_ended_is_told_so(ranks):
         tell(ranks, "pid")
 
 
-def test_ranks_that_nobody_refers_to_any_more_are_ended():
+def test_ranks_end_with_the_last_reference_to_them():
     ranks = start(2)
     processes = pids(ranks)
     tell(ranks, "hang")
@@ -152,7 +152,7 @@ def test_ranks_that_nobody_refers_to_any_more_are_ended():
     assert not any(map(alive, processes))
 
 
-def test_an_answer_that_is_given_up_is_not_taken_for_another(ranks, tmp_path):
+def test_an_abandoned_reply_is_not_mistaken_for_another(ranks, tmp_path):
     def interrupt(*_: object) -> None:
         (tmp_path / "go").touch()
         raise KeyboardInterrupt
@@ -191,7 +191,7 @@ def caller(then: str, code: str = CALLER) -> tuple[subprocess.Popen, list[int]]:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_ranks_end_when_their_caller_is_killed_though_they_wait_for_each_other(sent):
+def test_ranks_end_when_their_caller_is_killed_while_they_wait_for_each_other(sent):
     process, ranks = caller("reply.wait()")
     assert all(map(alive, ranks))
     process.send_signal(sent)
@@ -203,7 +203,7 @@ def test_ranks_end_when_their_caller_is_killed_though_they_wait_for_each_other(s
     ("module", "first"),
     [("slow_program", ""), ("parallel_program", "os.fork() or time.sleep(9999)")],
 )
-def test_ranks_end_with_their_caller_before_they_listen_and_while_a_fork_of_it_lives(module, first):
+def test_ranks_end_with_their_caller_even_before_they_read_commands(module, first):
     code = CALLER.replace("parallel_program", module).replace("import sys", "import os, sys")
     process, ranks = caller(f"{first}\nreply.wait()", code)
     assert all(map(alive, ranks))
@@ -228,7 +228,7 @@ def test_ranks_end_with_the_interpreter(then):
     wait_until(lambda: not any(map(alive, ranks)), "the caller ends its ranks")
 
 
-def test_a_rank_that_somebody_else_started_ends_in_its_own_time_once_it_is_let_go():
+def test_a_rank_started_elsewhere_ends_in_good_order_when_released():
     ours, theirs = Pipe()
     code = (
         "import sys, time; from multiprocessing.connection import Connection\n"

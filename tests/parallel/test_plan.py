@@ -62,7 +62,7 @@ def degrees_that_work(model: dict[str, int], alignment: int) -> list[int]:
     return works
 
 
-def test_one_rank_has_everything():
+def test_one_rank_holds_the_whole_model():
     (shard,) = plan_shards(1, **SMOLLM2, alignment=64)
     assert shard == Shard(
         heads=range(9), kv_heads=range(3), features=range(1536), vocabulary=range(49152)
@@ -89,7 +89,7 @@ def test_nine_query_and_three_key_value_heads(n, heads, kv_heads, alignment):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("n", [2, 4, 8])
 @pytest.mark.parametrize("alignment", [1, 128])
-def test_the_built_in_shapes_are_split_evenly_where_kernels_like_it(name, n, alignment):
+def test_built_in_shapes_are_split_evenly_at_round_boundaries(name, n, alignment):
     model = shape(read_config(SHAPES[name]))
     shards = plan_shards(n, **model, alignment=alignment)
     assert_sound(shards, alignment, **model)
@@ -101,7 +101,7 @@ def test_the_built_in_shapes_are_split_evenly_where_kernels_like_it(name, n, ali
         assert len(shard.vocabulary) % 8 == 0
 
 
-def test_any_model_is_split_soundly_or_refused_with_degrees_that_work():
+def test_any_model_is_split_correctly_or_refused_with_degrees_that_work():
     dice = random.Random(0)
     refused = 0
     for _ in range(400):
@@ -130,7 +130,7 @@ def test_any_model_is_split_soundly_or_refused_with_degrees_that_work():
     assert 20 < refused < 200
 
 
-def test_a_refusal_says_what_does_not_divide_and_what_works():
+def test_a_refusal_names_the_problem_and_the_degrees_that_work():
     tiny = SMOLLM2 | {"n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "intermediate_size": 128}
     with pytest.raises(UnsupportedError) as caught:
         plan_shards(4, **tiny, alignment=32)

@@ -31,7 +31,7 @@ def where(store: dist.Store) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("said", [b"", b"\0", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 8])
-def test_ranks_come_in_past_connections_that_are_none_of_theirs(said):
+def test_ranks_connect_though_strangers_connect_too(said):
     store = dist.HashStore()
     with ThreadPoolExecutor(3) as pool, ExitStack() as strangers:
         accepted = pool.submit(torchrun(0).accept_ranks, store)
@@ -48,19 +48,19 @@ def test_ranks_come_in_past_connections_that_are_none_of_theirs(said):
         own.close()
 
 
-def test_a_rank_that_does_not_come_is_named_though_somebody_else_calls(monkeypatch):
+def test_a_missing_rank_is_named_though_a_stranger_connects(monkeypatch):
     monkeypatch.setattr("hotloop.parallel.rendezvous.CALL_TIMEOUT_S", 0.3)
     store = dist.HashStore()
     with ThreadPoolExecutor(2) as pool:
         accepted = pool.submit(torchrun(0).accept_ranks, store)
         with socket.create_connection(where(store)):
             pool.submit(torchrun(1).call, store).result()
-            with pytest.raises(RankError, match=r"rank 2 of 3 did not come within 0\.3 s"):
+            with pytest.raises(RankError, match=r"rank 2 of 3 did not connect within 0\.3 s"):
                 accepted.result()
 
 
-def test_a_caller_that_is_somebody_else_is_an_error(monkeypatch):
-    monkeypatch.setattr("hotloop.parallel.rendezvous.GREETING_S", 1)
+def test_a_caller_without_the_secret_is_an_error(monkeypatch):
+    monkeypatch.setattr("hotloop.parallel.rendezvous.HANDSHAKE_S", 1)
     store = dist.HashStore()
     with socket.create_server((LOOPBACK, 0)) as silent:
         store.set("caller", json.dumps((*silent.getsockname(), "00")))

@@ -318,7 +318,7 @@ class Peers:
                 inboxes.rank, addresses, capacity=rows, k=k, device=device, kept=inboxes
             )
 
-        sums, choices = exchange("sums", decoder.embedding.k), exchange("choices", 0)
+        sums, choices = exchange("all_reduce", decoder.embedding.k), exchange("argmax", 0)
         if sums is None or choices is None:
             return None
         return cls(sums=sums, choices=choices, first_id=first_id)

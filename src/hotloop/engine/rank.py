@@ -62,7 +62,7 @@ def serve(
 
         def progress(*what: Any) -> None:
             if rank == 0:
-                caller.tell(number, *what)
+                caller.report(number, *what)
 
         runner = Runner(setup, n_tokens=n_tokens, progress=progress, group=group)
         if rank == 0:

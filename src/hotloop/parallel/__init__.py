@@ -1,1 +1,1 @@
-"""Tensor parallelism: who holds what, how ranks compute together, how they start and end."""
+"""Tensor parallelism: shards, collectives, and the processes of ranks."""

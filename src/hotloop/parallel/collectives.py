@@ -1,15 +1,15 @@
-"""Sums, maxima and gathering over the ranks of one model.
+"""Collectives over the ranks of one model: all-reduce and gather.
 
-``Group`` is one rank by itself, for which there is nothing to do; ``ProcessGroup`` is several, over
-gloo on CPUs and NCCL on GPUs. The sum after a row-parallel projection is a torch operator that the
-compiler does not look into, so that it can stand in compiled regions and in CUDA graphs.
+``Group`` is a single rank, whose collectives do nothing; ``ProcessGroup`` is several ranks, over
+gloo on CPUs and NCCL on GPUs. The all-reduce after a row-parallel projection is a torch operator
+that is opaque to the compiler, so that compiled regions and CUDA graphs can contain it.
 
-A single token's activations are a few KiB, for which NCCL's latency is most of its time. Where all
-ranks can read each other's memory, such small sums go through torch's symmetric memory, unless NCCL
-is asked for: each rank reads the others' numbers itself, and one kernel does all of it. Ranks may
-then add them in different orders and differ by rounding, which is why whatever must agree (tokens)
-is decided by exact comparisons. The fused step needs neither: its kernels (``kernels.cuda.step``)
-leave what they have in each other's ``inboxes``, which are symmetric memory too.
+The activations of a single token are a few KiB, for which an all-reduce by NCCL is mostly latency.
+Where all ranks can read each other's memory, small all-reduces go through torch's symmetric memory
+instead, unless NCCL is asked for: each rank reads the others' values itself, in one kernel. Ranks
+may then sum in different orders and differ by rounding; therefore whatever must agree (tokens) is
+decided by exact comparisons. The fused step uses neither: its kernels (``kernels.cuda.step``) write
+to each other's ``inboxes``, which are symmetric memory too.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from hotloop.parallel.link import PeerError
 from hotloop.types import AllReduce
 
 SYMMETRIC_BYTES = 256 * 2**10
-"""Sums up to this size go through symmetric memory; beyond, NCCL moves fewer bytes."""
+"""The largest all-reduce through symmetric memory; NCCL moves fewer bytes for larger ones."""
 
 _SYMMETRIC_DTYPES = (torch.bfloat16, torch.float32)
 
 TIMEOUT = timedelta(minutes=30)
-"""For ranks that compile or read at different speeds. Ranks that die are noticed by the launcher,
-which does not wait for this."""
+"""Time limit of a collective, for ranks that compile or load at different speeds. The launcher
+notices ranks that die, without waiting for this."""
 
 
-Use = Literal["sums", "choices"]
-"""What ranks leave in inboxes: parts of the residual stream, or most likely tokens."""
+Use = Literal["all_reduce", "argmax"]
+"""Uses of inboxes: the all-reduce of the residual stream, and the argmax of tokens."""
 
 
 class Group:
-    """One rank by itself: sums and maxima are what they are of.
+    """A single rank, whose collectives return their input.
 
     Attributes:
-        rank: Which of the group's ranks this is.
-        size: How many there are.
-        notes: What a reader of results must know of the choice of collectives.
+        rank: This rank.
+        size: The number of ranks.
+        notes: Remarks on the choice of collectives, for readers of results.
     """
 
     rank = 0
@@ -59,45 +59,45 @@ class Group:
 
     @property
     def kernel(self) -> str | None:
-        """What small sums run on, as records name it; None where there is nothing to sum."""
+        """The backend of small all-reduces, as records name it; None for a single rank."""
         return None
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks of tensors of one shape, on every rank."""
+        """Sums tensors of one shape over ranks; every rank gets the sum."""
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        """Their element-wise maximum, on every rank: exact, the same bits everywhere."""
+        """Takes the element-wise maximum over ranks; every rank gets the same bits."""
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """All of them, [size, ...], on every rank: the same bits everywhere."""
+        """Gathers the ranks' tensors, [size, ...]; every rank gets the same bits."""
         return x[None]
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
-        """All of them, [size, ...], on rank 0; None on the others."""
+        """Gathers the ranks' tensors, [size, ...], on rank 0; returns None on the others."""
         return x[None]
 
     def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:  # noqa: ARG002 (others do)
-        """Memory of every rank that every rank can write into; None where there is no such thing.
+        """Allocates memory of every rank that all ranks can write; None where that is impossible.
 
-        All ranks ask for as many bytes at the same time.
+        All ranks call this at the same time, with the same arguments.
 
         Args:
-            nbytes: Of each.
-            use: What for.
+            nbytes: Bytes of each rank's inbox.
+            use: Use of the inboxes.
         """
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inboxes:
-    """Memory of every rank, zeros at first.
+    """Memory of every rank that all ranks can write, initially zeros.
 
     Attributes:
-        rank: Which rank this is.
-        addresses: Where it finds each rank's.
-        memory: What keeps it alive.
+        rank: This rank.
+        addresses: The address of each rank's inbox, as this rank sees it.
+        memory: The owner of the memory, which is kept alive.
     """
 
     rank: int
@@ -106,18 +106,18 @@ class Inboxes:
 
 
 class ProcessGroup(Group):
-    """This process and its peers.
+    """A rank in a process of its own, with its peers.
 
     Args:
-        store: By which they find each other.
+        store: The store of the rendezvous.
         rank: This rank.
-        size: How many there are.
-        device: Where its tensors are. The others' are on the same kind of device.
-        all_reduce: What sums run on, on GPUs; whatever it is, NCCL takes those that are too large
-            for symmetric memory, maxima and gathering, but for what the fused step does by itself.
+        size: The number of ranks.
+        device: The device of this rank's tensors. All ranks have the same kind of device.
+        all_reduce: All-reduce backend on GPUs. NCCL is used in any case for sums that are too large
+            for symmetric memory, for maxima and for gathering. The fused step has its own.
 
     Raises:
-        UnsupportedError: Symmetric memory was asked for and does not work here; on every rank.
+        UnsupportedError: Symmetric memory was asked for and does not work; raised on every rank.
     """
 
     def __init__(
@@ -153,14 +153,14 @@ class ProcessGroup(Group):
     def _use_symmetric_memory(
         self, world: dist.ProcessGroup, device: torch.device, *, must: bool
     ) -> None:
-        """Where that works; else a note says why not, or an error if it ``must``."""
+        """Uses symmetric memory where it works; else notes why not, or raises if it ``must``."""
         self._buffer, reason = _symmetric_buffer(world, self, device)
         if self._buffer is not None:
             self._kernel = "symm_mem"
         elif must:
             raise UnsupportedError(
-                f"all_reduce 'symm_mem' cannot be had here: {reason}. Use 'nccl', or 'auto', which "
-                "takes what there is."
+                f"all_reduce 'symm_mem' does not work here: {reason}. Use 'nccl', or 'auto', which "
+                "uses symmetric memory only where it works."
             )
         else:
             self.notes = (f"all_reduce/symm_mem not used: {reason}",)
@@ -171,28 +171,28 @@ class ProcessGroup(Group):
         return self._kernel
 
     def sum(self, x: Tensor) -> Tensor:
-        """As in ``Group``; through symmetric memory where that is quicker."""
+        """See ``Group``; uses symmetric memory where that is faster."""
         buffer = self._buffer
         if buffer is not None and x.nbytes <= buffer.nbytes and x.dtype in _SYMMETRIC_DTYPES:
             return _sum_symmetric(x, buffer, self._name)
         return _sum(x, self._name)
 
     def max(self, x: Tensor) -> Tensor:
-        """As in ``Group``."""
+        """See ``Group``."""
         result = x.clone()
         with _peers():
             dist.all_reduce(result, dist.ReduceOp.MAX)
         return result
 
     def gather(self, x: Tensor) -> Tensor:
-        """As in ``Group``."""
+        """See ``Group``."""
         gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         with _peers():
             dist.all_gather_into_tensor(gathered, x.contiguous())
         return gathered.view(self.size, *x.shape)
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
-        """As in ``Group``."""
+        """See ``Group``."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         with _peers():
@@ -200,19 +200,19 @@ class ProcessGroup(Group):
         return None if parts is None else torch.stack(parts)
 
     def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:  # noqa: ARG002 (all alike)
-        """As in ``Group``: symmetric memory, where that is used."""
+        """See ``Group``; inboxes are symmetric memory, where that is used."""
         if self._buffer is None:
             return None
         import torch.distributed._symmetric_memory as symm_mem
 
-        mine = symm_mem.empty(nbytes, dtype=torch.uint8, device=self._buffer.device)
-        handle = symm_mem.rendezvous(mine, self._world)
-        mine.zero_()
-        offset = mine.data_ptr() - handle.buffer_ptrs[self.rank]
-        self.max(mine[:1])  # which no rank gets before all have come to it, with zeros
-        torch.cuda.synchronize(mine.device)
+        inbox = symm_mem.empty(nbytes, dtype=torch.uint8, device=self._buffer.device)
+        handle = symm_mem.rendezvous(inbox, self._world)
+        inbox.zero_()
+        offset = inbox.data_ptr() - handle.buffer_ptrs[self.rank]
+        self.max(inbox[:1])  # a barrier: every rank's inbox is zeros after it
+        torch.cuda.synchronize(inbox.device)
         addresses = [address + offset for address in handle.buffer_ptrs]
-        return Inboxes(rank=self.rank, addresses=addresses, memory=(mine, handle))
+        return Inboxes(rank=self.rank, addresses=addresses, memory=(inbox, handle))
 
 
 @torch.library.custom_op("hotloop_parallel::sum", mutates_args=())
@@ -223,11 +223,11 @@ def _sum(x: Tensor, group: str) -> Tensor:
     return result
 
 
-# The buffer is scratch, whose content nobody is meant to see: it is not declared as mutated.
+# The buffer is scratch memory that nothing else reads, so it is not declared as mutated.
 @torch.library.custom_op("hotloop_parallel::sum_symmetric", mutates_args=())
 def _sum_symmetric(x: Tensor, buffer: Tensor, group: str) -> Tensor:
-    mine = buffer.view(x.dtype)[: x.numel()].view(x.shape)
-    return torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x.contiguous(), "sum", group)
+    scratch = buffer.view(x.dtype)[: x.numel()].view(x.shape)
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(scratch, x.contiguous(), "sum", group)
 
 
 @_sum.register_fake
@@ -249,9 +249,9 @@ def _peers() -> Iterator[None]:
 def _symmetric_buffer(
     world: dist.ProcessGroup, group: ProcessGroup, device: torch.device
 ) -> tuple[Tensor | None, str | None]:
-    """Memory that every rank can read, tried out; or why there is none.
+    """Allocates memory that every rank can read, and tests it; or returns why that fails.
 
-    Every rank takes the same way: what any of them lacks, none uses.
+    All ranks come to the same decision: none uses it unless all can.
     """
 
     def agreed(reason: str | None) -> bool:
@@ -268,7 +268,7 @@ def _symmetric_buffer(
             symm_mem.rendezvous(buffer, world)
             ones = torch.ones(64, dtype=torch.bfloat16, device=device)
             if not bool((_sum_symmetric(ones, buffer, world.group_name) == group.size).all()):
-                reason = "a first sum came out wrong"
+                reason = "a test all-reduce gave a wrong sum"
         except (RuntimeError, ImportError, AttributeError) as error:
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if agreed(reason):

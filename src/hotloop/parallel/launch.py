@@ -1,15 +1,15 @@
-"""Starting the processes of ranks, watching them, and ending them.
+"""Starts, watches and ends the processes of ranks.
 
-The caller's process is not a rank. It sends commands to all ranks and gets results from one of
-them; it waits for nothing else than a thread that watches every rank's connection and process, so
-that whatever becomes of a rank, the caller learns of it. When one ends, all are ended, and the
-caller gets the error of the one that failed first rather than those that this caused in others.
+The caller's process is not a rank. It sends commands to all ranks, and gets results from one of
+them. A thread watches every rank's connection and process, so that the caller never waits for a
+rank that has ended. When a rank fails, all are ended, and the caller gets the error of the first
+failure rather than of those that it caused in other ranks.
 
-Ranks lead sessions of their own: a Ctrl-C at the terminal reaches the caller alone, and ending a
-rank ends what it started. If the caller dies, they notice by their connections (see ``link``), and
-by their parent (see ``program``).
+Each rank leads a session of its own: a Ctrl-C at the terminal reaches only the caller, and ending a
+rank ends the processes that it started. Ranks notice the caller's end by their connection (see
+``link``) and by their parent process (see ``program``).
 
-What ranks compute is none of this module's business.
+This module does not know what ranks compute.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from typing import Any, BinaryIO
 
 from hotloop.errors import HotloopError, OutOfMemoryError, RankError, RequestError
 from hotloop.hardware import kernel_oom_kills
-from hotloop.parallel.link import LAST, Answer, Failure, Told, receive, send
+from hotloop.parallel.link import LAST, Answer, Failure, Progress, receive, send
 
 TICK_S = 0.5
-"""How often processes are looked at whose connections are silent."""
+"""Interval of checks of processes whose connections are silent."""
 
 PEER_GRACE_S = 2.0
-"""How long to wait for a better explanation, when all that a rank says is that a peer is gone."""
+"""Time to wait for the cause, where a rank reports only that one of its peers is gone."""
 
 LOG_TAIL_LINES = 8
 
@@ -48,10 +48,10 @@ class Rank:
     """A rank as the caller sees it.
 
     Attributes:
-        index: Which one.
-        connection: Where commands go and answers come from.
-        process: Its process; None if somebody else started it, and ends it.
-        log: What it and its libraries print, where we started it.
+        index: Its number.
+        connection: Carries commands to it, and its answers.
+        process: Its process; None if it was started elsewhere (by torchrun).
+        log: The output of its process, if we started that.
     """
 
     index: int
@@ -61,12 +61,12 @@ class Rank:
     killed: bool = False
 
     def kill(self) -> None:
-        """Ends its process and what that started, without asking: it may be waiting for a peer.
+        """Kills its process and those that it started: it may be waiting for a peer.
 
-        One that is not ours ends itself when its connection does (see ``link``).
+        A process that we did not start ends itself when its connection closes (see ``link``).
         """
         if self.killed:
-            return  # once: later, the number can be another process's
+            return  # only once: later, another process may have its number
         self.killed = True
         if self.process is not None:
             with suppress(ProcessLookupError):
@@ -76,7 +76,7 @@ class Rank:
                 end.shutdown(socket.SHUT_RDWR)
 
     def release(self) -> None:
-        """Ends it when there is nothing more to do; one that is not ours ends in good order."""
+        """Ends an idle rank; a process that we did not start ends in good order."""
         if self.process is not None:
             self.kill()
         elif not self.killed:
@@ -85,7 +85,7 @@ class Rank:
                 send(self.connection, LAST)
 
     def close(self) -> None:
-        """Waits for the end of its process, and lets go of what it leaves."""
+        """Waits for the end of its process, and closes its connection and log."""
         if self.process is not None:
             self.process.wait()
         self.connection.close()
@@ -96,7 +96,7 @@ class Rank:
 def start_rank(module: str, index: int) -> Rank:
     """Starts ``python -m module INDEX FD``; ``FD`` is its end of the connection."""
     ours, theirs = Pipe()
-    log = tempfile.TemporaryFile()  # noqa: SIM115 (goes when the rank does)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the rank)
     try:
         process = subprocess.Popen(
             [
@@ -118,7 +118,7 @@ def start_rank(module: str, index: int) -> Rank:
 
 
 def end_ranks(ranks: Sequence[Rank]) -> None:
-    """Ends ranks that nobody watches yet."""
+    """Ends ranks that are not watched yet."""
     for rank in ranks:
         rank.kill()
     for rank in ranks:
@@ -126,10 +126,10 @@ def end_ranks(ranks: Sequence[Rank]) -> None:
 
 
 class Ranks:
-    """Ranks that are watched; without references to this object, or at exit, they are ended.
+    """A group of ranks under watch. They are ended with the last reference to it, or at exit.
 
     Args:
-        ranks: All of them, in order. The first answers commands.
+        ranks: All ranks, in order. The first one answers commands.
     """
 
     def __init__(self, ranks: Sequence[Rank]) -> None:
@@ -140,43 +140,43 @@ class Ranks:
         thread.start()
 
     def tell(self, command: Any, *, phase: str) -> Reply:
-        """Sends a command to every rank; its result, or what prevented it, comes by the reply.
+        """Sends a command to every rank; the reply yields its result or its error.
 
         Args:
             command: Any value that can be pickled.
-            phase: What an error calls the time until the next command.
+            phase: The phase that begins, for errors until the next command.
         """
         self._number += 1
         reply = Reply(self._number, self._watch)
         self._watch.expect(reply, phase)
         try:
             for rank in self._ranks:
-                with suppress(OSError):  # it is gone, which the watch explains
+                with suppress(OSError):  # the rank is gone: the watch reports it
                     send(rank.connection, (self._number, command))
-        except BaseException:  # a Ctrl-C in the middle of a message: no rank would understand more
+        except BaseException:  # a Ctrl-C within a message: ranks could not parse the next one
             self.end()
             raise
         return reply
 
     def end(self) -> None:
-        """Ends every rank. Nothing happens the second time."""
+        """Ends every rank; does nothing the second time."""
         self._finalizer()
 
 
 class Reply:
-    """The result of a command on its way. One that nobody waits for any more is dropped."""
+    """The pending result of a command. It is dropped with the last reference to the reply."""
 
     def __init__(self, number: int, watch: _Watch) -> None:
         self.number, self._watch = number, watch
         self.value: Any = None
         self.done = False
-        self.told: deque[tuple[Any, ...]] = deque()
+        self.progress: deque[tuple[Any, ...]] = deque()
 
-    def wait(self, on_told: Callable[..., None] | None = None) -> Any:
-        """The result, once it is there.
+    def wait(self, on_progress: Callable[..., None] | None = None) -> Any:
+        """Waits for the result.
 
         Args:
-            on_told: Is told of progress meanwhile.
+            on_progress: Called with progress meanwhile.
 
         Raises:
             HotloopError: The error of the rank that failed first; RankError if it is none of
@@ -184,22 +184,22 @@ class Reply:
         """
         while True:
             with self._watch.changed:
-                while not (self.done or self.told or self._watch.error):
+                while not (self.done or self.progress or self._watch.error):
                     self._watch.changed.wait()
-                told = [self.told.popleft() for _ in range(len(self.told))]
-                if not told:
+                progress = [self.progress.popleft() for _ in range(len(self.progress))]
+                if not progress:
                     if self.done:
                         return self.value
                     assert self._watch.error is not None
                     raise self._watch.error
-            for what in told:
-                if on_told is not None:
-                    on_told(*what)
+            for arguments in progress:
+                if on_progress is not None:
+                    on_progress(*arguments)
 
 
 @dataclass
 class _Watch:
-    """What the watching thread knows, shared with whoever waits."""
+    """State of the watching thread, shared with the threads that wait for replies."""
 
     ranks: Sequence[Rank]
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -212,7 +212,7 @@ class _Watch:
         self._oom_kills = kernel_oom_kills()
 
     def expect(self, reply: Reply, phase: str) -> None:
-        """Remembers who waits for a command's result, and in which phase."""
+        """Registers the reply that waits for a command's result, and the phase."""
         with self.changed:
             if self.error is not None:
                 raise self.error
@@ -220,7 +220,7 @@ class _Watch:
             self._phase = phase
 
     def end(self) -> None:
-        """Tells whoever waits, or asks for more, that there are no ranks any more."""
+        """Makes all replies, pending and later, raise that the ranks have ended."""
         with self.changed:
             self.ended = True
             if self.error is None:
@@ -228,22 +228,22 @@ class _Watch:
             self.changed.notify_all()
 
     def run(self) -> None:
-        """Hands out what ranks send, until one of them fails or all are ended."""
-        failures: dict[Rank, Failure | None] = {}  # None: it died without a word
+        """Delivers the ranks' messages, until a rank fails or all are ended."""
+        failures: dict[Rank, Failure | None] = {}  # None: it died without a message
         deadline = float("inf")
         while not failures or (
             all(failure and failure.by_peer for failure in failures.values())
             and time.monotonic() < deadline
         ):
-            for rank, message in self._news(failures):
-                if isinstance(message, Answer | Told):
-                    self._hand_out(message)
+            for rank, message in self._messages(failures):
+                if isinstance(message, Answer | Progress):
+                    self._deliver(message)
                 else:
                     failures[rank] = message
                     deadline = min(deadline, time.monotonic() + PEER_GRACE_S)
             if self.ended:
                 return
-        # The one whose own failure it is; failing that, whoever noticed first.
+        # The first rank whose failure is its own, or else the first that noticed a peer's.
         own = (rank for rank, failure in failures.items() if not (failure and failure.by_peer))
         first = next(own, next(iter(failures)))
         error = self._explain(first, failures[first])
@@ -253,10 +253,10 @@ class _Watch:
             self.error = error
             self.changed.notify_all()
 
-    def _news(
+    def _messages(
         self, failures: dict[Rank, Failure | None]
-    ) -> Iterator[tuple[Rank, Answer | Told | Failure | None]]:
-        """What ranks have sent, within a tick; None for one that can say nothing any more."""
+    ) -> Iterator[tuple[Rank, Answer | Progress | Failure | None]]:
+        """Yields the messages of ranks within a tick; None for a rank that has ended."""
         waiting = {rank.connection: rank for rank in self.ranks if rank not in failures}
         ready = wait(list(waiting), TICK_S)
         for connection, rank in waiting.items():
@@ -266,15 +266,15 @@ class _Watch:
                 except (EOFError, OSError):
                     yield rank, None
             elif not ready and rank.process is not None and rank.process.poll() is not None:
-                yield rank, None  # something that it started holds its end of the connection open
+                yield rank, None  # a process that it started holds the connection open
 
-    def _hand_out(self, message: Answer | Told) -> None:
+    def _deliver(self, message: Answer | Progress) -> None:
         with self.changed:
             reply = self._replies.get(message.number)
             if reply is None:
                 return
-            if isinstance(message, Told):
-                reply.told.append(message.what)
+            if isinstance(message, Progress):
+                reply.progress.append(message.arguments)
             else:
                 reply.value, reply.done = message.value, True
             self.changed.notify_all()
@@ -303,20 +303,20 @@ class _Watch:
 
 
 def _end(watch: _Watch, thread: threading.Thread, owner: int) -> None:
-    """Ends the ranks of a group that nobody uses any more."""
+    """Ends the ranks of a group without references."""
     if os.getpid() != owner:
-        return  # a fork of the caller has come to its end, not the caller
+        return  # a fork of the caller ends, not the caller
     watch.end()
     for rank in watch.ranks:
         rank.release()
-    with suppress(RuntimeError):  # where the thread itself collects this garbage
+    with suppress(RuntimeError):  # the thread itself may run this finalizer
         thread.join()
     for rank in watch.ranks:
         rank.close()
 
 
 def _tail(log: BinaryIO | None) -> str:
-    """The last lines of a rank's log."""
+    """Returns the last lines of a rank's log."""
     if log is None:
         return ""
     log.seek(0)

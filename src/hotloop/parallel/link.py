@@ -1,10 +1,10 @@
-"""The messages between the caller's process and its ranks, and the rank's end of the connection.
+"""Messages between the caller's process and its ranks, and the rank's end of the connection.
 
-Commands are numbered values of any type; they reach every rank in the same order. A rank answers
-some of them, by their number, and tells of its progress and of its end. A thread receives and a
-thread sends, so that a rank can start the next command while the last one's answer is still being
-computed on its device; and so that it notices at any time, even while it waits for its peers, that
-the caller is gone. It then ends itself.
+Commands are numbered values of any type, and reach every rank in the same order. A rank answers
+some of them, by their number, and reports progress and failure. One thread receives and one sends,
+so that a rank can start the next command while its device still computes the last answer, and so
+that it notices at any time, even while it waits for its peers, that the caller is gone. It then
+ends itself.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, NoReturn
 from hotloop.errors import HotloopError
 
 LAST = None
-"""Sent in place of a command, after which no other comes: the rank ends."""
+"""Sent instead of a command: the rank ends."""
 
 
 class PeerError(RuntimeError):
-    """A collective failed: most likely because another rank is gone, whose own error says more."""
+    """A collective failed, most likely because another rank has failed."""
 
 
 Command = tuple[int, Any]
@@ -44,21 +44,21 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """Progress, for whoever waits for a command's result."""
+class Progress:
+    """Progress of a command."""
 
     number: int
-    what: tuple[Any, ...]
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The last words of a rank.
+    """The failure of a rank.
 
     Attributes:
-        error: What it raised, if that is one of hotloop's errors.
+        error: The exception, if it is one of hotloop's errors.
         summary: The exception in one line.
-        by_peer: It only met another rank's end.
+        by_peer: The cause is another rank's end.
     """
 
     error: HotloopError | None
@@ -67,7 +67,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """What there is to say of an exception."""
+        """Describes an exception."""
         return cls(
             error=error if isinstance(error, HotloopError) else None,
             summary="".join(traceback.format_exception_only(error)).strip(),
@@ -75,21 +75,21 @@ class Failure:
         )
 
 
-Message = Answer | Told | Failure
+Message = Answer | Progress | Failure
 
 
 def send(connection: Connection, message: Any) -> None:
-    """Sends by plain pickling: the connection's own would put tensors into shared memory."""
+    """Sends a message by plain pickle: ``Connection.send`` would put tensors in shared memory."""
     connection.send_bytes(pickle.dumps(message))
 
 
 def receive(connection: Connection) -> Any:
-    """Receives what ``send`` sent; EOFError or OSError when the other end is gone."""
+    """Receives a message of ``send``; raises EOFError or OSError when the other end is gone."""
     return pickle.loads(connection.recv_bytes())
 
 
 class Caller:
-    """The caller, as a rank sees it."""
+    """A rank's connection to the caller."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -99,21 +99,21 @@ class Caller:
             threading.Thread(target=work, daemon=True).start()
 
     def commands(self) -> Iterator[Command]:
-        """What is to be done, in order, until there is nothing more."""
+        """Yields commands, in order, until the last."""
         while (command := self._commands.get()) is not LAST:
             yield command
 
     def answer(self, number: int, value: Callable[[], Any]) -> None:
-        """Sends a command's result, which ``value`` gives in time, in another thread."""
+        """Sends a command's result, which the sending thread gets from ``value``."""
         self._outgoing.put(lambda: Answer(number=number, value=value()))
 
-    def tell(self, number: int, *what: Any) -> None:
-        """Tells of progress with a command."""
-        self._outgoing.put(lambda: Told(number=number, what=what))
+    def report(self, number: int, *arguments: Any) -> None:
+        """Reports progress of a command."""
+        self._outgoing.put(lambda: Progress(number=number, arguments=arguments))
 
     def fail(self, error: BaseException) -> None:
         """Reports an exception, and ends the process."""
-        traceback.print_exception(error)  # the log may be all that is left
+        traceback.print_exception(error)  # for the log, which may be all that remains
         self._outgoing.put(lambda: Failure.of(error))
         threading.Event().wait()  # the sender ends the process
 
@@ -144,7 +144,7 @@ class Caller:
 
 
 def end_group() -> NoReturn:
-    """Ends this process and, where it leads a group, what it started, whatever they wait for."""
+    """Ends this process at once and, if it leads a process group, the whole group."""
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -1,8 +1,8 @@
 """``python -m hotloop.parallel.program CALLER MODULE ARGUMENTS``: runs the module of a rank.
 
-The rank ends when its caller does, from its first moment on: a module that imports torch takes
-seconds to reach the point where it listens to its connection, which moreover stays open as long as
-any fork of the caller lives. So a thread watches for the parent process, CALLER, to be gone.
+The rank ends when its caller does, from its start on. The connection alone cannot ensure that: a
+module that imports torch takes seconds before it reads the connection, which also stays open as
+long as a fork of the caller lives. So a thread polls whether the parent process, CALLER, is gone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import time
 from hotloop.parallel.link import end_group
 
 TICK_S = 0.5
-"""How often the parent is looked at."""
+"""Interval of the polls."""
 
 
 def end_with(caller: int) -> None:
-    """Ends this process, and what it has started, once its parent is not ``caller`` any more."""
+    """Ends this process and those that it started, once ``caller`` is no longer its parent."""
     while os.getppid() == caller:
         time.sleep(TICK_S)
     end_group()

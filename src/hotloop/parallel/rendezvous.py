@@ -1,10 +1,10 @@
-"""How ranks find each other: a key-value store that every one of them can reach.
+"""Rendezvous of ranks through a key-value store that all of them can reach.
 
-Ranks that we start share one that the caller serves on the loopback interface, at a port that the
-system picks. Ranks that torchrun started (or whatever else sets its environment: ``RANK``,
-``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``) use torchrun's. There, the process
-of rank 0 is the caller, which starts rank 0 on its own machine; the other processes become the
-other ranks and call the caller, whose address and secret they find in the store.
+Ranks that we start use a store that the caller serves on the loopback interface, at a port that the
+system picks. Ranks that torchrun starts (or anything else that sets ``RANK``, ``WORLD_SIZE``,
+``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``) use torchrun's store. In that case the process
+with rank 0 is the caller, and starts rank 0 as another process on its machine; the other processes
+become the other ranks, and connect to the caller, whose address and secret are in the store.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from hotloop.parallel.link import receive, send
 
 LOOPBACK = "127.0.0.1"
 CALL_TIMEOUT_S = 300.0
-"""How long the caller waits for the ranks that others started."""
+"""Time limit for the ranks of torchrun to connect to the caller."""
 
-GREETING_S = 30
-"""How long each message of a greeting may take."""
+HANDSHAKE_S = 30
+"""Time limit of each message of the handshake."""
 
 TICK_S = 0.1
-"""How often the caller looks who has arrived."""
+"""Interval at which the caller collects ranks that have connected."""
 
 _CALLER = "caller"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where a store is.
+    """Address of a store.
 
     Attributes:
-        host: A name or a number.
-        port: Its port.
-        prefix: What our keys begin with.
+        host: Host name or IP address.
+        port: Port.
+        prefix: Prefix of our keys.
     """
 
     host: str
@@ -57,13 +57,13 @@ class Address:
     prefix: str = "hotloop"
 
     def connect(self) -> dist.Store:
-        """A client of it."""
+        """Connects to the store."""
         store = dist.TCPStore(self.host, self.port, is_master=False)
         return dist.PrefixStore(self.prefix, store)
 
 
 def serve_store() -> tuple[dist.Store, Address]:
-    """A store for the ranks on this machine; it lives as long as the first of the two."""
+    """Serves a store for ranks on this machine, as long as the returned store is referenced."""
     listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
     store = dist.TCPStore(
@@ -74,15 +74,15 @@ def serve_store() -> tuple[dist.Store, Address]:
 
 @dataclass(frozen=True, kw_only=True)
 class Torchrun:
-    """What torchrun tells a process by its environment.
+    """The environment that torchrun sets for a process.
 
     Attributes:
-        rank: This process.
-        world_size: All processes.
-        local_rank: This process among those on this machine.
-        local_world_size: How many are on this machine.
-        address: Of torchrun's store.
-        serves: Whether nobody serves the store yet and this process must.
+        rank: Number of this process.
+        world_size: The number of processes.
+        local_rank: Number of this process among those on this machine.
+        local_world_size: The number of processes on this machine.
+        address: Address of torchrun's store.
+        serves: Whether this process must serve the store.
     """
 
     rank: int
@@ -94,10 +94,10 @@ class Torchrun:
 
     @classmethod
     def environment(cls) -> Torchrun | None:
-        """What this process was told; None if torchrun did not start it.
+        """Reads the environment; returns None if torchrun did not start this process.
 
         Raises:
-            ConfigError: A variable holds no number.
+            ConfigError: A variable is not a number.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         if not all(name in os.environ for name in (*names, "MASTER_ADDR")):
@@ -119,7 +119,7 @@ class Torchrun:
         )
 
     def store(self) -> dist.Store:
-        """The store, served by this process if nobody else does."""
+        """Connects to the store, or serves it."""
         if not self.serves:
             return self.address.connect()
         store = dist.TCPStore(
@@ -128,10 +128,10 @@ class Torchrun:
         return dist.PrefixStore(self.address.prefix, store)
 
     def accept_ranks(self, store: dist.Store) -> list[Rank]:
-        """The other ranks, as the caller sees them, in order.
+        """Waits for the other ranks to connect, and returns them in order.
 
         Raises:
-            RankError: One did not come in time.
+            RankError: A rank did not connect in time.
         """
         secret = secrets.token_bytes(32)
         missing, ranks = set(range(1, self.world_size)), []
@@ -144,9 +144,9 @@ class Torchrun:
             while missing:
                 with suppress(TimeoutError):
                     reached, _ = listener.accept()
-                    # In a thread: whoever says nothing must not keep the others waiting.
-                    greeting = (reached, secret, arrived)
-                    threading.Thread(target=_greet, args=greeting, daemon=True).start()
+                    # In a thread: a silent connection must not delay the others.
+                    handshake = (reached, secret, arrived)
+                    threading.Thread(target=_accept, args=handshake, daemon=True).start()
                 while not arrived.empty():
                     rank = arrived.get()
                     if rank.index in missing:
@@ -156,20 +156,20 @@ class Torchrun:
                         rank.connection.close()
                 if missing and time.monotonic() > deadline:
                     end_ranks(ranks)
-                    problem = f"did not come within {CALL_TIMEOUT_S:g} s"
+                    problem = f"did not connect within {CALL_TIMEOUT_S:g} s"
                     raise RankError(min(missing), self.world_size, problem)
         return sorted(ranks, key=lambda rank: rank.index)
 
     def call(self, store: dist.Store) -> Connection:
-        """This rank's connection to the caller.
+        """Connects this rank to the caller.
 
         Raises:
-            RankError: The caller is not there, or is somebody else.
+            RankError: The caller cannot be reached, or does not know the secret.
         """
         host, port, secret = json.loads(store.get(_CALLER))
         try:
             with (
-                socket.create_connection((host, port), timeout=GREETING_S) as reached,
+                socket.create_connection((host, port), timeout=HANDSHAKE_S) as reached,
                 _limited(reached) as connection,
             ):
                 answer_challenge(connection, bytes.fromhex(secret))
@@ -181,9 +181,9 @@ class Torchrun:
             raise RankError(self.rank, self.world_size, problem) from error
 
 
-def _greet(reached: socket.socket, secret: bytes, arrived: queue.SimpleQueue[Rank]) -> None:
-    """Lets in a rank that called; drops whoever is none."""
-    with reached, suppress(OSError, EOFError, AuthenticationError):  # no rank, or too slow a one
+def _accept(reached: socket.socket, secret: bytes, arrived: queue.SimpleQueue[Rank]) -> None:
+    """Authenticates a connection, and queues its rank; drops a connection that is not a rank's."""
+    with reached, suppress(OSError, EOFError, AuthenticationError):
         with _limited(reached) as connection:
             deliver_challenge(connection, secret)
             answer_challenge(connection, secret)
@@ -193,18 +193,18 @@ def _greet(reached: socket.socket, secret: bytes, arrived: queue.SimpleQueue[Ran
 
 @contextmanager
 def _limited(reached: socket.socket) -> Generator[Connection]:
-    """A connection whose messages must come in time within the block; closed if it fails."""
+    """Limits the time of each message within the block; closes the connection if that fails."""
     reached.settimeout(None)
     connection = Connection(os.dup(reached.fileno()))
 
     def limit(seconds: float) -> None:
-        # On the socket itself: the connection reads its file, past Python's timeouts.
+        # Set on the socket: Connection reads its file descriptor, past Python's timeouts.
         interval = struct.pack("ll", int(seconds), 0)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             reached.setsockopt(socket.SOL_SOCKET, option, interval)
 
     try:
-        limit(GREETING_S)
+        limit(HANDSHAKE_S)
         yield connection
         limit(0)  # none
     except BaseException:
