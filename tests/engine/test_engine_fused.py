@@ -36,7 +36,7 @@ from hotloop.parallel.collectives import Group
 from hotloop.quant import Scheme, parse_scheme
 from hotloop.registry import resolve
 from hotloop.weights.load import load_weights
-from hotloop.weights.source import RandomSource
+from hotloop.weights.source import RandomSource, schemes_by_name
 
 pytestmark = needs_compiler
 
@@ -91,18 +91,15 @@ class Model:
             VariedSource(),
             shard=config.shards(1)[0],
             adds_biases=True,
-            scheme=parse_scheme(quant),
-            head_scheme=parse_scheme(head),
+            schemes=schemes_by_name(config, parse_scheme(quant), parse_scheme(head)),
             dtype=dtype,
             device=CPU,
             fused=fused,
         )
         self.cache = KVCache(
-            n_layers=config.n_layers,
+            kv_heads=config.kv_heads,
             n_slots=2,
-            n_kv_heads=config.n_kv_heads,
             n_positions=N_POSITIONS,
-            head_dim=config.head_dim,
             dtype=dtype,
             device=CPU,
         )
@@ -248,7 +245,7 @@ def test_what_ranks_send_each_other_they_add_up_in_the_chain():
     names, overlap = zip(*device.launched, strict=True)
     assert overlap == (False, *[True] * (7 * model.config.n_layers + 2))
     assert names[-1] == "argmax_over_ranks_step"
-    assert names.count("sum_of_1") == 2 * model.config.n_layers
+    assert names.count("all_reduce_1") == 2 * model.config.n_layers
 
 
 @torch.inference_mode()

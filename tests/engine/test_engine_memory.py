@@ -13,7 +13,7 @@ from hotloop.engine.memory import predict_memory
 from hotloop.errors import OutOfMemoryError
 from hotloop.models.linear import Embedding, Linear
 
-TABLES = ("cos", "sin")
+TABLES = ("cos0", "sin0")
 
 
 @pytest.fixture(scope="module", params=["tied", "untied", "untied, with biases"])

@@ -1,5 +1,6 @@
 """What a checkpoint's configuration makes of the engine's: context, execution, notes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -35,12 +36,15 @@ def test_the_default_context_is_the_one_whose_frequencies_do_not_depend_on_its_l
     assert any("rope scaling 'dynamic'" in note for note in longer.notes)
 
 
-def test_layers_of_which_some_have_a_window_are_not_for_the_fused_step():
+def test_layers_of_different_windows_are_for_the_fused_step_and_of_different_heads_are_not():
     keys = dict(family_of({"architectures": ["Qwen3ForCausalLM"]}).tiny) | {"head_dim": 64}
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    plain, mixed = read_config(keys), read_config(keys | windows)
-    assert fused.unsupported_reason(plain, torch.bfloat16, 1) is None
-    assert "see differently far back" in str(fused.unsupported_reason(mixed, torch.bfloat16, 1))
+    mixed = read_config(keys | windows)
+    assert fused.unsupported_reason(mixed, torch.bfloat16, 1) is None
+    first, *others = mixed.layers
+    wider = dataclasses.replace(first, attention=dataclasses.replace(first.attention, n_heads=8))
+    uneven = dataclasses.replace(mixed, layers=(wider, *others))
+    assert "different heads" in str(fused.unsupported_reason(uneven, torch.bfloat16, 1))
 
 
 def test_sizes_are_compared_with_the_tensors_before_anything_is_built(tmp_path):

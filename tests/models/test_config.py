@@ -8,7 +8,7 @@ import torch
 
 from hotloop.errors import ConfigError, UnknownNameError, UnsupportedError
 from hotloop.models import names
-from hotloop.models.config import RopeConfig
+from hotloop.models.config import ModelConfig, RopeConfig
 from hotloop.models.families import FAMILIES, family_of, read_config
 from hotloop.models.rope import head_order, inverse_frequencies, rope_tables
 from hotloop.models.shapes import SHAPES, shape
@@ -35,22 +35,29 @@ def message(kind: type[Exception], *args: str, **changes: Any) -> str:
     return str(caught.value)
 
 
+def windows(config: ModelConfig) -> tuple[int | None, ...]:
+    return tuple(layer.attention.window for layer in config.layers)
+
+
 # What is understood.
 
 
 def test_keys_left_out_mean_what_transformers_means_by_that():
     config = read_config(keys())
-    assert (config.n_kv_heads, config.head_dim, config.max_position) == (4, 16, 2048)
-    assert config.rope == RopeConfig(theta=10_000.0)
-    assert not any((config.tie_embeddings, config.qkv_bias, config.mlp_bias, config.qk_norm))
-    assert read_config(keys("MistralForCausalLM")).sliding_window == 4096
-    assert read_config(keys("MistralForCausalLM", sliding_window=None)).sliding_window is None
-    assert read_config(keys("Qwen3ForCausalLM")).head_dim == 128
-    assert read_config(keys("Qwen2ForCausalLM")).qkv_bias
+    attention, feed_forward = config.layers[0].attention, config.layers[0].feed_forward
+    assert (attention.n_kv_heads, attention.head_dim, config.max_position) == (4, 16, 2048)
+    assert attention.rope == RopeConfig(theta=10_000.0)
+    assert not any((config.tie_embeddings, attention.qkv_bias, attention.qk_norm))
+    assert not feed_forward.bias
+    assert windows(config) == (None, None)
+    assert windows(read_config(keys("MistralForCausalLM"))) == (4096, 4096)
+    assert windows(read_config(keys("MistralForCausalLM", sliding_window=None))) == (None, None)
+    assert read_config(keys("Qwen3ForCausalLM")).layers[0].attention.head_dim == 128
+    assert read_config(keys("Qwen2ForCausalLM")).layers[0].attention.qkv_bias
 
 
 def test_llama_ignores_a_window_as_transformers_does():
-    assert read_config(keys(sliding_window=16)).sliding_window is None
+    assert windows(read_config(keys(sliding_window=16))) == (None, None)
 
 
 def test_configuration_of_a_folder_depends_on_no_name_in_it():
@@ -75,7 +82,7 @@ def test_configuration_of_a_folder_depends_on_no_name_in_it():
     ],
 )
 def test_rotary_settings_are_read_in_every_spelling(settings, expected):
-    assert read_config(keys(**settings)).rope == expected
+    assert read_config(keys(**settings)).layers[0].attention.rope == expected
 
 
 @pytest.mark.parametrize(
@@ -187,7 +194,7 @@ def test_keys_that_say_nothing_of_the_arithmetic_are_ignored(architecture):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes", "windows"),
+    ("architecture", "changes", "expected"),
     [
         ("Qwen2ForCausalLM", {"use_sliding_window": False, "sliding_window": 9}, (None, None)),
         ("Qwen2ForCausalLM", {"use_sliding_window": True, "max_window_layers": 1}, (None, 4096)),
@@ -209,14 +216,14 @@ def test_keys_that_say_nothing_of_the_arithmetic_are_ignored(architecture):
         ("MistralForCausalLM", {"layer_types": ["full_attention"] * 2}, (None, None)),
     ],
 )
-def test_every_layer_has_the_window_that_its_type_says(architecture, changes, windows):
-    assert read_config(keys(architecture, **changes)).windows == windows
+def test_every_layer_has_the_window_that_its_type_says(architecture, changes, expected):
+    assert windows(read_config(keys(architecture, **changes))) == expected
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 def test_a_window_of_null_is_full_attention_in_qwen(architecture):
     changes = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None}
-    assert read_config(keys(architecture, **changes)).windows == (None, None)
+    assert windows(read_config(keys(architecture, **changes))) == (None, None)
     types = {"layer_types": ["sliding_attention"] * 2}
     assert "sliding_window is missing" in message(ConfigError, architecture, **changes, **types)
 

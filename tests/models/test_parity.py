@@ -253,13 +253,17 @@ def test_both_spellings_of_a_configuration_mean_the_same(architecture, tmp_path)
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_tiny_configuration_switches_on_what_the_family_has(architecture):
     config = read_config(tiny(architecture))
-    assert config.n_kv_heads < config.n_heads
+    attention, feed_forward = config.layers[0].attention, config.layers[0].feed_forward
+    assert attention.n_kv_heads < attention.n_heads
     assert config.n_layers > 1
     switches = {
-        "llama": config.qkv_bias and config.o_bias and config.mlp_bias and config.rope.scaling,
-        "mistral": config.sliding_window and config.sliding_window < 24,
-        "qwen2": config.qkv_bias and not config.o_bias,
-        "qwen3": config.qk_norm,
+        "llama": attention.qkv_bias
+        and attention.o_bias
+        and feed_forward.bias
+        and attention.rope.scaling,
+        "mistral": attention.window and attention.window < 24,
+        "qwen2": attention.qkv_bias and not attention.o_bias,
+        "qwen3": attention.qk_norm,
     }
     assert switches.get(config.family, True)
 

@@ -18,7 +18,7 @@ from hotloop.models.families import read_config
 from hotloop.quant import parse_scheme
 from hotloop.weights.checkpoint import open_checkpoint
 from hotloop.weights.load import load_weights
-from hotloop.weights.source import CheckpointSource
+from hotloop.weights.source import CheckpointSource, schemes_by_name
 
 CPU = torch.device("cpu")
 
@@ -86,17 +86,14 @@ def load(
         CheckpointSource(open_checkpoint(folder), CPU),
         shard=config.shards(1)[0],
         adds_biases=True,
-        scheme=scheme,
-        head_scheme=scheme,
+        schemes=schemes_by_name(config, scheme, scheme),
         dtype=dtype,
         device=CPU,
     )
     cache = KVCache(
-        n_layers=config.n_layers,
+        kv_heads=config.kv_heads,
         n_slots=n_slots,
-        n_kv_heads=config.n_kv_heads,
         n_positions=n_positions,
-        head_dim=config.head_dim,
         dtype=dtype,
         device=CPU,
     )

@@ -60,10 +60,10 @@ def test_every_tensor_is_where_the_arithmetic_looks_for_it(architecture, quant, 
         attention, mlp = (f"model.layers.{i}.{part}" for part in ("self_attn", "mlp"))
         qkv = [f"{attention}.{x}_proj" for x in "qkv"]
         for linear, parts in (
-            (block.qkv_proj, qkv),
-            (block.o_proj, [f"{attention}.o_proj"]),
-            (block.gate_up_proj, [f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
-            (block.down_proj, [f"{mlp}.down_proj"]),
+            (block.attention.qkv_proj, qkv),
+            (block.attention.o_proj, [f"{attention}.o_proj"]),
+            (block.feed_forward.gate_up_proj, [f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
+            (block.feed_forward.down_proj, [f"{mlp}.down_proj"]),
         ):
             for packed, whole in zip(linear.packed, expected(*parts), strict=True):
                 assert torch.equal(packed, whole)
@@ -73,7 +73,7 @@ def test_every_tensor_is_where_the_arithmetic_looks_for_it(architecture, quant, 
             else:
                 assert linear.bias is None
         assert torch.equal(
-            block.input_norm.weight, tensors[f"model.layers.{i}.input_layernorm.weight"]
+            block.attention.norm.weight, tensors[f"model.layers.{i}.input_layernorm.weight"]
         )
     assert torch.equal(decoder.norm.weight, tensors["model.norm.weight"])
 
@@ -103,7 +103,7 @@ def test_weights_are_rounded_once_to_the_type_that_is_asked_for(stored, dtype, t
     folder = write_folder(tmp_path / "m", dtype=stored)
     decoder = load(folder, dtype=dtype)
     expected = load_file(folder / "model.safetensors")[DOWN].to(dtype)
-    assert torch.equal(decoder.layers[1].down_proj.packed[0], expected)
+    assert torch.equal(decoder.layers[1].feed_forward.down_proj.packed[0], expected)
     assert {t.dtype for t in decoder.state_dict().values()} == {dtype}
 
 
@@ -114,7 +114,7 @@ def test_parts_of_unlike_types_join_without_loss(tmp_path):
     folder = write_folder(tmp_path / "m", widen)
     decoder = load(folder, dtype=torch.float32)
     stored = load_file(folder / "model.safetensors")[Q_PROJ]
-    assert torch.equal(decoder.layers[1].qkv_proj.packed[0][:64], stored)
+    assert torch.equal(decoder.layers[1].attention.qkv_proj.packed[0][:64], stored)
 
 
 @pytest.mark.parametrize("head", ["none", "int8", "fp8", "int4-g64"])
@@ -322,8 +322,10 @@ def test_biases_of_queries_keys_and_values_need_none_of_the_output_projection(tm
     folder = write_folder(tmp_path / "m", without, attention_bias=True)
     with closing(open_checkpoint(folder)) as checkpoint:
         model, (note,) = read_model(checkpoint)
-    assert (model.qkv_bias, model.o_bias) == (True, False)
+    assert {(a.qkv_bias, a.o_bias) for a in (layer.attention for layer in model.layers)} == {
+        (True, False)
+    }
     assert "o_proj has no bias" in note
-    first = load(folder).layers[0]
+    first = load(folder).blocks[0].attention
     assert first.qkv_proj.bias is not None
     assert first.o_proj.bias is None

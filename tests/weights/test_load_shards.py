@@ -12,6 +12,7 @@ from whole_models import (
     CPU,
     load,
     load_from,
+    plan,
     write_folder,
     write_gguf_model,
 )
@@ -56,23 +57,24 @@ def pieces(packed: list[Tensor], rows: range, columns: range | None, k: int) -> 
 
 
 def assert_is_shard_of(part: Decoder, whole: Decoder, shard: Shard, *, first: bool) -> None:
-    config = read_config(MODEL)
-    slices = names.part_slices(config, shard)
-    for ours, all_ in zip(part.layers, whole.layers, strict=True):
-        for attribute, parts in names.LINEAR_PARTS.items():
-            linear, complete = getattr(ours, attribute), getattr(all_, attribute)
+    layers = read_config(MODEL).layers
+    for ours, all_, layer, held in zip(
+        part.blocks, whole.blocks, layers, shard.layers, strict=True
+    ):
+        for matrix in layer.matrices:
+            linear, complete = ours.linears[matrix.name], all_.linears[matrix.name]
             expected, biases, row = [], [], 0
-            for name, n in zip(parts, names.part_rows(config, attribute), strict=True):
-                rows, columns = slices[name]
-                rows = range(n) if rows is None else rows
+            for name in matrix.parts:
+                rows, columns = matrix.slices(name, held)
+                rows = range(name.n) if rows is None else rows
                 shifted = range(row + rows.start, row + rows.stop)
                 expected.append(pieces(complete.packed, shifted, columns, complete.k))
                 biases.append(complete.bias[shifted.start : shifted.stop])
-                row += n
+                row += name.n
             for packed, parts_ in zip(linear.packed, zip(*expected, strict=True), strict=True):
                 assert torch.equal(packed, torch.cat(parts_))
-            summed = attribute in ("o_proj", "down_proj")
-            if summed and not first:
+            assert matrix.summed == (matrix.name in ("o_proj", "down_proj"))
+            if matrix.summed and not first:
                 assert linear.bias is None
             else:
                 assert torch.equal(linear.bias, torch.cat(biases))
@@ -98,9 +100,9 @@ def test_shards_of_a_checkpoint_are_slices_of_the_whole(quant, tied, tmp_path):
         options = {} if kind == "quantized" else {"quant": quant}
         whole = load(path, **options)
         for n in (2, 3, 4):
-            plan = read_config(MODEL).shards(n, parse_scheme(quant).alignment)
+            shards = plan(read_config(MODEL), n, quant)
             parts = ThreadRanks(n).run(lambda group, o=options, p=path: load(p, group=group, **o))
-            for rank, (part, shard) in enumerate(zip(parts, plan, strict=True)):
+            for rank, (part, shard) in enumerate(zip(parts, shards, strict=True)):
                 assert_is_shard_of(part, whole, shard, first=rank == 0)
 
 
@@ -114,8 +116,8 @@ def test_random_shards_are_slices_of_the_random_whole(quant, monkeypatch):
         return load_from(None, source, read_config(MODEL), quant=quant, **options)
 
     whole = made()
-    plan = read_config(MODEL).shards(4, parse_scheme(quant).alignment)
-    for rank, (part, shard) in enumerate(zip(ThreadRanks(4).run(made), plan, strict=True)):
+    shards = plan(read_config(MODEL), 4, quant)
+    for rank, (part, shard) in enumerate(zip(ThreadRanks(4).run(made), shards, strict=True)):
         assert_is_shard_of(part, whole, shard, first=rank == 0)
 
 
@@ -131,10 +133,11 @@ def test_shards_of_a_gguf_file_are_slices_of_the_whole(quant, tied, tmp_path):
     ):
         for ours, all_ in zip(part.layers, whole.layers, strict=True):
             q_rows = range(heads.start * 16, heads.stop * 16)
-            for packed, complete in zip(ours.qkv_proj.packed, all_.qkv_proj.packed, strict=True):
+            qkv, all_qkv = ours.attention.qkv_proj, all_.attention.qkv_proj
+            for packed, complete in zip(qkv.packed, all_qkv.packed, strict=True):
                 assert torch.equal(packed[:32], complete[q_rows.start : q_rows.stop])
-            cut = pieces(all_.o_proj.packed, range(64), q_rows, 64)
-            for packed, complete in zip(ours.o_proj.packed, cut, strict=True):
+            cut = pieces(all_.attention.o_proj.packed, range(64), q_rows, 64)
+            for packed, complete in zip(ours.attention.o_proj.packed, cut, strict=True):
                 assert torch.equal(packed, complete)
 
 
@@ -168,9 +171,10 @@ def test_a_rank_reads_its_own_slices_of_matrices_only(
     if (path := kinds(tmp_path, quant, tied=False).get(kind)) is None:
         pytest.skip("nothing to store")
     monkeypatch.setattr("hotloop.weights.tensor_file.WORTH_SKIPPING_BYTES", 1)
-    scheme, config = parse_scheme(quant), read_config(MODEL)
+    config = read_config(MODEL)
     options = {} if kind == "quantized" else {"quant": quant}
-    plan = config.shards(4, scheme.alignment)
+    shards = plan(config, 4, quant)
+    declared = {p.name: (m, p) for m in config.layers[0].matrices for p in m.parts}
     stored = load_file(path / "model.safetensors")
     bytes_read.clear()
     ThreadRanks(4).run(lambda group: load(path, group=group, **options))
@@ -180,7 +184,9 @@ def test_a_rank_reads_its_own_slices_of_matrices_only(
         if name.startswith("lm_head"):
             return len(shard.vocabulary) / config.vocab_size
         part = ".".join(name.split(".")[3:5])
-        rows, columns = names.part_slices(config, shard).get(part, (None, None))
+        rows, columns = None, None
+        if part in declared:
+            rows, columns = declared[part][0].slices(declared[part][1], shard.layers[0])
         whole = names.linear_weights(config).get(f"model.layers.0.{part}")
         if rows is not None:
             return len(rows) / whole[0]
@@ -188,7 +194,7 @@ def test_a_rank_reads_its_own_slices_of_matrices_only(
         one_column = stored[name].dim() == 1 or stored[name].shape[1] == 1
         return 1.0 if columns is None or one_column else len(columns) / whole[1]
 
-    for shard, reads in zip(plan, sorted_by_rank(bytes_read, plan), strict=True):
+    for shard, reads in zip(shards, sorted_by_rank(bytes_read, shards), strict=True):
         expected = sum(t.nbytes * fraction(name, shard) for name, t in stored.items())
         assert reads == expected + header_bytes(path)
 
@@ -198,10 +204,10 @@ def header_bytes(path: Path) -> int:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
-def sorted_by_rank(counted: dict[int, list[int]], plan: tuple[Shard, ...]) -> list[int]:
+def sorted_by_rank(counted: dict[int, list[int]], shards: tuple[Shard, ...]) -> list[int]:
     """Bytes read of each rank. Threads open their files in any order; larger shards read more."""
     totals = sorted((sum(reads) for reads in counted.values()), reverse=True)
-    assert len(totals) == len(plan)
+    assert len(totals) == len(shards)
     return totals
 
 

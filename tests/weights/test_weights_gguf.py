@@ -254,7 +254,7 @@ def test_rope_factors_are_part_of_the_configuration(tmp_path):
         "long_factor": factors.tolist(),
     }
     assert "rope_freqs.weight" not in checkpoint.tensors
-    rope = read_config(checkpoint.config).rope
+    rope = read_config(checkpoint.config).layers[0].attention.rope
     assert not rope.depends_on_length
     ratio = inverse_frequencies(16, RopeConfig()) / inverse_frequencies(16, rope, 128)
     torch.testing.assert_close(ratio, torch.from_numpy(factors))
@@ -271,7 +271,8 @@ def test_short_and_long_rope_factors_are_those_of_longrope(tmp_path):
     missing = refusal(write_gguf(tmp_path / "missing.gguf", tensors, keys=keys))
     assert missing.tensor == "rope_factors_long.weight"
     tensors |= {"rope_factors_long.weight": (long, "F32")}
-    rope = read_config(open_checkpoint(write_gguf(tmp_path / "m", tensors, keys=keys)).config).rope
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m", tensors, keys=keys))
+    rope = read_config(checkpoint.config).layers[0].attention.rope
     assert (rope.scaling, rope.original_max_position, rope.attention_factor) == (
         "longrope",
         64,

@@ -17,11 +17,12 @@ from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import read_config
 from hotloop.parallel.collectives import Group
+from hotloop.parallel.plan import Shard
 from hotloop.quant import parse_head_scheme, parse_scheme
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.identity import read_quantization
 from hotloop.weights.load import load_weights
-from hotloop.weights.source import CheckpointSource, Source
+from hotloop.weights.source import CheckpointSource, Source, schemes_by_name
 
 CPU = torch.device("cpu")
 ALONE = Group()
@@ -131,6 +132,12 @@ def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
     return write_gguf(path, tensors, keys=gguf_keys(), general=text)
 
 
+def plan(model: ModelConfig, n: int, quant: str) -> tuple[Shard, ...]:
+    """What each of n ranks holds, where all matrices of layers have one scheme."""
+    alignment = parse_scheme(quant).alignment
+    return model.shards(n, lambda _i, _part: alignment)
+
+
 def load_from(
     checkpoint: Checkpoint | None,
     source: Source,
@@ -142,8 +149,9 @@ def load_from(
     group: Group = ALONE,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    scheme, size = parse_scheme(quant), group.size
-    shard = model.shards(size, scheme.alignment if size > 1 else 1)[group.rank]
+    scheme = parse_scheme(quant)
+    schemes = schemes_by_name(model, scheme, parse_head_scheme(head, scheme))
+    shard = plan(model, group.size, quant)[group.rank]
     decoder = Decoder(
         model.local(shard),
         n_positions=8,
@@ -158,8 +166,7 @@ def load_from(
             source,
             shard=shard,
             adds_biases=group.rank == 0,
-            scheme=scheme,
-            head_scheme=parse_head_scheme(head, scheme),
+            schemes=schemes,
             dtype=dtype,
             device=CPU,
             on_layer=on_layer,

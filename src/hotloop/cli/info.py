@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,7 +135,13 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
         "model": config.model,
         "path": str(setup.path) if setup.path else None,
         "stored": stored and stored.to_dict(),
-        **asdict(setup.model),
+        "family": setup.model.family,
+        "vocab_size": setup.model.vocab_size,
+        "hidden_size": setup.model.hidden_size,
+        "max_position": setup.model.max_position,
+        "tie_embeddings": setup.model.tie_embeddings,
+        "n_layers": setup.model.n_layers,
+        "layers": [{"count": n} | asdict(kind) for kind, n in setup.model.kinds.items()],
         "n_params": setup.model.n_params,
         "device": str(setup.device),
         "activation_dtype": str(setup.dtype).removeprefix("torch."),
@@ -172,8 +179,23 @@ def _show_machine(about: dict[str, Any]) -> None:
     print_pairs(pairs)
 
 
+def _heads(attention: dict[str, Any]) -> str:
+    query, pairs, width = (attention[key] for key in ("n_heads", "n_kv_heads", "head_dim"))
+    return f"{query} query, {pairs} key/value, {width} wide"
+
+
+def _by_kind(values: Iterable[tuple[int, object]]) -> str:
+    """The value that all layers have, or else each with the number of layers that have it."""
+    counts = Counter[str]()
+    for n, value in values:
+        counts[str(value)] += n
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{value} in {n} layers" for value, n in counts.items())
+
+
 def _show_model(about: dict[str, Any]) -> None:
-    heads = f"{about['n_heads']} query, {about['n_kv_heads']} key/value, {about['head_dim']} wide"
+    kinds = [(n["count"], n["attention"], n["feed_forward"]) for n in about["layers"]]
     cache = about["kv_bytes_per_token"]
     print_pairs(
         [
@@ -183,11 +205,11 @@ def _show_model(about: dict[str, Any]) -> None:
             ("family", about["family"]),
             ("parameters", f"{about['n_params']:,}"),
             ("layers", f"{about['n_layers']}, {about['hidden_size']} wide"),
-            ("heads", heads),
-            ("feed-forward", str(about["intermediate_size"])),
+            ("heads", _by_kind((n, _heads(attention)) for n, attention, _ in kinds)),
+            ("feed-forward", _by_kind((n, f["intermediate_size"]) for n, _, f in kinds)),
             ("vocabulary", f"{about['vocab_size']:,}, tied: {_yes(about['tie_embeddings'])}"),
             ("context", f"{about['max_position']:,} tokens"),
-            ("sliding window", str(about["sliding_window"] or "none")),
+            ("sliding window", _by_kind((n, a["window"] or "none") for n, a, _ in kinds)),
             ("cache", f"{cache:,} bytes per token, {about['activation_dtype']}"),
         ]
     )

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,12 +35,13 @@ from hotloop.kernels.cuda.linear import (
     PrescaledInput,
     plan_rows,
 )
+from hotloop.kernels.cuda.packing import Format
 from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.kernels.cuda.step import Exchange, inbox_bytes
 from hotloop.kernels.cuda.tuning import Projection, attention_tuning, linear_tuning, plan_prefetch
 from hotloop.kernels.linear import Fused
 from hotloop.models.cache import KVCache
-from hotloop.models.config import ModelConfig
+from hotloop.models.config import AttentionConfig, LayerConfig, ModelConfig
 from hotloop.models.decoder import Block, Decoder, RMSNorm
 from hotloop.models.linear import Linear
 from hotloop.parallel.collectives import Group, Use
@@ -57,15 +57,17 @@ def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> s
     """
     if dtype != torch.bfloat16:
         return f"it computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if model.head_dim not in HEAD_DIMS:
-        return f"heads must be {', '.join(map(str, HEAD_DIMS))} wide, not {model.head_dim}"
-    if len(set(model.windows)) > 1:
-        return "its layers see differently far back, and it reads the cache alike for all of them"
+    attentions = [layer.attention for layer in model.kinds]
+    for width in (attention.head_dim for attention in attentions):
+        if width not in HEAD_DIMS:
+            return f"heads must be {', '.join(map(str, HEAD_DIMS))} wide, not {width}"
+    if len({layer.shape(lambda _part: 1) for layer in model.kinds}) > 1:
+        return "its layers have different heads or widths, and prompts share activations' memory"
     if tokens > MAX_TOKENS:
         return f"a step takes at most {MAX_TOKENS - 1} drafts, not {tokens - 1}"
-    for name, (_, k) in model.linears.items():
-        if k % 8:
-            return f"{name} must have a multiple of 8 input features, not {k}"
+    for matrix in (matrix for layer in model.kinds for matrix in layer.matrices):
+        if matrix.k % 8:
+            return f"{matrix.name} must have a multiple of 8 input features, not {matrix.k}"
     return None
 
 
@@ -98,14 +100,16 @@ class FusedForward:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
         self._n_tokens, self._shared, self._peers = n_tokens, shared, peers
         self._first_id = 0 if peers is None else peers.first_id
-        self._layers = blocks_of(decoder)[:n_layers]
+        self._layers = decoder.blocks[:n_layers]
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
         # Blocks that share work count themselves here, and leave zeros behind.
-        largest = _attention_plan(decoder, cache, launcher.limits, cache.n_slots, MAX_TOKENS)
-        device = decoder.cos.device
-        self._counters = torch.zeros(largest.n_counters, dtype=torch.int32, device=device)
-        self._slots = torch.arange(cache.n_slots, device=device)
+        n_counters = max(
+            _attention_plan(kind, cache, launcher.limits, cache.n_slots, MAX_TOKENS).n_counters
+            for kind in {block.config.attention: None for block in self._layers}
+        )
+        self._counters = torch.zeros(n_counters, dtype=torch.int32, device=decoder.device)
+        self._slots = torch.arange(cache.n_slots, device=decoder.device)
 
     def __call__(
         self,
@@ -124,19 +128,24 @@ class FusedForward:
         slots_B = self._slots[:B] if slots_B is None else slots_B
         positions_B = positions_BT[:, 0].contiguous()
         self._dependent = False  # on what torch did before
-        x_MD, prescaled = self._embed(ids_BT.flatten().contiguous(), self._layers[0].input_norm)
+        first = self._layers[0].attention.norm
+        x_MD, prescaled = self._embed(ids_BT.flatten().contiguous(), first)
         afters = (*self._layers[1:], None)
-        for i, (layer, after) in enumerate(zip(self._layers, afters, strict=True)):
-            gate_up, down = (plans.gate_up, layer.gate_up_proj), (plans.down, layer.down_proj)
-            o, o_prefetch = (plans.o, layer.o_proj), _prefetch("o", *gate_up)
+        for i, (block, after) in enumerate(zip(self._layers, afters, strict=True)):
+            layer, attention, feed_forward = plans.layers[i], block.attention, block.feed_forward
+            gate_up = layer.gate_up, feed_forward.gate_up_proj
+            down = layer.down, feed_forward.down_proj
+            o, o_prefetch = (layer.o, attention.o_proj), _prefetch("o", *gate_up)
             qkv = self._linear(
-                plans.qkv, layer.qkv_proj, prescaled, prefetch=_prefetch("qkv", *gate_up)
+                layer.qkv, attention.qkv_proj, prescaled, prefetch=_prefetch("qkv", *gate_up)
             )
-            attended = self._attend(plans.attention, i, qkv, slots_B, positions_B)
-            x_MD, prescaled = self._add(*o, attended, x_MD, layer.post_attention_norm, o_prefetch)
+            attended = self._attend(layer.attention, i, qkv, slots_B, positions_B)
+            x_MD, prescaled = self._add(*o, attended, x_MD, feed_forward.norm, o_prefetch)
             gated = self._linear(*gate_up, prescaled, prefetch=_prefetch("gate_up", *down))
-            norm = self._decoder.norm if after is None else after.input_norm
-            down_prefetch = None if after is None else _prefetch("down", plans.qkv, after.qkv_proj)
+            norm, down_prefetch = self._decoder.norm, None
+            if after is not None:
+                norm = after.attention.norm
+                down_prefetch = _prefetch("down", plans.layers[i + 1].qkv, after.attention.qkv_proj)
             x_MD, prescaled = self._add(*down, gated, x_MD, norm, down_prefetch)
         logits_MV, best_M = self._logits(plans.head, prescaled)
         return logits_MV.view(B, T, -1), None if best_M is None else best_M.view(B, T)
@@ -152,7 +161,9 @@ class FusedForward:
 
     def _plans_for(self, B: int, T: int) -> _Plans:
         if (B, T) not in self._plans:
-            plans = _Plans(self._decoder, self._cache, self._launcher.limits, B, T)
+            plans = _Plans(
+                self._layers, self._decoder.head, self._cache, self._launcher.limits, B, T
+            )
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
             # Those of slots and sampler too, so that all are compiled at once.
             ends = [step.ngram_draft_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
@@ -180,20 +191,19 @@ class FusedForward:
     def _attend(
         self, plan: AttentionPlan, i: int, qkv: Tensor, slots_B: Tensor, positions_B: Tensor
     ) -> Tensor:
-        decoder, layer = self._decoder, self._layers[i]
+        attention = self._layers[i].attention
         out = qkv.new_empty(len(qkv), plan.n_heads * plan.head_dim)
         norms, eps = {}, 0.0
-        if layer.q_norm is not None and layer.k_norm is not None:
-            norms = {"q_norm_E": layer.q_norm.weight, "k_norm_E": layer.k_norm.weight}
-            eps = layer.q_norm.eps
+        if attention.q_norm is not None and attention.k_norm is not None:
+            norms = {"q_norm_E": attention.q_norm.weight, "k_norm_E": attention.k_norm.weight}
+            eps = attention.q_norm.eps
         call = plan.call(
             qkv,
             out,
             *self._cache.layer(i),
             slots_B,
             positions_B,
-            decoder.cos,
-            decoder.sin,
+            *self._decoder.rope(i),
             **norms,
             eps=eps,
             partial=qkv.new_empty(plan.n_partial, dtype=torch.float32),
@@ -313,7 +323,7 @@ class Peers:
             inboxes = group.inboxes(inbox_bytes(group.size, rows, k), use)
             if inboxes is None:
                 return None
-            addresses, device = inboxes.addresses, decoder.cos.device
+            addresses, device = inboxes.addresses, decoder.device
             return Exchange.over(
                 inboxes.rank, addresses, capacity=rows, k=k, device=device, kept=inboxes
             )
@@ -322,11 +332,6 @@ class Peers:
         if sums is None or choices is None:
             return None
         return cls(sums=sums, choices=choices, first_id=first_id)
-
-
-def blocks_of(decoder: Decoder) -> list[Block]:
-    """A decoder's layers, by their type."""
-    return cast(list[Block], list(decoder.layers))
 
 
 def fused_kernel(linear: Linear) -> Fused:
@@ -348,21 +353,20 @@ def _norm_epilogue(norm: RMSNorm, x_MD: Tensor) -> NormEpilogue:
 
 
 def _attention_plan(
-    decoder: Decoder, cache: KVCache, limits: Limits, B: int, T: int
+    config: AttentionConfig, cache: KVCache, limits: Limits, B: int, T: int
 ) -> AttentionPlan:
-    layer, *_ = blocks_of(decoder)
-    n_heads, n_kv_heads, _ = layer.heads
     return AttentionPlan(
         batch=B,
         tokens=T,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=layer.head_dim,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        scale=config.scale,
         n_positions=cache.n_positions,
-        window=layer.window,
+        window=config.window,
         tuning=attention_tuning(
-            head_dim=layer.head_dim,
-            n_kv_heads=n_kv_heads,
+            head_dim=config.head_dim,
+            n_kv_heads=config.n_kv_heads,
             n_positions=cache.n_positions,
             batch=B,
             limits=limits,
@@ -373,10 +377,44 @@ def _attention_plan(
 _RowPlans = Sequence[tuple[slice, LinearPlan]]
 
 
-class _Plans:
-    """How every kernel of a step of B sequences with T tokens each is launched."""
+@dataclass(frozen=True)
+class _LayerPlans:
+    """How the kernels of a layer are launched.
 
-    def __init__(self, decoder: Decoder, cache: KVCache, limits: Limits, B: int, T: int) -> None:
+    Attributes:
+        qkv: The GEMV of queries, keys and values.
+        attention: Attention.
+        o: The output projection.
+        gate_up: The GEMV of gate and up, with SwiGLU.
+        down: The down projection.
+    """
+
+    qkv: _RowPlans
+    attention: AttentionPlan
+    o: _RowPlans
+    gate_up: _RowPlans
+    down: _RowPlans
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """All of them."""
+        rows = (*self.qkv, *self.o, *self.gate_up, *self.down)
+        return [self.attention.kernel, *(plan.kernel for _, plan in rows)]
+
+
+class _Plans:
+    """How every kernel of a step of B sequences with T tokens each is launched.
+
+    Layers of one configuration whose weights are stored alike share their plans.
+
+    Attributes:
+        layers: The plans of each layer.
+        head: The plan of the head.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], head: Linear, cache: KVCache, limits: Limits, B: int, T: int
+    ) -> None:
         def plan(
             linear: Linear, projection: Projection, epilogue: Epilogue = "plain", *, norm: bool
         ) -> _RowPlans:
@@ -384,16 +422,28 @@ class _Plans:
             tuning = linear_tuning(form, limits, projection)
             return plan_rows(form, B * T, epilogue, norm=norm, tuning=tuning, limits=limits)
 
-        layer, *_ = blocks_of(decoder)
-        self.qkv = plan(layer.qkv_proj, "qkv", norm=True)
-        self.attention = _attention_plan(decoder, cache, limits, B, T)
-        self.o = plan(layer.o_proj, "o", norm=False)
-        self.gate_up = plan(layer.gate_up_proj, "gate_up", "swiglu", norm=True)
-        self.down = plan(layer.down_proj, "down", norm=False)
-        self.head = plan(decoder.head, "head", "logits", norm=True)
+        def layer(block: Block) -> _LayerPlans:
+            attention, feed_forward = block.attention, block.feed_forward
+            return _LayerPlans(
+                qkv=plan(attention.qkv_proj, "qkv", norm=True),
+                attention=_attention_plan(block.config.attention, cache, limits, B, T),
+                o=plan(attention.o_proj, "o", norm=False),
+                gate_up=plan(feed_forward.gate_up_proj, "gate_up", "swiglu", norm=True),
+                down=plan(feed_forward.down_proj, "down", norm=False),
+            )
+
+        self.head = plan(head, "head", "logits", norm=True)
+        self._kinds: dict[tuple[LayerConfig, tuple[Format, ...]], _LayerPlans] = {}
+        self.layers: list[_LayerPlans] = []
+        for block in blocks:
+            forms = tuple(fused_kernel(linear).form for linear in block.linears.values())
+            kind = block.config, forms
+            if kind not in self._kinds:
+                self._kinds[kind] = layer(block)
+            self.layers.append(self._kinds[kind])
 
     @property
     def kernels(self) -> list[Kernel]:
         """All but the ends of the step, which are the same for every size."""
-        rows = (*self.qkv, *self.o, *self.gate_up, *self.down, *self.head)
-        return [self.attention.kernel, *(plan.kernel for _, plan in rows)]
+        layers = [kernel for plans in self._kinds.values() for kernel in plans.kernels]
+        return [*layers, *(plan.kernel for _, plan in self.head)]

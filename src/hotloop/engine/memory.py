@@ -9,6 +9,7 @@ from hotloop.engine.setup import Setup, prepare, ranks_here
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info, free_bytes
 from hotloop.kernels.linear import WeightFormat, choose_linear
+from hotloop.models import names
 from hotloop.quant import Scheme
 from hotloop.types import EngineConfig, MemoryPlan
 
@@ -67,15 +68,14 @@ def _weights_bytes(setup: Setup) -> int:
     def packed(form: WeightFormat) -> int:
         return choose_linear(form)[0].nbytes(form)
 
-    per_layer = sum(
-        packed(form(setup.scheme, n, k, paired=name == "gate_up_proj"))
-        for name, (n, k) in model.linears.items()
-    )
-    biases = {name: n for name, (n, _) in model.linears.items() if model.bias[name]}
-    if setup.rank > 0:  # rank 0 adds those of what all ranks sum up
-        biases = {name: n for name, n in biases.items() if name not in ("o_proj", "down_proj")}
-    per_layer += itemsize * sum(biases.values())
-    per_layer += itemsize * (2 * model.hidden_size + 2 * model.head_dim * model.qk_norm)
+    layers = 0
+    for i, layer in enumerate(model.layers):
+        for matrix in layer.matrices:
+            scheme = setup.schemes[names.layer(i, matrix.parts[0].name)]
+            layers += packed(form(scheme, matrix.n, matrix.k, paired=matrix.paired))
+            if matrix.bias and not (matrix.summed and setup.rank > 0):  # which rank 0 adds
+                layers += itemsize * matrix.n
+        layers += itemsize * sum(norm.n for norm in layer.norms)
     whole = form(setup.head_scheme, model.vocab_size, model.hidden_size)
     same_rows = model.tie_embeddings and whole.kind in ("dense", "int8")
     if same_rows and choose_linear(whole)[0].keeps_rows:
@@ -86,8 +86,8 @@ def _weights_bytes(setup: Setup) -> int:
         row_bytes = whole.k + _FLOAT32 if int8 else whole.k * itemsize
         embeddings = packed(head) + whole.n * row_bytes
     norm = itemsize * model.hidden_size
-    rope = 2 * _FLOAT32 * setup.n_positions * model.head_dim
-    return model.n_layers * per_layer + embeddings + norm + rope
+    rope = 2 * _FLOAT32 * setup.n_positions * sum(head_dim for head_dim, _ in model.tables)
+    return layers + embeddings + norm + rope
 
 
 def _slots_bytes(setup: Setup) -> int:
@@ -116,9 +116,13 @@ def _transient_bytes(setup: Setup) -> int:
         drafts = setup.config.draft_tokens if setup.draft else 0
         step = max(STEP_TOKENS, setup.config.max_batch_size * (1 + drafts))
         return rows * bytes_per_row(model) + 2 * step * n_logits * _FLOAT32 + runtime
-    widest = 4 * model.hidden_size + 3 * model.intermediate_size + model.linears["qkv_proj"][0]
+    widest = 4 * model.hidden_size + max(
+        layer.feed_forward.intermediate_size + sum(m.n for m in layer.matrices if not m.summed)
+        for layer in model.kinds
+    )
     activations = rows * widest * _FLOAT32
-    attention = rows * model.n_heads * setup.n_positions * (1 + setup.dtype.itemsize)
+    n_heads = max(layer.attention.n_heads for layer in model.kinds)
+    attention = rows * n_heads * setup.n_positions * (1 + setup.dtype.itemsize)
     logits = 2 * rows * n_logits * _FLOAT32
     return activations + attention + logits + runtime
 
@@ -126,6 +130,6 @@ def _transient_bytes(setup: Setup) -> int:
 def _widened_bytes(setup: Setup) -> int:
     """Of the largest matrix, dequantized."""
     model = setup.local
-    matrices = [*model.linears.values(), (len(setup.shard.vocabulary), model.hidden_size)]
+    sizes = [matrix.n * matrix.k for layer in model.kinds for matrix in layer.matrices]
     itemsize = _FLOAT32 if setup.device.type == "cpu" else setup.dtype.itemsize
-    return max(n * k for n, k in matrices) * itemsize
+    return max(*sizes, len(setup.shard.vocabulary) * model.hidden_size) * itemsize

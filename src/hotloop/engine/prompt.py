@@ -22,17 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotloop.engine.execution import capture
-from hotloop.engine.fused import FusedForward, blocks_of, fused_kernel
+from hotloop.engine.fused import FusedForward, fused_kernel
 from hotloop.hardware import device_info
 from hotloop.kernels.cuda import prompt
 from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_kernel
 from hotloop.kernels.cuda.launch import Call, Launcher, PreparedLaunch
 from hotloop.kernels.cuda.packing import Format
 from hotloop.kernels.cuda.prompt import GemmOutput, Heads
-from hotloop.models import names
 from hotloop.models.cache import KVCache
-from hotloop.models.config import ModelConfig
-from hotloop.models.decoder import Block, Decoder, RMSNorm
+from hotloop.models.config import LayerConfig, ModelConfig
+from hotloop.models.decoder import Decoder, RMSNorm, SelfAttention
 from hotloop.models.linear import Linear
 from hotloop.types import LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK
 
@@ -153,18 +152,20 @@ class _Workspace:
     Two regions each hold what is not in use at the same time: qkv or gate_up, heads or gated.
 
     Args:
-        layer: Any of the model's.
+        layer: Any of the model's, which have the same heads and widths.
         rows: The most tokens of a chunk.
         device: Where they are.
     """
 
-    def __init__(self, layer: Block, rows: int, device: torch.device) -> None:
-        n_heads, n_kv_heads, _ = layer.heads
-        widths = _widths(n_heads, n_kv_heads, layer.head_dim, layer.o_proj.n, layer.down_proj.k)
-        self._heads = tuple(n * layer.head_dim for n in layer.heads)
-        self._hidden, self._gated, self.rows = layer.o_proj.n, layer.down_proj.k, rows
+    def __init__(self, layer: LayerConfig, rows: int, device: torch.device) -> None:
+        attention = layer.attention
+        heads = attention.n_heads, attention.n_kv_heads, attention.n_kv_heads
+        self._heads = tuple(n * attention.head_dim for n in heads)
+        self._hidden, self._gated = attention.hidden_size, layer.feed_forward.intermediate_size
+        self.rows = rows
         self._regions = [
-            torch.empty(rows * width, dtype=torch.bfloat16, device=device) for width in widths
+            torch.empty(rows * width, dtype=torch.bfloat16, device=device)
+            for width in _widths(layer)
         ]
 
     def views(self, T: int) -> _Views:
@@ -189,20 +190,19 @@ class _Workspace:
         )
 
 
-def _widths(
-    n_heads: int, n_kv_heads: int, head_dim: int, hidden_size: int, intermediate_size: int
-) -> tuple[int, ...]:
+def _widths(layer: LayerConfig) -> tuple[int, ...]:
     """Elements of a row in each region of a workspace."""
-    heads = (n_heads + 2 * n_kv_heads) * head_dim
+    attention, hidden_size = layer.attention, layer.attention.hidden_size
+    intermediate_size = layer.feed_forward.intermediate_size
+    heads = (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
     products = max(heads, 2 * intermediate_size)
     return (hidden_size, hidden_size, hidden_size, products, max(heads, intermediate_size))
 
 
 def bytes_per_row(model: ModelConfig) -> int:
     """Bytes that a token of a chunk takes in a workspace, and in the result of attention."""
-    heads = model.n_heads, model.n_kv_heads, model.head_dim
-    widths = _widths(*heads, model.hidden_size, model.intermediate_size)
-    return 2 * (sum(widths) + model.n_heads * model.head_dim)
+    layer = model.layers[0]
+    return 2 * (sum(_widths(layer)) + layer.attention.n_heads * layer.attention.head_dim)
 
 
 def prefill_chunk(model: ModelConfig, device: torch.device) -> int:
@@ -263,13 +263,14 @@ class PromptRows:
         self, decoder: Decoder, cache: KVCache, launcher: Launcher, *, chunk: int, shared: bool
     ) -> None:
         self._decoder, self._cache, self._launcher = decoder, cache, launcher
-        self._shared, self._blocks, self._device = shared, blocks_of(decoder), decoder.cos.device
+        self._shared, self._blocks, self._device = shared, decoder.blocks, decoder.device
         first, *_ = self._blocks
-        forms = [fused_kernel(getattr(first, name)).form for name in names.LINEAR_PARTS]
-        launcher.load((*prompt.kernels(first.head_dim), *map(dequantize_kernel, forms)))
+        linears = [linear for block in self._blocks for linear in block.linears.values()]
+        forms = list(dict.fromkeys(fused_kernel(linear).form for linear in linears))
+        launcher.load((*prompt.kernels(first.attention.head_dim), *map(dequantize_kernel, forms)))
         largest = max(form.n * form.k for form in forms)
         self._weight = torch.empty(largest, dtype=torch.bfloat16, device=self._device)
-        self._workspace = _Workspace(first, min(chunk, cache.n_positions), self._device)
+        self._workspace = _Workspace(first.config, min(chunk, cache.n_positions), self._device)
         self._ids = torch.zeros(CAPTURED_TOKENS, dtype=torch.int64, device=self._device)
         self._slot, self._start = torch.zeros(2, 1, dtype=torch.int64, device=self._device)
         self._row_range, self._key_range = torch.zeros(2, 2, dtype=torch.int32, device=self._device)
@@ -292,7 +293,7 @@ class PromptRows:
         else:
             self._run(ids_T, start)
         views, last = self._workspace.views(T), slice(T - 1, T)
-        down = self._reduced(self._blocks[-1].down_proj, views.part[last])
+        down = self._reduced(self._blocks[-1].feed_forward.down_proj, views.part[last])
         return views.x[last] + down.with_scale_and_bias()
 
     def _replay(self, ids_T: Tensor) -> None:
@@ -321,7 +322,7 @@ class PromptRows:
                 self._captured[size] = graph
         if self._device.type == "cuda":
             for size in PLANNED_TOKENS:
-                self._attend_by_plan(self._blocks[0], min(size, rows))
+                self._attend_by_plan(self._blocks[0].attention, min(size, rows))
             for size in REHEARSED_TOKENS:
                 self._run(self._ids.new_zeros(min(size, rows)), 0)
 
@@ -339,12 +340,12 @@ class PromptRows:
             torch.mm(views.normed, layer.qkv_proj(), out=views.qkv)
             layer.rope(T)
             torch.mm(self._attend(i, T, start), layer.o_proj(), out=views.part)
-            self._sum(block.o_proj, views.part)
+            self._sum(block.attention.o_proj, views.part)
             layer.post_attention_norm(T)
             torch.mm(views.normed, layer.gate_up_proj(), out=views.gate_up)
             layer.swiglu(T)
             torch.mm(views.gated, layer.down_proj(), out=views.part)
-            self._sum(block.down_proj, views.part)
+            self._sum(block.feed_forward.down_proj, views.part)
 
     def _sum(self, linear: Linear, part_TD: Tensor) -> None:
         """Sums a GEMM's output over ranks, where there are several, in place."""
@@ -362,26 +363,31 @@ class PromptRows:
         A beginning attends to itself. What follows one, or has a window, attends to its slot, whose
         range of keys is on the device.
         """
-        block, (keys, values) = self._blocks[i], self._cache.layer(i)
-        q, *_ = self._heads(T, block)
+        layer, (keys, values) = self._blocks[i].attention, self._cache.layer(i)
+        q, *_ = self._heads(T, layer)
         if self._device.type != "cuda":
             slot = slice(int(self._slot), int(self._slot) + 1)
-            out_BTHE = block.attention(
+            out_BTHE = layer.kernel(
                 q[None],
                 keys[slot],
                 values[slot],
                 torch.arange(start, start + T)[None],
                 length=start + T,
-                window=block.window,
-                scale=block.head_dim**-0.5,
+                window=layer.window,
+                scale=layer.scale,
             )
             return out_BTHE.reshape(T, -1)
-        if start > 0 or (block.window is not None and block.window < T):
-            return self._flash(block, q, _positions(keys), _positions(values), self._key_range)
-        return self._attend_by_plan(block, T)
+        if start > 0 or (layer.window is not None and layer.window < T):
+            return self._flash(layer, q, _positions(keys), _positions(values), self._key_range)
+        return self._attend_by_plan(layer, T)
 
     def _flash(
-        self, block: Block, q_THE: Tensor, keys_NJE: Tensor, values_NJE: Tensor, key_range: Tensor
+        self,
+        layer: SelfAttention,
+        q_THE: Tensor,
+        keys_NJE: Tensor,
+        values_NJE: Tensor,
+        key_range: Tensor,
     ) -> Tensor:
         """Causal flash attention [T, H * E] to a range of keys, whose last is the last query's."""
         out_THE, *_ = torch.ops.aten._flash_attention_forward(
@@ -395,50 +401,51 @@ class PromptRows:
             dropout_p=0.0,
             is_causal=True,
             return_debug_mask=False,
-            scale=block.head_dim**-0.5,
-            window_size_left=-1 if block.window is None else block.window - 1,
+            scale=layer.scale,
+            window_size_left=-1 if layer.window is None else layer.window - 1,
             window_size_right=0,
         )
         return out_THE.view(len(q_THE), -1)
 
-    def _attend_by_plan(self, block: Block, T: int) -> Tensor:
+    def _attend_by_plan(self, layer: SelfAttention, T: int) -> Tensor:
         """As ``_attend``, of a beginning, padded to a number of tokens that has a plan."""
         padded = next((n for n in PLANNED_TOKENS if n >= T), T)
         padded = max(T, min(padded, self._workspace.rows))
-        q, k, v = self._heads(padded, block)
+        q, k, v = self._heads(padded, layer)
         v[T:].zero_()  # keys behind a token have no weight, but none times NaN is NaN
         out_HTE = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
             is_causal=True,
-            scale=block.head_dim**-0.5,
+            scale=layer.scale,
             enable_gqa=True,
         )
         return out_HTE[0].transpose(0, 1)[:T].reshape(T, -1)
 
-    def _heads(self, T: int, block: Block) -> list[Tensor]:
+    def _heads(self, T: int, layer: SelfAttention) -> list[Tensor]:
         """Queries [T, H, E], keys and values [T, J, E] of the workspace."""
         views = self._workspace.views(T)
-        return [x.view(T, -1, block.head_dim) for x in (views.q, views.k, views.v)]
+        return [x.view(T, -1, layer.head_dim) for x in (views.q, views.k, views.v)]
 
     def _prepare(self) -> list[_Layer]:
         views, last = self._workspace.views(self._workspace.rows), None
         layers = []
         for i, block in enumerate(self._blocks):
+            attention, feed_forward = block.attention, block.feed_forward
             added = None if last is None else self._reduced(last.down_proj, views.part)
-            attended = self._reduced(block.o_proj, views.part)
-            gate_up = _gemm_output(block.gate_up_proj, views.gate_up)
+            attended = self._reduced(attention.o_proj, views.part)
+            gate_up = _gemm_output(feed_forward.gate_up_proj, views.gate_up)
             layers.append(
                 _Layer(
-                    self._add_norm(views, added, block.input_norm),
+                    self._add_norm(views, added, attention.norm),
                     self._rope(i, views),
-                    self._add_norm(views, attended, block.post_attention_norm),
+                    self._add_norm(views, attended, feed_forward.norm),
                     self._prepared(prompt.swiglu(gate_up, views.gated)),
-                    *(self._dequantize(getattr(block, name)) for name in names.LINEAR_PARTS),
+                    *map(self._dequantize, block.linears.values()),
                 )
             )
-            last = block
+            last = feed_forward
         return layers
 
     def _add_norm(self, views: _Views, gemm: GemmOutput | None, norm: RMSNorm) -> PreparedLaunch:
@@ -448,20 +455,19 @@ class PromptRows:
         )
 
     def _rope(self, i: int, views: _Views) -> PreparedLaunch:
-        decoder, block = self._decoder, self._blocks[i]
+        layer = self._blocks[i].attention
         norms, eps = {}, 0.0
-        if block.q_norm is not None and block.k_norm is not None:
-            norms = {"q_norm_E": block.q_norm.weight, "k_norm_E": block.k_norm.weight}
-            eps = block.q_norm.eps
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms = {"q_norm_E": layer.q_norm.weight, "k_norm_E": layer.k_norm.weight}
+            eps = layer.q_norm.eps
         return self._prepared(
             prompt.rope(
-                _gemm_output(block.qkv_proj, views.qkv),
+                _gemm_output(layer.qkv_proj, views.qkv),
                 Heads(q=views.q, k=views.k, v=views.v),
                 *self._cache.layer(i),
                 self._slot,
                 self._start,
-                decoder.cos,
-                decoder.sin,
+                *self._decoder.rope(i),
                 **norms,
                 eps=eps,
             )
@@ -521,10 +527,10 @@ class FusedPrompt:
         shared: bool,
     ) -> None:
         self._forward, self._chunk = forward, chunk
-        self._steps = PromptSteps(forward, decoder.cos.device)
+        self._steps = PromptSteps(forward, decoder.device)
         self._rows = PromptRows(decoder, cache, launcher, chunk=chunk, shared=shared)
-        layer, *_ = blocks_of(decoder)
-        self._most_by_steps = most_by_steps(fused_kernel(layer.gate_up_proj).form)
+        gate_up = decoder.blocks[0].feed_forward.gate_up_proj
+        self._most_by_steps = most_by_steps(fused_kernel(gate_up).form)
 
     def get_ready(self) -> None:
         """Captures and plans what prompts need, while no slot is in use."""

@@ -56,9 +56,9 @@ from hotloop.kernels import cpu
 from hotloop.kernels.attention import choose_attention
 from hotloop.kernels.cuda.launch import device_of
 from hotloop.memory_meter import MemoryMeter
-from hotloop.models import names
 from hotloop.models.cache import KVCache
-from hotloop.models.decoder import Decoder
+from hotloop.models.decoder import Decoder, RMSNorm
+from hotloop.models.linear import Linear
 from hotloop.parallel.collectives import Group
 from hotloop.types import Score, TokenLogprob
 from hotloop.weights.load import load_weights
@@ -278,11 +278,9 @@ class _Model:
         )
         self._load_weights(group, progress)
         self.cache = KVCache(
-            n_layers=model.n_layers,
+            kv_heads=model.kv_heads,
             n_slots=setup.config.max_batch_size,
-            n_kv_heads=model.n_kv_heads,
             n_positions=setup.n_positions,
-            head_dim=model.head_dim,
             dtype=setup.dtype,
             device=device,
         )
@@ -373,14 +371,18 @@ class _Model:
             yield places, hidden_BTD[0]
 
     def kernels(self) -> dict[str, str]:
-        """Which arithmetic each kind of layer uses."""
-        kernels = {name: linear.kernel.name for name, linear in self._linears().items()}
+        """The arithmetic that each matrix uses, by its name in a layer."""
+        used: dict[str, dict[str, None]] = {}
+        for name, linear in self._linears():
+            assert linear.kernel is not None, "no weight was assigned"
+            used.setdefault(name, {})[linear.kernel.name] = None
+        kernels = {name: ", ".join(each) for name, each in used.items()}
         return kernels | {"attention": f"attention/{self.attention_name}"}
 
     def notes(self) -> dict[str, None]:
         """Why faster ways were passed over, each reason once."""
         notes = [*self.setup.notes]
-        notes += [note for linear in self._linears().values() for note in linear.notes]
+        notes += [note for _, linear in self._linears() for note in linear.notes]
         if self.launcher is not None:
             notes += sorted(self.launcher.notes)
         return dict.fromkeys((*notes, *self._attention_notes))
@@ -388,16 +390,15 @@ class _Model:
     @property
     def bytes_per_step(self) -> int:
         """Bytes of weights that a decode step reads."""
-        model, itemsize = self.setup.local, self.setup.dtype.itemsize
-        norms = (2 * model.n_layers + 1) * model.hidden_size * itemsize
-        layers = self.decoder.layers
-        blocks = sum(getattr(layer, name).nbytes for layer in layers for name in names.LINEAR_PARTS)
-        return blocks + self.decoder.head.nbytes + norms
+        norms = [module for module in self.decoder.modules() if isinstance(module, RMSNorm)]
+        weights = sum(linear.nbytes for _, linear in self._linears())
+        return weights + sum(norm.weight.nbytes for norm in norms)
 
-    def _linears(self) -> dict[str, Any]:
-        first = self.decoder.layers[0]
-        linears = {name: getattr(first, name) for name in names.LINEAR_PARTS}
-        return linears | {"head": self.decoder.head}
+    def _linears(self) -> Iterator[tuple[str, Linear]]:
+        """Every matrix of every layer by its name in the layer, and the head."""
+        for block in self.decoder.blocks:
+            yield from block.linears.items()
+        yield "head", self.decoder.head
 
     def _load_weights(self, group: Group, progress: Progress | None) -> None:
         setup, checkpoint = self.setup, None
@@ -419,8 +420,7 @@ class _Model:
                 source,
                 shard=setup.shard,
                 adds_biases=setup.rank == 0,
-                scheme=setup.scheme,
-                head_scheme=setup.head_scheme,
+                schemes=setup.schemes,
                 dtype=setup.dtype,
                 device=setup.device,
                 fused=setup.fused,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +39,7 @@ from hotloop.types import (
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.hub import resolve_model
 from hotloop.weights.identity import Quantization, read_quantization
+from hotloop.weights.source import schemes_by_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Setup:
         config: As asked for, with the schemes' canonical names.
         model: The shape of the model.
         path: The checkpoint; None for a built-in shape.
-        scheme: Of the projections.
+        schemes: The scheme of every matrix, by its name in a checkpoint.
         head_scheme: Of the head.
         device: Where it runs.
         dtype: Element type of activations and unquantized weights.
@@ -78,7 +79,7 @@ class Setup:
     config: EngineConfig
     model: ModelConfig
     path: Path | None
-    scheme: Scheme
+    schemes: Mapping[str, Scheme]
     head_scheme: Scheme
     device: torch.device
     dtype: torch.dtype
@@ -187,23 +188,23 @@ def settle(config: EngineConfig) -> EngineConfig:
 def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     path, model, stored, model_notes = _describe_model(config)
     config, scheme, head_scheme = _settle_schemes(config, stored)
-    for name, (n, k) in names.linear_weights(model).items():
-        scheme.check(name, n, k)
-    head_scheme.check(names.head(model), model.vocab_size, model.hidden_size)
+    schemes = schemes_by_name(model, scheme, head_scheme)
     _check_all_reduce(config, device)
     dtype = _resolve_dtype(config, device)
     n_positions = _resolve_context(config, model, dtype)
-    shards = model.shards(config.tensor_parallel, scheme.alignment)
+    shards = model.shards(
+        config.tensor_parallel, lambda i, part: schemes[names.layer(i, part.name)].alignment
+    )
     execution, notes = _resolve_execution(
         config, device, dtype, [model.local(shard) for shard in shards]
     )
-    if model.rope.depends_on_length and n_positions > model.rope.original_max_position:
-        note = (
-            f"rope scaling {model.rope.scaling!r}: the frequencies are those of sequences of "
-            f"{n_positions} tokens for shorter ones too; with max_seq_len up to "
-            f"{model.default_positions} they are those of the model's own context."
-        )
-        model_notes = (*model_notes, note)
+    model_notes += tuple(
+        f"rope scaling {rope.scaling!r}: the frequencies are those of sequences of {n_positions} "
+        f"tokens for shorter ones too; with max_seq_len up to {model.default_positions} they are "
+        "those of the model's own context."
+        for _, rope in model.tables
+        if rope.depends_on_length and n_positions > rope.original_max_position
+    )
     chunk = config.prefill_chunk
     if chunk is None:
         local = model.local(shards[0])
@@ -212,7 +213,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         config=config,
         model=model,
         path=path,
-        scheme=scheme,
+        schemes=schemes,
         head_scheme=head_scheme,
         device=device,
         dtype=dtype,

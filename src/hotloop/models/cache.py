@@ -9,30 +9,38 @@ Shape letters: S slots, J key/value heads, C positions, E head dimension, B sequ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 
 class KVCache(nn.Module):
-    """Keys and values of every layer, [S, J, C, E] each: a head's history is contiguous."""
+    """Keys and values of every layer, [S, J, C, E] each: a head's history is contiguous.
+
+    Args:
+        kv_heads: For each layer, its key/value heads and their width: J and E.
+        n_slots: S.
+        n_positions: C.
+        dtype: Element type.
+        device: Where it is.
+    """
 
     def __init__(
         self,
         *,
-        n_layers: int,
+        kv_heads: Sequence[tuple[int, int]],
         n_slots: int,
-        n_kv_heads: int,
         n_positions: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        shape = (n_slots, n_kv_heads, n_positions, head_dim)
         # Zeros, not garbage: masked positions are multiplied by zero, and 0 * NaN is NaN.
-        for layer in range(n_layers):
-            self.register_buffer(f"k{layer}", torch.zeros(shape, dtype=dtype, device=device))
-            self.register_buffer(f"v{layer}", torch.zeros(shape, dtype=dtype, device=device))
+        for i, (n_heads, head_dim) in enumerate(kv_heads):
+            shape = (n_slots, n_heads, n_positions, head_dim)
+            self.register_buffer(f"k{i}", torch.zeros(shape, dtype=dtype, device=device))
+            self.register_buffer(f"v{i}", torch.zeros(shape, dtype=dtype, device=device))
         self.n_slots, self.n_positions = n_slots, n_positions
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

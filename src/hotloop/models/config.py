@@ -1,15 +1,26 @@
-"""What a decoder is configured with.
+"""The configuration of a decoder, and the weights that follow from it.
 
-Families make it from a checkpoint's ``config.json``, which ``models.keys`` validates; a folder's
-name means nothing.
+A model is a tuple of layer configurations, which may differ. A layer is attention and a
+feed-forward; each declares the matrices and norms that it has, and whatever handles weights (names
+in a checkpoint, shards, loading, memory) iterates over these declarations.
+
+Families make a configuration from a checkpoint's ``config.json``, which ``models.keys`` validates;
+a folder's name means nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
-from hotloop.parallel.plan import Shard, plan_shards
+from hotloop.parallel.plan import Axis, LayerShape, LayerShard, Shard, plan_shards
+
+Activation = Literal["silu"]
+"""The function of the gate in a feed-forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,117 +73,328 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape and the switches of a decoder.
+class Part:
+    """A matrix of a checkpoint: one of those that a decoder's matrix is joined from.
 
     Attributes:
-        family: Registered name of the family that made this configuration.
-        vocab_size: Rows of the embedding.
+        name: Its name in the checkpoint, within its layer, such as ``self_attn.q_proj``.
+        n: Output features.
+        axis: What the ranks of a model divide of it among themselves.
+        unit: Features of one element of that axis: the width of a head, or 1.
+        rotated: Rope rotates the heads that it gives.
+    """
+
+    name: str
+    n: int
+    axis: Axis
+    unit: int = 1
+    rotated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A weight matrix as a decoder holds it, the parts of one checkpoint joined row by row.
+
+    Attributes:
+        name: The attribute of the module that holds it.
+        parts: The matrices of the checkpoint, in the order in which they are joined.
+        k: Input features.
+        summed: Each rank has some of the input features, and the results are summed over ranks;
+            otherwise each rank has some of the output features.
+        bias: The parts have biases.
+        paired: The parts are the gate and the input that it gates.
+        norm: The attribute of the norm in front of it, if there is one.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    k: int
+    summed: bool = False
+    bias: bool = False
+    paired: bool = False
+    norm: str | None = None
+
+    @property
+    def n(self) -> int:
+        """Output features."""
+        return sum(part.n for part in self.parts)
+
+    def slices(self, part: Part, shard: LayerShard) -> tuple[range | None, range | None]:
+        """The rows and the columns of a part that a rank holds; None for all."""
+        share = shard.along(part.axis)
+        held = range(share.start * part.unit, share.stop * part.unit)
+        return (None, held) if self.summed else (held, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """The weight of a norm.
+
+    Attributes:
+        name: The attribute of the module that holds it.
+        part: Its name in the checkpoint, within its layer.
+        n: Elements.
+        rotated: It is of heads that rope rotates.
+    """
+
+    name: str
+    part: str
+    n: int
+    rotated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """The attention of a layer.
+
+    Attributes:
         hidden_size: Width of the residual stream.
-        intermediate_size: Width of the feed-forward layer.
-        n_layers: Blocks.
         n_heads: Query heads.
         n_kv_heads: Key/value heads; divides ``n_heads``.
         head_dim: Width of one head.
-        max_position: Context length the model was made for.
-        norm_eps: Epsilon of every norm.
         rope: Rotary position embedding.
-        tie_embeddings: The head is the embedding.
+        scale: Factor of a query's product with a key.
+        norm_eps: Epsilon of the norms.
+        window: Tokens back to which a token attends, itself included, or None for all.
         qkv_bias: The query, key and value projections have biases.
-        o_bias: The output projection of attention has a bias.
-        mlp_bias: The feed-forward projections have biases.
+        o_bias: The output projection has a bias.
         qk_norm: Queries and keys are normalized per head before they are rotated.
-        sliding_window: Tokens back to which attention reaches, or None for all.
-        full_layers: Layers that see everything in spite of ``sliding_window``.
     """
 
-    family: str
-    vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    n_layers: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    max_position: int
-    norm_eps: float
     rope: RopeConfig
-    tie_embeddings: bool = False
+    scale: float
+    norm_eps: float
+    window: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False
-    mlp_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None
-    full_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.n_heads % self.n_kv_heads == 0, f"{self.n_heads} heads, {self.n_kv_heads} pairs"
         assert self.rope.rotary_dim(self.head_dim) % 2 == 0, "elements are rotated in pairs"
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
-        """Of each layer, the tokens back to which attention reaches, or None for all."""
-        return tuple(
-            None if i in self.full_layers else self.sliding_window for i in range(self.n_layers)
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Queries, keys and values in one; then the output projection."""
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        unit, name = self.head_dim, "self_attn.{}_proj".format
+        qkv = (
+            Part(name=name("q"), n=q, axis="heads", unit=unit, rotated=True),
+            Part(name=name("k"), n=kv, axis="kv_heads", unit=unit, rotated=True),
+            Part(name=name("v"), n=kv, axis="kv_heads", unit=unit),
         )
+        o = Part(name=name("o"), n=self.hidden_size, axis="heads", unit=unit)
+        return (
+            Matrix(name="qkv_proj", parts=qkv, k=self.hidden_size, bias=self.qkv_bias, norm="norm"),
+            Matrix(name="o_proj", parts=(o,), k=q, bias=self.o_bias, summed=True),
+        )
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The norm in front, and those of heads."""
+        norms = [Norm(name="norm", part="input_layernorm", n=self.hidden_size)]
+        if self.qk_norm:
+            norms += [
+                Norm(name=name, part=f"self_attn.{name}", n=self.head_dim, rotated=True)
+                for name in ("q_norm", "k_norm")
+            ]
+        return tuple(norms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardConfig:
+    """The gated feed-forward of a layer.
+
+    Attributes:
+        hidden_size: Width of the residual stream.
+        intermediate_size: Features between the projections.
+        norm_eps: Epsilon of the norm.
+        activation: The function of the gate.
+        bias: The projections have biases.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    norm_eps: float
+    activation: Activation = "silu"
+    bias: bool = False
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The gate and what it gates in one; then the projection down."""
+        gate, up = (
+            Part(name=f"mlp.{name}_proj", n=self.intermediate_size, axis="features")
+            for name in ("gate", "up")
+        )
+        down = Part(name="mlp.down_proj", n=self.hidden_size, axis="features")
+        return (
+            Matrix(
+                name="gate_up_proj",
+                parts=(gate, up),
+                k=self.hidden_size,
+                bias=self.bias,
+                paired=True,
+                norm="norm",
+            ),
+            Matrix(
+                name="down_proj",
+                parts=(down,),
+                k=self.intermediate_size,
+                bias=self.bias,
+                summed=True,
+            ),
+        )
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The norm in front."""
+        return (Norm(name="norm", part="post_attention_layernorm", n=self.hidden_size),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """One layer.
+
+    Attributes:
+        attention: Its attention.
+        feed_forward: What follows it.
+    """
+
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig
+
+    @property
+    def modules(self) -> dict[str, AttentionConfig | FeedForwardConfig]:
+        """The configurations of a block's modules, by the block's attributes."""
+        return {"attention": self.attention, "feed_forward": self.feed_forward}
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every matrix of the layer, in the order in which a token meets them."""
+        return (*self.attention.matrices, *self.feed_forward.matrices)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """Every norm of the layer: those in front of its modules, then those of heads."""
+        norms = (*self.attention.norms, *self.feed_forward.norms)
+        return tuple(sorted(norms, key=lambda norm: norm.rotated))
+
+    def shape(self, alignment: Callable[[Part], int]) -> LayerShape:
+        """The numbers of heads and features that ranks divide among themselves.
+
+        Args:
+            alignment: Input features of a part that must stay together.
+        """
+
+        def together(axis: Axis) -> int:
+            summed = (part for m in self.matrices if m.summed for part in m.parts)
+            return math.lcm(1, *(alignment(part) for part in summed if part.axis == axis))
+
+        return LayerShape(
+            n_heads=self.attention.n_heads,
+            n_kv_heads=self.attention.n_kv_heads,
+            head_dim=self.attention.head_dim,
+            n_features=self.feed_forward.intermediate_size,
+            heads_alignment=together("heads"),
+            features_alignment=together("features"),
+        )
+
+    def local(self, shard: LayerShard) -> LayerConfig:
+        """A rank's part of the layer: fewer heads and features."""
+        return LayerConfig(
+            attention=dataclasses.replace(
+                self.attention, n_heads=len(shard.heads), n_kv_heads=len(shard.kv_heads)
+            ),
+            feed_forward=dataclasses.replace(
+                self.feed_forward, intermediate_size=len(shard.features)
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder: its layers, and what is around them.
+
+    Attributes:
+        family: Registered name of the family that made this configuration.
+        vocab_size: Rows of the embedding.
+        hidden_size: Width of the residual stream.
+        max_position: Context length the model was made for.
+        norm_eps: Epsilon of the last norm.
+        layers: The configuration of each layer, in order.
+        tie_embeddings: The head is the embedding.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    max_position: int
+    norm_eps: float
+    layers: tuple[LayerConfig, ...]
+    tie_embeddings: bool = False
+
+    @property
+    def n_layers(self) -> int:
+        """Layers."""
+        return len(self.layers)
+
+    @property
+    def kinds(self) -> dict[LayerConfig, int]:
+        """The distinct layer configurations, in the order in which they appear: how often each."""
+        return {kind: self.layers.count(kind) for kind in dict.fromkeys(self.layers)}
+
+    @property
+    def tables(self) -> tuple[tuple[int, RopeConfig], ...]:
+        """The distinct tables of rope, as (width of a head, settings), as layers need them."""
+        needed = ((layer.attention.head_dim, layer.attention.rope) for layer in self.kinds)
+        return tuple(dict.fromkeys(needed))
 
     @property
     def default_positions(self) -> int:
         """The longest context whose frequencies are those of every shorter one."""
-        if self.rope.depends_on_length:
-            return min(self.max_position, self.rope.original_max_position)
-        return self.max_position
+        lengths = (r.original_max_position for _, r in self.tables if r.depends_on_length)
+        return min([self.max_position, *lengths])
 
-    def shards(self, n: int, alignment: int = 1) -> tuple[Shard, ...]:
-        """What each of ``n`` ranks holds; see ``plan_shards``."""
-        return plan_shards(
-            n,
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_kv_heads,
-            head_dim=self.head_dim,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
-            alignment=alignment,
-        )
+    def shards(
+        self, n: int, alignment: Callable[[int, Part], int] = lambda _i, _part: 1
+    ) -> tuple[Shard, ...]:
+        """What each of ``n`` ranks holds; see ``plan_shards``.
+
+        Args:
+            n: Ranks.
+            alignment: Input features of a part of a layer that must stay together.
+        """
+        layers = [layer.shape(partial(alignment, i)) for i, layer in enumerate(self.layers)]
+        return plan_shards(n, layers=layers, vocab_size=self.vocab_size)
 
     def local(self, shard: Shard) -> ModelConfig:
-        """The decoder of one rank: fewer heads and features, all of the embedding's rows."""
-        return dataclasses.replace(
-            self,
-            n_heads=len(shard.heads),
-            n_kv_heads=len(shard.kv_heads),
-            intermediate_size=len(shard.features),
-        )
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """The projections of one block as this engine merges them: ``name -> (out, in)``."""
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        return {
-            "qkv_proj": (q + 2 * kv, self.hidden_size),
-            "o_proj": (self.hidden_size, q),
-            "gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
-            "down_proj": (self.hidden_size, self.intermediate_size),
-        }
-
-    @property
-    def bias(self) -> dict[str, bool]:
-        """Which of the projections have biases."""
-        return {
-            "qkv_proj": self.qkv_bias,
-            "o_proj": self.o_bias,
-            "gate_up_proj": self.mlp_bias,
-            "down_proj": self.mlp_bias,
-        }
+        """The decoder of one rank: its part of each layer, all of the embedding's rows."""
+        parts = zip(self.layers, shard.layers, strict=True)
+        return dataclasses.replace(self, layers=tuple(layer.local(part) for layer, part in parts))
 
     @property
     def n_params(self) -> int:
         """Parameters, a tied embedding counted once."""
-        per_layer = sum(n * k + n * self.bias[name] for name, (n, k) in self.linears.items())
-        per_layer += 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
-        return self.n_layers * per_layer + embeddings + self.hidden_size
+        layers = sum(
+            count
+            * (
+                sum(m.n * (m.k + m.bias) for m in kind.matrices)
+                + sum(norm.n for norm in kind.norms)
+            )
+            for kind, count in self.kinds.items()
+        )
+        return layers + embeddings + self.hidden_size
+
+    @property
+    def kv_heads(self) -> list[tuple[int, int]]:
+        """The number of key/value heads of each layer, and their width."""
+        return [(each.attention.n_kv_heads, each.attention.head_dim) for each in self.layers]
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of cache that one token of one sequence takes."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * itemsize
+        return 2 * sum(n * width for n, width in self.kv_heads) * itemsize

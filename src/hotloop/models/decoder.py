@@ -12,7 +12,7 @@ E head dimension, V vocabulary, S slots, C cache positions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hotloop.kernels import pointwise
 from hotloop.kernels.attention import Attention
 from hotloop.models.cache import KVCache, write
-from hotloop.models.config import ModelConfig
+from hotloop.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
 from hotloop.models.linear import Embedding, Linear
 from hotloop.models.rope import rope_tables
 
@@ -49,35 +49,23 @@ class RMSNorm(nn.Module):
         return pointwise.rms_norm(x, self.weight, self.eps)
 
 
-class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and around a residual."""
+class SelfAttention(nn.Module):
+    """Grouped-query attention behind its norm, up to the output projection.
 
-    def __init__(
-        self,
-        *,
-        linears: dict[str, tuple[int, int]],
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        norm_eps: float,
-        qk_norm: bool,
-        window: int | None,
-        attention: Attention,
-        total: Total,
-    ) -> None:
+    Args:
+        config: Its configuration.
+        kernel: The implementation of attention itself.
+    """
+
+    def __init__(self, config: AttentionConfig, kernel: Attention) -> None:
         super().__init__()
-        self.total = total
-        self.heads = (n_heads, n_kv_heads, n_kv_heads)
-        self.head_dim, self.window, self.attention = head_dim, window, attention
-        self.qkv_proj = Linear(*linears["qkv_proj"])
-        self.o_proj = Linear(*linears["o_proj"])
-        self.gate_up_proj = Linear(*linears["gate_up_proj"], paired=True)
-        self.down_proj = Linear(*linears["down_proj"])
-        width = linears["qkv_proj"][1]
-        self.input_norm = RMSNorm(width, norm_eps)
-        self.post_attention_norm = RMSNorm(width, norm_eps)
-        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.kernel, self.head_dim = kernel, config.head_dim
+        self.window, self.scale = config.window, config.scale
+        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        self.qkv_proj, self.o_proj = map(Linear.declared, config.matrices)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -91,9 +79,9 @@ class Block(nn.Module):
         first_slot: int,
         length: int,
     ) -> Tensor:
-        """Adds what this layer has to say, and leaves its keys and values in the cache."""
+        """Attends to a cache, once the tokens' own keys and values are written into it."""
         B, T, _ = x_BTD.shape
-        qkv = self.qkv_proj(self.input_norm(x_BTD)).view(B, T, -1, self.head_dim)
+        qkv = self.qkv_proj(self.norm(x_BTD)).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -102,18 +90,81 @@ class Block(nn.Module):
         write(keys_SJCE, slots_B, positions_BT, k)
         write(values_SJCE, slots_B, positions_BT, v)
         here = slice(first_slot, first_slot + B)
-        attended = self.attention(
+        attended = self.kernel(
             q,
             keys_SJCE[here],
             values_SJCE[here],
             positions_BT,
             length=length,
             window=self.window,
-            scale=self.head_dim**-0.5,
+            scale=self.scale,
         )
-        x_BTD = x_BTD + self.total(self.o_proj(attended.reshape(B, T, -1)))
-        gate_up = self.gate_up_proj(self.post_attention_norm(x_BTD))
-        return x_BTD + self.total(self.down_proj(pointwise.swiglu(gate_up)))
+        return self.o_proj(attended.reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU behind its norm."""
+
+    def __init__(self, config: FeedForwardConfig) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = map(Linear.declared, config.matrices)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[..., D] to the same."""
+        return self.down_proj(pointwise.swiglu(self.gate_up_proj(self.norm(x_BTD))))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each added to the residual stream.
+
+    Args:
+        config: Its configuration, or that of a rank's part.
+        attention: The implementation of attention.
+        total: Sums over ranks.
+    """
+
+    def __init__(self, config: LayerConfig, *, attention: Attention, total: Total) -> None:
+        super().__init__()
+        self.config, self.total = config, total
+        self.attention = SelfAttention(config.attention, attention)
+        self.feed_forward = FeedForward(config.feed_forward)
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """Every matrix of the layer by the name that its configuration declares."""
+        return {
+            matrix.name: getattr(getattr(self, name), matrix.name)
+            for name, declared in self.config.modules.items()
+            for matrix in declared.matrices
+        }
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_BTE: Tensor,
+        sin_BTE: Tensor,
+        positions_BT: Tensor,
+        keys_SJCE: Tensor,
+        values_SJCE: Tensor,
+        slots_B: Tensor,
+        first_slot: int,
+        length: int,
+    ) -> Tensor:
+        """Hidden states [B, T, D] behind this layer; its keys and values are in the cache then."""
+        attended = self.attention(
+            x_BTD,
+            cos_BTE,
+            sin_BTE,
+            positions_BT,
+            keys_SJCE,
+            values_SJCE,
+            slots_B,
+            first_slot,
+            length,
+        )
+        x_BTD = x_BTD + self.total(attended)
+        return x_BTD + self.total(self.feed_forward(x_BTD))
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -153,24 +204,30 @@ class Decoder(nn.Module):
         super().__init__()
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(
-                linears=config.linears,
-                n_heads=config.n_heads,
-                n_kv_heads=config.n_kv_heads,
-                head_dim=config.head_dim,
-                norm_eps=config.norm_eps,
-                qk_norm=config.qk_norm,
-                window=window,
-                attention=attention,
-                total=total,
-            )
-            for window in config.windows
+            Block(layer, attention=attention, total=total) for layer in config.layers
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(n_head_rows or config.vocab_size, config.hidden_size)
-        cos, sin = rope_tables(config.head_dim, n_positions, config.rope)
-        self.register_buffer("cos", cos.to(device), persistent=False)
-        self.register_buffer("sin", sin.to(device), persistent=False)
+        self.device = device
+        for i, (head_dim, rope) in enumerate(config.tables):
+            cos, sin = rope_tables(head_dim, n_positions, rope)
+            self.register_buffer(f"cos{i}", cos.to(device), persistent=False)
+            self.register_buffer(f"sin{i}", sin.to(device), persistent=False)
+        self._table_of = [
+            config.tables.index((layer.attention.head_dim, layer.attention.rope))
+            for layer in config.layers
+        ]
+        self._n_tables = len(config.tables)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, by their type."""
+        return cast(list[Block], list(self.layers))
+
+    def rope(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a layer's rope, float32 [positions, E]."""
+        table = self._table_of[layer]
+        return getattr(self, f"cos{table}"), getattr(self, f"sin{table}")
 
     def forward(
         self,
@@ -194,12 +251,11 @@ class Decoder(nn.Module):
             n_layers: Stop after so many layers; None takes all.
             run: Calls the parts.
         """
-        x_BTD, cos_BTE, sin_BTE, slots_B = run(
-            Decoder.embed, self, ids_BT, positions_BT, first_slot
-        )
+        x_BTD, ropes, slots_B = run(Decoder.embed, self, ids_BT, positions_BT, first_slot)
         layers = self.layers if n_layers is None else self.layers[:n_layers]
         for i, layer in enumerate(layers):
             keys, values = cache.layer(i)
+            cos_BTE, sin_BTE = ropes[self._table_of[i]]
             x_BTD = run(
                 Block.forward,
                 layer,
@@ -217,10 +273,14 @@ class Decoder(nn.Module):
 
     def embed(
         self, ids_BT: Tensor, positions_BT: Tensor, first_slot: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What all layers start from: hidden states, both rotary tables' rows, and slots [B]."""
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
+        """What layers start from: hidden states, rows of each rope's two tables, and slots [B]."""
         slots_B = torch.arange(first_slot, first_slot + ids_BT.shape[0], device=ids_BT.device)
-        return self.embedding(ids_BT), self.cos[positions_BT], self.sin[positions_BT], slots_B
+        ropes = [
+            (getattr(self, f"cos{i}")[positions_BT], getattr(self, f"sin{i}")[positions_BT])
+            for i in range(self._n_tables)
+        ]
+        return self.embedding(ids_BT), ropes, slots_B
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., D]; of several ranks, this one's rows."""

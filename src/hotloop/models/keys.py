@@ -210,15 +210,10 @@ class WindowKeys(ModelKeys):
             raise ValueError("layer_types has sliding_attention, and sliding_window is missing")
         return self
 
-    def window_fields(self) -> dict[str, Any]:
-        """The ModelConfig fields of windows."""
-        windowed = self.windowed()
-        return {
-            "sliding_window": self.sliding_window if any(windowed) else None,
-            "full_layers": tuple(i for i, each in enumerate(windowed) if not each)
-            if any(windowed)
-            else (),
-        }
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer the tokens back to which attention reaches, or None for all."""
+        return tuple(self.sliding_window if each else None for each in self.windowed())
 
 
 K = TypeVar("K", bound=ModelKeys)

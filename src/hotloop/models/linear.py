@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hotloop.kernels.linear import LinearKernel, WeightFormat, choose_linear
+from hotloop.models.config import Matrix
 from hotloop.quant import QTensor
 
 
@@ -26,6 +27,11 @@ class Linear(nn.Module):
         self.n_packed = 0
         self.bias: Tensor | None
         self.register_buffer("bias", None)
+
+    @classmethod
+    def declared(cls, matrix: Matrix) -> Linear:
+        """The module of a matrix that a layer's configuration declares."""
+        return cls(matrix.n, matrix.k, paired=matrix.paired)
 
     def assign(
         self,

@@ -1,73 +1,33 @@
-"""Where a decoder's weights are in a checkpoint: our modules by their Hugging Face names.
+"""The Hugging Face names of a model's weights in a checkpoint.
 
-Merged projections name their parts in the order in which they are joined.
+The names within a layer are declared by its configuration (``models.config``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Container, Iterator
 
-from hotloop.models.config import ModelConfig
-from hotloop.parallel.plan import Shard
+from hotloop.models.config import LayerConfig, Matrix, ModelConfig, Part
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 NORM = "model.norm"
-
-LINEAR_PARTS = {
-    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o_proj": ("self_attn.o_proj",),
-    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "down_proj": ("mlp.down_proj",),
-}
-NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
-ROTATED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "self_attn.k_norm")
-HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _WITHOUT_USE = re.compile(r"\.rotary_emb\.\w+|\.self_attn\.(?:\w+\.)?[kv]_scale")
 
 
 def layer(index: int, part: str) -> str:
-    """The full name of a part of one block, without ``.weight``."""
+    """The full name of a part of one layer, without ``.weight``."""
     return f"model.layers.{index}.{part}"
 
 
 def layer_index(name: str) -> int | None:
-    """The block that a tensor belongs to, by its name; None for those of no block."""
+    """The layer that a tensor belongs to, by its name; None for those of no layer."""
     match = _LAYER.match(name)
     return int(match[1]) if match else None
-
-
-def part_rows(config: ModelConfig, linear: str) -> tuple[int, ...]:
-    """Output features of each part of a merged projection."""
-    if linear == "qkv_proj":
-        kv = config.n_kv_heads * config.head_dim
-        return (config.n_heads * config.head_dim, kv, kv)
-    if linear == "gate_up_proj":
-        return (config.intermediate_size, config.intermediate_size)
-    return (config.linears[linear][0],)
-
-
-def part_slices(config: ModelConfig, shard: Shard) -> dict[str, tuple[range | None, range | None]]:
-    """Which rows and columns of each part of a block a rank holds; None for all.
-
-    What takes the residual stream in is cut along its output, what gives to it along its input.
-    """
-
-    def wide(heads: range) -> range:
-        return range(heads.start * config.head_dim, heads.stop * config.head_dim)
-
-    q, kv, features = wide(shard.heads), wide(shard.kv_heads), shard.features
-    return {
-        "self_attn.q_proj": (q, None),
-        "self_attn.k_proj": (kv, None),
-        "self_attn.v_proj": (kv, None),
-        "self_attn.o_proj": (None, q),
-        "mlp.gate_proj": (features, None),
-        "mlp.up_proj": (features, None),
-        "mlp.down_proj": (None, features),
-    }
 
 
 def head(config: ModelConfig) -> str:
@@ -76,16 +36,15 @@ def head(config: ModelConfig) -> str:
 
 
 def linear_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Every weight matrix in a checkpoint that is quantized as a block's projection.
+    """Every weight matrix of a layer in a checkpoint.
 
     Returns:
         ``name -> (out, in)``, names without ``.weight``, in the order of layers.
     """
     return {
-        layer(i, part): (rows, config.linears[linear][1])
-        for i in range(config.n_layers)
-        for linear, parts in LINEAR_PARTS.items()
-        for part, rows in zip(parts, part_rows(config, linear), strict=True)
+        layer(i, part.name): (part.n, matrix.k)
+        for i, kind in enumerate(config.layers)
+        for matrix, part in _parts(kind)
     }
 
 
@@ -107,18 +66,41 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantized checkpoint: full name to shape, in the order of layers."""
     width = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (config.vocab_size, width)}
-    for i in range(config.n_layers):
-        for linear, parts in LINEAR_PARTS.items():
-            for part, rows in zip(parts, part_rows(config, linear), strict=True):
-                shapes[f"{layer(i, part)}.weight"] = (rows, config.linears[linear][1])
-                if config.bias[linear]:
-                    shapes[f"{layer(i, part)}.bias"] = (rows,)
-        shapes |= {f"{layer(i, part)}.weight": (width,) for part in NORMS.values()}
-        if config.qk_norm:
-            shapes |= {
-                f"{layer(i, part)}.weight": (config.head_dim,) for part in HEAD_NORMS.values()
-            }
+    for i, kind in enumerate(config.layers):
+        for matrix, part in _parts(kind):
+            shapes[f"{layer(i, part.name)}.weight"] = (part.n, matrix.k)
+            if matrix.bias:
+                shapes[f"{layer(i, part.name)}.bias"] = (part.n,)
+        shapes |= {f"{layer(i, norm.part)}.weight": (norm.n,) for norm in kind.norms}
     shapes[f"{NORM}.weight"] = (width,)
     if not config.tie_embeddings:
         shapes[f"{HEAD}.weight"] = (config.vocab_size, width)
     return shapes
+
+
+def without_absent_biases(
+    config: ModelConfig, found: Container[str]
+) -> tuple[ModelConfig, str | None]:
+    """Leaves out the biases of output projections if a checkpoint has those of queries alone.
+
+    Args:
+        config: The configuration, by which attention has biases.
+        found: The names of the checkpoint's tensors.
+
+    Returns:
+        The configuration, and the name of the projection if its biases were left out.
+    """
+    attention = config.layers[0].attention
+    (query, *_), (output,) = (matrix.parts for matrix in attention.matrices)
+    has_query, has_output = (f"{layer(0, p.name)}.bias" in found for p in (query, output))
+    if not attention.o_bias or not has_query or has_output:
+        return config, None
+    layers = tuple(
+        dataclasses.replace(each, attention=dataclasses.replace(each.attention, o_bias=False))
+        for each in config.layers
+    )
+    return dataclasses.replace(config, layers=layers), output.name
+
+
+def _parts(kind: LayerConfig) -> Iterator[tuple[Matrix, Part]]:
+    return ((matrix, part) for matrix in kind.matrices for part in matrix.parts)

@@ -20,8 +20,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from hotloop.errors import UnsupportedError
+
+Axis = Literal["heads", "kv_heads", "features"]
+"""A dimension of a layer that ranks split."""
 
 _UNITS = (128, 64, 32, 16, 8, 4, 2, 1)
 _FRIENDLY = 32
@@ -29,87 +33,132 @@ _FRIENDLY = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """The slices of a model that one rank holds.
+class LayerShape:
+    """The dimensions of a layer that ranks split.
+
+    Attributes:
+        n_heads: Query heads.
+        n_kv_heads: Key/value heads, which divide the query heads.
+        head_dim: Width of a head.
+        n_features: Features of the feed-forward.
+        heads_alignment: Elements of the query heads' output that must not be divided:
+            ``quant.Scheme.alignment``. It divides ``n_heads * head_dim``.
+        features_alignment: Features that must not be divided. It divides ``n_features``.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_features: int
+    heads_alignment: int = 1
+    features_alignment: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShard:
+    """The slices of a layer that one rank holds.
 
     Attributes:
         heads: Query heads.
         kv_heads: Key/value heads; if there are fewer than ranks, several ranks hold the same ones.
-        features: Features of the feed-forward layer.
-        vocabulary: Rows of the head.
+        features: Features of the feed-forward.
     """
 
     heads: range
     kv_heads: range
     features: range
+
+    def along(self, axis: Axis) -> range:
+        """Returns the slice along an axis."""
+        return getattr(self, axis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The slices of a model that one rank holds.
+
+    Attributes:
+        layers: The slices of each layer.
+        vocabulary: Rows of the head.
+    """
+
+    layers: tuple[LayerShard, ...]
     vocabulary: range
 
 
 def plan_shards(
-    n_ranks: int,
-    *,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
-    intermediate_size: int,
-    vocab_size: int,
-    alignment: int,
+    n_ranks: int, *, layers: Sequence[LayerShape], vocab_size: int
 ) -> tuple[Shard, ...]:
     """Plans each rank's shard; a single rank's is the whole model.
 
     Args:
         n_ranks: The number of ranks.
-        n_heads: Query heads of the model.
-        n_kv_heads: Its key/value heads, which divide the query heads.
-        head_dim: Width of a head.
-        intermediate_size: Features of its feed-forward layer.
-        vocab_size: Rows of its head.
-        alignment: Input features that must not be divided: ``quant.Scheme.alignment``. It divides
-            ``n_heads * head_dim`` and ``intermediate_size``.
+        layers: The shape of each layer.
+        vocab_size: Rows of the head.
 
     Raises:
         UnsupportedError: The model cannot be split so; the message names the degrees that work.
     """
-    group = n_heads // n_kv_heads
-    # Heads of attention's output that must not be divided.
-    unit = math.lcm(alignment, head_dim) // head_dim
+    shapes = tuple(dict.fromkeys(layers))
 
-    def heads(n: int) -> list[tuple[range, range]] | None:
-        """Splits query and key/value heads over ``n`` ranks."""
-        whole = math.lcm(group, unit)
-        if n * whole <= n_heads:
-            shares = _split(n_heads, n, whole)
-            return [(s, range(s.start // group, s.stop // group)) for s in shares]
-        if n < n_kv_heads or group % unit:
-            return None
-        # The first groups get fewer ranks, so that rank 0 has the most heads.
-        ranks = [-(-(n - j) // n_kv_heads) for j in reversed(range(n_kv_heads))]
-        if max(ranks) * unit > group:
-            return None
-        return [
-            (range(j * group + s.start, j * group + s.stop), range(j, j + 1))
-            for j in range(n_kv_heads)
-            for s in _split(group, ranks[j], unit)
+    def splits(n: int) -> dict[LayerShape, list[LayerShard] | None]:
+        return {shape: _split_layer(shape, n) for shape in shapes}
+
+    vocabulary, found = _split_finely(vocab_size, n_ranks, 1), splits(n_ranks)
+    unsplit = [shape for shape, shares in found.items() if shares is None]
+    if vocabulary is None or unsplit:
+        shape = (unsplit or shapes)[0]
+        works = [
+            n
+            for n in range(1, max(shape.n_heads for shape in shapes) + 1)
+            if all(splits(n).values()) and _split_finely(vocab_size, n, 1)
         ]
-
-    def features(n: int) -> list[range] | None:
-        return _split_finely(intermediate_size, n, alignment)
-
-    def vocabulary(n: int) -> list[range] | None:
-        return _split_finely(vocab_size, n, 1)
-
-    of_heads, of_features, of_vocabulary = heads(n_ranks), features(n_ranks), vocabulary(n_ranks)
-    if of_heads is None or of_features is None or of_vocabulary is None:
-        works = [n for n in range(1, n_heads + 1) if heads(n) and features(n) and vocabulary(n)]
+        alignment = max(shape.heads_alignment, shape.features_alignment)
         scaled = f" and {alignment} features that share a scale" if alignment > 1 else ""
         raise UnsupportedError(
-            f"tensor_parallel {n_ranks} cannot split {n_heads} query heads, {n_kv_heads} key/value "
-            f"heads and {intermediate_size} features{scaled}; {_listed(works)}."
+            f"tensor_parallel {n_ranks} cannot split {shape.n_heads} query heads, "
+            f"{shape.n_kv_heads} key/value heads and {shape.n_features} features{scaled}; "
+            f"{_listed(works)}."
         )
+    split = {shape: shares for shape, shares in found.items() if shares is not None}
     return tuple(
-        Shard(heads=q, kv_heads=kv, features=f, vocabulary=v)
-        for (q, kv), f, v in zip(of_heads, of_features, of_vocabulary, strict=True)
+        Shard(layers=tuple(split[shape][rank] for shape in layers), vocabulary=rows)
+        for rank, rows in enumerate(vocabulary)
     )
+
+
+def _split_layer(shape: LayerShape, n: int) -> list[LayerShard] | None:
+    """Splits a layer over ``n`` ranks; None if it cannot be."""
+    heads = _split_heads(shape, n)
+    features = _split_finely(shape.n_features, n, shape.features_alignment)
+    if heads is None or features is None:
+        return None
+    return [
+        LayerShard(heads=q, kv_heads=kv, features=f)
+        for (q, kv), f in zip(heads, features, strict=True)
+    ]
+
+
+def _split_heads(shape: LayerShape, n: int) -> list[tuple[range, range]] | None:
+    """Splits query and key/value heads over ``n`` ranks; None if they cannot be."""
+    group = shape.n_heads // shape.n_kv_heads
+    # Heads of attention's output that must not be divided.
+    unit = math.lcm(shape.heads_alignment, shape.head_dim) // shape.head_dim
+    whole = math.lcm(group, unit)
+    if n * whole <= shape.n_heads:
+        shares = _split(shape.n_heads, n, whole)
+        return [(s, range(s.start // group, s.stop // group)) for s in shares]
+    if n < shape.n_kv_heads or group % unit:
+        return None
+    # The first groups get fewer ranks, so that rank 0 has the most heads.
+    ranks = [-(-(n - j) // shape.n_kv_heads) for j in reversed(range(shape.n_kv_heads))]
+    if max(ranks) * unit > group:
+        return None
+    return [
+        (range(j * group + s.start, j * group + s.stop), range(j, j + 1))
+        for j in range(shape.n_kv_heads)
+        for s in _split(group, ranks[j], unit)
+    ]
 
 
 def _split_finely(n: int, n_parts: int, alignment: int) -> list[range] | None:

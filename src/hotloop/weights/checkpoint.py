@@ -138,16 +138,16 @@ def read_model(checkpoint: Checkpoint) -> tuple[ModelConfig, tuple[str, ...]]:
             f"{names.HEAD}.weight is not the embedding: it is used as the head, although "
             "tie_word_embeddings is true."
         )
-    biases = [f"{names.layer(0, f'self_attn.{part}_proj')}.bias" for part in "qo"]
-    if model.o_bias and biases[0] in checkpoint.tensors and biases[1] not in checkpoint.tensors:
-        model = dataclasses.replace(model, o_bias=False)
-        notes.append("self_attn.o_proj has no bias, although attention_bias is true.")
+    model, unbiased = names.without_absent_biases(model, checkpoint.tensors)
+    if unbiased is not None:
+        notes.append(f"{unbiased} has no bias, although attention_bias is true.")
     return model, tuple(notes)
 
 
 def _check_sizes(model: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Refuses more layers than there are, and shapes that are not those of the first layer."""
-    last = f"{names.layer(model.n_layers - 1, names.NORMS['input_norm'])}.weight"
+    """Refuses more layers than there are, and tensors of other shapes than the model's."""
+    first_norm = model.layers[-1].norms[0].part
+    last = f"{names.layer(model.n_layers - 1, first_norm)}.weight"
     if last not in checkpoint.tensors:
         found = len({names.layer_index(name) for name in checkpoint.tensors} - {None})
         raise CheckpointError(
@@ -155,8 +155,7 @@ def _check_sizes(model: ModelConfig, checkpoint: Checkpoint) -> None:
             f"num_hidden_layers (block_count in GGUF) is {model.n_layers}, and the checkpoint has "
             f"{found} layers: {shorten_value(last)} is missing",
         )
-    first = dataclasses.replace(model, n_layers=1, full_layers=())
-    for name, shape in names.tensors(first).items():
+    for name, shape in names.tensors(model).items():
         info = checkpoint.tensors.get(name)
         if info is not None and info.shape != shape:
             raise wrong_shape(info, shape)

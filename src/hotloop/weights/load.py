@@ -1,7 +1,7 @@
 """From a source of weights to a decoder that can run: read, quantize, slice, join, pack, assign.
 
-One of several ranks loads its slices, and the whole embedding: looking rows up reads few bytes, and
-a tied head is a slice of it.
+What is loaded is what the layers' configurations declare. One of several ranks loads its slices,
+and the whole embedding: looking rows up reads few bytes, and a tied head is a slice of it.
 
 One matrix at a time, a few rows at a time: what is held on the host besides the model is the matrix
 being made and its packed form. ``benchmarks/load_memory.py`` measures it.
@@ -9,16 +9,17 @@ being made and its packed form. ``benchmarks/load_memory.py`` measures it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hotloop.models import names
-from hotloop.models.config import ModelConfig
-from hotloop.models.decoder import Decoder, RMSNorm
+from hotloop.models.config import LayerConfig, Matrix, ModelConfig, Part
+from hotloop.models.decoder import Decoder
 from hotloop.models.rope import head_order
-from hotloop.parallel.plan import Shard
+from hotloop.parallel.plan import LayerShard, Shard
 from hotloop.quant import QTensor, Scheme, cut, join_rows
 from hotloop.weights.source import Source
 
@@ -30,8 +31,7 @@ def load_weights(
     *,
     shard: Shard,
     adds_biases: bool,
-    scheme: Scheme,
-    head_scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     dtype: torch.dtype,
     device: torch.device,
     fused: bool = False,
@@ -45,8 +45,8 @@ def load_weights(
         source: Where weights come from.
         shard: What of it this rank holds.
         adds_biases: Whether biases of what ranks sum up are this rank's to add.
-        scheme: Of the projections in blocks.
-        head_scheme: Of the head; a tied embedding is the same matrix, and follows it.
+        schemes: The scheme of every matrix by its name in the checkpoint. The parts that are joined
+            into one matrix have the same.
         dtype: Element type of activations and unquantized weights.
         device: Where the model runs.
         fused: It runs the fused step.
@@ -56,85 +56,100 @@ def load_weights(
         CheckpointError: A tensor is missing, surplus, of another shape, or not finite.
         ConfigError: A matrix whose shape a scheme does not fit.
     """
-    order = head_order(config.head_dim, config.rope)
-
-    def ordered(rows: Tensor, part: str) -> Tensor:
-        """Rows of heads as our rotary embedding pairs them."""
-        if order is None or part not in names.ROTATED:
-            return rows
-        return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
-
-    def norm(module: RMSNorm, part: str, prefix: str) -> None:
-        weight = source.tensor(f"{prefix}.weight", tuple(module.weight.shape))
-        module.weight = ordered(weight, part).to(device, dtype)
-
-    slices = names.part_slices(config, shard)
-
-    def matrix(i: int, part: str, n: int, k: int) -> Tensor | QTensor:
-        rows, columns = slices[part]
-        name = names.layer(i, part)
-        weight = source.matrix(name, (n, k), scheme, rows=rows, columns=columns)
-        if isinstance(weight, QTensor):
-            return weight.map(lambda tensor: ordered(tensor, part))
-        return ordered(weight, part).to(device, dtype)
-
-    def bias(i: int, parts: dict[str, int]) -> Tensor | None:
-        full = [
-            ordered(source.tensor(f"{names.layer(i, part)}.bias", (n,), rows=slices[part][0]), part)
-            for part, n in parts.items()
-        ]
-        summed = any(slices[part][1] is not None for part in parts)
-        return torch.cat(full) if adds_biases or not summed else None
-
-    _load_embeddings(decoder, config, source, shard.vocabulary, head_scheme, dtype, device, fused)
-    norm(decoder.norm, names.NORM, names.NORM)
-    for i, block in enumerate(decoder.layers):
-        for attribute, parts in names.LINEAR_PARTS.items():
-            linear, k = getattr(block, attribute), config.linears[attribute][1]
-            rows = dict(zip(parts, names.part_rows(config, attribute), strict=True))
-            # Handed on at once: nothing is held while the next one is read.
-            linear.assign(
-                join_rows((matrix(i, part, n, k) for part, n in rows.items()), linear.n),
-                bias(i, rows) if config.bias[attribute] else None,
-                dtype=dtype,
-                device=device,
-                fused=fused,
-            )
-        for attribute, part in (names.NORMS | (names.HEAD_NORMS if config.qk_norm else {})).items():
-            norm(getattr(block, attribute), part, names.layer(i, part))
+    loader = _Loader(source, schemes, adds_biases, dtype, device, fused)
+    loader.load_embeddings(decoder, config, shard.vocabulary)
+    decoder.norm.weight = source.tensor(f"{names.NORM}.weight", (config.hidden_size,)).to(
+        device, dtype
+    )
+    for i, (block, layer, held) in enumerate(
+        zip(decoder.layers, config.layers, shard.layers, strict=True)
+    ):
+        loader.load_layer(block, i, layer, held)
         if on_layer:
             on_layer(i + 1, config.n_layers)
     source.finish()
 
 
-def _load_embeddings(
-    decoder: Decoder,
-    config: ModelConfig,
-    source: Source,
-    rows: range,
-    head_scheme: Scheme,
-    dtype: torch.dtype,
-    device: torch.device,
-    fused: bool,
-) -> None:
-    shape = (config.vocab_size, config.hidden_size)
-    if not config.tie_embeddings:
-        head = source.matrix(names.HEAD, shape, head_scheme, rows=rows)
-        decoder.head.assign(head, dtype=dtype, device=device, fused=fused)
-        table = source.tensor(f"{names.EMBEDDING}.weight", shape).to(device, dtype)
-        decoder.embedding.assign(table, None, dtype)
-        return
-    weight = source.matrix(names.EMBEDDING, shape, head_scheme)
-    if not isinstance(weight, QTensor):
-        weight = weight.to(device, dtype)
-        decoder.embedding.assign(weight, None, dtype)
-        head = weight[rows.start : rows.stop]
-    elif weight.kind == "int8":
-        # A kernel that keeps rows as they are shares them: one copy serves both.
-        weight = weight.to(device)
-        decoder.embedding.assign(weight.values, weight.scale.view(-1), dtype)
-        head = weight.rows(rows.start, rows.stop)
-    else:
-        decoder.embedding.assign(weight.dequantize(dtype).to(device), None, dtype)
-        head = cut(weight, slice(rows.start, rows.stop), None)
-    decoder.head.assign(head, dtype=dtype, device=device, fused=fused)
+@dataclass(frozen=True)
+class _Loader:
+    """Reads from a source and assigns; see ``load_weights`` for its attributes."""
+
+    source: Source
+    schemes: Mapping[str, Scheme]
+    adds_biases: bool
+    dtype: torch.dtype
+    device: torch.device
+    fused: bool
+
+    def load_layer(
+        self, block: torch.nn.Module, i: int, layer: LayerConfig, held: LayerShard
+    ) -> None:
+        """Assigns what the configuration of layer ``i`` declares."""
+        order = head_order(layer.attention.head_dim, layer.attention.rope)
+
+        def ordered(rows: Tensor, rotated: bool) -> Tensor:
+            """Rows of heads in the order in which our rope pairs them."""
+            if order is None or not rotated:
+                return rows
+            return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
+
+        def part_of(matrix: Matrix, part: Part) -> Tensor | QTensor:
+            name, (rows, columns) = names.layer(i, part.name), matrix.slices(part, held)
+            weight = self.source.matrix(
+                name, (part.n, matrix.k), self.schemes[name], rows=rows, columns=columns
+            )
+            if isinstance(weight, QTensor):
+                return weight.map(lambda tensor: ordered(tensor, part.rotated))
+            return ordered(weight, part.rotated).to(self.device, self.dtype)
+
+        def bias(matrix: Matrix) -> Tensor | None:
+            if not matrix.bias:
+                return None
+            biases = []
+            for part in matrix.parts:
+                name, (rows, _) = names.layer(i, part.name), matrix.slices(part, held)
+                bias = self.source.tensor(f"{name}.bias", (part.n,), rows=rows)
+                biases.append(ordered(bias, part.rotated))
+            return torch.cat(biases) if self.adds_biases or not matrix.summed else None
+
+        for attribute, declared in layer.modules.items():
+            module = getattr(block, attribute)
+            for matrix in declared.matrices:
+                linear = getattr(module, matrix.name)
+                # Handed on at once: nothing is held while the next one is read.
+                linear.assign(
+                    join_rows((part_of(matrix, part) for part in matrix.parts), linear.n),
+                    bias(matrix),
+                    dtype=self.dtype,
+                    device=self.device,
+                    fused=self.fused,
+                )
+            for norm in declared.norms:
+                weight = self.source.tensor(f"{names.layer(i, norm.part)}.weight", (norm.n,))
+                weight = ordered(weight, norm.rotated).to(self.device, self.dtype)
+                getattr(module, norm.name).weight = weight
+
+    def load_embeddings(self, decoder: Decoder, config: ModelConfig, rows: range) -> None:
+        """Assigns the embedding, and these rows of the head."""
+        shape, scheme = (config.vocab_size, config.hidden_size), self.schemes[names.head(config)]
+        dtype, device = self.dtype, self.device
+        if not config.tie_embeddings:
+            head = self.source.matrix(names.HEAD, shape, scheme, rows=rows)
+            decoder.head.assign(head, dtype=dtype, device=device, fused=self.fused)
+            table = self.source.tensor(f"{names.EMBEDDING}.weight", shape).to(device, dtype)
+            decoder.embedding.assign(table, None, dtype)
+            return
+        weight = self.source.matrix(names.EMBEDDING, shape, scheme)
+        if not isinstance(weight, QTensor):
+            weight = weight.to(device, dtype)
+            decoder.embedding.assign(weight, None, dtype)
+            head = weight[rows.start : rows.stop]
+        elif weight.kind == "int8":
+            # A kernel that keeps rows as they are shares them: one copy serves both.
+            weight = weight.to(device)
+            decoder.embedding.assign(weight.values, weight.scale.view(-1), dtype)
+            head = weight.rows(rows.start, rows.stop)
+        else:
+            decoder.embedding.assign(weight.dequantize(dtype).to(device), None, dtype)
+            head = cut(weight, slice(rows.start, rows.stop), None)
+        decoder.head.assign(head, dtype=dtype, device=device, fused=self.fused)

@@ -26,7 +26,7 @@ from hotloop.weights.identity import (
     hash_checkpoint,
     read_quantization,
 )
-from hotloop.weights.source import CheckpointSource, stored_parts
+from hotloop.weights.source import CheckpointSource, schemes_by_name, stored_parts
 from hotloop.weights.writer import SafetensorsWriter
 
 
@@ -70,10 +70,7 @@ def quantize_checkpoint(
                 f"{src} is already quantized as {stored.scheme} with head {stored.head}."
             )
         model, _ = read_model(checkpoint)
-        matrices = {name: (shape, scheme) for name, shape in names.linear_weights(model).items()}
-        matrices[names.head(model)] = ((model.vocab_size, model.hidden_size), head_scheme)
-        for name, (shape, each) in matrices.items():
-            each.check(name, *shape)
+        schemes = schemes_by_name(model, scheme, head_scheme)
         tokenizer, sampling = load_tokenizer(src), generation_defaults(src)
         source = CheckpointSource(checkpoint, torch.device("cpu"), model=model)
         tensors = names.tensors(model)
@@ -81,8 +78,8 @@ def quantize_checkpoint(
             for i, (name, shape) in enumerate(tensors.items(), start=1):
                 matrix = name.removesuffix(".weight")
                 weight = (
-                    source.matrix(matrix, *matrices[matrix])
-                    if matrix in matrices
+                    source.matrix(matrix, (shape[0], shape[1]), schemes[matrix])
+                    if matrix in schemes
                     else source.tensor(name, shape)
                 )
                 for part, tensor in stored_parts(name, weight).items():

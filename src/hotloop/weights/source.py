@@ -80,6 +80,26 @@ class Source(Protocol):
         ...
 
 
+def schemes_by_name(model: ModelConfig, scheme: Scheme, head: Scheme) -> dict[str, Scheme]:
+    """The scheme of every matrix of a model by its name in a checkpoint.
+
+    Args:
+        model: The model.
+        scheme: Of the matrices of all layers.
+        head: Of the head; a tied embedding is the same matrix, and follows it.
+
+    Raises:
+        ConfigError: A matrix whose shape its scheme does not fit.
+    """
+    matrices = names.linear_weights(model)
+    schemes = dict.fromkeys(matrices, scheme)
+    matrices[names.head(model)] = (model.vocab_size, model.hidden_size)
+    schemes[names.head(model)] = head
+    for name, shape in matrices.items():
+        schemes[name].check(name, *shape)
+    return schemes
+
+
 class CheckpointSource:
     """Reads a checkpoint, quantizing what is not quantized yet.
 

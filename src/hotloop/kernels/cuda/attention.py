@@ -69,6 +69,7 @@ class AttentionPlan:
         n_kv_heads: J.
         head_dim: E: 64, 96, 128 or 256.
         n_positions: C.
+        scale: The factor of a query's product with a key; None is the inverse square root of E.
         window: The number of positions that a token sees, itself included, or None for all.
         tuning: Parameters chosen for speed.
     """
@@ -79,6 +80,7 @@ class AttentionPlan:
     n_kv_heads: int
     head_dim: int
     n_positions: int
+    scale: float | None = None
     window: int | None = None
     tuning: AttentionTuning = AttentionTuning()
 
@@ -233,7 +235,7 @@ class AttentionPlan:
             window=self.window or 0,
             chunks=self.tuning.chunks,
             min_chunk=self.tuning.min_chunk,
-            scale=self.head_dim**-0.5 * math.log2(math.e),
+            scale=(self.head_dim**-0.5 if self.scale is None else self.scale) * math.log2(math.e),
             eps=eps,
         )
         return Call(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hotloop.errors import UnknownNameError, shorten_value
-from hotloop.models.config import ModelConfig, RopeConfig
-from hotloop.models.keys import ModelKeys, read_keys
+from hotloop.models.config import LayerConfig, ModelConfig, RopeConfig
+from hotloop.models.keys import ModelKeys, WindowKeys, read_keys
 from hotloop.outside import config_error
 from hotloop.registry import resolve
 
@@ -101,16 +101,41 @@ def common_fields(keys: ModelKeys) -> dict[str, Any]:
     return {
         "vocab_size": keys.vocab_size,
         "hidden_size": keys.hidden_size,
-        "intermediate_size": keys.intermediate_size,
-        "n_layers": keys.num_hidden_layers,
-        "n_heads": keys.num_attention_heads,
-        "n_kv_heads": keys.n_kv_heads,
-        "head_dim": keys.width_of_head,
         "max_position": max_position,
         "norm_eps": keys.rms_norm_eps,
         "tie_embeddings": keys.tie_word_embeddings,
-        "rope": rope,
     }
+
+
+def attention_fields(keys: ModelKeys) -> dict[str, Any]:
+    """The AttentionConfig fields that every family spells alike."""
+    return {
+        "hidden_size": keys.hidden_size,
+        "n_heads": keys.num_attention_heads,
+        "n_kv_heads": keys.n_kv_heads,
+        "head_dim": keys.width_of_head,
+        "rope": _read_rope(keys),
+        "scale": keys.width_of_head**-0.5,
+        "norm_eps": keys.rms_norm_eps,
+    }
+
+
+def feed_forward_fields(keys: ModelKeys) -> dict[str, Any]:
+    """The FeedForwardConfig fields that every family spells alike."""
+    return {
+        "hidden_size": keys.hidden_size,
+        "intermediate_size": keys.intermediate_size,
+        "norm_eps": keys.rms_norm_eps,
+    }
+
+
+def windowed_layers(keys: WindowKeys, layer: LayerConfig) -> tuple[LayerConfig, ...]:
+    """The layers of a model that differ in nothing but the window of attention."""
+    kinds = {
+        window: replace(layer, attention=replace(layer.attention, window=window))
+        for window in set(keys.windows)
+    }
+    return tuple(kinds[window] for window in keys.windows)
 
 
 def _read_rope(keys: ModelKeys) -> RopeConfig:

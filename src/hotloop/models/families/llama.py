@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hotloop.models.config import ModelConfig
-from hotloop.models.families import Family, common_fields
+from hotloop.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
+from hotloop.models.families import Family, attention_fields, common_fields, feed_forward_fields
 from hotloop.models.keys import ModelKeys
 
 
@@ -16,12 +16,14 @@ class LlamaKeys(ModelKeys):
 
 def read(keys: LlamaKeys) -> ModelConfig:
     """Makes a ModelConfig."""
+    layer = LayerConfig(
+        attention=AttentionConfig(
+            **attention_fields(keys), qkv_bias=keys.attention_bias, o_bias=keys.attention_bias
+        ),
+        feed_forward=FeedForwardConfig(**feed_forward_fields(keys), bias=keys.mlp_bias),
+    )
     return ModelConfig(
-        **common_fields(keys),
-        family="llama",
-        qkv_bias=keys.attention_bias,
-        o_bias=keys.attention_bias,
-        mlp_bias=keys.mlp_bias,
+        **common_fields(keys), family="llama", layers=(layer,) * keys.num_hidden_layers
     )
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from hotloop.models.config import ModelConfig
-from hotloop.models.families import Family, common_fields
+from hotloop.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
+from hotloop.models.families import (
+    Family,
+    attention_fields,
+    common_fields,
+    feed_forward_fields,
+    windowed_layers,
+)
 from hotloop.models.keys import WindowKeys
 
 
 def read(keys: WindowKeys) -> ModelConfig:
     """The window is 4096 where it is left out; later versions set it to null."""
-    return ModelConfig(**common_fields(keys), **keys.window_fields(), family="mistral")
+    layer = LayerConfig(
+        attention=AttentionConfig(**attention_fields(keys)),
+        feed_forward=FeedForwardConfig(**feed_forward_fields(keys)),
+    )
+    return ModelConfig(**common_fields(keys), family="mistral", layers=windowed_layers(keys, layer))
 
 
 FAMILY = Family(

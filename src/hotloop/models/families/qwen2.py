@@ -6,8 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from hotloop.models.config import ModelConfig
-from hotloop.models.families import Family, common_fields
+from hotloop.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
+from hotloop.models.families import (
+    Family,
+    attention_fields,
+    common_fields,
+    feed_forward_fields,
+    windowed_layers,
+)
 from hotloop.models.keys import WindowKeys
 
 
@@ -32,7 +38,11 @@ class QwenKeys(WindowKeys):
 
 def read(keys: QwenKeys) -> ModelConfig:
     """Makes a ModelConfig."""
-    return ModelConfig(**common_fields(keys), **keys.window_fields(), family="qwen2", qkv_bias=True)
+    layer = LayerConfig(
+        attention=AttentionConfig(**attention_fields(keys), qkv_bias=True),
+        feed_forward=FeedForwardConfig(**feed_forward_fields(keys)),
+    )
+    return ModelConfig(**common_fields(keys), family="qwen2", layers=windowed_layers(keys, layer))
 
 
 FAMILY = Family(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from hotloop.models.config import ModelConfig
-from hotloop.models.families import Family, common_fields
+from hotloop.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
+from hotloop.models.families import (
+    Family,
+    attention_fields,
+    common_fields,
+    feed_forward_fields,
+    windowed_layers,
+)
 from hotloop.models.families.qwen2 import QwenKeys
 from hotloop.outside import Count
 
@@ -17,14 +23,16 @@ class Qwen3Keys(QwenKeys):
 
 def read(keys: Qwen3Keys) -> ModelConfig:
     """Makes a ModelConfig."""
-    return ModelConfig(
-        **common_fields(keys),
-        **keys.window_fields(),
-        family="qwen3",
-        qkv_bias=keys.attention_bias,
-        o_bias=keys.attention_bias,
-        qk_norm=True,
+    layer = LayerConfig(
+        attention=AttentionConfig(
+            **attention_fields(keys),
+            qkv_bias=keys.attention_bias,
+            o_bias=keys.attention_bias,
+            qk_norm=True,
+        ),
+        feed_forward=FeedForwardConfig(**feed_forward_fields(keys)),
     )
+    return ModelConfig(**common_fields(keys), family="qwen3", layers=windowed_layers(keys, layer))
 
 
 FAMILY = Family(
