@@ -38,7 +38,7 @@ from hotloop.types import EngineConfig, SamplingParams
 PROMPT = (1, 2, 3, 4, 5)
 GREEDY = SamplingParams(ignore_eos=True)
 
-OURS = re.compile(r"^sum_of_|_of_ranks")
+OURS = re.compile(r"^all_reduce_|_over_ranks")
 """In names of kernels of the fused step."""
 
 ALL_REDUCE = re.compile(rf"all_?reduce|hotloop_parallel::sum|{OURS.pattern}", re.IGNORECASE)

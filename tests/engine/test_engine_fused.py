@@ -230,7 +230,7 @@ def test_all_kernels_but_the_first_may_overlap_their_predecessor():
 
 
 @torch.inference_mode()
-def test_what_ranks_send_each_other_they_add_up_in_the_chain():
+def test_the_fused_all_reduce_is_a_kernel_of_the_chain():
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
     (peers,) = ThreadRanks(1).run(lambda group: Peers.of(group, model.decoder, 0, rows=4))
@@ -249,7 +249,7 @@ def test_what_ranks_send_each_other_they_add_up_in_the_chain():
 
 
 @torch.inference_mode()
-def test_after_a_sum_over_ranks_one_kernel_of_ours_waits_and_the_next_may_overlap():
+def test_after_a_collective_one_kernel_waits_and_the_next_may_overlap():
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
     forward = FusedForward(model.decoder, model.cache, device, n_tokens=128, shared=True)
