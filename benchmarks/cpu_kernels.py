@@ -138,7 +138,8 @@ def attention(position: int, passes: int) -> dict[int, float]:
     for T in ROWS:
         q = torch.randn(1, T, HEADS, HEAD_DIM, dtype=torch.bfloat16)
         positions = torch.arange(position + 1 - T, position + 1)[None]
-        arguments = (q, keys, values, positions, 0, HEAD_DIM**-0.5)
+        seats = torch.zeros(1, dtype=torch.int64)
+        arguments = (q, keys, values, seats, positions, 0, HEAD_DIM**-0.5)
         samples = []
         for _ in range(10 * passes):
             started = time.perf_counter()

@@ -96,8 +96,8 @@ class Stepping:
     def __init__(self, job: Job, setup: Setup, group: Group) -> None:
         self.job, self.setup = job, setup
         self.runner = Runner(setup, n_tokens=setup.model.vocab_size, group=group)
-        self.runner.run(Admit(slot=0, params=GREEDY, seed=0, prompt_ids=PROMPT)).wait()
-        step = Step(n=1, longest=job.n_positions, features=Features.of([GREEDY]))
+        self.runner.run(Admit(row=0, seat=0, params=GREEDY, seed=0, prompt_ids=PROMPT)).wait()
+        step = Step(n=1, seats=(0,), longest=job.n_positions, features=Features.of([GREEDY]))
         self.step = lambda: self.runner.run(step)
         self.round_ms()  # compiles, captures, warms up
 

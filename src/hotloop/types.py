@@ -44,8 +44,8 @@ AllReduce = Literal["auto", "nccl", "symm_mem"]
 DraftPolicy = Literal["adaptive", "always"]
 """Whether drafts are made only where they pay, as measured while running, or in every step."""
 
-FinishReason = Literal["eos", "stop", "length"]
-"""Why a generation ended: end-of-sequence token, a stop string, or the token limit."""
+FinishReason = Literal["eos", "stop", "length", "cancelled"]
+"""Why a generation ended: end-of-sequence token, stop string, token limit, or cancellation."""
 
 DEFAULT_CACHE_BYTES = 2**30
 """A context that nobody asked for is cut to what a cache of this size holds."""

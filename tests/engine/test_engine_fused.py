@@ -98,7 +98,7 @@ class Model:
         )
         self.cache = KVCache(
             kv_heads=config.kv_heads,
-            n_slots=2,
+            n_seats=2,
             n_positions=N_POSITIONS,
             dtype=dtype,
             device=CPU,
@@ -106,7 +106,13 @@ class Model:
 
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        hidden = self.decoder(ids_BT, positions_BT, self.cache, length=N_POSITIONS)
+        hidden = self.decoder(
+            ids_BT,
+            positions_BT,
+            self.cache,
+            seats_B=torch.arange(len(ids_BT)),
+            length=N_POSITIONS,
+        )
         return self.decoder.logits(hidden)
 
 
@@ -167,7 +173,7 @@ def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, qua
             caches = [torch.stack(m.cache.layer(2))[..., :T, :] for m in (exact, eager, fast)]
             assert distance(caches[2], caches[0]) < 1.3 * distance(caches[1], caches[0])
         else:
-            logits, best = forward(ids, positions, N_POSITIONS)
+            logits, best = forward(ids, positions, torch.arange(len(ids)))
             assert torch.equal(best, logits[..., : vocab - 3].argmax(-1))
             assert distance(logits, wanted) < 2 * distance(plainly, wanted), f"{T} at {first}"
             found.append((wanted, plainly, logits))
@@ -193,7 +199,7 @@ def test_a_row_has_the_same_bits_in_steps_of_any_size():
         parts, at = [], 16
         for T in sizes:
             taken = ids[:, at - 16 : at - 16 + T]
-            parts.append(forward(taken, positions_from(at, at, T=T), N_POSITIONS)[0])
+            parts.append(forward(taken, positions_from(at, at, T=T), torch.arange(2))[0])
             at += T
         results.append(torch.cat(parts, dim=1))
     for other in results[1:]:
@@ -208,9 +214,9 @@ def test_what_is_not_a_number_stays_in_its_sequence_and_chooses_no_token():
     ids = torch.arange(40).view(2, 20)
     model.logits(ids[:, :18], positions_from(0, 0, T=18))
     last, positions = ids[:, 18:], positions_from(18, 18, T=2)
-    sound, best = forward(last, positions, N_POSITIONS)
+    sound, best = forward(last, positions, torch.arange(len(last)))
     model.cache.k0[0, :, 3] = torch.nan
-    poisoned, chosen = forward(last, positions, N_POSITIONS)
+    poisoned, chosen = forward(last, positions, torch.arange(len(last)))
     assert poisoned[0].isnan().all()
     assert chosen[0].tolist() == [-1, -1]
     assert torch.equal(poisoned[1], sound[1])
@@ -222,7 +228,7 @@ def test_all_kernels_but_the_first_may_overlap_their_predecessor():
     keys = dict(resolve("architecture", FAMILIES, "Qwen3ForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
     forward = FusedForward(model.decoder, model.cache, device, n_tokens=128)
-    forward(torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1), N_POSITIONS)
+    forward(torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1), torch.arange(1))
     names, overlap = zip(*device.launched, strict=True)
     assert overlap == (False, *[True] * (5 * 3 + 2))
     assert names[0] == "embed_bf16"
@@ -253,7 +259,7 @@ def test_after_a_collective_one_kernel_waits_and_the_next_may_overlap():
     keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()
     forward = FusedForward(model.decoder, model.cache, device, n_tokens=128, shared=True)
-    forward(torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1), N_POSITIONS)
+    forward(torch.ones(1, 1, dtype=torch.int64), positions_from(3, T=1), torch.arange(1))
     first, *layers, head = device.launched
     assert not first[1]
     assert head[1]
@@ -395,6 +401,23 @@ def test_neighbours_change_nothing(engine):
         assert answers(together, **sampling) == [
             answers(alone, [prompt], **sampling)[0] for prompt in PROMPTS
         ]
+
+
+def test_rows_that_move_as_requests_end_change_nothing(tmp_path):
+    model = str(write_random(tmp_path, head_dim=64, n_layers=2, eos=range(0, N_TOKENS, 7)))
+    sampling = SamplingParams(max_new_tokens=12, logprobs=2, temperature=0.9, top_k=20, seed=3)
+    together = LLM(model, max_seq_len=64, max_batch_size=3, draft="exit-1", draft_policy="always")
+    alone = LLM(model, max_seq_len=64)
+    found, expected = [
+        [(g.token_ids, g.logprobs) for g in generations]
+        for generations in (
+            together.generate(list(PROMPTS), sampling),
+            [alone.generate([prompt], sampling)[0] for prompt in PROMPTS],
+        )
+    ]
+    assert len({len(token_ids) for token_ids, _ in found}) > 1, "they end at different times"
+    assert together._scheduler._seats != [0, 1, 2], "a row has moved"
+    assert found == expected
 
 
 # A GPU tries each with each.

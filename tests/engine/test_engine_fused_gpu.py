@@ -109,12 +109,12 @@ def test_neighbours_change_nothing(quant: str, make: Make) -> None:
 def test_a_row_has_the_same_bits_among_any_number_of_rows(make: Make) -> None:
     llm = make(quant="int8", max_batch_size=16)
     llm.generate([[2 + i] * (1 + 3 * i) for i in range(16)], GREEDY)
-    forward, slots = llm._runner._stepper.forward, llm._runner._slots
-    positions = slots.positions[:, None].clone()
-    ids = slots.tokens(positions)
-    whole, best = forward(ids, positions, llm.describe().max_seq_len)
+    forward, rows = llm._runner._stepper.forward, llm._runner._rows
+    positions = rows.positions[:, None].clone()
+    ids = rows.tokens(positions)
+    whole, best = forward(ids, positions, rows.seats)
     for n in (1, 2, 3, 5, 8):
-        logits, chosen = forward(ids[:n], positions[:n], llm.describe().max_seq_len)
+        logits, chosen = forward(ids[:n], positions[:n], rows.seats[:n])
         assert torch.equal(logits, whole[:n])
         assert torch.equal(chosen, best[:n])
 
@@ -272,11 +272,12 @@ def test_a_trained_model_is_as_near_its_float32_self_as_eager_bfloat16_is(
 @torch.inference_mode()
 def decoded_log_probs(llm: LLM, window: list[int]) -> Tensor:
     """The distributions [T - 1, V] after each token but the last, by steps of a few tokens."""
-    forward, length = llm._runner._stepper.forward, llm.describe().max_seq_len
+    how = {"first_seat": 0, "length": llm.describe().max_seq_len}
+    forward, seats = llm._runner._stepper.forward, torch.zeros(1, dtype=torch.int64, device=CUDA)
     ids = torch.tensor([window[:-1]], device=CUDA)
     positions = torch.arange(len(window) - 1, device=CUDA)[None]
     steps = zip(ids.split(MAX_TOKENS, 1), positions.split(MAX_TOKENS, 1), strict=True)
-    logits = [forward(*step, length)[0][0] for step in steps]
+    logits = [forward(*step, seats, **how)[0][0] for step in steps]
     return torch.cat(logits).log_softmax(-1).cpu()
 
 

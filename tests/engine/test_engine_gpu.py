@@ -71,7 +71,7 @@ def test_tokens_do_not_depend_on_how_many_graphs_are_kept(
     folder = write_random(tmp_path, head_dim=64, hidden_size=128, intermediate_size=256)
     found = []
     for most in (64, 1):
-        monkeypatch.setattr("hotloop.engine.execution.MOST_GRAPHS", most)
+        monkeypatch.setattr("hotloop.engine.graphs.MOST_GRAPHS", most)
         options = {"execution": execution, "draft": "ngram", "max_batch_size": 3}
         with LLM(str(folder), device="cuda", **options) as llm:
             found.append([tokens(llm, PROMPTS[:n]) for n in (1, 3, 2, 4)])

@@ -9,7 +9,7 @@ import torch
 from tiny_models import N_TOKENS, write_random, write_text_files
 
 from hotloop import LLM, SamplingParams
-from hotloop.engine.llm import in_a_row
+from hotloop.engine.scheduler import multi_step
 from hotloop.errors import NumericsError
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
@@ -63,14 +63,14 @@ def test_requests_that_end_at_different_times_leave_the_others_alone(tmp_path):
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("draft", ["none", "ngram"])
-def test_steps_in_a_row_change_no_answer(tmp_path, monkeypatch, n, asynchronous, draft):
+def test_several_steps_at_once_change_no_answer(tmp_path, monkeypatch, n, asynchronous, draft):
     eos = range(0, N_TOKENS, 11)
     one_by_one, several = (
         LLM(str(write_random(tmp_path, eos=eos)), dtype="float32", max_batch_size=3, draft=draft)
         for _ in range(2)
     )
     # As it would be found on a GPU, where a step is taken before the last one is looked at.
-    monkeypatch.setattr(several, "_in_a_row", n)
+    monkeypatch.setattr(several._scheduler, "n_steps", n)
     monkeypatch.setattr(several._runner, "asynchronous", asynchronous)
     prompts = [*PROMPTS, *([i] for i in range(2, 12))]
     for options in (
@@ -92,8 +92,8 @@ def test_steps_in_a_row_change_no_answer(tmp_path, monkeypatch, n, asynchronous,
 @pytest.mark.parametrize(
     ("step_s", "n"), [(1.0, 1), (4.8e-3, 1), (2.8e-3, 2), (1.9e-3, 4), (5e-4, 8), (1e-6, 8)]
 )
-def test_as_many_steps_in_a_row_as_nobody_notices(step_s, n):
-    assert in_a_row(step_s) == n
+def test_as_many_steps_at_once_as_nobody_notices(step_s, n):
+    assert multi_step(step_s) == n
 
 
 @pytest.mark.parametrize("prefill_chunk", [1, 3, 512])

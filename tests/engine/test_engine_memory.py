@@ -134,7 +134,7 @@ def test_a_cache_that_no_machine_could_hold_is_refused_before_anything_is_built(
 @pytest.mark.parametrize(
     ("method", "phase"),
     [
-        ("hotloop.engine.execution.Stepper.step", "decode"),
+        ("hotloop.engine.steps.Stepper.step", "decode"),
         ("hotloop.engine.sampling.Sampler.admit", "prefill"),
     ],
 )

@@ -8,7 +8,8 @@ from tiny_models import N_TOKENS, write_random
 from torch._dynamo.utils import counters
 
 from hotloop import LLM
-from hotloop.engine.execution import CompileWatch, Graphs, TorchForward
+from hotloop.engine.forward import CompileWatch, TorchForward
+from hotloop.engine.graphs import Graphs
 
 CPU = torch.device("cpu")
 N_LAYERS = 3
@@ -30,8 +31,9 @@ def test_parts_give_the_logits_of_the_whole_and_a_block_is_compiled_once_for_all
         for start, T in ((0, 2), (2, 1), (3, 2), (5, 1)):
             ids_BT = torch.arange(start, start + T)[None] * 37 % N_TOKENS
             positions_BT = torch.arange(start, start + T)[None]
-            expected, _ = whole(ids_BT, positions_BT, 64)
-            logits, _ = parts(ids_BT, positions_BT, 64)
+            inputs = (ids_BT, positions_BT, torch.zeros(1, dtype=torch.int64))
+            expected, _ = whole(*inputs, first_seat=0, length=64)
+            logits, _ = parts(*inputs, first_seat=0, length=64)
             torch.testing.assert_close(logits, expected)
     assert counters["stats"]["unique_graphs"] - before == N_PARTS * len({1, 2})
 
@@ -48,7 +50,7 @@ def test_graphs_share_a_pool_and_the_least_recently_used_goes(monkeypatch):
         return Graph(), program()
 
     replayed: list[Graph] = []
-    monkeypatch.setattr("hotloop.engine.execution.capture", capture)
+    monkeypatch.setattr("hotloop.engine.graphs.capture", capture)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: "the pool")
     monkeypatch.setattr("torch.cuda.synchronize", lambda _: None)
     graphs = Graphs(torch.device("cuda", 1), 2)

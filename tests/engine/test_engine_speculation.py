@@ -13,8 +13,8 @@ from scipy import stats
 from tiny_models import N_TOKENS, encode, write_markov, write_random, write_script
 
 from hotloop import LLM, Generation, SamplingParams, Speculation
-from hotloop.engine.execution import StepTimes
-from hotloop.engine.speculation import DraftController, sizes_up_to
+from hotloop.engine.core import StepTimes
+from hotloop.engine.draft_control import DraftController, sizes_up_to
 from hotloop.errors import ConfigError, HotloopError
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])

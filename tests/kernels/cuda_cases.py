@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hotloop.engine.core import Features
-from hotloop.engine.execution import Slots
+from hotloop.engine.rows import Rows
 from hotloop.engine.sampling import _gumbel
 from hotloop.engine.speculation import NgramDrafter
 from hotloop.kernels import reference
@@ -542,31 +541,31 @@ def argmax_case(rows: int, n: int, generator: torch.Generator) -> Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Slots:
-    """Slots with something in them, drafts for some, and the same without kernels."""
+class _Rows:
+    """Rows with something in them, drafts for some, and the same without kernels."""
 
-    slots: Slots
-    twin: Slots
+    state: Rows
+    twin: Rows
     drafts: Tensor | None  # [rows, k]
 
     @classmethod
-    def random(cls, rows: int, k: int, generator: torch.Generator) -> _Slots:
+    def random(cls, rows: int, k: int, generator: torch.Generator) -> _Rows:
         device, last = generator.device, 20
-        made = [Slots(rows + 1, last + 1, k, device) for _ in range(2)]
+        made = [Rows(rows + 1, last + 1, k, device) for _ in range(2)]
         history = torch.randint(4, made[0].history.shape, generator=generator, device=device)
         positions = torch.randint(last + 1, (rows + 1,), generator=generator, device=device)
         positions[0] = last
-        for slots in made:
-            slots.history.copy_(history)
-            slots.positions.copy_(positions)
+        for state in made:
+            state.history.copy_(history)
+            state.positions.copy_(positions)
         drafts = torch.randint(-1, 4, (rows, k + 2), generator=generator, device=device)
-        return cls(slots=made[0], twin=made[1], drafts=drafts[:, :k] if k else None)
+        return cls(state=made[0], twin=made[1], drafts=drafts[:, :k] if k else None)
 
 
 def next_tokens_case(rows: int, k: int, generator: torch.Generator) -> Case:
-    of = _Slots.random(rows, k, generator)
-    slots = of.slots
-    ids, positions = (slots.positions.new_full((rows, k + 1), -7) for _ in range(2))
+    of = _Rows.random(rows, k, generator)
+    state = of.state
+    ids, positions = (state.positions.new_full((rows, k + 1), -7) for _ in range(2))
 
     def check() -> None:
         expected_ids, expected = of.twin.next_tokens(rows, of.drafts)
@@ -574,57 +573,57 @@ def next_tokens_case(rows: int, k: int, generator: torch.Generator) -> Case:
         assert torch.equal(positions, expected), "positions"
 
     call = step.next_tokens(
-        slots.history, slots.positions, of.drafts, ids, positions, last_position=slots.last
+        state.history, state.positions, of.drafts, ids, positions, last_position=state.last
     )
-    inputs = (slots.history, slots.positions)
+    inputs = (state.history, state.positions)
     return Case(call=call, inputs=inputs, outputs=(ids, positions), check=check)
 
 
 def ngram_draft_case(width: int, k: int, n_words: int, generator: torch.Generator) -> Case:
-    """Of slots whose newest tokens are at any place, the first two and the last one among them.
+    """Of rows whose newest tokens are at any place, the first two and the last one among them.
 
     The fewer words there are, the more often three tokens stood there before.
     """
     device, rows = generator.device, 14
-    slots = Slots(rows + 1, width, k, device)
+    state = Rows(rows + 1, width, k, device)
     random = {"generator": generator, "device": device}
-    slots.history.copy_(torch.randint(n_words, slots.history.shape, **random))
-    slots.positions.copy_(torch.randint(width, (rows + 1,), **random))
-    slots.positions[:7] = torch.tensor([0, 1, 2, 3, 4, 2, width - 1])
-    slots.history[2:5] = 1  # the first places at which two, then three tokens can be found
-    drafts = slots.history.new_full((rows, k), -7)
+    state.history.copy_(torch.randint(n_words, state.history.shape, **random))
+    state.positions.copy_(torch.randint(width, (rows + 1,), **random))
+    state.positions[:7] = torch.tensor([0, 1, 2, 3, 4, 2, width - 1])
+    state.history[2:5] = 1  # the first places at which two, then three tokens can be found
+    drafts = state.history.new_full((rows, k), -7)
 
     def check() -> None:
-        expected = NgramDrafter(slots).propose(rows, k, width, Features())
+        expected = NgramDrafter(state).propose(rows, k, length=width)
         assert torch.equal(drafts, expected), f"drafts of {n_words} words"
 
-    call = step.ngram_draft(slots.history, slots.positions, drafts)
-    inputs = (slots.history, slots.positions)
+    call = step.ngram_draft(state.history, state.positions, drafts)
+    inputs = (state.history, state.positions)
     return Case(call=call, inputs=inputs, outputs=(drafts,), check=check)
 
 
 def accept_case(rows: int, k: int, generator: torch.Generator) -> Case:
-    of = _Slots.random(rows, k, generator)
-    slots = of.slots
+    of = _Rows.random(rows, k, generator)
+    state = of.state
     ids = torch.randint(4, (rows, k + 1), generator=generator, device=generator.device)
     if of.drafts is not None and rows > 1:  # one kept to its end, another not at all
         of.drafts[0], of.drafts[1, 0] = ids[0, :k], -1
-    counts = [slots.positions.new_full((rows,), -7) if k else None for _ in range(2)]
+    counts = [state.positions.new_full((rows,), -7) if k else None for _ in range(2)]
 
     def check() -> None:
         n_kept, n_drafts = of.twin.accept(ids, of.drafts)
         if n_kept is not None and n_drafts is not None:
             assert torch.equal(counts[0], n_kept), "kept"
             assert torch.equal(counts[1], n_drafts), "drafts"
-        assert torch.equal(slots.history, of.twin.history), "history"
-        assert torch.equal(slots.positions, of.twin.positions), "positions"
+        assert torch.equal(state.history, of.twin.history), "history"
+        assert torch.equal(state.positions, of.twin.positions), "positions"
 
     call = step.accept(
-        ids, of.drafts, slots.history, slots.positions, n_kept_B=counts[0],
-        n_drafts_B=counts[1], last_position=slots.last,
+        ids, of.drafts, state.history, state.positions, n_kept_B=counts[0],
+        n_drafts_B=counts[1], last_position=state.last,
     )  # fmt: skip
     outputs = tuple(count for count in counts if count is not None)
-    return Case(call=call, inputs=(ids,), outputs=(*outputs, slots.history), check=check)
+    return Case(call=call, inputs=(ids,), outputs=(*outputs, state.history), check=check)
 
 
 @dataclass(frozen=True, kw_only=True)

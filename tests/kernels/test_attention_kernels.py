@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from hotloop.kernels import cpu, reference
 from hotloop.kernels.attention import (
     MAX_TOKENS,
+    Attention,
     choose_attention,
     cpu_attention,
     torch_attention,
@@ -43,6 +45,13 @@ def by_definition(
     return out
 
 
+def attend(
+    attention: Attention, q_BTHE: Tensor, k_BJCE: Tensor, v_BJCE: Tensor, *at: Tensor, **how: Any
+) -> Tensor:
+    """Of sequence b in seat b."""
+    return attention(q_BTHE, k_BJCE, v_BJCE, torch.arange(len(q_BTHE)), *at, first_seat=0, **how)
+
+
 def assert_attention(
     attention, lengths: list[int], heads: tuple[int, int], E: int, window: int | None, dtype, T=1
 ) -> None:
@@ -52,7 +61,14 @@ def assert_attention(
     q = normal(len(lengths), T, H, E, dtype=dtype)
     k, v = (normal(len(lengths), J, C, E, seed=s, dtype=dtype) for s in (1, 2))
     positions = torch.tensor(lengths)[:, None] + torch.arange(-T, 0)
-    y = attention(q, k, v, positions, length=C, window=window, scale=E**-0.5)
+    arguments = {"length": C, "window": window, "scale": E**-0.5}
+    y = attend(attention, q, k, v, positions, **arguments)
+    seats = torch.arange(len(lengths)).roll(1) + 2  # any others of a larger cache
+    caches = [normal(len(lengths) + 3, J, C, E, seed=3, dtype=dtype) for _ in range(2)]
+    for cache, rows in zip(caches, (k, v), strict=True):
+        cache[seats] = rows
+    elsewhere = attention(q, *caches, seats, positions, first_seat=None, **arguments)
+    assert torch.equal(elsewhere, y)
     assert (y.dtype, y.shape) == (dtype, q.shape)
     expected = by_definition(q, k, v, positions, window)
     rtol, atol = (1.3e-6, 1e-5) if dtype == torch.float32 else (2**-8, 1e-4)
@@ -92,7 +108,7 @@ def test_shares_are_as_exact_as_float32_however_far_scores_are_apart():
     q[..., 0], k[0, 0, :, 0] = 8, scores
     values = torch.eye(64)[None, None]  # so what comes out are the shares
     last = torch.tensor([[63]])
-    shares = cpu_attention(q, k, values, last, length=64, window=None, scale=0.125)
+    shares = attend(cpu_attention, q, k, values, last, length=64, window=None, scale=0.125)
     expected = scores.double().softmax(0)
     torch.testing.assert_close(shares.double().flatten(), expected, rtol=3e-7, atol=2e-38)
 
@@ -105,10 +121,10 @@ def test_a_token_gives_the_same_bits_alone_and_among_others(window, dtype):
     k, v = (normal(2, 3, 320, 64, seed=s, dtype=dtype) for s in (1, 2))
     positions = torch.tensor([[120], [250]]) + torch.arange(MAX_TOKENS)
     arguments = {"length": 320, "window": window, "scale": 0.125}
-    together = cpu_attention(q, k, v, positions, **arguments)
+    together = attend(cpu_attention, q, k, v, positions, **arguments)
     for t in range(MAX_TOKENS):
         one = slice(t, t + 1)
-        alone = cpu_attention(q[:, one], k, v, positions[:, one].contiguous(), **arguments)
+        alone = attend(cpu_attention, q[:, one], k, v, positions[:, one].contiguous(), **arguments)
         assert torch.equal(alone, together[:, one])
 
 
@@ -125,7 +141,7 @@ def test_prefill_of_many_tokens_sees_the_past_and_itself(attention, window):
     T = MAX_TOKENS + 1
     positions = torch.tensor([[4], [0]]) + torch.arange(T)
     q, k, v = normal(2, T, 4, 24), normal(2, 2, T + 9, 24, seed=1), normal(2, 2, T + 9, 24, seed=2)
-    y = attention(q, k, v, positions, length=T + 4, window=window, scale=24**-0.5)
+    y = attend(attention, q, k, v, positions, length=T + 4, window=window, scale=24**-0.5)
     expected = by_definition(q, k, v, positions, window)
     torch.testing.assert_close(y.double(), expected, rtol=1.3e-6, atol=1e-5)
 
@@ -136,13 +152,13 @@ def test_decode_kernel_reads_nothing_that_its_token_does_not_see(window):
     lengths = torch.tensor([150, 20])
     q, k, v = normal(2, 1, 4, 64), normal(2, 2, 200, 64, seed=1), normal(2, 2, 200, 64, seed=2)
     arguments = {"length": 200, "window": window, "scale": 0.125}
-    clean = cpu_attention(q, k, v, lengths[:, None] - 1, **arguments)
+    clean = attend(cpu_attention, q, k, v, lengths[:, None] - 1, **arguments)
     for b, length in enumerate(lengths.tolist()):
         for cache in (k, v):
             cache[b, :, length:] = math.nan
             if window is not None:
                 cache[b, :, : max(0, length - window)] = math.nan
-    assert torch.equal(cpu_attention(q, k, v, lengths[:, None] - 1, **arguments), clean)
+    assert torch.equal(attend(cpu_attention, q, k, v, lengths[:, None] - 1, **arguments), clean)
 
 
 @needs_compiler
@@ -152,14 +168,14 @@ def test_poison_reaches_the_heads_that_see_it_and_no_others(where, poison):
     q, k, v = normal(2, 1, 4, 64), normal(2, 2, 200, 64, seed=1), normal(2, 2, 200, 64, seed=2)
     positions = torch.tensor([[199], [50]])
     arguments = {"length": 200, "window": None, "scale": 0.125}
-    clean = cpu_attention(q, k, v, positions, **arguments)
+    clean = attend(cpu_attention, q, k, v, positions, **arguments)
     if where == "query":
         q[0, 0, 2, 5] = poison
         touched = [2]
     else:
         (k if where == "key" else v)[0, 1, 140, 5] = poison
         touched = [2, 3]  # the query heads of key/value head 1
-    y = cpu_attention(q, k, v, positions, **arguments)
+    y = attend(cpu_attention, q, k, v, positions, **arguments)
     for h in range(4):
         if h in touched:
             assert not y[0, 0, h].isfinite().all()
@@ -186,12 +202,12 @@ def test_number_of_threads_and_neighbours_change_no_bit(dtype):
     results = []
     for n_threads in (1, 2, 3):
         torch.set_num_threads(n_threads)
-        results.append(cpu_attention(q, k, v, positions, **arguments))
+        results.append(attend(cpu_attention, q, k, v, positions, **arguments))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     for b in range(3):
         one = slice(b, b + 1)
-        alone = cpu_attention(q[one], k[one], v[one], positions[one], **arguments)
+        alone = attend(cpu_attention, q[one], k[one], v[one], positions[one], **arguments)
         assert torch.equal(alone, results[0][one])
 
 
@@ -199,7 +215,18 @@ def test_number_of_threads_and_neighbours_change_no_bit(dtype):
 def test_position_beyond_the_cache_is_refused():
     q, cache = normal(1, 1, 2, 8), normal(1, 2, 16, 8)
     with pytest.raises(RuntimeError, match="position beyond the cache"):
-        cpu_attention(q, cache, cache, torch.tensor([[16]]), length=16, window=None, scale=1.0)
+        attend(
+            cpu_attention, q, cache, cache, torch.tensor([[16]]), length=16, window=None, scale=1.0
+        )
+
+
+@needs_compiler
+@pytest.mark.parametrize("seat", [-1, 2])
+def test_seat_beyond_the_cache_is_refused(seat):
+    q, cache, position = normal(1, 1, 2, 8), normal(2, 2, 16, 8), torch.tensor([[3]])
+    arguments = {"first_seat": None, "length": 16, "window": None, "scale": 1.0}
+    with pytest.raises(RuntimeError, match="a seat of the cache"):
+        cpu_attention(q, cache, cache, torch.tensor([seat]), position, **arguments)
 
 
 @needs_compiler

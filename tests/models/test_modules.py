@@ -57,7 +57,7 @@ def test_int8_embedding_gives_the_rows_of_the_dequantized_table(dtype):
 def test_new_keys_land_in_their_slots_and_positions_and_nowhere_else():
     cache = KVCache(
         kv_heads=[(2, 4)] * 2,
-        n_slots=3,
+        n_seats=3,
         n_positions=8,
         dtype=torch.float32,
         device=CPU,

@@ -168,13 +168,13 @@ def test_slots_of_different_lengths_decode_together(architecture, attention, tmp
     model = save_random(tmp_path, tiny(architecture))
     long, short = tokens(model, 2, 40)
     expected = [reference_logits(model, ids[None])[0] for ids in (long, short)]
-    twin = load(tmp_path, n_slots=3, attention=attention)
-    twin.logits(long[None, :31], torch.tensor([0]), first_slot=1)
-    twin.logits(short[None, :3], torch.tensor([0]), first_slot=2)
+    twin = load(tmp_path, n_seats=3, attention=attention)
+    twin.logits(long[None, :31], torch.tensor([0]), first_seat=1)
+    twin.logits(short[None, :3], torch.tensor([0]), first_seat=2)
     for step in range(9):
         at = torch.tensor([31 + step, 3 + step])
         ids = torch.stack((long[at[0]], short[at[1]]))[:, None]
-        logits = twin.logits(ids, at, first_slot=1)
+        logits = twin.logits(ids, at, first_seat=1)
         torch.testing.assert_close(logits[0, 0], expected[0][at[0]])
         torch.testing.assert_close(logits[1, 0], expected[1][at[1]])
 
@@ -182,14 +182,14 @@ def test_slots_of_different_lengths_decode_together(architecture, attention, tmp
 def test_slot_used_again_remembers_nothing(tmp_path):
     model = save_random(tmp_path, tiny("LlamaForCausalLM"))
     ids = tokens(model, 2, 30)
-    twin = load(tmp_path, n_slots=1)
+    twin = load(tmp_path, n_seats=1)
 
     def fresh(ids: Tensor, twin: Twin) -> Tensor:
         return twin.logits(ids[None], torch.tensor([0]))
 
     fresh(ids[0], twin)
     again = fresh(ids[1, :10], twin)
-    assert torch.equal(again, fresh(ids[1, :10], load(tmp_path, n_slots=1)))
+    assert torch.equal(again, fresh(ids[1, :10], load(tmp_path, n_seats=1)))
 
 
 def test_sliding_window_forgets_what_is_beyond_it_and_nothing_nearer(tmp_path):

@@ -53,14 +53,15 @@ class Twin:
     cache: KVCache
 
     @torch.inference_mode()
-    def logits(self, ids_BT: Tensor, positions_B: Tensor, *, first_slot: int = 0) -> Tensor:
-        """Logits [B, T, V] of tokens that follow what the slots hold."""
+    def logits(self, ids_BT: Tensor, positions_B: Tensor, *, first_seat: int = 0) -> Tensor:
+        """Logits [B, T, V] of tokens that follow what the seats hold."""
         positions_BT = positions_B[:, None] + torch.arange(ids_BT.shape[1])
         hidden = self.decoder(
             ids_BT,
             positions_BT,
             self.cache,
-            first_slot=first_slot,
+            seats_B=torch.arange(first_seat, first_seat + len(ids_BT)),
+            first_seat=first_seat,
             length=int(positions_BT.max()) + 1,
         )
         return self.decoder.logits(hidden)
@@ -69,7 +70,7 @@ class Twin:
 def load(
     folder: Path,
     *,
-    n_slots: int = 2,
+    n_seats: int = 2,
     n_positions: int = 128,
     quant: str = "none",
     dtype: torch.dtype = torch.float32,
@@ -92,7 +93,7 @@ def load(
     )
     cache = KVCache(
         kv_heads=config.kv_heads,
-        n_slots=n_slots,
+        n_seats=n_seats,
         n_positions=n_positions,
         dtype=dtype,
         device=CPU,

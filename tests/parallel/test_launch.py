@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Pipe
@@ -124,6 +125,21 @@ def test_a_program_that_cannot_start_is_an_error_with_its_reason():
     ranks = Ranks([start_rank("no_such_program", rank) for rank in range(2)])
     with pytest.raises(RankError, match=r"ended with exit code 1.*(\n.*)*no_such_program"):
         tell(ranks, "pid").wait()
+
+
+@pytest.mark.parametrize("stopped", [[], [1], [1, 2]])
+def test_whoever_waits_is_told_which_rank_is_silent_and_goes_on_waiting(
+    ranks, monkeypatch, tmp_path, stopped
+):
+    tell(ranks, "pid").wait()
+    monkeypatch.setattr("hotloop.parallel.launch.SILENCE_S", 0.2)
+    for rank in stopped:
+        os.kill(pids(ranks)[rank], signal.SIGSTOP)
+    reply = tell(ranks, "wait_for_file", tmp_path / "go")
+    threading.Timer(1.0, (tmp_path / "go").touch).start()
+    who = f"rank {' and '.join(map(str, stopped))} of 3 is stopped" if stopped else "rank 0 of 3"
+    with pytest.warns(UserWarning, match=f"no answer for 0 s in phase wait_for_file: {who}"):
+        assert reply.wait() == "waited"
 
 
 def test_ending_leaves_no_process_and_can_be_repeated(ranks):

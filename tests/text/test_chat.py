@@ -99,6 +99,28 @@ def test_model_without_a_template_says_so(template: Any, tmp_path: Path) -> None
         tokenizer.apply_chat_template(MESSAGES)
 
 
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("x", "messages must be a list of objects with role and content, not 'x'"),
+        (None, "messages must be a list of objects with role and content, not None"),
+        (5, "messages must be a list of objects with role and content, not 5"),
+        ({"role": "user"}, "messages must be a list of objects with role and content, not {"),
+        (["x"], "a message must be an object with role and content, not 'x'"),
+        ([None], "a message must be an object with role and content, not None"),
+        ([[("role", "user")]], "a message must be an object with role and content, not ["),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_messages_is_refused_by_name(
+    messages: Any, said: str, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(folder_with(tmp_path, CHATML))
+    for call in (tokenizer.chat_prompt, tokenizer.apply_chat_template):
+        with pytest.raises(RequestError, match=re.escape(said)):
+            call(messages)
+
+
 def test_template_can_refuse_messages(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder_with(tmp_path, CHATML))
     with pytest.raises(RequestError, match="no role robot"):

@@ -96,7 +96,7 @@ def machine() -> dict[str, Any]:
 
 def execution(device: torch.device) -> dict[str, dict[str, Any]]:
     """The ways of execution on ``device``: whether each can be had, and why not."""
-    from hotloop.engine.execution import compile_unavailable_reason
+    from hotloop.engine.forward import compile_unavailable_reason
     from hotloop.kernels import cpu
     from hotloop.kernels.cuda import launch
 

@@ -1,1 +1,1 @@
-"""Prefill, decode, sampling and batching slots: the LLM."""
+"""The LLM: scheduling, prefill, decode, sampling and speculation."""

@@ -1,4 +1,4 @@
-"""What an engine's host side and its device side say to each other.
+"""The commands between an engine's host side and its device side, and their results.
 
 An ``EngineCore`` runs commands, in the order in which they are given. A ``Runner`` runs them on its
 device; a ``RankGroup`` sends them to ranks, each of which has a Runner. A command returns a
@@ -25,7 +25,7 @@ FEW = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What the sampler must be able to do for the requests of a step.
+    """The capabilities that the requests of a step need of the sampler.
 
     Attributes:
         draw: A request does not decode greedily.
@@ -97,10 +97,10 @@ class StepResult:
 
 
 class Command(Generic[Result]):
-    """A command whose result is of the type in brackets.
+    """A command to the device's side; its type parameter is the type of its result.
 
     Attributes:
-        phase: What an error calls the phase in which the command failed.
+        phase: The phase that an error names if the command fails.
     """
 
     phase: ClassVar[str]
@@ -108,14 +108,36 @@ class Command(Generic[Result]):
 
 @dataclass(frozen=True, kw_only=True)
 class Admit(Command[StepResult]):
-    """Prefills a prompt into a slot, and samples the first token of its answer: one row."""
+    """Prefills a prompt, and samples the first token of its answer, the only row of the result.
+
+    Attributes:
+        row: The row that the request gets.
+        seat: The seat in the cache that the prompt is written into.
+        params: How to sample.
+        seed: Seeds the draws.
+        prompt_ids: The prompt.
+    """
 
     phase = "prefill"
 
-    slot: int
+    row: int
+    seat: int
     params: SamplingParams
     seed: int
     prompt_ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveRow(Command[None]):
+    """Moves a request into another row, and overwrites that row.
+
+    Its seat stays its seat: ``Step.seats`` says so.
+    """
+
+    phase = "decode"
+
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +145,9 @@ class Step(Command[StepResult]):
     """Takes a decode step, or several plain ones, one after the other, as one program.
 
     Attributes:
-        n: Rows: the first so many slots. Those among them that hold nothing compute something
-            harmless.
+        n: How many rows, from the first.
+        seats: The seat of every row there is. The device may compute more rows than ``n``, up to a
+            size that it has captured: the seats of rows without a request must hold nothing.
         longest: Exceeds every position in use, drafts included.
         features: What the sampler must do.
         k: Drafts for each row.
@@ -136,6 +159,7 @@ class Step(Command[StepResult]):
     phase = "decode"
 
     n: int
+    seats: tuple[int, ...]
     longest: int
     features: Features
     k: int = 0
@@ -146,15 +170,17 @@ class Step(Command[StepResult]):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreWindow(Command[Score]):
-    """Scores a window of token ids in the first slot.
+    """Scores a window of token ids.
 
     Attributes:
+        seat: The seat that it is written into.
         ids: Two tokens or more.
         full: Also give the whole distribution at each position.
     """
 
     phase = "score"
 
+    seat: int
     ids: Sequence[int]
     full: bool
 

@@ -105,27 +105,21 @@ class FusedForward:
         self._dependent = False
         # Blocks that share work count themselves here, and leave zeros behind.
         n_counters = max(
-            _attention_plan(kind, cache, launcher.limits, cache.n_slots, MAX_TOKENS).n_counters
+            _attention_plan(kind, cache, launcher.limits, cache.n_seats, MAX_TOKENS).n_counters
             for kind in {block.config.attention: None for block in self._layers}
         )
         self._counters = torch.zeros(n_counters, dtype=torch.int32, device=decoder.device)
-        self._slots = torch.arange(cache.n_slots, device=decoder.device)
 
     def __call__(
         self,
         ids_BT: Tensor,
         positions_BT: Tensor,
-        length: int,  # noqa: ARG002 (attention stops where a sequence ends)
-        *,
-        slots_B: Tensor | None = None,
+        seats_B: Tensor,
+        **_: object,  # attention looks up seats, and stops where a sequence ends
     ) -> tuple[Tensor, Tensor | None]:
-        """See ``Forward``; a sequence's positions follow its first one.
-
-        Sequences are in the slots that ``slots_B`` names, or in the first ones.
-        """
+        """See ``Forward``; a sequence's positions follow its first one."""
         B, T = ids_BT.shape
         plans = self._plans_for(B, T)
-        slots_B = self._slots[:B] if slots_B is None else slots_B
         positions_B = positions_BT[:, 0].contiguous()
         self._dependent = False  # on what torch did before
         first = self._layers[0].attention.norm
@@ -139,7 +133,7 @@ class FusedForward:
             qkv = self._linear(
                 layer.qkv, attention.qkv_proj, prescaled, prefetch=_prefetch("qkv", *gate_up)
             )
-            attended = self._attend(layer.attention, i, qkv, slots_B, positions_B)
+            attended = self._attend(layer.attention, i, qkv, seats_B, positions_B)
             x_MD, prescaled = self._add(*o, attended, x_MD, feed_forward.norm, o_prefetch)
             gated = self._linear(*gate_up, prescaled, prefetch=_prefetch("gate_up", *down))
             norm, down_prefetch = self._decoder.norm, None
@@ -165,7 +159,7 @@ class FusedForward:
                 self._layers, self._decoder.head, self._cache, self._launcher.limits, B, T
             )
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
-            # Those of slots and sampler too, so that all are compiled at once.
+            # Those of rows and sampler too, so that all are compiled at once.
             ends = [step.ngram_draft_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
             if not self._shared:
                 ends += [step.argmax_kernel(), sample_kernel()]
@@ -189,7 +183,7 @@ class FusedForward:
         return x_MD, norm_epilogue.prescaled
 
     def _attend(
-        self, plan: AttentionPlan, i: int, qkv: Tensor, slots_B: Tensor, positions_B: Tensor
+        self, plan: AttentionPlan, i: int, qkv: Tensor, seats_B: Tensor, positions_B: Tensor
     ) -> Tensor:
         attention = self._layers[i].attention
         out = qkv.new_empty(len(qkv), plan.n_heads * plan.head_dim)
@@ -201,7 +195,7 @@ class FusedForward:
             qkv,
             out,
             *self._cache.layer(i),
-            slots_B,
+            seats_B,
             positions_B,
             *self._decoder.rope(i),
             **norms,

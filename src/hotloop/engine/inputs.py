@@ -1,4 +1,4 @@
-"""What callers give an engine, prompts and windows, as lists of token ids, checked."""
+"""Checks of prompts and windows, and their conversion to lists of token ids."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """``LLM``: a model, ready to generate, stream and score.
 
-Sequences live in the slots of a cache. A free slot takes the next waiting prompt: it is prefilled
-in chunks, and from then on takes part in every decode step, whose rows are the slots up to the
-highest one in use. The host runs one step behind the device: while a step computes, the tokens of
-the one before it are looked at, so that the device never waits for Python.
+It makes requests of prompts, and drives the ``Scheduler``, which has the requests, over an
+``EngineCore``, which has the device.
 
 One call at a time: while a stream has not ended, whatever else needs the device is refused.
 """
@@ -13,7 +11,6 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,26 +19,21 @@ from typing import Any, overload
 
 from hotloop.checked import changed, check_names
 from hotloop.engine.core import (
-    Admit,
     Describe,
     EngineCore,
-    Features,
-    Pending,
     ScoreWindow,
     StartMeter,
-    Step,
-    StepResult,
-    StepTimes,
     StopMeter,
     Synchronize,
 )
+from hotloop.engine.draft_control import DraftController, sizes_up_to
 from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.memory import check_fits
 from hotloop.engine.ranks import RankGroup
+from hotloop.engine.request import Request
 from hotloop.engine.runner import Progress, Runner
-from hotloop.engine.sequence import Sequence as Request
+from hotloop.engine.scheduler import Scheduler, multi_step
 from hotloop.engine.setup import prepare
-from hotloop.engine.speculation import DraftController, sizes_up_to
 from hotloop.errors import (
     CheckpointError,
     NumericsError,
@@ -66,22 +58,6 @@ from hotloop.types import (
     Timing,
 )
 
-BURST_S = 8e-3
-"""Tokens that come together may have taken this long, half of what a screen shows a picture."""
-
-MOST_IN_A_ROW = 8
-"""Steps that are one program: a request that ends among the first has the others run in vain."""
-
-
-def in_a_row(step_s: float) -> int:
-    """How many steps to give a GPU at once, a power of two.
-
-    Between programs it does nothing for some microseconds, and the host is busy for some hundred:
-    with the smallest models, longer than with a step.
-    """
-    n = min(MOST_IN_A_ROW, max(1, int(BURST_S / step_s)))
-    return 1 << (n.bit_length() - 1)
-
 
 class LLM:
     """A loaded model.
@@ -93,7 +69,7 @@ class LLM:
 
     Args:
         model: A local path, a pulled name or a built-in shape's name; or a whole EngineConfig.
-        progress: Told of (phase, done, total) while it gets ready.
+        progress: Called with (phase, done, total) while it gets ready.
         **options: Fields of EngineConfig.
 
     Raises:
@@ -129,15 +105,13 @@ class LLM:
         self._streaming = False
         runner = make(setup, n_tokens=n_tokens, progress=progress)
         self._open_runner: EngineCore | None = runner
-        self._controller = self._new_controller()
-        self._in_a_row = 1
         self._load_s = time.perf_counter() - started
         started = time.perf_counter()
         if progress:
             progress("warmup", 0, 0)
         try:
-            self._warm_up()
-        except BaseException as error:  # a Ctrl-C too: whoever catches it must not keep ranks alive
+            self._scheduler = self._warm_up()
+        except BaseException as error:  # a Ctrl-C too: ranks must not outlive it
             self.close()
             if isinstance(error, OutOfMemoryError):
                 needed, free = error.needed_bytes, error.free_bytes
@@ -179,7 +153,7 @@ class LLM:
         Raises:
             RequestError: A prompt that cannot be served; nothing is generated then.
             NumericsError: The model's logits were not finite for one of the prompts. The others are
-                answered all the same, for whoever takes them from ``stream``.
+                answered all the same: ``stream`` gives their answers.
         """
         deltas = self._stream(prompts, params, options)
         done = {d.index: d.generation for d in deltas if d.generation is not None}
@@ -223,7 +197,7 @@ class LLM:
                     "use a smaller window or a larger max_seq_len (--max-seq-len)."
                 )
             ids = as_ids(window, self._setup.model.vocab_size)
-            yield self._runner.run(ScoreWindow(ids=ids, full=full)).wait()
+            yield self._runner.run(ScoreWindow(seat=0, ids=ids, full=full)).wait()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with no special tokens added."""
@@ -234,7 +208,7 @@ class LLM:
 
     @property
     def default_sampling(self) -> SamplingParams:
-        """What the model's makers suggest; greedy where they suggest nothing.
+        """The sampling that the model's makers suggest; greedy where they suggest nothing.
 
         The length that they suggest is ``default_new_tokens``: what is suggested can be cut to what
         the context has room for, what ``SamplingParams`` says cannot.
@@ -254,7 +228,7 @@ class LLM:
         return generation_defaults(path)
 
     def describe(self) -> EngineDescription:
-        """What is really running."""
+        """Describes the engine as it runs."""
         self._check_open()
         setup, model = self._setup, self._setup.model
         read = self.tokenizer.notes if self.tokenizer else ()
@@ -309,7 +283,7 @@ class LLM:
         _ = self._runner
 
     def _check_free(self) -> None:
-        """Refuses what would run into a stream that has not ended: they would share slots."""
+        """Refuses what would run into a stream that has not ended: they would share seats."""
         self._check_open()
         if self._streaming:
             raise RequestError(
@@ -325,45 +299,59 @@ class LLM:
         sizes = sizes_up_to(self.config.draft_tokens)
         return DraftController(sizes, always=self.config.draft_policy == "always")
 
-    def _warm_up(self) -> None:
+    def _new_scheduler(self, controller: DraftController | None, n_steps: int = 1) -> Scheduler:
+        return Scheduler(
+            self._runner,
+            n_rows=self.config.max_batch_size,
+            n_positions=self._setup.n_positions,
+            controller=controller,
+            n_steps=n_steps,
+        )
+
+    def _warm_up(self) -> Scheduler:
         """Compiles and captures what a greedy run with one prompt needs, and touches the rest.
 
         On a GPU also what a run needs that is sampled as the model's makers suggest. With
         speculative decoding, that is a step of every number of drafts, each run and timed. On a GPU
-        it is found how many plain ones to take in a row.
+        the number of plain steps to take at once is measured.
+
+        Returns:
+            A scheduler that has learnt from this.
         """
-        learning, greedy = self._controller, SamplingParams()
+        prompt = [i % self._setup.model.vocab_size for i in range(1, 4)]
+        most = self._setup.n_positions - len(prompt)
 
-        def answer(
-            n_prompt: int,
-            n: int,
-            sampling: SamplingParams = greedy,
-            controller: DraftController | None = None,
-        ) -> Timing:
-            prompt = [i % self._setup.model.vocab_size for i in range(1, n_prompt + 1)]
-            if (n := min(n, self._setup.n_positions - n_prompt)) < 1:
+        def answer(scheduler: Scheduler, n: int, sampling: SamplingParams) -> Timing:
+            if most < 1:
                 return Timing(n_tokens=0, ttft_s=0.0, e2e_s=0.0)
-            self._controller = controller
-            (given,) = self.generate([prompt], sampling, max_new_tokens=n, ignore_eos=True)
-            self._controller = learning
-            return given.timing
+            options = {"max_new_tokens": min(n, most), "ignore_eos": True}
+            params = changed(sampling, options, "sampling option")
+            request = self._request(
+                0, prompt, params, time.perf_counter(), speculates=scheduler.controller is not None
+            )
+            for _ in self._run([request], scheduler):
+                pass
+            return request.generation().timing
 
-        n_steps = 3
-        if learning is not None:
+        n_steps, greedy = 3, SamplingParams()
+        if self._setup.draft is not None:
             n_steps = 3 * sum(1 + k for k in sizes_up_to(self.config.draft_tokens))
-        answer(3, 1 + n_steps, greedy, learning)
+        learning, plain = self._new_scheduler(self._new_controller()), self._new_scheduler(None)
+        answer(learning, 1 + n_steps, greedy)
         if self._runner.captures:
-            timing = answer(3, 9)
+            timing = answer(plain, 9, greedy)
             if timing.n_tokens > 1:
-                self._in_a_row = in_a_row(timing.tpot_s)
-            answer(3, 1 + self._in_a_row)
+                learning.n_steps = plain.n_steps = multi_step(timing.tpot_s)
+            answer(plain, 1 + plain.n_steps, greedy)
             suggested = greedy
-            with suppress(CheckpointError):  # whoever asks for what is suggested will be told
+            with suppress(CheckpointError):  # raised where the suggestion is used
                 suggested = self.default_sampling
             if suggested.temperature > 0:
-                answer(3, 1 + n_steps, suggested, self._new_controller())
-                answer(3, 1 + self._in_a_row, suggested)
+                other = self._new_scheduler(self._new_controller(), plain.n_steps)
+                answer(other, 1 + n_steps, suggested)
+                answer(plain, 1 + plain.n_steps, suggested)
         self._runner.run(Synchronize()).wait()
+        return learning
 
     # ------------------------------------------------------------------------------ requests
 
@@ -388,19 +376,25 @@ class LLM:
             raise RequestError(f"params must be SamplingParams, not {shorten_value(params)}.")
         params = changed(params, options, "sampling option")
         requests = [
-            self._request(i, prompt, params, submitted_s)
+            self._request(i, prompt, params, submitted_s, speculates=self._setup.draft is not None)
             for i, prompt in enumerate(as_prompts(prompts))
         ]
         if len(requests) > 1 == self.config.max_batch_size:
             warnings.warn(
                 f"{len(requests)} prompts are answered one after another, since max_batch_size is "
                 f"1: LLM(..., max_batch_size={min(len(requests), 8)}) answers several at once.",
-                stacklevel=3,  # whoever called generate or stream
+                stacklevel=3,  # the caller of generate or stream
             )
-        return self._run(requests)
+        return self._run(requests, self._scheduler)
 
     def _request(
-        self, index: int, prompt: Prompt, params: SamplingParams, submitted_s: float
+        self,
+        index: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        submitted_s: float,
+        *,
+        speculates: bool,
     ) -> Request:
         if isinstance(prompt, str):
             prompt = self._tokenizer_or_refuse().encode(prompt)
@@ -418,7 +412,7 @@ class LLM:
             )
         ids = as_ids(given, self._setup.model.vocab_size)
         wanted = params.max_new_tokens
-        if wanted is None:  # nobody asked for a length, and so none is refused
+        if wanted is None:  # a length that was not asked for is not refused
             wanted = min(self.default_new_tokens, context - n)
         elif wanted > context - n:
             raise RequestError(
@@ -435,135 +429,28 @@ class LLM:
             tokenizer=self.tokenizer,
             starts_text=isinstance(prompt, ChatPrompt) and prompt.starts_text,
             submitted_s=submitted_s,
-            speculates=self._controller is not None,
+            speculates=speculates,
         )
 
-    def _run(self, requests: list[Request]) -> Generator[Delta]:
+    def _run(self, requests: list[Request], scheduler: Scheduler) -> Generator[Delta]:
         self._check_free()
         self._streaming = True
         try:
-            yield from self._answer(requests)
+            for request in requests:
+                scheduler.submit(request)
+            while not scheduler.idle:
+                self._check_open()
+                for _, delta in scheduler.turn():
+                    yield delta
         finally:
+            for request in requests:
+                scheduler.cancel(request)
             self._streaming = False
         for request in requests:
             if request.failed:
                 raise NumericsError(request.index, len(request.token_ids), self.config.dtype)
 
-    def _answer(self, requests: list[Request]) -> Iterator[Delta]:
-        waiting = deque(requests)
-        slots: list[Request | None] = [None] * self.config.max_batch_size
-        launched: _Launched | None = None
-        while waiting or launched or any(slots):
-            self._check_open()
-            for slot in range(len(slots)):
-                if waiting and slots[slot] is None:
-                    request = slots[slot] = waiting.popleft()
-                    yield from self._deliver(slots, self._admit(request, slot))
-            # The next step starts before the last one's tokens are looked at, unless the device
-            # is done with it anyway.
-            previous, launched = launched, self._launch(slots, launched)
-            if previous is not None:
-                yield from self._deliver(slots, previous)
-            if launched is not None and not self._runner.asynchronous:
-                yield from self._deliver(slots, launched)
-                launched = None
-
-    def _admit(self, request: Request, slot: int) -> _Launched:
-        """Prefills a prompt into a slot, and samples its first token."""
-        request.slot = slot
-        admit = Admit(
-            slot=slot, params=request.params, seed=request.seed, prompt_ids=request.prompt_ids
-        )
-        pending = self._runner.run(admit)
-        return _Launched({0: request}, pending)
-
-    def _launch(self, slots: list[Request | None], previous: _Launched | None) -> _Launched | None:
-        """Starts a decode step for whoever will need one, without waiting for it."""
-        coming = (
-            {} if previous is None else dict.fromkeys(previous.requests.values(), previous.steps)
-        )
-        active = {slot: r for slot, r in enumerate(slots) if r is not None}
-        wanted = {
-            slot: r.max_new_tokens - len(r.token_ids) - coming.get(r, 0)
-            for slot, r in active.items()
-        }
-        active = {slot: r for slot, r in active.items() if wanted[slot] > 0}
-        if not active:
-            return None
-        # Where newest tokens are, as far as is known; steps under way can take them further.
-        known = {slot: len(r.prompt_ids) + len(r.token_ids) - 1 for slot, r in active.items()}
-        slack = 0 if previous is None else previous.steps + previous.k
-        furthest, n = max(known.values()) + slack, max(active) + 1
-        k = 0
-        if self._controller is not None:
-            room = self._setup.n_positions - 1 - furthest
-            k = self._controller.choose(n, min(max(wanted.values()), room) - 1)
-        all_want = min(wanted[slot] for slot in active)
-        steps = self._in_a_row if k == 0 and all_want >= self._in_a_row else 1
-        step = Step(
-            n=n,
-            longest=furthest + k + steps,
-            features=Features.of(r.params for r in active.values()),
-            k=k,
-            n_steps=steps,
-            known=known,
-            slack=slack,
-        )
-        return _Launched(active, self._runner.run(step), n=n, k=k, steps=steps)
-
-    def _deliver(self, slots: list[Request | None], launched: _Launched) -> Iterator[Delta]:
-        """Hands a step's tokens to their requests, and frees the slots of those that end."""
-        taken = launched.pending.wait()
-        # The others ended a step ago, when this one was already on its way.
-        going = {row: r for row, r in launched.requests.items() if not r.ended}
-        if self._controller is not None and launched.n:
-            kept = [len(taken.rows[row]) for row in going]
-            self._controller.observe(
-                launched.n, taken.k, times=taken.times, kept=kept, steps=launched.steps
-            )
-        for row, request in going.items():
-            text, ids = "", []
-            for token_id, logprob in taken.rows[row]:
-                if token_id < 0:
-                    request.failed = True
-                    break
-                text += request.accept(token_id, logprob)
-                ids.append(token_id)
-                if request.finish_reason is not None:
-                    break  # what else the step brought is beyond the end
-            if self._controller is not None and launched.n:
-                request.count_steps(
-                    1 if launched.steps == 1 else len(ids),
-                    given=len(taken.rows[row]),
-                    taken=len(ids),
-                    n_drafts=taken.n_drafts[row],
-                    share=(taken.times or StepTimes()) / len(going),
-                )
-            if request.ended:
-                assert request.slot is not None
-                slots[request.slot] = None
-            yield Delta(
-                index=request.index,
-                text=text,
-                token_ids=tuple(ids),
-                generation=None if request.finish_reason is None else request.generation(),
-            )
-
 
 @dataclass
 class _Peak:
     peak_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A step on its way to the host, or several in a row, and whose tokens each row brings.
-
-    ``n`` rows with ``k`` drafts each; a prompt's first token comes of no step, and n is 0.
-    """
-
-    requests: dict[int, Request]
-    pending: Pending[StepResult]
-    n: int = 0
-    k: int = 0
-    steps: int = 1

@@ -38,12 +38,12 @@ def check_fits(setup: Setup) -> None:
     """Refuses, before anything is built, what no device of this size could hold.
 
     Raises:
-        OutOfMemoryError: Weights, caches and slots alone take more memory than the device has.
+        OutOfMemoryError: Weights, caches and rows alone take more memory than the device has.
     """
     total, shared_by = device_info(setup.device).total_bytes, 1
     if setup.device.type == "cpu":  # whose memory its ranks share
         shared_by = ranks_here(setup.config)
-    needed = weights_bytes(setup) + sum(map(_cache_bytes, setup.models)) + _slots_bytes(setup)
+    needed = weights_bytes(setup) + sum(map(_cache_bytes, setup.models)) + _rows_bytes(setup)
     if needed > total // shared_by:
         raise OutOfMemoryError("load", needed, free_bytes(setup.device) // shared_by)
 
@@ -90,8 +90,8 @@ def _weights_bytes(setup: Setup) -> int:
     return layers + embeddings + norm + rope
 
 
-def _slots_bytes(setup: Setup) -> int:
-    """Of what is kept of every slot beside the cache: tokens, and which of them were seen."""
+def _rows_bytes(setup: Setup) -> int:
+    """Bytes of the state of all rows: their tokens, and which ones a penalty applies to."""
     drafts = setup.config.draft_tokens if setup.draft else 0
     history = 8 * (setup.n_positions + drafts + 1)
     return setup.config.max_batch_size * (history + setup.model.vocab_size)
@@ -101,7 +101,7 @@ def _workspace_bytes(setup: Setup) -> int:
     widened = [_widened_bytes(each) for each in setup.models]
     # The fused step keeps the room for it, of every model.
     return (
-        _slots_bytes(setup)
+        _rows_bytes(setup)
         + max(map(_transient_bytes, setup.models))
         + (sum(widened) if setup.fused else max(widened))
     )

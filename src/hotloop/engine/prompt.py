@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotloop.engine.execution import capture
 from hotloop.engine.fused import FusedForward, fused_kernel
+from hotloop.engine.graphs import capture
 from hotloop.hardware import device_info
 from hotloop.kernels.cuda import prompt
 from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_kernel
@@ -82,7 +82,7 @@ def even_parts(n: int, most: int) -> list[range]:
 
 
 class PromptSteps:
-    """Steps of a few tokens of one slot, whichever: on a GPU, replays of one CUDA graph.
+    """Steps of a few tokens of one seat, whichever: on a GPU, replays of one CUDA graph.
 
     Args:
         forward: The model.
@@ -93,10 +93,10 @@ class PromptSteps:
         self._forward, self._device = forward, device
         self._ids = torch.zeros(1, STEP_TOKENS, dtype=torch.int64, device=device)
         self._positions = torch.zeros(1, STEP_TOKENS, dtype=torch.int64, device=device)
-        self._slots = torch.zeros(1, dtype=torch.int64, device=device)
+        self._seats = torch.zeros(1, dtype=torch.int64, device=device)
         self._captured: tuple[Any, Tensor] | None = None
 
-    def __call__(self, ids_T: Tensor, positions_T: Tensor, slot: int) -> Tensor:
+    def __call__(self, ids_T: Tensor, positions_T: Tensor, seat: int) -> Tensor:
         """Logits [T, V] after up to ``STEP_TOKENS`` tokens, which are there until the next call.
 
         What a shorter step has besides is at positions after its tokens', which are written again
@@ -105,7 +105,7 @@ class PromptSteps:
         n = len(ids_T)
         self._ids[0, :n] = ids_T
         self._positions[0, :n] = positions_T
-        self._slots.fill_(slot)
+        self._seats.fill_(seat)
         if self._device.type != "cuda":
             return self._run()[:n]
         if self._captured is None:
@@ -115,7 +115,7 @@ class PromptSteps:
         return logits_TV[:n]
 
     def _run(self) -> Tensor:
-        logits_BTV, _ = self._forward(self._ids, self._positions, 0, slots_B=self._slots)
+        logits_BTV, _ = self._forward(self._ids, self._positions, self._seats)
         return logits_BTV[0]
 
 
@@ -242,7 +242,7 @@ class _Layer:
 
 
 class PromptRows:
-    """Many tokens of one slot, a chunk at a time.
+    """Many tokens of one seat, a chunk at a time.
 
     Addresses do not depend on the number of tokens, so every launch is prepared once. On a GPU,
     beginnings of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are replays
@@ -272,21 +272,21 @@ class PromptRows:
         self._weight = torch.empty(largest, dtype=torch.bfloat16, device=self._device)
         self._workspace = _Workspace(first.config, min(chunk, cache.n_positions), self._device)
         self._ids = torch.zeros(CAPTURED_TOKENS, dtype=torch.int64, device=self._device)
-        self._slot, self._start = torch.zeros(2, 1, dtype=torch.int64, device=self._device)
+        self._seat, self._start = torch.zeros(2, 1, dtype=torch.int64, device=self._device)
         self._row_range, self._key_range = torch.zeros(2, 2, dtype=torch.int32, device=self._device)
         self._layers = self._prepare()
         self._captured: dict[int, torch.cuda.CUDAGraph] = {}
         self.captures = self._device.type == "cuda" and not shared
 
-    def __call__(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
-        """Puts tokens from position ``start`` on into a slot.
+    def __call__(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
+        """Puts tokens from position ``start`` on into a seat.
 
         Returns:
             The residual stream [1, D] behind the last layer, of the last token.
         """
         T = len(ids_T)
         assert start + T <= self._cache.n_positions, f"{T} tokens from {start} on do not fit"
-        self._slot.fill_(slot)
+        self._seat.fill_(seat)
         self._start.fill_(start)
         if self._captured and self.captures and start == 0 and T <= CAPTURED_TOKENS:
             self._replay(ids_T)
@@ -309,7 +309,7 @@ class PromptRows:
     def get_ready(self) -> None:
         """Captures beginnings of every size, and has made beforehand what longer ones need.
 
-        It writes to the first slot, so no slot may be in use.
+        It writes to the first seat, so no seat may be in use.
         """
         rows, pool = self._workspace.rows, None
         if self.captures:
@@ -333,7 +333,7 @@ class PromptRows:
         views.x.copy_(self._decoder.embedding(ids_T))
         _, kv_heads, capacity, _ = self._cache.layer(0)[0].shape
         self._row_range[1:].fill_(T)
-        torch.mul(self._slot, kv_heads * capacity, out=self._key_range[:1])
+        torch.mul(self._seat, kv_heads * capacity, out=self._key_range[:1])
         torch.add(self._key_range[:1], self._start + T, out=self._key_range[1:])
         for i, (layer, block) in enumerate(zip(self._layers, self._blocks, strict=True)):
             layer.input_norm(T)
@@ -360,18 +360,19 @@ class PromptRows:
     def _attend(self, i: int, T: int, start: int) -> Tensor:
         """The result of attention [T, H * E].
 
-        A beginning attends to itself. What follows one, or has a window, attends to its slot, whose
+        A beginning attends to itself. What follows one, or has a window, attends to its seat, whose
         range of keys is on the device.
         """
         layer, (keys, values) = self._blocks[i].attention, self._cache.layer(i)
         q, *_ = self._heads(T, layer)
         if self._device.type != "cuda":
-            slot = slice(int(self._slot), int(self._slot) + 1)
             out_BTHE = layer.kernel(
                 q[None],
-                keys[slot],
-                values[slot],
+                keys,
+                values,
+                self._seat,
                 torch.arange(start, start + T)[None],
+                first_seat=int(self._seat),
                 length=start + T,
                 window=layer.window,
                 scale=layer.scale,
@@ -465,7 +466,7 @@ class PromptRows:
                 _gemm_output(layer.qkv_proj, views.qkv),
                 Heads(q=views.q, k=views.k, v=views.v),
                 *self._cache.layer(i),
-                self._slot,
+                self._seat,
                 self._start,
                 *self._decoder.rope(i),
                 **norms,
@@ -494,14 +495,14 @@ def _gemm_output(linear: Linear, y: Tensor) -> GemmOutput:
     return GemmOutput(y=y, scale=scale_N[0] if scale_N else None, bias=linear.bias)
 
 
-def _positions(slots_SJCE: Tensor) -> Tensor:
-    """All slots as one sequence [S * J * C, J, E], in which slot s begins at s * J * C.
+def _positions(seats_SJCE: Tensor) -> Tensor:
+    """All seats as one sequence [S * J * C, J, E], in which seat s begins at s * J * C.
 
-    Positions are C apart from those of the next head, so what follows a slot's C positions up to
-    the next slot is of no use.
+    Positions are C apart from those of the next head, so what follows a seat's C positions up to
+    the next seat is of no use.
     """
-    S, J, C, E = slots_SJCE.shape
-    return slots_SJCE.as_strided(((S - 1) * J * C + C, J, E), (E, C * E, 1))
+    S, J, C, E = seats_SJCE.shape
+    return seats_SJCE.as_strided(((S - 1) * J * C + C, J, E), (E, C * E, 1))
 
 
 class FusedPrompt:
@@ -533,25 +534,25 @@ class FusedPrompt:
         self._most_by_steps = most_by_steps(fused_kernel(gate_up).form)
 
     def get_ready(self) -> None:
-        """Captures and plans what prompts need, while no slot is in use."""
+        """Captures and plans what prompts need, while no seat is in use."""
         self._rows.get_ready()
 
-    def __call__(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
-        """Puts tokens from position ``start`` on into a slot; logits [1, V] after the last."""
+    def __call__(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
+        """Puts tokens from position ``start`` on into a seat; logits [1, V] after the last."""
         if len(ids_T) <= self._most_by_steps:
-            *_, (_, logits_TV) = self.logits(ids_T, start, slot)
+            *_, (_, logits_TV) = self.logits(ids_T, start, seat)
             return logits_TV[-1:]
         *_, last_1D = [
-            self._rows(ids_T[places.start : places.stop], start + places.start, slot)
+            self._rows(ids_T[places.start : places.stop], start + places.start, seat)
             for places in even_parts(len(ids_T), self._chunk)
         ]
         return self._forward.logits(last_1D)
 
-    def logits(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
+    def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
         """As the call, by steps.
 
         Yields:
             Some tokens' places, and the logits [T, V] after each.
         """
         for places, positions_T in spans(ids_T, start, STEP_TOKENS):
-            yield places, self._steps(ids_T[places.start : places.stop], positions_T, slot)
+            yield places, self._steps(ids_T[places.start : places.stop], positions_T, seat)

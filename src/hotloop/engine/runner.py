@@ -1,11 +1,8 @@
 """The device's side of an engine: weights, cache, sampler and steps, without requests or text.
 
-A ``Runner`` does what it is told about slots: put a prompt into one, take a step with the first n,
-score a window. What that gives comes back as ``Pending``, on its way to the host, so that the next
-step can start before the last one's tokens are looked at.
-
-Of several ranks each has a Runner of its own, in a process of its own, and all are told the same
-(``ranks``). They differ in what they hold of the weights and of the cache.
+A ``Runner`` is the ``EngineCore`` of one device. Each of several ranks has a Runner of its own, in
+a process of its own, and all get the same commands (``ranks``). They differ in what they hold of
+the weights and of the cache.
 
 Shape letters: T tokens of one sequence, D model width, V vocabulary.
 """
@@ -25,6 +22,7 @@ from hotloop.engine.core import (
     Describe,
     Done,
     Features,
+    MoveRow,
     Pending,
     ScoreWindow,
     StartMeter,
@@ -33,22 +31,21 @@ from hotloop.engine.core import (
     StopMeter,
     Synchronize,
 )
-from hotloop.engine.execution import (
-    CompileWatch,
-    Drafter,
-    Forward,
-    Marks,
-    Slots,
-    Stepper,
-    TorchForward,
-    step_times,
-)
+from hotloop.engine.forward import CompileWatch, Forward, TorchForward
 from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.prompt import STEP_TOKENS, FusedPrompt, spans
+from hotloop.engine.rows import Rows
 from hotloop.engine.sampling import Sampled, Sampler
 from hotloop.engine.setup import Setup
-from hotloop.engine.speculation import ExitDrafter, ModelDrafter, NgramDrafter, SharedDrafter
+from hotloop.engine.speculation import (
+    Drafter,
+    ExitDrafter,
+    ModelDrafter,
+    NgramDrafter,
+    SharedDrafter,
+)
+from hotloop.engine.steps import Marks, Stepper, step_times
 from hotloop.engine.vocabulary import Vocabulary
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import bytes_asked_for, device_info, free_bytes, shortage_of_memory
@@ -67,11 +64,11 @@ from hotloop.weights.source import CheckpointSource, RandomSource
 Result = TypeVar("Result")
 
 Progress = Callable[[str, int, int], None]
-"""Told of (phase, done, total) while an engine gets ready."""
+"""Called with (phase, done, total) while an engine gets ready."""
 
 
 class Runner:
-    """A model on a device, or a rank's part of one; and who makes drafts for it.
+    """A model on a device, or a rank's part of one, and its drafter.
 
     Args:
         setup: What to load, and where.
@@ -80,7 +77,7 @@ class Runner:
         group: The ranks that have the rest of it.
 
     Attributes:
-        asynchronous: Whether ``step`` returns before the device has done it.
+        asynchronous: Whether ``run`` returns before the device has taken a step.
         captures: Whether programs become CUDA graphs.
     """
 
@@ -108,7 +105,7 @@ class Runner:
                 launcher=self._model.launcher if self._group.size == 1 else None,
             )
             spare = config.draft_tokens if setup.draft else 0
-            self._slots = Slots(
+            self._rows = Rows(
                 config.max_batch_size,
                 setup.n_positions,
                 spare,
@@ -119,13 +116,13 @@ class Runner:
             self._drafter = self._make_drafter(progress)
             self._stepper = Stepper(
                 self._model.forward(),
-                self._slots,
+                self._rows,
                 self._sampler,
                 drafter=self._drafter,
                 max_drafts=spare,
                 n_positions=setup.n_positions,
                 captures=self.captures,
-                reads_whole_cache=self._model.attention_name in ("cpu", "fused"),
+                reads_each_row=self._model.attention_name in ("cpu", "fused"),
             )
             models = [self._model, *([self._draft_model] if self._draft_model else [])]
             kernels = {name for model in models for name in model.kernels().values()}
@@ -146,6 +143,8 @@ class Runner:
                 return self._step(command)
             case Admit():
                 return self._admit(command)
+            case MoveRow():
+                return Done(self._move(command))
             case ScoreWindow():
                 return Done(self._score(command))
             case Synchronize():
@@ -160,19 +159,24 @@ class Runner:
                 raise AssertionError(f"unknown command: {command}")
 
     def _admit(self, command: Admit) -> Pending[StepResult]:
-        slot, params = command.slot, command.params
+        row, params = command.row, command.params
         ids = torch.tensor(command.prompt_ids, device=self._setup.device)
-        self._sampler.admit(slot, params, command.seed, ids)
-        logits = self._model.prefill(ids, 0, slot)
+        self._sampler.admit(row, params, command.seed, ids)
+        logits = self._model.prefill(ids, 0, command.seat)
         position = torch.full((1, 1), len(ids), device=self._setup.device)
         features = Features.of([params])
-        sampled = self._sampler.sample(logits, position, slot, features)
+        sampled = self._sampler.sample(logits, position, row, features)
         if features.penalize:
-            self._sampler.remember(sampled.ids, slot)
-        self._slots.admit(slot, ids, sampled.ids[0])
+            self._sampler.remember(sampled.ids, row)
+        self._rows.admit(row, ids, sampled.ids[0])
         if self._drafter is not None:
-            self._drafter.admit(slot)
+            self._drafter.admit(row)
         return _StepOnItsWay(sampled)
+
+    def _move(self, move: MoveRow) -> None:
+        for part in (self._rows, self._sampler, self._drafter):
+            if part is not None:
+                part.move(move.source, move.target)
 
     def _step(self, step: Step) -> Pending[StepResult]:
         with self._step_threads():
@@ -183,7 +187,7 @@ class Runner:
         ids_T = torch.tensor(command.ids, device=self._setup.device)
         vocabulary = self._vocabulary
         logprobs, top1, distributions = [], [], []
-        for chunk, logits_TV in self._model.logits(ids_T[:-1], 0, 0):
+        for chunk, logits_TV in self._model.logits(ids_T[:-1], 0, command.seat):
             log_probs = vocabulary.log_softmax(logits_TV)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
             logprobs.append(vocabulary.at(log_probs, labels).cpu())
@@ -230,7 +234,7 @@ class Runner:
 
     def close(self) -> None:
         """Frees the device."""
-        for name in ("_stepper", "_drafter", "_draft_model", "_sampler", "_slots", "_model"):
+        for name in ("_stepper", "_drafter", "_draft_model", "_sampler", "_rows", "_model"):
             if hasattr(self, name):
                 delattr(self, name)
         if self._setup.device.type == "cuda":
@@ -243,13 +247,13 @@ class Runner:
             return None
         if draft.n_layers is not None:
             forward = self._model.forward(draft.n_layers)
-            return ExitDrafter(forward, self._slots, self._sampler)
+            return ExitDrafter(forward, self._rows, self._sampler)
         if draft.setup is None:
-            return NgramDrafter(self._slots, launcher=self._model.launcher)
+            return NgramDrafter(self._rows, launcher=self._model.launcher)
         drafter = None
         if self._group.rank == 0:
             model = self._draft_model = _Model(draft.setup, Group(), self._model.n_tokens, progress)
-            drafter = ModelDrafter(model.forward(), model.prefill, self._slots, self._sampler)
+            drafter = ModelDrafter(model.forward(), model.prefill, self._rows, self._sampler)
         if drafter is not None and self._group.size == 1:
             return drafter
         return SharedDrafter(drafter, self._group, self._setup.device)
@@ -279,7 +283,7 @@ class _Model:
         self._load_weights(group, progress)
         self.cache = KVCache(
             kv_heads=model.kv_heads,
-            n_slots=setup.config.max_batch_size,
+            n_seats=setup.config.max_batch_size,
             n_positions=setup.n_positions,
             dtype=setup.dtype,
             device=device,
@@ -301,7 +305,7 @@ class _Model:
             )
 
     def get_ready(self) -> None:
-        """Makes beforehand what prompts need, while no slot is in use."""
+        """Makes beforehand what prompts need, while no seat is in use."""
         if self._prompt is not None:
             self._prompt.get_ready()
 
@@ -339,33 +343,35 @@ class _Model:
             return "cold" if compiled else "warm"
         return None if self._compiles is None else self._compiles.state()
 
-    def prefill(self, ids_T: Tensor, start: int, slot: int) -> Tensor:
-        """Puts tokens from position ``start`` on into a slot; logits [1, 1, V] after the last."""
+    def prefill(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
+        """Puts tokens from position ``start`` on into a seat; logits [1, 1, V] after the last."""
         if self._prompt is not None:
-            return self._prompt(ids_T, start, slot)[None]
-        *_, (_, hidden_TD) = self._chunks(ids_T, start, slot)
+            return self._prompt(ids_T, start, seat)[None]
+        *_, (_, hidden_TD) = self._chunks(ids_T, start, seat)
         return self.decoder.logits(hidden_TD[None, -1:])
 
-    def logits(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
+    def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
         """Runs tokens through the model.
 
         Yields:
             Some tokens' places, and the logits [T, V] after each.
         """
         if self._prompt is not None:
-            yield from self._prompt.logits(ids_T, start, slot)
+            yield from self._prompt.logits(ids_T, start, seat)
             return
-        for places, hidden_TD in self._chunks(ids_T, start, slot):
+        for places, hidden_TD in self._chunks(ids_T, start, seat):
             yield places, self.decoder.logits(hidden_TD)
 
-    def _chunks(self, ids_T: Tensor, start: int, slot: int) -> Iterator[tuple[range, Tensor]]:
+    def _chunks(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
         """Runs tokens through the decoder a chunk at a time: their places, hidden states [T, D]."""
+        seats_B = torch.full((1,), seat, device=ids_T.device)
         for places, positions_T in spans(ids_T, start, self.setup.prefill_chunk):
             hidden_BTD = self.decoder(
                 ids_T[None, places.start : places.stop],
                 positions_T[None],
                 self.cache,
-                first_slot=slot,
+                seats_B=seats_B,
+                first_seat=seat,
                 length=start + places.stop,
             )
             yield places, hidden_BTD[0]

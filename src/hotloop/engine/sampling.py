@@ -1,19 +1,19 @@
-"""Choosing the next token, on the device, for every slot by its own options.
+"""Choosing the next token, on the device, for every row by its own options.
 
 A draw is a pure function of the seed, the position and the logits: each token id gets a Gumbel
 number hashed from (seed, position, id), and the largest sum of logit and Gumbel number wins, which
 is an exact draw from the softmax (Gumbel-max; Maddison et al. 2014). So there is no generator to
 keep, a run can be repeated, and neighbours in the batch cannot matter.
 
-What nobody in the batch asked for is not computed; ``Features`` says what somebody did.
+What no request of a step asked for is not computed; ``Features`` says what is.
 
-Beside a fused step, on one rank, a kernel draws (``kernels.cuda.sample``): what some sixty of
-PyTorch's do here, which specify it.
+Beside a fused step, on one rank, one kernel draws (``kernels.cuda.sample``), in place of some sixty
+of PyTorch's; the code here specifies it.
 
 Of several ranks each has the logits of some rows of the vocabulary, and all choose the same tokens:
 see ``vocabulary``.
 
-Shape letters: B sequences, T consecutive positions of each, D drafts, S slots, V vocabulary (this
+Shape letters: B sequences, T consecutive positions of each, D drafts, R rows, V vocabulary (this
 rank's), K candidates.
 """
 
@@ -39,7 +39,7 @@ _WORD = 0xFFFFFFFF
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What a step gives: tokens, and log-probabilities where they were asked for.
+    """The tokens of a step, and log-probabilities where they were asked for.
 
     Attributes:
         ids: int64 [B, T]; -1 where logits are not finite, and no token can be chosen.
@@ -78,20 +78,20 @@ class Sampled:
 
 
 class Sampler:
-    """The options of every slot as device tensors, and the choice itself.
+    """The options of every row as device tensors, and the choice itself.
 
     Args:
-        n_slots: Slots of the cache.
+        n_rows: Rows of the largest step.
         vocab_size: Token ids that may be chosen are below this; further logits are padding.
         device: Where logits are.
-        vocabulary: Whose logits this rank has; None for all.
+        vocabulary: The part of the vocabulary whose logits this rank has; None for all.
         launcher: What the kernel that draws runs on; None draws in plain PyTorch, as logits of
             several ranks must be.
     """
 
     def __init__(
         self,
-        n_slots: int,
+        n_rows: int,
         vocab_size: int,
         device: torch.device,
         vocabulary: Vocabulary | None = None,
@@ -102,67 +102,80 @@ class Sampler:
         alone = self.vocabulary.group.size == 1
         assert alone or launcher is None, "the kernel sees one rank's logits"
 
-        def per_slot(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((n_slots,), value, dtype=dtype, device=device)
+        def per_row(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((n_rows,), value, dtype=dtype, device=device)
 
-        self.temperature = per_slot(0, torch.float32)
-        self.top_k = per_slot(vocab_size, torch.int64)
-        self.top_p = per_slot(1, torch.float32)
-        self.min_p = per_slot(0, torch.float32)
-        self.penalty = per_slot(1, torch.float32)
-        self.seed = per_slot(0, torch.int64)
+        self.temperature = per_row(0, torch.float32)
+        self.top_k = per_row(vocab_size, torch.int64)
+        self.top_p = per_row(1, torch.float32)
+        self.min_p = per_row(0, torch.float32)
+        self.penalty = per_row(1, torch.float32)
+        self.seed = per_row(0, torch.int64)
         width = max(vocab_size, self.vocabulary.ids.stop)
-        self.seen_SV = torch.zeros(n_slots, width, dtype=torch.bool, device=device)
+        self.seen_RV = torch.zeros(n_rows, width, dtype=torch.bool, device=device)
         self.vocab_size = vocab_size
 
     def of_whole_vocabulary(self) -> Sampler:
-        """The same, with the same slots, for logits that one rank has all of."""
+        """The same, with the same rows, for logits that one rank has all of."""
         other = copy.copy(self)
         other.vocabulary = Vocabulary([range(self.vocab_size)], self.vocab_size, Group())
         return other
 
     def relevant(self, features: Features) -> Features:
-        """What of them makes a difference to what is computed: the kernel has one way for all."""
+        """The features on which the computation depends: the kernel has one way for all."""
         if self._launcher is None:
             return features
         return dataclasses.replace(features, truncate=False, n_best=0)
 
-    def admit(self, slot: int, params: SamplingParams, seed: int, prompt_ids: Tensor) -> None:
-        """Puts a request's options, and the tokens its penalty is about, into a slot."""
-        self.temperature[slot] = params.temperature
-        self.top_k[slot] = min(params.top_k or self.vocab_size, self.vocab_size)
-        self.top_p[slot] = params.top_p
-        self.min_p[slot] = params.min_p
-        self.penalty[slot] = params.repetition_penalty
-        self.seed[slot] = seed
+    def admit(self, row: int, params: SamplingParams, seed: int, prompt_ids: Tensor) -> None:
+        """Puts a request's options, and the tokens that its penalty applies to, into a row."""
+        self.temperature[row] = params.temperature
+        self.top_k[row] = min(params.top_k or self.vocab_size, self.vocab_size)
+        self.top_p[row] = params.top_p
+        self.min_p[row] = params.min_p
+        self.penalty[row] = params.repetition_penalty
+        self.seed[row] = seed
         if params.repetition_penalty != 1:
-            self.seen_SV[slot] = False
-            self.seen_SV[slot, prompt_ids[prompt_ids < self.vocab_size]] = True
+            self.seen_RV[row] = False
+            self.seen_RV[row, prompt_ids[prompt_ids < self.vocab_size]] = True
+
+    def move(self, source: int, target: int) -> None:
+        """Copies a row's options, and the tokens that its penalty applies to, into another row."""
+        for of_rows in (
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.penalty,
+            self.seed,
+            self.seen_RV,
+        ):
+            of_rows[target] = of_rows[source]
 
     def sample(
         self,
         logits_BTV: Tensor,
         positions_BT: Tensor | None,
-        first_slot: int,
+        first_row: int,
         features: Features,
         drafts_BD: Tensor | None = None,
         *,
         best_BT: Tensor | None = None,
     ) -> Sampled:
-        """Chooses a token at every position; sequence b belongs to slot ``first_slot + b``.
+        """Chooses a token at every position; sequence b is in row ``first_row + b``.
 
         Args:
             logits_BTV: float32, as the model gave them: this rank's rows.
             positions_BT: The position that each chosen token will have; None if none is drawn.
-            first_slot: The slot of the first sequence.
+            first_row: The row of the first sequence.
             features: What to compute.
-            drafts_BD: int64, negative for none: tokens supposed to follow those that slots know of.
+            drafts_BD: int64, negative for none: tokens supposed to follow those in the history.
                 The last position supposes all D of them, each one before it one less.
             best_BT: The token ids of the largest logits among those that may be chosen, or -1 where
-                that is not finite, where somebody has found them already.
+                that is not finite; None if they are not known yet.
         """
         B, T, _ = logits_BTV.shape
-        here, vocabulary = slice(first_slot, first_slot + B), self.vocabulary
+        here, vocabulary = slice(first_row, first_row + B), self.vocabulary
         scores_BTV = vocabulary.choosable(logits_BTV)
         if features.penalize:
             penalty_B11 = self.penalty[here, None, None]
@@ -189,15 +202,15 @@ class Sampler:
         chosen = vocabulary.at(logprobs_BTV, ids_BT)
         return Sampled(ids=ids_BT, logprobs=chosen, top_logprobs=top, top_ids=top_ids)
 
-    def remember(self, ids_BT: Tensor, first_slot: int) -> None:
-        """Tells the slots' repetition penalties of tokens that have become part of the answer."""
-        seen_BV = self.seen_SV[first_slot : first_slot + len(ids_BT)]
+    def remember(self, ids_BT: Tensor, first_row: int) -> None:
+        """Has the repetition penalty apply to tokens that have become part of the answer."""
+        seen_BV = self.seen_RV[first_row : first_row + len(ids_BT)]
         seen_BV.scatter_(1, ids_BT.clamp(min=0), True)  # of a row without a choice, anything
 
     def _seen(self, here: slice, T: int, drafts_BD: Tensor | None) -> Tensor:
-        """Which tokens the penalty is about at each position, bool [B, T, V]."""
+        """The tokens that the penalty applies to at each position, bool [B, T, V]."""
         ids = self.vocabulary.ids
-        seen_BTV = self.seen_SV[here, None].repeat(1, T, 1)
+        seen_BTV = self.seen_RV[here, None].repeat(1, T, 1)
         if drafts_BD is None:
             return seen_BTV[..., ids.start : ids.stop]
         D = drafts_BD.shape[1]
@@ -215,7 +228,7 @@ class Sampler:
         positions_BT: Tensor,
         here: slice,
     ) -> Tensor:
-        """What ``_draw`` gives, by the kernel; ``best_BT`` of greedy rows and where it is -1."""
+        """Draws by the kernel as ``_draw`` does; ``best_BT`` of greedy rows and where it is -1."""
         ids_BT = torch.empty_like(best_BT, memory_format=torch.contiguous_format)
         call = sample(
             scores_BTV,
@@ -245,7 +258,7 @@ class Sampler:
         return self.vocabulary.argmax(scaled_BTV + gumbel_BTV)
 
     def _kept(self, scaled_BTV: Tensor, here: slice, features: Features) -> Tensor:
-        """Which tokens top-k, top-p and min-p leave, bool [B, T, V]: all of a row without any.
+        """The tokens that top-k, top-p and min-p leave, bool [B, T, V]: all of a row without any.
 
         ``scaled_BTV`` is 0 for the most likely token, which is always kept.
         """

@@ -12,7 +12,7 @@ import torch
 
 from hotloop.checked import MAX_SEED
 from hotloop.engine import fused
-from hotloop.engine.execution import compile_unavailable_reason
+from hotloop.engine.forward import compile_unavailable_reason
 from hotloop.engine.prompt import prefill_chunk
 from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError, shorten_value
 from hotloop.hardware import resolve_device
@@ -68,7 +68,7 @@ class Setup:
         device: Where it runs.
         dtype: Element type of activations and unquantized weights.
         execution: How a step runs.
-        n_positions: Tokens a slot can hold.
+        n_positions: Tokens that a seat can hold.
         prefill_chunk: The most prompt tokens of one forward.
         shards: What of the model each rank holds.
         rank: The rank that ``device`` and what follows is of; rank 0 holds the most.
@@ -408,7 +408,7 @@ def _settle_schemes(
 
 
 def _resolve_context(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-    """Tokens a slot can hold: as many as were asked for, or the default of ``EngineConfig``."""
+    """Tokens that a seat can hold: as asked for, or by the default of ``EngineConfig``."""
     if config.max_seq_len is None:
         bytes_per_token = config.max_batch_size * model.kv_bytes_per_token(dtype.itemsize)
         within = max(MIN_DEFAULT_SEQ_LEN, DEFAULT_CACHE_BYTES // bytes_per_token)

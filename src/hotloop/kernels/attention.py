@@ -1,7 +1,10 @@
 """Attention over the KV cache: the implementations, and the choice among them.
 
-Every implementation has the signature of ``reference.attention`` and a ``length``, which is greater
-than every position, so that the unused end of the cache is not read.
+Every implementation computes ``reference.attention`` of the sequences' seats in the caches. It is
+given a ``length`` that exceeds every position, so that it need not read the unused end of them.
+
+Shape letters: B sequences, T tokens of each, H query heads, J key/value heads, E head dimension,
+S seats, C cache positions.
 """
 
 from __future__ import annotations
@@ -20,30 +23,55 @@ class Attention(Protocol):
     def __call__(
         self,
         q_BTHE: Tensor,
-        k_cache_BJCE: Tensor,
-        v_cache_BJCE: Tensor,
+        k_cache_SJCE: Tensor,
+        v_cache_SJCE: Tensor,
+        seats_B: Tensor,
         positions_BT: Tensor,
         *,
+        first_seat: int | None,
         length: int,
         window: int | None,
         scale: float,
     ) -> Tensor:
-        """Returns [B, T, H, E]."""
+        """Computes the attention of every token.
+
+        Args:
+            q_BTHE: Queries.
+            k_cache_SJCE: Keys.
+            v_cache_SJCE: Values.
+            seats_B: int64, the seat of each sequence.
+            positions_BT: int64; each token sees the positions up to its own.
+            first_seat: The first sequence's seat, where those of the others follow it in order: the
+                caches are then sliced. None where they have to be looked up.
+            length: Exceeds every position.
+            window: How many positions a token sees, itself included; None for all.
+            scale: Of the scores.
+
+        Returns:
+            [B, T, H, E].
+        """
         ...
 
 
 def torch_attention(
     q_BTHE: Tensor,
-    k_cache_BJCE: Tensor,
-    v_cache_BJCE: Tensor,
+    k_cache_SJCE: Tensor,
+    v_cache_SJCE: Tensor,
+    seats_B: Tensor,
     positions_BT: Tensor,
     *,
+    first_seat: int | None,
     length: int,
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Computes attention over the first ``length`` positions by PyTorch's own kernel."""
-    keys, values = k_cache_BJCE[:, :, :length], v_cache_BJCE[:, :, :length]
+    """Computes attention by PyTorch's own kernel; seats that are not in order are copied."""
+    keys, values = k_cache_SJCE[:, :, :length], v_cache_SJCE[:, :, :length]
+    if first_seat is None:
+        keys, values = keys[seats_B], values[seats_B]
+    else:
+        here = slice(first_seat, first_seat + len(q_BTHE))
+        keys, values = keys[here], values[here]
     return reference.attention(q_BTHE, keys, values, positions_BT, window=window, scale=scale)
 
 
@@ -53,10 +81,12 @@ MAX_TOKENS = 64
 
 def cpu_attention(
     q_BTHE: Tensor,
-    k_cache_BJCE: Tensor,
-    v_cache_BJCE: Tensor,
+    k_cache_SJCE: Tensor,
+    v_cache_SJCE: Tensor,
+    seats_B: Tensor,
     positions_BT: Tensor,
     *,
+    first_seat: int | None,
     length: int,
     window: int | None,
     scale: float,
@@ -65,15 +95,18 @@ def cpu_attention(
     if q_BTHE.shape[1] > MAX_TOKENS:
         return torch_attention(
             q_BTHE,
-            k_cache_BJCE,
-            v_cache_BJCE,
+            k_cache_SJCE,
+            v_cache_SJCE,
+            seats_B,
             positions_BT,
+            first_seat=first_seat,
             length=length,
             window=window,
             scale=scale,
         )
+    where = (seats_B, positions_BT)
     return torch.ops.hotloop_cpu.decode_attention(
-        q_BTHE.contiguous(), k_cache_BJCE, v_cache_BJCE, positions_BT, window or 0, scale
+        q_BTHE.contiguous(), k_cache_SJCE, v_cache_SJCE, *where, window or 0, scale
     )
 
 

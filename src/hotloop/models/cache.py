@@ -1,10 +1,10 @@
-"""The key/value cache: slots, each with a length of its own.
+"""The key/value cache: seats, each with a length of its own.
 
-A slot holds one sequence. Lengths live with the engine, as positions handed to every forward; the
+A seat holds one sequence. Lengths live with the engine, as positions handed to every forward; the
 cache itself is memory and the writing into it. A position that is not yet written is never read,
 since attention stops at a token's own position.
 
-Shape letters: S slots, J key/value heads, C positions, E head dimension, B sequences, T tokens.
+Shape letters: S seats, J key/value heads, C positions, E head dimension, B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class KVCache(nn.Module):
 
     Args:
         kv_heads: For each layer, its key/value heads and their width: J and E.
-        n_slots: S.
+        n_seats: S.
         n_positions: C.
         dtype: Element type.
         device: Where it is.
@@ -30,7 +30,7 @@ class KVCache(nn.Module):
         self,
         *,
         kv_heads: Sequence[tuple[int, int]],
-        n_slots: int,
+        n_seats: int,
         n_positions: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -38,16 +38,16 @@ class KVCache(nn.Module):
         super().__init__()
         # Zeros, not garbage: masked positions are multiplied by zero, and 0 * NaN is NaN.
         for i, (n_heads, head_dim) in enumerate(kv_heads):
-            shape = (n_slots, n_heads, n_positions, head_dim)
+            shape = (n_seats, n_heads, n_positions, head_dim)
             self.register_buffer(f"k{i}", torch.zeros(shape, dtype=dtype, device=device))
             self.register_buffer(f"v{i}", torch.zeros(shape, dtype=dtype, device=device))
-        self.n_slots, self.n_positions = n_slots, n_positions
+        self.n_seats, self.n_positions = n_seats, n_positions
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer."""
         return getattr(self, f"k{index}"), getattr(self, f"v{index}")
 
 
-def write(cache_SJCE: Tensor, slots_B: Tensor, positions_BT: Tensor, new_BTJE: Tensor) -> None:
+def write(cache_SJCE: Tensor, seats_B: Tensor, positions_BT: Tensor, new_BTJE: Tensor) -> None:
     """Stores new keys or values in place."""
-    cache_SJCE[slots_B[:, None], :, positions_BT] = new_BTJE
+    cache_SJCE[seats_B[:, None], :, positions_BT] = new_BTJE

@@ -6,7 +6,7 @@ a projection is decided when its weight is assigned; how a step runs (eagerly, c
 by the engine. This module only says what is computed.
 
 Shape letters: B sequences, T tokens of each, D model width, H query heads, J key/value heads,
-E head dimension, V vocabulary, S slots, C cache positions.
+E head dimension, V vocabulary, S seats, C cache positions.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class SelfAttention(nn.Module):
         positions_BT: Tensor,
         keys_SJCE: Tensor,
         values_SJCE: Tensor,
-        slots_B: Tensor,
-        first_slot: int,
+        seats_B: Tensor,
+        first_seat: int | None,
         length: int,
     ) -> Tensor:
         """Attends to a cache, once the tokens' own keys and values are written into it."""
@@ -87,14 +87,15 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = pointwise.apply_rope(q, cos_BTE, sin_BTE)
         k = pointwise.apply_rope(k, cos_BTE, sin_BTE)
-        write(keys_SJCE, slots_B, positions_BT, k)
-        write(values_SJCE, slots_B, positions_BT, v)
-        here = slice(first_slot, first_slot + B)
+        write(keys_SJCE, seats_B, positions_BT, k)
+        write(values_SJCE, seats_B, positions_BT, v)
         attended = self.kernel(
             q,
-            keys_SJCE[here],
-            values_SJCE[here],
+            keys_SJCE,
+            values_SJCE,
+            seats_B,
             positions_BT,
+            first_seat=first_seat,
             length=length,
             window=self.window,
             scale=self.scale,
@@ -147,8 +148,8 @@ class Block(nn.Module):
         positions_BT: Tensor,
         keys_SJCE: Tensor,
         values_SJCE: Tensor,
-        slots_B: Tensor,
-        first_slot: int,
+        seats_B: Tensor,
+        first_seat: int | None,
         length: int,
     ) -> Tensor:
         """Hidden states [B, T, D] behind this layer; its keys and values are in the cache then."""
@@ -159,8 +160,8 @@ class Block(nn.Module):
             positions_BT,
             keys_SJCE,
             values_SJCE,
-            slots_B,
-            first_slot,
+            seats_B,
+            first_seat,
             length,
         )
         x_BTD = x_BTD + self.total(attended)
@@ -235,7 +236,8 @@ class Decoder(nn.Module):
         positions_BT: Tensor,
         cache: KVCache,
         *,
-        first_slot: int = 0,
+        seats_B: Tensor,
+        first_seat: int | None = None,
         length: int,
         n_layers: int | None = None,
         run: Run = call,
@@ -246,12 +248,14 @@ class Decoder(nn.Module):
             ids_BT: Token ids.
             positions_BT: Their positions, int64; each sequence's are consecutive.
             cache: Holds everything before them, and them afterwards.
-            first_slot: Sequence b is in slot ``first_slot + b``.
+            seats_B: int64, the seat of each sequence in the cache.
+            first_seat: The first one's, where those of the others follow it in order: some kernels
+                then need no copy. None if they do not, or it is not known.
             length: Exceeds every position; bounds how much of the cache is read.
             n_layers: Stop after so many layers; None takes all.
             run: Calls the parts.
         """
-        x_BTD, ropes, slots_B = run(Decoder.embed, self, ids_BT, positions_BT, first_slot)
+        x_BTD, ropes = run(Decoder.embed, self, ids_BT, positions_BT)
         layers = self.layers if n_layers is None else self.layers[:n_layers]
         for i, layer in enumerate(layers):
             keys, values = cache.layer(i)
@@ -265,22 +269,21 @@ class Decoder(nn.Module):
                 positions_BT,
                 keys,
                 values,
-                slots_B,
-                first_slot,
+                seats_B,
+                first_seat,
                 length,
             )
         return x_BTD
 
     def embed(
-        self, ids_BT: Tensor, positions_BT: Tensor, first_slot: int
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
-        """What layers start from: hidden states, rows of each rope's two tables, and slots [B]."""
-        slots_B = torch.arange(first_slot, first_slot + ids_BT.shape[0], device=ids_BT.device)
+        self, ids_BT: Tensor, positions_BT: Tensor
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Looks up what layers start from: hidden states, and rows of each rope's two tables."""
         ropes = [
             (getattr(self, f"cos{i}")[positions_BT], getattr(self, f"sin{i}")[positions_BT])
             for i in range(self._n_tables)
         ]
-        return self.embedding(ids_BT), ropes, slots_B
+        return self.embedding(ids_BT), ropes
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., D]; of several ranks, this one's rows."""

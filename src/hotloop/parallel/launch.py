@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, BinaryIO
+
+import psutil
 
 from hotloop.errors import HotloopError, OutOfMemoryError, RankError, RequestError
 from hotloop.hardware import kernel_oom_kills
@@ -39,6 +42,9 @@ TICK_S = 0.5
 
 PEER_GRACE_S = 2.0
 """Time to wait for the cause, where a rank reports only that one of its peers is gone."""
+
+SILENCE_S = 30.0
+"""Time without an answer after which a warning names the ranks that are silent."""
 
 LOG_TAIL_LINES = 8
 
@@ -74,6 +80,15 @@ class Rank:
         else:
             with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)
+
+    def is_stopped(self) -> bool:
+        """Whether its process is stopped, as by SIGSTOP; not known of one that is not ours."""
+        if self.process is None:
+            return False
+        try:
+            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:  # it has ended, which the watch explains
+            return False
 
     def release(self) -> None:
         """Ends an idle rank; a process that we did not start ends in good order."""
@@ -182,10 +197,14 @@ class Reply:
             HotloopError: The error of the rank that failed first; RankError if it is none of
                 hotloop's own, or if a rank died.
         """
+        warned = False
         while True:
             with self._watch.changed:
                 while not (self.done or self.progress or self._watch.error):
-                    self._watch.changed.wait()
+                    heard = self._watch.changed.wait(SILENCE_S)
+                    if not heard and not warned:
+                        warned = True
+                        warnings.warn(self._watch.silence(), stacklevel=2)
                 progress = [self.progress.popleft() for _ in range(len(self.progress))]
                 if not progress:
                     if self.done:
@@ -218,6 +237,14 @@ class _Watch:
                 raise self.error
             self._replies[reply.number] = reply
             self._phase = phase
+
+    def silence(self) -> str:
+        """Says which ranks do not answer: those that are stopped, or else the first."""
+        stopped = [str(rank.index) for rank in self.ranks if rank.is_stopped()]
+        who = f"rank {' and '.join(stopped)} of {len(self.ranks)} is stopped (SIGCONT resumes it)"
+        if not stopped:
+            who = f"rank 0 of {len(self.ranks)} may be busy, or wait for another"
+        return f"no answer for {SILENCE_S:.0f} s in {self._phase}: {who}. Still waiting."
 
     def end(self) -> None:
         """Makes all replies, pending and later, raise that the ranks have ended."""

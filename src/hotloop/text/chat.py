@@ -22,7 +22,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hotloop.errors import CheckpointError, HotloopError, RequestError, UnsupportedError
+from hotloop.errors import (
+    CheckpointError,
+    HotloopError,
+    RequestError,
+    UnsupportedError,
+    shorten_value,
+)
 
 CPU_LIMIT_S = 5.0
 """Processor time for one prompt. Templates in use take a few milliseconds."""
@@ -43,12 +49,20 @@ def as_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copies messages out of whatever holds them.
 
     Raises:
-        RequestError: One of them is no object.
+        RequestError: It is no list, or one of them is no object.
     """
-    try:
-        return [dict(message) for message in messages]
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"messages must be objects, in a list: {error}") from error
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+        raise RequestError(
+            f"messages must be a list of objects with role and content, not "
+            f"{shorten_value(messages)}."
+        )
+    listed = list(messages)
+    for message in listed:
+        if not isinstance(message, Mapping):
+            raise RequestError(
+                f"a message must be an object with role and content, not {shorten_value(message)}."
+            )
+    return [dict(message) for message in listed]
 
 
 class ChatTemplate:

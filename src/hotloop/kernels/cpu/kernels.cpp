@@ -578,15 +578,17 @@ void attend(const Value* keys, const Value* values, int64_t length, int64_t E, c
 // that a token does not see leaves it nothing.
 template <class Value> struct Blocks final : hotloop::Task {
   Tensor k_cache, v_cache;
+  std::vector<int64_t> seat;      // [B]: where in the caches
   std::vector<int64_t> position;  // [B, T]
   Buffer<float> query;            // [B, T, H, E], scaled
   int64_t T, H, J, C, E, heads, window, blocks, BTH;
   Partial* partial = nullptr;  // [blocks, B, T, H]
   float* sums = nullptr;       // [blocks, B, T, H, E]
 
-  Blocks(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
-         int64_t window, double scale)
-      : k_cache(k_cache), v_cache(v_cache), query(q.numel()), window(window) {
+  Blocks(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, std::vector<int64_t> seats,
+         const Tensor& positions, int64_t window, double scale)
+      : k_cache(k_cache), v_cache(v_cache), seat(std::move(seats)), query(q.numel()),
+        window(window) {
     T = q.size(1), H = q.size(2), E = q.size(3), BTH = q.size(0) * T * H;
     J = k_cache.size(1), C = k_cache.size(2), heads = H / J;
     const auto* last = static_cast<const int64_t*>(positions.const_data_ptr());
@@ -618,7 +620,8 @@ template <class Value> struct Blocks final : hotloop::Task {
           std::fill_n(sum, heads * E, 0.0f);
           continue;
         }
-        const Value *k = keys + (bj * C + first) * E, *v = values + (bj * C + first) * E;
+        const int64_t at = ((seat[b] * J + j) * C + first) * E;
+        const Value *k = keys + at, *v = values + at;
         const float* q = &query[((b * T + t) * H + j * heads) * E];
         for_rows(heads, [&](auto R, int64_t h) {
           attend<R>(k, v, length, E, q + h * E, part + h, sum + h * E);
@@ -650,8 +653,10 @@ template <class Value> struct Blocks final : hotloop::Task {
 
 template <class Value>
 void attention_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                     const Tensor& positions, int64_t window, double scale, Tensor& y) {
-  auto task = std::make_unique<Blocks<Value>>(q, k_cache, v_cache, positions, window, scale);
+                     std::vector<int64_t> seats, const Tensor& positions, int64_t window,
+                     double scale, Tensor& y) {
+  auto task = std::make_unique<Blocks<Value>>(q, k_cache, v_cache, std::move(seats), positions,
+                                              window, scale);
   const int64_t blocks = task->blocks, BTH = task->BTH, E = task->E;
   std::vector<Partial> partial(blocks * BTH);
   Buffer<float> sums(blocks * BTH * E);
@@ -679,20 +684,26 @@ void attention_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   }
 }
 
-// q [B, T, H, E]; caches [B, J, C, E], which already hold the keys and values of these tokens;
-// positions int64 [B, T], each of which sees those up to its own; window 0 for none. Returns
-// [B, T, H, E].
+// q [B, T, H, E] over seats int64 [B] of the caches [S, J, C, E], which already hold the keys and
+// values of these tokens; positions int64 [B, T], each of which sees those up to its own; window 0
+// for none. Returns [B, T, H, E].
 Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                        const Tensor& positions, int64_t window, double scale) {
+                        const Tensor& seats_B, const Tensor& positions, int64_t window,
+                        double scale) {
   STD_TORCH_CHECK(q.is_contiguous() && k_cache.is_contiguous() && v_cache.is_contiguous() &&
-                      positions.is_contiguous(),
-                  "contiguous q, caches and positions");
+                      seats_B.is_contiguous() && positions.is_contiguous(),
+                  "contiguous q, caches, seats and positions");
+  const auto* seat = static_cast<const int64_t*>(seats_B.const_data_ptr());
+  std::vector<int64_t> seats(seat, seat + q.size(0));
+  for (const int64_t s : seats) {
+    STD_TORCH_CHECK(0 <= s && s < k_cache.size(0), "a seat of the cache");
+  }
   Tensor y = new_output(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
   if (q.scalar_type() == ScalarType::BFloat16) {
-    attention_typed<uint16_t>(q, k_cache, v_cache, positions, window, scale, y);
+    attention_typed<uint16_t>(q, k_cache, v_cache, std::move(seats), positions, window, scale, y);
   } else {
     STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float, "float32 or bfloat16");
-    attention_typed<float>(q, k_cache, v_cache, positions, window, scale, y);
+    attention_typed<float>(q, k_cache, v_cache, std::move(seats), positions, window, scale, y);
   }
   return y;
 }
@@ -775,8 +786,8 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
   m.def("linear_bf16(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor values, Tensor scale) -> Tensor");
   m.def("linear_int4(Tensor x, Tensor words, Tensor scale, Tensor? offset) -> Tensor");
-  m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, "
-        "int window, float scale) -> Tensor");
+  m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seats, "
+        "Tensor positions, int window, float scale) -> Tensor");
   m.def("keep_threads(bool on) -> ()");
 }
 

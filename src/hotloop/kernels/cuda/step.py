@@ -438,7 +438,7 @@ def next_tokens(
 ) -> Call:
     """Returns the launch that collects the input tokens of a step of the first B slots.
 
-    It is specified by ``Slots.next_tokens``.
+    It is specified by ``Rows.next_tokens``.
 
     Args:
         history_SW: int64, the tokens of each slot.
@@ -465,7 +465,7 @@ def accept(
 ) -> Call:
     """Returns the launch that accepts drafts and advances the first B slots.
 
-    It is specified by ``Slots.accept``.
+    It is specified by ``Rows.accept``.
 
     Args:
         ids_BT: int64, the sampled tokens.

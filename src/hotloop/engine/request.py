@@ -1,4 +1,4 @@
-"""One request on its way through the engine: what the host knows of it."""
+"""A request on its way through the engine, as the host knows it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,25 @@ from hotloop.types import (
 )
 
 
-class Sequence:
+class Request:
     """A prompt, its answer so far, and whether that has ended.
+
+    Args:
+        index: Which prompt of the call it is.
+        prompt_ids: The prompt.
+        params: How to sample.
+        seed: Seeds the draws.
+        max_new_tokens: Where the answer ends at the latest.
+        eos_ids: Tokens that end it.
+        tokenizer: Makes text of tokens; None gives no text.
+        starts_text: The answer is a text of its own, not the prompt's continuation.
+        submitted_s: When it was submitted, by ``time.perf_counter``.
+        speculates: Whether there is a drafter, so that steps are counted.
 
     Attributes:
         index: Which prompt of the call it is.
-        slot: Its slot in the cache, while it has one.
         finish_reason: Why it ended; None while it goes on, and where it failed.
         failed: The model gave no next token, since logits were not finite.
-
-    ``starts_text`` says that the answer is a text of its own, not the prompt's continuation.
     """
 
     def __init__(
@@ -48,7 +57,6 @@ class Sequence:
         self.index, self.prompt_ids, self.params, self.seed = index, prompt_ids, params, seed
         self.max_new_tokens = max_new_tokens
         self.eos_ids = frozenset() if params.ignore_eos else eos_ids
-        self.slot: int | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
@@ -66,14 +74,19 @@ class Sequence:
         """Whether no more tokens are wanted."""
         return self.failed or self.finish_reason is not None
 
+    @property
+    def n_wanted(self) -> int:
+        """Tokens that the answer may still have."""
+        return self.max_new_tokens - len(self.token_ids)
+
     def accept(self, token_id: int, logprob: TokenLogprob | None) -> str:
-        """Takes the next token; returns the text that is certain now, and notices the end."""
+        """Appends the next token; returns the text that is certain now, and notices the end."""
         self._last_s = time.perf_counter()
         if not self.token_ids:
             self._first_s = self._last_s
         self.token_ids.append(token_id)
         if self.params.logprobs is not None:
-            assert logprob is not None, "the step was told that somebody wants log-probabilities"
+            assert logprob is not None, "the step computes log-probabilities"
             top = logprob.top[: self.params.logprobs]
             self.logprobs.append(dataclasses.replace(logprob, top=top))
         text = ""
@@ -93,29 +106,29 @@ class Sequence:
     def count_steps(
         self, n: int, *, given: int, taken: int, n_drafts: int, share: StepTimes
     ) -> None:
-        """Counts a step with drafts, or plain ones where there could have been some.
+        """Counts a step with drafts, or plain ones of an engine that has a drafter.
 
         Args:
-            n: How many; one if there were drafts.
+            n: How many steps; one if there were drafts.
             given: Tokens that they brought this request.
             taken: Those of them before its end.
-            n_drafts: Drafts that stood for it.
+            n_drafts: Drafts that its row had.
             share: Its share of their time.
         """
-        assert self._speculation is not None, "nobody drafts"
+        assert self._speculation is not None, "there is no drafter"
         self._speculation += Speculation(
             n_steps=n,
             n_off=n if n_drafts == 0 else 0,
             n_tokens=taken,
             proposed=(1,) * n_drafts,
-            accepted=tuple(int(place < given - 1) for place in range(n_drafts)),
+            accepted=tuple(int(position < given - 1) for position in range(n_drafts)),
             draft_s=share.catch_up_s + share.draft_s,
             verify_s=share.model_s,
         )
 
     def generation(self) -> Generation:
         """The whole answer, once it has ended."""
-        assert self.finish_reason is not None, "the sequence goes on"
+        assert self.finish_reason is not None, "the request goes on"
         return Generation(
             prompt_ids=tuple(self.prompt_ids),
             token_ids=tuple(self.token_ids),
@@ -131,7 +144,7 @@ class Sequence:
         )
 
     def _end_of_text(self) -> str:
-        """What detokenizer and stop filter held back; a stop string can still be complete in it."""
+        """The text that detokenizer and stop filter held back, which can complete a stop string."""
         assert self._detokenizer is not None
         text = self._stops.push(self._detokenizer.flush())
         if self._stops.matched is not None:

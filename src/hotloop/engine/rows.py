@@ -1,0 +1,142 @@
+"""The rows of a step: where each sequence is, on the device.
+
+Rows in use are dense, from 0. A row has the history of its sequence, the position of the newest
+token, and the seat of the sequence in the KV cache. Row and seat are different things: when a
+sequence ends, the last row moves into its place, and what the cache holds stays where it is.
+
+Shape letters: R rows, B rows of a step, T positions of each, D drafts, C cache positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.cuda.launch import Call, Launcher
+from hotloop.kernels.cuda.step import accept, next_tokens
+
+
+class Rows:
+    """The state of every row, in tensors that CUDA graphs read at replay.
+
+    Args:
+        n_rows: R.
+        n_positions: C.
+        spare: The most drafts in a step.
+        device: Where the model is.
+        launcher: What the kernels that begin and end a step run on; None does so in plain PyTorch.
+
+    Attributes:
+        history: int64 [R, more than C]: the token at each position, up to the newest; beyond it,
+            anything.
+        positions: int64 [R]: of the newest token, which is not in the cache yet.
+        seats: int64 [R]: the seat of each row in the cache.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        n_positions: int,
+        spare: int,
+        device: torch.device,
+        *,
+        launcher: Launcher | None = None,
+    ) -> None:
+        self._launcher = launcher
+        width = n_positions + spare + 1  # a finished row may run a step too many
+        self.history = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(n_rows, dtype=torch.int64, device=device)
+        self._seats = tuple(range(n_rows))  # as they are on the device
+        self.seats = torch.tensor(self._seats, device=device)
+        self.last = n_positions - 1
+
+    def admit(self, row: int, prompt_ids: Tensor, first_id: Tensor) -> None:
+        """Puts a prompt and the first token of its answer [1] into a row."""
+        n = len(prompt_ids)
+        self.history[row, :n] = prompt_ids
+        self.history[row, n : n + 1] = first_id
+        self.positions[row] = n
+
+    def move(self, source: int, target: int) -> None:
+        """Copies a row's history and position into another row."""
+        self.history[target] = self.history[source]
+        self.positions[target] = self.positions[source]
+
+    def place(self, seats: tuple[int, ...]) -> None:
+        """Sets the seat of every row, for the steps that follow."""
+        if seats != self._seats:
+            pinned = torch.tensor(seats, pin_memory=self.seats.is_cuda)
+            self.seats.copy_(pinned, non_blocking=True)
+            self._seats = seats
+
+    def tokens(self, positions_BT: Tensor) -> Tensor:
+        """The tokens at some positions of the first B rows."""
+        return self.history[: len(positions_BT)].gather(1, positions_BT)
+
+    def upcoming(self, n: int, T: int) -> Tensor:
+        """Positions [n, T] of the newest token and those after it, none beyond the cache."""
+        first = self.positions[:n, None]
+        if T == 1:
+            return first
+        return (first + torch.arange(T, device=first.device)).clamp(max=self.last)
+
+    def next_tokens(self, n: int, drafts_BD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The input of a step of the first ``n`` rows.
+
+        Args:
+            n: B.
+            drafts_BD: int64, negative for none; or None.
+
+        Returns:
+            int64 [B, T] for T = D + 1, the newest token of each and its drafts (0 for none), and
+            int64 [B, T], their positions.
+        """
+        T = 1 if drafts_BD is None else drafts_BD.shape[1] + 1
+        if self._launcher is not None:
+            ids_BT, positions_BT = (self.positions.new_empty(n, T) for _ in range(2))
+            state, given = (self.history, self.positions), (drafts_BD, ids_BT, positions_BT)
+            self._launch(next_tokens(*state, *given, last_position=self.last))
+            return ids_BT, positions_BT
+        positions_BT = self.upcoming(n, T)
+        ids_BT = self.tokens(positions_BT[:, :1])
+        if drafts_BD is not None:
+            ids_BT = torch.cat((ids_BT, drafts_BD.clamp(min=0)), dim=1)
+        return ids_BT, positions_BT
+
+    def accept(
+        self, ids_BT: Tensor, drafts_BD: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Appends the model's choices after each token of ``next_tokens``, as far as they count.
+
+        Args:
+            ids_BT: int64.
+            drafts_BD: As for ``next_tokens``.
+
+        Returns:
+            int64 [B], how many choices count: those up to the first that is not its draft; and
+            int64 [B], how many drafts there were. None of both without drafts: all count.
+        """
+        B, T = ids_BT.shape
+        n_kept_B = n_drafts_B = None
+        if self._launcher is not None:
+            if drafts_BD is not None:
+                n_kept_B, n_drafts_B = (self.positions.new_empty(B) for _ in range(2))
+            counts = {"n_kept_B": n_kept_B, "n_drafts_B": n_drafts_B}
+            state = (self.history, self.positions)
+            self._launch(
+                accept(ids_BT.contiguous(), drafts_BD, *state, **counts, last_position=self.last)
+            )
+            return n_kept_B, n_drafts_B
+        if drafts_BD is not None:
+            right_BD = ids_BT[:, :-1] == drafts_BD
+            n_kept_B = right_BD.long().cumprod(dim=1).sum(dim=1) + 1
+            n_drafts_B = (drafts_BD >= 0).sum(dim=1)
+        positions_B = self.positions[:B]
+        after_BT = positions_B[:, None] + torch.arange(1, T + 1, device=positions_B.device)
+        self.history[:B].scatter_(1, after_BT, ids_BT)
+        positions_B.add_(1 if n_kept_B is None else n_kept_B).clamp_(max=self.last)
+        return n_kept_B, n_drafts_B
+
+    def _launch(self, call: Call) -> None:
+        assert self._launcher is not None, "there is no launcher"
+        self._launcher.prepare(call, dependent=False)()  # on what torch did before
