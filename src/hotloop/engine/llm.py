@@ -439,9 +439,9 @@ class LLM:
             for request in requests:
                 scheduler.submit(request)
             while not scheduler.idle:
-                self._check_open()
                 for _, delta in scheduler.turn():
                     yield delta
+                    self._check_open()  # the caller may have closed it meanwhile
         finally:
             for request in requests:
                 scheduler.cancel(request)
