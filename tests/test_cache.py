@@ -104,6 +104,23 @@ def test_a_temporary_folder_that_others_can_write_is_not_trusted(kind, tmp_path,
     assert cache.writable_cache_dir() == ours, "one for the whole process"
 
 
+def test_a_folder_of_one_process_goes_with_it(tmp_path):
+    """In a process of its own, whose end it is about."""
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    temporary(tmp_path).write_text("what is not ours")
+    code = "from hotloop import cache; print(cache.writable_cache_dir())"
+    environment = {"HOTLOOP_CACHE": "/proc/hotloop", "TMPDIR": str(tmp_path / "tmp")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(done.stdout.strip()).parent == tmp_path / "tmp"
+    assert list((tmp_path / "tmp").iterdir()) == [temporary(tmp_path)]
+
+
 def test_a_command_without_a_home_ends_in_one_line(tmp_path):
     """In a process of its own: libraries look for the home folder when they are imported."""
     code = """

@@ -213,3 +213,11 @@ def test_a_name_of_a_megabyte_is_shortened_in_errors():
 def test_importing_hotloop_and_its_cli_leaves_pydantic_alone():
     program = "import hotloop, hotloop.cli.app, sys; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=HANG_S).returncode == 0
+
+
+def test_a_text_of_the_wrong_form_is_told_what_it_must_be(tmp_path):
+    class Hash(StrictModel):
+        sha256: Annotated[str, Field(pattern="^[0-9a-f]{4}$")]
+
+    with pytest.raises(CheckpointError, match=r"sha256: must match pattern .*, not 'xyz'"):
+        validated(Hash, {"sha256": "xyz"}, tmp_path / "f")

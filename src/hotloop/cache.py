@@ -8,8 +8,10 @@ cannot be written holds already is still found.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -102,4 +104,12 @@ def _owned(folder: Path) -> Path:
         private = found.st_uid == os.getuid() and not found.st_mode & 0o022
         if stat.S_ISDIR(found.st_mode) and private:
             return folder
-    return Path(tempfile.mkdtemp(prefix="hotloop-"))
+    made = Path(tempfile.mkdtemp(prefix="hotloop-"))
+    atexit.register(_remove, made, os.getpid())
+    return made
+
+
+def _remove(folder: Path, owner: int) -> None:
+    """Removes a process's own folder when that process ends, and not when a fork of it does."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -217,6 +217,16 @@ def kernel_oom_kills() -> int | None:
     return None
 
 
+def oom_killed_since(before: int | None) -> bool:
+    """Tells whether the kernel has killed a process for want of memory since ``before``.
+
+    Args:
+        before: What ``kernel_oom_kills`` returned then.
+    """
+    now = kernel_oom_kills()
+    return before is not None and now is not None and now > before
+
+
 def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) -> float:
     """Bytes per second that ``device`` can read from its memory with all of torch's threads.
 

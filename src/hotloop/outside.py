@@ -109,7 +109,7 @@ def read_text(
     Raises:
         HotloopError: As for :func:`read_bytes`, or the file is not UTF-8.
     """
-    return _decode(read_bytes(path, limit=limit, refuse=refuse), path, refuse)
+    return decode(read_bytes(path, limit=limit, refuse=refuse), path, refuse)
 
 
 def read_json(
@@ -147,7 +147,7 @@ def parse_json(
             raise _JsonProblem(f"the number {digits} is too large")
         return value
 
-    text = data if isinstance(data, str) else _decode(data, file, refuse)
+    text = data if isinstance(data, str) else decode(data, file, refuse)
     try:
         value = json.loads(
             text.removeprefix("\ufeff"),
@@ -195,6 +195,9 @@ class StrictModel(BaseModel):
 
 M = TypeVar("M", bound=BaseModel)
 
+Place = tuple[int | str, ...]
+"""Keys and indexes that lead to a value."""
+
 
 def validated(
     model: type[M],
@@ -203,6 +206,7 @@ def validated(
     *,
     prefix: str = "",
     refuse: Refuse = CheckpointError,
+    name: Callable[[Place], str] | None = None,
 ) -> M:
     """Checks a value against a pydantic model.
 
@@ -212,6 +216,7 @@ def validated(
         file: Where it comes from, for the error.
         prefix: What the file has in front of every key.
         refuse: Makes the error.
+        name: What a place is called in the error; None calls it by its keys.
 
     Raises:
         HotloopError: One line with the file and the first problems: key, value, what is right.
@@ -219,11 +224,14 @@ def validated(
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise refuse(file, joined(problems(error, model, prefix))) from error
+        raise refuse(file, joined(problems(error, model, prefix, name))) from error
 
 
 def problems(
-    error: ValidationError, model: type[BaseModel] | None = None, prefix: str = ""
+    error: ValidationError,
+    model: type[BaseModel] | None = None,
+    prefix: str = "",
+    name: Callable[[Place], str] | None = None,
 ) -> list[str]:
     """Puts each of pydantic's errors into words: the key, the value, and what is right.
 
@@ -231,8 +239,9 @@ def problems(
         error: What ``model_validate`` raised.
         model: What was validated, so that the known keys can be named.
         prefix: What the file has in front of every key.
+        name: What a place is called; None calls it by its keys.
     """
-    return [_problem(one, model, prefix) for one in error.errors(include_url=False)]
+    return [_problem(one, model, prefix, name) for one in error.errors(include_url=False)]
 
 
 def joined(found: list[str], most: int = 3) -> str:
@@ -241,10 +250,17 @@ def joined(found: list[str], most: int = 3) -> str:
     return "; ".join(found[:most]) + rest
 
 
-def _problem(error: Any, model: type[BaseModel] | None, prefix: str) -> str:
+def _problem(
+    error: Any,
+    model: type[BaseModel] | None,
+    prefix: str,
+    name: Callable[[Place], str] | None,
+) -> str:
     kind, loc, value = error["type"], error["loc"], shorten_value(error["input"])
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)
     place = shorten(prefix + place.removeprefix("."), 120) if loc else "the whole"
+    if name is not None and loc:
+        place = name(loc)
     if kind == "extra_forbidden":
         return f"{place}: there is no such key.{_nearest(loc[-1], _fields_at(model, loc[:-1]))}"
     if kind == "missing":
@@ -254,7 +270,7 @@ def _problem(error: Any, model: type[BaseModel] | None, prefix: str) -> str:
     if kind == "literal_error":
         choices = get_args(_declared_at(model, loc))
         return f"{place}: {value} is not a choice.{_nearest(error['input'], choices)}"
-    said = _MUST.get(kind) or error["msg"].replace("Input should", "must", 1)
+    said = _MUST.get(kind) or re.sub(r"^(Input|String|Value) should", "must", error["msg"])
     return f"{place}: {said}, not {value}"
 
 
@@ -366,12 +382,20 @@ def _kind_of_json(value: Any) -> str:
             return shorten_value(value)
 
 
-def _decode(data: bytes, file: Path | str, refuse: Refuse) -> str:
+def decode(data: bytes, file: Path | str, refuse: Refuse) -> str:
+    """Decodes UTF-8.
+
+    Raises:
+        HotloopError: The bytes are not UTF-8.
+    """
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         bad = data[error.start : error.start + 1].hex()
-        raise refuse(file, f"is not UTF-8 text: byte {error.start} is 0x{bad}") from error
+        raise refuse(
+            file,
+            f"is not UTF-8 text: byte {error.start} is 0x{bad}. Convert it, for example with iconv",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ from typing import Any, BinaryIO
 
 from hotloop.errors import ConfigError, HotloopError, shorten, shorten_value
 
+TAIL_BYTES = 2**16
+"""Bytes of a log in which its last lines are looked for."""
+
 MAX_NAME_BYTES = 200
 """The longest file name that is made of a text: file systems allow 255, and suffixes follow."""
 
@@ -51,7 +54,7 @@ def replacing(path: Path) -> Generator[BinaryIO]:
     Raises:
         HotloopError: The file cannot be made or written.
     """
-    with _errors_named(path):
+    with errors_named(path):
         unfinished = path.with_name(f".{uuid.uuid4().hex}.partial")
         raw = _Unfinished(unfinished, path)
     try:
@@ -59,7 +62,7 @@ def replacing(path: Path) -> Generator[BinaryIO]:
             file = io.BufferedWriter(raw)
             yield file
             file.flush()
-            with _errors_named(path):
+            with errors_named(path):
                 os.fsync(raw.fileno())
                 unfinished.replace(path)
     finally:
@@ -75,7 +78,7 @@ class _Unfinished(io.FileIO):
         self._target = target
 
     def write(self, data: Any, /) -> int:
-        with _errors_named(self._target):
+        with errors_named(self._target):
             return super().write(data)
 
 
@@ -87,7 +90,7 @@ def opened_to_append(path: Path) -> Generator[BinaryIO]:
         ConfigError: ``path`` is a link, or no regular file.
         HotloopError: The file cannot be opened.
     """
-    with _errors_named(path):
+    with errors_named(path):
         if path.is_symlink():
             raise ConfigError(f"{path} is a link: it is not followed. Remove it.")
         # What is no regular file must not make open() wait, and a link made meanwhile fails.
@@ -99,6 +102,20 @@ def opened_to_append(path: Path) -> Generator[BinaryIO]:
         yield file
 
 
+def tail(file: BinaryIO, lines: int, start: int = 0) -> list[str]:
+    """Returns the last lines of a log that are not blank, from its last ``TAIL_BYTES``.
+
+    Args:
+        file: The log, open for reading.
+        lines: How many lines to return at most.
+        start: The position at which to begin; what is before it is left out.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(start, size - TAIL_BYTES))
+    text = file.read(TAIL_BYTES).decode(errors="replace")
+    return [line for line in text.splitlines() if line.strip()][-lines:]
+
+
 def append_line(path: Path, line: bytes) -> None:
     """Adds a line to a file: one write, on the disk when this returns.
 
@@ -107,7 +124,7 @@ def append_line(path: Path, line: bytes) -> None:
     Raises:
         HotloopError: As for ``opened_to_append``, or the disk is full.
     """
-    with opened_to_append(path) as file, _errors_named(path):
+    with opened_to_append(path) as file, errors_named(path):
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
@@ -122,7 +139,7 @@ def make_folder(path: Path) -> Path:
     Raises:
         HotloopError: It cannot be made.
     """
-    with _errors_named(path):
+    with errors_named(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -172,7 +189,7 @@ def file_name(text: str) -> str:
 
 
 @contextmanager
-def _errors_named(path: Path) -> Generator[None]:
+def errors_named(path: Path) -> Generator[None]:
     """Turns the system's errors about a path into ours."""
     try:
         possible = b"\0" not in os.fsencode(path)

@@ -4,9 +4,10 @@ import io
 from collections.abc import Callable
 
 import pytest
-from cli_fakes import FakeLLM
+from cli_fakes import FakeLLM, FakeTokenizer
 
 import hotloop
+from hotloop.cli import engine, generate
 
 
 @pytest.fixture
@@ -15,6 +16,8 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
 
     fresh = type("FakeLLM", (FakeLLM,), {"made": []})
     monkeypatch.setitem(vars(hotloop), "LLM", fresh)
+    for module in (engine, generate):
+        monkeypatch.setattr(module, "early_tokenizer", lambda _: FakeTokenizer())
     return fresh
 
 

@@ -15,6 +15,7 @@ from hotloop import errors
 from hotloop.bench.record import Record
 from hotloop.cli import help_pages
 from hotloop.cli.app import VERBS, help_page, main
+from hotloop.cli.help_pages import PAGES
 from hotloop.sweep.store import RECORDS
 
 HEAVY = ("torch", "numpy", "pydantic", "gguf", "transformers", "yaml", "tokenizers")
@@ -110,7 +111,7 @@ def test_a_usage_error_is_one_line_that_names_the_fault_and_where_to_read_on(arg
         (errors.UnknownNameError("scheme", "int9", ["int8"]), 2),
         (errors.ModelNotFoundError("no"), 2),
         (errors.UnsupportedError("no"), 2),
-        (errors.CheckpointError("file", "is cut short"), 1),
+        (errors.CheckpointError("file", "is cut short"), 2),
         (errors.DownloadError("no"), 1),
         (errors.OutOfMemoryError("load"), 1),
     ],
@@ -126,6 +127,19 @@ def test_errors_for_users_are_one_line_and_say_by_their_code_whose_turn_it_is(
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize("kind", ["device", "empty", "pipe", "folder"])
+def test_what_is_no_model_ends_with_2(kind, tmp_path, capsys):
+    path = Path("/dev/null") if kind == "device" else tmp_path / "x.gguf"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.write_bytes(b"")
+    assert main(["info", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
 
 
 class PanicException(BaseException):
@@ -172,6 +186,13 @@ def test_an_error_of_the_system_names_the_file_and_is_no_fault_of_ours(failing, 
     failing(PermissionError(13, "Permission denied", "/closed/x"))
     assert main(["generate", "model", "prompt"]) == 1
     assert capsys.readouterr().err == "error: /closed/x: Permission denied.\n"
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.txt")), ids=lambda page: page.stem)
+def test_no_example_of_a_help_page_is_broken_in_two(page):
+    _, found, examples = page.read_text().partition("Examples:\n")
+    assert all(line.startswith("  hotloop ") or " | " in line for line in examples.splitlines())
+    assert found or page.stem == "hotloop"
 
 
 def test_an_error_message_has_a_bounded_length():

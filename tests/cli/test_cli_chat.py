@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -101,6 +102,16 @@ def test_turns_over_a_pipe_get_an_answer_each_and_carry_the_history(fake_llm, pi
         "<user>Hi<assistant>Hello world.<user>More<assistant>",
     ]
     assert llm.closed
+
+
+def test_lines_before_one_that_is_not_text_are_answered(fake_llm, monkeypatch, capsys):
+    stdin = io.TextIOWrapper(io.BytesIO(b"Hi\r\n\xff\nMore\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["chat", "m"]) == 2
+    assert "not text in utf-8" in capsys.readouterr().err
+    (llm,) = fake_llm.made
+    assert len(llm.asked) == 1
+    assert "Hi" in str(llm.asked[0])
 
 
 @pytest.mark.parametrize("options", [[], ["--max-new-tokens", "1000"]])

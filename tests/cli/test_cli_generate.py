@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from cli_fakes import FakeTokenizer
 
+from hotloop.cli import generate
 from hotloop.cli.app import main
+from hotloop.errors import RequestError
 from hotloop.types import Speculation
 
 pytestmark = pytest.mark.usefixtures("fake_llm")
@@ -67,6 +71,28 @@ def test_a_single_token_has_no_decode_speed_and_its_json_is_still_valid(capsys):
     out, err = capsys.readouterr()
     assert json.loads(out)["decode_tok_s"] is None
     assert "decode" not in err
+
+
+def test_an_empty_prompt_is_refused_before_the_model_is_loaded(fake_llm, monkeypatch, capsys):
+    tokenizer = SimpleNamespace(encode=lambda _: [])
+    monkeypatch.setattr(generate, "early_tokenizer", lambda _: tokenizer)
+    assert main(["generate", "m", ""]) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+    assert fake_llm.made == []
+
+
+def test_a_template_that_fails_is_found_before_the_model_is_loaded(
+    fake_llm, monkeypatch, tmp_path, capsys
+):
+    def refuse(_self, *_messages, **_options):
+        raise RequestError("the template refuses")
+
+    monkeypatch.setattr(FakeTokenizer, "chat_prompt", refuse)
+    (tmp_path / "own.jinja").write_text("{{ messages }}")
+    for verb in (["generate", "m", "hi", "--chat"], ["chat", "m"]):
+        assert main([*verb, "--chat-template", str(tmp_path / "own.jinja")]) == 2
+        assert "the template refuses" in capsys.readouterr().err
+    assert fake_llm.made == []
 
 
 @pytest.mark.parametrize("how", [["-"], ["--stdin"], []])

@@ -271,7 +271,7 @@ def test_sweep_takes_drafts_and_devices_as_axes(sweeps, tmp_path):
 
 def test_a_number_of_devices_that_is_none_is_refused_by_its_place(sweeps, capsys):
     assert main(["sweep", "m", "--tp", "1,two"]) == 2
-    assert "matrix.tensor_parallel[1]: must be an integer" in capsys.readouterr().err
+    assert "--tensor-parallel: must be an integer" in capsys.readouterr().err
     assert sweeps.asked == []
 
 
@@ -315,7 +315,7 @@ def test_dry_run_prints_cells_and_predicted_memory_and_runs_nothing(sweeps, monk
 
     monkeypatch.setattr(plan, "plan", lambda recipe: list(planned(recipe)))
     assert main(["sweep", "m", "--dry-run"]) == 0
-    heading, first, second, third, _, reason = capsys.readouterr().out.splitlines()
+    _, _, heading, first, second, third, _, reason = capsys.readouterr().out.splitlines()
     assert heading.split()[:2] == ["configuration", "weights"]
     assert first.split() == ["a", *["1", "MiB"] * 4, "no"]
     assert second.split() == ["b", "unsupported"]

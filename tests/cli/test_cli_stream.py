@@ -144,3 +144,16 @@ def test_a_text_that_ends_its_line_gets_no_second_newline():
     writer.write("", "")
     writer.end()
     assert out.getvalue() == "one\n"
+
+
+def test_an_error_before_any_text_leaves_no_empty_line_and_an_empty_answer_has_a_line():
+    def failing() -> Iterator[Delta]:
+        raise RankError(1, 2, "was killed")
+        yield
+
+    plain = io.StringIO()
+    with pytest.raises(RankError):
+        relay(failing(), PlainWriter(plain))
+    assert plain.getvalue() == ""
+    relay((delta for delta in ()), PlainWriter(plain))
+    assert plain.getvalue() == "\n"

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import platform
 
 import pytest
@@ -28,7 +29,7 @@ def test_a_file_is_taken_byte_for_byte(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "problem"),
-    [(b"", "is empty"), (b" \n\t", "is empty"), (b"ab\xff", "not UTF-8.* 0xff at byte 2")],
+    [(b"", "holds no text"), (b" \n\t", "holds no text"), (b"ab\xff", "byte 2 is 0xff.*iconv")],
 )
 def test_a_file_without_text_is_refused(tmp_path, data, problem):
     path = tmp_path / "bad.txt"
@@ -38,7 +39,13 @@ def test_a_file_without_text_is_refused(tmp_path, data, problem):
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         load_text(tmp_path / "nothing.txt")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="is a folder, not a file"):
         load_text(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is a pipe, not a file"):
+        load_text(tmp_path / "pipe")

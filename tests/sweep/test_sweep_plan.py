@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from sweep_fakes import End, create, predict
+import itertools
+
+from sweep_fakes import End, create, planned, predict
 
 from hotloop.baselines import ENGINES, EngineKind
 from hotloop.errors import UnsupportedError
@@ -16,6 +18,8 @@ def planned_memory(config: EngineConfig):
 
 
 PREDICTED = EngineKind(create=create, predict=planned_memory)
+FREE = itertools.count(2**31, -1)
+LESS_EACH_TIME = EngineKind(create=create, predict=lambda _: planned(2**30, next(FREE)))
 NOT_PREDICTED = EngineKind(create=create)
 
 
@@ -36,3 +40,9 @@ def test_an_engine_without_a_prediction_is_planned_without_one(monkeypatch):
     monkeypatch.setitem(ENGINES, "hotloop", f"{__name__}:NOT_PREDICTED")
     (cell,) = plan(recipe_from_flags("m", matrix={}))
     assert (cell.cell, cell.fits, cell.predicted_bytes) == ("none/auto", None, None)
+
+
+def test_cells_are_compared_by_one_look_at_the_free_memory(monkeypatch):
+    monkeypatch.setitem(ENGINES, "hotloop", f"{__name__}:LESS_EACH_TIME")
+    cells = plan(recipe_from_flags("m", matrix={"quant": ["none", "int8", "fp8"]}))
+    assert len({cell.free_bytes for cell in cells}) == 1

@@ -425,3 +425,10 @@ def test_messages_that_are_none_are_refused(
     tokenizer = load_tokenizer(folder_with(tmp_path, CHATML))
     with pytest.raises(RequestError, match=problem):
         tokenizer.chat_prompt(messages, **variables)
+
+
+@pytest.mark.parametrize("tag", ["include 'x'", "import 'x' as x", "extends 'x'"])
+def test_a_template_that_reads_another_file_is_told_that_it_cannot(tag, tmp_path):
+    tokenizer = load_tokenizer(folder_with(tmp_path, f"{{% {tag} %}}"))
+    with pytest.raises(CheckpointError, match="reads another template, 'x'; a chat template has"):
+        tokenizer.chat_prompt(MESSAGES)

@@ -22,7 +22,7 @@ from whole_models import (
 )
 
 from hotloop.engine.llm import LLM
-from hotloop.errors import CheckpointError, ConfigError, UnsupportedError
+from hotloop.errors import CheckpointError, ConfigError, HotloopError, UnsupportedError
 from hotloop.models import names
 from hotloop.models.families import read_config
 from hotloop.quant import parse_scheme
@@ -31,6 +31,7 @@ from hotloop.text.tokenizer import load_tokenizer
 from hotloop.weights.checkpoint import open_checkpoint, stored_form
 from hotloop.weights.identity import hash_checkpoint, read_quantization
 from hotloop.weights.quantize import quantize_checkpoint
+from hotloop.weights.writer import SafetensorsWriter
 
 QUANTS = ["int8", "fp8", "int4-g32-asym", "int4-g64"]
 HEADS = ["none", "int8", "fp8", "int4-g64"]
@@ -225,6 +226,18 @@ def rewrite_description(folder: Path, description: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["hotloop_quantization"] = description
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_destination_in_use_is_refused_before_the_source_is_opened(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        quantize_checkpoint(tmp_path / "no model", tmp_path / "file", quant="int8")
+
+
+def test_destination_under_a_file_is_refused_by_its_own_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HotloopError, match=r"cannot write \S+/file/x: Not a directory"):
+        SafetensorsWriter(tmp_path / "file" / "x").__enter__()
 
 
 def test_format_of_a_later_version_is_refused_with_the_fix(tmp_path):

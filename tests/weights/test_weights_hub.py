@@ -299,3 +299,9 @@ def test_pulling_a_path_is_refused_and_writes_nothing(name, tmp_path, monkeypatc
     with pytest.raises(ModelNotFoundError, match="no model"):
         pull(name)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_model_and_not_the_current_folder(name):
+    with pytest.raises(ModelNotFoundError, match="the model's name is empty"):
+        resolve_model(name)

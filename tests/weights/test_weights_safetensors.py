@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -335,3 +336,10 @@ def test_finiteness_of_eight_bit_and_integer_types_is_decided_too(folder):
     check_finite(eight, info)
     with pytest.raises(CheckpointError):
         check_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn), info)
+
+
+def test_of_a_folder_of_ggufs_only_files_are_offered(folder):
+    (folder / "model.gguf").write_bytes(b"")
+    os.mkfifo(folder / "pipe.gguf")
+    (folder / "folder.gguf").mkdir()
+    assert str(refusal(folder)).endswith("give the path of one: model.gguf")

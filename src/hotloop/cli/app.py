@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from hotloop import __version__
 from hotloop.cli.output import discard_output, open_streams, print_error
 from hotloop.errors import (
+    CheckpointError,
     ConfigError,
     HotloopError,
     ModelNotFoundError,
@@ -38,8 +39,14 @@ TRACEBACK = "HOTLOOP_TRACEBACK"
 
 HELP_FLAGS = ("--help", "-h")
 
-USAGE_ERRORS = (ConfigError, ModelNotFoundError, RequestError, UnsupportedError)
-"""Errors that another command line would mend."""
+USAGE_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    ModelNotFoundError,
+    RequestError,
+    UnsupportedError,
+)
+"""Errors of the command line, or of a file that it names."""
 
 
 def commands() -> App:

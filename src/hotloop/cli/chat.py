@@ -95,8 +95,10 @@ def chat(
     sampling.check(json=json)
     interactive = sys.stdin.isatty()
     config, conversation = engine.config(model), ConversationFormat(template)
+    first = [{"role": "system", "content": system}] if system else []
+    conversation.check(model, [*first, {"role": "user", "content": "Hello"}])
     with loaded(config) as llm:
-        params, encode = sampling.params(llm.default_sampling), conversation.encoder(llm)
+        params, encode = sampling.params(llm.default_sampling), conversation.encoder(llm.tokenizer)
         session = Session(llm, config, params, encode, system, json=json)
         if interactive:
             session.greet()

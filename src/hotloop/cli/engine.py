@@ -14,6 +14,7 @@ from hotloop.cli.output import note, spinner
 if TYPE_CHECKING:
     from hotloop.cli.options import TemplateOptions
     from hotloop.engine.llm import LLM
+    from hotloop.text.tokenizer import Tokenizer
     from hotloop.types import ChatPrompt, EngineConfig
 
 
@@ -71,11 +72,25 @@ class ConversationFormat:
         from hotloop.outside import config_error, read_text
 
         self._variables, self._file = options.variables(), options.chat_template
+        self._own = bool(options.given())
         self._source = read_text(self._file, refuse=config_error) if self._file else None
 
-    def encoder(self, llm: LLM) -> Callable[[Sequence[Message]], ChatPrompt]:
-        """What encodes messages for ``llm``; the last one is continued if it is an answer."""
-        tokenizer = llm.tokenizer
+    def check(self, model: str, messages: Sequence[Message]) -> None:
+        """Encodes messages before the model is loaded, where the user said how.
+
+        Raises:
+            HotloopError: The template of the user's own, its variables or the messages are at
+                fault.
+        """
+        if self._own:
+            self.encoder(early_tokenizer(model))(messages)
+
+    def encoder(self, tokenizer: Tokenizer | None) -> Callable[[Sequence[Message]], ChatPrompt]:
+        """Makes the function that encodes messages; it continues the last one if it is an answer.
+
+        Args:
+            tokenizer: The model's.
+        """
         assert tokenizer is not None, "a checkpoint comes with a tokenizer"
         if self._file is not None:
             tokenizer = replace(tokenizer, chat_template=self._source, source=self._file)
@@ -87,6 +102,14 @@ class ConversationFormat:
             )
 
         return encode
+
+
+def early_tokenizer(model: str) -> Tokenizer:
+    """Loads a model's tokenizer, to find cheap mistakes before the model is loaded."""
+    from hotloop.text.tokenizer import load_tokenizer
+    from hotloop.weights.hub import resolve_model
+
+    return load_tokenizer(resolve_model(model))
 
 
 def raw_prompt(llm: LLM, text: str, *, special: bool) -> str | list[int]:

@@ -30,7 +30,7 @@ app = App(
     help_epilogue="""\
 Examples:
   hotloop eval smollm2-135m --quant int4-g64
-  hotloop eval smollm2-135m --quant int8 --execution compile --text book.txt --json
+  hotloop eval smollm2-135m --quant int8 --text book.txt --json
   hotloop eval ./my-model --window 1024 --no-reference""",
 )
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import App
 
-from hotloop.cli.engine import ConversationFormat, loaded, raw_prompt
+from hotloop.cli.engine import ConversationFormat, early_tokenizer, loaded, raw_prompt
 from hotloop.cli.options import (
     DEFAULT_ENGINE,
     DEFAULT_SAMPLING,
@@ -24,7 +24,7 @@ from hotloop.cli.options import (
 )
 from hotloop.cli.output import note, print_json
 from hotloop.cli.stream import SILENT, relay, writer_for
-from hotloop.errors import ConfigError, shorten
+from hotloop.errors import ConfigError, RequestError, shorten
 
 app = App(
     name="generate",
@@ -78,18 +78,20 @@ def generate(
         raise ConfigError("--special is for a prompt without --chat: a message is always text.")
     if not chat and (answer_start is not None or template.given()):
         raise ConfigError("--answer-start, --chat-template and --template-arg need --chat.")
-    text, conversation = (
-        read_prompt(prompt, prompt_file, stdin or hyphen),
-        ConversationFormat(template),
-    )
+    conversation = ConversationFormat(template)
+    text = read_prompt(prompt, prompt_file, stdin or hyphen)
     config = engine.config(model)
+    messages = [{"role": "user", "content": text}]
+    if answer_start is not None:
+        messages.append({"role": "assistant", "content": answer_start})
+    if chat:
+        conversation.check(model, messages)
+    elif not text and not early_tokenizer(model).encode(""):
+        raise RequestError("the prompt is empty: give some text.")
     with loaded(config) as llm:
         params = sampling.params(llm.default_sampling)
         if chat:
-            messages = [{"role": "user", "content": text}]
-            if answer_start is not None:
-                messages.append({"role": "assistant", "content": answer_start})
-            asked = conversation.encoder(llm)(messages)
+            asked = conversation.encoder(llm.tokenizer)(messages)
         else:
             asked = raw_prompt(llm, text, special=special)
         answer = relay(llm.stream([asked], params), SILENT if json else writer_for(sys.stdout))

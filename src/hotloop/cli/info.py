@@ -122,13 +122,16 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
     if setup.path is not None:
         with closing(setup.open()) as checkpoint:
             stored = stored_form(checkpoint)
-    under = []
+    under: list[dict[str, Any]] = []
+    free: int | None = None
     for scheme in schemes:
         try:
             plan = predict_memory(replace(config, quant=scheme))
         except (ConfigError, UnsupportedError) as error:
             under.append({"quant": scheme, "unsupported": str(error)})
         else:
+            free = free or plan.free_bytes  # looked up once: the rows differ by their schemes alone
+            plan = replace(plan, free_bytes=free)
             fits = plan.total_bytes <= plan.free_bytes
             under.append({"quant": scheme, **plan.to_dict(), "fits": fits})
     return {
@@ -214,7 +217,7 @@ def _show_model(about: dict[str, Any]) -> None:
         ]
     )
     room = f"{about['max_batch_size']} × {about['max_seq_len']:,} tokens of cache"
-    print_text(f"\nMemory on {about['device']} with {room}:\n")
+    print_text(f"\nMemory on {about['device']} with {room}, weights with rotary tables for them:\n")
     rows = about["memory"]
     print_memory("quant", ((r["quant"], r, r.get("fits"), r.get("unsupported")) for r in rows))
 

@@ -222,8 +222,11 @@ def relay(
                     break
     except KeyboardInterrupt:
         pass
-    finally:  # an engine's error begins a line of its own
-        writer.end()
+    except BaseException:
+        if any(pieces):  # the error begins a line of its own
+            writer.end()
+        raise
+    writer.end()
     timing = None
     if token_ids:
         timing = Timing(n_tokens=len(token_ids), ttft_s=first_s, e2e_s=last_s)

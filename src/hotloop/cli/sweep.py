@@ -29,7 +29,7 @@ from hotloop.cli.options import (
     WorkloadOptions,
     option,
 )
-from hotloop.cli.output import note, print_json, print_memory, print_rich
+from hotloop.cli.output import note, print_json, print_memory, print_rich, print_text
 from hotloop.errors import ConfigError, HotloopError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ app = App(
     help_epilogue="""\
 Examples:
   hotloop sweep smollm2-135m
-  hotloop sweep smollm2-135m --quant none,int8 --execution compile --out results/a
+  hotloop sweep smollm2-135m --quant none,int8 --batch 4 --out results/batch4
   hotloop sweep recipe.yaml --resume
   hotloop sweep recipe.yaml --model ./my-model --draft-model ./my-draft
   hotloop sweep --weights random --shape llama-2-13b --dry-run""",
@@ -190,6 +190,7 @@ def _show_plan(cells: list[PlannedCell], *, json: bool) -> None:
         for cell in cells:
             print_json(cell.to_dict())
         return
+    print_text("Memory of each cell, weights with rotary tables for the tokens of cache:\n")
     print_memory(
         "configuration", ((c.cell, c.predicted_bytes or {}, c.fits, c.unsupported) for c in cells)
     )

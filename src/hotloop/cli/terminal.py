@@ -97,13 +97,16 @@ def line_reader() -> Generator[ReadLine]:
 def _read_plain_line(prompt: str) -> str:
     if sys.stdin.isatty():
         print(prompt, end="", file=sys.stderr, flush=True)
+    # Bytes, since a text stream decodes in large pieces: a bad byte would take earlier lines along.
+    source, encoding = getattr(sys.stdin, "buffer", sys.stdin), sys.stdin.encoding or "utf-8"
+    line = source.readline()
     try:
-        line = sys.stdin.readline()
+        line = line if isinstance(line, str) else line.decode(encoding)
     except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is not text in {error.encoding}: {error}.") from error
+        raise RequestError(f"standard input is not text in {encoding}: {error}.") from error
     if not line:
         raise EOFError
-    return line.removesuffix("\n")
+    return line.removesuffix("\n").removesuffix("\r")
 
 
 @contextmanager

@@ -12,7 +12,10 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotloop.errors import ConfigError
+from hotloop.outside import config_error, decode, read_bytes
+
+MAX_TEXT_BYTES = 2**30
+"""The largest text that is read: windows are taken from its beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +37,10 @@ def load_text(path: Path | None) -> Text:
     """
     if path is None:
         return _default_text()
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"text {str(path)!r} cannot be read: {error.strerror}.") from error
-    try:
-        content = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"text {str(path)!r} is not UTF-8: {error.reason} 0x{data[error.start]:02x} at byte "
-            f"{error.start}. Convert it, for example with iconv."
-        ) from error
+    data = read_bytes(path, limit=MAX_TEXT_BYTES, refuse=config_error)
+    content = decode(data, path, config_error)
     if not content.strip():
-        raise ConfigError(f"text {str(path)!r} is empty. Quality needs a text to predict.")
+        raise config_error(path, "holds no text to predict")
     return Text(name=path.name, content=content, sha256=hashlib.sha256(data).hexdigest())
 
 

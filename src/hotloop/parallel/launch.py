@@ -34,8 +34,9 @@ from typing import Any, BinaryIO
 import psutil
 
 from hotloop.errors import HotloopError, OutOfMemoryError, RankError, RequestError
-from hotloop.hardware import kernel_oom_kills
+from hotloop.hardware import kernel_oom_kills, oom_killed_since
 from hotloop.parallel.link import LAST, Answer, Failure, Progress, receive, send
+from hotloop.writing import tail
 
 TICK_S = 0.5
 """Interval of checks of processes whose connections are silent."""
@@ -312,13 +313,13 @@ class _Watch:
             if failure.error is not None:
                 return failure.error
             problem = f"failed in {self._phase}: {failure.summary}"
-            return RankError(rank.index, n_ranks, problem, _tail(rank.log))
+            return RankError(rank.index, n_ranks, problem, _last_lines(rank.log))
         if rank.process is None:
             return RankError(rank.index, n_ranks, f"is gone, in {self._phase}")
         with suppress(subprocess.TimeoutExpired):
             rank.process.wait(PEER_GRACE_S)
         code = rank.process.poll()
-        if code == -signal.SIGKILL and kernel_oom_kills() != self._oom_kills:
+        if code == -signal.SIGKILL and oom_killed_since(self._oom_kills):
             return OutOfMemoryError(self._phase)
         if code is None:
             how = "fell silent"
@@ -326,7 +327,7 @@ class _Watch:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
             how = f"ended with exit code {code}"
-        return RankError(rank.index, n_ranks, f"{how} in {self._phase}", _tail(rank.log))
+        return RankError(rank.index, n_ranks, f"{how} in {self._phase}", _last_lines(rank.log))
 
 
 def _end(watch: _Watch, thread: threading.Thread, owner: int) -> None:
@@ -342,10 +343,5 @@ def _end(watch: _Watch, thread: threading.Thread, owner: int) -> None:
         rank.close()
 
 
-def _tail(log: BinaryIO | None) -> str:
-    """Returns the last lines of a rank's log."""
-    if log is None:
-        return ""
-    log.seek(0)
-    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return "\n".join(lines[-LOG_TAIL_LINES:])
+def _last_lines(log: BinaryIO | None) -> str:
+    return "\n".join(tail(log, LOG_TAIL_LINES)) if log else ""

@@ -132,4 +132,6 @@ def from_line(line: bytes) -> Event:
         ((kind, value),) = parse_json(line, "an event").items()
         return _FROM_CELL[kind].validate_python(value)
     except (ValueError, KeyError) as error:
-        raise HotloopError(f"not an event of a cell: {shorten_value(line)}") from error
+        raise HotloopError(
+            f"its process sent a line that is no event: {shorten_value(line)}"
+        ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hotloop.errors import ConfigError, UnsupportedError
@@ -48,16 +48,26 @@ def plan(recipe: Recipe) -> list[PlannedCell]:
     Raises:
         ModelNotFoundError: There is no such model on this machine.
     """
-    return [_planned(cell) for cell in make_cells(expand(recipe), Models())]
+    free: dict[tuple[str, int], int] = {}
+    return [_planned(cell, free) for cell in make_cells(expand(recipe), Models())]
 
 
-def _planned(cell: Cell) -> PlannedCell:
+def _planned(cell: Cell, free: dict[tuple[str, int], int]) -> PlannedCell:
+    """Plans a cell.
+
+    Args:
+        cell: The cell.
+        free: What devices were found to have free for so many ranks, which is looked up once: what
+            other programs take meanwhile is no difference between cells.
+    """
     try:
         memory = cell.engine.predict(cell.config)
     except (UnsupportedError, ConfigError) as error:
         return PlannedCell(cell=cell.name, config=cell.config, unsupported=str(error))
     if memory is None:
         return PlannedCell(cell=cell.name, config=cell.config)
+    where = memory.device, cell.config.tensor_parallel
+    memory = replace(memory, free_bytes=free.setdefault(where, memory.free_bytes))
     return PlannedCell(
         cell=cell.name,
         config=cell.config,

@@ -26,7 +26,7 @@ import psutil
 import hotloop
 from hotloop.bench.record import Record, Status
 from hotloop.errors import HotloopError
-from hotloop.hardware import kernel_oom_kills
+from hotloop.hardware import kernel_oom_kills, oom_killed_since
 from hotloop.sweep.cell import as_reason, base_record, gib
 from hotloop.sweep.events import (
     CellFinished,
@@ -39,13 +39,15 @@ from hotloop.sweep.events import (
 from hotloop.sweep.job import Job
 from hotloop.sweep.marked import MARK, end_marked
 from hotloop.sweep.store import MAX_LINE_BYTES
-from hotloop.writing import opened_to_append
+from hotloop.writing import opened_to_append, tail
 
 GRACE_S = 5.0
 """How long a process may take to end, once it was asked to or has given its record."""
 
 TICK_S = 0.1
 LOG_TAIL_LINES = 6
+MOST_LOG_LINES = 1_000
+"""Lines among which a crash is looked for: faulthandler names every thread."""
 
 OOM_SHARE = 0.8
 """A process killed by somebody else while it held this much of the memory that was available when
@@ -125,7 +127,7 @@ def run_isolated(
         if stopped == "interrupted":
             status, reason = stopped, f"stopped by its user in {seen.phase}"
         elif seen.nonsense:
-            status, reason = "failed", f"ended in {seen.phase}, for it told {seen.nonsense}"
+            status, reason = "failed", f"ended in {seen.phase}: {seen.nonsense}"
         elif stopped == "timeout":
             status, reason = (
                 stopped,
@@ -190,8 +192,7 @@ class _Seen:
         name = signal.Signals(-code).name
         held = f"it held {gib(self._peak_rss)} of the {gib(self._available)} available"
         if -code == signal.SIGKILL:
-            before, after = self._oom_kills, kernel_oom_kills()
-            if before is not None and after is not None and after > before:
+            if oom_killed_since(self._oom_kills):
                 return "oom", f"killed by the kernel in {self.phase} for want of memory; {held}"
             if self._peak_rss > OOM_SHARE * self._available:
                 return "oom", f"killed in {self.phase}, probably for want of memory; {held}"
@@ -285,8 +286,7 @@ def _end(child: subprocess.Popen[bytes], grace_s: float) -> None:
 def _tail(log: Path, start: int) -> str:
     """The last lines of this attempt's log; of a crash, up to the innermost frames."""
     with log.open("rb") as file:
-        file.seek(start)
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = tail(file, MOST_LOG_LINES, start)
     for number, line in enumerate(lines):
         if line.startswith("Fatal Python error"):  # faulthandler prints the innermost frame first
             lines = lines[: number + 4]

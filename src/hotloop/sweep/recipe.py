@@ -58,7 +58,7 @@ from hotloop.baselines import ENGINES
 from hotloop.bench.record import Workload
 from hotloop.checked import Range
 from hotloop.errors import ConfigError, UnknownNameError, shorten, shorten_value
-from hotloop.outside import LARGEST_COUNT, StrictModel, config_error, read_text, validated
+from hotloop.outside import LARGEST_COUNT, Place, StrictModel, config_error, read_text, validated
 from hotloop.sweep.bounded_yaml import parse_yaml
 from hotloop.types import EngineConfig, WeightSource, is_draft_model, levers
 from hotloop.writing import check_component
@@ -283,7 +283,24 @@ def recipe_from_flags(
         "quality": quality,
         **others,
     }
-    return _checked(_given(said), source="command line", folder=Path())
+    recipe = validated(
+        Recipe,
+        _given(said),
+        "command line",
+        refuse=lambda _, problem: ConfigError(problem),
+        name=_flag,
+    )
+    expand(recipe)
+    return recipe
+
+
+def _flag(place: Place) -> str:
+    """The option of the command line that a place in a recipe comes from."""
+    keys = [key for key in place if isinstance(key, str)]
+    if keys == ["model"]:
+        return "MODEL"
+    other = {"defaults.seed": "weights_seed", "workload.seed": "workload_seed"}
+    return "--" + other.get(".".join(keys), keys[-1]).replace("_", "-")
 
 
 def replace_models(
@@ -375,13 +392,14 @@ def fit_to_experiment(
     if config.max_seq_len is not None and config.max_seq_len < needed:
         what = f"workload of {asked} tokens" if asked == needed else f"window of {needed} tokens"
         raise ConfigError(
-            f"max_seq_len {config.max_seq_len} of {config.name} cannot hold the {what}: raise it "
+            f"max_seq_len (--max-seq-len) {config.max_seq_len} of {config.name} cannot hold the "
+            f"{what}: raise it "
             "or leave it out."
         )
     if config.max_batch_size < workload.batch:
         raise ConfigError(
-            f"max_batch_size {config.max_batch_size} of {config.name} is below the workload's "
-            f"batch of {workload.batch}: raise it or leave it out."
+            f"max_batch_size (--max-batch-size) {config.max_batch_size} of {config.name} is below "
+            f"the workload's batch of {workload.batch}: raise it or leave it out."
         )
     return config
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 
+from hotloop.parallel.link import end_group
 from hotloop.sweep.cell import run_cell, score_reference
 from hotloop.sweep.events import CellFinished, Event, to_line
 from hotloop.sweep.job import Job
@@ -44,6 +44,4 @@ def _end_with_parent() -> None:
         pass
     if mark := os.environ.get(MARK):
         end_marked(mark)
-    if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+    end_group()

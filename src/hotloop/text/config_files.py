@@ -41,7 +41,7 @@ MAX_TOKEN_CHARS = 10_000
 """Characters of an added token."""
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_optional_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file, or nothing in it.
 
     Raises:
@@ -255,14 +255,14 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
         CheckpointError: A file is not JSON, or a value that hotloop reads is of the wrong kind.
     """
     file, older_file = folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS_MAP
-    config = read_json(file)
+    config = read_optional_json(file)
     validated(TokenizerConfig, config, file)
     if "added_tokens_decoder" not in config:  # it came with the format that left the others behind
-        older = read_json(older_file)
+        older = read_optional_json(older_file)
         validated(TokenizerConfig, older, older_file)
         config = {**config, **older}
     if config.get("tokenizer_class") is None:
-        model = read_json(folder / MODEL_CONFIG)
+        model = read_optional_json(folder / MODEL_CONFIG)
         for name in (model.get("tokenizer_class"), _class_of_model(model.get("model_type"))):
             if isinstance(name, str):
                 config["tokenizer_class"] = name
@@ -288,7 +288,7 @@ def read_added_tokens(folder: Path) -> dict[str, int]:
         CheckpointError: It is not JSON, or holds anything but ids.
     """
     file = folder / ADDED_TOKENS
-    return validated(_AddedIds, {"ids": read_json(file)}, file).ids
+    return validated(_AddedIds, {"ids": read_optional_json(file)}, file).ids
 
 
 def _listed(value: Any) -> Any:
@@ -310,4 +310,4 @@ def read_end_ids(file: Path) -> frozenset[int]:
     Raises:
         CheckpointError: The file is not JSON, or the key holds something else.
     """
-    return frozenset(validated(_EndIds, read_json(file), file).eos_token_id or ())
+    return frozenset(validated(_EndIds, read_optional_json(file), file).eos_token_id or ())

@@ -17,7 +17,7 @@ from hotloop.checked import range_of
 from hotloop.errors import shorten_value
 from hotloop.gguf_header import model_parts, read_gguf_header
 from hotloop.outside import StrictModel, file_kind, validated
-from hotloop.text.config_files import GENERATION_CONFIG, read_json, write_json
+from hotloop.text.config_files import GENERATION_CONFIG, read_optional_json, write_json
 from hotloop.types import SamplingParams
 
 _GGUF_KEYS = {
@@ -86,7 +86,7 @@ def generation_defaults(path: Path) -> dict[str, Any]:
         found = validated(_GGUFSuggestions, read_gguf_header(file).metadata, file).model_dump()
     else:
         file = path / GENERATION_CONFIG
-        config = read_json(file)
+        config = read_optional_json(file)
         found = validated(_Suggestions, config, file).model_dump()
         if found.pop("do_sample"):
             found["temperature"] = 1.0 if found["temperature"] is None else found["temperature"]
@@ -109,7 +109,7 @@ def write_generation_config(
         eos_ids: The tokens that end an answer.
     """
     file = folder / GENERATION_CONFIG
-    config = read_json(file)
+    config = read_optional_json(file)
     if sampling is not None:
         config = {
             key: value for key, value in config.items() if key not in _Suggestions.model_fields

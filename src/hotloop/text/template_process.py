@@ -55,6 +55,12 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
+def _refuse_file(name: str) -> NoReturn:
+    raise jinja2.TemplateSyntaxError(
+        f"it reads another template, {name!r}; a chat template has to be one file", 1
+    )
+
+
 def _strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
 
@@ -62,7 +68,10 @@ def _strftime_now(layout: str) -> str:
 class _Template:
     def __init__(self, source: str, output_chars: int) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, loopcontrols],
+            loader=jinja2.FunctionLoader(_refuse_file),
         )
         environment.filters["tojson"] = self._to_json
         functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}

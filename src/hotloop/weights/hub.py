@@ -96,6 +96,10 @@ def resolve_model(name: str) -> Path:
     Raises:
         ModelNotFoundError: It is none of these; the message says how to get it.
     """
+    if not name.strip():
+        raise ModelNotFoundError(
+            "the model's name is empty: give a folder (. for this one), a file, or a pulled name."
+        )
     path = _local(name)
     if path.exists():
         return _whole_model(path)

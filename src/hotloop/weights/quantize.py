@@ -27,7 +27,7 @@ from hotloop.weights.identity import (
     read_quantization,
 )
 from hotloop.weights.source import CheckpointSource, schemes_by_name, stored_parts
-from hotloop.weights.writer import SafetensorsWriter
+from hotloop.weights.writer import SafetensorsWriter, refuse_occupied
 
 
 def quantize_checkpoint(
@@ -58,6 +58,7 @@ def quantize_checkpoint(
             quantized, or a destination that is in use.
         CheckpointError: A damaged or incomplete source; ``dst`` is then not made.
     """
+    refuse_occupied(dst)
     scheme = parse_scheme(quant)
     head_scheme = parse_head_scheme(head, scheme)
     if scheme.name == head_scheme.name == "none":

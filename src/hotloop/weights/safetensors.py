@@ -150,7 +150,7 @@ def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
 
 def _refuse_other_layouts(folder: Path) -> None:
     """Names what a folder holds instead of Hugging Face's layout, if that is known."""
-    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    ggufs = sorted(path.name for path in folder.glob("*.gguf") if path.is_file())
     if ggufs:
         listed = shorten(", ".join(ggufs))
         raise CheckpointError(folder, f"holds GGUF files; give the path of one: {listed}")

@@ -26,6 +26,7 @@ from torch import Tensor
 from hotloop.errors import ConfigError
 from hotloop.weights.identity import SINGLE_FILE
 from hotloop.weights.safetensors import DTYPES, INDEX_FILE
+from hotloop.writing import errors_named
 
 HEADER_BYTES = 256 * 2**10
 """Where the data of each file begins: room for about two thousand tensors."""
@@ -70,12 +71,13 @@ class SafetensorsWriter:
 
     def __init__(self, folder: Path, *, max_shard_bytes: int = 4 * 2**30) -> None:
         self.folder, self.max_shard_bytes = folder.resolve(), max_shard_bytes
-        _refuse_occupied(self.folder)
+        refuse_occupied(self.folder)
         self.staging = self.folder.parent / f".{self.folder.name}.{uuid.uuid4().hex[:8]}.partial"
         self._shards: list[_Shard] = []
 
     def __enter__(self) -> Self:
-        self.staging.mkdir(parents=True)
+        with errors_named(self.folder):
+            self.staging.mkdir(parents=True)
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -133,13 +135,18 @@ class SafetensorsWriter:
             total_size = sum(shard.n_bytes for shard in self._shards)
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             (self.staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-        _refuse_occupied(self.folder)
+        refuse_occupied(self.folder)
         if self.folder.exists():
             self.folder.rmdir()
         self.staging.rename(self.folder)
 
 
-def _refuse_occupied(folder: Path) -> None:
+def refuse_occupied(folder: Path) -> None:
+    """Refuses to write where something is already.
+
+    Raises:
+        ConfigError: It is neither missing nor an empty folder.
+    """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(
             f"{folder} exists and is not an empty folder: give another, or remove it first."
