@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hotloop import hardware
 from hotloop.kernels import cpu
-from hotloop.kernels.linear import choose_linear
+from hotloop.kernels.linear import LinearSpec, choose_linear
 from hotloop.quant import QTensor, parse_head_scheme, parse_scheme
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
@@ -83,7 +83,9 @@ def products(scheme: str) -> list[Product]:
     made: list[Product] = []
     for name, (n, k), form in [*shapes, ("head", HEAD, head)]:
         weight = form.quantize(torch.randn(n, k, dtype=torch.bfloat16) / k**0.5)
-        kernel, _ = choose_linear(form.format(n, k, dtype=torch.bfloat16, device="cpu"))
+        kernel, _ = choose_linear(
+            LinearSpec(format=form.format(k), n=n, k=k, dtype=torch.bfloat16, device="cpu")
+        )
         if not isinstance(weight, QTensor):
             made.append((name, ops.linear_bf16.default, [*kernel.pack(weight, None, None)]))
             continue

@@ -11,7 +11,7 @@ from hotloop import LLM, SamplingParams
 from hotloop.engine.core import Features
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.sampling import Sampler
-from hotloop.kernels.linear import choose_linear
+from hotloop.kernels.linear import LinearSpec, choose_linear
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.types import EngineConfig, Execution
 
@@ -103,7 +103,9 @@ def test_quantized_products_are_within_bfloat16_rounding_of_float64(
     x = torch.randn(rows, k, device="cuda", generator=generator).bfloat16()
     quantized = parse_scheme(scheme).quantize(weight)
     assert isinstance(quantized, QTensor)
-    form = parse_scheme(scheme).format(n, k, dtype=torch.bfloat16, device="cuda")
+    form = LinearSpec(
+        format=parse_scheme(scheme).format(k), n=n, k=k, dtype=torch.bfloat16, device="cuda"
+    )
     kernel, _ = choose_linear(form)
     packed = kernel.pack(quantized.values, quantized.scale, quantized.offset)
     assert sum(t.nbytes for t in packed) == kernel.nbytes(form)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
-from hotloop.kernels.linear import KERNELS, WeightFormat, choose_linear
+from hotloop.kernels.linear import KERNELS, LinearSpec, choose_linear
 from hotloop.quant import QTensor, parse_scheme
 
 SCHEMES = ["none", "int8", "fp8", *(f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym"))]
@@ -58,11 +58,11 @@ def assert_within_rounding(y: Tensor, x: Tensor, weight: Tensor, *, x_step: floa
     assert worst <= 1, f"{worst:.2f} times the error that rounding explains"
 
 
-def form_of(name: str, n: int, k: int, dtype: torch.dtype) -> WeightFormat:
-    return parse_scheme(name).format(n, k, dtype=dtype, device="cpu")
+def form_of(name: str, n: int, k: int, dtype: torch.dtype) -> LinearSpec:
+    return LinearSpec(format=parse_scheme(name).format(k), n=n, k=k, dtype=dtype, device="cpu")
 
 
-def kernels_for(form: WeightFormat) -> list:
+def kernels_for(form: LinearSpec) -> list:
     return [kernel for kernel in KERNELS if kernel.unsupported(form) is None]
 
 
@@ -332,7 +332,9 @@ def test_gpu_takes_no_cpu_kernel_and_says_why_not_tinygemm():
         (torch.float16, 64, "int4/tinygemm not used: tinygemm needs bfloat16 activations"),
         (torch.bfloat16, 60, "int4/tinygemm not used: tinygemm needs N a multiple of 8"),
     ):
-        form = parse_scheme("int4-g64").format(n, 128, dtype=dtype, device="cuda")
+        form = LinearSpec(
+            format=parse_scheme("int4-g64").format(128), n=n, k=128, dtype=dtype, device="cuda"
+        )
         kernel, notes = choose_linear(form)
         assert kernel.name == "int4/torch"
         assert notes[0].startswith(says)

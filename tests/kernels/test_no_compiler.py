@@ -13,7 +13,7 @@ from waiting import HANG_S
 
 from hotloop.kernels import cpu
 from hotloop.kernels.attention import choose_attention, torch_attention
-from hotloop.kernels.linear import choose_linear
+from hotloop.kernels.linear import LinearSpec, choose_linear
 from hotloop.quant import parse_scheme
 
 
@@ -87,7 +87,9 @@ def test_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(tmp_path, m
 @pytest.mark.parametrize("name", ["none", "int8", "int4-g64", "int4-g32-asym"])
 def test_next_kernel_is_taken_and_the_reason_noted(name, monkeypatch):
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no compiler today")
-    form = parse_scheme(name).format(64, 128, dtype=torch.bfloat16, device="cpu")
+    form = LinearSpec(
+        format=parse_scheme(name).format(128), n=64, k=128, dtype=torch.bfloat16, device="cpu"
+    )
     kernel, notes = choose_linear(form)
     base = {"none": "dense", "int8": "int8"}.get(name, "int4")
     assert kernel.name == f"{base}/torch"

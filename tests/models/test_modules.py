@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hotloop.kernels.linear import LinearSpec
 from hotloop.models.cache import KVCache, write
 from hotloop.models.linear import Embedding, Linear
 from hotloop.quant import QTensor, parse_scheme
@@ -33,7 +34,9 @@ def test_projection_accounts_for_itself_as_its_scheme_foretells():
     for name in ("none", "int8", "int4-g64", "int4-g32-asym"):
         scheme, linear = parse_scheme(name), Linear(10, 128)
         linear.assign(scheme.quantize(normal(10, 128)), dtype=torch.bfloat16, device=CPU)
-        form = scheme.format(10, 128, dtype=torch.bfloat16, device="cpu")
+        form = LinearSpec(
+            format=scheme.format(128), n=10, k=128, dtype=torch.bfloat16, device="cpu"
+        )
         assert linear.kernel is not None
         assert linear.kernel.nbytes(form) == linear.nbytes
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hotloop.engine.prompt import STEP_TOKENS, bytes_per_row
 from hotloop.engine.setup import Setup, prepare, ranks_here
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info, free_bytes
-from hotloop.kernels.linear import WeightFormat, choose_linear
+from hotloop.kernels.linear import LinearSpec, choose_linear
 from hotloop.models import names
 from hotloop.quant import Scheme
 from hotloop.types import EngineConfig, MemoryPlan
@@ -61,27 +59,34 @@ def _cache_bytes(setup: Setup) -> int:
 def _weights_bytes(setup: Setup) -> int:
     model, itemsize = setup.local, setup.dtype.itemsize
 
-    def form(scheme: Scheme, n: int, k: int, *, paired: bool = False) -> WeightFormat:
-        plain = scheme.format(n, k, dtype=setup.dtype, device=setup.device.type)
-        return replace(plain, fused=setup.fused, paired=paired)
+    def spec(scheme: Scheme, n: int, k: int, *, paired: bool = False) -> LinearSpec:
+        return LinearSpec(
+            format=scheme.format(k),
+            n=n,
+            k=k,
+            dtype=setup.dtype,
+            device=setup.device.type,
+            fused=setup.fused,
+            paired=paired,
+        )
 
-    def packed(form: WeightFormat) -> int:
-        return choose_linear(form)[0].nbytes(form)
+    def packed(spec: LinearSpec) -> int:
+        return choose_linear(spec)[0].nbytes(spec)
 
     layers = 0
     for i, layer in enumerate(model.layers):
         for matrix in layer.matrices:
             scheme = setup.schemes[names.layer(i, matrix.parts[0].name)]
-            layers += packed(form(scheme, matrix.n, matrix.k, paired=matrix.paired))
+            layers += packed(spec(scheme, matrix.n, matrix.k, paired=matrix.paired))
             if matrix.bias and not (matrix.summed and setup.rank > 0):  # which rank 0 adds
                 layers += itemsize * matrix.n
         layers += itemsize * sum(norm.n for norm in layer.norms)
-    whole = form(setup.head_scheme, model.vocab_size, model.hidden_size)
+    whole = spec(setup.head_scheme, model.vocab_size, model.hidden_size)
     same_rows = model.tie_embeddings and whole.kind in ("dense", "int8")
     if same_rows and choose_linear(whole)[0].keeps_rows:
         embeddings = packed(whole)  # the head is a slice of the embedding
     else:
-        head = form(setup.head_scheme, len(setup.shard.vocabulary), model.hidden_size)
+        head = spec(setup.head_scheme, len(setup.shard.vocabulary), model.hidden_size)
         int8 = same_rows and whole.kind == "int8"
         row_bytes = whole.k + _FLOAT32 if int8 else whole.k * itemsize
         embeddings = packed(head) + whole.n * row_bytes

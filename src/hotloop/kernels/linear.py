@@ -22,28 +22,49 @@ from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.packing import Format, pack
 
 Kind = Literal["dense", "int8", "fp8", "int4"]
-"""What a weight's elements are: unquantized floating point, or a quantized type."""
+"""The elements of a weight: unquantized floating point, or a quantized type."""
+
+Zero = Literal["none", "integer", "offset"]
+"""What zero is in a quantized weight: the integer 0, an integer zero point, or a float offset."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightFormat:
+class KernelFormat:
+    """The numbers of a weight, as a kernel reads them.
+
+    Attributes:
+        kind: Its elements.
+        group_size: Input features that share a scale; all of them where a scale is of a whole row.
+            None for a dense weight.
+        scale_dtype: Element type of scales, and of floating-point offsets.
+        zero: ``integer``: a group's integer zero point is subtracted before scaling. ``offset``: a
+            group's floating-point offset is added after it.
+    """
+
+    kind: Kind
+    group_size: int | None = None
+    scale_dtype: torch.dtype | None = None
+    zero: Zero = "none"
+
+
+DENSE = KernelFormat(kind="dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
     """What a choice of kernel depends on.
 
     Attributes:
-        kind: What its elements are.
-        group_size: Input features that share a scale, or None for a dense weight.
-        symmetric: Without offsets.
+        format: The numbers of the weight.
         n: Output features.
         k: Input features.
         dtype: Element type of activations, and of unquantized weights.
         device: "cpu" or "cuda".
         fused: For the fused step, which reads one order of bytes alone.
-        paired: Gate and up features, one below the other; the fused step takes their SwiGLU.
+        paired: Gate and up features, one below the other; the fused step computes their SwiGLU.
     """
 
-    kind: Kind
-    group_size: int | None
-    symmetric: bool
+    format: KernelFormat
     n: int
     k: int
     dtype: torch.dtype
@@ -52,9 +73,26 @@ class WeightFormat:
     paired: bool = False
 
     @property
+    def kind(self) -> Kind:
+        """The elements of the weight."""
+        return self.format.kind
+
+    @property
     def n_scales(self) -> int:
         """Scales in the whole weight."""
-        return self.n * (self.k // self.group_size) if self.group_size else 0
+        return self.n * (self.k // self.format.group_size) if self.format.group_size else 0
+
+    @property
+    def zero_bytes(self) -> int:
+        """Bytes of zero points or offsets, one for each scale, as they are."""
+        if self.format.zero == "none":
+            return 0
+        return self.n_scales * (1 if self.format.zero == "integer" else self.scale_bytes)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of one scale."""
+        return 0 if self.format.scale_dtype is None else self.format.scale_dtype.itemsize
 
 
 class LinearKernel(Protocol):
@@ -70,15 +108,21 @@ class LinearKernel(Protocol):
         """Whether packed rows are the rows as they came: an embedding can share them."""
         ...
 
-    def unsupported(self, form: WeightFormat) -> str | None:
+    def unsupported(self, spec: LinearSpec) -> str | None:
         """Why it cannot serve this weight, or None if it can; empty if it was never meant to."""
         ...
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        """Arranges a weight on its device as the kernel reads it."""
+        """Arranges a weight on its device as the kernel reads it.
+
+        Args:
+            values: [N, K].
+            scale: [N, G] of a quantized weight.
+            offset: [N, G] where its format has zeros: integer zero points, or offsets.
+        """
         ...
 
-    def nbytes(self, form: WeightFormat) -> int:
+    def nbytes(self, spec: LinearSpec) -> int:
         """Exact bytes of what ``pack`` returns."""
         ...
 
@@ -97,16 +141,16 @@ class DenseTorch:
     name = "dense/torch"
     keeps_rows = True
 
-    def unsupported(self, form: WeightFormat) -> str | None:
-        return None if form.kind == "dense" else NOT_MEANT
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        return None if spec.kind == "dense" else NOT_MEANT
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         assert scale is None, "a floating-point weight has no scale"
         assert offset is None, "a floating-point weight has no offset"
         return [values.contiguous()]
 
-    def nbytes(self, form: WeightFormat) -> int:
-        return form.n * form.k * form.dtype.itemsize
+    def nbytes(self, spec: LinearSpec) -> int:
+        return spec.n * spec.k * spec.dtype.itemsize
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return F.linear(x_MK, packed[0])
@@ -117,8 +161,8 @@ class DenseCpu(DenseTorch):
 
     name = "dense/cpu"
 
-    def unsupported(self, form: WeightFormat) -> str | None:
-        return _cpu_unsupported(form, "dense")
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        return _cpu_unsupported(spec, "dense")
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return torch.ops.hotloop_cpu.linear_bf16(x_MK, packed[0])
@@ -137,16 +181,18 @@ class ChannelwiseTorch:
         self.kind: Kind = kind
         self.name = f"{kind}/torch"
 
-    def unsupported(self, form: WeightFormat) -> str | None:
-        return None if form.kind == self.kind else NOT_MEANT
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        if spec.kind != self.kind:
+            return NOT_MEANT
+        return _inexact(spec, scales=_FLOATS, zeros=("none",), groups=(spec.k,))
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         assert scale is not None, f"{self.kind} needs its scales"
         assert offset is None, f"{self.kind} is symmetric"
         return [values.contiguous(), scale.reshape(-1).float()]
 
-    def nbytes(self, form: WeightFormat) -> int:
-        return form.n * form.k + 4 * form.n_scales
+    def nbytes(self, spec: LinearSpec) -> int:
+        return spec.n * spec.k + 4 * spec.n_scales
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return reference.linear_channelwise(x_MK, *packed)
@@ -159,8 +205,9 @@ class Int8Cpu(ChannelwiseTorch):
         super().__init__("int8")
         self.name = "int8/cpu"
 
-    def unsupported(self, form: WeightFormat) -> str | None:
-        return _cpu_unsupported(form, "int8")
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        reason = _cpu_unsupported(spec, "int8")
+        return super().unsupported(spec) if reason is None else reason
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return torch.ops.hotloop_cpu.linear_int8(x_MK, *packed)
@@ -172,16 +219,18 @@ class Int4Torch:
     name = "int4/torch"
     keeps_rows = False
 
-    def unsupported(self, form: WeightFormat) -> str | None:
-        return None if form.kind == "int4" else NOT_MEANT
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        if spec.kind != "int4":
+            return NOT_MEANT
+        return _inexact(spec, scales=_FLOATS, zeros=("none", "offset"), groups=(32, 64, 128))
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         assert scale is not None, "int4 needs its scales"
         packed = reference.pack_int4(values, values.shape[1] // scale.shape[1])
         return [packed, scale.contiguous(), *([] if offset is None else [offset.contiguous()])]
 
-    def nbytes(self, form: WeightFormat) -> int:
-        return form.n * form.k // 2 + 2 * form.n_scales * (1 if form.symmetric else 2)
+    def nbytes(self, spec: LinearSpec) -> int:
+        return spec.n * spec.k // 2 + spec.n_scales * spec.scale_bytes + spec.zero_bytes
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return reference.linear_int4(x_MK, *_with_offset(packed))
@@ -192,11 +241,12 @@ class Int4Cpu(Int4Torch):
 
     name = "int4/cpu"
 
-    def unsupported(self, form: WeightFormat) -> str | None:
-        reason = _cpu_unsupported(form, "int4")
-        if reason is None and form.n % cpu.INT4_FEATURES:
-            return f"needs a multiple of {cpu.INT4_FEATURES} output features, not {form.n}"
-        return reason
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        reason = _cpu_unsupported(spec, "int4")
+        if reason is None and spec.n % cpu.INT4_FEATURES:
+            return f"needs a multiple of {cpu.INT4_FEATURES} output features, not {spec.n}"
+        inexact = _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
+        return inexact if reason is None else reason
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         assert scale is not None, "int4 needs its scales"
@@ -213,14 +263,14 @@ class Int4TinyGemm:
     name = "int4/tinygemm"
     keeps_rows = False
 
-    def unsupported(self, form: WeightFormat) -> str | None:
-        if form.kind != "int4" or form.device != "cuda":
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        if spec.kind != "int4" or spec.device != "cuda":
             return NOT_MEANT
-        if form.dtype != torch.bfloat16:
-            return f"tinygemm needs bfloat16 activations, not {form.dtype}"
-        if form.n % 8 or form.k % 32:
-            return f"tinygemm needs N a multiple of 8 and K of 32, not {form.n} and {form.k}"
-        return None
+        if spec.dtype != torch.bfloat16:
+            return f"tinygemm needs bfloat16 activations, not {spec.dtype}"
+        if spec.n % 8 or spec.k % 32:
+            return f"tinygemm needs N a multiple of 8 and K of 32, not {spec.n} and {spec.k}"
+        return _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         assert scale is not None, "int4 needs its scales"
@@ -233,8 +283,8 @@ class Int4TinyGemm:
         scale_zero_GN2 = torch.stack((scale.T, zero.T), dim=-1).to(torch.bfloat16).contiguous()
         return [words, scale_zero_GN2]
 
-    def nbytes(self, form: WeightFormat) -> int:
-        return form.n * form.k // 2 + 4 * form.n_scales  # a zero beside every scale
+    def nbytes(self, spec: LinearSpec) -> int:
+        return spec.n * spec.k // 2 + 4 * spec.n_scales  # a zero beside every scale
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         words, scale_zero_GN2 = packed
@@ -249,24 +299,26 @@ class Fused:
     gives the weight back as rows of bfloat16, for the occasion.
 
     Args:
-        form: The one format that it serves.
+        spec: The weight that it serves.
     """
 
     keeps_rows = False
 
-    def __init__(self, form: WeightFormat) -> None:
-        self.name = f"{form.kind}/fused"
+    def __init__(self, spec: LinearSpec) -> None:
+        self.name = f"{spec.kind}/fused"
         self.form = Format(
-            kind="bf16" if form.kind == "dense" else form.kind,
-            group_size=form.group_size if form.kind == "int4" else None,
-            symmetric=form.symmetric,
-            n=form.n,
-            k=form.k,
-            paired=form.paired,
+            kind="bf16" if spec.kind == "dense" else spec.kind,
+            group_size=spec.format.group_size if spec.kind == "int4" else None,
+            symmetric=spec.format.zero == "none",
+            n=spec.n,
+            k=spec.k,
+            paired=spec.paired,
         )
 
-    def unsupported(self, form: WeightFormat) -> str | None:
-        return None if form.fused else NOT_MEANT
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        if not spec.fused:
+            return NOT_MEANT
+        return fused_unsupported(spec)
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         packed = pack(self.form, values, scale, offset)
@@ -275,13 +327,34 @@ class Fused:
             return [packed, scale.reshape(-1).float().clone()]  # shared with no embedding
         return [packed]
 
-    def nbytes(self, form: WeightFormat) -> int:
-        return self.form.nbytes + (4 * form.n if self.form.kind in ("int8", "fp8") else 0)
+    def nbytes(self, spec: LinearSpec) -> int:
+        return self.form.nbytes + (4 * spec.n if self.form.kind in ("int8", "fp8") else 0)
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         weight, *scale_N = packed
         y = F.linear(x_MK, dequantize(self.form, weight))
         return (y * scale_N[0]).to(y.dtype) if scale_N else y
+
+
+class Dequantizing:
+    """Quantized weights of any format, dequantized for every product."""
+
+    name = "dequantized/torch"
+    keeps_rows = False
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        return NOT_MEANT if spec.kind == "dense" else None
+
+    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
+        assert scale is not None, "a quantized weight needs its scales"
+        return [t.contiguous() for t in (values, scale, offset) if t is not None]
+
+    def nbytes(self, spec: LinearSpec) -> int:
+        return spec.n * spec.k + spec.n_scales * spec.scale_bytes + spec.zero_bytes
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        weight = reference.dequantize(*_with_offset(packed))
+        return F.linear(x_MK, weight.to(x_MK.dtype))
 
 
 KERNELS: tuple[LinearKernel, ...] = (
@@ -293,28 +366,74 @@ KERNELS: tuple[LinearKernel, ...] = (
     ChannelwiseTorch("int8"),
     ChannelwiseTorch("fp8"),
     DenseTorch(),
+    Dequantizing(),
 )
 """In order of preference."""
 
 
-def choose_linear(form: WeightFormat) -> tuple[LinearKernel, list[str]]:
-    """The first kernel that can serve a weight, and why those before it cannot."""
-    if form.fused:
-        return Fused(form), []
+def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
+    """The first kernel that can serve a weight exactly, and why those before it cannot."""
+    if spec.fused:
+        reason = fused_unsupported(spec)
+        assert reason is None, f"the fused step {reason}"
+        return Fused(spec), []
     notes: list[str] = []
     for kernel in KERNELS:
-        reason = kernel.unsupported(form)
+        reason = kernel.unsupported(spec)
         if reason is None:
             return kernel, notes
         if reason != NOT_MEANT:
             notes.append(f"{kernel.name} not used: {reason}")
-    raise AssertionError(f"no kernel serves {form}")
+    raise AssertionError(f"no kernel serves {spec}")
 
 
-def _cpu_unsupported(form: WeightFormat, kind: Kind) -> str | None:
-    if form.kind != kind or form.device != "cpu":
+def fused_unsupported(spec: LinearSpec) -> str | None:
+    """Why the fused step cannot hold a weight exactly, or None if it can."""
+    if spec.kind == "dense":
+        return None
+    if spec.kind == "int4":
+        return _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
+    return _inexact(spec, scales=_FLOATS, zeros=("none",), groups=(spec.k,))
+
+
+_BF16 = (torch.bfloat16,)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _inexact(
+    spec: LinearSpec,
+    *,
+    scales: tuple[torch.dtype, ...],
+    zeros: tuple[Zero, ...],
+    groups: tuple[int, ...],
+) -> str | None:
+    """What of a quantized weight a kernel cannot hold exactly, or None if it can hold all.
+
+    Args:
+        spec: The weight.
+        scales: Element types of scales that it holds.
+        zeros: Kinds of zero that it holds.
+        groups: Sizes of groups that it holds.
+    """
+    format_ = spec.format
+    if format_.group_size not in groups:
+        sizes = "the whole row" if groups == (spec.k,) else " or ".join(map(str, groups))
+        return f"holds groups of {sizes}, not {format_.group_size}"
+    if format_.scale_dtype not in scales:
+        return f"holds scales in {', '.join(map(str, scales))}, not {format_.scale_dtype}"
+    if format_.zero not in zeros:
+        return {
+            "integer": "holds no integer zero points",
+            "offset": "holds no offsets",
+            "none": "holds no weight without offsets",
+        }[format_.zero]
+    return None
+
+
+def _cpu_unsupported(spec: LinearSpec, kind: Kind) -> str | None:
+    if spec.kind != kind or spec.device != "cpu":
         return NOT_MEANT
-    if form.dtype != torch.bfloat16:
+    if spec.dtype != torch.bfloat16:
         return NOT_MEANT  # float32 is asked for where exactness matters more than speed
     return cpu.unavailable_reason()
 

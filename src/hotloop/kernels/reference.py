@@ -85,6 +85,25 @@ def linear_channelwise(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tens
     return (F.linear(x_MK, values_NK.to(x_MK.dtype)) * scale_N).to(x_MK.dtype)
 
 
+def dequantize(values_NK: Tensor, scale_NG: Tensor, offset_NG: Tensor | None) -> Tensor:
+    """Dequantizes a weight to float32 [N, K].
+
+    Args:
+        values_NK: Integers or float8.
+        scale_NG: The scale of each group.
+        offset_NG: Floating-point offsets, which are added to what is scaled, or integer zero
+            points, which are subtracted before; None for neither.
+    """
+    n, groups = scale_NG.shape
+    weight = values_NK.view(n, groups, -1).float()
+    if offset_NG is not None and not offset_NG.is_floating_point():
+        weight -= offset_NG.float()[:, :, None]
+    weight *= scale_NG.float()[:, :, None]
+    if offset_NG is not None and offset_NG.is_floating_point():
+        weight += offset_NG.float()[:, :, None]
+    return weight.view(n, -1)
+
+
 def pack_int4(values_NK: Tensor, group_size: int) -> Tensor:
     """Packs int8 values -8…7 into int16 [N, K/4].
 
@@ -114,12 +133,8 @@ def dequantize_int4(
     packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Dequantizes a packed weight to [N, K], rounded once to ``dtype``."""
-    n, groups = scale_NG.shape
-    values = unpack_int4(packed, packed.shape[1] * 4 // groups).view(n, groups, -1)
-    weight = values.float() * scale_NG.float()[:, :, None]
-    if offset_NG is not None:
-        weight = weight + offset_NG.float()[:, :, None]
-    return weight.to(dtype).view(n, -1)
+    values_NK = unpack_int4(packed, packed.shape[1] * 4 // scale_NG.shape[1])
+    return dequantize(values_NK, scale_NG, offset_NG).to(dtype)
 
 
 def linear_int4(x_MK: Tensor, packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None) -> Tensor:

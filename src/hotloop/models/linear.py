@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hotloop.kernels.linear import LinearKernel, WeightFormat, choose_linear
+from hotloop.kernels.linear import DENSE, LinearKernel, LinearSpec, choose_linear
 from hotloop.models.config import Matrix
 from hotloop.quant import QTensor
 
@@ -52,11 +52,8 @@ class Linear(nn.Module):
             fused: For the fused step.
         """
         assert tuple(weight.shape) == (self.n, self.k), f"{weight.shape} for {self.n, self.k}"
-        quantized = isinstance(weight, QTensor)
-        form = WeightFormat(
-            kind=weight.kind if quantized else "dense",
-            group_size=weight.group_size if quantized else None,
-            symmetric=not quantized or weight.offset is None,
+        spec = LinearSpec(
+            format=weight.format if isinstance(weight, QTensor) else DENSE,
             n=self.n,
             k=self.k,
             dtype=dtype,
@@ -64,7 +61,7 @@ class Linear(nn.Module):
             fused=fused,
             paired=self.paired,
         )
-        self.kernel, self.notes = choose_linear(form)
+        self.kernel, self.notes = choose_linear(spec)
         if isinstance(weight, QTensor):
             moved = weight.to(device)
             packed = self.kernel.pack(moved.values, moved.scale, moved.offset)

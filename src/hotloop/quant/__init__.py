@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hotloop.kernels.linear import WeightFormat
+from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.qtensor import Combine, QTensor, cut, join_rows
 from hotloop.registry import resolve
 
@@ -70,8 +70,8 @@ class Scheme(Protocol):
         """
         ...
 
-    def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
-        """What a kernel is chosen by, for an [n, k] weight and activations of ``dtype``."""
+    def format(self, k: int) -> KernelFormat:
+        """The numbers of a weight with ``k`` input features, by which a kernel is chosen."""
         ...
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
-from hotloop.kernels.linear import WeightFormat
+from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.qtensor import Combine, QTensor
 
 DTYPE = torch.float8_e4m3fn
@@ -68,8 +68,6 @@ class Fp8:
         values = values.clamp_(-LARGEST, LARGEST).to(DTYPE)
         return QTensor(values=values, scale=scale, offset=None, kind="fp8")
 
-    def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
+    def format(self, k: int) -> KernelFormat:
         """One group per output channel."""
-        return WeightFormat(
-            kind="fp8", group_size=k, symmetric=True, n=n, k=k, dtype=dtype, device=device
-        )
+        return KernelFormat(kind="fp8", group_size=k, scale_dtype=torch.float32)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
-from hotloop.kernels.linear import WeightFormat
+from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.qtensor import Combine, QTensor
 
 GROUP_SIZES = (32, 64, 128)
@@ -113,14 +113,11 @@ class Int4:
         offset = None if self.symmetric else torch.zeros_like(scale)
         return QTensor(values=values, scale=scale, offset=offset, kind="int4")
 
-    def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
+    def format(self, k: int) -> KernelFormat:  # noqa: ARG002
         """Four bits in groups."""
-        return WeightFormat(
+        return KernelFormat(
             kind="int4",
             group_size=self.group_size,
-            symmetric=self.symmetric,
-            n=n,
-            k=k,
-            dtype=dtype,
-            device=device,
+            scale_dtype=SCALE_DTYPE,
+            zero="none" if self.symmetric else "offset",
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
-from hotloop.kernels.linear import WeightFormat
+from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.qtensor import Combine, QTensor
 
 QMAX = 127  # -128 is left unused, so that the grid is symmetric
@@ -61,8 +61,6 @@ class Int8:
         scale = torch.full((n, 1), std / (QMAX / 3**0.5), device=generator.device)
         return QTensor(values=values, scale=scale, offset=None, kind="int8")
 
-    def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
-        """Eight bits, one group per output channel."""
-        return WeightFormat(
-            kind="int8", group_size=k, symmetric=True, n=n, k=k, dtype=dtype, device=device
-        )
+    def format(self, k: int) -> KernelFormat:
+        """One group per output channel."""
+        return KernelFormat(kind="int8", group_size=k, scale_dtype=torch.float32)

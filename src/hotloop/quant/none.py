@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
-from hotloop.kernels.linear import WeightFormat
+from hotloop.kernels.linear import DENSE, KernelFormat
 from hotloop.quant.qtensor import Combine
 
 
@@ -40,8 +40,6 @@ class NoScheme:
         weight = torch.empty(n, k, dtype=dtype, device=generator.device)
         return weight.normal_(0, std, generator=generator)
 
-    def format(self, n: int, k: int, *, dtype: torch.dtype, device: str) -> WeightFormat:
+    def format(self, k: int) -> KernelFormat:  # noqa: ARG002
         """Floating point."""
-        return WeightFormat(
-            kind="dense", group_size=None, symmetric=True, n=n, k=k, dtype=dtype, device=device
-        )
+        return DENSE

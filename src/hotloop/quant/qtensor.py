@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
+from hotloop.kernels import reference
+from hotloop.kernels.linear import KernelFormat, Zero
 
 Combine = Callable[[Tensor], Tensor]
 """Of a tensor, the element-wise maximum over every slice of the same rows."""
@@ -26,13 +28,16 @@ Combine = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QTensor:
-    """A quantized matrix: ``weight = values * scale + offset``, scale and offset per group.
+    """A quantized matrix, with a scale for each group of input features.
+
+    ``weight = values * scale + offset`` with floating-point offsets,
+    ``weight = (values - offset) * scale`` with integer ones, which are called zero points.
 
     Attributes:
-        values: [N, K]: int8, which holds -127…127 of ``int8`` and -8…7 of ``int4``;
-            float8_e4m3fn of ``fp8``.
-        scale: Floating point [N, G].
-        offset: Floating point [N, G], or None where the scheme is symmetric.
+        values: [N, K]: int8, which holds integers of up to 8 bits of ``int8`` and -8…7 of
+            ``int4``; float8_e4m3fn of ``fp8``.
+        scale: Floating point of any type, [N, G].
+        offset: [N, G]: floating point of the scales' type, or int8; None where zero is 0.
         kind: What the values are.
     """
 
@@ -46,7 +51,10 @@ class QTensor:
         assert self.values.dtype == dtype, f"values of {self.kind} are {self.values.dtype}"
         assert self.values.shape[0] == self.scale.shape[0], "one row of scales per output feature"
         assert self.values.shape[1] % self.scale.shape[1] == 0, "groups of equal size"
-        assert self.offset is None or self.offset.shape == self.scale.shape, "an offset per scale"
+        if self.offset is not None:
+            assert self.offset.shape == self.scale.shape, "an offset per scale"
+            types = (torch.int8, self.scale.dtype)
+            assert self.offset.dtype in types, f"offsets are {self.offset.dtype}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,14 +67,22 @@ class QTensor:
         """Input features that share a scale: K where the scale is per output channel."""
         return self.values.shape[1] // self.scale.shape[1]
 
+    @property
+    def format(self) -> KernelFormat:
+        """The format that a kernel must be able to hold."""
+        zero: Zero = "none"
+        if self.offset is not None:
+            zero = "offset" if self.offset.is_floating_point() else "integer"
+        return KernelFormat(
+            kind=self.kind,
+            group_size=self.group_size,
+            scale_dtype=self.scale.dtype,
+            zero=zero,
+        )
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight it stands for, [N, K], computed in float32 and rounded once to ``dtype``."""
-        n, k = self.shape
-        weight = self.values.view(n, -1, self.group_size).float()
-        weight *= self.scale.float()[:, :, None]
-        if self.offset is not None:
-            weight += self.offset.float()[:, :, None]
-        return weight.view(n, k).to(dtype)
+        return reference.dequantize(self.values, self.scale, self.offset).to(dtype)
 
     def rows(self, start: int, stop: int) -> QTensor:
         """Output features ``start`` to ``stop``: a column-parallel shard."""

@@ -53,11 +53,11 @@ class Checkpoint(Protocol):
     config_file: Path
     tensors: Mapping[str, TensorInfo]
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+    def read(self, name: str, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
         """One tensor on the CPU, in memory of its own, cut to ``index`` (steps of 1).
 
         Safetensors keep their stored type. GGUF's F32, F16 and BF16 keep theirs, and its block
-        formats come dequantized to float32.
+        formats come dequantized to float32 or, with ``encoded``, as the bytes of whole blocks.
 
         Held at a time are the result and a chunk of 8 MiB (for block formats some 50 MiB), and
         nothing afterwards: files are not memory-mapped.

@@ -26,6 +26,9 @@ from torch import Tensor
 
 from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
 from hotloop.gguf_header import GGUFHeader, GGUFTensor, model_parts, read_gguf_header
+from hotloop.quant.encodings import ENCODINGS
+from hotloop.quant.encodings.gguf import BLOCKS
+from hotloop.registry import resolve
 from hotloop.weights.gguf_config import config_from_metadata
 from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
 
@@ -167,14 +170,15 @@ class GGUFCheckpoint:
                 )
         return factors
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+    def read(self, name: str, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
         """One tensor, or a slice of it, in memory of its own.
 
-        F32, F16 and BF16 keep their type, block formats are dequantized to float32. No rows are
+        F32, F16 and BF16 keep their type, block formats are dequantized to float32, or uint8 bytes
+        of blocks with ``encoded``: the columns are then those of whole blocks. No rows are
         read but those of ``index`` (where rows are reordered, of the heads it touches), of long
         rows only its columns, and no blocks dequantized but those it touches, a chunk at a time.
         """
-        return _read(self._entries[name], index)
+        return _read(self._entries[name], index, encoded=encoded)
 
     def close(self) -> None:
         """Closes the files; nothing can be read afterwards."""
@@ -317,7 +321,7 @@ def _translate_name(name: str) -> str | None:
     return f"model.layers.{layer}.{_LAYER_NAMES[what]}.{kind}" if what in _LAYER_NAMES else None
 
 
-def _read(entry: _Entry, index: tuple[slice, ...] = ()) -> Tensor:
+def _read(entry: _Entry, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
     rows, columns = (*index_ranges(index, entry.info.shape), range(1))[:2]
     elements, n_bytes = entry.block
     # Whole heads and whole blocks around what is wanted.
@@ -329,6 +333,11 @@ def _read(entry: _Entry, index: tuple[slice, ...] = ()) -> Tensor:
     )
 
     out = torch.empty(len(rows), len(columns), dtype=entry.dtype)
+    if encoded and entry.type.name not in _FLOATS:
+        assert kept_columns == slice(0, len(columns)), "blocks are not cut"
+        assert columns.stop % elements == 0, "blocks are not cut"
+        width = (blocks.stop - blocks.start) * n_bytes
+        out, kept_columns = torch.empty(len(rows), width, dtype=torch.uint8), slice(width)
     result = out if len(entry.info.shape) == 2 else out.view(-1)
     if result.numel() == 0:
         return result
@@ -343,10 +352,20 @@ def _read(entry: _Entry, index: tuple[slice, ...] = ()) -> Tensor:
         data = data.contiguous()
         if entry.type.name in _FLOATS:
             values = data.view(entry.dtype)
+        elif encoded:
+            values = data
         else:
-            values = torch.from_numpy(dequantize(data.numpy(), entry.type))
+            values = _dequantized(data, entry.type.name)
         kept = range(max(part.start, rows.start), min(part.stop, rows.stop))
         out[kept.start - rows.start : kept.stop - rows.start] = values[
             kept.start - part.start : kept.stop - part.start, kept_columns
         ]
     return result
+
+
+def _dequantized(blocks: Tensor, type_name: str) -> Tensor:
+    """The float32 weights of blocks, by the encoding of their type or else the gguf package."""
+    encoding = f"gguf-{type_name.lower()}"
+    if encoding in ENCODINGS:
+        return resolve("encoding", ENCODINGS, encoding).decode({BLOCKS: blocks}).dequantize()
+    return torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[type_name]))

@@ -78,12 +78,12 @@ def quantize_checkpoint(
         with SafetensorsWriter(dst) as writer:
             for i, (name, shape) in enumerate(tensors.items(), start=1):
                 matrix = name.removesuffix(".weight")
-                weight = (
-                    source.matrix(matrix, (shape[0], shape[1]), schemes[matrix])
-                    if matrix in schemes
-                    else source.tensor(name, shape)
-                )
-                for part, tensor in stored_parts(name, weight).items():
+                if matrix in schemes:
+                    weight = source.matrix(matrix, (shape[0], shape[1]), schemes[matrix])
+                    stored = stored_parts(matrix, weight)
+                else:
+                    stored = {name: source.tensor(name, shape)}
+                for part, tensor in stored.items():
                     writer.add(part, tensor)
                 if progress:
                     progress(i, len(tensors))

@@ -91,7 +91,13 @@ class SafetensorsCheckpoint:
         self._entries = {entry.info.name: entry for entry in entries}
         self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in self._entries.items()}
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+    def read(
+        self,
+        name: str,
+        index: tuple[slice, ...] = (),
+        *,
+        encoded: bool = False,  # noqa: ARG002 (a tensor is what is stored)
+    ) -> Tensor:
         """One tensor, or a slice of it, in its stored type, in memory of its own.
 
         A slice of the first dimension reads its own bytes alone. Slices of later ones do so where

@@ -5,25 +5,30 @@ rows at a time, a checkpoint that ``hotloop quantize`` wrote, and random weights
 shape is needed. Of a matrix of which a rank holds a slice, only the slice is read and made; it is
 bit for bit what it would be in the whole.
 
-A quantized matrix ``x.weight`` is stored as ``x.weight.values`` (int8 or float8_e4m3fn [N, K];
-int4: uint8 [N, K/2], even columns in the low nibble, each plus 8), ``x.weight.scale`` and, where
-the scheme has them, ``x.weight.offset`` [N, G].
+A matrix that is stored in an encoding (``quant.encodings``) is used as it is stored if its scheme
+makes the same numbers; otherwise it is dequantized and quantized anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError
-from hotloop.kernels.linear import WeightFormat
+from hotloop.kernels.linear import DENSE, KernelFormat
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
+from hotloop.quant.encodings import Encoding, StoredPart, load_encodings
+from hotloop.quant.encodings.hotloop import Hotloop
 from hotloop.quant.none import NoScheme
 from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite, wrong_shape
 from hotloop.weights.safetensors import DTYPES
@@ -38,6 +43,8 @@ BLOCK_ROWS = 1024
 
 
 _MOST_BIAS_BYTES = 2**24
+
+_FLOAT32_BYTES = 4  # schemes quantize in float32
 
 _NO_WEIGHTS = frozenset(DTYPES) - {"F32", "F16", "BF16"}
 """Element types of safetensors that hold no weights by themselves."""
@@ -123,6 +130,7 @@ class CheckpointSource:
         self.checkpoint, self.device, self.model = checkpoint, device, model
         self.dtype, self.combine = dtype, combine
         self.used: set[str] = set()
+        self._names, self._encodings = sorted(checkpoint.tensors), load_encodings()
 
     def matrix(
         self,
@@ -137,22 +145,25 @@ class CheckpointSource:
         scheme.check(name, *shape)
         n, k = shape
         rows = range(n) if rows is None else rows
-        wide = torch.float32  # in which schemes quantize
         # As many pieces on every rank, whatever the width of its columns: they are combined.
-        pieces = row_chunks(rows, k * wide.itemsize)
-        form = scheme.format(n, k, dtype=wide, device=self.device.type)
-        if form.kind != "dense" and f"{name}.weight.values" in self.checkpoint.tensors:
-            stored = self._expect_quantized(f"{name}.weight", form)
-            read = (self._read_quantized(stored, piece, columns, form) for piece in pieces)
-        else:
-            info = self._expect(f"{name}.weight", shape)
-            combine = self.combine if columns is not None else None
-            margin = 1.0 if form.kind == "dense" else _QUANTIZED_MARGIN
-            read = (
-                scheme.quantize(self._read(info, piece, columns, margin), combine=combine)
-                for piece in pieces
-            )
-        return join_rows(read, len(rows))
+        pieces = row_chunks(rows, k * _FLOAT32_BYTES)
+        wanted = scheme.format(k)
+        combine = self.combine if columns is not None else None
+        margin = 1.0 if wanted == DENSE else _QUANTIZED_MARGIN
+        encoded = self._encoded(name, shape, wanted)
+        info = None if encoded else self._expect(f"{name}.weight", shape)
+
+        def quantized(piece: range) -> Tensor | QTensor:
+            if encoded is None:
+                assert info is not None, "a matrix is plain or encoded"
+                weight = self._read(info, piece, columns, margin)
+            else:
+                weight = self._read_encoded(encoded, piece, columns or range(k), scheme)
+                if isinstance(weight, QTensor):
+                    return weight
+            return scheme.quantize(weight, combine=combine)
+
+        return join_rows(map(quantized, pieces), len(rows))
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
         """Reads a tensor in the type it is stored in."""
@@ -204,10 +215,18 @@ class CheckpointSource:
         self.used.add(name)
         return info
 
-    def _read(self, info: TensorInfo, rows: range, columns: range | None, margin: float) -> Tensor:
+    def _read(
+        self,
+        info: TensorInfo,
+        rows: range,
+        columns: range | None,
+        margin: float,
+        *,
+        encoded: bool = False,
+    ) -> Tensor:
         columns = range(info.shape[1]) if columns is None else columns
         index = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-        tensor = self.checkpoint.read(info.name, index)
+        tensor = self.checkpoint.read(info.name, index, encoded=encoded)
         check_finite(
             tensor,
             info,
@@ -218,57 +237,66 @@ class CheckpointSource:
         )
         return tensor.to(self.device)
 
-    def _expect_quantized(self, name: str, form: WeightFormat) -> dict[str, TensorInfo]:
-        """The parts of a quantized matrix, each as its scheme would have stored it."""
-        four = form.kind == "int4"
-        values = {"int8": "I8", "fp8": "F8_E4M3", "int4": "U8"}[form.kind]
-        scales = ((form.n, form.n_scales // form.n), "BF16" if four else "F32")
-        parts = {
-            "values": ((form.n, form.k // 2 if four else form.k), values),
-            "scale": scales,
-        }
-        if not form.symmetric:
-            parts["offset"] = scales
-        return {part: self._expect(f"{name}.{part}", *parts[part]) for part in parts}
+    def _encoded(
+        self, name: str, shape: tuple[int, int], wanted: KernelFormat
+    ) -> _EncodedMatrix | None:
+        """The tensors of a matrix that is stored in an encoding; None for a plain one."""
+        first = bisect_left(self._names, f"{name}.")
+        here = takewhile(lambda tensor: tensor.startswith(f"{name}."), self._names[first:])
+        stored = {t.removeprefix(name): self.checkpoint.tensors[t].dtype for t in here}
+        for encoding in self._encodings:
+            if (parts := encoding.parts(shape, stored, wanted)) is not None:
+                infos = {
+                    part: self._expect(f"{name}{part}", expected.shape, expected.dtype)
+                    for part, expected in parts.items()
+                }
+                return _EncodedMatrix(shape[1], encoding, parts, infos)
+        return None
 
-    def _read_quantized(
-        self,
-        stored: Mapping[str, TensorInfo],
-        rows: range,
-        columns: range | None,
-        form: WeightFormat,
-    ) -> QTensor:
-        def share(info: TensorInfo) -> range | None:
-            """Of a part with a fraction of the columns, the same fraction; all of a single one."""
-            if columns is None or info.shape[1] == 1:
-                return None
-            each = form.k // info.shape[1]
-            return range(columns.start // each, columns.stop // each)
-
-        largest = {"int8": 127.0, "fp8": 448.0, "int4": 8.0}[form.kind]
-        margins = {"values": 1.0, "scale": largest, "offset": _QUANTIZED_MARGIN}
-        parts = {
-            part: self._read(info, rows, share(info), margins[part])
-            for part, info in stored.items()
+    def _read_encoded(
+        self, matrix: _EncodedMatrix, rows: range, columns: range, scheme: Scheme
+    ) -> Tensor | QTensor:
+        """Some of an encoded matrix: as it is stored if that is what the scheme makes of it."""
+        unit = math.lcm(*(part.unit(matrix.k) for part in matrix.parts.values()))
+        first = columns.start // unit * unit
+        whole = range(first, min(-(-columns.stop // unit) * unit, matrix.k))
+        read = {
+            name: self._read(
+                matrix.infos[name], rows, part.columns(whole, matrix.k), part.margin, encoded=True
+            )
+            for name, part in matrix.parts.items()
         }
-        values, kind = parts["values"], form.kind
-        assert kind != "dense", "a dense matrix has no parts"
-        if kind == "int4":  # two in a byte
-            nibbles = torch.stack((values & 15, values >> 4), dim=-1)
-            values = nibbles.flatten(1).to(torch.int8) - 8
-        return QTensor(values=values, scale=parts["scale"], offset=parts.get("offset"), kind=kind)
+        weight = matrix.encoding.decode(read)
+        wanted = scheme.format(len(columns))
+        if weight.format == wanted and whole == columns:
+            return weight
+        dense = weight.dequantize()[:, columns.start - first : columns.stop - first]
+        check_finite(
+            dense,
+            next(iter(matrix.infos.values())),
+            dtype=self.dtype,
+            margin=1.0 if wanted == DENSE else _QUANTIZED_MARGIN,
+            first_row=rows.start,
+            first_column=columns.start,
+        )
+        return dense
+
+
+@dataclass(frozen=True)
+class _EncodedMatrix:
+    """A matrix of K input features in a checkpoint, and the tensors that it is stored as."""
+
+    k: int
+    encoding: Encoding
+    parts: Mapping[str, StoredPart]
+    infos: Mapping[str, TensorInfo]
 
 
 def stored_parts(name: str, weight: Tensor | QTensor) -> dict[str, Tensor]:
-    """The tensors that ``name`` is stored as; ``CheckpointSource`` reads them back."""
+    """The tensors that the matrix ``name`` is stored as; ``CheckpointSource`` reads them back."""
     if isinstance(weight, Tensor):
-        return {name: weight}
-    values = weight.values
-    if weight.kind == "int4":
-        nibbles = (values + 8).to(torch.uint8)
-        values = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
-    parts = {f"{name}.values": values, f"{name}.scale": weight.scale}
-    return parts if weight.offset is None else parts | {f"{name}.offset": weight.offset}
+        return {f"{name}.weight": weight}
+    return {f"{name}{part}": tensor for part, tensor in Hotloop.encode(weight).items()}
 
 
 class RandomSource:

@@ -1,0 +1,66 @@
+"""How ``hotloop quantize`` stores a matrix.
+
+``x.weight`` is stored as ``x.weight.values`` (int8 or float8_e4m3fn [N, K]; int4: uint8 [N, K/2],
+even columns in the low nibble, each plus 8), ``x.weight.scale`` and, where the scheme has them,
+``x.weight.offset`` [N, G].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.linear import KernelFormat
+from hotloop.quant.encodings import StoredPart
+from hotloop.quant.qtensor import QTensor
+
+VALUES, SCALE, OFFSET = ".weight.values", ".weight.scale", ".weight.offset"
+
+_LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 8.0}
+_OFFSET_MARGIN = 4.0
+"""A group's range is up to twice its largest weight, and rounded offsets exceed what they stand
+for."""
+
+
+class Hotloop:
+    """The encoding; what is stored is the format that the matrix is to have."""
+
+    @staticmethod
+    def parts(
+        shape: tuple[int, int], stored: Mapping[str, str], wanted: KernelFormat
+    ) -> dict[str, StoredPart] | None:
+        """The tensors of a matrix of the format ``wanted``."""
+        if wanted.group_size is None or VALUES not in stored:
+            return None
+        (n, k), four = shape, wanted.kind == "int4"
+        values = {"int8": "I8", "fp8": "F8_E4M3", "int4": "U8"}[wanted.kind]
+        groups, scale = (n, k // wanted.group_size), "BF16" if four else "F32"
+        parts = {
+            VALUES: StoredPart(shape=(n, k // 2 if four else k), dtype=values),
+            SCALE: StoredPart(shape=groups, dtype=scale, margin=_LARGEST[wanted.kind]),
+        }
+        if wanted.zero == "offset":
+            parts[OFFSET] = StoredPart(shape=groups, dtype=scale, margin=_OFFSET_MARGIN)
+        return parts
+
+    @staticmethod
+    def decode(parts: Mapping[str, Tensor]) -> QTensor:
+        """Unpacks nibbles; all else is stored as it is."""
+        values = parts[VALUES]
+        kind = "fp8" if values.dtype == torch.float8_e4m3fn else "int8"
+        if values.dtype == torch.uint8:
+            nibbles = torch.stack((values & 15, values >> 4), dim=-1)
+            values, kind = nibbles.flatten(1).to(torch.int8) - 8, "int4"
+        return QTensor(values=values, scale=parts[SCALE], offset=parts.get(OFFSET), kind=kind)
+
+    @staticmethod
+    def encode(weight: QTensor) -> dict[str, Tensor]:
+        """The inverse of ``decode``."""
+        values = weight.values
+        if weight.kind == "int4":
+            nibbles = (values + 8).to(torch.uint8)
+            values = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+        parts = {VALUES: values, SCALE: weight.scale}
+        return parts if weight.offset is None else parts | {OFFSET: weight.offset}
