@@ -15,8 +15,9 @@ from pydantic import Field
 from waiting import HANG_S
 
 from hotloop import outside
+from hotloop.checked import Count
 from hotloop.errors import CheckpointError, ConfigError, UnknownNameError, shorten_value
-from hotloop.outside import Count, Positive, StrictModel, read_json, validated
+from hotloop.outside import StrictModel, read_json, validated
 
 
 class Shape(StrictModel):
@@ -26,7 +27,7 @@ class Shape(StrictModel):
 
 class Sheet(StrictModel):
     size: Count
-    ratio: Positive = 1.0
+    ratio: Annotated[float, Field(gt=0, le=1e18)] = 1.0
     on: bool = False
     name: str = ""
     shapes: tuple[Shape, ...] = Field(default=(), strict=False)

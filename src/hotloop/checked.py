@@ -1,8 +1,9 @@
-"""Frozen dataclasses whose fields check themselves, by their annotations.
+"""Checks the fields of frozen dataclasses against their annotations.
 
-A caller's value is taken as it is or refused in one line that names field, value and what is right:
-no number is rounded, and a boolean is no number. Numbers of other libraries (NumPy's, a tensor of
-one element) become Python's own, so that a value can be hashed, compared and written as JSON.
+A value is accepted unchanged, or refused in one line that names the field, the value and the values
+that are allowed: no number is rounded, and a boolean is not a number. Numbers of other libraries
+(NumPy's, a tensor of one element) become Python's own, so that a value can be hashed, compared and
+written as JSON.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import numbers
 import operator
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     Annotated,
     Any,
+    ClassVar,
     Literal,
     TypeVar,
     Union,
@@ -31,24 +33,33 @@ from typing import (
 from hotloop.errors import HotloopError, UnknownNameError, shorten_value
 
 MAX_COUNT = 2**31 - 1
-"""No count of anything is larger."""
+"""The largest count, size or token id."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes, for ``Annotated``.
+    """The range of a number, for ``Annotated``: in dataclasses here, and in pydantic's models.
 
     Attributes:
-        least: The smallest.
-        most: The largest.
-        words: The range in words, of one whose largest number nobody means; None names both ends.
-        open: ``least`` itself is not among them.
+        least: The smallest number.
+        most: The largest number.
+        words: The range in words, where ``most`` is only technical; None names both ends.
+        open: ``least`` itself is excluded.
     """
 
     least: float
     most: float
     words: str | None = None
     open: bool = False
+
+    __is_annotated_types_grouped_metadata__: ClassVar[Literal[True]] = True
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the bounds as pydantic reads them."""
+        from annotated_types import Ge, Gt, Le  # which comes with pydantic
+
+        yield Gt(self.least) if self.open else Ge(self.least)
+        yield Le(self.most)
 
     def __contains__(self, value: float) -> bool:
         return self.least <= value <= self.most and not (self.open and value == self.least)
@@ -57,25 +68,25 @@ class Range:
         return self.words or f"between {self.least} and {self.most}"
 
     def required_of(self, value: float) -> str:
-        """What a number that is not among them must be."""
+        """Describes the numbers that are allowed instead of one outside the range."""
         return f"at most {self.most}" if self.words and value > self.most else str(self)
 
 
 Count = Annotated[int, Range(1, MAX_COUNT, "1 or more")]
-"""How many of something, at least one."""
+"""A number of things, at least one."""
 
 MAX_SEED = 2**63 - 1
 """The largest seed: torch and the kernels take an int64."""
 
 Seed = Annotated[int, Range(0, MAX_SEED)]
-"""Of random numbers."""
+"""A seed of random numbers."""
 
 
 def check_fields(value: Any, error: type[HotloopError]) -> None:
     """Checks every field of a frozen dataclass, which calls this in its ``__post_init__``.
 
     Raises:
-        HotloopError: ``error``, of the first field whose value is none that it takes;
+        HotloopError: ``error``, for the first field with a value that is not allowed;
             UnknownNameError for a text that is not among a field's choices.
     """
     for name, hint in _hints(type(value)).items():
@@ -89,7 +100,7 @@ def check_fields(value: Any, error: type[HotloopError]) -> None:
 
 
 def range_of(of: type, name: str) -> Range:
-    """Returns the numbers that a field of a dataclass takes, whether or not it can be None."""
+    """Returns the range of a field of a dataclass, whether or not it can be None."""
     hint = _hints(of)[name]
     while get_origin(hint) is not None:
         hint, *extras = get_args(hint)
@@ -103,12 +114,12 @@ T = TypeVar("T")
 
 
 def changed(value: T, options: Mapping[str, Any], kind: str) -> T:
-    """A copy of a dataclass with some fields changed.
+    """Copies a dataclass with some fields changed.
 
     Args:
-        value: What to copy.
+        value: The dataclass.
         options: The fields to change.
-        kind: What a field is called in an error, such as ``sampling option``.
+        kind: The word for a field in errors, such as ``sampling option``.
 
     Raises:
         UnknownNameError: There is no such field.
@@ -118,7 +129,7 @@ def changed(value: T, options: Mapping[str, Any], kind: str) -> T:
 
 
 def check_names(of: type, options: Mapping[str, Any], kind: str) -> None:
-    """Refuses options that are no fields of a dataclass, by the first of them."""
+    """Raises UnknownNameError for the first option that is not a field of a dataclass."""
     names = list(_hints(of))
     for name in options:
         if name not in names:
@@ -126,7 +137,7 @@ def check_names(of: type, options: Mapping[str, Any], kind: str) -> None:
 
 
 def integer(value: object) -> int | None:
-    """A whole number of any library as Python's own; None of what is none, booleans included."""
+    """Converts any library's integer to Python's; returns None for other values and booleans."""
     if type(value) is int:
         return value
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
@@ -139,7 +150,7 @@ def integer(value: object) -> int | None:
 
 
 class _Refused(Exception):  # noqa: N818  (it never leaves this module)
-    """Says what a value must be."""
+    """The message says what a value must be."""
 
 
 @functools.cache
@@ -149,10 +160,10 @@ def _hints(of: type) -> dict[str, Any]:
 
 
 def _taken(value: object, hint: Any, name: str) -> Any:
-    """The value as the field holds it.
+    """Returns the value as the field holds it.
 
     Raises:
-        _Refused: It is none that the field takes.
+        _Refused: The value is not allowed.
     """
     extra = None
     if get_origin(hint) is Annotated:
@@ -213,7 +224,7 @@ def _text(value: object) -> str:
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    """One text, or a list of them."""
+    """Returns one text, or a list of texts, as a tuple."""
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):

@@ -45,8 +45,7 @@ class UnknownNameError(ConfigError):
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
         self.kind, self.name, self.choices = kind, name, sorted(choices)
-        nearest = difflib.get_close_matches(shorten(name), self.choices, n=1)
-        guess = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        guess = did_you_mean(name, self.choices)
         listed = ", ".join(self.choices) or "none are defined"
         super().__init__(f"unknown {kind} {shorten_value(name)}.{guess} Choose from: {listed}.")
 
@@ -139,6 +138,12 @@ class RankError(HotloopError):
         self.rank, self.n_ranks, self.problem, self.log = rank, n_ranks, problem, log
         told = f". It wrote last:\n{log}" if log else ""
         super().__init__(f"rank {rank} of {n_ranks} {problem}{told}")
+
+
+def did_you_mean(name: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Suggests the nearest of some names, as the end of a message; empty if none is near."""
+    nearest = difflib.get_close_matches(shorten(name), list(choices), n=1, cutoff=cutoff)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def shorten(text: str, limit: int = 300) -> str:

@@ -1,11 +1,11 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie.
+"""Reads the header of a GGUF file: its metadata, and the offsets of its tensors.
 
-One pass of buffered reads over the header, with the standard library alone: the tokenizer (which
-lives in the metadata), the weights and ``hotloop info`` all start here. ``gguf.GGUFReader`` does
-the same with a numpy array for every element of every list, which takes 6 s for the 49,152 tokens
-of a 135M model where this takes 0.2 s, and keeps the whole file memory-mapped.
+The tokenizer (which is part of the metadata), the weights and ``hotloop info`` all begin with it.
+It is one pass of buffered reads, with the standard library alone. ``gguf.GGUFReader`` makes a numpy
+array for every element of every list, which takes 6 s for the 49,152 tokens of a 135M model where
+this takes 0.2 s, and keeps the whole file memory-mapped.
 
-No tensor data is read here and no key is given a meaning.
+No tensor data is read here, and keys are not interpreted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
 _MAX_HEADER_BYTES = 64 * 2**20  # vocabularies of 260,000 tokens with their merges take 12 MiB
 _MAX_ITEMS = 2**22
-_LEAST_BYTES = {"metadata keys": 13, "tensors": 24}  # that one of them takes in a header
+_MIN_BYTES = {"metadata keys": 13, "tensors": 24}  # the fewest bytes of one of them
 
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -37,12 +37,12 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFTensor:
-    """One tensor's entry.
+    """The entry of a tensor.
 
     Attributes:
         name: Its GGUF name, such as ``blk.0.attn_q.weight``.
-        shape: Outermost dimension first, as PyTorch has it; the file holds them innermost first.
-        type_id: The ggml type's number.
+        shape: Outermost dimension first, as in PyTorch; the file has the innermost first.
+        type_id: Number of its ggml type.
         offset: Bytes from the start of the file.
     """
 
@@ -54,7 +54,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFHeader:
-    """All of one file but its tensor data. ``metadata`` holds numbers, strings and lists."""
+    """A file without its tensor data. ``metadata`` holds numbers, strings and lists."""
 
     path: Path
     metadata: dict[str, Any]
@@ -62,27 +62,32 @@ class GGUFHeader:
 
 
 class _Cursor:
-    """Reads little-endian values one after the other, and says so where the file ends early."""
+    """Reads little-endian values in sequence, and raises where the file ends early."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
-        self.left = min(os.fstat(file.fileno()).st_size, _MAX_HEADER_BYTES)
+        size = os.fstat(file.fileno()).st_size
+        self.left = min(size, _MAX_HEADER_BYTES)
+        self.is_larger = size > _MAX_HEADER_BYTES
 
     def take(self, n_bytes: int) -> bytes:
-        # Checked first, so that a damaged length asks for no memory.
+        # Checked first, so that a damaged length allocates no memory.
         data = self.file.read(n_bytes) if n_bytes <= self.left else b""
         if len(data) < n_bytes:
-            raise CheckpointError(
-                self.path, "the file ends within its header: it is truncated or damaged"
-            )
+            if self.is_larger:
+                limit = _MAX_HEADER_BYTES >> 20
+                problem = f"its header is larger than {limit} MiB: it is damaged"
+            else:
+                problem = "the file ends within its header: it is truncated or damaged"
+            raise CheckpointError(self.path, problem)
         self.left -= n_bytes
         return data
 
     def count(self, what: str) -> int:
-        """How many of something follow, of which each takes some bytes at least."""
+        """Reads the number of entries of some kind that follow."""
         n = self.number("Q")
-        if n * _LEAST_BYTES[what] > self.left:
-            raise CheckpointError(self.path, f"claims {n} {what}, for which it has no room")
+        if n * _MIN_BYTES[what] > self.left:
+            raise CheckpointError(self.path, f"claims {n} {what}, more than its size allows")
         return n
 
     def number(self, code: str) -> Any:
@@ -116,7 +121,7 @@ class _Cursor:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is GGUF, by its first bytes or by the suffix of its name.
+    """Tells whether a file is GGUF, by its first bytes or by the suffix of its name.
 
     Raises:
         CheckpointError: It cannot be read.
@@ -126,10 +131,10 @@ def is_gguf(path: Path) -> bool:
 
 
 def model_parts(path: Path) -> list[Path]:
-    """The files of the model that a file is a part of, in order; most models are one file.
+    """Lists the files of the model to which a file belongs, in order; most models are one file.
 
-    Of a model in parts (``NAME-00001-of-00003.gguf``) any part can be named, and the first one
-    holds the metadata. Whether the others are there is not looked up.
+    Of a model in parts (``NAME-00001-of-00003.gguf``) ``path`` may be any part; the first one holds
+    the metadata. Whether the other parts exist is not checked.
     """
     name = _PART_NAME.fullmatch(path.name)
     if not name or not 1 <= int(name["number"]) <= int(name["count"]):

@@ -12,7 +12,6 @@ A caller chooses the class of the error: ``CheckpointError`` for what belongs to
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -26,7 +25,15 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten, shorten_value
+from hotloop.checked import MAX_COUNT
+from hotloop.errors import (
+    CheckpointError,
+    ConfigError,
+    HotloopError,
+    did_you_mean,
+    shorten,
+    shorten_value,
+)
 
 DEFAULT_LIMIT_BYTES = 16 * 2**20
 """The size of file that :func:`read_bytes` refuses to exceed unless told otherwise: the largest
@@ -37,9 +44,6 @@ MAX_DEPTH = 64
 
 MAX_NUMBER_CHARS = 400
 """Characters of a number in JSON. Python itself stops at 4,300 digits, with an error of its own."""
-
-LARGEST_COUNT = 2**31 - 1
-"""No size, count or token id of a model is larger."""
 
 Refuse = Callable[[Path | str, str], HotloopError]
 """Makes the error of a problem with a file: ``CheckpointError``, ``config_error``."""
@@ -171,21 +175,15 @@ def parse_json(
     return value
 
 
-Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-"""How many of something a model has."""
-
-TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """A token's id."""
-
-Positive = Annotated[float, Field(gt=0, le=1e18)]
-"""A number above zero; no base, factor or length of a model is above 10^18."""
 
 
 class StrictModel(BaseModel):
     """A value from outside: unknown keys fail, and no type is converted to another.
 
     A boolean or a text is no number, NaN and infinity are none either. Integers still need bounds
-    of their own: :data:`Count`, :data:`TokenId`, or ``Field(ge=..., le=...)``.
+    of their own: :data:`~hotloop.checked.Count`, :data:`TokenId`, or ``Field(ge=..., le=...)``.
     """
 
     model_config = ConfigDict(
@@ -289,9 +287,7 @@ _MUST = {
 
 def _nearest(word: object, choices: Iterable[object]) -> str:
     names = [str(choice) for choice in choices]
-    spelled = shorten(word, 80) if isinstance(word, str) else shorten_value(word)
-    found = difflib.get_close_matches(spelled, names, n=1)
-    guess = f" Did you mean {found[0]!r}?" if found else ""
+    guess = did_you_mean(word if isinstance(word, str) else shorten_value(word), names)
     return guess + (f" Choose from: {', '.join(names)}." if names else "")
 
 

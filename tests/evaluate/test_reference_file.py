@@ -78,7 +78,7 @@ def _through_file(tmp_path, key_of, log_p_TV, log_q_TV):
     T, vocab_size = log_p_TV.shape
     window = [0] * (T + 1)
     path, key = tmp_path / "ref", key_of([window], vocab_size)
-    with ReferenceWriter(path, key, [window]) as writer:
+    with ReferenceWriter(path, key, [window]).open() as writer:
         zeros = torch.zeros(T)
         writer.add(Score(token_logprobs=zeros, top1=zeros.long(), log_probs=log_p_TV))
     return kl_divergence(Reference(path, key).log_probs(0, slice(None)), log_q_TV)

@@ -147,3 +147,16 @@ def test_a_build_that_was_killed_leaves_nothing_that_is_taken_for_a_library(tmp_
         build.kill()
     hang.unlink()
     assert cpu._build(compiler).read_text() == "whole\n"
+
+
+def test_what_a_killed_build_has_left_is_removed_by_the_next_one(tmp_path, cache, monkeypatch):
+    left, recent = cache / "kernels" / "build-old", cache / "kernels" / "build-new"
+    for folder in (left, recent):
+        folder.mkdir(parents=True)
+        (folder / "cpu.so").touch()
+    hour_ago = time.time() - 3600
+    os.utime(left, (hour_ago, hour_ago))
+    broken = script(tmp_path / "c++", 'test "$1" = --version && echo 1.0 && exit 0; exit 1')
+    monkeypatch.setenv("CXX", broken)
+    assert reason_here() is not None
+    assert [path.name for path in (cache / "kernels").iterdir()] == ["build-new"]

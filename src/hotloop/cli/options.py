@@ -241,6 +241,8 @@ class TemplateOptions(_Options):
         Raises:
             ConfigError: An argument is not ``NAME=VALUE``, or its name cannot be given.
         """
+        from hotloop.text.chat import RESERVED_VARIABLES
+
         variables: dict[str, Any] = {}
         for argument in self.template_arg:
             name, equals, value = argument.partition("=")
@@ -249,14 +251,11 @@ class TemplateOptions(_Options):
                     f"--template-arg {shorten_value(argument)}: give NAME=VALUE, such as "
                     "enable_thinking=false."
                 )
-            if name in _NOT_VARIABLES or name in variables:
+            if name in RESERVED_VARIABLES or name in variables:
                 problem = "is given twice" if name in variables else "is not for you to set"
                 raise ConfigError(f"--template-arg {shorten_value(argument)}: {name} {problem}.")
             variables[name] = _json_or_text(value)
         return variables
-
-
-_NOT_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
 
 
 def _json_or_text(value: str) -> Any:

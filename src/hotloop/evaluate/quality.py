@@ -130,7 +130,7 @@ def write_reference(
         HotloopError: The disk is too full, or a prediction is infinite or not a number.
     """
     _check_windows(windows)
-    with ReferenceWriter(path, key, windows) as writer:
+    with ReferenceWriter(path, key, windows).open() as writer:
 
         def add(index: int, score: Score) -> None:
             _finite(score.token_logprobs, "log-probabilities", index)

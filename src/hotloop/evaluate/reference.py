@@ -23,9 +23,9 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any
 
 import numpy as np
@@ -34,8 +34,9 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hotloop.checked import Count
 from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten_value
-from hotloop.outside import Count, StrictModel, parse_json, validated
+from hotloop.outside import StrictModel, parse_json, validated
 from hotloop.types import Score
 from hotloop.writing import replacing
 
@@ -143,7 +144,7 @@ class Reference:
 
 
 class ReferenceWriter:
-    """Writes a reference window by window; the file appears when the ``with`` block ends well.
+    """Writes a reference window by window: see :meth:`open`.
 
     Args:
         path: The file to write. One that is there is replaced at the end.
@@ -174,12 +175,14 @@ class ReferenceWriter:
                 f"{free / 1e9:.2f} GB are free for {path}. Score fewer windows."
             )
 
-    def __enter__(self) -> ReferenceWriter:
-        self._replacing = replacing(self._path)
-        self._file = self._replacing.__enter__()
-        self._file.write(self._header)
-        self._file.seek(self._key.n_predictions * (8 + 4), 1)  # for what is known at the end
-        return self
+    @contextmanager
+    def open(self) -> Generator[ReferenceWriter]:
+        """Opens the file, which appears under its name when the block ends without an error."""
+        with replacing(self._path) as self._file:
+            self._file.write(self._header)
+            self._file.seek(self._key.n_predictions * (8 + 4), 1)  # for what is known at the end
+            yield self
+            self._finish()
 
     def add(self, score: Score) -> None:
         """Appends the next window's predictions. ``score`` must hold the whole distributions."""
@@ -189,20 +192,6 @@ class ReferenceWriter:
         for rows in row_chunks(log_probs):
             relative = log_probs[rows] - log_probs[rows].amax(dim=-1, keepdim=True)
             self._file.write(relative.half().cpu().numpy().data)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        except BaseException as failure:
-            self._replacing.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        self._replacing.__exit__(kind, error, trace)
 
     def _finish(self) -> None:
         top1, token_logprobs = torch.cat(self._top1), torch.cat(self._token_logprobs)

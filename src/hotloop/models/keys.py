@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from hotloop.checked import Count
 from hotloop.errors import UnsupportedError, shorten_value
 from hotloop.models.config import RopeConfig
-from hotloop.outside import Count, StrictModel, config_error, validated
+from hotloop.outside import StrictModel, config_error, validated
 
 _Factor = Annotated[float, Field(ge=1e-3, le=1e38)]
 """What a frequency is divided by; a very large one stands for no rotation at all."""

@@ -56,9 +56,9 @@ from pydantic import (
 
 from hotloop.baselines import ENGINES
 from hotloop.bench.record import Workload
-from hotloop.checked import Range
+from hotloop.checked import MAX_COUNT, Range
 from hotloop.errors import ConfigError, UnknownNameError, shorten, shorten_value
-from hotloop.outside import LARGEST_COUNT, Place, StrictModel, config_error, read_text, validated
+from hotloop.outside import Place, StrictModel, config_error, read_text, validated
 from hotloop.sweep.bounded_yaml import parse_yaml
 from hotloop.types import EngineConfig, WeightSource, is_draft_model, levers
 from hotloop.writing import check_component
@@ -83,8 +83,8 @@ class QualityOptions(StrictModel):
             itself, unquantized, or the one that a quantized copy was made from.
     """
 
-    window: Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = 512
-    n_windows: Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = 16
+    window: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 512
+    n_windows: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 16
     text: Annotated[Path | None, Field(strict=False)] = None
     reference: Text | None = None
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from hotloop.bench.record import MEASURED, Record, Status
+from hotloop.checked import MAX_COUNT
 from hotloop.errors import ConfigError
-from hotloop.outside import LARGEST_COUNT
 from hotloop.sweep.events import (
     CellFinished,
     CellSkipped,
@@ -143,7 +143,7 @@ class _Sweep:
             self.on_event(CellSkipped(earlier))
             return earlier
         if earlier is not None:
-            attempt = min(earlier.attempt + 1, LARGEST_COUNT)
+            attempt = min(earlier.attempt + 1, MAX_COUNT)
             job = job.model_copy(update={"attempt": attempt})
         self.on_event(CellStarted(job.cell, index, total, job.attempt))
         try:

@@ -42,7 +42,8 @@ OUTPUT_LIMIT_CHARS = 16 * 2**20
 
 _PROGRAM = Path(__file__).with_name("template_process.py")  # never imported: that needs Jinja
 _LENGTH = struct.Struct("<Q")
-_RESERVED = ("messages", "add_generation_prompt")
+RESERVED_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
+"""Names that are arguments of a prompt, and not variables of its template."""
 
 
 def as_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -100,7 +101,7 @@ class ChatTemplate:
             RequestError: It refuses the messages, fails on them, or exceeds a limit.
             UnsupportedError: No process can be started.
         """
-        for name in _RESERVED:
+        for name in RESERVED_VARIABLES:
             if name in variables:
                 raise RequestError(f"the template variable {name!r} cannot be set.")
         given = {"tools": None, "documents": None, **variables}

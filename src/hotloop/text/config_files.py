@@ -18,8 +18,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from hotloop import outside
+from hotloop.checked import MAX_COUNT
 from hotloop.errors import shorten_value
-from hotloop.outside import LARGEST_COUNT, StrictModel, TokenId, validated
+from hotloop.outside import StrictModel, TokenId, validated
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -87,7 +88,7 @@ def _values(value: Any) -> Any:
 
 
 def _digits(key: str) -> int:
-    if not (key.isascii() and key.isdecimal()) or len(key) > 10 or int(key) > LARGEST_COUNT:
+    if not (key.isascii() and key.isdecimal()) or len(key) > 10 or int(key) > MAX_COUNT:
         raise ValueError(f"{shorten_value(key)} is no token id")
     return int(key)
 
@@ -291,17 +292,14 @@ def read_added_tokens(folder: Path) -> dict[str, int]:
     return validated(_AddedIds, {"ids": read_optional_json(file)}, file).ids
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return value if value is None or isinstance(value, list) else [value]
 
 
 class _EndIds(StrictModel):
     model_config = ConfigDict(extra="ignore")
 
-    eos_token_id: Annotated[
-        list[TokenId] | None,
-        BeforeValidator(lambda v: v if v is None or isinstance(v, list) else [v]),
-    ] = None
+    eos_token_id: Annotated[list[TokenId] | None, BeforeValidator(_as_list)] = None
 
 
 def read_end_ids(file: Path) -> frozenset[int]:

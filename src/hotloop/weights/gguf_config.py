@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from hotloop.checked import Count
 from hotloop.errors import UnsupportedError, shorten, shorten_value
-from hotloop.outside import Count, StrictModel, validated
+from hotloop.outside import StrictModel, validated
 
 ARCHITECTURES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",

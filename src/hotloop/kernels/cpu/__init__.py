@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,11 @@ FLAGS = (
     "-fPIC",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11
 )
+
+BUILD_LIMIT_S = 300
+"""Time limit of the compiler."""
+
+_BUILD_PREFIX = "build-"
 
 SLOWER = "decoding is several times slower"
 """The consequence where the operators cannot be used, for messages."""
@@ -112,7 +118,8 @@ def _build(compiler: str) -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+    _remove_abandoned(library.parent)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=_BUILD_PREFIX) as scratch:
         built = Path(scratch) / library.name
         lib_dir = torch_dir / "lib"
         subprocess.run(
@@ -123,10 +130,18 @@ def _build(compiler: str) -> Path:
             capture_output=True,
             text=True,
             check=True,
-            timeout=300,
+            timeout=BUILD_LIMIT_S,
         )
         built.replace(library)  # atomic: another process sees all of it or none
     return library
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what builds have left whose processes were killed."""
+    for path in folder.glob(f"{_BUILD_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another process removes it
+            if time.time() - path.stat().st_mtime > 2 * BUILD_LIMIT_S:
+                shutil.rmtree(path)
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hotloop.checked import Count
 from hotloop.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
 from hotloop.models.families import (
     Family,
@@ -11,7 +12,6 @@ from hotloop.models.families import (
     windowed_layers,
 )
 from hotloop.models.families.qwen2 import QwenKeys
-from hotloop.outside import Count
 
 
 class Qwen3Keys(QwenKeys):
