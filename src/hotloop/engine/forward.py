@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from hotloop.cache import writable_cache_dir
+from hotloop.engine.cpu_blocks import eager_run
 from hotloop.models.cache import KVCache
-from hotloop.models.decoder import Block, Decoder, Run, call
+from hotloop.models.decoder import Block, Decoder, Run
 
 _Options = dict[str, Any]
 
@@ -116,7 +117,7 @@ class TorchForward:
             return logits
 
         if not compiled:
-            self._one = self._several = through(call)
+            self._one = self._several = through(eager_run(decoder))
             return
         # Without this, artifacts land in a temporary directory: the next boot compiles again.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(writable_cache_dir() / "inductor"))

@@ -232,6 +232,7 @@ Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
 }
 
 const uint16_t* bf16(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
+uint16_t* mutable_bf16(const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
 
 // ---------------------------------------------------------------------------- rows of activations
 
@@ -283,8 +284,8 @@ struct FixedPoint {
   std::vector<int16_t> values;
   std::vector<float> scale;
 
-  FixedPoint(const Tensor& x) : values(x.numel()), scale(x.size(0)) {
-    const int64_t M = x.size(0), K = x.size(1);
+  FixedPoint(const Tensor& x) : values(x.numel()), scale(x.numel() / x.size(-1)) {
+    const int64_t K = x.size(-1), M = x.numel() / K;
     for (int64_t m = 0; m < M; m++) {
       const uint16_t* row = bf16(x) + m * K;
       uint16_t bits = 0;  // without their sign, bfloat16 sort as integers; NaN and Inf come last
@@ -335,7 +336,7 @@ template <class F> struct Features final : hotloop::Task {
 };
 
 template <class F> Tensor by_features(const Tensor& x, int64_t N, F f) {
-  const int64_t M = x.size(0), K = x.size(1);
+  const int64_t K = x.size(-1), M = x.numel() / K;
   Tensor result = new_output(x, {M, N});
   auto* out = static_cast<uint16_t*>(result.mutable_data_ptr());
   run(std::make_unique<Features<F>>(std::move(f), M, K, N, out));
@@ -394,7 +395,7 @@ void add_products(const W* const (&w)[F], const int16_t* x, int64_t K, f32v (&to
 // y[m, n] = scale(m, n) * the sum over k of weight[n, k] * x[m, k]
 template <class W, class Scale>
 Tensor product(const Tensor& like, Activations<kPairs> x, const Tensor& weight, Scale scale) {
-  const int64_t K = like.size(1), N = weight.size(0);
+  const int64_t K = like.size(-1), N = weight.size(0);
   const auto* rows = static_cast<const W*>(weight.const_data_ptr());
   return by_features(like, N, [=, weight = weight, x = std::move(x),
                                scale = std::move(scale)]<int R>(int64_t n, int64_t m,
@@ -411,7 +412,7 @@ Tensor product(const Tensor& like, Activations<kPairs> x, const Tensor& weight, 
 }
 
 Tensor linear_bf16(const Tensor& x, const Tensor& weight) {
-  const int64_t M = x.size(0), K = x.size(1);
+  const int64_t K = x.size(-1), M = x.numel() / K;
   STD_TORCH_CHECK(weight.size(1) == K, "weight is [N, K]");
   Activations<kPairs> activations(static_cast<const int16_t*>(x.const_data_ptr()), M, K);
   return product<uint16_t>(x, std::move(activations), weight,
@@ -419,7 +420,8 @@ Tensor linear_bf16(const Tensor& x, const Tensor& weight) {
 }
 
 Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& scale) {
-  const int64_t M = x.size(0), K = x.size(1), N = values.size(0);
+  const int64_t K = x.size(-1), M = x.numel() / K;
+  const int64_t N = values.size(0);
   STD_TORCH_CHECK(values.size(1) == K && scale.numel() == N, "values [N, K], scale [N]");
   FixedPoint fixed(x);
   Activations<kPairs> activations(fixed.values.data(), M, K);
@@ -485,8 +487,8 @@ void multiply_int4(const Int4Weight& weight, int64_t n, const int16_t* x, const 
 
 Tensor linear_int4(const Tensor& x, const Tensor& words, const Tensor& scale,
                    std::optional<Tensor> offset) {
-  const int64_t M = x.size(0), K = x.size(1), N = kBlockFeatures * words.size(0);
-  const int64_t G = scale.size(1);
+  const int64_t K = x.size(-1), M = x.numel() / K;
+  const int64_t N = kBlockFeatures * words.size(0), G = scale.size(1);
   STD_TORCH_CHECK(words.size(1) * 8 == K && K % (8 * G) == 0 && K / G <= 256,
                   "words [N / 16, K / 8, 16], scale [N / 16, G, 16], groups of up to 256");
   FixedPoint fixed(x);
@@ -686,10 +688,10 @@ void attention_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
 
 // q [B, T, H, E] over seats int64 [B] of the caches [S, J, C, E], which already hold the keys and
 // values of these tokens; positions int64 [B, T], each of which sees those up to its own; window 0
-// for none. Returns [B, T, H, E].
-Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                        const Tensor& seats_B, const Tensor& positions, int64_t window,
-                        double scale) {
+// for none. y is B T H E values.
+void attend_into(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                 const Tensor& seats_B, const Tensor& positions, int64_t window, double scale,
+                 Tensor& y) {
   STD_TORCH_CHECK(q.is_contiguous() && k_cache.is_contiguous() && v_cache.is_contiguous() &&
                       seats_B.is_contiguous() && positions.is_contiguous(),
                   "contiguous q, caches, seats and positions");
@@ -698,74 +700,105 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   for (const int64_t s : seats) {
     STD_TORCH_CHECK(0 <= s && s < k_cache.size(0), "a seat of the cache");
   }
-  Tensor y = new_output(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
   if (q.scalar_type() == ScalarType::BFloat16) {
     attention_typed<uint16_t>(q, k_cache, v_cache, std::move(seats), positions, window, scale, y);
   } else {
     STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float, "float32 or bfloat16");
     attention_typed<float>(q, k_cache, v_cache, std::move(seats), positions, window, scale, y);
   }
+}
+
+Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                        const Tensor& seats, const Tensor& positions, int64_t window,
+                        double scale) {
+  Tensor y = new_output(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  attend_into(q, k_cache, v_cache, seats, positions, window, scale, y);
   return y;
 }
 
-// ----------------------------------------------------------- what an eager step does in between
+// ------------------------------------------------------------------- norms, rope, SwiGLU, biases
 
-// Norms, rotations and SwiGLU of a row take a microsecond or so each; as PyTorch's operators they are
-// some forty calls a layer, which take longer. They stay on the calling thread.
+// These take a microsecond or so a row; as PyTorch's operators they are some forty calls a layer,
+// which take longer. They stay on the calling thread.
 
+void rms_norm_row(const uint16_t* x, const uint16_t* weight, int64_t D, double eps, uint16_t* y) {
+  f32v squares{};
+  for_vectors(D, [&](int64_t i, auto... rest) {
+    const f32v v = get(x + i, rest...);
+    squares += v * v;
+  });
+  const float factor = 1 / std::sqrt(sum(squares) / float(D) + float(eps));
+  for_vectors(D, [&](int64_t i, auto... rest) {
+    const f32v normed = from_bf16(narrow(get(x + i, rest...) * factor));
+    put(y + i, normed * get(weight + i, rest...), rest...);
+  });
+}
+
+// Rotates the halves of one head by a position's cos and sin, float32 [E].
+void rope_row(const uint16_t* x, const float* cos, const float* sin, int64_t E, uint16_t* y) {
+  const int64_t half = E / 2;
+  for_vectors(half, [&](int64_t i, auto... rest) {
+    const f32v a = get(x + i, rest...), b = get(x + half + i, rest...);
+    put(y + i, a * get(cos + i, rest...) - b * get(sin + i, rest...), rest...);
+    put(y + half + i, b * get(cos + half + i, rest...) + a * get(sin + half + i, rest...), rest...);
+  });
+}
+
+// Calls f(token, head, row) for each head of x [B, T, H, E], which may lie apart.
+template <class F> void for_heads(const Tensor& x, F f) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1 && x.stride(0) == x.size(1) * x.stride(1),
+                  "contiguous heads, tokens at one distance");
+  for (int64_t bt = 0; bt < x.size(0) * x.size(1); bt++) {
+    for (int64_t h = 0; h < x.size(2); h++) {
+      f(bt, h, bf16(x) + bt * x.stride(1) + h * x.stride(2));
+    }
+  }
+}
+
+// Of contiguous rows [..., D], or of heads [B, T, H, D], which may lie apart.
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const int64_t D = weight.numel(), rows = x.numel() / D;
-  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == D, "contiguous x [..., D], weight [D]");
+  const int64_t D = weight.numel();
+  STD_TORCH_CHECK(x.size(-1) == D, "x [..., D], weight [D]");
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < x.dim(); i++) sizes.push_back(x.size(i));
   Tensor y = new_output(x, sizes);
-  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
-  for (int64_t r = 0; r < rows; r++) {
-    const uint16_t* row = bf16(x) + r * D;
-    f32v squares{};
-    for_vectors(D, [&](int64_t i, auto... rest) {
-      const f32v v = get(row + i, rest...);
-      squares += v * v;
-    });
-    const float factor = 1 / std::sqrt(sum(squares) / float(D) + float(eps));
-    for_vectors(D, [&](int64_t i, auto... rest) {
-      const f32v normed = from_bf16(narrow(get(row + i, rest...) * factor));
-      put(out + r * D + i, normed * get(bf16(weight) + i, rest...), rest...);
-    });
+  uint16_t* out = mutable_bf16(y);
+  const auto row = [&](const uint16_t* from) {
+    rms_norm_row(from, bf16(weight), D, eps, out);
+    out += D;
+  };
+  if (x.is_contiguous()) {
+    for (int64_t r = 0; r < x.numel() / D; r++) row(bf16(x) + r * D);
+  } else {
+    for_heads(x, [&](int64_t, int64_t, const uint16_t* head) { row(head); });
   }
   return y;
 }
 
-// Halves of x [B, T, H, E] rotated by cos and sin, float32 [B, T, E]. Heads may lie apart.
+// Heads x [B, T, H, E] rotated by cos and sin, float32 [B, T, E].
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  const int64_t BT = x.size(0) * x.size(1), H = x.size(2), E = x.size(3), half = E / 2;
-  STD_TORCH_CHECK(x.stride(3) == 1 && x.stride(0) == x.size(1) * x.stride(1) &&
-                      cos.is_contiguous() && sin.is_contiguous(),
-                  "contiguous heads, tokens at one distance; contiguous cos and sin");
+  const int64_t H = x.size(2), E = x.size(3);
+  STD_TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous(), "contiguous cos and sin");
   Tensor y = new_output(x, {x.size(0), x.size(1), H, E});
-  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
-  for (int64_t bt = 0; bt < BT; bt++) {
-    const auto* c = static_cast<const float*>(cos.const_data_ptr()) + bt * E;
-    const auto* s = static_cast<const float*>(sin.const_data_ptr()) + bt * E;
-    for (int64_t h = 0; h < H; h++, out += E) {
-      const uint16_t* head = bf16(x) + bt * x.stride(1) + h * x.stride(2);
-      for_vectors(half, [&](int64_t i, auto... rest) {
-        const f32v a = get(head + i, rest...), b = get(head + half + i, rest...);
-        put(out + i, a * get(c + i, rest...) - b * get(s + i, rest...), rest...);
-        put(out + half + i, b * get(c + half + i, rest...) + a * get(s + half + i, rest...), rest...);
-      });
-    }
-  }
+  uint16_t* out = mutable_bf16(y);
+  const auto* c = static_cast<const float*>(cos.const_data_ptr());
+  const auto* s = static_cast<const float*>(sin.const_data_ptr());
+  for_heads(x, [&](int64_t bt, int64_t h, const uint16_t* head) {
+    rope_row(head, c + bt * E, s + bt * E, E, out + (bt * H + h) * E);
+  });
   return y;
 }
 
-// SiLU of the first half times the second one: [..., 2 F] to [..., F].
+// SiLU of the first half of each row times the second one: [..., 2 F] to [..., F].
 Tensor swiglu(const Tensor& gate_up) {
-  const int64_t B = gate_up.size(0), T = gate_up.size(1), F = gate_up.size(2) / 2;
-  STD_TORCH_CHECK(gate_up.is_contiguous(), "contiguous [B, T, 2 F]");
-  Tensor y = new_output(gate_up, {B, T, F});
-  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
-  for (int64_t r = 0; r < B * T; r++) {
+  const int64_t F = gate_up.size(-1) / 2, rows = gate_up.numel() / (2 * F);
+  STD_TORCH_CHECK(gate_up.is_contiguous(), "contiguous [..., 2 F]");
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < gate_up.dim(); i++) sizes.push_back(gate_up.size(i));
+  sizes.push_back(F);
+  Tensor y = new_output(gate_up, sizes);
+  uint16_t* out = mutable_bf16(y);
+  for (int64_t r = 0; r < rows; r++) {
     const uint16_t *gate = bf16(gate_up) + r * 2 * F, *up = gate + F;
     for_vectors(F, [&](int64_t i, auto... rest) {
       const f32v g = get(gate + i, rest...);
@@ -775,6 +808,88 @@ Tensor swiglu(const Tensor& gate_up) {
     });
   }
   return y;
+}
+
+// ---------------------------------------------------------------------------- halves of a layer
+
+// A step of a small model is hundreds of operators of microseconds, and calling one takes as long as
+// running it. These two are what `models.decoder.Block` computes between its sums over ranks.
+
+// A weight as its kernel reads it, and a bias [N] or nothing: bfloat16 [weight], int8
+// [values, scale], int4 [words, scale] or [words, scale, offset].
+Tensor linear(const Tensor& x, const std::vector<Tensor>& weight,
+              const std::optional<Tensor>& bias) {
+  const Tensor& first = weight.at(0);
+  Tensor y = first.scalar_type() == ScalarType::BFloat16 ? linear_bf16(x, first)
+             : first.scalar_type() == ScalarType::Char
+                 ? linear_int8(x, first, weight.at(1))
+                 : linear_int4(x, first, weight.at(1),
+                               weight.size() > 2 ? std::optional(weight[2]) : std::nullopt);
+  if (bias) {
+    const int64_t N = y.size(1);
+    for (int64_t m = 0; m < y.size(0); m++) {
+      uint16_t* row = mutable_bf16(y) + m * N;
+      for_vectors(N, [&](int64_t n, auto... rest) {
+        put(row + n, get(row + n, rest...) + get(bf16(*bias) + n, rest...), rest...);
+      });
+    }
+  }
+  return y;
+}
+
+// x [B, T, D] in its norm, attention of these tokens to the caches [S, J, C, E], into which their
+// keys and values go at seats int64 [B] and positions int64 [B, T], and the output projection.
+// Returns [B T, D].
+Tensor attention_half(const Tensor& x, const Tensor& norm, double eps, std::vector<Tensor> qkv,
+                      std::optional<Tensor> qkv_bias, std::optional<Tensor> q_norm,
+                      std::optional<Tensor> k_norm, const Tensor& cos, const Tensor& sin,
+                      const Tensor& k_cache, const Tensor& v_cache, const Tensor& seats,
+                      const Tensor& positions, int64_t window, double scale,
+                      std::vector<Tensor> o, std::optional<Tensor> o_bias) {
+  const int64_t B = positions.size(0), T = positions.size(1);
+  const int64_t S = k_cache.size(0), J = k_cache.size(1), C = k_cache.size(2), E = k_cache.size(3);
+  STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous() && seats.is_contiguous() &&
+                      positions.is_contiguous() && cos.is_contiguous() && sin.is_contiguous(),
+                  "contiguous caches, seats, positions, cos and sin");
+  const Tensor projected = linear(rms_norm(x, norm, eps), qkv, qkv_bias);
+  const int64_t heads = projected.size(1) / E, H = heads - 2 * J;
+  const Tensor q = new_output(x, {B, T, H, E});
+  const auto* seat = static_cast<const int64_t*>(seats.const_data_ptr());
+  const auto* position = static_cast<const int64_t*>(positions.const_data_ptr());
+  const auto* c = static_cast<const float*>(cos.const_data_ptr());
+  const auto* s = static_cast<const float*>(sin.const_data_ptr());
+  std::vector<uint16_t> normed(E);
+  const auto rotate = [&](const uint16_t* head, const std::optional<Tensor>& weight, int64_t bt,
+                          uint16_t* to) {
+    if (weight) {
+      rms_norm_row(head, bf16(*weight), E, eps, normed.data());
+      head = normed.data();
+    }
+    rope_row(head, c + bt * E, s + bt * E, E, to);
+  };
+  for (int64_t bt = 0; bt < B * T; bt++) {
+    STD_TORCH_CHECK(0 <= seat[bt / T] && seat[bt / T] < S, "a seat of the cache");
+    STD_TORCH_CHECK(0 <= position[bt] && position[bt] < C, "a position of the cache");
+    const uint16_t* row = bf16(projected) + bt * heads * E;
+    for (int64_t h = 0; h < H; h++) {
+      rotate(row + h * E, q_norm, bt, mutable_bf16(q) + (bt * H + h) * E);
+    }
+    for (int64_t j = 0; j < J; j++) {
+      const int64_t at = ((seat[bt / T] * J + j) * C + position[bt]) * E;
+      rotate(row + (H + j) * E, k_norm, bt, mutable_bf16(k_cache) + at);
+      std::copy_n(row + (H + J + j) * E, E, mutable_bf16(v_cache) + at);
+    }
+  }
+  Tensor attended = new_output(x, {B * T, H * E});
+  attend_into(q, k_cache, v_cache, seats, positions, window, scale, attended);
+  return linear(attended, o, o_bias);
+}
+
+// x [B, T, D] in its norm, and the SwiGLU feed-forward. Returns [B T, D].
+Tensor feed_forward_half(const Tensor& x, const Tensor& norm, double eps,
+                         std::vector<Tensor> gate_up, std::optional<Tensor> gate_up_bias,
+                         std::vector<Tensor> down, std::optional<Tensor> down_bias) {
+  return linear(swiglu(linear(rms_norm(x, norm, eps), gate_up, gate_up_bias)), down, down_bias);
 }
 
 }  // namespace
@@ -788,6 +903,12 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
   m.def("linear_int4(Tensor x, Tensor words, Tensor scale, Tensor? offset) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seats, "
         "Tensor positions, int window, float scale) -> Tensor");
+  m.def("attention_half(Tensor x, Tensor norm, float eps, Tensor[] qkv, Tensor? qkv_bias, "
+        "Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
+        "Tensor(b!) v_cache, Tensor seats, Tensor positions, int window, float scale, Tensor[] o, "
+        "Tensor? o_bias) -> Tensor");
+  m.def("feed_forward_half(Tensor x, Tensor norm, float eps, Tensor[] gate_up, "
+        "Tensor? gate_up_bias, Tensor[] down, Tensor? down_bias) -> Tensor");
   m.def("keep_threads(bool on) -> ()");
 }
 
@@ -799,6 +920,8 @@ STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("attention_half", TORCH_BOX(&attention_half));
+  m.impl("feed_forward_half", TORCH_BOX(&feed_forward_half));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CompositeExplicitAutograd, m) {

@@ -1,0 +1,90 @@
+"""A block of the decoder as two operators, for eager steps on a CPU.
+
+A step of a small model is hundreds of operators of microseconds each, and the call of one takes as
+long: attention and feed-forward, each from its norm to its sum over ranks, are therefore one
+operator each (``kernels.cpu``). They compute what ``Block.forward`` does, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.attention import cpu_attention
+from hotloop.models.decoder import Block, Decoder, FeedForward, Run, SelfAttention, call
+from hotloop.models.linear import Linear
+
+Weight = tuple[list[Tensor], Tensor | None]
+"""Packed tensors and bias of a matrix."""
+
+
+def eager_run(decoder: Decoder) -> Run:
+    """Chooses how eager steps call the decoder's parts.
+
+    Returns:
+        ``CpuBlocks`` where CPU kernels serve every matrix of every block, otherwise ``call``.
+    """
+    return CpuBlocks(decoder.blocks) if all(map(_on_cpu_kernels, decoder.blocks)) else call
+
+
+class CpuBlocks:
+    """A ``Run`` that computes a block by two operators."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self._halves = {
+            block: (_attention(block.attention), _feed_forward(block.feed_forward))
+            for block in blocks
+        }
+
+    def __call__(self, part: Callable[..., Any], /, *args: Any) -> Any:
+        """See ``Run``."""
+        if part is not Block.forward:
+            return part(*args)
+        block, x, cos, sin, positions, keys, values, seats, *_ = args
+        attention, feed_forward = self._halves[block]
+        x = x + block.total(attention(x, cos, sin, keys, values, seats, positions)).view_as(x)
+        return x + block.total(feed_forward(x)).view_as(x)
+
+
+def _attention(module: SelfAttention) -> Callable[..., Tensor]:
+    operator = torch.ops.hotloop_cpu.attention_half.default
+    norm, eps = module.norm.weight, module.norm.eps
+    qkv, o = _weight(module.qkv_proj), _weight(module.o_proj)
+    norms = (module.q_norm, module.k_norm)
+    head_norms = [None if n is None else n.weight for n in norms]
+    window, scale = module.window or 0, module.scale
+
+    def attention(
+        x_BTD: Tensor,
+        cos_BTE: Tensor,
+        sin_BTE: Tensor,
+        keys_SJCE: Tensor,
+        values_SJCE: Tensor,
+        seats_B: Tensor,
+        positions_BT: Tensor,
+    ) -> Tensor:
+        tables, caches = (cos_BTE, sin_BTE), (keys_SJCE, values_SJCE)
+        where = (seats_B, positions_BT, window, scale)
+        return operator(x_BTD, norm, eps, *qkv, *head_norms, *tables, *caches, *where, *o)
+
+    return attention
+
+
+def _feed_forward(module: FeedForward) -> Callable[[Tensor], Tensor]:
+    operator = torch.ops.hotloop_cpu.feed_forward_half.default
+    norm, eps = module.norm.weight, module.norm.eps
+    gate_up, down = _weight(module.gate_up_proj), _weight(module.down_proj)
+    return lambda x_BTD: operator(x_BTD, norm, eps, *gate_up, *down)
+
+
+def _weight(linear: Linear) -> Weight:
+    return linear.packed, linear.bias
+
+
+def _on_cpu_kernels(block: Block) -> bool:
+    kernels = [linear.kernel for linear in block.linears.values()]
+    ours = all(kernel is not None and kernel.name.endswith("/cpu") for kernel in kernels)
+    return ours and block.attention.kernel is cpu_attention

@@ -1,0 +1,72 @@
+"""Eager steps on a CPU, whose blocks are two operators each, give what the decoder's own do."""
+
+import pytest
+import torch
+from tiny_models import write_random
+
+from hotloop import LLM
+from hotloop.engine import cpu_blocks, forward
+from hotloop.kernels import cpu
+from hotloop.models.decoder import Run, call
+
+pytestmark = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+)
+
+MODELS = {
+    "grouped heads": {},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "norms of heads": {"model_type": "qwen3", "head_dim": 24},
+    "a window": {"model_type": "mistral", "sliding_window": 7},
+}
+PROMPTS = [[5, 6, 7], [8, 9] * 20, [10]]
+
+
+@pytest.mark.parametrize("keys", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32", "int4-g32-asym"])
+def test_tokens_and_probabilities_are_the_same_bits(keys, quant, tmp_path, monkeypatch):
+    folder = str(write_random(tmp_path, **keys))
+    runs: list[Run] = []
+
+    def answers(**options: object) -> list[object]:
+        with LLM(folder, device="cpu", dtype="bfloat16", quant=quant, **options) as llm:
+            given = llm.generate(PROMPTS, max_new_tokens=12, ignore_eos=True, logprobs=2)
+            return [(g.token_ids, g.logprobs) for g in given]
+
+    def noted(decoder: object) -> Run:
+        runs.append(cpu_blocks.eager_run(decoder))
+        return runs[-1]
+
+    monkeypatch.setattr(forward, "eager_run", noted)
+    ours = answers(max_batch_size=3)
+    drafted = answers(max_batch_size=3, draft="ngram", draft_tokens=4, draft_policy="always")
+    assert all(isinstance(run, cpu_blocks.CpuBlocks) for run in runs)
+    monkeypatch.setattr(forward, "eager_run", lambda _: call)
+    assert ours == answers(max_batch_size=3)
+    assert drafted == ours
+
+
+def test_other_kernels_are_called_one_by_one(folder, monkeypatch):
+    monkeypatch.setattr(cpu_blocks, "CpuBlocks", None)
+    with LLM(str(folder), device="cpu", dtype="float32") as llm:
+        assert llm.generate([[5]], max_new_tokens=2, ignore_eos=True)[0].token_ids
+
+
+@torch.inference_mode()
+def test_positions_and_seats_outside_the_cache_are_refused():
+    E, K = 16, 32
+    x, norm = torch.ones(1, 1, K, dtype=torch.bfloat16), torch.ones(K, dtype=torch.bfloat16)
+    qkv, o = torch.ones(3 * E, K).bfloat16(), torch.ones(K, E).bfloat16()
+    tables, caches = torch.ones(2, 1, 1, E), torch.zeros(2, 3, 1, 8, E, dtype=torch.bfloat16)
+    attend = torch.ops.hotloop_cpu.attention_half
+    for seat, position, fits in ((2, 7, True), (3, 7, False), (2, 8, False), (-1, 0, False)):
+        where = torch.tensor([seat]), torch.tensor([[position]])
+        arguments = (
+            *(x, norm, 1e-5, [qkv], None, None, None, *tables, *caches, *where),
+            *(0, 1.0, [o], None),
+        )
+        if fits:
+            assert attend(*arguments).shape == (1, K)
+        else:
+            with pytest.raises(RuntimeError, match="of the cache"):
+                attend(*arguments)
