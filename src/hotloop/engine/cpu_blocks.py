@@ -87,4 +87,5 @@ def _weight(linear: Linear) -> Weight:
 def _on_cpu_kernels(block: Block) -> bool:
     kernels = [linear.kernel for linear in block.linears.values()]
     ours = all(kernel is not None and kernel.name.endswith("/cpu") for kernel in kernels)
-    return ours and block.attention.kernel is cpu_attention
+    is_swiglu = block.config.feed_forward.activation == "silu"
+    return ours and is_swiglu and block.attention.kernel is cpu_attention

@@ -14,7 +14,7 @@ from hotloop.kernels import cpu, reference
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Computes ``reference.rms_norm`` of rows, or of heads [B, T, H, E], with sums in another order."""
+    """Computes ``reference.rms_norm`` of rows or heads [B, T, H, E], with sums in another order."""
     if _uses_cpu_kernel(x) and (x.is_contiguous() or x.dim() == 4):
         return torch.ops.hotloop_cpu.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)

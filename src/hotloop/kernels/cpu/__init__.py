@@ -4,8 +4,9 @@ They need a C++20 compiler, as torch.compile does on a CPU. They are built in a 
 per source, compiler, instruction set and torch version, and cached in the user's cache directory.
 Where they cannot be built, ``unavailable_reason`` returns why, and other kernels are used.
 
-The operators are ``torch.ops.hotloop_cpu.*``: matrix products, attention over the cache, norms, rope
-and SwiGLU, each specified by ``kernels.reference``, and the two halves of a block, which compose them.
+The operators are ``torch.ops.hotloop_cpu.*``: matrix products, attention over the cache, norms,
+rope and SwiGLU, each specified by ``kernels.reference``, and the two halves of a block, which are
+composed of them.
 """
 
 from __future__ import annotations
