@@ -59,6 +59,10 @@ MODELS = {
         "Qwen3ForCausalLM",
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256},
     ),
+    "two kinds of layers": (
+        "Qwen3ForCausalLM",
+        {"head_dim": 64, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
 }
 SCHEMES = {
     "none": "none",
