@@ -45,6 +45,11 @@ def test_layers_of_different_windows_are_for_the_fused_step_and_of_different_hea
     wider = dataclasses.replace(first, attention=dataclasses.replace(first.attention, n_heads=8))
     uneven = dataclasses.replace(mixed, layers=(wider, *others))
     assert "different heads" in str(fused.unsupported_reason(uneven, torch.bfloat16, 1))
+    gelu = dataclasses.replace(
+        first, feed_forward=dataclasses.replace(first.feed_forward, activation="gelu_tanh")
+    )
+    other = dataclasses.replace(mixed, layers=(gelu, *others))
+    assert "silu, not gelu_tanh" in str(fused.unsupported_reason(other, torch.bfloat16, 1))
 
 
 def test_sizes_are_compared_with_the_tensors_before_anything_is_built(tmp_path):

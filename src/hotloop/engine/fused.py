@@ -63,6 +63,9 @@ def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> s
             return f"heads must be {', '.join(map(str, HEAD_DIMS))} wide, not {width}"
     if len({layer.shape(lambda _part: 1) for layer in model.kinds}) > 1:
         return "its layers have different heads or widths, and prompts share activations' memory"
+    for activation in (layer.feed_forward.activation for layer in model.kinds):
+        if activation != "silu":
+            return f"the gate of its feed-forward is silu, not {activation}"
     if tokens > MAX_TOKENS:
         return f"a step takes at most {MAX_TOKENS - 1} drafts, not {tokens - 1}"
     for matrix in (matrix for layer in model.kinds for matrix in layer.matrices):

@@ -39,7 +39,16 @@ def apply_rope(x_BTHE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
 def swiglu(gate_up: Tensor) -> Tensor:
     """Multiplies SiLU of the first half by the second: [..., 2F] to [..., F] (Shazeer 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    gated = F.silu(gate) * up
+    return _stored(F.silu(gate) * up)
+
+
+def geglu_tanh(gate_up: Tensor) -> Tensor:
+    """Computes ``swiglu`` with GELU, by its tanh approximation, in place of SiLU."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _stored(F.gelu(gate, approximate="tanh") * up)
+
+
+def _stored(gated: Tensor) -> Tensor:
     # as_strided changes nothing, but makes torch.compile store the result here, once, instead of
     # recomputing it for every output feature of the matrix product that follows.
     return gated.as_strided(gated.size(), gated.stride())

@@ -19,7 +19,7 @@ from typing import Literal
 
 from hotloop.parallel.plan import Axis, LayerShape, LayerShard, Shard, plan_shards
 
-Activation = Literal["silu"]
+Activation = Literal["silu", "gelu_tanh"]
 """The function of the gate in a feed-forward."""
 
 

@@ -17,10 +17,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from hotloop.kernels import pointwise
+from hotloop.kernels import pointwise, reference
 from hotloop.kernels.attention import Attention
 from hotloop.models.cache import KVCache, write
-from hotloop.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
+from hotloop.models.config import (
+    Activation,
+    AttentionConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    ModelConfig,
+)
 from hotloop.models.linear import Embedding, Linear
 from hotloop.models.rope import rope_tables
 
@@ -103,17 +109,24 @@ class SelfAttention(nn.Module):
         return self.o_proj(attended.reshape(B, T, -1))
 
 
+_GATES: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": pointwise.swiglu,
+    "gelu_tanh": reference.geglu_tanh,
+}
+
+
 class FeedForward(nn.Module):
-    """SwiGLU behind its norm."""
+    """A gated feed-forward behind its norm."""
 
     def __init__(self, config: FeedForwardConfig) -> None:
         super().__init__()
+        self.gated = _GATES[config.activation]
         self.gate_up_proj, self.down_proj = map(Linear.declared, config.matrices)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[..., D] to the same."""
-        return self.down_proj(pointwise.swiglu(self.gate_up_proj(self.norm(x_BTD))))
+        return self.down_proj(self.gated(self.gate_up_proj(self.norm(x_BTD))))
 
 
 class Block(nn.Module):
