@@ -167,7 +167,7 @@ def test_an_unreadable_file_is_refused(tmp_path):
     ("keys", "said"),
     [
         ({"size": "12"}, "f.json: size: must be an integer, not '12'"),
-        ({"ratio": 0}, "f.json: ratio: must be greater than 0, not 0"),
+        ({"ratio": 0}, "f.json: ratio: must be above 0, not 0"),
         ({"sise": 1}, "f.json: sise: there is no such key. Did you mean 'size'? Choose from: "),
         ({"shapes": [{"widht": 1}]}, "f.json: shapes[0].width: is missing; shapes[0].widht: there"),
         ({"shapes": [{"width": 1, "kind": "wid"}]}, "'wid' is not a choice. Did you mean 'wide'?"),

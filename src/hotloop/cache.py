@@ -1,4 +1,4 @@
-"""Where hotloop keeps what it can make or fetch again: models, built kernels, compiled graphs.
+"""The cache folder, for what can be made or fetched again: models, built kernels, compiled graphs.
 
 The cache folder is the user's choice or the user's home. Where there is no home (a container's user
 without one) or nothing can be written there (a read-only file system, another user's folder, a
@@ -50,7 +50,7 @@ def cache_path(*parts: str) -> Path:
 
 
 def cache_note() -> str | None:
-    """Why a temporary folder takes the place of the cache folder; None if none does."""
+    """Says why a temporary folder takes the place of the cache folder; None if none does."""
     configured = _configured()
     if configured is None:
         why = "no home directory is known"

@@ -72,7 +72,7 @@ DATASHEET_BYTES_PER_S = {
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceInfo:
-    """What a device is, as far as it decides speed and fit.
+    """A device's properties that decide speed and fit.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
@@ -130,7 +130,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_info(device: torch.device) -> DeviceInfo:
-    """What ``device`` is."""
+    """Describes ``device``."""
     import torch
 
     if device.type == "cpu":
@@ -183,7 +183,7 @@ _OUT_OF_MEMORY = (
 
 
 def shortage_of_memory(error: BaseException) -> BaseException | None:
-    """Which of an error and what caused it says that memory was short; None if none does.
+    """Finds the error that says that memory was short, among an error and its causes.
 
     Libraries raise their own kinds for it, often a plain RuntimeError, and compilers wrap what they
     meet.
@@ -197,7 +197,7 @@ def shortage_of_memory(error: BaseException) -> BaseException | None:
 
 
 def bytes_asked_for(shortage: BaseException) -> int | None:
-    """How much could not be allocated, where an error for want of memory says so."""
+    """Bytes that could not be allocated, where an out-of-memory error says so."""
     found = re.search(
         r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(shortage), re.IGNORECASE
     )
@@ -208,7 +208,7 @@ def bytes_asked_for(shortage: BaseException) -> int | None:
 
 
 def kernel_oom_kills() -> int | None:
-    """How many processes the kernel has killed for want of memory; None where it does not say."""
+    """Counts the processes that the kernel has killed for lack of memory; None where unknown."""
     with suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             name, _, count = line.partition(" ")
@@ -334,7 +334,7 @@ def _nvidia_smi(device: torch.device, fields: list[str]) -> dict[str, str]:
 
 
 def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -> dict[str, Any]:
-    """What was running where, as JSON can hold it, without names of hosts, users or folders.
+    """Versions, device and host, as JSON can hold them, without names of hosts, users or folders.
 
     Args:
         device: The device in use.
@@ -404,7 +404,7 @@ def _git_state(package: Path) -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None where there is no such program or it fails."""
+    """Returns the output of a program; None where there is no such program or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

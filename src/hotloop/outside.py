@@ -268,9 +268,21 @@ def _problem(
     if kind == "literal_error":
         choices = get_args(_declared_at(model, loc))
         return f"{place}: {value} is not a choice.{_nearest(error['input'], choices)}"
+    if kind in _BOUNDS:
+        limit, words = _BOUNDS[kind]
+        bound = error["ctx"][limit]
+        shown = f"{bound:g}" if isinstance(bound, float) else f"{bound}"
+        return f"{place}: must be {words.format(shown)}, not {value}"
     said = _MUST.get(kind) or re.sub(r"^(Input|String|Value) should", "must", error["msg"])
     return f"{place}: {said}, not {value}"
 
+
+_BOUNDS = {
+    "greater_than_equal": ("ge", "{} or more"),
+    "greater_than": ("gt", "above {}"),
+    "less_than_equal": ("le", "at most {}"),
+    "less_than": ("lt", "below {}"),
+}
 
 _MUST = {
     "model_type": "must be an object",
@@ -299,7 +311,7 @@ def _fields_at(model: type[BaseModel] | None, loc: tuple[int | str, ...]) -> lis
 
 
 def _declared_at(model: Any, loc: tuple[int | str, ...]) -> Any:
-    """What a model declares at a place: a model, or a value's type; None where that is unclear."""
+    """Returns the type that a model declares at a place; None where that is unclear."""
     here = model
     for part in loc:
         if isinstance(part, int):
@@ -315,7 +327,7 @@ def _declared_at(model: Any, loc: tuple[int | str, ...]) -> Any:
 
 
 class _JsonProblem(Exception):  # noqa: N818  (it never leaves this module)
-    """What JSON allows in letter and no file of ours means."""
+    """JSON that the grammar allows and no file here may hold."""
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"

@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 StepExecution = Literal["eager", "compile", "fused"]
-"""How a step runs: ``eager`` is plain PyTorch, ``compile`` is torch.compile, ``fused`` is our own
-CUDA kernels; on GPUs the latter two in CUDA graphs."""
+"""Execution of a step: ``eager`` is plain PyTorch, ``compile`` is torch.compile, ``fused`` is
+hotloop's CUDA kernels; on GPUs the latter two run in CUDA graphs."""
 
 Execution = Literal["auto", StepExecution]
-"""What to ask for: ``auto`` is ``fused`` where that runs, else ``eager``."""
+"""Execution as a user asks for it: ``auto`` is ``fused`` where that runs, else ``eager``."""
 
 WeightSource = Literal["checkpoint", "random"]
-"""Where weights come from. ``random`` needs only the model's shape: for speed and fit."""
+"""Source of weights. ``random`` needs only the model's shape: for speed and fit."""
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Element type of activations and of unquantized weights. ``auto`` lets the device decide."""
 
 AllReduce = Literal["auto", "nccl", "symm_mem"]
-"""What GPUs add up on what each has computed: NCCL, or small sums by reading each other's memory
-(``symm_mem``); ``auto`` is ``symm_mem`` where that works, else ``nccl``."""
+"""All-reduce backend of GPUs: NCCL, or for small sums symmetric memory (``symm_mem``), by which
+ranks read each other's parts; ``auto`` is ``symm_mem`` where that works, else ``nccl``."""
 
 DraftPolicy = Literal["adaptive", "always"]
-"""Whether drafts are made only where they pay, as measured while running, or in every step."""
+"""Policy of drafting: only where it pays, as measured while running, or in every step."""
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
-"""Why a generation ended: end-of-sequence token, stop string, token limit, or cancellation."""
+"""The end of a generation: end-of-sequence token, stop string, token limit, or cancellation."""
 
 DEFAULT_CACHE_BYTES = 2**30
 """A context that nobody asked for is cut to what a cache of this size holds."""
@@ -77,7 +77,7 @@ def exit_layers(draft: str) -> int | None:
 
 
 def is_draft_model(draft: str) -> bool:
-    """Whether a value of ``EngineConfig.draft`` names a model of its own."""
+    """Tells whether a value of ``EngineConfig.draft`` names a draft model."""
     return draft not in ("none", "ngram") and exit_layers(draft) is None
 
 
@@ -290,7 +290,7 @@ class EngineConfig:
 
     @property
     def draft_name(self) -> str:
-        """How drafts are made; see :func:`draft_name`."""
+        """The name of its way of drafting; see :func:`draft_name`."""
         return draft_name(self.draft, self.draft_quant, self.draft_tokens, self.draft_policy)
 
     def to_dict(self) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def levers() -> dict[str, Lever]:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to choose the next token, and when to stop.
+    """Rules for choosing the next token, and for stopping.
 
     The order is: repetition penalty, temperature, top-k, top-p, min-p, draw. The draw depends on
     the seed, the position and the logits alone, never on which other sequences are in the batch.
@@ -350,7 +350,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """True if the most likely token is always taken."""
         return self.temperature == 0
 
 
@@ -368,7 +368,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """When things happened to one request, in seconds since it was submitted.
+    """Times of one request, in seconds since it was submitted.
 
     Attributes:
         n_tokens: Tokens produced, counted by the engine.
@@ -398,7 +398,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """What drafting did for one request, or for several together.
+    """Drafting statistics of one request, or of several together.
 
     A step gives a request one token, and one more for every draft before the first that the model
     would not have chosen itself.
@@ -406,9 +406,9 @@ class Speculation:
     Attributes:
         n_steps: Steps that decoded the request.
         n_off: Those of them without drafts.
-        n_tokens: Tokens that came of these steps.
-        proposed: How often a draft stood at each place, the first one first.
-        accepted: How often it was kept there.
+        n_tokens: Tokens that these steps produced.
+        proposed: Drafts made at each draft position.
+        accepted: Drafts accepted at each draft position.
         draft_s: Seconds the device spent making drafts.
         verify_s: Seconds it spent in the model, with drafts or without.
     """
@@ -487,7 +487,7 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a model thinks of one window of T tokens: T - 1 predictions.
+    """A model's predictions on one window of T tokens: T - 1 of them.
 
     Attributes:
         token_logprobs: Natural log-probability of each token after the first, float32 [T - 1].
@@ -502,7 +502,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineDescription:
-    """What is really running: what was asked for, resolved.
+    """The engine that runs: the configuration, resolved.
 
     Attributes:
         config: As asked for.
@@ -603,7 +603,7 @@ conversation. An answer to the first two continues the prompt: prompt and answer
 
 
 class PeakMemory(Protocol):
-    """What an engine's meter has measured, once its block has ended."""
+    """The measurement of an engine's meter, once its block has ended."""
 
     @property
     def peak_bytes(self) -> int:
@@ -631,7 +631,7 @@ class Engine(Protocol):
         ...
 
     def describe(self) -> EngineDescription:
-        """What is really running."""
+        """Describes the engine that runs."""
         ...
 
     def meter(self) -> AbstractContextManager[PeakMemory]:

@@ -302,7 +302,7 @@ def test_the_exit_code_of_a_sweep_says_whether_anything_was_learned(
     assert main(["sweep", "m", *argv]) == code
     out, err = capsys.readouterr()
     assert ("none/eager" in out) == (ends[0] != "Ctrl-C")
-    assert ("--resume goes on" in err) == (code == 130)
+    assert ("--resume continues" in err) == (code == 130)
 
 
 def test_dry_run_prints_cells_and_predicted_memory_and_runs_nothing(sweeps, monkeypatch, capsys):

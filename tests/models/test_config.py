@@ -254,7 +254,7 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
         ({"rope_scaling": {"factor": 4.0}}, "factor = 4.0 does not belong to rope_type 'default'"),
         ({"rope_scaling": {"type": "gguf_factors", "factors": []}}, "'gguf_factors'"),
         ({"rope_scaling": {"type": "linear"}}, "needs factor, which is missing"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor: must be greater"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor: must be 0.001 or more"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 3}}, "beta_fast = 3"),
         ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2}}, "and type"),
         ({"rope_scaling": "linear"}, "rope_scaling: must be an object, not 'linear'"),
@@ -264,10 +264,10 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
         ({"rope_scaling": YARN | {"finetuned": True}}, "finetuned: there is no such key"),
         ({"rope_scaling": LONG | {"long_factor": [2.0] * 7}}, "long_factor has 7 values, and 8"),
         ({"rope_scaling": LONG | {"short_factor": [0.0] * 8}}, "short_factor[0]: must be"),
-        ({"rope_theta": 0}, "rope_theta: must be greater than 1"),
-        ({"rope_theta": -1e4}, "rope_theta: must be greater than 1"),
+        ({"rope_theta": 0}, "rope_theta: must be above 1"),
+        ({"rope_theta": -1e4}, "rope_theta: must be above 1"),
         ({"partial_rotary_factor": 0.3}, "rotates 4.8 elements"),
-        ({"partial_rotary_factor": 0}, "partial_rotary_factor: must be greater than 0"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor: must be above 0"),
     ],
 )
 def test_rotary_settings_that_cannot_be_are_refused(settings, says):
@@ -279,10 +279,10 @@ def test_rotary_settings_that_cannot_be_are_refused(settings, says):
     [
         ({"hidden_size": MISSING}, "hidden_size: is missing"),
         ({"rms_norm_eps": None}, "rms_norm_eps: is missing"),
-        ({"rms_norm_eps": -1e-5}, "rms_norm_eps: must be greater than or equal to 0, not -1e-05"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps: must be 0 or more, not -1e-05"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers: must be an integer, not '2'"),
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers: must be less than or equal to"),
-        ({"vocab_size": 0}, "vocab_size: must be greater than or equal to 1, not 0"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers: must be at most"),
+        ({"vocab_size": 0}, "vocab_size: must be 1 or more, not 0"),
         ({"vocab_size": True}, "vocab_size: must be an integer, not True"),
         ({"head_dim": 2.5}, "head_dim: must be an integer, not 2.5"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps: must be a number, not 'tiny'"),
@@ -300,7 +300,7 @@ def test_wrong_and_missing_values_are_refused_by_name(changes, says):
 
 def test_window_of_nothing_is_refused():
     said = message(ConfigError, "MistralForCausalLM", sliding_window=0)
-    assert "sliding_window: must be greater than or equal to 1, not 0" in said
+    assert "sliding_window: must be 1 or more, not 0" in said
 
 
 # Rotary tables.

@@ -20,6 +20,7 @@ CPU = {"device": {"name": "A Processor", "kind": "cpu"}}
 NOWHERE: dict = {}
 
 LEVERS = EngineConfig(model="big", weights="random", execution="eager").to_dict()
+del LEVERS["engine"]  # a record's own field of that name is its engine's description
 
 
 def cell(tok_s: float | None = None, *, on: dict = GPU, **fields) -> Record:

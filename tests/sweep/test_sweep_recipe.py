@@ -86,12 +86,12 @@ def test_explicit_cells_alone_need_no_matrix(tmp_path):
         (
             "workload: {prompt_tokens: 8, new_tokens: 1}",
             "workload.new_tokens",
-            "must be greater than or equal to 2, not 1",
+            "must be 2 or more, not 1",
         ),
         ("matrix: {quant: 8}", "matrix.quant", "must be a list, not 8"),
         ("matrix: {quant: []}", "matrix.quant", "must have at least one value"),
         ("quality: [1]", "quality", "must be an object"),
-        ("timeout_s: 0", "timeout_s", "must be greater than 0"),
+        ("timeout_s: 0", "timeout_s", "must be above 0"),
         ("weights: randm", "weights", "Did you mean 'random'?"),
     ],
 )

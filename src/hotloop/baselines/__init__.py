@@ -28,7 +28,7 @@ def _unknown(config: EngineConfig) -> MemoryPlan | None:  # noqa: ARG001
 
 @dataclass(frozen=True, kw_only=True)
 class EngineKind:
-    """What a sweep needs to know about a kind of engine.
+    """A kind of engine, as a sweep needs it.
 
     Attributes:
         create: Loads the engine of a configuration.

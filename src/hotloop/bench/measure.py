@@ -38,7 +38,7 @@ from hotloop.types import (
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How fast an engine ran a workload. Every figure's samples are its repeats.
+    """Speed of an engine on a workload. Every figure's samples are its repeats.
 
     Attributes:
         decode_tok_s: 1 / TPOT, tokens per second of one request after its first.
@@ -186,13 +186,13 @@ def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> li
 
 
 def _drafting(generations: Sequence[Generation]) -> Speculation | None:
-    """What drafting did for all requests of a repeat; None where the engine does not draft."""
+    """Adds up the drafting statistics of a repeat's requests; None without drafts."""
     each = [g.speculation for g in generations if g.speculation is not None]
     return sum(each, Speculation()) if each else None
 
 
 def _speculation(draft: str, repeats: Sequence[Speculation | None]) -> SpeculationFigures | None:
-    """What drafting did in all repeats."""
+    """Makes the drafting figures of all repeats."""
     each = [repeat for repeat in repeats if repeat is not None]
     if not each:
         return None

@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 Status = Literal[
     "ok", "oom", "predicted-oom", "unsupported", "failed", "timeout", "unstable", "interrupted"
 ]
-"""How a cell ended. ``unstable`` has its figures, with the spread and the likely cause in
+"""The status of a cell. ``unstable`` has its figures, with the spread and the likely cause in
 ``reason``; the others after ``ok`` have none. ``interrupted`` was stopped by its user."""
 
 MEASURED: tuple[Status, ...] = ("ok", "unstable")
@@ -32,7 +32,7 @@ Name = Annotated[str, Field(max_length=4096)]
 """A name, such as that of a cell, a model or a device."""
 
 Reason = Annotated[str, Field(max_length=65_536)]
-"""Why something is as it is, with the last lines of a log at times."""
+"""A reason, at times with the last lines of a log."""
 
 MAX_NUMBER = 1e30
 
@@ -72,7 +72,7 @@ class Figure(StrictModel):
 
 
 class Workload(StrictModel):
-    """What was timed: ``batch`` prompts of ``prompt_tokens`` each, ``new_tokens`` decoded."""
+    """A timed workload: ``batch`` prompts of ``prompt_tokens`` each, ``new_tokens`` decoded."""
 
     prompt_tokens: Count
     new_tokens: Annotated[int, Field(ge=2, le=MAX_COUNT)]
@@ -82,13 +82,13 @@ class Workload(StrictModel):
 
 
 class SpeculationFigures(StrictModel):
-    """What drafting did in the timed repeats. See ``types.Speculation`` for the words.
+    """Drafting statistics of the timed repeats; see ``types.Speculation``.
 
     Attributes:
-        draft: Who made drafts: the configuration's ``draft_name``.
-        proposed: How often a draft stood at each place, the first one first.
-        accepted: How often it was kept there.
-        acceptance: The share that was kept there; None where no draft stood.
+        draft: The source of drafts: the configuration's ``draft_name``.
+        proposed: Drafts made at each draft position.
+        accepted: Drafts accepted at each draft position.
+        acceptance: The share accepted at each draft position; None where none were made.
         tokens_per_step: Tokens that a step gave a request.
         draft_share: Share of the device's time in steps that went into making drafts; None where
             no step was timed.
@@ -107,7 +107,7 @@ class SpeculationFigures(StrictModel):
 
 
 class QualityProtocol(StrictModel):
-    """On what quality was computed: enough to do it again and get the same numbers.
+    """The protocol of quality: enough to compute the same numbers again.
 
     Attributes:
         text: Where the text came from.
@@ -154,7 +154,7 @@ class RecordedEngine(_Keys, total=False):
 
 
 class RecordedHotloop(_Keys, total=False):
-    """Which hotloop has measured."""
+    """The hotloop that measured."""
 
     version: Name | None
     git_commit: Name | None
@@ -179,7 +179,7 @@ class RecordedStorage(_Keys, total=False):
 
 
 class Provenance(_Keys, total=False):
-    """What was measured with what: see ``hardware.provenance``, and the hashes of inputs.
+    """Device, versions and hashes of inputs: see ``hardware.provenance``.
 
     ``key`` is the job's, ``stored`` how the model's checkpoint is stored, ``reference`` the stem
     of the reference's file where there is one, ``reference_model`` its model where that is not the

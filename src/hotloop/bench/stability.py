@@ -1,4 +1,4 @@
-"""Whether repeats of a timed run agree, and what most likely happened when they do not.
+"""Tells whether repeats of a timed run agree, and the likely cause when they do not.
 
 A guess at a cause from the pattern of the samples and from what the machine was doing meanwhile.
 It tells a user where to look; it does not correct or drop a sample.
@@ -69,7 +69,7 @@ def explain_instability(
     sm_clock_mhz: Sequence[float | None] = (),
     tokens_per_step: Sequence[float] = (),
 ) -> str | None:
-    """What makes repeats unstable, in a sentence or two; None if they are not.
+    """Explains in a sentence or two why repeats are unstable; None if they are not.
 
     Args:
         seconds: The time of each repeat, in the order they were run.

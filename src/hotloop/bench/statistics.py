@@ -1,4 +1,4 @@
-"""How sure a mean is: Student's t-interval, without scipy.
+"""Confidence intervals of means: Student's t, without scipy.
 
 One sample is one independent observation: a whole timed run, or a whole window of text. Predictions
 within a window are correlated, so their spread says little about the next window. With windows of

@@ -32,7 +32,7 @@ Examples:
 
 @app.default
 def bench(
-    model: Annotated[str | None, option(MODEL, "What to time, unless --shape says.")] = None,
+    model: Annotated[str | None, option(MODEL, "The model, unless --shape names one.")] = None,
     /,
     *,
     engine: EngineOptions = DEFAULT_ENGINE,

@@ -89,7 +89,7 @@ def chat(
 
     In a terminal: line editing, /help for the commands, Ctrl-C to stop an answer.
     From a pipe: one turn a line, answers on standard output. --json prints one
-    object an answer. Without --max-new-tokens, an answer goes on to its end. A
+    object an answer. Without --max-new-tokens, an answer may fill the context. A
     conversation that outgrows the context loses its oldest turns, with a note.
     """
     sampling.check(json=json)
@@ -126,7 +126,7 @@ def converse_in_terminal(session: Session) -> None:
 
 @dataclass
 class Conversation:
-    """What was said, cut to what the context holds.
+    """A conversation, cut to what the context holds.
 
     Attributes:
         encode: Makes a prompt of messages, through a chat template.

@@ -59,7 +59,7 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
 
 
 class ConversationFormat:
-    """How messages become a prompt.
+    """Makes prompts of messages, as the user's options say.
 
     Args:
         options: What the user said about it.

@@ -37,14 +37,14 @@ Examples:
 
 
 MAX_PROMPT_CHARS = 2**26
-"""Of a prompt that is read: far more than any context holds, and less than a machine's memory."""
+"""The longest prompt that is read: more than any context holds, and less than memory holds."""
 
 
 @app.default
 def generate(
     model: Model,
     prompt: Annotated[
-        str | None, option(PROMPT, "The text to go on from; - reads it from standard input.")
+        str | None, option(PROMPT, "The prompt; - reads it from standard input.")
     ] = None,
     /,
     *,
@@ -67,7 +67,7 @@ def generate(
     sampling: SamplingOptions = DEFAULT_SAMPLING,
     json: Json = False,
 ) -> int:
-    """Go on from a prompt.
+    """Continue a prompt.
 
     The text streams to standard output; its figures follow on standard error.
     Without --max-new-tokens, it ends after as many tokens as the model's makers

@@ -96,7 +96,7 @@ class _Options:
     """Options of a verb that belong together."""
 
     def given(self) -> dict[str, Any]:
-        """Those that differ from their defaults."""
+        """Returns the options that differ from their defaults."""
         values = ((field, getattr(self, field.name)) for field in fields(self))
         return {field.name: value for field, value in values if value != field.default}
 
@@ -221,7 +221,7 @@ class ReplacementOptions(_Options):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TemplateOptions(_Options):
-    """How a conversation becomes a prompt."""
+    """Options of the chat template."""
 
     chat_template: Annotated[
         Path | None, option(PROMPT, "A Jinja file in place of the model's own chat template.")
@@ -284,11 +284,11 @@ def _finite(digits: str) -> float:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(_Options):
-    """How to sample: ``SamplingParams``, where None keeps the model's own default."""
+    """Sampling: ``SamplingParams``, where None keeps the model's own default."""
 
     max_new_tokens: Annotated[
         int | None,
-        integer(SAMPLING, "The most tokens to produce.", "see above", alias="-n"),
+        integer(SAMPLING, "Tokens to produce, at most.", "see above", alias="-n"),
     ] = None
     temperature: Annotated[
         float | None,
@@ -311,7 +311,7 @@ class SamplingOptions(_Options):
     stop: Annotated[
         tuple[str, ...], option(SAMPLING, "Text that ends the answer; can be repeated.")
     ] = ()
-    ignore_eos: Annotated[bool, option(SAMPLING, "Go on past the end of the answer.")] = False
+    ignore_eos: Annotated[bool, option(SAMPLING, "Continue past the end of the answer.")] = False
     logprobs: Annotated[
         int | None,
         integer(SAMPLING, "With --json: log-probabilities, with this many alternatives."),
@@ -336,14 +336,12 @@ class SamplingOptions(_Options):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class WorkloadOptions(_Options):
-    """What to time: ``bench.record.Workload``."""
+    """The timed workload: ``bench.record.Workload``."""
 
     prompt_tokens: Annotated[int, integer(WORKLOAD, "Tokens in each prompt.")] = 128
-    new_tokens: Annotated[int, integer(WORKLOAD, "Tokens decoded for each, whatever they say.")] = (
-        128
-    )
+    new_tokens: Annotated[int, integer(WORKLOAD, "Tokens decoded for each prompt.")] = 128
     batch: Annotated[int, integer(WORKLOAD, "Prompts at once.")] = 1
-    repeats: Annotated[int, integer(WORKLOAD, "Timed runs, after one that is not.")] = 5
+    repeats: Annotated[int, integer(WORKLOAD, "Timed runs, after one warm-up run.")] = 5
     workload_seed: Annotated[int, integer(WORKLOAD, "Seed of the prompts.")] = 0
 
     def fields(self) -> dict[str, int]:
@@ -356,14 +354,14 @@ class WorkloadOptions(_Options):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class QualityOptions(_Options):
-    """On what to score: ``sweep.recipe.QualityOptions``."""
+    """The scored text: ``sweep.recipe.QualityOptions``."""
 
     text: Annotated[
         Path | None,
         option(QUALITY, "A UTF-8 text to predict.", "the help topics that come with Python"),
     ] = None
     window: Annotated[int, integer(QUALITY, "Tokens in a window of the text.")] = 512
-    n_windows: Annotated[int, integer(QUALITY, "The most windows to score.")] = 16
+    n_windows: Annotated[int, integer(QUALITY, "Windows to score, at most.")] = 16
     reference: Annotated[
         str | None,
         option(

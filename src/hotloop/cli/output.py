@@ -1,4 +1,4 @@
-"""Where things go: data to stdout, everything else to stderr.
+"""Output: data goes to stdout, everything else to stderr.
 
 Every text that a verb shows is printed here or in ``stream``, where it is made printable: it can
 hold what a file, a path or a recipe says. rich decides by itself about colours (NO_COLOR, no

@@ -32,7 +32,7 @@ def report(
     *more: Annotated[Path, option(OUTPUT, "Further ones, for --layout reference to join.")],
     layout: Annotated[
         Literal["full", "reference"],
-        option(OUTPUT, "Every figure of a cell; or the levers and tokens/s, a table per model."),
+        option(OUTPUT, "Every figure; or configurations and tokens/s, a table per model."),
     ] = "full",
     form: Annotated[
         Literal["table", "markdown", "csv", "json"],

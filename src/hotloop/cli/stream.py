@@ -58,7 +58,7 @@ class Answer:
 
     @property
     def speculation(self) -> Speculation | None:
-        """What drafting did for a finished answer; None without drafts, or without any step."""
+        """Drafting statistics of a finished answer; None without drafts or without any step."""
         if self.generation is None or self.generation.speculation is None:
             return None
         return self.generation.speculation if self.generation.speculation.n_steps else None
@@ -84,13 +84,13 @@ class Answer:
 
 
 def shown_speculation(seen: Speculation) -> str:
-    """What drafting did, in a few words; acceptance is that of each step's first draft."""
+    """Summarizes drafting in a few words; acceptance is that of each step's first draft."""
     shown = f"{seen.tokens_per_step:.2f} tokens/step"
     return f"{shown}, acceptance {seen.acceptance[0]:.0%}" if seen.acceptance else shown
 
 
 class Writer(Protocol):
-    """Where a streamed text goes."""
+    """A destination of streamed text."""
 
     def write(self, text: str, figure: str, /) -> None:
         """Adds ``text``; ``figure`` may be shown beside it until the next call."""

@@ -57,8 +57,8 @@ def sweep(
         str | None,
         option(
             MODEL,
-            "A model; or a recipe (.yaml), which says all of the below and of which only the "
-            "models and --weights can be replaced here.",
+            "A model, or a recipe (.yaml). A recipe sets all options below; only its models and "
+            "--weights can be replaced here.",
         ),
     ] = None,
     /,
@@ -149,7 +149,7 @@ def sweep(
             records = run_sweep(recipe, results, resume=resume, on_event=progress)
     except KeyboardInterrupt:
         stopped = True
-        note("Stopped. The same command with --resume goes on.")
+        note("Stopped. The same command with --resume continues.")
         path = results / RECORDS
         if not path.exists() or path.stat().st_size == 0:
             return 130

@@ -68,7 +68,7 @@ class CtrlC:
 
 @contextmanager
 def line_reader() -> Generator[ReadLine]:
-    """How to read a line here: with editing in a terminal, else as it comes.
+    """Yields the function that reads a line: with editing in a terminal, else plainly.
 
     In a terminal a text of several lines that is pasted is one line to its reader, and what is
     typed before the next prompt does not appear until then.

@@ -1,4 +1,4 @@
-"""How good an engine's predictions are, alone and against the unquantized model's.
+"""Measures the quality of an engine's predictions, alone and against the unquantized model's.
 
 Perplexity alone is a blunt tool: text differs far more between windows than a quantization changes
 any of them. So the comparison is paired: both models predict the same tokens from the same windows,
@@ -42,7 +42,7 @@ OnWindow = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What an engine's predictions are worth. Samples are windows; logarithms are natural.
+    """Quality of an engine's predictions. Samples are windows; logarithms are natural.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood per token. Its samples are each window's

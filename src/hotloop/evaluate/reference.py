@@ -43,14 +43,14 @@ from hotloop.writing import replacing
 FORMAT = "hotloop-reference-1"
 
 KEPT_FREE_BYTES = 2**28
-"""What a reference leaves of a disk, for records and logs."""
+"""Bytes of a disk that a reference leaves free, for records and logs."""
 
 _CHUNK_ELEMENTS = 2**20
 """Distributions are handled this many elements at a time: a few MB for each intermediate."""
 
 
 class ReferenceKey(StrictModel):
-    """What a reference is the reference of. Another value of any field is another reference.
+    """Identifies a reference: another value of any field is another reference.
 
     Attributes:
         weights: Hash of the checkpoint.

@@ -1,4 +1,4 @@
-"""What stands below a table because its numbers mean nothing without it."""
+"""The context of a table: the model, device, versions and workload of its numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hotloop.report.numbers import significant
 def context(
     records: Sequence[Record], *, leave_out: Iterable[str] = ()
 ) -> tuple[tuple[str, str], ...]:
-    """What was measured on what, a label and a text each.
+    """Returns the context of records, a label and a text each.
 
     What differs between records is said once for each value, with the cells that it is true of.
 
@@ -42,12 +42,12 @@ RANDOM_ACCEPTANCE = (
 
 
 def has_random_weights(record: Record) -> bool:
-    """Whether it is of a model that was never trained."""
+    """Tells whether a record is of random weights."""
     return record.config.get("weights") == "random"
 
 
 def notes(record: Record) -> tuple[str, ...]:
-    """What the engine has noted of itself: above all, why a faster path was not taken."""
+    """The engine's notes: above all, why a faster path was not taken."""
     return (record.engine or {}).get("notes", ())
 
 
@@ -58,7 +58,7 @@ def model_name(record: Record) -> str:
 
 
 def device_name(record: Record) -> str:
-    """What the device calls itself; empty where a record ended before that was known."""
+    """The device's name; empty where a record ended before it was known."""
     return record.provenance.get("device", {}).get("name", "")
 
 
@@ -68,7 +68,7 @@ def _device(record: Record) -> str:
 
 
 def _bandwidth(records: Sequence[Record]) -> str:
-    """What the device was measured to read, over all cells."""
+    """The measured read bandwidth, over all cells."""
     devices = [record.provenance.get("device", {}) for record in records]
     measured = sorted(d["read_bytes_per_s"] / 1e9 for d in devices if d.get("read_bytes_per_s"))
     if not measured:

@@ -16,7 +16,7 @@ from hotloop.bench.record import Figure, Record
 
 
 def value_of(record: Record, field: str) -> Any:
-    """What a record has in a field; None where it, or the part it belongs to, is missing."""
+    """Returns a field of a record; None where it, or the part it belongs to, is missing."""
     value: Any = record
     for name in field.split("."):
         value = None if value is None else getattr(value, name)
@@ -37,7 +37,7 @@ def csv_names(fields: Iterable[str]) -> list[str]:
 
 
 def csv_values(fields: Iterable[str], record: Record) -> list[Any]:
-    """What stands in these columns for a record: every number as it was recorded.
+    """Returns a record's values in these columns: every number as it was recorded.
 
     Several values of one field are separated by spaces.
     """

@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """What all renderings show.
+    """A table, independent of its rendering.
 
     Attributes:
         title: Its heading, where several tables need one.
@@ -154,7 +154,7 @@ class RichReport:
     table: Table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """What rich asks for."""
+        """Renders the report; rich calls this."""
         if self.table.title:
             yield Padding(Text(self.table.title, style="bold"), (0, 0, 1, 0))
         unbounded = options.update(width=UNBOUNDED)
@@ -197,7 +197,7 @@ class RichReport:
         return pieces
 
     def _grid(self, columns: Sequence[int], *, fold: bool = False) -> RichTable:
-        """Some of the columns; those of keys are folded where there is not room even so."""
+        """Makes the grid of some columns; columns of keys are folded if ``fold``."""
         grid = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
         for i in columns:
             column = self.table.columns[i]

@@ -116,7 +116,7 @@ def _quantization(record: Record) -> str:
 
 
 def _execution(record: Record) -> str:
-    """What ran, where something did: ``auto`` is not what a reader wants to know."""
+    """Names the execution that ran; where nothing ran, the one that was asked for."""
     return (record.engine or {}).get("execution") or record.config.get("execution", NONE)
 
 
@@ -189,7 +189,7 @@ def _rank(value: str, order: Sequence[str]) -> tuple[int, str]:
 
 
 def _caveat(record: Record) -> str | None:
-    """Why a row has no figures, or why they should be read with care."""
+    """Returns the reason why a row has no figures, or a caveat about them."""
     reason = (record.reason or "").partition("\n")[0]
     match record.status:
         case "ok":

@@ -1,4 +1,4 @@
-"""Which configuration to use, and why not the others.
+"""Recommends a configuration, and says why not the others.
 
 The rule: of the configurations whose quality loss is shown to be within the tolerance, the one that
 decodes fastest; of those that are no slower than it beyond noise, the one with the least loss.
@@ -34,7 +34,7 @@ MAX_RELATIVE_HALF_WIDTH = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """What to use.
+    """A recommended configuration.
 
     Attributes:
         cell: The configuration's name; None if none can be recommended.
@@ -129,7 +129,7 @@ def _speed(record: Record) -> float:
 
 
 def _speed_gap(record: Record) -> str | None:
-    """What is missing for a measured speed to be known, or None."""
+    """Says why a measured speed is not known well enough; None if it is."""
     figure = record.decode_tok_s
     assert figure is not None, "only measured records have a speed"
     if figure.n < MIN_REPEATS:
@@ -149,7 +149,7 @@ def _loss(record: Record) -> float:
 
 
 def _counted_loss(record: Record) -> float:
-    """What counts where speeds are alike: better than the reference is as good as it."""
+    """The loss that decides where speeds are alike: a negative one counts as 0."""
     return max(0.0, _loss(record))
 
 
@@ -165,13 +165,13 @@ def _margin(loss: Figure | None) -> float:
 
 
 def _within_noise(a: Record, b: Record) -> bool:
-    """Whether the 95 % interval of the difference of two speeds, roughly, holds 0."""
+    """Tells whether the 95 % interval of the difference of two speeds, roughly, contains 0."""
     noise = [half_width(r.decode_tok_s) or 0.0 for r in (a, b) if r.decode_tok_s]
     return abs(_speed(a) - _speed(b)) <= math.hypot(*noise)
 
 
 def _rivals(record: Record, chosen: Record) -> bool:
-    """Whether a record needs a word why it was not chosen."""
+    """Tells whether a record was as fast as the chosen one or faster."""
     return record is not chosen and (
         _speed(record) > _speed(chosen) or _within_noise(record, chosen)
     )
@@ -184,7 +184,7 @@ def _compared(record: Record, chosen: Record) -> str:
 
 
 def _shortfall(record: Record, chosen: Record, tolerance: float) -> str:
-    """Why a record was not chosen that is as fast or faster."""
+    """Says why a record that is as fast or faster was not chosen."""
     if gap := _quality_gap(record, tolerance):
         return gap
     if _counted_loss(record) > _counted_loss(chosen):
@@ -193,7 +193,7 @@ def _shortfall(record: Record, chosen: Record, tolerance: float) -> str:
 
 
 def _quality_gap(record: Record, tolerance: float) -> str | None:
-    """What is missing to be within the tolerance, or None."""
+    """Says why a quality loss is not known to be tolerable; None if it is."""
     loss = record.delta_ln_ppl
     if loss is None:
         return f"its quality is unknown ({record.quality_reason})"
@@ -220,7 +220,7 @@ def _shown_loss(record: Record) -> str:
 
 
 def _gain(chosen: Record, scored: Sequence[Record]) -> str:
-    """How much that is over plain PyTorch, where that was measured too."""
+    """The speed-up over plain PyTorch, where that was measured too."""
     plain = [record for record in scored if record.cell == "none/eager" and record is not chosen]
     return f" ({_speed(chosen) / _speed(plain[0]):.1f} × none/eager)" if plain else ""
 
@@ -232,7 +232,7 @@ def _caveat(record: Record) -> str:
 
 
 def _incomparable(records: Sequence[Record]) -> str | None:
-    """What differs between records that should be of one experiment."""
+    """Names what differs between records that should be of one experiment; None if nothing."""
     aspects: dict[str, Callable[[Record], object]] = {
         "models": lambda r: (r.config.get("model"), r.config.get("weights")),
         "devices": lambda r: r.provenance.get("device", {}).get("name"),

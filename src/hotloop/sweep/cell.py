@@ -1,6 +1,6 @@
-"""What one process does for one configuration: predict, load, time, score, and write it all down.
+"""Measures one configuration in one process: predict, load, time, score, record.
 
-What goes wrong with a configuration never raises: how it ended is in the record. This runs in the
+A configuration that fails raises nothing: its record says how it ended. This runs in the
 caller's process (``hotloop bench``) or in one of its own (``hotloop sweep``, through ``worker``);
 a crash, a hang or a kill is the business of ``process``.
 """
@@ -47,7 +47,7 @@ def run_cell(job: Job, on_event: OnEvent = ignore) -> Record:
 
     Args:
         job: What to measure.
-        on_event: Is told of phases, repeats and windows, and of what is known before loading.
+        on_event: Receives phases, repeats and windows, and what is known before loading.
 
     Returns:
         A complete record, whatever happened; only KeyboardInterrupt and its like come through.
@@ -120,7 +120,7 @@ def as_reason(text: str | None) -> str | None:
 
 
 class _Attempt:
-    """An attempt on its way: its phase, and what its record can say so far."""
+    """A running attempt: its phase, and the fields of its record so far."""
 
     def __init__(self, job: Job, on_event: OnEvent) -> None:
         self.job, self.on_event = job, on_event
@@ -136,7 +136,7 @@ class _Attempt:
         self.on_event(CellPhase(self.job.cell, self.phase, done, total, decode_tok_s))
 
     def prepare(self) -> Callable[[EngineConfig], Engine]:
-        """Finds out what can be known before anything is loaded; returns what loads it."""
+        """Records what is known before anything is loaded; returns the function that loads it."""
         self.enter("predict")
         kind = self.job.engine
         device = hardware.resolve_device(self.job.config.device)
@@ -280,7 +280,7 @@ def _keep_reference(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
 
 
 def _windows(job: Job, engine: Engine) -> tuple[list[list[int]], QualityProtocol, ReferenceKey]:
-    """What to score, what the record says of it, and what a reference of it is called."""
+    """Makes the windows to score, their entry in the record, and the key of their reference."""
     from hotloop.evaluate.reference import ReferenceKey  # imports torch
 
     assert job.quality is not None, "a job that scores nothing needs no windows"
@@ -304,7 +304,7 @@ def _windows(job: Job, engine: Engine) -> tuple[list[list[int]], QualityProtocol
 
 
 def explain(error: Exception, phase: Phase, memory: MemoryPlan | None = None) -> tuple[Status, str]:
-    """How a cell ended that met this error, and why: a sentence, and where it helps a traceback."""
+    """Returns the status and the reason of a cell that an error ended."""
     if isinstance(error, UnsupportedError | ConfigError):
         return "unsupported", str(error)
     if isinstance(error, OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""What a sweep tells whoever watches it, as it happens.
+"""Events of a sweep, as they happen.
 
 Small frozen values. ``run_sweep`` hands them to its ``on_event``; those of a cell's own process
 come through a pipe first.
@@ -18,20 +18,20 @@ from hotloop.errors import HotloopError, shorten_value
 from hotloop.outside import parse_json
 
 Phase = Literal["start", "predict", "load", "speed", "quality", "reference"]
-"""What a cell is doing: starting its process, predicting memory, loading (with compilation and
+"""The phase of a cell: starting its process, predicting memory, loading (with compilation and
 warm-up), timing, scoring; or, for the reference, scoring and keeping the distributions."""
 
 
 @dataclass(frozen=True)
 class Noticed:
-    """Something a user should know that stops nothing, such as a half-written line."""
+    """A message to the user that stops nothing, such as about a half-written line."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class ReferenceStarted:
-    """The unquantized model ``cell`` is going to be scored, or was already (``reused``)."""
+    """The reference ``cell`` will be scored now, or was scored earlier (``reused``)."""
 
     cell: str
     reused: bool = False
@@ -39,7 +39,7 @@ class ReferenceStarted:
 
 @dataclass(frozen=True)
 class ReferenceFinished:
-    """The reference is there and takes ``n_bytes``, or there is none for a ``reason``."""
+    """The reference was scored and takes ``n_bytes``, or there is none for a ``reason``."""
 
     cell: str
     reason: str | None = None
@@ -80,7 +80,7 @@ class CellPhase:
 
 @dataclass(frozen=True)
 class CellPrepared:
-    """What is known of a cell before anything is loaded, should it die in the attempt."""
+    """The prediction and provenance of a cell, known before it is loaded and perhaps crashes."""
 
     cell: str
     predicted_bytes: dict[str, int] | None
@@ -89,7 +89,7 @@ class CellPrepared:
 
 @dataclass(frozen=True)
 class CellFinished:
-    """How it ended."""
+    """A cell ended."""
 
     record: Record
 
@@ -108,7 +108,7 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Watches nothing."""
+    """Drops the event."""
 
 
 _FROM_CELL: dict[str, TypeAdapter[Any]] = {

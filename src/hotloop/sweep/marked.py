@@ -18,7 +18,7 @@ MARK = "HOTLOOP_CELL"
 """The environment variable."""
 
 GONE_S = 60.0
-"""How long killed processes may take to be gone: a driver may have much memory to give back."""
+"""Seconds that killed processes may take to end: a driver may have much memory to free."""
 
 
 def end_marked(mark: str, timeout_s: float = GONE_S) -> list[int]:

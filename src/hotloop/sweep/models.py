@@ -43,7 +43,7 @@ class KnownModel:
 
     @property
     def quantization(self) -> Quantization | None:
-        """What ``hotloop quantize`` wrote about it; None if it is not a quantized copy."""
+        """The description that ``hotloop quantize`` wrote; None if it is not a quantized copy."""
         return self.stored.quantization
 
 

@@ -34,7 +34,7 @@ class PlannedCell:
 
     @property
     def may_run(self) -> bool:
-        """Whether nothing is known that would keep it from running."""
+        """Tells whether it can run, as far as that is known."""
         return self.unsupported is None and self.fits is not False
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 The child leads a session of its own, so a Ctrl-C at the terminal reaches only us. What it starts
 may lead further sessions (ranks do) and outlive it, so all of these processes carry a mark in their
-environment, and the next cell begins when none of them is left. The child tells of its progress
-through a pipe of its own; what it and its libraries print goes to a log. If we die, it sees its
-stdin close and ends itself.
+environment, and the next cell begins when none of them is left. The child reports its progress
+through a pipe of its own; what it and its libraries print goes to a log. If the parent dies, the
+child sees its stdin close and ends itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from hotloop.sweep.store import MAX_LINE_BYTES
 from hotloop.writing import opened_to_append, tail
 
 GRACE_S = 5.0
-"""How long a process may take to end, once it was asked to or has given its record."""
+"""Seconds that a process may take to end, once it was told to or has sent its record."""
 
 TICK_S = 0.1
 LOG_TAIL_LINES = 6
@@ -90,7 +90,7 @@ def run_isolated(
         job: What to run.
         log: Where the process's output is appended.
         timeout_s: Seconds from the start of the process until it is ended.
-        on_event: Is told what the process tells, except its record.
+        on_event: Receives the events of the process, except its record.
         grace_s: Seconds between asking it to end and ending it by force.
 
     Returns:
@@ -144,7 +144,7 @@ def run_isolated(
 
 
 class _Seen:
-    """What the parent has learnt about a process while it ran."""
+    """Collects what a process reports while it runs."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
@@ -180,7 +180,7 @@ class _Seen:
             self._peak_rss = max(self._peak_rss, psutil.Process(pid).memory_info().rss)
 
     def explain_death(self, code: int) -> tuple[Status, str]:
-        """How a process ended that left no record, from its exit code.
+        """Explains the end of a process that sent no record, from its exit code.
 
         SIGKILL leaves no trace in the process, and we sent none. The kernel counts the processes
         that it kills for want of memory; if that count rose meanwhile, this was one of them. A
@@ -209,7 +209,7 @@ class _Pipe:
         self._selector.register(file, selectors.EVENT_READ)
 
     def lines(self, timeout_s: float) -> Iterator[bytes]:
-        """Whole lines that are there, or come within ``timeout_s``."""
+        """Yields the whole lines that are there or come within ``timeout_s``."""
         while self._selector.select(timeout_s):
             if not (chunk := os.read(self._file, 2**16)):
                 self._selector.unregister(self._file)  # the other end is closed

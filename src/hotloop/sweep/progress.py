@@ -87,7 +87,7 @@ class SweepProgress:
         self._progress.stop()
 
     def _beat(self) -> None:
-        """Says what goes on whenever nothing was said for a while."""
+        """Prints the current phase whenever nothing was printed for a while."""
         while not self._ended.wait(self._heartbeat_s / 4):
             with self._beating:
                 doing, now = self._doing, time.monotonic()
@@ -145,7 +145,7 @@ class SweepProgress:
             self._say(f"  {doing}")
 
     def _end(self, cell: str, outcome: str) -> None:
-        """Ends what was begun; ``cell`` can be more precise by now."""
+        """Prints the end of a cell, whose name can be more precise by now."""
         self._progress.update(self._task, visible=False)
         with self._beating:
             self._doing = ""
@@ -154,7 +154,7 @@ class SweepProgress:
 
 
 def _outcome(record: Record) -> str:
-    """One line about how a cell ended."""
+    """Summarizes a record in one line."""
     if record.decode_tok_s is None:
         return f"[red]{record.status}[/] {escape((record.reason or '').partition(chr(10))[0])}"
     parts = [f"[green]{record.status}[/]" if record.status == "ok" else "[yellow]unstable[/]"]

@@ -73,7 +73,7 @@ Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class QualityOptions(StrictModel):
-    """What to score.
+    """The text to score, and the reference to compare with.
 
     Attributes:
         window: Tokens in a window.
@@ -90,7 +90,7 @@ class QualityOptions(StrictModel):
 
 
 class EngineSettings(StrictModel):
-    """Where the cells of one engine run.
+    """Settings of all cells of one engine.
 
     Attributes:
         python: The interpreter, relative to the recipe; None takes the one that runs hotloop.
@@ -262,7 +262,7 @@ def recipe_from_flags(
     quality: Mapping[str, Any] | Literal[False] | None = None,
     **others: Any,
 ) -> Recipe:
-    """The recipe that a command line spells out, checked like a file.
+    """Makes the recipe of a command line, checked like a file.
 
     Args:
         model: As in ``EngineConfig``.
@@ -310,7 +310,7 @@ def replace_models(
     model: str | None = None,
     draft_model: str | None = None,
 ) -> Recipe:
-    """The same experiment with other weights; what is None stays as the recipe says.
+    """Makes the same experiment with other weights; None keeps what the recipe says.
 
     Args:
         recipe: What to change.
@@ -342,7 +342,7 @@ def replace_models(
 
 
 def expand(recipe: Recipe) -> list[EngineConfig]:
-    """Every configuration of a recipe: the matrix's product, then the explicit cells.
+    """Makes every configuration of a recipe: the product of the matrix, then the explicit cells.
 
     Where the recipe does not say, ``max_batch_size`` is the workload's batch and ``max_seq_len``
     is what the workload and the quality windows need, so that memory is that of the experiment
@@ -380,7 +380,7 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
 def fit_to_experiment(
     config: EngineConfig, workload: Workload, quality: QualityOptions | None
 ) -> EngineConfig:
-    """``config`` with the sequence length that an experiment needs, where it names none.
+    """Fills in the sequence length that an experiment needs, where ``config`` names none.
 
     Raises:
         ConfigError: The configuration cannot hold the workload or a quality window.
@@ -405,7 +405,7 @@ def fit_to_experiment(
 
 
 def cell_names(configs: Sequence[EngineConfig]) -> list[str]:
-    """A name for each configuration: its own, and what tells it from others of that name.
+    """Names each configuration, and distinguishes those of the same name.
 
     ``EngineConfig.name`` leaves out fields that rarely matter; where a sweep varies one of those,
     such as ``prefill_chunk``, it is appended.

@@ -53,9 +53,9 @@ def run_sweep(
         recipe: What to measure.
         results: The results folder, made if need be: ``records.jsonl``, ``logs/`` and, until all
             cells are finished, ``.reference/``.
-        resume: Go on in a folder that has records: cells that were finished there, with the same
-            configuration, workload and quality protocol, are not measured again.
-        on_event: Is told what happens.
+        resume: Allow a folder that has records, and skip the cells that it has finished; see
+            ``measurement_key``.
+        on_event: Receives events.
 
     Returns:
         The latest record of each of the recipe's cells, in the recipe's order. Cells whose settled
@@ -99,8 +99,8 @@ def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record
     records, problems = read_file(path)
     if records and not resume:
         raise ConfigError(
-            f"{results} already has records ({len(records)}): go on with --resume, or choose "
-            "another results folder."
+            f"{results} already has records ({len(records)}): add --resume to skip finished cells, "
+            "or choose another results folder."
         )
     for problem in problems:
         on_event(Noticed(problem))
@@ -108,7 +108,7 @@ def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record
 
 
 def _is_finished(job: Job, earlier: Record | None) -> bool:
-    """Whether another attempt at a job would tell nothing new."""
+    """Tells whether another attempt at a job would have the same result."""
     if earlier is None or earlier.status not in FINISHED:
         return False
     lacks_reference = earlier.status in MEASURED and "reference" not in earlier.provenance
@@ -116,14 +116,14 @@ def _is_finished(job: Job, earlier: Record | None) -> bool:
 
 
 class _Sweep:
-    """A sweep under way: the folder, the limit, who watches, and the references so far."""
+    """A running sweep: its folder, time limit, listener, and the references so far."""
 
     def __init__(self, results: Path, timeout_s: float, on_event: OnEvent) -> None:
         self.results, self.timeout_s, self.on_event = results, timeout_s, on_event
         self.no_reference: dict[Path, str | None] = {}  # file -> why there is none
 
     def with_reference(self, job: Job, earlier: Record | None) -> Job:
-        """The job with the reference it is to be compared with, scored now if it is missing."""
+        """Adds the reference to a job, and scores the reference first if it is missing."""
         compared = earlier is not None and "reference" in earlier.provenance
         if job.quality is None or job.no_reference or (compared and _is_finished(job, earlier)):
             return job
@@ -138,7 +138,7 @@ class _Sweep:
         return job.model_copy(update={"reference": file, "provenance": provenance})
 
     def measure(self, job: Job, earlier: Record | None, *, index: int, total: int) -> Record:
-        """The job's record: the earlier one if that will do, or that of a new attempt."""
+        """Returns the earlier record of a finished job, or measures it."""
         if earlier is not None and _is_finished(job, earlier):
             self.on_event(CellSkipped(earlier))
             return earlier
@@ -153,7 +153,7 @@ class _Sweep:
             raise
 
     def _score(self, job: Job, file: Path) -> str | None:
-        """Makes sure that a reference is there, or says why it is not."""
+        """Scores a reference unless it is there; returns the reason where there is none."""
         remove_unfinished(file.parent)
         reused = file.exists()
         self.on_event(ReferenceStarted(job.cell, reused))
@@ -175,7 +175,7 @@ class _Sweep:
                 file.parent.rmdir()
 
     def tell_of_references(self) -> None:
-        """Says what stays on the disk for another attempt."""
+        """Reports the references that stay on the disk for another attempt."""
         kept = sum(file.stat().st_size for file in self.no_reference if file.exists())
         if kept:
             self.on_event(
