@@ -512,7 +512,7 @@ class DecodeStep:
         added = {"residual": self.x, "norm_epilogue": norm_epilogue}
         angles = torch.arange(512 * attention.head_dim, device=CUDA).view(512, -1) / 1000.0
         turns = (angles.cos(), angles.sin())
-        x, slots = self.x, torch.arange(attention.batch, device=CUDA)
+        x, seats = self.x, torch.arange(attention.batch, device=CUDA)
         calls = [step.embed(self.ids, self.table, None, x, norm_epilogue)]
         afters = [*self.weights[1:], None]
         for weights, after, (keys, values) in zip(self.weights, afters, self.caches, strict=True):
@@ -527,7 +527,7 @@ class DecodeStep:
             if "attention" in self.parts:
                 calls.append(
                     attention.call(
-                        qkv, attended, keys, values, slots, self.positions, *turns, **work
+                        qkv, attended, keys, values, seats, self.positions, *turns, **work
                     )
                 )
             for role, x_MK, y, beside in (
@@ -826,7 +826,7 @@ def attention_seconds(
     out = torch.empty(batch, H * E, dtype=torch.bfloat16, device=CUDA)
     turns = (torch.ones(C, E, device=CUDA), torch.zeros(C, E, device=CUDA))
     positions = torch.full((batch,), context, device=CUDA)
-    slots = torch.arange(batch, device=CUDA)
+    seats = torch.arange(batch, device=CUDA)
     work = {
         "partial": torch.empty(plan.n_partial, device=CUDA),
         "counters": torch.zeros(plan.n_counters, dtype=torch.int32, device=CUDA),
@@ -834,7 +834,7 @@ def attention_seconds(
     launches = []
     for _ in range(n):
         caches = [torch.zeros(batch, J, C, E, dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
-        call = plan.call(qkv, out, *caches, slots, positions, *turns, **work)
+        call = plan.call(qkv, out, *caches, seats, positions, *turns, **work)
         launches.append(section.device.prepare(call))
     seconds = graph_seconds(capture(launches), min_seconds=0.01) / n
     return seconds, nbytes
@@ -889,8 +889,8 @@ def drawing(
     """Draws at given positions, by the kernel or without a launcher by PyTorch."""
     rows, _, vocab = scores.shape
     sampler, nobody = Sampler(rows, vocab, CUDA, launcher=launcher), torch.zeros(0, device=CUDA)
-    for slot in range(rows):
-        sampler.admit(slot, params, slot, nobody.long())
+    for row in range(rows):
+        sampler.admit(row, params, row, nobody.long())
     best, features = scores.argmax(-1), Features.of([params])
     return lambda at: sampler.sample(scores, at, 0, features, best_BT=best).ids
 

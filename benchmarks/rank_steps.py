@@ -91,7 +91,7 @@ class WithoutSums(Group):
 
 
 class Stepping:
-    """An engine's runner with a prompt in its only slot."""
+    """An engine's runner with a prompt in its only row."""
 
     def __init__(self, job: Job, setup: Setup, group: Group) -> None:
         self.job, self.setup = job, setup

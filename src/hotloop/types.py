@@ -512,7 +512,7 @@ class EngineDescription:
         dtype: Element type of activations.
         execution: How steps run; None where an engine has no such choice.
         vocab_size: Token ids are below this.
-        max_seq_len: Tokens a slot can hold.
+        max_seq_len: Tokens that a seat can hold.
         n_params: Parameters of the model, a tied embedding counted once.
         weight_bytes: Bytes of weights resident on one rank.
         weight_bytes_per_step: Bytes of weights one decode step reads on one rank: embedding rows

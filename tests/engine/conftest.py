@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llm(folder: Path) -> LLM:
-    """It, in float32, with three slots."""
+    """It, in float32, of three rows."""
     return LLM(str(folder), dtype="float32", max_batch_size=3)
 
 

@@ -172,7 +172,7 @@ def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, qua
         positions = positions_from(*first, T=T)
         wanted, plainly = exact.logits(ids, positions), eager.logits(ids, positions)
         if T > fused.MAX_TOKENS:  # prompts, of which only the last tokens have logits
-            logits = torch.stack([prompt(row, 0, slot) for slot, row in enumerate(ids)])
+            logits = torch.stack([prompt(row, 0, seat) for seat, row in enumerate(ids)])
             assert distance(logits, wanted[:, -1:]) < 2 * distance(plainly, wanted)
             caches = [torch.stack(m.cache.layer(2))[..., :T, :] for m in (exact, eager, fast)]
             assert distance(caches[2], caches[0]) < 1.3 * distance(caches[1], caches[0])
@@ -295,9 +295,9 @@ def test_its_kernel_draws_what_torch_draws(names, first, T):
     plain, fast = (Sampler(6, n_tokens, CPU, launcher=launcher) for launcher in (None, device))
     params = [DRAWN[name] for name in names]
     generator = torch.Generator().manual_seed(4)
-    for slot, options in enumerate(params, start=first):
+    for row, options in enumerate(params, start=first):
         for sampler in (plain, fast):
-            sampler.admit(slot, options, 5 + slot, torch.arange(0, n_tokens, 3))
+            sampler.admit(row, options, 5 + row, torch.arange(0, n_tokens, 3))
     drafts = torch.randint(n_tokens, (len(params), 2), generator=generator)
     for positions in (torch.full((len(params), T), at) for at in (3, 4)):
         # Rows that no token has; of a drafter's first step the last position alone.

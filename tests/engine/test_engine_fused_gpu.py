@@ -195,7 +195,7 @@ def test_a_captured_prompt_gives_what_launches_one_by_one_gave(quant: str, large
     rows = llm._runner._model._prompt._rows
     assert len(rows._captured) == 8, "every multiple of 64 up to 512, before the first request"
     found = [answers(llm, [prompt])[0] for prompt in prompts]
-    assert answers(llm, prompts) == found, "in any slot, and behind other prompts"
+    assert answers(llm, prompts) == found, "in any seat, and behind other prompts"
     rows.captures = False
     assert answers(llm, [prompts[1]]) == [found[1]], "launched one by one"
     llm.close()

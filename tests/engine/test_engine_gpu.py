@@ -34,13 +34,11 @@ def expected(folder: Path) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("execution", ["eager", "compile"])
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_float32_greedy_tokens_on_the_gpu_are_those_of_the_cpu(
-    folder: Path, expected: list[tuple[int, ...]], execution: str, slots: int
+    folder: Path, expected: list[tuple[int, ...]], execution: str, rows: int
 ) -> None:
-    llm = LLM(
-        str(folder), dtype="float32", device="cuda", execution=execution, max_batch_size=slots
-    )
+    llm = LLM(str(folder), dtype="float32", device="cuda", execution=execution, max_batch_size=rows)
     assert tokens(llm) == expected
     llm.close()
 
@@ -120,8 +118,8 @@ def test_draws_on_the_gpu_are_those_of_the_cpu() -> None:
     drawn = []
     for device in ("cpu", "cuda"):
         sampler = Sampler(4, 1000, torch.device(device))
-        for slot in range(4):
-            sampler.admit(slot, params, 7 + slot, torch.tensor([1, 2], device=device))
+        for row in range(4):
+            sampler.admit(row, params, 7 + row, torch.tensor([1, 2], device=device))
         positions = torch.arange(4, device=device) + 10
         logits_BTV = logits.to(device)[:, None]
         sampled = sampler.sample(logits_BTV, positions[:, None], 0, Features.of([params]))

@@ -13,7 +13,7 @@ from hotloop.engine.scheduler import multi_step
 from hotloop.errors import NumericsError
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
-"""More of them than slots, of 1 to 60 tokens; the chunks of 3 and the 32-wide masks do not fit."""
+"""More of them than rows, of 1 to 60 tokens; the chunks of 3 and the 32-wide masks do not fit."""
 
 FREELY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 
@@ -102,7 +102,7 @@ def test_the_size_of_prefill_chunks_does_not_change_tokens(folder, llm, prefill_
     assert tokens(chunked, PROMPTS) == tokens(llm, PROMPTS)
 
 
-def test_a_slot_forgets_the_request_that_was_there(folder, llm):
+def test_a_seat_forgets_the_request_that_was_there(folder, llm):
     single = LLM(str(folder), dtype="float32")
     expected = tokens(llm, [[7]])
     tokens(single, [[260, 3] * 100])
@@ -122,7 +122,7 @@ def test_one_text_gives_one_answer_and_a_list_gives_a_list(llm):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, LLM]:
-    """A compiled engine with three slots, and the same one uncompiled."""
+    """A compiled engine of three rows, and the same one uncompiled."""
     folder = str(write_random(tmp_path_factory.mktemp("compiled"), n_layers=1))
     return (
         LLM(folder, dtype="float32", max_batch_size=3, execution="compile"),

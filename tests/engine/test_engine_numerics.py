@@ -42,7 +42,7 @@ def broken(tmp_path_factory) -> LLM:
 )
 def test_a_step_without_finite_logits_ends_the_request_with_an_error(broken, options):
     assert len(encode(TEXT)) == len(TEXT), "a token a letter"
-    for _ in range(2):  # what was left in the slot harms nobody
+    for _ in range(2):  # what was left in the seat harms nothing
         with pytest.raises(NumericsError, match=r"prompt 0: after 5 tokens .* not finite"):
             broken.generate([[START]], ignore_eos=True, seed=1, **options)
     assert broken.generate([[OTHER]])[0].token_ids == (END,)
@@ -71,8 +71,8 @@ def test_all_ranks_agree_that_there_is_no_choice(value, options):
 
     def chosen(group: ThreadGroup) -> list[int]:
         sampler = Sampler(2, 12, torch.device("cpu"), Vocabulary(shares, 12, group))
-        for slot in range(2):
-            sampler.admit(slot, params, 1, torch.tensor([1]))
+        for row in range(2):
+            sampler.admit(row, params, 1, torch.tensor([1]))
         here = logits[..., shares[group.rank].start : shares[group.rank].stop]
         sampled = sampler.sample(here, torch.zeros(2, 1).long(), 0, Features.of([params]))
         return sampled.ids.flatten().tolist()

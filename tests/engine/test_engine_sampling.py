@@ -23,8 +23,8 @@ def draws(
 ) -> np.ndarray:
     """Tokens drawn at many positions with many seeds, all from the same logits."""
     sampler = Sampler(n_seeds, len(logits), torch.device("cpu"))
-    for slot in range(n_seeds):
-        sampler.admit(slot, params, slot * 7919 + 13, torch.tensor(SEEN))
+    for row in range(n_seeds):
+        sampler.admit(row, params, row * 7919 + 13, torch.tensor(SEEN))
     seen_SV = sampler.seen_SV.clone()
     logits_SV = torch.tensor(logits, dtype=torch.float32).expand(n_seeds, -1)
     drawn = []
@@ -107,7 +107,7 @@ def test_tokens_without_probability_are_never_drawn():
 
 @pytest.fixture
 def neighbours() -> tuple[Sampler, SamplingParams, SamplingParams]:
-    """A sampler of two slots: one draws from all tokens, the other truncates and penalizes."""
+    """A sampler of two rows: one draws from all tokens, the other truncates and penalizes."""
     sampler = Sampler(2, 49_152, torch.device("cpu"))
     plain = SamplingParams(temperature=1.0)
     other = SamplingParams(temperature=1.0, top_p=0.5, repetition_penalty=1.5, logprobs=1)
@@ -170,7 +170,7 @@ def test_the_largest_hash_does_not_make_an_infinite_gumbel_number(monkeypatch):
 
 @pytest.fixture(scope="module")
 def markov(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, np.ndarray]:
-    """An engine with four slots, and its logits [V, V] after each of six tokens."""
+    """An engine of four rows, and its logits [V, V] after each of six tokens."""
     logits_VV = torch.randn(6, 6, generator=torch.Generator().manual_seed(3))
     folder = write_markov(tmp_path_factory.mktemp("markov"), logits_VV)
     return LLM(str(folder), dtype="float32", max_batch_size=4), logits_VV.numpy()
@@ -202,7 +202,7 @@ def test_a_repetition_penalty_covers_prompt_and_answer(markov):
             assert distribution(logits_VV[seen[-1]], params, seen)[token] == 1
 
 
-def test_a_seed_gives_the_same_answer_whatever_the_batch_and_the_slot(markov):
+def test_a_seed_gives_the_same_answer_whatever_the_batch_and_the_row(markov):
     llm, _ = markov
     prompts = [[i % 6] for i in range(4, 11)]
     params = dataclasses.replace(SAMPLED, seed=11, logprobs=2)

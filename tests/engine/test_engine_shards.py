@@ -220,8 +220,8 @@ def test_draws_from_the_same_logits_are_exactly_those_of_one_rank(options):
 
     def drawn(vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
         sampler = Sampler(S, n_tokens, torch.device("cpu"), vocabulary)
-        for slot in range(S):
-            sampler.admit(slot, params, slot, torch.tensor([slot, 950]))
+        for row in range(S):
+            sampler.admit(row, params, row, torch.tensor([row, 950]))
         here = logits[..., vocabulary.rows.start : vocabulary.rows.stop]
         sampled = sampler.sample(here, positions, 0, Features.of([params]))
         return sampled.ids, sampled.top_ids

@@ -99,10 +99,10 @@ def test_the_number_of_drafts_does_not_change_tokens(deep, plain, draft_tokens):
     assert answers(llm, temperature=1.0, seed=1) == answers(plain, temperature=1.0, seed=1)
 
 
-@pytest.mark.parametrize("slots", [1, 3])
-def test_a_draft_model_that_is_the_model_is_always_right(deep, slots, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_draft_model_that_is_the_model_is_always_right(deep, rows, monkeypatch):
     # Its cache must hold what it was not there for: prompts, and steps without drafts.
-    llm = LLM(str(deep), dtype="float32", max_batch_size=slots, draft=str(deep), draft_tokens=3)
+    llm = LLM(str(deep), dtype="float32", max_batch_size=rows, draft=str(deep), draft_tokens=3)
     wanted = itertools.cycle([3, 0, 0, 2, 1, 0, 3, 3])
     monkeypatch.setattr(llm._controller, "choose", lambda _, limit: min(limit, next(wanted)))
     for options in ({}, *SAMPLING.values()):

@@ -158,7 +158,7 @@ def test_an_answer_from_random_weights_has_tokens_and_no_text(folder):
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_closing_a_stream_early_frees_its_slots(llm, taken):
+def test_closing_a_stream_early_frees_its_rows(llm, taken):
     expected = [g.token_ids for g in llm.generate(["a", "bc"], max_new_tokens=9)]
     abandoned = llm.stream(["long", "longer", "longest", "waiting"], max_new_tokens=100)
     for _ in range(taken):

@@ -214,7 +214,7 @@ def attention_case(
     qkv = normal(generator, B * T, (H + 2 * J) * E).bfloat16()
     qkv[:, : H * E] *= 3  # so that some positions matter much more than others
     keys, values = (normal(generator, B + 1, J, C, E).bfloat16() for _ in range(2))
-    slots = torch.randperm(B + 1, generator=generator, device=device)[:B]
+    seats = torch.randperm(B + 1, generator=generator, device=device)[:B]
     positions_B = torch.tensor(positions, device=device)
     cos, sin = rotations(C, E, device)
     q_norm, k_norm = (
@@ -230,7 +230,7 @@ def attention_case(
         out,
         keys,
         values,
-        slots,
+        seats,
         positions_B,
         cos,
         sin,
@@ -246,10 +246,10 @@ def attention_case(
         wanted = [t.clone() for t in before]
         window = plan.window
         settings = {"n_heads": H, "q_norm": q_norm, "k_norm": k_norm, "eps": eps, "window": window}
-        of_slots = [t[slots] for t in wanted]
-        reference.fused_attention(qkv, *of_slots, positions_B, cos, sin, **settings)
-        for all_slots, these in zip(wanted, of_slots, strict=True):
-            all_slots[slots] = these
+        of_seats = [t[seats] for t in wanted]
+        reference.fused_attention(qkv, *of_seats, positions_B, cos, sin, **settings)
+        for all_seats, these in zip(wanted, of_seats, strict=True):
+            all_seats[seats] = these
         written = (wanted[0] != before[0]) | (wanted[1] != before[1])
         for now, then, want in zip((keys, values), before, wanted, strict=True):
             assert torch.equal(now[~written], then[~written]), f"{what}: elsewhere in the cache"
@@ -262,7 +262,7 @@ def attention_case(
         q = q if q_norm is None else reference.rms_norm(q, q_norm, eps)
         at = (positions_B[:, None] + torch.arange(T, device=device)).clamp(max=C - 1)
         q = reference.apply_rope(q, cos[at], sin[at]).double()
-        k, v = (t[slots].double().repeat_interleave(H // J, 1) for t in (keys, values))
+        k, v = (t[seats].double().repeat_interleave(H // J, 1) for t in (keys, values))
         scores = torch.einsum("bthe,bhce->bhtc", q, k) * E**-0.5
         behind = at[:, None, :, None] - torch.arange(C, device=device)
         hidden = (behind < 0) | (behind >= (plan.window or C + T))
@@ -351,7 +351,7 @@ def rope_case(
         (1 + normal(generator, E, std=0.2)).bfloat16() if norms else None for _ in range(2)
     )
     q, k, v = (poisoned(rows, n * E, dtype=torch.bfloat16, device=device) for n in (H, J, J))
-    S, slot = 3, 1
+    S, seat = 3, 1
     keys, values = (normal(generator, S, J, C, E).bfloat16() for _ in range(2))
     before = keys.clone(), values.clone()
     here = slice(position, position + rows)
@@ -368,7 +368,7 @@ def rope_case(
             torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
             assert (got == want).double().mean() > 0.97, "more than roundings differ"
         for now, then, new in zip((keys, values), before, (k, v), strict=True):
-            then[slot, :, here] = new.view(rows, J, E).transpose(0, 1)
+            then[seat, :, here] = new.view(rows, J, E).transpose(0, 1)
             assert torch.equal(now, then), "not the same in the cache, or elsewhere in it"
 
     call = prompt.rope(
@@ -376,7 +376,7 @@ def rope_case(
         prompt.Heads(q=q, k=k, v=v),
         keys,
         values,
-        *(torch.tensor([scalar], device=device) for scalar in (slot, position)),
+        *(torch.tensor([scalar], device=device) for scalar in (seat, position)),
         cos,
         sin,
         q_norm_E=q_norm,

@@ -244,7 +244,7 @@ def test_a_tokens_bits_depend_on_neither_other_tokens_nor_the_cache(name, more_p
         case = attention_case(many, [at] * many.batch, generator(at))
         emulate(case.call)
         out, *caches = case.outputs
-        qkv, cos, sin, _, slots, *_ = case.call.tensors
+        qkv, cos, sin, _, seats, *_ = case.call.tensors
         width = (many.n_heads + 2 * many.n_kv_heads) * many.head_dim
         longer = [F.pad(cache, (0, 0, 0, more_positions)) for cache in caches]
         cos, sin = (F.pad(table, (0, 0, 0, more_positions)) for table in (cos, sin))
@@ -259,7 +259,7 @@ def test_a_tokens_bits_depend_on_neither_other_tokens_nor_the_cache(name, more_p
                 "counters": torch.zeros(one.n_counters, dtype=torch.int32),
             }
             of_token = qkv.view(many.batch, -1, width)[:, token].contiguous()
-            emulate(one.call(of_token, alone, *longer, slots, positions, cos, sin, **work))
+            emulate(one.call(of_token, alone, *longer, seats, positions, cos, sin, **work))
             assert torch.equal(alone, out.view(many.batch, many.tokens, -1)[:, token])
 
 

@@ -57,7 +57,7 @@ def test_int8_embedding_gives_the_rows_of_the_dequantized_table(dtype):
     assert torch.equal(embedding(ids), weight.dequantize(dtype)[ids])
 
 
-def test_new_keys_land_in_their_slots_and_positions_and_nowhere_else():
+def test_new_keys_land_in_their_seats_and_positions_and_nowhere_else():
     cache = KVCache(
         kv_heads=[(2, 4)] * 2,
         n_seats=3,

@@ -164,7 +164,7 @@ def test_prefill_in_chunks_and_decoding_through_the_cache_change_nothing(
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_slots_of_different_lengths_decode_together(architecture, attention, tmp_path):
+def test_seats_of_different_lengths_decode_together(architecture, attention, tmp_path):
     model = save_random(tmp_path, tiny(architecture))
     long, short = tokens(model, 2, 40)
     expected = [reference_logits(model, ids[None])[0] for ids in (long, short)]
@@ -179,7 +179,7 @@ def test_slots_of_different_lengths_decode_together(architecture, attention, tmp
         torch.testing.assert_close(logits[1, 0], expected[1][at[1]])
 
 
-def test_slot_used_again_remembers_nothing(tmp_path):
+def test_seat_used_again_remembers_nothing(tmp_path):
     model = save_random(tmp_path, tiny("LlamaForCausalLM"))
     ids = tokens(model, 2, 30)
     twin = load(tmp_path, n_seats=1)

@@ -22,7 +22,7 @@
 // bits whatever the number of new tokens and the length of the cache.
 //
 // Letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache positions,
-// E head dimension, S slots. g = lane / 4 and t = lane % 4 locate a lane in the fragments of mma.
+// E head dimension, S seats. g = lane / 4 and t = lane % 4 locate a lane in the fragments of mma.
 
 #include "pointwise.cuh"
 
@@ -33,7 +33,7 @@ struct AttentionArgs {
   const bf16* q_norm;        // [E], or null
   const bf16* k_norm;
   const int64_t* positions;  // [B]: of each sequence's first new token; the others follow it
-  const int64_t* slots;      // [B]: the slot of each sequence in the cache
+  const int64_t* seats;      // [B]: the seat of each sequence in the cache
   bf16* keys;                // [S, J, C, E]
   bf16* values;
   bf16* out;                 // [B * T, H * E]
@@ -96,7 +96,7 @@ struct Attention {
         position(static_cast<int>(a.positions[b])),
         begin(a.window > 0 ? max(position - a.window + 1, 0) : 0) {
     assign_chunk(z);
-    const int64_t head = (a.slots[b] * a.kv_heads + j) * a.capacity * kE;
+    const int64_t head = (a.seats[b] * a.kv_heads + j) * a.capacity * kE;
     keys = a.keys + head;
     values = a.values + head;
     uint8_t* memory = shared_memory();

@@ -1,6 +1,6 @@
 """Launches of ``attention.cu``, decode attention over the cache.
 
-Shape letters: B sequences, T new tokens of each, S slots, H query heads, J key/value heads, C cache
+Shape letters: B sequences, T new tokens of each, S seats, H query heads, J key/value heads, C cache
 positions, E head dimension.
 """
 
@@ -26,7 +26,7 @@ class AttentionArguments(Arguments):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "q_norm", "k_norm")),
-        *((name, ctypes.c_void_p) for name in ("positions", "slots", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("positions", "seats", "keys", "values")),
         *((name, ctypes.c_void_p) for name in ("out", "partial", "counters")),
         *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads", "capacity")),
         *((name, ctypes.c_int) for name in ("window", "chunks", "min_chunk")),
@@ -170,7 +170,7 @@ class AttentionPlan:
         out: Tensor,
         keys_SJCE: Tensor,
         values_SJCE: Tensor,
-        slots_B: Tensor,
+        seats_B: Tensor,
         positions_B: Tensor,
         cos_CE: Tensor,
         sin_CE: Tensor,
@@ -190,7 +190,7 @@ class AttentionPlan:
             out: bfloat16 [B * T, H * E], written.
             keys_SJCE: bfloat16, the cache.
             values_SJCE: Like ``keys_SJCE``.
-            slots_B: int64, the slot of each sequence.
+            seats_B: int64, the seat of each sequence.
             positions_B: int64, of the first new token of each sequence.
             cos_CE: float32 cosines of rope, both halves alike.
             sin_CE: float32 sines of rope, both halves alike.
@@ -206,7 +206,7 @@ class AttentionPlan:
         assert out.shape == (rows, self.n_heads * self.head_dim), f"out is {tuple(out.shape)}"
         assert keys_SJCE.shape[1:] == cache, f"keys are {tuple(keys_SJCE.shape)}"
         assert keys_SJCE.shape == values_SJCE.shape, f"values are {tuple(values_SJCE.shape)}"
-        for tensor in (positions_B, slots_B):
+        for tensor in (positions_B, seats_B):
             assert tensor.shape == (self.batch,), f"{tuple(tensor.shape)} for each sequence"
             assert tensor.dtype == torch.int64, f"{tensor.dtype} for each sequence"
         assert cos_CE.shape[0] >= self.n_positions, "cosines for each position"
@@ -222,7 +222,7 @@ class AttentionPlan:
             q_norm=q_norm_E,
             k_norm=k_norm_E,
             positions=positions_B,
-            slots=slots_B,
+            seats=seats_B,
             keys=keys_SJCE,
             values=values_SJCE,
             out=out,

@@ -3,7 +3,7 @@
 // The output of a GEMM arrives without the weight's scale per output feature and without the bias:
 // the kernel that reads it applies both first, and rounds once.
 //
-// Letters: M rows, K width, F feed-forward width, H query heads, J key/value heads, S slots,
+// Letters: M rows, K width, F feed-forward width, H query heads, J key/value heads, S seats,
 // C cache positions, E head dimension.
 
 #include "pointwise.cuh"
@@ -89,7 +89,7 @@ struct RopeArgs {
   const float* sin;
   const bf16* q_norm;   // [E], or null
   const bf16* k_norm;
-  const int64_t* slot;  // of the cache
+  const int64_t* seat;  // of the cache
   const int64_t* start; // position of the first row; the others follow it
   bf16* q;              // [M, H * E]
   bf16* new_keys;       // [M, J * E]
@@ -136,7 +136,7 @@ __device__ __forceinline__ void rope(const RopeArgs& args) {
     to = (rotates ? args.new_keys : args.new_values) +
          (static_cast<int64_t>(row) * args.kv_heads + j) * kE;
     in_cache = (rotates ? args.keys : args.values) +
-               ((*args.slot * args.kv_heads + j) * args.capacity + position) * kE;
+               ((*args.seat * args.kv_heads + j) * args.capacity + position) * kE;
   }
   for (int i = 0; i < kRounds; i++) {
     if (lane + 32 * i >= kPairs) continue;

@@ -4,7 +4,7 @@ The scale per feature and the bias of a weight are not part of its GEMM: the ker
 ``GemmOutput`` applies them.
 
 Shape letters: M rows, N features, K width, F feed-forward width, H query heads, J key/value heads,
-S slots, C cache positions, E head dimension.
+S seats, C cache positions, E head dimension.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RopeArguments(Arguments):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("gemm", "scale", "bias", "cos", "sin")),
-        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "slot", "start", "q")),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "seat", "start", "q")),
         *((name, ctypes.c_void_p) for name in ("new_keys", "new_values", "keys", "values")),
         *((name, ctypes.c_int) for name in ("heads", "kv_heads", "capacity")),
         ("eps", ctypes.c_float),
@@ -149,7 +149,7 @@ def rope(
     heads: Heads,
     keys_SJCE: Tensor,
     values_SJCE: Tensor,
-    slot_1: Tensor,
+    seat_1: Tensor,
     start_1: Tensor,
     cos_CE: Tensor,
     sin_CE: Tensor,
@@ -167,7 +167,7 @@ def rope(
         heads: Written.
         keys_SJCE: bfloat16, the cache; written.
         values_SJCE: Like ``keys_SJCE``.
-        slot_1: int64, the slot, in device memory.
+        seat_1: int64, the seat, in device memory.
         start_1: int64, the position of the first row, in device memory. The others follow it, and
             all must lie within the cache.
         cos_CE: float32 cosines of rope, both halves alike.
@@ -183,15 +183,15 @@ def rope(
     for new in (heads.k, heads.v):
         assert new.shape == (rows, kv_heads * head_dim), f"{tuple(new.shape)}"
     assert values_SJCE.shape == keys_SJCE.shape, f"values are {tuple(values_SJCE.shape)}"
-    for scalar in (slot_1, start_1):
-        assert scalar.dtype == torch.int64, f"slots and positions are {scalar.dtype}"
+    for scalar in (seat_1, start_1):
+        assert scalar.dtype == torch.int64, f"seats and positions are {scalar.dtype}"
     args, tensors = RopeArguments.of(
         **gemm.arguments(),
         cos=cos_CE,
         sin=sin_CE,
         q_norm=q_norm_E,
         k_norm=k_norm_E,
-        slot=slot_1,
+        seat=seat_1,
         start=start_1,
         q=heads.q,
         new_keys=heads.k,

@@ -245,12 +245,11 @@ __device__ __forceinline__ void argmax_over_ranks(const ArgmaxOverRanksArgs& arg
   if (lane == 0) args.ids[row] = best.choice(), args.rounds[row] = flag;
 }
 
-// The history of a slot is a row: the tokens at all positions up to the newest one's, and room for
-// T more.
+// The history of a row: the tokens at all positions up to the newest one's, and room for T more.
 
 struct NextTokensArgs {
-  const int64_t* history;    // [S, width]
-  const int64_t* positions;  // [S]: of the newest token
+  const int64_t* history;    // [R, width]
+  const int64_t* positions;  // [R]: of the newest token
   const int64_t* drafts;     // [B, T - 1], with a stride of ``drafts_stride``; negative for none
   int64_t* ids;              // [B, T]: the newest token and the drafts, 0 for none
   int64_t* token_positions;  // [B, T]: their positions, clamped to last_position
@@ -258,8 +257,8 @@ struct NextTokensArgs {
 };
 
 struct NgramDraftArgs {
-  const int64_t* history;    // [S, width]
-  const int64_t* positions;  // [S]: of the newest token
+  const int64_t* history;    // [R, width]
+  const int64_t* positions;  // [R]: of the newest token
   int64_t* drafts;           // [B, D]: -1 where the newest tokens did not occur before
   int width, n_drafts;
 };
@@ -268,7 +267,7 @@ constexpr int kDraftThreads = 256;
 constexpr int kTokensPerThread = 8;  // loads in flight
 
 // N-gram drafts: finds the last earlier occurrence of the newest three tokens, or else of the
-// newest two, and drafts the tokens that followed it. A block per slot; a slot has at most 2^30
+// newest two, and drafts the tokens that followed it. A block per row; a row has at most 2^30
 // positions.
 __device__ __forceinline__ void ngram_draft(const NgramDraftArgs& args) {
   launch_dependents();
@@ -307,49 +306,49 @@ __device__ __forceinline__ void ngram_draft(const NgramDraftArgs& args) {
   *draft = best < 0 ? -1 : history[match + 1 + thread % (position - match)];
 }
 
-// One warp per slot.
+// One warp per row.
 __device__ __forceinline__ void next_tokens(const NextTokensArgs& args) {
   launch_dependents();
   wait_for_predecessor();
-  const int64_t slot = blockIdx.x;
+  const int64_t row = blockIdx.x;
   const int lane = threadIdx.x;
   if (lane >= args.tokens) return;
-  const int64_t position = args.positions[slot];
-  const int64_t id = lane == 0 ? args.history[slot * args.width + position]
-                               : args.drafts[slot * args.drafts_stride + lane - 1];
-  args.ids[slot * args.tokens + lane] = id < 0 ? 0 : id;
-  args.token_positions[slot * args.tokens + lane] =
+  const int64_t position = args.positions[row];
+  const int64_t id = lane == 0 ? args.history[row * args.width + position]
+                               : args.drafts[row * args.drafts_stride + lane - 1];
+  args.ids[row * args.tokens + lane] = id < 0 ? 0 : id;
+  args.token_positions[row * args.tokens + lane] =
       min(position + lane, static_cast<int64_t>(args.last_position));
 }
 
 struct AcceptArgs {
   const int64_t* ids;     // [B, T]: the tokens sampled after the newest token and after each draft
   const int64_t* drafts;  // as in NextTokensArgs
-  int64_t* history;       // [S, width]
-  int64_t* positions;     // [S]
+  int64_t* history;       // [R, width]
+  int64_t* positions;     // [R]
   int64_t* n_kept;        // [B]: ids up to the first that differs from its draft; null if T is 1
   int64_t* n_drafts;      // [B]: the number of drafts; null if T is 1
   int width, drafts_stride, tokens, last_position;
 };
 
-// One warp per slot.
+// One warp per row.
 __device__ __forceinline__ void accept(const AcceptArgs& args) {
   launch_dependents();
   wait_for_predecessor();
-  const int64_t slot = blockIdx.x;
+  const int64_t row = blockIdx.x;
   const int lane = threadIdx.x;
   const bool chooses = lane < args.tokens, is_drafted = lane < args.tokens - 1;
-  const int64_t id = chooses ? args.ids[slot * args.tokens + lane] : 0;
-  const int64_t draft = is_drafted ? args.drafts[slot * args.drafts_stride + lane] : -1;
+  const int64_t id = chooses ? args.ids[row * args.tokens + lane] : 0;
+  const int64_t draft = is_drafted ? args.drafts[row * args.drafts_stride + lane] : -1;
   const uint32_t matches = ballot(is_drafted && id == draft);
   const int n_drafts = count_bits(ballot(is_drafted && draft >= 0));
   const int n_kept = 1 + count_bits(matches & ~(matches + 1));  // the leading matches, and one more
-  const int64_t position = args.positions[slot];
-  if (chooses) args.history[slot * args.width + position + 1 + lane] = id;
+  const int64_t position = args.positions[row];
+  if (chooses) args.history[row * args.width + position + 1 + lane] = id;
   sync_warp();  // every lane has read the position
   if (lane > 0) return;
-  args.positions[slot] = min(position + n_kept, static_cast<int64_t>(args.last_position));
+  args.positions[row] = min(position + n_kept, static_cast<int64_t>(args.last_position));
   if (args.n_kept == nullptr) return;
-  args.n_kept[slot] = n_kept;
-  args.n_drafts[slot] = n_drafts;
+  args.n_kept[row] = n_kept;
+  args.n_drafts[row] = n_drafts;
 }

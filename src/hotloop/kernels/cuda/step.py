@@ -1,7 +1,7 @@
 """Launches of ``step.cu``: the first and last kernels of a decode step, and all-reduces over ranks.
 
-Shape letters: M rows, V vocabulary, K width, S slots, B sequences in the first slots, T tokens of
-each, D drafts of each, W width of a history.
+Shape letters: M rows of a product, V vocabulary, K width, R rows of a step, B of them in use (the
+first), T tokens of each, D drafts of each, W width of a history.
 """
 
 from __future__ import annotations
@@ -395,27 +395,27 @@ def argmax_over_ranks(
     return _block_for_each(argmax_over_ranks_kernel(), rows, args, tensors)
 
 
-def ngram_draft(history_SW: Tensor, positions_S: Tensor, drafts_BD: Tensor) -> Call:
-    """Returns the launch of n-gram drafts for the first B slots.
+def ngram_draft(history_RW: Tensor, positions_R: Tensor, drafts_BD: Tensor) -> Call:
+    """Returns the launch of n-gram drafts for the first B rows.
 
     It is specified by ``NgramDrafter.propose``.
 
     Args:
-        history_SW: int64, the tokens of each slot.
-        positions_S: int64, the position of each slot's newest token.
+        history_RW: int64, the tokens of each row.
+        positions_R: int64, the position of each row's newest token.
         drafts_BD: int64, written; -1 where the newest tokens did not occur before.
     """
     B, D = drafts_BD.shape
-    assert min(len(history_SW), len(positions_S)) >= B, f"{B} slots"
+    assert min(len(history_RW), len(positions_R)) >= B, f"{B} rows"
     assert D <= _DRAFT_THREADS, f"{D} drafts, one per thread"
-    assert history_SW.shape[1] < 2**30, f"{history_SW.shape[1]} positions"
-    for tensor in (history_SW, positions_S, drafts_BD):
+    assert history_RW.shape[1] < 2**30, f"{history_RW.shape[1]} positions"
+    for tensor in (history_RW, positions_R, drafts_BD):
         assert tensor.dtype == torch.int64, f"it is {tensor.dtype}"
     args, tensors = NgramDraftArguments.of(
-        history=history_SW,
-        positions=positions_S,
+        history=history_RW,
+        positions=positions_R,
         drafts=drafts_BD,
-        width=history_SW.shape[1],
+        width=history_RW.shape[1],
         n_drafts=D,
     )
     return Call(
@@ -428,62 +428,62 @@ def ngram_draft(history_SW: Tensor, positions_S: Tensor, drafts_BD: Tensor) -> C
 
 
 def next_tokens(
-    history_SW: Tensor,
-    positions_S: Tensor,
+    history_RW: Tensor,
+    positions_R: Tensor,
     drafts_BD: Tensor | None,
     ids_BT: Tensor,
     positions_BT: Tensor,
     *,
     last_position: int,
 ) -> Call:
-    """Returns the launch that collects the input tokens of a step of the first B slots.
+    """Returns the launch that collects the input tokens of a step of the first B rows.
 
     It is specified by ``Rows.next_tokens``.
 
     Args:
-        history_SW: int64, the tokens of each slot.
-        positions_S: int64, the position of each slot's newest token.
+        history_RW: int64, the tokens of each row.
+        positions_R: int64, the position of each row's newest token.
         drafts_BD: int64, D = T - 1, negative for no draft, with any stride of rows; None if T is 1.
         ids_BT: int64, written.
         positions_BT: int64, written.
         last_position: The last position of the cache.
     """
-    slots = _slots(history_SW, positions_S, drafts_BD, ids_BT, last_position)
-    args, tensors = NextTokensArguments.of(token_positions=positions_BT, **slots)
+    common = _of_rows(history_RW, positions_R, drafts_BD, ids_BT, last_position)
+    args, tensors = NextTokensArguments.of(token_positions=positions_BT, **common)
     return _block_for_each(next_tokens_kernel(), len(ids_BT), args, tensors)
 
 
 def accept(
     ids_BT: Tensor,
     drafts_BD: Tensor | None,
-    history_SW: Tensor,
-    positions_S: Tensor,
+    history_RW: Tensor,
+    positions_R: Tensor,
     *,
     n_kept_B: Tensor | None,
     n_drafts_B: Tensor | None,
     last_position: int,
 ) -> Call:
-    """Returns the launch that accepts drafts and advances the first B slots.
+    """Returns the launch that accepts drafts and advances the first B rows.
 
     It is specified by ``Rows.accept``.
 
     Args:
         ids_BT: int64, the sampled tokens.
         drafts_BD: As for ``next_tokens``.
-        history_SW: int64; the sampled tokens are appended.
-        positions_S: int64; advanced by the number of tokens kept.
+        history_RW: int64; the sampled tokens are appended.
+        positions_R: int64; advanced by the number of tokens kept.
         n_kept_B: int64, written; None if T is 1.
         n_drafts_B: int64, written; None if T is 1.
         last_position: The last position of the cache.
     """
-    slots = _slots(history_SW, positions_S, drafts_BD, ids_BT, last_position)
-    args, tensors = AcceptArguments.of(n_kept=n_kept_B, n_drafts=n_drafts_B, **slots)
+    common = _of_rows(history_RW, positions_R, drafts_BD, ids_BT, last_position)
+    args, tensors = AcceptArguments.of(n_kept=n_kept_B, n_drafts=n_drafts_B, **common)
     return _block_for_each(accept_kernel(), len(ids_BT), args, tensors)
 
 
-def _slots(
-    history_SW: Tensor,
-    positions_S: Tensor,
+def _of_rows(
+    history_RW: Tensor,
+    positions_R: Tensor,
     drafts_BD: Tensor | None,
     ids_BT: Tensor,
     last_position: int,
@@ -492,10 +492,10 @@ def _slots(
     B, T = ids_BT.shape
     assert T <= 32, f"{T} tokens, one per lane"
     common = {
-        "history": history_SW,
-        "positions": positions_S,
+        "history": history_RW,
+        "positions": positions_R,
         "ids": ids_BT,
-        "width": history_SW.shape[1],
+        "width": history_RW.shape[1],
         "tokens": T,
         "last_position": last_position,
     }
@@ -503,7 +503,7 @@ def _slots(
         assert T == 1, "one token without drafts"
         return {"drafts": None, "drafts_stride": 0, **common}
     assert drafts_BD.shape == (B, T - 1), f"drafts are {tuple(drafts_BD.shape)}"
-    assert drafts_BD.stride(1) == 1, "drafts of a slot are adjacent"
+    assert drafts_BD.stride(1) == 1, "drafts of a row are adjacent"
     stride = drafts_BD.stride(0)
     flat = drafts_BD.as_strided(((B - 1) * stride + T - 1,), (1,))  # with the gaps
     return {"drafts": flat, "drafts_stride": stride, **common}
