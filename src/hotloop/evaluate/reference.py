@@ -20,10 +20,9 @@ never read.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +36,7 @@ from torch import Tensor
 from hotloop.checked import Count
 from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten_value
 from hotloop.outside import StrictModel, parse_json, validated
+from hotloop.safetensors_header import safetensors_header, tensor_entry
 from hotloop.types import Score
 from hotloop.writing import replacing
 
@@ -165,7 +165,7 @@ class ReferenceWriter:
             "key": key.model_dump_json(),
             "windows_sha256": hash_windows(windows),
         }
-        self._header = _safetensors_header(_layout(key), metadata)
+        self._header = _header(key, metadata)
         self._top1: list[Tensor] = []
         self._token_logprobs: list[Tensor] = []
         needed, free = n * (8 + 4 + 2 * V), shutil.disk_usage(path.parent).free
@@ -264,15 +264,10 @@ def _layout(key: ReferenceKey) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {"top1": ("I64", (n,)), "token_logprobs": ("F32", (n,)), "log_probs": ("F16", (n, V))}
 
 
-def _safetensors_header(
-    tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
-) -> bytes:
-    """The head of a safetensors file whose tensors follow in the order given, without gaps."""
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
+def _header(key: ReferenceKey, metadata: Mapping[str, str]) -> bytes:
+    """The header of a reference, whose tensors lie one behind the other without gaps."""
+    entries, end = {}, 0
+    for name, (dtype, shape) in _layout(key).items():
         start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header
+        entries[name] = tensor_entry(dtype, shape, start, end)
+    return safetensors_header(entries, metadata)

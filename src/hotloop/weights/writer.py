@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
+from hotloop.safetensors_header import safetensors_header, tensor_entry
 from hotloop.weights.identity import SINGLE_FILE
 from hotloop.weights.safetensors import DTYPES, INDEX_FILE
 from hotloop.writing import errors_named
@@ -31,8 +32,7 @@ from hotloop.writing import errors_named
 HEADER_BYTES = 256 * 2**10
 """Where the data of each file begins: room for about two thousand tensors."""
 
-_LENGTH_BYTES = 8
-_METADATA = {"__metadata__": {"format": "pt"}}
+_METADATA = {"format": "pt"}
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -44,7 +44,7 @@ class _Shard:
     file: BinaryIO
     entries: dict[str, Any] = field(default_factory=dict)
     n_bytes: int = 0
-    header_bytes: int = _LENGTH_BYTES + len(json.dumps(_METADATA))
+    header_bytes: int = len(safetensors_header({}, _METADATA))
 
 
 class SafetensorsWriter:
@@ -85,13 +85,13 @@ class SafetensorsWriter:
         assert all(name not in shard.entries for shard in self._shards), f"{name} is added twice"
         # A tensor without dimensions has no bytes to be viewed as.
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        entry = {"dtype": _TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        dtype = _TYPE_NAMES[tensor.dtype]
         # The longest offsets there are stand in for the real ones.
-        entry_bytes = len(json.dumps({name: entry | {"data_offsets": [2**63, 2**63]}}))
+        entry_bytes = len(json.dumps({name: tensor_entry(dtype, tensor.shape, 2**63, 2**63)}))
         shard = self._shard_for(data.numel(), entry_bytes)
         end = shard.n_bytes + data.numel()
         shard.file.write(data.numpy().data)
-        shard.entries[name] = entry | {"data_offsets": [shard.n_bytes, end]}
+        shard.entries[name] = tensor_entry(dtype, tensor.shape, shard.n_bytes, end)
         shard.n_bytes, shard.header_bytes = end, shard.header_bytes + entry_bytes
 
     def _shard_for(self, n_bytes: int, entry_bytes: int) -> _Shard:
@@ -155,11 +155,8 @@ def refuse_occupied(folder: Path) -> None:
 
 def _finish(shard: _Shard) -> None:
     """Puts the header in its place and the whole file on disk."""
-    room = HEADER_BYTES - _LENGTH_BYTES
-    header = json.dumps(_METADATA | shard.entries).encode().ljust(room)
-    assert len(header) == room, "the header outgrew its space"
     shard.file.seek(0)
-    shard.file.write(room.to_bytes(_LENGTH_BYTES, "little") + header)
+    shard.file.write(safetensors_header(shard.entries, _METADATA, HEADER_BYTES))
     shard.file.flush()
     os.fsync(shard.file.fileno())
     shard.file.close()
