@@ -57,12 +57,12 @@ class Forward(Protocol):
             ids_BT: The tokens.
             positions_BT: Their positions.
             seats_B: The seats of their sequences; see ``Decoder.forward``.
-            first_seat: The first one's, if the others' follow it in order and that is known.
+            first_seat: See ``Decoder.forward``.
             length: Exceeds every position.
 
         Returns:
-            The logits, and with them the token ids [B, T] of the largest among those that may be
-            chosen, where they have been found on the way.
+            The logits, and the token ids [B, T] of the largest among those that may be chosen; None
+            for those, unless computing the logits has found them.
         """
         ...
 
@@ -70,17 +70,17 @@ class Forward(Protocol):
 class TorchForward:
     """The decoder as a ``Forward``, in plain PyTorch.
 
-    torch.compile traces what it is given operation by operation: 80 layers take it many seconds for
-    each size of step, even where it makes code of the first alone (a nested region). By parts, it
-    traces one layer, and the host calls its code 80 times: right where a CUDA graph holds the
-    calls, too slow where each step makes them.
+    torch.compile traces a function operation by operation: 80 layers take it many seconds for each
+    size of step, even if it generates code for the first alone (a nested region). By parts, it
+    traces one layer, and the host calls the code 80 times: right where a CUDA graph captures the
+    calls, too slow where the host repeats them in each step.
 
     Args:
         decoder: The model.
         cache: Its cache.
-        compiled: Whether torch.compile makes code of it.
-        by_parts: Of its parts, rather than of the whole.
-        device: Where it runs.
+        compiled: Whether it is compiled by torch.compile.
+        by_parts: Whether parts are compiled, rather than the whole.
+        device: The device it runs on.
         n_layers: Stop after so many layers; None takes all.
     """
 

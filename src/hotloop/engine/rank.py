@@ -1,7 +1,7 @@
 """The process of one rank: ``python -m hotloop.engine.rank RANK FD``.
 
-It loads its shard into a Runner and then does as the caller says, over the connection at the file
-descriptor FD. What it prints goes to a log that only its death makes anybody read.
+It loads its shard into a Runner, and then runs the commands that the caller sends over the
+connection at the file descriptor FD. Its output goes to a log, shown only if the rank fails.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Load(Command[None]):
     """Loads a rank's part of a model: the first command of a rank.
 
     Attributes:
-        setup: What to load.
+        setup: The configuration to load.
         n_tokens: Token ids that may be chosen are below this.
-        store: By which ranks find each other.
-        n_threads: To compute with on a CPU.
+        store: The store by which ranks find each other.
+        n_threads: Threads to compute with on a CPU.
         one_machine: All ranks are on this machine.
     """
 
@@ -46,13 +46,13 @@ class Load(Command[None]):
 def serve(
     caller: Caller, rank: int, local_rank: int, *, own: tuple[Setup, int] | None = None
 ) -> None:
-    """Loads, and obeys until there is nothing more to do; an error ends the process.
+    """Loads, and runs commands until the last; an error ends the process.
 
     Args:
-        caller: Whom to obey.
-        rank: Which rank this is.
-        local_rank: Which of those on this machine.
-        own: Setup and n_tokens as this process has found them itself, if it has.
+        caller: The sender of commands.
+        rank: The number of this rank.
+        local_rank: Its number among those on this machine.
+        own: Setup and n_tokens, if this process has found them itself.
     """
     try:
         commands = caller.commands()

@@ -32,12 +32,12 @@ class RankGroup:
     """``setup.config.tensor_parallel`` processes, each with a ``Runner`` of its shard.
 
     Args:
-        setup: What to load, as rank 0 has it.
+        setup: The configuration to load, as of rank 0.
         n_tokens: Token ids that may be chosen are below this.
-        progress: Told of rank 0's layers as they are loaded.
+        progress: Called as rank 0's layers are loaded.
 
     Raises:
-        HotloopError: What a rank raised while it loaded, or how it died.
+        HotloopError: A rank raised it while it loaded, or died.
         SystemExit: This process was a rank itself, and is not needed any more.
     """
 
