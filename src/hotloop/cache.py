@@ -1,9 +1,9 @@
 """The cache folder, for what can be made or fetched again: models, built kernels, compiled graphs.
 
-The cache folder is the user's choice or the user's home. Where there is no home (a container's user
-without one) or nothing can be written there (a read-only file system, another user's folder, a
-file), a folder for temporary files takes its place, and ``cache_note`` says so. What a folder that
-cannot be written holds already is still found.
+It is chosen by the user, or in the user's home. If there is no home (as for some users of
+containers) or it cannot be written (a read-only file system, another user's folder, a file), a
+temporary folder replaces it, and ``cache_note`` says so. Files that a read-only folder holds
+already are still found.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from hotloop.errors import shorten
 
 
 def cache_dir() -> Path:
-    """``$HOTLOOP_CACHE``, else ``$XDG_CACHE_HOME/hotloop``, else ``~/.cache/hotloop``.
+    """Returns ``$HOTLOOP_CACHE``, else ``$XDG_CACHE_HOME/hotloop``, else ``~/.cache/hotloop``.
 
-    Where the user has no home, it is the folder that ``writable_cache_dir`` returns.
+    If the user has no home, it is the folder that ``writable_cache_dir`` returns.
     """
     return _configured() or _temporary_dir()
 
 
 def writable_cache_dir() -> Path:
-    """The cache folder, made if it is not there, or a temporary one if it cannot be written.
+    """Returns the cache folder, which it creates, or a temporary one if it is not writable.
 
     Raises:
         OSError: There is no place for temporary files either.
@@ -40,10 +40,10 @@ def writable_cache_dir() -> Path:
 
 
 def cache_path(*parts: str) -> Path:
-    """The path of something in the cache: where it is, or else where it can be put.
+    """Returns the path of a cached file, if it exists, and else a path where it can be written.
 
     Raises:
-        OSError: It is nowhere, and there is no place to put it.
+        OSError: It does not exist, and there is no place to write it.
     """
     found = cache_dir().joinpath(*parts)
     return found if os.path.exists(found) else writable_cache_dir().joinpath(*parts)
@@ -62,7 +62,7 @@ def cache_note() -> str | None:
 
 
 def known_home(path: str | Path) -> Path | None:
-    """A path with its ``~`` replaced; None if no home directory is known for it."""
+    """Expands ``~`` in a path; returns None if no home directory is known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -83,18 +83,18 @@ def _why_not_writable(folder: Path) -> str | None:
         return "it is not a folder"
     except OSError as error:
         return error.strerror or str(error)
-    # Not only the mode: the answer knows of read-only file systems and of the superuser.
+    # os.access, not the mode: it accounts for read-only file systems and the superuser.
     return None if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
 
 
 def _temporary_dir() -> Path:
-    """This user's folder among the temporary files, the same for every process."""
+    """Returns this user's temporary folder, the same for every process."""
     return _owned(Path(tempfile.gettempdir(), f"hotloop-{os.getuid()}"))
 
 
 @functools.cache
 def _owned(folder: Path) -> Path:
-    """``folder``, if nobody else can have put anything there: it holds code that is run."""
+    """Returns ``folder`` if only this user can write it, since it holds code that is run."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()

@@ -1,6 +1,6 @@
-"""The rich console on which everything of hotloop is printed: text from outside stays text.
+"""The rich console of hotloop, on which text from outside is neither markup nor control sequence.
 
-Importing this imports rich, so that it is imported where something is about to be printed.
+This module imports rich, so import it only where something is printed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from hotloop.printable import printable
 
 
 class SafeConsole(Console):
-    """A console that neither interprets markup in text nor lets the terminal obey it.
+    """A console that does not interpret text as markup, and escapes control characters.
 
-    A string is printed without markup, emoji codes and highlighting unless the call asks for them,
-    and whatever is rendered goes through ``printable``. Sequences of rich's own, such as colours
-    and cursor movements, are not text and are left alone.
+    Strings are printed without markup, emoji codes and highlighting unless the call asks for them,
+    and all rendered text goes through ``printable``. Control sequences of rich's own, such as
+    colours and cursor movements, are unchanged.
     """
 
     def __init__(self, **options: Any) -> None:

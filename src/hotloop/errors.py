@@ -1,8 +1,7 @@
-"""Every error a user can meet.
+"""The errors that hotloop raises for its users.
 
-Each says what is wrong, with which value, and what to do about it. All of them descend from
-:class:`HotloopError`; the ones a caller can provoke with a bad argument are ``ValueError`` too.
-Mistakes of our own are assertions, not these.
+Each message names the problem, the value and the fix. All derive from :class:`HotloopError`; those
+that a caller can cause by a bad argument are ``ValueError`` too. Bugs of hotloop are assertions.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ class ConfigError(HotloopError, ValueError):
 
 
 class UnknownNameError(ConfigError):
-    """A name that is in none of the places where names of its kind are declared.
+    """A name that is not among the known names of its kind.
 
     Args:
-        kind: What the name names, for the message (``"quantization scheme"``).
+        kind: The kind of name, for the message (``"quantization scheme"``).
         name: The name as given.
-        choices: The names that would have been accepted.
+        choices: The known names.
     """
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
@@ -51,7 +50,7 @@ class UnknownNameError(ConfigError):
 
 
 class UnsupportedError(HotloopError, ValueError):
-    """Well-formed, but not something this build or this machine can do."""
+    """A valid request that this build or this machine does not support."""
 
 
 class RequestError(HotloopError, ValueError):
@@ -62,8 +61,8 @@ class NumericsError(HotloopError):
     """A step's logits are not finite, so that no next token can be chosen.
 
     Args:
-        index: Which prompt of the call was to get the token.
-        n_tokens: Tokens that its answer has before it.
+        index: Index of the prompt in the call.
+        n_tokens: Tokens of its answer before the failure.
         dtype: Element type of activations.
     """
 
@@ -98,15 +97,15 @@ class ModelNotFoundError(HotloopError, ValueError):
 
 
 class DownloadError(HotloopError):
-    """A model could not be fetched, or what came was not what was asked for."""
+    """A model could not be fetched, or the fetched file is not the expected one."""
 
 
 class OutOfMemoryError(HotloopError):
     """The device has too little memory.
 
     Args:
-        phase: What was being done (``"load"``, ``"warmup"``, ``"decode"``).
-        needed_bytes: Bytes asked for, if known.
+        phase: The phase (``"load"``, ``"warmup"``, ``"decode"``).
+        needed_bytes: Bytes of the failed allocation, if known.
         free_bytes: Bytes that were free, if known.
     """
 
@@ -123,16 +122,16 @@ class OutOfMemoryError(HotloopError):
 
 
 class RankError(HotloopError):
-    """A rank of a tensor-parallel group ended, or raised what is none of hotloop's errors.
+    """A rank of a tensor-parallel group ended, or raised an error that is not hotloop's.
 
     Args:
-        rank: Which one.
-        n_ranks: Of how many.
+        rank: The rank.
+        n_ranks: The number of ranks.
         problem: How it ended: its exception, its exit code or the signal that killed it.
         log: The last lines that it wrote to stderr.
     """
 
-    MESSAGE_LIMIT = 20_000  # the log is the part that helps
+    MESSAGE_LIMIT = 20_000  # so that the log fits
 
     def __init__(self, rank: int, n_ranks: int, problem: str, log: str = "") -> None:
         self.rank, self.n_ranks, self.problem, self.log = rank, n_ranks, problem, log
@@ -147,7 +146,7 @@ def did_you_mean(name: str, choices: Iterable[str], *, cutoff: float = 0.6) -> s
 
 
 def shorten(text: str, limit: int = 300) -> str:
-    """``text`` for a message: of a long one both ends, ``limit`` characters in all."""
+    """Shortens ``text`` to its beginning and end, at most ``limit`` characters."""
     if len(text) <= limit:
         return text
     kept = limit - 1
@@ -155,10 +154,10 @@ def shorten(text: str, limit: int = 300) -> str:
 
 
 def shorten_value(value: object, limit: int = 80) -> str:
-    """The repr of a value from outside, in at most ``limit`` characters.
+    """Returns the repr of a value from outside, in at most ``limit`` characters.
 
-    Only as much of the value is looked at as is shown: a text of a gigabyte, or lists that contain
-    each other over and over, cost nothing.
+    Only the part that is shown is read, so a text of a gigabyte or deeply nested lists cost
+    nothing.
     """
     if isinstance(value, str) and len(value) > limit:
         value = shorten(value, limit)

@@ -1,9 +1,9 @@
-"""The machine: which device, how much memory, how fast it reads, and what to write down about it.
+"""The machine: its devices, memory, read bandwidth and provenance.
 
-Decoding at small batch is bound by memory reads, so a speed means little without the bandwidth it
-was reached on. That bandwidth is measured here, on CPU and GPU alike, and the vendor's figure is
-quoted beside it where the device is known. :func:`provenance` gathers what somebody else would need
-in order to believe or to repeat a measurement, and leaves out what identifies a person or a host.
+Decoding at small batch is bound by memory reads, so a speed means little without the bandwidth of
+the device. It is measured here, on CPUs and GPUs, and the vendor's figure is quoted beside it if
+the device is known. :func:`provenance` collects what is needed to judge or to repeat a measurement,
+and leaves out what identifies a person or a host.
 
 Nothing here changes the machine: no clocks are locked and no power limits set.
 """
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 GB = 1e9
 
 DATASHEET_BYTES_PER_S = {
-    # Vendors' datasheets and product pages, by the name the driver reports less its "NVIDIA ",
-    # "Tesla " and "GeForce ". Exact names only: a laptop part or a MIG slice that shares a name's
-    # beginning does not share its bandwidth.
+    # From vendors' datasheets and product pages, by the name that the driver reports, without
+    # "NVIDIA ", "Tesla " and "GeForce ". Exact names only: a laptop part or a MIG slice whose name
+    # begins alike has another bandwidth.
     "V100-SXM2-16GB": 900 * GB,
     "V100-SXM2-32GB": 900 * GB,
     "V100-PCIE-16GB": 900 * GB,
@@ -76,13 +76,13 @@ class DeviceInfo:
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
-        name: The device's own name; the processor's model name for a CPU.
-        total_bytes: Memory it has; for a CPU no more than the control group allows.
-        datasheet_bytes_per_s: The vendor's memory bandwidth, where the name is a known one.
+        name: Name of the device; for a CPU the model name of the processor.
+        total_bytes: Its memory; for a CPU at most the limit of the control group.
+        datasheet_bytes_per_s: The vendor's memory bandwidth, if the name is known.
         compute_capability: CUDA's, such as (9, 0).
         n_sms: Streaming multiprocessors of a GPU.
-        n_threads: Threads torch computes with on a CPU.
-        isa: The vector instructions torch uses on a CPU, such as ``AVX512``.
+        n_threads: Threads of torch on a CPU.
+        isa: Vector instructions of torch on a CPU, such as ``AVX512``.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -96,13 +96,13 @@ class DeviceInfo:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device that ``name`` means: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """Returns the torch device of a name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
-    ``auto`` is the current CUDA device where there is one, else the CPU.
+    ``auto`` is the current CUDA device if there is one, else the CPU.
 
     Raises:
-        ConfigError: ``name`` is not the name of any device.
-        UnsupportedError: The device is not there, or hotloop does not run on its kind.
+        ConfigError: ``name`` is not a name of a device.
+        UnsupportedError: The device does not exist, or hotloop does not run on its kind.
     """
     import torch
 
@@ -153,18 +153,18 @@ def device_info(device: torch.device) -> DeviceInfo:
 
 
 def datasheet_bytes_per_s(gpu_name: str) -> float | None:
-    """The vendor's memory bandwidth of the GPU with that name; None where it is not known."""
+    """Returns the vendor's memory bandwidth of a GPU by its name; None if it is not known."""
     for brand in ("NVIDIA ", "Tesla ", "GeForce "):
         gpu_name = gpu_name.removeprefix(brand)
     return DATASHEET_BYTES_PER_S.get(gpu_name)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``.
+    """Returns the bytes that can still be allocated on ``device``.
 
-    On a CPU that is what the system calls available (reclaimable file cache counts), within the
-    limit of the control group, as in a container. On CUDA it is what the driver has left; memory
-    that torch's allocator keeps cached is not in it.
+    On a CPU these are the system's available bytes (with reclaimable file cache), within the limit
+    of the control group, as in a container. On CUDA they are the driver's free bytes, without
+    memory that torch's allocator has cached.
     """
     import torch
 
@@ -185,8 +185,7 @@ _OUT_OF_MEMORY = (
 def shortage_of_memory(error: BaseException) -> BaseException | None:
     """Finds the error that says that memory was short, among an error and its causes.
 
-    Libraries raise their own kinds for it, often a plain RuntimeError, and compilers wrap what they
-    meet.
+    Libraries raise their own types for it, often a plain RuntimeError, and compilers wrap them.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -218,28 +217,28 @@ def kernel_oom_kills() -> int | None:
 
 
 def oom_killed_since(before: int | None) -> bool:
-    """Tells whether the kernel has killed a process for want of memory since ``before``.
+    """Tells whether the kernel has OOM-killed a process since ``before``.
 
     Args:
-        before: What ``kernel_oom_kills`` returned then.
+        before: The earlier result of ``kernel_oom_kills``.
     """
     now = kernel_oom_kills()
     return before is not None and now is not None and now > before
 
 
 def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) -> float:
-    """Bytes per second that ``device`` can read from its memory with all of torch's threads.
+    """Measures the bytes per second that ``device`` reads from its memory, with torch's threads.
 
-    A pure read: reductions over a buffer many times the last-level cache (at least eight, and
-    0.25 GiB on a CPU, 4 GiB on a GPU, within a quarter of what is free). No single reduction is the
-    fastest everywhere, so a few are timed and the best median counts.
+    It times reductions over a buffer far larger than the last-level cache (eight times at least,
+    and 0.25 GiB on a CPU, 4 GiB on a GPU, within a quarter of the free memory). No reduction is the
+    fastest on every device, so a few are timed and the best median counts.
 
     Args:
-        device: The device to measure. Nothing else should be running on it.
-        min_seconds: Seconds spent timing, over all reductions; filling the buffer comes on top.
+        device: The device, which should be idle.
+        min_seconds: Seconds of timing over all reductions, without filling the buffer.
 
     Raises:
-        UnsupportedError: So little memory is free that the cache would be measured instead.
+        UnsupportedError: Too little memory is free, so that the cache would be measured.
     """
     import numpy as np
     import torch
@@ -253,19 +252,19 @@ def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) ->
             f"four times its buffer at least, and {free_bytes(device) / 2**20:.0f} MiB are."
         )
     if device.type == "cpu":
-        # numpy asks for huge pages and torch does not; walking small ones costs up to a tenth.
+        # numpy requests huge pages, and torch does not; small ones cost up to a tenth.
         buffer = torch.from_numpy(np.empty(size // 4, dtype=np.float32))
     else:
         buffer = torch.empty(size // 4, dtype=torch.float32, device=device)
-    # Written, because pages never written all map to one page of zeros, in cache; and by torch's
-    # threads, so that each finds its share in the memory nearest to it.
+    # Written, because unwritten pages all map to one page of zeros, which is cached; and by torch's
+    # threads, so that each has its share in the nearest memory.
     buffer.fill_(1)
     float64, int64 = buffer.view(torch.float64), buffer.view(torch.int64)
     reads: tuple[Callable[[], object], ...] = (buffer.sum, float64.sum, int64.sum)
     seconds = min(_median_seconds(read, device, min_seconds / len(reads)) for read in reads)
     if device.type == "cuda":
         del reads, buffer, float64, int64
-        torch.cuda.empty_cache()  # or free_bytes would miss what only this function used
+        torch.cuda.empty_cache()  # so that free_bytes counts the buffer as free
     return size / seconds
 
 
@@ -278,7 +277,7 @@ def _median_seconds(call: Callable[[], object], device: torch.device, min_second
         return time.perf_counter() - start
 
     def timed_cuda() -> float:
-        n_calls = 8  # queued together, so that launch latency hides behind the previous call
+        n_calls = 8  # queued together, to hide the launch latency
         with torch.cuda.device(device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -298,12 +297,12 @@ def _median_seconds(call: Callable[[], object], device: torch.device, min_second
 
 
 def gpu_state(device: torch.device) -> dict[str, float]:
-    """Clocks, power and temperature of a GPU now, as nvidia-smi reports them.
+    """Reads clocks, power and temperature of a GPU from nvidia-smi.
 
     Returns:
         ``sm_clock_mhz``, ``max_sm_clock_mhz``, ``memory_clock_mhz``, ``power_w``,
-        ``power_limit_w`` and ``temperature_c``, each where known: none of them for a CPU, without
-        nvidia-smi, or inside a MIG slice.
+        ``power_limit_w`` and ``temperature_c``, each if known: none of them for a CPU, without
+        nvidia-smi, or in a MIG slice.
     """
     fields = {
         "sm_clock_mhz": "clocks.sm",
@@ -338,11 +337,11 @@ def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -
 
     Args:
         device: The device in use.
-        read_bytes_per_s: Its measured read bandwidth; measured here where not given, which wants
-            the device idle and some of its memory free.
+        read_bytes_per_s: Its measured read bandwidth; None measures it, for which the device should
+            be idle and have free memory.
 
     Returns:
-        ``hotloop`` (version, and the commit and whether it was changed in a source checkout, else
+        ``hotloop`` (version, and in a source checkout its commit and whether it has changes, else
         None), ``versions``, ``device`` (:class:`DeviceInfo`, measured bandwidth and
         :func:`gpu_state`) and ``host``.
     """
@@ -352,7 +351,7 @@ def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -
     if read_bytes_per_s is None:
         read_bytes_per_s = measure_read_bandwidth(device)
     return {
-        # By name: an import of the package would tie this floor to all that it exports.
+        # By name: this module must not import the package, which imports all floors.
         "hotloop": {
             "version": importlib.import_module("hotloop").__version__,
             **_git_state(Path(__file__).parent),

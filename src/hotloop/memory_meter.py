@@ -1,8 +1,8 @@
-"""Peak memory of a stretch of work.
+"""Measures the peak memory of a block of code: how much must be free for it to run.
 
-The answer to "how much must be free for this to run", so on CUDA it is what torch's allocator took
-from the device and on CPU what the process held resident. Memory that other processes use is not in
-it: of a tensor-parallel group each rank measures its own.
+On CUDA this is the memory that torch's allocator reserved on the device, on CPU the resident memory
+of the process. Other processes are not included: each rank of a tensor-parallel group measures its
+own memory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SAMPLING_INTERVAL_S = 0.005
 class MemoryMeter:
     """Measures the peak memory of the ``with`` block it manages.
 
-    On CUDA: the allocator's peak reserved bytes. That includes what it holds for reuse and the
-    pools of CUDA graphs, and excludes the CUDA context (some hundreds of MB); ``allocated_bytes``
-    is the peak of live tensors.
+    On CUDA it is the allocator's peak reserved bytes. These include memory that it keeps for reuse
+    and the pools of CUDA graphs, but not the CUDA context (some hundreds of MB);
+    ``allocated_bytes`` is the peak of live tensors.
 
-    On CPU: the peak resident set, file pages of memory-mapped weights included. The kernel keeps it
-    (VmHWM), restarted for this block through ``/proc/self/clear_refs``. Where that is not permitted
-    or not Linux, the resident set is sampled every few milliseconds, which can miss a short peak;
-    ``method`` says which it was.
+    On CPU it is the peak resident set, including file pages of memory-mapped weights. The kernel
+    records it (VmHWM), and ``/proc/self/clear_refs`` resets it for this block. If that is not
+    permitted, or the system is not Linux, the resident set is sampled every few milliseconds, which
+    can miss a short peak; ``method`` is the method that was used.
 
     Attributes:
         peak_bytes: The peak, once the block has ended.

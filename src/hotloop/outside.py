@@ -1,12 +1,12 @@
-"""Files that hotloop did not write: read within limits, and checked before anything uses them.
+"""Reads and validates files that hotloop did not write.
 
-Whoever reads a file from outside does it in three steps, each of which ends in one line that names
-the file: the file is a regular one and not too large (:func:`read_bytes`, :func:`read_text`), it
-holds JSON of bounded depth (:func:`read_json`, :func:`parse_json`), and its values are those of a
-:class:`StrictModel` (:func:`validated`). Nothing of a raw dict goes further.
+There are three steps, each of which fails with one line that names the file: it must be a regular
+file of limited size (:func:`read_bytes`, :func:`read_text`), hold JSON of limited depth
+(:func:`read_json`, :func:`parse_json`), and match a :class:`StrictModel` (:func:`validated`). Raw
+dicts are not passed on.
 
-A caller chooses the class of the error: ``CheckpointError`` for what belongs to a model,
-:func:`config_error` for what a user wrote, such as a recipe.
+The caller chooses the class of errors: ``CheckpointError`` for files of a model,
+:func:`config_error` for files of a user, such as a recipe.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from hotloop.errors import (
 )
 
 DEFAULT_LIMIT_BYTES = 16 * 2**20
-"""The size of file that :func:`read_bytes` refuses to exceed unless told otherwise: the largest
-configurations and indexes in use have less than a megabyte."""
+"""The default size limit of :func:`read_bytes`: the largest configurations and indexes in use have
+less than a megabyte."""
 
 MAX_DEPTH = 64
-"""Nested lists and objects of a JSON document."""
+"""The most levels of nested lists and objects in JSON."""
 
 MAX_NUMBER_CHARS = 400
-"""Characters of a number in JSON. Python itself stops at 4,300 digits, with an error of its own."""
+"""The most characters of a number in JSON. Python has a limit of its own, 4,300 digits."""
 
 Refuse = Callable[[Path | str, str], HotloopError]
 """Makes the error of a problem with a file: ``CheckpointError``, ``config_error``."""
 
 
 def config_error(file: Path | str, problem: str) -> ConfigError:
-    """The error of a file that the user wrote: a recipe, a template, a text."""
+    """Makes the error for a file of the user: a recipe, a template, a text."""
     return ConfigError(f"{shorten(str(file))}: {problem}")
 
 
@@ -65,11 +65,11 @@ def file_kind(path: Path, *, refuse: Refuse = CheckpointError) -> Literal["file"
 
 
 def open_file(path: Path, *, refuse: Refuse = CheckpointError) -> BufferedReader:
-    """Opens a regular file for reading; never blocks, whatever ``path`` turns out to be.
+    """Opens a regular file for reading; never blocks, whatever ``path`` is.
 
     Raises:
-        HotloopError: It cannot be opened, is no regular file, or stands for one that git-lfs has
-            not fetched.
+        HotloopError: It cannot be opened, is not a regular file, or is a pointer to one that
+            git-lfs has not fetched.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -96,7 +96,7 @@ def read_bytes(
     """Reads a regular file of at most ``limit`` bytes.
 
     Raises:
-        HotloopError: It cannot be read, is no regular file, or is larger.
+        HotloopError: It cannot be read, is not a regular file, or is larger.
     """
     with open_file(path, refuse=refuse) as file, _system_errors(path, refuse):
         data = file.read(limit + 1)
@@ -134,12 +134,12 @@ def parse_json(
 
     Args:
         data: UTF-8, with or without a byte order mark.
-        file: Where it comes from, for the error: a file, or a line of one.
+        file: Its file, or a line of it, for errors.
         refuse: Makes the error.
 
     Raises:
-        HotloopError: Not JSON, no object, a key given twice, a number that is infinite, NaN or too
-            long, more than ``MAX_DEPTH`` levels, or half a surrogate pair in a string.
+        HotloopError: It is not JSON or not an object, has a key twice, a number that is infinite,
+            NaN or too long, more than ``MAX_DEPTH`` levels, or half a surrogate pair in a string.
     """
 
     def integer(digits: str) -> int:
@@ -176,14 +176,14 @@ def parse_json(
 
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-"""A token's id."""
+"""The id of a token."""
 
 
 class StrictModel(BaseModel):
-    """A value from outside: unknown keys fail, and no type is converted to another.
+    """Base of models of values from outside: unknown keys fail, and types are not converted.
 
-    A boolean or a text is no number, NaN and infinity are none either. Integers still need bounds
-    of their own: :data:`~hotloop.checked.Count`, :data:`TokenId`, or ``Field(ge=..., le=...)``.
+    Booleans, texts, NaN and infinity are not numbers. Integers still need bounds of their own:
+    :data:`~hotloop.checked.Count`, :data:`TokenId`, or ``Field(ge=..., le=...)``.
     """
 
     model_config = ConfigDict(
@@ -209,15 +209,15 @@ def validated(
     """Checks a value against a pydantic model.
 
     Args:
-        model: What the value must be; its aliases are the keys of the file.
-        value: What the file holds.
-        file: Where it comes from, for the error.
-        prefix: What the file has in front of every key.
+        model: The model that the value must match; its aliases are the keys of the file.
+        value: The content of the file.
+        file: The file, for errors.
+        prefix: The prefix of every key in the file.
         refuse: Makes the error.
         name: What a place is called in the error; None calls it by its keys.
 
     Raises:
-        HotloopError: One line with the file and the first problems: key, value, what is right.
+        HotloopError: One line with the file and the first problems: key, value, and what is valid.
     """
     try:
         return model.model_validate(value)
@@ -231,19 +231,19 @@ def problems(
     prefix: str = "",
     name: Callable[[Place], str] | None = None,
 ) -> list[str]:
-    """Puts each of pydantic's errors into words: the key, the value, and what is right.
+    """Describes each of pydantic's errors: the key, the value, and what is valid.
 
     Args:
-        error: What ``model_validate`` raised.
-        model: What was validated, so that the known keys can be named.
-        prefix: What the file has in front of every key.
+        error: The exception of ``model_validate``.
+        model: The model, whose keys are named.
+        prefix: The prefix of every key in the file.
         name: What a place is called; None calls it by its keys.
     """
     return [_problem(one, model, prefix, name) for one in error.errors(include_url=False)]
 
 
 def joined(found: list[str], most: int = 3) -> str:
-    """The first problems in one line, and how many there are beside them."""
+    """Joins the first problems in one line, with the number of others."""
     rest = f" (and {len(found) - most} more)" if len(found) > most else ""
     return "; ".join(found[:most]) + rest
 

@@ -1,7 +1,7 @@
-"""Text from outside, made safe to print: file headers, recipes, records, paths, templates, answers.
+"""Makes text from outside safe to print: file headers, recipes, records, paths, templates, answers.
 
-A terminal obeys some characters instead of showing them, and a stream cannot encode others.
-``printable`` is applied where text is printed, so that no one before that place has to think of it.
+Terminals interpret some characters instead of showing them, and streams cannot encode others.
+``printable`` is applied at the one place where text is printed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _OBEYED = re.compile(
 
 
 def printable(text: str) -> str:
-    r"""Escapes what a terminal would obey or cannot show, as Python does: ``\x1b``, ``\u202e``.
+    r"""Escapes characters that a terminal interprets or cannot show: ``\x1b``, ``\u202e``.
 
-    Newlines and tabs stay. What is printable already is returned as it is.
+    Newlines, tabs and printable characters are unchanged.
     """
     return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -1,8 +1,7 @@
-"""Writing files of our own: whole, where they belong, and never through a link.
+"""Writes files atomically, and never through a link.
 
-A results folder can come from somebody else. A link in it could lead a write anywhere, so the last
-component of every path that is written is opened or replaced as itself and not followed. The
-folders above it are the caller's choice.
+A results folder can come from somebody else, and a link in it could redirect a write to any place.
+So the last component of a path is never followed; the folders above it are the caller's choice.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ TAIL_BYTES = 2**16
 """Bytes of a log in which its last lines are looked for."""
 
 MAX_NAME_BYTES = 200
-"""The longest file name that is made of a text: file systems allow 255, and suffixes follow."""
+"""The longest file name to make: file systems allow 255 bytes, of which suffixes take some."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a UTF-8 file; readers see the old one or the new one, and nothing between.
+    """Writes a UTF-8 file atomically: readers see the old file or the new one.
 
     Raises:
         HotloopError: As for ``replacing``.
@@ -39,26 +38,26 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what ``replacing`` has left in a folder where its process was killed."""
+    """Removes files that ``replacing`` left in a folder when its process was killed."""
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Generator[BinaryIO]:
-    """A file to write that takes the place of ``path`` when the block ends well.
+    """Opens a new file, which replaces ``path`` when the block ends without an error.
 
-    It is written beside ``path`` and renamed: a link there is replaced and not followed, and a
-    block that raises leaves ``path`` as it was. The block's own errors pass unchanged.
+    It is written beside ``path`` and renamed: a link at ``path`` is replaced and not followed, and
+    if the block raises, ``path`` is unchanged. The block's own errors pass unchanged.
 
     Raises:
-        HotloopError: The file cannot be made or written.
+        HotloopError: The file cannot be created or written.
     """
     with errors_named(path):
         unfinished = path.with_name(f".{uuid.uuid4().hex}.partial")
         raw = _Unfinished(unfinished, path)
     try:
-        with raw:  # closed without its buffer: what the block left there is not written
+        with raw:  # if the block raises, the buffer is not flushed
             file = io.BufferedWriter(raw)
             yield file
             file.flush()
@@ -66,12 +65,12 @@ def replacing(path: Path) -> Generator[BinaryIO]:
                 os.fsync(raw.fileno())
                 unfinished.replace(path)
     finally:
-        with suppress(OSError):  # remove_unfinished removes what stays
+        with suppress(OSError):  # remove_unfinished removes it later
             unfinished.unlink(missing_ok=True)
 
 
 class _Unfinished(io.FileIO):
-    """A new file whose errors of writing name the one that it will take the place of."""
+    """A new file whose errors name the file that it will replace."""
 
     def __init__(self, path: Path, target: Path) -> None:
         super().__init__(path, "x")
@@ -84,16 +83,16 @@ class _Unfinished(io.FileIO):
 
 @contextmanager
 def opened_to_append(path: Path) -> Generator[BinaryIO]:
-    """A file to read and to append to, unbuffered, made if it is not there.
+    """Opens or creates a file to read and to append to, unbuffered.
 
     Raises:
-        ConfigError: ``path`` is a link, or no regular file.
+        ConfigError: ``path`` is a link, or not a regular file.
         HotloopError: The file cannot be opened.
     """
     with errors_named(path):
         if path.is_symlink():
             raise ConfigError(f"{path} is a link: it is not followed. Remove it.")
-        # What is no regular file must not make open() wait, and a link made meanwhile fails.
+        # O_NONBLOCK: open() must not wait for a pipe. O_NOFOLLOW: a link made meanwhile fails.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
     with file:
@@ -117,9 +116,9 @@ def tail(file: BinaryIO, lines: int, start: int = 0) -> list[str]:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Adds a line to a file: one write, on the disk when this returns.
+    """Appends a line to a file in one write, and syncs it to the disk.
 
-    A half-written last line stays by itself: the new one begins on a line of its own.
+    If the last line is incomplete, the new one still begins on a line of its own.
 
     Raises:
         HotloopError: As for ``opened_to_append``, or the disk is full.
@@ -134,10 +133,10 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Makes a folder of the user's choice, and those above it, where they are missing.
+    """Creates a folder of the user's choice, and its parents, unless they exist.
 
     Raises:
-        HotloopError: It cannot be made.
+        HotloopError: It cannot be created.
     """
     with errors_named(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -145,11 +144,11 @@ def make_folder(path: Path) -> Path:
 
 
 def make_subfolder(folder: Path, name: str) -> Path:
-    """Makes a folder within another one, unless it is there.
+    """Creates a folder within another one, unless it exists.
 
     Raises:
         ConfigError: A link has its name.
-        HotloopError: It cannot be made.
+        HotloopError: It cannot be created.
     """
     path = folder / name
     if path.is_symlink():
@@ -158,7 +157,7 @@ def make_subfolder(folder: Path, name: str) -> Path:
 
 
 def check_component(name: str) -> str:
-    """A name that is one component of a path, and so stays in the folder that it is joined to.
+    """Returns ``name`` if it is one component of a path, and so cannot leave a folder.
 
     Raises:
         ConfigError: It is empty, too long, leads elsewhere, or holds control characters.
@@ -177,9 +176,9 @@ def check_component(name: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """A file name, without a suffix, for a text such as the name of a cell.
+    """Makes a file name, without a suffix, from a text such as the name of a cell.
 
-    Unusual characters become underscores; of a long text its beginning and a hash are taken.
+    Unusual characters become underscores; a long text is cut, and a hash appended.
     """
     name = re.sub(r"[^\w.+=-]+", "_", text, flags=re.ASCII).lstrip(".")
     if len(name) <= MAX_NAME_BYTES // 2:
@@ -190,7 +189,7 @@ def file_name(text: str) -> str:
 
 @contextmanager
 def errors_named(path: Path) -> Generator[None]:
-    """Turns the system's errors about a path into ours."""
+    """Turns OSErrors about a path into HotloopErrors."""
     try:
         possible = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:  # a lone surrogate

@@ -410,8 +410,8 @@ def test_conversation_without_a_last_text_cannot_be_continued(
 @pytest.mark.parametrize(
     ("messages", "variables", "problem"),
     [
-        (["text"], {}, "must be objects"),
-        ([3], {}, "must be objects"),
+        (["text"], {}, "must be an object"),
+        ([3], {}, "must be an object"),
         ([{"role": "user", "content": {1, 2}}], {}, "JSON"),
         (MESSAGES, {"messages": []}, "'messages' cannot be set"),
         (MESSAGES, {"x": object()}, "JSON"),

@@ -1,1 +1,1 @@
-"""Records become tables and a recommendation."""
+"""Turns records into tables and a recommendation."""

@@ -13,11 +13,11 @@ def context(
 ) -> tuple[tuple[str, str], ...]:
     """Returns the context of records, a label and a text each.
 
-    What differs between records is said once for each value, with the cells that it is true of.
+    Where records differ, each value is listed with its cells.
 
     Args:
-        records: Those of a table.
-        leave_out: Labels of ``CONTEXT`` that the table has no use for.
+        records: The records of a table.
+        leave_out: Labels of ``CONTEXT`` to leave out.
     """
     lines = []
     for label, of in CONTEXT.items():
@@ -52,7 +52,7 @@ def notes(record: Record) -> tuple[str, ...]:
 
 
 def model_name(record: Record) -> str:
-    """The model, and whether only its shape is real."""
+    """Returns the name of the model, and whether it has random weights."""
     random = ", random weights" if has_random_weights(record) else ""
     return f"{record.config.get('model')}{random}"
 
@@ -113,4 +113,4 @@ CONTEXT: Mapping[str, Callable[[Record], str]] = {
     "text": _text,
     "date": lambda record: record.started_at[:10],
 }
-"""The labels, in order. An empty text says nothing."""
+"""The text of each label, in order; empty texts are left out."""

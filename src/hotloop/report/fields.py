@@ -1,6 +1,6 @@
-"""Fields of records by name, and as the columns of a CSV file.
+"""Fields of records by name, and as columns of a CSV file.
 
-A name can lead into a part of a record: ``speculation.tokens_per_step``.
+A name can be a path into a record: ``speculation.tokens_per_step``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def value_of(record: Record, field: str) -> Any:
 
 
 def csv_names(fields: Iterable[str]) -> list[str]:
-    """The CSV columns of some fields.
+    """Returns the names of the CSV columns of fields.
 
-    A figure takes five: its mean, the ends of its 95 % interval, its error and its n.
+    A figure has five: its mean, the ends of its 95 % interval, its standard error and its n.
     """
     parts = ("", "_ci95_low", "_ci95_high", "_se", "_n")
     return [
@@ -39,7 +39,7 @@ def csv_names(fields: Iterable[str]) -> list[str]:
 def csv_values(fields: Iterable[str], record: Record) -> list[Any]:
     """Returns a record's values in these columns: every number as it was recorded.
 
-    Several values of one field are separated by spaces.
+    Several values of a field are separated by spaces.
     """
     values: list[Any] = []
     for field in fields:
@@ -55,7 +55,7 @@ def csv_values(fields: Iterable[str], record: Record) -> list[Any]:
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A CSV file; None becomes empty."""
+    """Formats a CSV file; None becomes empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)

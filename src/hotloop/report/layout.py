@@ -1,8 +1,8 @@
-"""A table as it is shown, whatever it is about: for a terminal, and as Markdown.
+"""Renders tables, for a terminal and as Markdown.
 
-Both renderings come from the same value, and what a table leaves out it says: rows that have no
-figures, or should be read with care, have numbered notes, and below stand advice, remarks and what
-was measured on what. Which columns there are and what they hold is not decided here.
+Both renderings come from the same value. Rows without figures, or with figures to be read with
+care, have numbered notes; below the table follow advice, remarks and context. Columns and their
+content are defined elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hotloop.bench.record import Record
 STAR = "★"
 
 UNBOUNDED = 1000
-"""Columns of a console that has the room which every table would like."""
+"""Width of a console on which every table fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Column:
 
     Attributes:
         title: Its heading; line breaks are for the terminal.
-        text: What stands in a record's row; empty where the record has nothing.
-        field: The field of records that it shows, if it is one.
+        text: Makes the text of a record's row, empty if the record has no value.
+        field: The field of records that it shows, if it shows one.
         is_label: Whether it holds words rather than a number.
-        is_key: Whether it, with other keys, tells which row this is.
-        of_quality: Whether it is about quality.
+        is_key: Whether it is one of the columns that identify a row.
+        of_quality: Whether it is a figure of quality.
     """
 
     title: str
@@ -57,8 +57,8 @@ class Row:
 
     Attributes:
         record: The record.
-        cells: What stands in each of the table's columns, references to notes included.
-        recommended: Whether it is the one to use.
+        cells: The text of each of the table's columns, with references to notes.
+        recommended: Whether it is the recommended one.
     """
 
     record: Record
@@ -71,13 +71,13 @@ class Table:
     """A table, independent of its rendering.
 
     Attributes:
-        title: Its heading, where several tables need one.
+        title: Its heading, if there are several tables.
         columns: From left to right, labels first.
         rows: From top to bottom.
-        notes: The numbered notes; the first is number 1.
-        advice: What to use and why, a sentence each, the first one the most important.
-        remarks: What holds for the table as a whole.
-        context: What was measured on what: label and text.
+        notes: The notes, numbered from 1.
+        advice: Sentences of the recommendation, the most important first.
+        remarks: Sentences about the table as a whole.
+        context: Labels and texts of the context.
     """
 
     title: str = ""
@@ -90,13 +90,13 @@ class Table:
 
 
 class Notes:
-    """Numbered notes while rows are being made: the same words get the same number."""
+    """Collects numbered notes; equal texts get the same number."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def mark(self, text: str, note: str | None) -> str:
-        """``text``, with a reference to the note if there is one."""
+        """Appends a reference to the note to ``text``, if there is a note."""
         if not note:
             return text
         if note not in self.texts:
@@ -105,7 +105,7 @@ class Notes:
 
 
 def to_markdown(table: Table) -> str:
-    """The table and all that stands below it, as GitHub-flavoured Markdown."""
+    """Renders the table and all that follows it as GitHub-flavoured Markdown."""
     headings = [column.heading for column in table.columns]
     lines = []
     for row in table.rows:
@@ -139,16 +139,16 @@ def to_markdown(table: Table) -> str:
 
 
 def to_rich(table: Table) -> RichReport:
-    """The table and all that stands below it, for ``rich.console.Console.print``."""
+    """Makes the table and all that follows it printable by ``rich.console.Console.print``."""
     return RichReport(table)
 
 
 @dataclass(frozen=True)
 class RichReport:
-    """Renders a table in one piece; where the console is narrow, in pieces below each other.
+    """Renders a table in one piece, or on a narrow console in several below each other.
 
-    Speed and quality come apart first. What is still too wide is cut into as many pieces as it
-    takes, each with the keys of rows, and decode speed in the first of them.
+    Speed and quality are separated first. If a piece is still too wide it is divided further; each
+    piece has the key columns, and the first of them decode speed.
     """
 
     table: Table
@@ -177,7 +177,7 @@ class RichReport:
         yield _pairs(self.table.context, style="dim")
 
     def _pieces(self, fits: Callable[[Sequence[int]], bool]) -> list[list[int]]:
-        """The columns of each piece."""
+        """Returns the columns of each piece."""
         columns = list(enumerate(self.table.columns))
         if fits(whole := [i for i, _ in columns]):
             return [whole]

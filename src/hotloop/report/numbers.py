@@ -1,4 +1,4 @@
-"""Figures as text, with the digits that mean something."""
+"""Formats figures with their significant digits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MAX_DECIMALS = 4
 
 
 def uncertain(mean: float, half_width: float | None, *, signed: bool = False) -> str:
-    """A mean and its uncertainty, such as ``61.2 ± 0.8``.
+    """Formats a mean and its uncertainty, such as ``61.2 ± 0.8``.
 
-    The uncertainty gets one significant digit, two if the first is a 1; the mean as many decimals,
-    no more than ``MAX_DECIMALS``. Without an uncertainty the mean gets four digits.
+    The uncertainty has one significant digit, or two if the first is 1; the mean has as many
+    decimals, at most ``MAX_DECIMALS``. Without an uncertainty the mean has four digits.
     """
     sign = "+" if signed and mean > 0 else ""
     if not half_width:
@@ -24,7 +24,7 @@ def uncertain(mean: float, half_width: float | None, *, signed: bool = False) ->
 
 
 def significant(value: float, digits: int) -> str:
-    """A number with this many significant digits, though none dropped before the point."""
+    """Formats a number with so many significant digits, and all digits before the point."""
     if value == 0:
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
@@ -32,12 +32,12 @@ def significant(value: float, digits: int) -> str:
 
 
 def half_width(figure: Figure) -> float | None:
-    """Half of the 95 % interval."""
+    """Returns half of the 95 % interval."""
     return None if figure.ci95 is None else (figure.ci95[1] - figure.ci95[0]) / 2
 
 
 def percent(share: float, decimals: int = 0) -> str:
-    """A share as a percentage; what is not all is never shown as all."""
+    """Formats a share as a percentage; a share below 1 is never shown as 100%."""
     if share == 1:
         return "100%"
     shown = round(share * 100, decimals)
@@ -45,10 +45,10 @@ def percent(share: float, decimals: int = 0) -> str:
 
 
 def memory(n_bytes: float) -> str:
-    """Bytes in MiB, from 10 GiB on in GiB."""
+    """Formats bytes in MiB, from 10 GiB on in GiB."""
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 10 * 2**30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
 def divergence(nats: float) -> str:
-    """A KL divergence; below what rounding the stored reference can leave, only that it is."""
+    """Formats a KL divergence; below the rounding of the stored reference, only as a bound."""
     return significant(nats, 2) if nats >= 1e-6 else "< 1e-6"

@@ -1,8 +1,8 @@
-"""The page: one table per model in the layout of published tables of decoding speed.
+"""The page: one table per model, in the layout of published tables of decoding speed.
 
 Its columns are quantization, compiled, tensor parallel, speculative decoding and tokens per second.
-Memory, quality and a recommendation are not on it; they are in the experiment's own table. What did
-not fit, could not be done or varied between repeats is a row with a numbered note.
+Memory, quality and the recommendation are in the experiment's own table instead. A cell that did
+not fit, could not be run or varied between repeats has a numbered note.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ DID_NOT_FIT = ("oom", "predicted-oom")
 
 QUANTIZATIONS = ("none", "int8", "fp8", "int4")
 EXECUTIONS = {"eager": "no", "compile": "yes"}
-"""Orders of rows; what is in none of them comes after, by its name."""
+"""Orders of rows; other values follow, by name."""
 
 
 def make_page(*experiments: Iterable[Record]) -> list[Table]:
-    """A table for each model, device and workload: what is in one table compares.
+    """Makes a table for each model, device and workload, whose rows can be compared.
 
     Args:
-        *experiments: The records of each results folder, all attempts; the last at each cell
-            counts, and over several folders the last folder's.
+        *experiments: The records of each results folder, with all attempts. The last record of a
+            cell counts, and among several folders that of the last one.
     """
     records = [record for experiment in experiments for record in latest(experiment)]
     return [_table(latest(group)) for group in _comparable(records)]
 
 
 def to_csv(tables: Iterable[Table]) -> str:
-    """All tables as one CSV file: the levers, and every number as it was recorded."""
+    """Formats all tables as one CSV file: the levers, and every number as it was recorded."""
     figures = ["decode_tok_s", "e2e_tok_s", "speculation.tokens_per_step", "speculation.acceptance"]
     labels = [column.title.replace("\n", "_").lower() for column in LABELS]
     header = ["model", "weights", "device", *labels, "status", *csv_names(figures), "reason"]
@@ -61,9 +61,9 @@ def to_csv(tables: Iterable[Table]) -> str:
 
 
 def _comparable(records: Sequence[Record]) -> Iterable[list[Record]]:
-    """Records by model, device and workload, in the order in which these first appear.
+    """Groups records by model, device and workload, in the order of first appearance.
 
-    One that ended before its device was known goes with the first device of its model.
+    A record that ended before its device was known belongs to the first device of its model.
     """
     devices: dict[Any, str] = {}
 
@@ -169,7 +169,7 @@ SPEEDS = (
 
 
 def _order(record: Record) -> Any:
-    """Baselines first, then by the columns from left to right."""
+    """Sorts baselines first, then by the columns from left to right."""
     config = record.config
     quant, execution = config.get("quant", ""), _execution(record)
     draft = config.get("draft", "none")

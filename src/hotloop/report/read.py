@@ -1,4 +1,4 @@
-"""Records off the disk, and which of them a table shows."""
+"""Reads records, and selects those that a table shows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hotloop.sweep.store import RECORDS, read_file
 def read_records(
     path: Path, *, on_problem: Callable[[str], object] = warnings.warn
 ) -> list[Record]:
-    """The records of a results folder or of a file of records, in the order they were written.
+    """Reads the records of a results folder or of a file, in the order of writing.
 
     Args:
         path: The folder or the file.
-        on_problem: Is told of every line that is half-written or damaged; those are left out.
+        on_problem: Called with a message for every incomplete or damaged line, which is skipped.
 
     Raises:
-        ConfigError: There are no records there, or some are of a newer schema than this reads.
+        ConfigError: There are no records, or some have a newer schema than this version reads.
     """
     file = path / RECORDS if path.is_dir() else path
     records, problems = read_file(file)
@@ -35,12 +35,12 @@ def read_records(
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """The last record of each cell, in the order in which cells first appear.
+    """Returns the last record of each cell, in the order in which cells first appear.
 
-    A cell is told by its engine and its configuration, and not by its name, which says what
-    ``auto`` turned out to be where an attempt got so far. ``max_seq_len`` follows the workload:
-    after a change of workload the new figures replace the old ones; unless the name has it,
-    because cells differ in it.
+    A cell is identified by its engine and configuration, and not by its name, in which ``auto`` is
+    replaced by the execution that ran. ``max_seq_len`` depends on the workload and is ignored, so
+    that after a change of workload new figures replace the old ones, unless cells differ in it and
+    their names contain it.
     """
     cells: dict[tuple[str | None, str], Record] = {}
     for record in records:

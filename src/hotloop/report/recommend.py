@@ -154,7 +154,7 @@ def _counted_loss(record: Record) -> float:
 
 
 def _upper_bound(record: Record) -> float:
-    """The one-sided 95 % upper bound of Δ ln ppl."""
+    """Returns the one-sided 95 % upper bound of Δ ln ppl."""
     return _loss(record) + _margin(record.delta_ln_ppl)
 
 

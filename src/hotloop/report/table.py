@@ -1,4 +1,4 @@
-"""The table of an experiment: every figure of every cell, and which cell to use."""
+"""The table of an experiment: all figures of every cell, and the recommendation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hotloop.report.recommend import MAX_DELTA_LN_PPL, Recommendation, recommend
 
 
 def _figure(field: str, title: str, show: Callable[[Any], str], of_quality: bool = False) -> Column:
-    """A column of a field of records: its value as ``show`` has it, where there is one."""
+    """Makes a column of a field of records, formatted by ``show``."""
 
     def text(record: Record) -> str:
         value = value_of(record, field)
@@ -56,14 +56,14 @@ ONLY_IN_CSV = (
     "load_s",
     "warmup_s",
 )
-"""Further numbers of a record."""
+"""Further fields of a record."""
 
 
 def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA_LN_PPL) -> Table:
-    """The table of an experiment: the latest record of each cell, in the order of the first.
+    """Makes the table of an experiment, from the latest record of each cell.
 
     Args:
-        records: As read, all attempts.
+        records: All attempts, as read.
         max_delta_ln_ppl: The quality loss that the recommendation tolerates.
     """
     records = latest(records)
@@ -98,7 +98,7 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
 
 
 def to_csv(table: Table) -> str:
-    """Every number as it was recorded, a line per cell, whether or not any row has it."""
+    """Formats the table as CSV: a line per cell, with every number as it was recorded."""
     fields = [*(column.field for column in FIGURES), *ONLY_IN_CSV]
     header = ["cell", "status", "recommended", *csv_names(fields), "reason", "quality_reason"]
     rows = []

@@ -1,4 +1,4 @@
-"""Leaves the tables of a results folder beside its records."""
+"""Writes the tables of a results folder beside its records."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hotloop.writing import write_whole
 def write_results(
     folder: Path, records: Sequence[Record], *, max_delta_ln_ppl: float = MAX_DELTA_LN_PPL
 ) -> Table:
-    """Writes ``table.md``, ``table.csv`` and ``page.md``; what has these names is replaced.
+    """Writes ``table.md``, ``table.csv`` and ``page.md``, replacing existing files.
 
     Args:
         folder: A results folder.
-        records: What is in its ``records.jsonl``.
+        records: The records of its ``records.jsonl``.
         max_delta_ln_ppl: The quality loss that the recommendation tolerates.
 
     Returns:
-        What ``table.md`` shows.
+        The table of ``table.md``.
 
     Raises:
         HotloopError: A file cannot be written.

@@ -1,13 +1,13 @@
-"""The two libraries that turn text into token ids, behind one face.
+"""Backends of tokenizers: two libraries that encode text, behind one protocol.
 
-``JsonBackend`` is a ``tokenizer.json`` in Hugging Face's ``tokenizers``; ``SentencePieceBackend``
-is a ``tokenizer.model`` in ``sentencepiece``.
+``JsonBackend`` reads a ``tokenizer.json`` with Hugging Face's ``tokenizers``;
+``SentencePieceBackend`` reads a ``tokenizer.model`` with ``sentencepiece``.
 
-Encoding is the library's own. Decoding is not: each backend says which *bytes* a token stands for,
-and text is those bytes put together. That is what makes incremental decoding exact and linear: no
-token's bytes depend on its neighbours. It differs from the libraries' own decoding in two places,
-both on purpose: bytes that are no UTF-8 become U+FFFD by Unicode's rule (one per maximal subpart)
-whichever the backend, and ``clean_up_tokenization_spaces``, which loses spaces, is not applied.
+The libraries encode, but do not decode: each backend returns the *bytes* of a token, and text is
+the concatenation of these bytes. So incremental decoding is exact and takes linear time, since no
+token's bytes depend on its neighbours. It differs from the libraries' own decoding in two ways:
+invalid UTF-8 becomes U+FFFD by Unicode's rule (one per maximal subpart) with either backend, and
+``clean_up_tokenization_spaces``, which loses spaces, is not applied.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 @contextmanager
 def library_errors(file: Path, problem: str) -> Generator[None]:
-    """Turns whatever a tokenizer library raises into an error that names ``file``.
+    """Turns any exception of a tokenizer library into an error that names ``file``.
 
-    ``tokenizers`` raises plain Exception; where its Rust code panics, not even that.
+    ``tokenizers`` raises plain Exception, and a BaseException where its Rust code panics.
 
     Raises:
-        CheckpointError: With ``problem`` and what the library says.
+        CheckpointError: With ``problem`` and the library's message.
     """
     try:
         yield
@@ -77,14 +77,14 @@ def library_errors(file: Path, problem: str) -> Generator[None]:
 
 
 class Backend(Protocol):
-    """A vocabulary and the way into it.
+    """A vocabulary, and the encoding of text with it.
 
     Attributes:
-        vocab_size: Token ids are below this; some below it may have no token.
-        special_ids: Control tokens: not text, left out of decoded text unless asked for.
-        added_ids: Tokens that are matched as a whole before text is split, control tokens among
-            them, by their text.
-        strips_leading_space: Decoded text loses one leading space: the one encoding put there.
+        vocab_size: Token ids are below this; some of them may have no token.
+        special_ids: Control tokens, which decoded text leaves out by default.
+        added_ids: Tokens that are matched as a whole before text is split, including control
+            tokens, by their text.
+        strips_leading_space: Decoding removes one leading space, which encoding adds.
     """
 
     vocab_size: int
@@ -93,22 +93,22 @@ class Backend(Protocol):
     strips_leading_space: bool
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of ``text``."""
+        """Encodes ``text``."""
         ...
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
-        """Token ids of ``text``: control tokens parsed, but for those after a ``mark``.
+        """Encodes ``text``, and parses control tokens except those after a ``mark``.
 
-        No token is added around it. The marks themselves are no text.
+        No tokens are added around it. The marks are dropped.
         """
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token below ``vocab_size`` stands for; empty for an id without a token."""
+        """Returns the bytes of a token below ``vocab_size``; none for an id without a token."""
         ...
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its spelling in the vocabulary."""
+        """Returns the id of a token by its spelling in the vocabulary."""
         ...
 
     def save(self, folder: Path) -> Path:
@@ -123,11 +123,11 @@ class JsonBackend:
     """A ``tokenizers.Tokenizer``. Safe to share between threads.
 
     Args:
-        tokenizer: The tokenizer. Truncation and padding it may have been saved with are taken off.
-        file: Where it came from, for error messages.
+        tokenizer: The tokenizer. Truncation and padding are switched off.
+        file: Its file, for error messages.
 
     Raises:
-        UnsupportedError: Its decoder is of a kind that is not known here.
+        UnsupportedError: Its kind of decoder is not supported.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, file: Path) -> None:
@@ -144,14 +144,14 @@ class JsonBackend:
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of ``text``; tokens added around it are those of the post-processor."""
+        """Encodes ``text``; the post-processor adds tokens around it."""
         # The library takes this option from the object, not from the call.
         with self._encoding, library_errors(self._file, "its tokenizer fails on this text"):
             self._tokenizer.encode_special_tokens = not parse_special
             return self._tokenizer.encode(text, add_special_tokens=add_special).ids
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
-        """Token ids of ``text``: control tokens parsed, but for those after a ``mark``."""
+        """Encodes ``text``, and parses control tokens except those after a ``mark``."""
         ids: list[int] = []
         for part in _split(text, _splitter(self._special, after_not=mark), self._special):
             if isinstance(part, int):
@@ -165,21 +165,21 @@ class JsonBackend:
 
     @cached_property
     def _continuation(self) -> tokenizers.Tokenizer:
-        """For text after a control token: without the space that only a text's beginning gets."""
+        """The tokenizer for text after a control token, which adds no leading space."""
         spec = json.loads(self._tokenizer.to_str())
         if not _takes_off_first_space(spec["pre_tokenizer"]):
             return self._tokenizer
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for; an added token for its own text."""
+        """Returns the bytes of a token; an added token's are its own text."""
         if token_id in self._added_bytes:
             return self._added_bytes[token_id]
         piece = self._tokenizer.id_to_token(token_id)
         return b"" if piece is None else self._piece_bytes(piece)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its spelling in the vocabulary."""
+        """Returns the id of a token by its spelling in the vocabulary."""
         return self._tokenizer.token_to_id(token)
 
     def save(self, folder: Path) -> Path:
@@ -195,12 +195,12 @@ def load_json_backend(file: Path, config: TokenizerConfig) -> JsonBackend:
     Args:
         file: The file.
         config: The ``tokenizer_config.json`` beside it. The tokens it adds or names as special are
-            added or special whether or not the file says so; what else it changes depends on its
-            ``tokenizer_class``.
+            added or special even if the file does not list them so; its other effects depend on
+            its ``tokenizer_class``.
 
     Raises:
         CheckpointError: The file is damaged.
-        UnsupportedError: Its decoder is of a kind that is not known here.
+        UnsupportedError: Its kind of decoder is not supported.
     """
     data = read_bytes(file, limit=VOCABULARY_LIMIT_BYTES)
     with library_errors(file, "not a tokenizer.json that can be read"):
@@ -220,7 +220,7 @@ def load_json_backend(file: Path, config: TokenizerConfig) -> JsonBackend:
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
-    """Adds the tokens that a configuration has beside those of the file, in transformers' order."""
+    """Adds a configuration's tokens to those of the file, in the order of transformers."""
     in_file = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
     wanted = {
         token.content: _added_token(token, special=token.special or token.content in config.special)
@@ -246,7 +246,7 @@ def _added_token(token: Token, *, special: bool) -> AddedToken:
 
 
 def _with_prefix_space(tokenizer: tokenizers.Tokenizer, wanted: bool) -> tokenizers.Tokenizer:
-    """``tokenizer`` with or without a space before a text."""
+    """Returns ``tokenizer`` with or without the space that it adds before a text."""
     parts = {"normalizer": tokenizer.normalizer, "pre_tokenizer": tokenizer.pre_tokenizer}
     specs = {
         name: None if part is None else json.loads(part.__getstate__())
@@ -262,7 +262,7 @@ def _with_prefix_space(tokenizer: tokenizers.Tokenizer, wanted: bool) -> tokeniz
 
 
 def _prefix_changed(part: Any, wanted: bool) -> Any:
-    """A part of a ``tokenizer.json`` with or without its space before a text."""
+    """Changes a part of a ``tokenizer.json`` to add a space before a text, or none."""
     match part:
         case {"type": "Sequence", **rest}:
             (key,) = {"normalizers", "pretokenizers", "decoders"} & rest.keys()
@@ -281,7 +281,7 @@ def _prefix_changed(part: Any, wanted: bool) -> Any:
 
 
 def frame_with(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Makes ``tokenizer`` put these tokens, where there are any, before and after every text."""
+    """Makes ``tokenizer`` add these tokens, if given, before and after every text."""
     framing = [
         (token, token_id)
         for token in (bos, eos)
@@ -295,7 +295,7 @@ def frame_with(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None
 
 
 def _read_decoder(decoder: Decoder | None, file: Path) -> tuple[Callable[[str], bytes], bool]:
-    """What a piece of the vocabulary stands for, and whether a leading space is stripped."""
+    """Returns the function from a piece to its bytes, and whether decoding strips a space."""
     spec = json.loads(decoder.__getstate__()) if decoder is not None else {"type": None}
     byte_level = spaces = byte_pieces = strips = False
     for part in spec["decoders"] if spec["type"] == "Sequence" else [spec]:
@@ -324,7 +324,7 @@ def _read_decoder(decoder: Decoder | None, file: Path) -> tuple[Callable[[str], 
 
 
 def _takes_off_first_space(pre_tokenizer: Any) -> bool:
-    """Changes a pre-tokenizer that puts a space before a text's beginning alone to put none."""
+    """Changes a pre-tokenizer that adds a space only at a text's beginning to add none."""
     if not isinstance(pre_tokenizer, dict):
         return False
     if pre_tokenizer.get("prepend_scheme") == "first":
@@ -336,9 +336,9 @@ def _takes_off_first_space(pre_tokenizer: Any) -> bool:
 
 @cache
 def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes in visible characters: character -> byte.
+    """Returns GPT-2's spelling of bytes in visible characters, from character to byte.
 
-    Bytes that are visible in Latin-1 stand for themselves, the others, in order, for the
+    Bytes that are visible in Latin-1 are spelled as themselves, the others, in order, as the
     characters from U+0100 on.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -427,12 +427,12 @@ class SentencePieceBackend:
         self._suffix = [eos] if eos is not None and config.add_eos_token else []
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of ``text``, the stretches between added tokens encoded one by one."""
+        """Encodes ``text``: each stretch between added tokens by itself."""
         ids = self._encode(text, self._splits[parse_special], first=True)
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
-        """Token ids of ``text``: control tokens parsed, but for those after a ``mark``."""
+        """Encodes ``text``, and parses control tokens except those after a ``mark``."""
         ids: list[int] = []
         for part in _split(text, _splitter(self._special, after_not=mark), self._by_text):
             if isinstance(part, int):
@@ -455,7 +455,7 @@ class SentencePieceBackend:
         return (self._model if first else self._continuation).encode(text) if text else []
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for; an added token for its own text."""
+        """Returns the bytes of a token; an added token's are its own text."""
         if token_id in self._added:
             return self._added[token_id].content.encode()
         if token_id >= self._n_pieces:
@@ -465,14 +465,14 @@ class SentencePieceBackend:
         )
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its spelling in the vocabulary."""
+        """Returns the id of a token by its spelling in the vocabulary."""
         if token in self.added_ids:
             return self.added_ids[token]
         token_id = self._model.piece_to_id(token)  # the unknown token's for what there is not
         return token_id if self._model.id_to_piece(token_id) == token else None
 
     def save(self, folder: Path) -> Path:
-        """Writes ``tokenizer.model``; tokens beside the model belong to the configuration."""
+        """Writes ``tokenizer.model``; added tokens are part of the configuration instead."""
         file = folder / TOKENIZER_MODEL
         file.write_bytes(self._proto.SerializeToString(deterministic=True))
         return file
@@ -498,7 +498,7 @@ def read_sentencepiece_model(file: Path) -> ModelProto:
 
 
 def sentencepiece_names(proto: ModelProto) -> dict[str, str]:
-    """The special tokens that a SentencePiece model names itself."""
+    """Returns the special tokens that a SentencePiece model names."""
     spec = proto.trainer_spec
     control = {p.piece for p in proto.pieces if p.type != ModelProto.SentencePiece.NORMAL}
     named = {"bos_token": spec.bos_piece, "eos_token": spec.eos_piece, "unk_token": spec.unk_piece}
@@ -529,7 +529,7 @@ def _added_tokens(file: Path, config: TokenizerConfig) -> dict[int, AddedToken]:
 
 
 def _splitter(texts: Iterable[str], *, after_not: str = "") -> re.Pattern[str]:
-    """Finds added tokens, the longest first; none right after the text ``after_not``."""
+    """Makes a pattern of added tokens, longest first, except right after ``after_not``."""
     no_mark = f"(?<!{re.escape(after_not)})" if after_not else ""
     return re.compile(f"{no_mark}(?:{any_of(texts)})")
 
@@ -537,7 +537,7 @@ def _splitter(texts: Iterable[str], *, after_not: str = "") -> re.Pattern[str]:
 def _split(
     text: str, splitter: re.Pattern[str], tokens: Mapping[str, tuple[int, AddedToken]]
 ) -> Iterator[str | int]:
-    """The ids of the tokens that ``splitter`` finds, and the stretches of text between them."""
+    """Yields the ids of the tokens that ``splitter`` finds, and the text between them."""
     start = 0
     for match in splitter.finditer(text):
         token_id, token = tokens[match[0]]
@@ -553,7 +553,7 @@ def _split(
 
 
 def _is_tiktoken(data: bytes) -> bool:
-    """Whether the first line is a token in base64 and its rank."""
+    """Tells whether the first line is a token in base64 and its rank."""
     token, _, rank = data.split(b"\n", 1)[0].partition(b" ")
     try:
         return bool(base64.b64decode(token, validate=True)) and rank.strip().isdigit()

@@ -1,8 +1,8 @@
-"""Chat templates: the program, in Jinja, by which a model turns messages into one prompt.
+"""Chat templates: Jinja programs that turn messages into a prompt.
 
 A template comes with the model and is not trusted: it runs in a process of its own
 (``template_process``), in Jinja's sandbox and under limits of time, memory and output. The process
-starts with the first prompt, in about a tenth of a second, and stays for the next ones.
+starts with the first prompt, in about a tenth of a second, and serves the later ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CPU_LIMIT_S = 5.0
 """Processor time for one prompt. Templates in use take a few milliseconds."""
 
 HANG_LIMIT_S = 120.0
-"""Time on the clock, for a process that does nothing: a busy machine must not end a prompt."""
+"""Wall-clock time for one prompt: long, so that a busy machine does not exceed it."""
 
 MEMORY_LIMIT_BYTES = 512 * 2**20
 OUTPUT_LIMIT_CHARS = 16 * 2**20
@@ -47,10 +47,10 @@ RESERVED_VARIABLES = ("messages", "add_generation_prompt", "continue_final_messa
 
 
 def as_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies messages out of whatever holds them.
+    """Copies messages to a list of dicts.
 
     Raises:
-        RequestError: It is no list, or one of them is no object.
+        RequestError: ``messages`` is not a list, or one of them is not an object.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise RequestError(
@@ -71,7 +71,7 @@ class ChatTemplate:
 
     Args:
         source: The template.
-        file: Where it came from, for error messages.
+        file: Its file, for error messages.
     """
 
     def __init__(self, source: str, file: Path) -> None:
@@ -88,17 +88,17 @@ class ChatTemplate:
         variables: Mapping[str, Any],
         mark: str = "",
     ) -> str:
-        """The prompt that the template makes of ``messages``.
+        """Renders ``messages`` to a prompt.
 
         Args:
             messages: JSON values, each an object.
             add_generation_prompt: End with the beginning of the assistant's answer.
-            variables: Whatever else the template may use.
-            mark: A character of the messages that must leave the template as it went in.
+            variables: Further variables of the template.
+            mark: A character of the messages that the template must not escape.
 
         Raises:
             CheckpointError: The template is not valid Jinja.
-            RequestError: It refuses the messages, fails on them, or exceeds a limit.
+            RequestError: The template refuses the messages, fails on them, or exceeds a limit.
             UnsupportedError: No process can be started.
         """
         for name in RESERVED_VARIABLES:
@@ -127,7 +127,7 @@ class ChatTemplate:
             process.stdin.write(request)
             process.stdin.flush()
             data = _receive(process, time.monotonic() + HANG_LIMIT_S)
-        except BaseException as error:  # a Ctrl-C too: the reply would answer the next request
+        except BaseException as error:  # also a Ctrl-C: the reply would answer the next request
             self._end()
             if isinstance(error, TimeoutError):
                 raise self._error("limit", f"more than {HANG_LIMIT_S:.0f} s") from error
@@ -154,7 +154,7 @@ class ChatTemplate:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C is for us
+                process_group=0,  # so that Ctrl-C reaches only this process
             )
         except OSError as error:
             raise UnsupportedError(
@@ -191,7 +191,7 @@ def _receive(process: subprocess.Popen[bytes], deadline: float) -> bytes:
     """Reads a reply.
 
     Raises:
-        TimeoutError: It does not come in time.
+        TimeoutError: There is none in time.
         EOFError: The process ended.
     """
     assert process.stdout is not None
@@ -213,5 +213,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            with contextlib.suppress(OSError):  # what was not read yet is of no use to anybody
+            with contextlib.suppress(OSError):  # unread data is dropped
                 stream.close()

@@ -1,9 +1,9 @@
-"""The small JSON files that lie beside a tokenizer, and what they say of special tokens.
+"""Reads the JSON files beside a tokenizer, in particular their special tokens.
 
-Hugging Face's names are the vocabulary used everywhere in ``text``: a GGUF file's keys are turned
-into them on reading, so that there is one meaning and one way to save it. What a key means can
-depend on ``tokenizer_class``, as it does in transformers: some classes put BOS in front whatever
-the file of the vocabulary says, others never look at the key.
+Hugging Face's names are used everywhere in ``text``: the keys of a GGUF file are translated to them
+on reading, so that there is one meaning and one way to save it. As in transformers, the effect of a
+key can depend on ``tokenizer_class``: some classes add BOS whatever the file of the vocabulary
+says, others ignore the key.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SPECIAL_TOKEN_NAMES = (
 )
 
 MAX_TOKEN_CHARS = 10_000
-"""Characters of an added token."""
+"""The most characters of an added token."""
 
 
 def read_optional_json(file: Path) -> dict[str, Any]:
@@ -53,12 +53,12 @@ def read_optional_json(file: Path) -> dict[str, Any]:
 
 
 def file_is_there(file: Path) -> bool:
-    """Whether something has this name: a link to nothing is not the same as no file."""
+    """Tells whether a path exists, as a broken link too: that is not the same as no file."""
     return os.path.lexists(file)
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> Path:
-    """Writes an object as indented JSON and returns where."""
+    """Writes an object as indented JSON, and returns the file."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return file
 
@@ -67,7 +67,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> Path:
 
 
 class Token(StrictModel):
-    """A token as configurations describe it: its text, and what matching it does around it."""
+    """A token as configurations describe it: its text, and how it is matched."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -107,7 +107,7 @@ def _named(value: Any) -> Any:
 
 
 class TokenizerConfig(StrictModel):
-    """What hotloop reads of a ``tokenizer_config.json``; other keys mean nothing to it."""
+    """The keys of a ``tokenizer_config.json`` that hotloop reads; it ignores others."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -132,7 +132,7 @@ class TokenizerConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _collect_own_names(cls, value: Any) -> Any:
-        """Tokens that a model names itself, such as ``image_token``, are special too."""
+        """Collects special tokens with names of the model's own, such as ``image_token``."""
         if not isinstance(value, dict):
             return value
         own = [
@@ -144,13 +144,13 @@ class TokenizerConfig(StrictModel):
 
     @property
     def names(self) -> dict[str, str]:
-        """The named special tokens, such as ``bos_token``, by their text."""
+        """The texts of named special tokens, by name, such as ``bos_token``."""
         named = {name: getattr(self, name) for name in SPECIAL_TOKEN_NAMES}
         return {name: token.content for name, token in named.items() if token and token.content}
 
     @property
     def special(self) -> dict[str, Token]:
-        """All special tokens, with a name and without, by their text."""
+        """All special tokens, with or without a name, by their text."""
         tokens = [
             *(getattr(self, name) for name in SPECIAL_TOKEN_NAMES),
             *(self.additional_special_tokens or ()),
@@ -161,33 +161,33 @@ class TokenizerConfig(StrictModel):
 
     @property
     def added(self) -> dict[int, Token]:
-        """The tokens beside the vocabulary, by id, in the order of ids."""
+        """The tokens added to the vocabulary, by id, in the order of ids."""
         tokens = {int(i): token for i, token in (self.added_tokens_decoder or {}).items()}
         return dict(sorted(tokens.items()))
 
     @property
     def default_template(self) -> str | None:
-        """The chat template; of several with names, the default one."""
+        """The chat template, or the default one of several."""
         named = {entry.name: entry.template for entry in self.chat_template or ()}
         return named.get("default")
 
     @property
     def kind(self) -> TokenizerClass:
-        """What its class makes of it."""
+        """The behaviour of its tokenizer class."""
         return _CLASSES.get((self.tokenizer_class or "").removesuffix("Fast"), TokenizerClass())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerClass:
-    """What a tokenizer class of transformers does beside what a ``tokenizer.json`` says.
+    """Behaviour of a tokenizer class of transformers beyond its ``tokenizer.json``.
 
     Attributes:
-        frames: It obeys ``add_bos_token`` and ``add_eos_token``, whatever the vocabulary's file
-            puts around a text. Others obey only the file. (So transformers 4, in which the models
-            of these classes were made; 5 obeys them where there is no ``tokenizer.json``.)
-        adds_bos: BOS is put in front where ``add_bos_token`` is not given.
-        takes_prefix_space: It obeys ``add_prefix_space``.
-        names: The special tokens that it has where the configuration does not name any.
+        frames: It follows ``add_bos_token`` and ``add_eos_token``, whatever tokens the file adds
+            around a text. Other classes follow the file. (This is transformers 4, with which models
+            of these classes were made; 5 follows the keys where there is no ``tokenizer.json``.)
+        adds_bos: It adds BOS where ``add_bos_token`` is not given.
+        takes_prefix_space: It follows ``add_prefix_space``.
+        names: Its special tokens, where the configuration names none.
     """
 
     frames: bool = False
@@ -246,11 +246,11 @@ _CLASS_OF_MODEL = {
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
 }
-"""For folders that name no tokenizer class."""
+"""Tokenizer classes of folders that name none, by model type."""
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """What the files beside a vocabulary say of it, as one ``tokenizer_config.json`` would.
+    """Reads the files beside a vocabulary, and merges them into one ``tokenizer_config.json``.
 
     Raises:
         CheckpointError: A file is not JSON, or a value that hotloop reads is of the wrong kind.
@@ -258,7 +258,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     file, older_file = folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS_MAP
     config = read_optional_json(file)
     validated(TokenizerConfig, config, file)
-    if "added_tokens_decoder" not in config:  # it came with the format that left the others behind
+    if "added_tokens_decoder" not in config:  # an old format, with special_tokens_map.json
         older = read_optional_json(older_file)
         validated(TokenizerConfig, older, older_file)
         config = {**config, **older}
@@ -283,7 +283,7 @@ class _AddedIds(StrictModel):
 
 
 def read_added_tokens(folder: Path) -> dict[str, int]:
-    """The tokens of an ``added_tokens.json``, and their ids; empty where there is none.
+    """Reads the tokens and ids of an ``added_tokens.json``; empty where there is none.
 
     Raises:
         CheckpointError: It is not JSON, or holds anything but ids.
@@ -303,7 +303,7 @@ class _EndIds(StrictModel):
 
 
 def read_end_ids(file: Path) -> frozenset[int]:
-    """The ids under ``eos_token_id``, which holds one, a list of them, or nothing.
+    """Reads the ids of ``eos_token_id``, which is one id, a list of them, or nothing.
 
     Raises:
         CheckpointError: The file is not JSON, or the key holds something else.

@@ -1,10 +1,10 @@
-"""Control tokens spelled in text that must not become them.
+"""Keeps control tokens that are spelled in messages as text.
 
-A chat template writes control tokens and the text of messages into one string. So that a message
-cannot write control tokens too, a mark is set before each one that it spells, before the template
-sees it, and the string is encoded by ``Backend.encode_marked``, which takes only what is unmarked
-for a control token and drops the marks. The text between marks is untouched, so templates that
-trim, split or search a message find what they expect.
+A chat template writes control tokens and the text of messages into one string. So that messages
+cannot write control tokens too, a mark is inserted before each one that they spell, before the
+template runs. ``Backend.encode_marked`` then parses only unmarked control tokens, and drops the
+marks. The text between marks is unchanged, so that templates that trim, split or search a message
+find what they expect.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from hotloop.errors import RequestError, shorten_value
 from hotloop.outside import MAX_DEPTH
 
 MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
-"""Unicode's noncharacters, which no text for interchange holds."""
+"""Candidates for the mark: Unicode's noncharacters, which are not meant for interchange."""
 
 
 def any_of(texts: Iterable[str]) -> str:
-    """A regular expression that finds the longest of ``texts``; ``(?!)`` finds nothing."""
+    """Returns a regular expression for the longest of ``texts``; ``(?!)`` matches nothing."""
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return "|".join(map(re.escape, longest_first)) or "(?!)"
 
@@ -38,16 +38,16 @@ class ControlTokens:
         self._longest = max(map(len, self._beginnings), default=0)
 
     def spelled_in(self, text: str) -> list[str]:
-        """Those that ``text`` spells, each once, in order."""
+        """Returns the control tokens that ``text`` spells, each once, in order."""
         return list(dict.fromkeys(self._anywhere.findall(text)))
 
     def marked(self, value: Any, mark: str) -> Any:
-        """A JSON value whose texts have ``mark`` before every control token.
+        """Copies a JSON value with ``mark`` before every control token in its texts.
 
-        The beginning of one at a text's end is marked too: the next text can complete it.
+        A text's end that begins a control token is marked too: the next text could complete it.
 
         Raises:
-            RequestError: The value is none of JSON, or nested more than ``MAX_DEPTH`` levels deep.
+            RequestError: The value is not JSON, or nested more than ``MAX_DEPTH`` levels deep.
         """
         return _with_texts(value, lambda text: self._marked_text(text, mark))
 
@@ -64,10 +64,10 @@ class ControlTokens:
 
 
 def unused_mark(value: Any) -> str:
-    """Finds a mark that no text of a JSON value holds.
+    """Finds a mark that does not occur in the texts of a JSON value.
 
     Raises:
-        RequestError: The texts hold all of them; or the value is none of JSON, or nested too deep.
+        RequestError: All marks occur in them; or the value is not JSON, or nested too deep.
     """
     used: set[str] = set()
 
@@ -85,7 +85,7 @@ def unused_mark(value: Any) -> str:
 def _with_texts(value: Any, change: Callable[[str], str], levels: int = MAX_DEPTH) -> Any:
     """Copies a JSON value, with ``change`` applied to each of its texts, keys included.
 
-    No other value is let through: its texts would stay as they are.
+    Other values are refused, since their texts could not be changed.
     """
     if isinstance(value, str):
         return change(value)

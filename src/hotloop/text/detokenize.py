@@ -1,7 +1,7 @@
-"""Text as it arrives: token ids to characters, and characters up to a stop string.
+"""Incremental detokenizing: token ids to characters, and characters up to a stop string.
 
-Both classes hold back what is not certain yet and cost time in proportion to what they are fed:
-nothing is decoded twice. They know nothing of sampling; the engine asks them what to show.
+Both classes withhold text that is not final yet, and take time in proportion to their input:
+nothing is decoded twice.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 class Detokenizer:
     """Decodes one sequence token by token.
 
-    All it returns, joined, is what ``tokenizer.decode(after + ids)`` adds to
-    ``tokenizer.decode(after)``. So the space that a SentencePiece vocabulary puts before a text is
-    left out at the beginning of a text alone, never within one.
+    The concatenation of its results is what ``tokenizer.decode(after + ids)`` adds to
+    ``tokenizer.decode(after)``. So the space that a SentencePiece vocabulary adds before a text is
+    removed only at the beginning of a text, never within one.
 
     Args:
-        tokenizer: What the tokens belong to.
-        after: The tokens before the sequence, which hold whole characters.
+        tokenizer: The tokenizer.
+        after: The tokens before the sequence, which end with a whole character.
         skip_special: Leave control tokens out.
     """
 
@@ -40,7 +40,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Takes the next token; returns the text that is now certain, whole characters only.
+        """Takes the next token; returns the text that is now final, in whole characters.
 
         Raises:
             RequestError: The token is outside the vocabulary.
@@ -52,21 +52,22 @@ class Detokenizer:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """Ends the sequence; returns what was held back, with U+FFFD for half a character."""
+        """Ends the sequence; returns the withheld text, with U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", final=True)
 
 
 class StopFilter:
-    """Lets text through up to the first stop string, and never any part of that.
+    """Passes text up to the first stop string, and no part of that.
 
-    The first stop string is the one that is complete first; of those complete at the same
-    character, the longest. So the outcome does not depend on where the pieces of text end.
+    The first stop string is the one that is complete first, or the longest of those that are
+    complete at the same character. So the result does not depend on how the text is divided into
+    pieces.
 
     Args:
         stops: The stop strings, none of them empty.
 
     Attributes:
-        matched: The stop string that was met; None until then.
+        matched: The stop string that was found; None until then.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -77,7 +78,7 @@ class StopFilter:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """Takes more text; returns what cannot be the beginning of a stop string."""
+        """Takes more text; returns the text that cannot begin a stop string."""
         if self.matched is not None:
             return ""
         text = self._held + text
@@ -86,17 +87,17 @@ class StopFilter:
             _, end, self.matched = min(found)
             self._held = ""
         else:
-            end = self._certain(text)
+            end = self._final_length(text)
             self._held = text[end:]
         return text[:end]
 
     def flush(self) -> str:
-        """Ends the text; returns what was held back, which turned out to be no stop string."""
+        """Ends the text; returns the withheld text, which is not a stop string."""
         held, self._held = self._held, ""
         return held
 
-    def _certain(self, text: str) -> int:
-        """Where the longest end of ``text`` that begins a stop string begins."""
+    def _final_length(self, text: str) -> int:
+        """Returns the start of the longest suffix of ``text`` that begins a stop string."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
             if any(stop.startswith(text[start:]) for stop in self._stops):
                 return start

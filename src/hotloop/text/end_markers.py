@@ -1,8 +1,8 @@
-"""Control tokens whose spelling says what they are for: ends of an answer, parts of code.
+"""Control tokens that are known by their spelling: ends of an answer, and parts of code.
 
-Files do not always say which tokens end an answer, or say it of the wrong one: a model whose
-template ends turns with ``<|im_end|>`` can name ``<|endoftext|>`` alone. What a file names is
-therefore a lower bound. The spellings are those that llama.cpp knows.
+Files do not always name the tokens that end an answer, or name the wrong one: a model whose
+template ends turns with ``<|im_end|>`` may name only ``<|endoftext|>``. Therefore the well-known
+spellings count as well as the tokens that a file names. The spellings are those of llama.cpp.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ END_MARKERS = frozenset(
         "[EOT]",
     }
 )
-"""Each ends an answer where it is a control token."""
+"""Ends of an answer, if they are control tokens."""
 
 CODE_END_MARKERS = frozenset(
     {
@@ -43,7 +43,7 @@ CODE_END_MARKERS = frozenset(
         "[PAD]",
     }
 )
-"""What follows a middle that was filled in: padding, or the next file of a repository."""
+"""Ends of fill-in-the-middle: padding, or the next file of a repository."""
 
 CODE_PART_MARKERS = frozenset(
     {
@@ -73,15 +73,16 @@ CODE_PART_MARKERS = frozenset(
         "▁<SUF>",
     }
 )
-"""What stands around the parts of code whose middle is to be filled in."""
+"""Markers of the parts of fill-in-the-middle."""
 
 
 def spelled_ends(added: Mapping[str, int], special_ids: AbstractSet[int]) -> frozenset[int]:
-    """The tokens that end an answer by their spelling.
+    """Returns the tokens that end an answer by their spelling.
 
     Args:
         added: Tokens that are matched as a whole, by their text.
-        special_ids: The control tokens. Files of Hugging Face's list markers of code as text.
+        special_ids: The control tokens. Markers of code end an answer even if they are not among
+            these, since Hugging Face's files list them as text.
     """
     return frozenset(
         i

@@ -1,8 +1,8 @@
-"""How a model's makers suggest sampling from it.
+"""Reads the sampling defaults that a model's makers suggest.
 
-Read from ``generation_config.json``, or from the ``general.sampling.*`` keys of a GGUF file, and
-put into the words of ``SamplingParams``. Suggestions only: whatever the user says goes before them.
-The end-of-sequence tokens in the same file are the tokenizer's business (``Tokenizer.eos_ids``).
+They are in ``generation_config.json``, or in the ``general.sampling.*`` keys of a GGUF file, and
+become arguments of ``SamplingParams``. The user's own options take precedence. The end-of-sequence
+tokens in the same file are read by the tokenizer (``Tokenizer.eos_ids``).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _GGUF_KEYS = {
 
 
 def _or_nothing(value: Any) -> Any:
-    """Empty values say nothing; -1 is how several tools turn something off."""
+    """Turns empty values into None, and -1, by which several tools switch an option off."""
     return None if value in ("", [], {}) or (value == -1 and type(value) is int) else value
 
 
 def _taken_by_sampling(value: float | None, info: ValidationInfo) -> float | None:
-    """Refuses what the field of ``SamplingParams`` that has the same name does not take."""
+    """Refuses values that the field of ``SamplingParams`` with the same name does not allow."""
     if value is not None and info.field_name is not None:
         bounds = range_of(SamplingParams, info.field_name)
         if value not in bounds:
@@ -69,17 +69,17 @@ class _GGUFSuggestions(_SuggestedSampling):
 
 
 def generation_defaults(path: Path) -> dict[str, Any]:
-    """What a model suggests, as arguments for ``SamplingParams``; only what it does suggest.
+    """Returns the arguments for ``SamplingParams`` that a model suggests.
 
-    As in Hugging Face's transformers, a ``generation_config.json`` samples only where
-    ``do_sample`` is true, at temperature 1 unless it gives another; otherwise it is greedy, and
-    the options of sampling beside it mean nothing.
+    As in Hugging Face's transformers, a ``generation_config.json`` samples only if ``do_sample`` is
+    true, at temperature 1 unless it gives another; otherwise it is greedy, and its other options of
+    sampling are ignored.
 
     Args:
         path: A model folder or a ``.gguf`` file.
 
     Raises:
-        CheckpointError: A file that is not valid, or a value that no sampling could use.
+        CheckpointError: A file is not valid, or a value is out of range.
     """
     if file_kind(path) == "file":
         file = model_parts(path)[0]
@@ -101,11 +101,11 @@ def write_generation_config(
     sampling: Mapping[str, Any] | None = None,
     eos_ids: Collection[int] | None = None,
 ) -> Path:
-    """Writes ``generation_config.json``, or changes what is given in one that is there.
+    """Writes ``generation_config.json``, or changes the given parts of an existing one.
 
     Args:
         folder: The model folder.
-        sampling: What ``generation_defaults`` is to return.
+        sampling: The arguments that ``generation_defaults`` will return.
         eos_ids: The tokens that end an answer.
     """
     file = folder / GENERATION_CONFIG

@@ -1,9 +1,9 @@
-"""The tokenizer inside a GGUF file, read as llama.cpp reads it.
+"""Reads the tokenizer of a GGUF file, as llama.cpp does.
 
-A GGUF file holds a vocabulary and the *name* of the rules that split text before it is merged into
-tokens; the rules themselves belong to llama.cpp's table and are restated here for the models that
-hotloop runs. A name that is not here is refused: the wrong rules still give tokens, only not the
-ones the model was trained on.
+A GGUF file holds a vocabulary and the *name* of the pre-tokenizer, the rules that split text before
+it is merged into tokens. The rules are a table of llama.cpp, restated here for the models that
+hotloop runs. Other names are refused: the wrong rules would still give tokens, but not those that
+the model was trained with.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from hotloop.text.end_markers import (
 
 _PREFIX = "tokenizer.ggml."
 
-# Token types; SentencePiece numbers its own alike.
+# Token types, with the numbers of SentencePiece.
 _UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(7)
 
 _CONTROL_SPELLINGS = END_MARKERS | CODE_END_MARKERS | CODE_PART_MARKERS
-"""Control tokens whatever their type says: converters have written them as text."""
+"""Control tokens whatever their type is: some converters have written them as text."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -60,7 +60,7 @@ _TEKKEN = (
 )
 _QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 
-# Letters that have a case, but for those of the ranges that DeepSeek's list leaves out.
+# Letters with a case, except those of the ranges that are missing from DeepSeek's list.
 _DEEPSEEK_LETTERS = (
     r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c8a\u2d00-\u2d2d\ua790-\ua7fa"
     r"\uab30-\uab68\x{10570}-\x{105bc}\x{10d50}-\x{10d85}\x{16e40}-\x{16e7f}"
@@ -71,13 +71,13 @@ _CJK = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 @dataclass(frozen=True, kw_only=True)
 class _Splitting:
-    """How text is split before merging, and what else hangs on the name.
+    """A pre-tokenizer: how text is split before merging, and what else depends on its name.
 
     Attributes:
-        patterns: Each splits what those before it left: what it matches, and what lies between.
+        patterns: Each splits the pieces of the one before it, into matches and the text between.
         nfc: Text is normalized to NFC first.
-        ignore_merges: A piece that is a token as a whole is taken as such.
-        add_bos: Whether BOS is put in front where the file does not say.
+        ignore_merges: A piece that is a token is encoded as that token, without merges.
+        add_bos: The default of ``add_bos_token``.
     """
 
     patterns: tuple[str, ...]
@@ -89,7 +89,7 @@ class _Splitting:
 _DEFAULT = _Splitting(
     patterns=(r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 )
-"""llama.cpp's own rules, for files that name none: no model was trained with them."""
+"""llama.cpp's rules for files that name none. No model was trained with them."""
 
 _DEFAULT_NOTE = (
     f"{_PREFIX}pre names no rules: text is split by llama.cpp's default ones, which may not be the "
@@ -176,7 +176,7 @@ _NAMES = {
     "pad_token": "padding_token_id",
 }
 _NEVER_USED = ("unknown_token_id", "padding_token_id", *_CODE_END_IDS)
-"""Ids that name a token of another vocabulary in files that work everywhere."""
+"""Ids that may be outside the vocabulary: some files that work elsewhere have such."""
 
 
 class GGUFVocabulary(NamedTuple):
@@ -184,9 +184,9 @@ class GGUFVocabulary(NamedTuple):
 
     Attributes:
         backend: The vocabulary.
-        config: What a ``tokenizer_config.json`` would say.
+        config: The equivalent ``tokenizer_config.json``.
         end_ids: The tokens that end an answer.
-        notes: What a user should know of how it was read.
+        notes: Remarks for the user.
     """
 
     backend: Backend
@@ -204,7 +204,7 @@ def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabul
 
     Raises:
         CheckpointError: The metadata are incomplete or contradict themselves.
-        UnsupportedError: A kind of tokenizer, or of splitting, that is not known here.
+        UnsupportedError: The kind of tokenizer, or its pre-tokenizer, is not supported.
     """
     kind = metadata.get(f"{_PREFIX}model")
     if kind is None:
@@ -216,7 +216,7 @@ def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabul
         )
     known = {field.alias for field in _Keys.model_fields.values()}
     keys = validated(_Keys, {k: v for k, v in metadata.items() if k in known}, file)
-    # An empty text would match everywhere; llama.cpp names it so too.
+    # An empty text would match everywhere; llama.cpp renames it so too.
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(keys.tokens)]
     types = [_NORMAL] * len(tokens) if keys.token_type is None else keys.token_type
     if len(types) != len(tokens):
@@ -271,7 +271,7 @@ def _byte_level_backend(
         raise CheckpointError(file, f"{_PREFIX}merges is missing")
     merges: list[tuple[str, str]] = []
     for merge in keys.merges:
-        at = merge.find(" ", 1)  # a half can begin with a space, as llama.cpp has it
+        at = merge.find(" ", 1)  # the first half can begin with a space, as in llama.cpp
         if at < 0:
             raise CheckpointError(file, f"{_PREFIX}merges: {shorten_value(merge)} is no pair")
         merges.append((merge[:at], merge[at + 1 :]))
@@ -337,7 +337,7 @@ def _sentencepiece_backend(
         raise CheckpointError(
             file, f"{_PREFIX}scores: {len(tokens)} tokens but {len(keys.scores)} scores"
         )
-    # Tokens that users defined are matched in the raw text, before SentencePiece sees any of it.
+    # User-defined tokens are matched in the raw text, before SentencePiece encodes the rest.
     in_model = {_USER_DEFINED: _NORMAL, _UNDEFINED: _UNUSED}
     proto = ModelProto()
     for token, score, kind in zip(tokens, keys.scores, types, strict=True):
@@ -359,7 +359,7 @@ def _sentencepiece_backend(
         **sentencepiece_names(proto),
         **config,
         "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,  # a space after every added token, as llama.cpp has it
+        "legacy": True,  # a space after every added token, as in llama.cpp
         "add_bos_token": _said(keys.add_bos_token, True),
         "add_eos_token": _said(keys.add_eos_token, False),
         "added_tokens_decoder": {

@@ -1,17 +1,17 @@
-"""The process that renders a chat template: run as a script, with Jinja and the standard library.
+"""The process that renders a chat template: a script that uses Jinja and the standard library.
 
-A template is a program that came with a model, and it is not trusted. Jinja's immutable sandbox
-lets it neither reach into Python nor change what it is given. The sandbox does not bound time,
-memory and the length of the output, so the operating system does: a template that exceeds a limit
-ends this process at most, and the parent says so. The process can open no file.
+A template is a program that came with a model, and is not trusted. Jinja's immutable sandbox keeps
+it from Python's internals, and from changing its arguments. The operating system limits time and
+memory, which the sandbox does not: a template that exceeds a limit can only end this process, and
+the parent reports it. The process cannot open files.
 
 Requests and replies are JSON in UTF-8, each after its length in eight bytes. The first request is
 ``{template, memory_bytes, cpu_s, output_chars}``, every other one ``{messages, variables, mark}``.
 A reply holds ``text``, or ``problem`` and its ``kind``: ``syntax``, ``refused`` (by the template or
 the sandbox), ``failed`` or ``limit``.
 
-What a template finds around itself (functions, filters, whitespace rules) is what Hugging Face's
-transformers gives it.
+Templates have the same environment (functions, filters, whitespace rules) as in Hugging Face's
+transformers.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _MESSAGE_CHARS = 500
 
 
 class _TooLongError(Exception):
-    """The output has more characters than it may have."""
+    """The output is too long."""
 
 
 class _GenerationBlock(Extension):
-    """Lets ``{% generation %}``, which marks the assistant's text for training, pass."""
+    """Accepts ``{% generation %}``, which marks the assistant's text for training."""
 
     tags = {"generation"}  # noqa: RUF012 (the name and type are Jinja's)
 
@@ -91,13 +91,13 @@ class _Template:
         return "".join(pieces)
 
     def _to_json(self, value: Any, *, ensure_ascii: bool = False, **options: Any) -> str:
-        """Jinja's own filter escapes for HTML."""
+        """Dumps a value as JSON; Jinja's own filter would escape HTML."""
         text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
         return text.replace(json.dumps(self._mark)[1:-1], self._mark) if self._mark else text
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answers requests until there are no more."""
+    """Answers requests until the input ends."""
     start = _receive(requests)
     if start is None:
         return
@@ -121,7 +121,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
             reply = {"kind": "limit", "problem": f"more than {memory_bytes >> 20} MiB of memory"}
         except _TooLongError:
             reply = {"kind": "limit", "problem": f"more than {output_chars:,} characters of output"}
-        except Exception as error:  # whatever a template does, the parent is told
+        except Exception as error:  # every failure of a template is reported to the parent
             reply = {"kind": "failed", "problem": f"{type(error).__name__}: {error}"}
         signal.setitimer(signal.ITIMER_PROF, 0)
         if len(reply.get("problem", "")) > _MESSAGE_CHARS:
@@ -130,7 +130,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 def _load_everything() -> None:
-    """Has what Python and Jinja load when they first need it loaded: later no file opens."""
+    """Loads modules that Python and Jinja import lazily, because later no file can be opened."""
     time.tzset()
     _Template(r"{{ '\n' | tojson | urlencode | pprint }}{{ lipsum(1) }}", 10_000).render(
         {"variables": {}, "messages": [], "mark": ""}

@@ -1,8 +1,8 @@
 """A model's tokenizer: text to token ids and back, and messages to a prompt.
 
-Read from whatever the model came with: ``tokenizer.json``, ``tokenizer.model`` (SentencePiece) or
-the vocabulary inside a GGUF file. Nothing is unpickled and no code of the model's is run, except
-its chat template, in a sandbox. A tokenizer that is none of these is refused by name.
+It is read from ``tokenizer.json``, ``tokenizer.model`` (SentencePiece) or the vocabulary of a GGUF
+file; other kinds are refused by name. Nothing is unpickled, and of the model's code only the chat
+template runs, in a sandbox.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Tokenizer:
     Attributes:
         source: The folder or file it was read from.
         backend: The vocabulary.
-        config: What its ``tokenizer_config.json`` says, or would say.
+        config: Its ``tokenizer_config.json``, or the equivalent.
         eos_ids: The tokens that end an answer.
         chat_template: The model's chat template, if it has one.
-        notes: What a user should know of how it was read.
+        notes: Remarks for the user.
     """
 
     source: Path
@@ -69,41 +69,40 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below this. A model's own vocabulary can be larger, by padding."""
+        """Token ids are below this. The model's own vocabulary can be larger, by padding."""
         return self.backend.vocab_size
 
     @property
     def bos_id(self) -> int | None:
-        """The token a text begins with, whether or not ``encode`` puts it there."""
+        """The token that begins a text, whether or not ``encode`` adds it."""
         token = self._names.get("bos_token")
         return None if token is None else self.backend.token_id(token)
 
     @property
     def strips_leading_space(self) -> bool:
-        """Whether decoded text loses one leading space: the one that encoding put there."""
+        """Whether decoding removes one leading space, which encoding adds."""
         return self.backend.strips_leading_space
 
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:
-        """Token ids of ``text``.
+        """Encodes ``text``.
 
         Args:
             text: Any text.
-            add_special: Add what the model itself adds around a text, such as BOS in front.
-            parse_special: Take control tokens spelled out in the text, such as ``<|im_end|>``, for
-                the tokens. In text from elsewhere that would let the writer speak with the model's
-                own voice. Tokens that were added to the vocabulary as plain text are taken as such
-                either way.
+            add_special: Add the tokens that the model expects around a text, such as BOS.
+            parse_special: Parse control tokens that are spelled in the text, such as
+                ``<|im_end|>``. This allows text from elsewhere to imitate the model's own turns.
+                Tokens that were added to the vocabulary as plain text are parsed in either case.
 
         Raises:
-            RequestError: The text holds half of a surrogate pair, which no encoding has.
+            RequestError: The text has half a surrogate pair, which cannot be encoded.
         """
         _check_unicode(text)
         return self.backend.encode(text, add_special=add_special, parse_special=parse_special)
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
-        """What one token stands for: UTF-8 that can begin or end within a character.
+        """Returns the bytes of a token: UTF-8 that can begin or end within a character.
 
         Raises:
             RequestError: The token is outside the vocabulary.
@@ -117,7 +116,7 @@ class Tokenizer:
         return self.backend.token_bytes(token_id)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of ``ids``; bytes that are no UTF-8 become U+FFFD.
+        """Decodes ``ids``; invalid UTF-8 becomes U+FFFD.
 
         Raises:
             RequestError: A token is outside the vocabulary.
@@ -128,7 +127,7 @@ class Tokenizer:
         return data.decode("utf-8", "replace")
 
     def control_tokens_in(self, text: str) -> list[str]:
-        """The control tokens that ``text`` spells, each once."""
+        """Returns the control tokens that ``text`` spells, each once."""
         return self._control_tokens.spelled_in(text)
 
     def apply_chat_template(
@@ -138,10 +137,10 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt for a conversation, as text, to be read or shown.
+        """Renders a conversation to a prompt as text, for display.
 
-        For an engine use ``chat_prompt``: in text, a control token that a message spells cannot be
-        told from one that the template writes.
+        Use ``chat_prompt`` for an engine: in text, a control token that a message spells cannot be
+        distinguished from one that the template writes.
 
         Args:
             messages: Each with ``role`` and ``content``.
@@ -168,9 +167,9 @@ class Tokenizer:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> ChatPrompt:
-        """The prompt for a conversation, up to where the model's answer begins.
+        """Renders a conversation to a prompt, up to the beginning of the model's answer.
 
-        Control tokens are those that the template writes: what messages and variables spell is
+        Only the template can write control tokens: those that messages and variables spell are
         text.
 
         Args:
@@ -227,11 +226,11 @@ class Tokenizer:
         return ChatTemplate(self.chat_template, self.source)
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes a form that ``load_tokenizer`` reads back as the same tokenizer.
+        """Writes files that ``load_tokenizer`` reads as the same tokenizer.
 
         Args:
-            folder: An existing folder. Of a ``generation_config.json`` in it, the end-of-sequence
-                tokens are replaced.
+            folder: An existing folder. The end-of-sequence tokens of a ``generation_config.json``
+                in it are replaced.
 
         Returns:
             The files written.
@@ -256,9 +255,9 @@ def _check_unicode(text: str) -> None:
 
 
 def _with_ending(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """Messages with a sign at the last one's end, by which its place in the prompt is found.
+    """Appends a sign to the last message, by which its end is found in the prompt.
 
-    The sign ends in a space, so that it shows whether the template trims.
+    The sign ends in a space, which shows whether the template trims.
     """
     content = messages[-1].get("content") if messages else None
     if not isinstance(content, str):
@@ -277,11 +276,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Reads a model's tokenizer.
 
     Args:
-        path: A model folder as Hugging Face lays it out, or a ``.gguf`` file.
+        path: A model folder in Hugging Face's layout, or a ``.gguf`` file.
 
     Raises:
-        CheckpointError: No tokenizer there, or a damaged one.
-        UnsupportedError: A tokenizer of a kind that is not read.
+        CheckpointError: There is no tokenizer, or it is damaged.
+        UnsupportedError: The kind of tokenizer is not supported.
     """
     if file_kind(path) == "folder":
         return _load_folder(path)
@@ -328,7 +327,7 @@ def _parsed(folder: Path, config: dict[str, Any]) -> TokenizerConfig:
 
 
 def _with_added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with the tokens of an ``added_tokens.json`` that it does not list itself."""
+    """Adds the tokens of an ``added_tokens.json`` that ``config`` does not list."""
     special = _parsed(folder, config).special
     older = {
         str(token_id): {"content": text, "special": text in special}
@@ -338,10 +337,9 @@ def _with_added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _eos_ids(folder: Path, config: TokenizerConfig, backend: Backend) -> frozenset[int]:
-    """The tokens that end an answer, by their ids and by their spelling.
+    """Returns the tokens that end an answer, by their ids and by their spelling.
 
-    The ids are those of ``generation_config.json``; where it has none, those of the other two
-    files.
+    The ids are those of ``generation_config.json``, or if it has none, of the other two files.
     """
     spelled = spelled_ends(backend.added_ids, backend.special_ids)
     if ids := read_end_ids(folder / GENERATION_CONFIG):

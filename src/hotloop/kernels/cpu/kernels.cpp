@@ -1,17 +1,16 @@
 // Decode kernels for CPUs: matrix products with few rows, and attention over the cache.
 //
-// At batch 1 a CPU decodes at the speed at which it reads and unpacks weights. These kernels read
-// each weight once, as stored, unpack it once for all rows of activations, and spend as few
-// instructions on it as they can:
-//   bfloat16  is multiplied as it is, two neighbours to a lane, and summed in float32.
+// At batch 1 decoding on a CPU is bound by reading and unpacking weights. These kernels read each
+// weight once, as stored, unpack it once for all rows of activations, and use few instructions:
+//   bfloat16  is multiplied directly, two adjacent values per lane, and summed in float32.
 //   int8/int4 activations are rounded to 16-bit fixed point, one scale per row, so that one
-//             instruction multiplies and adds pairs, exactly. The error, 2^-16 of the row's largest
+//             instruction multiplies and adds pairs exactly. The error, 2^-16 of the row's largest
 //             activation, is a hundredth of bfloat16's own.
-// Written in GNU vector extensions, so that GCC and Clang compile it for any processor; every
-// intrinsic has a portable twin. Sums run in a fixed order: on one machine a row gives the same bits
-// whatever the number of threads, and whatever other rows are in the product.
+// The code uses GNU vector extensions, so that GCC and Clang compile it for any processor; every
+// intrinsic has a portable fallback. Sums run in a fixed order: on one machine a row has the same
+// bits whatever the number of threads, and whatever the other rows.
 //
-// The specification of every function is its twin in hotloop/kernels/reference.py.
+// Every function is specified by its twin in hotloop/kernels/reference.py.
 // Letters: M rows of activations, N output features, K input features, G groups along K;
 // B sequences, T tokens of each, H query heads, J key/value heads, C cache positions,
 // E head dimension.
@@ -49,7 +48,7 @@ using torch::stable::Tensor;
 
 #ifdef __AVX512VNNI__
 constexpr int kBytes = 64;  // of a vector
-constexpr int kSums = 18;   // vectors of sums that leave registers for the rest
+constexpr int kSums = 18;   // vectors of sums; the other registers are for operands
 #else
 constexpr int kBytes = 32;
 constexpr int kSums = 9;
@@ -64,7 +63,7 @@ typedef int16_t s16v __attribute__((vector_size(kBytes)));
 typedef uint16_t u16h __attribute__((vector_size(kBytes / 2)));
 typedef int8_t s8h __attribute__((vector_size(kBytes / 2)));
 
-// A std::vector that begins where a vector may: loads that straddle cache lines take twice as long.
+// A std::vector aligned to a vector register: loads that straddle cache lines take twice as long.
 template <class T> struct Aligned {
   using value_type = T;
   T* allocate(size_t n) {
@@ -119,7 +118,7 @@ template <int span = kLanes, int first = 0> inline f32v sum_each(const f32v (&v)
   }
 }
 
-// Half a vector of narrow integers to a whole one of wide ones; GCC alone takes four instructions.
+// Widens half a vector of integers to a whole one; GCC alone takes four instructions.
 #ifdef __AVX512VNNI__
 inline s16v widen(s8h v) { return (s16v)_mm512_cvtepi8_epi16((__m256i)v); }
 inline u32v widen(u16h v) { return (u32v)_mm512_cvtepu16_epi32((__m256i)v); }
@@ -133,14 +132,14 @@ inline float widen(uint16_t bf16) {
   return load<float>(&bits);
 }
 
-// To the nearest bfloat16, ties to even.
+// Rounds to the nearest bfloat16, ties to even.
 inline u16h narrow(f32v values) {
   const u32v bits = (u32v)values, nan = u32v{} + 0x7fc0;
   const u32v rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return __builtin_convertvector(values == values ? rounded : nan, u16h);
 }
 
-// Values as floats, a vector of them or only the first n, and back.
+// Loads values as floats, a whole vector or the first n, and stores them.
 inline f32v from_bf16(u16h bits) { return (f32v)(widen(bits) << 16); }
 inline f32v get(const float* p) { return load<f32v>(p); }
 inline f32v get(const uint16_t* p) { return from_bf16(load<u16h>(p)); }
@@ -152,14 +151,15 @@ inline void put(uint16_t* p, f32v values, int64_t n = kLanes) {
   std::memcpy(p, &rounded, 2 * n);
 }
 
-// Calls f(i) for whole vectors of n values, the first being value i, and f(i, rest) for a last one.
+// Calls f(i) for each whole vector of n values, where i is its first value, and f(i, rest) for the
+// remaining ones.
 template <class F> void for_vectors(int64_t n, F f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) f(i);
   if (i < n) f(i, n - i);
 }
 
-// sums + a * b, neighbours added: one lane takes the products of two pairs.
+// sums + a * b, where adjacent products are added: a lane sums the products of two pairs.
 inline s32v multiply_add(s32v sums, s16v a, s16v b) {
 #if defined(__AVX512VNNI__)
   return (s32v)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
@@ -171,8 +171,8 @@ inline s32v multiply_add(s32v sums, s16v a, s16v b) {
 #endif
 }
 
-// The same of bfloat16 pairs, whose products are exact in float32. (The instruction takes numbers
-// below 2^-126 for zero.)
+// The same for bfloat16 pairs, whose products are exact in float32. (The instruction flushes
+// numbers below 2^-126 to zero.)
 inline f32v multiply_add(f32v sums, s16v a, s16v b) {
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
   return (f32v)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
@@ -183,21 +183,21 @@ inline f32v multiply_add(f32v sums, s16v a, s16v b) {
 #endif
 }
 
-// Weights are used up faster than the hardware fetches them unasked. Asking for an address beyond
-// the end is harmless.
+// Prefetch distance: the hardware prefetcher alone is too slow for weights. Prefetching beyond the
+// end is harmless.
 constexpr int64_t kAhead = 8192;  // bytes
 
 inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead); }
 
-// Pieces of work that one thread should at least take: with less than so many products, waking
-// another thread and handing the results back costs more than it saves (measured).
+// The fewest units of work worth another thread: with fewer multiplications, waking the thread and
+// committing its results costs more than it saves (measured).
 constexpr int64_t kLinearProducts = 1 << 15, kAttentionProducts = 1 << 17;
 
 inline int64_t grain(int64_t least, int64_t products) {
   return std::max<int64_t>(1, least / std::max<int64_t>(1, products));
 }
 
-// How many threads this thread's operators use; 0: as many as torch's.
+// The number of threads of operators called from this thread; 0 for torch's number.
 thread_local int own_threads = 0;
 
 int n_threads() { return own_threads ? own_threads : int(torch::stable::get_num_threads()); }
@@ -206,8 +206,8 @@ void run(std::unique_ptr<hotloop::Task> task) {
   hotloop::Pool::shared().run(std::move(task), n_threads());
 }
 
-// From here on torch's operators stay on the calling thread, and only ours use several; or, with
-// false, no longer. OpenMP's threads wait spinning for each other, and spin on for milliseconds.
+// Restricts torch's operators to the calling thread, while ours use several threads; false restores
+// them. OpenMP's threads spin while they wait for each other, and for milliseconds afterwards.
 void keep_threads(bool on) {
   if (on == (own_threads != 0)) return;
   const int threads = n_threads();
@@ -215,7 +215,7 @@ void keep_threads(bool on) {
   if (omp_set_num_threads) omp_set_num_threads(on ? 1 : threads);
 }
 
-// Straight from the C interface: at this size, going through the dispatcher would show.
+// By the C interface: the dispatcher would take a noticeable part of such short operators.
 Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
@@ -236,8 +236,8 @@ uint16_t* mutable_bf16(const Tensor& t) { return static_cast<uint16_t*>(t.mutabl
 
 // ---------------------------------------------------------------------------- rows of activations
 
-// Rows taken at a time, all of which use a weight while it is in a register. Nine: eight guesses are
-// verified with the token before them.
+// Rows that are processed together, which share a weight while it is in a register. Nine, since
+// eight drafts are verified together with the newest token.
 constexpr int kRows = 9;
 
 // Calls f(n) with n, at most `most`, as a constant.
@@ -258,8 +258,8 @@ template <class F> void for_rows(int64_t M, F f) {
   }
 }
 
-// Activations as the loops read them: of rows that are taken together `run` values each, side by
-// side, then the next `run`; with zeros from K on to the end of the last one.
+// Arranges activations in the order of the loops: `run` values of each of the rows that are
+// processed together, then the next `run` values of each, padded with zeros from K on.
 template <int run> struct Activations {
   int64_t width;
   Buffer<int16_t> values;
@@ -288,10 +288,10 @@ struct FixedPoint {
     const int64_t K = x.size(-1), M = x.numel() / K;
     for (int64_t m = 0; m < M; m++) {
       const uint16_t* row = bf16(x) + m * K;
-      uint16_t bits = 0;  // without their sign, bfloat16 sort as integers; NaN and Inf come last
+      uint16_t bits = 0;  // without the sign, bfloat16 sort like integers, NaN and Inf last
       for (int64_t k = 0; k < K; k++) bits = std::max<uint16_t>(bits, row[k] & 0x7fff);
       const float largest = widen(bits);
-      scale[m] = largest / 32767;  // not finite if any activation is not, and so is the output
+      scale[m] = largest / 32767;  // not finite if an activation is not; then nor is the output
       const float inverse = std::isfinite(largest) && largest > 0 ? 32767 / largest : 0;
       for (int64_t k = 0; k < K; k++) {
         values[m * K + k] = int16_t(__builtin_nearbyintf(widen(row[k]) * inverse));
@@ -300,8 +300,8 @@ struct FixedPoint {
   }
 };
 
-// The features of a product in parts of a vector: f(n, m, y) leaves features n … n + kLanes - 1 of
-// rows m … m + R - 1 in y.
+// Divides a matrix product into vectors of output features: f(n, m, y) computes features
+// n … n + kLanes - 1 of rows m … m + R - 1 into y.
 template <class F> struct Features final : hotloop::Task {
   F f;
   int64_t M, N;
@@ -353,10 +353,10 @@ inline s16v load_weights(const int8_t* w, int64_t n) { return widen(load_part<s8
 inline f32v to_float(f32v v) { return v; }
 inline f32v to_float(s32v v) { return __builtin_convertvector(v, f32v); }
 
-// A lane of 32-bit sums holds 258 products of 127 * 32767, and two of them arrive at a time.
+// A 32-bit sum holds up to 258 products of 127 * 32767, and two are added at a time.
 constexpr int64_t kExact = 128 * kPairs;
 
-// Lanes of total[r][i + f] add up to the sum over k of w[f][k] * x[r][k].
+// The sum over the lanes of total[r][i + f] is the sum over k of w[f][k] * x[r][k].
 template <int F, int R, class W>
 void add_products(const W* const (&w)[F], const int16_t* x, int64_t K, f32v (&total)[R][kLanes],
                   int i) {
@@ -378,7 +378,7 @@ void add_products(const W* const (&w)[F], const int16_t* x, int64_t K, f32v (&to
     };
     const int64_t stop = std::min(k + kExact, K);
     for (; k + kPairs <= stop; k += kPairs) {
-      // A tile's weights lie one row behind the other: asked for in that order.
+      // The rows of a tile are contiguous: prefetched in the order of memory.
       for (int f = 0; f < F; f++) prefetch(w[0] + F * k + f * kPairs);
       add();
     }
@@ -433,12 +433,12 @@ Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& scale) {
   return product<int8_t>(x, std::move(activations), values, scale_of);
 }
 
-// ------------------------------------------------------------------- int4, features side by side
+// --------------------------------------------------------------- int4, output features interleaved
 
-// A block is sixteen output features. Its weights come as 32-bit words of eight along K, the words
-// of the sixteen features in turn: nibble i of a word's low half is weight 2 i, of its high half
-// weight 2 i + 1, each plus 8. So a lane belongs to one feature, whose scale it takes and whose sum
-// it keeps. Scales and offsets are blocks of [G, 16], too.
+// A block is sixteen output features. Its weights are 32-bit words of eight weights along K, with
+// the words of the sixteen features interleaved: nibble i of a word's low half is weight 2 i, of
+// its high half weight 2 i + 1, each plus 8. So a lane belongs to one feature, with its scale and
+// its sum. Scales and offsets are blocks of [G, 16], too.
 constexpr int kBlockFeatures = 16;
 
 struct Int4Weight {
@@ -447,7 +447,8 @@ struct Int4Weight {
   int64_t K, G;
 };
 
-// Features n … n + kLanes - 1 of R rows. `x` holds pairs of activations, `x_sums` sums over groups.
+// Computes features n … n + kLanes - 1 of R rows. `x` holds pairs of activations, `x_sums` their
+// sums over groups.
 template <int R>
 void multiply_int4(const Int4Weight& weight, int64_t n, const int16_t* x, const int32_t* x_sums,
                    f32v (&total)[R]) {
@@ -457,7 +458,7 @@ void multiply_int4(const Int4Weight& weight, int64_t n, const int16_t* x, const 
   const int64_t first_scale = block * kBlockFeatures * G + lane;
   for (int r = 0; r < R; r++) total[r] = f32v{};
   for (int64_t g = 0; g < G; g++) {
-    constexpr int kChains = R == 1 ? 4 : R < kSums / 3 ? 2 : 1;  // that do not wait on each other
+    constexpr int kChains = R == 1 ? 4 : R < kSums / 3 ? 2 : 1;  // independent chains of additions
     s32v sums[R][kChains]{};
     for (int r = 0; r < R; r++) sums[r][0] -= 8 * x_sums[g * R + r];
     for (int64_t k = g * size; k < (g + 1) * size; k += 8) {
@@ -494,7 +495,7 @@ Tensor linear_int4(const Tensor& x, const Tensor& words, const Tensor& scale,
   FixedPoint fixed(x);
   Activations<2> pairs(fixed.values.data(), M, K);
   const int64_t size = K / G;
-  // Nibbles are 8 more than the weights: what that adds is known from the activations alone.
+  // Nibbles are the weights plus 8, a zero point that is subtracted through the sums of x.
   std::vector<int32_t> x_sums(M * G);
   for_rows(M, [&](auto R, int64_t first) {
     for (int64_t r = 0; r < R; r++) {
@@ -517,10 +518,10 @@ Tensor linear_int4(const Tensor& x, const Tensor& words, const Tensor& scale,
 
 // ------------------------------------------------------------------------------------ attention
 
-// e^x of x <= 0, as exact as float32 is; 1e-38 where it would be less. NaN stays NaN.
+// e^x for x <= 0, to the precision of float32, and at least 1e-38. NaN stays NaN.
 inline f32v exp(f32v x) {
   x = x < -87 ? f32v{} - 87 : x;
-  const float integers = 3 << 22;  // beside it, floats have no fractions
+  const float integers = 3 << 22;  // adding it rounds to an integer
   const f32v rounded = x * float(M_LOG2E) + integers, n = rounded - integers;
   const f32v r = (x - n * 0.693359375f) - n * float(M_LN2 - 0.693359375);
   f32v power = f32v{} + 1.0f / 5040;  // e^r by its series: |r| is at most half of ln 2
@@ -532,13 +533,13 @@ inline f32v exp(f32v x) {
 
 constexpr int64_t kBlock = 128;
 
-// What one query head learns from a block of cache positions, besides the sum of values: relative
-// to the largest score, the sum of exponentials.
+// The partial result of a query head over a block of cache positions, besides its sum of values:
+// the largest score, and the sum of exponentials relative to it (online softmax).
 struct Partial {
   float largest, total;
 };
 
-// R query heads of one key/value head against up to a block of positions; q and out are [R, E].
+// Attention of R query heads of one key/value head over a block of positions; q and out are [R, E].
 template <int R, class Value>
 void attend(const Value* keys, const Value* values, int64_t length, int64_t E, const float* q,
             Partial* partial, float* out) {
@@ -546,7 +547,7 @@ void attend(const Value* keys, const Value* values, int64_t length, int64_t E, c
   for (int64_t j = 0; j < length; j += kLanes) {
     f32v products[R][kLanes];
     for (int i = 0; i < kLanes; i++) {
-      const Value* key = keys + std::min(j + i, length - 1) * E;  // the last one again, at the end
+      const Value* key = keys + std::min(j + i, length - 1) * E;  // the last one is repeated
       f32v sums[R]{};
       for_vectors(E, [&](int64_t e, auto... rest) {
         const f32v k = get(key + e, rest...);
@@ -575,9 +576,9 @@ void attend(const Value* keys, const Value* values, int64_t length, int64_t E, c
   });
 }
 
-// Blocks of the cache, each for all tokens and query heads that share it: it is read from memory
-// once. They are the same for every token, so that a token's sums are the same among any others. One
-// that a token does not see leaves it nothing.
+// Divides the cache into blocks, each for all tokens and query heads that share it, so that it is
+// read once. The blocks do not depend on the token, so that a token's sums do not depend on the
+// other tokens. A block without visible positions contributes nothing.
 template <class Value> struct Blocks final : hotloop::Task {
   Tensor k_cache, v_cache;
   std::vector<int64_t> seat;      // [B]: where in the caches
@@ -644,7 +645,7 @@ template <class Value> struct Blocks final : hotloop::Task {
     }
   }
 
-  // Where a unit's results for token t are: of `heads` query heads each.
+  // The results of a unit for token t, for `heads` query heads.
   std::pair<Partial*, float*> results(std::byte* result, int64_t unit, int64_t t) const {
     auto* floats = reinterpret_cast<float*>(result + unit * unit_bytes) + t * heads * E;
     return {reinterpret_cast<Partial*>(result + unit * unit_bytes + T * heads * E * sizeof(float)) +

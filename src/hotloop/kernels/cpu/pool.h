@@ -1,17 +1,18 @@
-// A thread pool for operators of microseconds, on machines that have other work too.
+// A work-stealing thread pool for operators of microseconds, on machines that have other work too.
 //
-// A parallel loop with static shares takes as long as its slowest thread. Beside other processes that
-// is a thread that the scheduler has just descheduled, for milliseconds: a thousand times as long as
-// its share takes. In this pool nobody waits for such a thread:
-//   - Work is cut into chunks. A thread takes the chunks of its own share, then steals from others.
-//   - A thread computes a chunk into memory of its own. Once no chunk is left to take, and one that
-//     another thread took is overdue, the caller computes it again. Whoever finishes a chunk first
-//     commits it; the other result is dropped. So the caller can always finish alone.
-//   - Idle workers spin briefly, since the next operator follows in microseconds, and then sleep: as
-//     long as they spin, the scheduler has no idle processor to which it could move the caller.
-//   - Workers are kept off the caller's processor. The scheduler does not know that one waits for the
-//     other, and where no processor is idle it can leave both on one.
-// A chunk's result is a pure function of its number: bits do not depend on who computed it.
+// A parallel loop with static shares takes as long as its slowest thread. Beside other processes
+// that is a thread that the scheduler has descheduled, for milliseconds: a thousand times as long
+// as its share takes. In this pool nothing waits for such a thread:
+//   - Work is divided into chunks. A thread computes the chunks of its own share, then steals
+//     others.
+//   - A thread computes a chunk into memory of its own. When no chunk is left to take, and one that
+//     another thread took is overdue, the caller computes it again. The first result is committed,
+//     the other dropped. So the caller can always finish alone.
+//   - Idle workers spin briefly, since the next operator follows in microseconds, and then sleep:
+//     as long as they spin, the scheduler has no idle processor to which it could move the caller.
+//   - Workers are kept off the caller's processor. The scheduler does not know that one waits for
+//     the other, and where no processor is idle it can leave both on one.
+// The result of a chunk is a pure function of its number, whichever thread computes it.
 
 #pragma once
 
@@ -34,30 +35,30 @@
 
 namespace hotloop {
 
-// The work of an operator: units, of which several in a row are a chunk.
+// The work of an operator: units, of which consecutive ones form a chunk.
 class Task {
  public:
   virtual ~Task() = default;
 
-  // Computes units begin … end - 1 into `result`, which has room for them. It may run after the
-  // operator has returned, and its result is dropped then: so what it reads belongs to the task.
+  // Computes units begin … end - 1 into `result`. It may run after the operator has returned, when
+  // its result is dropped; so the task must own its inputs.
   virtual void compute(int64_t begin, int64_t end, std::byte* result) const = 0;
 
-  // Moves a result to where the operator wants it: once for each unit, before the operator returns.
+  // Copies a result to its destination: once for each unit, before the operator returns.
   virtual void commit(int64_t begin, int64_t end, const std::byte* result) const = 0;
 
   int64_t units;
-  int64_t least;      // units that make a chunk worth another thread's while
+  int64_t least;      // the fewest units that are worth another thread
   size_t unit_bytes;  // of its result
 };
 
 class Pool {
  public:
-  static constexpr int kChunks = 16;  // of a thread's share, at most
+  static constexpr int kChunks = 16;  // the most chunks of a share
   static constexpr int kThreads = 256;
 
-  // The process's own. Never destroyed: its threads do not end before the process. A forked child
-  // has none of them, and begins with a new pool.
+  // The pool of the process. It is never destroyed, since its threads run until the process ends. A
+  // forked child, which has none of the threads, makes a new pool.
   static Pool& shared() {
     static const int once = [] {
       process_pool_ = new Pool;
@@ -67,14 +68,14 @@ class Pool {
     return *process_pool_;
   }
 
-  // Computes and commits a task with up to so many threads, of which the caller is one.
+  // Computes and commits a task with at most `threads` threads, including the caller.
   void run(std::unique_ptr<Task> task, int threads) noexcept {
     std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
     threads = int(std::min<int64_t>(threads, (task->units + task->least - 1) / task->least));
     if (threads > 1 && lock.try_lock()) {
       threads = prepare(threads);
     } else {
-      threads = 1;  // it is not worth more, or another caller has the workers
+      threads = 1;  // too little work, or another caller has the workers
     }
     if (threads == 1) {
       const int64_t length = chunk_length(*task, 1);
@@ -110,7 +111,7 @@ class Pool {
 #endif
   }
 
-  // Looks some times whether something has happened.
+  // Polls a few times whether something has happened.
   template <class F> static bool soon(F happened) {
     for (int i = 0; i < 16; i++) {
       if (happened()) return true;
@@ -124,7 +125,7 @@ class Pool {
     return std::max(task.least, (task.units + chunks - 1) / chunks);
   }
 
-  // Memory of the calling thread, aligned as a vector is.
+  // Scratch memory of the calling thread, aligned to a vector register.
   static std::byte* scratch(size_t bytes) {
     struct alignas(64) Line {
       std::byte bytes[64];
@@ -134,9 +135,9 @@ class Pool {
     return lines.data()->bytes;
   }
 
-  // A task while threads are at it. A worker that is late may still be inside when the caller has
-  // finished: the region is then not opened again, and the task kept, before it has left. Tasks are
-  // deleted by callers alone: a tensor's end may take Python's lock, which workers must not wait for.
+  // A task while threads work on it. A late worker may still be inside when the caller has
+  // finished: until it has left, the region is not reused and the task is kept. Only callers delete
+  // tasks: freeing a tensor may take Python's lock, for which workers must not wait.
   class Region {
    public:
     void open(std::unique_ptr<Task> task, int threads) {
@@ -152,7 +153,7 @@ class Pool {
       inside_.store(1, std::memory_order_release);
     }
 
-    // Whether it was open: its task is not deleted then before one has left.
+    // Returns whether the region is open; if so, its task is kept until leave().
     bool enter() {
       int inside = inside_.load(std::memory_order_relaxed);
       while (inside > 0) {
@@ -165,20 +166,20 @@ class Pool {
 
     void leave() { inside_.fetch_sub(1, std::memory_order_release); }
 
-    // Deletes the task if nobody is inside any more; returns whether the region can be opened.
+    // Deletes the task if no thread is inside; returns whether the region can be reused.
     bool clear() {
       if (inside_.load(std::memory_order_acquire)) return false;
       task_.reset();
       return true;
     }
 
-    // What a worker does that has entered: of those that are awake the first ones get a share.
+    // Runs in a worker that has entered: the first ones to arrive get a share.
     void help() {
       const int self = arrived_.fetch_add(1, std::memory_order_relaxed);
       if (self < threads_) work(self);
     }
 
-    // Computes chunks until none is left to take, one's own share first; returns how many.
+    // Computes chunks until none is left to take, its own share first; returns their number.
     int64_t work(int self) {
       std::byte* const result = scratch(length_ * task_->unit_bytes);
       int64_t computed = 0;
@@ -186,7 +187,7 @@ class Pool {
         const int owner = (self + i) % threads_;
         const int64_t begin = first_of(owner), end = first_of(owner + 1);
         for (int64_t j = 0; j < end - begin; j++) {
-          // From the far end of others' shares: they come from the near one.
+          // Steals from the far end of other shares, whose owners begin at the near end.
           const int64_t at = i == 0 ? j : end - begin - 1 - j;
           auto& state = shares_[owner].chunks[at];
           if (state.load(std::memory_order_relaxed)) continue;
@@ -198,8 +199,8 @@ class Pool {
       return computed;
     }
 
-    // What the caller does: works, waits for others no longer than their chunks should take, and
-    // then computes these itself.
+    // Runs in the caller: computes chunks, waits for others as long as their chunks should take,
+    // and then computes those itself.
     void finish() {
       const auto start = Clock::now();
       const int64_t computed = work(0);
@@ -219,7 +220,7 @@ class Pool {
           }
         }
       }
-      while (!ready()) std::this_thread::yield();  // somebody is about to be ready
+      while (!ready()) std::this_thread::yield();  // a worker is committing
     }
 
    private:
@@ -249,7 +250,7 @@ class Pool {
     Share shares_[kThreads];
   };
 
-  // One in which nobody is left. Every worker can be late in one, so there is one more.
+  // A region without threads inside. Each worker can be late in one, so one more may be needed.
   Region& free_region() {
     Region* found = nullptr;
     for (const auto& region : regions_) {
@@ -259,7 +260,7 @@ class Pool {
     return *found;
   }
 
-  // Sees to it that there are workers, off the caller's processor; returns how many threads to use.
+  // Starts workers and keeps them off the caller's processor; returns the number of threads to use.
   int prepare(int threads) {
     threads = std::min(threads, kThreads);
 #if defined(__linux__)
@@ -270,7 +271,7 @@ class Pool {
     while (int(workers_.size()) < threads - 1) {
       try {
         workers_.emplace_back([this] { serve(); });
-      } catch (const std::system_error&) {  // the process may have no more of them
+      } catch (const std::system_error&) {  // the limit of threads is reached
         break;
       }
 #if defined(__linux__)
@@ -314,12 +315,12 @@ class Pool {
   std::mutex mutex_;
   std::vector<std::thread> workers_;
   std::vector<std::unique_ptr<Region>> regions_;
-  alignas(64) std::atomic<uint32_t> published_{0};  // how many tasks there have been
+  alignas(64) std::atomic<uint32_t> published_{0};  // the number of tasks so far
   std::atomic<Region*> current_{nullptr};
 #if defined(__linux__)
   int processor_ = -1;         // the caller's
-  int processors_ = kThreads;  // that the caller may run on
-  cpu_set_t others_{};         // those of them that workers may run on
+  int processors_ = kThreads;  // the number that the caller may run on
+  cpu_set_t others_{};         // those that workers may run on
 #endif
 };
 
