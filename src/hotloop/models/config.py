@@ -78,6 +78,7 @@ class Part:
 
     Attributes:
         name: Its name in the checkpoint, within its layer, such as ``self_attn.q_proj``.
+        gguf: Its name in GGUF files, within its layer, such as ``attn_q``.
         n: Output features.
         axis: What the ranks of a model divide of it among themselves.
         unit: Features of one element of that axis: the width of a head, or 1.
@@ -85,6 +86,7 @@ class Part:
     """
 
     name: str
+    gguf: str
     n: int
     axis: Axis
     unit: int = 1
@@ -133,12 +135,14 @@ class Norm:
     Attributes:
         name: The attribute of the module that holds it.
         part: Its name in the checkpoint, within its layer.
+        gguf: Its name in GGUF files, within its layer.
         n: Elements.
         rotated: It is of heads that rope rotates.
     """
 
     name: str
     part: str
+    gguf: str
     n: int
     rotated: bool = False
 
@@ -183,11 +187,11 @@ class AttentionConfig:
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         unit, name = self.head_dim, "self_attn.{}_proj".format
         qkv = (
-            Part(name=name("q"), n=q, axis="heads", unit=unit, rotated=True),
-            Part(name=name("k"), n=kv, axis="kv_heads", unit=unit, rotated=True),
-            Part(name=name("v"), n=kv, axis="kv_heads", unit=unit),
+            Part(name=name("q"), gguf="attn_q", n=q, axis="heads", unit=unit, rotated=True),
+            Part(name=name("k"), gguf="attn_k", n=kv, axis="kv_heads", unit=unit, rotated=True),
+            Part(name=name("v"), gguf="attn_v", n=kv, axis="kv_heads", unit=unit),
         )
-        o = Part(name=name("o"), n=self.hidden_size, axis="heads", unit=unit)
+        o = Part(name=name("o"), gguf="attn_output", n=self.hidden_size, axis="heads", unit=unit)
         return (
             Matrix(name="qkv_proj", parts=qkv, k=self.hidden_size, bias=self.qkv_bias, norm="norm"),
             Matrix(name="o_proj", parts=(o,), k=q, bias=self.o_bias, summed=True),
@@ -196,10 +200,16 @@ class AttentionConfig:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """The norm in front, and those of heads."""
-        norms = [Norm(name="norm", part="input_layernorm", n=self.hidden_size)]
+        norms = [Norm(name="norm", part="input_layernorm", gguf="attn_norm", n=self.hidden_size)]
         if self.qk_norm:
             norms += [
-                Norm(name=name, part=f"self_attn.{name}", n=self.head_dim, rotated=True)
+                Norm(
+                    name=name,
+                    part=f"self_attn.{name}",
+                    gguf=f"attn_{name}",
+                    n=self.head_dim,
+                    rotated=True,
+                )
                 for name in ("q_norm", "k_norm")
             ]
         return tuple(norms)
@@ -227,10 +237,15 @@ class FeedForwardConfig:
     def matrices(self) -> tuple[Matrix, ...]:
         """The gate and what it gates in one; then the projection down."""
         gate, up = (
-            Part(name=f"mlp.{name}_proj", n=self.intermediate_size, axis="features")
+            Part(
+                name=f"mlp.{name}_proj",
+                gguf=f"ffn_{name}",
+                n=self.intermediate_size,
+                axis="features",
+            )
             for name in ("gate", "up")
         )
-        down = Part(name="mlp.down_proj", n=self.hidden_size, axis="features")
+        down = Part(name="mlp.down_proj", gguf="ffn_down", n=self.hidden_size, axis="features")
         return (
             Matrix(
                 name="gate_up_proj",
@@ -252,7 +267,9 @@ class FeedForwardConfig:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """The norm in front."""
-        return (Norm(name="norm", part="post_attention_layernorm", n=self.hidden_size),)
+        return (
+            Norm(name="norm", part="post_attention_layernorm", gguf="ffn_norm", n=self.hidden_size),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

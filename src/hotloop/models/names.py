@@ -8,18 +8,30 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Container, Iterator
+from functools import cache
 
-from hotloop.models.config import LayerConfig, Matrix, ModelConfig, Part
+from hotloop.models.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    Matrix,
+    ModelConfig,
+    Norm,
+    Part,
+    RopeConfig,
+)
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 NORM = "model.norm"
+GGUF_NAMES = {"token_embd": EMBEDDING, "output_norm": NORM, "output": HEAD}
+"""The names of what is in no layer, in GGUF files and in a checkpoint."""
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _WITHOUT_USE = re.compile(r"\.rotary_emb\.\w+|\.self_attn\.(?:\w+\.)?[kv]_scale")
 
 
-def layer(index: int, part: str) -> str:
+def layer(index: int | str, part: str) -> str:
     """The full name of a part of one layer, without ``.weight``."""
     return f"model.layers.{index}.{part}"
 
@@ -76,6 +88,25 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes[f"{HEAD}.weight"] = (config.vocab_size, width)
     return shapes
+
+
+@cache
+def gguf_names() -> dict[str, Part | Norm]:
+    """What a layer may have by its name in GGUF files, of sizes that say nothing."""
+    attention = AttentionConfig(
+        hidden_size=2,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=2,
+        rope=RopeConfig(),
+        scale=1.0,
+        norm_eps=0.0,
+        qk_norm=True,
+    )
+    feed_forward = FeedForwardConfig(hidden_size=2, intermediate_size=2, norm_eps=0.0)
+    layer = LayerConfig(attention=attention, feed_forward=feed_forward)
+    parts = [part for _, part in _parts(layer)]
+    return {declared.gguf: declared for declared in (*parts, *layer.norms)}
 
 
 def without_absent_biases(

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
 from hotloop.gguf_header import GGUFHeader, GGUFTensor, model_parts, read_gguf_header
+from hotloop.models import names
+from hotloop.models.config import Norm, Part
 from hotloop.quant.encodings import ENCODINGS
 from hotloop.quant.encodings.gguf import BLOCKS
 from hotloop.registry import resolve
@@ -36,24 +38,6 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 _TYPES = {t.value: t for t in map(GGMLQuantizationType.__getitem__, (*_FLOATS, *_BLOCK_FORMATS))}
 
-_MODEL_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _ROPE_FREQS = "rope_freqs.weight"
 _FACTORS = (_ROPE_FREQS, "rope_factors_short.weight", "rope_factors_long.weight")
 
@@ -198,9 +182,9 @@ def _config_from_tensors(
         "torch_dtype": str(embedding.dtype).removeprefix("torch."),
     }
     if model_type in ("llama", "qwen3"):
-        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in entries
+        config["attention_bias"] = _translate_name("blk.0.attn_q.bias")[0] in entries
     if model_type == "llama":
-        config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in entries
+        config["mlp_bias"] = _translate_name("blk.0.ffn_up.bias")[0] in entries
     return config
 
 
@@ -262,23 +246,22 @@ def _read_entry(tensor: GGUFTensor, file: TensorFile, config: Mapping[str, Any])
         )
     if len(tensor.shape) not in (1, 2):
         raise CheckpointError(file.path, f"has the shape {tensor.shape}", tensor=tensor.name)
-    name = _translate_name(tensor.name)
+    name, declared = _translate_name(tensor.name)
     if name is None:
         raise UnsupportedError(
             f"{shorten(str(file.path))}: no {config['model_type']} model has a tensor "
             f"{shorten_value(tensor.name)}, and leaving it out may change what the model computes."
         )
-    n_swapped = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(
-        name.split(".")[-2]
-    )
     head_rows, rotated_rows = 1, 0
-    if n_swapped and config["model_type"] in ("llama", "mistral"):
+    part = declared if isinstance(declared, Part) and declared.rotated else None
+    if part and config["model_type"] in ("llama", "mistral"):
         head_rows = config["head_dim"]
         rotated_rows = round(head_rows * config.get("partial_rotary_factor", 1.0))
-        if tensor.shape[0] != config[n_swapped] * head_rows:
+        key = "num_attention_heads" if part.axis == "heads" else "num_key_value_heads"
+        if tensor.shape[0] != config[key] * head_rows:
             raise CheckpointError(
                 file.path,
-                f"has {tensor.shape[0]} rows, not {config[n_swapped]} heads of {head_rows}",
+                f"has {tensor.shape[0]} rows, not {config[key]} heads of {head_rows}",
                 tensor=tensor.name,
             )
     type_ = _TYPES[tensor.type_id]
@@ -308,17 +291,22 @@ def _read_entry(tensor: GGUFTensor, file: TensorFile, config: Mapping[str, Any])
     )
 
 
-def _translate_name(name: str) -> str | None:
-    """A tensor's Hugging Face name; None for one that is not known."""
+def _translate_name(name: str) -> tuple[str | None, Part | Norm | None]:
+    """A tensor's Hugging Face name, and its declaration if it is a layer's; None if not known."""
     if name in _FACTORS:
-        return name
+        return name, None
     match = _TENSOR_NAME.fullmatch(name)
     if not match:
-        return None
+        return None, None
     layer, what, kind = match["layer"], match["what"], match["kind"]
     if layer is None:
-        return f"{_MODEL_NAMES[what]}.{kind}" if what in _MODEL_NAMES else None
-    return f"model.layers.{layer}.{_LAYER_NAMES[what]}.{kind}" if what in _LAYER_NAMES else None
+        whole = names.GGUF_NAMES.get(what)
+        return f"{whole}.{kind}" if whole else None, None
+    declared = names.gguf_names().get(what)
+    if declared is None:
+        return None, None
+    part = declared.name if isinstance(declared, Part) else declared.part
+    return f"{names.layer(layer, part)}.{kind}", declared
 
 
 def _read(entry: _Entry, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
