@@ -83,6 +83,22 @@ for quant in ("none", "int8", "int4-g32"):
 """
 
 
+ENGINE = """
+from hotloop.sweep.recipe import load_recipe
+from hotloop.sweep.runner import run_sweep
+
+folder = sys_folder()
+recipe = folder / "recipe.yaml"
+recipe.write_text(
+    "model: llama-2-7b\\nweights: random\\nmatrix: {engine: [example]}\\n"
+    "workload: {prompt_tokens: 4, new_tokens: 8}\\n"
+)
+(record,) = run_sweep(load_recipe(recipe), folder / "out")
+assert record.decode_tok_s is not None, record.reason
+assert (record.cell, record.baseline) == ("example/none", "example")
+"""
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A copy of the package in which the examples of the page are followed, and nothing else."""
@@ -101,7 +117,9 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("program", [FAMILY, ENCODING], ids=["family", "encoding"])
+@pytest.mark.parametrize(
+    "program", [FAMILY, ENCODING, ENGINE], ids=["family", "encoding", "engine"]
+)
 def test_what_the_page_adds_runs_with_the_files_that_it_names(program, package):
     helpers = [ROOT / "tests", ROOT / "tests/models", ROOT / "tests/weights"]
     paths = os.pathsep.join(map(str, [package / "src", *helpers]))
@@ -125,4 +143,6 @@ def test_the_page_has_an_example_of_each_registry_that_it_shows():
         "src/hotloop/models/families/__init__.py",
         "src/hotloop/quant/encodings/example.py",
         "src/hotloop/quant/encodings/__init__.py",
+        "src/hotloop/baselines/example.py",
+        "src/hotloop/baselines/__init__.py",
     ]

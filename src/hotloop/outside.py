@@ -171,7 +171,7 @@ def parse_json(
     if _is_deeper(value, MAX_DEPTH):
         raise refuse(file, f"is nested more than {MAX_DEPTH} levels deep")
     if _SURROGATE.search(text) and not _is_encodable(value):
-        raise refuse(file, "holds half a surrogate pair, which is no text")
+        raise refuse(file, "holds an unpaired surrogate, which is not text")
     return value
 
 
@@ -254,27 +254,34 @@ def _problem(
     prefix: str,
     name: Callable[[Place], str] | None,
 ) -> str:
-    kind, loc, value = error["type"], error["loc"], shorten_value(error["input"])
+    loc = error["loc"]
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)
-    place = shorten(prefix + place.removeprefix("."), 120) if loc else "the whole"
+    place = shorten(prefix + place.removeprefix("."), 120)
     if name is not None and loc:
         place = name(loc)
+    said = _words(error, model)
+    return f"{place}: {said}" if loc else said
+
+
+def _words(error: Any, model: type[BaseModel] | None) -> str:
+    """Says what is wrong with a value, and what is right."""
+    kind, loc, value = error["type"], error["loc"], shorten_value(error["input"])
     if kind == "extra_forbidden":
-        return f"{place}: there is no such key.{_nearest(loc[-1], _fields_at(model, loc[:-1]))}"
+        return f"there is no such key.{_nearest(loc[-1], _fields_at(model, loc[:-1]))}"
     if kind == "missing":
-        return f"{place}: is missing"
+        return "is missing"
     if kind == "value_error":
-        return f"{place}: {error['ctx']['error']}" if loc else str(error["ctx"]["error"])
+        return str(error["ctx"]["error"])
     if kind == "literal_error":
         choices = get_args(_declared_at(model, loc))
-        return f"{place}: {value} is not a choice.{_nearest(error['input'], choices)}"
+        return f"{value} is not a choice.{_nearest(error['input'], choices)}"
     if kind in _BOUNDS:
         limit, words = _BOUNDS[kind]
         bound = error["ctx"][limit]
         shown = f"{bound:g}" if isinstance(bound, float) else f"{bound}"
-        return f"{place}: must be {words.format(shown)}, not {value}"
+        return f"must be {words.format(shown)}, not {value}"
     said = _MUST.get(kind) or re.sub(r"^(Input|String|Value) should", "must", error["msg"])
-    return f"{place}: {said}, not {value}"
+    return f"{said}, not {value}"
 
 
 _BOUNDS = {
@@ -417,7 +424,7 @@ def _system_errors(path: Path, refuse: Refuse) -> Iterator[None]:
     except OSError as error:
         raise refuse(path, f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a null character or a lone surrogate in its name
-        raise refuse(path, f"is no name of a file: {error}") from error
+        raise refuse(path, f"is not a file name: {error}") from error
 
 
 def _require_file(found: os.stat_result, path: Path, refuse: Refuse) -> None:

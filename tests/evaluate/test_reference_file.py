@@ -128,7 +128,7 @@ def test_a_missing_damaged_or_foreign_file_is_refused(tmp_path, engine, windows,
         Reference(path, key)
     write_reference(engine, windows, path, key)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="not a whole reference"):
+    with pytest.raises(CheckpointError, match="not a complete reference"):
         Reference(path, key)
     save_file({"log_probs": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not a reference of format"):
@@ -184,7 +184,7 @@ def test_whatever_a_damaged_file_holds_it_is_refused_as_no_whole_reference(
         path,
         metadata={name: value for name, value in metadata.items() if value is not None},
     )
-    with pytest.raises(CheckpointError, match=f"^{path}: not a whole reference") as refused:
+    with pytest.raises(CheckpointError, match=f"^{path}: not a complete reference") as refused:
         Reference(path, key)
     assert len(str(refused.value)) < 1000
 

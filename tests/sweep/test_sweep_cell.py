@@ -210,7 +210,7 @@ def test_a_damaged_reference_costs_the_comparison_and_not_the_speed(tmp_path):
     assert (record.status, record.kl_mean) == ("ok", None)
     assert record.decode_tok_s is not None
     assert record.perplexity is not None
-    assert "not a whole reference" in record.quality_reason
+    assert "not a complete reference" in record.quality_reason
 
 
 def test_a_draft_models_checkpoint_is_part_of_what_was_measured_and_not_of_its_reference(tmp_path):

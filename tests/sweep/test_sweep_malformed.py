@@ -214,6 +214,6 @@ LINES += (b'{"CellPrepared": {"cell": "c", "predicted_bytes": 1, "provenance": {
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: repr(line[:24]))
 def test_what_a_cells_process_tells_is_an_event_or_refused(line):
-    with pytest.raises(HotloopError, match="no event") as error:
+    with pytest.raises(HotloopError, match="not an event") as error:
         from_line(line)
     assert len(str(error.value)) < 300

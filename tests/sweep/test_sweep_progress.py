@@ -60,7 +60,7 @@ def test_without_a_terminal_progress_is_plain_lines(monkeypatch):
         "reference none/eager scoring it first",
         "  scoring",
         "reference none/eager  none no room  (0 s)",
-        "int8/eager  done before: ok  decode 1,234.6 tok/s",
+        "int8/eager  skipped, finished earlier: ok  decode 1,234.6 tok/s",
         "[2/6] int8/auto attempt 3",
         "  loading, compiling, warming up",
         "  timing",

@@ -209,7 +209,7 @@ NOT_JSON = {
     "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
     "too deep": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "a key twice": b'{"a": 1, "a": 2}',
-    "half a surrogate pair": b'{"a": "\\ud800"}',
+    "unpaired surrogate": b'{"a": "\\ud800"}',
     "latin-1": '{"a": "é"}'.encode("latin-1"),
     "UTF-16": '{"a": 1}'.encode("utf-16"),
     "zeros": bytes(64),

@@ -7,12 +7,12 @@ own, so the process that plans a sweep may lack its library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hotloop.types import Engine, EngineConfig, MemoryPlan
 
-ENGINES: Mapping[str, str] = {
+ENGINES = {
     "hotloop": "hotloop.baselines.hotloop:ENGINE",
 }
 """The registry: the name in ``EngineConfig.engine`` -> where its ``EngineKind`` is."""

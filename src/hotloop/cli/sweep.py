@@ -107,12 +107,12 @@ def sweep(
         said = [*weights.given(), *matrix.given(), *workload.given(), *quality.given()]
         said += ["no_quality"] * no_quality + ["timeout_s"] * (timeout_s is not None)
         if fixed := [name for name in said if name not in ("weights", "shape")]:
-            raise ConfigError(f"{_flags(fixed)}: with a recipe, say it in {model}.")
+            raise ConfigError(f"{_flags(fixed)}: with a recipe, set it in {model}.")
         recipe = _recipe(model, weights, replacement)
     else:
         if given := replacement.given():
             raise ConfigError(
-                f"{_flags(given)}: takes the place of what a recipe says. Without a recipe, give "
+                f"{_flags(given)}: is for a recipe. Without one, give "
                 "MODEL, and the draft model to --draft."
             )
         name, axes = weights.model(model), matrix.matrix()

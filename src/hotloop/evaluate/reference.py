@@ -227,7 +227,7 @@ def row_chunks(x_TV: Tensor) -> list[slice]:
 
 
 def _damaged(file: Path | str, problem: str) -> CheckpointError:
-    return CheckpointError(file, f"not a whole reference ({problem}). Delete it.")
+    return CheckpointError(file, f"not a complete reference ({problem}). Delete it.")
 
 
 def _check_key(path: Path, *, found: ReferenceKey, wanted: ReferenceKey) -> None:

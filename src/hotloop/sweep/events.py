@@ -133,5 +133,5 @@ def from_line(line: bytes) -> Event:
         return _FROM_CELL[kind].validate_python(value)
     except (ValueError, KeyError) as error:
         raise HotloopError(
-            f"its process sent a line that is no event: {shorten_value(line)}"
+            f"its process sent a line that is not an event: {shorten_value(line)}"
         ) from error

@@ -183,7 +183,7 @@ class _Seen:
         """Explains the end of a process that sent no record, from its exit code.
 
         SIGKILL leaves no trace in the process, and we sent none. The kernel counts the processes
-        that it kills for want of memory; if that count rose meanwhile, this was one of them. A
+        that it kills for lack of memory; if that count rose meanwhile, this was one of them. A
         container's or a desktop's own killer is not counted; it is suspected if the process held
         most of the memory there was.
         """
@@ -193,9 +193,9 @@ class _Seen:
         held = f"it held {gib(self._peak_rss)} of the {gib(self._available)} available"
         if -code == signal.SIGKILL:
             if oom_killed_since(self._oom_kills):
-                return "oom", f"killed by the kernel in {self.phase} for want of memory; {held}"
+                return "oom", f"killed by the kernel in {self.phase} for lack of memory; {held}"
             if self._peak_rss > OOM_SHARE * self._available:
-                return "oom", f"killed in {self.phase}, probably for want of memory; {held}"
+                return "oom", f"killed in {self.phase}, probably for lack of memory; {held}"
             return "failed", f"killed from outside by {name} in {self.phase}; {held}"
         return "failed", f"crashed in {self.phase} with {name} ({signal.strsignal(-code)})"
 
@@ -261,7 +261,7 @@ def _started(
                 on_event(
                     Noticed(
                         f"processes that {job.cell} started do not end (ids {left}): they can "
-                        "disturb what is measured next."
+                        "disturb the next measurements."
                     )
                 )
     finally:

@@ -33,7 +33,7 @@ HEARTBEAT_S = 30.0
 
 DOING: dict[Phase, str] = {
     "start": "starting",
-    "predict": "looking at the machine",
+    "predict": "measuring the machine",
     "load": "loading, compiling, warming up",
     "speed": "timing",
     "quality": "scoring",
@@ -105,7 +105,9 @@ class SweepProgress:
                 ready = f"[green]ready[/] {n_bytes / 1e9:.2f} GB, until no cell needs it"
                 self._end(cell, ready if reason is None else f"[yellow]none[/] {escape(reason)}")
             case CellSkipped(record):
-                self._say(f"{escape(record.cell)}  [dim]done before:[/] {_outcome(record)}")
+                self._say(
+                    f"{escape(record.cell)}  [dim]skipped, finished earlier:[/] {_outcome(record)}"
+                )
             case CellStarted(cell, index, total, attempt):
                 again = f"attempt {attempt}" if attempt > 1 else ""
                 self._begin(f"[{index}/{total}]", cell, again)

@@ -326,7 +326,7 @@ def replace_models(
     if draft_model is not None:
         if not any(is_draft_model(config.draft) for config in expand(recipe)):
             raise ConfigError(
-                f"the draft model {draft_model!r} takes the place of none: the recipe "
+                f"the draft model {draft_model!r} has nothing to replace: the recipe "
                 f"{recipe.name!r} has no cell with a draft model."
             )
 

@@ -51,13 +51,13 @@ def read_file(path: Path) -> tuple[list[Record], list[str]]:
             try:
                 said = parse_json(line.strip(), place, refuse=config_error)
             except ConfigError as error:
-                problems.append(f"{error}; half-written or damaged, it is left out.")
+                problems.append(f"{error}; it is half-written or damaged, and left out.")
                 continue
             _check_schema(said, place)
             try:
                 records.append(validated(Record, said, place, refuse=config_error))
             except ConfigError as error:
-                problems.append(f"{error}; no record, it is left out.")
+                problems.append(f"{error}; it is not a record, and left out.")
     return records, problems
 
 
