@@ -1,8 +1,8 @@
-"""What other processes took of the processors meanwhile: whether a timing is to be believed.
+"""Measures the processor time of other processes, to reject timings that they disturbed.
 
-Where two threads wait for each other many times a token, a third process on two cores makes
-decoding not a little slower but many times. Such a round says nothing of the engines, whichever
-they are, and is measured again. From /proc/stat, so on Linux alone.
+Where two threads wait for each other many times a token, a third process on two cores slows
+decoding down many times. Such a round is no measurement of any engine, and is repeated. The source
+is /proc/stat, so this works only on Linux.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from pathlib import Path
 
 
 class Bystanders:
-    """Watches from here on."""
+    """Starts watching."""
 
     MOST = 0.1
-    """Processors' worth of time that others may take, on average, in a timing that counts."""
+    """The most processors that others may use, on average, in a valid timing."""
 
     def __init__(self) -> None:
         self._began, self._busy_s = time.perf_counter(), _busy_s()
 
     def disturb(self, own_s: float) -> bool:
-        """Whether they took more than a timing bears, ``own_s`` of processor time being ours."""
+        """Tells whether others took too much; ``own_s`` seconds of processor time are ours."""
         others_s = _busy_s() - self._busy_s - own_s
         return others_s > self.MOST * (time.perf_counter() - self._began)
 
 
 def _busy_s() -> float:
-    """Seconds for which all processors together were not idle, or were another guest's."""
+    """Returns the busy seconds of all processors, with those of other guests."""
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
     )

@@ -1,13 +1,13 @@
-"""Where a token's time goes on a CPU, and what a few more rows cost: our kernels by themselves.
+"""Times the CPU kernels without the engine: the parts of a token's time, and the cost of more rows.
 
-The products of a whole SmolLM2-135M run one after the other in the order of a decode step, so that
-each weight comes from memory as it does there: with one row, and with those that verifying takes.
-The operators are called as compiled code calls them. Attention runs by itself, since its keys and
-values stay in cache at this size.
+The matrix products of a whole SmolLM2-135M run in the order of a decode step, so that each weight
+comes from memory as it does there, with one row and with the rows of verification. The operators
+are called as compiled code calls them. Attention runs separately, since its keys and values stay in
+the processor's cache at this size.
 
     python benchmarks/cpu_kernels.py --out benchmarks/results/cpu-kernels.json
 
-What a step takes beyond these is its small operations, the compiled wrapper and the sampler.
+The rest of a step is its small operations, the compiled wrapper and the sampler.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SCHEMES = ("none", "int8", "int4-g64", "int4-g32-asym")
 ROWS = (1, 2, 3, 5, 9)
 
 Product = tuple[str, Callable[..., Tensor], list[Tensor | None]]
-"""Its name, the operator, and what that takes after the activations."""
+"""A matrix product: its name, the operator, and its arguments after the activations."""
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def products(scheme: str) -> list[Product]:
-    """Every product of a step, in order, with random weights."""
+    """Makes every matrix product of a step, in order, with random weights."""
     ops = torch.ops.hotloop_cpu
     body, head = parse_scheme(scheme), parse_head_scheme("auto", parse_scheme(scheme))
     shapes = [(name, shape, body) for _ in range(LAYERS) for name, shape in SHAPES.items()]
@@ -99,7 +99,7 @@ def products(scheme: str) -> list[Product]:
 
 
 def one_pass(model: list[Product], rows: int) -> dict[str, float]:
-    """Seconds by name, summed over a step."""
+    """Times the matrix products; returns seconds by name, summed over a step."""
     widths = {name: k for name, (_, k) in {**SHAPES, "head": HEAD}.items()}
     x = {name: torch.randn(rows, k, dtype=torch.bfloat16) for name, k in widths.items()}
     seconds = dict.fromkeys(widths, 0.0)
@@ -134,7 +134,7 @@ def report(
 
 
 def attention(position: int, passes: int) -> dict[int, float]:
-    """Microseconds of one layer's attention by number of tokens, the last one at ``position``."""
+    """Times one layer's attention, in microseconds by number of tokens up to ``position``."""
     keys, values = torch.randn(2, 1, KV_HEADS, 1024, HEAD_DIM, dtype=torch.bfloat16).unbind(0)
     found = {}
     for T in ROWS:

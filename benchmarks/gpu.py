@@ -1,17 +1,17 @@
-"""Decode speed on this machine's GPU, and where a step's time goes.
+"""Measures decode speed on this machine's GPU, and the parts of a step's time.
 
     python benchmarks/gpu.py --out benchmarks/results/h100 --docs docs/performance.md
 
-Everything runs in processes of its own, with limits: what fails or takes too long is named at the
-end, and the rest goes on. What an earlier run left under ``--out`` stays in the tables.
+Every part runs in a process of its own with a time limit. Parts that fail or take too long are
+named at the end. Results of an earlier run under ``--out`` remain in the tables.
 
     speed     ``hotloop sweep`` with random weights: batch 1, greedy, 200 new tokens after 5
-    kernels   whole steps without the engine and parts of them, and every product by itself
+    kernels   whole steps without the engine, parts of them, and every matrix product alone
               (``kernels_cuda.py``)
-    rows      the time of a step over 8 positions against that over one
+    rows      the time of a step over 8 positions, relative to one position
     context   tokens per second and MBU after prompts of 4,000 and 32,000 tokens
     prompt    time to the first token after 5 to 8,192
-    sampling  what top-k and top-p cost over greedy
+    sampling  the cost of top-k and top-p relative to greedy decoding
 
 Takes some four minutes with ``--executions fused``, and half an hour with all of them.
 """
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(command: list[str], limit_s: float) -> bool:
-    """Whether a command ended well within its limit."""
+    """Runs a command; returns whether it succeeded within its limit."""
     try:
         return subprocess.run(command, timeout=limit_s, check=False).returncode == 0
     except subprocess.TimeoutExpired:
@@ -112,7 +112,7 @@ def kernels(out: Path) -> list[str]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
-    """Of markdown; the first ``texts`` columns are words. Empty where there are no rows."""
+    """Formats a markdown table whose first ``texts`` columns are words; empty without rows."""
     if not rows:
         return ""
     rule = ["---" if i < texts else "---:" for i in range(len(head))]
@@ -120,7 +120,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str
 
 
 def speed_table(folders: Iterable[Path]) -> str:
-    """Every cell: its speed, and what share of the memory's bandwidth that is."""
+    """Makes the table of all cells: speed, and share of the memory's bandwidth."""
     head = ("shape", "scheme", "execution", "decode tok/s", "end-to-end tok/s", "MBU", "ready")
     rows = [
         line(folder.name, record)
@@ -132,7 +132,7 @@ def speed_table(folders: Iterable[Path]) -> str:
 
 
 def figures_table(out: Path) -> str:
-    """What each probe found."""
+    """Makes the table of all probes."""
     found = [(probe, out / f"{probe}.json") for probe in PROBES]
     figures = [
         ((PROBES[probe].__doc__ or "").rstrip("."), name, f"{value:.3g}")
@@ -144,7 +144,7 @@ def figures_table(out: Path) -> str:
 
 
 def steps_table(path: Path) -> str:
-    """What a step without the engine consists of, in milliseconds."""
+    """Makes the table of the parts of a step without the engine, in milliseconds."""
     head = ("shape", "scheme", "its bytes alone", "layers' products", "attention", "head and ends",
             "step", "bandwidth", "M = 8 / M = 1")  # fmt: skip
     found = json.loads(path.read_text()) if path.exists() else {"rows": []}
@@ -168,7 +168,7 @@ def steps_table(path: Path) -> str:
 
 
 def products_table(path: Path) -> str:
-    """Microseconds of each product by itself, and the bandwidth at which it reads its weight."""
+    """Makes the table of matrix products alone: microseconds, and read bandwidth."""
     found = json.loads(path.read_text())["rows"] if path.exists() else []
     roles = list(dict.fromkeys(r["role"] for r in found))
     of = {(r["model"], r["kind"], r["role"]): r for r in found}
@@ -203,13 +203,13 @@ def percent(share: float) -> str:
 
 
 def require_marks(parser: argparse.ArgumentParser, page: Path | None, begin: str, end: str) -> None:
-    """Exits, and says why, if what is going to be measured has no place in a page."""
+    """Exits with a message if a page has no place for the results."""
     if page and not (page.exists() and all(mark in page.read_text() for mark in (begin, end))):
         parser.error(f"{page} has no place for the tables: put {begin} and {end} there.")
 
 
 def write_between(page: Path, begin: str, end: str, text: str) -> None:
-    """Puts a text in the place of what is between two marks of a page."""
+    """Replaces the text between two marks of a page."""
     before, _, rest = page.read_text().partition(begin)
     _, found, after = rest.partition(end)
     assert found, f"{page} lacks the marks {begin} and {end}"
@@ -298,7 +298,7 @@ def answer(llm: LLM, ids: list[int], n: int, **options: Any) -> Generation:
 
 
 def step_ms(llm: LLM, ids: list[int]) -> list[float]:
-    """Of several answers: milliseconds that a step of the model took."""
+    """Returns milliseconds per step of the model, over several answers."""
     samples = []
     for _ in range(6):
         given = answer(llm, ids, 150)

@@ -1,16 +1,16 @@
-"""The CUDA kernels on this machine's GPU: are they right, and how near the memory's speed are they?
+"""Checks the CUDA kernels on this machine's GPU, and compares their speed with the memory's.
 
     PYTHONPATH=src:tests/kernels python benchmarks/kernels_cuda.py --out benchmarks/results/kernels
 
-Every section runs in a process of its own with a limit of its own, so that one which fails or hangs
-is reported and the rest goes on. Each leaves a JSON file under ``--out``.
+Every section runs in a process of its own with a time limit, so that one that fails or hangs does
+not stop the others. Each writes a JSON file under ``--out``.
 
     check      every kernel against float64; with and without dependent launch, bit for bit
-    tune       what to choose for each product of a step: one after the other, in its place
+    tune       the best tuning of each projection, one after the other, within a decode step
     stack      whole decode steps of a model with random weights in one CUDA graph, and parts
-    linear     each product by itself, over weights that do not fit the caches
-    attention  over short and long histories
-    sample     draws, beside those of PyTorch's kernels: are they the same, and what do they take?
+    linear     each projection alone, over weights that do not fit the caches
+    attention  attention over short and long histories
+    sample     sampling against PyTorch's kernels: equal tokens, and time
 
 Needs torch with CUDA and cuda-bindings; nothing else.
 """
@@ -70,7 +70,7 @@ from hotloop.models.shapes import shape
 from hotloop.types import SamplingParams
 
 SECTIONS = {"check": 80, "tune": 180, "stack": 55, "linear": 30, "attention": 20, "sample": 30}
-"""Seconds that each may take."""
+"""Time limit of each section, in seconds."""
 
 CUDA = torch.device("cuda")
 BEYOND_CACHES = 300_000_000  # bytes
@@ -151,7 +151,7 @@ class Section:
         return self.facts["read_bytes_per_s"]
 
     def compile(self, kernels: Iterable[Kernel]) -> None:
-        """All at once, as loading them later does it one by one."""
+        """Compiles kernels in parallel, because loading them later compiles them one by one."""
         with ThreadPoolExecutor(12) as pool:
             list(pool.map(lambda k: compile_kernel(k, self.device.architecture), set(kernels)))
 
@@ -197,7 +197,7 @@ def check_section(section: Section) -> None:
 
 
 def check(section: Section, case: Case) -> None:
-    """Right by itself; the same bits when it overlaps its predecessor."""
+    """Checks a case, and that its bits are the same when it overlaps its predecessor."""
     section.device.prepare(case.call, dependent=False)()
     torch.cuda.synchronize()
     case.check()
@@ -217,7 +217,7 @@ def same_bits(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
 
 
 def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
-    """Groups of cases; made one after the other, since weights are large."""
+    """Yields groups of cases lazily, because weights are large."""
     tuned = {
         "staged": Tuning(),
         "together": Tuning(warps=7, tiles=2, units_per_stage=1, ring_bytes=60_000),
@@ -323,9 +323,9 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
 
 
 def pdl_over_a_step(section: Section) -> Iterator[Case]:
-    """Two small decoders with the same weights, one of them launched with overlap.
+    """Compares two small decoders with the same weights, one of them launched with overlap.
 
-    Each kernel of a step waits for exactly what it reads, or ids and sums differ sooner or later.
+    A kernel that did not wait for all of its inputs would give different ids or sums in some step.
     """
     for rows in (1, 4):
         steps = [
@@ -358,7 +358,7 @@ def pdl_over_a_step(section: Section) -> Iterator[Case]:
 
 
 def model(name: str) -> dict[str, int]:
-    """The numbers of a shape that kernels need."""
+    """Returns the sizes of a shape."""
     config = shape(name)
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     return {
@@ -394,7 +394,7 @@ def make_format(kind: str, n: int, k: int, epilogue: Epilogue) -> Format:
 
 
 def random_packed(form: Format) -> tuple[Tensor, Tensor | None]:
-    """Bytes of a weight of about the size that keeps activations as they are; and scales."""
+    """Makes random bytes of a weight that preserves the size of activations; and its scales."""
     std = form.k**-0.5
     if form.kind == "bf16":
         values = torch.empty(form.nbytes // 2, dtype=torch.bfloat16, device=CUDA).normal_(0, std)
@@ -490,7 +490,7 @@ class DecodeStep:
         return form.nbytes + (4 * form.n if form.kind in ("fp8", "int8") else 0)
 
     def prepare(self) -> None:
-        """Launches everything once, and captures it."""
+        """Launches all kernels once, and captures them."""
         device, dependent = self.section.device, self.dependent
         plans, attention = self.plans, self.attention
         self.section.compile([*(plan.kernel for plan in plans.values()), attention.kernel])
@@ -553,7 +553,7 @@ PARTS = {
     "attention": ("products", "attention"),
     "step": ("products", "attention", "ends"),
 }
-"""What is timed: the layers' products, those and attention, and all with embedding and head."""
+"""Parts of a step that are timed: projections; with attention; with embedding and head too."""
 
 
 def stack_section(section: Section) -> None:
@@ -643,7 +643,7 @@ def graph_seconds(graph: torch.cuda.CUDAGraph, *, min_seconds: float = 0.03) -> 
 
 
 class Product:
-    """One product over as many weights as do not fit the caches, timed under any tuning."""
+    """A projection over enough weights to exceed the caches, timed with any tuning."""
 
     def __init__(self, section: Section, name: str, kind: str, role: Projection) -> None:
         self.section, self.key = section, (name, kind, role)
@@ -688,7 +688,7 @@ RINGS = tuple(kilobytes * 1024 for kilobytes in (48, 64, 96, 128, 160))
 
 
 def tune_section(section: Section) -> None:
-    """What to choose for each product, where it stands: what it gains alone its neighbours lose."""
+    """Tunes each projection within a step: gains of a kernel alone can slow others down."""
     for name, kind in (
         ("llama-2-13b", "int4-g128"), ("llama-3.1-8b", "int4-g128"), ("llama-2-13b", "int8"),
         ("llama-2-70b", "int4-g128"), ("llama-2-13b", "bf16"), ("llama-3.1-8b", "int8"),

@@ -1,9 +1,9 @@
-"""Does loading stream? Peak resident memory while a multi-gigabyte checkpoint is quantized on load.
+"""Measures peak resident memory while a multi-gigabyte checkpoint is quantized on load.
 
-The promise: no more than the quantized model and three of the checkpoint's largest tensors. A
-checkpoint of random bfloat16 weights is written to a temporary folder, in shards, with the
-proportions of Llama-2-70B, where the matrices of a block are nearly as large as the embedding and
-little can hide behind it. Each scheme is loaded in a process of its own.
+It must not exceed the quantized model plus three of the checkpoint's largest tensors. A checkpoint
+of random bfloat16 weights is written to a temporary folder, in shards, with the proportions of
+Llama-2-70B, where the matrices of a block are nearly as large as the embedding and little can hide
+behind it. Each scheme is loaded in a process of its own.
 
     python benchmarks/load_memory.py [--gigabytes 3] [--schemes none int8 int4-g128]
 
@@ -50,7 +50,7 @@ SHAPE = {
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> None:
-    """A Llama of ``SHAPE`` with as many layers as make at least ``gigabytes`` of bfloat16."""
+    """Makes a Llama of ``SHAPE`` with enough layers for ``gigabytes`` of bfloat16."""
     shape = next(
         shape
         for n in range(1, 1000)
@@ -70,7 +70,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> None:
 
 
 def measure(folder: Path, quant: str) -> dict[str, Any]:
-    """Loads the checkpoint once, in this process, and says what that took at its peak."""
+    """Loads the checkpoint in this process, and reports its peak memory."""
     torch.ones(256, 256) @ torch.ones(256, 256)  # what torch sets up once is not the model's
     tensors = open_checkpoint(folder).tensors.values()
     largest = max(info.shape[0] * info.shape[-1] for info in tensors if len(info.shape) == 2) * 2

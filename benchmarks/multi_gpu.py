@@ -1,23 +1,23 @@
-"""Several GPUs: is what they compute right, how fast do they decode, and what does adding up cost?
+"""Measures several GPUs: correctness, decode speed, and the cost of all-reduces.
 
     python benchmarks/multi_gpu.py --out benchmarks/results/multi-gpu --docs docs/performance.md
 
 Sections, each in a process of its own, of items that each have a limit:
 
-    correct  greedy tokens of several ranks against one's, in float32 and bfloat16, SmolLM2's where
-             it is pulled; drafts beside several ranks; sums by themselves (tests, by pytest)
-    kill     a rank killed in mid-generation ends the run in time, and nobody is left (likewise)
+    correct  greedy tokens of several ranks against one rank's, in float32 and bfloat16, also of
+             SmolLM2 if it is pulled; drafts with several ranks; collectives alone (by pytest)
+    kill     a rank that is killed while generating ends the run, without processes left (by pytest)
     speed    the cells without drafts of recipes/asclepius-13b.yaml and recipes/llama-2-70b.yaml,
              with random weights, in `fused` and `compile`, on symmetric memory and on NCCL
-    share    what a step's sums take of its time (rank_steps.py)
-    drafts   the cells with a 13B draft: do they end, and where does their time go?
+    share    the share of all-reduces in a step's time (rank_steps.py)
+    drafts   the cells with a 13B draft: whether they end, and the parts of their time
 
-Whatever fails is named at the end, and the rest goes on. ``--limit-s`` stops in time, between
-items, and ``--resume`` goes on in the same folder with what is missing or failed. ``--rehearse``
-does all of it with a tiny model and two ranks on a CPU, where `fused` is not.
+Items that fail are named at the end. ``--limit-s`` stops between items, and ``--resume`` runs the
+missing and failed ones in the same folder. ``--rehearse`` runs everything with a tiny model and two
+ranks on a CPU, without `fused`.
 
 A folder holds a JSON file for each section, and records (``hotloop report FOLDER``) in ``speed/``
-and ``drafts/``. NVLink multicast is left as the environment has it.
+and ``drafts/``. NVLink multicast is as the environment sets it.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ RECIPES = ("asclepius-13b", "llama-2-70b")
 SIZES = (1, 2, 4, 8)
 
 TESTS_S = 400.0
-"""What tests of one kind may take."""
+"""The time limit of tests of one kind."""
 
 ENOUGH_S = 45.0
-"""With less time left, nothing is begun."""
+"""No item begins with less time left."""
 
 GRACE_S = 20.0
-"""For a section to end by itself, after its last item's limit."""
+"""Time for a section to end after its last item's limit."""
 
 CUT_SHORT = 3
 """The exit status of a section that has items left."""
@@ -69,17 +69,17 @@ TESTS = {
     "samples": "samples",
     "drafts": "draft_beside",
 }
-"""Of ``test_engine_ranks_gpu.py``: parts of names, run one after the other."""
+"""Parts of the names of tests in ``test_engine_ranks_gpu.py``, which run one after the other."""
 
 ANSWERED: tuple[Status, ...] = (*MEASURED, "oom", "predicted-oom")
-"""How a cell may end: what was asked for is here, so nothing is unsupported."""
+"""Statuses of a successful cell; ``unsupported`` is a failure here."""
 
 MULTICAST = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What there is to measure, and on what.
+    """The plan of measurements.
 
     Attributes:
         recipes: Whose schemes, degrees and drafts to take.
@@ -104,7 +104,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One thing to do: what it gives is kept under its key, and is done with if it is ``ok``.
+    """One measurement, whose result is stored under its key, and done if it is ``ok``.
 
     Attributes:
         key: What it is called.
@@ -173,7 +173,7 @@ def make_plan(
 
 
 def rehearsal(out: Path) -> Plan:
-    """All there is to do, in small; what ranks are made of is the same."""
+    """Makes a small plan with the same kinds of items."""
     model = out / "rehearsal-model"
     write_tiny(model)
     recipe = recipe_from_flags(
@@ -197,7 +197,7 @@ def rehearsal(out: Path) -> Plan:
 
 
 def write_tiny(folder: Path) -> None:
-    """A shape as a folder; its weights are never read."""
+    """Writes a shape as a folder, whose weights are never read."""
     import torch
     from safetensors.torch import save_file
 
@@ -218,7 +218,7 @@ def write_tiny(folder: Path) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What ran this, and whether NVLink multicast was on."""
+    """Returns the provenance, and whether NVLink multicast was on."""
     import torch
 
     found: dict[str, Any] = {"torch": torch.__version__}
@@ -256,7 +256,7 @@ def start(section: str, passed_on: list[str], ends: float) -> str:
 
 
 def run_section(name: str, plan: Plan, out: Path, ends: float) -> int:
-    """Does what is not done yet, item by item, as long as there is time; the exit status."""
+    """Runs the items that are not done, while time is left; returns the exit status."""
     print(f"== {name}", flush=True)
     file = out / f"{name}.json"
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -287,7 +287,7 @@ def run_section(name: str, plan: Plan, out: Path, ends: float) -> int:
 
 
 def correct(plan: Plan, out: Path) -> Iterator[Item]:
-    """The tests of several ranks, by their number; and of sums alone."""
+    """Yields the tests of several ranks, by their number, and of collectives alone."""
     del out
     tests = "tests/engine/test_engine_ranks_gpu.py"
     for n in plan.sizes[1:]:
@@ -327,7 +327,7 @@ def pytest_item(plan: Plan, key: str, arguments: list[str]) -> Item:
 
 
 def results_of(junit: str) -> dict[str, Any]:
-    """How many tests passed, and what became of the others; none at all is not ok."""
+    """Counts the results of tests; no test at all is a failure."""
     passed, failed, skipped = 0, {}, {}
     for case in ElementTree.fromstring(junit).iter("testcase"):
         name = case.get("name", "")
@@ -342,13 +342,13 @@ def results_of(junit: str) -> dict[str, Any]:
 
 
 def speed(plan: Plan, out: Path) -> Iterator[Item]:
-    """The cells without drafts."""
+    """Yields the cells without drafts."""
     for recipe, config in cells(plan, drafts=False):
         yield cell_item(plan, recipe, config, out / "speed")
 
 
 def drafts(plan: Plan, out: Path) -> Iterator[Item]:
-    """The cells with drafts, where they pay, which with random weights is nowhere; and always."""
+    """Yields the cells with drafts, adaptive (random weights never draft) and always."""
     for recipe, config in cells(plan, drafts=True):
         for policy in ("always", "adaptive"):
             drafted = dataclasses.replace(config, draft_policy=policy)
@@ -381,7 +381,7 @@ def cells(plan: Plan, *, drafts: bool) -> list[tuple[Recipe, EngineConfig]]:
 
 
 def cell_item(plan: Plan, recipe: Recipe, config: EngineConfig, out: Path) -> Item:
-    """A cell in a sweep of its own, whose records go with the others of its recipe."""
+    """Runs a cell as a sweep of its own, and appends its records to those of its recipe."""
     levers = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -420,7 +420,7 @@ def cell_item(plan: Plan, recipe: Recipe, config: EngineConfig, out: Path) -> It
 
 
 def share(plan: Plan, out: Path) -> Iterator[Item]:
-    """What sums take of a step, for the int4 cells of several ranks."""
+    """Yields the measurements of all-reduces, for the int4 cells of several ranks."""
     del out
     for recipe, config in cells(plan, drafts=False):
         if config.tensor_parallel > 1 and config.quant.startswith("int4"):
@@ -468,7 +468,7 @@ def steps_of(plan: Plan, config: EngineConfig) -> Callable[[float], dict[str, An
 
 
 def wait_for_all(processes: Iterable[subprocess.Popen[Any]], limit_s: float) -> None:
-    """Until all have ended well, or one has not: then the others may wait for it for ever."""
+    """Waits until all have succeeded or one has failed, for which others could wait forever."""
     waiting, ends = list(processes), time.monotonic() + limit_s
     while waiting:
         if time.monotonic() > ends:
@@ -493,7 +493,7 @@ SECTIONS: dict[str, Callable[[Plan, Path], Iterator[Item]]] = {
 
 
 def make_table(out: Path) -> str:
-    """Every cell: its speed, what more GPUs gave, and what adding up took."""
+    """Makes the table of all cells: speed, scaling, and share of all-reduces."""
     titles = "shape, scheme, execution, GPUs, sums on, draft, decode tok/s, gain, efficiency, sums"
     lines = [
         f"| {titles.replace(', ', ' | ')} |",
@@ -510,7 +510,7 @@ def make_table(out: Path) -> str:
 def table_lines(
     recipe: str, records: Sequence[Record], shares: dict[str, dict[str, Any]]
 ) -> list[str]:
-    """Rows of one recipe, in order; ``shares`` are by recipe and configuration."""
+    """Makes the rows of one recipe, in order; ``shares`` are by recipe and configuration."""
     alone = {
         lever(record): record.decode_tok_s.mean
         for record in records
@@ -542,7 +542,7 @@ def table_lines(
 
 
 def lever(record: Record) -> tuple[str, ...]:
-    """What a cell on one GPU and one on several have in common."""
+    """Returns the configuration that cells on one and on several GPUs share."""
     names = ("quant", "execution", "draft", "draft_quant", "draft_policy")
     return tuple(record.config[name] for name in names)
 

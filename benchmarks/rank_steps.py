@@ -1,16 +1,17 @@
-"""One rank of a model, stepped by hand: what a step's sums over ranks take.
+"""Steps one rank of a model, to measure the cost of all-reduces in a decode step.
 
     python benchmarks/rank_steps.py RANK PORT JOB OUT
 
 Started once for every rank by ``multi_gpu.py``, which serves the store at ``PORT``; ``JOB`` is a
 JSON object (``Job``). Rank 0 writes to ``OUT``:
 
-    step_ms           of several rounds: a step as it is
-    without_sums_ms   of an engine that leaves the sums over ranks out. Its tokens mean nothing, its
-                      time does: the difference is all that sums cost, waiting for others included.
-    kernels           of a round as it is, by torch.profiler: in which share of the time somebody
-                      adds up (maxima of the vocabulary's parts included), and how long each kernel
-                      took. Profiling itself makes steps slower.
+    step_ms           time of an unchanged step, in several rounds
+    without_sums_ms   the same without all-reduces. The tokens are wrong; the difference in time is
+                      the cost of all-reduces, including waits for other ranks.
+    kernels           by torch.profiler, in an unchanged round: the share of time in all-reduces
+    (and
+                      in the argmax over ranks), and the time of each kernel. Profiling slows steps
+                      down.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ PROMPT = (1, 2, 3, 4, 5)
 GREEDY = SamplingParams(ignore_eos=True)
 
 OURS = re.compile(r"^all_reduce_|_over_ranks")
-"""In names of kernels of the fused step."""
+"""Matches names of all-reduce kernels of the fused step."""
 
 ALL_REDUCE = re.compile(rf"all_?reduce|hotloop_parallel::sum|{OURS.pattern}", re.IGNORECASE)
-"""In names of kernels, and of operators on a CPU: NCCL's, symmetric memory's, ours, gloo's."""
+"""Matches names of all-reduce kernels, and of operators on a CPU, of every backend."""
 
 Span = tuple[str, float, float]
-"""A name, and microseconds at which it began and ended."""
+"""A name, and its beginning and end in microseconds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to step.
+    """The model to step.
 
     Attributes:
         config: Fields of ``EngineConfig``.
@@ -64,7 +65,7 @@ class Job:
 
     @property
     def n_positions(self) -> int:
-        """What all steps of an engine need: two rounds more, to warm up and to profile."""
+        """Positions that all steps need: two more rounds, for warm-up and profiling."""
         return len(PROMPT) + (self.rounds + 2) * self.steps + 1
 
     def setup(self, rank: int) -> Setup:
@@ -73,7 +74,7 @@ class Job:
 
 
 class WithoutSums(Group):
-    """A group whose ranks keep what they have computed for the whole."""
+    """A group whose all-reduces return their input."""
 
     def __init__(self, group: Group) -> None:
         self._group, self.rank, self.size = group, group.rank, group.size
@@ -83,7 +84,7 @@ class WithoutSums(Group):
         return x
 
     def inboxes(self, nbytes: int, use: Use) -> Inboxes | None:
-        """For sums each rank has its own alone: the same kernels, with nothing to wait for."""
+        """Gives each rank its own inbox alone: the same kernels, without waits."""
         found = self._group.inboxes(nbytes, use)
         if found is None or use == "argmax":
             return found
@@ -102,7 +103,7 @@ class Stepping:
         self.round_ms()  # compiles, captures, warms up
 
     def round_ms(self) -> float:
-        """Milliseconds of a step; like an engine, it stays one step ahead of the tokens."""
+        """Times a step, in milliseconds; like an engine, it launches one step ahead."""
         self.runner.run(Synchronize()).wait()
         started = time.perf_counter()
         ahead = self.step()
@@ -113,7 +114,7 @@ class Stepping:
         return 1e3 * (time.perf_counter() - started) / self.job.steps
 
     def profile(self) -> dict[str, Any]:
-        """A round under torch's profiler, on rank 0; the others only take their part."""
+        """Runs a round under torch's profiler on rank 0; the other ranks only take part."""
         kinds = torch.profiler.ProfilerActivity
         on_gpu = self.setup.device.type == "cuda"
         if self.setup.rank > 0:
@@ -131,7 +132,7 @@ class Stepping:
 
 
 def summary(spans: Sequence[Span], n_steps: int) -> dict[str, Any]:
-    """What kernels took, per step, in microseconds.
+    """Summarizes kernels, in microseconds per step.
 
     Kernels overlap: times by name can add up to more than the step, while the share of all-reduce
     counts every moment once.
@@ -167,7 +168,7 @@ def by_themselves(spans: Iterable[Span]) -> list[Span]:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """How much of the line some intervals cover."""
+    """Returns the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, reached))

@@ -1,20 +1,20 @@
-"""hotloop and llama.cpp decode the same small model on the same CPU, turn by turn.
+"""Compares hotloop and llama.cpp, which decode a small model on one CPU in alternation.
 
-Every engine is loaded in a process of its own and waits; a round lets each produce the same number
-of tokens once. So what the machine does to one engine it does to all, and slow minutes cancel out.
-A round in which other processes were busy is measured again.
+Each engine is loaded in a process of its own and waits; in a round each decodes the same number of
+tokens. So slow phases of the machine affect all engines equally. A round in which other processes
+were busy is repeated.
 
-With ``--busy N`` a machine with other work is measured: N processes of lower priority compute all
-the while, and every round counts. Linux may group processes by session (autogroup), and a priority
-then counts within a session alone: with ``--busy-apart`` each is in one of its own, whose share of
-the processors is as large as ours.
+``--busy N`` simulates a machine with other work: N processes of lower priority compute throughout,
+and every round counts. Linux may group processes by session (autogroup), so that priorities count
+only within a session: with ``--busy-apart`` each is in a session of its own, whose share of the
+processors is as large as ours.
 
     pip install llama-cpp-python==0.3.36
     python benchmarks/side_by_side.py --out benchmarks/results/cpu-side-by-side.json
 
-llama.cpp's files in other formats are made by its own quantizer, from the model that
-``hotloop pull smollm2-135m`` fetched. ``--llama-python`` names another environment's interpreter
-where llama-cpp-python lives; where there is none, hotloop runs alone.
+llama.cpp's own quantizer makes its files in other formats, from the model that ``hotloop pull
+smollm2-135m`` fetches. ``--llama-python`` names the interpreter of another environment that has
+llama-cpp-python; without one, hotloop runs alone.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> None:
 def measure(
     workers: dict[str, subprocess.Popen[str]], rounds: int, *, undisturbed: bool
 ) -> tuple[dict[str, list[float]], int]:
-    """Decode tok/s by worker, one of each round; and how many rounds were measured again.
+    """Measures decode tok/s by worker and round; returns also the number of repeated rounds.
 
     Args:
         workers: Take turns.
@@ -152,14 +152,14 @@ def measure(
 
 
 def busy(*, apart: bool) -> subprocess.Popen[bytes]:
-    """A process of lower priority that computes until it is killed, or this one has ended."""
+    """Starts a process of lower priority that computes until it is killed, or this one ends."""
     program = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     command = ["nice", "-n", "10", sys.executable, "-c", program]
     return subprocess.Popen(command, start_new_session=apart)
 
 
 def llama_version(python: str) -> str | None:
-    """Of llama-cpp-python there, if it is there."""
+    """Returns the version of llama-cpp-python of an interpreter, if it has one."""
     command = [python, "-c", "import llama_cpp; print(llama_cpp.__version__)"]
     done = subprocess.run(command, capture_output=True, text=True)
     return None if done.returncode else done.stdout.strip()
@@ -170,7 +170,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def turn(worker: subprocess.Popen[str]) -> tuple[float, float]:
-    """A worker's decode tok/s, and the processor time that took it, in seconds."""
+    """Runs a round of a worker; returns decode tok/s and seconds of processor time."""
     worker.stdin.write("go\n")
     worker.stdin.flush()
     speed, cpu_s = map(float, worker.stdout.readline().split())
@@ -182,7 +182,7 @@ def run(command: list[str]) -> None:
 
 
 def serve(engine: str, what: str, threads: int, new_tokens: int) -> None:
-    """A worker: loads, says so, and answers each line with decode tok/s and processor seconds."""
+    """Runs a worker: loads, then answers each line with decode tok/s and processor seconds."""
     if engine == "requantize":
         requantize(*what.split(","))
         return
@@ -207,7 +207,7 @@ def hotloop(name: str, threads: int, new_tokens: int):
 
 
 def llama(path: str, threads: int, new_tokens: int):
-    """Steps through llama.cpp's C interface: what its Python wrapper adds is not timed."""
+    """Steps by llama.cpp's C interface, without the overhead of its Python wrapper."""
     import llama_cpp
     import numpy as np
 

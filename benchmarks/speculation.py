@@ -1,18 +1,18 @@
-"""What speculative decoding gains on real text: acceptance and speed, on against off.
+"""Measures speculative decoding on real text: acceptance, and speed on against off.
 
-Three kinds of text, each with what it is known to be good or bad for: continuing code, summarizing
-with quotations, telling a story. One engine answers the same prompt in turn: off, on, on, off, and
-next time on, off, off, on. So what the machine does to one it does to the other, and a speed that
-drifts cancels out. Off is the same engine left without its controller, which takes plain steps and
-nothing else: of engines that are the same but for where their weights lie in a CPU's memory one can
-be 5 % faster than the other, more than what is to be seen. Every such round gives one ratio of
-decode tok/s; the figure is their geometric mean, and its interval is over rounds. A story is
-another one in every round. A round in which other processes were busy is measured again.
+There are three kinds of text, for which drafts are known to be good or bad: continuing code,
+summarizing with quotations, telling a story. One engine answers the same prompt four times: off,
+on, on, off, and in the next round on, off, off, on, so that drifts of the machine's speed cancel
+out. Off is the same engine without its controller, which takes only plain steps: two equal engines
+would not do, since one can be 5 % faster than the other, by the place of its weights in a CPU's
+memory. Each round gives one ratio of decode tok/s; the figure is their geometric mean, and its
+interval is over rounds. The story differs between rounds. A round in which other processes were
+busy is repeated.
 
     python benchmarks/speculation.py --drafts ngram exit-10 --out benchmarks/results/NAME.json
 
-The prompts are made of Python's own library and help topics, which every machine has. Rows that the
-file has of other drafts and texts stay in it, so that parts can be measured at different times.
+The prompts are made of Python's own library and help topics, which every machine has. Rows of other
+drafts and texts remain in the file, so that parts can be measured at different times.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from hotloop.hardware import provenance
 TEXTS = ("code", "quotations", "story")
 
 WARM_UP_ROUNDS = 3
-"""On a GPU, every number of drafts is captured when it is first tried."""
+"""Warm-up: on a GPU every number of drafts is captured at its first use."""
 
 
 def prompt(llm: LLM, text: str) -> tuple[list[int], SamplingParams]:
-    """Token ids, and how to sample: drawn where greedy text goes in circles."""
+    """Token ids and sampling options; a story is sampled, since greedy text would loop."""
     greedy = SamplingParams(temperature=0.0)
     if text == "code":
         return llm.encode(Path(json.decoder.__file__).read_text())[:400], greedy
@@ -112,7 +112,7 @@ def measure(
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-    """The geometric mean of pairs' ratios, with its 95 % interval."""
+    """Returns the geometric mean of ratios, with its 95 % interval."""
     logs = mean_figure([math.log(a / b) for a, b in zip(above, below, strict=True)])
     ci95 = None if logs.ci95 is None else [math.exp(end) for end in logs.ci95]
     samples = [math.exp(log) for log in logs.samples]
@@ -132,7 +132,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def keep(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows to a file, in place of those of the same draft and text there."""
+    """Writes rows to a file, replacing those of the same draft and text."""
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     by_name = {(row["draft"], row["text"]): row for row in (*known, *rows)}
     result = {

@@ -1,4 +1,4 @@
-"""Where the cache is, on machines that have no good place for it."""
+"""The cache folder on machines without a writable home."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_made_is_replaced_and_named(name, tmp_path, monk
     assert len(note) < 700
 
 
-def test_what_a_folder_that_cannot_be_written_holds_is_found(tmp_path, monkeypatch):
+def test_files_in_a_read_only_cache_are_found(tmp_path, monkeypatch):
     shared = tmp_path / "shared"
     (shared / "models").mkdir(parents=True)
     (shared / "models" / "m.gguf").write_text("")

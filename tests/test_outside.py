@@ -1,4 +1,4 @@
-"""What is read from outside is bounded, validated, and refused in one line by name."""
+"""Files from outside are bounded and validated, or refused in one line that names them."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def not_files() -> list[Case]:
 
 
 @parametrize(wrong_values() + bad_json() + not_files())
-def test_what_is_malformed_is_refused_by_name(case, tmp_path):
+def test_malformed_files_are_refused_by_name(case, tmp_path):
     check(case, tmp_path)
 
 

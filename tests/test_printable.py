@@ -1,4 +1,4 @@
-"""What comes from outside and is printed: shown, never obeyed."""
+"""Printed text from outside: shown, and never interpreted by the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = r"a\x1b]0;title\x1b\[/b][red]:boom:\x9b2J\u202e\udc80b"
 
 
 @pytest.mark.parametrize("character", OBEYED, ids=ascii)
-def test_what_a_terminal_would_obey_is_escaped(character):
+def test_characters_that_a_terminal_interprets_are_escaped(character):
     assert printable(f"a{character}b") == f"a{ascii(character)[1:-1]}b"
 
 

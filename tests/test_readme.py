@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there, on the real small model."""
+"""Runs the README's commands as they are, on the real small model."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Ranks as threads of this process: the arithmetic of several without the cost of starting them."""
+"""Ranks as threads of this process, without the cost of starting processes."""
 
 import threading
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class ThreadGroup(Group):
 
 
 class ThreadRanks:
-    """``size`` threads that do the same thing at the same time, each as its own rank."""
+    """``size`` threads, each a rank, that run the same function in parallel."""
 
     def __init__(self, size: int) -> None:
         self._exchange = _Exchange(size)
@@ -65,7 +65,7 @@ class ThreadRanks:
         self._pools = [ThreadPoolExecutor(1) for _ in range(size)]
 
     def run(self, work: Callable[[ThreadGroup], T]) -> list[T]:
-        """What every rank's ``work`` gives; the first exception if one raises."""
+        """Runs ``work`` on every rank; returns the results, or raises the first exception."""
 
         def guarded(group: ThreadGroup) -> T:
             try:

@@ -1,4 +1,4 @@
-"""What ``benchmarks/multi_gpu.py`` makes of what it measures; ``--rehearse`` runs it whole."""
+"""The results of ``benchmarks/multi_gpu.py``; ``--rehearse`` runs the whole of it."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_every_cell_of_the_recipes_is_measured_on_as_many_gpus_as_there_are():
     assert {(c.weights, c.max_seq_len) for c in configs} == {("random", 205)}, "as the sweep has it"
 
 
-def test_what_matters_most_is_measured_first():
+def test_the_most_important_items_run_first():
     first, second, *_ = (config for _, config in cells(plan(1, 2, 4), drafts=False))
     assert (first.model, first.name) == ("llama-2-13b", "int4-g128/fused")
     assert (second.model, second.name) == ("llama-2-70b", "int4-g128/fused")
@@ -88,7 +88,7 @@ def test_without_time_left_nothing_is_begun(tmp_path, monkeypatch):
     assert run_section("speed", plan(1, 2), tmp_path, ends) == CUT_SHORT
 
 
-def test_what_time_ran_out_for_is_unfinished_and_not_failed(tmp_path, monkeypatch):
+def test_items_without_time_left_are_unfinished_and_not_failed(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(multi_gpu.time, "monotonic", lambda: clock[0])
 
@@ -192,7 +192,7 @@ def test_the_share_of_all_reduce_counts_every_moment_once():
     assert summary([], 2) == {"failed": "the profiler saw nothing"}
 
 
-def test_what_intervals_cover_is_counted_once():
+def test_overlapping_intervals_are_counted_once():
     assert covered([]) == 0
     assert covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
 

@@ -1,4 +1,4 @@
-"""Random inputs for each CUDA kernel, and what must come out of it, up to rounding.
+"""Test cases of each CUDA kernel: random inputs, and checks of its outputs up to rounding.
 
 A case holds the launch and a check of what it wrote. Outputs and workspaces are poisoned, so that
 whatever is not written, or read where nothing was written, shows. The same cases run on a GPU and,
@@ -47,7 +47,7 @@ SUM_STEP = 2.0**-18
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A launch, what the one before it writes, what it writes itself, and the check of that."""
+    """A launch, its inputs (outputs of the one before it), its outputs, and their check."""
 
     call: Call
     inputs: tuple[Tensor, ...] = ()
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A weight as a kernel takes it, and what it stands for."""
+    """A packed weight, and the weight that it represents."""
 
     form: Format
     packed: Tensor
@@ -202,7 +202,7 @@ def outputs_of(norm_epilogue: NormEpilogue) -> tuple[Tensor, Tensor]:
 
 def assert_norm_epilogue(y: Tensor, norm_epilogue: NormEpilogue, what: str) -> None:
     x, squares = reference.norm_epilogue(y, norm_epilogue.weight)
-    assert torch.equal(norm_epilogue.prescaled.x, x), f"{what}: what goes into the norm"
+    assert torch.equal(norm_epilogue.prescaled.x, x), f"{what}: the prescaled input"
     torch.testing.assert_close(norm_epilogue.prescaled.squares, squares, msg=f"{what}: squares")
 
 
@@ -299,7 +299,7 @@ def rotations(n: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tens
 def gemm_output_of(
     rows: int, n: int, generator: torch.Generator, *, scale: bool, bias: bool
 ) -> tuple[GemmOutput, Tensor, Tensor]:
-    """A gemm; what it is when it is finished, float64 [rows, n]; and of what size parts of."""
+    """Makes a GEMM's output, its exact result in float64 [rows, n], and the size of its terms."""
     y = normal(generator, rows, n).bfloat16()
     scale_N = 1 + normal(generator, n, std=0.2) if scale else None
     bias_N = normal(generator, n).bfloat16() if bias else None
@@ -448,7 +448,7 @@ def add_case(rows: int, k: int, generator: torch.Generator) -> Case:
 
 
 def all_reduce_cases(ranks: int, rows: int, k: int, generator: torch.Generator) -> list[list[Case]]:
-    """Of every rank, sums one after the other: of many rows and of one, each more than twice."""
+    """Makes successive all-reduces of every rank, of many rows and of one, more than twice each."""
     device, capacity = generator.device, rows + 1
     nbytes = step.inbox_bytes(ranks, capacity, k)
     inboxes = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(ranks)]
@@ -489,7 +489,7 @@ def _all_reduce_case(
 def argmax_over_ranks_cases(
     ranks: int, rows: int, n: int, generator: torch.Generator
 ) -> list[list[Case]]:
-    """Of every rank, choices one after the other, of few different values."""
+    """Makes successive argmaxes of every rank, among few different values."""
     device, vocab = generator.device, 1000
     inboxes = [
         torch.zeros(step.inbox_bytes(ranks, rows), dtype=torch.uint8, device=device)
@@ -639,7 +639,7 @@ def accept_case(rows: int, k: int, generator: torch.Generator) -> Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a sequence's tokens are drawn."""
+    """Sampling options of a sequence."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -666,7 +666,7 @@ DRAWS = {
 
 
 def hard_scores(vocab: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Scores [B, T, V] of many kinds, one of them in each sequence."""
+    """Makes scores [B, T, V] of a different kind for each sequence."""
     x = normal(generator, tokens, vocab)
     peaked, masked, close = x.clone(), 2 * x, 1e-6 * x
     peaked[:, vocab // 3] += 40
@@ -686,7 +686,7 @@ def sample_case(
     positions_BT: Tensor | None = None,
     max_candidates: int = MAX_CANDIDATES,
 ) -> Case:
-    """Draws from given scores; the definition is that of ``engine.sampling``, in float64."""
+    """Makes a case of sampling, checked against ``engine.sampling`` in float64."""
     (B, T, V), device = scores_BTV.shape, scores_BTV.device
 
     def per_sequence(name: str, dtype: torch.dtype) -> Tensor:
@@ -736,7 +736,7 @@ def drawn(
     min_p_B: Tensor,
     seed_B: Tensor,
 ) -> Tensor:
-    """The tokens that are right: with weights and their sums in float64, and no ties."""
+    """Returns the right tokens, by weights and sums in float64, without ties."""
     V = scores_BTV.shape[-1]
     temperature, top_k, top_p, min_p = (
         options[:, None, None] for options in (temperature_B, top_k_B, top_p_B, min_p_B)

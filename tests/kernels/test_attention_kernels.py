@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 def by_definition(
     q_BTHE: Tensor, k_BJCE: Tensor, v_BJCE: Tensor, positions_BT: Tensor, window: int | None
 ) -> Tensor:
-    """Head by head and token by token, in float64, over what each token sees and nothing else."""
+    """Computes attention in float64, for each head and token over its visible positions."""
     out = torch.empty(q_BTHE.shape, dtype=torch.float64)
     B, T, H, E = q_BTHE.shape
     for b in range(B):

@@ -1,4 +1,4 @@
-"""The threads of our CPU kernels: every chunk is committed once, and nobody is waited for."""
+"""The thread pool of the CPU kernels: every chunk is committed once, without waits."""
 
 import contextlib
 import os

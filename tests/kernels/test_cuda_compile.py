@@ -27,7 +27,7 @@ from hotloop.kernels.cuda.sample import sample_kernel
 
 LIMITS = Limits(n_sms=132, shared_bytes=227 * 1024)
 
-# Where the bindings are installed, as by `make test`, nothing is skipped for want of NVRTC.
+# With the bindings installed, as by `make test`, a missing NVRTC is a failure and not a skip.
 REASON = unavailable_reason()
 needs_nvrtc = pytest.mark.skipif("is not installed" in str(REASON), reason=str(REASON))
 
@@ -99,8 +99,8 @@ def step_kernels() -> list[Kernel]:
 OTHERS = {"attention": attention_kernels, "prompt": prompt_kernels, "step": step_kernels}
 
 COMPLETE = ("sm_80", "sm_90")
-"""The source has two branches, for less than sm_90 and from it on: every kernel compiles in both.
-Of the other architectures, two kernels of each group stand for the rest."""
+"""Architectures of all kernels: the source has two branches, below sm_90 and from it on. For the
+others two kernels of each group are compiled."""
 
 
 @needs_nvrtc
@@ -143,7 +143,7 @@ def test_a_damaged_cached_kernel_is_compiled_again(cache, damage):
 
 @pytest.fixture
 def unwritable(tmp_path, monkeypatch) -> Path:
-    """A machine whose cache folder is a file; the folder that takes its place."""
+    """Makes the cache folder a file; returns the temporary folder that replaces it."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -300,7 +300,7 @@ def test_adding_to_the_residual_stream_equals_its_specification(k):
 
 
 def run_ranks(cases: list[list[Case]]) -> None:
-    """Each rank's cases in order, at the same time as the others'."""
+    """Runs each rank's cases in order, in parallel with the other ranks'."""
 
     def one(own: list[Case]) -> None:
         for case in own:
@@ -341,7 +341,7 @@ def test_ngram_drafts_equal_their_specification(n_words):
 
 
 MAX_CANDIDATES = (8192, 64)
-"""With as long a list as on a GPU, and with one that is too short for most cuts."""
+"""As many candidates as on a GPU, and too few for most cutoffs."""
 
 
 @pytest.mark.parametrize("name", DRAWS)

@@ -1,4 +1,4 @@
-"""Weights in the CUDA kernels' order: nothing is lost, and sizes are what they are said to be."""
+"""Packing of weights for the CUDA kernels, and the tuning of their launches."""
 
 import itertools
 

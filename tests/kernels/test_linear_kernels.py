@@ -32,7 +32,7 @@ def parts(weight: Tensor | QTensor) -> tuple[Tensor, Tensor | None, Tensor | Non
 
 
 def exactly(weight: Tensor | QTensor) -> Tensor:
-    """The weight it stands for, in float64."""
+    """The weight that it represents, in float64."""
     if not isinstance(weight, QTensor):
         return weight.double()
     n, k = weight.shape
@@ -77,7 +77,7 @@ def threads() -> Iterator[None]:
 
 
 def quantized(name: str, n: int, k: int) -> Tensor | QTensor:
-    """A random weight of at least [n, k]: our int4 kernel takes sixteen output features at once."""
+    """Makes a random weight of at least [n, k]: the int4 kernel needs multiples of 16 features."""
     if name.startswith("int4"):
         n = -(-n // cpu.INT4_FEATURES) * cpu.INT4_FEATURES
         k = -(-k // int(name.split("-")[1][1:])) * int(name.split("-")[1][1:])

@@ -1,4 +1,4 @@
-"""Machines on which our CPU kernels cannot be built: what is said, and what runs instead."""
+"""Machines on which the CPU kernels cannot be built: the reason given, and the fallback."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from hotloop.quant import parse_scheme
 
 
 def reason_here() -> str | None:
-    """What a fresh process would find; in this one the operators may be loaded already."""
+    """Returns the reason of a fresh process; in this one the operators may be loaded already."""
     return cpu.unavailable_reason.__wrapped__()
 
 
@@ -149,7 +149,7 @@ def test_a_build_that_was_killed_leaves_nothing_that_is_taken_for_a_library(tmp_
     assert cpu._build(compiler).read_text() == "whole\n"
 
 
-def test_what_a_killed_build_has_left_is_removed_by_the_next_one(tmp_path, cache, monkeypatch):
+def test_files_of_a_killed_build_are_removed_by_a_later_one(tmp_path, cache, monkeypatch):
     left, recent = cache / "kernels" / "build-old", cache / "kernels" / "build-new"
     for folder in (left, recent):
         folder.mkdir(parents=True)

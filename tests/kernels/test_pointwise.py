@@ -1,4 +1,4 @@
-"""What a block computes between its products, against its specification."""
+"""Norms, rope and SwiGLU against their specification."""
 
 import pytest
 import torch

@@ -128,9 +128,7 @@ def test_a_program_that_cannot_start_is_an_error_with_its_reason():
 
 
 @pytest.mark.parametrize("stopped", [[], [1], [1, 2]])
-def test_whoever_waits_is_told_which_rank_is_silent_and_goes_on_waiting(
-    ranks, monkeypatch, tmp_path, stopped
-):
+def test_waiting_for_a_silent_rank_is_reported_and_continues(ranks, monkeypatch, tmp_path, stopped):
     tell(ranks, "pid").wait()
     monkeypatch.setattr("hotloop.parallel.launch.SILENCE_S", 0.2)
     for rank in stopped:

@@ -39,7 +39,7 @@ class Share:
 
 
 def split(n: int, *, vocab_size: int, alignment: int, **sizes: int) -> tuple[Share, ...]:
-    """What each rank holds of a model of two equal layers."""
+    """Returns what each rank holds of a model of two equal layers."""
     layer = LayerShape(**sizes, heads_alignment=alignment, features_alignment=alignment)
     shards = plan_shards(n, layers=[layer, layer], vocab_size=vocab_size)
     assert all(shard.layers[0] == shard.layers[1] for shard in shards)

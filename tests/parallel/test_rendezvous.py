@@ -25,7 +25,7 @@ def torchrun(rank: int) -> Torchrun:
 
 
 def where(store: dist.Store) -> tuple[str, int]:
-    """Where the caller listens, once it does."""
+    """Waits for the caller to listen; returns its address."""
     host, port, _ = json.loads(store.get("caller"))
     return host, port
 

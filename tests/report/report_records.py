@@ -1,4 +1,4 @@
-"""Records made up for what a table shows of them."""
+"""Makes records for tests of reports."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def record(
 
 
 def drafting(**fields) -> SpeculationFigures:
-    """What drafting did: 2.5 tokens a step, of the first drafts three in four kept."""
+    """Makes counts of drafting: 2.5 tokens a step, three in four first drafts accepted."""
     made = {
         "draft": "ngram-2",
         "proposed": (8, 4),

@@ -1,4 +1,4 @@
-"""The page: the levers, tokens per second, and a note wherever a number is missing or doubtful."""
+"""The page: levers, tokens per second, and notes for missing or doubtful figures."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_number_that_is_missing_or_doubtful_has_a_note(fields, decode, note):
     assert table.notes == (note,)
 
 
-def test_what_auto_turned_out_to_be_is_shown_and_stands_where_that_would():
+def test_auto_is_shown_and_sorted_as_the_execution_that_ran():
     fused, eager = (
         cell(9, execution="auto", engine={"execution": name}, quant=quant)
         for name, quant in (("fused", "none"), ("eager", "int8"))
@@ -165,7 +165,7 @@ def test_another_engine_is_a_row_at_the_top_and_none_of_ours():
     assert len(page(cell(9), cell(60, baseline="vllm")).rows) == 2
 
 
-def test_what_does_not_compare_stands_in_tables_of_its_own():
+def test_records_that_cannot_be_compared_are_in_separate_tables():
     longer = Workload(prompt_tokens=32, new_tokens=640)
     tables = make_page(
         [cell(9), cell(8, quant="int8")],

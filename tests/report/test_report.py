@@ -223,7 +223,7 @@ def test_a_speed_that_is_not_known_is_not_recommended(speeds, says):
     assert unscored.cell is None
 
 
-def test_what_ran_without_a_fast_kernel_is_marked_and_recommended_with_a_warning():
+def test_cells_without_a_fast_kernel_have_a_note_and_are_recommended_with_a_warning():
     note = "int8/cpu not used: there is no C++ compiler"
     slow = record("int8/eager", 50, loss=0.001, engine={"notes": [note]})
     table = make_table([REFERENCE, slow])
@@ -365,7 +365,7 @@ def test_markdown_is_a_table_with_all_that_stands_below_it():
         assert f"\n{below}\n" in text
 
 
-def test_what_differs_between_rows_is_said_of_which():
+def test_context_that_differs_between_rows_names_the_rows():
     other = record("int8/eager", 1, workload=Workload(prompt_tokens=8, new_tokens=8))
     context = make_table([REFERENCE, other]).context
     assert ("workload", "8 prompt tokens, 8 new tokens, 5 repeats (int8/eager)") in context
@@ -384,7 +384,7 @@ def test_csv_has_the_numbers_as_recorded():
     assert rows[3]["reason"] == "needs 12.00 GiB, 8.00 GiB free"
 
 
-def test_what_drafting_did_has_columns_where_there_was_any():
+def test_speculation_has_columns_if_any_cell_used_it():
     drafted = record("int8/compile", 50, speculation=drafting(), mbu=None)
     table = make_table([record("none/eager", 30), drafted])
     headings = [column.heading for column in table.columns]

@@ -1,4 +1,4 @@
-"""Odd records: left out with file, line and key, and never the end of a report."""
+"""Damaged records: skipped with file, line and key, without failing a report."""
 
 from __future__ import annotations
 

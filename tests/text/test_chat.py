@@ -112,9 +112,7 @@ def test_model_without_a_template_says_so(template: Any, tmp_path: Path) -> None
     ],
     ids=str,
 )
-def test_what_is_no_list_of_messages_is_refused_by_name(
-    messages: Any, said: str, tmp_path: Path
-) -> None:
+def test_messages_must_be_a_list_of_objects(messages: Any, said: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder_with(tmp_path, CHATML))
     for call in (tokenizer.chat_prompt, tokenizer.apply_chat_template):
         with pytest.raises(RequestError, match=re.escape(said)):
@@ -318,9 +316,7 @@ def test_control_tokens_in_messages_are_text_whatever_holds_the_messages(
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_json_cannot_hold_is_refused_in_messages_and_variables(
-    value: Any, tmp_path: Path
-) -> None:
+def test_messages_and_variables_must_be_json_values(value: Any, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder_with(tmp_path, CHATML))
     with pytest.raises(RequestError, match="must be"):
         tokenizer.chat_prompt([{"role": "user", "content": [value]}])

@@ -390,5 +390,5 @@ def test_damaged_vocabularies_are_refused_by_name(case: Case, tmp_path: Path) ->
 
 
 @parametrize([*odd_but_right()])
-def test_what_is_odd_but_right_is_accepted(case: Case, tmp_path: Path) -> None:
+def test_unusual_but_valid_input_is_accepted(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)

@@ -1,6 +1,6 @@
 """Launches of ``step.cu``: the first and last kernels of a decode step, and all-reduces over ranks.
 
-Shape letters: M rows of a product, V vocabulary, K width, R rows of a step, B of them in use (the
+Shape letters: M rows of activations, V vocabulary, K width, R rows of a step, B of them in use (the
 first), T tokens of each, D drafts of each, W width of a history.
 """
 
