@@ -242,10 +242,10 @@ def test_a_recipe_of_random_weights_can_be_run_with_a_checkpoint_or_another_shap
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["m", "--model", "n", "--draft-model", "d"], "--model, --draft-model: takes the place"),
+        (["m", "--model", "n", "--draft-model", "d"], "--model, --draft-model: only for a recipe"),
         (["r.yml", "--model", "n", "--shape", "llama-2-7b"], "either --model or --shape"),
         (["r.yml", "--draft-model", "d"], "no cell with a draft model"),
-        (["r.yml", "--draft", "ngram", "--draft-tokens", "2", "--tp", "2"], "with a recipe, say"),
+        (["r.yml", "--draft", "ngram", "--draft-tokens", "2", "--tp", "2"], "with a recipe, set"),
         (["r.yml", "--weights-seed", "3"], "--weights-seed: with a recipe"),
     ],
 )

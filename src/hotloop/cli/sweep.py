@@ -112,7 +112,7 @@ def sweep(
     else:
         if given := replacement.given():
             raise ConfigError(
-                f"{_flags(given)}: is for a recipe. Without one, give "
+                f"{_flags(given)}: only for a recipe. Without one, give "
                 "MODEL, and the draft model to --draft."
             )
         name, axes = weights.model(model), matrix.matrix()
