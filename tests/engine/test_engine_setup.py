@@ -10,7 +10,7 @@ from tiny_models import write_random
 from hotloop.checked import MAX_SEED
 from hotloop.engine import fused
 from hotloop.engine.setup import prepare
-from hotloop.errors import CheckpointError
+from hotloop.errors import CheckpointError, ConfigError
 from hotloop.models.families import family_of, read_config
 from hotloop.types import EngineConfig
 
@@ -64,3 +64,8 @@ def test_a_draft_model_of_random_weights_has_another_seed_than_the_model(tmp_pat
     setup = prepare(EngineConfig(model=model, draft=model, weights="random", seed=seed))
     assert setup.config.seed == seed
     assert setup.draft.setup.config.seed != seed
+
+
+def test_another_engine_is_not_hotloops_to_make():
+    with pytest.raises(ConfigError, match="engine 'other' is not hotloop's own"):
+        prepare(EngineConfig(model="m", engine="other"))

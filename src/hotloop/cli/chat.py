@@ -64,7 +64,7 @@ HELP = "\n".join(
         *(f"{name:14}{what}" for name, what in COMMANDS.items()),
         "Every other line is a message, /so too; a second slash makes a message of a command.",
         HOW_TO_LEAVE,
-        "A text that is pasted is one message. A line that ends in \\ goes on in the next.",
+        "A text that is pasted is one message. A line that ends in \\ continues in the next.",
         'All lines between two lines of """ are one message.',
     ]
 )
@@ -87,10 +87,11 @@ def chat(
 ) -> int:
     """Talk with a model.
 
-    In a terminal: line editing, /help for the commands, Ctrl-C to stop an answer.
-    From a pipe: one turn a line, answers on standard output. --json prints one
-    object an answer. Without --max-new-tokens, an answer may fill the context. A
-    conversation that outgrows the context loses its oldest turns, with a note.
+    In a terminal, /help lists the commands, and Ctrl-C stops an answer.
+    From a pipe, each line is a turn, and answers go to standard output.
+    --json prints one object per answer.
+    Without --max-new-tokens, an answer may fill the context.
+    A conversation that outgrows the context loses its oldest turns, with a note.
     """
     sampling.check(json=json)
     interactive = sys.stdin.isatty()
@@ -323,7 +324,7 @@ def read_turns(
 ) -> Iterator[str]:
     r"""Messages out of lines, until they end.
 
-    A line that ends in ``\`` goes on in the next; lines between two lines of ``\"\"\"`` are one
+    A line that ends in ``\`` continues in the next; lines between two lines of ``\"\"\"`` are one
     message.
 
     Args:
