@@ -888,9 +888,9 @@ def drawing(
 ) -> Callable[[Tensor], Tensor]:
     """Draws at given positions, by the kernel or without a launcher by PyTorch."""
     rows, _, vocab = scores.shape
-    sampler, nobody = Sampler(rows, vocab, CUDA, launcher=launcher), torch.zeros(0, device=CUDA)
+    sampler, no_ids = Sampler(rows, vocab, CUDA, launcher=launcher), torch.zeros(0, device=CUDA)
     for row in range(rows):
-        sampler.admit(row, params, row, nobody.long())
+        sampler.admit(row, params, row, no_ids.long())
     best, features = scores.argmax(-1), Features.of([params])
     return lambda at: sampler.sample(scores, at, 0, features, best_BT=best).ids
 

@@ -107,9 +107,9 @@ class Item:
     """One measurement, whose result is stored under its key, and done if it is ``ok``.
 
     Attributes:
-        key: What it is called.
-        limit_s: Seconds that it may take.
-        run: Does it within as many seconds as it is given.
+        key: Its name.
+        limit_s: Its time limit.
+        run: Runs it, within so many seconds.
     """
 
     key: str
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--executions", nargs="+", help="instead of fused and compile")
     parser.add_argument("--sizes", nargs="+", type=int, help="numbers of ranks, 1 among them")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="for all of it")
-    parser.add_argument("--resume", action="store_true", help="go on in a folder with results")
+    parser.add_argument("--resume", action="store_true", help="run only what is missing")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.section:
         sys.exit(run_section(args.section, plan, args.out, ends))
     if not args.resume and any(args.out.glob("*.json")):
-        sys.exit(f"{args.out} has results: go on with --resume, or choose another folder")
+        sys.exit(f"{args.out} has results: use --resume, or choose another folder")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
     passed_on = ["--out", str(args.out), *["--rehearse"] * args.rehearse]
@@ -148,9 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.docs:
         write_between(args.docs, BEGIN, END, table)
     for how in ("unfinished", "FAILED"):
-        if names := [name for name, said in ended.items() if said == how]:
+        if names := [name for name, status in ended.items() if status == how]:
             print(f"{how}: {', '.join(names)}; again with --resume", flush=True)
-    sys.exit(any(said != "ok" for said in ended.values()))
+    sys.exit(any(status != "ok" for status in ended.values()))
 
 
 def make_plan(
@@ -231,8 +231,8 @@ def machine() -> dict[str, Any]:
             ("topology", ("topo", "-m")),
         ):
             command = ["nvidia-smi", *options]
-            said = subprocess.run(command, capture_output=True, text=True, check=False)
-            found[what] = said.stdout.splitlines()
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            found[what] = done.stdout.splitlines()
     return found
 
 
@@ -250,9 +250,9 @@ def start(section: str, passed_on: list[str], ends: float) -> str:
         status = subprocess.run(command, timeout=limit, check=False).returncode
     except subprocess.TimeoutExpired:
         status = CUT_SHORT
-    said = {0: "ok", CUT_SHORT: "unfinished"}.get(status, "FAILED")
-    print(f"== {section}: {said}, {time.monotonic() - started:.0f} s", flush=True)
-    return said
+    outcome = {0: "ok", CUT_SHORT: "unfinished"}.get(status, "FAILED")
+    print(f"== {section}: {outcome}, {time.monotonic() - started:.0f} s", flush=True)
+    return outcome
 
 
 def run_section(name: str, plan: Plan, out: Path, ends: float) -> int:
@@ -356,25 +356,25 @@ def drafts(plan: Plan, out: Path) -> Iterator[Item]:
 
 
 def cells(plan: Plan, *, drafts: bool) -> list[tuple[Recipe, EngineConfig]]:
-    """Cells of the plan's recipes, in the plan's executions and ways to add up.
+    """Returns the cells of the plan's recipes, in the plan's executions and all-reduce backends.
 
-    Drafts are tried with the first way alone.
+    Cells with drafts use only the first backend.
     """
     found: dict[EngineConfig, tuple[Any, Recipe]] = {}
     for recipe in plan.recipes:
-        for said in expand(replace_models(recipe, weights="random")):
-            if (said.draft != "none") != drafts or said.tensor_parallel not in plan.sizes:
+        for given in expand(replace_models(recipe, weights="random")):
+            if (given.draft != "none") != drafts or given.tensor_parallel not in plan.sizes:
                 continue
             for i, execution in enumerate(plan.executions):
-                ways = plan.all_reduces[: 1 if drafts else None]
-                for j, way in enumerate(ways if said.tensor_parallel > 1 else ("auto",)):
+                backends = plan.all_reduces[: 1 if drafts else None]
+                for j, backend in enumerate(backends if given.tensor_parallel > 1 else ("auto",)):
                     config = dataclasses.replace(
-                        said,
+                        given,
                         execution=execution,
-                        all_reduce=way,
+                        all_reduce=backend,
                         device=plan.device,
                     )
-                    order = (i, j, said.quant == "int8", said.tensor_parallel)
+                    order = (i, j, given.quant == "int8", given.tensor_parallel)
                     found.setdefault(config, (order, recipe))
     in_order = sorted(found, key=lambda config: found[config][0])
     return [(found[config][1], config) for config in in_order]

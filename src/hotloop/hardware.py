@@ -394,7 +394,7 @@ def machine() -> dict[str, Any]:
 
 def _git_state(package: Path) -> dict[str, Any]:
     """Commit of the checkout that ``package`` lies in as ``src/hotloop``, and if it was changed."""
-    # Without optional locks: a status must not get in the way of somebody's commit.
+    # Without optional locks, so that git status does not block a commit.
     git = ("git", "--no-optional-locks", "-C", str(package))
     in_checkout = package.parent.name == "src" and (package.parents[1] / ".git").exists()
     commit = _output(*git, "rev-parse", "--verify", "HEAD") if in_checkout else None

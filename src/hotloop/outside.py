@@ -214,7 +214,7 @@ def validated(
         file: The file, for errors.
         prefix: The prefix of every key in the file.
         refuse: Makes the error.
-        name: What a place is called in the error; None calls it by its keys.
+        name: Names a place in errors; None joins its keys.
 
     Raises:
         HotloopError: One line with the file and the first problems: key, value, and what is valid.
@@ -237,7 +237,7 @@ def problems(
         error: The exception of ``model_validate``.
         model: The model, whose keys are named.
         prefix: The prefix of every key in the file.
-        name: What a place is called; None calls it by its keys.
+        name: Names a place; None joins its keys.
     """
     return [_problem(one, model, prefix, name) for one in error.errors(include_url=False)]
 
@@ -259,12 +259,12 @@ def _problem(
     place = shorten(prefix + place.removeprefix("."), 120)
     if name is not None and loc:
         place = name(loc)
-    said = _words(error, model)
-    return f"{place}: {said}" if loc else said
+    problem = _words(error, model)
+    return f"{place}: {problem}" if loc else problem
 
 
 def _words(error: Any, model: type[BaseModel] | None) -> str:
-    """Says what is wrong with a value, and what is right."""
+    """Describes an invalid value, and the valid ones."""
     kind, loc, value = error["type"], error["loc"], shorten_value(error["input"])
     if kind == "extra_forbidden":
         return f"there is no such key.{_nearest(loc[-1], _fields_at(model, loc[:-1]))}"
@@ -280,8 +280,8 @@ def _words(error: Any, model: type[BaseModel] | None) -> str:
         bound = error["ctx"][limit]
         shown = f"{bound:g}" if isinstance(bound, float) else f"{bound}"
         return f"must be {words.format(shown)}, not {value}"
-    said = _MUST.get(kind) or re.sub(r"^(Input|String|Value) should", "must", error["msg"])
-    return f"{said}, not {value}"
+    rule = _MUST.get(kind) or re.sub(r"^(Input|String|Value) should", "must", error["msg"])
+    return f"{rule}, not {value}"
 
 
 _BOUNDS = {

@@ -107,7 +107,7 @@ def tail(file: BinaryIO, lines: int, start: int = 0) -> list[str]:
     Args:
         file: The log, open for reading.
         lines: How many lines to return at most.
-        start: The position at which to begin; what is before it is left out.
+        start: The position at which to begin.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(start, size - TAIL_BYTES))

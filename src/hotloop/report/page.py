@@ -116,7 +116,7 @@ def _quantization(record: Record) -> str:
 
 
 def _execution(record: Record) -> str:
-    """Names the execution that ran; where nothing ran, the one that was asked for."""
+    """Returns the execution that ran, or if none did, the one in the configuration."""
     return (record.engine or {}).get("execution") or record.config.get("execution", NONE)
 
 

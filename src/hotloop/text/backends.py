@@ -468,7 +468,7 @@ class SentencePieceBackend:
         """Returns the id of a token by its spelling in the vocabulary."""
         if token in self.added_ids:
             return self.added_ids[token]
-        token_id = self._model.piece_to_id(token)  # the unknown token's for what there is not
+        token_id = self._model.piece_to_id(token)  # the unknown token's id for unknown pieces
         return token_id if self._model.id_to_piece(token_id) == token else None
 
     def save(self, folder: Path) -> Path:

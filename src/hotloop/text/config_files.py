@@ -43,7 +43,7 @@ MAX_TOKEN_CHARS = 10_000
 
 
 def read_optional_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file, or nothing in it.
+    """Reads the object in a JSON file; empty if the file is missing or empty.
 
     Raises:
         CheckpointError: The file is not JSON, or holds something other than an object.
@@ -89,7 +89,7 @@ def _values(value: Any) -> Any:
 
 def _digits(key: str) -> int:
     if not (key.isascii() and key.isdecimal()) or len(key) > 10 or int(key) > MAX_COUNT:
-        raise ValueError(f"{shorten_value(key)} is no token id")
+        raise ValueError(f"{shorten_value(key)} is not a token id")
     return int(key)
 
 

@@ -273,7 +273,7 @@ def _byte_level_backend(
     for merge in keys.merges:
         at = merge.find(" ", 1)  # the first half can begin with a space, as in llama.cpp
         if at < 0:
-            raise CheckpointError(file, f"{_PREFIX}merges: {shorten_value(merge)} is no pair")
+            raise CheckpointError(file, f"{_PREFIX}merges: {shorten_value(merge)} is not a pair")
         merges.append((merge[:at], merge[at + 1 :]))
     with library_errors(file, "tokens and merges do not fit together"):
         model = models.BPE(vocabulary, merges, ignore_merges=splitting.ignore_merges)
@@ -293,8 +293,8 @@ def _byte_level_backend(
     config = {
         **config,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": _said(keys.add_bos_token, splitting.add_bos),
-        "add_eos_token": _said(keys.add_eos_token, False),
+        "add_bos_token": _or_default(keys.add_bos_token, splitting.add_bos),
+        "add_eos_token": _or_default(keys.add_eos_token, False),
     }
     frame_with(
         tokenizer,
@@ -312,8 +312,8 @@ def _added(tokens: list[str], types: list[int], *kinds: int) -> list[AddedToken]
     ]
 
 
-def _said(said: bool | None, default: bool) -> bool:
-    return default if said is None else said
+def _or_default(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
 
 
 def _splitting(file: Path, name: str | None) -> _Splitting:
@@ -360,8 +360,8 @@ def _sentencepiece_backend(
         **config,
         "tokenizer_class": "LlamaTokenizer",
         "legacy": True,  # a space after every added token, as in llama.cpp
-        "add_bos_token": _said(keys.add_bos_token, True),
-        "add_eos_token": _said(keys.add_eos_token, False),
+        "add_bos_token": _or_default(keys.add_bos_token, True),
+        "add_eos_token": _or_default(keys.add_eos_token, False),
         "added_tokens_decoder": {
             str(i): {"content": token, "special": False, "normalized": False}
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
