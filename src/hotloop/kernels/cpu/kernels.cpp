@@ -687,9 +687,9 @@ void attention_typed(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   }
 }
 
-// q [B, T, H, E] over seats int64 [B] of the caches [S, J, C, E], which already hold the keys and
-// values of these tokens; positions int64 [B, T], each of which sees those up to its own; window 0
-// for none. y is B T H E values.
+// Decode attention of q [B, T, H, E] over seats int64 [B] of the caches [S, J, C, E], which already
+// hold the keys and values of these tokens. A token sees positions up to its own, of positions
+// int64 [B, T], and at most `window` of them; 0 for no window. y has B * T * H * E values.
 void attend_into(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                  const Tensor& seats_B, const Tensor& positions, int64_t window, double scale,
                  Tensor& y) {
@@ -719,8 +719,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 
 // ------------------------------------------------------------------- norms, rope, SwiGLU, biases
 
-// These take a microsecond or so a row; as PyTorch's operators they are some forty calls a layer,
-// which take longer. They stay on the calling thread.
+// They take about a microsecond per row. As PyTorch's operators they would be some forty calls a
+// layer, which take longer. They run on the calling thread.
 
 void rms_norm_row(const uint16_t* x, const uint16_t* weight, int64_t D, double eps, uint16_t* y) {
   f32v squares{};
@@ -735,7 +735,7 @@ void rms_norm_row(const uint16_t* x, const uint16_t* weight, int64_t D, double e
   });
 }
 
-// Rotates the halves of one head by a position's cos and sin, float32 [E].
+// Rope of one head by a position's cos and sin, float32 [E].
 void rope_row(const uint16_t* x, const float* cos, const float* sin, int64_t E, uint16_t* y) {
   const int64_t half = E / 2;
   for_vectors(half, [&](int64_t i, auto... rest) {
@@ -745,7 +745,7 @@ void rope_row(const uint16_t* x, const float* cos, const float* sin, int64_t E, 
   });
 }
 
-// Calls f(token, head, row) for each head of x [B, T, H, E], which may lie apart.
+// Calls f(token, head, row) for each head of x [B, T, H, E]; heads may have any stride.
 template <class F> void for_heads(const Tensor& x, F f) {
   STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1 && x.stride(0) == x.size(1) * x.stride(1),
                   "contiguous heads, tokens at one distance");
@@ -756,7 +756,7 @@ template <class F> void for_heads(const Tensor& x, F f) {
   }
 }
 
-// Of contiguous rows [..., D], or of heads [B, T, H, D], which may lie apart.
+// RMS norm of contiguous rows [..., D], or of heads [B, T, H, D] with any stride.
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t D = weight.numel();
   STD_TORCH_CHECK(x.size(-1) == D, "x [..., D], weight [D]");
@@ -776,7 +776,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return y;
 }
 
-// Heads x [B, T, H, E] rotated by cos and sin, float32 [B, T, E].
+// Rope of heads x [B, T, H, E] by cos and sin, float32 [B, T, E].
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   const int64_t H = x.size(2), E = x.size(3);
   STD_TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous(), "contiguous cos and sin");
@@ -790,7 +790,7 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   return y;
 }
 
-// SiLU of the first half of each row times the second one: [..., 2 F] to [..., F].
+// SwiGLU, SiLU of the first half of each row times the second: [..., 2 F] to [..., F].
 Tensor swiglu(const Tensor& gate_up) {
   const int64_t F = gate_up.size(-1) / 2, rows = gate_up.numel() / (2 * F);
   STD_TORCH_CHECK(gate_up.is_contiguous(), "contiguous [..., 2 F]");
@@ -813,11 +813,11 @@ Tensor swiglu(const Tensor& gate_up) {
 
 // ---------------------------------------------------------------------------- halves of a layer
 
-// A step of a small model is hundreds of operators of microseconds, and calling one takes as long as
-// running it. These two are what `models.decoder.Block` computes between its sums over ranks.
+// A decode step of a small model is hundreds of operators of microseconds, whose calls take as long
+// as their work. These two operators are the parts of `models.decoder.Block` between all-reduces.
 
-// A weight as its kernel reads it, and a bias [N] or nothing: bfloat16 [weight], int8
-// [values, scale], int4 [words, scale] or [words, scale, offset].
+// A packed weight, which is bfloat16 [weight], int8 [values, scale], int4 [words, scale] or
+// [words, scale, offset], and a bias [N] or none.
 Tensor linear(const Tensor& x, const std::vector<Tensor>& weight,
               const std::optional<Tensor>& bias) {
   const Tensor& first = weight.at(0);
@@ -838,9 +838,9 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& weight,
   return y;
 }
 
-// x [B, T, D] in its norm, attention of these tokens to the caches [S, J, C, E], into which their
-// keys and values go at seats int64 [B] and positions int64 [B, T], and the output projection.
-// Returns [B T, D].
+// The attention part of a block: norm of x [B, T, D], qkv projection, head norms, rope, storing
+// keys and values in the caches [S, J, C, E] at seats int64 [B] and positions int64 [B, T],
+// attention, and the output projection. Returns [B * T, D].
 Tensor attention_half(const Tensor& x, const Tensor& norm, double eps, std::vector<Tensor> qkv,
                       std::optional<Tensor> qkv_bias, std::optional<Tensor> q_norm,
                       std::optional<Tensor> k_norm, const Tensor& cos, const Tensor& sin,
@@ -886,7 +886,7 @@ Tensor attention_half(const Tensor& x, const Tensor& norm, double eps, std::vect
   return linear(attended, o, o_bias);
 }
 
-// x [B, T, D] in its norm, and the SwiGLU feed-forward. Returns [B T, D].
+// The feed-forward part of a block: norm of x [B, T, D], and SwiGLU. Returns [B * T, D].
 Tensor feed_forward_half(const Tensor& x, const Tensor& norm, double eps,
                          std::vector<Tensor> gate_up, std::optional<Tensor> gate_up_bias,
                          std::vector<Tensor> down, std::optional<Tensor> down_bias) {
