@@ -133,7 +133,7 @@ def is_gguf(path: Path) -> bool:
 def model_parts(path: Path) -> list[Path]:
     """Lists the files of the model to which a file belongs, in order; most models are one file.
 
-    Of a model in parts (``NAME-00001-of-00003.gguf``) ``path`` may be any part; the first one holds
+    ``path`` may be any part of a model in parts (``NAME-00001-of-00003.gguf``); the first one holds
     the metadata. Whether the other parts exist is not checked.
     """
     name = _PART_NAME.fullmatch(path.name)

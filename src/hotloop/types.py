@@ -1,4 +1,4 @@
-"""The words that every floor uses: a configuration, a request, an answer, an engine.
+"""Shared types: a configuration, a request, a result, and the engine protocol.
 
 Plain frozen values without behaviour beyond checking themselves and naming themselves, so that
 they can be printed, hashed, compared, sent to another process and written to a record. torch is
@@ -48,10 +48,10 @@ FinishReason = Literal["eos", "stop", "length", "cancelled"]
 """The end of a generation: end-of-sequence token, stop string, token limit, or cancellation."""
 
 DEFAULT_CACHE_BYTES = 2**30
-"""A context that nobody asked for is cut to what a cache of this size holds."""
+"""Bytes of KV cache that limit the default context."""
 
 MIN_DEFAULT_SEQ_LEN = 4096
-"""It is not cut below so many tokens."""
+"""The default context has at least this many tokens, if the model's has."""
 
 DEFAULT_NEW_TOKENS = 256
 """The most tokens of an answer whose length neither the caller nor the model's makers set."""
@@ -63,8 +63,8 @@ OWN_ENGINE = "hotloop"
 """The value of ``EngineConfig.engine`` that is hotloop's own engine."""
 
 LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK = 512, 8192
-"""Prompt tokens of one forward, where nobody asks for a number: the least, and with ``fused`` the
-most, as the device's memory allows."""
+"""Prompt tokens of one forward pass by default: the minimum, and with ``fused`` the maximum, which
+is reduced to what fits the device's memory."""
 
 MAX_LOGPROBS = 20
 """The most alternatives per token that ``SamplingParams.logprobs`` can ask for."""
@@ -244,8 +244,8 @@ class EngineConfig:
         Lever(
             help="Tokens that a sequence can hold, prompt and answer together.",
             group="Execution",
-            default="the model's context, cut to 1 GiB of cache but not below 4,096 tokens; or "
-            "what is measured",
+            default="the model's context, limited to 1 GiB of KV cache but to no less than 4,096 "
+            "tokens; in bench, eval and sweep the length of what is measured",
         ),
     ] = None
     prefill_chunk: Annotated[
@@ -428,7 +428,7 @@ class Speculation:
 
     @property
     def acceptance(self) -> tuple[float, ...]:
-        """Share of drafts at each place that was kept; NaN where there were none."""
+        """Acceptance rate at each draft position; NaN where there were no drafts."""
         return tuple(
             kept / made if made else math.nan
             for made, kept in zip(self.proposed, self.accepted, strict=True)
@@ -440,14 +440,14 @@ class Speculation:
             n_steps=self.n_steps + other.n_steps,
             n_off=self.n_off + other.n_off,
             n_tokens=self.n_tokens + other.n_tokens,
-            proposed=_add_places(self.proposed, other.proposed),
-            accepted=_add_places(self.accepted, other.accepted),
+            proposed=_add_positions(self.proposed, other.proposed),
+            accepted=_add_positions(self.accepted, other.accepted),
             draft_s=self.draft_s + other.draft_s,
             verify_s=self.verify_s + other.verify_s,
         )
 
 
-def _add_places(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+def _add_positions(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(x + y for x, y in itertools.zip_longest(a, b, fillvalue=0))
 
 

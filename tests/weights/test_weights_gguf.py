@@ -332,7 +332,7 @@ def test_metadata_that_is_not_understood_is_refused_by_name(tmp_path, arch, keys
         ("rope_factors_long.weight", (np.ones(8, np.float32), "F32"), "rope_factors_long.weight"),
         ("blk.0.ffn_up.weight", (noise(2, 3, 4), "F32"), "has the shape (2, 3, 4)"),
         ("blk.0.attn_q.weight", (noise(48, 64), "F32"), "has 48 rows, not 4 heads of 16"),
-        ("rope_freqs.weight", (noise(4), "F32"), "and 8 frequencies are to be divided"),
+        ("rope_freqs.weight", (noise(4), "F32"), "but 8 frequencies need a divisor each"),
     ],
 )
 def test_tensors_that_are_not_understood_are_refused_by_name(tmp_path, name, tensor, says):

@@ -1,9 +1,9 @@
-"""The hotloop command: one module per verb.
+"""The command line: one module per command.
 
-``app`` holds ``main`` and the list of verbs; ``options`` the options that verbs share, one class
-for each value of ``types`` that they make; ``output`` and ``stream`` how things are shown.
-Everything a verb does is done by the floors below: what stands here is only about a command line.
+``app`` holds ``main`` and the list of commands; ``options`` the options that commands share, one
+class for each value of ``types`` that they make; ``output`` and ``stream`` print. The work of a
+command is done by the packages below: this one only handles the command line.
 
-A verb's module, and what it imports at its top, must stay light: its help page and its usage
-errors need it. torch, numpy and pydantic come in when the verb runs.
+The module of a command, and what it imports at its top, must stay light: its help page and its
+usage errors need it. torch, numpy and pydantic are imported when the command runs.
 """

@@ -1,10 +1,10 @@
 """``main``: from an argument list to an exit code.
 
 Help pages are files, written by ``help_pages`` and held true by a test: building one takes a third
-of a second of imports, reading one takes none. Verbs are imported when they are called.
+of a second of imports, reading one takes none. Commands are imported when they are called.
 
-Exit codes: 0 done; 1 could not be done; 2 was not understood or cannot be used; 130 stopped by
-Ctrl-C; 141 the reader of our output went away.
+Exit codes: 0 success; 1 failure; 2 invalid command line or input; 130 stopped by Ctrl-C; 141 the
+reader of our output went away.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cyclopts import App
 
 VERBS = ("generate", "chat", "bench", "sweep", "eval", "report", "pull", "quantize", "info")
-"""Every verb is ``app`` of the module of its name, in the order of the help page."""
+"""Every command is ``app`` of the module of its name, in the order of the help page."""
 
 TRACEBACK = "HOTLOOP_TRACEBACK"
 """The variable of the environment that asks for the traceback of whatever ends a command."""
@@ -50,7 +50,7 @@ USAGE_ERRORS = (
 
 
 def commands() -> App:
-    """The command line as cyclopts sees it; a verb is imported when it is used."""
+    """Returns the command line as cyclopts sees it; a command is imported when it is used."""
     from cyclopts import App, Parameter
 
     app = App(
@@ -59,7 +59,7 @@ def commands() -> App:
         version=f"hotloop {__version__}",
         help_flags=HELP_FLAGS,
         help_format="rich",
-        help_epilogue="hotloop VERB --help says more about each.",
+        help_epilogue="hotloop COMMAND --help says more about each.",
         default_parameter=Parameter(negative=(), show_default=_shown_default),
         suppress_keyboard_interrupt=False,
         exit_on_error=False,

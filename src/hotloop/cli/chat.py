@@ -62,7 +62,7 @@ HOW_TO_LEAVE = "Ctrl-C stops an answer. To leave: Ctrl-D or /quit."
 HELP = "\n".join(
     [
         *(f"{name:14}{what}" for name, what in COMMANDS.items()),
-        "Every other line is a message, /so too; a second slash makes a message of a command.",
+        "Every other line is a message, even if it begins with /; //quit sends the message /quit.",
         HOW_TO_LEAVE,
         "A text that is pasted is one message. A line that ends in \\ continues in the next.",
         'All lines between two lines of """ are one message.',

@@ -1,4 +1,4 @@
-"""The engine as verbs use it: loaded behind a spinner, closed at the end."""
+"""The engine as commands use it: loaded behind a spinner, closed at the end."""
 
 from __future__ import annotations
 

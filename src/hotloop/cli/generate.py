@@ -57,7 +57,8 @@ def generate(
         bool, option(PROMPT, "Wrap the prompt in the model's chat template, as a user's message.")
     ] = False,
     answer_start: Annotated[
-        str | None, option(PROMPT, "With --chat: the beginning of the answer, which continues it.")
+        str | None,
+        option(PROMPT, "With --chat: a prefix of the answer, which the model continues."),
     ] = None,
     special: Annotated[
         bool, option(PROMPT, "Parse control tokens in the prompt, such as <|im_start|>.")

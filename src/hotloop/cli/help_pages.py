@@ -1,7 +1,7 @@
 """``python -m hotloop.cli.help_pages``: writes the help pages that ``main`` prints.
 
 They are what cyclopts itself would print, 80 columns wide and without colours. Run this after any
-change of a verb or an option; a test fails until then.
+change of a command or an option; a test fails until then.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ PAGES = Path(__file__).parent / "help"
 
 
 def render(verb: str | None) -> str:
-    """The page of ``verb``, or of hotloop itself for None."""
+    """Returns the page of the command ``verb``, or of hotloop itself for None."""
     from rich.console import Console
 
     out = io.StringIO()
     console = Console(file=out, width=80, no_color=True, force_terminal=False)
     app = commands()
     for each in VERBS:
-        app[each]  # imports it: the list of verbs shows only those
+        app[each]  # imports it: the list of commands shows only those
     app.help_print([verb] if verb else [], console=console)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 

@@ -45,9 +45,10 @@ def info(
 ) -> int:
     """Show what this machine is, or with MODEL whether a model fits it.
 
-    Of the machine: devices, memory, read bandwidth as measured now, and which
-    ways of execution it has. Of a model: its shape, its parameters, the types its
-    file stores, and the bytes that it takes under each scheme. Nothing is loaded.
+    For the machine, it shows devices, memory, read bandwidth as measured now, and
+    the executions that are available. For a model, it shows its shape, its
+    parameters, the types its file stores, and the bytes that it takes under each
+    scheme. Nothing is loaded.
     """
     if model is None:
         note_cache()

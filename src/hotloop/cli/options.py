@@ -1,4 +1,4 @@
-"""Options that several verbs share: one class for each value of ``types`` that they make.
+"""Options that several commands share: one class for each value of ``types`` that they make.
 
 Options of an engine are made from the levers of ``EngineConfig``. Other options are written here; a
 test checks that every field of their value has one. An option whose default is None leaves the
@@ -93,7 +93,7 @@ Json = Annotated[bool, option(OUTPUT, "Print JSON instead of text for people.")]
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """Options of a verb that belong together."""
+    """Options of a command that belong together."""
 
     def given(self) -> dict[str, Any]:
         """Returns the options that differ from their defaults."""
@@ -300,7 +300,7 @@ class SamplingOptions(_Options):
     ] = None
     min_p: Annotated[
         float | None,
-        option(SAMPLING, "Keep tokens at least this fraction as likely as the likeliest."),
+        option(SAMPLING, "Keep tokens at least this fraction as likely as the most likely."),
     ] = None
     repetition_penalty: Annotated[
         float | None, option(SAMPLING, "Above 1, tokens seen before become less likely.")

@@ -1,6 +1,6 @@
 """Output: data goes to stdout, everything else to stderr.
 
-Every text that a verb shows is printed here or in ``stream``, where it is made printable: it can
+Every text that a command shows is printed here or in ``stream``, where it is made printable: it can
 hold what a file, a path or a recipe says. rich decides by itself about colours (NO_COLOR, no
 terminal); what it does not decide, such as the figure that follows a streamed answer, is in
 ``stream``.

@@ -28,7 +28,7 @@ def pull(
 ) -> int:
     """Fetch a model, and print where it is.
 
-    What is here already is only checked. Afterwards every verb knows it by name.
+    A model that is here already is only checked. Afterwards every command knows it by name.
     """
     from hotloop.weights import hub
 

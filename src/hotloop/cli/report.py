@@ -46,7 +46,7 @@ def report(
 ) -> int:
     """Print the table of a sweep, and its recommendation.
 
-    Of each configuration the last attempt counts. Lines that are damaged or
+    The last attempt of each configuration counts. Lines that are damaged or
     half-written are named on standard error and left out. --layout reference has
     the layout of published tables of decoding speed.
     """

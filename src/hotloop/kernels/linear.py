@@ -1,8 +1,8 @@
-"""Matrix products with a weight: which implementations exist, and which one to take.
+"""Matrix products with a weight: the implementations, and the choice of one.
 
 A weight is handed over as its parts (``values``, ``scale``, ``offset``; see ``quant.QTensor``),
 once, to be packed the way a kernel reads it. At each call the kernel decides by the number of
-rows: products with few (decoding) are bound by reading the weight, those with many (prefill) by
+rows: a GEMV with few (decoding) is bound by reading the weight, a GEMM with many (prefill) by
 arithmetic.
 
 Shape letters: M rows, N output features, K input features, G groups along K.
@@ -25,12 +25,12 @@ Kind = Literal["dense", "int8", "fp8", "int4"]
 """The elements of a weight: unquantized floating point, or a quantized type."""
 
 Zero = Literal["none", "integer", "offset"]
-"""What zero is in a quantized weight: the integer 0, an integer zero point, or a float offset."""
+"""Kind of zero of a quantized weight: the integer 0, an integer zero point, or a float offset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelFormat:
-    """The numbers of a weight, as a kernel reads them.
+    """The number format of a weight, as a kernel reads it.
 
     Attributes:
         kind: Its elements.
@@ -52,15 +52,15 @@ DENSE = KernelFormat(kind="dense")
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
-    """What a choice of kernel depends on.
+    """The properties that a choice of kernel depends on.
 
     Attributes:
-        format: The numbers of the weight.
+        format: The number format of the weight.
         n: Output features.
         k: Input features.
         dtype: Element type of activations, and of unquantized weights.
         device: "cpu" or "cuda".
-        fused: For the fused step, which reads one order of bytes alone.
+        fused: For the fused step, which reads one packed layout alone.
         paired: Gate and up features, one below the other; the fused step computes their SwiGLU.
     """
 
@@ -109,7 +109,7 @@ class LinearKernel(Protocol):
         ...
 
     def unsupported(self, spec: LinearSpec) -> str | None:
-        """Why it cannot serve this weight, or None if it can; empty if it was never meant to."""
+        """The reason why it cannot serve this weight; None if it can. See ``NOT_MEANT``."""
         ...
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
@@ -127,16 +127,16 @@ class LinearKernel(Protocol):
         ...
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        """The product, [M, N] in ``x``'s type."""
+        """Computes the matrix product, [M, N] in ``x``'s type."""
         ...
 
 
 NOT_MEANT = ""
-"""An ``unsupported`` answer that needs no mention: another device, another kind of weight."""
+"""The ``unsupported`` reason that is not reported: a kernel of another device or kind of weight."""
 
 
 class DenseTorch:
-    """Floating-point weights through PyTorch's own product."""
+    """Floating-point weights through PyTorch's own matrix product."""
 
     name = "dense/torch"
     keeps_rows = True
@@ -169,7 +169,7 @@ class DenseCpu(DenseTorch):
 
 
 class ChannelwiseTorch:
-    """Eight-bit weights in plain PyTorch: torch.compile fuses the conversion into the product.
+    """Eight-bit weights in plain PyTorch: torch.compile fuses the conversion into the GEMV.
 
     Args:
         kind: ``int8`` or ``fp8``.
@@ -295,8 +295,8 @@ class Int4TinyGemm:
 class Fused:
     """Weights in the order in which the kernels of the fused step read them (``kernels.cuda``).
 
-    Those read the bytes themselves. Called like other kernels, for the many rows of a prompt, it
-    gives the weight back as rows of bfloat16, for the occasion.
+    Those read the packed weight themselves. Called like other kernels, for the many rows of a
+    prompt, it dequantizes the weight to bfloat16 for the call.
 
     Args:
         spec: The weight that it serves.
@@ -337,7 +337,7 @@ class Fused:
 
 
 class Dequantizing:
-    """Quantized weights of any format, dequantized for every product."""
+    """Quantized weights of any format, dequantized for every matrix product."""
 
     name = "dequantized/torch"
     keeps_rows = False
@@ -407,7 +407,7 @@ def _inexact(
     zeros: tuple[Zero, ...],
     groups: tuple[int, ...],
 ) -> str | None:
-    """What of a quantized weight a kernel cannot hold exactly, or None if it can hold all.
+    """Says which property of a quantized weight a kernel cannot hold exactly; None if none.
 
     Args:
         spec: The weight.

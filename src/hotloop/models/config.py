@@ -29,20 +29,20 @@ class RopeConfig:
 
     Attributes:
         theta: Base of the geometric series of wavelengths.
-        scaling: How the frequencies are stretched for long contexts: ``linear`` (Chen et al.
+        scaling: How the frequencies are scaled for long contexts: ``linear`` (Chen et al.
             2023), ``dynamic`` (NTK-aware), ``yarn`` (Peng et al. 2023), ``longrope`` (Ding et al.
             2024), ``llama3`` (the Llama 3.1 report), or None.
-        factor: The stretch; of ``longrope`` there is none.
-        original_max_position: Context length before stretching.
-        low_freq_factor: ``llama3``: wavelengths above original_max_position / this are stretched.
-        high_freq_factor: ``llama3``: those below original_max_position / this are left alone.
-        beta_fast: ``yarn``: frequencies that turn more often than this within
-            original_max_position are left alone.
-        beta_slow: ``yarn``: those that turn less often than this are stretched.
+        factor: The scaling factor; ``longrope`` has none.
+        original_max_position: Context length before scaling.
+        low_freq_factor: ``llama3``: wavelengths above original_max_position / this are scaled.
+        high_freq_factor: ``llama3``: those below original_max_position / this are kept.
+        beta_fast: ``yarn``: frequencies with more rotations than this within
+            original_max_position are kept.
+        beta_slow: ``yarn``: those with fewer rotations than this are scaled.
         truncate: ``yarn``: the bounds of the ramp between them are whole frequencies.
         short_factors: ``longrope``: a divisor for each frequency, up to original_max_position.
         long_factors: ``longrope``: those beyond it.
-        attention_factor: ``yarn``, ``longrope``: what cosines and sines are multiplied by.
+        attention_factor: ``yarn``, ``longrope``: the factor of cosines and sines.
         partial: The part of a head that is rotated, its first elements.
     """
 
@@ -80,9 +80,9 @@ class Part:
         name: Its name in the checkpoint, within its layer, such as ``self_attn.q_proj``.
         gguf: Its name in GGUF files, within its layer, such as ``attn_q``.
         n: Output features.
-        axis: What the ranks of a model divide of it among themselves.
+        axis: The dimension that tensor parallelism shards.
         unit: Features of one element of that axis: the width of a head, or 1.
-        rotated: Rope rotates the heads that it gives.
+        rotated: It outputs heads that rope rotates.
     """
 
     name: str
@@ -101,10 +101,10 @@ class Matrix:
         name: The attribute of the module that holds it.
         parts: The matrices of the checkpoint, in the order in which they are joined.
         k: Input features.
-        summed: Each rank has some of the input features, and the results are summed over ranks;
-            otherwise each rank has some of the output features.
+        summed: Row-parallel: each rank has some of the input features, and the results are summed
+            over ranks. Otherwise column-parallel: each rank has some of the output features.
         bias: The parts have biases.
-        paired: The parts are the gate and the input that it gates.
+        paired: The parts are gate and up of SwiGLU.
         norm: The attribute of the norm in front of it, if there is one.
     """
 
@@ -379,7 +379,7 @@ class ModelConfig:
     def shards(
         self, n: int, alignment: Callable[[int, Part], int] = lambda _i, _part: 1
     ) -> tuple[Shard, ...]:
-        """What each of ``n`` ranks holds; see ``plan_shards``.
+        """The shard of each of ``n`` ranks; see ``plan_shards``.
 
         Args:
             n: Ranks.

@@ -1,9 +1,9 @@
 """The one decoder: Llama's architecture with the switches that its relatives need.
 
 Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward. The
-query, key and value projections are one product, and so are gate and up. Which arithmetic runs in
-a projection is decided when its weight is assigned; how a step runs (eagerly, compiled) is decided
-by the engine. This module only says what is computed.
+query, key and value projections are one matrix product, and so are gate and up. The kernel of a
+projection is chosen when its weight is assigned; the engine decides how a step runs (eagerly,
+compiled). This module only defines what is computed.
 
 Shape letters: B sequences, T tokens of each, D model width, H query heads, J key/value heads,
 E head dimension, V vocabulary, S seats, C cache positions.
@@ -31,14 +31,14 @@ from hotloop.models.linear import Embedding, Linear
 from hotloop.models.rope import rope_tables
 
 Total = Callable[[Tensor], Tensor]
-"""Of what a rank's slice of a projection gives, the sum over all ranks."""
+"""Sums the result of a row-parallel projection over all ranks (all-reduce)."""
 
 
 class Run(Protocol):
     """How the decoder's parts are called: ``embed``, each ``Block.forward``, ``logits``."""
 
     def __call__(self, part: Callable[..., Any], /, *args: Any) -> Any:
-        """What ``part(*args)`` gives."""
+        """Calls ``part(*args)`` and returns its result."""
         ...
 
 

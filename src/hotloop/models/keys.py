@@ -1,7 +1,7 @@
 """The keys of ``config.json``: which are known, what they may hold, and the rest refused by name.
 
-Every key is one of four: read here or by the family, harmless, known with the one value that says
-what is so anyway, or refused, since it may change what the model computes. Null means left out.
+Every key is one of four: read here or by the family, harmless, accepted only with its neutral
+value, or refused, since it may change what the model computes. Null means left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hotloop.models.config import RopeConfig
 from hotloop.outside import StrictModel, config_error, validated
 
 _Factor = Annotated[float, Field(ge=1e-3, le=1e38)]
-"""What a frequency is divided by; a very large one stands for no rotation at all."""
+"""Divisor of a rotary frequency; a very large one stands for no rotation at all."""
 
 _HARMLESS = frozenset(
     """

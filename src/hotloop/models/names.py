@@ -92,7 +92,7 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @cache
 def gguf_names() -> dict[str, Part | Norm]:
-    """What a layer may have by its name in GGUF files, of sizes that say nothing."""
+    """Parts and norms of layers by their names in GGUF files; their sizes have no meaning."""
     attention = AttentionConfig(
         hidden_size=2,
         n_heads=1,

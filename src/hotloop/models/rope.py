@@ -1,4 +1,4 @@
-"""Tables of rotary position embedding, with every way of stretching it that we support.
+"""Tables of rotary position embedding, with every supported kind of rope scaling.
 
 Pairs of dimensions lie half a head apart, also where only the first elements of a head are rotated:
 :func:`head_order` says how a checkpoint's rows are reordered for that, so that those that are not
@@ -37,11 +37,11 @@ def inverse_frequencies(head_dim: int, rope: RopeConfig, n_positions: int = 0) -
     """
     rotated = rope.rotary_dim(head_dim)
     exponent = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
-    frequencies = _stretched(exponent, rope, n_positions)
+    frequencies = _scaled_frequencies(exponent, rope, n_positions)
     return torch.nn.functional.pad(frequencies, (0, (head_dim - rotated) // 2))
 
 
-def _stretched(exponent: Tensor, rope: RopeConfig, n_positions: int) -> Tensor:
+def _scaled_frequencies(exponent: Tensor, rope: RopeConfig, n_positions: int) -> Tensor:
     is_long = n_positions > rope.original_max_position
     powers = rope.theta**exponent
     match rope.scaling:
@@ -58,29 +58,29 @@ def _stretched(exponent: Tensor, rope: RopeConfig, n_positions: int) -> Tensor:
             factors = rope.long_factors if is_long else rope.short_factors
             return 1.0 / (torch.tensor(factors) * powers)
         case "llama3":
-            # Long wavelengths are stretched, short ones left alone, those between interpolated.
+            # Long wavelengths are scaled, short ones are kept, those between are interpolated.
             frequencies = 1.0 / powers
             cycles = rope.original_max_position / (2 * math.pi / frequencies)
             keep = (cycles - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
             keep = keep.clamp(0, 1)
             return keep * frequencies + (1 - keep) * frequencies / rope.factor
         case "yarn":
-            # As llama3, with the ramp along the number of a frequency instead of its wavelength.
+            # As llama3, with the ramp along the index of a frequency instead of its wavelength.
             low, high = _yarn_ramp(2 * len(exponent), rope)
-            number = torch.arange(len(exponent), dtype=torch.float32)
-            stretch = ((number - low) / (high - low)).clamp(0, 1)
-            return stretch / (rope.factor * powers) + (1 - stretch) / powers
+            index = torch.arange(len(exponent), dtype=torch.float32)
+            scaled = ((index - low) / (high - low)).clamp(0, 1)
+            return scaled / (rope.factor * powers) + (1 - scaled) / powers
     raise AssertionError(f"no settings of rope have the scaling {rope.scaling!r}")
 
 
 def _yarn_ramp(rotated: int, rope: RopeConfig) -> tuple[float, float]:
-    """Between which frequencies YaRN goes over from left alone to stretched."""
+    """The indices of frequencies between which YaRN ramps from kept to scaled."""
 
-    def number(n_turns: float) -> float:
-        turns = rope.original_max_position / (n_turns * 2 * math.pi)
-        return rotated * math.log(turns) / (2 * math.log(rope.theta))
+    def index(n_rotations: float) -> float:
+        inverse_frequency = rope.original_max_position / (n_rotations * 2 * math.pi)
+        return rotated * math.log(inverse_frequency) / (2 * math.log(rope.theta))
 
-    low, high = number(rope.beta_fast), number(rope.beta_slow)
+    low, high = index(rope.beta_fast), index(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)

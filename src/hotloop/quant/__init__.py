@@ -25,7 +25,7 @@ SCHEMES = {
 
 
 class Scheme(Protocol):
-    """How one weight matrix becomes numbers of few bits."""
+    """Quantizes weight matrices."""
 
     @property
     def name(self) -> str:
@@ -52,12 +52,12 @@ class Scheme(Protocol):
     def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> Tensor | QTensor:
         """Quantizes a floating-point [N, K] weight, on its own device.
 
-        Each row by itself, so that a few at a time give what all of them together would.
+        Each row is quantized by itself, so rows can be quantized a few at a time.
 
         Args:
             weight: Whole rows, or the same slice of each along multiples of ``alignment``.
-            combine: For slices: gives the maximum over all slices of the rows, [N, 1], of that of
-                this one. What comes out is then a slice of what whole rows give.
+            combine: For slices of columns: all-reduces the maxima of rows, [N, 1], over all slices,
+                so that the result is a slice of the quantized whole.
         """
         ...
 
@@ -71,7 +71,7 @@ class Scheme(Protocol):
         ...
 
     def format(self, k: int) -> KernelFormat:
-        """The numbers of a weight with ``k`` input features, by which a kernel is chosen."""
+        """The number format of a weight with ``k`` input features, by which a kernel is chosen."""
         ...
 
 

@@ -23,7 +23,7 @@ from hotloop.kernels import reference
 from hotloop.kernels.linear import KernelFormat, Zero
 
 Combine = Callable[[Tensor], Tensor]
-"""Of a tensor, the element-wise maximum over every slice of the same rows."""
+"""Returns the element-wise maximum of a tensor over the slices of all ranks (all-reduce)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,7 +158,7 @@ def join_rows(parts: Iterable[Tensor | QTensor], n: int) -> Tensor | QTensor:
 
 
 def cut(weight: Tensor | QTensor, rows: slice, columns: range | None) -> Tensor | QTensor:
-    """A slice of a weight; what shares no memory with it, unless it is all of it."""
+    """Returns a copy of a slice of a weight; the weight itself if the slice is whole."""
     n, k = weight.shape
     start, stop, _ = rows.indices(n)
     first, last = (0, k) if columns is None else (columns.start, columns.stop)

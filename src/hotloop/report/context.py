@@ -32,7 +32,7 @@ def context(
         else:
             lines += [(label, f"{text} ({', '.join(names)})") for text, names in cells.items()]
         if label == "device" and (bandwidth := _bandwidth(records)):
-            lines.append(("measured to read", bandwidth))
+            lines.append(("measured read bandwidth", bandwidth))
     return tuple(lines)
 
 

@@ -203,7 +203,9 @@ def _quality_gap(record: Record, tolerance: float) -> str | None:
         room = tolerance - loss.mean
         more = ""
         if room > 0 and math.isfinite(upper):
-            more = f"; some {math.ceil(loss.n * (_margin(loss) / room) ** 2)} windows would tell"
+            more = (
+                f"; some {math.ceil(loss.n * (_margin(loss) / room) ** 2)} windows would be needed"
+            )
         return f"{_shown_loss(record)} is not shown to be within {tolerance:g}{more}"
     return None
 

@@ -142,12 +142,13 @@ def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
     if any(record.delta_ln_ppl for record in measured):
         remarks.append(
             "Quality: perplexity (ppl); against the reference on the same windows, Δ ln ppl "
-            "± standard error, KL divergence, and how often both hold the same token likeliest."
+            "± standard error, KL divergence, and how often both have the same most likely token."
         )
     if any(r.delta_ln_ppl and _is_its_own_quantized_reference(r) for r in measured):
         remarks.append(
-            "The reference has the weights as they are stored, which are quantized: what that has "
-            "cost is not in these figures. --reference names a model that is not."
+            "The reference has the weights as they are stored, which are quantized: the loss of "
+            "that quantization is not in these figures. --reference names an unquantized model to "
+            "compare with."
         )
     return remarks
 

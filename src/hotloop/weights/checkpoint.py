@@ -206,7 +206,7 @@ def check_finite(
         tensor: What was read of the tensor, whole or in part.
         info: Its entry, for the message.
         dtype: The type that it is converted to, in which it must be finite too.
-        margin: By what a weight is multiplied on the way.
+        margin: The largest factor that quantizing or decoding applies to a weight.
         first_row: The row of the tensor at which ``tensor`` begins, for the message.
         first_column: Its column, likewise.
 

@@ -61,7 +61,7 @@ class _Entry:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What reading gives."""
+        """Element type that reading returns."""
         return _FLOATS.get(self.type.name, torch.float32)
 
     @property
@@ -82,7 +82,7 @@ class _Entry:
 class GGUFCheckpoint:
     """A GGUF file, or one in parts. See :class:`hotloop.weights.checkpoint.Checkpoint`.
 
-    Of a model in parts (``name-00001-of-00003.gguf``) any part can be named; all must be there,
+    Any part of a model in parts (``name-00001-of-00003.gguf``) can be named; all must be there,
     and ``path`` is the first, which holds the metadata.
 
     Attributes:
@@ -104,14 +104,14 @@ class GGUFCheckpoint:
                         other = entries[name].info.file.name
                         raise CheckpointError(header.path, f"is in {other} too", tensor=name)
                     entries[name] = entry
-            self._honour_factors({name: entries.pop(name, None) for name in _FACTORS})
+            self._apply_rope_factors({name: entries.pop(name, None) for name in _FACTORS})
             self.config |= _config_from_tensors(entries, self.config["model_type"], self.path)
             self._opened = opened.pop_all()
         self._entries = entries
         self.tensors: Mapping[str, TensorInfo] = {n: e.info for n, e in entries.items()}
 
-    def _honour_factors(self, tensors: Mapping[str, _Entry | None]) -> None:
-        """Rotary frequencies come with a divisor each: Llama 3's, or LongRoPE's short and long."""
+    def _apply_rope_factors(self, tensors: Mapping[str, _Entry | None]) -> None:
+        """Reads the divisors of rotary frequencies, Llama 3's or LongRoPE's, as LongRoPE's."""
         given = {name: self._factors(name, entry) for name, entry in tensors.items() if entry}
         scaling = self.config["rope_scaling"]
         kind = scaling["rope_type"] if scaling else "none"
@@ -142,8 +142,8 @@ class GGUFCheckpoint:
         if entry.info.shape != (rotated // 2,):
             raise CheckpointError(
                 entry.info.file,
-                f"has the shape {entry.info.shape}, and {rotated // 2} frequencies are to be "
-                "divided",
+                f"has the shape {entry.info.shape}, but {rotated // 2} frequencies need a "
+                "divisor each",
                 tensor=name,
             )
         factors = _read(entry).float().tolist()
@@ -332,7 +332,7 @@ def _read(entry: _Entry, index: tuple[slice, ...] = (), *, encoded: bool = False
     for part in row_chunks(stored, entry.n_columns * entry.dtype.itemsize, group):
         wanted = range(blocks.start * n_bytes, blocks.stop * n_bytes)
         data = entry.file.read_columns(entry.offset, part, entry.row_bytes, wanted)
-        if group > 1:  # a pair's two, from side by side to half of what is rotated apart
+        if group > 1:  # rope pairs: rows 2i, 2i + 1 of the R rotated ones become i, i + R/2
             heads = data.unflatten(0, (-1, group))
             pairs = heads[:, : entry.rotated_rows].unflatten(1, (-1, 2))
             rotated = pairs.transpose(1, 2).flatten(1, 2)

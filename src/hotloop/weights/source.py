@@ -6,7 +6,7 @@ shape is needed. Of a matrix of which a rank holds a slice, only the slice is re
 bit for bit what it would be in the whole.
 
 A matrix that is stored in an encoding (``quant.encodings``) is used as it is stored if its scheme
-makes the same numbers; otherwise it is dequantized and quantized anew.
+has the same number format; otherwise it is dequantized and quantized anew.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ range is twice its largest value, and rounded scales and offsets exceed what the
 
 
 class Source(Protocol):
-    """Gives out weights by their Hugging Face names, without ``.weight``."""
+    """Reads or makes weights by their Hugging Face names, without ``.weight``."""
 
     def matrix(
         self,
@@ -115,7 +115,7 @@ class CheckpointSource:
         device: Where matrices are quantized: on a GPU it is faster than on the host.
         model: Of whose tensors the checkpoint may hold redundant ones; None allows none.
         dtype: Element type of the model's arithmetic, in which every weight must be finite.
-        combine: Of statistics of the columns that this rank reads, the maximum over all ranks'.
+        combine: All-reduces statistics of the columns that this rank reads: their maximum.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from hotloop.errors import CheckpointError
 from hotloop.outside import open_file
 
 CHUNK_BYTES = 8 * 2**20
-"""What is read at once of a tensor that is sliced or dequantized on its way."""
+"""Bytes read at once of a tensor that is sliced or dequantized."""
 
 WORTH_SKIPPING_BYTES = 16 * 2**10
 """Within rows, reading skips what it does not need if it is this much. From the page cache, it was
@@ -35,7 +35,7 @@ network it saves the bytes."""
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a checkpoint says of one tensor.
+    """The description of one tensor in a checkpoint.
 
     Attributes:
         name: Its Hugging Face name, such as ``model.layers.0.self_attn.q_proj.weight``.
@@ -97,7 +97,7 @@ class TensorFile:
 
 
 def index_ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[range]:
-    """What ``index`` selects of each dimension of ``shape``; dimensions it leaves out are whole."""
+    """The slice of each dimension of ``shape`` that ``index`` selects; others are whole."""
     assert len(index) <= len(shape), f"{len(index)} slices into {len(shape)} dimensions"
     padded = (*index, *[slice(None)] * (len(shape) - len(index)))
     ranges = [range(*part.indices(size)) for part, size in zip(padded, shape, strict=True)]

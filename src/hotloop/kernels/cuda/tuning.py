@@ -27,7 +27,7 @@ UNITS = (4, 3, 2, 1)
 """Candidate numbers of units of a copy."""
 
 STAGE_BYTES = 44 * 1024
-"""The most bytes of a stage, over all warps: of longer copies too few are in flight."""
+"""The most bytes of a stage, over all warps: longer copies leave too few in flight."""
 
 STAGES = 4
 """Copies of a warp in flight."""
@@ -61,9 +61,9 @@ class _PrefetchRule:
     """The part of a later projection's weight that a projection prefetches into L2.
 
     Attributes:
-        beyond: Tiles per block to skip, counted behind those that a block of the later projection
-            issues first: with these in L2 its ring would fill at once, and memory would be idle
-            until its input arrives. None begins at the first tile.
+        beyond: Tiles per block to skip after those of the later projection's first ring: if these
+            were in L2, that ring would fill at once, and memory would be idle until the input
+            arrives. None begins at the first tile.
         step: Distance between a block's tiles, in units of the grid.
         tiles: Tiles per block.
         tile_bytes: The most bytes of each tile.

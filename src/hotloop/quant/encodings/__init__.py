@@ -1,7 +1,7 @@
 """Encodings: how tools store quantized matrices.
 
 An encoding decodes the tensors that a matrix is stored as into a ``QTensor``, without loss. If that
-has the numbers of the scheme that the matrix is to have, it is used as it is; otherwise it is
+has the number format of the scheme that the matrix is to have, it is used as it is; otherwise it is
 dequantized to float32 and quantized anew (``weights.source``).
 """
 
@@ -33,11 +33,11 @@ class StoredPart:
     """A tensor that a matrix [N, K] is stored as, one row for each output feature.
 
     Attributes:
-        shape: [N, columns]: the columns are of equally many input features each, or one of all.
+        shape: [N, columns]: each column covers K / columns input features.
         dtype: Its element type, as the checkpoint's format names it.
         block: Columns that are stored in one piece, as whole bytes.
-        margin: By what an element may be multiplied on the way to a weight: with it, the element
-            must still be finite.
+        margin: The largest factor that decoding applies to an element: the element times it must
+            be finite.
     """
 
     shape: tuple[int, int]
@@ -46,11 +46,11 @@ class StoredPart:
     margin: float = 1.0
 
     def unit(self, k: int) -> int:
-        """Input features that cannot be read apart, of K in all."""
+        """The number of input features that can only be read together, of K in all."""
         return 1 if self.shape[1] == 1 else k // self.shape[1] * self.block
 
     def columns(self, features: range, k: int) -> range:
-        """The columns of some of K input features, which begin and end at whole units."""
+        """The columns of a range of the K input features, which begins and ends at whole units."""
         if self.shape[1] == 1:
             return range(1)
         each = k // self.shape[1]
@@ -70,7 +70,7 @@ class Encoding(Protocol):
         Args:
             shape: Of the matrix.
             stored: The element types of the tensors of the matrix in the checkpoint, by name.
-            wanted: The numbers that the matrix is to have.
+            wanted: The number format that the matrix is to have.
         """
         ...
 
