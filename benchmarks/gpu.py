@@ -121,7 +121,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str
 
 def speed_table(folders: Iterable[Path]) -> str:
     """Makes the table of all cells: speed, and share of the memory's bandwidth."""
-    head = ("shape", "scheme", "execution", "decode tok/s", "end-to-end tok/s", "MBU", "ready")
+    head = ("shape", "scheme", "execution", "decode tok/s", "end-to-end tok/s", "MBU",
+            "warm-up (compile cache)")  # fmt: skip
     rows = [
         line(folder.name, record)
         for folder in folders
@@ -140,13 +141,14 @@ def figures_table(out: Path) -> str:
         if path.exists()
         for name, value in json.loads(path.read_text())["figures"].items()
     ]
-    return table(("what", "of", "figure"), figures, texts=2)
+    return table(("figure", "case", "value"), figures, texts=2)
 
 
 def steps_table(path: Path) -> str:
     """Makes the table of the parts of a step without the engine, in milliseconds."""
-    head = ("shape", "scheme", "its bytes alone", "layers' products", "attention", "head and ends",
-            "step", "bandwidth", "M = 8 / M = 1")  # fmt: skip
+    head = ("shape", "scheme", "weight read (ms)", "layers' matrix products (ms)", "attention (ms)",
+            "head, first and last kernels (ms)", "step (ms)", "bandwidth",
+            "M = 8 / M = 1")  # fmt: skip
     found = json.loads(path.read_text()) if path.exists() else {"rows": []}
     ms = {(r["model"], r["kind"], r["rows"], r["what"]): 1e3 * r["seconds"] for r in found["rows"]}
     rows = []
@@ -220,7 +222,7 @@ def write_between(page: Path, begin: str, end: str, text: str) -> None:
 
 
 def rows() -> dict[str, Any]:
-    """Time of a step over 8 positions, over that of one over 1."""
+    """Step time, 8 positions / 1 position."""
     result: dict[str, Any] = {"figures": {}, "samples": {}}
     for shape, quant in (
         ("llama-2-13b", "int4-g128"), ("llama-2-13b", "int8"), ("llama-3.1-8b", "int4-g128"),
@@ -258,14 +260,14 @@ PROMPTS = {"llama-3.1-8b": (5, 64, 512, 2048, 8192), "llama-2-13b": (5, 64, 512,
 
 
 def prompt() -> dict[str, Any]:
-    """Milliseconds to the first token."""
+    """TTFT (ms)."""
     result: dict[str, Any] = {"figures": {}, "ttft_s": {}}
     for shape, quant in itertools.product(PROMPTS, ("int4-g128", "int8", "none")):
         llm = engine(shape, quant, max_seq_len=max(PROMPTS[shape]) + 8)
         for n in PROMPTS[shape]:
             ids = [2 + i % 1000 for i in range(n)]
             samples = [answer(llm, ids, 4).timing.ttft_s for _ in range(11)]
-            of = f"{shape}, {quant}, after {n} tokens"
+            of = f"{shape}, {quant}, {n}-token prompt"
             result["figures"][of] = 1e3 * median(samples[1:])
             result["ttft_s"][of] = samples  # the first is of the first prompt of that length
         llm.close()
@@ -273,7 +275,7 @@ def prompt() -> dict[str, Any]:
 
 
 def sampling() -> dict[str, Any]:
-    """llama-2-13b, int4-g128, seconds per token, over greedy."""
+    """llama-2-13b, int4-g128, seconds per token / greedy."""
     llm = engine("llama-2-13b", "int4-g128")
     ways: dict[str, dict[str, Any]] = {
         "greedy": {}, "top-k, top-p": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1},

@@ -494,7 +494,10 @@ SECTIONS: dict[str, Callable[[Plan, Path], Iterator[Item]]] = {
 
 def make_table(out: Path) -> str:
     """Makes the table of all cells: speed, scaling, and share of all-reduces."""
-    titles = "shape, scheme, execution, GPUs, sums on, draft, decode tok/s, gain, efficiency, sums"
+    titles = (
+        "shape, scheme, execution, GPUs, all-reduce backend, draft, decode tok/s, gain, "
+        "efficiency, all-reduce share"
+    )
     lines = [
         f"| {titles.replace(', ', ' | ')} |",
         "|---|---|---|---:|---|---|---:|---:|---:|---:|",
