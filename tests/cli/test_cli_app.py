@@ -143,7 +143,7 @@ def test_what_is_no_model_ends_with_2(kind, tmp_path, capsys):
 
 
 class PanicException(BaseException):
-    """What a library in Rust raises where it should not: no Exception."""
+    """A panic of a library in Rust: no Exception."""
 
 
 @pytest.fixture

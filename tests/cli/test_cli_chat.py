@@ -332,7 +332,7 @@ class Terminal:
         os.write(self._fd, text.encode())
 
     def exit_code(self) -> int:
-        """Of the program, which should be about to end; what it still shows is read meanwhile."""
+        """Returns the exit code of the program, which should be about to end; reads its output."""
         deadline = time.monotonic() + HANG_S
         while (ended := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
             assert time.monotonic() < deadline, f"the program did not end: {self.seen!r}"

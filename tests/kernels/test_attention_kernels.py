@@ -48,7 +48,7 @@ def by_definition(
 def attend(
     attention: Attention, q_BTHE: Tensor, k_BJCE: Tensor, v_BJCE: Tensor, *at: Tensor, **how: Any
 ) -> Tensor:
-    """Of sequence b in seat b."""
+    """Computes attention with sequence b in seat b."""
     return attention(q_BTHE, k_BJCE, v_BJCE, torch.arange(len(q_BTHE)), *at, first_seat=0, **how)
 
 

@@ -1,4 +1,4 @@
-"""What is read of a config.json, and what is refused, by name."""
+"""Keys of a config.json that are read, and those that are refused by name."""
 
 import math
 from typing import Any

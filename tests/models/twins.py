@@ -76,7 +76,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     attention: Attention | None = None,
 ) -> Twin:
-    """What hotloop makes of a folder."""
+    """Loads a folder as hotloop does."""
     config = read_config(json.loads((folder / "config.json").read_text()))
     chosen = choose_attention(CPU, dtype)[1] if attention is None else attention
     decoder = Decoder(config, n_positions=n_positions, attention=chosen, device=CPU)

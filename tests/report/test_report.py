@@ -77,7 +77,7 @@ def test_a_file_without_a_record_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"records.jsonl: holds no records$"):
         read_records(tmp_path)
     path.write_text("{\n[]\n")
-    with pytest.raises(ConfigError, match="holds no records: 2 of its lines are none"):
+    with pytest.raises(ConfigError, match="holds no records: 2 of its lines are not valid records"):
         read_records(path, on_problem=lambda _: None)
 
 

@@ -1,4 +1,4 @@
-"""What is written lands in the results folder or nowhere."""
+"""Files are written to the results folder or nowhere."""
 
 from __future__ import annotations
 

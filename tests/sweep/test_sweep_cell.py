@@ -68,7 +68,7 @@ def _engines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What the machine is said to be."""
+    """Describes the machine."""
     said = {"kind": "cpu", "name": "made up"}
     said |= {"read_bytes_per_s": 1e9, "datasheet_bytes_per_s": 2e9}
     monkeypatch.setattr(hardware, "provenance", lambda _: {"device": said})

@@ -1,4 +1,4 @@
-"""What quality is compared with, and what is said of the model that is measured."""
+"""The reference of quality, and the description of the measured model."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_a_tied_head_is_a_slice_of_the_embedding_and_no_copy(quant, tmp_path):
 
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
-    """Of each TensorFile, how many bytes were read at a time."""
+    """Records the bytes of each read of every TensorFile."""
     counted: dict[int, list[int]] = {}
     read_into = TensorFile._read_into
 
@@ -180,7 +180,7 @@ def test_a_rank_reads_its_own_slices_of_matrices_only(
     ThreadRanks(4).run(lambda group: load(path, group=group, **options))
 
     def fraction(name: str, shard: Shard) -> float:
-        """How much of a stored tensor is a rank's own."""
+        """The share of a stored tensor that is a rank's own."""
         if name.startswith("lm_head"):
             return len(shard.vocabulary) / config.vocab_size
         part = ".".join(name.split(".")[3:5])

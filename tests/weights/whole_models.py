@@ -87,7 +87,7 @@ def write_folder(
 
 
 def gguf_keys() -> dict[str, int]:
-    """What a GGUF file of the model says of its shape."""
+    """Metadata of the model's shape in a GGUF file."""
     return {
         "block_count": CONFIG["num_hidden_layers"],
         "context_length": CONFIG["max_position_embeddings"],
@@ -133,7 +133,7 @@ def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
 
 
 def plan(model: ModelConfig, n: int, quant: str) -> tuple[Shard, ...]:
-    """What each of n ranks holds, where all matrices of layers have one scheme."""
+    """The shard of each of n ranks, where all matrices of layers have one scheme."""
     alignment = parse_scheme(quant).alignment
     return model.shards(n, lambda _i, _part: alignment)
 

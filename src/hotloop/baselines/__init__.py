@@ -35,7 +35,7 @@ class EngineKind:
         predict: Predicts the memory of a configuration; None where that is unknown. Raises what
             ``create`` would raise before it loads anything.
         settle: Fills in what ``auto`` stands for, as far as that is known without using a GPU.
-            Configurations that settle to the same value are one cell.
+            Configurations with the same result are equivalent, and are one cell.
         reads_checkpoints: The model is a checkpoint that hotloop itself can read. Its stored form
             and its tokenizer are then read before any process starts.
     """

@@ -1,13 +1,13 @@
-"""The clock: one engine and one workload in, one :class:`Speed` out.
+"""Times a workload on an engine.
 
-The definitions are those of the design, in one place:
+The definitions, which docs/measuring.md has for users:
 
 - TTFT: submit to the first token on the host. TPOT: (end-to-end - TTFT) / (n - 1). Decode tok/s:
   1 / TPOT. End-to-end tok/s: n / end-to-end. Each is a value of one request; in a batch a repeat's
-  value is the mean over its requests. ``aggregate_tok_s`` alone is of the batch as a whole.
+  value is the mean over its requests. ``aggregate_tok_s`` alone is of the whole batch.
 - A repeat is the independent sample: a figure's mean, interval and ``n`` are over repeats.
 - MBU: bytes that one decode step must read, over the time of a step, over the bandwidth. With
-  speculation a step is not a token, and there is none.
+  speculation a step is not a token, and MBU is undefined.
 
 The engine counts tokens and reads the clock itself (:class:`~hotloop.types.Timing`), so that work
 between submitting and the first forward counts too. Loading and compiling are not in here: engines
@@ -154,11 +154,11 @@ def bytes_read_per_step(description: EngineDescription, workload: Workload) -> f
 
 
 def _check(workload: Workload, description: EngineDescription) -> None:
-    slots = description.config.max_batch_size
-    if workload.batch > slots:
+    max_batch_size = description.config.max_batch_size
+    if workload.batch > max_batch_size:
         raise ConfigError(
-            f"a batch of {workload.batch} would wait in line on an engine with "
-            f"max_batch_size={slots}. Raise max_batch_size or lower the batch."
+            f"a batch of {workload.batch} does not fit an engine with "
+            f"max_batch_size={max_batch_size}. Raise max_batch_size or lower the batch."
         )
     tokens = workload.prompt_tokens + workload.new_tokens
     if tokens > description.max_seq_len:

@@ -36,7 +36,7 @@ def mean_figure(
 
 
 def t_critical(df: int, *, confidence: float = 0.95) -> float:
-    """The t within which, either side of 0, Student's distribution has its 95 % (or another share).
+    """Computes the two-sided critical value of Student's t distribution.
 
     Found by bisection on the closed form of the probability within t for whole ``df``, in the
     angle atan(t / sqrt(df)) (Abramowitz & Stegun, 26.7.3 and 26.7.4).

@@ -4,14 +4,13 @@ Every cell of a sweep runs in its own process, and two models rarely fit beside 
 reference is scored once and its whole distributions are kept: one safetensors file, memory-mapped
 when read, with
 
-- ``log_probs`` float16 [n_predictions, V]: log-probabilities less the row's largest,
+- ``log_probs`` float16 [n_predictions, V]: log-probabilities minus the row's maximum,
 - ``token_logprobs`` float32 [n_predictions] and ``top1`` int64 [n_predictions], exact,
 
-and in its metadata the key that says what it is the reference of. Taking off the row's largest
-value puts float16's resolution where the probability is; normalization after reading brings the
-constant back. What rounding leaves is a divergence of the file from its own source of below 1e-6
-nats on distributions such as language models have, against 1e-4 and more for the mildest
-quantization.
+and in its metadata the key of the model and text that it is the reference of. Subtracting the row's
+maximum puts float16's resolution where the probability is; normalization after reading restores the
+constant. The rounding is a divergence of the file from its own source of below 1e-6 nats on
+distributions such as language models have, against 1e-4 and more for the mildest quantization.
 
 The file is written under another name and renamed when complete, so that a half-written one is
 never read.
@@ -135,7 +134,7 @@ class Reference:
     def log_probs(self, window: int, positions: slice) -> Tensor:
         """Log-probabilities at some positions of a window, float32 [positions, V].
 
-        Each row lacks a constant, for its largest value to be 0: see :func:`kl_divergence` in
+        Each row is shifted by a constant so that its maximum is 0: see :func:`kl_divergence` in
         ``quality``, which normalizes.
         """
         start, stop, _ = positions.indices(self.key.window - 1)
@@ -215,7 +214,7 @@ def full_log_probs(score: Score, vocab_size: int) -> Tensor:
     log_probs = score.log_probs
     assert log_probs is not None, "the engine was asked for whole distributions and gave none"
     if (V := log_probs.shape[-1]) != vocab_size:
-        raise ConfigError(f"distributions over {V} tokens do not compare with {vocab_size}.")
+        raise ConfigError(f"distributions over {V} tokens cannot be compared with {vocab_size}.")
     return log_probs
 
 

@@ -2,7 +2,7 @@
 
 By default CPython's own help topics (``pydoc_data.topics``, 0.5 MB of English about Python),
 because every machine has them already and nothing needs to be downloaded. Any UTF-8 file will do;
-figures on different texts do not compare, so the text's name and hash stand in every record.
+figures on different texts cannot be compared, so the text's name and hash stand in every record.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ Total = Callable[[Tensor], Tensor]
 
 
 class Run(Protocol):
-    """How the decoder's parts are called: ``embed``, each ``Block.forward``, ``logits``."""
+    """Calls the decoder's parts: ``embed``, each ``Block.forward``, ``logits``."""
 
     def __call__(self, part: Callable[..., Any], /, *args: Any) -> Any:
         """Calls ``part(*args)`` and returns its result."""

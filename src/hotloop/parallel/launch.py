@@ -39,13 +39,13 @@ from hotloop.parallel.link import LAST, Answer, Failure, Progress, receive, send
 from hotloop.writing import tail
 
 TICK_S = 0.5
-"""Interval of checks of processes whose connections are silent."""
+"""Interval of checks of processes whose connections send nothing."""
 
 PEER_GRACE_S = 2.0
 """Time to wait for the cause, where a rank reports only that one of its peers is gone."""
 
 SILENCE_S = 30.0
-"""Time without an answer after which a warning names the ranks that are silent."""
+"""Time without an answer after which a warning names the ranks that do not respond."""
 
 LOG_TAIL_LINES = 8
 
@@ -322,7 +322,7 @@ class _Watch:
         if code == -signal.SIGKILL and oom_killed_since(self._oom_kills):
             return OutOfMemoryError(self._phase)
         if code is None:
-            how = "fell silent"
+            how = "does not respond"
         elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         else:

@@ -29,7 +29,7 @@ def read_records(
     for problem in problems:
         on_problem(problem)
     if not records:
-        left_out = f": {len(problems)} of its lines are none" if problems else ""
+        left_out = f": {len(problems)} of its lines are not valid records" if problems else ""
         raise config_error(file, f"holds no records{left_out}")
     return records
 

@@ -26,10 +26,10 @@ MAX_DELTA_LN_PPL = 0.02
 """The quality loss that is tolerated by default: 2 % more perplexity."""
 
 MIN_REPEATS = 3
-"""With fewer, the interval of a mean says next to nothing: t is 12.7 for two."""
+"""With fewer, the interval of a mean is too wide for use: t is 12.7 for two."""
 
 MAX_RELATIVE_HALF_WIDTH = 0.5
-"""Half of a speed's 95 % interval over its mean, above which nothing is known of the speed."""
+"""Half of a speed's 95 % interval over its mean, above which the speed counts as unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,9 @@ def recommend(
 ) -> Recommendation:
     """Picks a configuration from the records of one experiment.
 
-    Without any quality in the records it goes by speed alone, and says so.
+    Among the cells whose quality loss is within the tolerance and whose speed is not significantly
+    below the fastest, it picks the one with the smallest loss. Without any quality in the records
+    it picks the fastest, and says so.
 
     Args:
         records: Of one model, workload and device; the last of each cell counts, and those of
@@ -84,9 +86,9 @@ def recommend(
     if not timed:
         return answer(None, "no configuration was measured.")
     if not measured:
-        return answer(None, "no configuration's speed is known. More --repeats would tell.")
+        return answer(None, "no configuration's speed is known. Raise --repeats.")
     if differing := _incomparable(measured):
-        return answer(None, f"the records are of different {differing}: they do not compare.")
+        return answer(None, f"the records are of different {differing} and cannot be compared.")
     if not scored:
         fastest = max(measured, key=_speed)
         why = measured[0].quality_reason or "it was not measured"
@@ -171,7 +173,7 @@ def _within_noise(a: Record, b: Record) -> bool:
 
 
 def _rivals(record: Record, chosen: Record) -> bool:
-    """Tells whether a record was as fast as the chosen one or faster."""
+    """Tells whether a record's speed is higher than the chosen one's, or equal within noise."""
     return record is not chosen and (
         _speed(record) > _speed(chosen) or _within_noise(record, chosen)
     )

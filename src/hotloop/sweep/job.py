@@ -1,8 +1,8 @@
 """A job: everything that one process needs to know to measure one configuration.
 
 It travels to that process as JSON. Jobs are made here from the configurations of a recipe:
-configurations that come down to the same one become one job, and each job gets the key by which
-``--resume`` finds its record.
+equivalent ones are merged into one job, and each job gets the key by which ``--resume`` finds its
+record.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Cell:
 
 
 def make_cells(configs: Sequence[EngineConfig], models: Models) -> list[Cell]:
-    """Makes the cells of some configurations; those that settle to the same one become one cell.
+    """Makes the cells of some configurations; equivalent ones become one cell.
 
     Raises:
         UnknownNameError: There is no such engine.

@@ -57,8 +57,8 @@ def _planned(cell: Cell, free: dict[tuple[str, int], int]) -> PlannedCell:
 
     Args:
         cell: The cell.
-        free: What devices were found to have free for so many ranks, which is looked up once: what
-            other programs take meanwhile is no difference between cells.
+        free: Free bytes by device and number of ranks, read once and added here, so that all cells
+            are compared with the same value.
     """
     try:
         memory = cell.engine.predict(cell.config)

@@ -1,4 +1,4 @@
-"""One cell in a process of its own, so that whatever becomes of it is a record and not the end.
+"""Runs a cell in a child process: a crash, a hang or a lack of memory becomes a record.
 
 The child leads a session of its own, so a Ctrl-C at the terminal reaches only us. What it starts
 may lead further sessions (ranks do) and outlive it, so all of these processes carry a mark in their

@@ -1,4 +1,4 @@
-"""A recipe: which configurations to measure, on which workload, against which text.
+"""A recipe: the configurations to measure, the workload, and the text for quality.
 
 A YAML file, checked completely before anything runs. What it may say about a configuration is
 derived from ``EngineConfig``, so a new lever can be swept by being a field there.
@@ -10,7 +10,7 @@ derived from ``EngineConfig``, so a new lever can be swept by being a field ther
       execution: [auto, compile]
     cells:                        # and these
       - {quant: int8, head: none}
-    defaults: {dtype: bfloat16}   # for all of them; what has no effect in a cell is left out of it
+    defaults: {dtype: bfloat16}   # for all of them; dropped in cells where they have no effect
     workload: {prompt_tokens: 32, new_tokens: 64}
     quality: {window: 256, n_windows: 16}    # or false
     timeout_s: 600                # per cell
@@ -119,7 +119,7 @@ def _canonical_head(name: str) -> str:
 
 
 def _listed(values: object) -> object:
-    """The values of an axis: a list, or a text with commas; spaces around a value mean nothing."""
+    """Splits the values of an axis: a list, or text with commas; spaces around them are ignored."""
     if isinstance(values, str):
         values = values.split(",")
     if isinstance(values, list):
@@ -128,7 +128,7 @@ def _listed(values: object) -> object:
 
 
 def _checked_type(hint: Any) -> Any:
-    """The type of a field of ``EngineConfig`` as pydantic has it, with its ``Range``."""
+    """Returns the type of a field of ``EngineConfig`` for pydantic, with its ``Range``."""
     if hint is str:
         return Text
     if get_origin(hint) in (Union, types.UnionType):
@@ -433,21 +433,21 @@ def _with_defaults(
 ) -> list[dict[str, Any]]:
     """Adds the defaults to the cells of the matrix and to the explicit ones.
 
-    A lever that has no effect in a cell is left out of it, unless the cell was written with it by
-    hand; cells of the matrix can become equal by that. A lever that has no effect in any cell stays
-    in all of them, for the engine to refuse it.
+    A lever without effect in a cell is dropped from it, unless an explicit cell has it; by that,
+    cells of the matrix can become equal. A lever without effect in any cell stays in all of them,
+    for the engine to refuse it.
     """
-    by_hand = [*({} for _ in matrix), *explicit]
+    explicit_levers = [*({} for _ in matrix), *explicit]
     whole = [{**defaults, **cell} for cell in (*matrix, *explicit)]
-    otherwise = {one.name: one.default for one in fields(EngineConfig)}
+    field_defaults = {one.name: one.default for one in fields(EngineConfig)}
     for name, lever in levers().items():
         if lever.used is None:
             continue
-        used = [lever.used({**otherwise, **cell}) for cell in whole]
-        if not any(used):
+        has_effect = [lever.used({**field_defaults, **cell}) for cell in whole]
+        if not any(has_effect):
             continue
-        for cell, own, useful in zip(whole, by_hand, used, strict=True):
-            if not useful and name not in own:
+        for cell, own, effective in zip(whole, explicit_levers, has_effect, strict=True):
+            if not effective and name not in own:
                 cell.pop(name, None)
     return whole
 

@@ -58,8 +58,8 @@ def run_sweep(
         on_event: Receives events.
 
     Returns:
-        The latest record of each of the recipe's cells, in the recipe's order. Cells whose settled
-        configuration is the same are one.
+        The latest record of each of the recipe's cells, in the recipe's order. Cells with
+        equivalent configurations are one.
 
     Raises:
         ConfigError: The folder has records and ``resume`` was not asked for, or another sweep is

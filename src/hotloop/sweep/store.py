@@ -1,7 +1,7 @@
-"""``records.jsonl``: one record a line, appended for good, read with suspicion.
+"""``records.jsonl``: one record a line, append-only; lines are validated when read.
 
 A line is written with one call and forced to the disk, so whatever ends the machine loses at most
-the line being written. What a reader cannot parse it reports and leaves alone.
+the line being written. A reader reports lines that it cannot parse, and leaves them alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_LINE_BYTES = 2**22
 
 
 def read_file(path: Path) -> tuple[list[Record], list[str]]:
-    """The records of a file in the order they were written, and its lines that are none.
+    """Reads the records of a file in the order they were written, and reports invalid lines.
 
     Returns:
         The records, and a sentence for each line that is left out: half-written because something
@@ -62,7 +62,7 @@ def read_file(path: Path) -> tuple[list[Record], list[str]]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; of one that is too long, only as much as shows it."""
+    """Yields the lines of a file; of one that is too long, only as much as shows it."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         rest = line
         while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
@@ -71,7 +71,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def append(path: Path, record: Record) -> None:
-    """Adds a record; see ``append_line``."""
+    """Appends a record; see ``append_line``."""
     append_line(path, record.model_dump_json().encode())
 
 

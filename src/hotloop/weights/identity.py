@@ -131,7 +131,7 @@ class StoredType:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredForm:
-    """How a checkpoint stores its weights.
+    """The storage of a checkpoint's weights.
 
     Attributes:
         types: The types it stores, those with the most bytes first.

@@ -1,4 +1,4 @@
-"""Where the weights of a model come from, one matrix at a time.
+"""Reads or makes the weights of a model, one matrix at a time.
 
 Three sources, one interface: a checkpoint whose matrices are quantized as they are read, a few
 rows at a time, a checkpoint that ``hotloop quantize`` wrote, and random weights for which only the
@@ -50,7 +50,7 @@ _NO_WEIGHTS = frozenset(DTYPES) - {"F32", "F16", "BF16"}
 """Element types of safetensors that hold no weights by themselves."""
 
 _QUANTIZED_MARGIN = 4.0
-"""By how much weights must stay below the largest number of a type under quantization: a group's
+"""Factor below the largest number of a type that quantized weights must keep: a group's
 range is twice its largest value, and rounded scales and offsets exceed what they stand for."""
 
 

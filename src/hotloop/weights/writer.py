@@ -30,7 +30,7 @@ from hotloop.weights.safetensors import DTYPES, INDEX_FILE
 from hotloop.writing import errors_named
 
 HEADER_BYTES = 256 * 2**10
-"""Where the data of each file begins: room for about two thousand tensors."""
+"""Offset of the data in each file: room for about two thousand tensors."""
 
 _METADATA = {"format": "pt"}
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -1,4 +1,4 @@
-"""How ``hotloop quantize`` stores a matrix.
+"""The encoding in which ``hotloop quantize`` stores a matrix.
 
 ``x.weight`` is stored as ``x.weight.values`` (int8 or float8_e4m3fn [N, K]; int4: uint8 [N, K/2],
 even columns in the low nibble, each plus 8), ``x.weight.scale`` and, where the scheme has them,
