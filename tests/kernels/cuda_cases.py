@@ -591,7 +591,7 @@ def next_tokens_case(rows: int, k: int, generator: torch.Generator) -> Case:
 
 
 def ngram_draft_case(width: int, k: int, n_words: int, generator: torch.Generator) -> Case:
-    """Makes a case of rows whose newest tokens are at any position, the first two and the last included.
+    """Makes rows whose newest tokens are at any position, the first two and the last among them.
 
     The fewer words there are, the more often three tokens stood there before.
     """
