@@ -293,7 +293,7 @@ class Int4TinyGemm:
 
 
 class Fused:
-    """Weights in the order in which the kernels of the fused step read them (``kernels.cuda``).
+    """Weights in the packed layout of the kernels of the fused step (``kernels.cuda``).
 
     Those read the packed weight themselves. Called like other kernels, for the many rows of a
     prompt, it dequantizes the weight to bfloat16 for the call.

@@ -1,4 +1,4 @@
-"""Packs weights into the order in which ``linear.cu`` reads them.
+"""Packs weights into the memory layout that ``linear.cu`` reads.
 
 A weight is divided into tiles of 16 output features, and a tile into units of 1024 bytes: 32, 64 or
 128 input features of 16, 8 or 4 bits. A unit holds, for each slice of 32 input features, the

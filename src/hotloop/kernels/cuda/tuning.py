@@ -1,8 +1,7 @@
 """Chooses the tuning of launches by shape and device.
 
 The rules summarize the tuning of every projection within whole decode steps on one H100
-(``tuned-anew-steps.txt``, ``looks-and-rings-anew-steps.txt``, ``rings-with-new-looks-steps.txt``
-and others in ``benchmarks/results/h100-kernels/trials``). A projection's number of warps, which
+(``docs/decisions/fused-kernels.md`` names the trials). A projection's number of warps, which
 determines the order of its sums, depends on the weight alone, whatever the device and the number of
 rows; the chunks of attention depend on the heads and the device.
 """
