@@ -11,7 +11,7 @@ LENGTH_BYTES = 8
 
 
 def tensor_entry(dtype: str, shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
-    """The entry of a tensor.
+    """Returns the entry of a tensor.
 
     Args:
         dtype: Its element type, as safetensors names it.

@@ -97,7 +97,7 @@ def draft_name(draft: str, quant: str, n_tokens: int, policy: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Lever:
-    """A field of ``EngineConfig`` as users meet it.
+    """The options, help and sweep values of a field of ``EngineConfig``.
 
     Command-line options, axes of a sweep's matrix, keys of recipes and help pages are made from it.
 
@@ -294,7 +294,7 @@ class EngineConfig:
         return draft_name(self.draft, self.draft_quant, self.draft_tokens, self.draft_policy)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
+        """Returns all fields, as JSON can hold them."""
         return asdict(self)
 
 
@@ -435,7 +435,7 @@ class Speculation:
         )
 
     def __add__(self, other: Speculation) -> Speculation:
-        """Both together."""
+        """Returns the sum of both."""
         return Speculation(
             n_steps=self.n_steps + other.n_steps,
             n_off=self.n_off + other.n_off,
@@ -575,7 +575,7 @@ class MemoryPlan:
         return self.weights_bytes + self.cache_bytes + self.workspace_bytes
 
     def to_dict(self) -> dict[str, int]:
-        """The byte counts, total included, as records hold them."""
+        """Returns the byte counts, total included, as records hold them."""
         counts = {k: v for k, v in asdict(self).items() if k != "device"}
         return counts | {"total_bytes": self.total_bytes}
 
@@ -627,7 +627,7 @@ class Engine(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with no special tokens added."""
+        """Tokenizes plain text, with no special tokens added."""
         ...
 
     def describe(self) -> EngineDescription:

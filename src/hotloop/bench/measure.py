@@ -143,7 +143,7 @@ def measure_speed(
 
 
 def bytes_read_per_step(description: EngineDescription, workload: Workload) -> float:
-    """Bytes that a mean timed decode step must read on one rank: weights once, each cache once.
+    """Counts the bytes that a mean timed decode step reads on one rank: weights and caches, once.
 
     The timed steps are those of tokens 2 to n. The step that makes token i + 1 attends to the
     prompt and i answer tokens, so on average to prompt + n / 2.
@@ -186,7 +186,7 @@ def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> li
 
 
 def _drafting(generations: Sequence[Generation]) -> Speculation | None:
-    """Adds up the drafting statistics of a repeat's requests; None without drafts."""
+    """Sums the drafting statistics of a repeat's requests; None without drafts."""
     each = [g.speculation for g in generations if g.speculation is not None]
     return sum(each, Speculation()) if each else None
 

@@ -46,7 +46,7 @@ class CpuTimes:
 
 
 def cpu_times() -> CpuTimes:
-    """The clocks as they stand now."""
+    """Returns the clocks as they stand now."""
     import psutil
 
     spent = psutil.cpu_times()._asdict()

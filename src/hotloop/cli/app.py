@@ -142,7 +142,7 @@ def _run(argv: list[str]) -> int:
 
 
 def help_page(argv: Sequence[str]) -> Path | None:
-    """The help page that a command line asks for, if it asks for one."""
+    """Returns the help page that a command line asks for, if it asks for one."""
     pages = Path(__file__).parent / "help"
     if not argv or argv[0] in HELP_FLAGS:
         return pages / "hotloop.txt"

@@ -142,7 +142,7 @@ class Conversation:
     exchanges: list[tuple[str, str]] = field(default_factory=list)
 
     def prompt(self, text: str | None) -> tuple[ChatPrompt, int]:
-        """The prompt for the answer to ``text``, and how many old exchanges had to go for it.
+        """Returns the prompt for ``text``, and the number of old exchanges dropped for it.
 
         Without ``text`` it is the prompt that continues the last answer.
 
@@ -301,7 +301,7 @@ class Session:
 
 
 def parse_command(text: str) -> tuple[str, str] | None:
-    """A command and the text that it is given; None if the line is a message."""
+    """Returns a command and the text that it is given; None if the line is a message."""
     name, *rest = text.split(maxsplit=1) or [""]
     if name not in _NAMES or (rest and name != "/system"):
         return None
@@ -309,7 +309,7 @@ def parse_command(text: str) -> tuple[str, str] | None:
 
 
 def message_of(text: str) -> str:
-    """The message that a line is: without the slash that keeps it from being a command."""
+    """Returns the message of a line, without the slash that keeps it from being a command."""
     if re.match(r"\s*//\w", text):
         return text.replace("/", "", 1)
     if re.fullmatch(r"\s*/\w+\s*", text):

@@ -113,7 +113,7 @@ def early_tokenizer(model: str) -> Tokenizer:
 
 
 def raw_prompt(llm: LLM, text: str, *, special: bool) -> str | list[int]:
-    """A prompt without a template; control tokens that it spells are parsed if ``special``."""
+    """Returns a prompt without a template; its control tokens are parsed if ``special``."""
     tokenizer = llm.tokenizer
     assert tokenizer is not None, "a checkpoint comes with a tokenizer"
     if special:

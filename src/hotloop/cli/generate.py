@@ -104,7 +104,7 @@ def generate(
 
 
 def read_prompt(prompt: str | None, file: Path | None, stdin: bool) -> str:
-    """The prompt from the one place that was named, or from standard input if that is a pipe.
+    """Reads the prompt from the place that was named, or from standard input if it is a pipe.
 
     What is read from a file or a pipe loses its last newline, which ends the text rather than
     belonging to it.

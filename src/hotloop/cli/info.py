@@ -65,7 +65,7 @@ def info(
 
 
 def machine() -> dict[str, Any]:
-    """The host, and each device with its memory, bandwidth and ways of execution."""
+    """Returns the host, and each device with its memory, bandwidth and ways of execution."""
     import torch
 
     from hotloop import hardware
@@ -96,7 +96,7 @@ def machine() -> dict[str, Any]:
 
 
 def execution(device: torch.device) -> dict[str, dict[str, Any]]:
-    """The ways of execution on ``device``: whether each can be had, and why not."""
+    """Returns the ways of execution on ``device``: whether each can be had, and why not."""
     from hotloop.engine.forward import compile_unavailable_reason
     from hotloop.kernels import cpu
     from hotloop.kernels.cuda import launch
@@ -110,7 +110,7 @@ def execution(device: torch.device) -> dict[str, dict[str, Any]]:
 
 
 def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
-    """A model's shape, and the memory of ``config`` under each scheme.
+    """Returns a model's shape, and the memory of ``config`` under each scheme.
 
     A scheme that does not suit the model has its reason in place of bytes.
     """
@@ -189,7 +189,7 @@ def _heads(attention: dict[str, Any]) -> str:
 
 
 def _by_kind(values: Iterable[tuple[int, object]]) -> str:
-    """The value that all layers have, or else each with the number of layers that have it."""
+    """Returns the value that all layers have, or else each with its number of layers."""
     counts = Counter[str]()
     for n, value in values:
         counts[str(value)] += n

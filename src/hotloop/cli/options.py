@@ -35,14 +35,14 @@ OUTPUT = Group("Output", sort_key=8)
 
 
 def option(group: Group, text: str, default: str | None = None, **more: Any) -> Parameter:
-    """A parameter's help, with its default in words where the value does not say it."""
+    """Returns a parameter's help, with its default in words where the value does not say it."""
     if default is not None:
         more["show_default"] = default
     return Parameter(group=group, help=text, **more)
 
 
 def integer(group: Group, text: str, default: str | None = None, **more: Any) -> Parameter:
-    """The parameter of a whole number. cyclopts alone would round 1.5."""
+    """Returns the parameter of a whole number. cyclopts alone would round 1.5."""
     return option(group, text, default, converter=_whole, **more)
 
 
@@ -61,7 +61,7 @@ _GROUPS = {"Model": MODEL, "Execution": EXECUTION, "Speculation": SPECULATION}
 
 
 def lever_option(name: str) -> Parameter:
-    """The parameter of a field of ``EngineConfig``, made from its ``Lever``."""
+    """Returns the parameter of a field of ``EngineConfig``, made from its ``Lever``."""
     of = LEVERS[name]
     make = integer if _is_number(name) else option
     return make(_GROUPS[of.group or "Model"], of.help, of.default, **_alias(of))
@@ -76,7 +76,7 @@ def _alias(of: Lever) -> dict[str, Any]:
 
 
 def _with_choices(name: str) -> str:
-    """The help of a lever that takes several values, with the choices where they are few."""
+    """Returns the help of a lever with several values, with the choices where they are few."""
     if get_origin(_HINTS[name]) is not Literal:
         return LEVERS[name].help
     return f"{LEVERS[name].help} Of {', '.join(get_args(_HINTS[name]))}."
@@ -113,25 +113,25 @@ class _ManyEngines(_Options):
     """Many engines: the same levers, of which each takes several values."""
 
     def matrix(self) -> dict[str, list[Any]]:
-        """The levers with several values, given or by default."""
+        """Returns the levers with several values, given or by default."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         by_default = {name: one.sweep for name, one in LEVERS.items() if one.sweep}
         said = {name: _values(name, text) for name, text in (by_default | given).items()}
         return {name: values for name, values in said.items() if len(values) > 1}
 
     def defaults(self) -> dict[str, Any]:
-        """The levers that were given with one value, which holds for all engines."""
+        """Returns the levers that were given with one value, which holds for all engines."""
         said = {name: _values(name, text) for name, text in self.given().items()}
         return {name: values[0] for name, values in said.items() if len(values) == 1}
 
 
 def listed(text: str) -> list[str]:
-    """The values of an option that takes several; spaces around a value mean nothing."""
+    """Splits the values of an option that takes several; spaces around a value are ignored."""
     return [value.strip() for value in text.split(",")]
 
 
 def _values(name: str, text: str) -> list[Any]:
-    """The values of a lever; what should be a number and is none is left for the recipe."""
+    """Returns the values of a lever; what should be a number and is none is left for the recipe."""
     values: list[Any] = listed(text)
     if not _is_number(name):
         return values
@@ -188,7 +188,7 @@ class WeightOptions(_Options):
     weights_seed: Annotated[int, lever_option("seed")] = EngineConfig.seed
 
     def model(self, model: str | None) -> str:
-        """The name of the model, whether it was given as MODEL or as ``--shape``.
+        """Returns the name of the model, whether it was given as MODEL or as ``--shape``.
 
         Raises:
             ConfigError: Neither or both are given, there is no such shape, or it is without random
@@ -236,7 +236,7 @@ class TemplateOptions(_Options):
     ] = ()
 
     def variables(self) -> dict[str, Any]:
-        """The template's variables, by name.
+        """Returns the template's variables, by name.
 
         Raises:
             ConfigError: An argument is not ``NAME=VALUE``, or its name cannot be given.
@@ -329,7 +329,7 @@ class SamplingOptions(_Options):
         self.params(SamplingParams())
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
-        """The model's ``defaults``, changed by what was given."""
+        """Returns the model's ``defaults``, changed by what was given."""
         return replace(defaults, **self.given())
 
 
@@ -345,7 +345,7 @@ class WorkloadOptions(_Options):
     workload_seed: Annotated[int, integer(WORKLOAD, "Seed of the prompts.")] = 0
 
     def fields(self) -> dict[str, int]:
-        """The fields of ``Workload``."""
+        """Returns the fields of ``Workload``."""
         values = asdict(self)
         values["seed"] = values.pop("workload_seed")
         return values
@@ -372,7 +372,7 @@ class QualityOptions(_Options):
     ] = None
 
     def fields(self) -> dict[str, Any]:
-        """The fields of that other ``QualityOptions``."""
+        """Returns the fields of ``sweep.recipe.QualityOptions``."""
         return asdict(self)
 
 

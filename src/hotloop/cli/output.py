@@ -163,7 +163,7 @@ def print_rich(table: RenderableType) -> None:
 
 
 def stderr() -> SafeConsole:
-    """A rich console for progress and notes."""
+    """Returns a rich console for progress and notes."""
     from hotloop.console import SafeConsole
 
     return SafeConsole(stderr=True)

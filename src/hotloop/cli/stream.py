@@ -170,7 +170,7 @@ def _on_screen(text: str) -> str:
 
 
 def writer_for(out: TextIO) -> Writer:
-    """The writer that suits ``out``."""
+    """Returns the writer that suits ``out``."""
     terminal = out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     return TerminalWriter(out) if terminal else PlainWriter(out)
 

@@ -167,7 +167,7 @@ def sweep(
 
 
 def _recipe(path: str, weights: WeightOptions, replacement: ReplacementOptions) -> Recipe:
-    """A recipe with the models that are to take the place of its own."""
+    """Returns a recipe with the models that are to take the place of its own."""
     from hotloop.sweep.recipe import load_recipe, replace_models
 
     recipe = load_recipe(path)

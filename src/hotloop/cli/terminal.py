@@ -44,7 +44,7 @@ class CtrlC:
         self._pressed.set()
 
     def while_reading(self, read_line: ReadLine) -> ReadLine:
-        """The same function, in which Ctrl-C is a KeyboardInterrupt."""
+        """Returns the same function, in which Ctrl-C is a KeyboardInterrupt."""
 
         def read(prompt: str) -> str:
             self._reading = True

@@ -132,7 +132,7 @@ class Reference:
         self._log_probs = file.get_slice("log_probs")
 
     def log_probs(self, window: int, positions: slice) -> Tensor:
-        """Log-probabilities at some positions of a window, float32 [positions, V].
+        """Reads log-probabilities at some positions of a window, float32 [positions, V].
 
         Each row is shifted by a constant so that its maximum is 0: see :func:`kl_divergence` in
         ``quality``, which normalizes.
@@ -201,12 +201,12 @@ class ReferenceWriter:
 
 
 def hash_windows(windows: Sequence[Sequence[int]]) -> str:
-    """SHA-256 of windows of equal length: another tokenizer gives another hash."""
+    """Hashes windows of equal length (SHA-256): another tokenizer gives another hash."""
     return hashlib.sha256(np.asarray(windows, dtype=np.int64).data).hexdigest()
 
 
 def full_log_probs(score: Score, vocab_size: int) -> Tensor:
-    """The whole distributions of a score, [T - 1, V], known to be of the right vocabulary.
+    """Returns the whole distributions of a score, [T - 1, V], known to be of the right vocabulary.
 
     Raises:
         ConfigError: The vocabulary is of another size.
@@ -219,7 +219,7 @@ def full_log_probs(score: Score, vocab_size: int) -> Tensor:
 
 
 def row_chunks(x_TV: Tensor) -> list[slice]:
-    """Slices of rows small enough for intermediate results to stay in cache and out of the peak."""
+    """Slices rows so that intermediate results stay in cache and do not raise the peak."""
     T, V = x_TV.shape
     step = max(1, _CHUNK_ELEMENTS // V)
     return [slice(i, min(i + step, T)) for i in range(0, T, step)]
@@ -255,7 +255,7 @@ def _check_tensors(path: Path, file: Any, key: ReferenceKey) -> None:
 
 
 def _layout(key: ReferenceKey) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The tensors of a reference, in the order they lie: their types and shapes.
+    """Returns the tensors of a reference, in the order they lie: their types and shapes.
 
     The big one comes last, so that it streams and the others stay aligned.
     """
@@ -264,7 +264,7 @@ def _layout(key: ReferenceKey) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _header(key: ReferenceKey, metadata: Mapping[str, str]) -> bytes:
-    """The header of a reference, whose tensors lie one behind the other without gaps."""
+    """Returns the header of a reference, whose tensors lie one behind the other without gaps."""
     entries, end = {}, 0
     for name, (dtype, shape) in _layout(key).items():
         start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8

@@ -13,7 +13,7 @@ _SPARE_TOKENS = 256
 def take_windows(
     encode: Callable[[str], list[int]], text: str, size: int, limit: int | None = None
 ) -> list[list[int]]:
-    """The windows of a text, of which no more is tokenized than they need.
+    """Returns the windows of a text, of which no more is tokenized than they need.
 
     Where a text is cut changes only tokens near the cut, and the last ``_SPARE_TOKENS`` before it
     are not used: the windows are those of the whole text.

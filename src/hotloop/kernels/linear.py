@@ -100,16 +100,16 @@ class LinearKernel(Protocol):
 
     @property
     def name(self) -> str:
-        """As records name it, such as ``int4/tinygemm``."""
+        """Its name in records, such as ``int4/tinygemm``."""
         ...
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether packed rows are the rows as they came: an embedding can share them."""
+        """Whether packed rows are the unpacked ones, so that an embedding can share them."""
         ...
 
     def unsupported(self, spec: LinearSpec) -> str | None:
-        """The reason why it cannot serve this weight; None if it can. See ``NOT_MEANT``."""
+        """Returns the reason why it cannot serve this weight; None if it can. See ``NOT_MEANT``."""
         ...
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
@@ -123,7 +123,7 @@ class LinearKernel(Protocol):
         ...
 
     def nbytes(self, spec: LinearSpec) -> int:
-        """Exact bytes of what ``pack`` returns."""
+        """Returns the exact bytes of what ``pack`` returns."""
         ...
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
@@ -372,7 +372,7 @@ KERNELS: tuple[LinearKernel, ...] = (
 
 
 def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
-    """The first kernel that can serve a weight exactly, and why those before it cannot."""
+    """Returns the first kernel that can serve a weight exactly, and why those before it cannot."""
     if spec.fused:
         reason = fused_unsupported(spec)
         assert reason is None, f"the fused step {reason}"
@@ -388,7 +388,7 @@ def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
 
 
 def fused_unsupported(spec: LinearSpec) -> str | None:
-    """Why the fused step cannot hold a weight exactly, or None if it can."""
+    """Returns why the fused step cannot hold a weight exactly, or None if it can."""
     if spec.kind == "dense":
         return None
     if spec.kind == "int4":

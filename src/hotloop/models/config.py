@@ -122,7 +122,7 @@ class Matrix:
         return sum(part.n for part in self.parts)
 
     def slices(self, part: Part, shard: LayerShard) -> tuple[range | None, range | None]:
-        """The rows and the columns of a part that a rank holds; None for all."""
+        """Returns the rows and the columns of a part that a rank holds; None for all."""
         share = shard.along(part.axis)
         held = range(share.start * part.unit, share.stop * part.unit)
         return (None, held) if self.summed else (held, None)
@@ -235,7 +235,7 @@ class FeedForwardConfig:
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """The gate and what it gates in one; then the projection down."""
+        """Gate and up in one; then down."""
         gate, up = (
             Part(
                 name=f"mlp.{name}_proj",
@@ -301,7 +301,7 @@ class LayerConfig:
         return tuple(sorted(norms, key=lambda norm: norm.rotated))
 
     def shape(self, alignment: Callable[[Part], int]) -> LayerShape:
-        """The numbers of heads and features that ranks divide among themselves.
+        """Returns the numbers of heads and features that ranks divide among themselves.
 
         Args:
             alignment: Input features of a part that must stay together.
@@ -321,7 +321,7 @@ class LayerConfig:
         )
 
     def local(self, shard: LayerShard) -> LayerConfig:
-        """A rank's part of the layer: fewer heads and features."""
+        """Returns a rank's part of the layer: fewer heads and features."""
         return LayerConfig(
             attention=dataclasses.replace(
                 self.attention, n_heads=len(shard.heads), n_kv_heads=len(shard.kv_heads)
@@ -356,7 +356,7 @@ class ModelConfig:
 
     @property
     def n_layers(self) -> int:
-        """Layers."""
+        """The number of layers."""
         return len(self.layers)
 
     @property
@@ -379,7 +379,7 @@ class ModelConfig:
     def shards(
         self, n: int, alignment: Callable[[int, Part], int] = lambda _i, _part: 1
     ) -> tuple[Shard, ...]:
-        """The shard of each of ``n`` ranks; see ``plan_shards``.
+        """Returns the shard of each of ``n`` ranks; see ``plan_shards``.
 
         Args:
             n: Ranks.
@@ -389,7 +389,7 @@ class ModelConfig:
         return plan_shards(n, layers=layers, vocab_size=self.vocab_size)
 
     def local(self, shard: Shard) -> ModelConfig:
-        """The decoder of one rank: its part of each layer, all of the embedding's rows."""
+        """Returns the decoder of one rank: its part of each layer, all of the embedding's rows."""
         parts = zip(self.layers, shard.layers, strict=True)
         return dataclasses.replace(self, layers=tuple(layer.local(part) for layer, part in parts))
 

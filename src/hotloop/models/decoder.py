@@ -165,7 +165,7 @@ class Block(nn.Module):
         first_seat: int | None,
         length: int,
     ) -> Tensor:
-        """Hidden states [B, T, D] behind this layer; its keys and values are in the cache then."""
+        """Returns hidden states [B, T, D] behind this layer; its keys and values are cached."""
         attended = self.attention(
             x_BTD,
             cos_BTE,
@@ -186,7 +186,7 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def call(part: Callable[..., Any], /, *args: Any) -> Any:
-    """A ``Run`` that does nothing else."""
+    """Calls ``part(*args)`` directly: the ``Run`` of a decoder by itself."""
     return part(*args)
 
 
@@ -239,7 +239,7 @@ class Decoder(nn.Module):
         return cast(list[Block], list(self.layers))
 
     def rope(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a layer's rope, float32 [positions, E]."""
+        """Returns cosines and sines of a layer's rope, float32 [positions, E]."""
         table = self._table_of[layer]
         return getattr(self, f"cos{table}"), getattr(self, f"sin{table}")
 
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
         n_layers: int | None = None,
         run: Run = call,
     ) -> Tensor:
-        """Hidden states [B, T, D] of new tokens, as the last layer leaves them.
+        """Returns the hidden states [B, T, D] of new tokens behind the last layer.
 
         Args:
             ids_BT: Token ids.
@@ -299,5 +299,5 @@ class Decoder(nn.Module):
         return self.embedding(ids_BT), ropes
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [..., V] of hidden states [..., D]; of several ranks, this one's rows."""
+        """Computes float32 logits [..., V] of hidden states [..., D]; this rank's rows."""
         return self.head(self.norm(hidden)).float()

@@ -30,7 +30,7 @@ class Linear(nn.Module):
 
     @classmethod
     def declared(cls, matrix: Matrix) -> Linear:
-        """The module of a matrix that a layer's configuration declares."""
+        """Returns the module of a matrix that a layer's configuration declares."""
         return cls(matrix.n, matrix.k, paired=matrix.paired)
 
     def assign(

@@ -32,18 +32,18 @@ _WITHOUT_USE = re.compile(r"\.rotary_emb\.\w+|\.self_attn\.(?:\w+\.)?[kv]_scale"
 
 
 def layer(index: int | str, part: str) -> str:
-    """The full name of a part of one layer, without ``.weight``."""
+    """Returns the full name of a part of one layer, without ``.weight``."""
     return f"model.layers.{index}.{part}"
 
 
 def layer_index(name: str) -> int | None:
-    """The layer that a tensor belongs to, by its name; None for those of no layer."""
+    """Returns the layer that a tensor belongs to, by its name; None for those of no layer."""
     match = _LAYER.match(name)
     return int(match[1]) if match else None
 
 
 def head(config: ModelConfig) -> str:
-    """The name of the weight that the head multiplies with."""
+    """Returns the name of the weight that the head multiplies with."""
     return EMBEDDING if config.tie_embeddings else HEAD
 
 
@@ -61,7 +61,7 @@ def linear_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def is_redundant(config: ModelConfig, name: str) -> bool:
-    """Whether a checkpoint may hold a tensor that the model does not have.
+    """Tells whether a checkpoint may hold a tensor that the model does not have.
 
     Those are a tied head, which repeats the embedding; tables of rotary embedding, which are
     computed; scales of a quantized cache, which another engine would keep; and layers beyond the

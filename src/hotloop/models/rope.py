@@ -74,7 +74,7 @@ def _scaled_frequencies(exponent: Tensor, rope: RopeConfig, n_positions: int) ->
 
 
 def _yarn_ramp(rotated: int, rope: RopeConfig) -> tuple[float, float]:
-    """The indices of frequencies between which YaRN ramps from kept to scaled."""
+    """Returns the indices of frequencies between which YaRN ramps from kept to scaled."""
 
     def index(n_rotations: float) -> float:
         inverse_frequency = rope.original_max_position / (n_rotations * 2 * math.pi)

@@ -82,7 +82,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shape(name: str) -> dict[str, Any]:
-    """The ``config.json`` of a built-in shape; UnknownNameError with the nearest otherwise."""
+    """Returns the ``config.json`` of a built-in shape; raises UnknownNameError otherwise."""
     if name not in SHAPES:
         raise UnknownNameError("model shape", name, SHAPES)
     return SHAPES[name]

@@ -83,7 +83,7 @@ class Rank:
                 end.shutdown(socket.SHUT_RDWR)
 
     def is_stopped(self) -> bool:
-        """Whether its process is stopped, as by SIGSTOP; not known of one that is not ours."""
+        """Tells whether its process is stopped, as by SIGSTOP; only known of our own."""
         if self.process is None:
             return False
         try:

@@ -42,7 +42,7 @@ class Scheme(Protocol):
 
     @classmethod
     def from_options(cls, options: tuple[str, ...]) -> Scheme:
-        """The scheme with the options that followed its name; ConfigError for a bad one."""
+        """Returns the scheme with the options that followed its name; ConfigError for a bad one."""
         ...
 
     def check(self, name: str, n: int, k: int) -> None:
@@ -71,12 +71,12 @@ class Scheme(Protocol):
         ...
 
     def format(self, k: int) -> KernelFormat:
-        """The number format of a weight with ``k`` input features, by which a kernel is chosen."""
+        """Returns the number format of a weight with ``k`` input features."""
         ...
 
 
 def parse_scheme(name: str) -> Scheme:
-    """The scheme that a short name such as ``int4-g64-asym`` stands for.
+    """Returns the scheme that a short name such as ``int4-g64-asym`` stands for.
 
     Raises:
         UnknownNameError: No scheme has that name.
@@ -87,7 +87,7 @@ def parse_scheme(name: str) -> Scheme:
 
 
 def parse_head_scheme(name: str, scheme: Scheme) -> Scheme:
-    """The scheme of the output head beside ``scheme`` in the blocks.
+    """Returns the scheme of the output head beside ``scheme`` in the blocks.
 
     ``auto`` is int8 beside any quantization: four bits cost the head more than they save.
     """

@@ -30,7 +30,7 @@ class NoScheme:
         """Every shape will do."""
 
     def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> Tensor:  # noqa: ARG002
-        """The weight itself."""
+        """Returns the weight itself."""
         return weight
 
     def random(

@@ -38,7 +38,7 @@ class QTensor:
             ``int4``; float8_e4m3fn of ``fp8``.
         scale: Floating point of any type, [N, G].
         offset: [N, G]: floating point of the scales' type, or int8; None where zero is 0.
-        kind: What the values are.
+        kind: The type of the values.
     """
 
     values: Tensor
@@ -58,7 +58,7 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K), as of the weight it stands for."""
+        """(N, K), the shape of the dequantized weight."""
         n, k = self.values.shape
         return n, k
 
@@ -69,7 +69,7 @@ class QTensor:
 
     @property
     def format(self) -> KernelFormat:
-        """The format that a kernel must be able to hold."""
+        """The number format that a kernel must be able to hold."""
         zero: Zero = "none"
         if self.offset is not None:
             zero = "offset" if self.offset.is_floating_point() else "integer"
@@ -81,15 +81,15 @@ class QTensor:
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight it stands for, [N, K], computed in float32 and rounded once to ``dtype``."""
+        """Dequantizes the weight, [N, K], in float32, and rounds once to ``dtype``."""
         return reference.dequantize(self.values, self.scale, self.offset).to(dtype)
 
     def rows(self, start: int, stop: int) -> QTensor:
-        """Output features ``start`` to ``stop``: a column-parallel shard."""
+        """Slices output features ``start`` to ``stop``: a column-parallel shard."""
         return self.map(lambda t: t[start:stop])
 
     def columns(self, start: int, stop: int) -> QTensor:
-        """Input features ``start`` to ``stop``: a row-parallel shard, along whole groups.
+        """Slices input features ``start`` to ``stop``: a row-parallel shard, along whole groups.
 
         Raises:
             ConfigError: The range cuts a group apart.
@@ -116,7 +116,7 @@ class QTensor:
         )
 
     def to(self, device: torch.device | str) -> QTensor:
-        """The same on another device."""
+        """Copies it to another device."""
         return self.map(lambda t: t.to(device))
 
     @property
@@ -125,7 +125,7 @@ class QTensor:
         return tuple(t for t in (self.values, self.scale, self.offset) if t is not None)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> QTensor:
-        """The same of ``f`` of each of its tensors."""
+        """Applies ``f`` to each of its tensors."""
         return QTensor(
             values=f(self.values),
             scale=f(self.scale),

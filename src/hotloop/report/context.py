@@ -47,7 +47,7 @@ def has_random_weights(record: Record) -> bool:
 
 
 def notes(record: Record) -> tuple[str, ...]:
-    """The engine's notes: above all, why a faster path was not taken."""
+    """Returns the engine's notes: above all, why a faster path was not taken."""
     return (record.engine or {}).get("notes", ())
 
 
@@ -58,7 +58,7 @@ def model_name(record: Record) -> str:
 
 
 def device_name(record: Record) -> str:
-    """The device's name; empty where a record ended before it was known."""
+    """Returns the device's name; empty where a record ended before it was known."""
     return record.provenance.get("device", {}).get("name", "")
 
 
@@ -68,7 +68,7 @@ def _device(record: Record) -> str:
 
 
 def _bandwidth(records: Sequence[Record]) -> str:
-    """The measured read bandwidth, over all cells."""
+    """Returns the measured read bandwidth, over all cells."""
     devices = [record.provenance.get("device", {}) for record in records]
     measured = sorted(d["read_bytes_per_s"] / 1e9 for d in devices if d.get("read_bytes_per_s"))
     if not measured:

@@ -1,7 +1,7 @@
 """Recommends a configuration, and says why not the others.
 
 The rule: of the configurations whose quality loss is shown to be within the tolerance, the one that
-decodes fastest; of those that are no slower than it beyond noise, the one with the least loss.
+decodes fastest; among those whose speed is not significantly lower, the one with the smallest loss.
 
 A speed is known by at least ``MIN_REPEATS`` repeats whose interval is not absurdly wide; a cell
 whose speed is not known is not recommended.
@@ -151,7 +151,7 @@ def _loss(record: Record) -> float:
 
 
 def _counted_loss(record: Record) -> float:
-    """The loss that decides where speeds are alike: a negative one counts as 0."""
+    """Returns the loss that decides where speeds are alike: a negative one counts as 0."""
     return max(0.0, _loss(record))
 
 
@@ -224,7 +224,7 @@ def _shown_loss(record: Record) -> str:
 
 
 def _gain(chosen: Record, scored: Sequence[Record]) -> str:
-    """The speed-up over plain PyTorch, where that was measured too."""
+    """Returns the speed-up over plain PyTorch, where that was measured too."""
     plain = [record for record in scored if record.cell == "none/eager" and record is not chosen]
     return f" ({_speed(chosen) / _speed(plain[0]):.1f} × none/eager)" if plain else ""
 

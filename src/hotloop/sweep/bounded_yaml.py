@@ -26,7 +26,7 @@ MAX_SCALAR_CHARS = 4_096
 
 
 def parse_yaml(text: str, file: object, *, refuse: Refuse = config_error) -> Any:
-    """The one document of a YAML text, made of Python's own types.
+    """Returns the one document of a YAML text, made of Python's own types.
 
     Args:
         text: The document.

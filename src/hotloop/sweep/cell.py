@@ -88,7 +88,7 @@ def score_reference(job: Job, on_event: OnEvent = ignore) -> Record:
 
 
 def base_record(job: Job) -> dict[str, Any]:
-    """The fields of a job's record that are known before it runs."""
+    """Returns the fields of a job's record that are known before it runs."""
     inputs = {
         "weights_sha256": job.weights_sha256,
         "draft_sha256": job.draft_sha256,
@@ -113,7 +113,7 @@ def gib(n_bytes: float) -> str:
 
 
 def as_reason(text: str | None) -> str | None:
-    """A reason as a record can hold it: of a long one both ends, and no half of a character."""
+    """Shortens a reason for a record: a long one to both ends, without half a character."""
     if text is None:
         return None
     return shorten(text, MAX_REASON_CHARS).encode(errors="backslashreplace").decode()
@@ -148,14 +148,14 @@ class _Attempt:
         return kind.create
 
     def predicted_oom(self) -> Record | None:
-        """The record of a configuration that would not fit; None where it may."""
+        """Returns the record of a configuration that would not fit; None where it may."""
         if self.memory is None or self.memory.total_bytes <= self.memory.free_bytes:
             return None
         needs = f"needs {gib(self.memory.total_bytes)}, {gib(self.memory.free_bytes)} free"
         return self.record("predicted-oom", needs)
 
     def failed(self, error: Exception) -> Record:
-        """The record of an attempt that an error ended."""
+        """Returns the record of an attempt that an error ended."""
         status, reason = explain(error, self.phase, self.memory)
         if status == "failed":
             _log.error("%s failed in %s", self.job.cell, self.phase, exc_info=error)

@@ -117,13 +117,13 @@ _FROM_CELL: dict[str, TypeAdapter[Any]] = {
 
 
 def to_line(event: Event) -> bytes:
-    """An event of a cell's own process as one line of JSON."""
+    """Returns an event of a cell's own process as one line of JSON."""
     kind = type(event).__name__
     return json.dumps({kind: _FROM_CELL[kind].dump_python(event, mode="json")}).encode() + b"\n"
 
 
 def from_line(line: bytes) -> Event:
-    """The event that ``to_line`` wrote.
+    """Returns the event that ``to_line`` wrote.
 
     Raises:
         HotloopError: The line is none.

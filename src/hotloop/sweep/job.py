@@ -142,7 +142,7 @@ def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any])
 
 
 def _scored(job: Job, settled: EngineConfig) -> dict[str, Any]:
-    """Everything that decides a job's predictions."""
+    """Returns everything that decides a job's predictions."""
     config = settled.to_dict()
     if job.weights_sha256:
         del config["model"]
@@ -258,7 +258,7 @@ def make_jobs(
 def _compared(
     models: Models, model: KnownModel, quality: QualityOptions, *, readable: bool
 ) -> dict[str, Any]:
-    """The fields of a job that say what its quality is measured against."""
+    """Returns the fields of a job that say what its quality is measured against."""
     try:
         reference = models.reference_of(
             model, quality.reference, model.quantization if readable else None

@@ -38,7 +38,7 @@ class PlannedCell:
         return self.unsupported is None and self.fits is not False
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
+        """Returns all fields, as JSON can hold them."""
         return {**vars(self), "config": self.config.to_dict()}
 
 

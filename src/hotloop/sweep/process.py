@@ -284,7 +284,7 @@ def _end(child: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def _tail(log: Path, start: int) -> str:
-    """The last lines of this attempt's log; of a crash, up to the innermost frames."""
+    """Returns the last lines of this attempt's log; of a crash, up to the innermost frames."""
     with log.open("rb") as file:
         lines = tail(file, MOST_LOG_LINES, start)
     for number, line in enumerate(lines):

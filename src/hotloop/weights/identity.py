@@ -70,7 +70,7 @@ class Quantization(StrictModel):
 
 
 def read_quantization(config: Mapping[str, Any], file: Path | str) -> Quantization | None:
-    """The description in a ``config.json``; None for a model that hotloop did not quantize.
+    """Returns the description in a ``config.json``; None for a model that hotloop did not quantize.
 
     Args:
         config: The keys of ``config.json``.

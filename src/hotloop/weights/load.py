@@ -89,7 +89,7 @@ class _Loader:
         order = head_order(layer.attention.head_dim, layer.attention.rope)
 
         def ordered(rows: Tensor, rotated: bool) -> Tensor:
-            """Rows of heads in the order in which our rope pairs them."""
+            """Orders rows of heads as our rope pairs them."""
             if order is None or not rotated:
                 return rows
             return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)

@@ -133,7 +133,7 @@ class SafetensorsCheckpoint:
 
 
 def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
-    """The files of ``folder`` that hold weights, each with the tensors its index puts there.
+    """Returns the files of ``folder`` with weights, each with its tensors by the index.
 
     None stands for "whatever it holds", where there is no index.
     """
@@ -261,7 +261,7 @@ def _read_header(file: TensorFile, *, expected: set[str] | None, tied: bool) -> 
 
 
 def _parse_header(file: TensorFile) -> tuple[dict[str, Any], int]:
-    """The header object, and at which byte of the file the data begins."""
+    """Returns the header object, and at which byte of the file the data begins."""
     if file.n_bytes < 8:
         raise CheckpointError(file.path, f"has {file.n_bytes} bytes: it is truncated")
     n_bytes = int.from_bytes(file.read(0, 8).numpy().tobytes(), "little")

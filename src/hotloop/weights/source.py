@@ -66,7 +66,7 @@ class Source(Protocol):
         rows: range | None = None,
         columns: range | None = None,
     ) -> Tensor | QTensor:
-        """A weight matrix under ``scheme``, checked for its shape and for finite values.
+        """Returns a weight matrix under ``scheme``, checked for its shape and for finite values.
 
         Args:
             name: Its name.
@@ -79,7 +79,7 @@ class Source(Protocol):
         ...
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
-        """An unquantized tensor of this whole shape by its full name, or some of its rows."""
+        """Returns an unquantized tensor of this shape by its full name, or some of its rows."""
         ...
 
     def finish(self) -> None:
@@ -88,7 +88,7 @@ class Source(Protocol):
 
 
 def schemes_by_name(model: ModelConfig, scheme: Scheme, head: Scheme) -> dict[str, Scheme]:
-    """The scheme of every matrix of a model by its name in a checkpoint.
+    """Returns the scheme of every matrix of a model by its name in a checkpoint.
 
     Args:
         model: The model.
@@ -187,7 +187,7 @@ class CheckpointSource:
             )
 
     def _is_redundant(self, name: str) -> bool:
-        """Whether a tensor changes nothing: by its name, or as a bias of zeros."""
+        """Tells whether a tensor changes nothing: by its name, or as a bias of zeros."""
         if self.model is not None and names.is_redundant(self.model, name):
             return True
         info = self.checkpoint.tensors[name]
@@ -240,7 +240,7 @@ class CheckpointSource:
     def _encoded(
         self, name: str, shape: tuple[int, int], wanted: KernelFormat
     ) -> _EncodedMatrix | None:
-        """The tensors of a matrix that is stored in an encoding; None for a plain one."""
+        """Returns the tensors of a matrix that is stored in an encoding; None for a plain one."""
         first = bisect_left(self._names, f"{name}.")
         here = takewhile(lambda tensor: tensor.startswith(f"{name}."), self._names[first:])
         stored = {t.removeprefix(name): self.checkpoint.tensors[t].dtype for t in here}
@@ -256,7 +256,7 @@ class CheckpointSource:
     def _read_encoded(
         self, matrix: _EncodedMatrix, rows: range, columns: range, scheme: Scheme
     ) -> Tensor | QTensor:
-        """Some of an encoded matrix: as it is stored if that is what the scheme makes of it."""
+        """Reads some of an encoded matrix, as it is stored if that is in the scheme's format."""
         unit = math.lcm(*(part.unit(matrix.k) for part in matrix.parts.values()))
         first = columns.start // unit * unit
         whole = range(first, min(-(-columns.stop // unit) * unit, matrix.k))
@@ -293,14 +293,14 @@ class _EncodedMatrix:
 
 
 def stored_parts(name: str, weight: Tensor | QTensor) -> dict[str, Tensor]:
-    """The tensors that the matrix ``name`` is stored as; ``CheckpointSource`` reads them back."""
+    """Returns the tensors that store the matrix ``name``; ``CheckpointSource`` reads them."""
     if isinstance(weight, Tensor):
         return {f"{name}.weight": weight}
     return {f"{name}{part}": tensor for part, tensor in Hotloop.encode(weight).items()}
 
 
 class RandomSource:
-    """Random weights made on the device, directly in quantized form.
+    """Makes random weights on the device, directly in quantized form.
 
     Norms are ones and biases zeros, so that activations keep their size through the layers. A
     matrix is made of blocks of rows, each from a generator of its own, so that a slice of it is the
@@ -320,7 +320,7 @@ class RandomSource:
         rows: range | None = None,
         columns: range | None = None,
     ) -> Tensor | QTensor:
-        """Random integers or floating-point numbers of about the usual size."""
+        """Makes random integers or floating-point numbers of about the usual size."""
         scheme.check(name, *shape)
         n, k = shape
         rows = range(n) if rows is None else rows
@@ -341,7 +341,7 @@ class RandomSource:
         return join_rows(slices(), len(rows))
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
-        """Random numbers for a table, ones for a norm, zeros for a bias."""
+        """Makes random numbers for a table, ones for a norm, zeros for a bias."""
         if len(shape) == 2:
             table = self.matrix(name, (shape[0], shape[1]), NoScheme(), rows=rows)
             assert isinstance(table, Tensor), "a table is not quantized"

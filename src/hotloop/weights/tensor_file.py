@@ -97,7 +97,7 @@ class TensorFile:
 
 
 def index_ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[range]:
-    """The slice of each dimension of ``shape`` that ``index`` selects; others are whole."""
+    """Returns the slice of each dimension of ``shape`` that ``index`` selects; others are whole."""
     assert len(index) <= len(shape), f"{len(index)} slices into {len(shape)} dimensions"
     padded = (*index, *[slice(None)] * (len(shape) - len(index)))
     ranges = [range(*part.indices(size)) for part, size in zip(padded, shape, strict=True)]

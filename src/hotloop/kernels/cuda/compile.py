@@ -100,7 +100,7 @@ def unavailable_reason() -> str | None:
 
 
 def supports(architecture: str) -> bool:
-    """Whether this NVRTC compiles for an architecture."""
+    """Tells whether this NVRTC compiles for an architecture."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
     return architecture in {f"sm_{number}" for number in _checked(nvrtc.nvrtcGetSupportedArchs())}

@@ -213,7 +213,7 @@ class LinearPlan:
         return next(c for c in (1, 2, 4, 8) if self.rows <= 8 * c)
 
     @property
-    def few(self) -> bool:
+    def max_two_rows(self) -> bool:
         """Whether the instance is for at most two rows, which takes fewer registers."""
         return self.rows <= 2
 
@@ -315,12 +315,14 @@ class LinearPlan:
         """The instance of ``linear.cu``."""
         form, t = self.form, self.tuning
         staged, tiles = self._fitted.staged, self._fitted.tiles
-        few, norm, in_shared = (str(flag).lower() for flag in (self.few, self.norm, staged))
+        few, norm, in_shared = (
+            str(flag).lower() for flag in (self.max_two_rows, self.norm, staged)
+        )
         function = (
             f"linear<{form.struct}, {t.warps}, {tiles}, {self.octets}, {few}, "
             f"{_EPILOGUES[self.epilogue]}, {norm}, {in_shared}>"
         )
-        octets = f"{self.octets}{'few' if self.few else ''}"
+        octets = f"{self.octets}{'few' if self.max_two_rows else ''}"
         features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
         return Kernel(
             name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{octets}",

@@ -77,7 +77,8 @@ class _PrefetchRule:
 
 
 def _prefetch_rule(by: Projection, later: LinearPlan) -> _PrefetchRule | None:
-    few, few_int4 = later.few, later.few and later.form.kind == "int4"
+    few = later.max_two_rows
+    few_int4 = few and later.form.kind == "int4"
     match by:
         case "qkv":
             return _PrefetchRule(beyond=5, step=3, tiles=2, items_left=1 if few else 2)

@@ -52,7 +52,7 @@ class Family:
 
 
 def read_config(config: Mapping[str, Any], file: Path | str = "config.json") -> ModelConfig:
-    """The ModelConfig of a ``config.json``.
+    """Returns the ModelConfig of a ``config.json``.
 
     Args:
         config: Its keys.
@@ -76,7 +76,7 @@ def read_config(config: Mapping[str, Any], file: Path | str = "config.json") -> 
 
 
 def family_of(config: Mapping[str, Any], file: Path | str = "config.json") -> Family:
-    """The family that serves a ``config.json``: by its architecture, or else by its model type."""
+    """Returns the family of a ``config.json``: by its architecture, or else its model type."""
     architectures = config.get("architectures")
     if architectures in (None, []) and (model_type := config.get("model_type")) is not None:
         by_type = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
@@ -93,7 +93,7 @@ def family_of(config: Mapping[str, Any], file: Path | str = "config.json") -> Fa
 
 
 def common_fields(keys: ModelKeys) -> dict[str, Any]:
-    """The ModelConfig fields that every family spells alike."""
+    """Returns the ModelConfig fields that every family spells alike."""
     rope = _read_rope(keys)
     max_position = keys.max_position_embeddings
     if rope.scaling in ("dynamic", "yarn"):
@@ -108,7 +108,7 @@ def common_fields(keys: ModelKeys) -> dict[str, Any]:
 
 
 def attention_fields(keys: ModelKeys) -> dict[str, Any]:
-    """The AttentionConfig fields that every family spells alike."""
+    """Returns the AttentionConfig fields that every family spells alike."""
     return {
         "hidden_size": keys.hidden_size,
         "n_heads": keys.num_attention_heads,
@@ -121,7 +121,7 @@ def attention_fields(keys: ModelKeys) -> dict[str, Any]:
 
 
 def feed_forward_fields(keys: ModelKeys) -> dict[str, Any]:
-    """The FeedForwardConfig fields that every family spells alike."""
+    """Returns the FeedForwardConfig fields that every family spells alike."""
     return {
         "hidden_size": keys.hidden_size,
         "intermediate_size": keys.intermediate_size,
@@ -130,7 +130,7 @@ def feed_forward_fields(keys: ModelKeys) -> dict[str, Any]:
 
 
 def windowed_layers(keys: WindowKeys, layer: LayerConfig) -> tuple[LayerConfig, ...]:
-    """The layers of a model that differ in nothing but the window of attention."""
+    """Returns the layers of a model that differ in nothing but the window of attention."""
     kinds = {
         window: replace(layer, attention=replace(layer.attention, window=window))
         for window in set(keys.windows)

@@ -46,11 +46,11 @@ class StoredPart:
     margin: float = 1.0
 
     def unit(self, k: int) -> int:
-        """The number of input features that can only be read together, of K in all."""
+        """Returns the number of input features that can only be read together, of K in all."""
         return 1 if self.shape[1] == 1 else k // self.shape[1] * self.block
 
     def columns(self, features: range, k: int) -> range:
-        """The columns of a range of the K input features, which begins and ends at whole units."""
+        """Returns the columns of some of the K input features, which are whole units."""
         if self.shape[1] == 1:
             return range(1)
         each = k // self.shape[1]
@@ -63,7 +63,7 @@ class Encoding(Protocol):
     def parts(
         self, shape: tuple[int, int], stored: Mapping[str, str], wanted: KernelFormat
     ) -> dict[str, StoredPart] | None:
-        """The tensors that a matrix must be stored as; None if it is not stored in this encoding.
+        """Returns the tensors that must store a matrix; None if it is not in this encoding.
 
         Names are what follows the name of the matrix, such as ``.weight.scale``.
 
@@ -84,5 +84,5 @@ class Encoding(Protocol):
 
 
 def load_encodings() -> tuple[Encoding, ...]:
-    """Every registered encoding, in the order of the registry."""
+    """Loads every registered encoding, in the order of the registry."""
     return tuple(resolve("encoding", ENCODINGS, name) for name in ENCODINGS)

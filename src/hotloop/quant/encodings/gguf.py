@@ -47,7 +47,7 @@ class Blocks:
         stored: Mapping[str, str],
         wanted: KernelFormat,  # noqa: ARG002
     ) -> dict[str, StoredPart] | None:
-        """The blocks of every row."""
+        """Returns the blocks of every row."""
         if stored.get(BLOCKS) != self.type:
             return None
         return {BLOCKS: StoredPart(shape=shape, dtype=self.type, block=BLOCK)}

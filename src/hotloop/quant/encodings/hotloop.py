@@ -31,7 +31,7 @@ class Hotloop:
     def parts(
         shape: tuple[int, int], stored: Mapping[str, str], wanted: KernelFormat
     ) -> dict[str, StoredPart] | None:
-        """The tensors of a matrix of the format ``wanted``."""
+        """Returns the tensors of a matrix of the format ``wanted``."""
         if wanted.group_size is None or VALUES not in stored:
             return None
         (n, k), four = shape, wanted.kind == "int4"
@@ -57,7 +57,7 @@ class Hotloop:
 
     @staticmethod
     def encode(weight: QTensor) -> dict[str, Tensor]:
-        """The inverse of ``decode``."""
+        """Returns the inverse of ``decode``."""
         values = weight.values
         if weight.kind == "int4":
             nibbles = (values + 8).to(torch.uint8)
