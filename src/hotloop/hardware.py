@@ -351,7 +351,7 @@ def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -
     if read_bytes_per_s is None:
         read_bytes_per_s = measure_read_bandwidth(device)
     return {
-        # By name: this module must not import the package, which imports all floors.
+        # By name: this module must not import the package, which imports all levels.
         "hotloop": {
             "version": importlib.import_module("hotloop").__version__,
             **_git_state(Path(__file__).parent),
