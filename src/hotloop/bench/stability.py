@@ -36,7 +36,7 @@ class CpuTimes:
     own: float
 
     def others_since(self, before: CpuTimes) -> float | None:
-        """Share of all CPU time that others took since ``before``, the hypervisor included.
+        """Returns others' share of all CPU time since ``before``, the hypervisor included.
 
         None where too little passed: the kernel counts in hundredths of a second.
         """

@@ -1,7 +1,8 @@
 """``main``: from an argument list to an exit code.
 
-Help pages are files, written by ``help_pages`` and held true by a test: building one takes a third
-of a second of imports, reading one takes none. Commands are imported when they are called.
+Help pages are files, written by ``help_pages`` and kept up to date by a test: building one
+takes a third of a second of imports, reading one takes none. Commands are
+imported when they are called.
 
 Exit codes: 0 success; 1 failure; 2 invalid command line or input; 130 stopped by Ctrl-C; 141 the
 reader of our output went away.
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: BaseException, message: str) -> int:
-    """Says what went wrong, and returns the exit code."""
+    """Prints an error, and returns the exit code."""
     if _wants_traceback():
         traceback.print_exception(error)
     print_error(message)
@@ -153,5 +154,5 @@ def help_page(argv: Sequence[str]) -> Path | None:
 
 
 def _shown_default(value: object) -> object | None:
-    """Flags that are off and lists that are empty need no ``[default: …]``."""
+    """Returns the default that help shows: none for flags that are off and empty lists."""
     return None if value is False or value == () else value

@@ -217,12 +217,12 @@ class Session:
         self._context_used = 0
 
     def greet(self) -> None:
-        """Says what is talking."""
+        """Prints the model, execution and device."""
         about = self._about
         note(f"{self._config.model} · {about.name} on {about.device_name} · /help for help")
 
     def take(self, text: str) -> bool:
-        """Obeys or answers one turn; False ends the session."""
+        """Runs the command of a turn, or answers its message; False ends the session."""
         try:
             if (command := parse_command(text)) is not None:
                 return self._obey(*command)
@@ -322,7 +322,7 @@ def message_of(text: str) -> str:
 def read_turns(
     read_line: ReadLine, on_interrupt: Callable[[], object] | None = None
 ) -> Iterator[str]:
-    r"""Messages out of lines, until they end.
+    r"""Yields the messages of lines, until they end.
 
     A line that ends in ``\`` continues in the next; lines between two lines of ``\"\"\"`` are one
     message.

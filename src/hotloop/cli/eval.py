@@ -103,7 +103,7 @@ def is_reference(job: Job) -> bool:
 
 
 def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:
-    """Scores the unquantized model into ``folder``; adds it, or why there is none, to the job."""
+    """Scores the unquantized model into ``folder``; adds it, or the reason against, to the job."""
     from hotloop.sweep.cell import score_reference
     from hotloop.sweep.events import ReferenceFinished, ReferenceStarted
 

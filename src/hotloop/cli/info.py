@@ -65,7 +65,7 @@ def info(
 
 
 def machine() -> dict[str, Any]:
-    """Returns the host, and each device with its memory, bandwidth and ways of execution."""
+    """Returns the host, and each device with its memory, bandwidth and executions."""
     import torch
 
     from hotloop import hardware
@@ -96,7 +96,7 @@ def machine() -> dict[str, Any]:
 
 
 def execution(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Returns the ways of execution on ``device``: whether each can be had, and why not."""
+    """Returns the executions on ``device``: whether each is available, and why not."""
     from hotloop.engine.forward import compile_unavailable_reason
     from hotloop.kernels import cpu
     from hotloop.kernels.cuda import launch

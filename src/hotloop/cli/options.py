@@ -131,7 +131,7 @@ def listed(text: str) -> list[str]:
 
 
 def _values(name: str, text: str) -> list[Any]:
-    """Returns the values of a lever; what should be a number and is none is left for the recipe."""
+    """Returns the values of a lever; an invalid number is left for the recipe to refuse."""
     values: list[Any] = listed(text)
     if not _is_number(name):
         return values
@@ -322,7 +322,7 @@ class SamplingOptions(_Options):
 
         Raises:
             ConfigError: Log-probabilities are asked for where they are not printed.
-            RequestError: A value is none.
+            RequestError: A value is invalid.
         """
         if self.logprobs is not None and not json:
             raise ConfigError("--logprobs: only --json prints log-probabilities. Add --json.")

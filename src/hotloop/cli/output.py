@@ -143,7 +143,7 @@ def print_memory(
 
 
 def note(text: str) -> None:
-    """Says something beside the data: on stderr, dim on a terminal."""
+    """Prints a note on stderr, dim on a terminal."""
     console = stderr()
     # Lines are folded at words for a terminal, and left alone for a log.
     plain = not console.is_terminal
@@ -171,7 +171,7 @@ def stderr() -> SafeConsole:
 
 @contextmanager
 def spinner(label: str) -> Generator[Callable[[str], None]]:
-    """A spinner on stderr, where that is a terminal; yields what to call with a new label."""
+    """Shows a spinner on stderr, if that is a terminal; yields a function that sets its label."""
     from rich.text import Text
 
     with stderr().status(Text(label)) as status:
@@ -180,7 +180,7 @@ def spinner(label: str) -> Generator[Callable[[str], None]]:
 
 @contextmanager
 def progress_bar(description: str) -> Generator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal; yields what to call with (done, total)."""
+    """Shows a bar on stderr, if that is a terminal; yields a function of (done, total)."""
     from rich.markup import escape
     from rich.progress import Progress
 

@@ -44,7 +44,7 @@ class Answer:
     generation: Generation | None
 
     def summary(self) -> str:
-        """One line of figures, each by its name."""
+        """Formats one line of figures, each with its name."""
         parts = [f"{len(self.token_ids)} tokens"]
         if self.timing is not None:
             parts.append(f"TTFT {self.timing.ttft_s:.3f} s")
@@ -64,7 +64,7 @@ class Answer:
         return self.generation.speculation if self.generation.speculation.n_steps else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """Returns everything, as JSON can hold it."""
         found: dict[str, Any] = {
             "text": self.text,
             "finish_reason": self.finish_reason,
@@ -165,7 +165,7 @@ class TerminalWriter:
 
 
 def _on_screen(text: str) -> str:
-    """Generated text as a terminal may have it; of CR LF the line feed alone."""
+    """Escapes generated text for a terminal, without carriage returns."""
     return printable(text.replace("\r", ""))
 
 

@@ -167,7 +167,7 @@ def sweep(
 
 
 def _recipe(path: str, weights: WeightOptions, replacement: ReplacementOptions) -> Recipe:
-    """Returns a recipe with the models that are to take the place of its own."""
+    """Replaces the models of a recipe by those of the command line."""
     from hotloop.sweep.recipe import load_recipe, replace_models
 
     recipe = load_recipe(path)

@@ -37,7 +37,7 @@ from hotloop.types import Engine, Score
 _MAX_NLL = math.floor(math.log(MAX_NUMBER))
 
 OnWindow = Callable[[int, int], None]
-"""Called after each window with how many are done, and of how many."""
+"""Called after each window with (windows done, windows in all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +141,11 @@ def write_reference(
 
 
 def kl_divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
-    """KL(p || q) = sum over V of p (ln p - ln q), in nats, float64 [T].
+    """Computes KL(p || q) = sum over V of p (ln p - ln q), in nats, float64 [T].
 
-    Both rows are normalized on the way, so each may lack a constant; none may be so large that exp
-    overflows. Terms are float32, their sums float64: rounding a constant away in float32 would show
-    as a divergence of about 1e-7.
+    Rows are normalized here, so each may be shifted by a constant, if exp does not overflow. Terms
+    are float32, their sums float64: rounding a constant away in float32 would show as a divergence
+    of about 1e-7.
 
     Args:
         log_p_TV: Log-probabilities of p, float32 [T, V]; minus infinity where p is 0.

@@ -111,7 +111,7 @@ class Embedding(nn.Module):
         self.table, self.scale, self.dtype = table, scale, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[...] token ids to [..., k]; ids that are none look up the first or the last row."""
+        """Looks up token ids [...] as rows [..., k]; invalid ids are clamped to valid ones."""
         assert self.table is not None, "no table was assigned"
         ids = ids.clamp(0, self.n - 1)
         rows = nn.functional.embedding(ids, self.table)

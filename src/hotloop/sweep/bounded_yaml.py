@@ -43,7 +43,7 @@ def parse_yaml(text: str, file: object, *, refuse: Refuse = config_error) -> Any
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         said = ", ".join(filter(None, (error.context, error.problem)))
         raise refuse(str(file), f"is not valid YAML: {shorten(said)}{place}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date or number
         said = shorten(" ".join(str(error).split()))
         raise refuse(str(file), f"is not valid YAML: {said}") from error
 

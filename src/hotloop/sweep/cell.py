@@ -108,7 +108,7 @@ def base_record(job: Job) -> dict[str, Any]:
 
 
 def gib(n_bytes: float) -> str:
-    """Bytes in GiB, for a sentence."""
+    """Formats bytes in GiB."""
     return f"{n_bytes / 2**30:.2f} GiB"
 
 

@@ -39,7 +39,7 @@ class ReferenceStarted:
 
 @dataclass(frozen=True)
 class ReferenceFinished:
-    """The reference was scored and takes ``n_bytes``, or there is none for a ``reason``."""
+    """The reference was scored and takes ``n_bytes``, or is missing for a ``reason``."""
 
     cell: str
     reason: str | None = None
@@ -126,7 +126,7 @@ def from_line(line: bytes) -> Event:
     """Returns the event that ``to_line`` wrote.
 
     Raises:
-        HotloopError: The line is none.
+        HotloopError: The line is not an event.
     """
     try:
         ((kind, value),) = parse_json(line, "an event").items()

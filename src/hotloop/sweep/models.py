@@ -1,7 +1,7 @@
 """The models that an experiment reads: their content, how they are stored, and their references.
 
-Quality is measured against an unquantized model. A copy that ``hotloop quantize`` wrote is none, so
-it is compared with the model that it was made from, which its description names and identifies by
+Quality is measured against an unquantized model. A copy that ``hotloop quantize`` wrote is
+compared with the model that it was made from, which its description names and identifies by
 content, or with nothing.
 """
 

@@ -205,7 +205,7 @@ class Recipe(StrictModel):
 
     @property
     def sha256(self) -> str:
-        """Hash of what the recipe says, whatever its layout and comments."""
+        """Hash of the recipe's content, independent of its layout and comments."""
         return sha256_of(self.model_dump(mode="json", exclude_unset=True))
 
     @property

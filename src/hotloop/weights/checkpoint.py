@@ -54,7 +54,7 @@ class Checkpoint(Protocol):
     tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
-        """One tensor on the CPU, in memory of its own, cut to ``index`` (steps of 1).
+        """Reads one tensor on the CPU, into memory of its own, cut to ``index`` (steps of 1).
 
         Safetensors keep their stored type. GGUF's F32, F16 and BF16 keep theirs, and its block
         formats come dequantized to float32 or, with ``encoded``, as the bytes of whole blocks.

@@ -155,7 +155,7 @@ class GGUFCheckpoint:
         return factors
 
     def read(self, name: str, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
-        """One tensor, or a slice of it, in memory of its own.
+        """Reads one tensor, or a slice of it, into memory of its own.
 
         F32, F16 and BF16 keep their type, block formats are dequantized to float32, or uint8 bytes
         of blocks with ``encoded``: the columns are then those of whole blocks. No rows are
@@ -215,7 +215,7 @@ def _read_parts(path: Path) -> list[GGUFHeader]:
 
 
 def _read_entries(header: GGUFHeader, file: TensorFile, config: Mapping[str, Any]) -> list[_Entry]:
-    """Every tensor of one file, in the order they lie, with types, shapes and places checked."""
+    """Reads the entries of one file, in order of offset, and checks types, shapes and offsets."""
     entries: list[_Entry] = []
     end = 0
     for tensor in sorted(header.tensors, key=lambda tensor: tensor.offset):

@@ -93,7 +93,7 @@ def read_quantization(config: Mapping[str, Any], file: Path | str) -> Quantizati
 
 
 def hash_checkpoint(path: Path) -> str:
-    """SHA-256 of a model file, or of the names and hashes of the files that make up a model.
+    """Hashes a model file (SHA-256), or the names and hashes of the files that make up a model.
 
     Those are the weights and configuration of a folder, and all parts of a GGUF file in parts.
 
@@ -109,7 +109,7 @@ def hash_checkpoint(path: Path) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Hashes a file's bytes (SHA-256)."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,6 +1,6 @@
-"""Reading tensors out of a file, a few bytes at a time.
+"""Reads tensors from a file, a few bytes at a time.
 
-What every checkpoint format here is built on. Nothing is memory-mapped: pages of a mapping that
+Every checkpoint format here is built on it. Nothing is memory-mapped: pages of a mapping that
 have been touched count as resident memory of the process until the system takes them back, so
 that a checkpoint read from end to end through one shows up in full at the peak. Here bytes are
 read into fresh memory that goes when the tensor goes, and the file stays where it belongs, in the
@@ -65,13 +65,13 @@ class TensorFile:
         self.n_bytes = os.fstat(self._file.fileno()).st_size
 
     def read(self, offset: int, n_bytes: int) -> Tensor:
-        """Bytes ``offset`` to ``offset + n_bytes`` as a new uint8 tensor ``[n_bytes]``."""
+        """Reads bytes ``offset`` to ``offset + n_bytes`` as a new uint8 tensor ``[n_bytes]``."""
         data = torch.empty(n_bytes, dtype=torch.uint8)
         self._read_into(data.numpy().data, offset)
         return data
 
     def read_columns(self, offset: int, rows: range, row_bytes: int, columns: range) -> Tensor:
-        """Bytes ``columns`` of each of ``rows``, which begin at ``offset``: uint8 [rows, columns].
+        """Reads bytes ``columns`` of each of ``rows``, from ``offset`` on: uint8 [rows, columns].
 
         Nothing else is read, unless what lies between is too little to be worth skipping.
         """

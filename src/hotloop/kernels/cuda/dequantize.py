@@ -1,4 +1,4 @@
-"""Dequantizes packed weights to rows of bfloat16: launches of ``dequantize.cu``, and its twin.
+"""Dequantizes packed weights to bfloat16: launches of ``dequantize.cu``, and its twin.
 
 Shape letters: N output features, K input features.
 """
