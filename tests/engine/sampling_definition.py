@@ -1,4 +1,4 @@
-"""What SamplingParams defines, written down once more, token by token."""
+"""The definition of SamplingParams, implemented a second time, token by token."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What cannot be done is refused with the value and the fix, and the engine goes on."""
+"""Invalid requests are refused with the value and the fix, and the engine stays usable."""
 
 import json
 import shutil

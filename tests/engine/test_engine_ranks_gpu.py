@@ -84,7 +84,7 @@ def make() -> Iterator[Callable[..., LLM]]:
 
 @pytest.fixture(scope="module")
 def alone() -> Ask:
-    """What one rank answers, asked once."""
+    """The answers of one rank, made once."""
 
     @functools.cache
     def ask(model: Path | str, **options: Any) -> list[Generation]:

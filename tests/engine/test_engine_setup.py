@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration makes of the engine's: context, execution, notes."""
+"""A checkpoint's configuration decides the engine's context, execution and notes."""
 
 import dataclasses
 import json

@@ -36,7 +36,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drafts(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What ``draft`` is called for each of ``DRAFTS``."""
+    """Returns the name of ``draft`` for each of ``DRAFTS``."""
     another = write_random(tmp_path_factory.mktemp("another"), n_layers=1, num_key_value_heads=1)
     models = {"another": str(another), "itself": str(deep)}
     return {name: models.get(name, name) for name in DRAFTS}
