@@ -110,7 +110,7 @@ def test_a_misspelled_choice_is_answered_with_the_nearest(folder, option, value,
         ({"device": "gpu"}, "device 'gpu' is not a device's name"),
         (
             {"max_seq_len": 321},
-            r"max_seq_len \(--max-seq-len\) 321 is beyond the model's context of 320",
+            r"max_seq_len \(--max-seq-len\) 321 exceeds the model's context of 320",
         ),
         ({"max_batch_size": 0}, "max_batch_size must be 1 or more, not 0"),
         ({"prefill_chunk": 0}, "prefill_chunk must be 1 or more, not 0"),
@@ -141,7 +141,7 @@ def test_a_context_that_nobody_asked_for_is_the_models_as_far_as_the_cache_stays
     assert context() == 10_000
     assert context(max_batch_size=10_000) == MIN_DEFAULT_SEQ_LEN
     assert context(draft=str(folder)) == 320, "what the draft model can hold"
-    with pytest.raises(ConfigError, match=r"max_seq_len \(--max-seq-len\) 400 is beyond"):
+    with pytest.raises(ConfigError, match=r"max_seq_len \(--max-seq-len\) 400 exceeds"):
         context(draft=str(folder), max_seq_len=400)
 
 

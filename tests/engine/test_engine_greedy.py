@@ -9,7 +9,7 @@ import torch
 from tiny_models import N_TOKENS, write_random, write_text_files
 
 from hotloop import LLM, SamplingParams
-from hotloop.engine.scheduler import multi_step
+from hotloop.engine.scheduler import n_multi_steps
 from hotloop.errors import NumericsError
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
@@ -93,7 +93,7 @@ def test_several_steps_at_once_change_no_answer(tmp_path, monkeypatch, n, asynch
     ("step_s", "n"), [(1.0, 1), (4.8e-3, 1), (2.8e-3, 2), (1.9e-3, 4), (5e-4, 8), (1e-6, 8)]
 )
 def test_as_many_steps_at_once_as_nobody_notices(step_s, n):
-    assert multi_step(step_s) == n
+    assert n_multi_steps(step_s) == n
 
 
 @pytest.mark.parametrize("prefill_chunk", [1, 3, 512])

@@ -10,7 +10,7 @@ from tiny_models import END, encode, write_script
 from hotloop import LLM
 from hotloop.engine.core import Features
 from hotloop.engine.sampling import Sampler
-from hotloop.engine.vocabulary import Vocabulary
+from hotloop.engine.vocabulary import VocabularyShard
 from hotloop.errors import NumericsError
 from hotloop.types import SamplingParams
 
@@ -70,7 +70,7 @@ def test_all_ranks_agree_that_there_is_no_choice(value, options):
     shares = [range(4), range(4, 8), range(8, 12)]
 
     def chosen(group: ThreadGroup) -> list[int]:
-        sampler = Sampler(2, 12, torch.device("cpu"), Vocabulary(shares, 12, group))
+        sampler = Sampler(2, 12, torch.device("cpu"), VocabularyShard(shares, 12, group))
         for row in range(2):
             sampler.admit(row, params, 1, torch.tensor([1]))
         here = logits[..., shares[group.rank].start : shares[group.rank].stop]

@@ -233,7 +233,7 @@ def test_more_gpus_than_there_are_is_refused(nine, monkeypatch):
 def test_one_named_gpu_for_several_ranks_is_refused(nine, monkeypatch):
     monkeypatch.setattr("hotloop.engine.setup.resolve_device", lambda _: torch.device("cuda", 1))
     config = EngineConfig(model=str(nine), tensor_parallel=2, device="cuda:1")
-    with pytest.raises(ConfigError, match="'cuda:1' is one GPU, and tensor_parallel 2 takes one"):
+    with pytest.raises(ConfigError, match="'cuda:1' is one GPU, but tensor_parallel 2 needs one"):
         prepare(config)
 
 
@@ -244,12 +244,12 @@ def test_one_named_gpu_for_several_ranks_is_refused(nine, monkeypatch):
         (
             {"all_reduce": "nccl"},
             ConfigError,
-            "all_reduce 'nccl' is what several ranks add up on, and tensor_parallel is 1",
+            "all_reduce 'nccl' chooses the all-reduce backend of several ranks, but",
         ),
         (
             {"all_reduce": "symm_mem", "tensor_parallel": 2},
             UnsupportedError,
-            "all_reduce 'symm_mem' is for GPUs, and ranks on a cpu add up on gloo",
+            "all_reduce 'symm_mem' is a GPU backend, and ranks on a CPU use gloo",
         ),
         ({"tensor_parallel": 10}, UnsupportedError, "cannot split 9 query heads.*9 work"),
         (

@@ -57,7 +57,7 @@ def check(llm: LLM, monkeypatch: pytest.MonkeyPatch, sampling: str, *, bits: boo
     together = llm.generate(list(PROMPTS), params)
     assert len({len(g.token_ids) for g in together}) > 3, "they end at different times"
     assert watch.n_moves > 0
-    lone = [step for step in watch.steps if len(step.known) == 1]
+    lone = [step for step in watch.steps if len(step.known_positions) == 1]
     assert lone, "the last one is alone for a while"
     assert all(step.n == 1 for step in lone), "and then takes no more than a row"
     alone = [llm.generate([prompt], params)[0] for prompt in PROMPTS]

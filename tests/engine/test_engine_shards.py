@@ -14,12 +14,20 @@ from tiny_models import N_TOKENS, write_markov, write_random
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotloop import LLM, SamplingParams
-from hotloop.engine.core import FEW, Command, Describe, Done, Features, Pending, StepResult
+from hotloop.engine.core import (
+    TOP_K_CANDIDATES,
+    Command,
+    Describe,
+    Done,
+    Features,
+    Pending,
+    StepResult,
+)
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.runner import Runner
 from hotloop.engine.sampling import Sampler
 from hotloop.engine.setup import Setup
-from hotloop.engine.vocabulary import Vocabulary
+from hotloop.engine.vocabulary import VocabularyShard
 from hotloop.models.families import FAMILIES, family_of
 from hotloop.models.linear import Embedding, Linear
 
@@ -145,7 +153,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, LLM]:
 OPTIONS = [
     {"temperature": 1.0},
     {"temperature": 0.7, "top_k": 5},
-    {"temperature": 0.7, "top_k": FEW + 1},
+    {"temperature": 0.7, "top_k": TOP_K_CANDIDATES + 1},
     {"temperature": 1.2, "top_p": 0.7},
     {"temperature": 1.2, "min_p": 0.1},
     {"temperature": 1.0, "top_k": 9, "top_p": 0.8, "min_p": 0.02},
@@ -199,7 +207,7 @@ def test_exact_ties_over_ranks_go_to_the_smallest_id(tmp_path):
     shares = [range(4), range(4, 8), range(8, 12)]
 
     def chosen(group: ThreadGroup) -> list[int]:
-        sampler = Sampler(1, 12, torch.device("cpu"), Vocabulary(shares, 12, group))
+        sampler = Sampler(1, 12, torch.device("cpu"), VocabularyShard(shares, 12, group))
         logits = logits_VV[:1, None, shares[group.rank].start : shares[group.rank].stop]
         return sampler.sample(logits, torch.zeros(1, 1).long(), 0, Features()).ids.tolist()
 
@@ -218,7 +226,7 @@ def test_draws_from_the_same_logits_are_exactly_those_of_one_rank(options):
     shares = [range(384), range(384, 768), range(768, 920), range(920, V)]
     positions = torch.arange(S)[:, None]
 
-    def drawn(vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    def drawn(vocabulary: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
         sampler = Sampler(S, n_tokens, torch.device("cpu"), vocabulary)
         for row in range(S):
             sampler.admit(row, params, row, torch.tensor([row, 950]))
@@ -226,8 +234,8 @@ def test_draws_from_the_same_logits_are_exactly_those_of_one_rank(options):
         sampled = sampler.sample(here, positions, 0, Features.of([params]))
         return sampled.ids, sampled.top_ids
 
-    expected, top = drawn(Vocabulary([range(V)], n_tokens, ThreadRanks(1).groups[0]))
-    for ids, top_ids in ThreadRanks(4).run(lambda g: drawn(Vocabulary(shares, n_tokens, g))):
+    expected, top = drawn(VocabularyShard([range(V)], n_tokens, ThreadRanks(1).groups[0]))
+    for ids, top_ids in ThreadRanks(4).run(lambda g: drawn(VocabularyShard(shares, n_tokens, g))):
         assert ids.equal(expected)
         assert top_ids.equal(top)
 
@@ -250,7 +258,7 @@ def test_only_what_is_needed_crosses_over(monkeypatch):
 
     def draw(params: SamplingParams) -> Callable[[ThreadGroup], None]:
         def run(group: ThreadGroup) -> None:
-            sampler = Sampler(1, 1000, torch.device("cpu"), Vocabulary(shares, 1000, group))
+            sampler = Sampler(1, 1000, torch.device("cpu"), VocabularyShard(shares, 1000, group))
             sampler.admit(0, params, 1, torch.tensor([1]))
             here = logits[..., shares[group.rank].start : shares[group.rank].stop]
             sampler.sample(here, torch.zeros(1, 1).long(), 0, Features.of([params]))
@@ -261,7 +269,7 @@ def test_only_what_is_needed_crosses_over(monkeypatch):
         ({}, 1),
         ({"temperature": 1.0}, 3),  # the greedy token, the largest logit, the drawn token
         ({"temperature": 1.0, "min_p": 0.1}, 3),
-        ({"temperature": 1.0, "top_k": 40, "top_p": 0.9}, 3 + FEW),
+        ({"temperature": 1.0, "top_k": 40, "top_p": 0.9}, 3 + TOP_K_CANDIDATES),
         ({"temperature": 1.0, "top_p": 0.9}, 3 + 500),
         ({"logprobs": 5}, 1 + 1 + 20 + 1),
     ):

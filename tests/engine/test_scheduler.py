@@ -74,7 +74,7 @@ class FakeCore:
         assert sorted(step.seats) == list(range(self.n_rows)), "no two rows share a seat"
         for row in range(step.n):
             assert step.seats[row] == self.rows[row].seat, "a request stays in its seat"
-        for row, position in step.known.items():
+        for row, position in step.known_positions.items():
             assert position <= self.rows[row].n <= position + step.slack
             assert self.rows[row].n + step.k + step.n_steps <= step.longest
         n_new = step.n_steps if step.k == 0 else 1 + min(self.right, step.k)
@@ -120,10 +120,10 @@ def scheduler(core: FakeCore, **options: Any) -> Scheduler:
 
 
 def finish(scheduler: Scheduler) -> list[tuple[int, int]]:
-    """Takes turns until nothing is left: (request, token), in the order of their delivery."""
+    """Iterates until the scheduler is idle: (request, token), in the order of delivery."""
     found = []
     while not scheduler.idle:
-        found += [(r.index, token) for r, delta in scheduler.turn() for token in delta.token_ids]
+        found += [(r.index, token) for r, delta in scheduler.iterate() for token in delta.token_ids]
     return found
 
 
@@ -158,12 +158,12 @@ def test_every_request_gets_its_own_tokens_and_they_are_admitted_as_they_came(as
 
 
 @both
-def test_a_request_can_be_submitted_between_turns_while_others_run(asynchronous):
+def test_a_request_can_be_submitted_between_iterations_while_others_run(asynchronous):
     core = FakeCore(2, asynchronous=asynchronous)
     driven, first, second = scheduler(core), request(1, 9), request(2, 4)
     driven.submit(first)
     for _ in range(3):
-        list(driven.turn())
+        list(driven.iterate())
     driven.submit(second)
     finish(driven)
     assert (first.token_ids, second.token_ids) == (expected(1, 9), expected(2, 4))
@@ -219,15 +219,15 @@ def test_a_cancelled_request_gets_no_more_tokens_and_its_place_goes_to_another(
     for each in requests:
         driven.submit(each)
     for _ in range(after):
-        list(driven.turn())
+        list(driven.iterate())
     cancelled = requests[who - 1]
     had = list(cancelled.token_ids)
     driven.cancel(cancelled)
     driven.cancel(cancelled)  # again does no harm
     for _ in range(2):
-        list(driven.turn())
+        list(driven.iterate())
     waiting = [r for r in requests if not r.ended and not r.token_ids]
-    assert len(waiting) < 2 or who > 2, "within two turns its row is another's"
+    assert len(waiting) < 2 or who > 2, "within two iterations its row is another's"
     finish(driven)
     assert cancelled.finish_reason == "cancelled"
     assert cancelled.token_ids == had
@@ -243,7 +243,7 @@ def test_with_all_its_requests_cancelled_it_is_idle_at_once(asynchronous):
     driven, requests = scheduler(core), [request(name, 8) for name in (1, 2, 3)]
     for each in requests:
         driven.submit(each)
-    list(driven.turn())
+    list(driven.iterate())
     for each in requests:
         driven.cancel(each)
     assert driven.idle

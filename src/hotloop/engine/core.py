@@ -1,11 +1,11 @@
-"""The commands between an engine's host side and its device side, and their results.
+"""Commands from an engine's host side to its device side, and their results.
 
-An ``EngineCore`` runs commands, in the order in which they are given. A ``Runner`` runs them on its
-device; a ``RankGroup`` sends them to ranks, each of which has a Runner. A command returns a
-``Pending`` at once, whose result arrives later, so that the next step can start before the tokens
-of the last one have been looked at.
+An ``EngineCore`` runs commands in order. A ``Runner`` runs them on its device; a ``RankGroup``
+sends them to ranks, each of which has a Runner. A command returns a ``Pending`` at once and its
+result arrives later, so that the next step can start before the tokens of the previous one are
+processed.
 
-Nothing here needs torch: the host side can be tested against a core that has no device.
+This module does not import torch: the host side can be tested against a core without a device.
 """
 
 from __future__ import annotations
@@ -19,40 +19,41 @@ from hotloop.types import SamplingParams, Score, TokenLogprob
 
 Result = TypeVar("Result", covariant=True)
 
-FEW = 64
-"""Where no request's top-k is larger, top-k and top-p are decided among so many candidates."""
+TOP_K_CANDIDATES = 64
+"""If no request's top-k exceeds this, top-k and top-p filter this many candidates, not the
+vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """The capabilities that the requests of a step need of the sampler.
+    """The features of the sampler that the requests of a step need.
 
     Attributes:
-        draw: A request does not decode greedily.
+        draw: A request samples, rather than decoding greedily.
         truncate: A request uses top-k, top-p or min-p.
-        n_best: Among how many of the most likely tokens top-k and top-p are to be decided: 0 where
-            no request uses either, None for all tokens.
+        n_candidates: Number of most likely tokens that top-k and top-p filter; 0 if no request uses
+            either, None for the whole vocabulary.
         penalize: A request uses a repetition penalty.
         logprobs: A request wants log-probabilities.
     """
 
     draw: bool = False
     truncate: bool = False
-    n_best: int | None = 0
+    n_candidates: int | None = 0
     penalize: bool = False
     logprobs: bool = False
 
     @classmethod
     def of(cls, requests: Iterable[SamplingParams]) -> Features:
-        """The features that these requests need together."""
+        """Returns the features that these requests need together."""
         requests = list(requests)
         drawn = [p for p in requests if not p.greedy]
         ranked = [p for p in drawn if p.top_k or p.top_p < 1]
-        few = all(0 < p.top_k <= FEW for p in ranked)
+        limited = all(0 < p.top_k <= TOP_K_CANDIDATES for p in ranked)
         return cls(
             draw=bool(drawn),
             truncate=any(p.top_k or p.top_p < 1 or p.min_p for p in drawn),
-            n_best=0 if not ranked else FEW if few else None,
+            n_candidates=0 if not ranked else TOP_K_CANDIDATES if limited else None,
             penalize=any(p.repetition_penalty != 1 for p in requests),
             logprobs=any(p.logprobs is not None for p in requests),
         )
@@ -60,12 +61,12 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """How long the device spent on the parts of one step, in seconds.
+    """Device time of the parts of one step, in seconds.
 
     Attributes:
-        catch_up_s: The drafter's reading of tokens that came from steps without drafts.
-        draft_s: Making drafts.
-        model_s: The model.
+        catch_up_s: Prefill of the draft model with tokens of steps without drafts.
+        draft_s: Drafting.
+        model_s: Forward of the model, and sampling.
     """
 
     catch_up_s: float = 0.0
@@ -73,7 +74,7 @@ class StepTimes:
     model_s: float = 0.0
 
     def __truediv__(self, n: int) -> StepTimes:
-        """An n-th of each."""
+        """Divides each time by n."""
         return StepTimes(
             catch_up_s=self.catch_up_s / n, draft_s=self.draft_s / n, model_s=self.model_s / n
         )
@@ -84,10 +85,10 @@ class StepResult:
     """The tokens of a step, on the host.
 
     Attributes:
-        rows: Each row's tokens, with log-probabilities where a request wants them.
-        n_drafts: How many drafts each row had.
-        k: How many drafts the step was made for; 0 if no row had any.
-        times: How long it took, where there is a drafter.
+        rows: Accepted tokens of each row, with log-probabilities if a request needs them.
+        n_drafts: Number of drafts of each row.
+        k: Draft positions that the step verified; 0 if no row had drafts.
+        times: Times of the step; None without a drafter, and for the first step of a size.
     """
 
     rows: Sequence[Sequence[tuple[int, TokenLogprob | None]]]
@@ -97,7 +98,7 @@ class StepResult:
 
 
 class Command(Generic[Result]):
-    """A command to the device's side; its type parameter is the type of its result.
+    """A command to the device side; its type parameter is the type of its result.
 
     Attributes:
         phase: The phase that an error names if the command fails.
@@ -108,13 +109,13 @@ class Command(Generic[Result]):
 
 @dataclass(frozen=True, kw_only=True)
 class Admit(Command[StepResult]):
-    """Prefills a prompt, and samples the first token of its answer, the only row of the result.
+    """Prefills a prompt and samples the first token of its answer, the only row of the result.
 
     Attributes:
-        row: The row that the request gets.
-        seat: The seat in the cache that the prompt is written into.
-        params: How to sample.
-        seed: Seeds the draws.
+        row: The request's row.
+        seat: The request's seat in the cache.
+        params: The request's sampling options.
+        seed: Seed of its sampling.
         prompt_ids: The prompt.
     """
 
@@ -131,7 +132,7 @@ class Admit(Command[StepResult]):
 class MoveRow(Command[None]):
     """Moves a request into another row, and overwrites that row.
 
-    Its seat stays its seat: ``Step.seats`` says so.
+    The request keeps its seat: ``Step.seats`` maps the new row to it.
     """
 
     phase = "decode"
@@ -142,18 +143,18 @@ class MoveRow(Command[None]):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Command[StepResult]):
-    """Takes a decode step, or several plain ones, one after the other, as one program.
+    """Runs one decode step, or ``n_steps`` plain steps as one program (multi-step).
 
     Attributes:
-        n: How many rows, from the first.
-        seats: The seat of every row there is. The device may compute more rows than ``n``, up to a
-            size that it has captured: the seats of rows without a request must hold nothing.
+        n: Number of rows, from the first.
+        seats: The seat of every row, used or not. The device may compute more rows than ``n``, up
+            to a captured size, so the seats of unused rows must not hold anything in use.
         longest: Exceeds every position in use, drafts included.
-        features: What the sampler must do.
+        features: The features that the sampler needs.
         k: Drafts for each row.
-        n_steps: How many steps; 1 with drafts.
-        known: By row in use, a position that its newest token has reached.
-        slack: How far beyond that it may be, because of steps under way.
+        n_steps: Number of steps; 1 with drafts.
+        known_positions: For each row in use, a lower bound on the position of its newest token.
+        slack: The most tokens that in-flight steps may add to that.
     """
 
     phase = "decode"
@@ -164,7 +165,7 @@ class Step(Command[StepResult]):
     features: Features
     k: int = 0
     n_steps: int = 1
-    known: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    known_positions: Mapping[int, int] = dataclasses.field(default_factory=dict)
     slack: int = 0
 
 
@@ -173,9 +174,9 @@ class ScoreWindow(Command[Score]):
     """Scores a window of token ids.
 
     Attributes:
-        seat: The seat that it is written into.
+        seat: The seat in the cache to use.
         ids: Two tokens or more.
-        full: Also give the whole distribution at each position.
+        full: Also return the whole distribution at each position.
     """
 
     phase = "score"
@@ -187,28 +188,28 @@ class ScoreWindow(Command[Score]):
 
 @dataclass(frozen=True)
 class Synchronize(Command[None]):
-    """Waits until the device has done everything it was told before."""
+    """Waits until the device has completed every earlier command."""
 
     phase = "synchronize"
 
 
 @dataclass(frozen=True)
 class StartMeter(Command[None]):
-    """Starts to measure the peak of memory."""
+    """Starts measuring peak memory."""
 
     phase = "meter"
 
 
 @dataclass(frozen=True)
 class StopMeter(Command[int]):
-    """Bytes at the peak since ``StartMeter``; of several ranks, on the one that has most."""
+    """Returns peak bytes since ``StartMeter``, the maximum over ranks."""
 
     phase = "meter"
 
 
 @dataclass(frozen=True)
 class Describe(Command[dict[str, Any]]):
-    """The fields of ``EngineDescription`` that the device's side knows."""
+    """Returns the fields of ``EngineDescription`` that only the device side knows."""
 
     phase = "describe"
 
@@ -220,14 +221,14 @@ class Pending(Protocol[Result]):
         """Waits for the result.
 
         Raises:
-            HotloopError: What prevented it.
+            HotloopError: The command failed.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Done(Generic[Result]):
-    """A ``Pending`` that has arrived."""
+    """A ``Pending`` whose result has arrived."""
 
     value: Result
 
@@ -237,11 +238,11 @@ class Done(Generic[Result]):
 
 
 class EngineCore(Protocol):
-    """The device's side of an engine."""
+    """The device side of an engine."""
 
     @property
     def asynchronous(self) -> bool:
-        """Whether ``run`` returns before the device has taken a step."""
+        """Whether ``run`` returns before the device has completed a step."""
         ...
 
     @property
@@ -250,10 +251,10 @@ class EngineCore(Protocol):
         ...
 
     def run(self, command: Command[Result]) -> Pending[Result]:
-        """Runs a command after those given before, without waiting for a step.
+        """Runs a command after all earlier ones, without waiting for its result.
 
         Raises:
-            HotloopError: It failed, or the device's side has ended.
+            HotloopError: It failed, or the device side has ended.
         """
         ...
 

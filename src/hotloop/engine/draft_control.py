@@ -1,4 +1,4 @@
-"""How many tokens to draft in the next step, so that drafting pays or stays away."""
+"""Chooses the number of draft tokens per step, 0 where speculation does not pay."""
 
 from __future__ import annotations
 
@@ -9,67 +9,71 @@ from hotloop.engine.core import StepTimes
 
 
 def sizes_up_to(most: int) -> tuple[int, ...]:
-    """Numbers of drafts that are captured: 0, the powers of two, and the most."""
+    """Returns the numbers of drafts that steps are captured for: 0, powers of two, ``most``."""
     sizes = {0, most} | {1 << i for i in range(most.bit_length()) if 1 << i <= most}
     return tuple(sorted(sizes))
 
 
 @dataclass
 class _Average:
-    """A mean in which later values count more."""
+    """An exponentially weighted mean."""
 
     total: float = 0.0
     weight: float = 0.0
 
-    def fade(self, share: float) -> None:
-        """Makes every value added so far count less."""
-        self.total, self.weight = self.total * share, self.weight * share
+    def decay(self, factor: float) -> None:
+        """Multiplies the weight of every value so far by ``factor``."""
+        self.total, self.weight = self.total * factor, self.weight * factor
 
     def add(self, value: float) -> None:
+        """Adds a value with weight 1."""
         self.total, self.weight = self.total + value, self.weight + 1
 
     def mean(self, prior: float, weight: float = 1.0) -> float:
-        """The mean, with the ``prior`` counting as ``weight`` further values."""
+        """Returns the mean, in which ``prior`` has the weight of ``weight`` further values."""
         return (self.total + prior * weight) / (self.weight + weight)
 
 
 class DraftController:
     """Chooses how many tokens to draft in the next step.
 
-    With a_i the chance that the i-th draft is right if those before it are, a step with k drafts
-    gives 1 + a_1 + a_1 a_2 + … tokens, and takes as long as such steps took lately. The k with the
-    most tokens per second is taken; 0 is one of them. Of drafts further ahead than were made lately
-    it is expected that they are as good as the one before. Where 0 is best, chances can be learnt
-    only at a loss: the next best k is tried now and then, as often as makes the time so lost at
-    most ``TRIAL_SHARE`` of all time.
+    Let a_i be the conditional acceptance rate of draft position i: the probability that its draft
+    is accepted if those before it are. A step with k drafts yields 1 + a_1 + a_1 a_2 + … tokens in
+    expectation; its time is a moving average of recent steps of that size. The controller chooses
+    the k, 0 included, with the most expected tokens per second. Draft positions without recent
+    samples are assumed to have the acceptance rate of the position before. Where 0 is best,
+    acceptance can be measured only at a loss: an exploration budget allows trials of the next best
+    k, so that the time lost by them is at most ``EXPLORATION_SHARE`` of all time.
 
     Args:
         sizes: Numbers of drafts to choose from, ascending, 0 among them.
-        always: Do not choose: as many as there may be.
+        always: Always draft as many tokens as the limit allows.
     """
 
-    TRIAL_SHARE = 0.01
-    INITIAL_TRIALS = 2.0
-    """Steps' worth of time that may be lost before anything was learnt."""
+    EXPLORATION_SHARE = 0.01
+    """The most time that trials may lose, as a share of all time."""
 
-    CHANCE = 0.6
-    """The chance that a draft is right, before any was seen."""
+    INITIAL_BUDGET = 2.0
+    """Initial and largest exploration budget, in plain steps."""
 
-    MEMORY = 0.9
-    """How much less each step counts than the one after it."""
+    PRIOR_ACCEPTANCE = 0.6
+    """Acceptance rate of the first draft position before any sample."""
+
+    DECAY = 0.9
+    """Weight of each step in a moving average, relative to the step after it."""
 
     REFRESH = 64
-    """A plain step is taken at least this often, to know how long one takes by now."""
+    """The most steps with drafts between two plain ones, which keep a plain step's time current."""
 
     def __init__(self, sizes: Sequence[int], *, always: bool = False) -> None:
         self._sizes, self._always = tuple(sizes), always
-        self._chances = [_Average() for _ in range(max(sizes))]
+        self._acceptance = [_Average() for _ in range(max(sizes))]
         self._costs: dict[tuple[int, int], _Average] = {}
-        self._credit_s: float | None = None
+        self._budget_s: float | None = None
         self._since_plain = 0
 
     def choose(self, n: int, limit: int) -> int:
-        """Drafts for each of ``n`` rows in the next step; at most ``limit``."""
+        """Chooses the number of drafts for each of ``n`` rows in the next step, up to ``limit``."""
         sizes = [k for k in self._sizes if k <= max(0, limit)]
         if self._always:
             return sizes[-1]
@@ -78,7 +82,7 @@ class DraftController:
         if len(sizes) == 1 or self._since_plain >= self.REFRESH:
             return 0
         best, *others = sorted(sizes, key=lambda k: self._tokens_per_s(n, k), reverse=True)
-        if best == 0 and self._credit_s is not None and self._loss_s(n, others[0]) < self._credit_s:
+        if best == 0 and self._budget_s is not None and self._loss_s(n, others[0]) < self._budget_s:
             return others[0]
         return best
 
@@ -91,58 +95,60 @@ class DraftController:
         kept: Sequence[int],
         steps: int = 1,
     ) -> None:
-        """Learns from a step, or from several plain ones that ran as one program.
+        """Updates the estimates with a step, or with a multi-step program.
 
         Args:
             n: Rows.
-            k: Drafts that it was made for; 0 if no row had any.
-            times: How long it took, or all of them; None for the first of its size.
-            kept: Tokens that it gave each request.
-            steps: How many they were.
+            k: Drafts per row that the step verified; 0 if no row had any.
+            times: Times of the step, or of all steps; None for the first of its size.
+            kept: Tokens that each request got.
+            steps: Number of steps.
         """
         self._since_plain = 0 if k == 0 else self._since_plain + 1
         if k:
-            for chance in self._chances:
-                chance.fade(self.MEMORY)
+            for acceptance in self._acceptance:
+                acceptance.decay(self.DECAY)
         for tokens in kept:
             for position in range(min(tokens, k)):
-                self._chances[position].add(float(tokens > position + 1))
+                self._acceptance[position].add(float(tokens > position + 1))
         if times is None:
             return
         seconds, known_s = (times.draft_s + times.model_s) / steps, self._cost_s(n, k)
         cost = self._costs.setdefault((n, k), _Average())
-        cost.fade(self.MEMORY)
-        # A single slow step, which another process got in the way of, says little.
+        cost.decay(self.DECAY)
+        # Limits outliers, such as a step that another process delayed.
         cost.add(seconds if known_s is None else min(seconds, 2 * known_s))
         plain_s = self._cost_s(n, 0)
         if plain_s is None:
             return
-        most_s = self.INITIAL_TRIALS * plain_s
-        credit_s = most_s if self._credit_s is None else self._credit_s
+        max_budget_s = self.INITIAL_BUDGET * plain_s
+        budget_s = max_budget_s if self._budget_s is None else self._budget_s
         if k and kept:
-            plainly_s = plain_s * sum(kept) / len(kept)
-            credit_s += plainly_s - seconds - times.catch_up_s
-        self._credit_s = min(most_s, credit_s + self.TRIAL_SHARE * seconds * steps)
+            as_plain_steps_s = plain_s * sum(kept) / len(kept)
+            budget_s += as_plain_steps_s - seconds - times.catch_up_s
+        self._budget_s = min(max_budget_s, budget_s + self.EXPLORATION_SHARE * seconds * steps)
 
     def _cost_s(self, n: int, k: int) -> float | None:
+        """Returns the mean time of a step with k drafts; None before the first."""
         cost = self._costs.get((n, k))
         return None if cost is None else cost.mean(0.0, 0.0)
 
     def _tokens(self, k: int) -> float:
-        total, all_right, expected = 1.0, 1.0, self.CHANCE
-        for chance in self._chances[:k]:
-            expected = chance.mean(expected)
-            all_right *= expected
-            total += all_right
+        """Returns the expected tokens of a step with k drafts."""
+        total, all_accepted, rate = 1.0, 1.0, self.PRIOR_ACCEPTANCE
+        for acceptance in self._acceptance[:k]:
+            rate = acceptance.mean(rate)
+            all_accepted *= rate
+            total += all_accepted
         return total
 
     def _tokens_per_s(self, n: int, k: int) -> float:
         cost_s = self._cost_s(n, k)
-        assert cost_s is not None, "every size was tried"
+        assert cost_s is not None, "every size was measured"
         return self._tokens(k) / cost_s
 
     def _loss_s(self, n: int, k: int) -> float:
-        """The time that a step with k drafts takes beyond a plain one, lost if none is right."""
+        """Returns the time of a step with k drafts beyond a plain one, lost if none is accepted."""
         cost_s, plain_s = self._cost_s(n, k), self._cost_s(n, 0)
         assert cost_s is not None
         assert plain_s is not None

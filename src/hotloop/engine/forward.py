@@ -1,7 +1,7 @@
-"""The model part of a step in PyTorch: plain, or compiled by torch.compile.
+"""The forward of a step in PyTorch: plain, or compiled by torch.compile.
 
-On a GPU torch.compile is given the decoder by parts, of which a block serves all layers; on a CPU
-it is given the whole. The sampler is never compiled: it has many variants.
+On a GPU torch.compile compiles the decoder by parts, and all layers share the code of one block; on
+a CPU it compiles the whole. The sampler is never compiled: it has too many variants.
 
 Shape letters: B rows of a step, T positions of each, V vocabulary.
 """
@@ -26,21 +26,21 @@ from hotloop.models.decoder import Block, Decoder, Run
 _Options = dict[str, Any]
 
 _CPU_OPTIONS: _Options = {"cpp.threads": 1, "size_asserts": False}
-"""The generated kernels of a step are tiny, and our own ones have threads already."""
+"""Generated kernels of a step are too small for threads; our own kernels have their own."""
 
 _CUDA_OPTIONS: tuple[_Options, _Options] = ({"coordinate_descent_tuning": True}, {})
-"""For one token of each sequence, and for several.
+"""Options for one token of each sequence, and for several.
 
-Tuning compiles and times many variants of each kernel, one after the other, while a model gets
-ready. Products with one row need it, which only then are kernels that torch.compile writes.
+Tuning compiles and times many variants of each kernel during warm-up. It pays with one row only:
+there Inductor generates the GEMVs itself.
 """
 
 _MAX_SPECIALIZATIONS = 64
-"""Numbers of rows and positions, and lengths, for which one function may be compiled anew."""
+"""The most shapes (rows, positions, cache lengths) that one function is compiled for."""
 
 
 class Forward(Protocol):
-    """The model part of a program."""
+    """The forward of the model in a step."""
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ class Forward(Protocol):
         first_seat: int | None,
         length: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, T, V] of tokens, through their cache.
+        """Computes logits [B, T, V] of tokens, with the KV cache.
 
         Args:
             ids_BT: The tokens.
@@ -61,27 +61,27 @@ class Forward(Protocol):
             length: Exceeds every position.
 
         Returns:
-            The logits, and the token ids [B, T] of the largest among those that may be chosen; None
-            for those, unless computing the logits has found them.
+            The logits; and their argmax [B, T] over ids that can be selected if the forward
+            computed it, else None.
         """
         ...
 
 
 class TorchForward:
-    """The decoder as a ``Forward``, in plain PyTorch.
+    """The decoder as a ``Forward``, in PyTorch.
 
-    torch.compile traces a function operation by operation: 80 layers take it many seconds for each
-    size of step, even if it generates code for the first alone (a nested region). By parts, it
-    traces one layer, and the host calls the code 80 times: right where a CUDA graph captures the
-    calls, too slow where the host repeats them in each step.
+    torch.compile traces a function operation by operation: tracing 80 layers takes many seconds for
+    each size of step, even if code is generated for one layer only (a nested region). By parts, it
+    traces one layer and the host calls the code 80 times: this suits a CUDA graph, which captures
+    the calls once, but is too slow where the host repeats them in each step.
 
     Args:
         decoder: The model.
         cache: Its cache.
-        compiled: Whether it is compiled by torch.compile.
-        by_parts: Whether parts are compiled, rather than the whole.
-        device: The device it runs on.
-        n_layers: Stop after so many layers; None takes all.
+        compiled: Compile with torch.compile.
+        by_parts: Compile parts rather than the whole.
+        device: The device of the model.
+        n_layers: Number of first layers to run; None runs all.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class TorchForward:
         if not compiled:
             self._one = self._several = through(eager_run(decoder))
             return
-        # Without this, artifacts land in a temporary directory: the next boot compiles again.
+        # By default, artifacts go to a temporary directory, which a reboot may empty.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(writable_cache_dir() / "inductor"))
         one, several = _CUDA_OPTIONS if device.type == "cuda" else (_CPU_OPTIONS, _CPU_OPTIONS)
         if by_parts:
@@ -143,7 +143,7 @@ class TorchForward:
 
 
 class _Parts:
-    """A ``Run`` on compiled code of each part."""
+    """A ``Run`` that compiles each part separately."""
 
     def __init__(self, options: _Options) -> None:
         self._options = options
@@ -159,13 +159,13 @@ _block_region = torch.compiler.nested_compile_region(Block.forward)
 
 
 def _nested(part: Callable[..., Any], /, *args: Any) -> Any:
-    """A ``Run`` for torch.compile to trace, in which blocks are one region, compiled once."""
+    """Runs parts while torch.compile traces: blocks are one nested region, compiled once."""
     return _block_region(*args) if part is Block.forward else part(*args)
 
 
 def _compiled(function: Callable[..., Any], options: _Options) -> Callable[..., Any]:
-    """Code that torch.compile makes of a function, anew for each number of rows and tokens."""
-    # Code for one model is not told from code for another: its cache must be its own.
+    """Compiles a function with torch.compile, separately for each number of rows and tokens."""
+    # torch.compile caches by code object: a copy gives each model its own cache.
     own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -175,20 +175,20 @@ def _compiled(function: Callable[..., Any], options: _Options) -> Callable[..., 
     guarded = {"", *own.__code__.co_varnames[: own.__code__.co_argcount]} - {"self"}
 
     def guards_kept(guards: Sequence[Any]) -> list[bool]:
-        # Those on arguments and global state: a loaded model does not change, and its layers are
-        # alike. Checking its hundreds of tensors and modules takes a tenth of a step on a CPU.
+        # Keeps guards on arguments and global state. A loaded model does not change and its layers
+        # are alike; guards on its hundreds of tensors take a tenth of a step on a CPU.
         return [guard.name in guarded for guard in guards]
 
     options = options | {"guard_filter_fn": guards_kept}
     code = torch.compile(own, fullgraph=True, options=options)
 
     def run(*args: Any) -> Any:
-        # Code for a given number of rows is better than code for any; only length varies.
+        # Static shapes give faster code; only the cache length is dynamic.
         for arg in args:
             if isinstance(arg, Tensor):
                 torch._dynamo.mark_static(arg)
-        # A float that another model has otherwise, such as a norm's epsilon, would become an input,
-        # which the regions compiled once for all layers cannot take.
+        # A float that differs between models, such as a norm's epsilon, would otherwise become an
+        # input, which nested regions do not support.
         with torch._dynamo.config.patch(
             recompile_limit=_MAX_SPECIALIZATIONS, specialize_float=True
         ):
@@ -198,7 +198,7 @@ def _compiled(function: Callable[..., Any], options: _Options) -> Callable[..., 
 
 
 def compile_unavailable_reason(device: torch.device) -> str | None:
-    """Why torch.compile cannot generate code for a device here, or None if it can."""
+    """Returns why torch.compile cannot generate code for a device here; None if it can."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "torch.compile on CUDA needs triton, which is not installed (pip install triton)"
@@ -209,22 +209,22 @@ def compile_unavailable_reason(device: torch.device) -> str | None:
 
 
 class CompileWatch:
-    """Tells whether the graphs compiled since it was made came from the cache."""
+    """Observes whether graphs compiled since its creation came from the compile cache."""
 
     def __init__(self) -> None:
         self._before = self._counts()
 
     def state(self) -> Literal["cold", "warm"] | None:
-        """``cold`` if any was compiled anew, ``warm`` if all were found; None if there is none."""
+        """Returns ``cold`` if any graph missed the cache, else ``warm``; None without graphs."""
         made, found = (n - before for n, before in zip(self._counts(), self._before, strict=True))
         return "cold" if made else "warm" if found else None
 
     @staticmethod
     def _counts() -> tuple[int, int]:
-        """How many this process has compiled, and how many it has found."""
+        """Counts this process's misses and hits of the compile cache."""
         from torch._dynamo.utils import counters
 
         inner, outer = counters["inductor"], counters["aot_autograd"]
         made = inner["fxgraph_cache_miss"] + inner["fxgraph_cache_bypass"]
-        # A hit of the outer cache (AOTAutograd's) never asks the inner one.
+        # A hit of the outer cache (AOTAutograd's) does not look into the inner one.
         return made, inner["fxgraph_cache_hit"] + outer["autograd_cache_hit"]

@@ -1,4 +1,4 @@
-"""CUDA graphs of programs that run again and again."""
+"""Captures and replays CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 Result = TypeVar("Result")
 
 MOST_GRAPHS = 64
-"""More than the sizes of step that one kind of traffic needs; each holds some megabytes."""
+"""Exceeds the step sizes that one kind of traffic needs; each graph takes some megabytes."""
 
 
 class Graphs:
-    """CUDA graphs of programs that run again and again; the least recently used ones go.
+    """An LRU cache of captured CUDA graphs, keyed by program.
 
-    All share one pool of memory. The results of a program are therefore valid until another one
-    runs; the copy to the host comes before that in the stream.
+    All graphs share one memory pool. The results of a program are therefore valid until another
+    program runs; their copy to the host precedes that in the stream.
 
     Args:
         device: The device.
@@ -36,7 +36,7 @@ class Graphs:
         self._kept: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = OrderedDict()
 
     def run(self, key: Hashable, program: Callable[[], Result], state: Sequence[Tensor]) -> Result:
-        """Replays the graph of a program, which is captured first if there is none.
+        """Replays the graph of a program, capturing it first if there is none.
 
         Args:
             key: Identifies the program.
@@ -50,7 +50,7 @@ class Graphs:
             self._kept.move_to_end(key)
         else:
             if len(self._kept) >= self._most:
-                torch.cuda.synchronize(self._device)  # the one that goes may be running
+                torch.cuda.synchronize(self._device)  # the evicted graph may be running
                 self._kept.popitem(last=False)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
@@ -72,12 +72,13 @@ def capture(
     """Captures the work of ``run`` in a CUDA graph.
 
     Args:
-        run: It is called before the capture too, since compilation and lazy handles must come
-            first. The cache needs no restoring: the graph writes the same positions again.
+        run: The work. Warm-up calls before the capture trigger compilation and the creation of
+            library handles. The KV cache is not restored after them: a replay rewrites the same
+            positions.
         device: The device.
-        state: Tensors that those calls change, and that are restored after each.
-        runs_before: The number of such calls; 0 where it has run already.
-        pool: Memory shared with other graphs: results are there until any of them is replayed.
+        state: Tensors that ``run`` changes; they are restored after each warm-up call.
+        runs_before: Number of warm-up calls; 0 if ``run`` has run before.
+        pool: Memory pool shared with other graphs: results are valid until one of them is replayed.
 
     Returns:
         The graph, and the tensors that a replay writes its results to.
@@ -92,9 +93,9 @@ def capture(
                 tensor.copy_(value)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads go on meanwhile: NCCL's, which looks after its work, and a rank's, which waits
-    # for the tokens of the step before.
-    # On a stream of this device: torch's own for captures is the first device's that had one.
+    # thread_local: NCCL's watchdog, and a rank's thread that waits for the previous step's tokens,
+    # make CUDA calls during the capture. The stream is given, since torch's default capture stream
+    # belongs to the first device that captured.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = run()
     return graph, result

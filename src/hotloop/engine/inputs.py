@@ -1,4 +1,4 @@
-"""Checks of prompts and windows, and their conversion to lists of token ids."""
+"""Checks prompts and windows, and converts them to lists of token ids."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from hotloop.types import ChatPrompt, Prompt
 
 
 def as_prompts(prompts: str | ChatPrompt | Sequence[Prompt]) -> list[Prompt]:
-    """The prompts of one call.
+    """Returns the prompts of one call as a list.
 
     Raises:
-        RequestError: Neither a prompt nor a list, or one list of token ids.
+        RequestError: The argument is neither a prompt nor a list, or one list of token ids.
     """
     if isinstance(prompts, str | ChatPrompt):
         return [prompts]
     n = n_items(prompts, "prompts must be text, or a list of texts and lists of token ids")
     if n and integer(prompts[0]) is not None:
         raise RequestError(
-            f"prompts {shorten_value(prompts)} is one list of token ids, and a list of prompts is "
-            "expected: put it into a list of its own, as in [[5, 6, 7]]."
+            f"prompts {shorten_value(prompts)} is one list of token ids, but must be a list of "
+            "prompts: put it into another list, as in [[5, 6, 7]]."
         )
     return list(prompts)
 
 
 def n_items(value: Any, must: str) -> int:
-    """How many items a list has, or whatever else has items in an order.
+    """Counts the items of a list or another sequence.
 
     Args:
         value: The list.
-        must: What an error says that it must be.
+        must: The beginning of an error: what must be of which type.
 
     Raises:
-        RequestError: It is no list.
+        RequestError: The value is not a sequence.
     """
     unordered = isinstance(value, str | bytes | bytearray | memoryview | Mapping | AbstractSet)
     if not unordered and hasattr(value, "__getitem__"):
@@ -48,10 +48,10 @@ def n_items(value: Any, must: str) -> int:
 
 
 def as_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Token ids as Python's integers, each with a row in the embedding.
+    """Converts token ids to Python integers, and checks them against the vocabulary.
 
     Raises:
-        RequestError: One is no integer, or is outside the vocabulary.
+        RequestError: An id is not an integer, or is outside the vocabulary.
     """
     found = []
     for given in ids:

@@ -32,7 +32,7 @@ from hotloop.engine.memory import check_fits
 from hotloop.engine.ranks import RankGroup
 from hotloop.engine.request import Request
 from hotloop.engine.runner import Progress, Runner
-from hotloop.engine.scheduler import Scheduler, multi_step
+from hotloop.engine.scheduler import Scheduler, n_multi_steps
 from hotloop.engine.setup import prepare
 from hotloop.errors import (
     CheckpointError,
@@ -341,7 +341,7 @@ class LLM:
         if self._runner.captures:
             timing = answer(plain, 9, greedy)
             if timing.n_tokens > 1:
-                learning.n_steps = plain.n_steps = multi_step(timing.tpot_s)
+                learning.n_steps = plain.n_steps = n_multi_steps(timing.tpot_s)
             answer(plain, 1 + plain.n_steps, greedy)
             suggested = greedy
             with suppress(CheckpointError):  # raised where the suggestion is used
@@ -439,7 +439,7 @@ class LLM:
             for request in requests:
                 scheduler.submit(request)
             while not scheduler.idle:
-                for _, delta in scheduler.turn():
+                for _, delta in scheduler.iterate():
                     yield delta
                     self._check_open()  # the caller may have closed it meanwhile
         finally:

@@ -1,4 +1,4 @@
-"""How much memory a configuration will take, from shapes alone, before anything is loaded."""
+"""Predicts the memory of a configuration from shapes alone, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FLOAT32 = 4
 
 
 def predict_memory(config: EngineConfig) -> MemoryPlan:
-    """The memory that ``LLM(config)`` will take.
+    """Predicts the memory that ``LLM(config)`` takes.
 
     Raises:
-        HotloopError: Whatever ``LLM(config)`` would raise before it reads a weight.
+        HotloopError: The errors that ``LLM(config)`` raises before it reads a weight.
     """
     setup = prepare(config)
     free = [free_bytes(setup.on(0, i).device) for i in range(ranks_here(config))]
@@ -33,13 +33,13 @@ def predict_memory(config: EngineConfig) -> MemoryPlan:
 
 
 def check_fits(setup: Setup) -> None:
-    """Refuses, before anything is built, what no device of this size could hold.
+    """Refuses a configuration that a device of this size cannot hold, before anything is built.
 
     Raises:
-        OutOfMemoryError: Weights, caches and rows alone take more memory than the device has.
+        OutOfMemoryError: Weights, caches and rows alone exceed the device's total memory.
     """
     total, shared_by = device_info(setup.device).total_bytes, 1
-    if setup.device.type == "cpu":  # whose memory its ranks share
+    if setup.device.type == "cpu":  # its ranks share its memory
         shared_by = ranks_here(setup.config)
     needed = weights_bytes(setup) + sum(map(_cache_bytes, setup.models)) + _rows_bytes(setup)
     if needed > total // shared_by:
@@ -47,7 +47,7 @@ def check_fits(setup: Setup) -> None:
 
 
 def weights_bytes(setup: Setup) -> int:
-    """Exact bytes of a rank's resident weights, rotary tables and a draft model included."""
+    """Counts the exact bytes of a rank's resident weights, with rope tables and a draft model."""
     return sum(map(_weights_bytes, setup.models))
 
 
@@ -78,7 +78,7 @@ def _weights_bytes(setup: Setup) -> int:
         for matrix in layer.matrices:
             scheme = setup.schemes[names.layer(i, matrix.parts[0].name)]
             layers += packed(spec(scheme, matrix.n, matrix.k, paired=matrix.paired))
-            if matrix.bias and not (matrix.summed and setup.rank > 0):  # which rank 0 adds
+            if matrix.bias and not (matrix.summed and setup.rank > 0):  # rank 0 adds it
                 layers += itemsize * matrix.n
         layers += itemsize * sum(norm.n for norm in layer.norms)
     whole = spec(setup.head_scheme, model.vocab_size, model.hidden_size)
@@ -96,28 +96,28 @@ def _weights_bytes(setup: Setup) -> int:
 
 
 def _rows_bytes(setup: Setup) -> int:
-    """Bytes of the state of all rows: their tokens, and which ones a penalty applies to."""
+    """Counts the bytes of all rows' state: their tokens, and the mask of penalized tokens."""
     drafts = setup.config.draft_tokens if setup.draft else 0
     history = 8 * (setup.n_positions + drafts + 1)
     return setup.config.max_batch_size * (history + setup.model.vocab_size)
 
 
 def _workspace_bytes(setup: Setup) -> int:
-    widened = [_widened_bytes(each) for each in setup.models]
-    # The fused step keeps the room for it, of every model.
+    dequantized = [_dequantized_bytes(each) for each in setup.models]
+    # With fused steps, every model keeps a buffer for its largest dequantized matrix.
     return (
         _rows_bytes(setup)
         + max(map(_transient_bytes, setup.models))
-        + (sum(widened) if setup.fused else max(widened))
+        + (sum(dequantized) if setup.fused else max(dequantized))
     )
 
 
 def _transient_bytes(setup: Setup) -> int:
-    """Upper estimate of what one forward needs besides weights, cache and a matrix dequantized."""
+    """Bounds the bytes of one forward, besides weights, cache and a dequantized matrix."""
     model, n_logits = setup.local, len(setup.shard.vocabulary)
     rows = min(setup.prefill_chunk, setup.n_positions)
     runtime = 768 * 2**20 if setup.device.type == "cuda" else 0  # context, cuBLAS, graphs
-    if setup.fused:  # attention keeps no scores, and logits are of a step's rows
+    if setup.fused:  # no attention scores are stored, and only a step's rows have logits
         drafts = setup.config.draft_tokens if setup.draft else 0
         step = max(STEP_TOKENS, setup.config.max_batch_size * (1 + drafts))
         return rows * bytes_per_row(model) + 2 * step * n_logits * _FLOAT32 + runtime
@@ -132,8 +132,8 @@ def _transient_bytes(setup: Setup) -> int:
     return activations + attention + logits + runtime
 
 
-def _widened_bytes(setup: Setup) -> int:
-    """Of the largest matrix, dequantized."""
+def _dequantized_bytes(setup: Setup) -> int:
+    """Counts the bytes of the largest matrix, dequantized."""
     model = setup.local
     sizes = [matrix.n * matrix.k for layer in model.kinds for matrix in layer.matrices]
     itemsize = _FLOAT32 if setup.device.type == "cpu" else setup.dtype.itemsize

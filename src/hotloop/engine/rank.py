@@ -1,7 +1,7 @@
 """The process of one rank: ``python -m hotloop.engine.rank RANK FD``.
 
-It loads its shard into a Runner, and then runs the commands that the caller sends over the
-connection at the file descriptor FD. Its output goes to a log, shown only if the rank fails.
+It loads its shard into a Runner, then runs the commands that the caller sends over the connection
+at the file descriptor FD. Its output goes to a log, which is shown only if the rank fails.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hotloop.parallel.rendezvous import Address, Torchrun
 
 @dataclass(frozen=True, kw_only=True)
 class Load(Command[None]):
-    """Loads a rank's part of a model: the first command of a rank.
+    """Loads a rank's shard of a model: the first command of a rank.
 
     Attributes:
         setup: The configuration to load.
-        n_tokens: Token ids that may be chosen are below this.
-        store: The store by which ranks find each other.
-        n_threads: Threads to compute with on a CPU.
+        n_tokens: Token ids below this can be selected.
+        store: The address of the rendezvous store.
+        n_threads: Threads of a rank on a CPU.
         one_machine: All ranks are on this machine.
     """
 
@@ -46,13 +46,13 @@ class Load(Command[None]):
 def serve(
     caller: Caller, rank: int, local_rank: int, *, own: tuple[Setup, int] | None = None
 ) -> None:
-    """Loads, and runs commands until the last; an error ends the process.
+    """Loads a shard and runs commands until the last; an error ends the process.
 
     Args:
         caller: The sender of commands.
         rank: The number of this rank.
         local_rank: Its number among those on this machine.
-        own: Setup and n_tokens, if this process has found them itself.
+        own: Setup and n_tokens, if this process has resolved them itself (torchrun).
     """
     try:
         commands = caller.commands()
@@ -70,15 +70,18 @@ def serve(
         for number, command in commands:
             pending = runner.run(command)
             if rank == 0:
-                caller.answer(number, pending.wait)  # which is not waited for here
+                caller.answer(number, pending.wait)  # waits in another thread
     except BaseException as error:
         caller.fail(error)
 
 
 def _join(load: Load, setup: Setup) -> ProcessGroup:
+    """Joins the process group of all ranks."""
     if setup.device.type == "cpu":
         torch.set_num_threads(load.n_threads)
-    if load.one_machine:  # gloo looks a host's name up otherwise, and may not find its way back
+    if (
+        load.one_machine
+    ):  # by default gloo uses the address of the host's name, which may not be reachable
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return ProcessGroup(
         load.store.connect(),
@@ -92,7 +95,7 @@ def _join(load: Load, setup: Setup) -> ProcessGroup:
 def main() -> None:
     """Serves the caller that started this process."""
     rank, file = map(int, sys.argv[1:])
-    os.set_inheritable(file, False)  # or a process started here could hold it open
+    os.set_inheritable(file, False)  # or a child process could hold it open
     launched = Torchrun.environment()
     serve(Caller(Connection(file)), rank, launched.local_rank if launched else rank)
 

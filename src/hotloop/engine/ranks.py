@@ -1,10 +1,10 @@
-"""Several ranks as one ``EngineCore``.
+"""Runs several ranks as one ``EngineCore``.
 
 A ``RankGroup`` runs in the caller's process, which is not a rank itself. It sends each command to
-every rank; rank 0's result is the group's. If a rank dies or raises, every later call raises that
+every rank and returns rank 0's result. If a rank dies or raises, every later call raises that
 rank's error.
 
-Launched by torchrun, the process of rank 0 is the caller, and the others become ranks here.
+Under torchrun, the process of rank 0 is the caller, and the other processes become ranks here.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class RankGroup:
 
     Args:
         setup: The configuration to load, as of rank 0.
-        n_tokens: Token ids that may be chosen are below this.
+        n_tokens: Token ids below this can be selected.
         progress: Called as rank 0's layers are loaded.
 
     Raises:
-        HotloopError: A rank raised it while it loaded, or died.
-        SystemExit: This process was a rank itself, and is not needed any more.
+        HotloopError: A rank failed to load, or died.
+        SystemExit: This process was itself a rank, started by torchrun, and the caller has ended.
     """
 
     def __init__(self, setup: Setup, *, n_tokens: int, progress: Progress | None = None) -> None:
@@ -51,7 +51,7 @@ class RankGroup:
         ranks: list[Rank] = []
         try:
             if launched is None:
-                self._store, address = serve_store()  # which lives as long as we do
+                self._store, address = serve_store()  # lives as long as this group
                 ranks.extend(start_rank(PROGRAM, rank) for rank in range(n_ranks))
             else:
                 self._store, address = launched.store(), launched.address
@@ -75,7 +75,7 @@ class RankGroup:
             raise
 
     def run(self, command: Command[Result]) -> Pending[Result]:
-        """See ``EngineCore``: rank 0's result, which for a description holds no less than any."""
+        """See ``EngineCore``. Returns rank 0's result; its shard is the largest of all ranks."""
         return self._ranks.tell(command, phase=command.phase)
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class RankGroup:
 
 
 def _be_rank(launched: Torchrun, setup: Setup, n_tokens: int) -> NoReturn:
-    """Serves the caller, the process of rank 0, until it needs this one no more."""
+    """Serves the caller, the process of rank 0, until it closes, and exits."""
     caller = Caller(launched.call(launched.store()))
     serve(caller, launched.rank, launched.local_rank, own=(setup, n_tokens))
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""A request on its way through the engine, as the host knows it."""
+"""The host's state of a request: its prompt, the answer so far, and its end."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from hotloop.types import (
 
 
 class Request:
-    """A prompt, its answer so far, and whether that has ended.
+    """A prompt, its answer so far, and whether the answer has ended.
 
     Args:
-        index: Which prompt of the call it is.
+        index: Index of the prompt in its call.
         prompt_ids: The prompt.
-        params: How to sample.
-        seed: Seeds the draws.
-        max_new_tokens: Where the answer ends at the latest.
-        eos_ids: Tokens that end it.
-        tokenizer: Makes text of tokens; None gives no text.
-        starts_text: The answer is a text of its own, not the prompt's continuation.
+        params: Sampling options.
+        seed: Seed of its sampling.
+        max_new_tokens: The most tokens of the answer.
+        eos_ids: Tokens that end the answer.
+        tokenizer: Detokenizes the answer; None: no text.
+        starts_text: The answer is a text of its own, rather than a continuation of the prompt.
         submitted_s: When it was submitted, by ``time.perf_counter``.
-        speculates: Whether there is a drafter, so that steps are counted.
+        speculates: There is a drafter, so steps are counted.
 
     Attributes:
-        index: Which prompt of the call it is.
-        finish_reason: Why it ended; None while it goes on, and where it failed.
-        failed: The model gave no next token, since logits were not finite.
+        index: Index of the prompt in its call.
+        finish_reason: Why it ended; None while it is running, or if it failed.
+        failed: The logits of the next token were not finite.
     """
 
     def __init__(
@@ -71,22 +71,22 @@ class Request:
 
     @property
     def ended(self) -> bool:
-        """Whether no more tokens are wanted."""
+        """Whether the request has finished or failed."""
         return self.failed or self.finish_reason is not None
 
     @property
-    def n_wanted(self) -> int:
-        """Tokens that the answer may still have."""
+    def n_remaining(self) -> int:
+        """The most tokens that may still be generated."""
         return self.max_new_tokens - len(self.token_ids)
 
     def accept(self, token_id: int, logprob: TokenLogprob | None) -> str:
-        """Appends the next token; returns the text that is certain now, and notices the end."""
+        """Appends the next token, sets ``finish_reason`` at the end, and returns the new text."""
         self._last_s = time.perf_counter()
         if not self.token_ids:
             self._first_s = self._last_s
         self.token_ids.append(token_id)
         if self.params.logprobs is not None:
-            assert logprob is not None, "the step computes log-probabilities"
+            assert logprob is not None, "the step returned no log-probabilities"
             top = logprob.top[: self.params.logprobs]
             self.logprobs.append(dataclasses.replace(logprob, top=top))
         text = ""
@@ -104,31 +104,31 @@ class Request:
         return text
 
     def count_steps(
-        self, n: int, *, given: int, taken: int, n_drafts: int, share: StepTimes
+        self, n: int, *, n_step_tokens: int, n_kept: int, n_drafts: int, times: StepTimes
     ) -> None:
-        """Counts a step with drafts, or plain ones of an engine that has a drafter.
+        """Counts a step with drafts, or plain steps of an engine with a drafter.
 
         Args:
-            n: How many steps; one if there were drafts.
-            given: Tokens that they brought this request.
-            taken: Those of them before its end.
-            n_drafts: Drafts that its row had.
-            share: Its share of their time.
+            n: Number of steps; 1 with drafts.
+            n_step_tokens: Tokens that the steps produced for this request.
+            n_kept: Tokens of these up to the end of the request.
+            n_drafts: Number of drafts of its row.
+            times: The request's share of the steps' times.
         """
         assert self._speculation is not None, "there is no drafter"
         self._speculation += Speculation(
             n_steps=n,
             n_off=n if n_drafts == 0 else 0,
-            n_tokens=taken,
+            n_tokens=n_kept,
             proposed=(1,) * n_drafts,
-            accepted=tuple(int(position < given - 1) for position in range(n_drafts)),
-            draft_s=share.catch_up_s + share.draft_s,
-            verify_s=share.model_s,
+            accepted=tuple(int(position < n_step_tokens - 1) for position in range(n_drafts)),
+            draft_s=times.catch_up_s + times.draft_s,
+            verify_s=times.model_s,
         )
 
     def generation(self) -> Generation:
-        """The whole answer, once it has ended."""
-        assert self.finish_reason is not None, "the request goes on"
+        """Returns the whole answer of a finished request."""
+        assert self.finish_reason is not None, "the request has not finished"
         return Generation(
             prompt_ids=tuple(self.prompt_ids),
             token_ids=tuple(self.token_ids),
@@ -144,7 +144,7 @@ class Request:
         )
 
     def _end_of_text(self) -> str:
-        """The text that detokenizer and stop filter held back, which can complete a stop string."""
+        """Flushes detokenizer and stop filter; their text may complete a stop string."""
         assert self._detokenizer is not None
         text = self._stops.push(self._detokenizer.flush())
         if self._stops.matched is not None:

@@ -46,7 +46,7 @@ from hotloop.engine.speculation import (
     SharedDrafter,
 )
 from hotloop.engine.steps import Marks, Stepper, step_times
-from hotloop.engine.vocabulary import Vocabulary
+from hotloop.engine.vocabulary import VocabularyShard
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import bytes_asked_for, device_info, free_bytes, shortage_of_memory
 from hotloop.kernels import cpu
@@ -96,7 +96,7 @@ class Runner:
         with working_on(device, "load"):
             self._model = _Model(setup, self._group, n_tokens, progress)
             shares = [shard.vocabulary for shard in setup.shards]
-            self._vocabulary = Vocabulary(shares, n_tokens, self._group)
+            self._vocabulary = VocabularyShard(shares, n_tokens, self._group)
             self._sampler = Sampler(
                 config.max_batch_size,
                 n_tokens,
@@ -190,9 +190,9 @@ class Runner:
         for chunk, logits_TV in self._model.logits(ids_T[:-1], 0, command.seat):
             log_probs = vocabulary.log_softmax(logits_TV)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
-            logprobs.append(vocabulary.at(log_probs, labels).cpu())
+            logprobs.append(vocabulary.gather_at(log_probs, labels).cpu())
             top1.append(vocabulary.argmax(log_probs).cpu())
-            if command.full and (whole := vocabulary.whole(log_probs)) is not None:
+            if command.full and (whole := vocabulary.gather_to_first(log_probs)) is not None:
                 distributions.append(whole.cpu())
         return Score(
             token_logprobs=torch.cat(logprobs),

@@ -1,16 +1,16 @@
 """The scheduler: admits requests, launches steps, and delivers tokens.
 
-It owns requests from submission to their end: the queue, the row and the seat of each, when a
-prompt is prefilled, how many drafts and how many steps come next. A *row* is a request's place in a
-step, dense from 0; a *seat* is its place in the KV cache. Whoever drives the scheduler takes
-``turn`` after ``turn``, and may submit and cancel in between:
+It owns requests from submission to their end: the queue, each request's row and seat, when a
+prompt is prefilled, and the number of drafts and steps of the next launch. A *row* is a request's
+index in a step, dense from 0; a *seat* is its place in the KV cache. The caller runs iterations of
+the scheduler, and may submit and cancel in between:
 
 >>> while not scheduler.idle:
-...     for request, delta in scheduler.turn():
+...     for request, delta in scheduler.iterate():
 ...         ...
 
-The host runs one step behind the device: a turn launches a step before it looks at the tokens of
-the one before. A request that turns out to have ended drops what the later step brings it.
+The host runs one step behind the device: an iteration launches a step before it processes the
+tokens of the previous one. If those end a request, its tokens of the in-flight step are discarded.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ from hotloop.engine.draft_control import DraftController
 from hotloop.engine.request import Request
 from hotloop.types import Delta
 
-BURST_S = 8e-3
-"""Tokens that come together may have taken this long, half of what a screen shows a picture."""
+MAX_MULTI_STEP_S = 8e-3
+"""The longest that a multi-step program may delay its first token: half a frame at 60 Hz."""
 
-MOST_STEPS = 8
-"""Steps that are one program: a request that ends among the first has the others run in vain."""
+MAX_MULTI_STEPS = 8
+"""The most steps of a multi-step program; those after a request's end are wasted."""
 
 
-def multi_step(step_s: float) -> int:
-    """How many steps to give a GPU at once, a power of two.
+def n_multi_steps(step_s: float) -> int:
+    """Chooses the number of steps of a multi-step program, a power of two.
 
-    Between programs it does nothing for some microseconds, and the host is busy for some hundred:
-    with the smallest models, longer than with a step.
+    Several steps amortize the gap between graph launches (some microseconds) and the host's work
+    per launch (some hundred), which with the smallest models takes longer than a step.
+
+    Args:
+        step_s: Time of one step, in seconds.
     """
-    n = min(MOST_STEPS, max(1, int(BURST_S / step_s)))
+    n = min(MAX_MULTI_STEPS, max(1, int(MAX_MULTI_STEP_S / step_s)))
     return 1 << (n.bit_length() - 1)
 
 
@@ -54,11 +57,12 @@ class Scheduler:
     """Drives an ``EngineCore`` for any number of requests.
 
     Args:
-        core: The device's side.
+        core: The device side.
         n_rows: The most requests in a step, and seats in the cache.
         n_positions: Tokens that a seat holds.
-        controller: Chooses the number of drafts; None where there is no drafter.
-        n_steps: Steps to take at once while nothing waits; see ``multi_step``.
+        controller: Chooses the number of drafts; None without a drafter.
+        n_steps: Steps of a multi-step program, used while no request waits; see
+            ``n_multi_steps``.
     """
 
     def __init__(
@@ -74,24 +78,24 @@ class Scheduler:
         self._core, self._n_positions = core, n_positions
         self._waiting: deque[Request] = deque()
         self._rows: list[Request | None] = [None] * n_rows
-        # A permutation, so that rows without a request are in seats that hold nothing: what a step
-        # computes for them overwrites no cache in use.
+        # A permutation: rows without a request map to unused seats, so that a step which computes
+        # them does not overwrite a cache in use.
         self._seats = list(range(n_rows))
         self._launched: _Launched | None = None
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do until the next request."""
+        """Whether no request is waiting, running or in flight."""
         return not (self._waiting or self._launched or any(self._rows))
 
     def submit(self, request: Request) -> None:
-        """Puts a request behind those that wait."""
+        """Appends a request to the queue."""
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request, which frees its row and seat; nothing happens if it has ended.
+        """Cancels a request and frees its row and seat; does nothing if it has ended.
 
-        What steps under way bring it is dropped.
+        Its tokens of in-flight steps are discarded.
         """
         if request.ended:
             return
@@ -102,17 +106,16 @@ class Scheduler:
         if self._launched is not None and all(r.ended for r in self._launched.requests.values()):
             self._launched = None
 
-    def turn(self) -> Iterator[tuple[Request, Delta]]:
-        """Admits requests to free rows, launches a step, and delivers the one before.
+    def iterate(self) -> Iterator[tuple[Request, Delta]]:
+        """Runs one iteration: admits requests, launches a step, and delivers the previous one.
 
         Yields:
-            Each piece of an answer, as soon as it is there. A failed request's last piece has no
-            generation.
+            Each new piece of an answer. The last piece of a failed request has no generation.
         """
         while self._waiting and None in self._rows:
             yield from self._deliver(self._admit(self._waiting.popleft()))
-        # The next step starts before the last one's tokens are looked at, unless the device is
-        # done with it anyway.
+        # The next step is launched before the previous one's tokens are processed, except on a
+        # synchronous device, which has completed it anyway.
         previous, self._launched = self._launched, self._launch()
         if previous is not None:
             yield from self._deliver(previous)
@@ -125,7 +128,7 @@ class Scheduler:
     def _admit(self, request: Request) -> _Launched:
         """Prefills a prompt into the seat of a free row, and samples its first token."""
         if not any(self._rows):
-            self._seats.sort()  # rows whose seats are in order need no look-up of seats
+            self._seats.sort()  # attention reads seats in order without a gather
         row = self._rows.index(None)
         self._rows[row] = request
         admit = Admit(
@@ -138,12 +141,12 @@ class Scheduler:
         return _Launched({0: request}, self._core.run(admit))
 
     def _release(self, request: Request) -> None:
-        """Frees a request's row and seat, if it has any."""
+        """Frees a request's row and seat, if it has them."""
         if request in self._rows:
             self._rows[self._rows.index(request)] = None
 
     def _compact(self) -> int:
-        """Moves the last rows into holes, so that rows in use are the first ones; how many."""
+        """Moves the last rows into holes, so that used rows come first; returns their number."""
         n = sum(request is not None for request in self._rows)
         for source in range(n, len(self._rows)):
             if self._rows[source] is None:
@@ -158,27 +161,29 @@ class Scheduler:
     # ------------------------------------------------------------------------------ steps
 
     def _launch(self) -> _Launched | None:
-        """Starts a decode step for every request that needs one, without waiting for it."""
-        under_way = self._launched
-        n_coming: dict[Request, int] = {}
-        if under_way is not None:
-            n_coming = dict.fromkeys(under_way.requests.values(), under_way.n_steps)
-        wanted: dict[Request, int] = {}
+        """Launches a decode step for every request that needs one, without waiting for it."""
+        in_flight = self._launched
+        n_in_flight: dict[Request, int] = {}
+        if in_flight is not None:
+            n_in_flight = dict.fromkeys(in_flight.requests.values(), in_flight.n_steps)
+        remaining: dict[Request, int] = {}
         for request in filter(None, self._rows):
-            n_more = request.n_wanted - n_coming.get(request, 0)
-            if n_more > 0:
-                wanted[request] = n_more
-            elif not self._waiting:  # else the next request takes its row, and no row has to move
+            n_remaining = request.n_remaining - n_in_flight.get(request, 0)
+            if n_remaining > 0:
+                remaining[request] = n_remaining
+            elif not self._waiting:  # else a waiting request takes the row, and no row has to move
                 self._release(request)
-        if not wanted:
+        if not remaining:
             return None
         n = self._compact()
-        active = {row: r for row, r in enumerate(self._rows[:n]) if r in wanted}
-        # Where newest tokens are, as far as is known; steps under way can take them further.
-        known = {row: len(r.prompt_ids) + len(r.token_ids) - 1 for row, r in active.items()}
-        slack = 0 if under_way is None else under_way.n_steps + under_way.k
-        furthest = max(known.values()) + slack
-        k, least, most = 0, min(wanted.values()), max(wanted.values())
+        active = {row: r for row, r in enumerate(self._rows[:n]) if r in remaining}
+        # The positions of the newest tokens on the host; in-flight steps may advance them.
+        known_positions = {
+            row: len(r.prompt_ids) + len(r.token_ids) - 1 for row, r in active.items()
+        }
+        slack = 0 if in_flight is None else in_flight.n_steps + in_flight.k
+        furthest = max(known_positions.values()) + slack
+        k, least, most = 0, min(remaining.values()), max(remaining.values())
         if self.controller is not None:
             room = self._n_positions - 1 - furthest
             k = self.controller.choose(n, min(most, room) - 1)
@@ -191,23 +196,23 @@ class Scheduler:
             features=Features.of(r.params for r in active.values()),
             k=k,
             n_steps=n_steps,
-            known=known,
+            known_positions=known_positions,
             slack=slack,
         )
         return _Launched(active, self._core.run(step), n=n, k=k, n_steps=n_steps)
 
     def _deliver(self, launched: _Launched) -> Sequence[tuple[Request, Delta]]:
-        """Hands a step's tokens to their requests, and frees the rows of those that end."""
+        """Delivers a step's tokens to their requests, and frees the rows of those that end."""
         result = launched.pending.wait()
-        # The others ended a step ago, when this one was already on its way.
-        going = {row: r for row, r in launched.requests.items() if not r.ended}
+        # The other requests ended after this step was launched.
+        running = {row: r for row, r in launched.requests.items() if not r.ended}
         if self.controller is not None and launched.n:
-            kept = [len(result.rows[row]) for row in going]
+            kept = [len(result.rows[row]) for row in running]
             self.controller.observe(
                 launched.n, result.k, times=result.times, kept=kept, steps=launched.n_steps
             )
         deltas = []
-        for row, request in going.items():
+        for row, request in running.items():
             text, ids = "", []
             for token_id, logprob in result.rows[row]:
                 if token_id < 0:
@@ -216,14 +221,14 @@ class Scheduler:
                 text += request.accept(token_id, logprob)
                 ids.append(token_id)
                 if request.finish_reason is not None:
-                    break  # what else the step brought is beyond the end
+                    break  # the step's further tokens are beyond the end
             if self.controller is not None and launched.n:
                 request.count_steps(
                     1 if launched.n_steps == 1 else len(ids),
-                    given=len(result.rows[row]),
-                    taken=len(ids),
+                    n_step_tokens=len(result.rows[row]),
+                    n_kept=len(ids),
                     n_drafts=result.n_drafts[row],
-                    share=(result.times or StepTimes()) / len(going),
+                    times=(result.times or StepTimes()) / len(running),
                 )
             if request.ended:
                 self._release(request)
@@ -239,9 +244,9 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A step under way, or several as one program, with the request of each row.
+    """A launched prefill, step or multi-step program, and the request of each row.
 
-    ``n`` rows with ``k`` drafts each; a prompt's first token comes of no step, and n is 0.
+    It has ``n`` rows with ``k`` drafts each; ``n`` is 0 for a prefill.
     """
 
     requests: Mapping[int, Request]

@@ -1,4 +1,8 @@
-"""What an ``EngineConfig`` comes down to on this machine, before a weight is read."""
+"""Resolves an ``EngineConfig`` for this machine, without reading weights.
+
+``prepare`` fills in every value that was left to hotloop and refuses what cannot run; ``settle``
+does the part that needs no GPU, so that equal configurations can be recognized.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +48,11 @@ from hotloop.weights.source import schemes_by_name
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """Who makes drafts, resolved: a model, the first layers of the model itself, or a look-up.
+    """The drafter of a configuration, resolved: a draft model, early exit, or n-grams.
 
     Attributes:
-        n_layers: The layers of the model itself to take, if those.
-        setup: The draft model, if there is one.
+        n_layers: Layers of the target that an early exit runs; None for another drafter.
+        setup: The draft model; None for another drafter.
     """
 
     n_layers: int | None = None
@@ -60,20 +64,20 @@ class Setup:
     """An engine's configuration, resolved.
 
     Attributes:
-        config: As asked for, with the schemes' canonical names.
-        model: The shape of the model.
+        config: The configuration as given, with the schemes' canonical names.
+        model: The architecture of the model.
         path: The checkpoint; None for a built-in shape.
         schemes: The scheme of every matrix, by its name in a checkpoint.
-        head_scheme: Of the head.
-        device: Where it runs.
+        head_scheme: The scheme of the head.
+        device: The device of this rank.
         dtype: Element type of activations and unquantized weights.
         execution: How a step runs.
         n_positions: Tokens that a seat can hold.
         prefill_chunk: The most prompt tokens of one forward.
-        shards: What of the model each rank holds.
-        rank: The rank that ``device`` and what follows is of; rank 0 holds the most.
-        draft: Who makes drafts, if anybody does. A draft model is on rank 0 alone.
-        notes: What a reader of results must know of these choices.
+        shards: The part of the model that each rank holds.
+        rank: The rank that this is the setup of; rank 0 holds the largest shard.
+        draft: The drafter; None without speculative decoding. Only rank 0 holds a draft model.
+        notes: Notes on these choices for readers of results.
     """
 
     config: EngineConfig
@@ -93,22 +97,22 @@ class Setup:
 
     @property
     def shard(self) -> Shard:
-        """What this rank holds."""
+        """The part of the model that this rank holds."""
         return self.shards[self.rank]
 
     @property
     def fused(self) -> bool:
-        """Whether weights are for the fused step."""
+        """Whether steps are fused, and weights packed for that."""
         return self.execution == "fused"
 
     @property
     def local(self) -> ModelConfig:
-        """The shape of this rank's decoder."""
+        """The architecture of this rank's part of the decoder."""
         return self.model.local(self.shard)
 
     @property
     def resolved(self) -> EngineConfig:
-        """The configuration, with the values that were left to hotloop."""
+        """The configuration, with the values that were left to hotloop filled in."""
         one_each = self.device.type == "cuda" and len(self.shards) > 1
         return dataclasses.replace(
             self.config,
@@ -120,7 +124,7 @@ class Setup:
         )
 
     def on(self, rank: int, local_rank: int) -> Setup:
-        """The same for another rank, the ``local_rank``-th on its machine."""
+        """Returns the setup of another rank, the ``local_rank``-th on its machine."""
         cuda = self.device.type == "cuda" and len(self.shards) > 1
         device = torch.device("cuda", local_rank) if cuda else self.device
         draft = self.draft
@@ -130,25 +134,25 @@ class Setup:
 
     @property
     def models(self) -> tuple[Setup, ...]:
-        """This one and, on rank 0, the draft model's if there is one."""
+        """This setup and, on rank 0, that of the draft model if there is one."""
         if self.rank > 0 or self.draft is None or self.draft.setup is None:
             return (self,)
         return (self, self.draft.setup)
 
     def open(self) -> Checkpoint:
-        """The checkpoint, opened anew."""
-        assert self.path is not None, "a shape has no checkpoint"
+        """Opens the checkpoint."""
+        assert self.path is not None, "a built-in shape has no checkpoint"
         return open_checkpoint(self.path)
 
 
 def prepare(config: EngineConfig) -> Setup:
-    """Resolves a configuration, and refuses what cannot work.
+    """Resolves a configuration, and refuses one that cannot run.
 
     Raises:
-        ConfigError: Options that contradict each other, the checkpoint or the model's shape.
-        UnsupportedError: A model or a device that cannot be served.
-        ModelNotFoundError: No such model here.
-        CheckpointError: A checkpoint whose description is damaged.
+        ConfigError: Options contradict each other, the checkpoint or the model's architecture.
+        UnsupportedError: The model or the device is not supported.
+        ModelNotFoundError: There is no such model here.
+        CheckpointError: The checkpoint's metadata is damaged.
     """
     if config.engine != OWN_ENGINE:
         raise ConfigError(
@@ -159,10 +163,10 @@ def prepare(config: EngineConfig) -> Setup:
 
 
 def settle(config: EngineConfig) -> EngineConfig:
-    """Fills in what ``auto`` stands for, and resets what has no effect, without using a GPU.
+    """Resolves ``auto`` and resets options without effect, as far as that needs no GPU.
 
-    Two configurations that settle to the same value make the same engine. On a GPU some that make
-    the same engine stay different, since only the GPU tells what ``auto`` stands for.
+    Two configurations that settle to the same value make the same engine. The reverse does not hold
+    for GPUs, which must be queried to resolve ``auto``.
     """
     scheme = parse_scheme(config.quant)
     head = parse_head_scheme(config.head, scheme)
@@ -174,7 +178,7 @@ def settle(config: EngineConfig) -> EngineConfig:
         known |= {"draft_policy": EngineConfig.draft_policy}
     try:
         device = resolve_device(config.device)
-    except (ConfigError, UnsupportedError):  # the cell will say so
+    except (ConfigError, UnsupportedError):  # reported when the cell runs
         return dataclasses.replace(config, **known)
     if device.type == "cpu":
         dtype = str(_resolve_dtype(config, device)).removeprefix("torch.")
@@ -199,9 +203,9 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         config, device, dtype, [model.local(shard) for shard in shards]
     )
     model_notes += tuple(
-        f"rope scaling {rope.scaling!r}: the frequencies are those of sequences of {n_positions} "
-        f"tokens for shorter ones too; with max_seq_len up to {model.default_positions} they are "
-        "those of the model's own context."
+        f"rope scaling {rope.scaling!r}: sequences of every length use the frequencies of "
+        f"{n_positions} tokens; with max_seq_len up to {model.default_positions} they use those of "
+        "the model's original context."
         for _, rope in model.tables
         if rope.depends_on_length and n_positions > rope.original_max_position
     )
@@ -227,7 +231,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
 
 
 def _with_draft(setup: Setup, draft: Draft | None) -> Setup:
-    """The setup of both, in which a context that nobody asked for is one that both can hold."""
+    """Adds the drafter, and limits a default context to what a draft model supports."""
     if draft is None or draft.setup is None:
         return dataclasses.replace(setup, draft=draft)
     n_positions = min(setup.n_positions, draft.setup.model.max_position)
@@ -236,12 +240,12 @@ def _with_draft(setup: Setup, draft: Draft | None) -> Setup:
 
 
 def _prepare_draft(target: Setup) -> Draft | None:
-    """Who makes drafts for ``target``."""
+    """Resolves the drafter of ``target``."""
     config, name = target.config, target.config.draft
     if config.draft_quant != "none" and not is_draft_model(name):
         raise ConfigError(
-            f"draft_quant {config.draft_quant!r} is the scheme of a draft model, and draft "
-            f"{name!r} is none: leave it out, or give a model as the draft."
+            f"draft_quant {config.draft_quant!r} applies only to a draft model, and draft {name!r} is "
+            "not one: leave draft_quant out, or give a model as the draft."
         )
     if name == "none":
         return None
@@ -260,14 +264,15 @@ def _prepare_draft(target: Setup) -> Draft | None:
             model=name,
             weights=config.weights,
             quant=config.draft_quant,
-            # ``auto`` is what it is for the model, or beside fused steps what it is for this one.
+            # The draft model uses the target's execution. Beside a fused target, ``auto`` is
+            # resolved for the draft model itself, which may not support fused steps.
             execution=config.execution if target.fused else target.execution,
             device=config.device,
             dtype=config.dtype,
             max_batch_size=config.max_batch_size,
             max_seq_len=config.max_seq_len,
             prefill_chunk=config.prefill_chunk,
-            # With random weights, it should be another model.
+            # With random weights the two models must differ.
             seed=(config.seed + 1) % (MAX_SEED + 1),
         )
         setup = _prepare(draft_config, target.device)
@@ -283,7 +288,7 @@ def _prepare_draft(target: Setup) -> Draft | None:
 
 
 def _check_vocabulary(target: Setup, draft: Setup) -> None:
-    """Refuses a draft model whose token ids mean something else, by the first that does."""
+    """Refuses a draft model with another vocabulary; the error names the first difference."""
 
     def tokenizer(setup: Setup) -> Tokenizer | None:
         if setup.path is None or setup.config.weights == "random":
@@ -299,22 +304,22 @@ def _check_vocabulary(target: Setup, draft: Setup) -> None:
             pair = [t.token_bytes(i, skip_special=False) for t in (ours, theirs)]
             if pair[0] != pair[1]:
                 raise ConfigError(
-                    f"draft {draft.config.model!r} has another vocabulary than "
+                    f"draft {draft.config.model!r} does not have the vocabulary of "
                     f"{target.config.model!r}: token {i} is {pair[1]!r}, not {pair[0]!r}. Use a "
                     "draft model of the same family."
                 )
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"draft {draft.config.model!r} has a vocabulary of {sizes[1]} tokens, and "
-            f"{target.config.model!r} one of {sizes[0]}. Use a draft model of the same family."
+            f"draft {draft.config.model!r} has a vocabulary of {sizes[1]} tokens, but "
+            f"{target.config.model!r} has {sizes[0]}. Use a draft model of the same family."
         )
 
 
 def ranks_here(config: EngineConfig) -> int:
-    """How many of a configuration's ranks run on this machine.
+    """Counts the ranks of a configuration that run on this machine.
 
     Raises:
-        ConfigError: torchrun started another number of processes than there are to be ranks.
+        ConfigError: torchrun's number of processes is not the number of ranks.
     """
     launched = Torchrun.environment()
     if launched is None:
@@ -329,15 +334,15 @@ def ranks_here(config: EngineConfig) -> int:
 
 
 def _resolve_device(config: EngineConfig) -> torch.device:
-    """The device of rank 0, once it is clear that there is one for every rank."""
+    """Resolves the device of rank 0, and checks that every rank here has one."""
     n_here = ranks_here(config)
     device = resolve_device(config.device)
     if config.tensor_parallel == 1 or device.type == "cpu":
         return device
     if ":" in config.device:
         raise ConfigError(
-            f"device {config.device!r} is one GPU, and tensor_parallel {config.tensor_parallel} "
-            "takes one for each rank: use cuda."
+            f"device {config.device!r} is one GPU, but tensor_parallel {config.tensor_parallel} "
+            "needs one for each rank: use cuda."
         )
     if (found := torch.cuda.device_count()) < n_here:
         raise UnsupportedError(f"needs {n_here} GPUs, found {found}")
@@ -345,26 +350,25 @@ def _resolve_device(config: EngineConfig) -> torch.device:
 
 
 def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
-    """Refuses a choice where there is none; whether GPUs can do it, their ranks find out."""
+    """Refuses an all-reduce backend without GPU ranks; ranks check what their GPUs support."""
     asked = config.all_reduce
     if asked == "auto":
         return
     if config.tensor_parallel == 1:
         raise ConfigError(
-            f"all_reduce {asked!r} is what several ranks add up on, and tensor_parallel is 1: "
-            "leave it out, or give more ranks."
+            f"all_reduce {asked!r} chooses the all-reduce backend of several ranks, but "
+            "tensor_parallel is 1: leave it out, or raise tensor_parallel (--tp)."
         )
     if device.type != "cuda":
         raise UnsupportedError(
-            f"all_reduce {asked!r} is for GPUs, and ranks on a {device.type} add up on gloo: leave "
-            "it out."
+            f"all_reduce {asked!r} is a GPU backend, and ranks on a CPU use gloo: leave it out."
         )
 
 
 def _describe_model(
     config: EngineConfig,
 ) -> tuple[Path | None, ModelConfig, Quantization | None, tuple[str, ...]]:
-    """Where the model is, its shape, how it is quantized, and notes; from the name alone."""
+    """Finds a model: its path, architecture, stored quantization and notes on reading it."""
     if config.weights == "random":
         if config.model in SHAPES:
             return None, read_config(SHAPES[config.model]), None, ()
@@ -387,9 +391,9 @@ def _describe_model(
 def _settle_schemes(
     config: EngineConfig, stored: Quantization | None
 ) -> tuple[EngineConfig, Scheme, Scheme]:
-    """Canonical names, the scheme of projections, and that of the head.
+    """Resolves the schemes of projections and head, and their canonical names in the config.
 
-    A quantized checkpoint has its own; ``stored`` names them.
+    A quantized checkpoint determines them; ``stored`` names its schemes.
     """
     scheme = parse_scheme(config.quant)
     head_scheme = parse_head_scheme(config.head, scheme)
@@ -408,21 +412,21 @@ def _settle_schemes(
 
 
 def _resolve_context(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-    """Tokens that a seat can hold: as asked for, or by the default of ``EngineConfig``."""
+    """Resolves the tokens that a seat can hold, by default as ``EngineConfig`` documents."""
     if config.max_seq_len is None:
         bytes_per_token = config.max_batch_size * model.kv_bytes_per_token(dtype.itemsize)
         within = max(MIN_DEFAULT_SEQ_LEN, DEFAULT_CACHE_BYTES // bytes_per_token)
         return min(model.default_positions, within)
     if config.max_seq_len > model.max_position:
         raise ConfigError(
-            f"max_seq_len (--max-seq-len) {config.max_seq_len} is beyond the model's context of "
+            f"max_seq_len (--max-seq-len) {config.max_seq_len} exceeds the model's context of "
             f"{model.max_position} tokens."
         )
     return config.max_seq_len
 
 
 def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16, except on GPUs before Ampere, which lack it."""
+    """Resolves ``auto`` to bfloat16, or to float16 on GPUs before Ampere, which lack it."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -433,16 +437,16 @@ def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 def _resolve_execution(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, parts: Sequence[ModelConfig]
 ) -> tuple[StepExecution, tuple[str, ...]]:
-    """How a step runs, and what to say about it: ``auto`` is fused, or says why it is not.
+    """Resolves the execution of a step, with notes: ``auto`` is fused, or else eager.
 
     Args:
-        config: What was asked for.
-        device: Where.
+        config: The configuration.
+        device: The device of rank 0.
         dtype: Element type of activations.
-        parts: The shape of each rank's decoder.
+        parts: The architecture of each rank's part of the decoder.
 
     Raises:
-        UnsupportedError: What was asked for, other than ``auto``, cannot run.
+        UnsupportedError: An execution other than ``auto`` was requested and cannot run.
     """
     if config.execution == "eager":
         return "eager", ()
@@ -460,5 +464,5 @@ def _resolve_execution(
             f"execution {wanted!r} cannot run here: {reason}. Choose 'auto', or 'eager', which "
             "always runs."
         )
-    # On other devices nobody expects it.
+    # Only users of a GPU expect fused steps, so only they get a note.
     return "eager", (f"execution/fused not used, but eager: {reason}",) * (device.type == "cuda")

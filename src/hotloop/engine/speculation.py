@@ -1,14 +1,14 @@
 """Speculative decoding: the drafters. ``draft_control`` chooses how many drafts to make.
 
-Verification needs no rule of acceptance of its own. A draw here is a pure function of seed,
-position and logits (``sampling``), so at every position the model simply chooses, greedily or by
-its draw, and a draft counts if it is that choice. The tokens are those of plain decoding, one for
-one: they do not depend on the drafter, on how many drafts there are, nor on when drafting is
-switched off. Drafters draw with the same random numbers as the model, so that where the two
-distributions are alike, so are the tokens (coupled draws; Daliri et al. 2024, "Coupling without
-Communication and Drafter-Invariant Speculative Decoding"). The usual rejection sampling (Leviathan
-et al. 2023) accepts a little more often from a drafter that draws, as often from one that does not,
-and makes an answer depend on the drafts: a seed would not reproduce it.
+Verification is a comparison. Sampling is a pure function of seed, position and logits
+(``sampling``), so the model samples its own token at every draft position, and a draft is accepted
+if it equals that token. The tokens are exactly those of plain decoding: they do not depend on the
+drafter, on the number of drafts, or on when drafting is switched off. Drafters sample with the same
+random numbers as the model, so that similar distributions give the same tokens (coupled sampling;
+Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative Decoding").
+The usual rejection sampling (Leviathan et al. 2023) has a slightly higher acceptance rate with a
+sampling drafter and the same with a deterministic one, but its answers depend on the drafts, so a
+seed would not reproduce them.
 
 Shape letters: B rows, C positions of a row's history, D drafts.
 """
@@ -33,50 +33,50 @@ from hotloop.parallel.collectives import Group
 
 
 class Drafter(ABC):
-    """Guesses the next tokens of every row, from the tokens so far."""
+    """Drafts the next tokens of every row, from the tokens so far."""
 
     @abstractmethod
     def propose(
         self, n: int, k: int, *, first_seat: int | None, length: int, features: Features
     ) -> Tensor:
-        """Guesses for the first ``n`` rows, int64 [n, k]; negative where there are none.
+        """Drafts tokens for the first ``n`` rows, int64 [n, k]; negative where there is no draft.
 
-        It runs on the device only, since it is captured in a CUDA graph.
+        It must not synchronize with the host, since it is captured in a CUDA graph.
 
         Args:
             n: Rows.
             k: Drafts for each.
             first_seat: See ``Forward``.
             length: See ``Forward``.
-            features: What the sampler must do.
+            features: The features that the sampler needs.
         """
 
-    def admit(self, row: int) -> None:  # noqa: B027 (most have nothing to do)
-        """Forgets what it knew of a row, which has another sequence now."""
+    def admit(self, row: int) -> None:  # noqa: B027 (most have no state)
+        """Resets the drafter's state of a row, which has a new sequence."""
 
     def move(self, source: int, target: int) -> None:  # noqa: B027
-        """Moves what it knows of a row to another row."""
+        """Moves the drafter's state of a row to another row."""
 
     def skip(self, n: int) -> None:  # noqa: B027
-        """Notes that a step of the first ``n`` rows had no drafts."""
+        """Records that a step of the first ``n`` rows had no drafts."""
 
     def catch_up(self, step: Step) -> None:  # noqa: B027
-        """Reads the tokens that steps without drafts have brought, before it proposes.
+        """Prefills the tokens of steps without drafts, before ``propose``.
 
         Args:
-            step: The step to come; ``known`` and ``slack`` say how far its rows are.
+            step: The next step; ``known_positions`` and ``slack`` bound its rows' positions.
         """
 
 
 class NgramDrafter(Drafter):
-    """Looks up what followed the newest tokens where they stood before (Saxena 2023).
+    """Prompt lookup (Saxena 2023): drafts the tokens that followed the newest n-gram before.
 
-    The last three tokens, or else the last two; of several places the latest. Where less than k
-    tokens followed, the text since then is taken to go round.
+    It looks up the latest earlier occurrence of the newest three tokens, or else of the newest two.
+    If fewer than k tokens follow that, they are repeated cyclically.
 
     Args:
-        rows: The model's.
-        launcher: What the kernel that does so runs on; None does so in plain PyTorch.
+        rows: The rows of the target model.
+        launcher: Launches the CUDA kernel; None uses plain PyTorch.
     """
 
     def __init__(self, rows: Rows, *, launcher: Launcher | None = None) -> None:
@@ -87,34 +87,35 @@ class NgramDrafter(Drafter):
         if self.launcher is not None:
             drafts_BD = self.rows.history.new_empty(n, k)
             call = ngram_draft(self.rows.history, self.rows.positions, drafts_BD)
-            self.launcher.prepare(call, dependent=False)()  # on what torch did before
+            self.launcher.prepare(call, dependent=False)()  # on work that torch launched before
             return drafts_BD
         history_BC = self.rows.history[:n, :length]
         newest_B1 = self.rows.positions[:n, None]
         at_C = torch.arange(length, device=history_BC.device)
-        # matching[c]: how many of the newest tokens, up to three, stand just before and at c.
+        # matching[c]: how many of the newest tokens, up to three, equal those that end at c.
         matching_BC = torch.zeros_like(history_BC)
         unbroken_BC = at_C < newest_B1
         for back in range(3):
             token_B1 = history_BC.gather(1, (newest_B1 - back).clamp(min=0))
             unbroken_BC = unbroken_BC & (history_BC.roll(back, dims=1) == token_B1) & (at_C >= back)
             matching_BC += unbroken_BC
-        place_B1 = (matching_BC * length + at_C).argmax(dim=1, keepdim=True)
-        found_B1 = matching_BC.gather(1, place_B1) >= 2
+        match_B1 = (matching_BC * length + at_C).argmax(dim=1, keepdim=True)
+        found_B1 = matching_BC.gather(1, match_B1) >= 2
         ahead_D = torch.arange(k, device=history_BC.device)
-        source_BD = place_B1 + 1 + ahead_D % (newest_B1 - place_B1).clamp(min=1)
+        source_BD = match_B1 + 1 + ahead_D % (newest_B1 - match_B1).clamp(min=1)
         return self.rows.tokens(source_BD).where(found_B1, -1)
 
 
 class ExitDrafter(Drafter):
-    """The model's own first layers, and its head: no weights and no cache of its own.
+    """Early exit: drafts with the first layers and the head of the target model.
 
-    What its steps leave in the model's cache is what the model itself puts there.
+    It has no weights and no cache of its own: it writes the same keys and values into the target's
+    cache as the target does.
 
     Args:
-        forward: The model, cut short.
-        rows: The model's.
-        sampler: The model's.
+        forward: The first layers of the target model, and its head.
+        rows: The rows of the target model.
+        sampler: The sampler of the target model.
     """
 
     def __init__(self, forward: Forward, rows: Rows, sampler: Sampler) -> None:
@@ -127,20 +128,20 @@ class ExitDrafter(Drafter):
         newest_B1 = self.rows.upcoming(n, 1)
         forward = partial(self.forward, first_seat=first_seat, length=length)
         newest = (self.rows.tokens(newest_B1), newest_B1)
-        return _draw(forward, self.rows, self.sampler, *newest, k, features)
+        return _sample(forward, self.rows, self.sampler, *newest, k, features)
 
 
 class ModelDrafter(Drafter):
-    """A smaller model with the same vocabulary, with a cache of its own.
+    """Drafts with a smaller model of the same vocabulary, which has a cache of its own.
 
-    Each step first gives it the newest two tokens: the older one is new to it if the step before
-    kept every draft.
+    The first forward of a step takes the newest two tokens: the older one is not in the draft
+    model's cache if the previous step accepted every draft.
 
     Args:
         forward: The draft model.
-        prefill: Puts tokens [T], from a position on, into a seat of the draft model's cache.
-        rows: The model's.
-        sampler: The model's; of its vocabulary the draft model has all logits.
+        prefill: Prefills tokens [T] into a seat of the draft model's cache, from a position on.
+        rows: The rows of the target model.
+        sampler: The sampler of the target model; the draft model's logits are not sharded.
     """
 
     def __init__(
@@ -152,8 +153,8 @@ class ModelDrafter(Drafter):
     ) -> None:
         self.forward, self.prefill, self.rows = forward, prefill, rows
         self.sampler = sampler.of_whole_vocabulary()
-        self._read: dict[int, int] = {}  # by row: every position before this one is in the cache
-        self._behind: set[int] = set()  # rows in which there is more to read than the newest two
+        self._read: dict[int, int] = {}  # by row: all positions before this one are in the cache
+        self._behind: set[int] = set()  # rows with tokens to prefill before the newest two
 
     def propose(
         self, n: int, k: int, *, first_seat: int | None, length: int, features: Features
@@ -163,7 +164,7 @@ class ModelDrafter(Drafter):
         positions_BT = torch.cat((newest_B1 - 1, newest_B1), dim=1).clamp(min=0)
         tokens_BT = self.rows.tokens(positions_BT)
         forward = partial(self.forward, first_seat=first_seat, length=length)
-        return _draw(forward, self.rows, self.sampler, tokens_BT, positions_BT, k, features)
+        return _sample(forward, self.rows, self.sampler, tokens_BT, positions_BT, k, features)
 
     def admit(self, row: int) -> None:
         """See ``Drafter``."""
@@ -182,8 +183,8 @@ class ModelDrafter(Drafter):
         self._behind.update(range(n))
 
     def catch_up(self, step: Step) -> None:
-        """See ``Drafter``. Positions that have no token yet do no harm: they are read again."""
-        for row, position in step.known.items():
+        """See ``Drafter``. It may include positions without a token, which are rewritten later."""
+        for row, position in step.known_positions.items():
             if row in self._behind:
                 start, stop = self._read[row], min(position + step.slack, self.rows.last + 1)
                 if start < stop:
@@ -193,12 +194,14 @@ class ModelDrafter(Drafter):
 
 
 class SharedDrafter(Drafter):
-    """A drafter on rank 0, which sends its drafts to all ranks.
+    """Broadcasts the drafts of a drafter on rank 0 to all ranks.
+
+    The broadcast is an all-reduce by maximum, to which the other ranks contribute -1.
 
     Args:
         drafter: The drafter, on rank 0; None on the others.
         group: The ranks.
-        device: Where drafts are.
+        device: The device of the drafts.
     """
 
     def __init__(self, drafter: Drafter | None, group: Group, device: torch.device) -> None:
@@ -231,7 +234,7 @@ class SharedDrafter(Drafter):
             self.drafter.catch_up(step)
 
 
-def _draw(
+def _sample(
     forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     rows: Rows,
     sampler: Sampler,
@@ -240,7 +243,7 @@ def _draw(
     k: int,
     features: Features,
 ) -> Tensor:
-    """The k tokens [B, k] that follow ``tokens_BT``, one by one, drawn as the model draws."""
+    """Samples k tokens [B, k] after ``tokens_BT``, one by one, as the target model does."""
     drafts_BD, seats_B = tokens_BT[:, :0], rows.seats[: len(tokens_BT)]
     for _ in range(k):
         logits_BTV, best_BT = forward(tokens_BT, positions_BT, seats_B)
