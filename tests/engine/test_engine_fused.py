@@ -23,7 +23,7 @@ from hotloop.engine import fused
 from hotloop.engine.core import Features
 from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.memory import predict_memory
-from hotloop.engine.prompt import FusedPrompt
+from hotloop.engine.prompt import FusedPrefill
 from hotloop.engine.sampling import Sampler
 from hotloop.engine.setup import _resolve_execution
 from hotloop.errors import NumericsError, UnsupportedError
@@ -164,7 +164,7 @@ def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, qua
     vocab = exact.config.vocab_size
     device = EmulatedDevice()
     forward = FusedForward(fast.decoder, fast.cache, device, n_tokens=vocab - 3)
-    prompt = FusedPrompt(forward, fast.decoder, fast.cache, device, chunk=20, shared=False)
+    prompt = FusedPrefill(forward, fast.decoder, fast.cache, device, chunk=20, shared=False)
     generator = torch.Generator().manual_seed(1)
     found = []
     for first, T in (((0, 0), 31), ((31, 31), 1), ((32, 20), 4), ((36, 21), 1)):
@@ -511,7 +511,7 @@ def test_a_step_without_finite_logits_ends_the_request_with_an_error(engine, opt
     ("options", "says"),
     [
         ({"dtype": "float32"}, "it computes in bfloat16, not float32"),
-        ({"draft": "ngram", "draft_tokens": 16}, "a step takes at most 15 drafts, not 16"),
+        ({"draft": "ngram", "draft_tokens": 16}, "a step verifies at most 15 drafts, not 16"),
     ],
 )
 def test_what_it_cannot_run_is_refused_and_left_to_eager_by_default(engine, options, says):

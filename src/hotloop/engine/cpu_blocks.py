@@ -1,8 +1,8 @@
-"""A block of the decoder as two operators, for eager steps on a CPU.
+"""Runs a block of the decoder as two operators, in eager steps on a CPU.
 
-A step of a small model is hundreds of operators of microseconds each, and the call of one takes as
-long: attention and feed-forward, each from its norm to its sum over ranks, are therefore one
-operator each (``kernels.cpu``). They compute what ``Block.forward`` does, bit for bit.
+A step of a small model is hundreds of operators of some microseconds each, and calling one takes as
+long. Attention and feed-forward, each from its norm to before its all-reduce, are therefore one
+operator each (``kernels.cpu``). Their results equal those of ``Block.forward`` bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CpuBlocks:
     """A ``Run`` that computes a block by two operators."""
 
     def __init__(self, blocks: list[Block]) -> None:
-        self._halves = {
+        self._sublayers = {
             block: (_attention(block.attention), _feed_forward(block.feed_forward))
             for block in blocks
         }
@@ -44,7 +44,7 @@ class CpuBlocks:
         if part is not Block.forward:
             return part(*args)
         block, x, cos, sin, positions, keys, values, seats, *_ = args
-        attention, feed_forward = self._halves[block]
+        attention, feed_forward = self._sublayers[block]
         x = x + block.total(attention(x, cos, sin, keys, values, seats, positions)).view_as(x)
         return x + block.total(feed_forward(x)).view_as(x)
 

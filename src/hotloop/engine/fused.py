@@ -1,14 +1,15 @@
-"""The fused step: what ``models.decoder`` computes, as one chain of our own CUDA kernels.
+"""The fused step: the computation of ``models.decoder`` as one chain of our own CUDA kernels.
 
-Five kernels a layer: query/key/value product; head norms, rotation, cache and attention; output
-product, onto the residual stream; gate and up product, SwiGLU; down product, onto the residual
-stream. What writes the residual stream begins the norm that follows, what reads it ends it. Each
-kernel may start before its predecessor has ended, and then reads weights until the activations are
-there (``kernels.cuda``). Where other ranks have the rest of the model, two kernels more add up what
-they have. The decoder is the specification; ``prompt`` runs long prompts.
+A layer is five kernels: qkv projection; head norms, rope, cache update and attention; output
+projection, added to the residual stream; gate and up projections with SwiGLU; down projection,
+added to the residual stream. Kernels that write the residual stream have a norm epilogue; kernels
+that read it take a prescaled input. Each kernel may start before its predecessor has ended, and
+prefetches weights until the activations are there (``kernels.cuda``). With tensor parallelism, two
+more kernels per layer all-reduce the partial results. The decoder is the specification; ``prompt``
+runs prompts.
 
-A row's result has the same bits whatever the number of rows: checking k drafts at once gives
-exactly what k + 1 single steps give.
+The bits of a row's result do not depend on the number of rows: verifying k drafts at once gives
+exactly the results of k + 1 single steps.
 
 Shape letters: B sequences, T tokens of each, M = B * T rows, D model width, K input features,
 V vocabulary.
@@ -48,10 +49,10 @@ from hotloop.parallel.collectives import Group, Use
 
 
 def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> str | None:
-    """Why a model cannot run the fused step, or None if it can.
+    """Returns why a model cannot run the fused step, or None if it can.
 
     Args:
-        model: Its shape, or that of a rank's part.
+        model: Its architecture, or that of a rank's shard.
         dtype: Element type of activations.
         tokens: The most tokens of a sequence in one step.
     """
@@ -62,12 +63,12 @@ def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> s
         if width not in HEAD_DIMS:
             return f"heads must be {', '.join(map(str, HEAD_DIMS))} wide, not {width}"
     if len({layer.shape(lambda _part: 1) for layer in model.kinds}) > 1:
-        return "its layers have different heads or widths, and prompts share activations' memory"
+        return "all layers must have the same heads and widths, since they share prefill buffers"
     for activation in (layer.feed_forward.activation for layer in model.kinds):
         if activation != "silu":
-            return f"the gate of its feed-forward is silu, not {activation}"
+            return f"the activation of its feed-forward must be silu, not {activation}"
     if tokens > MAX_TOKENS:
-        return f"a step takes at most {MAX_TOKENS - 1} drafts, not {tokens - 1}"
+        return f"a step verifies at most {MAX_TOKENS - 1} drafts, not {tokens - 1}"
     for matrix in (matrix for layer in model.kinds for matrix in layer.matrices):
         if matrix.k % 8:
             return f"{matrix.name} must have a multiple of 8 input features, not {matrix.k}"
@@ -75,18 +76,17 @@ def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> s
 
 
 class FusedForward:
-    """The fused step as a ``Forward``, which also knows the most likely tokens.
+    """The fused step as a ``Forward``, which also computes the argmax of the logits.
 
     Args:
-        decoder: The model, with weights that were assigned for the fused step.
+        decoder: The model, with weights assigned for the fused step.
         cache: Its cache.
-        launcher: The device.
-        n_tokens: Token ids that may be chosen are below this.
-        shared: Other ranks have the rest of the model: what goes onto the residual stream is summed
-            up over ranks.
-        peers: Those, where this step's kernels can reach them. Else the decoder's total sums up,
-            and which token is most likely is not known here.
-        n_layers: Stop after so many layers; None takes all.
+        launcher: Launches kernels.
+        n_tokens: Token ids below this can be selected.
+        shared: The model is sharded over ranks: partial results are all-reduced.
+        peers: Exchange buffers of the ranks. If None, the decoder's ``total`` all-reduces, and no
+            argmax is computed.
+        n_layers: Number of first layers to run; None runs all.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class FusedForward:
         self._layers = decoder.blocks[:n_layers]
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
-        # Blocks that share work count themselves here, and leave zeros behind.
+        # Split-KV completion counters; the last thread block resets them to zero.
         n_counters = max(
             _attention_plan(kind, cache, launcher.limits, cache.n_seats, MAX_TOKENS).n_counters
             for kind in {block.config.attention: None for block in self._layers}
@@ -118,13 +118,13 @@ class FusedForward:
         ids_BT: Tensor,
         positions_BT: Tensor,
         seats_B: Tensor,
-        **_: object,  # attention looks up seats, and stops where a sequence ends
+        **_: object,  # attention indexes seats, and stops at a row's position
     ) -> tuple[Tensor, Tensor | None]:
-        """See ``Forward``; a sequence's positions follow its first one."""
+        """See ``Forward``; positions of a sequence must be consecutive."""
         B, T = ids_BT.shape
         plans = self._plans_for(B, T)
         positions_B = positions_BT[:, 0].contiguous()
-        self._dependent = False  # on what torch did before
+        self._dependent = False  # not on work that torch launched before
         first = self._layers[0].attention.norm
         x_MD, prescaled = self._embed(ids_BT.flatten().contiguous(), first)
         afters = (*self._layers[1:], None)
@@ -148,7 +148,7 @@ class FusedForward:
         return logits_MV.view(B, T, -1), None if best_M is None else best_M.view(B, T)
 
     def logits(self, x_MD: Tensor) -> Tensor:
-        """Logits [M, V] of the residual stream behind the last layer."""
+        """Computes logits [M, V] of the residual stream after the last layer."""
         self._dependent = False
         norm = self._decoder.norm
         weighted, squares = reference.norm_epilogue(x_MD, norm.weight)
@@ -162,7 +162,7 @@ class FusedForward:
                 self._layers, self._decoder.head, self._cache, self._launcher.limits, B, T
             )
             embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
-            # Those of rows and sampler too, so that all are compiled at once.
+            # Kernels of rows and sampler are included, so that all are compiled at once.
             ends = [step.ngram_draft_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
             if not self._shared:
                 ends += [step.argmax_kernel(), sample_kernel()]
@@ -179,7 +179,7 @@ class FusedForward:
 
     def _embed(self, ids_M: Tensor, norm: RMSNorm) -> tuple[Tensor, PrescaledInput]:
         embedding = self._decoder.embedding
-        assert embedding.table is not None, "no table was assigned"
+        assert embedding.table is not None, "no embedding table was assigned"
         x_MD = ids_M.new_empty(len(ids_M), embedding.k, dtype=torch.bfloat16)
         norm_epilogue = _norm_epilogue(norm, x_MD)
         self._launch(step.embed(ids_M, embedding.table, embedding.scale, x_MD, norm_epilogue))
@@ -291,12 +291,12 @@ class FusedForward:
 
 @dataclass(frozen=True, kw_only=True)
 class Peers:
-    """What a step sends to the other ranks, and gets of them.
+    """Exchange buffers of a tensor-parallel step.
 
     Attributes:
-        sums: Of the residual stream.
-        choices: Of tokens.
-        first_id: Id of the first token of this rank's part of the vocabulary.
+        sums: For the all-reduce of the residual stream.
+        choices: For the argmax over ranks.
+        first_id: First token id of this rank's shard of the vocabulary.
     """
 
     sums: Exchange
@@ -305,15 +305,15 @@ class Peers:
 
     @classmethod
     def of(cls, group: Group, decoder: Decoder, first_id: int, rows: int) -> Peers | None:
-        """Those of a group, where there is memory that they can write into.
+        """Allocates the buffers of a group; None if ranks cannot write each other's memory.
 
         All ranks call this at the same time.
 
         Args:
             group: The ranks.
-            decoder: This one's part of the model.
+            decoder: This rank's shard of the model.
             first_id: See ``Peers``.
-            rows: The most that a step has.
+            rows: The most rows of a step.
         """
 
         def exchange(use: Use, k: int) -> Exchange | None:
@@ -332,8 +332,8 @@ class Peers:
 
 
 def fused_kernel(linear: Linear) -> Fused:
-    """The kernel of a weight that was assigned for the fused step."""
-    assert isinstance(linear.kernel, Fused), "a weight was not assigned for this"
+    """Returns the kernel of a weight that was assigned for the fused step."""
+    assert isinstance(linear.kernel, Fused), "the weight was not assigned for the fused step"
     return linear.kernel
 
 
@@ -376,13 +376,13 @@ _RowPlans = Sequence[tuple[slice, LinearPlan]]
 
 @dataclass(frozen=True)
 class _LayerPlans:
-    """How the kernels of a layer are launched.
+    """The launch plans of a layer's kernels.
 
     Attributes:
-        qkv: The GEMV of queries, keys and values.
+        qkv: The qkv projection.
         attention: Attention.
         o: The output projection.
-        gate_up: The GEMV of gate and up, with SwiGLU.
+        gate_up: The gate and up projections, with SwiGLU.
         down: The down projection.
     """
 
@@ -394,15 +394,15 @@ class _LayerPlans:
 
     @property
     def kernels(self) -> list[Kernel]:
-        """All of them."""
+        """All kernels of the layer."""
         rows = (*self.qkv, *self.o, *self.gate_up, *self.down)
         return [self.attention.kernel, *(plan.kernel for _, plan in rows)]
 
 
 class _Plans:
-    """How every kernel of a step of B sequences with T tokens each is launched.
+    """The launch plans of a step of B sequences with T tokens each.
 
-    Layers of one configuration whose weights are stored alike share their plans.
+    Layers with the same configuration and weight formats share their plans.
 
     Attributes:
         layers: The plans of each layer.
@@ -441,6 +441,6 @@ class _Plans:
 
     @property
     def kernels(self) -> list[Kernel]:
-        """All but the ends of the step, which are the same for every size."""
+        """All kernels but those at the ends of the step, which do not depend on its size."""
         layers = [kernel for plans in self._kinds.values() for kernel in plans.kernels]
         return [*layers, *(plan.kernel for _, plan in self.head)]

@@ -1,9 +1,10 @@
-"""``LLM``: a model, ready to generate, stream and score.
+"""``LLM``: a loaded model that generates, streams and scores.
 
-It makes requests of prompts, and drives the ``Scheduler``, which has the requests, over an
-``EngineCore``, which has the device.
+It turns prompts into requests, and drives the ``Scheduler``, which owns the requests, over an
+``EngineCore``, which owns the device.
 
-One call at a time: while a stream has not ended, whatever else needs the device is refused.
+It serves one call at a time: until a stream has ended, other calls that need the device are
+refused.
 """
 
 from __future__ import annotations
@@ -69,17 +70,17 @@ class LLM:
 
     Args:
         model: A local path, a pulled name or a built-in shape's name; or a whole EngineConfig.
-        progress: Called with (phase, done, total) while it gets ready.
+        progress: Called with (phase, done, total) while it loads and warms up.
         **options: Fields of EngineConfig.
 
     Raises:
         HotloopError: The model cannot be found, is damaged, or does not fit; each says why.
-        SystemExit: In a process that torchrun started as a rank other than 0, when the model is no
-            longer needed: such a process is a rank and nothing else.
+        SystemExit: In a process that torchrun started as a rank other than 0, which only serves
+            rank 0, once the model is closed.
 
     Attributes:
-        config: As asked for; where they were left to hotloop, ``head``, ``execution``, ``device``,
-            ``dtype`` and ``max_seq_len`` are filled in.
+        config: The configuration as given; ``head``, ``execution``, ``device``, ``dtype`` and
+            ``max_seq_len`` are filled in if they were left to hotloop.
         tokenizer: The model's own; None for random weights of a built-in shape.
     """
 
@@ -97,7 +98,7 @@ class LLM:
         self.tokenizer: Tokenizer | None = None
         if setup.path is not None and config.weights == "checkpoint":
             self.tokenizer = load_tokenizer(setup.path)
-        # Rows of the embedding beyond the tokenizer's vocabulary are padding: never chosen.
+        # Rows of the embedding beyond the tokenizer's vocabulary are padding, never selected.
         n_tokens = self.tokenizer.vocab_size if self.tokenizer else setup.model.vocab_size
         n_tokens = min(n_tokens, setup.model.vocab_size)
         check_fits(setup)
@@ -138,22 +139,22 @@ class LLM:
         params: SamplingParams | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
-        """Answers a prompt, or several at once.
+        """Generates the answers to one prompt or several.
 
         Args:
             prompts: Text, a conversation (``tokenizer.chat_prompt``), or a list whose items are
                 texts, conversations or lists of token ids.
-            params: How to sample; None takes the model's own suggestions.
-            **options: Fields of SamplingParams, over those of ``params``.
+            params: Sampling options; None takes the model's own defaults.
+            **options: Fields of SamplingParams, which override those of ``params``.
 
         Returns:
             One Generation for one text or conversation, a list in the order of ``prompts`` for a
             list.
 
         Raises:
-            RequestError: A prompt that cannot be served; nothing is generated then.
-            NumericsError: The model's logits were not finite for one of the prompts. The others are
-                answered all the same: ``stream`` gives their answers.
+            RequestError: A prompt cannot be served; nothing is generated then.
+            NumericsError: The model's logits were not finite for one of the prompts. ``stream``
+                yields the answers to the others.
         """
         deltas = self._stream(prompts, params, options)
         done = {d.index: d.generation for d in deltas if d.generation is not None}
@@ -166,13 +167,13 @@ class LLM:
         params: SamplingParams | None = None,
         **options: Any,
     ) -> Generator[Delta]:
-        """As ``generate``, piece by piece. Closing the iterator abandons what is unfinished.
+        """Generates like ``generate``, piece by piece. Closing the iterator cancels its requests.
 
-        From its first piece until it ends, is closed or is garbage-collected, nothing else can be
-        generated or scored.
+        From its first piece until it ends, is closed or is garbage-collected, other calls that
+        generate or score are refused.
 
         Raises:
-            RequestError: At once, not at the first piece.
+            RequestError: As ``generate``; raised by the call, not at the first piece.
         """
         return self._stream(prompts, params, options)
 
@@ -180,8 +181,8 @@ class LLM:
         """Scores windows of token ids, through the same weights, kernels and cache.
 
         Args:
-            windows: Each at least two tokens, and at most the context.
-            full: Also give the whole distribution at each position.
+            windows: Windows of two tokens up to the context.
+            full: Also return the whole distribution at each position.
 
         Yields:
             A Score per window, on the CPU.
@@ -200,24 +201,24 @@ class LLM:
             yield self._runner.run(ScoreWindow(seat=0, ids=ids, full=full)).wait()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with no special tokens added."""
+        """Encodes plain text as token ids, without adding special tokens."""
         self._check_open()
         if not isinstance(text, str):
-            raise RequestError(f"what is encoded must be text, not {shorten_value(text)}.")
+            raise RequestError(f"the argument of encode must be text, not {shorten_value(text)}.")
         return self._tokenizer_or_refuse().encode(text, add_special=False)
 
     @property
     def default_sampling(self) -> SamplingParams:
-        """The sampling that the model's makers suggest; greedy where they suggest nothing.
+        """The sampling options suggested by the model's makers; greedy without a suggestion.
 
-        The length that they suggest is ``default_new_tokens``: what is suggested can be cut to what
-        the context has room for, what ``SamplingParams`` says cannot.
+        ``max_new_tokens`` is None here: a suggested length (``default_new_tokens``) is clamped to
+        the context, while an explicit one that exceeds it is refused.
         """
         return SamplingParams(**self._suggestions | {"max_new_tokens": None})
 
     @property
     def default_new_tokens(self) -> int:
-        """The most tokens of an answer whose ``max_new_tokens`` is None, where there is room."""
+        """The most tokens of an answer without ``max_new_tokens``, if the context has room."""
         return self._suggestions.get("max_new_tokens") or DEFAULT_NEW_TOKENS
 
     @cached_property
@@ -228,7 +229,7 @@ class LLM:
         return generation_defaults(path)
 
     def describe(self) -> EngineDescription:
-        """Describes the engine as it runs."""
+        """Describes the running engine."""
         self._check_open()
         setup, model = self._setup, self._setup.model
         read = self.tokenizer.notes if self.tokenizer else ()
@@ -247,7 +248,7 @@ class LLM:
 
     @contextmanager
     def meter(self) -> Iterator[PeakMemory]:
-        """Measures the peak of memory in the ``with`` block: of the largest rank's process."""
+        """Measures peak memory in the ``with`` block, the maximum over ranks."""
         peak = _Peak()
         self._runner.run(StartMeter()).wait()
         try:
@@ -256,7 +257,7 @@ class LLM:
             peak.peak_bytes = self._runner.run(StopMeter()).wait()
 
     def close(self) -> None:
-        """Frees the device. Whatever is asked of the engine afterwards is refused."""
+        """Frees the device. Later calls are refused."""
         runner, self._open_runner = self._open_runner, None
         if runner is not None:
             runner.close()
@@ -269,7 +270,7 @@ class LLM:
 
     @property
     def _runner(self) -> EngineCore:
-        """The device's side.
+        """The device side.
 
         Raises:
             RequestError: The engine is closed.
@@ -279,19 +280,19 @@ class LLM:
         return self._open_runner
 
     def _check_open(self) -> None:
-        """Refuses what a closed engine is asked for."""
+        """Refuses calls of a closed engine."""
         _ = self._runner
 
     def _check_free(self) -> None:
-        """Refuses what would run into a stream that has not ended: they would share seats."""
+        """Refuses a call during an unfinished stream: both would use the same seats."""
         self._check_open()
         if self._streaming:
             raise RequestError(
-                "this engine is in the middle of a stream: take it to its end or close it first, "
-                "or give all prompts in one call."
+                "this engine is in the middle of a stream: exhaust or close the stream first, or "
+                "give all prompts in one call."
             )
 
-    # ------------------------------------------------------------------------------ getting ready
+    # ------------------------------------------------------------------------------ warm-up
 
     def _new_controller(self) -> DraftController | None:
         if self._setup.draft is None:
@@ -309,14 +310,15 @@ class LLM:
         )
 
     def _warm_up(self) -> Scheduler:
-        """Compiles and captures what a greedy run with one prompt needs, and touches the rest.
+        """Compiles and captures the programs of one greedy request, by running it.
 
-        On a GPU also what a run needs that is sampled as the model's makers suggest. With
-        speculative decoding, that is a step of every number of drafts, each run and timed. On a GPU
-        the number of plain steps to take at once is measured.
+        If programs are captured, it also chooses the number of steps of multi-step programs from a
+        measurement, and captures the programs of a request with the sampling that the model's
+        makers suggest. With speculative decoding, steps of every number of drafts are run and
+        timed.
 
         Returns:
-            A scheduler that has learnt from this.
+            A scheduler whose draft controller has observed these steps.
         """
         prompt = [i % self._setup.model.vocab_size for i in range(1, 4)]
         most = self._setup.n_positions - len(prompt)
@@ -336,12 +338,12 @@ class LLM:
         n_steps, greedy = 3, SamplingParams()
         if self._setup.draft is not None:
             n_steps = 3 * sum(1 + k for k in sizes_up_to(self.config.draft_tokens))
-        learning, plain = self._new_scheduler(self._new_controller()), self._new_scheduler(None)
-        answer(learning, 1 + n_steps, greedy)
+        speculative, plain = self._new_scheduler(self._new_controller()), self._new_scheduler(None)
+        answer(speculative, 1 + n_steps, greedy)
         if self._runner.captures:
             timing = answer(plain, 9, greedy)
             if timing.n_tokens > 1:
-                learning.n_steps = plain.n_steps = n_multi_steps(timing.tpot_s)
+                speculative.n_steps = plain.n_steps = n_multi_steps(timing.tpot_s)
             answer(plain, 1 + plain.n_steps, greedy)
             suggested = greedy
             with suppress(CheckpointError):  # raised where the suggestion is used
@@ -351,7 +353,7 @@ class LLM:
                 answer(other, 1 + n_steps, suggested)
                 answer(plain, 1 + plain.n_steps, suggested)
         self._runner.run(Synchronize()).wait()
-        return learning
+        return speculative
 
     # ------------------------------------------------------------------------------ requests
 
@@ -407,12 +409,12 @@ class LLM:
         context = self._setup.n_positions
         if n >= context:
             raise RequestError(
-                f"the prompt has {n} tokens, and the context of {context} must hold at least one "
+                f"the prompt has {n} tokens, but the context of {context} must hold at least one "
                 "more: shorten it, or raise max_seq_len (--max-seq-len)."
             )
         ids = as_ids(given, self._setup.model.vocab_size)
         wanted = params.max_new_tokens
-        if wanted is None:  # a length that was not asked for is not refused
+        if wanted is None:  # a default length is clamped, not refused
             wanted = min(self.default_new_tokens, context - n)
         elif wanted > context - n:
             raise RequestError(

@@ -1,10 +1,10 @@
-"""Prompts on the weights of the fused step.
+"""Prefill with the weights of the fused step.
 
-A few tokens take steps, eight at a time, which cost little more than single ones: the weights are
-read as they are. Many tokens are what the vendor's products are made for: each weight is given back
-as plain rows for the occasion, and kernels of our own do what is between the products. For some
-hundred tokens a GPU takes less time than the host takes to launch all that, so those are captured.
-The decoder (``models.decoder``) is the specification of both.
+Short prompts run as decode steps of eight tokens, which cost little more than steps of one, since
+both read the packed weights once. Longer prompts run by chunks with cuBLAS GEMMs on weights that
+are dequantized to bfloat16 for each chunk, and our own kernels in between. First chunks of up to
+512 tokens are captured in CUDA graphs, since launching their kernels takes the host longer than
+running them takes the GPU. The decoder (``models.decoder``) is the specification of both ways.
 
 Shape letters: T tokens of one sequence, D model width, K input features of a GEMM, V vocabulary.
 """
@@ -36,57 +36,57 @@ from hotloop.models.linear import Linear
 from hotloop.types import LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK
 
 STEP_TOKENS = 8
-"""Tokens that a step of the fused kernels takes for little more than one."""
+"""Tokens of a fused step, which costs little more than a step of one token."""
 
 SHORT_PROMPT = 64
-"""Prompts of more tokens never take steps."""
+"""The longest prompt that may run as decode steps."""
 
 CAPTURED_TOKENS = 512
-"""Of the beginning of a prompt: more keep a device busy for longer than the host takes."""
+"""The longest first chunk that is captured: longer ones take the GPU longer than the host."""
 
 CAPTURED_STEP = 64
-"""Captured beginnings are padded to a multiple of so many tokens."""
+"""Captured first chunks are padded to a multiple of this many tokens."""
 
 WORKSPACE_SHARE = 0.02
-"""Of a device's memory, which activations of a chunk may take."""
+"""Share of the device's memory that activations of a chunk may take."""
 
-PLANNED_TOKENS = (256, 512, 768, *range(1024, MOST_PREFILL_CHUNK + 1, 1024))
-"""Beginnings attend to themselves by plans that cuDNN makes, in some 60 ms for each number of
-tokens: they are padded to one of these, and all are planned beforehand."""
+CUDNN_LENGTHS = (256, 512, 768, *range(1024, MOST_PREFILL_CHUNK + 1, 1024))
+"""Token counts of first chunks that cuDNN attention is planned for. A plan takes some 60 ms, so
+first chunks are padded to one of these, and all are planned at warm-up."""
 
-REHEARSED_TOKENS = (640, 1024)
-"""Numbers of tokens whose matrix products' kernels are loaded beforehand."""
+WARMUP_TOKENS = (640, 1024)
+"""Token counts that are run at warm-up, to load cuBLAS's kernels."""
 
 
-def most_by_steps(form: Format) -> int:
-    """Tokens that steps get through sooner than a weight can be given back as rows.
+def max_step_prefill_tokens(form: Format) -> int:
+    """Returns the longest prompt that runs faster as decode steps than with GEMMs.
 
-    A step reads the weight as it is, and takes a tenth longer with eight tokens than with one. To
-    give it back it is read too, and then rows of bfloat16 are written and read.
+    A step reads the packed weight, and takes a tenth longer with eight tokens than with one.
+    Dequantizing reads the packed weight too, and writes bfloat16, which the GEMM reads.
     """
     steps = (form.nbytes + 4 * form.n * form.k) / (1.1 * form.nbytes)
     return min(SHORT_PROMPT, STEP_TOKENS * int(steps))
 
 
 def spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]]:
-    """Places of a few tokens at a time, and their positions, the first of all being ``start``."""
+    """Splits tokens into chunks of ``size``; yields ranges, and positions from ``start`` on."""
     for first in range(0, len(ids_T), size):
-        places = range(first, min(first + size, len(ids_T)))
-        yield places, torch.arange(start + places.start, start + places.stop, device=ids_T.device)
+        chunk = range(first, min(first + size, len(ids_T)))
+        yield chunk, torch.arange(start + chunk.start, start + chunk.stop, device=ids_T.device)
 
 
-def even_parts(n: int, most: int) -> list[range]:
-    """Splits n places into as few parts of at most ``most`` as there can be, of even lengths."""
+def even_chunks(n: int, most: int) -> list[range]:
+    """Splits n tokens into the fewest chunks of at most ``most``, of even lengths."""
     bounds = [n * i // -(-n // most) for i in range(-(-n // most) + 1)]
     return [range(first, end) for first, end in pairwise(bounds)]
 
 
-class PromptSteps:
-    """Steps of a few tokens of one seat, whichever: on a GPU, replays of one CUDA graph.
+class StepPrefill:
+    """Prefills one seat by decode steps of a few tokens: on a GPU, replays of one CUDA graph.
 
     Args:
-        forward: The model.
-        device: Where it runs.
+        forward: The fused step.
+        device: The device of the model.
     """
 
     def __init__(self, forward: FusedForward, device: torch.device) -> None:
@@ -97,10 +97,9 @@ class PromptSteps:
         self._captured: tuple[Any, Tensor] | None = None
 
     def __call__(self, ids_T: Tensor, positions_T: Tensor, seat: int) -> Tensor:
-        """Logits [T, V] after up to ``STEP_TOKENS`` tokens, which are there until the next call.
+        """Computes logits [T, V] of up to ``STEP_TOKENS`` tokens, valid until the next call.
 
-        What a shorter step has besides is at positions after its tokens', which are written again
-        before anybody reads them.
+        Padding tokens write cache positions that later tokens overwrite before any read.
         """
         n = len(ids_T)
         self._ids[0, :n] = ids_T
@@ -125,18 +124,18 @@ class _Views:
 
     Attributes:
         x: The residual stream [T, D].
-        normed: Its norm [T, D].
-        qkv: Queries, keys and values as multiplied [T, (H + 2J) * E].
+        normalized: The normalized residual stream [T, D].
+        qkv: GEMM output of queries, keys and values [T, (H + 2J) * E].
         q: Query heads [T, H * E].
         k: Key heads [T, J * E].
         v: Value heads [T, J * E].
-        part: What attention or the feed-forward adds to the residual stream [T, D].
-        gate_up: Gates and what they let through, as multiplied [T, 2F].
+        part: GEMM output of attention or feed-forward, for the residual stream [T, D].
+        gate_up: GEMM output of gates and up projection [T, 2F].
         gated: Their SwiGLU [T, F].
     """
 
     x: Tensor
-    normed: Tensor
+    normalized: Tensor
     qkv: Tensor
     q: Tensor
     k: Tensor
@@ -147,14 +146,15 @@ class _Views:
 
 
 class _Workspace:
-    """Activations of one chunk of a prompt, at fixed addresses for any number of its rows.
+    """Activations of one chunk of a prompt, at fixed addresses for any number of tokens.
 
-    Two regions each hold what is not in use at the same time: qkv or gate_up, heads or gated.
+    Two regions are shared by tensors that are not in use at the same time: qkv and gate_up, heads
+    and gated.
 
     Args:
-        layer: Any of the model's, which have the same heads and widths.
+        layer: Any layer of the model: all have the same heads and widths.
         rows: The most tokens of a chunk.
-        device: Where they are.
+        device: The device of the model.
     """
 
     def __init__(self, layer: LayerConfig, rows: int, device: torch.device) -> None:
@@ -169,8 +169,8 @@ class _Workspace:
         ]
 
     def views(self, T: int) -> _Views:
-        """The tensors, of T rows."""
-        x, normed, part, products, heads = self._regions
+        """Returns the tensors with T rows."""
+        x, normalized, part, gemm_out, heads = self._regions
         D, F = self._hidden, self._gated
         starts = [self.rows * width for width in accumulate((0, *self._heads))]
         q, k, v = (
@@ -179,37 +179,38 @@ class _Workspace:
         )
         return _Views(
             x=x[: T * D].view(T, D),
-            normed=normed[: T * D].view(T, D),
-            qkv=products[: T * sum(self._heads)].view(T, -1),
+            normalized=normalized[: T * D].view(T, D),
+            qkv=gemm_out[: T * sum(self._heads)].view(T, -1),
             q=q,
             k=k,
             v=v,
             part=part[: T * D].view(T, D),
-            gate_up=products[: 2 * T * F].view(T, 2 * F),
+            gate_up=gemm_out[: 2 * T * F].view(T, 2 * F),
             gated=heads[: T * F].view(T, F),
         )
 
 
 def _widths(layer: LayerConfig) -> tuple[int, ...]:
-    """Elements of a row in each region of a workspace."""
+    """Returns the elements of a row in each region of a workspace."""
     attention, hidden_size = layer.attention, layer.attention.hidden_size
     intermediate_size = layer.feed_forward.intermediate_size
     heads = (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
-    products = max(heads, 2 * intermediate_size)
-    return (hidden_size, hidden_size, hidden_size, products, max(heads, intermediate_size))
+    gemm_out = max(heads, 2 * intermediate_size)
+    return (hidden_size, hidden_size, hidden_size, gemm_out, max(heads, intermediate_size))
 
 
 def bytes_per_row(model: ModelConfig) -> int:
-    """Bytes that a token of a chunk takes in a workspace, and in the result of attention."""
+    """Counts the bytes that a token of a chunk takes in a workspace and in attention's output."""
     layer = model.layers[0]
     return 2 * (sum(_widths(layer)) + layer.attention.n_heads * layer.attention.head_dim)
 
 
 def prefill_chunk(model: ModelConfig, device: torch.device) -> int:
-    """Tokens of one chunk: a weight is dequantized once for each.
+    """Chooses the most tokens of a chunk.
 
-    The more the better, as long as activations take no more than ``WORKSPACE_SHARE`` of the
-    device's memory; at the most, dequantizing is a twentieth of the time.
+    Weights are dequantized once per chunk, so larger chunks are faster; activations take at most
+    ``WORKSPACE_SHARE`` of the device's memory. With the largest chunk, dequantizing is a twentieth
+    of the time.
     """
     rows = int(WORKSPACE_SHARE * device_info(device).total_bytes) // bytes_per_row(model)
     rows = 1 << max(0, rows.bit_length() - 1)
@@ -218,14 +219,14 @@ def prefill_chunk(model: ModelConfig, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's launches, of any number of rows, and its weights once they are dequantized.
+    """A layer's kernel launches, for any number of rows, and functions that dequantize its weights.
 
     Attributes:
-        input_norm: Adds the previous layer's part to the residual stream, and normalizes that.
+        input_norm: Adds the previous layer's output to the residual stream, and normalizes it.
         rope: Applies head norms and rope to qkv, and stores keys and values in the cache.
-        post_attention_norm: As ``input_norm``, of attention's part.
-        swiglu: Of gate_up.
-        qkv_proj: Dequantizes the weight, and gives it as [K, N].
+        post_attention_norm: Adds attention's output likewise, and normalizes the stream.
+        swiglu: Applies SwiGLU to gate_up.
+        qkv_proj: Dequantizes the weight, and returns it as [K, N].
         o_proj: Likewise.
         gate_up_proj: Likewise.
         down_proj: Likewise.
@@ -241,22 +242,22 @@ class _Layer:
     down_proj: Callable[[], Tensor]
 
 
-class PromptRows:
-    """Many tokens of one seat, a chunk at a time.
+class GemmPrefill:
+    """Prefills one seat with GEMMs on dequantized weights, one chunk a call.
 
     Addresses do not depend on the number of tokens, so every launch is prepared once. On a GPU,
-    beginnings of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are replays
-    of CUDA graphs, which ``get_ready`` captures.
+    first chunks of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are
+    replays of CUDA graphs, which ``warm_up`` captures.
 
     Args:
-        decoder: The model.
+        decoder: The model, or a rank's shard of it.
         cache: Its cache.
-        launcher: The device.
-        chunk: The most tokens at a time.
-        shared: Other ranks have the rest of the model. Then nothing is captured.
+        launcher: Launches kernels.
+        chunk: The most tokens of a call.
+        shared: The model is sharded over ranks; then nothing is captured.
 
     Attributes:
-        captures: Beginnings are captured and replayed.
+        captures: First chunks are captured and replayed.
     """
 
     def __init__(
@@ -279,10 +280,10 @@ class PromptRows:
         self.captures = self._device.type == "cuda" and not shared
 
     def __call__(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
-        """Puts tokens from position ``start`` on into a seat.
+        """Prefills a seat with one chunk, from position ``start`` on.
 
         Returns:
-            The residual stream [1, D] behind the last layer, of the last token.
+            The residual stream [1, D] of the last token after the last layer.
         """
         T = len(ids_T)
         assert start + T <= self._cache.n_positions, f"{T} tokens from {start} on do not fit"
@@ -297,19 +298,19 @@ class PromptRows:
         return views.x[last] + down.with_scale_and_bias()
 
     def _replay(self, ids_T: Tensor) -> None:
-        """Runs a beginning as a captured graph.
+        """Runs a first chunk by replaying a captured graph.
 
-        What is behind its tokens is at positions that are written again before they are read.
+        Padding tokens write cache positions that later tokens overwrite before any read.
         """
         size = next(size for size in sorted(self._captured) if size >= len(ids_T))
         self._ids[: len(ids_T)] = ids_T
         self._captured[size].replay()
 
     @torch.inference_mode()
-    def get_ready(self) -> None:
-        """Captures beginnings of every size, and has made beforehand what longer ones need.
+    def warm_up(self) -> None:
+        """Captures first chunks of every size, and warms up cuDNN plans and cuBLAS kernels.
 
-        It writes to the first seat, so no seat may be in use.
+        It overwrites seat 0, so no seat may be in use.
         """
         rows, pool = self._workspace.rows, None
         if self.captures:
@@ -321,13 +322,13 @@ class PromptRows:
                 pool = graph.pool()
                 self._captured[size] = graph
         if self._device.type == "cuda":
-            for size in PLANNED_TOKENS:
-                self._attend_by_plan(self._blocks[0].attention, min(size, rows))
-            for size in REHEARSED_TOKENS:
+            for size in CUDNN_LENGTHS:
+                self._attend_cudnn(self._blocks[0].attention, min(size, rows))
+            for size in WARMUP_TOKENS:
                 self._run(self._ids.new_zeros(min(size, rows)), 0)
 
     def _run(self, ids_T: Tensor, start: int) -> None:
-        """Runs tokens through the layers: the last one's part is still to be added."""
+        """Runs tokens through the layers; the last layer's output remains to be added."""
         T = len(ids_T)
         views = self._workspace.views(T)
         views.x.copy_(self._decoder.embedding(ids_T))
@@ -337,12 +338,12 @@ class PromptRows:
         torch.add(self._key_range[:1], self._start + T, out=self._key_range[1:])
         for i, (layer, block) in enumerate(zip(self._layers, self._blocks, strict=True)):
             layer.input_norm(T)
-            torch.mm(views.normed, layer.qkv_proj(), out=views.qkv)
+            torch.mm(views.normalized, layer.qkv_proj(), out=views.qkv)
             layer.rope(T)
             torch.mm(self._attend(i, T, start), layer.o_proj(), out=views.part)
             self._sum(block.attention.o_proj, views.part)
             layer.post_attention_norm(T)
-            torch.mm(views.normed, layer.gate_up_proj(), out=views.gate_up)
+            torch.mm(views.normalized, layer.gate_up_proj(), out=views.gate_up)
             layer.swiglu(T)
             torch.mm(views.gated, layer.down_proj(), out=views.part)
             self._sum(block.feed_forward.down_proj, views.part)
@@ -358,10 +359,10 @@ class PromptRows:
         return GemmOutput(y=y) if self._shared else _gemm_output(linear, y)
 
     def _attend(self, i: int, T: int, start: int) -> Tensor:
-        """The result of attention [T, H * E].
+        """Computes attention [T, H * E].
 
-        A beginning attends to itself. What follows one, or has a window, attends to its seat, whose
-        range of keys is on the device.
+        A first chunk attends to its own keys. Later chunks, and layers with a window, attend to the
+        seat in the cache, whose range of keys is read from the device.
         """
         layer, (keys, values) = self._blocks[i].attention, self._cache.layer(i)
         q, *_ = self._heads(T, layer)
@@ -379,10 +380,12 @@ class PromptRows:
             )
             return out_BTHE.reshape(T, -1)
         if start > 0 or (layer.window is not None and layer.window < T):
-            return self._flash(layer, q, _positions(keys), _positions(values), self._key_range)
-        return self._attend_by_plan(layer, T)
+            return self._attend_flash(
+                layer, q, _positions(keys), _positions(values), self._key_range
+            )
+        return self._attend_cudnn(layer, T)
 
-    def _flash(
+    def _attend_flash(
         self,
         layer: SelfAttention,
         q_THE: Tensor,
@@ -390,7 +393,7 @@ class PromptRows:
         values_NJE: Tensor,
         key_range: Tensor,
     ) -> Tensor:
-        """Causal flash attention [T, H * E] to a range of keys, whose last is the last query's."""
+        """Computes causal flash attention [T, H * E]; the last key is that of the last query."""
         out_THE, *_ = torch.ops.aten._flash_attention_forward(
             q_THE,
             keys_NJE,
@@ -408,12 +411,12 @@ class PromptRows:
         )
         return out_THE.view(len(q_THE), -1)
 
-    def _attend_by_plan(self, layer: SelfAttention, T: int) -> Tensor:
-        """As ``_attend``, of a beginning, padded to a number of tokens that has a plan."""
-        padded = next((n for n in PLANNED_TOKENS if n >= T), T)
+    def _attend_cudnn(self, layer: SelfAttention, T: int) -> Tensor:
+        """Computes attention of a first chunk with cuDNN, padded to a length that has a plan."""
+        padded = next((n for n in CUDNN_LENGTHS if n >= T), T)
         padded = max(T, min(padded, self._workspace.rows))
         q, k, v = self._heads(padded, layer)
-        v[T:].zero_()  # keys behind a token have no weight, but none times NaN is NaN
+        v[T:].zero_()  # padding has weight 0, but 0 times NaN is NaN
         out_HTE = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
@@ -425,11 +428,12 @@ class PromptRows:
         return out_HTE[0].transpose(0, 1)[:T].reshape(T, -1)
 
     def _heads(self, T: int, layer: SelfAttention) -> list[Tensor]:
-        """Queries [T, H, E], keys and values [T, J, E] of the workspace."""
+        """Returns queries [T, H, E], keys and values [T, J, E] of the workspace."""
         views = self._workspace.views(T)
         return [x.view(T, -1, layer.head_dim) for x in (views.q, views.k, views.v)]
 
     def _prepare(self) -> list[_Layer]:
+        """Prepares the launches of every layer."""
         views, last = self._workspace.views(self._workspace.rows), None
         layers = []
         for i, block in enumerate(self._blocks):
@@ -452,7 +456,9 @@ class PromptRows:
     def _add_norm(self, views: _Views, gemm: GemmOutput | None, norm: RMSNorm) -> PreparedLaunch:
         total = None if gemm is None else views.x
         return self._prepared(
-            prompt.add_norm(views.x, norm.weight, norm.eps, views.normed, gemm=gemm, sum_MK=total)
+            prompt.add_norm(
+                views.x, norm.weight, norm.eps, views.normalized, gemm=gemm, sum_MK=total
+            )
         )
 
     def _rope(self, i: int, views: _Views) -> PreparedLaunch:
@@ -496,25 +502,24 @@ def _gemm_output(linear: Linear, y: Tensor) -> GemmOutput:
 
 
 def _positions(seats_SJCE: Tensor) -> Tensor:
-    """All seats as one sequence [S * J * C, J, E], in which seat s begins at s * J * C.
+    """Views all seats as one sequence [S * J * C, J, E], in which seat s begins at s * J * C.
 
-    Positions are C apart from those of the next head, so what follows a seat's C positions up to
-    the next seat is of no use.
+    Heads are C positions apart, so only the first C of a seat's J * C positions are valid.
     """
     S, J, C, E = seats_SJCE.shape
     return seats_SJCE.as_strided(((S - 1) * J * C + C, J, E), (E, C * E, 1))
 
 
-class FusedPrompt:
-    """Puts prompts into a cache.
+class FusedPrefill:
+    """Prefills seats, with decode steps for short prompts and GEMMs for longer ones.
 
     Args:
         forward: The fused step.
-        decoder: The model.
+        decoder: The model, or a rank's shard of it.
         cache: Its cache.
-        launcher: The device.
-        chunk: The most tokens at a time.
-        shared: Other ranks have the rest of the model.
+        launcher: Launches kernels.
+        chunk: The most tokens of a chunk.
+        shared: The model is sharded over ranks.
     """
 
     def __init__(
@@ -528,31 +533,31 @@ class FusedPrompt:
         shared: bool,
     ) -> None:
         self._forward, self._chunk = forward, chunk
-        self._steps = PromptSteps(forward, decoder.device)
-        self._rows = PromptRows(decoder, cache, launcher, chunk=chunk, shared=shared)
+        self._steps = StepPrefill(forward, decoder.device)
+        self._gemm = GemmPrefill(decoder, cache, launcher, chunk=chunk, shared=shared)
         gate_up = decoder.blocks[0].feed_forward.gate_up_proj
-        self._most_by_steps = most_by_steps(fused_kernel(gate_up).form)
+        self._max_step_tokens = max_step_prefill_tokens(fused_kernel(gate_up).form)
 
-    def get_ready(self) -> None:
-        """Captures and plans what prompts need, while no seat is in use."""
-        self._rows.get_ready()
+    def warm_up(self) -> None:
+        """Captures prefill graphs and warms up libraries; overwrites seat 0."""
+        self._gemm.warm_up()
 
     def __call__(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
-        """Puts tokens from position ``start`` on into a seat; logits [1, V] after the last."""
-        if len(ids_T) <= self._most_by_steps:
+        """Prefills a seat from position ``start`` on; returns the last token's logits [1, V]."""
+        if len(ids_T) <= self._max_step_tokens:
             *_, (_, logits_TV) = self.logits(ids_T, start, seat)
             return logits_TV[-1:]
         *_, last_1D = [
-            self._rows(ids_T[places.start : places.stop], start + places.start, seat)
-            for places in even_parts(len(ids_T), self._chunk)
+            self._gemm(ids_T[part.start : part.stop], start + part.start, seat)
+            for part in even_chunks(len(ids_T), self._chunk)
         ]
         return self._forward.logits(last_1D)
 
     def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
-        """As the call, by steps.
+        """Prefills a seat by decode steps, with logits of every token.
 
         Yields:
-            Some tokens' places, and the logits [T, V] after each.
+            For each step, the range of its tokens in ``ids_T`` and their logits [T, V].
         """
-        for places, positions_T in spans(ids_T, start, STEP_TOKENS):
-            yield places, self._steps(ids_T[places.start : places.stop], positions_T, seat)
+        for chunk, positions_T in spans(ids_T, start, STEP_TOKENS):
+            yield chunk, self._steps(ids_T[chunk.start : chunk.stop], positions_T, seat)

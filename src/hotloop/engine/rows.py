@@ -1,8 +1,8 @@
-"""The rows of a step: where each sequence is, on the device.
+"""Holds the rows of a step on the device: history, position and seat of each sequence.
 
 Rows in use are dense, from 0. A row has the history of its sequence, the position of the newest
-token, and the seat of the sequence in the KV cache. Row and seat are different things: when a
-sequence ends, the last row moves into its place, and what the cache holds stays where it is.
+token, and the seat of the sequence in the KV cache. Rows are not seats: when a sequence ends, the
+last row moves into its row, but keeps its seat, so the cache is not moved.
 
 Shape letters: R rows, B rows of a step, T positions of each, D drafts, C cache positions.
 """
@@ -23,13 +23,13 @@ class Rows:
         n_rows: R.
         n_positions: C.
         spare: The most drafts in a step.
-        device: Where the model is.
-        launcher: What the kernels that begin and end a step run on; None does so in plain PyTorch.
+        device: The device of the model.
+        launcher: Launches the CUDA kernels; None uses plain PyTorch.
 
     Attributes:
-        history: int64 [R, more than C]: the token at each position, up to the newest; beyond it,
-            anything.
-        positions: int64 [R]: of the newest token, which is not in the cache yet.
+        history: int64 [R, more than C]: the token at each position up to the newest; undefined
+            beyond.
+        positions: int64 [R]: the position of the newest token, which is not in the cache yet.
         seats: int64 [R]: the seat of each row in the cache.
     """
 
@@ -43,15 +43,15 @@ class Rows:
         launcher: Launcher | None = None,
     ) -> None:
         self._launcher = launcher
-        width = n_positions + spare + 1  # a finished row may run a step too many
+        width = n_positions + spare + 1  # a finished row may run one more step
         self.history = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
         self.positions = torch.zeros(n_rows, dtype=torch.int64, device=device)
-        self._seats = tuple(range(n_rows))  # as they are on the device
+        self._seats = tuple(range(n_rows))  # the host's copy
         self.seats = torch.tensor(self._seats, device=device)
         self.last = n_positions - 1
 
     def admit(self, row: int, prompt_ids: Tensor, first_id: Tensor) -> None:
-        """Puts a prompt and the first token of its answer [1] into a row."""
+        """Sets a row to a prompt and the first token of its answer [1]."""
         n = len(prompt_ids)
         self.history[row, :n] = prompt_ids
         self.history[row, n : n + 1] = first_id
@@ -70,26 +70,26 @@ class Rows:
             self._seats = seats
 
     def tokens(self, positions_BT: Tensor) -> Tensor:
-        """The tokens at some positions of the first B rows."""
+        """Gathers the tokens at positions of the first B rows."""
         return self.history[: len(positions_BT)].gather(1, positions_BT)
 
     def upcoming(self, n: int, T: int) -> Tensor:
-        """Positions [n, T] of the newest token and those after it, none beyond the cache."""
+        """Returns the positions [n, T] from the newest token on, clamped to the cache."""
         first = self.positions[:n, None]
         if T == 1:
             return first
         return (first + torch.arange(T, device=first.device)).clamp(max=self.last)
 
     def next_tokens(self, n: int, drafts_BD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The input of a step of the first ``n`` rows.
+        """Returns the input of a step of the first ``n`` rows.
 
         Args:
             n: B.
             drafts_BD: int64, negative for none; or None.
 
         Returns:
-            int64 [B, T] for T = D + 1, the newest token of each and its drafts (0 for none), and
-            int64 [B, T], their positions.
+            int64 [B, T], the newest token of each row and its drafts (0 for none), where
+            T = D + 1; and int64 [B, T], their positions.
         """
         T = 1 if drafts_BD is None else drafts_BD.shape[1] + 1
         if self._launcher is not None:
@@ -106,15 +106,16 @@ class Rows:
     def accept(
         self, ids_BT: Tensor, drafts_BD: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Appends the model's choices after each token of ``next_tokens``, as far as they count.
+        """Appends the tokens sampled after ``next_tokens``, up to the first rejected draft.
 
         Args:
-            ids_BT: int64.
+            ids_BT: int64, the sampled tokens.
             drafts_BD: As for ``next_tokens``.
 
         Returns:
-            int64 [B], how many choices count: those up to the first that is not its draft; and
-            int64 [B], how many drafts there were. None of both without drafts: all count.
+            int64 [B], the number of tokens accepted: those up to the first that differs from its
+            draft; and int64 [B], the number of drafts. (None, None) without drafts: all tokens are
+            accepted.
         """
         B, T = ids_BT.shape
         n_kept_B = n_drafts_B = None
@@ -128,8 +129,8 @@ class Rows:
             )
             return n_kept_B, n_drafts_B
         if drafts_BD is not None:
-            right_BD = ids_BT[:, :-1] == drafts_BD
-            n_kept_B = right_BD.long().cumprod(dim=1).sum(dim=1) + 1
+            accepted_BD = ids_BT[:, :-1] == drafts_BD
+            n_kept_B = accepted_BD.long().cumprod(dim=1).sum(dim=1) + 1
             n_drafts_B = (drafts_BD >= 0).sum(dim=1)
         positions_B = self.positions[:B]
         after_BT = positions_B[:, None] + torch.arange(1, T + 1, device=positions_B.device)
@@ -139,4 +140,4 @@ class Rows:
 
     def _launch(self, call: Call) -> None:
         assert self._launcher is not None, "there is no launcher"
-        self._launcher.prepare(call, dependent=False)()  # on what torch did before
+        self._launcher.prepare(call, dependent=False)()  # on work that torch launched before

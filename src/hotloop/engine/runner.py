@@ -1,8 +1,7 @@
-"""The device's side of an engine: weights, cache, sampler and steps, without requests or text.
+"""The device side of an engine: weights, cache, sampler and steps, without requests or text.
 
-A ``Runner`` is the ``EngineCore`` of one device. Each of several ranks has a Runner of its own, in
-a process of its own, and all get the same commands (``ranks``). They differ in what they hold of
-the weights and of the cache.
+A ``Runner`` is the ``EngineCore`` of one device. Each of several ranks has a Runner in a process of
+its own, with its shard of the weights and of the cache; all get the same commands (``ranks``).
 
 Shape letters: T tokens of one sequence, D model width, V vocabulary.
 """
@@ -34,7 +33,7 @@ from hotloop.engine.core import (
 from hotloop.engine.forward import CompileWatch, Forward, TorchForward
 from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.memory import weights_bytes
-from hotloop.engine.prompt import STEP_TOKENS, FusedPrompt, spans
+from hotloop.engine.prompt import STEP_TOKENS, FusedPrefill, spans
 from hotloop.engine.rows import Rows
 from hotloop.engine.sampling import Sampled, Sampler
 from hotloop.engine.setup import Setup
@@ -45,7 +44,7 @@ from hotloop.engine.speculation import (
     NgramDrafter,
     SharedDrafter,
 )
-from hotloop.engine.steps import Marks, Stepper, step_times
+from hotloop.engine.steps import Stepper, Timestamps, step_times
 from hotloop.engine.vocabulary import VocabularyShard
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import bytes_asked_for, device_info, free_bytes, shortage_of_memory
@@ -64,20 +63,20 @@ from hotloop.weights.source import CheckpointSource, RandomSource
 Result = TypeVar("Result")
 
 Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, total) while an engine gets ready."""
+"""Called with (phase, done, total) while an engine loads and warms up."""
 
 
 class Runner:
-    """A model on a device, or a rank's part of one, and its drafter.
+    """Runs commands with a model, or a rank's shard of one, and its drafter on one device.
 
     Args:
-        setup: What to load, and where.
-        n_tokens: Token ids that may be chosen are below this.
-        progress: Told of layers as they are loaded.
-        group: The ranks that have the rest of it.
+        setup: The configuration to load.
+        n_tokens: Token ids below this can be selected.
+        progress: Called as layers are loaded.
+        group: The ranks that hold the model; None for this one alone.
 
     Attributes:
-        asynchronous: Whether ``run`` returns before the device has taken a step.
+        asynchronous: Whether ``run`` returns before the device has completed a step.
         captures: Whether programs become CUDA graphs.
     """
 
@@ -122,7 +121,7 @@ class Runner:
                 max_drafts=spare,
                 n_positions=setup.n_positions,
                 captures=self.captures,
-                reads_each_row=self._model.attention_name in ("cpu", "fused"),
+                indexes_seats=self._model.attention_name in ("cpu", "fused"),
             )
             models = [self._model, *([self._draft_model] if self._draft_model else [])]
             kernels = {name for model in models for name in model.kernels().values()}
@@ -130,7 +129,7 @@ class Runner:
             self._step_threads = cpu.single_threaded_torch if ours else nullcontext
         with working_on(device, "warmup"):
             for model in models:
-                model.get_ready()
+                model.warm_up()
 
     def run(self, command: Command[Result]) -> Pending[Result]:
         """See ``EngineCore``."""
@@ -171,7 +170,7 @@ class Runner:
         self._rows.admit(row, ids, sampled.ids[0])
         if self._drafter is not None:
             self._drafter.admit(row)
-        return _StepOnItsWay(sampled)
+        return _PendingStepResult(sampled)
 
     def _move(self, move: MoveRow) -> None:
         for part in (self._rows, self._sampler, self._drafter):
@@ -180,10 +179,10 @@ class Runner:
 
     def _step(self, step: Step) -> Pending[StepResult]:
         with self._step_threads():
-            return _StepOnItsWay(*self._stepper.step(step))
+            return _PendingStepResult(*self._stepper.step(step))
 
     def _score(self, command: ScoreWindow) -> Score:
-        """The score; whole distributions come to rank 0 alone."""
+        """Scores a window; whole distributions are gathered on rank 0 only."""
         ids_T = torch.tensor(command.ids, device=self._setup.device)
         vocabulary = self._vocabulary
         logprobs, top1, distributions = [], [], []
@@ -260,7 +259,7 @@ class Runner:
 
 
 class _Model:
-    """A decoder, or a rank's part of one, with its weights and its cache."""
+    """A decoder, or a rank's shard of one, with its weights and its cache."""
 
     def __init__(
         self, setup: Setup, group: Group, n_tokens: int, progress: Progress | None
@@ -295,7 +294,7 @@ class _Model:
             self.peers = Peers.of(group, self.decoder, setup.shard.vocabulary.start, rows)
         self._steps, self._prompt = self._fused_forward(), None
         if self._steps is not None and self.launcher is not None:
-            self._prompt = FusedPrompt(
+            self._prompt = FusedPrefill(
                 self._steps,
                 self.decoder,
                 self.cache,
@@ -304,13 +303,13 @@ class _Model:
                 shared=self._shared,
             )
 
-    def get_ready(self) -> None:
-        """Makes beforehand what prompts need, while no seat is in use."""
+    def warm_up(self) -> None:
+        """Captures prefill graphs and warms caches of libraries; overwrites seat 0."""
         if self._prompt is not None:
-            self._prompt.get_ready()
+            self._prompt.warm_up()
 
     def forward(self, n_layers: int | None = None) -> Forward:
-        """The model as steps run it, or its first layers."""
+        """Returns the forward of the model for steps, or that of its first layers."""
         fused = self._steps if n_layers is None else self._fused_forward(n_layers)
         if fused is not None:
             return fused
@@ -337,47 +336,47 @@ class _Model:
         )
 
     def compile_cache(self) -> Literal["cold", "warm"] | None:
-        """Whether compiled code was found (``warm``) or made; None if there is none."""
+        """Returns ``warm`` if all compiled code was cached, else ``cold``; None without any."""
         if self.launcher is not None:
             compiled = self.launcher.compile_seconds > self._compile_s_before
             return "cold" if compiled else "warm"
         return None if self._compiles is None else self._compiles.state()
 
     def prefill(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
-        """Puts tokens from position ``start`` on into a seat; logits [1, 1, V] after the last."""
+        """Prefills a seat from position ``start`` on; returns the last token's logits [1, 1, V]."""
         if self._prompt is not None:
             return self._prompt(ids_T, start, seat)[None]
         *_, (_, hidden_TD) = self._chunks(ids_T, start, seat)
         return self.decoder.logits(hidden_TD[None, -1:])
 
     def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
-        """Runs tokens through the model.
+        """Prefills a seat from position ``start`` on, with logits of every token.
 
         Yields:
-            Some tokens' places, and the logits [T, V] after each.
+            For each chunk, the range of its tokens in ``ids_T`` and their logits [T, V].
         """
         if self._prompt is not None:
             yield from self._prompt.logits(ids_T, start, seat)
             return
-        for places, hidden_TD in self._chunks(ids_T, start, seat):
-            yield places, self.decoder.logits(hidden_TD)
+        for chunk, hidden_TD in self._chunks(ids_T, start, seat):
+            yield chunk, self.decoder.logits(hidden_TD)
 
     def _chunks(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
-        """Runs tokens through the decoder a chunk at a time: their places, hidden states [T, D]."""
+        """Runs tokens through the decoder by chunks; yields ranges and hidden states [T, D]."""
         seats_B = torch.full((1,), seat, device=ids_T.device)
-        for places, positions_T in spans(ids_T, start, self.setup.prefill_chunk):
+        for chunk, positions_T in spans(ids_T, start, self.setup.prefill_chunk):
             hidden_BTD = self.decoder(
-                ids_T[None, places.start : places.stop],
+                ids_T[None, chunk.start : chunk.stop],
                 positions_T[None],
                 self.cache,
                 seats_B=seats_B,
                 first_seat=seat,
-                length=start + places.stop,
+                length=start + chunk.stop,
             )
-            yield places, hidden_BTD[0]
+            yield chunk, hidden_BTD[0]
 
     def kernels(self) -> dict[str, str]:
-        """The arithmetic that each matrix uses, by its name in a layer."""
+        """Returns the kernels that each matrix uses, by its name in a layer."""
         used: dict[str, dict[str, None]] = {}
         for name, linear in self._linears():
             assert linear.kernel is not None, "no weight was assigned"
@@ -386,7 +385,7 @@ class _Model:
         return kernels | {"attention": f"attention/{self.attention_name}"}
 
     def notes(self) -> dict[str, None]:
-        """Why faster ways were passed over, each reason once."""
+        """Returns notes of the setup, and why faster kernels are not used, each once."""
         notes = [*self.setup.notes]
         notes += [note for _, linear in self._linears() for note in linear.notes]
         if self.launcher is not None:
@@ -401,7 +400,7 @@ class _Model:
         return weights + sum(norm.weight.nbytes for norm in norms)
 
     def _linears(self) -> Iterator[tuple[str, Linear]]:
-        """Every matrix of every layer by its name in the layer, and the head."""
+        """Yields every matrix of every layer by its name in the layer, and the head."""
         for block in self.decoder.blocks:
             yield from block.linears.items()
         yield "head", self.decoder.head
@@ -437,11 +436,11 @@ class _Model:
                 checkpoint.close()
 
 
-class _StepOnItsWay:
-    """A step's result, which is being copied to the host."""
+class _PendingStepResult:
+    """The ``Pending`` result of a step, which is being copied to the host."""
 
-    def __init__(self, sampled: Sampled, marks: Marks | None = None) -> None:
-        self._host, self._marks = sampled.map(_to_host), marks
+    def __init__(self, sampled: Sampled, timestamps: Timestamps | None = None) -> None:
+        self._host, self._timestamps = sampled.map(_to_host), timestamps
         self._ready = None
         if sampled.ids.is_cuda:
             self._ready = torch.cuda.Event()
@@ -461,7 +460,7 @@ class _StepOnItsWay:
             ],
             n_drafts=[0] * len(ids) if host.n_drafts is None else host.n_drafts.tolist(),
             k=0 if host.n_kept is None else host.ids.shape[1] - 1,
-            times=None if self._marks is None else step_times(self._marks),
+            times=None if self._timestamps is None else step_times(self._timestamps),
         )
 
     def _logprob(self, b: int, t: int, token: int) -> TokenLogprob | None:
@@ -475,7 +474,7 @@ class _StepOnItsWay:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, of its own: complete once the device's event is."""
+    """Copies a tensor to host memory; complete once the device has passed a later event."""
     if not tensor.is_cuda:
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -484,12 +483,12 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def working_on(device: torch.device, phase: str) -> Generator[None]:
-    """Has a device be the current one, for torch and for the driver, and no gradients be kept.
+    """Makes a device current, for torch and for the driver, and disables gradients.
 
-    Streams, events and graphs are those of the current device.
+    Streams, events and graphs belong to the current device.
 
     Raises:
-        OutOfMemoryError: Whatever ran out of memory, and however that was put.
+        OutOfMemoryError: Any out-of-memory error of torch, CUDA or NCCL, converted.
     """
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with current, torch.inference_mode():

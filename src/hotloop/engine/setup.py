@@ -244,8 +244,8 @@ def _prepare_draft(target: Setup) -> Draft | None:
     config, name = target.config, target.config.draft
     if config.draft_quant != "none" and not is_draft_model(name):
         raise ConfigError(
-            f"draft_quant {config.draft_quant!r} applies only to a draft model, and draft {name!r} is "
-            "not one: leave draft_quant out, or give a model as the draft."
+            f"draft_quant {config.draft_quant!r} applies only to a draft model, and draft "
+            f"{name!r} is not one: leave draft_quant out, or give a model as the draft."
         )
     if name == "none":
         return None

@@ -1,19 +1,19 @@
-"""Decode steps: a program on the device that reads rows and leaves them ready for the next step.
+"""Runs decode steps: device programs that read rows and update them for the next step.
 
-A step is embed, layers, logits, sample, accept. Its tokens and positions come from the rows, and
-the next ones are left there, so that steps can follow each other without the host. The host gets a
+A step is embed, layers, logits, sample, accept. It reads tokens and positions from the rows and
+writes the next ones there, so that steps can follow each other without the host. The host gets a
 ``Sampled`` of each step.
 
-With speculative decoding a step is two programs: a drafter proposes k tokens for every row, and
-the model looks at k + 1 positions at once. At each it chooses a token as it would have done without
-drafts; the drafts that equal its choices were right, and so are the choices up to the first that
-was not. Every token is thus the model's own: greedy or drawn, with whatever options, speculation
-changes when tokens come and never which (see ``speculation``).
+With speculative decoding a step is two programs: a drafter proposes k tokens for every row, and the
+model verifies them in one forward of k + 1 positions. At each position it samples a token as it
+would without drafts; drafts that equal these tokens are accepted, and the step yields the tokens up
+to the first rejected draft. Every token is thus the model's own: with greedy decoding or sampling,
+speculation changes when tokens come and never which (see ``speculation``).
 
-``eager`` runs a program operation by operation. ``compile`` hands the model part to torch.compile
-(``forward``); ``fused`` runs it on kernels of our own (``fused``), and draws with one. Both, on a
-GPU, capture each size of program once in a CUDA graph (``graphs``): what the host does between
-kernels then costs nothing.
+``eager`` runs a program operation by operation. ``compile`` compiles the forward with torch.compile
+(``forward``); ``fused`` runs it with our own kernels (``fused``) and samples with one. On a GPU,
+both capture each size of program once in a CUDA graph (``graphs``), which removes the host's work
+between kernels.
 
 Shape letters: B rows of a step, T positions of each, D drafts, V vocabulary.
 """
@@ -40,15 +40,15 @@ Result = TypeVar("Result")
 SMALLEST_LENGTH = 256
 """Attention reads at least this many cache positions; beyond, the next power of two."""
 
-Marks = Sequence[Any]
-"""Clock readings in seconds, or events on the device: where a step began, and its parts ended."""
+Timestamps = Sequence[Any]
+"""Start of a step and ends of its parts: clock readings in seconds, or CUDA events."""
 
 
-def step_times(marks: Marks) -> StepTimes:
-    """The times between marks, once the device has passed the last one."""
+def step_times(timestamps: Timestamps) -> StepTimes:
+    """Returns the times between timestamps, once the device has passed the last one."""
     spans = [
         end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
-        for begin, end in itertools.pairwise(marks)
+        for begin, end in itertools.pairwise(timestamps)
     ]
     catch_up_s, draft_s, model_s = spans
     return StepTimes(catch_up_s=catch_up_s, draft_s=draft_s, model_s=model_s)
@@ -56,7 +56,7 @@ def step_times(marks: Marks) -> StepTimes:
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """One size of a program: what a CUDA graph is captured for."""
+    """The key of a program: a CUDA graph is captured for each."""
 
     drafting: bool
     n: int
@@ -73,14 +73,13 @@ class Stepper:
     Args:
         forward: The model.
         rows: The rows to advance.
-        sampler: Chooses tokens.
-        drafter: Makes drafts; None for none.
+        sampler: Samples tokens.
+        drafter: Drafts tokens; None without speculative decoding.
         max_drafts: The most drafts in a step.
         n_positions: Positions of the cache.
         captures: Whether programs become CUDA graphs.
-        reads_each_row: Whether attention looks up the seat of each row, and reads no more of it
-            than the row needs. Other attention is told how much of the cache to read, and whether
-            the seats are in order.
+        indexes_seats: Attention kernels index the cache by seat and stop at each row's position.
+            Others get the length of cache to read, and the first seat if seats are in order.
     """
 
     def __init__(
@@ -93,24 +92,24 @@ class Stepper:
         max_drafts: int,
         n_positions: int,
         captures: bool,
-        reads_each_row: bool,
+        indexes_seats: bool,
     ) -> None:
         self.forward, self.rows, self.sampler, self.drafter = forward, rows, sampler, drafter
         self.n_positions = n_positions
-        self.reads_each_row = reads_each_row
+        self.indexes_seats = indexes_seats
         self._device = rows.positions.device
         self._drafts = rows.positions.new_full((len(rows.positions), max(1, max_drafts)), -1)
         self._graphs = Graphs(self._device) if captures else None
-        self._ran: set[_Program] = set()  # those without graphs
+        self._ran: set[_Program] = set()  # programs run, where none are captured
 
-    def step(self, step: Step) -> tuple[Sampled, Marks | None]:
-        """One token or more for each row.
+    def step(self, step: Step) -> tuple[Sampled, Timestamps | None]:
+        """Runs a step, which yields one token or more for each row.
 
-        On a CPU, where looking at drafts costs nothing, a step in which no row has one is plain.
+        On a CPU, where the host can read drafts at no cost, a step without any draft is plain.
 
         Returns:
-            Tensors that stay as they are until the next step of the same size; and, where there is
-            a drafter and nothing had to be compiled, the marks of its parts.
+            Tensors that are valid until the next step of the same size; and the timestamps of the
+            step's parts, or None without a drafter or if something was compiled.
         """
         n, k = step.n, step.k
         wanted = self.sampler.relevant(step.features)
@@ -122,38 +121,38 @@ class Stepper:
             program = _Program(False, n, 0, *reads, wanted, step.n_steps)
             return self._run(program, self._steps), None
         n_made = self._n_made
-        marks = [self._mark()]
+        timestamps = [self._timestamp()]
         if k:
             self.drafter.catch_up(step)
-            marks.append(self._mark())
+            timestamps.append(self._timestamp())
             features = dataclasses.replace(wanted, logprobs=False)
             self._run(_Program(True, n, k, *reads, features), self._draft)
             if self._device.type == "cpu" and (self._drafts[:n, 0] < 0).all():
                 k = 0
         else:
             self.drafter.skip(n)
-            marks.append(self._mark())
-        marks.append(self._mark())
+            timestamps.append(self._timestamp())
+        timestamps.append(self._timestamp())
         program = _Program(False, n, k, *reads, wanted, step.n_steps)
         sampled = self._run(program, self._steps)
-        marks.append(self._mark())
-        return sampled, marks if self._n_made == n_made else None
+        timestamps.append(self._timestamp())
+        return sampled, timestamps if self._n_made == n_made else None
 
     def length(self, longest: int) -> int:
-        """How much of the cache a step reads that must see ``longest`` positions."""
-        if self.reads_each_row:
+        """Returns the cache positions that a step reads which needs the first ``longest``."""
+        if self.indexes_seats:
             return self.n_positions
         length = max(SMALLEST_LENGTH, 1 << (longest - 1).bit_length())
         return min(length, self.n_positions)
 
     def _first_seat(self, seats: tuple[int, ...]) -> int | None:
-        """The first seat, where that is of use: seats are in order, and attention needs to know.
+        """Returns the first seat if attention needs it and seats are in order, else None.
 
-        Graphs read it from the device: there are two of a size, with and without the order from 0.
+        A CUDA graph bakes in ``first_seat``, so only 0 and None are captured.
         """
         first, *_ = seats
         in_order = seats == tuple(range(first, first + len(seats)))
-        if self.reads_each_row or not in_order or (self._graphs is not None and first > 0):
+        if self.indexes_seats or not in_order or (self._graphs is not None and first > 0):
             return None
         return first
 
@@ -170,7 +169,7 @@ class Stepper:
         self._drafts[:n, :k].copy_(drafts)
 
     def _steps(self, program: _Program) -> Sampled:
-        """Plain steps that follow each other on the device."""
+        """Runs a step, or the plain steps of a multi-step program."""
         return Sampled.joined([self._model(program) for _ in range(program.n_steps)])
 
     def _model(self, program: _Program) -> Sampled:
@@ -205,11 +204,11 @@ class Stepper:
 
     @property
     def _n_made(self) -> int:
-        """The number of programs so far; the first run of each compiles or captures something."""
+        """The number of programs so far; the first run of each compiles or captures."""
         return len(self._ran) if self._graphs is None else self._graphs.n_captured
 
-    def _mark(self) -> Any:
-        """This moment: on a GPU, the one at which it has done what it was told so far."""
+    def _timestamp(self) -> Any:
+        """Takes a timestamp: on a GPU, of when it completes the work launched so far."""
         if self._device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -56,7 +56,7 @@ class VocabularyShard:
         return self.group.max(x.amax(dim=-1, keepdim=True))
 
     def argmax(self, x: Tensor) -> Tensor:
-        """Returns the token id of the maximum over all ranks' [..., V]; of equal ones, the smallest."""
+        """Returns the id of the maximum over all ranks' [..., V]; of equal ones, the smallest."""
         return self._largest(x)[1]
 
     def finite_argmax(self, logits: Tensor) -> Tensor:
