@@ -192,11 +192,11 @@ def test_a_captured_prompt_gives_what_launches_one_by_one_gave(quant: str, large
     prompts = [[2 + (i * i + n) % 290 for i in range(n)] for n in (70, 128, 120, 500, 1000)]
     llm = LLM(str(large), execution="fused", device="cuda", quant=quant, max_batch_size=2)
     assert llm._runner._model._prompt is not None
-    rows = llm._runner._model._prompt._rows
-    assert len(rows._captured) == 8, "every multiple of 64 up to 512, before the first request"
+    prefill = llm._runner._model._prompt._gemm
+    assert len(prefill._captured) == 8, "every multiple of 64 up to 512, before the first request"
     found = [answers(llm, [prompt])[0] for prompt in prompts]
     assert answers(llm, prompts) == found, "in any seat, and behind other prompts"
-    rows.captures = False
+    prefill.captures = False
     assert answers(llm, [prompts[1]]) == [found[1]], "launched one by one"
     llm.close()
 
