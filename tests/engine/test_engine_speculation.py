@@ -104,7 +104,8 @@ def test_a_draft_model_that_is_the_model_is_always_right(deep, rows, monkeypatch
     # Its cache must hold what it was not there for: prompts, and steps without drafts.
     llm = LLM(str(deep), dtype="float32", max_batch_size=rows, draft=str(deep), draft_tokens=3)
     wanted = itertools.cycle([3, 0, 0, 2, 1, 0, 3, 3])
-    monkeypatch.setattr(llm._controller, "choose", lambda _, limit: min(limit, next(wanted)))
+    controller = llm._scheduler.controller
+    monkeypatch.setattr(controller, "choose", lambda _, limit: min(limit, next(wanted)))
     for options in ({}, *SAMPLING.values()):
         seen = total(llm.generate(PROMPTS, FREELY, **options, seed=8))
         assert len(seen.proposed) == 3

@@ -215,7 +215,7 @@ class Describe(Command[dict[str, Any]]):
 
 
 class Pending(Protocol[Result]):
-    """A result on its way to the host."""
+    """The result of a command, which arrives later."""
 
     def wait(self) -> Result:
         """Waits for the result.

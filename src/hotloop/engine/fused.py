@@ -124,7 +124,7 @@ class FusedForward:
         B, T = ids_BT.shape
         plans = self._plans_for(B, T)
         positions_B = positions_BT[:, 0].contiguous()
-        self._dependent = False  # not on work that torch launched before
+        self._dependent = False  # torch launched its predecessor
         first = self._layers[0].attention.norm
         x_MD, prescaled = self._embed(ids_BT.flatten().contiguous(), first)
         afters = (*self._layers[1:], None)

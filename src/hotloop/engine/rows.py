@@ -140,4 +140,4 @@ class Rows:
 
     def _launch(self, call: Call) -> None:
         assert self._launcher is not None, "there is no launcher"
-        self._launcher.prepare(call, dependent=False)()  # on work that torch launched before
+        self._launcher.prepare(call, dependent=False)()  # torch launched its predecessor

@@ -240,7 +240,7 @@ class Sampler:
             min_p_B=self.min_p[here],
             seed_B=self.seed[here],
         )
-        launcher.prepare(call, dependent=False)()  # on work that torch launched before
+        launcher.prepare(call, dependent=False)()  # torch launched its predecessor
         return ids_BT
 
     def _draw(

@@ -255,7 +255,7 @@ def _prepare_draft(target: Setup) -> Draft | None:
         of = target.model.n_layers
         if not 1 <= n_layers < of:
             raise ConfigError(
-                f"draft {name!r} takes the first {n_layers} of the model's {of} layers: give a "
+                f"draft {name!r} runs the first {n_layers} of the model's {of} layers: give a "
                 f"number from 1 to {of - 1}."
             )
         return Draft(n_layers=n_layers)
@@ -351,17 +351,17 @@ def _resolve_device(config: EngineConfig) -> torch.device:
 
 def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
     """Refuses an all-reduce backend without GPU ranks; ranks check what their GPUs support."""
-    asked = config.all_reduce
-    if asked == "auto":
+    backend = config.all_reduce
+    if backend == "auto":
         return
     if config.tensor_parallel == 1:
         raise ConfigError(
-            f"all_reduce {asked!r} chooses the all-reduce backend of several ranks, but "
+            f"all_reduce {backend!r} chooses the all-reduce backend of several ranks, but "
             "tensor_parallel is 1: leave it out, or raise tensor_parallel (--tp)."
         )
     if device.type != "cuda":
         raise UnsupportedError(
-            f"all_reduce {asked!r} is a GPU backend, and ranks on a CPU use gloo: leave it out."
+            f"all_reduce {backend!r} is a GPU backend, and ranks on a CPU use gloo: leave it out."
         )
 
 

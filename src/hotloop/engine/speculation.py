@@ -1,4 +1,4 @@
-"""Speculative decoding: the drafters. ``draft_control`` chooses how many drafts to make.
+"""Drafters of speculative decoding. ``draft_control`` chooses the number of drafts.
 
 Verification is a comparison. Sampling is a pure function of seed, position and logits
 (``sampling``), so the model samples its own token at every draft position, and a draft is accepted
@@ -87,7 +87,7 @@ class NgramDrafter(Drafter):
         if self.launcher is not None:
             drafts_BD = self.rows.history.new_empty(n, k)
             call = ngram_draft(self.rows.history, self.rows.positions, drafts_BD)
-            self.launcher.prepare(call, dependent=False)()  # on work that torch launched before
+            self.launcher.prepare(call, dependent=False)()  # torch launched its predecessor
             return drafts_BD
         history_BC = self.rows.history[:n, :length]
         newest_B1 = self.rows.positions[:n, None]
@@ -154,7 +154,7 @@ class ModelDrafter(Drafter):
         self.forward, self.prefill, self.rows = forward, prefill, rows
         self.sampler = sampler.of_whole_vocabulary()
         self._read: dict[int, int] = {}  # by row: all positions before this one are in the cache
-        self._behind: set[int] = set()  # rows with tokens to prefill before the newest two
+        self._lagging: set[int] = set()  # rows with tokens to prefill before the newest two
 
     def propose(
         self, n: int, k: int, *, first_seat: int | None, length: int, features: Features
@@ -169,27 +169,27 @@ class ModelDrafter(Drafter):
     def admit(self, row: int) -> None:
         """See ``Drafter``."""
         self._read[row] = 0
-        self._behind.add(row)
+        self._lagging.add(row)
 
     def move(self, source: int, target: int) -> None:
         """See ``Drafter``."""
         self._read[target] = self._read[source]
-        self._behind.discard(target)
-        if source in self._behind:
-            self._behind.add(target)
+        self._lagging.discard(target)
+        if source in self._lagging:
+            self._lagging.add(target)
 
     def skip(self, n: int) -> None:
         """See ``Drafter``."""
-        self._behind.update(range(n))
+        self._lagging.update(range(n))
 
     def catch_up(self, step: Step) -> None:
         """See ``Drafter``. It may include positions without a token, which are rewritten later."""
         for row, position in step.known_positions.items():
-            if row in self._behind:
+            if row in self._lagging:
                 start, stop = self._read[row], min(position + step.slack, self.rows.last + 1)
                 if start < stop:
                     self.prefill(self.rows.history[row, start:stop], start, step.seats[row])
-                self._behind.remove(row)
+                self._lagging.remove(row)
             self._read[row] = position
 
 
