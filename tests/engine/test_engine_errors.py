@@ -39,7 +39,7 @@ def textless(folder: Path) -> LLM:
         ("", {}, "prompt is empty"),
         ([[]], {}, "prompt is empty"),
         ([[5], []], {}, "prompt is empty"),
-        ([[5] * 16], {}, "prompt has 16 tokens, and the context of 16"),
+        ([[5] * 16], {}, "prompt has 16 tokens, but the context of 16"),
         ([[5] * 10], {"max_new_tokens": 7}, "prompt has 10 tokens and max_new_tokens is 7"),
         ([[300]], {}, "token id 300 is outside the vocabulary: ids are 0 to 299"),
         ([[5], [5, -1]], {}, "token id -1 is outside the vocabulary"),

@@ -79,9 +79,8 @@ def _join(load: Load, setup: Setup) -> ProcessGroup:
     """Joins the process group of all ranks."""
     if setup.device.type == "cpu":
         torch.set_num_threads(load.n_threads)
-    if (
-        load.one_machine
-    ):  # by default gloo uses the address of the host's name, which may not be reachable
+    # By default gloo uses the address of the host's name, which may not be reachable.
+    if load.one_machine:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return ProcessGroup(
         load.store.connect(),
