@@ -256,8 +256,8 @@ def attention_case(
     def check() -> None:
         what = f"{call.kernel.name} {plan} at {positions}"
         wanted = [t.clone() for t in before]
-        window = plan.window
-        settings = {"n_heads": H, "q_norm": q_norm, "k_norm": k_norm, "eps": eps, "window": window}
+        norms_of_heads = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
+        settings = {"n_heads": H, "scale": plan.scale, "window": plan.window, **norms_of_heads}
         of_seats = [t[seats] for t in wanted]
         reference.fused_attention(qkv, *of_seats, positions_B, cos, sin, **settings)
         for all_seats, these in zip(wanted, of_seats, strict=True):
@@ -275,7 +275,8 @@ def attention_case(
         at = (positions_B[:, None] + torch.arange(T, device=device)).clamp(max=C - 1)
         q = reference.apply_rope(q, cos[at], sin[at]).double()
         k, v = (t[seats].double().repeat_interleave(H // J, 1) for t in (keys, values))
-        scores = torch.einsum("bthe,bhce->bhtc", q, k) * E**-0.5
+        scale = E**-0.5 if plan.scale is None else plan.scale
+        scores = torch.einsum("bthe,bhce->bhtc", q, k) * scale
         behind = at[:, None, :, None] - torch.arange(C, device=device)
         hidden = (behind < 0) | (behind >= (plan.window or C + T))
         share = scores.masked_fill(hidden, -torch.inf).softmax(-1)

@@ -186,7 +186,16 @@ def test_dequantized_weights_equal_their_specification(name, paired):
 
 
 def attention_plan(
-    *, B: int, T: int, H: int, J: int, E: int, C: int, window: int | None = None, **tuning: int
+    *,
+    B: int,
+    T: int,
+    H: int,
+    J: int,
+    E: int,
+    C: int,
+    scale: float | None = None,
+    window: int | None = None,
+    **tuning: int,
 ) -> AttentionPlan:
     return AttentionPlan(
         batch=B,
@@ -195,6 +204,7 @@ def attention_plan(
         n_kv_heads=J,
         head_dim=E,
         n_positions=C,
+        scale=scale,
         window=window,
         tuning=AttentionTuning(**tuning),
     )
@@ -206,6 +216,7 @@ PLANS = {
     "one stage": attention_plan(B=2, T=3, H=2, J=1, E=128, C=70, min_chunk=80, warps=1, stages=1),
     "grouped": attention_plan(B=2, T=3, H=8, J=2, E=96, C=50, min_chunk=32, warps=2),
     "window": attention_plan(**WINDOW, min_chunk=16),
+    "another scale": attention_plan(**WINDOW, min_chunk=16, scale=0.3),
     "longer chunks of a window": attention_plan(**WINDOW, min_chunk=16, chunks=1),
     "longer chunks": attention_plan(
         B=2, T=5, H=6, J=2, E=64, C=104, chunks=2, min_chunk=16, warps=1

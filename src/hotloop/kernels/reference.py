@@ -223,6 +223,7 @@ def fused_attention(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
     """Computes attention with its surroundings: head norms, rope, storing new keys and values.
@@ -239,6 +240,7 @@ def fused_attention(
         q_norm: [E], weight of the RMS norm of query heads, or None.
         k_norm: [E], weight of the RMS norm of key heads, or None.
         eps: Of those norms.
+        scale: The factor of scores; None is the inverse square root of E.
         window: The number of positions that a token sees, itself included, or None for all.
 
     Returns:
@@ -258,7 +260,8 @@ def fused_attention(
     for b, t in (positions_BT < C).nonzero().tolist():
         keys_BJCE[b, :, at[b, t]] = k[b, t]
         values_BJCE[b, :, at[b, t]] = v[b, t]
-    out = attention(q, keys_BJCE, values_BJCE, at, window=window, scale=E**-0.5)
+    scale = E**-0.5 if scale is None else scale
+    out = attention(q, keys_BJCE, values_BJCE, at, window=window, scale=scale)
     return out.reshape(B * T, n_heads * E)
 
 
