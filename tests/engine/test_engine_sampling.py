@@ -25,11 +25,11 @@ def draws(
     sampler = Sampler(n_seeds, len(logits), torch.device("cpu"))
     for row in range(n_seeds):
         sampler.admit(row, params, row * 7919 + 13, torch.tensor(SEEN))
-    seen_SV = sampler.seen_SV.clone()
+    seen_RV = sampler.seen_RV.clone()
     logits_SV = torch.tensor(logits, dtype=torch.float32).expand(n_seeds, -1)
     drawn = []
     for position in range(n_positions):
-        sampler.seen_SV.copy_(seen_SV)
+        sampler.seen_RV.copy_(seen_RV)
         positions_S = torch.full((n_seeds,), position + 3)
         sampled = sampler.sample(logits_SV[:, None], positions_S[:, None], 0, Features.of([params]))
         drawn.append(sampled.ids[:, 0])

@@ -212,13 +212,14 @@ def test_torch_compile_is_told_the_shapes_that_operators_return():
     x, checks = normal(3, 64, dtype=torch.bfloat16), ("test_schema", "test_faketensor")
     ops, int8 = torch.ops.hotloop_cpu, parse_scheme("int8").quantize(normal(7, 64))
     words, scale, offset = packed_int4(parse_scheme("int4-g32-asym").quantize(normal(32, 64)))
-    q, cache, positions = normal(2, 2, 4, 16), normal(2, 2, 8, 16), torch.tensor([[2, 3], [6, 7]])
+    q, cache = normal(2, 2, 4, 16), normal(2, 2, 8, 16)
+    where = torch.tensor([1, 0]), torch.tensor([[2, 3], [6, 7]])
     for op, arguments in (
         (ops.linear_bf16, (x, normal(7, 64, dtype=torch.bfloat16))),
         (ops.linear_int8, (x, int8.values, int8.scale.view(-1))),
         (ops.linear_int4, (x, words, scale, offset)),
         (ops.linear_int4, (x, words, scale, None)),
-        (ops.decode_attention, (q, cache, cache, positions, 0, 0.25)),
+        (ops.decode_attention, (q, cache, cache, *where, 0, 0.25)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=checks)
 
