@@ -315,10 +315,14 @@ class Fused:
             paired=spec.paired,
         )
 
-    def unsupported(self, spec: LinearSpec) -> str | None:
-        if not spec.fused:
-            return NOT_MEANT
-        return fused_unsupported(spec)
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
+        """Returns why the fused step cannot hold a weight exactly, or None if it can."""
+        if spec.kind == "dense":
+            return None
+        if spec.kind == "int4":
+            return _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
+        return _inexact(spec, scales=_FLOATS, zeros=("none",), groups=(spec.k,))
 
     def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
         packed = pack(self.form, values, scale, offset)
@@ -374,7 +378,7 @@ KERNELS: tuple[LinearKernel, ...] = (
 def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
     """Returns the first kernel that can serve a weight exactly, and why those before it cannot."""
     if spec.fused:
-        reason = fused_unsupported(spec)
+        reason = Fused.unsupported(spec)
         assert reason is None, f"the fused step {reason}"
         return Fused(spec), []
     notes: list[str] = []
@@ -385,15 +389,6 @@ def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
         if reason != NOT_MEANT:
             notes.append(f"{kernel.name} not used: {reason}")
     raise AssertionError(f"no kernel serves {spec}")
-
-
-def fused_unsupported(spec: LinearSpec) -> str | None:
-    """Returns why the fused step cannot hold a weight exactly, or None if it can."""
-    if spec.kind == "dense":
-        return None
-    if spec.kind == "int4":
-        return _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
-    return _inexact(spec, scales=_FLOATS, zeros=("none",), groups=(spec.k,))
 
 
 _BF16 = (torch.bfloat16,)
