@@ -9,13 +9,13 @@ import pytest
 from whole_models import write_folder
 
 from hotloop.bench.record import Record
-from hotloop.cli.eval import is_reference, with_reference
 from hotloop.errors import ConfigError
 from hotloop.sweep.cell import score_cell
 from hotloop.sweep.events import ignore
 from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.plan import plan
 from hotloop.sweep.recipe import QualityOptions, Workload, recipe_from_flags
+from hotloop.sweep.reference import is_reference, with_reference
 from hotloop.types import EngineConfig
 from hotloop.weights.quantize import quantize_checkpoint
 

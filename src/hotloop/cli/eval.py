@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import App
 
@@ -20,10 +20,6 @@ from hotloop.cli.options import (
     option,
 )
 from hotloop.cli.output import print_json, print_record
-
-if TYPE_CHECKING:
-    from hotloop.sweep.events import OnEvent
-    from hotloop.sweep.job import Job
 
 app = App(
     name="eval",
@@ -58,6 +54,7 @@ def evaluate(
     from hotloop.sweep.job import make_jobs
     from hotloop.sweep.progress import SweepProgress
     from hotloop.sweep.recipe import expand, recipe_from_flags
+    from hotloop.sweep.reference import is_reference, with_reference
 
     note_cache()
     recipe = recipe_from_flags(
@@ -85,33 +82,3 @@ def evaluate(
     else:
         print_record(record)
     return 0 if record.status in MEASURED else 1
-
-
-def is_reference(job: Job) -> bool:
-    """Tells whether a job would be compared with itself.
-
-    Raises:
-        HotloopError: The configuration cannot work.
-    """
-    config = job.config
-    if job.reference_model or config.quant != "none" or config.head not in ("auto", "none"):
-        return False
-
-    from hotloop.engine.setup import prepare  # imports torch
-
-    return config.tensor_parallel == 1 and prepare(config).execution == "eager"
-
-
-def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:
-    """Scores the unquantized model into ``folder``; adds it, or the reason against, to the job."""
-    from hotloop.sweep.cell import score_reference
-    from hotloop.sweep.events import ReferenceFinished, ReferenceStarted
-
-    scoring = job.reference_job(folder)
-    on_event(ReferenceStarted(scoring.cell))
-    record = score_reference(scoring, on_event)
-    reason = None if record.status == "ok" else f"the reference: {record.status}, {record.reason}"
-    file = scoring.reference
-    n_bytes = file.stat().st_size if file is not None and file.exists() else 0
-    on_event(ReferenceFinished(scoring.cell, reason, n_bytes))
-    return job.model_copy(update={"reference": None if reason else file, "no_reference": reason})

@@ -18,13 +18,12 @@ from hotloop.sweep.events import (
     CellStarted,
     Noticed,
     OnEvent,
-    ReferenceFinished,
-    ReferenceStarted,
     ignore,
 )
 from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.process import Interrupted, run_isolated
 from hotloop.sweep.recipe import Recipe, expand
+from hotloop.sweep.reference import ensure_reference
 from hotloop.sweep.store import RECORDS, append, locked, read_file
 from hotloop.writing import (
     file_name,
@@ -131,7 +130,8 @@ class _Sweep:
         file = scoring.reference
         assert file is not None, "a reference job names its file"
         if file not in self.no_reference:
-            self.no_reference[file] = self._score(scoring, file)
+            remove_unfinished(file.parent)
+            self.no_reference[file] = ensure_reference(scoring, self._run, self.on_event)
         if reason := self.no_reference[file]:
             return job.model_copy(update={"no_reference": reason})
         provenance = {**job.provenance, "reference": file.stem}
@@ -151,21 +151,6 @@ class _Sweep:
         except Interrupted as stop:
             self._keep(stop.record)
             raise
-
-    def _score(self, job: Job, file: Path) -> str | None:
-        """Scores a reference unless it is there; returns the reason where there is none."""
-        remove_unfinished(file.parent)
-        reused = file.exists()
-        self.on_event(ReferenceStarted(job.cell, reused))
-        reason = None
-        if not reused:
-            record = self._run(job)
-            if record.status != "ok":
-                why = (record.reason or "").partition("\n")[0]
-                reason = f"the reference {job.cell} ended as {record.status}: {why}"
-        n_bytes = 0 if reason else file.stat().st_size
-        self.on_event(ReferenceFinished(job.cell, reason, n_bytes))
-        return reason
 
     def remove_references(self) -> None:
         """Removes the references that this sweep has used: all cells have been compared."""

@@ -1,0 +1,59 @@
+"""The reference that a job is compared with: whether there is one, and how a job gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from hotloop.bench.record import Record
+from hotloop.sweep.events import OnEvent, ReferenceFinished, ReferenceStarted
+from hotloop.sweep.job import Job
+
+
+def is_reference(job: Job) -> bool:
+    """Tells whether a job would be compared with itself.
+
+    Raises:
+        HotloopError: The configuration cannot work.
+    """
+    config = job.config
+    if job.reference_model or config.quant != "none" or config.head not in ("auto", "none"):
+        return False
+
+    from hotloop.engine.setup import prepare  # imports torch
+
+    return config.tensor_parallel == 1 and prepare(config).execution == "eager"
+
+
+def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:
+    """Scores a job's reference into ``folder``, in this process; adds it, or why there is none."""
+    from hotloop.sweep.cell import score_reference  # imports torch
+
+    scoring = job.reference_job(folder)
+    reason = ensure_reference(scoring, lambda job: score_reference(job, on_event), on_event)
+    reference = None if reason else scoring.reference
+    return job.model_copy(update={"reference": reference, "no_reference": reason})
+
+
+def ensure_reference(scoring: Job, score: Callable[[Job], Record], on_event: OnEvent) -> str | None:
+    """Scores a reference unless its file exists.
+
+    Args:
+        scoring: The job that scores it.
+        score: Runs that job.
+        on_event: Receives the events.
+
+    Returns:
+        The reason where there is no reference.
+    """
+    file, reason = scoring.reference, None
+    assert file is not None, "a reference job names its file"
+    reused = file.exists()
+    on_event(ReferenceStarted(scoring.cell, reused))
+    if not reused:
+        record = score(scoring)
+        if record.status != "ok":
+            why = (record.reason or "").partition("\n")[0]
+            reason = f"the reference {scoring.cell} ended as {record.status}: {why}"
+    on_event(ReferenceFinished(scoring.cell, reason, 0 if reason else file.stat().st_size))
+    return reason
