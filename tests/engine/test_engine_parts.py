@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from hotloop import LLM
 from hotloop.engine.forward import CompileWatch, TorchForward
-from hotloop.engine.graphs import Graphs
+from hotloop.engine.graphs import Graphs, PaddedGraphs
 
 CPU = torch.device("cpu")
 N_LAYERS = 3
@@ -59,6 +59,34 @@ def test_graphs_share_a_pool_and_the_least_recently_used_goes(monkeypatch):
     assert [name for name, _, _ in captured] == ["A", "B", "C", "B"]
     assert {pool for _, _, pool in captured} == {"the pool"}
     assert (len(replayed), graphs.n_captured) == (6, 4)
+
+
+def test_padded_graphs_share_a_pool_and_the_next_larger_one_is_replayed(monkeypatch):
+    ran, pools = [], []
+
+    class Graph:
+        def __init__(self, program) -> None:
+            self.program = program
+
+        def pool(self) -> str:
+            return "the first one's"
+
+        def replay(self) -> None:
+            self.program()
+
+    def capture(program, _device, *, runs_before, pool):
+        assert runs_before == 1
+        pools.append(pool)
+        return Graph(program), None
+
+    monkeypatch.setattr("hotloop.engine.graphs.capture", capture)
+    graphs = PaddedGraphs({2, 6, 4}, CPU)
+    assert not graphs
+    graphs.capture(lambda ids_T: ran.append(ids_T.tolist()))
+    assert (len(graphs), pools) == (3, [None, *["the first one's"] * 2])
+    for n in (3, 2, 5):
+        graphs.replay(torch.arange(1, n + 1))
+    assert ran == [[1, 2, 3, 0], [1, 2], [1, 2, 3, 4, 5, 0]]
 
 
 def test_what_other_engines_compiled_does_not_count(monkeypatch):

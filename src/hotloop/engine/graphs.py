@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +60,38 @@ class Graphs:
         graph, result = self._kept[key]
         graph.replay()
         return result
+
+
+class PaddedGraphs:
+    """CUDA graphs of a program that takes T tokens, captured for some values of T.
+
+    Args:
+        sizes: The values of T.
+        device: The device.
+    """
+
+    def __init__(self, sizes: Collection[int], device: torch.device) -> None:
+        self._sizes, self._device = sorted(sizes), device
+        self._ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=device)
+        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def capture(self, run: Callable[[Tensor], object]) -> None:
+        """Captures ``run``, which runs the program on token ids [T], for every size."""
+        pool = None
+        for size in reversed(self._sizes):
+            program = partial(run, self._ids[:size])
+            graph, _ = capture(program, self._device, runs_before=1, pool=pool)
+            pool = graph.pool()
+            self._captured[size] = graph
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def replay(self, ids_T: Tensor) -> None:
+        """Replays the graph of the next larger size; earlier ids, or 0, are its padding."""
+        size = next(size for size in self._sizes if size >= len(ids_T))
+        self._ids[: len(ids_T)] = ids_T
+        self._captured[size].replay()
 
 
 def capture(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hotloop.engine.prompt import STEP_TOKENS, bytes_per_row
+from hotloop.engine.prefill_workspace import bytes_per_row
+from hotloop.engine.prompt import STEP_TOKENS
 from hotloop.engine.setup import Setup, prepare, ranks_here
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info, free_bytes

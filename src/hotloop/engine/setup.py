@@ -17,7 +17,7 @@ import torch
 from hotloop.checked import MAX_SEED
 from hotloop.engine import fused
 from hotloop.engine.forward import compile_unavailable_reason
-from hotloop.engine.prompt import prefill_chunk
+from hotloop.engine.prefill_workspace import prefill_chunk
 from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError, shorten_value
 from hotloop.hardware import resolve_device
 from hotloop.kernels.cuda.launch import unavailable_reason as fused_unavailable_reason
