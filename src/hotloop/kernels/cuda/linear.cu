@@ -22,36 +22,7 @@
 // eight rows of x, the width of one mma; an item of work is kTiles tiles. g = lane / 4 and
 // t = lane % 4 locate a lane in the fragments of mma.
 
-#include "pointwise.cuh"
-#include "weights.cuh"
-
-struct LinearArgs {
-  const uint8_t* weight;         // [tiles, units, bytes of a unit]
-  const float* scale;            // [N], with eight-bit weights
-  const bf16* x;                 // [M, K]; with kNorm, the prescaled input
-  const float* squares;          // [M, tiles of K], with kNorm: partial sums of the input's squares
-  const bf16* bias;              // [N], or null
-  const bf16* residual;          // added; shaped like y, or null; not with kLogits
-  void* y;                       // bf16 [M, N]; kSwiGLU: bf16 [M, N / 2]; kLogits: float [M, N]
-  const bf16* next_norm;         // [N]: weight of the norm that follows, or null; with kPlain
-  bf16* next_x;                  // [M, N]: its prescaled input, y * next_norm
-  float* next_squares;           // [M, tiles]: partial sums of y's squares
-  float* best_value;             // [M, blocks], with kLogits: each block's largest, or null
-  int* best_index;               // [M, blocks]: its output feature
-  const uint8_t* prefetch_weight;  // of a later matrix product, or null
-  int rows, n, k;
-  int n_best;                    // the largest is taken among the first n_best output features
-  int tiles, units;
-  int stages, units_per_stage;   // of a warp's ring
-  int prefetch_n_tiles, prefetch_stride;  // tiles of that weight, and bytes per tile
-  int prefetch_first, prefetch_step;  // block 0's first tile; tiles between two of a block's
-  int prefetch_tiles;            // tiles per block
-  int prefetch_tile_bytes;       // bytes of each, from its beginning
-  int prefetch_items_left;       // a block prefetches when it has this many items left
-  float eps;                     // with kNorm
-};
-
-enum Epilogue { kPlain, kSwiGLU, kLogits };
+#include "linear.cuh"
 
 constexpr int kBuffers = 2;  // of partial sums, between the warps and the epilogue warp
 
@@ -70,6 +41,8 @@ struct Linear {
   static constexpr int kUnitsAtOnce = kFew && kGroups && kStaged ? 2 : 1;
   // x that is not staged is loaded one unit ahead (software pipelining), where registers allow.
   static constexpr bool kPipelinesX = !kStaged && kOctets == 1;
+
+  using Output = ::Output<Weight, kEpilogue, kNorm>;
 
   const LinearArgs& args;
   const int lane, warp, g, t;
@@ -177,8 +150,8 @@ struct Linear {
     launch_dependents();
     sync_block();  // the epilogue warp has initialized the other barriers
     wait_for_predecessor();
-    float squares[kSquaresAtOnce];  // loaded together with x
-    if (kNorm && kSharesFactors) load_squares(warp, 0, squares);
+    float squares[NormFactors::kAtOnce];  // loaded together with x
+    if (kNorm && kSharesFactors) NormFactors{args, lane}.load(warp, 0, squares);
     if (kStaged) stage_x(next);
     if (kNorm && kSharesFactors) compute_shared_factors(squares);
 
@@ -225,9 +198,9 @@ struct Linear {
     if (!kGroups && kSums)
 #pragma unroll
       for (int c = 0; c < kOctets; c++) {
-        const float2 sum_of_x = x_sum_of<kFirst>(at.x_sum, 0, c, x_total[c]);
+        const float2 x_sum = x_sum_of_group<kFirst>(at.x_sum, 0, c, x_total[c]);
 #pragma unroll
-        for (int r = 0; r < kTiles; r++) subtract_zero_point(sum[r][c], sum_of_x);
+        for (int r = 0; r < kTiles; r++) subtract_zero_point<Weight>(sum[r][c], x_sum);
       }
     if (kFirst) sync_warp();
   }
@@ -264,7 +237,8 @@ struct Linear {
     uint4 here[kUnitSlices];
     if (kPipelinesX) {
 #pragma unroll
-      for (int slice = 0; slice < kUnitSlices; slice++) here[slice] = scale_input(next_x[slice]);
+      for (int slice = 0; slice < kUnitSlices; slice++)
+        here[slice] = scale_input<Weight>(next_x[slice]);
       load_unit(unit + 1 < end_unit ? unit + 1 : first_unit, next_x);
     }
 #pragma unroll
@@ -284,21 +258,16 @@ struct Linear {
           mma(kGroups ? odd[r][c] : sum[r][c], a[1], b[c].z, b[c].w);
         }
       }
-      if constexpr (kFirst) {
-        const uint32_t ones[4] = {Weight::one(0), Weight::one(0), Weight::one(1), Weight::one(1)};
+      if constexpr (kFirst)
 #pragma unroll
-        for (int c = 0; c < kOctets; c++) {
-          mma(x_total[c][0], ones, b[c].x, b[c].y);
-          mma(x_total[c][1], ones, b[c].z, b[c].w);
-        }
-      }
+        for (int c = 0; c < kOctets; c++) add_x<Weight>(x_total[c], b[c]);
       if constexpr (kGroups) {
         if (slice % kGroupSlices == kGroupSlices - 1)
 #pragma unroll
           for (int c = 0; c < kOctets; c++)
-            finish_group(weights, slice, c,
-                         x_sum_of<kFirst>(x_sum, slice / kGroupSlices, c, x_total[c]), even, odd,
-                         sum);
+            finish_group(
+                weights, slice, c,
+                x_sum_of_group<kFirst>(x_sum, slice / kGroupSlices, c, x_total[c]), even, odd, sum);
       }
     }
   }
@@ -321,61 +290,29 @@ struct Linear {
                                                float odd[kTiles][kOctets][4],
                                                float sum[kTiles][kOctets][4]) {
 #pragma unroll
-    for (int r = 0; r < kTiles; r++) {
-      const uint32_t* group = Weight::group(weights + r * tile_bytes, slice);
-#pragma unroll
-      for (int i = 0; i < 4; i++) even[r][c][i] += odd[r][c][i];
-      subtract_zero_point(even[r][c], x_sum);
-      add_scaled(sum[r][c], group[g], even[r][c]);
-      if constexpr (Weight::kOffset) {
-        const float x_sums[4] = {x_sum.x, x_sum.y, x_sum.x, x_sum.y};
-        add_scaled(sum[r][c], group[8 + g], x_sums);
-      }
-    }
+    for (int r = 0; r < kTiles; r++)
+      add_group<Weight>(sum[r][c], even[r][c], odd[r][c], x_sum,
+                        Weight::group(weights + r * tile_bytes, slice), g);
   }
 
-  // The sums of rows 8c + 2t and 8c + 2t + 1 of x over a group (or over this warp's K): mma with
-  // weights of one leaves them in every lane that needs them.
+  // The sums of rows 8c + 2t and 8c + 2t + 1 of x over a group (or over this warp's K).
   template <bool kFirst>
-  __device__ __forceinline__ float2 x_sum_of(float* x_sum, int group, int c,
-                                             const float x_total[2][4]) const {
+  __device__ __forceinline__ float2 x_sum_of_group(float* x_sum, int group, int c,
+                                                   const float x_total[2][4]) const {
     float2* kept = reinterpret_cast<float2*>(x_sum + group * kMaxRows + 8 * c);
     if (!kFirst) return *kept;
-    const float2 sum = {x_total[0][0] + x_total[1][0], x_total[0][1] + x_total[1][1]};
+    const float2 sum = x_sum_of(x_total);
     if (g == 0) *kept = sum;
     return sum;
   }
 
-  // Weights are stored plus a zero point: subtracts its part of the sums.
-  static __device__ __forceinline__ void subtract_zero_point(float sum[4], float2 x_sum) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      sum[i] = fmaf(-Weight::kZeroPoint, i % 2 == 0 ? x_sum.x : x_sum.y, sum[i]);
-  }
-
-  // Adds more * scale; rows g and g + 8 of a tile have a scale each.
-  static __device__ __forceinline__ void add_scaled(float sum[4], uint32_t scales,
-                                                    const float more[4]) {
-    sum[0] = fmaf(low(scales), more[0], sum[0]);
-    sum[1] = fmaf(low(scales), more[1], sum[1]);
-    sum[2] = fmaf(high(scales), more[2], sum[2]);
-    sum[3] = fmaf(high(scales), more[3], sum[3]);
-  }
-
-  // x as B operands: features 8t to 8t + 7 of a slice, of row 8c + g, multiplied by the weight
-  // type's input scale. Lanes whose row does not exist read another row; their results are never
-  // stored.
-
-  static __device__ __forceinline__ uint4 scale_input(uint4 x) {
-    if constexpr (Weight::kOutputScale == 1) return x;
-    return {times(x.x, Weight::input_scale(0)), times(x.y, Weight::input_scale(1)),
-            times(x.z, Weight::input_scale(0)), times(x.w, Weight::input_scale(1))};
-  }
+  // x as B operands, of row 8c + g. Lanes whose row does not exist read another row; their results
+  // are never stored.
 
   // x: where the unit's part of staged x begins.
   __device__ __forceinline__ uint4 x_operand(const uint4* x, int unit, int slice, int c) const {
     if constexpr (kStaged) return x[slice * 4 + staged_rows_to(c) * x_stride];
-    return scale_input(load_x(unit * kUnitSlices + slice, c));
+    return scale_input<Weight>(load_x(unit * kUnitSlices + slice, c));
   }
 
   // The number of rows from row g of staged x to row 8c + g.
@@ -418,7 +355,8 @@ struct Linear {
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         const int row = first_row + r, vector = first_vector + 32 * i + lane;
-        if (row < args.rows && vector < all) staged[row * x_stride + vector] = scale_input(x[i][r]);
+        if (row < args.rows && vector < all)
+          staged[row * x_stride + vector] = scale_input<Weight>(x[i][r]);
       }
   }
 
@@ -426,50 +364,29 @@ struct Linear {
   // octet; for more rows the other warps share the work.
 
   static constexpr bool kSharesFactors = kOctets > 1;
-  static constexpr int kSquaresAtOnce = 16;  // loads of a lane in flight
-
-  __device__ __forceinline__ void load_squares(int row, int begin, float squares[]) const {
-    const int parts = (args.k + kTileRows - 1) / kTileRows;
-#pragma unroll
-    for (int i = 0; i < kSquaresAtOnce; i++) {
-      const int part = begin + 32 * i + lane;
-      squares[i] = row < args.rows && part < parts ? args.squares[row * parts + part] : 0;
-    }
-  }
-
   __device__ __forceinline__ void compute_shared_factors(float squares[]) {
+    const NormFactors norm = {args, lane};
     for (int row = warp; row < args.rows; row += kWarps) {
-      if (row != warp) load_squares(row, 0, squares);
-      const float factor = norm_factor(row, squares);
+      if (row != warp) norm.load(row, 0, squares);
+      const float factor = norm.of(row, squares);
       if (lane == 0) norm_factors[row] = factor;
     }
   }
 
   // For rows 2t and 2t + 1.
   __device__ __forceinline__ void compute_factors(float factor[2]) const {
+    const NormFactors norm = {args, lane};
     constexpr int kAtOnce = kFew ? 2 : 4;
     for (int first = 0; first < args.rows; first += kAtOnce) {
-      float squares[kAtOnce][kSquaresAtOnce];
+      float squares[kAtOnce][NormFactors::kAtOnce];
 #pragma unroll
-      for (int r = 0; r < kAtOnce; r++) load_squares(first + r, 0, squares[r]);
+      for (int r = 0; r < kAtOnce; r++) norm.load(first + r, 0, squares[r]);
 #pragma unroll
       for (int r = 0; r < kAtOnce; r++) {
-        const float found = norm_factor(first + r, squares[r]);
+        const float found = norm.of(first + r, squares[r]);
         if ((first + r) / 2 == t) factor[r % 2] = found;
       }
     }
-  }
-
-  // 1 / rms of a row, whose first squares are loaded.
-  __device__ __forceinline__ float norm_factor(int row, float squares[]) const {
-    const int parts = (args.k + kTileRows - 1) / kTileRows;
-    float sum = 0;
-    for (int begin = 0; begin < parts; begin += 32 * kSquaresAtOnce) {
-      if (begin > 0) load_squares(row, begin, squares);
-#pragma unroll
-      for (int i = 0; i < kSquaresAtOnce; i++) sum += squares[i];
-    }
-    return rsqrtf(warp_sum(sum) / args.k + args.eps);
   }
 
   __device__ __forceinline__ const uint4* x_vectors(int row) const {
@@ -523,15 +440,17 @@ struct Linear {
     wait_for_predecessor();  // which writes the inputs, and may still read y
     float factor[kOctets][2] = {};  // 1 / rms of rows 8c + 2t and 8c + 2t + 1
     if (kNorm && !kSharesFactors) compute_factors(factor[0]);
+    const Output output = {args, g, t};
     Best best[kOctets][2];
     int number = 0;
     for (int item = first_item; item < n_items; item += item_step, number++) {
       if (number == prefetch_at) issue_prefetch();
-      EpilogueInputs inputs[kTiles][kOctets];
+      typename Output::EpilogueInputs inputs[kTiles][kOctets];
 #pragma unroll
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
-        for (int c = 0; c < kOctets; c++) inputs[r][c] = load_epilogue_inputs(item * kTiles + r, c);
+        for (int c = 0; c < kOctets; c++)
+          inputs[r][c] = output.load_epilogue_inputs(item * kTiles + r, c);
       barrier_wait(sums_full + number % kBuffers, number / kBuffers % 2);
       if (kNorm && kSharesFactors && number == 0)
 #pragma unroll
@@ -550,7 +469,7 @@ struct Linear {
       for (int r = 0; r < kTiles; r++)
 #pragma unroll
         for (int c = 0; c < kOctets; c++)
-          write_tile(sum[r][c], item * kTiles + r, c, inputs[r][c], factor[c], best[c]);
+          output.write_tile(sum[r][c], item * kTiles + r, c, inputs[r][c], factor[c], best[c]);
     }
     if (kEpilogue == kLogits && args.best_value != nullptr) write_best(best);
   }
@@ -584,114 +503,12 @@ struct Linear {
       }
   }
 
-  // The outputs of a lane: features g and g + 8 of a tile (with kSwiGLU gate and up of one feature)
-  // of rows 8c + 2t and 8c + 2t + 1.
-  struct Output {
-    int width;   // of y
-    int n0, n1;  // output features
-    bool has0, has1;
-  };
-
-  __device__ __forceinline__ Output output_of(int tile) const {
-    constexpr bool pairs = kEpilogue == kSwiGLU;
-    Output p;
-    p.width = pairs ? args.n / 2 : args.n;
-    p.n0 = pairs ? 8 * tile + g : kTileRows * tile + g;
-    p.n1 = pairs ? p.width + p.n0 : p.n0 + 8;
-    p.has0 = p.n0 < p.width && tile < args.tiles, p.has1 = p.n1 < args.n && tile < args.tiles;
-    return p;
-  }
-
-  // The inputs of the epilogue beside the sums, loaded while the warps still multiply.
-  struct EpilogueInputs {
-    float scale[2], bias[2], next_norm[2];
-    float residual[4];
-  };
-
-  __device__ __forceinline__ EpilogueInputs load_epilogue_inputs(int tile, int c) const {
-    const Output p = output_of(tile);
-    EpilogueInputs b = {};
-    if (Weight::kChannelScale) {
-      if (p.has0) b.scale[0] = args.scale[p.n0];
-      if (p.has1) b.scale[1] = args.scale[p.n1];
-    }
-    if (args.bias != nullptr) {
-      if (p.has0) b.bias[0] = widen(args.bias[p.n0]);
-      if (p.has1) b.bias[1] = widen(args.bias[p.n1]);
-    }
-    if (kEpilogue == kPlain && args.next_norm != nullptr) {
-      if (p.has0) b.next_norm[0] = widen(args.next_norm[p.n0]);
-      if (p.has1) b.next_norm[1] = widen(args.next_norm[p.n1]);
-    }
-    if (kEpilogue != kLogits && args.residual != nullptr)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int row = 8 * c + 2 * t + i;
-        if (row >= args.rows) continue;
-        const bf16* residual = args.residual + static_cast<int64_t>(row) * p.width;
-        if (p.has0) b.residual[i] = widen(residual[p.n0]);
-        if (p.has1 && kEpilogue == kPlain) b.residual[2 + i] = widen(residual[p.n1]);
-      }
-    return b;
-  }
-
-  __device__ __forceinline__ void write_tile(float4 sum, int tile, int c,
-                                             const EpilogueInputs& inputs, const float factor[2],
-                                             Best best[2]) {
-    const Output p = output_of(tile);
-    float v[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (Weight::kOutputScale != 1) v[i] *= Weight::kOutputScale;
-      if (Weight::kChannelScale) v[i] *= inputs.scale[i / 2];
-      if (kNorm) v[i] *= factor[i % 2];
-      if (args.bias != nullptr) v[i] += inputs.bias[i / 2];
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int row = 8 * c + 2 * t + i;
-      const bool has0 = p.has0 && row < args.rows, has1 = p.has1 && row < args.rows;
-      const int64_t at = static_cast<int64_t>(row) * p.width;
-      float squares = 0;
-      if (kEpilogue == kSwiGLU) {
-        if (has0) store(at + p.n0, silu(v[i]) * v[2 + i], inputs.residual[i], 0, squares);
-      } else {
-        if (has0) store(at + p.n0, v[i], inputs.residual[i], inputs.next_norm[0], squares);
-        if (has1) store(at + p.n1, v[2 + i], inputs.residual[2 + i], inputs.next_norm[1], squares);
-      }
-      if (kEpilogue == kPlain && args.next_norm != nullptr) {
-        for (int mask = 4; mask < 32; mask *= 2) squares += shuffle_xor(squares, mask);
-        if (g == 0 && has0) args.next_squares[row * args.tiles + tile] = squares;
-      }
-      if (kEpilogue == kLogits) {
-        if (has0 && p.n0 < args.n_best) best[i].update(v[i], p.n0);
-        if (has1 && p.n1 < args.n_best) best[i].update(v[2 + i], p.n1);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store(int64_t at, float value, float residual, float next_norm,
-                                        float& squares) const {
-    if (kEpilogue == kLogits) {
-      static_cast<float*>(args.y)[at] = value;
-      return;
-    }
-    const bf16 y = narrow(args.residual != nullptr ? value + residual : value);
-    static_cast<bf16*>(args.y)[at] = y;
-    if (kEpilogue == kPlain && args.next_norm != nullptr) {
-      args.next_x[at] = narrow(widen(y) * next_norm);
-      squares = fmaf(widen(y), widen(y), squares);
-    }
-  }
-
   __device__ __forceinline__ void write_best(Best best[kOctets][2]) {
 #pragma unroll
     for (int c = 0; c < kOctets; c++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        Best b = best[c][i];
-        for (int mask = 4; mask < 32; mask *= 2)
-          b.update(shuffle_xor(b.value, mask), shuffle_xor(b.index, mask));
+        const Best b = Output::best_of_lanes(best[c][i]);
         const int row = 8 * c + 2 * t + i;
         if (g == 0 && row < args.rows) {
           args.best_value[row * gridDim.x + blockIdx.x] = b.value;

@@ -1,0 +1,233 @@
+// What the kernels of matrix products have in common: arguments, arithmetic of a group, epilogue.
+//
+// Letters: M rows of x, N output features, K input features. A tile is 16 output features; a unit
+// is 1024 bytes of a tile's weights with their scales; a slice is 32 input features; an octet is
+// eight rows of x, the width of one mma. g = lane / 4 and t = lane % 4 locate a lane in the
+// fragments of mma.
+
+#pragma once
+
+#include "pointwise.cuh"
+#include "weights.cuh"
+
+struct LinearArgs {
+  const uint8_t* weight;         // [tiles, units, bytes of a unit]
+  const float* scale;            // [N], with eight-bit weights
+  const bf16* x;                 // [M, K]; with kNorm, the prescaled input
+  const float* squares;          // [M, tiles of K], with kNorm: partial sums of the input's squares
+  const bf16* bias;              // [N], or null
+  const bf16* residual;          // added; shaped like y, or null; not with kLogits
+  void* y;                       // bf16 [M, N]; kSwiGLU: bf16 [M, N / 2]; kLogits: float [M, N]
+  const bf16* next_norm;         // [N]: weight of the norm that follows, or null; with kPlain
+  bf16* next_x;                  // [M, N]: its prescaled input, y * next_norm
+  float* next_squares;           // [M, tiles]: partial sums of y's squares
+  float* best_value;             // [M, blocks], with kLogits: each block's largest, or null
+  int* best_index;               // [M, blocks]: its output feature
+  const uint8_t* prefetch_weight;  // of a later matrix product, or null
+  int rows, n, k;
+  int n_best;                    // the largest is taken among the first n_best output features
+  int tiles, units;
+  int stages, units_per_stage;   // of a warp's ring
+  int prefetch_n_tiles, prefetch_stride;  // tiles of that weight, and bytes per tile
+  int prefetch_first, prefetch_step;  // block 0's first tile; tiles between two of a block's
+  int prefetch_tiles;            // tiles per block
+  int prefetch_tile_bytes;       // bytes of each, from its beginning
+  int prefetch_items_left;       // a block prefetches when it has this many items left
+  float eps;                     // with kNorm
+};
+
+enum Epilogue { kPlain, kSwiGLU, kLogits };
+
+// x as B operands: features 8t to 8t + 7 of a slice, multiplied by the weight type's input scale.
+template <class Weight>
+__device__ __forceinline__ uint4 scale_input(uint4 x) {
+  if constexpr (Weight::kOutputScale == 1) return x;
+  return {times(x.x, Weight::input_scale(0)), times(x.y, Weight::input_scale(1)),
+          times(x.z, Weight::input_scale(0)), times(x.w, Weight::input_scale(1))};
+}
+
+// Sums of x over features: mma with weights of one, in two chains, leaves the sums of rows 2t and
+// 2t + 1 in every lane that needs them.
+template <class Weight>
+__device__ __forceinline__ void add_x(float x_total[2][4], uint4 x) {
+  const uint32_t ones[4] = {Weight::one(0), Weight::one(0), Weight::one(1), Weight::one(1)};
+  mma(x_total[0], ones, x.x, x.y);
+  mma(x_total[1], ones, x.z, x.w);
+}
+
+__device__ __forceinline__ float2 x_sum_of(const float x_total[2][4]) {
+  return {x_total[0][0] + x_total[1][0], x_total[0][1] + x_total[1][1]};
+}
+
+// Weights are stored plus a zero point: subtracts its part of the sums.
+template <class Weight>
+__device__ __forceinline__ void subtract_zero_point(float sum[4], float2 x_sum) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    sum[i] = fmaf(-Weight::kZeroPoint, i % 2 == 0 ? x_sum.x : x_sum.y, sum[i]);
+}
+
+// Adds more * scale; rows g and g + 8 of a tile have a scale each.
+__device__ __forceinline__ void add_scaled(float sum[4], uint32_t scales,
+                                                  const float more[4]) {
+  sum[0] = fmaf(low(scales), more[0], sum[0]);
+  sum[1] = fmaf(low(scales), more[1], sum[1]);
+  sum[2] = fmaf(high(scales), more[2], sum[2]);
+  sum[3] = fmaf(high(scales), more[3], sum[3]);
+}
+
+// Adds a group's sums, which run in two chains. group: see Weight::group.
+template <class Weight>
+__device__ __forceinline__ void add_group(float sum[4], float even[4], const float odd[4],
+                                          float2 x_sum, const uint32_t* group, int g) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) even[i] += odd[i];
+  subtract_zero_point<Weight>(even, x_sum);
+  add_scaled(sum, group[g], even);
+  if constexpr (Weight::kOffset) {
+    const float x_sums[4] = {x_sum.x, x_sum.y, x_sum.x, x_sum.y};
+    add_scaled(sum, group[8 + g], x_sums);
+  }
+}
+
+// Factors of an RMS norm, 1 / rms of each row of its input.
+struct NormFactors {
+  const LinearArgs& args;
+  const int lane;
+
+  static constexpr int kAtOnce = 16;  // loads of a lane in flight
+
+  __device__ __forceinline__ void load(int row, int begin, float squares[kAtOnce]) const {
+    const int parts = (args.k + kTileRows - 1) / kTileRows;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      const int part = begin + 32 * i + lane;
+      squares[i] = row < args.rows && part < parts ? args.squares[row * parts + part] : 0;
+    }
+  }
+
+  // The factor of a row, whose first squares are loaded.
+  __device__ __forceinline__ float of(int row, float squares[kAtOnce]) const {
+    const int parts = (args.k + kTileRows - 1) / kTileRows;
+    float sum = 0;
+    for (int begin = 0; begin < parts; begin += 32 * kAtOnce) {
+      if (begin > 0) load(row, begin, squares);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) sum += squares[i];
+    }
+    return rsqrtf(warp_sum(sum) / args.k + args.eps);
+  }
+};
+
+// The epilogue of an octet's sums over a tile. A lane has features g and g + 8 of a tile (with
+// kSwiGLU gate and up of one feature) of rows 8c + 2t and 8c + 2t + 1.
+template <class Weight, Epilogue kEpilogue, bool kNorm>
+struct Output {
+  const LinearArgs& args;
+  const int g, t;
+
+  struct Features {
+    int width;   // of y
+    int n0, n1;  // output features
+    bool has0, has1;
+  };
+
+  __device__ __forceinline__ Features features_of(int tile) const {
+    constexpr bool pairs = kEpilogue == kSwiGLU;
+    Features p;
+    p.width = pairs ? args.n / 2 : args.n;
+    p.n0 = pairs ? 8 * tile + g : kTileRows * tile + g;
+    p.n1 = pairs ? p.width + p.n0 : p.n0 + 8;
+    p.has0 = p.n0 < p.width && tile < args.tiles, p.has1 = p.n1 < args.n && tile < args.tiles;
+    return p;
+  }
+
+  // The inputs of the epilogue beside the sums, loaded before these are complete.
+  struct EpilogueInputs {
+    float scale[2], bias[2], next_norm[2];
+    float residual[4];
+  };
+
+  __device__ __forceinline__ EpilogueInputs load_epilogue_inputs(int tile, int c) const {
+    const Features p = features_of(tile);
+    EpilogueInputs b = {};
+    if (Weight::kChannelScale) {
+      if (p.has0) b.scale[0] = args.scale[p.n0];
+      if (p.has1) b.scale[1] = args.scale[p.n1];
+    }
+    if (args.bias != nullptr) {
+      if (p.has0) b.bias[0] = widen(args.bias[p.n0]);
+      if (p.has1) b.bias[1] = widen(args.bias[p.n1]);
+    }
+    if (kEpilogue == kPlain && args.next_norm != nullptr) {
+      if (p.has0) b.next_norm[0] = widen(args.next_norm[p.n0]);
+      if (p.has1) b.next_norm[1] = widen(args.next_norm[p.n1]);
+    }
+    if (kEpilogue != kLogits && args.residual != nullptr)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int row = 8 * c + 2 * t + i;
+        if (row >= args.rows) continue;
+        const bf16* residual = args.residual + static_cast<int64_t>(row) * p.width;
+        if (p.has0) b.residual[i] = widen(residual[p.n0]);
+        if (p.has1 && kEpilogue == kPlain) b.residual[2 + i] = widen(residual[p.n1]);
+      }
+    return b;
+  }
+
+  __device__ __forceinline__ void write_tile(float4 sum, int tile, int c,
+                                             const EpilogueInputs& inputs, const float factor[2],
+                                             Best best[2]) const {
+    const Features p = features_of(tile);
+    float v[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (Weight::kOutputScale != 1) v[i] *= Weight::kOutputScale;
+      if (Weight::kChannelScale) v[i] *= inputs.scale[i / 2];
+      if (kNorm) v[i] *= factor[i % 2];
+      if (args.bias != nullptr) v[i] += inputs.bias[i / 2];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int row = 8 * c + 2 * t + i;
+      const bool has0 = p.has0 && row < args.rows, has1 = p.has1 && row < args.rows;
+      const int64_t at = static_cast<int64_t>(row) * p.width;
+      float squares = 0;
+      if (kEpilogue == kSwiGLU) {
+        if (has0) store(at + p.n0, silu(v[i]) * v[2 + i], inputs.residual[i], 0, squares);
+      } else {
+        if (has0) store(at + p.n0, v[i], inputs.residual[i], inputs.next_norm[0], squares);
+        if (has1) store(at + p.n1, v[2 + i], inputs.residual[2 + i], inputs.next_norm[1], squares);
+      }
+      if (kEpilogue == kPlain && args.next_norm != nullptr) {
+        for (int mask = 4; mask < 32; mask *= 2) squares += shuffle_xor(squares, mask);
+        if (g == 0 && has0) args.next_squares[row * args.tiles + tile] = squares;
+      }
+      if (kEpilogue == kLogits) {
+        if (has0 && p.n0 < args.n_best) best[i].update(v[i], p.n0);
+        if (has1 && p.n1 < args.n_best) best[i].update(v[2 + i], p.n1);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(int64_t at, float value, float residual, float next_norm,
+                                        float& squares) const {
+    if (kEpilogue == kLogits) {
+      static_cast<float*>(args.y)[at] = value;
+      return;
+    }
+    const bf16 y = narrow(args.residual != nullptr ? value + residual : value);
+    static_cast<bf16*>(args.y)[at] = y;
+    if (kEpilogue == kPlain && args.next_norm != nullptr) {
+      args.next_x[at] = narrow(widen(y) * next_norm);
+      squares = fmaf(widen(y), widen(y), squares);
+    }
+  }
+
+  // The best of the lanes that have the same rows.
+  static __device__ __forceinline__ Best best_of_lanes(Best best) {
+    for (int mask = 4; mask < 32; mask *= 2)
+      best.update(shuffle_xor(best.value, mask), shuffle_xor(best.index, mask));
+    return best;
+  }
+};
