@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -204,26 +203,6 @@ def bytes_asked_for(shortage: BaseException) -> int | None:
         return None
     unit = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}[found[2].lower()]
     return int(float(found[1].rstrip(".")) * unit)
-
-
-def kernel_oom_kills() -> int | None:
-    """Counts the processes that the kernel has killed for lack of memory; None where unknown."""
-    with suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            name, _, count = line.partition(" ")
-            if name == "oom_kill":
-                return int(count)
-    return None
-
-
-def oom_killed_since(before: int | None) -> bool:
-    """Tells whether the kernel has OOM-killed a process since ``before``.
-
-    Args:
-        before: The earlier result of ``kernel_oom_kills``.
-    """
-    now = kernel_oom_kills()
-    return before is not None and now is not None and now > before
 
 
 def measure_read_bandwidth(device: torch.device, *, min_seconds: float = 0.3) -> float:

@@ -15,10 +15,7 @@ This module does not know what ranks compute.
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,8 +30,8 @@ from typing import Any, BinaryIO
 
 import psutil
 
+from hotloop.child_process import ChildProcess, signal_name
 from hotloop.errors import HotloopError, OutOfMemoryError, RankError, RequestError
-from hotloop.hardware import kernel_oom_kills, oom_killed_since
 from hotloop.parallel.link import LAST, Answer, Failure, Progress, receive, send
 from hotloop.writing import tail
 
@@ -63,7 +60,7 @@ class Rank:
 
     index: int
     connection: Connection
-    process: subprocess.Popen[bytes] | None = None
+    process: ChildProcess | None = None
     log: BinaryIO | None = None
     killed: bool = False
 
@@ -72,13 +69,10 @@ class Rank:
 
         A process that we did not start ends itself when its connection closes (see ``link``).
         """
-        if self.killed:
-            return  # only once: later, another process may have its number
-        self.killed = True
         if self.process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        else:
+            self.process.kill()
+        elif not self.killed:
+            self.killed = True
             with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)
 
@@ -114,16 +108,13 @@ def start_rank(module: str, index: int) -> Rank:
     ours, theirs = Pipe()
     log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the rank)
     try:
-        process = subprocess.Popen(
+        process = ChildProcess(
             [
-                *(sys.executable, "-X", "faulthandler", "-m", "hotloop.parallel.program"),
+                *("-m", "hotloop.parallel.program"),
                 *(str(os.getpid()), module, str(index), str(theirs.fileno())),
             ],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,
+            output=log,
+            fds=(theirs.fileno(),),
         )
     except BaseException:
         ours.close()
@@ -229,7 +220,6 @@ class _Watch:
     def __post_init__(self) -> None:
         self._replies: weakref.WeakValueDictionary[int, Reply] = weakref.WeakValueDictionary()
         self._phase = "start"
-        self._oom_kills = kernel_oom_kills()
 
     def expect(self, reply: Reply, phase: str) -> None:
         """Registers the reply that waits for a command's result, and the phase."""
@@ -316,15 +306,13 @@ class _Watch:
             return RankError(rank.index, n_ranks, problem, _last_lines(rank.log))
         if rank.process is None:
             return RankError(rank.index, n_ranks, f"is gone, in {self._phase}")
-        with suppress(subprocess.TimeoutExpired):
-            rank.process.wait(PEER_GRACE_S)
-        code = rank.process.poll()
-        if code == -signal.SIGKILL and oom_killed_since(self._oom_kills):
+        code = rank.process.wait(PEER_GRACE_S)
+        if rank.process.oom_killed():
             return OutOfMemoryError(self._phase)
         if code is None:
             how = "does not respond"
         elif code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
+            how = f"was killed by {signal_name(code)}"
         else:
             how = f"ended with exit code {code}"
         return RankError(rank.index, n_ranks, f"{how} in {self._phase}", _last_lines(rank.log))

@@ -12,8 +12,6 @@ from __future__ import annotations
 import os
 import selectors
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,8 +23,8 @@ import psutil
 
 import hotloop
 from hotloop.bench.record import Record, Status
+from hotloop.child_process import ChildProcess, signal_name
 from hotloop.errors import HotloopError
-from hotloop.hardware import kernel_oom_kills, oom_killed_since
 from hotloop.sweep.cell import as_reason, base_record, gib
 from hotloop.sweep.events import (
     CellFinished,
@@ -134,7 +132,7 @@ def run_isolated(
                 f"took longer than the limit of {timeout_s:g} s in {seen.phase}",
             )
         else:
-            status, reason = seen.explain_death(child.returncode)
+            status, reason = seen.explain_end(child)
         tail = _tail(log, log_start) if status != "interrupted" else ""
         reason = as_reason(reason + tail)
         record = Record(**(fields | seen.facts), status=status, reason=reason)
@@ -154,7 +152,6 @@ class _Seen:
         self.nonsense = ""
         self._peak_rss = 0
         self._available = psutil.virtual_memory().available
-        self._oom_kills = kernel_oom_kills()
 
     def take(self, line: bytes) -> None:
         try:
@@ -179,21 +176,21 @@ class _Seen:
         with suppress(psutil.Error):
             self._peak_rss = max(self._peak_rss, psutil.Process(pid).memory_info().rss)
 
-    def explain_death(self, code: int) -> tuple[Status, str]:
-        """Explains the end of a process that sent no record, from its exit code.
+    def explain_end(self, child: ChildProcess) -> tuple[Status, str]:
+        """Explains the end of a process that sent no record.
 
-        SIGKILL leaves no trace in the process, and we sent none. The kernel counts the processes
-        that it kills for lack of memory; if that count rose meanwhile, this was one of them. A
-        container's or a desktop's own killer is not counted; it is suspected if the process held
-        most of the memory there was.
+        A killer of processes that is not the kernel's, such as a desktop's, is not counted; it is
+        suspected if the process held most of the memory there was.
         """
+        code = child.poll()
+        assert code is not None, "the process still runs"
         if code >= 0:
             return "failed", f"the process ended in {self.phase} with exit code {code}, no record"
-        name = signal.Signals(-code).name
         held = f"it held {gib(self._peak_rss)} of the {gib(self._available)} available"
+        if child.oom_killed():
+            return "oom", f"killed by the kernel in {self.phase} for lack of memory; {held}"
+        name = signal_name(code)
         if -code == signal.SIGKILL:
-            if oom_killed_since(self._oom_kills):
-                return "oom", f"killed by the kernel in {self.phase} for lack of memory; {held}"
             if self._peak_rss > OOM_SHARE * self._available:
                 return "oom", f"killed in {self.phase}, probably for lack of memory; {held}"
             return "failed", f"killed from outside by {name} in {self.phase}; {held}"
@@ -229,23 +226,19 @@ class _Pipe:
 @contextmanager
 def _started(
     job: Job, output: BinaryIO, grace_s: float, on_event: OnEvent
-) -> Iterator[tuple[subprocess.Popen[bytes], _Pipe]]:
+) -> Iterator[tuple[ChildProcess, _Pipe]]:
     """The process of a job and the pipe of its events; afterwards, nothing of it is left."""
     reader, writer = os.pipe()
     pipe, mark = _Pipe(reader), uuid.uuid4().hex
     try:
         try:
-            child = subprocess.Popen(
-                [
-                    *(str(job.python or sys.executable), "-X", "faulthandler", "-c", _START),
-                    *(str(Path(hotloop.__file__).parent), str(writer)),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(writer,),
-                start_new_session=True,
-                env=os.environ | {MARK: mark},
+            child = ChildProcess(
+                ["-c", _START, str(Path(hotloop.__file__).parent), str(writer)],
+                output=output,
+                fds=(writer,),
+                reads=True,
+                python=job.python,
+                environment={MARK: mark},
             )
         finally:
             os.close(writer)
@@ -256,7 +249,7 @@ def _started(
                 child.stdin.flush()
             yield child, pipe
         finally:
-            _end(child, grace_s)
+            child.end(grace_s)
             if left := end_marked(mark):
                 on_event(
                     Noticed(
@@ -266,21 +259,6 @@ def _started(
                 )
     finally:
         pipe.close()
-
-
-def _end(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Ends a process and its group, politely first."""
-    try:
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(child.pid, signal.SIGTERM)
-            child.wait(grace_s)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        assert child.stdin is not None, "stdin was asked for as a pipe"
-        with suppress(BrokenPipeError):
-            child.stdin.close()
 
 
 def _tail(log: Path, start: int) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hotloop.child_process import signal_name
 from hotloop.errors import (
     CheckpointError,
     HotloopError,
@@ -168,7 +169,7 @@ class ChatTemplate:
     def _ended(self, code: int | None) -> HotloopError:
         if code == -signal.SIGPROF:
             return self._error("limit", f"more than {CPU_LIMIT_S:g} s of processor time")
-        how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
+        how = f"exit code {code}" if code is None or code >= 0 else signal_name(code)
         return self._error("failed", f"its process ended ({how})")
 
     def _error(self, kind: str, problem: str) -> HotloopError:
