@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import stat
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +36,12 @@ def write_whole(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> Path:
+    """Writes an object as indented JSON into a folder of our own, and returns the file."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return file
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,11 +35,14 @@ from torch import Tensor
 from hotloop.checked import Count
 from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten_value
 from hotloop.outside import StrictModel, parse_json, validated
-from hotloop.safetensors_header import safetensors_header, tensor_entry
+from hotloop.safetensors_file import SafetensorsFile
 from hotloop.types import Score
 from hotloop.writing import replacing
 
 FORMAT = "hotloop-reference-1"
+
+HEADER_BYTES = 2**12
+"""Space for the header of a reference."""
 
 KEPT_FREE_BYTES = 2**28
 """Bytes of a disk that a reference leaves free, for records and logs."""
@@ -159,12 +162,11 @@ class ReferenceWriter:
             raise ConfigError(f"windows of shape {list(shape)} are not those of {key}.")
         self._path, self._key = path, key
         n, V = key.n_predictions, key.vocab_size
-        metadata = {
+        self._metadata = {
             "format": FORMAT,
             "key": key.model_dump_json(),
             "windows_sha256": hash_windows(windows),
         }
-        self._header = _header(key, metadata)
         self._top1: list[Tensor] = []
         self._token_logprobs: list[Tensor] = []
         needed, free = n * (8 + 4 + 2 * V), shutil.disk_usage(path.parent).free
@@ -178,10 +180,15 @@ class ReferenceWriter:
     def open(self) -> Generator[ReferenceWriter]:
         """Opens the file, which appears under its name when the block ends without an error."""
         with replacing(self._path) as self._file:
-            self._file.write(self._header)
-            self._file.seek(self._key.n_predictions * (8 + 4), 1)  # for what is known at the end
+            file = SafetensorsFile(self._file, self._metadata, header_bytes=HEADER_BYTES)
+            self._at = {
+                name: file.place(name, dtype, shape, math.prod(shape) * int(dtype[1:]) // 8)
+                for name, (dtype, shape) in _layout(self._key).items()
+            }
+            self._file.seek(self._at["log_probs"])
             yield self
             self._finish()
+            file.finish()
 
     def add(self, score: Score) -> None:
         """Appends the next window's predictions. ``score`` must hold the whole distributions."""
@@ -195,9 +202,9 @@ class ReferenceWriter:
     def _finish(self) -> None:
         top1, token_logprobs = torch.cat(self._top1), torch.cat(self._token_logprobs)
         assert len(top1) == self._key.n_predictions, "windows were announced and not added"
-        self._file.seek(len(self._header))
-        self._file.write(top1.numpy().data)
-        self._file.write(token_logprobs.numpy().data)
+        for name, values in (("top1", top1), ("token_logprobs", token_logprobs)):
+            self._file.seek(self._at[name])
+            self._file.write(values.numpy().data)
 
 
 def hash_windows(windows: Sequence[Sequence[int]]) -> str:
@@ -261,12 +268,3 @@ def _layout(key: ReferenceKey) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     n, V = key.n_predictions, key.vocab_size
     return {"top1": ("I64", (n,)), "token_logprobs": ("F32", (n,)), "log_probs": ("F16", (n, V))}
-
-
-def _header(key: ReferenceKey, metadata: Mapping[str, str]) -> bytes:
-    """Returns the header of a reference, whose tensors lie one behind the other without gaps."""
-    entries, end = {}, 0
-    for name, (dtype, shape) in _layout(key).items():
-        start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
-        entries[name] = tensor_entry(dtype, shape, start, end)
-    return safetensors_header(entries, metadata)

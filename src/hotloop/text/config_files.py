@@ -8,7 +8,6 @@ says, others ignore the key.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,12 +54,6 @@ def read_optional_json(file: Path) -> dict[str, Any]:
 def file_is_there(file: Path) -> bool:
     """Tells whether a path exists, as a broken link too: that is not the same as no file."""
     return os.path.lexists(file)
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> Path:
-    """Writes an object as indented JSON, and returns the file."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return file
 
 
 # ----------------------------------------------------------------------------------- special tokens

@@ -17,8 +17,9 @@ from hotloop.checked import range_of
 from hotloop.errors import shorten_value
 from hotloop.gguf_header import model_parts, read_gguf_header
 from hotloop.outside import StrictModel, file_kind, validated
-from hotloop.text.config_files import GENERATION_CONFIG, read_optional_json, write_json
+from hotloop.text.config_files import GENERATION_CONFIG, read_optional_json
 from hotloop.types import SamplingParams
+from hotloop.writing import write_json
 
 _GGUF_KEYS = {
     "temperature": "general.sampling.temp",

@@ -35,13 +35,13 @@ from hotloop.text.config_files import (
     read_added_tokens,
     read_end_ids,
     read_tokenizer_config,
-    write_json,
 )
 from hotloop.text.control_tokens import ControlTokens, unused_mark
 from hotloop.text.end_markers import spelled_ends
 from hotloop.text.generation_config import write_generation_config
 from hotloop.text.gguf_vocabulary import read_gguf_vocabulary
 from hotloop.types import ChatPrompt
+from hotloop.writing import write_json
 
 _CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _OTHER_TOKENIZERS = ("tekken.json", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")

@@ -7,7 +7,6 @@ model's makers suggest for sampling. Loading it gives bit for bit what quantizin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from hotloop.weights.identity import (
 )
 from hotloop.weights.source import CheckpointSource, schemes_by_name, stored_parts
 from hotloop.weights.writer import SafetensorsWriter, refuse_occupied
+from hotloop.writing import write_json
 
 
 def quantize_checkpoint(
@@ -97,7 +97,7 @@ def quantize_checkpoint(
                 "tie_word_embeddings": model.tie_embeddings,
                 QUANTIZATION_KEY: description.model_dump(),
             }
-            (writer.staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            write_json(writer.staging / "config.json", config)
             write_generation_config(writer.staging, sampling=sampling)
             tokenizer.save(writer.staging)
     finally:

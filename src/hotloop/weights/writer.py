@@ -1,50 +1,33 @@
-"""Writing safetensors as a stream: one tensor at a time, none of them kept.
+"""Writes a folder of safetensors as a stream: one tensor at a time, none of them kept.
 
-The format wants its header, which lists every tensor, before the data. So a fixed space is left at
-the front of each file (trailing blanks in a header are part of the format), tensors are appended
-behind it as they come, and the header is put in its place when the file is full. A shard that has
-no room left for entries in its header is full too, so the space can be small.
-
-Files are written into a hidden folder beside the destination, which gets its name when everything
-is on disk: what has the name is complete.
+A file whose header has no room left is full, so the header's space can be small. Files are written
+into a hidden folder beside the destination, which gets its name when everything is on disk: what
+has the name is complete.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import uuid
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
-from hotloop.safetensors_header import safetensors_header, tensor_entry
+from hotloop.safetensors_file import SafetensorsFile
 from hotloop.weights.identity import SINGLE_FILE
 from hotloop.weights.safetensors import DTYPES, INDEX_FILE
-from hotloop.writing import errors_named
+from hotloop.writing import errors_named, write_json
 
 HEADER_BYTES = 256 * 2**10
-"""Offset of the data in each file: room for about two thousand tensors."""
+"""Space for the header of each file: room for about two thousand tensors."""
 
 _METADATA = {"format": "pt"}
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(kw_only=True)
-class _Shard:
-    """A file being written; ``header_bytes`` is what its header takes so far."""
-
-    path: Path
-    file: BinaryIO
-    entries: dict[str, Any] = field(default_factory=dict)
-    n_bytes: int = 0
-    header_bytes: int = len(safetensors_header({}, _METADATA))
 
 
 class SafetensorsWriter:
@@ -73,7 +56,7 @@ class SafetensorsWriter:
         self.folder, self.max_shard_bytes = folder.resolve(), max_shard_bytes
         refuse_occupied(self.folder)
         self.staging = self.folder.parent / f".{self.folder.name}.{uuid.uuid4().hex[:8]}.partial"
-        self._shards: list[_Shard] = []
+        self._shards: list[SafetensorsFile] = []
 
     def __enter__(self) -> Self:
         with errors_named(self.folder):
@@ -82,31 +65,29 @@ class SafetensorsWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Appends a tensor, from any device. It is not needed any more afterwards."""
-        assert all(name not in shard.entries for shard in self._shards), f"{name} is added twice"
+        assert all(name not in shard.names for shard in self._shards), f"{name} is added twice"
         # A tensor without dimensions has no bytes to be viewed as.
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        dtype = _TYPE_NAMES[tensor.dtype]
-        # The longest offsets there are stand in for the real ones.
-        entry_bytes = len(json.dumps({name: tensor_entry(dtype, tensor.shape, 2**63, 2**63)}))
-        shard = self._shard_for(data.numel(), entry_bytes)
-        end = shard.n_bytes + data.numel()
-        shard.file.write(data.numpy().data)
-        shard.entries[name] = tensor_entry(dtype, tensor.shape, shard.n_bytes, end)
-        shard.n_bytes, shard.header_bytes = end, shard.header_bytes + entry_bytes
+        dtype, shape = _TYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+        last = self._shards[-1] if self._shards else None
+        if (
+            last is None
+            or last.n_bytes + data.numel() > self.max_shard_bytes
+            or not last.has_room(name, dtype, shape)
+        ):
+            last = self._next_shard()
+        last.file.seek(last.place(name, dtype, shape, data.numel()))
+        last.file.write(data.numpy().data)
 
-    def _shard_for(self, n_bytes: int, entry_bytes: int) -> _Shard:
+    def _next_shard(self) -> SafetensorsFile:
         if self._shards:
-            last = self._shards[-1]
-            fits = last.n_bytes + n_bytes <= self.max_shard_bytes
-            if fits and last.header_bytes + entry_bytes <= HEADER_BYTES:
-                return last
-            _finish(last)
-        path = self.staging / f"{len(self._shards)}.partial"
-        shard = _Shard(path=path, file=path.open("xb"))
-        self._shards.append(shard)
-        assert shard.header_bytes + entry_bytes <= HEADER_BYTES, "no header holds such a name"
-        shard.file.seek(HEADER_BYTES)
-        return shard
+            _finish(self._shards[-1])
+        file = self._path(len(self._shards)).open("xb")
+        self._shards.append(SafetensorsFile(file, _METADATA, header_bytes=HEADER_BYTES))
+        return self._shards[-1]
+
+    def _path(self, index: int) -> Path:
+        return self.staging / f"{index}.partial"
 
     def __exit__(
         self,
@@ -127,14 +108,15 @@ class SafetensorsWriter:
         _finish(self._shards[-1])
         count = len(self._shards)
         weight_map: dict[str, str] = {}
-        for number, shard in enumerate(self._shards, start=1):
-            name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            shard.path.rename(self.staging / name)
-            weight_map |= dict.fromkeys(shard.entries, name)
+        for index, shard in enumerate(self._shards):
+            name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            name = SINGLE_FILE if count == 1 else name
+            self._path(index).rename(self.staging / name)
+            weight_map |= dict.fromkeys(shard.names, name)
         if count > 1:
             total_size = sum(shard.n_bytes for shard in self._shards)
-            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            (self.staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            contents = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            write_json(self.staging / INDEX_FILE, contents)
         refuse_occupied(self.folder)
         if self.folder.exists():
             self.folder.rmdir()
@@ -153,10 +135,9 @@ def refuse_occupied(folder: Path) -> None:
         )
 
 
-def _finish(shard: _Shard) -> None:
-    """Puts the header in its place and the whole file on disk."""
-    shard.file.seek(0)
-    shard.file.write(safetensors_header(shard.entries, _METADATA, HEADER_BYTES))
+def _finish(shard: SafetensorsFile) -> None:
+    """Puts the whole file on disk."""
+    shard.finish()
     shard.file.flush()
     os.fsync(shard.file.fileno())
     shard.file.close()
