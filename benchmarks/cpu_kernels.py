@@ -86,11 +86,10 @@ def products(scheme: str) -> list[Product]:
         kernel, _ = choose_linear(
             LinearSpec(format=form.format(k), n=n, k=k, dtype=torch.bfloat16, device="cpu")
         )
+        packed = [*kernel.pack(weight)]
         if not isinstance(weight, QTensor):
-            made.append((name, ops.linear_bf16.default, [*kernel.pack(weight, None, None)]))
-            continue
-        packed = [*kernel.pack(weight.values, weight.scale, weight.offset)]
-        if weight.bits == 8:
+            made.append((name, ops.linear_bf16.default, packed))
+        elif weight.kind == "int8":
             made.append((name, ops.linear_int8.default, packed))
         else:
             offset = [] if weight.offset is not None else [None]

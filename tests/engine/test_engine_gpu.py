@@ -105,8 +105,8 @@ def test_quantized_products_are_within_bfloat16_rounding_of_float64(
         format=parse_scheme(scheme).format(k), n=n, k=k, dtype=torch.bfloat16, device="cuda"
     )
     kernel, _ = choose_linear(form)
-    packed = kernel.pack(quantized.values, quantized.scale, quantized.offset)
-    assert sum(t.nbytes for t in packed) == kernel.nbytes(form)
+    packed = kernel.pack(quantized)
+    assert sum(t.nbytes for t in packed) == kernel.nbytes
     expected = x.double() @ quantized.dequantize(torch.float64).T
     error = (kernel(x, *packed).double() - expected).norm() / expected.norm()
     assert error < 6e-3  # bfloat16 products of bfloat16-rounded weights

@@ -91,16 +91,15 @@ def test_next_kernel_is_taken_and_the_reason_noted(name, monkeypatch):
         format=parse_scheme(name).format(128), n=64, k=128, dtype=torch.bfloat16, device="cpu"
     )
     kernel, notes = choose_linear(form)
-    base = {"none": "dense", "int8": "int8"}.get(name, "int4")
-    assert kernel.name == f"{base}/torch"
+    base, how = {"none": ("dense", "torch"), "int8": ("int8", "torch")}.get(
+        name, ("int4", "dequantized")
+    )
+    assert kernel.name == f"{base}/{how}"
     assert notes == [f"{base}/cpu not used: no compiler today"]
     weight = parse_scheme(name).quantize(torch.randn(64, 128).bfloat16())
     dense = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.bfloat16)
-    parts = (
-        (weight, None, None) if dense is weight else (weight.values, weight.scale, weight.offset)
-    )
     x = torch.randn(1, 128).bfloat16()
-    torch.testing.assert_close(kernel(x, *kernel.pack(*parts)), x @ dense.T, rtol=0.02, atol=0.1)
+    torch.testing.assert_close(kernel(x, *kernel.pack(weight)), x @ dense.T, rtol=0.02, atol=0.1)
 
 
 def test_attention_falls_back_with_the_reason(monkeypatch):

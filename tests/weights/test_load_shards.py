@@ -18,7 +18,7 @@ from whole_models import (
 )
 
 from hotloop.errors import CheckpointError
-from hotloop.kernels.linear import ChannelwiseTorch, DenseTorch, Int4Torch
+from hotloop.kernels.linear import ChannelwiseTorch, DenseTorch, Dequantizing
 from hotloop.models import names
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import read_config
@@ -39,8 +39,7 @@ SCHEMES = ["none", "int8", "fp8", "int4-g32", "int4-g64-asym"]
 @pytest.fixture(autouse=True)
 def _rows_and_columns_stay_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels whose packed weights can be sliced as well."""
-    eight_bits = (ChannelwiseTorch("int8"), ChannelwiseTorch("fp8"))
-    plain = (Int4Torch(), *eight_bits, DenseTorch())
+    plain = (ChannelwiseTorch, DenseTorch, Dequantizing)
     monkeypatch.setattr("hotloop.kernels.linear.KERNELS", plain)
 
 

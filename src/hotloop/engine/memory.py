@@ -72,7 +72,7 @@ def _weights_bytes(setup: Setup) -> int:
         )
 
     def packed(spec: LinearSpec) -> int:
-        return choose_linear(spec)[0].nbytes(spec)
+        return choose_linear(spec)[0].nbytes
 
     layers = 0
     for i, layer in enumerate(model.layers):

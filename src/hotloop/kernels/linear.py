@@ -1,15 +1,15 @@
 """Matrix products with a weight: the implementations, and the choice of one.
 
-A weight is handed over as its parts (``values``, ``scale``, ``offset``; see ``quant.QTensor``),
-once, to be packed the way a kernel reads it. At each call the kernel decides by the number of
-rows: a GEMV with few (decoding) is bound by reading the weight, a GEMM with many (prefill) by
-arithmetic.
+A weight is handed over once, to be packed the way a kernel reads it. At each call the kernel
+decides by the number of rows: a GEMV with few (decoding) is bound by reading the weight, a GEMM
+with many (prefill) by arithmetic.
 
-Shape letters: M rows, N output features, K input features, G groups along K.
+Shape letters: M rows, N output features, K input features, G groups along K, S super-blocks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,8 +21,14 @@ from hotloop.kernels import cpu, reference
 from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.packing import Format, pack
 
-Kind = Literal["dense", "int8", "fp8", "int4"]
+QuantizedKind = Literal["int8", "fp8", "int4", "uint4", "lut4"]
+"""The elements of a quantized weight: integers of up to 8 bits; e4m3; -8…7; 0…15; indices of a
+lookup table of 16 numbers."""
+
+Kind = Literal["dense"] | QuantizedKind
 """The elements of a weight: unquantized floating point, or a quantized type."""
+
+FOUR_BITS: tuple[Kind, ...] = ("int4", "uint4", "lut4")
 
 Zero = Literal["none", "integer", "offset"]
 """Kind of zero of a quantized weight: the integer 0, an integer zero point, or a float offset."""
@@ -38,16 +44,62 @@ class KernelFormat:
             None for a dense weight.
         scale_dtype: Element type of scales, and of floating-point offsets.
         zero: ``integer``: a group's integer zero point is subtracted before scaling. ``offset``: a
-            group's floating-point offset is added after it.
+            group's offset is added after it.
+        super_size: Input features that share a factor of scales and offsets, in two-level formats.
+        super_dtype: Element type of these factors.
+        permuted: The columns of the weight are in another order than input features.
     """
 
     kind: Kind
     group_size: int | None = None
     scale_dtype: torch.dtype | None = None
     zero: Zero = "none"
+    super_size: int | None = None
+    super_dtype: torch.dtype | None = None
+    permuted: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The attributes of a ``Quantized`` weight that are tensors, besides a permutation."""
+        two_level = self.super_size is not None
+        present = {
+            "values": True,
+            "scale": True,
+            "offset": self.zero != "none",
+            "super_scale": two_level,
+            "super_offset": two_level and self.zero == "offset",
+            "table": self.kind == "lut4",
+        }
+        return tuple(name for name, is_present in present.items() if is_present)
+
+    def is_per_channel(self, k: int) -> bool:
+        """Tells whether a weight with ``k`` input features has a scale per row and nothing else."""
+        plain = KernelFormat(kind=self.kind, group_size=k, scale_dtype=self.scale_dtype)
+        return self.kind != "dense" and self == plain
 
 
 DENSE = KernelFormat(kind="dense")
+
+_TABLE_BYTES = 4 * 16
+
+
+class Quantized(Protocol):
+    """The tensors of a quantized weight, as ``quant.QTensor`` defines them."""
+
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def scale(self) -> Tensor: ...
+    @property
+    def offset(self) -> Tensor | None: ...
+    @property
+    def super_scale(self) -> Tensor | None: ...
+    @property
+    def super_offset(self) -> Tensor | None: ...
+    @property
+    def table(self) -> Tensor | None: ...
+    @property
+    def permutation(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +135,19 @@ class LinearSpec:
         return self.n * (self.k // self.format.group_size) if self.format.group_size else 0
 
     @property
-    def zero_bytes(self) -> int:
-        """Bytes of zero points or offsets, one for each scale, as they are."""
-        if self.format.zero == "none":
-            return 0
-        return self.n_scales * (1 if self.format.zero == "integer" else self.scale_bytes)
-
-    @property
     def scale_bytes(self) -> int:
-        """Bytes of one scale."""
-        return 0 if self.format.scale_dtype is None else self.format.scale_dtype.itemsize
+        """Bytes of all that a quantized weight has besides values and a permutation, as it is."""
+        form = self.format
+        scale = 0 if form.scale_dtype is None else form.scale_dtype.itemsize
+        total = self.n_scales * (scale + {"none": 0, "integer": 1, "offset": scale}[form.zero])
+        if form.super_size is not None and form.super_dtype is not None:
+            n_super_blocks = self.n * (self.k // form.super_size)
+            total += n_super_blocks * form.super_dtype.itemsize * (1 + (form.zero == "offset"))
+        return total + (_TABLE_BYTES if form.kind == "lut4" else 0)
 
 
 class LinearKernel(Protocol):
-    """One implementation of ``x @ weight.T``."""
+    """Computes ``x @ weight.T`` for one weight."""
 
     @property
     def name(self) -> str:
@@ -108,26 +159,32 @@ class LinearKernel(Protocol):
         """Whether packed rows are the unpacked ones, so that an embedding can share them."""
         ...
 
-    def unsupported(self, spec: LinearSpec) -> str | None:
-        """Returns the reason why it cannot serve this weight; None if it can. See ``NOT_MEANT``."""
+    def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        """Arranges a weight [N, K], which is on its device already, as the kernel reads it."""
         ...
 
-    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        """Arranges a weight on its device as the kernel reads it.
-
-        Args:
-            values: [N, K].
-            scale: [N, G] of a quantized weight.
-            offset: [N, G] where its format has zeros: integer zero points, or offsets.
-        """
-        ...
-
-    def nbytes(self, spec: LinearSpec) -> int:
-        """Returns the exact bytes of what ``pack`` returns."""
+    @property
+    def nbytes(self) -> int:
+        """The exact bytes of what ``pack`` returns."""
         ...
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         """Computes the matrix product, [M, N] in ``x``'s type."""
+        ...
+
+
+class LinearCandidate(LinearKernel, Protocol):
+    """A kernel that ``choose_linear`` tries; ``Permuted`` permutes input features for it.
+
+    Args:
+        spec: The weight.
+    """
+
+    def __init__(self, spec: LinearSpec) -> None: ...
+
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
+        """Returns the reason why it cannot serve a weight; None if it can. See ``NOT_MEANT``."""
         ...
 
 
@@ -141,16 +198,16 @@ class DenseTorch:
     name = "dense/torch"
     keeps_rows = True
 
-    def unsupported(self, spec: LinearSpec) -> str | None:
+    def __init__(self, spec: LinearSpec) -> None:
+        self.nbytes = spec.n * spec.k * spec.dtype.itemsize
+
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
         return None if spec.kind == "dense" else NOT_MEANT
 
-    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        assert scale is None, "a floating-point weight has no scale"
-        assert offset is None, "a floating-point weight has no offset"
-        return [values.contiguous()]
-
-    def nbytes(self, spec: LinearSpec) -> int:
-        return spec.n * spec.k * spec.dtype.itemsize
+    def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        assert isinstance(weight, Tensor), "a floating-point weight"
+        return [weight.contiguous()]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return F.linear(x_MK, packed[0])
@@ -161,7 +218,8 @@ class DenseCpu(DenseTorch):
 
     name = "dense/cpu"
 
-    def unsupported(self, spec: LinearSpec) -> str | None:
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
         return _cpu_unsupported(spec, "dense")
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
@@ -169,30 +227,23 @@ class DenseCpu(DenseTorch):
 
 
 class ChannelwiseTorch:
-    """Eight-bit weights in plain PyTorch: torch.compile fuses the conversion into the GEMV.
-
-    Args:
-        kind: ``int8`` or ``fp8``.
-    """
+    """Eight-bit weights in plain PyTorch: torch.compile fuses the conversion into the GEMV."""
 
     keeps_rows = True
 
-    def __init__(self, kind: Kind) -> None:
-        self.kind: Kind = kind
-        self.name = f"{kind}/torch"
+    def __init__(self, spec: LinearSpec) -> None:
+        self.name = f"{spec.kind}/torch"
+        self.nbytes = spec.n * spec.k + 4 * spec.n
 
-    def unsupported(self, spec: LinearSpec) -> str | None:
-        if spec.kind != self.kind:
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
+        if spec.kind not in ("int8", "fp8"):
             return NOT_MEANT
         return _inexact(spec, scales=_FLOATS, zeros=("none",), groups=(spec.k,))
 
-    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        assert scale is not None, f"{self.kind} needs its scales"
-        assert offset is None, f"{self.kind} is symmetric"
-        return [values.contiguous(), scale.reshape(-1).float()]
-
-    def nbytes(self, spec: LinearSpec) -> int:
-        return spec.n * spec.k + 4 * spec.n_scales
+    def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        assert not isinstance(weight, Tensor), "a quantized weight"
+        return [weight.values.contiguous(), weight.scale.reshape(-1).float()]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return reference.linear_channelwise(x_MK, *packed)
@@ -201,60 +252,44 @@ class ChannelwiseTorch:
 class Int8Cpu(ChannelwiseTorch):
     """int8 weights on a CPU, with our own kernel."""
 
-    def __init__(self) -> None:
-        super().__init__("int8")
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__(spec)
         self.name = "int8/cpu"
 
-    def unsupported(self, spec: LinearSpec) -> str | None:
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
         reason = _cpu_unsupported(spec, "int8")
-        return super().unsupported(spec) if reason is None else reason
+        return ChannelwiseTorch.unsupported(spec) if reason is None else reason
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return torch.ops.hotloop_cpu.linear_int8(x_MK, *packed)
 
 
-class Int4Torch:
-    """int4 weights in plain PyTorch."""
-
-    name = "int4/torch"
-    keeps_rows = False
-
-    def unsupported(self, spec: LinearSpec) -> str | None:
-        if spec.kind != "int4":
-            return NOT_MEANT
-        return _inexact(spec, scales=_FLOATS, zeros=("none", "offset"), groups=(32, 64, 128))
-
-    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        assert scale is not None, "int4 needs its scales"
-        packed = reference.pack_int4(values, values.shape[1] // scale.shape[1])
-        return [packed, scale.contiguous(), *([] if offset is None else [offset.contiguous()])]
-
-    def nbytes(self, spec: LinearSpec) -> int:
-        return spec.n * spec.k // 2 + spec.n_scales * spec.scale_bytes + spec.zero_bytes
-
-    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        return reference.linear_int4(x_MK, *_with_offset(packed))
-
-
-class Int4Cpu(Int4Torch):
+class Int4Cpu:
     """int4 weights on a CPU, with our own kernel."""
 
     name = "int4/cpu"
+    keeps_rows = False
 
-    def unsupported(self, spec: LinearSpec) -> str | None:
+    def __init__(self, spec: LinearSpec) -> None:
+        self.nbytes = spec.n * spec.k // 2 + spec.scale_bytes
+
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
         reason = _cpu_unsupported(spec, "int4")
         if reason is None and spec.n % cpu.INT4_FEATURES:
             return f"needs a multiple of {cpu.INT4_FEATURES} output features, not {spec.n}"
         inexact = _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
         return inexact if reason is None else reason
 
-    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        assert scale is not None, "int4 needs its scales"
-        scales = [scale] if offset is None else [scale, offset]
-        return [cpu.pack_int4(values), *map(cpu.interleave_features, scales)]
+    def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        assert not isinstance(weight, Tensor), "a quantized weight"
+        scales = [t for t in (weight.scale, weight.offset) if t is not None]
+        return [cpu.pack_int4(weight.values), *map(cpu.interleave_features, scales)]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        return torch.ops.hotloop_cpu.linear_int4(x_MK, *_with_offset(packed))
+        words, scale, *offset = packed
+        return torch.ops.hotloop_cpu.linear_int4(x_MK, words, scale, *(offset or [None]))
 
 
 class Int4TinyGemm:
@@ -263,7 +298,11 @@ class Int4TinyGemm:
     name = "int4/tinygemm"
     keeps_rows = False
 
-    def unsupported(self, spec: LinearSpec) -> str | None:
+    def __init__(self, spec: LinearSpec) -> None:
+        self.nbytes = spec.n * spec.k // 2 + 4 * spec.n_scales  # a zero beside every scale
+
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
         if spec.kind != "int4" or spec.device != "cuda":
             return NOT_MEANT
         if spec.dtype != torch.bfloat16:
@@ -272,19 +311,16 @@ class Int4TinyGemm:
             return f"tinygemm needs N a multiple of 8 and K of 32, not {spec.n} and {spec.k}"
         return _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
 
-    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        assert scale is not None, "int4 needs its scales"
-        nibbles = (values + 8).to(torch.uint8)
+    def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        assert not isinstance(weight, Tensor), "a quantized weight"
+        nibbles = (weight.values + 8).to(torch.uint8)
         bytes_ = (nibbles[:, ::2] << 4) | nibbles[:, 1::2]
-        k = values.shape[1]
+        k = nibbles.shape[1]
         inner_k_tiles = next(t for t in (8, 4, 2) if k % (16 * t) == 0)
         words = torch.ops.aten._convert_weight_to_int4pack(bytes_.contiguous(), inner_k_tiles)
-        zero = torch.zeros_like(scale) if offset is None else offset
-        scale_zero_GN2 = torch.stack((scale.T, zero.T), dim=-1).to(torch.bfloat16).contiguous()
+        zero = torch.zeros_like(weight.scale) if weight.offset is None else weight.offset
+        scale_zero_GN2 = torch.stack((weight.scale.T, zero.T), dim=-1).contiguous()
         return [words, scale_zero_GN2]
-
-    def nbytes(self, spec: LinearSpec) -> int:
-        return spec.n * spec.k // 2 + 4 * spec.n_scales  # a zero beside every scale
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         words, scale_zero_GN2 = packed
@@ -297,15 +333,13 @@ class Fused:
 
     Those read the packed weight themselves. Called like other kernels, for the many rows of a
     prompt, it dequantizes the weight to bfloat16 for the call.
-
-    Args:
-        spec: The weight that it serves.
     """
 
     keeps_rows = False
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/fused"
+        assert spec.kind not in ("uint4", "lut4"), f"the fused step holds no {spec.kind}"
         self.form = Format(
             kind="bf16" if spec.kind == "dense" else spec.kind,
             group_size=spec.format.group_size if spec.kind == "int4" else None,
@@ -314,25 +348,28 @@ class Fused:
             k=spec.k,
             paired=spec.paired,
         )
+        self.nbytes = self.form.nbytes + (4 * spec.n if spec.kind in ("int8", "fp8") else 0)
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
         """Returns why the fused step cannot hold a weight exactly, or None if it can."""
         if spec.kind == "dense":
             return None
+        if spec.format.permuted:
+            return "holds no permuted input features"
+        if spec.kind in ("uint4", "lut4"):
+            return f"holds no {spec.kind}"
         if spec.kind == "int4":
             return _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
         return _inexact(spec, scales=_FLOATS, zeros=("none",), groups=(spec.k,))
 
-    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        packed = pack(self.form, values, scale, offset)
-        if self.form.kind in ("int8", "fp8"):
-            assert scale is not None, f"{self.form.kind} needs its scales"
-            return [packed, scale.reshape(-1).float().clone()]  # shared with no embedding
-        return [packed]
-
-    def nbytes(self, spec: LinearSpec) -> int:
-        return self.form.nbytes + (4 * spec.n if self.form.kind in ("int8", "fp8") else 0)
+    def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        if isinstance(weight, Tensor):
+            return [pack(self.form, weight, None, None)]
+        packed = pack(self.form, weight.values, weight.scale, weight.offset)
+        if self.form.kind == "int4":
+            return [packed]
+        return [packed, weight.scale.reshape(-1).float().clone()]  # shared with no embedding
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         weight, *scale_N = packed
@@ -341,36 +378,81 @@ class Fused:
 
 
 class Dequantizing:
-    """Quantized weights of any format, dequantized for every matrix product."""
+    """Quantized weights of any format, dequantized for every matrix product.
 
-    name = "dequantized/torch"
+    Four-bit values are packed, eight-bit ones remain as they are.
+    """
+
     keeps_rows = False
 
-    def unsupported(self, spec: LinearSpec) -> str | None:
+    def __init__(self, spec: LinearSpec) -> None:
+        self.name = f"{spec.kind}/dequantized"
+        self._format = spec.format
+        # The unit of packed words, which torch.compile unpacks by quarters.
+        self._group = spec.format.group_size or 0
+        self._packs = spec.kind in FOUR_BITS and self._group % 4 == 0
+        self._bias = 8 if spec.kind in ("uint4", "lut4") else 0
+        self.nbytes = (spec.n * spec.k >> self._packs) + spec.scale_bytes
+
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
         return NOT_MEANT if spec.kind == "dense" else None
 
-    def pack(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> list[Tensor]:
-        assert scale is not None, "a quantized weight needs its scales"
-        return [t.contiguous() for t in (values, scale, offset) if t is not None]
-
-    def nbytes(self, spec: LinearSpec) -> int:
-        return spec.n * spec.k + spec.n_scales * spec.scale_bytes + spec.zero_bytes
+    def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        values, *scales = (getattr(weight, name).contiguous() for name in self._format.parts)
+        if self._packs:
+            values = reference.pack_int4(values - self._bias, self._group)
+        return [values, *scales]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        weight = reference.dequantize(*_with_offset(packed))
+        part = dict(zip(self._format.parts, packed, strict=True))
+        values = part["values"]
+        if self._packs:
+            values = reference.unpack_int4(values, self._group) + self._bias
+        weight = reference.dequantize(
+            values,
+            part["scale"],
+            part.get("offset"),
+            super_scale_NS=part.get("super_scale"),
+            super_offset_NS=part.get("super_offset"),
+            table=part.get("table"),
+        )
         return F.linear(x_MK, weight.to(x_MK.dtype))
 
 
-KERNELS: tuple[LinearKernel, ...] = (
-    Int4TinyGemm(),
-    Int4Cpu(),
-    Int8Cpu(),
-    DenseCpu(),
-    Int4Torch(),
-    ChannelwiseTorch("int8"),
-    ChannelwiseTorch("fp8"),
-    DenseTorch(),
-    Dequantizing(),
+class Permuted:
+    """Weights whose columns are in another order than input features: reorders the activations.
+
+    Args:
+        inner: The kernel of the weight without its permutation.
+        k: Input features.
+    """
+
+    keeps_rows = False
+
+    def __init__(self, inner: LinearKernel, k: int) -> None:
+        self.name = f"{inner.name}, permuted"
+        self._inner = inner
+        self.nbytes = inner.nbytes + 4 * k
+
+    def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        assert not isinstance(weight, Tensor), "a quantized weight"
+        assert weight.permutation is not None, "a permuted weight"
+        return [*self._inner.pack(weight), weight.permutation]
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        *inner, permutation_K = packed
+        return self._inner(x_MK.index_select(1, permutation_K), *inner)
+
+
+KERNELS: tuple[type[LinearCandidate], ...] = (
+    Int4TinyGemm,
+    Int4Cpu,
+    Int8Cpu,
+    DenseCpu,
+    ChannelwiseTorch,
+    DenseTorch,
+    Dequantizing,
 )
 """In order of preference."""
 
@@ -381,8 +463,12 @@ def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
         reason = Fused.unsupported(spec)
         assert reason is None, f"the fused step {reason}"
         return Fused(spec), []
+    if spec.format.permuted:
+        in_order = dataclasses.replace(spec.format, permuted=False)
+        kernel, notes = choose_linear(dataclasses.replace(spec, format=in_order))
+        return Permuted(kernel, spec.k), notes
     notes: list[str] = []
-    for kernel in KERNELS:
+    for kernel in (make(spec) for make in KERNELS):
         reason = kernel.unsupported(spec)
         if reason is None:
             return kernel, notes
@@ -411,6 +497,8 @@ def _inexact(
         groups: Sizes of groups that it holds.
     """
     format_ = spec.format
+    if format_.super_size is not None:
+        return "holds no two-level scales"
     if format_.group_size not in groups:
         sizes = "the whole row" if groups == (spec.k,) else " or ".join(map(str, groups))
         return f"holds groups of {sizes}, not {format_.group_size}"
@@ -431,8 +519,3 @@ def _cpu_unsupported(spec: LinearSpec, kind: Kind) -> str | None:
     if spec.dtype != torch.bfloat16:
         return NOT_MEANT  # float32 is asked for where exactness matters more than speed
     return cpu.unavailable_reason()
-
-
-def _with_offset(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-    words, scale, *offset = packed
-    return words, scale, offset[0] if offset else None

@@ -94,23 +94,51 @@ def linear_channelwise(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tens
     return (F.linear(x_MK, values_NK.to(x_MK.dtype)) * scale_N).to(x_MK.dtype)
 
 
-def dequantize(values_NK: Tensor, scale_NG: Tensor, offset_NG: Tensor | None) -> Tensor:
-    """Dequantizes a weight to float32 [N, K].
+def dequantize(
+    values_NK: Tensor,
+    scale_NG: Tensor,
+    offset_NG: Tensor | None = None,
+    *,
+    super_scale_NS: Tensor | None = None,
+    super_offset_NS: Tensor | None = None,
+    table: Tensor | None = None,
+    permutation_K: Tensor | None = None,
+) -> Tensor:
+    """Dequantizes a weight to float32 [N, K]; ``quant.QTensor`` defines the parts.
 
     Args:
-        values_NK: Integers or float8.
+        values_NK: Integers, float8, or indices of ``table``.
         scale_NG: The scale of each group.
-        offset_NG: Floating-point offsets, which are added to what is scaled, or integer zero
-            points, which are subtracted before; None for neither.
+        offset_NG: Integer zero points, which are subtracted before scaling; or offsets, which are
+            added after it: floating-point ones, or integers with ``super_offset_NS``.
+        super_scale_NS: Factors of scales, each of G / S adjacent ones; None for 1.
+        super_offset_NS: Factors of offsets likewise.
+        table: The numbers that indices stand for.
+        permutation_K: The input feature that each column of values belongs to; None for its own.
     """
     n, groups = scale_NG.shape
-    weight = values_NK.view(n, groups, -1).float()
-    if offset_NG is not None and not offset_NG.is_floating_point():
-        weight -= offset_NG.float()[:, :, None]
-    weight *= scale_NG.float()[:, :, None]
-    if offset_NG is not None and offset_NG.is_floating_point():
-        weight += offset_NG.float()[:, :, None]
-    return weight.view(n, -1)
+    weight = values_NK.float() if table is None else table.float()[values_NK.int()]
+    weight = weight.view(n, groups, -1)
+    zero_point = (
+        offset_NG is not None and not offset_NG.is_floating_point() and super_offset_NS is None
+    )
+    if offset_NG is not None and zero_point:
+        weight = weight - offset_NG.float()[:, :, None]
+    weight = weight * _scaled(scale_NG, super_scale_NS)[:, :, None]
+    if offset_NG is not None and not zero_point:
+        weight = weight + _scaled(offset_NG, super_offset_NS)[:, :, None]
+    weight = weight.view(n, -1)
+    if permutation_K is None:
+        return weight
+    return torch.empty_like(weight).index_copy_(1, permutation_K.long(), weight)
+
+
+def _scaled(parts_NG: Tensor, factors_NS: Tensor | None) -> Tensor:
+    """Multiplies scales or offsets by the factors of their super-blocks, in float32."""
+    if factors_NS is None:
+        return parts_NG.float()
+    n, n_factors = factors_NS.shape
+    return (parts_NG.float().view(n, n_factors, -1) * factors_NS.float()[:, :, None]).view(n, -1)
 
 
 def pack_int4(values_NK: Tensor, group_size: int) -> Tensor:
@@ -136,19 +164,6 @@ def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
     shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16).view(4, 1)
     nibbles = (words >> shifts) & 15
     return (nibbles.to(torch.int8) - 8).view(n, -1)
-
-
-def dequantize_int4(
-    packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Dequantizes a packed weight to [N, K], rounded once to ``dtype``."""
-    values_NK = unpack_int4(packed, packed.shape[1] * 4 // scale_NG.shape[1])
-    return dequantize(values_NK, scale_NG, offset_NG).to(dtype)
-
-
-def linear_int4(x_MK: Tensor, packed: Tensor, scale_NG: Tensor, offset_NG: Tensor | None) -> Tensor:
-    """Multiplies by packed int4 weights."""
-    return F.linear(x_MK, dequantize_int4(packed, scale_NG, offset_NG, x_MK.dtype))
 
 
 def fused_linear(

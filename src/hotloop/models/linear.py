@@ -62,11 +62,8 @@ class Linear(nn.Module):
             paired=self.paired,
         )
         self.kernel, self.notes = choose_linear(spec)
-        if isinstance(weight, QTensor):
-            moved = weight.to(device)
-            packed = self.kernel.pack(moved.values, moved.scale, moved.offset)
-        else:
-            packed = self.kernel.pack(weight.to(device, dtype), None, None)
+        on_device = weight.to(device) if isinstance(weight, QTensor) else weight.to(device, dtype)
+        packed = self.kernel.pack(on_device)
         for i, tensor in enumerate(packed):
             self.register_buffer(f"packed{i}", tensor)
         self.n_packed = len(packed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.qtensor import Combine, QTensor, cut, join_rows
+from hotloop.quant.qtensor import Combine, QTensor, cut, join_alike, join_rows
 from hotloop.registry import resolve
 
 SCHEMES = {
@@ -102,6 +102,7 @@ __all__ = [
     "QTensor",
     "Scheme",
     "cut",
+    "join_alike",
     "join_rows",
     "parse_head_scheme",
     "parse_scheme",

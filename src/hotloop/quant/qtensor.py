@@ -1,60 +1,106 @@
 """A quantized weight before any kernel has touched it: values, scales, offsets.
 
-This is the form in which weights are sliced for tensor parallelism and stored on disk. Everything
-in it is laid out like the weight it came from, so slicing needs no knowledge of the scheme:
-quantize → shard → pack, in that order, and scales never depend on the number of ranks. How a
-kernel wants its bytes arranged is the kernel's business (``kernels.linear``).
+This is the form in which weights are sliced for tensor parallelism and stored on disk, and into
+which encodings of other tools decode. Everything in it is laid out like the weight it came from, so
+slicing needs no knowledge of the scheme: quantize → shard → pack, in that order, and scales never
+depend on the number of ranks. How a kernel wants its bytes arranged is the kernel's business
+(``kernels.linear``).
 
 Shape letters: N output features, K input features, G groups along K (K / group_size; 1 for one
-group per output channel).
+group per output channel), S super-blocks along K (a divisor of G).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
 from hotloop.kernels import reference
-from hotloop.kernels.linear import KernelFormat, Zero
+from hotloop.kernels.linear import KernelFormat, QuantizedKind, Zero
 
 Combine = Callable[[Tensor], Tensor]
 """Returns the element-wise maximum of a tensor over the slices of all ranks (all-reduce)."""
+
+_DEGREES = range(2, 9)
+
+_TABLE_SIZE = 16
+
+_ROW_TENSORS = ("values", "scale", "offset", "super_scale", "super_offset")
+_OTHER_TENSORS = ("table", "permutation")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QTensor:
     """A quantized matrix, with a scale for each group of input features.
 
-    ``weight = values * scale + offset`` with floating-point offsets,
-    ``weight = (values - offset) * scale`` with integer ones, which are called zero points.
+    With ``s = scale * super_scale`` and ``o = offset * super_offset`` (of the group, and of the
+    super-block that the group is in), column ``k`` of
+
+    - ``values * s + o`` with floating-point offsets, or integer ones with ``super_offset``,
+    - ``(values - offset) * s`` with integer offsets alone, which are called zero points,
+    - ``table[values] * s`` with a lookup table
+
+    is the weight's column ``permutation[k]``. What is None is left out. ``dequantize`` computes
+    this in float32, in this order.
 
     Attributes:
-        values: [N, K]: int8, which holds integers of up to 8 bits of ``int8`` and -8…7 of
-            ``int4``; float8_e4m3fn of ``fp8``.
-        scale: Floating point of any type, [N, G].
-        offset: [N, G]: floating point of the scales' type, or int8; None where zero is 0.
+        values: [N, K]: int8, which holds integers of up to 8 bits of ``int8``, -8…7 of ``int4``,
+            0…15 of ``uint4`` and of ``lut4``; float8_e4m3fn of ``fp8``.
+        scale: [N, G]: floating point of any type; int8 with ``super_scale``.
+        offset: [N, G]: of the scales' type, or int8 zero points; None where zero is 0.
         kind: The type of the values.
+        super_scale: Floating point, [N, S]: factors of the scales of two-level formats, such as
+            the scale of a super-block of GGUF, or the scale of a whole matrix in each row.
+        super_offset: [N, S], of the same type: factors of the offsets.
+        table: Floating point, [16]: the numbers that values of ``lut4`` are indices of.
+        permutation: int32 [K]: the input feature that each column belongs to, where features were
+            sorted before they were grouped (act-order).
     """
 
     values: Tensor
     scale: Tensor
-    offset: Tensor | None
-    kind: Literal["int8", "fp8", "int4"]
+    offset: Tensor | None = None
+    kind: QuantizedKind
+    super_scale: Tensor | None = None
+    super_offset: Tensor | None = None
+    table: Tensor | None = None
+    permutation: Tensor | None = None
 
     def __post_init__(self) -> None:
+        (n, k), (rows, groups) = self.values.shape, self.scale.shape
         dtype = torch.float8_e4m3fn if self.kind == "fp8" else torch.int8
         assert self.values.dtype == dtype, f"values of {self.kind} are {self.values.dtype}"
-        assert self.values.shape[0] == self.scale.shape[0], "one row of scales per output feature"
-        assert self.values.shape[1] % self.scale.shape[1] == 0, "groups of equal size"
+        assert n == rows, "one row of scales per output feature"
+        assert k % groups == 0, "groups of equal size"
+        two_level = self.super_scale is not None
+        assert two_level or self.scale.is_floating_point(), "integer scales have super-scales"
+        if self.super_scale is not None:
+            assert self.super_scale.is_floating_point(), "floating-point super-scales"
+            assert self.super_scale.shape[0] == n, "one row of super-scales per output feature"
+            assert groups % self.super_scale.shape[1] == 0, "super-blocks of whole groups"
         if self.offset is not None:
             assert self.offset.shape == self.scale.shape, "an offset per scale"
             types = (torch.int8, self.scale.dtype)
             assert self.offset.dtype in types, f"offsets are {self.offset.dtype}"
+        if self.super_offset is not None:
+            assert self.super_scale is not None, "super-offsets beside super-scales"
+            assert self.offset is not None, "super-offsets of offsets"
+            assert self.offset.dtype == self.scale.dtype, "offsets like scales"
+            assert self.super_offset.shape == self.super_scale.shape, "one per super-scale"
+            assert self.super_offset.dtype == self.super_scale.dtype, "of the same type"
+        assert (self.table is not None) == (self.kind == "lut4"), "a table for lut4 alone"
+        if self.table is not None:
+            assert self.table.shape == (_TABLE_SIZE,), f"a table of {tuple(self.table.shape)}"
+            assert self.offset is None, "no offsets beside a table"
+        if self.permutation is not None:
+            assert self.permutation.shape == (k,), "a feature per column"
+            assert self.permutation.dtype == torch.int32, f"{self.permutation.dtype} features"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,48 +118,68 @@ class QTensor:
         """The number format that a kernel must be able to hold."""
         zero: Zero = "none"
         if self.offset is not None:
-            zero = "offset" if self.offset.is_floating_point() else "integer"
+            integer = not self.offset.is_floating_point() and self.super_offset is None
+            zero = "integer" if integer else "offset"
+        super_scale = self.super_scale
         return KernelFormat(
             kind=self.kind,
             group_size=self.group_size,
             scale_dtype=self.scale.dtype,
             zero=zero,
+            super_size=None if super_scale is None else self.shape[1] // super_scale.shape[1],
+            super_dtype=None if super_scale is None else super_scale.dtype,
+            permuted=self.permutation is not None,
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantizes the weight, [N, K], in float32, and rounds once to ``dtype``."""
-        return reference.dequantize(self.values, self.scale, self.offset).to(dtype)
+        return reference.dequantize(
+            self.values,
+            self.scale,
+            self.offset,
+            super_scale_NS=self.super_scale,
+            super_offset_NS=self.super_offset,
+            table=self.table,
+            permutation_K=self.permutation,
+        ).to(dtype)
 
     def rows(self, start: int, stop: int) -> QTensor:
         """Slices output features ``start`` to ``stop``: a column-parallel shard."""
-        return self.map(lambda t: t[start:stop])
+        return self.map_rows(lambda t: t[start:stop])
 
     def columns(self, start: int, stop: int) -> QTensor:
         """Slices input features ``start`` to ``stop``: a row-parallel shard, along whole groups.
 
+        Super-blocks that the range cuts apart become as small as groups: their factors are
+        repeated.
+
         Raises:
-            ConfigError: The range cuts a group apart.
+            ConfigError: The range cuts a group apart, or features are permuted.
         """
-        size = self.group_size
-        if size == self.shape[1]:  # one scale per channel serves every slice of it
-            return QTensor(
-                values=self.values[:, start:stop],
-                scale=self.scale,
-                offset=self.offset,
-                kind=self.kind,
+        k, size = self.shape[1], self.group_size
+        if (start, stop) == (0, k):
+            return self
+        if self.permutation is not None:
+            raise ConfigError(
+                f"input features {start} to {stop} of {k} cannot be sliced: they are permuted "
+                "(act-order), and any of them may be in any quantization group; run it on one rank."
             )
-        if start % size or stop % size:
+        if size != k and (start % size or stop % size):
+            degrees = ", ".join(str(d) for d in _DEGREES if k % (d * size) == 0)
             raise ConfigError(
                 f"input features {start} to {stop} cut a quantization group of {size} apart; "
-                f"use a group size that divides both, or a smaller tensor-parallel degree."
+                "use a group size that divides both, or "
+                + (f"a tensor-parallel degree of {degrees}." if degrees else "one rank.")
             )
-        groups = slice(start // size, stop // size)
-        return QTensor(
-            values=self.values[:, start:stop],
-            scale=self.scale[:, groups],
-            offset=None if self.offset is None else self.offset[:, groups],
-            kind=self.kind,
-        )
+        parts = {"values": self.values[:, start:stop]}
+        for name in ("scale", "offset", "super_scale", "super_offset"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                each = k // tensor.shape[1]  # input features of a column
+                if each != k and (start % each or stop % each):
+                    tensor, each = tensor.repeat_interleave(each // size, dim=1), size
+                parts[name] = tensor[:, start // each : -(-stop // each)]
+        return dataclasses.replace(self, **parts)
 
     def to(self, device: torch.device | str) -> QTensor:
         """Copies it to another device."""
@@ -121,40 +187,85 @@ class QTensor:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its values, scales and, where there are some, offsets."""
-        return tuple(t for t in (self.values, self.scale, self.offset) if t is not None)
+        """Its tensors, in the order of its attributes."""
+        return tuple(self._present(_ROW_TENSORS + _OTHER_TENSORS).values())
+
+    @property
+    def row_tensors(self) -> tuple[Tensor, ...]:
+        """Those of its tensors that have a row for each output feature."""
+        return tuple(self._present(_ROW_TENSORS).values())
 
     def map(self, f: Callable[[Tensor], Tensor]) -> QTensor:
         """Applies ``f`` to each of its tensors."""
-        return QTensor(
-            values=f(self.values),
-            scale=f(self.scale),
-            offset=None if self.offset is None else f(self.offset),
-            kind=self.kind,
-        )
+        present = self._present(_ROW_TENSORS + _OTHER_TENSORS)
+        return dataclasses.replace(self, **{name: f(t) for name, t in present.items()})
+
+    def map_rows(self, f: Callable[[Tensor], Tensor]) -> QTensor:
+        """Applies ``f`` to those of its tensors that have a row for each output feature."""
+        present = self._present(_ROW_TENSORS)
+        return dataclasses.replace(self, **{name: f(t) for name, t in present.items()})
+
+    def _present(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        tensors = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def join_rows(parts: Iterable[Tensor | QTensor], n: int) -> Tensor | QTensor:
-    """Joins weights along the output features: exact, since no group spans two of them.
+def expand_blocks(scale: Tensor, *, rows: int, columns: int, shape: tuple[int, int]) -> Tensor:
+    """Expands scales of blocks to a scale for each output feature and group.
 
     Args:
-        parts: All dense or all of one scheme. Each is copied and let go before the next is asked
-            for, so that an iterator can make them one at a time.
+        scale: [N / rows, K / columns], rounded up.
+        rows: Output features of a block; the last block may have fewer.
+        columns: Input features of a block; the last block may have fewer.
+        shape: (N, K).
+
+    Returns:
+        [N, G]. Groups are blocks, or parts of them where blocks do not divide K.
+    """
+    (n, k), size = shape, math.gcd(shape[1], columns)
+    by_row = scale.repeat_interleave(rows, dim=0)[:n]
+    return by_row.repeat_interleave(columns // size, dim=1)[:, : k // size].contiguous()
+
+
+def join_alike(parts: Iterable[Tensor | QTensor], n: int) -> list[Tensor | QTensor]:
+    """Joins weights along the output features: exact, since no group spans two of them.
+
+    Adjacent weights of one format become one; where the next is of another format, or has another
+    lookup table or permutation, a new one begins.
+
+    Args:
+        parts: Each is copied and let go before the next is asked for, so that an iterator can make
+            them one at a time.
         n: Output features in all.
     """
+    joined: list[Tensor | QTensor] = []
     whole: Tensor | QTensor | None = None
     row = 0
     for part in parts:
-        if part.shape[0] == n:
-            return part
+        if whole is not None and not _alike(part, whole):
+            joined.append(cut(whole, slice(row), None))
+            whole, n, row = None, n - row, 0
+        if whole is None and part.shape[0] == n:
+            joined.append(part)
+            row = n
+            continue
         if whole is None:
             whole = _like_with_rows(part, n)
         _copy_rows(part, whole, row)
         row += part.shape[0]
         del part  # before the next is made: matrices are large
-    assert whole is not None, "nothing to join"
+    if whole is not None:
+        joined.append(whole)
+    assert joined, "nothing to join"
     assert row == n, f"{row} rows came, not {n}"
-    return whole
+    return joined
+
+
+def join_rows(parts: Iterable[Tensor | QTensor], n: int) -> Tensor | QTensor:
+    """Joins weights of one format along the output features; see ``join_alike``."""
+    joined = join_alike(parts, n)
+    assert len(joined) == 1, "weights of several formats cannot be joined"
+    return joined[0]
 
 
 def cut(weight: Tensor | QTensor, rows: slice, columns: range | None) -> Tensor | QTensor:
@@ -169,18 +280,26 @@ def cut(weight: Tensor | QTensor, rows: slice, columns: range | None) -> Tensor 
     return weight[start:stop, first:last].clone()
 
 
-def _tensors(weight: Tensor | QTensor) -> tuple[Tensor, ...]:
-    return weight.tensors if isinstance(weight, QTensor) else (weight,)
+def _alike(a: Tensor | QTensor, b: Tensor | QTensor) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype
+    if a.format != b.format:
+        return False
+    pairs = ((a.table, b.table), (a.permutation, b.permutation))
+    return all(x is None or y is None or torch.equal(x, y) for x, y in pairs)
 
 
 def _copy_rows(part: Tensor | QTensor, whole: Tensor | QTensor, row: int) -> None:
-    for new, joined in zip(_tensors(part), _tensors(whole), strict=True):
-        assert new.dtype == joined.dtype, f"{new.dtype} cannot join {joined.dtype}"
+    for new, joined in zip(_row_tensors(part), _row_tensors(whole), strict=True):
         joined[row : row + len(new)] = new
+
+
+def _row_tensors(weight: Tensor | QTensor) -> tuple[Tensor, ...]:
+    return weight.row_tensors if isinstance(weight, QTensor) else (weight,)
 
 
 def _like_with_rows(weight: Tensor | QTensor, n: int) -> Tensor | QTensor:
     def resized(tensor: Tensor) -> Tensor:
         return tensor.new_empty(n, *tensor.shape[1:])
 
-    return weight.map(resized) if isinstance(weight, QTensor) else resized(weight)
+    return weight.map_rows(resized) if isinstance(weight, QTensor) else resized(weight)

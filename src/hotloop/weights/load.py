@@ -100,7 +100,7 @@ class _Loader:
                 name, (part.n, matrix.k), self.schemes[name], rows=rows, columns=columns
             )
             if isinstance(weight, QTensor):
-                return weight.map(lambda tensor: ordered(tensor, part.rotated))
+                return weight.map_rows(lambda tensor: ordered(tensor, part.rotated))
             return ordered(weight, part.rotated).to(self.device, self.dtype)
 
         def bias(matrix: Matrix) -> Tensor | None:
@@ -145,7 +145,7 @@ class _Loader:
             weight = weight.to(device, dtype)
             decoder.embedding.assign(weight, None, dtype)
             head = weight[rows.start : rows.stop]
-        elif weight.kind == "int8":
+        elif weight.kind == "int8" and weight.format.is_per_channel(config.hidden_size):
             # A kernel that keeps rows as they are shares them: one copy serves both.
             weight = weight.to(device)
             decoder.embedding.assign(weight.values, weight.scale.view(-1), dtype)
