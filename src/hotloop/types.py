@@ -66,6 +66,9 @@ LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK = 512, 8192
 """Prompt tokens of one forward pass by default: the minimum, and with ``fused`` the maximum, which
 is reduced to what fits the device's memory."""
 
+MAX_DELTA_LN_PPL = 0.02
+"""Increase of ln perplexity that a recommendation tolerates by default: 2 % more perplexity."""
+
 MAX_LOGPROBS = 20
 """The most alternatives per token that ``SamplingParams.logprobs`` can ask for."""
 

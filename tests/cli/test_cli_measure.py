@@ -17,8 +17,6 @@ from cli_fakes import figure, record
 
 from hotloop.bench.record import Record
 from hotloop.cli.app import main
-from hotloop.cli.options import DEFAULT_TOLERANCE
-from hotloop.report.recommend import MAX_DELTA_LN_PPL
 from hotloop.sweep import cell, job, models, plan, runner, store
 from hotloop.sweep.cell import base_record
 from hotloop.sweep.events import CellFinished, CellStarted
@@ -428,7 +426,3 @@ def test_report_json_is_the_json_format(results, capsys):
 def test_report_of_nothing_is_a_usage_error(tmp_path, capsys):
     assert main(["report", str(tmp_path / "gone")]) == 2
     assert "gone" in capsys.readouterr().err
-
-
-def test_the_tolerance_in_the_help_is_the_reports_own():
-    assert DEFAULT_TOLERANCE == MAX_DELTA_LN_PPL

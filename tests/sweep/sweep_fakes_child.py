@@ -14,7 +14,7 @@ from hotloop import hardware
 from hotloop.baselines import EngineKind
 from hotloop.bench.statistics import mean_figure
 from hotloop.errors import HotloopError
-from hotloop.sweep.marked import MARK
+from hotloop.sweep.descendants import CELL_ID
 
 FAKE = EngineKind(create=create, predict=predict)
 
@@ -46,7 +46,7 @@ def measure_quality(engine, windows, *, reference, on_window):
     )
 
 
-if MARK in os.environ:  # in a cell's own process, and not where its sweep runs
+if CELL_ID in os.environ:  # in a cell's own process, and not where its sweep runs
     hardware.resolve_device = lambda name: name
     hardware.provenance = lambda device: {
         "device": {

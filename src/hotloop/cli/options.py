@@ -385,4 +385,3 @@ DEFAULT_TEMPLATE = TemplateOptions()
 DEFAULT_SAMPLING = SamplingOptions()
 DEFAULT_WORKLOAD = WorkloadOptions()
 DEFAULT_QUALITY = QualityOptions()
-DEFAULT_TOLERANCE = 0.02

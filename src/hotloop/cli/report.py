@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App
 
-from hotloop.cli.options import DEFAULT_TOLERANCE, OUTPUT, Json, Tolerance, option
+from hotloop.cli.options import OUTPUT, Json, Tolerance, option
 from hotloop.cli.output import note, print_json, print_rich, print_text
 from hotloop.errors import ConfigError
+from hotloop.types import MAX_DELTA_LN_PPL
 
 if TYPE_CHECKING:
     from hotloop.report.layout import Table
@@ -41,7 +42,7 @@ def report(
     write: Annotated[
         bool, option(OUTPUT, "Also write table.md, table.csv and page.md into the folders.")
     ] = False,
-    tolerance: Tolerance = DEFAULT_TOLERANCE,
+    tolerance: Tolerance = MAX_DELTA_LN_PPL,
     json: Json = False,
 ) -> int:
     """Print the table of a sweep, and its recommendation.

@@ -13,7 +13,6 @@ from hotloop.cli.options import (
     DEFAULT_MATRIX,
     DEFAULT_QUALITY,
     DEFAULT_REPLACEMENT,
-    DEFAULT_TOLERANCE,
     DEFAULT_WEIGHTS,
     DEFAULT_WORKLOAD,
     EXECUTION,
@@ -31,6 +30,7 @@ from hotloop.cli.options import (
 )
 from hotloop.cli.output import note, print_json, print_memory, print_rich, print_text
 from hotloop.errors import ConfigError, HotloopError
+from hotloop.types import MAX_DELTA_LN_PPL
 
 if TYPE_CHECKING:
     from hotloop.bench.record import Status
@@ -69,7 +69,7 @@ def sweep(
     workload: WorkloadOptions = DEFAULT_WORKLOAD,
     quality: QualityOptions = DEFAULT_QUALITY,
     no_quality: Annotated[bool, option(QUALITY, "Measure speed alone.")] = False,
-    tolerance: Tolerance = DEFAULT_TOLERANCE,
+    tolerance: Tolerance = MAX_DELTA_LN_PPL,
     timeout_s: Annotated[
         float | None, option(EXECUTION, "Seconds that a configuration may take.", "1800")
     ] = None,

@@ -32,7 +32,7 @@ from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.memory import check_fits
 from hotloop.engine.ranks import RankGroup
 from hotloop.engine.request import Request
-from hotloop.engine.runner import Progress, Runner
+from hotloop.engine.runner import OnProgress, Runner
 from hotloop.engine.scheduler import Scheduler, n_multi_steps
 from hotloop.engine.setup import prepare
 from hotloop.errors import (
@@ -85,7 +85,7 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | EngineConfig, *, progress: Progress | None = None, **options: Any
+        self, model: str | EngineConfig, *, progress: OnProgress | None = None, **options: Any
     ) -> None:
         if isinstance(model, EngineConfig):
             config = changed(model, options, "option")

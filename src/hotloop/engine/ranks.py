@@ -16,7 +16,7 @@ import torch
 
 from hotloop.engine.core import Command, Pending
 from hotloop.engine.rank import Load, serve
-from hotloop.engine.runner import Progress
+from hotloop.engine.runner import OnProgress
 from hotloop.engine.setup import Setup, ranks_here
 from hotloop.parallel.launch import Rank, Ranks, end_ranks, start_rank
 from hotloop.parallel.link import Caller
@@ -41,9 +41,8 @@ class RankGroup:
         SystemExit: This process was itself a rank, started by torchrun, and the caller has ended.
     """
 
-    def __init__(self, setup: Setup, *, n_tokens: int, progress: Progress | None = None) -> None:
-        self.asynchronous = setup.device.type == "cuda"
-        self.captures = self.asynchronous and setup.execution != "eager"
+    def __init__(self, setup: Setup, *, n_tokens: int, progress: OnProgress | None = None) -> None:
+        self.asynchronous, self.captures = setup.asynchronous, setup.captures
         launched, n_ranks = Torchrun.environment(), len(setup.shards)
         if launched is not None and launched.rank > 0:
             _be_rank(launched, setup, n_tokens)

@@ -62,7 +62,7 @@ from hotloop.weights.source import CheckpointSource, RandomSource
 
 Result = TypeVar("Result")
 
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while an engine loads and warms up."""
 
 
@@ -85,12 +85,11 @@ class Runner:
         setup: Setup,
         *,
         n_tokens: int,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         group: Group | None = None,
     ) -> None:
         self._setup, self._group = setup, group or Group()
-        self.asynchronous = setup.device.type == "cuda"
-        self.captures = self.asynchronous and setup.execution != "eager"
+        self.asynchronous, self.captures = setup.asynchronous, setup.captures
         config, device = setup.config, setup.device
         with working_on(device, "load"):
             self._model = _Model(setup, self._group, n_tokens, progress)
@@ -240,7 +239,7 @@ class Runner:
             with working_on(self._setup.device, "close"):
                 torch.cuda.empty_cache()
 
-    def _make_drafter(self, progress: Progress | None) -> Drafter | None:
+    def _make_drafter(self, progress: OnProgress | None) -> Drafter | None:
         draft = self._setup.draft
         if draft is None:
             return None
@@ -262,7 +261,7 @@ class _Model:
     """A decoder, or a rank's shard of one, with its weights and its cache."""
 
     def __init__(
-        self, setup: Setup, group: Group, n_tokens: int, progress: Progress | None
+        self, setup: Setup, group: Group, n_tokens: int, progress: OnProgress | None
     ) -> None:
         self.setup, self.n_tokens, self._shared = setup, n_tokens, group.size > 1
         model, device = setup.local, setup.device
@@ -405,7 +404,7 @@ class _Model:
             yield from block.linears.items()
         yield "head", self.decoder.head
 
-    def _load_weights(self, group: Group, progress: Progress | None) -> None:
+    def _load_weights(self, group: Group, progress: OnProgress | None) -> None:
         setup, checkpoint = self.setup, None
         if setup.config.weights == "random":
             source = RandomSource(setup.config.seed, setup.dtype, setup.device)

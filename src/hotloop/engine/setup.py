@@ -106,6 +106,16 @@ class Setup:
         return self.execution == "fused"
 
     @property
+    def asynchronous(self) -> bool:
+        """See ``EngineCore``."""
+        return self.device.type == "cuda"
+
+    @property
+    def captures(self) -> bool:
+        """See ``EngineCore``."""
+        return self.asynchronous and self.execution != "eager"
+
+    @property
     def local(self) -> ModelConfig:
         """The architecture of this rank's part of the decoder."""
         return self.model.local(self.shard)

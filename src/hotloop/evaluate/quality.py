@@ -30,7 +30,7 @@ from hotloop.evaluate.reference import (
     ReferenceWriter,
     full_log_probs,
     hash_windows,
-    row_chunks,
+    row_slices,
 )
 from hotloop.types import Engine, Score
 
@@ -184,7 +184,7 @@ def _window_kl(score: Score, reference: Reference, index: int) -> Tensor:
     return torch.cat(
         [
             kl_divergence(reference.log_probs(index, rows).to(log_q_TV.device), log_q_TV[rows])
-            for rows in row_chunks(log_q_TV)
+            for rows in row_slices(log_q_TV)
         ]
     ).cpu()
 

@@ -195,7 +195,7 @@ class ReferenceWriter:
         log_probs = full_log_probs(score, self._key.vocab_size)
         self._top1.append(score.top1.cpu().long())
         self._token_logprobs.append(score.token_logprobs.cpu().float())
-        for rows in row_chunks(log_probs):
+        for rows in row_slices(log_probs):
             relative = log_probs[rows] - log_probs[rows].amax(dim=-1, keepdim=True)
             self._file.write(relative.half().cpu().numpy().data)
 
@@ -225,7 +225,7 @@ def full_log_probs(score: Score, vocab_size: int) -> Tensor:
     return log_probs
 
 
-def row_chunks(x_TV: Tensor) -> list[slice]:
+def row_slices(x_TV: Tensor) -> list[slice]:
     """Slices rows so that intermediate results stay in cache and do not raise the peak."""
     T, V = x_TV.shape
     step = max(1, _CHUNK_ELEMENTS // V)

@@ -31,7 +31,7 @@ class PeerError(RuntimeError):
     """A collective failed, most likely because another rank has failed."""
 
 
-Command = tuple[int, Any]
+NumberedCommand = tuple[int, Any]
 """A number, and the value that is the command."""
 
 
@@ -93,12 +93,12 @@ class Caller:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[NumberedCommand | None] = queue.SimpleQueue()
         self._outgoing: queue.SimpleQueue[Callable[[], Message]] = queue.SimpleQueue()
         for work in (self._receive, self._send):
             threading.Thread(target=work, daemon=True).start()
 
-    def commands(self) -> Iterator[Command]:
+    def commands(self) -> Iterator[NumberedCommand]:
         """Yields commands, in order, until the last."""
         while (command := self._commands.get()) is not LAST:
             yield command

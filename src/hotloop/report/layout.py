@@ -95,7 +95,7 @@ class Notes:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def mark(self, text: str, note: str | None) -> str:
+    def cite(self, text: str, note: str | None) -> str:
         """Appends a reference to the note to ``text``, if there is a note."""
         if not note:
             return text

@@ -89,13 +89,13 @@ def _table(records: Sequence[Record]) -> Table:
     notes, rows = Notes(), []
     for record, labels in zip(records, levers, strict=True):
         quantization, compiled, ranks, drafts = labels
-        quantization = notes.mark(quantization, record.cell if namesakes[labels] > 1 else None)
+        quantization = notes.cite(quantization, record.cell if namesakes[labels] > 1 else None)
         if record.speculation and has_random_weights(record):
-            drafts = notes.mark(drafts, RANDOM_ACCEPTANCE)
+            drafts = notes.cite(drafts, RANDOM_ACCEPTANCE)
         decode, end_to_end = (column.text(record) for column in SPEEDS)
-        decode = notes.mark(decode, _caveat(record))
+        decode = notes.cite(decode, _caveat(record))
         for note in engine_notes(record) if record.decode_tok_s else ():
-            decode = notes.mark(decode, note)
+            decode = notes.cite(decode, note)
         cells = (quantization, compiled, ranks, drafts, decode, end_to_end)
         rows.append(Row(record=record, cells=cells))
     on = next((f" on {name}" for name in map(device_name, records) if name), "")

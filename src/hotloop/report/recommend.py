@@ -21,9 +21,7 @@ from hotloop.bench.statistics import t_critical
 from hotloop.report.context import notes
 from hotloop.report.numbers import half_width, percent, significant, uncertain
 from hotloop.report.read import latest
-
-MAX_DELTA_LN_PPL = 0.02
-"""The quality loss that is tolerated by default: 2 % more perplexity."""
+from hotloop.types import MAX_DELTA_LN_PPL
 
 MIN_REPEATS = 3
 """With fewer, the interval of a mean is too wide for use: t is 12.7 for two."""

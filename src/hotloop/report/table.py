@@ -12,7 +12,8 @@ from hotloop.report.fields import csv_names, csv_text, csv_values, value_of
 from hotloop.report.layout import STAR, Column, Notes, Row, Table
 from hotloop.report.numbers import divergence, half_width, memory, percent, significant, uncertain
 from hotloop.report.read import latest
-from hotloop.report.recommend import MAX_DELTA_LN_PPL, Recommendation, recommend
+from hotloop.report.recommend import Recommendation, recommend
+from hotloop.types import MAX_DELTA_LN_PPL
 
 
 def _figure(field: str, title: str, show: Callable[[Any], str], of_quality: bool = False) -> Column:
@@ -79,12 +80,12 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
     for record in records:
         cells = [column.text(record) for column in columns]
         reason = (record.reason or "").partition("\n")[0]
-        cells[1] = notes.mark(cells[1], reason and f"{record.status}: {reason}")
+        cells[1] = notes.cite(cells[1], reason and f"{record.status}: {reason}")
         if first_of_quality is not None and record.decode_tok_s and record.quality_reason:
             note = f"quality: {record.quality_reason}"
-            cells[first_of_quality] = notes.mark(cells[first_of_quality], note)
+            cells[first_of_quality] = notes.cite(cells[first_of_quality], note)
         for note in engine_notes(record) if record.decode_tok_s else ():
-            cells[place["decode_tok_s"]] = notes.mark(cells[place["decode_tok_s"]], note)
+            cells[place["decode_tok_s"]] = notes.cite(cells[place["decode_tok_s"]], note)
         recommended = record is recommendation.record
         rows.append(Row(record=record, cells=tuple(cells), recommended=recommended))
     return Table(

@@ -8,8 +8,8 @@ from pathlib import Path
 from hotloop.bench.record import Record
 from hotloop.report.layout import Table, to_markdown
 from hotloop.report.page import make_page
-from hotloop.report.recommend import MAX_DELTA_LN_PPL
 from hotloop.report.table import make_table, to_csv
+from hotloop.types import MAX_DELTA_LN_PPL
 from hotloop.writing import write_whole
 
 

@@ -1,10 +1,10 @@
 """Runs a cell in a child process: a crash, a hang or a lack of memory becomes a record.
 
 The child leads a session of its own, so a Ctrl-C at the terminal reaches only us. What it starts
-may lead further sessions (ranks do) and outlive it, so all of these processes carry a mark in their
-environment, and the next cell begins when none of them is left. The child reports its progress
-through a pipe of its own; what it and its libraries print goes to a log. If the parent dies, the
-child sees its stdin close and ends itself.
+may lead further sessions (ranks do) and outlive it, so all of these processes have an id of the
+cell in their environment, and the next cell begins when none of them is left. The child reports its
+progress through a pipe of its own; what it and its libraries print goes to a log. If the parent
+dies, the child sees its stdin close and ends itself.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hotloop.bench.record import Record, Status
 from hotloop.child_process import ChildProcess, signal_name
 from hotloop.errors import HotloopError
 from hotloop.sweep.cell import as_reason, base_record, gib
+from hotloop.sweep.descendants import CELL_ID, end_descendants
 from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
@@ -35,7 +36,6 @@ from hotloop.sweep.events import (
     from_line,
 )
 from hotloop.sweep.job import Job
-from hotloop.sweep.marked import MARK, end_marked
 from hotloop.sweep.store import MAX_LINE_BYTES
 from hotloop.writing import opened_to_append, tail
 
@@ -229,7 +229,7 @@ def _started(
 ) -> Iterator[tuple[ChildProcess, _Pipe]]:
     """The process of a job and the pipe of its events; afterwards, nothing of it is left."""
     reader, writer = os.pipe()
-    pipe, mark = _Pipe(reader), uuid.uuid4().hex
+    pipe, cell_id = _Pipe(reader), uuid.uuid4().hex
     try:
         try:
             child = ChildProcess(
@@ -238,7 +238,7 @@ def _started(
                 fds=(writer,),
                 reads=True,
                 python=job.python,
-                environment={MARK: mark},
+                environment={CELL_ID: cell_id},
             )
         finally:
             os.close(writer)
@@ -250,7 +250,7 @@ def _started(
             yield child, pipe
         finally:
             child.end(grace_s)
-            if left := end_marked(mark):
+            if left := end_descendants(cell_id):
                 on_event(
                     Noticed(
                         f"processes that {job.cell} started do not end (ids {left}): they can "

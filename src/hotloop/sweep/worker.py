@@ -17,9 +17,9 @@ import threading
 
 from hotloop.parallel.link import end_group
 from hotloop.sweep.cell import run_cell, score_reference
+from hotloop.sweep.descendants import CELL_ID, end_descendants
 from hotloop.sweep.events import CellFinished, Event, to_line
 from hotloop.sweep.job import Job
-from hotloop.sweep.marked import MARK, end_marked
 
 
 def main() -> None:
@@ -42,6 +42,6 @@ def main() -> None:
 def _end_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
-    if mark := os.environ.get(MARK):
-        end_marked(mark)
+    if cell_id := os.environ.get(CELL_ID):
+        end_descendants(cell_id)
     end_group()

