@@ -43,6 +43,40 @@ with LLM(str(folder), weights="random", quant="int4-g32", device="cpu", max_seq_
     assert described.kv_bytes_per_token * 64 == plan.cache_bytes
 """
 
+SCHEME = """
+import torch
+from thread_group import ThreadRanks
+from whole_models import load, write_folder
+
+from hotloop import LLM
+from hotloop.engine.memory import predict_memory
+from hotloop.quant import parse_scheme
+from hotloop.weights.quantize import quantize_checkpoint
+
+folder = sys_folder()
+write_folder(folder / "plain")
+quantize_checkpoint(folder / "plain", folder / "copy", quant="example")
+
+def states(name, n):
+    run = ThreadRanks(n).run(lambda group: load(folder / name, quant="example", group=group))
+    return [decoder.state_dict() for decoder in run]
+
+for n in (1, 2):
+    for ours, theirs in zip(states("copy", n), states("plain", n)):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), n
+
+scheme, noise = parse_scheme("example"), torch.Generator().manual_seed(1)
+grid = scheme.random(64, 256, std=0.02, dtype=torch.float32, generator=noise).dequantize()
+assert abs(grid.std() / 0.02 - 1) < 0.05
+weight = torch.randn(8, 256, generator=noise)
+left, right = (scheme.quantize(part).dequantize() for part in weight.split(128, dim=1))
+assert torch.equal(torch.cat((left, right), dim=1), scheme.quantize(weight).dequantize())
+
+options = {"weights": "random", "device": "cpu", "max_seq_len": 64}
+with LLM(str(folder / "plain"), quant="example", **options) as llm:
+    assert llm.describe().weight_bytes == predict_memory(llm.config).weights_bytes
+"""
+
 ENCODING = """
 import torch
 from safetensors.torch import save_file
@@ -118,7 +152,9 @@ def package(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "program", [FAMILY, ENCODING, ENGINE], ids=["family", "encoding", "engine"]
+    "program",
+    [FAMILY, SCHEME, ENCODING, ENGINE],
+    ids=["family", "scheme", "encoding", "engine"],
 )
 def test_what_the_page_adds_runs_with_the_files_that_it_names(program, package):
     helpers = [ROOT / "tests", ROOT / "tests/models", ROOT / "tests/weights"]
@@ -141,6 +177,8 @@ def test_the_page_has_an_example_of_each_registry_that_it_shows():
     assert places == [
         "src/hotloop/models/families/example.py",
         "src/hotloop/models/families/__init__.py",
+        "src/hotloop/quant/example.py",
+        "src/hotloop/quant/__init__.py",
         "src/hotloop/quant/encodings/example.py",
         "src/hotloop/quant/encodings/__init__.py",
         "src/hotloop/baselines/example.py",
