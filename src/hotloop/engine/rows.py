@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hotloop.kernels import reference
 from hotloop.kernels.cuda.launch import Call, Launcher
 from hotloop.kernels.cuda.step import accept, next_tokens
 
@@ -73,13 +74,6 @@ class Rows:
         """Gathers the tokens at positions of the first B rows."""
         return self.history[: len(positions_BT)].gather(1, positions_BT)
 
-    def upcoming(self, n: int, T: int) -> Tensor:
-        """Returns the positions [n, T] from the newest token on, clamped to the cache."""
-        first = self.positions[:n, None]
-        if T == 1:
-            return first
-        return (first + torch.arange(T, device=first.device)).clamp(max=self.last)
-
     def next_tokens(self, n: int, drafts_BD: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the input of a step of the first ``n`` rows.
 
@@ -91,17 +85,15 @@ class Rows:
             int64 [B, T], the newest token of each row and its drafts (0 for none), where
             T = D + 1; and int64 [B, T], their positions.
         """
-        T = 1 if drafts_BD is None else drafts_BD.shape[1] + 1
         if self._launcher is not None:
+            T = 1 if drafts_BD is None else drafts_BD.shape[1] + 1
             ids_BT, positions_BT = (self.positions.new_empty(n, T) for _ in range(2))
             state, given = (self.history, self.positions), (drafts_BD, ids_BT, positions_BT)
             self._launch(next_tokens(*state, *given, last_position=self.last))
             return ids_BT, positions_BT
-        positions_BT = self.upcoming(n, T)
-        ids_BT = self.tokens(positions_BT[:, :1])
-        if drafts_BD is not None:
-            ids_BT = torch.cat((ids_BT, drafts_BD.clamp(min=0)), dim=1)
-        return ids_BT, positions_BT
+        return reference.next_tokens(
+            self.history, self.positions, drafts_BD, n, last_position=self.last
+        )
 
     def accept(
         self, ids_BT: Tensor, drafts_BD: Tensor | None
@@ -117,25 +109,16 @@ class Rows:
             draft; and int64 [B], the number of drafts. (None, None) without drafts: all tokens are
             accepted.
         """
-        B, T = ids_BT.shape
+        state = (self.history, self.positions)
+        if self._launcher is None:
+            return reference.accept(ids_BT, drafts_BD, *state, last_position=self.last)
         n_kept_B = n_drafts_B = None
-        if self._launcher is not None:
-            if drafts_BD is not None:
-                n_kept_B, n_drafts_B = (self.positions.new_empty(B) for _ in range(2))
-            counts = {"n_kept_B": n_kept_B, "n_drafts_B": n_drafts_B}
-            state = (self.history, self.positions)
-            self._launch(
-                accept(ids_BT.contiguous(), drafts_BD, *state, **counts, last_position=self.last)
-            )
-            return n_kept_B, n_drafts_B
         if drafts_BD is not None:
-            accepted_BD = ids_BT[:, :-1] == drafts_BD
-            n_kept_B = accepted_BD.long().cumprod(dim=1).sum(dim=1) + 1
-            n_drafts_B = (drafts_BD >= 0).sum(dim=1)
-        positions_B = self.positions[:B]
-        after_BT = positions_B[:, None] + torch.arange(1, T + 1, device=positions_B.device)
-        self.history[:B].scatter_(1, after_BT, ids_BT)
-        positions_B.add_(1 if n_kept_B is None else n_kept_B).clamp_(max=self.last)
+            n_kept_B, n_drafts_B = (self.positions.new_empty(len(ids_BT)) for _ in range(2))
+        counts = {"n_kept_B": n_kept_B, "n_drafts_B": n_drafts_B}
+        self._launch(
+            accept(ids_BT.contiguous(), drafts_BD, *state, **counts, last_position=self.last)
+        )
         return n_kept_B, n_drafts_B
 
     def _launch(self, call: Call) -> None:

@@ -27,6 +27,7 @@ from hotloop.engine.core import Features, Step
 from hotloop.engine.forward import Forward
 from hotloop.engine.rows import Rows
 from hotloop.engine.sampling import Sampler
+from hotloop.kernels import reference
 from hotloop.kernels.cuda.launch import Launcher
 from hotloop.kernels.cuda.step import ngram_draft
 from hotloop.parallel.collectives import Group
@@ -71,8 +72,7 @@ class Drafter(ABC):
 class NgramDrafter(Drafter):
     """Prompt lookup (Saxena 2023): drafts the tokens that followed the newest n-gram before.
 
-    It looks up the latest earlier occurrence of the newest three tokens, or else of the newest two.
-    If fewer than k tokens follow that, they are repeated cyclically.
+    See ``reference.ngram_draft``.
 
     Args:
         rows: The rows of the target model.
@@ -89,21 +89,7 @@ class NgramDrafter(Drafter):
             call = ngram_draft(self.rows.history, self.rows.positions, drafts_BD)
             self.launcher.prepare(call, dependent=False)()  # torch launched its predecessor
             return drafts_BD
-        history_BC = self.rows.history[:n, :length]
-        newest_B1 = self.rows.positions[:n, None]
-        at_C = torch.arange(length, device=history_BC.device)
-        # matching[c]: how many of the newest tokens, up to three, equal those that end at c.
-        matching_BC = torch.zeros_like(history_BC)
-        unbroken_BC = at_C < newest_B1
-        for back in range(3):
-            token_B1 = history_BC.gather(1, (newest_B1 - back).clamp(min=0))
-            unbroken_BC = unbroken_BC & (history_BC.roll(back, dims=1) == token_B1) & (at_C >= back)
-            matching_BC += unbroken_BC
-        match_B1 = (matching_BC * length + at_C).argmax(dim=1, keepdim=True)
-        found_B1 = matching_BC.gather(1, match_B1) >= 2
-        ahead_D = torch.arange(k, device=history_BC.device)
-        source_BD = match_B1 + 1 + ahead_D % (newest_B1 - match_B1).clamp(min=1)
-        return self.rows.tokens(source_BD).where(found_B1, -1)
+        return reference.ngram_draft(self.rows.history, self.rows.positions, n, k, length=length)
 
 
 class ExitDrafter(Drafter):
@@ -125,7 +111,7 @@ class ExitDrafter(Drafter):
         self, n: int, k: int, *, first_seat: int | None, length: int, features: Features
     ) -> Tensor:
         """See ``Drafter``."""
-        newest_B1 = self.rows.upcoming(n, 1)
+        newest_B1 = self.rows.positions[:n, None]
         forward = partial(self.forward, first_seat=first_seat, length=length)
         newest = (self.rows.tokens(newest_B1), newest_B1)
         return _sample(forward, self.rows, self.sampler, *newest, k, features)

@@ -1,11 +1,12 @@
 """Plain-PyTorch implementations: the specification of every kernel, and its fallback.
 
 They are written to be read, and so that torch.compile fuses them well. Every faster kernel is
-tested against its twin here, which runs where no faster one can.
+tested against its twin here, which runs where no faster one can. Sampling alone is specified
+elsewhere, in ``engine.sampling``, since its plain form also samples from sharded logits.
 
 Shape letters: B sequences, T tokens of each, M = B * T rows, D model width, N output features,
 K input features, G groups along K; H query heads, J key/value heads, E head dimension, C cache
-positions, F feed-forward width.
+positions, F feed-forward width; R rows, W positions of a row's history, D drafts.
 """
 
 from __future__ import annotations
@@ -295,3 +296,95 @@ def argmax(logits_MV: Tensor) -> Tensor:
     largest = logits_MV.amax(-1, keepdim=True)  # NaN where anything is
     first = (logits_MV == largest).int().argmax(-1)
     return first.where(largest[..., 0].abs() < torch.inf, -1)
+
+
+def next_tokens(
+    history_RW: Tensor, positions_R: Tensor, drafts_BD: Tensor | None, n: int, *, last_position: int
+) -> tuple[Tensor, Tensor]:
+    """Collects the input of a step: the newest token of each of the first n rows, and its drafts.
+
+    Args:
+        history_RW: int64, the tokens of each row.
+        positions_R: int64, the position of each row's newest token.
+        drafts_BD: int64, negative for no draft; None if D is 0.
+        n: B.
+        last_position: The last position of the cache, to which positions are clamped.
+
+    Returns:
+        int64 [B, T], the tokens (0 for no draft), where T = D + 1; and int64 [B, T], their
+        positions.
+    """
+    newest_B1 = positions_R[:n, None]
+    ids_B1 = history_RW[:n].gather(1, newest_B1)
+    if drafts_BD is None:
+        return ids_B1, newest_B1
+    at_T = torch.arange(drafts_BD.shape[1] + 1, device=newest_B1.device)
+    ids_BT = torch.cat((ids_B1, drafts_BD.clamp(min=0)), dim=1)
+    return ids_BT, (newest_B1 + at_T).clamp(max=last_position)
+
+
+def accept(
+    ids_BT: Tensor,
+    drafts_BD: Tensor | None,
+    history_RW: Tensor,
+    positions_R: Tensor,
+    *,
+    last_position: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Appends sampled tokens to the first B rows, up to the first that differs from its draft.
+
+    Args:
+        ids_BT: int64, the sampled tokens.
+        drafts_BD: As for ``next_tokens``.
+        history_RW: int64; the sampled tokens are appended.
+        positions_R: int64; advanced by the number of tokens accepted, up to the last position.
+        last_position: The last position of the cache.
+
+    Returns:
+        int64 [B], the number of tokens accepted, and int64 [B], the number of drafts; (None, None)
+        without drafts, where all tokens are accepted.
+    """
+    B, T = ids_BT.shape
+    n_kept_B = n_drafts_B = None
+    if drafts_BD is not None:
+        accepted_BD = ids_BT[:, :-1] == drafts_BD
+        n_kept_B = accepted_BD.long().cumprod(dim=1).sum(dim=1) + 1
+        n_drafts_B = (drafts_BD >= 0).sum(dim=1)
+    positions_B = positions_R[:B]
+    after_BT = positions_B[:, None] + torch.arange(1, T + 1, device=positions_B.device)
+    history_RW[:B].scatter_(1, after_BT, ids_BT)
+    positions_B.add_(1 if n_kept_B is None else n_kept_B).clamp_(max=last_position)
+    return n_kept_B, n_drafts_B
+
+
+def ngram_draft(history_RW: Tensor, positions_R: Tensor, n: int, k: int, *, length: int) -> Tensor:
+    """Drafts the k tokens that followed the newest n-gram before, for each of the first n rows.
+
+    It looks up the latest earlier occurrence of the newest three tokens, or else of the newest two.
+    If fewer than k tokens follow that, they are repeated cyclically.
+
+    Args:
+        history_RW: int64, the tokens of each row.
+        positions_R: int64, the position of each row's newest token.
+        n: B.
+        k: D.
+        length: Exceeds these positions.
+
+    Returns:
+        int64 [B, D]; -1 where there is no such occurrence.
+    """
+    history_BC = history_RW[:n, :length]
+    newest_B1 = positions_R[:n, None]
+    at_C = torch.arange(length, device=history_BC.device)
+    # matching[c]: how many of the newest tokens, up to three, equal those that end at c.
+    matching_BC = torch.zeros_like(history_BC)
+    unbroken_BC = at_C < newest_B1
+    for back in range(3):
+        token_B1 = history_BC.gather(1, (newest_B1 - back).clamp(min=0))
+        unbroken_BC = unbroken_BC & (history_BC.roll(back, dims=1) == token_B1) & (at_C >= back)
+        matching_BC += unbroken_BC
+    match_B1 = (matching_BC * length + at_C).argmax(dim=1, keepdim=True)
+    found_B1 = matching_BC.gather(1, match_B1) >= 2
+    ahead_D = torch.arange(k, device=history_BC.device)
+    source_BD = match_B1 + 1 + ahead_D % (newest_B1 - match_B1).clamp(min=1)
+    return history_RW[:n].gather(1, source_BD).where(found_B1, -1)

@@ -1,4 +1,4 @@
-"""Dequantizes packed weights to bfloat16: launches of ``dequantize.cu``, and its twin.
+"""Dequantizes packed weights to bfloat16: launches of ``dequantize.cu``.
 
 Shape letters: N output features, K input features.
 """
@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from hotloop.kernels import reference
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call, device_of
 from hotloop.kernels.cuda.packing import Format, unpack
@@ -44,14 +45,10 @@ def dequantize(form: Format, packed: Tensor) -> Tensor:
 
 
 def dequantize_torch(form: Format, packed: Tensor) -> Tensor:
-    """Computes the same in plain PyTorch: the specification of the kernel."""
+    """Computes the same in plain PyTorch, by ``reference.dequantize``."""
     values, scale, offset = unpack(form, packed)
-    if scale is None:
-        return values.to(torch.bfloat16)
-    weight = values.view(form.n, scale.shape[1], -1).float() * scale.float()[..., None]
-    if offset is not None:
-        weight = weight + offset.float()[..., None]
-    return weight.to(torch.bfloat16).view(form.n, form.k)
+    weight = values if scale is None else reference.dequantize(values, scale, offset)
+    return weight.to(torch.bfloat16)
 
 
 def dequantize_kernel(form: Format) -> Kernel:

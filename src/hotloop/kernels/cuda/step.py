@@ -398,7 +398,7 @@ def argmax_over_ranks(
 def ngram_draft(history_RW: Tensor, positions_R: Tensor, drafts_BD: Tensor) -> Call:
     """Returns the launch of n-gram drafts for the first B rows.
 
-    It is specified by ``NgramDrafter.propose``.
+    It is specified by ``reference.ngram_draft``.
 
     Args:
         history_RW: int64, the tokens of each row.
@@ -438,7 +438,7 @@ def next_tokens(
 ) -> Call:
     """Returns the launch that collects the input tokens of a step of the first B rows.
 
-    It is specified by ``Rows.next_tokens``.
+    It is specified by ``reference.next_tokens``.
 
     Args:
         history_RW: int64, the tokens of each row.
@@ -465,7 +465,7 @@ def accept(
 ) -> Call:
     """Returns the launch that accepts drafts and advances the first B rows.
 
-    It is specified by ``Rows.accept``.
+    It is specified by ``reference.accept``.
 
     Args:
         ids_BT: int64, the sampled tokens.
