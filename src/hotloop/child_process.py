@@ -1,7 +1,7 @@
 """Child processes of Python: started in a session of their own, killed as a group, and explained.
 
 A Ctrl-C at the terminal reaches only this process. Killing a child kills its process group, and so
-what it started; sessions that it started in turn are not reached (see ``sweep.marked``).
+what it started; sessions that it started in turn are not reached (see ``sweep.descendants``).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ChildProcess:
     def kill(self) -> None:
         """Kills its process group; does nothing the second time.
 
-        Then another process may have its id.
+        By then its id may be that of another process.
         """
         if not self._killed:
             self._killed = True

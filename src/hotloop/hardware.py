@@ -195,7 +195,7 @@ def shortage_of_memory(error: BaseException) -> BaseException | None:
 
 
 def bytes_asked_for(shortage: BaseException) -> int | None:
-    """Bytes that could not be allocated, where an out-of-memory error says so."""
+    """Returns the bytes of an allocation that failed, where an out-of-memory error names them."""
     found = re.search(
         r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(shortage), re.IGNORECASE
     )
@@ -312,7 +312,7 @@ def _nvidia_smi(device: torch.device, fields: list[str]) -> dict[str, str]:
 
 
 def provenance(device: torch.device, *, read_bytes_per_s: float | None = None) -> dict[str, Any]:
-    """Versions, device and host, as JSON can hold them, without names of hosts, users or folders.
+    """Collects versions, device and host as JSON, without names of hosts, users or folders.
 
     Args:
         device: The device in use.
@@ -372,7 +372,7 @@ def machine() -> dict[str, Any]:
 
 
 def _git_state(package: Path) -> dict[str, Any]:
-    """Commit of the checkout that ``package`` lies in as ``src/hotloop``, and if it was changed."""
+    """Returns the commit of the checkout whose ``src/hotloop`` is ``package``, and its changes."""
     # Without optional locks, so that git status does not block a commit.
     git = ("git", "--no-optional-locks", "-C", str(package))
     in_checkout = package.parent.name == "src" and (package.parents[1] / ".git").exists()
@@ -404,7 +404,7 @@ def _n_cpus_allowed() -> int | None:
 
 
 def _host_memory() -> tuple[int, int]:
-    """Bytes of memory in all and available, both within the control groups' limits."""
+    """Returns the total and the available bytes of memory, within the control groups' limits."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -417,7 +417,7 @@ def _host_memory() -> tuple[int, int]:
 
 
 def _cgroup_memory(membership: str, root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and remaining bytes of each control group, version 1 or 2, that bounds a process.
+    """Returns limit and remaining bytes of each control group (version 1 or 2) of a process.
 
     Args:
         membership: What ``/proc/self/cgroup`` says.
@@ -447,7 +447,7 @@ def _cgroup_memory(membership: str, root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _last_level_cache_bytes(device: torch.device) -> int:
-    """Bytes of last-level cache; 0 where the system does not say."""
+    """Returns the bytes of the last-level cache; 0 where the system does not say."""
     import torch
 
     if device.type == "cuda":

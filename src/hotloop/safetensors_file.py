@@ -15,7 +15,7 @@ _LENGTH_BYTES = 8
 
 
 class SafetensorsFile:
-    """The header of a safetensors file that is being written.
+    """Places tensors in a safetensors file, and writes its header.
 
     Args:
         file: Empty, open for writing.
@@ -23,7 +23,7 @@ class SafetensorsFile:
         header_bytes: The space for the header, a multiple of 8.
 
     Attributes:
-        file: Receives the tensors' data from its user.
+        file: The file; the caller writes the data of each tensor to its place.
         names: The tensors so far.
         n_bytes: Bytes of their data.
     """

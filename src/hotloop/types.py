@@ -1,8 +1,8 @@
 """Shared types: a configuration, a request, a result, and the engine protocol.
 
-Plain frozen values without behaviour beyond checking themselves and naming themselves, so that
-they can be printed, hashed, compared, sent to another process and written to a record. torch is
-not imported here: the command line reads this module before it knows whether it needs torch.
+They are plain frozen values, which only check and name themselves, so that they can be printed,
+hashed, compared, sent to another process and written to a record. torch is not imported here: the
+command line reads this module before it knows whether it needs torch.
 
 Shape letters, here and everywhere: B sequences in a batch, T tokens of one sequence, V vocabulary.
 """
@@ -74,7 +74,7 @@ MAX_LOGPROBS = 20
 
 
 def exit_layers(draft: str) -> int | None:
-    """N of a value ``exit-N`` of ``EngineConfig.draft``; None of any other."""
+    """Returns N of a value ``exit-N`` of ``EngineConfig.draft``; None for any other."""
     match = re.fullmatch(r"exit-(\d{1,9})", draft)
     return int(match[1]) if match else None
 
@@ -273,7 +273,7 @@ class EngineConfig:
 
     @property
     def name(self) -> str:
-        """A short name that sorts, such as ``int4-g64/compile``: what differs from the default."""
+        """A short, sortable name of what differs from the default, such as ``int4-g64/compile``."""
         own = self.engine == OWN_ENGINE
         parts = [] if own else [self.engine]
         parts.append(self.quant if self.head == "auto" else f"{self.quant}+head={self.head}")
@@ -403,8 +403,7 @@ class Timing:
 class Speculation:
     """Drafting statistics of one request, or of several together.
 
-    A step gives a request one token, and one more for every draft before the first that the model
-    would not have chosen itself.
+    A step gives a request one token, and one more for every draft before the first rejected one.
 
     Attributes:
         n_steps: Steps that decoded the request.
@@ -476,7 +475,7 @@ class Delta:
     """A piece of a streamed answer.
 
     Attributes:
-        index: Which prompt it answers.
+        index: Index of the prompt that it answers.
         text: Text that is now certain; can be empty while a character or a stop string is open.
         token_ids: Tokens that arrived with it.
         generation: The whole answer, on the last piece of each prompt.

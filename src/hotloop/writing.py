@@ -39,7 +39,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> Path:
-    """Writes an object as indented JSON into a folder of our own, and returns the file."""
+    """Writes an object as indented JSON, and returns the file; only for a new folder of ours."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return file
 

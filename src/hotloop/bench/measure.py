@@ -49,7 +49,7 @@ class Speed:
             included; at batch 1 the same as ``e2e_tok_s``.
         mbu: Memory bandwidth utilization against the measured read bandwidth, if that was given.
         mbu_datasheet: The same against the vendor's figure, if that was given.
-        speculation: What drafting did, where the engine drafts.
+        speculation: Drafting statistics, where the engine drafts.
         peak_bytes: Peak memory while the workload ran, loading excluded, of the largest rank. See
             ``MemoryMeter``.
         instability: Why the repeats disagree, where they do.

@@ -37,7 +37,7 @@ Reason = Annotated[str, Field(max_length=65_536)]
 MAX_NUMBER = 1e30
 
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
-"""A measured number. None that means something is larger, and a table has no room for one."""
+"""A measured number, of a size that occurs and that a table has room for."""
 
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
 
@@ -107,7 +107,7 @@ class SpeculationFigures(StrictModel):
 
 
 class QualityProtocol(StrictModel):
-    """The protocol of quality: enough to compute the same numbers again.
+    """The protocol of a quality measurement: enough to compute the same numbers again.
 
     Attributes:
         text: Where the text came from.
@@ -154,7 +154,7 @@ class RecordedEngine(_Keys, total=False):
 
 
 class RecordedHotloop(_Keys, total=False):
-    """The hotloop that measured."""
+    """The version of hotloop that measured."""
 
     version: Name | None
     git_commit: Name | None

@@ -1,7 +1,7 @@
 """Tells whether repeats of a timed run agree, and the likely cause when they do not.
 
-A guess at a cause from the pattern of the samples and from what the machine was doing meanwhile.
-It tells a user where to look; it does not correct or drop a sample.
+The cause is guessed from the pattern of the samples and from the load of the machine meanwhile. It
+tells a user where to look; no sample is corrected or dropped.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from hotloop.bench.record import Figure
 def mean_figure(
     samples: Sequence[float], *, within: tuple[float, float] = (-math.inf, math.inf)
 ) -> Figure:
-    """Mean, standard error and 95 % t-interval of independent samples.
+    """Computes the mean, standard error and 95 % t-interval of independent samples.
 
     Args:
         samples: One or more. A single one has no interval and no standard error.
@@ -38,7 +38,7 @@ def mean_figure(
 def t_critical(df: int, *, confidence: float = 0.95) -> float:
     """Computes the two-sided critical value of Student's t distribution.
 
-    Found by bisection on the closed form of the probability within t for whole ``df``, in the
+    It bisects the closed form of the probability within t for whole ``df``, in the
     angle atan(t / sqrt(df)) (Abramowitz & Stegun, 26.7.3 and 26.7.4).
     """
     assert df >= 1, f"a t-interval needs at least two samples, not {df + 1}"

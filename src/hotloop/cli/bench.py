@@ -42,8 +42,8 @@ def bench(
 ) -> int:
     """Time one configuration.
 
-    --json prints the record, as a sweep writes it. Its quality: hotloop eval;
-    several configurations side by side: hotloop sweep.
+    --json prints the record, as a sweep writes it. hotloop eval measures quality,
+    and hotloop sweep compares configurations.
     """
     from hotloop.bench.record import MEASURED
     from hotloop.sweep.cell import run_cell

@@ -111,14 +111,14 @@ def chat(
 
 
 def converse(session: Session, turns: Iterator[str]) -> None:
-    """Takes turns until they or the session end."""
+    """Answers turns until there are no more, or the session ends."""
     for text in turns:
         if not session.take(text):
             break
 
 
 def converse_in_terminal(session: Session) -> None:
-    """Takes turns from a person, whose Ctrl-C does not end the program."""
+    """Answers turns that are typed in a terminal, where Ctrl-C does not end the program."""
     with CtrlC() as ctrl_c, line_reader() as read_line:
         session.ctrl_c = ctrl_c
         read = ctrl_c.while_reading(read_line)
@@ -184,15 +184,14 @@ class Session:
 
     Args:
         llm: The engine.
-        config: What it was asked to be.
+        config: Its configuration as given.
         params: How to sample every answer.
         encode: Makes a prompt of messages.
         system: The system message.
         json: Print an object an answer instead of text.
 
     Attributes:
-        ctrl_c: What Ctrl-C does to an answer where that does not end the session: someone sits
-            there. None ends it.
+        ctrl_c: Handles Ctrl-C in a terminal, where it stops an answer. None: it ends the session.
     """
 
     ctrl_c: CtrlC | None = None

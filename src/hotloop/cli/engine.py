@@ -22,13 +22,13 @@ Message = dict[str, str]
 
 
 def note_cache() -> None:
-    """Says where the cache is if that is not where it should be."""
+    """Notes a temporary cache folder, and why it replaces the usual one."""
     if text := cache_note():
         note(text)
 
 
 def note_slower_kernels(notes: Sequence[str]) -> None:
-    """Says which kernels are passed over, and why: each reason once, with all that it is about."""
+    """Notes which kernels are not used, and why: each reason once, with all of its kernels."""
     names: dict[str, list[str]] = {}
     for text in notes:
         name, not_used, reason = text.partition(" not used: ")
@@ -40,7 +40,7 @@ def note_slower_kernels(notes: Sequence[str]) -> None:
 
 @contextmanager
 def loaded(config: EngineConfig) -> Generator[LLM]:
-    """The engine of ``config``."""
+    """Loads an engine, behind a spinner; closes it at the end of the block."""
     note_cache()
     label = f"{config.model} as {config.name}"
     with spinner(f"{label}: starting") as show:
@@ -59,10 +59,10 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
 
 
 class ConversationFormat:
-    """Makes prompts of messages, as the user's options say.
+    """Makes prompts of messages, by the user's options of the chat template.
 
     Args:
-        options: What the user said about it.
+        options: The options of the chat template.
 
     Raises:
         ConfigError: An option's value cannot be used, or its file cannot be read.
@@ -105,7 +105,7 @@ class ConversationFormat:
 
 
 def early_tokenizer(model: str) -> Tokenizer:
-    """Loads a model's tokenizer, to find cheap mistakes before the model is loaded."""
+    """Loads a model's tokenizer, to find mistakes before the model is loaded."""
     from hotloop.text.tokenizer import load_tokenizer
     from hotloop.weights.hub import resolve_model
 

@@ -43,7 +43,7 @@ def evaluate(
     ] = False,
     json: Json = False,
 ) -> int:
-    """Score one configuration: perplexity, and what quantization costs.
+    """Score one configuration: perplexity, and the loss by quantization.
 
     The unquantized model in the same element type is scored first, on the same
     windows of text. --json prints a record, as a sweep writes it, without speed.

@@ -35,7 +35,8 @@ SCHEMES = "none,int8,fp8,int4-g128,int4-g64,int4-g32,int4-g32-asym"
 @app.default
 def info(
     model: Annotated[
-        str | None, option(MODEL, "A folder, a .gguf file, a pulled name, or a built-in shape.")
+        str | None,
+        option(MODEL, "A folder, a .gguf file, the name of a pulled model, or a built-in shape."),
     ] = None,
     /,
     *,

@@ -82,9 +82,7 @@ def _with_choices(name: str) -> str:
     return f"{LEVERS[name].help} Of {', '.join(get_args(_HINTS[name]))}."
 
 
-Model = Annotated[
-    str, option(MODEL, "A folder, a .gguf file, a pulled name, or a built-in shape's name.")
-]
+Model = Annotated[str, option(MODEL, "A folder, a .gguf file, or the name of a pulled model.")]
 Tolerance = Annotated[
     float, option(QUALITY, "Increase of ln perplexity that a recommendation tolerates.")
 ]

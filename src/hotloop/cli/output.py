@@ -116,7 +116,7 @@ def print_memory(
     """Prints what configurations would take: name, bytes by purpose, and whether they fit.
 
     Args:
-        heading: What the names are names of.
+        heading: The heading of the names.
         rows: Name, bytes by purpose, whether they fit (None: not known), and, for what cannot
             run at all, why: the reasons follow the table, each once, with the names it is for.
     """

@@ -1,4 +1,4 @@
-"""``hotloop pull``: a model by its name, onto this machine."""
+"""``hotloop pull``: fetches a model by its name."""
 
 from __future__ import annotations
 

@@ -53,6 +53,6 @@ def quantize(
 
 
 def n_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Counts the bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)

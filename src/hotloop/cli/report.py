@@ -30,7 +30,9 @@ Examples:
 def report(
     results: Annotated[Path, option(OUTPUT, "A results folder, or a file of records.")],
     /,
-    *more: Annotated[Path, option(OUTPUT, "Further ones, for --layout reference to join.")],
+    *more: Annotated[
+        Path, option(OUTPUT, "Further results folders, which --layout reference joins.")
+    ],
     layout: Annotated[
         Literal["full", "reference"],
         option(OUTPUT, "Every figure; or configurations and tokens/s, a table per model."),

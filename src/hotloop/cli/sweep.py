@@ -90,8 +90,8 @@ def sweep(
     Each runs in a process of its own, so that one that does not fit or crashes
     is a row of the table like the others. A quantized copy is measured in its own
     scheme, unless --quant says otherwise. Ctrl-C keeps finished configurations,
-    and --resume skips them. The exit code is 1 if not one configuration could be
-    measured or ruled out.
+    and --resume skips them. The exit code is 1 if no configuration could be
+    measured or shown not to fit.
     """
     from hotloop.report.layout import to_rich
     from hotloop.report.read import read_records

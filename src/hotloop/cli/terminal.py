@@ -21,10 +21,9 @@ _PASTES_MARKED, _PASTES_PLAIN = "\033[?2004h", "\033[?2004l"
 class CtrlC:
     """Decides what Ctrl-C does, within the ``with`` block that it manages.
 
-    At the prompt it is a KeyboardInterrupt. While an answer comes it is a question that ``relay``
-    asks between tokens, so that the engine is not torn out of the middle of a step; whoever presses
-    it twice, because no token comes, gets a KeyboardInterrupt. Anywhere else, such as a moment
-    after an answer, it does nothing.
+    At the prompt it raises KeyboardInterrupt. While an answer is generated it sets a flag, which
+    ``relay`` reads between tokens, so that a step of the engine is not interrupted; pressed twice,
+    because no token comes, it raises KeyboardInterrupt. At other times it does nothing.
     """
 
     def __init__(self) -> None:
@@ -44,7 +43,7 @@ class CtrlC:
         self._pressed.set()
 
     def while_reading(self, read_line: ReadLine) -> ReadLine:
-        """Returns the same function, in which Ctrl-C is a KeyboardInterrupt."""
+        """Wraps a function that reads a line: Ctrl-C raises KeyboardInterrupt in it."""
 
         def read(prompt: str) -> str:
             self._reading = True
@@ -58,7 +57,7 @@ class CtrlC:
 
     @contextmanager
     def while_answering(self) -> Generator[Callable[[], bool]]:
-        """Yields what tells whether Ctrl-C was pressed since the last line was read."""
+        """Yields a function: whether Ctrl-C was pressed since the last line was read."""
         self._answering = True
         try:
             yield self._pressed.is_set

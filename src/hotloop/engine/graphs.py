@@ -88,7 +88,7 @@ class PaddedGraphs:
         return len(self._captured)
 
     def replay(self, ids_T: Tensor) -> None:
-        """Replays the graph of the next larger size; earlier ids, or 0, are its padding."""
+        """Replays the graph of the smallest size that holds these ids, padded by arbitrary ids."""
         size = next(size for size in self._sizes if size >= len(ids_T))
         self._ids[: len(ids_T)] = ids_T
         self._captured[size].replay()

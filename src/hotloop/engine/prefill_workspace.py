@@ -1,4 +1,4 @@
-"""Activations of a prompt's chunk with the fused step's prefill, and the chunk that memory allows.
+"""Holds the activations of a chunk of a prompt, and chooses the chunk that memory allows.
 
 Shape letters: T tokens of one sequence, D model width.
 """

@@ -1,6 +1,6 @@
 """The text that quality is measured on.
 
-By default CPython's own help topics (``pydoc_data.topics``, 0.5 MB of English about Python),
+By default it is CPython's own help topics (``pydoc_data.topics``, 0.5 MB of English about Python),
 because every machine has them already and nothing needs to be downloaded. Any UTF-8 file will do;
 figures on different texts cannot be compared, so the text's name and hash stand in every record.
 """

@@ -1,4 +1,4 @@
-"""Cutting a tokenized text into the windows that are scored."""
+"""Cuts a tokenized text into the windows that are scored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def take_windows(
 
 
 def make_windows(ids: Sequence[int], size: int, limit: int | None = None) -> list[list[int]]:
-    """Non-overlapping windows of equal length from the beginning of a text.
+    """Cuts windows of equal length from the beginning of a text, without overlap.
 
     The protocol of GPTQ (Frantar et al. 2022): the text is tokenized as one piece, cut every
     ``size`` tokens, and the ragged tail is dropped. No token is added in front; each window is

@@ -44,7 +44,7 @@ class KVCache(nn.Module):
         self.n_seats, self.n_positions = n_seats, n_positions
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer."""
+        """Returns the keys and values of one layer."""
         return getattr(self, f"k{index}"), getattr(self, f"v{index}")
 
 

@@ -413,5 +413,5 @@ class ModelConfig:
         return [(each.attention.n_kv_heads, each.attention.head_dim) for each in self.layers]
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of cache that one token of one sequence takes."""
+        """Counts the bytes of cache that one token of one sequence takes."""
         return 2 * sum(n * width for n, width in self.kv_heads) * itemsize

@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
         self.register_buffer("weight", torch.empty(width, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to the same."""
+        """Normalizes [..., width]."""
         return pointwise.rms_norm(x, self.weight, self.eps)
 
 
@@ -125,7 +125,7 @@ class FeedForward(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """[..., D] to the same."""
+        """Computes the feed-forward of [..., D]."""
         return self.down_proj(self.gated(self.gate_up_proj(self.norm(x_BTD))))
 
 

@@ -16,7 +16,7 @@ from hotloop.models.config import RopeConfig
 
 
 def head_order(head_dim: int, rope: RopeConfig) -> Tensor | None:
-    """Which element of a checkpoint's head is where in ours, int64 [head_dim]; None if all are.
+    """Returns the element of a checkpoint's head at each place in ours, int64 [head_dim].
 
     A checkpoint pairs element i of its first R with i + R/2; we pair i with i + head_dim/2.
     """
@@ -28,7 +28,7 @@ def head_order(head_dim: int, rope: RopeConfig) -> Tensor | None:
 
 
 def inverse_frequencies(head_dim: int, rope: RopeConfig, n_positions: int = 0) -> Tensor:
-    """Radians per token of each pair of dimensions, float32 [head_dim / 2].
+    """Computes the radians per token of each pair of dimensions, float32 [head_dim / 2].
 
     Args:
         head_dim: Width of a head.
@@ -88,7 +88,7 @@ def _yarn_ramp(rotated: int, rope: RopeConfig) -> tuple[float, float]:
 
 
 def rope_tables(head_dim: int, n_positions: int, rope: RopeConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [n_positions, head_dim], both halves alike."""
+    """Computes cosines and sines, float32 [n_positions, head_dim], both halves alike."""
     frequencies = inverse_frequencies(head_dim, rope, n_positions)
     angles = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequencies)
     scale = torch.ones_like(frequencies)

@@ -39,7 +39,7 @@ class Fp8:
         return cls()
 
     def check(self, name: str, n: int, k: int) -> None:
-        """Every shape will do."""
+        """Accepts every shape."""
 
     def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:
         """Rounds to the nearest e4m3 number, once ``max|row|`` is the largest of them."""
@@ -62,12 +62,12 @@ class Fp8:
         dtype: torch.dtype,  # noqa: ARG002
         generator: torch.Generator,
     ) -> QTensor:
-        """Normally distributed numbers, scaled to ``std``."""
+        """Makes normally distributed numbers, scaled to ``std``."""
         values = torch.empty(n, k, device=generator.device).normal_(0, 64, generator=generator)
         scale = torch.full((n, 1), std / 64, device=generator.device)
         values = values.clamp_(-LARGEST, LARGEST).to(DTYPE)
         return QTensor(values=values, scale=scale, offset=None, kind="fp8")
 
     def format(self, k: int) -> KernelFormat:
-        """One group per output channel."""
+        """Returns the format: one group per output channel."""
         return KernelFormat(kind="fp8", group_size=k, scale_dtype=torch.float32)

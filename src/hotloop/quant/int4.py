@@ -45,7 +45,7 @@ class Int4:
 
     @classmethod
     def from_options(cls, options: tuple[str, ...]) -> Int4:
-        """``gN`` with N in 32, 64, 128; ``sym`` or ``asym``."""
+        """Takes ``gN`` with N in 32, 64, 128; ``sym`` or ``asym``."""
         meanings = {f"g{size}": ("group_size", size) for size in GROUP_SIZES}
         meanings |= {"sym": ("symmetric", True), "asym": ("symmetric", False)}
         fields: dict[str, Any] = {}
@@ -64,7 +64,7 @@ class Int4:
         return cls(**fields)
 
     def check(self, name: str, n: int, k: int) -> None:  # noqa: ARG002
-        """Groups must divide the input features; those that do are named."""
+        """Refuses groups that do not divide the input features, and names those that do."""
         if k % self.group_size:
             fits = [g for g in GROUP_SIZES if k % g == 0]
             raise ConfigError(
@@ -74,7 +74,7 @@ class Int4:
 
     @property
     def alignment(self) -> int:
-        """A group's scale is its own, whatever the rest of the row."""
+        """A group: its scale does not depend on the rest of the row."""
         return self.group_size
 
     def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:  # noqa: ARG002
@@ -104,7 +104,7 @@ class Int4:
         dtype: torch.dtype,  # noqa: ARG002
         generator: torch.Generator,
     ) -> QTensor:
-        """Uniform integers, scaled to ``std``."""
+        """Makes uniform integers, scaled to ``std``."""
         self.check("weight", n, k)
         values = torch.empty(n, k, dtype=torch.int8, device=generator.device)
         values.random_(-7, 8, generator=generator)
@@ -114,7 +114,7 @@ class Int4:
         return QTensor(values=values, scale=scale, offset=offset, kind="int4")
 
     def format(self, k: int) -> KernelFormat:  # noqa: ARG002
-        """Four bits in groups."""
+        """Returns the format: four bits in groups."""
         return KernelFormat(
             kind="int4",
             group_size=self.group_size,

@@ -32,7 +32,7 @@ class Int8:
         return cls()
 
     def check(self, name: str, n: int, k: int) -> None:
-        """Every shape will do."""
+        """Accepts every shape."""
 
     def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:
         """Rounds to the nearest of 255 steps of ``max|row| / 127``."""
@@ -55,12 +55,12 @@ class Int8:
         dtype: torch.dtype,  # noqa: ARG002
         generator: torch.Generator,
     ) -> QTensor:
-        """Uniform integers, scaled to ``std``."""
+        """Makes uniform integers, scaled to ``std``."""
         values = torch.empty(n, k, dtype=torch.int8, device=generator.device)
         values.random_(-QMAX, QMAX + 1, generator=generator)
         scale = torch.full((n, 1), std / (QMAX / 3**0.5), device=generator.device)
         return QTensor(values=values, scale=scale, offset=None, kind="int8")
 
     def format(self, k: int) -> KernelFormat:
-        """One group per output channel."""
+        """Returns the format: one group per output channel."""
         return KernelFormat(kind="int8", group_size=k, scale_dtype=torch.float32)

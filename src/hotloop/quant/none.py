@@ -27,7 +27,7 @@ class NoScheme:
         return cls()
 
     def check(self, name: str, n: int, k: int) -> None:
-        """Every shape will do."""
+        """Accepts every shape."""
 
     def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> Tensor:  # noqa: ARG002
         """Returns the weight itself."""
@@ -36,10 +36,10 @@ class NoScheme:
     def random(
         self, n: int, k: int, *, std: float, dtype: torch.dtype, generator: torch.Generator
     ) -> Tensor:
-        """Normally distributed [n, k]."""
+        """Makes normally distributed weights [n, k]."""
         weight = torch.empty(n, k, dtype=dtype, device=generator.device)
         return weight.normal_(0, std, generator=generator)
 
     def format(self, k: int) -> KernelFormat:  # noqa: ARG002
-        """Floating point."""
+        """Returns the format: floating point."""
         return DENSE

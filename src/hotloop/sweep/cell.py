@@ -50,13 +50,13 @@ def run_cell(job: Job, on_event: OnEvent = ignore) -> Record:
         on_event: Receives phases, repeats and windows, and what is known before loading.
 
     Returns:
-        A complete record, whatever happened; only KeyboardInterrupt and its like come through.
+        A complete record, whatever happened; only exceptions such as KeyboardInterrupt pass.
     """
     return _run(job, on_event, _measure)
 
 
 def score_cell(job: Job, on_event: OnEvent = ignore) -> Record:
-    """Measures the quality of one configuration and leaves its speed alone.
+    """Measures the quality of one configuration, without its speed.
 
     Returns:
         As ``run_cell``, without speed and workload.

@@ -65,7 +65,7 @@ class CellStarted:
 
 @dataclass(frozen=True)
 class CellPhase:
-    """A cell, or the reference, entered a phase or got on in it.
+    """A cell, or the reference, entered a phase or made progress in it.
 
     ``total`` is how many repeats or windows the phase has, 0 where that means nothing;
     ``decode_tok_s`` is the speed of the last repeat.

@@ -67,12 +67,12 @@ from hotloop.sweep.worker import main
 
 main()
 """
-"""Starts the worker of this very hotloop, whichever the interpreter: another one need not have
-hotloop installed, and gets nothing else of this one's packages."""
+"""The program of a worker. It imports hotloop from the folder of this one, so that another
+interpreter need not have hotloop installed, and does not see this one's other packages."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while a process ran; it has ended, and ``record`` is what there is to keep."""
+    """Ctrl-C while a process ran, which has ended; ``record`` says how far it came."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class _Pipe:
 def _started(
     job: Job, output: BinaryIO, grace_s: float, on_event: OnEvent
 ) -> Iterator[tuple[ChildProcess, _Pipe]]:
-    """The process of a job and the pipe of its events; afterwards, nothing of it is left."""
+    """Starts the process of a job, and the pipe of its events; ends all of it afterwards."""
     reader, writer = os.pipe()
     pipe, cell_id = _Pipe(reader), uuid.uuid4().hex
     try:

@@ -1,4 +1,4 @@
-"""A sweep under way as a person sees it, on stderr: a bar on a terminal, else plain lines.
+"""Shows the progress of a sweep on stderr: a bar on a terminal, else plain lines.
 
 Without a terminal there is a line for each phase, and one every ``HEARTBEAT_S`` while a phase
 lasts: a log that says nothing for minutes looks like a program that hangs.

@@ -316,7 +316,7 @@ def replace_models(
         recipe: What to change.
         weights: Where weights come from.
         model: As in ``EngineConfig``.
-        draft_model: Takes the place of whatever model the recipe has for a draft.
+        draft_model: Replaces the draft model of every configuration that has one.
 
     Raises:
         ConfigError: The recipe has no draft model to replace, or two cells become the same.

@@ -1,7 +1,7 @@
 """Runs a recipe: the reference first, then each cell in a process of its own, one after the other.
 
-One at a time, because cells that share a machine measure each other. What is done is on the disk
-before the next one starts, so a sweep can be stopped at any time and resumed.
+Cells run one at a time, because cells that share a machine disturb each other's measurements. A
+record is on the disk before the next cell starts, so a sweep can be stopped and resumed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``records.jsonl``: one record a line, append-only; lines are validated when read.
 
-A line is written with one call and forced to the disk, so whatever ends the machine loses at most
-the line being written. A reader reports lines that it cannot parse, and leaves them alone.
+A line is written with one call and forced to the disk, so a crash loses at most the line
+being written. A reader reports lines that it cannot parse, and leaves them alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RECORDS = "records.jsonl"
 
 MAX_FILE_BYTES = 2**28
 MAX_LINE_BYTES = 2**22
-"""A record has some ten thousand bytes."""
+"""The longest line that is read; a record has some ten thousand bytes."""
 
 
 def read_file(path: Path) -> tuple[list[Record], list[str]]:

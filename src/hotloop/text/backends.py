@@ -50,7 +50,7 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
 
 VOCABULARY_LIMIT_BYTES = 256 * 2**20
-"""Ten times the largest vocabularies in use."""
+"""The largest file of a vocabulary that is read: ten times the largest in use."""
 
 _SPACE = "▁"
 _WHITESPACE = re.compile(r"\s+")

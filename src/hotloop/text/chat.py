@@ -39,7 +39,7 @@ HANG_LIMIT_S = 120.0
 
 MEMORY_LIMIT_BYTES = 512 * 2**20
 OUTPUT_LIMIT_CHARS = 16 * 2**20
-"""Several million tokens."""
+"""The longest output of a template: several million tokens."""
 
 _PROGRAM = Path(__file__).with_name("template_process.py")  # never imported: that needs Jinja
 _LENGTH = struct.Struct("<Q")

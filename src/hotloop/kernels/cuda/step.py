@@ -367,7 +367,7 @@ def argmax_over_ranks(
 ) -> Call:
     """Returns the launch of the argmax over all ranks' parts of the vocabulary, on every rank.
 
-    It takes the first of equals, as ``Vocabulary.argmax`` does.
+    It takes the first of equals, as ``VocabularyShard.argmax`` does.
 
     Args:
         best: The best of each block, as the matrix product of this rank's part of the head writes

@@ -169,7 +169,7 @@ def attention_tuning(
 
 
 def _chunks(n_kv_heads: int, n_sms: int) -> int:
-    """Chunks that fill all multiprocessors in one wave, or in two or three if these fill better."""
+    """Returns the chunks that fill all multiprocessors best, in one wave, or in two or three."""
     choices = [(waves, waves * n_sms // n_kv_heads) for waves in (1, 2, 3)]
     filled = {n: n * n_kv_heads / (waves * n_sms) for waves, n in choices if n > 0}
     enough = (n for n, share in filled.items() if share >= FILLED)

@@ -14,7 +14,7 @@ from hotloop.models.keys import WindowKeys
 
 
 def read(keys: WindowKeys) -> ModelConfig:
-    """The window is 4096 where it is left out; later versions set it to null."""
+    """Makes a ModelConfig. A window that is left out is 4096; later versions set it to null."""
     layer = LayerConfig(
         attention=AttentionConfig(**attention_fields(keys)),
         feed_forward=FeedForwardConfig(**feed_forward_fields(keys)),

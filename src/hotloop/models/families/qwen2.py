@@ -27,7 +27,7 @@ class QwenKeys(WindowKeys):
     max_window_layers: Annotated[int, Field(ge=0, le=10_000)] = 28
 
     def windowed(self) -> tuple[bool, ...]:
-        """For each layer whether a window bounds it."""
+        """Tells for each layer whether a window bounds it."""
         if not self.use_sliding_window:
             return (False,) * self.num_hidden_layers
         if self.layer_types is not None:
