@@ -111,7 +111,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(
-            f"device {shorten_value(name)} is not a device's name. Use auto, cpu, cuda or cuda:N."
+            f"device {shorten_value(name)} is not the name of a device. Use auto, cpu, cuda or "
+            "cuda:N."
         ) from error
     if device.type == "cpu":
         return torch.device("cpu")

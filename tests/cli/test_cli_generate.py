@@ -172,7 +172,7 @@ def test_ctrl_c_keeps_what_came_frees_the_engine_and_exits_130(fake_llm, capsys,
 def test_control_tokens_in_a_prompt_are_text_with_a_note_unless_asked_for(fake_llm, capsys):
     assert main(["generate", "m", "a<end>"]) == 0
     assert fake_llm.made[-1].asked[0].prompt == "a<end>"
-    assert "The prompt spells <end>: taken as text; --special" in capsys.readouterr().err
+    assert "The prompt spells <end>, which is taken as text: --special" in capsys.readouterr().err
     assert main(["generate", "m", "a<end>", "--special"]) == 0
     assert fake_llm.made[-1].asked[0].prompt == "^a$"
     assert "spells" not in capsys.readouterr().err

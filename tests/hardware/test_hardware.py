@@ -50,7 +50,7 @@ def test_cuda_without_a_gpu_is_refused_and_not_replaced_by_the_cpu(monkeypatch):
 
 
 def test_a_device_that_is_none_and_one_of_another_kind_are_told_apart():
-    with pytest.raises(ConfigError, match="'gpu' is not a device's name"):
+    with pytest.raises(ConfigError, match="'gpu' is not the name of a device"):
         hardware.resolve_device("gpu")
     with pytest.raises(UnsupportedError, match="runs on cpu and cuda"):
         hardware.resolve_device("meta")

@@ -121,5 +121,6 @@ def raw_prompt(llm: LLM, text: str, *, special: bool) -> str | list[int]:
         spelled = ids[:2] == [tokenizer.bos_id] * 2  # its own, after the one put in front
         return ids[1:] if spelled else ids
     if spelled := tokenizer.control_tokens_in(text):
-        note(f"The prompt spells {', '.join(spelled)}: taken as text; --special for the tokens.")
+        names = ", ".join(spelled)
+        note(f"The prompt spells {names}, which is taken as text: --special parses control tokens.")
     return text

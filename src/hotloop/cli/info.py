@@ -132,7 +132,7 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
         except (ConfigError, UnsupportedError) as error:
             under.append({"quant": scheme, "unsupported": str(error)})
         else:
-            free = free or plan.free_bytes  # looked up once: the rows differ by their schemes alone
+            free = free or plan.free_bytes  # read once, so that all rows are compared with it
             plan = replace(plan, free_bytes=free)
             fits = plan.total_bytes <= plan.free_bytes
             under.append({"quant": scheme, **plan.to_dict(), "fits": fits})

@@ -206,7 +206,7 @@ def _limited(reached: socket.socket) -> Generator[Connection]:
     try:
         limit(HANDSHAKE_S)
         yield connection
-        limit(0)  # none
+        limit(0)  # no limit
     except BaseException:
         connection.close()
         raise

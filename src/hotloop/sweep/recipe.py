@@ -363,7 +363,7 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
         dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
     ]
     if recipe.cells and not axes:
-        combinations = []  # explicit cells alone, and not the empty product's one
+        combinations = []  # a product of no axes is one empty cell
     explicit = [cell.model_dump(exclude_unset=True) for cell in recipe.cells]
     defaults = recipe.defaults.model_dump(exclude_unset=True)
     written = [_config(recipe, {**defaults, **levers}) for levers in combinations + explicit]

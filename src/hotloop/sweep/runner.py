@@ -77,7 +77,7 @@ def run_sweep(
     with locked(results):
         earlier = _earlier(results, resume, on_event)
         sweep = _Sweep(results, recipe.timeout_s, on_event)
-        # All references before the first cell: what it shares with the cells is then in place.
+        # All references come first, so that kernels which they share with cells are built by then.
         jobs = [sweep.with_reference(job, earlier.get(job.key)) for job in jobs]
         records = [
             sweep.measure(job, earlier.get(job.key), index=index, total=len(jobs))
@@ -94,7 +94,7 @@ def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record
     """Returns the latest record of each job that was done in this folder, by the job's key."""
     path = results / RECORDS
     with opened_to_append(path):
-        pass  # what cannot be written is to be known before the first cell has run
+        pass  # a file that cannot be written is refused before the first cell runs
     records, problems = read_file(path)
     if records and not resume:
         raise ConfigError(

@@ -331,7 +331,7 @@ def _disable_prefix_space(pre_tokenizer: Any) -> bool:
         pre_tokenizer["prepend_scheme"] = "never"
         return True
     parts = pre_tokenizer.get("pretokenizers", ())
-    return sum(map(_disable_prefix_space, parts)) > 0  # of all of them
+    return sum(map(_disable_prefix_space, parts)) > 0  # any() would stop at the first
 
 
 @cache

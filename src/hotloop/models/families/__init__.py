@@ -154,7 +154,7 @@ def _read_rope(keys: ModelKeys) -> RopeConfig:
     elif attention_factor is None and rope.rope_type == "longrope" and factor > 1:
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
     default = rope.rope_type == "default"
-    if default or rope.rope_type == "linear":  # which knows of no length
+    if default or rope.rope_type == "linear":  # whose frequencies do not depend on it
         original = RopeConfig.original_max_position
     return RopeConfig(
         theta=rope.rope_theta,
