@@ -22,6 +22,7 @@ from hotloop import LLM, EngineConfig, SamplingParams
 from hotloop.engine import fused
 from hotloop.engine.core import Features
 from hotloop.engine.fused import FusedForward, Peers
+from hotloop.engine.gemm_prefill import GemmPrefill
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.prompt import FusedPrefill
 from hotloop.engine.sampling import Sampler
@@ -208,6 +209,42 @@ def test_a_row_has_the_same_bits_in_steps_of_any_size():
         results.append(torch.cat(parts, dim=1))
     for other in results[1:]:
         assert torch.equal(other, results[0])
+
+
+@torch.inference_mode()
+def test_a_first_chunk_is_replayed_at_the_captured_length_above_its_own(monkeypatch):
+    replayed = []
+
+    class Graph:
+        def __init__(self, program) -> None:
+            self.program = program
+
+        def pool(self) -> None:
+            pass
+
+        def replay(self) -> None:
+            replayed.append(self)
+            self.program()
+
+    monkeypatch.setattr(
+        "hotloop.engine.graphs.capture", lambda program, *_, **__: (Graph(program), None)
+    )
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
+    model = Model(keys, "int4-g32", "int8", torch.bfloat16, fused=True)
+    prefill = GemmPrefill(model.decoder, model.cache, EmulatedDevice(), chunk=40, shared=False)
+    ids = torch.randint(128, (70,), generator=torch.Generator().manual_seed(3))
+
+    def run() -> tuple[Tensor, ...]:
+        last = [prefill(ids[first : first + n], first, 1) for first, n in ((0, 23), (23, 40))]
+        return *last, *(tensor[1, :, :63].clone() for tensor in model.cache.layer(2))
+
+    launched = run()
+    prefill.captures = True
+    prefill.warm_up()
+    for found, expected in zip(run(), launched, strict=True):
+        # PyTorch's product of 40 rows on a CPU rounds otherwise than that of 23.
+        assert distance(found, expected) < 0.02 * expected.square().mean().sqrt()
+    assert len(replayed) == 1, "the second chunk depends on the first, and is not captured"
 
 
 @torch.inference_mode()
