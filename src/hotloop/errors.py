@@ -80,7 +80,7 @@ class CheckpointError(HotloopError, ValueError):
 
     Args:
         file: The file at fault.
-        problem: What is wrong with it, and the fix where there is one.
+        problem: The problem, and the fix where there is one.
         tensor: The tensor at fault, if one is.
     """
 

@@ -421,8 +421,8 @@ def _cgroup_memory(membership: str, root: Path) -> Iterator[tuple[int, int]]:
     """Returns limit and remaining bytes of each control group (version 1 or 2) of a process.
 
     Args:
-        membership: What ``/proc/self/cgroup`` says.
-        root: Where control groups are mounted.
+        membership: The text of ``/proc/self/cgroup``.
+        root: The mount point of control groups.
     """
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)

@@ -81,8 +81,8 @@ def measure_speed(
     Decoding is greedy and does not stop at end-of-sequence.
 
     Args:
-        engine: What to measure.
-        workload: What to run.
+        engine: The engine to measure.
+        workload: The workload to run.
         read_bytes_per_s: Measured read bandwidth that one rank has, for ``mbu``.
         datasheet_bytes_per_s: The vendor's bandwidth of it, for ``mbu_datasheet``.
         on_repeat: Called after each repeat with how many are done, of how many, and its decode

@@ -110,11 +110,11 @@ class QualityProtocol(StrictModel):
     """The protocol of a quality measurement: enough to compute the same numbers again.
 
     Attributes:
-        text: Where the text came from.
+        text: The source of the text.
         text_sha256: Hash of its UTF-8 bytes.
         window: Tokens in a window; windows do not overlap, and no token is added in front.
         n_windows: Windows scored, from the beginning of the text.
-        reference: What the differences are against, such as ``none/eager float32``.
+        reference: The reference of the differences, such as ``none/eager float32``.
     """
 
     text: Name

@@ -106,8 +106,8 @@ def generate(
 def read_prompt(prompt: str | None, file: Path | None, stdin: bool) -> str:
     """Reads the prompt from the place that was named, or from standard input if it is a pipe.
 
-    What is read from a file or a pipe loses its last newline, which ends the text rather than
-    belonging to it.
+    The last newline of a file or a pipe is removed, since it ends the text rather than belonging to
+    it.
 
     Raises:
         ConfigError: No place or several were named, or the text cannot be read.

@@ -1,4 +1,4 @@
-"""A streamed answer: shown as it comes, then summed up in one line or one JSON object.
+"""Shows an answer while it is generated, then summarizes it in a line or a JSON object.
 
 On a terminal the decode speed so far stands at the right edge of the line being written, and is
 wiped before that line grows into it. Elsewhere the text is passed on as it is.
@@ -26,14 +26,13 @@ _ENDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer that came to its end or was stopped.
+    """An answer that has ended or was stopped.
 
     Attributes:
-        text: What was shown.
+        text: The text that was shown.
         token_ids: The tokens that arrived.
         finish_reason: Why it ended; ``interrupted`` is Ctrl-C.
-        timing: The engine's own; for a stopped answer, what was seen from here. None if no token
-            came.
+        timing: The engine's own; for a stopped answer, as measured here. None without a token.
         generation: The engine's account of a finished answer.
     """
 
@@ -195,7 +194,7 @@ def relay(
     Args:
         deltas: The pieces of the answer to one prompt; closed at the end, which cancels what has
             not come yet.
-        writer: Where its text goes.
+        writer: Receives its text.
         stopped: Asked after every piece whether to stop there. KeyboardInterrupt stops too.
     """
     start_s = time.perf_counter()

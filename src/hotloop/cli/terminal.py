@@ -1,4 +1,4 @@
-"""A terminal in a conversation: reading lines, Ctrl-C, and what is typed while an answer comes."""
+"""Terminal input of a conversation: lines, Ctrl-C, and typing while an answer is generated."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class CtrlC:
 def line_reader() -> Generator[ReadLine]:
     """Yields the function that reads a line: with editing in a terminal, else plainly.
 
-    In a terminal a text of several lines that is pasted is one line to its reader, and what is
-    typed before the next prompt does not appear until then.
+    In a terminal, pasted text of several lines is one line, and typing is not shown before the next
+    prompt.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield _read_plain_line
@@ -110,7 +110,7 @@ def _read_plain_line(prompt: str) -> str:
 
 @contextmanager
 def _typing_hidden() -> Generator[None]:
-    """Has the terminal keep what is typed for the next prompt, and not show it meanwhile."""
+    """Hides typing, which the terminal keeps for the next prompt."""
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     hidden = [*before]

@@ -89,7 +89,7 @@ class Reference:
 
     Args:
         path: The file.
-        key: What it must be the reference of.
+        key: The key that it must have.
 
     Attributes:
         key: The same key.
@@ -150,7 +150,7 @@ class ReferenceWriter:
 
     Args:
         path: The file to write. One that is there is replaced at the end.
-        key: What it is the reference of.
+        key: Its key.
         windows: The windows that will be added, in order.
 
     Raises:

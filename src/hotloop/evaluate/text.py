@@ -20,7 +20,7 @@ MAX_TEXT_BYTES = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A text, what it is called in a record, and the SHA-256 of its UTF-8 bytes in hexadecimal."""
+    """A text, its name in a record, and the SHA-256 of its UTF-8 bytes in hexadecimal."""
 
     name: str
     content: str

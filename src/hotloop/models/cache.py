@@ -23,7 +23,7 @@ class KVCache(nn.Module):
         n_seats: S.
         n_positions: C.
         dtype: Element type.
-        device: Where it is.
+        device: Its device.
     """
 
     def __init__(

@@ -278,7 +278,7 @@ class LayerConfig:
 
     Attributes:
         attention: Its attention.
-        feed_forward: What follows it.
+        feed_forward: Its feed-forward.
     """
 
     attention: AttentionConfig
@@ -334,7 +334,7 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder: its layers, and what is around them.
+    """A decoder: its layers, embedding and head.
 
     Attributes:
         family: Registered name of the family that made this configuration.

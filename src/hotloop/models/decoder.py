@@ -193,14 +193,14 @@ def call(part: Callable[..., Any], /, *args: Any) -> Any:
 class Decoder(nn.Module):
     """Token ids in, hidden states and logits out, with keys and values in a cache.
 
-    Made without weights: ``weights.load`` assigns them one by one. One of several ranks is made
-    from its own numbers of heads and features, and knows no more of the others than this.
+    It is made without weights: ``weights.load`` assigns them one by one. A rank's part is made from
+    that rank's numbers of heads and features.
 
     Args:
         config: The shape.
         n_positions: Positions that rotary tables are made for.
         attention: The kernel.
-        device: Where it runs.
+        device: Its device.
         n_head_rows: Rows of the head: all of the vocabulary, or this rank's.
         total: Sums over ranks; a single one's sum is itself.
     """

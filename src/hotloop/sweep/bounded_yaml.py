@@ -30,7 +30,7 @@ def parse_yaml(text: str, file: object, *, refuse: Refuse = config_error) -> Any
 
     Args:
         text: The document.
-        file: Where it comes from, for the error.
+        file: Its file, for the error.
         refuse: Makes the error.
 
     Raises:

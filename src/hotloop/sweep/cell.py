@@ -46,7 +46,7 @@ def run_cell(job: Job, on_event: OnEvent = ignore) -> Record:
     """Measures one configuration: its speed, then its quality through the same engine.
 
     Args:
-        job: What to measure.
+        job: The job.
         on_event: Receives phases, repeats and windows, and what is known before loading.
 
     Returns:

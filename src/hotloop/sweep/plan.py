@@ -20,7 +20,7 @@ class PlannedCell:
         cell: Its name.
         config: The configuration.
         predicted_bytes: The memory it would take, by purpose; None where that is not known.
-        free_bytes: What its device has free now.
+        free_bytes: Bytes that its device has free now.
         fits: Whether it would fit now; None where that is not known.
         unsupported: Why this machine or this model does not allow it.
     """

@@ -85,8 +85,8 @@ def run_isolated(
     """Runs a job in a new process.
 
     Args:
-        job: What to run.
-        log: Where the process's output is appended.
+        job: The job.
+        log: The file to which the process's output is appended.
         timeout_s: Seconds from the start of the process until it is ended.
         on_event: Receives the events of the process, except its record.
         grace_s: Seconds between asking it to end and ending it by force.

@@ -45,7 +45,7 @@ class SweepProgress:
     """Shows events: pass the object itself as ``on_event``, within its ``with`` block.
 
     Args:
-        console: Where to; stderr by default.
+        console: The console; stderr by default.
         heartbeat_s: The longest silence of a phase without a terminal.
     """
 

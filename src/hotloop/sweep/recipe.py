@@ -313,8 +313,8 @@ def replace_models(
     """Makes the same experiment with other weights; None keeps what the recipe says.
 
     Args:
-        recipe: What to change.
-        weights: Where weights come from.
+        recipe: The recipe to change.
+        weights: The source of weights.
         model: As in ``EngineConfig``.
         draft_model: Replaces the draft model of every configuration that has one.
 

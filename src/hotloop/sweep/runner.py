@@ -49,7 +49,7 @@ def run_sweep(
     """Measures every cell of a recipe.
 
     Args:
-        recipe: What to measure.
+        recipe: The recipe.
         results: The results folder, made if need be: ``records.jsonl``, ``logs/`` and, until all
             cells are finished, ``.reference/``.
         resume: Allow a folder that has records, and skip the cells that it has finished; see

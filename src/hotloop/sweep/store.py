@@ -1,7 +1,7 @@
 """``records.jsonl``: one record a line, append-only; lines are validated when read.
 
 A line is written with one call and forced to the disk, so a crash loses at most the line
-being written. A reader reports lines that it cannot parse, and leaves them alone.
+being written. Reading reports lines that cannot be parsed, and does not change them.
 """
 
 from __future__ import annotations

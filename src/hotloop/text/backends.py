@@ -370,7 +370,7 @@ class SentencePieceBackend:
 
     Args:
         proto: The model.
-        file: Where it came from, for error messages.
+        file: Its file, for error messages.
         config: The ``tokenizer_config.json`` beside it. ``added_tokens_decoder`` adds tokens,
             ``add_bos_token`` (true unless it says otherwise) and ``add_eos_token`` frame a text
             with the tokens it names. SentencePiece puts a space before a text, unless

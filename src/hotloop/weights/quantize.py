@@ -47,7 +47,7 @@ def quantize_checkpoint(
         quant: Scheme of the projections in blocks.
         head: Scheme of the head; ``auto`` is int8, or none beside none. A tied embedding is the
             same matrix.
-        source_name: What the copy says that it was made from; None takes the path.
+        source_name: The name of the source that the copy records; None takes the path.
         progress: Called with (tensors done, tensors in all).
 
     Returns:

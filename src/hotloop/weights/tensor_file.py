@@ -41,8 +41,8 @@ class TensorInfo:
         name: Its Hugging Face name, such as ``model.layers.0.self_attn.q_proj.weight``.
         shape: As PyTorch has it: ``(out_features, in_features)`` for a linear layer.
         dtype: The stored type, in its format's own word: ``BF16``, ``I32``, ``Q4_K``.
-        file: Where it is stored.
-        n_bytes: What it takes there.
+        file: The file that stores it.
+        n_bytes: Its bytes there.
     """
 
     name: str

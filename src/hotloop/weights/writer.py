@@ -46,7 +46,7 @@ class SafetensorsWriter:
             of its own.
 
     Attributes:
-        staging: Where files to go beside the weights are to be put, within the block.
+        staging: The folder for files beside the weights, within the block.
 
     Raises:
         ConfigError: The folder holds something already.

@@ -33,7 +33,7 @@ class Family:
 
     Attributes:
         name: Short name, for records.
-        keys: What ``config.json`` may say.
+        keys: The model of the keys of ``config.json``.
         read: Makes a ModelConfig of that.
         tiny: Keys of a ``config.json`` for a tiny model with every switch of the family in use;
             the parity test builds both implementations from it.
@@ -56,7 +56,7 @@ def read_config(config: Mapping[str, Any], file: Path | str = "config.json") -> 
 
     Args:
         config: Its keys.
-        file: Where they come from, for errors.
+        file: Their file, for errors.
 
     Raises:
         UnknownNameError: An architecture that is not implemented; the nearest is named.

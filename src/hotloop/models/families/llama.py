@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1 and 3.2, and what is built like them: SmolLM2, Asclepius, TinyLlama."""
+"""Llama 2, 3, 3.1 and 3.2, and models built like them: SmolLM2, Asclepius, TinyLlama."""
 
 from __future__ import annotations
 
