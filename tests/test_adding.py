@@ -98,7 +98,7 @@ for name, (n, k) in names.linear_weights(read_config(CONFIG)).items():
     }
     groups = stored[".codes"].view(n, -1, 32).float() - stored[".zeros"].float()[..., None]
     plain[f"{name}.weight"] = (groups * stored[".scales"].float()[..., None]).view(n, k)
-    assert torch.equal(Example.decode(stored).dequantize(), plain[f"{name}.weight"])
+    assert torch.equal(Example.decode(stored, (n, k)).dequantize(), plain[f"{name}.weight"])
     del encoded[f"{name}.weight"]
     encoded |= {f"{name}{part}": tensor for part, tensor in stored.items()}
 for name, tensors in (("plain", plain), ("encoded", encoded)):
@@ -129,7 +129,7 @@ recipe.write_text(
 )
 (record,) = run_sweep(load_recipe(recipe), folder / "out")
 assert record.decode_tok_s is not None, record.reason
-assert (record.cell, record.baseline) == ("example/none", "example")
+assert (record.cell, record.baseline) == ("example", "example")
 """
 
 

@@ -93,7 +93,7 @@ def draft_name(draft: str, quant: str, n_tokens: int, policy: str) -> str:
     if draft == "none":
         return "none"
     name = Path(draft).name
-    if quant != "none":
+    if quant != "auto":
         name += f":{quant}"
     return f"{name}-{n_tokens}{'-always' if policy == 'always' else ''}"
 
@@ -156,18 +156,18 @@ class EngineConfig:
     quant: Annotated[
         str,
         Lever(
-            help="Weight quantization: none, int8, fp8, int4-gN (N 32, 64 or 128), or "
-            "int4-gN-asym.",
+            help="Weight quantization: auto keeps what the file has; none, int8, fp8, int4-gN "
+            "(N 32, 64 or 128), or int4-gN-asym.",
             group="Model",
-            sweep="none,int8,int4-g64",
+            sweep="auto,int8,int4-g64",
             names="scheme",
         ),
-    ] = "none"
+    ] = "auto"
     head: Annotated[
         str,
         Lever(
             help="Quantization of the output head, and of an embedding tied to it. auto is int8 "
-            "under any --quant but none.",
+            "under any --quant but auto and none.",
             group="Model",
             names="head",
         ),
@@ -214,7 +214,7 @@ class EngineConfig:
             names="scheme",
             used=_has_draft_model,
         ),
-    ] = "none"
+    ] = "auto"
     draft_tokens: Annotated[
         int,
         Range(1, MAX_DRAFT_TOKENS),
@@ -276,7 +276,8 @@ class EngineConfig:
         """A short, sortable name of what differs from the default, such as ``int4-g64/compile``."""
         own = self.engine == OWN_ENGINE
         parts = [] if own else [self.engine]
-        parts.append(self.quant if self.head == "auto" else f"{self.quant}+head={self.head}")
+        if own or (self.quant, self.head) != ("auto", "auto"):
+            parts.append(self.quant if self.head == "auto" else f"{self.quant}+head={self.head}")
         if own or self.execution != "auto":
             parts.append(self.execution)
         if self.tensor_parallel != 1:

@@ -1,5 +1,8 @@
 """Encodings decode what is stored without loss, and kernels hold what was decoded exactly."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +13,11 @@ from torch import Tensor
 from hotloop.kernels.linear import DENSE, LinearSpec, choose_linear
 from hotloop.models.linear import Linear
 from hotloop.quant import QTensor, parse_scheme
-from hotloop.quant.encodings import ENCODINGS
+from hotloop.quant.encodings import ENCODINGS, StoredMatrix
 from hotloop.quant.encodings.gguf import BLOCKS, Blocks
 from hotloop.quant.encodings.hotloop import Hotloop
 from hotloop.registry import resolve
+from hotloop.weights.tensor_file import TensorInfo
 
 CPU = torch.device("cpu")
 
@@ -31,7 +35,7 @@ def test_blocks_of_gguf_are_worth_what_the_gguf_package_makes_of_them(name):
         numbers = noise.normal(size=(7, 5, 1)).astype(np.float16)
         raw[:, :, 2 * half : 2 * half + 2] = numbers.view(np.uint8).reshape(7, 5, 2)
     stored = raw.reshape(7, -1)
-    weight = blocks.decode({BLOCKS: torch.from_numpy(stored)})
+    weight = blocks.decode({BLOCKS: torch.from_numpy(stored)}, (7, 160))
     expected = dequantize(stored, GGMLQuantizationType[blocks.type])
     assert weight.shape == (7, 160)
     assert torch.equal(weight.dequantize(), torch.from_numpy(expected))
@@ -40,7 +44,7 @@ def test_blocks_of_gguf_are_worth_what_the_gguf_package_makes_of_them(name):
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-g32", "int4-g64-asym"])
 def test_what_hotloop_stores_is_decoded_to_the_same_numbers(scheme):
     weight = parse_scheme(scheme).quantize(normal(6, 128))
-    decoded = Hotloop.decode(stored := Hotloop.encode(weight))
+    decoded = Hotloop.decode(stored := Hotloop.encode(weight), (6, 128))
     assert decoded.format == weight.format == parse_scheme(scheme).format(128)
     for ours, theirs in zip(decoded.tensors, weight.tensors, strict=True):
         assert ours.dtype == theirs.dtype
@@ -48,12 +52,26 @@ def test_what_hotloop_stores_is_decoded_to_the_same_numbers(scheme):
     dtypes = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
     dtypes |= {torch.float32: "F32", torch.bfloat16: "BF16"}
     names = {name: dtypes[tensor.dtype] for name, tensor in stored.items()}
-    parts = Hotloop.parts((6, 128), names, weight.format)
-    assert parts is not None
-    assert {name: (part.shape, part.dtype) for name, part in parts.items()} == {
-        name: (tuple(tensor.shape), names[name]) for name, tensor in stored.items()
+    tensors = {
+        name: TensorInfo(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=names[name],
+            file=Path("x"),
+            n_bytes=tensor.nbytes,
+        )
+        for name, tensor in stored.items()
     }
-    assert Hotloop.parts((6, 128), names, DENSE) is None, "no scheme says how to read them"
+    matrix = StoredMatrix(
+        name="x", shape=(6, 128), tensors=tensors, read=stored.__getitem__, wanted=weight.format
+    )
+    layout = Hotloop.recognize(matrix)
+    assert layout is not None
+    assert {name: (part.shape, part.dtype) for name, part in layout.parts.items()} == {
+        name: (info.shape, info.dtype) for name, info in tensors.items()
+    }
+    undescribed = replace(matrix, wanted=DENSE)
+    assert Hotloop.recognize(undescribed) is None, "no scheme says how to read them"
 
 
 @pytest.mark.parametrize(

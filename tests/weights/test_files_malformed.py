@@ -19,6 +19,7 @@ from weights_files import write_gguf
 from whole_models import CONFIG, gguf_keys, load, random_tensors, write_gguf_model
 
 from hotloop.weights.checkpoint import open_checkpoint, read_model
+from hotloop.weights.recognition import recognize_matrices
 
 HUGE = 10**30
 DIGITS = "DIGITS"  # stands for a number of 5,000 digits, which json cannot write
@@ -76,7 +77,8 @@ def write_model(
 def opened(path: Path) -> None:
     checkpoint = open_checkpoint(path)
     try:
-        read_model(checkpoint)
+        model, _ = read_model(checkpoint)
+        recognize_matrices(checkpoint, model)
     finally:
         checkpoint.close()
 

@@ -32,7 +32,7 @@ def copy(source: Path, tmp_path: Path) -> Path:
     return quantize_checkpoint(source, tmp_path / "copy", quant=QUANT, source_name=str(source))
 
 
-def job(model: Path, quant: str = "none") -> Job:
+def job(model: Path, quant: str = "auto") -> Job:
     text = model.parent / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 40)
     config = EngineConfig(
@@ -69,7 +69,7 @@ def test_the_quality_of_a_copy_is_unknown_without_its_source(source, copy):
 
 
 def test_a_dry_run_calls_a_copy_by_its_scheme(copy):
-    cells = plan(recipe_from_flags(str(copy), matrix={"quant": ["none"]}, quality=False))
+    cells = plan(recipe_from_flags(str(copy), matrix={"quant": ["auto"]}, quality=False))
     assert [cell.cell for cell in cells] == [f"{QUANT}/auto"]
 
 

@@ -1,7 +1,7 @@
 """Tiny models with everything that belongs to one, as folders and as GGUF files."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from hotloop.models.decoder import Decoder
 from hotloop.models.families import read_config
 from hotloop.parallel.collectives import Group
 from hotloop.parallel.plan import Shard
-from hotloop.quant import parse_head_scheme, parse_scheme
+from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.identity import read_quantization
 from hotloop.weights.load import load_weights
+from hotloop.weights.recognition import recognize_matrices
 from hotloop.weights.source import CheckpointSource, Source, schemes_by_name
 
 CPU = torch.device("cpu")
@@ -132,10 +133,12 @@ def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
     return write_gguf(path, tensors, keys=gguf_keys(), general=text)
 
 
-def plan(model: ModelConfig, n: int, quant: str) -> tuple[Shard, ...]:
-    """The shard of each of n ranks, where all matrices of layers have one scheme."""
-    alignment = parse_scheme(quant).alignment
-    return model.shards(n, lambda _i, _part: alignment)
+def plan(model: ModelConfig, n: int, schemes: str | Mapping[str, Scheme]) -> tuple[Shard, ...]:
+    """The shard of each of n ranks; matrices of layers have one scheme, or each its own."""
+    if isinstance(schemes, str):
+        alignment = parse_scheme(schemes).alignment
+        return model.shards(n, lambda _i, _part: alignment)
+    return model.shards(n, lambda i, part: schemes[names.layer(i, part.name)].alignment)
 
 
 def load_from(
@@ -150,8 +153,9 @@ def load_from(
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     scheme = parse_scheme(quant)
-    schemes = schemes_by_name(model, scheme, parse_head_scheme(head, scheme))
-    shard = plan(model, group.size, quant)[group.rank]
+    stored = {} if checkpoint is None else recognize_matrices(checkpoint, model)
+    schemes = schemes_by_name(model, scheme, parse_head_scheme(head, scheme), stored)
+    shard = plan(model, group.size, schemes)[group.rank]
     decoder = Decoder(
         model.local(shard),
         n_positions=8,

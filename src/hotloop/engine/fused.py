@@ -17,7 +17,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ from hotloop.kernels.cuda.packing import Format
 from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.kernels.cuda.step import Exchange, inbox_bytes
 from hotloop.kernels.cuda.tuning import Projection, attention_tuning, linear_tuning, plan_prefetch
-from hotloop.kernels.linear import Fused
+from hotloop.kernels.linear import Fused, LinearSpec
 from hotloop.models.cache import KVCache
 from hotloop.models.config import AttentionConfig, LayerConfig, ModelConfig
 from hotloop.models.decoder import Block, Decoder, RMSNorm
@@ -48,11 +48,17 @@ from hotloop.models.linear import Linear
 from hotloop.parallel.collectives import Group, Use
 
 
-def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> str | None:
+def unsupported_reason(
+    model: ModelConfig,
+    matrices: Iterable[tuple[str, list[LinearSpec]]],
+    dtype: torch.dtype,
+    tokens: int,
+) -> str | None:
     """Returns why a model cannot run the fused step, or None if it can.
 
     Args:
         model: Its architecture, or that of a rank's shard.
+        matrices: Its matrices by name, each with its pieces of one number format.
         dtype: Element type of activations.
         tokens: The most tokens of a sequence in one step.
     """
@@ -72,6 +78,11 @@ def unsupported_reason(model: ModelConfig, dtype: torch.dtype, tokens: int) -> s
     for matrix in (matrix for layer in model.kinds for matrix in layer.matrices):
         if matrix.k % 8:
             return f"{matrix.name} must have a multiple of 8 input features, not {matrix.k}"
+    for name, pieces in matrices:
+        if len(pieces) > 1:
+            return f"{name} joins matrices of {len(pieces)} number formats"
+        if reason := Fused.unsupported(pieces[0]):
+            return f"it {reason} ({name})"
     return None
 
 

@@ -7,8 +7,10 @@ does the part that needs no GPU, so that equal configurations can be recognized.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +23,15 @@ from hotloop.engine.prefill_workspace import prefill_chunk
 from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError, shorten_value
 from hotloop.hardware import resolve_device
 from hotloop.kernels.cuda.launch import unavailable_reason as fused_unavailable_reason
+from hotloop.kernels.linear import LinearSpec
 from hotloop.models import names
-from hotloop.models.config import ModelConfig
+from hotloop.models.config import Matrix, ModelConfig
 from hotloop.models.families import read_config
 from hotloop.models.shapes import SHAPES
 from hotloop.parallel.plan import Shard
 from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
+from hotloop.quant.none import NoScheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
     DEFAULT_CACHE_BYTES,
@@ -43,6 +47,7 @@ from hotloop.types import (
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.hub import resolve_model
 from hotloop.weights.identity import Quantization, read_quantization
+from hotloop.weights.recognition import Recognized, recognize_matrices
 from hotloop.weights.source import schemes_by_name
 
 
@@ -200,17 +205,25 @@ def settle(config: EngineConfig) -> EngineConfig:
 
 
 def _prepare(config: EngineConfig, device: torch.device) -> Setup:
-    path, model, stored, model_notes = _describe_model(config)
-    config, scheme, head_scheme = _settle_schemes(config, stored)
-    schemes = schemes_by_name(model, scheme, head_scheme)
+    path, model, copy, stored, model_notes = _describe_model(config)
+    config, scheme, head_scheme = _settle_schemes(config, copy, stored)
+    schemes = schemes_by_name(model, scheme, head_scheme, stored)
+    model_notes += _requantization_notes(stored, schemes)
     _check_all_reduce(config, device)
     dtype = _resolve_dtype(config, device)
     n_positions = _resolve_context(config, model, dtype)
     shards = model.shards(
         config.tensor_parallel, lambda i, part: schemes[names.layer(i, part.name)].alignment
     )
+    parts = [model.local(shard) for shard in shards]
     execution, notes = _resolve_execution(
-        config, device, dtype, [model.local(shard) for shard in shards]
+        config,
+        device,
+        dtype,
+        [
+            (part, _fused_specs(part, len(shard.vocabulary), schemes, dtype))
+            for part, shard in zip(parts, shards, strict=True)
+        ],
     )
     model_notes += tuple(
         f"rope scaling {rope.scaling!r}: sequences of every length use the frequencies of "
@@ -252,7 +265,7 @@ def _with_draft(setup: Setup, draft: Draft | None) -> Setup:
 def _prepare_draft(target: Setup) -> Draft | None:
     """Resolves the drafter of ``target``."""
     config, name = target.config, target.config.draft
-    if config.draft_quant != "none" and not is_draft_model(name):
+    if config.draft_quant not in ("auto", "none") and not is_draft_model(name):
         raise ConfigError(
             f"draft_quant {config.draft_quant!r} applies only to a draft model, and draft "
             f"{name!r} is not one: leave draft_quant out, or give a model as the draft."
@@ -377,11 +390,16 @@ def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
 
 def _describe_model(
     config: EngineConfig,
-) -> tuple[Path | None, ModelConfig, Quantization | None, tuple[str, ...]]:
-    """Finds a model: its path, architecture, stored quantization and notes on reading it."""
+) -> tuple[Path | None, ModelConfig, Quantization | None, dict[str, Recognized], tuple[str, ...]]:
+    """Finds a model.
+
+    Returns:
+        Its path, its architecture, the description of ``hotloop quantize``, the matrices that are
+        stored in another tool's encoding, and notes on reading it.
+    """
     if config.weights == "random":
         if config.model in SHAPES:
-            return None, read_config(SHAPES[config.model]), None, ()
+            return None, read_config(SHAPES[config.model]), None, {}, ()
         path = resolve_model(config.model)
     else:
         if config.model in SHAPES and not Path(config.model).exists():
@@ -393,32 +411,112 @@ def _describe_model(
     checkpoint = open_checkpoint(path)
     try:
         model, notes = read_model(checkpoint)
-        return path, model, read_quantization(checkpoint.config, checkpoint.config_file), notes
+        copy = read_quantization(checkpoint.config, checkpoint.config_file)
+        stored = {} if config.weights == "random" else recognize_matrices(checkpoint, model)
+        return path, model, copy, stored, notes
     finally:
         checkpoint.close()
 
 
 def _settle_schemes(
-    config: EngineConfig, stored: Quantization | None
+    config: EngineConfig, copy: Quantization | None, stored: Mapping[str, Recognized]
 ) -> tuple[EngineConfig, Scheme, Scheme]:
     """Resolves the schemes of projections and head, and their canonical names in the config.
 
-    A quantized checkpoint determines them; ``stored`` names its schemes.
+    ``auto`` remains where matrices are stored in the encodings of other tools.
+
+    Args:
+        config: The configuration.
+        copy: The description of a checkpoint that ``hotloop quantize`` wrote: it determines them.
+        stored: The matrices that are stored in other tools' encodings.
     """
     scheme = parse_scheme(config.quant)
     head_scheme = parse_head_scheme(config.head, scheme)
-    if stored is not None and config.weights == "checkpoint":
-        same = scheme.name in ("none", stored.scheme) and config.head in ("auto", stored.head)
+    if copy is not None and config.weights == "checkpoint":
+        same = scheme.name in ("auto", copy.scheme) and config.head in ("auto", copy.head)
         if not same:
             raise ConfigError(
-                f"{config.model} is already quantized as {stored.scheme} with head {stored.head}; "
+                f"{config.model} is already quantized as {copy.scheme} with head {copy.head}; "
                 f"it cannot be quantized again as {scheme.name} with head {head_scheme.name}. "
                 "Leave quant and head out, or start from the unquantized checkpoint."
             )
-        scheme, head_scheme = parse_scheme(stored.scheme), parse_scheme(stored.head)
+        scheme, head_scheme = parse_scheme(copy.scheme), parse_scheme(copy.head)
+    elif not stored:
+        scheme, head_scheme = (
+            NoScheme() if each.name == "auto" else each for each in (scheme, head_scheme)
+        )
     by_default = head_scheme.name == parse_head_scheme("auto", scheme).name
     head = "auto" if by_default else head_scheme.name
     return dataclasses.replace(config, quant=scheme.name, head=head), scheme, head_scheme
+
+
+def _requantization_notes(
+    stored: Mapping[str, Recognized], schemes: Mapping[str, Scheme]
+) -> tuple[str, ...]:
+    """Says which encodings are dequantized, and what becomes of their matrices."""
+    changed = Counter(
+        (each.encoding, schemes[name].name)
+        for name, each in stored.items()
+        if schemes[name].name != "auto"
+        and schemes[name].format(each.layout.k) != each.layout.format
+    )
+    return tuple(
+        f"{n} matrices stored as {encoding} are dequantized"
+        + ("." if scheme == "none" else f", and quantized again as {scheme}.")
+        for (encoding, scheme), n in changed.items()
+    )
+
+
+def linear_specs(
+    model: ModelConfig,
+    schemes: Mapping[str, Scheme],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    fused: bool,
+) -> Iterator[tuple[Matrix, list[LinearSpec]]]:
+    """Yields the matrices of every layer, each with the pieces of one number format it consists of.
+
+    Args:
+        model: The architecture of a rank's part of the decoder.
+        schemes: The scheme of every matrix, by its name in a checkpoint.
+        dtype: Element type of activations.
+        device: "cpu" or "cuda".
+        fused: For the fused step.
+    """
+    for i, layer in enumerate(model.layers):
+        for matrix in layer.matrices:
+            formats = [schemes[names.layer(i, p.name)].format(matrix.k) for p in matrix.parts]
+            pieces = groupby(zip(formats, matrix.parts, strict=True), key=lambda pair: pair[0])
+            yield (
+                matrix,
+                [
+                    LinearSpec(
+                        format=format_,
+                        n=sum(part.n for _, part in parts),
+                        k=matrix.k,
+                        dtype=dtype,
+                        device=device,
+                        fused=fused,
+                        paired=matrix.paired,
+                    )
+                    for format_, parts in pieces
+                ],
+            )
+
+
+def _fused_specs(
+    model: ModelConfig, n_logits: int, schemes: Mapping[str, Scheme], dtype: torch.dtype
+) -> Iterator[tuple[str, list[LinearSpec]]]:
+    """Yields the matrices that the fused step reads, by name, as ``linear_specs`` does."""
+    for matrix, pieces in linear_specs(model, schemes, dtype, "cuda", fused=True):
+        yield matrix.name, pieces
+    k = model.hidden_size
+    format_ = schemes[names.head(model)].format(k)
+    yield (
+        "head",
+        [LinearSpec(format=format_, n=n_logits, k=k, dtype=dtype, device="cuda", fused=True)],
+    )
 
 
 def _resolve_context(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
@@ -445,7 +543,10 @@ def _resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 
 def _resolve_execution(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype, parts: Sequence[ModelConfig]
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: Sequence[tuple[ModelConfig, Iterable[tuple[str, list[LinearSpec]]]]],
 ) -> tuple[StepExecution, tuple[str, ...]]:
     """Resolves the execution of a step, with notes: ``auto`` is fused, or else eager.
 
@@ -453,7 +554,7 @@ def _resolve_execution(
         config: The configuration.
         device: The device of rank 0.
         dtype: Element type of activations.
-        parts: The architecture of each rank's part of the decoder.
+        parts: The architecture of each rank's part of the decoder, and its matrices.
 
     Raises:
         UnsupportedError: An execution other than ``auto`` was requested and cannot run.
@@ -465,7 +566,7 @@ def _resolve_execution(
         reason = compile_unavailable_reason(device)
     else:
         tokens = 1 if config.draft == "none" else 1 + config.draft_tokens
-        reasons = (fused.unsupported_reason(part, dtype, tokens) for part in parts)
+        reasons = (fused.unsupported_reason(*part, dtype, tokens) for part in parts)
         reason = fused_unavailable_reason(device) or next(filter(None, reasons), None)
     if reason is None:
         return wanted, ()

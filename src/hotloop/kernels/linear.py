@@ -10,7 +10,9 @@ Shape letters: M rows, N output features, K input features, G groups along K, S 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol
 
 import torch
@@ -443,6 +445,27 @@ class Permuted:
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         *inner, permutation_K = packed
         return self._inner(x_MK.index_select(1, permutation_K), *inner)
+
+
+class Stacked:
+    """Pieces of a weight, one below the other, of different number formats.
+
+    Args:
+        pieces: The kernel of each, with its number of packed tensors.
+    """
+
+    keeps_rows = False
+
+    def __init__(self, pieces: Sequence[tuple[LinearKernel, int]]) -> None:
+        self._pieces = tuple(pieces)
+        self.name = f"stacked({', '.join(kernel.name for kernel, _ in self._pieces)})"
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        """Computes the matrix product, [M, N] in ``x``'s type."""
+        tensors = iter(packed)
+        return torch.cat(
+            [kernel(x_MK, *islice(tensors, n_packed)) for kernel, n_packed in self._pieces], dim=1
+        )
 
 
 KERNELS: tuple[type[LinearCandidate], ...] = (

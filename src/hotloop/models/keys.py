@@ -22,23 +22,22 @@ _Factor = Annotated[float, Field(ge=1e-3, le=1e38)]
 
 _HARMLESS = frozenset(
     """
-    _name_or_path add_cross_attention architectures attention_dropout
-    attention_probs_dropout_prob attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token bos_token_id chunk_size_feed_forward classifier_dropout
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token eos_token_id
-    exponential_decay_length_penalty finetuning_task flash_attention forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob
-    hotloop_quantization id2label initializer_range keys_to_ignore_at_inference label2id
-    length_penalty license max_length max_model_len max_seq_len max_sequence_length min_length
-    model_max_length model_name model_type name_or_path no_repeat_ngram_size num_beam_groups
-    num_beams num_return_sequences output_attentions output_hidden_states output_past
-    output_scores pad_token pad_token_id prefix pretraining_tp problem_type
-    remove_invalid_values repetition_penalty resid_dropout resid_pdrop return_dict
-    return_dict_in_generate sep_token_id seq_length suppress_tokens task_specific_params
-    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
-    torchscript transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed
-    unsloth_version use_bfloat16 use_cache use_flash_attention_2 use_flash_attn
+    _name_or_path add_cross_attention architectures attention_dropout attention_probs_dropout_prob
+    attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token bos_token_id
+    chunk_size_feed_forward classifier_dropout compression_config cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size eos_token eos_token_id exponential_decay_length_penalty
+    finetuning_task flash_attention forced_bos_token_id forced_eos_token_id gradient_checkpointing
+    hidden_dropout hidden_dropout_prob hotloop_quantization id2label initializer_range
+    keys_to_ignore_at_inference label2id length_penalty license max_length max_model_len max_seq_len
+    max_sequence_length min_length model_max_length model_name model_type name_or_path
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_past output_scores pad_token pad_token_id prefix pretraining_tp
+    problem_type quantization_config remove_invalid_values repetition_penalty resid_dropout
+    resid_pdrop return_dict return_dict_in_generate sep_token_id seq_length suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+    torch_dtype torchscript transformers.js_config transformers_version typical_p unk_token_id
+    unsloth_fixed unsloth_version use_bfloat16 use_cache use_flash_attention_2 use_flash_attn
     """.split()  # noqa: SIM905  (a list of one word a line is a page long)
 )
 """Keys that say nothing of the arithmetic of decoding."""
@@ -62,7 +61,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_local_experts": (0,),
     "position_embedding_type": ("rope",),
     "pruned_heads": ({}, []),
-    "quantization_config": (),
     "residual_multiplier": (1,),
     "rope_interleaved": (False,),
     "rotary_pct": (1,),

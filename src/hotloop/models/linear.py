@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from hotloop.kernels.linear import DENSE, LinearKernel, LinearSpec, choose_linear
+from hotloop.kernels.linear import DENSE, LinearKernel, LinearSpec, Stacked, choose_linear
 from hotloop.models.config import Matrix
 from hotloop.quant import QTensor
 
@@ -22,7 +24,7 @@ class Linear(nn.Module):
     def __init__(self, n: int, k: int, *, paired: bool = False) -> None:
         super().__init__()
         self.n, self.k, self.paired = n, k, paired
-        self.kernel: LinearKernel | None = None
+        self.kernel: LinearKernel | Stacked | None = None
         self.notes: list[str] = []
         self.n_packed = 0
         self.bias: Tensor | None
@@ -35,7 +37,7 @@ class Linear(nn.Module):
 
     def assign(
         self,
-        weight: Tensor | QTensor,
+        weight: Tensor | QTensor | Sequence[Tensor | QTensor],
         bias: Tensor | None = None,
         *,
         dtype: torch.dtype,
@@ -45,28 +47,38 @@ class Linear(nn.Module):
         """Packs a weight for the kernel that serves it best, on ``device``.
 
         Args:
-            weight: [n, k], floating point or quantized.
+            weight: [n, k], floating point or quantized; or pieces of it, one below the other, that
+                are not alike (``join_alike``).
             bias: [n], or None.
             dtype: Element type of activations.
             device: Where to.
             fused: For the fused step.
         """
-        assert tuple(weight.shape) == (self.n, self.k), f"{weight.shape} for {self.n, self.k}"
-        spec = LinearSpec(
-            format=weight.format if isinstance(weight, QTensor) else DENSE,
-            n=self.n,
-            k=self.k,
-            dtype=dtype,
-            device=device.type,
-            fused=fused,
-            paired=self.paired,
-        )
-        self.kernel, self.notes = choose_linear(spec)
-        on_device = weight.to(device) if isinstance(weight, QTensor) else weight.to(device, dtype)
-        packed = self.kernel.pack(on_device)
-        for i, tensor in enumerate(packed):
-            self.register_buffer(f"packed{i}", tensor)
-        self.n_packed = len(packed)
+        pieces: list[tuple[LinearKernel, int]] = []
+        self.notes, self.n_packed, n = [], 0, 0
+        for piece in (weight,) if isinstance(weight, Tensor | QTensor) else weight:
+            assert piece.shape[1] == self.k, f"{piece.shape} for {self.n, self.k}"
+            spec = LinearSpec(
+                format=piece.format if isinstance(piece, QTensor) else DENSE,
+                n=piece.shape[0],
+                k=self.k,
+                dtype=dtype,
+                device=device.type,
+                fused=fused,
+                paired=self.paired,
+            )
+            kernel, notes = choose_linear(spec)
+            packed = kernel.pack(
+                piece.to(device) if isinstance(piece, QTensor) else piece.to(device, dtype)
+            )
+            n += piece.shape[0]
+            for tensor in packed:
+                self.register_buffer(f"packed{self.n_packed}", tensor)
+                self.n_packed += 1
+            pieces.append((kernel, len(packed)))
+            self.notes += [note for note in notes if note not in self.notes]
+        assert n == self.n, f"{n} rows for {self.n, self.k}"
+        self.kernel = pieces[0][0] if len(pieces) == 1 else Stacked(pieces)
         if bias is not None:
             self.bias = bias.to(device, dtype)
 

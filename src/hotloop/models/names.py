@@ -28,7 +28,10 @@ GGUF_NAMES = {"token_embd": EMBEDDING, "output_norm": NORM, "output": HEAD}
 """The names of what is in no layer, in GGUF files and in a checkpoint."""
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-_WITHOUT_USE = re.compile(r"\.rotary_emb\.\w+|\.self_attn\.(?:\w+\.)?[kv]_scale")
+_WITHOUT_USE = re.compile(
+    r"\.rotary_emb\.\w+|\.self_attn\.(?:\w+\.)?[kv]_scale"
+    r"|_proj\.(?:input_scale|input_global_scale|activation_scale)"
+)
 
 
 def layer(index: int | str, part: str) -> str:
@@ -64,8 +67,8 @@ def is_redundant(config: ModelConfig, name: str) -> bool:
     """Tells whether a checkpoint may hold a tensor that the model does not have.
 
     Those are a tied head, which repeats the embedding; tables of rotary embedding, which are
-    computed; scales of a quantized cache, which another engine would keep; and layers beyond the
-    last one, which transformers ignores too.
+    computed; scales of a quantized cache or of quantized activations, which another engine would
+    have; and layers beyond the last one, which transformers ignores too.
     """
     if name == f"{HEAD}.weight":
         return config.tie_embeddings

@@ -16,6 +16,7 @@ from hotloop.quant.qtensor import Combine, QTensor, cut, join_alike, join_rows
 from hotloop.registry import resolve
 
 SCHEMES = {
+    "auto": "hotloop.quant.auto:Auto",
     "none": "hotloop.quant.none:NoScheme",
     "int8": "hotloop.quant.int8:Int8",
     "fp8": "hotloop.quant.fp8:Fp8",
@@ -89,10 +90,11 @@ def parse_scheme(name: str) -> Scheme:
 def parse_head_scheme(name: str, scheme: Scheme) -> Scheme:
     """Returns the scheme of the output head beside ``scheme`` in the blocks.
 
-    ``auto`` is int8 beside any quantization: four bits cost the head more than they save.
+    ``auto`` is int8 beside any quantization that the blocks are given here: four bits cost the head
+    more than they save.
     """
     if name == "auto":
-        name = "none" if scheme.name == "none" else "int8"
+        name = scheme.name if scheme.name in ("auto", "none") else "int8"
     return parse_scheme(name)
 
 

@@ -181,6 +181,14 @@ class QTensor:
                 parts[name] = tensor[:, start // each : -(-stop // each)]
         return dataclasses.replace(self, **parts)
 
+    def try_columns(self, start: int, stop: int) -> QTensor | None:
+        """Returns ``columns``, or None where the range cannot be sliced."""
+        k, size = self.shape[1], self.group_size
+        cuts = size != k and (start % size or stop % size)
+        if (start, stop) != (0, k) and (cuts or self.permutation is not None):
+            return None
+        return self.columns(start, stop)
+
     def to(self, device: torch.device | str) -> QTensor:
         """Copies it to another device."""
         return self.map(lambda t: t.to(device))

@@ -30,7 +30,7 @@ NONE = "–"
 
 DID_NOT_FIT = ("oom", "predicted-oom")
 
-QUANTIZATIONS = ("none", "int8", "fp8", "int4")
+QUANTIZATIONS = ("none", "auto", "int8", "fp8", "int4")
 EXECUTIONS = {"eager": "no", "compile": "yes"}
 """Orders of rows; other values follow, by name."""
 
@@ -112,7 +112,9 @@ def _table(records: Sequence[Record]) -> Table:
 def _quantization(record: Record) -> str:
     quant, head = record.config.get("quant", NONE), record.config.get("head", "auto")
     quant = quant if head == "auto" else f"{quant}, head {head}"
-    return f"{record.baseline}, {quant}" if record.baseline else quant
+    if record.baseline:
+        return record.baseline if quant == "auto" else f"{record.baseline}, {quant}"
+    return quant
 
 
 def _execution(record: Record) -> str:

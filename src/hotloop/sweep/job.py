@@ -91,6 +91,7 @@ class Job(BaseModel):
             model=self.reference_model or self.config.model,
             device=self.config.device,
             dtype=self.config.dtype,
+            quant="none",
             execution="eager",
             max_seq_len=self.quality.window,
         )
@@ -164,7 +165,7 @@ class Cell:
 
     Attributes:
         name: Its name, different from those of the other cells.
-        config: The configuration, with the schemes of a quantized copy filled in.
+        config: The configuration, with the schemes that ``auto`` stands for filled in.
         settled: The same, with what ``auto`` stands for as far as that is known beforehand.
         source: The ``module:attribute`` of its engine's ``EngineKind``.
         engine: That ``EngineKind``.
@@ -188,8 +189,9 @@ def make_cells(configs: Sequence[EngineConfig], models: Models) -> list[Cell]:
     cells: dict[EngineConfig, Cell] = {}
     for config in configs:
         engine: EngineKind = registry.resolve("engine", ENGINES, config.engine)
-        if engine.reads_checkpoints and config.weights == "checkpoint":
-            config = settle_schemes(config, models[config.model].quantization)
+        if engine.reads_checkpoints:
+            is_random = config.weights == "random"
+            config = settle_schemes(config, None if is_random else models[config.model].stored)
         settled = engine.settle(config)
         cell = Cell(
             name="",

@@ -141,11 +141,18 @@ def is_quantized_copy(name: str) -> bool:
     return KnownModel(name=name, path=resolve_model(name)).quantization is not None
 
 
-def settle_schemes(config: EngineConfig, copy: Quantization | None) -> EngineConfig:
-    """Fills in the schemes of a quantized copy, unless the configuration asks for others."""
+def settle_schemes(config: EngineConfig, stored: StoredForm | None) -> EngineConfig:
+    """Fills in the schemes that ``auto`` stands for, as far as one name can.
+
+    Args:
+        config: The configuration.
+        stored: How its checkpoint is stored; None for random weights.
+    """
+    copy = None if stored is None else stored.quantization
     if copy is None:
-        return config
-    if config.quant not in ("none", copy.scheme) or config.head not in ("auto", copy.head):
+        is_plain = stored is None or not stored.is_quantized
+        return replace(config, quant="none") if is_plain and config.quant == "auto" else config
+    if config.quant not in ("auto", copy.scheme) or config.head not in ("auto", copy.head):
         return config
     from hotloop.quant import parse_head_scheme, parse_scheme  # imports torch
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,12 +47,15 @@ class Checkpoint(Protocol):
         config: The keys of Hugging Face's ``config.json``; composed from the metadata of a GGUF.
         config_file: The file that they were read from.
         tensors: Every tensor by its Hugging Face name.
+        quantization_config: The place of the description that a quantizer wrote, for errors, and
+            its keys; None if there is none.
     """
 
     path: Path
     config: dict[str, Any]
     config_file: Path
     tensors: Mapping[str, TensorInfo]
+    quantization_config: tuple[str, Mapping[str, Any]] | None
 
     def read(self, name: str, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
         """Reads one tensor on the CPU, into memory of its own, cut to ``index`` (steps of 1).
@@ -157,8 +161,13 @@ def _check_sizes(model: ModelConfig, checkpoint: Checkpoint) -> None:
         )
     for name, shape in names.tensors(model).items():
         info = checkpoint.tensors.get(name)
-        if info is not None and info.shape != shape:
+        if info is not None and info.shape != shape and not _is_integer(info.dtype):
             raise wrong_shape(info, shape)
+
+
+def _is_integer(dtype: str) -> bool:
+    """Tells whether elements are integers, which an encoding may lay out in a shape of its own."""
+    return dtype[0] in "IU" and dtype[1:].isdigit()
 
 
 def wrong_shape(
@@ -178,7 +187,9 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
     head, embedding = (
         checkpoint.tensors.get(f"{name}.weight") for name in (names.HEAD, names.EMBEDDING)
     )
-    if head is None or embedding is None:
+    if head is None:  # it may be there in an encoding
+        return not any(name.startswith(f"{names.HEAD}.") for name in checkpoint.tensors)
+    if embedding is None:
         return True
     if head.shape != embedding.shape:
         return False
@@ -197,8 +208,7 @@ def check_finite(
     *,
     dtype: torch.dtype = torch.float32,
     margin: float = 1.0,
-    first_row: int = 0,
-    first_column: int = 0,
+    first: tuple[int, ...] = (),
 ) -> None:
     """Refuses NaN and infinite weights, in one pass over the tensor that allocates nothing.
 
@@ -207,8 +217,7 @@ def check_finite(
         info: Its entry, for the message.
         dtype: The type that it is converted to, in which it must be finite too.
         margin: The largest factor that quantizing or decoding applies to a weight.
-        first_row: The row of the tensor at which ``tensor`` begins, for the message.
-        first_column: Its column, likewise.
+        first: The place in the tensor at which ``tensor`` begins, for the message.
 
     Raises:
         CheckpointError: An element is not finite; the first one's place is named.
@@ -232,8 +241,7 @@ def check_finite(
         )
     bad = finite.logical_not().nonzero()
     place = bad[0].tolist()
-    for dim, first in enumerate((first_row, first_column)[: len(place)]):
-        place[dim] += first
+    place = [at + begin for at, begin in zip_longest(place, first, fillvalue=0)]
     raise CheckpointError(
         info.file,
         f"{len(bad)} of {tensor.numel()} elements read are NaN or infinite, the first at "

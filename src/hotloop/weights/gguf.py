@@ -94,6 +94,7 @@ class GGUFCheckpoint:
         self.path = self.config_file = headers[0].path
         self.metadata: dict[str, Any] = headers[0].metadata
         self.config: dict[str, Any] = config_from_metadata(self.metadata, self.path)
+        self.quantization_config = None
         with ExitStack() as opened:
             entries: dict[str, _Entry] = {}
             for header in headers:
@@ -343,7 +344,8 @@ def _read(entry: _Entry, index: tuple[slice, ...] = (), *, encoded: bool = False
         elif encoded:
             values = data
         else:
-            values = _dequantized(data, entry.type.name)
+            shape = (len(part), (blocks.stop - blocks.start) * elements)
+            values = _dequantized(data, entry.type.name, shape)
         kept = range(max(part.start, rows.start), min(part.stop, rows.stop))
         out[kept.start - rows.start : kept.stop - rows.start] = values[
             kept.start - part.start : kept.stop - part.start, kept_columns
@@ -351,9 +353,10 @@ def _read(entry: _Entry, index: tuple[slice, ...] = (), *, encoded: bool = False
     return result
 
 
-def _dequantized(blocks: Tensor, type_name: str) -> Tensor:
+def _dequantized(blocks: Tensor, type_name: str, shape: tuple[int, int]) -> Tensor:
     """Dequantizes blocks to float32, by the encoding of their type or else the gguf package."""
     encoding = f"gguf-{type_name.lower()}"
     if encoding in ENCODINGS:
-        return resolve("encoding", ENCODINGS, encoding).decode({BLOCKS: blocks}).dequantize()
+        decode = resolve("encoding", ENCODINGS, encoding).decode
+        return decode({BLOCKS: blocks}, shape).dequantize()
     return torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[type_name]))

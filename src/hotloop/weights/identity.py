@@ -35,6 +35,9 @@ from hotloop.outside import StrictModel, config_error, open_file, validated
 SINGLE_FILE = "model.safetensors"
 """All of a model's weights. Other safetensors beside it are other layouts of them."""
 
+QUANTIZATION_FILES = ("quant_config.json", "quantize_config.json")
+"""Files beside ``config.json`` in which AutoAWQ and AutoGPTQ described what they had made."""
+
 QUANTIZATION_KEY = "hotloop_quantization"
 QUANTIZATION_VERSION = 1
 
@@ -101,7 +104,8 @@ def hash_checkpoint(path: Path) -> str:
         path: What ``resolve_model`` gives.
     """
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json"))
+        described = (path / name for name in ("config.json", *QUANTIZATION_FILES))
+        files = [*sorted(path.glob("*.safetensors")), *filter(Path.is_file, described)]
     elif (files := model_parts(path)) == [path]:
         return hash_file(path)
     hashes = {file.name: hash_file(file) for file in files}

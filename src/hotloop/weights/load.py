@@ -20,7 +20,8 @@ from hotloop.models.config import LayerConfig, Matrix, ModelConfig, Part
 from hotloop.models.decoder import Decoder
 from hotloop.models.rope import head_order
 from hotloop.parallel.plan import LayerShard, Shard
-from hotloop.quant import QTensor, Scheme, cut, join_rows
+from hotloop.quant import QTensor, Scheme, cut
+from hotloop.quant.qtensor import join_alike
 from hotloop.weights.source import Source
 
 
@@ -46,8 +47,7 @@ def load_weights(
         shard: The part of it that this rank holds.
         adds_biases: Whether this rank adds the biases of row-parallel projections, whose results
             are summed over ranks.
-        schemes: The scheme of every matrix by its name in the checkpoint. The parts that are joined
-            into one matrix have the same.
+        schemes: The scheme of every matrix by its name in the checkpoint.
         dtype: Element type of activations and unquantized weights.
         device: Where the model runs.
         fused: It runs the fused step.
@@ -119,7 +119,7 @@ class _Loader:
                 linear = getattr(module, matrix.name)
                 # Handed on at once: nothing is held while the next one is read.
                 linear.assign(
-                    join_rows((part_of(matrix, part) for part in matrix.parts), linear.n),
+                    join_alike((part_of(matrix, part) for part in matrix.parts), linear.n),
                     bias(matrix),
                     dtype=self.dtype,
                     device=self.device,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
-from hotloop.outside import parse_json, read_json
-from hotloop.weights.identity import SINGLE_FILE
+from hotloop.outside import config_error, parse_json, read_json
+from hotloop.weights.identity import QUANTIZATION_FILES, SINGLE_FILE
 from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,6 +40,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -77,6 +78,7 @@ class SafetensorsCheckpoint:
                 self.config_file, "is missing: a model folder needs it beside its weights"
             )
         self.config: dict[str, Any] = read_json(self.config_file)
+        self.quantization_config = _quantization_config(self.config, self.config_file)
         placed = _place_tensors(folder)
         with ExitStack() as opened:
             files = [opened.enter_context(closing(TensorFile(path))) for path in placed]
@@ -132,6 +134,25 @@ class SafetensorsCheckpoint:
         self._opened.close()
 
 
+def _quantization_config(
+    config: Mapping[str, Any], file: Path
+) -> tuple[str, Mapping[str, Any]] | None:
+    """Finds the description that a quantizer wrote: in ``config.json``, or in a file beside it."""
+    text = config.get("text_config")
+    for keys in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if (found := keys.get(key)) is not None:
+                if not isinstance(found, dict):
+                    raise config_error(
+                        file, f"{key}: must be an object, not {shorten_value(found)}"
+                    )
+                return f"{file}, {key}", found
+    for name in QUANTIZATION_FILES:
+        if (beside := file.with_name(name)).exists():
+            return str(beside), read_json(beside)
+    return None
+
+
 def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
     """Returns the files of ``folder`` with weights, each with its tensors by the index.
 
@@ -143,6 +164,8 @@ def _place_tensors(folder: Path) -> dict[Path, set[str] | None]:
     if index.exists():
         return _read_index(index)
     found = sorted(folder.glob("*.safetensors"))
+    # The same weights in their makers' own layout.
+    found = [path for path in found if not path.name.startswith("consolidated")] or found
     if len(found) == 1:
         return {found[0]: None}
     if found:

@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError
-from hotloop.kernels.linear import DENSE, KernelFormat
+from hotloop.kernels.linear import DENSE
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
-from hotloop.quant.encodings import Encoding, StoredPart, load_encodings
+from hotloop.quant.auto import Auto
+from hotloop.quant.encodings import Layout
 from hotloop.quant.encodings.hotloop import Hotloop
 from hotloop.quant.none import NoScheme
 from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite, wrong_shape
+from hotloop.weights.recognition import FLOATS, Recognized, StoredMatrices
 from hotloop.weights.safetensors import DTYPES
 from hotloop.weights.tensor_file import row_chunks
 
@@ -46,7 +46,7 @@ _MOST_BIAS_BYTES = 2**24
 
 _FLOAT32_BYTES = 4  # schemes quantize in float32
 
-_NO_WEIGHTS = frozenset(DTYPES) - {"F32", "F16", "BF16"}
+_NO_WEIGHTS = frozenset(DTYPES) - FLOATS
 """Element types of safetensors that hold no weights by themselves."""
 
 _QUANTIZED_MARGIN = 4.0
@@ -87,13 +87,19 @@ class Source(Protocol):
         ...
 
 
-def schemes_by_name(model: ModelConfig, scheme: Scheme, head: Scheme) -> dict[str, Scheme]:
+def schemes_by_name(
+    model: ModelConfig,
+    scheme: Scheme,
+    head: Scheme,
+    stored: Mapping[str, Recognized] | None = None,
+) -> dict[str, Scheme]:
     """Returns the scheme of every matrix of a model by its name in a checkpoint.
 
     Args:
         model: The model.
         scheme: Of the matrices of all layers.
         head: Of the head; a tied embedding is the same matrix, and follows it.
+        stored: The matrices that are stored in an encoding, for the scheme ``auto``.
 
     Raises:
         ConfigError: A matrix whose shape its scheme does not fit.
@@ -102,8 +108,10 @@ def schemes_by_name(model: ModelConfig, scheme: Scheme, head: Scheme) -> dict[st
     schemes = dict.fromkeys(matrices, scheme)
     matrices[names.head(model)] = (model.vocab_size, model.hidden_size)
     schemes[names.head(model)] = head
-    for name, shape in matrices.items():
-        schemes[name].check(name, *shape)
+    for name, (n, k) in matrices.items():
+        if schemes[name].name == "auto" and stored is not None and name in stored:
+            schemes[name] = Auto(stored=stored[name].layout.format, k=k)
+        schemes[name].check(name, n, k)
     return schemes
 
 
@@ -130,7 +138,7 @@ class CheckpointSource:
         self.checkpoint, self.device, self.model = checkpoint, device, model
         self.dtype, self.combine = dtype, combine
         self.used: set[str] = set()
-        self._names, self._encodings = sorted(checkpoint.tensors), load_encodings()
+        self._matrices = StoredMatrices(checkpoint)
 
     def matrix(
         self,
@@ -145,23 +153,38 @@ class CheckpointSource:
         scheme.check(name, *shape)
         n, k = shape
         rows = range(n) if rows is None else rows
-        # As many pieces on every rank, whatever the width of its columns: they are combined.
-        pieces = row_chunks(rows, k * _FLOAT32_BYTES)
-        wanted = scheme.format(k)
         combine = self.combine if columns is not None else None
-        margin = 1.0 if wanted == DENSE else _QUANTIZED_MARGIN
-        encoded = self._encoded(name, shape, wanted)
-        info = None if encoded else self._expect(f"{name}.weight", shape)
+        encoded = self._encoded(name, shape, scheme)
+        # As many pieces on every rank, whatever the width of its columns: they are combined.
+        pieces = row_chunks(rows, k * _FLOAT32_BYTES, 1 if encoded is None else encoded.units[0])
+        if encoded is None:
+            info = self._expect(f"{name}.weight", shape)
+            margin = 1.0 if scheme.format(k) == DENSE else _QUANTIZED_MARGIN
+            made = (
+                scheme.quantize(self._read(info, piece, columns, margin), combine=combine)
+                for piece in pieces
+            )
+            return join_rows(made, len(rows))
+        columns = range(k) if columns is None else columns
+        decoded = self._decoder(encoded, rows, columns)
+        wanted = scheme.format(len(columns))
 
         def quantized(piece: range) -> Tensor | QTensor:
-            if encoded is None:
-                assert info is not None, "a matrix is plain or encoded"
-                weight = self._read(info, piece, columns, margin)
-            else:
-                weight = self._read_encoded(encoded, piece, columns or range(k), scheme)
-                if isinstance(weight, QTensor):
-                    return weight
-            return scheme.quantize(weight, combine=combine)
+            weight, skipped = decoded(piece)
+            first = columns.start - skipped
+            kept = weight.try_columns(first, first + len(columns))
+            if kept is not None and kept.format == wanted:
+                return kept
+            assert scheme.name != "auto", f"{name} is {weight.format}, not {wanted}"
+            dense = weight.dequantize()[:, first : first + len(columns)]
+            check_finite(
+                dense,
+                encoded.info,
+                dtype=self.dtype,
+                margin=1.0 if wanted == DENSE else _QUANTIZED_MARGIN,
+                first=(piece.start, columns.start),
+            )
+            return scheme.quantize(dense, combine=combine)
 
         return join_rows(map(quantized, pieces), len(rows))
 
@@ -170,7 +193,7 @@ class CheckpointSource:
         info = self._expect(name, shape)
         rows = range(shape[0]) if rows is None else rows
         tensor = self.checkpoint.read(name, (slice(rows.start, rows.stop),))
-        check_finite(tensor, info, dtype=self.dtype, first_row=rows.start)
+        check_finite(tensor, info, dtype=self.dtype, first=(rows.start,))
         return tensor
 
     def finish(self) -> None:
@@ -221,75 +244,117 @@ class CheckpointSource:
         rows: range,
         columns: range | None,
         margin: float,
-        *,
-        encoded: bool = False,
     ) -> Tensor:
         columns = range(info.shape[1]) if columns is None else columns
         index = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-        tensor = self.checkpoint.read(info.name, index, encoded=encoded)
+        tensor = self.checkpoint.read(info.name, index)
         check_finite(
             tensor,
             info,
             dtype=self.dtype,
             margin=margin,
-            first_row=rows.start,
-            first_column=columns.start,
+            first=(rows.start, columns.start),
         )
         return tensor.to(self.device)
 
-    def _encoded(
-        self, name: str, shape: tuple[int, int], wanted: KernelFormat
-    ) -> _EncodedMatrix | None:
+    def _encoded(self, name: str, shape: tuple[int, int], scheme: Scheme) -> _EncodedMatrix | None:
         """Returns the tensors of a matrix that is stored in an encoding; None for a plain one."""
-        first = bisect_left(self._names, f"{name}.")
-        here = takewhile(lambda tensor: tensor.startswith(f"{name}."), self._names[first:])
-        stored = {t.removeprefix(name): self.checkpoint.tensors[t].dtype for t in here}
-        for encoding in self._encodings:
-            if (parts := encoding.parts(shape, stored, wanted)) is not None:
-                infos = {
-                    part: self._expect(f"{name}{part}", expected.shape, expected.dtype)
-                    for part, expected in parts.items()
-                }
-                return _EncodedMatrix(shape[1], encoding, parts, infos)
-        return None
-
-    def _read_encoded(
-        self, matrix: _EncodedMatrix, rows: range, columns: range, scheme: Scheme
-    ) -> Tensor | QTensor:
-        """Reads some of an encoded matrix, as it is stored if that is in the scheme's format."""
-        unit = math.lcm(*(part.unit(matrix.k) for part in matrix.parts.values()))
-        first = columns.start // unit * unit
-        whole = range(first, min(-(-columns.stop // unit) * unit, matrix.k))
-        read = {
-            name: self._read(
-                matrix.infos[name], rows, part.columns(whole, matrix.k), part.margin, encoded=True
-            )
-            for name, part in matrix.parts.items()
+        wanted = None if scheme.name == "auto" else scheme.format(shape[1])
+        recognized = self._matrices.recognize(name, shape, wanted)
+        if recognized is None:
+            return None
+        layout = recognized.layout
+        infos = {
+            part: self._expect(f"{name}{part}", expected.shape, expected.dtype)
+            for part, expected in layout.parts.items()
         }
-        weight = matrix.encoding.decode(read)
-        wanted = scheme.format(len(columns))
-        if weight.format == wanted and whole == columns:
+        surplus = (f"{name}{part}" for part in layout.surplus)
+        self.used.update(self.checkpoint.tensors.keys() & surplus)
+        return _EncodedMatrix(shape, layout, infos)
+
+    def _decoder(
+        self, matrix: _EncodedMatrix, rows: range, columns: range
+    ) -> Callable[[range], tuple[QTensor, int]]:
+        """Returns a function that decodes some of ``rows``.
+
+        It returns them with all ``columns``, and with those around them that can only be read
+        together; and the first of these.
+        """
+        n, k = matrix.shape
+        row_unit, column_unit = matrix.units
+        wide = _whole_units(columns, column_unit, k)
+
+        def read(rows: range) -> dict[str, Tensor]:
+            read = {}
+            for name, part in matrix.layout.parts.items():
+                info, index = matrix.infos[name], part.index(rows, wide)
+                tensor = self.checkpoint.read(info.name, index, encoded=True)
+                first = tuple(cut.start or 0 for cut in index)
+                check_finite(tensor, info, dtype=self.dtype, margin=part.margin, first=first)
+                read[name] = tensor.to(self.device)
+            return read
+
+        def decode(rows: range, parts: Mapping[str, Tensor]) -> QTensor:
+            weight = matrix.layout.decode(parts, (len(rows), len(wide)))
+            for scales in weight.tensors[1:]:
+                check_finite(scales, matrix.info, dtype=self.dtype)
             return weight
-        dense = weight.dequantize()[:, columns.start - first : columns.stop - first]
-        check_finite(
-            dense,
-            next(iter(matrix.infos.values())),
-            dtype=self.dtype,
-            margin=1.0 if wanted == DENSE else _QUANTIZED_MARGIN,
-            first_row=rows.start,
-            first_column=columns.start,
-        )
-        return dense
+
+        if not matrix.is_gathered:
+
+            def decode_read(piece: range) -> tuple[QTensor, int]:
+                tall = _whole_units(piece, row_unit, n)
+                weight = decode(tall, read(tall))
+                return weight.rows(piece.start - tall.start, piece.stop - tall.start), wide.start
+
+            return decode_read
+
+        # Rows of the matrix are not rows of the file: read once, packed as they are.
+        held, whole = _whole_units(rows, row_unit, n), range(len(wide))
+        parts = read(held)
+
+        def decode_held(piece: range) -> tuple[QTensor, int]:
+            tall = _whole_units(piece, row_unit, n)
+            inner = range(tall.start - held.start, tall.stop - held.start)
+            cut = {
+                name: parts[name][part.index(inner, whole)]
+                for name, part in matrix.layout.parts.items()
+            }
+            weight = decode(tall, cut)
+            return weight.rows(piece.start - tall.start, piece.stop - tall.start), wide.start
+
+        return decode_held
+
+
+def _whole_units(features: range, unit: int, n: int) -> range:
+    """Extends a range of ``n`` features to whole units; the last may have fewer."""
+    return range(features.start // unit * unit, min(-(-features.stop // unit) * unit, n))
 
 
 @dataclass(frozen=True)
 class _EncodedMatrix:
-    """A matrix of K input features in a checkpoint, and the tensors that it is stored as."""
+    """A matrix in an encoding, and the entries of its tensors in a checkpoint."""
 
-    k: int
-    encoding: Encoding
-    parts: Mapping[str, StoredPart]
+    shape: tuple[int, int]
+    layout: Layout
     infos: Mapping[str, TensorInfo]
+
+    @property
+    def info(self) -> TensorInfo:
+        """The entry of its first tensor, for errors."""
+        return next(iter(self.infos.values()))
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """The output features and input features that can only be read together."""
+        units = [part.units for part in self.layout.parts.values()]
+        n, k = (math.lcm(*axis) for axis in zip(*units, strict=True))
+        return n, k
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether some rows of the matrix are spread over all rows of a tensor."""
+        return any(part.transposed for part in self.layout.parts.values())
 
 
 def stored_parts(name: str, weight: Tensor | QTensor) -> dict[str, Tensor]:

@@ -1,24 +1,30 @@
 """Encodings: how tools store quantized matrices.
 
-An encoding decodes the tensors that a matrix is stored as into a ``QTensor``, without loss. If that
-has the number format of the scheme that the matrix is to have, it is used as it is; otherwise it is
-dequantized to float32 and quantized anew (``weights.source``).
+An encoding recognizes a matrix by the names, shapes and element types of its tensors, and decodes
+them into a ``QTensor`` without loss. What the checkpoint's configuration says of the matrix is a
+claim (``quant.claims``): it settles what tensors leave open, and a contradiction is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from hotloop.errors import CheckpointError
 from hotloop.kernels.linear import KernelFormat
+from hotloop.quant.claims import Claim
 from hotloop.quant.qtensor import QTensor
 from hotloop.registry import resolve
 
 ENCODINGS = {
     "hotloop": "hotloop.quant.encodings.hotloop:Hotloop",
+    "awq": "hotloop.quant.encodings.awq:Awq",
+    "gptq": "hotloop.quant.encodings.gptq:Gptq",
     "gguf-q4_0": "hotloop.quant.encodings.gguf:Q4_0",
     "gguf-q4_1": "hotloop.quant.encodings.gguf:Q4_1",
     "gguf-q5_0": "hotloop.quant.encodings.gguf:Q5_0",
@@ -28,61 +34,170 @@ ENCODINGS = {
 """Every encoding: ``name -> "module:attribute"``."""
 
 
+SCALE_DTYPES: Mapping[str, torch.dtype] = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Element types of scales, by their names in safetensors."""
+
+
+class StoredTensor(Protocol):
+    """The entry of a tensor in a checkpoint."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Its element type, as the checkpoint's format names it."""
+        ...
+
+    @property
+    def file(self) -> Path:
+        """The file that holds it."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class StoredPart:
-    """A tensor that a matrix [N, K] is stored as, one row for each output feature.
+class StoredMatrix:
+    """A matrix [N, K] as a checkpoint stores it.
 
     Attributes:
-        shape: [N, columns]: each column covers K / columns input features.
+        name: Its name, to which the names of its tensors are added.
+        shape: [N, K].
+        tensors: Its tensors by what follows its name, such as ``.weight.scale``.
+        read: Reads a tensor whole; for small ones, whose values are part of the format.
+        claim: What the checkpoint's configuration says of it.
+        wanted: The number format that hotloop's own description of the checkpoint gives it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tensors: Mapping[str, StoredTensor]
+    read: Callable[[str], Tensor]
+    claim: Claim = field(default_factory=Claim)
+    wanted: KernelFormat | None = None
+
+    def error(self, suffix: str, problem: str) -> CheckpointError:
+        """Makes the error of one of its tensors."""
+        return CheckpointError(self.tensors[suffix].file, problem, tensor=f"{self.name}{suffix}")
+
+    def scale_dtype(self, suffix: str) -> torch.dtype:
+        """Returns the element type of a tensor of scales; CheckpointError if it is no float."""
+        name = self.tensors[suffix].dtype
+        if name not in SCALE_DTYPES:
+            raise self.error(suffix, f"holds scales as {name}, not as {', '.join(SCALE_DTYPES)}")
+        return SCALE_DTYPES[name]
+
+    def group_size(self, suffix: str, n_groups: int) -> int:
+        """Returns the input features of a group, of which the last may have fewer.
+
+        Args:
+            suffix: The tensor that has an element for each group.
+            n_groups: Groups along the input features.
+
+        Raises:
+            CheckpointError: The configuration gives another size, or none where groups are uneven.
+        """
+        k, claimed = self.shape[1], self.claim.group_size
+        size = k if claimed == -1 else claimed
+        if size is None and n_groups and k % n_groups == 0:
+            size = k // n_groups
+        if size is None or -(-k // size) != n_groups:
+            said = "gives no size of groups" if size is None else f"says groups of {size}"
+            raise self.error(
+                suffix,
+                f"has {n_groups} groups along {k} input features, and the checkpoint's "
+                f"configuration {said}",
+            )
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPart:
+    """A tensor that a matrix [N, K] is stored as.
+
+    Attributes:
+        shape: Its dimensions: output features, then input features.
         dtype: Its element type, as the checkpoint's format names it.
-        block: Columns that are stored in one piece, as whole bytes.
+        features: The output features and input features that an element covers, of which the last
+            element may have fewer; 0 along an axis that it does not depend on.
+        transposed: The dimensions are input features, then output features.
+        block: Elements along the input features that are stored in one piece, as whole bytes.
         margin: The largest factor that decoding applies to an element: the element times it must
             be finite.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
+    features: tuple[int, int] = (1, 1)
+    transposed: bool = False
     block: int = 1
     margin: float = 1.0
 
-    def unit(self, k: int) -> int:
-        """Returns the number of input features that can only be read together, of K in all."""
-        return 1 if self.shape[1] == 1 else k // self.shape[1] * self.block
+    @property
+    def units(self) -> tuple[int, int]:
+        """The output features and the input features that can only be read together."""
+        n, k = self.features
+        return max(n, 1), max(k, 1) * self.block
 
-    def columns(self, features: range, k: int) -> range:
-        """Returns the columns of some of the K input features, which are whole units."""
-        if self.shape[1] == 1:
-            return range(1)
-        each = k // self.shape[1]
-        return range(features.start // each, features.stop // each)
+    def index(self, rows: range, columns: range) -> tuple[slice, ...]:
+        """Returns the elements of some output and input features, which are whole units."""
+        axes = ((rows, self.features[0]), (columns, self.features[1]))
+        return tuple(
+            slice(axis.start // each, -(-axis.stop // each)) if each else slice(None)
+            for axis, each in (axes[::-1] if self.transposed else axes)[: len(self.shape)]
+        )
+
+
+Decode = Callable[[Mapping[str, Tensor], tuple[int, int]], QTensor]
+"""Decodes a matrix, or some of its rows and columns.
+
+Args:
+    parts: By name, the same slice of each; blocks are bytes.
+    shape: Of the slice.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The encoding of one matrix.
+
+    Attributes:
+        parts: The tensors that must store it, by what follows its name.
+        decode: Makes a ``QTensor`` of them.
+        format: The number format of that.
+        k: Input features of the matrix.
+        bits: Bits of a stored element.
+        surplus: Tensors that may be there and hold nothing more, by what follows its name.
+        detail: A variant of the encoding, for people.
+    """
+
+    parts: Mapping[str, StoredPart]
+    decode: Decode
+    format: KernelFormat
+    k: int
+    bits: int
+    surplus: frozenset[str] = frozenset()
+    detail: str = ""
 
 
 class Encoding(Protocol):
     """One way of storing a quantized matrix."""
 
-    def parts(
-        self, shape: tuple[int, int], stored: Mapping[str, str], wanted: KernelFormat
-    ) -> dict[str, StoredPart] | None:
-        """Returns the tensors that must store a matrix; None if it is not in this encoding.
+    def recognize(self, matrix: StoredMatrix) -> Layout | None:
+        """Returns how a matrix is stored; None if it is not in this encoding.
 
-        Names are what follows the name of the matrix, such as ``.weight.scale``.
-
-        Args:
-            shape: Of the matrix.
-            stored: The element types of the tensors of the matrix in the checkpoint, by name.
-            wanted: The number format that the matrix is to have.
-        """
-        ...
-
-    def decode(self, parts: Mapping[str, Tensor]) -> QTensor:
-        """Decodes a matrix, or some of its rows and columns.
-
-        Args:
-            parts: By name, the same slice of each; blocks are bytes.
+        Raises:
+            CheckpointError: It is in this encoding, and its tensors contradict each other or the
+                configuration.
         """
         ...
 
 
-def load_encodings() -> tuple[Encoding, ...]:
-    """Loads every registered encoding, in the order of the registry."""
-    return tuple(resolve("encoding", ENCODINGS, name) for name in ENCODINGS)
+def load_encodings() -> dict[str, Encoding]:
+    """Loads every registered encoding, by name, in the order of the registry."""
+    return {name: resolve("encoding", ENCODINGS, name) for name in ENCODINGS}

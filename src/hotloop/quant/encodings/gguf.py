@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.encodings import StoredPart
+from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
 from hotloop.quant.qtensor import QTensor
 
 BLOCKS = ".weight"
@@ -41,18 +41,25 @@ class Blocks:
         """Bytes of a block."""
         return (2 + 2 * self.has_minimum) + self.bits * BLOCK // 8
 
-    def parts(
-        self,
-        shape: tuple[int, int],
-        stored: Mapping[str, str],
-        wanted: KernelFormat,  # noqa: ARG002
-    ) -> dict[str, StoredPart] | None:
-        """Returns the blocks of every row."""
-        if stored.get(BLOCKS) != self.type:
+    def recognize(self, matrix: StoredMatrix) -> Layout | None:
+        """Recognizes the type of the blocks."""
+        blocks = matrix.tensors.get(BLOCKS)
+        if blocks is None or blocks.dtype != self.type:
             return None
-        return {BLOCKS: StoredPart(shape=shape, dtype=self.type, block=BLOCK)}
+        return Layout(
+            parts={BLOCKS: StoredPart(shape=matrix.shape, dtype=self.type, block=BLOCK)},
+            decode=self.decode,
+            format=KernelFormat(
+                kind="int8",
+                group_size=BLOCK,
+                scale_dtype=torch.float16,
+                zero="offset" if self.has_minimum else "none",
+            ),
+            k=matrix.shape[1],
+            bits=self.bits,
+        )
 
-    def decode(self, parts: Mapping[str, Tensor]) -> QTensor:
+    def decode(self, parts: Mapping[str, Tensor], _shape: tuple[int, int]) -> QTensor:
         """Decodes the bytes of whole blocks, uint8 [N, bytes]."""
         n = parts[BLOCKS].shape[0]
         blocks = parts[BLOCKS].view(n, -1, self.n_bytes)

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.encodings import StoredPart
+from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
 from hotloop.quant.qtensor import QTensor
 
 VALUES, SCALE, OFFSET = ".weight.values", ".weight.scale", ".weight.offset"
@@ -25,28 +24,34 @@ for."""
 
 
 class Hotloop:
-    """The encoding; what is stored is the format that the matrix is to have."""
+    """The encoding; the checkpoint's description says which scheme a matrix has."""
 
     @staticmethod
-    def parts(
-        shape: tuple[int, int], stored: Mapping[str, str], wanted: KernelFormat
-    ) -> dict[str, StoredPart] | None:
-        """Returns the tensors of a matrix of the format ``wanted``."""
-        if wanted.group_size is None or VALUES not in stored:
+    def recognize(matrix: StoredMatrix) -> Layout | None:
+        """Expects the tensors of the format that the description gives."""
+        wanted = matrix.wanted
+        if wanted is None or wanted.group_size is None or VALUES not in matrix.tensors:
             return None
-        (n, k), four = shape, wanted.kind == "int4"
+        (n, k), four = matrix.shape, wanted.kind == "int4"
         values = {"int8": "I8", "fp8": "F8_E4M3", "int4": "U8"}[wanted.kind]
         groups, scale = (n, k // wanted.group_size), "BF16" if four else "F32"
+        along = 0 if groups[1] == 1 else wanted.group_size
         parts = {
-            VALUES: StoredPart(shape=(n, k // 2 if four else k), dtype=values),
-            SCALE: StoredPart(shape=groups, dtype=scale, margin=_LARGEST[wanted.kind]),
+            VALUES: StoredPart(
+                shape=(n, k // 2 if four else k), dtype=values, features=(1, 1 + four)
+            ),
+            SCALE: StoredPart(
+                shape=groups, dtype=scale, features=(1, along), margin=_LARGEST[wanted.kind]
+            ),
         }
         if wanted.zero == "offset":
-            parts[OFFSET] = StoredPart(shape=groups, dtype=scale, margin=_OFFSET_MARGIN)
-        return parts
+            parts[OFFSET] = StoredPart(
+                shape=groups, dtype=scale, features=(1, along), margin=_OFFSET_MARGIN
+            )
+        return Layout(parts=parts, decode=Hotloop.decode, format=wanted, k=k, bits=4 if four else 8)
 
     @staticmethod
-    def decode(parts: Mapping[str, Tensor]) -> QTensor:
+    def decode(parts: Mapping[str, Tensor], _shape: tuple[int, int]) -> QTensor:
         """Unpacks nibbles; all else is stored as it is."""
         values = parts[VALUES]
         kind = "fp8" if values.dtype == torch.float8_e4m3fn else "int8"

@@ -1,0 +1,76 @@
+"""AutoAWQ's GEMM layout: 4 bits, packed along the output features.
+
+``x.qweight`` is int32 [K, N / 8], ``x.qzeros`` int32 [G, N / 8] and ``x.scales`` [G, N];
+``weight = (q - zero) * scale``. The eight integers of a word are interleaved, and zero points are
+stored as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from hotloop.kernels.linear import KernelFormat
+from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings.bits import centred, even_group, even_groups, unpack
+from hotloop.quant.qtensor import QTensor
+
+QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
+
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""The place within a word, from the lowest bits up, of each of its integers."""
+
+
+class Awq:
+    """The encoding."""
+
+    @staticmethod
+    def recognize(matrix: StoredMatrix) -> Layout | None:
+        """Recognizes packing along the output features, with scales that are transposed too."""
+        (n, k), stored = matrix.shape, matrix.tensors
+        if not {QWEIGHT, QZEROS, SCALES} <= stored.keys() or n % 8:
+            return None
+        shape, scales = stored[QWEIGHT].shape, stored[SCALES].shape
+        # A square matrix in the GEMV layout has the same words, but its scales are [N, G].
+        if shape != (k, n // 8) or len(scales) != 2 or scales[1] != n:
+            return None
+        n_groups = scales[0]
+        g = matrix.group_size(SCALES, n_groups)
+        even, along = even_group(g, k), g if n_groups > 1 else 0
+        scale_dtype = matrix.scale_dtype(SCALES)
+
+        def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
+            scale = parts[SCALES].T.contiguous()
+            return QTensor(
+                values=_rows(parts[QWEIGHT]),
+                scale=even_groups(scale, g, even, shape[1]),
+                offset=even_groups(_rows(parts[QZEROS]), g, even, shape[1]),
+                kind="int4",
+            )
+
+        def part(*shape: int, dtype: str, features: tuple[int, int], margin: float) -> StoredPart:
+            return StoredPart(
+                shape=shape, dtype=dtype, features=features, transposed=True, margin=margin
+            )
+
+        dtype = stored[SCALES].dtype
+        return Layout(
+            parts={
+                QWEIGHT: part(k, n // 8, dtype="I32", features=(8, 1), margin=1.0),
+                QZEROS: part(n_groups, n // 8, dtype="I32", features=(8, along), margin=1.0),
+                SCALES: part(n_groups, n, dtype=dtype, features=(1, along), margin=15.0),
+            },
+            decode=decode,
+            format=KernelFormat(
+                kind="int4", group_size=even, scale_dtype=scale_dtype, zero="integer"
+            ),
+            k=k,
+            bits=4,
+        )
+
+
+def _rows(words: Tensor) -> Tensor:
+    """Unpacks int32 [A, N / 8] to int8 [N, A] of -8…7."""
+    nibbles = unpack(words, 4).unflatten(-1, (-1, 8))[..., list(_ORDER)]
+    return centred(nibbles.flatten(1), 4).T.contiguous()

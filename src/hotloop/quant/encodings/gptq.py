@@ -1,0 +1,152 @@
+"""GPTQ's layout, versions 1 and 2: 4 or 8 bits, packed along the input features.
+
+``x.qweight`` is int32 [K * bits / 32, N], ``x.qzeros`` int32 [G, N * bits / 32], ``x.scales``
+[G, N] and ``x.g_idx`` int32 [K], the group of each input feature;
+``weight = (q - zero) * scale``.
+
+Version 2 stores zero points as they are. Version 1 stores each less 1, made by one subtraction from
+a whole word, so that a zero point of 0 borrows from its neighbour; adding the same number to the
+word is the exact inverse. Labels do not tell the versions apart, because writers confuse them. Zero
+points of a symmetric matrix do: they are all half the range, or one less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.linear import KernelFormat
+from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings.awq import QWEIGHT, QZEROS, SCALES
+from hotloop.quant.encodings.bits import centred, even_group, even_groups, unpack
+from hotloop.quant.qtensor import QTensor
+
+G_IDX = ".g_idx"
+
+_ONES = {4: 0x11111111, 8: 0x01010101}
+"""For each number of bits a word of ones."""
+
+
+class Gptq:
+    """The encoding."""
+
+    @staticmethod
+    def recognize(matrix: StoredMatrix) -> Layout | None:
+        """Recognizes packing along the input features, and the version by the zero points."""
+        (n, k), stored = matrix.shape, matrix.tensors
+        if not {QWEIGHT, QZEROS, SCALES} <= stored.keys():
+            return None
+        (rows, *columns), scales = stored[QWEIGHT].shape, stored[SCALES].shape
+        if columns != [n] or len(scales) != 2 or scales[1] != n or rows * 32 % k:
+            return None
+        bits, n_groups = rows * 32 // k, scales[0]
+        if bits not in _ONES:
+            raise matrix.error(QWEIGHT, f"is GPTQ of {bits} bits; 4 and 8 are supported")
+        if n * bits % 32:
+            return None
+        if stored[QZEROS].shape != (n_groups, n * bits // 32) or stored[QZEROS].dtype != "I32":
+            return None
+        g = matrix.group_size(SCALES, n_groups)
+        permuted = _is_permuted(matrix, g, n_groups)
+        even, along = even_group(g, k), g if n_groups > 1 and not permuted else 0
+        version, symmetric = _version(matrix, bits)
+        scale_dtype = matrix.scale_dtype(SCALES)
+
+        def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
+            words = unpack(parts[QWEIGHT], bits).unflatten(-1, (shape[0], -1))
+            values = centred(words.transpose(0, 1).flatten(1), bits).contiguous()
+            order = parts[G_IDX].argsort(stable=True) if permuted else None
+
+            def grouped(per_group: Tensor) -> Tensor:
+                return even_groups(per_group.T.contiguous(), g, even, shape[1])
+
+            zero = None if symmetric else grouped(_zero_points(parts[QZEROS], bits, version))
+            return QTensor(
+                values=values if order is None else values[:, order],
+                scale=grouped(parts[SCALES]),
+                offset=zero,
+                kind="int4" if bits == 4 else "int8",
+                permutation=None if order is None else order.int(),
+            )
+
+        per_word = 32 // bits
+        parts = {
+            QWEIGHT: StoredPart(
+                shape=(rows, n), dtype="I32", features=(1, per_word), transposed=True
+            ),
+            QZEROS: StoredPart(
+                shape=(n_groups, n // per_word),
+                dtype="I32",
+                features=(per_word, along),
+                transposed=True,
+            ),
+            SCALES: StoredPart(
+                shape=(n_groups, n),
+                dtype=stored[SCALES].dtype,
+                features=(1, along),
+                transposed=True,
+                margin=float(2**bits - 1),
+            ),
+        }
+        if permuted:  # any input feature may be in any group: all are read
+            parts[G_IDX] = StoredPart(
+                shape=(k,), dtype="I32", features=(0, 0), transposed=True, block=k
+            )
+        return Layout(
+            parts=parts,
+            decode=decode,
+            format=KernelFormat(
+                kind="int4" if bits == 4 else "int8",
+                group_size=even,
+                scale_dtype=scale_dtype,
+                zero="none" if symmetric else "integer",
+                permuted=permuted,
+            ),
+            k=k,
+            bits=bits,
+            surplus=frozenset({G_IDX}),
+            detail=f"version {version}{', act-order' if permuted else ''}",
+        )
+
+
+def _is_permuted(matrix: StoredMatrix, group_size: int, n_groups: int) -> bool:
+    """Tells by ``g_idx`` whether input features were sorted before they were grouped."""
+    if G_IDX not in matrix.tensors:
+        return False
+    k, entry = matrix.shape[1], matrix.tensors[G_IDX]
+    if entry.shape != (k,) or entry.dtype != "I32":
+        raise matrix.error(
+            G_IDX, f"has shape {list(entry.shape)} of {entry.dtype} where GPTQ has [{k}] of I32"
+        )
+    group, consecutive = matrix.read(G_IDX), (torch.arange(k) // group_size).int()
+    if torch.equal(group, consecutive):
+        return False
+    if not torch.equal(group.sort().values, consecutive):
+        raise matrix.error(
+            G_IDX, f"does not put {group_size} input features into each of {n_groups} groups"
+        )
+    return True
+
+
+def _version(matrix: StoredMatrix, bits: int) -> tuple[int, bool]:
+    """Returns the version, and whether every zero point is half the range."""
+    zeros, half = unpack(matrix.read(QZEROS), bits), 1 << bits - 1
+    first = int(zeros.view(-1)[0])
+    if first in (half - 1, half) and bool((zeros == first).all()):
+        return 1 + (first == half), True
+    if matrix.claim.version is None:
+        raise matrix.error(
+            QZEROS,
+            "holds zero points of GPTQ's version 1 or 2, and the checkpoint's configuration does "
+            "not say which (checkpoint_format: gptq or gptq_v2)",
+        )
+    return matrix.claim.version, False
+
+
+def _zero_points(words: Tensor, bits: int, version: int) -> Tensor:
+    """Unpacks zero points to int8 [G, N], less half the range."""
+    if version == 1:
+        words = (words.long() + _ONES[bits]).to(torch.int32)  # the carry leaves the word
+    return centred(unpack(words, bits), bits)

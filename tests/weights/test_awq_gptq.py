@@ -1,0 +1,285 @@
+"""Checkpoints of AWQ and GPTQ keep their integers, zero points and scales."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stored_models import (
+    RAGGED,
+    Encode,
+    Stored,
+    assert_same_model,
+    codes,
+    distribution,
+    pack,
+    scales,
+    spread,
+    write_stored,
+)
+from thread_group import ThreadRanks
+from torch import Tensor
+from whole_models import load
+
+from hotloop import LLM
+from hotloop.errors import HotloopError
+from hotloop.quant.encodings.awq import _rows
+from hotloop.quant.encodings.bits import unpack
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "GEMM"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+
+
+def groups(k: int, group_size: int) -> int:
+    return -(-k // group_size)
+
+
+def awq(group_size: int, *, changed: dict[str, Tensor] | None = None) -> Encode:
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if name == "lm_head":
+            return None
+        n, k = weight.shape
+        size = k if group_size == -1 else group_size
+        q, zeros = codes(k, n, bits=4), codes(groups(k, size), n, bits=4, seed=1)
+        scale = scales(groups(k, size), n)
+        stored = {
+            ".qweight": pack(q, 4, AWQ_ORDER),
+            ".qzeros": pack(zeros, 4, AWQ_ORDER),
+            ".scales": scale,
+        }
+        worth = (q.T - spread(zeros.T, size, k)) * spread(scale.T, size, k)
+        return stored | (changed or {}), worth
+
+    return encode
+
+
+def gptq(
+    group_size: int,
+    *,
+    bits: int = 4,
+    version: int = 1,
+    symmetric: bool = False,
+    act_order: bool = False,
+    lm_head: bool = False,
+) -> Encode:
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if name == "lm_head" and not lm_head:
+            return None
+        n, k = weight.shape
+        size = k if group_size == -1 else group_size
+        half = 1 << bits - 1
+        q, zeros = codes(k, n, bits=bits), codes(groups(k, size), n, bits=bits, seed=1)
+        if symmetric:
+            zeros = torch.full_like(zeros, half)
+        scale, group = scales(groups(k, size), n), torch.arange(k) // size
+        if act_order:
+            group = group[torch.randperm(k, generator=torch.Generator().manual_seed(3))]
+        words = pack(zeros, bits)
+        if version == 1:  # one subtraction from a word: a zero of 0 borrows from its neighbour
+            words = words - sum(1 << place for place in range(0, 32, bits))
+        stored = {
+            ".qweight": pack(q.T, bits).T,
+            ".qzeros": words,
+            ".scales": scale,
+            ".g_idx": group.int(),
+        }
+        return stored, ((q - zeros[group]) * scale[group].float()).T
+
+    return encode
+
+
+def test_golden_words():
+    eight = torch.arange(8)[None]
+    assert pack(eight, 4, AWQ_ORDER).item() == 0x75316420
+    assert pack(eight, 4).item() == 0x76543210
+    assert unpack(pack(eight, 4), 4).tolist() == eight.tolist()
+    assert unpack(pack(eight, 8), 8).tolist() == eight.tolist()
+    assert _rows(pack(eight, 4, AWQ_ORDER)).T.tolist() == [[q - 8 for q in range(8)]]
+
+
+@pytest.mark.parametrize("group_size", [32, 16, -1])
+def test_awq_is_worth_what_it_says(group_size, tmp_path):
+    said = AWQ | {"group_size": group_size}
+    quantized, dense = write_stored(tmp_path, awq(group_size), said)
+    assert_same_model(quantized, dense)
+    with LLM(str(quantized), device="cpu", dtype="float32") as llm:
+        assert (llm.config.quant, llm.config.head) == ("auto", "auto")
+
+
+def test_groups_need_not_divide_the_input_features(tmp_path):
+    for i, encode in enumerate((awq(32), gptq(32))):
+        (folder := tmp_path / str(i)).mkdir()
+        said = (AWQ, GPTQ)[i]
+        assert_same_model(*write_stored(folder, encode, said, **RAGGED))
+
+
+def test_the_description_of_old_awq_files_lies_beside_the_configuration(tmp_path):
+    said = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    assert_same_model(*write_stored(tmp_path, awq(32), said, file="quant_config.json"))
+
+
+def test_the_description_may_be_missing_where_tensors_say_it_all(tmp_path):
+    assert_same_model(*write_stored(tmp_path, awq(32), None))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("version", [1, 2])
+def test_zero_points_of_gptq_are_read_in_both_versions(bits, version, tmp_path):
+    said = GPTQ | {"bits": bits, "checkpoint_format": {1: "gptq", 2: "gptq_v2"}[version]}
+    encode = gptq(32, bits=bits, version=version)
+    assert_same_model(*write_stored(tmp_path, encode, said))
+
+
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_zero_points_tell_the_version_whatever_the_label(bits, version, label, tmp_path):
+    said = GPTQ | {"bits": bits, "sym": True, "checkpoint_format": label}
+    encode = gptq(32, bits=bits, version=version, symmetric=True)
+    assert_same_model(*write_stored(tmp_path, encode, said))
+
+
+@pytest.mark.parametrize("group_size", [16, -1])
+def test_act_order_is_read_by_the_group_of_each_input_feature(group_size, tmp_path):
+    said = GPTQ | {"group_size": group_size, "desc_act": True}
+    assert_same_model(*write_stored(tmp_path, gptq(group_size, act_order=True), said))
+
+
+def test_matrices_may_be_left_out_or_have_settings_of_their_own(tmp_path):
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if "layers.0.mlp" in name:
+            return None
+        bits, size = (8, 16) if "o_proj" in name else (4, 32)
+        return gptq(size, bits=bits)(name, weight)
+
+    dynamic = {r"-:.*\.0\.mlp\..*": {}, r"+:.*o_proj$": {"bits": 8, "group_size": 16}}
+    assert_same_model(*write_stored(tmp_path, encode, GPTQ | {"dynamic": dynamic}))
+
+
+def test_modules_that_awq_did_not_convert_are_named_by_whole_parts(tmp_path):
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        return None if "layers.1.mlp" in name else awq(32)(name, weight)
+
+    said = AWQ | {"modules_to_not_convert": ["model.layers.1.mlp"]}
+    assert_same_model(*write_stored(tmp_path, encode, said))
+    said = AWQ | {"modules_to_not_convert": ["layers.1.ml"]}
+    (tmp_path / "other").mkdir()
+    quantized, _ = write_stored(tmp_path / "other", encode, said)
+    assert "says that it is quantized (awq gemm)" in refusal(quantized)
+
+
+def test_a_quantized_head_is_used(tmp_path):
+    said = GPTQ | {"lm_head": True}
+    assert_same_model(*write_stored(tmp_path, gptq(32, lm_head=True), said, vocab_size=264))
+
+
+def test_several_ranks_hold_slices_of_what_is_stored(tmp_path):
+    for i, (encode, said) in enumerate(
+        ((awq(32), AWQ), (gptq(32, bits=8), GPTQ | {"bits": 8}), (gptq(-1), GPTQ))
+    ):
+        (folder := tmp_path / str(i)).mkdir()
+        said = said | {"group_size": -1} if i == 2 else said
+        quantized, _ = write_stored(folder, encode, said)
+        whole = load(quantized, quant="auto")
+
+        def part(group, folder=quantized):
+            return load(folder, quant="auto", group=group)
+
+        for rank, shard in enumerate(ThreadRanks(2).run(part)):
+            for ours, theirs in zip(shard.layers, whole.layers, strict=True):
+                x = torch.randn(3, ours.feed_forward.down_proj.k, dtype=torch.float32)
+                wide = torch.zeros(3, theirs.feed_forward.down_proj.k)
+                wide[:, rank * 96 : rank * 96 + 96] = x
+                torch.testing.assert_close(
+                    ours.feed_forward.down_proj(x), theirs.feed_forward.down_proj(wide)
+                )
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(HotloopError) as caught:
+        distribution(folder, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        (AWQ | {"bits": 8}, "is stored as awq of 4 bits"),
+        (AWQ | {"group_size": 64}, "says groups of 64"),
+        (AWQ | {"version": "gemv"}, "configuration says awq gemv, which is not supported"),
+        (AWQ | {"modules_to_not_convert": ["q_proj"]}, "says that it is not quantized"),
+        (GPTQ, "is stored as awq, though the checkpoint's configuration says gptq"),
+        (AWQ | {"surprise": 1}, "surprise"),
+        (AWQ | {"quant_method": "spqr"}, "quant_method 'spqr' is not supported"),
+    ],
+)
+def test_a_description_that_contradicts_the_tensors_is_refused(said, problem, tmp_path):
+    quantized, _ = write_stored(tmp_path, awq(32), said)
+    message = refusal(quantized)
+    assert problem in message
+    assert "quantized" in message
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        (GPTQ | {"sym": True}, "with zero points, though"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "gptq, checkpoint_format marlin"),
+        (GPTQ | {"dynamic": {"(a+)+$": {}}}, "repeats too much"),
+        (GPTQ | {"dynamic": {"+:[": {}}}, "no regular expression"),
+        (None, "does not say which (checkpoint_format: gptq or gptq_v2)"),
+    ],
+)
+def test_a_description_of_gptq_that_cannot_be_is_refused(said, problem, tmp_path):
+    quantized, _ = write_stored(tmp_path, gptq(32), said)
+    assert problem in refusal(quantized)
+
+
+Q = "model.layers.0.self_attn.q_proj"  # square: 64 x 64
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({".scales": scales(64, 2)}, "AWQ or GPTQ in a layout that is not supported"),  # GEMV
+        ({".qweight": torch.zeros(16, 64, dtype=torch.int16)}, "not supported"),  # GEMV fast
+        ({".qweight": torch.zeros(4, 128, dtype=torch.int32)}, "not supported"),  # Marlin
+        ({".scales": scales(2, 64).double()}, "holds scales as F64"),
+        ({".scales": scales(2, 64) * torch.nan}, "NaN"),
+        ({".qzeros": torch.zeros(2, 64, dtype=torch.int8)}, "has shape [2, 64] of I8"),
+        ({".surplus": torch.ones(3)}, "not a part of the model"),
+    ],
+)
+def test_tensors_that_are_not_awqs_are_refused_by_name(changed, problem, tmp_path):
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        return awq(32, changed=changed if name == Q else None)(name, weight)
+
+    quantized, _ = write_stored(tmp_path, encode, AWQ)
+    message = refusal(quantized)
+    assert problem in message
+    assert Q in message
+
+
+def test_surplus_tensors_that_hold_nothing_are_accepted(tmp_path):
+    extra = {
+        "model.layers.0.self_attn.q_proj.bias": torch.zeros(64),
+        "model.layers.0.self_attn.k_proj.input_scale": torch.ones(1),
+        "model.layers.0.self_attn.k_scale": torch.ones(1),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    quantized, dense = write_stored(tmp_path, awq(32), AWQ, extra=extra)
+    (quantized / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    assert_same_model(quantized, dense)
+
+
+@pytest.mark.parametrize("quant", ["int8", "none"])
+def test_a_named_scheme_quantizes_again_and_says_so(quant, tmp_path):
+    quantized, dense = write_stored(tmp_path, awq(32), AWQ)
+    torch.testing.assert_close(
+        distribution(quantized, quant=quant), distribution(dense, quant=quant)
+    )
+    with LLM(str(quantized), quant=quant, device="cpu") as llm:
+        (note,) = [note for note in llm.describe().notes if "awq" in note]
+    assert note.startswith("14 matrices stored as awq are dequantized")
+    assert ("quantized again as int8" in note) == (quant == "int8")
