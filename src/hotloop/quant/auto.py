@@ -40,8 +40,8 @@ class Auto:
         """A group stays together; a scale of a whole row serves every slice of it."""
         if self.stored.permuted:
             return self.k
-        sizes = (self.stored.group_size, self.stored.super_size)
-        return math.lcm(*(size for size in sizes if size not in (None, self.k)))
+        sizes = (self.stored.group_size or self.k, self.stored.super_size or self.k)
+        return math.lcm(*(size for size in sizes if size != self.k))
 
     def check(self, name: str, n: int, k: int) -> None:
         """Every shape will do."""
@@ -58,5 +58,8 @@ class Auto:
 
     def format(self, k: int) -> KernelFormat:
         """Returns the stored format, of ``k`` of the input features."""
-        sizes = {"group_size": self.stored.group_size, "super_size": self.stored.super_size}
-        return replace(self.stored, **{n: k for n, size in sizes.items() if size == self.k})
+        group, super_block = (
+            k if size == self.k else size
+            for size in (self.stored.group_size, self.stored.super_size)
+        )
+        return replace(self.stored, group_size=group, super_size=super_block)

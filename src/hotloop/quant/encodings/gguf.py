@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hotloop.kernels.linear import KernelFormat
+from hotloop.kernels.linear import KernelFormat, QuantizedKind
 from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
 from hotloop.quant.qtensor import QTensor
 
@@ -41,6 +41,13 @@ class Blocks:
         """Bytes of a block."""
         return (2 + 2 * self.has_minimum) + self.bits * BLOCK // 8
 
+    @property
+    def kind(self) -> QuantizedKind:
+        """The type of the integers."""
+        if self.bits > 4:
+            return "int8"
+        return "uint4" if self.has_minimum else "int4"
+
     def recognize(self, matrix: StoredMatrix) -> Layout | None:
         """Recognizes the type of the blocks."""
         blocks = matrix.tensors.get(BLOCKS)
@@ -50,7 +57,7 @@ class Blocks:
             parts={BLOCKS: StoredPart(shape=matrix.shape, dtype=self.type, block=BLOCK)},
             decode=self.decode,
             format=KernelFormat(
-                kind="int8",
+                kind=self.kind,
                 group_size=BLOCK,
                 scale_dtype=torch.float16,
                 zero="offset" if self.has_minimum else "none",
@@ -81,7 +88,7 @@ class Blocks:
             values=values.reshape(n, -1),
             scale=floats[:, :, 0].contiguous(),
             offset=floats[:, :, 1].contiguous() if self.has_minimum else None,
-            kind="int8",
+            kind=self.kind,
         )
 
 
