@@ -1,5 +1,6 @@
 """Slicing and joining quantized weights is exact, and commutes with quantizing them."""
 
+import math
 import weakref
 from collections.abc import Iterator
 
@@ -187,7 +188,7 @@ def test_parts_with_permutations_or_tables_of_their_own_stay_apart(name):
 def test_scales_of_blocks_are_expanded_to_rows_and_groups(n, k):
     blocks = torch.rand(-(-n // 128), -(-k // 128))
     values = torch.randn(n, k).to(torch.float8_e4m3fn)
-    scale = expand_blocks(blocks, rows=128, columns=128, shape=(n, k))
+    scale = expand_blocks(blocks, rows=128, columns=128, group_size=math.gcd(128, k), shape=(n, k))
     weight = QTensor(values=values, scale=scale, kind="fp8")
     rows, columns = torch.arange(n) // 128, torch.arange(k) // 128
     expected = values.float() * blocks[rows[:, None], columns]

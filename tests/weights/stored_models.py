@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from whole_models import CONFIG, random_tensors, write_folder
 
 from hotloop import LLM
+from hotloop.errors import HotloopError
 from hotloop.models import names
 from hotloop.models.families import read_config
 
@@ -106,7 +108,8 @@ def write_stored(
 
 def distribution(model: Path, **options: Any) -> Tensor:
     """Log-probabilities [T, V] of every token of a window, in float32 arithmetic."""
-    options = {"device": "cpu", "dtype": "float32", "max_seq_len": 32} | options
+    fixed = {"device": "cpu", "dtype": "float32", "max_seq_len": 32, "quant": "auto"}
+    options = fixed | options
     with LLM(str(model), **options) as llm:
         (score,) = llm.score([list(range(5, 29))], full=True)
     assert score.log_probs is not None
@@ -118,3 +121,10 @@ def assert_same_model(quantized: Path, dequantized: Path, **options: Any) -> Non
     torch.testing.assert_close(
         distribution(quantized, **options), distribution(dequantized, quant="none")
     )
+
+
+def refusal(model: Path, **options: Any) -> str:
+    """The error with which a checkpoint is refused."""
+    with pytest.raises(HotloopError) as caught:
+        distribution(model, **options)
+    return str(caught.value)

@@ -1,8 +1,5 @@
 """Checkpoints of AWQ and GPTQ keep their integers, zero points and scales."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from stored_models import (
@@ -13,6 +10,7 @@ from stored_models import (
     codes,
     distribution,
     pack,
+    refusal,
     scales,
     spread,
     write_stored,
@@ -22,7 +20,6 @@ from torch import Tensor
 from whole_models import load
 
 from hotloop import LLM
-from hotloop.errors import HotloopError
 from hotloop.quant.encodings.awq import _rows
 from hotloop.quant.encodings.bits import unpack
 
@@ -103,7 +100,7 @@ def test_awq_is_worth_what_it_says(group_size, tmp_path):
     said = AWQ | {"group_size": group_size}
     quantized, dense = write_stored(tmp_path, awq(group_size), said)
     assert_same_model(quantized, dense)
-    with LLM(str(quantized), device="cpu", dtype="float32") as llm:
+    with LLM(str(quantized), quant="auto", device="cpu", dtype="float32") as llm:
         assert (llm.config.quant, llm.config.head) == ("auto", "auto")
 
 
@@ -194,12 +191,6 @@ def test_several_ranks_hold_slices_of_what_is_stored(tmp_path):
                 torch.testing.assert_close(
                     ours.feed_forward.down_proj(x), theirs.feed_forward.down_proj(wide)
                 )
-
-
-def refusal(folder: Path, **options: Any) -> str:
-    with pytest.raises(HotloopError) as caught:
-        distribution(folder, **options)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

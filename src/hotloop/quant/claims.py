@@ -28,6 +28,7 @@ class Claim:
         encodings: The names of encodings that it may be in.
         bits: Bits of an element.
         group_size: Input features that share a scale; -1 for all of them.
+        block: Output and input features that share a scale.
         symmetric: Whether zero points are half the range.
         version: Of GPTQ's zero points.
         label: The method and format, for errors.
@@ -37,6 +38,7 @@ class Claim:
     encodings: tuple[str, ...] | None = None
     bits: int | None = None
     group_size: int | None = None
+    block: tuple[int, int] | None = None
     symmetric: bool | None = None
     version: int | None = None
     label: str = "no method"
@@ -47,6 +49,7 @@ Claims = Callable[[str], Claim]
 
 Bits = Annotated[int, Field(ge=1, le=32)]
 GroupSize = Annotated[int, Field(ge=-1, le=2**20)]
+_Pair = Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]
 Texts = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100_000)]
 _Anything = Any
 """Of a key that says how the file was made, or how another engine would run it."""
@@ -74,9 +77,15 @@ def read_claims(where: str, config: Mapping[str, Any]) -> Claims:
         if "config_groups" in config:
             method = "compressed-tensors"
     readers: dict[str, type[_Description]] = {
+        "auto-round": _AutoRound,
         "awq": _Awq,
+        "bitsandbytes": _BitsAndBytes,
+        "compressed-tensors": _CompressedTensors,
+        "fp8": _Fp8,
         "gptq": _Gptq,
     }
+    if method == "intel/auto-round":
+        method = "auto-round"
     if not isinstance(method, str) or method not in readers:
         raise UnsupportedError(
             f"{where}: quant_method {shorten_value(method)} is not supported. Supported are "
@@ -113,9 +122,8 @@ class _Awq(_Description):
     modules_to_fuse: _Anything = None
 
     def claim(self, name: str) -> Claim:
-        excluded = _is_named(name, self.modules_to_not_convert)
         return Claim(
-            quantized=_is_in_a_layer(name) and not excluded,
+            quantized=_unless_named(name, self.modules_to_not_convert),
             encodings=("awq",) if self.version.lower() == "gemm" else (),
             bits=self.bits or self.w_bit,
             group_size=self.group_size or self.q_group_size,
@@ -177,7 +185,7 @@ class _Gptq(_Description):
     def claim(self, name: str) -> Claim:
         format_ = (self.checkpoint_format or self.format or "gptq").lower()
         versions = {"gptq": 1, "gptq_v2": 2}
-        quantized = _is_in_a_layer(name) or self.lm_head
+        quantized = _unless_named(name, []) or self.lm_head
         listed = [part for parts in self.modules_in_block_to_quantize for part in parts]
         if listed and _is_in_a_layer(name):
             quantized = _is_named(name, listed)
@@ -199,6 +207,246 @@ class _Gptq(_Description):
             version=versions.get(format_),
             label=f"gptq, checkpoint_format {format_}",
         )
+
+
+class _AutoRoundOverride(StrictModel):
+    """What AutoRound's ``extra_config`` says otherwise of some matrices."""
+
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    sym: bool | None = None
+    data_type: str = "int"
+    act_bits: _Anything = None
+    act_data_type: _Anything = None
+    act_dynamic: _Anything = None
+    act_group_size: _Anything = None
+    act_sym: _Anything = None
+    scale_dtype: _Anything = None
+    super_bits: None = None
+    super_group_size: None = None
+
+
+class _AutoRound(_Description):
+    """AutoRound's, in the packing of another tool."""
+
+    bits: Bits
+    group_size: GroupSize | None = None
+    sym: bool | None = None
+    packing_format: str = "auto_round:auto_gptq"
+    data_type: str = "int"
+    extra_config: dict[str, _AutoRoundOverride] = Field(default_factory=dict)
+    act_bits: _Anything = None
+    act_data_type: _Anything = None
+    act_dynamic: _Anything = None
+    act_group_size: _Anything = None
+    act_sym: _Anything = None
+    amp: _Anything = None
+    autoround_version: _Anything = None
+    backend: _Anything = None
+    batch_size: _Anything = None
+    block_name_to_quantize: _Anything = None
+    dataset: _Anything = None
+    enable_alg_ext: _Anything = None
+    enable_minmax_tuning: _Anything = None
+    enable_norm_bias_tuning: Literal[False] = False
+    enable_quanted_input: _Anything = None
+    gradient_accumulate_steps: _Anything = None
+    iters: _Anything = None
+    low_gpu_mem_usage: _Anything = None
+    lr: _Anything = None
+    minmax_lr: _Anything = None
+    model_name: _Anything = None
+    nsamples: _Anything = None
+    quant_block_list: _Anything = None
+    scale_dtype: _Anything = None
+    seqlen: _Anything = None
+    super_bits: None = None
+    super_group_size: None = None
+    to_quant_block_names: _Anything = None
+
+    def claim(self, name: str) -> Claim:
+        packing = self.packing_format.lower().removeprefix("auto_round:")
+        encodings = {
+            "auto_gptq": ("gptq",),
+            "gptq": ("gptq",),
+            "auto_awq": ("awq",),
+            "awq": ("awq",),
+            "llm_compressor": ("pack-quantized", "int-quantized"),
+        }
+        own = self.extra_config.get(name, _AutoRoundOverride())
+        bits = own.bits or self.bits
+        quantized = _unless_named(name, [])
+        if own.bits is not None:
+            quantized = own.bits < 16
+        return Claim(
+            quantized=quantized,
+            encodings=encodings.get(packing, ()) if self.data_type == "int" else (),
+            bits=bits if bits < 16 else None,
+            group_size=own.group_size or self.group_size,
+            symmetric=self.sym if own.sym is None else own.sym,
+            version=1 if packing == "auto_gptq" else None,
+            label=f"auto-round {self.packing_format}",
+        )
+
+
+class _Fp8(_Description):
+    """Hugging Face's, DeepSeek's and Qwen's."""
+
+    weight_block_size: _Pair | None = None
+    modules_to_not_convert: Texts = Field(default_factory=list)
+    ignored_layers: Texts = Field(default_factory=list)
+    fmt: Literal["e4m3", "float8_e4m3fn"] = "e4m3"
+    activation_scheme: _Anything = None
+    dequantize: _Anything = None
+    expert_dtype: _Anything = None
+    scale_fmt: _Anything = None
+
+    def claim(self, name: str) -> Claim:
+        return Claim(
+            quantized=_unless_named(name, [*self.modules_to_not_convert, *self.ignored_layers]),
+            encodings=("fp8", "float-quantized"),
+            bits=8,
+            block=_as_block(self.weight_block_size),
+            label="fp8",
+        )
+
+
+class _BitsAndBytes(_Description):
+    """bitsandbytes', as transformers writes it."""
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = "fp4"
+    bnb_4bit_quant_storage: Literal["uint8"] = "uint8"
+    llm_int8_skip_modules: Texts = Field(default_factory=list)
+    told_4bit: _Anything = Field(default=None, alias="_load_in_4bit")
+    told_8bit: _Anything = Field(default=None, alias="_load_in_8bit")
+    bnb_4bit_compute_dtype: _Anything = None
+    bnb_4bit_use_double_quant: _Anything = None
+    llm_int8_enable_fp32_cpu_offload: _Anything = None
+    llm_int8_has_fp16_weight: _Anything = None
+    llm_int8_threshold: _Anything = None
+
+    def claim(self, name: str) -> Claim:
+        type_ = self.bnb_4bit_quant_type
+        return Claim(
+            quantized=_unless_named(name, self.llm_int8_skip_modules),
+            encodings=(f"bnb-{type_}",) if self.load_in_4bit else (),
+            label=f"bitsandbytes {type_ if self.load_in_4bit else 'int8'}",
+        )
+
+
+class _Numbers(StrictModel):
+    """How compressed-tensors' matrices of a group are quantized."""
+
+    num_bits: Bits
+    type: Literal["int", "float"]
+    symmetric: bool = True
+    strategy: Literal["tensor", "channel", "group", "block", "tensor_group"] | None = None
+    group_size: GroupSize | None = None
+    block_structure: _Pair | None = None
+    dynamic: Literal[False] = False
+    actorder: _Anything = None
+    observer: _Anything = None
+    observer_kwargs: _Anything = None
+    scale_dtype: _Anything = None
+    zp_dtype: _Anything = None
+
+
+class _Group(StrictModel):
+    """A group of compressed-tensors' matrices that are quantized alike."""
+
+    targets: Texts
+    weights: _Numbers | None = None
+    format: str | None = None
+    input_activations: _Anything = None
+    output_activations: _Anything = None
+
+
+class _Sparsity(StrictModel):
+    """compressed-tensors' description of zeros that are not stored; none are read."""
+
+    format: Literal["dense"] = "dense"
+    global_sparsity: _Anything = None
+    ignore: _Anything = None
+    registry_requires_subclass: _Anything = None
+    sparsity_structure: _Anything = None
+    targets: _Anything = None
+
+
+class _CompressedTensors(_Description):
+    """compressed-tensors', as LLM Compressor writes it."""
+
+    config_groups: Annotated[dict[str, _Group], Field(max_length=1000)]
+    format: str | None = None
+    ignore: Texts = Field(default_factory=list)
+    sparsity_config: _Sparsity = _Sparsity()
+    transform_config: Annotated[dict[str, Any], Field(max_length=0)] = Field(default_factory=dict)
+    global_compression_ratio: _Anything = None
+    kv_cache_scheme: _Anything = None
+    quantization_status: Literal["compressed"] = "compressed"
+    version: _Anything = None
+
+    def claim(self, name: str) -> Claim:
+        kinds = (_is_name, _is_pattern, _is_class)
+        is_ignored = any(kind(target, name) for target in self.ignore for kind in kinds)
+        group = None if is_ignored else self._group_of(name)
+        if group is None or group.weights is None or group.format == "dense":
+            return Claim(quantized=False, label="compressed-tensors")
+        weights, format_ = group.weights, group.format or self.format or ""
+        naive = "float-quantized" if weights.type == "float" else "int-quantized"
+        format_ = naive if format_ == "naive-quantized" else format_
+        group_size = -1 if weights.strategy in ("tensor", "channel") else weights.group_size
+        is_blocks = weights.strategy == "block"
+        return Claim(
+            quantized=True,
+            encodings=(format_,) if format_ in _COMPRESSED_FORMATS else (),
+            bits=weights.num_bits,
+            group_size=None if is_blocks else group_size,
+            block=_as_block(weights.block_structure) if is_blocks else None,
+            symmetric=weights.symmetric,
+            label=f"compressed-tensors {format_}",
+        )
+
+    def _group_of(self, name: str) -> _Group | None:
+        """Returns the group with the closest target: the name, a pattern of it, or its class."""
+        for kind in (_is_name, _is_pattern, _is_class):
+            for group in self.config_groups.values():
+                if any(kind(target, name) for target in group.targets):
+                    return group
+        return None
+
+
+_COMPRESSED_FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+)
+
+
+def _is_name(target: str, name: str) -> bool:
+    return target == name
+
+
+def _is_pattern(target: str, name: str) -> bool:
+    return target.startswith("re:") and _matches(target.removeprefix("re:"), name)
+
+
+def _is_class(target: str, name: str) -> bool:
+    return target == ("Embedding" if name.endswith("embed_tokens") else "Linear")
+
+
+def _as_block(sizes: list[int] | None) -> tuple[int, int] | None:
+    return None if sizes is None else (sizes[0], sizes[1])
+
+
+def _unless_named(name: str, excluded: list[str]) -> bool | None:
+    """Tells whether a matrix is quantized where all of layers are, but some modules are not."""
+    if _is_named(name, excluded):
+        return False
+    return True if _is_in_a_layer(name) else None
 
 
 def _is_in_a_layer(name: str) -> bool:

@@ -13,7 +13,6 @@ group per output channel), S super-blocks along K (a divisor of G).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -218,21 +217,27 @@ class QTensor:
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def expand_blocks(scale: Tensor, *, rows: int, columns: int, shape: tuple[int, int]) -> Tensor:
-    """Expands scales of blocks to a scale for each output feature and group.
+def expand_blocks(
+    scale: Tensor, *, rows: int, columns: int, group_size: int, shape: tuple[int, int]
+) -> Tensor:
+    """Expands what blocks have to each output feature and group.
 
     Args:
         scale: [N / rows, K / columns], rounded up.
         rows: Output features of a block; the last block may have fewer.
         columns: Input features of a block; the last block may have fewer.
+        group_size: Input features of a group, which divides ``columns`` and K: groups are blocks,
+            or parts of them where blocks do not divide K.
         shape: (N, K).
 
     Returns:
-        [N, G]. Groups are blocks, or parts of them where blocks do not divide K.
+        [N, G]; [N, 1] where a block has all input features.
     """
-    (n, k), size = shape, math.gcd(shape[1], columns)
-    by_row = scale.repeat_interleave(rows, dim=0)[:n]
-    return by_row.repeat_interleave(columns // size, dim=1)[:, : k // size].contiguous()
+    n, k = shape
+    by_row = scale if rows == 1 else scale.repeat_interleave(rows, dim=0)[:n]
+    if scale.shape[1] == 1 or columns == group_size:
+        return by_row.contiguous()
+    return by_row.repeat_interleave(columns // group_size, dim=1)[:, : k // group_size].contiguous()
 
 
 def join_alike(parts: Iterable[Tensor | QTensor], n: int) -> list[Tensor | QTensor]:

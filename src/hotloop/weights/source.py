@@ -347,7 +347,7 @@ class _EncodedMatrix:
     @property
     def units(self) -> tuple[int, int]:
         """The output features and input features that can only be read together."""
-        units = [part.units for part in self.layout.parts.values()]
+        units = [part.units(self.shape) for part in self.layout.parts.values()]
         n, k = (math.lcm(*axis) for axis in zip(*units, strict=True))
         return n, k
 

@@ -7,6 +7,7 @@ claim (``quant.claims``): it settles what tensors leave open, and a contradictio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +19,21 @@ from torch import Tensor
 from hotloop.errors import CheckpointError
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.claims import Claim
-from hotloop.quant.qtensor import QTensor
+from hotloop.quant.qtensor import QTensor, expand_blocks
 from hotloop.registry import resolve
 
 ENCODINGS = {
     "hotloop": "hotloop.quant.encodings.hotloop:Hotloop",
     "awq": "hotloop.quant.encodings.awq:Awq",
     "gptq": "hotloop.quant.encodings.gptq:Gptq",
+    "pack-quantized": "hotloop.quant.encodings.compressed_tensors:PackQuantized",
+    "int-quantized": "hotloop.quant.encodings.compressed_tensors:IntQuantized",
+    "nvfp4-pack-quantized": "hotloop.quant.encodings.compressed_tensors:Nvfp4",
+    "mxfp4-pack-quantized": "hotloop.quant.encodings.compressed_tensors:Mxfp4",
+    "float-quantized": "hotloop.quant.encodings.fp8:FloatQuantized",
+    "fp8": "hotloop.quant.encodings.fp8:ScaleInverse",
+    "bnb-nf4": "hotloop.quant.encodings.bitsandbytes:Nf4",
+    "bnb-fp4": "hotloop.quant.encodings.bitsandbytes:Fp4",
     "gguf-q4_0": "hotloop.quant.encodings.gguf:Q4_0",
     "gguf-q4_1": "hotloop.quant.encodings.gguf:Q4_1",
     "gguf-q5_0": "hotloop.quant.encodings.gguf:Q5_0",
@@ -92,8 +101,8 @@ class StoredMatrix:
             raise self.error(suffix, f"holds scales as {name}, not as {', '.join(SCALE_DTYPES)}")
         return SCALE_DTYPES[name]
 
-    def group_size(self, suffix: str, n_groups: int) -> int:
-        """Returns the input features of a group, of which the last may have fewer.
+    def groups(self, suffix: str, n_groups: int) -> Groups:
+        """Returns the groups of input features, of which the last may have fewer.
 
         Args:
             suffix: The tensor that has an element for each group.
@@ -113,7 +122,69 @@ class StoredMatrix:
                 f"has {n_groups} groups along {k} input features, and the checkpoint's "
                 f"configuration {said}",
             )
-        return size
+        return Groups.of(k, size)
+
+    def is_permuted(self, suffix: str, groups: Groups) -> bool:
+        """Tells whether input features were sorted before they were grouped (act-order).
+
+        Args:
+            suffix: The tensor that says the group of each input feature; it may be missing.
+            groups: The groups.
+
+        Raises:
+            CheckpointError: It is not of these groups.
+        """
+        if suffix not in self.tensors:
+            return False
+        k, entry = self.shape[1], self.tensors[suffix]
+        if entry.shape != (k,) or entry.dtype != "I32":
+            raise self.error(
+                suffix, f"has shape {list(entry.shape)} of {entry.dtype}, not [{k}] of I32"
+            )
+        group, consecutive = self.read(suffix), (torch.arange(k) // groups.size).int()
+        if torch.equal(group, consecutive) or bool((group == -1).all()):
+            return False
+        if not torch.equal(group.sort().values, consecutive):
+            raise self.error(
+                suffix, f"does not put {groups.size} input features into each of {groups.n} groups"
+            )
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Groups of input features.
+
+    Attributes:
+        size: Input features of a group, of which the last may have fewer.
+        n: Groups.
+        even: The largest size that divides groups and input features evenly.
+    """
+
+    size: int
+    n: int
+    even: int
+
+    @classmethod
+    def of(cls, k: int, size: int) -> Groups:
+        """Returns the groups of ``k`` input features."""
+        size = min(size, k)
+        return cls(size=size, n=-(-k // size), even=math.gcd(size, k))
+
+    @property
+    def features(self) -> int:
+        """Input features that an element of a row covers; see ``StoredPart``."""
+        return 0 if self.n == 1 else self.size
+
+    def expand(self, per_group: Tensor, k: int) -> Tensor:
+        """Repeats what groups have, [N, G], for the even groups of ``k`` input features."""
+        return expand_blocks(
+            per_group,
+            rows=1,
+            columns=self.size,
+            group_size=self.even,
+            shape=(len(per_group), k),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +200,7 @@ class StoredPart:
         block: Elements along the input features that are stored in one piece, as whole bytes.
         margin: The largest factor that decoding applies to an element: the element times it must
             be finite.
+        is_whole: It is read as a whole, and so is the matrix.
     """
 
     shape: tuple[int, ...]
@@ -137,15 +209,19 @@ class StoredPart:
     transposed: bool = False
     block: int = 1
     margin: float = 1.0
+    is_whole: bool = False
 
-    @property
-    def units(self) -> tuple[int, int]:
-        """The output features and the input features that can only be read together."""
+    def units(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Returns the output and the input features of [N, K] that can only be read together."""
+        if self.is_whole:
+            return shape
         n, k = self.features
         return max(n, 1), max(k, 1) * self.block
 
     def index(self, rows: range, columns: range) -> tuple[slice, ...]:
         """Returns the elements of some output and input features, which are whole units."""
+        if self.is_whole:
+            return ()
         axes = ((rows, self.features[0]), (columns, self.features[1]))
         return tuple(
             slice(axis.start // each, -(-axis.stop // each)) if each else slice(None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
-from hotloop.quant.encodings.bits import centred, even_group, even_groups, unpack
+from hotloop.quant.encodings.bits import centred, unpack
 from hotloop.quant.qtensor import QTensor
 
 QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
@@ -36,16 +36,15 @@ class Awq:
         if shape != (k, n // 8) or len(scales) != 2 or scales[1] != n:
             return None
         n_groups = scales[0]
-        g = matrix.group_size(SCALES, n_groups)
-        even, along = even_group(g, k), g if n_groups > 1 else 0
+        groups = matrix.groups(SCALES, n_groups)
+        along = groups.features
         scale_dtype = matrix.scale_dtype(SCALES)
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
-            scale = parts[SCALES].T.contiguous()
             return QTensor(
                 values=_rows(parts[QWEIGHT]),
-                scale=even_groups(scale, g, even, shape[1]),
-                offset=even_groups(_rows(parts[QZEROS]), g, even, shape[1]),
+                scale=groups.expand(parts[SCALES].T, shape[1]),
+                offset=groups.expand(_rows(parts[QZEROS]), shape[1]),
                 kind="int4",
             )
 
@@ -63,7 +62,7 @@ class Awq:
             },
             decode=decode,
             format=KernelFormat(
-                kind="int4", group_size=even, scale_dtype=scale_dtype, zero="integer"
+                kind="int4", group_size=groups.even, scale_dtype=scale_dtype, zero="integer"
             ),
             k=k,
             bits=4,

@@ -20,7 +20,7 @@ from torch import Tensor
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
 from hotloop.quant.encodings.awq import QWEIGHT, QZEROS, SCALES
-from hotloop.quant.encodings.bits import centred, even_group, even_groups, unpack
+from hotloop.quant.encodings.bits import centred, unpack
 from hotloop.quant.qtensor import QTensor
 
 G_IDX = ".g_idx"
@@ -48,9 +48,9 @@ class Gptq:
             return None
         if stored[QZEROS].shape != (n_groups, n * bits // 32) or stored[QZEROS].dtype != "I32":
             return None
-        g = matrix.group_size(SCALES, n_groups)
-        permuted = _is_permuted(matrix, g, n_groups)
-        even, along = even_group(g, k), g if n_groups > 1 and not permuted else 0
+        groups = matrix.groups(SCALES, n_groups)
+        permuted = matrix.is_permuted(G_IDX, groups)
+        along = 0 if permuted else groups.features
         version, symmetric = _version(matrix, bits)
         scale_dtype = matrix.scale_dtype(SCALES)
 
@@ -60,7 +60,7 @@ class Gptq:
             order = parts[G_IDX].argsort(stable=True) if permuted else None
 
             def grouped(per_group: Tensor) -> Tensor:
-                return even_groups(per_group.T.contiguous(), g, even, shape[1])
+                return groups.expand(per_group.T, shape[1])
 
             zero = None if symmetric else grouped(_zero_points(parts[QZEROS], bits, version))
             return QTensor(
@@ -99,7 +99,7 @@ class Gptq:
             decode=decode,
             format=KernelFormat(
                 kind="int4" if bits == 4 else "int8",
-                group_size=even,
+                group_size=groups.even,
                 scale_dtype=scale_dtype,
                 zero="none" if symmetric else "integer",
                 permuted=permuted,
@@ -109,25 +109,6 @@ class Gptq:
             surplus=frozenset({G_IDX}),
             detail=f"version {version}{', act-order' if permuted else ''}",
         )
-
-
-def _is_permuted(matrix: StoredMatrix, group_size: int, n_groups: int) -> bool:
-    """Tells by ``g_idx`` whether input features were sorted before they were grouped."""
-    if G_IDX not in matrix.tensors:
-        return False
-    k, entry = matrix.shape[1], matrix.tensors[G_IDX]
-    if entry.shape != (k,) or entry.dtype != "I32":
-        raise matrix.error(
-            G_IDX, f"has shape {list(entry.shape)} of {entry.dtype} where GPTQ has [{k}] of I32"
-        )
-    group, consecutive = matrix.read(G_IDX), (torch.arange(k) // group_size).int()
-    if torch.equal(group, consecutive):
-        return False
-    if not torch.equal(group.sort().values, consecutive):
-        raise matrix.error(
-            G_IDX, f"does not put {group_size} input features into each of {n_groups} groups"
-        )
-    return True
 
 
 def _version(matrix: StoredMatrix, bits: int) -> tuple[int, bool]:

@@ -1,0 +1,331 @@
+"""The integer and 4-bit float formats of compressed-tensors, as LLM Compressor writes them.
+
+- pack-quantized: ``x.weight_packed`` int32 [N, ⌈K * bits / 32⌉], 4 or 8 bits, each plus half the
+  range, lowest bits first; asymmetric ones with ``x.weight_zero_point``, packed likewise along N.
+- int-quantized: ``x.weight`` int8 [N, K].
+- nvfp4-pack-quantized: ``x.weight_packed`` uint8 [N, K / 2], the first in the low nibble, with an
+  e4m3 scale for 16 input features and a divisor of all scales, ``x.weight_global_scale``.
+- mxfp4-pack-quantized: the same for 32 input features, with powers of two as scales.
+
+``x.weight_scale`` is [N, G], [N, 1] or a single one; ``weight = (q - zero point) * scale``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.linear import KernelFormat, Zero
+from hotloop.quant.encodings import Groups, Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings.bits import centred, unpack
+from hotloop.quant.qtensor import QTensor
+
+PACKED, SCALE, ZERO, G_IDX = (
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_zero_point",
+    ".weight_g_idx",
+)
+SHAPE, GLOBAL_SCALE = ".weight_shape", ".weight_global_scale"
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The numbers of 4-bit floating point without a sign, by their bits; the fourth bit is the sign."""
+
+
+class PackQuantized:
+    """Integers of 4 or 8 bits in words."""
+
+    @staticmethod
+    def recognize(matrix: StoredMatrix) -> Layout | None:
+        """Recognizes words along the input features."""
+        (n, k), stored = matrix.shape, matrix.tensors
+        if PACKED not in stored or stored[PACKED].dtype != "I32" or SCALE not in stored:
+            return None
+        words = {bits: (n, -(-k * bits // 32)) for bits in (4, 8)}
+        bits = next((b for b, shape in words.items() if stored[PACKED].shape == shape), None)
+        if bits is None:
+            return None
+        _check_shape(matrix)
+        scales = _Scales(matrix, zero_bits=bits, margin=float(2**bits - 1))
+        permuted = matrix.is_permuted(G_IDX, scales.groups)
+
+        def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
+            values = centred(unpack(parts[PACKED], bits)[:, : shape[1]], bits)
+            order = parts[G_IDX].argsort(stable=True) if permuted else None
+            return QTensor(
+                values=values.contiguous() if order is None else values[:, order],
+                scale=scales.scale(parts, shape),
+                offset=scales.zero_points(parts, shape),
+                kind="int4" if bits == 4 else "int8",
+                permutation=None if order is None else order.int(),
+            )
+
+        parts = {PACKED: StoredPart(shape=words[bits], dtype="I32", features=(1, 32 // bits))}
+        parts |= scales.parts(along=not permuted)
+        if permuted:  # any input feature may be in any group: all are read
+            parts[G_IDX] = StoredPart(shape=(k,), dtype="I32", features=(0, 0), block=k)
+        return Layout(
+            parts=parts,
+            decode=decode,
+            format=KernelFormat(
+                kind="int4" if bits == 4 else "int8",
+                group_size=scales.groups.even,
+                scale_dtype=scales.dtype,
+                zero=scales.zero,
+                permuted=permuted,
+            ),
+            k=k,
+            bits=bits,
+            surplus=frozenset({SHAPE, G_IDX, ZERO}),
+            detail="act-order" if permuted else "",
+        )
+
+
+class IntQuantized:
+    """Integers of 8 bits, as they are."""
+
+    @staticmethod
+    def recognize(matrix: StoredMatrix) -> Layout | None:
+        """Recognizes integers by their type."""
+        (n, k), stored = matrix.shape, matrix.tensors
+        if SCALE not in stored or ".weight" not in stored or stored[".weight"].dtype != "I8":
+            return None
+        scales = _Scales(matrix, zero_bits=None, margin=255.0)
+
+        def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
+            return QTensor(
+                values=parts[".weight"],
+                scale=scales.scale(parts, shape),
+                offset=scales.zero_points(parts, shape),
+                kind="int8",
+            )
+
+        return Layout(
+            parts={".weight": StoredPart(shape=(n, k), dtype="I8")} | scales.parts(),
+            decode=decode,
+            format=KernelFormat(
+                kind="int8",
+                group_size=scales.groups.even,
+                scale_dtype=scales.dtype,
+                zero=scales.zero,
+            ),
+            k=k,
+            bits=matrix.claim.bits or 8,
+            surplus=frozenset({SHAPE, ZERO}),
+        )
+
+
+class Nvfp4:
+    """4-bit floating point with two levels of scales."""
+
+    @staticmethod
+    def recognize(matrix: StoredMatrix) -> Layout | None:
+        """Recognizes bytes with e4m3 scales."""
+        stored = matrix.tensors
+        if not _is_fp4(matrix, "F8_E4M3") or GLOBAL_SCALE not in stored:
+            return None
+        k = matrix.shape[1]
+
+        def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
+            # A divisor: what multiplies instead is rounded to float32 once.
+            factor = parts[GLOBAL_SCALE].float().reciprocal().reshape(1, 1)
+            return QTensor(
+                values=_nibbles(parts[PACKED]),
+                scale=parts[SCALE],
+                kind="lut4",
+                super_scale=factor.expand(shape[0], 1).contiguous(),
+                table=fp4_table(parts[PACKED].device),
+            )
+
+        return Layout(
+            parts=_fp4_parts(matrix, "F8_E4M3")
+            | {
+                GLOBAL_SCALE: StoredPart(
+                    shape=stored[GLOBAL_SCALE].shape, dtype="F32", features=(0, 0)
+                )
+            },
+            decode=decode,
+            format=KernelFormat(
+                kind="lut4",
+                group_size=16,
+                scale_dtype=torch.float8_e4m3fn,
+                super_size=k,
+                super_dtype=torch.float32,
+            ),
+            k=k,
+            bits=4,
+        )
+
+
+class Mxfp4:
+    """4-bit floating point with a power of two for 32 input features."""
+
+    @staticmethod
+    def recognize(matrix: StoredMatrix) -> Layout | None:
+        """Recognizes bytes with exponents."""
+        dtype = "F8_E8M0" if _is_fp4(matrix, "F8_E8M0") else "U8"
+        if not _is_fp4(matrix, dtype):
+            return None
+
+        def decode(parts: Mapping[str, Tensor], _shape: tuple[int, int]) -> QTensor:
+            return QTensor(
+                values=_nibbles(parts[PACKED]),
+                scale=powers_of_two(parts[SCALE]),
+                kind="lut4",
+                table=fp4_table(parts[PACKED].device),
+            )
+
+        return Layout(
+            parts=_fp4_parts(matrix, dtype),
+            decode=decode,
+            format=KernelFormat(kind="lut4", group_size=32, scale_dtype=torch.float32),
+            k=matrix.shape[1],
+            bits=4,
+        )
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """Returns 2^(e - 127) in float32, NaN for 255; uint8 or float8_e8m0fnu of any shape."""
+    return exponents.view(torch.float8_e8m0fnu).float()
+
+
+def fp4_table(device: torch.device) -> Tensor:
+    """Returns the sixteen numbers of e2m1, by their bits."""
+    return torch.tensor((*E2M1, *(-number for number in E2M1)), device=device)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Unpacks uint8 [N, K / 2] to int8 [N, K], the low nibble first."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).view(torch.int8)
+
+
+_FP4_GROUPS = {"F8_E4M3": 16, "F8_E8M0": 32, "U8": 32}
+
+
+def _is_fp4(matrix: StoredMatrix, scales: str) -> bool:
+    """Tells whether a matrix is stored as bytes, with scales of a type."""
+    (n, k), stored, group = matrix.shape, matrix.tensors, _FP4_GROUPS[scales]
+    if PACKED not in stored or SCALE not in stored or k % group:
+        return False
+    packed, scale = stored[PACKED], stored[SCALE]
+    return (packed.dtype, packed.shape) == ("U8", (n, k // 2)) and (scale.dtype, scale.shape) == (
+        scales,
+        (n, k // group),
+    )
+
+
+def _fp4_parts(matrix: StoredMatrix, scales: str) -> dict[str, StoredPart]:
+    (n, k), group = matrix.shape, _FP4_GROUPS[scales]
+    return {
+        PACKED: StoredPart(shape=(n, k // 2), dtype="U8", features=(1, 2)),
+        SCALE: StoredPart(shape=(n, k // group), dtype=scales, features=(1, group), margin=6.0),
+    }
+
+
+class _Scales:
+    """The scales and zero points of a matrix of integers.
+
+    Args:
+        matrix: The matrix.
+        zero_bits: Bits of a packed zero point; None where they are int8 as they are.
+        margin: The largest factor that decoding applies to a scale.
+    """
+
+    def __init__(self, matrix: StoredMatrix, *, zero_bits: int | None, margin: float) -> None:
+        (n, k), stored = matrix.shape, matrix.tensors
+        self._entry, self._margin, self._n = stored[SCALE], margin, n
+        self.dtype = matrix.scale_dtype(SCALE)
+        shape = self._entry.shape
+        self._is_single = shape in ((), (1,), (1, 1))
+        if not self._is_single and (len(shape) != 2 or shape[0] != n):
+            raise matrix.error(SCALE, f"has shape {list(shape)} for a matrix of {[n, k]}")
+        if self._is_single and n > 1:
+            self.groups = Groups.of(k, k)
+        else:
+            self.groups = matrix.groups(SCALE, shape[1] if len(shape) == 2 else 1)
+        self._zero_bits = self._bits_of_zero_points(matrix, zero_bits)
+        is_symmetric = ZERO not in stored or _are_zero(matrix, self._zero_bits)
+        self.zero: Zero = "none" if is_symmetric else "integer"
+
+    def _bits_of_zero_points(self, matrix: StoredMatrix, packed_bits: int | None) -> int | None:
+        """Returns the bits of packed zero points; None where they are int8 as they are."""
+        if ZERO not in matrix.tensors:
+            return None
+        entry, g = matrix.tensors[ZERO], self.groups.n
+        if packed_bits and (entry.dtype, entry.shape) == (
+            "I32",
+            (-(-self._n * packed_bits // 32), g),
+        ):
+            return packed_bits
+        if (entry.dtype, entry.shape) != ("I8", self._entry.shape):
+            raise matrix.error(
+                ZERO,
+                f"has shape {list(entry.shape)} of {entry.dtype}: zero points are packed along the "
+                "output features, or I8 like the scales",
+            )
+        half = 1 << (packed_bits or 8) - 1
+        zeros = matrix.read(ZERO)
+        if int(zeros.min()) < -half or int(zeros.max()) >= half:
+            raise matrix.error(
+                ZERO, f"holds {int(zeros.min())} to {int(zeros.max())}: zero points have a sign"
+            )
+        return None
+
+    def parts(self, *, along: bool = True) -> dict[str, StoredPart]:
+        """Returns the tensors that must be there.
+
+        Args:
+            along: Groups are of consecutive input features.
+        """
+        each = self.groups.features if along else 0
+        features = (0, 0) if self._is_single else (1, each)
+        entry = self._entry
+        parts = {
+            SCALE: StoredPart(
+                shape=entry.shape, dtype=entry.dtype, features=features, margin=self._margin
+            )
+        }
+        if self.zero == "integer":
+            if bits := self._zero_bits:
+                shape = (-(-self._n * bits // 32), self.groups.n)
+                parts[ZERO] = StoredPart(shape=shape, dtype="I32", features=(32 // bits, each))
+            else:
+                parts[ZERO] = StoredPart(shape=entry.shape, dtype="I8", features=features)
+        return parts
+
+    def scale(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """Returns the scales of a slice, [N, G]."""
+        return self._expand(parts[SCALE], shape)
+
+    def zero_points(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
+        """Returns the zero points of a slice, int8 [N, G]; None where they are all 0."""
+        if self.zero == "none":
+            return None
+        zeros = parts[ZERO]
+        if self._zero_bits is not None:
+            bits = self._zero_bits
+            zeros = centred(unpack(zeros.T, bits), bits).T[: shape[0]]
+        return self._expand(zeros, shape)
+
+    def _expand(self, per_group: Tensor, shape: tuple[int, int]) -> Tensor:
+        if self._is_single:
+            per_group = per_group.reshape(1, 1).expand(shape[0], 1)
+        return self.groups.expand(per_group, shape[1])
+
+
+def _are_zero(matrix: StoredMatrix, bits: int | None) -> bool:
+    zeros = matrix.read(ZERO)
+    if bits is None:
+        return not bool(zeros.any())
+    return not bool(centred(unpack(zeros.T, bits), bits).T[: matrix.shape[0]].any())
+
+
+def _check_shape(matrix: StoredMatrix) -> None:
+    """Checks the tensor that repeats the shape of the matrix."""
+    if SHAPE not in matrix.tensors:
+        return
+    entry = matrix.tensors[SHAPE]
+    if entry.shape != (2,) or matrix.read(SHAPE).tolist() != list(matrix.shape):
+        raise matrix.error(SHAPE, f"does not say {list(matrix.shape)}, the shape of the matrix")
