@@ -16,7 +16,7 @@ from hotloop.weights.checkpoint import open_checkpoint
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZABLE = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
-K_QUANTS = ["Q4_K", "Q5_K", "Q6_K"]
+K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 Q_PROJ, K_PROJ, UP_PROJ = (
     f"model.layers.0.{name}.weight"
     for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -326,7 +326,11 @@ def test_metadata_that_is_not_understood_is_refused_by_name(tmp_path, arch, keys
 @pytest.mark.parametrize(
     ("name", "tensor", "says"),
     [
-        ("blk.0.ffn_up.weight", (random_blocks(4, 256, "Q2_K"), "Q2_K"), "Q2_K is not supported"),
+        (
+            "blk.0.ffn_up.weight",
+            (random_blocks(4, 256, "IQ3_S"), "IQ3_S"),
+            "IQ3_S is not supported",
+        ),
         ("blk.0.ffn_up_exps.weight", (noise(2, 4), "F32"), "'blk.0.ffn_up_exps.weight'"),
         ("blk.0.ffn_up.scale", (noise(4), "F32"), "'blk.0.ffn_up.scale'"),
         ("rope_factors_long.weight", (np.ones(8, np.float32), "F32"), "rope_factors_long.weight"),

@@ -88,6 +88,27 @@ def random_blocks(rows: int, columns: int, type_name: str, seed: int = 0) -> np.
     return generator.integers(0, 0x7C, (rows, columns // elements * n_bytes), dtype=np.uint8)
 
 
+_HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+_HALVES |= {"IQ4_NL": (0,), "IQ4_XS": (0,)}
+"""Where the half-precision factors of a block are."""
+
+RANDOM_BLOCKS = frozenset({*_HALVES, "MXFP4"})
+"""Types for which there are only random blocks here."""
+
+
+def weight_blocks(rows: int, columns: int, type_name: str, seed: int = 0) -> np.ndarray:
+    """Blocks with random integers of all values that are worth small weights."""
+    elements, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    generator = np.random.default_rng(seed)
+    blocks = generator.integers(0, 256, (rows, columns // elements, n_bytes), dtype=np.uint8)
+    if type_name == "MXFP4":
+        blocks[:, :, 0] = generator.integers(117, 123, blocks.shape[:2])
+    for at in _HALVES.get(type_name, ()):
+        factor = generator.uniform(1e-4, 3e-4, (*blocks.shape[:2], 1)).astype(np.float16)
+        blocks[:, :, at : at + 2] = factor.view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
 def llama_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     """The row order in which llama.cpp's converter stores query and key projections."""
     halves = weight.unflatten(0, (n_heads, 2, -1))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from weights_files import llama_rows, write_gguf
+from weights_files import RANDOM_BLOCKS, llama_rows, weight_blocks, write_gguf
 
 from hotloop.kernels.attention import torch_attention
 from hotloop.models import names
@@ -96,10 +96,26 @@ def gguf_keys() -> dict[str, int]:
     }
 
 
-def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
-    """The same model as one GGUF file with its tokenizer, matrices in ``kind``."""
-    config = CONFIG | {"tie_word_embeddings": tied}
-    heads = {"q_proj": CONFIG["num_attention_heads"], "k_proj": CONFIG["num_key_value_heads"]}
+def write_gguf_model(
+    path: Path,
+    kind: str = "Q8_0",
+    *,
+    tied: bool,
+    kinds: Mapping[str, str] | None = None,
+    **keys: Any,
+) -> Path:
+    """The same model as one GGUF file with its tokenizer.
+
+    Args:
+        path: Where to.
+        kind: The type of matrices.
+        tied: The head is the embedding.
+        kinds: Other types of some matrices, by their names in the file, without a layer; random
+            blocks where the gguf package cannot quantize to a type.
+        keys: Keys of ``config.json``.
+    """
+    config = CONFIG | {"tie_word_embeddings": tied} | keys
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     parts = {
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
@@ -120,7 +136,11 @@ def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
             if n_heads := heads.get(part.split(".")[-1]):
                 tensor = llama_rows(tensor, n_heads)
         stored = whole[name] if name in whole else f"blk.{layer}.{parts[part]}"
-        tensors[f"{stored}.weight"] = (tensor.numpy(), kind if tensor.dim() == 2 else "F32")
+        own = (kinds or {}).get(stored.split(".")[-1], kind) if tensor.dim() == 2 else "F32"
+        array = tensor.numpy()
+        if own in RANDOM_BLOCKS:
+            array = weight_blocks(*array.shape, own)
+        tensors[f"{stored}.weight"] = (array, own)
     text = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
@@ -130,7 +150,11 @@ def write_gguf_model(path: Path, kind: str = "Q8_0", *, tied: bool) -> Path:
         "tokenizer.ggml.eos_token_id": VOCABULARY.index("</s>"),
         "general.sampling.temp": 0.7,
     }
-    return write_gguf(path, tensors, keys=gguf_keys(), general=text)
+    sizes = {
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+    }
+    return write_gguf(path, tensors, keys=gguf_keys() | sizes, general=text)
 
 
 def plan(model: ModelConfig, n: int, schemes: str | Mapping[str, Scheme]) -> tuple[Shard, ...]:

@@ -1,13 +1,12 @@
 """GGUF files, described in Hugging Face's words.
 
-The header is read by :mod:`hotloop.gguf_header`, block formats are dequantized by the gguf
-package, and here three things are translated: metadata to the keys of ``config.json`` (in
-``gguf_config``), names, and the rows of the query and key projections of ``llama`` files. RoPE
-rotates the elements of a head in pairs: Hugging Face pairs element ``i`` of D with ``i + D/2``,
-those files keep the two of a pair side by side.
+The header is read by :mod:`hotloop.gguf_header`, block formats are decoded by
+:mod:`hotloop.quant.encodings.gguf`, and here three things are translated: metadata to the keys of
+``config.json`` (in ``gguf_config``), names, and the rows of the query and key projections of
+``llama`` files. RoPE rotates the elements of a head in pairs: Hugging Face pairs element ``i`` of D
+with ``i + D/2``, those files keep the two of a pair side by side.
 
-A tensor or a block format that is not known is refused by name. Nothing is computed in a block
-format: it is what a file holds, not how the model runs.
+A tensor or a block format that is not known is refused by name.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
@@ -35,7 +33,10 @@ from hotloop.weights.gguf_config import config_from_metadata
 from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+_PREFIX = "gguf-"
+_BLOCK_FORMATS = tuple(
+    name.removeprefix(_PREFIX).upper() for name in ENCODINGS if name.startswith(_PREFIX)
+)
 _TYPES = {t.value: t for t in map(GGMLQuantizationType.__getitem__, (*_FLOATS, *_BLOCK_FORMATS))}
 
 _ROPE_FREQS = "rope_freqs.weight"
@@ -354,9 +355,6 @@ def _read(entry: _Entry, index: tuple[slice, ...] = (), *, encoded: bool = False
 
 
 def _dequantized(blocks: Tensor, type_name: str, shape: tuple[int, int]) -> Tensor:
-    """Dequantizes blocks to float32, by the encoding of their type or else the gguf package."""
-    encoding = f"gguf-{type_name.lower()}"
-    if encoding in ENCODINGS:
-        decode = resolve("encoding", ENCODINGS, encoding).decode
-        return decode({BLOCKS: blocks}, shape).dequantize()
-    return torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[type_name]))
+    """Dequantizes blocks to float32."""
+    decode = resolve("encoding", ENCODINGS, f"{_PREFIX}{type_name.lower()}").decode
+    return decode({BLOCKS: blocks}, shape).dequantize()

@@ -39,6 +39,14 @@ ENCODINGS = {
     "gguf-q5_0": "hotloop.quant.encodings.gguf:Q5_0",
     "gguf-q5_1": "hotloop.quant.encodings.gguf:Q5_1",
     "gguf-q8_0": "hotloop.quant.encodings.gguf:Q8_0",
+    "gguf-q2_k": "hotloop.quant.encodings.gguf:Q2_K",
+    "gguf-q3_k": "hotloop.quant.encodings.gguf:Q3_K",
+    "gguf-q4_k": "hotloop.quant.encodings.gguf:Q4_K",
+    "gguf-q5_k": "hotloop.quant.encodings.gguf:Q5_K",
+    "gguf-q6_k": "hotloop.quant.encodings.gguf:Q6_K",
+    "gguf-iq4_nl": "hotloop.quant.encodings.gguf:IQ4_NL",
+    "gguf-iq4_xs": "hotloop.quant.encodings.gguf:IQ4_XS",
+    "gguf-mxfp4": "hotloop.quant.encodings.gguf:MXFP4",
 }
 """Every encoding: ``name -> "module:attribute"``."""
 

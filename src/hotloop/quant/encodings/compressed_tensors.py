@@ -172,7 +172,7 @@ class Mxfp4:
         def decode(parts: Mapping[str, Tensor], _shape: tuple[int, int]) -> QTensor:
             return QTensor(
                 values=_nibbles(parts[PACKED]),
-                scale=powers_of_two(parts[SCALE]),
+                scale=parts[SCALE].view(torch.float8_e8m0fnu),
                 kind="lut4",
                 table=fp4_table(parts[PACKED].device),
             )
@@ -180,15 +180,10 @@ class Mxfp4:
         return Layout(
             parts=_fp4_parts(matrix, dtype),
             decode=decode,
-            format=KernelFormat(kind="lut4", group_size=32, scale_dtype=torch.float32),
+            format=KernelFormat(kind="lut4", group_size=32, scale_dtype=torch.float8_e8m0fnu),
             k=matrix.shape[1],
             bits=4,
         )
-
-
-def powers_of_two(exponents: Tensor) -> Tensor:
-    """Returns 2^(e - 127) in float32, NaN for 255; uint8 or float8_e8m0fnu of any shape."""
-    return exponents.view(torch.float8_e8m0fnu).float()
 
 
 def fp4_table(device: torch.device) -> Tensor:

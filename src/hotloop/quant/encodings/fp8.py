@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.encodings import Groups, Layout, StoredMatrix, StoredPart
-from hotloop.quant.encodings.compressed_tensors import powers_of_two
 from hotloop.quant.qtensor import QTensor, expand_blocks
 
 WEIGHT = ".weight"
@@ -42,13 +41,13 @@ class Fp8:
             return None
         entry = stored[self.scale]
         powers = entry.dtype in _POWERS
-        scale_dtype = torch.float32 if powers else matrix.scale_dtype(self.scale)
+        scale_dtype = torch.float8_e8m0fnu if powers else matrix.scale_dtype(self.scale)
         rows, groups = self._blocks(matrix)
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
             scale = parts[self.scale]
-            if powers:
-                scale = powers_of_two(scale)
+            if powers:  # few operators take them by their type
+                scale = scale.view(torch.uint8)
             scale = scale.view(-1, 1 if groups.n == 1 else -(-shape[1] // groups.size))
             if rows == 0:
                 scale = scale.expand(shape[0], -1)
@@ -59,7 +58,11 @@ class Fp8:
                 group_size=groups.even,
                 shape=shape,
             )
-            return QTensor(values=parts[WEIGHT], scale=scale, kind="fp8")
+            return QTensor(
+                values=parts[WEIGHT],
+                scale=scale.view(scale_dtype) if powers else scale,
+                kind="fp8",
+            )
 
         return Layout(
             parts={

@@ -1,0 +1,47 @@
+"""GGUF files keep their blocks' own integers and scales."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from stored_models import distribution
+from whole_models import write_gguf_model
+
+from hotloop import LLM
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+KINDS += ["IQ4_NL", "IQ4_XS", "MXFP4"]
+
+
+def notes(path: Path, quant: str) -> list[str]:
+    with LLM(str(path), quant=quant, device="cpu", dtype="float32") as llm:
+        return [note for note in llm.describe().notes if "gguf" in note]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_compute_what_they_are_worth(kind, tmp_path):
+    path = write_gguf_model(tmp_path / "m.gguf", kind, tied=False, **WIDE)
+    torch.testing.assert_close(distribution(path), distribution(path, quant="none"))
+    assert notes(path, "auto") == []
+    assert notes(path, "none") == [f"15 matrices stored as gguf-{kind.lower()} are dequantized."]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_projection_may_join_blocks_of_several_types(tied, tmp_path):
+    kinds = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_k": "F16", "ffn_up": "Q5_K"}
+    kinds |= {"token_embd": "Q6_K", "output": "Q8_0"}
+    path = write_gguf_model(tmp_path / "m.gguf", "Q4_K", tied=tied, kinds=kinds, **WIDE)
+    torch.testing.assert_close(distribution(path), distribution(path, quant="none"))
+    with LLM(str(path), quant="auto", device="cpu", dtype="float32") as llm:
+        assert "stacked" in str(llm.describe().kernels["qkv_proj"])
+
+
+def test_memory_is_known_beforehand(tmp_path):
+    from hotloop.engine.memory import predict_memory
+
+    kinds = {"attn_v": "Q6_K", "token_embd": "Q6_K"}
+    for tied in (False, True):
+        path = write_gguf_model(tmp_path / "m.gguf", "Q4_K", tied=tied, kinds=kinds, **WIDE)
+        with LLM(str(path), quant="auto", device="cpu") as llm:
+            assert llm.describe().weight_bytes == predict_memory(llm.config).weights_bytes
