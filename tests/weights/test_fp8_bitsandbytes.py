@@ -1,0 +1,207 @@
+"""Checkpoints of fp8, bitsandbytes and AutoRound are read as they are stored."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from stored_models import (
+    RAGGED,
+    Encode,
+    Stored,
+    assert_same_model,
+    noise,
+    refusal,
+    write_stored,
+)
+from test_awq_gptq import awq, gptq
+from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+PER_TENSOR = FP8 | {"weight_block_size": None, "activation_scheme": "static"}
+
+
+def blocks(dtype: torch.dtype = torch.float32, name_of_scale: str = "weight_scale_inv") -> Encode:
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if name == "lm_head":
+            return None
+        n, k = weight.shape
+        shape = (-(-n // 128), -(-k // 128))
+        step = (0.5 + torch.rand(shape, generator=noise(1))) / 100
+        if dtype in (torch.uint8, torch.float8_e8m0fnu):
+            step = torch.exp2(step.log2().round())
+            exponents = (step.log2() + 127).to(torch.uint8)
+            scale = exponents.view(dtype)
+        else:
+            scale = step.to(dtype)
+            step = scale.float()
+        values = (weight * 20).to(torch.float8_e4m3fn)
+        whole = step.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+        return {".weight": values, f".{name_of_scale}": scale}, values.float() * whole
+
+    return encode
+
+
+def one_scale(shape: tuple[int, ...], name_of_scale: str) -> Encode:
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if name == "lm_head":
+            return None
+        values, scale = (weight * 20).to(torch.float8_e4m3fn), torch.full(shape, 0.0123)
+        return {".weight": values, f".{name_of_scale}": scale}, values.float() * scale.view(())
+
+    return encode
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "whole blocks": {"hidden_size": 256, "intermediate_size": 384},
+    "ragged": {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 3}
+    | {"num_key_value_heads": 1},
+    "smaller than a block": RAGGED,
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_blocks_are_worth_what_they_say_whatever_the_size(sizes, tmp_path):
+    assert_same_model(*write_stored(tmp_path, blocks(), FP8, **SIZES[sizes]))
+
+
+def test_scale_inv_multiplies_as_in_transformers():
+    weight = torch.randn(256, 384, generator=noise(0))
+    stored, worth = blocks()("x", weight) or ({}, weight)
+    parts = stored[".weight"], stored[".weight_scale_inv"]
+    theirs = Fp8Dequantize(None)._dequantize_one(*parts, torch.float32)
+    torch.testing.assert_close(theirs, worth)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.uint8, torch.float8_e8m0fnu], ids=str
+)
+def test_scales_of_blocks_keep_their_type(dtype, tmp_path):
+    said = FP8 | ({"scale_fmt": "ue8m0"} if dtype.itemsize == 1 else {})
+    assert_same_model(*write_stored(tmp_path, blocks(dtype), said, **SIZES["ragged"]))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+def test_one_scale_may_serve_a_whole_matrix(name, shape, tmp_path):
+    surplus = {"model.layers.0.self_attn.q_proj.activation_scale": torch.ones(())}
+    encode = one_scale(shape, name)
+    assert_same_model(*write_stored(tmp_path, encode, PER_TENSOR, extra=surplus))
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        (FP8 | {"weight_block_size": [64, 64]}, "one for each block of 64 x 64"),
+        (FP8 | {"modules_to_not_convert": ["mlp"]}, "says that it is not quantized (fp8)"),
+        (FP8 | {"fmt": "e5m2"}, "fmt"),
+        ({"quant_method": "gptq", "bits": 8}, "is stored as fp8, though"),
+    ],
+)
+def test_a_description_that_is_not_so_is_refused(said, problem, tmp_path):
+    quantized, _ = write_stored(tmp_path, blocks(), said, **SIZES["whole blocks"])
+    assert problem in refusal(quantized)
+
+
+def test_a_power_of_two_that_is_no_number_is_refused(tmp_path):
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if (made := blocks(torch.uint8)(name, weight)) and "1.mlp.up_proj" in name:
+            made[0][".weight_scale_inv"][0, 0] = 255
+        return made
+
+    message = refusal(write_stored(tmp_path, encode, FP8)[0])
+    assert "1.mlp.up_proj" in message
+    assert "NaN" in message
+
+
+# bitsandbytes.
+
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+BNB |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "_load_in_4bit": True}
+
+
+def nf4(*, nested: bool, type_: str = "nf4") -> Encode:
+    table = torch.cat((torch.linspace(-1, 0, 8), torch.linspace(0.08, 1, 8)))
+
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if name == "lm_head":
+            return None
+        n, k = weight.shape
+        index = torch.randint(0, 16, (n * k,), dtype=torch.uint8, generator=noise(2))
+        n_blocks = -(-n * k // 64)
+        state: dict[str, Any] = {"quant_type": type_, "blocksize": 64, "dtype": "bfloat16"}
+        state |= {"shape": [n, k]}
+        stored = {
+            ".weight": (index[::2] << 4 | index[1::2])[:, None],
+            ".weight.quant_map": table,
+        }
+        if nested:
+            absmax = torch.randint(0, 256, (n_blocks,), dtype=torch.uint8, generator=noise(3))
+            levels = torch.linspace(-1, 1, 256)
+            outer = 0.05 + torch.rand(-(-n_blocks // 256), generator=noise(4)) / 10
+            scale = levels[absmax.long()] * outer.repeat_interleave(256)[:n_blocks] + 0.25
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+            stored |= {".weight.nested_absmax": outer, ".weight.nested_quant_map": levels}
+        else:
+            absmax = scale = 0.1 + torch.rand(n_blocks, generator=noise(3)) / 10
+        stored[".weight.absmax"] = absmax
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        stored[f".weight.quant_state.bitsandbytes__{type_}"] = text
+        worth = table[index.long()] * scale.repeat_interleave(64)[: n * k]
+        return stored, worth.view(n, k)
+
+    return encode
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("keys", [{}, RAGGED], ids=["whole", "ragged"])
+def test_nf4_is_worth_what_it_says(nested, keys, tmp_path):
+    assert_same_model(*write_stored(tmp_path, nf4(nested=nested), BNB, **keys))
+
+
+def test_fp4_has_a_table_of_its_own(tmp_path):
+    said = BNB | {"bnb_4bit_quant_type": "fp4"}
+    assert_same_model(*write_stored(tmp_path, nf4(nested=False, type_="fp4"), said))
+
+
+def test_integers_of_bitsandbytes_are_refused_by_name(tmp_path):
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        stored = {".weight": weight.char(), ".SCB": torch.ones(len(weight))}
+        return None if name == "lm_head" else (stored, weight)
+
+    said = BNB | {"load_in_4bit": False, "load_in_8bit": True}
+    message = refusal(write_stored(tmp_path, encode, said)[0])
+    assert "says bitsandbytes int8, which is not supported" in message
+    message = refusal(write_stored(tmp_path, encode, None)[0])
+    assert "q_proj.SCB: it is bitsandbytes int8 in a layout that is not supported" in message
+
+
+# AutoRound.
+
+ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "int"}
+ROUND |= {"sym": False, "autoround_version": "0.9.0", "iters": 200, "block_name_to_quantize": None}
+
+
+@pytest.mark.parametrize("packing", ["auto_round:auto_gptq", "auto_round:auto_awq"])
+def test_auto_round_is_read_in_the_packing_that_it_names(packing, tmp_path):
+    encode = awq(32) if packing.endswith("awq") else gptq(32)
+    assert_same_model(*write_stored(tmp_path, encode, ROUND | {"packing_format": packing}))
+
+
+def test_auto_round_may_leave_matrices_out_or_give_them_other_bits(tmp_path):
+    plain, wide = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj"
+
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if name == plain:
+            return None
+        return gptq(32, bits=8 if name == wide else 4)(name, weight)
+
+    other = {plain: {"bits": 16, "data_type": "fp"}, wide: {"bits": 8}}
+    assert_same_model(*write_stored(tmp_path, encode, ROUND | {"extra_config": other}))
+
+
+def test_a_packing_of_auto_round_that_is_not_read_is_refused(tmp_path):
+    said = ROUND | {"packing_format": "auto_round:exllamav2"}
+    message = refusal(write_stored(tmp_path, gptq(32), said)[0])
+    assert "auto-round auto_round:exllamav2, which is not supported" in message
