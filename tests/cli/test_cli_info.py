@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,44 @@ def test_a_scheme_that_a_model_does_not_allow_has_its_reason_under_the_table(
     assert not empty
     assert reason.startswith("int4-g128: ")
     assert "do not divide" in reason
+
+
+def test_a_quantized_file_is_shown_with_the_kernels_that_read_it(tiny_gguf, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["info", str(tiny_gguf), "--device", "cpu", "--quant", "int8", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [each["quant"] for each in said["memory"]] == ["auto", "int8"]
+    formats = {each["encoding"]: each for each in said["formats"]}
+    assert {name: each["n_matrices"] for name, each in formats.items()} == {
+        "gguf-q8_0": 13,
+        "gguf-q4_1": 2,
+    }
+    assert formats["gguf-q8_0"]["format"] == "int8, a float16 scale per group of 32"
+    assert formats["gguf-q4_1"]["format"] == "uint4, a float16 scale per group of 32, offsets"
+    assert formats["gguf-q4_1"]["n_bytes"] == 2 * (64 * 192 // 32 * 20)
+    assert all(each["kernel"] for each in formats.values())
+
+    assert main(["info", str(tiny_gguf), "--device", "cpu", "--quant", "int8"]) == 0
+    out = capsys.readouterr().out
+    n_bytes = sum(each["n_bytes"] for each in said["formats"])
+    (line,) = [line for line in out.splitlines() if line.startswith("gguf-q4_1")]
+    assert f"{100 * formats['gguf-q4_1']['n_bytes'] / n_bytes:.0f} %" in line
+    assert line.endswith(formats["gguf-q4_1"]["kernel"])
+
+
+def test_an_unquantized_file_has_matrices_of_one_kind(tiny_llama, capsys):
+    assert main(["info", str(tiny_llama), "--device", "cpu", "--quant", "none", "--json"]) == 0
+    (only,) = json.loads(capsys.readouterr().out)["formats"]
+    assert (only["encoding"], only["format"]) == ("F32", "floating point")
+
+
+@pytest.fixture
+def tiny_gguf(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "weights")
+    from whole_models import write_gguf_model
+
+    kinds = {"ffn_down": "Q4_1"}
+    return write_gguf_model(tmp_path / "m.gguf", "Q8_0", tied=False, kinds=kinds)
 
 
 @pytest.fixture

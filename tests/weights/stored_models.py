@@ -91,7 +91,10 @@ def write_stored(
     for name in matrices:
         if f"{name}.weight" in plain and (made := encode(name, plain[f"{name}.weight"])):
             del stored[f"{name}.weight"]
-            stored |= {f"{name}{suffix}": t.clone() for suffix, t in made[0].items()}
+            stored |= {
+                f"{name}{suffix}": t.clone(memory_format=torch.contiguous_format)
+                for suffix, t in made[0].items()
+            }
             plain[f"{name}.weight"] = made[1].contiguous()
     described = {} if description is None else {"quantization_config": dict(description)}
     beside = {} if file == "config.json" else described.pop("quantization_config")

@@ -13,12 +13,23 @@ from cyclopts import App
 from hotloop.cache import writable_cache_dir
 from hotloop.cli.engine import note_cache
 from hotloop.cli.options import DEFAULT_FIT, MODEL, FitOptions, Json, listed, option
-from hotloop.cli.output import print_json, print_memory, print_pairs, print_text, spinner
+from hotloop.cli.output import (
+    print_json,
+    print_memory,
+    print_pairs,
+    print_rich,
+    print_text,
+    spinner,
+)
 from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.types import EngineConfig
 
 if TYPE_CHECKING:
     import torch
+
+    from hotloop.engine.setup import Setup
+    from hotloop.kernels.linear import LinearSpec
+    from hotloop.weights.checkpoint import Checkpoint
 
 app = App(
     name="info",
@@ -48,8 +59,8 @@ def info(
 
     For the machine, it shows devices, memory, read bandwidth as measured now, and
     the executions that are available. For a model, it shows its shape, its
-    parameters, the types its file stores, and the bytes that it takes under each
-    scheme. Nothing is loaded.
+    parameters, the types its file stores, the kernel that reads each of them here,
+    and the bytes that it takes under each scheme. Nothing is loaded.
     """
     if model is None:
         note_cache()
@@ -119,11 +130,15 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
     from hotloop.engine.setup import prepare
     from hotloop.weights.checkpoint import stored_form
 
-    setup = prepare(config)
-    stored = None
+    setup = prepare(replace(config, quant="auto"))
+    stored, formats = None, []
     if setup.path is not None:
         with closing(setup.open()) as checkpoint:
             stored = stored_form(checkpoint)
+            if config.weights == "checkpoint":
+                formats = _formats(setup, checkpoint)
+    if setup.config.quant not in schemes:
+        schemes = [setup.config.quant, *schemes]
     under: list[dict[str, Any]] = []
     free: int | None = None
     for scheme in schemes:
@@ -140,6 +155,7 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
         "model": config.model,
         "path": str(setup.path) if setup.path else None,
         "stored": stored and stored.to_dict(),
+        "formats": formats,
         "family": setup.model.family,
         "vocab_size": setup.model.vocab_size,
         "hidden_size": setup.model.hidden_size,
@@ -155,6 +171,57 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
         "max_batch_size": config.max_batch_size,
         "memory": under,
     }
+
+
+def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Returns the encodings of a checkpoint's matrices, and the kernels that would read them.
+
+    Matrices that differ in any of these are listed apart, those with the most bytes first.
+    """
+    from hotloop.engine.setup import head_spec, linear_specs
+    from hotloop.kernels.linear import choose_linear
+    from hotloop.models import names
+    from hotloop.weights.recognition import recognize_matrices
+
+    recognized = recognize_matrices(checkpoint, setup.model)
+    read_by: dict[str, LinearSpec] = {}
+    each_layer = linear_specs(
+        setup.model, setup.schemes, setup.dtype, setup.device.type, fused=setup.fused
+    )
+    for i, matrix, pieces in each_layer:
+        by_format = {spec.format: spec for spec in pieces}
+        for part in matrix.parts:
+            name = names.layer(i, part.name)
+            read_by[name] = by_format[setup.schemes[name].format(matrix.k)]
+    read_by[names.head(setup.model)] = head_spec(
+        setup.model,
+        setup.model.vocab_size,
+        setup.schemes,
+        setup.dtype,
+        setup.device.type,
+        fused=setup.fused,
+    )
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for name, spec in read_by.items():
+        tensors = {
+            tensor.removeprefix(name): info
+            for tensor, info in checkpoint.tensors.items()
+            if tensor.startswith(f"{name}.") and not tensor.endswith(".bias")
+        }
+        if name in recognized:
+            encoding = recognized[name].label
+        else:
+            encoding = tensors[".weight"].dtype if ".weight" in tensors else "hotloop"
+        kernel, reasons = choose_linear(spec)
+        format_ = spec.format.describe(spec.k)
+        entry = found.setdefault(
+            (encoding, format_, kernel.name),
+            {"encoding": encoding, "format": format_, "kernel": kernel.name}
+            | {"n_matrices": 0, "n_bytes": 0, "reasons": reasons},
+        )
+        entry["n_matrices"] += 1
+        entry["n_bytes"] += sum(info.n_bytes for info in tensors.values())
+    return sorted(found.values(), key=lambda entry: -entry["n_bytes"])
 
 
 def _show_machine(about: dict[str, Any]) -> None:
@@ -218,10 +285,34 @@ def _show_model(about: dict[str, Any]) -> None:
             ("cache", f"{cache:,} bytes per token, {about['activation_dtype']}"),
         ]
     )
+    _show_formats(about["formats"], about["device"])
     room = f"{about['max_batch_size']} × {about['max_seq_len']:,} tokens of cache"
     print_text(f"\nMemory on {about['device']} with {room}, weights with rotary tables for them:\n")
     rows = about["memory"]
     print_memory("quant", ((r["quant"], r, r.get("fits"), r.get("unsupported")) for r in rows))
+
+
+def _show_formats(formats: list[dict[str, Any]], device: str) -> None:
+    """Prints how matrices are stored and what reads them, with the reasons for slower kernels."""
+    from rich.table import Table
+
+    if not formats:
+        return
+    print_text(f"\nMatrices as they are stored, and what reads them on {device}:\n")
+    whole = sum(entry["n_bytes"] for entry in formats) or 1
+    headings = ("stored as", "number format", "matrices", "share of bytes", "kernel")
+    table = Table(*headings, box=None, pad_edge=False)
+    for column in table.columns[2:4]:
+        column.justify = "right"
+    reasons: dict[str, None] = {}
+    for entry in formats:
+        share = f"{entry['n_bytes'] / whole:.0%}".replace("%", " %")
+        count = str(entry["n_matrices"])
+        table.add_row(entry["encoding"], entry["format"], count, share, entry["kernel"])
+        reasons |= dict.fromkeys(entry["reasons"])
+    print_rich(table)
+    for reason in reasons:
+        print_text(f"\n{reason}")
 
 
 def _yes(value: bool) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from hotloop.engine.prefill_workspace import bytes_per_row
 from hotloop.engine.prompt import STEP_TOKENS
-from hotloop.engine.setup import Setup, linear_specs, prepare, ranks_here
+from hotloop.engine.setup import Setup, head_spec, linear_specs, prepare, ranks_here
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info, free_bytes
 from hotloop.kernels.linear import DENSE, LinearSpec, choose_linear
-from hotloop.models import names
-from hotloop.quant import Scheme
 from hotloop.types import EngineConfig, MemoryPlan
 
 _FLOAT32 = 4
@@ -60,35 +58,28 @@ def _cache_bytes(setup: Setup) -> int:
 def _weights_bytes(setup: Setup) -> int:
     model, itemsize = setup.local, setup.dtype.itemsize
 
-    def spec(scheme: Scheme, n: int, k: int) -> LinearSpec:
-        return LinearSpec(
-            format=scheme.format(k),
-            n=n,
-            k=k,
-            dtype=setup.dtype,
-            device=setup.device.type,
-            fused=setup.fused,
-        )
-
     def packed(spec: LinearSpec) -> int:
         return choose_linear(spec)[0].nbytes
 
     layers = itemsize * sum(norm.n for layer in model.layers for norm in layer.norms)
     specs = linear_specs(model, setup.schemes, setup.dtype, setup.device.type, fused=setup.fused)
-    for matrix, pieces in specs:
+    for _, matrix, pieces in specs:
         layers += sum(map(packed, pieces))
         if matrix.bias and not (matrix.summed and setup.rank > 0):  # rank 0 adds it
             layers += itemsize * matrix.n
-    head_scheme = setup.schemes[names.head(setup.model)]
-    whole = spec(head_scheme, model.vocab_size, model.hidden_size)
+
+    def head(n: int) -> LinearSpec:
+        """The head, or with the vocabulary the embedding that is tied to it."""
+        return head_spec(model, n, setup.schemes, setup.dtype, setup.device.type, fused=setup.fused)
+
+    whole = head(model.vocab_size)
     channelwise = whole.kind == "int8" and whole.format.is_per_channel(whole.k)
     same_rows = model.tie_embeddings and (channelwise or whole.format == DENSE)
     if same_rows and choose_linear(whole)[0].keeps_rows:
         embeddings = packed(whole)  # the head is a slice of the embedding
     else:
-        head = spec(head_scheme, len(setup.shard.vocabulary), model.hidden_size)
         row_bytes = whole.k + _FLOAT32 if same_rows and channelwise else whole.k * itemsize
-        embeddings = packed(head) + whole.n * row_bytes
+        embeddings = packed(head(len(setup.shard.vocabulary))) + whole.n * row_bytes
     norm = itemsize * model.hidden_size
     rope = 2 * _FLOAT32 * setup.n_positions * sum(head_dim for head_dim, _ in model.tables)
     return layers + embeddings + norm + rope

@@ -474,8 +474,8 @@ def linear_specs(
     device: str,
     *,
     fused: bool,
-) -> Iterator[tuple[Matrix, list[LinearSpec]]]:
-    """Yields the matrices of every layer, each with the pieces of one number format it consists of.
+) -> Iterator[tuple[int, Matrix, list[LinearSpec]]]:
+    """Yields the matrices of layers by number, each with its pieces of one number format.
 
     Args:
         model: The architecture of a rank's part of the decoder.
@@ -489,6 +489,7 @@ def linear_specs(
             formats = [schemes[names.layer(i, p.name)].format(matrix.k) for p in matrix.parts]
             pieces = groupby(zip(formats, matrix.parts, strict=True), key=lambda pair: pair[0])
             yield (
+                i,
                 matrix,
                 [
                     LinearSpec(
@@ -505,18 +506,28 @@ def linear_specs(
             )
 
 
+def head_spec(
+    model: ModelConfig,
+    n_logits: int,
+    schemes: Mapping[str, Scheme],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    fused: bool,
+) -> LinearSpec:
+    """Returns the head's ``LinearSpec`` with ``n_logits`` rows; see ``linear_specs``."""
+    k = model.hidden_size
+    format_ = schemes[names.head(model)].format(k)
+    return LinearSpec(format=format_, n=n_logits, k=k, dtype=dtype, device=device, fused=fused)
+
+
 def _fused_specs(
     model: ModelConfig, n_logits: int, schemes: Mapping[str, Scheme], dtype: torch.dtype
 ) -> Iterator[tuple[str, list[LinearSpec]]]:
     """Yields the matrices that the fused step reads, by name, as ``linear_specs`` does."""
-    for matrix, pieces in linear_specs(model, schemes, dtype, "cuda", fused=True):
+    for _, matrix, pieces in linear_specs(model, schemes, dtype, "cuda", fused=True):
         yield matrix.name, pieces
-    k = model.hidden_size
-    format_ = schemes[names.head(model)].format(k)
-    yield (
-        "head",
-        [LinearSpec(format=format_, n=n_logits, k=k, dtype=dtype, device="cuda", fused=True)],
-    )
+    yield "head", [head_spec(model, n_logits, schemes, dtype, "cuda", fused=True)]
 
 
 def _resolve_context(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:

@@ -74,6 +74,18 @@ class KernelFormat:
         }
         return tuple(name for name, is_present in present.items() if is_present)
 
+    def describe(self, k: int) -> str:
+        """Describes the format of a weight with ``k`` input features, in words."""
+        if self.group_size is None or self.scale_dtype is None:
+            return "floating point"
+        per = "row" if self.group_size == k else f"group of {self.group_size}"
+        said = [self.kind, f"a {_dtype_name(self.scale_dtype)} scale per {per}"]
+        if self.super_size is not None and self.super_dtype is not None:
+            wide = "row" if self.super_size == k else f"block of {self.super_size}"
+            said.append(f"a {_dtype_name(self.super_dtype)} factor per {wide}")
+        zero = {"none": (), "integer": ("zero points",), "offset": ("offsets",)}[self.zero]
+        return ", ".join((*said, *zero, *(("act-order",) if self.permuted else ())))
+
     def is_per_channel(self, k: int) -> bool:
         """Tells whether a weight with ``k`` input features has a scale per row and nothing else."""
         plain = KernelFormat(kind=self.kind, group_size=k, scale_dtype=self.scale_dtype)
@@ -81,6 +93,11 @@ class KernelFormat:
 
 
 DENSE = KernelFormat(kind="dense")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
 
 _TABLE_BYTES = 4 * 16
 

@@ -32,6 +32,11 @@ class Recognized:
     encoding: str
     layout: Layout
 
+    @property
+    def label(self) -> str:
+        """The encoding with its variant, for people."""
+        return ", ".join(filter(None, (self.encoding, self.layout.detail)))
+
 
 def recognize_matrices(checkpoint: Checkpoint, model: ModelConfig) -> dict[str, Recognized]:
     """Returns the matrices of a model that are stored in an encoding, by name.
