@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hotloop.checked import MAX_SEED
 from hotloop.engine import fused
 from hotloop.engine.setup import prepare
 from hotloop.errors import CheckpointError, ConfigError
+from hotloop.kernels.linear import KernelFormat, LinearSpec
 from hotloop.models.families import family_of, read_config
 from hotloop.types import EngineConfig
 
@@ -40,16 +42,35 @@ def test_layers_of_different_windows_are_for_the_fused_step_and_of_different_hea
     keys = dict(family_of({"architectures": ["Qwen3ForCausalLM"]}).tiny) | {"head_dim": 64}
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     mixed = read_config(keys | windows)
-    assert fused.unsupported_reason(mixed, torch.bfloat16, 1) is None
+    assert fused.unsupported_reason(mixed, (), torch.bfloat16, 1) is None
     first, *others = mixed.layers
     wider = dataclasses.replace(first, attention=dataclasses.replace(first.attention, n_heads=8))
     uneven = dataclasses.replace(mixed, layers=(wider, *others))
-    assert "same heads and widths" in str(fused.unsupported_reason(uneven, torch.bfloat16, 1))
+    assert "same heads and widths" in str(fused.unsupported_reason(uneven, (), torch.bfloat16, 1))
     gelu = dataclasses.replace(
         first, feed_forward=dataclasses.replace(first.feed_forward, activation="gelu_tanh")
     )
     other = dataclasses.replace(mixed, layers=(gelu, *others))
-    assert "silu, not gelu_tanh" in str(fused.unsupported_reason(other, torch.bfloat16, 1))
+    assert "silu, not gelu_tanh" in str(fused.unsupported_reason(other, (), torch.bfloat16, 1))
+
+
+def test_number_formats_that_the_fused_step_cannot_hold_are_named():
+    keys = dict(family_of({"architectures": ["Qwen3ForCausalLM"]}).tiny) | {"head_dim": 64}
+    model = read_config(keys)
+
+    def spec(**format_: Any) -> LinearSpec:
+        form = KernelFormat(group_size=32, **format_)
+        return LinearSpec(format=form, n=64, k=64, dtype=torch.bfloat16, device="cuda", fused=True)
+
+    four = spec(kind="int4", scale_dtype=torch.bfloat16)
+    sorted_ = spec(kind="int4", scale_dtype=torch.bfloat16, permuted=True)
+    for pieces, reason in (
+        ([four], None),
+        ([four, sorted_], "qkv_proj joins matrices of 2 number formats"),
+        ([sorted_], "it holds no permuted input features (qkv_proj)"),
+    ):
+        matrices = [("qkv_proj", pieces)]
+        assert fused.unsupported_reason(model, matrices, torch.bfloat16, 1) == reason
 
 
 def test_sizes_are_compared_with_the_tensors_before_anything_is_built(tmp_path):

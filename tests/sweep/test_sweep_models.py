@@ -105,10 +105,13 @@ def test_another_reference_is_another_measurement():
 
 def test_settling_keeps_what_was_asked_for_and_is_refused_by_the_engine():
     asked = EngineConfig(model="copy", quant="int8")
-    assert settle_schemes(asked, copy_of(None).quantization) == asked
-    assert settle_schemes(EngineConfig(model="m"), None) == EngineConfig(model="m")
-    settled = settle_schemes(EngineConfig(model="copy"), copy_of(None, head="none").quantization)
+    assert settle_schemes(asked, copy_of(None)) == asked
+    auto = EngineConfig(model="copy", quant="auto")
+    settled = settle_schemes(auto, copy_of(None, head="none"))
     assert (settled.quant, settled.head) == ("int4-g64", "none")
+    assert settle_schemes(auto, stored("BF16")).quant == "none"
+    assert settle_schemes(auto, None).quant == "none", "random weights have no file"
+    assert settle_schemes(auto, stored("Q4_1")).quant == "auto", "another tool quantized it"
 
 
 def test_a_text_that_is_too_short_is_refused_before_any_process_starts(monkeypatch, tmp_path):
