@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal, Protocol
 
 import torch
@@ -479,10 +478,11 @@ class Stacked:
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         """Computes the matrix product, [M, N] in ``x``'s type."""
-        tensors = iter(packed)
-        return torch.cat(
-            [kernel(x_MK, *islice(tensors, n_packed)) for kernel, n_packed in self._pieces], dim=1
-        )
+        results, start = [], 0
+        for kernel, n_packed in self._pieces:
+            results.append(kernel(x_MK, *packed[start : start + n_packed]))
+            start += n_packed
+        return torch.cat(results, dim=1)
 
 
 KERNELS: tuple[type[LinearCandidate], ...] = (
