@@ -36,7 +36,7 @@ VERBS = ("generate", "chat", "bench", "sweep", "eval", "report", "pull", "quanti
 """Every command is ``app`` of the module of its name, in the order of the help page."""
 
 TRACEBACK = "HOTLOOP_TRACEBACK"
-"""The variable of the environment that asks for the traceback of whatever ends a command."""
+"""The environment variable that shows the traceback of an error."""
 
 HELP_FLAGS = ("--help", "-h")
 
@@ -75,7 +75,7 @@ def commands() -> App:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
-    Whatever goes wrong ends in one line on stderr; ``TRACEBACK`` in the environment adds where.
+    An error is one line on stderr, with its traceback if ``TRACEBACK`` is in the environment.
 
     Args:
         argv: The arguments after the program's name; None takes the process's own.

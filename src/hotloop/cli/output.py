@@ -1,7 +1,7 @@
 """Output: data goes to stdout, everything else to stderr.
 
-Every text that a command shows is printed here or in ``stream``, where it is made printable: it can
-hold what a file, a path or a recipe says. rich decides by itself about colours (NO_COLOR, no
+Every text that a command shows is printed here or in ``stream``, where it is made printable, since
+it can contain text of files, paths and recipes. rich decides by itself about colours (NO_COLOR, no
 terminal); what it does not decide, such as the figure that follows a streamed answer, is in
 ``stream``.
 """
@@ -82,7 +82,7 @@ def print_text(text: str, end: str = "\n") -> None:
 
 
 def print_error(text: str) -> None:
-    """Prints an error on stderr; where that cannot be written either, nobody is told."""
+    """Prints an error on stderr; does nothing if stderr cannot be written."""
     with suppress(OSError):
         print(f"error: {printable(text)}", file=sys.stderr, flush=True)
 

@@ -3,7 +3,7 @@
 The rule: of the configurations whose quality loss is shown to be within the tolerance, the one that
 decodes fastest; among those whose speed is not significantly lower, the one with the smallest loss.
 
-A speed is known by at least ``MIN_REPEATS`` repeats whose interval is not absurdly wide; a cell
+A speed is known by at least ``MIN_REPEATS`` repeats whose interval is not too wide; a cell
 whose speed is not known is not recommended.
 
 "Shown" is a non-inferiority test: the one-sided 95 % upper bound of Δ ln ppl (paired, clustered by

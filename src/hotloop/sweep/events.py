@@ -1,7 +1,7 @@
 """Events of a sweep, as they happen.
 
-Small frozen values. ``run_sweep`` hands them to its ``on_event``; those of a cell's own process
-come through a pipe first.
+``run_sweep`` passes these frozen values to its ``on_event``; those of a cell's own process come
+through a pipe first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A recipe: the configurations to measure, the workload, and the text for quality.
 
-A YAML file, checked completely before anything runs. What it may say about a configuration is
-derived from ``EngineConfig``, so a new lever can be swept by being a field there.
+It is a YAML file, which is checked completely before anything runs. The levers of a configuration
+are the fields of ``EngineConfig``, so a new field can be swept at once.
 
     name: demo
     model: smollm2-135m

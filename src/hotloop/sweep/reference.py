@@ -26,7 +26,7 @@ def is_reference(job: Job) -> bool:
 
 
 def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:
-    """Scores a job's reference into ``folder``, in this process; adds it, or why there is none."""
+    """Scores a job's reference in this process; adds its file, or why there is none, to the job."""
     from hotloop.sweep.cell import score_reference  # imports torch
 
     scoring = job.reference_job(folder)
