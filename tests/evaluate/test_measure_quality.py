@@ -10,6 +10,7 @@ from hotloop.errors import ConfigError, HotloopError
 from hotloop.evaluate.quality import kl_divergence, measure_quality, write_reference
 
 V, N, T = 64, 6, 40
+QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p95": 0.95, "kl_p99": 0.99, "kl_p99_9": 0.999}
 
 
 def randn(*shape, seed):
@@ -83,11 +84,26 @@ def test_divergence_and_agreement_match_scipy(bigram, windows, logits, compare):
     kl = kl_by_token[given]
     assert quality.kl_mean.mean == pytest.approx(kl.mean(), rel=1e-3)
     assert quality.kl_mean.samples == pytest.approx(kl.mean(axis=1).tolist(), rel=1e-3)
-    assert quality.kl_p99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-3)
+    for name, share in QUANTILES.items():
+        assert getattr(quality, name) == pytest.approx(np.quantile(kl, share), rel=1e-3)
     assert quality.kl_max == pytest.approx(kl.max(), rel=1e-3)
     same = (p.argmax(axis=1) == q.argmax(axis=1))[given]
     assert quality.same_top1.mean == pytest.approx(same.mean())
     assert quality.same_top1.samples == pytest.approx(same.mean(axis=1).tolist())
+
+
+def test_changes_of_the_texts_tokens_probabilities_are_those_of_both_models(
+    bigram, windows, logits, compare
+):
+    changed = logits + 0.3 * randn(V, V, seed=2)
+    quality = compare(changed)
+
+    def p(engine):
+        return np.array([s.token_logprobs.double().exp().numpy() for s in engine.score(windows)])
+
+    delta = p(bigram(changed)) - p(bigram(logits))
+    assert quality.delta_p.samples == pytest.approx(delta.mean(axis=1).tolist(), abs=1e-6)
+    assert quality.delta_p_rms == pytest.approx(math.sqrt((delta**2).mean()), rel=1e-4)
 
 
 def test_a_model_compared_with_itself_shows_nothing(logits, compare):
@@ -95,7 +111,9 @@ def test_a_model_compared_with_itself_shows_nothing(logits, compare):
     assert quality.delta_ln_ppl.samples == (0.0,) * N
     assert abs(quality.kl_max) < 1e-6
     assert quality.same_top1.mean == 1.0
-    assert quality.same_top1.ci95 == (1.0, 1.0)
+    assert quality.same_top1.ci95 == pytest.approx((0.97, 1.0), abs=0.01), "trials are finite"
+    assert quality.delta_p.samples == (0.0,) * N
+    assert quality.delta_p_rms == 0
 
 
 def test_divergence_is_the_closed_form_and_has_a_direction():

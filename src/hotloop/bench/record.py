@@ -238,8 +238,14 @@ class Record(StrictModel):
     perplexity: Figure | None = None
     delta_ln_ppl: Figure | None = None
     kl_mean: Figure | None = None
+    kl_median: Number | None = None
+    kl_p90: Number | None = None
+    kl_p95: Number | None = None
     kl_p99: Number | None = None
+    kl_p99_9: Number | None = None
     kl_max: Number | None = None
+    delta_p: Figure | None = None
+    delta_p_rms: Number | None = None
     same_top1: Figure | None = None
 
     engine: RecordedEngine | None = None

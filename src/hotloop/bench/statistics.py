@@ -1,4 +1,4 @@
-"""Confidence intervals of means: Student's t, without scipy.
+"""Confidence intervals of means and shares: Student's t and Wilson's score, without scipy.
 
 One sample is one independent observation: a whole timed run, or a whole window of text. Predictions
 within a window are correlated, so their spread says little about the next window. With windows of
@@ -14,6 +14,9 @@ import statistics
 from collections.abc import Sequence
 
 from hotloop.bench.record import Figure
+
+_Z_95 = statistics.NormalDist().inv_cdf(0.975)
+_MAX_LOG_FACTOR = 50.0
 
 
 def mean_figure(
@@ -33,6 +36,58 @@ def mean_figure(
     half = t_critical(n - 1) * se
     low, high = (min(max(end, within[0]), within[1]) for end in (mean - half, mean + half))
     return Figure(mean=mean, ci95=(low, high), se=se, n=n, samples=tuple(samples))
+
+
+def positive_mean_figure(samples: Sequence[float]) -> Figure:
+    """Mean of independent samples of a skewed quantity above 0, with an interval of its logarithm.
+
+    The standard error of the logarithm is by the delta method: that of the mean, over the mean. A
+    mean that rounding left at 0 or below has the interval of ``mean_figure``.
+
+    Args:
+        samples: One or more.
+    """
+    figure = mean_figure(samples, within=(0, math.inf))
+    if figure.se is None or figure.mean <= 0:
+        return figure
+    factor = math.exp(min(t_critical(figure.n - 1) * figure.se / figure.mean, _MAX_LOG_FACTOR))
+    interval = (figure.mean / factor, figure.mean * factor)
+    return figure.model_copy(update={"ci95": interval})
+
+
+def share_figure(shares: Sequence[float], trials: int) -> Figure:
+    """Share of successes in clusters of equal size, with Wilson's score interval.
+
+    Trials of a cluster are correlated. So the interval is that of fewer trials, by the design
+    effect: the variance between clusters over that of independent trials (Kish 1965). Unlike a
+    t-interval it stays between 0 and 1, and has a width where every trial succeeds.
+
+    Args:
+        shares: The share of successes in each cluster.
+        trials: Trials of a cluster.
+    """
+    figure = mean_figure(shares)
+    if figure.se is None:
+        return figure
+    share, n = figure.mean, len(shares) * trials
+    independent = share * (1 - share) / n
+    effect = max(1.0, figure.se**2 / independent) if independent > 0 else 1.0
+    interval = wilson_interval(share, n / effect, critical=t_critical(len(shares) - 1))
+    return figure.model_copy(update={"ci95": interval})
+
+
+def wilson_interval(share: float, n: float, *, critical: float = _Z_95) -> tuple[float, float]:
+    """Computes the score interval of a share (Wilson 1927).
+
+    Args:
+        share: The share of successes.
+        n: Independent trials.
+        critical: Two-sided critical value of the test that the interval inverts.
+    """
+    squared = critical**2 / n
+    middle = (share + squared / 2) / (1 + squared)
+    half = critical / (1 + squared) * math.sqrt(share * (1 - share) / n + squared / (4 * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def t_critical(df: int, *, confidence: float = 0.95) -> float:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hotloop.bench.record import MAX_NUMBER, Figure
-from hotloop.bench.statistics import mean_figure
+from hotloop.bench.statistics import mean_figure, positive_mean_figure, share_figure
 from hotloop.errors import ConfigError, HotloopError
 from hotloop.evaluate.reference import (
     Reference,
@@ -49,17 +49,30 @@ class Quality:
             perplexity and their geometric mean is its mean; its standard error is by the delta
             method, and its interval that of the mean logarithm, carried over by exp.
         delta_ln_ppl: ln perplexity less the reference's, paired by window; above 0 is worse.
-        kl_mean: KL(reference || model) per predicted token, in nats.
-        kl_p99: The 99 % quantile of that over all predicted tokens.
+        kl_mean: KL(reference || model) per predicted token, in nats; its interval is that of the
+            mean's logarithm.
+        kl_median: The median of that over all predicted tokens.
+        kl_p90: Its 90 % quantile.
+        kl_p95: Its 95 % quantile.
+        kl_p99: Its 99 % quantile.
+        kl_p99_9: Its 99.9 % quantile.
         kl_max: The largest over all predicted tokens.
+        delta_p: Probability of the text's token less the reference's, in -1 to 1.
+        delta_p_rms: Root mean square of that over all predicted tokens.
         same_top1: Share of positions at which both models hold the same token most likely.
     """
 
     perplexity: Figure
     delta_ln_ppl: Figure | None = None
     kl_mean: Figure | None = None
+    kl_median: float | None = None
+    kl_p90: float | None = None
+    kl_p95: float | None = None
     kl_p99: float | None = None
+    kl_p99_9: float | None = None
     kl_max: float | None = None
+    delta_p: Figure | None = None
+    delta_p_rms: float | None = None
     same_top1: Figure | None = None
 
 
@@ -93,12 +106,15 @@ def measure_quality(
     nll_increase: list[float] = []
     kl: list[Tensor] = []
     same_top1: list[float] = []
+    delta_p: list[Tensor] = []
 
     def add(index: int, score: Score) -> None:
-        nll.append(-_finite(score.token_logprobs, "log-probabilities", index).mean().item())
+        logprobs = _finite(score.token_logprobs, "log-probabilities", index).cpu()
+        nll.append(-logprobs.mean().item())
         if reference is not None:
-            reference_nll = -reference.token_logprobs[index].double().mean().item()
-            nll_increase.append(nll[-1] - reference_nll)
+            reference_logprobs = reference.token_logprobs[index].double()
+            nll_increase.append(nll[-1] + reference_logprobs.mean().item())
+            delta_p.append(logprobs.exp() - reference_logprobs.exp())
             kl.append(_finite(_window_kl(score, reference, index), "divergences", index))
             same_top1.append((score.top1.cpu() == reference.top1[index]).double().mean().item())
 
@@ -106,13 +122,23 @@ def measure_quality(
     if reference is None:
         return Quality(perplexity=_perplexity(nll))
     kl_per_token = torch.cat(kl).numpy()
+
+    def quantile(share: float) -> float:
+        return float(np.quantile(kl_per_token, share))
+
     return Quality(
         perplexity=_perplexity(nll),
         delta_ln_ppl=mean_figure(nll_increase),
-        kl_mean=mean_figure([window.mean().item() for window in kl], within=(0, math.inf)),
-        kl_p99=float(np.quantile(kl_per_token, 0.99)),
+        kl_mean=positive_mean_figure([window.mean().item() for window in kl]),
+        kl_median=quantile(0.5),
+        kl_p90=quantile(0.9),
+        kl_p95=quantile(0.95),
+        kl_p99=quantile(0.99),
+        kl_p99_9=quantile(0.999),
         kl_max=float(kl_per_token.max()),
-        same_top1=mean_figure(same_top1, within=(0, 1)),
+        delta_p=mean_figure([window.mean().item() for window in delta_p], within=(-1, 1)),
+        delta_p_rms=torch.cat(delta_p).square().mean().sqrt().item(),
+        same_top1=share_figure(same_top1, trials=len(windows[0]) - 1),
     )
 
 

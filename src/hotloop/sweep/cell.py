@@ -258,12 +258,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     return {
         "quality_protocol": protocol.model_copy(update=compared),
         "quality_reason": None if reference else why_none,
-        "perplexity": quality.perplexity,
-        "delta_ln_ppl": quality.delta_ln_ppl,
-        "kl_mean": quality.kl_mean,
-        "kl_p99": quality.kl_p99,
-        "kl_max": quality.kl_max,
-        "same_top1": quality.same_top1,
+        **vars(quality),
     }
 
 
