@@ -69,7 +69,7 @@ def _weights_bytes(setup: Setup) -> int:
             layers += itemsize * matrix.n
 
     def head(n: int) -> LinearSpec:
-        """The head, or with the vocabulary the embedding that is tied to it."""
+        """Returns the spec of n rows of the head; all of them are a tied embedding."""
         return head_spec(model, n, setup.schemes, setup.dtype, setup.device.type, fused=setup.fused)
 
     whole = head(model.vocab_size)

@@ -124,13 +124,13 @@ _ROPE_SETTINGS: Mapping[str, tuple[set[str], set[str]]] = {
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
 }
-"""For each type what it needs, and what it may have besides."""
+"""For each type of scaling the keys that it needs, and those that it may have."""
 
 
 class ModelKeys(StrictModel):
     """The keys that every family reads. A family adds its own by deriving from this class.
 
-    ``rope`` holds what is said about rotary embedding in any of its spellings.
+    ``rope`` holds the settings of rotary embedding, in whichever spelling.
     """
 
     vocab_size: Count
@@ -192,7 +192,7 @@ class WindowKeys(ModelKeys):
     ) = None
 
     def windowed(self) -> tuple[bool, ...]:
-        """For each layer whether a window bounds it; all where ``layer_types`` is left out."""
+        """Tells for each layer whether a window bounds it; all, if ``layer_types`` is left out."""
         if self.layer_types is None:
             return (self.sliding_window is not None,) * self.num_hidden_layers
         return tuple(kind == "sliding_attention" for kind in self.layer_types)
@@ -232,7 +232,7 @@ def read_keys(
     Args:
         keys: The model that they must fit.
         config: The keys.
-        file: Where they come from, for errors.
+        file: Their file, for errors.
         neutral: Keys that the family knows with these values alone.
         harmless: Keys that say nothing of this family's arithmetic.
         nullable: Keys for which null means something else than leaving them out.
@@ -267,7 +267,7 @@ def read_keys(
 
 
 def _is_same(value: object, other: object) -> bool:
-    """Equal and of one kind: True is not 1, and 1.0 is."""
+    """Tells whether values are equal and of one kind: True is not 1, and 1.0 is."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
@@ -295,7 +295,7 @@ def _rope_settings(known: dict[str, Any], file: Path | str) -> dict[str, Any]:
     for key in ("rope_theta", "partial_rotary_factor"):
         if (value := known.pop(key, None)) is not None:
             settings.setdefault(key, value)
-    # As in transformers, this key beside the others goes before the same one among them.
+    # As in transformers, the top-level key takes precedence over the same one in rope_scaling.
     if (value := known.pop("original_max_position_embeddings", None)) is not None:
         settings["original_max_position_embeddings"] = value
     return settings

@@ -51,7 +51,7 @@ class Linear(nn.Module):
                 are not alike (``join_alike``).
             bias: [n], or None.
             dtype: Element type of activations.
-            device: Where to.
+            device: The device of the packed weight.
             fused: For the fused step.
         """
         pieces: list[tuple[LinearKernel, int]] = []
@@ -94,7 +94,7 @@ class Linear(nn.Module):
         return sum(t.nbytes for t in tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., k] to [..., n]."""
+        """Computes [..., n] of [..., k]."""
         assert self.kernel is not None, "no weight was assigned"
         y = self.kernel(x.reshape(-1, self.k), *self.packed).view(*x.shape[:-1], self.n)
         return y if self.bias is None else y + self.bias

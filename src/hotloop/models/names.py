@@ -25,7 +25,7 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 NORM = "model.norm"
 GGUF_NAMES = {"token_embd": EMBEDDING, "output_norm": NORM, "output": HEAD}
-"""The names of what is in no layer, in GGUF files and in a checkpoint."""
+"""The names of tensors outside of layers, in GGUF files and in a checkpoint."""
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _WITHOUT_USE = re.compile(
@@ -51,7 +51,7 @@ def head(config: ModelConfig) -> str:
 
 
 def linear_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Every weight matrix of a layer in a checkpoint.
+    """Returns every weight matrix of a layer in a checkpoint.
 
     Returns:
         ``name -> (out, in)``, names without ``.weight``, in the order of layers.
@@ -78,7 +78,7 @@ def is_redundant(config: ModelConfig, name: str) -> bool:
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an unquantized checkpoint: full name to shape, in the order of layers."""
+    """Returns every tensor of an unquantized checkpoint: full name to shape, in layer order."""
     width = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (config.vocab_size, width)}
     for i, kind in enumerate(config.layers):
@@ -95,7 +95,7 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @cache
 def gguf_names() -> dict[str, Part | Norm]:
-    """Parts and norms of layers by their names in GGUF files; their sizes have no meaning."""
+    """Returns parts and norms of layers by their names in GGUF files; ignore their sizes."""
     attention = AttentionConfig(
         hidden_size=2,
         n_heads=1,

@@ -65,9 +65,9 @@ class Scheme(Protocol):
     def random(
         self, n: int, k: int, *, std: float, dtype: torch.dtype, generator: torch.Generator
     ) -> Tensor | QTensor:
-        """Random [n, k] weights of about this standard deviation, on the generator's device.
+        """Makes random [n, k] weights of about this standard deviation, on the generator's device.
 
-        Made directly in quantized form; ``dtype`` is that of weights that stay unquantized.
+        They are made in quantized form; ``dtype`` is that of weights that stay unquantized.
         """
         ...
 

@@ -37,14 +37,14 @@ class Auto:
 
     @property
     def alignment(self) -> int:
-        """A group stays together; a scale of a whole row serves every slice of it."""
+        """A group, or a super-block; 1 where a scale is of a whole row, as slices keep it."""
         if self.stored.permuted:
             return self.k
         sizes = (self.stored.group_size or self.k, self.stored.super_size or self.k)
         return math.lcm(*(size for size in sizes if size != self.k))
 
     def check(self, name: str, n: int, k: int) -> None:
-        """Every shape will do."""
+        """Accepts every shape."""
 
     def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> Tensor:
         """Returns the weight itself."""

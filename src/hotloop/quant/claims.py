@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration says about the quantization of its matrices.
+"""Reads a checkpoint's description of the quantization of its matrices.
 
 Quantizers describe their result in ``quantization_config`` of ``config.json``, or in a file beside
 it. The description is validated, and becomes a :class:`Claim` for each matrix. Tensors decide how a
@@ -21,7 +21,7 @@ from hotloop.outside import StrictModel, config_error, validated
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What the configuration says of one matrix; None where it says nothing.
+    """The claim of a configuration about one matrix; a field is None where it says nothing.
 
     Attributes:
         quantized: Whether it is quantized.
@@ -52,11 +52,11 @@ GroupSize = Annotated[int, Field(ge=-1, le=2**20)]
 _Pair = Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]
 Texts = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100_000)]
 _Anything = Any
-"""Of a key that says how the file was made, or how another engine would run it."""
+"""The type of keys that only say how the file was made, or how another engine would run it."""
 
 
 def no_claims(_name: str) -> Claim:
-    """The claims of a checkpoint whose configuration says nothing."""
+    """Returns the claims of a checkpoint whose configuration says nothing."""
     return Claim()
 
 
@@ -106,7 +106,7 @@ class _Description(StrictModel):
 
 
 class _Awq(_Description):
-    """AutoAWQ's; ``w_bit`` and ``q_group_size`` are the keys of its first files."""
+    """AutoAWQ's description; ``w_bit`` and ``q_group_size`` are the keys of its first files."""
 
     bits: Bits | None = None
     w_bit: Bits | None = None
@@ -132,7 +132,7 @@ class _Awq(_Description):
 
 
 class _Override(StrictModel):
-    """What GPTQ's ``dynamic`` says otherwise of some matrices."""
+    """Overrides for some matrices, in GPTQ's ``dynamic``."""
 
     bits: Bits | None = None
     group_size: GroupSize | None = None
@@ -143,7 +143,7 @@ class _Override(StrictModel):
 
 
 class _Gptq(_Description):
-    """AutoGPTQ's and GPTQModel's."""
+    """The description of AutoGPTQ and GPTQModel."""
 
     bits: Bits
     group_size: GroupSize | None = None
@@ -210,7 +210,7 @@ class _Gptq(_Description):
 
 
 class _AutoRoundOverride(StrictModel):
-    """What AutoRound's ``extra_config`` says otherwise of some matrices."""
+    """Overrides for some matrices, in AutoRound's ``extra_config``."""
 
     bits: Bits | None = None
     group_size: GroupSize | None = None
@@ -227,7 +227,7 @@ class _AutoRoundOverride(StrictModel):
 
 
 class _AutoRound(_Description):
-    """AutoRound's, in the packing of another tool."""
+    """AutoRound's description of matrices in the packing of another tool."""
 
     bits: Bits
     group_size: GroupSize | None = None
@@ -290,7 +290,7 @@ class _AutoRound(_Description):
 
 
 class _Fp8(_Description):
-    """Hugging Face's, DeepSeek's and Qwen's."""
+    """The description of fp8 by Hugging Face, DeepSeek and Qwen."""
 
     weight_block_size: _Pair | None = None
     modules_to_not_convert: Texts = Field(default_factory=list)
@@ -312,7 +312,7 @@ class _Fp8(_Description):
 
 
 class _BitsAndBytes(_Description):
-    """bitsandbytes', as transformers writes it."""
+    """The description of bitsandbytes, as transformers writes it."""
 
     load_in_4bit: bool = False
     load_in_8bit: bool = False
@@ -337,7 +337,7 @@ class _BitsAndBytes(_Description):
 
 
 class _Numbers(StrictModel):
-    """How compressed-tensors' matrices of a group are quantized."""
+    """Describes the numbers of a group of compressed-tensors' matrices."""
 
     num_bits: Bits
     type: Literal["int", "float"]
@@ -375,7 +375,7 @@ class _Sparsity(StrictModel):
 
 
 class _CompressedTensors(_Description):
-    """compressed-tensors', as LLM Compressor writes it."""
+    """The description of compressed-tensors, as LLM Compressor writes it."""
 
     config_groups: Annotated[dict[str, _Group], Field(max_length=1000)]
     format: str | None = None
@@ -443,7 +443,7 @@ def _as_block(sizes: list[int] | None) -> tuple[int, int] | None:
 
 
 def _unless_named(name: str, excluded: list[str]) -> bool | None:
-    """Tells whether a matrix is quantized where all of layers are, but some modules are not."""
+    """Tells whether a matrix is quantized, where all of layers are but those of some modules."""
     if _is_named(name, excluded):
         return False
     return True if _is_in_a_layer(name) else None

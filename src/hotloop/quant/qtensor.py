@@ -3,8 +3,7 @@
 This is the form in which weights are sliced for tensor parallelism and stored on disk, and into
 which encodings of other tools decode. Everything in it is laid out like the weight it came from, so
 slicing needs no knowledge of the scheme: quantize → shard → pack, in that order, and scales never
-depend on the number of ranks. How a kernel wants its bytes arranged is the kernel's business
-(``kernels.linear``).
+depend on the number of ranks. A kernel arranges its bytes itself (``kernels.linear``).
 
 Shape letters: N output features, K input features, G groups along K (K / group_size; 1 for one
 group per output channel), S super-blocks along K (a divisor of G).

@@ -131,7 +131,7 @@ def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any])
     Args:
         job: The job.
         settled: Its configuration as its engine's ``settle`` returns it.
-        machine: What ``hardware.machine`` returns.
+        machine: The result of ``hardware.machine``.
     """
     timed = {
         "workload": job.workload and job.workload.model_dump(),

@@ -1,8 +1,8 @@
-"""Opening a checkpoint, of whichever format, as names, shapes and tensors that can be read.
+"""Opens a checkpoint, of whichever format, as names, shapes and tensors that can be read.
 
 A checkpoint is described in Hugging Face's words: the keys of ``config.json`` and the names of
-tensors, which GGUF files are translated to. What a tensor is for, and what becomes of it, is for
-``weights.load``.
+tensors, which GGUF files are translated to. ``weights.load`` knows the purpose of
+each tensor.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def check_finite(
     """Refuses NaN and infinite weights, in one pass over the tensor that allocates nothing.
 
     Args:
-        tensor: What was read of the tensor, whole or in part.
+        tensor: The tensor, or a part of it.
         info: Its entry, for the message.
         dtype: The type that it is converted to, in which it must be finite too.
         margin: The largest factor that quantizing or decoding applies to a weight.

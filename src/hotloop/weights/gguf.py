@@ -1,4 +1,4 @@
-"""GGUF files, described in Hugging Face's words.
+"""Reads GGUF files, under Hugging Face's names.
 
 The header is read by :mod:`hotloop.gguf_header`, block formats are decoded by
 :mod:`hotloop.quant.encodings.gguf`, and here three things are translated: metadata to the keys of

@@ -1,4 +1,4 @@
-"""From the metadata of a GGUF file to the keys of a Hugging Face ``config.json``.
+"""Translates the metadata of a GGUF file to the keys of a Hugging Face ``config.json``.
 
 Defaults are llama.cpp's. Every key of the file's architecture is either validated and translated
 here, known to say nothing of the arithmetic, or refused by name.

@@ -41,15 +41,15 @@ def load_weights(
     """Assigns every weight of ``decoder``.
 
     Args:
-        decoder: Made without weights, in the shape of the shard.
+        decoder: The decoder without weights, in the shape of the shard.
         config: The shape of the whole model.
-        source: Where weights come from.
+        source: The source of weights.
         shard: The part of it that this rank holds.
         adds_biases: Whether this rank adds the biases of row-parallel projections, whose results
             are summed over ranks.
         schemes: The scheme of every matrix by its name in the checkpoint.
         dtype: Element type of activations and unquantized weights.
-        device: Where the model runs.
+        device: The device of the model.
         fused: It runs the fused step.
         on_layer: Called with (layers done, layers in all).
 

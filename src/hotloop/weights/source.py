@@ -83,7 +83,7 @@ class Source(Protocol):
         ...
 
     def finish(self) -> None:
-        """Called when the model is whole; a checkpoint with tensors left over is refused."""
+        """Refuses a checkpoint with tensors left over, once the model is whole."""
         ...
 
 
@@ -120,7 +120,7 @@ class CheckpointSource:
 
     Args:
         checkpoint: The open checkpoint.
-        device: Where matrices are quantized: on a GPU it is faster than on the host.
+        device: The device that quantizes: a GPU is faster than the host.
         model: Of whose tensors the checkpoint may hold redundant ones; None allows none.
         dtype: Element type of the model's arithmetic, in which every weight must be finite.
         combine: All-reduces statistics of the columns that this rank reads: their maximum.
@@ -416,7 +416,7 @@ class RandomSource:
         return torch.full((n,), value, dtype=self.dtype, device=self.generator.device)
 
     def finish(self) -> None:
-        """Nothing can be left over."""
+        """Does nothing: no weights can be left over."""
 
 
 def _block_seed(seed: int, name: str, first_row: int) -> int:

@@ -8,7 +8,7 @@ system's page cache, ready for the next rank. What is held at a time is the tens
 one chunk of at most ``CHUNK_BYTES``. Measured: two shards of 1 GiB in tensors of 128 MiB, read
 from end to end, raise the peak of resident memory by 132 MiB; memory-mapped, by 1,028 MiB.
 
-The meaning of the bytes is the formats' business.
+The modules of formats interpret the bytes.
 """
 
 from __future__ import annotations

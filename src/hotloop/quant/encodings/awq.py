@@ -23,7 +23,7 @@ _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class Awq:
-    """The encoding."""
+    """AWQ's encoding."""
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:

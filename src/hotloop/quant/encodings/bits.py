@@ -1,6 +1,6 @@
 """Unpacks integers of 4 or 8 bits from 32-bit words.
 
-Golden words of 4 bits, for the integers 0 to 7 in order: GPTQ and compressed-tensors pack the first
+Words that hold the 4-bit integers 0 to 7, in order: GPTQ and compressed-tensors pack the first
 into the lowest bits, ``0x76543210``; AWQ interleaves them, ``0x75316420``.
 """
 

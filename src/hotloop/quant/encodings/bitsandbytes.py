@@ -43,7 +43,7 @@ class _State(StrictModel):
 
 @dataclass(frozen=True)
 class FourBits:
-    """The encoding of one table.
+    """The encoding with one table: nf4 or fp4.
 
     Attributes:
         type: Its name.

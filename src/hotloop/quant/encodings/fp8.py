@@ -26,7 +26,7 @@ _POWERS = ("F8_E8M0", "U8")
 
 @dataclass(frozen=True)
 class Fp8:
-    """The encoding with one name of its scale.
+    """The encoding of e4m3 weights, with one of the names of its scale.
 
     Attributes:
         scale: What follows the name of the matrix in that of its scale.
@@ -103,7 +103,7 @@ class Fp8:
 
 
 ScaleInverse = Fp8(".weight_scale_inv")
-"""Of Hugging Face, DeepSeek and Qwen."""
+"""The encoding of Hugging Face, DeepSeek and Qwen."""
 
 FloatQuantized = Fp8(".weight_scale")
-"""Of compressed-tensors and vLLM."""
+"""The encoding of compressed-tensors and vLLM."""

@@ -30,7 +30,7 @@ _ONES = {4: 0x11111111, 8: 0x01010101}
 
 
 class Gptq:
-    """The encoding."""
+    """GPTQ's encoding."""
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:

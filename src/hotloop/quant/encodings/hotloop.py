@@ -24,7 +24,7 @@ for."""
 
 
 class Hotloop:
-    """The encoding; the checkpoint's description says which scheme a matrix has."""
+    """hotloop's encoding; the checkpoint's description names the scheme of a matrix."""
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:
