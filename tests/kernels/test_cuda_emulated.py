@@ -139,6 +139,18 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_rows(tuning):
         assert torch.equal(y, results[-1][: len(y)])
 
 
+def test_bits_do_not_depend_on_the_copies_issued_before_x():
+    given = weight("int4-g64", 200)
+    results = []
+    for early_stages in (None, 0, 1):
+        tuning = Tuning(warps=2, ring_bytes=16 * 1024, early_stages=early_stages)
+        case = linear_case(given, 2, generator(1), tuning=tuning, limits=limits(3))
+        emulate(case.call, late=case.inputs)
+        case.check()
+        results.append(case.outputs[0])
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
 @pytest.mark.parametrize("items_left", [0, 1, 9])
 def test_planned_tiles_are_prefetched_and_results_stay_the_same(items_left):
     later = weight("int4-g64", 200)  # 13 tiles

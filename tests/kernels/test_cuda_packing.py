@@ -14,7 +14,8 @@ from hotloop.kernels.cuda.packing import Format, pack, unpack
 from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning, plan_prefetch
 from hotloop.quant import parse_scheme
 
-H100 = Limits(n_sms=132, shared_bytes=227 * 1024)
+H100 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=3.35e12)
+H200 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=4.81e12)
 SMALLER = Limits(n_sms=76, shared_bytes=99 * 1024)
 
 
@@ -151,11 +152,11 @@ def test_enough_blocks_are_launched_for_all_chunks(tokens, chunks, window):
         assert sum(of_each) <= plan.blocks, f"at {at}"
 
 
-@pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
+@pytest.mark.parametrize("limits", [H100, H200, SMALLER], ids=["H100", "H200", "smaller"])
 @pytest.mark.parametrize("name", KINDS)
 def test_tuned_matrix_products_fit_the_device(limits, name):
     kind, group_size, symmetric = KINDS[name]
-    widths, roles = (640, 4096, 5120, 8192, 13824, 28672), ("qkv", "down")
+    widths, roles = (640, 4096, 5120, 8192, 13824, 28672), ("qkv", "gate_up", "down")
     for k, rows, role in itertools.product(widths, (1, 8), roles):
         form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=8192, k=k)
         plan = LinearPlan(
@@ -163,6 +164,28 @@ def test_tuned_matrix_products_fit_the_device(limits, name):
         )
         assert plan.layout is not None
         assert plan.layout.shared_bytes <= limits.shared_bytes
+        assert 1 <= plan.layout.early_stages < plan.layout.stages, "a copy is left for after x"
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "fewer"),
+    [("int4", 28672, True), ("int4", 57344, False), ("int8", 28672, False)],
+    ids=["int4", "a long weight", "int8"],
+)
+def test_fast_memory_loads_less_of_a_short_int4_weight_before_x(kind, n, fewer):
+    form = Format(kind=kind, group_size=128 if kind == "int4" else None, n=n, k=5120, paired=True)
+    early = [
+        LinearPlan(
+            form=form,
+            rows=1,
+            epilogue="swiglu",
+            tuning=linear_tuning(form, limits, "gate_up"),
+            limits=limits,
+        ).layout.early_stages
+        for limits in (H100, H200)
+    ]
+    assert (early[1] < early[0]) == fewer, f"{early} copies"
+    assert fewer or early[0] == early[1]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -170,7 +193,8 @@ def test_the_order_of_sums_depends_on_the_weight_and_not_on_the_device(name):
     kind, group_size, symmetric = KINDS[name]
     for n, k in itertools.product((4096, 32000), (640, 4096, 5120, 13824)):
         form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k)
-        assert len({linear_tuning(form, limits, "o").warps for limits in (H100, SMALLER)}) == 1
+        warps = {linear_tuning(form, limits, "o").warps for limits in (H100, H200, SMALLER)}
+        assert len(warps) == 1
 
 
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])

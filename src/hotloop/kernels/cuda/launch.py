@@ -55,10 +55,12 @@ class Limits:
     Attributes:
         n_sms: Number of multiprocessors.
         shared_bytes: The most shared memory of a block.
+        bytes_per_s: The memory's nominal bandwidth; 0 where it is not known.
     """
 
     n_sms: int
     shared_bytes: int
+    bytes_per_s: float = 0.0
 
     @property
     def exclusive_bytes(self) -> int:
@@ -138,14 +140,20 @@ class Device:
         assert device.index is not None, f"{device} has no index"
         driver = _driver()
         torch.cuda.synchronize(device)  # makes torch's context current, which we share
-        optin = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         ordinal = _checked(driver.cuDeviceGet(device.index))
+
+        def attribute(name: str) -> int:
+            key = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+            return _checked(driver.cuDeviceGetAttribute(key, ordinal))
+
+        kilohertz, bits = attribute("MEMORY_CLOCK_RATE"), attribute("GLOBAL_MEMORY_BUS_WIDTH")
         properties = torch.cuda.get_device_properties(device)
         self.device = device
         self.architecture = f"sm_{properties.major}{properties.minor}"
         self.limits = Limits(
             n_sms=properties.multi_processor_count,
-            shared_bytes=_checked(driver.cuDeviceGetAttribute(optin, ordinal)),
+            shared_bytes=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+            bytes_per_s=2 * 1e3 * kilohertz * bits / 8,  # two transfers a cycle
         )
         self.dependent_launch = dependent_launch and properties.major >= 9
         self.compile_seconds = 0.0

@@ -5,7 +5,7 @@
 // are the B operand, so up to eight rows cost little more than one.
 //
 // Each warp has a ring of stages in shared memory, which it keeps full of weight copies in flight
-// (cp.async.bulk with an mbarrier each). A block issues most of them before it waits for the kernel
+// (cp.async.bulk with an mbarrier each). A block issues some of them before it waits for the kernel
 // that computes x, then loads x, and issues the rest last, because memory serves loads in the order
 // in which they are issued. The warps split K, so every block reads all of x; one more warp, the
 // epilogue warp, reduces their partial sums in a fixed order and applies the epilogue.
@@ -121,6 +121,7 @@ struct Linear {
 
   // Issues copies until n have been issued.
   __device__ __forceinline__ void issue_up_to(Cursor& next, int n) {
+#pragma unroll 1
     while (next.issued < n) issue_copy(next, next.issued++);
   }
 
@@ -143,10 +144,11 @@ struct Linear {
   __device__ __forceinline__ void multiply() {
     Cursor next = first_copy();
     if (lane == 0)
+#pragma unroll 1
       for (int i = 0; i < stages; i++) barrier_init(full + i, kCopyArrivals);
     fence_barrier_init();
     sync_warp();
-    issue_up_to(next, stages - 1);
+    issue_up_to(next, args.early_stages);
     launch_dependents();
     sync_block();  // the epilogue warp has initialized the other barriers
     wait_for_predecessor();
@@ -325,7 +327,10 @@ struct Linear {
   __device__ __forceinline__ void stage_x(Cursor& next) {
     const int all = (end_unit - first_unit) * kUnitSlices * 4;
     constexpr int kVectors = kWarps <= 12 ? 2 : 1;
-    if (kFew)
+    if (kFew && all <= 2 * 32)  // short code for the usual share of K, as it runs once
+#pragma unroll 1
+      for (int row = 0; row < args.rows; row++) stage_vectors<2, 1>(next, row, 0, all);
+    else if (kFew)
       for (int row = 0; row < args.rows; row++)
         for (int begin = 0; begin < all; begin += 8 * 32)
           stage_vectors<8, 1>(next, row, begin, all);

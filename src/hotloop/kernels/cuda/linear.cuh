@@ -28,6 +28,7 @@ struct LinearArgs {
   int n_best;                    // the largest is taken among the first n_best output features
   int tiles, units;
   int stages, units_per_stage;   // of a warp's ring
+  int early_stages;              // copies that a warp issues before it waits for x
   int prefetch_n_tiles, prefetch_stride;  // tiles of that weight, and bytes per tile
   int prefetch_first, prefetch_step;  // block 0's first tile; tiles between two of a block's
   int prefetch_tiles;            // tiles per block
@@ -189,6 +190,7 @@ struct Output {
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
+      if (8 * c + i >= args.rows) break;  // no lane has such a row
       const int row = 8 * c + 2 * t + i;
       const bool has0 = p.has0 && row < args.rows, has1 = p.has1 && row < args.rows;
       const int64_t at = static_cast<int64_t>(row) * p.width;

@@ -43,6 +43,7 @@ class Tuning:
         tiles: Tiles that a warp computes together.
         units_per_stage: The most units of one copy.
         ring_bytes: Shared memory of a block for copies of weights in flight.
+        early_stages: Copies that a warp issues before it waits for x, or None for all but one.
         staged_bytes: The most bytes of x that a block keeps in shared memory.
     """
 
@@ -50,6 +51,7 @@ class Tuning:
     tiles: int = 1
     units_per_stage: int = 2
     ring_bytes: int = 96 * 1024
+    early_stages: int | None = None
     staged_bytes: int = 160 * 1024
 
 
@@ -59,6 +61,7 @@ class Layout:
 
     Attributes:
         stages: Stages of a warp's ring, which are copies in flight.
+        early_stages: Those whose copies are issued before the wait for x.
         units_per_stage: Units of a copy.
         staged: The block keeps x in shared memory.
         tiles: Tiles that a warp computes together.
@@ -67,6 +70,7 @@ class Layout:
     """
 
     stages: int
+    early_stages: int
     units_per_stage: int
     staged: bool
     tiles: int
@@ -177,7 +181,8 @@ class LinearArguments(Arguments):
         *((name, ctypes.c_void_p) for name in ("residual", "y", *NormEpilogue.ARGUMENTS)),
         *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "prefetch_weight")),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
-        *((name, ctypes.c_int) for name in ("stages", "units_per_stage", *Prefetch.ARGUMENTS[1:])),
+        *((name, ctypes.c_int) for name in ("stages", "units_per_stage", "early_stages")),
+        *((name, ctypes.c_int) for name in Prefetch.ARGUMENTS[1:]),
         ("eps", ctypes.c_float),
     )
 
@@ -252,8 +257,10 @@ class LinearPlan:
                 if not staged and self.octets == 1:
                     stages = min(stages, DIRECT_STAGES)
                 ring = stages * (copies + 8 * t.warps)
+                early = stages - 1 if t.early_stages is None else t.early_stages
                 return Layout(
                     stages=stages,
+                    early_stages=min(early, stages - 1),
                     units_per_stage=units,
                     staged=staged,
                     tiles=tiles,
@@ -399,6 +406,7 @@ class LinearPlan:
             units=self.form.units,
             stages=layout.stages,
             units_per_stage=layout.units_per_stage,
+            early_stages=layout.early_stages,
             **(prefetch.arguments() if prefetch else _NO_PREFETCH),
             eps=prescaled.eps if prescaled else 0.0,
         )

@@ -1,9 +1,9 @@
 """Chooses the tuning of launches by shape and device.
 
-The rules summarize the tuning of every projection within whole decode steps on one H100
-(``docs/decisions/fused-kernels.md`` names the trials). A projection's number of warps, which
-determines the order of its sums, depends on the weight alone, whatever the device and the number of
-rows; the chunks of attention depend on the heads and the device.
+The rules summarize the tuning of every projection within whole decode steps on one H100, and those
+for fast memory on one H200 (``docs/decisions/fused-kernels.md`` names the trials). A projection's
+number of warps, which determines the order of its sums, depends on the weight alone, whatever the
+device and the number of rows; the chunks of attention depend on the heads and the device.
 """
 
 from __future__ import annotations
@@ -38,6 +38,19 @@ the loads of other kernels."""
 
 MIN_RING_BYTES = 48 * 1024
 """The fewest bytes that a block has in flight."""
+
+FAST_MEMORY = 30e9
+"""Bytes per second and multiprocessor from which on memory is fast: an H100 has 25e9, an H200 36e9.
+What delays x then costs more than memory that idles, as long as a weight is int4 and short."""
+
+SHORT_READ_S = 20e-6
+"""The longest time, at the nominal bandwidth, in which a short weight is read."""
+
+FAST_EARLY_STAGES = 1
+"""Copies before x of a short weight in fast memory."""
+
+FAST_STAGES = 2
+"""``INT4_STAGES`` of ``gate_up``, if its weight is short and memory is fast."""
 
 RING_SHARE = 0.75
 """The largest share of a block's weights that its ring may hold. A kernel that issued all of its
@@ -126,13 +139,30 @@ def linear_tuning(form: Format, limits: Limits, projection: Projection) -> Tunin
         projection: The projection that it is.
     """
     warps, units = min(itertools.product(WARPS, UNITS), key=lambda choice: _cost(form, *choice))
-    is_prefetched = form.kind == "int4" and projection in ("gate_up", "down")
-    copies = (INT4_STAGES if is_prefetched else STAGES) * warps * units * form.unit_bytes
+    is_fast = form.kind == "int4" and _is_read_fast(form, limits)
+    if is_fast and projection == "gate_up":
+        stages = FAST_STAGES
+    elif form.kind == "int4" and projection in ("gate_up", "down"):
+        stages = INT4_STAGES
+    else:
+        stages = STAGES
+    copies = stages * warps * units * form.unit_bytes
     share = int(RING_SHARE * form.nbytes / limits.n_sms)
     ring_bytes = max(MIN_RING_BYTES, min(copies, share))
     while units > 1 and 2 * warps * units * form.unit_bytes > ring_bytes:
         units = next(fewer for fewer in range(units - 1, 0, -1) if units % fewer == 0)
-    return Tuning(warps=warps, units_per_stage=units, ring_bytes=ring_bytes)
+    return Tuning(
+        warps=warps,
+        units_per_stage=units,
+        ring_bytes=ring_bytes,
+        early_stages=FAST_EARLY_STAGES if is_fast else None,
+    )
+
+
+def _is_read_fast(form: Format, limits: Limits) -> bool:
+    """Tells whether a weight is short and the device's memory fast."""
+    bandwidth = limits.bytes_per_s
+    return bandwidth > FAST_MEMORY * limits.n_sms and form.nbytes < SHORT_READ_S * bandwidth
 
 
 def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
