@@ -16,7 +16,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor
 from hotloop import hardware
 from hotloop.kernels import cpu
 from hotloop.kernels.linear import LinearSpec, choose_linear
-from hotloop.quant import QTensor, parse_head_scheme, parse_scheme
+from hotloop.quant import parse_head_scheme, parse_scheme
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
 SHAPES = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}
@@ -35,8 +34,8 @@ HEAD = (49152, 576)
 SCHEMES = ("none", "int8", "int4-g64", "int4-g32-asym")
 ROWS = (1, 2, 3, 5, 9)
 
-Product = tuple[str, Callable[..., Tensor], list[Tensor | None]]
-"""A matrix product: its name, the operator, and its arguments after the activations."""
+Product = tuple[str, list[Tensor]]
+"""A matrix product: its name and its packed weight."""
 
 
 def main() -> None:
@@ -77,7 +76,6 @@ def main() -> None:
 
 def products(scheme: str) -> list[Product]:
     """Makes every matrix product of a step, in order, with random weights."""
-    ops = torch.ops.hotloop_cpu
     body, head = parse_scheme(scheme), parse_head_scheme("auto", parse_scheme(scheme))
     shapes = [(name, shape, body) for _ in range(LAYERS) for name, shape in SHAPES.items()]
     made: list[Product] = []
@@ -86,14 +84,7 @@ def products(scheme: str) -> list[Product]:
         kernel, _ = choose_linear(
             LinearSpec(format=form.format(k), n=n, k=k, dtype=torch.bfloat16, device="cpu")
         )
-        packed = [*kernel.pack(weight)]
-        if not isinstance(weight, QTensor):
-            made.append((name, ops.linear_bf16.default, packed))
-        elif weight.kind == "int8":
-            made.append((name, ops.linear_int8.default, packed))
-        else:
-            offset = [] if weight.offset is not None else [None]
-            made.append((name, ops.linear_int4.default, [*packed, *offset]))
+        made.append((name, kernel.pack(weight)))
     return made
 
 
@@ -102,9 +93,10 @@ def one_pass(model: list[Product], rows: int) -> dict[str, float]:
     widths = {name: k for name, (_, k) in {**SHAPES, "head": HEAD}.items()}
     x = {name: torch.randn(rows, k, dtype=torch.bfloat16) for name, k in widths.items()}
     seconds = dict.fromkeys(widths, 0.0)
-    for name, product, weight in model:
+    linear = torch.ops.hotloop_cpu.linear.default
+    for name, weight in model:
         started = time.perf_counter()
-        product(x[name], *weight)
+        linear(x[name], weight)
         seconds[name] += time.perf_counter() - started
     return seconds
 
@@ -112,8 +104,8 @@ def one_pass(model: list[Product], rows: int) -> dict[str, float]:
 def report(
     scheme: str, model: list[Product], times: dict[tuple[str, int], list[dict[str, float]]]
 ) -> dict[str, Any]:
-    calls = {name: sum(other == name for other, _, _ in model) for name in (*SHAPES, "head")}
-    nbytes = {name: sum(t.nbytes for t in weight if t is not None) for name, _, weight in model}
+    calls = {name: sum(other == name for other, _ in model) for name in (*SHAPES, "head")}
+    nbytes = {name: sum(t.nbytes for t in weight) for name, weight in model}
     one_row = {
         name: statistics.median(p[name] for p in times[scheme, 1]) / n for name, n in calls.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -79,10 +80,10 @@ def test_a_quantized_file_is_shown_with_the_kernels_that_read_it(tiny_gguf, monk
     said = json.loads(capsys.readouterr().out)
     assert [each["quant"] for each in said["memory"]] == ["auto", "int8"]
     formats = {each["encoding"]: each for each in said["formats"]}
-    assert {name: each["n_matrices"] for name, each in formats.items()} == {
-        "gguf-q8_0": 13,
-        "gguf-q4_1": 2,
-    }
+    n_matrices = Counter()
+    for each in said["formats"]:  # the head has a kernel of its own
+        n_matrices[each["encoding"]] += each["n_matrices"]
+    assert n_matrices == {"gguf-q8_0": 13, "gguf-q4_1": 2}
     assert formats["gguf-q8_0"]["format"] == "int8, a float16 scale per group of 32"
     assert formats["gguf-q4_1"]["format"] == "uint4, a float16 scale per group of 32, offsets"
     assert formats["gguf-q4_1"]["n_bytes"] == 2 * (64 * 192 // 32 * 20)

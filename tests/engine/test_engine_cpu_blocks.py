@@ -1,13 +1,17 @@
 """Eager steps on a CPU, whose blocks are two operators each, give what the decoder's own do."""
 
+import dataclasses
+
 import pytest
 import torch
+from number_formats import random_weight
 from tiny_models import write_random
 
 from hotloop import LLM
 from hotloop.engine import cpu_blocks, forward
 from hotloop.kernels import cpu
 from hotloop.models.decoder import Run, call
+from hotloop.weights.source import CheckpointSource
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -44,6 +48,39 @@ def test_tokens_and_probabilities_are_the_same_bits(keys, quant, tmp_path, monke
     monkeypatch.setattr(forward, "eager_run", lambda _: call)
     assert ours == answers(max_batch_size=3)
     assert drafted == ours
+
+
+def test_layers_of_several_number_formats_give_the_same_bits(tmp_path, monkeypatch):
+    formats = {"q_proj": "Q4_1", "k_proj": "Q8_0", "o_proj": "mxfp4", "gate_proj": "int4-row-zero"}
+    formats |= {"up_proj": "Q4_0", "down_proj": "int8-row-act-order"}
+    read = CheckpointSource.matrix
+
+    def mixed(source: CheckpointSource, name: str, shape: tuple[int, int], *args, **options):
+        form = formats.get(name.split(".")[-1])
+        weight = read(source, name, shape, *args, **options)
+        if form is None:
+            return weight
+        found = random_weight(form, *shape)
+        return dataclasses.replace(found, scale=(found.scale.float() / 8).to(found.scale.dtype))
+
+    monkeypatch.setattr(CheckpointSource, "matrix", mixed)
+    keys = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+
+    def answers() -> tuple[list[object], dict[str, str]]:
+        folder = str(write_random(tmp_path, **keys))
+        with LLM(folder, device="cpu", dtype="bfloat16") as llm:
+            given = llm.generate(PROMPTS, max_new_tokens=12, ignore_eos=True, logprobs=2)
+            return [(g.token_ids, g.logprobs) for g in given], llm.describe().kernels
+
+    runs: list[Run] = []
+    choose = cpu_blocks.eager_run
+    monkeypatch.setattr(forward, "eager_run", lambda d: runs.append(choose(d)) or runs[-1])
+    ours, kernels = answers()
+    assert isinstance(runs[0], cpu_blocks.CpuBlocks)
+    assert kernels["qkv_proj"] == "stacked(uint4/cpu, int8/cpu, dense/cpu)"
+    assert kernels["gate_up_proj"] == "stacked(int4/cpu, int4/cpu)"
+    monkeypatch.setattr(forward, "eager_run", lambda _: call)
+    assert ours == answers()[0]
 
 
 def test_other_kernels_are_called_one_by_one(folder, monkeypatch):

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 import number_formats
 import pytest
 import torch
+import torch.nn.functional as F
 from number_formats import NAMES, random_weight
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
-from hotloop.kernels.linear import KERNELS, LinearSpec, choose_linear
+from hotloop.kernels.linear import DENSE, KERNELS, LinearSpec, choose_linear
 from hotloop.quant import QTensor, parse_scheme
 
 SCHEMES = ["none", "int8", "fp8", *(f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym"))]
 OURS = [name for name in SCHEMES if name != "fp8"]  # on CPUs
+ON_CPUS = [name for name in NAMES if not name.startswith("fp8")]  # of all formats
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(7, 128), (65, 576), (33, 1536), (5, 13824), (1, 2176)]  # odd N, tails of every kind
 
@@ -74,23 +76,21 @@ def threads() -> Iterator[None]:
 def quantized(name: str, n: int, k: int) -> Tensor | QTensor:
     """Makes a random weight of at least [n, k]: the int4 kernel needs multiples of 16 features."""
     if name.startswith("int4"):
-        n = -(-n // cpu.INT4_FEATURES) * cpu.INT4_FEATURES
+        n = -(-n // cpu.BLOCK_FEATURES) * cpu.BLOCK_FEATURES
         k = -(-k // int(name.split("-")[1][1:])) * int(name.split("-")[1][1:])
     return parse_scheme(name).quantize(normal(n, k, dtype=torch.bfloat16))
 
 
 def run_operator(x: Tensor, weight: Tensor | QTensor) -> Tensor:
-    ops = torch.ops.hotloop_cpu
-    if not isinstance(weight, QTensor):
-        return ops.linear_bf16(x, weight)
-    if weight.kind == "int8":
-        return ops.linear_int8(x, weight.values, weight.scale.view(-1))
-    return ops.linear_int4(x, *packed_int4(weight))
+    return torch.ops.hotloop_cpu.linear(x, packed_for_cpu(weight))
 
 
-def packed_int4(weight: QTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    offset = None if weight.offset is None else cpu.interleave_features(weight.offset)
-    return cpu.pack_int4(weight.values), cpu.interleave_features(weight.scale), offset
+def packed_for_cpu(weight: Tensor | QTensor) -> list[Tensor]:
+    n, k = weight.shape
+    form = weight.format if isinstance(weight, QTensor) else DENSE
+    kernel, _ = choose_linear(LinearSpec(format=form, n=n, k=k, dtype=torch.bfloat16, device="cpu"))
+    assert kernel.name.endswith("/cpu"), kernel.name
+    return kernel.pack(weight)
 
 
 def step_of(name: str) -> float:
@@ -108,6 +108,39 @@ def test_decode_kernels_equal_their_specification_up_to_rounding(name, n, k):
         y = run_operator(x, weight)
         assert (y.dtype, y.shape) == (torch.bfloat16, (rows, n))
         assert_within_rounding(y, x, exactly(weight), x_step=step_of(name))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ON_CPUS)
+@pytest.mark.parametrize(("n", "k"), [(16, 256), (80, 768), (48, 13824)])
+def test_decode_kernels_hold_every_number_format(name, n, k):
+    weight = random_weight(name, n, k)
+    exact, packed = number_formats.exactly(weight), packed_for_cpu(weight)
+    linear, x = torch.ops.hotloop_cpu.linear, normal(19, k, seed=1, dtype=torch.bfloat16)
+    alone = torch.cat([linear(row[None], packed) for row in x])
+    # A zero point far from the values makes sums larger than weights.
+    assert_within_rounding(alone, x, exact, x_step=0.0 if weight.kind == "lut4" else 1.2 / 32767)
+    for rows in (2, 3, 4, 5, 9, 10, 19):
+        assert torch.equal(linear(x[:rows], packed), alone[:rows])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["int8-g128-zero", "int4-row-zero"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_with_zero_points_do_not_overflow_at_the_largest_values(name, sign):
+    k = 13824
+    form = random_weight(name, 16, k)
+    values, zero = (127, -128) if form.kind == "int8" else (7, -8)
+    extreme = QTensor(
+        values=torch.full_like(form.values, values if sign > 0 else zero),
+        scale=torch.full_like(form.scale, 0.125),
+        offset=torch.full_like(form.scale, zero if sign > 0 else values, dtype=torch.int8),
+        kind=form.kind,
+    )
+    x = torch.ones(1, k, dtype=torch.bfloat16)
+    expected = torch.full((1, 16), sign * (values - zero) * k / 8, dtype=torch.float64)
+    y = run_operator(x, extreme)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
 
 
 @needs_compiler
@@ -134,7 +167,7 @@ def test_integer_sums_do_not_overflow_at_the_largest_values(sign):
     k = 13824
     x = torch.full((1, k), 1.0, dtype=torch.bfloat16)
     values = torch.full((2, k), sign * 127, dtype=torch.int8)
-    y = torch.ops.hotloop_cpu.linear_int8(x, values, torch.full((2,), 2.0**-7))
+    y = torch.ops.hotloop_cpu.linear(x, [values, torch.full((2,), 2.0**-7)])
     expected = torch.full((1, 2), sign * 127 * k / 128, dtype=torch.float64)
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
     lowest = torch.full((16, k), -8 if sign < 0 else 7, dtype=torch.int8)
@@ -206,14 +239,14 @@ def test_a_row_gives_the_same_bits_alone_and_among_any_number_of_others(name, k)
 def test_torch_compile_is_told_the_shapes_that_operators_return():
     x, checks = normal(3, 64, dtype=torch.bfloat16), ("test_schema", "test_faketensor")
     ops, int8 = torch.ops.hotloop_cpu, parse_scheme("int8").quantize(normal(7, 64))
-    words, scale, offset = packed_int4(parse_scheme("int4-g32-asym").quantize(normal(32, 64)))
+    int4 = parse_scheme("int4-g32-asym").quantize(normal(32, 64))
     q, cache = normal(2, 2, 4, 16), normal(2, 2, 8, 16)
     where = torch.tensor([1, 0]), torch.tensor([[2, 3], [6, 7]])
     for op, arguments in (
-        (ops.linear_bf16, (x, normal(7, 64, dtype=torch.bfloat16))),
-        (ops.linear_int8, (x, int8.values, int8.scale.view(-1))),
-        (ops.linear_int4, (x, words, scale, offset)),
-        (ops.linear_int4, (x, words, scale, None)),
+        (ops.linear, (x, [normal(7, 64, dtype=torch.bfloat16)])),
+        (ops.linear, (x, [int8.values, int8.scale.view(-1)])),
+        (ops.linear, (x, packed_for_cpu(int4))),
+        (ops.linear, (x, packed_for_cpu(random_weight("nvfp4", 32, 64)))),
         (ops.decode_attention, (q, cache, cache, *where, 0, 0.25)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=checks)
@@ -341,3 +374,31 @@ def test_gpu_takes_no_cpu_kernel_and_says_why_not_tinygemm():
         assert kernel.name == "int4/dequantized"
         assert notes[0].startswith(says)
         assert not any("cpu" in note for note in notes)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "n", "note"),
+    [
+        ("fp8-blocks", 48, "fp8/torch not used: holds groups of the whole row, not 128"),
+        ("Q4_K", 40, "uint4/cpu not used: needs a multiple of 16 output features, not 40"),
+        ("int8-g128", 40, "int8/torch not used: holds groups of the whole row, not 128"),
+    ],
+)
+def test_what_no_integer_kernel_holds_is_dequantized_with_the_reason(name, n, note):
+    weight, x = random_weight(name, n, 256), normal(3, 256, dtype=torch.bfloat16)
+    spec = LinearSpec(format=weight.format, n=n, k=256, dtype=torch.bfloat16, device="cpu")
+    kernel, notes = choose_linear(spec)
+    assert kernel.name == f"{weight.kind}/dequantized"
+    assert note in notes
+    expected = F.linear(x, weight.dequantize(torch.bfloat16))
+    assert torch.equal(kernel(x, *kernel.pack(weight)), expected)
+
+
+def test_the_fused_step_refuses_what_it_cannot_hold_exactly():
+    weight = random_weight("Q6_K", 16, 256)
+    spec = LinearSpec(
+        format=weight.format, n=16, k=256, dtype=torch.bfloat16, device="cuda", fused=True
+    )
+    with pytest.raises(AssertionError, match="holds no two-level scales"):
+        choose_linear(spec)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from number_formats import random_weight
 from torch import Tensor
 
-from hotloop.kernels.linear import LinearSpec, choose_linear
+from hotloop.kernels.linear import LinearSpec, Stacked, choose_linear
 from hotloop.models.cache import KVCache, write
 from hotloop.models.linear import Embedding, Linear
 from hotloop.quant import QTensor, parse_scheme
@@ -38,6 +39,24 @@ def test_projection_accounts_for_itself_as_its_scheme_foretells():
             format=scheme.format(128), n=10, k=128, dtype=torch.bfloat16, device="cpu"
         )
         assert choose_linear(form)[0].nbytes == linear.nbytes
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_projection_of_several_formats_has_a_kernel_for_each(dtype):
+    q, k = random_weight("Q4_K", 32, 256), random_weight("gptq-act-order", 16, 256)
+    parts, x, linear = (
+        [q, k, normal(5, 256, dtype=dtype)],
+        normal(3, 256, dtype=dtype),
+        Linear(53, 256),
+    )
+    linear.assign(parts, normal(53, dtype=dtype), dtype=dtype, device=CPU)
+    assert isinstance(linear.kernel, Stacked)
+    alone = []
+    for part in parts:
+        each = Linear(part.shape[0], 256)
+        each.assign(part, dtype=dtype, device=CPU)
+        alone.append(each(x))
+    assert torch.equal(linear(x), torch.cat(alone, dim=1) + normal(53, dtype=dtype))
 
 
 def test_projection_refuses_a_weight_of_another_shape():

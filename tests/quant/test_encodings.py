@@ -10,9 +10,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from hotloop.kernels.linear import DENSE, LinearSpec, choose_linear
-from hotloop.models.linear import Linear
-from hotloop.quant import QTensor, parse_scheme
+from hotloop.kernels.linear import DENSE
+from hotloop.quant import parse_scheme
 from hotloop.quant.encodings import ENCODINGS, StoredMatrix
 from hotloop.quant.encodings.gguf import BLOCKS, Blocks
 from hotloop.quant.encodings.hotloop import Hotloop
@@ -73,52 +72,3 @@ def test_what_hotloop_stores_is_decoded_to_the_same_numbers(scheme):
     }
     undescribed = replace(matrix, wanted=DENSE)
     assert Hotloop.recognize(undescribed) is None, "no scheme says how to read them"
-
-
-@pytest.mark.parametrize(
-    ("kind", "scale", "zero", "group", "reason"),
-    [
-        ("int4", torch.float16, None, 32, "holds scales in torch.bfloat16, not torch.float16"),
-        ("int4", torch.bfloat16, torch.int8, 64, "holds no integer zero points"),
-        ("int4", torch.bfloat16, None, 16, "holds groups of 32 or 64 or 128, not 16"),
-        ("int8", torch.float32, None, 32, "holds groups of the whole row, not 32"),
-        ("int8", torch.float16, torch.float16, 128, "holds no offsets"),
-    ],
-)
-def test_what_a_kernel_cannot_hold_exactly_goes_to_the_next_with_the_reason(
-    kind, scale, zero, group, reason
-):
-    n, k = 48, 128
-    most = 7 if kind == "int4" else 127
-    offset = None
-    if zero is not None:
-        offset = (3 * normal(n, k // group, seed=1)).to(zero)
-    weight = QTensor(
-        values=torch.randint(-most, most + 1, (n, k), dtype=torch.int8),
-        scale=normal(n, k // group).to(scale),
-        offset=offset,
-        kind=kind,
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        linear, x = Linear(n, k), normal(3, k, seed=2).to(dtype)
-        linear.assign(weight, dtype=dtype, device=CPU)
-        assert linear.kernel is not None
-        expected = x @ weight.dequantize(dtype).T
-        torch.testing.assert_close(linear(x), expected)
-        spec = LinearSpec(format=weight.format, n=n, k=k, dtype=dtype, device="cpu")
-        assert linear.nbytes == choose_linear(spec)[0].nbytes, "memory is known beforehand"
-        assert any(reason in note for note in linear.notes) or dtype == torch.float32
-
-
-def test_the_fused_step_refuses_what_it_cannot_hold_exactly():
-    weight = QTensor(
-        values=torch.zeros(16, 64, dtype=torch.int8),
-        scale=torch.ones(16, 2, dtype=torch.float16),
-        offset=None,
-        kind="int4",
-    )
-    spec = LinearSpec(
-        format=weight.format, n=16, k=64, dtype=torch.bfloat16, device="cuda", fused=True
-    )
-    with pytest.raises(AssertionError, match=r"holds scales in torch\.bfloat16"):
-        choose_linear(spec)

@@ -178,10 +178,10 @@ def test_several_ranks_hold_slices_of_what_is_stored(tmp_path):
         (folder := tmp_path / str(i)).mkdir()
         said = said | {"group_size": -1} if i == 2 else said
         quantized, _ = write_stored(folder, encode, said)
-        whole = load(quantized, quant="auto")
+        whole = load(quantized, quant="auto", dtype=torch.float32)
 
         def part(group, folder=quantized):
-            return load(folder, quant="auto", group=group)
+            return load(folder, quant="auto", group=group, dtype=torch.float32)
 
         for rank, shard in enumerate(ThreadRanks(2).run(part)):
             for ours, theirs in zip(shard.layers, whole.layers, strict=True):

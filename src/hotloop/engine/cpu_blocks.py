@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.attention import cpu_attention
+from hotloop.kernels.linear import LinearKernel, Stacked
 from hotloop.models.decoder import Block, Decoder, FeedForward, Run, SelfAttention, call
 from hotloop.models.linear import Linear
 
 Weight = tuple[list[Tensor], Tensor | None]
-"""Packed tensors and bias of a matrix."""
+"""The packed tensors of a matrix, piece after piece, and its bias."""
 
 
 def eager_run(decoder: Decoder) -> Run:
@@ -85,7 +86,12 @@ def _weight(linear: Linear) -> Weight:
 
 
 def _on_cpu_kernels(block: Block) -> bool:
-    kernels = [linear.kernel for linear in block.linears.values()]
-    ours = all(kernel is not None and kernel.name.endswith("/cpu") for kernel in kernels)
+    ours = all(map(_is_ours, (linear.kernel for linear in block.linears.values())))
     is_swiglu = block.config.feed_forward.activation == "silu"
     return ours and is_swiglu and block.attention.kernel is cpu_attention
+
+
+def _is_ours(kernel: LinearKernel | Stacked | None) -> bool:
+    if isinstance(kernel, Stacked):
+        return all(map(_is_ours, kernel.kernels))
+    return kernel is not None and kernel.name.endswith("/cpu")

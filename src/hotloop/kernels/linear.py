@@ -9,7 +9,6 @@ Shape letters: M rows, N output features, K input features, G groups along K, S 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -192,13 +191,18 @@ class LinearKernel(Protocol):
 
 
 class LinearCandidate(LinearKernel, Protocol):
-    """A kernel that ``choose_linear`` tries; ``Permuted`` permutes input features for it.
+    """A kernel that ``choose_linear`` tries.
 
     Args:
         spec: The weight.
     """
 
     def __init__(self, spec: LinearSpec) -> None: ...
+
+    @property
+    def permutes(self) -> bool:
+        """Whether it permutes input features itself; for others ``Permuted`` does."""
+        ...
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
@@ -215,6 +219,7 @@ class DenseTorch:
 
     name = "dense/torch"
     keeps_rows = True
+    permutes = False
 
     def __init__(self, spec: LinearSpec) -> None:
         self.nbytes = spec.n * spec.k * spec.dtype.itemsize
@@ -241,13 +246,14 @@ class DenseCpu(DenseTorch):
         return _cpu_unsupported(spec, "dense")
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        return torch.ops.hotloop_cpu.linear_bf16(x_MK, packed[0])
+        return torch.ops.hotloop_cpu.linear(x_MK, packed)
 
 
 class ChannelwiseTorch:
     """Eight-bit weights in plain PyTorch: torch.compile fuses the conversion into the GEMV."""
 
     keeps_rows = True
+    permutes = False
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/torch"
@@ -268,7 +274,7 @@ class ChannelwiseTorch:
 
 
 class Int8Cpu(ChannelwiseTorch):
-    """int8 weights on a CPU, with our own kernel."""
+    """int8 weights with a scale per row on a CPU, with our own kernel."""
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
@@ -276,38 +282,60 @@ class Int8Cpu(ChannelwiseTorch):
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
-        reason = _cpu_unsupported(spec, "int8")
-        return ChannelwiseTorch.unsupported(spec) if reason is None else reason
+        return _cpu_unsupported(spec, "int8") if _int8_per_channel(spec) else NOT_MEANT
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        return torch.ops.hotloop_cpu.linear_int8(x_MK, *packed)
+        return torch.ops.hotloop_cpu.linear(x_MK, packed)
 
 
-class Int4Cpu:
-    """int4 weights on a CPU, with our own kernel."""
+class GroupedCpu:
+    """Integers of 4 or 8 bits, and lookup tables, of any groups on a CPU, with our own kernel.
 
-    name = "int4/cpu"
+    Integers of 5 and 6 bits take eight.
+    """
+
     keeps_rows = False
+    permutes = True
 
     def __init__(self, spec: LinearSpec) -> None:
-        self.nbytes = spec.n * spec.k // 2 + spec.scale_bytes
+        self.name = f"{spec.kind}/cpu"
+        self._kind, form = spec.kind, spec.format
+        self._four_bits = spec.kind in FOUR_BITS
+        self.nbytes = (spec.n * spec.k >> self._four_bits) + spec.scale_bytes
+        if form.scale_dtype in _EIGHT_BIT_FLOATS:
+            self.nbytes += spec.n_scales  # widened
+        self.nbytes += 4 * spec.k * form.permuted
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
-        reason = _cpu_unsupported(spec, "int4")
-        if reason is None and spec.n % cpu.INT4_FEATURES:
-            return f"needs a multiple of {cpu.INT4_FEATURES} output features, not {spec.n}"
-        inexact = _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
-        return inexact if reason is None else reason
+        if spec.kind not in ("int8", *FOUR_BITS) or _int8_per_channel(spec):
+            return NOT_MEANT
+        reason = _cpu_unsupported(spec, spec.kind)
+        if reason is None and spec.n % cpu.BLOCK_FEATURES:
+            return f"needs a multiple of {cpu.BLOCK_FEATURES} output features, not {spec.n}"
+        if reason is None and (spec.format.group_size or 0) % 8:
+            return f"holds groups of a multiple of 8, not {spec.format.group_size}"
+        return reason
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
         assert not isinstance(weight, Tensor), "a quantized weight"
-        scales = [t for t in (weight.scale, weight.offset) if t is not None]
-        return [cpu.pack_int4(weight.values), *map(cpu.interleave_features, scales)]
+        if self._four_bits:
+            values = cpu.pack_nibbles(weight.values + 8 if self._kind == "int4" else weight.values)
+            values = values if self._kind == "int4" else values.view(torch.uint32)
+        else:
+            values = cpu.pack_bytes(weight.values)
+        return cpu.pack_groups(
+            values,
+            _widened(weight.scale),
+            weight.offset,
+            weight.super_scale,
+            weight.super_offset,
+            None if weight.table is None else weight.table.float(),
+            weight.permutation,
+        )
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        words, scale, *offset = packed
-        return torch.ops.hotloop_cpu.linear_int4(x_MK, words, scale, *(offset or [None]))
+        return torch.ops.hotloop_cpu.linear(x_MK, packed)
 
 
 class Int4TinyGemm:
@@ -315,6 +343,7 @@ class Int4TinyGemm:
 
     name = "int4/tinygemm"
     keeps_rows = False
+    permutes = False
 
     def __init__(self, spec: LinearSpec) -> None:
         self.nbytes = spec.n * spec.k // 2 + 4 * spec.n_scales  # a zero beside every scale
@@ -402,6 +431,7 @@ class Dequantizing:
     """
 
     keeps_rows = False
+    permutes = False
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/dequantized"
@@ -474,6 +504,7 @@ class Stacked:
 
     def __init__(self, pieces: Sequence[tuple[LinearKernel, int]]) -> None:
         self._pieces = tuple(pieces)
+        self.kernels = [kernel for kernel, _ in self._pieces]
         self.name = f"stacked({', '.join(kernel.name for kernel, _ in self._pieces)})"
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
@@ -487,8 +518,8 @@ class Stacked:
 
 KERNELS: tuple[type[LinearCandidate], ...] = (
     Int4TinyGemm,
-    Int4Cpu,
     Int8Cpu,
+    GroupedCpu,
     DenseCpu,
     ChannelwiseTorch,
     DenseTorch,
@@ -503,14 +534,12 @@ def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
         reason = Fused.unsupported(spec)
         assert reason is None, f"the fused step {reason}"
         return Fused(spec), []
-    if spec.format.permuted:
-        in_order = dataclasses.replace(spec.format, permuted=False)
-        kernel, notes = choose_linear(dataclasses.replace(spec, format=in_order))
-        return Permuted(kernel, spec.k), notes
     notes: list[str] = []
     for kernel in (make(spec) for make in KERNELS):
         reason = kernel.unsupported(spec)
         if reason is None:
+            if spec.format.permuted and not kernel.permutes:
+                return Permuted(kernel, spec.k), notes
             return kernel, notes
         if reason != NOT_MEANT:
             notes.append(f"{kernel.name} not used: {reason}")
@@ -519,6 +548,16 @@ def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
 
 _BF16 = (torch.bfloat16,)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
+
+
+def _widened(scale: Tensor) -> Tensor:
+    """Converts eight-bit floats to bfloat16, which holds each exactly."""
+    return scale.bfloat16() if scale.dtype in _EIGHT_BIT_FLOATS else scale
+
+
+def _int8_per_channel(spec: LinearSpec) -> bool:
+    return spec.kind == "int8" and spec.format.is_per_channel(spec.k)
 
 
 def _inexact(

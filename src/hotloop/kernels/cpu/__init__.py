@@ -49,30 +49,67 @@ _BUILD_PREFIX = "build-"
 SLOWER = "decoding is several times slower"
 """The consequence where the operators cannot be used, for messages."""
 
-INT4_FEATURES = 16
-"""Output features whose int4 weights ``linear_int4`` reads together."""
+BLOCK_FEATURES = 16
+"""Output features whose values and scales ``pack_groups`` interleaves."""
 
 _NIBBLES = (0, 16, 4, 20, 8, 24, 12, 28)
-"""The bit of a word at which each of its eight weights begins."""
+"""The bit of a word at which each of its eight values begins."""
 
 
-def pack_int4(values_NK: Tensor) -> Tensor:
-    """Packs int8 values -8…7 in the order of ``linear_int4``: int32 [N/16, K/8, 16].
+def pack_nibbles(values_NK: Tensor) -> Tensor:
+    """Packs values 0…15 as int32 [N/16, K/8, 16].
 
-    A word holds eight consecutive weights of one output feature, each plus 8: even ones in its low
-    half, odd ones in its high half, from the lowest nibble up.
+    A word holds eight consecutive values of one output feature: even ones in its low half, odd ones
+    in its high half, from the lowest nibble up.
     """
     n, k = values_NK.shape
     words = values_NK.new_zeros(n, k // 8, dtype=torch.int32)
     # An eighth at a time, to save memory: the weight can be large.
     for i, bit in enumerate(_NIBBLES):
-        words |= (values_NK[:, i::8] + 8).to(torch.int32) << bit
+        words |= values_NK[:, i::8].to(torch.int32) << bit
     return interleave_features(words)
 
 
+def pack_bytes(values_NK: Tensor) -> Tensor:
+    """Interleaves pairs of consecutive int8 values: [N/16, K/2, 16, 2]."""
+    pairs = values_NK.contiguous().view(torch.int16)
+    return interleave_features(pairs).view(torch.int8).unflatten(2, (-1, 2))
+
+
 def interleave_features(rows_NX: Tensor) -> Tensor:
-    """Arranges words, scales or offsets [N, X] in the order of ``linear_int4``: [N/16, X, 16]."""
-    return rows_NX.unflatten(0, (-1, INT4_FEATURES)).transpose(1, 2).contiguous()
+    """Interleaves what belongs to output features, [N, X]: [N/16, X, 16]."""
+    return rows_NX.unflatten(0, (-1, BLOCK_FEATURES)).transpose(1, 2).contiguous()
+
+
+def pack_groups(
+    values: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    super_scale: Tensor | None = None,
+    super_offset: Tensor | None = None,
+    table: Tensor | None = None,
+    permutation: Tensor | None = None,
+) -> list[Tensor]:
+    """Packs a weight whose scales are of groups, for the operator ``linear``.
+
+    Args:
+        values: As ``pack_nibbles``, of int4 plus 8; as uint32, of uint4 or of indices of a table;
+            or as ``pack_bytes``.
+        scale: [N, G], of float32, float16 or bfloat16, or int8 with ``super_scale``.
+        offset: Likewise, or int8 zero points.
+        super_scale: [N, S], floating point.
+        super_offset: [N, S], floating point.
+        table: float32 [16].
+        permutation: int32 [K].
+    """
+    parts = [
+        None if t is None else interleave_features(t)
+        for t in (scale, offset, super_scale, super_offset)
+    ]
+    parts += [table, permutation]
+    while parts[-1] is None:
+        parts.pop()
+    return [values, *(values.new_empty(0) if t is None else t for t in parts)]
 
 
 @contextlib.contextmanager
@@ -158,16 +195,12 @@ def _processor() -> str:
 def _register_shapes() -> None:
     """Registers the shape of each operator's result for torch.compile."""
 
-    def linear(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-    def linear_int4(x: Tensor, words: Tensor, *_: Tensor | None) -> Tensor:
-        return x.new_empty(x.shape[0], words.shape[0] * INT4_FEATURES)
+    def linear(x: Tensor, weight: list[Tensor]) -> Tensor:
+        features = 1 if weight[0].dim() == 2 else BLOCK_FEATURES
+        return x.new_empty(x.shape[0], weight[0].shape[0] * features)
 
     def attention(q: Tensor, *_: Tensor | int | float) -> Tensor:
         return torch.empty_like(q)
 
-    torch.library.register_fake("hotloop_cpu::linear_bf16", linear)
-    torch.library.register_fake("hotloop_cpu::linear_int8", linear)
-    torch.library.register_fake("hotloop_cpu::linear_int4", linear_int4)
+    torch.library.register_fake("hotloop_cpu::linear", linear)
     torch.library.register_fake("hotloop_cpu::decode_attention", attention)

@@ -3,17 +3,18 @@
 // At batch 1 decoding on a CPU is bound by reading and unpacking weights. These kernels read each
 // weight once, as stored, unpack it once for all rows of activations, and use few instructions:
 //   bfloat16  is multiplied directly, two adjacent values per lane, and summed in float32.
-//   int8/int4 activations are rounded to 16-bit fixed point, one scale per row, so that one
-//             instruction multiplies and adds pairs exactly. The error, 2^-16 of the row's largest
-//             activation, is a hundredth of bfloat16's own.
+//   integers  of 8 or 4 bits: activations are rounded to 16-bit fixed point, one scale per row, so
+//             that one instruction multiplies and adds pairs exactly. The error, 2^-16 of the row's
+//             largest activation, is a hundredth of bfloat16's own.
+//   indices   of a lookup table of 16 numbers are replaced by these, and multiplied in float32.
 // The code uses GNU vector extensions, so that GCC and Clang compile it for any processor; every
 // intrinsic has a portable fallback. Sums run in a fixed order: on one machine a row has the same
 // bits whatever the number of threads, and whatever the other rows.
 //
 // Every function is specified by its twin in hotloop/kernels/reference.py.
 // Letters: M rows of activations, N output features, K input features, G groups along K;
-// B sequences, T tokens of each, H query heads, J key/value heads, C cache positions,
-// E head dimension.
+// S super-blocks of groups; B sequences, T tokens of each, H query heads, J key/value heads, C cache
+// positions, E head dimension.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -62,6 +63,7 @@ typedef int32_t s32v __attribute__((vector_size(kBytes)));
 typedef int16_t s16v __attribute__((vector_size(kBytes)));
 typedef uint16_t u16h __attribute__((vector_size(kBytes / 2)));
 typedef int8_t s8h __attribute__((vector_size(kBytes / 2)));
+typedef int8_t s8q __attribute__((vector_size(kBytes / 4)));
 
 // A std::vector aligned to a vector register: loads that straddle cache lines take twice as long.
 template <class T> struct Aligned {
@@ -122,9 +124,11 @@ template <int span = kLanes, int first = 0> inline f32v sum_each(const f32v (&v)
 #ifdef __AVX512VNNI__
 inline s16v widen(s8h v) { return (s16v)_mm512_cvtepi8_epi16((__m256i)v); }
 inline u32v widen(u16h v) { return (u32v)_mm512_cvtepu16_epi32((__m256i)v); }
+inline s32v widen(s8q v) { return (s32v)_mm512_cvtepi8_epi32((__m128i)v); }
 #else
 inline s16v widen(s8h v) { return __builtin_convertvector(v, s16v); }
 inline u32v widen(u16h v) { return __builtin_convertvector(v, u32v); }
+inline s32v widen(s8q v) { return __builtin_convertvector(v, s32v); }
 #endif
 
 inline float widen(uint16_t bf16) {
@@ -141,6 +145,17 @@ inline u16h narrow(f32v values) {
 
 // Loads values as floats, a whole vector or the first n, and stores them.
 inline f32v from_bf16(u16h bits) { return (f32v)(widen(bits) << 16); }
+inline f32v from_f16(u16h bits) {  // finite
+#if defined(__AVX512VNNI__)
+  return (f32v)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (f32v)_mm256_cvtph_ps((__m128i)bits);
+#else
+  const u32v wide = widen(bits);
+  const f32v magnitude = (f32v)((wide & 0x7fff) << 13) * 0x1p112f;  // exact, as is each subnormal
+  return (f32v)((u32v)magnitude | (wide & 0x8000) << 16);
+#endif
+}
 inline f32v get(const float* p) { return load<f32v>(p); }
 inline f32v get(const uint16_t* p) { return from_bf16(load<u16h>(p)); }
 inline f32v get(const float* p, int64_t n) { return load_part<f32v>(p, 4 * n); }
@@ -260,15 +275,15 @@ template <class F> void for_rows(int64_t M, F f) {
 
 // Arranges activations in the order of the loops: `run` values of each of the rows that are
 // processed together, then the next `run` values of each, padded with zeros from K on.
-template <int run> struct Activations {
+template <class X, int run> struct Activations {
   int64_t width;
-  Buffer<int16_t> values;
+  Buffer<X> values;
 
-  Activations(const int16_t* x, int64_t M, int64_t K)
+  Activations(const X* x, int64_t M, int64_t K)
       : width((K + run - 1) / run * run), values(M * width) {
     for_rows(M, [&](auto R, int64_t first) {
       for (int r = 0; r < R; r++, x += K) {
-        int16_t* to = &values[first * width + r * run];
+        X* to = &values[first * width + r * run];
         int64_t k = 0;
         for (; k + run <= K; k += run) std::copy_n(x + k, run, to + k * R);
         std::copy_n(x + k, K - k, to + k * R);
@@ -276,7 +291,7 @@ template <int run> struct Activations {
     });
   }
 
-  const int16_t* from(int64_t first) const { return &values[first * width]; }
+  const X* from(int64_t first) const { return &values[first * width]; }
 };
 
 // Activations in 16-bit fixed point: x[m, k] ≈ values[m * K + k] * scale[m].
@@ -284,10 +299,9 @@ struct FixedPoint {
   std::vector<int16_t> values;
   std::vector<float> scale;
 
-  FixedPoint(const Tensor& x) : values(x.numel()), scale(x.numel() / x.size(-1)) {
-    const int64_t K = x.size(-1), M = x.numel() / K;
+  FixedPoint(const uint16_t* x, int64_t M, int64_t K) : values(M * K), scale(M) {
     for (int64_t m = 0; m < M; m++) {
-      const uint16_t* row = bf16(x) + m * K;
+      const uint16_t* row = x + m * K;
       uint16_t bits = 0;  // without the sign, bfloat16 sort like integers, NaN and Inf last
       for (int64_t k = 0; k < K; k++) bits = std::max<uint16_t>(bits, row[k] & 0x7fff);
       const float largest = widen(bits);
@@ -300,18 +314,24 @@ struct FixedPoint {
   }
 };
 
+// Where the result of a matrix product goes: [M, N], some columns of a matrix.
+struct Output {
+  uint16_t* data;
+  int64_t N, stride;
+};
+
 // Divides a matrix product into vectors of output features: f(n, m, y) computes features
 // n … n + kLanes - 1 of rows m … m + R - 1 into y.
 template <class F> struct Features final : hotloop::Task {
   F f;
-  int64_t M, N;
-  uint16_t* out;  // [M, N]
+  int64_t M;
+  Output out;
 
-  Features(F f, int64_t M, int64_t K, int64_t N, uint16_t* out)
-      : f(std::move(f)), M(M), N(N), out(out) {
+  Features(F f, int64_t M, int64_t K, Output out) : f(std::move(f)), M(M), out(out) {
+    const int64_t N = out.N;
     units = (N + kLanes - 1) / kLanes;
     least = grain(kLinearProducts, M * K * kLanes);
-    unit_bytes = M * kLanes * sizeof *out;
+    unit_bytes = M * kLanes * sizeof *out.data;
   }
 
   void compute(int64_t begin, int64_t end, std::byte* result) const override {
@@ -330,17 +350,15 @@ template <class F> struct Features final : hotloop::Task {
     const int64_t first = begin * kLanes, width = (end - begin) * kLanes;
     const auto* from = reinterpret_cast<const uint16_t*>(result);
     for (int64_t m = 0; m < M; m++) {
-      std::copy_n(from + m * width, std::min(width, N - first), out + m * N + first);
+      std::copy_n(from + m * width, std::min(width, out.N - first),
+                  out.data + m * out.stride + first);
     }
   }
 };
 
-template <class F> Tensor by_features(const Tensor& x, int64_t N, F f) {
+template <class F> void by_features(const Tensor& x, Output out, F f) {
   const int64_t K = x.size(-1), M = x.numel() / K;
-  Tensor result = new_output(x, {M, N});
-  auto* out = static_cast<uint16_t*>(result.mutable_data_ptr());
-  run(std::make_unique<Features<F>>(std::move(f), M, K, N, out));
-  return result;
+  run(std::make_unique<Features<F>>(std::move(f), M, K, out));
 }
 
 // ------------------------------------------------------------------- bfloat16 and int8, row-major
@@ -394,12 +412,12 @@ void add_products(const W* const (&w)[F], const int16_t* x, int64_t K, f32v (&to
 
 // y[m, n] = scale(m, n) * the sum over k of weight[n, k] * x[m, k]
 template <class W, class Scale>
-Tensor product(const Tensor& like, Activations<kPairs> x, const Tensor& weight, Scale scale) {
+void product(const Tensor& like, Activations<int16_t, kPairs> x, const Tensor& weight, Output out,
+             Scale scale) {
   const int64_t K = like.size(-1), N = weight.size(0);
   const auto* rows = static_cast<const W*>(weight.const_data_ptr());
-  return by_features(like, N, [=, weight = weight, x = std::move(x),
-                               scale = std::move(scale)]<int R>(int64_t n, int64_t m,
-                                                                f32v(&y)[R]) {
+  by_features(like, out, [=, weight = weight, x = std::move(x),
+                          scale = std::move(scale)]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
     constexpr int F = 2 * R <= kSums ? 2 : 1;
     f32v total[R][kLanes];
     for (int i = 0; i < kLanes; i += F) {
@@ -411,109 +429,373 @@ Tensor product(const Tensor& like, Activations<kPairs> x, const Tensor& weight, 
   });
 }
 
-Tensor linear_bf16(const Tensor& x, const Tensor& weight) {
+void multiply_bf16(const Tensor& x, const Tensor& weight, Output out) {
   const int64_t K = x.size(-1), M = x.numel() / K;
   STD_TORCH_CHECK(weight.size(1) == K, "weight is [N, K]");
-  Activations<kPairs> activations(static_cast<const int16_t*>(x.const_data_ptr()), M, K);
-  return product<uint16_t>(x, std::move(activations), weight,
-                           [](int64_t, int64_t) { return 1.0f; });
+  Activations<int16_t, kPairs> activations(static_cast<const int16_t*>(x.const_data_ptr()), M, K);
+  product<uint16_t>(x, std::move(activations), weight, out,
+                    [](int64_t, int64_t) { return 1.0f; });
 }
 
-Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& scale) {
+void multiply_int8(const Tensor& x, const Tensor& values, const Tensor& scale, Output out) {
   const int64_t K = x.size(-1), M = x.numel() / K;
   const int64_t N = values.size(0);
   STD_TORCH_CHECK(values.size(1) == K && scale.numel() == N, "values [N, K], scale [N]");
-  FixedPoint fixed(x);
-  Activations<kPairs> activations(fixed.values.data(), M, K);
+  FixedPoint fixed(bf16(x), M, K);
+  Activations<int16_t, kPairs> activations(fixed.values.data(), M, K);
   const auto* s = static_cast<const float*>(scale.const_data_ptr());
   const auto scale_of = [N, s, scale = scale, of_row = std::move(fixed.scale)](int64_t m,
                                                                              int64_t n) {
     return get(s + n, std::min<int64_t>(kLanes, N - n)) * of_row[m];
   };
-  return product<int8_t>(x, std::move(activations), values, scale_of);
+  product<int8_t>(x, std::move(activations), values, out, scale_of);
 }
 
-// --------------------------------------------------------------- int4, output features interleaved
+// ------------------------------------------------- groups of K, with output features interleaved
 
-// A block is sixteen output features. Its weights are 32-bit words of eight weights along K, with
-// the words of the sixteen features interleaved: nibble i of a word's low half is weight 2 i, of
-// its high half weight 2 i + 1, each plus 8. So a lane belongs to one feature, with its scale and
-// its sum. Scales and offsets are blocks of [G, 16], too.
+// A block is sixteen output features. What belongs to a feature is interleaved over the block, so
+// that a lane belongs to one feature, with its values, its scale and its sum.
 constexpr int kBlockFeatures = 16;
 
-struct Int4Weight {
-  const uint32_t* words;
-  const uint16_t *scale, *offset;
-  int64_t K, G;
+// Features whose integer products a 32-bit sum holds exactly: 256 * 255 * 32767 < 2^31.
+constexpr int64_t kExactGroup = 256;
+
+// Scales, offsets or their factors, [N / 16, columns, 16] of any of these types, or none.
+struct Parameters {
+  ScalarType type = ScalarType::Float;
+  const void* data = nullptr;
+
+  explicit operator bool() const { return data != nullptr; }
+
+  f32v operator[](int64_t i) const {
+    if (type == ScalarType::BFloat16) return get(static_cast<const uint16_t*>(data) + i);
+    if (type == ScalarType::Half) {
+      return from_f16(load<u16h>(static_cast<const uint16_t*>(data) + i));
+    }
+    if (type == ScalarType::Float) return get(static_cast<const float*>(data) + i);
+    return to_float(integers(i));
+  }
+
+  s32v integers(int64_t i) const { return widen(load<s8q>(static_cast<const int8_t*>(data) + i)); }
 };
 
-// Computes features n … n + kLanes - 1 of R rows. `x` holds pairs of activations, `x_sums` their
-// sums over groups.
-template <int R>
-void multiply_int4(const Int4Weight& weight, int64_t n, const int16_t* x, const int32_t* x_sums,
-                   f32v (&total)[R]) {
-  const int64_t K = weight.K, G = weight.G, size = K / G;
+// A weight of K input features, whose tensors are in the order of `kernels.cpu.pack_groups`.
+struct GroupedWeight {
+  std::vector<Tensor> tensors;  // held as long as the weight is read
+  int64_t K, G, S;
+  ScalarType type;  // of values
+  const void *values, *table, *permutation;
+  Parameters scale, offset, super_scale, super_offset;
+  int32_t bias;
+  bool zero_points;  // offsets are integers that are subtracted from values
+
+  GroupedWeight(const Tensor* first, size_t count, int64_t K)
+      : tensors(first, first + count), K(K), G(first[1].size(1)), type(first->scalar_type()),
+        values(first->const_data_ptr()), table(data(5)), permutation(data(6)), scale(parameters(1)),
+        offset(parameters(2)), super_scale(parameters(3)), super_offset(parameters(4)),
+        bias(type == ScalarType::Int ? 8 : 0),
+        zero_points(offset && offset.type == ScalarType::Char && !super_offset) {
+    S = super_scale ? first[3].size(1) : G;
+    STD_TORCH_CHECK(first->size(1) * (type == ScalarType::Char ? 2 : 8) == K &&
+                        K % (8 * G) == 0 && G % S == 0,
+                    "values of K input features, groups of a multiple of 8");
+  }
+
+  const void* data(size_t i) const {
+    return i < tensors.size() && tensors[i].numel() ? tensors[i].const_data_ptr() : nullptr;
+  }
+
+  Parameters parameters(size_t i) const {
+    const void* pointer = data(i);
+    return pointer ? Parameters{tensors[i].scalar_type(), pointer} : Parameters{};
+  }
+
+  // Scales and offsets are bfloat16, and a 32-bit sum holds a group.
+  bool is_plain() const {
+    return scale.type == ScalarType::BFloat16 && !super_scale && !zero_points && runs() == 1;
+  }
+
+  int64_t size() const { return K / G; }
+  int64_t runs() const { return (size() + kExactGroup - 1) / kExactGroup; }  // of a group
+};
+
+// Four-bit values: 32-bit words [N / 16, K / 8, 16] of eight values along K. Nibble i of a word's
+// low half is value 2 i, of its high half value 2 i + 1.
+struct Nibbles {
+  using X = int16_t;  // activations in fixed point, in pairs
+  static constexpr int kRun = 2;
+  const uint32_t* words;  // of a vector of features
+
+  Nibbles(const GroupedWeight& weight, int64_t block, int64_t lane)
+      : words(static_cast<const uint32_t*>(weight.values) + block * kBlockFeatures * weight.K / 8 +
+              lane) {}
+
+  // Calls add(i, v) for the eight values from k on, where v are values 2 i and 2 i + 1.
+  template <class F> void for_eight(int64_t k, F add) const {
+    prefetch(words + k / 8 * kBlockFeatures);
+    u32v word = load<u32v>(words + k / 8 * kBlockFeatures);
+    for (int i = 0; i < 4; i++) {
+      const s16v nibbles = (s16v)(word & 0x000f000f);
+      word >>= 4;
+      add(i, nibbles);
+    }
+  }
+};
+
+// Eight-bit values: [N / 16, K / 2, 16, 2].
+struct Bytes {
+  using X = int16_t;
+  static constexpr int kRun = 2;
+  const int8_t* pairs;
+
+  Bytes(const GroupedWeight& weight, int64_t block, int64_t lane)
+      : pairs(static_cast<const int8_t*>(weight.values) + block * kBlockFeatures * weight.K +
+              2 * lane) {}
+
+  template <class F> void for_eight(int64_t k, F add) const {
+    for (int i = 0; i < 4; i++) {
+      const int8_t* p = pairs + (k + 2 * i) * kBlockFeatures;
+      prefetch(p);
+      add(i, widen(load<s8h>(p)));
+    }
+  }
+};
+
+// Indices of a lookup table, packed as `Nibbles`.
+struct Indices {
+  using X = float;  // activations
+  static constexpr int kRun = 1;
+  const uint32_t* words;
+#if defined(__AVX512VNNI__)
+  f32v table;
+#elif defined(__AVX2__)
+  f32v low, high;
+#else
+  const float* table;
+#endif
+
+  Indices(const GroupedWeight& weight, int64_t block, int64_t lane)
+      : words(static_cast<const uint32_t*>(weight.values) + block * kBlockFeatures * weight.K / 8 +
+              lane) {
+    const auto* from = static_cast<const float*>(weight.table);
+#if !defined(__AVX512VNNI__) && defined(__AVX2__)
+    low = get(from), high = get(from + 8);
+#elif defined(__AVX512VNNI__)
+    table = get(from);
+#else
+    table = from;
+#endif
+  }
+
+  // The numbers of the indices in the lowest four bits of each lane.
+  f32v lookup(u32v index) const {
+#if defined(__AVX512VNNI__)
+    return (f32v)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#elif defined(__AVX2__)
+    const auto of = [&](f32v half) {
+      return (f32v)_mm256_permutevar8x32_ps((__m256)half, (__m256i)index);
+    };
+    return (f32v)_mm256_blendv_ps((__m256)of(low), (__m256)of(high), (__m256)(index << 28));
+#else
+    f32v numbers;
+    for (int l = 0; l < kLanes; l++) numbers[l] = table[index[l] & 15];
+    return numbers;
+#endif
+  }
+
+  // Calls add(i, v) for the eight numbers from k on, where v is number i.
+  template <class F> void for_eight(int64_t k, F add) const {
+    prefetch(words + k / 8 * kBlockFeatures);
+    u32v word = load<u32v>(words + k / 8 * kBlockFeatures);
+    for (int i = 0; i < 4; i++) {
+      add(2 * i, lookup(word));
+      add(2 * i + 1, lookup(word >> 16));
+      word >>= 4;
+    }
+  }
+};
+
+// Computes features n … n + kLanes - 1 of R rows from activations `x` and, if values are integers,
+// the sums of activations over the runs of groups. kPlain: the weight is plain.
+template <class Values, bool kPlain, int R>
+void multiply_groups(const GroupedWeight& weight, int64_t n, const typename Values::X* x,
+                     const int32_t* x_sums, f32v (&total)[R]) {
+  constexpr bool kIntegers = std::is_same_v<typename Values::X, int16_t>;
+  using Sums = std::conditional_t<kIntegers, s32v, f32v>;
+  const int64_t G = weight.G, S = weight.S, size = weight.size();
   const int64_t block = n / kBlockFeatures, lane = n % kBlockFeatures;
-  const uint32_t* words = weight.words + block * kBlockFeatures * K / 8 + lane;
-  const int64_t first_scale = block * kBlockFeatures * G + lane;
+  const Values values(weight, block, lane);
   for (int r = 0; r < R; r++) total[r] = f32v{};
   for (int64_t g = 0; g < G; g++) {
-    constexpr int kChains = R == 1 ? 4 : R < kSums / 3 ? 2 : 1;  // independent chains of additions
-    s32v sums[R][kChains]{};
-    for (int r = 0; r < R; r++) sums[r][0] -= 8 * x_sums[g * R + r];
-    for (int64_t k = g * size; k < (g + 1) * size; k += 8) {
-      prefetch(words + k / 8 * kBlockFeatures);
-      u32v word = load<u32v>(words + k / 8 * kBlockFeatures);
-      for (int i = 0; i < 4; i++) {
-        const s16v nibbles = (s16v)(word & 0x000f000f);
-        word >>= 4;
-        for (int r = 0; r < R; r++) {
-          const s32v pair = s32v{} + load<int32_t>(x + (k + 2 * i) * R + 2 * r);
-          s32v& chain = sums[r][i % kChains];
-          chain = multiply_add(chain, nibbles, (s16v)pair);
+    const int64_t at = (block * G + g) * kBlockFeatures + lane;
+    const auto parameter = [&](const Parameters& of_group, const Parameters& factor) {
+      if constexpr (kPlain) return get(static_cast<const uint16_t*>(of_group.data) + at);
+      return factor ? of_group[at] * factor[(block * S + g / (G / S)) * kBlockFeatures + lane]
+                    : of_group[at];
+    };
+    const int64_t last = (g + 1) * size;
+    for (int64_t first = g * size, stop; first < last; first = stop) {
+      stop = kPlain ? last : std::min(first + kExactGroup, last);
+      // Independent additions; the order of floating-point ones must not depend on R.
+      constexpr int kChains = !kIntegers ? 2 : R == 1 ? 4 : R < kSums / 3 ? 2 : 1;
+      Sums sums[R][kChains]{};
+      if constexpr (kIntegers) {
+        for (int r = 0; r < R; r++) sums[r][0] -= weight.bias * x_sums[r];
+        if (!kPlain && weight.zero_points) {
+          const s32v zero = weight.offset.integers(at);
+          for (int r = 0; r < R; r++) sums[r][0] -= zero * x_sums[r];
         }
       }
-    }
-    const int64_t at = first_scale + g * kBlockFeatures;
-    const f32v scale = get(weight.scale + at);
-    for (int r = 0; r < R; r++) {
-      total[r] += to_float(std::accumulate(sums[r], sums[r] + kChains, s32v{})) * scale;
-    }
-    if (weight.offset) {
-      const f32v offset = get(weight.offset + at);
-      for (int r = 0; r < R; r++) total[r] += offset * float(x_sums[g * R + r]);
+      for (int64_t k = first; k < stop; k += 8) {
+        values.for_eight(k, [&](int i, auto v) {
+          for (int r = 0; r < R; r++) {
+            Sums& chain = sums[r][i % kChains];
+            if constexpr (kIntegers) {
+              const s32v pair = s32v{} + load<int32_t>(x + (k + 2 * i) * R + 2 * r);
+              chain = multiply_add(chain, v, (s16v)pair);
+            } else {
+              chain += v * x[(k + i) * R + r];
+            }
+          }
+        });
+      }
+      const f32v scale = parameter(weight.scale, weight.super_scale);
+      for (int r = 0; r < R; r++) {
+        total[r] += to_float(std::accumulate(sums[r], sums[r] + kChains, Sums{})) * scale;
+      }
+      if constexpr (kIntegers) {
+        if (weight.offset && (kPlain || !weight.zero_points)) {
+          const f32v offset = parameter(weight.offset, weight.super_offset);
+          for (int r = 0; r < R; r++) total[r] += offset * float(x_sums[r]);
+        }
+        x_sums += R;
+      }
     }
   }
 }
 
-Tensor linear_int4(const Tensor& x, const Tensor& words, const Tensor& scale,
-                   std::optional<Tensor> offset) {
-  const int64_t K = x.size(-1), M = x.numel() / K;
-  const int64_t N = kBlockFeatures * words.size(0), G = scale.size(1);
-  STD_TORCH_CHECK(words.size(1) * 8 == K && K % (8 * G) == 0 && K / G <= 256,
-                  "words [N / 16, K / 8, 16], scale [N / 16, G, 16], groups of up to 256");
-  FixedPoint fixed(x);
-  Activations<2> pairs(fixed.values.data(), M, K);
-  const int64_t size = K / G;
-  // Nibbles are the weights plus 8, a zero point that is subtracted through the sums of x.
-  std::vector<int32_t> x_sums(M * G);
+// Sums fixed-point activations over the runs of groups, in the order of `multiply_groups`.
+std::vector<int32_t> sum_runs(const FixedPoint& x, int64_t M, const GroupedWeight& weight) {
+  const int64_t K = weight.K, size = weight.size(), runs = weight.runs(), all = weight.G * runs;
+  std::vector<int32_t> sums(M * all);
   for_rows(M, [&](auto R, int64_t first) {
     for (int64_t r = 0; r < R; r++) {
-      for (int64_t g = 0; g < G; g++) {
-        const int16_t* group = &fixed.values[(first + r) * K + g * size];
-        x_sums[first * G + g * R + r] = std::accumulate(group, group + size, int32_t(0));
+      for (int64_t i = 0; i < all; i++) {
+        const int64_t begin = i / runs * size + i % runs * kExactGroup;
+        const int64_t length = std::min(kExactGroup, size - i % runs * kExactGroup);
+        const int16_t* run = &x.values[(first + r) * K + begin];
+        sums[first * all + i * R + r] = std::accumulate(run, run + length, int32_t(0));
       }
     }
   });
-  const Int4Weight weight{static_cast<const uint32_t*>(words.const_data_ptr()), bf16(scale),
-                          offset ? bf16(*offset) : nullptr, K, G};
-  auto features = [weight, G, words = words, scale = scale, offset = offset,
-                   pairs = std::move(pairs), x_sums = std::move(x_sums),
-                   of_row = std::move(fixed.scale)]<int R>(int64_t n, int64_t m, f32v(&y)[R]) {
-    multiply_int4(weight, n, pairs.from(m), &x_sums[m * G], y);
+  return sums;
+}
+
+template <class Values, bool kPlain>
+void multiply_integers(const Tensor& x, const uint16_t* rows, int64_t M, GroupedWeight weight,
+                       Output out) {
+  FixedPoint fixed(rows, M, weight.K);
+  Activations<int16_t, Values::kRun> pairs(fixed.values.data(), M, weight.K);
+  // Nibbles are values plus 8, a zero point that is subtracted through the sums of x.
+  std::vector<int32_t> x_sums = sum_runs(fixed, M, weight);
+  const int64_t runs = weight.G * weight.runs();
+  by_features(x, out, [=, weight = std::move(weight), pairs = std::move(pairs),
+                       x_sums = std::move(x_sums), of_row = std::move(fixed.scale)]<int R>(
+                          int64_t n, int64_t m, f32v(&y)[R]) {
+    multiply_groups<Values, kPlain>(weight, n, pairs.from(m), &x_sums[m * runs], y);
     for (int r = 0; r < R; r++) y[r] *= of_row[m + r];
-  };
-  return by_features(x, N, std::move(features));
+  });
+}
+
+void multiply_indices(const Tensor& x, const uint16_t* rows, int64_t M, GroupedWeight weight,
+                      Output out) {
+  Buffer<float> wide(M * weight.K);
+  for_vectors(M * weight.K, [&](int64_t i, auto... rest) {
+    put(&wide[i], get(rows + i, rest...), rest...);
+  });
+  Activations<float, Indices::kRun> activations(wide.data(), M, weight.K);
+  by_features(x, out, [weight = std::move(weight), activations = std::move(activations)]<int R>(
+                          int64_t n, int64_t m, f32v(&y)[R]) {
+    multiply_groups<Indices, false>(weight, n, activations.from(m), nullptr, y);
+  });
+}
+
+void multiply_grouped(const Tensor& x, GroupedWeight weight, Output out) {
+  const int64_t K = x.size(-1), M = x.numel() / K;
+  const uint16_t* rows = bf16(x);
+  std::vector<uint16_t> permuted;
+  if (const auto* from = static_cast<const int32_t*>(weight.permutation)) {
+    permuted.resize(M * K);
+    for (int64_t m = 0; m < M; m++) {
+      for (int64_t k = 0; k < K; k++) permuted[m * K + k] = rows[m * K + from[k]];
+    }
+    rows = permuted.data();
+  }
+  if (weight.table) {
+    multiply_indices(x, rows, M, std::move(weight), out);
+  } else if (weight.type == ScalarType::Char) {
+    multiply_integers<Bytes, false>(x, rows, M, std::move(weight), out);
+  } else if (weight.is_plain()) {
+    multiply_integers<Nibbles, true>(x, rows, M, std::move(weight), out);
+  } else {
+    multiply_integers<Nibbles, false>(x, rows, M, std::move(weight), out);
+  }
+}
+
+// ------------------------------------------------------------------------------- any packed weight
+
+// A weight is bfloat16 [N, K]; int8 [N, K] and float32 [N]; or the tensors of a `GroupedWeight`.
+bool is_of_rows(const Tensor& values) { return values.dim() == 2; }
+
+// Several weights, one after the other, are the weight of features that follow each other.
+bool begins_weight(const Tensor& t) {
+  const int64_t dims = t.dim();
+  if (dims != 3) return dims != 1;
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Int || type == ScalarType::UInt32;
+}
+
+int64_t n_features(const Tensor& values) {
+  return values.size(0) * (is_of_rows(values) ? 1 : kBlockFeatures);
+}
+
+void multiply(const Tensor& x, const Tensor* weight, size_t count, Output out) {
+  if (!is_of_rows(*weight)) {
+    multiply_grouped(x, GroupedWeight(weight, count, x.size(-1)), out);
+  } else if (count == 1) {
+    multiply_bf16(x, weight[0], out);
+  } else {
+    multiply_int8(x, weight[0], weight[1], out);
+  }
+}
+
+Tensor linear(const Tensor& x, const std::vector<Tensor>& weight,
+              const std::optional<Tensor>& bias) {
+  int64_t N = 0;
+  for (const Tensor& t : weight) N += begins_weight(t) ? n_features(t) : 0;
+  const int64_t M = x.numel() / x.size(-1);
+  Tensor y = new_output(x, {M, N});
+  uint16_t* data = mutable_bf16(y);
+  int64_t at = 0;
+  for (size_t first = 0, next; first < weight.size(); first = next) {
+    for (next = first + 1; next < weight.size() && !begins_weight(weight[next]);) next++;
+    const int64_t features = n_features(weight[first]);
+    multiply(x, &weight[first], next - first, {data + at, features, N});
+    at += features;
+  }
+  if (bias) {
+    for (int64_t m = 0; m < M; m++) {
+      uint16_t* row = data + m * N;
+      for_vectors(N, [&](int64_t n, auto... rest) {
+        put(row + n, get(row + n, rest...) + get(bf16(*bias) + n, rest...), rest...);
+      });
+    }
+  }
+  return y;
+}
+
+Tensor linear_packed(const Tensor& x, std::vector<Tensor> weight) {
+  return linear(x, weight, std::nullopt);
 }
 
 // ------------------------------------------------------------------------------------ attention
@@ -816,28 +1098,6 @@ Tensor swiglu(const Tensor& gate_up) {
 // A decode step of a small model is hundreds of operators of microseconds, whose calls take as long
 // as their work. These two operators are the parts of `models.decoder.Block` between all-reduces.
 
-// A packed weight, which is bfloat16 [weight], int8 [values, scale], int4 [words, scale] or
-// [words, scale, offset], and a bias [N] or none.
-Tensor linear(const Tensor& x, const std::vector<Tensor>& weight,
-              const std::optional<Tensor>& bias) {
-  const Tensor& first = weight.at(0);
-  Tensor y = first.scalar_type() == ScalarType::BFloat16 ? linear_bf16(x, first)
-             : first.scalar_type() == ScalarType::Char
-                 ? linear_int8(x, first, weight.at(1))
-                 : linear_int4(x, first, weight.at(1),
-                               weight.size() > 2 ? std::optional(weight[2]) : std::nullopt);
-  if (bias) {
-    const int64_t N = y.size(1);
-    for (int64_t m = 0; m < y.size(0); m++) {
-      uint16_t* row = mutable_bf16(y) + m * N;
-      for_vectors(N, [&](int64_t n, auto... rest) {
-        put(row + n, get(row + n, rest...) + get(bf16(*bias) + n, rest...), rest...);
-      });
-    }
-  }
-  return y;
-}
-
 // The attention part of a block: norm of x [B, T, D], qkv projection, head norms, rope, storing
 // keys and values in the caches [S, J, C, E] at seats int64 [B] and positions int64 [B, T],
 // attention, and the output projection. Returns [B * T, D].
@@ -899,9 +1159,7 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   m.def("swiglu(Tensor gate_up) -> Tensor");
-  m.def("linear_bf16(Tensor x, Tensor weight) -> Tensor");
-  m.def("linear_int8(Tensor x, Tensor values, Tensor scale) -> Tensor");
-  m.def("linear_int4(Tensor x, Tensor words, Tensor scale, Tensor? offset) -> Tensor");
+  m.def("linear(Tensor x, Tensor[] weight) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seats, "
         "Tensor positions, int window, float scale) -> Tensor");
   m.def("attention_half(Tensor x, Tensor norm, float eps, Tensor[] qkv, Tensor? qkv_bias, "
@@ -914,9 +1172,7 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
-  m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
-  m.impl("linear_int8", TORCH_BOX(&linear_int8));
-  m.impl("linear_int4", TORCH_BOX(&linear_int4));
+  m.impl("linear", TORCH_BOX(&linear_packed));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rope", TORCH_BOX(&rope));
