@@ -129,7 +129,7 @@ recipe.write_text(
 )
 (record,) = run_sweep(load_recipe(recipe), folder / "out")
 assert record.decode_tok_s is not None, record.reason
-assert (record.cell, record.baseline) == ("example/none", "example")
+assert (record.cell, record.baseline) == ("example", "example")
 """
 
 

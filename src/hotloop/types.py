@@ -93,7 +93,7 @@ def draft_name(draft: str, quant: str, n_tokens: int, policy: str) -> str:
     if draft == "none":
         return "none"
     name = Path(draft).name
-    if quant != "none":
+    if quant != "auto":
         name += f":{quant}"
     return f"{name}-{n_tokens}{'-always' if policy == 'always' else ''}"
 
@@ -159,10 +159,10 @@ class EngineConfig:
             help="Weight quantization: auto keeps what the file has; none, int8, fp8, int4-gN "
             "(N 32, 64 or 128), or int4-gN-asym.",
             group="Model",
-            sweep="none,int8,int4-g64",
+            sweep="auto,int8,int4-g64",
             names="scheme",
         ),
-    ] = "none"
+    ] = "auto"
     head: Annotated[
         str,
         Lever(
@@ -214,7 +214,7 @@ class EngineConfig:
             names="scheme",
             used=_has_draft_model,
         ),
-    ] = "none"
+    ] = "auto"
     draft_tokens: Annotated[
         int,
         Range(1, MAX_DRAFT_TOKENS),

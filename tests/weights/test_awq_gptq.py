@@ -1,5 +1,7 @@
 """Checkpoints of AWQ and GPTQ keep their integers, zero points and scales."""
 
+import json
+
 import pytest
 import torch
 from stored_models import (
@@ -17,11 +19,14 @@ from stored_models import (
 )
 from thread_group import ThreadRanks
 from torch import Tensor
-from whole_models import load
+from whole_models import assert_same_weights, load
 
 from hotloop import LLM
+from hotloop.errors import HotloopError
 from hotloop.quant.encodings.awq import _rows
 from hotloop.quant.encodings.bits import unpack
+from hotloop.weights.identity import hash_checkpoint
+from hotloop.weights.quantize import quantize_checkpoint
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "GEMM"}
@@ -262,6 +267,23 @@ def test_surplus_tensors_that_hold_nothing_are_accepted(tmp_path):
     quantized, dense = write_stored(tmp_path, awq(32), AWQ, extra=extra)
     (quantized / "consolidated.safetensors").write_bytes(b"the same weights once more")
     assert_same_model(quantized, dense)
+
+
+def test_a_copy_of_a_quantized_checkpoint_is_hotloops_own(tmp_path):
+    quantized, _ = write_stored(tmp_path, awq(32), AWQ)
+    copy = quantize_checkpoint(quantized, tmp_path / "copy", quant="int8")
+    assert "quantization_config" not in json.loads((copy / "config.json").read_text())
+    assert_same_weights(load(copy), load(quantized, quant="int8"))
+    with pytest.raises(HotloopError, match="'auto' keeps what the source stores"):
+        quantize_checkpoint(quantized, tmp_path / "other", quant="auto")
+
+
+def test_the_files_that_describe_a_checkpoint_are_part_of_its_content(tmp_path):
+    said = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    quantized, _ = write_stored(tmp_path, awq(32), said, file="quant_config.json")
+    before = hash_checkpoint(quantized)
+    (quantized / "quant_config.json").write_text("{}")
+    assert hash_checkpoint(quantized) != before
 
 
 @pytest.mark.parametrize("quant", ["int8", "none"])

@@ -433,7 +433,7 @@ def _settle_schemes(
     scheme = parse_scheme(config.quant)
     head_scheme = parse_head_scheme(config.head, scheme)
     if copy is not None and config.weights == "checkpoint":
-        same = scheme.name in ("auto", "none", copy.scheme) and config.head in ("auto", copy.head)
+        same = scheme.name in ("auto", copy.scheme) and config.head in ("auto", copy.head)
         if not same:
             raise ConfigError(
                 f"{config.model} is already quantized as {copy.scheme} with head {copy.head}; "

@@ -152,7 +152,7 @@ def settle_schemes(config: EngineConfig, stored: StoredForm | None) -> EngineCon
     if copy is None:
         is_plain = stored is None or not stored.is_quantized
         return replace(config, quant="none") if is_plain and config.quant == "auto" else config
-    if config.quant not in ("auto", "none", copy.scheme) or config.head not in ("auto", copy.head):
+    if config.quant not in ("auto", copy.scheme) or config.head not in ("auto", copy.head):
         return config
     from hotloop.quant import parse_head_scheme, parse_scheme  # imports torch
 

@@ -35,6 +35,9 @@ from hotloop.outside import StrictModel, config_error, open_file, validated
 SINGLE_FILE = "model.safetensors"
 """All of a model's weights. Other safetensors beside it are other layouts of them."""
 
+DESCRIPTION_KEYS = ("quantization_config", "compression_config")
+"""Keys of ``config.json`` in which other tools describe what they quantized."""
+
 QUANTIZATION_FILES = ("quant_config.json", "quantize_config.json")
 """Files beside ``config.json`` in which AutoAWQ and AutoGPTQ described what they had made."""
 

@@ -19,6 +19,7 @@ from hotloop.text.generation_config import generation_defaults, write_generation
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.weights.checkpoint import open_checkpoint, read_model
 from hotloop.weights.identity import (
+    DESCRIPTION_KEYS,
     QUANTIZATION_KEY,
     Quantization,
     SourceModel,
@@ -61,6 +62,8 @@ def quantize_checkpoint(
     refuse_occupied(dst)
     scheme = parse_scheme(quant)
     head_scheme = parse_head_scheme(head, scheme)
+    if "auto" in (scheme.name, head_scheme.name):
+        raise ConfigError("'auto' keeps what the source stores: give a scheme.")
     if scheme.name == head_scheme.name == "none":
         raise ConfigError("quant 'none' with head 'none' quantizes nothing: give a scheme.")
     checkpoint = open_checkpoint(src)
@@ -93,7 +96,8 @@ def quantize_checkpoint(
                 head=head_scheme.name,
                 source=SourceModel(name=source_name or str(src), sha256=hash_checkpoint(src)),
             )
-            config = checkpoint.config | {
+            kept = checkpoint.config.keys() - DESCRIPTION_KEYS  # of how the source was quantized
+            config = {key: checkpoint.config[key] for key in checkpoint.config if key in kept} | {
                 "tie_word_embeddings": model.tie_embeddings,
                 QUANTIZATION_KEY: description.model_dump(),
             }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
 from hotloop.outside import config_error, parse_json, read_json
-from hotloop.weights.identity import QUANTIZATION_FILES, SINGLE_FILE
+from hotloop.weights.identity import DESCRIPTION_KEYS, QUANTIZATION_FILES, SINGLE_FILE
 from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -140,7 +140,7 @@ def _quantization_config(
     """Finds the description that a quantizer wrote: in ``config.json``, or in a file beside it."""
     text = config.get("text_config")
     for keys in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in DESCRIPTION_KEYS:
             if (found := keys.get(key)) is not None:
                 if not isinstance(found, dict):
                     raise config_error(
