@@ -1,5 +1,6 @@
 """Checkpoints of AWQ and GPTQ keep their integers, zero points and scales."""
 
+import dataclasses
 import json
 
 import pytest
@@ -22,9 +23,11 @@ from torch import Tensor
 from whole_models import assert_same_weights, load
 
 from hotloop import LLM
-from hotloop.errors import HotloopError
+from hotloop.engine.setup import prepare
+from hotloop.errors import HotloopError, UnsupportedError
 from hotloop.quant.encodings.awq import _rows
 from hotloop.quant.encodings.bits import unpack
+from hotloop.types import EngineConfig
 from hotloop.weights.identity import hash_checkpoint
 from hotloop.weights.quantize import quantize_checkpoint
 
@@ -146,6 +149,20 @@ def test_symmetric_zero_points_tell_the_version_whatever_the_label(bits, version
 def test_act_order_is_read_by_the_group_of_each_input_feature(group_size, tmp_path):
     said = GPTQ | {"group_size": group_size, "desc_act": True}
     assert_same_model(*write_stored(tmp_path, gptq(group_size, act_order=True), said))
+
+
+def test_act_order_is_refused_where_ranks_would_split_its_input_features(tmp_path):
+    quantized, _ = write_stored(tmp_path, gptq(16, act_order=True), GPTQ | {"group_size": 16})
+    for_one = EngineConfig(model=str(quantized), device="cpu")
+    assert prepare(for_one).config.quant == "auto"
+    with pytest.raises(UnsupportedError, match=r"o_proj has its input features .* \(act-order\)"):
+        prepare(dataclasses.replace(for_one, tensor_parallel=2))
+
+
+def test_input_features_in_their_own_order_are_not_permuted(tmp_path):
+    quantized, _ = write_stored(tmp_path, gptq(32), GPTQ | {"desc_act": True})
+    setup = prepare(EngineConfig(model=str(quantized), device="cpu", tensor_parallel=2))
+    assert not any(scheme.format(64).permuted for scheme in setup.schemes.values())
 
 
 def test_matrices_may_be_left_out_or_have_settings_of_their_own(tmp_path):

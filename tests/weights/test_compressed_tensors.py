@@ -1,5 +1,7 @@
 """Checkpoints of compressed-tensors keep what its own library wrote into them."""
 
+import json
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -24,9 +26,11 @@ from stored_models import (
     write_stored,
 )
 from torch import Tensor
+from whole_models import write_folder
 
 from hotloop.quant.encodings.bits import centred, unpack
 from hotloop.quant.encodings.compressed_tensors import fp4_table
+from hotloop.weights.checkpoint import open_checkpoint
 
 GROUPS_OF_32 = {"num_bits": 4, "strategy": "group", "group_size": 32}
 CHANNELS = {"num_bits": 8, "strategy": "channel"}
@@ -257,6 +261,25 @@ def test_tensors_that_contradict_each_other_are_refused_by_name(changed, problem
     message = refusal(quantized)
     assert problem in message
     assert "q_proj" in message
+
+
+def test_zero_points_that_are_missing_are_named(tmp_path):
+    format_, args = FORMATS["int4 in groups"]
+    scheme = scheme_of(format_, **args)
+    said = description(scheme, format_=format_)
+    said["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    message = refusal(write_stored(tmp_path, compressed(scheme), said)[0])
+    assert "has no .weight_zero_point beside it" in message
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_the_description_may_lie_in_text_config(key, tmp_path):
+    said = {"quant_method": "compressed-tensors"}
+    folder = write_folder(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | {"text_config": {key: said}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with closing(open_checkpoint(folder)) as checkpoint:
+        assert checkpoint.quantization_config == (f"{folder / 'config.json'}, {key}", said)
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     schemes = schemes_by_name(model, scheme, head_scheme, stored)
     model_notes += _requantization_notes(stored, schemes)
     _check_all_reduce(config, device)
+    _check_permutations(config, model, schemes)
     dtype = _resolve_dtype(config, device)
     n_positions = _resolve_context(config, model, dtype)
     shards = model.shards(
@@ -386,6 +387,23 @@ def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
         raise UnsupportedError(
             f"all_reduce {backend!r} is a GPU backend, and ranks on a CPU use gloo: leave it out."
         )
+
+
+def _check_permutations(
+    config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme]
+) -> None:
+    """Refuses to split the input features of a matrix over ranks if they are permuted."""
+    if config.tensor_parallel == 1:
+        return
+    for i, layer in enumerate(model.layers):
+        for matrix in layer.matrices:
+            for name in (names.layer(i, part.name) for part in matrix.parts):
+                if matrix.summed and schemes[name].format(matrix.k).permuted:
+                    raise UnsupportedError(
+                        f"{name} has its input features in an order of its own (act-order), in "
+                        f"which tensor_parallel {config.tensor_parallel} cannot split them; only "
+                        "1 works."
+                    )
 
 
 def _describe_model(

@@ -247,6 +247,10 @@ class _Scales:
     def _bits_of_zero_points(self, matrix: StoredMatrix, packed_bits: int | None) -> int | None:
         """Returns the bits of packed zero points; None where they are int8 as they are."""
         if ZERO not in matrix.tensors:
+            if matrix.claim.symmetric is False:
+                raise matrix.error(
+                    SCALE, f"has no {ZERO} beside it, though the configuration says asymmetric"
+                )
             return None
         entry, g = matrix.tensors[ZERO], self.groups.n
         if packed_bits and (entry.dtype, entry.shape) == (
