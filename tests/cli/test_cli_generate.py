@@ -51,7 +51,7 @@ def test_what_drafting_did_is_said_where_there_was_any(fake_llm, capsys, monkeyp
     out, err = capsys.readouterr()
     assert "decode 4.0 tok/s · 1.50 tokens/step, acceptance 50%\n" in err
     assert json.loads(out)["speculation"]["accepted"] == [1, 0]
-    assert json.loads(out)["cell"] == "none/eager/draft=ngram-2"
+    assert json.loads(out)["cell"] == "auto/eager/draft=ngram-2"
 
     monkeypatch.setattr(fake_llm, "speculation", Speculation(n_steps=3, n_off=3, n_tokens=3))
     assert main(["generate", "m", "p"]) == 0

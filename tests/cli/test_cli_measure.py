@@ -198,7 +198,7 @@ def test_the_matrix_of_a_quantized_copy_has_its_own_scheme_alone(sweeps, tmp_pat
     assert main(["sweep", "copy", "--out", str(tmp_path / "a")]) == 0
     assert main(["sweep", "copy", "--quant", "int8", "--out", str(tmp_path / "b")]) == 0
     schemes = [{c.quant for c in runner.expand(asked.recipe)} for asked in sweeps.asked]
-    assert schemes == [{"none"}, {"int8"}]
+    assert schemes == [{"auto"}, {"int8"}]
 
 
 def test_sweep_takes_a_recipe_and_its_name_for_the_folder(sweeps, tmp_path, monkeypatch):
@@ -375,7 +375,7 @@ def test_report_prints_every_format_and_names_damaged_lines_on_stderr(results, f
 def test_the_reference_layout_joins_folders(results, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
-    config = EngineConfig(model="n", tensor_parallel=4)
+    config = EngineConfig(model="n", quant="none", tensor_parallel=4)
     store.append(other / store.RECORDS, record(config, status="unsupported"))
     argv = ["report", str(results), str(other), "--layout", "reference"]
 

@@ -19,7 +19,7 @@ GPU = {"device": {"name": "A GPU", "kind": "cuda"}}
 CPU = {"device": {"name": "A Processor", "kind": "cpu"}}
 NOWHERE: dict = {}
 
-LEVERS = EngineConfig(model="big", weights="random", execution="eager").to_dict()
+LEVERS = EngineConfig(model="big", weights="random", quant="none", execution="eager").to_dict()
 del LEVERS["engine"]  # a record's own field of that name is its engine's description
 
 

@@ -49,7 +49,7 @@ def levers(config: EngineConfig) -> tuple:
 
 
 TABLE = [
-    (quant, execution, n, "none", "none")
+    (quant, execution, n, "none", "auto")
     for quant in ("int8", "int4-g128")
     for execution in ("eager", "compile")
     for n in (1, 2, 4)
@@ -75,13 +75,13 @@ def test_the_demo_is_the_same_levers_without_a_draft_model():
     recipe = load_recipe(RECIPES / "demo-full.yaml")
     assert [levers(config) for config in expand(recipe)] == [
         *(
-            (quant, execution, n, "none", "none")
+            (quant, execution, n, "none", "auto")
             for quant in ("int8", "int4-g64")
             for execution in ("eager", "compile")
             for n in (1, 2)
         ),
         *(
-            ("int4-g64", "compile", n, draft, "none")
+            ("int4-g64", "compile", n, draft, "auto")
             for n in (1, 2)
             for draft in ("ngram", "exit-10")
         ),
@@ -96,12 +96,12 @@ def by_levers(cells: list[PlannedCell]) -> dict[tuple, PlannedCell]:
 @pytest.mark.usefixtures("_one_small_gpu")
 def test_a_plan_says_what_fits_what_does_not_and_how_many_gpus_are_missing():
     cells = by_levers(plan(with_random_weights("llama-2-70b.yaml")))
-    too_big = cells["int8", "eager", 1, "none", "none"]
+    too_big = cells["int8", "eager", 1, "none", "auto"]
     assert too_big.fits is False
     assert too_big.predicted_bytes["weights_bytes"] == pytest.approx(64.5 * GIB, rel=0.01)
-    assert cells["int4-g128", "compile", 1, "none", "none"].fits is True
+    assert cells["int4-g128", "compile", 1, "none", "auto"].fits is True
     for n in (2, 4):
-        assert cells["int8", "eager", n, "none", "none"].unsupported == f"needs {n} GPUs, found 1"
+        assert cells["int8", "eager", n, "none", "auto"].unsupported == f"needs {n} GPUs, found 1"
 
 
 @pytest.mark.usefixtures("_one_small_gpu")

@@ -39,7 +39,7 @@ def test_a_plan_says_of_each_cell_whether_it_fits_or_why_it_cannot_be(monkeypatc
 def test_an_engine_without_a_prediction_is_planned_without_one(monkeypatch):
     monkeypatch.setitem(ENGINES, "hotloop", f"{__name__}:NOT_PREDICTED")
     (cell,) = plan(recipe_from_flags("m", matrix={}))
-    assert (cell.cell, cell.fits, cell.predicted_bytes) == ("none/auto", None, None)
+    assert (cell.cell, cell.fits, cell.predicted_bytes) == ("auto/auto", None, None)
 
 
 def test_cells_are_compared_by_one_look_at_the_free_memory(monkeypatch):

@@ -63,7 +63,7 @@ def test_defaults_hold_for_the_matrix_and_for_explicit_cells(tmp_path):
 
 def test_explicit_cells_alone_need_no_matrix(tmp_path):
     assert cell_names(expand(load(tmp_path, "model: m\ncells: [{quant: int8}]"))) == ["int8/auto"]
-    assert cell_names(expand(load(tmp_path, "model: m"))) == ["none/auto"]
+    assert cell_names(expand(load(tmp_path, "model: m"))) == ["auto/auto"]
 
 
 @pytest.mark.parametrize(
@@ -221,16 +221,16 @@ cells: [{draft: small, draft_quant: int8}, {quant: int8}]
 def test_a_draft_models_scheme_is_for_the_cells_that_have_a_draft_model(tmp_path):
     configs = expand(load(tmp_path, DRAFTED))
     assert [(c.draft, c.draft_quant, c.draft_tokens) for c in configs] == [
-        ("none", "none", 4),
-        ("ngram", "none", 2),
-        ("exit-2", "none", 2),
+        ("none", "auto", 4),
+        ("ngram", "auto", 2),
+        ("exit-2", "auto", 2),
         ("small", "int4-g128", 2),
         ("small", "int8", 2),
-        ("none", "none", 4),
+        ("none", "auto", 4),
     ]
     assert cell_names(configs)[3:5] == [
-        "none/auto/draft=small:int4-g128-2",
-        "none/auto/draft=small:int8-2",
+        "auto/auto/draft=small:int4-g128-2",
+        "auto/auto/draft=small:int8-2",
     ]
 
 
@@ -253,14 +253,14 @@ def test_a_choice_of_all_reduce_is_for_the_cells_of_several_ranks(tmp_path):
     configs = expand(
         load(tmp_path, "model: m\ndefaults: {all_reduce: nccl}\nmatrix: {tensor_parallel: [1, 2]}")
     )
-    assert [c.name for c in configs] == ["none/auto", "none/auto/tp2/nccl"]
+    assert [c.name for c in configs] == ["auto/auto", "auto/auto/tp2/nccl"]
 
 
 def test_draft_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
     recipe = load(tmp_path, "model: m\nmatrix: {draft: [a/small, b/small]}")
     assert cell_names(expand(recipe)) == [
-        "none/auto/draft=small-4/draft=a/small",
-        "none/auto/draft=small-4/draft=b/small",
+        "auto/auto/draft=small-4/draft=a/small",
+        "auto/auto/draft=small-4/draft=b/small",
     ]
 
 
@@ -303,7 +303,7 @@ def test_the_hash_is_of_what_a_recipe_says_and_not_of_how(tmp_path):
 def test_cells_of_one_name_are_told_apart_by_what_varies():
     configs = [EngineConfig(model="m", prefill_chunk=n) for n in (64, 128)]
     assert cell_names([*configs, EngineConfig(model="m", quant="int8")]) == [
-        "none/auto/prefill_chunk=64",
-        "none/auto/prefill_chunk=128",
+        "auto/auto/prefill_chunk=64",
+        "auto/auto/prefill_chunk=128",
         "int8/auto",
     ]

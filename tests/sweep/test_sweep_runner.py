@@ -59,7 +59,7 @@ def sweep(results: Path, *ends: End, **options) -> list[Record]:
 def test_a_cell_becomes_a_complete_record(tmp_path):
     events = []
     (record,) = sweep(tmp_path, End.OK, on_event=events.append)
-    assert (record.cell, record.status, record.attempt) == ("none/eager", "ok", 1)
+    assert (record.cell, record.status, record.attempt) == ("auto/eager", "ok", 1)
     assert record.reason is None
     assert record.decode_tok_s.mean == pytest.approx(100)
     assert record.decode_tok_s.n == 5
@@ -72,7 +72,7 @@ def test_a_cell_becomes_a_complete_record(tmp_path):
     assert record.provenance["recipe"]["sha256"] == recipe(End.OK).sha256
     assert read_file(tmp_path / "records.jsonl") == ([record], [])
 
-    assert events[0] == CellStarted("none/auto", 1, 1)
+    assert events[0] == CellStarted("auto/auto", 1, 1)
     phases = [(e.phase, e.done, e.total) for e in events if isinstance(e, CellPhase)]
     assert phases[:3] == [("predict", 0, 0), ("load", 0, 0), ("speed", 0, 0)]
     assert phases[3:] == [("speed", done, 5) for done in range(1, 6)]

@@ -33,7 +33,7 @@ from hotloop.errors import (
 )
 from hotloop.gguf_header import model_parts
 from hotloop.models.shapes import SHAPES
-from hotloop.weights.identity import SINGLE_FILE, hash_file
+from hotloop.weights.identity import QUANTIZATION_FILES, SINGLE_FILE, hash_file
 
 OnMessage = Callable[[str], None]
 """Called with each message about a pull."""
@@ -95,6 +95,7 @@ _WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
+    *QUANTIZATION_FILES,
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
