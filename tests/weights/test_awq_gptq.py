@@ -124,6 +124,14 @@ def test_the_description_of_old_awq_files_lies_beside_the_configuration(tmp_path
     assert_same_model(*write_stored(tmp_path, awq(32), said, file="quant_config.json"))
 
 
+def test_the_files_of_old_autogptq_have_names_of_their_own(tmp_path):
+    said = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": False}
+    said |= {"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "x"}
+    quantized, dense = write_stored(tmp_path, gptq(32), said, file="quantize_config.json")
+    (quantized / "model.safetensors").rename(quantized / "gptq_model-4bit-32g.safetensors")
+    assert_same_model(quantized, dense)
+
+
 def test_the_description_may_be_missing_where_tensors_say_it_all(tmp_path):
     assert_same_model(*write_stored(tmp_path, awq(32), None))
 

@@ -229,8 +229,8 @@ class CheckpointSource:
         if dtype is None and info.dtype in _NO_WEIGHTS:
             raise CheckpointError(
                 info.file,
-                f"holds {info.dtype}: weights are F32, F16 or BF16 unless the checkpoint's "
-                "configuration names an encoding that hotloop reads",
+                f"holds {info.dtype}: weights are F32, F16 or BF16, or in an encoding that hotloop "
+                "reads",
                 tensor=name,
             )
         if info.shape != shape or dtype not in (None, info.dtype):
@@ -238,13 +238,7 @@ class CheckpointSource:
         self.used.add(name)
         return info
 
-    def _read(
-        self,
-        info: TensorInfo,
-        rows: range,
-        columns: range | None,
-        margin: float,
-    ) -> Tensor:
+    def _read(self, info: TensorInfo, rows: range, columns: range | None, margin: float) -> Tensor:
         columns = range(info.shape[1]) if columns is None else columns
         index = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
         tensor = self.checkpoint.read(info.name, index)
@@ -277,8 +271,8 @@ class CheckpointSource:
     ) -> Callable[[range], tuple[QTensor, int]]:
         """Returns a function that decodes some of ``rows``.
 
-        It returns them with all ``columns``, and with those around them that can only be read
-        together; and the first of these.
+        It returns them with all ``columns`` and those that can only be read together with them, and
+        the first of these columns.
         """
         n, k = matrix.shape
         row_unit, column_unit = matrix.units
@@ -294,36 +288,26 @@ class CheckpointSource:
                 read[name] = tensor.to(self.device)
             return read
 
-        def decode(rows: range, parts: Mapping[str, Tensor]) -> QTensor:
-            weight = matrix.layout.decode(parts, (len(rows), len(wide)))
+        # Where rows of the matrix are not rows of the file, it is read once, packed as it is.
+        held = _whole_units(rows, row_unit, n)
+        parts = read(held) if matrix.is_gathered else None
+
+        def decoded(piece: range) -> tuple[QTensor, int]:
+            tall = _whole_units(piece, row_unit, n)
+            if parts is None:
+                slices = read(tall)
+            else:
+                inner = range(tall.start - held.start, tall.stop - held.start)
+                slices = {
+                    name: parts[name][part.index(inner, range(len(wide)))]
+                    for name, part in matrix.layout.parts.items()
+                }
+            weight = matrix.layout.decode(slices, (len(tall), len(wide)))
             for scales in weight.tensors[1:]:
                 check_finite(scales, matrix.info, dtype=self.dtype)
-            return weight
-
-        if not matrix.is_gathered:
-
-            def decode_read(piece: range) -> tuple[QTensor, int]:
-                tall = _whole_units(piece, row_unit, n)
-                weight = decode(tall, read(tall))
-                return weight.rows(piece.start - tall.start, piece.stop - tall.start), wide.start
-
-            return decode_read
-
-        # Rows of the matrix are not rows of the file: read once, packed as they are.
-        held, whole = _whole_units(rows, row_unit, n), range(len(wide))
-        parts = read(held)
-
-        def decode_held(piece: range) -> tuple[QTensor, int]:
-            tall = _whole_units(piece, row_unit, n)
-            inner = range(tall.start - held.start, tall.stop - held.start)
-            cut = {
-                name: parts[name][part.index(inner, whole)]
-                for name, part in matrix.layout.parts.items()
-            }
-            weight = decode(tall, cut)
             return weight.rows(piece.start - tall.start, piece.stop - tall.start), wide.start
 
-        return decode_held
+        return decoded
 
 
 def _whole_units(features: range, unit: int, n: int) -> range:
