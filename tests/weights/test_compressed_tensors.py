@@ -290,7 +290,7 @@ def test_the_description_may_lie_in_text_config(key, tmp_path):
         ({"sparsity_config": {"format": "sparse-bitmask"}}, "sparsity_config"),
         ({"transform_config": {"config_groups": {}}}, "transform_config"),
         ({"ignore": ["re:.*q_proj"]}, "says that it is not quantized"),
-        ({"quantization_status": "frozen"}, "quantization_status"),
+        ({"quantization_status": "calibration"}, "quantization_status"),
     ],
 )
 def test_a_description_that_is_not_so_is_refused(said, problem, tmp_path):

@@ -90,6 +90,20 @@ def test_one_scale_may_serve_a_whole_matrix(name, shape, tmp_path):
     assert_same_model(*write_stored(tmp_path, encode, PER_TENSOR, extra=surplus))
 
 
+@pytest.mark.parametrize("zero", [0.0, 1.0])
+def test_zero_points_of_fp8_are_zero(zero, tmp_path):
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if made := one_scale((1,), "weight_scale")(name, weight):
+            made[0][".weight_zero_point"] = torch.full((1,), zero).to(torch.float8_e4m3fn)
+        return made
+
+    quantized, dense = write_stored(tmp_path, encode, PER_TENSOR)
+    if zero:
+        assert "q_proj.weight_zero_point': holds zero points" in refusal(quantized)
+    else:
+        assert_same_model(quantized, dense)
+
+
 @pytest.mark.parametrize(
     ("said", "problem"),
     [
@@ -187,6 +201,11 @@ ROUND |= {"sym": False, "autoround_version": "0.9.0", "iters": 200, "block_name_
 def test_auto_round_is_read_in_the_packing_that_it_names(packing, tmp_path):
     encode = awq(32) if packing.endswith("awq") else gptq(32)
     assert_same_model(*write_stored(tmp_path, encode, ROUND | {"packing_format": packing}))
+
+
+def test_auto_round_may_name_the_tool_whose_packing_it_uses(tmp_path):
+    said = ROUND | {"quant_method": "gptq", "desc_act": False, "damp_percent": 0.01}
+    assert_same_model(*write_stored(tmp_path, gptq(32), said))
 
 
 def test_auto_round_may_leave_matrices_out_or_give_them_other_bits(tmp_path):

@@ -105,7 +105,47 @@ class _Description(StrictModel):
         raise NotImplementedError
 
 
-class _Awq(_Description):
+class _MadeByAutoRound(_Description):
+    """What AutoRound says of how it worked, in its own descriptions and those of other formats."""
+
+    act_bits: _Anything = None
+    act_data_type: _Anything = None
+    act_dynamic: _Anything = None
+    act_group_size: _Anything = None
+    act_sym: _Anything = None
+    amp: _Anything = None
+    autoround_version: _Anything = None
+    backend: _Anything = None
+    batch_size: _Anything = None
+    block_name_to_quantize: _Anything = None
+    data_type: str = "int"
+    dataset: _Anything = None
+    dynamic_max_gap: _Anything = None
+    enable_alg_ext: _Anything = None
+    enable_minmax_tuning: _Anything = None
+    enable_norm_bias_tuning: Literal[False] = False
+    enable_quanted_input: _Anything = None
+    gradient_accumulate_steps: _Anything = None
+    iters: _Anything = None
+    low_gpu_mem_usage: _Anything = None
+    lr: _Anything = None
+    lr_scheduler: _Anything = None
+    minmax_lr: _Anything = None
+    model_name: _Anything = None
+    not_use_best_mse: _Anything = None
+    nsamples: _Anything = None
+    quant_block_list: _Anything = None
+    sampler: _Anything = None
+    scale_dtype: _Anything = None
+    seed: _Anything = None
+    seqlen: _Anything = None
+    super_bits: None = None
+    super_group_size: None = None
+    to_quant_block_names: _Anything = None
+    train_bs: _Anything = None
+
+
+class _Awq(_MadeByAutoRound):
     """AutoAWQ's description; ``w_bit`` and ``q_group_size`` are the keys of its first files."""
 
     bits: Bits | None = None
@@ -115,7 +155,6 @@ class _Awq(_Description):
     zero_point: bool | None = None
     version: str = "gemm"
     modules_to_not_convert: Texts = Field(default_factory=list)
-    backend: _Anything = None
     do_fuse: _Anything = None
     exllama_config: _Anything = None
     fuse_max_seq_len: _Anything = None
@@ -142,7 +181,7 @@ class _Override(StrictModel):
     damp_percent: _Anything = None
 
 
-class _Gptq(_Description):
+class _Gptq(_MadeByAutoRound):
     """The description of AutoGPTQ and GPTQModel."""
 
     bits: Bits
@@ -154,13 +193,9 @@ class _Gptq(_Description):
     lm_head: bool = False
     modules_in_block_to_quantize: list[Texts] = Field(default_factory=list)
     act_group_aware: _Anything = None
-    backend: _Anything = None
-    batch_size: _Anything = None
-    block_name_to_quantize: _Anything = None
     cache_block_outputs: _Anything = None
     damp_auto_increment: _Anything = None
     damp_percent: _Anything = None
-    dataset: _Anything = None
     desc_act: _Anything = None
     disable_exllama: _Anything = None
     exllama_config: _Anything = None
@@ -226,43 +261,14 @@ class _AutoRoundOverride(StrictModel):
     super_group_size: None = None
 
 
-class _AutoRound(_Description):
+class _AutoRound(_MadeByAutoRound):
     """AutoRound's description of matrices in the packing of another tool."""
 
     bits: Bits
     group_size: GroupSize | None = None
     sym: bool | None = None
     packing_format: str = "auto_round:auto_gptq"
-    data_type: str = "int"
     extra_config: dict[str, _AutoRoundOverride] = Field(default_factory=dict)
-    act_bits: _Anything = None
-    act_data_type: _Anything = None
-    act_dynamic: _Anything = None
-    act_group_size: _Anything = None
-    act_sym: _Anything = None
-    amp: _Anything = None
-    autoround_version: _Anything = None
-    backend: _Anything = None
-    batch_size: _Anything = None
-    block_name_to_quantize: _Anything = None
-    dataset: _Anything = None
-    enable_alg_ext: _Anything = None
-    enable_minmax_tuning: _Anything = None
-    enable_norm_bias_tuning: Literal[False] = False
-    enable_quanted_input: _Anything = None
-    gradient_accumulate_steps: _Anything = None
-    iters: _Anything = None
-    low_gpu_mem_usage: _Anything = None
-    lr: _Anything = None
-    minmax_lr: _Anything = None
-    model_name: _Anything = None
-    nsamples: _Anything = None
-    quant_block_list: _Anything = None
-    scale_dtype: _Anything = None
-    seqlen: _Anything = None
-    super_bits: None = None
-    super_group_size: None = None
-    to_quant_block_names: _Anything = None
 
     def claim(self, name: str) -> Claim:
         packing = self.packing_format.lower().removeprefix("auto_round:")
@@ -299,6 +305,7 @@ class _Fp8(_Description):
     activation_scheme: _Anything = None
     dequantize: _Anything = None
     expert_dtype: _Anything = None
+    kv_cache_scheme: _Anything = None
     scale_fmt: _Anything = None
 
     def claim(self, name: str) -> Claim:
@@ -384,7 +391,7 @@ class _CompressedTensors(_Description):
     transform_config: Annotated[dict[str, Any], Field(max_length=0)] = Field(default_factory=dict)
     global_compression_ratio: _Anything = None
     kv_cache_scheme: _Anything = None
-    quantization_status: Literal["compressed"] = "compressed"
+    quantization_status: Literal["frozen", "compressed"] = "compressed"
     version: _Anything = None
 
     def claim(self, name: str) -> Claim:

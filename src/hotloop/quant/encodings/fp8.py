@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.encodings import Groups, Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings.compressed_tensors import ZERO
 from hotloop.quant.qtensor import QTensor, expand_blocks
 
 WEIGHT = ".weight"
@@ -39,6 +40,8 @@ class Fp8:
         (n, k), stored = matrix.shape, matrix.tensors
         if WEIGHT not in stored or stored[WEIGHT].dtype != "F8_E4M3" or self.scale not in stored:
             return None
+        if ZERO in stored and bool(matrix.read(ZERO).float().any()):
+            raise matrix.error(ZERO, "holds zero points, which e4m3 weights do not have")
         entry = stored[self.scale]
         powers = entry.dtype in _POWERS
         scale_dtype = torch.float8_e8m0fnu if powers else matrix.scale_dtype(self.scale)
@@ -78,6 +81,7 @@ class Fp8:
             format=KernelFormat(kind="fp8", group_size=groups.even, scale_dtype=scale_dtype),
             k=k,
             bits=8,
+            surplus=frozenset({ZERO}),
         )
 
     def _blocks(self, matrix: StoredMatrix) -> tuple[int, Groups]:
