@@ -127,3 +127,21 @@ def test_a_real_model_gives_the_log_probabilities_of_transformers_over_512_token
     for name, parameter in twin.named_parameters():
         assert parameter.equal(state[name])
     assert_scores(llm, [ids], [twin_log_probs(twin, ids)])
+
+
+@pytest.mark.slow
+def test_blocks_as_they_are_stored_are_as_near_their_exact_worth_as_dequantized_ones(smollm2):
+    def log_probs(quant: str, dtype: str) -> Tensor:
+        with LLM(smollm2, quant=quant, dtype=dtype, device="cpu", max_seq_len=160) as llm:
+            ids = llm.encode("\n".join(topics.values())[:2_000])[:128]
+            (score,) = llm.score([ids], full=True)
+        assert score.log_probs is not None
+        return score.log_probs
+
+    exact = log_probs("none", "float32")
+    torch.testing.assert_close(log_probs("auto", "float32"), exact)
+    kl = {
+        quant: float((exact.exp() * (exact - log_probs(quant, "bfloat16"))).sum(-1).mean())
+        for quant in ("auto", "none")
+    }
+    assert kl["auto"] < 1.15 * kl["none"], "nothing is rounded a second time"
