@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from hotloop.errors import HotloopError, UnsupportedError
 from hotloop.quant.encodings.awq import _rows
 from hotloop.quant.encodings.bits import unpack
 from hotloop.types import EngineConfig
+from hotloop.weights.checkpoint import open_checkpoint, stored_form
 from hotloop.weights.identity import hash_checkpoint
 from hotloop.weights.quantize import quantize_checkpoint
 
@@ -108,8 +110,13 @@ def test_awq_is_worth_what_it_says(group_size, tmp_path):
     said = AWQ | {"group_size": group_size}
     quantized, dense = write_stored(tmp_path, awq(group_size), said)
     assert_same_model(quantized, dense)
-    with LLM(str(quantized), quant="auto", device="cpu", dtype="float32") as llm:
+    with LLM(str(quantized), device="cpu", dtype="float32") as llm:
         assert (llm.config.quant, llm.config.head) == ("auto", "auto")
+    with closing(open_checkpoint(quantized)) as checkpoint:
+        form = stored_form(checkpoint)
+    assert form.is_quantized
+    assert form.summary.startswith("awq (")
+    assert "I32 for 28" in form.summary
 
 
 def test_groups_need_not_divide_the_input_features(tmp_path):

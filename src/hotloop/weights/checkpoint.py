@@ -106,6 +106,8 @@ def stored_form(checkpoint: Checkpoint) -> StoredForm:
         ConfigError: Its description of that is damaged.
     """
     counts, sizes = Counter[str](), Counter[str]()
+    described = checkpoint.quantization_config
+    method = described[1].get("quant_method") if described else None
     for tensor in checkpoint.tensors.values():
         counts[tensor.dtype] += 1
         sizes[tensor.dtype] += tensor.n_bytes
@@ -115,6 +117,7 @@ def stored_form(checkpoint: Checkpoint) -> StoredForm:
             for dtype, n_bytes in sizes.most_common()
         ),
         quantization=read_quantization(checkpoint.config, checkpoint.config_file),
+        method=shorten(method, 40) if isinstance(method, str) else None,
     )
 
 

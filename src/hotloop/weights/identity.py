@@ -143,10 +143,12 @@ class StoredForm:
     Attributes:
         types: The types it stores, those with the most bytes first.
         quantization: What ``hotloop quantize`` said about it, if it was quantized by that.
+        method: The method of another tool that quantized it, such as ``awq``, where it says so.
     """
 
     types: tuple[StoredType, ...]
     quantization: Quantization | None
+    method: str | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -169,7 +171,7 @@ class StoredForm:
         ]
         text = "; ".join(said)
         if self.quantization is None:
-            return text
+            return f"{self.method} ({text})" if self.method else text
         how = f"{self.quantization.scheme}, head {self.quantization.head}"
         source = self.quantization.source
         return f"{how}{f', made from {source.name}' if source else ''} ({text})"
