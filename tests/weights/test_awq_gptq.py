@@ -208,17 +208,18 @@ def test_a_quantized_head_is_used(tmp_path):
     assert_same_model(*write_stored(tmp_path, gptq(32, lm_head=True), said, vocab_size=264))
 
 
-def test_several_ranks_hold_slices_of_what_is_stored(tmp_path):
+@pytest.mark.parametrize("quant", ["auto", "none", "int8"])
+def test_several_ranks_hold_slices_of_what_is_stored(quant, tmp_path):
     for i, (encode, said) in enumerate(
         ((awq(32), AWQ), (gptq(32, bits=8), GPTQ | {"bits": 8}), (gptq(-1), GPTQ))
     ):
         (folder := tmp_path / str(i)).mkdir()
         said = said | {"group_size": -1} if i == 2 else said
         quantized, _ = write_stored(folder, encode, said)
-        whole = load(quantized, quant="auto", dtype=torch.float32)
+        whole = load(quantized, quant=quant, dtype=torch.float32)
 
         def part(group, folder=quantized):
-            return load(folder, quant="auto", group=group, dtype=torch.float32)
+            return load(folder, quant=quant, group=group, dtype=torch.float32)
 
         for rank, shard in enumerate(ThreadRanks(2).run(part)):
             for ours, theirs in zip(shard.layers, whole.layers, strict=True):
