@@ -244,11 +244,15 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(fake_llm, tmp_path
     assert fake_llm.made[-1].asked[0].prompt == f"OWN|{file}"
 
 
-def test_kernels_passed_over_are_said_once_for_each_reason(fake_llm, capsys, monkeypatch):
+def test_notes_of_the_engine_are_printed_and_kernels_passed_over_once_for_each_reason(
+    fake_llm, capsys, monkeypatch
+):
     reason = "no C++ compiler found, so decoding is several times slower (install g++, or set CXX)"
-    notes = (f"int8/cpu not used: {reason}", "eager: because", f"attention/cpu not used: {reason}")
+    again = "15 matrices stored as awq are dequantized, and quantized again as int8."
+    notes = (f"int8/cpu not used: {reason}", again, f"attention/cpu not used: {reason}")
     monkeypatch.setattr(fake_llm, "notes", notes)
     assert main(["generate", "m", "p"]) == 0
     err = " ".join(capsys.readouterr().err.split())
     assert err.count("no C++ compiler") == 1
     assert f"int8/cpu, attention/cpu not used: {reason}" in err
+    assert again in err

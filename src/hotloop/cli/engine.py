@@ -27,13 +27,15 @@ def note_cache() -> None:
         note(text)
 
 
-def note_slower_kernels(notes: Sequence[str]) -> None:
-    """Notes which kernels are not used, and why: each reason once, with all of its kernels."""
+def note_engine(notes: Sequence[str]) -> None:
+    """Prints an engine's notes: a reason why kernels are not used once, with all of its kernels."""
     names: dict[str, list[str]] = {}
     for text in notes:
         name, not_used, reason = text.partition(" not used: ")
         if not_used:
             names.setdefault(reason, []).append(name)
+        else:
+            note(text)
     for reason, passed_over in names.items():
         note(f"{', '.join(passed_over)} not used: {reason}")
 
@@ -50,9 +52,7 @@ def loaded(config: EngineConfig) -> Generator[LLM]:
 
         llm = hotloop.LLM(config, progress=progress)
     try:
-        for text in llm.tokenizer.notes if llm.tokenizer else ():
-            note(text)
-        note_slower_kernels(llm.describe().notes)
+        note_engine(llm.describe().notes)
         yield llm
     finally:
         llm.close()

@@ -137,7 +137,9 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
             stored = stored_form(checkpoint)
             if config.weights == "checkpoint":
                 formats = _formats(setup, checkpoint)
-    if setup.config.quant not in schemes:
+    if stored is not None and stored.quantization is not None:
+        schemes = [setup.config.quant]  # a copy has its own scheme and can have no other
+    elif setup.config.quant not in schemes:
         schemes = [setup.config.quant, *schemes]
     under: list[dict[str, Any]] = []
     free: int | None = None
