@@ -105,7 +105,7 @@ class Lever:
     Command-line options, axes of a sweep's matrix, keys of recipes and help pages are made from it.
 
     Attributes:
-        help: What it sets, in a sentence or two.
+        help: A sentence or two on its effect.
         group: The part of a help page that lists it; None where the command line has another
             option for it, or none.
         default: The default in words, where the field's own value does not say it.
@@ -521,7 +521,7 @@ class EngineDescription:
         weight_bytes_per_step: Bytes of weights one decode step reads on one rank: embedding rows
             that are not read do not count, a tied head does.
         kv_bytes_per_token: Bytes of cache one token of one sequence takes on one rank.
-        kernels: Which arithmetic each kind of layer uses, such as ``{"qkv_proj": "int8/torch"}``.
+        kernels: The kernel of each kind of layer, such as ``{"qkv_proj": "int8/torch"}``.
         notes: Why a faster path was not taken, and whatever else a reader of results must know.
         load_s: Seconds from start to weights in place.
         warmup_s: Seconds of compilation, capture and first runs after that.
@@ -563,7 +563,7 @@ class MemoryPlan:
         workspace_bytes: An upper estimate of what a forward pass needs besides: the activations of
             a prefill chunk, its logits when it is scored, and the largest matrix dequantized.
         device: The device that holds the model.
-        free_bytes: What that device has left.
+        free_bytes: Free bytes of that device.
     """
 
     weights_bytes: int

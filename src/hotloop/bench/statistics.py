@@ -39,7 +39,7 @@ def mean_figure(
 
 
 def positive_mean_figure(samples: Sequence[float]) -> Figure:
-    """Mean of independent samples of a skewed quantity above 0, with an interval of its logarithm.
+    """Computes the mean of a skewed quantity above 0, with the interval of its logarithm.
 
     The standard error of the logarithm is by the delta method: that of the mean, over the mean. A
     mean that rounding left at 0 or below has the interval of ``mean_figure``.
@@ -56,7 +56,7 @@ def positive_mean_figure(samples: Sequence[float]) -> Figure:
 
 
 def share_figure(shares: Sequence[float], trials: int) -> Figure:
-    """Share of successes in clusters of equal size, with Wilson's score interval.
+    """Computes the share of successes in clusters of equal size, with Wilson's score interval.
 
     Trials of a cluster are correlated. So the interval is that of fewer trials, by the design
     effect: the variance between clusters over that of independent trials (Kish 1965). Unlike a

@@ -51,7 +51,7 @@ class Quality:
         delta_ln_ppl: ln perplexity less the reference's, paired by window; above 0 is worse.
         kl_mean: KL(reference || model) per predicted token, in nats; its interval is that of the
             mean's logarithm.
-        kl_median: The median of that over all predicted tokens.
+        kl_median: The median of the KL divergence over all predicted tokens.
         kl_p90: Its 90 % quantile.
         kl_p95: Its 95 % quantile.
         kl_p99: Its 99 % quantile.

@@ -106,7 +106,7 @@ class _Description(StrictModel):
 
 
 class _MadeByAutoRound(_Description):
-    """What AutoRound says of how it worked, in its own descriptions and those of other formats."""
+    """The keys in which AutoRound records its options, in its own descriptions and in others."""
 
     act_bits: _Anything = None
     act_data_type: _Anything = None

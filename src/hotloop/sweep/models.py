@@ -25,7 +25,7 @@ class KnownModel:
 
     Attributes:
         name: The name or path that the user gave.
-        path: Where it is.
+        path: Its path.
     """
 
     name: str

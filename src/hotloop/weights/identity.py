@@ -66,7 +66,7 @@ class Quantization(StrictModel):
         version: Of this description.
         scheme: Of the projections.
         head: Of the output head.
-        source: What it was made from; None in copies that do not say.
+        source: The model it was made from; None in copies that do not say.
     """
 
     version: Annotated[int, Field(ge=1, le=QUANTIZATION_VERSION)] = QUANTIZATION_VERSION
@@ -80,7 +80,7 @@ def read_quantization(config: Mapping[str, Any], file: Path | str) -> Quantizati
 
     Args:
         config: The keys of ``config.json``.
-        file: Where they come from, for errors.
+        file: Their file, for errors.
 
     Raises:
         UnsupportedError: Written by a later version.
@@ -104,7 +104,7 @@ def hash_checkpoint(path: Path) -> str:
     Those are the weights and configuration of a folder, and all parts of a GGUF file in parts.
 
     Args:
-        path: What ``resolve_model`` gives.
+        path: The result of ``resolve_model``.
     """
     if path.is_dir():
         described = (path / name for name in ("config.json", *QUANTIZATION_FILES))
@@ -142,7 +142,7 @@ class StoredForm:
 
     Attributes:
         types: The types it stores, those with the most bytes first.
-        quantization: What ``hotloop quantize`` said about it, if it was quantized by that.
+        quantization: The description by ``hotloop quantize``, if that quantized it.
         method: The method of another tool that quantized it, such as ``awq``, where it says so.
     """
 
@@ -177,7 +177,7 @@ class StoredForm:
         return f"{how}{f', made from {source.name}' if source else ''} ({text})"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, for records and ``hotloop info --json``."""
+        """Returns the fields as JSON, for records and ``hotloop info --json``."""
         return {
             "summary": self.summary,
             "is_quantized": self.is_quantized,

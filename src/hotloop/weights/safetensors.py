@@ -100,7 +100,7 @@ class SafetensorsCheckpoint:
         *,
         encoded: bool = False,  # noqa: ARG002 (a tensor is what is stored)
     ) -> Tensor:
-        """One tensor, or a slice of it, in its stored type, in memory of its own.
+        """Reads a tensor, or a slice of it, in its stored type, into memory of its own.
 
         A slice of the first dimension reads its own bytes alone. Slices of later ones do so where
         rows are long; else they read the rows they cut, a chunk at a time, and keep the cut.
@@ -234,7 +234,7 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
 
 
 def _read_header(file: TensorFile, *, expected: set[str] | None, tied: bool) -> list[_Entry]:
-    """Every tensor of one file, in the order they lie, with types, shapes and places checked.
+    """Reads the tensors of one file, in order; checks types, shapes and places.
 
     Args:
         file: The file.
