@@ -93,7 +93,23 @@ def configurations() -> list[Case]:
     values["architectures"] = {"text": "Llama", "two": ["A", "B"], "number": 1, "object": {"a": 1}}
     values["hidden_act"] = {"number": 1, "list": ["silu"], "megabyte": "x" * 2**20}
     values["rope_scaling"] = {"text": "linear", "list": [1], "number": 2, "true": True}
-    values["quantization_config"] = {"object": {"quant_method": "x"}, "true": True}
+    gptq, groups = {"quant_method": "gptq", "bits": 4}, {"quant_method": "compressed-tensors"}
+    values["quantization_config"] = {
+        "true": True,
+        "list": [gptq],
+        "text": "gptq",
+        "empty": {},
+        "method": {"quant_method": "x"},
+        "method-list": {"quant_method": ["gptq"]},
+        "bits-text": gptq | {"bits": "4"},
+        "bits-huge": gptq | {"bits": 10**12},
+        "group-size": gptq | {"group_size": -2},
+        "dynamic": gptq | {"dynamic": [1]},
+        "unknown": gptq | {"surprise": {"deeply": ["nested"]}},
+        "groups": groups | {"config_groups": {"group_0": {"targets": "Linear"}}},
+        "sparse": groups | {"config_groups": {}, "sparsity_config": {"format": "sparse-bitmask"}},
+        "block": {"quant_method": "fp8", "weight_block_size": [128]},
+    }
 
     def case(key: str, label: str, value: Any) -> Case:
         said = "config.json" if value in (DIGITS, math.inf, -math.inf) or value != value else key

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
-from hotloop.quant.encodings.bits import centred, unpack
+from hotloop.quant.encodings.bits import as_bytes, centred
 from hotloop.quant.qtensor import QTensor
 
 QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
@@ -71,5 +71,9 @@ class Awq:
 
 def _rows(words: Tensor) -> Tensor:
     """Unpacks int32 [A, N / 8] to int8 [N, A] of -8…7."""
-    nibbles = unpack(words, 4).unflatten(-1, (-1, 8))[..., list(_ORDER)]
-    return centred(nibbles.flatten(1), 4).T.contiguous()
+    # Words are transposed while there are few elements, and their integers then written in place.
+    bytes_ = as_bytes(words.T).unflatten(1, (-1, 4))
+    rows = bytes_.new_empty(len(bytes_), 8, bytes_.shape[1])
+    for i, place in enumerate(_ORDER):
+        rows[:, i] = bytes_[:, :, place // 2] >> 4 * (place % 2) & 15
+    return centred(rows.flatten(0, 1), 4)

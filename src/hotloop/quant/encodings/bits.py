@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 
+def as_bytes(words: Tensor) -> Tensor:
+    """Returns the bytes of int32 [..., W] as uint8 [..., 4 * W], lowest first."""
+    # Unlike contiguous, clone gives a dimension of one element a stride of 1, too.
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Unpacks int32 [..., W] to uint8 [..., W * 32 / bits], lowest bits first."""
-    bytes_ = words.contiguous().view(torch.uint8)
+    bytes_ = as_bytes(words)
     if bits == 8:
         return bytes_
     return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(-2)

@@ -55,7 +55,7 @@ class PackQuantized:
             values = centred(unpack(parts[PACKED], bits)[:, : shape[1]], bits)
             order = parts[G_IDX].argsort(stable=True) if permuted else None
             return QTensor(
-                values=values.contiguous() if order is None else values[:, order],
+                values=values.contiguous() if order is None else values.index_select(1, order),
                 scale=scales.scale(parts, shape),
                 offset=scales.zero_points(parts, shape),
                 kind="int4" if bits == 4 else "int8",

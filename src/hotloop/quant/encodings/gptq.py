@@ -55,8 +55,7 @@ class Gptq:
         scale_dtype = matrix.scale_dtype(SCALES)
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
-            words = unpack(parts[QWEIGHT], bits).unflatten(-1, (shape[0], -1))
-            values = centred(words.transpose(0, 1).flatten(1), bits).contiguous()
+            values = centred(unpack(parts[QWEIGHT].T, bits), bits)
             order = parts[G_IDX].argsort(stable=True) if permuted else None
 
             def grouped(per_group: Tensor) -> Tensor:
@@ -64,7 +63,7 @@ class Gptq:
 
             zero = None if symmetric else grouped(_zero_points(parts[QZEROS], bits, version))
             return QTensor(
-                values=values if order is None else values[:, order],
+                values=values if order is None else values.index_select(1, order),
                 scale=grouped(parts[SCALES]),
                 offset=zero,
                 kind="int4" if bits == 4 else "int8",
