@@ -37,6 +37,7 @@ bench: $(VENV)/installed
 
 bench-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/$(GPU) --docs docs/performance.md
+	$(BIN)/python benchmarks/small_batches.py --out benchmarks/results/$(GPU)-small-batches --docs docs/performance.md
 
 bench-multi-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/multi_gpu.py --out benchmarks/results/multi-gpu --resume --docs docs/performance.md

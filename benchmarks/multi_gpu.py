@@ -197,9 +197,12 @@ def rehearsal(out: Path) -> Plan:
 
 
 def write_tiny(folder: Path) -> None:
-    """Writes a shape as a folder, whose weights are never read."""
+    """Writes a shape as a folder, of whose weights only the sizes are read."""
     import torch
     from safetensors.torch import save_file
+
+    from hotloop.models import names
+    from hotloop.models.families import read_config
 
     shape = {
         "architectures": ["LlamaForCausalLM"],
@@ -213,8 +216,11 @@ def write_tiny(folder: Path) -> None:
         "max_position_embeddings": 512,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(shape))
-    save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors")
+    config = folder / "config.json"
+    config.write_text(json.dumps(shape))
+    sizes = names.tensors(read_config(shape, config))
+    tensors = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in sizes.items()}
+    save_file(tensors, folder / "model.safetensors")
 
 
 def machine() -> dict[str, Any]:

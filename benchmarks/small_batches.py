@@ -1,0 +1,225 @@
+"""Measures what a small server sees: several sequences at once, and prompts of several lengths.
+
+    python benchmarks/small_batches.py --out benchmarks/results/h200-small-batches \
+        --docs docs/performance.md
+
+Two kinds of measurements, each of a shape and a scheme in a process of its own with a time limit:
+
+    sequences  decode tok/s in total of 1 to 64 sequences, 200 new tokens after 5
+    prompts    time to the first token after 512 to 32,768 tokens
+
+Random weights, greedy, `fused`, on one GPU and on two. Results of an earlier run under ``--out``
+remain in the tables. On an H200 the tables have vLLM's figures beside them (``VLLM``).
+``--rehearse`` runs everything with a tiny model on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import median, require_marks, run, table, write_between
+from multi_gpu import write_tiny
+
+from hotloop import LLM, SamplingParams
+from hotloop.hardware import provenance
+
+SHAPES = ("llama-3.1-8b", "llama-2-13b")
+SCHEMES = ("int4-g128", "none", "int8", "fp8")
+GPUS = (1, 2)
+SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
+PROMPTS = (512, 2048, 8192, 32_768)
+KINDS = ("sequences", "prompts")
+LIMIT_S = 200.0
+"""The time limit of a measurement: an engine of one kind, shape and scheme."""
+
+VLLM: dict[tuple[str, str, str, int], dict[int, float]] = {
+    ("sequences", "llama-3.1-8b", "int4-g128", 1): {
+        1: 307, 8: 2422, 16: 4560, 32: 7891, 64: 10714,
+    },
+    ("sequences", "llama-3.1-8b", "none", 1): {1: 210, 8: 1632, 32: 6168, 64: 11248},
+    ("sequences", "llama-2-13b", "int4-g128", 1): {1: 223, 8: 1613, 16: 2849, 32: 4387},
+    ("sequences", "llama-2-13b", "int4-g128", 2): {1: 276},
+    ("prompts", "llama-3.1-8b", "int4-g128", 1): {512: 27.0, 2048: 89, 8192: 354},
+    ("prompts", "llama-3.1-8b", "none", 1): {512: 26.3, 2048: 51, 8192: 221},
+    ("prompts", "llama-2-13b", "int4-g128", 1): {2048: 156},
+}  # fmt: skip
+"""Of vLLM 0.26.0 on H200s of one host, 2026-11-29, with CUDA graphs and FlashAttention 3, int4 as
+AWQ by Marlin: decode tok/s in total by sequences, and TTFT in ms by prompt tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One measurement.
+
+    Attributes:
+        kind: ``sequences`` or ``prompts``.
+        shape: Of the model, or a folder with one.
+        scheme: Of its weights.
+        gpus: Ranks.
+        sizes: Numbers of sequences, or of prompt tokens.
+        device: As in ``EngineConfig``.
+        execution: Likewise.
+        new_tokens: New tokens of each sequence.
+        repeats: Measurements of each size, after one that warms up.
+    """
+
+    kind: str
+    shape: str
+    scheme: str
+    gpus: int
+    sizes: tuple[int, ...]
+    device: str = "cuda"
+    execution: str = "fused"
+    new_tokens: int = 200
+    repeats: int = 5
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"{self.kind}-{Path(self.shape).name}-{self.scheme}-tp{self.gpus}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--docs", type=Path, help="a page with marks for the tables of this --out")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--gpus", nargs="+", type=int, help="instead of 1, and 2 where there are 2")
+    parser.add_argument("--sequences", nargs="+", type=int, default=list(SEQUENCES))
+    parser.add_argument("--prompts", nargs="+", type=int, default=list(PROMPTS))
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.job:
+        measure(Job(**json.loads(args.job)), args.out)
+        return
+    begin, end = (f"<!-- tables of {args.out.name}: {which} -->" for which in ("begin", "end"))
+    require_marks(parser, args.docs, begin, end)
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for job in rehearsal(args.out) if args.rehearse else jobs(args):
+        fields = json.dumps(dataclasses.asdict(job))
+        command = [sys.executable, __file__, "--out", str(args.out), "--job", fields]
+        if not run(command, LIMIT_S):
+            failed.append(job.name)
+    tables = make_tables(args.out)
+    print(tables)
+    if args.docs:
+        write_between(args.docs, begin, end, tables)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """Returns the measurements to run, those of one GPU first."""
+    gpus = args.gpus or [n for n in GPUS if n <= torch.cuda.device_count()]
+    sizes = {"sequences": tuple(args.sequences), "prompts": tuple(args.prompts)}
+    return [
+        Job(kind=kind, shape=shape, scheme=scheme, gpus=n, sizes=sizes[kind])
+        for n, kind, shape, scheme in itertools.product(gpus, args.kinds, args.shapes, args.schemes)
+    ]
+
+
+def rehearsal(out: Path) -> list[Job]:
+    """Returns small measurements of both kinds."""
+    model = out / "rehearsal-model"
+    write_tiny(model)
+    common: dict[str, Any] = {"shape": str(model), "scheme": "int4-g64", "gpus": 1}
+    common |= {"device": "cpu", "execution": "eager", "new_tokens": 4, "repeats": 2}
+    return [
+        Job(kind="sequences", sizes=(1, 3), **common), Job(kind="prompts", sizes=(5, 40), **common),
+    ]  # fmt: skip
+
+
+def measure(job: Job, out: Path) -> None:
+    """Runs a measurement, and writes a file of its samples after every size."""
+    of_sequences = job.kind == "sequences"
+    llm = LLM(
+        job.shape,
+        weights="random",
+        quant=job.scheme,
+        execution=job.execution,
+        device=job.device,
+        tensor_parallel=job.gpus,
+        max_batch_size=max(job.sizes) if of_sequences else 1,
+        max_seq_len=5 + job.new_tokens if of_sequences else max(job.sizes) + 8,
+    )
+    found: dict[str, Any] = {"job": dataclasses.asdict(job), "samples": {}}
+    found["provenance"] = provenance(torch.device(job.device))
+    for size in job.sizes:
+        samples = [sample(llm, job, size) for _ in range(1 + job.repeats)]
+        found["samples"][str(size)] = samples[1:]
+        (out / f"{job.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(job.name, size, f"{median(samples[1:]):.6g}", flush=True)
+    llm.close()
+
+
+def sample(llm: LLM, job: Job, size: int) -> float:
+    """Measures decode tok/s in total of so many sequences, or TTFT in ms of so many tokens."""
+    params = SamplingParams(max_new_tokens=job.new_tokens, ignore_eos=True)
+    if job.kind == "sequences":
+        prompts = [[1, 2, 3, 4, 5 + i] for i in range(size)]
+        return sum(one.timing.decode_tok_s for one in llm.generate(prompts, params))
+    ids = [2 + i % 500 for i in range(size)]
+    (answer,) = llm.generate([ids], dataclasses.replace(params, max_new_tokens=4))
+    return 1e3 * answer.timing.ttft_s
+
+
+# The tables.
+
+
+def make_tables(out: Path) -> str:
+    """Makes a table of each kind: medians, with vLLM's figures beside them on an H200."""
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    return "\n".join(
+        filter(None, (kind_table(kind, [f for f in found if f["job"]["kind"] == kind])
+                      for kind in KINDS))
+    )  # fmt: skip
+
+
+def kind_table(kind: str, found: Sequence[dict[str, Any]]) -> str:
+    """Makes the table of one kind: a row per shape, scheme, GPUs and engine."""
+    sizes = sorted({int(size) for one in found for size in one["samples"]})
+    words = "sequence" if kind == "sequences" else "token"
+    head = ("shape", "scheme", "GPUs", "engine")
+    head += tuple(f"{size:,} {words}{'s' if size > 1 else ''}" for size in sizes)
+    rows = []
+    for one in sorted(found, key=rank):
+        job = one["job"]
+        medians = {int(size): median(samples) for size, samples in one["samples"].items()}
+        of = (Path(job["shape"]).name, job["scheme"], str(job["gpus"]))
+        rows.append((*of, "hotloop", *cells(sizes, medians)))
+        vllm = VLLM.get((kind, job["shape"], job["scheme"], job["gpus"]), {})
+        if vllm and "H200" in str(one["provenance"]):
+            rows.append((*of, "vLLM", *cells(sizes, vllm)))
+    return table(head, rows, texts=4)
+
+
+def rank(found: dict[str, Any]) -> tuple[int, int, int, str]:
+    """Orders measurements: by GPUs, shape and scheme as listed above, then by name."""
+    job = found["job"]
+    shape, scheme = (
+        names.index(job[field]) if job[field] in names else len(names)
+        for names, field in ((SHAPES, "shape"), (SCHEMES, "scheme"))
+    )
+    return job["gpus"], shape, scheme, job["shape"]
+
+
+def cells(sizes: Iterable[int], figures: dict[int, float]) -> list[str]:
+    return [
+        "–" if (value := figures.get(size)) is None else f"{value:,.{0 if value >= 100 else 1}f}"
+        for size in sizes
+    ]
+
+
+if __name__ == "__main__":
+    main()
