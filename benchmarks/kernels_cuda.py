@@ -9,6 +9,7 @@ not stop the others. Each writes a JSON file under ``--out``.
     tune       the best tuning of each projection, one after the other, within a decode step
     stack      whole decode steps of a model with random weights in one CUDA graph, and parts
     linear     each projection alone, over weights that do not fit the caches
+    rows       9 to 64 rows: their bits, whole steps, and projections by every tuning
     attention  attention over short and long histories
     sample     sampling against PyTorch's kernels: equal tokens, and time
 
@@ -45,6 +46,7 @@ from cuda_cases import (
     make_weight,
     next_tokens_case,
     ngram_draft_case,
+    normal,
     sample_case,
 )
 from torch import Tensor
@@ -55,9 +57,10 @@ from hotloop.engine.sampling import Sampler
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
-from hotloop.kernels.cuda.launch import Device, Launch
+from hotloop.kernels.cuda.launch import Call, Device, Launch
 from hotloop.kernels.cuda.linear import (
     Epilogue,
+    GemmPlan,
     LinearPlan,
     NormEpilogue,
     Prefetch,
@@ -65,11 +68,21 @@ from hotloop.kernels.cuda.linear import (
     Tuning,
 )
 from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
-from hotloop.kernels.cuda.tuning import Projection, attention_tuning, linear_tuning, plan_prefetch
+from hotloop.kernels.cuda.tuning import (
+    Projection,
+    attention_tuning,
+    linear_tuning,
+    plan_prefetch,
+    plan_rows,
+    wide_cycles,
+)
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning
 from hotloop.models.shapes import shape
 from hotloop.types import SamplingParams
 
-SECTIONS = {"check": 80, "tune": 180, "stack": 55, "linear": 30, "attention": 20, "sample": 30}
+SECTIONS = {
+    "check": 80, "tune": 180, "stack": 55, "linear": 30, "rows": 120, "attention": 20, "sample": 30,
+}  # fmt: skip
 """Time limit of each section, in seconds."""
 
 CUDA = torch.device("cuda")
@@ -198,13 +211,16 @@ def check_section(section: Section) -> None:
 
 def check(section: Section, case: Case) -> None:
     """Checks a case, and that its bits are the same when it overlaps its predecessor."""
-    section.device.prepare(case.call, dependent=False)()
+    calls = [call for call in (case.staging, case.call) if call is not None]
+    for call in calls:
+        section.device.prepare(call, dependent=False)()
     torch.cuda.synchronize()
     case.check()
     first = [output.clone() for output in case.outputs]
-    dependent = section.device.prepare(case.call)
+    dependent = [section.device.prepare(call) for call in calls]
     for _ in range(3):
-        dependent()
+        for launch in dependent:
+            launch()
     torch.cuda.synchronize()
     assert same_bits(first, case.outputs), "other bits with dependent launch"
 
@@ -427,6 +443,7 @@ class DecodeStep:
         context: int = 200,
         attention: AttentionTuning | None = None,
         dependent: bool = True,
+        sequences: int = 1,
     ) -> None:
         self.section, self.rows, self.dependent = section, rows, dependent
         self.parts = PARTS["step"]
@@ -435,22 +452,22 @@ class DecodeStep:
         self.products = products_of(name)
         limits = section.device.limits
         self.plans = {
-            role: LinearPlan(
-                form=(form := make_format(kind, n, k, epilogue)),
-                rows=rows,
-                epilogue=epilogue,
+            role: plan_rows(
+                (form := make_format(kind, n, k, epilogue)),
+                rows,
+                epilogue,
                 norm=norm,
                 tuning=linear_tuning(form, limits, role),
                 limits=limits,
-            )
+            )[0][1]
             for role, (n, k, epilogue, norm) in self.products.items()
         }
         self.attention = AttentionPlan(
-            batch=1, tokens=rows, n_heads=m["n_heads"], n_kv_heads=m["n_kv_heads"],
-            head_dim=m["head_dim"], n_positions=512,
+            batch=sequences, tokens=rows // sequences, n_heads=m["n_heads"],
+            n_kv_heads=m["n_kv_heads"], head_dim=m["head_dim"], n_positions=512,
             tuning=attention or attention_tuning(
-                head_dim=m["head_dim"], n_kv_heads=m["n_kv_heads"], n_positions=512, batch=1,
-                limits=limits,
+                head_dim=m["head_dim"], n_kv_heads=m["n_kv_heads"], n_positions=512,
+                batch=sequences, limits=limits,
             ),
         )  # fmt: skip
         width, vocab = m["width"], m["vocab"]
@@ -460,13 +477,13 @@ class DecodeStep:
             for _ in range(self.n_layers)
         ]
         self.head = random_packed(self.plans["head"].form)
-        cache = (1, m["n_kv_heads"], 512, m["head_dim"])
+        cache = (sequences, m["n_kv_heads"], 512, m["head_dim"])
         self.caches = [
             [torch.randn(cache, device=CUDA).bfloat16() for _ in range(2)]
             for _ in range(self.n_layers)
         ]
         self.ids = torch.full((rows,), 5, device=CUDA)
-        self.positions = torch.tensor([context], device=CUDA)
+        self.positions = torch.full((sequences,), context, device=CUDA)
         self.launches: list[Launch] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.x = self.row_buffer(width)
@@ -493,7 +510,8 @@ class DecodeStep:
         """Launches all kernels once, and captures them."""
         device, dependent = self.section.device, self.dependent
         plans, attention = self.plans, self.attention
-        self.section.compile([*(plan.kernel for plan in plans.values()), attention.kernel])
+        kernels = [kernel for plan in plans.values() for kernel in plan.kernels]
+        self.section.compile([*kernels, attention.kernel])
         width, rows = self.x.shape[1], self.rows
         ones = torch.ones(width, dtype=torch.bfloat16, device=CUDA)
         prescaled = PrescaledInput.empty(rows, width, 1e-5, CUDA)
@@ -502,13 +520,10 @@ class DecodeStep:
         attended, hidden = self.row_buffer(plans["o"].form.k), self.row_buffer(plans["down"].form.k)
         attended.normal_()
         best = (
-            torch.empty(rows, plans["head"].blocks, device=CUDA),
-            torch.empty(rows, plans["head"].blocks, dtype=torch.int32, device=CUDA),
+            torch.empty(rows, plans["head"].candidates, device=CUDA),
+            torch.empty(rows, plans["head"].candidates, dtype=torch.int32, device=CUDA),
         )
-        work = {
-            "partial": torch.empty(attention.n_partial, device=CUDA),
-            "counters": torch.zeros(attention.n_counters, dtype=torch.int32, device=CUDA),
-        }
+        work = workspace(attention, *plans.values())
         added = {"residual": self.x, "norm_epilogue": norm_epilogue}
         angles = torch.arange(512 * attention.head_dim, device=CUDA).view(512, -1) / 1000.0
         turns = (angles.cos(), angles.sin())
@@ -522,22 +537,22 @@ class DecodeStep:
             ) -> dict[str, Prefetch | None]:
                 return {"prefetch": of and plan_prefetch(by, plans[later], of[later][0])}
 
-            call = plans["qkv"].call(prescaled, qkv, *weights["qkv"], **prefetch("qkv", "gate_up"))
-            calls.append(call)
+            options = work | prefetch("qkv", "gate_up")
+            calls += calls_of(plans["qkv"], prescaled, qkv, *weights["qkv"], **options)
             if "attention" in self.parts:
                 calls.append(
                     attention.call(
                         qkv, attended, keys, values, seats, self.positions, *turns, **work
                     )
                 )
-            for role, x_MK, y, beside in (
+            for role, x_MK, y, options in (
                 ("o", attended, x, added | prefetch("o", "gate_up")),
                 ("gate_up", prescaled, hidden, prefetch("gate_up", "down")),
                 ("down", hidden, x, added | prefetch("down", "qkv", after)),
             ):
-                calls.append(plans[role].call(x_MK, y, *weights[role], **beside))
+                calls += calls_of(plans[role], x_MK, y, *weights[role], **work, **options)
         if "ends" in self.parts:
-            calls.append(plans["head"].call(prescaled, self.logits, *self.head, best=best))
+            calls += calls_of(plans["head"], prescaled, self.logits, *self.head, best=best, **work)
             calls.append(step.argmax(best, self.ids))
         # Kept, since they keep alive what the graph reads and writes.
         self.launches = [device.prepare(call, dependent=dependent) for call in calls]
@@ -546,6 +561,26 @@ class DecodeStep:
     def __call__(self) -> None:
         assert self.graph is not None, "not prepared"
         self.graph.replay()
+
+
+def calls_of(
+    plan: GemmPlan, x: Tensor | PrescaledInput, y: Tensor, *weight: Any, **options: Any
+) -> list[Call]:
+    """Returns the launches of a matrix product."""
+    if not isinstance(plan, WidePlan):
+        return [plan.call(x, y, *weight, **options)]
+    operand = torch.empty(plan.operand_bytes, dtype=torch.uint8, device=CUDA)
+    staging = plan.staging(x.x if isinstance(x, PrescaledInput) else x, operand)
+    return [staging, plan.call(x, y, *weight, operand=operand, **options)]
+
+
+def workspace(*plans: AttentionPlan | GemmPlan) -> dict[str, Tensor]:
+    """Allocates enough for any of the plans."""
+    counters = max(plan.n_counters for plan in plans)
+    return {
+        "partial": torch.empty(max(plan.n_partial for plan in plans), device=CUDA),
+        "counters": torch.zeros(counters, dtype=torch.int32, device=CUDA),
+    }
 
 
 PARTS = {
@@ -660,11 +695,14 @@ class Product:
         )  # fmt: skip
 
     def seconds(self, tuning: Tuning, rows: int = 1, *, dependent: bool = True) -> float:
-        plan, device = self.plan(tuning, rows), self.section.device
+        return self.seconds_of(self.plan(tuning, rows), dependent=dependent)
+
+    def seconds_of(self, plan: GemmPlan, *, dependent: bool = True) -> float:
+        device, rows = self.section.device, plan.rows
         x = torch.randn(rows, self.form.k, device=CUDA).bfloat16()
         dtype = torch.float32 if self.epilogue == "logits" else torch.bfloat16
         y = torch.zeros(rows, plan.width, dtype=dtype, device=CUDA)
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = workspace(plan)
         taken: Tensor | PrescaledInput = x
         if self.norm:
             taken = PrescaledInput.empty(rows, self.form.k, 1e-5, CUDA)
@@ -672,13 +710,12 @@ class Product:
         if self.has_residual:
             ones = torch.ones(self.form.n, dtype=torch.bfloat16, device=CUDA)
             prescaled = PrescaledInput.empty(rows, self.form.n, 1e-5, CUDA)
-            settings = {
-                "residual": y,
-                "norm_epilogue": NormEpilogue(weight=ones, prescaled=prescaled),
-            }
+            norm_epilogue = NormEpilogue(weight=ones, prescaled=prescaled)
+            settings |= {"residual": y, "norm_epilogue": norm_epilogue}
         launches = [
-            device.prepare(plan.call(taken, y, *weight, **settings), dependent=dependent)
+            device.prepare(call, dependent=dependent)
             for weight in self.weights
+            for call in calls_of(plan, taken, y, *weight, **settings)
         ]
         return graph_seconds(capture(launches), min_seconds=0.006) / self.n_weights
 
@@ -774,6 +811,152 @@ def linear_section(section: Section) -> None:
             )
             del product
             torch.cuda.empty_cache()
+
+
+# Many rows.
+
+
+def rows_section(section: Section) -> None:
+    check_rows(section)
+    bandwidth = section.bandwidth()
+    steps = [
+        ("llama-3.1-8b", "int4-g128", 64), ("llama-3.1-8b", "int4-g128", 16),
+        ("llama-3.1-8b", "int4-g128", 32), ("llama-3.1-8b", "bf16", 32),
+        ("llama-3.1-8b", "bf16", 64), ("llama-2-13b", "int4-g128", 16),
+    ]  # fmt: skip
+    for name, kind, rows in steps:
+        if not section.time_is_up:
+            time_projections_of_rows(section, name, kind, rows, bandwidth)
+    for name, kind, rows in steps:
+        if not section.time_is_up:
+            time_step_of_rows(section, name, kind, rows, bandwidth)
+
+
+def check_rows(section: Section) -> None:
+    """Checks against float64, and that a row has the bits that ``linear.cu`` gives it alone."""
+    ones, many, others = [], [], []
+    for name in KINDS:
+        cases = rows_cases(section, name)
+        ones.append(cases[0])
+        many.append(cases[1])
+        others += cases[2]
+    every = [*ones, *itertools.chain(*many), *others]
+    calls = [call for case in every for call in (case.staging, case.call) if call]
+    section.compile(call.kernel for call in calls)
+    print("compiled", flush=True)
+    for case in every:
+        try:
+            check(section, case)
+        except Exception as error:
+            what = f"{case.call.kernel.name}: {type(error).__name__}: {error}"
+            section.failures.append(what[:600])
+            print(what[:300], flush=True)
+            if "CUDA" in what:  # the context is lost
+                raise
+    for one, cases in zip(ones, many, strict=True):
+        for case in cases:
+            if not same_bits(one.outputs, [output[:1] for output in case.outputs]):
+                section.failures.append(f"{case.call.kernel.name}: other bits than a row alone")
+                print(section.failures[-1], flush=True)
+    section.add(f"{len(every)} checked, {len(section.failures)} wrong", checked=len(every))
+
+
+def rows_cases(section: Section, name: str) -> tuple[Case, list[Case], list[Case]]:
+    """Makes one row by ``linear.cu``; the same among many; other epilogues of many."""
+    generator = section.generator(len(name))
+    weight = make_weight(name, 333, 1152, generator)
+    paired = make_weight(name, 344, 1152, generator, paired=True)
+    x = normal(section.generator(2), 64, 1152).bfloat16()
+    added = normal(section.generator(3), 64, 333).bfloat16()
+    settings: dict[str, Any] = {"tuning": Tuning(warps=7), "limits": section.device.limits}
+
+    def plain(rows: int, wide: WideTuning | None) -> Case:
+        return linear_case(
+            weight, rows, section.generator(1), residual_MN=added[:rows], norm_epilogue=True,
+            wide=wide, x_MK=x[:rows], **settings,
+        )  # fmt: skip
+
+    many = [
+        plain(rows, WideTuning(tiles=tiles, splits=splits))
+        for rows, tiles, splits in (
+            (9, 2, 1), (16, 1, 3), (24, 2, 7), (32, 1, 1), (40, 1, 4), (64, 2, 1),
+        )
+    ]  # fmt: skip
+    others = [
+        linear_case(
+            of, rows, generator, epilogue=epilogue, norm=True, bias=True,
+            wide=WideTuning(tiles=tiles, splits=splits), **settings,
+        )
+        for of, epilogue, rows, tiles, splits in (
+            (paired, "swiglu", 16, 2, 1), (paired, "swiglu", 64, 1, 2),
+            (weight, "logits", 30, 2, 1),
+        )
+    ]  # fmt: skip
+    return plain(1, None), many, others
+
+
+def time_step_of_rows(section: Section, name: str, kind: str, rows: int, bandwidth: float) -> None:
+    decode = DecodeStep(section, name, kind, rows, sequences=rows, context=105)
+    found = {}
+    for what, parts in PARTS.items():
+        decode.parts = parts
+        decode.prepare()
+        found[what] = graph_seconds(decode.graph)
+    ms = "  ".join(f"{what} {seconds * 1e3:.3f}" for what, seconds in found.items())
+    section.add(
+        f"{name:13} {kind:10} M={rows:<2} {rows / found['step']:7.0f} tok/s, ms: {ms}, "
+        f"bytes of weights {decode.nbytes / bandwidth * 1e3:.3f}",
+        model=name,
+        kind=kind,
+        rows=rows,
+        seconds=found,
+        nbytes=decode.nbytes,
+    )
+    decode = None
+    torch.cuda.empty_cache()
+
+
+def time_projections_of_rows(
+    section: Section, name: str, kind: str, rows: int, bandwidth: float
+) -> None:
+    """Times each projection by ``linear.cu``, and by ``wide.cu`` with its likely tunings."""
+    limits = section.device.limits
+    plans: dict[Projection, dict[str, GemmPlan]] = {}
+    for role, (n, k, epilogue, norm) in products_of(name).items():
+        form = make_format(kind, n, k, epilogue)
+        tuning = linear_tuning(form, limits, role)
+        common = {"form": form, "rows": rows, "epilogue": epilogue, "norm": norm}
+        common |= {"tuning": tuning, "limits": limits}
+        choices = [
+            WideTuning(tiles=tiles, splits=splits)
+            for tiles in (1, 2)
+            for splits in range(1, tuning.warps + 1)
+        ]
+        choices.sort(key=lambda wide: wide_cycles(form, rows, tuning.warps, wide, limits))
+        plans[role] = {
+            f"t{wide.tiles}s{wide.splits}": WidePlan(**common, wide=wide) for wide in choices[:5]
+        }
+        best = choices[0]
+        for ring in (64, 112):
+            plans[role][f"ring{ring}"] = WidePlan(
+                **common, wide=dataclasses.replace(best, ring_bytes=ring * 1024)
+            )
+        if (linear := LinearPlan(**common)).layout is not None:
+            plans[role]["linear"] = linear
+    section.compile(k for role in plans for plan in plans[role].values() for k in plan.kernels)
+    for role, ways in plans.items():
+        if section.time_is_up:
+            return
+        product = Product(section, name, kind, role)
+        us = {way: product.seconds_of(plan) * 1e6 for way, plan in ways.items()}
+        least = product.form.nbytes / bandwidth * 1e6
+        section.add(
+            f"{name:13} {kind:10} {role:8} M={rows:<2} bytes {least:6.1f} us  "
+            + "  ".join(f"{way} {value:6.1f}" for way, value in us.items()),
+            model=name, kind=kind, role=role, rows=rows, us=us, least_us=least,
+        )  # fmt: skip
+        product = None
+        torch.cuda.empty_cache()
 
 
 def attention_section(section: Section) -> None:

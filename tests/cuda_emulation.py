@@ -112,7 +112,8 @@ class EmulatedDevice:
     compile_seconds = 0.0
     notes: frozenset[str] = frozenset()
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = limits) -> None:
+        self.limits = limits
         self.launched: list[tuple[str, bool]] = []
 
     def load(self, kernels: Iterable[Kernel]) -> None:

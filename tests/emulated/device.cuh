@@ -65,6 +65,8 @@ struct Meeting {  // of the lanes of a warp
   uint32_t words[2][32][8];
 };
 
+struct alignas(1024) SharedLines { uint4 words[64]; };
+
 struct Fiber {
   ucontext_t context;  // where it begins
   jmp_buf place;       // where it resumes
@@ -79,7 +81,7 @@ struct Machine {
   std::vector<Prefetch> prefetches;
   std::vector<Late> late;
   bool predecessor_ended = false;
-  std::vector<uint4> shared;
+  std::vector<SharedLines> shared;
   jmp_buf scheduler;
   int current = 0, at_block_barrier = 0;
   uint64_t block_generation = 0, events = 0;
@@ -122,7 +124,7 @@ inline void run_block(int threads) {
   m.fibers.resize(threads);
   m.meetings.assign(threads / 32, {});
   m.at_block_barrier = 0;
-  memset(m.shared.data(), 0xff, m.shared.size() * sizeof(uint4));
+  memset(m.shared.data(), 0xff, m.shared.size() * sizeof(SharedLines));
   m.predecessor_ended = false;
   for (const Late& l : m.late) memset(l.to, 0xff, l.bytes);
   constexpr size_t kStack = 1 << 18;
@@ -164,7 +166,7 @@ inline void run_grid(void (*kernel)(const void*), const void* args, dim3 grid, i
   machine.kernel = kernel;
   machine.late.assign(late, late + n_late);
   machine.args = args;
-  machine.shared.resize((shared_bytes + 15) / 16);
+  machine.shared.resize((shared_bytes + 1023) / 1024);
   machine.prefetches.clear();
   machine.started = std::chrono::steady_clock::now();
   gridDim = grid;
@@ -250,6 +252,39 @@ inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
     c[i] = sum;
   }
 }
+
+// Warpgroups. Each warp computes its own rows, at once.
+
+inline uint64_t rows_operand(const void* rows) {
+  if (uintptr_t(rows) % 1024) {
+    fprintf(stderr, "rows of an operand are not aligned\n");
+    abort();
+  }
+  return uintptr_t(rows) / 16;
+}
+inline void warpgroup_begin() { meet(nullptr, 0); }
+template <int kOctets, bool kAccumulate>
+inline void warpgroup_mma(float c[kOctets][4], const uint32_t a[4], uint64_t b) {
+  const int lane = machine.current % 32, g = lane / 4, t = lane % 4;
+  const auto all = meet(a, 4);
+  for (int i = 0; i < 4 * kOctets; i++) {
+    const int row = g + 8 * (i % 4 / 2), column = i / 4 * 8 + 2 * t + i % 2;
+    float sum = kAccumulate ? c[i / 4][i % 4] : 0;
+    for (int k = 0; k < 16; k++) {
+      const uint32_t x = all[4 * (row % 8) + k % 8 / 2][row / 8 + 2 * (k / 8)];
+      const uintptr_t at = 16 * b + 128 * column + 2 * k;
+      const float y = widen(*reinterpret_cast<const bf16*>(at ^ (at >> 7 & 7) << 4));
+      sum += (k % 2 ? high(x) : low(x)) * y;
+    }
+    c[i / 4][i % 4] = sum;
+  }
+}
+inline void warpgroup_commit() {}
+inline void warpgroup_wait(int) { meet(nullptr, 0); }
+template <int kOctets> inline void warpgroup_result(float c[kOctets][4]) {}
+template <int kRegisters> inline void take_registers() {}
+template <int kRegisters> inline void return_registers() {}
+
 
 inline uint32_t transpose(uint32_t pair) {
   const int lane = machine.current % 32, g = lane / 4, t = lane % 4;
@@ -341,6 +376,7 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 constexpr int kCopyArrivals = 1;
 inline uint64_t evict_first_policy() { return 0; }
+inline uint64_t keep_policy() { return 0; }
 inline void fence_barrier_init() {}
 inline void copy_begin(uint64_t* barrier, int bytes, int lane) {
   if (lane == 0) change(barrier, 1, bytes);
@@ -388,6 +424,14 @@ inline bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag, int thr
   }
   sync_block();
   return *flag == n - 1;
+}
+inline bool is_last_warp(uint32_t* counter, uint32_t n, int lane) {
+  uint32_t before = 0;
+  if (lane == 0) {
+    before = (*counter)++;
+    if (before == n - 1) *counter = 0;
+  }
+  return shuffle(before, 0) == n - 1;
 }
 template <class T> inline T load_from_l2(const T* p) { return *p; }
 

@@ -265,6 +265,24 @@ def test_what_is_not_a_number_stays_in_its_sequence_and_chooses_no_token():
 
 
 @torch.inference_mode()
+def test_many_rows_on_an_h200_take_a_kernel_of_their_own_and_have_the_same_bits():
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny) | {"head_dim": 64}
+    model = Model(keys, "int4-g32", "none", torch.bfloat16, fused=True)
+    h200 = dataclasses.replace(EmulatedDevice.limits, warpgroups=True, bytes_per_s=4.8e12)
+    rows = torch.arange(18).view(2, 9)
+    logits, best = {}, {}
+    for limits in (EmulatedDevice.limits, h200):
+        device = EmulatedDevice(limits)
+        forward = FusedForward(model.decoder, model.cache, device, n_tokens=128, n_layers=1)
+        logits[limits], best[limits] = forward(rows, 3 + rows % 9, torch.arange(2))
+        names = [name for name, _ in device.launched]
+        assert sum(name.startswith("wide_") for name in names) == (5 if limits is h200 else 0)
+    for results in (logits, best):
+        one, other = results.values()
+        assert torch.equal(one, other)
+
+
+@torch.inference_mode()
 def test_all_kernels_but_the_first_may_overlap_their_predecessor():
     keys = dict(resolve("architecture", FAMILIES, "Qwen3ForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()

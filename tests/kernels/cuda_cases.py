@@ -23,6 +23,7 @@ from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_torch
 from hotloop.kernels.cuda.launch import Call, Limits
 from hotloop.kernels.cuda.linear import (
     Epilogue,
+    GemmPlan,
     LinearPlan,
     NormEpilogue,
     Prefetch,
@@ -32,6 +33,7 @@ from hotloop.kernels.cuda.linear import (
 from hotloop.kernels.cuda.packing import Format, Kind, pack
 from hotloop.kernels.cuda.prompt import GemmOutput
 from hotloop.kernels.cuda.sample import MAX_CANDIDATES, sample
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning
 from hotloop.quant import parse_scheme
 
 KINDS: dict[str, tuple[Kind, int | None, bool]] = {
@@ -47,9 +49,14 @@ SUM_STEP = 2.0**-18
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A launch, its inputs (outputs of the one before it), its outputs, and their check."""
+    """A launch, its inputs (outputs of the one before it), its outputs, and their check.
+
+    ``staging`` is a launch before it, which writes ``staged`` for it from the same inputs.
+    """
 
     call: Call
+    staging: Call | None = None
+    staged: Tensor | None = None
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...]
     check: Callable[[], None]
@@ -107,13 +114,16 @@ def linear_case(
     norm_epilogue: bool = False,
     tuning: Tuning,
     limits: Limits,
+    wide: WideTuning | None = None,
     x_MK: Tensor | None = None,
+    residual_MN: Tensor | None = None,
     prefetch: Prefetch | None = None,
 ) -> Case:
+    """A matrix product by ``linear.cu``, or with ``wide`` by ``wide.cu``."""
     device, form, eps = generator.device, weight.form, 1e-5
-    plan = LinearPlan(
-        form=form, rows=rows, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
-    )
+    common = {"form": form, "rows": rows, "epilogue": epilogue, "norm": norm}
+    common |= {"tuning": tuning, "limits": limits}
+    plan: GemmPlan = LinearPlan(**common) if wide is None else WidePlan(**common, wide=wide)
     x = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
     taken: Tensor | PrescaledInput = x
     if norm:
@@ -122,16 +132,23 @@ def linear_case(
         x, squares = reference.norm_epilogue(before, weight_K)
         taken = PrescaledInput(x=x, squares=squares, eps=eps)
     bias_N = normal(generator, form.n).bfloat16() if bias else None
-    added = normal(generator, rows, plan.width).bfloat16() if residual else None
+    added = normal(generator, rows, plan.width).bfloat16() if residual else residual_MN
     dtype = torch.float32 if epilogue == "logits" else torch.bfloat16
     y = poisoned(rows, plan.width, dtype=dtype, device=device)
     best = None
     if epilogue == "logits":
         best = (
-            poisoned(rows, plan.blocks, dtype=torch.float32, device=device),
-            torch.full((rows, plan.blocks), -1, dtype=torch.int32, device=device),
+            poisoned(rows, plan.candidates, dtype=torch.float32, device=device),
+            torch.full((rows, plan.candidates), -1, dtype=torch.int32, device=device),
         )
     following = make_norm_epilogue(plan.width, rows, generator) if norm_epilogue else None
+    beyond = 64  # more workspace than needed, which must stay as it is
+    partial = poisoned(plan.n_partial + beyond, dtype=torch.float32, device=device)
+    counters = torch.zeros(plan.n_counters + beyond, dtype=torch.int32, device=device)
+    staging = operand = None
+    if isinstance(plan, WidePlan):
+        operand = torch.full((plan.operand_bytes,), 0xFF, dtype=torch.uint8, device=device)
+        staging = plan.staging(x, operand)
     call = plan.call(
         taken,
         y,
@@ -142,6 +159,9 @@ def linear_case(
         norm_epilogue=following,
         best=best,
         prefetch=prefetch,
+        partial=partial,
+        counters=counters,
+        operand=operand,
     )
 
     def check() -> None:
@@ -179,12 +199,22 @@ def linear_case(
         if best is not None:
             value, index = best
             assert ((index >= 0) & (index < form.n)).all(), f"{what}: indices of the best"
-            assert torch.equal(value, y.gather(1, index.long())), f"{what}: values of the best"
+            found = y.gather(1, index.long()).where(value > -torch.inf, value)
+            assert torch.equal(value, found), f"{what}: values of the best"
             assert torch.equal(value.amax(1), y.amax(1)), f"{what}: the best of all"
+        assert not counters.any(), f"{what}: counters are zeros again"
+        assert partial[plan.n_partial :].isnan().all(), f"{what}: beyond the workspace"
 
     inputs = [x, *([squares] if norm else []), *([] if added is None else [added])]
     outputs = [y, *(best or ()), *(outputs_of(following) if following else ())]
-    return Case(call=call, inputs=tuple(inputs), outputs=tuple(outputs), check=check)
+    return Case(
+        call=call,
+        staging=staging,
+        staged=operand,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        check=check,
+    )
 
 
 def make_norm_epilogue(k: int, rows: int, generator: torch.Generator) -> NormEpilogue:

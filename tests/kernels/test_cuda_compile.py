@@ -24,6 +24,7 @@ from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format
 from hotloop.kernels.cuda.sample import sample_kernel
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning
 
 LIMITS = Limits(n_sms=132, shared_bytes=227 * 1024)
 
@@ -67,6 +68,30 @@ def linear_kernels(name: str) -> list[Kernel]:
     return list(dict.fromkeys(kernels))
 
 
+def wide_kernels(name: str) -> list[Kernel]:
+    kind, group_size, symmetric = KINDS[name]
+    kernels = []
+    for epilogue, rows, tiles in (("plain", 64, 1), ("swiglu", 64, 2), ("logits", 16, 2)):
+        form = Format(
+            kind=kind,
+            group_size=group_size,
+            symmetric=symmetric,
+            n=5120,
+            k=5120,
+            paired=epilogue == "swiglu",
+        )
+        plan = WidePlan(
+            form=form,
+            rows=rows,
+            epilogue=epilogue,
+            norm=epilogue != "plain",
+            limits=LIMITS,
+            wide=WideTuning(tiles=tiles),
+        )
+        kernels.append(plan.kernel)
+    return kernels
+
+
 def attention_kernels() -> list[Kernel]:
     return [
         AttentionPlan(
@@ -98,7 +123,7 @@ def step_kernels() -> list[Kernel]:
 
 OTHERS = {"attention": attention_kernels, "prompt": prompt_kernels, "step": step_kernels}
 
-COMPLETE = ("sm_80", "sm_90")
+COMPLETE = ("sm_80", "sm_90a")
 """Architectures of all kernels: the source has two branches, below sm_90 and from it on. For the
 others two kernels of each group are compiled."""
 
@@ -109,6 +134,8 @@ others two kernels of each group are compiled."""
 @pytest.mark.parametrize("group", [*KINDS, *OTHERS])
 def test_kernels_compile_for_every_architecture(group, architecture):
     kernels = OTHERS[group]() if group in OTHERS else linear_kernels(group)
+    if group in KINDS and compiler.has_warpgroups(architecture):
+        kernels += wide_kernels(group)
     assert len({kernel.name for kernel in kernels}) == len(set(kernels)), "a name means one kernel"
     if architecture not in COMPLETE:
         kernels = [kernels[0], kernels[-1]]
@@ -120,8 +147,8 @@ def test_kernels_compile_for_every_architecture(group, architecture):
 
 @needs_nvrtc
 def test_a_compiled_kernel_is_cached(cache):
-    first = compile_kernel(step.argmax_kernel(), "sm_90")
-    again = compile_kernel(step.argmax_kernel(), "sm_90")
+    first = compile_kernel(step.argmax_kernel(), "sm_90a")
+    again = compile_kernel(step.argmax_kernel(), "sm_90a")
     assert (again.cubin, again.seconds) == (first.cubin, 0.0)
     assert first.seconds > 0
     assert len(list(cache.iterdir())) == 1, "and nothing else is"
@@ -132,13 +159,13 @@ def test_a_compiled_kernel_is_cached(cache):
     "damage", [lambda b: b[:-1], lambda b: b[:0], lambda b: b[:99] + b"x" + b[100:]]
 )
 def test_a_damaged_cached_kernel_is_compiled_again(cache, damage):
-    first = compile_kernel(step.argmax_kernel(), "sm_90")
+    first = compile_kernel(step.argmax_kernel(), "sm_90a")
     (path,) = cache.iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    again = compile_kernel(step.argmax_kernel(), "sm_90")
+    again = compile_kernel(step.argmax_kernel(), "sm_90a")
     assert again.cubin == first.cubin
     assert again.seconds > 0
-    assert compile_kernel(step.argmax_kernel(), "sm_90").seconds == 0, "whole again"
+    assert compile_kernel(step.argmax_kernel(), "sm_90a").seconds == 0, "whole again"
 
 
 @pytest.fixture
@@ -152,18 +179,18 @@ def unwritable(tmp_path, monkeypatch) -> Path:
 
 @needs_nvrtc
 def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(unwritable):
-    compiled = compile_kernel(step.argmax_kernel(), "sm_90")
+    compiled = compile_kernel(step.argmax_kernel(), "sm_90a")
     assert compiled.cubin[:4] == b"\x7fELF"
     assert compiled.note is None
     assert len(list((unwritable / "kernels").iterdir())) == 1
-    assert compile_kernel(step.argmax_kernel(), "sm_90").seconds == 0
+    assert compile_kernel(step.argmax_kernel(), "sm_90a").seconds == 0
 
 
 @needs_nvrtc
 def test_without_a_writable_cache_kernels_are_compiled_with_a_note(unwritable):
     unwritable.mkdir(mode=0o700)
     (unwritable / "kernels").write_text("")
-    compiled = compile_kernel(step.argmax_kernel(), "sm_90")
+    compiled = compile_kernel(step.argmax_kernel(), "sm_90a")
     assert compiled.cubin[:4] == b"\x7fELF"
     assert str(compiled.note).startswith("compiled kernels are not kept: ")
     assert str(unwritable / "kernels") in str(compiled.note)
@@ -171,7 +198,7 @@ def test_without_a_writable_cache_kernels_are_compiled_with_a_note(unwritable):
 
 @needs_nvrtc
 def test_another_architecture_or_kernel_is_another_file(cache):
-    for architecture in ("sm_80", "sm_90"):
+    for architecture in ("sm_80", "sm_90a"):
         for kernel in step_kernels():
             compile_kernel(kernel, architecture)
     assert len(list(cache.iterdir())) == 2 * len(step_kernels())
@@ -183,7 +210,7 @@ def test_source_that_does_not_compile_raises_with_the_compilers_log(cache):
         name="broken", file="step.cu", function="no_such_function", args="EmbedArgs", threads=32
     )
     with pytest.raises(CompileError, match="no_such_function"):
-        compile_kernel(kernel, "sm_90")
+        compile_kernel(kernel, "sm_90a")
     assert not cache.exists()
 
 

@@ -28,6 +28,7 @@ from cuda_cases import (
     make_weight,
     next_tokens_case,
     ngram_draft_case,
+    normal,
     rope_case,
     sample_case,
     swiglu_case,
@@ -36,7 +37,8 @@ from cuda_emulation import emulate, needs_compiler
 
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
-from hotloop.kernels.cuda.linear import Prefetch, Tuning
+from hotloop.kernels.cuda.linear import Epilogue, Prefetch, Tuning
+from hotloop.kernels.cuda.wide import WideTuning
 
 pytestmark = needs_compiler
 
@@ -62,8 +64,12 @@ def normal_scores(*shape: int) -> torch.Tensor:
     return 2.5 * torch.randn(*shape, generator=generator(sum(shape)))
 
 
-def run(case) -> None:
-    emulate(case.call, late=case.inputs)
+def run(case: Case) -> None:
+    staged = []
+    if case.staging is not None and case.staged is not None:
+        emulate(case.staging, late=case.inputs)
+        staged = [case.staged]
+    emulate(case.call, late=[*case.inputs, *staged])
     case.check()
 
 
@@ -149,6 +155,57 @@ def test_bits_do_not_depend_on_the_copies_issued_before_x():
         case.check()
         results.append(case.outputs[0])
     assert all(torch.equal(y, results[0]) for y in results)
+
+
+MANY_ROWS: dict[str, tuple[int, Epilogue, bool]] = {
+    "bf16": (64, "plain", False),
+    "fp8": (17, "swiglu", True),
+    "int8": (33, "plain", True),
+    "int4-g32": (24, "logits", True),
+    "int4-g64": (9, "plain", False),
+    "int4-g128": (64, "swiglu", True),
+    "int4-g32-asym": (48, "plain", True),
+    "int4-g64-asym": (16, "swiglu", True),
+    "int4-g128-asym": (11, "logits", True),
+}
+"""Rows, epilogue and norm of each weight type: every number of octets and epilogue occurs."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(name):
+    rows, epilogue, norm = MANY_ROWS[name]
+    n = 2 * 92 if epilogue == "swiglu" else 190  # not whole tiles, nor whole groups of them
+    k = 448 if "g64" in name else 384 if "g128" in name else 352  # not whole pairs of units
+    given = make_weight(name, n, k, generator(), paired=epilogue == "swiglu")
+    width = n // 2 if epilogue == "swiglu" else n
+    x, added = (normal(generator(size), rows, size).bfloat16() for size in (k, width))
+
+    def case(of: slice, wide: WideTuning | None) -> Case:
+        return linear_case(
+            given,
+            len(x[of]),
+            generator(1),
+            epilogue=epilogue,
+            norm=norm,
+            bias=True,
+            residual_MN=None if epilogue == "logits" else added[of],
+            norm_epilogue=epilogue == "plain",
+            tuning=Tuning(warps=3),
+            limits=Limits(n_sms=2, shared_bytes=227 * 1024),
+            wide=wide,
+            x_MK=x[of],
+        )
+
+    one = case(slice(rows // 2, rows // 2 + 1), None)
+    emulate(one.call)
+    # Candidates for the best logit are those of other parts of the vocabulary.
+    wanted = one.outputs[:1] if epilogue == "logits" else one.outputs
+    for fewer, tiles, splits, ring_bytes in ((0, 2, 1, 0), (min(7, rows - 9), 1, 3, 1 << 20)):
+        wide = WideTuning(tiles=tiles, splits=splits, ring_bytes=ring_bytes)
+        many = case(slice(rows - fewer), wide)
+        run(many)
+        for alone, found in zip(wanted, many.outputs, strict=False):
+            assert torch.equal(alone[0], found[rows // 2]), f"{wide}"
 
 
 @pytest.mark.parametrize("items_left", [0, 1, 9])

@@ -21,6 +21,7 @@ from cuda_cases import (
     make_weight,
     next_tokens_case,
     ngram_draft_case,
+    normal,
     rope_case,
     sample_case,
     swiglu_case,
@@ -31,6 +32,7 @@ from hotloop.kernels.cuda.compile import unavailable_reason
 from hotloop.kernels.cuda.launch import Device
 from hotloop.kernels.cuda.linear import Prefetch, Tuning
 from hotloop.kernels.cuda.tuning import attention_tuning
+from hotloop.kernels.cuda.wide import WideTuning
 
 REASON = "no CUDA device" if not torch.cuda.is_available() else unavailable_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -46,13 +48,16 @@ def generator(device: Device, seed: int) -> torch.Generator:
 
 
 def assert_right_and_the_same_with_dependent_launch(device: Device, case: Case) -> None:
-    device.prepare(case.call, dependent=False)()
+    calls = [call for call in (case.staging, case.call) if call is not None]
+    for call in calls:
+        device.prepare(call, dependent=False)()
     torch.cuda.synchronize()
     case.check()
     first = [output.clone() for output in case.outputs]
-    launch = device.prepare(case.call)
+    launches = [device.prepare(call) for call in calls]
     for _ in range(3):
-        launch()
+        for launch in launches:
+            launch()
     torch.cuda.synchronize()
     for one, other in zip(first, case.outputs, strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
@@ -73,6 +78,25 @@ def test_matrix_products_equal_their_specification(device, name):
                 limits=device.limits,
             )
             assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("rows", [9, 24, 64])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_many_rows_have_the_bits_of_a_row_alone(device, name, rows, splits):
+    if not device.limits.warpgroups:
+        pytest.skip("wide.cu is for Hopper")
+    weight = make_weight(name, 333, 1152, generator(device, 0))
+    x = normal(generator(device, 1), rows, 1152).bfloat16()
+    settings = {"norm_epilogue": True, "tuning": Tuning(warps=7), "limits": device.limits}
+    wide = WideTuning(tiles=2 if rows == 24 else 1, splits=splits)
+    case = linear_case(weight, rows, generator(device, 2), x_MK=x, wide=wide, **settings)
+    assert_right_and_the_same_with_dependent_launch(device, case)
+    one = linear_case(weight, 1, generator(device, 2), x_MK=x[-1:], **settings)
+    device.prepare(one.call)()
+    torch.cuda.synchronize()
+    for alone, among in zip(one.outputs, case.outputs, strict=True):
+        assert torch.equal(alone[0], among[-1])
 
 
 @pytest.mark.parametrize("items_left", [0, 2])

@@ -11,11 +11,17 @@ from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format, pack, unpack
-from hotloop.kernels.cuda.tuning import attention_tuning, linear_tuning, plan_prefetch
+from hotloop.kernels.cuda.tuning import (
+    attention_tuning,
+    linear_tuning,
+    plan_prefetch,
+    plan_rows,
+)
+from hotloop.kernels.cuda.wide import WidePlan, max_counters
 from hotloop.quant import parse_scheme
 
 H100 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=3.35e12)
-H200 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=4.81e12)
+H200 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=4.81e12, warpgroups=True)
 SMALLER = Limits(n_sms=76, shared_bytes=99 * 1024)
 
 
@@ -186,6 +192,26 @@ def test_fast_memory_loads_less_of_a_short_int4_weight_before_x(kind, n, fewer):
     ]
     assert (early[1] < early[0]) == fewer, f"{early} copies"
     assert fewer or early[0] == early[1]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_plans_of_many_rows_fit_and_occupy_the_device(name):
+    kind, group_size, symmetric = KINDS[name]
+    for n, k, rows in itertools.product(
+        (640, 8192, 28672), (640, 4096, 28672), (9, 16, 17, 32, 33, 64, 129)
+    ):
+        form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k)
+        tuning = linear_tuning(form, H200, "down")
+        plans = plan_rows(form, rows, norm=False, tuning=tuning, limits=H200)
+        covered = [row for of, _ in plans for row in range(rows)[of]]
+        assert covered == list(range(rows))
+        for of, plan in plans:
+            assert plan.rows == len(range(rows)[of])
+            assert plan.tuning == tuning, "the order of sums belongs to the weight"
+            assert plan.shared_bytes <= H200.shared_bytes
+            assert plan.n_counters <= max_counters(form)
+            if isinstance(plan, WidePlan) and n >= 8192 and k >= 4096:
+                assert plan.blocks > 0.6 * H200.n_sms, plan
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -5,8 +5,8 @@ projection, added to the residual stream; gate and up projections with SwiGLU; d
 added to the residual stream. Kernels that write the residual stream have a norm epilogue; kernels
 that read it take a prescaled input. Each kernel may start before its predecessor has ended, and
 prefetches weights until the activations are there (``kernels.cuda``). With tensor parallelism, two
-more kernels per layer all-reduce the partial results. The decoder is the specification; ``prompt``
-runs prompts.
+more kernels per layer all-reduce the partial results. A matrix product of many rows can be two
+kernels (``kernels.cuda.wide``). The decoder is the specification; ``prompt`` runs prompts.
 
 The bits of a row's result do not depend on the number of rows: verifying k drafts at once gives
 exactly the results of k + 1 single steps.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +31,22 @@ from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Call, Launcher, Limits
 from hotloop.kernels.cuda.linear import (
     Epilogue,
-    LinearPlan,
+    GemmPlan,
     NormEpilogue,
     Prefetch,
     PrescaledInput,
-    plan_rows,
 )
 from hotloop.kernels.cuda.packing import Format
 from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.kernels.cuda.step import Exchange, inbox_bytes
-from hotloop.kernels.cuda.tuning import Projection, attention_tuning, linear_tuning, plan_prefetch
+from hotloop.kernels.cuda.tuning import (
+    Projection,
+    attention_tuning,
+    linear_tuning,
+    plan_prefetch,
+    plan_rows,
+)
+from hotloop.kernels.cuda.wide import WidePlan, max_counters
 from hotloop.kernels.linear import Fused, LinearSpec
 from hotloop.models.cache import KVCache
 from hotloop.models.config import AttentionConfig, LayerConfig, ModelConfig
@@ -117,10 +124,18 @@ class FusedForward:
         self._layers = decoder.blocks[:n_layers]
         self._plans: dict[tuple[int, int], _Plans] = {}
         self._dependent = False
-        # Split-KV completion counters; the last thread block resets them to zero.
+        # Completion counters of split KV and split K; the last to arrive resets them to zero.
+        kinds = {block.config.attention: None for block in self._layers}
+        linears = [
+            decoder.head,
+            *(linear for block in self._layers for linear in block.linears.values()),
+        ]
         n_counters = max(
-            _attention_plan(kind, cache, launcher.limits, cache.n_seats, MAX_TOKENS).n_counters
-            for kind in {block.config.attention: None for block in self._layers}
+            *(
+                _attention_plan(kind, cache, launcher.limits, cache.n_seats, MAX_TOKENS).n_counters
+                for kind in kinds
+            ),
+            *(max_counters(fused_kernel(linear).form) for linear in linears),
         )
         self._counters = torch.zeros(n_counters, dtype=torch.int32, device=decoder.device)
 
@@ -248,21 +263,22 @@ class FusedForward:
         return onto_MD, norm_epilogue.prescaled
 
     def _logits(self, plans: _RowPlans, prescaled: PrescaledInput) -> tuple[Tensor, Tensor | None]:
-        x_MD, (_, plan) = prescaled.x, plans[0]
-        best = (
-            x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.float32),
-            x_MD.new_empty(len(x_MD), plan.blocks, dtype=torch.int32),
-        )
-        logits_MV = self._linear(plans, self._decoder.head, prescaled, best=best)
+        head, x_MD = self._decoder.head, prescaled.x
+        logits_MV = x_MD.new_empty(len(x_MD), head.n, dtype=torch.float32)
         best_M = x_MD.new_empty(len(x_MD), dtype=torch.int64)
-        if not self._shared:
-            self._launch(step.argmax(best, best_M))
-        elif self._peers is not None:
-            choices, first = self._peers.choices, self._first_id
-            self._launch(step.argmax_over_ranks(best, best_M, choices, first=first))
-        else:
-            return logits_MV, None
-        return logits_MV, best_M
+        for rows, plan in plans:
+            best = (
+                x_MD.new_empty(plan.rows, plan.candidates, dtype=torch.float32),
+                x_MD.new_empty(plan.rows, plan.candidates, dtype=torch.int32),
+            )
+            self._multiply(plan, head, prescaled.rows(rows), logits_MV[rows], best=best)
+            if not self._shared:
+                self._launch(step.argmax(best, best_M[rows]))
+            elif self._peers is not None:
+                choices, first = self._peers.choices, self._first_id
+                self._launch(step.argmax_over_ranks(best, best_M[rows], choices, first=first))
+        is_known = not self._shared or self._peers is not None
+        return logits_MV, best_M if is_known else None
 
     def _linear(
         self,
@@ -272,7 +288,6 @@ class FusedForward:
         *,
         onto: Tensor | None = None,
         norm_epilogue: NormEpilogue | None = None,
-        best: tuple[Tensor, Tensor] | None = None,
         prefetch: Prefetch | None = None,
     ) -> Tensor:
         """Computes a matrix product, added to ``onto`` in place where that is given."""
@@ -280,20 +295,37 @@ class FusedForward:
         x_MK = x.x if isinstance(x, PrescaledInput) else x
         y = x_MK.new_empty(len(x_MK), plan.width, dtype=plan.dtype) if onto is None else onto
         for rows, plan in plans:
-            call = plan.call(
+            self._multiply(
+                plan,
+                linear,
                 x.rows(rows) if isinstance(x, PrescaledInput) else x[rows],
                 y[rows],
-                *linear.packed,
-                bias_N=linear.bias,
                 residual=None if onto is None else onto[rows],
                 norm_epilogue=None if norm_epilogue is None else norm_epilogue.rows(rows),
-                best=None if best is None else (best[0][rows], best[1][rows]),
-                n_best=max(0, min(self._n_tokens - self._first_id, linear.n)),
                 prefetch=prefetch,
             )
-            self._launch(call)
             prefetch = None  # the first launch prefetches
         return y
+
+    def _multiply(
+        self, plan: GemmPlan, linear: Linear, x: Tensor | PrescaledInput, y: Tensor, **options: Any
+    ) -> None:
+        """Launches a matrix product; for the options see ``GemmPlan.call``."""
+        if isinstance(plan, WidePlan):
+            operand = y.new_empty(plan.operand_bytes, dtype=torch.uint8)
+            self._launch(plan.staging(x.x if isinstance(x, PrescaledInput) else x, operand))
+            options["operand"] = operand
+        call = plan.call(
+            x,
+            y,
+            *linear.packed,
+            bias_N=linear.bias,
+            n_best=max(0, min(self._n_tokens - self._first_id, linear.n)),
+            partial=y.new_empty(plan.n_partial, dtype=torch.float32),
+            counters=self._counters,
+            **options,
+        )
+        self._launch(call)
 
     def _launch(self, call: Call) -> None:
         self._launcher.prepare(call, dependent=self._dependent)()
@@ -382,7 +414,7 @@ def _attention_plan(
     )
 
 
-_RowPlans = Sequence[tuple[slice, LinearPlan]]
+_RowPlans = Sequence[tuple[slice, GemmPlan]]
 
 
 @dataclass(frozen=True)
@@ -407,7 +439,7 @@ class _LayerPlans:
     def kernels(self) -> list[Kernel]:
         """All kernels of the layer."""
         rows = (*self.qkv, *self.o, *self.gate_up, *self.down)
-        return [self.attention.kernel, *(plan.kernel for _, plan in rows)]
+        return [self.attention.kernel, *(kernel for _, plan in rows for kernel in plan.kernels)]
 
 
 class _Plans:
@@ -454,4 +486,4 @@ class _Plans:
     def kernels(self) -> list[Kernel]:
         """All kernels but those at the ends of the step, which do not depend on its size."""
         layers = [kernel for plans in self._kinds.values() for kernel in plans.kernels]
-        return [*layers, *(plan.kernel for _, plan in self.head)]
+        return [*layers, *(kernel for _, plan in self.head for kernel in plan.kernels)]

@@ -29,7 +29,7 @@ OPTIONS = (
     # for different numbers of rows must compute the same bits.
     "--fmad=false",
 )
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 """Architectures that tests compile kernels for. Others are used where NVRTC supports them."""
 
 
@@ -99,11 +99,23 @@ def unavailable_reason() -> str | None:
     return None
 
 
+def architecture(major: int, minor: int) -> str:
+    """Returns the architecture of a compute capability, with its own instructions on Hopper."""
+    return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+
+
+def has_warpgroups(architecture: str) -> bool:
+    """Tells whether kernels can use ``wgmma``."""
+    return architecture == "sm_90a"
+
+
 def supports(architecture: str) -> bool:
     """Tells whether this NVRTC compiles for an architecture."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
-    return architecture in {f"sm_{number}" for number in _checked(nvrtc.nvrtcGetSupportedArchs())}
+    return architecture.rstrip("a") in {
+        f"sm_{number}" for number in _checked(nvrtc.nvrtcGetSupportedArchs())
+    }
 
 
 def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
@@ -111,7 +123,7 @@ def compile_kernel(kernel: Kernel, architecture: str) -> Compiled:
 
     Args:
         kernel: The kernel.
-        architecture: Such as ``sm_90``.
+        architecture: Such as ``sm_90a``.
 
     Raises:
         CompileError: NVRTC refused it.

@@ -100,6 +100,97 @@ __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], uint32_t b0
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Tensor cores of a warpgroup, four consecutive warps that read the B operand from shared memory.
+
+// The B operand: rows of 64 bfloat16 each, whose eight 16-byte chunks are permuted (chunk ^ row % 8).
+// They begin at a multiple of 1024 bytes. Adding n moves the operand by 8 n columns.
+__device__ __forceinline__ uint64_t rows_operand(const void* rows) {
+  constexpr uint64_t kSwizzle = 1ull << 62, kEightRows = 1024ull / 16 << 32, kUnused = 1ull << 16;
+  // The same in all lanes, which the compiler can know so.
+  const uint32_t address =
+      __shfl_sync(0xffffffffu, static_cast<uint32_t>(__cvta_generic_to_shared(rows)), 0);
+  return kSwizzle | kEightRows | kUnused | (address & 0x3ffff) / 16;
+}
+
+// Begins products whose registers were written by ordinary instructions.
+__device__ __forceinline__ void warpgroup_begin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// c = a * b, or c += a * b: 16 rows of a for each warp, 8 * kOctets rows of b, which are the columns
+// of c. Fragments of a and c are those of mma. Registers must not be touched before warpgroup_wait.
+template <int kOctets, bool kAccumulate>
+__device__ __forceinline__ void warpgroup_mma(float c[kOctets][4], const uint32_t a[4],
+                                              uint64_t b) {
+  static_assert(kOctets == 2 || kOctets == 4 || kOctets == 8);
+#define A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define C(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+  if constexpr (kOctets == 2)
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %13, 0;"
+        " wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"
+        " {%0, %1, %2, %3, %4, %5, %6, %7},"
+        " {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
+        : C(0), C(1)
+        : A, "l"(b), "n"(int(kAccumulate)));
+  else if constexpr (kOctets == 4)
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
+        " wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16"
+        " {%0, %1, %2, %3, %4, %5, %6, %7,"
+        " %8, %9, %10, %11, %12, %13, %14, %15},"
+        " {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
+        : C(0), C(1), C(2), C(3)
+        : A, "l"(b), "n"(int(kAccumulate)));
+  else
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %37, 0;"
+        " wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"
+        " {%0, %1, %2, %3, %4, %5, %6, %7,"
+        " %8, %9, %10, %11, %12, %13, %14, %15,"
+        " %16, %17, %18, %19, %20, %21, %22, %23,"
+        " %24, %25, %26, %27, %28, %29, %30, %31},"
+        " {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
+        : C(0), C(1), C(2), C(3), C(4), C(5), C(6), C(7)
+        : A, "l"(b), "n"(int(kAccumulate)));
+#undef A
+#undef C
+}
+
+// Ends a group of products of this warpgroup, and waits until all but the last groups are complete.
+__device__ __forceinline__ void warpgroup_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void warpgroup_wait(const int pending) {
+  switch (pending) {
+    case 0: asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); break;
+    case 1: asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); break;
+    default: __builtin_unreachable();
+  }
+}
+
+// Keeps the compiler from moving uses of c across this.
+template <int kOctets>
+__device__ __forceinline__ void warpgroup_result(float c[kOctets][4]) {
+#pragma unroll
+  for (int i = 0; i < kOctets; i++)
+    asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+}
+
+// Changes how many registers each thread of this warpgroup has.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void return_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+#endif
+
 // Transposes an 8 x 8 matrix of which each lane holds row g, columns 2t and 2t + 1.
 __device__ __forceinline__ uint32_t transpose(uint32_t pair) {
   uint32_t result;
@@ -143,7 +234,7 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Shared memory.
 
 __device__ __forceinline__ uint8_t* shared_memory() {
-  extern __shared__ uint4 memory[];
+  extern __shared__ __align__(1024) uint4 memory[];
   return reinterpret_cast<uint8_t*>(memory);
 }
 
@@ -204,6 +295,12 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
+__device__ __forceinline__ uint64_t keep_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -242,6 +339,7 @@ __device__ __forceinline__ void prefetch(const void* from, int bytes, int lane) 
 constexpr int kCopyArrivals = 32;
 
 __device__ __forceinline__ uint64_t evict_first_policy() { return 0; }
+__device__ __forceinline__ uint64_t keep_policy() { return 0; }
 __device__ __forceinline__ void fence_barrier_init() {}
 __device__ __forceinline__ void copy_begin(uint64_t*, int, int) {}
 
@@ -293,6 +391,20 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t n, uin
   __syncthreads();
   __threadfence();
   return *flag == n - 1;
+}
+
+// The same for warps: each lane of the last warp sees what the same lanes of the others wrote.
+__device__ __forceinline__ bool is_last_warp(uint32_t* counter, uint32_t n, int lane) {
+  __threadfence();
+  __syncwarp();
+  uint32_t before = 0;
+  if (lane == 0) {
+    before = atomicAdd(counter, 1u);
+    if (before == n - 1) *counter = 0;
+  }
+  before = __shfl_sync(0xffffffffu, before, 0);
+  __threadfence();
+  return before == n - 1;
 }
 
 // Loads from L2, past L1, what other blocks wrote during this kernel.

@@ -56,11 +56,13 @@ class Limits:
         n_sms: Number of multiprocessors.
         shared_bytes: The most shared memory of a block.
         bytes_per_s: The memory's nominal bandwidth; 0 where it is not known.
+        warpgroups: Tensor cores read an operand from shared memory (``wgmma``).
     """
 
     n_sms: int
     shared_bytes: int
     bytes_per_s: float = 0.0
+    warpgroups: bool = False
 
     @property
     def exclusive_bytes(self) -> int:
@@ -130,7 +132,7 @@ class Device:
             predecessor has ended, where the device supports it. Results do not depend on it.
 
     Attributes:
-        architecture: The architecture that kernels are compiled for, such as ``sm_90``.
+        architecture: The architecture that kernels are compiled for, such as ``sm_90a``.
         limits: Limits of the device.
         compile_seconds: Seconds spent in the compiler so far, summed over threads.
         notes: Problems that records report.
@@ -149,11 +151,12 @@ class Device:
         kilohertz, bits = attribute("MEMORY_CLOCK_RATE"), attribute("GLOBAL_MEMORY_BUS_WIDTH")
         properties = torch.cuda.get_device_properties(device)
         self.device = device
-        self.architecture = f"sm_{properties.major}{properties.minor}"
+        self.architecture = compiler.architecture(properties.major, properties.minor)
         self.limits = Limits(
             n_sms=properties.multi_processor_count,
             shared_bytes=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
             bytes_per_s=2 * 1e3 * kilohertz * bits / 8,  # two transfers a cycle
+            warpgroups=compiler.has_warpgroups(self.architecture),
         )
         self.dependent_launch = dependent_launch and properties.major >= 9
         self.compile_seconds = 0.0
@@ -273,7 +276,7 @@ def unavailable_reason(device: torch.device) -> str | None:
         return f"it needs compute capability {needed}, not {found}"
     if reason := compiler.unavailable_reason():
         return reason
-    (major, minor), architecture = compiler.nvrtc_version(), f"sm_{''.join(map(str, capability))}"
+    (major, minor), architecture = compiler.nvrtc_version(), compiler.architecture(*capability)
     if not compiler.supports(architecture):
         return f"NVRTC {major}.{minor} does not know {architecture}: update nvidia-cuda-nvrtc"
     newest = _checked(_driver().cuDriverGetVersion()) // 1000

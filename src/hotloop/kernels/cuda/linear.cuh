@@ -13,7 +13,8 @@
 struct LinearArgs {
   const uint8_t* weight;         // [tiles, units, bytes of a unit]
   const float* scale;            // [N], with eight-bit weights
-  const bf16* x;                 // [M, K]; with kNorm, the prescaled input
+  const bf16* x;                 // [M, K]; with kNorm, the prescaled input; not of wide.cu
+  const uint8_t* operand;        // x as wide.cu reads it
   const float* squares;          // [M, tiles of K], with kNorm: partial sums of the input's squares
   const bf16* bias;              // [N], or null
   const bf16* residual;          // added; shaped like y, or null; not with kLogits
@@ -21,14 +22,18 @@ struct LinearArgs {
   const bf16* next_norm;         // [N]: weight of the norm that follows, or null; with kPlain
   bf16* next_x;                  // [M, N]: its prescaled input, y * next_norm
   float* next_squares;           // [M, tiles]: partial sums of y's squares
-  float* best_value;             // [M, blocks], with kLogits: each block's largest, or null
-  int* best_index;               // [M, blocks]: its output feature
+  float* best_value;             // [M, candidates], with kLogits: each one's largest, or null
+  int* best_index;               // [M, candidates]: its output feature
+  float4* partial;               // with split K: [tiles, parts, octets, 32]
+  uint32_t* counters;            // with split K: zeros, one per group of tiles and warp
   const uint8_t* prefetch_weight;  // of a later matrix product, or null
   int rows, n, k;
   int n_best;                    // the largest is taken among the first n_best output features
   int tiles, units;
-  int stages, units_per_stage;   // of a warp's ring
-  int early_stages;              // copies that a warp issues before it waits for x
+  int parts, splits;             // of K: chains of its sums; blocks that share it
+  int part_stages;               // stages of a part, of wide.cu
+  int stages, units_per_stage;   // of a ring
+  int early_stages;              // copies that a warp issues before it waits for x, of linear.cu
   int prefetch_n_tiles, prefetch_stride;  // tiles of that weight, and bytes per tile
   int prefetch_first, prefetch_step;  // block 0's first tile; tiles between two of a block's
   int prefetch_tiles;            // tiles per block

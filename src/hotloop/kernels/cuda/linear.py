@@ -1,5 +1,6 @@
-"""Launches of ``linear.cu``, the matrix product: for a weight format, number of rows and epilogue.
+"""Launches of matrix products, for a weight format, number of rows and epilogue.
 
+``GemmPlan`` is what launches of ``linear.cu`` (``LinearPlan``) and of ``wide.cu`` have in common.
 ``Tuning`` holds the parameters chosen for speed. Its number of warps determines the order of sums,
 and with it the bits of a result, so it belongs to a weight, whatever the number of rows.
 
@@ -9,7 +10,8 @@ Shape letters: M rows, N output features, K input features, G groups along K.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -22,7 +24,7 @@ from hotloop.kernels.cuda.launch import Arguments, Call, Limits
 from hotloop.kernels.cuda.packing import SLICE, TILE_ROWS, Format
 
 Epilogue = Literal["plain", "swiglu", "logits"]
-_EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logits": "kLogits"}
+EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logits": "kLogits"}
 
 MAX_ROWS = 64
 MAX_ACCUMULATORS = 4
@@ -174,13 +176,15 @@ _NO_PREFETCH = {"prefetch_weight": None, **dict.fromkeys(Prefetch.ARGUMENTS[1:],
 
 
 class LinearArguments(Arguments):
-    """``LinearArgs`` of ``linear.cu``."""
+    """``LinearArgs`` of ``linear.cuh``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "squares", "bias")),
-        *((name, ctypes.c_void_p) for name in ("residual", "y", *NormEpilogue.ARGUMENTS)),
-        *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "prefetch_weight")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "operand", "squares")),
+        *((name, ctypes.c_void_p) for name in ("bias", "residual", "y", *NormEpilogue.ARGUMENTS)),
+        *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "partial", "counters")),
+        ("prefetch_weight", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
+        *((name, ctypes.c_int) for name in ("parts", "splits", "part_stages")),
         *((name, ctypes.c_int) for name in ("stages", "units_per_stage", "early_stages")),
         *((name, ctypes.c_int) for name in Prefetch.ARGUMENTS[1:]),
         ("eps", ctypes.c_float),
@@ -188,16 +192,16 @@ class LinearArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearPlan:
+class GemmPlan(ABC):
     """A matrix product for one weight format, number of rows and epilogue, on one kind of device.
 
     Attributes:
         form: The weight's format.
         rows: M, up to 64.
         epilogue: ``plain`` (bfloat16, plus a residual where one is given), ``swiglu`` (bfloat16,
-            of a paired weight) or ``logits`` (float32, with the best of each block on request).
+            of a paired weight) or ``logits`` (float32, with the best candidates on request).
         norm: x is a ``PrescaledInput``: sums are multiplied by 1 / rms of their row.
-        tuning: Parameters chosen for speed.
+        tuning: Parameters chosen for speed; its warps determine the order of sums.
         limits: Of the device.
     """
 
@@ -211,6 +215,150 @@ class LinearPlan:
     def __post_init__(self) -> None:
         assert 1 <= self.rows <= MAX_ROWS, f"{self.rows} rows"
         assert self.form.paired == (self.epilogue == "swiglu"), "swiglu, and it alone, pairs"
+
+    @property
+    @abstractmethod
+    def kernel(self) -> Kernel:
+        """The instance of the kernel."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+
+    @property
+    @abstractmethod
+    def candidates(self) -> int:
+        """Parts of the vocabulary, for each of which the best logit of a row is found."""
+
+    @property
+    @abstractmethod
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> Mapping[str, int]:
+        """The kernel arguments that divide the work."""
+
+    @property
+    def n_partial(self) -> int:
+        """Float32 values of workspace that ``call`` needs."""
+        return 0
+
+    @property
+    def n_counters(self) -> int:
+        """Counters that ``call`` needs."""
+        return 0
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All kernels that it launches."""
+        return (self.kernel,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of y."""
+        return torch.float32 if self.epilogue == "logits" else torch.bfloat16
+
+    @property
+    def width(self) -> int:
+        """Output features of y."""
+        return self.form.n // 2 if self.form.paired else self.form.n
+
+    def call(
+        self,
+        x: Tensor | PrescaledInput,
+        y: Tensor,
+        weight: Tensor,
+        scale_N: Tensor | None = None,
+        *,
+        bias_N: Tensor | None = None,
+        residual: Tensor | None = None,
+        norm_epilogue: NormEpilogue | None = None,
+        best: tuple[Tensor, Tensor] | None = None,
+        n_best: int | None = None,
+        prefetch: Prefetch | None = None,
+        partial: Tensor | None = None,
+        counters: Tensor | None = None,
+        operand: Tensor | None = None,
+    ) -> Call:
+        """Returns the launch that computes ``y``; see ``reference.fused_linear``.
+
+        Args:
+            x: bfloat16 [M, K]; with a norm, the prescaled input.
+            y: [M, width], written: float32 for ``logits``, else bfloat16. May be ``residual``.
+            weight: As ``packing.pack`` returns it.
+            scale_N: float32 scales of an eight-bit weight.
+            bias_N: bfloat16, in the order of the weight before packing.
+            residual: bfloat16, shaped like ``y``; added.
+            norm_epilogue: Of the norm that ``y`` goes into; for ``plain``.
+            best: For ``logits``, written: float32 and int32 [M, candidates], the largest logit of
+                each part of the vocabulary and its output feature. A NaN counts as larger than any
+                number.
+            n_best: ``best`` is taken among the first ``n_best`` features; None for all.
+            prefetch: A part of a later matrix product's weight.
+            partial: Workspace of ``n_partial`` float32 values.
+            counters: ``n_counters`` int32 zeros, which are zeros again afterwards.
+            operand: x as ``WidePlan.staging`` stored it.
+        """
+        prescaled = x if isinstance(x, PrescaledInput) else None
+        x_MK = x.x if isinstance(x, PrescaledInput) else x
+        assert (prescaled is not None) == self.norm, "a prescaled input where there is a norm"
+        assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
+        assert y.shape == (self.rows, self.width), f"y is {tuple(y.shape)}"
+        assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
+        assert y.dtype == self.dtype, f"y is {y.dtype}"
+        assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
+        assert (scale_N is not None) == (self.form.kind in ("fp8", "int8")), "a scale per output"
+        assert residual is None or residual.shape == y.shape, "like y"
+        assert residual is None or self.epilogue != "logits", "logits have no residual"
+        next_norm: dict[str, Tensor | None] = dict.fromkeys(NormEpilogue.ARGUMENTS)
+        if norm_epilogue is not None:
+            assert self.epilogue == "plain", "a norm follows plain results alone"
+            assert norm_epilogue.prescaled.x.shape == y.shape, "like y"
+            next_norm |= norm_epilogue.arguments()
+        assert best is None or self.epilogue == "logits", "logits alone have a best"
+        assert self.n_partial <= (0 if partial is None else partial.numel()), "too few values"
+        assert self.n_counters <= (0 if counters is None else counters.numel()), "too few counters"
+        assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
+        args, tensors = LinearArguments.of(
+            weight=weight,
+            scale=scale_N,
+            x=x_MK,
+            operand=operand,
+            squares=prescaled.squares if prescaled else None,
+            bias=bias_N,
+            residual=residual,
+            y=y,
+            **next_norm,
+            best_value=best[0] if best else None,
+            best_index=best[1] if best else None,
+            partial=partial if self.n_partial else None,
+            counters=counters if self.n_counters else None,
+            rows=self.rows,
+            n=self.form.n,
+            k=self.form.k,
+            n_best=self.form.n if n_best is None else n_best,
+            tiles=self.form.tiles,
+            units=self.form.units,
+            parts=self.tuning.warps,
+            **self.settings,
+            **(prefetch.arguments() if prefetch else _NO_PREFETCH),
+            eps=prescaled.eps if prescaled else 0.0,
+        )
+        return Call(
+            kernel=self.kernel,
+            grid=(self.blocks, 1, 1),
+            shared_bytes=self.shared_bytes,
+            args=args,
+            tensors=tensors,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPlan(GemmPlan):
+    """A matrix product by ``linear.cu``."""
 
     @property
     def octets(self) -> int:
@@ -231,6 +379,23 @@ class LinearPlan:
     def blocks(self) -> int:
         """Blocks of the grid."""
         return min(self.items, self.limits.n_sms)
+
+    @property
+    def candidates(self) -> int:
+        """The blocks."""
+        return self.blocks
+
+    @property
+    def shared_bytes(self) -> int:
+        """See ``Layout``."""
+        return self._fitted.shared_bytes
+
+    @property
+    def settings(self) -> Mapping[str, int]:
+        """The ring."""
+        layout = self._fitted
+        ring = {"stages": layout.stages, "units_per_stage": layout.units_per_stage}
+        return {"splits": 1, "part_stages": 0, **ring, "early_stages": layout.early_stages}
 
     @property
     def tiles_in_flight(self) -> int:
@@ -303,16 +468,6 @@ class LinearPlan:
         return -(-self.form.units // self.tuning.warps)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Element type of y."""
-        return torch.float32 if self.epilogue == "logits" else torch.bfloat16
-
-    @property
-    def width(self) -> int:
-        """Output features of y."""
-        return self.form.n // 2 if self.form.paired else self.form.n
-
-    @property
     def _fitted(self) -> Layout:
         assert self.layout is not None, f"{self.rows} rows do not fit {self.limits}"
         return self.layout
@@ -327,7 +482,7 @@ class LinearPlan:
         )
         function = (
             f"linear<{form.struct}, {t.warps}, {tiles}, {self.octets}, {few}, "
-            f"{_EPILOGUES[self.epilogue]}, {norm}, {in_shared}>"
+            f"{EPILOGUES[self.epilogue]}, {norm}, {in_shared}>"
         )
         octets = f"{self.octets}{'few' if self.max_two_rows else ''}"
         features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
@@ -338,103 +493,3 @@ class LinearPlan:
             args="LinearArgs",
             threads=32 * (t.warps + 1),
         )
-
-    def call(
-        self,
-        x: Tensor | PrescaledInput,
-        y: Tensor,
-        weight: Tensor,
-        scale_N: Tensor | None = None,
-        *,
-        bias_N: Tensor | None = None,
-        residual: Tensor | None = None,
-        norm_epilogue: NormEpilogue | None = None,
-        best: tuple[Tensor, Tensor] | None = None,
-        n_best: int | None = None,
-        prefetch: Prefetch | None = None,
-    ) -> Call:
-        """Returns the launch that computes ``y``; see ``reference.fused_linear``.
-
-        Args:
-            x: bfloat16 [M, K]; with a norm, the prescaled input.
-            y: [M, width], written: float32 for ``logits``, else bfloat16. May be ``residual``.
-            weight: As ``packing.pack`` returns it.
-            scale_N: float32 scales of an eight-bit weight.
-            bias_N: bfloat16, in the order of the weight before packing.
-            residual: bfloat16, shaped like ``y``; added.
-            norm_epilogue: Of the norm that ``y`` goes into; for ``plain``.
-            best: For ``logits``, written: float32 and int32 [M, blocks], the largest logit of each
-                block and its output feature. A NaN counts as larger than any number.
-            n_best: ``best`` is taken among the first ``n_best`` features; None for all.
-            prefetch: A part of a later matrix product's weight.
-        """
-        layout = self._fitted
-        prescaled = x if isinstance(x, PrescaledInput) else None
-        x_MK = x.x if isinstance(x, PrescaledInput) else x
-        assert (prescaled is not None) == self.norm, "a prescaled input where there is a norm"
-        assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
-        assert y.shape == (self.rows, self.width), f"y is {tuple(y.shape)}"
-        assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
-        assert y.dtype == self.dtype, f"y is {y.dtype}"
-        assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
-        assert (scale_N is not None) == (self.form.kind in ("fp8", "int8")), "a scale per output"
-        assert residual is None or residual.shape == y.shape, "like y"
-        assert residual is None or self.epilogue != "logits", "logits have no residual"
-        next_norm: dict[str, Tensor | None] = dict.fromkeys(NormEpilogue.ARGUMENTS)
-        if norm_epilogue is not None:
-            assert self.epilogue == "plain", "a norm follows plain results alone"
-            assert norm_epilogue.prescaled.x.shape == y.shape, "like y"
-            next_norm |= norm_epilogue.arguments()
-        assert best is None or self.epilogue == "logits", "logits alone have a best"
-        assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
-        args, tensors = LinearArguments.of(
-            weight=weight,
-            scale=scale_N,
-            x=x_MK,
-            squares=prescaled.squares if prescaled else None,
-            bias=bias_N,
-            residual=residual,
-            y=y,
-            **next_norm,
-            best_value=best[0] if best else None,
-            best_index=best[1] if best else None,
-            rows=self.rows,
-            n=self.form.n,
-            k=self.form.k,
-            n_best=self.form.n if n_best is None else n_best,
-            tiles=self.form.tiles,
-            units=self.form.units,
-            stages=layout.stages,
-            units_per_stage=layout.units_per_stage,
-            early_stages=layout.early_stages,
-            **(prefetch.arguments() if prefetch else _NO_PREFETCH),
-            eps=prescaled.eps if prescaled else 0.0,
-        )
-        return Call(
-            kernel=self.kernel,
-            grid=(self.blocks, 1, 1),
-            shared_bytes=layout.shared_bytes,
-            args=args,
-            tensors=tensors,
-        )
-
-
-def plan_rows(
-    form: Format,
-    rows: int,
-    epilogue: Epilogue = "plain",
-    *,
-    norm: bool,
-    tuning: Tuning,
-    limits: Limits,
-) -> list[tuple[slice, LinearPlan]]:
-    """Plans any number of rows: splits them into the largest launches that fit the device."""
-
-    def plan(n: int) -> LinearPlan:
-        return LinearPlan(
-            form=form, rows=n, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
-        )
-
-    rows_per_launch = next((n for n in (64, 32, 16) if plan(min(n, rows)).layout is not None), 8)
-    firsts = range(0, rows, rows_per_launch)
-    return [(slice(i, i + rows_per_launch), plan(min(rows_per_launch, rows - i))) for i in firsts]

@@ -9,6 +9,7 @@ device and the number of rows; the chunks of attention depend on the heads and t
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from hotloop.kernels.cuda.attention import MAX_TOKENS, TILE, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
-from hotloop.kernels.cuda.linear import LinearPlan, Prefetch, Tuning
-from hotloop.kernels.cuda.packing import Format
+from hotloop.kernels.cuda.linear import Epilogue, GemmPlan, LinearPlan, Prefetch, Tuning
+from hotloop.kernels.cuda.packing import TILE_ROWS, Format
+from hotloop.kernels.cuda.wide import WARPS as WIDE_WARPS
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning
 
 WARPS = (8, 10, 11, 12, 14, 16, 20)
 """Candidate numbers of warps of a block; the first of equals is chosen."""
@@ -55,6 +58,22 @@ FAST_STAGES = 2
 RING_SHARE = 0.75
 """The largest share of a block's weights that its ring may hold. A kernel that issued all of its
 loads before its input arrives would delay the loads of the kernel that computes this input."""
+
+MIN_WIDE_ROWS = 17
+"""Rows from which on ``wide.cu`` is faster than ``linear.cu``: on an H200, a whole step of 32 and
+64 rows is, and one of 16 is not."""
+
+LOADED_BYTES = 24
+"""Bytes that a multiprocessor loads in a clock cycle from L2, if all of them do. This and the
+clock cycles below were fitted to trials of ``wide.cu`` on an H200."""
+
+INT4_CYCLES, OCTET_CYCLES = 240, 220
+"""Clock cycles of ``wide.cu`` for 128 input features of a tile of each warp, and for each octet of
+rows besides; without groups it takes half of them."""
+
+ITEM_CYCLES, SPLIT_CYCLES = 7000, 6000
+"""Clock cycles of ``wide.cu`` before the first mma and after the last one of an item, and more
+where blocks share K."""
 
 LONG_CACHE = 8192
 """Positions of a cache from which on a block of attention serves two octets of rows, so that the
@@ -105,15 +124,14 @@ def _prefetch_rule(by: Projection, later: LinearPlan) -> _PrefetchRule | None:
             return None
 
 
-def plan_prefetch(by: Projection, later: LinearPlan, weight: Tensor) -> Prefetch | None:
+def plan_prefetch(by: Projection, later: GemmPlan, weight: Tensor) -> Prefetch | None:
     """Plans the prefetch by one projection of a later one's weight, or returns None for none.
 
     ``qkv`` and ``o`` prefetch the weight of ``gate_up``, because memory is idle longest around
     attention; ``gate_up`` prefetches that of ``down``, and ``down`` that of the next layer's
     ``qkv``.
     """
-    rule = _prefetch_rule(by, later)
-    if rule is None:
+    if not isinstance(later, LinearPlan) or (rule := _prefetch_rule(by, later)) is None:
         return None
     form, blocks = later.form, later.limits.n_sms
     first = 0 if rule.beyond is None else later.tiles_in_flight + rule.beyond
@@ -161,8 +179,11 @@ def linear_tuning(form: Format, limits: Limits, projection: Projection) -> Tunin
 
 def _is_read_fast(form: Format, limits: Limits) -> bool:
     """Tells whether a weight is short and the device's memory fast."""
-    bandwidth = limits.bytes_per_s
-    return bandwidth > FAST_MEMORY * limits.n_sms and form.nbytes < SHORT_READ_S * bandwidth
+    return _has_fast_memory(limits) and form.nbytes < SHORT_READ_S * limits.bytes_per_s
+
+
+def _has_fast_memory(limits: Limits) -> bool:
+    return limits.bytes_per_s > FAST_MEMORY * limits.n_sms
 
 
 def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
@@ -171,6 +192,76 @@ def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
     copied = warps * units * form.unit_bytes
     unfit = copied > STAGE_BYTES or units_of_warp % units > 0
     return unfit, warps * units_of_warp - form.units, -copied
+
+
+def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuning:
+    """Chooses the tuning of a matrix product by ``wide.cu``: that with the fewest clock cycles.
+
+    Args:
+        form: The weight's format.
+        rows: M.
+        parts: Parts of K.
+        limits: Of the device.
+    """
+    choices = itertools.product((2, 1), range(1, parts + 1))
+    tuning = (WideTuning(tiles=tiles, splits=splits) for tiles, splits in choices)
+    return min(tuning, key=lambda wide: wide_cycles(form, rows, parts, wide, limits))
+
+
+def wide_cycles(form: Format, rows: int, parts: int, wide: WideTuning, limits: Limits) -> float:
+    """Estimates the clock cycles of a matrix product by ``wide.cu``; see ``wide_tuning``."""
+    octets = next(c for c in (2, 4, 8) if rows <= 8 * c)
+    tiles = WIDE_WARPS * wide.tiles
+    groups = -(-form.tiles // tiles)
+    items = -(-groups * wide.splits // limits.n_sms)  # of the block with the most
+    units = -(-parts // wide.splits) * -(-form.units // parts)  # of an item
+    loading = (tiles * form.unit_bytes + 16 * octets * form.unit_k) / LOADED_BYTES
+    multiplying = wide.tiles * (INT4_CYCLES + OCTET_CYCLES * octets) * form.unit_k / 128
+    if form.group_size is None:
+        multiplying /= 2
+    cycles = items * (units * max(loading, multiplying) + ITEM_CYCLES)
+    if wide.splits > 1:
+        part_bytes = 4 * TILE_ROWS * 8 * octets * tiles
+        cycles += items * SPLIT_CYCLES + parts * part_bytes / LOADED_BYTES
+    return cycles
+
+
+def plan_rows(
+    form: Format,
+    rows: int,
+    epilogue: Epilogue = "plain",
+    *,
+    norm: bool,
+    tuning: Tuning,
+    limits: Limits,
+) -> list[tuple[slice, GemmPlan]]:
+    """Plans any number of rows: splits them into the largest launches that fit the device."""
+
+    def linear(n: int) -> LinearPlan:
+        return LinearPlan(
+            form=form, rows=n, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
+        )
+
+    def plan(n: int) -> GemmPlan:
+        if n < _min_wide_rows(limits):
+            return linear(n)
+        wide = wide_tuning(form, n, tuning.warps, limits)
+        return WidePlan(
+            form=form, rows=n, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits, wide=wide
+        )
+
+    def fits(n: int) -> bool:
+        return n >= _min_wide_rows(limits) or linear(n).layout is not None
+
+    rows_per_launch = next((n for n in (64, 32, 16) if fits(min(n, rows))), 8)
+    firsts = range(0, rows, rows_per_launch)
+    return [(slice(i, i + rows_per_launch), plan(min(rows_per_launch, rows - i))) for i in firsts]
+
+
+def _min_wide_rows(limits: Limits) -> int:
+    """Returns the fewest rows for ``wide.cu``, which was measured on an H200 alone."""
+    is_measured = limits.warpgroups and _has_fast_memory(limits)
+    return MIN_WIDE_ROWS if is_measured else sys.maxsize
 
 
 def attention_tuning(

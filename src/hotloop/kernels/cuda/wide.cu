@@ -1,0 +1,638 @@
+// GEMMs with 9 to 64 rows: y = epilogue(x @ weight.T), with the bits that linear.cu gives each row.
+//
+// A block computes a group of tiles for all rows. It walks along K through a ring of stages in
+// shared memory. A stage holds the weights of the group's tiles for a unit of K (two units with
+// bfloat16) and the same input features of x, so x is read once for the whole group. Two warpgroups
+// dequantize the weights into registers, each once, and multiply them by all rows with wgmma, which
+// reads x from shared memory. The warps of a third warpgroup issue the copies into the ring.
+//
+// A kernel before it (Staging) stores x as that operand, once for all blocks: scaled as the weight
+// type needs it, its features in the order of the weights' fragments, permuted against bank
+// conflicts, with its sums for the zero points. So a stage's part of x is one bulk copy.
+//
+// Bits: linear.cu divides K into as many parts as it has warps, sums each in one chain (with int4
+// in two chains per group) and adds the parts in order. Here a warp walks through the parts one
+// after the other and adds each as it ends, and tensor cores of a warpgroup round as those of a
+// warp do. So a row's bits depend on neither the number of rows nor which kernel computed it.
+//
+// Split K: where there are fewer groups of tiles than multiprocessors, several blocks share a
+// group, each with some whole parts of K. They store the parts' sums in a workspace, and of the
+// warps with the same tiles the last to arrive adds them in order and applies the epilogue.
+//
+// Letters and fragments: see linear.cuh. An item of work is a group of tiles and a share of K; a
+// line is 64 input features of a row of x.
+
+#include "linear.cuh"
+
+struct StagingArgs {
+  const bf16* x;       // [M, K]
+  uint8_t* operand;    // [parts, stages of a part, StageOf::kBytes]
+  int rows, k, units;
+  int parts, part_stages;
+};
+
+// x in a stage of the ring: lines of x, then sums of x.
+template <class Weight, int kOctets>
+struct StageOf {
+  static constexpr int kRows = 8 * kOctets;
+  static constexpr int kUnitSlices = Weight::kUnitK / 32;
+  static constexpr bool kGroups = Weight::kGroupSlices > 0;
+  static constexpr int kGroupSlices = kGroups ? Weight::kGroupSlices : kUnitSlices;
+  static constexpr int kUnitGroups = kUnitSlices / kGroupSlices;
+  static constexpr bool kSums = Weight::kZeroPoint > 0 || Weight::kOffset;  // sums of x are needed
+
+  static constexpr int kLineK = 64, kLineBytes = 128, kLineSlices = 2;
+  static constexpr int kUnits = Weight::kUnitK < kLineK ? kLineK / Weight::kUnitK : 1;
+  static constexpr int kLines = kUnits * Weight::kUnitK / kLineK;  // of a row
+  static_assert(kUnits == 1 || (kUnits == 2 && kUnitSlices == 1 && !kSums));
+  static constexpr int kSumGroups = !kSums ? 0 : kGroups ? kUnitGroups : 1;
+  static constexpr int kLinesBytes = kLines * kRows * kLineBytes;
+  static constexpr int kBytes =
+      kLinesBytes + static_cast<int>(sizeof(float)) * kRows * kSumGroups;
+};
+
+// Stores x as the operand of Wide. A warp has an octet of rows, and a stage, or a whole part of K
+// where its sum is one.
+template <class Weight, int kOctets>
+struct Staging : StageOf<Weight, kOctets> {
+  using S = StageOf<Weight, kOctets>;
+
+  const StagingArgs& args;
+  const int lane, octet, g, t;
+
+  __device__ __forceinline__ Staging(const StagingArgs& a, int thread, int block)
+      : args(a), lane(thread % 32), octet(block * (blockDim.x / 32) + thread / 32), g(lane / 4),
+        t(lane % 4) {}
+
+  __device__ __forceinline__ void run() const {
+    launch_dependents();
+    const int part = blockIdx.y, first_unit = args.units * part / args.parts;
+    const int end_unit = args.units * (part + 1) / args.parts;
+    constexpr bool whole_parts = S::kSums && !S::kGroups;
+    const int first = whole_parts ? 0 : blockIdx.x;
+    const int end = whole_parts ? args.part_stages : first + 1;
+    wait_for_predecessor();
+    float x_total[2][4] = {};
+    for (int i = first; i < end; i++) {
+      const int unit = first_unit + i * S::kUnits;
+      if (unit >= end_unit) return;
+      uint8_t* to = args.operand + static_cast<int64_t>(part * args.part_stages + i) * S::kBytes;
+      store_stage(unit, end_unit, to, x_total);
+    }
+  }
+
+  // Beyond the last row and feature, and the last unit of the part, x is zeros, because padding of
+  // the weights need not be.
+  __device__ __forceinline__ void store_stage(int unit, int end_unit, uint8_t* to,
+                                              float x_total[2][4]) const {
+    const int row = 8 * octet + g, k = unit * Weight::kUnitK + 8 * t;
+    const int end_k = min(end_unit * Weight::kUnitK, args.k);
+    const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
+    uint4 x[S::kLines * S::kLineSlices];
+#pragma unroll
+    for (int i = 0; i < S::kLines * S::kLineSlices; i++)
+      x[i] = row < args.rows && k + 32 * i < end_k ? *reinterpret_cast<const uint4*>(from + 32 * i)
+                                                   : uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < S::kLines * S::kLineSlices; i++) {
+      const uint4 operand = scale_input<Weight>(x[i]);
+      uint8_t* line = to + (i / S::kLineSlices * S::kRows + row) * S::kLineBytes;
+      store_slice(line, i % S::kLineSlices, operand);
+      if constexpr (S::kSums) {
+        const bool begins = S::kGroups && i % S::kGroupSlices == 0;
+        const bool ends = S::kGroups ? i % S::kGroupSlices == S::kGroupSlices - 1
+                                     : i == S::kUnitSlices - 1 && unit + 1 == end_unit;
+        if (begins) clear(x_total);
+        add_x<Weight>(x_total, operand);
+        if (ends && g == 0) {
+          const int group = S::kGroups ? i / S::kGroupSlices : 0;
+          float* sums = reinterpret_cast<float*>(to + S::kLinesBytes) + group * S::kRows;
+          *reinterpret_cast<float2*>(sums + 8 * octet + 2 * t) = x_sum_of(x_total);
+        }
+      }
+    }
+  }
+
+  // A lane has features 8t to 8t + 7 of a slice: the first pair is multiplied in columns 2t and
+  // 2t + 1 of one mma, the second pair eight columns on, and the other two by another mma.
+  __device__ __forceinline__ void store_slice(uint8_t* line, int slice, uint4 x) const {
+    uint32_t* words = reinterpret_cast<uint32_t*>(line) + t;
+    words[4 * ((4 * slice) ^ g)] = x.x;
+    words[4 * ((4 * slice + 1) ^ g)] = x.y;
+    words[4 * ((4 * slice + 2) ^ g)] = x.z;
+    words[4 * ((4 * slice + 3) ^ g)] = x.w;
+  }
+
+  static __device__ __forceinline__ void clear(float total[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) total[0][i] = total[1][i] = 0;
+  }
+};
+
+template <class Weight, int kOctets>
+__device__ __forceinline__ void stage_x(const StagingArgs& args) {
+  Staging<Weight, kOctets>(args, threadIdx.x, blockIdx.z).run();
+}
+
+// kTiles: tiles of each warp that multiplies. kOctets: octets of x.
+template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
+struct Wide : StageOf<Weight, kOctets> {
+  using S = StageOf<Weight, kOctets>;
+  using S::kGroups, S::kGroupSlices, S::kLineBytes, S::kLineSlices, S::kRows, S::kSums, S::kUnits;
+  using S::kUnitGroups, S::kUnitSlices;
+
+  static constexpr int kWarps = 8;    // that multiply: two warpgroups
+  static constexpr int kLoaders = 4;  // issuing a bulk copy takes a warp 70 clock cycles or more
+  static constexpr int kGroupTiles = kWarps * kTiles;
+  static constexpr int kTileBytes = kUnits * Weight::kUnitBytes;
+  static constexpr int kStageBytes = (S::kBytes + kGroupTiles * kTileBytes + 1023) / 1024 * 1024;
+
+  // Registers of a thread, in multiples of eight, of 504 for the three warpgroups.
+  static constexpr int kMultiplyRegisters = 232, kLoadRegisters = 40;
+
+  using Output = ::Output<Weight, kEpilogue, kNorm>;
+
+  struct Item {
+    int group, split;
+  };
+
+  const LinearArgs& args;
+  const int lane, warp, g, t;
+  const int groups;  // of tiles
+  Item step;         // from an item of a block to its next one
+  const Output output;
+
+  // Shared memory.
+  uint8_t* ring;          // [stages][kStageBytes]
+  float4* totals;         // of this lane: [kTiles][kOctets][32]; not with split K
+  float* best_value;      // of this warp, with kLogits: [kRows]
+  int* best_index;
+  uint64_t* filled;       // [stages]: barrier, weights and x have arrived
+  uint64_t* emptied;      // [stages]: barrier, every warp has read the stage
+  uint64_t* factors_set;  // barrier, with kNorm
+  float* norm_factors;    // [kRows], with kNorm
+  int* first_unit;        // [parts + 1]: of each part, and one past the last one
+  int* first_part;        // [splits + 1]: of each split, and one past the last one
+
+  __device__ __forceinline__ Wide(const LinearArgs& a, int thread)
+      : args(a), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
+        groups((a.tiles + kGroupTiles - 1) / kGroupTiles), output{a, g, t} {
+    const int blocks = gridDim.x;
+    step = {blocks / a.splits, blocks % a.splits};
+    uint8_t* memory = shared_memory();
+    ring = memory;
+    memory += a.stages * kStageBytes;
+    totals = reinterpret_cast<float4*>(memory) + warp * kTiles * kOctets * 32 + lane;
+    if (a.splits == 1) memory += sizeof(float4) * kWarps * kTiles * kOctets * 32;
+    best_value = reinterpret_cast<float*>(memory) + warp * kRows;
+    best_index = reinterpret_cast<int*>(memory) + (kWarps + warp) * kRows;
+    if (kEpilogue == kLogits) memory += 2 * sizeof(float) * kWarps * kRows;
+    filled = reinterpret_cast<uint64_t*>(memory);
+    emptied = filled + a.stages;
+    factors_set = emptied + a.stages;
+    norm_factors = reinterpret_cast<float*>(factors_set + 1);
+    first_unit = reinterpret_cast<int*>(norm_factors + kRows);
+    first_part = first_unit + a.parts + 1;
+  }
+
+  __device__ __forceinline__ void run() {
+    if (warp < kWarps) {
+      take_registers<kMultiplyRegisters>();
+      multiply();
+    } else {
+      return_registers<kLoadRegisters>();
+      load(warp - kWarps);
+    }
+  }
+
+  // The division of work.
+
+  // Divides K, once for all warps.
+  __device__ __forceinline__ void divide_work() const {
+    for (int i = lane; i <= args.parts; i += 32) first_unit[i] = args.units * i / args.parts;
+    for (int i = lane; i <= args.splits; i += 32) first_part[i] = args.parts * i / args.splits;
+  }
+
+  __device__ __forceinline__ Item first_item() const {
+    return {static_cast<int>(blockIdx.x) / args.splits, static_cast<int>(blockIdx.x) % args.splits};
+  }
+  __device__ __forceinline__ bool exists(const Item& item) const { return item.group < groups; }
+  __device__ __forceinline__ void advance(Item& item) const {
+    item.group += step.group, item.split += step.split;
+    if (item.split >= args.splits) item.split -= args.splits, item.group++;
+  }
+
+  // A stage of a block's work.
+  struct Cursor {
+    Item item;
+    int part, end_part, unit, end_unit;
+    int x;  // stage of the operand
+  };
+
+  __device__ __forceinline__ Cursor first_stage() const {
+    const Item item = first_item();
+    Cursor at = {item, first_part[item.split] - 1, first_part[item.split + 1], 0, 0, 0};
+    if (exists(item)) begin_part(at);
+    return at;
+  }
+
+  __device__ __forceinline__ bool exists(const Cursor& at) const { return exists(at.item); }
+
+  __device__ __forceinline__ void advance(Cursor& at) const {
+    at.unit += kUnits, at.x++;
+    if (at.unit >= at.end_unit) begin_part(at);
+  }
+
+  // Goes on to the next part that has units.
+  __device__ __forceinline__ void begin_part(Cursor& at) const {
+    do {
+      if (++at.part == at.end_part) {
+        advance(at.item);
+        if (!exists(at)) return;
+        at.part = first_part[at.item.split], at.end_part = first_part[at.item.split + 1];
+      }
+      at.end_unit = first_unit[at.part + 1];
+      at.unit = first_unit[at.part];
+      at.x = at.part * args.part_stages;
+    } while (at.unit == at.end_unit);
+  }
+
+  // A stage of the ring, and the parity of its current round.
+  struct Stage {
+    int index = 0;
+    uint32_t parity = 0;
+  };
+
+  __device__ __forceinline__ void advance(Stage& stage) const {
+    if (++stage.index == args.stages) stage = {0, stage.parity ^ 1};
+  }
+
+  __device__ __forceinline__ uint8_t* x_of(int stage) const { return ring + stage * kStageBytes; }
+  __device__ __forceinline__ const float* x_sums_of(int stage) const {
+    return reinterpret_cast<const float*>(x_of(stage) + S::kLinesBytes);
+  }
+  __device__ __forceinline__ uint8_t* weights_of(int stage) const {
+    return x_of(stage) + S::kBytes;
+  }
+
+  // The warps that load share the tiles of a stage; the last one also has x. The ring's first
+  // weights are issued before the kernel that stores x has ended.
+
+  __device__ __forceinline__ void load(int loader) const {
+    if (loader == 0 && lane == 0) {
+      for (int i = 0; i < args.stages; i++) {
+        barrier_init(filled + i, (kLoaders + 1) * kCopyArrivals);
+        barrier_init(emptied + i, kWarps);
+      }
+      barrier_init(factors_set, kWarps);
+    }
+    fence_barrier_init();
+    if (loader == 1) divide_work();
+    sync_block();  // barriers and tables are ready
+    const bool has_x = loader == kLoaders - 1;
+    const uint64_t policy = evict_first_policy();
+    Cursor at = first_stage();
+    for (int i = 0; i < args.stages && exists(at); i++, advance(at))
+      copy_weights(at, i, loader, policy);
+    launch_dependents();
+    wait_for_predecessor();
+    if (has_x) {
+      at = first_stage();
+      for (int i = 0; i < args.stages && exists(at); i++, advance(at)) copy_x(at, i);
+    }
+    for (Stage stage; exists(at); advance(at), advance(stage)) {
+      barrier_wait(emptied + stage.index, stage.parity);
+      copy_weights(at, stage.index, loader, policy);
+      if (has_x) copy_x(at, stage.index);
+    }
+  }
+
+  __device__ __forceinline__ void copy_weights(const Cursor& at, int stage, int loader,
+                                               uint64_t policy) const {
+    const int tile = at.item.group * kGroupTiles, last = min(kGroupTiles, args.tiles - tile);
+    const int tiles = max(0, (last - loader + kLoaders - 1) / kLoaders);
+    const int bytes = min(kUnits, at.end_unit - at.unit) * Weight::kUnitBytes;
+    const int64_t tile_bytes = static_cast<int64_t>(args.units) * Weight::kUnitBytes;
+    const uint8_t* from =
+        args.weight + (tile + loader) * tile_bytes + at.unit * Weight::kUnitBytes;
+    uint8_t* to = weights_of(stage) + loader * kTileBytes;
+    copy_begin(filled + stage, tiles * bytes, lane);
+#pragma unroll 1
+    for (int i = 0; i < tiles; i++) {
+      copy(to, from, bytes, filled + stage, policy, lane);
+      to += kLoaders * kTileBytes, from += kLoaders * tile_bytes;
+    }
+    copy_end(filled + stage, lane);
+  }
+
+  __device__ __forceinline__ void copy_x(const Cursor& at, int stage) const {
+    copy_begin(filled + stage, S::kBytes, lane);
+    copy(x_of(stage), args.operand + static_cast<int64_t>(at.x) * S::kBytes, S::kBytes,
+         filled + stage, keep_policy(), lane);
+    copy_end(filled + stage, lane);
+  }
+
+  // The warps that multiply.
+
+  using Sums = float[kTiles][kOctets][4];
+
+  __device__ __forceinline__ void multiply() const {
+    sync_block();
+    wait_for_predecessor();  // for the epilogue's inputs, and since y may still be read
+    if (kNorm) compute_factors();
+    if (kEpilogue == kLogits) begin_best();
+    Stage stage;
+    for (Item item = first_item(); exists(item); advance(item)) {
+      const int tile = item.group * kGroupTiles + warp * kTiles;
+      const int begin = first_part[item.split], end = first_part[item.split + 1];
+      for (int part = begin; part < end; part++) {
+        Sums sum = {};
+        multiply_part(stage, first_unit[part], first_unit[part + 1], sum);
+        if (args.splits == 1)
+          add_part(sum, part == 0);
+        else
+          store_part(tile, part, sum);
+      }
+      if (args.splits > 1) {
+        uint32_t* counter = args.counters + item.group * kWarps + warp;
+        if (!is_last_warp(counter, args.splits, lane)) continue;
+      }
+      run_epilogue(tile);
+    }
+    if (kEpilogue == kLogits && args.best_value != nullptr) end_best();
+  }
+
+  __device__ __forceinline__ void multiply_part(Stage& stage, int unit, int end_unit,
+                                                Sums sum) const {
+    if (unit >= end_unit) return;
+    const float* x_sums;
+#pragma unroll 1
+    while (true) {
+      barrier_wait(filled + stage.index, stage.parity);
+      const uint8_t* weights = weights_of(stage.index) + warp * kTiles * kTileBytes;
+      const uint64_t x = rows_operand(x_of(stage.index));
+      x_sums = x_sums_of(stage.index) + 2 * t;
+#pragma unroll
+      for (int r = 0; r < kTiles; r += kTogether)
+        if constexpr (kGroups)
+#pragma unroll
+          for (int group = 0; group < kUnitGroups; group++)
+            multiply_group(weights + r * kTileBytes, x, x_sums + group * kRows, group, sum + r);
+        else
+          multiply_units(weights + r * kTileBytes, x, end_unit - unit, sum + r);
+      unit += kUnits;
+      if (unit >= end_unit) break;
+      release(stage);
+    }
+    if constexpr (kSums && !kGroups)
+#pragma unroll
+      for (int c = 0; c < kOctets; c++) {
+        const float2 x_sum = *reinterpret_cast<const float2*>(x_sums + 8 * c);
+#pragma unroll
+        for (int r = 0; r < kTiles; r++) subtract_zero_point<Weight>(sum[r][c], x_sum);
+      }
+    release(stage);
+  }
+
+  __device__ __forceinline__ void release(Stage& stage) const {
+    sync_warp();  // every lane has read the stage
+    if (lane == 0) barrier_arrive(emptied + stage.index);
+    advance(stage);
+  }
+
+  // A slice of x: its operand for the first mma; that for the second lies 16 columns further on.
+  static __device__ __forceinline__ uint64_t slice_of(uint64_t x, int slice) {
+    return x + slice / kLineSlices * (kRows * kLineBytes / 16) + slice % kLineSlices * 4;
+  }
+
+  // Products in flight: of several tiles, or of two halves of the rows, as registers allow. While
+  // one is computed, the sums of the one before are finished.
+  static constexpr int kTogether = kOctets == 8 ? 1 : kTiles;
+  static constexpr int kHalves = kOctets == 8 ? 2 : 1;
+  static constexpr int kHalfOctets = kOctets / kHalves;
+  static constexpr int kHalfBytes = kHalfOctets * 8 * kLineBytes;  // of a line of all rows
+
+  // A group of a unit; its sums run in two chains.
+  __device__ __forceinline__ void multiply_group(const uint8_t* weights, uint64_t x,
+                                                 const float* x_sums, int group,
+                                                 float sum[kTogether][kOctets][4]) const {
+    uint32_t a[kTogether][kGroupSlices][2][4];
+#pragma unroll
+    for (int r = 0; r < kTogether; r++)
+#pragma unroll
+      for (int i = 0; i < kGroupSlices; i++)
+        Weight::operands(weights + r * kTileBytes, group * kGroupSlices + i, lane, a[r][i]);
+    float even[kTogether][kHalves][kHalfOctets][4], odd[kTogether][kHalves][kHalfOctets][4];
+    warpgroup_begin();
+#pragma unroll
+    for (int r = 0; r < kTogether; r++)
+#pragma unroll
+      for (int h = 0; h < kHalves; h++) {
+        multiply_chains(a[r], x + h * (kHalfBytes / 16), group, even[r][h], odd[r][h]);
+        warpgroup_commit();
+      }
+#pragma unroll
+    for (int r = 0; r < kTogether; r++)
+#pragma unroll
+      for (int h = 0; h < kHalves; h++) {
+        warpgroup_wait((kTogether - 1 - r) * kHalves + kHalves - 1 - h);
+        warpgroup_result<kHalfOctets>(even[r][h]);
+        warpgroup_result<kHalfOctets>(odd[r][h]);
+        const uint32_t* scales = Weight::group(weights + r * kTileBytes, group * kGroupSlices);
+#pragma unroll
+        for (int c = 0; c < kHalfOctets; c++) {
+          const int octet = h * kHalfOctets + c;
+          const float2 x_sum = *reinterpret_cast<const float2*>(x_sums + 8 * octet);
+          add_group<Weight>(sum[r][octet], even[r][h][c], odd[r][h][c], x_sum, scales, g);
+        }
+      }
+  }
+
+  static __device__ __forceinline__ void multiply_chains(const uint32_t a[kGroupSlices][2][4],
+                                                         uint64_t x, int group,
+                                                         float even[kHalfOctets][4],
+                                                         float odd[kHalfOctets][4]) {
+#pragma unroll
+    for (int i = 0; i < kGroupSlices; i++) {
+      const uint64_t b = slice_of(x, group * kGroupSlices + i);
+      if (i == 0) {
+        warpgroup_mma<kHalfOctets, false>(even, a[i][0], b);
+        warpgroup_mma<kHalfOctets, false>(odd, a[i][1], b + 2);
+      } else {
+        warpgroup_mma<kHalfOctets, true>(even, a[i][0], b);
+        warpgroup_mma<kHalfOctets, true>(odd, a[i][1], b + 2);
+      }
+    }
+  }
+
+  // The units of a stage, of a weight without groups. Those that the part does not have are zeros,
+  // here and in x.
+  __device__ __forceinline__ void multiply_units(const uint8_t* weights, uint64_t x, int units,
+                                                 float sum[kTogether][kOctets][4]) const {
+    constexpr int kSlices = kUnits * kUnitSlices;
+    uint32_t a[kTogether][kSlices][2][4];
+#pragma unroll
+    for (int r = 0; r < kTogether; r++)
+#pragma unroll
+      for (int i = 0; i < kSlices; i++) {
+        const int unit = i / kUnitSlices;
+        Weight::operands(weights + r * kTileBytes + unit * Weight::kUnitBytes, i % kUnitSlices,
+                         lane, a[r][i]);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+          if (unit > 0 && unit >= units) a[r][i][j / 4][j % 4] = 0;
+      }
+    warpgroup_begin();
+#pragma unroll
+    for (int i = 0; i < kSlices; i++)
+#pragma unroll
+      for (int r = 0; r < kTogether; r++) {
+        warpgroup_mma<kOctets, true>(sum[r], a[r][i][0], slice_of(x, i));
+        warpgroup_mma<kOctets, true>(sum[r], a[r][i][1], slice_of(x, i) + 2);
+      }
+    warpgroup_commit();
+    warpgroup_wait(0);
+#pragma unroll
+    for (int r = 0; r < kTogether; r++) warpgroup_result<kOctets>(sum[r]);
+  }
+
+  // Adds the parts' sums in order; a lane alone reads and writes its own.
+  __device__ __forceinline__ void add_part(const Sums sum, bool is_first) const {
+#pragma unroll
+    for (int r = 0; r < kTiles; r++)
+#pragma unroll
+      for (int c = 0; c < kOctets; c++) {
+        float4* total = totals + (r * kOctets + c) * 32;
+        float4 before = {0, 0, 0, 0};
+        if (!is_first) before = *total;
+        *total = plus(before, float4{sum[r][c][0], sum[r][c][1], sum[r][c][2], sum[r][c][3]});
+      }
+  }
+
+  static __device__ __forceinline__ float4 plus(float4 a, float4 b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+  }
+
+  // Split K.
+
+  __device__ __forceinline__ float4* part_of(int tile, int part) const {
+    return args.partial + ((static_cast<int64_t>(tile) * args.parts + part) * kOctets * 32 + lane);
+  }
+
+  __device__ __forceinline__ void store_part(int tile, int part, const Sums sum) const {
+#pragma unroll
+    for (int r = 0; r < kTiles; r++)
+      if (tile + r < args.tiles)
+#pragma unroll
+        for (int c = 0; c < kOctets; c++)
+          part_of(tile + r, part)[32 * c] =
+              float4{sum[r][c][0], sum[r][c][1], sum[r][c][2], sum[r][c][3]};
+  }
+
+  // Adds the parts of all splits in order, for kCount octets from one on.
+  template <int kCount>
+  __device__ __forceinline__ void add_parts(int tile, int octet, float4 total[kCount]) const {
+    constexpr int kInFlight = 16 / kCount;
+    for (int first = 0; first < args.parts; first += kInFlight) {
+      float4 more[kInFlight][kCount];
+#pragma unroll
+      for (int i = 0; i < kInFlight; i++)
+        if (first + i < args.parts)
+#pragma unroll
+          for (int c = 0; c < kCount; c++)
+            more[i][c] = load_from_l2(part_of(tile, first + i) + 32 * (octet + c));
+#pragma unroll
+      for (int i = 0; i < kInFlight; i++)
+        if (first + i < args.parts)
+#pragma unroll
+          for (int c = 0; c < kCount; c++) total[c] = plus(total[c], more[i][c]);
+    }
+  }
+
+  // The norm and the epilogue.
+
+  // Each warp computes the factors of some rows while the first stages are on their way.
+  __device__ __forceinline__ void compute_factors() const {
+    constexpr int kRowsAtOnce = 4;
+    const NormFactors norm = {args, lane};
+    for (int first = warp; first < args.rows; first += kRowsAtOnce * kWarps) {
+      float squares[kRowsAtOnce][NormFactors::kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; i++) norm.load(first + i * kWarps, 0, squares[i]);
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; i++) {
+        const int row = first + i * kWarps;
+        if (row >= args.rows) break;
+        const float factor = norm.of(row, squares[i]);
+        if (lane == 0) norm_factors[row] = factor;
+      }
+    }
+    sync_warp();
+    if (lane == 0) barrier_arrive(factors_set);
+  }
+
+  // Octets whose epilogue is computed together: one hides the latency of the others.
+  static constexpr int kAtOnce = kOctets < 4 ? kOctets : 4;
+
+  __device__ __forceinline__ void run_epilogue(int tile) const {
+    if (kNorm) barrier_wait(factors_set, 0);
+#pragma unroll 1
+    for (int i = 0; i < kTiles * kOctets / kAtOnce; i++) {
+      const int r = i / (kOctets / kAtOnce), octet = i % (kOctets / kAtOnce) * kAtOnce;
+      if (tile + r >= args.tiles) return;
+      typename Output::EpilogueInputs inputs[kAtOnce];
+#pragma unroll
+      for (int c = 0; c < kAtOnce; c++)
+        inputs[c] = output.load_epilogue_inputs(tile + r, octet + c);
+      float4 total[kAtOnce] = {};
+      if (args.splits > 1)
+        add_parts<kAtOnce>(tile + r, octet, total);
+      else
+#pragma unroll
+        for (int c = 0; c < kAtOnce; c++) total[c] = totals[(r * kOctets + octet + c) * 32];
+#pragma unroll
+      for (int c = 0; c < kAtOnce; c++) {
+        float2 factor = {};
+        if (kNorm) factor = *reinterpret_cast<const float2*>(norm_factors + 8 * (octet + c) + 2 * t);
+        const float factors[2] = {factor.x, factor.y};
+        Best best[2];
+        output.write_tile(total[c], tile + r, octet + c, inputs[c], factors, best);
+        if (kEpilogue == kLogits) keep_best(best, octet + c);
+      }
+    }
+  }
+
+  // The best of this warp's tiles so far.
+
+  __device__ __forceinline__ void begin_best() const {
+    for (int row = lane; row < kRows; row += 32)
+      best_value[row] = Best().value, best_index[row] = Best().index;
+    sync_warp();
+  }
+
+  __device__ __forceinline__ void keep_best(const Best best[2], int c) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      Best b = Output::best_of_lanes(best[i]);
+      const int row = 8 * c + 2 * t + i;
+      if (g == 0) {
+        b.update(best_value[row], best_index[row]);
+        best_value[row] = b.value, best_index[row] = b.index;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void end_best() const {
+    sync_warp();
+    const int candidate = blockIdx.x * kWarps + warp, candidates = gridDim.x * kWarps;
+    for (int row = lane; row < args.rows; row += 32) {
+      args.best_value[row * candidates + candidate] = best_value[row];
+      args.best_index[row * candidates + candidate] = best_index[row];
+    }
+  }
+};
+
+template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
+__device__ __forceinline__ void wide(const LinearArgs& args) {
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm>(args, threadIdx.x).run();
+}

@@ -1,0 +1,222 @@
+"""Launches of ``wide.cu``, the matrix product with 9 to 64 rows.
+
+A result has the bits that ``linear.cu`` gives: ``Tuning.warps`` of the weight is the number of
+parts into which K is divided. ``WideTuning`` affects speed alone.
+
+Shape letters: M rows, N output features, K input features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hotloop.kernels.cuda.compile import Kernel
+from hotloop.kernels.cuda.launch import Arguments, Call
+from hotloop.kernels.cuda.linear import EPILOGUES, GemmPlan
+from hotloop.kernels.cuda.packing import TILE_ROWS, Format
+
+WARPS = 8  # kWarps of wide.cu
+_LOADERS = 4  # kLoaders
+_LINE = 64  # kLineK
+
+
+class StagingArguments(Arguments):
+    """``StagingArgs`` of ``wide.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "operand")),
+        *((name, ctypes.c_int) for name in ("rows", "k", "units", "parts", "part_stages")),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideTuning:
+    """Parameters that are chosen for speed.
+
+    Attributes:
+        tiles: Tiles of each warp, 1 or 2.
+        splits: Blocks that share K; at most as many as it has parts.
+        ring_bytes: The most shared memory of a block for copies in flight.
+    """
+
+    tiles: int = 1
+    splits: int = 1
+    ring_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidePlan(GemmPlan):
+    """A matrix product by ``wide.cu``, which needs a device with ``Limits.warpgroups``.
+
+    Attributes:
+        wide: Parameters chosen for speed.
+    """
+
+    wide: WideTuning = WideTuning()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert 1 <= self.wide.splits <= self.tuning.warps, "each split has a part of K"
+
+    @property
+    def octets(self) -> int:
+        """Octets of rows of the kernel's instance."""
+        return next(c for c in (2, 4, 8) if self.rows <= 8 * c)
+
+    @property
+    def groups(self) -> int:
+        """Groups of tiles; a block computes a group together."""
+        return -(-self.form.tiles // (WARPS * self.wide.tiles))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        return min(self.groups * self.wide.splits, self.limits.n_sms)
+
+    @property
+    def candidates(self) -> int:
+        """The warps that multiply, of all blocks."""
+        return self.blocks * WARPS
+
+    @property
+    def n_partial(self) -> int:
+        """The sums of all parts, where blocks share K."""
+        sums = self.form.tiles * self.tuning.warps * TILE_ROWS * 8 * self.octets
+        return sums if self.wide.splits > 1 else 0
+
+    @property
+    def n_counters(self) -> int:
+        """One for each group and warp, where blocks share K."""
+        return self.groups * WARPS if self.wide.splits > 1 else 0
+
+    @property
+    def stages(self) -> int:
+        """Stages of the ring: as many as fit, at least two."""
+        rest = self._bytes_beside_ring
+        each = self._stage_bytes + self._barrier_bytes
+        stages = min(self.limits.shared_bytes - rest, max(self.wide.ring_bytes, 2 * each)) // each
+        assert stages >= 2, f"{self} does not fit"
+        return stages
+
+    @property
+    def shared_bytes(self) -> int:
+        """At least so many that a multiprocessor holds one such block only; see ``Layout``."""
+        used = self._bytes_beside_ring + self.stages * (self._stage_bytes + self._barrier_bytes)
+        return max(used, self.limits.exclusive_bytes)
+
+    @property
+    def settings(self) -> Mapping[str, int]:
+        """The ring, and how blocks share K."""
+        ring = {"stages": self.stages, "units_per_stage": stage_units(self.form)}
+        split = {"splits": self.wide.splits, "part_stages": self.part_stages}
+        return {**split, **ring, "early_stages": 0}
+
+    @property
+    def part_stages(self) -> int:
+        """Stages of a part of K, at most."""
+        units = -(-self.form.units // self.tuning.warps)
+        return -(-units // stage_units(self.form))
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of x as ``staging`` stores it."""
+        return self.tuning.warps * self.part_stages * self._x_bytes
+
+    def staging(self, x_MK: Tensor, operand: Tensor) -> Call:
+        """Returns the launch that stores x for ``call``.
+
+        Args:
+            x_MK: bfloat16 [M, K]; with a norm, the prescaled input.
+            operand: Written: ``operand_bytes``.
+        """
+        assert operand.nbytes >= self.operand_bytes, f"{operand.nbytes} bytes"
+        args, tensors = StagingArguments.of(
+            x=x_MK,
+            operand=operand,
+            rows=self.rows,
+            k=self.form.k,
+            units=self.form.units,
+            parts=self.tuning.warps,
+            part_stages=self.part_stages,
+        )
+        stages = 1 if self.form.kind == "int8" else self.part_stages  # a part's sum is one
+        kernel = self.staging_kernel
+        return Call(
+            kernel=kernel,
+            grid=(stages, self.tuning.warps, 32 * self.octets // kernel.threads),
+            shared_bytes=0,
+            args=args,
+            tensors=tensors,
+        )
+
+    @property
+    def staging_kernel(self) -> Kernel:
+        """The kernel of ``staging``."""
+        return Kernel(
+            name=f"stage_x_{self.form.label}_c{self.octets}",
+            file="wide.cu",
+            function=f"stage_x<{self.form.struct}, {self.octets}>",
+            args="StagingArgs",
+            threads=32 * min(self.octets, 4),
+        )
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """That of ``staging`` and that of ``call``."""
+        return self.staging_kernel, self.kernel
+
+    @property
+    def _x_bytes(self) -> int:
+        """``StageOf::kBytes`` of ``wide.cu``: x and sums of x in a stage."""
+        form, rows = self.form, 8 * self.octets
+        groups = 1 if form.kind == "int8" else 0
+        if form.group_size:
+            groups = form.unit_k // form.group_size
+        return 2 * rows * stage_units(form) * form.unit_k + 4 * rows * groups
+
+    @property
+    def _stage_bytes(self) -> int:
+        """``kStageBytes`` of ``wide.cu``: x and weights."""
+        weights = WARPS * self.wide.tiles * stage_units(self.form) * self.form.unit_bytes
+        return -(-(self._x_bytes + weights) // 1024) * 1024
+
+    @property
+    def _barrier_bytes(self) -> int:
+        """The two barriers of a stage."""
+        return 8 * 2
+
+    @property
+    def _bytes_beside_ring(self) -> int:
+        rows, tiles = 8 * self.octets, WARPS * self.wide.tiles
+        totals = 4 * tiles * TILE_ROWS * rows if self.wide.splits == 1 else 0
+        best = 8 * WARPS * rows if self.epilogue == "logits" else 0
+        words = rows + self.tuning.warps + self.wide.splits + 2
+        return totals + best + 8 + -(-4 * words // 8) * 8
+
+    @property
+    def kernel(self) -> Kernel:
+        """The instance of ``wide.cu``."""
+        form, tiles, octets = self.form, self.wide.tiles, self.octets
+        norm, epilogue = str(self.norm).lower(), EPILOGUES[self.epilogue]
+        features = f"{'norm_' if self.norm else ''}{self.epilogue}"
+        return Kernel(
+            name=f"wide_{form.label}_{features}_t{tiles}c{octets}",
+            file="wide.cu",
+            function=f"wide<{form.struct}, {tiles}, {octets}, {epilogue}, {norm}>",
+            args="LinearArgs",
+            threads=32 * (WARPS + _LOADERS),
+        )
+
+
+def max_counters(form: Format) -> int:
+    """Returns the most ``n_counters`` of a plan for a weight."""
+    return form.tiles + WARPS
+
+
+def stage_units(form: Format) -> int:
+    """Returns the units of a tile in a stage, ``kUnits`` of ``wide.cu``."""
+    return max(1, _LINE // form.unit_k)
