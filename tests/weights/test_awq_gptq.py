@@ -274,6 +274,8 @@ Q = "model.layers.0.self_attn.q_proj"  # square: 64 x 64
         ({".scales": scales(64, 2)}, "AWQ or GPTQ in a layout that is not supported"),  # GEMV
         ({".qweight": torch.zeros(16, 64, dtype=torch.int16)}, "not supported"),  # GEMV fast
         ({".qweight": torch.zeros(4, 128, dtype=torch.int32)}, "not supported"),  # Marlin
+        ({".qweight": torch.zeros((), dtype=torch.int32)}, "not supported"),
+        ({".scales": torch.zeros(0, 64).half()}, "has 0 groups along 64 input features"),
         ({".scales": scales(2, 64).double()}, "holds scales as F64"),
         ({".scales": scales(2, 64) * torch.nan}, "NaN"),
         ({".qzeros": torch.zeros(2, 64, dtype=torch.int8)}, "has shape [2, 64] of I8"),

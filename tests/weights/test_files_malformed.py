@@ -104,6 +104,7 @@ def configurations() -> list[Case]:
         "bits-text": gptq | {"bits": "4"},
         "bits-huge": gptq | {"bits": 10**12},
         "group-size": gptq | {"group_size": -2},
+        "no-group": gptq | {"group_size": 0},
         "dynamic": gptq | {"dynamic": [1]},
         "unknown": gptq | {"surprise": {"deeply": ["nested"]}},
         "groups": groups | {"config_groups": {"group_0": {"targets": "Linear"}}},

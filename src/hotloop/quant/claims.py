@@ -48,8 +48,9 @@ Claims = Callable[[str], Claim]
 """Returns the claim about the matrix of a name, such as ``model.layers.0.self_attn.q_proj``."""
 
 Bits = Annotated[int, Field(ge=1, le=32)]
-GroupSize = Annotated[int, Field(ge=-1, le=2**20)]
-_Pair = Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]
+_Size = Annotated[int, Field(ge=1, le=2**20)]
+GroupSize = Literal[-1] | _Size
+_Pair = Annotated[list[_Size], Field(min_length=2, max_length=2)]
 Texts = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100_000)]
 _Anything = Any
 """The type of keys that only say how the file was made, or how another engine would run it."""

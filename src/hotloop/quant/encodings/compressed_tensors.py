@@ -112,7 +112,7 @@ class IntQuantized:
                 zero=scales.zero,
             ),
             k=k,
-            bits=matrix.claim.bits or 8,
+            bits=min(matrix.claim.bits or 8, 8),  # integers of fewer bits are stored so, too
             surplus=frozenset({SHAPE, ZERO}),
         )
 

@@ -38,8 +38,11 @@ class Gptq:
         (n, k), stored = matrix.shape, matrix.tensors
         if not {QWEIGHT, QZEROS, SCALES} <= stored.keys():
             return None
-        (rows, *columns), scales = stored[QWEIGHT].shape, stored[SCALES].shape
-        if columns != [n] or len(scales) != 2 or scales[1] != n or rows * 32 % k:
+        shape, scales = stored[QWEIGHT].shape, stored[SCALES].shape
+        if len(shape) != 2 or len(scales) != 2 or not shape[1] == scales[1] == n:
+            return None
+        rows = shape[0]
+        if rows * 32 % k:
             return None
         bits, n_groups = rows * 32 // k, scales[0]
         if bits not in _ONES:
