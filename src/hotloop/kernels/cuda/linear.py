@@ -382,17 +382,17 @@ class LinearPlan(GemmPlan):
 
     @property
     def candidates(self) -> int:
-        """The blocks."""
+        """Parts of the vocabulary: one for each block."""
         return self.blocks
 
     @property
     def shared_bytes(self) -> int:
-        """See ``Layout``."""
+        """Shared memory of a block; see ``Layout``."""
         return self._fitted.shared_bytes
 
     @property
     def settings(self) -> Mapping[str, int]:
-        """The ring."""
+        """The kernel arguments that divide the ring."""
         layout = self._fitted
         ring = {"stages": layout.stages, "units_per_stage": layout.units_per_stage}
         return {"splits": 1, "part_stages": 0, **ring, "early_stages": layout.early_stages}

@@ -84,13 +84,13 @@ class WidePlan(GemmPlan):
 
     @property
     def n_partial(self) -> int:
-        """The sums of all parts, where blocks share K."""
+        """Workspace for the sums of all parts, where blocks share K; in float32 values."""
         sums = self.form.tiles * self.tuning.warps * TILE_ROWS * 8 * self.octets
         return sums if self.wide.splits > 1 else 0
 
     @property
     def n_counters(self) -> int:
-        """One for each group and warp, where blocks share K."""
+        """Counters: one for each group and warp, where blocks share K."""
         return self.groups * WARPS if self.wide.splits > 1 else 0
 
     @property
@@ -110,7 +110,7 @@ class WidePlan(GemmPlan):
 
     @property
     def settings(self) -> Mapping[str, int]:
-        """The ring, and how blocks share K."""
+        """The kernel arguments that divide the ring, and K among blocks."""
         ring = {"stages": self.stages, "units_per_stage": stage_units(self.form)}
         split = {"splits": self.wide.splits, "part_stages": self.part_stages}
         return {**split, **ring, "early_stages": 0}
@@ -166,7 +166,7 @@ class WidePlan(GemmPlan):
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """That of ``staging`` and that of ``call``."""
+        """The kernels of ``staging`` and of ``call``."""
         return self.staging_kernel, self.kernel
 
     @property
