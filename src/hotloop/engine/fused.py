@@ -54,6 +54,9 @@ from hotloop.models.decoder import Block, Decoder, RMSNorm
 from hotloop.models.linear import Linear
 from hotloop.parallel.collectives import Group, Use
 
+_AGAIN = "; --quant int8, for one, quantizes the file's weights again to what it holds"
+"""Follows why weights of a file cannot be held: those of a scheme can be."""
+
 
 def unsupported_reason(
     model: ModelConfig,
@@ -87,9 +90,9 @@ def unsupported_reason(
             return f"{matrix.name} must have a multiple of 8 input features, not {matrix.k}"
     for name, pieces in matrices:
         if len(pieces) > 1:
-            return f"{name} joins matrices of {len(pieces)} number formats"
+            return f"{name} joins matrices of {len(pieces)} number formats{_AGAIN}"
         if reason := Fused.unsupported(pieces[0]):
-            return f"it {reason} ({name})"
+            return f"it {reason} ({name}){_AGAIN}"
     return None
 
 
