@@ -6,7 +6,7 @@ import contextlib
 import os
 import resource
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,12 +24,18 @@ from hotloop.writing import (
 )
 
 
-@pytest.fixture
-def size_limit() -> Iterator[Callable[[int], None]]:
-    """Sets how many bytes a file may have, in place of a disk that is full."""
+@contextlib.contextmanager
+def size_limit(n_bytes: int) -> Iterator[None]:
+    """Limits the bytes of a file, in place of a disk that is full, for the test's own code alone.
+
+    Between a test and the end of its fixtures, pytest writes to a file of its own.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
@@ -67,10 +73,10 @@ def test_an_error_of_the_block_itself_is_not_said_to_be_one_of_writing(tmp_path,
 
 
 @pytest.mark.parametrize("size", [100, 2**20], ids=["on leaving the block", "within the block"])
-def test_a_file_that_cannot_be_written_to_its_end_is_named(tmp_path, size_limit, size):
+def test_a_file_that_cannot_be_written_to_its_end_is_named(tmp_path, size):
     path = tmp_path / "table.md"
-    size_limit(10)
-    with pytest.raises(HotloopError, match=f"^cannot write {path}: File too large"):
+    refused = pytest.raises(HotloopError, match=f"^cannot write {path}: File too large")
+    with refused, size_limit(10):
         write_whole(path, "x" * size)
     assert list(tmp_path.iterdir()) == []
 
