@@ -1,6 +1,6 @@
 """Checks the CUDA kernels on this machine's GPU, and compares their speed with the memory's.
 
-    PYTHONPATH=src:tests/kernels python benchmarks/kernels_cuda.py --out benchmarks/results/kernels
+    PYTHONPATH=src:tests:tests/kernels python benchmarks/kernels_cuda.py --out FOLDER
 
 Every section runs in a process of its own with a time limit, so that one that fails or hangs does
 not stop the others. Each writes a JSON file under ``--out``.
@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from cuda_cases import (
     DRAWS,
+    DTYPES,
     KINDS,
     Case,
     argmax_case,
@@ -67,7 +68,7 @@ from hotloop.kernels.cuda.linear import (
     PrescaledInput,
     Tuning,
 )
-from hotloop.kernels.cuda.packing import FRAGMENT_BYTES, Format
+from hotloop.kernels.cuda.packing import Format
 from hotloop.kernels.cuda.tuning import (
     Projection,
     attention_tuning,
@@ -244,9 +245,8 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
     def products(name: str, seed: int) -> Iterator[Case]:
         generator = section.generator(seed)
         weight = make_weight(name, 333, 1152, generator)
-        paired = make_weight(
-            name, 2 * 172, 576 if "g128" not in name else 640, generator, paired=True
-        )
+        k = 640 if KINDS[name].get("group_size") == 128 else 576
+        paired = make_weight(name, 2 * 172, k, generator, paired=True)
         for rows in (1, 2, 3, 5, 8, 9, 16, 17, 64):
             for tuning in tuned.values() if rows in (1, 5, 16) else [tuned["staged"]]:
                 yield linear_case(
@@ -402,11 +402,7 @@ def products_of(name: str) -> dict[Projection, tuple[int, int, Epilogue, bool]]:
 
 
 def make_format(kind: str, n: int, k: int, epilogue: Epilogue) -> Format:
-    base, group_size, symmetric = KINDS[kind]
-    return Format(
-        kind=base, group_size=group_size, symmetric=symmetric, n=n, k=k,
-        paired=epilogue == "swiglu",
-    )  # fmt: skip
+    return Format(**KINDS[kind], n=n, k=k, paired=epilogue == "swiglu")
 
 
 def random_packed(form: Format) -> tuple[Tensor, Tensor | None]:
@@ -417,16 +413,19 @@ def random_packed(form: Format) -> tuple[Tensor, Tensor | None]:
         return values.view(torch.uint8), None
     words = torch.empty(form.nbytes // 8, dtype=torch.int64, device=CUDA).random_()
     packed = words.view(torch.uint8)
-    if form.kind == "int4":
-        scales = packed.view(-1, form.unit_bytes)[:, FRAGMENT_BYTES:].view(torch.bfloat16)
-        scales.fill_(std / 4.6)
-        if not form.symmetric:
-            scales.view(len(scales), -1, 2, 16)[:, :, 1] = 0
-        return packed, None
-    spread = 74.0 if form.kind == "int8" else 0.5
     if form.kind == "fp8":
         packed &= 0b10111111  # below 2, and no NaNs
-    return packed, torch.full((form.n,), std / spread, device=CUDA)
+    scale = std / {"fp8": 0.5, "int8": 74.0}.get(form.kind, 4.6)
+    if form.group_size is None:
+        return packed, torch.full((form.n,), scale, device=CUDA)
+    groups = packed.view(-1, form.unit_bytes)[:, form.fragment_bytes :].view(DTYPES[form.scale])
+    groups.fill_(scale)
+    if form.zero != "none":
+        middle = 128.0 if form.kind == "int8" else 8.0  # of what is stored
+        offset = -scale * middle if form.kind == "uint4" else 0.0
+        zero = middle if form.zero == "integer" else offset
+        groups.view(len(groups), -1, 2, 16)[:, :, 1] = zero
+    return packed, None
 
 
 class DecodeStep:

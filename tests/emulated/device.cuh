@@ -212,6 +212,12 @@ inline int bit_width(uint64_t value) { return std::bit_width(value); }
 inline float low(uint32_t pair) { return bits<float>(pair << 16); }
 inline float high(uint32_t pair) { return bits<float>(pair & 0xffff0000u); }
 inline float widen(bf16 value) { return low(value); }
+inline float rounded_product(float a, float b) { return a * b; }
+inline float widen_half(uint16_t value) {  // finite
+  return std::copysign(bits<float>((value & 0x7fffu) << 13) * 0x1p112f, value >> 15 ? -1.0f : 1.0f);
+}
+inline float low_half(uint32_t pair) { return widen_half(uint16_t(pair)); }
+inline float high_half(uint32_t pair) { return widen_half(uint16_t(pair >> 16)); }
 inline bf16 narrow(float value) {
   if (std::isnan(value)) return 0x7fff;
   const uint32_t b = bits<uint32_t>(value);

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from agreement import ALTERNATIVES, assert_top_two_agree
 from cuda_emulation import EmulatedDevice, needs_compiler
+from number_formats import random_weight
 from test_engine_memory import resident_bytes
 from test_engine_shards import ThreadRunner
 from thread_group import ThreadGroup, ThreadRanks
@@ -75,6 +77,8 @@ SCHEMES = {
     "int4-g32-asym": "fp8",
 }
 """Of the projections, and of the head beside them."""
+STORED = ["awq", "int8-g128-zero", "fp8-blocks"]
+"""Number formats of other tools (``number_formats``), of the projections."""
 
 
 # One step.
@@ -90,10 +94,11 @@ class Model:
         self.decoder = Decoder(
             config, n_positions=N_POSITIONS, attention=torch_attention, device=CPU
         )
+        stored, quant = (quant, "none") if quant in STORED else (None, quant)
         load_weights(
             self.decoder,
             config,
-            VariedSource(),
+            VariedSource(stored),
             shard=config.shards(1)[0],
             adds_biases=True,
             schemes=schemes_by_name(config, parse_scheme(quant), parse_scheme(head)),
@@ -124,14 +129,20 @@ class Model:
 class VariedSource(RandomSource):
     """Norms and biases that matter, and matrices that keep activations at their size."""
 
-    def __init__(self) -> None:
+    def __init__(self, stored: str | None = None) -> None:
         super().__init__(0, torch.float32, CPU)
+        self.stored = stored
 
     def tensor(self, name: str, shape: tuple[int, ...], **options: Any) -> Tensor:
         tensor = super().tensor(name, shape, **options)
         return tensor if tensor.dim() == 2 else tensor + 0.2 * noise(name, tensor.shape)
 
     def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme, **_: Any) -> Any:
+        if self.stored and ".layers." in name:
+            weight = random_weight(self.stored, *shape, seed=crc32(name.encode()))
+            factor = 2.0 ** round(math.log2(shape[1] ** -0.5))
+            scale = (weight.scale.float() * factor).to(weight.scale.dtype)
+            return dataclasses.replace(weight, scale=scale)
         return scheme.quantize(noise(name, shape) * (1.5 * shape[1] ** -0.5))
 
 
@@ -145,17 +156,20 @@ def positions_from(*first: int, T: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "quant"),
-    [*((name, "int4-g32-asym") for name in MODELS), *(("LlamaForCausalLM", q) for q in SCHEMES)],
+    [
+        *((name, "int4-g32-asym") for name in MODELS),
+        *(("LlamaForCausalLM", quant) for quant in (*SCHEMES, *STORED)),
+    ],
 )
 @torch.inference_mode()
 def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, quant, monkeypatch):
     monkeypatch.setattr("hotloop.engine.prompt.SHORT_PROMPT", 0)
     architecture, changes = MODELS[name]
     whole_groups = {"hidden_size": 128, "intermediate_size": 128}
-    sizes = whole_groups if quant in ("int4-g128", "int4-g64-asym") else {}
+    sizes = whole_groups if quant in ("int4-g128", "int4-g64-asym", *STORED) else {}
     keys = dict(resolve("architecture", FAMILIES, architecture).tiny) | sizes | changes
     exact, eager, fast = (
-        Model(keys, quant, SCHEMES[quant], dtype, fused=fused)
+        Model(keys, quant, SCHEMES.get(quant, "none"), dtype, fused=fused)
         for dtype, fused in (
             (torch.float32, False),
             (torch.bfloat16, False),

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import number_formats
 import torch
 from torch import Tensor
 
@@ -30,19 +32,40 @@ from hotloop.kernels.cuda.linear import (
     PrescaledInput,
     Tuning,
 )
-from hotloop.kernels.cuda.packing import Format, Kind, pack
+from hotloop.kernels.cuda.packing import Format, pack
 from hotloop.kernels.cuda.prompt import GemmOutput
 from hotloop.kernels.cuda.sample import MAX_CANDIDATES, sample
 from hotloop.kernels.cuda.wide import WidePlan, WideTuning
-from hotloop.quant import parse_scheme
+from hotloop.quant import QTensor, parse_scheme
 
-KINDS: dict[str, tuple[Kind, int | None, bool]] = {
-    "bf16": ("bf16", None, True),
-    "fp8": ("fp8", None, True),
-    "int8": ("int8", None, True),
-    **{f"int4-g{g}": ("int4", g, True) for g in (32, 64, 128)},
-    **{f"int4-g{g}-asym": ("int4", g, False) for g in (32, 64, 128)},
+OURS: dict[str, dict[str, Any]] = {
+    "bf16": {"kind": "bf16"},
+    "fp8": {"kind": "fp8"},
+    "int8": {"kind": "int8"},
+    **{f"int4-g{g}": {"kind": "int4", "group_size": g} for g in (32, 64, 128)},
+    **{
+        f"int4-g{g}-asym": {"kind": "int4", "group_size": g, "zero": "offset"}
+        for g in (32, 64, 128)
+    },
 }
+"""Packed formats of the schemes that hotloop quantizes by: what ``Format`` takes beside shapes."""
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "gptq": {"kind": "int4", "group_size": 128, "scale": "f16"},
+    "awq": {"kind": "int4", "group_size": 64, "scale": "f16", "zero": "integer"},
+    "int4-g32-zeros": {"kind": "int4", "group_size": 32, "zero": "integer"},
+    "Q4_1": {"kind": "uint4", "group_size": 32, "scale": "f16", "zero": "offset"},
+    "Q4_K": {"kind": "uint4", "group_size": 32, "scale": "f32", "zero": "offset"},
+    "Q5_K": {"kind": "int8", "group_size": 32, "scale": "f32", "zero": "offset"},
+    "Q8_0": {"kind": "int8", "group_size": 32, "scale": "f16"},
+    "int8-g128-zeros": {"kind": "int8", "group_size": 128, "zero": "integer"},
+    "fp8-g128": {"kind": "fp8", "group_size": 128},
+    "fp8-blocks": {"kind": "fp8", "group_size": 128, "scale": "f32"},
+}
+"""Packed formats of what other tools quantize."""
+
+KINDS = OURS | OTHERS
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 SUM_STEP = 2.0**-18
 """Error of float32 sums of products, relative to the sum of their magnitudes."""
 
@@ -70,6 +93,7 @@ class Weight:
     packed: Tensor
     scale: Tensor | None  # float32 [N], of eight-bit weights
     exact: Tensor  # float64 [N, K]
+    quantized: QTensor | None = None
 
 
 def poisoned(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -81,19 +105,28 @@ def normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
 
 
 def make_weight(name: str, n: int, k: int, generator: torch.Generator, *, paired=False) -> Weight:
-    kind, group_size, symmetric = KINDS[name]
-    form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k, paired=paired)
-    weight = normal(generator, n, k, std=k**-0.5)
-    if kind == "bf16":
-        values = weight.bfloat16()
-        packed = pack(form, values, None, None)
-        return Weight(form=form, packed=packed, scale=None, exact=values.double())
-    q = parse_scheme(name).quantize(weight)
-    exact = q.values.double().view(n, q.scale.shape[1], -1) * q.scale.double()[..., None]
-    exact = (exact if q.offset is None else exact + q.offset.double()[..., None]).view(n, k)
-    scale_N = None if kind == "int4" else q.scale.reshape(-1)
+    form = Format(**KINDS[name], n=n, k=k, paired=paired)
+    if name in OURS:
+        q = parse_scheme(name.replace("bf16", "none")).quantize(
+            normal(generator, n, k, std=k**-0.5).bfloat16()
+        )
+    else:
+        q = number_formats.weight(
+            form.kind,
+            n,
+            k,
+            group=form.group_size,
+            scale=DTYPES[form.scale],
+            zero=form.zero,
+            bits=5 if name == "Q5_K" else 8,
+            seed=n,
+        ).to(generator.device)
+    if isinstance(q, Tensor):
+        return Weight(form=form, packed=pack(form, q, None, None), scale=None, exact=q.double())
+    scale_N = q.scale.reshape(-1) if form.has_channel_scales else None
     packed = pack(form, q.values, q.scale, q.offset)
-    return Weight(form=form, packed=packed, scale=scale_N, exact=exact)
+    exact = number_formats.exactly(q)
+    return Weight(form=form, packed=packed, scale=scale_N, exact=exact, quantized=q)
 
 
 def assert_within(y: Tensor, exact: Tensor, allowed: Tensor, what: str) -> None:

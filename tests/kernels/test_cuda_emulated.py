@@ -56,7 +56,7 @@ def limits(n_sms: int) -> Limits:
 
 
 def weight(name: str, n: int = 72, *, paired: bool = False) -> Weight:
-    k = 640 if "g128" in name else 576  # not a multiple of an int4 unit
+    k = 640 if KINDS[name].get("group_size") == 128 else 576  # not a multiple of an int4 unit
     return make_weight(name, n, k, generator(), paired=paired)
 
 
@@ -167,15 +167,19 @@ MANY_ROWS: dict[str, tuple[int, Epilogue, bool]] = {
     "int4-g32-asym": (48, "plain", True),
     "int4-g64-asym": (16, "swiglu", True),
     "int4-g128-asym": (11, "logits", True),
+    "awq": (20, "swiglu", True),
+    "Q4_1": (9, "plain", False),
+    "Q5_K": (33, "plain", False),
+    "fp8-blocks": (12, "plain", True),
 }
-"""Rows, epilogue and norm of each weight type: every number of octets and epilogue occurs."""
+"""Rows, epilogue and norm of a weight type: every number of octets and epilogue occurs."""
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", MANY_ROWS)
 def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(name):
     rows, epilogue, norm = MANY_ROWS[name]
     n = 2 * 92 if epilogue == "swiglu" else 190  # not whole tiles, nor whole groups of them
-    k = 448 if "g64" in name else 384 if "g128" in name else 352  # not whole pairs of units
+    k = {64: 448, 128: 384}.get(KINDS[name].get("group_size"), 352)  # not whole pairs of units
     given = make_weight(name, n, k, generator(), paired=epilogue == "swiglu")
     width = n // 2 if epilogue == "swiglu" else n
     x, added = (normal(generator(size), rows, size).bfloat16() for size in (k, width))

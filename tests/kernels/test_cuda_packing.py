@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 from cuda_cases import KINDS, make_weight
+from number_formats import random_weight
 
 from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan, AttentionTuning
-from hotloop.kernels.cuda.dequantize import dequantize
+from hotloop.kernels.cuda.dequantize import dequantize, dequantize_torch
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import LinearPlan, Tuning
 from hotloop.kernels.cuda.packing import Format, pack, unpack
@@ -18,7 +19,7 @@ from hotloop.kernels.cuda.tuning import (
     plan_rows,
 )
 from hotloop.kernels.cuda.wide import WidePlan, max_counters
-from hotloop.quant import parse_scheme
+from hotloop.kernels.linear import Fused, LinearSpec, choose_linear
 
 H100 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=3.35e12)
 H200 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=4.81e12, warpgroups=True)
@@ -40,23 +41,65 @@ def test_packed_weights_have_the_bytes_of_their_format(name, paired, n, k):
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(32, 640), (50, 640), (18, 384)])
 def test_packing_and_unpacking_again_is_exact(name, paired, n, k):
-    kind, group_size, symmetric = KINDS[name]
-    form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k, paired=paired)
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).bfloat16()
-    values, scale, offset, whole = weight, None, None, weight
-    if kind != "bf16":
-        q = parse_scheme(name).quantize(weight)
-        values, scale, offset, whole = q.values, q.scale, q.offset, q.dequantize(torch.bfloat16)
-    packed = pack(form, values, scale, offset)
-    unpacked = unpack(form, packed)
-    assert torch.equal(unpacked[0], values)
-    if kind == "int4":
-        assert torch.equal(unpacked[1], scale)
-        assert offset is None or torch.equal(unpacked[2], offset)
-        assert torch.equal(dequantize(form, packed), whole)
-    else:
-        assert unpacked[1:] == (None, None)
-        assert torch.equal(dequantize(form, packed), values.bfloat16())
+    weight = make_weight(name, n, k, torch.Generator().manual_seed(0), paired=paired)
+    form, q = weight.form, weight.quantized
+    values, scale, offset = unpack(form, weight.packed)
+    if q is None:
+        assert torch.equal(values.double(), weight.exact)
+        assert torch.equal(dequantize(form, weight.packed), values)
+        return
+    assert torch.equal(values.view(torch.int8), q.values.view(torch.int8))
+    if form.group_size is None:
+        assert (scale, offset) == (None, None)
+        assert torch.equal(dequantize(form, weight.packed), values.bfloat16())
+        return
+    assert scale is not None
+    assert (scale.dtype, offset is None) == (q.scale.dtype, q.offset is None)
+    assert torch.equal(scale, q.scale)
+    assert offset is None or torch.equal(offset, q.offset)
+    assert torch.equal(dequantize(form, weight.packed), q.dequantize(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "name", ["Q4_K", "Q5_K", "int4-row", "int4-row-zero", "int8-g128-zero", "fp8-blocks-ue8m0"]
+)
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_fused_step_holds_other_formats_exactly(name, paired):
+    q = random_weight(name, 48, 768)
+    spec = LinearSpec(
+        format=q.format,
+        n=48,
+        k=768,
+        dtype=torch.bfloat16,
+        device="cuda",
+        fused=True,
+        paired=paired,
+    )
+    kernel, notes = choose_linear(spec)
+    packed = kernel.pack(q)
+    assert not notes
+    assert sum(t.nbytes for t in packed) == kernel.nbytes
+    assert torch.equal(dequantize_torch(kernel.form, packed[0]), q.dequantize(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Q6_K", "holds groups of a multiple of 32, not 16"),
+        ("nf4", "holds no lookup tables"),
+        ("gptq-act-order", "holds no permuted input features"),
+    ],
+)
+def test_the_fused_step_says_what_it_cannot_hold(name, reason):
+    spec = LinearSpec(
+        format=random_weight(name, 16, 256).format,
+        n=16,
+        k=256,
+        dtype=torch.bfloat16,
+        device="cuda",
+        fused=True,
+    )
+    assert Fused.unsupported(spec) == reason
 
 
 def test_a_tile_holds_each_of_its_weights_once():
@@ -80,7 +123,7 @@ def test_models_in_use_need_little_padding():
         {"kind": "int8", "n": 16, "k": 60},
         {"kind": "int4", "n": 16, "k": 64},
         {"kind": "int4", "group_size": 128, "n": 16, "k": 192},
-        {"kind": "int8", "n": 16, "k": 64, "symmetric": False},
+        {"kind": "int8", "n": 16, "k": 64, "zero": "integer"},
         {"kind": "int8", "n": 15, "k": 64, "paired": True},
     ],
 )
@@ -161,10 +204,9 @@ def test_enough_blocks_are_launched_for_all_chunks(tokens, chunks, window):
 @pytest.mark.parametrize("limits", [H100, H200, SMALLER], ids=["H100", "H200", "smaller"])
 @pytest.mark.parametrize("name", KINDS)
 def test_tuned_matrix_products_fit_the_device(limits, name):
-    kind, group_size, symmetric = KINDS[name]
     widths, roles = (640, 4096, 5120, 8192, 13824, 28672), ("qkv", "gate_up", "down")
     for k, rows, role in itertools.product(widths, (1, 8), roles):
-        form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=8192, k=k)
+        form = Format(**KINDS[name], n=8192, k=k)
         plan = LinearPlan(
             form=form, rows=rows, tuning=linear_tuning(form, limits, role), limits=limits
         )
@@ -196,11 +238,10 @@ def test_fast_memory_loads_less_of_a_short_int4_weight_before_x(kind, n, fewer):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_plans_of_many_rows_fit_and_occupy_the_device(name):
-    kind, group_size, symmetric = KINDS[name]
     for n, k, rows in itertools.product(
         (640, 8192, 28672), (640, 4096, 28672), (9, 16, 17, 32, 33, 64, 129)
     ):
-        form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k)
+        form = Format(**KINDS[name], n=n, k=k)
         tuning = linear_tuning(form, H200, "down")
         plans = plan_rows(form, rows, norm=False, tuning=tuning, limits=H200)
         covered = [row for of, _ in plans for row in range(rows)[of]]
@@ -216,9 +257,8 @@ def test_plans_of_many_rows_fit_and_occupy_the_device(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_order_of_sums_depends_on_the_weight_and_not_on_the_device(name):
-    kind, group_size, symmetric = KINDS[name]
     for n, k in itertools.product((4096, 32000), (640, 4096, 5120, 13824)):
-        form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=n, k=k)
+        form = Format(**KINDS[name], n=n, k=k)
         warps = {linear_tuning(form, limits, "o").warps for limits in (H100, H200, SMALLER)}
         assert len(warps) == 1
 
@@ -226,8 +266,7 @@ def test_the_order_of_sums_depends_on_the_weight_and_not_on_the_device(name):
 @pytest.mark.parametrize("limits", [H100, SMALLER], ids=["H100", "smaller"])
 @pytest.mark.parametrize("name", KINDS)
 def test_layouts_fit_the_device_whatever_the_tuning(limits, name):
-    kind, group_size, symmetric = KINDS[name]
-    form = Format(kind=kind, group_size=group_size, symmetric=symmetric, n=5120, k=13824)
+    form = Format(**KINDS[name], n=5120, k=13824)
     for warps, units, rows in itertools.product((1, 8, 16), (1, 4), (1, 8, 16, 64)):
         wanted = Tuning(warps=warps, units_per_stage=units, staged_bytes=1 << 20)
         layout = LinearPlan(form=form, rows=rows, tuning=wanted, limits=limits).layout
@@ -243,10 +282,7 @@ def test_layouts_fit_the_device_whatever_the_tuning(limits, name):
 @pytest.mark.parametrize("by", ["qkv", "o"])
 @pytest.mark.parametrize("name", KINDS)
 def test_prefetched_tiles_are_not_those_that_the_later_product_issues_first(name, by):
-    kind, group_size, symmetric = KINDS[name]
-    form = Format(
-        kind=kind, group_size=group_size, symmetric=symmetric, n=28672, k=4096, paired=True
-    )
+    form = Format(**KINDS[name], n=28672, k=4096, paired=True)
     for rows in (1, 8):
         later = LinearPlan(
             form=form,

@@ -9,6 +9,7 @@ Shape letters: M rows, N output features, K input features, G groups along K, S 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from hotloop.kernels import cpu, reference
 from hotloop.kernels.cuda.dequantize import dequantize
-from hotloop.kernels.cuda.packing import Format, pack
+from hotloop.kernels.cuda.packing import GROUP_SIZES, SLICE, Format, Scale, pack
 
 QuantizedKind = Literal["int8", "fp8", "int4", "uint4", "lut4"]
 """The elements of a quantized weight: integers of up to 8 bits; e4m3; -8…7; 0…15; indices of a
@@ -386,42 +387,73 @@ class Fused:
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/fused"
-        assert spec.kind not in ("uint4", "lut4"), f"the fused step holds no {spec.kind}"
-        self.form = Format(
-            kind="bf16" if spec.kind == "dense" else spec.kind,
-            group_size=spec.format.group_size if spec.kind == "int4" else None,
-            symmetric=spec.format.zero == "none",
-            n=spec.n,
-            k=spec.k,
-            paired=spec.paired,
-        )
-        self.nbytes = self.form.nbytes + (4 * spec.n if spec.kind in ("int8", "fp8") else 0)
+        self._format = spec.format
+        self.form = _fused_form(spec)
+        self.nbytes = self.form.nbytes + (4 * spec.n if self.form.has_channel_scales else 0)
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
         """Returns why the fused step cannot hold a weight exactly, or None if it can."""
-        if spec.kind == "dense":
-            return None
         if spec.format.permuted:
             return "holds no permuted input features"
-        if spec.kind in ("uint4", "lut4"):
-            return f"holds no {spec.kind}"
-        if spec.kind == "int4":
-            return _inexact(spec, scales=_BF16, zeros=("none", "offset"), groups=(32, 64, 128))
-        return _inexact(spec, scales=_FLOATS, zeros=("none",), groups=(spec.k,))
+        if spec.kind == "lut4":
+            return "holds no lookup tables"
+        size = spec.format.group_size
+        if size is not None and size % SLICE and not spec.format.is_per_channel(spec.k):
+            return f"holds groups of a multiple of {SLICE}, not {size}"
+        return None
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
         if isinstance(weight, Tensor):
             return [pack(self.form, weight, None, None)]
-        packed = pack(self.form, weight.values, weight.scale, weight.offset)
-        if self.form.kind == "int4":
-            return [packed]
-        return [packed, weight.scale.reshape(-1).float().clone()]  # shared with no embedding
+        if self.form.has_channel_scales:
+            packed = pack(self.form, weight.values, None, None)
+            return [packed, weight.scale.reshape(-1).float().clone()]  # shared with no embedding
+        assert self.form.group_size is not None, "a weight with groups"
+        # Groups of more features are several of as many as a unit has.
+        repeats = (self._format.group_size or 0) // self.form.group_size
+        scale, offset = weight.scale, weight.offset
+        if weight.super_scale is not None:
+            scale = reference.scaled(scale, weight.super_scale)
+        if offset is not None and weight.super_offset is not None:
+            offset = reference.scaled(offset, weight.super_offset)
+        scale, offset = (
+            t if t is None or repeats == 1 else t.repeat_interleave(repeats, dim=1)
+            for t in (_widened(scale), offset)
+        )
+        return [pack(self.form, weight.values, scale, offset)]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         weight, *scale_N = packed
         y = F.linear(x_MK, dequantize(self.form, weight))
         return (y * scale_N[0]).to(y.dtype) if scale_N else y
+
+
+def _fused_form(spec: LinearSpec) -> Format:
+    """Returns the packed format of a weight that the fused step holds exactly.
+
+    Scales of two levels become one of float32, which is what they are specified to be.
+    """
+    form = spec.format
+    assert spec.kind != "lut4", "the fused step holds no lookup tables"
+    kind = "bf16" if spec.kind == "dense" else spec.kind
+    eight_bits = kind in ("int8", "fp8")
+    if form.group_size is None or (eight_bits and form.is_per_channel(spec.k)):
+        return Format(kind=kind, n=spec.n, k=spec.k, paired=spec.paired)
+    scale: Scale = "bf16"  # which holds every eight-bit float, too
+    if form.super_size is not None or form.scale_dtype == torch.float32:
+        scale = "f32"
+    elif form.scale_dtype == torch.float16:
+        scale = "f16"
+    return Format(
+        kind=kind,
+        group_size=math.gcd(form.group_size, GROUP_SIZES[-1]),
+        scale=scale,
+        zero=form.zero,
+        n=spec.n,
+        k=spec.k,
+        paired=spec.paired,
+    )
 
 
 class Dequantizing:

@@ -125,16 +125,16 @@ def dequantize(
     )
     if offset_NG is not None and zero_point:
         weight = weight - offset_NG.float()[:, :, None]
-    weight = weight * _scaled(scale_NG, super_scale_NS)[:, :, None]
+    weight = weight * scaled(scale_NG, super_scale_NS)[:, :, None]
     if offset_NG is not None and not zero_point:
-        weight = weight + _scaled(offset_NG, super_offset_NS)[:, :, None]
+        weight = weight + scaled(offset_NG, super_offset_NS)[:, :, None]
     weight = weight.view(n, -1)
     if permutation_K is None:
         return weight
     return torch.empty_like(weight).index_copy_(1, permutation_K.long(), weight)
 
 
-def _scaled(parts_NG: Tensor, factors_NS: Tensor | None) -> Tensor:
+def scaled(parts_NG: Tensor, factors_NS: Tensor | None) -> Tensor:
     """Multiplies scales or offsets by the factors of their super-blocks, in float32."""
     if factors_NS is None:
         return parts_NG.float()

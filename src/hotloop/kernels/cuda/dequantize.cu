@@ -12,6 +12,16 @@ struct DequantizeArgs {
   int tiles, units;
 };
 
+// value * scale + offset, with both roundings of reference.dequantize: the product is exact where
+// scales have half the precision of float.
+template <class Weight>
+__device__ __forceinline__ float scaled(float value, float scale, float offset) {
+  if constexpr (Weight::kZero == kOffsets) {
+    if constexpr (Weight::kFloatScales) return rounded_product(value, scale) + offset;
+  }
+  return fmaf(value, scale, offset);
+}
+
 // kPaired: rows 0 to 7 of a tile are gate features, the others up features.
 template <class Weight, bool kPaired, int kWarps>
 __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
@@ -29,16 +39,20 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   for (int slice = 0; slice < kUnitSlices; slice++) {
     uint32_t a[2][4];
     Weight::operands(from, slice, lane, a);
-    const uint32_t* group = nullptr;
-    if constexpr (Weight::kGroupSlices > 0) group = Weight::group(from, slice);
-    const uint32_t scale = group != nullptr ? group[g] : kOnes;
-    const uint32_t offset = Weight::kOffset ? group[8 + g] : 0;
+    float2 scale = {1, 1}, zero_point = {0, 0}, offset = {0, 0};
+    if constexpr (Weight::kGroupSlices > 0) {
+      const uint32_t* group = Weight::group(from, slice);
+      scale = Weight::scales(group, g);
+      if constexpr (Weight::kZero == kZeroPoints) zero_point = Weight::zeros(group, g);
+      if constexpr (Weight::kZero == kOffsets) offset = Weight::zeros(group, g);
+    }
     for (int i = 0; i < 2; i++)
       for (int r = 0; r < 4; r++) {
-        const float s = r % 2 ? high(scale) : low(scale), o = r % 2 ? high(offset) : low(offset);
-        const float first = weight_of<Weight>(low(a[i][r]), r);
-        const float second = weight_of<Weight>(high(a[i][r]), r);
-        a[i][r] = narrow(fmaf(first, s, o), fmaf(second, s, o));
+        const float s = r % 2 ? scale.y : scale.x, o = r % 2 ? offset.y : offset.x;
+        const float z = r % 2 ? zero_point.y : zero_point.x;
+        const float first = weight_of<Weight>(low(a[i][r]), r) - z;
+        const float second = weight_of<Weight>(high(a[i][r]), r) - z;
+        a[i][r] = narrow(scaled<Weight>(first, s, o), scaled<Weight>(second, s, o));
       }
     const int k = 32 * (unit * kUnitSlices + slice) + 8 * t;
     if (k >= args.k) continue;

@@ -36,6 +36,22 @@ __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pai
 __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ float widen(bf16 value) { return low(value); }
 
+// a * b, which is not fused with an addition.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
+// Half precision, two values in a word.
+__device__ __forceinline__ float widen_half(uint16_t value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+  return result;
+}
+__device__ __forceinline__ float low_half(uint32_t pair) {
+  return widen_half(static_cast<uint16_t>(pair));
+}
+__device__ __forceinline__ float high_half(uint32_t pair) {
+  return widen_half(static_cast<uint16_t>(pair >> 16));
+}
+
 __device__ __forceinline__ bf16 narrow(float value) {
   bf16 result;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));

@@ -36,7 +36,7 @@ struct Linear {
   static constexpr bool kGroups = Weight::kGroupSlices > 0;
   static constexpr int kGroupSlices = kGroups ? Weight::kGroupSlices : kUnitSlices;
   static constexpr int kUnitGroups = kUnitSlices / kGroupSlices;
-  static constexpr bool kSums = Weight::kZeroPoint > 0 || Weight::kOffset;  // sums of x are needed
+  static constexpr bool kSums = Weight::kNeedsSums;  // of x
   // Units that a warp interleaves, so that one hides the latency of the other.
   static constexpr int kUnitsAtOnce = kFew && kGroups && kStaged ? 2 : 1;
   // x that is not staged is loaded one unit ahead (software pipelining), where registers allow.

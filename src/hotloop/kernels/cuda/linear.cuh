@@ -68,18 +68,18 @@ __device__ __forceinline__ float2 x_sum_of(const float x_total[2][4]) {
 // Weights are stored plus a zero point: subtracts its part of the sums.
 template <class Weight>
 __device__ __forceinline__ void subtract_zero_point(float sum[4], float2 x_sum) {
+  if constexpr (Weight::kZeroPoint == 0) return;
 #pragma unroll
   for (int i = 0; i < 4; i++)
     sum[i] = fmaf(-Weight::kZeroPoint, i % 2 == 0 ? x_sum.x : x_sum.y, sum[i]);
 }
 
 // Adds more * scale; rows g and g + 8 of a tile have a scale each.
-__device__ __forceinline__ void add_scaled(float sum[4], uint32_t scales,
-                                                  const float more[4]) {
-  sum[0] = fmaf(low(scales), more[0], sum[0]);
-  sum[1] = fmaf(low(scales), more[1], sum[1]);
-  sum[2] = fmaf(high(scales), more[2], sum[2]);
-  sum[3] = fmaf(high(scales), more[3], sum[3]);
+__device__ __forceinline__ void add_scaled(float sum[4], float2 scales, const float more[4]) {
+  sum[0] = fmaf(scales.x, more[0], sum[0]);
+  sum[1] = fmaf(scales.x, more[1], sum[1]);
+  sum[2] = fmaf(scales.y, more[2], sum[2]);
+  sum[3] = fmaf(scales.y, more[3], sum[3]);
 }
 
 // Adds a group's sums, which run in two chains. group: see Weight::group.
@@ -88,12 +88,15 @@ __device__ __forceinline__ void add_group(float sum[4], float even[4], const flo
                                           float2 x_sum, const uint32_t* group, int g) {
 #pragma unroll
   for (int i = 0; i < 4; i++) even[i] += odd[i];
-  subtract_zero_point<Weight>(even, x_sum);
-  add_scaled(sum, group[g], even);
-  if constexpr (Weight::kOffset) {
-    const float x_sums[4] = {x_sum.x, x_sum.y, x_sum.x, x_sum.y};
-    add_scaled(sum, group[8 + g], x_sums);
+  const float x_sums[4] = {x_sum.x, x_sum.y, x_sum.x, x_sum.y};
+  if constexpr (Weight::kZero == kZeroPoints) {
+    const float2 zeros = Weight::zeros(group, g);
+    add_scaled(even, {-zeros.x, -zeros.y}, x_sums);
+  } else {
+    subtract_zero_point<Weight>(even, x_sum);
   }
+  add_scaled(sum, Weight::scales(group, g), even);
+  if constexpr (Weight::kZero == kOffsets) add_scaled(sum, Weight::zeros(group, g), x_sums);
 }
 
 // Factors of an RMS norm, 1 / rms of each row of its input.

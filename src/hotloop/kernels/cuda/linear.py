@@ -310,7 +310,7 @@ class GemmPlan(ABC):
         assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
         assert y.dtype == self.dtype, f"y is {y.dtype}"
         assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
-        assert (scale_N is not None) == (self.form.kind in ("fp8", "int8")), "a scale per output"
+        assert (scale_N is not None) == self.form.has_channel_scales, "a scale per output"
         assert residual is None or residual.shape == y.shape, "like y"
         assert residual is None or self.epilogue != "logits", "logits have no residual"
         next_norm: dict[str, Tensor | None] = dict.fromkeys(NormEpilogue.ARGUMENTS)
@@ -456,7 +456,7 @@ class LinearPlan(GemmPlan):
         t = self.tuning
         sums = 16 * _BUFFERS * t.warps * tiles * self.octets * 32
         barriers = 8 * 2 * _BUFFERS
-        per_warp = 1 if self.form.kind == "int8" else 0
+        per_warp = 1 if self.form.needs_sums else 0
         if self.form.group_size:
             per_warp = self._units_of_warp * self.form.unit_k // self.form.group_size
         x_sums = 4 * t.warps * per_warp * 8 * self.octets

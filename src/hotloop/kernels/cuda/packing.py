@@ -1,15 +1,16 @@
 """Packs weights into the memory layout that ``linear.cu`` reads.
 
 A weight is divided into tiles of 16 output features, and a tile into units of 1024 bytes: 32, 64 or
-128 input features of 16, 8 or 4 bits. A unit holds, for each slice of 32 input features, the
-operands of ``mma.m16n8k16``, lane after lane; with int4 the scales (and offsets) of its groups
-follow. So a tile is contiguous, and a lane reads its operands with one instruction.
+128 input features of 16, 8 or 4 bits. (With eight bits in groups of 128, a unit is one group.) A
+unit holds, for each slice of 32 input features, the operands of ``mma.m16n8k16``, lane after lane;
+the scales of its groups, and their zero points or offsets, follow. So a tile is contiguous, and a
+lane reads its operands with one instruction.
 
 A ``paired`` weight is gate features followed by up features. A tile takes eight of each, so that
 one lane has both inputs of SwiGLU.
 
-Integers are stored unsigned: int8 plus 128, int4 plus 8. Incomplete tiles and units are padded,
-which does not affect results.
+Integers are stored unsigned: int8 plus 128, int4 plus 8; so are their zero points. Incomplete tiles
+and units are padded, which does not affect results.
 
 Shape letters: N output features, K input features, G groups along K.
 """
@@ -28,10 +29,36 @@ SLICE = 32
 """Input features of a slice, which are the K of two mma instructions."""
 
 FRAGMENT_BYTES = 1024
-"""Bytes of weights in a unit."""
+"""Bytes of a unit's values, unless these are less than a group."""
 
-Kind = Literal["bf16", "fp8", "int8", "int4"]
-BITS: dict[Kind, int] = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
+GROUP_SIZES = (32, 64, 128)
+
+Kind = Literal["bf16", "fp8", "int8", "int4", "uint4"]
+BITS: dict[Kind, int] = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "uint4": 4}
+
+_BIAS: dict[Kind, int] = {"bf16": 0, "fp8": 0, "int8": 128, "int4": 8, "uint4": 0}
+"""What is added to values, and to zero points, so that they have no sign."""
+
+Scale = Literal["bf16", "f16", "f32"]
+_SCALES: dict[Scale, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "f32": torch.float32,
+}
+
+Zero = Literal["none", "integer", "offset"]
+
+_VALUES: dict[Kind, str] = {
+    "bf16": "Bf16",
+    "fp8": "Fp8",
+    "int8": "Int8",
+    "int4": "Int4",
+    "uint4": "Uint4",
+}
+_STRUCTS: dict[Scale | Zero, str] = {"bf16": "Bf16", "f16": "Half", "f32": "Float"}
+_STRUCTS |= {"none": "kNoZero", "integer": "kZeroPoints", "offset": "kOffsets"}
+_LABELS: dict[Scale | Zero, str] = {"bf16": "", "f16": "h", "f32": "f"}
+_LABELS |= {"none": "", "integer": "z", "offset": "a"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +66,11 @@ class Format:
     """Packed format of a weight.
 
     Attributes:
-        kind: Element type: ``bf16``; ``fp8`` (e4m3) or ``int8`` with a float32 scale per output
-            feature; ``int4`` in groups with bfloat16 scales.
-        group_size: Input features that share a scale: 32, 64 or 128 with ``int4``, else None.
-        symmetric: The weight has no offsets.
+        kind: Element type: ``bf16``; ``fp8`` (e4m3); ``int8``; ``int4`` (-8…7); ``uint4`` (0…15).
+        group_size: Input features that share a scale: 32, 64 or 128. None for ``bf16``, and for
+            ``fp8`` and ``int8`` with a float32 scale per output feature.
+        scale: Element type of the scales of groups, and of their zero points or offsets.
+        zero: Whether groups have integer zero points, or offsets.
         n: Output features.
         k: Input features, a multiple of 8.
         paired: The weight is gate features followed by up features, for SwiGLU.
@@ -50,18 +78,36 @@ class Format:
 
     kind: Kind
     group_size: int | None = None
-    symmetric: bool = True
+    scale: Scale = "bf16"
+    zero: Zero = "none"
     n: int
     k: int
     paired: bool = False
 
     def __post_init__(self) -> None:
         assert self.k % 8 == 0, f"{self.k} input features are not a multiple of 8"
-        assert (self.kind == "int4") == (self.group_size is not None), "int4 alone has groups"
-        assert self.group_size in (None, 32, 64, 128), f"groups of {self.group_size}"
+        assert self.group_size in (None, *GROUP_SIZES), f"groups of {self.group_size}"
+        assert self.bits > 4 or self.group_size is not None, "four bits have groups"
+        assert self.kind != "bf16" or self.group_size is None, "bf16 has no groups"
         assert self.group_size is None or self.k % self.group_size == 0, "whole groups"
-        assert self.symmetric or self.kind == "int4", "int4 alone has offsets"
+        assert self.zero == "none" or self.group_size is not None, "groups alone have zeros"
+        assert self.zero == "none" or self.kind != "fp8", "integers alone have zeros"
         assert not self.paired or self.n % 2 == 0, "as many gate as up features"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value."""
+        return BITS[self.kind]
+
+    @property
+    def has_channel_scales(self) -> bool:
+        """Whether the kernels take a float32 scale per output feature besides the weight."""
+        return self.kind in ("fp8", "int8") and self.group_size is None
+
+    @property
+    def needs_sums(self) -> bool:
+        """Whether sums of activations are needed: ``kNeedsSums`` of ``weights.cuh``."""
+        return _BIAS[self.kind] > 0 or self.zero != "none"
 
     @property
     def tiles(self) -> int:
@@ -71,7 +117,7 @@ class Format:
     @property
     def unit_k(self) -> int:
         """Input features of a unit."""
-        return FRAGMENT_BYTES * 8 // BITS[self.kind] // TILE_ROWS
+        return max(FRAGMENT_BYTES * 8 // self.bits // TILE_ROWS, self.group_size or 0)
 
     @property
     def units(self) -> int:
@@ -79,31 +125,39 @@ class Format:
         return -(-self.k // self.unit_k)
 
     @property
+    def fragment_bytes(self) -> int:
+        """Bytes of a unit's values."""
+        return self.unit_k * TILE_ROWS * self.bits // 8
+
+    @property
     def unit_bytes(self) -> int:
-        """Bytes of a unit, including scales and offsets of its groups."""
+        """Bytes of a unit, including scales and zeros of its groups."""
         if self.group_size is None:
-            return FRAGMENT_BYTES
-        groups = self.unit_k // self.group_size
-        return FRAGMENT_BYTES + groups * 2 * TILE_ROWS * (1 if self.symmetric else 2)
+            return self.fragment_bytes
+        each = _SCALES[self.scale].itemsize * (1 if self.zero == "none" else 2)
+        return self.fragment_bytes + self.unit_k // self.group_size * TILE_ROWS * each
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight, without the N float32 scales of an eight-bit one."""
+        """Bytes of the packed weight, without scales per output feature."""
         return self.tiles * self.units * self.unit_bytes
 
     @property
     def struct(self) -> str:
         """The type of ``weights.cuh`` that reads it."""
+        values = _VALUES[self.kind]
         if self.group_size is None:
-            return {"bf16": "Bf16", "fp8": "Fp8", "int8": "Int8"}[self.kind]
-        return f"Int4<{self.group_size}, {str(not self.symmetric).lower()}>"
+            return values
+        return (
+            f"Grouped<{values}, {self.group_size}, {_STRUCTS[self.scale]}, {_STRUCTS[self.zero]}>"
+        )
 
     @property
     def label(self) -> str:
         """A short name that is valid within an identifier, such as ``int4g128a``."""
         if self.group_size is None:
             return self.kind
-        return f"{self.kind}g{self.group_size}{'' if self.symmetric else 'a'}"
+        return f"{self.kind}g{self.group_size}{_LABELS[self.scale]}{_LABELS[self.zero]}"
 
 
 def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
@@ -111,10 +165,10 @@ def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | No
 
     Args:
         form: The packed format.
-        values: [N, K]: bfloat16; float8_e4m3fn; int8, with ``int4`` in -8…7.
-        scale: [N, G] of ``int4``, which are rounded to bfloat16. Ignored otherwise: scales per
-            output feature are a separate argument of the kernel.
-        offset: Like ``scale``, where the weight has offsets.
+        values: [N, K]: bfloat16; float8_e4m3fn; int8.
+        scale: [N, G], with groups. Ignored otherwise: scales per output feature are a separate
+            argument of the kernel.
+        offset: [N, G], where the format has offsets or (int8) zero points.
 
     Returns:
         uint8 [tiles, units, unit_bytes].
@@ -123,25 +177,30 @@ def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | No
     rows = _tile_rows(form, values.view(torch.int16 if form.kind == "bf16" else torch.int8))
     rows = F.pad(rows, (0, form.units * form.unit_k - form.k))
     ordered = rows.view(_axes(form)).permute(_ORDERS[form.kind])
-    flat = (form.tiles, form.units, FRAGMENT_BYTES)
+    flat = (form.tiles, form.units, form.fragment_bytes)
     if form.kind == "int8":
         ordered = ordered ^ -128  # the bits of value + 128 as an unsigned byte
-    if form.kind != "int4":
-        return ordered.contiguous().view(torch.uint8).view(flat)
-    assert scale is not None, "int4 has scales"
-    assert (offset is None) == form.symmetric, f"offsets do not fit {form}"
+    if form.bits == 4:
+        nibbles = (ordered + _BIAS[form.kind]).view(torch.uint8)
+        ordered = nibbles[..., 0] | nibbles[..., 1] << 4
+    fragments = ordered.contiguous().view(torch.uint8).reshape(flat)
+    if form.group_size is None:
+        return fragments
+    assert scale is not None, "groups have scales"
+    assert (offset is None) == (form.zero == "none"), f"offsets do not fit {form}"
+    if offset is not None and form.zero == "integer":
+        offset = offset.float() + _BIAS[form.kind]
     # Padding has a scale and an offset of zero, so it is zero whatever its integers are.
-    nibbles = (ordered + 8).view(torch.uint8)
-    fragments = (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(flat)
     groups = [_groups(form, t) for t in (scale, offset) if t is not None]
     return torch.cat((fragments, torch.stack(groups, 3).flatten(2).view(torch.uint8)), dim=2)
 
 
 def unpack(form: Format, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Inverts ``pack``: returns values [N, K], and with ``int4`` scales and offsets [N, G]."""
-    fragments = packed[..., :FRAGMENT_BYTES]
-    if form.kind == "int4":
-        ordered = torch.stack((fragments & 15, fragments >> 4), dim=-1).view(torch.int8) - 8
+    """Inverts ``pack``: returns values [N, K], and with groups scales, and zeros, [N, G]."""
+    fragments = packed[..., : form.fragment_bytes]
+    if form.bits == 4:
+        nibbles = torch.stack((fragments & 15, fragments >> 4), dim=-1)
+        ordered = nibbles.view(torch.int8) - _BIAS[form.kind]
     else:
         ordered = fragments.contiguous().view(torch.int16 if form.kind == "bf16" else torch.int8)
     if form.kind == "int8":
@@ -150,16 +209,21 @@ def unpack(form: Format, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
     inverse = [order.index(axis) for axis in range(len(order))]
     rows = ordered.view([axes[axis] for axis in order]).permute(inverse)
     values = _plain_rows(form, rows.reshape(form.tiles, TILE_ROWS, -1))[:, : form.k].contiguous()
+    dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+    values = values.view(dtypes.get(form.kind, torch.int8))
     if form.group_size is None:
-        dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
-        return values.view(dtypes[form.kind]), None, None
-    groups = packed[..., FRAGMENT_BYTES:].contiguous().view(torch.bfloat16)
-    groups = groups.view(form.tiles, form.units, -1, 1 if form.symmetric else 2, 8, 2)
-    # [scale and offset, tile, half, g, unit, group]
+        return values, None, None
+    groups = packed[..., form.fragment_bytes :].contiguous().view(_SCALES[form.scale])
+    groups = groups.view(form.tiles, form.units, -1, 1 if form.zero == "none" else 2, 8, 2)
+    # [scale and zero, tile, half, g, unit, group]
     parts = groups.permute(3, 0, 5, 4, 1, 2).flatten(4).flatten(2, 3)
     n_groups = form.k // form.group_size
-    scale, *offset = (_plain_rows(form, part)[:, :n_groups].contiguous() for part in parts)
-    return values, scale, offset[0] if offset else None
+    scale, *zeros = (_plain_rows(form, part)[:, :n_groups].contiguous() for part in parts)
+    if not zeros:
+        return values, scale, None
+    if form.zero == "integer":
+        return values, scale, (zeros[0].float() - _BIAS[form.kind]).to(torch.int8)
+    return values, scale, zeros[0]
 
 
 # The order of axes in memory. A lane (g, t) holds rows g and g + 8 ("half") and, of a slice, the
@@ -171,6 +235,7 @@ _ORDERS: dict[Kind, tuple[int, ...]] = {
     "fp8": (0, 3, 4, 2, 5, 6, 7, 8, 1),
     "int8": (0, 3, 4, 2, 5, 6, 7, 8, 1),
     "int4": (0, 3, 4, 2, 5, 6, 8, 1, 7),
+    "uint4": (0, 3, 4, 2, 5, 6, 8, 1, 7),
 }
 
 
@@ -179,13 +244,13 @@ def _axes(form: Format) -> tuple[int, ...]:
 
 
 def _groups(form: Format, per_group_NG: Tensor) -> Tensor:
-    """Arranges scales or offsets as bfloat16 [tiles, units, groups of a unit, 16].
+    """Arranges scales or zeros as [tiles, units, groups of a unit, 16] of the scales' type.
 
     Rows g and g + 8 are adjacent.
     """
-    assert form.group_size is not None, "only int4 has groups"
+    assert form.group_size is not None, "a format with groups"
     in_unit = form.unit_k // form.group_size
-    rows = _tile_rows(form, per_group_NG.to(torch.bfloat16))
+    rows = _tile_rows(form, per_group_NG.to(_SCALES[form.scale]))
     rows = F.pad(rows, (0, form.units * in_unit - rows.shape[-1]))
     view = rows.view(form.tiles, 2, 8, form.units, in_unit)
     return view.permute(0, 3, 4, 2, 1).reshape(form.tiles, form.units, in_unit, TILE_ROWS)

@@ -110,7 +110,7 @@ class _PrefetchRule:
 
 def _prefetch_rule(by: Projection, later: LinearPlan) -> _PrefetchRule | None:
     few = later.max_two_rows
-    few_int4 = few and later.form.kind == "int4"
+    few_int4 = few and later.form.bits == 4
     match by:
         case "qkv":
             return _PrefetchRule(beyond=5, step=3, tiles=2, items_left=1 if few else 2)
@@ -157,10 +157,10 @@ def linear_tuning(form: Format, limits: Limits, projection: Projection) -> Tunin
         projection: The projection that it is.
     """
     warps, units = min(itertools.product(WARPS, UNITS), key=lambda choice: _cost(form, *choice))
-    is_fast = form.kind == "int4" and _is_read_fast(form, limits)
+    is_fast = form.bits == 4 and _is_read_fast(form, limits)
     if is_fast and projection == "gate_up":
         stages = FAST_STAGES
-    elif form.kind == "int4" and projection in ("gate_up", "down"):
+    elif form.bits == 4 and projection in ("gate_up", "down"):
         stages = INT4_STAGES
     else:
         stages = STAGES

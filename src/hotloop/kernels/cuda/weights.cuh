@@ -1,14 +1,15 @@
 // Formats of packed weights (kernels/cuda/packing.py), and their conversion to operands of mma.
 //
-// A tile is 16 output features; a unit is 1024 bytes of a tile's weights with the scales of their
-// groups; a slice is 32 input features. g = lane / 4 and t = lane % 4 locate a lane in fragments.
+// A tile is 16 output features; a unit is 1024 bytes of a tile's weights (or a group, if that is
+// more) with the scales of their groups; a slice is 32 input features. g = lane / 4 and
+// t = lane % 4 locate a lane in fragments.
 
 #pragma once
 
 #include "device.cuh"
 
 constexpr int kTileRows = 16;
-constexpr int kFragmentBytes = 1024;  // of a unit
+constexpr int kFragmentBytes = 1024;  // of a unit's weights
 constexpr uint32_t kOnes = 0x3f803f80u;
 
 // Each type converts its weights to two A operands per slice with as few instructions as possible:
@@ -18,14 +19,19 @@ constexpr uint32_t kOnes = 0x3f803f80u;
 // range of float.
 //
 // kUnitK: input features of a unit. kGroupSlices: slices that share a scale, 0 where the scale is
-// per output feature. kOffset: groups have offsets. kZeroPoint: operand minus weight, subtracted
-// through the sums of x. kOutputScale: factor of the results. input_scale(i): factor of x, as a
-// pair of bfloat16, for the operands' registers 2i and 2i + 1. one(i): the operand of a weight of
-// one, without the zero point.
+// per output feature. kZero: what groups have besides a scale. kZeroPoint: operand minus weight,
+// subtracted through the sums of x. kNeedsSums: these sums are needed. kOutputScale: factor of the
+// results. input_scale(i): factor of x, as a pair of bfloat16, for the operands' registers 2i and
+// 2i + 1. one(i): the operand of a weight of one, without the zero point.
+
+// kZeroPoints are subtracted before scaling, and include kZeroPoint of the values; kOffsets are
+// added after it.
+enum Zero { kNoZero, kZeroPoints, kOffsets };
 
 struct Bf16 {
   static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupSlices = 0, kZeroPoint = 0;
-  static constexpr bool kChannelScale = false, kOffset = false;
+  static constexpr bool kChannelScale = false, kNeedsSums = false;
+  static constexpr Zero kZero = kNoZero;
   static constexpr float kOutputScale = 1;
 
   static __device__ __forceinline__ constexpr uint32_t input_scale(int) { return kOnes; }
@@ -43,7 +49,9 @@ struct Bf16 {
 template <class Derived>
 struct EightBits {
   static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupSlices = 0;
-  static constexpr bool kChannelScale = true, kOffset = false;
+  static constexpr int kSliceBytes = 512;
+  static constexpr bool kChannelScale = true;
+  static constexpr Zero kZero = kNoZero;
 
   static __device__ __forceinline__ void operands(const uint8_t* unit, int slice, int lane,
                                                   uint32_t a[2][4]) {
@@ -58,6 +66,7 @@ struct EightBits {
 // Weights plus 128. An integer in the low byte of a bfloat16 is a subnormal: 2^-133 times it.
 struct Int8 : EightBits<Int8> {
   static constexpr int kZeroPoint = 128;
+  static constexpr bool kNeedsSums = true;
   static constexpr float kOutputScale = 0x1p67f;
 
   static __device__ __forceinline__ constexpr uint32_t input_scale(int) {
@@ -75,6 +84,7 @@ struct Int8 : EightBits<Int8> {
 // holds for subnormals too.
 struct Fp8 : EightBits<Fp8> {
   static constexpr int kZeroPoint = 0;
+  static constexpr bool kNeedsSums = false;
   static constexpr float kOutputScale = 0x1p60f;
 
   static __device__ __forceinline__ constexpr uint32_t input_scale(int) {
@@ -90,15 +100,11 @@ struct Fp8 : EightBits<Fp8> {
   }
 };
 
-// Eight weights, each plus 8, in the nibbles of a word: both nibbles of a byte belong to one row,
-// and the upper one has 16 times its value. The fragments of a unit are followed, for each of its
-// groups, by the scales of the tile and then by its offsets, rows g and g + 8 side by side.
-template <int kGroup, bool kAsymmetric>
-struct Int4 {
-  static constexpr int kUnitK = 128, kGroupSlices = kGroup / 32, kZeroPoint = 8;
-  static constexpr int kGroupBytes = (kAsymmetric ? 4 : 2) * kTileRows;
-  static constexpr int kUnitBytes = kFragmentBytes + kUnitK / kGroup * kGroupBytes;
-  static constexpr bool kChannelScale = false, kOffset = kAsymmetric;
+// Eight weights, each plus kBias, in the nibbles of a word: both nibbles of a byte belong to one
+// row, and the upper one has 16 times its value.
+template <int kBias>
+struct FourBits {
+  static constexpr int kSliceBytes = 256, kZeroPoint = kBias;
   static constexpr float kOutputScale = 0x1p67f;
 
   static __device__ __forceinline__ constexpr uint32_t input_scale(int i) {
@@ -119,9 +125,69 @@ struct Int4 {
     a[0] = word & 0x000f000fu, a[2] = word & 0x00f000f0u;
     a[1] = odd & 0x000f000fu, a[3] = odd & 0x00f000f0u;
   }
+};
+
+using Int4 = FourBits<8>;
+using Uint4 = FourBits<0>;
+
+// Scales (or zeros) of a group's tile, rows g and g + 8 side by side.
+template <class Number>
+struct Sixteen;
+
+struct Half {};
+struct Float {};
+
+template <>
+struct Sixteen<Bf16> {
+  static constexpr int kWords = kTileRows / 2;
+  static __device__ __forceinline__ float2 at(const uint32_t* words, int g) {
+    const uint32_t pair = words[g];
+    return {low(pair), high(pair)};
+  }
+};
+
+template <>
+struct Sixteen<Half> {
+  static constexpr int kWords = kTileRows / 2;
+  static __device__ __forceinline__ float2 at(const uint32_t* words, int g) {
+    const uint32_t pair = words[g];
+    return {low_half(pair), high_half(pair)};
+  }
+};
+
+template <>
+struct Sixteen<Float> {
+  static constexpr int kWords = kTileRows;
+  static __device__ __forceinline__ float2 at(const uint32_t* words, int g) {
+    return reinterpret_cast<const float2*>(words)[g];
+  }
+};
+
+// Values in groups: the fragments of a unit are followed, for each of its groups, by the scales of
+// the tile and then by its zero points or offsets.
+template <class Values, int kGroup, class Scale, Zero kZeros>
+struct Grouped : Values {
+  static constexpr int kUnitSlices =
+      kFragmentBytes / Values::kSliceBytes > kGroup / 32 ? kFragmentBytes / Values::kSliceBytes
+                                                         : kGroup / 32;
+  static constexpr int kUnitK = 32 * kUnitSlices, kGroupSlices = kGroup / 32;
+  static constexpr int kUnitFragmentBytes = kUnitSlices * Values::kSliceBytes;
+  static constexpr int kGroupBytes = 4 * Sixteen<Scale>::kWords * (kZeros == kNoZero ? 1 : 2);
+  static constexpr int kUnitBytes = kUnitFragmentBytes + kUnitK / kGroup * kGroupBytes;
+  static constexpr int kZeroPoint = kZeros == kZeroPoints ? 0 : Values::kZeroPoint;
+  static constexpr Zero kZero = kZeros;
+  static constexpr bool kFloatScales = Sixteen<Scale>::kWords == kTileRows;
+  static constexpr bool kChannelScale = false, kNeedsSums = kZeroPoint > 0 || kZeros != kNoZero;
+
   static __device__ __forceinline__ const uint32_t* group(const uint8_t* unit, int slice) {
-    return reinterpret_cast<const uint32_t*>(unit + kFragmentBytes +
+    return reinterpret_cast<const uint32_t*>(unit + kUnitFragmentBytes +
                                              slice / kGroupSlices * kGroupBytes);
+  }
+  static __device__ __forceinline__ float2 scales(const uint32_t* group, int g) {
+    return Sixteen<Scale>::at(group, g);
+  }
+  static __device__ __forceinline__ float2 zeros(const uint32_t* group, int g) {
+    return Sixteen<Scale>::at(group + Sixteen<Scale>::kWords, g);
   }
 };
 

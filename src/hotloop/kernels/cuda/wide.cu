@@ -39,7 +39,7 @@ struct StageOf {
   static constexpr bool kGroups = Weight::kGroupSlices > 0;
   static constexpr int kGroupSlices = kGroups ? Weight::kGroupSlices : kUnitSlices;
   static constexpr int kUnitGroups = kUnitSlices / kGroupSlices;
-  static constexpr bool kSums = Weight::kZeroPoint > 0 || Weight::kOffset;  // sums of x are needed
+  static constexpr bool kSums = Weight::kNeedsSums;  // of x
 
   static constexpr int kLineK = 64, kLineBytes = 128, kLineSlices = 2;
   static constexpr int kUnits = Weight::kUnitK < kLineK ? kLineK / Weight::kUnitK : 1;

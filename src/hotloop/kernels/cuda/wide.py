@@ -143,7 +143,8 @@ class WidePlan(GemmPlan):
             parts=self.tuning.warps,
             part_stages=self.part_stages,
         )
-        stages = 1 if self.form.kind == "int8" else self.part_stages  # a part's sum is one
+        one_sum = self.form.needs_sums and self.form.group_size is None  # of a whole part
+        stages = 1 if one_sum else self.part_stages
         kernel = self.staging_kernel
         return Call(
             kernel=kernel,
@@ -173,9 +174,7 @@ class WidePlan(GemmPlan):
     def _x_bytes(self) -> int:
         """``StageOf::kBytes`` of ``wide.cu``: x and sums of x in a stage."""
         form, rows = self.form, 8 * self.octets
-        groups = 1 if form.kind == "int8" else 0
-        if form.group_size:
-            groups = form.unit_k // form.group_size
+        groups = form.unit_k // (form.group_size or form.unit_k) if form.needs_sums else 0
         return 2 * rows * stage_units(form) * form.unit_k + 4 * rows * groups
 
     @property
