@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from whole_models import CONFIG, random_tensors, write_folder
+from thread_group import ThreadRanks
+from whole_models import CONFIG, load, random_tensors, write_folder
 
 from hotloop import LLM
 from hotloop.errors import HotloopError
@@ -124,6 +125,24 @@ def assert_same_model(quantized: Path, dequantized: Path, **options: Any) -> Non
     torch.testing.assert_close(
         distribution(quantized, **options), distribution(dequantized, quant="none")
     )
+
+
+def assert_ranks_hold_slices(model: Path, *, quant: str = "auto") -> None:
+    """Each of two ranks computes with its input features of the whole matrices."""
+    whole = load(model, quant=quant, dtype=torch.float32)
+    shards = ThreadRanks(2).run(
+        lambda group: load(model, quant=quant, group=group, dtype=torch.float32)
+    )
+    for i, layer in enumerate(whole.layers):
+        theirs, first = layer.feed_forward.down_proj, 0
+        for shard in shards:
+            ours = shard.layers[i].feed_forward.down_proj
+            x = torch.randn(3, ours.k, generator=noise(i))
+            wide = torch.zeros(3, theirs.k)
+            wide[:, first : first + ours.k] = x
+            torch.testing.assert_close(ours(x), theirs(wide))
+            first += ours.k
+        assert first == theirs.k
 
 
 def refusal(model: Path, **options: Any) -> str:

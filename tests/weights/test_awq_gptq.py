@@ -10,6 +10,7 @@ from stored_models import (
     RAGGED,
     Encode,
     Stored,
+    assert_ranks_hold_slices,
     assert_same_model,
     codes,
     distribution,
@@ -19,7 +20,6 @@ from stored_models import (
     spread,
     write_stored,
 )
-from thread_group import ThreadRanks
 from torch import Tensor
 from whole_models import assert_same_weights, load
 
@@ -209,26 +209,19 @@ def test_a_quantized_head_is_used(tmp_path):
 
 
 @pytest.mark.parametrize("quant", ["auto", "none", "int8"])
-def test_several_ranks_hold_slices_of_what_is_stored(quant, tmp_path):
-    for i, (encode, said) in enumerate(
-        ((awq(32), AWQ), (gptq(32, bits=8), GPTQ | {"bits": 8}), (gptq(-1), GPTQ))
-    ):
-        (folder := tmp_path / str(i)).mkdir()
-        said = said | {"group_size": -1} if i == 2 else said
-        quantized, _ = write_stored(folder, encode, said)
-        whole = load(quantized, quant=quant, dtype=torch.float32)
-
-        def part(group, folder=quantized):
-            return load(folder, quant=quant, group=group, dtype=torch.float32)
-
-        for rank, shard in enumerate(ThreadRanks(2).run(part)):
-            for ours, theirs in zip(shard.layers, whole.layers, strict=True):
-                x = torch.randn(3, ours.feed_forward.down_proj.k, dtype=torch.float32)
-                wide = torch.zeros(3, theirs.feed_forward.down_proj.k)
-                wide[:, rank * 96 : rank * 96 + 96] = x
-                torch.testing.assert_close(
-                    ours.feed_forward.down_proj(x), theirs.feed_forward.down_proj(wide)
-                )
+@pytest.mark.parametrize(
+    ("encode", "said"),
+    [
+        (awq(32), AWQ),
+        (gptq(32, bits=8), GPTQ | {"bits": 8}),
+        (gptq(-1), GPTQ | {"group_size": -1}),
+        (awq(128), AWQ | {"group_size": 128}),  # 192 input features: a rank holds one group
+        (gptq(128), GPTQ | {"group_size": 128}),
+    ],
+    ids=["awq", "gptq", "gptq per channel", "awq, ragged", "gptq, ragged"],
+)
+def test_several_ranks_hold_slices_of_what_is_stored(quant, encode, said, tmp_path):
+    assert_ranks_hold_slices(write_stored(tmp_path, encode, said)[0], quant=quant)
 
 
 @pytest.mark.parametrize(

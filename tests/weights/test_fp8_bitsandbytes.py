@@ -9,6 +9,7 @@ from stored_models import (
     RAGGED,
     Encode,
     Stored,
+    assert_ranks_hold_slices,
     assert_same_model,
     noise,
     refusal,
@@ -64,6 +65,12 @@ SIZES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("sizes", SIZES)
 def test_blocks_are_worth_what_they_say_whatever_the_size(sizes, tmp_path):
     assert_same_model(*write_stored(tmp_path, blocks(), FP8, **SIZES[sizes]))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_several_ranks_hold_slices_of_blocks(sizes, tmp_path):
+    keys = SIZES[sizes] | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    assert_ranks_hold_slices(write_stored(tmp_path, blocks(), FP8, **keys)[0])
 
 
 def test_scale_inv_multiplies_as_in_transformers():

@@ -227,14 +227,14 @@ def expand_blocks(
         columns: Input features of a block; the last block may have fewer.
         group_size: Input features of a group, which divides ``columns`` and K: groups are blocks,
             or parts of them where blocks do not divide K.
-        shape: (N, K).
+        shape: (N, K), of a matrix or of a slice along whole blocks.
 
     Returns:
-        [N, G]; [N, 1] where a block has all input features.
+        [N, G].
     """
     n, k = shape
     by_row = scale if rows == 1 else scale.repeat_interleave(rows, dim=0)[:n]
-    if scale.shape[1] == 1 or columns == group_size:
+    if columns == group_size:
         return by_row.contiguous()
     return by_row.repeat_interleave(columns // group_size, dim=1)[:, : k // group_size].contiguous()
 
