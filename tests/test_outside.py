@@ -189,6 +189,15 @@ def test_values_that_contain_each_other_over_and_over_cost_nothing():
     assert len(str(raised.value)) < 300
 
 
+def test_unknown_keys_are_named_together_and_what_is_right_once():
+    with pytest.raises(CheckpointError) as raised:
+        validated(Sheet, GOOD | {f"key{i}": 1 for i in range(7)}, "f.json", prefix="sheet.")
+    message = str(raised.value)
+    assert "sheet.key0, sheet.key1" in message
+    assert "sheet.key4 and 2 more: there are no such keys. Choose from: " in message
+    assert message.count("Choose from") == 1
+
+
 @pytest.mark.parametrize("kind", [bytes, bytearray])
 def test_of_large_binary_values_only_what_is_shown_is_looked_at(kind):
     value = kind(b"head" + bytes(2**24) + b"tail")

@@ -239,7 +239,11 @@ def problems(
         prefix: The prefix of every key in the file.
         name: Names a place; None joins its keys.
     """
-    return [_problem(one, model, prefix, name) for one in error.errors(include_url=False)]
+    found: dict[object, list[Any]] = {}
+    for one in error.errors(include_url=False):
+        is_unknown = one["type"] == "extra_forbidden"
+        found.setdefault((one["loc"][:-1], "unknown") if is_unknown else one["loc"], []).append(one)
+    return [_problem(alike, model, prefix, name) for alike in found.values()]
 
 
 def joined(found: list[str], most: int = 3) -> str:
@@ -249,18 +253,29 @@ def joined(found: list[str], most: int = 3) -> str:
 
 
 def _problem(
-    error: Any,
+    alike: list[Any],
     model: type[BaseModel] | None,
     prefix: str,
     name: Callable[[Place], str] | None,
 ) -> str:
-    loc = error["loc"]
-    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)
-    place = shorten(prefix + place.removeprefix("."), 120)
+    """Describes the errors of one place, or the unknown keys of one object."""
+    if len(alike) > 1 and alike[0]["type"] == "extra_forbidden":
+        keys = ", ".join(_place(error["loc"], prefix, name) for error in alike[:_MOST_KEYS])
+        rest = f" and {len(alike) - _MOST_KEYS} more" if len(alike) > _MOST_KEYS else ""
+        choices = _fields_at(model, alike[0]["loc"][:-1])
+        return f"{keys}{rest}: there are no such keys.{_choices(choices)}"
+    loc, problem = alike[0]["loc"], _words(alike[0], model)
+    return f"{_place(loc, prefix, name)}: {problem}" if loc else problem
+
+
+_MOST_KEYS = 5
+
+
+def _place(loc: Place, prefix: str, name: Callable[[Place], str] | None) -> str:
     if name is not None and loc:
-        place = name(loc)
-    problem = _words(error, model)
-    return f"{place}: {problem}" if loc else problem
+        return name(loc)
+    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)
+    return shorten(prefix + place.removeprefix("."), 120)
 
 
 def _words(error: Any, model: type[BaseModel] | None) -> str:
@@ -307,7 +322,11 @@ _MUST = {
 def _nearest(word: object, choices: Iterable[object]) -> str:
     names = [str(choice) for choice in choices]
     guess = did_you_mean(word if isinstance(word, str) else shorten_value(word), names)
-    return guess + (f" Choose from: {', '.join(names)}." if names else "")
+    return guess + _choices(names)
+
+
+def _choices(names: list[str]) -> str:
+    return f" Choose from: {', '.join(names)}." if names else ""
 
 
 def _fields_at(model: type[BaseModel] | None, loc: tuple[int | str, ...]) -> list[str]:

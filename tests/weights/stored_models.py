@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from thread_group import ThreadRanks
+from torch import Tensor
 from whole_models import CONFIG, load, random_tensors, write_folder
 
 from hotloop import LLM
@@ -84,6 +84,7 @@ def write_stored(
         extra: Surplus tensors.
         keys: Keys of ``config.json``.
     """
+    folder.mkdir(exist_ok=True)
     config = CONFIG | keys
     plain = random_tensors(config, torch.float32)
     stored = {name: tensor.bfloat16() for name, tensor in plain.items()}

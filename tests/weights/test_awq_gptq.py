@@ -21,11 +21,20 @@ from stored_models import (
     write_stored,
 )
 from torch import Tensor
+from transformers import (
+    AutoRoundConfig,
+    AwqConfig,
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+    FineGrainedFP8Config,
+    GPTQConfig,
+)
 from whole_models import assert_same_weights, load
 
 from hotloop import LLM
 from hotloop.engine.setup import prepare
 from hotloop.errors import HotloopError, UnsupportedError
+from hotloop.quant.claims import read_claims
 from hotloop.quant.encodings.awq import _rows
 from hotloop.quant.encodings.bits import unpack
 from hotloop.types import EngineConfig
@@ -42,13 +51,17 @@ def groups(k: int, group_size: int) -> int:
     return -(-k // group_size)
 
 
-def awq(group_size: int, *, changed: dict[str, Tensor] | None = None) -> Encode:
+def awq(
+    group_size: int, *, symmetric: bool = False, changed: dict[str, Tensor] | None = None
+) -> Encode:
     def encode(name: str, weight: Tensor) -> Stored | None:
         if name == "lm_head":
             return None
         n, k = weight.shape
         size = k if group_size == -1 else group_size
         q, zeros = codes(k, n, bits=4), codes(groups(k, size), n, bits=4, seed=1)
+        if symmetric:
+            zeros = torch.full_like(zeros, 8)
         scale = scales(groups(k, size), n)
         stored = {
             ".qweight": pack(q, 4, AWQ_ORDER),
@@ -258,6 +271,41 @@ def test_a_description_of_gptq_that_cannot_be_is_refused(said, problem, tmp_path
     assert problem in refusal(quantized)
 
 
+def test_zero_points_of_awq_that_are_all_half_the_range_are_symmetric(tmp_path):
+    quantized, dense = write_stored(tmp_path, awq(32, symmetric=True), AWQ)
+    assert_same_model(quantized, dense)
+    setup = prepare(EngineConfig(model=str(quantized), device="cpu"))
+    assert {scheme.format(64).zero for scheme in setup.schemes.values()} == {"none"}
+
+
+@pytest.mark.parametrize("said", ["gptq", "gptq_v2", None])
+def test_a_version_of_zero_points_that_is_assumed_is_noted(said, tmp_path):
+    described = GPTQ | ({} if said is None else {"checkpoint_format": said})
+    encode = gptq(32, version=2 if said == "gptq_v2" else 1)
+    quantized, dense = write_stored(tmp_path, encode, described)
+    assert_same_model(quantized, dense)
+    notes = prepare(EngineConfig(model=str(quantized), device="cpu")).notes
+    assumed = [note for note in notes if "14 matrices are read as GPTQ's version 1" in note]
+    assert len(assumed) == (said is None)
+
+
+def test_a_tied_head_may_be_left_out_although_it_is_said_to_be_quantized(tmp_path):
+    said = GPTQ | {"lm_head": True}
+    assert_same_model(*write_stored(tmp_path, gptq(32), said, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_groups_of_none_are_refused(method, tmp_path):
+    encode, said = {"awq": (awq(32), AWQ), "gptq": (gptq(32), GPTQ)}[method]
+    message = refusal(write_stored(tmp_path, encode, said | {"group_size": 0})[0])
+    assert "group_size: must be -1 or at least 1, not 0" in message
+
+
+def test_a_description_without_a_method_is_refused(tmp_path):
+    quantized, _ = write_stored(tmp_path, awq(32), {})
+    assert "quant_method is missing" in refusal(quantized)
+
+
 Q = "model.layers.0.self_attn.q_proj"  # square: 64 x 64
 
 
@@ -324,3 +372,38 @@ def test_a_named_scheme_quantizes_again_and_says_so(quant, tmp_path):
         (note,) = [note for note in llm.describe().notes if "awq" in note]
     assert note.startswith("14 matrices stored as awq are dequantized")
     assert ("quantized again as int8" in note) == (quant == "int8")
+
+
+GPTQMODEL_AWQ = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "lm_head": False}
+GPTQMODEL_AWQ |= {"quant_method": "awq", "checkpoint_format": "gemm", "pack_dtype": "int32"}
+GPTQMODEL_AWQ |= {"meta": {"quantizer": ["gptqmodel:5.0.0"]}, "zero_point": True, "version": "gemm"}
+
+
+@pytest.mark.parametrize("said", [AwqConfig(bits=4, group_size=32).to_dict(), GPTQMODEL_AWQ])
+def test_descriptions_of_awq_by_newer_tools_are_read(said, tmp_path):
+    assert_same_model(*write_stored(tmp_path, awq(32), said))
+    quantized, _ = write_stored(tmp_path / "other", awq(32), said | {"version": "gemv"})
+    assert "gemv, which is not supported" in refusal(quantized)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AwqConfig(bits=4, group_size=128, modules_to_not_convert=["lm_head"]),
+        GPTQConfig(bits=4, group_size=128, desc_act=True),
+        FineGrainedFP8Config(modules_to_not_convert=["lm_head"]),
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        AutoRoundConfig(bits=4, group_size=128),
+        CompressedTensorsConfig(
+            config_groups={"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}},
+            format="pack-quantized",
+            quantization_status="compressed",
+        ),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_descriptions_that_transformers_writes_are_read(config):
+    said = json.loads(json.dumps(config.to_dict()))
+    claim = read_claims("config.json", said)("model.layers.0.mlp.up_proj")
+    assert claim.quantized
+    assert claim.encodings

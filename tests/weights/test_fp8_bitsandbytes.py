@@ -204,10 +204,12 @@ ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type":
 ROUND |= {"sym": False, "autoround_version": "0.9.0", "iters": 200, "block_name_to_quantize": None}
 
 
-@pytest.mark.parametrize("packing", ["auto_round:auto_gptq", "auto_round:auto_awq"])
-def test_auto_round_is_read_in_the_packing_that_it_names(packing, tmp_path):
-    encode = awq(32) if packing.endswith("awq") else gptq(32)
-    assert_same_model(*write_stored(tmp_path, encode, ROUND | {"packing_format": packing}))
+@pytest.mark.parametrize("packing", ["auto_gptq", "gptq", "gptqmodel", "auto_awq"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_auto_round_is_read_in_the_packing_that_it_names(packing, symmetric, tmp_path):
+    method = awq if packing.endswith("awq") else gptq
+    said = ROUND | {"packing_format": f"auto_round:{packing}", "sym": symmetric}
+    assert_same_model(*write_stored(tmp_path, method(32, symmetric=symmetric), said))
 
 
 def test_auto_round_may_name_the_tool_whose_packing_it_uses(tmp_path):
@@ -225,6 +227,19 @@ def test_auto_round_may_leave_matrices_out_or_give_them_other_bits(tmp_path):
 
     other = {plain: {"bits": 16, "data_type": "fp"}, wide: {"bits": 8}}
     assert_same_model(*write_stored(tmp_path, encode, ROUND | {"extra_config": other}))
+
+
+def test_settings_of_auto_round_may_be_under_a_pattern_of_names(tmp_path):
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if "layers.0.mlp" in name:
+            return None
+        return gptq(32, bits=8 if name.endswith("1.mlp.up_proj") else 4)(name, weight)
+
+    other = {r".*layers\.1\.mlp.*": {"bits": 4}, "model.layers.1.mlp.up_proj": {"bits": 8}}
+    other |= {r"layers\.0\.mlp\.(up|gate|down)_proj": {"bits": 16}}
+    assert_same_model(*write_stored(tmp_path, encode, ROUND | {"extra_config": other}))
+    quantized, _ = write_stored(tmp_path / "other", encode, ROUND | {"extra_config": {"(": {}}})
+    assert "is no regular expression" in refusal(quantized)
 
 
 def test_a_packing_of_auto_round_that_is_not_read_is_refused(tmp_path):

@@ -208,7 +208,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     path, model, copy, stored, model_notes = _describe_model(config)
     config, scheme, head_scheme = _settle_schemes(config, copy, stored)
     schemes = schemes_by_name(model, scheme, head_scheme, stored)
-    model_notes += _requantization_notes(stored, schemes)
+    model_notes += _assumption_notes(stored) + _requantization_notes(stored, schemes)
     _check_all_reduce(config, device)
     _check_permutations(config, model, schemes)
     dtype = _resolve_dtype(config, device)
@@ -466,6 +466,12 @@ def _settle_schemes(
     by_default = head_scheme.name == parse_head_scheme("auto", scheme).name
     head = "auto" if by_default else head_scheme.name
     return dataclasses.replace(config, quant=scheme.name, head=head), scheme, head_scheme
+
+
+def _assumption_notes(stored: Mapping[str, Recognized]) -> tuple[str, ...]:
+    """Says what is assumed of matrices that their checkpoint does not describe wholly."""
+    counts = Counter(each.layout.assumption for each in stored.values() if each.layout.assumption)
+    return tuple(f"{n} matrices are {assumption}." for assumption, n in counts.items())
 
 
 def _requantization_notes(

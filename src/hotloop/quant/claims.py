@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from hotloop.errors import UnsupportedError, shorten_value
 from hotloop.outside import StrictModel, config_error, validated
@@ -31,6 +31,7 @@ class Claim:
         block: Output and input features that share a scale.
         symmetric: Whether zero points are half the range.
         version: Of GPTQ's zero points.
+        version_is_said: Whether the configuration says the version; its default otherwise.
         label: The method and format, for errors.
     """
 
@@ -41,6 +42,7 @@ class Claim:
     block: tuple[int, int] | None = None
     symmetric: bool | None = None
     version: int | None = None
+    version_is_said: bool = True
     label: str = "no method"
 
 
@@ -49,7 +51,15 @@ Claims = Callable[[str], Claim]
 
 Bits = Annotated[int, Field(ge=1, le=32)]
 _Size = Annotated[int, Field(ge=1, le=2**20)]
-GroupSize = Literal[-1] | _Size
+
+
+def _group_size(size: int) -> int:
+    if size < 1 and size != -1:
+        raise ValueError(f"must be -1 or at least 1, not {size}")
+    return size
+
+
+GroupSize = Annotated[int, Field(le=2**20), AfterValidator(_group_size)]
 _Pair = Annotated[list[_Size], Field(min_length=2, max_length=2)]
 Texts = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100_000)]
 _Anything = Any
@@ -73,10 +83,13 @@ def read_claims(where: str, config: Mapping[str, Any]) -> Claims:
         ConfigError: A key that is not known, or a value that a key cannot have.
     """
     method = config.get("quant_method")
-    if method is None:  # the files of old AutoAWQ and AutoGPTQ
-        method = "awq" if "w_bit" in config or "zero_point" in config else "gptq"
-        if "config_groups" in config:
-            method = "compressed-tensors"
+    if method is None:
+        # The files of old AutoAWQ and AutoGPTQ name no method.
+        told = {"config_groups": "compressed-tensors", "w_bit": "awq", "zero_point": "awq"}
+        method = next((told[key] for key in told if key in config), None)
+        if method is None and "bits" not in config:
+            raise config_error(where, "quant_method is missing")
+        method = method or "gptq"
     readers: dict[str, type[_Description]] = {
         "auto-round": _AutoRound,
         "awq": _Awq,
@@ -146,33 +159,8 @@ class _MadeByAutoRound(_Description):
     train_bs: _Anything = None
 
 
-class _Awq(_MadeByAutoRound):
-    """AutoAWQ's description; ``w_bit`` and ``q_group_size`` are the keys of its first files."""
-
-    bits: Bits | None = None
-    w_bit: Bits | None = None
-    group_size: GroupSize | None = None
-    q_group_size: GroupSize | None = None
-    zero_point: bool | None = None
-    version: str = "gemm"
-    modules_to_not_convert: Texts = Field(default_factory=list)
-    do_fuse: _Anything = None
-    exllama_config: _Anything = None
-    fuse_max_seq_len: _Anything = None
-    modules_to_fuse: _Anything = None
-
-    def claim(self, name: str) -> Claim:
-        return Claim(
-            quantized=_unless_named(name, self.modules_to_not_convert),
-            encodings=("awq",) if self.version.lower() == "gemm" else (),
-            bits=self.bits or self.w_bit,
-            group_size=self.group_size or self.q_group_size,
-            label=f"awq {self.version.lower()}",
-        )
-
-
 class _Override(StrictModel):
-    """Overrides for some matrices, in GPTQ's ``dynamic``."""
+    """Overrides for some matrices, in GPTQModel's ``dynamic``."""
 
     bits: Bits | None = None
     group_size: GroupSize | None = None
@@ -182,16 +170,15 @@ class _Override(StrictModel):
     damp_percent: _Anything = None
 
 
-class _Gptq(_MadeByAutoRound):
-    """The description of AutoGPTQ and GPTQModel."""
+class _MadeByGptqModel(_MadeByAutoRound):
+    """The keys that GPTQModel, and transformers after it, write for GPTQ and AWQ alike."""
 
-    bits: Bits
     group_size: GroupSize | None = None
     sym: bool | None = None
     checkpoint_format: str | None = None
     format: str | None = None
     dynamic: dict[str, _Override] = Field(default_factory=dict)
-    lm_head: bool = False
+    lm_head: bool | None = None
     modules_in_block_to_quantize: list[Texts] = Field(default_factory=list)
     act_group_aware: _Anything = None
     cache_block_outputs: _Anything = None
@@ -218,29 +205,67 @@ class _Gptq(_MadeByAutoRound):
     use_cuda_fp16: _Anything = None
     use_exllama: _Anything = None
 
-    def claim(self, name: str) -> Claim:
-        format_ = (self.checkpoint_format or self.format or "gptq").lower()
-        versions = {"gptq": 1, "gptq_v2": 2}
-        quantized = _unless_named(name, []) or self.lm_head
+    def _general(self, name: str) -> tuple[bool | None, _Override]:
+        """Returns whether a matrix is quantized, and the settings that it has of its own."""
+        quantized = self.lm_head if name == _HEAD else _unless_named(name, [])
         listed = [part for parts in self.modules_in_block_to_quantize for part in parts]
         if listed and _is_in_a_layer(name):
             quantized = _is_named(name, listed)
-        bits, group_size, sym = self.bits, self.group_size, self.sym
         for pattern, override in self.dynamic.items():
-            if not _matches(pattern.removeprefix("-:").removeprefix("+:"), name):
-                continue
-            if pattern.startswith("-:"):
-                quantized = False
-            bits, group_size = override.bits or bits, override.group_size or group_size
-            sym = sym if override.sym is None else override.sym
-            break
+            if _matches(pattern.removeprefix("-:").removeprefix("+:"), name):
+                return False if pattern.startswith("-:") else quantized, override
+        return quantized, _Override()
+
+
+class _Awq(_MadeByGptqModel):
+    """AutoAWQ's description; ``w_bit`` and ``q_group_size`` are the keys of its first files.
+
+    ``sym`` says nothing here: writers that have it leave it true beside zero points.
+    """
+
+    bits: Bits | None = None
+    w_bit: Bits | None = None
+    q_group_size: GroupSize | None = None
+    zero_point: bool | None = None
+    version: str | None = None
+    modules_to_not_convert: Texts = Field(default_factory=list)
+    do_fuse: _Anything = None
+    fuse_max_seq_len: _Anything = None
+    modules_to_fuse: _Anything = None
+
+    def claim(self, name: str) -> Claim:
+        quantized, own = self._general(name)
+        said = {
+            text.lower() for text in (self.version, self.checkpoint_format, self.format) if text
+        }
+        version = ", ".join(sorted(said)) or "gemm"
+        return Claim(
+            quantized=False if _is_named(name, self.modules_to_not_convert) else quantized,
+            encodings=("awq",) if version == "gemm" else (),
+            bits=own.bits or self.bits or self.w_bit,
+            group_size=own.group_size or self.group_size or self.q_group_size,
+            label=f"awq {version}",
+        )
+
+
+class _Gptq(_MadeByGptqModel):
+    """The description of AutoGPTQ and GPTQModel."""
+
+    bits: Bits
+
+    def claim(self, name: str) -> Claim:
+        said = self.checkpoint_format or self.format
+        format_ = (said or "gptq").lower()
+        versions = {"gptq": 1, "gptq_v2": 2}
+        quantized, own = self._general(name)
         return Claim(
             quantized=quantized,
             encodings=("gptq",) if format_ in versions else (),
-            bits=bits,
-            group_size=group_size,
-            symmetric=sym,
+            bits=own.bits or self.bits,
+            group_size=own.group_size or self.group_size,
+            symmetric=self.sym if own.sym is None else own.sym,
             version=versions.get(format_),
+            version_is_said=said is not None,
             label=f"gptq, checkpoint_format {format_}",
         )
 
@@ -262,6 +287,9 @@ class _AutoRoundOverride(StrictModel):
     super_group_size: None = None
 
 
+_PLAIN_NAME = re.compile(r"[\w.-]*")
+
+
 class _AutoRound(_MadeByAutoRound):
     """AutoRound's description of matrices in the packing of another tool."""
 
@@ -276,11 +304,12 @@ class _AutoRound(_MadeByAutoRound):
         encodings = {
             "auto_gptq": ("gptq",),
             "gptq": ("gptq",),
+            "gptqmodel": ("gptq",),
             "auto_awq": ("awq",),
             "awq": ("awq",),
             "llm_compressor": ("pack-quantized", "int-quantized"),
         }
-        own = self.extra_config.get(name, _AutoRoundOverride())
+        own = self._own(name)
         bits = own.bits or self.bits
         quantized = _unless_named(name, [])
         if own.bits is not None:
@@ -291,9 +320,17 @@ class _AutoRound(_MadeByAutoRound):
             bits=bits if bits < 16 else None,
             group_size=own.group_size or self.group_size,
             symmetric=self.sym if own.sym is None else own.sym,
-            version=1 if packing == "auto_gptq" else None,
+            version=1 if encodings.get(packing) == ("gptq",) else None,
             label=f"auto-round {self.packing_format}",
         )
+
+    def _own(self, name: str) -> _AutoRoundOverride:
+        """Returns the settings under the name of a matrix, or else under a pattern in it."""
+        if name in self.extra_config:
+            return self.extra_config[name]
+        patterns = (key for key in self.extra_config if not _PLAIN_NAME.fullmatch(key))
+        found = next((key for key in patterns if _matches(key, name, anywhere=True)), None)
+        return self.extra_config[found] if found is not None else _AutoRoundOverride()
 
 
 class _Fp8(_Description):
@@ -457,6 +494,9 @@ def _unless_named(name: str, excluded: list[str]) -> bool | None:
     return True if _is_in_a_layer(name) else None
 
 
+_HEAD = "lm_head"
+
+
 def _is_in_a_layer(name: str) -> bool:
     return name.startswith("model.layers.")
 
@@ -470,8 +510,13 @@ _MOST_REPEATS = 6
 _NESTED = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """Tells whether a regular expression of a configuration matches the beginning of a name.
+def _matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
+    """Tells whether a regular expression of a configuration matches a name from its beginning.
+
+    Args:
+        pattern: The expression.
+        name: The name of a matrix.
+        anywhere: It may match a part of the name.
 
     Raises:
         UnsupportedError: It is none, or one that could take very long.
@@ -483,7 +528,8 @@ def _matches(pattern: str, name: str) -> bool:
                 f"the pattern {shorten_value(pattern)} of the quantization repeats too much to be "
                 "matched safely."
             )
-        return re.match(pattern, name) is not None
+        find = re.search if anywhere else re.match
+        return find(pattern, name) is not None
     except re.error as error:
         raise UnsupportedError(
             f"the pattern {shorten_value(pattern)} of the quantization is no regular expression: "

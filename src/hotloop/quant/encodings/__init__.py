@@ -258,6 +258,7 @@ class Layout:
         bits: Bits of a stored element.
         surplus: Tensors that may be there and hold nothing more, by what follows its name.
         detail: A variant of the encoding, for people.
+        assumption: A choice that neither tensors nor configuration settle, for people.
     """
 
     parts: Mapping[str, StoredPart]
@@ -267,6 +268,7 @@ class Layout:
     bits: int
     surplus: frozenset[str] = frozenset()
     detail: str = ""
+    assumption: str = ""
 
 
 class Encoding(Protocol):

@@ -39,12 +39,13 @@ class Awq:
         groups = matrix.groups(SCALES, n_groups)
         along = groups.features
         scale_dtype = matrix.scale_dtype(SCALES)
+        symmetric = _are_half(matrix, shape=(n_groups, n // 8))
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
             return QTensor(
                 values=_rows(parts[QWEIGHT]),
                 scale=groups.expand(parts[SCALES].T, shape[1]),
-                offset=groups.expand(_rows(parts[QZEROS]), shape[1]),
+                offset=None if symmetric else groups.expand(_rows(parts[QZEROS]), shape[1]),
                 kind="int4",
             )
 
@@ -62,11 +63,22 @@ class Awq:
             },
             decode=decode,
             format=KernelFormat(
-                kind="int4", group_size=groups.even, scale_dtype=scale_dtype, zero="integer"
+                kind="int4",
+                group_size=groups.even,
+                scale_dtype=scale_dtype,
+                zero="none" if symmetric else "integer",
             ),
             k=k,
             bits=4,
         )
+
+
+def _are_half(matrix: StoredMatrix, shape: tuple[int, int]) -> bool:
+    """Tells whether every zero point is half the range, as in a symmetric matrix."""
+    entry = matrix.tensors[QZEROS]
+    if (entry.shape, entry.dtype) != (shape, "I32"):
+        return False  # refused by name where it is read
+    return not bool(_rows(matrix.read(QZEROS)).any())
 
 
 def _rows(words: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ _ONES = {4: 0x11111111, 8: 0x01010101}
 """For each number of bits a word of ones."""
 
 
+_ASSUMPTION = (
+    "read as GPTQ's version 1, the default: zero points do not tell the version, and the "
+    "checkpoint's configuration has no checkpoint_format (gptq is version 1, gptq_v2 version 2)"
+)
+
+
 class Gptq:
     """GPTQ's encoding."""
 
@@ -110,6 +116,7 @@ class Gptq:
             bits=bits,
             surplus=frozenset({G_IDX}),
             detail=f"version {version}{', act-order' if permuted else ''}",
+            assumption="" if symmetric or matrix.claim.version_is_said else _ASSUMPTION,
         )
 
 
