@@ -1,6 +1,7 @@
 """Checkpoints of compressed-tensors keep what its own library wrote into them."""
 
 import json
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -19,6 +20,7 @@ from stored_models import (
     Encode,
     Stored,
     assert_same_model,
+    distribution,
     noise,
     pack,
     refusal,
@@ -270,6 +272,58 @@ def test_zero_points_that_are_missing_are_named(tmp_path):
     said["config_groups"]["group_0"]["weights"]["symmetric"] = False
     message = refusal(write_stored(tmp_path, compressed(scheme), said)[0])
     assert "has no .weight_zero_point beside it" in message
+
+
+def fp4_with(name: str, part: str, tensor: Callable[[Tensor], Tensor]) -> tuple[Encode, Any]:
+    """Matrices of 4-bit floating point, of which one has another part."""
+    format_, args = FORMATS[name]
+    scheme = scheme_of(format_, **args)
+
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        made = compressed(scheme)(name, weight)
+        if made is not None and "0.self_attn.q_proj" in name:
+            return made[0] | {part: tensor(made[0][part])}, made[1]
+        return made
+
+    return encode, description(scheme, format_=format_)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "problem"),
+    [
+        (torch.tensor([-3001.0]), "holds -3001: the divisor of a matrix's scales is above 0"),
+        (torch.tensor([0.0]), "holds 0: "),
+        (torch.tensor([float("nan")]), "holds nan: "),
+        (torch.tensor([3001.0, 3001.0]), "has shape [2] of F32: the divisor"),
+        (torch.zeros(0), "has shape [0] of F32: "),
+        (torch.tensor([3001.0]).half(), "has shape [1] of F16: "),
+    ],
+)
+def test_the_divisor_of_nvfp4_is_one_positive_number(divisor, problem, tmp_path):
+    encode, said = fp4_with("nvfp4", ".weight_global_scale", lambda _: divisor)
+    message = refusal(write_stored(tmp_path, encode, said)[0])
+    assert problem in message
+    assert "model.layers.0.self_attn.q_proj.weight_global_scale" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "changed"),
+    [
+        ("mxfp4", ".weight_scale", lambda scale: torch.full_like(scale, 254)),
+        ("nvfp4", ".weight_global_scale", lambda scale: torch.full_like(scale, 1e-37)),
+    ],
+)
+def test_scales_that_multiply_to_infinity_are_refused_by_name(name, part, changed, tmp_path):
+    encode, said = fp4_with(name, part, changed)
+    message = refusal(write_stored(tmp_path, encode, said)[0])
+    assert "model.layers.0.self_attn.q_proj" in message
+    assert "which is too large for float32: the checkpoint is damaged" in message
+
+
+def test_a_divisor_may_be_larger_than_the_models_type_holds(tmp_path):
+    encode, said = fp4_with("nvfp4", ".weight_global_scale", lambda scale: scale * 100)
+    quantized, _ = write_stored(tmp_path, encode, said)
+    assert distribution(quantized, dtype="float16").isfinite().all()
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])

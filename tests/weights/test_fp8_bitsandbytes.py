@@ -125,15 +125,16 @@ def test_a_description_that_is_not_so_is_refused(said, problem, tmp_path):
     assert problem in refusal(quantized)
 
 
-def test_a_power_of_two_that_is_no_number_is_refused(tmp_path):
+@pytest.mark.parametrize(("exponent", "problem"), [(255, "NaN"), (254, "too large for float32")])
+def test_a_power_of_two_that_is_no_scale_is_refused(exponent, problem, tmp_path):
     def encode(name: str, weight: Tensor) -> Stored | None:
         if (made := blocks(torch.uint8)(name, weight)) and "1.mlp.up_proj" in name:
-            made[0][".weight_scale_inv"][0, 0] = 255
+            made[0][".weight_scale_inv"][0, 0] = exponent
         return made
 
     message = refusal(write_stored(tmp_path, encode, FP8)[0])
     assert "1.mlp.up_proj" in message
-    assert "NaN" in message
+    assert problem in message
 
 
 # bitsandbytes.

@@ -12,7 +12,7 @@ group per output channel), S super-blocks along K (a divisor of G).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,12 @@ Combine = Callable[[Tensor], Tensor]
 _DEGREES = range(2, 9)
 
 _TABLE_SIZE = 16
+
+_LARGEST: Mapping[QuantizedKind, float] = {"int4": 8, "uint4": 15, "int8": 128, "fp8": 448}
+"""The largest magnitude of a value; of ``lut4`` it is the table's."""
+
+_RANGE: Mapping[QuantizedKind, float] = {"int4": 15, "uint4": 15, "int8": 255}
+"""The largest difference of a value and its zero point."""
 
 _ROW_TENSORS = ("values", "scale", "offset", "super_scale", "super_offset")
 _OTHER_TENSORS = ("table", "permutation")
@@ -128,6 +134,23 @@ class QTensor:
             super_dtype=None if super_scale is None else super_scale.dtype,
             permuted=self.permutation is not None,
         )
+
+    def bound(self) -> float:
+        """Returns a number that no weight's magnitude exceeds, computed in float64."""
+        step = self.scale.float().double().abs()
+        if self.super_scale is not None:
+            s = self.super_scale.shape[1]
+            step = step.unflatten(1, (s, -1)) * self.super_scale.double().abs()[:, :, None]
+        largest = _LARGEST[self.kind] if self.table is None else float(self.table.abs().max())
+        if self.offset is None:
+            return float(step.max()) * largest
+        if self.format.zero == "integer":
+            return float(step.max()) * _RANGE[self.kind]
+        offset = self.offset.double().abs()
+        if self.super_offset is not None:
+            s = self.super_offset.shape[1]
+            offset = offset.unflatten(1, (s, -1)) * self.super_offset.double().abs()[:, :, None]
+        return float(step.max()) * largest + float(offset.max())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantizes the weight, [N, K], in float32, and rounds once to ``dtype``."""

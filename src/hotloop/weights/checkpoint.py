@@ -219,7 +219,7 @@ def check_finite(
         tensor: The tensor, or a part of it.
         info: Its entry, for the message.
         dtype: The type that it is converted to, in which it must be finite too.
-        margin: The largest factor that quantizing or decoding applies to a weight.
+        margin: The largest factor that quantizing applies to a weight.
         first: The place in the tensor at which ``tensor`` begins, for the message.
 
     Raises:

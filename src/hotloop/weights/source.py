@@ -264,7 +264,20 @@ class CheckpointSource:
         }
         surplus = (f"{name}{part}" for part in layout.surplus)
         self.used.update(self.checkpoint.tensors.keys() & surplus)
-        return _EncodedMatrix(shape, layout, infos)
+        return _EncodedMatrix(name, shape, layout, infos)
+
+    def _check_bound(self, matrix: _EncodedMatrix, bound: float) -> None:
+        """Refuses scales that are finite, and whose products with values need not be."""
+        name, limits = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype)
+        if bound <= limits.max:
+            return
+        is_damaged = bound > torch.finfo(torch.float32).max
+        raise CheckpointError(
+            matrix.info.file,
+            f"its scales multiply to weights of up to {bound:.4g}, which is too large for {name}: "
+            + ("the checkpoint is damaged" if is_damaged else "choose another dtype"),
+            tensor=matrix.name,
+        )
 
     def _decoder(
         self, matrix: _EncodedMatrix, rows: range, columns: range
@@ -284,7 +297,7 @@ class CheckpointSource:
                 info, index = matrix.infos[name], part.index(rows, wide)
                 tensor = self.checkpoint.read(info.name, index, encoded=True)
                 first = tuple(cut.start or 0 for cut in index)
-                check_finite(tensor, info, dtype=self.dtype, margin=part.margin, first=first)
+                check_finite(tensor, info, first=first)
                 read[name] = tensor.to(self.device)
             return read
 
@@ -304,7 +317,8 @@ class CheckpointSource:
                 }
             weight = matrix.layout.decode(slices, (len(tall), len(wide)))
             for scales in weight.tensors[1:]:
-                check_finite(scales, matrix.info, dtype=self.dtype)
+                check_finite(scales, matrix.info)
+            self._check_bound(matrix, weight.bound())
             return weight.rows(piece.start - tall.start, piece.stop - tall.start), wide.start
 
         return decoded
@@ -319,6 +333,7 @@ def _whole_units(features: range, unit: int, n: int) -> range:
 class _EncodedMatrix:
     """A matrix in an encoding, and the entries of its tensors in a checkpoint."""
 
+    name: str
     shape: tuple[int, int]
     layout: Layout
     infos: Mapping[str, TensorInfo]

@@ -206,8 +206,6 @@ class StoredPart:
             element may have fewer; 0 along an axis that it does not depend on.
         transposed: The dimensions are input features, then output features.
         block: Elements along the input features that are stored in one piece, as whole bytes.
-        margin: The largest factor that decoding applies to an element: the element times it must
-            be finite.
         is_whole: It is read as a whole, and so is the matrix.
     """
 
@@ -216,7 +214,6 @@ class StoredPart:
     features: tuple[int, int] = (1, 1)
     transposed: bool = False
     block: int = 1
-    margin: float = 1.0
     is_whole: bool = False
 
     def units(self, shape: tuple[int, int]) -> tuple[int, int]:

@@ -49,17 +49,15 @@ class Awq:
                 kind="int4",
             )
 
-        def part(*shape: int, dtype: str, features: tuple[int, int], margin: float) -> StoredPart:
-            return StoredPart(
-                shape=shape, dtype=dtype, features=features, transposed=True, margin=margin
-            )
+        def part(*shape: int, dtype: str, features: tuple[int, int]) -> StoredPart:
+            return StoredPart(shape=shape, dtype=dtype, features=features, transposed=True)
 
         dtype = stored[SCALES].dtype
         return Layout(
             parts={
-                QWEIGHT: part(k, n // 8, dtype="I32", features=(8, 1), margin=1.0),
-                QZEROS: part(n_groups, n // 8, dtype="I32", features=(8, along), margin=1.0),
-                SCALES: part(n_groups, n, dtype=dtype, features=(1, along), margin=15.0),
+                QWEIGHT: part(k, n // 8, dtype="I32", features=(8, 1)),
+                QZEROS: part(n_groups, n // 8, dtype="I32", features=(8, along)),
+                SCALES: part(n_groups, n, dtype=dtype, features=(1, along)),
             },
             decode=decode,
             format=KernelFormat(

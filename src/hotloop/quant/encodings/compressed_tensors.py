@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -48,7 +49,7 @@ class PackQuantized:
         if bits is None:
             return None
         _check_shape(matrix)
-        scales = _Scales(matrix, zero_bits=bits, margin=float(2**bits - 1))
+        scales = _Scales(matrix, zero_bits=bits)
         permuted = matrix.is_permuted(G_IDX, scales.groups)
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
@@ -92,7 +93,7 @@ class IntQuantized:
         (n, k), stored = matrix.shape, matrix.tensors
         if SCALE not in stored or ".weight" not in stored or stored[".weight"].dtype != "I8":
             return None
-        scales = _Scales(matrix, zero_bits=None, margin=255.0)
+        scales = _Scales(matrix, zero_bits=None)
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
             return QTensor(
@@ -127,6 +128,7 @@ class Nvfp4:
         if not _is_fp4(matrix, "F8_E4M3") or GLOBAL_SCALE not in stored:
             return None
         k = matrix.shape[1]
+        _check_divisor(matrix)
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
             # A divisor: what multiplies instead is rounded to float32 once.
@@ -156,6 +158,23 @@ class Nvfp4:
             ),
             k=k,
             bits=4,
+        )
+
+
+def _check_divisor(matrix: StoredMatrix) -> None:
+    """Refuses what cannot divide the scales of a whole matrix."""
+    entry = matrix.tensors[GLOBAL_SCALE]
+    if entry.shape not in ((), (1,)) or entry.dtype != "F32":
+        raise matrix.error(
+            GLOBAL_SCALE,
+            f"has shape {list(entry.shape)} of {entry.dtype}: the divisor of a matrix's scales is "
+            "one number, [1] of F32",
+        )
+    divisor = matrix.read(GLOBAL_SCALE).item()
+    if not 0 < divisor < math.inf:
+        raise matrix.error(
+            GLOBAL_SCALE,
+            f"holds {divisor:g}: the divisor of a matrix's scales is above 0 and finite",
         )
 
 
@@ -215,7 +234,7 @@ def _fp4_parts(matrix: StoredMatrix, scales: str) -> dict[str, StoredPart]:
     (n, k), group = matrix.shape, _FP4_GROUPS[scales]
     return {
         PACKED: StoredPart(shape=(n, k // 2), dtype="U8", features=(1, 2)),
-        SCALE: StoredPart(shape=(n, k // group), dtype=scales, features=(1, group), margin=6.0),
+        SCALE: StoredPart(shape=(n, k // group), dtype=scales, features=(1, group)),
     }
 
 
@@ -225,12 +244,11 @@ class _Scales:
     Args:
         matrix: The matrix.
         zero_bits: Bits of a packed zero point; None where they are int8 as they are.
-        margin: The largest factor that decoding applies to a scale.
     """
 
-    def __init__(self, matrix: StoredMatrix, *, zero_bits: int | None, margin: float) -> None:
+    def __init__(self, matrix: StoredMatrix, *, zero_bits: int | None) -> None:
         (n, k), stored = matrix.shape, matrix.tensors
-        self._entry, self._margin, self._n = stored[SCALE], margin, n
+        self._entry, self._n = stored[SCALE], n
         self.dtype = matrix.scale_dtype(SCALE)
         shape = self._entry.shape
         self._is_single = shape in ((), (1,), (1, 1))
@@ -281,11 +299,7 @@ class _Scales:
         each = self.groups.features if along else 0
         features = (0, 0) if self._is_single else (1, each)
         entry = self._entry
-        parts = {
-            SCALE: StoredPart(
-                shape=entry.shape, dtype=entry.dtype, features=features, margin=self._margin
-            )
-        }
+        parts = {SCALE: StoredPart(shape=entry.shape, dtype=entry.dtype, features=features)}
         if self.zero == "integer":
             if bits := self._zero_bits:
                 shape = (-(-self._n * bits // 32), self.groups.n)

@@ -20,7 +20,6 @@ from hotloop.quant.qtensor import QTensor, expand_blocks
 
 WEIGHT = ".weight"
 BLOCK = (128, 128)
-_LARGEST = 448.0
 _POWERS = ("F8_E8M0", "U8")
 """Element types of scales that are powers of two."""
 
@@ -74,7 +73,6 @@ class Fp8:
                     shape=entry.shape,
                     dtype=entry.dtype,
                     features=(rows, groups.features),
-                    margin=_LARGEST,
                 ),
             },
             decode=decode,

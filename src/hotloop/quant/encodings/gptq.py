@@ -95,7 +95,6 @@ class Gptq:
                 dtype=stored[SCALES].dtype,
                 features=(1, along),
                 transposed=True,
-                margin=float(2**bits - 1),
             ),
         }
         if permuted:  # any input feature may be in any group: all are read

@@ -17,11 +17,6 @@ from hotloop.quant.qtensor import QTensor
 
 VALUES, SCALE, OFFSET = ".weight.values", ".weight.scale", ".weight.offset"
 
-_LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 8.0}
-_OFFSET_MARGIN = 4.0
-"""A group's range is up to twice its largest weight, and rounded offsets exceed what they stand
-for."""
-
 
 class Hotloop:
     """hotloop's encoding; the checkpoint's description names the scheme of a matrix."""
@@ -40,14 +35,10 @@ class Hotloop:
             VALUES: StoredPart(
                 shape=(n, k // 2 if four else k), dtype=values, features=(1, 1 + four)
             ),
-            SCALE: StoredPart(
-                shape=groups, dtype=scale, features=(1, along), margin=_LARGEST[wanted.kind]
-            ),
+            SCALE: StoredPart(shape=groups, dtype=scale, features=(1, along)),
         }
         if wanted.zero == "offset":
-            parts[OFFSET] = StoredPart(
-                shape=groups, dtype=scale, features=(1, along), margin=_OFFSET_MARGIN
-            )
+            parts[OFFSET] = StoredPart(shape=groups, dtype=scale, features=(1, along))
         return Layout(parts=parts, decode=Hotloop.decode, format=wanted, k=k, bits=4 if four else 8)
 
     @staticmethod
