@@ -78,6 +78,43 @@ def test_bench_prints_for_people_and_shows_progress_on_stderr(jobs, capsys):
     assert len(jobs) == 1
 
 
+@pytest.mark.usefixtures("jobs")
+def test_a_record_for_people_ends_with_the_notes_that_its_lines_cite(monkeypatch, capsys):
+    engine = {"notes": ["a not used: slow", "b not used: slower"]}
+
+    def run(each, _):
+        return record(each.config, "unstable", engine=engine, quality_reason="not asked for")
+
+    monkeypatch.setattr(cell, "run_cell", run)
+    assert main(["bench", *RANDOM_7B, "--execution", "eager"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("decode tok/s") and line.endswith(" [1] [2]") for line in lines)
+    assert lines[lines.index("[1] a not used: slow") + 1] == "[2] b not used: slower"
+    assert ["reason", "because"] in [line.split() for line in lines]
+    assert "No quality: not asked for." in lines
+
+
+def test_eval_prints_the_remarks_and_notes_of_a_table(jobs, monkeypatch, capsys):
+    def score(each, _):
+        scored = record(
+            each.config,
+            perplexity=figure(20.0),
+            delta_ln_ppl=figure(0.1),
+            engine={"notes": ["210 matrices are dequantized."]},
+            provenance={"stored": {"is_quantized": True, "summary": "int4"}},
+        )
+        speed = ("decode_tok_s", "e2e_tok_s", "ttft_s", "tpot_s")
+        return scored.model_copy(update=dict.fromkeys(speed))
+
+    monkeypatch.setattr(cell, "score_cell", score)
+    assert main(["eval", "m", "--quant", "int8", "--execution", "eager"]) == 0
+    out = capsys.readouterr().out
+    assert "[1] 210 matrices are dequantized." in out.splitlines()
+    assert "The reference has the weights as they are stored, which are quantized" in out
+    assert "TTFT" not in out
+    assert len(jobs) == 1
+
+
 def test_bench_json_is_the_record_a_sweep_would_write(jobs, capsys):
     argv = ["--execution", "compile", "--prompt-tokens", "5", "--new-tokens", "7", "--batch", "2"]
     assert (

@@ -438,3 +438,13 @@ def test_a_results_folder_gets_its_tables_from_its_records_alone(tmp_path):
 def test_no_records_make_an_empty_table_and_no_error():
     assert "No recommendation" in printed([], 80)
     assert "No recommendation" in to_markdown(make_table([]))
+
+
+def test_notes_are_numbered_in_the_order_in_which_a_row_mentions_them():
+    slow = record("int8/eager", 42, quality_reason="out of memory", engine={"notes": ["slow path"]})
+    table = make_table([REFERENCE, slow])
+    perplexity = [column.field for column in table.columns].index("perplexity")
+    cells = table.rows[1].cells
+    assert cells[2].endswith("[1]")
+    assert cells[perplexity] == "[2]"
+    assert table.notes == ("slow path", "quality: out of memory")

@@ -27,6 +27,12 @@ def test_blocks_compute_what_they_are_worth(kind, tmp_path):
     assert notes(path, "none") == [f"15 matrices stored as gguf-{kind.lower()} are dequantized."]
 
 
+def test_a_note_on_a_single_matrix_is_in_the_singular(tmp_path):
+    kinds = {"output": "Q8_0"}
+    path = write_gguf_model(tmp_path / "m.gguf", "Q4_0", tied=False, kinds=kinds, **WIDE)
+    assert "1 matrix stored as gguf-q8_0 is dequantized." in notes(path, "none")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_projection_may_join_blocks_of_several_types(tied, tmp_path):
     kinds = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_k": "F16", "ffn_up": "Q5_K"}

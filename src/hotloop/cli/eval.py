@@ -45,8 +45,11 @@ def evaluate(
 ) -> int:
     """Score one configuration: perplexity, and the loss by quantization.
 
-    The unquantized model in the same element type is scored first, on the same
-    windows of text. --json prints a record, as a sweep writes it, without speed.
+    It is compared with the unquantized model in the same element type, which is
+    scored first, on the same windows of text. Where the model's file is quantized,
+    the comparison is with its weights as they are stored, unless --reference names
+    an unquantized model. --json prints a record, as a sweep writes it, without
+    speed.
     """
     from hotloop.bench.record import MEASURED
     from hotloop.sweep.cell import refuse_cell, score_cell

@@ -96,18 +96,22 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def print_record(record: Record) -> None:
-    """Prints one record for people: what a table has of it, from top to bottom."""
+    """Prints one record for people: its row of a table from top to bottom, and what follows that.
+
+    The reason for its status is a line of its own, and whole, in place of the row's note.
+    """
     from hotloop.report.table import LABELS, make_table
 
-    table = make_table([record])
+    table = make_table([record.model_copy(update={"reason": None})])
     pairs = [("configuration", record.cell), ("status", record.status)]
     if record.reason:
         pairs.append(("reason", record.reason))
-    if record.quality_reason:
-        pairs.append(("quality", record.quality_reason))
     shown = zip(table.columns, table.rows[0].cells, strict=True)
     pairs += [(column.heading, cell) for column, cell in shown if column not in LABELS]
     print_pairs([*pairs, *table.context])
+    notes = [f"[{number}] {note}" for number, note in enumerate(table.notes, start=1)]
+    for paragraph in filter(None, (notes, table.remarks)):
+        print_text("\n" + "\n".join(paragraph))
 
 
 def print_memory(

@@ -471,7 +471,10 @@ def _settle_schemes(
 def _assumption_notes(stored: Mapping[str, Recognized]) -> tuple[str, ...]:
     """Says what is assumed of matrices that their checkpoint does not describe wholly."""
     counts = Counter(each.layout.assumption for each in stored.values() if each.layout.assumption)
-    return tuple(f"{n} matrices are {assumption}." for assumption, n in counts.items())
+    return tuple(
+        f"{n} {'matrix is' if n == 1 else 'matrices are'} {assumption}."
+        for assumption, n in counts.items()
+    )
 
 
 def _requantization_notes(
@@ -485,7 +488,8 @@ def _requantization_notes(
         and schemes[name].format(each.layout.k) != each.layout.format
     )
     return tuple(
-        f"{n} matrices stored as {encoding} are dequantized"
+        f"{n} {'matrix' if n == 1 else 'matrices'} stored as {encoding} "
+        f"{'is' if n == 1 else 'are'} dequantized"
         + ("." if scheme == "none" else f", and quantized again as {scheme}.")
         for (encoding, scheme), n in changed.items()
     )

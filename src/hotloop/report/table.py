@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hotloop.bench.record import Record
+from hotloop.bench.record import MEASURED, Record
 from hotloop.report.context import RANDOM_ACCEPTANCE, context, has_random_weights
 from hotloop.report.context import notes as engine_notes
 from hotloop.report.fields import csv_names, csv_text, csv_values, value_of
@@ -80,18 +80,20 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
     if not any(map(_is_batched, records)):
         shown = [column for column in shown if column.field != "aggregate_tok_s"]
     columns = [*LABELS, *shown]
-    place = {column.field: i for i, column in enumerate(columns)}
     first_of_quality = next((i for i, c in enumerate(columns) if c.of_quality), None)
     rows = []
     for record in records:
         cells = [column.text(record) for column in columns]
         reason = (record.reason or "").partition("\n")[0]
         cells[1] = notes.cite(cells[1], reason and f"{record.status}: {reason}")
-        if first_of_quality is not None and record.decode_tok_s and record.quality_reason:
-            note = f"quality: {record.quality_reason}"
-            cells[first_of_quality] = notes.cite(cells[first_of_quality], note)
-        for note in engine_notes(record) if record.decode_tok_s else ():
-            cells[place["decode_tok_s"]] = notes.cite(cells[place["decode_tok_s"]], note)
+        # From left to right, so that numbers ascend as they are read.
+        figures = range(len(LABELS), len(columns))
+        if (first := next((i for i in figures if cells[i]), None)) is not None:
+            for note in engine_notes(record):
+                cells[first] = notes.cite(cells[first], note)
+            if first_of_quality is not None and record.quality_reason:
+                note = f"quality: {record.quality_reason}"
+                cells[first_of_quality] = notes.cite(cells[first_of_quality], note)
         recommended = record is recommendation.record
         rows.append(Row(record=record, cells=tuple(cells), recommended=recommended))
     return Table(
@@ -126,11 +128,12 @@ def _advice(recommendation: Recommendation) -> list[str]:
 
 def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
     remarks = []
-    measured = [record for record in records if record.decode_tok_s]
+    measured = [record for record in records if record.status in MEASURED]
+    timed = [record for record in measured if record.decode_tok_s]
     if measured and not any(column.of_quality for column in columns):
         reasons = sorted({record.quality_reason or "not measured" for record in measured})
         remarks.append(f"No quality: {'; '.join(reasons)}.")
-    if measured:
+    if timed:
         remarks.append(
             "Speed: mean ± half of the 95% interval; TTFT, time to first token; decode, after it; "
             "e2e, end to end. MBU: share of the read bandwidth."
