@@ -344,7 +344,7 @@ def test_packed_word_holds_four_runs_of_its_group_from_the_lowest_nibble_up(grou
         ("none", torch.float16, "dense/torch"),
         ("int8", torch.bfloat16, "int8/cpu"),
         ("int8", torch.float32, "int8/torch"),
-        ("fp8", torch.bfloat16, "fp8/torch"),
+        ("fp8", torch.float32, "fp8/torch"),
         ("int4-g64", torch.bfloat16, "int4/cpu"),
         ("int4-g64-asym", torch.bfloat16, "int4/cpu"),
         ("int4-g64", torch.float32, "int4/dequantized"),
@@ -359,7 +359,22 @@ def test_fastest_kernel_is_taken_without_a_word(name, dtype, expected):
 def test_number_of_output_features_that_our_kernel_does_not_serve_is_noted():
     kernel, notes = choose_linear(form_of("int4-g32", 40, 64, torch.bfloat16))
     assert kernel.name == "int4/dequantized"
-    assert notes == ["int4/cpu not used: needs a multiple of 16 output features, not 40"]
+    not_used, instead = notes
+    assert not_used == "int4/cpu not used: needs a multiple of 16 output features, not 40"
+    assert instead.startswith("int4/dequantized is used instead, and is slow")
+
+
+@needs_compiler
+def test_fp8_on_a_cpu_is_noted_as_slow_with_the_scheme_to_use():
+    in_groups = random_weight("fp8-blocks", 48, 256).format
+    for form, name in ((parse_scheme("fp8").format(256), "torch"), (in_groups, "dequantized")):
+        kernel, notes = choose_linear(
+            LinearSpec(format=form, n=48, k=256, dtype=torch.bfloat16, device="cpu")
+        )
+        assert kernel.name == f"fp8/{name}"
+        (note,) = notes
+        assert note.startswith(f"fp8/{name} is slow: there is no fast kernel for fp8 on CPUs")
+        assert "use int8" in note
 
 
 def test_gpu_takes_no_cpu_kernel_and_says_why_not_tinygemm():
@@ -374,13 +389,14 @@ def test_gpu_takes_no_cpu_kernel_and_says_why_not_tinygemm():
         assert kernel.name == "int4/dequantized"
         assert notes[0].startswith(says)
         assert not any("cpu" in note for note in notes)
+        assert notes[1].startswith("int4/dequantized is used instead, and is slow")
 
 
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "n", "note"),
     [
-        ("fp8-blocks", 48, "fp8/torch not used: holds groups of the whole row, not 128"),
+        ("fp8-blocks", 48, "fp8/dequantized is slow: there is no fast kernel for fp8 on CPUs"),
         ("Q4_K", 40, "uint4/cpu not used: needs a multiple of 16 output features, not 40"),
         ("int8-g128", 40, "int8/torch not used: holds groups of the whole row, not 128"),
     ],
@@ -390,7 +406,7 @@ def test_what_no_integer_kernel_holds_is_dequantized_with_the_reason(name, n, no
     spec = LinearSpec(format=weight.format, n=n, k=256, dtype=torch.bfloat16, device="cpu")
     kernel, notes = choose_linear(spec)
     assert kernel.name == f"{weight.kind}/dequantized"
-    assert note in notes
+    assert any(each.startswith(note) for each in notes)
     expected = F.linear(x, weight.dequantize(torch.bfloat16))
     assert torch.equal(kernel(x, *kernel.pack(weight)), expected)
 

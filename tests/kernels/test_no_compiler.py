@@ -95,7 +95,9 @@ def test_next_kernel_is_taken_and_the_reason_noted(name, monkeypatch):
         name, ("int4", "dequantized")
     )
     assert kernel.name == f"{base}/{how}"
-    assert notes == [f"{base}/cpu not used: no compiler today"]
+    assert notes[0] == f"{base}/cpu not used: no compiler today"
+    slow = [f"{kernel.name} is used instead, and is slow"] * (how == "dequantized")
+    assert [note.partition(":")[0] for note in notes[1:]] == slow
     weight = parse_scheme(name).quantize(torch.randn(64, 128).bfloat16())
     dense = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.bfloat16)
     x = torch.randn(1, 128).bfloat16()

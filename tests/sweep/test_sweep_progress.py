@@ -57,9 +57,9 @@ def test_without_a_terminal_progress_is_plain_lines(monkeypatch):
     lines = shown(EVENTS).splitlines()
     assert lines == [
         "note line 3 is half-written [and] ignored",
-        "reference none/eager scoring it first",
+        "reference none/eager is scored first",
         "  scoring",
-        "reference none/eager  none no room  (0 s)",
+        "reference none/eager  is missing: no room  (0 s)",
         "int8/eager  skipped, finished earlier: ok  decode 1,234.6 tok/s",
         "[2/6] int8/auto attempt 3",
         "  loading, compiling, warming up",

@@ -28,16 +28,22 @@ def note_cache() -> None:
 
 
 def note_engine(notes: Sequence[str]) -> None:
-    """Prints an engine's notes: a reason why kernels are not used once, with all of its kernels."""
+    """Prints an engine's notes: a reason why kernels are not used once, with all of its kernels.
+
+    These come first, since other notes can tell which are used instead.
+    """
     names: dict[str, list[str]] = {}
+    others = []
     for text in notes:
         name, not_used, reason = text.partition(" not used: ")
         if not_used:
             names.setdefault(reason, []).append(name)
         else:
-            note(text)
+            others.append(text)
     for reason, passed_over in names.items():
         note(f"{', '.join(passed_over)} not used: {reason}")
+    for text in others:
+        note(text)
 
 
 @contextmanager

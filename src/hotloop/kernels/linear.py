@@ -570,12 +570,25 @@ def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
     for kernel in (make(spec) for make in KERNELS):
         reason = kernel.unsupported(spec)
         if reason is None:
+            notes = _notes(spec, kernel, notes)
             if spec.format.permuted and not kernel.permutes:
                 return Permuted(kernel, spec.k), notes
             return kernel, notes
         if reason != NOT_MEANT:
             notes.append(f"{kernel.name} not used: {reason}")
     raise AssertionError(f"no kernel serves {spec}")
+
+
+def _notes(spec: LinearSpec, chosen: LinearCandidate, not_used: list[str]) -> list[str]:
+    """Returns why faster kernels are not used, and which slow one is used instead."""
+    slow = "dequantizes weights for every matrix product"
+    if _cpu_unsupported(spec, "fp8") is None:
+        instead = "use int8, which is fast and takes as many bytes"
+        why = f"there is no fast kernel for fp8 on CPUs, so it {slow}"
+        return [f"{chosen.name} is slow: {why}; {instead}"]
+    if not_used and isinstance(chosen, Dequantizing):
+        return [*not_used, f"{chosen.name} is used instead, and is slow: it {slow}"]
+    return not_used
 
 
 _BF16 = (torch.bfloat16,)

@@ -100,10 +100,11 @@ class SweepProgress:
             case Noticed(message):
                 self._say(f"[yellow]note[/] {escape(message)}")
             case ReferenceStarted(cell, reused):
-                self._begin("reference", cell, "" if reused else "scoring it first")
+                self._begin("reference", cell, "scored earlier" if reused else "is scored first")
             case ReferenceFinished(cell, reason, n_bytes):
-                ready = f"[green]ready[/] {n_bytes / 1e9:.2f} GB, until no cell needs it"
-                self._end(cell, ready if reason is None else f"[yellow]none[/] {escape(reason)}")
+                ready = f"[green]is scored[/], takes {n_bytes / 1e9:.2f} GB of disk until the end"
+                missing = f"[yellow]is missing:[/] {escape(reason or '')}"
+                self._end(cell, ready if reason is None else missing)
             case CellSkipped(record):
                 self._say(
                     f"{escape(record.cell)}  [dim]skipped, finished earlier:[/] {_outcome(record)}"
