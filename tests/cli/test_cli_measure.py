@@ -228,7 +228,22 @@ def test_sweep_without_flags_is_the_matrix_of_the_levers(sweeps, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", "m"]) == 0
     assert len(runner.expand(sweeps.asked[0].recipe)) == 6
-    assert sweeps.asked[0].results == Path("results/sweep")
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [("m", "m"), ("./models/small/", "small"), ("models/My model.gguf", "My_model"), (".", "here")],
+)
+def test_results_of_flags_go_to_the_models_folder_and_that_is_said_first(
+    model, folder, sweeps, tmp_path, monkeypatch, capsys
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert main(["sweep", model]) == 0
+    assert sweeps.asked[0].results == Path("results", folder)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"Records and tables go to results/{folder}."
 
 
 def test_the_matrix_of_a_quantized_copy_has_its_own_scheme_alone(sweeps, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,7 @@ from hotloop.cli.options import (
 from hotloop.cli.output import note, print_json, print_memory, print_rich, print_text
 from hotloop.errors import ConfigError, HotloopError
 from hotloop.types import MAX_DELTA_LN_PPL
+from hotloop.writing import file_name
 
 if TYPE_CHECKING:
     from hotloop.bench.record import Status
@@ -75,7 +77,11 @@ def sweep(
     ] = None,
     out: Annotated[
         Path | None,
-        option(OUTPUT, "The results folder: records and tables.", "results/ and the recipe's name"),
+        option(
+            OUTPUT,
+            "The results folder: records and tables.",
+            "results/ and the name of the recipe or the model",
+        ),
     ] = None,
     resume: Annotated[
         bool, option(OUTPUT, "Skip configurations that the results folder already has.")
@@ -120,6 +126,7 @@ def sweep(
         def recipe_with(axes: dict[str, list[Any]]) -> Recipe:
             return recipe_from_flags(
                 name,
+                name=results_name(name),
                 weights=weights.weights,
                 matrix=axes,
                 defaults={**matrix.defaults(), "seed": weights.weights_seed},
@@ -142,6 +149,7 @@ def sweep(
 
     note_cache()
     results = out or Path("results", recipe.name)
+    note(f"Records and tables go to {results}.")
     stopped = False
     records = []
     try:
@@ -164,6 +172,12 @@ def sweep(
     if stopped:
         return 130
     return int(all(record.status in FAILURES for record in records))
+
+
+def results_name(model: str) -> str:
+    """Returns the name of a model as a folder's: that of its own folder or file."""
+    name = os.path.basename(os.path.abspath(model)) or model
+    return file_name(name.removesuffix(".gguf"))
 
 
 def _recipe(path: str, weights: WeightOptions, replacement: ReplacementOptions) -> Recipe:

@@ -99,7 +99,7 @@ def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record
     if records and not resume:
         raise ConfigError(
             f"{results} already has records ({len(records)}): add --resume to skip finished cells, "
-            "or choose another results folder."
+            "or choose another results folder (--out)."
         )
     for problem in problems:
         on_event(Noticed(problem))
