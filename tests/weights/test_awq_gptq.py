@@ -333,6 +333,95 @@ def test_tensors_that_are_not_awqs_are_refused_by_name(changed, problem, tmp_pat
     assert Q in message
 
 
+def changed_in_q(encode: Encode, **parts: Tensor | None) -> Encode:
+    """One matrix has other parts; None takes one out."""
+
+    def changed(name: str, weight: Tensor) -> Stored | None:
+        if (made := encode(name, weight)) is None or name != Q:
+            return made
+        stored = dict(made[0]) | {f".{part}": tensor for part, tensor in parts.items()}
+        return {part: tensor for part, tensor in stored.items() if tensor is not None}, made[1]
+
+    return changed
+
+
+def words(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+@pytest.mark.parametrize(
+    ("encode", "said", "parts", "problem"),
+    [
+        (awq(32), AWQ, {"qzeros": None}, ".qzeros is missing beside it"),
+        (gptq(32), GPTQ, {"scales": None}, ".scales is missing beside it"),
+        (
+            awq(32),
+            AWQ,
+            {"weight": torch.zeros(64, 64)},
+            "more than once: as awq (.qweight) and as .weight",
+        ),
+        (
+            awq(32),
+            AWQ,
+            {"weight_packed": words(64, 8), "weight_scale": torch.ones(64, 2)},
+            "more than once: as awq (.qweight) and as pack-quantized (.weight_packed)",
+        ),
+        (
+            gptq(32),
+            GPTQ,
+            {"weight_packed": words(64, 7)},
+            "more than once: as gptq (.qweight) and as compressed-tensors (.weight_packed)",
+        ),
+        (
+            gptq(32),
+            GPTQ,
+            {"qzeros": None, "weight": torch.zeros(64, 64)},
+            "more than once: as AWQ or GPTQ (.qweight) and as .weight",
+        ),
+    ],
+)
+def test_parts_that_are_missing_and_matrices_that_are_there_twice_are_named(
+    encode, said, parts, problem, is_said, tmp_path
+):
+    described = said | {"checkpoint_format": None} if is_said else None
+    if described is None and said is GPTQ:
+        encode = gptq(32, symmetric=True)
+    quantized, _ = write_stored(tmp_path, changed_in_q(encode, **parts), described)
+    message = refusal(quantized)
+    assert problem in message
+    assert Q in message
+
+
+@pytest.mark.parametrize(
+    ("encode", "said", "parts", "problem"),
+    [
+        (gptq(32), GPTQ, {"qweight": words(7, 64)}, "[7, 64] of I32, and should be [8, 64] of I32"),
+        (awq(32), AWQ, {"qweight": words(64, 7)}, "[64, 7] of I32, and should be [64, 8] of I32"),
+        (gptq(32), GPTQ, {"qweight": None}, ".qweight is missing beside it"),
+        (
+            gptq(32),
+            GPTQ,
+            {"qweight": words(8, 64, dtype=torch.int64)},
+            "of I64 where its encoding calls for [8, 64] of I32",
+        ),
+        (gptq(32), GPTQ | {"group_size": -1}, {}, "says one group (group_size -1)"),
+        (
+            gptq(32),
+            GPTQ,
+            {"g_idx": torch.tensor([0] * 40 + [7] * 24).int()},
+            "puts input feature 40 into group 7 of 2",
+        ),
+    ],
+)
+def test_parts_that_are_not_so_are_named_with_what_would_be_right(
+    encode, said, parts, problem, tmp_path
+):
+    message = refusal(write_stored(tmp_path, changed_in_q(encode, **parts), said)[0])
+    assert problem in message
+    assert "q_proj" in message
+
+
 def test_surplus_tensors_that_hold_nothing_are_accepted(tmp_path):
     extra = {
         "model.layers.0.self_attn.q_proj.bias": torch.zeros(64),

@@ -137,6 +137,29 @@ def test_a_power_of_two_that_is_no_scale_is_refused(exponent, problem, tmp_path)
     assert problem in message
 
 
+@pytest.mark.parametrize("said", [FP8, None])
+@pytest.mark.parametrize(
+    ("scales", "problem"),
+    [
+        ((), ".weight_scale or .weight_scale_inv is missing beside it"),
+        (
+            (".weight_scale", ".weight_scale_inv"),
+            "more than once: as float-quantized (.weight_scale) and as fp8 (.weight_scale_inv)",
+        ),
+    ],
+)
+def test_e4m3_weights_have_one_scale(said, scales, problem, tmp_path):
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        if (made := blocks()(name, weight)) is None or "0.self_attn.q_proj" not in name:
+            return made
+        scale = made[0][".weight_scale_inv"]
+        return {".weight": made[0][".weight"]} | dict.fromkeys(scales, scale), made[1]
+
+    message = refusal(write_stored(tmp_path, encode, said)[0])
+    assert problem in message
+    assert "0.self_attn.q_proj" in message
+
+
 # bitsandbytes.
 
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}

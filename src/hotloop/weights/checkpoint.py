@@ -177,9 +177,10 @@ def wrong_shape(
     info: TensorInfo, shape: tuple[int, ...], dtype: str | None = None
 ) -> CheckpointError:
     """Makes the error of a tensor whose shape or type is not the model's."""
+    asking = "its encoding" if dtype else "the model's configuration"
     return CheckpointError(
         info.file,
-        f"has shape {list(info.shape)} of {info.dtype} where the model's configuration calls for "
+        f"has shape {list(info.shape)} of {info.dtype} where {asking} calls for "
         f"{list(shape)}{f' of {dtype}' if dtype else ''}",
         tensor=info.name,
     )

@@ -12,7 +12,7 @@ from hotloop.kernels.linear import KernelFormat
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.quant.claims import no_claims, read_claims
-from hotloop.quant.encodings import Layout, StoredMatrix, load_encodings
+from hotloop.quant.encodings import Layout, StoredMatrix, StoredTensor, load_encodings
 from hotloop.weights.checkpoint import Checkpoint
 from hotloop.weights.tensor_file import TensorInfo
 
@@ -99,22 +99,27 @@ class StoredMatrices:
                 f"{tensors[suffix].file}, tensor {name}{suffix}: the checkpoint's configuration "
                 f"says {claim.label}, which is not supported."
             )
-        for encoding, recognizer in self._encodings.items():
-            if (layout := recognizer.recognize(stored)) is not None:
-                _check_claim(stored, encoding, layout)
-                return Recognized(encoding=encoding, layout=layout)
+        found = [
+            Recognized(encoding=encoding, layout=layout)
+            for encoding, recognizer in self._encodings.items()
+            if (layout := recognizer.recognize(stored)) is not None
+        ]
         plain = tensors.get(".weight")
-        if plain is not None and plain.dtype in FLOATS:
-            if claim.quantized:
-                raise CheckpointError(
-                    plain.file,
-                    f"holds {plain.dtype}, though the checkpoint's configuration says that it is "
-                    f"quantized ({claim.label})",
-                    tensor=plain.name,
-                )
-            return None
-        if tensors.keys() - {".weight", ".bias"}:
-            _refuse(stored, tensors)
+        if plain is not None and plain.dtype not in FLOATS:
+            plain = None
+        _check_once(stored, found, is_plain=plain is not None)
+        if found:
+            _check_claim(stored, found[0].encoding, found[0].layout)
+            return found[0]
+        if plain is None:
+            self._refuse(stored)
+        elif claim.quantized:
+            raise CheckpointError(
+                plain.file,
+                f"holds {plain.dtype}, though the checkpoint's configuration says that it is "
+                f"quantized ({claim.label})",
+                tensor=plain.name,
+            )
         return None
 
     def _tensors(self, name: str) -> Mapping[str, TensorInfo]:
@@ -122,6 +127,68 @@ class StoredMatrices:
         first = bisect_left(self._names, prefix)
         here = takewhile(lambda tensor: tensor.startswith(prefix), self._names[first:])
         return {tensor.removeprefix(name): self._checkpoint.tensors[tensor] for tensor in here}
+
+    def _refuse(self, matrix: StoredMatrix) -> None:
+        """Refuses a matrix that is stored in no known encoding, by the tensors that it has.
+
+        It returns where none of them tells a method: what is missing is named where it is read.
+        """
+        stored, claimed = matrix.tensors, matrix.claim.encodings
+        begun = []
+        for name, encoding in self._encodings.items():
+            expected = encoding.expected(matrix)
+            first = next(iter(expected), None)
+            is_claimed = claimed is not None and name in claimed and expected.keys() & stored.keys()
+            is_told = claimed is None and first in stored and expected[first].fits(stored[first])
+            if is_claimed or is_told:
+                begun.append(expected)
+        told = _told_by(stored)
+        if told is None or any(told in expected for expected in begun):
+            absent = [next((part for part in each if part not in stored), "") for each in begun]
+            if absent and all(absent):
+                there = [part for part in stored if any(part in each for each in begun)]
+                missing = " or ".join(dict.fromkeys(absent))
+                raise matrix.error(
+                    there[0],
+                    f"is {_described(stored[there[0]])}, and {missing} is missing beside it",
+                )
+        if told is None:
+            return
+        wrong = [
+            f"{part} is {_described(stored[part])}, and should be {wanted}"
+            for expected in (begun if len(begun) == 1 else [])
+            for part, wanted in expected.items()
+            if part in stored and not wanted.fits(stored[part])
+        ]
+        listed = ", ".join(f"{part} {_described(entry)}" for part, entry in stored.items())
+        raise UnsupportedError(
+            f"{stored[told].file}, tensor {matrix.name}{told}: it is {_METHODS[told]} in a layout "
+            f"that is not supported ({matrix.claim.label}): "
+            + (f"{wrong[0]}." if wrong else f"a matrix of {list(matrix.shape)} as {listed}.")
+        )
+
+
+def _described(entry: StoredTensor) -> str:
+    return f"{list(entry.shape)} of {entry.dtype}"
+
+
+def _check_once(matrix: StoredMatrix, found: list[Recognized], *, is_plain: bool) -> None:
+    """Refuses a matrix that is stored more than once."""
+    known = {part for each in found for part in (*each.layout.parts, *each.layout.surplus)}
+    forms = []
+    for each in found:
+        others = {part for other in found if other is not each for part in other.layout.parts}
+        own = next((part for part in each.layout.parts if part not in others), ".weight")
+        forms.append((own, f"{each.encoding} ({own})"))
+    rest = (suffix for suffix in _METHODS if suffix in matrix.tensors and suffix not in known)
+    forms += [(suffix, f"{_METHODS[suffix]} ({suffix})") for suffix in rest]
+    forms += [(".weight", ".weight")] if is_plain else []
+    if len(forms) > 1:
+        raise CheckpointError(
+            matrix.tensors[forms[0][0]].file,
+            f"is there more than once: as {' and as '.join(form for _, form in forms)}",
+            tensor=matrix.name,
+        )
 
 
 def _check_claim(matrix: StoredMatrix, encoding: str, layout: Layout) -> None:
@@ -167,20 +234,6 @@ _METHODS: Mapping[str, str] = {
 """Methods by a tensor that only they have."""
 
 
-def _told_by(tensors: Mapping[str, TensorInfo]) -> str | None:
+def _told_by(tensors: Mapping[str, StoredTensor]) -> str | None:
     """Returns what follows the name of the matrix in a tensor that only some methods have."""
     return next((suffix for suffix in _METHODS if suffix in tensors), None)
-
-
-def _refuse(matrix: StoredMatrix, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuses a matrix that is stored in no known encoding, by the tensors that it has."""
-    if (suffix := _told_by(tensors)) is None:
-        return  # a tensor of another kind, or one missing: named where it is read
-    listed = ", ".join(
-        f"{suffix} {list(info.shape)} of {info.dtype}" for suffix, info in tensors.items()
-    )
-    raise UnsupportedError(
-        f"{tensors[suffix].file}, tensor {matrix.name}{suffix}: it is {_METHODS[suffix]} in a "
-        f"layout that is not supported ({matrix.claim.label}): a matrix of {list(matrix.shape)} "
-        f"as {listed}."
-    )

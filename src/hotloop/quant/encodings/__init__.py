@@ -125,6 +125,7 @@ class StoredMatrix:
             size = k // n_groups
         if size is None or -(-k // size) != n_groups:
             said = "gives no size of groups" if size is None else f"says groups of {size}"
+            said = "says one group (group_size -1)" if claimed == -1 else said
             raise self.error(
                 suffix,
                 f"has {n_groups} groups along {k} input features, and the checkpoint's "
@@ -152,11 +153,24 @@ class StoredMatrix:
         group, consecutive = self.read(suffix), (torch.arange(k) // groups.size).int()
         if torch.equal(group, consecutive) or bool((group == -1).all()):
             return False
+        outside = ((group < 0) | (group >= groups.n)).nonzero().flatten()
+        if len(outside):
+            at = int(outside[0])
+            raise self.error(
+                suffix, f"puts input feature {at} into group {int(group[at])} of {groups.n}"
+            )
         if not torch.equal(group.sort().values, consecutive):
             raise self.error(
                 suffix, f"does not put {groups.size} input features into each of {groups.n} groups"
             )
         return True
+
+    def n_groups(self, suffix: str) -> int | None:
+        """Returns the groups that the claim calls for, or else those of a tensor [G, ...]."""
+        size, entry = self.claim.group_size, self.tensors.get(suffix)
+        if size is not None:
+            return 1 if size == -1 else -(-self.shape[1] // size)
+        return entry.shape[0] if entry is not None and entry.shape else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +282,45 @@ class Layout:
     assumption: str = ""
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A tensor that an encoding calls for.
+
+    Attributes:
+        dtype: Its element type; None if it may have several.
+        shape: Its dimensions; None if it may have several, of which any may be None if unknown.
+    """
+
+    dtype: str | None = None
+    shape: tuple[int | None, ...] | None = None
+
+    def fits(self, entry: StoredTensor) -> bool:
+        """Tells whether a stored tensor is this one."""
+        if self.dtype not in (None, entry.dtype):
+            return False
+        if self.shape is None:
+            return True
+        return len(self.shape) == len(entry.shape) and all(
+            ours in (None, theirs) for ours, theirs in zip(self.shape, entry.shape, strict=True)
+        )
+
+    def __str__(self) -> str:
+        """Describes it, such as ``[8, 64] of I32``."""
+        sizes = "" if self.shape is None else ", ".join(str(n or "any") for n in self.shape)
+        words = (f"[{sizes}]" if self.shape is not None else "", self.dtype or "")
+        return " of ".join(filter(None, words))
+
+
 class Encoding(Protocol):
     """One way of storing a quantized matrix."""
+
+    def expected(self, matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Returns the tensors that a matrix has if it is in this encoding, as it is claimed to be.
+
+        They are for the error of a matrix that is in none, by what follows its name, the one that
+        tells the encoding first; none where no error would follow from them.
+        """
+        ...
 
     def recognize(self, matrix: StoredMatrix) -> Layout | None:
         """Returns how a matrix is stored; None if it is not in this encoding.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
 from hotloop.quant.encodings.bits import as_bytes, centred
 from hotloop.quant.qtensor import QTensor
 
@@ -24,6 +24,16 @@ _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 class Awq:
     """AWQ's encoding."""
+
+    @staticmethod
+    def expected(matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects words along the output features."""
+        (n, k), n_groups = matrix.shape, matrix.n_groups(SCALES)
+        return {
+            QWEIGHT: Expected("I32", (k, n // 8)),
+            QZEROS: Expected("I32", (n_groups, n // 8)),
+            SCALES: Expected(shape=(n_groups, n)),
+        }
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
 from hotloop.outside import StrictModel, parse_json, validated
-from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
 from hotloop.quant.qtensor import QTensor
 
 WEIGHT, TABLE, ABSMAX = ".weight", ".weight.quant_map", ".weight.absmax"
@@ -51,9 +51,17 @@ class FourBits:
 
     type: Literal["nf4", "fp4"]
 
+    @property
+    def _description(self) -> str:
+        return f".weight.quant_state.bitsandbytes__{self.type}"
+
+    def expected(self, _matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects a description, indices, their table and scales."""
+        return dict.fromkeys((self._description, WEIGHT, TABLE, ABSMAX), Expected())
+
     def recognize(self, matrix: StoredMatrix) -> Layout | None:
         """Recognizes the name of its description."""
-        description = f".weight.quant_state.bitsandbytes__{self.type}"
+        description = self._description
         stored = matrix.tensors
         if not {description, WEIGHT, TABLE, ABSMAX} <= stored.keys():
             return None

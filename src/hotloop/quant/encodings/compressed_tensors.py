@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat, Zero
-from hotloop.quant.encodings import Groups, Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings import Expected, Groups, Layout, StoredMatrix, StoredPart
 from hotloop.quant.encodings.bits import centred, unpack
 from hotloop.quant.qtensor import QTensor
 
@@ -37,6 +37,13 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 class PackQuantized:
     """Integers of 4 or 8 bits in words."""
+
+    @staticmethod
+    def expected(matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects words and scales."""
+        (n, k), bits = matrix.shape, matrix.claim.bits
+        words = -(-k * bits // 32) if bits else None
+        return {PACKED: Expected("I32", (n, words)), SCALE: Expected()}
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:
@@ -88,6 +95,11 @@ class IntQuantized:
     """Integers of 8 bits, as they are."""
 
     @staticmethod
+    def expected(matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects a scale beside integers."""
+        return {".weight": Expected("I8", matrix.shape), SCALE: Expected()}
+
+    @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:
         """Recognizes integers by their type."""
         (n, k), stored = matrix.shape, matrix.tensors
@@ -120,6 +132,11 @@ class IntQuantized:
 
 class Nvfp4:
     """4-bit floating point with two levels of scales."""
+
+    @staticmethod
+    def expected(matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects bytes, with scales of two levels."""
+        return _expected_fp4(matrix, "F8_E4M3") | {GLOBAL_SCALE: Expected("F32")}
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:
@@ -182,6 +199,11 @@ class Mxfp4:
     """4-bit floating point with a power of two for 32 input features."""
 
     @staticmethod
+    def expected(matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects bytes, with exponents."""
+        return _expected_fp4(matrix, "U8")
+
+    @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:
         """Recognizes bytes with exponents."""
         dtype = "F8_E8M0" if _is_fp4(matrix, "F8_E8M0") else "U8"
@@ -228,6 +250,14 @@ def _is_fp4(matrix: StoredMatrix, scales: str) -> bool:
         scales,
         (n, k // group),
     )
+
+
+def _expected_fp4(matrix: StoredMatrix, scales: str) -> dict[str, Expected]:
+    (n, k), group = matrix.shape, _FP4_GROUPS[scales]
+    return {
+        PACKED: Expected("U8", (n, k // 2)),
+        SCALE: Expected(None if scales == "U8" else scales, (n, k // group)),
+    }
 
 
 def _fp4_parts(matrix: StoredMatrix, scales: str) -> dict[str, StoredPart]:

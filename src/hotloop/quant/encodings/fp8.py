@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.encodings import Groups, Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings import Expected, Groups, Layout, StoredMatrix, StoredPart
 from hotloop.quant.encodings.compressed_tensors import ZERO
 from hotloop.quant.qtensor import QTensor, expand_blocks
 
@@ -33,6 +33,10 @@ class Fp8:
     """
 
     scale: str
+
+    def expected(self, _matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects a scale beside e4m3 weights."""
+        return {WEIGHT: Expected("F8_E4M3"), self.scale: Expected()}
 
     def recognize(self, matrix: StoredMatrix) -> Layout | None:
         """Recognizes e4m3 weights with a scale of this name."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat, QuantizedKind
-from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
 from hotloop.quant.encodings.compressed_tensors import fp4_table
 from hotloop.quant.qtensor import QTensor
 
@@ -49,6 +49,10 @@ class Blocks:
     n_bytes: int
     format: KernelFormat
     unpack: Callable[[Tensor], dict[str, Tensor]]
+
+    def expected(self, _matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects nothing: a matrix is a single tensor."""
+        return {}
 
     def recognize(self, matrix: StoredMatrix) -> Layout | None:
         """Recognizes the type of the blocks."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
 from hotloop.quant.encodings.awq import QWEIGHT, QZEROS, SCALES
 from hotloop.quant.encodings.bits import centred, unpack
 from hotloop.quant.qtensor import QTensor
@@ -37,6 +37,16 @@ _ASSUMPTION = (
 
 class Gptq:
     """GPTQ's encoding."""
+
+    @staticmethod
+    def expected(matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects words along the input features."""
+        (n, k), bits, n_groups = matrix.shape, matrix.claim.bits, matrix.n_groups(SCALES)
+        return {
+            QWEIGHT: Expected("I32", (k * bits // 32 if bits else None, n)),
+            QZEROS: Expected("I32", (n_groups, n * bits // 32 if bits else None)),
+            SCALES: Expected(shape=(n_groups, n)),
+        }
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hotloop.quant.encodings import Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
 from hotloop.quant.qtensor import QTensor
 
 VALUES, SCALE, OFFSET = ".weight.values", ".weight.scale", ".weight.offset"
@@ -20,6 +20,11 @@ VALUES, SCALE, OFFSET = ".weight.values", ".weight.scale", ".weight.offset"
 
 class Hotloop:
     """hotloop's encoding; the checkpoint's description names the scheme of a matrix."""
+
+    @staticmethod
+    def expected(_matrix: StoredMatrix) -> Mapping[str, Expected]:
+        """Expects nothing: what is missing is named where it is read."""
+        return {}
 
     @staticmethod
     def recognize(matrix: StoredMatrix) -> Layout | None:
