@@ -40,13 +40,15 @@ class UnknownNameError(ConfigError):
         kind: The kind of name, for the message (``"quantization scheme"``).
         name: The name as given.
         choices: The known names.
+        hint: A sentence that follows them.
     """
 
-    def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, choices: Iterable[str], hint: str = "") -> None:
         self.kind, self.name, self.choices = kind, name, sorted(choices)
         guess = did_you_mean(name, self.choices)
         listed = ", ".join(self.choices) or "none are defined"
-        super().__init__(f"unknown {kind} {shorten_value(name)}.{guess} Choose from: {listed}.")
+        said = f"unknown {kind} {shorten_value(name)}.{guess} Choose from: {listed}."
+        super().__init__(f"{said} {hint}".rstrip())
 
 
 class UnsupportedError(HotloopError, ValueError):

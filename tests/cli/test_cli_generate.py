@@ -227,9 +227,13 @@ def test_template_options_that_cannot_be_are_refused_before_anything_is_loaded(
     assert not fake_llm.made
 
 
-def test_an_answer_goes_on_from_its_beginning(fake_llm):
-    assert main(["generate", "m", "hi", "--chat", "--answer-start", "Sure, "]) == 0
+def test_an_answer_goes_on_from_its_beginning_which_is_printed_with_it(fake_llm, capsys):
+    argv = ["generate", "m", "hi", "--chat", "--answer-start", "Sure, "]
+    assert main(argv) == 0
     assert fake_llm.made[-1].asked[0].prompt == "<user>hi<assistant>Sure, "
+    assert capsys.readouterr().out == "Sure, Hello world.\n"
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "Hello world."
 
 
 def test_a_template_of_ones_own_takes_the_place_of_the_models(fake_llm, tmp_path, monkeypatch):

@@ -74,6 +74,13 @@ def test_a_scheme_that_a_model_does_not_allow_has_its_reason_under_the_table(
     assert "do not divide" in reason
 
 
+def test_a_scheme_that_does_not_exist_is_a_usage_error(tiny_llama, capsys):
+    assert main(["info", str(tiny_llama), "--quant", "int8,nonsense", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "unknown quantization scheme 'nonsense'" in err
+
+
 def test_a_quantized_file_is_shown_with_the_kernels_that_read_it(tiny_gguf, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "140")
     assert main(["info", str(tiny_gguf), "--device", "cpu", "--quant", "int8", "--json"]) == 0

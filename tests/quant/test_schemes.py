@@ -180,9 +180,9 @@ def test_half_precision_weights_are_quantized_as_their_float32_values(name, dtyp
 @pytest.mark.parametrize(
     ("name", "k", "fix"),
     [
-        ("int4-g128", 576, "Groups of 32 or 64 do."),
-        ("int4-g64", 96, "Groups of 32 do."),
-        ("int4-g128-asym", 64, "Groups of 32 or 64 do."),
+        ("int4", 576, "Use int4-g32 or int4-g64 instead."),
+        ("int4-g64", 96, "Use int4-g32 instead."),
+        ("int4-asym", 64, "Use int4-g32-asym or int4-g64-asym instead."),
         ("int4-g32", 100, "Use int8 instead."),
     ],
 )
@@ -242,6 +242,13 @@ def test_options_that_a_scheme_does_not_have_are_refused(name, says):
 def test_unknown_scheme_is_refused_with_the_nearest():
     with pytest.raises(UnknownNameError, match=r"'int5'\. Did you mean 'int"):
         parse_scheme("int5-g64")
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "gguf", "q4_k_m"])
+def test_unknown_scheme_is_answered_with_what_the_help_lists_and_how_stored_formats_are_read(name):
+    with pytest.raises(UnknownNameError, match="quant auto, the default, reads files") as caught:
+        parse_scheme(name)
+    assert "int4, int4-gN, int4-gN-asym, int8, none" in str(caught.value)
 
 
 def test_head_follows_only_quantized_projections():

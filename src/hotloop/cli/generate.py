@@ -58,7 +58,11 @@ def generate(
     ] = False,
     answer_start: Annotated[
         str | None,
-        option(PROMPT, "With --chat: a prefix of the answer, which the model continues."),
+        option(
+            PROMPT,
+            "With --chat: the beginning of the answer, which the model continues. It is printed "
+            "before the rest; --json has the rest alone.",
+        ),
     ] = None,
     special: Annotated[
         bool, option(PROMPT, "Parse control tokens in the prompt, such as <|im_start|>.")
@@ -95,7 +99,8 @@ def generate(
             asked = conversation.encoder(llm.tokenizer)(messages)
         else:
             asked = raw_prompt(llm, text, special=special)
-        answer = relay(llm.stream([asked], params), SILENT if json else writer_for(sys.stdout))
+        writer = SILENT if json else writer_for(sys.stdout)
+        answer = relay(llm.stream([asked], params), writer, start=answer_start or "")
         cell = llm.describe().name
     if json:
         print_json({"model": model, "cell": cell, "prompt": text, **answer.to_dict()})

@@ -68,10 +68,14 @@ def info(
         print_json(about) if json else _show_machine(about)
     else:
         from hotloop.models.shapes import SHAPES
+        from hotloop.quant import parse_scheme
 
+        schemes = listed(quant)
+        for scheme in schemes:
+            parse_scheme(scheme)
         weights = "random" if model in SHAPES else "checkpoint"
         config = EngineConfig(model=model, weights=weights, **fit.given())
-        about = anatomy(config, listed(quant))
+        about = anatomy(config, schemes)
         print_json(about) if json else _show_model(about)
     return 0
 

@@ -187,7 +187,11 @@ SILENT: Writer = _Silent()
 
 
 def relay(
-    deltas: Iterator[Delta], writer: Writer, stopped: Callable[[], bool] = lambda: False
+    deltas: Iterator[Delta],
+    writer: Writer,
+    stopped: Callable[[], bool] = lambda: False,
+    *,
+    start: str = "",
 ) -> Answer:
     """Shows one answer while it comes.
 
@@ -196,6 +200,7 @@ def relay(
             not come yet.
         writer: Receives its text.
         stopped: Asked after every piece whether to stop there. KeyboardInterrupt stops too.
+        start: The beginning of the answer that the prompt has: shown before the first piece.
     """
     start_s = time.perf_counter()
     first_s = last_s = 0.0
@@ -216,7 +221,8 @@ def relay(
                 figure = ""
                 if n_later and last_s > first_s:
                     figure = f"decode {n_later / (last_s - first_s):.1f} tok/s"
-                writer.write(delta.text, figure)
+                writer.write(start + delta.text, figure)
+                start = ""
                 if stopped():
                     break
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hotloop.errors import UnknownNameError
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.qtensor import Combine, QTensor, cut, join_alike, join_rows
 from hotloop.registry import resolve
@@ -23,6 +24,9 @@ SCHEMES = {
     "int4": "hotloop.quant.int4:Int4",
 }
 """Every quantization scheme: ``name -> "module:attribute"``."""
+
+WITH_OPTIONS = ("int4-gN", "int4-gN-asym")
+"""The forms of names with options, for people."""
 
 
 class Scheme(Protocol):
@@ -84,6 +88,9 @@ def parse_scheme(name: str) -> Scheme:
         ConfigError: The scheme has no such option.
     """
     base, *options = name.split("-")
+    if base not in SCHEMES:
+        hint = "quant auto, the default, reads files of AWQ, GPTQ, GGUF and others as they are."
+        raise UnknownNameError("quantization scheme", base, (*SCHEMES, *WITH_OPTIONS), hint)
     return resolve("quantization scheme", SCHEMES, base).from_options(tuple(options))
 
 

@@ -12,7 +12,7 @@ the same reason constants are multiplied with: CUDA divides by them a little dif
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,10 +66,10 @@ class Int4:
     def check(self, name: str, n: int, k: int) -> None:  # noqa: ARG002
         """Refuses groups that do not divide the input features, and names those that do."""
         if k % self.group_size:
-            fits = [g for g in GROUP_SIZES if k % g == 0]
+            fits = [replace(self, group_size=g).name for g in GROUP_SIZES if k % g == 0]
             raise ConfigError(
                 f"{name} has {k} input features, which groups of {self.group_size} do not divide. "
-                + (f"Groups of {' or '.join(map(str, fits))} do." if fits else "Use int8 instead.")
+                f"Use {' or '.join(fits) or 'int8'} instead."
             )
 
     @property
