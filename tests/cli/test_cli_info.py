@@ -146,8 +146,9 @@ def test_quantize_says_what_became_of_the_bytes(monkeypatch, tmp_path, capsys):
     source.write_bytes(bytes(3000))
     asked = {}
 
-    def quantize_checkpoint(src, dst, *, progress, **options):
+    def quantize_checkpoint(src, dst, *, progress, on_note, **options):
         progress(1, 2)
+        on_note("14 matrices stored as awq are dequantized.")
         asked.update(options, src=src)
         dst.mkdir()
         (dst / "model.safetensors").write_bytes(bytes(1000))
@@ -155,8 +156,10 @@ def test_quantize_says_what_became_of_the_bytes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(hub, "resolve_model", lambda _name: source)
     monkeypatch.setattr(weights_quantize, "quantize_checkpoint", quantize_checkpoint)
     assert main(["quantize", "m", str(out), "--quant", "int4-g64", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    shown, err = capsys.readouterr()
+    said = json.loads(shown)
     assert (said["src_bytes"], said["out_bytes"]) == (3000, 1000)
+    assert "14 matrices stored as awq are dequantized." in err
     assert asked == {"src": source, "quant": "int4-g64", "head": "auto", "source_name": "m"}
 
 

@@ -137,6 +137,19 @@ def test_bench_of_what_does_not_fit_prints_the_record_and_exits_1(monkeypatch, c
     assert json.loads(capsys.readouterr().out)["status"] == "predicted-oom"
 
 
+def test_bench_prints_why_it_cannot_run_once(jobs, monkeypatch, capsys):
+    why = "no GPU is here"
+    monkeypatch.setattr(
+        cell,
+        "refuse_cell",
+        lambda each: Record(**base_record(each), status="unsupported", reason=why),
+    )
+    assert main(["bench", *RANDOM_7B, "--execution", "fused"]) == 1
+    out, err = capsys.readouterr()
+    assert (out + err).count(why) == 1
+    assert jobs == []
+
+
 def test_bench_without_a_model_is_a_usage_error(jobs, capsys):
     assert main(["bench"]) == 2
     assert "either MODEL or --shape" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from hotloop.errors import (
     UnsupportedError,
 )
 from hotloop.evaluate.reference import FORMAT
-from hotloop.sweep.cell import explain, run_cell, score_reference
+from hotloop.sweep.cell import explain, refuse_cell, run_cell, score_reference
 from hotloop.sweep.events import CellPhase
 from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.recipe import QualityOptions, Workload
@@ -109,6 +109,26 @@ def test_speed_and_quality_stand_in_one_record(tmp_path):
     assert "config" not in record.engine
     counted = [e.done for e in events if isinstance(e, CellPhase) and e.phase == "quality"]
     assert counted == [0, 1, 2, 3, 4, 5]
+
+
+def not_here(_config: EngineConfig) -> MemoryPlan:
+    raise UnsupportedError("not on this machine")
+
+
+REFUSED = EngineKind(create=BrokenEngine, predict=not_here)
+
+
+def test_what_cannot_run_is_refused_before_the_machine_is_measured(tmp_path, monkeypatch):
+    def measured(_):
+        raise AssertionError("the machine was measured")
+
+    monkeypatch.setattr(hardware, "provenance", measured)
+    events = []
+    refused = job(tmp_path, "none", kind="REFUSED")
+    for record in (refuse_cell(refused), run_cell(refused, events.append)):
+        assert (record.status, record.reason) == ("unsupported", "not on this machine")
+    assert events == []
+    assert refuse_cell(job(tmp_path, "none")) is None
 
 
 @pytest.mark.parametrize(("kind", "shared_by"), [("cpu", 4), ("cuda", 1)])

@@ -436,7 +436,9 @@ def test_surplus_tensors_that_hold_nothing_are_accepted(tmp_path):
 
 def test_a_copy_of_a_quantized_checkpoint_is_hotloops_own(tmp_path):
     quantized, _ = write_stored(tmp_path, awq(32), AWQ)
-    copy = quantize_checkpoint(quantized, tmp_path / "copy", quant="int8")
+    notes: list[str] = []
+    copy = quantize_checkpoint(quantized, tmp_path / "copy", quant="int8", on_note=notes.append)
+    assert notes == ["14 matrices stored as awq are dequantized, and quantized again as int8."]
     assert "quantization_config" not in json.loads((copy / "config.json").read_text())
     assert_same_weights(load(copy), load(quantized, quant="int8"))
     with pytest.raises(HotloopError, match="'auto' keeps what the source stores"):

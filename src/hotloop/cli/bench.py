@@ -46,7 +46,7 @@ def bench(
     and hotloop sweep compares configurations.
     """
     from hotloop.bench.record import MEASURED
-    from hotloop.sweep.cell import run_cell
+    from hotloop.sweep.cell import refuse_cell, run_cell
     from hotloop.sweep.events import CellFinished, CellStarted
     from hotloop.sweep.job import make_jobs
     from hotloop.sweep.progress import SweepProgress
@@ -62,10 +62,11 @@ def bench(
         quality=False,
     )
     (job,) = make_jobs(expand(recipe), recipe.workload, None)
-    with SweepProgress() as progress:
-        progress(CellStarted(job.cell, 1, 1))
-        record = run_cell(job, progress)
-        progress(CellFinished(record))
+    if (record := refuse_cell(job)) is None:
+        with SweepProgress() as progress:
+            progress(CellStarted(job.cell, 1, 1))
+            record = run_cell(job, progress)
+            progress(CellFinished(record))
     if json:
         print_json(record.model_dump(mode="json"))
     else:

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App
 
 from hotloop.cli.options import OUTPUT, Json, Model, lever_option, option
-from hotloop.cli.output import print_json, print_pairs, progress_bar
+from hotloop.cli.output import note, print_json, print_pairs, progress_bar
 from hotloop.types import EngineConfig
 
 app = App(
@@ -39,8 +39,19 @@ def quantize(
     from hotloop.weights.quantize import quantize_checkpoint
 
     src = resolve_model(model)
+    notes: list[str] = []
     with progress_bar(f"Quantizing {model}") as progress:
-        quantize_checkpoint(src, out, quant=quant, head=head, source_name=model, progress=progress)
+        quantize_checkpoint(
+            src,
+            out,
+            quant=quant,
+            head=head,
+            source_name=model,
+            progress=progress,
+            on_note=notes.append,
+        )
+    for text in notes:
+        note(text)
     before, after = n_bytes(src), n_bytes(out)
     if json:
         sizes = {"src_bytes": before, "out_bytes": after}

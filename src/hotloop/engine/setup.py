@@ -48,7 +48,7 @@ from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.hub import resolve_model
 from hotloop.weights.identity import Quantization, read_quantization
 from hotloop.weights.recognition import Recognized, recognize_matrices
-from hotloop.weights.source import schemes_by_name
+from hotloop.weights.source import requantization_notes, schemes_by_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     path, model, copy, stored, model_notes = _describe_model(config)
     config, scheme, head_scheme = _settle_schemes(config, copy, stored)
     schemes = schemes_by_name(model, scheme, head_scheme, stored)
-    model_notes += _assumption_notes(stored) + _requantization_notes(stored, schemes)
+    model_notes += _assumption_notes(stored) + requantization_notes(stored, schemes)
     _check_all_reduce(config, device)
     _check_permutations(config, model, schemes)
     dtype = _resolve_dtype(config, device)
@@ -474,24 +474,6 @@ def _assumption_notes(stored: Mapping[str, Recognized]) -> tuple[str, ...]:
     return tuple(
         f"{n} {'matrix is' if n == 1 else 'matrices are'} {assumption}."
         for assumption, n in counts.items()
-    )
-
-
-def _requantization_notes(
-    stored: Mapping[str, Recognized], schemes: Mapping[str, Scheme]
-) -> tuple[str, ...]:
-    """Says which encodings are dequantized, and what becomes of their matrices."""
-    changed = Counter(
-        (each.encoding, schemes[name].name)
-        for name, each in stored.items()
-        if schemes[name].name != "auto"
-        and schemes[name].format(each.layout.k) != each.layout.format
-    )
-    return tuple(
-        f"{n} {'matrix' if n == 1 else 'matrices'} stored as {encoding} "
-        f"{'is' if n == 1 else 'are'} dequantized"
-        + ("." if scheme == "none" else f", and quantized again as {scheme}.")
-        for (encoding, scheme), n in changed.items()
     )
 
 

@@ -72,6 +72,9 @@ def refuse_cell(job: Job) -> Record | None:
     """
     attempt = _Attempt(job, ignore)
     try:
+        attempt.predict()
+        if attempt.predicted_oom() is None:
+            return None
         attempt.prepare()
     except Exception as error:
         return attempt.failed(error)
@@ -136,16 +139,23 @@ class _Attempt:
         self.on_event(CellPhase(self.job.cell, self.phase, done, total, decode_tok_s))
 
     def prepare(self) -> Callable[[EngineConfig], Engine]:
-        """Records what is known before anything is loaded; returns the function that loads it."""
+        """Records what is known before anything is loaded; returns the function that loads it.
+
+        What cannot run is refused before the machine is measured.
+        """
+        predicted = self.predict()
         self.enter("predict")
-        kind = self.job.engine
         device = hardware.resolve_device(self.job.config.device)
         provenance = cast("Provenance", hardware.provenance(device) | self.fields["provenance"])
         self.fields["provenance"] = provenance
-        self.memory = kind.predict(self.job.config)
-        predicted = self.fields["predicted_bytes"] = self.memory.to_dict() if self.memory else None
         self.on_event(CellPrepared(self.job.cell, predicted, provenance))
-        return kind.create
+        return self.job.engine.create
+
+    def predict(self) -> dict[str, int] | None:
+        """Records the memory it would take, by purpose; None where that is not known."""
+        self.memory = self.job.engine.predict(self.job.config)
+        self.fields["predicted_bytes"] = self.memory.to_dict() if self.memory else None
+        return self.fields["predicted_bytes"]
 
     def predicted_oom(self) -> Record | None:
         """Returns the record of a configuration that would not fit; None where it may."""

@@ -26,7 +26,13 @@ from hotloop.weights.identity import (
     hash_checkpoint,
     read_quantization,
 )
-from hotloop.weights.source import CheckpointSource, schemes_by_name, stored_parts
+from hotloop.weights.recognition import recognize_matrices
+from hotloop.weights.source import (
+    CheckpointSource,
+    requantization_notes,
+    schemes_by_name,
+    stored_parts,
+)
 from hotloop.weights.writer import SafetensorsWriter, refuse_occupied
 from hotloop.writing import write_json
 
@@ -39,6 +45,7 @@ def quantize_checkpoint(
     head: str = "auto",
     source_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Quantizes ``src`` into the new folder ``dst``.
 
@@ -50,6 +57,7 @@ def quantize_checkpoint(
             same matrix.
         source_name: The name of the source that the copy records; None takes the path.
         progress: Called with (tensors done, tensors in all).
+        on_note: Called with what becomes of matrices that another tool has quantized.
 
     Returns:
         ``dst``.
@@ -75,6 +83,8 @@ def quantize_checkpoint(
             )
         model, _ = read_model(checkpoint)
         schemes = schemes_by_name(model, scheme, head_scheme)
+        for note in requantization_notes(recognize_matrices(checkpoint, model), schemes):
+            on_note(note)
         tokenizer, sampling = load_tokenizer(src), generation_defaults(src)
         source = CheckpointSource(checkpoint, torch.device("cpu"), model=model)
         tensors = names.tensors(model)

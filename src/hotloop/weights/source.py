@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -113,6 +114,24 @@ def schemes_by_name(
             schemes[name] = Auto(stored=stored[name].layout.format, k=k)
         schemes[name].check(name, n, k)
     return schemes
+
+
+def requantization_notes(
+    stored: Mapping[str, Recognized], schemes: Mapping[str, Scheme]
+) -> tuple[str, ...]:
+    """Says which encodings are dequantized, and what becomes of their matrices."""
+    changed = Counter(
+        (each.encoding, schemes[name].name)
+        for name, each in stored.items()
+        if schemes[name].name != "auto"
+        and schemes[name].format(each.layout.k) != each.layout.format
+    )
+    return tuple(
+        f"{n} {'matrix' if n == 1 else 'matrices'} stored as {encoding} "
+        f"{'is' if n == 1 else 'are'} dequantized"
+        + ("." if scheme == "none" else f", and quantized again as {scheme}.")
+        for (encoding, scheme), n in changed.items()
+    )
 
 
 class CheckpointSource:
