@@ -91,10 +91,12 @@ def test_a_quantized_file_is_shown_with_the_kernels_that_read_it(tiny_gguf, monk
     for each in said["formats"]:  # the head has a kernel of its own
         n_matrices[each["encoding"]] += each["n_matrices"]
     assert n_matrices == {"gguf-q8_0": 13, "gguf-q4_1": 2}
-    assert formats["gguf-q8_0"]["format"] == "int8, a float16 scale per group of 32"
-    assert formats["gguf-q4_1"]["format"] == "uint4, a float16 scale per group of 32, offsets"
+    assert formats["gguf-q8_0"]["format"] == "int8, float16 scale per group of 32"
+    assert formats["gguf-q4_1"]["format"] == "uint4, float16 scale per group of 32, offsets"
     assert formats["gguf-q4_1"]["n_bytes"] == 2 * (64 * 192 // 32 * 20)
     assert all(each["kernel"] for each in formats.values())
+    assert formats["gguf-q4_1"]["names"] == ["down_proj"]
+    (head,) = [each for each in said["formats"] if "lm_head" in each["names"]]
 
     assert main(["info", str(tiny_gguf), "--device", "cpu", "--quant", "int8"]) == 0
     out = capsys.readouterr().out
@@ -102,6 +104,13 @@ def test_a_quantized_file_is_shown_with_the_kernels_that_read_it(tiny_gguf, monk
     (line,) = [line for line in out.splitlines() if line.startswith("gguf-q4_1")]
     assert f"{100 * formats['gguf-q4_1']['n_bytes'] / n_bytes:.0f} %" in line
     assert line.endswith(formats["gguf-q4_1"]["kernel"])
+    assert "2 down_proj" in line
+    assert ("1 lm_head" in out) == (head["names"] == ["lm_head"])
+    reasons = {reason for each in said["formats"] for reason in each["reasons"]}
+    for reason in reasons:
+        users = [each["names"] for each in said["formats"] if reason in each["reasons"]]
+        (said_of,) = [line for line in out.splitlines() if line.endswith(f": {reason}")]
+        assert all(name in said_of for names in users for name in names)
 
 
 def test_an_unquantized_file_has_matrices_of_one_kind(tiny_llama, capsys):

@@ -223,8 +223,10 @@ def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
         entry = found.setdefault(
             (encoding, format_, kernel.name),
             {"encoding": encoding, "format": format_, "kernel": kernel.name}
-            | {"n_matrices": 0, "n_bytes": 0, "reasons": reasons},
+            | {"n_matrices": 0, "n_bytes": 0, "names": [], "reasons": reasons},
         )
+        if (kind := name.rpartition(".")[2]) not in entry["names"]:
+            entry["names"].append(kind)
         entry["n_matrices"] += 1
         entry["n_bytes"] += sum(info.n_bytes for info in tensors.values())
     return sorted(found.values(), key=lambda entry: -entry["n_bytes"])
@@ -310,15 +312,17 @@ def _show_formats(formats: list[dict[str, Any]], device: str) -> None:
     table = Table(*headings, box=None, pad_edge=False)
     for column in table.columns[2:4]:
         column.justify = "right"
-    reasons: dict[str, None] = {}
+    reasons: dict[str, list[str]] = {}
     for entry in formats:
         share = f"{entry['n_bytes'] / whole:.0%}".replace("%", " %")
-        count = str(entry["n_matrices"])
+        names = entry["names"]
+        count = f"{entry['n_matrices']} {names[0] if len(names) == 1 else ''}".rstrip()
         table.add_row(entry["encoding"], entry["format"], count, share, entry["kernel"])
-        reasons |= dict.fromkeys(entry["reasons"])
+        for reason in entry["reasons"]:
+            reasons.setdefault(reason, []).extend(names)
     print_rich(table)
-    for reason in reasons:
-        print_text(f"\n{reason}")
+    for reason, names in reasons.items():
+        print_text(f"\n{', '.join(dict.fromkeys(names))}: {reason}")
 
 
 def _yes(value: bool) -> str:

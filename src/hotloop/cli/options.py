@@ -60,11 +60,16 @@ _HINTS = get_type_hints(EngineConfig)
 _GROUPS = {"Model": MODEL, "Execution": EXECUTION, "Speculation": SPECULATION}
 
 
-def lever_option(name: str) -> Parameter:
-    """Returns the parameter of a field of ``EngineConfig``, made from its ``Lever``."""
+def lever_option(name: str, text: str | None = None) -> Parameter:
+    """Returns the parameter of a field of ``EngineConfig``, made from its ``Lever``.
+
+    Args:
+        name: The field.
+        text: The help where a command takes other values; None for the lever's own.
+    """
     of = LEVERS[name]
     make = integer if _is_number(name) else option
-    return make(_GROUPS[of.group or "Model"], of.help, of.default, **_alias(of))
+    return make(_GROUPS[of.group or "Model"], text or of.help, of.default, **_alias(of))
 
 
 def _is_number(name: str) -> bool:

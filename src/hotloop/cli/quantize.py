@@ -19,6 +19,11 @@ Examples:
   hotloop quantize ./my-model ./my-model-int4 --quant int4-g64 --head none""",
 )
 
+_SCHEMES = (
+    "Weight quantization: int8, fp8, int4-gN (N 32, 64 or 128), or int4-gN-asym. none quantizes "
+    "the head alone."
+)
+
 
 @app.default
 def quantize(
@@ -26,7 +31,7 @@ def quantize(
     out: Annotated[Path, option(OUTPUT, "The folder to make.")],
     /,
     *,
-    quant: Annotated[str, lever_option("quant")],
+    quant: Annotated[str, lever_option("quant", _SCHEMES)],
     head: Annotated[str, lever_option("head")] = EngineConfig.head,
     json: Json = False,
 ) -> int:
