@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -376,11 +377,13 @@ def test_dry_run_prints_cells_and_predicted_memory_and_runs_nothing(sweeps, monk
         bytes_ = {f"{part}_bytes": 2**20 for part in ("weights", "cache", "total", "free")}
         yield plan.PlannedCell(cell="a", config=config, predicted_bytes=bytes_, fits=False)
         yield plan.PlannedCell(cell="b", config=config, unsupported="[no] such groups")
-        yield plan.PlannedCell(cell="c", config=config)
+        ranks = replace(config, tensor_parallel=2)
+        yield plan.PlannedCell(cell="c", config=ranks)
 
     monkeypatch.setattr(plan, "plan", lambda recipe: list(planned(recipe)))
     assert main(["sweep", "m", "--dry-run"]) == 0
-    _, _, heading, first, second, third, _, reason = capsys.readouterr().out.splitlines()
+    title, _, heading, first, second, third, _, reason = capsys.readouterr().out.splitlines()
+    assert title.startswith("Memory per rank of each cell")
     assert heading.split()[:2] == ["configuration", "weights"]
     assert first.split() == ["a", *["1", "MiB"] * 4, "no"]
     assert second.split() == ["b", "unsupported"]

@@ -14,7 +14,7 @@ from hotloop.bench.statistics import mean_figure, t_critical
 from hotloop.errors import ConfigError
 from hotloop.report.context import RANDOM_ACCEPTANCE
 from hotloop.report.layout import to_markdown, to_rich
-from hotloop.report.numbers import divergence, memory, percent, significant, uncertain
+from hotloop.report.numbers import divergence, memories, memory, percent, significant, uncertain
 from hotloop.report.page import make_page
 from hotloop.report.read import latest, read_records
 from hotloop.report.recommend import recommend
@@ -52,6 +52,17 @@ def test_numbers_show_no_more_than_is_known():
     assert percent(1.0, 1) == "100%"
     assert memory(600 * 2**20) == "600 MiB"
     assert memory(12.34 * 2**30) == "12.3 GiB"
+
+
+def test_bytes_of_a_column_are_in_one_unit():
+    mib, gib = 2**20, 2**30
+    assert memories([600 * mib, 2 * gib, None]) == ["600 MiB", "2048 MiB", ""]
+    assert memories([12.34 * gib, 2 * gib]) == ["12.3 GiB", "2.0 GiB"]
+    assert memories([None, 12.34 * gib, 60 * mib]) == ["", "12.34 GiB", "0.06 GiB"]
+    assert memories([None]) == [""]
+
+
+def test_a_divergence_below_the_stored_precision_is_a_bound():
     assert divergence(-3e-10) == "< 1e-6"
 
 

@@ -127,7 +127,7 @@ def print_memory(
     from rich.table import Table
     from rich.text import Text
 
-    from hotloop.report.numbers import memory
+    from hotloop.report.numbers import memories
 
     parts = ("weights", "cache", "workspace", "total", "free")
     answers = {True: "yes", False: "no", None: "not known"}
@@ -135,9 +135,12 @@ def print_memory(
     for column in grid.columns[1:-1]:
         column.justify = "right"
     reasons: dict[str, list[str]] = {}
-    for name, n_bytes, fits, reason in rows:
-        sizes = (n_bytes.get(f"{part}_bytes") for part in parts)
-        shown = ("" if size is None else memory(size) for size in sizes)
+    rows = list(rows)
+    columns = [
+        memories([n_bytes.get(f"{part}_bytes") for _, n_bytes, *_ in rows]) for part in parts
+    ]
+    for i, (name, _, fits, reason) in enumerate(rows):
+        shown = (column[i] for column in columns)
         grid.add_row(name, *shown, Text("unsupported" if reason else answers[fits]))
         if reason:
             reasons.setdefault(reason, []).append(name)

@@ -204,7 +204,9 @@ def _show_plan(cells: list[PlannedCell], *, json: bool) -> None:
         for cell in cells:
             print_json(cell.to_dict())
         return
-    print_text("Memory of each cell, weights with rotary tables for the tokens of cache:\n")
+    shared = any(cell.config.tensor_parallel > 1 for cell in cells)
+    per = "Memory per rank" if shared else "Memory"
+    print_text(f"{per} of each cell, weights with rotary tables for the tokens of cache:\n")
     print_memory(
         "configuration", ((c.cell, c.predicted_bytes or {}, c.fits, c.unsupported) for c in cells)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from hotloop.bench.record import Figure
 
@@ -47,6 +48,15 @@ def percent(share: float, decimals: int = 0) -> str:
 def memory(n_bytes: float) -> str:
     """Formats bytes in MiB, from 10 GiB on in GiB."""
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 10 * 2**30 else f"{n_bytes / 2**30:.1f} GiB"
+
+
+def memories(column: Sequence[float | None]) -> list[str]:
+    """Formats the bytes of a table's column in one unit, which its largest decides; None is ""."""
+    known = [n_bytes for n_bytes in column if n_bytes is not None]
+    if max(known, default=0) < 10 * 2**30:
+        return ["" if n_bytes is None else memory(n_bytes) for n_bytes in column]
+    places = 1 if min(known) >= 2**30 else 2
+    return ["" if n is None else f"{n / 2**30:.{places}f} GiB" for n in column]
 
 
 def divergence(nats: float) -> str:
