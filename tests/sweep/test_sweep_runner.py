@@ -159,7 +159,7 @@ def test_resume_goes_by_the_whole_configuration_and_workload_and_not_by_the_name
 
 def test_results_are_not_mixed_unless_asked_for(tmp_path):
     sweep(tmp_path, End.UNSUPPORTED)
-    with pytest.raises(ConfigError, match="--resume"):
+    with pytest.raises(ConfigError, match=r"--resume.*--out"):
         sweep(tmp_path, End.UNSUPPORTED)
 
 
