@@ -6,7 +6,14 @@ import random
 import numpy as np
 import pytest
 
-from hotloop.bench.statistics import positive_mean_figure, share_figure, wilson_interval
+from hotloop.bench.statistics import (
+    answers_figure,
+    clustered_mean_figure,
+    mean_figure,
+    positive_mean_figure,
+    share_figure,
+    wilson_interval,
+)
 
 
 def test_wilsons_interval_is_the_published_one():
@@ -15,8 +22,8 @@ def test_wilsons_interval_is_the_published_one():
 
 
 def test_clusters_that_differ_more_than_chance_widen_the_interval():
-    alike = share_figure([0.9] * 20, trials=100)
-    apart = share_figure([0.8, 1.0] * 10, trials=100)
+    alike = share_figure([90] * 20, [100] * 20)
+    apart = share_figure([80, 100] * 10, [100] * 20)
     assert apart.mean == pytest.approx(alike.mean)
     low, high = alike.ci95
     assert apart.ci95[0] < low < 0.9 < high < apart.ci95[1]
@@ -28,8 +35,8 @@ def test_the_interval_covers_a_correlated_share_as_often_as_it_says():
     covered, runs, share = 0, 400, 0.95
     for _ in range(runs):
         clusters = [seeded.betavariate(share * 40, (1 - share) * 40) for _ in range(12)]
-        shares = [sum(seeded.random() < p for _ in range(60)) / 60 for p in clusters]
-        low, high = share_figure(shares, trials=60).ci95
+        successes = [sum(seeded.random() < p for _ in range(60)) for p in clusters]
+        low, high = share_figure(successes, [60] * len(clusters)).ci95
         covered += low <= share <= high
     assert 0.92 <= covered / runs <= 0.99
 
@@ -51,5 +58,38 @@ def test_means_at_zero_and_wild_ones_have_finite_intervals(samples):
 
 
 def test_a_single_cluster_has_no_interval():
-    assert share_figure([0.5], trials=10).ci95 is None
+    assert share_figure([5], [10]).ci95 is None
     assert positive_mean_figure([0.5]).ci95 is None
+
+
+def test_means_of_unequal_clusters_have_the_standard_error_of_a_ratio_of_sums():
+    generator = np.random.default_rng(1)
+    clusters = [generator.normal(2, 1, size) + generator.normal() for size in (3, 40, 7, 12, 90)]
+    sums, sizes = [c.sum() for c in clusters], [len(c) for c in clusters]
+    figure = clustered_mean_figure(sums, sizes)
+    every = np.concatenate(clusters)
+    residuals = [(c - every.mean()).sum() for c in clusters]
+    expected = math.sqrt(5 / 4 * np.square(residuals).sum()) / len(every)
+    assert figure.mean == pytest.approx(every.mean())
+    assert figure.se == pytest.approx(expected)
+    low, high = figure.ci95
+    assert high - low == pytest.approx(2 * 2.7764 * expected, rel=1e-4)
+    assert figure.samples == pytest.approx([c.mean() for c in clusters])
+
+
+def test_equal_clusters_have_the_standard_error_of_their_means():
+    clusters = np.random.default_rng(2).random((6, 11))
+    figure = clustered_mean_figure(clusters.sum(axis=1).tolist(), [11] * 6)
+    assert figure.se == pytest.approx(mean_figure(clusters.mean(axis=1).tolist()).se)
+
+
+def test_shares_of_unequal_clusters_count_trials_and_not_clusters():
+    figure = share_figure([9, 40], [10, 100])
+    assert figure.mean == pytest.approx(49 / 110)
+    assert figure.samples == pytest.approx((0.9, 0.4))
+
+
+def test_answers_have_wilsons_interval_and_keep_every_item():
+    figure = answers_figure([True] * 949 + [False] * 51)
+    assert figure.ci95 == pytest.approx((0.9336, 0.9610), abs=5e-5)
+    assert sum(figure.samples) == 949

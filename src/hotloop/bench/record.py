@@ -39,6 +39,11 @@ MAX_NUMBER = 1e30
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 """A measured number, of a size that occurs and that a table has room for."""
 
+Share = Annotated[float, Field(ge=-1, le=1)]
+"""A share of a whole, or the difference of two."""
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
 
 Numbers = Annotated[tuple[Number, ...], Field(strict=False)]
@@ -104,6 +109,110 @@ class SpeculationFigures(StrictModel):
     draft_share: float | None
     verify_share: float | None
     off_share: float
+
+
+class NonInferiority(StrictModel):
+    """A paired comparison of accuracy with the reference's; see ``bench.paired``.
+
+    Attributes:
+        outcome: ``pass``: a loss of ``margin`` or more is ruled out; ``fail``: the loss exceeds
+            ``margin``; ``underpowered``: neither can be said with so few items.
+        n: Items that both answered.
+        worse: Items right by the reference and wrong here.
+        better: Items wrong by the reference and right here.
+        loss: Accuracy lost, ``(worse - better) / n``; below 0 where it rose.
+        limits: Lower and upper one-sided 95 % limit of the loss.
+        margin: The loss that would matter: 1 % of the reference's accuracy.
+        p: The p-value of the hypothesis that the loss is ``margin`` or more. Where one
+            configuration is chosen of several, ``bench.paired.holm`` adjusts it.
+        mcnemar_p: The two-sided p-value of the hypothesis that nothing changed.
+        needed: Items that a pass would take, where ``underpowered``; None where more items can
+            hardly help.
+    """
+
+    outcome: Literal["pass", "fail", "underpowered"]
+    n: Count
+    worse: Annotated[int, Field(ge=0)]
+    better: Annotated[int, Field(ge=0)]
+    loss: Share
+    limits: Annotated[tuple[Share, Share], Field(strict=False)]
+    margin: Share
+    p: Probability
+    mcnemar_p: Probability
+    needed: Annotated[int, Field(ge=1)] | None = None
+
+
+class Verdict(NonInferiority):
+    """The comparison over all tasks together, stratified by task.
+
+    Attributes:
+        tasks: The tasks that it is over: those at which the reference is better than chance.
+    """
+
+    tasks: Annotated[tuple[Name, ...], Field(strict=False)]
+
+
+class TaskFigures(StrictModel):
+    """The answers to one task.
+
+    Attributes:
+        task: Its name.
+        sha256: Hash of its items.
+        metric: What counts as right, such as ``acc`` or ``exact_match``.
+        chance: The accuracy of guessing; None where that is not known.
+        accuracy: The share of right answers with Wilson's interval. Its samples are the items, 1
+            where right and 0 where wrong, in the task's order.
+        reference_accuracy: The reference's.
+        at_chance: The reference is not shown to be better than guessing, so that no loss could be
+            seen here: the task is left out of the verdict.
+        compared: The paired comparison with the reference. It describes: the verdict is the one
+            over all tasks.
+    """
+
+    task: Name
+    sha256: Name
+    metric: Name
+    chance: Share | None = None
+    accuracy: Figure
+    reference_accuracy: Share | None = None
+    at_chance: bool = False
+    compared: NonInferiority | None = None
+
+
+class DepthFigures(StrictModel):
+    """Figures of the predictions in one part of every window. Samples are windows.
+
+    Attributes:
+        start: The first token's position in its window; the first predicted one has 1.
+        end: The position after the last one.
+        perplexity: As the record's, as are the others.
+    """
+
+    start: Count
+    end: Count
+    perplexity: Figure
+    delta_ln_ppl: Figure | None = None
+    kl_mean: Figure | None = None
+    same_top1: Figure | None = None
+
+
+class GreedyFigures(StrictModel):
+    """Greedy answers of the engine as it is timed, drafts included, compared with its own scores.
+
+    What is generated should be what scoring holds most likely: speculation that changed anything
+    would be seen here.
+
+    Attributes:
+        draft: The source of drafts: the configuration's ``draft_name``.
+        agreement: The share of generated tokens that are the most likely ones by scoring. Samples
+            are answers.
+        gap_max: The largest distance of a generated token's log-probability below the most likely
+            one's, in nats. Rounding alone leaves near-ties.
+    """
+
+    draft: Name
+    agreement: Figure
+    gap_max: Number
 
 
 class QualityProtocol(StrictModel):
@@ -208,6 +317,12 @@ class Record(StrictModel):
     ``speculation`` there is neither.
 
     ``baseline`` names the engine that was measured, where it is not hotloop's own.
+
+    Quality: see ``evaluate.quality.Quality`` for the figures over windows of the text, of which
+    ``perplexity`` is by the protocol ``gptq`` and ``other_perplexities`` by those that it names.
+    ``kl_floor`` is the reference's divergence from itself, scored again in windows of another
+    length: what rounding alone gives. ``by_depth`` has the same figures by position, where windows
+    are long.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -235,7 +350,10 @@ class Record(StrictModel):
 
     quality_protocol: QualityProtocol | None = None
     quality_reason: Reason | None = None
+    verdict: Verdict | None = None
+    tasks: Annotated[tuple[TaskFigures, ...], Field(strict=False)] = ()
     perplexity: Figure | None = None
+    other_perplexities: dict[Name, Figure] = Field(default_factory=dict)
     delta_ln_ppl: Figure | None = None
     kl_mean: Figure | None = None
     kl_median: Number | None = None
@@ -247,6 +365,9 @@ class Record(StrictModel):
     delta_p: Figure | None = None
     delta_p_rms: Number | None = None
     same_top1: Figure | None = None
+    kl_floor: Figure | None = None
+    by_depth: Annotated[tuple[DepthFigures, ...], Field(strict=False)] = ()
+    greedy: GreedyFigures | None = None
 
     engine: RecordedEngine | None = None
     provenance: Provenance = Field(default_factory=Provenance)

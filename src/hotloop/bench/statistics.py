@@ -4,7 +4,7 @@ One sample is one independent observation: a whole timed run, or a whole window 
 within a window are correlated, so their spread says little about the next window. With windows of
 equal length the mean of window means is the mean over all predictions, and its clustered standard
 error (Liang & Zeger 1986, one cluster per window) is that of a plain mean over windows; so the same
-few lines serve speed and quality.
+few lines serve speed and quality. ``clustered_mean_figure`` is for windows of unequal length.
 """
 
 from __future__ import annotations
@@ -29,13 +29,35 @@ def mean_figure(
         within: Values the mean can take at all, such as (0, 1) for a rate. The interval is cut to
             them, which costs it no coverage.
     """
-    n, mean = len(samples), statistics.fmean(samples)
+    return clustered_mean_figure(samples, [1] * len(samples), within=within)
+
+
+def clustered_mean_figure(
+    sums: Sequence[float],
+    sizes: Sequence[int],
+    *,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Figure:
+    """Computes the mean over all observations, with the interval of correlated ones in clusters.
+
+    The standard error is that of a ratio of sums, SE² = G/(G - 1) Σ (sum_g - size_g mean)² / N²,
+    and the interval Student's t with G - 1 degrees of freedom. Samples are the clusters' means.
+
+    Args:
+        sums: The sum of the observations in each of G clusters.
+        sizes: The number of observations in each, 1 or more.
+        within: As for ``mean_figure``.
+    """
+    n = len(sums)
+    samples = tuple(total / size for total, size in zip(sums, sizes, strict=True))
+    mean = math.fsum(sums) / sum(sizes)
     if n == 1:
-        return Figure(mean=mean, n=1, samples=tuple(samples))
-    se = statistics.stdev(samples) / math.sqrt(n)
+        return Figure(mean=mean, n=1, samples=samples)
+    residuals = (total - size * mean for total, size in zip(sums, sizes, strict=True))
+    se = math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / sum(sizes)
     half = t_critical(n - 1) * se
     low, high = (min(max(end, within[0]), within[1]) for end in (mean - half, mean + half))
-    return Figure(mean=mean, ci95=(low, high), se=se, n=n, samples=tuple(samples))
+    return Figure(mean=mean, ci95=(low, high), se=se, n=n, samples=samples)
 
 
 def positive_mean_figure(samples: Sequence[float]) -> Figure:
@@ -55,25 +77,38 @@ def positive_mean_figure(samples: Sequence[float]) -> Figure:
     return figure.model_copy(update={"ci95": interval})
 
 
-def share_figure(shares: Sequence[float], trials: int) -> Figure:
-    """Computes the share of successes in clusters of equal size, with Wilson's score interval.
+def share_figure(successes: Sequence[float], trials: Sequence[int]) -> Figure:
+    """Computes the share of successes in clusters, with Wilson's score interval.
 
     Trials of a cluster are correlated. So the interval is that of fewer trials, by the design
     effect: the variance between clusters over that of independent trials (Kish 1965). Unlike a
-    t-interval it stays between 0 and 1, and has a width where every trial succeeds.
+    t-interval it stays between 0 and 1, and has a width where every trial succeeds. Samples are the
+    clusters' shares.
 
     Args:
-        shares: The share of successes in each cluster.
-        trials: Trials of a cluster.
+        successes: Successes in each cluster.
+        trials: Trials in each cluster.
     """
-    figure = mean_figure(shares)
+    figure = clustered_mean_figure(successes, trials)
     if figure.se is None:
         return figure
-    share, n = figure.mean, len(shares) * trials
+    share, n = figure.mean, sum(trials)
     independent = share * (1 - share) / n
     effect = max(1.0, figure.se**2 / independent) if independent > 0 else 1.0
-    interval = wilson_interval(share, n / effect, critical=t_critical(len(shares) - 1))
+    interval = wilson_interval(share, n / effect, critical=t_critical(len(trials) - 1))
     return figure.model_copy(update={"ci95": interval})
+
+
+def answers_figure(right: Sequence[bool]) -> Figure:
+    """Computes the share of right answers to independent items, with Wilson's score interval."""
+    n, share = len(right), sum(right) / len(right)
+    return Figure(
+        mean=share,
+        ci95=wilson_interval(share, n),
+        se=math.sqrt(share * (1 - share) / n),
+        n=n,
+        samples=tuple(map(float, right)),
+    )
 
 
 def wilson_interval(share: float, n: float, *, critical: float = _Z_95) -> tuple[float, float]:

@@ -116,7 +116,7 @@ def measure_quality(
             nll_increase.append(nll[-1] + reference_logprobs.mean().item())
             delta_p.append(logprobs.exp() - reference_logprobs.exp())
             kl.append(_finite(_window_kl(score, reference, index), "divergences", index))
-            same_top1.append((score.top1.cpu() == reference.top1[index]).double().mean().item())
+            same_top1.append((score.top1.cpu() == reference.top1[index]).sum().item())
 
     _score_each(engine, windows, add, full=reference is not None, on_window=on_window)
     if reference is None:
@@ -138,7 +138,7 @@ def measure_quality(
         kl_max=float(kl_per_token.max()),
         delta_p=mean_figure([window.mean().item() for window in delta_p], within=(-1, 1)),
         delta_p_rms=torch.cat(delta_p).square().mean().sqrt().item(),
-        same_top1=share_figure(same_top1, trials=len(windows[0]) - 1),
+        same_top1=share_figure(same_top1, [len(windows[0]) - 1] * len(windows)),
     )
 
 

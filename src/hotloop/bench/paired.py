@@ -1,0 +1,198 @@
+"""Paired comparison of right and wrong answers: did accuracy drop by more than a margin?
+
+Both models answer the same items, so only the items on which they differ say anything: ``worse``,
+right by the reference and wrong by the model under test, and ``better``, the other way round. The
+accuracy lost is ``(worse - better) / n``.
+
+Two questions are asked. McNemar's exact test asks whether the two differ at all; a large p-value
+there is no proof that they are alike. The non-inferiority test asks whether a loss of the margin
+can be ruled out, and so knows a third answer beside yes and no: too few items. Its limits are
+Tango's (1998) score limits, which hold where few items differ or none.
+
+Several tasks are strata: each has its own rate of differing items, and all have one loss. The
+statistic sums the differences of the strata and their variances under the null hypothesis; with
+one task it is Tango's.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hotloop.bench.record import NonInferiority
+
+MARGIN_SHARE = 0.01
+"""The margin, as a share of the reference's accuracy. It is fixed before anything is measured."""
+
+CONFIDENCE = 0.95
+"""Confidence of each one-sided limit."""
+
+POWER = 0.80
+"""The chance to pass that the needed items are for, if the loss is as seen."""
+
+_NORMAL = statistics.NormalDist()
+_Z = _NORMAL.inv_cdf(CONFIDENCE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flips:
+    """The items of one task that two models answer differently.
+
+    Attributes:
+        worse: Items right by the reference and wrong by the model under test.
+        better: Items wrong by the reference and right by the model under test.
+        n: All items.
+    """
+
+    worse: int
+    better: int
+    n: int
+
+    def __post_init__(self) -> None:
+        assert min(self.worse, self.better) >= 0, f"negative counts: {self}"
+        assert self.worse + self.better <= self.n > 0, f"more differing items than items: {self}"
+
+    @classmethod
+    def of(cls, reference: Sequence[bool], tested: Sequence[bool]) -> Flips:
+        """Counts the flips between two lists of answers to the same items."""
+        pairs = list(zip(reference, tested, strict=True))
+        return cls(
+            worse=sum(was and not is_now for was, is_now in pairs),
+            better=sum(is_now and not was for was, is_now in pairs),
+            n=len(pairs),
+        )
+
+    def __add__(self, other: Flips) -> Flips:
+        """Returns the flips of both tasks together."""
+        return Flips(
+            worse=self.worse + other.worse, better=self.better + other.better, n=self.n + other.n
+        )
+
+
+def mcnemar_p(worse: int, better: int) -> float:
+    """Computes the two-sided p-value of McNemar's exact test: a fair coin for each differing item.
+
+    Over strata it is a test of their sums, since every differing item is a fair coin if no task
+    has changed.
+    """
+    n = worse + better
+    tail = sum(math.comb(n, i) for i in range(min(worse, better) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def score_statistic(strata: Sequence[Flips], loss: float) -> float:
+    """Computes the score statistic of the hypothesis that accuracy drops by ``loss`` in all strata.
+
+    It is standard normal if the hypothesis is true, and falls as ``loss`` rises.
+    """
+    difference = sum(s.worse - s.better - s.n * loss for s in strata)
+    variance = sum(s.n * (2 * _restricted_better(s, loss) + loss * (1 - loss)) for s in strata)
+    if variance <= 0:  # no item differs, and none should
+        return math.copysign(math.inf, difference) if difference else 0.0
+    return difference / math.sqrt(variance)
+
+
+def score_limits(strata: Sequence[Flips]) -> tuple[float, float]:
+    """Computes the lower and the upper one-sided 95 % limit of the accuracy lost."""
+    lower = _crossing(lambda loss: score_statistic(strata, loss) - _Z)
+    return lower, _crossing(lambda loss: score_statistic(strata, loss) + _Z)
+
+
+def compare_answers(strata: Sequence[Flips], margin: float) -> NonInferiority:
+    """Tests whether a loss of accuracy of ``margin`` or more can be ruled out.
+
+    Args:
+        strata: The flips of each task.
+        margin: The loss of accuracy that would matter, above 0.
+
+    Returns:
+        ``pass`` if the upper limit is below the margin, ``fail`` if the lower limit is above it,
+        else ``underpowered`` with the items it would take.
+    """
+    assert margin > 0, f"a margin of {margin} can never be ruled out"
+    total = strata[0]
+    for more in strata[1:]:
+        total += more
+    lower, upper = score_limits(strata)
+    outcome = "pass" if upper < margin else "fail" if lower > margin else "underpowered"
+    return NonInferiority(
+        outcome=outcome,
+        n=total.n,
+        worse=total.worse,
+        better=total.better,
+        loss=(total.worse - total.better) / total.n,
+        limits=(lower, upper),
+        margin=margin,
+        p=_NORMAL.cdf(score_statistic(strata, margin)),
+        mcnemar_p=mcnemar_p(total.worse, total.better),
+        needed=needed_items(total, margin) if outcome == "underpowered" else None,
+    )
+
+
+def needed_items(flips: Flips, margin: float) -> int | None:
+    """Estimates the items that a pass would take with 80 % power.
+
+    The rate of differing items is taken as seen. The loss is taken as seen or as none, whichever
+    needs more; a loss that is seen beyond the margin is taken as none.
+
+    Returns:
+        The number of items; None if there are as many already, and the loss that is seen is beyond
+        the margin, so that more items can hardly help.
+    """
+    seen = (flips.worse - flips.better) / flips.n
+    rate = (flips.worse + flips.better) / flips.n
+    needed = max(
+        items_for_power(rate, margin, loss=loss) for loss in {0.0, seen} if 0 <= loss < margin
+    )
+    needed = max(needed, math.floor(_Z**2 * (1 - margin) / margin) + 1)  # if no item differs
+    if needed > flips.n:
+        return needed
+    return flips.n + 1 if seen < margin else None
+
+
+def items_for_power(rate: float, margin: float, *, loss: float = 0.0) -> int:
+    """Computes the items that rule out a loss of ``margin`` with 80 % power.
+
+    Args:
+        rate: The share of items that differ, in either direction.
+        margin: The loss to rule out.
+        loss: The true loss.
+    """
+    z = _Z + _NORMAL.inv_cdf(POWER)
+    return math.ceil(z**2 * max(rate - loss**2, 0.0) / (margin - loss) ** 2)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusts p-values of tests among whose hits one chooses (Holm 1979).
+
+    An adjusted value below 0.05 keeps the chance of any false one among them below 5 %.
+
+    Args:
+        p_values: In any order, which the result has too.
+    """
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def _restricted_better(flips: Flips, loss: float) -> float:
+    """Returns the likeliest rate of better items if the rate of worse ones is ``loss`` above it."""
+    a = 2 * flips.n
+    b = -flips.worse - flips.better + (2 * flips.n - flips.worse + flips.better) * loss
+    c = -flips.better * loss * (1 - loss)
+    return max(0.0, (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a))
+
+
+def _crossing(falling: Callable[[float], float]) -> float:
+    """Bisects a falling function of a loss in -1 to 1 for its zero."""
+    low, high = -1.0, 1.0
+    while (middle := (low + high) / 2) not in (low, high):
+        if falling(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return middle
