@@ -41,6 +41,9 @@ AllReduce = Literal["auto", "nccl", "symm_mem"]
 """All-reduce backend of GPUs: NCCL, or for small sums symmetric memory (``symm_mem``), by which
 ranks read each other's parts; ``auto`` is ``symm_mem`` where that works, else ``nccl``."""
 
+CopyFormat = Literal["hotloop", "compressed-tensors"]
+"""Format of a quantized copy: hotloop's own, or one that vLLM and transformers read, too."""
+
 DraftPolicy = Literal["adaptive", "always"]
 """Policy of drafting: only where it pays, as measured while running, or in every step."""
 
@@ -157,7 +160,7 @@ class EngineConfig:
         str,
         Lever(
             help="Weight quantization: auto keeps what the file has; none, int8, fp8, int4-gN "
-            "(N 32, 64 or 128), or int4-gN-asym.",
+            "(N 32, 64 or 128), int4-gN-asym, or int4-gN-zp.",
             group="Model",
             sweep="auto,int8,int4-g64",
             names="scheme",

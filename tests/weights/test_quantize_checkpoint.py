@@ -33,7 +33,7 @@ from hotloop.weights.identity import hash_checkpoint, read_quantization
 from hotloop.weights.quantize import quantize_checkpoint
 from hotloop.weights.writer import SafetensorsWriter
 
-QUANTS = ["int8", "fp8", "int4-g32-asym", "int4-g64"]
+QUANTS = ["int8", "fp8", "int4-g32-asym", "int4-g32-zp", "int4-g64"]
 HEADS = ["none", "int8", "fp8", "int4-g64"]
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

@@ -9,19 +9,29 @@ from cyclopts import App
 
 from hotloop.cli.options import OUTPUT, Json, Model, lever_option, option
 from hotloop.cli.output import note, print_json, print_pairs, progress_bar
-from hotloop.types import EngineConfig
+from hotloop.types import CopyFormat, EngineConfig
 
 app = App(
     name="quantize",
     help_epilogue="""\
 Examples:
   hotloop quantize smollm2-135m ./smollm2-int8 --quant int8
-  hotloop quantize ./my-model ./my-model-int4 --quant int4-g64 --head none""",
+  hotloop quantize ./my-model ./my-model-int4 --quant int4-g64 --head none
+  hotloop quantize ./my-model ./copy --quant int8 --format compressed-tensors""",
 )
 
 _SCHEMES = (
-    "Weight quantization: int8, fp8, int4-gN (N 32, 64 or 128), or int4-gN-asym. none quantizes "
-    "the head alone."
+    "Weight quantization: int8, fp8, int4-gN (N 32, 64 or 128), int4-gN-asym (with offsets), or "
+    "int4-gN-zp (with zero points). none quantizes the head alone."
+)
+
+_HEADS = (
+    "Quantization of the output head, and of an embedding tied to it. auto is int8, or none in "
+    "compressed-tensors, which holds no other."
+)
+_FORMATS = (
+    "hotloop's own, or compressed-tensors, which vLLM and transformers load, too: int8, fp8, "
+    "int4-gN, int4-gN-zp."
 )
 
 
@@ -32,7 +42,8 @@ def quantize(
     /,
     *,
     quant: Annotated[str, lever_option("quant", _SCHEMES)],
-    head: Annotated[str, lever_option("head")] = EngineConfig.head,
+    head: Annotated[str, lever_option("head", _HEADS)] = EngineConfig.head,
+    format: Annotated[CopyFormat, option(OUTPUT, _FORMATS)] = "hotloop",  # noqa: A002
     json: Json = False,
 ) -> int:
     """Write a quantized copy of a model.
@@ -51,6 +62,7 @@ def quantize(
             out,
             quant=quant,
             head=head,
+            copy_format=format,
             source_name=model,
             progress=progress,
             on_note=notes.append,
@@ -60,7 +72,16 @@ def quantize(
     before, after = n_bytes(src), n_bytes(out)
     if json:
         sizes = {"src_bytes": before, "out_bytes": after}
-        print_json({"src": str(src), "out": str(out), "quant": quant, "head": head, **sizes})
+        print_json(
+            {
+                "src": str(src),
+                "out": str(out),
+                "quant": quant,
+                "head": head,
+                "format": format,
+                **sizes,
+            }
+        )
     else:
         print_pairs(
             [("from", f"{src}, {before / 1e6:,.1f} MB"), ("to", f"{out}, {after / 1e6:,.1f} MB")]

@@ -25,7 +25,7 @@ SCHEMES = {
 }
 """Every quantization scheme: ``name -> "module:attribute"``."""
 
-WITH_OPTIONS = ("int4-gN", "int4-gN-asym")
+WITH_OPTIONS = ("int4-gN", "int4-gN-asym", "int4-gN-zp")
 """The forms of names with options, for people."""
 
 

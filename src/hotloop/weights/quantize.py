@@ -1,8 +1,11 @@
 """``hotloop quantize``: a checkpoint in, a quantized checkpoint out, one tensor at a time.
 
-The result is a folder that stands alone: safetensors (``weights.source`` says how a quantized
-matrix is stored), ``config.json`` with a versioned description, the tokenizer's files and what the
-model's makers suggest for sampling. Loading it gives bit for bit what quantizing on load gives.
+The result is a folder that stands alone: safetensors, ``config.json`` with a versioned description,
+the tokenizer's files and what the model's makers suggest for sampling. Loading it gives bit for bit
+what quantizing on load gives.
+
+Matrices are stored in hotloop's own encoding (``quant.encodings.hotloop``), or as
+compressed-tensors, which other engines read (``quant.compressed_tensors``).
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import torch
 
 from hotloop.errors import ConfigError
 from hotloop.models import names
-from hotloop.quant import parse_head_scheme, parse_scheme
+from hotloop.quant import QTensor, compressed_tensors, parse_head_scheme, parse_scheme
+from hotloop.quant.encodings.hotloop import Hotloop
 from hotloop.text.generation_config import generation_defaults, write_generation_config
 from hotloop.text.tokenizer import load_tokenizer
+from hotloop.types import CopyFormat
 from hotloop.weights.checkpoint import open_checkpoint, read_model
 from hotloop.weights.identity import (
     DESCRIPTION_KEYS,
@@ -31,7 +36,6 @@ from hotloop.weights.source import (
     CheckpointSource,
     requantization_notes,
     schemes_by_name,
-    stored_parts,
 )
 from hotloop.weights.writer import SafetensorsWriter, refuse_occupied
 from hotloop.writing import write_json
@@ -43,6 +47,7 @@ def quantize_checkpoint(
     *,
     quant: str,
     head: str = "auto",
+    copy_format: CopyFormat = "hotloop",
     source_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] = lambda _: None,
@@ -53,8 +58,9 @@ def quantize_checkpoint(
         src: A folder of safetensors, or a GGUF file.
         dst: A folder that does not exist yet or is empty.
         quant: Scheme of the projections in blocks.
-        head: Scheme of the head; ``auto`` is int8, or none beside none. A tied embedding is the
-            same matrix.
+        head: Scheme of the head; ``auto`` is int8, or none beside none and in compressed-tensors.
+            A tied embedding is the same matrix.
+        copy_format: The format of the copy.
         source_name: The name of the source that the copy records; None takes the path.
         progress: Called with (tensors done, tensors in all).
         on_note: Called with what becomes of matrices that another tool has quantized.
@@ -63,17 +69,23 @@ def quantize_checkpoint(
         ``dst``.
 
     Raises:
-        ConfigError: Schemes that do not fit or change nothing, a source that is already
-            quantized, or a destination that is in use.
+        ConfigError: Schemes that do not fit, change nothing or that the format cannot hold, a
+            source that is already quantized, or a destination that is in use.
         CheckpointError: A damaged or incomplete source; ``dst`` is then not made.
     """
     refuse_occupied(dst)
     scheme = parse_scheme(quant)
+    if copy_format == "compressed-tensors" and head == "auto":
+        head = "none"
     head_scheme = parse_head_scheme(head, scheme)
     if "auto" in (scheme.name, head_scheme.name):
         raise ConfigError("'auto' keeps what the source stores: give a scheme.")
     if scheme.name == head_scheme.name == "none":
         raise ConfigError("quant 'none' with head 'none' quantizes nothing: give a scheme.")
+    encode = Hotloop.encode
+    if copy_format == "compressed-tensors":
+        compressed_tensors.refuse_unsupported(scheme, head_scheme)
+        encode = compressed_tensors.encode
     checkpoint = open_checkpoint(src)
     try:
         src = checkpoint.path
@@ -93,10 +105,13 @@ def quantize_checkpoint(
                 matrix = name.removesuffix(".weight")
                 if matrix in schemes:
                     weight = source.matrix(matrix, (shape[0], shape[1]), schemes[matrix])
-                    stored = stored_parts(matrix, weight)
                 else:
-                    stored = {name: source.tensor(name, shape)}
-                for part, tensor in stored.items():
+                    weight = source.tensor(name, shape)
+                if isinstance(weight, QTensor):
+                    parts = {f"{matrix}{part}": t for part, t in encode(weight).items()}
+                else:
+                    parts = {name: weight}
+                for part, tensor in parts.items():
                     writer.add(part, tensor)
                 if progress:
                     progress(i, len(tensors))
@@ -111,6 +126,8 @@ def quantize_checkpoint(
                 "tie_word_embeddings": model.tie_embeddings,
                 QUANTIZATION_KEY: description.model_dump(),
             }
+            if copy_format == "compressed-tensors":
+                config |= compressed_tensors.describe(scheme, ignore=[names.HEAD])
             write_json(writer.staging / "config.json", config)
             write_generation_config(writer.staging, sampling=sampling)
             tokenizer.save(writer.staging)

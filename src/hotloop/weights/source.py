@@ -28,7 +28,6 @@ from hotloop.models.config import ModelConfig
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
 from hotloop.quant.auto import Auto
 from hotloop.quant.encodings import Layout
-from hotloop.quant.encodings.hotloop import Hotloop
 from hotloop.quant.none import NoScheme
 from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite, wrong_shape
 from hotloop.weights.recognition import FLOATS, Recognized, StoredMatrices
@@ -373,13 +372,6 @@ class _EncodedMatrix:
     def is_gathered(self) -> bool:
         """Whether some rows of the matrix are spread over all rows of a tensor."""
         return any(part.transposed for part in self.layout.parts.values())
-
-
-def stored_parts(name: str, weight: Tensor | QTensor) -> dict[str, Tensor]:
-    """Returns the tensors that store the matrix ``name``; ``CheckpointSource`` reads them."""
-    if isinstance(weight, Tensor):
-        return {f"{name}.weight": weight}
-    return {f"{name}{part}": tensor for part, tensor in Hotloop.encode(weight).items()}
 
 
 class RandomSource:

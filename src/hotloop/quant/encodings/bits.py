@@ -1,4 +1,4 @@
-"""Unpacks integers of 4 or 8 bits from 32-bit words.
+"""Packs integers of 4 or 8 bits into 32-bit words, and unpacks them.
 
 Words that hold the 4-bit integers 0 to 7, in order: GPTQ and compressed-tensors pack the first
 into the lowest bits, ``0x76543210``; AWQ interleaves them, ``0x75316420``.
@@ -22,6 +22,15 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return bytes_
     return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(-2)
+
+
+def pack(signed: Tensor, bits: int) -> Tensor:
+    """Packs int8 [..., K] into int32 [..., ⌈K * bits / 32⌉]: inverts ``centred`` of ``unpack``."""
+    unsigned = signed.view(torch.uint8) + (1 << bits - 1)  # beyond 255 it wraps around
+    unsigned = torch.nn.functional.pad(unsigned, (0, -signed.shape[-1] % (32 // bits)))
+    if bits == 4:
+        unsigned = unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
+    return unsigned.contiguous().view(torch.int32)
 
 
 def centred(unsigned: Tensor, bits: int) -> Tensor:

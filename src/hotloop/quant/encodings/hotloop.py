@@ -2,7 +2,7 @@
 
 ``x.weight`` is stored as ``x.weight.values`` (int8 or float8_e4m3fn [N, K]; int4: uint8 [N, K/2],
 even columns in the low nibble, each plus 8), ``x.weight.scale`` and, where the scheme has them,
-``x.weight.offset`` [N, G].
+``x.weight.offset`` [N, G]: offsets like the scales, or int8 zero points.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Hotloop:
             ),
             SCALE: StoredPart(shape=groups, dtype=scale, features=(1, along)),
         }
-        if wanted.zero == "offset":
-            parts[OFFSET] = StoredPart(shape=groups, dtype=scale, features=(1, along))
+        if wanted.zero != "none":
+            offset = "I8" if wanted.zero == "integer" else scale
+            parts[OFFSET] = StoredPart(shape=groups, dtype=offset, features=(1, along))
         return Layout(parts=parts, decode=Hotloop.decode, format=wanted, k=k, bits=4 if four else 8)
 
     @staticmethod
