@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from number_formats import NAMES, random_weight
-from torch import Tensor
+from torch import Tensor, library
 
 from hotloop.kernels import cpu, reference
 from hotloop.kernels.linear import DENSE, KERNELS, LinearSpec, choose_linear
@@ -249,7 +249,7 @@ def test_torch_compile_is_told_the_shapes_that_operators_return():
         (ops.linear, (x, packed_for_cpu(random_weight("nvfp4", 32, 64)))),
         (ops.decode_attention, (q, cache, cache, *where, 0, 0.25)),
     ):
-        torch.library.opcheck(op.default, arguments, test_utils=checks)
+        library.opcheck(op.default, arguments, test_utils=checks)
 
 
 # Every kernel, ours or not.

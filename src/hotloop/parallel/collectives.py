@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
 from torch.distributed import distributed_c10d as c10d
 
 from hotloop.errors import UnsupportedError
@@ -215,7 +215,7 @@ class ProcessGroup(Group):
         return Inboxes(rank=self.rank, addresses=addresses, memory=(inbox, handle))
 
 
-@torch.library.custom_op("hotloop_parallel::sum", mutates_args=())
+@library.custom_op("hotloop_parallel::sum", mutates_args=())
 def _sum(x: Tensor, group: str) -> Tensor:
     result = x.clone(memory_format=torch.contiguous_format)
     with _peers():
@@ -224,7 +224,7 @@ def _sum(x: Tensor, group: str) -> Tensor:
 
 
 # The buffer is scratch memory that nothing else reads, so it is not declared as mutated.
-@torch.library.custom_op("hotloop_parallel::sum_symmetric", mutates_args=())
+@library.custom_op("hotloop_parallel::sum_symmetric", mutates_args=())
 def _sum_symmetric(x: Tensor, buffer: Tensor, group: str) -> Tensor:
     scratch = buffer.view(x.dtype)[: x.numel()].view(x.shape)
     return torch.ops.symm_mem.one_shot_all_reduce_copy(scratch, x.contiguous(), "sum", group)

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from hotloop.cache import cache_path
 
@@ -202,5 +202,5 @@ def _register_shapes() -> None:
     def attention(q: Tensor, *_: Tensor | int | float) -> Tensor:
         return torch.empty_like(q)
 
-    torch.library.register_fake("hotloop_cpu::linear", linear)
-    torch.library.register_fake("hotloop_cpu::decode_attention", attention)
+    library.register_fake("hotloop_cpu::linear", linear)
+    library.register_fake("hotloop_cpu::decode_attention", attention)
