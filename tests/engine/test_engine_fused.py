@@ -79,6 +79,16 @@ SCHEMES = {
 """Of the projections, and of the head beside them."""
 STORED = ["awq", "int8-g128-zero", "fp8-blocks"]
 """Number formats of other tools (``number_formats``), of the projections."""
+MIXED = {
+    "v apart": {"v_proj": "int8-g128", "down_proj": "int8-g128"},
+    "three formats": {
+        "q_proj": "int8",
+        "k_proj": "gptq",
+        "gate_proj": "fp8",
+        "up_proj": "fp8-blocks",
+    },
+}
+"""Formats of some projections, and so within a matrix product; the others are ``awq``."""
 
 
 # One step.
@@ -94,7 +104,9 @@ class Model:
         self.decoder = Decoder(
             config, n_positions=N_POSITIONS, attention=torch_attention, device=CPU
         )
-        stored, quant = (quant, "none") if quant in STORED else (None, quant)
+        stored = None
+        if quant in STORED or quant in MIXED:
+            stored, quant = quant, "none"
         load_weights(
             self.decoder,
             config,
@@ -139,7 +151,9 @@ class VariedSource(RandomSource):
 
     def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme, **_: Any) -> Any:
         if self.stored and ".layers." in name:
-            weight = random_weight(self.stored, *shape, seed=crc32(name.encode()))
+            by_name = MIXED.get(self.stored)
+            format_ = self.stored if by_name is None else by_name.get(name.split(".")[-1], "awq")
+            weight = random_weight(format_, *shape, seed=crc32(name.encode()))
             factor = 2.0 ** round(math.log2(shape[1] ** -0.5))
             scale = (weight.scale.float() * factor).to(weight.scale.dtype)
             return dataclasses.replace(weight, scale=scale)
@@ -159,6 +173,8 @@ def positions_from(*first: int, T: int) -> Tensor:
     [
         *((name, "int4-g32-asym") for name in MODELS),
         *(("LlamaForCausalLM", quant) for quant in (*SCHEMES, *STORED)),
+        ("LlamaForCausalLM", "v apart"),
+        ("Qwen2ForCausalLM", "three formats"),
     ],
 )
 @torch.inference_mode()
@@ -166,7 +182,7 @@ def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, qua
     monkeypatch.setattr("hotloop.engine.prompt.SHORT_PROMPT", 0)
     architecture, changes = MODELS[name]
     whole_groups = {"hidden_size": 128, "intermediate_size": 128}
-    sizes = whole_groups if quant in ("int4-g128", "int4-g64-asym", *STORED) else {}
+    sizes = whole_groups if quant in ("int4-g128", "int4-g64-asym", *STORED, *MIXED) else {}
     keys = dict(resolve("architecture", FAMILIES, architecture).tiny) | sizes | changes
     exact, eager, fast = (
         Model(keys, quant, SCHEMES.get(quant, "none"), dtype, fused=fused)

@@ -63,10 +63,12 @@ def test_number_formats_that_the_fused_step_cannot_hold_are_named():
         return LinearSpec(format=form, n=64, k=64, dtype=torch.bfloat16, device="cuda", fused=True)
 
     four = spec(kind="int4", scale_dtype=torch.bfloat16)
+    eight = spec(kind="int8", scale_dtype=torch.float16)
     sorted_ = spec(kind="int4", scale_dtype=torch.bfloat16, permuted=True)
     for pieces, reason in (
         ([four], None),
-        ([four, sorted_], "qkv_proj joins matrices of 2 number formats"),
+        ([four, eight], None),
+        ([four, sorted_], "it holds no permuted input features (qkv_proj)"),
         ([sorted_], "it holds no permuted input features (qkv_proj)"),
     ):
         matrices = [("qkv_proj", pieces)]

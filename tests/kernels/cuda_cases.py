@@ -167,7 +167,10 @@ def linear_case(
     bias_N = normal(generator, form.n).bfloat16() if bias else None
     added = normal(generator, rows, plan.width).bfloat16() if residual else residual_MN
     dtype = torch.float32 if epilogue == "logits" else torch.bfloat16
-    y = poisoned(rows, plan.width, dtype=dtype, device=device)
+    first, beside = (5, 9) if epilogue == "part" else (0, 0)  # features of other parts
+    all_y = poisoned(rows, first + plan.width + beside, dtype=dtype, device=device)
+    y = all_y[:, first : first + plan.width]
+    gates = normal(generator, rows, plan.width) if epilogue == "gated" else None
     best = None
     if epilogue == "logits":
         best = (
@@ -184,11 +187,13 @@ def linear_case(
         staging = plan.staging(x, operand)
     call = plan.call(
         taken,
-        y,
+        all_y,
         weight.packed,
         weight.scale,
         bias_N=bias_N,
         residual=added,
+        first=first,
+        gate=gates,
         norm_epilogue=following,
         best=best,
         prefetch=prefetch,
@@ -211,6 +216,9 @@ def linear_case(
             silu = gate * gate.sigmoid()
             sums = silu * up
             error = 1.1 * gate_error * up.abs() + silu.abs() * up_error + 2**-20 * sums.abs()
+        if gates is not None:
+            silu = gates.double() * gates.double().sigmoid()
+            sums, error = silu * sums, silu.abs() * (error + 2**-20 * sums.abs())
         if added is not None:
             sums = sums + added.double()
         half_ulp = torch.finfo(dtype).eps / 2
@@ -223,10 +231,12 @@ def linear_case(
             eps=eps,
             bias=bias_N,
             paired=epilogue == "swiglu",
+            gate=gates,
             residual=added,
             dtype=dtype,
         )
         assert_within(twin, sums, allowed, f"{what}: its twin in plain torch")
+        assert int(all_y.isnan().sum()) == rows * (first + beside), f"{what}: beside its part"
         if following is not None:
             assert_norm_epilogue(y, following, what)
         if best is not None:
@@ -239,6 +249,7 @@ def linear_case(
         assert partial[plan.n_partial :].isnan().all(), f"{what}: beyond the workspace"
 
     inputs = [x, *([squares] if norm else []), *([] if added is None else [added])]
+    inputs += [] if gates is None else [gates]
     outputs = [y, *(best or ()), *(outputs_of(following) if following else ())]
     return Case(
         call=call,

@@ -113,6 +113,26 @@ def test_norm_bias_and_swiglu_equal_their_specification(name, tuning):
         )
 
 
+@pytest.mark.parametrize("epilogue", ["part", "gated"])
+@pytest.mark.parametrize("name", ["int8", "int4-g32-zeros"])
+def test_parts_of_a_projection_equal_their_specification(name, epilogue):
+    part = weight(name, 44)
+    for rows in (1, 5, 20):
+        run(
+            linear_case(
+                part,
+                rows,
+                generator(rows),
+                epilogue=epilogue,
+                norm=True,
+                bias=True,
+                tuning=SMALL,
+                limits=limits(2),
+                wide=WideTuning() if rows > 16 else None,
+            )
+        )
+
+
 @pytest.mark.parametrize("name", ["bf16", "int4-g32"])
 def test_logits_and_the_best_of_each_block_equal_their_specification(name):
     head = weight(name, 83)

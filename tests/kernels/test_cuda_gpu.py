@@ -80,6 +80,26 @@ def test_matrix_products_equal_their_specification(device, name):
             assert_right_and_the_same_with_dependent_launch(device, case)
 
 
+@pytest.mark.parametrize("epilogue", ["part", "gated"])
+@pytest.mark.parametrize("rows", [1, 5, 24])
+def test_parts_of_a_projection_equal_their_specification(device, rows, epilogue):
+    if rows > 16 and not device.limits.warpgroups:
+        pytest.skip("wide.cu is for Hopper")
+    for name in ("int8", "awq"):
+        case = linear_case(
+            make_weight(name, 333, 1152, generator(device, 0)),
+            rows,
+            generator(device, rows),
+            epilogue=epilogue,
+            norm=True,
+            bias=True,
+            tuning=Tuning(),
+            limits=device.limits,
+            wide=WideTuning() if rows > 16 else None,
+        )
+        assert_right_and_the_same_with_dependent_launch(device, case)
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("rows", [9, 24, 64])
 @pytest.mark.parametrize("splits", [1, 4])

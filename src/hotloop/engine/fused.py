@@ -6,7 +6,8 @@ added to the residual stream. Kernels that write the residual stream have a norm
 that read it take a prescaled input. Each kernel may start before its predecessor has ended, and
 prefetches weights until the activations are there (``kernels.cuda``). With tensor parallelism, two
 more kernels per layer all-reduce the partial results. A matrix product of many rows can be two
-kernels (``kernels.cuda.wide``). The decoder is the specification; ``prompt`` runs prompts.
+kernels (``kernels.cuda.wide``), and one whose parts have several number formats has a kernel for
+each. The decoder is the specification; ``prompt`` runs prompts.
 
 The bits of a row's result do not depend on the number of rows: verifying k drafts at once gives
 exactly the results of k + 1 single steps.
@@ -51,7 +52,7 @@ from hotloop.kernels.linear import Fused, LinearSpec
 from hotloop.models.cache import KVCache
 from hotloop.models.config import AttentionConfig, LayerConfig, ModelConfig
 from hotloop.models.decoder import Block, Decoder, RMSNorm
-from hotloop.models.linear import Linear
+from hotloop.models.linear import Linear, Piece
 from hotloop.parallel.collectives import Group, Use
 
 _AGAIN = "; --quant int8, for one, quantizes the file's weights again to what it holds"
@@ -89,9 +90,7 @@ def unsupported_reason(
         if matrix.k % 8:
             return f"{matrix.name} must have a multiple of 8 input features, not {matrix.k}"
     for name, pieces in matrices:
-        if len(pieces) > 1:
-            return f"{name} joins matrices of {len(pieces)} number formats{_AGAIN}"
-        if reason := Fused.unsupported(pieces[0]):
+        for reason in filter(None, map(Fused.unsupported, pieces)):
             return f"it {reason} ({name}){_AGAIN}"
     return None
 
@@ -138,7 +137,7 @@ class FusedForward:
                 _attention_plan(kind, cache, launcher.limits, cache.n_seats, MAX_TOKENS).n_counters
                 for kind in kinds
             ),
-            *(max_counters(fused_kernel(linear).form) for linear in linears),
+            *(max_counters(form) for linear in linears for form in fused_forms(linear)),
         )
         self._counters = torch.zeros(n_counters, dtype=torch.int32, device=decoder.device)
 
@@ -240,7 +239,7 @@ class FusedForward:
 
     def _add(
         self,
-        plans: _RowPlans,
+        plans: _LinearPlans,
         linear: Linear,
         x_MK: Tensor,
         onto_MD: Tensor,
@@ -265,16 +264,22 @@ class FusedForward:
             self._launch(step.add(total_MD, onto_MD, onto_MD, norm_epilogue))
         return onto_MD, norm_epilogue.prescaled
 
-    def _logits(self, plans: _RowPlans, prescaled: PrescaledInput) -> tuple[Tensor, Tensor | None]:
+    def _logits(
+        self, plans: _LinearPlans, prescaled: PrescaledInput
+    ) -> tuple[Tensor, Tensor | None]:
         head, x_MD = self._decoder.head, prescaled.x
+        (piece,), (row_plans,) = head.pieces, plans
+        n_best = max(0, min(self._n_tokens - self._first_id, head.n))
         logits_MV = x_MD.new_empty(len(x_MD), head.n, dtype=torch.float32)
         best_M = x_MD.new_empty(len(x_MD), dtype=torch.int64)
-        for rows, plan in plans:
+        for rows, plan in row_plans:
             best = (
                 x_MD.new_empty(plan.rows, plan.candidates, dtype=torch.float32),
                 x_MD.new_empty(plan.rows, plan.candidates, dtype=torch.int32),
             )
-            self._multiply(plan, head, prescaled.rows(rows), logits_MV[rows], best=best)
+            self._multiply(
+                plan, piece, prescaled.rows(rows), logits_MV[rows], best=best, n_best=n_best
+            )
             if not self._shared:
                 self._launch(step.argmax(best, best_M[rows]))
             elif self._peers is not None:
@@ -285,7 +290,7 @@ class FusedForward:
 
     def _linear(
         self,
-        plans: _RowPlans,
+        plans: _LinearPlans,
         linear: Linear,
         x: Tensor | PrescaledInput,
         *,
@@ -294,24 +299,35 @@ class FusedForward:
         prefetch: Prefetch | None = None,
     ) -> Tensor:
         """Computes a matrix product, added to ``onto`` in place where that is given."""
-        (_, plan) = plans[0]
         x_MK = x.x if isinstance(x, PrescaledInput) else x
-        y = x_MK.new_empty(len(x_MK), plan.width, dtype=plan.dtype) if onto is None else onto
-        for rows, plan in plans:
-            self._multiply(
-                plan,
-                linear,
-                x.rows(rows) if isinstance(x, PrescaledInput) else x[rows],
-                y[rows],
-                residual=None if onto is None else onto[rows],
-                norm_epilogue=None if norm_epilogue is None else norm_epilogue.rows(rows),
-                prefetch=prefetch,
-            )
-            prefetch = None  # the first launch prefetches
+        width = linear.n // 2 if linear.paired else linear.n
+        y = x_MK.new_empty(len(x_MK), width) if onto is None else onto
+        gate: Tensor | None = None
+        for piece, row_plans in zip(linear.pieces, plans, strict=True):
+            _, first = row_plans[0]
+            if first.epilogue == "logits":  # gates, whose SiLU the next piece multiplies by
+                gate = x_MK.new_empty(len(x_MK), width, dtype=torch.float32)
+            for rows, plan in row_plans:
+                options: dict[str, Any] = {}
+                if plan.epilogue == "part":
+                    options["first"] = piece.rows.start
+                elif plan.epilogue == "gated" and gate is not None:
+                    options["gate"] = gate[rows]
+                self._multiply(
+                    plan,
+                    piece,
+                    x.rows(rows) if isinstance(x, PrescaledInput) else x[rows],
+                    gate[rows] if plan.epilogue == "logits" and gate is not None else y[rows],
+                    residual=None if onto is None else onto[rows],
+                    norm_epilogue=None if norm_epilogue is None else norm_epilogue.rows(rows),
+                    prefetch=prefetch,
+                    **options,
+                )
+                prefetch = None  # the first launch prefetches
         return y
 
     def _multiply(
-        self, plan: GemmPlan, linear: Linear, x: Tensor | PrescaledInput, y: Tensor, **options: Any
+        self, plan: GemmPlan, piece: Piece, x: Tensor | PrescaledInput, y: Tensor, **options: Any
     ) -> None:
         """Launches a matrix product; for the options see ``GemmPlan.call``."""
         if isinstance(plan, WidePlan):
@@ -321,9 +337,8 @@ class FusedForward:
         call = plan.call(
             x,
             y,
-            *linear.packed,
-            bias_N=linear.bias,
-            n_best=max(0, min(self._n_tokens - self._first_id, linear.n)),
+            *piece.packed,
+            bias_N=piece.bias,
             partial=y.new_empty(plan.n_partial, dtype=torch.float32),
             counters=self._counters,
             **options,
@@ -377,15 +392,17 @@ class Peers:
         return cls(sums=sums, choices=choices, first_id=first_id)
 
 
-def fused_kernel(linear: Linear) -> Fused:
-    """Returns the kernel of a weight that was assigned for the fused step."""
-    assert isinstance(linear.kernel, Fused), "the weight was not assigned for the fused step"
-    return linear.kernel
+def fused_forms(linear: Linear) -> tuple[Format, ...]:
+    """Returns the packed formats of a weight's pieces, which was assigned for the fused step."""
+    kernels = [piece.kernel for piece in linear.pieces]
+    fused = [kernel for kernel in kernels if isinstance(kernel, Fused)]
+    assert fused == kernels != [], "the weight was not assigned for the fused step"
+    return tuple(kernel.form for kernel in fused)
 
 
-def _prefetch(by: Projection, plans: _RowPlans, linear: Linear) -> Prefetch | None:
-    """Plans the prefetch by one projection of a later one's weight."""
-    (_, plan), (weight, *_) = plans[0], linear.packed
+def _prefetch(by: Projection, plans: _LinearPlans, linear: Linear) -> Prefetch | None:
+    """Plans the prefetch by one projection of a later one's weight, or of its first piece."""
+    (_, plan), (weight, *_) = plans[0][0], linear.packed
     return plan_prefetch(by, plan, weight)
 
 
@@ -418,6 +435,19 @@ def _attention_plan(
 
 
 _RowPlans = Sequence[tuple[slice, GemmPlan]]
+_LinearPlans = Sequence[_RowPlans]
+"""The plans of each piece of a weight."""
+
+
+def _epilogues(epilogue: Epilogue, n_pieces: int) -> tuple[Epilogue, ...]:
+    """Returns the epilogues of a projection's pieces: SwiGLU's are its gates, then the rest."""
+    if n_pieces == 1:
+        return (epilogue,)
+    if epilogue == "swiglu":
+        assert n_pieces == 2, f"gates and up features in {n_pieces} pieces"
+        return "logits", "gated"
+    assert epilogue == "plain", f"{epilogue} of several pieces"
+    return ("part",) * n_pieces
 
 
 @dataclass(frozen=True)
@@ -432,17 +462,22 @@ class _LayerPlans:
         down: The down projection.
     """
 
-    qkv: _RowPlans
+    qkv: _LinearPlans
     attention: AttentionPlan
-    o: _RowPlans
-    gate_up: _RowPlans
-    down: _RowPlans
+    o: _LinearPlans
+    gate_up: _LinearPlans
+    down: _LinearPlans
 
     @property
     def kernels(self) -> list[Kernel]:
         """All kernels of the layer."""
-        rows = (*self.qkv, *self.o, *self.gate_up, *self.down)
-        return [self.attention.kernel, *(kernel for _, plan in rows for kernel in plan.kernels)]
+        linears = (self.qkv, self.o, self.gate_up, self.down)
+        return [self.attention.kernel, *(kernel for plans in linears for kernel in _kernels(plans))]
+
+
+def _kernels(plans: _LinearPlans) -> list[Kernel]:
+    """Returns all kernels of a matrix product."""
+    return [kernel for rows in plans for _, plan in rows for kernel in plan.kernels]
 
 
 class _Plans:
@@ -460,10 +495,19 @@ class _Plans:
     ) -> None:
         def plan(
             linear: Linear, projection: Projection, epilogue: Epilogue = "plain", *, norm: bool
-        ) -> _RowPlans:
-            form = fused_kernel(linear).form
-            tuning = linear_tuning(form, limits, projection)
-            return plan_rows(form, B * T, epilogue, norm=norm, tuning=tuning, limits=limits)
+        ) -> _LinearPlans:
+            forms = fused_forms(linear)
+            return [
+                plan_rows(
+                    form,
+                    B * T,
+                    epilogue,
+                    norm=norm,
+                    tuning=linear_tuning(form, limits, projection),
+                    limits=limits,
+                )
+                for form, epilogue in zip(forms, _epilogues(epilogue, len(forms)), strict=True)
+            ]
 
         def layer(block: Block) -> _LayerPlans:
             attention, feed_forward = block.attention, block.feed_forward
@@ -476,10 +520,10 @@ class _Plans:
             )
 
         self.head = plan(head, "head", "logits", norm=True)
-        self._kinds: dict[tuple[LayerConfig, tuple[Format, ...]], _LayerPlans] = {}
+        self._kinds: dict[tuple[LayerConfig, tuple[tuple[Format, ...], ...]], _LayerPlans] = {}
         self.layers: list[_LayerPlans] = []
         for block in blocks:
-            forms = tuple(fused_kernel(linear).form for linear in block.linears.values())
+            forms = tuple(map(fused_forms, block.linears.values()))
             kind = block.config, forms
             if kind not in self._kinds:
                 self._kinds[kind] = layer(block)
@@ -489,4 +533,4 @@ class _Plans:
     def kernels(self) -> list[Kernel]:
         """All kernels but those at the ends of the step, which do not depend on its size."""
         layers = [kernel for plans in self._kinds.values() for kernel in plans.kernels]
-        return [*layers, *(kernel for _, plan in self.head for kernel in plan.kernels)]
+        return [*layers, *_kernels(self.head)]

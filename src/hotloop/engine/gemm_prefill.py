@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotloop.engine.fused import fused_kernel
+from hotloop.engine.fused import fused_forms
 from hotloop.engine.graphs import PaddedGraphs
 from hotloop.engine.prefill_workspace import Views, Workspace
 from hotloop.kernels.cuda import prompt
@@ -93,9 +93,9 @@ class GemmPrefill:
         self._shared, self._blocks, self._device = shared, decoder.blocks, decoder.device
         first, *_ = self._blocks
         linears = [linear for block in self._blocks for linear in block.linears.values()]
-        forms = list(dict.fromkeys(fused_kernel(linear).form for linear in linears))
+        forms = dict.fromkeys(form for linear in linears for form in fused_forms(linear))
         launcher.load((*prompt.kernels(first.attention.head_dim), *map(dequantize_kernel, forms)))
-        largest = max(form.n * form.k for form in forms)
+        largest = max(linear.n * linear.k for linear in linears)
         self._weight = torch.empty(largest, dtype=torch.bfloat16, device=self._device)
         self._workspace = Workspace(first.config, min(chunk, cache.n_positions), self._device)
         self._seat, self._start = torch.zeros(2, 1, dtype=torch.int64, device=self._device)
@@ -295,11 +295,14 @@ class GemmPrefill:
 
     def _dequantize(self, linear: Linear) -> Callable[[], Tensor]:
         weight_NK = self._weight[: linear.n * linear.k].view(linear.n, linear.k)
-        form = fused_kernel(linear).form
-        launch = self._prepared(dequantize_call(form, linear.packed[0], weight_NK))
+        launches = [
+            self._prepared(dequantize_call(form, piece.packed[0], weight_NK[piece.rows]))
+            for form, piece in zip(fused_forms(linear), linear.pieces, strict=True)
+        ]
 
         def dequantized() -> Tensor:
-            launch()
+            for launch in launches:
+                launch()
             return weight_NK.T
 
         return dequantized
@@ -310,8 +313,14 @@ class GemmPrefill:
 
 def _gemm_output(linear: Linear, y: Tensor) -> GemmOutput:
     """Returns a GEMM's output with the weight's scale and bias, which remain to be applied."""
-    _, *scale_N = linear.packed
-    return GemmOutput(y=y, scale=scale_N[0] if scale_N else None, bias=linear.bias)
+    scales = [next(iter(piece.packed[1:]), None) for piece in linear.pieces]
+    scale_N, *more = scales
+    if more and any(scale is not None for scale in scales):
+        scale_N = torch.ones(linear.n, dtype=torch.float32, device=y.device)
+        for piece, scale in zip(linear.pieces, scales, strict=True):
+            if scale is not None:
+                scale_N[piece.rows] = scale
+    return GemmOutput(y=y, scale=scale_N, bias=linear.bias)
 
 
 def _positions(seats_SJCE: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ Shape letters: T tokens of one sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hotloop.engine.fused import FusedForward, fused_kernel
+from hotloop.engine.fused import FusedForward, fused_forms
 from hotloop.engine.gemm_prefill import GemmPrefill
 from hotloop.engine.graphs import capture
 from hotloop.kernels.cuda.launch import Launcher
@@ -31,13 +31,14 @@ SHORT_PROMPT = 64
 """The longest prompt that may run as decode steps."""
 
 
-def max_step_prefill_tokens(form: Format) -> int:
+def max_step_prefill_tokens(forms: Sequence[Format]) -> int:
     """Returns the longest prompt that runs faster as decode steps than with GEMMs.
 
     A step reads the packed weight, and takes a tenth longer with eight tokens than with one.
     Dequantizing reads the packed weight too, and writes bfloat16, which the GEMM reads.
     """
-    steps = (form.nbytes + 4 * form.n * form.k) / (1.1 * form.nbytes)
+    packed = sum(form.nbytes for form in forms)
+    steps = (packed + 4 * sum(form.n * form.k for form in forms)) / (1.1 * packed)
     return min(SHORT_PROMPT, STEP_TOKENS * int(steps))
 
 
@@ -117,7 +118,7 @@ class FusedPrefill:
         self._steps = StepPrefill(forward, decoder.device)
         self._gemm = GemmPrefill(decoder, cache, launcher, chunk=chunk, shared=shared)
         gate_up = decoder.blocks[0].feed_forward.gate_up_proj
-        self._max_step_tokens = max_step_prefill_tokens(fused_kernel(gate_up).form)
+        self._max_step_tokens = max_step_prefill_tokens(fused_forms(gate_up))
 
     def warm_up(self) -> None:
         """Captures prefill graphs and warms up libraries; overwrites seat 0."""

@@ -497,21 +497,22 @@ def linear_specs(
     for i, layer in enumerate(model.layers):
         for matrix in layer.matrices:
             formats = [schemes[names.layer(i, p.name)].format(matrix.k) for p in matrix.parts]
-            pieces = groupby(zip(formats, matrix.parts, strict=True), key=lambda pair: pair[0])
+            by_format = groupby(zip(formats, matrix.parts, strict=True), key=lambda pair: pair[0])
+            pieces = [(form, sum(part.n for _, part in parts)) for form, parts in by_format]
             yield (
                 i,
                 matrix,
                 [
                     LinearSpec(
                         format=format_,
-                        n=sum(part.n for _, part in parts),
+                        n=n,
                         k=matrix.k,
                         dtype=dtype,
                         device=device,
                         fused=fused,
-                        paired=matrix.paired,
+                        paired=matrix.paired and len(pieces) == 1,
                     )
-                    for format_, parts in pieces
+                    for format_, n in pieces
                 ],
             )
 

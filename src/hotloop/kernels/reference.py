@@ -175,6 +175,7 @@ def fused_linear(
     eps: float = 0.0,
     bias: Tensor | None = None,
     paired: bool = False,
+    gate: Tensor | None = None,
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
@@ -190,6 +191,7 @@ def fused_linear(
         eps: Of the norm.
         bias: [N], or None.
         paired: The weight is gate features followed by up features, and the result their SwiGLU.
+        gate: The result is multiplied by its SiLU; float32, shaped like the result, or None.
         residual: Added; shaped like the result, or None.
         dtype: Of the result.
 
@@ -202,8 +204,9 @@ def fused_linear(
     if bias is not None:
         y = y + bias.float()
     if paired:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
+        gate, y = y.chunk(2, dim=-1)
+    if gate is not None:
+        y = F.silu(gate) * y
     if residual is not None:
         y = y + residual.float()
     return y.to(dtype)

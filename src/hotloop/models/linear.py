@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,23 @@ from torch import Tensor, nn
 from hotloop.kernels.linear import DENSE, LinearKernel, LinearSpec, Stacked, choose_linear
 from hotloop.models.config import Matrix
 from hotloop.quant import QTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Adjacent output features of a projection whose weights are alike.
+
+    Attributes:
+        kernel: The kernel that serves them.
+        rows: Which output features.
+        packed: Their weight as the kernel reads it.
+        bias: Of these features, or None.
+    """
+
+    kernel: LinearKernel
+    rows: slice
+    packed: Sequence[Tensor]
+    bias: Tensor | None
 
 
 class Linear(nn.Module):
@@ -27,6 +45,7 @@ class Linear(nn.Module):
         self.kernel: LinearKernel | Stacked | None = None
         self.notes: list[str] = []
         self.n_packed = 0
+        self._pieces: list[tuple[LinearKernel, int, int]] = []
         self.bias: Tensor | None
         self.register_buffer("bias", None)
 
@@ -54,9 +73,9 @@ class Linear(nn.Module):
             device: The device of the packed weight.
             fused: For the fused step.
         """
-        pieces: list[tuple[LinearKernel, int]] = []
-        self.notes, self.n_packed, n = [], 0, 0
-        for piece in (weight,) if isinstance(weight, Tensor | QTensor) else weight:
+        weights = (weight,) if isinstance(weight, Tensor | QTensor) else weight
+        self.notes, self.n_packed, self._pieces, n = [], 0, [], 0
+        for piece in weights:
             assert piece.shape[1] == self.k, f"{piece.shape} for {self.n, self.k}"
             spec = LinearSpec(
                 format=piece.format if isinstance(piece, QTensor) else DENSE,
@@ -65,7 +84,7 @@ class Linear(nn.Module):
                 dtype=dtype,
                 device=device.type,
                 fused=fused,
-                paired=self.paired,
+                paired=self.paired and len(weights) == 1,
             )
             kernel, notes = choose_linear(spec)
             packed = kernel.pack(
@@ -75,10 +94,11 @@ class Linear(nn.Module):
             for tensor in packed:
                 self.register_buffer(f"packed{self.n_packed}", tensor)
                 self.n_packed += 1
-            pieces.append((kernel, len(packed)))
+            self._pieces.append((kernel, piece.shape[0], len(packed)))
             self.notes += [note for note in notes if note not in self.notes]
         assert n == self.n, f"{n} rows for {self.n, self.k}"
-        self.kernel = pieces[0][0] if len(pieces) == 1 else Stacked(pieces)
+        stacked = [(kernel, n_packed) for kernel, _, n_packed in self._pieces]
+        self.kernel = stacked[0][0] if len(stacked) == 1 else Stacked(stacked)
         if bias is not None:
             self.bias = bias.to(device, dtype)
 
@@ -86,6 +106,19 @@ class Linear(nn.Module):
     def packed(self) -> list[Tensor]:
         """The weight as the kernel reads it."""
         return [getattr(self, f"packed{i}") for i in range(self.n_packed)]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The weight by pieces that are alike, most often one."""
+        found, packed, row, at = [], self.packed, 0, 0
+        for kernel, n, n_packed in self._pieces:
+            rows = slice(row, row + n)
+            bias = None if self.bias is None else self.bias[rows]
+            found.append(
+                Piece(kernel=kernel, rows=rows, packed=packed[at : at + n_packed], bias=bias)
+            )
+            row, at = row + n, at + n_packed
+        return found
 
     @property
     def nbytes(self) -> int:

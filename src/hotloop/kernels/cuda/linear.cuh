@@ -18,7 +18,8 @@ struct LinearArgs {
   const float* squares;          // [M, tiles of K], with kNorm: partial sums of the input's squares
   const bf16* bias;              // [N], or null
   const bf16* residual;          // added; shaped like y, or null; not with kLogits
-  void* y;                       // bf16 [M, N]; kSwiGLU: bf16 [M, N / 2]; kLogits: float [M, N]
+  void* y;                       // bf16 [M, N]; kSwiGLU: bf16 [M, N / 2]; kLogits: float [M, N];
+                                 // kPart: bf16 [M, y_width]
   const bf16* next_norm;         // [N]: weight of the norm that follows, or null; with kPlain
   bf16* next_x;                  // [M, N]: its prescaled input, y * next_norm
   float* next_squares;           // [M, tiles]: partial sums of y's squares
@@ -40,9 +41,13 @@ struct LinearArgs {
   int prefetch_tile_bytes;       // bytes of each, from its beginning
   int prefetch_items_left;       // a block prefetches when it has this many items left
   float eps;                     // with kNorm
+  int y_width, y_first;          // of kPart: features of y, and the first of these N
+  const float* gate;             // [M, N], of kGated
 };
 
-enum Epilogue { kPlain, kSwiGLU, kLogits };
+// kPart writes some features of y; kGated multiplies the results by silu(gate). Both are for a
+// projection whose parts have weights of different types, each with a launch of its own.
+enum Epilogue { kPlain, kSwiGLU, kLogits, kPart, kGated };
 
 // x as B operands: features 8t to 8t + 7 of a slice, multiplied by the weight type's input scale.
 template <class Weight>
@@ -154,7 +159,7 @@ struct Output {
   // The inputs of the epilogue beside the sums, loaded before these are complete.
   struct EpilogueInputs {
     float scale[2], bias[2], next_norm[2];
-    float residual[4];
+    float residual[4];  // with kGated, gates
   };
 
   __device__ __forceinline__ EpilogueInputs load_epilogue_inputs(int tile, int c) const {
@@ -171,6 +176,17 @@ struct Output {
     if (kEpilogue == kPlain && args.next_norm != nullptr) {
       if (p.has0) b.next_norm[0] = widen(args.next_norm[p.n0]);
       if (p.has1) b.next_norm[1] = widen(args.next_norm[p.n1]);
+    }
+    if constexpr (kEpilogue == kGated) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int row = 8 * c + 2 * t + i;
+        if (row >= args.rows) continue;
+        const float* gate = args.gate + static_cast<int64_t>(row) * p.width;
+        if (p.has0) b.residual[i] = gate[p.n0];
+        if (p.has1) b.residual[2 + i] = gate[p.n1];
+      }
+      return b;
     }
     if (kEpilogue != kLogits && args.residual != nullptr)
 #pragma unroll
@@ -201,9 +217,14 @@ struct Output {
       if (8 * c + i >= args.rows) break;  // no lane has such a row
       const int row = 8 * c + 2 * t + i;
       const bool has0 = p.has0 && row < args.rows, has1 = p.has1 && row < args.rows;
-      const int64_t at = static_cast<int64_t>(row) * p.width;
+      const int64_t at = kEpilogue == kPart
+                             ? static_cast<int64_t>(row) * args.y_width + args.y_first
+                             : static_cast<int64_t>(row) * p.width;
       float squares = 0;
-      if (kEpilogue == kSwiGLU) {
+      if constexpr (kEpilogue == kGated) {
+        if (has0) store(at + p.n0, silu(inputs.residual[i]) * v[i], 0, 0, squares);
+        if (has1) store(at + p.n1, silu(inputs.residual[2 + i]) * v[2 + i], 0, 0, squares);
+      } else if (kEpilogue == kSwiGLU) {
         if (has0) store(at + p.n0, silu(v[i]) * v[2 + i], inputs.residual[i], 0, squares);
       } else {
         if (has0) store(at + p.n0, v[i], inputs.residual[i], inputs.next_norm[0], squares);

@@ -23,8 +23,14 @@ from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call, Limits
 from hotloop.kernels.cuda.packing import SLICE, TILE_ROWS, Format
 
-Epilogue = Literal["plain", "swiglu", "logits"]
-EPILOGUES: dict[Epilogue, str] = {"plain": "kPlain", "swiglu": "kSwiGLU", "logits": "kLogits"}
+Epilogue = Literal["plain", "swiglu", "logits", "part", "gated"]
+EPILOGUES: dict[Epilogue, str] = {
+    "plain": "kPlain",
+    "swiglu": "kSwiGLU",
+    "logits": "kLogits",
+    "part": "kPart",
+    "gated": "kGated",
+}
 
 MAX_ROWS = 64
 MAX_ACCUMULATORS = 4
@@ -188,6 +194,8 @@ class LinearArguments(Arguments):
         *((name, ctypes.c_int) for name in ("stages", "units_per_stage", "early_stages")),
         *((name, ctypes.c_int) for name in Prefetch.ARGUMENTS[1:]),
         ("eps", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("y_width", "y_first")),
+        ("gate", ctypes.c_void_p),
     )
 
 
@@ -199,7 +207,9 @@ class GemmPlan(ABC):
         form: The weight's format.
         rows: M, up to 64.
         epilogue: ``plain`` (bfloat16, plus a residual where one is given), ``swiglu`` (bfloat16,
-            of a paired weight) or ``logits`` (float32, with the best candidates on request).
+            of a paired weight) or ``logits`` (float32, with the best candidates on request). Of
+            projections whose parts have different formats: ``part`` (bfloat16, some features of y)
+            or ``gated`` (bfloat16, multiplied by SiLU of gates that are there already).
         norm: x is a ``PrescaledInput``: sums are multiplied by 1 / rms of their row.
         tuning: Parameters chosen for speed; its warps determine the order of sums.
         limits: Of the device.
@@ -275,6 +285,8 @@ class GemmPlan(ABC):
         *,
         bias_N: Tensor | None = None,
         residual: Tensor | None = None,
+        first: int = 0,
+        gate: Tensor | None = None,
         norm_epilogue: NormEpilogue | None = None,
         best: tuple[Tensor, Tensor] | None = None,
         n_best: int | None = None,
@@ -287,11 +299,14 @@ class GemmPlan(ABC):
 
         Args:
             x: bfloat16 [M, K]; with a norm, the prescaled input.
-            y: [M, width], written: float32 for ``logits``, else bfloat16. May be ``residual``.
+            y: [M, width], written: float32 for ``logits``, else bfloat16. May be ``residual``. For
+                ``part`` it is wider, and only these features are written.
             weight: As ``packing.pack`` returns it.
             scale_N: float32 scales of an eight-bit weight.
             bias_N: bfloat16, in the order of the weight before packing.
-            residual: bfloat16, shaped like ``y``; added.
+            residual: bfloat16, shaped like ``y``; added, by ``plain`` and ``swiglu``.
+            first: Of ``part``, the first feature of ``y`` that is written.
+            gate: Of ``gated``, float32, shaped like ``y``.
             norm_epilogue: Of the norm that ``y`` goes into; for ``plain``.
             best: For ``logits``, written: float32 and int32 [M, candidates], the largest logit of
                 each part of the vocabulary and its output feature. A NaN counts as larger than any
@@ -306,13 +321,17 @@ class GemmPlan(ABC):
         x_MK = x.x if isinstance(x, PrescaledInput) else x
         assert (prescaled is not None) == self.norm, "a prescaled input where there is a norm"
         assert x_MK.shape == (self.rows, self.form.k), f"x is {tuple(x_MK.shape)}"
-        assert y.shape == (self.rows, self.width), f"y is {tuple(y.shape)}"
+        is_part = self.epilogue == "part"
+        assert len(y) == self.rows, f"y is {tuple(y.shape)}"
+        assert y.shape[1] >= first + self.width if is_part else y.shape[1] == self.width, "width"
         assert x_MK.dtype == torch.bfloat16, f"x is {x_MK.dtype}"
         assert y.dtype == self.dtype, f"y is {y.dtype}"
         assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
         assert (scale_N is not None) == self.form.has_channel_scales, "a scale per output"
         assert residual is None or residual.shape == y.shape, "like y"
-        assert residual is None or self.epilogue != "logits", "logits have no residual"
+        assert residual is None or self.epilogue in ("plain", "swiglu"), "no residual"
+        assert (gate is not None) == (self.epilogue == "gated"), "a gate, of gated results alone"
+        assert gate is None or (gate.shape, gate.dtype) == (y.shape, torch.float32), "like y"
         next_norm: dict[str, Tensor | None] = dict.fromkeys(NormEpilogue.ARGUMENTS)
         if norm_epilogue is not None:
             assert self.epilogue == "plain", "a norm follows plain results alone"
@@ -346,6 +365,9 @@ class GemmPlan(ABC):
             **self.settings,
             **(prefetch.arguments() if prefetch else _NO_PREFETCH),
             eps=prescaled.eps if prescaled else 0.0,
+            y_width=y.shape[1],
+            y_first=first,
+            gate=gate,
         )
         return Call(
             kernel=self.kernel,
