@@ -20,6 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/hotloop sweep recipes/demo.yaml --out $(RESULTS) --resume
 	$(BIN)/hotloop sweep recipes/demo-full.yaml --out $(RESULTS)-full --resume
 	$(BIN)/hotloop report $(RESULTS)
+	$(BIN)/hotloop report $(RESULTS) $(RESULTS)-full --html
 
 test: check
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \

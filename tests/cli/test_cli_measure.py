@@ -234,7 +234,7 @@ def test_sweep_by_flags_prints_the_table_and_leaves_it_in_the_folder(sweeps, tmp
     assert "Recommended" in shown
     assert shown.splitlines() == [line.rstrip() for line in shown.splitlines()]
     assert "none/eager" in progress
-    files = {"records.jsonl", "table.md", "table.csv", "page.md"}
+    files = {"records.jsonl", "table.md", "table.csv", "page.md", "report.html"}
     assert {file.name for file in out.iterdir()} == files
 
 
@@ -467,7 +467,7 @@ def test_the_reference_layout_joins_folders(results, tmp_path, capsys):
 
 def test_the_full_layout_is_of_one_folder(results, capsys):
     assert main(["report", str(results), str(results)]) == 2
-    assert "only --layout reference joins them" in capsys.readouterr().err
+    assert "only --html and --layout reference join them" in capsys.readouterr().err
 
 
 def test_report_leaves_the_tables_in_the_folder_where_it_is_asked_to(results, capsys):
@@ -479,9 +479,21 @@ def test_report_leaves_the_tables_in_the_folder_where_it_is_asked_to(results, ca
         "table.md",
         "table.csv",
         "page.md",
+        "report.html",
     }
     assert main(["report", str(results / store.RECORDS), "--write"]) == 2
     assert "is a file" in capsys.readouterr().err
+
+
+def test_report_writes_one_page_and_prints_its_path(results, tmp_path, capsys):
+    assert main(["report", str(results), "--html"]) == 0
+    page = results / "report.html"
+    assert capsys.readouterr().out == f"{page}\n"
+    joined = tmp_path / "joined.html"
+    assert main(["report", str(results), str(results), "--html", "--out", str(joined)]) == 0
+    assert joined.read_text() == page.read_text(), "the last attempt at a cell counts"
+    assert main(["report", str(results), "--out", str(joined)]) == 2
+    assert "add --html" in capsys.readouterr().err
 
 
 def test_report_json_is_the_json_format(results, capsys):

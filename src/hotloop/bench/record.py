@@ -259,6 +259,8 @@ class RecordedEngine(_Keys, total=False):
 
     dtype: Name
     execution: Name | None
+    weight_bytes_per_step: Bytes
+    kv_bytes_per_token: Bytes
     notes: Annotated[tuple[Reason, ...], Field(strict=False)]
 
 

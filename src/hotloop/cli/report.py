@@ -20,6 +20,7 @@ app = App(
     help_epilogue="""\
 Examples:
   hotloop report results/demo
+  hotloop report results/demo --html
   hotloop report results/demo --format markdown > table.md
   hotloop report results/demo --json | jq .decode_tok_s.mean
   hotloop report results/13b results/70b --layout reference""",
@@ -31,7 +32,8 @@ def report(
     results: Annotated[Path, option(OUTPUT, "A results folder, or a file of records.")],
     /,
     *more: Annotated[
-        Path, option(OUTPUT, "Further results folders, which --layout reference joins.")
+        Path,
+        option(OUTPUT, "Further results folders, which --html and --layout reference join."),
     ],
     layout: Annotated[
         Literal["full", "reference"],
@@ -41,8 +43,21 @@ def report(
         Literal["table", "markdown", "csv", "json"],
         option(OUTPUT, "json is the records themselves, one a line.", name="--format"),
     ] = "table",
+    html: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            "Write one HTML page with plots, tables and every sample, which needs no other file "
+            "and no network, and print its path.",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        option(OUTPUT, "With --html: the page's file.", "report.html in the first folder"),
+    ] = None,
     write: Annotated[
-        bool, option(OUTPUT, "Also write table.md, table.csv and page.md into the folders.")
+        bool,
+        option(OUTPUT, "Also write table.md, table.csv, page.md and report.html into the folders."),
     ] = False,
     tolerance: Tolerance = MAX_DELTA_LN_PPL,
     json: Json = False,
@@ -54,14 +69,19 @@ def report(
     the layout of published tables of decoding speed.
     """
     from hotloop.report import page, table
+    from hotloop.report.html import to_html
     from hotloop.report.layout import to_markdown, to_rich
     from hotloop.report.read import read_records
-    from hotloop.report.write import write_results
+    from hotloop.report.write import REPORT, write_results
+    from hotloop.writing import write_whole
 
-    if more and layout == "full":
+    if more and layout == "full" and not html:
         raise ConfigError(
-            f"{1 + len(more)} results folders: only --layout reference joins them. Give one."
+            f"{1 + len(more)} results folders: only --html and --layout reference join them. Give "
+            "one."
         )
+    if out is not None and not html:
+        raise ConfigError("--out is the file of --html: add --html, or redirect the output.")
     paths = (results, *more)
     if write and (files := [path for path in paths if path.is_file()]):
         raise ConfigError(f"--write needs a results folder, and {files[0]} is a file.")
@@ -69,6 +89,11 @@ def report(
     if write:
         for folder, records in zip(paths, experiments, strict=True):
             write_results(folder, records, max_delta_ln_ppl=tolerance)
+    if html:
+        page_file = out or (results.parent if results.is_file() else results) / REPORT
+        write_whole(page_file, to_html(*experiments, max_delta_ln_ppl=tolerance))
+        print_json({"html": str(page_file)}) if json else print_text(str(page_file))
+        return 0
     tables: list[Table]
     if layout == "full":
         tables = [table.make_table(experiments[0], max_delta_ln_ppl=tolerance)]

@@ -101,7 +101,7 @@ def sweep(
     """
     from hotloop.report.layout import to_rich
     from hotloop.report.read import read_records
-    from hotloop.report.write import write_results
+    from hotloop.report.write import REPORT, write_results
     from hotloop.sweep.models import is_quantized_copy
     from hotloop.sweep.plan import plan
     from hotloop.sweep.progress import SweepProgress
@@ -168,7 +168,7 @@ def sweep(
             print_json(row.record.model_dump(mode="json"))
     else:
         print_rich(to_rich(table))
-    note(f"Records and tables are in {results}.")
+    note(f"Records and tables are in {results}, and the report is {results / REPORT}.")
     if stopped:
         return 130
     return int(all(record.status in FAILURES for record in records))

@@ -24,6 +24,7 @@ from hotloop.report.fields import csv_names, csv_text, csv_values
 from hotloop.report.layout import Column, Notes, Row, Table
 from hotloop.report.numbers import half_width, uncertain
 from hotloop.report.read import latest
+from hotloop.report.recommend import speed_gap
 from hotloop.types import EngineConfig, draft_name, is_draft_model
 
 NONE = "–"
@@ -43,7 +44,7 @@ def make_page(*experiments: Iterable[Record]) -> list[Table]:
             cell counts, and among several folders that of the last one.
     """
     records = [record for experiment in experiments for record in latest(experiment)]
-    return [_table(latest(group)) for group in _comparable(records)]
+    return [_table(latest(group)) for group in comparable(records)]
 
 
 def to_csv(tables: Iterable[Table]) -> str:
@@ -60,7 +61,7 @@ def to_csv(tables: Iterable[Table]) -> str:
     return csv_text(header, rows)
 
 
-def _comparable(records: Sequence[Record]) -> Iterable[list[Record]]:
+def comparable(records: Sequence[Record]) -> Iterable[list[Record]]:
     """Groups records by model, device and workload, in the order of first appearance.
 
     A record that ended before its device was known belongs to the first device of its model.
@@ -195,7 +196,7 @@ def _caveat(record: Record) -> str | None:
     reason = (record.reason or "").partition("\n")[0]
     match record.status:
         case "ok":
-            return None
+            return speed_gap(record)
         case "unstable":
             return f"lots of variance: {reason}"
         case "oom" | "predicted-oom":

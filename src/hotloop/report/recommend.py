@@ -67,8 +67,8 @@ def recommend(
     """
     ours = (record for record in latest(records) if record.baseline is None)
     timed = [record for record in ours if record.status in MEASURED and record.decode_tok_s]
-    unknown = [f"{record.cell}: {gap}." for record in timed if (gap := _speed_gap(record))]
-    measured = [record for record in timed if not _speed_gap(record)]
+    unknown = [f"{record.cell}: {gap}." for record in timed if (gap := speed_gap(record))]
+    measured = [record for record in timed if not speed_gap(record)]
     scored = [record for record in measured if record.delta_ln_ppl]
 
     def answer(chosen: Record | None, why: str, passed_over: Iterable[str] = ()) -> Recommendation:
@@ -128,10 +128,11 @@ def _speed(record: Record) -> float:
     return record.decode_tok_s.mean
 
 
-def _speed_gap(record: Record) -> str | None:
-    """Says why a measured speed is not known well enough; None if it is."""
+def speed_gap(record: Record) -> str | None:
+    """Says why a measured speed is not known well enough; None if it is, or there is none."""
     figure = record.decode_tok_s
-    assert figure is not None, "only measured records have a speed"
+    if figure is None:
+        return None
     if figure.n < MIN_REPEATS:
         repeats = "1 repeat is" if figure.n == 1 else f"{figure.n} repeats are"
         return f"{repeats} too few to know its speed, {_shown(figure)} tok/s"
@@ -141,6 +142,11 @@ def _speed_gap(record: Record) -> str | None:
             f"{figure.n} repeats"
         )
     return None
+
+
+def is_doubtful(record: Record) -> bool:
+    """Tells whether a measured speed was unstable, or is not known well enough."""
+    return record.status == "unstable" or speed_gap(record) is not None
 
 
 def _loss(record: Record) -> float:

@@ -12,7 +12,7 @@ from hotloop.report.fields import csv_names, csv_text, csv_values, value_of
 from hotloop.report.layout import STAR, Column, Notes, Row, Table
 from hotloop.report.numbers import divergence, half_width, memory, percent, significant, uncertain
 from hotloop.report.read import latest
-from hotloop.report.recommend import Recommendation, recommend
+from hotloop.report.recommend import Recommendation, recommend, speed_gap
 from hotloop.types import MAX_DELTA_LN_PPL
 
 
@@ -89,7 +89,7 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
         # From left to right, so that numbers ascend as they are read.
         figures = range(len(LABELS), len(columns))
         if (first := next((i for i in figures if cells[i]), None)) is not None:
-            for note in engine_notes(record):
+            for note in (*filter(None, [speed_gap(record)]), *engine_notes(record)):
                 cells[first] = notes.cite(cells[first], note)
             if first_of_quality is not None and record.quality_reason:
                 note = f"quality: {record.quality_reason}"

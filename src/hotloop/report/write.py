@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hotloop.bench.record import Record
+from hotloop.report.html import to_html
 from hotloop.report.layout import Table, to_markdown
 from hotloop.report.page import make_page
 from hotloop.report.table import make_table, to_csv
 from hotloop.types import MAX_DELTA_LN_PPL
 from hotloop.writing import write_whole
 
+REPORT = "report.html"
+"""The page of a results folder."""
+
 
 def write_results(
     folder: Path, records: Sequence[Record], *, max_delta_ln_ppl: float = MAX_DELTA_LN_PPL
 ) -> Table:
-    """Writes ``table.md``, ``table.csv`` and ``page.md``, replacing existing files.
+    """Writes ``table.md``, ``table.csv``, ``page.md`` and ``report.html``, or replaces them.
 
     Args:
         folder: A results folder.
@@ -34,4 +38,5 @@ def write_results(
     write_whole(folder / "table.md", to_markdown(table))
     write_whole(folder / "table.csv", to_csv(table))
     write_whole(folder / "page.md", page)
+    write_whole(folder / REPORT, to_html(records, max_delta_ln_ppl=max_delta_ln_ppl))
     return table

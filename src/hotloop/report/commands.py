@@ -1,0 +1,79 @@
+"""The command that measures a record's configuration again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from hotloop.bench.record import Record, Workload
+from hotloop.types import EngineConfig, levers
+
+_DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
+_FILLED_IN = ("max_seq_len", "max_batch_size")
+"""Levers that a sweep fills in from the workload, as a command does."""
+
+
+def bench_command(record: Record) -> str:
+    """Returns the ``hotloop bench`` command that times a record's configuration again.
+
+    Another engine's cell has no such command: its entry in a recipe is returned.
+    """
+    if record.baseline:
+        entry = {"engine": record.baseline, **_changed(record.config)}
+        entry.pop("model", None)
+        return f"cells: [{json.dumps(entry, ensure_ascii=False)}]"
+    words = ["hotloop", "bench", *_model(record), *_options(record.config)]
+    if record.workload is not None:
+        words += _workload(record.workload)
+    return shlex.join(words)
+
+
+def chat_command(record: Record) -> str | None:
+    """Returns the command that runs a record's configuration; None for random weights."""
+    if record.baseline or record.config.get("weights") == "random":
+        return None
+    words = ["hotloop", "chat", *_model(record), *_options(record.config)]
+    return shlex.join(words)
+
+
+def _model(record: Record) -> list[str]:
+    model = str(record.config.get("model", "MODEL"))
+    if record.config.get("weights") != "random":
+        return [model]
+    seed = record.config.get("seed", 0)
+    return [model, "--weights", "random", *(["--weights-seed", str(seed)] if seed else [])]
+
+
+def _options(config: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name, value in _changed(config).items():
+        lever = levers()[name]
+        if lever.group is None or name in _FILLED_IN:
+            continue
+        if lever.used is not None and not lever.used({**_DEFAULTS, **config}):
+            continue
+        flag = lever.alias or "--" + name.replace("_", "-")
+        words += [flag, str(value)]
+    return words
+
+
+def _changed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the levers of a configuration that differ from their defaults."""
+    return {
+        name: config[name]
+        for name in levers()
+        if name in config and config[name] not in (None, _DEFAULTS[name])
+    }
+
+
+def _workload(workload: Workload) -> list[str]:
+    words = []
+    default = Workload(prompt_tokens=128, new_tokens=128)
+    for name, value in workload.model_dump().items():
+        if value != getattr(default, name):
+            flag = "workload-seed" if name == "seed" else name.replace("_", "-")
+            words += [f"--{flag}", str(value)]
+    return words

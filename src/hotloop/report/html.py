@@ -1,0 +1,351 @@
+"""Renders records as one HTML page that needs nothing else: no network, no other file.
+
+The page is for a reader who was not there: what was asked and on what machine, the verdict, the
+plots, the tables, and behind folds every setting and every sample. Templates and styles are files
+in ``templates``. Whatever comes from records is escaped there, for HTML and for what displays
+would obey.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from hotloop.bench.record import Figure, Record
+from hotloop.printable import printable
+from hotloop.report import svg
+from hotloop.report.commands import bench_command, chat_command
+from hotloop.report.differences import (
+    Difference,
+    loss_difference,
+    shown_loss,
+    shown_ratio,
+    speed_difference,
+)
+from hotloop.report.fields import value_of
+from hotloop.report.layout import Column, Row, Table
+from hotloop.report.page import comparable, make_page
+from hotloop.report.plots import Chart, charts, front, near_front
+from hotloop.report.read import latest
+from hotloop.report.recommend import Recommendation, is_doubtful, recommend
+from hotloop.report.speculation import Drafting, drafting
+from hotloop.report.table import make_table
+from hotloop.types import MAX_DELTA_LN_PPL
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+NOT_DIFFERENT = "not significantly different"
+
+
+def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_LN_PPL) -> str:
+    """Renders the records of results folders as one page.
+
+    Args:
+        *experiments: The records of each folder, with all attempts; see ``make_page``.
+        max_delta_ln_ppl: The quality loss that the recommendation tolerates.
+    """
+    records = [record for experiment in experiments for record in latest(experiment)]
+    groups = [
+        _group(f"g{i}-", latest(group), max_delta_ln_ppl)
+        for i, group in enumerate(comparable(records), start=1)
+    ]
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_displayable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cited": _cited, "breakable": _breakable}
+    return environment.get_template("report.html.j2").render(
+        groups=groups,
+        records=[record.model_dump(mode="json") for group in groups for record in group.records],
+    )
+
+
+def _displayable(value: Any) -> Any:
+    """Escapes characters that a browser refuses or obeys, such as overrides of direction."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _cited(text: str) -> Markup:
+    """Makes references to notes at the end of a cell's text superscripts."""
+    found = re.fullmatch(r"(.*?)((?: ?\[\d+\])*)", text, re.DOTALL)
+    assert found is not None, "every text matches"
+    numbers = re.findall(r"\d+", found[2])
+    sup = Markup("<sup>{}</sup>").format(" ".join(f"[{n}]" for n in numbers)) if numbers else ""
+    return _breakable(found[1]) + sup
+
+
+def _breakable(text: str) -> Markup:
+    """Allows a line to break after each slash of a cell's name."""
+    return Markup("/<wbr>").join(printable(text).split("/"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """A chart with its drawings and its legend."""
+
+    chart: Chart
+    drawings: tuple[Markup, ...]
+    legend: tuple[tuple[Markup, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Against:
+    """A row of the comparison with the recommended cell."""
+
+    record: Record
+    speed: str
+    speed_verdict: str
+    loss: str
+    loss_verdict: str
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Value:
+    """A cell of a table, with the recorded number that it shows."""
+
+    text: str
+    is_label: bool
+    field: str = ""
+    value: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A row of a table."""
+
+    id: str
+    number: int
+    cells: tuple[_Value, ...]
+    recommended: bool
+    faint: bool
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    """A record with everything in it."""
+
+    id: str
+    number: int
+    record: Record
+    command: str
+    figures: tuple[tuple[str, Figure], ...]
+    settings: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Records that can be compared: a section of the page."""
+
+    id: str
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    verdict: tuple[str, ...]
+    more_advice: tuple[str, ...]
+    run: str | None
+    drawn: tuple[_Drawn, ...]
+    base: str
+    against: tuple[_Against, ...]
+    table: Table
+    lines: tuple[_Line, ...]
+    page: Table
+    page_lines: tuple[_Line, ...]
+    drafting: tuple[Drafting, ...]
+    cells: tuple[_Cell, ...]
+    records: tuple[Record, ...]
+
+
+def _group(group_id: str, records: Sequence[Record], tolerance: float) -> _Group:
+    recommendation = recommend(records, max_delta_ln_ppl=tolerance)
+    table = make_table(records, max_delta_ln_ppl=tolerance)
+    (page,) = make_page(records)
+    numbers = {id(record): n for n, record in enumerate(records, start=1)}
+    base = recommendation.record or _fastest(records)
+    return _Group(
+        id=group_id,
+        title=page.title,
+        facts=(("cells", _statuses(records)), *_recipes(records), *table.context),
+        verdict=_verdict(recommendation),
+        more_advice=recommendation.passed_over[1:],
+        run=chat_command(recommendation.record) if recommendation.record else None,
+        drawn=tuple(
+            _Drawn(
+                chart=chart,
+                drawings=tuple(
+                    svg.draw(chart, size, prefix=group_id) for size in (svg.WIDE, svg.NARROW)
+                ),
+                legend=tuple(svg.legend(chart)),
+            )
+            for chart in charts(
+                records, recommended=recommendation.record, max_delta_ln_ppl=tolerance
+            )
+        ),
+        base=base.cell if base else "",
+        against=_against(records, base) if base else (),
+        table=table,
+        lines=_lines(table, numbers, group_id),
+        page=page,
+        page_lines=_lines(page, numbers, group_id),
+        drafting=drafting(records),
+        cells=tuple(_cell(record, numbers, group_id) for record in records),
+        records=tuple(records),
+    )
+
+
+def _verdict(recommendation: Recommendation) -> tuple[str, str]:
+    if recommendation.cell is None:
+        others = recommendation.passed_over
+        return f"No recommendation: {recommendation.why}", others[0] if others else ""
+    others = recommendation.passed_over or ("No measured configuration is as fast.",)
+    return f"Recommended: {recommendation.cell}, because {recommendation.why}", others[0]
+
+
+def _fastest(records: Sequence[Record]) -> Record | None:
+    """Returns the fastest record whose speed is known; None if there is none."""
+    timed = [r for r in records if r.decode_tok_s and not is_doubtful(r)]
+    return max(timed, key=lambda r: r.decode_tok_s.mean if r.decode_tok_s else 0, default=None)
+
+
+def _statuses(records: Sequence[Record]) -> str:
+    counts = Counter(record.status for record in records)
+    return f"{len(records)}: " + ", ".join(f"{n} {status}" for status, n in counts.items())
+
+
+def _recipes(records: Sequence[Record]) -> list[tuple[str, str]]:
+    found = dict.fromkeys(
+        recipe["name"]
+        for record in records
+        if isinstance(recipe := record.provenance.get("recipe"), dict)
+        and isinstance(recipe.get("name"), str)
+    )
+    return [("recipe", ", ".join(found))] if found else []
+
+
+# --------------------------------------------------------------------------- differences
+
+
+def _against(records: Sequence[Record], base: Record) -> tuple[_Against, ...]:
+    timed = [record for record in records if record.decode_tok_s]
+    on_front = front(timed)
+    near = near_front(timed, on_front)
+    rows = []
+    for record in timed:
+        place = "on" if record in on_front else "within noise of it" if record in near else "off"
+        if len(on_front) < 1 or record.delta_ln_ppl is None:
+            place = "–"
+        if record is base:
+            rows.append(
+                _Against(
+                    record=record, speed="", speed_verdict="", loss="", loss_verdict="", place=place
+                )
+            )
+            continue
+        speed, loss = speed_difference(base, record), loss_difference(base, record)
+        rows.append(
+            _Against(
+                record=record,
+                speed=shown_ratio(speed),
+                speed_verdict=_in_words(speed, "slower", "faster"),
+                loss=shown_loss(loss),
+                loss_verdict=_in_words(loss, "loses less", "loses more"),
+                place=place,
+            )
+        )
+    return tuple(rows)
+
+
+def _in_words(difference: Difference | None, below: str, above: str) -> str:
+    if difference is None:
+        return "not known"
+    if not difference.is_significant:
+        return "no difference" if difference.se == 0 and difference.mean == 0 else NOT_DIFFERENT
+    return above if difference.mean > 0 else below
+
+
+# --------------------------------------------------------------------------- tables and folds
+
+
+def _lines(table: Table, numbers: Mapping[int, int], group_id: str) -> tuple[_Line, ...]:
+    return tuple(_line(row, table.columns, numbers[id(row.record)], group_id) for row in table.rows)
+
+
+def _line(row: Row, columns: Sequence[Column], number: int, group_id: str) -> _Line:
+    cells = []
+    for column, text in zip(columns, row.cells, strict=True):
+        value = value_of(row.record, column.field) if column.field else None
+        if isinstance(value, Figure):
+            value = value.mean
+        known = isinstance(value, int | float)
+        cells.append(
+            _Value(
+                text=text,
+                is_label=column.is_label,
+                field=column.field if known else "",
+                value=repr(value) if known else "",
+            )
+        )
+    return _Line(
+        id=f"{group_id}cell-{number}",
+        number=number,
+        cells=tuple(cells),
+        recommended=row.recommended,
+        faint=row.record.decode_tok_s is None,
+        command=bench_command(row.record),
+    )
+
+
+def _cell(record: Record, numbers: Mapping[int, int], group_id: str) -> _Cell:
+    number = numbers[id(record)]
+    fields = type(record).model_fields
+    figures = [(name, getattr(record, name)) for name in fields]
+    figures = [(name, figure) for name, figure in figures if isinstance(figure, Figure)]
+    if record.speculation is not None:
+        figures.append(("speculation.tokens_per_step", record.speculation.tokens_per_step))
+    held = record.model_dump(mode="json", exclude={name for name, _ in figures})
+    if held["speculation"] is not None:
+        del held["speculation"]["tokens_per_step"]
+    sections: dict[str, list[tuple[str, str]]] = {"record": []}
+    for name, value in held.items():
+        if isinstance(value, dict):
+            sections[name] = _flat(value)
+        elif value is not None:
+            sections["record"].append((name, _text(value)))
+    return _Cell(
+        id=f"{group_id}cell-{number}",
+        number=number,
+        record=record,
+        command=bench_command(record),
+        figures=tuple(figures),
+        settings=tuple((name, tuple(pairs)) for name, pairs in sections.items() if pairs),
+    )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Lists the values of nested objects by their paths."""
+    pairs = []
+    for name, held in value.items():
+        if isinstance(held, dict):
+            pairs += _flat(held, f"{prefix}{name}.")
+        else:
+            pairs.append((prefix + name, _text(held)))
+    return pairs
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value)) or "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else str(value)

@@ -1,0 +1,555 @@
+"""The plots of a report, as values: what is drawn, independent of who draws it.
+
+``svg`` draws them for a page and ``png`` for files. A plot is made from records alone and every
+mark names its record's cell and holds the recorded value, so that what is drawn can be checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hotloop.bench.record import MEASURED, Figure, Record
+from hotloop.report.differences import loss_difference, speed_difference
+from hotloop.report.numbers import half_width, percent, significant, uncertain
+from hotloop.report.recommend import is_doubtful, speed_gap
+from hotloop.types import EngineConfig
+
+Scale = Literal["linear", "log", "symlog"]
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """An axis.
+
+    Attributes:
+        label: What it shows, with its unit.
+        low: Its smallest value.
+        high: Its largest value.
+        scale: ``symlog`` is linear up to ``linear_to`` on either side of 0, and logarithmic beyond.
+        linear_to: See ``scale``.
+        at: The ticks, where they are not just round values.
+    """
+
+    label: str
+    low: float
+    high: float
+    scale: Scale = "linear"
+    linear_to: float = 1.0
+    at: tuple[float, ...] = ()
+
+    def place(self, value: float) -> float:
+        """Returns the place of a value, from 0 at ``low`` to 1 at ``high``."""
+        low, high = self._warped(self.low), self._warped(self.high)
+        return (self._warped(min(max(value, self.low), self.high)) - low) / (high - low)
+
+    def ticks(self, n: int = 5) -> list[float]:
+        """Returns ``at``, or some ``n`` round values."""
+        if self.at:
+            return list(self.at)
+        if self.scale == "linear":
+            return _round_values(self.low, self.high, n)
+        largest = max(abs(self.low), abs(self.high))
+        smallest = self.linear_to if self.scale == "symlog" else self.low
+        powers = range(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
+        each = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+        for factors in ((1, 2, 5), (1, 3), (1,)):
+            each = [factor * 10.0**power for power in powers for factor in factors]
+            if sum(self.low <= value <= self.high for value in each) <= 2 * n:
+                break
+        if self.scale == "symlog":
+            each = sorted({*(-value for value in each), 0.0, *each})
+        return [value for value in each if self.low <= value <= self.high]
+
+    def _warped(self, value: float) -> float:
+        match self.scale:
+            case "linear":
+                return value
+            case "log":
+                return math.log10(value)
+        beyond = abs(value) / self.linear_to
+        return math.copysign(beyond if beyond <= 1 else 1 + math.log10(beyond), value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A mark of a plot.
+
+    Attributes:
+        x: Its value across.
+        y: Its value up.
+        label: A short text beside it.
+        cell: The cell of the record that it shows; empty if it shows none.
+        title: A sentence that says its values.
+        x_interval: The 95 % interval across.
+        y_interval: The 95 % interval up.
+        is_doubtful: The tool itself calls the figure unstable or too little known.
+        is_emphasized: It is the recommended one.
+    """
+
+    x: float
+    y: float
+    label: str = ""
+    cell: str = ""
+    title: str = ""
+    x_interval: Interval | None = None
+    y_interval: Interval | None = None
+    is_doubtful: bool = False
+    is_emphasized: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Points of one kind: marks, or the corners of a line.
+
+    Attributes:
+        name: Its entry in the legend; empty for none.
+        points: The points.
+        kind: Separate marks, marks joined by a line, a line alone, or a dashed line alone.
+        style: Index of its colour and of the shape of its marks.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    kind: Literal["marks", "joined", "line", "dashed"] = "marks"
+    style: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A plot of two quantities.
+
+    Attributes:
+        name: A name for files and anchors.
+        title: Its heading.
+        caption: Sentences on how to read it.
+        summary: What it shows, in words, for those who do not see it.
+        x: The axis across.
+        y: The axis up.
+        series: From back to front.
+        limit: A value of ``y`` with a line across the plot, and the line's label.
+    """
+
+    name: str
+    title: str
+    caption: str
+    summary: str
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+    limit: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A bar of a chart: segments one after the other, from 0.
+
+    Attributes:
+        label: Its name, that of the record's cell.
+        values: The length of each segment, in the order of ``Bars.parts``.
+        text: Its value in words.
+        interval: The 95 % interval of the whole.
+        is_doubtful: See ``Point``.
+        is_emphasized: See ``Point``.
+    """
+
+    label: str
+    values: tuple[float, ...]
+    text: str
+    interval: Interval | None = None
+    is_doubtful: bool = False
+    is_emphasized: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """A chart of horizontal bars; see ``Plot``.
+
+    Attributes:
+        parts: The names of the segments; one alone has no legend.
+    """
+
+    name: str
+    title: str
+    caption: str
+    summary: str
+    x: Axis
+    parts: tuple[str, ...]
+    bars: tuple[Bar, ...]
+
+
+Chart = Plot | Bars
+
+FRONT = "Pareto front"
+
+
+def charts(
+    records: Sequence[Record], *, recommended: Record | None, max_delta_ln_ppl: float
+) -> list[Chart]:
+    """Makes every plot for which comparable records have the figures."""
+    measured = [r for r in records if r.status in MEASURED and r.decode_tok_s is not None]
+    made: list[Chart | None] = [
+        plane(measured, recommended=recommended, max_delta_ln_ppl=max_delta_ln_ppl)
+        or speeds(measured, recommended=recommended),
+        scaling(measured),
+        step_times(measured),
+    ]
+    return [chart for chart in made if chart is not None]
+
+
+# --------------------------------------------------------------------------- speed and quality
+
+
+def front(records: Sequence[Record]) -> list[Record]:
+    """Returns the Pareto front by means, the fastest first: nobody is faster and loses less."""
+    known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not speed_gap(r)]
+    ordered = sorted(known, key=lambda r: (-_mean(r.decode_tok_s), _mean(r.delta_ln_ppl)))
+    best: list[Record] = []
+    for record in ordered:
+        if not best or _mean(record.delta_ln_ppl) < _mean(best[-1].delta_ln_ppl):
+            best.append(record)
+    return best
+
+
+def near_front(records: Sequence[Record], on_front: Sequence[Record]) -> list[Record]:
+    """Returns the records off the front that no record of it beats with any significance."""
+    known = [r for r in records if r.decode_tok_s and r.delta_ln_ppl and not speed_gap(r)]
+
+    def beaten(record: Record) -> bool:
+        for other in on_front:
+            if not (
+                _mean(other.decode_tok_s) >= _mean(record.decode_tok_s)
+                and _mean(other.delta_ln_ppl) <= _mean(record.delta_ln_ppl)
+            ):
+                continue
+            speed, loss = speed_difference(record, other), loss_difference(record, other)
+            if (speed and speed.is_significant) or (loss and loss.is_significant):
+                return True
+        return False
+
+    return [r for r in known if r not in on_front and not beaten(r)]
+
+
+def plane(
+    records: Sequence[Record], *, recommended: Record | None, max_delta_ln_ppl: float
+) -> Plot | None:
+    """Makes the plane of speed and quality; None where fewer than two cells have both."""
+    both = [r for r in records if r.delta_ln_ppl is not None]
+    if len(both) < 2:
+        return None
+    on_front = front(both)
+    points = {r.cell: _plane_point(r, r is recommended) for r in both}
+    losses = [value for p in points.values() for value in (p.y_interval or (p.y, p.y))]
+    unit = max(max_delta_ln_ppl, 1e-3)
+    low, high = min(*losses, -0.1 * unit), max(*losses, unit)
+    scale: Scale = "symlog" if max(-low, high) > 5 * unit else "linear"
+    stretch = 1.6 if scale == "symlog" else 1.08
+    series = [
+        Series(name=name, points=tuple(points[r.cell] for r in of_scheme), style=i)
+        for i, (name, of_scheme) in enumerate(_by_scheme(both).items())
+    ]
+    if len(on_front) > 1:
+        corners = [points[r.cell] for r in on_front]
+        line = tuple(Point(x=p.x, y=p.y) for p in corners)
+        series.insert(0, Series(name=FRONT, points=line, kind="dashed"))
+    return Plot(
+        name="speed-quality",
+        title="Speed and quality",
+        caption="Right is faster, down is closer to the reference; whiskers are 95% intervals. "
+        "The front joins the cells which no other beats in both. Hollow marks: speed unstable, or "
+        "of fewer than three repeats."
+        + (" The quality axis is linear near 0 and logarithmic beyond." * (scale == "symlog")),
+        summary="; ".join(point.title for point in points.values()) + ".",
+        x=_from_zero(
+            "decode tokens/s", [p.x_interval[1] if p.x_interval else p.x for p in points.values()]
+        ),
+        y=Axis(
+            label="quality loss, Δ ln perplexity",
+            low=low * stretch,
+            high=high * stretch,
+            scale=scale,
+            linear_to=unit,
+        ),
+        series=tuple(series),
+        limit=(max_delta_ln_ppl, f"tolerance {max_delta_ln_ppl:g}"),
+    )
+
+
+def speeds(records: Sequence[Record], *, recommended: Record | None) -> Bars | None:
+    """Makes the chart of speeds, for records without quality; None without any speed."""
+    if not records:
+        return None
+    bars = tuple(
+        Bar(
+            label=record.cell,
+            values=(_mean(record.decode_tok_s),),
+            text=_uncertain(record.decode_tok_s),
+            interval=record.decode_tok_s.ci95 if record.decode_tok_s else None,
+            is_doubtful=is_doubtful(record),
+            is_emphasized=record is recommended,
+        )
+        for record in sorted(records, key=lambda record: -_mean(record.decode_tok_s))
+    )
+    return Bars(
+        name="speed",
+        title="Speed",
+        caption="Decode tokens per second of one request, with 95% intervals. Quality was not "
+        "measured. Hatched: unstable, or of fewer than three repeats.",
+        summary="; ".join(f"{bar.label}: {bar.text} tok/s" for bar in bars) + ".",
+        x=_from_zero("decode tokens/s", [max(b.interval or (0, b.values[0])) for b in bars]),
+        parts=("decode tokens/s",),
+        bars=bars,
+    )
+
+
+def _plane_point(record: Record, is_emphasized: bool) -> Point:
+    speed, loss = record.decode_tok_s, record.delta_ln_ppl
+    assert speed is not None
+    assert loss is not None
+    doubtful = " (unstable or too few repeats)" * is_doubtful(record)
+    return Point(
+        x=speed.mean,
+        y=loss.mean,
+        label=record.cell,
+        cell=record.cell,
+        title=f"{record.cell}: {_uncertain(speed)} tok/s{doubtful}, "
+        f"Δ ln ppl {uncertain(loss.mean, half_width(loss), signed=True)}",
+        x_interval=_positive(speed.ci95),
+        y_interval=loss.ci95,
+        is_doubtful=is_doubtful(record),
+        is_emphasized=is_emphasized,
+    )
+
+
+def _by_scheme(records: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        quant = record.config.get("quant", "–")
+        name = f"{record.baseline}, {quant}" if record.baseline else quant
+        groups.setdefault(name, []).append(record)
+    return groups
+
+
+# --------------------------------------------------------------------------- several GPUs
+
+
+def scaling(records: Sequence[Record]) -> Plot | None:
+    """Makes the plot of speed over ranks against ideal; None where nothing varies in ranks."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        config = record.config
+        same = (config.get(name, getattr(EngineConfig, name)) for name in _SAME_BUT_RANKS)
+        key = [record.baseline, *same]
+        groups.setdefault(repr(key), []).append(record)
+    several = [
+        sorted(group, key=_ranks) for group in groups.values() if len(set(map(_ranks, group))) > 1
+    ]
+    if not several:
+        return None
+    series, sentences, values = [], [], []
+    for style, group in enumerate(several):
+        first = group[0]
+        points = []
+        for record in group:
+            speed = record.decode_tok_s
+            assert speed is not None
+            times = speed.mean / _mean(first.decode_tok_s)
+            title = f"{record.cell}: {_uncertain(speed)} tok/s"
+            if record is not first:
+                title += f", {times:.2f} × that on {_ranks(first)}"
+            points.append(
+                Point(
+                    x=_ranks(record),
+                    y=speed.mean,
+                    label=f"{times:.2f} ×" if record is not first else "",
+                    cell=record.cell,
+                    title=title,
+                    y_interval=_positive(speed.ci95),
+                    is_doubtful=is_doubtful(record),
+                )
+            )
+            sentences.append(title)
+        ideal = tuple(Point(x=_ranks(r), y=points[0].y * _ranks(r) / _ranks(first)) for r in group)
+        values += [p.y for p in ideal] + [max(p.y_interval or (0, p.y)) for p in points]
+        series.append(Series(name="", points=ideal, kind="dashed", style=style))
+        name = first.cell.replace(f"/tp{_ranks(first)}", "")
+        series.append(Series(name=name, points=tuple(points), kind="joined", style=style))
+    ranks = [_ranks(record) for group in several for record in group]
+    pad = 0.08 * (max(ranks) - min(ranks))
+    unit = "GPUs" if records[0].provenance.get("device", {}).get("kind") == "cuda" else "ranks"
+    return Plot(
+        name="scaling",
+        title=f"Scaling over {unit}",
+        caption=f"Dashed: ideal, in proportion to the {unit}. Labels: speed relative to the "
+        f"fewest {unit} of the same configuration. Hollow marks: unstable, or of fewer than "
+        "three repeats.",
+        summary="; ".join(sentences) + ".",
+        x=Axis(
+            label=unit,
+            low=min(ranks) - pad,
+            high=max(ranks) + 2 * pad,
+            at=tuple(map(float, sorted(set(ranks)))),
+        ),
+        y=_from_zero("decode tokens/s", values),
+        series=tuple(series),
+    )
+
+
+_SAME_BUT_RANKS = (
+    *("quant", "head", "draft", "draft_quant", "draft_tokens", "draft_policy"),
+    *("execution", "all_reduce", "dtype", "max_batch_size"),
+)
+
+
+def _ranks(record: Record) -> int:
+    return record.config.get("tensor_parallel", 1)
+
+
+# --------------------------------------------------------------------------- time of a step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """Where the time of a decode step goes, in seconds.
+
+    Attributes:
+        record: The record.
+        weights_s: The least time to read the weights at the measured bandwidth.
+        cache_s: The same of the KV cache.
+        execution_s: What the fastest execution of the same weights and ranks saves.
+        rest_s: What is left, beyond the limit of memory in the fastest execution too.
+        step_s: The whole, as measured.
+        fastest: The cell of the fastest execution, where that is another.
+    """
+
+    record: Record
+    weights_s: float
+    cache_s: float
+    execution_s: float
+    rest_s: float
+    step_s: float
+    fastest: str = ""
+
+    @property
+    def predicted_s(self) -> float:
+        """The limit of memory: the time to read everything once."""
+        return self.weights_s + self.cache_s
+
+
+def step_parts(records: Sequence[Record]) -> list[StepParts]:
+    """Divides the step times of records that have what it takes, the fastest first.
+
+    The limit of memory is MBU times the step, by MBU's definition, and is divided in proportion to
+    the bytes of weights and cache. A part that would be negative, where a step was faster than the
+    bandwidth measured beside it allows, is 0.
+    """
+    known = []
+    for record in records:
+        engine, step, mbu, work = record.engine or {}, record.tpot_s, record.mbu, record.workload
+        weights = engine.get("weight_bytes_per_step", 0)
+        if step is None or mbu is None or work is None or weights == 0:
+            continue
+        if min(step.mean, mbu.mean) <= 0:
+            continue
+        tokens = work.batch * (work.prompt_tokens + work.new_tokens / 2)
+        share = weights / (weights + tokens * engine.get("kv_bytes_per_token", 0))
+        known.append((record, step.mean, step.mean * mbu.mean, share))
+    parts = []
+    for record, step_s, limit_s, share in known:
+        rivals = [
+            (r, s) for r, s, *_ in known if _same_but_execution(r) == _same_but_execution(record)
+        ]
+        fastest, fastest_s = min(rivals, key=lambda rival: rival[1])
+        limit_s = min(limit_s, step_s)
+        execution_s = min(step_s - fastest_s, step_s - limit_s)
+        parts.append(
+            StepParts(
+                record=record,
+                weights_s=limit_s * share,
+                cache_s=limit_s * (1 - share),
+                execution_s=execution_s,
+                rest_s=step_s - limit_s - execution_s,
+                step_s=step_s,
+                fastest=fastest.cell if fastest is not record else "",
+            )
+        )
+    return sorted(parts, key=lambda part: part.step_s)
+
+
+STEP_PARTS = (
+    "reading weights",
+    "reading the KV cache",
+    "saved by the fastest execution",
+    "beyond the memory's limit",
+)
+
+
+def step_times(records: Sequence[Record]) -> Bars | None:
+    """Makes the chart of step times against the limit of memory; None where nothing has both."""
+    parts = step_parts(records)
+    if not parts:
+        return None
+    bars = []
+    for part in parts:
+        values = (part.weights_s, part.cache_s, part.execution_s, part.rest_s)
+        achieved, predicted = (significant(s * 1e3, 3) for s in (part.step_s, part.predicted_s))
+        bars.append(
+            Bar(
+                label=part.record.cell,
+                values=tuple(1e3 * value for value in values),
+                text=f"{achieved} ms; limit {predicted} ms, "
+                f"{percent(part.predicted_s / part.step_s)}",
+                is_doubtful=is_doubtful(part.record),
+            )
+        )
+    return Bars(
+        name="step-time",
+        title="Where a step's time goes",
+        caption="One decode step must read the weights and the KV cache once: at the bandwidth "
+        "measured beside it, that is its limit. Beyond it lie what the fastest execution of the "
+        "same weights saves, and what remains in that one too.",
+        summary="; ".join(f"{bar.label}: {bar.text}" for bar in bars) + ".",
+        x=_from_zero("ms per step", [sum(bar.values) for bar in bars]),
+        parts=STEP_PARTS,
+        bars=tuple(bars),
+    )
+
+
+def _same_but_execution(record: Record) -> str:
+    config = record.config
+    names = ("quant", "head", "tensor_parallel", "dtype", "max_batch_size")
+    return repr([record.baseline, *(config.get(name) for name in names)])
+
+
+# --------------------------------------------------------------------------- small tools
+
+
+def _mean(figure: Figure | None) -> float:
+    assert figure is not None, "only measured records are drawn"
+    return figure.mean
+
+
+def _uncertain(figure: Figure | None) -> str:
+    assert figure is not None, "only measured records are drawn"
+    return uncertain(figure.mean, half_width(figure))
+
+
+def _positive(interval: Interval | None) -> Interval | None:
+    """Returns an interval of a speed, which is not below 0."""
+    return None if interval is None else (max(0.0, interval[0]), max(0.0, interval[1]))
+
+
+def _from_zero(label: str, values: Sequence[float]) -> Axis:
+    return Axis(label=label, low=0.0, high=1.05 * max(values))
+
+
+def _round_values(low: float, high: float, n: int) -> list[float]:
+    rough = (high - low) / n
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]

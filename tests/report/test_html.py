@@ -1,0 +1,318 @@
+"""The HTML page: valid, alone, accessible, and every number in it is a record's."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element
+
+import html5lib
+import pytest
+from report_records import NOISE, drafting, record
+
+from hotloop.bench.record import Figure, Record, Workload
+from hotloop.bench.statistics import mean_figure
+from hotloop.report.fields import value_of
+from hotloop.report.html import TEMPLATES, to_html
+from hotloop.report.read import read_records
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+MEMORY = {"weight_bytes_per_step": 135_000_000, "kv_bytes_per_token": 23_040, "notes": []}
+
+
+def cell(quant: str, execution: str, tok_s: float, *, loss: float | None, **fields: Any) -> Record:
+    levers = {
+        name: fields.pop(name) for name in list(fields) if name in ("tensor_parallel", "draft")
+    }
+    config = {
+        "model": "m",
+        "weights": "checkpoint",
+        "quant": quant,
+        "execution": execution,
+    } | levers
+    return record(
+        f"{quant}/{execution}" + "".join(f"/{k}={v}" for k, v in levers.items()),
+        tok_s,
+        loss=loss,
+        config=config,
+        engine=MEMORY | {"execution": execution},
+        tpot_s=mean_figure([1 / (tok_s + 0.1 * x) for x in NOISE]),
+        **fields,
+    )
+
+
+RECORDS = [
+    cell("none", "eager", 30.3, loss=0.0, loss_spread=0.0),
+    cell("none", "compile", 45.6, loss=0.0, loss_spread=0.0),
+    cell("int8", "compile", 78.9, loss=0.0021),
+    cell("int8", "compile", 131.7, loss=0.0021, tensor_parallel=2),
+    cell("int4-g64", "compile", 97.3, loss=0.234, status="unstable", reason="it grew steadily"),
+    cell("int8", "compile", 85.1, loss=0.0021, draft="ngram", speculation=drafting(), mbu=None),
+    record("fp8/eager", status="predicted-oom", reason="needs 2.00 GiB, 1.00 GiB free"),
+]
+
+
+def parsed(text: str) -> Element:
+    """The page, by a parser that refuses any fault."""
+    return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(text)
+
+
+def elements(root: Element, name: str) -> list[Element]:
+    return [e for e in root.iter() if isinstance(e.tag, str) and e.tag.rpartition("}")[2] == name]
+
+
+def text_of(element: Element) -> str:
+    return "".join(element.itertext())
+
+
+PAGE = to_html(RECORDS)
+
+
+def real_records() -> Iterator[Any]:
+    for folder in ("demo-2-core-x86_64", "demo-full-2-core-x86_64", "h100-llama-2-70b", "h200"):
+        for file in sorted((RESULTS / folder).rglob("records.jsonl")):
+            yield pytest.param(read_records(file), id=str(file.parent.relative_to(RESULTS)))
+
+
+@pytest.mark.parametrize("records", list(real_records()))
+def test_the_page_of_real_records_is_valid_and_has_every_cell(records):
+    root = parsed(to_html(records))
+    headings = " ".join(text_of(h) for h in elements(root, "h3"))
+    assert all(one.cell in headings for one in records)
+
+
+def test_the_page_is_valid_and_its_ids_are_unique_and_its_anchors_lead_somewhere():
+    root = parsed(PAGE)
+    ids = [e.get("id") for e in root.iter() if e.get("id")]
+    assert len(ids) == len(set(ids))
+    labels = [e.get("aria-labelledby") for e in root.iter() if e.get("aria-labelledby")]
+    links = [e.get("href").removeprefix("#") for e in root.iter() if e.get("href")]
+    assert links
+    assert {each for label in labels for each in label.split()} | set(links) <= set(ids)
+
+
+def test_the_page_needs_no_other_file_and_no_network():
+    root = parsed(PAGE)
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            assert not re.search(r"(^|})(src|srcset|action|data|poster|manifest|style)$", str(name))
+            if str(name).rpartition("}")[2] == "href":
+                assert value.startswith("#")
+    assert not {"link", "iframe", "object", "embed", "base", "img", "image", "use"} & {
+        str(e.tag).rpartition("}")[2] for e in root.iter()
+    }
+    for loads in ("@import", "url(", "http:", "https:", "fetch(", "import(", "XMLHttpRequest"):
+        assert loads not in PAGE
+
+
+def test_every_number_of_a_table_and_every_mark_of_a_plot_is_the_records():
+    root = parsed(PAGE)
+    cells = {one.cell: one for one in RECORDS}
+    by_number = dict(enumerate(RECORDS, start=1))
+    figures = [td for td in elements(root, "td") if td.get("data-field")]
+    assert len(figures) > 50
+    for td in figures:
+        one = by_number[int(td.get("data-row").rpartition("-")[2])]
+        value = value_of(one, td.get("data-field"))
+        assert float(td.get("data-value")) == (value.mean if isinstance(value, Figure) else value)
+    marks = [g for g in elements(root, "g") if g.get("data-x")]
+    names = {g.get("data-cell") for g in marks}
+    assert names == {one.cell for one in RECORDS if one.decode_tok_s}
+    for g in marks:
+        one = cells[g.get("data-cell")]
+        at = float(g.get("data-x")), float(g.get("data-y"))
+        assert at in {
+            (one.decode_tok_s.mean, one.delta_ln_ppl.mean),
+            (one.config.get("tensor_parallel", 1), one.decode_tok_s.mean),
+        }
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    match value:
+        case bool() | None:
+            return
+        case int() | float():
+            yield float(value)
+        case str():
+            yield from map(float, re.findall(r"\d+(?:\.\d+)?", value))
+        case dict():
+            for held in value.values():
+                yield from numbers_in(held)
+        case list() | tuple():
+            for held in value:
+                yield from numbers_in(held)
+
+
+def test_a_number_that_a_table_shows_is_a_recorded_one_rounded():
+    recorded = set(numbers_in([one.model_dump(mode="json") for one in RECORDS]))
+    for one in RECORDS:
+        for figure in filter(None, (getattr(one, name) for name in ("decode_tok_s", "e2e_tok_s"))):
+            recorded.add((figure.ci95[1] - figure.ci95[0]) / 2)
+    scaled = [n * by for n in recorded for by in (1, 100, 1e3, 2**-20, 2**-30)]
+    root = parsed(PAGE)
+    shown = [text_of(td) for td in elements(root, "td") if td.get("data-field")]
+    for text in shown:
+        for number in re.findall(r"\d+(?:\.\d+)?", re.sub(r"\[\d+\]", "", text)):
+            places = len(number.partition(".")[2])
+            allowed = 0.5000001 * 10**-places
+            assert any(abs(abs(n) - float(number)) <= allowed for n in scaled), text
+
+
+def test_every_sample_and_every_setting_is_behind_a_fold():
+    root = parsed(PAGE)
+    folds = " ".join(text_of(each) for each in elements(root, "details"))
+    for one in RECORDS:
+        for name in type(one).model_fields:
+            figure = getattr(one, name)
+            if isinstance(figure, Figure):
+                assert ", ".join(map(str, figure.samples)) in folds
+    for setting in ("tensor_parallel", "git_commit", "n_threads", "prompt_tokens", "proposed"):
+        assert setting in folds
+
+
+def test_every_plot_has_a_text_alternative_with_its_values():
+    root = parsed(PAGE)
+    drawings = [e for e in elements(root, "svg") if e.get("role") == "img"]
+    assert len(drawings) == 2 * 3, "two widths of speed and quality, of scaling, of a step's time"
+    for drawing in drawings:
+        title, summary = (text_of(elements(drawing, name)[0]) for name in ("title", "desc"))
+        assert title
+        assert "int8/compile" in summary
+        assert re.search(r"\d", summary)
+    for swatch in (e for e in elements(root, "svg") if e.get("role") != "img"):
+        assert swatch.get("aria-hidden") == "true"
+
+
+def test_the_verdict_is_two_sentences_and_comes_with_its_command():
+    root = parsed(PAGE)
+    (verdict,) = (e for e in elements(root, "div") if "verdict" in e.get("class", "").split())
+    first, second = (text_of(p) for p in elements(verdict, "p"))
+    assert first.startswith("Recommended: int8/compile/tensor_parallel=2, because it decodes 131.7")
+    assert second.startswith("No measured configuration")
+    (command,) = elements(verdict, "code")
+    assert text_of(command) == "hotloop chat m --quant int8 --execution compile --tp 2"
+
+
+def test_each_row_has_a_command_that_can_be_copied():
+    commands = [text_of(e) for e in elements(parsed(PAGE), "code")][1:]
+    assert len(commands) == len(RECORDS)
+    assert commands[5] == (
+        "hotloop bench m --quant int8 --execution compile --draft ngram "
+        "--prompt-tokens 32 --new-tokens 64"
+    )
+
+
+def test_what_the_tool_calls_unstable_or_too_few_says_so_wherever_it_stands():
+    two = cell("int8", "eager", 40, loss=0.001).model_copy(
+        update={"decode_tok_s": mean_figure([39.0, 41.0])}
+    )
+    page = to_html([*RECORDS, two])
+    assert page.count("2 repeats are too few to know its speed") >= 2, "both tables have a note"
+    root = parsed(page)
+    hollow = [
+        g.get("data-cell")
+        for g in elements(root, "g")
+        if any("hollow" in path.get("class", "") for path in elements(g, "path"))
+    ]
+    assert set(hollow) == {"int4-g64/compile", "int8/eager"}
+    assert "int8/eager" not in text_of(elements(root, "polyline")[0])
+
+
+def test_equal_qualities_do_not_differ_and_noise_is_said_to_be_noise():
+    slower = cell("int8", "eager", 78.85, loss=0.0021)
+    root = parsed(to_html([RECORDS[2], slower]))
+    (table,) = (t for t in elements(root, "table") if "compared with" in text_of(t))
+    (row,) = (tr for tr in elements(table, "tr") if "int8/eager" in text_of(tr))
+    cells = [text_of(td) for td in elements(row, "td")]
+    assert cells[1] == "not significantly different"
+    assert cells[2:4] == ["0", "no difference"]
+    assert cells[4] == "within noise of it"
+
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&\u202e\x1b[2J\x00'
+
+
+def test_text_of_records_is_shown_and_never_obeyed():
+    odd = record(
+        HOSTILE,
+        50,
+        loss=0.5,
+        config={"model": HOSTILE, "quant": HOSTILE, HOSTILE: HOSTILE},
+        status="unstable",
+        reason=HOSTILE,
+        engine={"notes": [HOSTILE], HOSTILE: [HOSTILE]},
+        provenance={"device": {"name": HOSTILE}, HOSTILE: {HOSTILE: HOSTILE}},
+    )
+    page = to_html([odd, RECORDS[0]])
+    root = parsed(page)
+    assert not elements(root, "img")
+    assert len(elements(root, "script")) == 2, "the records and the buttons"
+    for element in root.iter():
+        assert not [name for name in element.attrib if str(name).lower().startswith("on")]
+    for character in "\u202e\x1b\x00":
+        assert character not in page
+    assert "alert(1)" in "".join(text_of(h) for h in elements(root, "h3"))
+
+
+def test_the_page_carries_its_records():
+    root = parsed(PAGE)
+    data, _ = elements(root, "script")
+    import json
+
+    assert [Record.model_validate_json(json.dumps(one)) for one in json.loads(data.text)] == RECORDS
+
+
+def test_records_that_cannot_be_compared_are_sections_of_one_page():
+    longer = [
+        one.model_copy(update={"workload": Workload(prompt_tokens=9, new_tokens=9)})
+        for one in RECORDS
+    ]
+    root = parsed(to_html(RECORDS, longer))
+    assert len(elements(root, "h1")) == 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 60])
+def test_a_page_of_few_and_of_many_cells(n):
+    records = [cell(f"int{i}", "eager", 10.0 + i, loss=0.001 * i) for i in range(n)]
+    assert len(elements(parsed(to_html(records)), "article")) == n
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-9, 0.02, 5.0])
+def test_a_page_for_every_tolerance(tolerance):
+    parsed(to_html(RECORDS, max_delta_ln_ppl=tolerance))
+
+
+def test_nothing_measured_is_a_page_too():
+    page = to_html([RECORDS[-1]])
+    assert "no configuration was measured" in text_of(parsed(page))
+    parsed(to_html([]))
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_parts_of_a_bar_differ_in_grayscale_and_text_has_contrast():
+    style = (TEMPLATES / "report.css").read_text()
+    palettes = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    assert len(palettes) == 3, "light, dark, print"
+    for palette in palettes:
+        colours = dict(re.findall(r"--(\w[\w-]*): (#[0-9a-f]{6});", palette))
+
+        def contrast(a: str, b: str, of: dict[str, str] = colours) -> float:
+            low, high = sorted(luminance(of[name]) for name in (a, b))
+            return (high + 0.05) / (low + 0.05)
+
+        for a, b in itertools.pairwise(("p0", "p1", "p2", "p3")):
+            assert contrast(a, b) >= 1.3
+        for ink in ("ink", "dim", "accent", "warn"):
+            assert contrast(ink, "paper") >= 4.5
+            assert contrast(ink, "soft") >= 4.5
+        for mark in (f"s{i}" for i in range(6)):
+            assert contrast(mark, "paper") >= 3
