@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_type_hints
 
 from hotloop.checked import MAX_COUNT, Count, Range, Seed, check_fields
-from hotloop.errors import ConfigError, RequestError
+from hotloop.errors import ConfigError, RequestError, shorten_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +126,10 @@ class Lever:
     alias: str | None = None
     names: Literal["scheme", "head", "engine"] | None = None
     used: Callable[[Mapping[str, Any]], bool] | None = None
+
+
+def _is_other_engine(config: Mapping[str, Any]) -> bool:
+    return config["engine"] != OWN_ENGINE
 
 
 def _has_ranks(config: Mapping[str, Any]) -> bool:
@@ -270,9 +274,33 @@ class EngineConfig:
             names="engine",
         ),
     ] = OWN_ENGINE
+    checkpoint: Annotated[
+        str | None,
+        Lever(
+            help="The same model in a form that another engine reads, such as an AWQ copy for vllm "
+            "or a .gguf file for llama-cpp.",
+            default="the model",
+            used=_is_other_engine,
+        ),
+    ] = None
+    url: Annotated[
+        str | None,
+        Lever(
+            help="The server of the engine endpoint, such as http://localhost:8000/v1; "
+            "#NAME behind it chooses one of several models.",
+            default="none",
+            used=_is_other_engine,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
+        for name in ("checkpoint", "url"):
+            if self.engine == OWN_ENGINE and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} {shorten_value(getattr(self, name))} is for other engines than "
+                    f"{OWN_ENGINE}: leave it out, or name the engine."
+                )
 
     @property
     def name(self) -> str:
@@ -294,6 +322,11 @@ class EngineConfig:
         if self.max_batch_size != 1:
             parts.append(f"batch{self.max_batch_size}")
         return "/".join(parts)
+
+    @property
+    def source(self) -> str:
+        """The model's checkpoint, in the form that the engine reads."""
+        return self.checkpoint or self.model
 
     @property
     def draft_name(self) -> str:
@@ -498,12 +531,16 @@ class Score:
     Attributes:
         token_logprobs: Natural log-probability of each token after the first, float32 [T - 1].
         top1: The most likely token at each position, int64 [T - 1].
-        log_probs: The whole distribution, float32 [T - 1, V], where it was asked for.
+        log_probs: The whole distribution, float32 [T - 1, V], where it was asked for and the engine
+            gives it.
+        top: Where the engine gives no more than the K most likely tokens: their ids, int64
+            [T - 1, K], and their log-probabilities, float32 [T - 1, K].
     """
 
     token_logprobs: Tensor
     top1: Tensor
     log_probs: Tensor | None = None
+    top: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -519,7 +556,8 @@ class EngineDescription:
         execution: How steps run; None where an engine has no such choice.
         vocab_size: Token ids are below this.
         max_seq_len: Tokens that a seat can hold.
-        n_params: Parameters of the model, a tied embedding counted once.
+        n_params: Parameters of the model, a tied embedding counted once. This and the bytes are
+            None where another engine does not say.
         weight_bytes: Bytes of weights resident on one rank.
         weight_bytes_per_step: Bytes of weights one decode step reads on one rank: embedding rows
             that are not read do not count, a tied head does.
@@ -530,6 +568,8 @@ class EngineDescription:
         warmup_s: Seconds of compilation, capture and first runs after that.
         compile_cache: Whether compiled artifacts were found (``warm``), made (``cold``), or not
             used (None).
+        version: Name and version of another engine than hotloop's own.
+        settings: Its settings, by its own names.
     """
 
     config: EngineConfig
@@ -539,16 +579,18 @@ class EngineDescription:
     dtype: str
     vocab_size: int
     max_seq_len: int
-    n_params: int
-    weight_bytes: int
-    weight_bytes_per_step: int
-    kv_bytes_per_token: int
+    n_params: int | None
+    weight_bytes: int | None
+    weight_bytes_per_step: int | None
+    kv_bytes_per_token: int | None
     kernels: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     load_s: float = 0.0
     warmup_s: float = 0.0
     compile_cache: Literal["cold", "warm"] | None = None
     execution: StepExecution | None = None
+    version: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

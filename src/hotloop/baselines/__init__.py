@@ -14,6 +14,7 @@ from hotloop.types import Engine, EngineConfig, MemoryPlan
 
 ENGINES = {
     "hotloop": "hotloop.baselines.hotloop:ENGINE",
+    "transformers": "hotloop.baselines.transformers:ENGINE",
 }
 """The registry: the name in ``EngineConfig.engine`` -> where its ``EngineKind`` is."""
 

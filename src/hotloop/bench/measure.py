@@ -117,9 +117,9 @@ def measure_speed(
     speculation = _speculation(description.config.draft_name, drafting)
 
     def mbu(bytes_per_s: float | None) -> Figure | None:
-        if bytes_per_s is None or speculation is not None:
-            return None
         read = bytes_read_per_step(description, workload)
+        if bytes_per_s is None or speculation is not None or read is None:
+            return None
         return mean_figure([read / seconds / bytes_per_s for seconds in tpot_s.samples])
 
     tpot_s = figure(lambda t: t.tpot_s)
@@ -142,12 +142,16 @@ def measure_speed(
     )
 
 
-def bytes_read_per_step(description: EngineDescription, workload: Workload) -> float:
+def bytes_read_per_step(description: EngineDescription, workload: Workload) -> float | None:
     """Counts the bytes that a mean timed decode step reads on one rank: weights and caches, once.
+
+    None where the engine does not say how many there are.
 
     The timed steps are those of tokens 2 to n. The step that makes token i + 1 attends to the
     prompt and i answer tokens, so on average to prompt + n / 2.
     """
+    if description.weight_bytes_per_step is None or description.kv_bytes_per_token is None:
+        return None
     cached_tokens = workload.prompt_tokens + workload.new_tokens / 2
     cache = workload.batch * cached_tokens * description.kv_bytes_per_token
     return description.weight_bytes_per_step + cache

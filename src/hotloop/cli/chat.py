@@ -288,7 +288,7 @@ class Session:
             "model": self._config.model,
             "configuration": self._about.name,
             "device": f"{self._about.device_name}, {self._about.dtype}",
-            "weights": f"{self._about.weight_bytes / 1e6:,.0f} MB",
+            "weights": f"{(self._about.weight_bytes or 0) / 1e6:,.0f} MB",
             "answers": str(len(self._answers)),
             "tokens": str(sum(len(answer.token_ids) for answer in self._answers)),
             "decode": f"{later_tokens / later_s:.1f} tok/s" if later_s else "-",

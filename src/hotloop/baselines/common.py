@@ -1,0 +1,250 @@
+"""Parts that other engines share: their library, the levers they lack, and the tokens of a model.
+
+Token ids are hotloop's: prompts and windows are the same for every engine of a sweep.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from hotloop.errors import RequestError, UnsupportedError, shorten, shorten_value
+from hotloop.types import (
+    ChatPrompt,
+    EngineConfig,
+    FinishReason,
+    Generation,
+    Prompt,
+    SamplingParams,
+    Score,
+    Timing,
+    levers,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hotloop.engine.setup import Setup
+    from hotloop.text.tokenizer import Tokenizer
+
+_ALWAYS = ("weights", "seed", "engine", "checkpoint", "max_batch_size", "max_seq_len")
+
+
+def library(config: EngineConfig, module: str, package: str) -> Any:
+    """Imports an engine's library.
+
+    Raises:
+        UnsupportedError: It is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+            raise _broken(package, error) from error
+        raise UnsupportedError(
+            f"{package} is not installed (pip install {package}). If another interpreter has it, "
+            f"name that: --python {config.engine}=PATH."
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:  # a shared library, or another version
+        raise _broken(package, error) from error
+
+
+def _broken(package: str, error: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        f"{package} is installed, and cannot be imported: {shorten(str(error))}"
+    )
+
+
+def versions(*packages: str) -> str:
+    """Returns the names and versions of installed packages, such as ``vllm 0.26.0``."""
+    return ", ".join(f"{package} {version(package)}" for package in packages)
+
+
+def check_levers(config: EngineConfig, takes: Iterable[str], choices: Mapping[str, Any]) -> None:
+    """Refuses options that an engine does not have, so that none is ignored.
+
+    Args:
+        config: The configuration.
+        takes: The levers that the engine has, with all of their values.
+        choices: Levers of which it has some values only, and these.
+
+    Raises:
+        UnsupportedError: Another lever has a value of its own, or a lever one that is not there.
+    """
+    for name in levers():
+        value = getattr(config, name)
+        if name in choices and value not in choices[name]:
+            listed = ", ".join(map(str, choices[name]))
+            raise UnsupportedError(
+                f"{config.engine} has no {name} {shorten_value(value)}. It has: {listed}."
+            )
+        if name in (*_ALWAYS, *takes, *choices) or value == getattr(EngineConfig, name):
+            continue
+        raise UnsupportedError(
+            f"{config.engine} has no option {name} (here {shorten_value(value)})."
+        )
+
+
+def prepare_own(config: EngineConfig) -> Setup:
+    """Describes the model as hotloop reads it, unquantized; see ``engine.setup.prepare``.
+
+    Raises:
+        HotloopError: The model, the device or an option is not supported.
+    """
+    from hotloop.engine.setup import prepare  # imports torch
+
+    return prepare(
+        EngineConfig(
+            model=config.source,
+            weights=config.weights,
+            quant="none",
+            execution="eager",
+            device=config.device,
+            dtype=config.dtype,
+            max_batch_size=config.max_batch_size,
+            max_seq_len=config.max_seq_len,
+        )
+    )
+
+
+def tokenizer_of(config: EngineConfig) -> Tokenizer | None:
+    """Loads the tokenizer of the model itself; None for random weights, which have none."""
+    if config.weights == "random":
+        return None
+
+    from hotloop.text.tokenizer import load_tokenizer
+    from hotloop.weights.hub import resolve_model
+
+    return load_tokenizer(resolve_model(config.model))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokens of a model, as prompts and answers of an engine need them.
+
+    Attributes:
+        engine: The engine's name, for errors.
+        tokenizer: The model's; None for random weights.
+        vocab_size: Token ids are below this.
+        max_seq_len: Tokens of a prompt and its answer together.
+    """
+
+    engine: str
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_seq_len: int
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenizes plain text, with no special tokens added."""
+        return self._tokenizer.encode(text, add_special=False)
+
+    def prompts(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[tuple[int, ...]]:
+        """Returns the token ids of prompts.
+
+        Raises:
+            RequestError: A prompt or an option cannot be served.
+        """
+        _check_greedy(self.engine, params)
+        made = [self._ids(prompt) for prompt in prompts]
+        longest = max(map(len, made), default=0) + self.new_tokens(params)
+        if longest > self.max_seq_len:
+            raise RequestError(
+                f"a prompt and its answer take {longest} tokens, more than {self.max_seq_len}: "
+                "shorten them, or raise max_seq_len."
+            )
+        return made
+
+    def new_tokens(self, params: SamplingParams) -> int:
+        """Returns the most tokens of an answer."""
+        if params.max_new_tokens is None:
+            raise RequestError(f"{self.engine} needs max_new_tokens.")
+        return params.max_new_tokens
+
+    def end_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Returns the tokens that end an answer."""
+        if params.ignore_eos or self.tokenizer is None:
+            return frozenset()
+        return self.tokenizer.eos_ids
+
+    def answer(
+        self,
+        prompt: tuple[int, ...],
+        token_ids: Sequence[int],
+        times: Sequence[float],
+        params: SamplingParams,
+    ) -> Generation:
+        """Makes the answer to a prompt.
+
+        Args:
+            prompt: Its token ids.
+            token_ids: The tokens of the answer; those after an end are left out.
+            times: Seconds from submit to each of them on the host.
+            params: The options of the request.
+        """
+        ends = self.end_ids(params)
+        n = next((i for i, token in enumerate(token_ids, 1) if token in ends), len(token_ids))
+        kept = tuple(token_ids[:n])
+        reason: FinishReason = "eos" if kept and kept[-1] in ends else "length"
+        return Generation(
+            prompt_ids=prompt,
+            token_ids=kept,
+            text=self.tokenizer.decode(kept) if self.tokenizer else "",
+            finish_reason=reason,
+            timing=Timing(n_tokens=n, ttft_s=times[0], e2e_s=times[n - 1]),
+        )
+
+    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, ChatPrompt):
+            return prompt.token_ids
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise RequestError("a prompt needs at least one token.")
+        return tuple(ids)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError("random weights have no tokenizer: give token ids.")
+        return self.tokenizer
+
+
+def check_window(window: Sequence[int], max_seq_len: int) -> None:
+    """Refuses a window that cannot be scored.
+
+    Raises:
+        RequestError: It is too short or too long.
+    """
+    if not 2 <= len(window) <= max_seq_len:
+        raise RequestError(
+            f"a window to score must have 2 to {max_seq_len} tokens, not {len(window)}."
+        )
+
+
+def score_of(logits_TV: Tensor, window: Sequence[int], *, full: bool) -> Score:
+    """Makes the score of a window.
+
+    Args:
+        logits_TV: Logits after each of its tokens but the last, [T - 1, V].
+        window: Its token ids.
+        full: Also return the whole distributions.
+    """
+    import torch
+
+    log_probs_TV = torch.log_softmax(logits_TV.float(), dim=-1)
+    tokens_T = torch.tensor(window[1:], device=log_probs_TV.device)
+    return Score(
+        token_logprobs=log_probs_TV.gather(1, tokens_T[:, None])[:, 0].cpu(),
+        top1=log_probs_TV.argmax(dim=-1).cpu(),
+        log_probs=log_probs_TV if full else None,
+    )
+
+
+def _check_greedy(engine: str, params: SamplingParams) -> None:
+    plain = SamplingParams(
+        max_new_tokens=params.max_new_tokens, ignore_eos=params.ignore_eos, seed=params.seed
+    )
+    if params != plain:
+        raise RequestError(f"{engine} is measured with greedy decoding and no other options.")
