@@ -26,7 +26,7 @@ def names(kind: type) -> set[str]:
 
 
 def test_every_field_of_a_configuration_has_an_option():
-    elsewhere = {"model", "weights", "seed", "engine"}
+    elsewhere = {"model", "weights", "seed", "engine", "checkpoint", "url"}
     assert names(EngineOptions) | elsewhere == names(EngineConfig)
     assert names(SamplingOptions) == names(SamplingParams)
     assert WorkloadOptions().fields().keys() == Workload.model_fields.keys()
@@ -44,7 +44,7 @@ def test_no_option_given_is_the_default_configuration():
 def test_a_lever_is_the_option_the_axis_and_the_key_of_its_field():
     taken = names(EngineOptions)
     assert taken == names(MatrixOptions)
-    assert taken | {"seed", "engine"} == set(Matrix.model_fields)
+    assert taken | {"seed", "engine", "checkpoint", "url"} == set(Matrix.model_fields)
     assert set(Matrix.model_fields) | {"weights"} == set(levers())
 
 

@@ -159,10 +159,12 @@ def test_a_configuration_that_differs_in_what_the_page_does_not_show_is_named():
 
 
 def test_another_engine_is_a_row_at_the_top_and_none_of_ours():
-    theirs = cell(60, quant="awq", baseline="vllm")
+    theirs = cell(60, quant="awq", execution="auto", baseline="vllm")
     table = page(cell(9), theirs)
     assert table.rows[0].cells[:4] == ("vllm, awq", "–", "1", "–")
     assert len(page(cell(9), cell(60, baseline="vllm")).rows) == 2
+    compiled = cell(60, quant="auto", execution="compile", baseline="transformers")
+    assert page(compiled).rows[0].cells[:2] == ("transformers", "yes")
 
 
 def test_records_that_cannot_be_compared_are_in_separate_tables():

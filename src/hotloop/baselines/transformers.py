@@ -72,7 +72,8 @@ class TransformersEngine:
         started = time.perf_counter()
         if self._execution == "compile":
             n = min(_WARMUP_TOKENS, setup.n_positions - 1)
-            self.generate([[0]] * config.max_batch_size, SamplingParams(max_new_tokens=n))
+            params = SamplingParams(max_new_tokens=n, ignore_eos=True)
+            self.generate([[0]] * config.max_batch_size, params)
         self._warmup_s = time.perf_counter() - started
 
     def _generation_options(self, transformers: Any) -> dict[str, Any]:

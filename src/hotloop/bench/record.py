@@ -262,6 +262,7 @@ class RecordedEngine(_Keys, total=False):
     weight_bytes_per_step: Bytes
     kv_bytes_per_token: Bytes
     notes: Annotated[tuple[Reason, ...], Field(strict=False)]
+    version: Name | None
 
 
 class RecordedHotloop(_Keys, total=False):
@@ -364,6 +365,7 @@ class Record(StrictModel):
     kl_p99: Number | None = None
     kl_p99_9: Number | None = None
     kl_max: Number | None = None
+    kl_at_least: Figure | None = None
     delta_p: Figure | None = None
     delta_p_rms: Number | None = None
     same_top1: Figure | None = None

@@ -213,12 +213,44 @@ class WeightOptions(_Options):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ReplacementOptions(_Options):
-    """Other models than a recipe's: see ``sweep.recipe.replace_models``."""
+    """Other models and interpreters than a recipe's: see ``sweep.recipe.replace_models``."""
 
     model: Annotated[str | None, option(MODEL, "With a recipe: in place of its model.")] = None
     draft_model: Annotated[
         str | None, option(MODEL, "With a recipe: in place of its draft model.")
     ] = None
+    checkpoint: Annotated[
+        tuple[str, ...],
+        option(
+            MODEL,
+            "ENGINE=PATH, with a recipe: the model in the form that another engine reads, such as "
+            "vllm=./my-model-awq. Can be repeated.",
+        ),
+    ] = ()
+    python: Annotated[
+        tuple[str, ...],
+        option(
+            EXECUTION,
+            "ENGINE=PATH, with a recipe: the interpreter that has another engine, such as "
+            "vllm=~/vllm/bin/python. Can be repeated.",
+        ),
+    ] = ()
+
+    def by_engine(self, name: Literal["checkpoint", "python"]) -> dict[str, str]:
+        """Returns the paths of an option, by the engine's name.
+
+        Raises:
+            ConfigError: A value is not ``ENGINE=PATH``.
+        """
+        paths = {}
+        for value in getattr(self, name):
+            engine, _, path = value.partition("=")
+            if not engine or not path or engine in paths:
+                raise ConfigError(
+                    f"--{name} {shorten_value(value)}: give ENGINE=PATH, once for each engine."
+                )
+            paths[engine] = path
+        return paths
 
 
 @Parameter(name="*")

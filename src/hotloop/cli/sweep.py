@@ -59,8 +59,8 @@ def sweep(
         str | None,
         option(
             MODEL,
-            "A model, or a recipe (.yaml). A recipe sets all options below; only its models and "
-            "--weights can be replaced here.",
+            "A model, or a recipe (.yaml). A recipe sets all options below; only its models, "
+            "interpreters and --weights can be replaced here.",
         ),
     ] = None,
     /,
@@ -181,7 +181,7 @@ def results_name(model: str) -> str:
 
 
 def _recipe(path: str, weights: WeightOptions, replacement: ReplacementOptions) -> Recipe:
-    """Replaces the models of a recipe by those of the command line."""
+    """Replaces the models and interpreters of a recipe by those of the command line."""
     from hotloop.sweep.recipe import load_recipe, replace_models
 
     recipe = load_recipe(path)
@@ -192,6 +192,8 @@ def _recipe(path: str, weights: WeightOptions, replacement: ReplacementOptions) 
         weights=weights.weights,
         model=replacement.model or weights.shape,
         draft_model=replacement.draft_model,
+        pythons={e: Path(path) for e, path in replacement.by_engine("python").items()},
+        checkpoints=replacement.by_engine("checkpoint"),
     )
 
 

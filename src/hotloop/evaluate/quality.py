@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,9 @@ class Quality:
         kl_p99: Its 99 % quantile.
         kl_p99_9: Its 99.9 % quantile.
         kl_max: The largest over all predicted tokens.
+        kl_at_least: In place of all of these, a lower bound of the mean for an engine that gives no
+            more than the probabilities of a few most likely tokens: the divergence that remains
+            when all other tokens count as one.
         delta_p: Probability of the text's token less the reference's, in -1 to 1.
         delta_p_rms: Root mean square of that over all predicted tokens.
         same_top1: Share of positions at which both models hold the same token most likely.
@@ -71,6 +75,7 @@ class Quality:
     kl_p99: float | None = None
     kl_p99_9: float | None = None
     kl_max: float | None = None
+    kl_at_least: Figure | None = None
     delta_p: Figure | None = None
     delta_p_rms: float | None = None
     same_top1: Figure | None = None
@@ -107,8 +112,11 @@ def measure_quality(
     kl: list[Tensor] = []
     same_top1: list[float] = []
     delta_p: list[Tensor] = []
+    partial = False
 
     def add(index: int, score: Score) -> None:
+        nonlocal partial
+        partial |= score.top is not None
         logprobs = _finite(score.token_logprobs, "log-probabilities", index).cpu()
         nll.append(-logprobs.mean().item())
         if reference is not None:
@@ -121,21 +129,10 @@ def measure_quality(
     _score_each(engine, windows, add, full=reference is not None, on_window=on_window)
     if reference is None:
         return Quality(perplexity=_perplexity(nll))
-    kl_per_token = torch.cat(kl).numpy()
-
-    def quantile(share: float) -> float:
-        return float(np.quantile(kl_per_token, share))
-
     return Quality(
         perplexity=_perplexity(nll),
         delta_ln_ppl=mean_figure(nll_increase),
-        kl_mean=positive_mean_figure([window.mean().item() for window in kl]),
-        kl_median=quantile(0.5),
-        kl_p90=quantile(0.9),
-        kl_p95=quantile(0.95),
-        kl_p99=quantile(0.99),
-        kl_p99_9=quantile(0.999),
-        kl_max=float(kl_per_token.max()),
+        **_divergence(kl, partial=partial),
         delta_p=mean_figure([window.mean().item() for window in delta_p], within=(-1, 1)),
         delta_p_rms=torch.cat(delta_p).square().mean().sqrt().item(),
         same_top1=share_figure(same_top1, [len(windows[0]) - 1] * len(windows)),
@@ -206,13 +203,52 @@ def _score_each(
 
 
 def _window_kl(score: Score, reference: Reference, index: int) -> Tensor:
+    if score.top is not None:
+        slices = row_slices(len(score.top1), reference.key.vocab_size)
+        return torch.cat([_coarse_kl(score.top, reference, index, rows) for rows in slices])
     log_q_TV = full_log_probs(score, reference.key.vocab_size)
     return torch.cat(
         [
             kl_divergence(reference.log_probs(index, rows).to(log_q_TV.device), log_q_TV[rows])
-            for rows in row_slices(log_q_TV)
+            for rows in row_slices(*log_q_TV.shape)
         ]
     ).cpu()
+
+
+def _coarse_kl(top: tuple[Tensor, Tensor], reference: Reference, index: int, rows: slice) -> Tensor:
+    """Computes the KL divergence with all tokens but ``top`` taken as one: a lower bound."""
+    ids_TK, log_q_TK = (part[rows].cpu() for part in top)
+    log_p_TV = torch.log_softmax(reference.log_probs(index, rows), dim=-1)
+    log_p_TK = log_p_TV.gather(1, ids_TK)
+    others_TV = log_p_TV.scatter(1, ids_TK, -math.inf)
+    log_p_rest = others_TV.logsumexp(dim=-1)
+    q_rest = 1 - log_q_TK.double().exp().sum(dim=-1)
+    log_q_rest = q_rest.clamp_min(torch.finfo(torch.float32).eps).log().float()
+    return kl_divergence(
+        torch.cat((log_p_TK, log_p_rest[:, None]), dim=1),
+        torch.cat((log_q_TK.float(), log_q_rest[:, None]), dim=1),
+    )
+
+
+def _divergence(kl: Sequence[Tensor], *, partial: bool) -> dict[str, Any]:
+    """Returns the figures of KL: of a lower bound, the mean alone."""
+    mean = positive_mean_figure([window.mean().item() for window in kl])
+    if partial:
+        return {"kl_at_least": mean}
+    kl_per_token = torch.cat(list(kl)).numpy()
+
+    def quantile(share: float) -> float:
+        return float(np.quantile(kl_per_token, share))
+
+    return {
+        "kl_mean": mean,
+        "kl_median": quantile(0.5),
+        "kl_p90": quantile(0.9),
+        "kl_p95": quantile(0.95),
+        "kl_p99": quantile(0.99),
+        "kl_p99_9": quantile(0.999),
+        "kl_max": float(kl_per_token.max()),
+    }
 
 
 def _perplexity(nll: Sequence[float]) -> Figure:

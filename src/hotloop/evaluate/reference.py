@@ -56,7 +56,8 @@ class ReferenceKey(StrictModel):
 
     Attributes:
         weights: Hash of the checkpoint.
-        dtype: Element type that the reference was computed in.
+        dtype: Element type that the reference was computed in; None for any, as another engine is
+            compared with.
         vocab_size: Tokens in a distribution.
         text_sha256: Hash of the text.
         window: Tokens in a window.
@@ -64,7 +65,7 @@ class ReferenceKey(StrictModel):
     """
 
     weights: str
-    dtype: str
+    dtype: str | None
     vocab_size: Count
     text_sha256: str
     window: Count
@@ -92,7 +93,7 @@ class Reference:
         key: The key that it must have.
 
     Attributes:
-        key: The same key.
+        key: The same key, with the element type of the file.
         windows_sha256: :func:`hash_windows` of the windows that were scored.
         token_logprobs: Log-probability of each token after a window's first, float32
             [n_windows, window - 1].
@@ -119,11 +120,10 @@ class Reference:
             )
         metadata = validated(_Metadata, said, path, refuse=_damaged)
         found = parse_json(metadata.key, path, refuse=_damaged)
-        _check_key(
-            path,
-            found=validated(ReferenceKey, found, path, prefix="key.", refuse=_damaged),
-            wanted=key,
-        )
+        found = validated(ReferenceKey, found, path, prefix="key.", refuse=_damaged)
+        if key.dtype is None:
+            key = key.model_copy(update={"dtype": found.dtype})
+        _check_key(path, found=found, wanted=key)
         _check_tensors(path, file, key)
         self.key = key
         self.windows_sha256 = metadata.windows_sha256
@@ -195,7 +195,7 @@ class ReferenceWriter:
         log_probs = full_log_probs(score, self._key.vocab_size)
         self._top1.append(score.top1.cpu().long())
         self._token_logprobs.append(score.token_logprobs.cpu().float())
-        for rows in row_slices(log_probs):
+        for rows in row_slices(*log_probs.shape):
             relative = log_probs[rows] - log_probs[rows].amax(dim=-1, keepdim=True)
             self._file.write(relative.half().cpu().numpy().data)
 
@@ -225,9 +225,8 @@ def full_log_probs(score: Score, vocab_size: int) -> Tensor:
     return log_probs
 
 
-def row_slices(x_TV: Tensor) -> list[slice]:
+def row_slices(T: int, V: int) -> list[slice]:
     """Slices rows so that intermediate results stay in cache and do not raise the peak."""
-    T, V = x_TV.shape
     step = max(1, _CHUNK_ELEMENTS // V)
     return [slice(i, min(i + step, T)) for i in range(0, T, step)]
 

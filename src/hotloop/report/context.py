@@ -109,6 +109,7 @@ CONTEXT: Mapping[str, Callable[[Record], str]] = {
     "device": _device,
     "element type": lambda record: (record.engine or {}).get("dtype", ""),
     "versions": _versions,
+    "other engines": lambda record: (record.engine or {}).get("version") or "",
     "workload": _workload,
     "text": _text,
     "date": lambda record: record.started_at[:10],

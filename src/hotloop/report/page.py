@@ -125,7 +125,9 @@ def _execution(record: Record) -> str:
 
 def _compiled(record: Record) -> str:
     execution = _execution(record)
-    return NONE if record.baseline else EXECUTIONS.get(execution, execution)
+    if record.baseline and execution == "auto":  # it has no such choice, or did not start
+        return NONE
+    return EXECUTIONS.get(execution, execution)
 
 
 def _drafts(record: Record) -> str:

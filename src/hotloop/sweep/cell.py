@@ -264,7 +264,7 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
             why_none = str(error)
     quality = measure_quality(engine, windows, reference=reference, on_window=attempt.step)
     of = f" of {job.reference_model}" if job.reference_model else ""
-    compared = {"reference": f"none/eager {key.dtype}{of}" if reference else None}
+    compared = {"reference": f"none/eager {reference.key.dtype}{of}" if reference else None}
     return {
         "quality_protocol": protocol.model_copy(update=compared),
         "quality_reason": None if reference else why_none,
@@ -297,9 +297,10 @@ def _windows(job: Job, engine: Engine) -> tuple[list[list[int]], QualityProtocol
         window=job.quality.window,
         n_windows=len(windows),
     )
+    own = job.config.engine == OWN_ENGINE
     key = ReferenceKey(
         weights=job.compared_sha256 or "",
-        dtype=description.dtype,
+        dtype=description.dtype if own else None,
         vocab_size=description.vocab_size,
         text_sha256=text.sha256,
         window=protocol.window,

@@ -146,7 +146,7 @@ def _scored(job: Job, settled: EngineConfig) -> dict[str, Any]:
     """Returns everything that decides a job's predictions."""
     config = settled.to_dict()
     if job.weights_sha256:
-        del config["model"]
+        del config["model"], config["checkpoint"]
         if is_draft_model(settled.draft):
             del config["draft"]
     return {
@@ -191,7 +191,7 @@ def make_cells(configs: Sequence[EngineConfig], models: Models) -> list[Cell]:
         engine: EngineKind = registry.resolve("engine", ENGINES, config.engine)
         if engine.reads_checkpoints:
             is_random = config.weights == "random"
-            config = settle_schemes(config, None if is_random else models[config.model].stored)
+            config = settle_schemes(config, None if is_random else models[config.source].stored)
         settled = engine.settle(config)
         cell = Cell(
             name="",
@@ -248,9 +248,10 @@ def make_jobs(
             job.provenance["stored"] = model.stored.to_dict()
         if model and quality:
             text = text or load_text(quality.text)
+            original = models[cell.config.model]
             if readable:
-                check_length(model, text.content, quality.window)
-            compared = _compared(models, model, quality, readable=readable)
+                check_length(original, text.content, quality.window)
+            compared = _compared(models, model, original, quality, readable=readable)
             job = job.model_copy(update={"text_sha256": text.sha256, **compared})
         key = measurement_key(job, cell.settled, machine)
         jobs.append(job.model_copy(update={"key": key}))
@@ -258,12 +259,25 @@ def make_jobs(
 
 
 def _compared(
-    models: Models, model: KnownModel, quality: QualityOptions, *, readable: bool
+    models: Models,
+    model: KnownModel,
+    original: KnownModel,
+    quality: QualityOptions,
+    *,
+    readable: bool,
 ) -> dict[str, Any]:
-    """Returns the fields of a job that say what its quality is measured against."""
+    """Returns the fields of a job that say what its quality is measured against.
+
+    Args:
+        models: All models.
+        model: The checkpoint that is measured.
+        original: The model that it is a form of; the same one, unless an engine needs another form.
+        quality: The options.
+        readable: hotloop itself can read ``original``.
+    """
     try:
         reference = models.reference_of(
-            model, quality.reference, model.quantization if readable else None
+            original, quality.reference, original.quantization if readable else None
         )
     except NoReferenceError as error:
         return {"no_reference": str(error)}

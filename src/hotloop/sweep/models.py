@@ -164,4 +164,4 @@ def checkpoints(config: EngineConfig) -> tuple[str | None, str | None]:
     """Names the checkpoints that a configuration reads: the model's, and its draft model's."""
     if config.weights == "random":
         return None, None
-    return config.model, config.draft if is_draft_model(config.draft) else None
+    return config.source, config.draft if is_draft_model(config.draft) else None

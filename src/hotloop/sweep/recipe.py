@@ -10,11 +10,12 @@ are the fields of ``EngineConfig``, so a new field can be swept at once.
       execution: [auto, compile]
     cells:                        # and these
       - {quant: int8, head: none}
+      - {engine: vllm, checkpoint: ./model-awq}    # another engine, and its form of the model
     defaults: {dtype: bfloat16}   # for all of them; dropped in cells where they have no effect
     workload: {prompt_tokens: 32, new_tokens: 64}
     quality: {window: 256, n_windows: 16}    # or false
     timeout_s: 600                # per cell
-    engines:                      # for cells that name another engine than hotloop
+    engines:                      # settings of other engines
       vllm: {python: ~/vllm/bin/python}    # its interpreter; hotloop need not be installed there
 
 One recipe is about one model: records of different models cannot be compared, so they belong into
@@ -309,19 +310,34 @@ def replace_models(
     weights: WeightSource | None = None,
     model: str | None = None,
     draft_model: str | None = None,
+    pythons: Mapping[str, Path] | None = None,
+    checkpoints: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """Makes the same experiment with other weights; None keeps what the recipe says.
+    """Makes the same experiment with other weights or programs; None keeps what the recipe says.
 
     Args:
         recipe: The recipe to change.
         weights: The source of weights.
         model: As in ``EngineConfig``.
         draft_model: Replaces the draft model of every configuration that has one.
+        pythons: The interpreters of engines, by the engine's name.
+        checkpoints: The model in the form that an engine reads, for all cells of that engine.
 
     Raises:
-        ConfigError: The recipe has no draft model to replace, or two cells become the same.
+        ConfigError: The recipe has nothing to replace, or two cells become the same.
     """
     said = recipe.model_dump(exclude_unset=True)
+    for engine in (*(pythons or {}), *(checkpoints or {})):
+        named = sorted({config.engine for config in expand(recipe)})
+        if engine not in named:
+            raise UnknownNameError(f"engine in the recipe {recipe.name!r}", engine, named)
+    for engine, python in (pythons or {}).items():
+        settings = said.setdefault("engines", {}).setdefault(engine, {})
+        settings["python"] = python.expanduser().absolute()
+    for engine, checkpoint in (checkpoints or {}).items():
+        for cell in said.get("cells", []):
+            if cell.get("engine") == engine:
+                cell["checkpoint"] = checkpoint
     said |= _given({"weights": weights, "model": model})
     if draft_model is not None:
         if not any(is_draft_model(config.draft) for config in expand(recipe)):
