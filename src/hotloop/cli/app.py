@@ -32,7 +32,10 @@ from hotloop.errors import (
 if TYPE_CHECKING:
     from cyclopts import App
 
-VERBS = ("generate", "chat", "bench", "sweep", "eval", "report", "pull", "quantize", "info")
+VERBS = (
+    *("generate", "chat", "bench", "sweep", "eval", "report", "compare"),
+    *("pull", "quantize", "info"),
+)
 """Every command is ``app`` of the module of its name, in the order of the help page."""
 
 TRACEBACK = "HOTLOOP_TRACEBACK"

@@ -1,0 +1,94 @@
+"""``hotloop compare``: is B worse than A?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Token
+
+from hotloop.cli.options import OUTPUT, QUALITY, WORKLOAD, Json, option
+from hotloop.cli.output import note, print_json, print_rich, print_text
+from hotloop.errors import shorten_value
+from hotloop.types import MAX_DELTA_LN_PPL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotloop.report.compare import Comparison
+
+app = App(
+    name="compare",
+    help_epilogue="""\
+Examples:
+  hotloop compare results/main results/branch
+  hotloop compare results/main results/branch --max-slowdown 5% --json
+  hotloop compare results/demo:int8/eager results/demo:int8/compile""",
+)
+
+
+def _share(_type: object, tokens: Sequence[Token]) -> float:
+    """Reads a share such as ``2%`` or ``0.02``."""
+    (token,) = tokens
+    text = token.value.strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise ValueError(f"{shorten_value(token.value)} is not a share: give one such as 2%.")
+    return share
+
+
+@app.default
+def compare(
+    a: Annotated[str, option(OUTPUT, "A results folder or a file of records; or PATH:CELL.")],
+    b: Annotated[str, option(OUTPUT, "The same, to be judged against A.")],
+    /,
+    *,
+    max_slowdown: Annotated[
+        float,
+        option(WORKLOAD, "Loss of decode speed that is tolerated.", "2%", converter=_share),
+    ] = 0.02,
+    max_loss: Annotated[
+        float, option(QUALITY, "Increase of ln perplexity that is tolerated.")
+    ] = MAX_DELTA_LN_PPL,
+    json: Json = False,
+) -> int:
+    """Tell whether one measurement is slower or worse than another.
+
+    Cells are matched by configuration, or by name; two of one cell each are
+    compared as they are. A verdict is shown by an interval or not given: the exit
+    code is 0 for no worse, 1 for worse, and 2 for undecided, as it is for an
+    invalid command line.
+    """
+    from hotloop.report.compare import EXIT_CODES, read_set
+    from hotloop.report.compare import compare as compare_sets
+
+    before, after = (read_set(name, on_problem=note) for name in (a, b))
+    found = compare_sets(before, after, max_slowdown=max_slowdown, max_delta_ln_ppl=max_loss)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _show(found)
+    return EXIT_CODES[found.verdict]
+
+
+def _show(found: Comparison) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table("configuration", "", "B against A [95%]", "verdict", box=None, pad_edge=False)
+    for cell in found.cells:
+        for number, judged in enumerate(cell.judged):
+            unit = "" if judged.quantity == "speed" else " Δ ln ppl" * (judged.shown != "–")
+            why = f" ({judged.why})" if judged.why else ""
+            name = cell.name if number == 0 else ""
+            texts = (name, judged.quantity, judged.shown + unit, judged.verdict + why)
+            grid.add_row(*map(Text, texts))
+    print_rich(grid)
+    for cell in found.cells:
+        for text in cell.notes:
+            print_text(f"{cell.name}: {text}")
+    for text in found.missing:
+        print_text(text)
+    print_text(f"\nB is {found.verdict}." if found.verdict != "undecided" else "\nUndecided.")

@@ -1,0 +1,313 @@
+"""Compares two sets of records, and decides whether the second is worse.
+
+A difference is judged by its interval against a margin, so there are three verdicts: *no worse*, if
+the loss is shown to stay within the margin; *worse*, if it is shown to exceed it; and *undecided*.
+Showing is a one-sided test at 5 %. Of several comparisons all must be no worse for that verdict,
+which needs no correction; one that is worse suffices for the other, so that its level is divided by
+their number (Bonferroni), and equal sets are rarely called worse however many cells they have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hotloop.bench.record import MEASURED, Record
+from hotloop.bench.statistics import t_critical
+from hotloop.errors import ConfigError, shorten, shorten_value
+from hotloop.report.differences import (
+    Difference,
+    loss_difference,
+    same_windows,
+    shown_loss,
+    shown_ratio,
+    speed_difference,
+)
+from hotloop.report.read import latest, read_records
+from hotloop.report.recommend import speed_gap
+
+Verdict = Literal["no worse", "worse", "undecided"]
+
+EXIT_CODES: dict[Verdict, int] = {"no worse": 0, "worse": 1, "undecided": 2}
+
+LEVEL = 0.05
+"""Level of the one-sided tests."""
+
+_MOST_NAMES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One quantity of a cell, compared.
+
+    Attributes:
+        quantity: ``speed`` or ``quality``.
+        shown: The difference and its 95 % interval.
+        verdict: The verdict.
+        why: The reason of a verdict that the interval does not show, or what it would take.
+        difference: The difference: of ln speed, or of ln perplexity; None if unknown.
+        margin: The change in the same unit that counts as worse.
+    """
+
+    quantity: Literal["speed", "quality"]
+    shown: str
+    verdict: Verdict
+    why: str = ""
+    difference: Difference | None = None
+    margin: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields, as JSON can hold them."""
+        known = self.difference
+        return {
+            "quantity": self.quantity,
+            "verdict": self.verdict,
+            "why": self.why or None,
+            "change": known and known.mean,
+            "ci95": known and list(known.interval()),
+            "paired": known and known.paired,
+            "margin": self.margin,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedCell:
+    """A cell that both sets have.
+
+    Attributes:
+        name: Its name; that of both where they differ.
+        judged: Its quantities.
+        notes: What a reader must know of the comparison.
+    """
+
+    name: str
+    judged: tuple[Judged, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two sets of records, compared.
+
+    Attributes:
+        cells: The cells that both have.
+        verdict: The verdict over all of them.
+        missing: Cells that only one set has, as sentences.
+    """
+
+    cells: tuple[ComparedCell, ...]
+    verdict: Verdict
+    missing: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields, as JSON can hold them."""
+        return {
+            "verdict": self.verdict,
+            "cells": [
+                {
+                    "cell": cell.name,
+                    "judged": [each.to_dict() for each in cell.judged],
+                    "notes": list(cell.notes),
+                }
+                for cell in self.cells
+            ],
+            "missing": list(self.missing),
+        }
+
+
+def read_set(name: str, *, on_problem: Any) -> list[Record]:
+    """Reads a set of records: a results folder, a file of records, or a cell of either.
+
+    Args:
+        name: A path; or a path, a colon and the name of a cell.
+        on_problem: See ``read_records``.
+
+    Raises:
+        ConfigError: There is no such file or cell.
+    """
+    path, cell = name, ""
+    while not Path(path).exists() and ":" in path:
+        path = path.rpartition(":")[0]
+        cell = name[len(path) + 1 :]
+    if not Path(path).exists():
+        path, cell = name, ""
+    records = latest(read_records(Path(path), on_problem=on_problem))
+    if not cell:
+        return records
+    if found := [record for record in records if record.cell == cell]:
+        return found
+    names = ", ".join(shorten(record.cell) for record in records[:_MOST_NAMES])
+    more = ", …" * (len(records) > _MOST_NAMES)
+    raise ConfigError(
+        f"{shorten(path)} has no cell {shorten_value(cell)}. It has these: {names}{more}."
+    )
+
+
+def compare(
+    before: Sequence[Record],
+    after: Sequence[Record],
+    *,
+    max_slowdown: float,
+    max_delta_ln_ppl: float,
+) -> Comparison:
+    """Compares two sets of records, cell by cell.
+
+    Cells are matched by engine and configuration, or by name. Two sets of one cell each are
+    compared whatever their configurations.
+
+    Args:
+        before: The set to compare with.
+        after: The set that is judged.
+        max_slowdown: The share of decode speed whose loss is tolerated.
+        max_delta_ln_ppl: The increase of ln perplexity that is tolerated.
+
+    Raises:
+        ConfigError: The sets have no cell in common.
+    """
+    pairs = _pairs(before, after)
+    if not pairs:
+        raise ConfigError(
+            "the two have no cell in common: name one of each, as FOLDER:CELL, or measure the same "
+            "configurations."
+        )
+    n_tests = sum(1 + _has_quality(a, b) for a, b in pairs)
+    cells = tuple(_compared(a, b, max_slowdown, max_delta_ln_ppl, n_tests) for a, b in pairs)
+    verdicts = {judged.verdict for cell in cells for judged in cell.judged}
+    verdict: Verdict = "no worse"
+    if "worse" in verdicts:
+        verdict = "worse"
+    elif "undecided" in verdicts:
+        verdict = "undecided"
+    paired = {id(record) for pair in pairs for record in pair}
+    missing = [
+        f"{record.cell}: only in {which}"
+        for which, records in (("A", before), ("B", after))
+        for record in records
+        if id(record) not in paired
+    ]
+    return Comparison(cells=cells, verdict=verdict, missing=tuple(missing))
+
+
+def _pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[Record, Record]]:
+    if len(before) == len(after) == 1:
+        return [(before[0], after[0])]
+    by_config = {_identity(record): record for record in after}
+    by_name = {record.cell: record for record in after}
+    pairs = []
+    for record in before:
+        match = by_config.get(_identity(record)) or by_name.get(record.cell)
+        if match is not None:
+            pairs.append((record, match))
+    return pairs
+
+
+def _identity(record: Record) -> str:
+    config = {name: v for name, v in record.config.items() if name != "max_seq_len"}
+    return json.dumps([record.baseline, config], sort_keys=True)
+
+
+def _has_quality(a: Record, b: Record) -> bool:
+    return a.perplexity is not None or b.perplexity is not None
+
+
+def _compared(
+    a: Record, b: Record, max_slowdown: float, max_delta_ln_ppl: float, n_tests: int
+) -> ComparedCell:
+    judged = [_speed(a, b, max_slowdown, n_tests)]
+    if _has_quality(a, b):
+        judged.append(_quality(a, b, max_delta_ln_ppl, n_tests))
+    name = a.cell if a.cell == b.cell else f"{a.cell} → {b.cell}"
+    return ComparedCell(name=name, judged=tuple(judged), notes=tuple(_notes(a, b)))
+
+
+def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> Judged:
+    margin = -math.log1p(-max_slowdown)
+    if a.status in MEASURED and b.status not in MEASURED:
+        reason = (b.reason or "").partition("\n")[0]
+        why = f"B ended as {b.status}: {reason}".rstrip(": ")
+        return Judged(quantity="speed", shown="–", verdict="worse", why=why, margin=margin)
+    why = ""
+    if a.decode_tok_s is None or b.decode_tok_s is None:
+        why = f"no speed: A ended as {a.status}, B as {b.status}"
+    elif a.workload != b.workload:
+        why = "the workloads differ, so their speeds cannot be compared"
+    difference = None if why else speed_difference(a, b)
+    if difference is None:
+        why = why or "a single repeat has no interval: raise --repeats"
+        return Judged(quantity="speed", shown="–", verdict="undecided", why=why, margin=margin)
+    assert b.decode_tok_s is not None
+    slowdown = Difference(
+        mean=-difference.mean, se=difference.se, df=difference.df, paired=difference.paired
+    )
+    verdict, why = _judge(slowdown, margin, n_tests, b.decode_tok_s.n, "repeats")
+    return Judged(
+        quantity="speed",
+        shown=shown_ratio(difference),
+        verdict=verdict,
+        why=why,
+        difference=difference,
+        margin=margin,
+    )
+
+
+def _quality(a: Record, b: Record, margin: float, n_tests: int) -> Judged:
+    difference = loss_difference(a, b)
+    if difference is None:
+        missing = " and ".join(
+            which for which, record in (("A", a), ("B", b)) if record.perplexity is None
+        )
+        if missing:
+            why = f"{missing} has no quality"
+        elif not same_windows(a, b):
+            why = "they were scored on different windows of text"
+        else:
+            why = "too few windows"
+        return Judged(quantity="quality", shown="–", verdict="undecided", why=why, margin=margin)
+    assert b.perplexity is not None
+    verdict, why = _judge(difference, margin, n_tests, b.perplexity.n, "windows")
+    return Judged(
+        quantity="quality",
+        shown=shown_loss(difference),
+        verdict=verdict,
+        why=why,
+        difference=difference,
+        margin=margin,
+    )
+
+
+def _judge(loss: Difference, margin: float, n_tests: int, n: int, unit: str) -> tuple[Verdict, str]:
+    """Judges a loss, of which more is worse; of an undecided one, says what it would take."""
+    reach = t_critical(loss.df, confidence=1 - 2 * LEVEL) * loss.se
+    if loss.mean + reach <= margin:
+        return "no worse", ""
+    if loss.mean - t_critical(loss.df, confidence=1 - 2 * LEVEL / n_tests) * loss.se > margin:
+        return "worse", ""
+    room = abs(margin - loss.mean)
+    if room == 0 or loss.se == 0:
+        return "undecided", "the difference is at the margin"
+    needed = math.ceil(n * (reach / room) ** 2)
+    return "undecided", f"some {max(needed, n + 1)} {unit} would be needed"
+
+
+def _notes(a: Record, b: Record) -> list[str]:
+    notes = []
+    for which, record in (("A", a), ("B", b)):
+        if record.status == "unstable":
+            reason = (record.reason or "").partition("\n")[0]
+            notes.append(f"{which} is unstable: {reason}")
+        elif gap := speed_gap(record):
+            notes.append(f"{which}: {gap}")
+    for what, of in (
+        ("model", lambda r: r.config.get("model")),
+        ("device", lambda r: r.provenance.get("device", {}).get("name")),
+        ("torch", lambda r: r.provenance.get("versions", {}).get("torch")),
+        ("weights", lambda r: r.provenance.get("weights_sha256")),
+    ):
+        was, now = of(a), of(b)
+        if was != now and None not in (was, now):
+            notes.append(f"different {what}: {shorten(str(was), 60)} and {shorten(str(now), 60)}")
+    return notes
