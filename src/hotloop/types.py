@@ -570,6 +570,9 @@ class EngineDescription:
             used (None).
         version: Name and version of another engine than hotloop's own.
         settings: Its settings, by its own names.
+        bos_id: The token that begins a text, whether or not the tokenizer adds it.
+        adds_bos: Whether the model's own tokenizer puts it before a text. ``encode`` does not.
+        eos_ids: Tokens that end an answer, the tokenizer's own end-of-sequence token first.
     """
 
     config: EngineConfig
@@ -591,6 +594,9 @@ class EngineDescription:
     execution: StepExecution | None = None
     version: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    bos_id: int | None = None
+    adds_bos: bool = False
+    eos_ids: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

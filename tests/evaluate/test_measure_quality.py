@@ -7,7 +7,9 @@ import scipy.stats
 import torch
 
 from hotloop.errors import ConfigError, HotloopError
+from hotloop.evaluate import quality as quality_module
 from hotloop.evaluate.quality import kl_divergence, measure_quality, write_reference
+from hotloop.evaluate.reference import MAX_FLOOR_WINDOWS
 
 V, N, T = 64, 6, 40
 QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p95": 0.95, "kl_p99": 0.99, "kl_p99_9": 0.999}
@@ -144,7 +146,7 @@ def test_only_one_windows_distributions_are_held_at_a_time(
     engine = bigram(logits)
     reference = write_reference(engine, windows, tmp_path / "ref", key_of(windows, V))
     measure_quality(engine, windows, reference=reference)
-    assert engine.alive == [0] * 2 * N
+    assert engine.alive == [0] * (2 * N + MAX_FLOOR_WINDOWS)
 
 
 def test_progress_is_told_after_each_window(bigram, windows):
@@ -185,3 +187,46 @@ def test_predictions_so_broken_that_no_perplexity_holds_them_are_an_error(bigram
     logits = torch.full((4, 4), -1000.0).fill_diagonal_(0.0)
     with pytest.raises(HotloopError, match=r"perplexity of a window is exp\(\d+\)"):
         measure_quality(bigram(logits), [[0, 1, 2, 3], [3, 2, 1, 0]])
+
+
+def test_the_floor_is_the_references_divergence_from_itself_scored_again(
+    tmp_path, bigram, windows, logits, key_of
+):
+    class Drifts(bigram):
+        """Rounds otherwise in windows of another length."""
+
+        def _score(self, window, full):
+            table, changed = self.log_probs_VV, logits + 0.05 * randn(V, V, seed=7)
+            if len(window) < T:
+                self.log_probs_VV = torch.log_softmax(changed.double(), dim=-1)
+            score = super()._score(window, full)
+            self.log_probs_VV = table
+            return score
+
+    exact = write_reference(bigram(logits), windows, tmp_path / "a", key_of(windows, V))
+    assert exact.floor.abs().max() < 1e-6
+    drifting = write_reference(Drifts(logits), windows, tmp_path / "b", key_of(windows, V))
+    quality = measure_quality(bigram(logits), windows, reference=drifting)
+    assert quality.kl_floor.mean == pytest.approx(drifting.floor.mean().item(), rel=1e-5)
+    assert quality.kl_floor.mean > 1e-4 > abs(quality.kl_max)
+    assert quality.kl_floor.n == MAX_FLOOR_WINDOWS
+
+
+def test_long_windows_have_the_same_figures_by_depth(
+    monkeypatch, tmp_path, bigram, windows, logits, key_of
+):
+    monkeypatch.setattr(quality_module, "DEPTHS", (8, 30, 1000))
+    reference = write_reference(bigram(logits), windows, tmp_path / "ref", key_of(windows, V))
+    changed = bigram(logits + 0.3 * randn(V, V, seed=2))
+    quality = measure_quality(changed, windows, reference=reference)
+    assert [(d.start, d.end) for d in quality.by_depth] == [(1, 8), (8, 30), (30, T)]
+    sizes = [d.end - d.start for d in quality.by_depth]
+    for name in ("delta_ln_ppl", "kl_mean", "same_top1"):
+        parts = [getattr(d, name).mean for d in quality.by_depth]
+        assert np.average(parts, weights=sizes) == pytest.approx(getattr(quality, name).mean)
+    nll = [math.log(d.perplexity.mean) for d in quality.by_depth]
+    assert np.average(nll, weights=sizes) == pytest.approx(math.log(quality.perplexity.mean))
+
+
+def test_short_windows_have_no_figures_by_depth(bigram, windows, logits):
+    assert measure_quality(bigram(logits), windows).by_depth == ()

@@ -47,10 +47,10 @@ def test_the_file_is_ordinary_safetensors_with_float16_distributions(
     path = tmp_path / "ref.safetensors"
     write_reference(engine, windows, path, key_of(windows, V))
     with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == {"log_probs", "token_logprobs", "top1"}
+        assert set(file.keys()) == {"log_probs", "token_logprobs", "top1", "floor"}
         assert file.get_slice("log_probs").get_shape() == [4 * 16, V]
         assert file.get_slice("log_probs").get_dtype() == "F16"
-    assert path.stat().st_size == HEADER_BYTES + 4 * 16 * (2 * V + 12)
+    assert path.stat().st_size == HEADER_BYTES + 4 * 16 * (2 * V + 12) + 4 * 4
 
 
 # Rows from nearly certain to nearly uniform, at a vocabulary of real size.
@@ -81,6 +81,7 @@ def _through_file(tmp_path, key_of, log_p_TV, log_q_TV):
     with ReferenceWriter(path, key, [window]).open() as writer:
         zeros = torch.zeros(T)
         writer.add(Score(token_logprobs=zeros, top1=zeros.long(), log_probs=log_p_TV))
+        writer.floor.append(0.0)
     return kl_divergence(Reference(path, key).log_probs(0, slice(None)), log_q_TV)
 
 

@@ -193,6 +193,7 @@ class DepthFigures(StrictModel):
     perplexity: Figure
     delta_ln_ppl: Figure | None = None
     kl_mean: Figure | None = None
+    kl_at_least: Figure | None = None
     same_top1: Figure | None = None
 
 

@@ -232,7 +232,8 @@ class LLM:
         """Describes the running engine."""
         self._check_open()
         setup, model = self._setup, self._setup.model
-        read = self.tokenizer.notes if self.tokenizer else ()
+        tokenizer = self.tokenizer
+        read = tokenizer.notes if tokenizer else ()
         return EngineDescription(
             config=setup.config,
             family=model.family,
@@ -243,6 +244,9 @@ class LLM:
             n_params=model.n_params,
             load_s=self._load_s,
             warmup_s=self._warmup_s,
+            bos_id=tokenizer.bos_id if tokenizer else None,
+            adds_bos=tokenizer.adds_bos if tokenizer else False,
+            eos_ids=tokenizer.ordered_eos_ids if tokenizer else (),
             **self._facts | {"notes": (*self._facts["notes"], *read)},
         )
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotloop.bench.record import MAX_NUMBER, Figure
+from hotloop.bench.record import DepthFigures, Figure
 from hotloop.bench.statistics import mean_figure, positive_mean_figure, share_figure
 from hotloop.errors import ConfigError, HotloopError
+from hotloop.evaluate.perplexity import MAX_NLL, OnWindow, perplexity_of
 from hotloop.evaluate.reference import (
     Reference,
     ReferenceKey,
     ReferenceWriter,
     full_log_probs,
     hash_windows,
+    relative_half,
     row_slices,
 )
 from hotloop.types import Engine, Score
 
-_MAX_NLL = math.floor(math.log(MAX_NUMBER))
+DEPTHS = (1024, 8192, 32768)
+"""Positions that divide long windows into the parts of ``Quality.by_depth``."""
 
-OnWindow = Callable[[int, int], None]
-"""Called after each window with (windows done, windows in all)."""
+MAX_FLOOR_TOKENS = 512
+"""The most tokens of a window's beginning that are scored twice; half a window, if that is less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,9 @@ class Quality:
         delta_p: Probability of the text's token less the reference's, in -1 to 1.
         delta_p_rms: Root mean square of that over all predicted tokens.
         same_top1: Share of positions at which both models hold the same token most likely.
+        kl_floor: The reference's divergence from itself; see ``Reference.floor``.
+        by_depth: The same figures by position in the window, where windows are longer than the
+            first of ``DEPTHS``.
     """
 
     perplexity: Figure
@@ -79,6 +86,8 @@ class Quality:
     delta_p: Figure | None = None
     delta_p_rms: float | None = None
     same_top1: Figure | None = None
+    kl_floor: Figure | None = None
+    by_depth: tuple[DepthFigures, ...] = ()
 
 
 def measure_quality(
@@ -107,36 +116,76 @@ def measure_quality(
         raise ConfigError(
             "the reference was scored on other tokens: another text, window or tokenizer."
         )
-    nll: list[float] = []
-    nll_increase: list[float] = []
+    nll: list[Tensor] = []
+    reference_nll: list[Tensor] = []
     kl: list[Tensor] = []
-    same_top1: list[float] = []
-    delta_p: list[Tensor] = []
+    same_top1: list[Tensor] = []
     partial = False
 
     def add(index: int, score: Score) -> None:
         nonlocal partial
         partial |= score.top is not None
-        logprobs = _finite(score.token_logprobs, "log-probabilities", index).cpu()
-        nll.append(-logprobs.mean().item())
+        nll.append(-_finite(score.token_logprobs, "log-probabilities", index).cpu())
         if reference is not None:
-            reference_logprobs = reference.token_logprobs[index].double()
-            nll_increase.append(nll[-1] + reference_logprobs.mean().item())
-            delta_p.append(logprobs.exp() - reference_logprobs.exp())
+            reference_nll.append(-reference.token_logprobs[index].double())
             kl.append(_finite(_window_kl(score, reference, index), "divergences", index))
-            same_top1.append((score.top1.cpu() == reference.top1[index]).sum().item())
+            same_top1.append(score.top1.cpu() == reference.top1[index])
 
     _score_each(engine, windows, add, full=reference is not None, on_window=on_window)
+    figures = _Figures(nll, reference_nll, kl, same_top1, partial)
+    whole = figures.between(1, len(windows[0]))
     if reference is None:
-        return Quality(perplexity=_perplexity(nll))
+        return Quality(**whole, by_depth=figures.by_depth())
+    delta_p = (-torch.stack(nll)).exp() - (-torch.stack(reference_nll)).exp()
     return Quality(
-        perplexity=_perplexity(nll),
-        delta_ln_ppl=mean_figure(nll_increase),
-        **_divergence(kl, partial=partial),
-        delta_p=mean_figure([window.mean().item() for window in delta_p], within=(-1, 1)),
-        delta_p_rms=torch.cat(delta_p).square().mean().sqrt().item(),
-        same_top1=share_figure(same_top1, [len(windows[0]) - 1] * len(windows)),
+        **whole,
+        **({} if partial else _quantiles(kl)),
+        delta_p=mean_figure(delta_p.mean(dim=1).tolist(), within=(-1, 1)),
+        delta_p_rms=delta_p.square().mean().sqrt().item(),
+        kl_floor=positive_mean_figure(reference.floor.tolist()),
+        by_depth=figures.by_depth(),
     )
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Values of each prediction, a tensor [window - 1] per window; empty without a reference.
+
+    ``partial`` says that ``kl`` has lower bounds.
+    """
+
+    nll: list[Tensor]
+    reference_nll: list[Tensor]
+    kl: list[Tensor]
+    same_top1: list[Tensor]
+    partial: bool
+
+    def between(self, start: int, end: int) -> dict[str, Any]:
+        """Returns the figures of predicted positions from ``start`` to before ``end``."""
+        part = slice(start - 1, end - 1)
+        nll = [window[part].mean().item() for window in self.nll]
+        figures: dict[str, Any] = {"perplexity": _perplexity(nll)}
+        if self.reference_nll:
+            reference = [window[part].mean().item() for window in self.reference_nll]
+            increase = [mine - theirs for mine, theirs in zip(nll, reference, strict=True)]
+            kl = [window[part].mean().item() for window in self.kl]
+            same = [int(window[part].sum()) for window in self.same_top1]
+            figures |= {
+                "delta_ln_ppl": mean_figure(increase),
+                "kl_at_least" if self.partial else "kl_mean": positive_mean_figure(kl),
+                "same_top1": share_figure(same, [end - start] * len(same)),
+            }
+        return figures
+
+    def by_depth(self) -> tuple[DepthFigures, ...]:
+        size = len(self.nll[0]) + 1
+        bounds = [1, *(depth for depth in DEPTHS if depth < size), size]
+        if len(bounds) == 2:
+            return ()
+        return tuple(
+            DepthFigures(start=start, end=end, **self.between(start, end))
+            for start, end in pairwise(bounds)
+        )
 
 
 def write_reference(
@@ -148,18 +197,33 @@ def write_reference(
 ) -> Reference:
     """Scores every window with the unquantized ``engine``, writes the reference and opens it.
 
+    The beginnings of some windows are scored twice: the same predictions by products of other
+    shapes. Their divergence from what is kept is the floor, below which no difference means a
+    thing.
+
     Raises:
         ConfigError: No windows, windows of unequal length, or others than ``key`` says.
         HotloopError: The disk is too full, or a prediction is infinite or not a number.
     """
     _check_windows(windows)
+    n = max(2, min(len(windows[0]) // 2, MAX_FLOOR_TOKENS))
+    kept: list[Tensor] = []
     with ReferenceWriter(path, key, windows).open() as writer:
 
         def add(index: int, score: Score) -> None:
             _finite(score.token_logprobs, "log-probabilities", index)
             writer.add(score)
+            if index < key.n_floor:
+                kept.append(relative_half(full_log_probs(score, key.vocab_size)[: n - 1]).cpu())
+
+        def add_floor(index: int, score: Score) -> None:
+            log_q_TV = full_log_probs(score, key.vocab_size)
+            kl = kl_divergence(kept[index].float(), log_q_TV.cpu())
+            writer.floor.append(_finite(kl, "divergences", index).mean().item())
 
         _score_each(engine, windows, add, full=True, on_window=on_window)
+        beginnings = [window[:n] for window in windows[: key.n_floor]]
+        _score_each(engine, beginnings, add_floor, full=True, on_window=None)
     return Reference(path, key)
 
 
@@ -230,18 +294,13 @@ def _coarse_kl(top: tuple[Tensor, Tensor], reference: Reference, index: int, row
     )
 
 
-def _divergence(kl: Sequence[Tensor], *, partial: bool) -> dict[str, Any]:
-    """Returns the figures of KL: of a lower bound, the mean alone."""
-    mean = positive_mean_figure([window.mean().item() for window in kl])
-    if partial:
-        return {"kl_at_least": mean}
+def _quantiles(kl: Sequence[Tensor]) -> dict[str, Any]:
     kl_per_token = torch.cat(list(kl)).numpy()
 
     def quantile(share: float) -> float:
         return float(np.quantile(kl_per_token, share))
 
     return {
-        "kl_mean": mean,
         "kl_median": quantile(0.5),
         "kl_p90": quantile(0.9),
         "kl_p95": quantile(0.95),
@@ -252,22 +311,7 @@ def _divergence(kl: Sequence[Tensor], *, partial: bool) -> dict[str, Any]:
 
 
 def _perplexity(nll: Sequence[float]) -> Figure:
-    mean_nll = mean_figure(nll, within=(-_MAX_NLL, _MAX_NLL))
-    if max(nll) > _MAX_NLL:
-        raise HotloopError(
-            f"the perplexity of a window is exp({max(nll):.0f}): the predictions are broken. Try "
-            "dtype float32, or another quantization."
-        )
-    perplexity = math.exp(mean_nll.mean)
-    return Figure(
-        mean=perplexity,
-        ci95=None
-        if mean_nll.ci95 is None
-        else (math.exp(mean_nll.ci95[0]), math.exp(mean_nll.ci95[1])),
-        se=None if mean_nll.se is None else min(perplexity * mean_nll.se, MAX_NUMBER),
-        n=mean_nll.n,
-        samples=tuple(math.exp(x) for x in nll),
-    )
+    return perplexity_of(mean_figure(nll, within=(-MAX_NLL, MAX_NLL)))
 
 
 def _check_windows(windows: Sequence[Sequence[int]]) -> None:

@@ -6,6 +6,7 @@ when read, with
 
 - ``log_probs`` float16 [n_predictions, V]: log-probabilities minus the row's maximum,
 - ``token_logprobs`` float32 [n_predictions] and ``top1`` int64 [n_predictions], exact,
+- ``floor`` float32 [n_floor]: the reference's divergence from itself, see ``Reference``,
 
 and in its metadata the key of the model and text that it is the reference of. Subtracting the row's
 maximum puts float16's resolution where the probability is; normalization after reading restores the
@@ -39,13 +40,16 @@ from hotloop.safetensors_file import SafetensorsFile
 from hotloop.types import Score
 from hotloop.writing import replacing
 
-FORMAT = "hotloop-reference-1"
+FORMAT = "hotloop-reference-2"
 
 HEADER_BYTES = 2**12
 """Space for the header of a reference."""
 
 KEPT_FREE_BYTES = 2**28
 """Bytes of a disk that a reference leaves free, for records and logs."""
+
+MAX_FLOOR_WINDOWS = 4
+"""The most windows of which the first half is scored twice."""
 
 _CHUNK_ELEMENTS = 2**20
 """Distributions are handled this many elements at a time: a few MB for each intermediate."""
@@ -76,6 +80,11 @@ class ReferenceKey(StrictModel):
         """Predictions over all windows: a window's first token is given, not predicted."""
         return self.n_windows * (self.window - 1)
 
+    @property
+    def n_floor(self) -> int:
+        """Windows that are scored twice, for the floor."""
+        return min(self.n_windows, MAX_FLOOR_WINDOWS)
+
 
 class _Metadata(StrictModel):
     """The metadata of a reference's file; ``key`` is a :class:`ReferenceKey` as JSON."""
@@ -98,6 +107,8 @@ class Reference:
         token_logprobs: Log-probability of each token after a window's first, float32
             [n_windows, window - 1].
         top1: The most likely token at each position, int64 [n_windows, window - 1].
+        floor: The mean KL divergence of the reference from itself, scored again in shorter windows,
+            float32 [n_floor]: what rounding alone gives.
 
     Raises:
         ConfigError: The file is the reference of something else; the first difference is named.
@@ -132,6 +143,9 @@ class Reference:
         if not self.token_logprobs.isfinite().all():
             raise _damaged(path, "its token_logprobs are not all finite")
         self.top1: Tensor = file.get_tensor("top1").view(shape)
+        self.floor: Tensor = file.get_tensor("floor")
+        if not self.floor.isfinite().all():
+            raise _damaged(path, "its floor is not finite")
         self._log_probs = file.get_slice("log_probs")
 
     def log_probs(self, window: int, positions: slice) -> Tensor:
@@ -169,7 +183,8 @@ class ReferenceWriter:
         }
         self._top1: list[Tensor] = []
         self._token_logprobs: list[Tensor] = []
-        needed, free = n * (8 + 4 + 2 * V), shutil.disk_usage(path.parent).free
+        self.floor: list[float] = []
+        needed, free = reference_bytes(key), shutil.disk_usage(path.parent).free
         if needed + KEPT_FREE_BYTES > free:
             raise HotloopError(
                 f"the reference takes {needed / 1e9:.2f} GB ({n} predictions of {V} tokens) and "
@@ -196,15 +211,26 @@ class ReferenceWriter:
         self._top1.append(score.top1.cpu().long())
         self._token_logprobs.append(score.token_logprobs.cpu().float())
         for rows in row_slices(*log_probs.shape):
-            relative = log_probs[rows] - log_probs[rows].amax(dim=-1, keepdim=True)
-            self._file.write(relative.half().cpu().numpy().data)
+            self._file.write(relative_half(log_probs[rows]).cpu().numpy().data)
 
     def _finish(self) -> None:
         top1, token_logprobs = torch.cat(self._top1), torch.cat(self._token_logprobs)
         assert len(top1) == self._key.n_predictions, "windows were announced and not added"
-        for name, values in (("top1", top1), ("token_logprobs", token_logprobs)):
+        assert len(self.floor) == self._key.n_floor, "the floor was announced and not measured"
+        values_of = {
+            "top1": top1,
+            "token_logprobs": token_logprobs,
+            "floor": torch.tensor(self.floor),
+        }
+        for name, values in values_of.items():
             self._file.seek(self._at[name])
             self._file.write(values.numpy().data)
+
+
+def reference_bytes(key: ReferenceKey) -> int:
+    """Returns the bytes of a reference's tensors."""
+    layout = _layout(key).values()
+    return sum(math.prod(shape) * int(dtype[1:]) // 8 for dtype, shape in layout)
 
 
 def hash_windows(windows: Sequence[Sequence[int]]) -> str:
@@ -223,6 +249,11 @@ def full_log_probs(score: Score, vocab_size: int) -> Tensor:
     if (V := log_probs.shape[-1]) != vocab_size:
         raise ConfigError(f"distributions over {V} tokens cannot be compared with {vocab_size}.")
     return log_probs
+
+
+def relative_half(log_probs_TV: Tensor) -> Tensor:
+    """Returns log-probabilities as they are kept: less the row's maximum, float16 [T, V]."""
+    return (log_probs_TV - log_probs_TV.amax(dim=-1, keepdim=True)).half()
 
 
 def row_slices(T: int, V: int) -> list[slice]:
@@ -266,4 +297,9 @@ def _layout(key: ReferenceKey) -> dict[str, tuple[str, tuple[int, ...]]]:
     The big one comes last, so that it streams and the others stay aligned.
     """
     n, V = key.n_predictions, key.vocab_size
-    return {"top1": ("I64", (n,)), "token_logprobs": ("F32", (n,)), "log_probs": ("F16", (n, V))}
+    return {
+        "top1": ("I64", (n,)),
+        "token_logprobs": ("F32", (n,)),
+        "floor": ("F32", (key.n_floor,)),
+        "log_probs": ("F16", (n, V)),
+    }

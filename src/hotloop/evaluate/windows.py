@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from hotloop.errors import ConfigError
@@ -35,6 +36,26 @@ def take_windows(
                 return make_windows(ids, size, limit)
             n_chars *= 2
     return make_windows(encode(text), size, limit)
+
+
+def take_document(
+    encode: Callable[[str], list[int]], text: str, n_tokens: int
+) -> tuple[str, list[int]]:
+    """Returns the beginning of a text of about so many tokens, cut at white space, and its tokens.
+
+    Args:
+        encode: Makes token ids of a text.
+        text: The text.
+        n_tokens: The tokens to take; the result has no more than that.
+    """
+    n_chars = min(len(text), n_tokens * _CHARS_PER_TOKEN)
+    document = text[:n_chars]
+    while len(ids := encode(document)) > n_tokens:
+        n_chars = n_chars * n_tokens // len(ids)
+        kept = re.match(r"(?s).*(?<=\S)(?=\s)", text[: n_chars + 1])
+        document = kept[0] if kept else text[:n_chars]
+        n_chars = len(document) - 1  # shorter next time, whatever the tokenizer does
+    return document, ids
 
 
 def make_windows(ids: Sequence[int], size: int, limit: int | None = None) -> list[list[int]]:

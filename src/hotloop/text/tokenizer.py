@@ -78,6 +78,18 @@ class Tokenizer:
         token = self._names.get("bos_token")
         return None if token is None else self.backend.token_id(token)
 
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether ``encode`` puts ``bos_id`` before a text by default."""
+        return self.bos_id is not None and self.encode("a")[:1] == [self.bos_id]
+
+    @property
+    def ordered_eos_ids(self) -> tuple[int, ...]:
+        """``eos_ids``, the tokenizer's own end-of-sequence token first."""
+        token = self._names.get("eos_token")
+        own = None if token is None else self.backend.token_id(token)
+        return tuple(sorted(self.eos_ids, key=lambda i: (i != own, i)))
+
     @property
     def strips_leading_space(self) -> bool:
         """Whether decoding removes one leading space, which encoding adds."""

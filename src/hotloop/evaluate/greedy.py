@@ -1,0 +1,59 @@
+"""Compares greedy answers with the same engine's scores.
+
+Scoring has no drafts, no sampling and no cache that grows token by token. So what the timed engine
+generates is scored afterwards: every token should be the one that scoring holds most likely, but
+for near-ties that the order of additions decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hotloop.bench.record import GreedyFigures
+from hotloop.bench.statistics import share_figure
+from hotloop.types import Engine, SamplingParams
+
+MAX_PROMPTS = 4
+MAX_PROMPT_TOKENS = 64
+MAX_NEW_TOKENS = 32
+
+
+def greedy_agreement(
+    engine: Engine,
+    windows: Sequence[Sequence[int]],
+    on_prompt: Callable[[int, int], None] | None = None,
+) -> GreedyFigures | None:
+    """Continues the beginnings of some windows greedily, and scores what was written.
+
+    Args:
+        engine: The engine, as it is timed.
+        windows: The windows of a text.
+        on_prompt: Progress.
+
+    Returns:
+        The agreement; None if the windows are too short for a prompt and an answer.
+    """
+    n_prompt = min(MAX_PROMPT_TOKENS, len(windows[0]) // 2)
+    n_new = min(MAX_NEW_TOKENS, len(windows[0]) - n_prompt)
+    prompts = [list(window[:n_prompt]) for window in windows[:MAX_PROMPTS]]
+    if n_prompt < 1:
+        return None
+    params = SamplingParams(max_new_tokens=n_new, ignore_eos=True)
+    # One prompt at a time: an engine that is timed on one row has no more.
+    answers = [engine.generate([prompt], params)[0].token_ids for prompt in prompts]
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    same, trials, gap_max = [], [], 0.0
+    for i, score in enumerate(engine.score(texts, full=True)):
+        n, scored = len(answers[i]), score.log_probs if score.top is None else score.top[1]
+        assert scored is not None, "the engine was asked for whole distributions and gave none"
+        best = scored[-n:].amax(dim=-1)
+        gap_max = max(gap_max, (best - score.token_logprobs[-n:]).max().item())
+        same.append(sum(t == a for t, a in zip(score.top1[-n:].tolist(), answers[i], strict=True)))
+        trials.append(n)
+        if on_prompt:
+            on_prompt(i + 1, len(texts))
+    return GreedyFigures(
+        draft=engine.describe().config.draft_name,
+        agreement=share_figure(same, trials),
+        gap_max=gap_max,
+    )

@@ -1,0 +1,198 @@
+r"""Tasks from local files: one JSON object a line, in one of three forms.
+
+    {"query": "Question: ...", "choices": ["...", "..."], "gold": 0}
+        Multiple choice: right if the choice ``gold``, counted from 0, is the likeliest one after
+        the query.
+    {"context_options": ["...", "..."], "continuation": "...", "gold": 1}
+        Which context: right if the continuation is likeliest after the context ``gold``.
+    {"context": "...", "continuation": "..."}
+        Cloze: right if every token of the continuation is the most likely one after the context.
+
+``delimiter`` joins the two texts: a space by default, and ``"\nAnswer: "`` after a query. A file
+has one form. Likelihoods are sums over tokens, and not divided by a length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from hotloop.errors import ConfigError
+from hotloop.evaluate.likelihood import Likelihood, TextEncoder, score_windows
+from hotloop.evaluate.tasks import OnItem
+from hotloop.outside import StrictModel, config_error, parse_json, read_text, validated
+from hotloop.types import Engine
+
+MAX_FILE_BYTES = 2**28
+
+Text = Annotated[str, Field(min_length=1)]
+Options = Annotated[tuple[Text, ...], Field(strict=False, min_length=2, max_length=1000)]
+Index = Annotated[int, Field(ge=0)]
+
+
+class Item(StrictModel):
+    """An item of any form."""
+
+    delimiter: str = " "
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The contexts and continuations to score."""
+        raise NotImplementedError
+
+    @property
+    def chance(self) -> float:
+        """The chance of guessing right."""
+        return 1 / len(self.pairs)
+
+    def is_right(self, scores: Sequence[Likelihood]) -> bool:
+        """Tells from the scores of ``pairs`` whether the answer is right."""
+        raise NotImplementedError
+
+
+class _Choosing(Item):
+    gold: Index
+
+    @model_validator(mode="after")
+    def _gold_is_there(self) -> Self:
+        if self.gold >= (n := len(self.pairs)):
+            raise ValueError(f"gold must be 0 to {n - 1}, the index of an option, not {self.gold}")
+        return self
+
+    def is_right(self, scores: Sequence[Likelihood]) -> bool:
+        """The first of the likeliest options is the answer."""
+        best = max(range(len(scores)), key=lambda i: scores[i].logprob)
+        return best == self.gold
+
+
+class Choice(_Choosing):
+    """Multiple choice."""
+
+    query: Text
+    choices: Options
+    delimiter: str = "\nAnswer: "
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The query before each choice."""
+        return [_joined(self.query, self.delimiter, choice) for choice in self.choices]
+
+
+class WhichContext(_Choosing):
+    """One continuation after several contexts."""
+
+    context_options: Options
+    continuation: Text
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each context before the continuation."""
+        return [_joined(c, self.delimiter, self.continuation) for c in self.context_options]
+
+
+class Cloze(Item):
+    """A continuation to predict word for word."""
+
+    context: Text
+    continuation: Text
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The context before the continuation."""
+        return [_joined(self.context, self.delimiter, self.continuation)]
+
+    @property
+    def chance(self) -> float:
+        """Nobody guesses a word of tens of thousands."""
+        return 0.0
+
+    def is_right(self, scores: Sequence[Likelihood]) -> bool:
+        """Greedy decoding would write the continuation."""
+        return scores[0].is_greedy
+
+
+FORMS = {"choices": Choice, "context_options": WhichContext, "context": Cloze}
+"""Each form by a key that it alone has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemTask:
+    """Items that are answered by likelihoods; a ``Task``."""
+
+    name: str
+    items: tuple[Item, ...]
+    metric: str = "acc"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the items, however their file was laid out."""
+        text = "\n".join(item.model_dump_json() for item in self.items)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def chance(self) -> float:
+        """The mean of the items' chances."""
+        return sum(item.chance for item in self.items) / len(self.items)
+
+    def answer(self, engine: Engine, on_item: OnItem) -> list[bool]:
+        """Scores the pairs of all items in one call of the engine."""
+        encoder = TextEncoder(engine)
+        windows = [[encoder.pair(*pair) for pair in item.pairs] for item in self.items]
+        scores = score_windows(engine, itertools.chain.from_iterable(windows))
+        right = []
+        for item, own in zip(self.items, windows, strict=True):
+            right.append(item.is_right(list(itertools.islice(scores, len(own)))))
+            on_item(len(right), len(self.items))
+        return right
+
+
+def load(argument: str, n_items: int | None) -> ItemTask:
+    """Reads a task from a file, as ``TaskLoader`` says.
+
+    Raises:
+        ConfigError: No file is named, or it cannot be read or is not of this schema; the line is
+            named.
+    """
+    if not argument:
+        raise ConfigError("the task 'jsonl' needs a file: give jsonl:PATH, or a path in .jsonl.")
+    path = Path(argument)
+    items = tuple(itertools.islice(_items(path), n_items))
+    if not items:
+        raise config_error(path, "holds no items: give one JSON object a line")
+    forms = {type(item).__name__ for item in items}
+    if len(forms) > 1:
+        raise config_error(
+            path, f"has items of several forms ({', '.join(sorted(forms))}): a file has one"
+        )
+    return ItemTask(name=path.stem, items=items)
+
+
+def _items(path: Path) -> Iterator[Item]:
+    text = read_text(path, limit=MAX_FILE_BYTES, refuse=config_error)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        said = parse_json(line, place, refuse=config_error)
+        form = next((form for key, form in FORMS.items() if key in said), None)
+        if form is None:
+            raise config_error(
+                place,
+                "an item has query, choices and gold; or context_options, continuation and gold; "
+                f"or context and continuation; and not {', '.join(said) or 'no key'}",
+            )
+        yield validated(form, said, place, refuse=config_error)
+
+
+def _joined(context: str, delimiter: str, continuation: str) -> tuple[str, str]:
+    """Joins two texts, without doubling the white space where they meet."""
+    return context.rstrip() + delimiter, continuation.lstrip()

@@ -1,0 +1,212 @@
+"""Tasks with right and wrong answers, and the verdict on a configuration that answers them.
+
+To add a task, write a module with a function like ``TaskLoader`` and add its name to ``TASKS``. A
+user writes ``NAME`` or ``NAME:ARGUMENT``; the path of a ``.jsonl`` file stands for ``jsonl:PATH``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
+
+from hotloop import registry
+from hotloop.bench.paired import MARGIN_SHARE, Flips, compare_answers
+from hotloop.bench.record import TaskFigures, Verdict
+from hotloop.bench.statistics import answers_figure, wilson_interval
+from hotloop.errors import CheckpointError, ConfigError, shorten_value
+from hotloop.outside import StrictModel, parse_json, read_bytes, validated
+from hotloop.types import Engine
+from hotloop.writing import write_whole
+
+TASKS = {
+    "jsonl": "hotloop.evaluate.jsonl:load",
+    "topics": "hotloop.evaluate.topics:load",
+}
+"""The registry: the name of a kind of task -> where its ``TaskLoader`` is."""
+
+OnItem = Callable[[int, int], None]
+"""Called with (items done, items in all)."""
+
+
+class Task(Protocol):
+    """A list of items, each of which a model answers rightly or wrongly.
+
+    Attributes:
+        name: Its name in records.
+        sha256: Hash of everything that decides what is right: items, their order, the metric.
+        metric: What counts as right, such as ``acc``.
+        chance: The accuracy of guessing; None if it is not known.
+    """
+
+    name: str
+    sha256: str
+    metric: str
+    chance: float | None
+
+    def __len__(self) -> int:
+        """Returns the number of items."""
+        ...
+
+    def answer(self, engine: Engine, on_item: OnItem) -> list[bool]:
+        """Answers every item; returns which answers are right, in the order of the items."""
+        ...
+
+
+TaskLoader = Callable[[str, int | None], Task]
+"""Makes a task from its argument, empty if there is none, and the most items to take from its
+beginning, None for all. It raises ConfigError for an argument that it cannot use."""
+
+
+def load_task(text: str, n_items: int | None) -> Task:
+    """Loads a task.
+
+    Args:
+        text: As a user writes it; see the module.
+        n_items: The most items to take; None for all.
+
+    Raises:
+        ConfigError: There is no such task, or it cannot be read.
+    """
+    name, _, argument = text.partition(":")
+    if text.endswith(".jsonl") and name not in TASKS:
+        name, argument = "jsonl", text
+    loader: TaskLoader = registry.resolve("task", TASKS, name)
+    return loader(argument, n_items)
+
+
+def load_tasks(texts: Sequence[str], n_items: int | None) -> list[Task]:
+    """Loads tasks.
+
+    Raises:
+        ConfigError: As for ``load_task``, or two tasks have one name.
+    """
+    tasks = [load_task(text, n_items) for text in texts]
+    for i, task in enumerate(tasks):
+        if task.name in (other.name for other in tasks[:i]):
+            raise ConfigError(
+                f"two tasks are named {shorten_value(task.name)}: rename a file, or leave one out."
+            )
+    return tasks
+
+
+def resolve_task(text: str, folder: Path) -> str:
+    """Makes the path of a task's file absolute: it is relative to ``folder``."""
+    name, colon, argument = text.partition(":")
+    if name == "jsonl" and colon:
+        return f"jsonl:{(folder / argument).resolve()}"
+    if text.endswith(".jsonl") and name not in TASKS:
+        return str((folder / text).resolve())
+    return text
+
+
+def answer_tasks(engine: Engine, tasks: Sequence[Task], on_item: OnItem) -> list[list[bool]]:
+    """Answers all tasks, in their order."""
+    total, before = sum(map(len, tasks)), 0
+    answers = []
+    for task in tasks:
+
+        def progress(done: int, _: int, before: int = before) -> None:
+            on_item(before + done, total)
+
+        answers.append(task.answer(engine, progress))
+        before += len(task)
+    return answers
+
+
+class AnswersKey(StrictModel):
+    """Identifies the answers of a reference: another value of any field is another reference.
+
+    Attributes:
+        weights: Identity of the checkpoint.
+        dtype: Element type that it ran in.
+        tasks: The hash of each task.
+    """
+
+    weights: str
+    dtype: str
+    tasks: Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class _Answers(StrictModel):
+    """The file of a reference's answers: for each task a text of 1 and 0, one per item."""
+
+    key: AnswersKey
+    right: Annotated[tuple[Annotated[str, Field(pattern="^[01]+$")], ...], Field(strict=False)]
+
+
+def write_answers(path: Path, key: AnswersKey, answers: Sequence[Sequence[bool]]) -> None:
+    """Writes the answers of a reference atomically."""
+    right = tuple("".join("01"[a] for a in task) for task in answers)
+    write_whole(path, _Answers(key=key, right=right).model_dump_json() + "\n")
+
+
+def read_answers(path: Path, key: AnswersKey) -> list[list[bool]]:
+    """Reads the answers of a reference.
+
+    Raises:
+        ConfigError: They are those of something else.
+        CheckpointError: The file is missing or damaged.
+    """
+    limit = 2**28
+    found = validated(_Answers, parse_json(read_bytes(path, limit=limit), path), path)
+    if found.key != key:
+        raise ConfigError(
+            f"{path} has the answers of another model or of other tasks. Delete it to have them "
+            "written anew."
+        )
+    if len(found.right) != len(key.tasks):
+        raise CheckpointError(path, "it lacks the answers to some of its tasks. Delete it.")
+    return [[a == "1" for a in task] for task in found.right]
+
+
+def compare_tasks(
+    tasks: Sequence[Task],
+    answers: Sequence[Sequence[bool]],
+    reference: Sequence[Sequence[bool]] | None,
+) -> tuple[tuple[TaskFigures, ...], Verdict | None]:
+    """Compares answers with the reference's, task by task and over all tasks.
+
+    The margin of every comparison is ``MARGIN_SHARE`` of the reference's accuracy. A task at which
+    the reference is not shown to be better than chance is flagged and left out of the verdict:
+    there is no accuracy in it to lose.
+
+    Returns:
+        Each task's figures, and the verdict; None without a reference, or if every task is at
+        chance.
+    """
+    figures, pooled, n_right = [], {}, 0
+    for i, (task, right) in enumerate(zip(tasks, answers, strict=True)):
+        fields: dict[str, Any] = {}
+        if reference is not None:
+            was_right = reference[i]
+            n, accuracy = len(was_right), sum(was_right) / len(was_right)
+            flips = Flips.of(was_right, right)
+            at_chance = wilson_interval(accuracy, n)[0] <= (task.chance or 0.0)
+            fields = {"reference_accuracy": accuracy, "at_chance": at_chance}
+            if accuracy > 0:
+                fields["compared"] = compare_answers([flips], MARGIN_SHARE * accuracy)
+            if not at_chance:
+                pooled[task.name] = flips
+                n_right += sum(was_right)
+        figures.append(
+            TaskFigures(
+                task=task.name,
+                sha256=task.sha256,
+                metric=task.metric,
+                chance=task.chance,
+                accuracy=answers_figure(right),
+                **fields,
+            )
+        )
+    return tuple(figures), _verdict(pooled, n_right)
+
+
+def _verdict(strata: Mapping[str, Flips], n_right: int) -> Verdict | None:
+    if not strata:
+        return None
+    margin = MARGIN_SHARE * n_right / sum(flips.n for flips in strata.values())
+    compared = compare_answers(list(strata.values()), margin)
+    return Verdict(**dict(compared), tasks=tuple(strata))

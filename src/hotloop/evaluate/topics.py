@@ -1,0 +1,41 @@
+"""A cloze task that every machine has: words that Python's help topics repeat.
+
+One item per paragraph of ``pydoc_data.topics``: its last word of four letters or more that the
+paragraph has had before, after everything that precedes it. A model with the paragraph in view
+knows many of them, and a damaged one forgets first what it would have to copy.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterator
+
+from hotloop.errors import ConfigError, shorten_value
+from hotloop.evaluate.jsonl import Cloze, ItemTask
+from hotloop.evaluate.text import load_text
+
+MIN_WORDS, MAX_WORDS = 20, 50
+"""Words before the one to predict: the fewest, and the most, of those nearest to it."""
+
+
+def load(argument: str, n_items: int | None) -> ItemTask:
+    """Makes the task, as ``TaskLoader`` says; it takes no argument."""
+    if argument:
+        raise ConfigError(f"the task 'topics' has no argument, such as {shorten_value(argument)}.")
+    items = list(_items(load_text(None).content))
+    # Spread over the whole text: topics in alphabetical order differ in style.
+    n = min(n_items or len(items), len(items))
+    chosen = tuple(items[i * len(items) // n] for i in range(n))
+    return ItemTask(name=f"topics (CPython {platform.python_version()})", items=chosen)
+
+
+def _items(text: str) -> Iterator[Cloze]:
+    for paragraph in re.split(r"\n\s*\n", text):
+        words = paragraph.split()
+        bare = [re.sub(r"\W+$", "", word) for word in words]
+        for i in reversed(range(MIN_WORDS, len(words))):
+            first = max(0, i - MAX_WORDS)
+            if re.fullmatch("[A-Za-z]{4,}", bare[i]) and bare[i] in bare[first:i]:
+                yield Cloze(context=" ".join(words[first:i]), continuation=bare[i])
+                break
