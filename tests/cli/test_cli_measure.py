@@ -467,7 +467,7 @@ def test_the_reference_layout_joins_folders(results, tmp_path, capsys):
 
 def test_the_full_layout_is_of_one_folder(results, capsys):
     assert main(["report", str(results), str(results)]) == 2
-    assert "only --html and --layout reference join them" in capsys.readouterr().err
+    assert "only --html, --png and --layout reference join them" in capsys.readouterr().err
 
 
 def test_report_leaves_the_tables_in_the_folder_where_it_is_asked_to(results, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from report_records import NOISE, drafting, record
 
 from hotloop.bench.record import Figure, Record, Workload
 from hotloop.bench.statistics import mean_figure
+from hotloop.cli.app import main
 from hotloop.report.fields import value_of
 from hotloop.report.html import TEMPLATES, to_html
+from hotloop.report.labels import Box, place_labels
 from hotloop.report.read import read_records
+from hotloop.report.write import write_plots
+from hotloop.sweep.store import append
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -284,6 +289,46 @@ def test_a_page_of_few_and_of_many_cells(n):
 @pytest.mark.parametrize("tolerance", [0.0, 1e-9, 0.02, 5.0])
 def test_a_page_for_every_tolerance(tolerance):
     parsed(to_html(RECORDS, max_delta_ln_ppl=tolerance))
+
+
+def test_each_plot_is_a_picture_too(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra png is not installed")
+    hostile = RECORDS[0].model_copy(update={"cell": "$\\frac{ \x1b $"})
+    files = write_plots(tmp_path, [RECORDS, [hostile]])
+    names = ["speed-quality.png", "scaling.png", "step-time.png"]
+    assert [file.name for file in files] == names
+    for file in files:
+        assert file.read_bytes().startswith(b"\x89PNG")
+    unscored = [one.model_copy(update={"delta_ln_ppl": None}) for one in [hostile, *RECORDS[1:3]]]
+    assert [file.name for file in write_plots(tmp_path, [unscored])] == [
+        "speed.png",
+        "step-time.png",
+    ]
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    append(tmp_path / "records.jsonl", RECORDS[0])
+    assert main(["report", str(tmp_path), "--png"]) == 2
+    assert "pip install 'hotloop[png]'" in capsys.readouterr().err
+
+
+def test_labels_cover_neither_marks_nor_each_other():
+    marks = [(100.0 + 3 * i, 100.0 + i, f"cell {i}", i == 4) for i in range(9)]
+    bounds = Box(0, 0, 300, 200)
+    labels = place_labels(marks, bounds, size=13)
+    assert labels[0].text == "cell 4"
+    boxes = []
+    for label in labels:
+        width = 0.56 * 13 * len(label.text)
+        left = {"start": label.x, "end": label.x - width, "middle": label.x - width / 2}
+        at = left[label.anchor]
+        boxes.append(Box(at, label.y - 10, at + width, label.y + 3))
+    for box, other in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other)
+    for box in boxes:
+        assert bounds.holds(box)
+        assert not any(box.overlaps(Box(x - 5, y - 5, x + 5, y + 5)) for x, y, *_ in marks)
 
 
 def test_nothing_measured_is_a_page_too():

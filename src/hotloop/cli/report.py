@@ -33,7 +33,10 @@ def report(
     /,
     *more: Annotated[
         Path,
-        option(OUTPUT, "Further results folders, which --html and --layout reference join."),
+        option(
+            OUTPUT,
+            "Further results folders, which --html, --png and --layout reference join.",
+        ),
     ],
     layout: Annotated[
         Literal["full", "reference"],
@@ -55,6 +58,14 @@ def report(
         Path | None,
         option(OUTPUT, "With --html: the page's file.", "report.html in the first folder"),
     ] = None,
+    png: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            "Write each plot of --html as a PNG file, beside that page, and print their paths. "
+            "Needs the extra png.",
+        ),
+    ] = False,
     write: Annotated[
         bool,
         option(OUTPUT, "Also write table.md, table.csv, page.md and report.html into the folders."),
@@ -71,17 +82,20 @@ def report(
     from hotloop.report import page, table
     from hotloop.report.html import to_html
     from hotloop.report.layout import to_markdown, to_rich
+    from hotloop.report.png import check_library
     from hotloop.report.read import read_records
-    from hotloop.report.write import REPORT, write_results
+    from hotloop.report.write import REPORT, write_plots, write_results
     from hotloop.writing import write_whole
 
-    if more and layout == "full" and not html:
+    if more and layout == "full" and not (html or png):
         raise ConfigError(
-            f"{1 + len(more)} results folders: only --html and --layout reference join them. Give "
-            "one."
+            f"{1 + len(more)} results folders: only --html, --png and --layout reference join "
+            "them. Give one."
         )
-    if out is not None and not html:
+    if out is not None and not (html or png):
         raise ConfigError("--out is the file of --html: add --html, or redirect the output.")
+    if png:
+        check_library()
     paths = (results, *more)
     if write and (files := [path for path in paths if path.is_file()]):
         raise ConfigError(f"--write needs a results folder, and {files[0]} is a file.")
@@ -89,10 +103,18 @@ def report(
     if write:
         for folder, records in zip(paths, experiments, strict=True):
             write_results(folder, records, max_delta_ln_ppl=tolerance)
-    if html:
+    if html or png:
         page_file = out or (results.parent if results.is_file() else results) / REPORT
-        write_whole(page_file, to_html(*experiments, max_delta_ln_ppl=tolerance))
-        print_json({"html": str(page_file)}) if json else print_text(str(page_file))
+        written = []
+        if html:
+            write_whole(page_file, to_html(*experiments, max_delta_ln_ppl=tolerance))
+            written.append(page_file)
+        if png:
+            written += write_plots(page_file.parent, experiments, max_delta_ln_ppl=tolerance)
+        if json:
+            print_json({"files": list(map(str, written))})
+        else:
+            print_text("\n".join(map(str, written)))
         return 0
     tables: list[Table]
     if layout == "full":

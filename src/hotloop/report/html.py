@@ -51,10 +51,9 @@ def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_
         *experiments: The records of each folder, with all attempts; see ``make_page``.
         max_delta_ln_ppl: The quality loss that the recommendation tolerates.
     """
-    records = [record for experiment in experiments for record in latest(experiment)]
     groups = [
-        _group(f"g{i}-", latest(group), max_delta_ln_ppl)
-        for i, group in enumerate(comparable(records), start=1)
+        _group(f"g{i}-", group, max_delta_ln_ppl)
+        for i, group in enumerate(_comparable(*experiments), start=1)
     ]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -69,6 +68,26 @@ def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_
         groups=groups,
         records=[record.model_dump(mode="json") for group in groups for record in group.records],
     )
+
+
+def charts_of(
+    *experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_LN_PPL
+) -> list[Chart]:
+    """Returns the plots of that page, in its order."""
+    return [
+        chart
+        for group in _comparable(*experiments)
+        for chart in charts(
+            group,
+            recommended=recommend(group, max_delta_ln_ppl=max_delta_ln_ppl).record,
+            max_delta_ln_ppl=max_delta_ln_ppl,
+        )
+    ]
+
+
+def _comparable(*experiments: Iterable[Record]) -> list[list[Record]]:
+    records = [record for experiment in experiments for record in latest(experiment)]
+    return [latest(group) for group in comparable(records)]
 
 
 def _displayable(value: Any) -> Any:

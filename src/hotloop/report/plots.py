@@ -13,6 +13,7 @@ from typing import Literal
 
 from hotloop.bench.record import MEASURED, Figure, Record
 from hotloop.report.differences import loss_difference, speed_difference
+from hotloop.report.layout import STAR
 from hotloop.report.numbers import half_width, percent, significant, uncertain
 from hotloop.report.recommend import is_doubtful, speed_gap
 from hotloop.types import EngineConfig
@@ -101,6 +102,11 @@ class Point:
     is_doubtful: bool = False
     is_emphasized: bool = False
 
+    @property
+    def label_text(self) -> str:
+        """The label, with a star for the recommended one."""
+        return f"{STAR} {self.label}" if self.is_emphasized and self.label else self.label
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
@@ -163,6 +169,11 @@ class Bar:
     interval: Interval | None = None
     is_doubtful: bool = False
     is_emphasized: bool = False
+
+    @property
+    def label_text(self) -> str:
+        """The label, with a star for the recommended one."""
+        return f"{STAR} {self.label}" if self.is_emphasized and self.label else self.label
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from hotloop.printable import printable
+from hotloop.report import labels
+from hotloop.report.labels import Box, place_labels
 from hotloop.report.plots import Axis, Bar, Bars, Chart, Plot, Point, Series
 
 N_STYLES = 6
@@ -21,7 +23,7 @@ N_STYLES = 6
 TEXT = 13
 """Size of text, in units of the drawing: pixels where it is shown at its own width."""
 
-CHARACTER = 0.56 * TEXT
+CHARACTER = labels.CHARACTER * TEXT
 """Mean width of a character."""
 
 _RADIUS = 5.5
@@ -133,24 +135,6 @@ class _Frame:
 
     def up(self, value: float) -> float:
         return self.bottom - self.y.place(value) * (self.bottom - self.top)
-
-
-@dataclass(frozen=True)
-class _Box:
-    """A rectangle that a label or a mark takes."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def overlaps(self, other: _Box) -> bool:
-        return (
-            self.left < other.right
-            and other.left < self.right
-            and self.top < other.bottom
-            and other.top < self.bottom
-        )
 
 
 def _plot(plot: Plot, size: Size) -> Markup:
@@ -288,44 +272,32 @@ def _mark(x: float, y: float, series: Series, point: Point) -> Markup:
 def _labels(
     several: Sequence[Series], frame: _Frame, size: Size, limit: tuple[float, str] | None
 ) -> Markup:
-    """Places labels where nothing is yet; what finds no place stays without, but for its title."""
-    marked = [(point, series) for series in several for point in series.points if point.label]
     taken = []
     if limit is not None:
         y = frame.up(limit[0])
         width = CHARACTER * len(limit[1])
-        taken.append(_Box(frame.right - width, y - 6 - TEXT, frame.right, y))
-    for point, _ in marked:
-        x, y = frame.across(point.x), frame.up(point.y)
-        taken.append(_Box(x - 8, y - 8, x + 8, y + 8))
-    parts = []
-    for point, _ in sorted(marked, key=lambda pair: not pair[0].is_emphasized):
-        x, y = frame.across(point.x), frame.up(point.y)
-        text = f"★ {point.label}" if point.is_emphasized else point.label
-        width = CHARACTER * len(text) + 2
-        places = (
-            (x + 13, y + 4.5, "start"),
-            (x - 13, y + 4.5, "end"),
-            (x + 9, y - 11, "start"),
-            (x - 9, y - 11, "end"),
-            (x + 9, y + 20, "start"),
-            (x - 9, y + 20, "end"),
-            (x, y - 16, "middle"),
-            (x, y + 27, "middle"),
-            (x + 9, y - 26, "start"),
-            (x - 9, y - 26, "end"),
+        taken.append(Box(frame.right - width, y - 6 - TEXT, frame.right, y))
+    marks = [
+        (frame.across(p.x), frame.up(p.y), p.label_text, p.is_emphasized)
+        for series in several
+        for p in series.points
+    ]
+    for point in (p for series in several for p in series.points):
+        if point.x_interval is not None:
+            (low, high), y = map(frame.across, point.x_interval), frame.up(point.y)
+            taken.append(Box(low, y - 3, high, y + 3))
+    bounds = Box(frame.left, 20, size.width, frame.bottom)
+    return _joined(
+        _tag(
+            '<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>',
+            "label strong" if label.is_emphasized else "label",
+            label.x,
+            label.y,
+            label.anchor,
+            label.text,
         )
-        for at, base, anchor in places:
-            start = {"start": at, "end": at - width, "middle": at - width / 2}[anchor]
-            box = _Box(start, base - TEXT + 2, start + width, base + 4)
-            inside = box.left >= frame.left and box.right <= size.width and box.top >= 20
-            if inside and box.bottom < frame.bottom and not any(map(box.overlaps, taken)):
-                taken.append(box)
-                kind = "label strong" if point.is_emphasized else "label"
-                line = '<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>'
-                parts.append(_tag(line, kind, at, base, anchor, text))
-                break
-    return _joined(parts)
+        for label in place_labels(marks, bounds, size=TEXT, taken=taken)
+    )
 
 
 def _shown(value: float) -> str:
@@ -354,7 +326,7 @@ class _Layout:
 
 def _bars(chart: Bars, size: Size) -> tuple[float, Markup]:
     """Draws bars below each other; returns the height and the drawing."""
-    longest = max(len(bar.label) + 2 * bar.is_emphasized for bar in chart.bars)
+    longest = max(len(bar.label_text) for bar in chart.bars)
     texts = CHARACTER * max(len(bar.text) for bar in chart.bars) + 12
     layout = _Layout(
         x=chart.x,
@@ -437,7 +409,7 @@ def _bar(bar: Bar, names: Sequence[str], layout: _Layout, y: float) -> Markup:
 def _bar_texts(bar: Bar, layout: _Layout, y: float, at: float) -> list[Markup]:
     """Draws a bar's name and value: above it where the drawing is narrow, else beside it."""
     room = layout.right - layout.left if layout.is_narrow else layout.left - 16
-    name = f"★ {bar.label}" if bar.is_emphasized else bar.label
+    name = bar.label_text
     if len(name) > (most := int(room / CHARACTER)):
         name = name[: most - 1] + "…"
     kind = "label strong" if bar.is_emphasized else "label"

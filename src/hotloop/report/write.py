@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hotloop.bench.record import Record
-from hotloop.report.html import to_html
+from hotloop.report import png
+from hotloop.report.html import charts_of, to_html
 from hotloop.report.layout import Table, to_markdown
 from hotloop.report.page import make_page
 from hotloop.report.table import make_table, to_csv
 from hotloop.types import MAX_DELTA_LN_PPL
-from hotloop.writing import write_whole
+from hotloop.writing import replacing, write_whole
 
 REPORT = "report.html"
 """The page of a results folder."""
@@ -40,3 +41,30 @@ def write_results(
     write_whole(folder / "page.md", page)
     write_whole(folder / REPORT, to_html(records, max_delta_ln_ppl=max_delta_ln_ppl))
     return table
+
+
+def write_plots(
+    folder: Path,
+    experiments: Iterable[Iterable[Record]],
+    *,
+    max_delta_ln_ppl: float = MAX_DELTA_LN_PPL,
+) -> list[Path]:
+    """Writes every plot of the records' page as a PNG file.
+
+    Args:
+        folder: The folder to write into.
+        experiments: As for ``to_html``.
+        max_delta_ln_ppl: The quality loss that the recommendation tolerates.
+
+    Returns:
+        The files.
+
+    Raises:
+        HotloopError: A file cannot be written.
+    """
+    charts = charts_of(*experiments, max_delta_ln_ppl=max_delta_ln_ppl)
+    files = [folder / name for name in png.names(charts)]
+    for path, chart in zip(files, charts, strict=True):
+        with replacing(path) as file:
+            png.write_png(chart, file)
+    return files
