@@ -1,6 +1,7 @@
 """Layers that differ in whatever a configuration holds compute each what its own says."""
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -20,7 +21,7 @@ from hotloop.models.config import (
 from hotloop.models.decoder import Decoder
 from hotloop.quant import parse_scheme
 from hotloop.weights.load import load_weights
-from hotloop.weights.source import RandomSource, schemes_by_name
+from hotloop.weights.source import RandomSource, Request, schemes_by_name
 
 CPU, N_POSITIONS, WIDTH = torch.device("cpu"), 40, 64
 
@@ -62,8 +63,8 @@ CONFIG = ModelConfig(
 class Weights(RandomSource):
     """Matrices that keep activations at their size, and norms that are not all ones."""
 
-    def matrix(self, name: str, shape: tuple[int, int], *args: object, **options: object) -> Tensor:
-        return super().matrix(name, shape, *args, **options) * (50 * shape[1] ** -0.5)
+    def pieces(self, request: Request) -> Iterator[Tensor]:
+        return (piece * (50 * request.shape[1] ** -0.5) for piece in super().pieces(request))
 
     def tensor(self, name: str, shape: tuple[int, ...], **options: object) -> Tensor:
         tensor = super().tensor(name, shape, **options)

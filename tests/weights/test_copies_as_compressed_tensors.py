@@ -32,7 +32,7 @@ from hotloop.weights.checkpoint import open_checkpoint, read_model
 from hotloop.weights.identity import hash_checkpoint, read_quantization
 from hotloop.weights.quantize import quantize_checkpoint
 from hotloop.weights.recognition import recognize_matrices
-from hotloop.weights.source import CheckpointSource
+from hotloop.weights.source import CheckpointSource, Request, read_matrix
 
 FORMATS = {
     "int4-g32": "pack-quantized",
@@ -98,7 +98,8 @@ def test_integers_and_scales_are_read_back_as_they_were_made(quant, tmp_path):
         reader = CheckpointSource(checkpoint, CPU, model=model)
         for name, (n, k) in matrices.items():
             expected = scheme.quantize(made[f"{name}.weight"])
-            read = reader.matrix(name, (n, k), Auto(stored=stored[name].layout.format, k=k))
+            kept = Auto(stored=stored[name].layout.format, k=k)
+            read = read_matrix(reader, Request(name=name, shape=(n, k), scheme=kept))
             assert isinstance(expected, QTensor)
             assert isinstance(read, QTensor)
             assert read.format == expected.format

@@ -20,11 +20,12 @@ from whole_models import (
 )
 
 from hotloop.errors import CheckpointError, ConfigError
+from hotloop.kernels.pack import _VALUES_AT_ONCE
 from hotloop.models.families import FAMILIES, family_of, read_config
 from hotloop.quant import parse_scheme
 from hotloop.weights.checkpoint import open_checkpoint, read_model
 from hotloop.weights.quantize import quantize_checkpoint
-from hotloop.weights.source import RandomSource
+from hotloop.weights.source import _VALUES_OF_PIECE, RandomSource
 from hotloop.weights.writer import SafetensorsWriter
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -84,6 +85,8 @@ def test_reading_a_few_rows_at_a_time_changes_no_bit(quant, tied, tmp_path, monk
     folder = write_folder(tmp_path / "m", tie_word_embeddings=tied)
     whole = load(folder, quant=quant)
     monkeypatch.setattr("hotloop.weights.tensor_file.CHUNK_BYTES", 7 * 64 * 4)
+    monkeypatch.setitem(_VALUES_OF_PIECE, "cpu", 7 * 64)
+    monkeypatch.setitem(_VALUES_AT_ONCE, "cpu", 32 * 64)
     assert_same_weights(load(folder, quant=quant), whole)
 
 
@@ -184,7 +187,7 @@ def test_wrong_shape_is_named_with_the_right_one(name, tmp_path):
 @pytest.mark.parametrize("quant", ["none", "int8", "int4-g64"])
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_are_named_with_their_place(quant, bad, tmp_path, monkeypatch):
-    monkeypatch.setattr("hotloop.weights.tensor_file.CHUNK_BYTES", 10 * 64 * 4)
+    monkeypatch.setitem(_VALUES_OF_PIECE, "cpu", 10 * 64)
 
     def damage(tensors: dict[str, Tensor]) -> None:
         tensors[Q_PROJ][37, 5] = bad

@@ -27,7 +27,7 @@ from hotloop.quant import parse_scheme
 from hotloop.weights.checkpoint import open_checkpoint
 from hotloop.weights.gguf import GGUFCheckpoint
 from hotloop.weights.quantize import quantize_checkpoint
-from hotloop.weights.source import CheckpointSource, RandomSource
+from hotloop.weights.source import CheckpointSource, RandomSource, Request, read_matrix
 from hotloop.weights.tensor_file import TensorFile
 
 KEYS = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
@@ -256,7 +256,8 @@ def test_statistics_of_rows_are_combined_over_ranks_and_those_of_groups_are_not(
             checkpoint, CPU, combine=lambda t, seen=combined: seen.append(t) or t
         )
         name, shape = "model.layers.0.mlp.down_proj", (576, 256)
-        source.matrix(name, shape, parse_scheme(quant), columns=range(128, 256))
-        source.matrix(name, shape, parse_scheme(quant), rows=range(128, 256))
+        for part in ("columns", "rows"):
+            asked = {"name": name, "shape": shape, "scheme": parse_scheme(quant)}
+            read_matrix(source, Request(**asked, **{part: range(128, 256)}))
         assert bool(combined) == expected
         checkpoint.close()

@@ -151,6 +151,7 @@ def write_gguf_model(
         "general.sampling.temp": 0.7,
     }
     sizes = {
+        "block_count": config["num_hidden_layers"],
         "embedding_length": config["hidden_size"],
         "feed_forward_length": config["intermediate_size"],
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hotloop.kernels import cpu, reference
 from hotloop.kernels.cuda.dequantize import dequantize
-from hotloop.kernels.cuda.packing import GROUP_SIZES, SLICE, Format, Scale, pack
+from hotloop.kernels.cuda.packing import GROUP_SIZES, SLICE, TILE_ROWS, Format, Scale, pack
 
 QuantizedKind = Literal["int8", "fp8", "int4", "uint4", "lut4"]
 """The elements of a quantized weight: integers of up to 8 bits; e4m3; -8…7; 0…15; indices of a
@@ -164,6 +164,11 @@ class LinearSpec:
         return total + (_TABLE_BYTES if form.kind == "lut4" else 0)
 
 
+def n_rows(weight: Tensor | Quantized) -> int:
+    """Returns the output features of a weight, or of some of its rows."""
+    return len(weight if isinstance(weight, Tensor) else weight.values)
+
+
 class LinearKernel(Protocol):
     """Computes ``x @ weight.T`` for one weight."""
 
@@ -177,8 +182,27 @@ class LinearKernel(Protocol):
         """Whether packed rows are the unpacked ones, so that an embedding can share them."""
         ...
 
+    @property
+    def unit_rows(self) -> int:
+        """Output features that are packed together; half of them of each half of a paired weight.
+
+        Packed weights of whole units, one behind the other, are the packed whole.
+        """
+        ...
+
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
-        """Arranges a weight [N, K], which is on its device already, as the kernel reads it."""
+        """Arranges a weight, which is on its device already, as the kernel reads it.
+
+        Args:
+            weight: [N, K], or whole units of its rows.
+        """
+        ...
+
+    def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
+        """Returns, of each packed tensor, the dimension along which output features are.
+
+        It is None where all output features share a tensor.
+        """
         ...
 
     @property
@@ -215,7 +239,16 @@ NOT_MEANT = ""
 """The ``unsupported`` reason that is not reported: a kernel of another device or kind of weight."""
 
 
-class DenseTorch:
+class _ByRows:
+    """Defaults of kernels whose packed tensors have a row for each output feature."""
+
+    unit_rows = 1
+
+    def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
+        return [0] * len(packed)
+
+
+class DenseTorch(_ByRows):
     """Floating-point weights through PyTorch's own matrix product."""
 
     name = "dense/torch"
@@ -250,7 +283,7 @@ class DenseCpu(DenseTorch):
         return torch.ops.hotloop_cpu.linear(x_MK, packed)
 
 
-class ChannelwiseTorch:
+class ChannelwiseTorch(_ByRows):
     """Eight-bit weights in plain PyTorch: torch.compile fuses the conversion into the GEMV."""
 
     keeps_rows = True
@@ -289,7 +322,11 @@ class Int8Cpu(ChannelwiseTorch):
         return torch.ops.hotloop_cpu.linear(x_MK, packed)
 
 
-class GroupedCpu:
+_CPU_ROW_PARTS = 5
+"""Packed tensors before the lookup table and the permutation: values and four kinds of scales."""
+
+
+class GroupedCpu(_ByRows):
     """Integers of 4 or 8 bits, and lookup tables, of any groups on a CPU, with our own kernel.
 
     Integers of 5 and 6 bits take eight.
@@ -297,6 +334,7 @@ class GroupedCpu:
 
     keeps_rows = False
     permutes = True
+    unit_rows = cpu.BLOCK_FEATURES
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/cpu"
@@ -335,16 +373,21 @@ class GroupedCpu:
             weight.permutation,
         )
 
+    def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
+        return [0 if part < _CPU_ROW_PARTS else None for part in range(len(packed))]
+
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return torch.ops.hotloop_cpu.linear(x_MK, packed)
 
 
-class Int4TinyGemm:
+class Int4TinyGemm(_ByRows):
     """int4 weights on CUDA through tinygemm, which PyTorch ships."""
 
     name = "int4/tinygemm"
     keeps_rows = False
     permutes = False
+
+    unit_rows = 8
 
     def __init__(self, spec: LinearSpec) -> None:
         self.nbytes = spec.n * spec.k // 2 + 4 * spec.n_scales  # a zero beside every scale
@@ -370,13 +413,16 @@ class Int4TinyGemm:
         scale_zero_GN2 = torch.stack((weight.scale.T, zero.T), dim=-1).contiguous()
         return [words, scale_zero_GN2]
 
+    def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:  # noqa: ARG002
+        return [0, 1]  # words [N / 8, ...], and scales [G, N, 2]
+
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         words, scale_zero_GN2 = packed
         group_size = x_MK.shape[1] // scale_zero_GN2.shape[0]
         return torch.ops.aten._weight_int4pack_mm(x_MK, words, group_size, scale_zero_GN2)
 
 
-class Fused:
+class Fused(_ByRows):
     """Weights in the packed layout of the kernels of the fused step (``kernels.cuda``).
 
     Those read the packed weight themselves. Called like other kernels, for the many rows of a
@@ -384,6 +430,8 @@ class Fused:
     """
 
     keeps_rows = False
+
+    unit_rows = TILE_ROWS
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/fused"
@@ -404,10 +452,11 @@ class Fused:
         return None
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        form = replace(self.form, n=n_rows(weight))
         if isinstance(weight, Tensor):
-            return [pack(self.form, weight, None, None)]
+            return [pack(form, weight, None, None)]
         if self.form.has_channel_scales:
-            packed = pack(self.form, weight.values, None, None)
+            packed = pack(form, weight.values, None, None)
             return [packed, weight.scale.reshape(-1).float().clone()]  # shared with no embedding
         assert self.form.group_size is not None, "a weight with groups"
         # Groups of more features are several of as many as a unit has.
@@ -421,7 +470,7 @@ class Fused:
             t if t is None or repeats == 1 else t.repeat_interleave(repeats, dim=1)
             for t in (_widened(scale), offset)
         )
-        return [pack(self.form, weight.values, scale, offset)]
+        return [pack(form, weight.values, scale, offset)]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         weight, *scale_N = packed
@@ -456,7 +505,7 @@ def _fused_form(spec: LinearSpec) -> Format:
     )
 
 
-class Dequantizing:
+class Dequantizing(_ByRows):
     """Quantized weights of any format, dequantized for every matrix product.
 
     Four-bit values are packed, eight-bit ones remain as they are.
@@ -483,6 +532,9 @@ class Dequantizing:
         if self._packs:
             values = reference.pack_int4(values - self._bias, self._group)
         return [values, *scales]
+
+    def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:  # noqa: ARG002
+        return [None if part == "table" else 0 for part in self._format.parts]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         part = dict(zip(self._format.parts, packed, strict=True))
@@ -519,6 +571,13 @@ class Permuted:
         assert not isinstance(weight, Tensor), "a quantized weight"
         assert weight.permutation is not None, "a permuted weight"
         return [*self._inner.pack(weight), weight.permutation]
+
+    @property
+    def unit_rows(self) -> int:
+        return self._inner.unit_rows
+
+    def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
+        return [*self._inner.row_axes(packed[:-1]), None]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         *inner, permutation_K = packed

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hotloop.kernels.linear import DENSE, LinearKernel, LinearSpec, Stacked, choose_linear
+from hotloop.kernels.pack import pack_in_chunks, rows_at_once
 from hotloop.models.config import Matrix
 from hotloop.quant import QTensor
+from hotloop.quant.rows import RowStream, paired_chunks, row_chunks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Linear(nn.Module):
 
     def assign(
         self,
-        weight: Tensor | QTensor | Sequence[Tensor | QTensor],
+        weight: Tensor | QTensor | Sequence[Tensor | QTensor | RowStream],
         bias: Tensor | None = None,
         *,
         dtype: torch.dtype,
@@ -67,7 +69,7 @@ class Linear(nn.Module):
 
         Args:
             weight: [n, k], floating point or quantized; or pieces of it, one below the other, that
-                are not alike (``join_alike``).
+                are not alike (``join_alike``). Rows that are streamed are packed as they come.
             bias: [n], or None.
             dtype: Element type of activations.
             device: The device of the packed weight.
@@ -76,10 +78,10 @@ class Linear(nn.Module):
         weights = (weight,) if isinstance(weight, Tensor | QTensor) else weight
         self.notes, self.n_packed, self._pieces, n = [], 0, [], 0
         for piece in weights:
-            assert piece.shape[1] == self.k, f"{piece.shape} for {self.n, self.k}"
+            rows = piece.n if isinstance(piece, RowStream) else piece.shape[0]
             spec = LinearSpec(
-                format=piece.format if isinstance(piece, QTensor) else DENSE,
-                n=piece.shape[0],
+                format=DENSE if isinstance(piece, Tensor) else piece.format,
+                n=rows,
                 k=self.k,
                 dtype=dtype,
                 device=device.type,
@@ -87,20 +89,42 @@ class Linear(nn.Module):
                 paired=self.paired and len(weights) == 1,
             )
             kernel, notes = choose_linear(spec)
-            packed = kernel.pack(
-                piece.to(device) if isinstance(piece, QTensor) else piece.to(device, dtype)
-            )
-            n += piece.shape[0]
+            packed = self._pack(kernel, piece, spec, device)
+            n += rows
             for tensor in packed:
                 self.register_buffer(f"packed{self.n_packed}", tensor)
                 self.n_packed += 1
-            self._pieces.append((kernel, piece.shape[0], len(packed)))
+            self._pieces.append((kernel, rows, len(packed)))
             self.notes += [note for note in notes if note not in self.notes]
         assert n == self.n, f"{n} rows for {self.n, self.k}"
         stacked = [(kernel, n_packed) for kernel, _, n_packed in self._pieces]
         self.kernel = stacked[0][0] if len(stacked) == 1 else Stacked(stacked)
         if bias is not None:
             self.bias = bias.to(device, dtype)
+
+    def _pack(
+        self,
+        kernel: LinearKernel,
+        weight: Tensor | QTensor | RowStream,
+        spec: LinearSpec,
+        device: torch.device,
+    ) -> list[Tensor]:
+        """Packs some rows at a time, so that little is held besides the packed weight."""
+
+        def placed(rows: Tensor | QTensor) -> Tensor | QTensor:
+            assert rows.shape[1] == self.k, f"{rows.shape} for {self.n, self.k}"
+            return rows.to(device) if isinstance(rows, QTensor) else rows.to(device, spec.dtype)
+
+        if kernel.keeps_rows and not isinstance(weight, RowStream):
+            return kernel.pack(placed(weight))  # an embedding may share it
+        step = rows_at_once(self.k, kernel.unit_rows, device)
+        paired = spec.paired and spec.fused  # by turns eight gate and eight up features
+        if isinstance(weight, RowStream):
+            assert not paired, "halves of a stream come one after the other"
+            chunks = weight.chunks(step)
+        else:
+            chunks = (paired_chunks if paired else row_chunks_of)(weight, step)
+        return pack_in_chunks(kernel, map(placed, chunks), spec.n, paired=paired)
 
     @property
     def packed(self) -> list[Tensor]:

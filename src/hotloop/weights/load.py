@@ -3,26 +3,31 @@
 It loads the weights that the layers' configurations declare. One of several ranks loads its slices,
 and the whole embedding: looking rows up reads few bytes, and a tied head is a slice of it.
 
-One matrix at a time, a few rows at a time: what is held on the host besides the model is the matrix
-being made and its packed form. ``benchmarks/load_memory.py`` measures it.
+Weights are streamed: a few rows of a matrix are read, decoded or quantized, and packed, while the
+next are being read. What is held besides the model are these rows, those that were read ahead, and
+parts of a projection that can only be packed together. ``benchmarks/load_memory.py`` measures it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from hotloop.kernels.linear import DENSE
 from hotloop.models import names
-from hotloop.models.config import LayerConfig, Matrix, ModelConfig, Part
+from hotloop.models.config import Matrix, ModelConfig, Part
 from hotloop.models.decoder import Decoder
+from hotloop.models.linear import Linear
 from hotloop.models.rope import head_order
-from hotloop.parallel.plan import LayerShard, Shard
-from hotloop.quant import QTensor, Scheme, cut
-from hotloop.quant.qtensor import join_alike
-from hotloop.weights.source import Source
+from hotloop.parallel.plan import Shard
+from hotloop.quant import QTensor, Scheme, join_alike, join_rows
+from hotloop.quant.rows import RowStream
+from hotloop.weights.source import Request, Source
+from hotloop.weights.tensor_file import row_chunks
 
 
 def load_weights(
@@ -57,17 +62,14 @@ def load_weights(
         CheckpointError: A tensor is missing, surplus, of another shape, or not finite.
         ConfigError: A matrix whose shape a scheme does not fit.
     """
-    loader = _Loader(source, schemes, adds_biases, dtype, device, fused)
-    loader.load_embeddings(decoder, config, shard.vocabulary)
-    decoder.norm.weight = source.tensor(f"{names.NORM}.weight", (config.hidden_size,)).to(
-        device, dtype
-    )
-    for i, (block, layer, held) in enumerate(
-        zip(decoder.layers, config.layers, shard.layers, strict=True)
-    ):
-        loader.load_layer(block, i, layer, held)
-        if on_layer:
-            on_layer(i + 1, config.n_layers)
+    loader = _Loader(config, shard, source, schemes, adds_biases, dtype, device, fused)
+    with source.read_ahead(loader.requests):
+        loader.load_embeddings(decoder)
+        decoder.norm.weight = loader.tensor(f"{names.NORM}.weight", config.hidden_size)
+        for i, block in enumerate(decoder.layers):
+            loader.load_layer(block, i)
+            if on_layer:
+                on_layer(i + 1, config.n_layers)
     source.finish()
 
 
@@ -75,6 +77,8 @@ def load_weights(
 class _Loader:
     """Reads from a source and assigns; see ``load_weights`` for its attributes."""
 
+    config: ModelConfig
+    shard: Shard
     source: Source
     schemes: Mapping[str, Scheme]
     adds_biases: bool
@@ -82,26 +86,65 @@ class _Loader:
     device: torch.device
     fused: bool
 
-    def load_layer(
-        self, block: torch.nn.Module, i: int, layer: LayerConfig, held: LayerShard
-    ) -> None:
+    @property
+    def requests(self) -> list[Request]:
+        """The matrices that are read, in order."""
+        layers = range(self.config.n_layers)
+        return [self._head_request] + [
+            self._request(i, matrix, part)
+            for i in layers
+            for matrix in self.config.layers[i].matrices
+            for part in matrix.parts
+        ]
+
+    @property
+    def _head_request(self) -> Request:
+        name, tied = names.head(self.config), self.config.tie_embeddings
+        return Request(
+            name=name,
+            shape=(self.config.vocab_size, self.config.hidden_size),
+            scheme=self.schemes[name],
+            rows=None if tied else self.shard.vocabulary,
+        )
+
+    def _request(self, i: int, matrix: Matrix, part: Part) -> Request:
+        name = names.layer(i, part.name)
+        rows, columns = matrix.slices(part, self.shard.layers[i])
+        return Request(
+            name=name,
+            shape=(part.n, matrix.k),
+            scheme=self.schemes[name],
+            rows=rows,
+            columns=columns,
+        )
+
+    def tensor(self, name: str, n: int, rows: range | None = None) -> Tensor:
+        """Reads a vector."""
+        return self.source.tensor(name, (n,), rows=rows).to(self.device, self.dtype)
+
+    def load_layer(self, block: torch.nn.Module, i: int) -> None:
         """Assigns what the configuration of layer ``i`` declares."""
+        layer, held = self.config.layers[i], self.shard.layers[i]
         order = head_order(layer.attention.head_dim, layer.attention.rope)
 
-        def ordered(rows: Tensor, rotated: bool) -> Tensor:
-            """Orders rows of heads as our rope pairs them."""
-            if order is None or not rotated:
+        def ordered(rows: Tensor) -> Tensor:
+            """Orders rows of whole heads as our rope pairs them."""
+            if order is None:
                 return rows
             return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
 
-        def part_of(matrix: Matrix, part: Part) -> Tensor | QTensor:
-            name, (rows, columns) = names.layer(i, part.name), matrix.slices(part, held)
-            weight = self.source.matrix(
-                name, (part.n, matrix.k), self.schemes[name], rows=rows, columns=columns
+        def stream(matrix: Matrix, part: Part) -> RowStream:
+            request = self._request(i, matrix, part)
+            rows = RowStream(
+                map(self._typed, self.source.pieces(request)), request.n, request.format
             )
-            if isinstance(weight, QTensor):
-                return weight.map_rows(lambda tensor: ordered(tensor, part.rotated))
-            return ordered(weight, part.rotated).to(self.device, self.dtype)
+            if order is None or not part.rotated:
+                return rows
+            heads = (
+                chunk.map_rows(ordered) if isinstance(chunk, QTensor) else ordered(chunk)
+                for chunk in rows.chunks(len(order))
+            )
+            return RowStream(heads, request.n, request.format)
 
         def bias(matrix: Matrix) -> Tensor | None:
             if not matrix.bias:
@@ -109,48 +152,86 @@ class _Loader:
             biases = []
             for part in matrix.parts:
                 name, (rows, _) = names.layer(i, part.name), matrix.slices(part, held)
-                bias = self.source.tensor(f"{name}.bias", (part.n,), rows=rows)
-                biases.append(ordered(bias, part.rotated))
+                bias = self.tensor(f"{name}.bias", part.n, rows)
+                biases.append(ordered(bias) if part.rotated else bias)
             return torch.cat(biases) if self.adds_biases or not matrix.summed else None
 
         for attribute, declared in layer.modules.items():
             module = getattr(block, attribute)
             for matrix in declared.matrices:
                 linear = getattr(module, matrix.name)
-                # Handed on at once: nothing is held while the next one is read.
-                linear.assign(
-                    join_alike((part_of(matrix, part) for part in matrix.parts), linear.n),
-                    bias(matrix),
-                    dtype=self.dtype,
-                    device=self.device,
-                    fused=self.fused,
-                )
+                parts = (stream(matrix, part) for part in matrix.parts)
+                self._assign(linear, list(parts), bias(matrix))
             for norm in declared.norms:
-                weight = self.source.tensor(f"{names.layer(i, norm.part)}.weight", (norm.n,))
-                weight = ordered(weight, norm.rotated).to(self.device, self.dtype)
-                getattr(module, norm.name).weight = weight
+                weight = self.tensor(f"{names.layer(i, norm.part)}.weight", norm.n)
+                getattr(module, norm.name).weight = ordered(weight) if norm.rotated else weight
 
-    def load_embeddings(self, decoder: Decoder, config: ModelConfig, rows: range) -> None:
-        """Assigns the embedding, and these rows of the head."""
-        shape, scheme = (config.vocab_size, config.hidden_size), self.schemes[names.head(config)]
-        dtype, device = self.dtype, self.device
+    def _assign(self, linear: Linear, parts: list[RowStream], bias: Tensor | None) -> None:
+        """Packs the parts of a projection."""
+        weight: Sequence[Tensor | QTensor | RowStream]
+        alike = [list(group) for _, group in groupby(parts, key=lambda part: part.format)]
+        # Rows tell whether permutations and lookup tables are the same, and pairs are packed
+        # together: these are joined first.
+        paired = linear.paired and self.fused and len(alike) == 1
+        if paired or any(part.format.permuted or part.format.kind == "lut4" for part in parts):
+            weight = join_alike((part.take(part.n) for part in parts), linear.n)
+        else:
+            weight = [RowStream.chain(group) for group in alike]
+        linear.assign(weight, bias, dtype=self.dtype, device=self.device, fused=self.fused)
+
+    def _typed(self, rows: Tensor | QTensor) -> Tensor | QTensor:
+        """Converts floating-point rows to the model's type, on its device."""
+        return rows if isinstance(rows, QTensor) else rows.to(self.device, self.dtype)
+
+    def load_embeddings(self, decoder: Decoder) -> None:
+        """Assigns the embedding, and this rank's rows of the head."""
+        config, rows, dtype = self.config, self.shard.vocabulary, self.dtype
+        request = self._head_request
+        pieces = map(self._typed, self.source.pieces(request))
+        head: Tensor | QTensor | RowStream
         if not config.tie_embeddings:
-            head = self.source.matrix(names.HEAD, shape, scheme, rows=rows)
-            decoder.head.assign(head, dtype=dtype, device=device, fused=self.fused)
-            table = self.source.tensor(f"{names.EMBEDDING}.weight", shape).to(device, dtype)
-            decoder.embedding.assign(table, None, dtype)
+            head = RowStream(pieces, request.n, request.format)
+            self._assign(decoder.head, [head], None)
+            decoder.embedding.assign(self._table(), None, dtype)
             return
-        weight = self.source.matrix(names.EMBEDDING, shape, scheme)
-        if not isinstance(weight, QTensor):
-            weight = weight.to(device, dtype)
+        if request.format == DENSE:
+            weight = join_rows(pieces, request.n)
+            assert isinstance(weight, Tensor), "a dense format"
             decoder.embedding.assign(weight, None, dtype)
             head = weight[rows.start : rows.stop]
-        elif weight.kind == "int8" and weight.format.is_per_channel(config.hidden_size):
+        elif request.format.kind == "int8" and request.format.is_per_channel(config.hidden_size):
             # A kernel that keeps rows as they are shares them: one copy serves both.
-            weight = weight.to(device)
+            weight = join_rows(pieces, request.n)
+            assert isinstance(weight, QTensor), "a quantized format"
+            weight = weight.to(self.device)
             decoder.embedding.assign(weight.values, weight.scale.view(-1), dtype)
             head = weight.rows(rows.start, rows.stop)
         else:
-            decoder.embedding.assign(weight.dequantize(dtype).to(device), None, dtype)
-            head = cut(weight, slice(rows.start, rows.stop), None)
-        decoder.head.assign(head, dtype=dtype, device=device, fused=self.fused)
+            table = torch.empty(request.shape, dtype=dtype, device=self.device)
+            head = RowStream(_dequantized_into(table, pieces, rows), len(rows), request.format)
+            decoder.embedding.assign(table, None, dtype)
+        decoder.head.assign([head], dtype=dtype, device=self.device, fused=self.fused)
+
+    def _table(self) -> Tensor:
+        """Reads the embedding of a model whose head is another matrix, a few rows at a time."""
+        name = f"{names.EMBEDDING}.weight"
+        n, k = self.config.vocab_size, self.config.hidden_size
+        table = torch.empty(n, k, dtype=self.dtype, device=self.device)
+        for rows in row_chunks(range(n), k * self.dtype.itemsize):
+            table[rows.start : rows.stop] = self.source.tensor(name, (n, k), rows=rows)
+        return table
+
+
+def _dequantized_into(
+    table: Tensor, pieces: Iterable[Tensor | QTensor], kept: range
+) -> Iterator[QTensor]:
+    """Fills a table with the rows of a weight, and returns those within ``kept``."""
+    first = 0
+    for piece in pieces:
+        assert isinstance(piece, QTensor), "a quantized weight"
+        last = first + piece.shape[0]
+        table[first:last] = piece.dequantize(table.dtype)
+        start, stop = max(kept.start, first), min(kept.stop, last)
+        if start < stop:
+            yield piece.rows(start - first, stop - first)
+        first = last

@@ -34,6 +34,8 @@ from hotloop.weights.identity import (
 from hotloop.weights.recognition import recognize_matrices
 from hotloop.weights.source import (
     CheckpointSource,
+    Request,
+    read_matrix,
     requantization_notes,
     schemes_by_name,
 )
@@ -104,7 +106,10 @@ def quantize_checkpoint(
             for i, (name, shape) in enumerate(tensors.items(), start=1):
                 matrix = name.removesuffix(".weight")
                 if matrix in schemes:
-                    weight = source.matrix(matrix, (shape[0], shape[1]), schemes[matrix])
+                    request = Request(
+                        name=matrix, shape=(shape[0], shape[1]), scheme=schemes[matrix]
+                    )
+                    weight = read_matrix(source, request)
                 else:
                     weight = source.tensor(name, shape)
                 if isinstance(weight, QTensor):

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError
-from hotloop.kernels.linear import DENSE
+from hotloop.kernels.linear import DENSE, KernelFormat
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
@@ -30,9 +31,13 @@ from hotloop.quant.auto import Auto
 from hotloop.quant.encodings import Layout
 from hotloop.quant.none import NoScheme
 from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite, wrong_shape
+from hotloop.weights.read_ahead import ReadAhead
 from hotloop.weights.recognition import FLOATS, Recognized, StoredMatrices
 from hotloop.weights.safetensors import DTYPES
 from hotloop.weights.tensor_file import row_chunks
+
+MOST_BYTES_AHEAD = 64 * 2**20
+"""The most bytes that are read ahead."""
 
 INITIAL_STD = 0.02
 """Standard deviation of random weights: what transformers are commonly initialized with."""
@@ -44,7 +49,9 @@ BLOCK_ROWS = 1024
 
 _MOST_BIAS_BYTES = 2**24
 
-_FLOAT32_BYTES = 4  # schemes quantize in float32
+_VALUES_OF_PIECE = {"cpu": 2**20, "cuda": 2**24}
+"""Values of a matrix that are made at once: on a CPU few enough for caches, on a GPU enough to fill
+it. Decoding and quantizing take several times the bytes of as many float32 numbers."""
 
 _NO_WEIGHTS = frozenset(DTYPES) - FLOATS
 """Element types of safetensors that hold no weights by themselves."""
@@ -54,28 +61,45 @@ _QUANTIZED_MARGIN = 4.0
 range is twice its largest value, and rounded scales and offsets exceed what they stand for."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A weight matrix, or a slice of it.
+
+    Attributes:
+        name: Its Hugging Face name, without ``.weight``.
+        shape: Of the whole matrix.
+        scheme: How it is quantized.
+        rows: Output features to take; None for all.
+        columns: Input features, along multiples of the scheme's alignment; None for all. All ranks
+            then ask for a slice of the same matrix, each for its own.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: Scheme
+    rows: range | None = None
+    columns: range | None = None
+
+    @property
+    def n(self) -> int:
+        """Output features asked for."""
+        return self.shape[0] if self.rows is None else len(self.rows)
+
+    @property
+    def format(self) -> KernelFormat:
+        """The number format of what is returned."""
+        return self.scheme.format(self.shape[1] if self.columns is None else len(self.columns))
+
+
 class Source(Protocol):
-    """Reads or makes weights by their Hugging Face names, without ``.weight``."""
+    """Reads or makes weights."""
 
-    def matrix(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        scheme: Scheme,
-        *,
-        rows: range | None = None,
-        columns: range | None = None,
-    ) -> Tensor | QTensor:
-        """Returns a weight matrix under ``scheme``, checked for its shape and for finite values.
+    def pieces(self, request: Request) -> Iterator[Tensor | QTensor]:
+        """Returns a matrix a few rows at a time, checked for its shape and for finite values."""
+        ...
 
-        Args:
-            name: Its name.
-            shape: Of the whole matrix.
-            scheme: How it is quantized.
-            rows: Output features to take; None for all.
-            columns: Input features, along multiples of the scheme's alignment; None for all. All
-                ranks then ask for a slice of the same matrix, each for its own.
-        """
+    def read_ahead(self, requests: Sequence[Request]) -> AbstractContextManager[None]:
+        """Reads matrices in the background while earlier ones are used, in this order."""
         ...
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
@@ -85,6 +109,11 @@ class Source(Protocol):
     def finish(self) -> None:
         """Refuses a checkpoint with tensors left over, once the model is whole."""
         ...
+
+
+def read_matrix(source: Source, request: Request) -> Tensor | QTensor:
+    """Returns a matrix, whole."""
+    return join_rows(source.pieces(request), request.n)
 
 
 def schemes_by_name(
@@ -157,54 +186,61 @@ class CheckpointSource:
         self.dtype, self.combine = dtype, combine
         self.used: set[str] = set()
         self._matrices = StoredMatrices(checkpoint)
+        self._ahead: ReadAhead[_Read] | None = None
+        self._announced: deque[Request] = deque()
 
-    def matrix(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        scheme: Scheme,
-        *,
-        rows: range | None = None,
-        columns: range | None = None,
-    ) -> Tensor | QTensor:
-        """Reads ``name.weight``, or its quantized parts where those are stored."""
-        scheme.check(name, *shape)
-        n, k = shape
-        rows = range(n) if rows is None else rows
-        combine = self.combine if columns is not None else None
-        encoded = self._encoded(name, shape, scheme)
-        # As many pieces on every rank, whatever the width of its columns: they are combined.
-        pieces = row_chunks(rows, k * _FLOAT32_BYTES, 1 if encoded is None else encoded.units[0])
+    def pieces(self, request: Request) -> Iterator[Tensor | QTensor]:
+        """See ``Source``. As many pieces come on every rank, whose statistics are combined."""
+        request.scheme.check(request.name, *request.shape)
+        for read in self._reads_of(request):
+            parts = {name: self.place(part) for name, part in read.parts.items()}
+            for piece in read.pieces:
+                yield read.plan.make(piece, parts)
+
+    @contextmanager
+    def read_ahead(self, requests: Sequence[Request]) -> Generator[None]:
+        """See ``Source``: reads and checks in a thread, up to half the bytes of a large tensor."""
+
+        def jobs() -> Iterator[Callable[[], _Read]]:
+            for request in requests:
+                yield from self._plan(request).jobs()
+
+        largest = max((info.n_bytes for info in self.checkpoint.tensors.values()), default=0)
+        self._announced = deque(requests)
+        limit = min(largest // 2, MOST_BYTES_AHEAD)
+        self._ahead = ReadAhead(jobs(), lambda read: read.n_bytes, limit)
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = None
+            self._announced.clear()
+
+    def _reads_of(self, request: Request) -> Iterator[_Read]:
+        if self._ahead is None:
+            for job in self._plan(request).jobs():
+                yield job()
+            return
+        announced = self._announced.popleft()
+        assert announced == request, f"{request.name} was not announced next"
+        while True:
+            read = self._ahead.next()
+            yield read
+            if read.is_last:
+                return
+
+    def _plan(self, request: Request) -> _Plan:
+        """Plans how a matrix is read."""
+        name, (n, k), scheme = request.name, request.shape, request.scheme
+        rows = range(n) if request.rows is None else request.rows
+        combine = self.combine if request.columns is not None else None
+        encoded = self._encoded(name, request.shape, scheme)
+        unit = 1 if encoded is None else encoded.units[0]
+        pieces = list(row_chunks(rows, k, unit, most=_VALUES_OF_PIECE[self.device.type]))
         if encoded is None:
-            info = self._expect(f"{name}.weight", shape)
-            margin = 1.0 if scheme.format(k) == DENSE else _QUANTIZED_MARGIN
-            made = (
-                scheme.quantize(self._read(info, piece, columns, margin), combine=combine)
-                for piece in pieces
-            )
-            return join_rows(made, len(rows))
-        columns = range(k) if columns is None else columns
-        decoded = self._decoder(encoded, rows, columns)
-        wanted = scheme.format(len(columns))
-
-        def quantized(piece: range) -> Tensor | QTensor:
-            weight, skipped = decoded(piece)
-            first = columns.start - skipped
-            kept = weight.try_columns(first, first + len(columns))
-            if kept is not None and kept.format == wanted:
-                return kept
-            assert scheme.name != "auto", f"{name} is {weight.format}, not {wanted}"
-            dense = weight.dequantize()[:, first : first + len(columns)]
-            check_finite(
-                dense,
-                encoded.info,
-                dtype=self.dtype,
-                margin=1.0 if wanted == DENSE else _QUANTIZED_MARGIN,
-                first=(piece.start, columns.start),
-            )
-            return scheme.quantize(dense, combine=combine)
-
-        return join_rows(map(quantized, pieces), len(rows))
+            info = self._expect(f"{name}.weight", request.shape)
+            return _PlainPlan(self, request, pieces, combine, info)
+        return _EncodedPlan(self, request, pieces, combine, encoded, rows)
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
         """Reads a tensor in the type it is stored in."""
@@ -256,18 +292,13 @@ class CheckpointSource:
         self.used.add(name)
         return info
 
-    def _read(self, info: TensorInfo, rows: range, columns: range | None, margin: float) -> Tensor:
-        columns = range(info.shape[1]) if columns is None else columns
-        index = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-        tensor = self.checkpoint.read(info.name, index)
-        check_finite(
-            tensor,
-            info,
-            dtype=self.dtype,
-            margin=margin,
-            first=(rows.start, columns.start),
-        )
-        return tensor.to(self.device)
+    def place(self, tensor: Tensor) -> Tensor:
+        """Copies what was read to the device that quantizes."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def stage(self, tensor: Tensor) -> Tensor:
+        """Moves what was read to memory that the device copies from by itself."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _encoded(self, name: str, shape: tuple[int, int], scheme: Scheme) -> _EncodedMatrix | None:
         """Returns the tensors of a matrix that is stored in an encoding; None for a plain one."""
@@ -283,63 +314,6 @@ class CheckpointSource:
         surplus = (f"{name}{part}" for part in layout.surplus)
         self.used.update(self.checkpoint.tensors.keys() & surplus)
         return _EncodedMatrix(name, shape, layout, infos)
-
-    def _check_bound(self, matrix: _EncodedMatrix, bound: float) -> None:
-        """Refuses scales that are finite, and whose products with values need not be."""
-        name, limits = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype)
-        if bound <= limits.max:
-            return
-        is_damaged = bound > torch.finfo(torch.float32).max
-        raise CheckpointError(
-            matrix.info.file,
-            f"its scales multiply to weights of up to {bound:.4g}, which is too large for {name}: "
-            + ("the checkpoint is damaged" if is_damaged else "choose another dtype"),
-            tensor=matrix.name,
-        )
-
-    def _decoder(
-        self, matrix: _EncodedMatrix, rows: range, columns: range
-    ) -> Callable[[range], tuple[QTensor, int]]:
-        """Returns a function that decodes some of ``rows``.
-
-        It returns them with all ``columns`` and those that can only be read together with them, and
-        the first of these columns.
-        """
-        n, k = matrix.shape
-        row_unit, column_unit = matrix.units
-        wide = _whole_units(columns, column_unit, k)
-
-        def read(rows: range) -> dict[str, Tensor]:
-            read = {}
-            for name, part in matrix.layout.parts.items():
-                info, index = matrix.infos[name], part.index(rows, wide)
-                tensor = self.checkpoint.read(info.name, index, encoded=True)
-                first = tuple(cut.start or 0 for cut in index)
-                check_finite(tensor, info, first=first)
-                read[name] = tensor.to(self.device)
-            return read
-
-        # Where rows of the matrix are not rows of the file, it is read once, packed as it is.
-        held = _whole_units(rows, row_unit, n)
-        parts = read(held) if matrix.is_gathered else None
-
-        def decoded(piece: range) -> tuple[QTensor, int]:
-            tall = _whole_units(piece, row_unit, n)
-            if parts is None:
-                slices = read(tall)
-            else:
-                inner = range(tall.start - held.start, tall.stop - held.start)
-                slices = {
-                    name: parts[name][part.index(inner, range(len(wide)))]
-                    for name, part in matrix.layout.parts.items()
-                }
-            weight = matrix.layout.decode(slices, (len(tall), len(wide)))
-            for scales in weight.tensors[1:]:
-                check_finite(scales, matrix.info)
-            self._check_bound(matrix, weight.bound())
-            return weight.rows(piece.start - tall.start, piece.stop - tall.start), wide.start
-
-        return decoded
 
 
 def _whole_units(features: range, unit: int, n: int) -> range:
@@ -374,6 +348,156 @@ class _EncodedMatrix:
         return any(part.transposed for part in self.layout.parts.values())
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What one job has read: tensors from which some pieces of a matrix are made."""
+
+    plan: _Plan
+    pieces: Sequence[range]
+    parts: Mapping[str, Tensor]
+    is_last: bool
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Reads a matrix, on any thread, and makes pieces of it, on the caller's."""
+
+    source: CheckpointSource
+    request: Request
+    pieces: Sequence[range]
+    combine: Combine | None
+
+    def jobs(self) -> Iterator[Callable[[], _Read]]:
+        """Returns the jobs that read the matrix: by default one for each piece."""
+        for piece in self.pieces:
+            last = piece is self.pieces[-1]
+            yield lambda piece=piece, last=last: _Read(self, (piece,), self.read(piece), last)
+
+    def read(self, piece: range) -> Mapping[str, Tensor]:
+        """Reads what some rows are made from, and checks that it is finite."""
+        raise NotImplementedError
+
+    def make(self, piece: range, parts: Mapping[str, Tensor]) -> Tensor | QTensor:
+        """Makes rows of the matrix from what was read, which is on the device that quantizes."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _PlainPlan(_Plan):
+    """Reads a matrix that is not quantized."""
+
+    info: TensorInfo
+
+    def read(self, piece: range) -> Mapping[str, Tensor]:
+        k = self.info.shape[1]
+        columns = range(k) if self.request.columns is None else self.request.columns
+        index = (slice(piece.start, piece.stop), slice(columns.start, columns.stop))
+        tensor = self.source.checkpoint.read(self.info.name, index)
+        check_finite(
+            tensor,
+            self.info,
+            dtype=self.source.dtype,
+            margin=_margin(self.request.format),
+            first=(piece.start, columns.start),
+        )
+        return {"": self.source.stage(tensor)}
+
+    def make(self, piece: range, parts: Mapping[str, Tensor]) -> Tensor | QTensor:  # noqa: ARG002
+        return self.request.scheme.quantize(parts[""], combine=self.combine)
+
+
+@dataclass(frozen=True)
+class _EncodedPlan(_Plan):
+    """Reads and decodes a matrix in an encoding, with what can only be read together with it."""
+
+    matrix: _EncodedMatrix
+    rows: range
+
+    @property
+    def columns(self) -> range:
+        """The input features asked for."""
+        k = self.matrix.shape[1]
+        return range(k) if self.request.columns is None else self.request.columns
+
+    @property
+    def wide(self) -> range:
+        """Those that are read."""
+        return _whole_units(self.columns, self.matrix.units[1], self.matrix.shape[1])
+
+    def tall(self, rows: range) -> range:
+        """The output features that are read for some of them."""
+        return _whole_units(rows, self.matrix.units[0], self.matrix.shape[0])
+
+    def jobs(self) -> Iterator[Callable[[], _Read]]:
+        if not self.matrix.is_gathered:
+            yield from super().jobs()
+            return
+        # Rows of the matrix are not rows of the file: it is read once, packed as it is.
+        yield lambda: _Read(self, self.pieces, self.read(self.rows), is_last=True)
+
+    def read(self, piece: range) -> Mapping[str, Tensor]:
+        parts, tall, wide = {}, self.tall(piece), self.wide
+        for name, part in self.matrix.layout.parts.items():
+            info, index = self.matrix.infos[name], part.index(tall, wide)
+            tensor = self.source.checkpoint.read(info.name, index, encoded=True)
+            check_finite(tensor, info, first=tuple(cut.start or 0 for cut in index))
+            parts[name] = self.source.stage(tensor)
+        return parts
+
+    def make(self, piece: range, parts: Mapping[str, Tensor]) -> Tensor | QTensor:
+        tall, wide, columns = self.tall(piece), self.wide, self.columns
+        if self.matrix.is_gathered:
+            first = self.tall(self.rows).start
+            inner = range(tall.start - first, tall.stop - first)
+            parts = {
+                name: parts[name][part.index(inner, range(len(wide)))]
+                for name, part in self.matrix.layout.parts.items()
+            }
+        whole = self.matrix.layout.decode(parts, (len(tall), len(wide)))
+        for scales in whole.tensors[1:]:
+            check_finite(scales, self.matrix.info)
+        self._check_bound(whole.bound())
+        weight = whole.rows(piece.start - tall.start, piece.stop - tall.start)
+        start = columns.start - wide.start
+        scheme, wanted = self.request.scheme, self.request.format
+        kept = weight.try_columns(start, start + len(columns))
+        if kept is not None and kept.format == wanted:
+            return kept
+        assert scheme.name != "auto", f"{self.matrix.name} is {weight.format}, not {wanted}"
+        dense = weight.dequantize()[:, start : start + len(columns)]
+        check_finite(
+            dense,
+            self.matrix.info,
+            dtype=self.source.dtype,
+            margin=_margin(wanted),
+            first=(piece.start, columns.start),
+        )
+        return scheme.quantize(dense, combine=self.combine)
+
+    def _check_bound(self, bound: float) -> None:
+        """Refuses scales that are finite, and whose products with values need not be."""
+        dtype = self.source.dtype
+        name, limits = str(dtype).removeprefix("torch."), torch.finfo(dtype)
+        if bound <= limits.max:
+            return
+        is_damaged = bound > torch.finfo(torch.float32).max
+        raise CheckpointError(
+            self.matrix.info.file,
+            f"its scales multiply to weights of up to {bound:.4g}, which is too large for {name}: "
+            + ("the checkpoint is damaged" if is_damaged else "choose another dtype"),
+            tensor=self.matrix.name,
+        )
+
+
+def _margin(form: KernelFormat) -> float:
+    return 1.0 if form == DENSE else _QUANTIZED_MARGIN
+
+
 class RandomSource:
     """Makes random weights on the device, directly in quantized form.
 
@@ -386,39 +510,32 @@ class RandomSource:
         self.seed, self.dtype = seed, dtype
         self.generator = torch.Generator(device)
 
-    def matrix(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        scheme: Scheme,
-        *,
-        rows: range | None = None,
-        columns: range | None = None,
-    ) -> Tensor | QTensor:
+    def pieces(self, request: Request) -> Iterator[Tensor | QTensor]:
         """Makes random integers or floating-point numbers of about the usual size."""
-        scheme.check(name, *shape)
-        n, k = shape
-        rows = range(n) if rows is None else rows
+        name, (n, k), scheme = request.name, request.shape, request.scheme
+        scheme.check(name, n, k)
+        rows = range(n) if request.rows is None else request.rows
+        for first in range(rows.start // BLOCK_ROWS * BLOCK_ROWS, rows.stop, BLOCK_ROWS):
+            self.generator.manual_seed(_block_seed(self.seed, name, first))
+            block = scheme.random(
+                min(BLOCK_ROWS, n - first),
+                k,
+                std=INITIAL_STD,
+                dtype=self.dtype,
+                generator=self.generator,
+            )
+            start, stop = max(rows.start - first, 0), rows.stop - first
+            yield cut(block, slice(start, stop), request.columns)
 
-        def slices() -> Iterator[Tensor | QTensor]:
-            for first in range(rows.start // BLOCK_ROWS * BLOCK_ROWS, rows.stop, BLOCK_ROWS):
-                self.generator.manual_seed(_block_seed(self.seed, name, first))
-                block = scheme.random(
-                    min(BLOCK_ROWS, n - first),
-                    k,
-                    std=INITIAL_STD,
-                    dtype=self.dtype,
-                    generator=self.generator,
-                )
-                start, stop = max(rows.start - first, 0), rows.stop - first
-                yield cut(block, slice(start, stop), columns)
-
-        return join_rows(slices(), len(rows))
+    def read_ahead(self, requests: Sequence[Request]) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Does nothing: nothing is read."""
+        return nullcontext()
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
         """Makes random numbers for a table, ones for a norm, zeros for a bias."""
         if len(shape) == 2:
-            table = self.matrix(name, (shape[0], shape[1]), NoScheme(), rows=rows)
+            request = Request(name=name, shape=(shape[0], shape[1]), scheme=NoScheme(), rows=rows)
+            table = read_matrix(self, request)
             assert isinstance(table, Tensor), "a table is not quantized"
             return table
         n = shape[0] if rows is None else len(rows)

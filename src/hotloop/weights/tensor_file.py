@@ -105,7 +105,12 @@ def index_ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[range
     return [part if part else range(part.start, part.start) for part in ranges]
 
 
-def row_chunks(rows: range, row_bytes: int, group: int = 1) -> Iterator[range]:
-    """Cuts ``rows`` into pieces of about ``CHUNK_BYTES``, each of whole groups of rows."""
-    step = max(CHUNK_BYTES // max(row_bytes, 1) // group, 1) * group
+def row_chunks(
+    rows: range, row_bytes: int, group: int = 1, *, most: int | None = None
+) -> Iterator[range]:
+    """Cuts ``rows`` into pieces of about ``most`` bytes, each of whole groups of rows.
+
+    By default that is ``CHUNK_BYTES``.
+    """
+    step = max((most or CHUNK_BYTES) // max(row_bytes, 1) // group, 1) * group
     return (rows[start : start + step] for start in range(0, len(rows), step))

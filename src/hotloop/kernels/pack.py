@@ -1,0 +1,77 @@
+"""Packs a weight some rows at a time: held besides the packed weight is what is being packed.
+
+Packing a whole weight at once takes several copies of it, each of more bytes than the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hotloop.kernels.linear import LinearKernel, Quantized, n_rows
+
+_VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
+"""Values that are packed at once: on a CPU few enough for caches, on a GPU enough to fill it."""
+
+
+def rows_at_once(k: int, unit: int, device: torch.device) -> int:
+    """Returns how many rows to pack at once, a multiple of ``unit``."""
+    return max(_VALUES_AT_ONCE[device.type] // k // unit, 1) * unit
+
+
+def pack_in_chunks(
+    kernel: LinearKernel, chunks: Iterable[Tensor | Quantized], n: int, *, paired: bool = False
+) -> list[Tensor]:
+    """Packs a weight of ``n`` rows, exactly as ``kernel.pack`` packs the whole.
+
+    Args:
+        kernel: The kernel.
+        chunks: Its rows in order; all but the last have the same number of whole units. Of a paired
+            weight, each has as many of the first half as of the second.
+        n: Output features in all.
+        paired: Its halves are packed together, as the fused step reads a paired weight.
+    """
+    whole: list[Tensor] = []
+    ends: list[int] = []
+    row = 0
+    for chunk in chunks:
+        packed, rows = kernel.pack(chunk), n_rows(chunk)
+        if rows == n:
+            return packed
+        axes = kernel.row_axes(packed)
+        if not whole:
+            units, wanted = rows // kernel.unit_rows, -(-n // kernel.unit_rows)
+            whole = [_resized(*each, units, wanted) for each in zip(packed, axes, strict=True)]
+            ends = [0] * len(packed)
+        for i, (part, axis) in enumerate(zip(packed, axes, strict=True)):
+            if axis is None or part.numel() == 0:
+                continue
+            size = part.shape[axis]
+            if paired and part.dim() == 1:  # one number for each output feature, in their order
+                half = rows // 2
+                whole[i][row // 2 : row // 2 + half] = part[:half]
+                whole[i][(n + row) // 2 : (n + row) // 2 + half] = part[half:]
+            else:
+                whole[i].narrow(axis, ends[i], size).copy_(part)
+            ends[i] += size
+        row += rows
+    assert row == n, f"{row} rows came, not {n}"
+    # A last unit that is not whole takes less where it is not padded.
+    return [
+        part
+        if axis is None or part.numel() == 0 or end == part.shape[axis]
+        else part.narrow(axis, 0, end).clone()
+        for part, axis, end in zip(whole, kernel.row_axes(whole), ends, strict=True)
+    ]
+
+
+def _resized(part: Tensor, axis: int | None, units: int, wanted: int) -> Tensor:
+    """Makes room for ``wanted`` units of what ``units`` of them are packed as."""
+    if axis is None or part.numel() == 0:
+        return part
+    shape = list(part.shape)
+    assert shape[axis] % units == 0, f"{shape[axis]} along {axis} for {units} units"
+    shape[axis] = shape[axis] // units * wanted
+    return part.new_empty(shape)

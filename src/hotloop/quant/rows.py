@@ -1,0 +1,77 @@
+"""Rows of a weight that come a few at a time, so that the whole of it need not be held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+
+from torch import Tensor
+
+from hotloop.kernels.linear import KernelFormat
+from hotloop.quant.qtensor import QTensor, join_rows
+
+
+class RowStream:
+    """A weight of one number format as consecutive pieces, which are cut and joined on demand.
+
+    Args:
+        pieces: Its rows, in order.
+        n: Output features in all.
+        format: The number format of every piece.
+    """
+
+    def __init__(self, pieces: Iterable[Tensor | QTensor], n: int, format: KernelFormat) -> None:  # noqa: A002
+        self.n, self.format = n, format
+        self._pieces = iter(pieces)
+        self._rest: Tensor | QTensor | None = None
+        self._left = n
+
+    @classmethod
+    def chain(cls, streams: Sequence[RowStream]) -> RowStream:
+        """Returns streams of one format as one, one behind the other."""
+        n = sum(stream.n for stream in streams)
+        return cls(chain.from_iterable(map(_pieces, streams)), n, streams[0].format)
+
+    def take(self, n: int) -> Tensor | QTensor:
+        """Returns the next ``n`` rows."""
+        assert n <= self._left, f"{n} of {self._left} rows"
+        self._left -= n
+        return join_rows(self._next(n), n)
+
+    def chunks(self, n: int) -> Iterator[Tensor | QTensor]:
+        """Returns the rows that are left, ``n`` at a time."""
+        while self._left:
+            yield self.take(min(n, self._left))
+
+    def _next(self, n: int) -> Iterator[Tensor | QTensor]:
+        while n:
+            piece = next(self._pieces) if self._rest is None else self._rest
+            self._rest = None
+            if piece.shape[0] > n:
+                self._rest = _rows(piece, n, piece.shape[0])
+                piece = _rows(piece, 0, n)
+            n -= piece.shape[0]
+            yield piece
+
+
+def _pieces(stream: RowStream) -> Iterator[Tensor | QTensor]:
+    return stream._pieces
+
+
+def row_chunks_of(weight: Tensor | QTensor, n: int) -> Iterator[Tensor | QTensor]:
+    """Returns a weight ``n`` rows at a time, without copying them."""
+    for start in range(0, weight.shape[0], n):
+        yield _rows(weight, start, min(start + n, weight.shape[0]))
+
+
+def paired_chunks(weight: Tensor | QTensor, n: int) -> Iterator[Tensor | QTensor]:
+    """Returns a weight of two halves ``n`` rows at a time, as many of the one as of the other."""
+    half = weight.shape[0] // 2
+    for start in range(0, half, n // 2):
+        stop = min(start + n // 2, half)
+        parts = (_rows(weight, start, stop), _rows(weight, half + start, half + stop))
+        yield join_rows(parts, 2 * (stop - start))
+
+
+def _rows(weight: Tensor | QTensor, start: int, stop: int) -> Tensor | QTensor:
+    return weight.rows(start, stop) if isinstance(weight, QTensor) else weight[start:stop]

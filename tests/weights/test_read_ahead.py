@@ -1,0 +1,66 @@
+"""Reading ahead keeps the order, its bound, and raises what went wrong where it was asked for."""
+
+import threading
+
+import pytest
+import torch
+from waiting import wait_until
+from whole_models import assert_same_weights, load, write_folder
+
+from hotloop.weights.read_ahead import ReadAhead
+
+
+def test_results_come_in_order():
+    ahead = ReadAhead([lambda i=i: i for i in range(100)], lambda _: 1, 3)
+    assert [ahead.next() for _ in range(100)] == list(range(100))
+    ahead.close()
+
+
+def test_no_more_bytes_wait_than_the_limit_and_a_large_result_waits_alone():
+    begun: list[int] = []
+    sizes = [4, 4, 4, 100, 4]
+
+    def job(i: int) -> int:
+        begun.append(i)
+        return i
+
+    ahead = ReadAhead([lambda i=i: job(i) for i in range(5)], lambda i: sizes[i], 8)
+    wait_until(lambda: ahead._waiting_bytes == 8, "read ahead")
+    assert len(begun) <= 3, "one more is read, and waits for room"
+    assert [ahead.next() for _ in range(3)] == [0, 1, 2]
+    wait_until(lambda: ahead._waiting_bytes == 100, "read ahead")
+    assert [ahead.next(), ahead.next()] == [3, 4]
+    ahead.close()
+
+
+def test_an_error_is_raised_at_its_place():
+    def fail() -> int:
+        raise ValueError("the file became shorter")
+
+    ahead = ReadAhead([lambda: 1, fail, lambda: 3], lambda _: 1, 8)
+    assert ahead.next() == 1
+    with pytest.raises(ValueError, match="became shorter"):
+        ahead.next()
+    ahead.close()
+
+
+def test_closing_ends_the_thread_that_waits_for_room():
+    ahead = ReadAhead([lambda: 1] * 100, lambda _: 1, 2)
+    wait_until(lambda: ahead._waiting_bytes == 2, "read ahead")
+    ahead.close()
+    assert not ahead._thread.is_alive()
+
+
+def test_matrices_are_read_in_another_thread_and_none_is_left(tmp_path, monkeypatch):
+    folder, readers = write_folder(tmp_path / "m"), set()
+    expected = load(folder, quant="int8")
+    read = torch.empty
+
+    def seen(*args: object, **options: object) -> torch.Tensor:
+        readers.add(threading.current_thread().name)
+        return read(*args, **options)
+
+    monkeypatch.setattr("hotloop.weights.tensor_file.torch.empty", seen)
+    assert_same_weights(load(folder, quant="int8"), expected)
+    assert "read-ahead" in readers
+    assert "read-ahead" not in {thread.name for thread in threading.enumerate()}
