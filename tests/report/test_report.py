@@ -236,13 +236,15 @@ def test_a_speed_that_is_not_known_is_not_recommended(speeds, says):
 
 def test_cells_without_a_fast_kernel_have_a_note_and_are_recommended_with_a_warning():
     note = "int8/cpu not used: there is no C++ compiler"
-    slow = record("int8/eager", 50, loss=0.001, engine={"notes": [note]})
+    sentence = "210 matrices are quantized again as int8."
+    slow = record("int8/eager", 50, loss=0.001, engine={"notes": [note, sentence]})
     table = make_table([REFERENCE, slow])
     (row,) = (row for row in table.rows if row.recommended)
     assert row.record == slow
-    assert row.cells[2] == "50.00 ± 0.10 [1]"
-    assert table.notes == (note,)
-    assert f"It ran without a faster path: {note}." in table.advice[0]
+    assert row.cells[2] == "50.00 ± 0.10 [1] [2]"
+    assert table.notes == (note, sentence)
+    assert f" Note: {note}. Note: {sentence}" in table.advice[0]
+    assert ".." not in table.advice[0]
     (page,) = make_page([slow])
     assert note in page.notes
 

@@ -235,8 +235,8 @@ def _gain(chosen: Record, scored: Sequence[Record]) -> str:
 
 def _caveat(record: Record) -> str:
     unstable = " Its speed was unstable between repeats." if record.status == "unstable" else ""
-    slower = [f" It ran without a faster path: {note}." for note in notes(record)]
-    return unstable + "".join(slower)
+    noted = [f" Note: {note.removesuffix('.')}." for note in notes(record)]
+    return unstable + "".join(noted)
 
 
 def _incomparable(records: Sequence[Record]) -> str | None:
