@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def weight(
     super_size: int | None = None,
     super_dtype: torch.dtype = F16,
     permuted: bool = False,
+    table: Sequence[float] | None = None,
     bits: int = 8,
     seed: int = 0,
 ) -> QTensor:
@@ -41,6 +43,7 @@ def weight(
         super_size: Input features that share a super-scale; None for scales of one level.
         super_dtype: Element type of super-scales.
         permuted: Columns are permuted.
+        table: Of ``lut4``; None for random numbers.
         bits: Of integers of ``int8``.
         seed: Of the random numbers.
     """
@@ -61,9 +64,11 @@ def weight(
         low, high = RANGES[kind]
         shrunk = 2 ** (8 - bits) if kind == "int8" else 1
         values = integers(low // shrunk, high // shrunk, n, k)
-    table = None
-    if kind == "lut4":
-        table = torch.randn(16, generator=generator).sort().values
+    numbers = None
+    if kind == "lut4" and table is None:
+        numbers = torch.randn(16, generator=generator).sort().values
+    elif table is not None:
+        numbers = torch.tensor(table)
     factor = 1.0 if kind in ("fp8", "lut4") else 4 / 2**bits if kind == "int8" else 0.25
     two_level = super_size is not None
     supers = (n, k // super_size) if super_size else (0, 0)
@@ -90,7 +95,7 @@ def weight(
         kind=kind,
         super_scale=super_scale,
         super_offset=super_offset,
-        table=table,
+        table=numbers,
         permutation=permutation,
     )
 

@@ -234,6 +234,14 @@ inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   return narrow(one(low(a), low(b), low(c)), one(high(a), high(b), high(c)));
 }
 inline uint32_t mask_or(uint32_t value, uint32_t mask, uint32_t b) { return (value & mask) | b; }
+inline uint32_t permute_bytes(uint32_t first, uint32_t second, uint32_t which) {
+  const uint64_t both = uint64_t(second) << 32 | first;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; i++) result |= uint32_t(both >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
+template <int kByte>
+inline float byte_above_2_23(uint32_t word) { return 0x1p23f + (word >> 8 * kByte & 0xff); }
 inline uint32_t spread_odd_bytes(uint32_t word) { return word >> 8 & 0x00ff00ffu; }
 inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }

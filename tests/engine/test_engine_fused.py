@@ -80,15 +80,18 @@ SCHEMES = {
 STORED = ["awq", "int8-g128-zero", "fp8-blocks"]
 """Number formats of other tools (``number_formats``), of the projections."""
 MIXED = {
-    "v apart": {"v_proj": "int8-g128", "down_proj": "int8-g128"},
+    "v apart": {"": "awq", "v_proj": "int8-g128", "down_proj": "int8-g128"},
     "three formats": {
+        "": "awq",
         "q_proj": "int8",
         "k_proj": "gptq",
         "gate_proj": "fp8",
         "up_proj": "fp8-blocks",
     },
+    "Q4_K_M": {"": "Q4_K", "v_proj": "Q6_K", "down_proj": "Q6_K"},
+    "tables": {"": "nvfp4", "up_proj": "nf4"},
 }
-"""Formats of some projections, and so within a matrix product; the others are ``awq``."""
+"""Formats by the name of a projection, and so several within a matrix product."""
 
 
 # One step.
@@ -151,12 +154,17 @@ class VariedSource(RandomSource):
 
     def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme, **_: Any) -> Any:
         if self.stored and ".layers." in name:
-            by_name = MIXED.get(self.stored)
-            format_ = self.stored if by_name is None else by_name.get(name.split(".")[-1], "awq")
+            by_name = MIXED.get(self.stored, {"": self.stored})
+            format_ = by_name.get(name.split(".")[-1], by_name[""])
             weight = random_weight(format_, *shape, seed=crc32(name.encode()))
             factor = 2.0 ** round(math.log2(shape[1] ** -0.5))
-            scale = (weight.scale.float() * factor).to(weight.scale.dtype)
-            return dataclasses.replace(weight, scale=scale)
+            scaled = {
+                name: (part.float() * factor).to(part.dtype)
+                for name in ("scale", "super_scale", "super_offset")
+                if (part := getattr(weight, name)) is not None
+                and (name != "scale" or weight.super_scale is None)
+            }
+            return dataclasses.replace(weight, **scaled)
         return scheme.quantize(noise(name, shape) * (1.5 * shape[1] ** -0.5))
 
 
@@ -175,6 +183,8 @@ def positions_from(*first: int, T: int) -> Tensor:
         *(("LlamaForCausalLM", quant) for quant in (*SCHEMES, *STORED)),
         ("LlamaForCausalLM", "v apart"),
         ("Qwen2ForCausalLM", "three formats"),
+        ("LlamaForCausalLM", "Q4_K_M"),
+        ("LlamaForCausalLM", "tables"),
     ],
 )
 @torch.inference_mode()
@@ -183,6 +193,8 @@ def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, qua
     architecture, changes = MODELS[name]
     whole_groups = {"hidden_size": 128, "intermediate_size": 128}
     sizes = whole_groups if quant in ("int4-g128", "int4-g64-asym", *STORED, *MIXED) else {}
+    if quant == "Q4_K_M":  # whole super-blocks
+        sizes = {"hidden_size": 256, "intermediate_size": 256}
     keys = dict(resolve("architecture", FAMILIES, architecture).tiny) | sizes | changes
     exact, eager, fast = (
         Model(keys, quant, SCHEMES.get(quant, "none"), dtype, fused=fused)

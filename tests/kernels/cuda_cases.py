@@ -36,7 +36,18 @@ from hotloop.kernels.cuda.packing import Format, pack
 from hotloop.kernels.cuda.prompt import GemmOutput
 from hotloop.kernels.cuda.sample import MAX_CANDIDATES, sample
 from hotloop.kernels.cuda.wide import WidePlan, WideTuning
+from hotloop.kernels.linear import Fused, LinearSpec
 from hotloop.quant import QTensor, parse_scheme
+from hotloop.quant.encodings.compressed_tensors import FP4
+from hotloop.quant.encodings.gguf import IQ4
+
+BF16 = torch.bfloat16
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
 
 OURS: dict[str, dict[str, Any]] = {
     "bf16": {"kind": "bf16"},
@@ -55,9 +66,19 @@ OTHERS: dict[str, dict[str, Any]] = {
     "awq": {"kind": "int4", "group_size": 64, "scale": "f16", "zero": "integer"},
     "int4-g32-zeros": {"kind": "int4", "group_size": 32, "zero": "integer"},
     "Q4_1": {"kind": "uint4", "group_size": 32, "scale": "f16", "zero": "offset"},
-    "Q4_K": {"kind": "uint4", "group_size": 32, "scale": "f32", "zero": "offset"},
-    "Q5_K": {"kind": "int8", "group_size": 32, "scale": "f32", "zero": "offset"},
+    "Q2_K": {"kind": "uint4", "group_size": 16, "scale": "two", "zero": "offset"},
+    "Q3_K": {"kind": "int4", "group_size": 16, "scale": "two"},
+    "Q4_K": {"kind": "uint4", "group_size": 32, "scale": "two", "zero": "offset"},
+    "Q5_K": {"kind": "int8", "group_size": 32, "scale": "two", "zero": "offset"},
+    "Q6_K": {"kind": "int8", "group_size": 16, "scale": "two"},
     "Q8_0": {"kind": "int8", "group_size": 32, "scale": "f16"},
+    "IQ4_NL": {"kind": "lut4", "group_size": 32, "scale": "f16", "table": IQ4},
+    "IQ4_XS": {"kind": "lut4", "group_size": 32, "scale": "two", "table": IQ4},
+    "nvfp4": {"kind": "lut4", "group_size": 16, "row_scale": True, "table": FP4},
+    "mxfp4": {"kind": "lut4", "group_size": 32, "table": FP4},
+    "nf4": {"kind": "lut4", "group_size": 64, "scale": "f32", "table": NF4},
+    "int4-g16-zeros": {"kind": "int4", "group_size": 16, "scale": "f16", "zero": "integer"},
+    "uint4-g32-offsets": {"kind": "uint4", "group_size": 32, "scale": "f32", "zero": "offset"},
     "int8-g128-zeros": {"kind": "int8", "group_size": 128, "zero": "integer"},
     "fp8-g128": {"kind": "fp8", "group_size": 128},
     "fp8-blocks": {"kind": "fp8", "group_size": 128, "scale": "f32"},
@@ -65,7 +86,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Packed formats of what other tools quantize."""
 
 KINDS = OURS | OTHERS
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+DTYPES = {"bf16": BF16, "f16": torch.float16, "f32": torch.float32, "two": torch.int8}
 SUM_STEP = 2.0**-18
 """Error of float32 sums of products, relative to the sum of their magnitudes."""
 
@@ -106,27 +127,53 @@ def normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
 
 def make_weight(name: str, n: int, k: int, generator: torch.Generator, *, paired=False) -> Weight:
     form = Format(**KINDS[name], n=n, k=k, paired=paired)
-    if name in OURS:
-        q = parse_scheme(name.replace("bf16", "none")).quantize(
-            normal(generator, n, k, std=k**-0.5).bfloat16()
+    if name in OTHERS:
+        q = other_weight(form, bits={"Q5_K": 5, "Q6_K": 6}.get(name, 8)).to(generator.device)
+        spec = LinearSpec(
+            format=q.format, n=n, k=k, dtype=BF16, device="cuda", fused=True, paired=paired
         )
-    else:
-        q = number_formats.weight(
-            form.kind,
-            n,
-            k,
-            group=form.group_size,
-            scale=DTYPES[form.scale],
-            zero=form.zero,
-            bits=5 if name == "Q5_K" else 8,
-            seed=n,
-        ).to(generator.device)
+        kernel = Fused(spec)
+        assert kernel.form == form, f"{kernel.form} for {form}"
+        packed, *scale_N = kernel.pack(q)
+        return Weight(
+            form=form,
+            packed=packed,
+            scale=scale_N[0] if scale_N else None,
+            exact=number_formats.exactly(q),
+            quantized=q,
+        )
+    q = parse_scheme(name.replace("bf16", "none")).quantize(
+        normal(generator, n, k, std=k**-0.5).bfloat16()
+    )
     if isinstance(q, Tensor):
         return Weight(form=form, packed=pack(form, q, None, None), scale=None, exact=q.double())
     scale_N = q.scale.reshape(-1) if form.has_channel_scales else None
     packed = pack(form, q.values, q.scale, q.offset)
     exact = number_formats.exactly(q)
     return Weight(form=form, packed=packed, scale=scale_N, exact=exact, quantized=q)
+
+
+def other_weight(form: Format, bits: int) -> QTensor:
+    """Makes a random weight that has this packed format."""
+    super_size = None
+    if form.scale == "two":  # several units, where K has as many
+        super_size = 2 * form.unit_k if form.k % (2 * form.unit_k) == 0 else form.unit_k
+    scale = DTYPES[form.scale]
+    if form.row_scale:
+        super_size, scale = form.k, number_formats.E4M3
+    return number_formats.weight(
+        form.kind,
+        form.n,
+        form.k,
+        group=form.group_size,
+        scale=scale,
+        zero=form.zero,
+        super_size=super_size,
+        super_dtype=torch.float32 if form.row_scale else torch.float16,
+        table=form.table,
+        bits=bits,
+        seed=form.n,
+    )
 
 
 def assert_within(y: Tensor, exact: Tensor, allowed: Tensor, what: str) -> None:

@@ -56,7 +56,8 @@ def limits(n_sms: int) -> Limits:
 
 
 def weight(name: str, n: int = 72, *, paired: bool = False) -> Weight:
-    k = 640 if KINDS[name].get("group_size") == 128 else 576  # not a multiple of an int4 unit
+    whole = KINDS[name].get("group_size") == 128 or KINDS[name].get("scale") == "two"
+    k = 640 if whole else 576 if KINDS[name].get("group_size") != 16 else 560  # not whole units
     return make_weight(name, n, k, generator(), paired=paired)
 
 
@@ -189,7 +190,13 @@ MANY_ROWS: dict[str, tuple[int, Epilogue, bool]] = {
     "int4-g128-asym": (11, "logits", True),
     "awq": (20, "swiglu", True),
     "Q4_1": (9, "plain", False),
+    "Q2_K": (20, "swiglu", True),
     "Q5_K": (33, "plain", False),
+    "Q6_K": (40, "plain", True),
+    "int4-g16-zeros": (9, "plain", False),
+    "nvfp4": (24, "logits", True),
+    "nf4": (17, "plain", False),
+    "IQ4_XS": (12, "swiglu", True),
     "fp8-blocks": (12, "plain", True),
 }
 """Rows, epilogue and norm of a weight type: every number of octets and epilogue occurs."""
@@ -199,7 +206,10 @@ MANY_ROWS: dict[str, tuple[int, Epilogue, bool]] = {
 def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(name):
     rows, epilogue, norm = MANY_ROWS[name]
     n = 2 * 92 if epilogue == "swiglu" else 190  # not whole tiles, nor whole groups of them
-    k = {64: 448, 128: 384}.get(KINDS[name].get("group_size"), 352)  # not whole pairs of units
+    # Not whole pairs of units.
+    k = {16: 368, 64: 448, 128: 384}.get(KINDS[name].get("group_size"), 352)
+    if KINDS[name].get("scale") == "two":
+        k = 384
     given = make_weight(name, n, k, generator(), paired=epilogue == "swiglu")
     width = n // 2 if epilogue == "swiglu" else n
     x, added = (normal(generator(size), rows, size).bfloat16() for size in (k, width))

@@ -1,11 +1,12 @@
 """Packing of weights for the CUDA kernels, and the tuning of their launches."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from cuda_cases import KINDS, make_weight
-from number_formats import random_weight
+from number_formats import random_weight, weight
 
 from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.dequantize import dequantize, dequantize_torch
@@ -43,7 +44,7 @@ def test_packed_weights_have_the_bytes_of_their_format(name, paired, n, k):
 def test_packing_and_unpacking_again_is_exact(name, paired, n, k):
     weight = make_weight(name, n, k, torch.Generator().manual_seed(0), paired=paired)
     form, q = weight.form, weight.quantized
-    values, scale, offset = unpack(form, weight.packed)
+    values, scale, offset, factor, offset_factor = unpack(form, weight.packed)
     if q is None:
         assert torch.equal(values.double(), weight.exact)
         assert torch.equal(dequantize(form, weight.packed), values)
@@ -54,14 +55,30 @@ def test_packing_and_unpacking_again_is_exact(name, paired, n, k):
         assert torch.equal(dequantize(form, weight.packed), values.bfloat16())
         return
     assert scale is not None
-    assert (scale.dtype, offset is None) == (q.scale.dtype, q.offset is None)
-    assert torch.equal(scale, q.scale)
+    assert (offset is None, scale.dtype) == (q.offset is None, widened(q.scale).dtype)
+    assert torch.equal(scale, widened(q.scale))
     assert offset is None or torch.equal(offset, q.offset)
+    if form.row_scale:
+        assert torch.equal(weight.scale, q.super_scale.flatten())
+        q = dataclasses.replace(q, super_scale=None)
+    for found, of_blocks in ((factor, q.super_scale), (offset_factor, q.super_offset)):
+        assert (found is None) == (of_blocks is None)
+        if of_blocks is not None:  # and of units
+            each = found.shape[1] // of_blocks.shape[1]
+            assert torch.equal(found, of_blocks.repeat_interleave(each, dim=1))
     assert torch.equal(dequantize(form, weight.packed), q.dequantize(torch.bfloat16))
 
 
+def widened(scale):
+    return scale.bfloat16() if scale.dtype == torch.float8_e4m3fn else scale
+
+
 @pytest.mark.parametrize(
-    "name", ["Q4_K", "Q5_K", "int4-row", "int4-row-zero", "int8-g128-zero", "fp8-blocks-ue8m0"]
+    "name",
+    [
+        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "mxfp4", "nf4"),
+        *("int4-row", "int4-row-zero", "int8-g128-zero", "fp8-blocks-ue8m0"),
+    ],
 )
 @pytest.mark.parametrize("paired", [False, True])
 def test_the_fused_step_holds_other_formats_exactly(name, paired):
@@ -85,20 +102,13 @@ def test_the_fused_step_holds_other_formats_exactly(name, paired):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("Q6_K", "holds groups of a multiple of 32, not 16"),
-        ("nf4", "holds no lookup tables"),
+        ("int4-g24", "holds groups of a multiple of 16, not 24"),
         ("gptq-act-order", "holds no permuted input features"),
     ],
 )
 def test_the_fused_step_says_what_it_cannot_hold(name, reason):
-    spec = LinearSpec(
-        format=random_weight(name, 16, 256).format,
-        n=16,
-        k=256,
-        dtype=torch.bfloat16,
-        device="cuda",
-        fused=True,
-    )
+    q = weight("int4", 16, 384, group=24) if name == "int4-g24" else random_weight(name, 16, 384)
+    spec = LinearSpec(format=q.format, n=16, k=384, dtype=torch.bfloat16, device="cuda", fused=True)
     assert Fused.unsupported(spec) == reason
 
 

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from hotloop.kernels import cpu, reference
 from hotloop.kernels.cuda.dequantize import dequantize
-from hotloop.kernels.cuda.packing import GROUP_SIZES, SLICE, TILE_ROWS, Format, Scale, pack
+from hotloop.kernels.cuda.packing import (
+    FACTOR,
+    GROUP_SIZES,
+    HALF_SLICE,
+    TILE_ROWS,
+    Format,
+    Scale,
+    pack,
+    terms,
+)
 
 QuantizedKind = Literal["int8", "fp8", "int4", "uint4", "lut4"]
 """The elements of a quantized weight: integers of up to 8 bits; e4m3; -8…7; 0…15; indices of a
@@ -48,6 +57,7 @@ class KernelFormat:
             group's offset is added after it.
         super_size: Input features that share a factor of scales and offsets, in two-level formats.
         super_dtype: Element type of these factors.
+        table: The numbers that values of ``lut4`` are indices of.
         permuted: The columns of the weight are in another order than input features.
     """
 
@@ -57,6 +67,7 @@ class KernelFormat:
     zero: Zero = "none"
     super_size: int | None = None
     super_dtype: torch.dtype | None = None
+    table: tuple[float, ...] | None = None
     permuted: bool = False
 
     @property
@@ -444,33 +455,39 @@ class Fused(_ByRows):
         """Returns why the fused step cannot hold a weight exactly, or None if it can."""
         if spec.format.permuted:
             return "holds no permuted input features"
-        if spec.kind == "lut4":
-            return "holds no lookup tables"
-        size = spec.format.group_size
-        if size is not None and size % SLICE and not spec.format.is_per_channel(spec.k):
-            return f"holds groups of a multiple of {SLICE}, not {size}"
+        form = spec.format
+        if form.table is not None and terms(form.table) is None:
+            return "holds no lookup table of such numbers"
+        size = form.group_size
+        if size is not None and size % HALF_SLICE and not form.is_per_channel(spec.k):
+            return f"holds groups of a multiple of {HALF_SLICE}, not {size}"
         return None
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
         form = replace(self.form, n=n_rows(weight))
         if isinstance(weight, Tensor):
             return [pack(form, weight, None, None)]
-        if self.form.has_channel_scales:
+        if self.form.group_size is None:
             packed = pack(form, weight.values, None, None)
             return [packed, weight.scale.reshape(-1).float().clone()]  # shared with no embedding
-        assert self.form.group_size is not None, "a weight with groups"
         # Groups of more features are several of as many as a unit has.
         repeats = (self._format.group_size or 0) // self.form.group_size
-        scale, offset = weight.scale, weight.offset
-        if weight.super_scale is not None:
+        scale, offset, factors = weight.scale, weight.offset, ()
+        if self.form.scale == "two":
+            factors = weight.super_scale, weight.super_offset
+        elif weight.super_scale is not None and not self.form.row_scale:
             scale = reference.scaled(scale, weight.super_scale)
-        if offset is not None and weight.super_offset is not None:
-            offset = reference.scaled(offset, weight.super_offset)
+            if offset is not None and weight.super_offset is not None:
+                offset = reference.scaled(offset, weight.super_offset)
         scale, offset = (
             t if t is None or repeats == 1 else t.repeat_interleave(repeats, dim=1)
             for t in (_widened(scale), offset)
         )
-        return [pack(form, weight.values, scale, offset)]
+        packed = [pack(form, weight.values, scale, offset, *factors)]
+        if self.form.row_scale:
+            assert weight.super_scale is not None, "a factor of each row"
+            packed.append(weight.super_scale.reshape(-1).clone())
+        return packed
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         weight, *scale_N = packed
@@ -481,28 +498,49 @@ class Fused(_ByRows):
 def _fused_form(spec: LinearSpec) -> Format:
     """Returns the packed format of a weight that the fused step holds exactly.
 
-    Scales of two levels become one of float32, which is what they are specified to be.
+    Scales of two levels are held as those of GGUF's super-blocks are, or with a factor of each row;
+    others become one of float32, which is what they are specified to be.
     """
     form = spec.format
-    assert spec.kind != "lut4", "the fused step holds no lookup tables"
     kind = "bf16" if spec.kind == "dense" else spec.kind
     eight_bits = kind in ("int8", "fp8")
     if form.group_size is None or (eight_bits and form.is_per_channel(spec.k)):
         return Format(kind=kind, n=spec.n, k=spec.k, paired=spec.paired)
-    scale: Scale = "bf16"  # which holds every eight-bit float, too
-    if form.super_size is not None or form.scale_dtype == torch.float32:
-        scale = "f32"
-    elif form.scale_dtype == torch.float16:
-        scale = "f16"
-    return Format(
+    held = Format(
         kind=kind,
         group_size=math.gcd(form.group_size, GROUP_SIZES[-1]),
-        scale=scale,
+        scale="f32",
         zero=form.zero,
+        table=form.table,
         n=spec.n,
         k=spec.k,
         paired=spec.paired,
     )
+    if form.super_size is None:
+        # bfloat16 holds every eight-bit float, too.
+        scales: dict[torch.dtype | None, Scale] = {torch.float32: "f32", torch.float16: "f16"}
+        return replace(held, scale=scales.get(form.scale_dtype, "bf16"))
+    if _has_row_scale(spec):
+        return replace(held, scale="bf16", row_scale=True)
+    return replace(held, scale="two") if _has_two_levels(form, held.unit_k) else held
+
+
+def _has_row_scale(spec: LinearSpec) -> bool:
+    """Tells whether a factor of each row can be applied to the results, as that of nvfp4 can."""
+    form = spec.format
+    return (
+        form.super_size == spec.k
+        and form.super_dtype == torch.float32
+        and form.scale_dtype in _EIGHT_BIT_FLOATS
+        and form.zero == "none"
+    )
+
+
+def _has_two_levels(form: KernelFormat, unit_k: int) -> bool:
+    """Tells whether scales are integers with factors of whole units, in half precision."""
+    is_whole = form.super_size is not None and form.super_size % unit_k == 0
+    are_halves = form.scale_dtype == torch.int8 and form.super_dtype == FACTOR
+    return is_whole and are_halves and form.zero != "integer"
 
 
 class Dequantizing(_ByRows):

@@ -25,7 +25,7 @@ __device__ __forceinline__ float scaled(float value, float scale, float offset) 
 // kPaired: rows 0 to 7 of a tile are gate features, the others up features.
 template <class Weight, bool kPaired, int kWarps>
 __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
-  constexpr int kUnitSlices = Weight::kUnitK / 32;
+  constexpr int kUnitSlices = Weight::kUnitK / 32, kHalves = Weight::kSliceGroups;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (index >= static_cast<int64_t>(args.tiles) * args.units) return;
@@ -37,28 +37,45 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
                        kPaired ? first < half : first + half < args.n};
 #pragma unroll
   for (int slice = 0; slice < kUnitSlices; slice++) {
-    uint32_t a[2][4];
+    uint32_t a[Weight::kTerms][2][4];
     Weight::operands(from, slice, lane, a);
-    float2 scale = {1, 1}, zero_point = {0, 0}, offset = {0, 0};
-    if constexpr (Weight::kGroupSlices > 0) {
-      const uint32_t* group = Weight::group(from, slice);
-      scale = Weight::scales(group, g);
-      if constexpr (Weight::kZero == kZeroPoints) zero_point = Weight::zeros(group, g);
-      if constexpr (Weight::kZero == kOffsets) offset = Weight::zeros(group, g);
+    float2 scale[kHalves], zero_point[kHalves], offset[kHalves];
+    for (int h = 0; h < kHalves; h++) {
+      scale[h] = {1, 1}, zero_point[h] = {0, 0}, offset[h] = {0, 0};
+      if constexpr (Weight::kGroupSlices > 0) {
+        const int group = slice / Weight::kGroupSlices * kHalves + h;
+        scale[h] = Weight::scales(from, group, g);
+        if constexpr (Weight::kZero == kZeroPoints) zero_point[h] = Weight::zeros(from, group, g);
+        if constexpr (Weight::kZero == kOffsets) offset[h] = Weight::zeros(from, group, g);
+      }
     }
+    uint32_t plain[2][4];
     for (int i = 0; i < 2; i++)
       for (int r = 0; r < 4; r++) {
-        const float s = r % 2 ? scale.y : scale.x, o = r % 2 ? offset.y : offset.x;
-        const float z = r % 2 ? zero_point.y : zero_point.x;
-        const float first = weight_of<Weight>(low(a[i][r]), r) - z;
-        const float second = weight_of<Weight>(high(a[i][r]), r) - z;
-        a[i][r] = narrow(scaled<Weight>(first, s, o), scaled<Weight>(second, s, o));
+        const int h = i % kHalves;
+        const float s = r % 2 ? scale[h].y : scale[h].x, o = r % 2 ? offset[h].y : offset[h].x;
+        const float z = r % 2 ? zero_point[h].y : zero_point[h].x;
+        float first = low(a[0][i][r]);
+        for (int term = 1; term < Weight::kTerms; term++) first += low(a[term][i][r]);
+        first = weight_of<Weight>(first, r) - z;
+        float second = high(a[0][i][r]);
+        for (int term = 1; term < Weight::kTerms; term++) second += high(a[term][i][r]);
+        second = weight_of<Weight>(second, r) - z;
+        plain[i][r] = narrow(scaled<Weight>(first, s, o), scaled<Weight>(second, s, o));
       }
-    const int k = 32 * (unit * kUnitSlices + slice) + 8 * t;
+    const int k = 32 * (unit * kUnitSlices + slice) + (kHalves == 1 ? 8 : 4) * t;
+    if constexpr (kHalves == 2) {
+      for (int i = 0; i < 2; i++)
+        for (int h = 0; h < 2; h++)
+          if (has[h] && k + 16 * i < args.k)
+            *reinterpret_cast<uint2*>(args.rows + static_cast<int64_t>(first + h * half) * args.k +
+                                      k + 16 * i) = uint2{plain[i][h], plain[i][2 + h]};
+      continue;
+    }
     if (k >= args.k) continue;
     for (int h = 0; h < 2; h++)
       if (has[h])
         *reinterpret_cast<uint4*>(args.rows + static_cast<int64_t>(first + h * half) * args.k + k) =
-            uint4{a[0][h], a[0][2 + h], a[1][h], a[1][2 + h]};
+            uint4{plain[0][h], plain[0][2 + h], plain[1][h], plain[1][2 + h]};
   }
 }

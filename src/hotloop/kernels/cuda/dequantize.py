@@ -46,8 +46,18 @@ def dequantize(form: Format, packed: Tensor) -> Tensor:
 
 def dequantize_torch(form: Format, packed: Tensor) -> Tensor:
     """Computes the same in plain PyTorch, by ``reference.dequantize``."""
-    values, scale, offset = unpack(form, packed)
-    weight = values if scale is None else reference.dequantize(values, scale, offset)
+    parts = unpack(form, packed)
+    if parts.scale is None:
+        return parts.values.to(torch.bfloat16)
+    table = None if form.table is None else torch.tensor(form.table, device=packed.device)
+    weight = reference.dequantize(
+        parts.values,
+        parts.scale,
+        parts.offset,
+        super_scale_NS=parts.factor,
+        super_offset_NS=parts.offset_factor,
+        table=table,
+    )
     return weight.to(torch.bfloat16)
 
 

@@ -80,6 +80,18 @@ __device__ __forceinline__ uint32_t mask_or(uint32_t value, uint32_t mask, uint3
   return result;
 }
 
+// Four bytes of two words, those that the nibbles of `which` name; of a name the top bit is zero.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t first, uint32_t second,
+                                                  uint32_t which) {
+  return __byte_perm(first, second, which);
+}
+
+// 2^23 plus an unsigned byte of a word.
+template <int kByte>
+__device__ __forceinline__ float byte_above_2_23(uint32_t word) {
+  return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7540 | kByte));
+}
+
 // Bytes 1 and 3 of a word in the places of bytes 0 and 2, with zeros between.
 __device__ __forceinline__ uint32_t spread_odd_bytes(uint32_t word) {
   return __byte_perm(word, 0, 0x4341);

@@ -35,7 +35,8 @@ struct Linear {
   static constexpr int kMaxRows = 8 * kOctets;
   static constexpr bool kGroups = Weight::kGroupSlices > 0;
   static constexpr int kGroupSlices = kGroups ? Weight::kGroupSlices : kUnitSlices;
-  static constexpr int kUnitGroups = kUnitSlices / kGroupSlices;
+  static constexpr int kSliceGroups = Weight::kSliceGroups;
+  static constexpr int kUnitGroups = kUnitSlices / kGroupSlices * kSliceGroups;
   static constexpr bool kSums = Weight::kNeedsSums;  // of x
   // Units that a warp interleaves, so that one hides the latency of the other.
   static constexpr int kUnitsAtOnce = kFew && kGroups && kStaged ? 2 : 1;
@@ -200,7 +201,7 @@ struct Linear {
     if (!kGroups && kSums)
 #pragma unroll
       for (int c = 0; c < kOctets; c++) {
-        const float2 x_sum = x_sum_of_group<kFirst>(at.x_sum, 0, c, x_total[c]);
+        const float2 x_sum = x_sum_of_group<kFirst>(at.x_sum, 0, 0, c, x_total[c]);
 #pragma unroll
         for (int r = 0; r < kTiles; r++) subtract_zero_point<Weight>(sum[r][c], x_sum);
       }
@@ -252,12 +253,18 @@ struct Linear {
       if (kGroups && slice % kGroupSlices == 0) clear(even, odd, x_total);
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
-        uint32_t a[2][4];
+        uint32_t a[Weight::kTerms][2][4];
         Weight::operands(weights + r * tile_bytes, slice, lane, a);
 #pragma unroll
         for (int c = 0; c < kOctets; c++) {
-          mma(kGroups ? even[r][c] : sum[r][c], a[0], b[c].x, b[c].y);
-          mma(kGroups ? odd[r][c] : sum[r][c], a[1], b[c].z, b[c].w);
+          mma(kGroups ? even[r][c] : sum[r][c], a[0][0], b[c].x, b[c].y);
+          mma(kGroups ? odd[r][c] : sum[r][c], a[0][1], b[c].z, b[c].w);
+          if constexpr (Weight::kTerms > 1)
+#pragma unroll
+            for (int i = 1; i < Weight::kTerms; i++) {
+              mma(kGroups ? even[r][c] : sum[r][c], a[i][0], b[c].x, b[c].y);
+              mma(kGroups ? odd[r][c] : sum[r][c], a[i][1], b[c].z, b[c].w);
+            }
         }
       }
       if constexpr (kFirst)
@@ -267,9 +274,8 @@ struct Linear {
         if (slice % kGroupSlices == kGroupSlices - 1)
 #pragma unroll
           for (int c = 0; c < kOctets; c++)
-            finish_group(
-                weights, slice, c,
-                x_sum_of_group<kFirst>(x_sum, slice / kGroupSlices, c, x_total[c]), even, odd, sum);
+            finish_groups<kFirst>(weights, slice / kGroupSlices * kSliceGroups, c, x_sum,
+                                  x_total[c], even, odd, sum);
       }
     }
   }
@@ -287,23 +293,30 @@ struct Linear {
       }
   }
 
-  __device__ __forceinline__ void finish_group(const uint8_t* weights, int slice, int c,
-                                               float2 x_sum, float even[kTiles][kOctets][4],
-                                               float odd[kTiles][kOctets][4],
-                                               float sum[kTiles][kOctets][4]) {
+  // group: the first of a unit that ends here.
+  template <bool kFirst>
+  __device__ __forceinline__ void finish_groups(const uint8_t* weights, int group, int c,
+                                                float* x_sum, const float x_total[2][4],
+                                                float even[kTiles][kOctets][4],
+                                                float odd[kTiles][kOctets][4],
+                                                float sum[kTiles][kOctets][4]) {
+    float2 x_sums[kSliceGroups];
+#pragma unroll
+    for (int half = 0; half < kSliceGroups; half++)
+      x_sums[half] = x_sum_of_group<kFirst>(x_sum, group + half, half, c, x_total);
 #pragma unroll
     for (int r = 0; r < kTiles; r++)
-      add_group<Weight>(sum[r][c], even[r][c], odd[r][c], x_sum,
-                        Weight::group(weights + r * tile_bytes, slice), g);
+      add_groups<Weight>(sum[r][c], even[r][c], odd[r][c], x_sums, weights + r * tile_bytes, group,
+                         g);
   }
 
   // The sums of rows 8c + 2t and 8c + 2t + 1 of x over a group (or over this warp's K).
   template <bool kFirst>
-  __device__ __forceinline__ float2 x_sum_of_group(float* x_sum, int group, int c,
+  __device__ __forceinline__ float2 x_sum_of_group(float* x_sum, int group, int half, int c,
                                                    const float x_total[2][4]) const {
     float2* kept = reinterpret_cast<float2*>(x_sum + group * kMaxRows + 8 * c);
     if (!kFirst) return *kept;
-    const float2 sum = x_sum_of(x_total);
+    const float2 sum = x_sum_of<Weight>(x_total, half);
     if (g == 0) *kept = sum;
     return sum;
   }
@@ -360,9 +373,22 @@ struct Linear {
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         const int row = first_row + r, vector = first_vector + 32 * i + lane;
-        if (row < args.rows && vector < all)
-          staged[row * x_stride + vector] = scale_input<Weight>(x[i][r]);
+        if (row < args.rows && vector < all) {
+          if constexpr (kSliceGroups == 1)
+            staged[row * x_stride + vector] = scale_input<Weight>(x[i][r]);
+          else
+            stage_fours(staged + row * x_stride, vector, scale_input<Weight>(x[i][r]));
+        }
       }
+  }
+
+  // Stores eight features of a row for the lanes that multiply them where the halves of a slice are
+  // groups: four for one lane, four for the next.
+  static __device__ __forceinline__ void stage_fours(uint4* row, int vector, uint4 x) {
+    const int t = vector % 2 * 2, half = vector % 4 / 2;
+    uint2* fours = reinterpret_cast<uint2*>(row + vector / 4 * 4 + t) + half;
+    fours[0] = {x.x, x.y};
+    fours[2] = {x.z, x.w};
   }
 
   // The norm's factor of each row, 1 / rms. The epilogue warp has the time to compute it for one
@@ -402,6 +428,9 @@ struct Linear {
   // Loads x where it is not staged; zeros beyond the last feature.
   __device__ __forceinline__ uint4 load_x(int slice, int c) const {
     const int row = 8 * c + g < args.rows ? 8 * c + g : 0, k = 32 * slice + 8 * t;
+    if constexpr (kSliceGroups == 2)
+      return load_halves(args.x + static_cast<int64_t>(row) * args.k + 32 * slice, t,
+                         args.k - 32 * slice);
     if (k >= args.k) return {0, 0, 0, 0};
     const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
     return *reinterpret_cast<const uint4*>(from);

@@ -57,6 +57,16 @@ __device__ __forceinline__ uint4 scale_input(uint4 x) {
           times(x.z, Weight::input_scale(0)), times(x.w, Weight::input_scale(1))};
 }
 
+// Features of a slice of x whose halves are groups: 4t to 4t + 3 of each. Zeros from `end` on, which
+// is a multiple of 16.
+__device__ __forceinline__ uint4 load_halves(const bf16* slice, int t, int end) {
+  uint2 half[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    if (16 * i < end) half[i] = *reinterpret_cast<const uint2*>(slice + 16 * i + 4 * t);
+  return {half[0].x, half[0].y, half[1].x, half[1].y};
+}
+
 // Sums of x over features: mma with weights of one, in two chains, leaves the sums of rows 2t and
 // 2t + 1 in every lane that needs them.
 template <class Weight>
@@ -66,7 +76,10 @@ __device__ __forceinline__ void add_x(float x_total[2][4], uint4 x) {
   mma(x_total[1], ones, x.z, x.w);
 }
 
-__device__ __forceinline__ float2 x_sum_of(const float x_total[2][4]) {
+// Of a group that ends with a slice: `half` tells which, where its halves are groups.
+template <class Weight>
+__device__ __forceinline__ float2 x_sum_of(const float x_total[2][4], int half) {
+  if constexpr (Weight::kSliceGroups == 2) return {x_total[half][0], x_total[half][1]};
   return {x_total[0][0] + x_total[1][0], x_total[0][1] + x_total[1][1]};
 }
 
@@ -87,21 +100,35 @@ __device__ __forceinline__ void add_scaled(float sum[4], float2 scales, const fl
   sum[3] = fmaf(scales.y, more[3], sum[3]);
 }
 
-// Adds a group's sums, which run in two chains. group: see Weight::group.
+// Adds the sums of a unit's group.
 template <class Weight>
-__device__ __forceinline__ void add_group(float sum[4], float even[4], const float odd[4],
-                                          float2 x_sum, const uint32_t* group, int g) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) even[i] += odd[i];
+__device__ __forceinline__ void add_group(float sum[4], float more[4], float2 x_sum,
+                                          const uint8_t* unit, int group, int g) {
   const float x_sums[4] = {x_sum.x, x_sum.y, x_sum.x, x_sum.y};
   if constexpr (Weight::kZero == kZeroPoints) {
-    const float2 zeros = Weight::zeros(group, g);
-    add_scaled(even, {-zeros.x, -zeros.y}, x_sums);
+    const float2 zeros = Weight::zeros(unit, group, g);
+    add_scaled(more, {-zeros.x, -zeros.y}, x_sums);
   } else {
-    subtract_zero_point<Weight>(even, x_sum);
+    subtract_zero_point<Weight>(more, x_sum);
   }
-  add_scaled(sum, Weight::scales(group, g), even);
-  if constexpr (Weight::kZero == kOffsets) add_scaled(sum, Weight::zeros(group, g), x_sums);
+  add_scaled(sum, Weight::scales(unit, group, g), more);
+  if constexpr (Weight::kZero == kOffsets) add_scaled(sum, Weight::zeros(unit, group, g), x_sums);
+}
+
+// Adds the sums of the groups that end with a slice: of one, whose sums run in two chains, or of two
+// with a chain each.
+template <class Weight>
+__device__ __forceinline__ void add_groups(float sum[4], float even[4], float odd[4],
+                                           const float2 x_sum[Weight::kSliceGroups],
+                                           const uint8_t* unit, int group, int g) {
+  if constexpr (Weight::kSliceGroups == 2) {
+    add_group<Weight>(sum, even, x_sum[0], unit, group, g);
+    add_group<Weight>(sum, odd, x_sum[1], unit, group + 1, g);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) even[i] += odd[i];
+    add_group<Weight>(sum, even, x_sum[0], unit, group, g);
+  }
 }
 
 // Factors of an RMS norm, 1 / rms of each row of its input.

@@ -4,7 +4,8 @@ A weight is divided into tiles of 16 output features, and a tile into units of 1
 128 input features of 16, 8 or 4 bits. (With eight bits in groups of 128, a unit is one group.) A
 unit holds, for each slice of 32 input features, the operands of ``mma.m16n8k16``, lane after lane;
 the scales of its groups, and their zero points or offsets, follow. So a tile is contiguous, and a
-lane reads its operands with one instruction.
+lane reads its operands with one instruction. Scales of two levels are bytes, integers plus 128,
+behind their factors; a unit has factors of its own, though several may have the same.
 
 A ``paired`` weight is gate features followed by up features. A tile takes eight of each, so that
 one lane has both inputs of SwiGLU.
@@ -17,8 +18,10 @@ Shape letters: N output features, K input features, G groups along K.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +34,28 @@ SLICE = 32
 FRAGMENT_BYTES = 1024
 """Bytes of a unit's values, unless these are less than a group."""
 
-GROUP_SIZES = (32, 64, 128)
+HALF_SLICE = 16
+"""Input features of one mma instruction: the smallest group."""
 
-Kind = Literal["bf16", "fp8", "int8", "int4", "uint4"]
-BITS: dict[Kind, int] = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "uint4": 4}
+GROUP_SIZES = (HALF_SLICE, 32, 64, 128)
 
-_BIAS: dict[Kind, int] = {"bf16": 0, "fp8": 0, "int8": 128, "int4": 8, "uint4": 0}
+Kind = Literal["bf16", "fp8", "int8", "int4", "uint4", "lut4"]
+BITS: dict[Kind, int] = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "uint4": 4, "lut4": 4}
+
+_BIAS: dict[Kind, int] = {"bf16": 0, "fp8": 0, "int8": 128, "int4": 8, "uint4": 0, "lut4": 0}
 """What is added to values, and to zero points, so that they have no sign."""
 
-Scale = Literal["bf16", "f16", "f32"]
+Scale = Literal["bf16", "f16", "f32", "two"]
 _SCALES: dict[Scale, torch.dtype] = {
     "bf16": torch.bfloat16,
     "f16": torch.float16,
     "f32": torch.float32,
+    "two": torch.int8,
 }
+FACTOR = torch.float16
+"""The element type of factors of scales of two levels."""
+
+_MAX_TERMS = 3
 
 Zero = Literal["none", "integer", "offset"]
 
@@ -56,8 +67,9 @@ _VALUES: dict[Kind, str] = {
     "uint4": "Uint4",
 }
 _STRUCTS: dict[Scale | Zero, str] = {"bf16": "Bf16", "f16": "Half", "f32": "Float"}
+_STRUCTS |= {"two": "TwoLevels"}
 _STRUCTS |= {"none": "kNoZero", "integer": "kZeroPoints", "offset": "kOffsets"}
-_LABELS: dict[Scale | Zero, str] = {"bf16": "", "f16": "h", "f32": "f"}
+_LABELS: dict[Scale | Zero, str] = {"bf16": "", "f16": "h", "f32": "f", "two": "t"}
 _LABELS |= {"none": "", "integer": "z", "offset": "a"}
 
 
@@ -66,11 +78,15 @@ class Format:
     """Packed format of a weight.
 
     Attributes:
-        kind: Element type: ``bf16``; ``fp8`` (e4m3); ``int8``; ``int4`` (-8…7); ``uint4`` (0…15).
-        group_size: Input features that share a scale: 32, 64 or 128. None for ``bf16``, and for
+        kind: Element type: ``bf16``; ``fp8`` (e4m3); ``int8``; ``int4`` (-8…7); ``uint4`` (0…15);
+            ``lut4``, indices of ``table``.
+        group_size: Input features that share a scale: 16, 32, 64 or 128. None for ``bf16``, and for
             ``fp8`` and ``int8`` with a float32 scale per output feature.
-        scale: Element type of the scales of groups, and of their zero points or offsets.
+        scale: Element type of the scales of groups, and of their zero points or offsets; ``two``
+            for two levels, integers with half-precision factors.
         zero: Whether groups have integer zero points, or offsets.
+        row_scale: With groups, there is a float32 scale per output feature besides.
+        table: The sixteen numbers of ``lut4``, which ``terms`` splits.
         n: Output features.
         k: Input features, a multiple of 8.
         paired: The weight is gate features followed by up features, for SwiGLU.
@@ -80,18 +96,25 @@ class Format:
     group_size: int | None = None
     scale: Scale = "bf16"
     zero: Zero = "none"
+    row_scale: bool = False
+    table: tuple[float, ...] | None = None
     n: int
     k: int
     paired: bool = False
 
     def __post_init__(self) -> None:
+        assert (self.table is not None) == (self.kind == "lut4"), "a table, for lut4 alone"
+        assert self.table is None or terms(self.table) is not None, f"{self.table}"
+        assert self.scale != "two" or self.zero != "integer", "two levels have offsets"
+        assert self.scale != "two" or self.k % self.unit_k == 0, "factors of whole units"
+        assert not self.row_scale or self.group_size is not None, "others have it already"
         assert self.k % 8 == 0, f"{self.k} input features are not a multiple of 8"
         assert self.group_size in (None, *GROUP_SIZES), f"groups of {self.group_size}"
         assert self.bits > 4 or self.group_size is not None, "four bits have groups"
         assert self.kind != "bf16" or self.group_size is None, "bf16 has no groups"
         assert self.group_size is None or self.k % self.group_size == 0, "whole groups"
         assert self.zero == "none" or self.group_size is not None, "groups alone have zeros"
-        assert self.zero == "none" or self.kind != "fp8", "integers alone have zeros"
+        assert self.zero == "none" or self.kind not in ("fp8", "lut4"), "integers have zeros"
         assert not self.paired or self.n % 2 == 0, "as many gate as up features"
 
     @property
@@ -102,7 +125,7 @@ class Format:
     @property
     def has_channel_scales(self) -> bool:
         """Whether the kernels take a float32 scale per output feature besides the weight."""
-        return self.kind in ("fp8", "int8") and self.group_size is None
+        return self.row_scale or (self.kind in ("fp8", "int8") and self.group_size is None)
 
     @property
     def needs_sums(self) -> bool:
@@ -134,8 +157,10 @@ class Format:
         """Bytes of a unit, including scales and zeros of its groups."""
         if self.group_size is None:
             return self.fragment_bytes
-        each = _SCALES[self.scale].itemsize * (1 if self.zero == "none" else 2)
-        return self.fragment_bytes + self.unit_k // self.group_size * TILE_ROWS * each
+        parts = 1 if self.zero == "none" else 2
+        groups = self.unit_k // self.group_size * _SCALES[self.scale].itemsize
+        factors = FACTOR.itemsize if self.scale == "two" else 0
+        return self.fragment_bytes + TILE_ROWS * parts * (groups + factors)
 
     @property
     def nbytes(self) -> int:
@@ -145,22 +170,70 @@ class Format:
     @property
     def struct(self) -> str:
         """The type of ``weights.cuh`` that reads it."""
-        values = _VALUES[self.kind]
+        values = _VALUES[self.kind] if self.table is None else f"Table<{_words(self.table)}>"
         if self.group_size is None:
             return values
-        return (
-            f"Grouped<{values}, {self.group_size}, {_STRUCTS[self.scale]}, {_STRUCTS[self.zero]}>"
-        )
+        groups = f"{self.group_size}, {_STRUCTS[self.scale]}, {_STRUCTS[self.zero]}"
+        return f"Grouped<{values}, {groups}{', true' if self.row_scale else ''}>"
 
     @property
     def label(self) -> str:
         """A short name that is valid within an identifier, such as ``int4g128a``."""
         if self.group_size is None:
             return self.kind
-        return f"{self.kind}g{self.group_size}{_LABELS[self.scale]}{_LABELS[self.zero]}"
+        groups = f"g{self.group_size}{_LABELS[self.scale]}{_LABELS[self.zero]}"
+        rows = "r" if self.row_scale else ""
+        table = "" if self.table is None else f"_{zlib.crc32(repr(self.table).encode()):08x}"
+        return f"{self.kind}{groups}{rows}{table}"
 
 
-def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def terms(table: Sequence[float]) -> Tensor | None:
+    """Splits the numbers of a table into few that are bfloat16: bfloat16 [terms, 16].
+
+    Returns None where their sum is not the table.
+    """
+    rest, found = torch.tensor(table, dtype=torch.float32), []
+    while len(found) < _MAX_TERMS and (rest.any() or not found):
+        found.append(rest.bfloat16())
+        rest = rest - found[-1].float()
+    return None if rest.any() or not rest.isfinite().all() else torch.stack(found)
+
+
+def _words(table: Sequence[float]) -> str:
+    """Returns the template arguments of ``Table``: of each term, low bytes and then high ones."""
+    split = terms(table)
+    assert split is not None, f"{table} in bfloat16"
+    bytes_ = split.view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2)
+    words = bytes_.contiguous().view(torch.int32).flatten().tolist()
+    return ", ".join(f"{word & 0xFFFFFFFF:#010x}u" for word in words)
+
+
+class Parts(NamedTuple):
+    """A weight before packing: values [N, K], and by group [N, G] what else there is.
+
+    Attributes:
+        values: bfloat16; float8_e4m3fn; int8.
+        scale: With groups. Scales per output feature are a separate argument of the kernel.
+        offset: Where the format has offsets or (int8) zero points.
+        factor: [N, S], half precision: of scales of two levels, for S super-blocks of whole units.
+        offset_factor: Likewise, of their offsets.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    factor: Tensor | None = None
+    offset_factor: Tensor | None = None
+
+
+def pack(
+    form: Format,
+    values: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    factor: Tensor | None = None,
+    offset_factor: Tensor | None = None,
+) -> Tensor:
     """Packs a weight.
 
     Args:
@@ -169,6 +242,8 @@ def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | No
         scale: [N, G], with groups. Ignored otherwise: scales per output feature are a separate
             argument of the kernel.
         offset: [N, G], where the format has offsets or (int8) zero points.
+        factor: [N, S], half precision: of scales of two levels. Super-blocks are whole units.
+        offset_factor: Likewise, of their offsets.
 
     Returns:
         uint8 [tiles, units, unit_bytes].
@@ -176,7 +251,7 @@ def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | No
     assert tuple(values.shape) == (form.n, form.k), f"{tuple(values.shape)} for {form}"
     rows = _tile_rows(form, values.view(torch.int16 if form.kind == "bf16" else torch.int8))
     rows = F.pad(rows, (0, form.units * form.unit_k - form.k))
-    ordered = rows.view(_axes(form)).permute(_ORDERS[form.kind])
+    ordered = rows.view(_axes(form)).permute(_order(form))
     flat = (form.tiles, form.units, form.fragment_bytes)
     if form.kind == "int8":
         ordered = ordered ^ -128  # the bits of value + 128 as an unsigned byte
@@ -192,11 +267,19 @@ def pack(form: Format, values: Tensor, scale: Tensor | None, offset: Tensor | No
         offset = offset.float() + _BIAS[form.kind]
     # Padding has a scale and an offset of zero, so it is zero whatever its integers are.
     groups = [_groups(form, t) for t in (scale, offset) if t is not None]
-    return torch.cat((fragments, torch.stack(groups, 3).flatten(2).view(torch.uint8)), dim=2)
+    if form.scale != "two":
+        return torch.cat((fragments, torch.stack(groups, 3).flatten(2).view(torch.uint8)), dim=2)
+    factors = [_factors(form, t) for t in (factor, offset_factor) if t is not None]
+    assert len(factors) == len(groups), "a factor of each scale and offset"
+    # [tiles, units, groups, g, scale or offset, half]
+    pairs = torch.stack([group.unflatten(3, (8, 2)) for group in groups], 4)
+    of_groups = (pairs ^ -128).flatten(2).view(torch.uint8)  # integers plus 128
+    of_unit = torch.stack(factors, 2).flatten(2).view(torch.uint8)
+    return torch.cat((fragments, of_unit, of_groups), dim=2)
 
 
-def unpack(form: Format, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Inverts ``pack``: returns values [N, K], and with groups scales, and zeros, [N, G]."""
+def unpack(form: Format, packed: Tensor) -> Parts:
+    """Inverts ``pack``, but for factors of two levels: there is one of each unit."""
     fragments = packed[..., : form.fragment_bytes]
     if form.bits == 4:
         nibbles = torch.stack((fragments & 15, fragments >> 4), dim=-1)
@@ -205,30 +288,39 @@ def unpack(form: Format, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
         ordered = fragments.contiguous().view(torch.int16 if form.kind == "bf16" else torch.int8)
     if form.kind == "int8":
         ordered = ordered ^ -128
-    order, axes = _ORDERS[form.kind], _axes(form)
+    order, axes = _order(form), _axes(form)
     inverse = [order.index(axis) for axis in range(len(order))]
     rows = ordered.view([axes[axis] for axis in order]).permute(inverse)
     values = _plain_rows(form, rows.reshape(form.tiles, TILE_ROWS, -1))[:, : form.k].contiguous()
     dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
     values = values.view(dtypes.get(form.kind, torch.int8))
     if form.group_size is None:
-        return values, None, None
-    groups = packed[..., form.fragment_bytes :].contiguous().view(_SCALES[form.scale])
-    groups = groups.view(form.tiles, form.units, -1, 1 if form.zero == "none" else 2, 8, 2)
+        return Parts(values)
+    n_groups, n_parts = form.k // form.group_size, 1 if form.zero == "none" else 2
+    of_groups, factors = packed[..., form.fragment_bytes :], [None]
+    if form.scale == "two":
+        n_bytes = FACTOR.itemsize * TILE_ROWS * n_parts
+        halves = of_groups[..., :n_bytes].contiguous().view(FACTOR)
+        # [scale and offset, tile, half, g, unit]
+        halves = halves.view(form.tiles, form.units, n_parts, 8, 2).permute(2, 0, 4, 3, 1)
+        factors = [_plain_rows(form, part) for part in halves.flatten(2, 3)]
+        pairs = of_groups[..., n_bytes:].contiguous().view(torch.int8) ^ -128
+        pairs = pairs.view(form.tiles, form.units, -1, 8, n_parts, 2).transpose(3, 4)
+    else:
+        pairs = of_groups.contiguous().view(_SCALES[form.scale])
+        pairs = pairs.view(form.tiles, form.units, -1, n_parts, 8, 2)
     # [scale and zero, tile, half, g, unit, group]
-    parts = groups.permute(3, 0, 5, 4, 1, 2).flatten(4).flatten(2, 3)
-    n_groups = form.k // form.group_size
+    parts = pairs.permute(3, 0, 5, 4, 1, 2).flatten(4).flatten(2, 3)
     scale, *zeros = (_plain_rows(form, part)[:, :n_groups].contiguous() for part in parts)
-    if not zeros:
-        return values, scale, None
-    if form.zero == "integer":
-        return values, scale, (zeros[0].float() - _BIAS[form.kind]).to(torch.int8)
-    return values, scale, zeros[0]
+    if zeros and form.zero == "integer":
+        zeros = [(zeros[0].float() - _BIAS[form.kind]).to(torch.int8)]
+    return Parts(values, scale, *(zeros or [None]), *factors)
 
 
 # The order of axes in memory. A lane (g, t) holds rows g and g + 8 ("half") and, of a slice, the
 # features 8t to 8t + 7: four for each of two mma instructions (i), in the order of the registers
-# ("pair", "half") and of the halves of a register (e).
+# ("pair", "half") and of the halves of a register (e). Where a slice is two groups, each mma has
+# the features of one: axes 5 and 6 change places.
 #   0: tile  1: half  2: g  3: unit  4: slice  5: t  6: i  7: pair  8: e
 _ORDERS: dict[Kind, tuple[int, ...]] = {
     "bf16": (0, 3, 4, 6, 2, 5, 7, 1, 8),
@@ -236,11 +328,20 @@ _ORDERS: dict[Kind, tuple[int, ...]] = {
     "int8": (0, 3, 4, 2, 5, 6, 7, 8, 1),
     "int4": (0, 3, 4, 2, 5, 6, 8, 1, 7),
     "uint4": (0, 3, 4, 2, 5, 6, 8, 1, 7),
+    "lut4": (0, 3, 4, 2, 5, 6, 7, 1, 8),
 }
 
 
+def _order(form: Format) -> tuple[int, ...]:
+    order = _ORDERS[form.kind]
+    if form.group_size != HALF_SLICE:
+        return order
+    return tuple({5: 6, 6: 5}.get(axis, axis) for axis in order)
+
+
 def _axes(form: Format) -> tuple[int, ...]:
-    return (form.tiles, 2, 8, form.units, form.unit_k // SLICE, 4, 2, 2, 2)
+    features = (2, 4) if form.group_size == HALF_SLICE else (4, 2)
+    return (form.tiles, 2, 8, form.units, form.unit_k // SLICE, *features, 2, 2)
 
 
 def _groups(form: Format, per_group_NG: Tensor) -> Tensor:
@@ -254,6 +355,14 @@ def _groups(form: Format, per_group_NG: Tensor) -> Tensor:
     rows = F.pad(rows, (0, form.units * in_unit - rows.shape[-1]))
     view = rows.view(form.tiles, 2, 8, form.units, in_unit)
     return view.permute(0, 3, 4, 2, 1).reshape(form.tiles, form.units, in_unit, TILE_ROWS)
+
+
+def _factors(form: Format, factor_NS: Tensor) -> Tensor:
+    """Arranges factors as [tiles, units, 16], rows g and g + 8 adjacent."""
+    each, rest = divmod(form.units, factor_NS.shape[1])
+    assert rest == 0, "super-blocks of whole units"
+    rows = _tile_rows(form, factor_NS.repeat_interleave(each, dim=1))
+    return rows.view(form.tiles, 2, 8, form.units).permute(0, 3, 2, 1).flatten(2)
 
 
 def _tile_rows(form: Format, matrix: Tensor) -> Tensor:

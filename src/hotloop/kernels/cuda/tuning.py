@@ -39,6 +39,9 @@ INT4_STAGES = 3
 copies gain nothing there, because dequantizing takes longer than loading from L2, and they delay
 the loads of other kernels."""
 
+LEAST_SHARED_BYTES = 96 * 1024
+"""Shared memory of a block that every device has, less a few KB for x."""
+
 MIN_RING_BYTES = 48 * 1024
 """The fewest bytes that a block has in flight."""
 
@@ -190,7 +193,9 @@ def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
     """Ranks a choice, less being better: unfit copies, then idle units, then short copies."""
     units_of_warp = -(-form.units // warps)
     copied = warps * units * form.unit_bytes
-    unfit = copied > STAGE_BYTES or units_of_warp % units > 0
+    # Two stages, partial sums, and the sums of eight rows of x over each group.
+    least = (2 * form.unit_bytes + 1024) * warps + 32 * form.k // (form.group_size or form.k)
+    unfit = copied > STAGE_BYTES or units_of_warp % units > 0 or least > LEAST_SHARED_BYTES
     return unfit, warps * units_of_warp - form.units, -copied
 
 

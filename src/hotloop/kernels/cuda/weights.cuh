@@ -19,10 +19,12 @@ constexpr uint32_t kOnes = 0x3f803f80u;
 // range of float.
 //
 // kUnitK: input features of a unit. kGroupSlices: slices that share a scale, 0 where the scale is
-// per output feature. kZero: what groups have besides a scale. kZeroPoint: operand minus weight,
-// subtracted through the sums of x. kNeedsSums: these sums are needed. kOutputScale: factor of the
-// results. input_scale(i): factor of x, as a pair of bfloat16, for the operands' registers 2i and
-// 2i + 1. one(i): the operand of a weight of one, without the zero point.
+// per output feature. kSliceGroups: groups of a slice, of which two are multiplied by an mma each.
+// kZero: what groups have besides a scale.
+// kZeroPoint: operand minus weight, subtracted through the sums of x. kNeedsSums: these sums are
+// needed. kTerms: a weight is the sum of so many operands. kOutputScale: factor of the results.
+// input_scale(i): factor of x, as a pair of bfloat16, for the operands' registers 2i and 2i + 1.
+// one(i): the operand of a weight of one, without the zero point.
 
 // kZeroPoints are subtracted before scaling, and include kZeroPoint of the values; kOffsets are
 // added after it.
@@ -30,6 +32,7 @@ enum Zero { kNoZero, kZeroPoints, kOffsets };
 
 struct Bf16 {
   static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupSlices = 0, kZeroPoint = 0;
+  static constexpr int kSliceGroups = 1, kTerms = 1;
   static constexpr bool kChannelScale = false, kNeedsSums = false;
   static constexpr Zero kZero = kNoZero;
   static constexpr float kOutputScale = 1;
@@ -37,10 +40,10 @@ struct Bf16 {
   static __device__ __forceinline__ constexpr uint32_t input_scale(int) { return kOnes; }
 
   static __device__ __forceinline__ void operands(const uint8_t* unit, int, int lane,
-                                                  uint32_t a[2][4]) {
+                                                  uint32_t a[1][2][4]) {
     for (int i = 0; i < 2; i++) {
       const uint4 words = reinterpret_cast<const uint4*>(unit)[32 * i + lane];
-      a[i][0] = words.x, a[i][1] = words.y, a[i][2] = words.z, a[i][3] = words.w;
+      a[0][i][0] = words.x, a[0][i][1] = words.y, a[0][i][2] = words.z, a[0][i][3] = words.w;
     }
   }
 };
@@ -49,17 +52,17 @@ struct Bf16 {
 template <class Derived>
 struct EightBits {
   static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupSlices = 0;
-  static constexpr int kSliceBytes = 512;
+  static constexpr int kSliceBytes = 512, kSliceGroups = 1, kTerms = 1;
   static constexpr bool kChannelScale = true;
   static constexpr Zero kZero = kNoZero;
 
   static __device__ __forceinline__ void operands(const uint8_t* unit, int slice, int lane,
-                                                  uint32_t a[2][4]) {
+                                                  uint32_t a[1][2][4]) {
     const uint4 words = reinterpret_cast<const uint4*>(unit)[32 * slice + lane];
-    Derived::convert(words.x, a[0][0], a[0][1]);
-    Derived::convert(words.y, a[0][2], a[0][3]);
-    Derived::convert(words.z, a[1][0], a[1][1]);
-    Derived::convert(words.w, a[1][2], a[1][3]);
+    Derived::convert(words.x, a[0][0][0], a[0][0][1]);
+    Derived::convert(words.y, a[0][0][2], a[0][0][3]);
+    Derived::convert(words.z, a[0][1][0], a[0][1][1]);
+    Derived::convert(words.w, a[0][1][2], a[0][1][3]);
   }
 };
 
@@ -104,7 +107,7 @@ struct Fp8 : EightBits<Fp8> {
 // row, and the upper one has 16 times its value.
 template <int kBias>
 struct FourBits {
-  static constexpr int kSliceBytes = 256, kZeroPoint = kBias;
+  static constexpr int kSliceBytes = 256, kZeroPoint = kBias, kTerms = 1;
   static constexpr float kOutputScale = 0x1p67f;
 
   static __device__ __forceinline__ constexpr uint32_t input_scale(int i) {
@@ -115,10 +118,10 @@ struct FourBits {
   }
 
   static __device__ __forceinline__ void operands(const uint8_t* unit, int slice, int lane,
-                                                  uint32_t a[2][4]) {
+                                                  uint32_t a[1][2][4]) {
     const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * slice + lane];
-    convert(words.x, a[0]);
-    convert(words.y, a[1]);
+    convert(words.x, a[0][0]);
+    convert(words.y, a[0][1]);
   }
   static __device__ __forceinline__ void convert(uint32_t word, uint32_t a[4]) {
     const uint32_t odd = word >> 8;
@@ -129,6 +132,48 @@ struct FourBits {
 
 using Int4 = FourBits<8>;
 using Uint4 = FourBits<0>;
+
+// Indices of a table of sixteen numbers, in the nibbles of a word in the order of the registers that
+// they fill. A number is the sum of kTerms numbers in bfloat16; kWords hold, for each of these, the
+// low bytes of the sixteen numbers and then their high bytes.
+template <uint32_t... kWords>
+struct Table {
+  static constexpr int kSliceBytes = 256, kZeroPoint = 0, kTerms = sizeof...(kWords) / 8;
+  static constexpr float kOutputScale = 1;
+
+  static __device__ __forceinline__ constexpr uint32_t input_scale(int) { return kOnes; }
+
+  static __device__ __forceinline__ void operands(const uint8_t* unit, int slice, int lane,
+                                                  uint32_t a[kTerms][2][4]) {
+    const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * slice + lane];
+    look_up(words.x, 0, a);
+    look_up(words.y, 1, a);
+  }
+
+  static __device__ __forceinline__ void look_up(uint32_t indices, int i,
+                                                 uint32_t a[kTerms][2][4]) {
+    constexpr uint32_t table[] = {kWords...};
+    const uint32_t among_eight = indices & 0x77777777u;
+    const uint32_t half = mask_or(indices >> 1, 0x44444444u, 0x32103210u);  // of the table
+#pragma unroll
+    for (int term = 0; term < kTerms; term++)
+#pragma unroll
+      for (int four = 0; four < 2; four++) {
+        const uint32_t at = among_eight >> 16 * four, which = half >> 16 * four;
+        const uint32_t lows = bytes_at(table + 8 * term, at, which);
+        const uint32_t highs = bytes_at(table + 8 * term + 4, at, which);
+        a[term][i][2 * four] = permute_bytes(lows, highs, 0x5140);
+        a[term][i][2 * four + 1] = permute_bytes(lows, highs, 0x7362);
+      }
+  }
+
+  // Four of the sixteen bytes of four words.
+  static __device__ __forceinline__ uint32_t bytes_at(const uint32_t words[4], uint32_t at,
+                                                      uint32_t half) {
+    return permute_bytes(permute_bytes(words[0], words[1], at),
+                         permute_bytes(words[2], words[3], at), half);
+  }
+};
 
 // Scales (or zeros) of a group's tile, rows g and g + 8 side by side.
 template <class Number>
@@ -163,36 +208,92 @@ struct Sixteen<Float> {
   }
 };
 
-// Values in groups: the fragments of a unit are followed, for each of its groups, by the scales of
-// the tile and then by its zero points or offsets.
-template <class Values, int kGroup, class Scale, Zero kZeros>
-struct Grouped : Values {
-  static constexpr int kUnitSlices =
-      kFragmentBytes / Values::kSliceBytes > kGroup / 32 ? kFragmentBytes / Values::kSliceBytes
-                                                         : kGroup / 32;
-  static constexpr int kUnitK = 32 * kUnitSlices, kGroupSlices = kGroup / 32;
-  static constexpr int kUnitFragmentBytes = kUnitSlices * Values::kSliceBytes;
-  static constexpr int kGroupBytes = 4 * Sixteen<Scale>::kWords * (kZeros == kNoZero ? 1 : 2);
-  static constexpr int kUnitBytes = kUnitFragmentBytes + kUnitK / kGroup * kGroupBytes;
-  static constexpr int kZeroPoint = kZeros == kZeroPoints ? 0 : Values::kZeroPoint;
-  static constexpr Zero kZero = kZeros;
-  static constexpr bool kFloatScales = Sixteen<Scale>::kWords == kTileRows;
-  static constexpr bool kChannelScale = false, kNeedsSums = kZeroPoint > 0 || kZeros != kNoZero;
+// Scales (and offsets) of two levels: integers plus 128 of a group, and half-precision factors of a
+// unit. Of a group, the bytes of rows g and g + 8 are side by side, with those of offsets behind.
+struct TwoLevels {};
 
-  static __device__ __forceinline__ const uint32_t* group(const uint8_t* unit, int slice) {
-    return reinterpret_cast<const uint32_t*>(unit + kUnitFragmentBytes +
-                                             slice / kGroupSlices * kGroupBytes);
+template <class Scale, Zero kZeros>
+struct Scales {
+  static constexpr bool kHasZeros = kZeros != kNoZero;
+  static constexpr int kFactorBytes = 0;
+  static constexpr int kGroupBytes = 4 * Sixteen<Scale>::kWords * (kHasZeros ? 2 : 1);
+  static constexpr bool kFloat = Sixteen<Scale>::kWords == kTileRows;
+
+  static __device__ __forceinline__ float2 scales(const uint8_t*, const uint8_t* group, int g) {
+    return Sixteen<Scale>::at(reinterpret_cast<const uint32_t*>(group), g);
   }
-  static __device__ __forceinline__ float2 scales(const uint32_t* group, int g) {
-    return Sixteen<Scale>::at(group, g);
-  }
-  static __device__ __forceinline__ float2 zeros(const uint32_t* group, int g) {
-    return Sixteen<Scale>::at(group + Sixteen<Scale>::kWords, g);
+  static __device__ __forceinline__ float2 zeros(const uint8_t*, const uint8_t* group, int g) {
+    return Sixteen<Scale>::at(reinterpret_cast<const uint32_t*>(group) + Sixteen<Scale>::kWords,
+                              g);
   }
 };
 
-// The weight that an operand in register r represents.
+template <Zero kZeros>
+struct Scales<TwoLevels, kZeros> {
+  static_assert(kZeros != kZeroPoints);
+  static constexpr bool kHasZeros = kZeros != kNoZero;
+  static constexpr int kFactorBytes = 2 * kTileRows * (kHasZeros ? 2 : 1);
+  static constexpr int kGroupBytes = kTileRows * (kHasZeros ? 2 : 1);
+  static constexpr bool kFloat = true;  // the product of both
+
+  static __device__ __forceinline__ float2 scales(const uint8_t* factors, const uint8_t* group,
+                                                  int g) {
+    uint32_t bytes;
+    if constexpr (kHasZeros)
+      bytes = reinterpret_cast<const uint32_t*>(group)[g];
+    else
+      bytes = reinterpret_cast<const uint16_t*>(group)[g];
+    return product<0>(bytes, reinterpret_cast<const uint32_t*>(factors)[g]);
+  }
+  static __device__ __forceinline__ float2 zeros(const uint8_t* factors, const uint8_t* group,
+                                                 int g) {
+    return product<2>(reinterpret_cast<const uint32_t*>(group)[g],
+                      reinterpret_cast<const uint32_t*>(factors)[kTileRows / 2 + g]);
+  }
+
+  template <int kByte>
+  static __device__ __forceinline__ float2 product(uint32_t bytes, uint32_t factors) {
+    constexpr float kBias = 0x1p23f + 128;
+    return {(byte_above_2_23<kByte>(bytes) - kBias) * low_half(factors),
+            (byte_above_2_23<kByte + 1>(bytes) - kBias) * high_half(factors)};
+  }
+};
+
+// Values in groups: the fragments of a unit are followed by the factors of scales of two levels,
+// and then, for each of its groups, by the scales of the tile and its zero points or offsets.
+// kChannel: besides, there is a scale per output feature.
+template <class Values, int kGroup, class Scale, Zero kZeros, bool kChannel = false>
+struct Grouped : Values {
+  using Of = Scales<Scale, kZeros>;
+  static constexpr int kUnitSlices =
+      kFragmentBytes / Values::kSliceBytes > kGroup / 32 ? kFragmentBytes / Values::kSliceBytes
+                                                         : kGroup / 32;
+  static constexpr int kUnitK = 32 * kUnitSlices;
+  static constexpr int kGroupSlices = kGroup < 32 ? 1 : kGroup / 32;
+  static constexpr int kSliceGroups = kGroup < 32 ? 32 / kGroup : 1;
+  static_assert(kSliceGroups <= 2);
+  static constexpr int kUnitFragmentBytes = kUnitSlices * Values::kSliceBytes;
+  static constexpr int kUnitBytes =
+      kUnitFragmentBytes + Of::kFactorBytes + kUnitK / kGroup * Of::kGroupBytes;
+  static constexpr int kZeroPoint = kZeros == kZeroPoints ? 0 : Values::kZeroPoint;
+  static constexpr Zero kZero = kZeros;
+  static constexpr bool kFloatScales = Of::kFloat, kChannelScale = kChannel;
+  static constexpr bool kNeedsSums = kZeroPoint > 0 || kZeros != kNoZero;
+
+  // The scales of a unit's group, and its zero points or offsets, for rows g and g + 8.
+  static __device__ __forceinline__ float2 scales(const uint8_t* unit, int group, int g) {
+    return Of::scales(unit + kUnitFragmentBytes, group_of(unit, group), g);
+  }
+  static __device__ __forceinline__ float2 zeros(const uint8_t* unit, int group, int g) {
+    return Of::zeros(unit + kUnitFragmentBytes, group_of(unit, group), g);
+  }
+  static __device__ __forceinline__ const uint8_t* group_of(const uint8_t* unit, int group) {
+    return unit + kUnitFragmentBytes + Of::kFactorBytes + group * Of::kGroupBytes;
+  }
+};
+
+// The weight that operands in register r represent: their sum, scaled, without the zero point.
 template <class Weight>
-__device__ __forceinline__ float weight_of(float operand, int r) {
-  return operand * low(Weight::input_scale(r / 2)) * Weight::kOutputScale - Weight::kZeroPoint;
+__device__ __forceinline__ float weight_of(float operands, int r) {
+  return operands * low(Weight::input_scale(r / 2)) * Weight::kOutputScale - Weight::kZeroPoint;
 }

@@ -38,7 +38,8 @@ struct StageOf {
   static constexpr int kUnitSlices = Weight::kUnitK / 32;
   static constexpr bool kGroups = Weight::kGroupSlices > 0;
   static constexpr int kGroupSlices = kGroups ? Weight::kGroupSlices : kUnitSlices;
-  static constexpr int kUnitGroups = kUnitSlices / kGroupSlices;
+  static constexpr int kSliceGroups = Weight::kSliceGroups;
+  static constexpr int kUnitGroups = kUnitSlices / kGroupSlices * kSliceGroups;
   static constexpr bool kSums = Weight::kNeedsSums;  // of x
 
   static constexpr int kLineK = 64, kLineBytes = 128, kLineSlices = 2;
@@ -91,8 +92,14 @@ struct Staging : StageOf<Weight, kOctets> {
     uint4 x[S::kLines * S::kLineSlices];
 #pragma unroll
     for (int i = 0; i < S::kLines * S::kLineSlices; i++)
-      x[i] = row < args.rows && k + 32 * i < end_k ? *reinterpret_cast<const uint4*>(from + 32 * i)
-                                                   : uint4{0, 0, 0, 0};
+      if constexpr (S::kSliceGroups == 2) {
+        x[i] = {0, 0, 0, 0};
+        if (row < args.rows) x[i] = load_halves(from - 8 * t + 32 * i, t, end_k - k + 8 * t - 32 * i);
+      } else {
+        x[i] = row < args.rows && k + 32 * i < end_k
+                   ? *reinterpret_cast<const uint4*>(from + 32 * i)
+                   : uint4{0, 0, 0, 0};
+      }
 #pragma unroll
     for (int i = 0; i < S::kLines * S::kLineSlices; i++) {
       const uint4 operand = scale_input<Weight>(x[i]);
@@ -105,9 +112,12 @@ struct Staging : StageOf<Weight, kOctets> {
         if (begins) clear(x_total);
         add_x<Weight>(x_total, operand);
         if (ends && g == 0) {
-          const int group = S::kGroups ? i / S::kGroupSlices : 0;
+          const int group = S::kGroups ? i / S::kGroupSlices * S::kSliceGroups : 0;
           float* sums = reinterpret_cast<float*>(to + S::kLinesBytes) + group * S::kRows;
-          *reinterpret_cast<float2*>(sums + 8 * octet + 2 * t) = x_sum_of(x_total);
+#pragma unroll
+          for (int half = 0; half < S::kSliceGroups; half++)
+            *reinterpret_cast<float2*>(sums + half * S::kRows + 8 * octet + 2 * t) =
+                x_sum_of<Weight>(x_total, half);
         }
       }
     }
@@ -139,7 +149,7 @@ template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
 struct Wide : StageOf<Weight, kOctets> {
   using S = StageOf<Weight, kOctets>;
   using S::kGroups, S::kGroupSlices, S::kLineBytes, S::kLineSlices, S::kRows, S::kSums, S::kUnits;
-  using S::kUnitGroups, S::kUnitSlices;
+  using S::kSliceGroups, S::kUnitGroups, S::kUnitSlices;
 
   static constexpr int kWarps = 8;    // that multiply: two warpgroups
   static constexpr int kLoaders = 4;  // issuing a bulk copy takes a warp 70 clock cycles or more
@@ -376,8 +386,8 @@ struct Wide : StageOf<Weight, kOctets> {
       for (int r = 0; r < kTiles; r += kTogether)
         if constexpr (kGroups)
 #pragma unroll
-          for (int group = 0; group < kUnitGroups; group++)
-            multiply_group(weights + r * kTileBytes, x, x_sums + group * kRows, group, sum + r);
+          for (int group = 0; group < kUnitGroups; group += kSliceGroups)
+            multiply_groups(weights + r * kTileBytes, x, x_sums + group * kRows, group, sum + r);
         else
           multiply_units(weights + r * kTileBytes, x, end_unit - unit, sum + r);
       unit += kUnits;
@@ -412,23 +422,24 @@ struct Wide : StageOf<Weight, kOctets> {
   static constexpr int kHalfOctets = kOctets / kHalves;
   static constexpr int kHalfBytes = kHalfOctets * 8 * kLineBytes;  // of a line of all rows
 
-  // A group of a unit; its sums run in two chains.
-  __device__ __forceinline__ void multiply_group(const uint8_t* weights, uint64_t x,
-                                                 const float* x_sums, int group,
-                                                 float sum[kTogether][kOctets][4]) const {
-    uint32_t a[kTogether][kGroupSlices][2][4];
+  // A group of a unit, whose sums run in two chains; or the two of a slice, from an even one on.
+  __device__ __forceinline__ void multiply_groups(const uint8_t* weights, uint64_t x,
+                                                  const float* x_sums, int group,
+                                                  float sum[kTogether][kOctets][4]) const {
+    const int first = group / kSliceGroups * kGroupSlices;  // slice
+    uint32_t a[kTogether][kGroupSlices][Weight::kTerms][2][4];
 #pragma unroll
     for (int r = 0; r < kTogether; r++)
 #pragma unroll
       for (int i = 0; i < kGroupSlices; i++)
-        Weight::operands(weights + r * kTileBytes, group * kGroupSlices + i, lane, a[r][i]);
+        Weight::operands(weights + r * kTileBytes, first + i, lane, a[r][i]);
     float even[kTogether][kHalves][kHalfOctets][4], odd[kTogether][kHalves][kHalfOctets][4];
     warpgroup_begin();
 #pragma unroll
     for (int r = 0; r < kTogether; r++)
 #pragma unroll
       for (int h = 0; h < kHalves; h++) {
-        multiply_chains(a[r], x + h * (kHalfBytes / 16), group, even[r][h], odd[r][h]);
+        multiply_chains(a[r], x + h * (kHalfBytes / 16), first, even[r][h], odd[r][h]);
         warpgroup_commit();
       }
 #pragma unroll
@@ -438,30 +449,35 @@ struct Wide : StageOf<Weight, kOctets> {
         warpgroup_wait((kTogether - 1 - r) * kHalves + kHalves - 1 - h);
         warpgroup_result<kHalfOctets>(even[r][h]);
         warpgroup_result<kHalfOctets>(odd[r][h]);
-        const uint32_t* scales = Weight::group(weights + r * kTileBytes, group * kGroupSlices);
 #pragma unroll
         for (int c = 0; c < kHalfOctets; c++) {
           const int octet = h * kHalfOctets + c;
-          const float2 x_sum = *reinterpret_cast<const float2*>(x_sums + 8 * octet);
-          add_group<Weight>(sum[r][octet], even[r][h][c], odd[r][h][c], x_sum, scales, g);
+          float2 x_sum[kSliceGroups];
+#pragma unroll
+          for (int half = 0; half < kSliceGroups; half++)
+            x_sum[half] =
+                *reinterpret_cast<const float2*>(x_sums + half * kRows + 8 * octet);
+          add_groups<Weight>(sum[r][octet], even[r][h][c], odd[r][h][c], x_sum,
+                             weights + r * kTileBytes, group, g);
         }
       }
   }
 
-  static __device__ __forceinline__ void multiply_chains(const uint32_t a[kGroupSlices][2][4],
-                                                         uint64_t x, int group,
-                                                         float even[kHalfOctets][4],
-                                                         float odd[kHalfOctets][4]) {
+  static __device__ __forceinline__ void multiply_chains(
+      const uint32_t a[kGroupSlices][Weight::kTerms][2][4], uint64_t x, int first,
+      float even[kHalfOctets][4], float odd[kHalfOctets][4]) {
 #pragma unroll
     for (int i = 0; i < kGroupSlices; i++) {
-      const uint64_t b = slice_of(x, group * kGroupSlices + i);
-      if (i == 0) {
-        warpgroup_mma<kHalfOctets, false>(even, a[i][0], b);
-        warpgroup_mma<kHalfOctets, false>(odd, a[i][1], b + 2);
-      } else {
-        warpgroup_mma<kHalfOctets, true>(even, a[i][0], b);
-        warpgroup_mma<kHalfOctets, true>(odd, a[i][1], b + 2);
-      }
+      const uint64_t b = slice_of(x, first + i);
+#pragma unroll
+      for (int term = 0; term < Weight::kTerms; term++)
+        if (i == 0 && term == 0) {
+          warpgroup_mma<kHalfOctets, false>(even, a[i][term][0], b);
+          warpgroup_mma<kHalfOctets, false>(odd, a[i][term][1], b + 2);
+        } else {
+          warpgroup_mma<kHalfOctets, true>(even, a[i][term][0], b);
+          warpgroup_mma<kHalfOctets, true>(odd, a[i][term][1], b + 2);
+        }
     }
   }
 
@@ -470,7 +486,8 @@ struct Wide : StageOf<Weight, kOctets> {
   __device__ __forceinline__ void multiply_units(const uint8_t* weights, uint64_t x, int units,
                                                  float sum[kTogether][kOctets][4]) const {
     constexpr int kSlices = kUnits * kUnitSlices;
-    uint32_t a[kTogether][kSlices][2][4];
+    static_assert(Weight::kTerms == 1);
+    uint32_t a[kTogether][kSlices][1][2][4];
 #pragma unroll
     for (int r = 0; r < kTogether; r++)
 #pragma unroll
@@ -480,15 +497,15 @@ struct Wide : StageOf<Weight, kOctets> {
                          lane, a[r][i]);
 #pragma unroll
         for (int j = 0; j < 8; j++)
-          if (unit > 0 && unit >= units) a[r][i][j / 4][j % 4] = 0;
+          if (unit > 0 && unit >= units) a[r][i][0][j / 4][j % 4] = 0;
       }
     warpgroup_begin();
 #pragma unroll
     for (int i = 0; i < kSlices; i++)
 #pragma unroll
       for (int r = 0; r < kTogether; r++) {
-        warpgroup_mma<kOctets, true>(sum[r], a[r][i][0], slice_of(x, i));
-        warpgroup_mma<kOctets, true>(sum[r], a[r][i][1], slice_of(x, i) + 2);
+        warpgroup_mma<kOctets, true>(sum[r], a[r][i][0][0], slice_of(x, i));
+        warpgroup_mma<kOctets, true>(sum[r], a[r][i][0][1], slice_of(x, i) + 2);
       }
     warpgroup_commit();
     warpgroup_wait(0);

@@ -74,6 +74,14 @@ class FourBits:
         n, k = matrix.shape
         if state.shape != [n, k] or n * k % 2:
             raise matrix.error(description, f"says the shape {state.shape}, not {[n, k]}")
+        numbers = stored[TABLE]
+        if numbers.dtype != "F32" or numbers.shape != (16,):
+            raise matrix.error(
+                TABLE, f"is {numbers.dtype} {list(numbers.shape)}, not sixteen numbers of F32"
+            )
+        table = tuple(matrix.read(TABLE).tolist())
+        if not all(map(math.isfinite, table)):
+            raise matrix.error(TABLE, "holds what is no finite number")
         blocks, nested = -(-n * k // state.blocksize), state.nested_blocksize
         group = math.gcd(state.blocksize, k)
 
@@ -106,7 +114,9 @@ class FourBits:
         return Layout(
             parts=parts,
             decode=decode,
-            format=KernelFormat(kind="lut4", group_size=group, scale_dtype=torch.float32),
+            format=KernelFormat(
+                kind="lut4", group_size=group, scale_dtype=torch.float32, table=table
+            ),
             k=k,
             bits=4,
             surplus=frozenset({description}),

@@ -31,8 +31,10 @@ PACKED, SCALE, ZERO, G_IDX = (
 )
 SHAPE, GLOBAL_SCALE = ".weight_shape", ".weight_global_scale"
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""The numbers of 4-bit floating point without a sign, by their bits; the fourth bit is the sign."""
+FP4 = tuple(
+    sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+)
+"""The sixteen numbers of e2m1, by their bits; the fourth bit is the sign."""
 
 
 class PackQuantized:
@@ -172,6 +174,7 @@ class Nvfp4:
                 scale_dtype=torch.float8_e4m3fn,
                 super_size=k,
                 super_dtype=torch.float32,
+                table=FP4,
             ),
             k=k,
             bits=4,
@@ -221,7 +224,9 @@ class Mxfp4:
         return Layout(
             parts=_fp4_parts(matrix, dtype),
             decode=decode,
-            format=KernelFormat(kind="lut4", group_size=32, scale_dtype=torch.float8_e8m0fnu),
+            format=KernelFormat(
+                kind="lut4", group_size=32, scale_dtype=torch.float8_e8m0fnu, table=FP4
+            ),
             k=matrix.shape[1],
             bits=4,
         )
@@ -229,7 +234,7 @@ class Mxfp4:
 
 def fp4_table(device: torch.device) -> Tensor:
     """Returns the sixteen numbers of e2m1, by their bits."""
-    return torch.tensor((*E2M1, *(-number for number in E2M1)), device=device)
+    return torch.tensor(FP4, device=device)
 
 
 def _nibbles(packed: Tensor) -> Tensor:

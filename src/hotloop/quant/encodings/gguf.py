@@ -20,12 +20,12 @@ from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat, QuantizedKind
 from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
-from hotloop.quant.encodings.compressed_tensors import fp4_table
+from hotloop.quant.encodings.compressed_tensors import FP4, fp4_table
 from hotloop.quant.qtensor import QTensor
 
 BLOCKS = ".weight"
 
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The table of the IQ4 types."""
 
 
@@ -176,7 +176,7 @@ def _iq4_nl(blocks: Tensor) -> dict[str, Tensor]:
     return {
         "values": _signed(_runs(blocks[:, :, 2:], 1, 4), 0),
         "scale": _halves(blocks, 0),
-        "table": torch.tensor(_IQ4, dtype=torch.float32, device=blocks.device),
+        "table": torch.tensor(IQ4, dtype=torch.float32, device=blocks.device),
     }
 
 
@@ -188,7 +188,7 @@ def _iq4_xs(blocks: Tensor) -> dict[str, Tensor]:
         "values": _signed(_runs(blocks[:, :, 8:], 8, 4), 0),
         "scale": _signed(low | high << 4, 32),
         "super_scale": _halves(blocks, 0),
-        "table": torch.tensor(_IQ4, dtype=torch.float32, device=blocks.device),
+        "table": torch.tensor(IQ4, dtype=torch.float32, device=blocks.device),
     }
 
 
@@ -226,6 +226,7 @@ def _super_type(
     group: int,
     n_bytes: int,
     has_minimum: bool = False,
+    table: tuple[float, ...] | None = None,
 ) -> Blocks:
     return Blocks(
         type=type_,
@@ -239,20 +240,24 @@ def _super_type(
             zero="offset" if has_minimum else "none",
             super_size=256,
             super_dtype=torch.float16,
+            table=table,
         ),
         unpack=unpack,
     )
 
 
 def _table_type(
-    type_: str, scale: torch.dtype, unpack: Callable[[Tensor], dict[str, Tensor]]
+    type_: str,
+    scale: torch.dtype,
+    table: tuple[float, ...],
+    unpack: Callable[[Tensor], dict[str, Tensor]],
 ) -> Blocks:
     return Blocks(
         type=type_,
         bits=4,
         size=32,
         n_bytes=16 + scale.itemsize,
-        format=KernelFormat(kind="lut4", group_size=32, scale_dtype=scale),
+        format=KernelFormat(kind="lut4", group_size=32, scale_dtype=scale, table=table),
         unpack=unpack,
     )
 
@@ -267,6 +272,6 @@ Q3_K = _super_type("Q3_K", "int4", _q3_k, bits=3, group=16, n_bytes=110)
 Q4_K = _super_type("Q4_K", "uint4", _q4_k, bits=4, group=32, n_bytes=144, has_minimum=True)
 Q5_K = _super_type("Q5_K", "int8", _q5_k, bits=5, group=32, n_bytes=176, has_minimum=True)
 Q6_K = _super_type("Q6_K", "int8", _q6_k, bits=6, group=16, n_bytes=210)
-IQ4_NL = _table_type("IQ4_NL", torch.float16, _iq4_nl)
-IQ4_XS = _super_type("IQ4_XS", "lut4", _iq4_xs, bits=4, group=32, n_bytes=136)
-MXFP4 = _table_type("MXFP4", torch.float8_e8m0fnu, _mxfp4)
+IQ4_NL = _table_type("IQ4_NL", torch.float16, IQ4, _iq4_nl)
+IQ4_XS = _super_type("IQ4_XS", "lut4", _iq4_xs, bits=4, group=32, n_bytes=136, table=IQ4)
+MXFP4 = _table_type("MXFP4", torch.float8_e8m0fnu, FP4, _mxfp4)
