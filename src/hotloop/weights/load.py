@@ -170,10 +170,10 @@ class _Loader:
         """Packs the parts of a projection."""
         weight: Sequence[Tensor | QTensor | RowStream]
         alike = [list(group) for _, group in groupby(parts, key=lambda part: part.format)]
-        # Rows tell whether permutations and lookup tables are the same, and pairs are packed
-        # together: these are joined first.
+        # Rows tell whether permutations are the same, and pairs are packed together: these are
+        # joined first.
         paired = linear.paired and self.fused and len(alike) == 1
-        if paired or any(part.format.permuted or part.format.kind == "lut4" for part in parts):
+        if paired or any(part.format.permuted for part in parts):
             weight = join_alike((part.take(part.n) for part in parts), linear.n)
         else:
             weight = [RowStream.chain(group) for group in alike]
