@@ -16,7 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from hotloop.checked import MAX_COUNT, Count, Range, Seed, check_fields
 from hotloop.errors import ConfigError, RequestError, shorten_value
@@ -87,18 +95,21 @@ def is_draft_model(draft: str) -> bool:
     return draft not in ("none", "ngram") and exit_layers(draft) is None
 
 
-def draft_name(draft: str, quant: str, n_tokens: int, policy: str) -> str:
+def draft_name(
+    draft: str, quant: str, n_tokens: int, policy: str, assumed: float | None = None
+) -> str:
     """Names a way of making drafts, such as ``ngram-4`` or ``llama-2-13b:int4-g128-4``.
 
-    The arguments are the fields ``draft``, ``draft_quant``, ``draft_tokens`` and ``draft_policy``
-    of ``EngineConfig``.
+    The arguments are the fields ``draft``, ``draft_quant``, ``draft_tokens``, ``draft_policy`` and
+    ``assume_acceptance`` of ``EngineConfig``.
     """
     if draft == "none":
         return "none"
     name = Path(draft).name
     if quant != "auto":
         name += f":{quant}"
-    return f"{name}-{n_tokens}{'-always' if policy == 'always' else ''}"
+    name += f"-{n_tokens}{'-always' if policy == 'always' else ''}"
+    return name if assumed is None else f"{name}-assumed{assumed:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +251,16 @@ class EngineConfig:
             used=_drafts,
         ),
     ] = "adaptive"
+    assume_acceptance: Annotated[
+        Annotated[float, Range(0, 1)] | None,
+        Lever(
+            help="With random weights: keep each draft with this probability, whatever it is, to "
+            "time what such an acceptance would give. Tables say that it is assumed.",
+            group="Speculation",
+            default="drafts are verified",
+            used=_drafts,
+        ),
+    ] = None
     device: Annotated[
         str, Lever(help="Torch device, such as cpu or cuda:0.", group="Execution")
     ] = "auto"
@@ -331,7 +352,8 @@ class EngineConfig:
     @property
     def draft_name(self) -> str:
         """The name of its way of drafting; see :func:`draft_name`."""
-        return draft_name(self.draft, self.draft_quant, self.draft_tokens, self.draft_policy)
+        drafting = self.draft, self.draft_quant, self.draft_tokens, self.draft_policy
+        return draft_name(*drafting, self.assume_acceptance)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields, as JSON can hold them."""
@@ -484,6 +506,23 @@ class Speculation:
             draft_s=self.draft_s + other.draft_s,
             verify_s=self.verify_s + other.verify_s,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """The device's time of one step with k drafts for each row: medians over steps.
+
+    Attributes:
+        k: Drafts for each row; 0 in a plain step.
+        n_steps: Steps that were timed.
+        draft_s: Seconds to make the drafts.
+        verify_s: Seconds in the model, which verifies them.
+    """
+
+    k: int
+    n_steps: int
+    draft_s: float
+    verify_s: float
 
 
 def _add_positions(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
@@ -662,6 +701,18 @@ class PeakMemory(Protocol):
     @property
     def peak_bytes(self) -> int:
         """Bytes at the peak; of several ranks, on the one that has most."""
+        ...
+
+
+@runtime_checkable
+class DraftingEngine(Protocol):
+    """An engine that can time its steps by their number of drafts."""
+
+    def step_costs(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> tuple[StepCost, ...]:
+        """Times steps of every number of drafts that it uses, 0 included, over these prompts.
+
+        A number of drafts of which no step was seen is left out.
+        """
         ...
 
 

@@ -15,6 +15,7 @@ from tiny_models import N_TOKENS, encode, write_markov, write_random, write_scri
 from hotloop import LLM, Generation, SamplingParams, Speculation
 from hotloop.engine.core import StepTimes
 from hotloop.engine.draft_control import DraftController, sizes_up_to
+from hotloop.engine.speculation import assume
 from hotloop.errors import ConfigError, HotloopError
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
@@ -383,3 +384,51 @@ def test_sizes_are_powers_of_two_and_the_most():
     assert sizes_up_to(1) == (0, 1)
     assert sizes_up_to(4) == (0, 1, 2, 4)
     assert sizes_up_to(5) == (0, 1, 2, 4, 5)
+
+
+def test_an_assumed_acceptance_keeps_that_share_of_drafts_and_ends_as_asked(deep):
+    options = {"weights": "random", "dtype": "float32", "draft": "exit-1", "draft_policy": "always"}
+    many = SamplingParams(max_new_tokens=200, ignore_eos=True)
+    for share in (0.0, 0.7, 1.0):
+        llm = LLM(str(deep), assume_acceptance=share, **options)
+        (found,) = llm.generate([[5, 6, 7]], many)
+        assert len(found.token_ids) == 200
+        first = found.speculation.acceptance[0]
+        assert abs(first - share) <= (0.2 if 0 < share < 1 else 0.0)
+        llm.close()
+
+
+def test_assumed_drafts_are_kept_with_their_probability_each_and_independently():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 300, shape, generator=generator)
+
+    B, D = 20_000, 3
+    ids, drafts, after = draw(B, D + 1), draw(B, D), draw(B, D + 1)
+    positions = draw(B, 1) + torch.arange(D + 1)
+    accepted = (assume(ids, drafts, after, positions, 0.7)[:, :-1] == drafts).double()
+    assert (accepted.mean(0) - 0.7).abs().max() < 0.015
+    assert abs(float((accepted[:, 0] * accepted[:, 1]).mean()) - 0.49) < 0.015
+    none = assume(ids, torch.full_like(drafts, -1), after, positions, 1.0)
+    assert torch.equal(none, ids), "where there is no draft nothing is kept"
+    broken = assume(torch.full_like(ids, -1), drafts, after, positions, 1.0)
+    assert (broken == -1).all(), "logits that are not finite stay an error"
+
+
+def test_an_assumed_acceptance_is_for_random_weights_with_drafts(deep):
+    for options in ({"draft": "ngram"}, {"weights": "random"}):
+        with pytest.raises(ConfigError, match=r"assume_acceptance 0\.5"):
+            LLM(str(deep), assume_acceptance=0.5, **options)
+
+
+def test_steps_of_every_number_of_drafts_are_timed(deep, plain):
+    llm = LLM(str(deep), dtype="float32", draft="exit-1", draft_tokens=3)
+    costs = llm.step_costs([[5, 6, 7]], max_new_tokens=24)
+    assert [cost.k for cost in costs] == [0, 1, 2, 3]
+    for cost in costs:
+        assert cost.n_steps > 0
+        assert cost.verify_s > 0
+        assert (cost.draft_s > 0) == (cost.k > 0)
+    assert plain.step_costs([[5, 6, 7]], max_new_tokens=24) == ()
+    assert answers(llm) == answers(plain), "the engine answers as before"

@@ -101,6 +101,13 @@ def intervals() -> Iterator[Case]:
     yield case("an unknown status", changed("status", "great"), "status", "ok")
     yield case("an unknown key", changed("surprise", 1), "surprise")
     yield case("an unknown key in config", changed("config.surprise", {"a": [1]}), accepted=True)
+    cost = {"k": 1, "n_steps": 9, "draft_s": 0.001, "verify_s": 0.01}
+    yield case("a step's cost", changed("speculation.costs", [cost]), accepted=True)
+    for key, value in {"k": -1, "n_steps": 0, "draft_s": -1, "verify_s": 0, "x": 1}.items():
+        odd = changed("speculation.costs", [cost | {key: value}])
+        yield case(f"a step's cost with {key}={value}", odd, "speculation.costs", key)
+    odd = changed("speculation.assumed_acceptance", 1.5)
+    yield case("an acceptance above 1", odd, "speculation.assumed_acceptance")
     yield case(
         "no draft at a position", changed("speculation.acceptance", [1, None]), accepted=True
     )

@@ -21,19 +21,24 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hotloop.bench.record import Figure, SpeculationFigures, Workload
+from hotloop.bench.record import Figure, SpeculationFigures, StepCost, Workload
 from hotloop.bench.stability import cpu_times, explain_instability
 from hotloop.bench.statistics import mean_figure
 from hotloop.errors import ConfigError, HotloopError
 from hotloop.hardware import gpu_state
 from hotloop.types import (
+    DraftingEngine,
     Engine,
+    EngineConfig,
     EngineDescription,
     Generation,
     SamplingParams,
     Speculation,
     Timing,
 )
+
+COST_TOKENS = 64
+"""The most tokens for which the steps of each number of drafts are timed, after the repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,14 @@ def measure_speed(
     def figure(of_one_request: Callable[[Timing], float]) -> Figure:
         return mean_figure([_mean(timings, of_one_request) for timings in repeats])
 
-    speculation = _speculation(description.config.draft_name, drafting)
+    speculation = _speculation(description.config, drafting)
+    if speculation is not None and isinstance(engine, DraftingEngine):
+        costs = engine.step_costs(
+            _prompts(workload, description.vocab_size, 0),
+            max_new_tokens=min(workload.new_tokens, COST_TOKENS),
+        )
+        recorded = tuple(StepCost(**vars(cost)) for cost in costs)
+        speculation = speculation.model_copy(update={"costs": recorded})
 
     def mbu(bytes_per_s: float | None) -> Figure | None:
         read = bytes_read_per_step(description, workload)
@@ -172,11 +184,15 @@ def _check(workload: Workload, description: EngineDescription) -> None:
         )
 
 
-def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> list[Generation]:
+def _prompts(workload: Workload, vocab_size: int, repeat: int) -> list[list[int]]:
     import numpy as np
 
     random = np.random.default_rng((workload.seed, repeat))
-    prompts = random.integers(vocab_size, size=(workload.batch, workload.prompt_tokens)).tolist()
+    return random.integers(vocab_size, size=(workload.batch, workload.prompt_tokens)).tolist()
+
+
+def _run(engine: Engine, workload: Workload, vocab_size: int, repeat: int) -> list[Generation]:
+    prompts = _prompts(workload, vocab_size, repeat)
     params = SamplingParams(max_new_tokens=workload.new_tokens, temperature=0, ignore_eos=True)
     generations = engine.generate(prompts, params)
     produced = [generation.timing.n_tokens for generation in generations]
@@ -195,7 +211,9 @@ def _drafting(generations: Sequence[Generation]) -> Speculation | None:
     return sum(each, Speculation()) if each else None
 
 
-def _speculation(draft: str, repeats: Sequence[Speculation | None]) -> SpeculationFigures | None:
+def _speculation(
+    config: EngineConfig, repeats: Sequence[Speculation | None]
+) -> SpeculationFigures | None:
     """Makes the drafting figures of all repeats."""
     each = [repeat for repeat in repeats if repeat is not None]
     if not each:
@@ -203,7 +221,7 @@ def _speculation(draft: str, repeats: Sequence[Speculation | None]) -> Speculati
     total = sum(each, Speculation())
     step_s = total.draft_s + total.verify_s
     return SpeculationFigures(
-        draft=draft,
+        draft=config.draft_name,
         proposed=total.proposed,
         accepted=total.accepted,
         acceptance=tuple(share if math.isfinite(share) else None for share in total.acceptance),
@@ -211,6 +229,7 @@ def _speculation(draft: str, repeats: Sequence[Speculation | None]) -> Speculati
         draft_share=total.draft_s / step_s if step_s else None,
         verify_share=total.verify_s / step_s if step_s else None,
         off_share=total.n_off / total.n_steps,
+        assumed_acceptance=config.assume_acceptance,
     )
 
 

@@ -86,6 +86,15 @@ class Workload(StrictModel):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
 
 
+class StepCost(StrictModel):
+    """The device's time of a step with k drafts; see ``types.StepCost``."""
+
+    k: Annotated[int, Field(ge=0, le=MAX_COUNT)]
+    n_steps: Count
+    draft_s: Annotated[float, Field(ge=0, le=MAX_NUMBER)]
+    verify_s: Annotated[float, Field(gt=0, le=MAX_NUMBER)]
+
+
 class SpeculationFigures(StrictModel):
     """Drafting statistics of the timed repeats; see ``types.Speculation``.
 
@@ -99,6 +108,9 @@ class SpeculationFigures(StrictModel):
             no step was timed.
         verify_share: The rest of it: the model, with drafts or without.
         off_share: Share of steps without drafts.
+        costs: Times of a step by its number of drafts, as far as they were timed; 0 drafts first.
+        assumed_acceptance: The probability with which drafts were kept, whatever they were; None
+            where they were verified.
     """
 
     draft: Name
@@ -109,6 +121,8 @@ class SpeculationFigures(StrictModel):
     draft_share: float | None
     verify_share: float | None
     off_share: float
+    costs: Annotated[tuple[StepCost, ...], Field(strict=False)] = ()
+    assumed_acceptance: Probability | None = None
 
 
 class NonInferiority(StrictModel):
@@ -253,6 +267,7 @@ class RecordedConfig(_Keys, total=False):
     draft_quant: Name
     draft_tokens: Count
     draft_policy: Name
+    assume_acceptance: Annotated[float, Field(ge=0, le=1)] | None
 
 
 class RecordedEngine(_Keys, total=False):

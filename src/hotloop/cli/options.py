@@ -76,6 +76,10 @@ def _is_number(name: str) -> bool:
     return int in (_HINTS[name], *get_args(_HINTS[name]))
 
 
+def _is_real_number(name: str) -> bool:
+    return float in get_args(_HINTS[name])
+
+
 def _alias(of: Lever) -> dict[str, Any]:
     return {} if of.alias is None else {"alias": of.alias}
 
@@ -136,9 +140,18 @@ def listed(text: str) -> list[str]:
 def _values(name: str, text: str) -> list[Any]:
     """Returns the values of a lever; an invalid number is left for the recipe to refuse."""
     values: list[Any] = listed(text)
+    if _is_real_number(name):
+        return [_real_number(value) for value in values]
     if not _is_number(name):
         return values
     return [int(v) if v.removeprefix("-").isdecimal() else v for v in values]
+
+
+def _real_number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _one_value(name: str) -> tuple[str, Any, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hotloop.engine.core import StepTimes
+from hotloop.types import StepCost
 
 
 def sizes_up_to(most: int) -> tuple[int, ...]:
@@ -153,3 +156,38 @@ class DraftController:
         assert cost_s is not None
         assert plain_s is not None
         return cost_s - plain_s
+
+
+class StepTimer(DraftController):
+    """Always drafts the same number of tokens, and keeps the time of every step.
+
+    Args:
+        n: Rows of the steps to time.
+        k: Drafts for each of them.
+    """
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__((0, k) if k else (0,), always=True)
+        self._n, self._k = n, k
+        self._draft_s: list[float] = []
+        self._verify_s: list[float] = []
+
+    def observe(
+        self, n: int, k: int, *, times: StepTimes | None, steps: int = 1, **others: Any
+    ) -> None:
+        """See ``DraftController``."""
+        if times is not None and (n, k) == (self._n, self._k):
+            self._draft_s += [(times.catch_up_s + times.draft_s) / steps] * steps
+            self._verify_s += [times.model_s / steps] * steps
+        super().observe(n, k, times=times, steps=steps, **others)
+
+    def cost(self) -> StepCost | None:
+        """Returns the median times; None if no such step was timed."""
+        if not self._verify_s:
+            return None
+        return StepCost(
+            k=self._k,
+            n_steps=len(self._verify_s),
+            draft_s=statistics.median(self._draft_s) if self._k else 0.0,
+            verify_s=statistics.median(self._verify_s),
+        )

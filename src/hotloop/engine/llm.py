@@ -27,7 +27,7 @@ from hotloop.engine.core import (
     StopMeter,
     Synchronize,
 )
-from hotloop.engine.draft_control import DraftController, sizes_up_to
+from hotloop.engine.draft_control import DraftController, StepTimer, sizes_up_to
 from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.memory import check_fits
 from hotloop.engine.ranks import RankGroup
@@ -56,6 +56,7 @@ from hotloop.types import (
     Prompt,
     SamplingParams,
     Score,
+    StepCost,
     Timing,
 )
 
@@ -249,6 +250,23 @@ class LLM:
             eos_ids=tokenizer.ordered_eos_ids if tokenizer else (),
             **self._facts | {"notes": (*self._facts["notes"], *read)},
         )
+
+    def step_costs(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> tuple[StepCost, ...]:
+        """See ``DraftingEngine``; empty without a drafter. The answers are greedy."""
+        if self._setup.draft is None:
+            return ()
+        params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+        costs = []
+        for k in sizes_up_to(self.config.draft_tokens):
+            timer = StepTimer(len(prompts), k)
+            requests = [
+                self._request(i, prompt, params, time.perf_counter(), speculates=True)
+                for i, prompt in enumerate(prompts)
+            ]
+            for _ in self._run(requests, self._new_scheduler(timer, self._scheduler.n_steps)):
+                pass
+            costs.append(timer.cost())
+        return tuple(cost for cost in costs if cost is not None)
 
     @contextmanager
     def meter(self) -> Iterator[PeakMemory]:

@@ -118,6 +118,7 @@ class Runner:
                 self._sampler,
                 drafter=self._drafter,
                 max_drafts=spare,
+                assumed_acceptance=config.assume_acceptance,
                 n_positions=setup.n_positions,
                 captures=self.captures,
                 indexes_seats=self._model.attention_name in ("cpu", "fused"),

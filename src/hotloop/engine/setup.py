@@ -191,6 +191,7 @@ def settle(config: EngineConfig) -> EngineConfig:
     if config.draft == "none":
         known |= {"draft_tokens": EngineConfig.draft_tokens}
         known |= {"draft_policy": EngineConfig.draft_policy}
+        known |= {"assume_acceptance": EngineConfig.assume_acceptance}
     try:
         device = resolve_device(config.device)
     except (ConfigError, UnsupportedError):  # reported when the cell runs
@@ -210,6 +211,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     schemes = schemes_by_name(model, scheme, head_scheme, stored)
     model_notes += _assumption_notes(stored) + requantization_notes(stored, schemes)
     _check_all_reduce(config, device)
+    _check_assumption(config)
     _check_permutations(config, model, schemes)
     dtype = _resolve_dtype(config, device)
     n_positions = _resolve_context(config, model, dtype)
@@ -252,6 +254,22 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         notes=(*model_notes, *notes),
     )
     return _with_draft(setup, _prepare_draft(setup))
+
+
+def _check_assumption(config: EngineConfig) -> None:
+    """Refuses an assumed acceptance where it would change answers that somebody could use."""
+    if config.assume_acceptance is None:
+        return
+    if config.draft == "none":
+        raise ConfigError(
+            f"assume_acceptance {config.assume_acceptance:g} without drafts has no effect: give a "
+            "draft (--draft) too, or leave it out."
+        )
+    if config.weights != "random":
+        raise ConfigError(
+            f"assume_acceptance {config.assume_acceptance:g} keeps drafts whatever they are, so "
+            "answers would be wrong: it is for random weights alone (--weights random)."
+        )
 
 
 def _with_draft(setup: Setup, draft: Draft | None) -> Setup:

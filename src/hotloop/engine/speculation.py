@@ -220,6 +220,34 @@ class SharedDrafter(Drafter):
             self.drafter.catch_up(step)
 
 
+def assume(
+    ids_BT: Tensor, drafts_BD: Tensor, after_BT: Tensor, positions_BT: Tensor, share: float
+) -> Tensor:
+    """Replaces sampled tokens so that each draft is accepted with a probability, whatever it is.
+
+    It times what an acceptance would give: with random weights no draft is a good one. A hash of a
+    draft's position and of the newest token decides, so that it is the same on all ranks and
+    another one for every text.
+
+    Args:
+        ids_BT: int64, the sampled tokens.
+        drafts_BD: int64, negative for none.
+        after_BT: int64, the input of the step: the newest token of each row, and its drafts.
+        positions_BT: int64, their positions.
+        share: The probability.
+    """
+    mixed_BD = positions_BT[:, 1:] * 0x9E3779B1 + after_BT[:, :1] * 0x85EBCA77
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finalizer of MurmurHash3
+        mixed_BD = mixed_BD & 0xFFFFFFFF
+        mixed_BD = (mixed_BD ^ (mixed_BD >> shift)) * factor
+    mixed_BD = mixed_BD & 0xFFFFFFFF
+    kept_BD = (mixed_BD ^ (mixed_BD >> 16)) < round(share * 2**32)
+    sampled_BD = ids_BT[:, :-1]
+    other_BD = torch.where(sampled_BD == drafts_BD, (drafts_BD - 1).abs(), sampled_BD)
+    kept_BD = kept_BD & (drafts_BD >= 0) & (sampled_BD >= 0)
+    return torch.cat((torch.where(kept_BD, drafts_BD, other_BD), ids_BT[:, -1:]), dim=1)
+
+
 def _sample(
     forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     rows: Rows,

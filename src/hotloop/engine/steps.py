@@ -33,7 +33,7 @@ from hotloop.engine.forward import Forward
 from hotloop.engine.graphs import Graphs
 from hotloop.engine.rows import Rows
 from hotloop.engine.sampling import Sampled, Sampler
-from hotloop.engine.speculation import Drafter
+from hotloop.engine.speculation import Drafter, assume
 
 Result = TypeVar("Result")
 
@@ -76,6 +76,7 @@ class Stepper:
         sampler: Samples tokens.
         drafter: Drafts tokens; None without speculative decoding.
         max_drafts: The most drafts in a step.
+        assumed_acceptance: See ``EngineConfig.assume_acceptance``.
         n_positions: Positions of the cache.
         captures: Whether programs become CUDA graphs.
         indexes_seats: Attention kernels index the cache by seat and stop at each row's position.
@@ -90,12 +91,14 @@ class Stepper:
         *,
         drafter: Drafter | None,
         max_drafts: int,
+        assumed_acceptance: float | None = None,
         n_positions: int,
         captures: bool,
         indexes_seats: bool,
     ) -> None:
         self.forward, self.rows, self.sampler, self.drafter = forward, rows, sampler, drafter
         self.n_positions = n_positions
+        self.assumed_acceptance = assumed_acceptance
         self.indexes_seats = indexes_seats
         self._device = rows.positions.device
         self._drafts = rows.positions.new_full((len(rows.positions), max(1, max_drafts)), -1)
@@ -185,8 +188,11 @@ class Stepper:
         )
         after_BT = positions_BT + 1 if features.draw else None
         sampled = self.sampler.sample(logits_BTV, after_BT, 0, features, drafts_BD, best_BT=best_BT)
-        n_kept_B, n_drafts_B = self.rows.accept(sampled.ids, drafts_BD)
-        sampled = dataclasses.replace(sampled, n_kept=n_kept_B, n_drafts=n_drafts_B)
+        ids = sampled.ids
+        if drafts_BD is not None and self.assumed_acceptance is not None:
+            ids = assume(ids, drafts_BD, ids_BT, positions_BT, self.assumed_acceptance)
+        n_kept_B, n_drafts_B = self.rows.accept(ids, drafts_BD)
+        sampled = dataclasses.replace(sampled, ids=ids, n_kept=n_kept_B, n_drafts=n_drafts_B)
         if features.penalize:
             kept_BT = sampled.ids
             if n_kept_B is not None:

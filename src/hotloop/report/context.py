@@ -41,9 +41,26 @@ RANDOM_ACCEPTANCE = (
 )
 
 
+def assumed_note(record: Record) -> str | None:
+    """Says that a record's acceptance was assumed; None where drafts were verified."""
+    share = record.speculation and record.speculation.assumed_acceptance
+    if share is None:
+        return None
+    return (
+        f"Assumed: each draft was kept with probability {share:g}, whatever it was. The speed is "
+        "what such an acceptance gives, and says nothing of what these models accept."
+    )
+
+
 def has_random_weights(record: Record) -> bool:
     """Tells whether a record is of random weights."""
     return record.config.get("weights") == "random"
+
+
+def has_random_acceptance(record: Record) -> bool:
+    """Tells whether a record's drafts were verified, and with random weights."""
+    verified = record.speculation is not None and assumed_note(record) is None
+    return verified and has_random_weights(record)
 
 
 def notes(record: Record) -> tuple[str, ...]:

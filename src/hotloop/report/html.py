@@ -31,11 +31,12 @@ from hotloop.report.differences import (
 )
 from hotloop.report.fields import value_of
 from hotloop.report.layout import Column, Row, Table
+from hotloop.report.numbers import percent
 from hotloop.report.page import comparable, make_page
 from hotloop.report.plots import Chart, charts, front, near_front
 from hotloop.report.read import latest
 from hotloop.report.recommend import Recommendation, is_doubtful, recommend
-from hotloop.report.speculation import Drafting, drafting
+from hotloop.report.speculation import ACCEPTANCES, Drafting, drafting
 from hotloop.report.table import make_table
 from hotloop.types import MAX_DELTA_LN_PPL
 
@@ -66,6 +67,7 @@ def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_
     environment.filters |= {"cited": _cited, "breakable": _breakable}
     return environment.get_template("report.html.j2").render(
         groups=groups,
+        acceptances=[percent(p) for p in ACCEPTANCES],
         records=[record.model_dump(mode="json") for group in groups for record in group.records],
     )
 

@@ -14,8 +14,10 @@ from typing import Any
 from hotloop.bench.record import Figure, Record
 from hotloop.report.context import (
     RANDOM_ACCEPTANCE,
+    assumed_note,
     context,
     device_name,
+    has_random_acceptance,
     has_random_weights,
     model_name,
 )
@@ -91,7 +93,8 @@ def _table(records: Sequence[Record]) -> Table:
     for record, labels in zip(records, levers, strict=True):
         quantization, compiled, ranks, drafts = labels
         quantization = notes.cite(quantization, record.cell if namesakes[labels] > 1 else None)
-        if record.speculation and has_random_weights(record):
+        drafts = notes.cite(drafts, assumed_note(record))
+        if has_random_acceptance(record):
             drafts = notes.cite(drafts, RANDOM_ACCEPTANCE)
         decode, end_to_end = (column.text(record) for column in SPEEDS)
         decode = notes.cite(decode, _caveat(record))
@@ -137,6 +140,7 @@ def _drafts(record: Record) -> str:
         config.get("draft_quant", EngineConfig.draft_quant),
         config.get("draft_tokens", EngineConfig.draft_tokens),
         config.get("draft_policy", EngineConfig.draft_policy),
+        config.get("assume_acceptance"),
     )
     return NONE if name == "none" else name
 

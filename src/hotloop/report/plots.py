@@ -16,6 +16,7 @@ from hotloop.report.differences import loss_difference, speed_difference
 from hotloop.report.layout import STAR
 from hotloop.report.numbers import half_width, percent, significant, uncertain
 from hotloop.report.recommend import is_doubtful, speed_gap
+from hotloop.report.speculation import drafting
 from hotloop.types import EngineConfig
 
 Scale = Literal["linear", "log", "symlog"]
@@ -208,6 +209,7 @@ def charts(
         or speeds(measured, recommended=recommended),
         scaling(measured),
         step_times(measured),
+        acceptance_curve(measured),
     ]
     return [chart for chart in made if chart is not None]
 
@@ -309,7 +311,7 @@ def speeds(records: Sequence[Record], *, recommended: Record | None) -> Bars | N
         name="speed",
         title="Speed",
         caption="Decode tokens per second of one request, with 95% intervals. Quality was not "
-        "measured. Hatched: unstable, or of fewer than three repeats.",
+        "measured. Dashed outlines: unstable, or of fewer than three repeats.",
         summary="; ".join(f"{bar.label}: {bar.text} tok/s" for bar in bars) + ".",
         x=_from_zero("decode tokens/s", [max(b.interval or (0, b.values[0])) for b in bars]),
         parts=("decode tokens/s",),
@@ -412,6 +414,7 @@ def scaling(records: Sequence[Record]) -> Plot | None:
 
 _SAME_BUT_RANKS = (
     *("quant", "head", "draft", "draft_quant", "draft_tokens", "draft_policy"),
+    "assume_acceptance",
     *("execution", "all_reduce", "dtype", "max_batch_size"),
 )
 
@@ -534,6 +537,52 @@ def _same_but_execution(record: Record) -> str:
     config = record.config
     names = ("quant", "head", "tensor_parallel", "dtype", "max_batch_size")
     return repr([record.baseline, *(config.get(name) for name in names)])
+
+
+# --------------------------------------------------------------------------- speculation
+
+
+def acceptance_curve(records: Sequence[Record]) -> Plot | None:
+    """Makes the curve of speed over acceptance; None where no cell's steps were timed."""
+    cells = [cell for cell in drafting(records) if cell.costs]
+    if not cells:
+        return None
+    series, values = [], [1.0]
+    for style, cell in enumerate(cells):
+        record = cell.record
+        curve = [Point(x=p / 50, y=cell.gain_at(p / 50)) for p in range(51)]
+        series.append(Series(name=record.cell, points=tuple(curve), kind="line", style=style))
+        values += [point.y for point in curve]
+        seen = cell.figures.assumed_acceptance
+        seen = next(iter(cell.figures.acceptance), None) if seen is None else seen
+        if cell.gain is None or seen is None:
+            continue
+        times = math.exp(min(cell.gain.mean, 50.0))
+        low, high = (math.exp(min(end, 50.0)) for end in cell.gain.interval())
+        values.append(times)
+        point = Point(
+            x=seen,
+            y=times,
+            cell=record.cell,
+            label="measured",
+            title=f"{record.cell}, measured: {times:.2f} × plain decoding",
+            y_interval=(low, min(high, 2 * max(values))),
+            is_doubtful=is_doubtful(record),
+        )
+        series.append(Series(name="", points=(point,), style=style))
+    return Plot(
+        name="speculation",
+        title="When speculation pays",
+        caption="Speed relative to plain decoding, by the measured times of a step with the best "
+        "number of drafts, if each draft is accepted with the same probability. Above 1 drafting "
+        "pays. Marks: the speed that was measured, at the acceptance of first drafts; drafting is "
+        "switched off where it does not pay, so it can lie above its curve.",
+        summary="; ".join(f"{cell.record.cell}: {cell.explanation}" for cell in cells) + ".",
+        x=Axis(label="acceptance of a draft", low=0.0, high=1.02, at=(0, 0.2, 0.4, 0.6, 0.8, 1)),
+        y=_from_zero("speed × plain decoding", values),
+        series=tuple(series),
+        limit=(1.0, "plain decoding"),
+    )
 
 
 # --------------------------------------------------------------------------- small tools

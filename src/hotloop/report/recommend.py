@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from hotloop.bench.record import MEASURED, Figure, Record
 from hotloop.bench.statistics import t_critical
-from hotloop.report.context import notes
+from hotloop.report.context import assumed_note, notes
 from hotloop.report.numbers import half_width, percent, significant, uncertain
 from hotloop.report.read import latest
 from hotloop.types import MAX_DELTA_LN_PPL
@@ -62,10 +62,10 @@ def recommend(
 
     Args:
         records: Of one model, workload and device; the last of each cell counts, and those of
-            other engines do not.
+            other engines, or of an assumed acceptance, do not.
         max_delta_ln_ppl: The increase of ln perplexity to tolerate.
     """
-    ours = (record for record in latest(records) if record.baseline is None)
+    ours = (r for r in latest(records) if r.baseline is None and assumed_note(r) is None)
     timed = [record for record in ours if record.status in MEASURED and record.decode_tok_s]
     unknown = [f"{record.cell}: {gap}." for record in timed if (gap := speed_gap(record))]
     measured = [record for record in timed if not speed_gap(record)]

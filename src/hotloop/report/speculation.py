@@ -1,15 +1,28 @@
-"""Why speculative decoding paid or not, from the records of cells with drafts."""
+"""Why speculative decoding paid or not, from the records of cells with drafts.
+
+With k drafts a step costs more than a plain one: the time to make them, and that of verifying more
+positions. It pays if the tokens that it yields make up for that. The step times were measured for
+every k; how many tokens they yield depends on the acceptance, so speed is a curve over it.
+
+In the curve each draft is accepted with the same probability p, if those before it are, so that a
+step with k drafts yields 1 + p + … + p^k tokens.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from hotloop.bench.record import Record, SpeculationFigures
+from hotloop.bench.record import Record, SpeculationFigures, StepCost
 from hotloop.report.differences import Difference, shown_ratio, speed_difference
-from hotloop.report.numbers import half_width, percent, uncertain
+from hotloop.report.numbers import half_width, percent, significant, uncertain
 
-_OF_DRAFTS = ("draft", "draft_quant", "draft_tokens", "draft_policy")
+ACCEPTANCES = (0.6, 0.7, 0.8, 0.9, 0.95)
+"""The acceptances for which tables say what the speed would be."""
+
+_OF_DRAFTS = ("draft", "draft_quant", "draft_tokens", "draft_policy", "assume_acceptance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +41,106 @@ class Drafting:
     plain: Record | None
     gain: Difference | None
 
+    @cached_property
+    def costs(self) -> dict[int, StepCost]:
+        """The measured costs by number of drafts; empty if a plain step was not timed."""
+        costs = {cost.k: cost for cost in self.figures.costs}
+        return costs if 0 in costs and len(costs) > 1 else {}
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of drafts, from 1, whose steps were timed."""
+        return sorted(k for k in self.costs if k > 0)
+
+    def step_s(self, k: int) -> float:
+        """Returns the time of a step with k drafts."""
+        return self.costs[k].draft_s + self.costs[k].verify_s
+
+    def speed_at(self, p: float, k: int) -> float:
+        """Returns tokens per second with k drafts at acceptance p, by the device's time."""
+        return expected_tokens(p, k) / self.step_s(k)
+
+    def best_at(self, p: float) -> int:
+        """Returns the number of drafts, from 1, that is fastest at acceptance p."""
+        return max(self.sizes, key=lambda k: self.speed_at(p, k))
+
+    def gain_at(self, p: float) -> float:
+        """Returns the speed at acceptance p with the best number of drafts over that of none."""
+        return self.speed_at(p, self.best_at(p)) * self.step_s(0)
+
+    @cached_property
+    def break_even(self) -> tuple[float, int] | None:
+        """The least acceptance at which drafting pays, and with how many drafts; None: never."""
+        found = [(p, k) for k in self.sizes if (p := self.break_even_of(k)) is not None]
+        return min(found, default=None)
+
+    def break_even_of(self, k: int) -> float | None:
+        """Returns the acceptance at which k drafts are as fast as none; None if none is."""
+        cost = self.step_s(k) / self.step_s(0)
+        if cost > k + 1:
+            return None
+        low, high = 0.0, 1.0
+        while (middle := (low + high) / 2) not in (low, high):
+            low, high = (middle, high) if expected_tokens(middle, k) < cost else (low, middle)
+        return high if cost > 1 else 0.0
+
+    @cached_property
+    def best_seen(self) -> int | None:
+        """The number of drafts that is fastest at the acceptance that was seen; None: unknown."""
+        speeds = {}
+        for k in self.costs:
+            shares = self.figures.acceptance[:k]
+            if len(shares) == k and None not in shares:
+                kept = sum(share for share in shares if share is not None)
+                speeds[k] = (1 + kept) / self.step_s(k)
+        return max(speeds, key=lambda k: speeds[k]) if len(speeds) > 1 else None
+
+    @property
+    def explanation(self) -> str:
+        """A sentence on what drafting takes to pay, and what was seen."""
+        if not self.costs:
+            return "step times were not recorded"
+        most = self.sizes[-1]
+        cost = self.step_s(most) / self.step_s(0)
+        drafts = "draft" if most == 1 else "drafts"
+        said = f"a step with {most} {drafts} takes {cost:.2f} plain ones"
+        if self.break_even is None:
+            said += "; drafting pays at no acceptance"
+        elif self.break_even[0] == 0:
+            said += "; drafting costs nothing"
+        else:
+            p, k = self.break_even
+            said += f"; drafting pays from {percent(p)} acceptance on, with {k}"
+        first = next(iter(self.figures.acceptance), None)
+        if first is not None:
+            kind = "assumed" if self.figures.assumed_acceptance is not None else "seen"
+            said += f"; {percent(first)} of first drafts {kind}"
+        if self.best_seen is not None:
+            best = "not to draft" if self.best_seen == 0 else str(self.best_seen)
+            said += f", for which the best is {best}"
+        return said
+
+    @property
+    def shown_costs(self) -> str:
+        """Draft and verification of a step, by number of drafts."""
+        return "; ".join(
+            f"{k}: {significant(cost.draft_s * 1e3, 3)} + {significant(cost.verify_s * 1e3, 3)}"
+            for k, cost in sorted(self.costs.items())
+        )
+
+    @property
+    def shown_speeds(self) -> list[str]:
+        """The speed at each of ``ACCEPTANCES`` and the number of drafts that gives it."""
+        if not self.costs:
+            return ["–"] * len(ACCEPTANCES)
+        best = [(p, self.best_at(p)) for p in ACCEPTANCES]
+        return [f"{significant(self.speed_at(p, k), 3)} ({k})" for p, k in best]
+
+    @property
+    def shown_plain(self) -> str:
+        """The speed without drafts, by the device's time."""
+        return significant(1 / self.step_s(0), 3)
+
     @property
     def shown_gain(self) -> str:
         """Its gain over plain decoding."""
@@ -43,7 +156,9 @@ class Drafting:
     def acceptance(self) -> str:
         """The share of drafts accepted at each position."""
         shares = self.figures.acceptance
-        return " ".join("–" if share is None else percent(share) for share in shares) or "–"
+        said = " ".join("–" if share is None else percent(share) for share in shares) or "–"
+        assumed = self.figures.assumed_acceptance
+        return said if assumed is None else f"{said} (assumed: {percent(assumed)} of each)"
 
     @property
     def draft_share(self) -> str:
@@ -55,6 +170,11 @@ class Drafting:
     def off_share(self) -> str:
         """The share of steps without drafts."""
         return percent(self.figures.off_share)
+
+
+def expected_tokens(p: float, k: int) -> float:
+    """Returns the tokens of a step with k drafts, each accepted with probability p."""
+    return math.fsum(p**i for i in range(k + 1))
 
 
 def drafting(records: Sequence[Record]) -> tuple[Drafting, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hotloop.bench.record import MEASURED, Record
-from hotloop.report.context import RANDOM_ACCEPTANCE, context, has_random_weights
+from hotloop.report.context import RANDOM_ACCEPTANCE, assumed_note, context, has_random_acceptance
 from hotloop.report.context import notes as engine_notes
 from hotloop.report.fields import csv_names, csv_text, csv_values, value_of
 from hotloop.report.layout import STAR, Column, Notes, Row, Table
@@ -90,7 +90,7 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
         # From left to right, so that numbers ascend as they are read.
         figures = range(len(LABELS), len(columns))
         if (first := next((i for i in figures if cells[i]), None)) is not None:
-            for note in (*filter(None, [speed_gap(record)]), *engine_notes(record)):
+            for note in (assumed_note(record), speed_gap(record), *engine_notes(record)):
                 cells[first] = notes.cite(cells[first], note)
             if first_of_quality is not None and record.quality_reason:
                 note = f"quality: {record.quality_reason}"
@@ -149,7 +149,7 @@ def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
             "Speculation: tokens that a step gave; acceptance, the share of steps' first drafts "
             "that was kept. Both depend on the text, here on answers to random tokens."
         )
-        remarks += [RANDOM_ACCEPTANCE] * any(map(has_random_weights, drafted))
+        remarks += [RANDOM_ACCEPTANCE] * any(map(has_random_acceptance, drafted))
     if any(record.delta_ln_ppl for record in measured):
         remarks.append(
             "Quality: perplexity (ppl); against the reference on the same windows, Δ ln ppl "
