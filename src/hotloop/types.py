@@ -699,8 +699,8 @@ class PeakMemory(Protocol):
     """The measurement of an engine's meter, once its block has ended."""
 
     @property
-    def peak_bytes(self) -> int:
-        """Bytes at the peak; of several ranks, on the one that has most."""
+    def peak_bytes(self) -> int | None:
+        """Bytes at the peak; of several ranks, on the one that has most. None if not known."""
         ...
 
 

@@ -15,6 +15,7 @@ from hotloop.types import Engine, EngineConfig, MemoryPlan
 ENGINES = {
     "hotloop": "hotloop.baselines.hotloop:ENGINE",
     "transformers": "hotloop.baselines.transformers:ENGINE",
+    "endpoint": "hotloop.baselines.endpoint:ENGINE",
 }
 """The registry: the name in ``EngineConfig.engine`` -> where its ``EngineKind`` is."""
 

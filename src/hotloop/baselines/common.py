@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -211,6 +212,15 @@ class Tokens:
         return self.tokenizer
 
 
+class UnknownMemory(AbstractContextManager["UnknownMemory"]):
+    """The meter of an engine whose memory cannot be measured from outside."""
+
+    peak_bytes = None
+
+    def __exit__(self, *_: object) -> None:
+        """Measures nothing."""
+
+
 def check_window(window: Sequence[int], max_seq_len: int) -> None:
     """Refuses a window that cannot be scored.
 
@@ -239,6 +249,32 @@ def score_of(logits_TV: Tensor, window: Sequence[int], *, full: bool) -> Score:
         token_logprobs=log_probs_TV.gather(1, tokens_T[:, None])[:, 0].cpu(),
         top1=log_probs_TV.argmax(dim=-1).cpu(),
         log_probs=log_probs_TV if full else None,
+    )
+
+
+def score_of_top(
+    entries: Sequence[Mapping[int, float]], window: Sequence[int], k: int, *, top: bool
+) -> Score:
+    """Makes the score of a window, of which an engine gives the most likely tokens alone.
+
+    Args:
+        entries: Log-probabilities by token id after each of its tokens but the last: of the token
+            that follows, and of the ``k`` most likely.
+        window: Its token ids.
+        k: See above.
+        top: Also return the most likely tokens.
+    """
+    import torch
+
+    ranked = [sorted(entry.items(), key=lambda item: -item[1])[:k] for entry in entries]
+    k = min(map(len, ranked))
+    ids_TK = torch.tensor([[token for token, _ in entry[:k]] for entry in ranked])
+    log_probs_TK = torch.tensor([[value for _, value in entry[:k]] for entry in ranked])
+    own = [entry[token] for entry, token in zip(entries, window[1:], strict=True)]
+    return Score(
+        token_logprobs=torch.tensor(own),
+        top1=ids_TK[:, 0],
+        top=(ids_TK, log_probs_TK) if top else None,
     )
 
 

@@ -56,7 +56,7 @@ class Speed:
         mbu_datasheet: The same against the vendor's figure, if that was given.
         speculation: Drafting statistics, where the engine drafts.
         peak_bytes: Peak memory while the workload ran, loading excluded, of the largest rank. See
-            ``MemoryMeter``.
+            ``MemoryMeter``. None where another engine's memory cannot be measured.
         instability: Why the repeats disagree, where they do.
     """
 
@@ -68,7 +68,7 @@ class Speed:
     mbu: Figure | None
     mbu_datasheet: Figure | None
     speculation: SpeculationFigures | None
-    peak_bytes: int
+    peak_bytes: int | None
     instability: str | None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App
 
@@ -12,13 +13,19 @@ from hotloop.cli.options import (
     DEFAULT_WEIGHTS,
     DEFAULT_WORKLOAD,
     MODEL,
+    SERVER,
     EngineOptions,
     Json,
     WeightOptions,
     WorkloadOptions,
     option,
 )
-from hotloop.cli.output import print_json, print_record
+from hotloop.cli.output import note, print_json, print_pairs, print_record, progress_bar
+from hotloop.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hotloop.baselines.server_behaviour import Behaviour, Divergence
+    from hotloop.bench.record import Figure
 
 app = App(
     name="bench",
@@ -26,7 +33,8 @@ app = App(
 Examples:
   hotloop bench smollm2-135m --quant int8 --execution compile
   hotloop bench --weights random --shape llama-2-13b --quant int4-g128
-  hotloop bench smollm2-135m --prompt-tokens 5 --new-tokens 200 --json""",
+  hotloop bench smollm2-135m --prompt-tokens 5 --new-tokens 200 --json
+  hotloop bench --endpoint http://localhost:8000/v1 --repeats 10""",
 )
 
 
@@ -38,12 +46,31 @@ def bench(
     engine: EngineOptions = DEFAULT_ENGINE,
     weights: WeightOptions = DEFAULT_WEIGHTS,
     workload: WorkloadOptions = DEFAULT_WORKLOAD,
+    endpoint: Annotated[
+        str | None,
+        option(
+            SERVER,
+            "Instead of MODEL: the URL of an OpenAI-compatible server, such as "
+            "http://localhost:8000/v1; #NAME behind it chooses one of several models. The variable "
+            "HOTLOOP_ENDPOINT_KEY holds its key.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        option(
+            SERVER,
+            "With --endpoint: another server of the same model, such as one without speculation, "
+            "whose greedy answers are compared.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> int:
-    """Time one configuration.
+    """Time one configuration, or find out how a server behaves.
 
     --json prints the record, as a sweep writes it. hotloop eval measures quality,
-    and hotloop sweep compares configurations.
+    and hotloop sweep compares configurations. Of a server it is found out how fast
+    the first token comes when a prompt is new and when it is known, how evenly the
+    others come, how much of its answers is loops, and whether answers repeat.
     """
     from hotloop.bench.record import MEASURED
     from hotloop.sweep.cell import refuse_cell, run_cell
@@ -52,6 +79,13 @@ def bench(
     from hotloop.sweep.progress import SweepProgress
     from hotloop.sweep.recipe import expand, recipe_from_flags
 
+    if endpoint is not None:
+        others = [*engine.given(), *weights.given(), *["model"] * (model is not None)]
+        if others:
+            raise ConfigError(f"--endpoint: the server has chosen {others[0]} itself.")
+        return _find_out(endpoint, against, workload, json=json)
+    if against is not None:
+        raise ConfigError("--against: it is compared with the server of --endpoint.")
     note_cache()
     recipe = recipe_from_flags(
         weights.model(model),
@@ -72,3 +106,73 @@ def bench(
     else:
         print_record(record)
     return 0 if record.status in MEASURED else 1
+
+
+def _find_out(url: str, against: str | None, options: WorkloadOptions, *, json: bool) -> int:
+    """Finds out how a server behaves, and prints it."""
+    from hotloop.baselines.completions import CompletionsClient
+    from hotloop.baselines.server_behaviour import find_out
+    from hotloop.bench.record import Workload
+    from hotloop.evaluate.text import load_text
+
+    if options.batch != WorkloadOptions.batch:
+        raise ConfigError("--batch: with --endpoint prompts are sent one after the other.")
+    with ExitStack() as opened, progress_bar("asking the server") as show:
+        client = opened.enter_context(CompletionsClient(url))
+        other = opened.enter_context(CompletionsClient(against)) if against else None
+        behaviour = find_out(
+            client,
+            Workload(**options.fields()),
+            load_text(None).content,
+            against=other,
+            on_prompt=show,
+        )
+    if json:
+        print_json(behaviour.to_dict())
+        return 0
+    print_pairs(_shown(behaviour))
+    if behaviour.refused_fields:
+        note(f"The server does not take: {', '.join(behaviour.refused_fields)}.")
+    return 0
+
+
+def _shown(behaviour: Behaviour) -> list[tuple[str, str]]:
+    from hotloop.report.numbers import half_width, percent, significant, uncertain
+
+    def ms(figure: Figure) -> str:
+        width = half_width(figure)
+        return f"{uncertain(figure.mean * 1e3, width and width * 1e3)} ms"
+
+    def counted(figure: Figure | None, digits: int = 4) -> str:
+        return significant(figure.mean, digits) if figure else "not told by the server"
+
+    def differences(found: Divergence) -> str:
+        equal = f"{found.n_equal} of {found.n} answers are equal"
+        if not found.first_difference:
+            return equal
+        earliest = min(found.first_difference)
+        return f"{equal}; the earliest difference is after {earliest} characters"
+
+    pairs = [
+        ("model", behaviour.model),
+        ("server", behaviour.server or "not told"),
+        ("prompt tokens", counted(behaviour.n_prompt_tokens)),
+        ("answer tokens", counted(behaviour.n_tokens)),
+        ("TTFT, new prompt", ms(behaviour.cold_ttft_s)),
+        ("TTFT, known prompt", ms(behaviour.warm_ttft_s)),
+    ]
+    if behaviour.tpot_s:
+        pairs.append(("time per token", ms(behaviour.tpot_s)))
+        pairs.append(("decode tok/s", significant(1 / behaviour.tpot_s.mean, 3)))
+    if behaviour.interval_s:
+        shown = zip(("50%", "90%", "99%", "longest"), behaviour.interval_s, strict=True)
+        listed = ", ".join(f"{name} {significant(s * 1e3, 3)}" for name, s in shown)
+        pairs.append(("between pieces, ms", listed))
+    pairs += [
+        ("tokens per piece", counted(behaviour.tokens_per_piece, 3)),
+        ("in loops", f"{percent(behaviour.loop_share.mean)} of the words of an answer"),
+        ("the same prompt again", differences(behaviour.repeated)),
+    ]
+    if behaviour.against:
+        pairs.append(("against the other", differences(behaviour.against)))
+    return pairs

@@ -31,7 +31,8 @@ SPECULATION = Group("Speculation", sort_key=4)
 SAMPLING = Group("Sampling", sort_key=5)
 WORKLOAD = Group("Workload", sort_key=6)
 QUALITY = Group("Quality", sort_key=7)
-OUTPUT = Group("Output", sort_key=8)
+SERVER = Group("Server", sort_key=8)
+OUTPUT = Group("Output", sort_key=9)
 
 
 def option(group: Group, text: str, default: str | None = None, **more: Any) -> Parameter:

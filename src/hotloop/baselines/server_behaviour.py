@@ -1,0 +1,188 @@
+"""How a server behaves, found out from outside: its first token, its pace, its loops, its answers.
+
+It needs nothing but the server's URL. Prompts are plain English with a salt in front, a word that
+no prompt had before: a server that keeps prefixes has none of it the first time (cold), and all of
+it the second (warm).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hotloop.baselines.completions import Completion, CompletionsClient
+from hotloop.bench.record import Figure, Workload
+from hotloop.bench.statistics import mean_figure
+
+_MAX_PERIOD = 64
+"""Words of the longest loop that is looked for."""
+
+_MIN_REPETITIONS = 3
+"""A passage said so often, one right after the other, is a loop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """How greedy answers to the same prompts differ.
+
+    Attributes:
+        n: Pairs of answers.
+        n_equal: Those that are equal.
+        first_difference: Characters before the first difference, of each pair that differs.
+    """
+
+    n: int
+    n_equal: int
+    first_difference: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """The behaviour of a server. Samples are prompts.
+
+    Attributes:
+        model: The served model.
+        server: The server's own name; empty where it does not tell it.
+        n_prompt_tokens: Tokens of a prompt, where the server counts them.
+        n_tokens: Tokens of an answer, where the server counts them.
+        cold_ttft_s: Seconds to the first piece of an answer to a prompt that is new.
+        warm_ttft_s: The same for a prompt that was just answered.
+        tpot_s: Seconds per token after the first piece, where the server counts tokens.
+        interval_s: Seconds between pieces: the quantiles 0.5, 0.9 and 0.99, and the longest.
+        tokens_per_piece: Tokens that a piece holds on average, where the server counts them.
+        loop_share: Share of the words of answers that repeat a passage for the third time or more.
+        repeated: Answers to the same prompt, the cold one and the warm one.
+        against: Answers of this server and the other one, where there is one.
+        refused_fields: Fields of requests that the server does not take.
+    """
+
+    model: str
+    server: str
+    n_prompt_tokens: Figure | None
+    n_tokens: Figure | None
+    cold_ttft_s: Figure
+    warm_ttft_s: Figure
+    tpot_s: Figure | None
+    interval_s: tuple[float, float, float, float] | None
+    tokens_per_piece: Figure | None
+    loop_share: Figure
+    repeated: Divergence
+    against: Divergence | None
+    refused_fields: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields, as JSON can hold them."""
+        values = asdict(self)
+        return {k: v.model_dump() if isinstance(v, Figure) else v for k, v in values.items()}
+
+
+def find_out(
+    client: CompletionsClient,
+    workload: Workload,
+    text: str,
+    *,
+    against: CompletionsClient | None = None,
+    on_prompt: Callable[[int, int], None] | None = None,
+) -> Behaviour:
+    """Asks a server each of some prompts twice, and another server once.
+
+    Args:
+        client: The server.
+        workload: About as many words in a prompt as it has prompt tokens, its new tokens, and a
+            prompt for each repeat. A batch is not asked at once.
+        text: The text that prompts are taken from.
+        against: A server of the same model, such as one without speculation.
+        on_prompt: Progress.
+
+    Raises:
+        ServerError: A server fails.
+    """
+    cold: list[Completion] = []
+    warm: list[Completion] = []
+    other: list[Completion] = []
+    client.complete("Hello", 2)  # connects
+    if against is not None:
+        against.complete("Hello", 2)
+    for done, prompt in enumerate(_prompts(workload, text), start=1):
+        for answers in (cold, warm):
+            answers.append(client.complete(prompt, workload.new_tokens, ignore_eos=True))
+        if against is not None:
+            other.append(against.complete(prompt, workload.new_tokens, ignore_eos=True))
+        if on_prompt:
+            on_prompt(done, workload.repeats)
+    both = cold + warm
+    return Behaviour(
+        model=client.model,
+        server=client.server,
+        n_prompt_tokens=_known([answer.n_prompt_tokens for answer in cold]),
+        n_tokens=_known([answer.n_tokens for answer in both]),
+        cold_ttft_s=mean_figure([answer.times[0] for answer in cold]),
+        warm_ttft_s=mean_figure([answer.times[0] for answer in warm]),
+        tpot_s=_known([_tpot_s(answer) for answer in both]),
+        interval_s=_quantiles([s for answer in both for s in answer.intervals_s]),
+        tokens_per_piece=_known([n and n / len(a.times) for a in both for n in (a.n_tokens,)]),
+        loop_share=mean_figure([loop_share(answer.text) for answer in cold], within=(0, 1)),
+        repeated=divergence(cold, warm),
+        against=divergence(cold, other) if against is not None else None,
+        refused_fields=client.refused,
+    )
+
+
+def loop_share(text: str) -> float:
+    """Returns the share of words that repeat a passage for the third time or more, on end."""
+    words = text.split()
+    in_loop = [False] * len(words)
+    for period in range(1, min(_MAX_PERIOD, len(words) // _MIN_REPETITIONS) + 1):
+        run = 0
+        for i in range(period, len(words)):
+            run = run + 1 if words[i] == words[i - period] else 0
+            if run >= (_MIN_REPETITIONS - 1) * period:
+                first = i - period + 1 if run == (_MIN_REPETITIONS - 1) * period else i
+                in_loop[first : i + 1] = [True] * (i + 1 - first)
+    return sum(in_loop) / len(words) if words else 0.0
+
+
+def divergence(some: Sequence[Completion], others: Sequence[Completion]) -> Divergence:
+    """Compares answers to the same prompts, in pairs."""
+    pairs = [(a.text, b.text) for a, b in zip(some, others, strict=True)]
+    different = [(a, b) for a, b in pairs if a != b]
+    return Divergence(
+        n=len(pairs),
+        n_equal=len(pairs) - len(different),
+        first_difference=tuple(_common(a, b) for a, b in different),
+    )
+
+
+def _common(a: str, b: str) -> int:
+    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(unequal, min(len(a), len(b)))
+
+
+def _prompts(workload: Workload, text: str) -> Iterator[str]:
+    """Yields a passage of the text for each repeat, with a salt in front."""
+    words, n = text.split(), workload.prompt_tokens
+    for i in range(workload.repeats):
+        start = i * n % max(1, len(words) - n)
+        yield " ".join([secrets.token_hex(8), *words[start : start + n]])
+
+
+def _tpot_s(answer: Completion) -> float | None:
+    if answer.n_tokens is None or answer.n_tokens < 2 or len(answer.times) < 2:
+        return None
+    return (answer.times[-1] - answer.times[0]) / (answer.n_tokens - 1)
+
+
+def _known(values: Sequence[float | None]) -> Figure | None:
+    known = [float(value) for value in values if value is not None]
+    return mean_figure(known) if known else None
+
+
+def _quantiles(seconds: Sequence[float]) -> tuple[float, float, float, float] | None:
+    if not seconds:
+        return None
+    import numpy as np
+
+    low, middle, high, longest = np.quantile(seconds, [0.5, 0.9, 0.99, 1.0]).tolist()
+    return low, middle, high, longest
