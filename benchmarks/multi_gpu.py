@@ -43,7 +43,7 @@ from hotloop.sweep.events import CellPhase, Event
 from hotloop.sweep.recipe import Recipe, expand, load_recipe, recipe_from_flags, replace_models
 from hotloop.sweep.runner import run_sweep
 from hotloop.sweep.store import RECORDS, append
-from hotloop.types import EngineConfig
+from hotloop.types import OWN_ENGINE, EngineConfig
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- multi-gpu table: begin -->", "<!-- multi-gpu table: end -->"
@@ -370,6 +370,8 @@ def cells(plan: Plan, *, drafts: bool) -> list[tuple[Recipe, EngineConfig]]:
     for recipe in plan.recipes:
         for given in expand(replace_models(recipe, weights="random")):
             if (given.draft != "none") != drafts or given.tensor_parallel not in plan.sizes:
+                continue
+            if given.engine != OWN_ENGINE:
                 continue
             for i, execution in enumerate(plan.executions):
                 backends = plan.all_reduces[: 1 if drafts else None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 from played_server import Habits, serve
@@ -85,9 +88,15 @@ def test_what_a_server_refused_once_is_not_sent_again():
     assert all("stream_options" in body for body in habits.asked)
 
 
-def test_the_wait_of_a_busy_server_is_not_part_of_its_time():
-    answer = complete(Habits(busy=1, retry_after="0.3"))
-    assert answer.times[0] < 0.3
+def test_the_wait_of_a_busy_server_is_not_part_of_its_time(monkeypatch):
+    waited = []
+    clock = SimpleNamespace(
+        sleep=waited.append, perf_counter=lambda: time.perf_counter() + sum(waited)
+    )
+    monkeypatch.setattr(completions, "time", clock)
+    answer = complete(Habits(busy=2, retry_after="700"))
+    assert waited == [completions.MAX_WAIT_S] * 2
+    assert answer.times[0] < sum(waited)
 
 
 def test_a_server_without_counts_says_so():
@@ -165,7 +174,7 @@ def test_a_server_is_timed_like_any_engine(engine_of):
     speed = measure_speed(engine, WORKLOAD, read_bytes_per_s=1e9, datasheet_bytes_per_s=None)
     assert speed.mbu is None
     assert speed.peak_bytes is None
-    assert 0 < speed.decode_tok_s.mean < 1 / 0.002
+    assert speed.decode_tok_s.mean > 0
     assert speed.ttft_s.mean >= 0.002
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from played_server import Habits, serve
 
-from hotloop.baselines.completions import CompletionsClient
+from hotloop.baselines.completions import Completion, CompletionsClient
 from hotloop.baselines.server_behaviour import Behaviour, find_out, loop_share
 from hotloop.bench.record import Workload
 from hotloop.cli.app import main
@@ -25,11 +25,35 @@ def behaviour(habits: Habits, other: Habits | None = None) -> Behaviour:
             return find_out(client, WORKLOAD, TEXT, against=against)
 
 
+class Remembering:
+    """A server whose first token takes a second for a new prompt, and a quarter for a known one."""
+
+    model, server, refused = "m", "s", ()
+
+    def __init__(self):
+        self.known = set()
+
+    def complete(self, prompt, max_tokens, *, ignore_eos=False):
+        first_s = 0.25 if prompt in self.known else 1.0
+        self.known.add(prompt)
+        times = tuple(first_s + 0.5 * i for i in range(max_tokens))
+        return Completion(
+            text="a" * ignore_eos,
+            times=times,
+            token_ids=None,
+            n_tokens=max_tokens,
+            n_prompt_tokens=9,
+            finish_reason="length",
+        )
+
+
 def test_a_new_prompt_and_a_known_one_are_told_apart():
-    found = behaviour(Habits(cold_s=0.1))
-    assert min(found.cold_ttft_s.samples) >= 0.1
-    assert min(found.warm_ttft_s.samples) < 0.1
-    assert (found.cold_ttft_s.n, found.warm_ttft_s.n) == (3, 3)
+    found = find_out(Remembering(), WORKLOAD, TEXT)
+    assert found.cold_ttft_s.samples == (1.0,) * 3
+    assert found.warm_ttft_s.samples == (0.25,) * 3
+    assert found.tpot_s.samples == (0.5,) * 6
+    assert found.interval_s == (0.5,) * 4
+    assert found.n_prompt_tokens.mean == 9
 
 
 def test_every_prompt_is_salted_and_asked_twice():

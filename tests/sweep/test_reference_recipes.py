@@ -54,6 +54,7 @@ TABLE = [
     for execution in ("eager", "compile")
     for n in (1, 2, 4)
 ]
+BASELINE = ("int4-g128-asym", "auto", 1, "none", "auto")
 WITH_DRAFTS = [
     ("int4-g128", "compile", n, "llama-2-13b", draft_quant)
     for n in (1, 2, 4)
@@ -62,7 +63,8 @@ WITH_DRAFTS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "cells"), [("asclepius-13b", TABLE), ("llama-2-70b", TABLE + WITH_DRAFTS)]
+    ("name", "cells"),
+    [("asclepius-13b", [*TABLE, BASELINE]), ("llama-2-70b", TABLE + WITH_DRAFTS)],
 )
 def test_a_recipe_is_the_references_table_cell_by_cell(name, cells):
     recipe = with_random_weights(f"{name}.yaml")
@@ -167,6 +169,7 @@ def test_a_recipe_without_weights_says_what_to_give(
     checkpoint = tmp_path / "model.gguf"
     checkpoint.write_bytes(b"weights")
     recipe = replace_models(recipe, model=str(checkpoint))
-    monkeypatch.setitem(ENGINES, "hotloop", f"{__name__}:UNREADABLE")
+    for engine in ("hotloop", "vllm"):
+        monkeypatch.setitem(ENGINES, engine, f"{__name__}:UNREADABLE")
     jobs = make_jobs(expand(recipe), recipe.workload, None)
     assert len({job.weights_sha256 for job in jobs} - {None}) == 1

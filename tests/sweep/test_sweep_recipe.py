@@ -41,6 +41,7 @@ def test_the_demo_is_schemes_times_executions():
         "int8/compile",
         "int4-g64/auto",
         "int4-g64/compile",
+        "transformers",
     ]
 
 

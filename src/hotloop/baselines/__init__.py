@@ -15,6 +15,8 @@ from hotloop.types import Engine, EngineConfig, MemoryPlan
 ENGINES = {
     "hotloop": "hotloop.baselines.hotloop:ENGINE",
     "transformers": "hotloop.baselines.transformers:ENGINE",
+    "vllm": "hotloop.baselines.vllm:ENGINE",
+    "llama-cpp": "hotloop.baselines.llama_cpp:ENGINE",
     "endpoint": "hotloop.baselines.endpoint:ENGINE",
 }
 """The registry: the name in ``EngineConfig.engine`` -> where its ``EngineKind`` is."""

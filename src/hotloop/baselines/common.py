@@ -9,7 +9,6 @@ import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from hotloop.errors import RequestError, UnsupportedError, shorten, shorten_value
@@ -57,11 +56,6 @@ def _broken(package: str, error: Exception) -> UnsupportedError:
     return UnsupportedError(
         f"{package} is installed, and cannot be imported: {shorten(str(error))}"
     )
-
-
-def versions(*packages: str) -> str:
-    """Returns the names and versions of installed packages, such as ``vllm 0.26.0``."""
-    return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def check_levers(config: EngineConfig, takes: Iterable[str], choices: Mapping[str, Any]) -> None:

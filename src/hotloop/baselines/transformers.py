@@ -21,7 +21,6 @@ from hotloop.baselines.common import (
     prepare_own,
     score_of,
     tokenizer_of,
-    versions,
 )
 from hotloop.errors import RequestError, UnsupportedError, shorten
 from hotloop.hardware import device_info
@@ -58,6 +57,7 @@ class TransformersEngine:
 
         started = time.perf_counter()
         self._config, self._setup, self._torch = config, setup, torch
+        self._transformers = transformers
         self._execution: StepExecution = "compile" if config.execution == "compile" else "eager"
         self._tokens = Tokens(
             engine="transformers",
@@ -151,7 +151,7 @@ class TransformersEngine:
             load_s=self._load_s,
             warmup_s=self._warmup_s,
             execution=self._execution,
-            version=versions("transformers"),
+            version=f"transformers {self._transformers.__version__}",
             settings={
                 "attn_implementation": self._model.config._attn_implementation,
                 "cache_implementation": self._options.get("cache_implementation", "dynamic"),

@@ -275,8 +275,8 @@ class RecordedEngine(_Keys, total=False):
 
     dtype: Name
     execution: Name | None
-    weight_bytes_per_step: Bytes
-    kv_bytes_per_token: Bytes
+    weight_bytes_per_step: Bytes | None
+    kv_bytes_per_token: Bytes | None
     notes: Annotated[tuple[Reason, ...], Field(strict=False)]
     version: Name | None
 

@@ -464,13 +464,13 @@ def step_parts(records: Sequence[Record]) -> list[StepParts]:
     known = []
     for record in records:
         engine, step, mbu, work = record.engine or {}, record.tpot_s, record.mbu, record.workload
-        weights = engine.get("weight_bytes_per_step", 0)
+        weights = engine.get("weight_bytes_per_step") or 0
         if step is None or mbu is None or work is None or weights == 0:
             continue
         if min(step.mean, mbu.mean) <= 0:
             continue
         tokens = work.batch * (work.prompt_tokens + work.new_tokens / 2)
-        share = weights / (weights + tokens * engine.get("kv_bytes_per_token", 0))
+        share = weights / (weights + tokens * (engine.get("kv_bytes_per_token") or 0))
         known.append((record, step.mean, step.mean * mbu.mean, share))
     parts = []
     for record, step_s, limit_s, share in known:
