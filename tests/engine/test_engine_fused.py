@@ -90,6 +90,7 @@ MIXED = {
     },
     "Q4_K_M": {"": "Q4_K", "v_proj": "Q6_K", "down_proj": "Q6_K"},
     "tables": {"": "nvfp4", "up_proj": "nf4"},
+    "act-order": {"": "gptq-act-order"},
 }
 """Formats by the name of a projection, and so several within a matrix product."""
 
@@ -185,6 +186,7 @@ def positions_from(*first: int, T: int) -> Tensor:
         ("Qwen2ForCausalLM", "three formats"),
         ("LlamaForCausalLM", "Q4_K_M"),
         ("LlamaForCausalLM", "tables"),
+        ("LlamaForCausalLM", "act-order"),
     ],
 )
 @torch.inference_mode()

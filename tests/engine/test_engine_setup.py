@@ -59,17 +59,18 @@ def test_number_formats_that_the_fused_step_cannot_hold_are_named():
     model = read_config(keys)
 
     def spec(**format_: Any) -> LinearSpec:
-        form = KernelFormat(group_size=32, **format_)
+        form = KernelFormat(**{"group_size": 32} | format_)
         return LinearSpec(format=form, n=64, k=64, dtype=torch.bfloat16, device="cuda", fused=True)
 
     four = spec(kind="int4", scale_dtype=torch.bfloat16)
     eight = spec(kind="int8", scale_dtype=torch.float16)
+    odd = spec(kind="int4", scale_dtype=torch.bfloat16, group_size=8)
     sorted_ = spec(kind="int4", scale_dtype=torch.bfloat16, permuted=True)
     for pieces, reason in (
         ([four], None),
         ([four, eight], None),
-        ([four, sorted_], "it holds no permuted input features (qkv_proj)"),
-        ([sorted_], "it holds no permuted input features (qkv_proj)"),
+        ([four, sorted_], None),
+        ([four, odd], "it holds groups of a multiple of 16, not 8 (qkv_proj)"),
     ):
         matrices = [("qkv_proj", pieces)]
         said = fused.unsupported_reason(model, matrices, torch.bfloat16, 1)

@@ -77,6 +77,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "nvfp4": {"kind": "lut4", "group_size": 16, "row_scale": True, "table": FP4},
     "mxfp4": {"kind": "lut4", "group_size": 32, "table": FP4},
     "nf4": {"kind": "lut4", "group_size": 64, "scale": "f32", "table": NF4},
+    "gptq-act-order": {"kind": "int4", "group_size": 128, "scale": "f16", "permuted": True},
+    "int4-g16-act-order": {"kind": "int4", "group_size": 16, "permuted": True},
     "int4-g16-zeros": {"kind": "int4", "group_size": 16, "scale": "f16", "zero": "integer"},
     "uint4-g32-offsets": {"kind": "uint4", "group_size": 32, "scale": "f32", "zero": "offset"},
     "int8-g128-zeros": {"kind": "int8", "group_size": 128, "zero": "integer"},
@@ -113,6 +115,7 @@ class Weight:
     form: Format
     packed: Tensor
     scale: Tensor | None  # float32 [N], of eight-bit weights
+    features: Tensor | None = None  # int32 [K], of permuted weights
     exact: Tensor  # float64 [N, K]
     quantized: QTensor | None = None
 
@@ -134,11 +137,12 @@ def make_weight(name: str, n: int, k: int, generator: torch.Generator, *, paired
         )
         kernel = Fused(spec)
         assert kernel.form == form, f"{kernel.form} for {form}"
-        packed, *scale_N = kernel.pack(q)
+        packed, scale_N, features_K = kernel.named(kernel.pack(q))
         return Weight(
             form=form,
             packed=packed,
-            scale=scale_N[0] if scale_N else None,
+            scale=scale_N,
+            features=features_K,
             exact=number_formats.exactly(q),
             quantized=q,
         )
@@ -171,6 +175,7 @@ def other_weight(form: Format, bits: int) -> QTensor:
         super_size=super_size,
         super_dtype=torch.float32 if form.row_scale else torch.float16,
         table=form.table,
+        permuted=form.permuted,
         bits=bits,
         seed=form.n,
     )
@@ -231,12 +236,13 @@ def linear_case(
     staging = operand = None
     if isinstance(plan, WidePlan):
         operand = torch.full((plan.operand_bytes,), 0xFF, dtype=torch.uint8, device=device)
-        staging = plan.staging(x, operand)
+        staging = plan.staging(x, operand, weight.features)
     call = plan.call(
         taken,
         all_y,
         weight.packed,
         weight.scale,
+        weight.features,
         bias_N=bias_N,
         residual=added,
         first=first,
@@ -332,9 +338,10 @@ def dequantize_case(weight: Weight) -> Case:
     rows = poisoned(form.n, form.k, dtype=torch.bfloat16, device=weight.packed.device)
 
     def check() -> None:
-        assert torch.equal(rows, dequantize_torch(form, weight.packed)), f"rows of {form}"
+        wanted = dequantize_torch(form, weight.packed, weight.features)
+        assert torch.equal(rows, wanted), f"rows of {form}"
 
-    call = dequantize_call(form, weight.packed, rows)
+    call = dequantize_call(form, weight.packed, rows, weight.features)
     return Case(call=call, outputs=(rows,), check=check)
 
 

@@ -194,6 +194,8 @@ MANY_ROWS: dict[str, tuple[int, Epilogue, bool]] = {
     "Q5_K": (33, "plain", False),
     "Q6_K": (40, "plain", True),
     "int4-g16-zeros": (9, "plain", False),
+    "gptq-act-order": (24, "swiglu", True),
+    "int4-g16-act-order": (12, "plain", True),
     "nvfp4": (24, "logits", True),
     "nf4": (17, "plain", False),
     "IQ4_XS": (12, "swiglu", True),

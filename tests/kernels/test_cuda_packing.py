@@ -47,12 +47,12 @@ def test_packing_and_unpacking_again_is_exact(name, paired, n, k):
     values, scale, offset, factor, offset_factor = unpack(form, weight.packed)
     if q is None:
         assert torch.equal(values.double(), weight.exact)
-        assert torch.equal(dequantize(form, weight.packed), values)
+        assert torch.equal(dequantize(form, weight.packed, weight.features), values)
         return
     assert torch.equal(values.view(torch.int8), q.values.view(torch.int8))
     if form.group_size is None:
         assert (scale, offset) == (None, None)
-        assert torch.equal(dequantize(form, weight.packed), values.bfloat16())
+        assert torch.equal(dequantize(form, weight.packed, weight.features), values.bfloat16())
         return
     assert scale is not None
     assert (offset is None, scale.dtype) == (q.offset is None, widened(q.scale).dtype)
@@ -66,7 +66,9 @@ def test_packing_and_unpacking_again_is_exact(name, paired, n, k):
         if of_blocks is not None:  # and of units
             each = found.shape[1] // of_blocks.shape[1]
             assert torch.equal(found, of_blocks.repeat_interleave(each, dim=1))
-    assert torch.equal(dequantize(form, weight.packed), q.dequantize(torch.bfloat16))
+    assert torch.equal(
+        dequantize(form, weight.packed, weight.features), q.dequantize(torch.bfloat16)
+    )
 
 
 def widened(scale):
@@ -78,6 +80,7 @@ def widened(scale):
     [
         *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "mxfp4", "nf4"),
         *("int4-row", "int4-row-zero", "int8-g128-zero", "fp8-blocks-ue8m0"),
+        *("gptq-act-order", "awq-act-order", "int8-row-act-order"),
     ],
 )
 @pytest.mark.parametrize("paired", [False, True])
@@ -96,14 +99,16 @@ def test_the_fused_step_holds_other_formats_exactly(name, paired):
     packed = kernel.pack(q)
     assert not notes
     assert sum(t.nbytes for t in packed) == kernel.nbytes
-    assert torch.equal(dequantize_torch(kernel.form, packed[0]), q.dequantize(torch.bfloat16))
+    weight, scale_N, features_K = kernel.named(packed)
+    found = dequantize_torch(kernel.form, weight, features_K)
+    found = found if scale_N is None else (found.double() * scale_N[:, None]).bfloat16()
+    assert torch.equal(found, q.dequantize(torch.bfloat16))
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("int4-g24", "holds groups of a multiple of 16, not 24"),
-        ("gptq-act-order", "holds no permuted input features"),
     ],
 )
 def test_the_fused_step_says_what_it_cannot_hold(name, reason):

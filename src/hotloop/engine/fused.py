@@ -330,14 +330,17 @@ class FusedForward:
         self, plan: GemmPlan, piece: Piece, x: Tensor | PrescaledInput, y: Tensor, **options: Any
     ) -> None:
         """Launches a matrix product; for the options see ``GemmPlan.call``."""
+        assert isinstance(piece.kernel, Fused), "the weight was not assigned for the fused step"
+        weight = piece.kernel.named(piece.packed)
         if isinstance(plan, WidePlan):
             operand = y.new_empty(plan.operand_bytes, dtype=torch.uint8)
-            self._launch(plan.staging(x.x if isinstance(x, PrescaledInput) else x, operand))
+            x_MK = x.x if isinstance(x, PrescaledInput) else x
+            self._launch(plan.staging(x_MK, operand, weight.features))
             options["operand"] = operand
         call = plan.call(
             x,
             y,
-            *piece.packed,
+            *weight,
             bias_N=piece.bias,
             partial=y.new_empty(plan.n_partial, dtype=torch.float32),
             counters=self._counters,
@@ -392,12 +395,17 @@ class Peers:
         return cls(sums=sums, choices=choices, first_id=first_id)
 
 
-def fused_forms(linear: Linear) -> tuple[Format, ...]:
-    """Returns the packed formats of a weight's pieces, which was assigned for the fused step."""
+def fused_kernels(linear: Linear) -> list[Fused]:
+    """Returns the kernels of the pieces of a weight that was assigned for the fused step."""
     kernels = [piece.kernel for piece in linear.pieces]
     fused = [kernel for kernel in kernels if isinstance(kernel, Fused)]
     assert fused == kernels != [], "the weight was not assigned for the fused step"
-    return tuple(kernel.form for kernel in fused)
+    return fused
+
+
+def fused_forms(linear: Linear) -> tuple[Format, ...]:
+    """Returns the packed formats of the pieces of a weight."""
+    return tuple(kernel.form for kernel in fused_kernels(linear))
 
 
 def _prefetch(by: Projection, plans: _LinearPlans, linear: Linear) -> Prefetch | None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotloop.engine.fused import fused_forms
+from hotloop.engine.fused import fused_forms, fused_kernels
 from hotloop.engine.graphs import PaddedGraphs
 from hotloop.engine.prefill_workspace import Views, Workspace
 from hotloop.kernels.cuda import prompt
@@ -295,10 +295,12 @@ class GemmPrefill:
 
     def _dequantize(self, linear: Linear) -> Callable[[], Tensor]:
         weight_NK = self._weight[: linear.n * linear.k].view(linear.n, linear.k)
-        launches = [
-            self._prepared(dequantize_call(form, piece.packed[0], weight_NK[piece.rows]))
-            for form, piece in zip(fused_forms(linear), linear.pieces, strict=True)
-        ]
+        launches = []
+        for kernel, piece in zip(fused_kernels(linear), linear.pieces, strict=True):
+            weight, _, features_K = kernel.named(piece.packed)
+            rows_NK = weight_NK[piece.rows]
+            call = dequantize_call(kernel.form, weight, rows_NK, features_K)
+            launches.append(self._prepared(call))
 
         def dequantized() -> Tensor:
             for launch in launches:
@@ -313,7 +315,8 @@ class GemmPrefill:
 
 def _gemm_output(linear: Linear, y: Tensor) -> GemmOutput:
     """Returns a GEMM's output with the weight's scale and bias, which remain to be applied."""
-    scales = [next(iter(piece.packed[1:]), None) for piece in linear.pieces]
+    kernels = zip(fused_kernels(linear), linear.pieces, strict=True)
+    scales = [kernel.named(piece.packed).scale for kernel, piece in kernels]
     scale_N, *more = scales
     if more and any(scale is not None for scale in scales):
         scale_N = torch.ones(linear.n, dtype=torch.float32, device=y.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -433,6 +433,20 @@ class Int4TinyGemm(_ByRows):
         return torch.ops.aten._weight_int4pack_mm(x_MK, words, group_size, scale_zero_GN2)
 
 
+class FusedParts(NamedTuple):
+    """The tensors of a weight of the fused step.
+
+    Attributes:
+        weight: As ``packing.pack`` returns it.
+        scale: float32 [N], scales of output features, or None.
+        features: int32 [K], the input feature of each column of a permuted weight, or None.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    features: Tensor | None
+
+
 class Fused(_ByRows):
     """Weights in the packed layout of the kernels of the fused step (``kernels.cuda``).
 
@@ -449,12 +463,11 @@ class Fused(_ByRows):
         self._format = spec.format
         self.form = _fused_form(spec)
         self.nbytes = self.form.nbytes + (4 * spec.n if self.form.has_channel_scales else 0)
+        self.nbytes += 4 * spec.k * self.form.permuted
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
         """Returns why the fused step cannot hold a weight exactly, or None if it can."""
-        if spec.format.permuted:
-            return "holds no permuted input features"
         form = spec.format
         if form.table is not None and terms(form.table) is None:
             return "holds no lookup table of such numbers"
@@ -467,8 +480,12 @@ class Fused(_ByRows):
         form = replace(self.form, n=n_rows(weight))
         if isinstance(weight, Tensor):
             return [pack(form, weight, None, None)]
+        values, features_K = weight.values, weight.permutation
+        if features_K is not None and not self.form.permuted:  # one group: any order will do
+            values = values.view(torch.int8).index_select(1, features_K.argsort())
+            values = values.view(weight.values.dtype)
         if self.form.group_size is None:
-            packed = pack(form, weight.values, None, None)
+            packed = pack(form, values, None, None)
             return [packed, weight.scale.reshape(-1).float().clone()]  # shared with no embedding
         # Groups of more features are several of as many as a unit has.
         repeats = (self._format.group_size or 0) // self.form.group_size
@@ -483,16 +500,31 @@ class Fused(_ByRows):
             t if t is None or repeats == 1 else t.repeat_interleave(repeats, dim=1)
             for t in (_widened(scale), offset)
         )
-        packed = [pack(form, weight.values, scale, offset, *factors)]
+        packed = [pack(form, values, scale, offset, *factors)]
         if self.form.row_scale:
             assert weight.super_scale is not None, "a factor of each row"
             packed.append(weight.super_scale.reshape(-1).clone())
+        if self.form.permuted:
+            assert features_K is not None, "a permuted weight"
+            packed.append(features_K.contiguous())
         return packed
 
+    def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
+        rows = len(packed) - self.form.permuted
+        return [0 if part < rows else None for part in range(len(packed))]
+
+    def named(self, packed: Sequence[Tensor]) -> FusedParts:
+        """Returns what ``pack`` returned, by name."""
+        weight, *others = packed
+        scale_N = others.pop(0) if self.form.has_channel_scales else None
+        features_K = others.pop(0) if self.form.permuted else None
+        assert not others, "nothing else"
+        return FusedParts(weight, scale_N, features_K)
+
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        weight, *scale_N = packed
-        y = F.linear(x_MK, dequantize(self.form, weight))
-        return (y * scale_N[0]).to(y.dtype) if scale_N else y
+        weight, scale_N, features_K = self.named(packed)
+        y = F.linear(x_MK, dequantize(self.form, weight, features_K))
+        return y if scale_N is None else (y * scale_N).to(y.dtype)
 
 
 def _fused_form(spec: LinearSpec) -> Format:
@@ -512,6 +544,7 @@ def _fused_form(spec: LinearSpec) -> Format:
         scale="f32",
         zero=form.zero,
         table=form.table,
+        permuted=form.permuted and form.group_size != spec.k,
         n=spec.n,
         k=spec.k,
         paired=spec.paired,

@@ -10,6 +10,7 @@ struct DequantizeArgs {
   bf16* rows;             // [N, K]
   int n, k;
   int tiles, units;
+  const int* features;  // [K], of permuted weights: the feature of each column
 };
 
 // value * scale + offset, with both roundings of reference.dequantize: the product is exact where
@@ -64,6 +65,18 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
         plain[i][r] = narrow(scaled<Weight>(first, s, o), scaled<Weight>(second, s, o));
       }
     const int k = 32 * (unit * kUnitSlices + slice) + (kHalves == 1 ? 8 : 4) * t;
+    if constexpr (Weight::kPermuted) {
+      for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 4; j++) {
+          const int column = k + (kHalves == 1 ? 4 : 16) * i + j;
+          if (column >= args.k) continue;
+          for (int h = 0; h < 2; h++)
+            if (has[h])
+              args.rows[static_cast<int64_t>(first + h * half) * args.k + args.features[column]] =
+                  static_cast<bf16>(plain[i][2 * (j / 2) + h] >> 16 * (j % 2));
+        }
+      continue;
+    }
     if constexpr (kHalves == 2) {
       for (int i = 0; i < 2; i++)
         for (int h = 0; h < 2; h++)

@@ -24,10 +24,11 @@ class DequantizeArguments(Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "rows")),
         *((name, ctypes.c_int) for name in ("n", "k", "tiles", "units")),
+        ("features", ctypes.c_void_p),
     )
 
 
-def dequantize(form: Format, packed: Tensor) -> Tensor:
+def dequantize(form: Format, packed: Tensor, features_K: Tensor | None = None) -> Tensor:
     """Dequantizes a weight to bfloat16 [N, K], rounded once.
 
     Scales and offsets of groups are applied. Scales per output feature are not, so that eight-bit
@@ -36,18 +37,21 @@ def dequantize(form: Format, packed: Tensor) -> Tensor:
     Args:
         form: Format of the weight.
         packed: As ``packing.pack`` returns it.
+        features_K: int32, of a permuted weight: the input feature of each column.
     """
     if not packed.is_cuda:
-        return dequantize_torch(form, packed)
+        return dequantize_torch(form, packed, features_K)
     rows_NK = torch.empty(form.n, form.k, dtype=torch.bfloat16, device=packed.device)
-    device_of(packed.device).prepare(dequantize_call(form, packed, rows_NK), dependent=False)()
+    call = dequantize_call(form, packed, rows_NK, features_K)
+    device_of(packed.device).prepare(call, dependent=False)()
     return rows_NK
 
 
-def dequantize_torch(form: Format, packed: Tensor) -> Tensor:
+def dequantize_torch(form: Format, packed: Tensor, features_K: Tensor | None = None) -> Tensor:
     """Computes the same in plain PyTorch, by ``reference.dequantize``."""
     parts = unpack(form, packed)
     if parts.scale is None:
+        assert features_K is None, "weights with groups are permuted"
         return parts.values.to(torch.bfloat16)
     table = None if form.table is None else torch.tensor(form.table, device=packed.device)
     weight = reference.dequantize(
@@ -57,6 +61,7 @@ def dequantize_torch(form: Format, packed: Tensor) -> Tensor:
         super_scale_NS=parts.factor,
         super_offset_NS=parts.offset_factor,
         table=table,
+        permutation_K=features_K,
     )
     return weight.to(torch.bfloat16)
 
@@ -72,13 +77,22 @@ def dequantize_kernel(form: Format) -> Kernel:
     )
 
 
-def dequantize_call(form: Format, packed: Tensor, rows_NK: Tensor) -> Call:
-    """Returns the launch that writes ``rows_NK``, bfloat16."""
+def dequantize_call(
+    form: Format, packed: Tensor, rows_NK: Tensor, features_K: Tensor | None = None
+) -> Call:
+    """Returns the launch that writes ``rows_NK``, bfloat16; see ``dequantize``."""
+    assert (features_K is not None) == form.permuted, "of permuted weights alone"
     assert rows_NK.shape == (form.n, form.k), f"rows are {tuple(rows_NK.shape)} for {form}"
     assert rows_NK.dtype == torch.bfloat16, f"rows are {rows_NK.dtype}"
     assert packed.nbytes == form.nbytes, f"{packed.nbytes} bytes for {form}"
     args, tensors = DequantizeArguments.of(
-        weight=packed, rows=rows_NK, n=form.n, k=form.k, tiles=form.tiles, units=form.units
+        weight=packed,
+        rows=rows_NK,
+        n=form.n,
+        k=form.k,
+        tiles=form.tiles,
+        units=form.units,
+        features=features_K,
     )
     return Call(
         kernel=dequantize_kernel(form),

@@ -365,7 +365,14 @@ struct Linear {
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         const int row = first_row + r, vector = first_vector + 32 * i + lane;
-        x[i][r] = row < args.rows && vector < vectors ? x_vectors(row)[vector] : uint4{0, 0, 0, 0};
+        if constexpr (Weight::kPermuted)
+          x[i][r] = row < args.rows && vector < vectors
+                        ? load_eight<Weight>(x_row(row), args.features,
+                                             first_unit * Weight::kUnitK + 8 * vector)
+                        : uint4{0, 0, 0, 0};
+        else
+          x[i][r] =
+              row < args.rows && vector < vectors ? x_vectors(row)[vector] : uint4{0, 0, 0, 0};
       }
     issue_up_to(next, stages);
 #pragma unroll
@@ -425,13 +432,17 @@ struct Linear {
                                           first_unit * Weight::kUnitK);
   }
 
+  __device__ __forceinline__ const bf16* x_row(int row) const {
+    return args.x + static_cast<int64_t>(row) * args.k;
+  }
+
   // Loads x where it is not staged; zeros beyond the last feature.
   __device__ __forceinline__ uint4 load_x(int slice, int c) const {
     const int row = 8 * c + g < args.rows ? 8 * c + g : 0, k = 32 * slice + 8 * t;
     if constexpr (kSliceGroups == 2)
-      return load_halves(args.x + static_cast<int64_t>(row) * args.k + 32 * slice, t,
-                         args.k - 32 * slice);
+      return load_halves<Weight>(x_row(row), args.features, 32 * slice, t, args.k);
     if (k >= args.k) return {0, 0, 0, 0};
+    if constexpr (Weight::kPermuted) return load_eight<Weight>(x_row(row), args.features, k);
     const bf16* from = args.x + static_cast<int64_t>(row) * args.k + k;
     return *reinterpret_cast<const uint4*>(from);
   }

@@ -43,6 +43,7 @@ struct LinearArgs {
   float eps;                     // with kNorm
   int y_width, y_first;          // of kPart: features of y, and the first of these N
   const float* gate;             // [M, N], of kGated
+  const int* features;           // [K], of permuted weights: the feature of x of each column
 };
 
 // kPart writes some features of y; kGated multiplies the results by silu(gate). Both are for a
@@ -57,13 +58,35 @@ __device__ __forceinline__ uint4 scale_input(uint4 x) {
           times(x.z, Weight::input_scale(0)), times(x.w, Weight::input_scale(1))};
 }
 
-// Features of a slice of x whose halves are groups: 4t to 4t + 3 of each. Zeros from `end` on, which
+// Features of a row of x, from column k on, for the lanes with t of their octet.
+
+// Those of four columns.
+template <class Weight>
+__device__ __forceinline__ uint2 load_four(const bf16* row, const int* features, int k) {
+  if constexpr (!Weight::kPermuted) return *reinterpret_cast<const uint2*>(row + k);
+  const int4 at = *reinterpret_cast<const int4*>(features + k);
+  return {row[at.x] | static_cast<uint32_t>(row[at.y]) << 16,
+          row[at.z] | static_cast<uint32_t>(row[at.w]) << 16};
+}
+
+// Those of eight columns.
+template <class Weight>
+__device__ __forceinline__ uint4 load_eight(const bf16* row, const int* features, int k) {
+  if constexpr (!Weight::kPermuted) return *reinterpret_cast<const uint4*>(row + k);
+  const uint2 first = load_four<Weight>(row, features, k);
+  const uint2 second = load_four<Weight>(row, features, k + 4);
+  return {first.x, first.y, second.x, second.y};
+}
+
+// Those of a slice whose halves are groups: columns 4t to 4t + 3 of each. Zeros from `end` on, which
 // is a multiple of 16.
-__device__ __forceinline__ uint4 load_halves(const bf16* slice, int t, int end) {
+template <class Weight>
+__device__ __forceinline__ uint4 load_halves(const bf16* row, const int* features, int slice,
+                                             int t, int end) {
   uint2 half[2] = {};
 #pragma unroll
   for (int i = 0; i < 2; i++)
-    if (16 * i < end) half[i] = *reinterpret_cast<const uint2*>(slice + 16 * i + 4 * t);
+    if (slice + 16 * i < end) half[i] = load_four<Weight>(row, features, slice + 16 * i + 4 * t);
   return {half[0].x, half[0].y, half[1].x, half[1].y};
 }
 

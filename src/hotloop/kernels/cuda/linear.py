@@ -195,7 +195,7 @@ class LinearArguments(Arguments):
         *((name, ctypes.c_int) for name in Prefetch.ARGUMENTS[1:]),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("y_width", "y_first")),
-        ("gate", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("gate", "features")),
     )
 
 
@@ -282,6 +282,7 @@ class GemmPlan(ABC):
         y: Tensor,
         weight: Tensor,
         scale_N: Tensor | None = None,
+        features_K: Tensor | None = None,
         *,
         bias_N: Tensor | None = None,
         residual: Tensor | None = None,
@@ -303,6 +304,7 @@ class GemmPlan(ABC):
                 ``part`` it is wider, and only these features are written.
             weight: As ``packing.pack`` returns it.
             scale_N: float32 scales of an eight-bit weight.
+            features_K: int32, of a permuted weight: the feature of x of each column.
             bias_N: bfloat16, in the order of the weight before packing.
             residual: bfloat16, shaped like ``y``; added, by ``plain`` and ``swiglu``.
             first: Of ``part``, the first feature of ``y`` that is written.
@@ -328,6 +330,7 @@ class GemmPlan(ABC):
         assert y.dtype == self.dtype, f"y is {y.dtype}"
         assert weight.nbytes == self.form.nbytes, f"{weight.nbytes} bytes for {self.form}"
         assert (scale_N is not None) == self.form.has_channel_scales, "a scale per output"
+        assert (features_K is not None) == self.form.permuted, "of permuted weights alone"
         assert residual is None or residual.shape == y.shape, "like y"
         assert residual is None or self.epilogue in ("plain", "swiglu"), "no residual"
         assert (gate is not None) == (self.epilogue == "gated"), "a gate, of gated results alone"
@@ -368,6 +371,7 @@ class GemmPlan(ABC):
             y_width=y.shape[1],
             y_first=first,
             gate=gate,
+            features=features_K,
         )
         return Call(
             kernel=self.kernel,

@@ -87,6 +87,8 @@ class Format:
         zero: Whether groups have integer zero points, or offsets.
         row_scale: With groups, there is a float32 scale per output feature besides.
         table: The sixteen numbers of ``lut4``, which ``terms`` splits.
+        permuted: Columns are in another order than input features, which the kernels take too.
+            Of weights with groups.
         n: Output features.
         k: Input features, a multiple of 8.
         paired: The weight is gate features followed by up features, for SwiGLU.
@@ -98,6 +100,7 @@ class Format:
     zero: Zero = "none"
     row_scale: bool = False
     table: tuple[float, ...] | None = None
+    permuted: bool = False
     n: int
     k: int
     paired: bool = False
@@ -105,6 +108,7 @@ class Format:
     def __post_init__(self) -> None:
         assert (self.table is not None) == (self.kind == "lut4"), "a table, for lut4 alone"
         assert self.table is None or terms(self.table) is not None, f"{self.table}"
+        assert not self.permuted or self.group_size is not None, "without groups any order will do"
         assert self.scale != "two" or self.zero != "integer", "two levels have offsets"
         assert self.scale != "two" or self.k % self.unit_k == 0, "factors of whole units"
         assert not self.row_scale or self.group_size is not None, "others have it already"
@@ -170,21 +174,22 @@ class Format:
     @property
     def struct(self) -> str:
         """The type of ``weights.cuh`` that reads it."""
-        values = _VALUES[self.kind] if self.table is None else f"Table<{_words(self.table)}>"
-        if self.group_size is None:
-            return values
-        groups = f"{self.group_size}, {_STRUCTS[self.scale]}, {_STRUCTS[self.zero]}"
-        return f"Grouped<{values}, {groups}{', true' if self.row_scale else ''}>"
+        struct = _VALUES[self.kind] if self.table is None else f"Table<{_words(self.table)}>"
+        if self.group_size is not None:
+            groups = f"{self.group_size}, {_STRUCTS[self.scale]}, {_STRUCTS[self.zero]}"
+            struct = f"Grouped<{struct}, {groups}{', true' if self.row_scale else ''}>"
+        return f"Permuted<{struct}>" if self.permuted else struct
 
     @property
     def label(self) -> str:
         """A short name that is valid within an identifier, such as ``int4g128a``."""
+        order = "p" if self.permuted else ""
         if self.group_size is None:
-            return self.kind
+            return f"{self.kind}{order}"
         groups = f"g{self.group_size}{_LABELS[self.scale]}{_LABELS[self.zero]}"
         rows = "r" if self.row_scale else ""
         table = "" if self.table is None else f"_{zlib.crc32(repr(self.table).encode()):08x}"
-        return f"{self.kind}{groups}{rows}{table}"
+        return f"{self.kind}{groups}{rows}{order}{table}"
 
 
 def terms(table: Sequence[float]) -> Tensor | None:

@@ -33,7 +33,7 @@ enum Zero { kNoZero, kZeroPoints, kOffsets };
 struct Bf16 {
   static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupSlices = 0, kZeroPoint = 0;
   static constexpr int kSliceGroups = 1, kTerms = 1;
-  static constexpr bool kChannelScale = false, kNeedsSums = false;
+  static constexpr bool kChannelScale = false, kNeedsSums = false, kPermuted = false;
   static constexpr Zero kZero = kNoZero;
   static constexpr float kOutputScale = 1;
 
@@ -53,7 +53,7 @@ template <class Derived>
 struct EightBits {
   static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupSlices = 0;
   static constexpr int kSliceBytes = 512, kSliceGroups = 1, kTerms = 1;
-  static constexpr bool kChannelScale = true;
+  static constexpr bool kChannelScale = true, kPermuted = false;
   static constexpr Zero kZero = kNoZero;
 
   static __device__ __forceinline__ void operands(const uint8_t* unit, int slice, int lane,
@@ -277,7 +277,7 @@ struct Grouped : Values {
       kUnitFragmentBytes + Of::kFactorBytes + kUnitK / kGroup * Of::kGroupBytes;
   static constexpr int kZeroPoint = kZeros == kZeroPoints ? 0 : Values::kZeroPoint;
   static constexpr Zero kZero = kZeros;
-  static constexpr bool kFloatScales = Of::kFloat, kChannelScale = kChannel;
+  static constexpr bool kFloatScales = Of::kFloat, kChannelScale = kChannel, kPermuted = false;
   static constexpr bool kNeedsSums = kZeroPoint > 0 || kZeros != kNoZero;
 
   // The scales of a unit's group, and its zero points or offsets, for rows g and g + 8.
@@ -290,6 +290,12 @@ struct Grouped : Values {
   static __device__ __forceinline__ const uint8_t* group_of(const uint8_t* unit, int group) {
     return unit + kUnitFragmentBytes + Of::kFactorBytes + group * Of::kGroupBytes;
   }
+};
+
+// Columns in another order than the features of x: the kernels take a table of the feature of each.
+template <class Weight>
+struct Permuted : Weight {
+  static constexpr bool kPermuted = true;
 };
 
 // The weight that operands in register r represent: their sum, scaled, without the zero point.

@@ -29,6 +29,7 @@ struct StagingArgs {
   uint8_t* operand;    // [parts, stages of a part, StageOf::kBytes]
   int rows, k, units;
   int parts, part_stages;
+  const int* features;  // see LinearArgs
 };
 
 // x in a stage of the ring: lines of x, then sums of x.
@@ -94,7 +95,12 @@ struct Staging : StageOf<Weight, kOctets> {
     for (int i = 0; i < S::kLines * S::kLineSlices; i++)
       if constexpr (S::kSliceGroups == 2) {
         x[i] = {0, 0, 0, 0};
-        if (row < args.rows) x[i] = load_halves(from - 8 * t + 32 * i, t, end_k - k + 8 * t - 32 * i);
+        if (row < args.rows)
+          x[i] = load_halves<Weight>(from - k, args.features, k - 8 * t + 32 * i, t, end_k);
+      } else if constexpr (Weight::kPermuted) {
+        x[i] = row < args.rows && k + 32 * i < end_k
+                   ? load_eight<Weight>(from - k, args.features, k + 32 * i)
+                   : uint4{0, 0, 0, 0};
       } else {
         x[i] = row < args.rows && k + 32 * i < end_k
                    ? *reinterpret_cast<const uint4*>(from + 32 * i)

@@ -30,6 +30,7 @@ class StagingArguments(Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "operand")),
         *((name, ctypes.c_int) for name in ("rows", "k", "units", "parts", "part_stages")),
+        ("features", ctypes.c_void_p),
     )
 
 
@@ -126,12 +127,13 @@ class WidePlan(GemmPlan):
         """Bytes of x as ``staging`` stores it."""
         return self.tuning.warps * self.part_stages * self._x_bytes
 
-    def staging(self, x_MK: Tensor, operand: Tensor) -> Call:
+    def staging(self, x_MK: Tensor, operand: Tensor, features_K: Tensor | None = None) -> Call:
         """Returns the launch that stores x for ``call``.
 
         Args:
             x_MK: bfloat16 [M, K]; with a norm, the prescaled input.
             operand: Written: ``operand_bytes``.
+            features_K: See ``call``.
         """
         assert operand.nbytes >= self.operand_bytes, f"{operand.nbytes} bytes"
         args, tensors = StagingArguments.of(
@@ -142,6 +144,7 @@ class WidePlan(GemmPlan):
             units=self.form.units,
             parts=self.tuning.warps,
             part_stages=self.part_stages,
+            features=features_K,
         )
         one_sum = self.form.needs_sums and self.form.group_size is None  # of a whole part
         stages = 1 if one_sum else self.part_stages
