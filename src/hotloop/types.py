@@ -147,6 +147,10 @@ def _has_ranks(config: Mapping[str, Any]) -> bool:
     return config["tensor_parallel"] > 1
 
 
+def _has_checkpoint(config: Mapping[str, Any]) -> bool:
+    return config["weights"] == "checkpoint"
+
+
 def _drafts(config: Mapping[str, Any]) -> bool:
     return config["draft"] != "none"
 
@@ -287,6 +291,15 @@ class EngineConfig:
             default=f"{LEAST_PREFILL_CHUNK}, with fused up to {MOST_PREFILL_CHUNK}",
         ),
     ] = None
+    cache_packed: Annotated[
+        bool,
+        Lever(
+            help="Keep the packed weights in the cache folder: the next start reads them as they "
+            "are used, and not the checkpoint.",
+            group="Model",
+            used=_has_checkpoint,
+        ),
+    ] = False
     seed: Annotated[Seed, Lever(help="Seed of random weights.")] = 0
     engine: Annotated[
         str,

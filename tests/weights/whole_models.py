@@ -175,6 +175,7 @@ def load_from(
     head: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     group: Group = ALONE,
+    fused: bool = False,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     scheme = parse_scheme(quant)
@@ -198,6 +199,7 @@ def load_from(
             schemes=schemes,
             dtype=dtype,
             device=CPU,
+            fused=fused,
             on_layer=on_layer,
         )
     finally:

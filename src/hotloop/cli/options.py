@@ -143,6 +143,8 @@ def _values(name: str, text: str) -> list[Any]:
     values: list[Any] = listed(text)
     if _is_real_number(name):
         return [_real_number(value) for value in values]
+    if _HINTS[name] is bool:
+        return [{"true": True, "false": False}.get(v.lower(), v) for v in values]
     if not _is_number(name):
         return values
     return [int(v) if v.removeprefix("-").isdecimal() else v for v in values]

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from hotloop.engine import packed
 from hotloop.engine.core import (
     Admit,
     Command,
@@ -57,8 +58,6 @@ from hotloop.models.decoder import Decoder, RMSNorm
 from hotloop.models.linear import Linear
 from hotloop.parallel.collectives import Group
 from hotloop.types import Score, TokenLogprob
-from hotloop.weights.load import load_weights
-from hotloop.weights.source import CheckpointSource, RandomSource
 
 Result = TypeVar("Result")
 
@@ -279,7 +278,8 @@ class _Model:
             n_head_rows=len(setup.shard.vocabulary),
             total=group.sum,
         )
-        self._load_weights(group, progress)
+        on_layer = None if progress is None else lambda i, n: progress("load", i, n)
+        self._load_notes = packed.load(setup, self.decoder, group, on_layer)
         self.cache = KVCache(
             kv_heads=model.kv_heads,
             n_seats=setup.config.max_batch_size,
@@ -386,7 +386,7 @@ class _Model:
 
     def notes(self) -> dict[str, None]:
         """Returns notes of the setup, and why faster kernels are not used, each once."""
-        notes = [*self.setup.notes]
+        notes = [*self.setup.notes, *self._load_notes]
         notes += [note for _, linear in self._linears() for note in linear.notes]
         if self.launcher is not None:
             notes += sorted(self.launcher.notes)
@@ -404,36 +404,6 @@ class _Model:
         for block in self.decoder.blocks:
             yield from block.linears.items()
         yield "head", self.decoder.head
-
-    def _load_weights(self, group: Group, progress: OnProgress | None) -> None:
-        setup, checkpoint = self.setup, None
-        if setup.config.weights == "random":
-            source = RandomSource(setup.config.seed, setup.dtype, setup.device)
-        else:
-            checkpoint = setup.open()
-            source = CheckpointSource(
-                checkpoint,
-                setup.device,
-                model=setup.model,
-                dtype=setup.dtype,
-                combine=group.max,
-            )
-        try:
-            load_weights(
-                self.decoder,
-                setup.model,
-                source,
-                shard=setup.shard,
-                adds_biases=setup.rank == 0,
-                schemes=setup.schemes,
-                dtype=setup.dtype,
-                device=setup.device,
-                fused=setup.fused,
-                on_layer=None if progress is None else lambda i, n: progress("load", i, n),
-            )
-        finally:
-            if checkpoint is not None:
-                checkpoint.close()
 
 
 class _PendingStepResult:

@@ -314,6 +314,7 @@ def _prepare_draft(target: Setup) -> Draft | None:
             max_batch_size=config.max_batch_size,
             max_seq_len=config.max_seq_len,
             prefill_chunk=config.prefill_chunk,
+            cache_packed=config.cache_packed,
             # With random weights the two models must differ.
             seed=(config.seed + 1) % (MAX_SEED + 1),
         )

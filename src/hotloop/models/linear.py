@@ -47,7 +47,7 @@ class Linear(nn.Module):
         self.kernel: LinearKernel | Stacked | None = None
         self.notes: list[str] = []
         self.n_packed = 0
-        self._pieces: list[tuple[LinearKernel, int, int]] = []
+        self._pieces: list[tuple[LinearKernel, LinearSpec, int]] = []
         self.bias: Tensor | None
         self.register_buffer("bias", None)
 
@@ -76,31 +76,55 @@ class Linear(nn.Module):
             fused: For the fused step.
         """
         weights = (weight,) if isinstance(weight, Tensor | QTensor) else weight
-        self.notes, self.n_packed, self._pieces, n = [], 0, [], 0
-        for piece in weights:
-            rows = piece.n if isinstance(piece, RowStream) else piece.shape[0]
-            spec = LinearSpec(
+        specs = [
+            LinearSpec(
                 format=DENSE if isinstance(piece, Tensor) else piece.format,
-                n=rows,
+                n=piece.n if isinstance(piece, RowStream) else piece.shape[0],
                 k=self.k,
                 dtype=dtype,
                 device=device.type,
                 fused=fused,
                 paired=self.paired and len(weights) == 1,
             )
+            for piece in weights
+        ]
+        self._clear()
+        for spec, piece in zip(specs, weights, strict=True):
             kernel, notes = choose_linear(spec)
-            packed = self._pack(kernel, piece, spec, device)
-            n += rows
-            for tensor in packed:
-                self.register_buffer(f"packed{self.n_packed}", tensor)
-                self.n_packed += 1
-            self._pieces.append((kernel, rows, len(packed)))
-            self.notes += [note for note in notes if note not in self.notes]
+            self._add(spec, kernel, notes, self._pack(kernel, piece, spec, device))
+        self._use()
+        if bias is not None:
+            self.bias = bias.to(device, dtype)
+
+    def restore(self, packed: Sequence[tuple[LinearSpec, Sequence[Tensor]]]) -> None:
+        """Takes a weight that was packed before (``layout``), on its device."""
+        self._clear()
+        for spec, tensors in packed:
+            self._add(spec, *choose_linear(spec), tensors)
+        self._use()
+
+    @property
+    def layout(self) -> list[tuple[LinearSpec, int]]:
+        """The pieces of the weight, each with its number of packed tensors."""
+        return [(spec, n_packed) for _, spec, n_packed in self._pieces]
+
+    def _clear(self) -> None:
+        self.notes, self.n_packed, self._pieces = [], 0, []
+
+    def _add(
+        self, spec: LinearSpec, kernel: LinearKernel, notes: list[str], packed: Sequence[Tensor]
+    ) -> None:
+        for tensor in packed:
+            self.register_buffer(f"packed{self.n_packed}", tensor)
+            self.n_packed += 1
+        self._pieces.append((kernel, spec, len(packed)))
+        self.notes += [note for note in notes if note not in self.notes]
+
+    def _use(self) -> None:
+        n = sum(spec.n for _, spec, _ in self._pieces)
         assert n == self.n, f"{n} rows for {self.n, self.k}"
         stacked = [(kernel, n_packed) for kernel, _, n_packed in self._pieces]
         self.kernel = stacked[0][0] if len(stacked) == 1 else Stacked(stacked)
-        if bias is not None:
-            self.bias = bias.to(device, dtype)
 
     def _pack(
         self,
@@ -135,13 +159,13 @@ class Linear(nn.Module):
     def pieces(self) -> list[Piece]:
         """The weight by pieces that are alike, most often one."""
         found, packed, row, at = [], self.packed, 0, 0
-        for kernel, n, n_packed in self._pieces:
-            rows = slice(row, row + n)
+        for kernel, spec, n_packed in self._pieces:
+            rows = slice(row, row + spec.n)
             bias = None if self.bias is None else self.bias[rows]
             found.append(
                 Piece(kernel=kernel, rows=rows, packed=packed[at : at + n_packed], bias=bias)
             )
-            row, at = row + n, at + n_packed
+            row, at = row + spec.n, at + n_packed
         return found
 
     @property

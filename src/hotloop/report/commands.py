@@ -56,7 +56,7 @@ def _options(config: Mapping[str, Any]) -> list[str]:
         if lever.used is not None and not lever.used({**_DEFAULTS, **config}):
             continue
         flag = lever.alias or "--" + name.replace("_", "-")
-        words += [flag, str(value)]
+        words += [flag] if value is True else [flag, str(value)]
     return words
 
 

@@ -106,13 +106,19 @@ def hash_checkpoint(path: Path) -> str:
     Args:
         path: The result of ``resolve_model``.
     """
-    if path.is_dir():
-        described = (path / name for name in ("config.json", *QUANTIZATION_FILES))
-        files = [*sorted(path.glob("*.safetensors")), *filter(Path.is_file, described)]
-    elif (files := model_parts(path)) == [path]:
+    files = checkpoint_files(path)
+    if files == [path]:
         return hash_file(path)
     hashes = {file.name: hash_file(file) for file in files}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """Returns the files that decide what a model is; see ``hash_checkpoint``."""
+    if not path.is_dir():
+        return model_parts(path)
+    described = (path / name for name in ("config.json", *QUANTIZATION_FILES))
+    return [*sorted(path.glob("*.safetensors")), *filter(Path.is_file, described)]
 
 
 def hash_file(path: Path) -> str:

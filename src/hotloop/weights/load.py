@@ -29,6 +29,9 @@ from hotloop.quant.rows import RowStream
 from hotloop.weights.source import Request, Source
 from hotloop.weights.tensor_file import row_chunks
 
+OnLayer = Callable[[int, int], None]
+"""Called with (layers done, layers in all)."""
+
 
 def load_weights(
     decoder: Decoder,
@@ -41,7 +44,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     fused: bool = False,
-    on_layer: Callable[[int, int], None] | None = None,
+    on_layer: OnLayer | None = None,
 ) -> None:
     """Assigns every weight of ``decoder``.
 

@@ -70,6 +70,10 @@ class TensorFile:
         self._read_into(data.numpy().data, offset)
         return data
 
+    def read_into(self, data: Tensor, offset: int) -> None:
+        """Fills contiguous uint8 [bytes] on the host with the bytes from ``offset`` on."""
+        self._read_into(data.numpy().data, offset)
+
     def read_columns(self, offset: int, rows: range, row_bytes: int, columns: range) -> Tensor:
         """Reads bytes ``columns`` of each of ``rows``, from ``offset`` on: uint8 [rows, columns].
 
