@@ -19,6 +19,7 @@ class Habits:
     Attributes:
         models: The models that it lists.
         role_first: It sends a piece without text first.
+        pings: It sends comments and named events between pieces, and ends lines with CR LF.
         per_piece: Tokens in a piece.
         usage: It says how many tokens it made.
         sends_ids: It sends token ids if asked for them.
@@ -39,6 +40,7 @@ class Habits:
 
     models: tuple[str, ...] = ("m",)
     role_first: bool = False
+    pings: bool = False
     per_piece: int = 1
     usage: bool = True
     sends_ids: bool = False
@@ -174,7 +176,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(b"")
 
     def _event(self, value: Any) -> None:
-        self._send(b"data: " + json.dumps(value).encode() + b"\n\n")
+        data = b"data: " + json.dumps(value).encode()
+        if self.habits.pings:
+            self._send(b": ping\r\n\r\n")
+            self._send(b"event: completion\r\n" + data[:9])  # a line in two packets
+            self._send(data[9:] + b"\r\n\r\n")
+        else:
+            self._send(data + b"\n\n")
 
     def _send(self, data: bytes) -> None:
         try:

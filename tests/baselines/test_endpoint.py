@@ -58,6 +58,7 @@ def engine_of(folder):
     [
         ({}, 5),
         ({"role_first": True}, 5),
+        ({"pings": True}, 5),
         ({"per_piece": 2}, 3),
         ({"sends_ids": True}, 5),
         ({"sends_ids": True, "usage": False, "per_piece": 3}, 2),

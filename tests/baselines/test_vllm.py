@@ -120,6 +120,15 @@ def test_a_checkpoint_is_run_in_its_own_quantization_and_no_other(folder, tmp_pa
         create(str(gguf))
 
 
+@pytest.mark.usefixtures("_fake")
+def test_what_its_interpreter_lacks_for_the_measurement_is_named(folder, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("hotloop.engine.setup")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hotloop.weights.checkpoint", None)
+    with pytest.raises(UnsupportedError, match="that has vllm lacks hotloop"):
+        create(folder)
+
+
 def test_without_its_library_it_is_unsupported(folder):
     with pytest.raises(UnsupportedError, match=r"vllm is not installed \(pip install vllm\)"):
         create(folder)

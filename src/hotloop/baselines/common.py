@@ -87,9 +87,16 @@ def prepare_own(config: EngineConfig) -> Setup:
     """Describes the model as hotloop reads it, unquantized; see ``engine.setup.prepare``.
 
     Raises:
-        HotloopError: The model, the device or an option is not supported.
+        HotloopError: The model, the device or an option is not supported, or this interpreter
+            lacks a package that hotloop reads models with.
     """
-    from hotloop.engine.setup import prepare  # imports torch
+    try:
+        from hotloop.engine.setup import prepare  # imports torch
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"the interpreter that has {config.engine} lacks {error.name}, with which hotloop "
+            "reads models and measures: install it there too."
+        ) from error
 
     return prepare(
         EngineConfig(
