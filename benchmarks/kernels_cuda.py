@@ -245,7 +245,8 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
     def products(name: str, seed: int) -> Iterator[Case]:
         generator = section.generator(seed)
         weight = make_weight(name, 333, 1152, generator)
-        k = 640 if KINDS[name].get("group_size") == 128 else 576
+        whole = KINDS[name].get("group_size") == 128 or KINDS[name].get("scale") == "two"
+        k = 640 if whole else 576
         paired = make_weight(name, 2 * 172, k, generator, paired=True)
         for rows in (1, 2, 3, 5, 8, 9, 16, 17, 64):
             for tuning in tuned.values() if rows in (1, 5, 16) else [tuned["staged"]]:
@@ -405,27 +406,37 @@ def make_format(kind: str, n: int, k: int, epilogue: Epilogue) -> Format:
     return Format(**KINDS[kind], n=n, k=k, paired=epilogue == "swiglu")
 
 
-def random_packed(form: Format) -> tuple[Tensor, Tensor | None]:
-    """Makes random bytes of a weight that preserves the size of activations; and its scales."""
+def random_packed(form: Format) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Makes random bytes of a weight that about preserves the size of activations; and the rest."""
     std = form.k**-0.5
     if form.kind == "bf16":
         values = torch.empty(form.nbytes // 2, dtype=torch.bfloat16, device=CUDA).normal_(0, std)
-        return values.view(torch.uint8), None
+        return values.view(torch.uint8), None, None
     words = torch.empty(form.nbytes // 8, dtype=torch.int64, device=CUDA).random_()
     packed = words.view(torch.uint8)
     if form.kind == "fp8":
         packed &= 0b10111111  # below 2, and no NaNs
-    scale = std / {"fp8": 0.5, "int8": 74.0}.get(form.kind, 4.6)
+    size = {"fp8": 0.5, "int8": 74.0}.get(form.kind, 4.6)
+    if form.table is not None:
+        size = statistics.pstdev(form.table)
+    scale = std / size
     if form.group_size is None:
-        return packed, torch.full((form.n,), scale, device=CUDA)
-    groups = packed.view(-1, form.unit_bytes)[:, form.fragment_bytes :].view(DTYPES[form.scale])
+        return packed, torch.full((form.n,), scale, device=CUDA), None
+    scale_N = torch.ones(form.n, device=CUDA) if form.row_scale else None
+    features_K = torch.randperm(form.k, device=CUDA).int() if form.permuted else None
+    groups = packed.view(-1, form.unit_bytes)[:, form.fragment_bytes :]
+    if form.scale == "two":  # random integers of scales and offsets, of a mean size of 64
+        factors = 32 if form.zero == "none" else 64
+        groups[:, :factors].view(torch.float16).fill_(scale / 64)
+        return packed, scale_N, features_K
+    groups = groups.view(DTYPES[form.scale])
     groups.fill_(scale)
     if form.zero != "none":
         middle = 128.0 if form.kind == "int8" else 8.0  # of what is stored
         offset = -scale * middle if form.kind == "uint4" else 0.0
         zero = middle if form.zero == "integer" else offset
         groups.view(len(groups), -1, 2, 16)[:, :, 1] = zero
-    return packed, None
+    return packed, scale_N, features_K
 
 
 class DecodeStep:
@@ -503,7 +514,7 @@ class DecodeStep:
 
     def plan_bytes(self, role: str) -> int:
         form = self.plans[role].form
-        return form.nbytes + (4 * form.n if form.kind in ("fp8", "int8") else 0)
+        return form.nbytes + (4 * form.n if form.has_channel_scales else 0)
 
     def prepare(self) -> None:
         """Launches all kernels once, and captures them."""
@@ -569,7 +580,8 @@ def calls_of(
     if not isinstance(plan, WidePlan):
         return [plan.call(x, y, *weight, **options)]
     operand = torch.empty(plan.operand_bytes, dtype=torch.uint8, device=CUDA)
-    staging = plan.staging(x.x if isinstance(x, PrescaledInput) else x, operand)
+    features_K = weight[2] if len(weight) > 2 else None
+    staging = plan.staging(x.x if isinstance(x, PrescaledInput) else x, operand, features_K)
     return [staging, plan.call(x, y, *weight, operand=operand, **options)]
 
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulation import EmulatedDevice, needs_compiler
 from stored_models import distribution
 from whole_models import write_gguf_model
 
-from hotloop import LLM
+from hotloop import LLM, EngineConfig
+from hotloop.engine.memory import predict_memory
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
@@ -44,10 +46,25 @@ def test_one_projection_may_join_blocks_of_several_types(tied, tmp_path):
 
 
 def test_memory_is_known_beforehand(tmp_path):
-    from hotloop.engine.memory import predict_memory
-
     kinds = {"attn_v": "Q6_K", "token_embd": "Q6_K"}
     for tied in (False, True):
         path = write_gguf_model(tmp_path / "m.gguf", "Q4_K", tied=tied, kinds=kinds, **WIDE)
         with LLM(str(path), quant="auto", device="cpu") as llm:
             assert llm.describe().weight_bytes == predict_memory(llm.config).weights_bytes
+
+
+@needs_compiler
+@pytest.mark.parametrize("quant", ["auto", "int8"])
+def test_the_fused_step_holds_blocks_of_several_types_as_they_are(quant, tmp_path, monkeypatch):
+    monkeypatch.setattr("hotloop.engine.runner.device_of", lambda _: EmulatedDevice())
+    monkeypatch.setattr("hotloop.engine.setup.fused_unavailable_reason", lambda _: None)
+    kinds = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_up": "IQ4_XS", "token_embd": "Q6_K"}
+    path = write_gguf_model(tmp_path / "m.gguf", "Q4_K", tied=True, kinds=kinds, **WIDE)
+    config = EngineConfig(model=str(path), quant=quant, max_seq_len=16, device="cpu")
+    with LLM(config) as llm:
+        described = llm.describe()
+        assert described.weight_bytes == predict_memory(llm.config).weights_bytes
+    assert described.execution == "fused"
+    found = [described.kernels[name] for name in ("qkv_proj", "gate_up_proj", "down_proj")]
+    several = ["stacked(uint4/fused, int8/fused)", "stacked(uint4/fused, lut4/fused)"]
+    assert found == ([*several, "int8/fused"] if quant == "auto" else ["int8/fused"] * 3)
