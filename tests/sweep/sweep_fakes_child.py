@@ -59,6 +59,7 @@ if CELL_ID in os.environ:  # in a cell's own process, and not where its sweep ru
     sys.modules["hotloop.evaluate.quality"] = SimpleNamespace(
         write_reference=write_reference, measure_quality=measure_quality
     )
+    sys.modules["hotloop.evaluate.greedy"] = SimpleNamespace(greedy_agreement=lambda *_: None)
     sys.modules["hotloop.evaluate.reference"] = SimpleNamespace(
         Reference=open_reference, ReferenceKey=SimpleNamespace
     )

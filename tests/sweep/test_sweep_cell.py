@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,22 +76,62 @@ def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     return said
 
 
-def job(folder: Path, quant: str, *, kind: str = "SCORING", **config) -> Job:
+def job(folder: Path, quant: str, *, kind: str = "SCORING", tasks=(), **config) -> Job:
     (folder / "model.gguf").write_bytes(b"weights")
     (folder / "text.txt").write_text("abcdefg" * 3 + "gfedcba" * 3)
     (made,) = make_jobs(
         [EngineConfig(model=str(folder / "model.gguf"), quant=quant, **config)],
         Workload(prompt_tokens=4, new_tokens=8),
-        QualityOptions(window=8, n_windows=9, text=folder / "text.txt"),
+        QualityOptions(window=8, n_windows=9, text=folder / "text.txt", tasks=list(tasks)),
     )
     return made.model_copy(update={"source": f"{__name__}:{kind}"})
 
 
-def compared(folder: Path, quant: str) -> Job:
-    made = job(folder, quant)
+def compared(folder: Path, quant: str, **options) -> Job:
+    made = job(folder, quant, **options)
     scoring = made.reference_job(folder / ".reference")
     assert score_reference(scoring).status == "ok"
-    return made.model_copy(update={"reference": scoring.reference})
+    files = {"reference": scoring.reference, "answers": scoring.answers}
+    return made.model_copy(update=files)
+
+
+def test_tasks_are_answered_by_the_timed_engine_and_compared_with_the_references_answers(tmp_path):
+    items = [{"context": text, "continuation": "c"} for text in ("a b", "b a", "c a b", "f g")]
+    lines = "\n".join(map(json.dumps, items * 20))
+    (tmp_path / "words.jsonl").write_text(lines)
+    made = compared(tmp_path, "int8", tasks=[str(tmp_path / "words.jsonl")])
+    events = []
+    record = run_cell(made, events.append)
+    (task,) = record.tasks
+    assert (task.task, task.accuracy.n, task.metric) == ("words", 80, "acc")
+    assert task.reference_accuracy is not None
+    assert task.at_chance == (record.verdict is None)
+    done = [e.done for e in events if isinstance(e, CellPhase) and e.phase == "tasks"]
+    assert done == list(range(81))
+    itself = run_cell(compared(tmp_path, "none", tasks=[str(tmp_path / "words.jsonl")]))
+    assert itself.tasks[0].accuracy.mean == task.reference_accuracy
+
+
+def test_the_answers_of_a_reference_are_kept_apart_from_its_distributions(tmp_path):
+    (tmp_path / "words.jsonl").write_text('{"context": "a", "continuation": "b"}')
+    plain, asked = (
+        job(tmp_path, "int8", tasks=tasks).reference_job(tmp_path)
+        for tasks in ([], [str(tmp_path / "words.jsonl")])
+    )
+    assert plain.reference == asked.reference, "another task costs no new distributions"
+    assert plain.answers is None
+    assert asked.answers.suffix == ".json"
+    (tmp_path / "words.jsonl").write_text('{"context": "a", "continuation": "c"}')
+    changed = job(tmp_path, "int8", tasks=[str(tmp_path / "words.jsonl")])
+    assert changed.reference_job(tmp_path).answers != asked.answers
+    assert changed.key != job(tmp_path, "int8").key
+
+
+def test_what_the_timed_engine_generates_is_compared_with_its_scores(tmp_path):
+    greedy = run_cell(job(tmp_path, "int8")).greedy
+    assert greedy.draft == "none"
+    assert greedy.agreement.mean < 1, "this engine generates zeros, whatever it scores"
+    assert greedy.gap_max > 0
 
 
 def test_speed_and_quality_stand_in_one_record(tmp_path):

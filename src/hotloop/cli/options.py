@@ -405,7 +405,7 @@ class WorkloadOptions(_Options):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class QualityOptions(_Options):
-    """The scored text: ``sweep.recipe.QualityOptions``."""
+    """The scored text and tasks: ``sweep.recipe.QualityOptions``."""
 
     text: Annotated[
         Path | None,
@@ -422,9 +422,37 @@ class QualityOptions(_Options):
         ),
     ] = None
 
+    against: Annotated[
+        str | None,
+        option(
+            QUALITY,
+            "Compare with this model instead, as it is stored: any of the same vocabulary.",
+        ),
+    ] = None
+    tasks: Annotated[
+        str | None,
+        option(
+            QUALITY,
+            "Tasks to answer, separated by commas: topics, which needs no file; a .jsonl file; "
+            "lm-eval:NAME. Their verdict is on accuracy.",
+            "none",
+        ),
+    ] = None
+    n_items: Annotated[
+        int, integer(QUALITY, "Items of each task to answer, at most; 0: all.", alias="--items")
+    ] = 200
+    protocols: Annotated[
+        str,
+        option(QUALITY, "Protocols of perplexity, separated by commas: gptq, llama.cpp, lm-eval."),
+    ] = "gptq"
+
     def fields(self) -> dict[str, Any]:
         """Returns the fields of ``sweep.recipe.QualityOptions``."""
-        return asdict(self)
+        return asdict(self) | {
+            "tasks": listed(self.tasks) if self.tasks else [],
+            "n_items": self.n_items or None,
+            "protocols": listed(self.protocols),
+        }
 
 
 DEFAULT_FIT = FitOptions()

@@ -100,6 +100,7 @@ def print_record(record: Record) -> None:
 
     The reason for its status is a line of its own, and whole, in place of the row's note.
     """
+    from hotloop.report.quality import details
     from hotloop.report.table import LABELS, make_table
 
     table = make_table([record.model_copy(update={"reason": None})])
@@ -108,7 +109,7 @@ def print_record(record: Record) -> None:
         pairs.append(("reason", record.reason))
     shown = zip(table.columns, table.rows[0].cells, strict=True)
     pairs += [(column.heading, cell) for column, cell in shown if column not in LABELS]
-    print_pairs([*pairs, *table.context])
+    print_pairs([*pairs, *details(record), *table.context])
     notes = [f"[{number}] {note}" for number, note in enumerate(table.notes, start=1)]
     for paragraph in filter(None, (notes, table.remarks)):
         print_text("\n" + "\n".join(paragraph))

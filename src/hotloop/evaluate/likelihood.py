@@ -52,11 +52,7 @@ class TextEncoder:
             lose tokens from the left.
 
     Attributes:
-        prefix_id: The token before a text that has nothing before it.
         n_cut: Windows that were cut so far.
-
-    Raises:
-        UnsupportedError: The model has neither BOS nor an end-of-sequence token.
     """
 
     def __init__(self, engine: Engine, max_tokens: int | None = None) -> None:
@@ -66,15 +62,24 @@ class TextEncoder:
         self._begin = [bos_id] if described.adds_bos and bos_id is not None else []
         self._max_tokens = max_tokens or described.max_seq_len
         self.n_cut = 0
-        if bos_id is not None:
-            self.prefix_id = bos_id
-        elif described.eos_ids:
-            self.prefix_id = described.eos_ids[0]
-        else:
+        self._described = described
+
+    @property
+    def prefix_id(self) -> int:
+        """The token before a text that has nothing before it.
+
+        Raises:
+            UnsupportedError: The model has neither BOS nor an end-of-sequence token.
+        """
+        described = self._described
+        if described.bos_id is not None:
+            return described.bos_id
+        if not described.eos_ids:
             raise UnsupportedError(
                 f"the tokenizer of {described.config.model} has neither a BOS nor an "
                 "end-of-sequence token, of which one must come before the first token to score."
             )
+        return described.eos_ids[0]
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Tokenizes a text; with BOS, if it is to be added and the model's tokenizer adds it."""

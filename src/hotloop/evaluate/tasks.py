@@ -121,12 +121,12 @@ class AnswersKey(StrictModel):
 
     Attributes:
         weights: Identity of the checkpoint.
-        dtype: Element type that it ran in.
+        dtype: Element type that it ran in; None matches any.
         tasks: The hash of each task.
     """
 
     weights: str
-    dtype: str
+    dtype: str | None
     tasks: Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -152,7 +152,8 @@ def read_answers(path: Path, key: AnswersKey) -> list[list[bool]]:
     """
     limit = 2**28
     found = validated(_Answers, parse_json(read_bytes(path, limit=limit), path), path)
-    if found.key != key:
+    expected = key if key.dtype else key.model_copy(update={"dtype": found.key.dtype})
+    if found.key != expected:
         raise ConfigError(
             f"{path} has the answers of another model or of other tasks. Delete it to have them "
             "written anew."

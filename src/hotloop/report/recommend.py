@@ -6,6 +6,8 @@ decodes fastest; among those whose speed is not significantly lower, the one wit
 A speed is known by at least ``MIN_REPEATS`` repeats whose interval is not too wide; a cell
 whose speed is not known is not recommended.
 
+A cell whose loss of accuracy on tasks is shown to exceed the margin is never recommended.
+
 "Shown" is a non-inferiority test: the one-sided 95 % upper bound of Δ ln ppl (paired, clustered by
 window, Student's t) lies at or below the tolerance. A loss that could be small is not enough.
 """
@@ -96,7 +98,7 @@ def recommend(
             f"quality is unknown ({why}).{_caveat(fastest)}",
             (f"{_compared(r, fastest)}." for r in measured if _rivals(r, fastest)),
         )
-    within = [record for record in scored if _upper_bound(record) <= max_delta_ln_ppl]
+    within = [record for record in scored if not _quality_gap(record, max_delta_ln_ppl)]
     if not within:
         return answer(
             None,
@@ -203,6 +205,11 @@ def _quality_gap(record: Record, tolerance: float) -> str | None:
     loss = record.delta_ln_ppl
     if loss is None:
         return f"its quality is unknown ({record.quality_reason})"
+    if (verdict := record.verdict) is not None and verdict.outcome == "fail":
+        return (
+            f"it loses {100 * verdict.loss:.1f}% of {verdict.n} tasks' items, which is shown to be "
+            f"more than the margin of {100 * verdict.margin:.2f}%"
+        )
     if loss.mean > tolerance:
         return f"{_shown_loss(record)} exceeds {tolerance:g}"
     if (upper := _upper_bound(record)) > tolerance:

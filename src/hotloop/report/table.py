@@ -11,6 +11,8 @@ from hotloop.report.context import notes as engine_notes
 from hotloop.report.fields import csv_names, csv_text, csv_values, value_of
 from hotloop.report.layout import STAR, Column, Notes, Row, Table
 from hotloop.report.numbers import divergence, half_width, memory, percent, significant, uncertain
+from hotloop.report.quality import lost, needs, not_after_choosing
+from hotloop.report.quality import remarks as quality_remarks
 from hotloop.report.read import latest
 from hotloop.report.recommend import Recommendation, recommend, speed_gap
 from hotloop.types import MAX_DELTA_LN_PPL
@@ -46,6 +48,13 @@ FIGURES = (
     _figure("kl_mean", "mean\nKL", lambda f: divergence(f.mean), of_quality=True),
     _figure("kl_at_least", "mean KL\nat least", lambda f: divergence(f.mean), of_quality=True),
     _figure("same_top1", "same\ntop-1", lambda f: percent(f.mean, 1), of_quality=True),
+    Column(
+        title="accuracy\nlost",
+        text=lambda record: lost(record.verdict) if record.verdict else "",
+        field="verdict.loss",
+        of_quality=True,
+    ),
+    _figure("verdict.outcome", "verdict", str, of_quality=True),
 )
 
 ONLY_IN_CSV = (
@@ -61,6 +70,16 @@ ONLY_IN_CSV = (
     "kl_max",
     "delta_p",
     "delta_p_rms",
+    "kl_floor",
+    "verdict.n",
+    "verdict.worse",
+    "verdict.better",
+    "verdict.margin",
+    "verdict.p",
+    "verdict.mcnemar_p",
+    "verdict.needed",
+    "greedy.agreement",
+    "greedy.gap_max",
     "load_s",
     "warmup_s",
 )
@@ -81,6 +100,8 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
     if not any(map(_is_batched, records)):
         shown = [column for column in shown if column.field != "aggregate_tok_s"]
     columns = [*LABELS, *shown]
+    verdicts = next((i for i, c in enumerate(columns) if c.field == "verdict.outcome"), None)
+    chosen_away = not_after_choosing(records)
     first_of_quality = next((i for i, c in enumerate(columns) if c.of_quality), None)
     rows = []
     for record in records:
@@ -95,6 +116,11 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
             if first_of_quality is not None and record.quality_reason:
                 note = f"quality: {record.quality_reason}"
                 cells[first_of_quality] = notes.cite(cells[first_of_quality], note)
+        if verdicts is not None and record.verdict is not None:
+            verdict, note = record.verdict, chosen_away.get(record.cell)
+            if verdict.outcome == "underpowered":
+                note = f"underpowered: {needs(verdict)}"
+            cells[verdicts] = notes.cite(cells[verdicts], note)
         recommended = record is recommendation.record
         rows.append(Row(record=record, cells=tuple(cells), recommended=recommended))
     return Table(
@@ -155,6 +181,7 @@ def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
             "Quality: perplexity (ppl); against the reference on the same windows, Δ ln ppl "
             "± standard error, KL divergence, and how often both have the same most likely token."
         )
+    remarks += quality_remarks(measured)
     if any(r.delta_ln_ppl and _is_its_own_quantized_reference(r) for r in measured):
         remarks.append(
             "The reference has the weights as they are stored, which are quantized: the loss of "

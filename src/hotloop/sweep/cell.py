@@ -26,7 +26,16 @@ from hotloop.errors import (
     UnsupportedError,
     shorten,
 )
-from hotloop.evaluate.text import load_text
+from hotloop.evaluate.perplexity import perplexities
+from hotloop.evaluate.tasks import (
+    AnswersKey,
+    answer_tasks,
+    compare_tasks,
+    load_tasks,
+    read_answers,
+    write_answers,
+)
+from hotloop.evaluate.text import Text, load_text
 from hotloop.evaluate.windows import take_windows
 from hotloop.sweep.events import CellPhase, CellPrepared, OnEvent, Phase, ignore
 from hotloop.sweep.job import Job
@@ -251,11 +260,13 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     if job.quality is None:
         return {"quality_reason": "not asked for"}
 
+    from hotloop.evaluate.greedy import greedy_agreement
     from hotloop.evaluate.quality import measure_quality  # these import torch
     from hotloop.evaluate.reference import Reference
 
     attempt.enter("quality")
-    windows, protocol, key = _windows(job, engine)
+    text = load_text(job.quality.text)
+    windows, protocol, key = _windows(job, engine, text)
     reference, why_none = None, job.no_reference or "nothing to compare with"
     if job.reference is not None:
         try:
@@ -264,32 +275,77 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
             why_none = str(error)
     quality = measure_quality(engine, windows, reference=reference, on_window=attempt.step)
     of = f" of {job.reference_model}" if job.reference_model else ""
-    compared = {"reference": f"none/eager {reference.key.dtype}{of}" if reference else None}
+    how = "as stored/eager" if job.quality.against else "none/eager"
+    compared = {"reference": f"{how} {reference.key.dtype}{of}" if reference else None}
     return {
         "quality_protocol": protocol.model_copy(update=compared),
         "quality_reason": None if reference else why_none,
         **vars(quality),
+        "other_perplexities": perplexities(
+            engine,
+            text.content,
+            job.quality.protocols,
+            size=job.quality.window,
+            limit=job.quality.n_windows,
+            on_window=attempt.step,
+        ),
+        "greedy": greedy_agreement(engine, windows),
+        **_answers(attempt, engine),
     }
+
+
+def _answers(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
+    """Returns the figures of tasks, and the verdict where there is a reference."""
+    job = attempt.job
+    assert job.quality is not None, "a job that scores nothing answers nothing"
+    if not job.quality.tasks:
+        return {}
+    attempt.enter("tasks")
+    tasks = load_tasks(job.quality.tasks, job.quality.n_items)
+    answers = answer_tasks(engine, tasks, attempt.step)
+    reference = None
+    if job.answers is not None:
+        reference = read_answers(job.answers, _answers_key(job, engine))
+    figures, verdict = compare_tasks(tasks, answers, reference)
+    return {"tasks": figures, "verdict": verdict}
+
+
+def _answers_key(job: Job, engine: Engine) -> AnswersKey:
+    own = job.config.engine == OWN_ENGINE
+    return AnswersKey(
+        weights=job.compared_sha256 or "",
+        dtype=engine.describe().dtype if own else None,
+        tasks=job.task_sha256s,
+    )
 
 
 def _keep_reference(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
     from hotloop.evaluate.quality import write_reference  # imports torch
 
-    file = attempt.job.reference
+    job, file = attempt.job, attempt.job.reference
     assert file is not None, "a reference needs a place to be kept"
-    attempt.enter("reference")
-    windows, _, key = _windows(attempt.job, engine)
+    assert job.quality is not None, "a reference needs something to score"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_reference(engine, windows, file, key, on_window=attempt.step)
+    if not file.exists():
+        attempt.enter("reference")
+        windows, _, key = _windows(job, engine, load_text(job.quality.text))
+        write_reference(engine, windows, file, key, on_window=attempt.step)
+    if job.answers is not None and not job.answers.exists():
+        attempt.enter("tasks")
+        tasks = load_tasks(job.quality.tasks, job.quality.n_items)
+        answers = answer_tasks(engine, tasks, attempt.step)
+        write_answers(job.answers, _answers_key(job, engine), answers)
     return {"status": "ok"}
 
 
-def _windows(job: Job, engine: Engine) -> tuple[list[list[int]], QualityProtocol, ReferenceKey]:
+def _windows(
+    job: Job, engine: Engine, text: Text
+) -> tuple[list[list[int]], QualityProtocol, ReferenceKey]:
     """Makes the windows to score, their entry in the record, and the key of their reference."""
     from hotloop.evaluate.reference import ReferenceKey  # imports torch
 
     assert job.quality is not None, "a job that scores nothing needs no windows"
-    text, description = load_text(job.quality.text), engine.describe()
+    description = engine.describe()
     windows = take_windows(engine.encode, text.content, job.quality.window, job.quality.n_windows)
     protocol = QualityProtocol(
         text=text.name,

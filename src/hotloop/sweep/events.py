@@ -17,9 +17,10 @@ from hotloop.bench.record import Provenance, Record
 from hotloop.errors import HotloopError, shorten_value
 from hotloop.outside import parse_json
 
-Phase = Literal["start", "predict", "load", "speed", "quality", "reference"]
+Phase = Literal["start", "predict", "load", "speed", "quality", "tasks", "reference"]
 """The phase of a cell: starting its process, predicting memory, loading (with compilation and
-warm-up), timing, scoring; or, for the reference, scoring and keeping the distributions."""
+warm-up), timing, scoring, answering tasks; or, for the reference, scoring and keeping the
+distributions."""
 
 
 @dataclass(frozen=True)

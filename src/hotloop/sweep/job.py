@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from hotloop import __version__, hardware, registry
 from hotloop.baselines import ENGINES, EngineKind
 from hotloop.bench.record import Workload
+from hotloop.evaluate.tasks import load_tasks
 from hotloop.evaluate.text import load_text
 from hotloop.sweep.models import (
     KnownModel,
@@ -48,6 +49,8 @@ class Job(BaseModel):
         reference_model: The model to compare with, where it is not the one that is measured.
         reference_sha256: Hash of that model's checkpoint.
         reference: The file to compare with; for a reference, the file to write.
+        task_sha256s: Hashes of the tasks to answer.
+        answers: The file of the reference's answers to these; for a reference, the file to write.
         no_reference: The reason why there is no reference.
         attempt: The number of the attempt at this cell, from 1.
         key: See :func:`measurement_key`.
@@ -69,6 +72,8 @@ class Job(BaseModel):
     reference_model: str | None = None
     reference_sha256: str | None = None
     reference: Path | None = None
+    task_sha256s: tuple[str, ...] = ()
+    answers: Path | None = None
     no_reference: str | None = None
     attempt: int = 1
     key: str = ""
@@ -82,18 +87,19 @@ class Job(BaseModel):
     def reference_job(self, folder: Path) -> Job:
         """Makes the job that scores the reference of this one.
 
-        The reference is hotloop's own engine: unquantized, eager, the same dtype. It keeps only
-        those options that change its predictions, so that as many cells as possible share it. The
-        name of its file in ``folder`` is a hash of these.
+        The reference is hotloop's own engine: eager, the same dtype, and unquantized, unless the
+        user names what to compare with. It keeps only those options that change its predictions, so
+        that as many cells as possible share it. The names of its files in ``folder`` are hashes of
+        these.
         """
         assert self.quality is not None, "a job that scores nothing has no reference"
         config = EngineConfig(
             model=self.reference_model or self.config.model,
             device=self.config.device,
             dtype=self.config.dtype,
-            quant="none",
+            quant="auto" if self.quality.against else "none",
             execution="eager",
-            max_seq_len=self.quality.window,
+            max_seq_len=self.quality.seq_len,
         )
         job = self.model_copy(
             update={
@@ -110,8 +116,12 @@ class Job(BaseModel):
                 "key": "",
             }
         )
-        name = sha256_of(_scored(job, job.config))
-        return job.model_copy(update={"reference": folder / f"{name[:16]}.safetensors"})
+        scored = _scored(job, replace(job.config, max_seq_len=None))
+        files = {"reference": folder / f"{sha256_of(scored)[:16]}.safetensors"}
+        if self.task_sha256s:
+            answered = scored | {"text": None, "windows": None, "tasks": self.task_sha256s}
+            files["answers"] = folder / f"{sha256_of(answered)[:16]}.json"
+        return job.model_copy(update=files)
 
     @property
     def compared_sha256(self) -> str | None:
@@ -133,12 +143,15 @@ def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any])
         settled: Its configuration as its engine's ``settle`` returns it.
         machine: The result of ``hardware.machine``.
     """
-    timed = {
+    timed: dict[str, Any] = {
         "workload": job.workload and job.workload.model_dump(),
         "draft": job.draft_sha256,
         "reference": job.reference_sha256,
         "machine": machine,
     }
+    if job.quality is not None:
+        timed["tasks"] = job.task_sha256s
+        timed["protocols"] = sorted(job.quality.protocols)
     return sha256_of(_scored(job, settled) | timed)
 
 
@@ -155,7 +168,7 @@ def _scored(job: Job, settled: EngineConfig) -> dict[str, Any]:
         "engine": [job.source, job.python and str(job.python)],
         "versions": {"hotloop": __version__, "torch": version("torch")},
         "text": job.text_sha256,
-        "windows": job.quality and job.quality.model_dump(exclude={"text", "reference"}),
+        "windows": job.quality and job.quality.model_dump(include={"window", "n_windows"}),
     }
 
 
@@ -224,11 +237,13 @@ def make_jobs(
 
     Raises:
         UnknownNameError: There is no such engine.
-        ConfigError: The text cannot be read or is too short, or the reference is not one.
+        ConfigError: The text or a task cannot be read, the text is too short, or the reference is
+            not one.
         ModelNotFoundError: There is no such model on this machine.
         CheckpointError: A checkpoint is damaged.
     """
     models, machine, text = Models(), hardware.machine(), None
+    tasks = load_tasks(quality.tasks, quality.n_items) if quality else []
     jobs = []
     for cell in make_cells(configs, models):
         model, draft = (name and models[name] for name in checkpoints(cell.config))
@@ -252,7 +267,8 @@ def make_jobs(
             if readable:
                 check_length(original, text.content, quality.window)
             compared = _compared(models, model, original, quality, readable=readable)
-            job = job.model_copy(update={"text_sha256": text.sha256, **compared})
+            hashes = {"text_sha256": text.sha256, "task_sha256s": tuple(t.sha256 for t in tasks)}
+            job = job.model_copy(update=hashes | compared)
         key = measurement_key(job, cell.settled, machine)
         jobs.append(job.model_copy(update={"key": key}))
     return jobs
@@ -276,6 +292,9 @@ def _compared(
         readable: hotloop itself can read ``original``.
     """
     try:
+        if quality.against is not None:
+            other = models[quality.against]
+            return {"reference_model": other.name, "reference_sha256": other.sha256}
         reference = models.reference_of(
             original, quality.reference, original.quantization if readable else None
         )

@@ -37,6 +37,7 @@ DOING: dict[Phase, str] = {
     "load": "loading, compiling, warming up",
     "speed": "timing",
     "quality": "scoring",
+    "tasks": "answering tasks",
     "reference": "scoring",
 }
 

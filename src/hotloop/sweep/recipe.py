@@ -13,7 +13,7 @@ are the fields of ``EngineConfig``, so a new field can be swept at once.
       - {engine: vllm, checkpoint: ./model-awq}    # another engine, and its form of the model
     defaults: {dtype: bfloat16}   # for all of them; dropped in cells where they have no effect
     workload: {prompt_tokens: 32, new_tokens: 64}
-    quality: {window: 256, n_windows: 16}    # or false
+    quality: {window: 256, n_windows: 16, tasks: [topics, arc.jsonl]}    # or false
     timeout_s: 600                # per cell
     engines:                      # settings of other engines
       vllm: {python: ~/vllm/bin/python}    # its interpreter; hotloop need not be installed there
@@ -40,6 +40,7 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    Self,
     Union,
     get_args,
     get_origin,
@@ -53,12 +54,15 @@ from pydantic import (
     Field,
     PrivateAttr,
     create_model,
+    model_validator,
 )
 
 from hotloop.baselines import ENGINES
 from hotloop.bench.record import Workload
 from hotloop.checked import MAX_COUNT, Range
 from hotloop.errors import ConfigError, UnknownNameError, shorten, shorten_value
+from hotloop.evaluate.perplexity import Protocol
+from hotloop.evaluate.tasks import resolve_task
 from hotloop.outside import Place, StrictModel, config_error, read_text, validated
 from hotloop.sweep.bounded_yaml import parse_yaml
 from hotloop.types import EngineConfig, WeightSource, is_draft_model, levers
@@ -69,12 +73,18 @@ MAX_RECIPE_BYTES = 256 * 2**10
 MAX_CELLS = 1_000
 """Cells of a recipe: at a minute each, most of a day."""
 
+TASK_TOKENS = 512
+"""Tokens that a sequence holds at least, where there are tasks; longer items are cut."""
+
+DEFAULT_ITEMS = 200
+"""Items of a task that are answered by default: enough to see damage, not to rule out a loss."""
+
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 """A name or a path."""
 
 
 class QualityOptions(StrictModel):
-    """The text to score, and the reference to compare with.
+    """The text to score, the tasks to answer, and the reference to compare with.
 
     Attributes:
         window: Tokens in a window.
@@ -82,12 +92,31 @@ class QualityOptions(StrictModel):
         text: A UTF-8 file, relative to the recipe; None takes the text that comes with Python.
         reference: The model to compare with, named as in ``EngineConfig``; None takes the model
             itself, unquantized, or the one that a quantized copy was made from.
+        against: Instead of that, any model of the same vocabulary, as it is stored.
+        tasks: The tasks: see ``evaluate.tasks``. Paths are relative to the recipe.
+        n_items: The most items of each task, from its beginning; None for all.
+        protocols: The protocols of perplexity: see ``evaluate.perplexity``.
     """
 
     window: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 512
     n_windows: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 16
     text: Annotated[Path | None, Field(strict=False)] = None
     reference: Text | None = None
+    against: Text | None = None
+    tasks: list[Text] = Field(default_factory=list)
+    n_items: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = DEFAULT_ITEMS
+    protocols: list[Protocol] = Field(default_factory=lambda: ["gptq"])
+
+    @model_validator(mode="after")
+    def _one_comparison(self) -> Self:
+        if self.reference is not None and self.against is not None:
+            raise ValueError("give either reference or against: both are what to compare with")
+        return self
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens that a sequence must hold."""
+        return max(self.window, TASK_TOKENS if self.tasks else 0)
 
 
 class EngineSettings(StrictModel):
@@ -211,11 +240,12 @@ class Recipe(StrictModel):
 
     @property
     def quality_options(self) -> QualityOptions | None:
-        """``quality`` with its text's path made absolute; None if there is nothing to score."""
+        """``quality`` with its paths made absolute; None if there is nothing to score."""
         if self.weights == "random" or self.quality is None:
             return None
         text = self.quality.text and (self._folder / self.quality.text).resolve()
-        return self.quality.model_copy(update={"text": text})
+        tasks = [resolve_task(task, self._folder) for task in self.quality.tasks]
+        return self.quality.model_copy(update={"text": text, "tasks": tasks})
 
     @property
     def pythons(self) -> dict[str, Path]:
@@ -402,11 +432,14 @@ def fit_to_experiment(
         ConfigError: The configuration cannot hold the workload or a quality window.
     """
     asked = workload.prompt_tokens + workload.new_tokens
-    needed = max(asked, quality.window if quality else 0)
+    needed = max(asked, quality.seq_len if quality else 0)
     if config.max_seq_len is None:
         config = replace(config, max_seq_len=needed)
     if config.max_seq_len is not None and config.max_seq_len < needed:
-        what = f"workload of {asked} tokens" if asked == needed else f"window of {needed} tokens"
+        what = f"workload of {asked} tokens"
+        if asked < needed:
+            window = quality is not None and needed == quality.window
+            what = f"window of {needed} tokens" if window else f"tasks' {needed} tokens"
         raise ConfigError(
             f"max_seq_len (--max-seq-len) {config.max_seq_len} of {config.name} cannot hold the "
             f"{what}: raise it "

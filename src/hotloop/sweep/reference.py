@@ -17,7 +17,12 @@ def is_reference(job: Job) -> bool:
         HotloopError: The configuration cannot work.
     """
     config = job.config
-    if job.reference_model or config.quant != "none" or config.head not in ("auto", "none"):
+    if (
+        job.reference_model
+        or config.draft != "none"
+        or config.quant != "none"
+        or config.head not in ("auto", "none")
+    ):
         return False
 
     from hotloop.engine.setup import prepare  # imports torch
@@ -31,12 +36,13 @@ def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:
 
     scoring = job.reference_job(folder)
     reason = ensure_reference(scoring, lambda job: score_reference(job, on_event), on_event)
-    reference = None if reason else scoring.reference
-    return job.model_copy(update={"reference": reference, "no_reference": reason})
+    if reason:
+        return job.model_copy(update={"no_reference": reason})
+    return job.model_copy(update={"reference": scoring.reference, "answers": scoring.answers})
 
 
 def ensure_reference(scoring: Job, score: Callable[[Job], Record], on_event: OnEvent) -> str | None:
-    """Scores a reference unless its file exists.
+    """Scores a reference unless its files exist.
 
     Args:
         scoring: The job that scores it.
@@ -48,7 +54,7 @@ def ensure_reference(scoring: Job, score: Callable[[Job], Record], on_event: OnE
     """
     file, reason = scoring.reference, None
     assert file is not None, "a reference job names its file"
-    reused = file.exists()
+    reused = all(made.exists() for made in (file, scoring.answers) if made is not None)
     on_event(ReferenceStarted(scoring.cell, reused))
     if not reused:
         record = score(scoring)

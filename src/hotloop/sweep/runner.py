@@ -135,7 +135,8 @@ class _Sweep:
         if reason := self.no_reference[file]:
             return job.model_copy(update={"no_reference": reason})
         provenance = {**job.provenance, "reference": file.stem}
-        return job.model_copy(update={"reference": file, "provenance": provenance})
+        files = {"reference": file, "answers": scoring.answers}
+        return job.model_copy(update=files | {"provenance": provenance})
 
     def measure(self, job: Job, earlier: Record | None, *, index: int, total: int) -> Record:
         """Returns the earlier record of a finished job, or measures it."""

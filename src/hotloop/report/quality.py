@@ -1,0 +1,135 @@
+"""Words and tables for the figures of quality that have no column of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hotloop.bench.paired import holm
+from hotloop.bench.record import NonInferiority, Record, TaskFigures
+from hotloop.report.numbers import divergence, percent, significant, uncertain
+
+ENOUGH_WINDOWS = 20
+"""With fewer windows, an interval over them is itself known only roughly."""
+
+ALPHA = 0.05
+
+
+def lost(compared: NonInferiority) -> str:
+    """Formats the accuracy lost, and its one-sided 95 % upper limit: ``0.5% < 1.2%``."""
+    return f"{100 * compared.loss:.1f}% < {100 * compared.limits[1]:.1f}%"
+
+
+def outcome(compared: NonInferiority) -> str:
+    """Names the outcome; if it is ``underpowered``, with the items that a pass would take."""
+    if compared.outcome != "underpowered":
+        return compared.outcome
+    return f"underpowered: {needs(compared)}"
+
+
+def needs(compared: NonInferiority) -> str:
+    """Says how many items a pass would take."""
+    if compared.needed is None:
+        return "more items can hardly help"
+    return f"needs {compared.needed:,} items"
+
+
+def not_after_choosing(records: Sequence[Record]) -> dict[str, str]:
+    """Finds passes that do not stand where one configuration is chosen of these records.
+
+    Returns:
+        A note for each of their cells: the p-value adjusted by Holm's method is above 5 %.
+    """
+    judged = [(record, v) for record in records if (v := record.verdict) is not None]
+    adjusted = holm([verdict.p for _, verdict in judged])
+    return {
+        record.cell: f"passes by itself, but not if it is chosen among {len(judged)} "
+        f"configurations: p = {significant(p, 2)} by Holm's method"
+        for (record, verdict), p in zip(judged, adjusted, strict=True)
+        if verdict.outcome == "pass" and p >= ALPHA
+    }
+
+
+def remarks(records: Sequence[Record]) -> list[str]:
+    """Explains the figures of quality in a table of records."""
+    said = []
+    if few := [r.perplexity.n for r in records if r.perplexity and r.perplexity.n < ENOUGH_WINDOWS]:
+        said.append(
+            f"Only {min(few)} windows: intervals of quality over fewer than {ENOUGH_WINDOWS} are "
+            "themselves rough."
+        )
+    floors = [figure.mean for record in records if (figure := record.kl_floor) is not None]
+    if floors:
+        said.append(
+            "The floor of KL, the reference against itself in windows of another length, is "
+            f"{divergence(max(floors))}: below that there is nothing to see."
+        )
+    if verdicts := [verdict for record in records if (verdict := record.verdict) is not None]:
+        tasks = ", ".join(dict.fromkeys(task for v in verdicts for task in v.tasks))
+        margin = max(verdict.margin for verdict in verdicts)
+        said.append(
+            f"Verdict: over {verdicts[0].n} items of {tasks}, the share that the reference has "
+            "right and this has not, less the reverse, with its one-sided 95% upper limit. pass: "
+            f"a loss of {100 * margin:.2f}% (1% of the reference's accuracy) is ruled out; fail: "
+            "the loss is shown to be larger; underpowered: neither, with so few items."
+        )
+    at_chance = {task.task for record in records for task in record.tasks if task.at_chance}
+    if at_chance:
+        said.append(
+            f"{', '.join(sorted(at_chance))}: the reference is no better than guessing, so no loss "
+            "could be seen. Not in the verdict."
+        )
+    said += [note for record in records if (note := _greedy(record))]
+    return said
+
+
+def details(record: Record) -> list[tuple[str, str]]:
+    """Returns names and values of one record's further figures of quality."""
+    pairs = [
+        (f"ppl ({name})", uncertain(figure.mean, figure.se))
+        for name, figure in record.other_perplexities.items()
+    ]
+    quantiles = {
+        "median": record.kl_median,
+        "90%": record.kl_p90,
+        "99%": record.kl_p99,
+        "99.9%": record.kl_p99_9,
+        "max": record.kl_max,
+    }
+    known = [f"{name} {divergence(v)}" for name, v in quantiles.items() if v is not None]
+    if known:
+        pairs.append(("KL quantiles", ", ".join(known)))
+    if record.delta_p is not None and record.delta_p_rms is not None:
+        mean = uncertain(100 * record.delta_p.mean, 100 * (record.delta_p.se or 0), signed=True)
+        pairs.append(("Δp", f"{mean}% mean, {100 * record.delta_p_rms:.2f}% root mean square"))
+    for depth in record.by_depth:
+        parts = [f"ppl {significant(depth.perplexity.mean, 4)}"]
+        if depth.delta_ln_ppl is not None:
+            change = uncertain(depth.delta_ln_ppl.mean, depth.delta_ln_ppl.se, signed=True)
+            parts.append(f"Δ ln ppl {change}")
+        if depth.kl_mean is not None:
+            parts.append(f"KL {divergence(depth.kl_mean.mean)}")
+        if depth.same_top1 is not None:
+            parts.append(f"same top-1 {percent(depth.same_top1.mean, 1)}")
+        pairs.append((f"positions {depth.start:,} to {depth.end - 1:,}", ", ".join(parts)))
+    return pairs + [(task.task, _task(task)) for task in record.tasks]
+
+
+def _task(task: TaskFigures) -> str:
+    shown = f"{percent(task.accuracy.mean, 1)} right of {task.accuracy.n}"
+    if task.compared is None:
+        return shown
+    c = task.compared
+    shown += f", reference {percent(task.reference_accuracy or 0, 1)}; {c.worse} worse, {c.better} "
+    shown += f"better (McNemar p = {significant(c.mcnemar_p, 2)}); lost {lost(c)}"
+    return f"{shown}; {'at chance' if task.at_chance else outcome(c)}"
+
+
+def _greedy(record: Record) -> str | None:
+    greedy = record.greedy
+    if greedy is None or greedy.agreement.mean == 1:
+        return None
+    return (
+        f"{record.cell}: of the tokens that it generates greedily, scoring holds "
+        f"{percent(greedy.agreement.mean, 1)} most likely; the others are up to "
+        f"{significant(greedy.gap_max, 2)} nats below. Rounding alone gives near-ties."
+    )
