@@ -36,9 +36,10 @@ RANDOM_7B = ["--weights", "random", "--shape", "llama-2-7b"]
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Job]:
     """Cells that end as ``ok`` at once; the jobs they were given, the references first."""
     given: list[Job] = []
+    monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "cache"))
 
     def run(each: Job, on_event) -> Record:
         given.append(each)

@@ -26,7 +26,7 @@ from hotloop.sweep.events import CellPhase
 from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.recipe import QualityOptions, Workload
 from hotloop.types import EngineConfig, MemoryPlan, Score
-from hotloop.weights.identity import hash_checkpoint
+from hotloop.weights.identity import identify_checkpoint
 
 V = 7
 
@@ -77,7 +77,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 
 def job(folder: Path, quant: str, *, kind: str = "SCORING", tasks=(), **config) -> Job:
-    (folder / "model.gguf").write_bytes(b"weights")
+    if not (folder / "model.gguf").exists():  # another time of change is another checkpoint
+        (folder / "model.gguf").write_bytes(b"weights")
     (folder / "text.txt").write_text("abcdefg" * 3 + "gfedcba" * 3)
     (made,) = make_jobs(
         [EngineConfig(model=str(folder / "model.gguf"), quant=quant, **config)],
@@ -278,7 +279,7 @@ def test_a_draft_models_checkpoint_is_part_of_what_was_measured_and_not_of_its_r
     (tmp_path / "draft.gguf").write_bytes(b"draft")
     plain = job(tmp_path, "int8")
     drafted = job(tmp_path, "int8", draft=str(tmp_path / "draft.gguf"))
-    sha256 = hash_checkpoint(tmp_path / "draft.gguf")
+    sha256 = identify_checkpoint(tmp_path / "draft.gguf")
     assert run_cell(drafted).provenance["draft_sha256"] == sha256
     assert run_cell(plain).provenance["draft_sha256"] is None
     assert plain.reference_job(tmp_path) == drafted.reference_job(tmp_path)
@@ -303,8 +304,8 @@ def test_a_checkpoint_is_hashed_by_its_content(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "model-1.safetensors").write_bytes(b"1")
     (tmp_path / "a" / "config.json").write_bytes(b"{}")
-    before = hash_checkpoint(tmp_path / "a")
+    before = identify_checkpoint(tmp_path / "a")
     (tmp_path / "a" / "README.md").write_bytes(b"words")
-    assert hash_checkpoint(tmp_path / "a") == before
+    assert identify_checkpoint(tmp_path / "a") == before
     (tmp_path / "a" / "config.json").write_bytes(b'{"x": 1}')
-    assert hash_checkpoint(tmp_path / "a") != before
+    assert identify_checkpoint(tmp_path / "a") != before

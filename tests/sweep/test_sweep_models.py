@@ -25,7 +25,7 @@ def stored(dtype: str, quantization: Quantization | None = None) -> StoredForm:
 
 
 def copy_of(source: str | None, *, head: str = "int8") -> StoredForm:
-    named = source and SourceModel(name=source, sha256=SHA["source"])
+    named = source and SourceModel(name=source, sample=SHA["source"])
     return stored("I8", Quantization(scheme="int4-g64", head=head, source=named or None))
 
 
@@ -40,7 +40,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> dict[str, StoredForm]:
         return Path(name)
 
     monkeypatch.setattr(models_module, "resolve_model", resolve)
-    monkeypatch.setattr(models_module, "hash_checkpoint", lambda path: SHA[path.name])
+    for name in ("identify_checkpoint", "sample_checkpoint"):
+        monkeypatch.setattr(models_module, name, lambda path: SHA[path.name])
     monkeypatch.setattr(models_module, "read_stored_form", lambda path: found[path.name])
     monkeypatch.setattr("hotloop.sweep.job.check_length", lambda *_: None)
     return found

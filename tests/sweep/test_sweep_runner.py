@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -30,15 +29,19 @@ from hotloop.sweep.events import (
 from hotloop.sweep.recipe import Recipe, recipe_from_flags
 from hotloop.sweep.runner import run_sweep
 from hotloop.sweep.store import read_file
+from hotloop.weights.identity import identify_checkpoint
 
 FAKE = "sweep_fakes_child:FAKE"
 
 
 @pytest.fixture(autouse=True)
-def _the_engine_is_a_fake_that_children_find(monkeypatch: pytest.MonkeyPatch) -> None:
+def _the_engine_is_a_fake_that_children_find(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(ENGINES, "hotloop", FAKE)
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parent}", prepend=os.pathsep)
+    monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "cache"))
 
 
 def recipe(*ends: End, timeout_s: float = HANG_S) -> Recipe:
@@ -234,7 +237,8 @@ def test_a_child_ends_with_its_parent(tmp_path, monkeypatch):
 
 
 def scored_recipe(folder: Path, *ends: End) -> Recipe:
-    (folder / "model.gguf").write_bytes(b"weights")
+    if not (folder / "model.gguf").exists():  # another time of change is another checkpoint
+        (folder / "model.gguf").write_bytes(b"weights")
     (folder / "text.txt").write_text("some words " * 20)
     return recipe_from_flags(
         str(folder / "model.gguf"),
@@ -254,35 +258,37 @@ def test_the_reference_is_scored_once_and_cells_are_compared_with_it(tmp_path):
     assert (finished.cell, finished.reason) == ("none/eager", None)
     assert finished.n_bytes > 0
     compared, unscored = records
-    assert compared.status == "ok"
+    assert compared.status == "ok", compared.reason
     assert compared.delta_ln_ppl.samples == (0.01, 0.02)
     assert compared.quality_reason is None
     assert compared.quality_protocol.reference == "none/eager float32"
     assert compared.quality_protocol.n_windows == 4
-    assert compared.provenance["weights_sha256"] == hashlib.sha256(b"weights").hexdigest()
+    expected = identify_checkpoint(tmp_path / "model.gguf")
+    assert compared.provenance["weights_sha256"] == expected
 
     assert unscored.status == "ok"  # what could not be scored keeps its speed
     assert unscored.decode_tok_s is not None
     assert "out of memory in quality: no room for the logits" in unscored.quality_reason
 
 
-def test_a_reference_stays_until_every_cell_is_finished(tmp_path):
-    def references():
-        return [path.suffix for path in (tmp_path / "out").glob(".reference/*")]
+def test_a_reference_is_kept_for_other_sweeps_within_the_limit(tmp_path, monkeypatch):
+    kept = tmp_path / "cache/references"
 
-    def run(*ends: End):
-        events = []
-        recipe = scored_recipe(tmp_path, *ends)
-        run_sweep(recipe, tmp_path / "out", resume=True, on_event=events.append)
-        return events
+    def events(out: str):
+        seen = []
+        run_sweep(scored_recipe(tmp_path, End.OK), tmp_path / out, on_event=seen.append)
+        return seen
 
-    events = run(End.OK, End.RAISES)
-    assert references() == [".safetensors"]
-    assert any(isinstance(e, Noticed) and "stay in" in e.message for e in events)
-    (tmp_path / "out/.reference/.0.partial").write_text("what a killed process has left")
-    events = run(End.OK, End.UNSUPPORTED)
-    assert ReferenceStarted("none/eager", reused=True) in events
-    assert not (tmp_path / "out/.reference").exists()
+    first = events("a")
+    (finished,) = (e for e in first if isinstance(e, ReferenceFinished))
+    assert finished.folder == str(kept)
+    assert [file.suffix for file in kept.glob("[!.]*")] == [".safetensors"]
+    (kept / ".0.partial").write_text("what a killed process has left")
+    assert ReferenceStarted("none/eager", reused=True) in events("b")
+    assert not (kept / ".0.partial").exists()
+    monkeypatch.setenv("HOTLOOP_REFERENCES_GB", "0")
+    assert ReferenceStarted("none/eager", reused=True) in events("c")
+    assert not list(kept.glob("*.safetensors"))
 
 
 def test_without_a_reference_cells_run_say_why_and_are_compared_once_there_is_one(

@@ -39,7 +39,7 @@ from hotloop.quant.encodings.awq import _rows
 from hotloop.quant.encodings.bits import unpack
 from hotloop.types import EngineConfig
 from hotloop.weights.checkpoint import open_checkpoint, stored_form
-from hotloop.weights.identity import hash_checkpoint
+from hotloop.weights.identity import identify_checkpoint
 from hotloop.weights.quantize import quantize_checkpoint
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -448,9 +448,9 @@ def test_a_copy_of_a_quantized_checkpoint_is_hotloops_own(tmp_path):
 def test_the_files_that_describe_a_checkpoint_are_part_of_its_content(tmp_path):
     said = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
     quantized, _ = write_stored(tmp_path, awq(32), said, file="quant_config.json")
-    before = hash_checkpoint(quantized)
+    before = identify_checkpoint(quantized)
     (quantized / "quant_config.json").write_text("{}")
-    assert hash_checkpoint(quantized) != before
+    assert identify_checkpoint(quantized) != before
 
 
 @pytest.mark.parametrize("quant", ["int8", "none"])

@@ -10,6 +10,7 @@ from whole_models import write_folder
 
 from hotloop.bench.record import Record
 from hotloop.errors import ConfigError
+from hotloop.evaluate.reference_store import ReferenceStore
 from hotloop.sweep.cell import score_cell
 from hotloop.sweep.events import ignore
 from hotloop.sweep.job import Job, make_jobs
@@ -44,7 +45,8 @@ def job(model: Path, quant: str = "auto") -> Job:
 
 
 def scored(made: Job, folder: Path) -> Record:
-    return score_cell(with_reference(made, folder, ignore))
+    with ReferenceStore(folder / "references") as store:
+        return score_cell(with_reference(made, store, ignore))
 
 
 def test_a_copy_costs_what_quantizing_on_load_costs(source, copy, tmp_path):

@@ -29,7 +29,7 @@ from hotloop.quant import parse_scheme
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.weights.checkpoint import open_checkpoint, stored_form
-from hotloop.weights.identity import hash_checkpoint, read_quantization
+from hotloop.weights.identity import read_quantization, sample_checkpoint
 from hotloop.weights.quantize import quantize_checkpoint
 from hotloop.weights.writer import SafetensorsWriter
 
@@ -113,7 +113,7 @@ def test_stored_form_is_the_one_that_its_version_says(tmp_path):
         "version": 1,
         "scheme": "int4-g32-asym",
         "head": "int8",
-        "source": {"name": "a/model", "sha256": hash_checkpoint(source)},
+        "source": {"name": "a/model", "sample": sample_checkpoint(source)},
     }
     assert config["hotloop_quantization"] == description
     stored = load_file(folder / "model.safetensors")
@@ -257,7 +257,7 @@ def test_format_of_a_later_version_is_refused_with_the_fix(tmp_path):
     [
         {"version": 1, "scheme": "int8"},
         {"version": "1", "scheme": "int8", "head": "int8"},
-        {"version": 1, "scheme": "int8", "head": "int8", "source": {"name": "m", "sha256": "x"}},
+        {"version": 2, "scheme": "int8", "head": "int8", "source": {"name": "m", "sample": "x"}},
         "int8",
         {},
     ],
@@ -282,7 +282,7 @@ def test_a_checkpoint_says_which_types_it_stores_and_what_it_was_made_from(tmp_p
     assert gguf.summary.startswith("Q4_1 for 15 of 20 tensors, 9")
     assert gguf.types[0].n_bytes == sum(20 * n * k // 32 for n, k in matrix_shapes(tied=True))
     assert quantized.summary.startswith("int8, head int8, made from m (I8 for 15 of 35 tensors")
-    assert quantized.quantization.source.sha256 == hash_checkpoint(source)
+    assert quantized.quantization.source.sample == sample_checkpoint(source)
     assert json.loads(json.dumps(quantized.to_dict()))["quantization"]["source"]["name"] == "m"
     assert folder.summary == "BF16 for 21 of 21 tensors, 100 % of bytes"
 
@@ -318,5 +318,5 @@ def test_any_part_of_a_gguf_model_loads_the_whole_one(tmp_path):
         assert_same_weights(load(path), expected)
         assert load_tokenizer(path).encode("ab") == load_tokenizer(whole).encode("ab")
         assert generation_defaults(path) == generation_defaults(whole)
-    assert hash_checkpoint(parts[1]) == hash_checkpoint(parts[0])
+    assert sample_checkpoint(parts[1]) == sample_checkpoint(parts[0])
     LLM(str(parts[1]), device="cpu", max_seq_len=16).close()

@@ -11,7 +11,7 @@ from weights_files import entry, write_safetensors
 
 from hotloop.errors import CheckpointError, HotloopError, UnsupportedError
 from hotloop.weights.checkpoint import check_finite, open_checkpoint
-from hotloop.weights.identity import hash_checkpoint
+from hotloop.weights.identity import identify_checkpoint
 from hotloop.weights.safetensors import DTYPES
 from hotloop.weights.tensor_file import TensorFile
 
@@ -207,10 +207,10 @@ def test_an_index_cannot_lead_out_of_the_folder(folder, name):
 @pytest.mark.parametrize("name", ["sub/z.safetensors", "z.weights"])
 def test_an_index_cannot_name_a_file_that_the_hash_of_the_checkpoint_leaves_out(folder, name):
     save_shards(folder, {"x": torch.ones(2)}, z=name)
-    before = hash_checkpoint(folder)
+    before = identify_checkpoint(folder)
     (folder / "sub").mkdir()
     save_file({"z": torch.ones(1)}, folder / name)
-    assert hash_checkpoint(folder) == before
+    assert identify_checkpoint(folder) == before
     assert f"{INDEX}, tensor 'z': puts it in {name!r}" in str(refusal(folder))
 
 

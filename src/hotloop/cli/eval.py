@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from cyclopts import App
@@ -27,6 +25,8 @@ app = App(
 Examples:
   hotloop eval smollm2-135m --quant int4-g64
   hotloop eval smollm2-135m --quant int8 --text book.txt --json
+  hotloop eval smollm2-135m --quant int8 --tasks topics,arc.jsonl --items 1000
+  hotloop eval ./my-model --against ./its-base-model --window 8192 --n-windows 4
   hotloop eval ./my-model --window 1024 --no-reference""",
 )
 
@@ -43,15 +43,19 @@ def evaluate(
     ] = False,
     json: Json = False,
 ) -> int:
-    """Score one configuration: perplexity, and the loss by quantization.
+    """Score one configuration: perplexity, tasks, and the loss by quantization.
 
     It is compared with the unquantized model in the same element type, which is
-    scored first, on the same windows of text. Where the model's file is quantized,
-    the comparison is with its weights as they are stored, unless --reference names
-    an unquantized model. --json prints a record, as a sweep writes it, without
-    speed.
+    scored first, on the same windows of text and the same tasks, and kept for later.
+    Where the model's file is quantized, the comparison is with its weights as they
+    are stored, unless --reference names an unquantized model; --against names any
+    other. With --tasks there is a verdict on accuracy: pass, fail, or underpowered.
+    Windows longer than 1,024 tokens have figures by depth. --json prints a record, as
+    a sweep writes it, without speed. The exit code is 0 if it was scored, whatever
+    the figures, and 1 if not.
     """
     from hotloop.bench.record import MEASURED
+    from hotloop.evaluate.reference_store import ReferenceStore
     from hotloop.sweep.cell import refuse_cell, score_cell
     from hotloop.sweep.events import CellFinished, CellStarted
     from hotloop.sweep.job import make_jobs
@@ -69,14 +73,14 @@ def evaluate(
     )
     (job,) = make_jobs(expand(recipe), None, recipe.quality_options)
     if (record := refuse_cell(job)) is None:
-        with SweepProgress() as progress, TemporaryDirectory() as scratch:
+        with SweepProgress() as progress, ReferenceStore() as store:
             if no_reference:
                 job = job.model_copy(update={"no_reference": "not asked for"})
             elif is_reference(job):
                 why = "it is the unquantized reference itself"
                 job = job.model_copy(update={"no_reference": why})
             elif job.no_reference is None:
-                job = with_reference(job, Path(scratch), progress)
+                job = with_reference(job, store, progress)
             progress(CellStarted(job.cell, 1, 1))
             record = score_cell(job, progress)
             progress(CellFinished(record))

@@ -59,7 +59,7 @@ class ReferenceKey(StrictModel):
     """Identifies a reference: another value of any field is another reference.
 
     Attributes:
-        weights: Hash of the checkpoint.
+        weights: Hash that identifies the checkpoint.
         dtype: Element type that the reference was computed in; None for any, as another engine is
             compared with.
         vocab_size: Tokens in a distribution.

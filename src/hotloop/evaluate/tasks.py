@@ -23,6 +23,7 @@ from hotloop.writing import write_whole
 
 TASKS = {
     "jsonl": "hotloop.evaluate.jsonl:load",
+    "lm-eval": "hotloop.evaluate.harness:load",
     "topics": "hotloop.evaluate.topics:load",
 }
 """The registry: the name of a kind of task -> where its ``TaskLoader`` is."""

@@ -40,11 +40,12 @@ class ReferenceStarted:
 
 @dataclass(frozen=True)
 class ReferenceFinished:
-    """The reference was scored and takes ``n_bytes``, or is missing for a ``reason``."""
+    """The reference was scored and is kept in a ``folder``, or is missing for a ``reason``."""
 
     cell: str
     reason: str | None = None
     n_bytes: int = 0
+    folder: str = ""
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,11 @@ class Job(BaseModel):
         workload: The workload to time; None for a job that times nothing.
         quality: The windows to score; None for none. Its text's path is absolute.
         text_sha256: Hash of the text to score.
-        weights_sha256: Hash of the checkpoint; None for random weights.
-        draft_sha256: Hash of the draft model's checkpoint; None where there is none.
+        weights_sha256: Hash that identifies the checkpoint (``weights.identity``); None for random
+            weights.
+        draft_sha256: That of the draft model's checkpoint; None where there is none.
         reference_model: The model to compare with, where it is not the one that is measured.
-        reference_sha256: Hash of that model's checkpoint.
+        reference_sha256: That of this model's checkpoint.
         reference: The file to compare with; for a reference, the file to write.
         task_sha256s: Hashes of the tasks to answer.
         answers: The file of the reference's answers to these; for a reference, the file to write.
@@ -133,10 +134,10 @@ def measurement_key(job: Job, settled: EngineConfig, machine: Mapping[str, Any])
     """Hashes everything that decides a job's result, and nothing else.
 
     A job whose key a record has is not measured again. The key covers the settled configuration,
-    the content of the checkpoints (not their names), the content of the text and its windows, the
-    reference's content, the workload, the engine, its interpreter, the versions of hotloop and
-    torch, and the machine. It leaves out names of cells and recipes, paths of files whose content
-    counts, time limits and the number of the attempt.
+    the identity of the checkpoints (not their names), the content of the text, its windows and the
+    tasks, the reference's identity, the workload, the engine, its interpreter, the versions of
+    hotloop and torch, and the machine. It leaves out names of cells and recipes, paths of files
+    whose content counts, time limits and the number of the attempt.
 
     Args:
         job: The job.
@@ -226,7 +227,7 @@ def make_jobs(
     pythons: Mapping[str, Path] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> list[Job]:
-    """Makes the jobs that measure configurations. Each checkpoint is hashed once.
+    """Makes the jobs that measure configurations. Each checkpoint is identified once.
 
     Args:
         configs: The configurations; see ``fit_to_experiment``.

@@ -16,7 +16,12 @@ from hotloop.errors import ConfigError, ModelNotFoundError, shorten_value
 from hotloop.evaluate.windows import take_windows
 from hotloop.types import EngineConfig, is_draft_model
 from hotloop.weights.hub import resolve_model
-from hotloop.weights.identity import Quantization, StoredForm, hash_checkpoint
+from hotloop.weights.identity import (
+    Quantization,
+    StoredForm,
+    identify_checkpoint,
+    sample_checkpoint,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +38,13 @@ class KnownModel:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of its content."""
-        return hash_checkpoint(self.path)
+        """The hash that identifies it; see ``weights.identity``."""
+        return identify_checkpoint(self.path)
+
+    @cached_property
+    def sample(self) -> str:
+        """The hash of samples of its content."""
+        return sample_checkpoint(self.path)
 
     @cached_property
     def stored(self) -> StoredForm:
@@ -79,11 +89,12 @@ class Models:
                     f"the reference {shorten_value(asked)} is a quantized copy itself "
                     f"({reference.quantization.scheme}): give the model it was made from."
                 )
-            if copy and copy.source and copy.source.sha256 != reference.sha256:
+            expected = copy.source.sample if copy and copy.source else None
+            if copy and copy.source and expected and expected != reference.sample:
                 raise ConfigError(
                     f"the reference {shorten_value(asked)} is not what {shorten_value(model.name)} "
                     f"was made from, {shorten_value(copy.source.name)}: its content has the hash "
-                    f"{reference.sha256[:12]}, not {copy.source.sha256[:12]}."
+                    f"{reference.sample[:12]}, not {expected[:12]}."
                 )
             return reference
         if copy is None:
@@ -98,7 +109,12 @@ class Models:
             reference = self[copy.source.name]
         except ModelNotFoundError:
             raise NoReferenceError(f"{lacks}; {copy.source.name} is not found here.") from None
-        if reference.sha256 != copy.source.sha256:
+        if copy.source.sample is None:
+            raise NoReferenceError(
+                f"{lacks}; an earlier version of hotloop made the copy, and did not note what "
+                "identifies it."
+            )
+        if reference.sample != copy.source.sample:
             raise NoReferenceError(f"{lacks}; {copy.source.name} here has another content.")
         return reference
 

@@ -102,8 +102,8 @@ class SweepProgress:
                 self._say(f"[yellow]note[/] {escape(message)}")
             case ReferenceStarted(cell, reused):
                 self._begin("reference", cell, "scored earlier" if reused else "is scored first")
-            case ReferenceFinished(cell, reason, n_bytes):
-                ready = f"[green]is scored[/], takes {n_bytes / 1e9:.2f} GB of disk until the end"
+            case ReferenceFinished(cell, reason, n_bytes, folder):
+                ready = f"[green]is scored[/], {n_bytes / 1e9:.2f} GB kept in {escape(folder)}"
                 missing = f"[yellow]is missing:[/] {escape(reason or '')}"
                 self._end(cell, ready if reason is None else missing)
             case CellSkipped(record):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from hotloop.bench.record import Record
+from hotloop.evaluate.reference_store import ReferenceStore
 from hotloop.sweep.events import OnEvent, ReferenceFinished, ReferenceStarted
 from hotloop.sweep.job import Job
 
@@ -30,11 +30,26 @@ def is_reference(job: Job) -> bool:
     return config.tensor_parallel == 1 and prepare(config).execution == "eager"
 
 
-def with_reference(job: Job, folder: Path, on_event: OnEvent) -> Job:
-    """Scores a job's reference in this process; adds its file, or why there is none, to the job."""
+def held_reference_job(job: Job, store: ReferenceStore) -> Job:
+    """Makes the job that scores a job's reference, whose files the store holds from now on."""
+    scoring = job.reference_job(store.folder)
+    for file in (scoring.reference, scoring.answers):
+        if file is not None:
+            store.hold(file)
+    return scoring
+
+
+def with_reference(job: Job, store: ReferenceStore, on_event: OnEvent) -> Job:
+    """Scores a job's reference in this process; adds its files, or why there are none, to the job.
+
+    Args:
+        job: The job.
+        store: Keeps the files.
+        on_event: Receives the events.
+    """
     from hotloop.sweep.cell import score_reference  # imports torch
 
-    scoring = job.reference_job(folder)
+    scoring = held_reference_job(job, store)
     reason = ensure_reference(scoring, lambda job: score_reference(job, on_event), on_event)
     if reason:
         return job.model_copy(update={"no_reference": reason})
@@ -61,5 +76,6 @@ def ensure_reference(scoring: Job, score: Callable[[Job], Record], on_event: OnE
         if record.status != "ok":
             why = (record.reason or "").partition("\n")[0]
             reason = f"the reference {scoring.cell} ended as {record.status}: {why}"
-    on_event(ReferenceFinished(scoring.cell, reason, 0 if reason else file.stat().st_size))
+    n_bytes = 0 if reason else file.stat().st_size
+    on_event(ReferenceFinished(scoring.cell, reason, n_bytes, str(file.parent)))
     return reason

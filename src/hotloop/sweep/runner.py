@@ -6,12 +6,12 @@ record is on the disk before the next cell starts, so a sweep can be stopped and
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from hotloop.bench.record import MEASURED, Record, Status
 from hotloop.checked import MAX_COUNT
 from hotloop.errors import ConfigError
+from hotloop.evaluate.reference_store import ReferenceStore
 from hotloop.sweep.events import (
     CellFinished,
     CellSkipped,
@@ -23,17 +23,14 @@ from hotloop.sweep.events import (
 from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.process import Interrupted, run_isolated
 from hotloop.sweep.recipe import Recipe, expand
-from hotloop.sweep.reference import ensure_reference
+from hotloop.sweep.reference import ensure_reference, held_reference_job
 from hotloop.sweep.store import RECORDS, append, locked, read_file
 from hotloop.writing import (
     file_name,
     make_folder,
     make_subfolder,
     opened_to_append,
-    remove_unfinished,
 )
-
-REFERENCES = ".reference"
 
 FINISHED: tuple[Status, ...] = (*MEASURED, "unsupported", "predicted-oom", "oom")
 """The statuses that ``resume`` does not try again: another attempt would end the same way."""
@@ -50,8 +47,7 @@ def run_sweep(
 
     Args:
         recipe: The recipe.
-        results: The results folder, made if need be: ``records.jsonl``, ``logs/`` and, until all
-            cells are finished, ``.reference/``.
+        results: The results folder, made if need be: ``records.jsonl`` and ``logs/``.
         resume: Allow a folder that has records, and skip the cells that it has finished; see
             ``measurement_key``.
         on_event: Receives events.
@@ -74,20 +70,15 @@ def run_sweep(
         provenance={"recipe": {"name": recipe.name, "sha256": recipe.sha256}},
     )
     make_folder(results)
-    with locked(results):
+    with locked(results), ReferenceStore() as store:
         earlier = _earlier(results, resume, on_event)
-        sweep = _Sweep(results, recipe.timeout_s, on_event)
+        sweep = _Sweep(results, store, recipe.timeout_s, on_event)
         # All references come first, so that kernels which they share with cells are built by then.
         jobs = [sweep.with_reference(job, earlier.get(job.key)) for job in jobs]
-        records = [
+        return [
             sweep.measure(job, earlier.get(job.key), index=index, total=len(jobs))
             for index, job in enumerate(jobs, start=1)
         ]
-        if all(_is_finished(job, record) for job, record in zip(jobs, records, strict=True)):
-            sweep.remove_references()
-        else:
-            sweep.tell_of_references()
-        return records
 
 
 def _earlier(results: Path, resume: bool, on_event: OnEvent) -> dict[str, Record]:
@@ -115,10 +106,13 @@ def _is_finished(job: Job, earlier: Record | None) -> bool:
 
 
 class _Sweep:
-    """A running sweep: its folder, time limit, listener, and the references so far."""
+    """A running sweep: its folder, its references, time limit and listener."""
 
-    def __init__(self, results: Path, timeout_s: float, on_event: OnEvent) -> None:
+    def __init__(
+        self, results: Path, store: ReferenceStore, timeout_s: float, on_event: OnEvent
+    ) -> None:
         self.results, self.timeout_s, self.on_event = results, timeout_s, on_event
+        self.store = store
         self.no_reference: dict[Path, str | None] = {}  # file -> why there is none
 
     def with_reference(self, job: Job, earlier: Record | None) -> Job:
@@ -126,11 +120,10 @@ class _Sweep:
         compared = earlier is not None and "reference" in earlier.provenance
         if job.quality is None or job.no_reference or (compared and _is_finished(job, earlier)):
             return job
-        scoring = job.reference_job(make_subfolder(self.results, REFERENCES))
+        scoring = held_reference_job(job, self.store)
         file = scoring.reference
         assert file is not None, "a reference job names its file"
         if file not in self.no_reference:
-            remove_unfinished(file.parent)
             self.no_reference[file] = ensure_reference(scoring, self._run, self.on_event)
         if reason := self.no_reference[file]:
             return job.model_copy(update={"no_reference": reason})
@@ -152,24 +145,6 @@ class _Sweep:
         except Interrupted as stop:
             self._keep(stop.record)
             raise
-
-    def remove_references(self) -> None:
-        """Removes the references that this sweep has used: all cells have been compared."""
-        for file in self.no_reference:
-            file.unlink(missing_ok=True)
-            with suppress(OSError):  # others are there, of another recipe
-                file.parent.rmdir()
-
-    def tell_of_references(self) -> None:
-        """Reports the references that stay on the disk for another attempt."""
-        kept = sum(file.stat().st_size for file in self.no_reference if file.exists())
-        if kept:
-            self.on_event(
-                Noticed(
-                    f"{kept / 1e9:.2f} GB stay in {self.results / REFERENCES} for --resume: not "
-                    "every cell is finished."
-                )
-            )
 
     def _run(self, job: Job) -> Record:
         prefix = "reference-" if job.task == "reference" else ""

@@ -1,4 +1,8 @@
-"""The identity of a checkpoint: its content hash, stored types, and unquantized origin.
+"""The identity of a checkpoint, its stored types, and its unquantized origin.
+
+A checkpoint can have hundreds of gigabytes, so commands do not read it whole to know it:
+``identify_checkpoint`` tells whether something was changed in place, ``sample_checkpoint``
+recognizes a copy.
 
 Quality is measured against an unquantized reference, so whoever measures must know whether a
 checkpoint is one. Two things say so: the types of its tensors, and the description that ``hotloop
@@ -10,7 +14,7 @@ quantize`` puts into ``config.json``:
       "head": "int8",                        the output head
       "source": {                            the reference it was made from
         "name": "smollm2-135m",              as the user named it
-        "sha256": "b179c952..."              hash_checkpoint of it
+        "sample": "b179c952..."              sample_checkpoint of it
       }
     }
 
@@ -21,7 +25,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +47,13 @@ QUANTIZATION_FILES = ("quant_config.json", "quantize_config.json")
 """Files beside ``config.json`` in which AutoAWQ and AutoGPTQ described what they had made."""
 
 QUANTIZATION_KEY = "hotloop_quantization"
-QUANTIZATION_VERSION = 1
+QUANTIZATION_VERSION = 2
+
+HEAD_BYTES = 2**20
+"""Bytes of a file's beginning that identify it: its header, or most of it."""
+
+N_BLOCKS, BLOCK_BYTES = 64, 2**16
+"""Blocks of a file that are samples of its content."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -52,11 +63,13 @@ class SourceModel(StrictModel):
 
     Attributes:
         name: The name or path that the user gave.
-        sha256: Its :func:`hash_checkpoint`.
+        sample: Its :func:`sample_checkpoint`; None in copies of version 1.
+        sha256: In copies of version 1 the hash of its whole content, which is not compared.
     """
 
     name: str
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sample: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class Quantization(StrictModel):
@@ -98,23 +111,87 @@ def read_quantization(config: Mapping[str, Any], file: Path | str) -> Quantizati
     return validated(Quantization, said, f"{file}, {QUANTIZATION_KEY}", refuse=config_error)
 
 
-def hash_checkpoint(path: Path) -> str:
-    """Hashes a model file (SHA-256), or the names and hashes of the files that make up a model.
+def identify_checkpoint(path: Path) -> str:
+    """Hashes what identifies a checkpoint on this machine, without reading it whole.
 
-    Those are the weights and configuration of a folder, and all parts of a GGUF file in parts.
+    Of each file of weights that is its name, size, time of change and beginning, which has the
+    header; of a file in the cache of the Hugging Face hub, the hash of its content that is its
+    name there. Small files, such as ``config.json``, are read whole.
 
     Args:
         path: The result of ``resolve_model``.
     """
-    files = checkpoint_files(path)
-    if files == [path]:
-        return hash_file(path)
-    hashes = {file.name: hash_file(file) for file in files}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+    def identity(file: Path) -> Any:
+        if (etag := _etag(file)) is not None:
+            return etag
+        status = file.stat()
+        return [status.st_size, status.st_mtime_ns, _hash_parts(file, [(0, HEAD_BYTES)])]
+
+    return _hash_model(path, identity)
+
+
+def hash_checkpoint(path: Path) -> str:
+    """Hashes the whole content of a checkpoint, for a cache of what is made from every byte.
+
+    Args:
+        path: The result of ``resolve_model``.
+    """
+    return _hash_model(path, hash_file)
+
+
+def sample_checkpoint(path: Path) -> str:
+    """Hashes samples of a checkpoint's content, wherever it is and whenever it was copied there.
+
+    Of each file of weights that is its name, size, beginning, and blocks at equal distances. Two
+    models, or a model and what it was trained to later, differ in all of them.
+
+    Args:
+        path: The result of ``resolve_model``.
+    """
+
+    def sample(file: Path) -> Any:
+        size = file.stat().st_size
+        starts = (size * i // N_BLOCKS for i in range(N_BLOCKS))
+        parts = [(0, HEAD_BYTES), *((start, BLOCK_BYTES) for start in starts)]
+        return [size, _hash_parts(file, [*parts, (max(0, size - BLOCK_BYTES), BLOCK_BYTES)])]
+
+    return _hash_model(path, sample)
+
+
+def _hash_model(path: Path, of_weights: Callable[[Path], Any]) -> str:
+    """Hashes the names and contents of the files that make up a model.
+
+    The name of a model that is one file is left out.
+    """
+    facts = {
+        "" if file == path else file.name: hash_file(file)
+        if file.suffix == ".json"
+        else of_weights(file)
+        for file in checkpoint_files(path)
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _etag(file: Path) -> str | None:
+    """Returns the content hash that a file of the Hugging Face cache has for its name."""
+    blob = file.resolve()
+    is_blob = file.is_symlink() and blob.parent.name == "blobs"
+    return blob.name if is_blob and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) else None
+
+
+def _hash_parts(path: Path, parts: Iterable[tuple[int, int]]) -> str:
+    """Hashes parts of a file, each given by its start and its most bytes."""
+    digest = hashlib.sha256()
+    with open_file(path) as file:
+        for start, n_bytes in parts:
+            file.seek(start)
+            digest.update(file.read(n_bytes))
+    return digest.hexdigest()
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """Returns the files that decide what a model is; see ``hash_checkpoint``."""
+    """Returns the files that decide what a model is."""
     if not path.is_dir():
         return model_parts(path)
     described = (path / name for name in ("config.json", *QUANTIZATION_FILES))

@@ -28,8 +28,8 @@ from hotloop.weights.identity import (
     QUANTIZATION_KEY,
     Quantization,
     SourceModel,
-    hash_checkpoint,
     read_quantization,
+    sample_checkpoint,
 )
 from hotloop.weights.recognition import recognize_matrices
 from hotloop.weights.source import (
@@ -124,12 +124,12 @@ def quantize_checkpoint(
             description = Quantization(
                 scheme=scheme.name,
                 head=head_scheme.name,
-                source=SourceModel(name=source_name or str(src), sha256=hash_checkpoint(src)),
+                source=SourceModel(name=source_name or str(src), sample=sample_checkpoint(src)),
             )
             kept = checkpoint.config.keys() - DESCRIPTION_KEYS  # of how the source was quantized
             config = {key: checkpoint.config[key] for key in checkpoint.config if key in kept} | {
                 "tie_word_embeddings": model.tie_embeddings,
-                QUANTIZATION_KEY: description.model_dump(),
+                QUANTIZATION_KEY: description.model_dump(exclude_none=True),
             }
             if copy_format == "compressed-tensors":
                 config |= compressed_tensors.describe(scheme, ignore=[names.HEAD])
