@@ -132,6 +132,22 @@ assert record.decode_tok_s is not None, record.reason
 assert (record.cell, record.baseline) == ("example", "example")
 """
 
+TASK = """
+from whole_models import write_folder
+
+from hotloop import LLM
+from hotloop.evaluate.tasks import answer_tasks, compare_tasks, load_tasks
+
+folder = sys_folder()
+write_folder(folder)
+tasks = load_tasks(["example"], 12)
+with LLM(str(folder), device="cpu", dtype="float32", max_seq_len=64) as llm:
+    answers = answer_tasks(llm, tasks, lambda *_: None)
+(figures,), verdict = compare_tasks(tasks, answers, [[True] * 12])
+assert (figures.task, figures.accuracy.n, figures.chance) == ("sums", 12, 0.0)
+assert verdict.tasks == ("sums",)
+"""
+
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
@@ -153,8 +169,8 @@ def package(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "program",
-    [FAMILY, SCHEME, ENCODING, ENGINE],
-    ids=["family", "scheme", "encoding", "engine"],
+    [FAMILY, SCHEME, ENCODING, ENGINE, TASK],
+    ids=["family", "scheme", "encoding", "engine", "task"],
 )
 def test_what_the_page_adds_runs_with_the_files_that_it_names(program, package):
     helpers = [ROOT / "tests", ROOT / "tests/models", ROOT / "tests/weights"]
@@ -183,4 +199,6 @@ def test_the_page_has_an_example_of_each_registry_that_it_shows():
         "src/hotloop/quant/encodings/__init__.py",
         "src/hotloop/baselines/example.py",
         "src/hotloop/baselines/__init__.py",
+        "src/hotloop/evaluate/example.py",
+        "src/hotloop/evaluate/tasks.py",
     ]

@@ -1,9 +1,9 @@
 """Imports the implementation of a name, and no other.
 
 A registry is a literal dict ``name -> "module:attribute"``: model families (``models.families``),
-quantization schemes (``quant``), encodings (``quant.encodings``) and engines (``baselines``). They
-exist because there a string from outside picks an implementation whose imports are heavy;
-everything else is a plain function call.
+quantization schemes (``quant``), encodings (``quant.encodings``), engines (``baselines``) and eval
+tasks (``evaluate.tasks``). They exist because there a string from outside picks an implementation
+whose imports are heavy; everything else is a plain function call.
 """
 
 from __future__ import annotations

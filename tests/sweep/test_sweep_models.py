@@ -76,6 +76,15 @@ def test_a_quantized_copy_is_called_by_its_scheme_and_compared_with_what_it_was_
     assert made.provenance["stored"]["is_quantized"] is True
 
 
+def test_a_copy_of_version_1_which_does_not_identify_its_source_needs_to_be_told(here):
+    source = SourceModel(name="source", sha256=SHA["source"])
+    here["copy"] = stored(
+        "I8", Quantization(version=1, scheme="int4-g64", head="int8", source=source)
+    )
+    assert "an earlier version of hotloop made the copy" in job("copy").no_reference
+    assert job("copy", reference="other").reference_model == "other"
+
+
 def test_the_quality_of_a_copy_whose_source_is_gone_is_unknown(here):
     del here["source"]
     made = job("copy")

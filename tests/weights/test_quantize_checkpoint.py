@@ -98,7 +98,7 @@ def test_result_stands_alone(form, tmp_path):
 
 
 def test_stored_form_is_the_one_that_its_version_says(tmp_path):
-    """Version 1: what is written today must be readable for good, so a change needs version 2."""
+    """Version 2: what is written today must be readable for good, so a change needs version 3."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         row = torch.tensor([*range(-8, 8), *range(-8, 8)] * 2).float()
@@ -110,7 +110,7 @@ def test_stored_form_is_the_one_that_its_version_says(tmp_path):
     )
     config = json.loads((folder / "config.json").read_text())
     description = {
-        "version": 1,
+        "version": 2,
         "scheme": "int4-g32-asym",
         "head": "int8",
         "source": {"name": "a/model", "sample": sample_checkpoint(source)},
@@ -242,13 +242,13 @@ def test_destination_under_a_file_is_refused_by_its_own_name(tmp_path):
 
 def test_format_of_a_later_version_is_refused_with_the_fix(tmp_path):
     folder = quantize_checkpoint(write_folder(tmp_path / "m"), tmp_path / "q", quant="int8")
-    rewrite_description(folder, {"version": 2, "scheme": "int3", "layout": "new"})
+    rewrite_description(folder, {"version": 3, "scheme": "int3", "layout": "new"})
     for act in (
         lambda: load(folder),
         lambda: LLM(str(folder)),
         lambda: quantize_checkpoint(folder, tmp_path / "again", quant="int8"),
     ):
-        with pytest.raises(UnsupportedError, match=r"in format 2; .* format 1\. Update hotloop"):
+        with pytest.raises(UnsupportedError, match=r"in format 3; .* format 2\. Update hotloop"):
             act()
 
 
