@@ -29,7 +29,7 @@ from hotloop.quant.auto import Auto
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.weights.checkpoint import open_checkpoint, read_model
-from hotloop.weights.identity import hash_checkpoint, read_quantization
+from hotloop.weights.identity import read_quantization, sample_checkpoint
 from hotloop.weights.quantize import quantize_checkpoint
 from hotloop.weights.recognition import recognize_matrices
 from hotloop.weights.source import CheckpointSource, Request, read_matrix
@@ -155,7 +155,7 @@ def test_the_library_reads_the_description(quant, tmp_path):
     assert ours is not None
     assert (ours.scheme, ours.head) == (quant, "none")
     assert ours.source is not None
-    assert ours.source.sha256 == hash_checkpoint(source)
+    assert ours.source.sample == sample_checkpoint(source)
 
 
 def test_the_head_and_the_embedding_stay_as_they_are(tmp_path):

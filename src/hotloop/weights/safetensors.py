@@ -215,7 +215,7 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
     for name, tensors in files.items():
         path, tensor = index.parent / name, min(tensors)
         # A link in the folder was made by whoever owns it; a name in the index was not. Files of
-        # any other name are no part of hash_checkpoint.
+        # any other name are no part of the identity of a checkpoint.
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
                 index,
