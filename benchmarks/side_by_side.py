@@ -11,10 +11,12 @@ processors is as large as ours.
 
     pip install llama-cpp-python==0.3.36
     python benchmarks/side_by_side.py --out benchmarks/results/cpu-side-by-side.json
+    python benchmarks/side_by_side.py --files --out benchmarks/results/cpu-gguf-side-by-side.json
 
 llama.cpp's own quantizer makes its files in other formats, from the model that ``hotloop pull
-smollm2-135m`` fetches. ``--llama-python`` names the interpreter of another environment that has
-llama-cpp-python; without one, hotloop runs alone.
+smollm2-135m`` fetches. The engines ``auto:FORMAT`` decode the very file that llama.cpp does, as it
+is; so does ``auto``, the file as fetched, or that of ``--model``. ``--llama-python`` names the
+interpreter of another environment that has llama-cpp-python; without one, hotloop runs alone.
 """
 
 from __future__ import annotations
@@ -32,14 +34,28 @@ from pathlib import Path
 from bystanders import Bystanders
 
 PROMPT = [1, 504, 2365, 253, 655]  # five tokens, as they come
-LLAMA_TYPES = {"F16": 1, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2}
-PAIRS = {  # hotloop's configuration: llama.cpp's format at about equal bits
+LLAMA_TYPES = {  # of llama_ftype
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q4_K_M": 15,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+}
+AS_FETCHED = "as fetched"
+QUANTIZING = {  # hotloop's configuration: llama.cpp's format at about equal bits
     "none/eager": "F16",
     "none/compile": "F16",
     "int8/compile": "Q8_0",
     "int4-g32-asym/compile": "Q4_1",
     "int4-g64/compile": "Q4_0",
 }
+SAME_FILE = {"auto/compile": AS_FETCHED} | {
+    f"auto:{kind}/compile": kind for kind in LLAMA_TYPES if kind != "F16"
+}
+PAIRS = QUANTIZING | SAME_FILE
 
 
 def main() -> None:
@@ -49,7 +65,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--busy", type=int, default=0, metavar="N")
     parser.add_argument("--busy-apart", action="store_true")
-    parser.add_argument("--engines", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--model", default="smollm2-135m", help="name, folder or GGUF file")
+    engines = parser.add_mutually_exclusive_group()
+    engines.add_argument("--engines", nargs="+", choices=PAIRS, default=list(QUANTIZING))
+    engines.add_argument("--files", action="store_true", help="the engines that begin with auto")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "WHAT"), help=argparse.SUPPRESS)
@@ -62,25 +81,37 @@ def main() -> None:
     from hotloop.bench.statistics import mean_figure
     from hotloop.weights.hub import resolve_model
 
-    source = resolve_model("smollm2-135m")
+    source = resolve_model(args.model)
     version = llama_version(args.llama_python)
     if version is None:
         print(f"hotloop alone: {args.llama_python} has no llama-cpp-python", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        pairs = {name: PAIRS[name] for name in args.engines}
-        kinds = [kind for kind in LLAMA_TYPES if kind in pairs.values()] if version else []
-        formats = [(kind, Path(folder) / f"{kind}.gguf") for kind in kinds]
+        pairs = {name: PAIRS[name] for name in (SAME_FILE if args.files else args.engines)}
+        if version is None and any(
+            PAIRS[name] in LLAMA_TYPES for name in SAME_FILE if name in pairs
+        ):
+            parser.error(f"llama.cpp makes these files, and {args.llama_python} does not have it")
+        formats = {AS_FETCHED: source} if AS_FETCHED in pairs.values() and version else {}
+        made = [kind for kind in LLAMA_TYPES if kind in pairs.values()] if version else []
         f16 = Path(folder) / "F16.gguf"
-        for kind, path in formats:
-            origin = f16 if f16.exists() else source
+        for kind in dict.fromkeys(["F16", *made] if made else []):
+            path, origin = Path(folder) / f"{kind}.gguf", f16 if f16.exists() else source
             run([args.llama_python, __file__, "--worker", "requantize", f"{origin},{path},{kind}"])
+            if kind in made:
+                formats[kind] = path
+        sizes = {kind: Path(path).stat().st_size for kind, path in formats.items()}
         common = ["--threads", str(args.threads), "--new-tokens", str(args.new_tokens)]
         workers = {
-            name: start([sys.executable, __file__, *common, "--worker", "hotloop", name])
-            for name in pairs
+            name: start(
+                [
+                    *(sys.executable, __file__, *common, "--worker", "hotloop"),
+                    f"{name},{formats.get(kind, source) if name in SAME_FILE else source}",
+                ]
+            )
+            for name, kind in pairs.items()
         } | {
             kind: start([args.llama_python, __file__, *common, "--worker", "llama", str(path)])
-            for kind, path in formats
+            for kind, path in formats.items()
         }
         for name, worker in workers.items():
             print(f"{name}: {worker.stdout.readline().strip()}", file=sys.stderr)
@@ -103,6 +134,8 @@ def main() -> None:
     result = {
         "what": "decode tok/s, batch 1, greedy; both at the same context",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": args.model,
+        "file_bytes": sizes,
         "prompt_tokens": len(PROMPT),
         "new_tokens": args.new_tokens,
         "threads": args.threads,
@@ -117,7 +150,7 @@ def main() -> None:
     for name, kind in pairs.items():
         line = f"{name:22} {figures[name]['mean']:6.1f}"
         if name in ratios:
-            line += f"   {kind:5} {figures[kind]['mean']:6.1f}   ×{ratios[name].mean:.2f}"
+            line += f"   {kind:10} {figures[kind]['mean']:6.1f}   ×{ratios[name].mean:.2f}"
         print(line)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -194,14 +227,15 @@ def serve(engine: str, what: str, threads: int, new_tokens: int) -> None:
         print(speed, time.process_time() - began_s, flush=True)
 
 
-def hotloop(name: str, threads: int, new_tokens: int):
+def hotloop(what: str, threads: int, new_tokens: int):
     import torch
 
     from hotloop import LLM, SamplingParams
 
     torch.set_num_threads(threads)
+    name, model = what.split(",", 1)
     quant, execution = name.split("/")
-    llm = LLM("smollm2-135m", quant=quant, execution=execution, max_seq_len=512)
+    llm = LLM(model, quant=quant.split(":")[0], execution=execution, max_seq_len=512)
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     return lambda: llm.generate([PROMPT], params)[0].timing.decode_tok_s
 

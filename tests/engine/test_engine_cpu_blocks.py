@@ -1,17 +1,21 @@
 """Eager steps on a CPU, whose blocks are two operators each, give what the decoder's own do."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 from number_formats import random_weight
 from tiny_models import write_random
+from torch import Tensor
 
 from hotloop import LLM
 from hotloop.engine import cpu_blocks, forward
 from hotloop.kernels import cpu
+from hotloop.kernels.linear import KernelFormat
 from hotloop.models.decoder import Run, call
-from hotloop.weights.source import CheckpointSource
+from hotloop.quant import QTensor
+from hotloop.weights.source import CheckpointSource, Request
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -53,17 +57,29 @@ def test_tokens_and_probabilities_are_the_same_bits(keys, quant, tmp_path, monke
 def test_layers_of_several_number_formats_give_the_same_bits(tmp_path, monkeypatch):
     formats = {"q_proj": "Q4_1", "k_proj": "Q8_0", "o_proj": "mxfp4", "gate_proj": "int4-row-zero"}
     formats |= {"up_proj": "Q4_0", "down_proj": "int8-row-act-order"}
-    read = CheckpointSource.matrix
+    read, form_of = CheckpointSource.pieces, Request.format.fget
 
-    def mixed(source: CheckpointSource, name: str, shape: tuple[int, int], *args, **options):
-        form = formats.get(name.split(".")[-1])
-        weight = read(source, name, shape, *args, **options)
-        if form is None:
-            return weight
-        found = random_weight(form, *shape)
+    def made(request: Request) -> QTensor | None:
+        name = formats.get(request.name.split(".")[-1])
+        if name is None:
+            return None
+        found = random_weight(name, *request.shape)
         return dataclasses.replace(found, scale=(found.scale.float() / 8).to(found.scale.dtype))
 
-    monkeypatch.setattr(CheckpointSource, "matrix", mixed)
+    def mixed(source: CheckpointSource, request: Request) -> Iterator[Tensor | QTensor]:
+        stored, weight = read(source, request), made(request)
+        if weight is None:
+            yield from stored
+        else:
+            list(stored)
+            yield weight
+
+    def form(request: Request) -> KernelFormat:
+        weight = made(request)
+        return form_of(request) if weight is None else weight.format
+
+    monkeypatch.setattr(CheckpointSource, "pieces", mixed)
+    monkeypatch.setattr(Request, "format", property(form))
     keys = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
     def answers() -> tuple[list[object], dict[str, str]]:

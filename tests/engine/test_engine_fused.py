@@ -595,7 +595,7 @@ def test_closing_frees_plans_counters_weights_and_cache(engine):
 def test_a_step_without_finite_logits_ends_the_request_with_an_error(engine, options, draft):
     llm = engine(draft=draft, max_batch_size=2)
     with torch.inference_mode():
-        llm._runner._model.decoder.embedding.table[7] = torch.nan
+        llm._runner._model.decoder.embedding.packed0[7] = torch.nan
     answered = []
     with pytest.raises(NumericsError, match="prompt 1: after 0 tokens"):  # noqa: PT012
         for delta in llm.stream([[3], [9, 7]], FREELY, seed=1, **options):

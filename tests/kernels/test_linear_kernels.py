@@ -1,5 +1,6 @@
 """Matrix products against float64, and the choice among them."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import number_formats
@@ -10,12 +11,13 @@ from number_formats import NAMES, random_weight
 from torch import Tensor, library
 
 from hotloop.kernels import cpu, reference
-from hotloop.kernels.linear import DENSE, KERNELS, LinearSpec, choose_linear
+from hotloop.kernels.linear import DENSE, KERNELS, LinearKernel, LinearSpec, choose_linear
 from hotloop.quant import QTensor, parse_scheme
+from hotloop.quant.encodings.compressed_tensors import fp4_table
+from hotloop.quant.encodings.gguf import IQ4
 
 SCHEMES = ["none", "int8", "fp8", *(f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym"))]
-OURS = [name for name in SCHEMES if name != "fp8"]  # on CPUs
-ON_CPUS = [name for name in NAMES if not name.startswith("fp8")]  # of all formats
+IN_FLOATS = ("fp8", "nvfp4", "mxfp4", "nf4", "IQ4")  # ours multiply them in float32, mostly
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(7, 128), (65, 576), (33, 1536), (5, 13824), (1, 2176)]  # odd N, tails of every kind
 
@@ -74,31 +76,31 @@ def threads() -> Iterator[None]:
 
 
 def quantized(name: str, n: int, k: int) -> Tensor | QTensor:
-    """Makes a random weight of at least [n, k]: the int4 kernel needs multiples of 16 features."""
+    """Makes a random weight of [n, k], with k rounded up to whole groups."""
     if name.startswith("int4"):
-        n = -(-n // cpu.BLOCK_FEATURES) * cpu.BLOCK_FEATURES
         k = -(-k // int(name.split("-")[1][1:])) * int(name.split("-")[1][1:])
     return parse_scheme(name).quantize(normal(n, k, dtype=torch.bfloat16))
 
 
 def run_operator(x: Tensor, weight: Tensor | QTensor) -> Tensor:
-    return torch.ops.hotloop_cpu.linear(x, packed_for_cpu(weight))
+    kernel, packed = packed_for_cpu(weight)
+    return kernel(x, *packed)
 
 
-def packed_for_cpu(weight: Tensor | QTensor) -> list[Tensor]:
+def packed_for_cpu(weight: Tensor | QTensor) -> tuple[LinearKernel, list[Tensor]]:
     n, k = weight.shape
     form = weight.format if isinstance(weight, QTensor) else DENSE
     kernel, _ = choose_linear(LinearSpec(format=form, n=n, k=k, dtype=torch.bfloat16, device="cpu"))
     assert kernel.name.endswith("/cpu"), kernel.name
-    return kernel.pack(weight)
+    return kernel, kernel.pack(weight)
 
 
 def step_of(name: str) -> float:
-    return 0.0 if name == "none" else 1.001 / 32767
+    return 0.0 if name in ("none", "fp8") else 1.001 / 32767
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_decode_kernels_equal_their_specification_up_to_rounding(name, n, k):
     weight = quantized(name, n, k)
@@ -111,17 +113,44 @@ def test_decode_kernels_equal_their_specification_up_to_rounding(name, n, k):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ON_CPUS)
-@pytest.mark.parametrize(("n", "k"), [(16, 256), (80, 768), (48, 13824)])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("n", "k"), [(7, 256), (80, 768), (48, 13824)])
 def test_decode_kernels_hold_every_number_format(name, n, k):
-    weight = random_weight(name, n, k)
-    exact, packed = number_formats.exactly(weight), packed_for_cpu(weight)
-    linear, x = torch.ops.hotloop_cpu.linear, normal(19, k, seed=1, dtype=torch.bfloat16)
-    alone = torch.cat([linear(row[None], packed) for row in x])
+    assert_held(random_weight(name, n, k), x_step=0.0 if name.startswith(IN_FLOATS) else None)
+
+
+def assert_held(weight: QTensor, *, x_step: float | None = None) -> None:
+    """Holds the kernel of a weight against float64, and rows among others against rows alone."""
+    kernel, packed = packed_for_cpu(weight)
+    x = normal(19, weight.shape[1], seed=1, dtype=torch.bfloat16)
+    alone = torch.cat([kernel(row[None], *packed) for row in x])
     # A zero point far from the values makes sums larger than weights.
-    assert_within_rounding(alone, x, exact, x_step=0.0 if weight.kind == "lut4" else 1.2 / 32767)
+    step = 1.2 / 32767 if x_step is None else x_step
+    assert_within_rounding(alone, x, number_formats.exactly(weight), x_step=step)
     for rows in (2, 3, 4, 5, 9, 10, 19):
-        assert torch.equal(linear(x[:rows], packed), alone[:rows])
+        assert torch.equal(kernel(x[:rows], *packed), alone[:rows])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "table"), [("IQ4_NL", IQ4), ("IQ4_XS", IQ4), ("mxfp4", None), ("nvfp4", None)]
+)
+def test_tables_of_integers_are_multiplied_as_integers(name, table):
+    numbers = fp4_table(torch.device("cpu")) if table is None else torch.tensor(table)
+    weight = dataclasses.replace(random_weight(name, 33, 768), table=numbers.float())
+    assert_held(weight)
+    rough = dataclasses.replace(weight, table=numbers.float() * 0.3)
+    assert_held(rough, x_step=0.0)
+
+
+@needs_compiler
+def test_every_fp8_number_is_multiplied_exactly():
+    finite = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = finite.where(finite.float().isfinite(), torch.zeros_like(finite))
+    one = torch.ones(256, 1)
+    weight = QTensor(values=finite[:, None].expand(256, 8).contiguous(), scale=one, kind="fp8")
+    x = torch.eye(8, dtype=torch.bfloat16)
+    assert torch.equal(run_operator(x, weight), finite.float().bfloat16().expand(8, 256))
 
 
 @needs_compiler
@@ -167,7 +196,7 @@ def test_integer_sums_do_not_overflow_at_the_largest_values(sign):
     k = 13824
     x = torch.full((1, k), 1.0, dtype=torch.bfloat16)
     values = torch.full((2, k), sign * 127, dtype=torch.int8)
-    y = torch.ops.hotloop_cpu.linear(x, [values, torch.full((2,), 2.0**-7)])
+    y = torch.ops.hotloop_cpu.linear_rows(x, values, torch.full((2,), 2.0**-7))
     expected = torch.full((1, 2), sign * 127 * k / 128, dtype=torch.float64)
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
     lowest = torch.full((16, k), -8 if sign < 0 else 7, dtype=torch.int8)
@@ -239,14 +268,14 @@ def test_a_row_gives_the_same_bits_alone_and_among_any_number_of_others(name, k)
 def test_torch_compile_is_told_the_shapes_that_operators_return():
     x, checks = normal(3, 64, dtype=torch.bfloat16), ("test_schema", "test_faketensor")
     ops, int8 = torch.ops.hotloop_cpu, parse_scheme("int8").quantize(normal(7, 64))
-    int4 = parse_scheme("int4-g32-asym").quantize(normal(32, 64))
+    int4 = packed_for_cpu(parse_scheme("int4-g32-asym").quantize(normal(33, 64)))[1]
     q, cache = normal(2, 2, 4, 16), normal(2, 2, 8, 16)
     where = torch.tensor([1, 0]), torch.tensor([[2, 3], [6, 7]])
     for op, arguments in (
-        (ops.linear, (x, [normal(7, 64, dtype=torch.bfloat16)])),
-        (ops.linear, (x, [int8.values, int8.scale.view(-1)])),
-        (ops.linear, (x, packed_for_cpu(int4))),
-        (ops.linear, (x, packed_for_cpu(random_weight("nvfp4", 32, 64)))),
+        (ops.linear_rows, (x, normal(7, 64, dtype=torch.bfloat16), None)),
+        (ops.linear_rows, (x, int8.values, int8.scale.view(-1))),
+        (ops.linear_groups, (x, *int4, 33)),
+        (ops.embed_groups, (torch.tensor([[3, 32]]), *int4, 64)),
         (ops.decode_attention, (q, cache, cache, *where, 0, 0.25)),
     ):
         library.opcheck(op.default, arguments, test_utils=checks)
@@ -356,25 +385,13 @@ def test_fastest_kernel_is_taken_without_a_word(name, dtype, expected):
 
 
 @needs_compiler
-def test_number_of_output_features_that_our_kernel_does_not_serve_is_noted():
-    kernel, notes = choose_linear(form_of("int4-g32", 40, 64, torch.bfloat16))
-    assert kernel.name == "int4/dequantized"
-    not_used, instead = notes
-    assert not_used == "int4/cpu not used: needs a multiple of 16 output features, not 40"
-    assert instead.startswith("int4/dequantized is used instead, and is slow")
-
-
-@needs_compiler
-def test_fp8_on_a_cpu_is_noted_as_slow_with_the_scheme_to_use():
-    in_groups = random_weight("fp8-blocks", 48, 256).format
-    for form, name in ((parse_scheme("fp8").format(256), "torch"), (in_groups, "dequantized")):
-        kernel, notes = choose_linear(
-            LinearSpec(format=form, n=48, k=256, dtype=torch.bfloat16, device="cpu")
-        )
-        assert kernel.name == f"fp8/{name}"
-        (note,) = notes
-        assert note.startswith(f"fp8/{name} is slow: there is no fast kernel for fp8 on CPUs")
-        assert "use int8" in note
+@pytest.mark.parametrize("name", ["fp8", "fp8-blocks", "nvfp4", "nf4", "Q4_K", "awq-act-order"])
+def test_no_number_format_is_slow_on_a_cpu(name):
+    form = random_weight(name, 41, 256).format
+    kernel, notes = choose_linear(
+        LinearSpec(format=form, n=41, k=256, dtype=torch.bfloat16, device="cpu")
+    )
+    assert (kernel.name, notes) == (f"{form.kind}/cpu", [])
 
 
 def test_gpu_takes_no_cpu_kernel_and_says_why_not_tinygemm():
@@ -393,28 +410,21 @@ def test_gpu_takes_no_cpu_kernel_and_says_why_not_tinygemm():
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("name", "n", "note"),
-    [
-        ("fp8-blocks", 48, "fp8/dequantized is slow: there is no fast kernel for fp8 on CPUs"),
-        ("Q4_K", 40, "uint4/cpu not used: needs a multiple of 16 output features, not 40"),
-        ("int8-g128", 40, "int8/torch not used: holds groups of the whole row, not 128"),
-    ],
-)
-def test_what_no_integer_kernel_holds_is_dequantized_with_the_reason(name, n, note):
-    weight, x = random_weight(name, n, 256), normal(3, 256, dtype=torch.bfloat16)
-    spec = LinearSpec(format=weight.format, n=n, k=256, dtype=torch.bfloat16, device="cpu")
-    kernel, notes = choose_linear(spec)
-    assert kernel.name == f"{weight.kind}/dequantized"
-    assert any(each.startswith(note) for each in notes)
+def test_what_our_kernel_does_not_hold_is_dequantized_with_the_reason():
+    weight = number_formats.weight("int4", 48, 60, group=12, scale=torch.float16)
+    spec = LinearSpec(format=weight.format, n=48, k=60, dtype=torch.bfloat16, device="cpu")
+    kernel, (not_used, instead) = choose_linear(spec)
+    assert not_used == "int4/cpu not used: holds groups of a multiple of 8, not 12"
+    assert instead.startswith("int4/dequantized is used instead, and is slow")
+    x = normal(3, 60, dtype=torch.bfloat16)
     expected = F.linear(x, weight.dequantize(torch.bfloat16))
     assert torch.equal(kernel(x, *kernel.pack(weight)), expected)
 
 
 def test_the_fused_step_refuses_what_it_cannot_hold_exactly():
-    weight = random_weight("Q6_K", 16, 256)
+    weight = number_formats.weight("int4", 16, 240, group=24)
     spec = LinearSpec(
-        format=weight.format, n=16, k=256, dtype=torch.bfloat16, device="cuda", fused=True
+        format=weight.format, n=16, k=240, dtype=torch.bfloat16, device="cuda", fused=True
     )
-    with pytest.raises(AssertionError, match="holds groups of a multiple of 32, not 16"):
+    with pytest.raises(AssertionError, match="holds groups of a multiple of 16, not 24"):
         choose_linear(spec)

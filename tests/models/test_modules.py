@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from number_formats import random_weight
+from number_formats import NAMES, random_weight
 from torch import Tensor
 
 from hotloop.kernels.linear import LinearSpec, Stacked, choose_linear
 from hotloop.models.cache import KVCache, write
 from hotloop.models.linear import Embedding, Linear
-from hotloop.quant import QTensor, parse_scheme
+from hotloop.quant import parse_scheme
 
 CPU = torch.device("cpu")
 FLOATS = [torch.float32, torch.bfloat16]
@@ -65,14 +65,17 @@ def test_projection_refuses_a_weight_of_another_shape():
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_int8_embedding_gives_the_rows_of_the_dequantized_table(dtype):
-    weight = parse_scheme("int8").quantize(normal(10, 16))
-    assert isinstance(weight, QTensor)
-    embedding, ids = Embedding(10, 16), torch.tensor([[3, 0], [9, 3]])
-    embedding.assign(weight.values, weight.scale.view(-1), dtype)
-    assert torch.equal(embedding(ids), weight.dequantize(dtype)[ids])
-    embedding.assign(weight.dequantize(dtype), None, dtype)
-    assert torch.equal(embedding(ids), weight.dequantize(dtype)[ids])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_embedding_gives_the_rows_of_the_dequantized_table(name, dtype):
+    weight = random_weight(name, 37, 512)
+    spec = LinearSpec(format=weight.format, n=37, k=512, dtype=dtype, device="cpu")
+    kernel, _ = choose_linear(spec)
+    assert kernel.embeds == ("permuted" not in kernel.name)
+    if not kernel.embeds:
+        return
+    embedding, ids = Embedding(37, 512), torch.tensor([[3, 0, -1], [36, 3, 99]])
+    embedding.assign(spec, kernel.pack(weight))
+    assert torch.equal(embedding(ids), weight.dequantize(dtype)[ids.clamp(0, 36)])
 
 
 def test_new_keys_land_in_their_seats_and_positions_and_nowhere_else():

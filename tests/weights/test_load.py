@@ -128,14 +128,14 @@ def test_tied_embedding_gives_the_rows_that_the_head_multiplies_with(head, tmp_p
     quantized = parse_scheme(head).quantize(stored)
     rows = quantized if isinstance(quantized, Tensor) else quantized.dequantize(torch.bfloat16)
     assert torch.equal(decoder.embedding(torch.arange(len(rows))), rows)
-    shared = decoder.embedding.table.data_ptr() == decoder.head.packed[0].data_ptr()
-    assert shared == (head in ("none", "int8")), "one copy serves both, where rows are as they were"
+    shared = decoder.embedding.packed[0].data_ptr() == decoder.head.packed[0].data_ptr()
+    assert shared, "one copy serves both"
 
 
 def test_untied_embedding_is_never_quantized(tmp_path):
     folder = write_folder(tmp_path / "m")
     stored = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(load(folder, quant="int4-g64", head="int8").embedding.table, stored)
+    assert torch.equal(load(folder, quant="int4-g64", head="int8").embedding.packed[0], stored)
 
 
 def test_progress_counts_every_layer(tmp_path):
@@ -276,7 +276,7 @@ def test_random_weights_depend_on_their_seed_alone(quant):
     first, again, other = make(0), make(0), make(1)
     assert torch.equal(torch.random.get_rng_state(), state), "torch's own generator is the user's"
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
-    table = "embedding.table"
+    table = "embedding.packed0"
     assert not torch.equal(first[table], other[table])
     assert first[table].float().std().item() == pytest.approx(0.02, rel=0.05)
     for name, tensor in first.items():

@@ -1,7 +1,6 @@
 """Packed weights of every kernel layout are restored from an entry of the cache."""
 
 import pytest
-import torch
 from stored_models import write_stored
 from test_awq_gptq import AWQ, GPTQ, awq, gptq
 from whole_models import CONFIG, CPU, assert_same_weights, load, write_folder, write_gguf_model
@@ -28,7 +27,7 @@ def assert_restored(whole: Decoder, **keys: object) -> None:
         n_head_rows=whole.head.n,
     )
     assert store_packed("key", whole, dict(empty.named_buffers())) is None
-    assert load_packed("key", empty, CPU, torch.bfloat16)
+    assert load_packed("key", empty, CPU)
     assert_same_weights(empty, whole)
     linears = {name: m for name, m in whole.named_modules() if isinstance(m, Linear)}
     for name, ours in empty.named_modules():
@@ -61,4 +60,4 @@ def test_projections_of_several_formats(fused, tmp_path):
 
 def test_there_is_no_entry(tmp_path):
     decoder = load(write_folder(tmp_path / "m"))
-    assert load_packed("another", decoder, CPU, torch.bfloat16) is None
+    assert load_packed("another", decoder, CPU) is None

@@ -52,7 +52,7 @@ from hotloop.kernels.linear import Fused, LinearSpec
 from hotloop.models.cache import KVCache
 from hotloop.models.config import AttentionConfig, LayerConfig, ModelConfig
 from hotloop.models.decoder import Block, Decoder, RMSNorm
-from hotloop.models.linear import Linear, Piece
+from hotloop.models.linear import Embedding, Linear, Piece
 from hotloop.parallel.collectives import Group, Use
 
 _AGAIN = "; --quant int8, for one, quantizes the file's weights again to what it holds"
@@ -189,7 +189,7 @@ class FusedForward:
             plans = _Plans(
                 self._layers, self._decoder.head, self._cache, self._launcher.limits, B, T
             )
-            embed = step.embed_kernel(int8=self._decoder.embedding.scale is not None)
+            embed = step.embed_kernel(int8=_table(self._decoder.embedding)[1] is not None)
             # Kernels of rows and sampler are included, so that all are compiled at once.
             ends = [step.ngram_draft_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
             if not self._shared:
@@ -207,10 +207,9 @@ class FusedForward:
 
     def _embed(self, ids_M: Tensor, norm: RMSNorm) -> tuple[Tensor, PrescaledInput]:
         embedding = self._decoder.embedding
-        assert embedding.table is not None, "no embedding table was assigned"
         x_MD = ids_M.new_empty(len(ids_M), embedding.k, dtype=torch.bfloat16)
         norm_epilogue = _norm_epilogue(norm, x_MD)
-        self._launch(step.embed(ids_M, embedding.table, embedding.scale, x_MD, norm_epilogue))
+        self._launch(step.embed(ids_M, *_table(embedding), x_MD, norm_epilogue))
         return x_MD, norm_epilogue.prescaled
 
     def _attend(
@@ -412,6 +411,12 @@ def _prefetch(by: Projection, plans: _LinearPlans, linear: Linear) -> Prefetch |
     """Plans the prefetch by one projection of a later one's weight, or of its first piece."""
     (_, plan), (weight, *_) = plans[0][0], linear.packed
     return plan_prefetch(by, plan, weight)
+
+
+def _table(embedding: Embedding) -> tuple[Tensor, Tensor | None]:
+    """Returns the rows of an embedding, and the scales of an int8 one."""
+    table, *scale = embedding.packed
+    return table, scale[0] if scale else None
 
 
 def _norm_epilogue(norm: RMSNorm, x_MD: Tensor) -> NormEpilogue:

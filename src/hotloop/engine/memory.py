@@ -72,14 +72,15 @@ def _weights_bytes(setup: Setup) -> int:
         """Returns the spec of n rows of the head; all of them are a tied embedding."""
         return head_spec(model, n, setup.schemes, setup.dtype, setup.device.type, fused=setup.fused)
 
-    whole = head(model.vocab_size)
+    whole, part = head(model.vocab_size), head(len(setup.shard.vocabulary))
+    kernel, tied = choose_linear(part)[0], model.tie_embeddings
     channelwise = whole.kind == "int8" and whole.format.is_per_channel(whole.k)
-    same_rows = model.tie_embeddings and (channelwise or whole.format == DENSE)
-    if same_rows and choose_linear(whole)[0].keeps_rows:
-        embeddings = packed(whole)  # the head is a slice of the embedding
+    same_rows = tied and (channelwise or whole.format == DENSE)
+    if (tied and kernel.embeds and part == whole) or (same_rows and kernel.keeps_rows):
+        embeddings = packed(whole)  # the head is the embedding, or a slice of it
     else:
         row_bytes = whole.k + _FLOAT32 if same_rows and channelwise else whole.k * itemsize
-        embeddings = packed(head(len(setup.shard.vocabulary))) + whole.n * row_bytes
+        embeddings = kernel.nbytes + whole.n * row_bytes
     norm = itemsize * model.hidden_size
     rope = 2 * _FLOAT32 * setup.n_positions * sum(head_dim for head_dim, _ in model.tables)
     return layers + embeddings + norm + rope

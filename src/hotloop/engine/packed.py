@@ -34,7 +34,7 @@ def load(
         return ()
     key = entry_key(setup.path, _facts(setup))
     without_weights = dict(decoder.named_buffers(remove_duplicate=False))
-    found = load_packed(key, decoder, setup.device, setup.dtype) is not None
+    found = load_packed(key, decoder, setup.device) is not None
     # Ranks combine statistics while they quantize: all of them read the source, or none.
     if not int(group.max(torch.tensor([not found], dtype=torch.int32, device=setup.device))):
         return ()

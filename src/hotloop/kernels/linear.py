@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
+from hotloop.kernels.cpu.packing import BLOCK_FEATURES, pack_groups, packed_bytes
 from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.packing import (
     FACTOR,
@@ -190,7 +191,12 @@ class LinearKernel(Protocol):
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether packed rows are the unpacked ones, so that an embedding can share them."""
+        """Whether packed rows are the unpacked ones, so that a slice of rows is no copy."""
+        ...
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it can look up rows of a packed weight, which a tied embedding then shares."""
         ...
 
     @property
@@ -223,6 +229,10 @@ class LinearKernel(Protocol):
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         """Computes the matrix product, [M, N] in ``x``'s type."""
+        ...
+
+    def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
+        """Looks up rows [..., K] of the weight by ids [...], which are clamped to it."""
         ...
 
 
@@ -263,10 +273,11 @@ class DenseTorch(_ByRows):
     """Floating-point weights through PyTorch's own matrix product."""
 
     name = "dense/torch"
-    keeps_rows = True
+    keeps_rows = embeds = True
     permutes = False
 
     def __init__(self, spec: LinearSpec) -> None:
+        self._dtype = spec.dtype
         self.nbytes = spec.n * spec.k * spec.dtype.itemsize
 
     @staticmethod
@@ -280,6 +291,9 @@ class DenseTorch(_ByRows):
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return F.linear(x_MK, packed[0])
 
+    def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
+        return reference.embed(ids, packed[0], None, self._dtype)
+
 
 class DenseCpu(DenseTorch):
     """bfloat16 weights on a CPU, with our own kernel."""
@@ -291,16 +305,17 @@ class DenseCpu(DenseTorch):
         return _cpu_unsupported(spec, "dense")
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        return torch.ops.hotloop_cpu.linear(x_MK, packed)
+        return torch.ops.hotloop_cpu.linear_rows(x_MK, packed[0], None)
 
 
 class ChannelwiseTorch(_ByRows):
     """Eight-bit weights in plain PyTorch: torch.compile fuses the conversion into the GEMV."""
 
-    keeps_rows = True
+    keeps_rows = embeds = True
     permutes = False
 
     def __init__(self, spec: LinearSpec) -> None:
+        self._dtype = spec.dtype
         self.name = f"{spec.kind}/torch"
         self.nbytes = spec.n * spec.k + 4 * spec.n
 
@@ -317,6 +332,10 @@ class ChannelwiseTorch(_ByRows):
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return reference.linear_channelwise(x_MK, *packed)
 
+    def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
+        values, scale_N = packed
+        return reference.embed(ids, values, scale_N, self._dtype)
+
 
 class Int8Cpu(ChannelwiseTorch):
     """int8 weights with a scale per row on a CPU, with our own kernel."""
@@ -330,73 +349,59 @@ class Int8Cpu(ChannelwiseTorch):
         return _cpu_unsupported(spec, "int8") if _int8_per_channel(spec) else NOT_MEANT
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        return torch.ops.hotloop_cpu.linear(x_MK, packed)
-
-
-_CPU_ROW_PARTS = 5
-"""Packed tensors before the lookup table and the permutation: values and four kinds of scales."""
+        return torch.ops.hotloop_cpu.linear_rows(x_MK, *packed)
 
 
 class GroupedCpu(_ByRows):
-    """Integers of 4 or 8 bits, and lookup tables, of any groups on a CPU, with our own kernel.
+    """Integers, lookup tables and fp8 with scales of any groups on a CPU, with our own kernel.
 
     Integers of 5 and 6 bits take eight.
     """
 
     keeps_rows = False
-    permutes = True
-    unit_rows = cpu.BLOCK_FEATURES
+    embeds = permutes = True
+    unit_rows = BLOCK_FEATURES
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/cpu"
-        self._kind, form = spec.kind, spec.format
-        self._four_bits = spec.kind in FOUR_BITS
-        self.nbytes = (spec.n * spec.k >> self._four_bits) + spec.scale_bytes
-        if form.scale_dtype in _EIGHT_BIT_FLOATS:
-            self.nbytes += spec.n_scales  # widened
-        self.nbytes += 4 * spec.k * form.permuted
+        self._format, self._n, self._k = spec.format, spec.n, spec.k
+        self._k = spec.k
+
+    @property
+    def nbytes(self) -> int:
+        return packed_bytes(self._format, self._n, self._k)
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
-        if spec.kind not in ("int8", *FOUR_BITS) or _int8_per_channel(spec):
+        if spec.kind == "dense" or _int8_per_channel(spec):
             return NOT_MEANT
         reason = _cpu_unsupported(spec, spec.kind)
-        if reason is None and spec.n % cpu.BLOCK_FEATURES:
-            return f"needs a multiple of {cpu.BLOCK_FEATURES} output features, not {spec.n}"
+        if reason is None and spec.kind == "fp8" and spec.format.zero != "none":
+            return "holds no fp8 with zero points or offsets"
         if reason is None and (spec.format.group_size or 0) % 8:
             return f"holds groups of a multiple of 8, not {spec.format.group_size}"
         return reason
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
         assert not isinstance(weight, Tensor), "a quantized weight"
-        if self._four_bits:
-            values = cpu.pack_nibbles(weight.values + 8 if self._kind == "int4" else weight.values)
-            values = values if self._kind == "int4" else values.view(torch.uint32)
-        else:
-            values = cpu.pack_bytes(weight.values)
-        return cpu.pack_groups(
-            values,
-            _widened(weight.scale),
-            weight.offset,
-            weight.super_scale,
-            weight.super_offset,
-            None if weight.table is None else weight.table.float(),
-            weight.permutation,
-        )
+        return pack_groups(self._format, weight, n=self._n)
 
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
-        return [0 if part < _CPU_ROW_PARTS else None for part in range(len(packed))]
+        assert len(packed) == 2, "a description, and blocks of rows"
+        return [None, 0]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
-        return torch.ops.hotloop_cpu.linear(x_MK, packed)
+        return torch.ops.hotloop_cpu.linear_groups(x_MK, *packed, self._n)
+
+    def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
+        return torch.ops.hotloop_cpu.embed_groups(ids.contiguous(), *packed, self._k)
 
 
 class Int4TinyGemm(_ByRows):
     """int4 weights on CUDA through tinygemm, which PyTorch ships."""
 
     name = "int4/tinygemm"
-    keeps_rows = False
-    permutes = False
+    keeps_rows = embeds = permutes = False
 
     unit_rows = 8
 
@@ -432,6 +437,9 @@ class Int4TinyGemm(_ByRows):
         group_size = x_MK.shape[1] // scale_zero_GN2.shape[0]
         return torch.ops.aten._weight_int4pack_mm(x_MK, words, group_size, scale_zero_GN2)
 
+    def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
+        raise NotImplementedError
+
 
 class FusedParts(NamedTuple):
     """The tensors of a weight of the fused step.
@@ -454,7 +462,7 @@ class Fused(_ByRows):
     prompt, it dequantizes the weight to bfloat16 for the call.
     """
 
-    keeps_rows = False
+    keeps_rows = embeds = False
 
     unit_rows = TILE_ROWS
 
@@ -526,6 +534,9 @@ class Fused(_ByRows):
         y = F.linear(x_MK, dequantize(self.form, weight, features_K))
         return y if scale_N is None else (y * scale_N).to(y.dtype)
 
+    def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
+        raise NotImplementedError
+
 
 def _fused_form(spec: LinearSpec) -> Format:
     """Returns the packed format of a weight that the fused step holds exactly.
@@ -582,12 +593,12 @@ class Dequantizing(_ByRows):
     Four-bit values are packed, eight-bit ones remain as they are.
     """
 
-    keeps_rows = False
-    permutes = False
+    keeps_rows = permutes = False
+    embeds = True
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/dequantized"
-        self._format = spec.format
+        self._format, self._dtype = spec.format, spec.dtype
         # The unit of packed words, which torch.compile unpacks by quarters.
         self._group = spec.format.group_size or 0
         self._packs = spec.kind in FOUR_BITS and self._group % 4 == 0
@@ -608,11 +619,20 @@ class Dequantizing(_ByRows):
         return [None if part == "table" else 0 for part in self._format.parts]
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        return F.linear(x_MK, self._dequantize(*packed).to(x_MK.dtype))
+
+    def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
+        at = ids.flatten().clamp(0, len(packed[0]) - 1)
+        names = self._format.parts
+        rows = (t if name == "table" else t[at] for name, t in zip(names, packed, strict=True))
+        return self._dequantize(*rows).to(self._dtype).unflatten(0, ids.shape)
+
+    def _dequantize(self, *packed: Tensor) -> Tensor:
         part = dict(zip(self._format.parts, packed, strict=True))
         values = part["values"]
         if self._packs:
             values = reference.unpack_int4(values, self._group) + self._bias
-        weight = reference.dequantize(
+        return reference.dequantize(
             values,
             part["scale"],
             part.get("offset"),
@@ -620,7 +640,6 @@ class Dequantizing(_ByRows):
             super_offset_NS=part.get("super_offset"),
             table=part.get("table"),
         )
-        return F.linear(x_MK, weight.to(x_MK.dtype))
 
 
 class Permuted:
@@ -631,7 +650,7 @@ class Permuted:
         k: Input features.
     """
 
-    keeps_rows = False
+    keeps_rows = embeds = False
 
     def __init__(self, inner: LinearKernel, k: int) -> None:
         self.name = f"{inner.name}, permuted"
@@ -653,6 +672,9 @@ class Permuted:
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         *inner, permutation_K = packed
         return self._inner(x_MK.index_select(1, permutation_K), *inner)
+
+    def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class Stacked:
@@ -700,7 +722,7 @@ def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
     for kernel in (make(spec) for make in KERNELS):
         reason = kernel.unsupported(spec)
         if reason is None:
-            notes = _notes(spec, kernel, notes)
+            notes = _notes(kernel, notes)
             if spec.format.permuted and not kernel.permutes:
                 return Permuted(kernel, spec.k), notes
             return kernel, notes
@@ -709,15 +731,11 @@ def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
     raise AssertionError(f"no kernel serves {spec}")
 
 
-def _notes(spec: LinearSpec, chosen: LinearCandidate, not_used: list[str]) -> list[str]:
+def _notes(chosen: LinearCandidate, not_used: list[str]) -> list[str]:
     """Returns why faster kernels are not used, and which slow one is used instead."""
-    slow = "dequantizes weights for every matrix product"
-    if _cpu_unsupported(spec, "fp8") is None:
-        instead = "use int8, which is fast and takes as many bytes"
-        why = f"there is no fast kernel for fp8 on CPUs, so it {slow}"
-        return [f"{chosen.name} is slow: {why}; {instead}"]
     if not_used and isinstance(chosen, Dequantizing):
-        return [*not_used, f"{chosen.name} is used instead, and is slow: it {slow}"]
+        slow = "is slow: it dequantizes weights for every matrix product"
+        return [*not_used, f"{chosen.name} is used instead, and {slow}"]
     return not_used
 
 

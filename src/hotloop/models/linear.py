@@ -182,29 +182,40 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table by token id; the table is dense, or int8 with a scale per row.
-
-    Only the rows that are looked up are read.
-    """
+    """Rows of a weight [n, k] by token id. Only the rows that are looked up are read."""
 
     def __init__(self, n: int, k: int) -> None:
         super().__init__()
         self.n, self.k = n, k
-        self.table: Tensor | None
-        self.scale: Tensor | None
-        self.register_buffer("table", None)
-        self.register_buffer("scale", None)
+        self.kernel: LinearKernel | None = None
+        self._spec: LinearSpec | None = None
+        self.n_packed = 0
 
-    def assign(self, table: Tensor, scale: Tensor | None, dtype: torch.dtype) -> None:
-        """Takes a table [n, k] on its device, and the scales [n] of an int8 one."""
-        assert tuple(table.shape) == (self.n, self.k), f"{table.shape} for {self.n, self.k}"
-        self.table, self.scale, self.dtype = table, scale, dtype
+    def assign(self, spec: LinearSpec, packed: Sequence[Tensor]) -> None:
+        """Takes a weight on its device, as the kernel of ``spec`` packed it."""
+        kernel, _ = choose_linear(spec)
+        assert kernel.embeds, f"{kernel.name} looks up no rows"
+        self.kernel, self._spec, self.n_packed = kernel, spec, len(packed)
+        for i, tensor in enumerate(packed):
+            self.register_buffer(f"packed{i}", tensor)
+
+    def restore(self, packed: Sequence[tuple[LinearSpec, Sequence[Tensor]]]) -> None:
+        """Takes a weight that was packed before (``layout``), on its device."""
+        ((spec, tensors),) = packed
+        self.assign(spec, tensors)
+
+    @property
+    def layout(self) -> list[tuple[LinearSpec, int]]:
+        """The weight's only piece, with its number of packed tensors."""
+        assert self._spec is not None, "no weight was assigned"
+        return [(self._spec, self.n_packed)]
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The weight as the kernel reads it."""
+        return [getattr(self, f"packed{i}") for i in range(self.n_packed)]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Looks up token ids [...] as rows [..., k]; invalid ids are clamped to valid ones."""
-        assert self.table is not None, "no table was assigned"
-        ids = ids.clamp(0, self.n - 1)
-        rows = nn.functional.embedding(ids, self.table)
-        if self.scale is not None:
-            return (rows.float() * self.scale[ids][..., None]).to(self.dtype)
-        return rows
+        assert self.kernel is not None, "no weight was assigned"
+        return self.kernel.embed(ids, *self.packed)

@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from hotloop.kernels.linear import DENSE
+from hotloop.kernels.linear import DENSE, KernelFormat, LinearSpec, choose_linear
 from hotloop.models import names
 from hotloop.models.config import Matrix, ModelConfig, Part
 from hotloop.models.decoder import Decoder
@@ -195,25 +195,46 @@ class _Loader:
         if not config.tie_embeddings:
             head = RowStream(pieces, request.n, request.format)
             self._assign(decoder.head, [head], None)
-            decoder.embedding.assign(self._table(), None, dtype)
+            self._embed(decoder, self._table())
             return
-        if request.format == DENSE:
-            weight = join_rows(pieces, request.n)
-            assert isinstance(weight, Tensor), "a dense format"
-            decoder.embedding.assign(weight, None, dtype)
-            head = weight[rows.start : rows.stop]
-        elif request.format.kind == "int8" and request.format.is_per_channel(config.hidden_size):
+        spec = self._spec(request.format)
+        is_int8 = request.format.kind == "int8" and request.format.is_per_channel(spec.k)
+        kernel, _ = choose_linear(spec)
+        if request.format == DENSE or is_int8:
             # A kernel that keeps rows as they are shares them: one copy serves both.
-            weight = join_rows(pieces, request.n)
-            assert isinstance(weight, QTensor), "a quantized format"
-            weight = weight.to(self.device)
-            decoder.embedding.assign(weight.values, weight.scale.view(-1), dtype)
-            head = weight.rows(rows.start, rows.stop)
+            weight = join_rows(pieces, request.n).to(self.device)
+            self._embed(decoder, weight)
+            if isinstance(weight, QTensor):
+                head = weight.rows(rows.start, rows.stop)
+            else:
+                head = weight[rows.start : rows.stop]
+        elif kernel.embeds and len(rows) == spec.n:
+            self._assign(decoder.head, [RowStream(pieces, request.n, request.format)], None)
+            decoder.embedding.assign(spec, decoder.head.packed)
+            return
         else:
             table = torch.empty(request.shape, dtype=dtype, device=self.device)
             head = RowStream(_dequantized_into(table, pieces, rows), len(rows), request.format)
-            decoder.embedding.assign(table, None, dtype)
+            self._embed(decoder, table)
         decoder.head.assign([head], dtype=dtype, device=self.device, fused=self.fused)
+
+    def _spec(self, form: KernelFormat, *, fused: bool | None = None) -> LinearSpec:
+        """Returns the ``LinearSpec`` of a matrix of the whole vocabulary."""
+        return LinearSpec(
+            format=form,
+            n=self.config.vocab_size,
+            k=self.config.hidden_size,
+            dtype=self.dtype,
+            device=self.device.type,
+            fused=self.fused if fused is None else fused,
+        )
+
+    def _embed(self, decoder: Decoder, weight: Tensor | QTensor) -> None:
+        """Assigns an embedding that is dense, or int8 with a scale per row."""
+        form = weight.format if isinstance(weight, QTensor) else DENSE
+        spec = self._spec(form, fused=False)
+        kernel, _ = choose_linear(spec)
+        decoder.embedding.assign(spec, kernel.pack(weight))
 
     def _table(self) -> Tensor:
         """Reads the embedding of a model whose head is another matrix, a few rows at a time."""

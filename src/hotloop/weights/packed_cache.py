@@ -115,9 +115,7 @@ def entry_key(checkpoint: Path, facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def load_packed(
-    key: str, decoder: nn.Module, device: torch.device, dtype: torch.dtype
-) -> int | None:
+def load_packed(key: str, decoder: nn.Module, device: torch.device) -> int | None:
     """Assigns all weights of a decoder from an entry.
 
     A damaged entry is removed.
@@ -126,7 +124,6 @@ def load_packed(
         key: The name of the entry.
         decoder: The decoder without weights.
         device: Its device.
-        dtype: Element type of its activations.
 
     Returns:
         The bytes that were read; None if there is no such entry, or it was damaged.
@@ -140,7 +137,7 @@ def load_packed(
         index = _read_index(file)
         storages = _read_storages(file, index, device)
         tensors = {name: _view(index, each, storages) for name, each in index.views.items()}
-        _assign(decoder, index, tensors, device, dtype)
+        _assign(decoder, index, tensors, device)
     except (_DamagedError, HotloopError, ValueError, KeyError, TypeError):
         with suppress(OSError):
             path.unlink()
@@ -275,7 +272,7 @@ def _write(
         linears={
             name: [_piece(spec, n_packed) for spec, n_packed in module.layout]
             for name, module in decoder.named_modules()
-            if isinstance(module, Linear)
+            if isinstance(module, Linear | Embedding)
         },
     )
     text = index.model_dump_json().encode()
@@ -403,10 +400,9 @@ def _assign(
     index: _Index,
     tensors: Mapping[str, Tensor],
     device: torch.device,
-    dtype: torch.dtype,
 ) -> None:
     modules = dict(decoder.named_modules())
-    linears = {name: module for name, module in modules.items() if isinstance(module, Linear)}
+    linears = {name: m for name, m in modules.items() if isinstance(m, Linear | Embedding)}
     if linears.keys() != index.linears.keys():
         raise _DamagedError
     for name, linear in linears.items():
@@ -419,11 +415,7 @@ def _assign(
     for name, tensor in tensors.items():
         place, _, attribute = name.rpartition(".")
         module = modules[place]
-        if isinstance(module, Embedding):
-            table, scale = (tensors.get(f"{place}.{part}") for part in ("table", "scale"))
-            assert table is not None, "an embedding has a table"
-            module.assign(table, scale, dtype)
-        elif place not in linears or not attribute.startswith("packed"):
+        if place not in linears or not attribute.startswith("packed"):
             setattr(module, attribute, tensor)
 
 

@@ -4,9 +4,9 @@ They need a C++20 compiler, as torch.compile does on a CPU. They are built in a 
 per source, compiler, instruction set and torch version, and cached in the user's cache directory.
 Where they cannot be built, ``unavailable_reason`` returns why, and other kernels are used.
 
-The operators are ``torch.ops.hotloop_cpu.*``: matrix products, attention over the cache, norms,
-rope and SwiGLU, each specified by ``kernels.reference``, and the two halves of a block, which are
-composed of them.
+The operators are ``torch.ops.hotloop_cpu.*``: matrix products, embeddings, attention over the
+cache, norms, rope and SwiGLU, each specified by ``kernels.reference``, and the two halves of a
+block, which are composed of them.
 """
 
 from __future__ import annotations
@@ -48,68 +48,6 @@ _BUILD_PREFIX = "build-"
 
 SLOWER = "decoding is several times slower"
 """The consequence where the operators cannot be used, for messages."""
-
-BLOCK_FEATURES = 16
-"""Output features whose values and scales ``pack_groups`` interleaves."""
-
-_NIBBLES = (0, 16, 4, 20, 8, 24, 12, 28)
-"""The bit of a word at which each of its eight values begins."""
-
-
-def pack_nibbles(values_NK: Tensor) -> Tensor:
-    """Packs values 0…15 as int32 [N/16, K/8, 16].
-
-    A word holds eight consecutive values of one output feature: even ones in its low half, odd ones
-    in its high half, from the lowest nibble up.
-    """
-    n, k = values_NK.shape
-    words = values_NK.new_zeros(n, k // 8, dtype=torch.int32)
-    # An eighth at a time, to save memory: the weight can be large.
-    for i, bit in enumerate(_NIBBLES):
-        words |= values_NK[:, i::8].to(torch.int32) << bit
-    return interleave_features(words)
-
-
-def pack_bytes(values_NK: Tensor) -> Tensor:
-    """Interleaves pairs of consecutive int8 values: [N/16, K/2, 16, 2]."""
-    pairs = values_NK.contiguous().view(torch.int16)
-    return interleave_features(pairs).view(torch.int8).unflatten(2, (-1, 2))
-
-
-def interleave_features(rows_NX: Tensor) -> Tensor:
-    """Interleaves what belongs to output features, [N, X]: [N/16, X, 16]."""
-    return rows_NX.unflatten(0, (-1, BLOCK_FEATURES)).transpose(1, 2).contiguous()
-
-
-def pack_groups(
-    values: Tensor,
-    scale: Tensor,
-    offset: Tensor | None = None,
-    super_scale: Tensor | None = None,
-    super_offset: Tensor | None = None,
-    table: Tensor | None = None,
-    permutation: Tensor | None = None,
-) -> list[Tensor]:
-    """Packs a weight whose scales are of groups, for the operator ``linear``.
-
-    Args:
-        values: As ``pack_nibbles``, of int4 plus 8; as uint32, of uint4 or of indices of a table;
-            or as ``pack_bytes``.
-        scale: [N, G], of float32, float16 or bfloat16, or int8 with ``super_scale``.
-        offset: Likewise, or int8 zero points.
-        super_scale: [N, S], floating point.
-        super_offset: [N, S], floating point.
-        table: float32 [16].
-        permutation: int32 [K].
-    """
-    parts = [
-        None if t is None else interleave_features(t)
-        for t in (scale, offset, super_scale, super_offset)
-    ]
-    parts += [table, permutation]
-    while parts[-1] is None:
-        parts.pop()
-    return [values, *(values.new_empty(0) if t is None else t for t in parts)]
 
 
 @contextlib.contextmanager
@@ -195,12 +133,19 @@ def _processor() -> str:
 def _register_shapes() -> None:
     """Registers the shape of each operator's result for torch.compile."""
 
-    def linear(x: Tensor, weight: list[Tensor]) -> Tensor:
-        features = 1 if weight[0].dim() == 2 else BLOCK_FEATURES
-        return x.new_empty(x.shape[0], weight[0].shape[0] * features)
+    def linear_rows(x: Tensor, values: Tensor, _: Tensor | None) -> Tensor:
+        return x.new_empty(x.shape[0], values.shape[0])
+
+    def linear_groups(x: Tensor, _: Tensor, blocks: Tensor, n: int) -> Tensor:  # noqa: ARG001
+        return x.new_empty(x.shape[0], n)
+
+    def embed_groups(ids: Tensor, _: Tensor, blocks: Tensor, k: int) -> Tensor:  # noqa: ARG001
+        return ids.new_empty(*ids.shape, k, dtype=torch.bfloat16)
 
     def attention(q: Tensor, *_: Tensor | int | float) -> Tensor:
         return torch.empty_like(q)
 
-    library.register_fake("hotloop_cpu::linear", linear)
+    library.register_fake("hotloop_cpu::linear_rows", linear_rows)
+    library.register_fake("hotloop_cpu::linear_groups", linear_groups)
+    library.register_fake("hotloop_cpu::embed_groups", embed_groups)
     library.register_fake("hotloop_cpu::decode_attention", attention)

@@ -62,6 +62,8 @@ typedef uint32_t u32v __attribute__((vector_size(kBytes)));
 typedef int32_t s32v __attribute__((vector_size(kBytes)));
 typedef int16_t s16v __attribute__((vector_size(kBytes)));
 typedef uint16_t u16h __attribute__((vector_size(kBytes / 2)));
+typedef int16_t s16h __attribute__((vector_size(kBytes / 2)));
+typedef int8_t s8v __attribute__((vector_size(kBytes)));
 typedef int8_t s8h __attribute__((vector_size(kBytes / 2)));
 typedef int8_t s8q __attribute__((vector_size(kBytes / 4)));
 
@@ -125,10 +127,18 @@ template <int span = kLanes, int first = 0> inline f32v sum_each(const f32v (&v)
 inline s16v widen(s8h v) { return (s16v)_mm512_cvtepi8_epi16((__m256i)v); }
 inline u32v widen(u16h v) { return (u32v)_mm512_cvtepu16_epi32((__m256i)v); }
 inline s32v widen(s8q v) { return (s32v)_mm512_cvtepi8_epi32((__m128i)v); }
+inline s16h widen_half(s8q v) { return (s16h)_mm256_cvtepi8_epi16((__m128i)v); }
 #else
 inline s16v widen(s8h v) { return __builtin_convertvector(v, s16v); }
 inline u32v widen(u16h v) { return __builtin_convertvector(v, u32v); }
+#ifdef __AVX2__
+inline __m128i low_half(s8q v) { return _mm_cvtsi64_si128(load<int64_t>(&v)); }
+inline s32v widen(s8q v) { return (s32v)_mm256_cvtepi8_epi32(low_half(v)); }
+inline s16h widen_half(s8q v) { return (s16h)_mm_cvtepi8_epi16(low_half(v)); }
+#else
 inline s32v widen(s8q v) { return __builtin_convertvector(v, s32v); }
+inline s16h widen_half(s8q v) { return __builtin_convertvector(v, s16h); }
+#endif
 #endif
 
 inline float widen(uint16_t bf16) {
@@ -156,6 +166,9 @@ inline f32v from_f16(u16h bits) {  // finite
   return (f32v)((u32v)magnitude | (wide & 0x8000) << 16);
 #endif
 }
+inline f32v from_e4m3(s8q bits) {  // 2^-8 times the finite numbers, which are half precision
+  return from_f16((u16h)((widen_half(bits) << 7) & int16_t(0xbfff)));
+}
 inline f32v get(const float* p) { return load<f32v>(p); }
 inline f32v get(const uint16_t* p) { return from_bf16(load<u16h>(p)); }
 inline f32v get(const float* p, int64_t n) { return load_part<f32v>(p, 4 * n); }
@@ -172,6 +185,18 @@ template <class F> void for_vectors(int64_t n, F f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) f(i);
   if (i < n) f(i, n - i);
+}
+
+// c + a * b, rounded once where the processor can. Compilers may fuse `a * b + c` or not: equal sums
+// in two instances of a template would then differ.
+inline f32v multiply_add(f32v c, f32v a, f32v b) {
+#if defined(__AVX512VNNI__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
 }
 
 // sums + a * b, where adjacent products are added: a lane sums the products of two pairs.
@@ -231,19 +256,23 @@ void keep_threads(bool on) {
 }
 
 // By the C interface: the dispatcher would take a noticeable part of such short operators.
-Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
+Tensor new_tensor(int32_t dtype, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= sizes[i];
   }
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
                                                   dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return new_tensor(dtype, sizes);
 }
 
 const uint16_t* bf16(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
@@ -264,24 +293,24 @@ template <int most, class F> void with_constant(int64_t n, F f) {
   }
 }
 
-// Calls f(R, first) for every R rows from `first` on, R being a constant and at most kRows.
-template <class F> void for_rows(int64_t M, F f) {
-  const int64_t parts = (M + kRows - 1) / kRows;
+// Calls f(R, first) for every R rows from `first` on, R being a constant and at most `most`.
+template <int most = kRows, class F> void for_rows(int64_t M, F f) {
+  const int64_t parts = (M + most - 1) / most;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t first = M * part / parts;
-    with_constant<kRows>(M * (part + 1) / parts - first, [&](auto R) { f(R, first); });
+    with_constant<most>(M * (part + 1) / parts - first, [&](auto R) { f(R, first); });
   }
 }
 
 // Arranges activations in the order of the loops: `run` values of each of the rows that are
 // processed together, then the next `run` values of each, padded with zeros from K on.
-template <class X, int run> struct Activations {
+template <class X, int run, int most = kRows> struct Activations {
   int64_t width;
   Buffer<X> values;
 
   Activations(const X* x, int64_t M, int64_t K)
       : width((K + run - 1) / run * run), values(M * width) {
-    for_rows(M, [&](auto R, int64_t first) {
+    for_rows<most>(M, [&](auto R, int64_t first) {
       for (int r = 0; r < R; r++, x += K) {
         X* to = &values[first * width + r * run];
         int64_t k = 0;
@@ -322,7 +351,7 @@ struct Output {
 
 // Divides a matrix product into vectors of output features: f(n, m, y) computes features
 // n … n + kLanes - 1 of rows m … m + R - 1 into y.
-template <class F> struct Features final : hotloop::Task {
+template <int most, class F> struct Features final : hotloop::Task {
   F f;
   int64_t M;
   Output out;
@@ -338,7 +367,7 @@ template <class F> struct Features final : hotloop::Task {
     const int64_t first = begin * kLanes, width = (end - begin) * kLanes;
     auto* to = reinterpret_cast<uint16_t*>(result);  // [M, width]
     for (int64_t n = first; n < first + width; n += kLanes) {
-      for_rows(M, [&](auto R, int64_t m) {
+      for_rows<most>(M, [&](auto R, int64_t m) {
         f32v y[R];
         f(n, m, y);
         for (int r = 0; r < R; r++) put(to + (m + r) * width + n - first, y[r]);
@@ -356,9 +385,9 @@ template <class F> struct Features final : hotloop::Task {
   }
 };
 
-template <class F> void by_features(const Tensor& x, Output out, F f) {
+template <int most = kRows, class F> void by_features(const Tensor& x, Output out, F f) {
   const int64_t K = x.size(-1), M = x.numel() / K;
-  run(std::make_unique<Features<F>>(std::move(f), M, K, out));
+  run(std::make_unique<Features<most, F>>(std::move(f), M, K, out));
 }
 
 // ------------------------------------------------------------------- bfloat16 and int8, row-major
@@ -453,71 +482,150 @@ void multiply_int8(const Tensor& x, const Tensor& values, const Tensor& scale, O
 
 // ------------------------------------------------- groups of K, with output features interleaved
 
-// A block is sixteen output features. What belongs to a feature is interleaved over the block, so
-// that a lane belongs to one feature, with its values, its scale and its sum.
+// A packed weight is a description and blocks of bytes, as `kernels.cpu.packing` makes them. A block
+// is sixteen output features. What belongs to a feature is interleaved over the block, so that a lane
+// belongs to one feature, with its values, its scale and its sum.
 constexpr int kBlockFeatures = 16;
+
+enum class Encoding : int32_t { kNibbles, kBytes, kIntegerTable, kTable, kFloat8 };
+enum class Number : int32_t { kNone, kInt8, kBFloat16, kHalf, kFloat };
+
+struct Header {
+  int32_t n, k, groups, super_blocks;
+  Encoding values;
+  Number scale, offset, super_scale, super_offset;
+  int32_t zero;  // of all values, besides zero points of groups
+  int32_t permuted;
+  float factor;  // of what values are decoded to, a power of two
+  int32_t unused[4];
+};
+constexpr int64_t kAlignment = 64;
+static_assert(sizeof(Header) == kAlignment);
 
 // Features whose integer products a 32-bit sum holds exactly: 256 * 255 * 32767 < 2^31.
 constexpr int64_t kExactGroup = 256;
 
-// Scales, offsets or their factors, [N / 16, columns, 16] of any of these types, or none.
-struct Parameters {
-  ScalarType type = ScalarType::Float;
-  const void* data = nullptr;
+// Scales, offsets or their factors, [columns, 16] at `at` of each block, or none.
+struct Numbers {
+  Number type = Number::kNone;
+  int64_t at = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  explicit operator bool() const { return type != Number::kNone; }
 
-  f32v operator[](int64_t i) const {
-    if (type == ScalarType::BFloat16) return get(static_cast<const uint16_t*>(data) + i);
-    if (type == ScalarType::Half) {
-      return from_f16(load<u16h>(static_cast<const uint16_t*>(data) + i));
+  // Calls f(get), where get(i) are the vector from element i of a block's on.
+  template <class F> void with_getter(const std::byte* block, F f) const {
+    const void* data = block + at;
+    if (type == Number::kInt8) {
+      f([=](int64_t i) { return to_float(widen(load<s8q>(static_cast<const int8_t*>(data) + i))); });
+    } else if (type == Number::kBFloat16) {
+      f([=](int64_t i) { return get(static_cast<const uint16_t*>(data) + i); });
+    } else if (type == Number::kHalf) {
+      f([=](int64_t i) { return from_f16(load<u16h>(static_cast<const uint16_t*>(data) + i)); });
+    } else {
+      f([=](int64_t i) { return get(static_cast<const float*>(data) + i); });
     }
-    if (type == ScalarType::Float) return get(static_cast<const float*>(data) + i);
-    return to_float(integers(i));
   }
-
-  s32v integers(int64_t i) const { return widen(load<s8q>(static_cast<const int8_t*>(data) + i)); }
 };
 
-// A weight of K input features, whose tensors are in the order of `kernels.cpu.pack_groups`.
+inline int64_t size_of(Number type) {
+  return type == Number::kNone ? 0 : type == Number::kInt8 ? 1 : type == Number::kFloat ? 4 : 2;
+}
+
 struct GroupedWeight {
-  std::vector<Tensor> tensors;  // held as long as the weight is read
-  int64_t K, G, S;
-  ScalarType type;  // of values
-  const void *values, *table, *permutation;
-  Parameters scale, offset, super_scale, super_offset;
-  int32_t bias;
+  Tensor description, blocks;  // held as long as the weight is read
+  Header header;
+  int64_t N, K, G, S, block_bytes;
+  const std::byte *first, *table;
+  const int32_t* permutation = nullptr;
+  Numbers scale, offset, super_scale, super_offset;
   bool zero_points;  // offsets are integers that are subtracted from values
 
-  GroupedWeight(const Tensor* first, size_t count, int64_t K)
-      : tensors(first, first + count), K(K), G(first[1].size(1)), type(first->scalar_type()),
-        values(first->const_data_ptr()), table(data(5)), permutation(data(6)), scale(parameters(1)),
-        offset(parameters(2)), super_scale(parameters(3)), super_offset(parameters(4)),
-        bias(type == ScalarType::Int ? 8 : 0),
-        zero_points(offset && offset.type == ScalarType::Char && !super_offset) {
-    S = super_scale ? first[3].size(1) : G;
-    STD_TORCH_CHECK(first->size(1) * (type == ScalarType::Char ? 2 : 8) == K &&
-                        K % (8 * G) == 0 && G % S == 0,
-                    "values of K input features, groups of a multiple of 8");
+  GroupedWeight(const Tensor& described, const Tensor& packed, int64_t features)
+      : description(described), blocks(packed), block_bytes(packed.size(1)),
+        first(static_cast<const std::byte*>(packed.const_data_ptr())) {
+    const auto* data = static_cast<const std::byte*>(description.const_data_ptr());
+    const int64_t length = description.numel();
+    STD_TORCH_CHECK(length >= kAlignment, "a packed weight");
+    header = load<Header>(data);
+    N = header.n, K = header.k, G = header.groups, S = header.super_blocks;
+    STD_TORCH_CHECK(K == features && G > 0 && K % (8 * G) == 0 && S > 0 && G % S == 0,
+                    "a packed weight of K input features, groups of a multiple of 8");
+    const Encoding values = header.values;
+    const bool is_table = values == Encoding::kIntegerTable || values == Encoding::kTable;
+    table = data + kAlignment;
+    const int64_t table_bytes = is_table ? 16 * sizeof(float) : 0;
+    if (header.permuted) permutation = reinterpret_cast<const int32_t*>(table + table_bytes);
+    int64_t at = 0;
+    const auto section = [&](int64_t bytes) {
+      const int64_t start = at;
+      at += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      return start;
+    };
+    const auto numbers = [&](Number type, int64_t columns) {
+      return Numbers{type, section(size_of(type) * kBlockFeatures * columns)};
+    };
+    section(kBlockFeatures * K / (is_table || values == Encoding::kNibbles ? 2 : 1));
+    scale = numbers(header.scale, G);
+    offset = numbers(header.offset, G);
+    super_scale = numbers(header.super_scale, S);
+    super_offset = numbers(header.super_offset, S);
+    STD_TORCH_CHECK(packed.is_contiguous() && at == block_bytes &&
+                        packed.size(0) == (N + kBlockFeatures - 1) / kBlockFeatures &&
+                        length == kAlignment + table_bytes + (header.permuted ? 4 * K : 0),
+                    "as many bytes as the weight's description says");
+    zero_points = offset.type == Number::kInt8 && !super_offset;
   }
 
-  const void* data(size_t i) const {
-    return i < tensors.size() && tensors[i].numel() ? tensors[i].const_data_ptr() : nullptr;
-  }
-
-  Parameters parameters(size_t i) const {
-    const void* pointer = data(i);
-    return pointer ? Parameters{tensors[i].scalar_type(), pointer} : Parameters{};
-  }
-
-  // Scales and offsets are bfloat16, and a 32-bit sum holds a group.
-  bool is_plain() const {
-    return scale.type == ScalarType::BFloat16 && !super_scale && !zero_points && runs() == 1;
-  }
+  const std::byte* block_of(int64_t n) const { return first + n / kBlockFeatures * block_bytes; }
 
   int64_t size() const { return K / G; }
   int64_t runs() const { return (size() + kExactGroup - 1) / kExactGroup; }  // of a group
+  bool has_zero() const { return zero_points || header.zero; }
+  bool has_offset() const { return offset && !zero_points; }
 };
+
+// The scales, zeros and offsets of a vector of features, of some groups.
+struct GroupParameters {
+  static constexpr int64_t kGroups = 32;
+  f32v scale[kGroups], offset[kGroups];
+  s32v zero[kGroups];
+
+  void load(const GroupedWeight& weight, int64_t n, int64_t first, int64_t count) {
+    const std::byte* block = weight.block_of(n);
+    const int64_t lane = n % kBlockFeatures, at = first * kBlockFeatures + lane;
+    const int64_t span = weight.G / weight.S;  // groups of a super-block
+    const auto widen_numbers = [&](const Numbers& numbers, const Numbers& factors, f32v* to) {
+      numbers.with_getter(block, [&](auto number) {
+        for (int64_t i = 0; i < count; i++) to[i] = number(at + i * kBlockFeatures);
+      });
+      if (!factors) return;
+      factors.with_getter(block, [&](auto factor) {
+        for (int64_t i = 0, stop; i < count; i = stop) {
+          const int64_t super_block = (first + i) / span;
+          const f32v shared = factor(super_block * kBlockFeatures + lane);
+          stop = std::min((super_block + 1) * span - first, count);
+          for (int64_t j = i; j < stop; j++) to[j] *= shared;
+        }
+      });
+    };
+    widen_numbers(weight.scale, weight.super_scale, scale);
+    if (weight.has_offset()) widen_numbers(weight.offset, weight.super_offset, offset);
+    if (weight.has_zero()) {
+      for (int64_t i = 0; i < count; i++) zero[i] = s32v{} + weight.header.zero;
+    }
+    if (weight.zero_points) {
+      const auto* points = reinterpret_cast<const int8_t*>(block + weight.offset.at) + at;
+      for (int64_t i = 0; i < count; i++) {
+        zero[i] += widen(::load<s8q>(points + i * kBlockFeatures));
+      }
+    }
+  }
+};
+
+// Where the values of a vector of features begin, which each have a T in turn.
+template <class T> const T* values_of(const GroupedWeight& weight, int64_t n) {
+  return reinterpret_cast<const T*>(weight.block_of(n)) + n % kBlockFeatures;
+}
 
 // Four-bit values: 32-bit words [N / 16, K / 8, 16] of eight values along K. Nibble i of a word's
 // low half is value 2 i, of its high half value 2 i + 1.
@@ -526,14 +634,13 @@ struct Nibbles {
   static constexpr int kRun = 2;
   const uint32_t* words;  // of a vector of features
 
-  Nibbles(const GroupedWeight& weight, int64_t block, int64_t lane)
-      : words(static_cast<const uint32_t*>(weight.values) + block * kBlockFeatures * weight.K / 8 +
-              lane) {}
+  Nibbles(const GroupedWeight& weight, int64_t n)
+      : words(values_of<uint32_t>(weight, n)) {}
 
   // Calls add(i, v) for the eight values from k on, where v are values 2 i and 2 i + 1.
   template <class F> void for_eight(int64_t k, F add) const {
-    prefetch(words + k / 8 * kBlockFeatures);
-    u32v word = load<u32v>(words + k / 8 * kBlockFeatures);
+    prefetch(words + 2 * k);
+    u32v word = load<u32v>(words + 2 * k);
     for (int i = 0; i < 4; i++) {
       const s16v nibbles = (s16v)(word & 0x000f000f);
       word >>= 4;
@@ -542,27 +649,59 @@ struct Nibbles {
   }
 };
 
-// Eight-bit values: [N / 16, K / 2, 16, 2].
+// Indices of a lookup table of integers, packed as `Nibbles`.
+struct IntegerTable {
+  using X = int16_t;
+  static constexpr int kRun = 2;
+  const uint32_t* words;
+  s8v table;  // sixteen integers, repeated
+
+  IntegerTable(const GroupedWeight& weight, int64_t n)
+      : words(values_of<uint32_t>(weight, n)) {
+    for (int i = 0; i < kBytes; i++) table[i] = reinterpret_cast<const int8_t*>(weight.table)[i % 16];
+  }
+
+  s8v lookup(u32v indices) const {  // four in each lane, of at most 15
+#if defined(__AVX512VNNI__)
+    return (s8v)_mm512_shuffle_epi8((__m512i)table, (__m512i)indices);
+#elif defined(__AVX2__)
+    return (s8v)_mm256_shuffle_epi8((__m256i)table, (__m256i)indices);
+#else
+    return __builtin_shuffle(table, (s8v)indices);
+#endif
+  }
+
+  template <class F> void for_eight(int64_t k, F add) const {
+    prefetch(words + 2 * k);
+    const u32v word = load<u32v>(words + 2 * k);
+    for (int i = 0; i < 2; i++) {
+      const s16v integers = (s16v)lookup(word >> 4 * i & 0x0f0f0f0f);
+      add(i, (integers << 8) >> 8);
+      add(i + 2, integers >> 8);
+    }
+  }
+};
+
+// Eight-bit integers: [N / 16, K / 2, 16, 2].
 struct Bytes {
   using X = int16_t;
   static constexpr int kRun = 2;
-  const int8_t* pairs;
+  const int16_t* pairs;
 
-  Bytes(const GroupedWeight& weight, int64_t block, int64_t lane)
-      : pairs(static_cast<const int8_t*>(weight.values) + block * kBlockFeatures * weight.K +
-              2 * lane) {}
+  Bytes(const GroupedWeight& weight, int64_t n)
+      : pairs(values_of<int16_t>(weight, n)) {}
 
   template <class F> void for_eight(int64_t k, F add) const {
     for (int i = 0; i < 4; i++) {
-      const int8_t* p = pairs + (k + 2 * i) * kBlockFeatures;
+      const int16_t* p = pairs + 8 * k + i * kBlockFeatures;
       prefetch(p);
       add(i, widen(load<s8h>(p)));
     }
   }
 };
 
-// Indices of a lookup table, packed as `Nibbles`.
-struct Indices {
+// Indices of a lookup table of floating-point numbers, packed as `Nibbles`.
+struct Table {
   using X = float;  // activations
   static constexpr int kRun = 1;
   const uint32_t* words;
@@ -574,10 +713,9 @@ struct Indices {
   const float* table;
 #endif
 
-  Indices(const GroupedWeight& weight, int64_t block, int64_t lane)
-      : words(static_cast<const uint32_t*>(weight.values) + block * kBlockFeatures * weight.K / 8 +
-              lane) {
-    const auto* from = static_cast<const float*>(weight.table);
+  Table(const GroupedWeight& weight, int64_t n)
+      : words(values_of<uint32_t>(weight, n)) {
+    const auto* from = reinterpret_cast<const float*>(weight.table);
 #if !defined(__AVX512VNNI__) && defined(__AVX2__)
     low = get(from), high = get(from + 8);
 #elif defined(__AVX512VNNI__)
@@ -605,8 +743,8 @@ struct Indices {
 
   // Calls add(i, v) for the eight numbers from k on, where v is number i.
   template <class F> void for_eight(int64_t k, F add) const {
-    prefetch(words + k / 8 * kBlockFeatures);
-    u32v word = load<u32v>(words + k / 8 * kBlockFeatures);
+    prefetch(words + 2 * k);
+    u32v word = load<u32v>(words + 2 * k);
     for (int i = 0; i < 4; i++) {
       add(2 * i, lookup(word));
       add(2 * i + 1, lookup(word >> 16));
@@ -615,63 +753,77 @@ struct Indices {
   }
 };
 
-// Computes features n … n + kLanes - 1 of R rows from activations `x` and, if values are integers,
-// the sums of activations over the runs of groups. kPlain: the weight is plain.
-template <class Values, bool kPlain, int R>
+// Eight-bit floating-point numbers (e4m3): [N / 16, K, 16].
+struct Float8 {
+  using X = float;
+  static constexpr int kRun = 1;
+  const int8_t* bytes;
+
+  Float8(const GroupedWeight& weight, int64_t n)
+      : bytes(values_of<int8_t>(weight, n)) {}
+
+  template <class F> void for_eight(int64_t k, F add) const {
+    for (int i = 0; i < 8; i++) {
+      const int8_t* p = bytes + (k + i) * kBlockFeatures;
+      if (i % 4 == 0) prefetch(p);
+      add(i, from_e4m3(load<s8q>(p)));
+    }
+  }
+};
+
+// Computes features n … n + kLanes - 1 of R rows from activations `x` and, if values are integers
+// with zeros or offsets, the sums of activations over the runs of groups.
+template <class Values, int R>
 void multiply_groups(const GroupedWeight& weight, int64_t n, const typename Values::X* x,
                      const int32_t* x_sums, f32v (&total)[R]) {
   constexpr bool kIntegers = std::is_same_v<typename Values::X, int16_t>;
   using Sums = std::conditional_t<kIntegers, s32v, f32v>;
-  const int64_t G = weight.G, S = weight.S, size = weight.size();
-  const int64_t block = n / kBlockFeatures, lane = n % kBlockFeatures;
-  const Values values(weight, block, lane);
-  for (int r = 0; r < R; r++) total[r] = f32v{};
-  for (int64_t g = 0; g < G; g++) {
-    const int64_t at = (block * G + g) * kBlockFeatures + lane;
-    const auto parameter = [&](const Parameters& of_group, const Parameters& factor) {
-      if constexpr (kPlain) return get(static_cast<const uint16_t*>(of_group.data) + at);
-      return factor ? of_group[at] * factor[(block * S + g / (G / S)) * kBlockFeatures + lane]
-                    : of_group[at];
-    };
-    const int64_t last = (g + 1) * size;
-    for (int64_t first = g * size, stop; first < last; first = stop) {
-      stop = kPlain ? last : std::min(first + kExactGroup, last);
-      // Independent additions; the order of floating-point ones must not depend on R.
-      constexpr int kChains = !kIntegers ? 2 : R == 1 ? 4 : R < kSums / 3 ? 2 : 1;
-      Sums sums[R][kChains]{};
-      if constexpr (kIntegers) {
-        for (int r = 0; r < R; r++) sums[r][0] -= weight.bias * x_sums[r];
-        if (!kPlain && weight.zero_points) {
-          const s32v zero = weight.offset.integers(at);
-          for (int r = 0; r < R; r++) sums[r][0] -= zero * x_sums[r];
+  // Independent additions; the order of floating-point ones must not depend on R.
+  constexpr int kChains = !kIntegers || R == 1 ? 4 : R < kSums / 3 ? 2 : 1;
+  const int64_t size = weight.size();
+  const bool has_zero = weight.has_zero(), has_offset = weight.has_offset();
+  const Values values(weight, n);
+  GroupParameters parameters;
+  f32v scaled[R]{};  // in registers, as results need not be
+  int64_t k = 0;
+  for (int64_t first = 0; first < weight.G; first += parameters.kGroups) {
+    const int64_t count = std::min(parameters.kGroups, weight.G - first);
+    parameters.load(weight, n, first, count);
+    for (int64_t g = 0; g < count; g++) {
+      for (const int64_t last = k + size; k < last;) {
+        const int64_t stop = std::min(k + kExactGroup, last);
+        Sums sums[R][kChains]{};
+        if (kIntegers && has_zero) {
+          for (int r = 0; r < R; r++) sums[r][0] -= (Sums)(parameters.zero[g] * x_sums[r]);
         }
-      }
-      for (int64_t k = first; k < stop; k += 8) {
-        values.for_eight(k, [&](int i, auto v) {
-          for (int r = 0; r < R; r++) {
-            Sums& chain = sums[r][i % kChains];
-            if constexpr (kIntegers) {
-              const s32v pair = s32v{} + load<int32_t>(x + (k + 2 * i) * R + 2 * r);
-              chain = multiply_add(chain, v, (s16v)pair);
-            } else {
-              chain += v * x[(k + i) * R + r];
+        for (; k < stop; k += 8) {
+          values.for_eight(k, [&](int i, auto v) {
+            for (int r = 0; r < R; r++) {
+              Sums& chain = sums[r][i % kChains];
+              if constexpr (kIntegers) {
+                const s32v pair = s32v{} + load<int32_t>(x + (k + 2 * i) * R + 2 * r);
+                chain = multiply_add(chain, v, (s16v)pair);
+              } else {
+                chain = multiply_add(chain, v, f32v{} + x[(k + i) * R + r]);
+              }
             }
-          }
-        });
-      }
-      const f32v scale = parameter(weight.scale, weight.super_scale);
-      for (int r = 0; r < R; r++) {
-        total[r] += to_float(std::accumulate(sums[r], sums[r] + kChains, Sums{})) * scale;
-      }
-      if constexpr (kIntegers) {
-        if (weight.offset && (kPlain || !weight.zero_points)) {
-          const f32v offset = parameter(weight.offset, weight.super_offset);
-          for (int r = 0; r < R; r++) total[r] += offset * float(x_sums[r]);
+          });
         }
-        x_sums += R;
+        for (int r = 0; r < R; r++) {
+          const Sums sum = std::accumulate(sums[r], sums[r] + kChains, Sums{});
+          scaled[r] = multiply_add(scaled[r], to_float(sum), parameters.scale[g]);
+        }
+        if (kIntegers && has_offset) {
+          for (int r = 0; r < R; r++) {
+            const f32v x_sum = to_float(s32v{} + x_sums[r]);
+            scaled[r] = multiply_add(scaled[r], x_sum, parameters.offset[g]);
+          }
+        }
+        if (kIntegers) x_sums += R;
       }
     }
   }
+  std::copy_n(scaled, R, total);
 }
 
 // Sums fixed-point activations over the runs of groups, in the order of `multiply_groups`.
@@ -691,98 +843,177 @@ std::vector<int32_t> sum_runs(const FixedPoint& x, int64_t M, const GroupedWeigh
   return sums;
 }
 
-template <class Values, bool kPlain>
+template <class Values>
 void multiply_integers(const Tensor& x, const uint16_t* rows, int64_t M, GroupedWeight weight,
                        Output out) {
   FixedPoint fixed(rows, M, weight.K);
   Activations<int16_t, Values::kRun> pairs(fixed.values.data(), M, weight.K);
-  // Nibbles are values plus 8, a zero point that is subtracted through the sums of x.
-  std::vector<int32_t> x_sums = sum_runs(fixed, M, weight);
+  std::vector<int32_t> x_sums;
+  if (weight.has_zero() || weight.has_offset()) x_sums = sum_runs(fixed, M, weight);
+  for (float& scale : fixed.scale) scale *= weight.header.factor;
   const int64_t runs = weight.G * weight.runs();
   by_features(x, out, [=, weight = std::move(weight), pairs = std::move(pairs),
                        x_sums = std::move(x_sums), of_row = std::move(fixed.scale)]<int R>(
                           int64_t n, int64_t m, f32v(&y)[R]) {
-    multiply_groups<Values, kPlain>(weight, n, pairs.from(m), &x_sums[m * runs], y);
+    multiply_groups<Values>(weight, n, pairs.from(m), x_sums.data() + m * runs, y);
     for (int r = 0; r < R; r++) y[r] *= of_row[m + r];
   });
 }
 
-void multiply_indices(const Tensor& x, const uint16_t* rows, int64_t M, GroupedWeight weight,
-                      Output out) {
+template <class Values>
+void multiply_floats(const Tensor& x, const uint16_t* rows, int64_t M, GroupedWeight weight,
+                     Output out) {
   Buffer<float> wide(M * weight.K);
   for_vectors(M * weight.K, [&](int64_t i, auto... rest) {
     put(&wide[i], get(rows + i, rest...), rest...);
   });
-  Activations<float, Indices::kRun> activations(wide.data(), M, weight.K);
-  by_features(x, out, [weight = std::move(weight), activations = std::move(activations)]<int R>(
-                          int64_t n, int64_t m, f32v(&y)[R]) {
-    multiply_groups<Indices, false>(weight, n, activations.from(m), nullptr, y);
-  });
+  // Four chains of additions each: more rows would not fit into registers.
+  constexpr int kMost = kSums / 3;
+  Activations<float, Values::kRun, kMost> activations(wide.data(), M, weight.K);
+  by_features<kMost>(
+      x, out,
+      [weight = std::move(weight), activations = std::move(activations)]<int R>(
+          int64_t n, int64_t m, f32v(&y)[R]) {
+        multiply_groups<Values>(weight, n, activations.from(m), nullptr, y);
+        for (int r = 0; r < R; r++) y[r] *= weight.header.factor;
+      });
 }
 
 void multiply_grouped(const Tensor& x, GroupedWeight weight, Output out) {
   const int64_t K = x.size(-1), M = x.numel() / K;
   const uint16_t* rows = bf16(x);
   std::vector<uint16_t> permuted;
-  if (const auto* from = static_cast<const int32_t*>(weight.permutation)) {
+  if (weight.permutation) {
     permuted.resize(M * K);
     for (int64_t m = 0; m < M; m++) {
-      for (int64_t k = 0; k < K; k++) permuted[m * K + k] = rows[m * K + from[k]];
+      for (int64_t k = 0; k < K; k++) permuted[m * K + k] = rows[m * K + weight.permutation[k]];
     }
     rows = permuted.data();
   }
-  if (weight.table) {
-    multiply_indices(x, rows, M, std::move(weight), out);
-  } else if (weight.type == ScalarType::Char) {
-    multiply_integers<Bytes, false>(x, rows, M, std::move(weight), out);
-  } else if (weight.is_plain()) {
-    multiply_integers<Nibbles, true>(x, rows, M, std::move(weight), out);
+  const Encoding values = weight.header.values;
+  if (values == Encoding::kNibbles) {
+    multiply_integers<Nibbles>(x, rows, M, std::move(weight), out);
+  } else if (values == Encoding::kBytes) {
+    multiply_integers<Bytes>(x, rows, M, std::move(weight), out);
+  } else if (values == Encoding::kIntegerTable) {
+    multiply_integers<IntegerTable>(x, rows, M, std::move(weight), out);
+  } else if (values == Encoding::kTable) {
+    multiply_floats<Table>(x, rows, M, std::move(weight), out);
   } else {
-    multiply_integers<Nibbles, false>(x, rows, M, std::move(weight), out);
+    STD_TORCH_CHECK(values == Encoding::kFloat8, "values of a known encoding");
+    multiply_floats<Float8>(x, rows, M, std::move(weight), out);
   }
+}
+
+// Dequantizes feature n into y [K], as `reference.dequantize` does.
+void dequantize_row(const GroupedWeight& weight, int64_t n, float* y) {
+  const int64_t feature = n % kBlockFeatures, lane = n % kLanes;
+  const Encoding encoding = weight.header.values;
+  const auto* bytes = reinterpret_cast<const int8_t*>(weight.block_of(n));
+  const auto* words = reinterpret_cast<const uint32_t*>(bytes) + feature;
+  const auto value = [&](int64_t k, int32_t zero) {
+    if (encoding == Encoding::kBytes) {
+      return float(bytes[k / 2 * 2 * kBlockFeatures + 2 * feature + k % 2] - zero);
+    }
+    if (encoding == Encoding::kFloat8) {
+      const auto* p = bytes + k * kBlockFeatures + feature - lane;
+      return from_e4m3(load<s8q>(p))[lane] * weight.header.factor;
+    }
+    const int index = words[k / 8 * kBlockFeatures] >> (k % 8 / 2 * 4 + k % 2 * 16) & 15;
+    if (encoding == Encoding::kNibbles) return float(index - zero);
+    if (encoding == Encoding::kTable) return reinterpret_cast<const float*>(weight.table)[index];
+    return reinterpret_cast<const int8_t*>(weight.table)[index] * weight.header.factor;
+  };
+  GroupParameters parameters;
+  int64_t k = 0;
+  for (int64_t first = 0; first < weight.G; first += parameters.kGroups) {
+    const int64_t count = std::min(parameters.kGroups, weight.G - first);
+    parameters.load(weight, n - lane, first, count);
+    for (int64_t g = 0; g < count; g++) {
+      const double scale = parameters.scale[g][lane];
+      const int32_t zero = weight.has_zero() ? parameters.zero[g][lane] : 0;
+      const float offset = weight.has_offset() ? parameters.offset[g][lane] : 0;
+      for (const int64_t last = k + weight.size(); k < last; k++) {
+        const float scaled = float(value(k, zero) * scale);  // rounded: not a fused multiply-add
+        y[weight.permutation ? weight.permutation[k] : k] = scaled + offset;
+      }
+    }
+  }
+}
+
+// Looks up rows of a packed weight of K input features by ids int64 [...], which are clamped to it:
+// bfloat16 [..., K].
+Tensor embed_groups(const Tensor& ids, const Tensor& description, const Tensor& blocks, int64_t K) {
+  const GroupedWeight weight(description, blocks, K);
+  STD_TORCH_CHECK(ids.is_contiguous() && ids.scalar_type() == ScalarType::Long, "contiguous ids");
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < ids.dim(); i++) sizes.push_back(ids.size(i));
+  sizes.push_back(K);
+  Tensor y = new_tensor(aoti_torch_dtype_bfloat16(), sizes);
+  const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  Buffer<float> row(K);
+  for (int64_t i = 0; i < ids.numel(); i++) {
+    dequantize_row(weight, std::clamp<int64_t>(id[i], 0, weight.N - 1), row.data());
+    for_vectors(K, [&](int64_t k, auto... rest) {
+      put(mutable_bf16(y) + i * K + k, get(&row[k], rest...), rest...);
+    });
+  }
+  return y;
 }
 
 // ------------------------------------------------------------------------------- any packed weight
 
-// A weight is bfloat16 [N, K]; int8 [N, K] and float32 [N]; or the tensors of a `GroupedWeight`.
-bool is_of_rows(const Tensor& values) { return values.dim() == 2; }
+// A weight is bfloat16 [N, K]; int8 [N, K] and float32 [N]; or the bytes of a `GroupedWeight`.
+
+Tensor linear_rows(const Tensor& x, const Tensor& values, std::optional<Tensor> scale) {
+  const int64_t N = values.size(0);
+  Tensor y = new_output(x, {x.size(0), N});
+  const Output out{mutable_bf16(y), N, N};
+  if (scale) {
+    multiply_int8(x, values, *scale, out);
+  } else {
+    multiply_bf16(x, values, out);
+  }
+  return y;
+}
+
+Tensor linear_groups(const Tensor& x, const Tensor& description, const Tensor& blocks, int64_t n) {
+  GroupedWeight weight(description, blocks, x.size(-1));
+  STD_TORCH_CHECK(weight.N == n, "a packed weight of n output features");
+  Tensor y = new_output(x, {x.size(0), n});
+  multiply_grouped(x, std::move(weight), {mutable_bf16(y), n, n});
+  return y;
+}
 
 // Several weights, one after the other, are the weight of features that follow each other.
-bool begins_weight(const Tensor& t) {
-  const int64_t dims = t.dim();
-  if (dims != 3) return dims != 1;
-  const ScalarType type = t.scalar_type();
-  return type == ScalarType::Int || type == ScalarType::UInt32;
-}
-
-int64_t n_features(const Tensor& values) {
-  return values.size(0) * (is_of_rows(values) ? 1 : kBlockFeatures);
-}
-
-void multiply(const Tensor& x, const Tensor* weight, size_t count, Output out) {
-  if (!is_of_rows(*weight)) {
-    multiply_grouped(x, GroupedWeight(weight, count, x.size(-1)), out);
-  } else if (count == 1) {
-    multiply_bf16(x, weight[0], out);
-  } else {
-    multiply_int8(x, weight[0], weight[1], out);
-  }
-}
-
 Tensor linear(const Tensor& x, const std::vector<Tensor>& weight,
               const std::optional<Tensor>& bias) {
+  // Calls f(i, type, features) for each weight, which begins at tensor i, by its first tensor's type.
+  const auto for_weights = [&](auto f) {
+    for (size_t i = 0; i < weight.size();) {
+      const ScalarType type = weight[i].scalar_type();
+      f(i, type, type == ScalarType::Byte ? load<Header>(weight[i].const_data_ptr()).n
+                                          : weight[i].size(0));
+      i += type == ScalarType::BFloat16 ? 1 : 2;
+    }
+  };
   int64_t N = 0;
-  for (const Tensor& t : weight) N += begins_weight(t) ? n_features(t) : 0;
+  for_weights([&](size_t, ScalarType, int64_t features) { N += features; });
   const int64_t M = x.numel() / x.size(-1);
   Tensor y = new_output(x, {M, N});
   uint16_t* data = mutable_bf16(y);
   int64_t at = 0;
-  for (size_t first = 0, next; first < weight.size(); first = next) {
-    for (next = first + 1; next < weight.size() && !begins_weight(weight[next]);) next++;
-    const int64_t features = n_features(weight[first]);
-    multiply(x, &weight[first], next - first, {data + at, features, N});
+  for_weights([&](size_t i, ScalarType type, int64_t features) {
+    const Output out{data + at, features, N};
+    if (type == ScalarType::Byte) {
+      multiply_grouped(x, GroupedWeight(weight.at(i), weight.at(i + 1), x.size(-1)), out);
+    } else if (type == ScalarType::Char) {
+      multiply_int8(x, weight.at(i), weight.at(i + 1), out);
+    } else {
+      multiply_bf16(x, weight.at(i), out);
+    }
     at += features;
-  }
+  });
   if (bias) {
     for (int64_t m = 0; m < M; m++) {
       uint16_t* row = data + m * N;
@@ -792,10 +1023,6 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& weight,
     }
   }
   return y;
-}
-
-Tensor linear_packed(const Tensor& x, std::vector<Tensor> weight) {
-  return linear(x, weight, std::nullopt);
 }
 
 // ------------------------------------------------------------------------------------ attention
@@ -1159,7 +1386,9 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   m.def("swiglu(Tensor gate_up) -> Tensor");
-  m.def("linear(Tensor x, Tensor[] weight) -> Tensor");
+  m.def("linear_rows(Tensor x, Tensor values, Tensor? scale) -> Tensor");
+  m.def("linear_groups(Tensor x, Tensor description, Tensor blocks, int n) -> Tensor");
+  m.def("embed_groups(Tensor ids, Tensor description, Tensor blocks, int k) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seats, "
         "Tensor positions, int window, float scale) -> Tensor");
   m.def("attention_half(Tensor x, Tensor norm, float eps, Tensor[] qkv, Tensor? qkv_bias, "
@@ -1172,7 +1401,9 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear_packed));
+  m.impl("linear_rows", TORCH_BOX(&linear_rows));
+  m.impl("linear_groups", TORCH_BOX(&linear_groups));
+  m.impl("embed_groups", TORCH_BOX(&embed_groups));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rope", TORCH_BOX(&rope));

@@ -1,0 +1,168 @@
+"""Packs weights whose scales are of groups into what ``kernels.cpp`` reads.
+
+A packed weight is two tensors of bytes, since passing a tensor to an operator takes longer than
+reading a description: the description, with a lookup table and a permutation, and the blocks.
+
+A block is 16 output features; the last one is padded with zeros. It has sections, each at a
+multiple of 64 bytes: values, scales, offsets, factors of scales, and factors of offsets. What
+belongs to a feature is interleaved over the block. Eight four-bit values of a feature are a 32-bit
+word; eight-bit integers come in pairs, eight-bit floats one by one.
+
+Shape letters: N output features, K input features, G groups along K, S super-blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hotloop.kernels.linear import KernelFormat, Quantized
+
+BLOCK_FEATURES = 16
+"""Output features of a block."""
+
+_ALIGNMENT = 64
+"""Bytes of a description's fixed part, and the multiple at which sections begin."""
+
+_TABLE_BYTES = 4 * 16
+
+_NIBBLES = (0, 16, 4, 20, 8, 24, 12, 28)
+"""The bit of a word at which each of its eight values begins."""
+
+_FOUR_BITS = ("int4", "uint4", "lut4")
+
+_ENCODINGS = {"nibbles": 0, "bytes": 1, "integer table": 2, "table": 3, "float8": 4}
+_NUMBERS = {None: 0, torch.int8: 1, torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
+
+_FLOAT8_FACTOR = 2.0**8
+"""What e4m3 numbers are to half-precision ones of the same exponent and mantissa bits."""
+
+_EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
+
+
+def packed_bytes(form: KernelFormat, n: int, k: int) -> int:
+    """Returns the bytes of a packed weight [n, k]."""
+    return _description_bytes(form, k) + -(-n // BLOCK_FEATURES) * sum(_section_bytes(form, k))
+
+
+def pack_groups(form: KernelFormat, weight: Quantized, *, n: int) -> list[Tensor]:
+    """Packs a quantized weight.
+
+    Args:
+        form: Its format.
+        weight: [N, K], or whole blocks of its output features.
+        n: N.
+
+    Returns:
+        The description, [bytes], and blocks, [N / 16, bytes].
+    """
+    rows, k = weight.values.shape
+    lengths = _section_bytes(form, k)
+    blocks = torch.zeros(-(-rows // BLOCK_FEATURES), sum(lengths), dtype=torch.uint8)
+    values, *sections = blocks.split(lengths, dim=1)
+    if form.kind in _FOUR_BITS:
+        _interleave(_words(weight.values, 8 if form.kind == "int4" else 0), values)
+    elif form.kind == "fp8":
+        _interleave(weight.values.view(torch.int8), values)
+    else:
+        _interleave(weight.values.contiguous().view(torch.int16), values)
+    parts = (weight.scale, weight.offset, weight.super_scale, weight.super_offset)
+    for numbers, section in zip(parts, sections, strict=True):
+        if numbers is not None:
+            _interleave(numbers.to(_stored(numbers.dtype)), section)
+    encoding = {"int8": "bytes", "fp8": "float8"}.get(form.kind, "nibbles")
+    factor = _FLOAT8_FACTOR if form.kind == "fp8" else 1.0
+    integers = None if weight.table is None else _as_integers(weight.table)
+    if weight.table is not None:
+        encoding = "table" if integers is None else "integer table"
+    if integers is not None:
+        factor = integers[1]
+    header = (
+        *(n, k, weight.scale.shape[1]),
+        (weight.scale if weight.super_scale is None else weight.super_scale).shape[1],
+        _ENCODINGS[encoding],
+        *(_NUMBERS[None if t is None else _stored(t.dtype)] for t in parts),
+        8 if form.kind == "int4" else 0,
+        int(form.permuted),
+    )
+    description = torch.zeros(_description_bytes(form, k), dtype=torch.uint8)
+    description[: 4 * len(header)].view(torch.int32).copy_(torch.tensor(header, dtype=torch.int32))
+    description[4 * len(header) :][:4].view(torch.float32).fill_(factor)
+    table = description[_ALIGNMENT : _ALIGNMENT + _TABLE_BYTES]
+    if integers is not None:
+        table[:16].view(torch.int8).copy_(integers[0])
+    elif weight.table is not None:
+        table.view(torch.float32).copy_(weight.table)
+    if weight.permutation is not None:
+        description[-4 * k :].view(torch.int32).copy_(weight.permutation)
+    return [description, blocks]
+
+
+def _description_bytes(form: KernelFormat, k: int) -> int:
+    return _ALIGNMENT + _TABLE_BYTES * (form.kind == "lut4") + 4 * k * form.permuted
+
+
+def _section_bytes(form: KernelFormat, k: int) -> list[int]:
+    """Returns the bytes of each section of a block."""
+    assert form.group_size is not None, "a quantized weight"
+    assert form.scale_dtype is not None, "a quantized weight"
+    of_groups = BLOCK_FEATURES * (k // form.group_size)
+    of_supers = BLOCK_FEATURES * (k // form.super_size) if form.super_size else 0
+    itemsize = 0 if form.super_dtype is None else form.super_dtype.itemsize
+    scale = _stored(form.scale_dtype).itemsize
+    lengths = (
+        BLOCK_FEATURES * k // (2 if form.kind in _FOUR_BITS else 1),
+        of_groups * scale,
+        of_groups * {"none": 0, "integer": 1, "offset": scale}[form.zero],
+        of_supers * itemsize,
+        of_supers * itemsize * (form.zero == "offset"),
+    )
+    return [_aligned(length) for length in lengths]
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """Returns the type of packed scales: bfloat16 of eight-bit floats, which it holds exactly."""
+    return torch.bfloat16 if dtype in _EIGHT_BIT_FLOATS else dtype
+
+
+def _as_integers(table: Tensor) -> tuple[Tensor, float] | None:
+    """Returns int8 numbers and a power of two whose products a table is; None if there are none."""
+    for exponent in range(8):
+        integers = table.float() * 2**exponent
+        if integers.abs().max() > 127:
+            return None
+        if torch.equal(integers, integers.round()):
+            return integers.to(torch.int8), math.ldexp(1.0, -exponent)
+    return None
+
+
+def _words(values_NK: Tensor, bias: int) -> Tensor:
+    """Packs values of -bias to 15 - bias as int32 [N, K/8].
+
+    A word holds eight consecutive values: even ones in its low half, odd ones in its high half,
+    from the lowest nibble up.
+    """
+    n, k = values_NK.shape
+    words = values_NK.new_zeros(n, k // 8, dtype=torch.int32)
+    for i, bit in enumerate(_NIBBLES):
+        words |= (values_NK[:, i::8] + bias).to(torch.int32) << bit
+    return words
+
+
+def _interleave(rows_NX: Tensor, section: Tensor) -> None:
+    """Interleaves what belongs to the output features of a block: [N, X] to [N/16, X, 16]."""
+    n, x = rows_NX.shape
+    blocks = section.view(rows_NX.dtype)[:, : x * BLOCK_FEATURES].unflatten(1, (x, BLOCK_FEATURES))
+    whole = n // BLOCK_FEATURES
+    rest = n - whole * BLOCK_FEATURES
+    blocks[:whole] = rows_NX[: n - rest].unflatten(0, (whole, BLOCK_FEATURES)).transpose(1, 2)
+    if rest:
+        blocks[-1, :, :rest] = rows_NX[n - rest :].T
