@@ -581,7 +581,7 @@ def calls_of(
         return [plan.call(x, y, *weight, **options)]
     operand = torch.empty(plan.operand_bytes, dtype=torch.uint8, device=CUDA)
     features_K = weight[2] if len(weight) > 2 else None
-    staging = plan.staging(x.x if isinstance(x, PrescaledInput) else x, operand, features_K)
+    staging = plan.staging(x, operand, features_K)
     return [staging, plan.call(x, y, *weight, operand=operand, **options)]
 
 

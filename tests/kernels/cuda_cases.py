@@ -236,7 +236,7 @@ def linear_case(
     staging = operand = None
     if isinstance(plan, WidePlan):
         operand = torch.full((plan.operand_bytes,), 0xFF, dtype=torch.uint8, device=device)
-        staging = plan.staging(x, operand, weight.features)
+        staging = plan.staging(taken, operand, weight.features)
     call = plan.call(
         taken,
         all_y,

@@ -333,8 +333,7 @@ class FusedForward:
         weight = piece.kernel.named(piece.packed)
         if isinstance(plan, WidePlan):
             operand = y.new_empty(plan.operand_bytes, dtype=torch.uint8)
-            x_MK = x.x if isinstance(x, PrescaledInput) else x
-            self._launch(plan.staging(x_MK, operand, weight.features))
+            self._launch(plan.staging(x, operand, weight.features))
             options["operand"] = operand
         call = plan.call(
             x,

@@ -153,8 +153,8 @@ struct Linear {
     launch_dependents();
     sync_block();  // the epilogue warp has initialized the other barriers
     wait_for_predecessor();
-    float squares[NormFactors::kAtOnce];  // loaded together with x
-    if (kNorm && kSharesFactors) NormFactors{args, lane}.load(warp, 0, squares);
+    float squares[NormFactors<LinearArgs>::kAtOnce];  // loaded together with x
+    if (kNorm && kSharesFactors) NormFactors<LinearArgs>{args, lane}.load(warp, 0, squares);
     if (kStaged) stage_x(next);
     if (kNorm && kSharesFactors) compute_shared_factors(squares);
 
@@ -403,7 +403,7 @@ struct Linear {
 
   static constexpr bool kSharesFactors = kOctets > 1;
   __device__ __forceinline__ void compute_shared_factors(float squares[]) {
-    const NormFactors norm = {args, lane};
+    const NormFactors<LinearArgs> norm = {args, lane};
     for (int row = warp; row < args.rows; row += kWarps) {
       if (row != warp) norm.load(row, 0, squares);
       const float factor = norm.of(row, squares);
@@ -413,10 +413,10 @@ struct Linear {
 
   // For rows 2t and 2t + 1.
   __device__ __forceinline__ void compute_factors(float factor[2]) const {
-    const NormFactors norm = {args, lane};
+    const NormFactors<LinearArgs> norm = {args, lane};
     constexpr int kAtOnce = kFew ? 2 : 4;
     for (int first = 0; first < args.rows; first += kAtOnce) {
-      float squares[kAtOnce][NormFactors::kAtOnce];
+      float squares[kAtOnce][NormFactors<LinearArgs>::kAtOnce];
 #pragma unroll
       for (int r = 0; r < kAtOnce; r++) norm.load(first + r, 0, squares[r]);
 #pragma unroll

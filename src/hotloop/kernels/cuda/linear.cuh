@@ -154,9 +154,11 @@ __device__ __forceinline__ void add_groups(float sum[4], float even[4], float od
   }
 }
 
-// Factors of an RMS norm, 1 / rms of each row of its input.
+// Factors of an RMS norm, 1 / rms of each row of its input. Args: rows, k, squares and eps as in
+// LinearArgs.
+template <class Args>
 struct NormFactors {
-  const LinearArgs& args;
+  const Args& args;
   const int lane;
 
   static constexpr int kAtOnce = 16;  // loads of a lane in flight

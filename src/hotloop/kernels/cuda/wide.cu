@@ -8,7 +8,9 @@
 //
 // A kernel before it (Staging) stores x as that operand, once for all blocks: scaled as the weight
 // type needs it, its features in the order of the weights' fragments, permuted against bank
-// conflicts, with its sums for the zero points. So a stage's part of x is one bulk copy.
+// conflicts, with its sums for the zero points. So a stage's part of x is one bulk copy. The factors
+// of an RMS norm follow, which other blocks of it compute meanwhile. It is small enough to wait on a
+// multiprocessor beside a block of Wide.
 //
 // Bits: linear.cu divides K into as many parts as it has warps, sums each in one chain (with int4
 // in two chains per group) and adds the parts in order. Here a warp walks through the parts one
@@ -25,11 +27,13 @@
 #include "linear.cuh"
 
 struct StagingArgs {
-  const bf16* x;       // [M, K]
-  uint8_t* operand;    // [parts, stages of a part, StageOf::kBytes]
+  const bf16* x;         // [M, K]
+  const float* squares;  // [M, tiles of K]: partial sums of the norm's input's squares, or null
+  uint8_t* operand;      // [parts, stages of a part, StageOf::kBytes], then with a norm float [M]
   int rows, k, units;
   int parts, part_stages;
-  const int* features;  // see LinearArgs
+  float eps;             // of the norm
+  const int* features;   // see LinearArgs
 };
 
 // x in a stage of the ring: lines of x, then sums of x.
@@ -54,7 +58,7 @@ struct StageOf {
 };
 
 // Stores x as the operand of Wide. A warp has an octet of rows, and a stage, or a whole part of K
-// where its sum is one.
+// where its sum is one. With a norm the last blocks along x compute the factors of its rows.
 template <class Weight, int kOctets>
 struct Staging : StageOf<Weight, kOctets> {
   using S = StageOf<Weight, kOctets>;
@@ -68,6 +72,11 @@ struct Staging : StageOf<Weight, kOctets> {
 
   __device__ __forceinline__ void run() const {
     launch_dependents();
+    if (args.squares != nullptr && blockIdx.x == gridDim.x - 1) {
+      wait_for_predecessor();
+      store_factors();
+      return;
+    }
     const int part = blockIdx.y, first_unit = args.units * part / args.parts;
     const int end_unit = args.units * (part + 1) / args.parts;
     constexpr bool whole_parts = S::kSums && !S::kGroups;
@@ -80,6 +89,18 @@ struct Staging : StageOf<Weight, kOctets> {
       if (unit >= end_unit) return;
       uint8_t* to = args.operand + static_cast<int64_t>(part * args.part_stages + i) * S::kBytes;
       store_stage(unit, end_unit, to, x_total);
+    }
+  }
+
+  __device__ __forceinline__ void store_factors() const {
+    const NormFactors<StagingArgs> norm = {args, lane};
+    float* factors = reinterpret_cast<float*>(
+        args.operand + static_cast<int64_t>(args.parts) * args.part_stages * S::kBytes);
+    for (int row = blockIdx.y * kOctets + octet; row < args.rows; row += gridDim.y * kOctets) {
+      float squares[NormFactors<StagingArgs>::kAtOnce];
+      norm.load(row, 0, squares);
+      const float factor = norm.of(row, squares);
+      if (lane == 0) factors[row] = factor;
     }
   }
 
@@ -185,8 +206,6 @@ struct Wide : StageOf<Weight, kOctets> {
   int* best_index;
   uint64_t* filled;       // [stages]: barrier, weights and x have arrived
   uint64_t* emptied;      // [stages]: barrier, every warp has read the stage
-  uint64_t* factors_set;  // barrier, with kNorm
-  float* norm_factors;    // [kRows], with kNorm
   int* first_unit;        // [parts + 1]: of each part, and one past the last one
   int* first_part;        // [splits + 1]: of each split, and one past the last one
 
@@ -205,9 +224,7 @@ struct Wide : StageOf<Weight, kOctets> {
     if (kEpilogue == kLogits) memory += 2 * sizeof(float) * kWarps * kRows;
     filled = reinterpret_cast<uint64_t*>(memory);
     emptied = filled + a.stages;
-    factors_set = emptied + a.stages;
-    norm_factors = reinterpret_cast<float*>(factors_set + 1);
-    first_unit = reinterpret_cast<int*>(norm_factors + kRows);
+    first_unit = reinterpret_cast<int*>(emptied + a.stages);
     first_part = first_unit + a.parts + 1;
   }
 
@@ -300,7 +317,6 @@ struct Wide : StageOf<Weight, kOctets> {
         barrier_init(filled + i, (kLoaders + 1) * kCopyArrivals);
         barrier_init(emptied + i, kWarps);
       }
-      barrier_init(factors_set, kWarps);
     }
     fence_barrier_init();
     if (loader == 1) divide_work();
@@ -355,7 +371,6 @@ struct Wide : StageOf<Weight, kOctets> {
   __device__ __forceinline__ void multiply() const {
     sync_block();
     wait_for_predecessor();  // for the epilogue's inputs, and since y may still be read
-    if (kNorm) compute_factors();
     if (kEpilogue == kLogits) begin_best();
     Stage stage;
     for (Item item = first_item(); exists(item); advance(item)) {
@@ -572,41 +587,26 @@ struct Wide : StageOf<Weight, kOctets> {
     }
   }
 
-  // The norm and the epilogue.
-
-  // Each warp computes the factors of some rows while the first stages are on their way.
-  __device__ __forceinline__ void compute_factors() const {
-    constexpr int kRowsAtOnce = 4;
-    const NormFactors norm = {args, lane};
-    for (int first = warp; first < args.rows; first += kRowsAtOnce * kWarps) {
-      float squares[kRowsAtOnce][NormFactors::kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; i++) norm.load(first + i * kWarps, 0, squares[i]);
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; i++) {
-        const int row = first + i * kWarps;
-        if (row >= args.rows) break;
-        const float factor = norm.of(row, squares[i]);
-        if (lane == 0) norm_factors[row] = factor;
-      }
-    }
-    sync_warp();
-    if (lane == 0) barrier_arrive(factors_set);
-  }
+  // The epilogue.
 
   // Octets whose epilogue is computed together: one hides the latency of the others.
   static constexpr int kAtOnce = kOctets < 4 ? kOctets : 4;
 
   __device__ __forceinline__ void run_epilogue(int tile) const {
-    if (kNorm) barrier_wait(factors_set, 0);
+    const float* norm_factors = reinterpret_cast<const float*>(
+        args.operand + static_cast<int64_t>(args.parts) * args.part_stages * S::kBytes);
 #pragma unroll 1
     for (int i = 0; i < kTiles * kOctets / kAtOnce; i++) {
       const int r = i / (kOctets / kAtOnce), octet = i % (kOctets / kAtOnce) * kAtOnce;
       if (tile + r >= args.tiles) return;
       typename Output::EpilogueInputs inputs[kAtOnce];
+      float2 factor[kAtOnce] = {};
 #pragma unroll
-      for (int c = 0; c < kAtOnce; c++)
+      for (int c = 0; c < kAtOnce; c++) {
         inputs[c] = output.load_epilogue_inputs(tile + r, octet + c);
+        const float* at = norm_factors + 8 * (octet + c) + 2 * t;
+        if (kNorm) factor[c] = *reinterpret_cast<const float2*>(at);
+      }
       float4 total[kAtOnce] = {};
       if (args.splits > 1)
         add_parts<kAtOnce>(tile + r, octet, total);
@@ -615,9 +615,7 @@ struct Wide : StageOf<Weight, kOctets> {
         for (int c = 0; c < kAtOnce; c++) total[c] = totals[(r * kOctets + octet + c) * 32];
 #pragma unroll
       for (int c = 0; c < kAtOnce; c++) {
-        float2 factor = {};
-        if (kNorm) factor = *reinterpret_cast<const float2*>(norm_factors + 8 * (octet + c) + 2 * t);
-        const float factors[2] = {factor.x, factor.y};
+        const float factors[2] = {factor[c].x, factor[c].y};
         Best best[2];
         output.write_tile(total[c], tile + r, octet + c, inputs[c], factors, best);
         if (kEpilogue == kLogits) keep_best(best, octet + c);

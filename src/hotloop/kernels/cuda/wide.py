@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call
-from hotloop.kernels.cuda.linear import EPILOGUES, GemmPlan
+from hotloop.kernels.cuda.linear import EPILOGUES, GemmPlan, PrescaledInput
 from hotloop.kernels.cuda.packing import TILE_ROWS, Format
 
 WARPS = 8  # kWarps of wide.cu
@@ -28,8 +28,9 @@ class StagingArguments(Arguments):
     """``StagingArgs`` of ``wide.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "operand")),
+        *((name, ctypes.c_void_p) for name in ("x", "squares", "operand")),
         *((name, ctypes.c_int) for name in ("rows", "k", "units", "parts", "part_stages")),
+        ("eps", ctypes.c_float),
         ("features", ctypes.c_void_p),
     )
 
@@ -124,26 +125,33 @@ class WidePlan(GemmPlan):
 
     @property
     def operand_bytes(self) -> int:
-        """Bytes of x as ``staging`` stores it."""
-        return self.tuning.warps * self.part_stages * self._x_bytes
+        """Bytes of x, and with a norm of its factors, as ``staging`` stores them."""
+        factors = 4 * 8 * self.octets if self.norm else 0
+        return self.tuning.warps * self.part_stages * self._x_bytes + factors
 
-    def staging(self, x_MK: Tensor, operand: Tensor, features_K: Tensor | None = None) -> Call:
+    def staging(
+        self, x: Tensor | PrescaledInput, operand: Tensor, features_K: Tensor | None = None
+    ) -> Call:
         """Returns the launch that stores x for ``call``.
 
         Args:
-            x_MK: bfloat16 [M, K]; with a norm, the prescaled input.
+            x: bfloat16 [M, K]; with a norm, the prescaled input.
             operand: Written: ``operand_bytes``.
             features_K: See ``call``.
         """
+        prescaled = x if isinstance(x, PrescaledInput) else None
+        assert (prescaled is not None) == self.norm, "a prescaled input where there is a norm"
         assert operand.nbytes >= self.operand_bytes, f"{operand.nbytes} bytes"
         args, tensors = StagingArguments.of(
-            x=x_MK,
+            x=x.x if isinstance(x, PrescaledInput) else x,
+            squares=prescaled.squares if prescaled else None,
             operand=operand,
             rows=self.rows,
             k=self.form.k,
             units=self.form.units,
             parts=self.tuning.warps,
             part_stages=self.part_stages,
+            eps=prescaled.eps if prescaled else 0.0,
             features=features_K,
         )
         one_sum = self.form.needs_sums and self.form.group_size is None  # of a whole part
@@ -151,7 +159,7 @@ class WidePlan(GemmPlan):
         kernel = self.staging_kernel
         return Call(
             kernel=kernel,
-            grid=(stages, self.tuning.warps, 32 * self.octets // kernel.threads),
+            grid=(stages + self.norm, self.tuning.warps, 32 * self.octets // kernel.threads),
             shared_bytes=0,
             args=args,
             tensors=tensors,
@@ -196,8 +204,8 @@ class WidePlan(GemmPlan):
         rows, tiles = 8 * self.octets, WARPS * self.wide.tiles
         totals = 4 * tiles * TILE_ROWS * rows if self.wide.splits == 1 else 0
         best = 8 * WARPS * rows if self.epilogue == "logits" else 0
-        words = rows + self.tuning.warps + self.wide.splits + 2
-        return totals + best + 8 + -(-4 * words // 8) * 8
+        words = self.tuning.warps + self.wide.splits + 2
+        return totals + best + -(-4 * words // 8) * 8
 
     @property
     def kernel(self) -> Kernel:
