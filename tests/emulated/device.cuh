@@ -66,6 +66,19 @@ struct Meeting {  // of the lanes of a warp
   uint32_t words[2][32][8];
 };
 
+// Of wgmma: c = a * b, or c += a * b, computed when it is waited for.
+struct Product {
+  float (*c)[4];
+  const uint32_t* a;
+  uint64_t b;
+  int octets;
+  bool accumulates;
+};
+
+struct Products {  // of a thread
+  std::vector<Product> begun, in_flight;  // in_flight: in groups that ended
+};
+
 struct alignas(1024) SharedLines { uint4 words[64]; };
 
 struct Fiber {
@@ -78,6 +91,7 @@ struct Fiber {
 struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Meeting> meetings;
+  std::vector<Products> products;
   std::vector<Copy> copies;
   std::vector<Prefetch> prefetches;
   std::vector<Late> late;
@@ -107,6 +121,11 @@ inline void yield() {
 
 inline void run_fiber() {
   machine.kernel(machine.args);
+  const Products& products = machine.products[machine.current];
+  if (!products.begun.empty() || !products.in_flight.empty()) {
+    fprintf(stderr, "products in flight at the end of a thread\n");
+    abort();
+  }
   machine.fibers[machine.current].ended = true;
   machine.events++;
   yield();
@@ -124,6 +143,7 @@ inline void run_block(int threads) {
   Machine& m = machine;
   m.fibers.resize(threads);
   m.meetings.assign(threads / 32, {});
+  m.products.assign(threads, {});
   m.at_block_barrier = 0;
   memset(m.shared.data(), 0xff, m.shared.size() * sizeof(SharedLines));
   m.predecessor_ended = false;
@@ -268,7 +288,8 @@ inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
   }
 }
 
-// Warpgroups. Each warp computes its own rows, at once.
+// Warpgroups. Each warp computes its own rows, as late as the kernel allows: operands that change too
+// early, and results that are read too early, show. Until then results are NaNs.
 
 inline uint64_t rows_operand(const void* rows) {
   if (uintptr_t(rows) % 1024) {
@@ -280,22 +301,35 @@ inline uint64_t rows_operand(const void* rows) {
 inline void warpgroup_begin() { meet(nullptr, 0); }
 template <int kOctets, bool kAccumulate>
 inline void warpgroup_mma(float c[kOctets][4], const uint32_t a[4], uint64_t b) {
+  machine.products[machine.current].begun.push_back({c, a, b, kOctets, kAccumulate});
+  if (!kAccumulate) std::fill_n(&c[0][0], 4 * kOctets, NAN);
+}
+inline void warpgroup_commit() {
+  auto& [begun, in_flight] = machine.products[machine.current];
+  in_flight.insert(in_flight.end(), begun.begin(), begun.end());
+  begun.clear();
+}
+inline void compute(const Product& product) {
   const int lane = machine.current % 32, g = lane / 4, t = lane % 4;
-  const auto all = meet(a, 4);
-  for (int i = 0; i < 4 * kOctets; i++) {
+  const auto all = meet(product.a, 4);
+  for (int i = 0; i < 4 * product.octets; i++) {
     const int row = g + 8 * (i % 4 / 2), column = i / 4 * 8 + 2 * t + i % 2;
-    float sum = kAccumulate ? c[i / 4][i % 4] : 0;
+    float sum = product.accumulates ? product.c[i / 4][i % 4] : 0;
     for (int k = 0; k < 16; k++) {
       const uint32_t x = all[4 * (row % 8) + k % 8 / 2][row / 8 + 2 * (k / 8)];
-      const uintptr_t at = 16 * b + 128 * column + 2 * k;
+      const uintptr_t at = 16 * product.b + 128 * column + 2 * k;
       const float y = widen(*reinterpret_cast<const bf16*>(at ^ (at >> 7 & 7) << 4));
       sum += (k % 2 ? high(x) : low(x)) * y;
     }
-    c[i / 4][i % 4] = sum;
+    product.c[i / 4][i % 4] = sum;
   }
 }
-inline void warpgroup_commit() {}
-inline void warpgroup_wait(int) { meet(nullptr, 0); }
+inline void warpgroup_wait() {
+  meet(nullptr, 0);
+  std::vector<Product>& in_flight = machine.products[machine.current].in_flight;
+  for (const Product& product : in_flight) compute(product);
+  in_flight.clear();
+}
 template <int kOctets> inline void warpgroup_result(float c[kOctets][4]) {}
 template <int kRegisters> inline void take_registers() {}
 template <int kRegisters> inline void return_registers() {}

@@ -86,7 +86,7 @@ def wide_kernels(name: str) -> list[Kernel]:
             limits=LIMITS,
             wide=WideTuning(tiles=tiles),
         )
-        kernels.append(plan.kernel)
+        kernels += plan.kernels
     return kernels
 
 

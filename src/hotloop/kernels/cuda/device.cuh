@@ -187,16 +187,12 @@ __device__ __forceinline__ void warpgroup_mma(float c[kOctets][4], const uint32_
 #undef C
 }
 
-// Ends a group of products of this warpgroup, and waits until all but the last groups are complete.
+// Ends a group of products of this warpgroup, and waits until all groups are complete.
 __device__ __forceinline__ void warpgroup_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void warpgroup_wait(const int pending) {
-  switch (pending) {
-    case 0: asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); break;
-    case 1: asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); break;
-    default: __builtin_unreachable();
-  }
+__device__ __forceinline__ void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
 // Keeps the compiler from moving uses of c across this.

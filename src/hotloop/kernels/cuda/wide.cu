@@ -228,13 +228,15 @@ struct Wide : StageOf<Weight, kOctets> {
     first_part = first_unit + a.parts + 1;
   }
 
-  __device__ __forceinline__ void run() {
-    if (warp < kWarps) {
+  // Each role has variables of its own: shared ones would not fit the few registers of the warps that
+  // load, and memory would hold them for the others too.
+  static __device__ __forceinline__ void run(const LinearArgs& args) {
+    if (threadIdx.x < 32 * kWarps) {
       take_registers<kMultiplyRegisters>();
-      multiply();
+      Wide(args, threadIdx.x).multiply();
     } else {
       return_registers<kLoadRegisters>();
-      load(warp - kWarps);
+      Wide(args, threadIdx.x).load(threadIdx.x / 32 - kWarps);
     }
   }
 
@@ -404,13 +406,13 @@ struct Wide : StageOf<Weight, kOctets> {
       const uint64_t x = rows_operand(x_of(stage.index));
       x_sums = x_sums_of(stage.index) + 2 * t;
 #pragma unroll
-      for (int r = 0; r < kTiles; r += kTogether)
+      for (int r = 0; r < kTiles; r++)
         if constexpr (kGroups)
 #pragma unroll
           for (int group = 0; group < kUnitGroups; group += kSliceGroups)
-            multiply_groups(weights + r * kTileBytes, x, x_sums + group * kRows, group, sum + r);
+            multiply_groups(weights + r * kTileBytes, x, x_sums + group * kRows, group, sum[r]);
         else
-          multiply_units(weights + r * kTileBytes, x, end_unit - unit, sum + r);
+          multiply_units(weights + r * kTileBytes, x, end_unit - unit, sum[r]);
       unit += kUnits;
       if (unit >= end_unit) break;
       release(stage);
@@ -436,102 +438,69 @@ struct Wide : StageOf<Weight, kOctets> {
     return x + slice / kLineSlices * (kRows * kLineBytes / 16) + slice % kLineSlices * 4;
   }
 
-  // Products in flight: of several tiles, or of two halves of the rows, as registers allow. While
-  // one is computed, the sums of the one before are finished.
-  static constexpr int kTogether = kOctets == 8 ? 1 : kTiles;
-  static constexpr int kHalves = kOctets == 8 ? 2 : 1;
-  static constexpr int kHalfOctets = kOctets / kHalves;
-  static constexpr int kHalfBytes = kHalfOctets * 8 * kLineBytes;  // of a line of all rows
-
-  // A group of a unit, whose sums run in two chains; or the two of a slice, from an even one on.
+  // A group of a unit, whose sums run in two chains; or the two of a slice, from an even one on. That
+  // several tiles' products, or those of two halves of the rows, are in flight gains nothing: while
+  // one warpgroup waits, the other one works.
   __device__ __forceinline__ void multiply_groups(const uint8_t* weights, uint64_t x,
                                                   const float* x_sums, int group,
-                                                  float sum[kTogether][kOctets][4]) const {
+                                                  float sum[kOctets][4]) const {
     const int first = group / kSliceGroups * kGroupSlices;  // slice
-    uint32_t a[kTogether][kGroupSlices][Weight::kTerms][2][4];
+    uint32_t a[kGroupSlices][Weight::kTerms][2][4];
 #pragma unroll
-    for (int r = 0; r < kTogether; r++)
-#pragma unroll
-      for (int i = 0; i < kGroupSlices; i++)
-        Weight::operands(weights + r * kTileBytes, first + i, lane, a[r][i]);
-    float even[kTogether][kHalves][kHalfOctets][4], odd[kTogether][kHalves][kHalfOctets][4];
+    for (int i = 0; i < kGroupSlices; i++) Weight::operands(weights, first + i, lane, a[i]);
+    float even[kOctets][4], odd[kOctets][4];
     warpgroup_begin();
-#pragma unroll
-    for (int r = 0; r < kTogether; r++)
-#pragma unroll
-      for (int h = 0; h < kHalves; h++) {
-        multiply_chains(a[r], x + h * (kHalfBytes / 16), first, even[r][h], odd[r][h]);
-        warpgroup_commit();
-      }
-#pragma unroll
-    for (int r = 0; r < kTogether; r++)
-#pragma unroll
-      for (int h = 0; h < kHalves; h++) {
-        warpgroup_wait((kTogether - 1 - r) * kHalves + kHalves - 1 - h);
-        warpgroup_result<kHalfOctets>(even[r][h]);
-        warpgroup_result<kHalfOctets>(odd[r][h]);
-#pragma unroll
-        for (int c = 0; c < kHalfOctets; c++) {
-          const int octet = h * kHalfOctets + c;
-          float2 x_sum[kSliceGroups];
-#pragma unroll
-          for (int half = 0; half < kSliceGroups; half++)
-            x_sum[half] =
-                *reinterpret_cast<const float2*>(x_sums + half * kRows + 8 * octet);
-          add_groups<Weight>(sum[r][octet], even[r][h][c], odd[r][h][c], x_sum,
-                             weights + r * kTileBytes, group, g);
-        }
-      }
-  }
-
-  static __device__ __forceinline__ void multiply_chains(
-      const uint32_t a[kGroupSlices][Weight::kTerms][2][4], uint64_t x, int first,
-      float even[kHalfOctets][4], float odd[kHalfOctets][4]) {
 #pragma unroll
     for (int i = 0; i < kGroupSlices; i++) {
       const uint64_t b = slice_of(x, first + i);
 #pragma unroll
       for (int term = 0; term < Weight::kTerms; term++)
         if (i == 0 && term == 0) {
-          warpgroup_mma<kHalfOctets, false>(even, a[i][term][0], b);
-          warpgroup_mma<kHalfOctets, false>(odd, a[i][term][1], b + 2);
+          warpgroup_mma<kOctets, false>(even, a[i][term][0], b);
+          warpgroup_mma<kOctets, false>(odd, a[i][term][1], b + 2);
         } else {
-          warpgroup_mma<kHalfOctets, true>(even, a[i][term][0], b);
-          warpgroup_mma<kHalfOctets, true>(odd, a[i][term][1], b + 2);
+          warpgroup_mma<kOctets, true>(even, a[i][term][0], b);
+          warpgroup_mma<kOctets, true>(odd, a[i][term][1], b + 2);
         }
+    }
+    warpgroup_commit();
+    warpgroup_wait();
+    warpgroup_result<kOctets>(even);
+    warpgroup_result<kOctets>(odd);
+#pragma unroll
+    for (int c = 0; c < kOctets; c++) {
+      float2 x_sum[kSliceGroups];
+#pragma unroll
+      for (int half = 0; half < kSliceGroups; half++)
+        x_sum[half] = *reinterpret_cast<const float2*>(x_sums + half * kRows + 8 * c);
+      add_groups<Weight>(sum[c], even[c], odd[c], x_sum, weights, group, g);
     }
   }
 
   // The units of a stage, of a weight without groups. Those that the part does not have are zeros,
   // here and in x.
   __device__ __forceinline__ void multiply_units(const uint8_t* weights, uint64_t x, int units,
-                                                 float sum[kTogether][kOctets][4]) const {
+                                                 float sum[kOctets][4]) const {
     constexpr int kSlices = kUnits * kUnitSlices;
     static_assert(Weight::kTerms == 1);
-    uint32_t a[kTogether][kSlices][1][2][4];
+    uint32_t a[kSlices][1][2][4];
 #pragma unroll
-    for (int r = 0; r < kTogether; r++)
+    for (int i = 0; i < kSlices; i++) {
+      const int unit = i / kUnitSlices;
+      Weight::operands(weights + unit * Weight::kUnitBytes, i % kUnitSlices, lane, a[i]);
 #pragma unroll
-      for (int i = 0; i < kSlices; i++) {
-        const int unit = i / kUnitSlices;
-        Weight::operands(weights + r * kTileBytes + unit * Weight::kUnitBytes, i % kUnitSlices,
-                         lane, a[r][i]);
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-          if (unit > 0 && unit >= units) a[r][i][0][j / 4][j % 4] = 0;
-      }
+      for (int j = 0; j < 8; j++)
+        if (unit > 0 && unit >= units) a[i][0][j / 4][j % 4] = 0;
+    }
     warpgroup_begin();
 #pragma unroll
-    for (int i = 0; i < kSlices; i++)
-#pragma unroll
-      for (int r = 0; r < kTogether; r++) {
-        warpgroup_mma<kOctets, true>(sum[r], a[r][i][0][0], slice_of(x, i));
-        warpgroup_mma<kOctets, true>(sum[r], a[r][i][0][1], slice_of(x, i) + 2);
-      }
+    for (int i = 0; i < kSlices; i++) {
+      warpgroup_mma<kOctets, true>(sum, a[i][0][0], slice_of(x, i));
+      warpgroup_mma<kOctets, true>(sum, a[i][0][1], slice_of(x, i) + 2);
+    }
     warpgroup_commit();
-    warpgroup_wait(0);
-#pragma unroll
-    for (int r = 0; r < kTogether; r++) warpgroup_result<kOctets>(sum[r]);
+    warpgroup_wait();
+    warpgroup_result<kOctets>(sum);
   }
 
   // Adds the parts' sums in order; a lane alone reads and writes its own.
@@ -655,5 +624,5 @@ struct Wide : StageOf<Weight, kOctets> {
 
 template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
 __device__ __forceinline__ void wide(const LinearArgs& args) {
-  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm>(args, threadIdx.x).run();
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm>::run(args);
 }
