@@ -59,6 +59,52 @@ class RequestError(HotloopError, ValueError):
     """A prompt or a sampling option that the engine cannot serve."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt, or a prompt and its answer, that the context has no room for.
+
+    Args:
+        problem: What does not fit, and the fix.
+        context: Tokens that the context holds.
+    """
+
+    def __init__(self, problem: str, context: int) -> None:
+        self.context = context
+        super().__init__(problem)
+
+
+class QueueFullError(HotloopError):
+    """Too many requests are waiting.
+
+    Args:
+        limit: The most that may wait.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"{limit} requests are waiting, and no more may: try again later.")
+
+
+class SlowClientError(HotloopError):
+    """A client took the tokens of its answer too slowly, and was cancelled.
+
+    Args:
+        limit: The most tokens that it may leave.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(
+            f"the client is more than {limit} tokens behind its answer, which was cancelled."
+        )
+
+
+class ServiceClosedError(HotloopError):
+    """A request to a service that has been closed, or is draining."""
+
+    def __init__(self) -> None:
+        super().__init__("the service is closing and takes no more requests.")
+
+
 class NumericsError(HotloopError):
     """A step's logits are not finite, so that no next token can be chosen.
 

@@ -55,6 +55,11 @@ CopyFormat = Literal["hotloop", "compressed-tensors"]
 DraftPolicy = Literal["adaptive", "always"]
 """Policy of drafting: only where it pays, as measured while running, or in every step."""
 
+PrefixCache = Literal["none", "chunks", "tokens"]
+"""Reuse of keys and values of earlier requests for prompts that begin with the same tokens:
+``chunks`` reuses whole prefill chunks of prompts, which have the bits that prefill would give them;
+``tokens`` reuses every token, those of answers too."""
+
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 """The end of a generation: end-of-sequence token, stop string, token limit, or cancellation."""
 
@@ -300,6 +305,16 @@ class EngineConfig:
             used=_has_checkpoint,
         ),
     ] = False
+    prefix_cache: Annotated[
+        PrefixCache,
+        Lever(
+            help="Reuse keys and values of earlier requests that began with the same tokens: of "
+            "whole prefill chunks (chunks: the same bits as without), or of every token, answers "
+            "included (tokens).",
+            group="Execution",
+            default="none; in chat tokens",
+        ),
+    ] = "none"
     seed: Annotated[Seed, Lever(help="Seed of random weights.")] = 0
     engine: Annotated[
         str,
@@ -547,7 +562,8 @@ class Generation:
     """The answer to one prompt.
 
     ``text`` excludes the stop string; ``token_ids`` are the tokens produced, an end-of-sequence
-    token included, so that their number is what the timing counts.
+    token included, so that their number is what the timing counts. ``cached_tokens`` of the prompt
+    were in the prefix cache, and not prefilled.
     """
 
     prompt_ids: tuple[int, ...]
@@ -557,6 +573,7 @@ class Generation:
     timing: Timing
     logprobs: tuple[TokenLogprob, ...] | None = None
     speculation: Speculation | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,12 +584,14 @@ class Delta:
         index: Index of the prompt that it answers.
         text: Text that is now certain; can be empty while a character or a stop string is open.
         token_ids: Tokens that arrived with it.
+        logprobs: Their log-probabilities; None if the request wants none.
         generation: The whole answer, on the last piece of each prompt.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
     generation: Generation | None = None
 
 
@@ -583,6 +602,7 @@ class Score:
     Attributes:
         token_logprobs: Natural log-probability of each token after the first, float32 [T - 1].
         top1: The most likely token at each position, int64 [T - 1].
+        top1_logprobs: Its log-probability, float32 [T - 1]; None from an engine without it.
         log_probs: The whole distribution, float32 [T - 1, V], where it was asked for and the engine
             gives it.
         top: Where the engine gives no more than the K most likely tokens: their ids, int64
@@ -591,6 +611,7 @@ class Score:
 
     token_logprobs: Tensor
     top1: Tensor
+    top1_logprobs: Tensor | None = None
     log_probs: Tensor | None = None
     top: tuple[Tensor, Tensor] | None = None
 

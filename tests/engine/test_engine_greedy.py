@@ -66,7 +66,7 @@ def test_requests_that_end_at_different_times_leave_the_others_alone(tmp_path):
 def test_several_steps_at_once_change_no_answer(tmp_path, monkeypatch, n, asynchronous, draft):
     eos = range(0, N_TOKENS, 11)
     one_by_one, several = (
-        LLM(str(write_random(tmp_path, eos=eos)), dtype="float32", max_batch_size=3, draft=draft)
+        LLM(str(write_random(tmp_path, eos=eos)), dtype="bfloat16", max_batch_size=3, draft=draft)
         for _ in range(2)
     )
     # As it would be found on a GPU, where a step is taken before the last one is looked at.

@@ -1,6 +1,8 @@
-"""One call at a time, and none after the end: what would corrupt a stream is refused by name."""
+"""Calls may overlap, in one thread or several, and none is served after the end."""
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -9,25 +11,59 @@ from hotloop.errors import RequestError
 from hotloop.types import EngineConfig
 
 FREELY = SamplingParams(max_new_tokens=8, ignore_eos=True)
-IN_A_STREAM = "in the middle of a stream"
 CLOSED = "is closed: make a new LLM"
 
 
-def test_a_live_stream_is_not_disturbed_by_other_requests_which_are_refused(llm):
-    expected = llm.generate([[5, 6]], FREELY)[0].token_ids
-    stream = llm.stream([[5, 6]], FREELY)
-    waiting = llm.stream([[9]], FREELY)  # asks for the engine when its first piece is taken
-    ids = [*next(stream).token_ids]
-    for other in (
-        lambda: llm.generate([[7]], FREELY),
-        lambda: llm.stream([[7]], FREELY),
-        lambda: next(waiting),
-        lambda: next(llm.score([[5, 6, 7]])),
-    ):
-        with pytest.raises(RequestError, match=IN_A_STREAM):
-            other()
-    ids += [i for delta in stream for i in delta.token_ids]
-    assert tuple(ids) == expected
+@pytest.fixture(scope="module")
+def alone(llm) -> list[tuple[int, ...]]:
+    return [llm.generate([[5, i]], FREELY)[0].token_ids for i in range(12)]
+
+
+def test_streams_of_one_thread_take_turns_and_each_gets_its_own_answer(llm, alone):
+    streams = [llm.stream([[5, i]], FREELY) for i in range(6)]
+    ids = [[] for _ in streams]
+    for _ in range(5):
+        for mine, stream in zip(ids, streams, strict=True):
+            mine += next(stream).token_ids
+    (score,) = llm.score([[5, 6, 7]])  # takes a seat like a request
+    assert len(score.token_logprobs) == 2
+    assert llm.generate([[5, 7]], FREELY)[0].token_ids == alone[7]
+    for mine, stream in zip(ids, streams, strict=True):
+        mine += [i for delta in stream for i in delta.token_ids]
+    assert [tuple(mine) for mine in ids] == alone[:6]
+
+
+def test_threads_share_an_engine_and_each_gets_its_own_answer(llm, alone):
+    together = threading.Barrier(12)
+
+    def answer(i: int) -> tuple[int, ...]:
+        together.wait()
+        if i % 3 == 0:
+            return tuple(t for delta in llm.stream([[5, i]], FREELY) for t in delta.token_ids)
+        if i % 3 == 1:
+            next(llm.stream([[9]], FREELY))  # and goes away
+        return llm.generate([[5, i]], FREELY)[0].token_ids
+
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(answer, range(12))) == alone
+    assert llm._scheduler.idle
+
+
+def test_an_error_of_the_device_ends_every_stream_with_it(llm, monkeypatch):
+    streams = [llm.stream([[5, i]], FREELY) for i in range(2)]
+    for stream in streams:
+        next(stream)
+
+    def broken(_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._runner, "run", broken)
+        for stream in streams:
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                list(stream)
+    assert llm._scheduler.idle
+    assert len(llm.generate([[5]], FREELY)[0].token_ids) == 8
 
 
 @pytest.mark.parametrize("end", ["taken to its end", "closed", "garbage"])
@@ -41,8 +77,8 @@ def test_a_stream_that_has_ended_frees_the_engine(llm, end):
         gc.collect()
     else:
         list(stream)
+    assert llm._scheduler.idle
     assert len(llm.generate([[5]], FREELY)[0].token_ids) == 8
-    assert len(list(llm.score([[5, 6, 7]]))) == 1
 
 
 def test_a_stream_that_was_never_begun_holds_nothing_up(llm):

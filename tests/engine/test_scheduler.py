@@ -1,9 +1,12 @@
 """The scheduler against a core without a device: who is in a step, and who gets its tokens."""
 
 import dataclasses
+import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,37 +14,45 @@ import pytest
 from hotloop.engine.core import (
     Admit,
     Command,
+    CopySeat,
     Done,
     MoveRow,
     Pending,
+    Prefill,
+    ScoreWindow,
     Step,
     StepResult,
     StepTimes,
 )
 from hotloop.engine.draft_control import DraftController
-from hotloop.engine.request import Request
+from hotloop.engine.request import Request, Scoring
 from hotloop.engine.scheduler import Scheduler
 from hotloop.types import SamplingParams
 
-N_POSITIONS = 64
+N_POSITIONS, CHUNK = 64, 8
 END = 7
 """Ends an answer whose request does not ignore it."""
 
 
 @dataclasses.dataclass
 class Row:
-    """A sequence on the fake device: its seat, its prompt's first token, and how far it is."""
+    """A sequence on the fake device: its seat, its prompt, and how far its answer is."""
 
     seat: int
-    name: int
+    prompt_ids: list[int]
     n: int = 0
+
+    @property
+    def name(self) -> int:
+        return self.prompt_ids[0]
 
 
 class FakeCore:
-    """Counts: the i-th token of the answer to prompt [p] is 100 p + i, unless it is to be ``END``.
+    """Counts: the i-th token of the answer to prompt [p, …] is 100 p + i, or ``END`` in its place.
 
-    It checks what no core may be asked for: two requests in one seat, rows that are not dense.
-    Steps are counted when they are launched, as on a stream; their tokens wait to be asked for.
+    It checks what no core may be asked for: two requests in one seat, rows that are not dense, a
+    chunk or a step whose seat does not hold the tokens before. Steps are counted when they are
+    launched, as on a stream; their tokens wait to be asked for.
     """
 
     captures = False
@@ -52,16 +63,30 @@ class FakeCore:
         self.asynchronous, self.n_rows = asynchronous, n_rows
         self.ends = ends or {}  # by prompt, how many tokens before the end
         self.rows: dict[int, Row] = {}
+        self.cache: list[list[int]] = [[] for _ in range(n_rows)]  # the tokens in each seat
         self.commands: list[Command[Any]] = []
         self.right = 0  # drafts that are right in a step that has any
 
     def run(self, command: Command[Any]) -> Pending[Any]:
         self.commands.append(command)
         match command:
+            case Prefill():
+                self._write(command.seat, command.start, command.ids)
+                return Done(None)
             case Admit():
-                name, *_ = command.prompt_ids
-                self.rows[command.row] = Row(command.seat, name)
+                ids = list(command.prompt_ids)
+                assert 0 <= command.n_cached <= command.start < len(ids)
+                assert self.cache[command.seat][: command.start] == ids[: command.start]
+                self._write(command.seat, command.start, ids[command.start :])
+                self.rows[command.row] = Row(command.seat, ids)
                 return Done(StepResult(rows=[self._tokens(command.row, 1)], n_drafts=[0]))
+            case CopySeat():
+                assert command.n <= len(self.cache[command.source])
+                self.cache[command.target] = self.cache[command.source][: command.n]
+                return Done(None)
+            case ScoreWindow():
+                self._write(command.seat, command.start, command.ids[:-1])
+                return Done(("scored", *command.ids[1:]))
             case MoveRow():
                 assert command.target < command.source
                 self.rows[command.target] = self.rows.pop(command.source)
@@ -70,13 +95,21 @@ class FakeCore:
                 return Done(self._step(command))
         raise AssertionError(command)
 
+    def _write(self, seat: int, start: int, ids: Sequence[int]) -> None:
+        """Writes a chunk, which is the only one since a step and begins where chunks begin."""
+        assert 0 < len(ids) <= CHUNK
+        assert (start + len(ids) - 1) // CHUNK == start // CHUNK, "the grid is that of the seat"
+        assert len(self.cache[seat]) >= start, "the seat holds the tokens before"
+        self.cache[seat] = [*self.cache[seat][:start], *ids]
+
     def _step(self, step: Step) -> StepResult:
-        assert sorted(step.seats) == list(range(self.n_rows)), "no two rows share a seat"
+        assert len(set(step.seats)) == len(step.seats) == step.n, "no two rows share a seat"
         for row in range(step.n):
             assert step.seats[row] == self.rows[row].seat, "a request stays in its seat"
-        for row, position in step.known_positions.items():
-            assert position <= self.rows[row].n <= position + step.slack
-            assert self.rows[row].n + step.k + step.n_steps <= step.longest
+        for row, known in step.known_positions.items():
+            position = len(self.rows[row].prompt_ids) - 1 + self.rows[row].n
+            assert known <= position <= known + step.slack
+            assert position + step.k + step.n_steps <= step.longest
         n_new = step.n_steps if step.k == 0 else 1 + min(self.right, step.k)
         return StepResult(
             rows=[self._tokens(row, n_new) for row in range(step.n)],
@@ -88,10 +121,17 @@ class FakeCore:
     def _tokens(self, row: int, n: int) -> list[tuple[int, None]]:
         state, tokens = self.rows[row], []
         for _ in range(n):
-            ended = state.n == self.ends.get(state.name, -1)
-            tokens.append((END if ended else 100 * state.name + state.n, None))
+            if state.n:  # the newest token was an input of the step
+                at = len(state.prompt_ids) + state.n - 1
+                self.cache[state.seat] = [*self.cache[state.seat][:at], self._token(state)]
             state.n += 1
+            tokens.append((self._token(state), None))
         return tokens
+
+    def _token(self, state: Row) -> int:
+        """The newest token of an answer."""
+        i = state.n - 1
+        return END if i == self.ends.get(state.name, -1) else 100 * state.name + i
 
     def close(self) -> None:
         pass
@@ -101,10 +141,18 @@ class FakeCore:
         return [command for command in self.commands if isinstance(command, Step)]
 
 
-def request(name: int, n: int, *, ignore_eos: bool = True, speculates: bool = False) -> Request:
+def request(
+    name: int,
+    n: int,
+    *,
+    prompt: Sequence[int] = (),
+    ignore_eos: bool = True,
+    speculates: bool = False,
+    salt: str = "",
+) -> Request:
     return Request(
         name,
-        [name],
+        [name, *prompt],
         SamplingParams(ignore_eos=ignore_eos),
         seed=0,
         max_new_tokens=n,
@@ -112,18 +160,21 @@ def request(name: int, n: int, *, ignore_eos: bool = True, speculates: bool = Fa
         tokenizer=None,
         submitted_s=0.0,
         speculates=speculates,
+        salt=salt,
     )
 
 
 def scheduler(core: FakeCore, **options: Any) -> Scheduler:
-    return Scheduler(core, n_rows=core.n_rows, n_positions=N_POSITIONS, **options)
+    return Scheduler(core, n_rows=core.n_rows, n_positions=N_POSITIONS, chunk=CHUNK, **options)
 
 
 def finish(scheduler: Scheduler) -> list[tuple[int, int]]:
     """Iterates until the scheduler is idle: (request, token), in the order of delivery."""
     found = []
     while not scheduler.idle:
-        found += [(r.index, token) for r, delta in scheduler.iterate() for token in delta.token_ids]
+        for job, delta in scheduler.iterate():
+            if isinstance(job, Request):
+                found += [(job.index, token) for token in delta.token_ids]
     return found
 
 
@@ -173,39 +224,29 @@ def test_a_request_can_be_submitted_between_iterations_while_others_run(asynchro
 def test_what_is_left_moves_to_the_first_rows_and_stays_in_its_seats(asynchronous):
     core = FakeCore(4, asynchronous=asynchronous)
     driven = scheduler(core)
-    for name, n in ((1, 3), (2, 20), (3, 5), (4, 12)):
+    for name, n in ((1, 8), (2, 30), (3, 10), (4, 20)):
         driven.submit(request(name, n))
     finish(driven)
     sizes = [step.n for step in core.steps]
-    assert sizes == sorted(sizes, reverse=True)
-    assert (sizes[0], sizes[-1]) == (4, 1)
-    assert core.steps[-1].seats[0] == 1, "where its prompt was put"
+    assert sizes[: sizes.index(4)] == sorted(sizes[: sizes.index(4)]), "one joins after the other"
+    assert sizes[sizes.index(4) :] == sorted(sizes[sizes.index(4) :], reverse=True)
+    assert (sizes[0], sizes[-1]) == (1, 1)
+    assert core.steps[-1].seats == (1,), "where its prompt was put"
     moves = [(c.source, c.target) for c in core.commands if isinstance(c, MoveRow)]
     assert moves == [(3, 0), (1, 0)]
-
-
-@both
-def test_who_waits_takes_the_place_of_who_ends_and_nobody_moves(asynchronous):
-    core = FakeCore(2, asynchronous=asynchronous)
-    driven = scheduler(core)
-    for name in range(1, 7):
-        driven.submit(request(name, 4 + name % 2 * 3))
-    finish(driven)
-    (*_, last) = (i for i, command in enumerate(core.commands) if isinstance(command, Admit))
-    before = core.commands[:last]
-    assert not any(isinstance(command, MoveRow) for command in before)
-    assert {command.seats for command in before if isinstance(command, Step)} == {(0, 1)}
 
 
 def test_seats_are_in_order_again_once_nothing_runs():
     core = FakeCore(3)
     driven = scheduler(core)
     for round_ in range(3):
-        for name, n in ((1, 3), (2, 9), (3, 6)):
+        for name, n in ((1, 8), (2, 9), (3, 6)):
             driven.submit(request(name, n))
         before = len(core.steps)
         finish(driven)
-        assert core.steps[before].seats == (0, 1, 2), round_
+        seats = [step.seats for step in core.steps[before:]]
+        assert seats[0] == (0,), round_
+        assert (0, 1, 2) in seats, round_
 
 
 @both
@@ -224,10 +265,8 @@ def test_a_cancelled_request_gets_no_more_tokens_and_its_place_goes_to_another(
     had = list(cancelled.token_ids)
     driven.cancel(cancelled)
     driven.cancel(cancelled)  # again does no harm
-    for _ in range(2):
-        list(driven.iterate())
-    waiting = [r for r in requests if not r.ended and not r.token_ids]
-    assert len(waiting) < 2 or who > 2, "within two iterations its row is another's"
+    assert cancelled not in driven._seat_of, "its row and its seat are free"
+    assert cancelled not in driven._rows
     finish(driven)
     assert cancelled.finish_reason == "cancelled"
     assert cancelled.token_ids == had
@@ -262,17 +301,24 @@ def test_a_cancelled_request_that_has_ended_stays_as_it_is():
 
 
 @both
-def test_several_steps_are_taken_at_once_only_while_nothing_waits(asynchronous):
-    core = FakeCore(1, asynchronous=asynchronous)
-    driven, requests = scheduler(core, n_steps=4), [request(1, 14), request(2, 14)]
-    for each in requests:
-        driven.submit(each)
+def test_several_steps_are_taken_at_once_only_while_nothing_waits_or_is_prefilled(asynchronous):
+    core = FakeCore(2, asynchronous=asynchronous)
+    driven, first = scheduler(core, n_steps=4), request(1, 30)
+    second, third = request(2, 14, prompt=range(5 * CHUNK)), request(3, 14)
+    driven.submit(first)
+    driven.iterate()
+    driven.iterate()
+    assert core.steps[-1].n_steps == 4
+    driven.submit(second)
+    driven.submit(third)  # waits for a seat
+    before = len(core.steps)
+    while not third.token_ids:
+        driven.iterate()
+    assert {step.n_steps for step in core.steps[before:-1]} == {1}
     finish(driven)
-    assert [r.token_ids for r in requests] == [expected(1, 14), expected(2, 14)]
-    numbers: Sequence[int] = [step.n_steps for step in core.steps]
-    assert set(numbers[:13]) == {1}
-    assert 4 in numbers[13:]
-    assert all(n in (1, 4) for n in numbers)
+    assert 4 in {step.n_steps for step in core.steps[before:]}
+    for each, n in ((first, 30), (second, 14), (third, 14)):
+        assert each.token_ids == expected(each.index, n)
 
 
 @both
@@ -314,10 +360,122 @@ def test_the_next_step_is_launched_before_the_last_ones_tokens_are_looked_at():
     driven.submit(request(1, 4))
     finish(driven)
     assert order == [
-        *("run Admit", "wait Admit"),
-        *("run Step", "run Step", "wait Step"),
-        *("run Step", "wait Step", "wait Step"),
+        *("run Admit", "run Step", "wait Admit"),
+        *("run Step", "wait Step", "run Step", "wait Step", "wait Step"),
     ]
+
+
+@both
+def test_a_prompt_is_prefilled_a_chunk_at_a_time_between_the_steps_of_others(asynchronous):
+    core = FakeCore(2, asynchronous=asynchronous)
+    driven, first = scheduler(core), request(1, 20)
+    long = request(2, 3, prompt=range(3 * CHUNK + 1))
+    driven.submit(first)
+    while len(core.steps) < 2:
+        driven.iterate()
+    driven.submit(long)
+    begun = len(core.commands)
+    finish(driven)
+    kinds = [type(c).__name__ for c in core.commands[begun:]]
+    chunks = [i for i, kind in enumerate(kinds) if kind in ("Prefill", "Admit")]
+    assert [kinds[i] for i in chunks] == ["Prefill", "Prefill", "Prefill", "Admit"]
+    for here, there in itertools.pairwise(chunks):
+        assert kinds[here + 1 : there] == ["Step"], "decoders first, then one chunk"
+    joined = core.commands[begun + chunks[-1] + 1]
+    assert isinstance(joined, Step)
+    assert joined.n == 2, "it is in the next step, before its first token has been looked at"
+    assert (first.token_ids, long.token_ids) == (expected(1, 20), expected(2, 3))
+
+
+def test_others_never_wait_for_more_than_one_chunk_however_many_prompts_come():
+    core = FakeCore(3, asynchronous=True)
+    driven = scheduler(core)
+    driven.submit(request(1, 60))
+    driven.iterate()
+    for name in range(2, 8):
+        driven.submit(request(name, 5, prompt=range(name * 4)))
+    finish(driven)
+    kinds = "".join(type(command).__name__[0] for command in core.commands)
+    assert kinds.count("P") + kinds.count("A") > 10
+    between = re.sub("[MC]", "", kinds[1 : kinds.rindex("S")])
+    assert not re.search("[PA][PA]", between), "two chunks without a step between"
+
+
+@both
+@pytest.mark.parametrize("n_chunks", [0, 1, 2])
+def test_a_request_is_cancelled_in_the_middle_of_its_prefill(asynchronous, n_chunks):
+    core = FakeCore(2, asynchronous=asynchronous)
+    driven, first = scheduler(core), request(1, 12)
+    long, next_ = request(2, 5, prompt=range(4 * CHUNK)), request(3, 5)
+    for each in (first, long, next_):
+        driven.submit(each)
+    while sum(isinstance(command, Prefill) for command in core.commands) < n_chunks:
+        driven.iterate()
+    driven.cancel(long)
+    before = len(core.commands)
+    finish(driven)
+    assert not any(isinstance(c, Prefill) for c in core.commands[before:])
+    assert (long.finish_reason, long.token_ids) == ("cancelled", [])
+    assert (first.token_ids, next_.token_ids) == (expected(1, 12), expected(3, 5))
+
+
+@both
+def test_a_window_is_scored_in_a_seat_of_its_own_a_chunk_at_a_time(asynchronous):
+    core = FakeCore(2, asynchronous=asynchronous)
+    driven, first = scheduler(core), request(1, 9)
+    window, cancelled = (Scoring(list(range(2 * CHUNK + 4)), full=False) for _ in range(2))
+    for job in (first, window, cancelled):
+        driven.submit(job)
+    finished = []
+    while not driven.idle:
+        finished += [job for job, _ in driven.iterate() if isinstance(job, Scoring)]
+        if cancelled.parts:
+            driven.cancel(cancelled)
+    assert finished == [window]
+    assert window.parts == [
+        ("scored", *range(1, CHUNK + 1)),
+        ("scored", *range(CHUNK + 1, 2 * CHUNK + 1)),
+        ("scored", *range(2 * CHUNK + 1, 2 * CHUNK + 4)),
+    ]
+    assert {c.seat for c in core.commands if isinstance(c, ScoreWindow)} == {1}
+    assert first.token_ids == expected(1, 9)
+
+
+@both
+@pytest.mark.parametrize("prefix_cache", ["none", "chunks", "tokens"])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_arrivals_cancellations_and_lengths_change_no_answer(
+    asynchronous, prefix_cache, seed
+):
+    random = Random(seed)
+    core = FakeCore(random.randint(1, 4), asynchronous=asynchronous)
+    controller = DraftController((0, 2), always=True) if seed % 2 else None
+    core.right = random.randint(0, 2)
+    driven = scheduler(
+        core, prefix_cache=prefix_cache, controller=controller, n_steps=random.choice([1, 3])
+    )
+    shared = [random.randrange(90) for _ in range(N_POSITIONS)]
+    requests: list[Request] = []
+    for _ in range(24):
+        n_prompt, n = random.randint(0, 35), random.randint(1, 20)
+        prompt = [*shared[: n_prompt // 2], *(random.randrange(90) for _ in range(n_prompt // 2))]
+        salt, name = random.choice(["", "a"]), random.randint(1, 3)
+        made = request(name, n, prompt=prompt, salt=salt, speculates=controller is not None)
+        driven.submit(made)
+        requests.append(made)
+        for _ in range(random.randint(0, 6)):
+            driven.iterate()
+        if random.random() < 0.2:
+            driven.cancel(random.choice(requests))
+    finish(driven)
+    for each in requests:
+        whole = expected(each.index, each.max_new_tokens)
+        if each.finish_reason == "cancelled":
+            assert each.token_ids == whole[: len(each.token_ids)]
+        else:
+            assert (each.token_ids, each.finish_reason) == (whole, "length")
+    if prefix_cache == "none":
+        assert not any(each.n_cached for each in requests)
 
 
 def test_it_needs_no_torch():

@@ -11,6 +11,7 @@ This module does not import torch: the host side can be tested against a core wi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -58,6 +59,17 @@ class Features:
             logprobs=any(p.logprobs is not None for p in requests),
         )
 
+    def includes(self, other: Features) -> bool:
+        """Whether a program with these features can run requests that need ``other``."""
+
+        def n_candidates(features: Features) -> float:
+            return math.inf if features.n_candidates is None else features.n_candidates
+
+        flags = ("draw", "truncate", "penalize", "logprobs")
+        return n_candidates(self) >= n_candidates(other) and all(
+            getattr(self, flag) >= getattr(other, flag) for flag in flags
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
@@ -89,12 +101,14 @@ class StepResult:
         n_drafts: Number of drafts of each row.
         k: Draft positions that the step verified; 0 if no row had drafts.
         times: Times of the step; None without a drafter, and for the first step of a size.
+        n_programs: Programs that were captured or compiled for steps so far, on this rank.
     """
 
     rows: Sequence[Sequence[tuple[int, TokenLogprob | None]]]
     n_drafts: Sequence[int]
     k: int = 0
     times: StepTimes | None = None
+    n_programs: int = 0
 
 
 class Command(Generic[Result]):
@@ -108,15 +122,36 @@ class Command(Generic[Result]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prefill(Command[None]):
+    """Prefills one chunk of a prompt, but not its last: no row reads it yet.
+
+    Attributes:
+        seat: The request's seat in the cache.
+        start: Position of the chunk's first token.
+        ids: The tokens of the chunk.
+    """
+
+    phase = "prefill"
+
+    seat: int
+    start: int
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Admit(Command[StepResult]):
-    """Prefills a prompt and samples the first token of its answer, the only row of the result.
+    """Prefills the last chunk of a prompt, and adds the request to the rows.
+
+    The result has one row: the first token of the answer.
 
     Attributes:
         row: The request's row.
         seat: The request's seat in the cache.
         params: The request's sampling options.
         seed: Seed of its sampling.
-        prompt_ids: The prompt.
+        prompt_ids: The whole prompt.
+        start: Position of the chunk's first token: the seat holds those before.
+        n_cached: Tokens that the seat held before the prompt's first chunk.
     """
 
     phase = "prefill"
@@ -126,6 +161,19 @@ class Admit(Command[StepResult]):
     params: SamplingParams
     seed: int
     prompt_ids: Sequence[int]
+    start: int = 0
+    n_cached: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopySeat(Command[None]):
+    """Copies the first ``n`` positions of a seat into another seat."""
+
+    phase = "prefill"
+
+    source: int
+    target: int
+    n: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +195,8 @@ class Step(Command[StepResult]):
 
     Attributes:
         n: Number of rows, from the first.
-        seats: The seat of every row, used or not. The device may compute more rows than ``n``, up
-            to a captured size, so the seats of unused rows must not hold anything in use.
+        seats: The seat of each row. The device may compute more rows than ``n``, up to a captured
+            size; it maps those to a scratch seat of its own.
         longest: Exceeds every position in use, drafts included.
         features: The features that the sampler needs.
         k: Drafts for each row.
@@ -171,17 +219,19 @@ class Step(Command[StepResult]):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreWindow(Command[Score]):
-    """Scores a window of token ids.
+    """Scores a chunk of a window of token ids.
 
     Attributes:
         seat: The seat in the cache to use.
-        ids: Two tokens or more.
+        start: Position of the chunk's first token: the seat holds those before.
+        ids: The tokens of the chunk, and the one that follows: two or more.
         full: Also return the whole distribution at each position.
     """
 
     phase = "score"
 
     seat: int
+    start: int
     ids: Sequence[int]
     full: bool
 
@@ -212,6 +262,11 @@ class Describe(Command[dict[str, Any]]):
     """Returns the fields of ``EngineDescription`` that only the device side knows."""
 
     phase = "describe"
+
+
+def padded_rows(n: int, n_rows: int) -> int:
+    """Returns the rows that a captured step of ``n`` computes: a power of two, or ``n_rows``."""
+    return min(1 << (n - 1).bit_length(), n_rows)
 
 
 class Pending(Protocol[Result]):

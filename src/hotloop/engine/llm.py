@@ -3,8 +3,7 @@
 It turns prompts into requests, and drives the ``Scheduler``, which owns the requests, over an
 ``EngineCore``, which owns the device.
 
-It serves one call at a time: until a stream has ended, other calls that need the device are
-refused.
+Calls may overlap, in one thread or several: their requests share the scheduler (``turns``).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -22,7 +21,6 @@ from hotloop.checked import changed, check_names
 from hotloop.engine.core import (
     Describe,
     EngineCore,
-    ScoreWindow,
     StartMeter,
     StopMeter,
     Synchronize,
@@ -30,13 +28,16 @@ from hotloop.engine.core import (
 from hotloop.engine.draft_control import DraftController, StepTimer, sizes_up_to
 from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.memory import check_fits
+from hotloop.engine.programs import SERVED_FEATURES, serving_steps
 from hotloop.engine.ranks import RankGroup
-from hotloop.engine.request import Request
+from hotloop.engine.request import Request, Scoring
 from hotloop.engine.runner import OnProgress, Runner
-from hotloop.engine.scheduler import Scheduler, n_multi_steps
+from hotloop.engine.scheduler import Job, Scheduler, n_multi_steps
 from hotloop.engine.setup import prepare
+from hotloop.engine.turns import Piece, Turns
 from hotloop.errors import (
     CheckpointError,
+    ContextLengthError,
     NumericsError,
     OutOfMemoryError,
     RequestError,
@@ -53,6 +54,7 @@ from hotloop.types import (
     EngineDescription,
     Generation,
     PeakMemory,
+    PrefixCache,
     Prompt,
     SamplingParams,
     Score,
@@ -104,7 +106,6 @@ class LLM:
         n_tokens = min(n_tokens, setup.model.vocab_size)
         check_fits(setup)
         make = RankGroup if config.tensor_parallel > 1 else Runner
-        self._streaming = False
         runner = make(setup, n_tokens=n_tokens, progress=progress)
         self._open_runner: EngineCore | None = runner
         self._load_s = time.perf_counter() - started
@@ -114,11 +115,13 @@ class LLM:
         try:
             self._scheduler = self._warm_up()
         except BaseException as error:  # a Ctrl-C too: ranks must not outlive it
-            self.close()
+            self._open_runner = None
+            runner.close()
             if isinstance(error, OutOfMemoryError):
                 needed, free = error.needed_bytes, error.free_bytes
                 raise OutOfMemoryError("warmup", needed, free) from error
             raise
+        self._turns = Turns(self._scheduler)
         self._warmup_s = time.perf_counter() - started
         self._facts = self._runner.run(Describe()).wait()
 
@@ -170,8 +173,8 @@ class LLM:
     ) -> Generator[Delta]:
         """Generates like ``generate``, piece by piece. Closing the iterator cancels its requests.
 
-        From its first piece until it ends, is closed or is garbage-collected, other calls that
-        generate or score are refused.
+        They are submitted when its first piece is taken. Other calls may run at the same time, in
+        this thread or another, and then decode in the same steps, if ``max_batch_size`` allows.
 
         Raises:
             RequestError: As ``generate``; raised by the call, not at the first piece.
@@ -189,17 +192,10 @@ class LLM:
             A Score per window, on the CPU.
         """
         for window in windows:
-            self._check_free()
-            n = n_items(window, "a window to score must be a list of token ids")
-            if n < 2:
-                raise RequestError(f"a window to score needs 2 tokens or more, not {n}.")
-            if n > self._setup.n_positions:
-                raise RequestError(
-                    f"a window of {n} tokens is beyond the context of {self._setup.n_positions}; "
-                    "use a smaller window or a larger max_seq_len (--max-seq-len)."
-                )
-            ids = as_ids(window, self._setup.model.vocab_size)
-            yield self._runner.run(ScoreWindow(seat=0, ids=ids, full=full)).wait()
+            scoring = self.scoring(window, full=full)
+            for _ in self._pieces([scoring]):
+                pass
+            yield scoring.score()
 
     def encode(self, text: str) -> list[int]:
         """Encodes plain text as token ids, without adding special tokens."""
@@ -271,17 +267,28 @@ class LLM:
     @contextmanager
     def meter(self) -> Iterator[PeakMemory]:
         """Measures peak memory in the ``with`` block, the maximum over ranks."""
+        self._turns.check_not_held()
         peak = _Peak()
-        self._runner.run(StartMeter()).wait()
+        with self._turns.exclusive():
+            self._runner.run(StartMeter()).wait()
         try:
             yield peak
         finally:
-            peak.peak_bytes = self._runner.run(StopMeter()).wait()
+            with self._turns.exclusive():
+                peak.peak_bytes = self._runner.run(StopMeter()).wait()
 
     def close(self) -> None:
-        """Frees the device. Later calls are refused."""
+        """Frees the device. Later calls are refused, and streams that have not ended fail.
+
+        Raises:
+            RequestError: The engine has a service, which must be closed first.
+        """
+        self._turns.check_not_held()
         runner, self._open_runner = self._open_runner, None
-        if runner is not None:
+        if runner is None:
+            return
+        with self._turns.exclusive():
+            self._turns.fail(self._closed())
             runner.close()
 
     def __enter__(self) -> LLM:
@@ -298,21 +305,15 @@ class LLM:
             RequestError: The engine is closed.
         """
         if self._open_runner is None:
-            raise RequestError(f"this engine of {self.config.model} is closed: make a new LLM.")
+            raise self._closed()
         return self._open_runner
+
+    def _closed(self) -> RequestError:
+        return RequestError(f"this engine of {self.config.model} is closed: make a new LLM.")
 
     def _check_open(self) -> None:
         """Refuses calls of a closed engine."""
         _ = self._runner
-
-    def _check_free(self) -> None:
-        """Refuses a call during an unfinished stream: both would use the same seats."""
-        self._check_open()
-        if self._streaming:
-            raise RequestError(
-                "this engine is in the middle of a stream: exhaust or close the stream first, or "
-                "give all prompts in one call."
-            )
 
     # ------------------------------------------------------------------------------ warm-up
 
@@ -322,13 +323,20 @@ class LLM:
         sizes = sizes_up_to(self.config.draft_tokens)
         return DraftController(sizes, always=self.config.draft_policy == "always")
 
-    def _new_scheduler(self, controller: DraftController | None, n_steps: int = 1) -> Scheduler:
+    def _new_scheduler(
+        self,
+        controller: DraftController | None,
+        n_steps: int = 1,
+        prefix_cache: PrefixCache = "none",
+    ) -> Scheduler:
         return Scheduler(
             self._runner,
             n_rows=self.config.max_batch_size,
             n_positions=self._setup.n_positions,
+            chunk=self._setup.prefill_chunk,
             controller=controller,
             n_steps=n_steps,
+            prefix_cache=prefix_cache,
         )
 
     def _warm_up(self) -> Scheduler:
@@ -353,8 +361,9 @@ class LLM:
             request = self._request(
                 0, prompt, params, time.perf_counter(), speculates=scheduler.controller is not None
             )
-            for _ in self._run([request], scheduler):
-                pass
+            scheduler.submit(request)
+            while not scheduler.idle:
+                scheduler.iterate()
             return request.generation().timing
 
         n_steps, greedy = 3, SamplingParams()
@@ -375,9 +384,68 @@ class LLM:
                 answer(other, 1 + n_steps, suggested)
                 answer(plain, 1 + plain.n_steps, suggested)
         self._runner.run(Synchronize()).wait()
-        return speculative
+        return self._new_scheduler(
+            speculative.controller, speculative.n_steps, self.config.prefix_cache
+        )
+
+    # ------------------------------------------------------------------------------ service
+
+    def held_by_service(self) -> AbstractContextManager[None]:
+        """Keeps the engine for a service, which alone uses its scheduler in the ``with`` block.
+
+        Raises:
+            RequestError: The engine is closed, is generating, or has a service.
+        """
+        self._check_open()
+        return self._turns.hold()
+
+    def prepare_to_serve(self) -> Scheduler:
+        """Captures or compiles all programs that requests can need, before the first comes.
+
+        Returns:
+            The scheduler; its ``n_programs`` counts these programs.
+        """
+        scheduler = self._scheduler
+        steps = serving_steps(self._setup, scheduler.n_steps)
+        if steps:
+            scheduler.feature_sets = SERVED_FEATURES
+            *_, last = [self._runner.run(step) for step in steps]
+            scheduler.n_programs = last.wait().n_programs
+            self._runner.run(Synchronize()).wait()
+        return scheduler
 
     # ------------------------------------------------------------------------------ requests
+
+    def requests(
+        self, prompt: Prompt, params: SamplingParams | None, *, salt: str = "", clamp: bool = False
+    ) -> list[Request]:
+        """Returns the requests of a prompt: one for each answer.
+
+        Raises:
+            RequestError: See ``Service.submit``.
+        """
+        submitted_s = time.perf_counter()
+        self._check_open()
+        return self._requests([prompt], self._params(params, {}), submitted_s, salt, clamp=clamp)
+
+    def scoring(self, window: Sequence[int], *, full: bool) -> Scoring:
+        """Returns the job that scores a window.
+
+        Raises:
+            RequestError: The window is too short or too long, or has other tokens.
+        """
+        self._check_open()
+        n = n_items(window, "a window to score must be a list of token ids")
+        if n < 2:
+            raise RequestError(f"a window to score needs 2 tokens or more, not {n}.")
+        context = self._setup.n_positions
+        if n > context:
+            raise ContextLengthError(
+                f"a window of {n} tokens is beyond the context of {context}; use a smaller window "
+                "or a larger max_seq_len (--max-seq-len).",
+                context,
+            )
+        return Scoring(as_ids(window, self._setup.model.vocab_size), full=full)
 
     def _tokenizer_or_refuse(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -393,23 +461,40 @@ class LLM:
         options: dict[str, Any],
     ) -> Generator[Delta]:
         submitted_s = time.perf_counter()
-        self._check_free()
-        if params is None:
-            params = self.default_sampling
-        elif not isinstance(params, SamplingParams):
-            raise RequestError(f"params must be SamplingParams, not {shorten_value(params)}.")
-        params = changed(params, options, "sampling option")
-        requests = [
-            self._request(i, prompt, params, submitted_s, speculates=self._setup.draft is not None)
-            for i, prompt in enumerate(as_prompts(prompts))
-        ]
+        self._check_open()
+        params = self._params(params, options)
+        requests = self._requests(as_prompts(prompts), params, submitted_s)
         if len(requests) > 1 == self.config.max_batch_size:
             warnings.warn(
                 f"{len(requests)} prompts are answered one after another, since max_batch_size is "
                 f"1: LLM(..., max_batch_size={min(len(requests), 8)}) answers several at once.",
                 stacklevel=3,  # the caller of generate or stream
             )
-        return self._run(requests, self._scheduler)
+        return self._run(requests)
+
+    def _params(self, params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
+        if params is None:
+            params = self.default_sampling
+        elif not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {shorten_value(params)}.")
+        return changed(params, options, "sampling option")
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        submitted_s: float,
+        salt: str = "",
+        *,
+        clamp: bool = False,
+    ) -> list[Request]:
+        speculates = self._setup.draft is not None
+        return [
+            self._request(
+                i, prompt, params, submitted_s, speculates=speculates, salt=salt, clamp=clamp
+            )
+            for i, prompt in enumerate(prompts)
+        ]
 
     def _request(
         self,
@@ -419,6 +504,8 @@ class LLM:
         submitted_s: float,
         *,
         speculates: bool,
+        salt: str = "",
+        clamp: bool = False,
     ) -> Request:
         if isinstance(prompt, str):
             prompt = self._tokenizer_or_refuse().encode(prompt)
@@ -430,18 +517,22 @@ class LLM:
             self._tokenizer_or_refuse()
         context = self._setup.n_positions
         if n >= context:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {n} tokens, but the context of {context} must hold at least one "
-                "more: shorten it, or raise max_seq_len (--max-seq-len)."
+                "more: shorten it, or raise max_seq_len (--max-seq-len).",
+                context,
             )
         ids = as_ids(given, self._setup.model.vocab_size)
         wanted = params.max_new_tokens
         if wanted is None:  # a default length is clamped, not refused
             wanted = min(self.default_new_tokens, context - n)
+        elif wanted > context - n and clamp:
+            wanted = context - n
         elif wanted > context - n:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {n} tokens and max_new_tokens is {wanted}, together more than the "
-                f"context of {context}: shorten either, or raise max_seq_len (--max-seq-len)."
+                f"context of {context}: shorten either, or raise max_seq_len (--max-seq-len).",
+                context,
             )
         return Request(
             index,
@@ -454,25 +545,26 @@ class LLM:
             starts_text=isinstance(prompt, ChatPrompt) and prompt.starts_text,
             submitted_s=submitted_s,
             speculates=speculates,
+            salt=salt,
         )
 
-    def _run(self, requests: list[Request], scheduler: Scheduler) -> Generator[Delta]:
-        self._check_free()
-        self._streaming = True
-        try:
-            for request in requests:
-                scheduler.submit(request)
-            while not scheduler.idle:
-                for _, delta in scheduler.iterate():
-                    yield delta
-                    self._check_open()  # the caller may have closed it meanwhile
-        finally:
-            for request in requests:
-                scheduler.cancel(request)
-            self._streaming = False
+    def _run(self, requests: list[Request]) -> Generator[Delta]:
+        for _, delta in self._pieces(requests):
+            assert delta is not None, "a request has deltas"
+            yield delta
         for request in requests:
             if request.failed:
                 raise NumericsError(request.index, len(request.token_ids), self.config.dtype)
+
+    def _pieces(self, jobs: Sequence[Job]) -> Generator[Piece]:
+        """Submits jobs and yields their pieces; cancels what is left of them at the end."""
+        self._check_open()
+        stream = self._turns.open(jobs)
+        try:
+            while (piece := self._turns.next(stream)) is not None:
+                yield piece
+        finally:
+            self._turns.leave(stream)
 
 
 @dataclass

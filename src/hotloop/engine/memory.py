@@ -24,7 +24,7 @@ def predict_memory(config: EngineConfig) -> MemoryPlan:
     # Ranks on a CPU share its memory evenly; on GPUs each has its own.
     return MemoryPlan(
         weights_bytes=weights_bytes(setup),
-        cache_bytes=sum(map(_cache_bytes, setup.models)),
+        cache_bytes=_cache_bytes(setup),
         workspace_bytes=_workspace_bytes(setup),
         device=str(setup.device),
         free_bytes=min(free) // (len(free) if setup.device.type == "cpu" else 1),
@@ -40,7 +40,7 @@ def check_fits(setup: Setup) -> None:
     total, shared_by = device_info(setup.device).total_bytes, 1
     if setup.device.type == "cpu":  # its ranks share its memory
         shared_by = ranks_here(setup.config)
-    needed = weights_bytes(setup) + sum(map(_cache_bytes, setup.models)) + _rows_bytes(setup)
+    needed = weights_bytes(setup) + _cache_bytes(setup) + _rows_bytes(setup)
     if needed > total // shared_by:
         raise OutOfMemoryError("load", needed, free_bytes(setup.device) // shared_by)
 
@@ -51,8 +51,9 @@ def weights_bytes(setup: Setup) -> int:
 
 
 def _cache_bytes(setup: Setup) -> int:
-    n_tokens = setup.config.max_batch_size * setup.n_positions
-    return n_tokens * setup.local.kv_bytes_per_token(setup.dtype.itemsize)
+    """Counts the exact bytes of a rank's caches: that of a draft model has the same seats."""
+    per_token = sum(each.local.kv_bytes_per_token(each.dtype.itemsize) for each in setup.models)
+    return setup.n_seats * setup.n_positions * per_token
 
 
 def _weights_bytes(setup: Setup) -> int:

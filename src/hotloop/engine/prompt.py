@@ -9,8 +9,7 @@ Shape letters: T tokens of one sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,12 +48,6 @@ def spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]
         yield chunk, torch.arange(start + chunk.start, start + chunk.stop, device=ids_T.device)
 
 
-def even_chunks(n: int, most: int) -> list[range]:
-    """Splits n tokens into the fewest chunks of at most ``most``, of even lengths."""
-    bounds = [n * i // -(-n // most) for i in range(-(-n // most) + 1)]
-    return [range(first, end) for first, end in pairwise(bounds)]
-
-
 class StepPrefill:
     """Prefills one seat by decode steps of a few tokens: on a GPU, replays of one CUDA graph.
 
@@ -73,19 +66,23 @@ class StepPrefill:
     def __call__(self, ids_T: Tensor, positions_T: Tensor, seat: int) -> Tensor:
         """Computes logits [T, V] of up to ``STEP_TOKENS`` tokens, valid until the next call.
 
-        Padding tokens write cache positions that later tokens overwrite before any read.
+        Padding tokens write cache positions that later tokens overwrite before any read, and none
+        beyond the seat's end: the others follow the first position.
         """
         n = len(ids_T)
         self._ids[0, :n] = ids_T
         self._positions[0, :n] = positions_T
         self._seats.fill_(seat)
-        if self._device.type != "cuda":
-            return self._run()[:n]
         if self._captured is None:
-            self._captured = capture(self._run, self._device)
+            return self._run()[:n]
         graph, logits_TV = self._captured
         graph.replay()
         return logits_TV[:n]
+
+    def warm_up(self) -> None:
+        """Captures the graph; overwrites the first positions of the seat used last."""
+        if self._device.type == "cuda":
+            self._captured = capture(self._run, self._device)
 
     def _run(self) -> Tensor:
         logits_BTV, _ = self._forward(self._ids, self._positions, self._seats)
@@ -114,7 +111,7 @@ class FusedPrefill:
         chunk: int,
         shared: bool,
     ) -> None:
-        self._forward, self._chunk = forward, chunk
+        self._forward = forward
         self._steps = StepPrefill(forward, decoder.device)
         self._gemm = GemmPrefill(decoder, cache, launcher, chunk=chunk, shared=shared)
         gate_up = decoder.blocks[0].feed_forward.gate_up_proj
@@ -122,18 +119,20 @@ class FusedPrefill:
 
     def warm_up(self) -> None:
         """Captures prefill graphs and warms up libraries; overwrites seat 0."""
+        self._steps.warm_up()
         self._gemm.warm_up()
 
-    def __call__(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
-        """Prefills a seat from position ``start`` on; returns the last token's logits [1, V]."""
+    def __call__(self, ids_T: Tensor, start: int, seat: int) -> Callable[[], Tensor]:
+        """Prefills a seat with a chunk from position ``start`` on.
+
+        Returns:
+            Computes the last token's logits [1, V], before the next prefill.
+        """
         if len(ids_T) <= self._max_step_tokens:
             *_, (_, logits_TV) = self.logits(ids_T, start, seat)
-            return logits_TV[-1:]
-        *_, last_1D = [
-            self._gemm(ids_T[part.start : part.stop], start + part.start, seat)
-            for part in even_chunks(len(ids_T), self._chunk)
-        ]
-        return self._forward.logits(last_1D)
+            return lambda: logits_TV[-1:]
+        last_1D = self._gemm(ids_T, start, seat)
+        return lambda: self._forward.logits(last_1D)
 
     def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
         """Prefills a seat by decode steps, with logits of every token.

@@ -1,4 +1,7 @@
-"""The host's state of a request: its prompt, the answer so far, and its end."""
+"""The host's state of a request: its prompt, the answer so far, and its end.
+
+A ``Request`` generates; a ``Scoring`` scores a window of tokens. The scheduler takes either.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from hotloop.types import (
     FinishReason,
     Generation,
     SamplingParams,
+    Score,
     Speculation,
     Timing,
     TokenLogprob,
@@ -33,9 +37,11 @@ class Request:
         starts_text: The answer is a text of its own, rather than a continuation of the prompt.
         submitted_s: When it was submitted, by ``time.perf_counter``.
         speculates: There is a drafter, so steps are counted.
+        salt: Only requests with the same salt reuse each other's prefixes.
 
     Attributes:
         index: Index of the prompt in its call.
+        n_cached: Tokens of the prompt that were not prefilled, since a seat held them.
         finish_reason: Why it ended; None while it is running, or if it failed.
         failed: The logits of the next token were not finite.
     """
@@ -53,8 +59,10 @@ class Request:
         starts_text: bool = False,
         submitted_s: float,
         speculates: bool,
+        salt: str = "",
     ) -> None:
         self.index, self.prompt_ids, self.params, self.seed = index, prompt_ids, params, seed
+        self.salt, self.n_cached = salt, 0
         self.max_new_tokens = max_new_tokens
         self.eos_ids = frozenset() if params.ignore_eos else eos_ids
         self.token_ids: list[int] = []
@@ -103,6 +111,12 @@ class Request:
         self._text.append(text)
         return text
 
+    def newest_logprobs(self, n: int) -> tuple[TokenLogprob, ...] | None:
+        """Returns the log-probabilities of the newest ``n`` tokens; None if it wants none."""
+        if self.params.logprobs is None:
+            return None
+        return tuple(self.logprobs[len(self.logprobs) - n :])
+
     def count_steps(
         self, n: int, *, n_step_tokens: int, n_kept: int, n_drafts: int, times: StepTimes
     ) -> None:
@@ -141,6 +155,7 @@ class Request:
             ),
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
             speculation=self._speculation,
+            cached_tokens=self.n_cached,
         )
 
     def _end_of_text(self) -> str:
@@ -151,3 +166,30 @@ class Request:
             self.finish_reason = "stop"
             return text
         return text + self._stops.flush()
+
+
+class Scoring:
+    """A window of tokens to score, chunk by chunk.
+
+    Args:
+        ids: The window, two tokens or more.
+        full: Also return the whole distribution at each position.
+
+    Attributes:
+        parts: The scores of its chunks so far.
+        ended: Whether it has been scored or cancelled.
+    """
+
+    def __init__(self, ids: list[int], *, full: bool) -> None:
+        self.ids, self.full = ids, full
+        self.parts: list[Score] = []
+        self.ended = False
+
+    def score(self) -> Score:
+        """Returns the score of the whole window, once it has been scored."""
+        import torch
+
+        names = [name for name, value in vars(self.parts[0]).items() if value is not None]
+        return Score(
+            **{name: torch.cat([getattr(part, name) for part in self.parts]) for name in names}
+        )

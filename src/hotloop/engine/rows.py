@@ -9,12 +9,22 @@ Shape letters: R rows, B rows of a step, T positions of each, D drafts, C cache 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hotloop.kernels import reference
 from hotloop.kernels.cuda.launch import Call, Launcher
 from hotloop.kernels.cuda.step import accept, next_tokens
+
+
+def to_device(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Copies numbers to a device, without waiting for the work that it has to do before."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 class Rows:
@@ -25,6 +35,7 @@ class Rows:
         n_positions: C.
         spare: The most drafts in a step.
         device: The device of the model.
+        scratch: The seat of unused rows that a captured step computes.
         launcher: Launches the CUDA kernels; None uses plain PyTorch.
 
     Attributes:
@@ -41,14 +52,16 @@ class Rows:
         spare: int,
         device: torch.device,
         *,
+        scratch: int = 0,
         launcher: Launcher | None = None,
     ) -> None:
         self._launcher = launcher
         width = n_positions + spare + 1  # a finished row may run one more step
         self.history = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
         self.positions = torch.zeros(n_rows, dtype=torch.int64, device=device)
-        self._seats = tuple(range(n_rows))  # the host's copy
-        self.seats = torch.tensor(self._seats, device=device)
+        self._scratch = scratch
+        self._seats: tuple[int, ...] = ()  # the host's copy, of the rows in use
+        self.seats = torch.full((n_rows,), scratch, device=device)
         self.last = n_positions - 1
 
     def admit(self, row: int, prompt_ids: Tensor, first_id: Tensor) -> None:
@@ -64,11 +77,17 @@ class Rows:
         self.positions[target] = self.positions[source]
 
     def place(self, seats: tuple[int, ...]) -> None:
-        """Sets the seat of every row, for the steps that follow."""
-        if seats != self._seats:
-            pinned = torch.tensor(seats, pin_memory=self.seats.is_cuda)
-            self.seats.copy_(pinned, non_blocking=True)
-            self._seats = seats
+        """Sets the seats of the first rows, for the steps that follow; the others are unused.
+
+        Unused rows begin at position 0 of the scratch seat, where attention has little to read.
+        """
+        if seats == self._seats:
+            return
+        n, n_rows = len(seats), len(self.seats)
+        every = (*seats, *(self._scratch for _ in range(n_rows - n)))
+        self.seats.copy_(to_device(every, self.seats.device))
+        self.positions[n:] = 0
+        self._seats = seats
 
     def tokens(self, positions_BT: Tensor) -> Tensor:
         """Gathers the tokens at positions of the first B rows."""

@@ -19,11 +19,13 @@ from hotloop.engine import packed
 from hotloop.engine.core import (
     Admit,
     Command,
+    CopySeat,
     Describe,
     Done,
     Features,
     MoveRow,
     Pending,
+    Prefill,
     ScoreWindow,
     StartMeter,
     Step,
@@ -35,7 +37,7 @@ from hotloop.engine.forward import CompileWatch, Forward, TorchForward
 from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.prompt import STEP_TOKENS, FusedPrefill, spans
-from hotloop.engine.rows import Rows
+from hotloop.engine.rows import Rows, to_device
 from hotloop.engine.sampling import Sampled, Sampler
 from hotloop.engine.setup import Setup
 from hotloop.engine.speculation import (
@@ -91,7 +93,7 @@ class Runner:
         self.asynchronous, self.captures = setup.asynchronous, setup.captures
         config, device = setup.config, setup.device
         with working_on(device, "load"):
-            self._model = _Model(setup, self._group, n_tokens, progress)
+            self._model = _Model(setup, self._group, n_tokens, progress, n_seats=setup.n_seats)
             shares = [shard.vocabulary for shard in setup.shards]
             self._vocabulary = VocabularyShard(shares, n_tokens, self._group)
             self._sampler = Sampler(
@@ -107,6 +109,7 @@ class Runner:
                 setup.n_positions,
                 spare,
                 device,
+                scratch=setup.n_seats - 1,
                 launcher=self._model.launcher,
             )
             self._draft_model: _Model | None = None
@@ -139,8 +142,12 @@ class Runner:
         match command:
             case Step():
                 return self._step(command)
+            case Prefill():
+                return self._prefill(command)
             case Admit():
                 return self._admit(command)
+            case CopySeat():
+                return Done(self._copy(command))
             case MoveRow():
                 return Done(self._move(command))
             case ScoreWindow():
@@ -156,11 +163,17 @@ class Runner:
             case _:
                 raise AssertionError(f"unknown command: {command}")
 
+    def _prefill(self, command: Prefill) -> Pending[None]:
+        ids = to_device(command.ids, self._setup.device)
+        self._model.prefill(ids, command.start, command.seat)
+        return _PendingChunk(self._setup.device)
+
     def _admit(self, command: Admit) -> Pending[StepResult]:
         row, params = command.row, command.params
-        ids = torch.tensor(command.prompt_ids, device=self._setup.device)
-        self._sampler.admit(row, params, command.seed, ids)
-        logits = self._model.prefill(ids, 0, command.seat)
+        ids = to_device(command.prompt_ids, self._setup.device)
+        self._sampler.admit(row, params, command.seed, command.prompt_ids)
+        last = self._model.prefill(ids[command.start :], command.start, command.seat)
+        logits = last()[None]
         position = torch.full((1, 1), len(ids), device=self._setup.device)
         features = Features.of([params])
         sampled = self._sampler.sample(logits, position, row, features)
@@ -168,33 +181,42 @@ class Runner:
             self._sampler.remember(sampled.ids, row)
         self._rows.admit(row, ids, sampled.ids[0])
         if self._drafter is not None:
-            self._drafter.admit(row)
+            self._drafter.admit(command.seat, command.n_cached)
         return _PendingStepResult(sampled)
 
+    def _copy(self, copy: CopySeat) -> None:
+        for model in filter(None, (self._model, self._draft_model)):
+            model.cache.copy(copy.source, copy.target, copy.n)
+        if self._drafter is not None:
+            self._drafter.copy(copy.source, copy.target, copy.n)
+
     def _move(self, move: MoveRow) -> None:
-        for part in (self._rows, self._sampler, self._drafter):
-            if part is not None:
-                part.move(move.source, move.target)
+        for part in (self._rows, self._sampler):
+            part.move(move.source, move.target)
 
     def _step(self, step: Step) -> Pending[StepResult]:
         with self._step_threads():
-            return _PendingStepResult(*self._stepper.step(step))
+            sampled, timestamps = self._stepper.step(step)
+            return _PendingStepResult(sampled, timestamps, self._stepper.n_programs)
 
     def _score(self, command: ScoreWindow) -> Score:
-        """Scores a window; whole distributions are gathered on rank 0 only."""
-        ids_T = torch.tensor(command.ids, device=self._setup.device)
+        """Scores a chunk of a window; whole distributions are gathered on rank 0 only."""
+        ids_T = to_device(command.ids, self._setup.device)
         vocabulary = self._vocabulary
-        logprobs, top1, distributions = [], [], []
-        for chunk, logits_TV in self._model.logits(ids_T[:-1], 0, command.seat):
+        logprobs, top1, top1_logprobs, distributions = [], [], [], []
+        for chunk, logits_TV in self._model.logits(ids_T[:-1], command.start, command.seat):
             log_probs = vocabulary.log_softmax(logits_TV)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
+            best = vocabulary.argmax(log_probs)
             logprobs.append(vocabulary.gather_at(log_probs, labels).cpu())
-            top1.append(vocabulary.argmax(log_probs).cpu())
+            top1.append(best.cpu())
+            top1_logprobs.append(vocabulary.gather_at(log_probs, best).cpu())
             if command.full and (whole := vocabulary.gather_to_first(log_probs)) is not None:
                 distributions.append(whole.cpu())
         return Score(
             token_logprobs=torch.cat(logprobs),
             top1=torch.cat(top1),
+            top1_logprobs=torch.cat(top1_logprobs),
             log_probs=torch.cat(distributions) if distributions else None,
         )
 
@@ -250,8 +272,20 @@ class Runner:
             return NgramDrafter(self._rows, launcher=self._model.launcher)
         drafter = None
         if self._group.rank == 0:
-            model = self._draft_model = _Model(draft.setup, Group(), self._model.n_tokens, progress)
-            drafter = ModelDrafter(model.forward(), model.prefill, self._rows, self._sampler)
+            model = self._draft_model = _Model(
+                draft.setup,
+                Group(),
+                self._model.n_tokens,
+                progress,
+                n_seats=self._setup.n_seats,
+            )
+            drafter = ModelDrafter(
+                model.forward(),
+                model.prefill,
+                self._rows,
+                self._sampler,
+                chunk=draft.setup.prefill_chunk,
+            )
         if drafter is not None and self._group.size == 1:
             return drafter
         return SharedDrafter(drafter, self._group, self._setup.device)
@@ -261,7 +295,13 @@ class _Model:
     """A decoder, or a rank's shard of one, with its weights and its cache."""
 
     def __init__(
-        self, setup: Setup, group: Group, n_tokens: int, progress: OnProgress | None
+        self,
+        setup: Setup,
+        group: Group,
+        n_tokens: int,
+        progress: OnProgress | None,
+        *,
+        n_seats: int,
     ) -> None:
         self.setup, self.n_tokens, self._shared = setup, n_tokens, group.size > 1
         model, device = setup.local, setup.device
@@ -282,7 +322,7 @@ class _Model:
         self._load_notes = packed.load(setup, self.decoder, group, on_layer)
         self.cache = KVCache(
             kv_heads=model.kv_heads,
-            n_seats=setup.config.max_batch_size,
+            n_seats=n_seats,
             n_positions=setup.n_positions,
             dtype=setup.dtype,
             device=device,
@@ -342,12 +382,16 @@ class _Model:
             return "cold" if compiled else "warm"
         return None if self._compiles is None else self._compiles.state()
 
-    def prefill(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
-        """Prefills a seat from position ``start`` on; returns the last token's logits [1, 1, V]."""
+    def prefill(self, ids_T: Tensor, start: int, seat: int) -> Callable[[], Tensor]:
+        """Prefills a seat with a chunk from position ``start`` on.
+
+        Returns:
+            Computes the last token's logits [1, V], before the next prefill.
+        """
         if self._prompt is not None:
-            return self._prompt(ids_T, start, seat)[None]
-        *_, (_, hidden_TD) = self._chunks(ids_T, start, seat)
-        return self.decoder.logits(hidden_TD[None, -1:])
+            return self._prompt(ids_T, start, seat)
+        ((_, hidden_TD),) = self._chunks(ids_T, start, seat)
+        return lambda: self.decoder.logits(hidden_TD[-1:])
 
     def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
         """Prefills a seat from position ``start`` on, with logits of every token.
@@ -406,11 +450,29 @@ class _Model:
         yield "head", self.decoder.head
 
 
+class _PendingChunk:
+    """The ``Pending`` end of a chunk of prefill."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._done = None
+        if device.type == "cuda":
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> None:
+        """See ``Pending``."""
+        if self._done is not None:
+            self._done.synchronize()
+
+
 class _PendingStepResult:
     """The ``Pending`` result of a step, which is being copied to the host."""
 
-    def __init__(self, sampled: Sampled, timestamps: Timestamps | None = None) -> None:
+    def __init__(
+        self, sampled: Sampled, timestamps: Timestamps | None = None, n_programs: int = 0
+    ) -> None:
         self._host, self._timestamps = sampled.map(_to_host), timestamps
+        self._n_programs = n_programs
         self._ready = None
         if sampled.ids.is_cuda:
             self._ready = torch.cuda.Event()
@@ -431,6 +493,7 @@ class _PendingStepResult:
             n_drafts=[0] * len(ids) if host.n_drafts is None else host.n_drafts.tolist(),
             k=0 if host.n_kept is None else host.ids.shape[1] - 1,
             times=None if self._timestamps is None else step_times(self._timestamps),
+            n_programs=self._n_programs,
         )
 
     def _logprob(self, b: int, t: int, token: int) -> TokenLogprob | None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from hotloop.engine.core import Features
+from hotloop.engine.rows import to_device
 from hotloop.engine.vocabulary import VocabularyShard
 from hotloop.kernels.cuda.launch import Launcher
 from hotloop.kernels.cuda.sample import sample
@@ -126,7 +127,7 @@ class Sampler:
             return features
         return dataclasses.replace(features, truncate=False, n_candidates=0)
 
-    def admit(self, row: int, params: SamplingParams, seed: int, prompt_ids: Tensor) -> None:
+    def admit(self, row: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int]) -> None:
         """Sets a row's options, and the prompt tokens that its repetition penalty applies to."""
         self.temperature[row] = params.temperature
         self.top_k[row] = min(params.top_k or self.vocab_size, self.vocab_size)
@@ -136,7 +137,8 @@ class Sampler:
         self.seed[row] = seed
         if params.repetition_penalty != 1:
             self.seen_RV[row] = False
-            self.seen_RV[row, prompt_ids[prompt_ids < self.vocab_size]] = True
+            seen = [i for i in set(prompt_ids) if i < self.vocab_size]
+            self.seen_RV[row].index_fill_(0, to_device(seen, self.seen_RV.device), True)
 
     def move(self, source: int, target: int) -> None:
         """Copies a row's options and penalized tokens into another row."""

@@ -1,37 +1,46 @@
 """The scheduler: admits requests, launches steps, and delivers tokens.
 
 It owns requests from submission to their end: the queue, each request's row and seat, when a
-prompt is prefilled, and the number of drafts and steps of the next launch. A *row* is a request's
-index in a step, dense from 0; a *seat* is its place in the KV cache. The caller runs iterations of
-the scheduler, and may submit and cancel in between:
+chunk of a prompt is prefilled, and the number of drafts and steps of the next launch. A *row* is a
+request's index in a step, dense from 0; a *seat* is its place in the KV cache (``seats``). The
+caller runs iterations of the scheduler, and may submit and cancel in between:
 
 >>> while not scheduler.idle:
 ...     for request, delta in scheduler.iterate():
 ...         ...
 
-The host runs one step behind the device: an iteration launches a step before it processes the
-tokens of the previous one. If those end a request, its tokens of the in-flight step are discarded.
+An iteration launches a decode step of all rows, then at most one chunk of one prompt, and then
+delivers what the previous iteration launched, while the device computes. So the host runs one step
+behind the device, and a long prompt delays others by one chunk at a time. A request is in the steps
+after its last chunk. If tokens end a request, those of its in-flight step are discarded.
+
+Chunks begin at multiples of their size, whatever the load, so that load changes no bits.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 from hotloop.engine.core import (
     Admit,
+    CopySeat,
     EngineCore,
     Features,
     MoveRow,
     Pending,
+    Prefill,
+    ScoreWindow,
     Step,
-    StepResult,
     StepTimes,
 )
 from hotloop.engine.draft_control import DraftController
-from hotloop.engine.request import Request
-from hotloop.types import Delta
+from hotloop.engine.request import Request, Scoring
+from hotloop.engine.seats import Seat, Seats
+from hotloop.types import Delta, PrefixCache, Score
 
 MAX_MULTI_STEP_S = 8e-3
 """The longest that a multi-step program may delay its first token: half a frame at 60 Hz."""
@@ -53,6 +62,10 @@ def n_multi_steps(step_s: float) -> int:
     return 1 << (n.bit_length() - 1)
 
 
+Job = Request | Scoring
+"""What the scheduler is given: a prompt to answer, or a window to score."""
+
+
 class Scheduler:
     """Drives an ``EngineCore`` for any number of requests.
 
@@ -60,9 +73,17 @@ class Scheduler:
         core: The device side.
         n_rows: The most requests in a step, and seats in the cache.
         n_positions: Tokens that a seat holds.
+        chunk: Tokens of a chunk of prefill.
         controller: Chooses the number of drafts; None without a drafter.
         n_steps: Steps of a multi-step program, used while no request waits; see
             ``n_multi_steps``.
+        prefix_cache: See ``EngineConfig.prefix_cache``.
+
+    Attributes:
+        n_steps: See above.
+        n_programs: Programs that the device side has captured or compiled for steps.
+        feature_sets: Sets of features that programs exist for, ascending; a step takes the first
+            that includes its own. None: steps have exactly the features that they need.
     """
 
     def __init__(
@@ -71,139 +92,228 @@ class Scheduler:
         *,
         n_rows: int,
         n_positions: int,
+        chunk: int,
         controller: DraftController | None = None,
         n_steps: int = 1,
+        prefix_cache: PrefixCache = "none",
     ) -> None:
         self.controller, self.n_steps = controller, n_steps
-        self._core, self._n_positions = core, n_positions
-        self._waiting: deque[Request] = deque()
+        self.n_programs = 0
+        self.feature_sets: Sequence[Features] | None = None
+        self._core, self._n_positions, self._chunk = core, n_positions, chunk
+        self._waiting: deque[Job] = deque()
+        self._prefilling: _Prefilling | None = None
         self._rows: list[Request | None] = [None] * n_rows
-        # A permutation: rows without a request map to unused seats, so that a step which computes
-        # them does not overwrite a cache in use.
-        self._seats = list(range(n_rows))
-        self._launched: _Launched | None = None
+        self._seats = Seats(n_rows, reuse=prefix_cache, chunk=chunk)
+        self._seat_of: dict[Job, Seat] = {}
+        self._in_flight: list[_Launched] = []
+        self._chunk_next = False  # of a synchronous device
 
     @property
     def idle(self) -> bool:
         """Whether no request is waiting, running or in flight."""
-        return not (self._waiting or self._launched or any(self._rows))
+        return not (self._waiting or self._seat_of or self._in_flight)
 
-    def submit(self, request: Request) -> None:
-        """Appends a request to the queue."""
-        self._waiting.append(request)
+    @property
+    def n_waiting(self) -> int:
+        """Jobs in the queue."""
+        return len(self._waiting)
 
-    def cancel(self, request: Request) -> None:
+    @property
+    def n_running(self) -> int:
+        """Jobs that have a seat: prompts in prefill, and rows."""
+        return len(self._seat_of)
+
+    def submit(self, job: Job) -> None:
+        """Appends a request or a window to the queue."""
+        self._waiting.append(job)
+
+    def cancel(self, job: Job) -> None:
         """Cancels a request and frees its row and seat; does nothing if it has ended.
 
         Its tokens of in-flight steps are discarded.
         """
-        if request.ended:
+        if job.ended:
             return
-        request.finish_reason = "cancelled"
-        if request in self._waiting:
-            self._waiting.remove(request)
-        self._release(request)
-        if self._launched is not None and all(r.ended for r in self._launched.requests.values()):
-            self._launched = None
+        if isinstance(job, Request):
+            job.finish_reason = "cancelled"
+        else:
+            job.ended = True
+        if job in self._waiting:
+            self._waiting.remove(job)
+        self._release(job)
+        self._in_flight = [each for each in self._in_flight if not each.ended]
 
-    def iterate(self) -> Iterator[tuple[Request, Delta]]:
-        """Runs one iteration: admits requests, launches a step, and delivers the previous one.
+    def iterate(self) -> list[tuple[Job, Delta | None]]:
+        """Runs one iteration: launches a step and a chunk, and delivers the previous ones.
 
-        Yields:
-            Each new piece of an answer. The last piece of a failed request has no generation.
+        A synchronous device has completed them when they are launched. There an iteration is either
+        a step or a chunk, by turns, and is delivered at once.
+
+        Returns:
+            The new pieces of answers; None for a window that has been scored. The last piece of a
+            failed request has no generation.
         """
-        while self._waiting and None in self._rows:
-            yield from self._deliver(self._admit(self._waiting.popleft()))
-        # The next step is launched before the previous one's tokens are processed, except on a
-        # synchronous device, which has completed it anyway.
-        previous, self._launched = self._launched, self._launch()
-        if previous is not None:
-            yield from self._deliver(previous)
-        if self._launched is not None and not self._core.asynchronous:
-            launched, self._launched = self._launched, None
-            yield from self._deliver(launched)
+        if not self._core.asynchronous:
+            launches = [self._launch_step, self._launch_chunk]
+            first, second = reversed(launches) if self._chunk_next else launches
+            launched = first() or second()
+            self._chunk_next = launched is not None and launched.n > 0
+            return [] if launched is None else self._deliver(launched)
+        previous = self._in_flight
+        launched = [self._launch_step(), self._launch_chunk()]
+        self._in_flight = [each for each in launched if each is not None]
+        return list(chain.from_iterable(map(self._deliver, previous)))
 
     # ------------------------------------------------------------------------------ rows and seats
 
-    def _admit(self, request: Request) -> _Launched:
-        """Prefills a prompt into the seat of a free row, and samples its first token."""
-        if not any(self._rows):
-            self._seats.sort()  # attention reads seats in order without a gather
-        row = self._rows.index(None)
-        self._rows[row] = request
-        admit = Admit(
-            row=row,
-            seat=self._seats[row],
-            params=request.params,
-            seed=request.seed,
-            prompt_ids=request.prompt_ids,
-        )
-        return _Launched({0: request}, self._core.run(admit))
-
-    def _release(self, request: Request) -> None:
-        """Frees a request's row and seat, if it has them."""
-        if request in self._rows:
-            self._rows[self._rows.index(request)] = None
+    def _release(self, job: Job) -> None:
+        """Frees a job's row and seat, if it has them; the seat keeps its tokens."""
+        if self._prefilling is not None and self._prefilling.job is job:
+            self._prefilling = None
+        if job in self._rows:
+            self._rows[self._rows.index(job)] = None
+        seat = self._seat_of.pop(job, None)
+        if seat is None:
+            return
+        if isinstance(job, Request):
+            self._seats.release(seat, job.token_ids[:-1])  # the last one was not an input
+        else:
+            self._seats.release(seat)
+        if isinstance(job, Scoring) or job.failed:
+            self._seats.clear(seat)
 
     def _compact(self) -> int:
         """Moves the last rows into holes, so that used rows come first; returns their number."""
-        n = sum(request is not None for request in self._rows)
-        for source in range(n, len(self._rows)):
-            if self._rows[source] is None:
-                continue
-            target = self._rows.index(None)
-            self._core.run(MoveRow(source=source, target=target))
-            rows, seats = self._rows, self._seats
-            rows[source], rows[target] = rows[target], rows[source]
-            seats[source], seats[target] = seats[target], seats[source]
+        rows, n = self._rows, sum(request is not None for request in self._rows)
+        for source in range(n, len(rows)):
+            if rows[source] is not None:
+                target = rows.index(None)
+                self._core.run(MoveRow(source=source, target=target))
+                rows[source], rows[target] = None, rows[source]
         return n
 
     # ------------------------------------------------------------------------------ steps
 
-    def _launch(self) -> _Launched | None:
+    def _launch_step(self) -> _Launched | None:
         """Launches a decode step for every request that needs one, without waiting for it."""
-        in_flight = self._launched
-        n_in_flight: dict[Request, int] = {}
-        if in_flight is not None:
-            n_in_flight = dict.fromkeys(in_flight.requests.values(), in_flight.n_steps)
+        fewest: dict[Request, int] = {}  # tokens that in-flight steps will surely bring
+        most: dict[Request, int] = {}
+        for launched in self._in_flight:
+            for request in launched.requests.values():
+                fewest[request] = fewest.get(request, 0) + launched.n_steps
+                most[request] = most.get(request, 0) + launched.n_steps + launched.k
         remaining: dict[Request, int] = {}
-        for request in filter(None, self._rows):
-            n_remaining = request.n_remaining - n_in_flight.get(request, 0)
+        for row, request in enumerate(self._rows):
+            if request is None:
+                continue
+            n_remaining = request.n_remaining - fewest.get(request, 0)
             if n_remaining > 0:
                 remaining[request] = n_remaining
-            elif not self._waiting:  # else a waiting request takes the row, and no row has to move
-                self._release(request)
+            else:
+                self._rows[row] = None
         if not remaining:
             return None
         n = self._compact()
-        active = {row: r for row, r in enumerate(self._rows[:n]) if r in remaining}
+        active = {row: r for row, r in enumerate(self._rows[:n]) if r is not None}
         # The positions of the newest tokens on the host; in-flight steps may advance them.
         known_positions = {
             row: len(r.prompt_ids) + len(r.token_ids) - 1 for row, r in active.items()
         }
-        slack = 0 if in_flight is None else in_flight.n_steps + in_flight.k
-        furthest = max(known_positions.values()) + slack
-        k, least, most = 0, min(remaining.values()), max(remaining.values())
+        slack = max(most.get(request, 0) for request in active.values())
+        furthest = max(known_positions[row] + most.get(r, 0) for row, r in active.items())
+        k = 0
         if self.controller is not None:
             room = self._n_positions - 1 - furthest
-            k = self.controller.choose(n, min(most, room) - 1)
-        several = k == 0 and not self._waiting and least >= self.n_steps
+            k = self.controller.choose(n, min(max(remaining.values()), room) - 1)
+        alone = not self._waiting and self._prefilling is None
+        several = k == 0 and alone and min(remaining.values()) >= self.n_steps
         n_steps = self.n_steps if several else 1
         step = Step(
             n=n,
-            seats=tuple(self._seats),
+            seats=tuple(self._seat_of[request].index for request in active.values()),
             longest=furthest + k + n_steps,
-            features=Features.of(r.params for r in active.values()),
+            features=self._features(active.values()),
             k=k,
             n_steps=n_steps,
             known_positions=known_positions,
             slack=slack,
         )
-        return _Launched(active, self._core.run(step), n=n, k=k, n_steps=n_steps)
+        return _Launched(self._core.run(step), requests=active, n=n, k=k, n_steps=n_steps)
 
-    def _deliver(self, launched: _Launched) -> Sequence[tuple[Request, Delta]]:
-        """Delivers a step's tokens to their requests, and frees the rows of those that end."""
+    def _features(self, requests: Iterable[Request]) -> Features:
+        """Returns the features of a step's program; more than are needed change no token."""
+        needed = Features.of(request.params for request in requests)
+        if self.feature_sets is None:
+            return needed
+        return next((each for each in self.feature_sets if each.includes(needed)), needed)
+
+    # ------------------------------------------------------------------------------ prefill
+
+    def _launch_chunk(self) -> _Launched | None:
+        """Launches the next chunk of a prompt or of a window, if there is one."""
+        if self._prefilling is None:
+            self._prefilling = self._next_prefill()
+        if self._prefilling is None:
+            return None
+        job, seat, start = self._prefilling.job, self._prefilling.seat, self._prefilling.start
+        n = len(job.prompt_ids) if isinstance(job, Request) else len(job.ids) - 1
+        end = self._prefilling.start = min(n, start - start % self._chunk + self._chunk)
+        is_last = end == n
+        if is_last:
+            self._prefilling = None
+        if isinstance(job, Scoring):
+            score = ScoreWindow(
+                seat=seat.index, start=start, ids=job.ids[start : end + 1], full=job.full
+            )
+            return _Launched(self._core.run(score), scoring=job, is_last=is_last)
+        if not is_last:
+            pending = self._core.run(
+                Prefill(seat=seat.index, start=start, ids=job.prompt_ids[start:end])
+            )
+            self._seats.hold(seat, job.prompt_ids, end)
+            return _Launched(pending, prefilling=job)
+        row = self._rows.index(None)
+        self._rows[row] = job
+        admit = Admit(
+            row=row,
+            seat=seat.index,
+            params=job.params,
+            seed=job.seed,
+            prompt_ids=job.prompt_ids,
+            start=start,
+            n_cached=job.n_cached,
+        )
+        pending = self._core.run(admit)
+        self._seats.hold(seat, job.prompt_ids, end)
+        return _Launched(pending, requests={0: job})
+
+    def _next_prefill(self) -> _Prefilling | None:
+        """Gives the first job of the queue a seat, if one is free."""
+        if not self._waiting or not self._seats.any_free:
+            return None
+        job = self._waiting.popleft()
+        if isinstance(job, Scoring):
+            seat = self._seat_of[job] = self._seats.place([]).seat
+            return _Prefilling(job, seat, 0)
+        placement = self._seats.place(job.prompt_ids, job.salt)
+        seat = self._seat_of[job] = placement.seat
+        job.n_cached = placement.n_cached
+        if placement.source is not None:
+            copy = CopySeat(source=placement.source.index, target=seat.index, n=placement.n_cached)
+            self._core.run(copy)
+        return _Prefilling(job, seat, placement.n_cached)
+
+    # ------------------------------------------------------------------------------ delivery
+
+    def _deliver(self, launched: _Launched) -> list[tuple[Job, Delta | None]]:
+        """Delivers a launch's tokens or score, and frees the seats of jobs that end."""
         result = launched.pending.wait()
+        if launched.scoring is not None:
+            return self._deliver_score(launched.scoring, result, is_last=launched.is_last)
+        if not launched.requests:
+            return []
+        self.n_programs = max(self.n_programs, result.n_programs)
         # The other requests ended after this step was launched.
         running = {row: r for row, r in launched.requests.items() if not r.ended}
         if self.controller is not None and launched.n:
@@ -211,7 +321,7 @@ class Scheduler:
             self.controller.observe(
                 launched.n, result.k, times=result.times, kept=kept, steps=launched.n_steps
             )
-        deltas = []
+        deltas: list[tuple[Job, Delta | None]] = []
         for row, request in running.items():
             text, ids = "", []
             for token_id, logprob in result.rows[row]:
@@ -236,21 +346,60 @@ class Scheduler:
                 index=request.index,
                 text=text,
                 token_ids=tuple(ids),
+                logprobs=request.newest_logprobs(len(ids)),
                 generation=None if request.finish_reason is None else request.generation(),
             )
             deltas.append((request, delta))
         return deltas
 
+    def _deliver_score(
+        self, scoring: Scoring, part: Score, *, is_last: bool
+    ) -> list[tuple[Job, Delta | None]]:
+        """Adds the score of a chunk; returns the window after its last one."""
+        if scoring.ended:
+            return []
+        scoring.parts.append(part)
+        if not is_last:
+            return []
+        scoring.ended = True
+        self._release(scoring)
+        return [(scoring, None)]
+
+
+@dataclass
+class _Prefilling:
+    """A job whose prompt or window is being prefilled, and the position of its next chunk."""
+
+    job: Job
+    seat: Seat
+    start: int
+
 
 @dataclass(frozen=True)
 class _Launched:
-    """A launched prefill, step or multi-step program, and the request of each row.
+    """A launched chunk, step or multi-step program.
 
-    It has ``n`` rows with ``k`` drafts each; ``n`` is 0 for a prefill.
+    A step has ``n`` rows with ``k`` drafts each; ``n`` is 0 for a chunk.
+
+    Attributes:
+        pending: Its result.
+        requests: The request of each row of the result.
+        prefilling: The request of a chunk that is not the last of its prompt.
+        scoring: The window that a chunk belongs to.
+        is_last: The chunk is the last of the window.
     """
 
-    requests: Mapping[int, Request]
-    pending: Pending[StepResult]
+    pending: Pending[Any]
+    requests: Mapping[int, Request] = field(default_factory=dict)
+    prefilling: Request | None = None
+    scoring: Scoring | None = None
+    is_last: bool = False
     n: int = 0
     k: int = 0
     n_steps: int = 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody waits for the result."""
+        jobs: list[Job | None] = [*self.requests.values(), self.prefilling, self.scoring]
+        return all(job is None or job.ended for job in jobs)

@@ -18,6 +18,7 @@ import torch
 
 from hotloop.checked import MAX_SEED
 from hotloop.engine import fused
+from hotloop.engine.core import padded_rows
 from hotloop.engine.forward import compile_unavailable_reason
 from hotloop.engine.prefill_workspace import prefill_chunk
 from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError, shorten_value
@@ -119,6 +120,13 @@ class Setup:
     def captures(self) -> bool:
         """See ``EngineCore``."""
         return self.asynchronous and self.execution != "eager"
+
+    @property
+    def n_seats(self) -> int:
+        """Seats of the cache: one for each row, and a scratch seat if steps can be padded."""
+        n = self.config.max_batch_size
+        padded = self.captures and any(padded_rows(i, n) > i for i in range(1, n + 1))
+        return n + padded
 
     @property
     def local(self) -> ModelConfig:

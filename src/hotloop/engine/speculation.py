@@ -16,7 +16,7 @@ Shape letters: B rows, C positions of a row's history, D drafts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,14 +52,19 @@ class Drafter(ABC):
             features: The features that the sampler needs.
         """
 
-    def admit(self, row: int) -> None:  # noqa: B027 (most have no state)
-        """Resets the drafter's state of a row, which has a new sequence."""
+    def admit(self, seat: int, n_cached: int) -> None:  # noqa: B027 (most have no state)
+        """Records that a seat has a new sequence.
 
-    def move(self, source: int, target: int) -> None:  # noqa: B027
-        """Moves the drafter's state of a row to another row."""
+        Args:
+            seat: The seat.
+            n_cached: Tokens at its beginning that it held before.
+        """
 
-    def skip(self, n: int) -> None:  # noqa: B027
-        """Records that a step of the first ``n`` rows had no drafts."""
+    def copy(self, source: int, target: int, n: int) -> None:  # noqa: B027
+        """Records that the first ``n`` positions of a seat were copied into another."""
+
+    def skip(self, seats: Sequence[int]) -> None:  # noqa: B027
+        """Records that a step of the sequences in these seats had no drafts."""
 
     def catch_up(self, step: Step) -> None:  # noqa: B027
         """Prefills the tokens of steps without drafts, before ``propose``.
@@ -128,6 +133,7 @@ class ModelDrafter(Drafter):
         prefill: Prefills tokens [T] into a seat of the draft model's cache, from a position on.
         rows: The rows of the target model.
         sampler: The sampler of the target model; the draft model's logits are not sharded.
+        chunk: The most tokens of one prefill.
     """
 
     def __init__(
@@ -136,11 +142,14 @@ class ModelDrafter(Drafter):
         prefill: Callable[[Tensor, int, int], object],
         rows: Rows,
         sampler: Sampler,
+        *,
+        chunk: int,
     ) -> None:
         self.forward, self.prefill, self.rows = forward, prefill, rows
-        self.sampler = sampler.of_whole_vocabulary()
-        self._read: dict[int, int] = {}  # by row: all positions before this one are in the cache
-        self._lagging: set[int] = set()  # rows with tokens to prefill before the newest two
+        self.sampler, self._chunk = sampler.of_whole_vocabulary(), chunk
+        # By seat: all positions before this one are in the cache.
+        self._read: dict[int, int] = {}
+        self._lagging: set[int] = set()  # seats with tokens to prefill before the newest two
 
     def propose(
         self, n: int, k: int, *, first_seat: int | None, length: int, features: Features
@@ -152,31 +161,39 @@ class ModelDrafter(Drafter):
         forward = partial(self.forward, first_seat=first_seat, length=length)
         return _sample(forward, self.rows, self.sampler, tokens_BT, positions_BT, k, features)
 
-    def admit(self, row: int) -> None:
+    def admit(self, seat: int, n_cached: int) -> None:
         """See ``Drafter``."""
-        self._read[row] = 0
-        self._lagging.add(row)
+        self._read[seat] = min(self._read.get(seat, 0), n_cached)
+        self._lagging.add(seat)
 
-    def move(self, source: int, target: int) -> None:
+    def copy(self, source: int, target: int, n: int) -> None:
         """See ``Drafter``."""
-        self._read[target] = self._read[source]
-        self._lagging.discard(target)
-        if source in self._lagging:
-            self._lagging.add(target)
+        self._read[target] = min(self._read.get(source, 0), n)
 
-    def skip(self, n: int) -> None:
+    def skip(self, seats: Sequence[int]) -> None:
         """See ``Drafter``."""
-        self._lagging.update(range(n))
+        self._lagging.update(seats)
 
     def catch_up(self, step: Step) -> None:
-        """See ``Drafter``. It may include positions without a token, which are rewritten later."""
+        """See ``Drafter``. It may include positions without a token, which are rewritten later.
+
+        A step prefills at most one chunk, so that a long prompt does not delay the other rows for
+        longer. Until a sequence has caught up, its drafts are worth less.
+        """
+        room = self._chunk
         for row, position in step.known_positions.items():
-            if row in self._lagging:
-                start, stop = self._read[row], min(position + step.slack, self.rows.last + 1)
+            seat = step.seats[row]
+            if seat in self._lagging:
+                start, end = self._read[seat], min(position + step.slack, self.rows.last + 1)
+                stop = min(end, start + room)
                 if start < stop:
-                    self.prefill(self.rows.history[row, start:stop], start, step.seats[row])
-                self._lagging.remove(row)
-            self._read[row] = position
+                    self.prefill(self.rows.history[row, start:stop], start, seat)
+                    room -= stop - start
+                if stop < end:
+                    self._read[seat] = min(stop, position)
+                    continue
+                self._lagging.remove(seat)
+            self._read[seat] = position
 
 
 class SharedDrafter(Drafter):
@@ -199,20 +216,20 @@ class SharedDrafter(Drafter):
             return self.group.max(self.drafter.propose(n, k, **how))
         return self.group.max(torch.full((n, k), -1, device=self.device))
 
-    def admit(self, row: int) -> None:
+    def admit(self, seat: int, n_cached: int) -> None:
         """See ``Drafter``."""
         if self.drafter is not None:
-            self.drafter.admit(row)
+            self.drafter.admit(seat, n_cached)
 
-    def move(self, source: int, target: int) -> None:
+    def copy(self, source: int, target: int, n: int) -> None:
         """See ``Drafter``."""
         if self.drafter is not None:
-            self.drafter.move(source, target)
+            self.drafter.copy(source, target, n)
 
-    def skip(self, n: int) -> None:
+    def skip(self, seats: Sequence[int]) -> None:
         """See ``Drafter``."""
         if self.drafter is not None:
-            self.drafter.skip(n)
+            self.drafter.skip(seats)
 
     def catch_up(self, step: Step) -> None:
         """See ``Drafter``."""

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hotloop.engine.core import Features, Step, StepTimes
+from hotloop.engine.core import Features, Step, StepTimes, padded_rows
 from hotloop.engine.forward import Forward
 from hotloop.engine.graphs import Graphs
 from hotloop.engine.rows import Rows
@@ -117,13 +117,14 @@ class Stepper:
         n, k = step.n, step.k
         wanted = self.sampler.relevant(step.features)
         if self._graphs is not None:  # fewer sizes to compile and to capture
-            n = min(1 << (n - 1).bit_length(), len(self.rows.positions))
+            n = padded_rows(n, len(self.rows.positions))
         self.rows.place(step.seats)
-        reads = (self._first_seat(step.seats[:n]), self.length(step.longest))
+        first_seat = self._first_seat(step.seats) if n == step.n else None
+        reads = (first_seat, self.length(step.longest))
         if self.drafter is None:
             program = _Program(False, n, 0, *reads, wanted, step.n_steps)
             return self._run(program, self._steps), None
-        n_made = self._n_made
+        n_made = self.n_programs
         timestamps = [self._timestamp()]
         if k:
             self.drafter.catch_up(step)
@@ -133,13 +134,13 @@ class Stepper:
             if self._device.type == "cpu" and (self._drafts[:n, 0] < 0).all():
                 k = 0
         else:
-            self.drafter.skip(n)
+            self.drafter.skip(step.seats)
             timestamps.append(self._timestamp())
         timestamps.append(self._timestamp())
         program = _Program(False, n, k, *reads, wanted, step.n_steps)
         sampled = self._run(program, self._steps)
         timestamps.append(self._timestamp())
-        return sampled, timestamps if self._n_made == n_made else None
+        return sampled, timestamps if self.n_programs == n_made else None
 
     def length(self, longest: int) -> int:
         """Returns the cache positions that a step reads which needs the first ``longest``."""
@@ -209,7 +210,7 @@ class Stepper:
         return self._graphs.run(program, lambda: run(program), state)
 
     @property
-    def _n_made(self) -> int:
+    def n_programs(self) -> int:
         """The number of programs so far; the first run of each compiles or captures."""
         return len(self._ran) if self._graphs is None else self._graphs.n_captured
 

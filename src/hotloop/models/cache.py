@@ -47,6 +47,11 @@ class KVCache(nn.Module):
         """Returns the keys and values of one layer."""
         return getattr(self, f"k{index}"), getattr(self, f"v{index}")
 
+    def copy(self, source: int, target: int, n: int) -> None:
+        """Copies the first ``n`` positions of a seat into another seat, in every layer."""
+        for tensor_SJCE in self.buffers():
+            tensor_SJCE[target, :, :n] = tensor_SJCE[source, :, :n]
+
 
 def write(cache_SJCE: Tensor, seats_B: Tensor, positions_BT: Tensor, new_BTJE: Tensor) -> None:
     """Stores new keys or values in place."""

@@ -1,0 +1,68 @@
+"""The programs that a server can need: sizes of steps, and features of the sampler.
+
+A captured program takes tens of milliseconds to make, and a compiled one seconds, so a server makes
+all of them before it is ready. Their number is kept small by running a step with more features than
+it needs: features change no token of a request that does not use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hotloop.engine.core import TOP_K_CANDIDATES, Features, Step, padded_rows
+from hotloop.engine.draft_control import sizes_up_to
+from hotloop.engine.setup import Setup
+from hotloop.engine.steps import SMALLEST_LENGTH
+
+SERVED_FEATURES = (
+    Features(),
+    Features(draw=True, truncate=True, n_candidates=TOP_K_CANDIDATES),
+    Features(draw=True, truncate=True, n_candidates=TOP_K_CANDIDATES, penalize=True, logprobs=True),
+    Features(draw=True, truncate=True, n_candidates=None, penalize=True, logprobs=True),
+)
+"""The features of a server's steps, ascending: greedy decoding; sampling; everything, for common
+values of top-k and for any. The kernel that samples in fused steps serves any top-k alike, so that
+there the last two are one program."""
+
+
+def serving_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
+    """Returns a step for each program that a server can need, the largest first.
+
+    It is empty where nothing is captured or compiled.
+
+    Args:
+        setup: The engine.
+        n_steps: Steps of a multi-step program.
+    """
+    if setup.execution == "eager":
+        return ()
+    return tuple(_steps(setup, n_steps))
+
+
+def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:
+    n_rows = setup.config.max_batch_size
+    sizes = {padded_rows(n, n_rows) if setup.captures else n for n in range(1, n_rows + 1)}
+    drafts = (0,) if setup.draft is None else sizes_up_to(setup.config.draft_tokens)
+    kinds = [(k, 1) for k in drafts] + ([(0, n_steps)] if n_steps > 1 else [])
+    for n in sorted(sizes, reverse=True):
+        for k, several in kinds:
+            for features in reversed(SERVED_FEATURES):
+                for longest in _lengths(setup):
+                    yield Step(
+                        n=n,
+                        seats=tuple(range(n)),
+                        longest=longest,
+                        features=features,
+                        k=k,
+                        n_steps=several,
+                    )
+
+
+def _lengths(setup: Setup) -> Sequence[int]:
+    """Returns a value of ``Step.longest`` for each length of cache that programs differ by."""
+    if setup.fused or setup.device.type == "cpu":  # kernels stop at a row's position
+        return (setup.n_positions,)
+    lengths = [SMALLEST_LENGTH]
+    while lengths[-1] < setup.n_positions:
+        lengths.append(2 * lengths[-1])
+    return [min(length, setup.n_positions) for length in reversed(lengths)]

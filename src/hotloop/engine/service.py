@@ -1,0 +1,428 @@
+"""``Service``: one engine for many clients, driven by one thread.
+
+Any thread submits and cancels; the service's thread runs the scheduler. Each request has a
+``Ticket``, a queue of the pieces of its answer. A client that is slow to take them fills only its
+own queue, and is cancelled once that is full. After each iteration the clients whose queues got
+something are woken: threads by an event of their own, an asyncio loop by one call for all of them.
+
+>>> with Service(llm) as service:
+...     ticket = service.submit([1, 2, 3], SamplingParams())
+...     for piece in ticket:
+...         ...
+
+In a coroutine, with ``Service(llm, loop=asyncio.get_running_loop())``:
+
+>>> while not ticket.done:
+...     await ticket.arrived()
+...     for piece in ticket.take():
+...         ...
+
+If the engine fails, every ticket raises the error, and the service takes no more requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from hotloop.engine.llm import LLM
+from hotloop.engine.request import Request
+from hotloop.engine.scheduler import Job
+from hotloop.errors import (
+    HotloopError,
+    NumericsError,
+    QueueFullError,
+    ServiceClosedError,
+    SlowClientError,
+)
+from hotloop.types import Delta, Prompt, SamplingParams, Score
+
+MAX_QUEUED = 64
+"""The most requests that wait for a seat by default."""
+
+MAX_BEHIND = 4096
+"""The most tokens of an answer that a client may leave in its queue by default."""
+
+SWITCH_INTERVAL_S = 5e-4
+"""How long another Python thread may keep the interpreter from the service's thread. Python's own
+5 ms are longer than a step."""
+
+Piece = Delta | Score
+"""A piece of an answer, or the score of a window."""
+
+
+class Ticket:
+    """A request that was submitted, and the pieces of its answer that have not been taken.
+
+    With several answers (``SamplingParams.n``) a piece's ``index`` is that of its answer. The last
+    piece of each has a ``generation``; that of a cancelled one has the finish reason ``cancelled``.
+
+    Args:
+        jobs: The answers, or the window to score.
+        event: Is set when something has arrived.
+        max_behind: The most tokens in the queue.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt or window.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], event: threading.Event | asyncio.Event, *, max_behind: int
+    ) -> None:
+        first, *_ = self._jobs = tuple(jobs)
+        self.prompt_tokens = len(first.prompt_ids if isinstance(first, Request) else first.ids)
+        self._n_open, self._event, self._max_behind = len(self._jobs), event, max_behind
+        self._pieces: deque[Piece] = deque()
+        self._n_put = self._n_taken = 0  # tokens; each is written by one side only
+        self._error: HotloopError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether everything has been taken; if it failed, the error has been raised."""
+        return not (self._n_open or self._pieces or self._error)
+
+    def take(self) -> list[Piece]:
+        """Takes what has arrived, in order, without waiting.
+
+        Raises:
+            HotloopError: What ended the request, once all pieces before have been taken.
+        """
+        self._event.clear()
+        pieces = []
+        while self._pieces:
+            piece = self._pieces.popleft()
+            self._n_taken += _n_tokens(piece)
+            pieces.append(piece)
+        if not pieces and self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return pieces
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits in a thread until there is something to take; False after ``timeout_s``."""
+        assert isinstance(self._event, threading.Event), "in a coroutine, await arrived()"
+        return self._ready or self._event.wait(timeout_s)
+
+    async def arrived(self) -> None:
+        """Waits in the service's event loop until there is something to take."""
+        assert isinstance(self._event, asyncio.Event), "the service has no event loop"
+        if not self._ready:
+            await self._event.wait()
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Takes all pieces, waiting for each in this thread."""
+        while not self.done:
+            self.wait()
+            yield from self.take()
+
+    @property
+    def _ready(self) -> bool:
+        return bool(self._pieces) or self._error is not None or not self._n_open
+
+    @property
+    def _all_put(self) -> bool:
+        return self._n_open == 0
+
+    def _put(self, piece: Piece, *, is_last: bool) -> bool:
+        """Appends a piece, in the service's thread; False if the queue is full."""
+        self._n_put += _n_tokens(piece)
+        self._pieces.append(piece)
+        self._n_open -= is_last
+        return self._n_put - self._n_taken <= self._max_behind
+
+    def _fail(self, error: HotloopError) -> None:
+        self._error, self._n_open = error, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceState:
+    """The service at one moment.
+
+    Attributes:
+        n_running: Requests that have a seat, in prefill or decoding.
+        n_waiting: Requests that wait for a seat.
+        n_captured: Programs captured or compiled since the service was ready; 0, unless a size was
+            forgotten.
+        stalled_s: Seconds since the last iteration ended, while there is work; else 0.
+        error: What has ended the service; None while it runs.
+    """
+
+    n_running: int
+    n_waiting: int
+    n_captured: int
+    stalled_s: float
+    error: HotloopError | None
+
+
+class Service:
+    """Serves requests from a thread that drives an engine's scheduler.
+
+    While it runs, it is the engine's only user: the engine's own ``generate``, ``stream`` and
+    ``score`` are refused.
+
+    Args:
+        llm: The engine. It stays open when the service closes.
+        max_queued: The most requests that may wait for a seat.
+        max_behind: The most tokens in a ticket's queue, before it is cancelled.
+        loop: The event loop that takes the pieces; None for threads.
+
+    Raises:
+        RequestError: The engine is closed, is generating, or has another service.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        *,
+        max_queued: int = MAX_QUEUED,
+        max_behind: int = MAX_BEHIND,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._llm, self._loop, self._max_behind = llm, loop, max_behind
+        self._most = llm.config.max_batch_size + max_queued
+        self._max_queued = max_queued
+        self._changed = threading.Condition()
+        self._inbox: deque[tuple[Ticket, bool]] = deque()  # and whether to cancel it
+        self._tickets: dict[Job, Ticket] = {}  # of jobs that have not ended
+        self._n_jobs = 0  # those, and those in the inbox
+        self._closing = self._ending = self._closed = False
+        self._error: HotloopError | None = None
+        self._busy_since: float | None = None
+        self._held: AbstractContextManager[None] = llm.held_by_service()
+        self._held.__enter__()
+        try:
+            self._scheduler = llm.prepare_to_serve()
+        except BaseException:
+            self._held.__exit__(None, None, None)
+            raise
+        self._n_programs = self._scheduler.n_programs
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._interval, SWITCH_INTERVAL_S))
+        self._thread = threading.Thread(target=self._run, name="hotloop-service", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------ any thread
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: str = "",
+        clamp: bool = False,
+    ) -> Ticket:
+        """Submits a prompt.
+
+        Args:
+            prompt: As for ``LLM.generate``; text is tokenized in this thread.
+            params: Sampling options; None takes the model's own defaults.
+            salt: Only requests with the same salt reuse each other's prefixes.
+            clamp: Reduce ``max_new_tokens`` to what the context has room for, instead of refusing.
+
+        Raises:
+            ContextLengthError: The prompt does not fit the context.
+            RequestError: The prompt or an option cannot be used.
+            QueueFullError: Too many requests are waiting.
+            ServiceClosedError: The service has been closed, or is draining.
+            HotloopError: The engine has failed; the error of that failure.
+        """
+        return self._add(self._llm.requests(prompt, params, salt=salt, clamp=clamp))
+
+    def score(self, ids: Sequence[int], *, full: bool = False) -> Ticket:
+        """Submits a window of token ids to score; its only piece is a ``Score``.
+
+        Raises:
+            HotloopError: As ``submit``.
+        """
+        return self._add([self._llm.scoring(ids, full=full)])
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Cancels what has not ended of a request, within two steps; does not wait."""
+        with self._changed:
+            self._inbox.append((ticket, True))
+            self._changed.notify()
+
+    def state(self) -> ServiceState:
+        """Returns the state of the service; never waits for the engine."""
+        busy_since, n_running = self._busy_since, self._scheduler.n_running
+        return ServiceState(
+            n_running=n_running,
+            n_waiting=max(0, self._n_jobs - n_running),
+            n_captured=self._scheduler.n_programs - self._n_programs,
+            stalled_s=0.0 if busy_since is None else time.monotonic() - busy_since,
+            error=self._error,
+        )
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests, and waits until those that run and wait have ended.
+
+        Returns:
+            Whether they all have.
+        """
+        with self._changed:
+            self._closing = True
+            return self._changed.wait_for(
+                lambda: self._n_jobs == 0 or self._error is not None, timeout_s
+            )
+
+    def close(self) -> None:
+        """Cancels all requests and ends the thread. The engine can be used again."""
+        with self._changed:
+            self._closing = self._ending = True
+            self._changed.notify_all()
+        self._thread.join()
+        if not self._closed:
+            self._closed = True
+            sys.setswitchinterval(self._interval)
+            self._held.__exit__(None, None, None)
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _add(self, jobs: Sequence[Job]) -> Ticket:
+        event = threading.Event() if self._loop is None else asyncio.Event()
+        ticket = Ticket(jobs, event, max_behind=self._max_behind)
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            if self._closing:
+                raise ServiceClosedError
+            if self._n_jobs + len(jobs) > self._most:
+                raise QueueFullError(self._max_queued)
+            self._n_jobs += len(jobs)
+            self._inbox.append((ticket, False))
+            self._changed.notify()
+        return ticket
+
+    # ------------------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._take_inbox()
+                woken: dict[Ticket, None] = {}
+                for job, delta in self._scheduler.iterate():
+                    self._deliver(job, delta, woken)
+                self._wake(woken)
+            self._end(ServiceClosedError(), cancelled=True)
+        except Exception as error:
+            failed = error if isinstance(error, HotloopError) else _engine_error(error)
+            with self._changed:
+                self._error = failed
+            self._end(failed, cancelled=False)
+
+    def _wait_for_work(self) -> bool:
+        """Waits until there is something to do; False once the service ends."""
+        with self._changed:
+            if self._scheduler.idle and not self._inbox:
+                self._busy_since = None
+                self._changed.wait_for(lambda: self._inbox or self._ending)
+            self._busy_since = time.monotonic()
+            return not self._ending
+
+    def _take_inbox(self) -> None:
+        woken: dict[Ticket, None] = {}
+        while self._inbox:
+            ticket, cancelled = self._inbox.popleft()
+            for job in ticket._jobs:
+                if not cancelled:
+                    self._tickets[job] = ticket
+                    self._scheduler.submit(job)
+                elif job in self._tickets:
+                    self._cancel(job)
+                    woken[ticket] = None
+        self._wake(woken)
+
+    def _deliver(self, job: Job, delta: Delta | None, woken: dict[Ticket, None]) -> None:
+        """Puts a piece into its queue; a client that is too far behind is cancelled."""
+        ticket = self._tickets.get(job)
+        if ticket is None:  # another answer of its ticket has failed in this iteration
+            return
+        woken[ticket] = None
+        if isinstance(job, Request) and job.failed:
+            error = NumericsError(job.index, len(job.token_ids), self._llm.config.dtype)
+            self._fail(ticket, error)
+            return
+        piece = delta if isinstance(job, Request) else job.score()
+        assert piece is not None, "a request has deltas"
+        if job.ended:
+            self._forget(job)
+        if not ticket._put(piece, is_last=job.ended) and not ticket._all_put:
+            self._fail(ticket, SlowClientError(self._max_behind))
+
+    def _cancel(self, job: Job) -> None:
+        """Cancels a job; the client of a prompt gets a last piece that says so."""
+        ticket = self._forget(job)
+        self._scheduler.cancel(job)
+        if isinstance(job, Request):
+            last = Delta(index=job.index, text="", token_ids=(), generation=job.generation())
+            ticket._put(last, is_last=True)
+        else:
+            ticket._n_open -= 1
+
+    def _fail(self, ticket: Ticket, error: HotloopError) -> None:
+        """Ends a ticket with an error, and cancels what is left of it."""
+        for job in ticket._jobs:
+            if job in self._tickets:
+                self._forget(job)
+                self._scheduler.cancel(job)
+        ticket._fail(error)
+
+    def _forget(self, job: Job) -> Ticket:
+        with self._changed:
+            self._n_jobs -= 1
+            self._changed.notify_all()
+        return self._tickets.pop(job)
+
+    def _wake(self, tickets: dict[Ticket, None]) -> None:
+        """Wakes the clients of tickets: an event loop by one call."""
+        if not tickets:
+            return
+        events = [ticket._event for ticket in tickets]
+        if self._loop is None:
+            _set(events)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_set, events)
+
+    def _end(self, error: HotloopError, *, cancelled: bool) -> None:
+        """Ends all tickets: as cancelled, or with an error."""
+        with self._changed:
+            queued = [ticket for ticket, cancel in self._inbox if not cancel]
+            self._inbox.clear()
+        tickets = dict.fromkeys([*self._tickets.values(), *queued])
+        if cancelled:
+            for job in list(self._tickets):
+                self._cancel(job)
+        for ticket in tickets:
+            if not ticket._all_put:
+                self._fail(ticket, error)
+        with self._changed:
+            self._n_jobs = 0
+            self._busy_since = None
+            self._changed.notify_all()
+        self._wake(tickets)
+
+
+def _n_tokens(piece: Piece) -> int:
+    return len(piece.token_ids) if isinstance(piece, Delta) else 0
+
+
+def _set(events: Sequence[threading.Event | asyncio.Event]) -> None:
+    for event in events:
+        event.set()
+
+
+def _engine_error(error: Exception) -> HotloopError:
+    """Describes an error that is not hotloop's own, as of the device's driver."""
+    failed = HotloopError(f"the engine has failed: {type(error).__name__}: {error}")
+    failed.__cause__ = error
+    return failed

@@ -1,0 +1,196 @@
+"""Streams that drive one scheduler together, from one thread or several.
+
+Whoever needs its next piece runs an iteration, unless another thread is running one, and hands the
+other streams their pieces. So a lone stream runs the scheduler inline, without a thread of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+
+from hotloop.engine.scheduler import Job, Scheduler
+from hotloop.errors import RequestError
+from hotloop.types import Delta
+
+Piece = tuple[Job, Delta | None]
+"""A new piece of an answer; None for a window that has been scored."""
+
+
+class Stream:
+    """Jobs that were submitted together, and their pieces that have not been taken.
+
+    Attributes:
+        jobs: The jobs.
+        pieces: The pieces.
+        n_open: Number of its jobs that have not ended.
+        error: What ended it early; None if nothing did.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs, self.n_open = jobs, len(jobs)
+        self.pieces: deque[Piece] = deque()
+        self.error: Exception | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``Turns.next`` need not iterate."""
+        return bool(self.pieces) or not self.n_open or self.error is not None
+
+
+class Turns:
+    """Lets one stream at a time use a scheduler.
+
+    Args:
+        scheduler: The scheduler.
+
+    Attributes:
+        held: A service has the scheduler, and streams cannot be opened.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.held = False
+        self._turn_ended = threading.Condition()
+        self._taken = False
+        self._streams: dict[Job, Stream] = {}
+        # A garbage collection, which may run in the middle of anything, can end a stream. It only
+        # appends here; whoever has the scheduler cancels.
+        self._left: deque[Stream] = deque()
+
+    @contextmanager
+    def hold(self) -> Generator[None]:
+        """Keeps the scheduler for a service, in the ``with`` block.
+
+        Raises:
+            RequestError: A service has it, or streams are open.
+        """
+        with self.exclusive():
+            self.check_not_held()
+            if self._streams:
+                raise RequestError(
+                    "this engine is in the middle of a stream: exhaust or close the stream before "
+                    "the engine is served."
+                )
+            self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+
+    def check_not_held(self) -> None:
+        """Refuses what only the service may do.
+
+        Raises:
+            RequestError: A service has the scheduler.
+        """
+        if self.held:
+            raise RequestError(
+                "this engine has a service, which is its only user: submit to the service, or "
+                "close it first."
+            )
+
+    def open(self, jobs: Sequence[Job]) -> Stream:
+        """Submits jobs.
+
+        Raises:
+            RequestError: A service has the scheduler.
+        """
+        stream = Stream(jobs)
+        with self.exclusive():
+            self.check_not_held()
+            for job in jobs:
+                self._streams[job] = stream
+                self.scheduler.submit(job)
+        return stream
+
+    def next(self, stream: Stream) -> Piece | None:
+        """Returns a stream's next piece; None after the last.
+
+        Raises:
+            Exception: The device side has failed, for whichever stream.
+        """
+        while not stream.ready:
+            if self._take(stream):
+                try:
+                    self._iterate()
+                finally:
+                    self._give_back()
+        if stream.pieces:
+            return stream.pieces.popleft()
+        if stream.error is not None:
+            raise stream.error
+        return None
+
+    def leave(self, stream: Stream) -> None:
+        """Cancels the jobs of a stream that have not ended. It does not wait."""
+        if stream.n_open:
+            self._left.append(stream)
+            self._cancel_left()
+
+    def fail(self, error: Exception) -> None:
+        """Ends all streams with an error. The caller has the scheduler (``exclusive``)."""
+        streams = dict.fromkeys(self._streams.values())
+        self._cancel(streams)
+        for stream in streams:
+            stream.error = error
+
+    @contextmanager
+    def exclusive(self) -> Generator[None]:
+        """Waits until nobody uses the scheduler, and keeps it for the ``with`` block."""
+        self._take()
+        try:
+            yield
+        finally:
+            self._give_back()
+
+    def _iterate(self) -> None:
+        try:
+            pieces = self.scheduler.iterate()
+        except Exception as error:
+            self.fail(error)
+            return
+        for job, piece in pieces:
+            stream = self._streams[job]
+            stream.pieces.append((job, piece))
+            if job.ended:
+                stream.n_open -= 1
+                del self._streams[job]
+
+    def _take(self, stream: Stream | None = None) -> bool:
+        """Waits for the scheduler and takes it; False if a stream has become ready instead."""
+        with self._turn_ended:
+            while self._taken and not (stream is not None and stream.ready):
+                self._turn_ended.wait()
+            if stream is not None and stream.ready:
+                return False
+            self._taken = True
+            return True
+
+    def _give_back(self) -> None:
+        with self._turn_ended:
+            self._taken = False
+            self._turn_ended.notify_all()
+        self._cancel_left()
+
+    def _cancel_left(self) -> None:
+        """Cancels the streams that were left, unless somebody has the scheduler, who then does."""
+        while self._left:
+            with self._turn_ended:
+                if self._taken:
+                    return
+                self._taken = True
+            while self._left:
+                self._cancel([self._left.popleft()])
+            with self._turn_ended:
+                self._taken = False
+                self._turn_ended.notify_all()
+
+    def _cancel(self, streams: Iterable[Stream]) -> None:
+        for stream in streams:
+            for job in stream.jobs:
+                self.scheduler.cancel(job)
+                self._streams.pop(job, None)
+            stream.n_open = 0
