@@ -55,10 +55,13 @@ CopyFormat = Literal["hotloop", "compressed-tensors"]
 DraftPolicy = Literal["adaptive", "always"]
 """Policy of drafting: only where it pays, as measured while running, or in every step."""
 
-PrefixCache = Literal["none", "chunks", "tokens"]
+PrefixReuse = Literal["none", "chunks", "tokens"]
 """Reuse of keys and values of earlier requests for prompts that begin with the same tokens:
 ``chunks`` reuses whole prefill chunks of prompts, which have the bits that prefill would give them;
 ``tokens`` reuses every token, those of answers too."""
+
+PrefixCache = Literal["auto", PrefixReuse]
+"""Prefix reuse as a user asks for it: ``auto`` is ``tokens`` in a chat, else ``none``."""
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 """The end of a generation: end-of-sequence token, stop string, token limit, or cancellation."""
@@ -312,9 +315,9 @@ class EngineConfig:
             "whole prefill chunks (chunks: the same bits as without), or of every token, answers "
             "included (tokens).",
             group="Execution",
-            default="none; in chat tokens",
+            default="tokens in chat, else none",
         ),
-    ] = "none"
+    ] = "auto"
     seed: Annotated[Seed, Lever(help="Seed of random weights.")] = 0
     engine: Annotated[
         str,

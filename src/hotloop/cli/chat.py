@@ -92,10 +92,13 @@ def chat(
     --json prints one object per answer.
     Without --max-new-tokens, an answer may fill the context.
     A conversation that outgrows the context loses its oldest turns, with a note.
+    A turn prefills only what is new, unless --prefix-cache says otherwise.
     """
     sampling.check(json=json)
     interactive = sys.stdin.isatty()
     config, conversation = engine.config(model), ConversationFormat(template)
+    if config.prefix_cache == "auto":
+        config = replace(config, prefix_cache="tokens")
     first = [{"role": "system", "content": system}] if system else []
     conversation.check(model, [*first, {"role": "user", "content": "Hello"}])
     with loaded(config) as llm:

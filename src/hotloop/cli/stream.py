@@ -45,6 +45,9 @@ class Answer:
     def summary(self) -> str:
         """Formats one line of figures, each with its name."""
         parts = [f"{len(self.token_ids)} tokens"]
+        if self.generation is not None and self.generation.cached_tokens:
+            n, n_prompt = self.generation.cached_tokens, len(self.generation.prompt_ids)
+            parts.append(f"{n} of {n_prompt} prompt tokens cached")
         if self.timing is not None:
             parts.append(f"TTFT {self.timing.ttft_s:.3f} s")
             if self.timing.n_tokens > 1:
@@ -75,6 +78,7 @@ class Answer:
             found |= {name: getattr(self.timing, name) for name in figures}
         if self.generation is not None:
             found["n_prompt_tokens"] = len(self.generation.prompt_ids)
+            found["cached_tokens"] = self.generation.cached_tokens
             if self.generation.logprobs is not None:
                 found["logprobs"] = [asdict(logprob) for logprob in self.generation.logprobs]
         if self.speculation is not None:

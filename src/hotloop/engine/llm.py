@@ -54,7 +54,7 @@ from hotloop.types import (
     EngineDescription,
     Generation,
     PeakMemory,
-    PrefixCache,
+    PrefixReuse,
     Prompt,
     SamplingParams,
     Score,
@@ -327,7 +327,7 @@ class LLM:
         self,
         controller: DraftController | None,
         n_steps: int = 1,
-        prefix_cache: PrefixCache = "none",
+        prefix_cache: PrefixReuse = "none",
     ) -> Scheduler:
         return Scheduler(
             self._runner,
@@ -385,7 +385,7 @@ class LLM:
                 answer(plain, 1 + plain.n_steps, suggested)
         self._runner.run(Synchronize()).wait()
         return self._new_scheduler(
-            speculative.controller, speculative.n_steps, self.config.prefix_cache
+            speculative.controller, speculative.n_steps, self._setup.prefix_reuse
         )
 
     # ------------------------------------------------------------------------------ service

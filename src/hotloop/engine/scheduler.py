@@ -40,7 +40,7 @@ from hotloop.engine.core import (
 from hotloop.engine.draft_control import DraftController
 from hotloop.engine.request import Request, Scoring
 from hotloop.engine.seats import Seat, Seats
-from hotloop.types import Delta, PrefixCache, Score
+from hotloop.types import Delta, PrefixReuse, Score
 
 MAX_MULTI_STEP_S = 8e-3
 """The longest that a multi-step program may delay its first token: half a frame at 60 Hz."""
@@ -95,7 +95,7 @@ class Scheduler:
         chunk: int,
         controller: DraftController | None = None,
         n_steps: int = 1,
-        prefix_cache: PrefixCache = "none",
+        prefix_cache: PrefixReuse = "none",
     ) -> None:
         self.controller, self.n_steps = controller, n_steps
         self.n_programs = 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hotloop.types import PrefixCache
+from hotloop.types import PrefixReuse
 
 LEAST_COPIED = 32
 """The shortest common prefix worth copying: prefill of fewer tokens takes no longer than one."""
@@ -64,7 +64,7 @@ class Seats:
         chunk: Tokens of a chunk of prefill; chunks begin at multiples of it.
     """
 
-    def __init__(self, n: int, *, reuse: PrefixCache, chunk: int) -> None:
+    def __init__(self, n: int, *, reuse: PrefixReuse, chunk: int) -> None:
         self._seats = [Seat(i) for i in range(n)]
         self._reuse, self._chunk, self._n_placed = reuse, chunk, 0
 

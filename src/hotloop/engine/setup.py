@@ -41,6 +41,7 @@ from hotloop.types import (
     OWN_ENGINE,
     DType,
     EngineConfig,
+    PrefixReuse,
     StepExecution,
     exit_layers,
     is_draft_model,
@@ -122,6 +123,12 @@ class Setup:
         return self.asynchronous and self.execution != "eager"
 
     @property
+    def prefix_reuse(self) -> PrefixReuse:
+        """The unit of prefix reuse."""
+        chosen = self.config.prefix_cache
+        return "none" if chosen == "auto" else chosen
+
+    @property
     def n_seats(self) -> int:
         """Seats of the cache: one for each row, and a scratch seat if steps can be padded."""
         n = self.config.max_batch_size
@@ -144,6 +151,7 @@ class Setup:
             device="cuda" if one_each else str(self.device),
             dtype=cast(DType, str(self.dtype).removeprefix("torch.")),
             max_seq_len=self.n_positions,
+            prefix_cache=self.prefix_reuse,
         )
 
     def on(self, rank: int, local_rank: int) -> Setup:
@@ -196,6 +204,8 @@ def settle(config: EngineConfig) -> EngineConfig:
     known: dict[str, Any] = {"quant": scheme.name, "head": head.name}
     if config.weights == "checkpoint":
         known["seed"] = EngineConfig.seed
+    if config.prefix_cache == "auto":
+        known["prefix_cache"] = "none"
     if config.draft == "none":
         known |= {"draft_tokens": EngineConfig.draft_tokens}
         known |= {"draft_policy": EngineConfig.draft_policy}
