@@ -174,6 +174,8 @@ def _taken(value: object, hint: Any, name: str) -> Any:
         return None if value is None else _taken(value, hint, name)
     if get_origin(hint) is Literal:
         return _choice(value, get_args(hint), name)
+    if hint == tuple[tuple[int, float], ...]:
+        return _biases(value, extra)
     if get_origin(hint) is tuple:
         return _texts(value)
     if hint is bool:
@@ -221,6 +223,31 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise _Refused("text")
     return value
+
+
+MAX_BIASES = 1024
+"""The most token ids of a mapping of token ids to numbers."""
+
+
+def _biases(value: object, extra: object) -> tuple[tuple[int, float], ...]:
+    """Returns a mapping of token ids to numbers, or a list of such pairs, as pairs."""
+    assert isinstance(extra, Range), "a number's field has a range"
+    must = f"a mapping of token ids to numbers {extra}, of at most {MAX_BIASES} ids"
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, list | tuple) or len(pairs) > MAX_BIASES:
+        raise _Refused(must)
+    taken = {}
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise _Refused(must)
+        key, number = pair
+        token_id, bias = integer(key), _real(number)
+        if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10:
+            token_id = int(key)  # a key of a JSON object
+        if token_id is None or not 0 <= token_id <= MAX_COUNT or bias is None or bias not in extra:
+            raise _Refused(must)
+        taken[token_id] = bias
+    return tuple(taken.items())
 
 
 def _texts(value: object) -> tuple[str, ...]:

@@ -88,6 +88,9 @@ is reduced to what fits the device's memory."""
 MAX_DELTA_LN_PPL = 0.02
 """Increase of ln perplexity that a recommendation tolerates by default: 2 % more perplexity."""
 
+MAX_ANSWERS = 128
+"""The most answers to one prompt that ``SamplingParams.n`` can ask for."""
+
 MAX_LOGPROBS = 20
 """The most alternatives per token that ``SamplingParams.logprobs`` can ask for."""
 
@@ -406,19 +409,28 @@ def levers() -> dict[str, Lever]:
 class SamplingParams:
     """Rules for choosing the next token, and for stopping.
 
-    The order is: repetition penalty, temperature, top-k, top-p, min-p, draw. The draw depends on
-    the seed, the position and the logits alone, never on which other sequences are in the batch.
+    The order is: logit bias, repetition penalty, frequency and presence penalty, minimum length,
+    temperature, top-k, top-p, min-p, draw. The draw depends on the seed, the position and the
+    logits alone, never on which other sequences are in the batch.
 
     Attributes:
         max_new_tokens: The most tokens to produce. None takes what the model's makers suggest, or
             else ``DEFAULT_NEW_TOKENS``, and in either case no more than the context has room for;
             a number that the context has no room for is refused.
+        min_new_tokens: End-of-sequence tokens cannot be selected before this many tokens. Stop
+            strings still end the answer.
+        n: Answers to each prompt. Answer i is that of a request with the seed + i, and without a
+            seed each has a fresh one.
         temperature: 0 takes the most likely token, always.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the fewest most likely tokens whose probabilities reach this sum.
         min_p: Keep tokens at least this fraction as likely as the most likely one.
         repetition_penalty: Divides positive and multiplies negative logits of tokens that are
             already in the prompt or the answer (Keskar et al. 2019, CTRL); 1 does nothing.
+        presence_penalty: Is subtracted from logits of tokens that are in the answer.
+        frequency_penalty: Is subtracted from them once for each time that they are in it.
+        logit_bias: Pairs, or a mapping, of token ids and numbers that are added to their logits;
+            -100 in effect bans a token.
         seed: Seed of the draw; None takes a fresh one.
         stop: Strings that end the answer, or one of them. Neither they nor a part of one is ever
             emitted.
@@ -428,11 +440,16 @@ class SamplingParams:
     """
 
     max_new_tokens: Count | None = None
+    min_new_tokens: Annotated[int, Range(0, MAX_COUNT, "0 or more")] = 0
+    n: Annotated[int, Range(1, MAX_ANSWERS)] = 1
     temperature: Annotated[float, Range(0, 1e30, "0 or more")] = 0.0
     top_k: Annotated[int, Range(0, MAX_COUNT, "0 (off) or more")] = 0
     top_p: Annotated[float, Range(0, 1, "above 0 and at most 1", open=True)] = 1.0
     min_p: Annotated[float, Range(0, 1)] = 0.0
     repetition_penalty: Annotated[float, Range(0.001, 1000)] = 1.0
+    presence_penalty: Annotated[float, Range(-100, 100)] = 0.0
+    frequency_penalty: Annotated[float, Range(-100, 100)] = 0.0
+    logit_bias: Annotated[tuple[tuple[int, float], ...], Range(-100, 100)] = ()
     seed: Seed | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -445,6 +462,12 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True if the most likely token is always taken."""
         return self.temperature == 0
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """True if an option changes logits before any token is selected."""
+        penalties = self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty
+        return any(penalties) or bool(self.logit_bias) or self.min_new_tokens > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,11 +490,13 @@ class Timing:
         n_tokens: Tokens produced, counted by the engine.
         ttft_s: Submit to the first token on the host: tokenizing, queueing, prefill and sampling.
         e2e_s: Submit to the last token on the host.
+        queue_s: Submit to the first chunk of prefill: tokenizing and waiting for a seat.
     """
 
     n_tokens: int
     ttft_s: float
     e2e_s: float
+    queue_s: float = 0.0
 
     @property
     def tpot_s(self) -> float:

@@ -1,15 +1,25 @@
 """The definition of SamplingParams, implemented a second time, token by token."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hotloop import SamplingParams
 
 
-def distribution(logits: np.ndarray, params: SamplingParams, seen: list[int]) -> np.ndarray:
+def distribution(
+    logits: np.ndarray, params: SamplingParams, seen: list[int], answer: Sequence[int] = ()
+) -> np.ndarray:
     """The definition in SamplingParams, in float64, token by token."""
     scores = logits.astype(np.float64).copy()
-    for i in set(seen):
+    for i, bias in params.logit_bias:
+        scores[i] += bias
+    for i in {*seen, *answer}:
         scores[i] *= 1 / params.repetition_penalty if scores[i] > 0 else params.repetition_penalty
+    for i in answer:
+        scores[i] -= params.frequency_penalty
+    for i in set(answer):
+        scores[i] -= params.presence_penalty
     if params.temperature == 0:
         return np.eye(len(scores))[scores.argmax()]
     scores = scores / params.temperature

@@ -70,13 +70,34 @@ NOT_STOPS: dict[str, object] = {
     "nothing": None,
 }
 
+NOT_BIASES: dict[str, object] = {
+    "number": 5,
+    "text": "5=1",
+    "nothing": None,
+    "list_of_ids": [5],
+    "id_is_a_float": {5.0: 1},
+    "id_is_a_word": {"five": 1},
+    "id_is_true": {True: 1},
+    "id_is_negative": {-1: 1},
+    "id_is_huge": {10**30: 1},
+    "bias_is_text": {5: "1"},
+    "bias_is_nan": {5: math.nan},
+    "bias_is_large": {5: 100.5},
+    "bias_is_nothing": {5: None},
+    "pair_of_three": [(5, 1, 1)],
+    "too_many": dict.fromkeys(range(1025), 1),
+    "set": {(5, 1)},
+}
+
 CHOICES = ("weights", "execution", "all_reduce", "dtype", "draft_policy")
 
 
 def wrong_values(of: type, name: str, default: object) -> dict[str, object]:
     """Values that a field does not take."""
-    if of is SamplingParams and name == "stop":
-        return NOT_STOPS
+    if of is SamplingParams and name in ("stop", "logit_bias"):
+        return NOT_STOPS if name == "stop" else NOT_BIASES
+    if name in ("presence_penalty", "frequency_penalty"):
+        return NOT_NUMBERS | {"negative": -100.5}
     if isinstance(default, bool):
         return NOT_BOOLEANS
     if isinstance(default, float):
@@ -109,6 +130,11 @@ EDGES = (
     ("repetition_penalty", 0),
     ("repetition_penalty", 1e39),
     ("repetition_penalty", 1e-39),
+    ("presence_penalty", 101),
+    ("frequency_penalty", -101),
+    ("n", 0),
+    ("n", 129),
+    ("min_new_tokens", -1),
     ("logprobs", 21),
     ("seed", 2**63),
     ("temperature", 1e31),

@@ -12,6 +12,7 @@ from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 
 from hotloop import LLM, Generation, SamplingParams
+from hotloop.engine.service import Service
 from hotloop.evaluate.quality import kl_divergence
 from hotloop.evaluate.text import load_text
 from hotloop.evaluate.windows import make_windows
@@ -198,6 +199,52 @@ def test_a_captured_prompt_gives_what_launches_one_by_one_gave(quant: str, large
     assert answers(llm, prompts) == found, "in any seat, and behind other prompts"
     prefill.captures = False
     assert answers(llm, [prompts[1]]) == [found[1]], "launched one by one"
+    llm.close()
+
+
+@pytest.mark.parametrize("quant", ["none", "int4-g128"])
+def test_captured_later_chunks_give_what_launches_one_by_one_gave(quant: str, large: Path) -> None:
+    prompts = [[2 + (i * i + n) % 290 for i in range(n)] for n in (576, 512, 384, 1000)]
+    options = {"quant": quant, "max_batch_size": 2, "prefill_chunk": 192, "max_seq_len": 1100}
+    llm = LLM(str(large), execution="fused", device="cuda", **options)
+    prefill = llm._runner._model._prompt._gemm
+    assert len(prefill._captured_later) == len(prefill._captured) == 3
+    found = [answers(llm, [prompt])[0] for prompt in prompts]
+    assert answers(llm, prompts) == found, "in any seat, and behind other prompts"
+    prefill.captures = False
+    whole = [prompt for prompt in prompts if len(prompt) % 64 == 0]  # no chunk of theirs is padded
+    assert answers(llm, whole) == found[: len(whole)], "launched one by one"
+    llm.close()
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", "exit-2"])
+@pytest.mark.parametrize("prefix_cache", ["none", "chunks"])
+def test_load_and_reused_chunks_change_no_answer_and_nothing_is_captured_in_service(
+    large: Path, draft: str, prefix_cache: str
+) -> None:
+    shared = [2 + (i * i) % 290 for i in range(400)]
+    prompts = [
+        [*shared[: 100 * (i % 5)], *(3 + (7 * i + j) % 280 for j in range(5 + 37 * i % 90))]
+        for i in range(24)
+    ]
+    sampling = ({}, {"temperature": 0.8, "seed": 3}, {"presence_penalty": 0.5, "logprobs": 1})
+    params = [
+        SamplingParams(max_new_tokens=16 + i, ignore_eos=True, **sampling[i % 3]) for i in range(24)
+    ]
+    options = {"execution": "fused", "device": "cuda", "draft": draft, "prefill_chunk": 128}
+    llm = LLM(str(large), max_batch_size=6, prefix_cache=prefix_cache, **options)
+    alone = [llm.generate([p], each)[0].token_ids for p, each in zip(prompts, params, strict=True)]
+    with Service(llm) as service:
+        for _ in range(2):
+            tickets = []
+            for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+                tickets.append(service.submit(prompt, each))
+                if i % 4 == 3:
+                    service.cancel(service.submit(prompt, each))
+                    tickets[-1].wait()
+            found = [tuple(t for piece in ticket for t in piece.token_ids) for ticket in tickets]
+            assert found == alone
+        assert service.state().n_captured == 0
     llm.close()
 
 

@@ -120,7 +120,7 @@ def test_draws_on_the_gpu_are_those_of_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         sampler = Sampler(4, 1000, torch.device(device))
         for row in range(4):
-            sampler.admit(row, params, 7 + row, torch.tensor([1, 2], device=device))
+            sampler.admit(row, params, 7 + row, [1, 2])
         positions = torch.arange(4, device=device) + 10
         logits_BTV = logits.to(device)[:, None]
         sampled = sampler.sample(logits_BTV, positions[:, None], 0, Features.of([params]))

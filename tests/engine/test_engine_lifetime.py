@@ -121,7 +121,7 @@ def test_a_closed_engine_says_so_whatever_it_is_asked(folder):
 def test_prompts_that_wait_for_one_another_are_said_to(folder):
     with LLM(str(folder), dtype="float32") as llm:
         for call in (llm.generate, llm.stream):
-            with pytest.warns(UserWarning, match=r"2 prompts .* max_batch_size is 1") as caught:
+            with pytest.warns(UserWarning, match=r"2 answers .* max_batch_size is 1") as caught:
                 call([[5], [6]], FREELY)
             assert [warning.filename for warning in caught] == [__file__]
 
@@ -137,6 +137,7 @@ def test_the_engines_configuration_has_the_values_that_were_left_to_hotloop(fold
             device="cpu",
             dtype="bfloat16",
             max_seq_len=320,
+            prefix_cache="none",
         )
         again = llm.config
     with LLM(again) as llm:

@@ -26,6 +26,7 @@ OPTIONS: Sequence[dict[str, object]] = (
     {"temperature": 0.8, "seed": 5, "top_k": 30},
     {"temperature": 1.1, "seed": 8, "top_p": 0.9, "repetition_penalty": 1.3},
     {"logprobs": 1, "ignore_eos": True},
+    {"presence_penalty": 0.6, "frequency_penalty": 0.2, "logit_bias": {9: 3, 11: -100}},
 )
 
 

@@ -72,7 +72,7 @@ def test_all_ranks_agree_that_there_is_no_choice(value, options):
     def chosen(group: ThreadGroup) -> list[int]:
         sampler = Sampler(2, 12, torch.device("cpu"), VocabularyShard(shares, 12, group))
         for row in range(2):
-            sampler.admit(row, params, 1, torch.tensor([1]))
+            sampler.admit(row, params, 1, [1])
         here = logits[..., shares[group.rank].start : shares[group.rank].stop]
         sampled = sampler.sample(here, torch.zeros(2, 1).long(), 0, Features.of([params]))
         return sampled.ids.flatten().tolist()

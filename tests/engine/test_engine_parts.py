@@ -1,6 +1,7 @@
 """A decoder compiled by parts, as on GPUs, gives what the whole gives, and each part once."""
 
 import collections
+import math
 
 import pytest
 import torch
@@ -82,8 +83,9 @@ def test_padded_graphs_share_a_pool_and_the_next_larger_one_is_replayed(monkeypa
     monkeypatch.setattr("hotloop.engine.graphs.capture", capture)
     graphs = PaddedGraphs({2, 6, 4}, CPU)
     assert not graphs
-    graphs.capture(lambda ids_T: ran.append(ids_T.tolist()))
-    assert (len(graphs), pools) == (3, [None, *["the first one's"] * 2])
+    pool = graphs.capture(lambda ids_T: ran.append(ids_T.tolist()))
+    assert (len(graphs), pools, pool) == (3, [None, *["the first one's"] * 2], "the first one's")
+    assert [graphs.padded(n) for n in (1, 2, 5, 7)] == [2, 2, 6, math.inf]
     for n in (3, 2, 5):
         graphs.replay(torch.arange(1, n + 1))
     assert ran == [[1, 2, 3, 0], [1, 2], [1, 2, 3, 4, 5, 0]]

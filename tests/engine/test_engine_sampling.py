@@ -1,6 +1,7 @@
 """Draws follow the distribution that SamplingParams defines, and nothing else moves them."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from tiny_models import write_markov
 from hotloop import LLM, SamplingParams
 from hotloop.engine.core import Features
 from hotloop.engine.sampling import Sampler, _gumbel
+from hotloop.errors import RequestError
+
+ANSWER = [2, 6, 2, 2, 0]
+"""Tokens that have been generated: what presence and frequency penalties are about."""
 
 LOGITS = np.array([0.2, -1.5, 2.1, 0.9, 0.9, -0.3, 1.7, -2.2, 0.0, 1.1])
 SEEN = [2, 5, 7]
@@ -19,17 +24,21 @@ SEEN = [2, 5, 7]
 
 
 def draws(
-    logits: np.ndarray, params: SamplingParams, n_seeds: int = 4096, n_positions: int = 8
+    logits: np.ndarray,
+    params: SamplingParams,
+    n_seeds: int = 4096,
+    n_positions: int = 8,
+    answer: Sequence[int] = (),
 ) -> np.ndarray:
     """Tokens drawn at many positions with many seeds, all from the same logits."""
     sampler = Sampler(n_seeds, len(logits), torch.device("cpu"))
     for row in range(n_seeds):
-        sampler.admit(row, params, row * 7919 + 13, torch.tensor(SEEN))
-    seen_RV = sampler.seen_RV.clone()
+        sampler.admit(row, params, row * 7919 + 13, SEEN)
+    for token in answer:
+        sampler.remember(torch.full((n_seeds, 1), token), 0)
     logits_SV = torch.tensor(logits, dtype=torch.float32).expand(n_seeds, -1)
     drawn = []
     for position in range(n_positions):
-        sampler.seen_RV.copy_(seen_RV)
         positions_S = torch.full((n_seeds,), position + 3)
         sampled = sampler.sample(logits_SV[:, None], positions_S[:, None], 0, Features.of([params]))
         drawn.append(sampled.ids[:, 0])
@@ -65,12 +74,89 @@ def assert_drawn_from(drawn: np.ndarray, probabilities: np.ndarray) -> None:
         {"temperature": 0.7, "top_k": 6, "top_p": 0.9},
         {"temperature": 1.5, "top_k": 7, "top_p": 0.95, "min_p": 0.15},
         {"temperature": 0.9, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.4},
+        {"presence_penalty": 1.5},
+        {"presence_penalty": -0.8},
+        {"frequency_penalty": 0.7},
+        {"logit_bias": {2: -100, 0: 2.5, 9: -1}},
+        {
+            "temperature": 0.8,
+            "top_k": 6,
+            "repetition_penalty": 1.3,
+            "presence_penalty": 0.4,
+            "frequency_penalty": 0.3,
+            "logit_bias": {3: 1.0, 6: -0.5},
+        },
     ],
     ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
 )
 def test_draws_follow_the_distribution_of_the_options(options):
     params = SamplingParams(**{"temperature": 1.0} | options)
-    assert_drawn_from(draws(LOGITS, params), distribution(LOGITS, params, SEEN))
+    drawn = draws(LOGITS, params, answer=ANSWER)
+    assert_drawn_from(drawn, distribution(LOGITS, params, SEEN, ANSWER))
+
+
+def test_options_that_another_row_has_do_not_change_a_rows_bits():
+    adjusts = SamplingParams(
+        repetition_penalty=1.3, presence_penalty=1, frequency_penalty=1, logit_bias={1: 3}
+    )
+    logits_BTV = torch.randn(3, 1, 10)
+    sampler = Sampler(3, 10, torch.device("cpu"))
+    for row, params in enumerate((SamplingParams(temperature=1.0), adjusts)):
+        sampler.admit(row, params, 5, SEEN, eos_ids=[3])
+    sampler.move(1, 2)
+    sampler.admit(1, SamplingParams(temperature=1.0), 5, SEEN)
+    positions = torch.full((3, 1), 7)
+    plain = sampler._adjusted(logits_BTV[:2], positions[:2], slice(0, 2), None)
+    assert plain.equal(logits_BTV[:2])
+    adjusted = sampler._adjusted(logits_BTV[2:], positions[2:], slice(2, 3), None)
+    assert not adjusted.equal(logits_BTV[2:]), "it has moved with its options"
+
+
+def test_no_answer_ends_before_its_least_number_of_tokens(tmp_path):
+    ends = np.full((10, 10), -5.0)
+    ends[:, 3] = 9.0
+    folder = write_markov(tmp_path, torch.tensor(ends, dtype=torch.float32), eos=[3])
+    with LLM(str(folder), dtype="float32", max_batch_size=2) as llm:
+        for options in ({}, {"temperature": 1.0, "seed": 4}, {"logprobs": 2}):
+            for least in (0, 1, 2, 5):
+                answer = llm.generate([[1]], max_new_tokens=9, min_new_tokens=least, **options)[0]
+                assert answer.finish_reason == "eos"
+                assert len(answer.token_ids) == least + 1, "the end is the likeliest everywhere"
+                assert answer.token_ids.index(3) == least
+        ignored = llm.generate([[1]], max_new_tokens=9, min_new_tokens=5, ignore_eos=True)[0]
+        assert set(ignored.token_ids) == {3}
+        with pytest.raises(RequestError, match="min_new_tokens is 10, more than the 9 tokens"):
+            llm.generate([[1]], max_new_tokens=9, min_new_tokens=10)
+
+
+def test_penalties_count_the_tokens_of_the_answer_alone(tmp_path):
+    logits = np.tile(np.linspace(0, 1, 10), (10, 1))
+    folder = write_markov(tmp_path, torch.tensor(logits, dtype=torch.float32), eos=[])
+    options = {"max_new_tokens": 12, "ignore_eos": True}
+    with LLM(str(folder), dtype="float32") as llm:
+        once = llm.generate([[9, 8]], presence_penalty=5, **options)[0].token_ids
+        assert once == (9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 9, 9), "until all are there"
+        often = llm.generate([[9, 8]], frequency_penalty=0.16, **options)[0].token_ids
+        params, answer = SamplingParams(frequency_penalty=0.16), []
+        for token in often:
+            assert token == distribution(logits[0], params, [], answer).argmax()
+            answer.append(token)
+        banned = llm.generate([[9]], logit_bias={9: -100, "8": -100}, **options)[0].token_ids
+        assert set(banned) == {7}
+
+
+def test_answers_to_one_prompt_draw_with_the_seeds_that_follow(llm):
+    drawn = {"temperature": 1.0, "max_new_tokens": 6, "ignore_eos": True}
+    found = llm.generate([[5, 6], [7]], n=3, seed=10, **drawn)
+    alone = [llm.generate([p], seed=10 + i, **drawn)[0] for p in ([5, 6], [7]) for i in range(3)]
+    assert [g.token_ids for g in found] == [g.token_ids for g in alone]
+    assert len({g.token_ids for g in found[:3]}) > 1
+    again = [llm.generate([[5, 6]], n=3, **drawn) for _ in range(2)]
+    assert [g.token_ids for g in again[0]] != [g.token_ids for g in again[1]]
+    indices = [d.index for d in llm.stream([[5], [6]], n=2, **drawn) if d.generation]
+    assert sorted(indices) == [0, 1, 2, 3]
+    with pytest.raises(RequestError, match="n is 2, but a prompt by itself has one answer"):
+        llm.generate("a text", n=2)
 
 
 def test_equally_likely_tokens_at_the_edge_of_top_k_are_kept_by_their_ids():
@@ -111,14 +197,14 @@ def neighbours() -> tuple[Sampler, SamplingParams, SamplingParams]:
     sampler = Sampler(2, 49_152, torch.device("cpu"))
     plain = SamplingParams(temperature=1.0)
     other = SamplingParams(temperature=1.0, top_p=0.5, repetition_penalty=1.5, logprobs=1)
-    sampler.admit(1, other, 5, torch.tensor(SEEN))
+    sampler.admit(1, other, 5, SEEN)
     return sampler, plain, other
 
 
 def drawn_alone_and_beside(neighbours, seed: int) -> tuple[int, int]:
     sampler, plain, other = neighbours
     logits_V = torch.randn(49_152, generator=torch.Generator().manual_seed(0)) * 2
-    sampler.admit(0, plain, seed, torch.tensor(SEEN))
+    sampler.admit(0, plain, seed, SEEN)
     positions_B1 = torch.tensor([[3], [3]])
     alone = sampler.sample(logits_V[None, None], positions_B1[:1], 0, Features.of([plain]))
     both = Features.of([plain, other])

@@ -229,7 +229,7 @@ def test_draws_from_the_same_logits_are_exactly_those_of_one_rank(options):
     def drawn(vocabulary: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
         sampler = Sampler(S, n_tokens, torch.device("cpu"), vocabulary)
         for row in range(S):
-            sampler.admit(row, params, row, torch.tensor([row, 950]))
+            sampler.admit(row, params, row, [row, 950])
         here = logits[..., vocabulary.rows.start : vocabulary.rows.stop]
         sampled = sampler.sample(here, positions, 0, Features.of([params]))
         return sampled.ids, sampled.top_ids
@@ -259,7 +259,7 @@ def test_only_what_is_needed_crosses_over(monkeypatch):
     def draw(params: SamplingParams) -> Callable[[ThreadGroup], None]:
         def run(group: ThreadGroup) -> None:
             sampler = Sampler(1, 1000, torch.device("cpu"), VocabularyShard(shares, 1000, group))
-            sampler.admit(0, params, 1, torch.tensor([1]))
+            sampler.admit(0, params, 1, [1])
             here = logits[..., shares[group.rank].start : shares[group.rank].stop]
             sampler.sample(here, torch.zeros(1, 1).long(), 0, Features.of([params]))
 

@@ -25,6 +25,14 @@ SAMPLING = {
     "truncated": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
     "penalized": {"temperature": 0.7, "repetition_penalty": 1.3},
     "penalized greedy": {"repetition_penalty": 1.3},
+    "adjusted": {
+        "temperature": 0.7,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "logit_bias": {5: 2.0, 7: -100},
+        "min_new_tokens": 6,
+        "ignore_eos": False,
+    },
 }
 DRAFTS = ("ngram", "exit-1", "another", "itself")
 

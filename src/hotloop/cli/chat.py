@@ -31,7 +31,7 @@ from hotloop.cli.options import (
 from hotloop.cli.output import note, print_error, print_json
 from hotloop.cli.stream import SILENT, Answer, relay, shown_speculation, writer_for
 from hotloop.cli.terminal import NO_CTRL_C, CtrlC, ReadLine, line_reader
-from hotloop.errors import HotloopError, RequestError, shorten
+from hotloop.errors import ConfigError, HotloopError, RequestError, shorten
 from hotloop.types import Speculation
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def chat(
     A turn prefills only what is new, unless --prefix-cache says otherwise.
     """
     sampling.check(json=json)
+    if sampling.n not in (None, 1):
+        raise ConfigError(f"--n {sampling.n}: a chat has one answer to each message.")
     interactive = sys.stdin.isatty()
     config, conversation = engine.config(model), ConversationFormat(template)
     if config.prefix_cache == "auto":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App
 
+from hotloop.checked import MAX_SEED
 from hotloop.cli.engine import ConversationFormat, early_tokenizer, loaded, raw_prompt
 from hotloop.cli.options import (
     DEFAULT_ENGINE,
@@ -77,6 +79,7 @@ def generate(
     The text streams to standard output; its figures follow on standard error.
     Without --max-new-tokens, it ends after as many tokens as the model's makers
     suggest, or 256, or where the context is full.
+    With --n, answers follow one another; with --json, one object a line.
     """
     sampling.check(json=json)
     if chat and special:
@@ -100,12 +103,17 @@ def generate(
         else:
             asked = raw_prompt(llm, text, special=special)
         writer = SILENT if json else writer_for(sys.stdout)
-        answer = relay(llm.stream([asked], params), writer, start=answer_start or "")
-        cell = llm.describe().name
-    if json:
-        print_json({"model": model, "cell": cell, "prompt": text, **answer.to_dict()})
-    note(answer.summary())
-    return 130 if answer.finish_reason == "interrupted" else 0
+        for i in range(params.n):
+            seed = None if params.seed is None else (params.seed + i) % (MAX_SEED + 1)
+            one = replace(params, n=1, seed=seed)
+            answer = relay(llm.stream([asked], one), writer, start=answer_start or "")
+            if json:
+                cell = llm.describe().name
+                print_json({"model": model, "cell": cell, "prompt": text, **answer.to_dict()})
+            note(answer.summary())
+            if answer.finish_reason == "interrupted":
+                return 130
+    return 0
 
 
 def read_prompt(prompt: str | None, file: Path | None, stdin: bool) -> str:

@@ -341,6 +341,12 @@ class SamplingOptions(_Options):
         int | None,
         integer(SAMPLING, "Tokens to produce, at most.", "see above", alias="-n"),
     ] = None
+    min_new_tokens: Annotated[
+        int | None, integer(SAMPLING, "Tokens before the answer may end by itself.")
+    ] = None
+    n: Annotated[
+        int | None, integer(SAMPLING, "Answers to the prompt, answer i with the seed + i.")
+    ] = None
     temperature: Annotated[
         float | None,
         option(SAMPLING, "0 takes the most likely token, always.", "the model's own, or 0"),
@@ -356,6 +362,18 @@ class SamplingOptions(_Options):
     repetition_penalty: Annotated[
         float | None, option(SAMPLING, "Above 1, tokens seen before become less likely.")
     ] = None
+    presence_penalty: Annotated[
+        float | None,
+        option(SAMPLING, "Is subtracted from the logits of tokens that are in the answer."),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        option(SAMPLING, "Is subtracted from them once for each time that they are in it."),
+    ] = None
+    logit_bias: Annotated[
+        tuple[str, ...],
+        option(SAMPLING, "ID=NUMBER, added to a token's logit; -100 bans it. Can be repeated."),
+    ] = ()
     seed: Annotated[
         int | None, integer(SAMPLING, "Makes the answer reproducible.", "a fresh one each time")
     ] = None
@@ -380,8 +398,28 @@ class SamplingOptions(_Options):
         self.params(SamplingParams())
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
-        """Returns the model's ``defaults``, changed by what was given."""
-        return replace(defaults, **self.given())
+        """Returns the model's ``defaults``, changed by what was given.
+
+        Raises:
+            ConfigError: A logit bias is not ``ID=NUMBER``.
+            RequestError: A value is invalid.
+        """
+        given = self.given()
+        if self.logit_bias:
+            given["logit_bias"] = dict(map(_bias, self.logit_bias))
+        return replace(defaults, **given)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, equals, number = text.partition("=")
+    try:
+        if equals:
+            return int(token_id), float(number)
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"--logit-bias {shorten_value(text)}: give ID=NUMBER, such as 1234=-100 to ban a token."
+    )
 
 
 @Parameter(name="*")

@@ -34,14 +34,14 @@ class Features:
         truncate: A request uses top-k, top-p or min-p.
         n_candidates: Number of most likely tokens that top-k and top-p filter; 0 if no request uses
             either, None for the whole vocabulary.
-        penalize: A request uses a repetition penalty.
+        adjust: A request changes logits: by penalties, ``logit_bias`` or ``min_new_tokens``.
         logprobs: A request wants log-probabilities.
     """
 
     draw: bool = False
     truncate: bool = False
     n_candidates: int | None = 0
-    penalize: bool = False
+    adjust: bool = False
     logprobs: bool = False
 
     @classmethod
@@ -55,7 +55,7 @@ class Features:
             draw=bool(drawn),
             truncate=any(p.top_k or p.top_p < 1 or p.min_p for p in drawn),
             n_candidates=0 if not ranked else TOP_K_CANDIDATES if limited else None,
-            penalize=any(p.repetition_penalty != 1 for p in requests),
+            adjust=any(p.adjusts_logits for p in requests),
             logprobs=any(p.logprobs is not None for p in requests),
         )
 
@@ -65,7 +65,7 @@ class Features:
         def n_candidates(features: Features) -> float:
             return math.inf if features.n_candidates is None else features.n_candidates
 
-        flags = ("draw", "truncate", "penalize", "logprobs")
+        flags = ("draw", "truncate", "adjust", "logprobs")
         return n_candidates(self) >= n_candidates(other) and all(
             getattr(self, flag) >= getattr(other, flag) for flag in flags
         )
@@ -149,6 +149,7 @@ class Admit(Command[StepResult]):
         seat: The request's seat in the cache.
         params: The request's sampling options.
         seed: Seed of its sampling.
+        eos_ids: Tokens that end its answer.
         prompt_ids: The whole prompt.
         start: Position of the chunk's first token: the seat holds those before.
         n_cached: Tokens that the seat held before the prompt's first chunk.
@@ -160,6 +161,7 @@ class Admit(Command[StepResult]):
     seat: int
     params: SamplingParams
     seed: int
+    eos_ids: frozenset[int] = frozenset()
     prompt_ids: Sequence[int]
     start: int = 0
     n_cached: int = 0

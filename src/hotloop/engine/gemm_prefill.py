@@ -1,8 +1,9 @@
 """Prefill by GEMMs on weights that are dequantized to bfloat16 for each chunk of a prompt.
 
-cuBLAS multiplies; our own kernels compute what is in between. First chunks of up to 512 tokens are
+cuBLAS multiplies; our own kernels compute what is in between. Chunks of up to 512 tokens are
 captured in CUDA graphs, since launching their kernels takes the host longer than running them takes
-the GPU. The decoder (``models.decoder``) is the specification.
+the GPU, and would delay the decode steps of other requests. The decoder (``models.decoder``) is the
+specification.
 
 Shape letters: T tokens of one sequence, D model width, K input features of a GEMM.
 """
@@ -30,10 +31,10 @@ from hotloop.models.linear import Linear
 from hotloop.types import MOST_PREFILL_CHUNK
 
 CAPTURED_TOKENS = 512
-"""The longest first chunk that is captured: longer ones take the GPU longer than the host."""
+"""The longest chunk that is captured: longer ones take the GPU longer than the host."""
 
 CAPTURED_STEP = 64
-"""Captured first chunks are padded to a multiple of this many tokens."""
+"""Captured chunks are padded to a multiple of this many tokens."""
 
 CUDNN_LENGTHS = (256, 512, 768, *range(1024, MOST_PREFILL_CHUNK + 1, 1024))
 """Token counts of first chunks that cuDNN attention is planned for. A plan takes some 60 ms, so
@@ -72,8 +73,10 @@ class GemmPrefill:
     """Prefills one seat with GEMMs on dequantized weights, one chunk a call.
 
     Addresses do not depend on the number of tokens, so every launch is prepared once. On a GPU,
-    first chunks of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are
-    replays of CUDA graphs, which ``warm_up`` captures.
+    chunks of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are replays of
+    CUDA graphs, which ``warm_up`` captures: those of a prompt's first chunk, and those of later
+    chunks, which begin at the position that a device scalar holds. A later chunk whose padding
+    would exceed the seat is launched kernel by kernel.
 
     Args:
         decoder: The model, or a rank's shard of it.
@@ -83,7 +86,7 @@ class GemmPrefill:
         shared: The model is sharded over ranks; then nothing is captured.
 
     Attributes:
-        captures: First chunks are captured and replayed.
+        captures: Chunks are captured and replayed.
     """
 
     def __init__(
@@ -103,7 +106,8 @@ class GemmPrefill:
         self._layers = self._prepare()
         most = min(CAPTURED_TOKENS, self._workspace.rows)
         sizes = range(CAPTURED_STEP, most + CAPTURED_STEP, CAPTURED_STEP)
-        self._captured = PaddedGraphs({min(n, most) for n in sizes}, self._device)
+        sizes = {min(n, most) for n in sizes}
+        self._captured, self._captured_later = (PaddedGraphs(sizes, self._device) for _ in range(2))
         self.captures = self._device.type == "cuda" and not shared
 
     def __call__(self, ids_T: Tensor, start: int, seat: int) -> Tensor:
@@ -116,8 +120,9 @@ class GemmPrefill:
         assert start + T <= self._cache.n_positions, f"{T} tokens from {start} on do not fit"
         self._seat.fill_(seat)
         self._start.fill_(start)
-        if self._captured and self.captures and start == 0 and T <= CAPTURED_TOKENS:
-            self._captured.replay(ids_T)  # later tokens overwrite padding's positions in the cache
+        graphs = self._captured_later if start else self._captured
+        if graphs and self.captures and start + graphs.padded(T) <= self._cache.n_positions:
+            graphs.replay(ids_T)  # later tokens overwrite padding's positions in the cache
         else:
             self._run(ids_T, start)
         views, last = self._workspace.views(T), slice(T - 1, T)
@@ -126,13 +131,15 @@ class GemmPrefill:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Captures first chunks of every size, and warms up cuDNN plans and cuBLAS kernels.
+        """Captures chunks of every size, and warms up cuDNN plans and cuBLAS kernels.
 
         It overwrites seat 0, so no seat may be in use.
         """
         rows = self._workspace.rows
         if self.captures:
-            self._captured.capture(partial(self._run, start=0))
+            pool = self._captured.capture(partial(self._run, start=0))
+            if rows < self._cache.n_positions:  # else every prompt is one chunk
+                self._captured_later.capture(partial(self._run, start=1), pool)
         if self._device.type == "cuda":
             for size in CUDNN_LENGTHS:
                 self._attend_cudnn(self._blocks[0].attention, min(size, rows))
@@ -180,14 +187,15 @@ class GemmPrefill:
         layer, (keys, values) = self._blocks[i].attention, self._cache.layer(i)
         q, *_ = self._heads(T, layer)
         if self._device.type != "cuda":
+            first = int(self._start)
             out_BTHE = layer.kernel(
                 q[None],
                 keys,
                 values,
                 self._seat,
-                torch.arange(start, start + T)[None],
+                torch.arange(first, first + T)[None],
                 first_seat=int(self._seat),
-                length=start + T,
+                length=first + T,
                 window=layer.window,
                 scale=layer.scale,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import cache, partial
@@ -12,8 +13,8 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-MOST_GRAPHS = 64
-"""Exceeds the step sizes that one kind of traffic needs; each graph takes some megabytes."""
+MOST_GRAPHS = 512
+"""Exceeds the programs that a server needs (``programs``); each graph takes some megabytes."""
 
 
 class Graphs:
@@ -75,23 +76,35 @@ class PaddedGraphs:
         self._ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=device)
         self._captured: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def capture(self, run: Callable[[Tensor], object]) -> None:
-        """Captures ``run``, which runs the program on token ids [T], for every size."""
-        pool = None
+    def capture(self, run: Callable[[Tensor], object], pool: Any = None) -> Any:
+        """Captures a program for every size.
+
+        Args:
+            run: Runs the program on token ids [T].
+            pool: Memory pool shared with other graphs; None for a new one.
+
+        Returns:
+            The pool.
+        """
         for size in reversed(self._sizes):
             program = partial(run, self._ids[:size])
             graph, _ = capture(program, self._device, runs_before=1, pool=pool)
             pool = graph.pool()
             self._captured[size] = graph
+        return pool
+
+    def padded(self, n: int) -> float:
+        """Returns the size that ``n`` tokens are padded to; infinity above the largest."""
+        return next((size for size in self._sizes if size >= n), math.inf)
 
     def __len__(self) -> int:
         return len(self._captured)
 
     def replay(self, ids_T: Tensor) -> None:
         """Replays the graph of the smallest size that holds these ids, padded by arbitrary ids."""
-        size = next(size for size in self._sizes if size >= len(ids_T))
+        size = self.padded(len(ids_T))
         self._ids[: len(ids_T)] = ids_T
-        self._captured[size].replay()
+        self._captured[int(size)].replay()
 
 
 def capture(

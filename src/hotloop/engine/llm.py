@@ -13,11 +13,11 @@ import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, overload
 
-from hotloop.checked import changed, check_names
+from hotloop.checked import MAX_SEED, changed, check_names
 from hotloop.engine.core import (
     Describe,
     EngineCore,
@@ -82,8 +82,8 @@ class LLM:
             rank 0, once the model is closed.
 
     Attributes:
-        config: The configuration as given; ``head``, ``execution``, ``device``, ``dtype`` and
-            ``max_seq_len`` are filled in if they were left to hotloop.
+        config: The configuration as given; ``head``, ``execution``, ``device``, ``dtype``,
+            ``max_seq_len`` and ``prefix_cache`` are filled in if they were left to hotloop.
         tokenizer: The model's own; None for random weights of a built-in shape.
     """
 
@@ -153,7 +153,7 @@ class LLM:
 
         Returns:
             One Generation for one text or conversation, a list in the order of ``prompts`` for a
-            list.
+            list. With several answers (``n``), those of a prompt follow each other in the list.
 
         Raises:
             RequestError: A prompt cannot be served; nothing is generated then.
@@ -259,8 +259,11 @@ class LLM:
                 self._request(i, prompt, params, time.perf_counter(), speculates=True)
                 for i, prompt in enumerate(prompts)
             ]
-            for _ in self._run(requests, self._new_scheduler(timer, self._scheduler.n_steps)):
-                pass
+            with self._turns.hold():
+                scheduler = self._new_scheduler(timer, self._scheduler.n_steps)
+                _answer(requests, scheduler)
+                self._scheduler.forget()  # its seats have been overwritten
+            self._check_numerics(requests)
             costs.append(timer.cost())
         return tuple(cost for cost in costs if cost is not None)
 
@@ -361,9 +364,7 @@ class LLM:
             request = self._request(
                 0, prompt, params, time.perf_counter(), speculates=scheduler.controller is not None
             )
-            scheduler.submit(request)
-            while not scheduler.idle:
-                scheduler.iterate()
+            _answer([request], scheduler)
             return request.generation().timing
 
         n_steps, greedy = 3, SamplingParams()
@@ -463,11 +464,16 @@ class LLM:
         submitted_s = time.perf_counter()
         self._check_open()
         params = self._params(params, options)
+        if params.n > 1 and isinstance(prompts, str | ChatPrompt):
+            raise RequestError(
+                f"n is {params.n}, but a prompt by itself has one answer: give it in a list, as in "
+                "[prompt]."
+            )
         requests = self._requests(as_prompts(prompts), params, submitted_s)
         if len(requests) > 1 == self.config.max_batch_size:
             warnings.warn(
-                f"{len(requests)} prompts are answered one after another, since max_batch_size is "
-                f"1: LLM(..., max_batch_size={min(len(requests), 8)}) answers several at once.",
+                f"{len(requests)} answers are made one after another, since max_batch_size is "
+                f"1: LLM(..., max_batch_size={min(len(requests), 8)}) makes several at once.",
                 stacklevel=3,  # the caller of generate or stream
             )
         return self._run(requests)
@@ -488,12 +494,20 @@ class LLM:
         *,
         clamp: bool = False,
     ) -> list[Request]:
+        answers = _params_of_answers(params)
         speculates = self._setup.draft is not None
         return [
             self._request(
-                i, prompt, params, submitted_s, speculates=speculates, salt=salt, clamp=clamp
+                i * params.n + j,
+                prompt,
+                each,
+                submitted_s,
+                speculates=speculates,
+                salt=salt,
+                clamp=clamp,
             )
             for i, prompt in enumerate(prompts)
+            for j, each in enumerate(answers)
         ]
 
     def _request(
@@ -523,6 +537,7 @@ class LLM:
                 context,
             )
         ids = as_ids(given, self._setup.model.vocab_size)
+        self._check_biases(params)
         wanted = params.max_new_tokens
         if wanted is None:  # a default length is clamped, not refused
             wanted = min(self.default_new_tokens, context - n)
@@ -533,6 +548,11 @@ class LLM:
                 f"the prompt has {n} tokens and max_new_tokens is {wanted}, together more than the "
                 f"context of {context}: shorten either, or raise max_seq_len (--max-seq-len).",
                 context,
+            )
+        if params.min_new_tokens > wanted:
+            raise RequestError(
+                f"min_new_tokens is {params.min_new_tokens}, more than the {wanted} tokens that "
+                "the answer can have: lower it, or raise max_new_tokens."
             )
         return Request(
             index,
@@ -548,10 +568,24 @@ class LLM:
             salt=salt,
         )
 
+    def _check_biases(self, params: SamplingParams) -> None:
+        """Refuses biases of tokens that the model cannot produce."""
+        vocab_size = self._setup.model.vocab_size
+        for token_id, _ in params.logit_bias:
+            if token_id >= vocab_size:
+                raise RequestError(
+                    f"logit_bias has token id {token_id}, which is outside the vocabulary: ids are "
+                    f"0 to {vocab_size - 1}."
+                )
+
     def _run(self, requests: list[Request]) -> Generator[Delta]:
         for _, delta in self._pieces(requests):
             assert delta is not None, "a request has deltas"
             yield delta
+        self._check_numerics(requests)
+
+    def _check_numerics(self, requests: Sequence[Request]) -> None:
+        """Raises the error of the first request whose logits were not finite."""
         for request in requests:
             if request.failed:
                 raise NumericsError(request.index, len(request.token_ids), self.config.dtype)
@@ -565,6 +599,22 @@ class LLM:
                 yield piece
         finally:
             self._turns.leave(stream)
+
+
+def _answer(requests: Sequence[Request], scheduler: Scheduler) -> None:
+    """Runs requests to their end with a scheduler that nobody else uses."""
+    for request in requests:
+        scheduler.submit(request)
+    while not scheduler.idle:
+        scheduler.iterate()
+
+
+def _params_of_answers(params: SamplingParams) -> list[SamplingParams]:
+    """Returns the sampling options of each answer to a prompt."""
+    if params.seed is None:
+        return [params] * params.n
+    seeds = [(params.seed + i) % (MAX_SEED + 1) for i in range(params.n)]
+    return [replace(params, seed=seed) for seed in seeds]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hotloop.engine.prefill_workspace import bytes_per_row
+from hotloop.engine.programs import serving_steps
 from hotloop.engine.prompt import STEP_TOKENS
 from hotloop.engine.setup import Setup, head_spec, linear_specs, prepare, ranks_here
 from hotloop.errors import OutOfMemoryError
@@ -11,10 +12,19 @@ from hotloop.kernels.linear import DENSE, LinearSpec, choose_linear
 from hotloop.types import EngineConfig, MemoryPlan
 
 _FLOAT32 = 4
+_GRAPH_BYTES = 4 * 2**20
+"""Bytes of one captured program, without the tensors that all share."""
+
+_SAMPLER_BYTES = 10
+"""Bytes of the sampler's state per row and token: two masks, a count and a bias."""
 
 
-def predict_memory(config: EngineConfig) -> MemoryPlan:
+def predict_memory(config: EngineConfig, *, served: bool = False) -> MemoryPlan:
     """Predicts the memory that ``LLM(config)`` takes.
+
+    Args:
+        config: The configuration.
+        served: Also that of the programs that a ``Service`` captures.
 
     Raises:
         HotloopError: The errors that ``LLM(config)`` raises before it reads a weight.
@@ -25,10 +35,18 @@ def predict_memory(config: EngineConfig) -> MemoryPlan:
     return MemoryPlan(
         weights_bytes=weights_bytes(setup),
         cache_bytes=_cache_bytes(setup),
-        workspace_bytes=_workspace_bytes(setup),
+        workspace_bytes=_workspace_bytes(setup) + (_programs_bytes(setup) if served else 0),
         device=str(setup.device),
         free_bytes=min(free) // (len(free) if setup.device.type == "cpu" else 1),
     )
+
+
+def _programs_bytes(setup: Setup) -> int:
+    """Bounds the bytes of the programs that a service captures; zero where nothing is captured."""
+    if not setup.captures:
+        return 0
+    # Drafting is a program of its own.
+    return _GRAPH_BYTES * sum(2 if step.k else 1 for step in serving_steps(setup, 2))
 
 
 def check_fits(setup: Setup) -> None:
@@ -88,10 +106,11 @@ def _weights_bytes(setup: Setup) -> int:
 
 
 def _rows_bytes(setup: Setup) -> int:
-    """Counts the bytes of all rows' state: their tokens, and the mask of penalized tokens."""
+    """Counts the bytes of all rows' state: their tokens, and the sampler's tensors of tokens."""
     drafts = setup.config.draft_tokens if setup.draft else 0
     history = 8 * (setup.n_positions + drafts + 1)
-    return setup.config.max_batch_size * (history + setup.model.vocab_size)
+    of_tokens = _SAMPLER_BYTES * setup.model.vocab_size
+    return setup.config.max_batch_size * (history + of_tokens)
 
 
 def _workspace_bytes(setup: Setup) -> int:

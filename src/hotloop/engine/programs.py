@@ -17,8 +17,8 @@ from hotloop.engine.steps import SMALLEST_LENGTH
 SERVED_FEATURES = (
     Features(),
     Features(draw=True, truncate=True, n_candidates=TOP_K_CANDIDATES),
-    Features(draw=True, truncate=True, n_candidates=TOP_K_CANDIDATES, penalize=True, logprobs=True),
-    Features(draw=True, truncate=True, n_candidates=None, penalize=True, logprobs=True),
+    Features(draw=True, truncate=True, n_candidates=TOP_K_CANDIDATES, adjust=True, logprobs=True),
+    Features(draw=True, truncate=True, n_candidates=None, adjust=True, logprobs=True),
 )
 """The features of a server's steps, ascending: greedy decoding; sampling; everything, for common
 values of top-k and for any. The kernel that samples in fused steps serves any top-k alike, so that
@@ -34,9 +34,7 @@ def serving_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
         setup: The engine.
         n_steps: Steps of a multi-step program.
     """
-    if setup.execution == "eager":
-        return ()
-    return tuple(_steps(setup, n_steps))
+    return tuple(_steps(setup, n_steps)) if setup.makes_programs else ()
 
 
 def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:

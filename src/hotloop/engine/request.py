@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING
 
 from hotloop.engine.core import StepTimes
 from hotloop.text.detokenize import Detokenizer, StopFilter
@@ -21,6 +22,9 @@ from hotloop.types import (
     Timing,
     TokenLogprob,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Request:
@@ -64,7 +68,7 @@ class Request:
         self.index, self.prompt_ids, self.params, self.seed = index, prompt_ids, params, seed
         self.salt, self.n_cached = salt, 0
         self.max_new_tokens = max_new_tokens
-        self.eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self.eos_ids = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
@@ -74,7 +78,7 @@ class Request:
         self._stops = StopFilter(params.stop)
         self._text: list[str] = []
         self._submitted_s = submitted_s
-        self._first_s = self._last_s = submitted_s
+        self._started_s = self._first_s = self._last_s = submitted_s
         self._speculation = Speculation() if speculates else None
 
     @property
@@ -86,6 +90,11 @@ class Request:
     def n_remaining(self) -> int:
         """The most tokens that may still be generated."""
         return self.max_new_tokens - len(self.token_ids)
+
+    def start(self, n_cached: int) -> None:
+        """Records that the request has a seat, which holds the first tokens of its prompt."""
+        self._started_s = time.perf_counter()
+        self.n_cached = n_cached
 
     def accept(self, token_id: int, logprob: TokenLogprob | None) -> str:
         """Appends the next token, sets ``finish_reason`` at the end, and returns the new text."""
@@ -152,6 +161,7 @@ class Request:
                 n_tokens=len(self.token_ids),
                 ttft_s=self._first_s - self._submitted_s,
                 e2e_s=self._last_s - self._submitted_s,
+                queue_s=self._started_s - self._submitted_s,
             ),
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
             speculation=self._speculation,
@@ -189,7 +199,12 @@ class Scoring:
         """Returns the score of the whole window, once it has been scored."""
         import torch
 
-        names = [name for name, value in vars(self.parts[0]).items() if value is not None]
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in self.parts])
+
         return Score(
-            **{name: torch.cat([getattr(part, name) for part in self.parts]) for name in names}
+            token_logprobs=joined("token_logprobs"),
+            top1=joined("top1"),
+            top1_logprobs=joined("top1_logprobs"),
+            log_probs=joined("log_probs") if self.parts[0].log_probs is not None else None,
         )

@@ -171,13 +171,13 @@ class Runner:
     def _admit(self, command: Admit) -> Pending[StepResult]:
         row, params = command.row, command.params
         ids = to_device(command.prompt_ids, self._setup.device)
-        self._sampler.admit(row, params, command.seed, command.prompt_ids)
+        self._sampler.admit(row, params, command.seed, command.prompt_ids, command.eos_ids)
         last = self._model.prefill(ids[command.start :], command.start, command.seat)
         logits = last()[None]
         position = torch.full((1, 1), len(ids), device=self._setup.device)
         features = Features.of([params])
         sampled = self._sampler.sample(logits, position, row, features)
-        if features.penalize:
+        if features.adjust:
             self._sampler.remember(sampled.ids, row)
         self._rows.admit(row, ids, sampled.ids[0])
         if self._drafter is not None:
@@ -197,7 +197,8 @@ class Runner:
     def _step(self, step: Step) -> Pending[StepResult]:
         with self._step_threads():
             sampled, timestamps = self._stepper.step(step)
-            return _PendingStepResult(sampled, timestamps, self._stepper.n_programs)
+            n_programs = self._stepper.n_programs if self._setup.makes_programs else 0
+            return _PendingStepResult(sampled, timestamps, n_programs)
 
     def _score(self, command: ScoreWindow) -> Score:
         """Scores a chunk of a window; whole distributions are gathered on rank 0 only."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,11 +109,26 @@ class Sampler:
         self.top_k = per_row(vocab_size, torch.int64)
         self.top_p = per_row(1, torch.float32)
         self.min_p = per_row(0, torch.float32)
-        self.penalty = per_row(1, torch.float32)
         self.seed = per_row(0, torch.int64)
+        self.penalty = per_row(1, torch.float32)
+        self.presence, self.frequency = per_row(0, torch.float32), per_row(0, torch.float32)
+        self.first_end = per_row(0, torch.int64)
         width = max(vocab_size, self.vocabulary.ids.stop)
-        self.seen_RV = torch.zeros(n_rows, width, dtype=torch.bool, device=device)
+
+        def per_token(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(n_rows, width, dtype=dtype, device=device)
+
+        self.seen_RV, self.counts_RV = per_token(torch.bool), per_token(torch.int32)
+        self.bias_RV, self.ends_RV = per_token(torch.float32), per_token(torch.bool)
+        # Rows whose biases and ends may not be zero. What else a row remembers has no effect as
+        # long as its penalties are neutral.
+        self._adjusting: set[int] = set()
         self.vocab_size = vocab_size
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """The tensors that ``remember`` changes."""
+        return self.seen_RV, self.counts_RV
 
     def of_whole_vocabulary(self) -> Sampler:
         """Returns a sampler that shares the rows' options, for logits that are not sharded."""
@@ -127,31 +142,77 @@ class Sampler:
             return features
         return dataclasses.replace(features, truncate=False, n_candidates=0)
 
-    def admit(self, row: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int]) -> None:
-        """Sets a row's options, and the prompt tokens that its repetition penalty applies to."""
+    def admit(
+        self,
+        row: int,
+        params: SamplingParams,
+        seed: int,
+        prompt_ids: Sequence[int],
+        eos_ids: Collection[int] = (),
+    ) -> None:
+        """Sets a row's options, and the tokens that they apply to.
+
+        Args:
+            row: The row.
+            params: Its options.
+            seed: Its seed.
+            prompt_ids: The prompt, to whose tokens the repetition penalty applies.
+            eos_ids: Tokens that cannot be selected before ``min_new_tokens``.
+        """
         self.temperature[row] = params.temperature
         self.top_k[row] = min(params.top_k or self.vocab_size, self.vocab_size)
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
-        self.penalty[row] = params.repetition_penalty
         self.seed[row] = seed
+        self.penalty[row] = params.repetition_penalty
+        self.presence[row] = params.presence_penalty
+        self.frequency[row] = params.frequency_penalty
+        self.first_end[row] = len(prompt_ids) + params.min_new_tokens
+        if row in self._adjusting or params.adjusts_logits:
+            for tensor_RV in self._of_tokens:
+                tensor_RV[row] = 0
+        self._adjusting.discard(row)
+        if not params.adjusts_logits:
+            return
+        self._adjusting.add(row)
         if params.repetition_penalty != 1:
-            self.seen_RV[row] = False
-            seen = [i for i in set(prompt_ids) if i < self.vocab_size]
-            self.seen_RV[row].index_fill_(0, to_device(seen, self.seen_RV.device), True)
+            self.seen_RV[row].index_fill_(0, self._ids(set(prompt_ids)), True)
+        if params.min_new_tokens:
+            self.ends_RV[row].index_fill_(0, self._ids(eos_ids), True)
+        if params.logit_bias:
+            biases = {i: bias for i, bias in params.logit_bias if i < self.vocab_size}
+            values = to_device(list(biases.values()), self.bias_RV.device, torch.float32)
+            self.bias_RV[row].index_copy_(0, self._ids(biases), values)
 
     def move(self, source: int, target: int) -> None:
-        """Copies a row's options and penalized tokens into another row."""
+        """Copies a row's options, and the tokens that they apply to, into another row."""
         for of_rows in (
             self.temperature,
             self.top_k,
             self.top_p,
             self.min_p,
-            self.penalty,
             self.seed,
-            self.seen_RV,
+            self.penalty,
+            self.presence,
+            self.frequency,
+            self.first_end,
         ):
             of_rows[target] = of_rows[source]
+        if self._adjusting & {source, target}:
+            for tensor_RV in self._of_tokens:
+                tensor_RV[target] = tensor_RV[source]
+        self._adjusting.discard(target)
+        if source in self._adjusting:
+            self._adjusting.add(target)
+
+    @property
+    def _of_tokens(self) -> tuple[Tensor, ...]:
+        """The rows' tensors of tokens."""
+        return self.seen_RV, self.counts_RV, self.bias_RV, self.ends_RV
+
+    def _ids(self, ids: Iterable[int]) -> Tensor:
+        """Copies token ids to the device, without those that cannot be selected."""
+        return to_device([i for i in ids if i < self.vocab_size], self.seen_RV.device)
 
     def sample(
         self,
@@ -167,24 +228,21 @@ class Sampler:
 
         Args:
             logits_BTV: float32, the model's logits of this rank's shard.
-            positions_BT: Position of each sampled token; None if every row is greedy.
+            positions_BT: Position of each sampled token; None if no feature depends on it.
             first_row: The row of the first sequence.
             features: The features that these rows need.
-            drafts_BD: int64, draft tokens, negative for none. For the repetition penalty, position
-                t of T is conditioned on the first t + D - T + 1 of them.
+            drafts_BD: int64, draft tokens, negative for none. For penalties, position t of T is
+                conditioned on the first t + D - T + 1 of them.
             best_BT: Argmax of the logits over ids that can be selected, -1 where that is not
                 finite; None if it has not been computed.
         """
-        B, T, _ = logits_BTV.shape
-        here, vocabulary = slice(first_row, first_row + B), self.vocabulary
+        here = slice(first_row, first_row + len(logits_BTV))
+        vocabulary = self.vocabulary
         scores_BTV = vocabulary.selectable(logits_BTV)
-        if features.penalize:
-            penalty_B11 = self.penalty[here, None, None]
-            penalized = torch.where(
-                scores_BTV > 0, scores_BTV / penalty_B11, scores_BTV * penalty_B11
-            )
-            scores_BTV = torch.where(self._seen(here, T, drafts_BD), penalized, scores_BTV)
-        if best_BT is None or features.penalize:
+        if features.adjust:
+            assert positions_BT is not None, "min_new_tokens depends on the position"
+            scores_BTV = self._adjusted(scores_BTV, positions_BT, here, drafts_BD)
+        if best_BT is None or features.adjust:
             best_BT = vocabulary.finite_argmax(scores_BTV)
         ids_BT = best_BT
         if features.draw:
@@ -203,23 +261,55 @@ class Sampler:
         chosen = vocabulary.gather_at(logprobs_BTV, ids_BT)
         return Sampled(ids=ids_BT, logprobs=chosen, top_logprobs=top, top_ids=top_ids)
 
-    def remember(self, ids_BT: Tensor, first_row: int) -> None:
-        """Adds tokens of the answer to those that the repetition penalty applies to."""
-        seen_BV = self.seen_RV[first_row : first_row + len(ids_BT)]
-        seen_BV.scatter_(1, ids_BT.clamp(min=0), True)  # -1: the row has failed, any id does
+    def remember(self, ids_BT: Tensor, first_row: int, n_kept_B: Tensor | None = None) -> None:
+        """Adds tokens of the answer to those that penalties apply to.
 
-    def _seen(self, here: slice, T: int, drafts_BD: Tensor | None) -> Tensor:
-        """Returns a mask of the tokens penalized at each position, bool [B, T, V]."""
-        ids = self.vocabulary.ids
-        seen_BTV = self.seen_RV[here, None].repeat(1, T, 1)
-        if drafts_BD is None:
-            return seen_BTV[..., ids.start : ids.stop]
-        D = drafts_BD.shape[1]
-        for d in range(D):
-            later = seen_BTV[:, max(0, T - D + d) :]
-            index = drafts_BD[:, d, None, None].clamp(min=0).expand(-1, later.shape[1], 1)
-            later.scatter_(2, index, True)
-        return seen_BTV[..., ids.start : ids.stop]
+        Args:
+            ids_BT: The tokens.
+            first_row: The row of the first sequence.
+            n_kept_B: The number of tokens of each row that are accepted; None for all.
+        """
+        ids_BT = ids_BT.clamp(min=0)  # -1: the row has failed, any id does
+        kept_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        if n_kept_B is not None:
+            kept_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < n_kept_B[:, None]
+        here = slice(first_row, first_row + len(ids_BT))
+        self.seen_RV[here].scatter_(1, ids_BT.where(kept_BT, ids_BT[:, :1]), True)
+        self.counts_RV[here].scatter_add_(1, ids_BT, kept_BT.int())
+
+    def _adjusted(
+        self, scores_BTV: Tensor, positions_BT: Tensor, here: slice, drafts_BD: Tensor | None
+    ) -> Tensor:
+        """Applies biases, penalties and ``min_new_tokens``; other rows keep their bits."""
+        T, ids = scores_BTV.shape[1], self.vocabulary.ids
+        mine = slice(ids.start, ids.stop)
+        seen_BTV, counts_BTV = self._seen(here, T, drafts_BD)
+        scores_BTV = scores_BTV + self.bias_RV[here, None, mine]
+        penalty_B11 = self.penalty[here, None, None]
+        penalized = torch.where(scores_BTV > 0, scores_BTV / penalty_B11, scores_BTV * penalty_B11)
+        scores_BTV = torch.where(seen_BTV[..., mine], penalized, scores_BTV)
+        counts_BTV = counts_BTV[..., mine]
+        scores_BTV = scores_BTV - self.frequency[here, None, None] * counts_BTV
+        scores_BTV = scores_BTV - self.presence[here, None, None] * (counts_BTV > 0)
+        early_BT = positions_BT < self.first_end[here, None]
+        return scores_BTV.masked_fill(
+            early_BT[..., None] & self.ends_RV[here, None, mine], -torch.inf
+        )
+
+    def _seen(self, here: slice, T: int, drafts_BD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the tokens so far at each position, and their counts in the answer, [B, T, V]."""
+        seen_BTV, counts_BTV = (
+            tensor_RV[here, None].repeat(1, T, 1) for tensor_RV in (self.seen_RV, self.counts_RV)
+        )
+        if drafts_BD is not None:
+            D = drafts_BD.shape[1]
+            for d in range(D):
+                later = slice(max(0, T - D + d), T)
+                shape = -1, later.stop - later.start, 1
+                index = drafts_BD[:, d, None, None].clamp(min=0).expand(shape)
+                seen_BTV[:, later].scatter_(2, index, True)
+                counts_BTV[:, later].scatter_add_(2, index, torch.ones_like(index).int())
+        return seen_BTV, counts_BTV
 
     def _launch(
         self,

@@ -144,6 +144,10 @@ class Scheduler:
         self._release(job)
         self._in_flight = [each for each in self._in_flight if not each.ended]
 
+    def forget(self) -> None:
+        """Forgets the tokens that free seats hold."""
+        self._seats.forget()
+
     def iterate(self) -> list[tuple[Job, Delta | None]]:
         """Runs one iteration: launches a step and a chunk, and delivers the previous ones.
 
@@ -280,6 +284,7 @@ class Scheduler:
             seat=seat.index,
             params=job.params,
             seed=job.seed,
+            eos_ids=job.eos_ids,
             prompt_ids=job.prompt_ids,
             start=start,
             n_cached=job.n_cached,
@@ -298,7 +303,7 @@ class Scheduler:
             return _Prefilling(job, seat, 0)
         placement = self._seats.place(job.prompt_ids, job.salt)
         seat = self._seat_of[job] = placement.seat
-        job.n_cached = placement.n_cached
+        job.start(placement.n_cached)
         if placement.source is not None:
             copy = CopySeat(source=placement.source.index, target=seat.index, n=placement.n_cached)
             self._core.run(copy)
@@ -366,7 +371,7 @@ class Scheduler:
         return [(scoring, None)]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Prefilling:
     """A job whose prompt or window is being prefilled, and the position of its next chunk."""
 
@@ -375,7 +380,7 @@ class _Prefilling:
     start: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Launched:
     """A launched chunk, step or multi-step program.
 

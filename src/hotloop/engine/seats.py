@@ -109,6 +109,12 @@ class Seats:
             seat.ids += answer_ids
         seat.occupied = False
 
+    def forget(self) -> None:
+        """Forgets the tokens of all free seats."""
+        for seat in self._seats:
+            if not seat.occupied:
+                self.clear(seat)
+
     def clear(self, seat: Seat) -> None:
         """Forgets a seat's tokens."""
         seat.ids = []

@@ -123,6 +123,11 @@ class Setup:
         return self.asynchronous and self.execution != "eager"
 
     @property
+    def makes_programs(self) -> bool:
+        """Whether each size of step is captured or compiled at its first use."""
+        return self.captures or self.execution == "compile"
+
+    @property
     def prefix_reuse(self) -> PrefixReuse:
         """The unit of prefix reuse."""
         chosen = self.config.prefix_cache

@@ -187,26 +187,22 @@ class Stepper:
             first_seat=program.first_seat,
             length=program.length,
         )
-        after_BT = positions_BT + 1 if features.draw else None
+        after_BT = positions_BT + 1 if features.draw or features.adjust else None
         sampled = self.sampler.sample(logits_BTV, after_BT, 0, features, drafts_BD, best_BT=best_BT)
         ids = sampled.ids
         if drafts_BD is not None and self.assumed_acceptance is not None:
             ids = assume(ids, drafts_BD, ids_BT, positions_BT, self.assumed_acceptance)
         n_kept_B, n_drafts_B = self.rows.accept(ids, drafts_BD)
         sampled = dataclasses.replace(sampled, ids=ids, n_kept=n_kept_B, n_drafts=n_drafts_B)
-        if features.penalize:
-            kept_BT = sampled.ids
-            if n_kept_B is not None:
-                kept = torch.arange(k + 1, device=n_kept_B.device) < n_kept_B[:, None]
-                kept_BT = kept_BT.where(kept, kept_BT[:, :1])
-            self.sampler.remember(kept_BT, 0)
+        if features.adjust:
+            self.sampler.remember(ids, 0, n_kept_B)
         return sampled
 
     def _run(self, program: _Program, run: Callable[[_Program], Result]) -> Result:
         if self._graphs is None:
             self._ran.add(program)
             return run(program)
-        state = (self.rows.history, self.rows.positions, self.sampler.seen_RV)
+        state = (self.rows.history, self.rows.positions, *self.sampler.memory)
         return self._graphs.run(program, lambda: run(program), state)
 
     @property

@@ -1,0 +1,147 @@
+"""What a server's steps need is captured before the first request, and padding disturbs nobody.
+
+Captures are emulated on a CPU: a graph is its program, whose results keep their place.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import N_TOKENS, write_random
+from torch import Tensor
+
+from hotloop import LLM, SamplingParams
+from hotloop.engine.core import Features
+from hotloop.engine.memory import predict_memory
+from hotloop.engine.programs import SERVED_FEATURES
+from hotloop.engine.service import Service
+from hotloop.engine.setup import Setup
+from hotloop.types import EngineConfig
+
+OPTIONS: Sequence[dict[str, Any]] = (
+    {},
+    {"temperature": 0.8, "seed": 1},
+    {"temperature": 0.8, "seed": 1, "top_k": 9, "top_p": 0.9},
+    {"temperature": 0.8, "seed": 1, "top_k": 100},
+    {"top_p": 0.5, "temperature": 1.2, "seed": 2, "repetition_penalty": 1.2},
+    {"presence_penalty": 0.4, "logprobs": 3},
+    {"logit_bias": {4: 1}, "min_new_tokens": 3},
+    {"logprobs": 0},
+)
+
+
+class Graph:
+    """A program as a graph: a replay writes to the tensors of the first run."""
+
+    def __init__(self, program: Callable[[], Any], state: Sequence[Tensor]) -> None:
+        self.program, saved = program, [tensor.clone() for tensor in state]
+        self.result = program()
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)
+
+    def replay(self) -> None:
+        found = self.program()
+        if found is not None:
+            for name, tensor in vars(self.result).items():
+                if tensor is not None:
+                    tensor.copy_(getattr(found, name))
+
+
+@pytest.fixture
+def _captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def capture(program: Any, _device: Any, state: Sequence[Tensor] = (), **_: Any) -> Any:
+        graph = Graph(program, state)
+        return graph, graph.result
+
+    monkeypatch.setattr("hotloop.engine.graphs.capture", capture)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(Setup, "captures", True)
+    return
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random(tmp_path_factory.mktemp("programs"), eos=range(0, N_TOKENS, 29))
+
+
+PROMPTS = [[5 + i, *range(2, 2 + 9 * i)] for i in range(11)]
+
+
+def asked(i: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=4 + 3 * i, **OPTIONS[i % len(OPTIONS)])
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[tuple[int, ...]]:
+    with LLM(str(folder), dtype="bfloat16", prefill_chunk=16) as llm:
+        return [llm.generate([p], asked(i))[0].token_ids for i, p in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", "itself"])
+@pytest.mark.usefixtures("_captures")
+def test_nothing_is_captured_in_service_and_padded_rows_disturb_nobody(folder, alone, draft):
+    draft = str(folder) if draft == "itself" else draft
+    options = {"max_batch_size": 6, "draft": draft, "draft_tokens": 2, "prefill_chunk": 16}
+    llm = LLM(str(folder), dtype="bfloat16", prefix_cache="tokens", **options)
+    assert llm._runner._model.cache.n_seats == 7, "and a scratch seat"
+    with Service(llm) as service:
+        made = llm._scheduler.n_programs
+        for n in (1, 3, 5, 11):  # as many clients at once
+            for first in range(0, len(PROMPTS), n):
+                together = range(first, min(first + n, len(PROMPTS)))
+                tickets = [service.submit(PROMPTS[i], asked(i)) for i in together]
+                for i, ticket in zip(together, tickets, strict=True):
+                    found = tuple(token for piece in ticket for token in piece.token_ids)
+                    assert found == alone[i], (n, i)
+        assert service.state().n_captured == 0
+        assert llm._scheduler.n_programs == made > 0
+    llm.close()
+
+
+def test_a_compiled_engine_compiles_before_it_is_ready(folder):
+    llm = LLM(str(folder), dtype="float32", execution="compile", max_batch_size=2)
+    with Service(llm) as service:
+        for params in map(asked, range(len(OPTIONS))):
+            for ticket in [service.submit([7, i], params) for i in range(3)]:
+                list(ticket)
+        assert service.state().n_captured == 0
+    llm.close()
+
+
+def test_served_features_are_ascending_and_the_last_ones_are_all():
+    *_, everything = SERVED_FEATURES
+    for params in (SamplingParams(**options) for options in OPTIONS):
+        assert everything.includes(Features.of([params]))
+    for i, smaller in enumerate(SERVED_FEATURES):
+        assert all(larger.includes(smaller) for larger in SERVED_FEATURES[i:])
+        assert not any(smaller.includes(larger) for larger in SERVED_FEATURES[i + 1 :])
+
+
+@pytest.mark.usefixtures("_captures")
+def test_programs_and_the_scratch_seat_are_in_the_memory_forecast(folder):
+    config = EngineConfig(model=str(folder), device="cpu", max_batch_size=6)
+    plan, served = (predict_memory(config, served=served) for served in (False, True))
+    with LLM(config) as llm:
+        cache = llm._runner._model.cache
+        assert plan.cache_bytes == sum(tensor.nbytes for tensor in cache.buffers())
+        made_before = llm._scheduler.n_programs
+        with Service(llm):
+            n_made = llm._scheduler.n_programs - made_before
+    assert served.workspace_bytes - plan.workspace_bytes >= n_made * 2**20
+    assert served.cache_bytes == plan.cache_bytes
+
+
+def test_positions_of_unused_rows_begin_again_where_attention_reads_little():
+    from hotloop.engine.rows import Rows
+
+    rows = Rows(4, 16, 0, torch.device("cpu"), scratch=4)
+    rows.positions[:] = torch.tensor([9, 8, 7, 6])
+    rows.place((2, 0))
+    assert rows.seats.tolist() == [2, 0, 4, 4]
+    assert rows.positions.tolist() == [9, 8, 0, 0]
+    rows.positions[2] = 5  # a request is admitted
+    rows.place((2, 0, 1))
+    assert rows.seats.tolist() == [2, 0, 1, 4]
+    assert rows.positions.tolist() == [9, 8, 5, 0]
