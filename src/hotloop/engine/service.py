@@ -313,12 +313,13 @@ class Service:
                 for job, delta in self._scheduler.iterate():
                     self._deliver(job, delta, woken)
                 self._wake(woken)
-            self._end(ServiceClosedError(), cancelled=True)
+            self._take_inbox()
+            self._end(None)
         except Exception as error:
             failed = error if isinstance(error, HotloopError) else _engine_error(error)
             with self._changed:
                 self._error = failed
-            self._end(failed, cancelled=False)
+            self._end(failed)
 
     def _wait_for_work(self) -> bool:
         """Waits until there is something to do; False once the service ends."""
@@ -393,17 +394,17 @@ class Service:
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_set, events)
 
-    def _end(self, error: HotloopError, *, cancelled: bool) -> None:
-        """Ends all tickets: as cancelled, or with an error."""
+    def _end(self, error: HotloopError | None) -> None:
+        """Ends all tickets with an error, or without one as cancelled."""
         with self._changed:
             queued = [ticket for ticket, cancel in self._inbox if not cancel]
             self._inbox.clear()
         tickets = dict.fromkeys([*self._tickets.values(), *queued])
-        if cancelled:
+        if error is None:
             for job in list(self._tickets):
                 self._cancel(job)
-        for ticket in tickets:
-            if not ticket._all_put:
+        else:
+            for ticket in tickets:
                 self._fail(ticket, error)
         with self._changed:
             self._n_jobs = 0
