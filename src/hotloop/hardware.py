@@ -10,6 +10,7 @@ Nothing here changes the machine: no clocks are locked and no power limits set.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -20,7 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -370,6 +371,31 @@ def machine() -> dict[str, Any]:
     found = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     gpus = found.splitlines() if found else []
     return {"cpu": _cpu_name(), "n_cpus_allowed": _n_cpus_allowed(), "gpus": gpus}
+
+
+def circumstances() -> dict[str, Any]:
+    """Collects what can change the end of a cell that could not run, without using a GPU.
+
+    Returns:
+        ``commit`` of a source checkout, ``packages`` (a hash of all that are installed), the GPUs'
+        ``driver`` and names, and ``free_bytes`` of the host and of the GPU that has least.
+    """
+    found = _output(
+        "nvidia-smi", "--query-gpu=name,driver_version,memory.free", "--format=csv,noheader,nounits"
+    )
+    gpus = [line.split(", ") for line in (found or "").splitlines() if line.count(", ") == 2]
+    free_mib = [int(free) for *_, free in gpus if free.isdigit()]
+    installed = sorted({f"{d.name}=={d.version}" for d in distributions()})
+    return {
+        "commit": _git_state(Path(__file__).parent)["git_commit"],
+        "packages": hashlib.sha256("\n".join(installed).encode()).hexdigest()[:16],
+        "driver": gpus[0][1] if gpus else None,
+        "gpus": [name for name, *_ in gpus],
+        "free_bytes": {
+            "cpu": _host_memory()[1],
+            "cuda": min(free_mib) * 2**20 if free_mib else None,
+        },
+    }
 
 
 def _git_state(package: Path) -> dict[str, Any]:

@@ -201,8 +201,8 @@ class FakeSweeps:
         self.ends: tuple[str, ...] = ("ok", "failed")
         self.asked: list[SimpleNamespace] = []
 
-    def __call__(self, recipe, results, *, resume, on_event) -> list[Record]:
-        self.asked.append(SimpleNamespace(recipe=recipe, results=results, resume=resume))
+    def __call__(self, recipe, results, *, resume, part, on_event) -> list[Record]:
+        self.asked.append(SimpleNamespace(recipe=recipe, results=results, resume=resume, part=part))
         results.mkdir(parents=True)
         records = []
         for i, config in enumerate(runner.expand(recipe)):
@@ -237,6 +237,14 @@ def test_sweep_by_flags_prints_the_table_and_leaves_it_in_the_folder(sweeps, tmp
     assert "none/eager" in progress
     files = {"records.jsonl", "table.md", "table.csv", "page.md", "report.html"}
     assert {file.name for file in out.iterdir()} == files
+
+
+def test_a_part_of_the_cells_goes_into_a_folder_of_its_own(sweeps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "m", "--cells", "2/3"]) == 0
+    assert (sweeps.asked[0].part.index, sweeps.asked[0].part.count) == (2, 3)
+    assert sweeps.asked[0].results == Path("results/m-2-of-3")
+    assert main(["sweep", "m", "--cells", "4/3"]) == 2
 
 
 def test_sweep_without_flags_is_the_matrix_of_the_levers(sweeps, tmp_path, monkeypatch):

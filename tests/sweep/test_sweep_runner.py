@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 from sweep_fakes import End
 from waiting import HANG_S, alive, wait_until
 
+from hotloop import hardware
 from hotloop.baselines import ENGINES
 from hotloop.bench.record import Record
 from hotloop.errors import ConfigError
@@ -26,6 +28,7 @@ from hotloop.sweep.events import (
     ReferenceFinished,
     ReferenceStarted,
 )
+from hotloop.sweep.part import Part
 from hotloop.sweep.recipe import Recipe, recipe_from_flags
 from hotloop.sweep.runner import run_sweep
 from hotloop.sweep.store import read_file
@@ -42,6 +45,23 @@ def _the_engine_is_a_fake_that_children_find(
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parent}", prepend=os.pathsep)
     monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "cache"))
+
+
+CIRCUMSTANCES = {
+    "commit": "c" * 40,
+    "packages": "p" * 16,
+    "driver": None,
+    "gpus": [],
+    "free_bytes": {"cpu": 2**34, "cuda": None},
+}
+
+
+@pytest.fixture
+def circumstances(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What the machine is like, which a test can change; other processes' memory has no part."""
+    now = copy.deepcopy(CIRCUMSTANCES)
+    monkeypatch.setattr(hardware, "circumstances", lambda: copy.deepcopy(now))
+    return now
 
 
 def recipe(*ends: End, timeout_s: float = HANG_S) -> Recipe:
@@ -139,6 +159,7 @@ def test_a_hang_ends_at_the_limit_with_everything_it_started(tmp_path, monkeypat
     assert not running(tmp_path / "pids")
 
 
+@pytest.mark.usefixtures("circumstances")
 def test_resume_measures_what_is_missing_or_failed_and_nothing_else(tmp_path):
     sweep(tmp_path, End.OK, End.RAISES, End.OOM)
     events = []
@@ -148,6 +169,44 @@ def test_resume_measures_what_is_missing_or_failed_and_nothing_else(tmp_path):
     assert [record.attempt for record in records] == [1, 2, 1, 1]
     assert len([event for event in events if isinstance(event, CellSkipped)]) == 2
     assert len(read_file(tmp_path / "records.jsonl")[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "tried_again"),
+    [
+        ({}, []),
+        ({"free_bytes": {"cpu": 2**34 + 1, "cuda": 2**40}}, []),
+        ({"free_bytes": {"cpu": 2**35, "cuda": None}}, ["oom", "predicted-oom"]),
+        ({"commit": "d" * 40}, ["oom", "unsupported", "predicted-oom"]),
+        ({"packages": "q" * 16}, ["oom", "unsupported", "predicted-oom"]),
+        ({"gpus": ["A GPU"], "driver": "1"}, ["oom", "unsupported", "predicted-oom"]),
+    ],
+)
+def test_resume_tries_again_what_may_run_now(tmp_path, circumstances, change, tried_again):
+    ends = (End.OOM, End.UNSUPPORTED, End.PREDICTED_OOM)
+    first = sweep(tmp_path, *ends)
+    circumstances |= change
+    again = sweep(tmp_path, *ends, resume=True)
+    assert [r.status for r in again if r.attempt == 2] == tried_again
+    assert [r for r in again if r.attempt == 1] == [r for r in first if r.status not in tried_again]
+
+
+@pytest.mark.usefixtures("circumstances")
+def test_a_part_is_every_nth_cell_and_all_parts_are_the_whole(tmp_path):
+    ends = (End.UNSUPPORTED, End.OOM, End.PREDICTED_OOM)
+    parts = [sweep(tmp_path / text[0], *ends, part=Part.parse(text)) for text in ("1/2", "2/2")]
+    assert [[r.status for r in part] for part in parts] == [
+        ["unsupported", "predicted-oom"],
+        ["oom"],
+    ]
+    (again,) = sweep(tmp_path / "2", *ends, part=Part.parse("2/2"), resume=True)
+    assert again == parts[1][0]
+
+
+@pytest.mark.parametrize("text", ["", "0/2", "3/2", "1", "1/0", "-1/2", "1/2/3", "a/b", "1.5/2"])
+def test_what_is_not_a_part_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--cells .* give i/n"):
+        Part.parse(text)
 
 
 def test_resume_goes_by_the_whole_configuration_and_workload_and_not_by_the_name(tmp_path):

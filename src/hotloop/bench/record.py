@@ -306,6 +306,16 @@ class RecordedStorage(_Keys, total=False):
     is_quantized: bool
 
 
+class Circumstances(_Keys, total=False):
+    """``hardware.circumstances`` as a record has it."""
+
+    commit: Name | None
+    packages: Name
+    driver: Name | None
+    gpus: Annotated[tuple[Name, ...], Field(strict=False)]
+    free_bytes: dict[str, Bytes | None]
+
+
 class Provenance(_Keys, total=False):
     """Device, versions and hashes of inputs: see ``hardware.provenance``.
 
@@ -318,6 +328,7 @@ class Provenance(_Keys, total=False):
     versions: dict[str, Name | None]
     device: RecordedDevice
     key: Name
+    circumstances: Circumstances
     stored: RecordedStorage
     reference: Name
     reference_model: Name

@@ -84,8 +84,22 @@ def sweep(
         ),
     ] = None,
     resume: Annotated[
-        bool, option(OUTPUT, "Skip configurations that the results folder already has.")
+        bool,
+        option(
+            OUTPUT,
+            "Skip configurations that the results folder already has. Those that could not run "
+            "are tried again if hotloop, packages, driver, GPUs or free memory have changed.",
+        ),
     ] = False,
+    cells: Annotated[
+        str | None,
+        option(
+            OUTPUT,
+            "Measure part i of n of the cells, given as i/n, into a folder of its own: n machines "
+            "share a matrix.",
+            "all",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, option(OUTPUT, "Only print the cells and the memory each would take.")
     ] = False,
@@ -103,6 +117,7 @@ def sweep(
     from hotloop.report.read import read_records
     from hotloop.report.write import REPORT, write_results
     from hotloop.sweep.models import is_quantized_copy
+    from hotloop.sweep.part import Part
     from hotloop.sweep.plan import plan
     from hotloop.sweep.progress import SweepProgress
     from hotloop.sweep.recipe import recipe_from_flags
@@ -140,21 +155,22 @@ def sweep(
         if by_default and recipe.weights == "checkpoint" and is_quantized_copy(name):
             del axes["quant"]  # it has its own scheme and can have no other
             recipe = recipe_with(axes)
+    part = None if cells is None else Part.parse(cells)
     if dry_run:
-        cells = plan(recipe)
-        _show_plan(cells, json=json)
-        if not any(cell.may_run for cell in cells):
+        planned = plan(recipe) if part is None else part.of(plan(recipe))
+        _show_plan(planned, json=json)
+        if not any(cell.may_run for cell in planned):
             raise HotloopError("no cell can run here: see above.")
         return 0
 
     note_cache()
-    results = out or Path("results", recipe.name)
+    results = out or Path("results", recipe.name if part is None else f"{recipe.name}-{part}")
     note(f"Records and tables go to {results}.")
     stopped = False
     records = []
     try:
         with SweepProgress() as progress:
-            records = run_sweep(recipe, results, resume=resume, on_event=progress)
+            records = run_sweep(recipe, results, resume=resume, part=part, on_event=progress)
     except KeyboardInterrupt:
         stopped = True
         note("Stopped. The same command with --resume continues.")

@@ -6,8 +6,11 @@ record is on the disk before the next cell starts, so a sweep can be stopped and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from hotloop import hardware
 from hotloop.bench.record import MEASURED, Record, Status
 from hotloop.checked import MAX_COUNT
 from hotloop.errors import ConfigError
@@ -21,6 +24,7 @@ from hotloop.sweep.events import (
     ignore,
 )
 from hotloop.sweep.job import Job, make_jobs
+from hotloop.sweep.part import Part
 from hotloop.sweep.process import Interrupted, run_isolated
 from hotloop.sweep.recipe import Recipe, expand
 from hotloop.sweep.reference import ensure_reference, held_reference_job
@@ -32,8 +36,14 @@ from hotloop.writing import (
     opened_to_append,
 )
 
-FINISHED: tuple[Status, ...] = (*MEASURED, "unsupported", "predicted-oom", "oom")
-"""The statuses that ``resume`` does not try again: another attempt would end the same way."""
+COULD_NOT_RUN: tuple[Status, ...] = ("unsupported", "predicted-oom", "oom")
+"""The statuses that ``resume`` tries again only if the circumstances have changed."""
+
+FINISHED: tuple[Status, ...] = (*MEASURED, *COULD_NOT_RUN)
+"""The statuses that ``resume`` does not try again otherwise: it would end the same way."""
+
+MORE_MEMORY = 1.1
+"""Free memory, relative to what it was, from which a cell that did not fit may fit."""
 
 
 def run_sweep(
@@ -41,6 +51,7 @@ def run_sweep(
     results: Path,
     *,
     resume: bool = False,
+    part: Part | None = None,
     on_event: OnEvent = ignore,
 ) -> list[Record]:
     """Measures every cell of a recipe.
@@ -49,7 +60,9 @@ def run_sweep(
         recipe: The recipe.
         results: The results folder, made if need be: ``records.jsonl`` and ``logs/``.
         resume: Allow a folder that has records, and skip the cells that it has finished; see
-            ``measurement_key``.
+            ``measurement_key``. A cell that could not run is tried again if the commit, the
+            packages, the GPUs or their driver differ, or if more memory is free.
+        part: The part of the cells to measure; None for all.
         on_event: Receives events.
 
     Returns:
@@ -67,8 +80,13 @@ def run_sweep(
         recipe.workload,
         recipe.quality_options,
         pythons=recipe.pythons,
-        provenance={"recipe": {"name": recipe.name, "sha256": recipe.sha256}},
+        provenance={
+            "recipe": {"name": recipe.name, "sha256": recipe.sha256},
+            "circumstances": hardware.circumstances(),
+        },
     )
+    if part is not None:
+        jobs = part.of(jobs)
     make_folder(results)
     with locked(results), ReferenceStore() as store:
         earlier = _earlier(results, resume, on_event)
@@ -101,8 +119,27 @@ def _is_finished(job: Job, earlier: Record | None) -> bool:
     """Tells whether another attempt at a job would have the same result."""
     if earlier is None or earlier.status not in FINISHED:
         return False
+    if earlier.status in COULD_NOT_RUN and _may_run_now(earlier, job.provenance):
+        return False
     lacks_reference = earlier.status in MEASURED and "reference" not in earlier.provenance
     return not (lacks_reference and job.reference)
+
+
+def _may_run_now(earlier: Record, provenance: Mapping[str, Any]) -> bool:
+    """Tells whether a cell that could not run could now, since circumstances have changed."""
+    was, now = earlier.provenance.get("circumstances"), provenance["circumstances"]
+    if was is None:
+        return True  # not known: records of older versions do not say
+    fixed = ("commit", "packages", "driver")
+    if any(was.get(name) != now[name] for name in fixed):
+        return True
+    if list(was.get("gpus", ())) != now["gpus"]:
+        return True
+    if earlier.status == "unsupported":
+        return False
+    on = "cuda" if earlier.provenance.get("device", {}).get("kind") == "cuda" else "cpu"
+    had, has = was.get("free_bytes", {}).get(on), now["free_bytes"][on]
+    return had is not None and has is not None and has >= MORE_MEMORY * had
 
 
 class _Sweep:
