@@ -8,6 +8,7 @@ not stop the others. Each writes a JSON file under ``--out``.
     check      every kernel against float64; with and without dependent launch, bit for bit
     tune       the best tuning of each projection, one after the other, within a decode step
     stack      whole decode steps of a model with random weights in one CUDA graph, and parts
+    formats    the same in the packed formats of other tools' checkpoints
     linear     each projection alone, over weights that do not fit the caches
     rows       9 to 64 rows: their bits, whole steps, and projections by every tuning
     attention  attention over short and long histories
@@ -82,12 +83,27 @@ from hotloop.models.shapes import shape
 from hotloop.types import SamplingParams
 
 SECTIONS = {
-    "check": 80, "tune": 180, "stack": 55, "linear": 30, "rows": 120, "attention": 20, "sample": 30,
+    "check": 80, "tune": 180, "stack": 55, "formats": 90, "linear": 30, "rows": 120,
+    "attention": 20, "sample": 30,
 }  # fmt: skip
 """Time limit of each section, in seconds."""
 
 CUDA = torch.device("cuda")
 BEYOND_CACHES = 300_000_000  # bytes
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "awq-g128": {"kind": "int4", "group_size": 128, "scale": "f16", "zero": "integer"},
+    "int8-g128": {"kind": "int8", "group_size": 128},
+    **KINDS,
+}
+"""Packed formats by name: what ``Format`` takes beside shapes."""
+
+FORMATS_LIKE = {
+    "int4-g128": ("awq-g128", "gptq", "gptq-act-order", "Q4_K", "Q4_1", "nf4", "mxfp4", "nvfp4"),
+    "fp8": ("fp8-blocks",),
+    "int8": ("int8-g128", "Q8_0", "Q6_K", "Q5_K"),
+}
+"""Formats of other tools, by the scheme of hotloop with as many bits (or the next larger one)."""
 
 
 def main() -> None:
@@ -403,7 +419,7 @@ def products_of(name: str) -> dict[Projection, tuple[int, int, Epilogue, bool]]:
 
 
 def make_format(kind: str, n: int, k: int, epilogue: Epilogue) -> Format:
-    return Format(**KINDS[kind], n=n, k=k, paired=epilogue == "swiglu")
+    return Format(**FORMATS[kind], n=n, k=k, paired=epilogue == "swiglu")
 
 
 def random_packed(form: Format) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -653,6 +669,31 @@ def stack_section(section: Section) -> None:
         finally:
             decode = None
             torch.cuda.empty_cache()
+
+
+def formats_section(section: Section) -> None:
+    """Times steps of one row in each of ``FORMATS_LIKE``, next to the scheme that it is like."""
+    bandwidth = section.bandwidth()
+    for name in ("llama-2-13b", "llama-3.1-8b"):
+        for scheme, others in FORMATS_LIKE.items():
+            for kind in (scheme, *others, scheme):
+                if section.time_is_up:
+                    return
+                decode = DecodeStep(section, name, kind, 1)
+                decode.prepare()
+                seconds, nbytes = graph_seconds(decode.graph), decode.nbytes
+                section.add(
+                    f"{name:13} {kind:14} {seconds * 1e3:7.3f} ms {nbytes / 1e9:6.2f} GB "
+                    f"{nbytes / seconds / bandwidth:6.1%}  like {scheme}",
+                    model=name,
+                    kind=kind,
+                    scheme=scheme,
+                    seconds=seconds,
+                    nbytes=nbytes,
+                    share=nbytes / seconds / bandwidth,
+                )
+                decode = None
+                torch.cuda.empty_cache()
 
 
 # One kernel at a time.
