@@ -667,6 +667,8 @@ class EngineDescription:
         notes: Why a faster path was not taken, and whatever else a reader of results must know.
         load_s: Seconds from start to weights in place.
         warmup_s: Seconds of compilation, capture and first runs after that.
+        read_bytes: Bytes of weights that rank 0 read from files; None where it read none.
+        read_s: Seconds from the first of them to all weights in place, a part of ``load_s``.
         compile_cache: Whether compiled artifacts were found (``warm``), made (``cold``), or not
             used (None).
         version: Name and version of another engine than hotloop's own.
@@ -691,6 +693,8 @@ class EngineDescription:
     notes: tuple[str, ...] = ()
     load_s: float = 0.0
     warmup_s: float = 0.0
+    read_bytes: int | None = None
+    read_s: float | None = None
     compile_cache: Literal["cold", "warm"] | None = None
     execution: StepExecution | None = None
     version: str | None = None
@@ -698,6 +702,13 @@ class EngineDescription:
     bos_id: int | None = None
     adds_bos: bool = False
     eos_ids: tuple[int, ...] = ()
+
+    @property
+    def load_gb_s(self) -> float | None:
+        """GB of weights that rank 0 read and put in place per second; None where it read none."""
+        if self.read_bytes is None or not self.read_s:
+            return None
+        return self.read_bytes / self.read_s / 1e9
 
     @property
     def name(self) -> str:

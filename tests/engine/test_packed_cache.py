@@ -64,6 +64,15 @@ def logits(llm: LLM) -> Tensor:
     return score.log_probs
 
 
+def header_bytes(model: Path) -> int:
+    with (model / "model.safetensors").open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def rope_bytes(llm: LLM) -> int:
+    return sum(t.nbytes for name, t in weights(llm).items() if name in ("cos0", "sin0"))
+
+
 def entries(cache: Path) -> list[Path]:
     return sorted(cache.glob("*.packed"))
 
@@ -107,6 +116,11 @@ def test_a_second_start_has_the_same_bits_and_reads_no_weight_of_the_source(
     second = start(model, quant=quant, dtype=dtype)
     assert_same(first, plain)
     assert_same(second, plain)
+    source, packed = plain.describe(), second.describe()
+    assert source.read_bytes == (model / "model.safetensors").stat().st_size - header_bytes(model)
+    assert packed.read_bytes == packed.weight_bytes - rope_bytes(second)
+    assert source.load_gb_s > 0
+    assert source.read_s < source.load_s
 
 
 @pytest.mark.gpu

@@ -374,6 +374,7 @@ class Record(StrictModel):
     mbu_datasheet: Figure | None = None
     speculation: SpeculationFigures | None = None
     load_s: Number | None = None
+    load_gb_s: Number | None = None
     warmup_s: Number | None = None
     peak_bytes: Bytes | None = None
     predicted_bytes: dict[str, int] | None = None

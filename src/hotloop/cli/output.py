@@ -109,10 +109,19 @@ def print_record(record: Record) -> None:
         pairs.append(("reason", record.reason))
     shown = zip(table.columns, table.rows[0].cells, strict=True)
     pairs += [(column.heading, cell) for column, cell in shown if column not in LABELS]
+    if record.load_s is not None:
+        pairs.append(("load", _load_time(record.load_s, record.load_gb_s)))
     print_pairs([*pairs, *details(record), *table.context])
     notes = [f"[{number}] {note}" for number, note in enumerate(table.notes, start=1)]
     for paragraph in filter(None, (notes, table.remarks)):
         print_text("\n" + "\n".join(paragraph))
+
+
+def _load_time(load_s: float, gb_s: float | None) -> str:
+    from hotloop.report.numbers import significant
+
+    speed = "" if gb_s is None else f", weights at {significant(gb_s, 2)} GB/s"
+    return f"{significant(load_s, 2)} s{speed}"
 
 
 def print_memory(

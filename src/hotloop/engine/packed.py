@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +17,22 @@ from hotloop.weights.packed_cache import entry_key, load_packed, store_packed
 from hotloop.weights.source import CheckpointSource, RandomSource, Source
 
 
-def load(
-    setup: Setup, decoder: Decoder, group: Group, on_layer: OnLayer | None = None
-) -> tuple[str, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Weights that are in place.
+
+    Attributes:
+        read_bytes: Bytes that were read from files; None for random weights.
+        read_s: Seconds that it took; what is kept for the next start is not a part of them.
+        notes: Notes for readers of results.
+    """
+
+    read_bytes: int | None
+    read_s: float
+    notes: tuple[str, ...] = ()
+
+
+def load(setup: Setup, decoder: Decoder, group: Group, on_layer: OnLayer | None = None) -> Loaded:
     """Assigns every weight of ``decoder``.
 
     Args:
@@ -25,27 +40,30 @@ def load(
         decoder: The rank's part of the model, without weights.
         group: The ranks, which load at the same time.
         on_layer: Called with (layers done, layers in all).
-
-    Returns:
-        Notes for readers of results.
     """
+    started = time.perf_counter()
+
+    def loaded(read_bytes: int | None) -> Loaded:
+        return Loaded(read_bytes=read_bytes, read_s=time.perf_counter() - started)
+
     if not setup.config.cache_packed or setup.path is None or setup.config.weights == "random":
-        _load_from_source(setup, decoder, group, on_layer)
-        return ()
+        return loaded(_load_from_source(setup, decoder, group, on_layer))
     key = entry_key(setup.path, _facts(setup))
     without_weights = dict(decoder.named_buffers(remove_duplicate=False))
-    found = load_packed(key, decoder, setup.device) is not None
+    read_bytes = load_packed(key, decoder, setup.device)
     # Ranks combine statistics while they quantize: all of them read the source, or none.
-    if not int(group.max(torch.tensor([not found], dtype=torch.int32, device=setup.device))):
-        return ()
-    _load_from_source(setup, decoder, group, on_layer)
+    is_missing = torch.tensor([read_bytes is None], dtype=torch.int32, device=setup.device)
+    if not int(group.max(is_missing)):
+        return loaded(read_bytes)
+    made = loaded(_load_from_source(setup, decoder, group, on_layer))
     note = store_packed(key, decoder, without_weights)
-    return () if note is None else (note,)
+    return made if note is None else replace(made, notes=(note,))
 
 
 def _load_from_source(
     setup: Setup, decoder: Decoder, group: Group, on_layer: OnLayer | None
-) -> None:
+) -> int | None:
+    """Returns the bytes that were read; None for random weights."""
     checkpoint = None
     source: Source
     if setup.config.weights == "random":
@@ -71,6 +89,7 @@ def _load_from_source(
     finally:
         if checkpoint is not None:
             checkpoint.close()
+    return source.read_bytes if isinstance(source, CheckpointSource) else None
 
 
 def _facts(setup: Setup) -> dict[str, Any]:

@@ -251,6 +251,8 @@ class Runner:
             "kernels": kernels,
             "notes": (*notes, *self._group.notes),
             "compile_cache": self._model.compile_cache(),
+            "read_bytes": model.loaded.read_bytes,
+            "read_s": model.loaded.read_s,
         }
 
     def close(self) -> None:
@@ -320,7 +322,7 @@ class _Model:
             total=group.sum,
         )
         on_layer = None if progress is None else lambda i, n: progress("load", i, n)
-        self._load_notes = packed.load(setup, self.decoder, group, on_layer)
+        self.loaded = packed.load(setup, self.decoder, group, on_layer)
         self.cache = KVCache(
             kv_heads=model.kv_heads,
             n_seats=n_seats,
@@ -431,7 +433,7 @@ class _Model:
 
     def notes(self) -> dict[str, None]:
         """Returns notes of the setup, and why faster kernels are not used, each once."""
-        notes = [*self.setup.notes, *self._load_notes]
+        notes = [*self.setup.notes, *self.loaded.notes]
         notes += [note for _, linear in self._linears() for note in linear.notes]
         if self.launcher is not None:
             notes += sorted(self.launcher.notes)

@@ -81,6 +81,7 @@ ONLY_IN_CSV = (
     "greedy.agreement",
     "greedy.gap_max",
     "load_s",
+    "load_gb_s",
     "warmup_s",
 )
 """Further fields of a record."""

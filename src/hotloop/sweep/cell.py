@@ -204,6 +204,7 @@ def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[st
             attempt.fields |= {
                 "cell": job.cell.replace(job.config.name, description.name, 1),
                 "load_s": description.load_s,
+                "load_gb_s": description.load_gb_s,
                 "warmup_s": description.warmup_s,
                 # its configuration stands in `config` already
                 "engine": {k: v for k, v in asdict(description).items() if k != "config"},

@@ -171,6 +171,9 @@ class CheckpointSource:
         model: Of whose tensors the checkpoint may hold redundant ones; None allows none.
         dtype: Element type of the model's arithmetic, in which every weight must be finite.
         combine: All-reduces statistics of the columns that this rank reads: their maximum.
+
+    Attributes:
+        read_bytes: Bytes that were read so far.
     """
 
     def __init__(
@@ -185,6 +188,7 @@ class CheckpointSource:
         self.checkpoint, self.device, self.model = checkpoint, device, model
         self.dtype, self.combine = dtype, combine
         self.used: set[str] = set()
+        self.read_bytes = 0
         self._matrices = StoredMatrices(checkpoint)
         self._ahead: ReadAhead[_Read] | None = None
         self._announced: deque[Request] = deque()
@@ -193,6 +197,7 @@ class CheckpointSource:
         """See ``Source``. As many pieces come on every rank, whose statistics are combined."""
         request.scheme.check(request.name, *request.shape)
         for read in self._reads_of(request):
+            self.read_bytes += read.n_bytes
             parts = {name: self.place(part) for name, part in read.parts.items()}
             for piece in read.pieces:
                 yield read.plan.make(piece, parts)
@@ -247,6 +252,7 @@ class CheckpointSource:
         info = self._expect(name, shape)
         rows = range(shape[0]) if rows is None else rows
         tensor = self.checkpoint.read(name, (slice(rows.start, rows.stop),))
+        self.read_bytes += tensor.nbytes
         check_finite(tensor, info, dtype=self.dtype, first=(rows.start,))
         return tensor
 
