@@ -145,3 +145,13 @@ def test_positions_of_unused_rows_begin_again_where_attention_reads_little():
     rows.place((2, 0, 1))
     assert rows.seats.tolist() == [2, 0, 1, 4]
     assert rows.positions.tolist() == [9, 8, 5, 0]
+
+
+def test_requests_together_need_what_any_of_them_needs():
+    a, b = SamplingParams(temperature=1.0, top_k=5), SamplingParams(temperature=1.0, min_p=0.1)
+    c, d = SamplingParams(temperature=1.0, top_p=0.5, logprobs=1), SamplingParams(n=2)
+    assert Features.of([a, d]) == Features(draw=True, truncate=True, n_candidates=64)
+    assert Features.of([b]) == Features(draw=True, truncate=True)
+    assert Features.of([a, c, b]).n_candidates is None
+    assert Features.of([d, a, c]) == Features.of([c]) | Features.of([a])
+    assert Features.of([SamplingParams(top_k=5, min_p=0.1)]) == Features(), "greedy"

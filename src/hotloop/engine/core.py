@@ -11,7 +11,9 @@ This module does not import torch: the host side can be tested against a core wi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -47,16 +49,31 @@ class Features:
     @classmethod
     def of(cls, requests: Iterable[SamplingParams]) -> Features:
         """Returns the features that these requests need together."""
-        requests = list(requests)
-        drawn = [p for p in requests if not p.greedy]
-        ranked = [p for p in drawn if p.top_k or p.top_p < 1]
-        limited = all(0 < p.top_k <= TOP_K_CANDIDATES for p in ranked)
+        return functools.reduce(operator.or_, map(cls._of_one, requests), cls())
+
+    @classmethod
+    def _of_one(cls, params: SamplingParams) -> Features:
+        drawn = not params.greedy
+        ranked = drawn and bool(params.top_k or params.top_p < 1)
+        limited = 0 < params.top_k <= TOP_K_CANDIDATES
         return cls(
-            draw=bool(drawn),
-            truncate=any(p.top_k or p.top_p < 1 or p.min_p for p in drawn),
+            draw=drawn,
+            truncate=ranked or (drawn and params.min_p > 0),
             n_candidates=0 if not ranked else TOP_K_CANDIDATES if limited else None,
-            adjust=any(p.adjusts_logits for p in requests),
-            logprobs=any(p.logprobs is not None for p in requests),
+            adjust=params.adjusts_logits,
+            logprobs=params.logprobs is not None,
+        )
+
+    def __or__(self, other: Features) -> Features:
+        """Returns the features that two requests need together."""
+        candidates = self.n_candidates, other.n_candidates
+        known = [n for n in candidates if n is not None]
+        return Features(
+            draw=self.draw or other.draw,
+            truncate=self.truncate or other.truncate,
+            n_candidates=max(known) if len(known) == 2 else None,
+            adjust=self.adjust or other.adjust,
+            logprobs=self.logprobs or other.logprobs,
         )
 
     def includes(self, other: Features) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
-from hotloop.engine.core import StepTimes
+from hotloop.engine.core import Features, StepTimes
 from hotloop.text.detokenize import Detokenizer, StopFilter
 from hotloop.text.tokenizer import Tokenizer
 from hotloop.types import (
@@ -46,6 +46,7 @@ class Request:
     Attributes:
         index: Index of the prompt in its call.
         n_cached: Tokens of the prompt that were not prefilled, since a seat held them.
+        features: The features of the sampler that it needs.
         finish_reason: Why it ended; None while it is running, or if it failed.
         failed: The logits of the next token were not finite.
     """
@@ -66,6 +67,7 @@ class Request:
         salt: str = "",
     ) -> None:
         self.index, self.prompt_ids, self.params, self.seed = index, prompt_ids, params, seed
+        self.features = Features.of([params])
         self.salt, self.n_cached = salt, 0
         self.max_new_tokens = max_new_tokens
         self.eos_ids = frozenset() if params.ignore_eos else frozenset(eos_ids)

@@ -19,6 +19,8 @@ Chunks begin at multiples of their size, whatever the load, so that load changes
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -247,7 +249,7 @@ class Scheduler:
 
     def _features(self, requests: Iterable[Request]) -> Features:
         """Returns the features of a step's program; more than are needed change no token."""
-        needed = Features.of(request.params for request in requests)
+        needed = functools.reduce(operator.or_, (request.features for request in requests))
         if self.feature_sets is None:
             return needed
         return next((each for each in self.feature_sets if each.includes(needed)), needed)
