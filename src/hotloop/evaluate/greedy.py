@@ -46,9 +46,9 @@ def greedy_agreement(
     for i, score in enumerate(engine.score(texts, full=True)):
         n, scored = len(answers[i]), score.log_probs if score.top is None else score.top[1]
         assert scored is not None, "the engine was asked for whole distributions and gave none"
-        best = scored[-n:].amax(dim=-1)
-        gap_max = max(gap_max, (best - score.token_logprobs[-n:]).max().item())
-        same.append(sum(t == a for t, a in zip(score.top1[-n:].tolist(), answers[i], strict=True)))
+        gaps = scored[-n:].amax(dim=-1) - score.token_logprobs[-n:]
+        gap_max = max(gap_max, gaps.max().item())
+        same.append(int((gaps <= 0).sum()))  # of equally likely tokens, any may be generated
         trials.append(n)
         if on_prompt:
             on_prompt(i + 1, len(texts))
