@@ -1,8 +1,8 @@
 """Times the CPU kernels without the engine: the parts of a token's time, and the cost of more rows.
 
 The matrix products of a whole SmolLM2-135M run in the order of a decode step, so that each weight
-comes from memory as it does there, with one row and with the rows of verification. The operators
-are called as compiled code calls them. Attention runs separately, since its keys and values stay in
+comes from memory as it does there, with one row and with the rows of verification. The kernels
+are called as the decoder calls them. Attention runs separately, since its keys and values stay in
 the processor's cache at this size.
 
     python benchmarks/cpu_kernels.py --out benchmarks/results/cpu-kernels.json
@@ -25,17 +25,21 @@ from torch import Tensor
 
 from hotloop import hardware
 from hotloop.kernels import cpu
-from hotloop.kernels.linear import LinearSpec, choose_linear
-from hotloop.quant import parse_head_scheme, parse_scheme
+from hotloop.kernels.linear import DENSE, LinearKernel, LinearSpec, choose_linear
+from hotloop.quant import QTensor, Scheme, parse_head_scheme, parse_scheme
+from hotloop.quant.encodings import gguf
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
 SHAPES = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}
 HEAD = (49152, 576)
-SCHEMES = ("none", "int8", "int4-g64", "int4-g32-asym")
+SCHEMES = ("none", "int8", "fp8", "int4-g64", "int4-g32-asym")
+BLOCKS = (gguf.Q4_0, gguf.Q4_1, gguf.Q8_0, gguf.MXFP4, gguf.IQ4_NL, gguf.Q4_K, gguf.Q6_K)
+"""Types of GGUF; blocks of 256 are not those of 576 features, which are Q8_0 instead."""
+
 ROWS = (1, 2, 3, 5, 9)
 
-Product = tuple[str, list[Tensor]]
-"""A matrix product: its name and its packed weight."""
+Product = tuple[str, LinearKernel, list[Tensor]]
+"""A matrix product: its name, its kernel and its packed weight."""
 
 
 def main() -> None:
@@ -58,7 +62,8 @@ def main() -> None:
         "attention": {},
     }
     with torch.inference_mode():
-        models = {scheme: products(scheme) for scheme in SCHEMES}
+        models = {scheme: products(*schemes_of(scheme)) for scheme in SCHEMES}
+        models |= {blocks.type: products(blocks, blocks) for blocks in BLOCKS}
         times: dict[tuple[str, int], list[dict[str, float]]] = {}
         for _ in range(args.passes):  # schemes and rows in turn: slow minutes hit all alike
             for scheme, model in models.items():
@@ -74,17 +79,35 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def products(scheme: str) -> list[Product]:
+def schemes_of(name: str) -> tuple[Scheme, Scheme]:
+    """Returns the schemes of layers and head."""
+    return parse_scheme(name), parse_head_scheme("auto", parse_scheme(name))
+
+
+def random_weight(form: Scheme | gguf.Blocks, n: int, k: int) -> Tensor | QTensor:
+    if not isinstance(form, gguf.Blocks):
+        return form.quantize(torch.randn(n, k, dtype=torch.bfloat16) / k**0.5)
+    blocks = form if k % form.size == 0 else gguf.Q8_0
+    stored = torch.randint(0, 60, (n, k // blocks.size * blocks.n_bytes), dtype=torch.uint8)
+    return blocks.decode({gguf.BLOCKS: stored}, (n, k))
+
+
+def products(body: Scheme | gguf.Blocks, head: Scheme | gguf.Blocks) -> list[Product]:
     """Makes every matrix product of a step, in order, with random weights."""
-    body, head = parse_scheme(scheme), parse_head_scheme("auto", parse_scheme(scheme))
     shapes = [(name, shape, body) for _ in range(LAYERS) for name, shape in SHAPES.items()]
     made: list[Product] = []
     for name, (n, k), form in [*shapes, ("head", HEAD, head)]:
-        weight = form.quantize(torch.randn(n, k, dtype=torch.bfloat16) / k**0.5)
+        weight = random_weight(form, n, k)
         kernel, _ = choose_linear(
-            LinearSpec(format=form.format(k), n=n, k=k, dtype=torch.bfloat16, device="cpu")
+            LinearSpec(
+                format=weight.format if isinstance(weight, QTensor) else DENSE,
+                n=n,
+                k=k,
+                dtype=torch.bfloat16,
+                device="cpu",
+            )
         )
-        made.append((name, kernel.pack(weight)))
+        made.append((name, kernel, kernel.pack(weight)))
     return made
 
 
@@ -93,10 +116,9 @@ def one_pass(model: list[Product], rows: int) -> dict[str, float]:
     widths = {name: k for name, (_, k) in {**SHAPES, "head": HEAD}.items()}
     x = {name: torch.randn(rows, k, dtype=torch.bfloat16) for name, k in widths.items()}
     seconds = dict.fromkeys(widths, 0.0)
-    linear = torch.ops.hotloop_cpu.linear.default
-    for name, weight in model:
+    for name, kernel, weight in model:
         started = time.perf_counter()
-        linear(x[name], weight)
+        kernel(x[name], *weight)
         seconds[name] += time.perf_counter() - started
     return seconds
 
@@ -104,8 +126,8 @@ def one_pass(model: list[Product], rows: int) -> dict[str, float]:
 def report(
     scheme: str, model: list[Product], times: dict[tuple[str, int], list[dict[str, float]]]
 ) -> dict[str, Any]:
-    calls = {name: sum(other == name for other, _ in model) for name in (*SHAPES, "head")}
-    nbytes = {name: sum(t.nbytes for t in weight) for name, weight in model}
+    calls = {name: sum(other == name for other, _, _ in model) for name in (*SHAPES, "head")}
+    nbytes = {name: sum(t.nbytes for t in weight) for name, _, weight in model}
     one_row = {
         name: statistics.median(p[name] for p in times[scheme, 1]) / n for name, n in calls.items()
     }

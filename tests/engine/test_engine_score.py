@@ -138,10 +138,11 @@ def test_blocks_as_they_are_stored_are_as_near_their_exact_worth_as_dequantized_
         assert score.log_probs is not None
         return score.log_probs
 
+    def divergence(quant: str, dtype: str) -> float:
+        return float((exact.exp() * (exact - log_probs(quant, dtype))).sum(-1).mean())
+
     exact = log_probs("none", "float32")
     torch.testing.assert_close(log_probs("auto", "float32"), exact)
-    kl = {
-        quant: float((exact.exp() * (exact - log_probs(quant, "bfloat16"))).sum(-1).mean())
-        for quant in ("auto", "none")
-    }
-    assert kl["auto"] < 1.15 * kl["none"], "nothing is rounded a second time"
+    assert divergence("auto", "float32") < 1e-4, "nothing is rounded a second time"
+    # Activations in bfloat16 are: their rounding outweighs that of the weights, which is none.
+    assert divergence("auto", "bfloat16") < 1.15 * divergence("none", "bfloat16")
