@@ -6,7 +6,9 @@
 //   integers  of 8 or 4 bits: activations are rounded to 16-bit fixed point, one scale per row, so
 //             that one instruction multiplies and adds pairs exactly. The error, 2^-16 of the row's
 //             largest activation, is a hundredth of bfloat16's own.
-//   indices   of a lookup table of 16 numbers are replaced by these, and multiplied in float32.
+//   indices   of a lookup table of 16 numbers are replaced by these, which are multiplied as
+//             integers if they are integers times a power of two, otherwise in float32.
+//   fp8       (e4m3) is widened to float32, as are the activations.
 // The code uses GNU vector extensions, so that GCC and Clang compile it for any processor; every
 // intrinsic has a portable fallback. Sums run in a fixed order: on one machine a row has the same
 // bits whatever the number of threads, and whatever the other rows.
