@@ -32,14 +32,16 @@ from hotloop.engine.setup import _resolve_execution
 from hotloop.errors import NumericsError, UnsupportedError
 from hotloop.kernels.attention import torch_attention
 from hotloop.kernels.cuda.sample import sample_kernel
+from hotloop.models import names
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
 from hotloop.models.families import FAMILIES, read_config
 from hotloop.parallel.collectives import Group
-from hotloop.quant import Scheme, parse_scheme
+from hotloop.quant import QTensor, parse_scheme
+from hotloop.quant.auto import Auto
 from hotloop.registry import resolve
 from hotloop.weights.load import load_weights
-from hotloop.weights.source import RandomSource, schemes_by_name
+from hotloop.weights.source import RandomSource, Request, schemes_by_name
 
 pytestmark = needs_compiler
 
@@ -86,7 +88,7 @@ MIXED = {
         "q_proj": "int8",
         "k_proj": "gptq",
         "gate_proj": "fp8",
-        "up_proj": "fp8-blocks",
+        "up_proj": "Q4_1",
     },
     "Q4_K_M": {"": "Q4_K", "v_proj": "Q6_K", "down_proj": "Q6_K"},
     "tables": {"": "nvfp4", "up_proj": "nf4"},
@@ -111,13 +113,18 @@ class Model:
         stored = None
         if quant in STORED or quant in MIXED:
             stored, quant = quant, "none"
+        schemes = schemes_by_name(config, parse_scheme(quant), parse_scheme(head))
+        if stored is not None:
+            for name, shape in names.linear_weights(config).items():
+                format_ = stored_weight(stored, name, shape).format
+                schemes[name] = Auto(stored=format_, k=shape[1])
         load_weights(
             self.decoder,
             config,
             VariedSource(stored),
             shard=config.shards(1)[0],
             adds_biases=True,
-            schemes=schemes_by_name(config, parse_scheme(quant), parse_scheme(head)),
+            schemes=schemes,
             dtype=dtype,
             device=CPU,
             fused=fused,
@@ -153,20 +160,26 @@ class VariedSource(RandomSource):
         tensor = super().tensor(name, shape, **options)
         return tensor if tensor.dim() == 2 else tensor + 0.2 * noise(name, tensor.shape)
 
-    def matrix(self, name: str, shape: tuple[int, int], scheme: Scheme, **_: Any) -> Any:
+    def pieces(self, request: Request) -> Iterator[Tensor | QTensor]:
+        name, shape = request.name, request.shape
         if self.stored and ".layers." in name:
-            by_name = MIXED.get(self.stored, {"": self.stored})
-            format_ = by_name.get(name.split(".")[-1], by_name[""])
-            weight = random_weight(format_, *shape, seed=crc32(name.encode()))
-            factor = 2.0 ** round(math.log2(shape[1] ** -0.5))
-            scaled = {
-                name: (part.float() * factor).to(part.dtype)
-                for name in ("scale", "super_scale", "super_offset")
-                if (part := getattr(weight, name)) is not None
-                and (name != "scale" or weight.super_scale is None)
-            }
-            return dataclasses.replace(weight, **scaled)
-        return scheme.quantize(noise(name, shape) * (1.5 * shape[1] ** -0.5))
+            yield stored_weight(self.stored, name, shape)
+        else:
+            yield request.scheme.quantize(noise(name, shape) * (1.5 * shape[1] ** -0.5))
+
+
+def stored_weight(stored: str, name: str, shape: tuple[int, int]) -> QTensor:
+    by_name = MIXED.get(stored, {"": stored})
+    format_ = by_name.get(name.split(".")[-1], by_name[""])
+    weight = random_weight(format_, *shape, seed=crc32(name.encode()))
+    factor = 2.0 ** round(math.log2(shape[1] ** -0.5))
+    two_level = weight.super_scale is not None
+    scaled = ("super_scale", "super_offset") if two_level else ("scale",)
+    parts = {part: getattr(weight, part) for part in scaled}
+    return dataclasses.replace(
+        weight,
+        **{part: (t.float() * factor).to(t.dtype) for part, t in parts.items() if t is not None},
+    )
 
 
 def noise(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -226,6 +239,10 @@ def test_a_step_is_as_near_the_exact_one_as_the_decoder_is_in_bfloat16(name, qua
             assert torch.equal(best, logits[..., : vocab - 3].argmax(-1))
             assert distance(logits, wanted) < 2 * distance(plainly, wanted), f"{T} at {first}"
             found.append((wanted, plainly, logits))
+    # Random lookup tables and permutations differ from matrix to matrix.
+    launched = {part for kernel, _ in device.launched for part in kernel.split("_")}
+    assert ("part" in launched) == (quant in MIXED)
+    assert ("gated" in launched) == (quant in ("three formats", "tables", "act-order"))
     # Of one token alone, errors of the same size differ by a fifth from seed to seed.
     wanted, plainly, logits = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
     error, usual = distance(logits, wanted), distance(plainly, wanted)

@@ -53,13 +53,31 @@ def test_memory_is_known_beforehand(tmp_path):
             assert llm.describe().weight_bytes == predict_memory(llm.config).weights_bytes
 
 
+SEVERAL = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_up": "IQ4_XS", "token_embd": "Q6_K"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4"])
+def test_the_fused_step_of_a_gpu_is_as_near_the_exact_one_as_eager(kind, tmp_path):
+    kinds = SEVERAL if kind == "Q4_K" else None
+    path = write_gguf_model(tmp_path / "m.gguf", kind, tied=True, kinds=kinds, **WIDE)
+    exact = distribution(path)
+    errors = {
+        execution: (
+            distribution(path, device="cuda", dtype="bfloat16", execution=execution) - exact
+        ).square()
+        for execution in ("eager", "fused")
+    }
+    assert errors["fused"].mean().sqrt() < 1.3 * errors["eager"].mean().sqrt()
+
+
 @needs_compiler
 @pytest.mark.parametrize("quant", ["auto", "int8"])
 def test_the_fused_step_holds_blocks_of_several_types_as_they_are(quant, tmp_path, monkeypatch):
     monkeypatch.setattr("hotloop.engine.runner.device_of", lambda _: EmulatedDevice())
     monkeypatch.setattr("hotloop.engine.setup.fused_unavailable_reason", lambda _: None)
-    kinds = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_up": "IQ4_XS", "token_embd": "Q6_K"}
-    path = write_gguf_model(tmp_path / "m.gguf", "Q4_K", tied=True, kinds=kinds, **WIDE)
+    path = write_gguf_model(tmp_path / "m.gguf", "Q4_K", tied=True, kinds=SEVERAL, **WIDE)
     config = EngineConfig(model=str(path), quant=quant, max_seq_len=16, device="cpu")
     with LLM(config) as llm:
         described = llm.describe()

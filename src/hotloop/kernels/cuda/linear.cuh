@@ -58,9 +58,7 @@ __device__ __forceinline__ uint4 scale_input(uint4 x) {
           times(x.z, Weight::input_scale(0)), times(x.w, Weight::input_scale(1))};
 }
 
-// Features of a row of x, from column k on, for the lanes with t of their octet.
-
-// Those of four columns.
+// Loads the features of a row of x for columns k to k + 3 of the weight.
 template <class Weight>
 __device__ __forceinline__ uint2 load_four(const bf16* row, const int* features, int k) {
   if constexpr (!Weight::kPermuted) return *reinterpret_cast<const uint2*>(row + k);
@@ -69,7 +67,7 @@ __device__ __forceinline__ uint2 load_four(const bf16* row, const int* features,
           row[at.z] | static_cast<uint32_t>(row[at.w]) << 16};
 }
 
-// Those of eight columns.
+// For columns k to k + 7.
 template <class Weight>
 __device__ __forceinline__ uint4 load_eight(const bf16* row, const int* features, int k) {
   if constexpr (!Weight::kPermuted) return *reinterpret_cast<const uint4*>(row + k);
@@ -78,8 +76,8 @@ __device__ __forceinline__ uint4 load_eight(const bf16* row, const int* features
   return {first.x, first.y, second.x, second.y};
 }
 
-// Those of a slice whose halves are groups: columns 4t to 4t + 3 of each. Zeros from `end` on, which
-// is a multiple of 16.
+// For a lane's columns of a slice whose halves are groups: 4t to 4t + 3 of each half. Zeros from
+// column `end` on, a multiple of 16. slice: its first column.
 template <class Weight>
 __device__ __forceinline__ uint4 load_halves(const bf16* row, const int* features, int slice,
                                              int t, int end) {

@@ -19,12 +19,12 @@ constexpr uint32_t kOnes = 0x3f803f80u;
 // range of float.
 //
 // kUnitK: input features of a unit. kGroupSlices: slices that share a scale, 0 where the scale is
-// per output feature. kSliceGroups: groups of a slice, of which two are multiplied by an mma each.
-// kZero: what groups have besides a scale.
-// kZeroPoint: operand minus weight, subtracted through the sums of x. kNeedsSums: these sums are
-// needed. kTerms: a weight is the sum of so many operands. kOutputScale: factor of the results.
-// input_scale(i): factor of x, as a pair of bfloat16, for the operands' registers 2i and 2i + 1.
-// one(i): the operand of a weight of one, without the zero point.
+// per output feature. kSliceGroups: groups of a slice, 2 where each of its two mma has a group of
+// its own, and else 1. kZero: what groups have besides a scale. kZeroPoint: operand minus weight,
+// subtracted through the sums of x. kNeedsSums: these sums are needed. kTerms: operands whose sum a
+// weight is. kPermuted: columns are in another order than the features of x. kOutputScale: factor
+// of the results. input_scale(i): factor of x, as a pair of bfloat16, for the operands' registers 2i
+// and 2i + 1. one(i): the operand of a weight of one, without the zero point.
 
 // kZeroPoints are subtracted before scaling, and include kZeroPoint of the values; kOffsets are
 // added after it.
@@ -133,9 +133,9 @@ struct FourBits {
 using Int4 = FourBits<8>;
 using Uint4 = FourBits<0>;
 
-// Indices of a table of sixteen numbers, in the nibbles of a word in the order of the registers that
-// they fill. A number is the sum of kTerms numbers in bfloat16; kWords hold, for each of these, the
-// low bytes of the sixteen numbers and then their high bytes.
+// Indices of a table of sixteen numbers: the nibbles of a word, in the order of the registers that
+// they fill. Each number is a sum of kTerms numbers in bfloat16. kWords has, term by term, the low
+// bytes of the sixteen and then their high bytes.
 template <uint32_t... kWords>
 struct Table {
   static constexpr int kSliceBytes = 256, kZeroPoint = 0, kTerms = sizeof...(kWords) / 8;
@@ -208,8 +208,8 @@ struct Sixteen<Float> {
   }
 };
 
-// Scales (and offsets) of two levels: integers plus 128 of a group, and half-precision factors of a
-// unit. Of a group, the bytes of rows g and g + 8 are side by side, with those of offsets behind.
+// Scales (and offsets) of two levels: an integer of a group, stored plus 128, times a half-precision
+// factor of a unit. The bytes of rows g and g + 8 are adjacent, followed by those of their offsets.
 struct TwoLevels {};
 
 template <class Scale, Zero kZeros>
@@ -292,7 +292,8 @@ struct Grouped : Values {
   }
 };
 
-// Columns in another order than the features of x: the kernels take a table of the feature of each.
+// A weight whose columns are in another order than the features of x; the kernels read the feature
+// of each column from a table.
 template <class Weight>
 struct Permuted : Weight {
   static constexpr bool kPermuted = true;
