@@ -148,20 +148,20 @@ def test_an_option_that_it_does_not_have_is_refused_before_anything_is_loaded(le
         ENGINE.predict(EngineConfig(model="m", engine="vllm", **levers))
 
 
-def test_an_interpreter_of_its_own_runs_it_and_without_one_the_row_says_what_is_missing(tmp_path):
+def test_the_row_of_an_engine_says_what_its_interpreter_lacks_until_that_is_installed(tmp_path):
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{FAKE}" exec "{sys.executable}" "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model: llama-2-7b\nweights: random\ncells: [{engine: vllm, quant: int4-g128-asym}]\n"
         "workload: {prompt_tokens: 3, new_tokens: 4, repeats: 2}\n"
     )
-    plain = load_recipe(recipe)
-    (missing,) = run_sweep(plain, tmp_path / "out")
+    own = replace_models(load_recipe(recipe), pythons={"vllm": python})
+    (missing,) = run_sweep(own, tmp_path / "out")
     assert (missing.status, missing.baseline) == ("unsupported", "vllm")
     assert "--python vllm=PATH" in missing.reason
-    own = replace_models(plain, pythons={"vllm": python})
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{FAKE}" exec "{sys.executable}" "$@"\n')
     (record,) = run_sweep(own, tmp_path / "out", resume=True)
     assert record.decode_tok_s is not None, record.reason
     assert record.engine["version"] == "vllm 0.26.0+fake"

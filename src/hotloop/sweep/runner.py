@@ -29,6 +29,7 @@ from hotloop.sweep.process import Interrupted, run_isolated
 from hotloop.sweep.recipe import Recipe, expand
 from hotloop.sweep.reference import ensure_reference, held_reference_job
 from hotloop.sweep.store import RECORDS, append, locked, read_file
+from hotloop.types import OWN_ENGINE
 from hotloop.writing import (
     file_name,
     make_folder,
@@ -121,6 +122,8 @@ def _is_finished(job: Job, earlier: Record | None) -> bool:
         return False
     if earlier.status in COULD_NOT_RUN and _may_run_now(earlier, job.provenance):
         return False
+    if earlier.status == "unsupported" and job.config.engine != OWN_ENGINE:
+        return False  # its library may have been installed since
     lacks_reference = earlier.status in MEASURED and "reference" not in earlier.provenance
     return not (lacks_reference and job.reference)
 
