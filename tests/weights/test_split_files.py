@@ -20,6 +20,8 @@ from whole_models import (
     write_gguf_model,
 )
 
+from hotloop.weights.identity import hash_checkpoint
+from hotloop.weights.packed_cache import _content_hash
 from hotloop.weights.writer import SafetensorsWriter
 
 PACKED = scheme_of("pack-quantized", **FORMATS["int4 in groups, asymmetric"][1])
@@ -74,6 +76,21 @@ def test_gguf(kind, tied, tmp_path):
     for path in parts:
         assert_same_weights(load(path, quant="auto"), expected)
     torch.testing.assert_close(distribution(parts[1]), distribution(whole), rtol=0, atol=0)
+
+
+def test_parts_that_are_links_are_all_part_of_the_content(tmp_path, monkeypatch):
+    monkeypatch.setattr("hotloop.weights.packed_cache.writable_cache_dir", lambda: tmp_path)
+    parts = split_gguf(write_gguf_model(tmp_path / "m.gguf", "Q8_0", tied=True), 2)
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate(parts):  # as the hub's cache has them
+        path.rename(tmp_path / "blobs" / str(i))
+        path.symlink_to(tmp_path / "blobs" / str(i))
+    before = _content_hash(parts[0])
+    assert before == hash_checkpoint(parts[0])
+    with (tmp_path / "blobs" / "1").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert _content_hash(parts[0]) != before
 
 
 @pytest.mark.parametrize("name", ENCODINGS)

@@ -428,7 +428,7 @@ class _Seen(StrictModel):
 
 def _content_hash(checkpoint: Path) -> str:
     """Returns ``hash_checkpoint``; of files that are unchanged since then, the last result."""
-    checkpoint = checkpoint.resolve()
+    checkpoint = checkpoint.absolute()  # not resolved: names of links tell the parts of a model
     files = _states(checkpoint)
     folder = _folder(writable_cache_dir()) / "sources"
     name = hashlib.sha256(os.fsencode(checkpoint)).hexdigest()
