@@ -531,22 +531,23 @@ def test_neighbours_change_nothing(engine):
 
 
 def test_rows_that_move_as_requests_end_change_nothing(tmp_path, monkeypatch):
-    model = str(write_random(tmp_path, head_dim=64, n_layers=2, eos=range(0, N_TOKENS, 7)))
-    sampling = SamplingParams(max_new_tokens=12, logprobs=2, temperature=0.9, top_k=20, seed=3)
+    model = str(write_random(tmp_path, head_dim=64, n_layers=2))
+    sampling = SamplingParams(ignore_eos=True, logprobs=2, temperature=0.9, top_k=20, seed=3)
     together = LLM(model, max_seq_len=64, max_batch_size=3, draft="exit-1", draft_policy="always")
     alone = LLM(model, max_seq_len=64)
     run, commands = together._runner.run, []
     monkeypatch.setattr(together._runner, "run", lambda c: commands.append(type(c)) or run(c))
-    found, expected = [
-        [(g.token_ids, g.logprobs) for g in generations]
-        for generations in (
-            together.generate(list(PROMPTS), sampling),
-            [alone.generate([prompt], sampling)[0] for prompt in PROMPTS],
-        )
-    ]
-    assert len({len(token_ids) for token_ids, _ in found}) > 1, "they end at different times"
+    options = [dataclasses.replace(sampling, max_new_tokens=n) for n in (8, 14, 14)]
+    asked = list(zip(PROMPTS, options, strict=True))
+    streams = [together.stream([prompt], params) for prompt, params in asked]
+    begun = [next(stream) for stream in streams]  # all run before the first one ends
+    assert not any(delta.generation for delta in begun)
+    found = [[*stream][-1].generation for stream in streams]
+    expected = [alone.generate([prompt], params)[0] for prompt, params in asked]
     assert MoveRow in commands
-    assert found == expected
+    assert [(g.token_ids, g.logprobs) for g in found] == [
+        (g.token_ids, g.logprobs) for g in expected
+    ]
 
 
 # A GPU tries each with each.
