@@ -201,8 +201,9 @@ class FakeSweeps:
         self.ends: tuple[str, ...] = ("ok", "failed")
         self.asked: list[SimpleNamespace] = []
 
-    def __call__(self, recipe, results, *, resume, part, on_event) -> list[Record]:
-        self.asked.append(SimpleNamespace(recipe=recipe, results=results, resume=resume, part=part))
+    def __call__(self, recipe, results, *, resume, part, ray_address, on_event) -> list[Record]:
+        asked = {"resume": resume, "part": part, "ray_address": ray_address}
+        self.asked.append(SimpleNamespace(recipe=recipe, results=results, **asked))
         results.mkdir(parents=True)
         records = []
         for i, config in enumerate(runner.expand(recipe)):

@@ -28,6 +28,7 @@ class End(IntEnum):
     KILLED = 8
     WRAPPED_OOM = 9
     OOM_IN_QUALITY = 10
+    HANGS_ONCE = 11
 
 
 def predict(config: EngineConfig) -> MemoryPlan:
@@ -61,6 +62,11 @@ def create(config: EngineConfig) -> "FakeEngine":
             written.write_text(" ".join(map(str, pids)))
             written.rename(os.environ["PIDS"])  # whole, when it is there
             time.sleep(9999)
+        case End.HANGS_ONCE:
+            if not (hanging := Path(os.environ["HANGING"])).exists():
+                hanging.with_suffix(".new").write_text(os.environ.get("RAY_RAYLET_PID", ""))
+                hanging.with_suffix(".new").rename(hanging)  # whole, when it is there
+                time.sleep(9999)
         case End.OOM:
             raise OutOfMemoryError("load", 2**33, 2**30)
         case End.UNSUPPORTED:

@@ -100,6 +100,14 @@ def sweep(
             "all",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        option(
+            OUTPUT,
+            "Run the cells on the Ray cluster of this address, such as auto. Needs the extra ray.",
+            "on this machine",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, option(OUTPUT, "Only print the cells and the memory each would take.")
     ] = False,
@@ -170,7 +178,9 @@ def sweep(
     records = []
     try:
         with SweepProgress() as progress:
-            records = run_sweep(recipe, results, resume=resume, part=part, on_event=progress)
+            records = run_sweep(
+                recipe, results, resume=resume, part=part, ray_address=ray, on_event=progress
+            )
     except KeyboardInterrupt:
         stopped = True
         note("Stopped. The same command with --resume continues.")

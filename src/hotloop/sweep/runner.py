@@ -6,7 +6,7 @@ record is on the disk before the next cell starts, so a sweep can be stopped and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hotloop.sweep.events import (
 from hotloop.sweep.job import Job, make_jobs
 from hotloop.sweep.part import Part
 from hotloop.sweep.process import Interrupted, run_isolated
+from hotloop.sweep.ray_cluster import RayCluster
 from hotloop.sweep.recipe import Recipe, expand
 from hotloop.sweep.reference import ensure_reference, held_reference_job
 from hotloop.sweep.store import RECORDS, append, locked, read_file
@@ -53,6 +54,7 @@ def run_sweep(
     *,
     resume: bool = False,
     part: Part | None = None,
+    ray_address: str | None = None,
     on_event: OnEvent = ignore,
 ) -> list[Record]:
     """Measures every cell of a recipe.
@@ -64,6 +66,7 @@ def run_sweep(
             ``measurement_key``. A cell that could not run is tried again if the commit, the
             packages, the GPUs or their driver differ, or if more memory is free.
         part: The part of the cells to measure; None for all.
+        ray_address: The Ray cluster that runs the cells; None for this machine.
         on_event: Receives events.
 
     Returns:
@@ -91,7 +94,10 @@ def run_sweep(
     make_folder(results)
     with locked(results), ReferenceStore() as store:
         earlier = _earlier(results, resume, on_event)
-        sweep = _Sweep(results, store, recipe.timeout_s, on_event)
+        sweep = SingleMachine(results, store, recipe.timeout_s, on_event)
+        if ray_address is not None:
+            with RayCluster(ray_address) as cluster:
+                return sweep.measure_on(cluster, jobs, earlier)
         # All references come first, so that kernels which they share with cells are built by then.
         jobs = [sweep.with_reference(job, earlier.get(job.key)) for job in jobs]
         return [
@@ -145,7 +151,7 @@ def _may_run_now(earlier: Record, provenance: Mapping[str, Any]) -> bool:
     return had is not None and has is not None and has >= MORE_MEMORY * had
 
 
-class _Sweep:
+class SingleMachine:
     """A running sweep: its folder, its references, time limit and listener."""
 
     def __init__(
@@ -164,7 +170,7 @@ class _Sweep:
         file = scoring.reference
         assert file is not None, "a reference job names its file"
         if file not in self.no_reference:
-            self.no_reference[file] = ensure_reference(scoring, self._run, self.on_event)
+            self.no_reference[file] = ensure_reference(scoring, self.run, self.on_event)
         if reason := self.no_reference[file]:
             return job.model_copy(update={"no_reference": reason})
         provenance = {**job.provenance, "reference": file.stem}
@@ -181,17 +187,39 @@ class _Sweep:
             job = job.model_copy(update={"attempt": attempt})
         self.on_event(CellStarted(job.cell, index, total, job.attempt))
         try:
-            return self._keep(self._run(job))
+            return self.keep(self.run(job))
         except Interrupted as stop:
-            self._keep(stop.record)
+            self.keep(stop.record)
             raise
 
-    def _run(self, job: Job) -> Record:
+    def measure_on(
+        self, cluster: RayCluster, jobs: Sequence[Job], earlier: Mapping[str, Record]
+    ) -> list[Record]:
+        """Returns the records of jobs, of which those that are not finished run on a cluster."""
+        records: dict[str, Record] = {}
+        waiting = []
+        for job in jobs:
+            before = earlier.get(job.key)
+            if before is not None and _is_finished(job, before):
+                self.on_event(CellSkipped(before))
+                records[job.key] = before
+                continue
+            attempt = min(before.attempt + 1, MAX_COUNT) if before is not None else 1
+            waiting.append(job.model_copy(update={"attempt": attempt}))
+        measured = cluster.measure(
+            waiting, timeout_s=self.timeout_s, on_event=self.on_event, keep=self.keep
+        )
+        records |= {job.key: record for job, record in zip(waiting, measured, strict=True)}
+        return [records[job.key] for job in jobs]
+
+    def run(self, job: Job) -> Record:
+        """Runs a job in a process of its own on this machine."""
         prefix = "reference-" if job.task == "reference" else ""
         log = make_subfolder(self.results, "logs") / f"{prefix}{file_name(job.cell)}.log"
         return run_isolated(job, log=log, timeout_s=self.timeout_s, on_event=self.on_event)
 
-    def _keep(self, record: Record) -> Record:
+    def keep(self, record: Record) -> Record:
+        """Writes a record into the results folder."""
         append(self.results / RECORDS, record)
         self.on_event(CellFinished(record))
         return record
