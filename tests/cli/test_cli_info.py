@@ -169,7 +169,8 @@ def test_quantize_says_what_became_of_the_bytes(monkeypatch, tmp_path, capsys):
     said = json.loads(shown)
     assert (said["src_bytes"], said["out_bytes"]) == (3000, 1000)
     assert "14 matrices stored as awq are dequantized." in err
-    assert asked == {"src": source, "quant": "int4-g64", "head": "auto", "source_name": "m"}
+    options = {"quant": "int4-g64", "head": "auto", "copy_format": "hotloop"}
+    assert asked == {"src": source, "source_name": "m", **options}
 
 
 def test_quantize_needs_a_scheme(capsys):

@@ -24,7 +24,7 @@ from hotloop.models.decoder import Decoder
 from hotloop.models.linear import Linear
 from hotloop.models.rope import head_order
 from hotloop.parallel.plan import Shard
-from hotloop.quant import QTensor, Scheme, join_alike, join_rows
+from hotloop.quant import QTensor, Scheme, cut, join_alike, join_rows
 from hotloop.quant.rows import RowStream
 from hotloop.weights.source import Request, Source
 from hotloop.weights.tensor_file import row_chunks
@@ -257,5 +257,7 @@ def _dequantized_into(
         table[first:last] = piece.dequantize(table.dtype)
         start, stop = max(kept.start, first), min(kept.stop, last)
         if start < stop:
-            yield piece.rows(start - first, stop - first)
+            kept_rows = cut(piece, slice(start - first, stop - first), None)
+            assert isinstance(kept_rows, QTensor), "a quantized weight"
+            yield kept_rows
         first = last
