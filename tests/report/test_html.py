@@ -14,7 +14,7 @@ import html5lib
 import pytest
 from report_records import NOISE, drafting, record
 
-from hotloop.bench.record import Figure, Record, Workload
+from hotloop.bench.record import Figure, Record, TaskFigures, Workload
 from hotloop.bench.statistics import mean_figure
 from hotloop.cli.app import main
 from hotloop.report.fields import value_of
@@ -177,6 +177,18 @@ def test_every_sample_and_every_setting_is_behind_a_fold():
                 assert ", ".join(map(str, figure.samples)) in folds
     for setting in ("tensor_parallel", "git_commit", "n_threads", "prompt_tokens", "proposed"):
         assert setting in folds
+
+
+def test_parts_of_a_record_in_lists_are_settings_by_their_numbers():
+    task = {"task": "t", "sha256": "s", "metric": "acc", "accuracy": mean_figure([1.0, 0.0])}
+    root = parsed(to_html([record("int8/eager", 50, tasks=(TaskFigures(**task),))]))
+    pairs = {
+        text_of(elements(each, "dt")[0]): text_of(elements(each, "dd")[0])
+        for fold in elements(root, "details")
+        for each in elements(fold, "div")
+        if elements(each, "dt")
+    }
+    assert (pairs["1.task"], pairs["1.accuracy.samples"]) == ("t", "1.0, 0.0")
 
 
 def test_every_plot_has_a_text_alternative_with_its_values():

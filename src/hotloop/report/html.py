@@ -339,8 +339,8 @@ def _cell(record: Record, numbers: Mapping[int, int], group_id: str) -> _Cell:
         del held["speculation"]["tokens_per_step"]
     sections: dict[str, list[tuple[str, str]]] = {"record": []}
     for name, value in held.items():
-        if isinstance(value, dict):
-            sections[name] = _flat(value)
+        if isinstance(value, dict) or _is_of_objects(value):
+            sections[name] = _flat(value if isinstance(value, dict) else _numbered(value))
         elif value is not None:
             sections["record"].append((name, _text(value)))
     return _Cell(
@@ -357,11 +357,20 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Lists the values of nested objects by their paths."""
     pairs = []
     for name, held in value.items():
-        if isinstance(held, dict):
-            pairs += _flat(held, f"{prefix}{name}.")
+        if isinstance(held, dict) or _is_of_objects(held):
+            inner = held if isinstance(held, dict) else _numbered(held)
+            pairs += _flat(inner, f"{prefix}{name}.")
         else:
             pairs.append((prefix + name, _text(held)))
     return pairs
+
+
+def _is_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
+
+
+def _numbered(values: Sequence[Any]) -> dict[str, Any]:
+    return {str(number): value for number, value in enumerate(values, start=1)}
 
 
 def _text(value: Any) -> str:
