@@ -86,8 +86,12 @@ def test_nothing_is_captured_in_service_and_padded_rows_disturb_nobody(folder, a
     options = {"max_batch_size": 6, "draft": draft, "draft_tokens": 2, "prefill_chunk": 16}
     llm = LLM(str(folder), dtype="bfloat16", prefix_cache="tokens", **options)
     assert llm._runner._model.cache.n_seats == 7, "and a scratch seat"
+    for i in (10, 9):  # in seats that the captured steps use, too
+        assert llm.generate([PROMPTS[i]], asked(i))[0].token_ids == alone[i]
     with Service(llm) as service:
         made = llm._scheduler.n_programs
+        again = service.submit(PROMPTS[9], asked(9))
+        assert tuple(token for piece in again for token in piece.token_ids) == alone[9]
         for n in (1, 3, 5, 11):  # as many clients at once
             for first in range(0, len(PROMPTS), n):
                 together = range(first, min(first + n, len(PROMPTS)))

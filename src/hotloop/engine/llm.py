@@ -413,6 +413,7 @@ class LLM:
             *_, last = [self._runner.run(step) for step in steps]
             scheduler.n_programs = last.wait().n_programs
             self._runner.run(Synchronize()).wait()
+            scheduler.forget()  # its seats have been overwritten
         return scheduler
 
     # ------------------------------------------------------------------------------ requests
