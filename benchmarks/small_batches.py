@@ -30,6 +30,7 @@ from multi_gpu import write_tiny
 
 from hotloop import LLM, SamplingParams
 from hotloop.hardware import provenance
+from hotloop.models.shapes import shape
 
 SHAPES = ("llama-3.1-8b", "llama-2-13b")
 SCHEMES = ("int4-g128", "none", "int8", "fp8")
@@ -37,6 +38,9 @@ GPUS = (1, 2)
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS = (512, 2048, 8192, 32_768)
 KINDS = ("sequences", "prompts")
+ANSWER = 8
+"""Positions of a cache beyond the longest prompt."""
+
 LIMIT_S = 200.0
 """The time limit of a measurement: an engine of one kind, shape and scheme."""
 
@@ -122,11 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def jobs(args: argparse.Namespace) -> list[Job]:
     """Returns the measurements to run, those of one GPU first."""
     gpus = args.gpus or [n for n in GPUS if n <= torch.cuda.device_count()]
-    sizes = {"sequences": tuple(args.sequences), "prompts": tuple(args.prompts)}
     return [
-        Job(kind=kind, shape=shape, scheme=scheme, gpus=n, sizes=sizes[kind])
-        for n, kind, shape, scheme in itertools.product(gpus, args.kinds, args.shapes, args.schemes)
+        Job(kind=kind, shape=name, scheme=scheme, gpus=n, sizes=sizes(kind, name, args))
+        for n, kind, name, scheme in itertools.product(gpus, args.kinds, args.shapes, args.schemes)
     ]
+
+
+def sizes(kind: str, name: str, args: argparse.Namespace) -> tuple[int, ...]:
+    """Returns numbers of sequences, or of prompt tokens that fit the shape's context."""
+    if kind == "sequences":
+        return tuple(args.sequences)
+    longest = shape(name)["max_position_embeddings"] - ANSWER
+    return tuple(n for n in args.prompts if n <= longest)
 
 
 def rehearsal(out: Path) -> list[Job]:
@@ -151,7 +162,7 @@ def measure(job: Job, out: Path) -> None:
         device=job.device,
         tensor_parallel=job.gpus,
         max_batch_size=max(job.sizes) if of_sequences else 1,
-        max_seq_len=5 + job.new_tokens if of_sequences else max(job.sizes) + 8,
+        max_seq_len=5 + job.new_tokens if of_sequences else max(job.sizes) + ANSWER,
     )
     found: dict[str, Any] = {"job": dataclasses.asdict(job), "samples": {}}
     found["provenance"] = provenance(torch.device(job.device))

@@ -1,5 +1,6 @@
 """``benchmarks/small_batches.py`` runs on a CPU, and its tables have vLLM's figures on an H200."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -63,3 +64,10 @@ def test_the_page_has_a_place_for_the_tables_that_the_makefile_makes(gpu):
         "small_batches.py --out benchmarks/results/$(GPU)-small-batches"
         in (ROOT / "Makefile").read_text()
     )
+
+
+def test_prompts_fit_the_context_of_their_shape():
+    args = argparse.Namespace(prompts=[512, 2048, 8192], sequences=[1, 64])
+    assert small_batches.sizes("prompts", "llama-2-13b", args) == (512, 2048)
+    assert small_batches.sizes("prompts", "llama-3.1-8b", args) == (512, 2048, 8192)
+    assert small_batches.sizes("sequences", "llama-2-13b", args) == (1, 64)
