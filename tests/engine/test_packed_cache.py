@@ -127,7 +127,10 @@ def test_a_second_start_has_the_same_bits_and_reads_no_weight_of_the_source(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("execution", ["fused", "eager"])
 @pytest.mark.parametrize("quant", ["none", "int8", "int4-g64"])
-def test_a_second_start_on_a_gpu_has_the_same_bits(quant, execution, model, unread):
+def test_a_second_start_on_a_gpu_has_the_same_bits(quant, execution, tmp_path, unread):
+    (tmp_path / "m").mkdir()
+    model = write_random(tmp_path / "m", hidden_size=128, intermediate_size=256, head_dim=64)
+    settled(model)
     options = {"device": "cuda", "quant": quant, "execution": execution}
     plain = start(model, cache_packed=False, **options)
     start(model, **options).close()

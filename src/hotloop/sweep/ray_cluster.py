@@ -8,6 +8,7 @@ machine that started the sweep. A cell whose node is lost is tried again.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import tempfile
 from collections.abc import Callable
@@ -50,12 +51,12 @@ class RayCluster:
 
     def __init__(self, address: str) -> None:
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")
         except ImportError as error:
             raise UnsupportedError(
                 f"--ray: ray cannot be imported ({error}): pip install 'hotloop[ray]'."
             ) from error
-        self._ray: Any = ray
+        self._ray = ray
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
