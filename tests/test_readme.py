@@ -1,5 +1,6 @@
 """Runs the README's commands as they are, on the real small model."""
 
+import ast
 import os
 import re
 import shlex
@@ -79,14 +80,17 @@ def test_command_does_what_it_says(words: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_model")
-def test_python_example_runs(tmp_path: Path) -> None:
-    (example,) = blocks("python")
-    done = run([sys.executable, "-c", example], tmp_path, timeout=HANG_S)
-    assert done.returncode == 0, done.stderr
-    answer, speed, conversation = re.split(r" (\d+\.\d+)\n", done.stdout, maxsplit=1)
+def test_python_examples_run(tmp_path: Path) -> None:
+    one, several = (
+        run([sys.executable, "-c", b], tmp_path, timeout=HANG_S) for b in blocks("python")
+    )
+    assert one.returncode == 0, one.stderr
+    answer, speed, conversation = re.split(r" (\d+\.\d+)\n", one.stdout, maxsplit=1)
     assert "Paris" in answer
     assert float(speed) > 0
     assert conversation.strip()
+    assert several.returncode == 0, several.stderr
+    assert len(ast.literal_eval(several.stdout)) == 3
 
 
 def test_every_variable_of_the_environment_is_documented() -> None:
