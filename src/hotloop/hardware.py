@@ -18,6 +18,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -385,7 +386,9 @@ def circumstances() -> dict[str, Any]:
     )
     gpus = [line.split(", ") for line in (found or "").splitlines() if line.count(", ") == 2]
     free_mib = [int(free) for *_, free in gpus if free.isdigit()]
-    installed = sorted({f"{d.name}=={d.version}" for d in distributions()})
+    # Not of sys.path, to which importing setuptools adds its own copies of packages.
+    places = [sysconfig.get_path(scheme) for scheme in ("purelib", "platlib")]
+    installed = sorted({f"{d.name}=={d.version}" for d in distributions(path=places)})
     return {
         "commit": _git_state(Path(__file__).parent)["git_commit"],
         "packages": hashlib.sha256("\n".join(installed).encode()).hexdigest()[:16],

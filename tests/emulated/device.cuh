@@ -199,6 +199,7 @@ inline void run_grid(void (*kernel)(const void*), const void* args, dim3 grid, i
         run_block(threads);
       }
   end_predecessor();
+  machine.fibers.clear();  // their stacks, which each of hundreds of libraries would keep
 }
 
 // Exchanges words among all lanes of a warp.

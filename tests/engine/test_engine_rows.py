@@ -13,7 +13,7 @@ from hotloop.engine.core import Command, MoveRow, Pending, Step
 from hotloop.kernels.attention import torch_attention
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 10, [299, 150, 2, 40, 41], [21])
-PARAMS = SamplingParams(max_new_tokens=40, logprobs=2)
+PARAMS = SamplingParams(max_new_tokens=40, min_new_tokens=20, logprobs=2)
 SAMPLING = {
     "greedy": {},
     "drawn": {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.2, "seed": 3},

@@ -246,3 +246,11 @@ def test_memory_that_was_short_is_recognized_however_it_is_put(error, asked_for)
 
 def test_other_errors_are_not_taken_for_a_want_of_memory():
     assert shortage_of_memory(RuntimeError("CUDA error: an illegal memory access")) is None
+
+
+def test_circumstances_do_not_depend_on_what_a_process_has_imported(tmp_path, monkeypatch):
+    before = hardware.circumstances()["packages"]
+    (tmp_path / "vendored-1.0.dist-info").mkdir()
+    (tmp_path / "vendored-1.0.dist-info" / "METADATA").write_text("Name: vendored\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert hardware.circumstances()["packages"] == before

@@ -164,11 +164,12 @@ def _hash_model(path: Path, of_weights: Callable[[Path], Any]) -> str:
 
     The name of a model that is one file is left out.
     """
+    files = checkpoint_files(path)
     facts = {
-        "" if file == path else file.name: hash_file(file)
+        "" if len(files) == 1 else file.name: hash_file(file)
         if file.suffix == ".json"
         else of_weights(file)
-        for file in checkpoint_files(path)
+        for file in files
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
