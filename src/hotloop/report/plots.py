@@ -78,28 +78,16 @@ class Axis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """A mark of a plot.
+class Labelled:
+    """What a mark and a bar have in common.
 
     Attributes:
-        x: Its value across.
-        y: Its value up.
         label: A short text beside it.
-        cell: The cell of the record that it shows; empty if it shows none.
-        title: A sentence that says its values.
-        x_interval: The 95 % interval across.
-        y_interval: The 95 % interval up.
         is_doubtful: The tool itself calls the figure unstable or too little known.
         is_emphasized: It is the recommended one.
     """
 
-    x: float
-    y: float
     label: str = ""
-    cell: str = ""
-    title: str = ""
-    x_interval: Interval | None = None
-    y_interval: Interval | None = None
     is_doubtful: bool = False
     is_emphasized: bool = False
 
@@ -107,6 +95,27 @@ class Point:
     def label_text(self) -> str:
         """The label, with a star for the recommended one."""
         return f"{STAR} {self.label}" if self.is_emphasized and self.label else self.label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point(Labelled):
+    """A mark of a plot.
+
+    Attributes:
+        x: Its value across.
+        y: Its value up.
+        cell: The cell of the record that it shows; empty if it shows none.
+        title: A sentence that says its values.
+        x_interval: The 95 % interval across.
+        y_interval: The 95 % interval up.
+    """
+
+    x: float
+    y: float
+    cell: str = ""
+    title: str = ""
+    x_interval: Interval | None = None
+    y_interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,29 +161,18 @@ class Plot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A bar of a chart: segments one after the other, from 0.
+class Bar(Labelled):
+    """A bar of a chart, labelled by its record's cell: segments one after the other, from 0.
 
     Attributes:
-        label: Its name, that of the record's cell.
         values: The length of each segment, in the order of ``Bars.parts``.
         text: Its value in words.
         interval: The 95 % interval of the whole.
-        is_doubtful: See ``Point``.
-        is_emphasized: See ``Point``.
     """
 
-    label: str
     values: tuple[float, ...]
     text: str
     interval: Interval | None = None
-    is_doubtful: bool = False
-    is_emphasized: bool = False
-
-    @property
-    def label_text(self) -> str:
-        """The label, with a star for the recommended one."""
-        return f"{STAR} {self.label}" if self.is_emphasized and self.label else self.label
 
 
 @dataclass(frozen=True, kw_only=True)
