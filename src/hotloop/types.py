@@ -437,6 +437,8 @@ class SamplingParams:
         ignore_eos: Go on past end-of-sequence tokens (timed runs do).
         logprobs: For each token its log-probability and that of this many most likely ones, from
             the model's own distribution before any of the options above; None for none.
+        visible_tokens: Control tokens, by their spelling, that are part of the answer's text, which
+            leaves out all others; those that the vocabulary lacks have no effect.
     """
 
     max_new_tokens: Count | None = None
@@ -454,6 +456,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
+    visible_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, RequestError)

@@ -95,6 +95,14 @@ def test_text_goes_on_with_its_space_after_a_prompt_and_without_one_after_contro
     assert not Detokenizer(tokenizer, after=[1, beyond]).push(after).startswith(" ")
 
 
+def test_control_tokens_that_are_visible_are_shown_and_no_others(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level_folder(tmp_path))
+    ids = tokenizer.encode("<|im_start|>a<|im_end|>", add_special=False, parse_special=True)
+    visible = ["<|im_start|>", "<|no such token|>"]
+    shown = "".join(map(Detokenizer(tokenizer, visible=visible).push, ids))
+    assert shown == "<|im_start|>a"
+
+
 def test_token_outside_the_vocabulary_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="outside the vocabulary"):
         Detokenizer(tokenizer).push(tokenizer.vocab_size)

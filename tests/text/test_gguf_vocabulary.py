@@ -290,3 +290,16 @@ def test_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "a.gguf", lambda writer: GGUFWriter.add_name(writer, "bare"))
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         load_tokenizer(file)
+
+
+def test_template_for_tools_of_a_gguf_file_is_read(tmp_path: Path) -> None:
+    def fill(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "a"])
+        writer.add_token_types([2, 1])
+        writer.add_token_scores([0.0, 0.0])
+        named = {"default": "d", "tool_use": "t"}
+        writer.add_chat_template([{"name": n, "template": t} for n, t in named.items()])
+
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", fill))
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("d", "t")

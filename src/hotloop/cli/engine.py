@@ -99,7 +99,9 @@ class ConversationFormat:
         """
         assert tokenizer is not None, "a checkpoint comes with a tokenizer"
         if self._file is not None:
-            tokenizer = replace(tokenizer, chat_template=self._source, source=self._file)
+            tokenizer = replace(
+                tokenizer, chat_template=self._source, tool_template=None, source=self._file
+            )
 
         def encode(messages: Sequence[Message]) -> ChatPrompt:
             continued = messages[-1]["role"] == "assistant"

@@ -76,7 +76,11 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.failed = False
         after = () if starts_text else prompt_ids
-        self._detokenizer = Detokenizer(tokenizer, after=after) if tokenizer else None
+        self._detokenizer = (
+            Detokenizer(tokenizer, after=after, visible=params.visible_tokens)
+            if tokenizer
+            else None
+        )
         self._stops = StopFilter(params.stop)
         self._text: list[str] = []
         self._submitted_s = submitted_s

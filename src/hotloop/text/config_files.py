@@ -95,8 +95,20 @@ class _NamedTemplate(StrictModel):
     template: str
 
 
+DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"
+"""Names of chat templates: for all conversations, and for those with tools."""
+
+
+def named_templates(templates: Mapping[str, str | None]) -> str | list[dict[str, str]]:
+    """Returns chat templates by name as a ``tokenizer_config.json`` holds them."""
+    given = {name: template for name, template in templates.items() if template is not None}
+    if given.keys() == {DEFAULT_TEMPLATE}:
+        return given[DEFAULT_TEMPLATE]
+    return [{"name": name, "template": template} for name, template in given.items()]
+
+
 def _named(value: Any) -> Any:
-    return [{"name": "default", "template": value}] if isinstance(value, str) else value
+    return [{"name": DEFAULT_TEMPLATE, "template": value}] if isinstance(value, str) else value
 
 
 class TokenizerConfig(StrictModel):
@@ -158,11 +170,10 @@ class TokenizerConfig(StrictModel):
         tokens = {int(i): token for i, token in (self.added_tokens_decoder or {}).items()}
         return dict(sorted(tokens.items()))
 
-    @property
-    def default_template(self) -> str | None:
-        """The chat template, or the default one of several."""
+    def template(self, name: str) -> str | None:
+        """Returns the chat template of a name; the only one of a model is ``default``."""
         named = {entry.name: entry.template for entry in self.chat_template or ()}
-        return named.get("default")
+        return named.get(name)
 
     @property
     def kind(self) -> TokenizerClass:

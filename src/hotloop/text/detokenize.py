@@ -7,7 +7,7 @@ nothing is decoded twice.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,13 +25,21 @@ class Detokenizer:
         tokenizer: The tokenizer.
         after: The tokens before the sequence, which end with a whole character.
         skip_special: Leave control tokens out.
+        visible: Control tokens, by their spelling, that are not left out.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, after: Iterable[int] = (), skip_special: bool = True
+        self,
+        tokenizer: Tokenizer,
+        *,
+        after: Iterable[int] = (),
+        skip_special: bool = True,
+        visible: Iterable[str] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        added = tokenizer.backend.added_ids
+        self._visible = frozenset(added[text] for text in visible if text in added)
         self._strip_space = tokenizer.strips_leading_space and not any(
             tokenizer.token_bytes(i, skip_special=skip_special)
             for i in after
@@ -45,7 +53,8 @@ class Detokenizer:
         Raises:
             RequestError: The token is outside the vocabulary.
         """
-        data = self._tokenizer.token_bytes(token_id, skip_special=self._skip_special)
+        skip = self._skip_special and token_id not in self._visible
+        data = self._tokenizer.token_bytes(token_id, skip_special=skip)
         if data and self._strip_space:
             self._strip_space = False
             data = data.removeprefix(b" ")
@@ -73,7 +82,6 @@ class StopFilter:
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
         assert all(self._stops), "a stop string must not be empty"
-        self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.matched: str | None = None
 
@@ -87,7 +95,7 @@ class StopFilter:
             _, end, self.matched = min(found)
             self._held = ""
         else:
-            end = self._final_length(text)
+            end = final_length(text, self._stops)
             self._held = text[end:]
         return text[:end]
 
@@ -96,9 +104,14 @@ class StopFilter:
         held, self._held = self._held, ""
         return held
 
-    def _final_length(self, text: str) -> int:
-        """Returns the start of the longest suffix of ``text`` that begins a stop string."""
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stops):
-                return start
-        return len(text)
+
+def final_length(text: str, sought: Sequence[str]) -> int:
+    """Returns the start of the longest suffix of ``text`` that begins one of the texts sought.
+
+    It takes time in proportion to their length, whatever that of ``text``.
+    """
+    longest = max(map(len, sought), default=0)
+    for start in range(max(0, len(text) - longest + 1), len(text)):
+        if any(one.startswith(text[start:]) for one in sought):
+            return start
+    return len(text)

@@ -30,7 +30,12 @@ from hotloop.text.backends import (
     library_errors,
     sentencepiece_names,
 )
-from hotloop.text.config_files import TokenizerConfig
+from hotloop.text.config_files import (
+    DEFAULT_TEMPLATE,
+    TOOL_TEMPLATE,
+    TokenizerConfig,
+    named_templates,
+)
 from hotloop.text.end_markers import (
     CODE_END_MARKERS,
     CODE_PART_MARKERS,
@@ -165,6 +170,7 @@ class _Keys(StrictModel):
     fim_rep_token_id: int | None = None
     fim_sep_token_id: int | None = None
     chat_template: Annotated[str | None, Field(alias="tokenizer.chat_template")] = None
+    tool_template: Annotated[str | None, Field(alias="tokenizer.chat_template.tool_use")] = None
 
 
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -240,8 +246,9 @@ def read_gguf_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GGUFVocabul
             )
         ids[key] = token_id
     config: dict[str, Any] = {name: tokens[ids[key]] for name, key in _NAMES.items() if key in ids}
-    if keys.chat_template:
-        config["chat_template"] = keys.chat_template
+    templates = {DEFAULT_TEMPLATE: keys.chat_template, TOOL_TEMPLATE: keys.tool_template}
+    if any(templates.values()):
+        config["chat_template"] = named_templates(templates)
 
     notes: tuple[str, ...] = ()
     if kind == "gpt2":

@@ -27,11 +27,14 @@ from hotloop.text.backends import (
 )
 from hotloop.text.chat import ChatTemplate, as_messages
 from hotloop.text.config_files import (
+    DEFAULT_TEMPLATE,
     GENERATION_CONFIG,
     MODEL_CONFIG,
     TOKENIZER_CONFIG,
+    TOOL_TEMPLATE,
     TokenizerConfig,
     file_is_there,
+    named_templates,
     read_added_tokens,
     read_end_ids,
     read_tokenizer_config,
@@ -57,6 +60,7 @@ class Tokenizer:
         config: Its ``tokenizer_config.json``, or the equivalent.
         eos_ids: The tokens that end an answer.
         chat_template: The model's chat template, if it has one.
+        tool_template: Its template for conversations with tools, if that is another one.
         notes: Remarks for the user.
     """
 
@@ -65,6 +69,7 @@ class Tokenizer:
     config: Mapping[str, Any]
     eos_ids: frozenset[int]
     chat_template: str | None
+    tool_template: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -157,7 +162,7 @@ class Tokenizer:
         Args:
             messages: Each with ``role`` and ``content``.
             add_generation_prompt: End with the beginning of the assistant's answer.
-            variables: Whatever else the model's template understands, such as
+            variables: Whatever else the model's template understands, such as ``tools`` or
                 ``enable_thinking``.
 
         Raises:
@@ -165,7 +170,7 @@ class Tokenizer:
             CheckpointError: The template is not valid.
             RequestError: The template refuses the messages, fails on them or exceeds a limit.
         """
-        return self._template.render(
+        return self._template(variables).render(
             messages,
             add_generation_prompt=add_generation_prompt,
             variables={**self._names, **variables},
@@ -188,7 +193,7 @@ class Tokenizer:
             messages: Each with ``role`` and ``content``.
             continue_final_message: The answer continues the last message instead of beginning a
                 new one.
-            variables: Whatever else the model's template understands, such as
+            variables: Whatever else the model's template understands, such as ``tools`` or
                 ``enable_thinking``.
 
         Raises:
@@ -202,7 +207,7 @@ class Tokenizer:
         marked = self._control_tokens.marked(listed, mark)
         if continue_final_message:
             marked = _with_ending(marked, mark)
-        text = self._template.render(
+        text = self._template(variables).render(
             marked,
             add_generation_prompt=not continue_final_message,
             variables={
@@ -228,14 +233,24 @@ class Tokenizer:
     def _control_tokens(self) -> ControlTokens:
         return ControlTokens(self.backend.token_bytes(i).decode() for i in self.backend.special_ids)
 
+    def _template(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        if variables.get("tools") and self.tool_template is not None:
+            return self._with_tools
+        return self._default
+
     @cached_property
-    def _template(self) -> ChatTemplate:
+    def _default(self) -> ChatTemplate:
         if self.chat_template is None:
             raise UnsupportedError(
-                f"{self.source} has no chat template (none named 'default', where there are "
-                "several). It is probably no chat model: generate from plain text instead."
+                f"{self.source} has no chat template (none named {DEFAULT_TEMPLATE!r}, where there "
+                "are several). It is probably no chat model: generate from plain text instead."
             )
         return ChatTemplate(self.chat_template, self.source)
+
+    @cached_property
+    def _with_tools(self) -> ChatTemplate:
+        assert self.tool_template is not None, "asked for where there is one"
+        return ChatTemplate(self.tool_template, self.source)
 
     def save(self, folder: Path) -> list[Path]:
         """Writes files that ``load_tokenizer`` reads as the same tokenizer.
@@ -248,8 +263,9 @@ class Tokenizer:
             The files written.
         """
         config = {k: v for k, v in self.config.items() if k != "chat_template"}
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
+        templates = {DEFAULT_TEMPLATE: self.chat_template, TOOL_TEMPLATE: self.tool_template}
+        if any(templates.values()):
+            config["chat_template"] = named_templates(templates)
         files = [self.backend.save(folder), write_json(folder / TOKENIZER_CONFIG, config)]
         if self.eos_ids:
             files.append(write_generation_config(folder, eos_ids=self.eos_ids))
@@ -298,12 +314,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return _load_folder(path)
     path = model_parts(path)[0]
     read = read_gguf_vocabulary(path, read_gguf_header(path).metadata)
+    config = validated(TokenizerConfig, read.config, path)
     return Tokenizer(
         source=path,
         backend=read.backend,
         config=read.config,
         eos_ids=read.end_ids,
-        chat_template=read.config.get("chat_template"),
+        chat_template=config.template(DEFAULT_TEMPLATE),
+        tool_template=config.template(TOOL_TEMPLATE),
         notes=read.notes,
     )
 
@@ -322,15 +340,17 @@ def _load_folder(folder: Path) -> Tokenizer:
     raw = {k: v for k, v in class_names.items() if backend.token_id(v) is not None} | raw
     config = _parsed(folder, raw)
     if file_is_there(template_file := folder / _CHAT_TEMPLATE_FILE):
-        chat_template = read_text(template_file)
+        chat_template, tool_template = read_text(template_file), None
     else:
-        chat_template = config.default_template
+        chat_template = config.template(DEFAULT_TEMPLATE)
+        tool_template = config.template(TOOL_TEMPLATE)
     return Tokenizer(
         source=folder,
         backend=backend,
         config=raw,
         eos_ids=_eos_ids(folder, config, backend),
         chat_template=chat_template,
+        tool_template=tool_template,
     )
 
 
