@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cyclopts import App
 
 VERBS = (
-    *("generate", "chat", "bench", "sweep", "eval", "report", "compare"),
+    *("generate", "chat", "serve", "bench", "sweep", "eval", "report", "compare"),
     *("pull", "quantize", "info"),
 )
 """Every command is ``app`` of the module of its name, in the order of the help page."""

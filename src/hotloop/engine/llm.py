@@ -419,16 +419,21 @@ class LLM:
     # ------------------------------------------------------------------------------ requests
 
     def requests(
-        self, prompt: Prompt, params: SamplingParams | None, *, salt: str = "", clamp: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None,
+        *,
+        salt: str = "",
+        clamp: bool = False,
     ) -> list[Request]:
-        """Returns the requests of a prompt: one for each answer.
+        """Returns the requests of prompts: one for each answer.
 
         Raises:
             RequestError: See ``Service.submit``.
         """
         submitted_s = time.perf_counter()
         self._check_open()
-        return self._requests([prompt], self._params(params, {}), submitted_s, salt, clamp=clamp)
+        return self._requests(prompts, self._params(params, {}), submitted_s, salt, clamp=clamp)
 
     def scoring(self, window: Sequence[int], *, full: bool) -> Scoring:
         """Returns the job that scores a window.

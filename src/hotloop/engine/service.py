@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 from hotloop.engine.llm import LLM
 from hotloop.engine.request import Request
@@ -41,7 +42,8 @@ from hotloop.errors import (
     ServiceClosedError,
     SlowClientError,
 )
-from hotloop.types import Delta, Prompt, SamplingParams, Score
+from hotloop.text.tokenizer import Tokenizer
+from hotloop.types import Delta, EngineDescription, Prompt, SamplingParams, Score
 
 MAX_QUEUED = 64
 """The most requests that wait for a seat by default."""
@@ -60,23 +62,30 @@ Piece = Delta | Score
 class Ticket:
     """A request that was submitted, and the pieces of its answer that have not been taken.
 
-    With several answers (``SamplingParams.n``) a piece's ``index`` is that of its answer. The last
-    piece of each has a ``generation``; that of a cancelled one has the finish reason ``cancelled``.
+    With several answers a piece's ``index`` is that of its answer: that of answer j to prompt i is
+    i × n + j. The last piece of each has a ``generation``; that of a cancelled one has the finish
+    reason ``cancelled``.
 
     Args:
         jobs: The answers, or the window to score.
         event: Is set when something has arrived.
+        n: Answers to each prompt, which follow each other in ``jobs``.
         max_behind: The most tokens in the queue.
 
     Attributes:
-        prompt_tokens: Tokens of the prompt or window.
+        prompt_tokens: Tokens of the prompts or the window.
     """
 
     def __init__(
-        self, jobs: Sequence[Job], event: threading.Event | asyncio.Event, *, max_behind: int
+        self,
+        jobs: Sequence[Job],
+        event: threading.Event | asyncio.Event,
+        *,
+        n: int = 1,
+        max_behind: int,
     ) -> None:
-        first, *_ = self._jobs = tuple(jobs)
-        self.prompt_tokens = len(first.prompt_ids if isinstance(first, Request) else first.ids)
+        self._jobs = tuple(jobs)
+        self.prompt_tokens = sum(map(_n_given, self._jobs[::n]))
         self._n_open, self._event, self._max_behind = len(self._jobs), event, max_behind
         self._pieces: deque[Piece] = deque()
         self._n_put = self._n_taken = 0  # tokens; each is written by one side only
@@ -168,7 +177,7 @@ class Service:
 
     Args:
         llm: The engine. It stays open when the service closes.
-        max_queued: The most requests that may wait for a seat.
+        max_queued: The most answers that may wait for a seat when a request comes.
         max_behind: The most tokens in a ticket's queue, before it is cancelled.
         loop: The event loop that takes the pieces; None for threads.
 
@@ -209,6 +218,21 @@ class Service:
 
     # ------------------------------------------------------------------------------ any thread
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None for random weights."""
+        return self._llm.tokenizer
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """See ``LLM.default_sampling``."""
+        return self._llm.default_sampling
+
+    @cached_property
+    def description(self) -> EngineDescription:
+        """See ``LLM.describe``."""
+        return self._llm.describe()
+
     def submit(
         self,
         prompt: Prompt,
@@ -232,7 +256,29 @@ class Service:
             ServiceClosedError: The service has been closed, or is draining.
             HotloopError: The engine has failed; the error of that failure.
         """
-        return self._add(self._llm.requests(prompt, params, salt=salt, clamp=clamp))
+        return self.submit_all([prompt], params, salt=salt, clamp=clamp)
+
+    def submit_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        salt: str = "",
+        clamp: bool = False,
+    ) -> Ticket:
+        """Submits several prompts as one request: all of them or none.
+
+        Args:
+            prompts: One prompt or more.
+            params: As for ``submit``, and likewise the other arguments.
+            salt: See ``submit``.
+            clamp: See ``submit``.
+
+        Raises:
+            HotloopError: As ``submit``.
+        """
+        requests = self._llm.requests(prompts, params, salt=salt, clamp=clamp)
+        return self._add(requests, len(requests) // len(prompts))
 
     def score(self, ids: Sequence[int], *, full: bool = False) -> Ticket:
         """Submits a window of token ids to score; its only piece is a ``Score``.
@@ -288,15 +334,15 @@ class Service:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _add(self, jobs: Sequence[Job]) -> Ticket:
+    def _add(self, jobs: Sequence[Job], n: int = 1) -> Ticket:
         event = threading.Event() if self._loop is None else asyncio.Event()
-        ticket = Ticket(jobs, event, max_behind=self._max_behind)
+        ticket = Ticket(jobs, event, n=n, max_behind=self._max_behind)
         with self._changed:
             if self._error is not None:
                 raise self._error
             if self._closing:
                 raise ServiceClosedError
-            if self._n_jobs + len(jobs) > self._most:
+            if self._n_jobs >= self._most:  # one request may be more than the queue holds
                 raise QueueFullError(self._max_queued)
             self._n_jobs += len(jobs)
             self._inbox.append((ticket, False))
@@ -411,6 +457,10 @@ class Service:
             self._busy_since = None
             self._changed.notify_all()
         self._wake(tickets)
+
+
+def _n_given(job: Job) -> int:
+    return len(job.prompt_ids if isinstance(job, Request) else job.ids)
 
 
 def _n_tokens(piece: Piece) -> int:

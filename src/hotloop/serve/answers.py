@@ -1,0 +1,211 @@
+"""Answers over HTTP: from a ticket of the engine to a response, whole or streamed.
+
+What an answer looks like is its ``Shape``'s business: ``chat`` and ``completions`` have one each.
+Here are what all of them share: waiting on the event loop, a client that goes away or is too slow,
+comments while nothing comes, and errors in mid-stream.
+
+A stream's events are text that the shape makes of prepared templates, since a JSON encoder for
+whole chunks takes several times as long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from hotloop.engine.service import Service, Ticket
+from hotloop.errors import HotloopError
+from hotloop.serve.errors import as_api_error
+from hotloop.serve.schemas import SamplingBody
+from hotloop.serve.settings import ServerSettings
+from hotloop.types import Delta, Generation
+
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # of nginx, which would hold events back
+}
+
+
+class Shape(Protocol):
+    """What answers look like in one of the API's forms. It lives as long as its request."""
+
+    def events(self, delta: Delta) -> str:
+        """Returns the events of a piece of an answer."""
+        ...
+
+    def last_events(self, usage: dict[str, Any] | None) -> str:
+        """Returns the events after all answers but ``[DONE]``; with the usage if it is wanted."""
+        ...
+
+    def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
+        """Returns the whole response of all pieces of all answers."""
+        ...
+
+
+def event(data: Any) -> str:
+    """Returns an event of a stream."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class Usage:
+    """Counts the tokens of a request.
+
+    Args:
+        prompt_tokens: Tokens of its prompts.
+    """
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens, self.completion_tokens, self.cached_tokens = prompt_tokens, 0, 0
+
+    def add(self, delta: Delta) -> None:
+        """Counts a piece of an answer."""
+        self.completion_tokens += len(delta.token_ids)
+        if delta.generation is not None:
+            self.cached_tokens = max(self.cached_tokens, delta.generation.cached_tokens)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The usage as JSON."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+async def respond(
+    service: Service,
+    ticket: Ticket,
+    shape: Shape,
+    asked: SamplingBody,
+    receive: Receive,
+    settings: ServerSettings,
+) -> Response:
+    """Returns the response of a ticket: its stream, or its whole body once that is there.
+
+    Args:
+        service: The engine.
+        ticket: The request, submitted.
+        shape: What its answers look like.
+        asked: The request's body.
+        receive: Tells when the client has gone.
+        settings: The limits.
+
+    Raises:
+        HotloopError: What ended the request, if it is not streamed.
+        ClientDisconnect: The client has gone.
+    """
+    if asked.stream:
+        return EventStream(service, ticket, shape, asked, settings)
+    usage, deltas = Usage(ticket.prompt_tokens), []
+    async with cancelled_if_gone(service, ticket, receive):
+        while not ticket.done:
+            await ticket.arrived()
+            for delta in ticket.take():
+                assert isinstance(delta, Delta)
+                usage.add(delta)
+                deltas.append(delta)
+    if any(_was_cancelled(delta.generation) for delta in deltas):
+        raise ClientDisconnect
+    return JSONResponse(shape.body(deltas, usage.body))
+
+
+def _was_cancelled(generation: Generation | None) -> bool:
+    return generation is not None and generation.finish_reason == "cancelled"
+
+
+@asynccontextmanager
+async def cancelled_if_gone(
+    service: Service, ticket: Ticket, receive: Receive
+) -> AsyncGenerator[None]:
+    """Cancels a ticket as soon as its client has gone, or the block ends before the ticket."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        service.cancel(ticket)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        if not ticket.done:
+            service.cancel(ticket)
+
+
+class EventStream(Response):
+    """A stream of server-sent events: the pieces of a ticket's answers, as they come.
+
+    Args:
+        service: The engine.
+        ticket: The request, submitted.
+        shape: What its answers look like.
+        asked: The request's body.
+        settings: The limits.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        ticket: Ticket,
+        shape: Shape,
+        asked: SamplingBody,
+        settings: ServerSettings,
+    ) -> None:
+        self._service, self._ticket, self._shape = service, ticket, shape
+        self._options, self._settings = asked.stream_options, settings
+        super().__init__(headers=STREAM_HEADERS)
+        del self.headers["content-length"]
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the stream."""
+        ticket, usage = self._ticket, Usage(self._ticket.prompt_tokens)
+
+        async def write(text: str, *, more: bool = True) -> None:
+            async with asyncio.timeout(self._settings.send_s):
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+        async with cancelled_if_gone(self._service, ticket, receive):
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            try:
+                while not ticket.done:
+                    if not await self._arrived():
+                        await write(": waiting\n\n")
+                        continue
+                    text = ""
+                    for delta in ticket.take():
+                        assert isinstance(delta, Delta)
+                        usage.add(delta)
+                        text += self._shape.events(delta)
+                    if text:
+                        await write(text)
+            except HotloopError as error:
+                await write(event(as_api_error(error).body), more=False)
+                return
+            wanted = usage.body if self._options.include_usage else None
+            await write(f"{self._shape.last_events(wanted)}data: [DONE]\n\n", more=False)
+
+    async def _arrived(self) -> bool:
+        """Waits for a piece; False after a time of silence."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.ping_s):
+                await self._ticket.arrived()
+                return True
+        return False

@@ -1,0 +1,42 @@
+"""``create_app``: the routes, and what stands around them."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+
+from hotloop.errors import HotloopError
+from hotloop.serve.chat import chat_completions
+from hotloop.serve.completions import completions
+from hotloop.serve.errors import ApiError, handle
+from hotloop.serve.gate import Gate
+from hotloop.serve.health import health
+from hotloop.serve.models import model, models
+from hotloop.serve.served import Served
+
+
+def create_app(served: Served) -> Starlette:
+    """Makes the application that serves a model.
+
+    Args:
+        served: The model, or where it will be once it is loaded.
+    """
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/health", health),
+            Route("/ready", health),
+        ],
+        middleware=[Middleware(Gate, keys=served.settings.keys)],
+        exception_handlers=dict.fromkeys(
+            (ApiError, HotloopError, HTTPException, ClientDisconnect, Exception), handle
+        ),
+    )
+    app.state.served = served
+    return app

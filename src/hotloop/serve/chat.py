@@ -1,0 +1,225 @@
+"""``/v1/chat/completions``: messages in, a message out.
+
+A piece of an answer goes through three steps: the engine's ``Delta``, the ``Part`` that a parser
+makes of its text (``parts``), and the JSON of a chunk or of the whole message (``ChatShape``).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hotloop.serve.answers import event, respond
+from hotloop.serve.bodies import read
+from hotloop.serve.errors import ApiError
+from hotloop.serve.logprobs import chat_logprobs
+from hotloop.serve.parts import CallArguments, CallStart, Content, Parser, PlainText, Reasoning
+from hotloop.serve.schemas import ChatBody, FinishReason
+from hotloop.serve.served import Model, Served
+from hotloop.serve.submit import submit
+from hotloop.text.tokenizer import Tokenizer
+from hotloop.types import ChatPrompt, Delta, Generation
+
+_as_json = json.encoder.encode_basestring  # of the text of a chunk: quoted and escaped
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answers a conversation."""
+    served: Served = request.app.state.served
+    asked = await read(request, ChatBody, served.settings)
+    served.check_name(asked.model)
+    model = served.model
+    params = asked.params(model.sampling, served.settings)
+    ticket = await submit(
+        request, model, lambda: [_prompt(asked, model, served)], params, large=True
+    )
+    shape = ChatShape(served, model.tokenizer)
+    return await respond(model.service, ticket, shape, asked, request.receive, served.settings)
+
+
+def _prompt(asked: ChatBody, model: Model, served: Served) -> ChatPrompt:
+    if not asked.messages:
+        raise ApiError(400, "messages: there must be at least one.", param="messages")
+    variables = {**served.settings.template_variables, **asked.chat_template_kwargs}
+    return model.text.chat_prompt(
+        asked.messages, continue_final_message=asked.continue_final_message, **variables
+    )
+
+
+class ChatShape:
+    """The shape of a chat's answers.
+
+    Args:
+        served: The model.
+        tokenizer: The model's.
+        parser: Makes the parser of each answer.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        tokenizer: Tokenizer | None,
+        parser: Callable[[], Parser] = PlainText,
+    ) -> None:
+        self._about = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": served.settings.name,
+        }
+        self._tokenizer, self._parser = tokenizer, parser
+        self._choices: dict[int, _Choice] = {}
+        chunk = self._about | {"object": "chat.completion.chunk"}
+        self._chunk = f"data: {json.dumps(chunk)[:-1]}, "
+
+    # ------------------------------------------------------------------------------ streamed
+
+    def events(self, delta: Delta) -> str:
+        """See ``Shape``."""
+        choice = self._choice(delta.index)
+        generation = delta.generation
+        logprobs = self._logprobs(delta)
+        text = ""
+        for part in choice.parts(delta):
+            text += self._event(choice, _DELTAS[type(part)](part), logprobs)
+            logprobs = "null"
+        if logprobs != "null":  # of tokens whose text is withheld
+            text += self._event(choice, '"content":""', logprobs)
+        if generation is not None:
+            begun = "" if choice.begun else choice.role
+            text += (
+                f'{self._chunk}"choices":[{{"index":{delta.index},"delta":{{{begun}}},'
+                f'"logprobs":null,"finish_reason":"{choice.finish(generation)}"}}]}}\n\n'
+            )
+        return text
+
+    def last_events(self, usage: dict[str, Any] | None) -> str:
+        """See ``Shape``."""
+        if usage is None:
+            return ""
+        about = self._about | {"object": "chat.completion.chunk"}
+        return event({**about, "choices": [], "usage": usage})
+
+    def _event(self, choice: _Choice, fields: str, logprobs: str) -> str:
+        if (
+            not choice.begun
+        ):  # never in a chunk of its own, which would be taken for the first token
+            choice.begun = True
+            fields = f"{choice.role},{fields}"
+        return (
+            f'{self._chunk}"choices":[{{"index":{choice.index},"delta":{{{fields}}},'
+            f'"logprobs":{logprobs},"finish_reason":null}}]}}\n\n'
+        )
+
+    def _logprobs(self, delta: Delta) -> str:
+        if not delta.logprobs or self._tokenizer is None:
+            return "null"
+        return json.dumps(chat_logprobs(self._tokenizer, delta.logprobs))
+
+    # ------------------------------------------------------------------------------ whole
+
+    def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
+        """See ``Shape``."""
+        for delta in deltas:
+            choice = self._choice(delta.index)
+            for part in choice.parts(delta):
+                choice.message.add(part)
+            if delta.generation is not None:
+                choice.generation = delta.generation
+        choices = [self._choices[i].body(self._tokenizer) for i in sorted(self._choices)]
+        return {**self._about, "choices": choices, "usage": usage}
+
+    def _choice(self, index: int) -> _Choice:
+        if index not in self._choices:
+            self._choices[index] = _Choice(index, self._parser())
+        return self._choices[index]
+
+
+_DELTAS: dict[type, Callable[[Any], str]] = {
+    Content: lambda part: f'"content":{_as_json(part.text)}',
+    Reasoning: lambda part: f'"reasoning_content":{_as_json(part.text)}',
+    CallStart: lambda part: (
+        f'"tool_calls":[{{"index":{part.index},"id":{_as_json(part.id)},"type":"function",'
+        f'"function":{{"name":{_as_json(part.name)},"arguments":""}}}}]'
+    ),
+    CallArguments: lambda part: (
+        f'"tool_calls":[{{"index":{part.index},"function":{{"arguments":{_as_json(part.text)}}}}}]'
+    ),
+}
+"""The fields of a chunk's delta that a part becomes."""
+
+
+class _Choice:
+    """One answer of a request."""
+
+    role = '"role":"assistant"'
+
+    def __init__(self, index: int, parser: Parser) -> None:
+        self.index, self._parser = index, parser
+        self.begun = self._calls = False
+        self.message = _Message()
+        self.generation: Generation | None = None
+
+    def parts(self, delta: Delta) -> list[Content | Reasoning | CallStart | CallArguments]:
+        """Returns the parts of a piece."""
+        parts = list(self._parser.push(delta.text)) if delta.text else []
+        if delta.generation is not None:
+            parts += self._parser.end()
+        self._calls = self._calls or any(isinstance(part, CallStart) for part in parts)
+        return parts
+
+    def finish(self, generation: Generation) -> FinishReason:
+        """Returns why the answer ended, in the API's words."""
+        if generation.finish_reason == "length":
+            return "length"
+        return "tool_calls" if self._calls else "stop"
+
+    def body(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Returns the choice of a whole response."""
+        generation = self.generation
+        assert generation is not None, "the answer has ended"
+        logprobs = None
+        if generation.logprobs is not None and tokenizer is not None:
+            logprobs = chat_logprobs(tokenizer, generation.logprobs)
+        return {
+            "index": self.index,
+            "message": self.message.body(),
+            "logprobs": logprobs,
+            "finish_reason": self.finish(generation),
+        }
+
+
+class _Message:
+    """A whole message, collected of parts."""
+
+    def __init__(self) -> None:
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+
+    def add(self, part: Content | Reasoning | CallStart | CallArguments) -> None:
+        match part:
+            case Content(text):
+                self._content.append(text)
+            case Reasoning(text):
+                self._reasoning.append(text)
+            case CallStart(_, call_id, name):
+                function = {"name": name, "arguments": ""}
+                self._calls.append({"id": call_id, "type": "function", "function": function})
+            case CallArguments(index, text):
+                self._calls[index]["function"]["arguments"] += text
+
+    def body(self) -> dict[str, Any]:
+        content = "".join(self._content)
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if self._reasoning:
+            message["reasoning_content"] = "".join(self._reasoning)
+        if self._calls:
+            message |= {"content": content or None, "tool_calls": self._calls}
+        return message

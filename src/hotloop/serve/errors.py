@@ -1,0 +1,115 @@
+"""Errors in the shape of OpenAI's API, and which status hotloop's own errors have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from hotloop.errors import (
+    CheckpointError,
+    ContextLengthError,
+    HotloopError,
+    QueueFullError,
+    RequestError,
+    ServiceClosedError,
+    SlowClientError,
+    UnsupportedError,
+    shorten,
+)
+
+RETRY_AFTER_S = 1
+
+
+class ApiError(Exception):
+    """An error that a client is told.
+
+    Args:
+        status: The HTTP status.
+        message: What is wrong, and the fix.
+        type: The kind of error, in OpenAI's words.
+        param: The field of the request at fault.
+        code: A word for programs.
+        headers: Headers of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",  # noqa: A002  (the field's name)
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.message, self.type, self.param, self.code = message, type, param, code
+
+    @property
+    def body(self) -> dict[str, object]:
+        """The error as JSON, of a response or of an event of a stream."""
+        fields = {name: getattr(self, name) for name in ("message", "type", "param", "code")}
+        return {"error": fields}
+
+    def response(self) -> Response:
+        """Returns the response that tells the error."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Returns what a client is told of an error."""
+    match error:
+        case ApiError():
+            return error
+        case ContextLengthError():
+            return ApiError(
+                400,
+                f"This model's maximum context length is {error.context} tokens: {error}",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        case QueueFullError():
+            return ApiError(
+                429,
+                str(error),
+                type="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            )
+        case ServiceClosedError():
+            return unavailable(str(error))
+        case SlowClientError():
+            return ApiError(408, str(error), type="timeout_error", code="slow_client")
+        case RequestError() | UnsupportedError() | CheckpointError():
+            return ApiError(400, str(error))
+        case HotloopError():
+            return ApiError(500, str(error), type="server_error", code="engine_failed")
+        case HTTPException():
+            return ApiError(error.status_code, shorten(error.detail), headers=error.headers)
+        case _:
+            return ApiError(
+                500,
+                "the server has failed at this request: a fault of hotloop, which its log shows.",
+                type="server_error",
+                code="internal_error",
+            )
+
+
+def unavailable(message: str) -> ApiError:
+    """Returns the error of a server that takes no requests now."""
+    return ApiError(
+        503,
+        message,
+        type="service_unavailable",
+        code="not_ready",
+        headers={"Retry-After": str(RETRY_AFTER_S)},
+    )
+
+
+async def handle(_request: Request, error: Exception) -> Response:
+    """Answers a request that raised an error."""
+    return as_api_error(error).response()

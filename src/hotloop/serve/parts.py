@@ -1,0 +1,70 @@
+"""Parts of an answer: what a parser makes of a model's text, and what ``chat`` makes JSON of.
+
+A ``Parser`` stands between the text of the engine's pieces and the messages of the API: it tells
+content from reasoning and from calls of tools. It is given text divided anywhere, and withholds
+what is not certain yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """More of the message's content."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """More of what the model says to itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """A call of a tool begins: its place among the message's calls, its id, and its name."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """More of the arguments of a call, which are JSON in a string."""
+
+    index: int
+    text: str
+
+
+Part = Content | Reasoning | CallStart | CallArguments
+
+
+class Parser(Protocol):
+    """Divides the text of one answer into parts."""
+
+    def push(self, text: str) -> Sequence[Part]:
+        """Takes more text; returns the parts that are certain now."""
+        ...
+
+    def end(self) -> Sequence[Part]:
+        """Ends the text; returns the parts that were withheld."""
+        ...
+
+
+class PlainText:
+    """A parser of answers that are content and nothing else."""
+
+    def push(self, text: str) -> Sequence[Part]:
+        """See ``Parser``."""
+        return (Content(text),) if text else ()
+
+    def end(self) -> Sequence[Part]:
+        """See ``Parser``."""
+        return ()

@@ -1,0 +1,142 @@
+"""Bodies of requests, as clients send them. Fields that are not here are ignored.
+
+A null is an absent field: ``bodies.read`` removes them. The ranges of options of sampling are those
+of ``SamplingParams``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from hotloop.checked import MAX_COUNT, MAX_SEED
+from hotloop.serve.errors import ApiError
+from hotloop.serve.settings import ServerSettings
+from hotloop.types import MAX_LOGPROBS, SamplingParams
+
+
+class Body(BaseModel):
+    """A body whose unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class StreamOptions(Body):
+    """Options of a stream."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingBody(Body):
+    """Options of sampling, of every route that generates."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    max_tokens: Annotated[int, Field(le=MAX_COUNT)] | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: Annotated[list[str], BeforeValidator(_listed)] = []
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    ignore_eos: bool | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of an answer; None where the client names none."""
+        return self.max_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """Alternatives of each token's log-probability; None for no log-probabilities."""
+        return None
+
+    def params(self, defaults: SamplingParams, settings: ServerSettings) -> SamplingParams:
+        """Returns the model's ``defaults``, changed by what the client gave.
+
+        Raises:
+            ApiError: There are too many stop strings, or one is empty.
+            RequestError: An option is out of range.
+        """
+        if len(self.stop) > settings.max_stops:
+            raise ApiError(400, f"stop has more than {settings.max_stops} strings.", param="stop")
+        limit = self.limit
+        if limit is not None and limit < 1:
+            raise ApiError(400, f"max_tokens must be 1 or more, not {limit}.", param="max_tokens")
+        given: dict[str, Any] = {
+            "max_new_tokens": limit,
+            "min_new_tokens": self.min_tokens,
+            "n": self.n,
+            "temperature": self.temperature,
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self.logit_bias,
+            "seed": None if self.seed in (None, -1) else self.seed % (MAX_SEED + 1),
+            "stop": tuple(self.stop) or None,
+            "ignore_eos": self.ignore_eos,
+            "logprobs": self.n_logprobs,
+        }
+        fields: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        return replace(defaults, **fields)
+
+
+class CompletionBody(SamplingBody):
+    """The body of ``/v1/completions``."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    echo: bool = False
+    suffix: str | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: int | None = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """See ``SamplingBody``."""
+        return self.logprobs
+
+
+class ChatBody(SamplingBody):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Annotated[int, Field(le=MAX_COUNT)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """See ``SamplingBody``."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """See ``SamplingBody``."""
+        return self.top_logprobs if self.logprobs else None
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+"""The end of an answer, in the API's words."""

@@ -1,0 +1,128 @@
+"""``Served``: the one model of a server, from its loading to its end.
+
+The only part of the engine that the server knows is ``engine.service``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hotloop.engine.service import Service
+from hotloop.errors import HotloopError
+from hotloop.serve.errors import ApiError, unavailable
+from hotloop.serve.settings import ServerSettings
+from hotloop.text.tokenizer import Tokenizer
+from hotloop.types import EngineDescription, SamplingParams
+
+STALLED_S = 30.0
+"""The longest iteration of a healthy engine."""
+
+API_TEMPERATURE = 1.0
+"""The temperature of requests that give none, of OpenAI's API, where the model's makers suggest
+none either."""
+
+Status = Literal["loading", "ready", "draining", "stalled", "failed"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of the model once its engine is there.
+
+    Attributes:
+        service: Its engine.
+        tokenizer: Its tokenizer; None for random weights.
+        about: Its engine's description.
+        sampling: The sampling of requests that give none.
+    """
+
+    service: Service
+    tokenizer: Tokenizer | None
+    about: EngineDescription
+    sampling: SamplingParams
+
+    @property
+    def text(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ApiError: There is none.
+        """
+        if self.tokenizer is None:
+            raise ApiError(
+                400, "a model of random weights has no tokenizer: send a prompt of token ids."
+            )
+        return self.tokenizer
+
+
+class Served:
+    """The model of a server.
+
+    Args:
+        settings: The server's settings.
+
+    Attributes:
+        settings: The server's settings.
+        created: When the server started, in seconds since 1970.
+        draining: The server is about to end, and takes no more requests.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.created = int(time.time())
+        self.draining = False
+        self._model: Model | None = None
+
+    def attach(self, service: Service) -> None:
+        """Serves an engine from now on. Called from any thread."""
+        tokenizer, sampling = service.tokenizer, service.default_sampling
+        if tokenizer is not None and self.settings.template is not None:
+            tokenizer = replace(tokenizer, chat_template=self.settings.template)
+        if sampling.greedy:
+            sampling = replace(sampling, temperature=API_TEMPERATURE)
+        self._model = Model(service, tokenizer, service.description, sampling)
+
+    @property
+    def model(self) -> Model:
+        """The model.
+
+        Raises:
+            ApiError: It is being loaded, or the server ends.
+        """
+        if self._model is None:
+            raise unavailable("the model is being loaded: try again in a moment.")
+        if self.draining:
+            raise unavailable("the server is stopping and takes no more requests.")
+        return self._model
+
+    @property
+    def error(self) -> HotloopError | None:
+        """What has ended the engine; None while it runs."""
+        return None if self._model is None else self._model.service.state().error
+
+    @property
+    def status(self) -> Status:
+        """Whether the model can be asked, and if not, why."""
+        if self._model is None:
+            return "loading"
+        state = self._model.service.state()
+        if state.error is not None:
+            return "failed"
+        if self.draining:
+            return "draining"
+        return "stalled" if state.stalled_s > STALLED_S else "ready"
+
+    def check_name(self, name: str | None) -> None:
+        """Refuses the name of another model.
+
+        Raises:
+            ApiError: ``model_not_found``.
+        """
+        if name is not None and name != self.settings.name:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here: {self.settings.name!r} is.",
+                param="model",
+                code="model_not_found",
+            )

@@ -1,0 +1,44 @@
+"""``ServerSettings``: what a server is told, and its limits. Free of the web framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KIB, MIB = 2**10, 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What a server is told, and its limits.
+
+    Attributes:
+        host: The address to listen on.
+        port: The port; 0 takes a free one.
+        name: The model's name in the API.
+        keys: The API keys, one of which a request must have; none: every request is served.
+        drain_s: Seconds that requests have to end, once the server is told to.
+        template: A chat template instead of the model's own.
+        template_variables: Variables of the chat template; a request can give others.
+        max_body_bytes: The longest body of a request.
+        ping_s: Seconds of silence in a stream after which a comment is sent.
+        send_s: Seconds that a client may leave a stream unread, once its buffers are full.
+        max_depth: The deepest nesting of JSON.
+        max_stops: The most stop strings of a request.
+        max_choices: The most answers of a request: prompts times ``n``.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = "model"
+    keys: tuple[str, ...] = ()
+    drain_s: float = 30.0
+    template: str | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    max_body_bytes: int = 8 * MIB
+    ping_s: float = 12.0
+    send_s: float = 60.0
+    max_depth: int = 64
+    max_stops: int = 16
+    max_choices: int = 1024

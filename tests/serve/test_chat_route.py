@@ -1,0 +1,65 @@
+"""Chats over HTTP: a stream and a whole response are the same answer."""
+
+from typing import Any
+
+import httpx2
+import pytest
+from serving import HELLO, events
+
+LONG = {"role": "user", "content": "x" * 500}
+GREEDY = {"messages": HELLO, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+
+
+def chat(client: httpx2.Client, **body: Any) -> httpx2.Response:
+    return client.post("/v1/chat/completions", json={**GREEDY, **body})
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client):
+    whole = chat(client).json()
+    (choice,) = whole["choices"]
+    *chunks, done = events(chat(client, stream=True))
+    assert done == "[DONE]"
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("content", "") for delta in deltas) == choice["message"]["content"]
+    assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert deltas[0]["content"], "the role comes with the first token"
+    ends = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert ends == [None] * (len(ends) - 1) + ["length"]
+    assert choice["finish_reason"] == "length"
+    assert whole["usage"]["completion_tokens"] == 12
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_the_usage_of_a_stream_comes_last_and_only_if_asked_for(client):
+    whole = chat(client).json()["usage"]
+    *_, usage, done = events(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert done == "[DONE]"
+    assert usage["choices"] == []
+    counted = "prompt_tokens", "completion_tokens", "total_tokens"
+    assert [usage["usage"][name] for name in counted] == [whole[name] for name in counted]
+    for options in ({}, None, {"include_usage": False}):
+        chunks = events(chat(client, stream=True, stream_options=options))
+        assert all("usage" not in chunk for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "word"),
+    [
+        ({"model": "gpt"}, 404, "model_not_found", "gpt"),
+        ({"messages": []}, 400, None, "at least one"),
+        ({"messages": "Hello"}, 400, "invalid_value", "messages"),
+        ({"messages": [{"role": "nobody", "content": ""}]}, 400, None, "nobody cannot speak"),
+        ({"temperature": -1}, 400, None, "temperature"),
+        ({"n": 10**6}, 400, None, "n must be"),
+        ({"messages": [LONG]}, 400, "context_length_exceeded", "320 tokens"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_an_error_in_the_shape_of_the_api(
+    client, body, status, code, word
+):
+    response = chat(client, **body)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert word in error["message"]
