@@ -1,0 +1,496 @@
+"""Calls of tools in a model's text: parsers of the formats that models write them in.
+
+A parser is given text divided anywhere, and passes a call's arguments on while they arrive, as the
+model wrote them. What is no call of its format stays content. Once a call's name and the beginning
+of its arguments have come it is a call: arguments that are not JSON after all are the client's to
+refuse, as OpenAI's API has it.
+
+==========  ===================================================  ===================
+parser      a call                                               models
+==========  ===================================================  ===================
+hermes      ``<tool_call>{"name": …, "arguments": {…}}           Hermes, Qwen
+            </tool_call>``
+llama3      ``{"name": …, "parameters": {…}}``, the whole        Llama 3.1 to 3.3
+            answer, or after ``<|python_tag|>``
+mistral     ``[TOOL_CALLS] [{"name": …, "arguments": {…}}]``,    Mistral
+            or ``[TOOL_CALLS]name{…}`` for each call
+==========  ===================================================  ===================
+
+A call's keys come in any order. ``tool_grammar`` forces calls in these formats.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar, Literal
+
+from hotloop.errors import UnknownNameError
+from hotloop.serve.json_scan import SPACE, JsonScanner
+from hotloop.serve.parts import CallArguments, CallStart, Content, Part
+from hotloop.text.detokenize import final_length
+from hotloop.text.tokenizer import Tokenizer
+
+_NOTHING = "{}"  # the arguments of a call without any
+
+
+class ToolParser:
+    """Divides the text of an answer into content and calls of tools.
+
+    Whitespace around calls is dropped.
+
+    Args:
+        names: The names of the tools.
+        parallel: Whether an answer may have several calls; if not, those after the first are
+            dropped.
+    """
+
+    marker: ClassVar[str]
+    """What begins a call."""
+    closing: ClassVar[str] = ""
+    """What ends a call, if anything does."""
+    control_tokens: ClassVar[tuple[str, ...]] = ()
+    """Spellings of what can be control tokens, which the answer's text must show."""
+
+    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+        self._names, self._parallel = names, parallel
+        self._parts: list[Part] = []
+        self._held = ""  # text that the current state needs more of
+        self._space = ""  # whitespace that is dropped before a call
+        self._raw = ""  # text of a call that has not been announced
+        self._n_calls = 0
+        self._announced = False  # the open call
+        self._call = _CallObject()
+        self._arguments = JsonScanner()
+        self._state: Callable[[str], int] = self._in_content
+
+    def push(self, text: str) -> Sequence[Part]:
+        """Takes more text; returns the parts that are certain now."""
+        self._parts = []
+        text, at = self._held + text, 0
+        while at < len(text):
+            state = self._state
+            n = state(text[at:])
+            if n == 0 and self._state == state:
+                break
+            at += n
+        self._held = text[at:]
+        return self._parts
+
+    def end(self) -> Sequence[Part]:
+        """Ends the text; returns the parts that were withheld."""
+        self._parts = []
+        held, self._held = self._held, ""
+        if self._state == self._in_content:
+            self._add_content(held)
+        elif self._state == self._in_broken_arguments:
+            self._add_arguments(held)
+        elif self._raw:  # a call that was never announced
+            self._refuse()
+            self._add_content(held)
+        if self._n_calls == 0:
+            self._flush_space()
+        return self._parts
+
+    @classmethod
+    def is_of(cls, tokenizer: Tokenizer) -> bool:
+        """Whether a model's template or vocabulary has the signs of the format."""
+        return cls.marker in tokenizer.backend.added_ids or cls.marker in template_of(tokenizer)
+
+    # A state takes text and returns how many of its characters it has consumed. One that consumes
+    # nothing and stays needs more text.
+
+    def _in_content(self, text: str) -> int:
+        at = text.find(self.marker)
+        if at < 0:
+            n = final_length(text, (self.marker,))
+            self._add_content(text[:n])
+            return n
+        self._add_content(text[:at])
+        self._raw, self._space = self._space + self.marker, ""
+        self._state = self._after_marker
+        return at + len(self.marker)
+
+    def _after_marker(self, text: str) -> int:
+        del text
+        self._begin_object()
+        return 0
+
+    def _in_object(self, text: str) -> int:
+        call = self._call
+        n = call.push(text)
+        if not self._announced:
+            self._raw += text[:n]
+            if call.name and not self._accepts(call.name):
+                self._refuse()
+                return n
+            if call.is_call:
+                self._announce(call.name)
+            elif call.state != "open":
+                self._refuse()
+                return n
+        if self._announced:
+            self._add_arguments(call.take_arguments())
+            if call.state == "broken":
+                self._state = self._in_broken_arguments
+            elif call.state == "done":
+                self._state = self._after_call
+        return n
+
+    def _in_broken_arguments(self, text: str) -> int:
+        ends = [one for one in (self.closing, self.marker) if one]
+        found = [at for one in ends if (at := text.find(one)) >= 0]
+        n = min(found, default=final_length(text, ends))
+        self._add_arguments(text[:n])
+        if found:
+            self._state = self._after_call
+        return n
+
+    def _after_call(self, text: str) -> int:
+        self._state = self._in_content
+        del text
+        return 0
+
+    def _begin_object(self) -> None:
+        self._call, self._announced = _CallObject(), False
+        self._state = self._in_object
+
+    def _accepts(self, name: str) -> bool:
+        """Whether a name is that of a call. An unknown one is: the client can tell the model."""
+        del name
+        return True
+
+    def _announce(self, name: str, call_id: str = "") -> None:
+        self._raw, self._announced = "", True
+        self._add(CallStart(self._n_calls, call_id or self._new_id(), name))
+        self._n_calls += 1
+
+    def _refuse(self) -> None:
+        """Takes what should have been a call as content."""
+        raw, self._raw = self._raw, ""
+        self._add_content(raw)
+        self._state = self._in_content
+
+    def _new_id(self) -> str:
+        return f"call_{secrets.token_hex(12)}"
+
+    def _add_content(self, text: str) -> None:
+        body = text.rstrip(SPACE)
+        if body:
+            self._flush_space()
+            self._add(Content(body))
+        self._space += text[len(body) :]
+
+    def _flush_space(self) -> None:
+        space, self._space = self._space, ""
+        if space:
+            self._add(Content(space))
+
+    def _add_arguments(self, text: str) -> None:
+        if text:
+            self._add(CallArguments(self._n_calls - 1, text))
+
+    def _add(self, part: Part) -> None:
+        """Adds a part, joined with the last one if that is of the same text."""
+        last = self._parts[-1] if self._parts else None
+        match last, part:
+            case Content(), Content():
+                self._parts[-1] = Content(last.text + part.text)
+            case CallArguments(), CallArguments() if last.index == part.index:
+                self._parts[-1] = CallArguments(last.index, last.text + part.text)
+            case _, CallStart() | CallArguments() if part.index > 0 and not self._parallel:
+                pass
+            case _:
+                self._parts.append(part)
+
+
+class HermesParser(ToolParser):
+    """Calls between ``<tool_call>`` and ``</tool_call>``."""
+
+    marker = "<tool_call>"
+    closing = "</tool_call>"
+    control_tokens = (marker, closing)
+
+    def _after_call(self, text: str) -> int:
+        rest = text.lstrip(SPACE)
+        n_space = len(text) - len(rest)
+        if rest.startswith(self.closing):
+            self._state = self._in_content
+            return n_space + len(self.closing)
+        if not self.closing.startswith(rest):
+            self._state = self._in_content
+        return 0
+
+
+class Llama3Parser(ToolParser):
+    """Calls that are the whole answer, or follow ``<|python_tag|>``; several are divided by ``;``.
+
+    The name must be that of a tool: any other JSON object is an answer.
+    """
+
+    marker = "<|python_tag|>"
+    control_tokens = (marker,)
+
+    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+        super().__init__(names, parallel=parallel)
+        self._state = self._at_beginning
+
+    def _at_beginning(self, text: str) -> int:
+        rest = text.lstrip(SPACE)
+        n_space = len(text) - len(rest)
+        self._space += text[:n_space]
+        if rest.startswith("{"):
+            self._raw, self._space = self._space, ""
+            self._begin_object()
+        elif rest:
+            self._state = self._in_content
+        return n_space
+
+    def _after_call(self, text: str) -> int:
+        match = _SEPARATOR.match(text)
+        assert match is not None, "the pattern matches nothing, too"
+        if match.end() == len(text):
+            return 0
+        if text[match.end()] != "{":
+            self._state = self._in_content
+            return 0
+        self._raw = match[0]
+        self._begin_object()
+        return match.end()
+
+    def _accepts(self, name: str) -> bool:
+        return name in self._names
+
+
+class MistralParser(ToolParser):
+    """Calls after ``[TOOL_CALLS]``: in a list, or each after a marker, its name before a brace."""
+
+    marker = "[TOOL_CALLS]"
+    control_tokens = (marker, "[ARGS]", "[CALL_ID]")
+
+    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+        super().__init__(names, parallel=parallel)
+        self._in_list = False
+
+    def _after_marker(self, text: str) -> int:
+        rest = text.lstrip(SPACE)
+        if not rest:
+            return 0
+        self._in_list = rest.startswith("[")
+        if self._in_list:
+            n = len(text) - len(rest) + 1
+            self._raw += text[:n]
+            self._state = self._after_call
+            return n
+        if match := _NAMED.match(text):
+            self._announce(match["name"], match["id"] or "")
+            self._arguments = JsonScanner()
+            self._state = self._in_arguments
+            return match.end()
+        if not _NAME_BEGINS.fullmatch(text):
+            self._refuse()
+        return 0
+
+    def _in_arguments(self, text: str) -> int:
+        n = self._arguments.push(text)
+        self._add_arguments(text[:n])
+        if self._arguments.state == "broken":
+            self._state = self._in_broken_arguments
+        elif self._arguments.state == "done":
+            self._state = self._in_content
+        return n
+
+    def _after_call(self, text: str) -> int:
+        """Finds the next call of a list, or its end."""
+        if not self._in_list:
+            self._state = self._in_content
+            return 0
+        rest = text.lstrip(SPACE + ",")
+        n = len(text) - len(rest)
+        if not rest:
+            return 0
+        self._raw += text[:n]
+        if rest.startswith("{"):
+            self._begin_object()
+            return n
+        if rest.startswith("]") and self.marker not in self._raw:  # not an empty list
+            self._raw, self._state = "", self._in_content
+            return n + 1
+        self._refuse()
+        return n
+
+    def _new_id(self) -> str:
+        # Mistral's templates take no other ids.
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+PARSERS: dict[str, type[ToolParser]] = {
+    "hermes": HermesParser,
+    "llama3": Llama3Parser,
+    "mistral": MistralParser,
+}
+"""The parsers by name; the first whose signs a model has is its own."""
+
+
+def tool_parser(name: str, tokenizer: Tokenizer) -> type[ToolParser]:
+    """Returns the parser of a model's calls.
+
+    Args:
+        name: Its name; ``auto`` goes by the model's template and vocabulary, and is ``hermes``
+            where these have no signs of a format.
+        tokenizer: The model's.
+
+    Raises:
+        UnknownNameError: There is no parser of that name.
+    """
+    if name in PARSERS:
+        return PARSERS[name]
+    if name != "auto":
+        raise UnknownNameError("tool parser", name, ("auto", *PARSERS))
+    fitting = (parser for parser in PARSERS.values() if parser.is_of(tokenizer))
+    return next(fitting, HermesParser)
+
+
+def template_of(tokenizer: Tokenizer) -> str:
+    """Returns the source of the chat template of conversations with tools; empty without one."""
+    return tokenizer.tool_template or tokenizer.chat_template or ""
+
+
+_SEPARATOR = re.compile(rf"[{SPACE}]*(;[{SPACE}]*)?")
+_NAME = r"\s*(?P<name>[\w.-]{1,256})"
+_NAMED = re.compile(rf"{_NAME}(\[CALL_ID\](?P<id>\w{{1,64}}))?(\[ARGS\])?\s*(?=\{{)", re.ASCII)
+_NAME_BEGINS = re.compile(rf"{_NAME}(\[[\w\]\[]{{0,100}})?\s*", re.ASCII)
+
+
+_ARGUMENTS = ("arguments", "parameters")
+_KEYS = frozenset({"name", "id", "type", *_ARGUMENTS})
+
+
+class _CallObject:
+    """Follows a call that is a JSON object: a name and arguments, in any order.
+
+    Attributes:
+        state: ``open`` until it is complete (``done``), or cannot become a call (``broken``).
+        name: The tool's name; empty until it is known.
+    """
+
+    def __init__(self) -> None:
+        self.state: Literal["open", "done", "broken"] = "open"
+        self.name = ""
+        self._expected: Literal["{", "key or }", "key", ":", "value", ", or }"] = "{"
+        self._value: JsonScanner | None = None  # the open key or value
+        self._role: Literal["key", "name", "arguments", "arguments in a string", "other"] = "key"
+        self._pieces: list[str] = []  # of it
+        self._key = ""
+        self._arguments = ""  # not taken yet
+        self._has_arguments = False
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the name is known and the arguments have begun."""
+        return bool(self.name) and self._has_arguments
+
+    def push(self, text: str) -> int:
+        """Takes more text; returns how many of its characters belong to the call."""
+        at = 0
+        while at < len(text) and self.state == "open":
+            if self._value is not None:
+                at += self._in_value(self._value, text[at:])
+            elif text[at] in SPACE:
+                at += 1
+            else:
+                at += self._structure(text[at])
+        return at
+
+    def take_arguments(self) -> str:
+        """Returns the arguments that have come since the last time."""
+        arguments, self._arguments = self._arguments, ""
+        return arguments
+
+    def _structure(self, character: str) -> int:
+        """Takes a character between keys and values; returns 0 if it is not consumed."""
+        match self._expected, character:
+            case "{", "{":
+                self._expected = "key or }"
+            case (("key" | "key or }"), '"'):
+                self._begin("key")
+                return 0
+            case ":", ":":
+                self._expected = "value"
+            case "value", _:
+                self._begin_value(character)
+                return 0
+            case ", or }", ",":
+                self._expected = "key"
+            case (("key or }" | ", or }"), "}"):
+                self._end()
+            case ", or }", _ if self.is_call:
+                self.state = "done"  # models forget the last brace
+                return 0
+            case _:
+                self.state = "broken"
+                return 0
+        return 1
+
+    def _begin(
+        self, role: Literal["key", "name", "arguments", "arguments in a string", "other"]
+    ) -> None:
+        self._role, self._value, self._pieces = role, JsonScanner(), []
+
+    def _begin_value(self, first: str) -> None:
+        if self._key == "name" and not self.name and first == '"':
+            self._begin("name")
+        elif self._key not in _ARGUMENTS or self._has_arguments:
+            self._begin("other")
+        elif first == "{":
+            self._begin("arguments")
+            self._has_arguments = True
+        elif first in '"n':  # some models write JSON in a string, or null
+            self._begin("arguments in a string")
+        else:
+            self.state = "broken"
+
+    def _in_value(self, value: JsonScanner, text: str) -> int:
+        n = value.push(text)
+        if self._role == "arguments":
+            self._arguments += text[:n]
+        elif self._role != "other":
+            self._pieces.append(text[:n])
+        if value.state == "broken":
+            self.state = "broken"
+        elif value.state == "done":
+            self._value = None
+            self._end_value()
+        return n
+
+    def _end_value(self) -> None:
+        value: Any = json.loads("".join(self._pieces)) if self._pieces else None
+        self._expected = ":" if self._role == "key" else ", or }"
+        if isinstance(value, str) and not _is_encodable(value):
+            self.state = "broken"
+        elif self._role == "key":
+            self._key = value
+            if not self.name and value not in _KEYS:
+                self.state = "broken"  # an object of another kind
+        elif self._role == "name":
+            self.name = value
+            if not value:
+                self.state = "broken"
+        elif self._role == "arguments in a string":
+            self._arguments, self._has_arguments = value or _NOTHING, True
+
+    def _end(self) -> None:
+        if not self._has_arguments:
+            self._arguments, self._has_arguments = _NOTHING, True
+        self.state = "done" if self.name else "broken"
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return True
