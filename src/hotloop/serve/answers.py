@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -38,12 +38,12 @@ STREAM_HEADERS = {
 class Shape(Protocol):
     """What answers look like in one of the API's forms. It lives as long as its request."""
 
-    def events(self, delta: Delta) -> str:
-        """Returns the events of a piece of an answer."""
+    def events(self, delta: Delta, usage: str) -> str:
+        """Returns the events of a piece of an answer; ``usage`` ends each, see ``Chunks``."""
         ...
 
-    def last_events(self, usage: dict[str, Any] | None) -> str:
-        """Returns the events after all answers but ``[DONE]``; with the usage if it is wanted."""
+    def usage_event(self, usage: str) -> str:
+        """Returns the event that tells the usage, after all answers."""
         ...
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
@@ -51,9 +51,39 @@ class Shape(Protocol):
         ...
 
 
-def event(data: Any) -> str:
-    """Returns an event of a stream."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def compact(data: Any) -> str:
+    """Returns JSON without spaces."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+as_string = json.encoder.encode_basestring
+"""Returns a text as JSON. For chunks, whose only variable part it mostly is."""
+
+
+class Chunks:
+    """Makes the events of a stream from the template that its chunks share.
+
+    Args:
+        about: The fields that all chunks have.
+    """
+
+    def __init__(self, about: Mapping[str, Any]) -> None:
+        self._about = compact(about)[:-1]
+
+    def event(self, choice: str, usage: str = "") -> str:
+        """Returns the event of a chunk.
+
+        Args:
+            choice: The JSON of its choice; empty for none.
+            usage: The JSON of the usage so far, or empty for none.
+        """
+        counted = f',"usage":{usage}' if usage else ""
+        return f'data: {self._about},"choices":[{choice}]{counted}}}\n\n'
+
+
+def error_event(error: Exception) -> str:
+    """Returns the event that tells an error in mid-stream."""
+    return f"data: {compact(as_api_error(error).body)}\n\n"
 
 
 class Usage:
@@ -61,16 +91,18 @@ class Usage:
 
     Args:
         prompt_tokens: Tokens of its prompts.
+        n: Answers to each prompt.
     """
 
-    def __init__(self, prompt_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, n: int | None = None) -> None:
+        self._n = n or 1
         self.prompt_tokens, self.completion_tokens, self.cached_tokens = prompt_tokens, 0, 0
 
     def add(self, delta: Delta) -> None:
         """Counts a piece of an answer."""
         self.completion_tokens += len(delta.token_ids)
-        if delta.generation is not None:
-            self.cached_tokens = max(self.cached_tokens, delta.generation.cached_tokens)
+        if delta.generation is not None and delta.index % self._n == 0:
+            self.cached_tokens += delta.generation.cached_tokens
 
     @property
     def body(self) -> dict[str, Any]:
@@ -81,6 +113,11 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+    @property
+    def json(self) -> str:
+        """The usage as the JSON of a chunk."""
+        return compact(self.body)
 
 
 async def respond(
@@ -107,7 +144,7 @@ async def respond(
     """
     if asked.stream:
         return EventStream(service, ticket, shape, asked, settings)
-    usage, deltas = Usage(ticket.prompt_tokens), []
+    usage, deltas = Usage(ticket.prompt_tokens, asked.n), []
     async with cancelled_if_gone(service, ticket, receive):
         while not ticket.done:
             await ticket.arrived()
@@ -164,13 +201,15 @@ class EventStream(Response):
         settings: ServerSettings,
     ) -> None:
         self._service, self._ticket, self._shape = service, ticket, shape
-        self._options, self._settings = asked.stream_options, settings
+        self._options, self._n, self._settings = asked.stream_options, asked.n, settings
         super().__init__(headers=STREAM_HEADERS)
         del self.headers["content-length"]
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream."""
-        ticket, usage = self._ticket, Usage(self._ticket.prompt_tokens)
+        ticket, usage = self._ticket, Usage(self._ticket.prompt_tokens, self._n)
+        wanted = bool(self._options.include_usage)
+        continuous = wanted and bool(self._options.continuous_usage_stats)
 
         async def write(text: str, *, more: bool = True) -> None:
             async with asyncio.timeout(self._settings.send_s):
@@ -193,14 +232,14 @@ class EventStream(Response):
                     for delta in ticket.take():
                         assert isinstance(delta, Delta)
                         usage.add(delta)
-                        text += self._shape.events(delta)
+                        text += self._shape.events(delta, usage.json if continuous else "")
                     if text:
                         await write(text)
             except HotloopError as error:
-                await write(event(as_api_error(error).body), more=False)
+                await write(error_event(error), more=False)
                 return
-            wanted = usage.body if self._options.include_usage else None
-            await write(f"{self._shape.last_events(wanted)}data: [DONE]\n\n", more=False)
+            counted = self._shape.usage_event(usage.json) if wanted else ""
+            await write(f"{counted}data: [DONE]\n\n", more=False)
 
     async def _arrived(self) -> bool:
         """Waits for a piece; False after a time of silence."""

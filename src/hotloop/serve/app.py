@@ -16,6 +16,7 @@ from hotloop.serve.gate import Gate
 from hotloop.serve.health import health
 from hotloop.serve.models import model, models
 from hotloop.serve.served import Served
+from hotloop.serve.tokens import detokenize, tokenize, tokenizer_info
 
 
 def create_app(served: Served) -> Starlette:
@@ -30,6 +31,9 @@ def create_app(served: Served) -> Starlette:
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
+            Route("/tokenizer_info", tokenizer_info),
             Route("/health", health),
             Route("/ready", health),
         ],

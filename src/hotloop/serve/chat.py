@@ -6,7 +6,6 @@ makes of its text (``parts``), and the JSON of a chunk or of the whole message (
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +14,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hotloop.serve.answers import event, respond
+from hotloop.serve.answers import Chunks, as_string, compact, respond
 from hotloop.serve.bodies import read
-from hotloop.serve.errors import ApiError
 from hotloop.serve.logprobs import chat_logprobs
 from hotloop.serve.parts import CallArguments, CallStart, Content, Parser, PlainText, Reasoning
 from hotloop.serve.schemas import ChatBody, FinishReason
-from hotloop.serve.served import Model, Served
+from hotloop.serve.served import Served
 from hotloop.serve.submit import submit
 from hotloop.text.tokenizer import Tokenizer
-from hotloop.types import ChatPrompt, Delta, Generation
-
-_as_json = json.encoder.encode_basestring  # of the text of a chunk: quoted and escaped
+from hotloop.types import Delta, Generation
 
 
 async def chat_completions(request: Request) -> Response:
@@ -37,19 +33,10 @@ async def chat_completions(request: Request) -> Response:
     model = served.model
     params = asked.params(model.sampling, served.settings)
     ticket = await submit(
-        request, model, lambda: [_prompt(asked, model, served)], params, large=True
+        request, model, lambda: [served.chat_prompt(asked, model)], params, large=True
     )
     shape = ChatShape(served, model.tokenizer)
     return await respond(model.service, ticket, shape, asked, request.receive, served.settings)
-
-
-def _prompt(asked: ChatBody, model: Model, served: Served) -> ChatPrompt:
-    if not asked.messages:
-        raise ApiError(400, "messages: there must be at least one.", param="messages")
-    variables = {**served.settings.template_variables, **asked.chat_template_kwargs}
-    return model.text.chat_prompt(
-        asked.messages, continue_final_message=asked.continue_final_message, **variables
-    )
 
 
 class ChatShape:
@@ -75,52 +62,50 @@ class ChatShape:
         }
         self._tokenizer, self._parser = tokenizer, parser
         self._choices: dict[int, _Choice] = {}
-        chunk = self._about | {"object": "chat.completion.chunk"}
-        self._chunk = f"data: {json.dumps(chunk)[:-1]}, "
+        self._chunks = Chunks(self._about | {"object": "chat.completion.chunk"})
 
     # ------------------------------------------------------------------------------ streamed
 
-    def events(self, delta: Delta) -> str:
+    def events(self, delta: Delta, usage: str) -> str:
         """See ``Shape``."""
         choice = self._choice(delta.index)
         generation = delta.generation
         logprobs = self._logprobs(delta)
         text = ""
         for part in choice.parts(delta):
-            text += self._event(choice, _DELTAS[type(part)](part), logprobs)
+            text += self._event(choice, _DELTAS[type(part)](part), usage, logprobs)
             logprobs = "null"
         if logprobs != "null":  # of tokens whose text is withheld
-            text += self._event(choice, '"content":""', logprobs)
+            text += self._event(choice, '"content":""', usage, logprobs)
         if generation is not None:
-            begun = "" if choice.begun else choice.role
-            text += (
-                f'{self._chunk}"choices":[{{"index":{delta.index},"delta":{{{begun}}},'
-                f'"logprobs":null,"finish_reason":"{choice.finish(generation)}"}}]}}\n\n'
-            )
+            text += self._event(choice, "", usage, finish=f'"{choice.finish(generation)}"')
         return text
 
-    def last_events(self, usage: dict[str, Any] | None) -> str:
+    def usage_event(self, usage: str) -> str:
         """See ``Shape``."""
-        if usage is None:
-            return ""
-        about = self._about | {"object": "chat.completion.chunk"}
-        return event({**about, "choices": [], "usage": usage})
+        return self._chunks.event("", usage)
 
-    def _event(self, choice: _Choice, fields: str, logprobs: str) -> str:
-        if (
-            not choice.begun
-        ):  # never in a chunk of its own, which would be taken for the first token
+    def _event(
+        self,
+        choice: _Choice,
+        fields: str,
+        usage: str,
+        logprobs: str = "null",
+        finish: str = "null",
+    ) -> str:
+        if not choice.begun:  # never in a chunk of its own, which would be taken for a token
             choice.begun = True
-            fields = f"{choice.role},{fields}"
-        return (
-            f'{self._chunk}"choices":[{{"index":{choice.index},"delta":{{{fields}}},'
-            f'"logprobs":{logprobs},"finish_reason":null}}]}}\n\n'
+            fields = f'"role":"assistant"{"," if fields else ""}{fields}'
+        return self._chunks.event(
+            f'{{"index":{choice.index},"delta":{{{fields}}},'
+            f'"logprobs":{logprobs},"finish_reason":{finish}}}',
+            usage,
         )
 
     def _logprobs(self, delta: Delta) -> str:
         if not delta.logprobs or self._tokenizer is None:
             return "null"
-        return json.dumps(chat_logprobs(self._tokenizer, delta.logprobs))
+        return compact(chat_logprobs(self._tokenizer, delta.logprobs))
 
     # ------------------------------------------------------------------------------ whole
 
@@ -142,14 +127,14 @@ class ChatShape:
 
 
 _DELTAS: dict[type, Callable[[Any], str]] = {
-    Content: lambda part: f'"content":{_as_json(part.text)}',
-    Reasoning: lambda part: f'"reasoning_content":{_as_json(part.text)}',
+    Content: lambda part: f'"content":{as_string(part.text)}',
+    Reasoning: lambda part: f'"reasoning_content":{as_string(part.text)}',
     CallStart: lambda part: (
-        f'"tool_calls":[{{"index":{part.index},"id":{_as_json(part.id)},"type":"function",'
-        f'"function":{{"name":{_as_json(part.name)},"arguments":""}}}}]'
+        f'"tool_calls":[{{"index":{part.index},"id":{as_string(part.id)},"type":"function",'
+        f'"function":{{"name":{as_string(part.name)},"arguments":""}}}}]'
     ),
     CallArguments: lambda part: (
-        f'"tool_calls":[{{"index":{part.index},"function":{{"arguments":{_as_json(part.text)}}}}}]'
+        f'"tool_calls":[{{"index":{part.index},"function":{{"arguments":{as_string(part.text)}}}}}]'
     ),
 }
 """The fields of a chunk's delta that a part becomes."""
@@ -157,8 +142,6 @@ _DELTAS: dict[type, Callable[[Any], str]] = {
 
 class _Choice:
     """One answer of a request."""
-
-    role = '"role":"assistant"'
 
     def __init__(self, index: int, parser: Parser) -> None:
         self.index, self._parser = index, parser

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
-from hotloop.serve.answers import event, respond
+from hotloop.engine.service import Ticket
+from hotloop.serve.answers import (
+    STREAM_HEADERS,
+    Chunks,
+    Usage,
+    as_string,
+    cancelled_if_gone,
+    compact,
+    respond,
+)
 from hotloop.serve.bodies import LARGE_BYTES, read
 from hotloop.serve.errors import ApiError
+from hotloop.serve.logprobs import CompletionLogprobs, ScoredToken, scored_prompt
 from hotloop.serve.schemas import CompletionBody
-from hotloop.serve.served import Served
+from hotloop.serve.served import Model, Served
 from hotloop.serve.submit import submit
-from hotloop.types import Delta, Generation, Prompt
-
-_as_json = json.encoder.encode_basestring
+from hotloop.text.tokenizer import Tokenizer
+from hotloop.types import Delta, Generation, Score, Timing
 
 
 async def completions(request: Request) -> Response:
@@ -28,32 +37,97 @@ async def completions(request: Request) -> Response:
     asked = await read(request, CompletionBody, served.settings)
     served.check_name(asked.model)
     model = served.model
-    if asked.suffix:
-        raise ApiError(400, "suffix: this model cannot fill in the middle.", param="suffix")
+    _check(asked, served.settings.max_choices)
+    large = len(asked.prompts) * max(map(len, asked.prompts)) > LARGE_BYTES
+    prompts = await asyncio.to_thread(_encoded, asked, model) if large else _encoded(asked, model)
+    scored: list[list[ScoredToken]] = []
+    if asked.echo and asked.logprobs is not None:
+        scored = [await _scored(request, model, ids, asked.logprobs) for ids in prompts]
+    shape = CompletionShape(served, asked, model.tokenizer, prompts, scored)
+    if asked.echo and asked.max_tokens == 0:
+        return _only_echoed(asked, shape, prompts)
     params = asked.params(model.sampling, served.settings)
-    prompts = _prompts(asked, served)
-    large = sum(map(len, prompts)) > LARGE_BYTES
     ticket = await submit(request, model, lambda: prompts, params, large=large)
-    shape = CompletionShape(served)
     return await respond(model.service, ticket, shape, asked, request.receive, served.settings)
 
 
-def _prompts(asked: CompletionBody, served: Served) -> list[Prompt]:
-    given = asked.prompt
-    if isinstance(given, str):
-        return [given]
-    if not given:
-        raise ApiError(400, "prompt: there must be at least one.", param="prompt")
-    prompts: list[Any] = [given] if isinstance(given[0], int) else list(given)
-    n = len(prompts) * (asked.n or 1)
-    if n > served.settings.max_choices:
+def _check(asked: CompletionBody, max_choices: int) -> None:
+    """Refuses what no model here can do.
+
+    Raises:
+        ApiError: The field at fault.
+    """
+    if asked.suffix:
+        raise ApiError(400, "suffix: this model cannot fill in the middle.", param="suffix")
+    n = asked.n or 1
+    if asked.best_of is not None and asked.best_of != n:
         raise ApiError(
             400,
-            f"{len(prompts)} prompts with n {asked.n or 1} are {n} answers; a request may have "
-            f"{served.settings.max_choices}.",
+            f"best_of is {asked.best_of}: answers are not ranked here; leave it out.",
+            param="best_of",
+        )
+    if not asked.prompts:
+        raise ApiError(400, "prompt: there must be at least one.", param="prompt")
+    if len(asked.prompts) * n > max_choices:
+        raise ApiError(
+            400,
+            f"{len(asked.prompts)} prompts with n {n} are {len(asked.prompts) * n} answers; a "
+            f"request may have {max_choices}.",
             param="prompt",
         )
-    return prompts
+
+
+def _encoded(asked: CompletionBody, model: Model) -> list[list[int]]:
+    return [
+        model.text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
+    ]
+
+
+async def _scored(
+    request: Request, model: Model, ids: list[int], n_alternatives: int
+) -> list[ScoredToken]:
+    """Scores a prompt: the log-probability of each token after the first, and alternatives."""
+    if len(ids) < 2:
+        return scored_prompt(ids, None, 0)
+    ticket: Ticket = model.service.score(ids, full=n_alternatives > 1)
+    async with cancelled_if_gone(model.service, ticket, request.receive):
+        while not ticket.done:
+            await ticket.arrived()
+            for score in ticket.take():
+                assert isinstance(score, Score)
+                return scored_prompt(ids, score, n_alternatives)
+    raise ApiError(499, "the client has gone.")
+
+
+def _only_echoed(
+    asked: CompletionBody, shape: CompletionShape, prompts: Sequence[list[int]]
+) -> Response:
+    """Returns the response of ``max_tokens`` 0, for which nothing is generated."""
+    usage = Usage(sum(map(len, prompts)))
+    deltas = [
+        Delta(
+            index=i * (asked.n or 1) + j,
+            text="",
+            token_ids=(),
+            logprobs=(),
+            generation=Generation(
+                prompt_ids=tuple(ids),
+                token_ids=(),
+                text="",
+                finish_reason="length",
+                timing=Timing(n_tokens=0, ttft_s=0.0, e2e_s=0.0),
+                logprobs=(),
+            ),
+        )
+        for i, ids in enumerate(prompts)
+        for j in range(asked.n or 1)
+    ]
+    if not asked.stream:
+        return JSONResponse(shape.body(deltas, usage.body))
+    text = "".join(shape.events(delta, "") for delta in deltas)
+    if asked.stream_options.include_usage:
+        text += shape.usage_event(usage.json)
+    return Response(f"{text}data: [DONE]\n\n", headers=STREAM_HEADERS)
 
 
 class CompletionShape:
@@ -61,47 +135,125 @@ class CompletionShape:
 
     Args:
         served: The model.
+        asked: The request.
+        tokenizer: The model's.
+        prompts: The prompts.
+        scored: The log-probabilities of each prompt, where they are wanted; else empty.
     """
 
-    def __init__(self, served: Served) -> None:
+    def __init__(
+        self,
+        served: Served,
+        asked: CompletionBody,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[list[int]],
+        scored: Sequence[list[ScoredToken]],
+    ) -> None:
         self._about = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": served.settings.name,
         }
-        self._chunk = f"data: {json.dumps(self._about)[:-1]}, "
+        self._chunks = Chunks(self._about)
+        self._asked, self._tokenizer = asked, tokenizer
+        self._prompts, self._scored = prompts, scored
+        self._choices: dict[int, _Choice] = {}
 
-    def events(self, delta: Delta) -> str:
+    def events(self, delta: Delta, usage: str) -> str:
         """See ``Shape``."""
-        text = self._event(delta.index, delta.text, "null") if delta.text else ""
+        choice, events = self._choices.get(delta.index), ""
+        if choice is None:
+            choice = self._choice(delta.index)
+            if self._asked.echo:
+                events = self._event(delta.index, choice.echoed, choice.echoed_logprobs, usage)
+        logprobs = choice.logprobs(delta)
+        if delta.text or logprobs is not None:
+            events += self._event(delta.index, delta.text, logprobs, usage)
         if delta.generation is not None:
-            text += self._event(delta.index, "", f'"{_finish(delta.generation)}"')
-        return text
+            finish = f'"{_finish(delta.generation)}"'
+            events += self._event(delta.index, "", None, usage, finish)
+        return events
 
-    def last_events(self, usage: dict[str, Any] | None) -> str:
+    def usage_event(self, usage: str) -> str:
         """See ``Shape``."""
-        return "" if usage is None else event({**self._about, "choices": [], "usage": usage})
+        return self._chunks.event("", usage)
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
         """See ``Shape``."""
-        ended = {delta.index: delta.generation for delta in deltas if delta.generation is not None}
-        choices = [
-            {
-                "index": i,
-                "text": ended[i].text,
-                "logprobs": None,
-                "finish_reason": _finish(ended[i]),
-            }
-            for i in sorted(ended)
-        ]
+        ended = {delta.index: delta for delta in deltas if delta.generation is not None}
+        choices = []
+        for i in sorted(ended):
+            choice, generation = self._choice(i), ended[i].generation
+            assert generation is not None
+            lists = [choice.echoed_logprobs, choice.logprobs(generation)]
+            choices.append(
+                {
+                    "index": i,
+                    "text": choice.echoed + generation.text,
+                    "logprobs": _joined([each for each in lists if each is not None]),
+                    "finish_reason": _finish(generation),
+                }
+            )
         return {**self._about, "choices": choices, "usage": usage}
 
-    def _event(self, index: int, text: str, finish: str) -> str:
-        return (
-            f'{self._chunk}"choices":[{{"index":{index},"text":{_as_json(text)},'
-            f'"logprobs":null,"finish_reason":{finish}}}]}}\n\n'
+    def _choice(self, index: int) -> _Choice:
+        i = index // (self._asked.n or 1)
+        scored = self._scored[i] if self._scored else []
+        choice = _Choice(self._asked, self._tokenizer, i, self._prompts[i], scored)
+        self._choices[index] = choice
+        return choice
+
+    def _event(
+        self,
+        index: int,
+        text: str,
+        logprobs: dict[str, Any] | None,
+        usage: str,
+        finish: str = "null",
+    ) -> str:
+        listed = "null" if logprobs is None else compact(logprobs)
+        return self._chunks.event(
+            f'{{"index":{index},"text":{as_string(text)},'
+            f'"logprobs":{listed},"finish_reason":{finish}}}',
+            usage,
         )
+
+
+class _Choice:
+    """One answer of a request, behind its prompt."""
+
+    def __init__(
+        self,
+        asked: CompletionBody,
+        tokenizer: Tokenizer | None,
+        i: int,
+        ids: list[int],
+        scored: list[ScoredToken],
+    ) -> None:
+        self.echoed, self.echoed_logprobs = "", None
+        self._lists: CompletionLogprobs | None = None
+        given = asked.prompts[i]
+        if asked.echo:
+            if isinstance(given, str):
+                self.echoed = given
+            elif tokenizer is not None:
+                self.echoed = tokenizer.decode(given)
+        if asked.logprobs is not None and tokenizer is not None:
+            self._lists = CompletionLogprobs(tokenizer)
+            self.echoed_logprobs = self._lists.of_prompt(ids, scored)
+
+    def logprobs(self, piece: Delta | Generation) -> dict[str, Any] | None:
+        """Returns the lists of the tokens of a piece; None for none."""
+        if self._lists is None or not piece.logprobs:
+            return None
+        return self._lists.of_answer(piece.logprobs)
+
+
+def _joined(parts: list[dict[str, list[Any]]]) -> dict[str, list[Any]] | None:
+    if not parts:
+        return None
+    return {name: [item for part in parts for item in part[name]] for name in parts[0]}
 
 
 def _finish(generation: Generation) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hotloop.text.detokenize import Detokenizer
 from hotloop.text.tokenizer import Tokenizer
-from hotloop.types import TokenLogprob
+from hotloop.types import Score, TokenLogprob
+
+Lists = dict[str, list[Any]]
 
 LEAST = -9999.0
 """In place of minus infinity, which JSON does not have; OpenAI's API has it, too."""
@@ -19,11 +22,17 @@ def finite(logprob: float) -> float:
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     r"""Returns the text of a token; of a part of a character its bytes, as ``bytes:\xe2\x82``."""
-    data = tokenizer.token_bytes(token_id, skip_special=False)
+    data = _bytes(tokenizer, token_id)
     try:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    if token_id >= tokenizer.vocab_size:  # a row of the embedding without a token
+        return b""
+    return tokenizer.token_bytes(token_id, skip_special=False)
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:
@@ -33,7 +42,7 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> dic
         return {
             "token": token_text(tokenizer, token_id),
             "logprob": finite(logprob),
-            "bytes": list(tokenizer.token_bytes(token_id, skip_special=False)),
+            "bytes": list(_bytes(tokenizer, token_id)),
         }
 
     content = [
@@ -43,44 +52,85 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> dic
     return {"content": content}
 
 
+ScoredToken = tuple[int, float | None, Sequence[tuple[int, float]]]
+"""A token's id, its log-probability (None for the first of a prompt) and alternatives."""
+
+
+def scored_prompt(ids: Sequence[int], score: Score | None, n: int) -> list[ScoredToken]:
+    """Returns the tokens of a prompt with their log-probabilities.
+
+    Args:
+        ids: The prompt.
+        score: Its score, the whole distribution for ``n`` above 1; None for a prompt of one token.
+        n: Alternatives of each token.
+    """
+    scored: list[ScoredToken] = [(ids[0], None, ())]
+    if score is None:
+        return scored
+    logprobs = score.token_logprobs.tolist()
+    if score.log_probs is not None:
+        values, tokens = (each.tolist() for each in score.log_probs.topk(n))
+    else:
+        assert score.top1_logprobs is not None, "hotloop's engine has them"
+        values = [[value] for value in score.top1_logprobs.tolist()]
+        tokens = [[token] for token in score.top1.tolist()]
+    for i, token_id in enumerate(ids[1:]):
+        scored.append((token_id, logprobs[i], list(zip(tokens[i], values[i], strict=True))[:n]))
+    return scored
+
+
 class CompletionLogprobs:
-    """Makes the ``logprobs`` of a completion's choice, a piece after the other.
+    """Makes the ``logprobs`` of a completion's choice: of its prompt, then of its answer's pieces.
+
+    ``text_offset`` counts the characters before a token from the prompt's beginning.
 
     Args:
         tokenizer: The model's.
-        offset: Characters before the first token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, offset: int) -> None:
-        self._tokenizer, self._offset = tokenizer, offset
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._text = Detokenizer(tokenizer)
+        self._offset = 0
 
-    def piece(self, logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:
-        """Returns the lists of some tokens."""
-        return self.entries((each.token_id, each.logprob, each.top) for each in logprobs)
+    def of_prompt(self, ids: Sequence[int], scored: Sequence[ScoredToken]) -> Lists | None:
+        """Returns the lists of a prompt's tokens; None if they are not wanted."""
+        if scored:
+            return self._lists(scored)
+        for token_id in ids:
+            self._advance(token_id)
+        return None
 
-    def entries(
-        self, tokens: Iterable[tuple[int, float | None, Iterable[tuple[int, float]]]]
-    ) -> dict[str, Any]:
-        """Returns the lists of some tokens: their ids, log-probabilities and alternatives.
+    def of_answer(self, logprobs: Iterable[TokenLogprob]) -> Lists:
+        """Returns the lists of an answer's next tokens."""
+        return self._lists((each.token_id, each.logprob, each.top) for each in logprobs)
 
-        The first token of a prompt has no log-probability.
-        """
-        lists: dict[str, list[Any]] = {
+    def _lists(self, tokens: Iterable[ScoredToken]) -> Lists:
+        lists: Lists = {
             name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
         for token_id, logprob, top in tokens:
             text = token_text(self._tokenizer, token_id)
             lists["tokens"].append(text)
             lists["text_offset"].append(self._offset)
-            self._offset += len(self._tokenizer.decode([token_id], skip_special=False))
-            if logprob is None:
-                lists["token_logprobs"].append(None)
-                lists["top_logprobs"].append(None)
-                continue
-            lists["token_logprobs"].append(finite(logprob))
-            tops = {text: finite(logprob)}
-            for other, its in top:
-                name = token_text(self._tokenizer, other)
-                tops[name] = max(finite(its), tops.get(name, LEAST))
-            lists["top_logprobs"].append(tops)
+            self._advance(token_id)
+            lists["token_logprobs"].append(None if logprob is None else finite(logprob))
+            lists["top_logprobs"].append(
+                None if logprob is None else self._tops(text, logprob, top)
+            )
         return lists
+
+    def _tops(
+        self, text: str, logprob: float, top: Iterable[tuple[int, float]]
+    ) -> dict[str, float]:
+        """Returns alternatives by their text; of those with the same text the most likely."""
+        tops: dict[str, float] = {}
+        for token_id, its in top:
+            name = token_text(self._tokenizer, token_id)
+            tops[name] = max(finite(its), tops.get(name, LEAST))
+        tops.setdefault(text, finite(logprob))
+        return tops
+
+    def _advance(self, token_id: int) -> None:
+        if token_id < self._tokenizer.vocab_size:  # a row of the embedding may have no token
+            self._offset += len(self._text.push(token_id))

@@ -27,6 +27,19 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _prompts(value: Any) -> list[Any]:
+    """Lists the prompts of a field that may hold one or several, each text or token ids."""
+
+    def is_ids(prompt: Any) -> bool:
+        return isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt)
+
+    if isinstance(value, str) or (value and is_ids(value)):
+        return [value]
+    if isinstance(value, list) and all(isinstance(p, str) or is_ids(p) for p in value):
+        return value
+    raise ValueError("must be text, a list of token ids, or a list of such prompts")
+
+
 class StreamOptions(Body):
     """Options of a stream."""
 
@@ -101,7 +114,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompts: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(alias="prompt")]
     echo: bool = False
     suffix: str | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -113,17 +126,22 @@ class CompletionBody(SamplingBody):
         return self.logprobs
 
 
-class ChatBody(SamplingBody):
-    """The body of ``/v1/chat/completions``."""
+class Conversation(Body):
+    """Messages, and how the chat template makes a prompt of them."""
 
-    messages: list[dict[str, Any]]
-    max_completion_tokens: Annotated[int, Field(le=MAX_COUNT)] | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+    messages: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
     tools: list[dict[str, Any]] | None = None
+
+
+class ChatBody(SamplingBody, Conversation):
+    """The body of ``/v1/chat/completions``."""
+
+    max_completion_tokens: Annotated[int, Field(le=MAX_COUNT)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
     tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
 
@@ -136,6 +154,22 @@ class ChatBody(SamplingBody):
     def n_logprobs(self) -> int | None:
         """See ``SamplingBody``."""
         return self.top_logprobs if self.logprobs else None
+
+
+class TokenizeBody(Conversation):
+    """The body of ``/tokenize``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    """The body of ``/detokenize``."""
+
+    model: str | None = None
+    tokens: list[int]
 
 
 FinishReason = Literal["stop", "length", "tool_calls"]

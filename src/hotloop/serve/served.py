@@ -12,9 +12,10 @@ from typing import Literal
 from hotloop.engine.service import Service
 from hotloop.errors import HotloopError
 from hotloop.serve.errors import ApiError, unavailable
+from hotloop.serve.schemas import Conversation
 from hotloop.serve.settings import ServerSettings
 from hotloop.text.tokenizer import Tokenizer
-from hotloop.types import EngineDescription, SamplingParams
+from hotloop.types import ChatPrompt, EngineDescription, SamplingParams
 
 STALLED_S = 30.0
 """The longest iteration of a healthy engine."""
@@ -112,6 +113,20 @@ class Served:
         if self.draining:
             return "draining"
         return "stalled" if state.stalled_s > STALLED_S else "ready"
+
+    def chat_prompt(self, asked: Conversation, model: Model) -> ChatPrompt:
+        """Makes the prompt of a conversation, by the chat template.
+
+        Raises:
+            ApiError: There are no messages.
+            HotloopError: See ``Tokenizer.chat_prompt``.
+        """
+        if not asked.messages:
+            raise ApiError(400, "messages: there must be at least one.", param="messages")
+        variables = {**self.settings.template_variables, **asked.chat_template_kwargs}
+        return model.text.chat_prompt(
+            asked.messages, continue_final_message=asked.continue_final_message, **variables
+        )
 
     def check_name(self, name: str | None) -> None:
         """Refuses the name of another model.

@@ -80,7 +80,7 @@ class Tokenizer:
     @property
     def bos_id(self) -> int | None:
         """The token that begins a text, whether or not ``encode`` adds it."""
-        token = self._names.get("bos_token")
+        token = self.names.get("bos_token")
         return None if token is None else self.backend.token_id(token)
 
     @cached_property
@@ -91,7 +91,7 @@ class Tokenizer:
     @property
     def ordered_eos_ids(self) -> tuple[int, ...]:
         """``eos_ids``, the tokenizer's own end-of-sequence token first."""
-        token = self._names.get("eos_token")
+        token = self.names.get("eos_token")
         own = None if token is None else self.backend.token_id(token)
         return tuple(sorted(self.eos_ids, key=lambda i: (i != own, i)))
 
@@ -173,7 +173,7 @@ class Tokenizer:
         return self._template(variables).render(
             messages,
             add_generation_prompt=add_generation_prompt,
-            variables={**self._names, **variables},
+            variables={**self.names, **variables},
         )
 
     def chat_prompt(
@@ -211,7 +211,7 @@ class Tokenizer:
             marked,
             add_generation_prompt=not continue_final_message,
             variables={
-                **self._names,
+                **self.names,
                 **self._control_tokens.marked(variables, mark),
             },
             mark=mark,
@@ -226,7 +226,8 @@ class Tokenizer:
         return ChatPrompt(token_ids=tuple(ids), starts_text=not continue_final_message)
 
     @cached_property
-    def _names(self) -> dict[str, str]:
+    def names(self) -> dict[str, str]:
+        """The texts of its special tokens by their roles, such as ``eos_token``."""
         return validated(TokenizerConfig, dict(self.config), self.source).names
 
     @cached_property
