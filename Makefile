@@ -8,12 +8,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 RESULTS ?= results/demo
-# Whose figures "make bench-gpu" makes: a folder of benchmarks/results, and a place in docs/performance.md.
+# Whose figures "make bench-gpu" and "make bench-serving" make: a folder of benchmarks/results, and a place in docs/performance.md.
 GPU ?= h100
 # Processes that run tests, each one file at a time; they share the cores. A crash ends the run.
 TEST_WORKERS ?= 2
 
-.PHONY: demo test check bench bench-gpu bench-multi-gpu help-pages clean
+.PHONY: demo test check bench bench-gpu bench-multi-gpu bench-serving help-pages clean
 
 demo: $(VENV)/installed
 	$(BIN)/hotloop pull $(MODEL)
@@ -42,6 +42,9 @@ bench-gpu: $(VENV)/installed
 
 bench-multi-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/multi_gpu.py --out benchmarks/results/multi-gpu --resume --docs docs/performance.md
+
+bench-serving: $(VENV)/installed
+	$(BIN)/python benchmarks/serving.py --out benchmarks/results/$(GPU)-serving --docs docs/performance.md
 
 help-pages: $(VENV)/installed
 	$(BIN)/python -m hotloop.cli.help_pages

@@ -138,3 +138,12 @@ def test_what_cannot_be_served_is_refused(client, body, word):
     response = complete(client, **body)
     assert response.status_code == 400
     assert word in response.json()["error"]["message"]
+
+
+def test_token_ids_are_told_if_asked_for(client):
+    (whole,) = choices(client, return_token_ids=True)
+    assert len(whole["token_ids"]) == 5
+    *chunks, _ = events(complete(client, stream=True, return_token_ids=True))
+    pieces = [chunk["choices"][0] for chunk in chunks]
+    assert [token for piece in pieces for token in piece.get("token_ids", ())] == whole["token_ids"]
+    assert "token_ids" not in choices(client)[0]

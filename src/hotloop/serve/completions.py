@@ -168,8 +168,9 @@ class CompletionShape:
             if self._asked.echo:
                 events = self._event(delta.index, choice.echoed, choice.echoed_logprobs, usage)
         logprobs = choice.logprobs(delta)
-        if delta.text or logprobs is not None:
-            events += self._event(delta.index, delta.text, logprobs, usage)
+        ids = delta.token_ids if self._asked.return_token_ids else ()
+        if delta.text or logprobs is not None or ids:
+            events += self._event(delta.index, delta.text, logprobs, usage, ids=ids)
         if delta.generation is not None:
             finish = f'"{_finish(delta.generation)}"'
             events += self._event(delta.index, "", None, usage, finish)
@@ -194,6 +195,7 @@ class CompletionShape:
                     "logprobs": _joined([each for each in lists if each is not None]),
                     "finish_reason": _finish(generation),
                 }
+                | ({"token_ids": generation.token_ids} if self._asked.return_token_ids else {})
             )
         return {**self._about, "choices": choices, "usage": usage}
 
@@ -211,11 +213,13 @@ class CompletionShape:
         logprobs: dict[str, Any] | None,
         usage: str,
         finish: str = "null",
+        ids: Sequence[int] = (),
     ) -> str:
         listed = "null" if logprobs is None else compact(logprobs)
+        with_ids = f',"token_ids":{compact(ids)}' if ids else ""
         return self._chunks.event(
             f'{{"index":{index},"text":{as_string(text)},'
-            f'"logprobs":{listed},"finish_reason":{finish}}}',
+            f'"logprobs":{listed},"finish_reason":{finish}{with_ids}}}',
             usage,
         )
 

@@ -118,6 +118,7 @@ class CompletionBody(SamplingBody):
     echo: bool = False
     suffix: str | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    return_token_ids: bool = False
     best_of: int | None = None
 
     @property

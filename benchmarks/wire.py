@@ -1,0 +1,228 @@
+"""A client of streamed completions that reads the clock as bytes arrive, and does little else.
+
+It sends prompts as token ids over a kept connection, and keeps what arrives with its time. Events
+are found, and JSON is read, only after the last byte: the client's own work is in no figure. It is
+a process of its own, apart from the server.
+
+Not a client of any server: of HTTP it knows what a streamed answer needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+CONNECT_S = 10.0
+
+END = b"\r\n0\r\n\r\n"
+"""The last bytes of a chunked body."""
+
+
+class WireError(Exception):
+    """An answer is an error, ends too early, or is none of a streamed completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """An event with tokens: when it arrived (seconds, of ``time.perf_counter``), and how many."""
+
+    at_s: float
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """A streamed answer.
+
+    Attributes:
+        sent_s: When the request was handed to the socket, as ``time.perf_counter`` has it.
+        pieces: Its events with tokens, in order.
+        token_ids: Its tokens.
+    """
+
+    sent_s: float
+    pieces: tuple[Piece, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from sending to the first piece."""
+        return self.pieces[0].at_s - self.sent_s
+
+    @property
+    def gaps_s(self) -> tuple[float, ...]:
+        """Seconds between one piece and the next."""
+        return tuple(b.at_s - a.at_s for a, b in itertools.pairwise(self.pieces))
+
+    @property
+    def tpot_s(self) -> float:
+        """Seconds per token after the first piece.
+
+        Of several tokens in the first piece all but the last count as arrived with it.
+        """
+        after = len(self.token_ids) - self.pieces[0].n_tokens
+        return (self.pieces[-1].at_s - self.pieces[0].at_s) / after
+
+
+class Connection(asyncio.Protocol):
+    """A connection to a server, for one request after the other."""
+
+    def __init__(self) -> None:
+        self._arrived: list[tuple[float, bytes]] = []
+        self._complete: asyncio.Future[None] | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._tail = b""
+
+    @classmethod
+    async def open(cls, url: str) -> Connection:
+        """Connects to the host and port of a URL."""
+        parts = urlsplit(url)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(CONNECT_S):
+            _, connection = await loop.create_connection(cls, parts.hostname, parts.port)
+        return connection
+
+    def close(self) -> None:
+        """Closes the connection; the server cancels what it was answering."""
+        if self._transport is not None:
+            self._transport.close()
+
+    async def post(self, url: str, body: Mapping[str, Any]) -> tuple[float, Sequence]:
+        """Sends a request, and waits for the last byte of its answer.
+
+        Returns:
+            When it was sent, and what arrived: pairs of time and bytes.
+
+        Raises:
+            WireError: The connection ended before the answer did.
+        """
+        assert self._transport is not None, "open() connects"
+        self._arrived, self._tail = [], b""
+        self._complete = asyncio.get_running_loop().create_future()
+        sent = request_bytes(url, body)
+        sent_s = time.perf_counter()
+        self._transport.write(sent)
+        await self._complete
+        return sent_s, self._arrived
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._arrived.append((time.perf_counter(), data))
+        self._tail = (self._tail + data)[-len(END) :]
+        if self._complete is None or self._complete.done():
+            return
+        if self._tail == END or (len(self._arrived) == 1 and is_whole(data)):
+            self._complete.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._complete is not None and not self._complete.done():
+            said = b"".join(data for _, data in self._arrived)[-300:].decode(errors="replace")
+            self._complete.set_exception(
+                WireError(f"the connection ended ({error}) after: {said!r}")
+            )
+
+
+def request_bytes(url: str, body: Mapping[str, Any]) -> bytes:
+    """Returns the bytes of a POST request."""
+    parts, content = urlsplit(url), json.dumps(body).encode()
+    head = (
+        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+def is_whole(data: bytes) -> bool:
+    """Tells whether data are a whole answer that is not streamed, such as an error."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
+    length = fields.get(b"content-length", b"").strip()
+    return length.isdigit() and len(body) >= int(length)
+
+
+async def complete(
+    connection: Connection, base_url: str, prompt: Sequence[int], n: int, **fields: Any
+) -> Streamed:
+    """Has a prompt answered with ``n`` tokens, streamed, greedily, beyond the end of the text.
+
+    Args:
+        connection: An open connection.
+        base_url: Such as ``http://127.0.0.1:8000/v1``.
+        prompt: Token ids.
+        n: New tokens.
+        **fields: More fields of the request.
+
+    Raises:
+        WireError: The answer is an error, or has another number of tokens.
+    """
+    body = {
+        "prompt": list(prompt),
+        "max_tokens": n,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    sent_s, arrived = await connection.post(f"{base_url}/completions", body | fields)
+    return streamed(sent_s, arrived, n)
+
+
+def streamed(sent_s: float, arrived: Sequence[tuple[float, bytes]], n: int) -> Streamed:
+    """Reads a streamed completion of ``n`` tokens from what arrived."""
+    pieces, ids = [], list[int]()
+    for at_s, event in events(arrived):
+        if event == b"[DONE]":
+            break
+        said = json.loads(event)
+        if "error" in said:
+            raise WireError(f"the answer ended with {said['error']}")
+        for choice in said["choices"]:
+            if new := choice.get("token_ids"):
+                pieces.append(Piece(at_s=at_s, n_tokens=len(new)))
+                ids += new
+    else:
+        raise WireError("the answer ended without [DONE]")
+    if len(ids) != n:
+        raise WireError(f"the answer has {len(ids)} tokens, not {n}")
+    return Streamed(sent_s=sent_s, pieces=tuple(pieces), token_ids=tuple(ids))
+
+
+def events(arrived: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """Yields the data of each event of a streamed answer, and when its last byte arrived."""
+    rest = b""
+    for at_s, data in body_of(arrived):
+        *whole, rest = (rest + data).split(b"\n\n")
+        for event in whole:
+            name, _, value = event.partition(b":")
+            if name == b"data":
+                yield at_s, value.strip()
+
+
+def body_of(arrived: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """Yields the parts of a chunked body, each with the time at which it was complete."""
+    rest, in_body = b"", False
+    for at_s, data in arrived:
+        rest += data
+        if not in_body:
+            head, found, after = rest.partition(b"\r\n\r\n")
+            if not found:
+                continue
+            if b" 200 " not in head.split(b"\r\n")[0] or b"chunked" not in head.lower():
+                raise WireError(f"no streamed answer: {rest[:1000].decode(errors='replace')}")
+            rest, in_body = after, True
+        while b"\r\n" in rest:
+            size, _, after = rest.partition(b"\r\n")
+            n = int(size, 16)
+            if len(after) < n + 2:
+                break
+            yield at_s, after[:n]
+            rest = after[n + 2 :]
