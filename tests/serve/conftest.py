@@ -20,8 +20,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llm(folder: Path) -> Iterator[LLM]:
-    """It, in float32, of three rows."""
-    with LLM(str(folder), dtype="float32", max_batch_size=3, prefix_cache="chunks") as llm:
+    """It, in float32, of three rows, with short chunks so that short prompts have several."""
+    options = {"max_batch_size": 3, "prefix_cache": "chunks", "prefill_chunk": 32}
+    with LLM(str(folder), dtype="float32", **options) as llm:
         yield llm
 
 

@@ -61,16 +61,18 @@ _HINTS = get_type_hints(EngineConfig)
 _GROUPS = {"Model": MODEL, "Execution": EXECUTION, "Speculation": SPECULATION}
 
 
-def lever_option(name: str, text: str | None = None) -> Parameter:
+def lever_option(name: str, text: str | None = None, default: str | None = None) -> Parameter:
     """Returns the parameter of a field of ``EngineConfig``, made from its ``Lever``.
 
     Args:
         name: The field.
         text: The help where a command takes other values; None for the lever's own.
+        default: The default in words where a command has another; None for the lever's own.
     """
     of = LEVERS[name]
     make = integer if _is_number(name) else option
-    return make(_GROUPS[of.group or "Model"], text or of.help, of.default, **_alias(of))
+    words = default or of.default
+    return make(_GROUPS[of.group or "Model"], text or of.help, words, **_alias(of))
 
 
 def _is_number(name: str) -> bool:
@@ -115,6 +117,21 @@ class _OneEngine(_Options):
     def config(self, model: str) -> EngineConfig:
         """Makes the configuration of ``model``, read from its checkpoint."""
         return EngineConfig(model=model, **asdict(self))
+
+
+class _ServedEngine(_OneEngine):
+    """One engine that serves several requests at once."""
+
+    def over(self, config: EngineConfig) -> dict[str, Any]:
+        """Returns the levers that differ in this engine from a measured configuration.
+
+        They are those that were given, and a server's defaults where the configuration leaves a
+        lever to hotloop.
+        """
+        left = [
+            name for name in SERVED_DEFAULTS if getattr(config, name) == getattr(EngineConfig, name)
+        ]
+        return {name: getattr(self, name) for name in left} | self.given()
 
 
 class _ManyEngines(_Options):
@@ -162,6 +179,15 @@ def _one_value(name: str) -> tuple[str, Any, Any]:
     return name, Annotated[hint, lever_option(name)], field(default=getattr(EngineConfig, name))
 
 
+def _served_value(name: str) -> tuple[str, Any, Any]:
+    """A lever of a server's engine, which can have another default."""
+    if name not in SERVED_DEFAULTS:
+        return _one_value(name)
+    hint: Any = _HINTS[name]
+    default = SERVED_DEFAULTS[name]
+    return name, Annotated[hint, lever_option(name, default=str(default))], field(default=default)
+
+
 def _several_values(name: str) -> tuple[str, Any, Any]:
     of = LEVERS[name]
     default = of.sweep or of.default or str(getattr(EngineConfig, name))
@@ -176,13 +202,21 @@ def _options(name: str, base: type[_Options], fields: Iterable[tuple[str, Any, A
     return Parameter(name="*")(made)
 
 
+SERVED_DEFAULTS = {"max_batch_size": 8, "prefill_chunk": 512, "prefix_cache": "chunks"}
+"""Defaults of a server that differ from those of an engine: for several requests at once, whose
+decoding waits for one chunk of another's prompt at a time."""
+
 GROUPED = tuple(name for name, of in LEVERS.items() if of.group is not None)
 """The levers that are options of their own."""
 
 if TYPE_CHECKING:
     EngineOptions, MatrixOptions, FitOptions = _OneEngine, _ManyEngines, _Options
+    ServedEngineOptions = _ServedEngine
 else:
     EngineOptions = _options("EngineOptions", _OneEngine, map(_one_value, GROUPED))
+    ServedEngineOptions = _options(
+        "ServedEngineOptions", _ServedEngine, map(_served_value, GROUPED)
+    )
     MatrixOptions = _options("MatrixOptions", _ManyEngines, map(_several_values, GROUPED))
     FitOptions = _options(
         "FitOptions",
@@ -495,6 +529,7 @@ class QualityOptions(_Options):
 
 DEFAULT_FIT = FitOptions()
 DEFAULT_ENGINE = EngineOptions()
+DEFAULT_SERVED_ENGINE = ServedEngineOptions()
 DEFAULT_MATRIX = MatrixOptions()
 DEFAULT_WEIGHTS = WeightOptions()
 DEFAULT_REPLACEMENT = ReplacementOptions()

@@ -159,11 +159,11 @@ def print_memory(
         print_text(f"\n{', '.join(names)}: {reason}")
 
 
-def note(text: str) -> None:
-    """Prints a note on stderr, dim on a terminal."""
+def note(text: str, *, fold: bool = True) -> None:
+    """Prints a note on stderr, dim on a terminal; with ``fold=False`` as a line to copy."""
     console = stderr()
     # Lines are folded at words for a terminal, and left alone for a log.
-    plain = not console.is_terminal
+    plain = not (console.is_terminal and fold)
     console.print(text, style="dim", soft_wrap=plain)
 
 

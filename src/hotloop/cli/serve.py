@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from hotloop.cli.engine import loaded
 from hotloop.cli.options import (
-    DEFAULT_ENGINE,
+    DEFAULT_SERVED_ENGINE,
     DEFAULT_TEMPLATE,
+    DEFAULT_WEIGHTS,
+    MODEL,
     SERVER,
-    EngineOptions,
-    Model,
+    ServedEngineOptions,
     TemplateOptions,
+    WeightOptions,
     integer,
     option,
 )
@@ -27,8 +30,10 @@ from hotloop.cli.output import note, print_error
 from hotloop.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
+    from hotloop.engine.service import Service
     from hotloop.serve.lifecycle import HttpServer
     from hotloop.serve.settings import ServerSettings
+    from hotloop.types import EngineConfig
 
 app = App(
     name="serve",
@@ -36,94 +41,210 @@ app = App(
 Examples:
   hotloop serve smollm2-135m
   hotloop serve ./my-model --quant int4-g64 --max-batch-size 16 --port 8080
-  hotloop serve smollm2-135m --draft ngram --host 0.0.0.0""",
+  hotloop serve --config results/demo
+  hotloop serve smollm2-135m --host 0.0.0.0 --api-key-file ./keys""",
 )
 
 API_KEY = "HOTLOOP_API_KEY"
-"""The environment variable that holds the API key."""
+"""The environment variable that holds an API key."""
 
-PREFILL_CHUNK = 512
-"""Prompt tokens of one forward pass by default: the others' decoding waits for it."""
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Options of the server: fields of ``serve.settings.ServerSettings``."""
+
+    host: Annotated[
+        str, option(SERVER, "Address to listen on; 0.0.0.0 is every address of this machine.")
+    ] = "127.0.0.1"
+    port: Annotated[int, integer(SERVER, "Port to listen on; 0 takes a free one.")] = 8000
+    name: Annotated[
+        str | None, option(SERVER, "The model's name in the API.", "its own, or its file's")
+    ] = None
+    api_key_file: Annotated[
+        Path | None,
+        option(
+            SERVER,
+            f"A file of API keys, one a line, one of which a request must have. {API_KEY} in the "
+            "environment is one more.",
+            "no keys",
+        ),
+    ] = None
+    allowed_host: Annotated[
+        tuple[str, ...],
+        option(
+            SERVER,
+            "A host name that requests may be for. Can be repeated.",
+            "on a loopback address its names, else any",
+        ),
+    ] = ()
+    cors_origin: Annotated[
+        tuple[str, ...],
+        option(
+            SERVER,
+            "An origin whose web pages may send requests, such as http://localhost:3000, or *. "
+            "Can be repeated.",
+            "none",
+        ),
+    ] = ()
+    max_queued: Annotated[
+        int, integer(SERVER, "Most answers that wait for a place before requests are refused.")
+    ] = 64
+    drain_s: Annotated[
+        float, option(SERVER, "Seconds that running requests have when the server is stopped.")
+    ] = 30.0
+
+    def settings(self, model: str, template: TemplateOptions) -> ServerSettings:
+        """Returns the server's settings.
+
+        Raises:
+            ConfigError: A value cannot be used.
+        """
+        from hotloop.outside import config_error, read_text
+        from hotloop.serve.settings import ServerSettings
+
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must be between 0 and 65535, not {self.port}.")
+        if self.max_queued < 0:
+            raise ConfigError(f"--max-queued must be 0 or more, not {self.max_queued}.")
+        if not 0 <= self.drain_s <= 86400:
+            raise ConfigError(f"--drain-s must be between 0 and 86400, not {self.drain_s}.")
+        keys = [os.environ.get(API_KEY, "")]
+        if (file := self.api_key_file) is not None:
+            in_file = [line.strip() for line in read_text(file, refuse=config_error).splitlines()]
+            if not any(in_file):
+                raise config_error(file, "holds no API key")
+            keys += in_file
+        source = template.chat_template
+        return ServerSettings(
+            host=self.host,
+            port=self.port,
+            name=self.name or Path(model).name or model,
+            keys=tuple(filter(None, keys)),
+            allowed_hosts=self.allowed_host,
+            cors_origins=self.cors_origin,
+            drain_s=self.drain_s,
+            template=read_text(source, refuse=config_error) if source else None,
+            template_variables=template.variables(),
+        )
+
+
+DEFAULT_SERVER = ServerOptions()
 
 
 @app.default
 def serve(
-    model: Model,
+    model: Annotated[
+        str | None,
+        option(MODEL, "A folder, a .gguf file, or the name of a pulled model."),
+    ] = None,
     /,
     *,
-    host: Annotated[str, option(SERVER, "Address to listen on; 0.0.0.0 is all of them.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, integer(SERVER, "Port to listen on; 0 takes a free one.")] = 8000,
-    name: Annotated[
-        str | None, option(SERVER, "The model's name in the API.", "its name or file name")
+    config: Annotated[
+        str | None,
+        option(
+            MODEL,
+            "RESULTS or RESULTS:CELL instead of MODEL: the configuration that a sweep's results "
+            "recommend, or another of its cells, as it was measured. Other options change it.",
+        ),
     ] = None,
-    drain_s: Annotated[
-        float, option(SERVER, "Seconds that requests have to end, once the server is stopped.")
-    ] = 30.0,
     template: TemplateOptions = DEFAULT_TEMPLATE,
-    engine: EngineOptions = DEFAULT_ENGINE,
+    engine: ServedEngineOptions = DEFAULT_SERVED_ENGINE,
+    weights: WeightOptions = DEFAULT_WEIGHTS,
+    server: ServerOptions = DEFAULT_SERVER,
 ) -> int:
     """Serve a model behind OpenAI's API.
 
-    Clients of OpenAI's API take http://HOST:PORT/v1 as their base URL.
-    HOTLOOP_API_KEY in the environment is the key that requests must have.
+    Clients of OpenAI's API take the address that is shown as their base URL.
+    Ctrl-C, or SIGTERM, stops the server once running requests have ended.
     """
+    _check_packages()
+    from hotloop.engine.service import Service
+    from hotloop.serve.lifecycle import HttpServer
+
+    chosen = _config(model, config, engine, weights)
+    settings = server.settings(chosen.model, template)
+    with (
+        HttpServer(settings) as http,
+        loaded(chosen) as llm,
+        Service(llm, loop=http.loop, max_queued=server.max_queued) as service,
+    ):
+        http.attach(service)
+        _announce(http, service)
+        with _stopped_by_signals(http):
+            works = http.wait()
+            if works:
+                _tell_of_draining(service, settings)
+            else:
+                print_error(str(http.served.error or "the server has ended by itself."))
+            http.close()  # before the service, whose requests may end
+    return 0 if works else 1
+
+
+def _check_packages() -> None:
     try:
-        from hotloop.serve.lifecycle import HttpServer
-        from hotloop.serve.settings import ServerSettings
+        import prometheus_client
+        import starlette
+        import uvicorn
+
+        del prometheus_client, starlette, uvicorn
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             f"hotloop serve needs the package {error.name}: pip install 'hotloop[serve]'."
         ) from error
-    from hotloop.engine.service import Service
-    from hotloop.outside import config_error, read_text
-
-    config = engine.config(model)
-    if config.prefix_cache == "auto":
-        config = replace(config, prefix_cache="chunks")
-    if config.prefill_chunk is None:
-        config = replace(config, prefill_chunk=PREFILL_CHUNK)
-    if drain_s < 0:
-        raise ConfigError(f"--drain-s must be 0 or more, not {drain_s}.")
-    settings = ServerSettings(
-        host=host,
-        port=port,
-        name=name or Path(model).name,
-        keys=tuple(filter(None, [os.environ.get(API_KEY)])),
-        drain_s=drain_s,
-        template=(
-            read_text(template.chat_template, refuse=config_error)
-            if template.chat_template
-            else None
-        ),
-        template_variables=template.variables(),
-    )
-    with (
-        HttpServer(settings) as server,
-        loaded(config) as llm,
-        Service(llm, loop=server.loop) as service,
-    ):
-        server.attach(service)
-        _announce(server, settings)
-        with _stopped_by_signals(server):
-            running = server.wait()
-        if not running:
-            print_error(str(service.state().error))
-        server.close()  # before the service, whose requests may end
-    return 0 if running else 1
 
 
-def _announce(server: HttpServer, settings: ServerSettings) -> None:
-    """Says where the model is served, and how to ask it."""
-    note(f"{settings.name} is served at {server.url}/v1 · Ctrl-C stops it")
+def _config(
+    model: str | None, results: str | None, engine: ServedEngineOptions, weights: WeightOptions
+) -> EngineConfig:
+    """Returns the configuration of a model, or of a sweep's results.
+
+    Raises:
+        ConfigError: Neither or both are given, or the results have no such configuration.
+    """
+    if results is None:
+        config = engine.config(weights.model(model))
+        if weights.weights == "random":
+            config = replace(config, weights="random", seed=weights.weights_seed)
+        return config
+    if model is not None or weights.given():
+        raise ConfigError("--config: the results name the model. Leave MODEL out.")
+    from hotloop.cli.results import measured_config
+
+    measured = measured_config(results)
+    note(f"{measured.name} · {measured.why}")
+    return replace(measured.config, **engine.over(measured.config))
+
+
+def _announce(http: HttpServer, service: Service) -> None:
+    """Says what is served, where, and how to ask it."""
+    about, settings = service.description, http.served.settings
+    n = about.config.max_batch_size
+    name = about.name.removesuffix(f"/batch{n}")
+    sequences = f"{n} {'sequence' if n == 1 else 'sequences'} of {about.max_seq_len:,} tokens"
+    note(f"{settings.name} · {name} on {about.device_name} · {sequences}")
+    note(f"{http.url}/v1 · {'with an API key' if settings.keys else 'no API key'} · Ctrl-C stops")
+    if http.is_open_to_all:
+        note(
+            f"Whoever reaches {settings.host} can use this server: set {API_KEY} or --api-key-file."
+        )
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+    key = f' -H "Authorization: Bearer ${API_KEY}"' if settings.keys else ""
+    note(f"curl {http.url}/v1/chat/completions{key} -d '{body}'", fold=False)
+
+
+def _tell_of_draining(service: Service, settings: ServerSettings) -> None:
+    state = service.state()
+    if n := state.n_running + state.n_waiting:
+        running = "1 answer" if n == 1 else f"{n} answers"
+        note(f"Stopping: {running} may take {settings.drain_s:g} s more. Ctrl-C ends all now.")
 
 
 @contextmanager
-def _stopped_by_signals(server: HttpServer) -> Generator[None]:
+def _stopped_by_signals(http: HttpServer) -> Generator[None]:
     """Stops the server on SIGTERM and Ctrl-C, within the block."""
     handlers = {
-        number: signal.signal(number, lambda *_: server.stop())
+        number: signal.signal(number, lambda *_: http.stop())
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:

@@ -17,16 +17,16 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from hotloop.engine.service import Service, Ticket
-from hotloop.errors import HotloopError
+from hotloop.engine.service import Piece, Service, Ticket
+from hotloop.errors import HotloopError, ServiceClosedError
 from hotloop.serve.errors import as_api_error
+from hotloop.serve.protocol import ABORT
 from hotloop.serve.schemas import SamplingBody
 from hotloop.serve.settings import ServerSettings
-from hotloop.types import Delta, Generation
+from hotloop.types import Delta
 
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -140,7 +140,6 @@ async def respond(
 
     Raises:
         HotloopError: What ended the request, if it is not streamed.
-        ClientDisconnect: The client has gone.
     """
     if asked.stream:
         return EventStream(service, ticket, shape, asked, settings)
@@ -149,16 +148,22 @@ async def respond(
         while not ticket.done:
             await ticket.arrived()
             for delta in ticket.take():
-                assert isinstance(delta, Delta)
-                usage.add(delta)
-                deltas.append(delta)
-    if any(_was_cancelled(delta.generation) for delta in deltas):
-        raise ClientDisconnect
+                deltas.append(checked(delta))
+                usage.add(deltas[-1])
     return JSONResponse(shape.body(deltas, usage.body))
 
 
-def _was_cancelled(generation: Generation | None) -> bool:
-    return generation is not None and generation.finish_reason == "cancelled"
+def checked(piece: Piece) -> Delta:
+    """Returns a piece of an answer.
+
+    Raises:
+        ServiceClosedError: The answer was cancelled: the service ends, or the client has gone, and
+            nobody sees the error.
+    """
+    assert isinstance(piece, Delta), "a prompt's pieces are of its answers"
+    if piece.generation is not None and piece.generation.finish_reason == "cancelled":
+        raise ServiceClosedError
+    return piece
 
 
 @asynccontextmanager
@@ -205,15 +210,16 @@ class EventStream(Response):
         super().__init__(headers=STREAM_HEADERS)
         del self.headers["content-length"]
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream."""
         ticket, usage = self._ticket, Usage(self._ticket.prompt_tokens, self._n)
         wanted = bool(self._options.include_usage)
         continuous = wanted and bool(self._options.continuous_usage_stats)
 
         async def write(text: str, *, more: bool = True) -> None:
+            message = {"type": "http.response.body", "body": text.encode(), "more_body": more}
             async with asyncio.timeout(self._settings.send_s):
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+                await send(message)
 
         async with cancelled_if_gone(self._service, ticket, receive):
             await send(
@@ -229,17 +235,17 @@ class EventStream(Response):
                         await write(": waiting\n\n")
                         continue
                     text = ""
-                    for delta in ticket.take():
-                        assert isinstance(delta, Delta)
-                        usage.add(delta)
+                    for piece in ticket.take():
+                        usage.add(delta := checked(piece))
                         text += self._shape.events(delta, usage.json if continuous else "")
                     if text:
                         await write(text)
+                counted = self._shape.usage_event(usage.json) if wanted else ""
+                await write(f"{counted}data: [DONE]\n\n", more=False)
             except HotloopError as error:
                 await write(error_event(error), more=False)
-                return
-            counted = self._shape.usage_event(usage.json) if wanted else ""
-            await write(f"{counted}data: [DONE]\n\n", more=False)
+            except TimeoutError:  # the client does not read
+                scope["state"][ABORT]()
 
     async def _arrived(self) -> bool:
         """Waits for a piece; False after a time of silence."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
@@ -37,10 +40,21 @@ def create_app(served: Served) -> Starlette:
             Route("/health", health),
             Route("/ready", health),
         ],
-        middleware=[Middleware(Gate, keys=served.settings.keys)],
+        middleware=[
+            *_cors(served.settings.cors_origins),
+            Middleware(Gate, settings=served.settings),
+        ],
         exception_handlers=dict.fromkeys(
             (ApiError, HotloopError, HTTPException, ClientDisconnect, Exception), handle
         ),
     )
     app.state.served = served
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Lets pages of some origins ask; without credentials of their user, such as cookies."""
+    if not origins:
+        return []
+    allowed = {"allow_origins": origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+    return [Middleware(CORSMiddleware, **allowed, max_age=3600)]

@@ -8,48 +8,82 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+import ipaddress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hotloop.errors import shorten_value
 from hotloop.serve.errors import ApiError
+from hotloop.serve.settings import ServerSettings
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 """Paths that need no key."""
 
+SALT = "hotloop.salt"
+"""The name, in a request's scope, of the salt of its prefixes."""
+
+KEY_HEADERS = ("api-key", "x-api-key")
+"""Headers that clients send a key in, besides ``Authorization``."""
+
 
 class Gate:
-    """Asks every request for one of the keys.
+    """Refuses requests that are too large in their headers, for other hosts, or without a key.
+
+    A server that listens on a loopback address alone is asked by that name: a page of another site
+    whose name was made to mean this address (DNS rebinding) is refused.
 
     Args:
         app: The application.
-        keys: The keys; none: everybody may ask.
+        settings: The keys and limits.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app = app
-        self._keys = [key.encode() for key in keys]
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app, self._settings = app, settings
+        self._keys = [key.encode() for key in settings.keys]
+        self._hosts = set(settings.allowed_hosts)
+        if self._hosts or is_loopback(settings.host):
+            self._hosts |= {"localhost", "127.0.0.1", "::1", settings.host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on, or refuses it."""
         if scope["type"] == "http":
             try:
-                self._check(scope)
+                headers = Headers(scope=scope)
+                self._check_size(scope)
+                self._check_host(headers)
+                self._check_key(scope, headers)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, scope: Scope) -> None:
+    def _check_size(self, scope: Scope) -> None:
+        headers, most = scope["headers"], self._settings.max_headers
+        n_bytes = sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > most or n_bytes > self._settings.max_header_bytes:
+            raise ApiError(
+                431,
+                f"a request may have {most} headers, of {self._settings.max_header_bytes} bytes.",
+            )
+
+    def _check_host(self, headers: Headers) -> None:
+        if self._hosts and (host := _hostname(headers.get("host", ""))) not in self._hosts:
+            raise ApiError(
+                403,
+                f"this server does not answer as {shorten_value(host)}: its option --allowed-host "
+                "allows a name.",
+                code="host_not_allowed",
+            )
+
+    def _check_key(self, scope: Scope, headers: Headers) -> None:
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return
-        headers = Headers(scope=scope)
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            given = headers.get("api-key", "")
+            given = next(filter(None, map(headers.get, KEY_HEADERS)), "")
         key = given.strip().encode("latin-1")
-        matches = [hmac.compare_digest(key, each) for each in self._keys]
+        matches = [hmac.compare_digest(key, each) for each in self._keys]  # with all, always
         if not any(matches):
             raise ApiError(
                 401,
@@ -58,4 +92,19 @@ class Gate:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        scope["hotloop.salt"] = hashlib.sha256(key).hexdigest()
+        scope[SALT] = hashlib.sha256(key).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    """Tells whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _hostname(host: str) -> str:
+    """Returns a ``Host`` header without its port, and without the brackets of IPv6."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()

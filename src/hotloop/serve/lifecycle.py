@@ -7,19 +7,27 @@ Ctrl-C, while clients are already told to wait.
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import threading
+import time
+from typing import Any
 
 import uvicorn
 
 from hotloop.engine.service import Service
 from hotloop.errors import ConfigError
 from hotloop.serve.app import create_app
+from hotloop.serve.gate import is_loopback
+from hotloop.serve.protocol import LimitedProtocol
 from hotloop.serve.served import Served
 from hotloop.serve.settings import ServerSettings
 
-WATCH_S = 0.2
-"""Seconds between two looks at the engine's state."""
+LOOK_S = 0.1
+"""Seconds between two looks at what has happened meanwhile."""
+
+LAST_WORDS_S = 2.0
+"""Seconds that clients have to read why their streams end, when the time to drain is over."""
 
 
 class HttpServer:
@@ -33,34 +41,48 @@ class HttpServer:
 
     Raises:
         ConfigError: The address cannot be listened on.
+
+    Attributes:
+        served: The model.
+        port: The port that it listens on.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
         self.served = Served(settings)
         self._socket = _listen(settings)
         self.port: int = self._socket.getsockname()[1]
-        self._stop = threading.Event()
-        self._started: threading.Event = threading.Event()
+        self._told_to_stop, self._told_to_hurry = threading.Event(), threading.Event()
+        protocol: Any = functools.partial(LimitedProtocol, settings)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 create_app(self.served),
-                http="h11",
+                http=protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                log_level="error",
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+                proxy_headers=False,
+                h11_max_incomplete_event_size=settings.max_header_bytes,
+                timeout_keep_alive=round(settings.keep_alive_s),
             )
         )
         self._thread = threading.Thread(target=self._run, name="hotloop-http", daemon=True)
+        self._running = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def url(self) -> str:
-        """Where it listens."""
-        host = self.served.settings.host
+        """Where this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def is_open_to_all(self) -> bool:
+        """Whether other machines can use it without a key."""
+        return not (self._settings.keys or is_loopback(self._settings.host))
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -73,26 +95,40 @@ class HttpServer:
         self.served.attach(service)
 
     def stop(self) -> None:
-        """Ends ``wait``. Safe in a signal handler."""
-        self._stop.set()
+        """Ends ``wait``, and if called again, also the time to drain. Safe in a signal handler."""
+        if self._told_to_stop.is_set():
+            self._told_to_hurry.set()
+        self._told_to_stop.set()
 
     def wait(self) -> bool:
-        """Waits until ``stop`` is called, or the engine fails; False if it has failed."""
-        while not self._stop.wait(WATCH_S):
-            if self.served.error is not None:
+        """Waits until ``stop`` is called; False if the engine or the server has failed before."""
+        while not self._told_to_stop.wait(LOOK_S):
+            if self.served.error is not None or not self._thread.is_alive():
                 return False
         return True
 
     def close(self) -> None:
-        """Takes no more connections, waits until requests have ended, and ends the thread."""
+        """Takes no more requests, lets those that run end within the time to drain, and ends.
+
+        Streams that have not ended by then get an error event.
+        """
         self.served.draining = True
         self._server.should_exit = True
-        self._thread.join()
-        self._socket.close()  # again does no harm
+        deadline = time.monotonic() + self._settings.drain_s
+        while self._thread.is_alive() and not self._told_to_hurry.is_set():
+            if time.monotonic() > deadline:
+                break
+            self._thread.join(LOOK_S)
+        if self._thread.is_alive():
+            self.served.end()
+            self._thread.join(LAST_WORDS_S)
+        while self._thread.is_alive():  # clients that do not read
+            self.loop.call_soon_threadsafe(self._abort_connections)
+            self._thread.join(LOOK_S)
 
     def __enter__(self) -> HttpServer:
         self._thread.start()
-        self._started.wait()
+        self._running.wait()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,24 +137,38 @@ class HttpServer:
     def _run(self) -> None:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
-            self._started.set()
+            self._running.set()
             await self._server.serve([self._socket])
 
         asyncio.run(serve())
 
+    def _abort_connections(self) -> None:
+        for connection in list(self._server.server_state.connections):
+            if isinstance(connection, LimitedProtocol):
+                connection.abort()
+
 
 def _listen(settings: ServerSettings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    """Returns a listening socket.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+    """
+    where = f"{settings.host}, port {settings.port}"
+    listener = None
     try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
+        listener.bind(address)
         listener.listen(2048)
-    except (OSError, OverflowError) as error:
-        listener.close()
+        listener.setblocking(False)
+    except (OSError, OverflowError, UnicodeError) as error:
+        if listener is not None:
+            listener.close()
+        problem = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"cannot listen on {settings.host}, port {settings.port}: {error}. Choose others with "
-            "--host and --port."
+            f"cannot listen on {where}: {problem}. Choose another address with --host and --port."
         ) from error
-    listener.setblocking(False)
     return listener

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hotloop.engine.service import Service
-from hotloop.errors import HotloopError
+from hotloop.errors import HotloopError, shorten_value
 from hotloop.serve.errors import ApiError, unavailable
 from hotloop.serve.schemas import Conversation
 from hotloop.serve.settings import ServerSettings
@@ -97,6 +97,11 @@ class Served:
             raise unavailable("the server is stopping and takes no more requests.")
         return self._model
 
+    def end(self) -> None:
+        """Ends the engine's service: whoever waits for an answer is told so."""
+        if self._model is not None:
+            self._model.service.close()
+
     @property
     def error(self) -> HotloopError | None:
         """What has ended the engine; None while it runs."""
@@ -137,7 +142,7 @@ class Served:
         if name is not None and name != self.settings.name:
             raise ApiError(
                 404,
-                f"the model {name!r} is not served here: {self.settings.name!r} is.",
+                f"the model {shorten_value(name)} is not served here: {self.settings.name!r} is.",
                 param="model",
                 code="model_not_found",
             )

@@ -18,10 +18,19 @@ class ServerSettings:
         port: The port; 0 takes a free one.
         name: The model's name in the API.
         keys: The API keys, one of which a request must have; none: every request is served.
+        cors_origins: Origins whose pages may ask; ``*``: all.
+        allowed_hosts: Names of this server besides its own; none: if it listens on a loopback
+            address those of the loopback, else any.
         drain_s: Seconds that requests have to end, once the server is told to.
         template: A chat template instead of the model's own.
         template_variables: Variables of the chat template; a request can give others.
+        max_connections: The most connections at once.
+        max_headers: The most headers of a request.
+        max_header_bytes: The longest headers of a request, all together.
         max_body_bytes: The longest body of a request.
+        headers_s: Seconds that a client has to send its headers.
+        body_s: Seconds that it has to send its body.
+        keep_alive_s: Seconds that a connection may be idle.
         ping_s: Seconds of silence in a stream after which a comment is sent.
         send_s: Seconds that a client may leave a stream unread, once its buffers are full.
         max_depth: The deepest nesting of JSON.
@@ -33,10 +42,18 @@ class ServerSettings:
     port: int = 8000
     name: str = "model"
     keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     drain_s: float = 30.0
     template: str | None = None
     template_variables: Mapping[str, Any] = field(default_factory=dict)
+    max_connections: int = 128
+    max_headers: int = 100
+    max_header_bytes: int = 16 * KIB
     max_body_bytes: int = 8 * MIB
+    headers_s: float = 10.0
+    body_s: float = 30.0
+    keep_alive_s: float = 60.0
     ping_s: float = 12.0
     send_s: float = 60.0
     max_depth: int = 64

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from starlette.requests import Request
 
 from hotloop.engine.service import Ticket
+from hotloop.serve.gate import SALT
 from hotloop.serve.served import Model
 from hotloop.types import Prompt, SamplingParams
 
@@ -32,7 +33,7 @@ async def submit(
     Raises:
         HotloopError: See ``Service.submit``.
     """
-    salt = request.scope.get("hotloop.salt", "")
+    salt = request.scope.get(SALT, "")
 
     def submitted() -> Ticket:
         return model.service.submit_all(prompts(), params, salt=salt, clamp=True)

@@ -1,0 +1,93 @@
+"""``measured_config``: the configuration of a sweep's results that a command is to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hotloop.cli.output import note
+from hotloop.errors import ConfigError, UnknownNameError, shorten_value
+from hotloop.types import EngineConfig, levers
+
+if TYPE_CHECKING:
+    from hotloop.bench.record import Record
+
+FILLED_IN = ("max_batch_size", "max_seq_len")
+"""Levers that a sweep fills in from its workload: a command has defaults of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A configuration that was measured.
+
+    Attributes:
+        config: The configuration, with the execution that ran.
+        name: Its name in the results.
+        why: Why it was chosen, and its speed.
+    """
+
+    config: EngineConfig
+    name: str
+    why: str
+
+
+def measured_config(text: str) -> Measured:
+    """Returns the configuration that ``RESULTS`` recommend, or that ``RESULTS:CELL`` names.
+
+    Raises:
+        ConfigError: There are no such results, they recommend nothing, there is no such cell, or
+            it was of another engine.
+    """
+    from hotloop.report.read import latest, read_records
+    from hotloop.report.recommend import recommend
+
+    path, cell = _split(text)
+    records = read_records(path, on_problem=note)
+    if cell is None:
+        chosen = recommend(records)
+        if chosen.record is None:
+            raise ConfigError(
+                f"{path} recommends no configuration: {chosen.why} Name one, as {path}:CELL."
+            )
+        return Measured(
+            config=_config(chosen.record), name=chosen.record.cell, why=f"recommended: {chosen.why}"
+        )
+    cells = {record.cell: record for record in latest(records) if record.baseline is None}
+    if cell not in cells:
+        raise UnknownNameError(f"configuration in {path}", cell, cells)
+    return Measured(config=_config(cells[cell]), name=cell, why=_speed(cells[cell]))
+
+
+def _split(text: str) -> tuple[Path, str | None]:
+    """Splits ``RESULTS:CELL`` at the first colon behind a path that exists."""
+    if Path(text).exists():
+        return Path(text), None
+    for at, character in enumerate(text):
+        if character == ":" and Path(text[:at]).exists():
+            return Path(text[:at]), text[at + 1 :]
+    raise ConfigError(
+        f"--config {shorten_value(text)}: there is no such results folder or file of records. "
+        "Give RESULTS or RESULTS:CELL."
+    )
+
+
+def _config(record: Record) -> EngineConfig:
+    given: dict[str, Any] = {
+        name: value
+        for name, value in record.config.items()
+        if name in ("model", *levers()) and name not in FILLED_IN
+    }
+    if given.get("assume_acceptance") is not None:
+        raise ConfigError(f"{record.cell}: its acceptance was assumed: it cannot be served.")
+    if (ran := (record.engine or {}).get("execution")) is not None:
+        given["execution"] = ran
+    return EngineConfig(**given)
+
+
+def _speed(record: Record) -> str:
+    from hotloop.report.numbers import half_width, uncertain
+
+    if (figure := record.decode_tok_s) is None:
+        return f"its status is {record.status}: it was not timed."
+    return f"it decoded {uncertain(figure.mean, half_width(figure))} tok/s."

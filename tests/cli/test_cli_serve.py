@@ -1,0 +1,55 @@
+"""``hotloop serve``: what it takes, and what it refuses before a model is loaded."""
+
+import pytest
+
+from hotloop.cli.app import main
+from hotloop.cli.options import SERVED_DEFAULTS, ServedEngineOptions
+from hotloop.cli.serve import ServerOptions
+from hotloop.errors import ConfigError
+from hotloop.types import EngineConfig
+
+
+def test_a_server_has_its_own_defaults():
+    config = ServedEngineOptions().config("m")
+    assert {name: getattr(config, name) for name in SERVED_DEFAULTS} == SERVED_DEFAULTS
+    assert ServedEngineOptions(quant="int8").config("m").quant == "int8"
+
+
+def test_options_change_a_measured_configuration_and_defaults_of_a_server_do_not():
+    measured = EngineConfig(model="m", quant="int8", prefix_cache="tokens", execution="compile")
+    over = ServedEngineOptions(execution="eager").over(measured)
+    assert over == {"max_batch_size": 8, "prefill_chunk": 512, "execution": "eager"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "either MODEL or --shape"),
+        (["m", "--config", "r"], "Leave MODEL out"),
+        (["--config", "nowhere"], "no such results"),
+        (["m", "--port", "70000"], "--port must be between 0 and 65535"),
+        (["m", "--port", "1.5"], "not a whole number"),
+        (["m", "--drain-s", "-1"], "--drain-s"),
+        (["m", "--max-queued", "-1"], "--max-queued"),
+        (["m", "--api-key-file", "nowhere"], "nowhere"),
+        (["m", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
+        (["nowhere", "--port", "0"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(words, said, capsys):
+    assert main(["serve", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
+    from hotloop.cli.options import DEFAULT_TEMPLATE
+
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n")
+    monkeypatch.setenv("HOTLOOP_API_KEY", "three")
+    options = ServerOptions(api_key_file=file)
+    assert options.settings("folder/model", DEFAULT_TEMPLATE).keys == ("three", "one", "two")
+    assert options.settings("folder/model", DEFAULT_TEMPLATE).name == "model"
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no API key"):
+        options.settings("m", DEFAULT_TEMPLATE)
