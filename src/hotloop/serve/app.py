@@ -18,6 +18,7 @@ from hotloop.serve.errors import ApiError, handle
 from hotloop.serve.gate import Gate
 from hotloop.serve.health import health
 from hotloop.serve.models import model, models
+from hotloop.serve.page import chat_page
 from hotloop.serve.served import Served
 from hotloop.serve.tokens import detokenize, tokenize, tokenizer_info
 
@@ -30,6 +31,7 @@ def create_app(served: Served) -> Starlette:
     """
     app = Starlette(
         routes=[
+            Route("/", chat_page),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/models", models),

@@ -1,0 +1,609 @@
+// The page: the chat that is displayed, what its buttons do, and the state of the server.
+
+import { isOpen, newAnswer, newSeed, Run } from "./answer.js";
+import { Api, ApiError } from "./api.js";
+import { byId, element, fitHeight, oncePerFrame, setIcon } from "./dom.js";
+import { count, MessageView } from "./messages.js";
+import { showChats } from "./sidebar.js";
+import { fromJson, newId, readOptions, Store, toJson } from "./store.js";
+
+const EXAMPLES = [
+  "Explain speculative decoding in three sentences.",
+  "Write a short poem about a very fast train.",
+  "What should I look for when I buy a used bicycle?",
+];
+const SAVE_EVERY_MS = 1000; // while an answer grows
+const TOAST_MS = 8000;
+const NARROW = matchMedia("(max-width: 820px)");
+
+const api = new Api();
+const store = new Store(changedElsewhere);
+const runs = new Map(); // chat id -> its Run
+let models = [];
+let chats = []; // all of them, the newest first
+let chat = emptyChat(); // the one that is displayed
+let loaded; // a promise: the browser's chats have been read
+let views = []; // of its messages
+
+// -------------------------------------------------------------------------------------- chats
+
+function emptyChat() {
+  const options = readOptions(JSON.parse(localStorage.getItem("hotloop-options") ?? "{}"));
+  if (!options.locked) options.seed = null;
+  const now = Date.now();
+  return { id: newId(), title: "New chat", created: now, updated: now, options, messages: [] };
+}
+
+async function save(changed) {
+  changed.updated = Date.now();
+  if (!chats.includes(changed)) chats.unshift(changed);
+  chats.sort((a, b) => b.updated - a.updated);
+  listChats();
+  try {
+    await store.put(changed);
+  } catch (error) {
+    toast(`The browser could not store the chat: ${error.message}`);
+  }
+}
+
+function listChats() {
+  // So a reload, and the tab when it is restored, displays the same chat.
+  history.replaceState(null, "", chats.includes(chat) ? `#chat=${chat.id}` : "#");
+  showChats(chats, chat.id, new Set(runs.keys()), {
+    open: (id) => openChat(find(id)),
+    rename: (id, title) => {
+      find(id).title = title;
+      store.put(find(id));
+      listChats();
+    },
+    save: (id) => download([find(id)], find(id).title),
+    remove: removeChat,
+  });
+}
+
+const find = (id) => chats.find((candidate) => candidate.id === id);
+
+function openChat(opened) {
+  chat = opened;
+  for (const message of chat.messages) {
+    if (isOpen(message) && !runs.has(chat.id)) {
+      message.state = message.content ? "lost" : "failed";
+      message.error = "The page was closed in mid-answer. What had arrived is kept.";
+    }
+  }
+  showMessages();
+  showOptions();
+  listChats();
+  if (NARROW.matches) showSidebar(false);
+}
+
+function removeChat(id) {
+  const removed = find(id);
+  runs.get(id)?.stop();
+  chats = chats.filter((other) => other !== removed);
+  store.remove(id);
+  if (chat === removed) openChat(chats[0] ?? emptyChat());
+  else listChats();
+  toast(`“${removed.title}” is deleted.`, "Undo", async () => {
+    chats.push(removed);
+    chats.sort((a, b) => b.updated - a.updated);
+    await store.put(removed);
+    openChat(removed);
+  });
+}
+
+/** Takes over what another tab has done to a chat. */
+async function changedElsewhere(id) {
+  if (runs.has(id)) return; // this tab writes it
+  const stored = await store.get(id);
+  chats = chats.filter((other) => other.id !== id);
+  if (stored) chats.push(stored);
+  chats.sort((a, b) => b.updated - a.updated);
+  if (chat.id === id && stored) {
+    chat = stored;
+    showMessages();
+    showOptions();
+  }
+  listChats();
+}
+
+function download(exported, name) {
+  const blob = new Blob([toJson(exported)], { type: "application/json" });
+  const link = element("a", {
+    href: URL.createObjectURL(blob),
+    download: `${name.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}.json`,
+  });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+async function importFile(file) {
+  let imported;
+  try {
+    imported = fromJson(await file.text());
+  } catch (error) {
+    toast(error.message);
+    return;
+  }
+  let n = 0;
+  for (const one of imported) {
+    const present = find(one.id);
+    if (present && toJson(present.messages) === toJson(one.messages)) continue;
+    if (present) one.id = newId(); // both are kept
+    chats.push(one);
+    await store.put(one);
+    n++;
+  }
+  chats.sort((a, b) => b.updated - a.updated);
+  listChats();
+  const skipped = imported.length - n;
+  toast(`Imported ${n} ${n === 1 ? "chat" : "chats"}${skipped ? `; ${skipped} were here already` : ""}.`);
+}
+
+// -------------------------------------------------------------------------------------- messages
+
+function showMessages() {
+  views = chat.messages.map(makeView);
+  byId("messages").replaceChildren(...views.map((view) => view.node));
+  byId("welcome").hidden = chat.messages.length > 0;
+  document.title = chat.messages.length ? `${chat.title} – hotloop` : "hotloop";
+  showProgress();
+  toEnd();
+}
+
+function makeView(message) {
+  const index = () => chat.messages.indexOf(message);
+  return new MessageView(message, {
+    edit: (text) => {
+      if (message.role === "assistant") {
+        const drafted = { ...message.drafted, content: [] };
+        const unknown = { error: "", seed: null, request: "", stats: {} };
+        Object.assign(message, { content: text, drafted, state: "stopped", ...unknown });
+        restored(chat);
+        return;
+      }
+      cut(index(), "The message and what followed are replaced.");
+      add({ id: newId(), role: "user", content: text });
+      answer();
+    },
+    remove: () => {
+      const owner = chat;
+      const before = [...owner.messages];
+      owner.messages.splice(index(), 1);
+      restored(owner);
+      toast("The message is deleted.", "Undo", () => {
+        owner.messages = before;
+        restored(owner);
+      });
+    },
+    regenerate: () => {
+      const at = index();
+      cut(at);
+      answer(message);
+    },
+    continue: () => {
+      cut(index() + 1);
+      generate(message);
+    },
+    useSeed: () => {
+      Object.assign(chat.options, { seed: message.seed, locked: true });
+      showOptions();
+      keepOptions();
+      showSettings(true);
+    },
+    askForKey,
+  });
+}
+
+function restored(owner) {
+  if (owner === chat) showMessages();
+  save(owner);
+}
+
+/** Drops the messages from an index on, and offers to undo what `notice` says. */
+function cut(from, notice = "") {
+  const [owner, before] = [chat, [...chat.messages]];
+  const dropped = owner.messages.splice(from);
+  views.splice(from).forEach((view) => view.node.remove());
+  if (!notice && dropped.length < 2) return;
+  toast(notice || "The messages after it are dropped.", "Undo", () => {
+    runs.get(owner.id)?.stop();
+    owner.messages = before;
+    restored(owner);
+  });
+}
+
+function send(text) {
+  const last = chat.messages[chat.messages.length - 1];
+  if (last?.state === "failed" && !last.content && !last.reasoning) cut(chat.messages.length - 1);
+  if (!chat.messages.length) chat.title = titleOf(text);
+  add({ id: newId(), role: "user", content: text });
+  answer();
+}
+
+function titleOf(text) {
+  const [line] = text.trim().split("\n");
+  return line.length > 60 ? `${line.slice(0, 60).trimEnd()}…` : line;
+}
+
+function add(message) {
+  chat.messages.push(message);
+  const view = makeView(message);
+  views.push(view);
+  byId("messages").append(view.node);
+  byId("welcome").hidden = true;
+  toEnd();
+  return view;
+}
+
+/** Begins an answer to the last message; `before` is the one that it replaces. */
+function answer(before = null) {
+  const { options } = chat;
+  const fresh = newAnswer();
+  if (!options.locked || options.seed === null) options.seed = newSeed();
+  fresh.seed = options.seed;
+  add(fresh);
+  showOptions();
+  return generate(fresh, before);
+}
+
+async function generate(message, before = null) {
+  const owner = chat;
+  runs.get(owner.id)?.stop();
+  const shown = () => owner === chat;
+  const redraw = () => {
+    const follows = isAtEnd();
+    views.find((view) => view.message === message)?.update();
+    showContext();
+    if (follows) toEnd();
+    else showToEnd();
+  };
+  let saving = 0; // a timer
+  const draw = oncePerFrame(() => {
+    if (shown()) redraw();
+  });
+  const run = new Run(api, owner, message, modelId(), () => {
+    draw();
+    saving ||= setTimeout(() => {
+      saving = 0;
+      store.put(owner).catch(() => {}); // at its end the answer is saved again, and errors are told
+    }, SAVE_EVERY_MS);
+  });
+  runs.set(owner.id, run);
+  const finished = run.finish();
+  redraw();
+  showProgress();
+  await save(owner);
+  const error = await finished;
+  clearTimeout(saving);
+  if (runs.get(owner.id) === run) runs.delete(owner.id);
+  compare(message, before);
+  if (owner.messages.includes(message)) await save(owner);
+  if (shown()) {
+    redraw();
+    showProgress();
+    announce(error ? message.error : "The answer is complete.");
+  }
+  if (error instanceof ApiError && error.status === 401) askForKey();
+  else if (error) watchServer();
+}
+
+/** Notes whether an answer is the same as the one before it, where both were asked for alike. */
+function compare(message, before) {
+  const whole = (one) => one.state === "done" || one.state === "length";
+  if (!before?.request || before.request !== message.request) return;
+  if (!whole(before) || !whole(message)) return;
+  const same = before.content === message.content && before.reasoning === message.reasoning;
+  message.stats.same = Number(same);
+}
+
+function showProgress() {
+  const run = runs.get(chat.id);
+  byId("send").hidden = Boolean(run);
+  byId("stop").hidden = !run;
+  listChats();
+  showContext();
+}
+
+function showContext() {
+  const last = chat.messages.findLast((message) => message.stats?.prompt_tokens);
+  const limit = models.find((model) => model.id === modelId())?.max_model_len;
+  const meter = byId("context");
+  meter.hidden = !last || !limit;
+  if (meter.hidden) return;
+  const used = last.stats.prompt_tokens + (last.stats.tokens ?? 0);
+  const share = Math.min(1, used / limit);
+  meter.setAttribute("aria-valuemax", limit);
+  meter.setAttribute("aria-valuenow", used);
+  meter.title = `${count(used)} of ${count(limit)} tokens of the context are in use`;
+  meter.classList.toggle("full", share > 0.9);
+  byId("context-text").textContent = `${count(used)} / ${count(limit)}`;
+  byId("context-fill").style.width = `${100 * share}%`;
+}
+
+// -------------------------------------------------------------------------------------- scrolling
+
+const scroller = byId("scroller");
+
+const isAtEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
+
+function toEnd() {
+  scroller.scrollTop = scroller.scrollHeight;
+  showToEnd();
+}
+
+function showToEnd() {
+  byId("to-end").hidden = isAtEnd();
+}
+
+// -------------------------------------------------------------------------------------- settings
+
+const form = byId("settings-form");
+
+function showOptions() {
+  const { options } = chat;
+  for (const name of ["system", "temperature", "top_p", "max_tokens", "seed"]) {
+    form.elements[name].value = options[name] ?? "";
+  }
+  const lock = byId("lock");
+  lock.setAttribute("aria-pressed", options.locked);
+  setIcon(lock, options.locked ? "locked" : "unlocked");
+  byId("seed-hint").textContent = options.locked
+    ? "Kept: the same prompt and options give the same answer."
+    : "Each answer draws a new one. Lock it to get the same answer again.";
+}
+
+function takeOptions(event) {
+  const { options } = chat;
+  options.system = form.elements.system.value;
+  for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
+    const { valueAsNumber, validity } = form.elements[name];
+    if (validity.valid) options[name] = Number.isNaN(valueAsNumber) ? null : valueAsNumber;
+  }
+  if (event.target.name === "seed" && options.seed !== null) options.locked = true;
+  if (event.target.name === "seed" && options.seed === null) options.locked = false;
+  const shade = form.elements.shade.checked;
+  document.documentElement.classList.toggle("shade", shade);
+  localStorage.setItem("hotloop-shade", shade ? "yes" : "no");
+}
+
+function keepOptions() {
+  localStorage.setItem("hotloop-options", JSON.stringify({ ...chat.options, system: "" }));
+  if (chats.includes(chat)) store.put(chat);
+}
+
+function showSettings(visible) {
+  byId("settings").hidden = !visible;
+  byId("open-settings").setAttribute("aria-expanded", visible);
+  byId("forget-key").hidden = !api.key;
+  if (NARROW.matches) byId("scrim").hidden = !visible;
+  if (visible) form.elements.system.focus({ preventScroll: true });
+}
+
+function showSidebar(visible) {
+  byId("app").classList.toggle("without-sidebar", !visible);
+  byId("open-sidebar").setAttribute("aria-expanded", visible);
+  byId("scrim").hidden = !(visible && NARROW.matches);
+}
+
+const THEMES = { auto: "light dark", light: "light", dark: "dark" };
+
+function showTheme() {
+  const theme = localStorage.getItem("hotloop-theme") ?? "auto";
+  document.documentElement.style.colorScheme = THEMES[theme] ?? THEMES.auto;
+  const label = { light: "Theme: light", dark: "Theme: dark" }[theme] ?? "Theme: as the system";
+  byId("theme").setAttribute("aria-label", label);
+  byId("theme").title = label;
+}
+
+function nextTheme() {
+  const names = Object.keys(THEMES);
+  const now = names.indexOf(localStorage.getItem("hotloop-theme") ?? "auto");
+  localStorage.setItem("hotloop-theme", names[(now + 1) % names.length]);
+  showTheme();
+}
+
+// -------------------------------------------------------------------------------------- the server
+
+let watching = false;
+
+/** Asks for the models until the server answers, and says meanwhile what is wrong. */
+async function watchServer() {
+  if (watching) return;
+  watching = true;
+  for (let waitMs = 1000; ; waitMs = Math.min(2 * waitMs, 10_000)) {
+    try {
+      models = await api.models();
+      break;
+    } catch (error) {
+      if (error instanceof ApiError && error.status === 401) {
+        watching = false;
+        showState("A key is needed");
+        askForKey();
+        return;
+      }
+      showState(error instanceof ApiError ? error.message : "The server cannot be reached");
+      await new Promise((resolve) => setTimeout(resolve, waitMs));
+    }
+  }
+  watching = false;
+  showState("");
+  showModels();
+}
+
+function showState(text) {
+  byId("state").textContent = text;
+}
+
+function showModels() {
+  const select = byId("models");
+  const chosen = modelId();
+  select.replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
+  if (models.some(({ id }) => id === chosen)) select.value = chosen;
+  select.hidden = models.length < 2;
+  byId("model").hidden = models.length > 1;
+  byId("model").textContent = modelId() ?? "hotloop";
+  byId("model").title = modelId() ?? "";
+  showContext();
+}
+
+const modelId = () => byId("models").value || models[0]?.id;
+
+function askForKey() {
+  const dialog = byId("key-dialog");
+  if (dialog.open) return;
+  byId("key-problem").textContent = api.key ? "It does not accept the key that you gave." : "";
+  byId("key").value = "";
+  dialog.showModal();
+}
+
+function useKey() {
+  api.key = byId("key").value.trim();
+  watchServer();
+  const last = chat.messages[chat.messages.length - 1];
+  if (last?.state === "failed" && !last.content) {
+    cut(chat.messages.length - 1);
+    answer();
+  }
+}
+
+// -------------------------------------------------------------------------------------- notices
+
+function toast(text, label = null, action = null) {
+  const note = element("div", { class: "toast" }, element("span", {}, text));
+  const close = () => note.remove();
+  if (action) {
+    const act = () => {
+      close();
+      action();
+    };
+    note.append(element("button", { type: "button", click: act }, label));
+  }
+  byId("toasts").replaceChildren(note);
+  setTimeout(close, TOAST_MS);
+}
+
+function announce(text) {
+  byId("announcer").textContent = text;
+}
+
+// -------------------------------------------------------------------------------------- wiring
+
+function listen() {
+  const composer = byId("composer");
+  const submit = async () => {
+    const text = composer.value.trim();
+    if (!text || runs.has(chat.id)) return;
+    composer.value = "";
+    fitHeight(composer);
+    await loaded;
+    send(text);
+  };
+  const on = (id, type, call) => byId(id).addEventListener(type, call);
+  on("composer-form", "submit", (event) => {
+    event.preventDefault();
+    submit();
+  });
+  on("composer", "keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    submit();
+  });
+  on("composer", "input", () => fitHeight(composer));
+  on("stop", "click", () => {
+    runs.get(chat.id)?.stop();
+    composer.focus();
+  });
+  on("new-chat", "click", () => {
+    openChat(chat.messages.length ? emptyChat() : chat);
+    composer.focus();
+  });
+  on("export-all", "click", () => download(chats, "hotloop-chats"));
+  on("import", "click", () => byId("import-file").click());
+  on("import-file", "change", async ({ target }) => {
+    if (target.files.length) await importFile(target.files[0]);
+    target.value = "";
+  });
+  on("open-sidebar", "click", () => {
+    showSidebar(byId("open-sidebar").getAttribute("aria-expanded") !== "true");
+  });
+  on("close-sidebar", "click", () => showSidebar(false));
+  on("open-settings", "click", () => showSettings(byId("settings").hidden));
+  on("close-settings", "click", () => {
+    showSettings(false);
+    byId("open-settings").focus();
+  });
+  on("scrim", "click", () => {
+    showSidebar(false);
+    showSettings(false);
+  });
+  on("theme", "click", nextTheme);
+  on("to-end", "click", toEnd);
+  on("models", "change", showContext);
+  on("settings-form", "input", takeOptions);
+  on("settings-form", "change", () => {
+    showOptions();
+    keepOptions();
+  });
+  on("settings-form", "submit", (event) => event.preventDefault());
+  on("reroll", "click", () => {
+    chat.options.seed = newSeed();
+    showOptions();
+    keepOptions();
+  });
+  on("lock", "click", () => {
+    const { options } = chat;
+    options.locked = !options.locked;
+    if (options.locked) options.seed ??= newSeed();
+    showOptions();
+    keepOptions();
+  });
+  on("forget-key", "click", () => {
+    api.key = "";
+    byId("forget-key").hidden = true;
+  });
+  on("key-form", "submit", useKey);
+  on("key-cancel", "click", () => byId("key-dialog").close());
+  scroller.addEventListener("scroll", showToEnd, { passive: true });
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    composer.focus();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.isComposing || byId("key-dialog").open) return;
+    if (runs.has(chat.id)) runs.get(chat.id).stop();
+    else if (!byId("scrim").hidden) {
+      showSidebar(false);
+      showSettings(false);
+    }
+  });
+  addEventListener("pagehide", () => {
+    for (const id of runs.keys()) store.put(find(id));
+  });
+  NARROW.addEventListener("change", () => showSidebar(!NARROW.matches));
+}
+
+async function start() {
+  showTheme();
+  form.elements.shade.checked = localStorage.getItem("hotloop-shade") !== "no";
+  document.documentElement.classList.toggle("shade", form.elements.shade.checked);
+  byId("examples").replaceChildren(
+    ...EXAMPLES.map((text) => {
+      const click = () => loaded.then(() => send(text));
+      return element("li", {}, element("button", { type: "button", click }, text));
+    }),
+  );
+  listen();
+  showSidebar(!NARROW.matches);
+  loaded = loadChats();
+  watchServer();
+}
+
+async function loadChats() {
+  const id = location.hash.match(/^#chat=(\w+)/)?.[1];
+  if (!(await store.open())) toast("This browser stores nothing here: chats last until you close the tab.");
+  chats = await store.all();
+  openChat(find(id) ?? chat);
+}
+
+start();
