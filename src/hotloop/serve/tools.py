@@ -21,6 +21,7 @@ A call's keys come in any order. ``tool_grammar`` forces calls in these formats.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -98,7 +99,17 @@ class ToolParser:
     @classmethod
     def is_of(cls, tokenizer: Tokenizer) -> bool:
         """Whether a model's template or vocabulary has the signs of the format."""
-        return cls.marker in tokenizer.backend.added_ids or cls.marker in template_of(tokenizer)
+        return cls.marker in tokenizer.backend.added_ids or cls.marker in _template(tokenizer)
+
+    @classmethod
+    def written(cls, calls: Sequence[tuple[str, str]]) -> str:
+        """Writes calls, each a name and arguments in JSON, as a model of this format does."""
+        raise NotImplementedError
+
+    @classmethod
+    def template_id(cls, call_id: str) -> str:
+        """Returns a call's id as the templates of this format take it."""
+        return call_id
 
     # A state takes text and returns how many of its characters it has consumed. One that consumes
     # nothing and stays needs more text.
@@ -214,6 +225,12 @@ class HermesParser(ToolParser):
     closing = "</tool_call>"
     control_tokens = (marker, closing)
 
+    @classmethod
+    def written(cls, calls: Sequence[tuple[str, str]]) -> str:
+        """See ``ToolParser``."""
+        objects = [_written(name, "arguments", arguments) for name, arguments in calls]
+        return "\n".join(f"{cls.marker}\n{one}\n{cls.closing}" for one in objects)
+
     def _after_call(self, text: str) -> int:
         rest = text.lstrip(SPACE)
         n_space = len(text) - len(rest)
@@ -237,6 +254,11 @@ class Llama3Parser(ToolParser):
     def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
         super().__init__(names, parallel=parallel)
         self._state = self._at_beginning
+
+    @classmethod
+    def written(cls, calls: Sequence[tuple[str, str]]) -> str:
+        """See ``ToolParser``."""
+        return "; ".join(_written(name, "parameters", arguments) for name, arguments in calls)
 
     def _at_beginning(self, text: str) -> int:
         rest = text.lstrip(SPACE)
@@ -274,6 +296,19 @@ class MistralParser(ToolParser):
     def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
         super().__init__(names, parallel=parallel)
         self._in_list = False
+
+    @classmethod
+    def written(cls, calls: Sequence[tuple[str, str]]) -> str:
+        """See ``ToolParser``."""
+        objects = [_written(name, "arguments", arguments) for name, arguments in calls]
+        return f"{cls.marker} [{', '.join(objects)}]"
+
+    @classmethod
+    def template_id(cls, call_id: str) -> str:
+        """See ``ToolParser``; other ids than nine letters and digits are refused."""
+        if re.fullmatch("[0-9A-Za-z]{9}", call_id):
+            return call_id
+        return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
     def _after_marker(self, text: str) -> int:
         rest = text.lstrip(SPACE)
@@ -340,7 +375,7 @@ def tool_parser(name: str, tokenizer: Tokenizer) -> type[ToolParser]:
 
     Args:
         name: Its name; ``auto`` goes by the model's template and vocabulary, and is ``hermes``
-            where these have no signs of a format.
+            where the template knows no tools, or none of these formats.
         tokenizer: The model's.
 
     Raises:
@@ -350,17 +385,26 @@ def tool_parser(name: str, tokenizer: Tokenizer) -> type[ToolParser]:
         return PARSERS[name]
     if name != "auto":
         raise UnknownNameError("tool parser", name, ("auto", *PARSERS))
-    fitting = (parser for parser in PARSERS.values() if parser.is_of(tokenizer))
-    return next(fitting, HermesParser)
+    if not takes_tools(tokenizer):
+        return HermesParser
+    return next((one for one in PARSERS.values() if one.is_of(tokenizer)), HermesParser)
 
 
-def template_of(tokenizer: Tokenizer) -> str:
-    """Returns the source of the chat template of conversations with tools; empty without one."""
+def takes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether a model's chat template writes definitions of tools."""
+    return re.search(r"\btools\b", _template(tokenizer)) is not None
+
+
+def _template(tokenizer: Tokenizer) -> str:
     return tokenizer.tool_template or tokenizer.chat_template or ""
 
 
+def _written(name: str, key: str, arguments: str) -> str:
+    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
+
+
 _SEPARATOR = re.compile(rf"[{SPACE}]*(;[{SPACE}]*)?")
-_NAME = r"\s*(?P<name>[\w.-]{1,256})"
+_NAME = r"\s*(?P<name>[^\s\[\]{}]{1,256})"
 _NAMED = re.compile(rf"{_NAME}(\[CALL_ID\](?P<id>\w{{1,64}}))?(\[ARGS\])?\s*(?=\{{)", re.ASCII)
 _NAME_BEGINS = re.compile(rf"{_NAME}(\[[\w\]\[]{{0,100}})?\s*", re.ASCII)
 

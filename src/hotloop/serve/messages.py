@@ -1,0 +1,167 @@
+"""Messages of the API, as chat templates take them.
+
+Templates expect less variety than clients send: content is one text, a call's arguments are an
+object, an absent field is not null, and the only roles are system, user, assistant and tool. Where
+a model's template knows no tools, their definitions, calls and results are written as text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hotloop.errors import shorten_value
+from hotloop.serve.errors import ApiError
+from hotloop.serve.tool_use import Tool
+from hotloop.serve.tools import ToolParser
+
+Message = dict[str, Any]
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_ROLES = {"developer": "system", "function": "tool"}  # by other names
+
+
+def template_messages(
+    messages: Sequence[Mapping[str, Any]],
+    parser: type[ToolParser],
+    *,
+    tools: Sequence[Tool],
+    as_text: bool,
+) -> list[Message]:
+    """Returns a conversation as a chat template takes it.
+
+    Args:
+        messages: The messages of a request.
+        parser: The parser of the model's calls.
+        tools: The tools that the model is told of.
+        as_text: The template knows no tools: write definitions, calls and results as text.
+
+    Raises:
+        ApiError: A message is not valid, or holds what the model cannot read.
+    """
+    if not messages:
+        raise ApiError(400, "messages: there must be at least one.", param="messages")
+    read = [_message(f"messages[{i}]", message, parser) for i, message in enumerate(messages)]
+    if not as_text:
+        return read
+    read = [_as_text(message, parser) for message in read]
+    return _with_definitions(read, parser, tools) if tools else read
+
+
+def _message(place: str, message: Mapping[str, Any], parser: type[ToolParser]) -> Message:
+    given = {key: value for key, value in message.items() if value is not None}
+    role = given.get("role")
+    if not isinstance(role, str):
+        raise _refused(f"{place}.role", f"must be text, not {shorten_value(role)}.")
+    given["role"] = _ROLES.get(role, role)
+    given["content"] = _text(f"{place}.content", given.get("content", ""))
+    calls = given.pop("tool_calls", None)
+    if calls:
+        if not isinstance(calls, list):
+            raise _refused(f"{place}.tool_calls", f"must be a list, not {shorten_value(calls)}.")
+        given["tool_calls"] = [
+            _call(f"{place}.tool_calls[{i}]", call, parser) for i, call in enumerate(calls)
+        ]
+    if isinstance(call_id := given.get("tool_call_id"), str):
+        given["tool_call_id"] = parser.template_id(call_id)
+    return given
+
+
+def _text(place: str, content: object) -> str:
+    """Returns the text of a message's content: all of its parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _refused(place, f"must be text or a list of parts, not {shorten_value(content)}.")
+    texts = []
+    for i, part in enumerate(content):
+        match part:
+            case str():
+                texts.append(part)
+            case {"type": str(kind), "text": str(text)} if kind in _TEXT_PARTS:
+                texts.append(text)
+            case {"type": "refusal", "refusal": str(text)}:
+                texts.append(text)
+            case {"type": str(kind)} if kind not in _TEXT_PARTS:
+                raise _refused(
+                    f"{place}[{i}]", f"of the type {shorten_value(kind)}: this model reads text."
+                )
+            case _:
+                raise _refused(
+                    f"{place}[{i}]", f"must be a part with a text, not {shorten_value(part)}."
+                )
+    return "\n".join(texts)
+
+
+def _call(place: str, call: Any, parser: type[ToolParser]) -> Message:
+    match call:
+        case {"function": {"name": str(name)} as function}:
+            arguments = function.get("arguments")
+        case _:
+            raise _refused(place, f"must be a call of a function, not {shorten_value(call)}.")
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments)
+    elif arguments is None:
+        arguments = {}
+    elif not isinstance(arguments, dict):
+        raise _refused(
+            f"{place}.function.arguments", f"must be JSON as text, not {shorten_value(arguments)}."
+        )
+    given: Message = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if isinstance(call_id := call.get("id"), str):
+        given["id"] = parser.template_id(call_id)
+    return given
+
+
+def _parsed(arguments: str) -> Any:
+    """Returns arguments as an object; as they are if they are none, as a call that was cut off."""
+    try:
+        value = json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+# --------------------------------------------------------------------- templates without tools
+
+
+def _as_text(message: Message, parser: type[ToolParser]) -> Message:
+    """Writes a message's calls, or a result, as text."""
+    if message["role"] == "tool":
+        return {
+            "role": "user",
+            "content": f"<tool_response>\n{message['content']}\n</tool_response>",
+        }
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    functions = [call["function"] for call in calls]
+    written = parser.written([(f["name"], _as_json(f["arguments"])) for f in functions])
+    content = "\n".join(filter(None, [message["content"], written]))
+    return {k: v for k, v in message.items() if k != "tool_calls"} | {"content": content}
+
+
+def _with_definitions(
+    messages: list[Message], parser: type[ToolParser], tools: Sequence[Tool]
+) -> list[Message]:
+    """Writes the definitions of tools into the system message."""
+    definitions = "\n".join(_as_json(tool.definition) for tool in tools)
+    told = (
+        f"These tools can be called:\n<tools>\n{definitions}\n</tools>\n"
+        "To call a tool, answer with its name and its arguments in JSON, in this form:\n"
+        f"{parser.written([('NAME', '{…}')])}"
+    )
+    first, *others = messages
+    if first["role"] != "system":
+        return [{"role": "system", "content": told}, *messages]
+    content = "\n\n".join(filter(None, [first["content"], told]))
+    return [{**first, "content": content}, *others]
+
+
+def _as_json(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _refused(place: str, problem: str) -> ApiError:
+    return ApiError(400, f"{place}: {problem}", param=place, code="invalid_value")

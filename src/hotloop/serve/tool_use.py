@@ -1,0 +1,136 @@
+"""What a request says of tools: their definitions, and which of them the answer may call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hotloop.errors import shorten_value
+from hotloop.serve.errors import ApiError
+
+MAX_NAME_CHARS = 256
+MAX_TOOLS = 1024
+
+_CHOICES = ("none", "auto", "required")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool that an answer may call.
+
+    Attributes:
+        name: Its name.
+        definition: Its definition, as chat templates take it.
+        parameters: The JSON schema of its arguments.
+    """
+
+    name: str
+    definition: Mapping[str, Any]
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of a request.
+
+    Attributes:
+        tools: Those that the model is told of.
+        choice: Whether an answer may (``auto``) or must (``required``) call tools, or calls the
+            one named ``name``.
+        name: That tool.
+        parallel: Whether an answer may have several calls.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    choice: Literal["auto", "required", "named"] = "auto"
+    name: str = ""
+    parallel: bool = True
+
+    @property
+    def forced(self) -> tuple[Tool, ...]:
+        """The tools one of which the answer must call; none where it need not."""
+        if self.choice == "auto":
+            return ()
+        return tuple(t for t in self.tools if self.choice == "required" or t.name == self.name)
+
+
+def read_tool_use(
+    tools: Sequence[Mapping[str, Any]] | None, choice: object, *, parallel: bool = True
+) -> ToolUse:
+    """Reads the fields ``tools`` and ``tool_choice`` of a request.
+
+    Definitions and choices of both of OpenAI's APIs are taken: with an object ``function``, or
+    with its fields beside the type. With the choice ``none`` the model is not told of any tool.
+
+    Args:
+        tools: The definitions.
+        choice: The choice; None: ``auto``.
+        parallel: Whether an answer may have several calls.
+
+    Raises:
+        ApiError: A definition or the choice is not valid.
+    """
+    given = [_tool(i, tool) for i, tool in enumerate(tools or ())]
+    if len(given) > MAX_TOOLS:
+        raise ApiError(400, f"there are more than {MAX_TOOLS} tools.", param="tools")
+    names = [tool.name for tool in given]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise _refused(f"tools[{i}]", f"the name {shorten_value(name)} appears twice.")
+    kind, name = _choice(choice)
+    if kind in ("required", "named") and not given:
+        raise _refused("tool_choice", f"{kind} needs tools, and there are none.")
+    if kind == "named" and name not in names:
+        raise _refused("tool_choice", f"there is no tool {shorten_value(name)}.")
+    if kind == "none":
+        return ToolUse()
+    return ToolUse(tuple(given), kind, name, parallel)
+
+
+def _choice(choice: Any) -> tuple[Literal["none", "auto", "required", "named"], str]:
+    match choice:
+        case None | "auto":
+            return "auto", ""
+        case "none":
+            return "none", ""
+        case "required" | "any":
+            return "required", ""
+        case {"type": "function", "function": {"name": str(name)}}:
+            return "named", name
+        case {"type": "function", "name": str(name)}:
+            return "named", name
+        case _:
+            raise _refused(
+                "tool_choice",
+                f"must be one of {', '.join(_CHOICES)}, or an object with the type function and a "
+                f"name, not {shorten_value(choice)}.",
+            )
+
+
+def _tool(index: int, given: Mapping[str, Any]) -> Tool:
+    place = f"tools[{index}]"
+    kind = given.get("type")
+    if kind != "function":
+        raise _refused(
+            place, f"must be of the type function, the only one served here, not {kind!r}."
+        )
+    if "function" in given:
+        function, place = given["function"], f"{place}.function"
+    else:
+        function = {key: value for key, value in given.items() if key != "type"}
+    if not isinstance(function, Mapping):
+        raise _refused(place, f"must be an object, not {shorten_value(function)}.")
+    function = {key: value for key, value in function.items() if value is not None}
+    name, parameters = function.get("name"), function.get("parameters", {})
+    if not isinstance(name, str) or not name or len(name) > MAX_NAME_CHARS:
+        raise _refused(f"{place}.name", f"must be text, not {shorten_value(name)}.")
+    if not isinstance(parameters, Mapping):
+        raise _refused(
+            f"{place}.parameters", f"must be a JSON schema, not {shorten_value(parameters)}."
+        )
+    return Tool(name, {"type": "function", "function": function}, parameters)
+
+
+def _refused(place: str, problem: str) -> ApiError:
+    return ApiError(400, f"{place}: {problem}", param=place, code="invalid_value")
