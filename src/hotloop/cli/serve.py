@@ -87,6 +87,14 @@ class ServerOptions:
             "none",
         ),
     ] = ()
+    tool_parser: Annotated[
+        str,
+        option(
+            SERVER,
+            "Format of the model's calls of tools: hermes (Qwen's, too), llama3 or mistral. auto "
+            "goes by the chat template and the vocabulary.",
+        ),
+    ] = "auto"
     max_queued: Annotated[
         int, integer(SERVER, "Most answers that wait for a place before requests are refused.")
     ] = 64
@@ -102,7 +110,9 @@ class ServerOptions:
         """
         from hotloop.outside import config_error, read_text
         from hotloop.serve.settings import ServerSettings
+        from hotloop.serve.tools import check_name
 
+        check_name(self.tool_parser)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, not {self.port}.")
         if self.max_queued < 0:
@@ -126,6 +136,7 @@ class ServerOptions:
             drain_s=self.drain_s,
             template=read_text(source, refuse=config_error) if source else None,
             template_variables=template.variables(),
+            tool_parser=self.tool_parser,
         )
 
 

@@ -17,10 +17,11 @@ from starlette.responses import Response
 from hotloop.serve.answers import Chunks, as_string, compact, respond
 from hotloop.serve.bodies import read
 from hotloop.serve.logprobs import chat_logprobs
-from hotloop.serve.parts import CallArguments, CallStart, Content, Parser, PlainText, Reasoning
+from hotloop.serve.parts import CallArguments, CallStart, Content, Parser, Reasoning
 from hotloop.serve.schemas import ChatBody, FinishReason
 from hotloop.serve.served import Served
-from hotloop.serve.submit import submit
+from hotloop.serve.submit import submit_turn
+from hotloop.serve.tool_use import read_tool_use
 from hotloop.text.tokenizer import Tokenizer
 from hotloop.types import Delta, Generation
 
@@ -32,10 +33,9 @@ async def chat_completions(request: Request) -> Response:
     served.check_name(asked.model)
     model = served.model
     params = asked.params(model.sampling, served.settings)
-    ticket = await submit(
-        request, model, lambda: [served.chat_prompt(asked, model)], params, large=True
-    )
-    shape = ChatShape(served, model.tokenizer)
+    use = read_tool_use(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
+    turn, ticket = await submit_turn(request, model, lambda: model.chats.turn(asked, use, params))
+    shape = ChatShape(served, model.tokenizer, turn.parser, named=use.choice == "named")
     return await respond(model.service, ticket, shape, asked, request.receive, served.settings)
 
 
@@ -46,13 +46,16 @@ class ChatShape:
         served: The model.
         tokenizer: The model's.
         parser: Makes the parser of each answer.
+        named: The request names the tool that an answer calls.
     """
 
     def __init__(
         self,
         served: Served,
         tokenizer: Tokenizer | None,
-        parser: Callable[[], Parser] = PlainText,
+        parser: Callable[[], Parser],
+        *,
+        named: bool = False,
     ) -> None:
         self._about = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -60,7 +63,7 @@ class ChatShape:
             "created": int(time.time()),
             "model": served.settings.name,
         }
-        self._tokenizer, self._parser = tokenizer, parser
+        self._tokenizer, self._parser, self._named = tokenizer, parser, named
         self._choices: dict[int, _Choice] = {}
         self._chunks = Chunks(self._about | {"object": "chat.completion.chunk"})
 
@@ -122,7 +125,7 @@ class ChatShape:
 
     def _choice(self, index: int) -> _Choice:
         if index not in self._choices:
-            self._choices[index] = _Choice(index, self._parser())
+            self._choices[index] = _Choice(index, self._parser(), named=self._named)
         return self._choices[index]
 
 
@@ -143,8 +146,8 @@ _DELTAS: dict[type, Callable[[Any], str]] = {
 class _Choice:
     """One answer of a request."""
 
-    def __init__(self, index: int, parser: Parser) -> None:
-        self.index, self._parser = index, parser
+    def __init__(self, index: int, parser: Parser, *, named: bool) -> None:
+        self.index, self._parser, self._named = index, parser, named
         self.begun = self._calls = False
         self.message = _Message()
         self.generation: Generation | None = None
@@ -161,7 +164,7 @@ class _Choice:
         """Returns why the answer ended, in the API's words."""
         if generation.finish_reason == "length":
             return "length"
-        return "tool_calls" if self._calls else "stop"
+        return "tool_calls" if self._calls and not self._named else "stop"
 
     def body(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Returns the choice of a whole response."""

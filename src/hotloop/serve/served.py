@@ -11,11 +11,11 @@ from typing import Literal
 
 from hotloop.engine.service import Service
 from hotloop.errors import HotloopError, shorten_value
+from hotloop.serve.conversations import Conversations
 from hotloop.serve.errors import ApiError, unavailable
-from hotloop.serve.schemas import Conversation
 from hotloop.serve.settings import ServerSettings
 from hotloop.text.tokenizer import Tokenizer
-from hotloop.types import ChatPrompt, EngineDescription, SamplingParams
+from hotloop.types import EngineDescription, SamplingParams
 
 STALLED_S = 30.0
 """The longest iteration of a healthy engine."""
@@ -23,6 +23,10 @@ STALLED_S = 30.0
 API_TEMPERATURE = 1.0
 """The temperature of requests that give none, of OpenAI's API, where the model's makers suggest
 none either."""
+
+_NO_TOKENIZER = ApiError(
+    400, "a model of random weights has no tokenizer: send a prompt of token ids."
+)
 
 Status = Literal["loading", "ready", "draining", "stalled", "failed"]
 
@@ -36,12 +40,14 @@ class Model:
         tokenizer: Its tokenizer; None for random weights.
         about: Its engine's description.
         sampling: The sampling of requests that give none.
+        conversations: How conversations with it are written and read; None without a tokenizer.
     """
 
     service: Service
     tokenizer: Tokenizer | None
     about: EngineDescription
     sampling: SamplingParams
+    conversations: Conversations | None
 
     @property
     def text(self) -> Tokenizer:
@@ -51,10 +57,19 @@ class Model:
             ApiError: There is none.
         """
         if self.tokenizer is None:
-            raise ApiError(
-                400, "a model of random weights has no tokenizer: send a prompt of token ids."
-            )
+            raise _NO_TOKENIZER
         return self.tokenizer
+
+    @property
+    def chats(self) -> Conversations:
+        """How conversations are written and read.
+
+        Raises:
+            ApiError: There is no tokenizer.
+        """
+        if self.conversations is None:
+            raise _NO_TOKENIZER
+        return self.conversations
 
 
 class Served:
@@ -77,12 +92,20 @@ class Served:
 
     def attach(self, service: Service) -> None:
         """Serves an engine from now on. Called from any thread."""
+        settings = self.settings
         tokenizer, sampling = service.tokenizer, service.default_sampling
-        if tokenizer is not None and self.settings.template is not None:
-            tokenizer = replace(tokenizer, chat_template=self.settings.template)
+        if tokenizer is not None and settings.template is not None:
+            tokenizer = replace(tokenizer, chat_template=settings.template, tool_template=None)
+        conversations = None
+        if tokenizer is not None:
+            conversations = Conversations(
+                tokenizer,
+                tool_parser_name=settings.tool_parser,
+                variables=settings.template_variables,
+            )
         if sampling.greedy:
             sampling = replace(sampling, temperature=API_TEMPERATURE)
-        self._model = Model(service, tokenizer, service.description, sampling)
+        self._model = Model(service, tokenizer, service.description, sampling, conversations)
 
     @property
     def model(self) -> Model:
@@ -118,20 +141,6 @@ class Served:
         if self.draining:
             return "draining"
         return "stalled" if state.stalled_s > STALLED_S else "ready"
-
-    def chat_prompt(self, asked: Conversation, model: Model) -> ChatPrompt:
-        """Makes the prompt of a conversation, by the chat template.
-
-        Raises:
-            ApiError: There are no messages.
-            HotloopError: See ``Tokenizer.chat_prompt``.
-        """
-        if not asked.messages:
-            raise ApiError(400, "messages: there must be at least one.", param="messages")
-        variables = {**self.settings.template_variables, **asked.chat_template_kwargs}
-        return model.text.chat_prompt(
-            asked.messages, continue_final_message=asked.continue_final_message, **variables
-        )
 
     def check_name(self, name: str | None) -> None:
         """Refuses the name of another model.

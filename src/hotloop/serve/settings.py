@@ -27,6 +27,7 @@ class ServerSettings:
         max_connections: The most connections at once.
         max_headers: The most headers of a request.
         max_header_bytes: The longest headers of a request, all together.
+        tool_parser: The parser of calls of tools, see ``tools.PARSERS``; ``auto`` finds it out.
         max_body_bytes: The longest body of a request.
         headers_s: Seconds that a client has to send its headers.
         body_s: Seconds that it has to send its body.
@@ -50,6 +51,7 @@ class ServerSettings:
     max_connections: int = 128
     max_headers: int = 100
     max_header_bytes: int = 16 * KIB
+    tool_parser: str = "auto"
     max_body_bytes: int = 8 * MIB
     headers_s: float = 10.0
     body_s: float = 30.0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from starlette.requests import Request
 
 from hotloop.engine.service import Ticket
+from hotloop.serve.conversations import Turn
 from hotloop.serve.gate import SALT
 from hotloop.serve.served import Model
 from hotloop.types import Prompt, SamplingParams
@@ -26,16 +27,43 @@ async def submit(
     Args:
         request: The request.
         model: The model.
-        prompts: Makes the prompts: of a chat by its template.
+        prompts: Makes the prompts.
         params: Sampling options.
         large: Making the prompts or tokenizing them takes long: another thread does it.
 
     Raises:
         HotloopError: See ``Service.submit``.
     """
-    salt = request.scope.get(SALT, "")
 
     def submitted() -> Ticket:
-        return model.service.submit_all(prompts(), params, salt=salt, clamp=True)
+        return _submit(request, model, prompts(), params)
 
     return await asyncio.to_thread(submitted) if large else submitted()
+
+
+async def submit_turn(
+    request: Request, model: Model, turn: Callable[[], Turn]
+) -> tuple[Turn, Ticket]:
+    """Submits the prompt of a conversation.
+
+    Args:
+        request: The request.
+        model: The model.
+        turn: Makes the prompt, in another thread: templates take milliseconds.
+
+    Raises:
+        HotloopError: See ``Service.submit``.
+    """
+
+    def submitted() -> tuple[Turn, Ticket]:
+        made = turn()
+        return made, _submit(request, model, [made.prompt], made.params)
+
+    return await asyncio.to_thread(submitted)
+
+
+def _submit(
+    request: Request, model: Model, prompts: Sequence[Prompt], params: SamplingParams
+) -> Ticket:
+    salt = request.scope.get(SALT, "")
+    return model.service.submit_all(prompts, params, salt=salt, clamp=True)

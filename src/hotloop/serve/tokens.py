@@ -14,6 +14,7 @@ from hotloop.serve.bodies import read
 from hotloop.serve.errors import ApiError
 from hotloop.serve.schemas import DetokenizeBody, TokenizeBody
 from hotloop.serve.served import Model, Served
+from hotloop.serve.tool_use import read_tool_use
 
 
 async def tokenize(request: Request) -> Response:
@@ -22,7 +23,7 @@ async def tokenize(request: Request) -> Response:
     asked = await read(request, TokenizeBody, served.settings)
     served.check_name(asked.model)
     model = served.model
-    ids = await asyncio.to_thread(_encoded, asked, served, model)
+    ids = await asyncio.to_thread(_encoded, asked, model)
     body = {"count": len(ids), "max_model_len": model.about.max_seq_len, "tokens": ids}
     if asked.return_token_strs:
         texts = [model.text.decode([i], skip_special=False) for i in ids]
@@ -30,9 +31,10 @@ async def tokenize(request: Request) -> Response:
     return JSONResponse(body)
 
 
-def _encoded(asked: TokenizeBody, served: Served, model: Model) -> list[int]:
+def _encoded(asked: TokenizeBody, model: Model) -> list[int]:
     if asked.messages is not None:
-        return list(served.chat_prompt(asked, model).token_ids)
+        use = read_tool_use(asked.tools, None)
+        return list(model.chats.prompt(asked, use).token_ids)
     if asked.prompt is None:
         raise ApiError(400, "give either prompt or messages.", param="prompt")
     return model.text.encode(asked.prompt, add_special=asked.add_special_tokens)

@@ -381,13 +381,22 @@ def tool_parser(name: str, tokenizer: Tokenizer) -> type[ToolParser]:
     Raises:
         UnknownNameError: There is no parser of that name.
     """
+    check_name(name)
     if name in PARSERS:
         return PARSERS[name]
-    if name != "auto":
-        raise UnknownNameError("tool parser", name, ("auto", *PARSERS))
     if not takes_tools(tokenizer):
         return HermesParser
     return next((one for one in PARSERS.values() if one.is_of(tokenizer)), HermesParser)
+
+
+def check_name(name: str) -> None:
+    """Refuses the name of a parser that there is not.
+
+    Raises:
+        UnknownNameError: There is no parser of that name.
+    """
+    if name != "auto" and name not in PARSERS:
+        raise UnknownNameError("tool parser", name, ("auto", *PARSERS))
 
 
 def takes_tools(tokenizer: Tokenizer) -> bool:

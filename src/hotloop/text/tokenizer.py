@@ -181,6 +181,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         /,
         *,
+        add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **variables: Any,
     ) -> ChatPrompt:
@@ -191,6 +192,8 @@ class Tokenizer:
 
         Args:
             messages: Each with ``role`` and ``content``.
+            add_generation_prompt: End with the beginning of the assistant's answer, unless it
+                continues the last message.
             continue_final_message: The answer continues the last message instead of beginning a
                 new one.
             variables: Whatever else the model's template understands, such as ``tools`` or
@@ -209,7 +212,7 @@ class Tokenizer:
             marked = _with_ending(marked, mark)
         text = self._template(variables).render(
             marked,
-            add_generation_prompt=not continue_final_message,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
             variables={
                 **self.names,
                 **self._control_tokens.marked(variables, mark),

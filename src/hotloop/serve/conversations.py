@@ -1,0 +1,126 @@
+"""``Conversations``: prompts for a model's chat template, and what reads the model's answers.
+
+What a request says of tools, of the form of the answer and of messages comes together here, for all
+routes that take a conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hotloop.errors import RequestError
+from hotloop.serve.messages import template_messages
+from hotloop.serve.parts import Parser, PlainText
+from hotloop.serve.reasoning import ReasoningParser, is_within_reasoning, reasoning_markers
+from hotloop.serve.schemas import Conversation
+from hotloop.serve.tool_use import ToolUse
+from hotloop.serve.tools import takes_tools, tool_parser
+from hotloop.text.chat import RESERVED_VARIABLES
+from hotloop.text.tokenizer import Tokenizer
+from hotloop.types import ChatPrompt, SamplingParams
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The model's turn in a conversation.
+
+    Attributes:
+        prompt: The conversation.
+        params: Sampling options.
+        parser: Makes the parser of an answer.
+    """
+
+    prompt: ChatPrompt
+    params: SamplingParams
+    parser: Callable[[], Parser]
+
+
+class Conversations:
+    """How conversations with a model are written, and its answers are read.
+
+    Args:
+        tokenizer: The model's.
+        tool_parser_name: The parser of its calls; ``auto`` finds it out.
+        variables: Variables of its chat template.
+
+    Raises:
+        UnknownNameError: There is no such parser.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, tool_parser_name: str, variables: Mapping[str, Any]
+    ) -> None:
+        self._tokenizer, self._variables = tokenizer, variables
+        self._parser = tool_parser(tool_parser_name, tokenizer)
+        self._takes_tools = takes_tools(tokenizer)
+        self._reasoning = reasoning_markers(tokenizer)
+
+    def prompt(self, asked: Conversation, use: ToolUse) -> ChatPrompt:
+        """Writes a conversation into a prompt.
+
+        Args:
+            asked: The conversation.
+            use: Its tools.
+
+        Raises:
+            ApiError: A message is not valid.
+            HotloopError: See ``Tokenizer.chat_prompt``.
+        """
+        messages = template_messages(
+            asked.messages or (), self._parser, tools=use.tools, as_text=not self._takes_tools
+        )
+        variables = {**self._variables, **asked.chat_template_kwargs}
+        if use.tools and self._takes_tools:
+            variables["tools"] = [dict(tool.definition) for tool in use.tools]
+        for name in RESERVED_VARIABLES:
+            if name in variables:
+                raise RequestError(f"chat_template_kwargs: {name} is no variable of a template.")
+        return self._tokenizer.chat_prompt(
+            messages,
+            add_generation_prompt=asked.add_generation_prompt,
+            continue_final_message=asked.continue_final_message,
+            **variables,
+        )
+
+    def turn(self, asked: Conversation, use: ToolUse, params: SamplingParams) -> Turn:
+        """Writes a conversation into a prompt, and makes what the answer needs.
+
+        Args:
+            asked: The conversation.
+            use: Its tools.
+            params: Sampling options of the request.
+
+        Raises:
+            HotloopError: As ``prompt``, or the grammar is not valid.
+        """
+        prompt = self.prompt(asked, use)
+        if use.forced:
+            raise RequestError(
+                "tool_choice: calls cannot be forced yet: leave it out, or say auto."
+            )
+        markers = self._reasoning
+        within = markers is not None and is_within_reasoning(
+            self._tokenizer, prompt.token_ids, markers, continued=_continued(asked)
+        )
+        visible = self._parser.control_tokens if use.tools else ()
+        if markers is not None:
+            visible = (*visible, markers.begin, markers.end)
+
+        def parser() -> Parser:
+            rest: Parser = PlainText()
+            if use.tools:
+                names = frozenset(tool.name for tool in use.tools)
+                rest = self._parser(names, parallel=use.parallel)
+            return rest if markers is None else ReasoningParser(markers, rest, within=within)
+
+        return Turn(prompt, replace(params, visible_tokens=visible), parser)
+
+
+def _continued(asked: Conversation) -> str:
+    """Returns the message that the answer continues; empty if it begins a new one."""
+    if not (asked.continue_final_message and asked.messages):
+        return ""
+    content = asked.messages[-1].get("content")
+    return content if isinstance(content, str) else ""
