@@ -1,13 +1,14 @@
 """Measures speculative decoding on real text: acceptance, and speed on against off.
 
-There are three kinds of text, for which drafts are known to be good or bad: continuing code,
-summarizing with quotations, telling a story. One engine answers the same prompt four times: off,
-on, on, off, and in the next round on, off, off, on, so that drifts of the machine's speed cancel
-out. Off is the same engine without its controller, which takes only plain steps: two equal engines
-would not do, since one can be 5 % faster than the other, by the place of its weights in a CPU's
-memory. Each round gives one ratio of decode tok/s; the figure is their geometric mean, and its
-interval is over rounds. The story differs between rounds. A round in which other processes were
-busy is repeated.
+There are four kinds of text, for which drafts are known to be good or bad: continuing code,
+summarizing with quotations, telling a story, answering a question. One engine answers the same
+prompt four times: off, on, on, off, and in the next round on, off, off, on, so that drifts of the
+machine's speed cancel out. Off is the same engine without its controller, which takes only plain
+steps: two equal engines would not do, since one can be 5 % faster than the other, by the place of
+its weights in a CPU's memory. Each round gives one ratio of decode tok/s; the figure is their
+geometric mean, and its interval is over rounds. Drawn texts differ between rounds. A round in which
+other processes were busy is repeated, or with ``--disturbed`` kept and counted: acceptance does not
+depend on them. Beside it are the times of steps with each number of drafts (``LLM.step_costs``).
 
     python benchmarks/speculation.py --drafts ngram exit-10 --out benchmarks/results/NAME.json
 
@@ -35,27 +36,33 @@ from bystanders import Bystanders
 
 from hotloop import LLM, Generation, SamplingParams, Speculation
 from hotloop.bench.statistics import mean_figure
-from hotloop.cli.engine import chat_ids
 from hotloop.hardware import provenance
 
-TEXTS = ("code", "quotations", "story")
+TEXTS = ("code", "quotations", "story", "chat")
 
 WARM_UP_ROUNDS = 3
 """Warm-up: on a GPU every number of drafts is captured at its first use."""
 
 
 def prompt(llm: LLM, text: str) -> tuple[list[int], SamplingParams]:
-    """Token ids and sampling options; a story is sampled, since greedy text would loop."""
+    """Token ids and sampling options; story and chat are sampled: greedy text would loop."""
     greedy = SamplingParams(temperature=0.0)
     if text == "code":
         return llm.encode(Path(json.decoder.__file__).read_text())[:400], greedy
     if text == "quotations":
         article = topics["assert"][:1500]
         asked = f"Summarize the text below. Quote its most important sentences.\n\n{article}"
-        return chat_ids(llm, [{"role": "user", "content": asked}]), greedy
+        return conversation(llm, asked), greedy
     asked = "Write a story about a lighthouse keeper who finds a letter from the sea."
+    if text == "chat":
+        asked = "Why is the sky blue, and why is it red in the evening? Explain it to a child."
     drawn = SamplingParams(temperature=0.8, top_p=0.95)
-    return chat_ids(llm, [{"role": "user", "content": asked}]), drawn
+    return conversation(llm, asked), drawn
+
+
+def conversation(llm: LLM, asked: str) -> list[int]:
+    assert llm.tokenizer is not None
+    return list(llm.tokenizer.chat_prompt([{"role": "user", "content": asked}]).token_ids)
 
 
 def run(llm: LLM, ids: list[int], params: SamplingParams, n: int) -> Generation:
@@ -63,15 +70,22 @@ def run(llm: LLM, ids: list[int], params: SamplingParams, n: int) -> Generation:
 
 
 def run_without_drafts(llm: LLM, ids: list[int], params: SamplingParams, n: int) -> Generation:
-    controller, llm._controller = llm._controller, None
+    scheduler = llm._scheduler
+    controller, scheduler.controller = scheduler.controller, None
     try:
         return run(llm, ids, params, n)
     finally:
-        llm._controller = controller
+        scheduler.controller = controller
 
 
 def measure(
-    llm: LLM, ids: list[int], params: SamplingParams, *, rounds: int, n: int
+    llm: LLM,
+    ids: list[int],
+    params: SamplingParams,
+    *,
+    rounds: int,
+    n: int,
+    keeps_disturbed: bool,
 ) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {"off": [], "on": []}
     seen, same, number, disturbed = Speculation(), 0, 0, 0
@@ -84,8 +98,9 @@ def measure(
         turns = [taken[i] for i in range(4)]
         if bystanders.disturb(time.process_time() - began_s):
             disturbed += 1
-            assert disturbed <= 3 * rounds, "other processes are busy: measure on a quiet machine"
-            continue
+            if not keeps_disturbed:
+                assert disturbed <= 3 * rounds, "other processes are busy: use a quiet machine"
+                continue
         number += 1
         if number <= WARM_UP_ROUNDS:
             continue
@@ -106,6 +121,7 @@ def measure(
         "tokens_per_step": seen.tokens_per_step,
         "off_share": seen.n_off / seen.n_steps,
         "draft_share": seen.draft_s / (seen.draft_s + seen.verify_s),
+        "costs": [dataclasses.asdict(cost) for cost in llm.step_costs([ids], max_new_tokens=n)],
         "equal_answers": f"{same} of {2 * rounds}",
         "disturbed_rounds": disturbed,
     }
@@ -120,21 +136,22 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> None:
-    mean, (low, high) = row["ratio"]["mean"], row["ratio"]["ci95"]
+    mean, (low, high) = row["ratio"]["mean"], row["ratio"]["ci95"] or (math.nan, math.nan)
     acceptance = " ".join(f"{share:.2f}" for share in row["acceptance"])
     print(
         f"{row['draft']:8} {row['text']:24} off {row['off_tok_s']['mean']:7.1f}"
         f"  on {row['on_tok_s']['mean']:7.1f}  x{mean:.3f} [{low:.3f}, {high:.3f}]"
         f"  tokens/step {row['tokens_per_step']:.2f}  off {row['off_share']:.0%}"
-        f"  drafts {row['draft_share']:.1%}  [{acceptance}]  equal {row['equal_answers']}",
+        f"  drafts {row['draft_share']:.1%}  [{acceptance}]  equal {row['equal_answers']}  "
+        + ", ".join(f"{c['k']}: {c['draft_s']:.4f} + {c['verify_s']:.4f}" for c in row["costs"]),
         flush=True,
     )
 
 
 def keep(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows to a file, replacing those of the same draft and text."""
+    """Writes rows to a file, replacing those of the same configuration and text."""
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    by_name = {(row["draft"], row["text"]): row for row in (*known, *rows)}
+    by_name = {(row["draft"], row["text"], row["config"]["quant"]): row for row in (*known, *rows)}
     result = {
         "what": "decode tok/s with speculative decoding over without, round by round",
         "rows": list(by_name.values()),
@@ -149,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--drafts", nargs="+", default=["ngram", "exit-10"])
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
     parser.add_argument("--draft-tokens", type=int, default=4)
+    parser.add_argument("--draft-policy", default="adaptive")
+    parser.add_argument("--disturbed", action="store_true", help="keep rounds beside others")
     parser.add_argument("--quant", default="none")
     parser.add_argument("--execution", default="compile")
     parser.add_argument("--device", default="auto")
@@ -165,12 +184,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     rows = []
     for draft in args.drafts:
-        llm = LLM(args.model, draft=draft, draft_tokens=args.draft_tokens, **options)
+        drafting = {"draft_tokens": args.draft_tokens, "draft_policy": args.draft_policy}
+        llm = LLM(args.model, draft=draft, **drafting, **options)
         device = torch.device(llm.describe().device)
         print(llm.config.name, file=sys.stderr)
         for text in args.texts:
             ids, params = prompt(llm, text)
-            measured = measure(llm, ids, params, rounds=args.rounds, n=args.new_tokens)
+            measured = measure(
+                llm,
+                ids,
+                params,
+                rounds=args.rounds,
+                n=args.new_tokens,
+                keeps_disturbed=args.disturbed,
+            )
             rows.append(
                 {
                     "draft": draft,

@@ -101,9 +101,16 @@ def exit_layers(draft: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def self_scheme(draft: str) -> str | None:
+    """Returns SCHEME of a value ``self-SCHEME`` of ``EngineConfig.draft``; None for any other."""
+    prefix, dash, scheme = draft.partition("-")
+    return scheme if (prefix, dash) == ("self", "-") else None
+
+
 def is_draft_model(draft: str) -> bool:
     """Tells whether a value of ``EngineConfig.draft`` names a draft model."""
-    return draft not in ("none", "ngram") and exit_layers(draft) is None
+    is_own = exit_layers(draft) is not None or self_scheme(draft) is not None
+    return draft not in ("none", "ngram") and not is_own
 
 
 def draft_name(
@@ -235,7 +242,8 @@ class EngineConfig:
         str,
         Lever(
             help="Speculative decoding: none; ngram, which looks drafts up in the text so far; "
-            "exit-N, the model's first N layers; or a smaller model of the same vocabulary.",
+            "exit-N, the model's first N layers; self-SCHEME, the model under another --quant, "
+            "such as self-int4-g128; or a smaller model of the same vocabulary.",
             group="Speculation",
         ),
     ] = "none"
@@ -724,12 +732,13 @@ class MemoryPlan:
     """Predicted bytes by purpose, and those that are free; of several ranks, the largest rank's.
 
     Attributes:
-        weights_bytes: Resident weights, exactly.
+        weights_bytes: Resident weights, exactly, with those of a drafter.
         cache_bytes: The KV cache, exactly.
         workspace_bytes: An upper estimate of what a forward pass needs besides: the activations of
             a prefill chunk, its logits when it is scored, and the largest matrix dequantized.
         device: The device that holds the model.
         free_bytes: Free bytes of that device.
+        draft_bytes: The part of ``weights_bytes`` that is there for a drafter alone.
     """
 
     weights_bytes: int
@@ -737,6 +746,7 @@ class MemoryPlan:
     workspace_bytes: int
     device: str
     free_bytes: int
+    draft_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:

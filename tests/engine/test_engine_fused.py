@@ -491,6 +491,22 @@ def test_it_is_taken_by_default_and_says_so(engine, monkeypatch):
     assert described.compile_cache == "warm", "nothing was compiled"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_described_and_predicted_bytes_of_a_self_draft_are_those_resident(quant, tied, tmp_path):
+    biases = {"attention_bias": True}
+    model = write_random(tmp_path, head_dim=64, tie_word_embeddings=tied, n_layers=1, **biases)
+    config = EngineConfig(model=str(model), quant=quant, max_seq_len=16, draft="self-int4-g32")
+    plain = predict_memory(dataclasses.replace(config, draft="none"))
+    predicted, llm = predict_memory(config), LLM(config)
+    runner = llm._runner._model
+    resident = resident_bytes(torch.nn.ModuleList([runner.decoder, runner.twin]))
+    assert llm.describe().weight_bytes == predicted.weights_bytes == resident
+    assert predicted.draft_bytes == resident - plain.weights_bytes > 0
+    assert llm.describe().kernels["draft/gate_up_proj"] == "int4/fused"
+    assert ("draft/head" in llm.describe().kernels) == (quant == "none")
+
+
 @pytest.mark.parametrize("quant", ["none", "int8", "fp8", "int4-g64-asym"])
 @pytest.mark.parametrize("head", ["auto", "none", "int4-g32"])
 @pytest.mark.parametrize("tied", [True, False])
@@ -558,7 +574,9 @@ def test_rows_that_move_as_requests_end_change_nothing(tmp_path, monkeypatch):
 
 
 # A GPU tries each with each.
-@pytest.mark.parametrize(("draft", "draft_tokens"), [("ngram", 1), ("exit-1", 3), ("itself", 7)])
+@pytest.mark.parametrize(
+    ("draft", "draft_tokens"), [("ngram", 1), ("exit-1", 3), ("self-int4-g32", 3), ("itself", 7)]
+)
 def test_drafts_change_neither_tokens_nor_their_probabilities(folder, engine, draft, draft_tokens):
     plain = engine(quant="int8", max_batch_size=2)
     drafted = engine(
@@ -573,7 +591,7 @@ def test_drafts_change_neither_tokens_nor_their_probabilities(folder, engine, dr
     assert drafted.generate(list(PROMPTS), FREELY)[0].speculation.n_steps > 0
 
 
-@pytest.mark.parametrize("draft", ["none", "exit-1", "itself"])
+@pytest.mark.parametrize("draft", ["none", "exit-1", "self-int4-g32", "itself"])
 def test_one_kernel_draws_for_the_model_and_its_drafter(folder, engine, monkeypatch, draft):
     device = EmulatedDevice()
     monkeypatch.setattr("hotloop.engine.runner.device_of", lambda _: device)

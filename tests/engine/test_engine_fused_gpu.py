@@ -120,7 +120,7 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(make: Make) -> None:
         assert torch.equal(chosen, best[:n])
 
 
-@pytest.mark.parametrize("draft", ["ngram", "exit-1", "itself"])
+@pytest.mark.parametrize("draft", ["ngram", "exit-1", "self-int4-g32", "itself"])
 @pytest.mark.parametrize("draft_tokens", [1, 4, MAX_TOKENS - 1])
 def test_drafts_change_neither_tokens_nor_their_probabilities(
     draft: str, draft_tokens: int, make: Make, families: dict[str, Path]

@@ -137,7 +137,7 @@ def test_sampled_text_does_not_depend_on_execution_or_neighbours(folder: Path) -
 
 
 @pytest.mark.parametrize("execution", ["eager", "compile"])
-@pytest.mark.parametrize("draft", ["ngram", "exit-1", "itself"])
+@pytest.mark.parametrize("draft", ["ngram", "exit-1", "self-int4-g32", "itself"])
 def test_speculation_does_not_change_tokens(
     folder: Path, expected: list[tuple[int, ...]], execution: str, draft: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,23 @@ def test_described_and_predicted_bytes_are_those_resident(model, dtype, quant, h
         if name not in TABLES
     )
     assert described.weight_bytes_per_step == read
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("quant", "draft"), [("none", "self-int4-g32"), ("none", "self-fp8"), ("int8", "self-int4-g64")]
+)
+def test_described_and_predicted_bytes_of_a_self_draft_are_those_resident(
+    model, dtype, quant, draft
+):
+    config = EngineConfig(model=str(model), quant=quant, dtype=dtype, max_seq_len=40, draft=draft)
+    plain = predict_memory(replace(config, draft="none"))
+    predicted, llm = predict_memory(config), LLM(config)
+    runner = llm._runner._model
+    resident = resident_bytes(nn.ModuleList([runner.decoder, runner.twin]))
+    assert llm.describe().weight_bytes == predicted.weights_bytes == resident
+    assert predicted.weights_bytes - predicted.draft_bytes == plain.weights_bytes
+    assert predicted.cache_bytes == plain.cache_bytes, "it is the model's"
 
 
 def test_random_weights_take_the_bytes_of_the_checkpoint(model):

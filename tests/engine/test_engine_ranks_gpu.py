@@ -175,7 +175,7 @@ def test_samples_can_be_repeated_and_are_as_likely_as_they_are_scored(
 
 @each_size
 @each_execution
-@pytest.mark.parametrize("draft", ["ngram", "itself"])
+@pytest.mark.parametrize("draft", ["ngram", "self-int4-g32", "itself"])
 def test_a_draft_beside_several_ranks_changes_no_tokens(
     folder: Path, make: Any, alone: Ask, n: int, execution: str, draft: str
 ) -> None:

@@ -103,7 +103,7 @@ def test_greedy_tokens_in_float32_are_those_of_one_rank(folder, quant, n):
 
 
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("draft", ["ngram", "exit-1", "itself"])
+@pytest.mark.parametrize("draft", ["ngram", "exit-1", "self-int8", "self-int4-g32", "itself"])
 def test_drafts_do_not_change_tokens_and_are_those_of_one_rank(folder, draft, n):
     options = {"draft_policy": "always", "draft": str(folder) if draft == "itself" else draft}
     one, several = pair(folder, n, quant="int8" if draft == "exit-1" else "none", **options)

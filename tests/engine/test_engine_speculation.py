@@ -12,11 +12,14 @@ from sampling_definition import distribution
 from scipy import stats
 from tiny_models import N_TOKENS, encode, write_markov, write_random, write_script
 
-from hotloop import LLM, Generation, SamplingParams, Speculation
+from hotloop import LLM, EngineConfig, Generation, SamplingParams, Speculation
 from hotloop.engine.core import StepTimes
 from hotloop.engine.draft_control import DraftController, sizes_up_to
+from hotloop.engine.setup import prepare, settle
 from hotloop.engine.speculation import assume
 from hotloop.errors import ConfigError, HotloopError
+from hotloop.quant import parse_scheme
+from hotloop.weights.quantize import quantize_checkpoint
 
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
 FREELY = SamplingParams(max_new_tokens=24, ignore_eos=True)
@@ -34,7 +37,7 @@ SAMPLING = {
         "ignore_eos": False,
     },
 }
-DRAFTS = ("ngram", "exit-1", "another", "itself")
+DRAFTS = ("ngram", "exit-1", "self-int4-g32", "another", "itself")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,56 @@ def test_first_layers_that_add_nothing_more_are_always_right(tmp_path):
         (g,) = llm.generate([[5, 6, 7]], FREELY, **options)
         assert g.speculation.proposed == g.speculation.accepted
         assert g.speculation.tokens_per_step > 3
+
+
+def test_the_model_under_a_scheme_that_changes_no_weight_is_always_right(tmp_path):
+    # Eight bits hold a Markov model of integer logits exactly; its other matrices are zeros.
+    values_VV = torch.randint(-127, 128, (16, 16), generator=torch.Generator().manual_seed(0))
+    values_VV[:, 0] = 127  # the largest of each row of the head, so that its scale is the unit
+    folder = write_markov(tmp_path, values_VV.T / 64, n_layers=2)
+    llm = LLM(str(folder), dtype="float32", draft="self-int8", draft_policy="always")
+    assert llm.describe().kernels["draft/qkv_proj"] == "int8/torch"
+    for options in ({}, {"temperature": 1.0, "seed": 4}):
+        (g,) = llm.generate([[5, 6, 7]], FREELY, **options)
+        assert g.speculation.proposed == g.speculation.accepted
+        assert g.speculation.tokens_per_step > 3
+
+
+def test_a_better_copy_of_the_model_drafts_better(deep):
+    found = []
+    for scheme in ("int4-g64", "int8"):
+        llm = LLM(str(deep), dtype="float32", draft=f"self-{scheme}", draft_policy="always")
+        found.append(total(llm.generate(PROMPTS, FREELY, temperature=0.8, seed=1)).acceptance[0])
+    assert 0.1 < found[0] < found[1]
+
+
+def test_a_self_draft_drafts_for_weights_as_the_model_has_them(deep, tmp_path):
+    # Of an int8 model in int8 nothing is lost a second time; four bits are those of its int8.
+    copy = quantize_checkpoint(deep, tmp_path / "int8", quant="int8")
+    for stored in (deep, copy):
+        llm = LLM(str(stored), dtype="float32", quant="int8", draft="self-int4-g32")
+        model, twin = llm._runner._model.decoder, llm._runner._model.twin
+        for block, of_draft in zip(model.blocks, twin.blocks, strict=True):
+            for name, linear in block.linears.items():
+                values, scale = linear.packed
+                dense = values * scale[:, None]
+                expected = parse_scheme("int4-g32").quantize(dense).dequantize()
+                ours = of_draft.linears[name].kernel._dequantize(*of_draft.linears[name].packed)
+                assert torch.equal(ours, expected)
+            assert of_draft.attention.norm is block.attention.norm
+        assert twin.embedding is model.embedding
+        assert twin.head is model.head, "int8 already"
+
+
+def test_random_weights_are_requantized_for_their_drafts(deep):
+    options = {"weights": "random", "dtype": "float32", "max_batch_size": 2}
+    plain = LLM(str(deep), quant="int8", **options)
+    for quant, draft in (("int8", "self-int4-g32"), ("none", "self-int8")):
+        llm = LLM(str(deep), quant=quant, draft=draft, draft_policy="always", **options)
+        seen = total(llm.generate(PROMPTS, FREELY))
+        assert seen.acceptance[0] > 0.3, "of other random weights it would be 1 in 300"
+        if quant == "int8":
+            assert answers(llm) == answers(plain)
 
 
 def test_text_that_repeats_is_looked_up(tmp_path):
@@ -314,9 +367,36 @@ def test_a_draft_model_with_more_tokens_is_refused(folder):
 def test_drafts_that_cannot_be_are_refused(folder):
     assert "from 1 to 1" in refused(folder, draft="exit-2")
     assert "neither 'ngram'" in refused(folder, draft="no-such-model")
+    assert "nor 'self-SCHEME'" in refused(folder, draft="no-such-model")
     assert "draft_quant" in refused(folder, draft="ngram", draft_quant="int8")
+    assert "draft_quant" in refused(folder, draft="self-int8", draft_quant="int8")
+    assert "draft 'self-int5': unknown quantization" in refused(folder, draft="self-int5")
+    assert "draft 'self-int4-g128': model.layers.0" in refused(folder, draft="self-int4-g128")
     with pytest.raises(ConfigError, match="draft_tokens"):
         LLM(str(folder), draft="ngram", draft_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("quant", "draft"),
+    [("int8", "self-int8"), ("none", "self-none"), ("none", "self-auto"), ("int8", "self-fp8")],
+)
+def test_a_self_draft_that_reads_no_less_than_the_model_is_refused(folder, quant, draft):
+    message = refused(folder, quant=quant, draft=draft)
+    assert f"draft {draft!r} reads" in message
+    assert "save nothing. Give a scheme of fewer bits" in message
+
+
+def test_a_self_draft_has_a_head_of_its_own_where_that_saves_bytes(deep, folder):
+    for draft, quant, head, owns in (
+        ("self-int4-g32", "none", "auto", True),  # the head is a quarter of these tiny models
+        ("self-int4-g32", "int8", "auto", False),
+        ("self-int4-g32", "int8", "none", True),
+        ("self-int8", "none", "int8", False),
+    ):
+        config = EngineConfig(model=str(deep), quant=quant, head=head, draft=draft, device="cpu")
+        assert ("lm_head" in prepare(config).draft.schemes) == owns
+    name = EngineConfig(model=str(folder), draft="self-int4-sym-g32", device="cpu")
+    assert prepare(name).config.draft == settle(name).draft == "self-int4-g32"
 
 
 def test_a_context_longer_than_the_drafts_is_refused_only_where_it_was_asked_for(folder, tmp_path):

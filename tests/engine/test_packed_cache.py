@@ -123,6 +123,30 @@ def test_a_second_start_has_the_same_bits_and_reads_no_weight_of_the_source(
     assert source.read_s < source.load_s
 
 
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_a_self_draft_has_an_entry_of_its_own_beside_the_models(quant, tmp_path, unread, cache):
+    (tmp_path / "m").mkdir()
+    model = write_random(tmp_path / "m", attention_bias=True)
+    settled(model)
+    start(model, quant=quant)
+    (of_model,) = entries(cache)
+    written = of_model.stat().st_ino
+    plain = start(model, quant=quant, draft="self-int4-g32", cache_packed=False)
+    first = start(model, quant=quant, draft="self-int4-g32")
+    assert len(entries(cache)) == 2
+    assert of_model.stat().st_ino == written, "the same with drafts"
+    unread.refuse()
+    second = start(model, quant=quant, draft="self-int4-g32")
+    assert_same(first, plain)
+    assert_same(second, plain)
+    for other in (first, second):
+        a, b = (dict(llm._runner._model.twin.named_buffers()) for llm in (plain, other))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+        model_, twin = other._runner._model.decoder, other._runner._model.twin
+        assert twin.blocks[0].attention.qkv_proj.bias is model_.blocks[0].attention.qkv_proj.bias
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("execution", ["fused", "eager"])

@@ -134,7 +134,7 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
     from hotloop.engine.setup import prepare
     from hotloop.weights.checkpoint import stored_form
 
-    setup = prepare(replace(config, quant="auto"))
+    setup = prepare(replace(config, quant="auto", draft="none"))
     stored, formats = None, []
     if setup.path is not None:
         with closing(setup.open()) as checkpoint:

@@ -221,7 +221,10 @@ else:
     FitOptions = _options(
         "FitOptions",
         _Options,
-        map(_one_value, ("dtype", "device", "max_seq_len", "max_batch_size", "prefill_chunk")),
+        map(
+            _one_value,
+            ("dtype", "device", "max_seq_len", "max_batch_size", "prefill_chunk", "draft"),
+        ),
     )
 
 

@@ -139,13 +139,14 @@ def print_memory(
 
     from hotloop.report.numbers import memories
 
-    parts = ("weights", "cache", "workspace", "total", "free")
+    rows = list(rows)
+    drafts = ("draft",) if any(n_bytes.get("draft_bytes") for _, n_bytes, *_ in rows) else ()
+    parts = ("weights", *drafts, "cache", "workspace", "total", "free")
     answers = {True: "yes", False: "no", None: "not known"}
     grid = Table(heading, *parts, "fits", box=None, pad_edge=False)
     for column in grid.columns[1:-1]:
         column.justify = "right"
     reasons: dict[str, list[str]] = {}
-    rows = list(rows)
     columns = [
         memories([n_bytes.get(f"{part}_bytes") for _, n_bytes, *_ in rows]) for part in parts
     ]

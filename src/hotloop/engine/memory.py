@@ -34,6 +34,7 @@ def predict_memory(config: EngineConfig, *, served: bool = False) -> MemoryPlan:
     # Ranks on a CPU share its memory evenly; on GPUs each has its own.
     return MemoryPlan(
         weights_bytes=weights_bytes(setup),
+        draft_bytes=weights_bytes(setup) - _weights_bytes(setup),
         cache_bytes=_cache_bytes(setup),
         workspace_bytes=_workspace_bytes(setup) + (_programs_bytes(setup) if served else 0),
         device=str(setup.device),
@@ -64,8 +65,9 @@ def check_fits(setup: Setup) -> None:
 
 
 def weights_bytes(setup: Setup) -> int:
-    """Counts the exact bytes of a rank's resident weights, with rope tables and a draft model."""
-    return sum(map(_weights_bytes, setup.models))
+    """Counts the exact bytes of a rank's resident weights, with rope tables and a drafter."""
+    drafts = sum(choose_linear(spec)[0].nbytes for spec in setup.draft_specs)
+    return sum(map(_weights_bytes, setup.models)) + drafts
 
 
 def _cache_bytes(setup: Setup) -> int:

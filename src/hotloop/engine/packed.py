@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from hotloop.engine.setup import Setup, head_spec, linear_specs
+from hotloop.engine.setup import Setup
 from hotloop.kernels.linear import choose_linear
 from hotloop.models.decoder import Decoder
 from hotloop.parallel.collectives import Group
-from hotloop.weights.load import OnLayer, load_weights
+from hotloop.quant import Scheme
+from hotloop.weights.load import Draft, OnLayer, load_weights
 from hotloop.weights.packed_cache import entry_key, load_packed, store_packed
 from hotloop.weights.source import CheckpointSource, RandomSource, Source
 
@@ -32,7 +35,14 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def load(setup: Setup, decoder: Decoder, group: Group, on_layer: OnLayer | None = None) -> Loaded:
+def load(
+    setup: Setup,
+    decoder: Decoder,
+    group: Group,
+    on_layer: OnLayer | None = None,
+    *,
+    twin: Decoder | None = None,
+) -> Loaded:
     """Assigns every weight of ``decoder``.
 
     Args:
@@ -40,28 +50,52 @@ def load(setup: Setup, decoder: Decoder, group: Group, on_layer: OnLayer | None 
         decoder: The rank's part of the model, without weights.
         group: The ranks, which load at the same time.
         on_layer: Called with (layers done, layers in all).
+        twin: The decoder of a drafter that is the model under another scheme.
     """
+    loaded = _load(setup, decoder, group, on_layer, twin)
+    if twin is not None:
+        twin.share_biases(decoder)
+    return loaded
+
+
+def _load(
+    setup: Setup, decoder: Decoder, group: Group, on_layer: OnLayer | None, twin: Decoder | None
+) -> Loaded:
     started = time.perf_counter()
 
     def loaded(read_bytes: int | None) -> Loaded:
         return Loaded(read_bytes=read_bytes, read_s=time.perf_counter() - started)
 
     if not setup.config.cache_packed or setup.path is None or setup.config.weights == "random":
-        return loaded(_load_from_source(setup, decoder, group, on_layer))
-    key = entry_key(setup.path, _facts(setup))
-    without_weights = dict(decoder.named_buffers(remove_duplicate=False))
-    read_bytes = load_packed(key, decoder, setup.device)
+        return loaded(_load_from_source(setup, decoder, group, on_layer, twin))
+    facts = _facts(setup)
+    parts: list[tuple[str, nn.Module]] = [(entry_key(setup.path, facts), decoder)]
+    if twin is not None:  # an entry of its own, so that the model's is the same with any drafter
+        facts |= {"draft": _draft_facts(setup)}
+        parts.append((entry_key(setup.path, facts), _own_matrices(twin, decoder)))
+    before = [dict(module.named_buffers(remove_duplicate=False)) for _, module in parts]
+    read_bytes: int | None = 0
+    for key, module in reversed(parts):  # the drafter's is more often missing
+        found = None if read_bytes is None else load_packed(key, module, setup.device)
+        read_bytes = None if found is None or read_bytes is None else read_bytes + found
     # Ranks combine statistics while they quantize: all of them read the source, or none.
     is_missing = torch.tensor([read_bytes is None], dtype=torch.int32, device=setup.device)
     if not int(group.max(is_missing)):
         return loaded(read_bytes)
-    made = loaded(_load_from_source(setup, decoder, group, on_layer))
-    note = store_packed(key, decoder, without_weights)
-    return made if note is None else replace(made, notes=(note,))
+    made = loaded(_load_from_source(setup, decoder, group, on_layer, twin))
+    notes = [
+        store_packed(key, module, without_weights)
+        for (key, module), without_weights in zip(parts, before, strict=True)
+    ]
+    return replace(made, notes=tuple(dict.fromkeys(note for note in notes if note is not None)))
 
 
 def _load_from_source(
-    setup: Setup, decoder: Decoder, group: Group, on_layer: OnLayer | None
+    setup: Setup,
+    decoder: Decoder,
+    group: Group,
+    on_layer: OnLayer | None,
+    twin: Decoder | None,
 ) -> int | None:
     """Returns the bytes that were read; None for random weights."""
     checkpoint = None
@@ -73,6 +107,10 @@ def _load_from_source(
         source = CheckpointSource(
             checkpoint, setup.device, model=setup.model, dtype=setup.dtype, combine=group.max
         )
+    draft = None
+    if twin is not None:
+        assert setup.draft is not None, "a twin without a drafter"
+        draft = Draft(decoder=twin, schemes=setup.draft.schemes, combine=group.max)
     try:
         load_weights(
             decoder,
@@ -84,6 +122,7 @@ def _load_from_source(
             dtype=setup.dtype,
             device=setup.device,
             fused=setup.fused,
+            draft=draft,
             on_layer=on_layer,
         )
     finally:
@@ -94,22 +133,37 @@ def _load_from_source(
 
 def _facts(setup: Setup) -> dict[str, Any]:
     """Returns what decides the packed bytes, besides the checkpoint and the code."""
-    device, n_logits = setup.device.type, len(setup.shard.vocabulary)
-    options = (setup.schemes, setup.dtype, device)
-    specs = [
-        spec
-        for _, _, pieces in linear_specs(setup.local, *options, fused=setup.fused)
-        for spec in pieces
-    ]
-    specs.append(head_spec(setup.local, n_logits, *options, fused=setup.fused))
     return {
         "model": repr(setup.model),
-        "schemes": {name: repr(scheme) for name, scheme in setup.schemes.items()},
+        **_of_schemes(setup, setup.schemes),
         "shards": repr(setup.shards),
         "rank": setup.rank,
         "dtype": str(setup.dtype),
-        "device": device,
+        "device": setup.device.type,
         "fused": setup.fused,
-        # On a CPU without a compiler it is other kernels that pack.
-        "kernels": [choose_linear(spec)[0].name for spec in specs],
     }
+
+
+def _draft_facts(setup: Setup) -> dict[str, Any]:
+    """Returns what decides the packed bytes of a drafter, besides what decides the model's."""
+    assert setup.draft is not None, "there is no drafter"
+    return _of_schemes(setup, setup.draft.schemes)
+
+
+def _of_schemes(setup: Setup, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    specs = setup.specs(schemes)
+    return {
+        "schemes": {name: repr(scheme) for name, scheme in schemes.items()},
+        # On a CPU without a compiler it is other kernels that pack.
+        "kernels": [choose_linear(spec)[0].name for _, pieces in specs for spec in pieces],
+    }
+
+
+def _own_matrices(twin: Decoder, of: Decoder) -> nn.ModuleDict:
+    """Returns the matrices of a drafter that are not the model's, by names that tell them apart."""
+    matrices = {
+        f"{i} {name}": linear
+        for i, block in enumerate(twin.blocks)
+        for name, linear in block.linears.items()
+    }
+    return nn.ModuleDict(matrices if twin.head is of.head else matrices | {"head": twin.head})

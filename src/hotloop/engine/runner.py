@@ -42,9 +42,9 @@ from hotloop.engine.sampling import Sampled, Sampler
 from hotloop.engine.setup import Setup
 from hotloop.engine.speculation import (
     Drafter,
-    ExitDrafter,
     ModelDrafter,
     NgramDrafter,
+    SelfDrafter,
     SharedDrafter,
 )
 from hotloop.engine.steps import Stepper, Timestamps, step_times
@@ -55,6 +55,7 @@ from hotloop.kernels import cpu
 from hotloop.kernels.attention import choose_attention
 from hotloop.kernels.cuda.launch import device_of
 from hotloop.memory_meter import MemoryMeter
+from hotloop.models import names
 from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder, RMSNorm
 from hotloop.models.linear import Linear
@@ -270,7 +271,10 @@ class Runner:
             return None
         if draft.n_layers is not None:
             forward = self._model.forward(draft.n_layers)
-            return ExitDrafter(forward, self._rows, self._sampler)
+            return SelfDrafter(forward, self._rows, self._sampler)
+        if self._model.twin is not None:
+            forward = self._model.forward(decoder=self._model.twin)
+            return SelfDrafter(forward, self._rows, self._sampler)
         if draft.setup is None:
             return NgramDrafter(self._rows, launcher=self._model.launcher)
         drafter = None
@@ -295,7 +299,11 @@ class Runner:
 
 
 class _Model:
-    """A decoder, or a rank's shard of one, with its weights and its cache."""
+    """A decoder, or a rank's shard of one, with its weights and its cache.
+
+    Attributes:
+        twin: The decoder of a drafter that is the model under another scheme; None without one.
+    """
 
     def __init__(
         self,
@@ -321,8 +329,20 @@ class _Model:
             n_head_rows=len(setup.shard.vocabulary),
             total=group.sum,
         )
+        self.twin = None
+        if setup.draft and setup.draft.schemes:
+            self.twin = Decoder(
+                model,
+                n_positions=setup.n_positions,
+                attention=attention,
+                device=device,
+                n_head_rows=len(setup.shard.vocabulary),
+                total=group.sum,
+                twin=self.decoder,
+                shares_head=names.head(model) not in setup.draft.schemes,
+            )
         on_layer = None if progress is None else lambda i, n: progress("load", i, n)
-        self.loaded = packed.load(setup, self.decoder, group, on_layer)
+        self.loaded = packed.load(setup, self.decoder, group, on_layer, twin=self.twin)
         self.cache = KVCache(
             kv_heads=model.kv_heads,
             n_seats=n_seats,
@@ -351,13 +371,14 @@ class _Model:
         if self._prompt is not None:
             self._prompt.warm_up()
 
-    def forward(self, n_layers: int | None = None) -> Forward:
-        """Returns the forward of the model for steps, or that of its first layers."""
-        fused = self._steps if n_layers is None else self._fused_forward(n_layers)
+    def forward(self, n_layers: int | None = None, decoder: Decoder | None = None) -> Forward:
+        """Returns the forward of the model for steps, of its first layers, or of its twin."""
+        is_plain = n_layers is None and decoder is None
+        fused = self._steps if is_plain else self._fused_forward(n_layers, decoder)
         if fused is not None:
             return fused
         return TorchForward(
-            self.decoder,
+            decoder or self.decoder,
             self.cache,
             compiled=self.setup.execution == "compile",
             by_parts=self.setup.device.type == "cuda",
@@ -365,11 +386,13 @@ class _Model:
             n_layers=n_layers,
         )
 
-    def _fused_forward(self, n_layers: int | None = None) -> FusedForward | None:
+    def _fused_forward(
+        self, n_layers: int | None = None, decoder: Decoder | None = None
+    ) -> FusedForward | None:
         if self.launcher is None:
             return None
         return FusedForward(
-            self.decoder,
+            decoder or self.decoder,
             self.cache,
             self.launcher,
             n_tokens=self.n_tokens,
@@ -425,7 +448,7 @@ class _Model:
     def kernels(self) -> dict[str, str]:
         """Returns the kernels that each matrix uses, by its name in a layer."""
         used: dict[str, dict[str, None]] = {}
-        for name, linear in self._linears():
+        for name, linear in (*self._linears(), *self._twin_linears()):
             assert linear.kernel is not None, "no weight was assigned"
             used.setdefault(name, {})[linear.kernel.name] = None
         kernels = {name: ", ".join(each) for name, each in used.items()}
@@ -435,6 +458,7 @@ class _Model:
         """Returns notes of the setup, and why faster kernels are not used, each once."""
         notes = [*self.setup.notes, *self.loaded.notes]
         notes += [note for _, linear in self._linears() for note in linear.notes]
+        notes += [f"draft/{note}" for _, linear in self._twin_linears() for note in linear.notes]
         if self.launcher is not None:
             notes += sorted(self.launcher.notes)
         return dict.fromkeys((*notes, *self._attention_notes))
@@ -451,6 +475,16 @@ class _Model:
         for block in self.decoder.blocks:
             yield from block.linears.items()
         yield "head", self.decoder.head
+
+    def _twin_linears(self) -> Iterator[tuple[str, Linear]]:
+        """Yields the matrices of the twin likewise; a head that it shares is not among them."""
+        if self.twin is None:
+            return
+        for block in self.twin.blocks:
+            for name, linear in block.linears.items():
+                yield f"draft/{name}", linear
+        if self.twin.head is not self.decoder.head:
+            yield "draft/head", self.twin.head
 
 
 class _PendingChunk:

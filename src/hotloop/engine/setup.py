@@ -7,6 +7,7 @@ does the part that needs no GPU, so that equal configurations can be recognized.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from hotloop.hardware import resolve_device
 from hotloop.kernels.cuda.launch import unavailable_reason as fused_unavailable_reason
 from hotloop.kernels.linear import LinearSpec
 from hotloop.models import names
-from hotloop.models.config import Matrix, ModelConfig
+from hotloop.models.config import Matrix, ModelConfig, Part
 from hotloop.models.families import read_config
 from hotloop.models.shapes import SHAPES
 from hotloop.parallel.plan import Shard
@@ -45,6 +46,7 @@ from hotloop.types import (
     StepExecution,
     exit_layers,
     is_draft_model,
+    self_scheme,
 )
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.hub import resolve_model
@@ -55,14 +57,18 @@ from hotloop.weights.source import requantization_notes, schemes_by_name
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """The drafter of a configuration, resolved: a draft model, early exit, or n-grams.
+    """The drafter of a configuration, resolved: n-grams, early exit, the model itself, or another.
 
     Attributes:
         n_layers: Layers of the target that an early exit runs; None for another drafter.
+        schemes: Of the model under another scheme, the scheme of every matrix of which the drafter
+            has a copy, by its name in a checkpoint: all projections, and the head where sharing
+            the model's would take longer. Empty for another drafter.
         setup: The draft model; None for another drafter.
     """
 
     n_layers: int | None = None
+    schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
     setup: Setup | None = None
 
 
@@ -145,6 +151,20 @@ class Setup:
         """The architecture of this rank's part of the decoder."""
         return self.model.local(self.shard)
 
+    def specs(self, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, list[LinearSpec]]]:
+        """Yields this rank's matrices under ``schemes`` by name; see ``matrix_specs``."""
+        n_logits, device = len(self.shard.vocabulary), self.device.type
+        return matrix_specs(
+            self.local, n_logits, schemes, self.dtype, device=device, fused=self.fused
+        )
+
+    @property
+    def draft_specs(self) -> list[LinearSpec]:
+        """The matrices that a drafter has which is the model under another scheme."""
+        if self.draft is None or not self.draft.schemes:
+            return []
+        return [spec for _, pieces in self.specs(self.draft.schemes) for spec in pieces]
+
     @property
     def resolved(self) -> EngineConfig:
         """The configuration, with the values that were left to hotloop filled in."""
@@ -207,6 +227,7 @@ def settle(config: EngineConfig) -> EngineConfig:
     scheme = parse_scheme(config.quant)
     head = parse_head_scheme(config.head, scheme)
     known: dict[str, Any] = {"quant": scheme.name, "head": head.name}
+    known["draft"] = _canonical_draft(config.draft)
     if config.weights == "checkpoint":
         known["seed"] = EngineConfig.seed
     if config.prefix_cache == "auto":
@@ -232,22 +253,27 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     path, model, copy, stored, model_notes = _describe_model(config)
     config, scheme, head_scheme = _settle_schemes(config, copy, stored)
     schemes = schemes_by_name(model, scheme, head_scheme, stored)
+    config = dataclasses.replace(config, draft=_canonical_draft(config.draft))
     model_notes += _assumption_notes(stored) + requantization_notes(stored, schemes)
     _check_all_reduce(config, device)
     _check_assumption(config)
     _check_permutations(config, model, schemes)
     dtype = _resolve_dtype(config, device)
     n_positions = _resolve_context(config, model, dtype)
-    shards = model.shards(
-        config.tensor_parallel, lambda i, part: schemes[names.layer(i, part.name)].alignment
-    )
+    draft_schemes = _self_draft_schemes(config, model, schemes, dtype)
+
+    def alignment(i: int, part: Part) -> int:
+        name = names.layer(i, part.name)
+        return math.lcm(*(each[name].alignment for each in (schemes, draft_schemes) if each))
+
+    shards = model.shards(config.tensor_parallel, alignment)
     parts = [model.local(shard) for shard in shards]
     execution, notes = _resolve_execution(
         config,
         device,
         dtype,
         [
-            (part, _fused_specs(part, len(shard.vocabulary), schemes, dtype))
+            (part, _fused_specs(part, len(shard.vocabulary), (schemes, draft_schemes), dtype))
             for part, shard in zip(parts, shards, strict=True)
         ],
     )
@@ -276,7 +302,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         shards=shards,
         notes=(*model_notes, *notes),
     )
-    return _with_draft(setup, _prepare_draft(setup))
+    return _with_draft(setup, _prepare_draft(setup, draft_schemes))
 
 
 def _check_assumption(config: EngineConfig) -> None:
@@ -304,7 +330,64 @@ def _with_draft(setup: Setup, draft: Draft | None) -> Setup:
     return dataclasses.replace(setup, n_positions=n_positions, draft=draft)
 
 
-def _prepare_draft(target: Setup) -> Draft | None:
+_HEAD_SAVINGS = 0.05
+"""A drafter has a head of its own if the bytes that a draft reads become fewer by this share."""
+
+
+def _canonical_draft(draft: str) -> str:
+    """Gives a drafter that is the model under another scheme the scheme's canonical name."""
+    name = self_scheme(draft)
+    if name is None:
+        return draft
+    try:
+        return f"self-{parse_scheme(name).name}"
+    except ConfigError as error:
+        raise ConfigError(f"draft {shorten_value(draft)}: {error}") from error
+
+
+def _self_draft_schemes(
+    config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme], dtype: torch.dtype
+) -> dict[str, Scheme]:
+    """Returns ``Draft.schemes`` of a drafter that is the model under another scheme.
+
+    It is empty for other drafters.
+
+    Raises:
+        ConfigError: The scheme does not fit a matrix, or reads no fewer bytes than the model.
+    """
+    name = self_scheme(config.draft)
+    if name is None:
+        return {}
+    scheme = parse_scheme(name)
+    head_scheme, head = parse_head_scheme("auto", scheme), names.head(model)
+    shapes = names.linear_weights(model)
+    try:
+        draft = schemes_by_name(model, scheme, head_scheme)
+    except ConfigError as error:
+        raise ConfigError(f"draft {config.draft!r}: {error}") from error
+
+    def n_bytes(of: Mapping[str, Scheme], name: str, n: int, k: int) -> int:
+        spec = LinearSpec(format=of[name].format(k), n=n, k=k, dtype=dtype, device="cpu")
+        return spec.stored_bytes
+
+    own, models = (
+        sum(n_bytes(of, name, *shape) for name, shape in shapes.items()) for of in (draft, schemes)
+    )
+    if scheme.name == "auto" or own >= models:
+        raise ConfigError(
+            f"draft {config.draft!r} reads {own / 1e6:,.1f} MB of weights a token, and the model "
+            f"itself, under {config.quant}, {models / 1e6:,.1f} MB: such drafts save nothing. Give "
+            "a scheme of fewer bits, or the model one of more (--quant)."
+        )
+    own_head, models_head = (
+        n_bytes(of, head, model.vocab_size, model.hidden_size) for of in (draft, schemes)
+    )
+    if models_head - own_head < _HEAD_SAVINGS * (own + models_head):
+        del draft[head]
+    return draft
+
+
+def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft | None:
     """Resolves the drafter of ``target``."""
     config, name = target.config, target.config.draft
     if config.draft_quant not in ("auto", "none") and not is_draft_model(name):
@@ -316,6 +399,8 @@ def _prepare_draft(target: Setup) -> Draft | None:
         return None
     if name == "ngram":
         return Draft()
+    if self_schemes:
+        return Draft(schemes=self_schemes)
     if (n_layers := exit_layers(name)) is not None:
         of = target.model.n_layers
         if not 1 <= n_layers < of:
@@ -344,7 +429,8 @@ def _prepare_draft(target: Setup) -> Draft | None:
         setup = _prepare(draft_config, target.device)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
-            f"draft {shorten_value(name)} is neither 'ngram', nor 'exit-N', nor a model: {error}"
+            f"draft {shorten_value(name)} is neither 'ngram', nor 'exit-N', nor 'self-SCHEME', nor "
+            f"a model: {error}"
         ) from error
     except (ConfigError, UnsupportedError) as error:
         kind = UnsupportedError if isinstance(error, UnsupportedError) else ConfigError
@@ -574,13 +660,31 @@ def head_spec(
     return LinearSpec(format=format_, n=n_logits, k=k, dtype=dtype, device=device, fused=fused)
 
 
-def _fused_specs(
-    model: ModelConfig, n_logits: int, schemes: Mapping[str, Scheme], dtype: torch.dtype
+def matrix_specs(
+    model: ModelConfig,
+    n_logits: int,
+    schemes: Mapping[str, Scheme],
+    dtype: torch.dtype,
+    *,
+    device: str,
+    fused: bool,
 ) -> Iterator[tuple[str, list[LinearSpec]]]:
-    """Yields the matrices that the fused step reads, by name, as ``linear_specs`` does."""
-    for _, matrix, pieces in linear_specs(model, schemes, dtype, "cuda", fused=True):
+    """Yields all matrices by name, as ``linear_specs`` does; the head if it has a scheme."""
+    for _, matrix, pieces in linear_specs(model, schemes, dtype, device, fused=fused):
         yield matrix.name, pieces
-    yield "head", [head_spec(model, n_logits, schemes, dtype, "cuda", fused=True)]
+    if names.head(model) in schemes:
+        yield "head", [head_spec(model, n_logits, schemes, dtype, device, fused=fused)]
+
+
+def _fused_specs(
+    model: ModelConfig,
+    n_logits: int,
+    schemes: Sequence[Mapping[str, Scheme]],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, list[LinearSpec]]]:
+    """Yields the matrices that the fused step reads, by name: the model's and its drafter's."""
+    for each in filter(None, schemes):
+        yield from matrix_specs(model, n_logits, each, dtype, device="cuda", fused=True)
 
 
 def _resolve_context(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:

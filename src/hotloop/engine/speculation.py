@@ -97,14 +97,16 @@ class NgramDrafter(Drafter):
         return reference.ngram_draft(self.rows.history, self.rows.positions, n, k, length=length)
 
 
-class ExitDrafter(Drafter):
-    """Early exit: drafts with the first layers and the head of the target model.
+class SelfDrafter(Drafter):
+    """Drafts with the target model itself: with its first layers, or with it under another scheme.
 
-    It has no weights and no cache of its own: it writes the same keys and values into the target's
-    cache as the target does.
+    It has no cache of its own. The keys and values of drafted positions are written into the
+    target's cache, and verification, which computes the same positions, overwrites them: what the
+    target attends to is all its own. This is self-speculative decoding (Zhang et al. 2023, "Draft &
+    Verify"); Zhao et al. 2024 ("QSpec") share a cache with drafts of another quantization.
 
     Args:
-        forward: The first layers of the target model, and its head.
+        forward: The first layers of the target model and its head, or its requantized twin.
         rows: The rows of the target model.
         sampler: The sampler of the target model.
     """

@@ -165,6 +165,13 @@ class LinearSpec:
         return self.n * (self.k // self.format.group_size) if self.format.group_size else 0
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight as its format needs them, whatever a kernel makes of it."""
+        if self.kind == "dense":
+            return self.n * self.k * self.dtype.itemsize
+        return (self.n * self.k >> (self.kind in FOUR_BITS)) + self.scale_bytes
+
+    @property
     def scale_bytes(self) -> int:
         """Bytes of all that a quantized weight has besides values and a permutation, as it is."""
         form = self.format

@@ -153,6 +153,14 @@ class Block(nn.Module):
             for matrix in declared.matrices
         }
 
+    def share_norms(self, other: Block) -> None:
+        """Takes the norms of another block of the same configuration in place of its own."""
+        for name in self.config.modules:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            for child, module in theirs.named_children():
+                if isinstance(module, RMSNorm):
+                    setattr(mine, child, module)
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -203,6 +211,9 @@ class Decoder(nn.Module):
         device: Its device.
         n_head_rows: Rows of the head: all of the vocabulary, or this rank's.
         total: Sums over ranks; a single one's sum is itself.
+        twin: A decoder of the same shape, whose embedding, norms and rope tables this one shares:
+            only matrices are its own.
+        shares_head: It shares the twin's head as well.
     """
 
     def __init__(
@@ -214,19 +225,29 @@ class Decoder(nn.Module):
         device: torch.device,
         n_head_rows: int | None = None,
         total: Total = _itself,
+        twin: Decoder | None = None,
+        shares_head: bool = False,
     ) -> None:
         super().__init__()
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(layer, attention=attention, total=total) for layer in config.layers
         )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = Linear(n_head_rows or config.vocab_size, config.hidden_size)
+        if twin is None:
+            self.embedding = Embedding(config.vocab_size, config.hidden_size)
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        else:
+            self.embedding, self.norm = twin.embedding, twin.norm
+            for block, theirs in zip(self.blocks, twin.blocks, strict=True):
+                block.share_norms(theirs)
+        if twin is not None and shares_head:
+            self.head = twin.head
+        else:
+            self.head = Linear(n_head_rows or config.vocab_size, config.hidden_size)
         self.device = device
         for i, (head_dim, rope) in enumerate(config.tables):
-            cos, sin = rope_tables(head_dim, n_positions, rope)
-            self.register_buffer(f"cos{i}", cos.to(device), persistent=False)
-            self.register_buffer(f"sin{i}", sin.to(device), persistent=False)
+            tables = rope_tables(head_dim, n_positions, rope) if twin is None else twin.table(i)
+            for name, table in zip(("cos", "sin"), tables, strict=True):
+                self.register_buffer(f"{name}{i}", table.to(device), persistent=False)
         self._table_of = [
             config.tables.index((layer.attention.head_dim, layer.attention.rope))
             for layer in config.layers
@@ -240,8 +261,17 @@ class Decoder(nn.Module):
 
     def rope(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of a layer's rope, float32 [positions, E]."""
-        table = self._table_of[layer]
-        return getattr(self, f"cos{table}"), getattr(self, f"sin{table}")
+        return self.table(self._table_of[layer])
+
+    def table(self, i: int) -> tuple[Tensor, Tensor]:
+        """Returns the i-th of the model's rope tables, as ``rope`` does."""
+        return getattr(self, f"cos{i}"), getattr(self, f"sin{i}")
+
+    def share_biases(self, twin: Decoder) -> None:
+        """Takes the biases of the twin, once they are there; its weights must be."""
+        for block, theirs in zip(self.blocks, twin.blocks, strict=True):
+            for name, linear in block.linears.items():
+                linear.bias = theirs.linears[name].bias
 
     def forward(
         self,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from typing import TypeVar
 
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.qtensor import QTensor, join_rows
+
+Value = TypeVar("Value")
 
 
 class RowStream:
@@ -56,6 +60,26 @@ class RowStream:
 
 def _pieces(stream: RowStream) -> Iterator[Tensor | QTensor]:
     return stream._pieces
+
+
+def split(pairs: Iterable[tuple[Value, Value]]) -> tuple[Iterator[Value], Iterator[Value]]:
+    """Returns the first and the second values of pairs, which are made once for both.
+
+    What one of them is behind the other is held.
+    """
+    source, waiting = iter(pairs), (deque[Value](), deque[Value]())
+
+    def values(mine: deque[Value]) -> Iterator[Value]:
+        while mine or _append(next(source, None), waiting):
+            yield mine.popleft()
+
+    return values(waiting[0]), values(waiting[1])
+
+
+def _append(pair: tuple[Value, Value] | None, waiting: Sequence[deque[Value]]) -> bool:
+    for queue, value in zip(waiting, pair or (), strict=pair is not None):
+        queue.append(value)
+    return pair is not None
 
 
 def row_chunks_of(weight: Tensor | QTensor, n: int) -> Iterator[Tensor | QTensor]:

@@ -6,31 +6,53 @@ and the whole embedding: looking rows up reads few bytes, and a tied head is a s
 Weights are streamed: a few rows of a matrix are read, decoded or quantized, and packed, while the
 next are being read. What is held besides the model are these rows, those that were read ahead, and
 parts of a projection that can only be packed together. ``benchmarks/load_memory.py`` measures it.
+
+A drafter that is the model under another scheme (``Draft``) is loaded in the same pass: the rows of
+a matrix are read once, and what the model holds of them is quantized again for the drafter, since
+that is what it drafts for. The drafter's rows of one projection are held until the model's are
+packed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import DENSE, KernelFormat, LinearSpec, choose_linear
+from hotloop.kernels.pack import rows_at_once
 from hotloop.models import names
 from hotloop.models.config import Matrix, ModelConfig, Part
-from hotloop.models.decoder import Decoder
+from hotloop.models.decoder import Block, Decoder
 from hotloop.models.linear import Linear
 from hotloop.models.rope import head_order
 from hotloop.parallel.plan import Shard
-from hotloop.quant import QTensor, Scheme, cut, join_alike, join_rows
-from hotloop.quant.rows import RowStream
+from hotloop.quant import Combine, QTensor, Scheme, cut, join_alike
+from hotloop.quant.rows import RowStream, split
 from hotloop.weights.source import Request, Source
 from hotloop.weights.tensor_file import row_chunks
 
 OnLayer = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A drafter to load beside a model, which is that model under another scheme.
+
+    Attributes:
+        decoder: Its decoder without weights, the twin of the model's, whose biases it gets later.
+        schemes: The scheme of every matrix that it has a copy of, by name: all projections, and the
+            head if that is not the model's.
+        combine: See ``CheckpointSource``.
+    """
+
+    decoder: Decoder
+    schemes: Mapping[str, Scheme]
+    combine: Combine
 
 
 def load_weights(
@@ -44,6 +66,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     fused: bool = False,
+    draft: Draft | None = None,
     on_layer: OnLayer | None = None,
 ) -> None:
     """Assigns every weight of ``decoder``.
@@ -59,18 +82,19 @@ def load_weights(
         dtype: Element type of activations and unquantized weights.
         device: The device of the model.
         fused: It runs the fused step.
+        draft: A drafter to load in the same pass.
         on_layer: Called with (layers done, layers in all).
 
     Raises:
         CheckpointError: A tensor is missing, surplus, of another shape, or not finite.
         ConfigError: A matrix whose shape a scheme does not fit.
     """
-    loader = _Loader(config, shard, source, schemes, adds_biases, dtype, device, fused)
+    loader = _Loader(config, shard, source, schemes, adds_biases, dtype, device, fused, draft)
     with source.read_ahead(loader.requests):
         loader.load_embeddings(decoder)
         decoder.norm.weight = loader.tensor(f"{names.NORM}.weight", config.hidden_size)
-        for i, block in enumerate(decoder.layers):
-            loader.load_layer(block, i)
+        for i, block in enumerate(decoder.blocks):
+            loader.load_layer(block, None if draft is None else draft.decoder.blocks[i], i)
             if on_layer:
                 on_layer(i + 1, config.n_layers)
     source.finish()
@@ -88,6 +112,7 @@ class _Loader:
     dtype: torch.dtype
     device: torch.device
     fused: bool
+    draft: Draft | None
 
     @property
     def requests(self) -> list[Request]:
@@ -125,8 +150,8 @@ class _Loader:
         """Reads a vector."""
         return self.source.tensor(name, (n,), rows=rows).to(self.device, self.dtype)
 
-    def load_layer(self, block: torch.nn.Module, i: int) -> None:
-        """Assigns what the configuration of layer ``i`` declares."""
+    def load_layer(self, block: Block, draft: Block | None, i: int) -> None:
+        """Assigns what the configuration of layer ``i`` declares, and the drafter's matrices."""
         layer, held = self.config.layers[i], self.shard.layers[i]
         order = head_order(layer.attention.head_dim, layer.attention.rope)
 
@@ -136,18 +161,19 @@ class _Loader:
                 return rows
             return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
 
-        def stream(matrix: Matrix, part: Part) -> RowStream:
-            request = self._request(i, matrix, part)
-            rows = RowStream(
-                map(self._typed, self.source.pieces(request)), request.n, request.format
-            )
-            if order is None or not part.rotated:
+        def streams(matrix: Matrix, part: Part) -> list[RowStream]:
+            """Returns the rows of a part, and those of the drafter."""
+            rows = self._streams(self._request(i, matrix, part))
+            return [arranged(each) for each in rows] if part.rotated else rows
+
+        def arranged(rows: RowStream) -> RowStream:
+            if order is None:
                 return rows
             heads = (
                 chunk.map_rows(ordered) if isinstance(chunk, QTensor) else ordered(chunk)
                 for chunk in rows.chunks(len(order))
             )
-            return RowStream(heads, request.n, request.format)
+            return RowStream(heads, rows.n, rows.format)
 
         def bias(matrix: Matrix) -> Tensor | None:
             if not matrix.bias:
@@ -162,14 +188,34 @@ class _Loader:
         for attribute, declared in layer.modules.items():
             module = getattr(block, attribute)
             for matrix in declared.matrices:
-                linear = getattr(module, matrix.name)
-                parts = (stream(matrix, part) for part in matrix.parts)
-                self._assign(linear, list(parts), bias(matrix))
+                parts, *drafts = zip(*(streams(matrix, p) for p in matrix.parts), strict=True)
+                self._assign(getattr(module, matrix.name), parts, bias(matrix))
+                for of_draft in drafts:
+                    assert draft is not None, "a drafter's rows without one"
+                    self._assign(draft.linears[matrix.name], of_draft, None)
             for norm in declared.norms:
                 weight = self.tensor(f"{names.layer(i, norm.part)}.weight", norm.n)
                 getattr(module, norm.name).weight = ordered(weight) if norm.rotated else weight
 
-    def _assign(self, linear: Linear, parts: list[RowStream], bias: Tensor | None) -> None:
+    def _streams(self, request: Request) -> list[RowStream]:
+        """Returns the rows of a matrix, and those of the drafter if it has a copy."""
+        pieces = map(self._typed, self.source.pieces(request))
+        if self.draft is None or request.name not in self.draft.schemes:
+            return [RowStream(pieces, request.n, request.format)]
+        scheme = self.draft.schemes[request.name]
+        combine = None if request.columns is None else self.draft.combine
+
+        def requantized(rows: Tensor | QTensor) -> Tensor | QTensor:
+            dense = rows.dequantize() if isinstance(rows, QTensor) else rows
+            return scheme.quantize(dense, combine=combine)
+
+        # Both at once: ranks combine statistics in the same order.
+        mine, drafts = split((rows, requantized(rows)) for rows in pieces)
+        requests = (request, replace(request, scheme=scheme))
+        both = zip((mine, drafts), requests, strict=True)
+        return [RowStream(rows, each.n, each.format) for rows, each in both]
+
+    def _assign(self, linear: Linear, parts: Sequence[RowStream], bias: Tensor | None) -> None:
         """Packs the parts of a projection."""
         weight: Sequence[Tensor | QTensor | RowStream]
         alike = [list(group) for _, group in groupby(parts, key=lambda part: part.format)]
@@ -188,13 +234,25 @@ class _Loader:
 
     def load_embeddings(self, decoder: Decoder) -> None:
         """Assigns the embedding, and this rank's rows of the head."""
+        rows = self.shard.vocabulary
+        stream, *drafts = self._streams(self._head_request)
+        self._load_embeddings(decoder, stream)
+        for of_draft in drafts:
+            assert self.draft is not None, "a drafter's rows without one"
+            head = of_draft.take(of_draft.n)
+            if self.config.tie_embeddings:  # all rows came
+                head = cut(head, slice(rows.start, rows.stop), None)
+            self.draft.decoder.head.assign(
+                head, dtype=self.dtype, device=self.device, fused=self.fused
+            )
+
+    def _load_embeddings(self, decoder: Decoder, stream: RowStream) -> None:
+        """Assigns the embedding, and this rank's rows of the head, of which ``stream`` are rows."""
         config, rows, dtype = self.config, self.shard.vocabulary, self.dtype
         request = self._head_request
-        pieces = map(self._typed, self.source.pieces(request))
         head: Tensor | QTensor | RowStream
         if not config.tie_embeddings:
-            head = RowStream(pieces, request.n, request.format)
-            self._assign(decoder.head, [head], None)
+            self._assign(decoder.head, [stream], None)
             self._embed(decoder, self._table())
             return
         spec = self._spec(request.format)
@@ -202,19 +260,20 @@ class _Loader:
         kernel, _ = choose_linear(spec)
         if request.format == DENSE or is_int8:
             # A kernel that keeps rows as they are shares them: one copy serves both.
-            weight = join_rows(pieces, request.n).to(self.device)
+            weight = stream.take(request.n).to(self.device)
             self._embed(decoder, weight)
             if isinstance(weight, QTensor):
                 head = weight.rows(rows.start, rows.stop)
             else:
                 head = weight[rows.start : rows.stop]
         elif kernel.embeds and len(rows) == spec.n:
-            self._assign(decoder.head, [RowStream(pieces, request.n, request.format)], None)
+            self._assign(decoder.head, [stream], None)
             decoder.embedding.assign(spec, decoder.head.packed)
             return
         else:
             table = torch.empty(request.shape, dtype=dtype, device=self.device)
-            head = RowStream(_dequantized_into(table, pieces, rows), len(rows), request.format)
+            chunks = stream.chunks(rows_at_once(spec.k, 1, self.device))
+            head = RowStream(_dequantized_into(table, chunks, rows), len(rows), request.format)
             self._embed(decoder, table)
         decoder.head.assign([head], dtype=dtype, device=self.device, fused=self.fused)
 

@@ -160,6 +160,8 @@ def store_packed(key: str, decoder: nn.Module, before: Mapping[str, Tensor]) -> 
     Returns:
         Why they are not kept; None if they are.
     """
+    if (_folder(cache_dir()) / f"{key}.packed").exists():
+        return None  # of the same bytes, with another drafter or none
     limit = limit_bytes()
     named = dict(decoder.named_buffers(remove_duplicate=False))
     weights = {name: t for name, t in named.items() if before.get(name) is not t}
