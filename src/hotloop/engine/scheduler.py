@@ -84,6 +84,8 @@ class Scheduler:
     Attributes:
         n_steps: See above.
         n_programs: Programs that the device side has captured or compiled for steps.
+        n_steps_run: Decode steps launched so far.
+        n_rows_run: Rows of these steps, all together.
         feature_sets: Sets of features that programs exist for, ascending; a step takes the first
             that includes its own. None: steps have exactly the features that they need.
     """
@@ -100,7 +102,7 @@ class Scheduler:
         prefix_cache: PrefixReuse = "none",
     ) -> None:
         self.controller, self.n_steps = controller, n_steps
-        self.n_programs = 0
+        self.n_programs = self.n_steps_run = self.n_rows_run = 0
         self.feature_sets: Sequence[Features] | None = None
         self._core, self._n_positions, self._chunk = core, n_positions, chunk
         self._waiting: deque[Job] = deque()
@@ -245,6 +247,8 @@ class Scheduler:
             known_positions=known_positions,
             slack=slack,
         )
+        self.n_steps_run += n_steps
+        self.n_rows_run += n_steps * n
         return _Launched(self._core.run(step), requests=active, n=n, k=k, n_steps=n_steps)
 
     def _features(self, requests: Iterable[Request]) -> Features:

@@ -158,6 +158,8 @@ class ServiceState:
         n_waiting: Requests that wait for a seat.
         n_captured: Programs captured or compiled since the service was ready; 0, unless a size was
             forgotten.
+        n_steps: Decode steps since the engine was made.
+        n_step_rows: Rows of these steps, all together.
         stalled_s: Seconds since the last iteration ended, while there is work; else 0.
         error: What has ended the service; None while it runs.
     """
@@ -165,6 +167,8 @@ class ServiceState:
     n_running: int
     n_waiting: int
     n_captured: int
+    n_steps: int
+    n_step_rows: int
     stalled_s: float
     error: HotloopError | None
 
@@ -301,6 +305,8 @@ class Service:
             n_running=n_running,
             n_waiting=max(0, self._n_jobs - n_running),
             n_captured=self._scheduler.n_programs - self._n_programs,
+            n_steps=self._scheduler.n_steps_run,
+            n_step_rows=self._scheduler.n_rows_run,
             stalled_s=0.0 if busy_since is None else time.monotonic() - busy_since,
             error=self._error,
         )

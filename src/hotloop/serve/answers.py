@@ -20,12 +20,13 @@ from typing import Any, Protocol
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from hotloop.engine.service import Piece, Service, Ticket
+from hotloop.engine.service import Piece, Ticket
 from hotloop.errors import HotloopError, ServiceClosedError
 from hotloop.serve.errors import as_api_error
+from hotloop.serve.metrics import Tally
 from hotloop.serve.protocol import ABORT
 from hotloop.serve.schemas import SamplingBody
-from hotloop.serve.settings import ServerSettings
+from hotloop.serve.served import Served
 from hotloop.types import Delta
 
 STREAM_HEADERS = {
@@ -86,71 +87,41 @@ def error_event(error: Exception) -> str:
     return f"data: {compact(as_api_error(error).body)}\n\n"
 
 
-class Usage:
-    """Counts the tokens of a request.
-
-    Args:
-        prompt_tokens: Tokens of its prompts.
-        n: Answers to each prompt.
-    """
-
-    def __init__(self, prompt_tokens: int, n: int | None = None) -> None:
-        self._n = n or 1
-        self.prompt_tokens, self.completion_tokens, self.cached_tokens = prompt_tokens, 0, 0
-
-    def add(self, delta: Delta) -> None:
-        """Counts a piece of an answer."""
-        self.completion_tokens += len(delta.token_ids)
-        if delta.generation is not None and delta.index % self._n == 0:
-            self.cached_tokens += delta.generation.cached_tokens
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The usage as JSON."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-
-    @property
-    def json(self) -> str:
-        """The usage as the JSON of a chunk."""
-        return compact(self.body)
+def usage(tally: Tally) -> dict[str, Any]:
+    """Returns the usage of a request as JSON."""
+    return {
+        "prompt_tokens": tally.prompt_tokens,
+        "completion_tokens": tally.completion_tokens,
+        "total_tokens": tally.prompt_tokens + tally.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": tally.cached_tokens},
+    }
 
 
 async def respond(
-    service: Service,
-    ticket: Ticket,
-    shape: Shape,
-    asked: SamplingBody,
-    receive: Receive,
-    settings: ServerSettings,
+    served: Served, ticket: Ticket, shape: Shape, asked: SamplingBody, receive: Receive
 ) -> Response:
     """Returns the response of a ticket: its stream, or its whole body once that is there.
 
     Args:
-        service: The engine.
+        served: The model.
         ticket: The request, submitted.
         shape: What its answers look like.
         asked: The request's body.
         receive: Tells when the client has gone.
-        settings: The limits.
 
     Raises:
         HotloopError: What ended the request, if it is not streamed.
     """
     if asked.stream:
-        return EventStream(service, ticket, shape, asked, settings)
-    usage, deltas = Usage(ticket.prompt_tokens, asked.n), []
-    async with cancelled_if_gone(service, ticket, receive):
+        return EventStream(served, ticket, shape, asked)
+    tally, deltas = Tally(served.metrics, ticket.prompt_tokens, asked.n), []
+    async with cancelled_if_gone(served, ticket, receive):
         while not ticket.done:
             await ticket.arrived()
             for delta in ticket.take():
                 deltas.append(checked(delta))
-                usage.add(deltas[-1])
-    return JSONResponse(shape.body(deltas, usage.body))
+                tally.add(deltas[-1])
+    return JSONResponse(shape.body(deltas, usage(tally)))
 
 
 def checked(piece: Piece) -> Delta:
@@ -168,13 +139,15 @@ def checked(piece: Piece) -> Delta:
 
 @asynccontextmanager
 async def cancelled_if_gone(
-    service: Service, ticket: Ticket, receive: Receive
+    served: Served, ticket: Ticket, receive: Receive
 ) -> AsyncGenerator[None]:
     """Cancels a ticket as soon as its client has gone, or the block ends before the ticket."""
+    service = served.model.service
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        served.metrics.cancelled.inc()
         service.cancel(ticket)
 
     watcher = asyncio.create_task(watch())
@@ -190,38 +163,34 @@ class EventStream(Response):
     """A stream of server-sent events: the pieces of a ticket's answers, as they come.
 
     Args:
-        service: The engine.
+        served: The model.
         ticket: The request, submitted.
         shape: What its answers look like.
         asked: The request's body.
-        settings: The limits.
     """
 
-    def __init__(
-        self,
-        service: Service,
-        ticket: Ticket,
-        shape: Shape,
-        asked: SamplingBody,
-        settings: ServerSettings,
-    ) -> None:
-        self._service, self._ticket, self._shape = service, ticket, shape
-        self._options, self._n, self._settings = asked.stream_options, asked.n, settings
+    def __init__(self, served: Served, ticket: Ticket, shape: Shape, asked: SamplingBody) -> None:
+        self._served, self._ticket, self._shape = served, ticket, shape
+        self._options, self._n = asked.stream_options, asked.n
         super().__init__(headers=STREAM_HEADERS)
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream."""
-        ticket, usage = self._ticket, Usage(self._ticket.prompt_tokens, self._n)
+        ticket, served = self._ticket, self._served
+        tally = Tally(served.metrics, ticket.prompt_tokens, self._n)
         wanted = bool(self._options.include_usage)
         continuous = wanted and bool(self._options.continuous_usage_stats)
 
         async def write(text: str, *, more: bool = True) -> None:
             message = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-            async with asyncio.timeout(self._settings.send_s):
+            async with asyncio.timeout(served.settings.send_s):
                 await send(message)
 
-        async with cancelled_if_gone(self._service, ticket, receive):
+        def counted() -> str:
+            return compact(usage(tally))
+
+        async with cancelled_if_gone(served, ticket, receive):
             await send(
                 {
                     "type": "http.response.start",
@@ -236,21 +205,24 @@ class EventStream(Response):
                         continue
                     text = ""
                     for piece in ticket.take():
-                        usage.add(delta := checked(piece))
-                        text += self._shape.events(delta, usage.json if continuous else "")
+                        tally.add(delta := checked(piece))
+                        text += self._shape.events(delta, counted() if continuous else "")
                     if text:
                         await write(text)
-                counted = self._shape.usage_event(usage.json) if wanted else ""
-                await write(f"{counted}data: [DONE]\n\n", more=False)
+                last = self._shape.usage_event(counted()) if wanted else ""
+                await write(f"{last}data: [DONE]\n\n", more=False)
             except HotloopError as error:
                 await write(error_event(error), more=False)
             except TimeoutError:  # the client does not read
                 scope["state"][ABORT]()
+            except Exception as error:  # a fault of ours, which the log shows
+                await write(error_event(error), more=False)
+                raise
 
     async def _arrived(self) -> bool:
         """Waits for a piece; False after a time of silence."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.ping_s):
+            async with asyncio.timeout(self._served.settings.ping_s):
                 await self._ticket.arrived()
                 return True
         return False

@@ -16,7 +16,7 @@ from hotloop.serve.chat import chat_completions
 from hotloop.serve.completions import completions
 from hotloop.serve.errors import ApiError, handle
 from hotloop.serve.gate import Gate
-from hotloop.serve.health import health
+from hotloop.serve.health import health, metrics
 from hotloop.serve.models import model, models
 from hotloop.serve.page import chat_page
 from hotloop.serve.served import Served
@@ -41,6 +41,7 @@ def create_app(served: Served) -> Starlette:
             Route("/tokenizer_info", tokenizer_info),
             Route("/health", health),
             Route("/ready", health),
+            Route("/metrics", metrics),
         ],
         middleware=[
             *_cors(served.settings.cors_origins),

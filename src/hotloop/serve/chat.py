@@ -36,7 +36,7 @@ async def chat_completions(request: Request) -> Response:
     use = read_tool_use(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
     turn, ticket = await submit_turn(request, model, lambda: model.chats.turn(asked, use, params))
     shape = ChatShape(served, model.tokenizer, turn.parser, named=use.choice == "named")
-    return await respond(model.service, ticket, shape, asked, request.receive, served.settings)
+    return await respond(served, ticket, shape, asked, request.receive)
 
 
 class ChatShape:

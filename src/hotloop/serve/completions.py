@@ -15,15 +15,16 @@ from hotloop.engine.service import Ticket
 from hotloop.serve.answers import (
     STREAM_HEADERS,
     Chunks,
-    Usage,
     as_string,
     cancelled_if_gone,
     compact,
     respond,
+    usage,
 )
 from hotloop.serve.bodies import LARGE_BYTES, read
 from hotloop.serve.errors import ApiError
 from hotloop.serve.logprobs import CompletionLogprobs, ScoredToken, scored_prompt
+from hotloop.serve.metrics import Tally
 from hotloop.serve.schemas import CompletionBody
 from hotloop.serve.served import Model, Served
 from hotloop.serve.submit import submit
@@ -42,13 +43,13 @@ async def completions(request: Request) -> Response:
     prompts = await asyncio.to_thread(_encoded, asked, model) if large else _encoded(asked, model)
     scored: list[list[ScoredToken]] = []
     if asked.echo and asked.logprobs is not None:
-        scored = [await _scored(request, model, ids, asked.logprobs) for ids in prompts]
+        scored = [await _scored(request, served, ids, asked.logprobs) for ids in prompts]
     shape = CompletionShape(served, asked, model.tokenizer, prompts, scored)
     if asked.echo and asked.max_tokens == 0:
-        return _only_echoed(asked, shape, prompts)
+        return _only_echoed(served, asked, shape, prompts)
     params = asked.params(model.sampling, served.settings)
     ticket = await submit(request, model, lambda: prompts, params, large=large)
-    return await respond(model.service, ticket, shape, asked, request.receive, served.settings)
+    return await respond(served, ticket, shape, asked, request.receive)
 
 
 def _check(asked: CompletionBody, max_choices: int) -> None:
@@ -84,13 +85,13 @@ def _encoded(asked: CompletionBody, model: Model) -> list[list[int]]:
 
 
 async def _scored(
-    request: Request, model: Model, ids: list[int], n_alternatives: int
+    request: Request, served: Served, ids: list[int], n_alternatives: int
 ) -> list[ScoredToken]:
     """Scores a prompt: the log-probability of each token after the first, and alternatives."""
     if len(ids) < 2:
         return scored_prompt(ids, None, 0)
-    ticket: Ticket = model.service.score(ids, full=n_alternatives > 1)
-    async with cancelled_if_gone(model.service, ticket, request.receive):
+    ticket: Ticket = served.model.service.score(ids, full=n_alternatives > 1)
+    async with cancelled_if_gone(served, ticket, request.receive):
         while not ticket.done:
             await ticket.arrived()
             for score in ticket.take():
@@ -100,10 +101,10 @@ async def _scored(
 
 
 def _only_echoed(
-    asked: CompletionBody, shape: CompletionShape, prompts: Sequence[list[int]]
+    served: Served, asked: CompletionBody, shape: CompletionShape, prompts: Sequence[list[int]]
 ) -> Response:
     """Returns the response of ``max_tokens`` 0, for which nothing is generated."""
-    usage = Usage(sum(map(len, prompts)))
+    tally = Tally(served.metrics, sum(map(len, prompts)))
     deltas = [
         Delta(
             index=i * (asked.n or 1) + j,
@@ -123,10 +124,10 @@ def _only_echoed(
         for j in range(asked.n or 1)
     ]
     if not asked.stream:
-        return JSONResponse(shape.body(deltas, usage.body))
+        return JSONResponse(shape.body(deltas, usage(tally)))
     text = "".join(shape.events(delta, "") for delta in deltas)
     if asked.stream_options.include_usage:
-        text += shape.usage_event(usage.json)
+        text += shape.usage_event(compact(usage(tally)))
     return Response(f"{text}data: [DONE]\n\n", headers=STREAM_HEADERS)
 
 

@@ -110,6 +110,8 @@ def unavailable(message: str) -> ApiError:
     )
 
 
-async def handle(_request: Request, error: Exception) -> Response:
+async def handle(request: Request, error: Exception) -> Response:
     """Answers a request that raised an error."""
-    return as_api_error(error).response()
+    told = as_api_error(error)
+    request.app.state.served.metrics.error(told.status)
+    return told.response()

@@ -1,6 +1,8 @@
-"""``/health`` and ``/ready``: whether the server works, and whether it takes requests."""
+"""``/health`` and ``/ready``, whether the server takes requests; ``/metrics``, for Prometheus."""
 
 from __future__ import annotations
+
+import asyncio
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -16,3 +18,11 @@ async def health(request: Request) -> Response:
     if (error := served.error) is not None:
         body["error"] = str(error)
     return JSONResponse(body, 200 if status == "ready" else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """Returns the metrics in a format of Prometheus."""
+    served: Served = request.app.state.served
+    accept = request.headers.get("accept", "")
+    body, content_type = await asyncio.to_thread(served.metrics.exposed, accept)
+    return Response(body, headers={"Content-Type": content_type})

@@ -13,6 +13,7 @@ from hotloop.engine.service import Service
 from hotloop.errors import HotloopError, shorten_value
 from hotloop.serve.conversations import Conversations
 from hotloop.serve.errors import ApiError, unavailable
+from hotloop.serve.metrics import Metrics
 from hotloop.serve.settings import ServerSettings
 from hotloop.text.tokenizer import Tokenizer
 from hotloop.types import EngineDescription, SamplingParams
@@ -81,6 +82,7 @@ class Served:
     Attributes:
         settings: The server's settings.
         created: When the server started, in seconds since 1970.
+        metrics: Counts of its requests.
         draining: The server is about to end, and takes no more requests.
     """
 
@@ -88,6 +90,7 @@ class Served:
         self.settings = settings
         self.created = int(time.time())
         self.draining = False
+        self.metrics = Metrics(settings.name)
         self._model: Model | None = None
 
     def attach(self, service: Service) -> None:
@@ -105,6 +108,7 @@ class Served:
             )
         if sampling.greedy:
             sampling = replace(sampling, temperature=API_TEMPERATURE)
+        self.metrics.watch(service)
         self._model = Model(service, tokenizer, service.description, sampling, conversations)
 
     @property
