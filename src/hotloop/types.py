@@ -625,6 +625,8 @@ class Delta:
         token_ids: Tokens that arrived with it.
         logprobs: Their log-probabilities; None if the request wants none.
         generation: The whole answer, on the last piece of each prompt.
+        n_accepted: How many of the tokens, the first ones, were accepted drafts.
+        n_accepted_chars: How many characters of the text, the first ones, these made certain.
     """
 
     index: int
@@ -632,6 +634,8 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
     generation: Generation | None = None
+    n_accepted: int = 0
+    n_accepted_chars: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

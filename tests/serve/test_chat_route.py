@@ -1,10 +1,13 @@
 """Chats over HTTP: a stream and a whole response are the same answer."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from serving import HELLO, events
+from serving import HELLO, events, serving
+
+from hotloop import LLM
 
 LONG = {"role": "user", "content": "x" * 500}
 GREEDY = {"messages": HELLO, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -63,3 +66,22 @@ def test_what_cannot_be_served_is_an_error_in_the_shape_of_the_api(
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == code
     assert word in error["message"]
+
+
+def test_a_stream_tells_which_text_was_drafted_if_asked_to(folder: Path) -> None:
+    drafting = {"draft": str(folder), "draft_tokens": 3, "draft_policy": "always"}
+    with (
+        LLM(str(folder), dtype="float32", max_batch_size=1, **drafting) as llm,
+        serving(llm) as server,
+        httpx2.Client(base_url=server.url, timeout=600) as client,
+    ):
+        whole = chat(client).json()["choices"][0]["message"]["content"]
+        *plain, _ = events(chat(client, stream=True))
+        *chunks, _ = events(chat(client, stream=True, hotloop={"details": True}))
+    assert all("hotloop" not in chunk for chunk in plain)
+    texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(texts) == whole
+    told = [chunk["hotloop"]["accepted"] if "hotloop" in chunk else None for chunk in chunks]
+    # A token of the prefill, steps of drafts and a token of the model's own, and the finish reason.
+    assert told == [None, 3, None, 3, None, 2, None, None]
+    assert all(texts[:-1])

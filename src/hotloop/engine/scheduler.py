@@ -334,12 +334,12 @@ class Scheduler:
             )
         deltas: list[tuple[Job, Delta | None]] = []
         for row, request in running.items():
-            text, ids = "", []
+            texts, ids = [], []
             for token_id, logprob in result.rows[row]:
                 if token_id < 0:
                     request.failed = True
                     break
-                text += request.accept(token_id, logprob)
+                texts.append(request.accept(token_id, logprob))
                 ids.append(token_id)
                 if request.finish_reason is not None:
                     break  # the step's further tokens are beyond the end
@@ -353,12 +353,16 @@ class Scheduler:
                 )
             if request.ended:
                 self._release(request)
+            # A step with drafts adds one token of the model's own to those that were accepted.
+            n_accepted = len(result.rows[row]) - 1 if result.n_drafts[row] else 0
             delta = Delta(
                 index=request.index,
-                text=text,
+                text="".join(texts),
                 token_ids=tuple(ids),
                 logprobs=request.newest_logprobs(len(ids)),
                 generation=None if request.finish_reason is None else request.generation(),
+                n_accepted=min(n_accepted, len(ids)),
+                n_accepted_chars=sum(map(len, texts[:n_accepted])),
             )
             deltas.append((request, delta))
         return deltas

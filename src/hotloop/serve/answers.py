@@ -71,15 +71,18 @@ class Chunks:
     def __init__(self, about: Mapping[str, Any]) -> None:
         self._about = compact(about)[:-1]
 
-    def event(self, choice: str, usage: str = "") -> str:
+    def event(self, choice: str, usage: str = "", details: str = "") -> str:
         """Returns the event of a chunk.
 
         Args:
             choice: The JSON of its choice; empty for none.
             usage: The JSON of the usage so far, or empty for none.
+            details: The JSON of hotloop's own field, or empty for none.
         """
-        counted = f',"usage":{usage}' if usage else ""
-        return f'data: {self._about},"choices":[{choice}]{counted}}}\n\n'
+        more = f',"usage":{usage}' if usage else ""
+        if details:
+            more += f',"hotloop":{details}'
+        return f'data: {self._about},"choices":[{choice}]{more}}}\n\n'
 
 
 def error_event(error: Exception) -> str:

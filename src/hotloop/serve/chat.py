@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -35,7 +36,13 @@ async def chat_completions(request: Request) -> Response:
     params = asked.params(model.sampling, served.settings)
     use = read_tool_use(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
     turn, ticket = await submit_turn(request, model, lambda: model.chats.turn(asked, use, params))
-    shape = ChatShape(served, model.tokenizer, turn.parser, named=use.choice == "named")
+    shape = ChatShape(
+        served,
+        model.tokenizer,
+        turn.parser,
+        named=use.choice == "named",
+        details=asked.hotloop.details,
+    )
     return await respond(served, ticket, shape, asked, request.receive)
 
 
@@ -47,6 +54,7 @@ class ChatShape:
         tokenizer: The model's.
         parser: Makes the parser of each answer.
         named: The request names the tool that an answer calls.
+        details: Streamed text that was drafted has chunks of its own, which say so.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class ChatShape:
         parser: Callable[[], Parser],
         *,
         named: bool = False,
+        details: bool = False,
     ) -> None:
         self._about = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -63,7 +72,8 @@ class ChatShape:
             "created": int(time.time()),
             "model": served.settings.name,
         }
-        self._tokenizer, self._parser, self._named = tokenizer, parser, named
+        self._tokenizer, self._parser = tokenizer, parser
+        self._named, self._details = named, details
         self._choices: dict[int, _Choice] = {}
         self._chunks = Chunks(self._about | {"object": "chat.completion.chunk"})
 
@@ -72,12 +82,20 @@ class ChatShape:
     def events(self, delta: Delta, usage: str) -> str:
         """See ``Shape``."""
         choice = self._choice(delta.index)
+        if not (self._details and delta.n_accepted):
+            return self._events(choice, delta, usage)
+        accepted, rest = _divided(delta)
+        details = f'{{"accepted":{delta.n_accepted}}}'
+        return self._events(choice, accepted, usage, details) + self._events(choice, rest, usage)
+
+    def _events(self, choice: _Choice, delta: Delta, usage: str, details: str = "") -> str:
         generation = delta.generation
         logprobs = self._logprobs(delta)
         text = ""
-        for part in choice.parts(delta):
-            text += self._event(choice, _DELTAS[type(part)](part), usage, logprobs)
+        for part in choice.parts(delta) or [Content("")] * bool(details):
+            text += self._event(choice, _DELTAS[type(part)](part), usage, logprobs, details=details)
             logprobs = "null"
+            details = details and '{"accepted":0}'  # the tokens have been counted
         if logprobs != "null":  # of tokens whose text is withheld
             text += self._event(choice, '"content":""', usage, logprobs)
         if generation is not None:
@@ -95,6 +113,7 @@ class ChatShape:
         usage: str,
         logprobs: str = "null",
         finish: str = "null",
+        details: str = "",
     ) -> str:
         if not choice.begun:  # never in a chunk of its own, which would be taken for a token
             choice.begun = True
@@ -103,6 +122,7 @@ class ChatShape:
             f'{{"index":{choice.index},"delta":{{{fields}}},'
             f'"logprobs":{logprobs},"finish_reason":{finish}}}',
             usage,
+            details,
         )
 
     def _logprobs(self, delta: Delta) -> str:
@@ -141,6 +161,25 @@ _DELTAS: dict[type, Callable[[Any], str]] = {
     ),
 }
 """The fields of a chunk's delta that a part becomes."""
+
+
+def _divided(delta: Delta) -> tuple[Delta, Delta]:
+    """Divides a piece into what was drafted and the rest."""
+    n, n_chars = delta.n_accepted, delta.n_accepted_chars
+    logprobs = delta.logprobs
+    accepted = Delta(
+        index=delta.index,
+        text=delta.text[:n_chars],
+        token_ids=delta.token_ids[:n],
+        logprobs=logprobs and logprobs[:n],
+    )
+    rest = replace(
+        delta,
+        text=delta.text[n_chars:],
+        token_ids=delta.token_ids[n:],
+        logprobs=logprobs and logprobs[n:],
+    )
+    return accepted, rest
 
 
 class _Choice:

@@ -137,9 +137,20 @@ class Conversation(Body):
     tools: list[dict[str, Any]] | None = None
 
 
+class Extension(Body):
+    """Fields of hotloop's own.
+
+    Attributes:
+        details: Tell in a stream which text was drafted.
+    """
+
+    details: bool = False
+
+
 class ChatBody(SamplingBody, Conversation):
     """The body of ``/v1/chat/completions``."""
 
+    hotloop: Extension = Extension()
     max_completion_tokens: Annotated[int, Field(le=MAX_COUNT)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0

@@ -114,11 +114,11 @@ export class Run {
     const { answer } = this;
     const now = performance.now();
     const [choice] = chunk.choices;
-    const accepted = chunk.hotloop?.accepted ?? 0;
+    const accepted = chunk.hotloop?.accepted; // tokens; with it, the text was drafted
     const { content, reasoning_content: reasoning } = choice?.delta ?? {};
     for (const [name, text] of Object.entries({ reasoning, content })) {
       if (!text) continue;
-      if (accepted) extend(answer.drafted[name], answer[name].length, text.length);
+      if (accepted !== undefined) extend(answer.drafted[name], answer[name].length, text.length);
       answer[name] += text;
       answer.state = "streaming";
     }
