@@ -107,10 +107,26 @@ def self_scheme(draft: str) -> str | None:
     return scheme if (prefix, dash) == ("self", "-") else None
 
 
+def drafters(draft: str) -> tuple[str, ...]:
+    """Returns the drafters that a value of ``EngineConfig.draft`` names; none for ``none``.
+
+    Several, such as ``ngram+self-int4-g64``, are those that need no other model: any other value
+    is a draft model, whatever characters its path has.
+    """
+    parts = tuple(part.strip() for part in re.split("[+,]", draft))
+    if all(map(_needs_no_model, parts)):
+        return parts
+    return () if draft == "none" else (draft,)
+
+
+def _needs_no_model(drafter: str) -> bool:
+    is_own = exit_layers(drafter) is not None or self_scheme(drafter) is not None
+    return drafter == "ngram" or is_own
+
+
 def is_draft_model(draft: str) -> bool:
     """Tells whether a value of ``EngineConfig.draft`` names a draft model."""
-    is_own = exit_layers(draft) is not None or self_scheme(draft) is not None
-    return draft not in ("none", "ngram") and not is_own
+    return not all(map(_needs_no_model, drafters(draft)))
 
 
 def draft_name(
@@ -243,7 +259,8 @@ class EngineConfig:
         Lever(
             help="Speculative decoding: none; ngram, which looks drafts up in the text so far; "
             "exit-N, the model's first N layers; self-SCHEME, the model under another --quant, "
-            "such as self-int4-g128; or a smaller model of the same vocabulary.",
+            "such as self-int4-g128; several of these, as in ngram+self-int4-g128; or a smaller "
+            "model of the same vocabulary.",
             group="Speculation",
         ),
     ] = "none"

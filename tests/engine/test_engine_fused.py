@@ -575,7 +575,8 @@ def test_rows_that_move_as_requests_end_change_nothing(tmp_path, monkeypatch):
 
 # A GPU tries each with each.
 @pytest.mark.parametrize(
-    ("draft", "draft_tokens"), [("ngram", 1), ("exit-1", 3), ("self-int4-g32", 3), ("itself", 7)]
+    ("draft", "draft_tokens"),
+    [("ngram", 1), ("exit-1", 3), ("self-int4-g32,ngram", 3), ("itself", 7)],
 )
 def test_drafts_change_neither_tokens_nor_their_probabilities(folder, engine, draft, draft_tokens):
     plain = engine(quant="int8", max_batch_size=2)
@@ -630,7 +631,7 @@ def test_closing_frees_plans_counters_weights_and_cache(engine):
     llm = engine(draft="exit-1")
     llm.generate([[7]], FREELY)
     runner = llm._runner
-    forwards = [runner._stepper.forward, runner._drafter.forward]
+    forwards = [runner._stepper.forward, runner._drafters[0].forward]
     kept = [weakref.ref(part) for part in (*forwards, runner._model.decoder, runner._model.cache)]
     kept += [weakref.ref(plans) for forward in forwards for plans in forward._plans.values()]
     assert len(kept) >= 4 + 2

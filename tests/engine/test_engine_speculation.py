@@ -14,7 +14,7 @@ from tiny_models import N_TOKENS, encode, write_markov, write_random, write_scri
 
 from hotloop import LLM, EngineConfig, Generation, SamplingParams, Speculation
 from hotloop.engine.core import StepTimes
-from hotloop.engine.draft_control import DraftController, sizes_up_to
+from hotloop.engine.draft_control import Choice, DraftController, sizes_up_to
 from hotloop.engine.setup import prepare, settle
 from hotloop.engine.speculation import assume
 from hotloop.errors import ConfigError, HotloopError
@@ -37,7 +37,14 @@ SAMPLING = {
         "ignore_eos": False,
     },
 }
-DRAFTS = ("ngram", "exit-1", "self-int4-g32", "another", "itself")
+DRAFTS = (
+    "ngram",
+    "exit-1",
+    "self-int4-g32",
+    "ngram+self-int4-g32+exit-2",
+    "another",
+    "itself",
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +124,8 @@ def test_a_draft_model_that_is_the_model_is_always_right(deep, rows, monkeypatch
     llm = LLM(str(deep), dtype="float32", max_batch_size=rows, draft=str(deep), draft_tokens=3)
     wanted = itertools.cycle([3, 0, 0, 2, 1, 0, 3, 3])
     controller = llm._scheduler.controller
-    monkeypatch.setattr(controller, "choose", lambda _, limit: min(limit, next(wanted)))
+    chosen = lambda _, limit: Choice(k=min(limit, next(wanted)))  # noqa: E731
+    monkeypatch.setattr(controller, "choose", chosen)
     for options in ({}, *SAMPLING.values()):
         seen = total(llm.generate(PROMPTS, FREELY, **options, seed=8))
         assert len(seen.proposed) == 3
@@ -184,6 +192,21 @@ def test_random_weights_are_requantized_for_their_drafts(deep):
         assert seen.acceptance[0] > 0.3, "of other random weights it would be 1 in 300"
         if quant == "int8":
             assert answers(llm) == answers(plain)
+
+
+def test_of_several_drafters_each_is_used_and_counted(deep):
+    options = {"dtype": "float32", "draft_policy": "always", "max_batch_size": 2}
+    llm = LLM(str(deep), draft="ngram,exit-2", **options)
+    plain, used = LLM(str(deep), dtype="float32", max_batch_size=2), []
+    run = llm._runner.run
+    llm._runner.run = lambda command: used.append(getattr(command, "drafter", None)) or run(command)
+    long = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    for prompts in ([[7]], [[5, 6], [260, 3] * 30]):
+        found, expected = (each.generate(prompts, long) for each in (llm, plain))
+        assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+        assert total(found).n_tokens == sum(len(g.token_ids) - 1 for g in found)
+    assert {0, 1} <= set(used)
+    assert llm.step_costs([[7]], max_new_tokens=4) == (), "each has costs of its own"
 
 
 def test_text_that_repeats_is_looked_up(tmp_path):
@@ -386,6 +409,19 @@ def test_a_self_draft_that_reads_no_less_than_the_model_is_refused(folder, quant
     assert "save nothing. Give a scheme of fewer bits" in message
 
 
+@pytest.mark.parametrize("draft", ["ngram+ngram", "self-int8,self-int4-g32", "self-int8,self-int8"])
+def test_several_drafters_are_different_ones(folder, draft):
+    assert f"draft {draft!r} names a drafter twice" in refused(folder, draft=draft)
+
+
+def test_several_drafters_are_named_by_plus_and_need_no_other_model(folder):
+    config = EngineConfig(model=str(folder), draft="ngram,self-int4-sym-g32, exit-1", device="cpu")
+    assert prepare(config).config.draft == "ngram+self-int4-g32+exit-1"
+    assert config.name.endswith("draft=ngram,self-int4-sym-g32, exit-1-4")
+    assert "draft 'exit-9' runs" in refused(folder, draft="ngram+exit-9")
+    assert "neither 'ngram'" in refused(folder, draft="ngram+no-such-model")
+
+
 def test_a_self_draft_has_a_head_of_its_own_where_that_saves_bytes(deep, folder):
     for draft, quant, head, owns in (
         ("self-int4-g32", "none", "auto", True),  # the head is a quarter of these tiny models
@@ -410,23 +446,25 @@ def test_a_context_longer_than_the_drafts_is_refused_only_where_it_was_asked_for
 
 
 class Device:
-    """A pretended device: what a step costs, and how often drafts are right."""
+    """A pretended device: what a step costs, and how often drafts are right, by drafter."""
 
-    def __init__(self, cost_s: dict[int, float], chance: float) -> None:
-        self.cost_s, self.chance = cost_s, chance
+    def __init__(self, cost_s: dict[int, float], *chances: float, factors: tuple = (1.0,)) -> None:
+        self.cost_s, self.chances, self.factors = cost_s, list(chances), factors
         self.random = np.random.default_rng(0)
         self.seconds = self.tokens = 0.0
         self.sizes: list[int] = []
+        self.drafters: list[int] = []
 
     def run(self, controller: DraftController, n_steps: int) -> None:
         for _ in range(n_steps):
-            k = controller.choose(1, 99)
-            right = int(np.cumprod(self.random.random(k) < self.chance).sum())
-            cost = self.cost_s[k]
-            controller.observe(
-                1, k, times=StepTimes(draft_s=cost / 3, model_s=2 * cost / 3), kept=[right + 1]
-            )
+            choice = controller.choose(1, 99)
+            k, chance = choice.k, self.chances[choice.drafter]
+            right = int(np.cumprod(self.random.random(k) < chance).sum())
+            cost = self.cost_s[0] + (self.cost_s[k] - self.cost_s[0]) * self.factors[choice.drafter]
+            times = StepTimes(draft_s=cost / 3, model_s=2 * cost / 3)
+            controller.observe(1, k, times=times, kept=[right + 1], choice=choice)
             self.sizes.append(k)
+            self.drafters.append(choice.drafter)
             self.seconds += cost
             self.tokens += right + 1
 
@@ -452,12 +490,56 @@ def test_drafting_that_pays_is_found_and_kept():
 def test_the_controller_follows_a_change_of_text():
     controller, device = DraftController(sizes_up_to(4)), Device(COSTS_S, 0.95)
     device.run(controller, 200)
-    device.chance = 0.0
+    device.chances[0] = 0.0
     device.run(controller, 100)
     assert device.sizes[-80:].count(0) > 75
-    device.chance = 0.95
+    device.chances[0] = 0.95
     device.run(controller, 1500)
     assert device.sizes[-100:].count(4) > 90
+
+
+BOTH = {"factors": (0.2, 1.0)}
+"""A drafter that costs little, such as n-grams, and one that costs more."""
+
+
+def test_the_drafter_that_is_faster_is_found_and_kept():
+    for chances, best, per_step in (
+        ((0.5, 0.9), 1, sum(0.9**i for i in range(5)) / COSTS_S[4]),
+        ((0.8, 0.85), 0, sum(0.8**i for i in range(5)) / 0.0116),
+    ):
+        device = Device(COSTS_S, *chances, **BOTH)
+        device.run(DraftController(sizes_up_to(4), n_drafters=2), 1000)
+        assert device.tokens / device.seconds > 0.96 * per_step
+        assert device.drafters[-200:].count(best) > 170
+
+
+def test_drafters_that_do_not_pay_cost_at_most_a_few_per_cent_together():
+    device = Device(COSTS_S, 0.0, 0.1, 0.1, factors=(0.2, 1.0, 1.0))
+    device.run(DraftController(sizes_up_to(4), n_drafters=3), 1000)
+    assert device.seconds / device.tokens < COSTS_S[0] * 1.03
+
+
+def test_a_drafter_that_becomes_better_than_the_best_is_noticed():
+    controller, device = (
+        DraftController(sizes_up_to(4), n_drafters=2),
+        Device(COSTS_S, 0.0, 0.85, **BOTH),
+    )
+    device.run(controller, 300)
+    assert device.drafters[-100:].count(1) > 85
+    device.chances[0] = 0.95
+    device.run(controller, 500)
+    assert device.drafters[-100:].count(0) > 85
+
+
+def test_always_drafting_chooses_among_drafters_as_well():
+    controller = DraftController(sizes_up_to(4), n_drafters=2, always=True)
+    device = Device(COSTS_S, 0.0, 0.85, **BOTH)
+    device.run(controller, 300)
+    assert set(device.sizes) == {4}
+    assert device.drafters[-100:].count(1) > 85
+    device.chances[0] = 0.95
+    device.run(controller, 500)
+    assert device.drafters[-100:].count(0) > 85
 
 
 def test_the_controller_keeps_within_the_limit():
@@ -465,7 +547,7 @@ def test_the_controller_keeps_within_the_limit():
         device = Device(COSTS_S, 1.0)
         device.run(controller, 20)
         for limit in (-1, 0, 1, 3):
-            assert controller.choose(1, limit) <= max(0, limit)
+            assert controller.choose(1, limit).k <= max(0, limit)
 
 
 def test_sizes_are_powers_of_two_and_the_most():

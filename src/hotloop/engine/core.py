@@ -219,6 +219,7 @@ class Step(Command[StepResult]):
         longest: Exceeds every position in use, drafts included.
         features: The features that the sampler needs.
         k: Drafts for each row.
+        drafter: Which of the drafters makes them.
         n_steps: Number of steps; 1 with drafts.
         known_positions: For each row in use, a lower bound on the position of its newest token.
         slack: The most tokens that in-flight steps may add to that.
@@ -231,6 +232,7 @@ class Step(Command[StepResult]):
     longest: int
     features: Features
     k: int = 0
+    drafter: int = 0
     n_steps: int = 1
     known_positions: Mapping[int, int] = dataclasses.field(default_factory=dict)
     slack: int = 0

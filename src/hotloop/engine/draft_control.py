@@ -1,4 +1,4 @@
-"""Chooses the number of draft tokens per step, 0 where speculation does not pay."""
+"""Chooses the drafter and the number of drafts per step, 0 where speculation does not pay."""
 
 from __future__ import annotations
 
@@ -37,24 +37,49 @@ class _Average:
         return (self.total + prior * weight) / (self.weight + weight)
 
 
-class DraftController:
-    """Chooses how many tokens to draft in the next step.
+@dataclass(frozen=True)
+class Choice:
+    """How the next step drafts.
 
-    Let a_i be the conditional acceptance rate of draft position i: the probability that its draft
-    is accepted if those before it are. A step with k drafts yields 1 + a_1 + a_1 a_2 + … tokens in
-    expectation; its time is a moving average of recent steps of that size. The controller chooses
-    the k, 0 included, with the most expected tokens per second. Draft positions without recent
-    samples are assumed to have the acceptance rate of the position before. Where 0 is best,
-    acceptance can be measured only at a loss: an exploration budget allows trials of the next best
-    k, so that the time lost by them is at most ``EXPLORATION_SHARE`` of all time.
+    Attributes:
+        drafter: The number of the drafter.
+        k: Drafts for each row; 0 in a plain step.
+        trial_s: The time of a token by the best drafter, of a step that tries another in its place;
+            None of any other step.
+    """
+
+    drafter: int = 0
+    k: int = 0
+    trial_s: float | None = None
+
+
+_Arm = tuple[int, int]
+"""A drafter and its number of drafts."""
+
+_PLAIN: _Arm = (0, 0)
+
+
+class DraftController:
+    """Chooses which drafter drafts how many tokens in the next step.
+
+    Let a_i be the conditional acceptance rate of draft position i of a drafter: the probability
+    that its draft is accepted if those before it are. A step with k drafts yields 1 + a_1 + a_1 a_2
+    + … tokens in expectation; its time is a moving average of recent steps of that drafter and
+    size. The controller chooses the drafter and the k, 0 included, with the most expected tokens
+    per second. Draft positions without recent samples are assumed to have the acceptance rate of
+    the position before. What is not best can be measured only at a loss: an exploration budget
+    allows trials of the next best k where 0 is best, and of the other drafters, by turns, where one
+    drafter is, so that the time lost by either kind of trial is at most ``EXPLORATION_SHARE`` of
+    all time.
 
     Args:
         sizes: Numbers of drafts to choose from, ascending, 0 among them.
-        always: Always draft as many tokens as the limit allows.
+        n_drafters: Drafters to choose from.
+        always: Draft in every step, as many tokens as the limit allows.
     """
 
     EXPLORATION_SHARE = 0.01
-    """The most time that trials may lose, as a share of all time."""
+    """The most time that trials of a kind may lose, as a share of all time."""
 
     INITIAL_BUDGET = 2.0
     """Initial and largest exploration budget, in plain steps."""
@@ -68,26 +93,49 @@ class DraftController:
     REFRESH = 64
     """The most steps with drafts between two plain ones, which keep a plain step's time current."""
 
-    def __init__(self, sizes: Sequence[int], *, always: bool = False) -> None:
+    def __init__(self, sizes: Sequence[int], *, n_drafters: int = 1, always: bool = False) -> None:
         self._sizes, self._always = tuple(sizes), always
-        self._acceptance = [_Average() for _ in range(max(sizes))]
-        self._costs: dict[tuple[int, int], _Average] = {}
-        self._budget_s: float | None = None
+        self._acceptance = [[_Average() for _ in range(max(sizes))] for _ in range(n_drafters)]
+        self._costs: dict[tuple[int, _Arm], _Average] = {}
+        self._budget_s: float | None = None  # of trials where plain steps are best
+        self._trials_s: float | None = None  # of trials where a drafter is
         self._since_plain = 0
+        self._since_chosen = [0] * n_drafters
 
-    def choose(self, n: int, limit: int) -> int:
-        """Chooses the number of drafts for each of ``n`` rows in the next step, up to ``limit``."""
-        sizes = [k for k in self._sizes if k <= max(0, limit)]
+    def choose(self, n: int, limit: int) -> Choice:
+        """Chooses how ``n`` rows draft in the next step, up to ``limit`` tokens each."""
+        choice = self._choose(n, limit)
+        self._since_chosen = [since + 1 for since in self._since_chosen]
+        if choice.k:
+            self._since_chosen[choice.drafter] = 0
+        return choice
+
+    def _choose(self, n: int, limit: int) -> Choice:
+        sizes = [k for k in self._sizes if 0 < k <= limit]
         if self._always:
-            return sizes[-1]
-        if unknown := [k for k in sizes if self._cost_s(n, k) is None]:
-            return unknown[0]
-        if len(sizes) == 1 or self._since_plain >= self.REFRESH:
-            return 0
-        best, *others = sorted(sizes, key=lambda k: self._tokens_per_s(n, k), reverse=True)
-        if best == 0 and self._budget_s is not None and self._loss_s(n, others[0]) < self._budget_s:
-            return others[0]
-        return best
+            sizes = sizes[-1:]
+        arms = [(drafter, k) for k in sizes for drafter in range(len(self._acceptance))]
+        if not (self._always and arms):
+            arms.insert(0, _PLAIN)
+        if self._always and len(arms) == 1:
+            return Choice(*arms[0])
+        if unknown := [arm for arm in arms if self._cost_s(n, arm) is None]:
+            return Choice(*unknown[0])
+        if len(arms) == 1 or (not self._always and self._since_plain >= self.REFRESH):
+            return Choice()
+        best, *others = sorted(arms, key=lambda arm: self._tokens_per_s(n, arm), reverse=True)
+        token_s, best_drafter = 1 / self._tokens_per_s(n, best), best[0] if best[1] else None
+        others = [arm for arm in others if arm[1] and arm[0] != best_drafter]
+        if not others:
+            return Choice(*best)
+        # The best arm of the drafter that was chosen the longest ago.
+        trial = max(others, key=lambda arm: self._since_chosen[arm[0]])
+        budget_s = self._budget_s if best == _PLAIN else self._trials_s
+        cost_s = self._cost_s(n, trial)
+        assert cost_s is not None, "every size was measured"
+        if budget_s is not None and cost_s - token_s < budget_s:
+            return Choice(*trial, None if best == _PLAIN else token_s)
+        return Choice(*best)
 
     def observe(
         self,
@@ -97,6 +145,7 @@ class DraftController:
         times: StepTimes | None,
         kept: Sequence[int],
         steps: int = 1,
+        choice: Choice | None = None,
     ) -> None:
         """Updates the estimates with a step, or with a multi-step program.
 
@@ -106,56 +155,61 @@ class DraftController:
             times: Times of the step, or of all steps; None for the first of its size.
             kept: Tokens that each request got.
             steps: Number of steps.
+            choice: How it was to draft; None for the first drafter.
         """
+        choice = choice or Choice(k=k)
         self._since_plain = 0 if k == 0 else self._since_plain + 1
+        averages = self._acceptance[choice.drafter]
         if k:
-            for acceptance in self._acceptance:
+            for acceptance in averages:
                 acceptance.decay(self.DECAY)
         for tokens in kept:
             for position in range(min(tokens, k)):
-                self._acceptance[position].add(float(tokens > position + 1))
+                averages[position].add(float(tokens > position + 1))
         if times is None:
             return
-        seconds, known_s = (times.draft_s + times.model_s) / steps, self._cost_s(n, k)
-        cost = self._costs.setdefault((n, k), _Average())
+        arm = (choice.drafter, k) if k else _PLAIN
+        seconds, known_s = (times.draft_s + times.model_s) / steps, self._cost_s(n, arm)
+        cost = self._costs.setdefault((n, arm), _Average())
         cost.decay(self.DECAY)
         # Limits outliers, such as a step that another process delayed.
         cost.add(seconds if known_s is None else min(seconds, 2 * known_s))
-        plain_s = self._cost_s(n, 0)
-        if plain_s is None:
+        plain_s = self._cost_s(n, _PLAIN)
+        if plain_s is None and not self._always:
             return
-        max_budget_s = self.INITIAL_BUDGET * plain_s
-        budget_s = max_budget_s if self._budget_s is None else self._budget_s
-        if k and kept:
-            as_plain_steps_s = plain_s * sum(kept) / len(kept)
-            budget_s += as_plain_steps_s - seconds - times.catch_up_s
-        self._budget_s = min(max_budget_s, budget_s + self.EXPLORATION_SHARE * seconds * steps)
+        max_budget_s = self.INITIAL_BUDGET * (plain_s or seconds)
+        share_s = self.EXPLORATION_SHARE * seconds * steps
+        lost_s = seconds + times.catch_up_s
 
-    def _cost_s(self, n: int, k: int) -> float | None:
-        """Returns the mean time of a step with k drafts; None before the first."""
-        cost = self._costs.get((n, k))
+        def updated(budget_s: float | None, token_s: float | None) -> float:
+            """Adds the share, and what the step gained or lost against tokens of ``token_s``."""
+            budget_s = max_budget_s if budget_s is None else budget_s
+            if token_s is not None and kept:
+                budget_s += token_s * sum(kept) / len(kept) - lost_s
+            return min(max_budget_s, budget_s + share_s)
+
+        self._budget_s = updated(self._budget_s, plain_s if k else None)
+        self._trials_s = updated(self._trials_s, choice.trial_s)
+
+    def _cost_s(self, n: int, arm: _Arm) -> float | None:
+        """Returns the mean time of such a step; None before the first."""
+        cost = self._costs.get((n, arm))
         return None if cost is None else cost.mean(0.0, 0.0)
 
-    def _tokens(self, k: int) -> float:
-        """Returns the expected tokens of a step with k drafts."""
+    def _tokens(self, arm: _Arm) -> float:
+        """Returns the expected tokens of a step."""
+        drafter, k = arm
         total, all_accepted, rate = 1.0, 1.0, self.PRIOR_ACCEPTANCE
-        for acceptance in self._acceptance[:k]:
+        for acceptance in self._acceptance[drafter][:k]:
             rate = acceptance.mean(rate)
             all_accepted *= rate
             total += all_accepted
         return total
 
-    def _tokens_per_s(self, n: int, k: int) -> float:
-        cost_s = self._cost_s(n, k)
+    def _tokens_per_s(self, n: int, arm: _Arm) -> float:
+        cost_s = self._cost_s(n, arm)
         assert cost_s is not None, "every size was measured"
-        return self._tokens(k) / cost_s
-
-    def _loss_s(self, n: int, k: int) -> float:
-        """Returns the time of a step with k drafts beyond a plain one, lost if none is accepted."""
-        cost_s, plain_s = self._cost_s(n, k), self._cost_s(n, 0)
-        assert cost_s is not None
-        assert plain_s is not None
-        return cost_s - plain_s
+        return self._tokens(arm) / cost_s
 
 
 class StepTimer(DraftController):

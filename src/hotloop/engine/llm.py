@@ -248,8 +248,11 @@ class LLM:
         )
 
     def step_costs(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> tuple[StepCost, ...]:
-        """See ``DraftingEngine``; empty without a drafter. The answers are greedy."""
-        if self._setup.draft is None:
+        """See ``DraftingEngine``; empty without a drafter, and with several.
+
+        The answers are greedy.
+        """
+        if self._setup.draft is None or len(self._setup.draft.names) > 1:
             return ()
         params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
         costs = []
@@ -323,8 +326,8 @@ class LLM:
     def _new_controller(self) -> DraftController | None:
         if self._setup.draft is None:
             return None
-        sizes = sizes_up_to(self.config.draft_tokens)
-        return DraftController(sizes, always=self.config.draft_policy == "always")
+        sizes, n = sizes_up_to(self.config.draft_tokens), len(self._setup.draft.names)
+        return DraftController(sizes, n_drafters=n, always=self.config.draft_policy == "always")
 
     def _new_scheduler(
         self,
@@ -369,7 +372,8 @@ class LLM:
 
         n_steps, greedy = 3, SamplingParams()
         if self._setup.draft is not None:
-            n_steps = 3 * sum(1 + k for k in sizes_up_to(self.config.draft_tokens))
+            each = sum(1 + k for k in sizes_up_to(self.config.draft_tokens))
+            n_steps = 3 * each * len(self._setup.draft.names)
         speculative, plain = self._new_scheduler(self._new_controller()), self._new_scheduler(None)
         answer(speculative, 1 + n_steps, greedy)
         if self._runner.captures:

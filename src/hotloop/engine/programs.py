@@ -41,9 +41,11 @@ def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:
     n_rows = setup.config.max_batch_size
     sizes = {padded_rows(n, n_rows) if setup.captures else n for n in range(1, n_rows + 1)}
     drafts = (0,) if setup.draft is None else sizes_up_to(setup.config.draft_tokens)
-    kinds = [(k, 1) for k in drafts] + ([(0, n_steps)] if n_steps > 1 else [])
+    n_drafters = 0 if setup.draft is None else len(setup.draft.names)
+    kinds = [(k, drafter, 1) for k in drafts for drafter in range(n_drafters if k else 1)]
+    kinds += [(0, 0, n_steps)] if n_steps > 1 else []
     for n in sorted(sizes, reverse=True):
-        for k, several in kinds:
+        for k, drafter, several in kinds:
             for features in reversed(SERVED_FEATURES):
                 for longest in _lengths(setup):
                     yield Step(
@@ -52,6 +54,7 @@ def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:
                         longest=longest,
                         features=features,
                         k=k,
+                        drafter=drafter,
                         n_steps=several,
                     )
 

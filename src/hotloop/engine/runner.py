@@ -60,7 +60,7 @@ from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder, RMSNorm
 from hotloop.models.linear import Linear
 from hotloop.parallel.collectives import Group
-from hotloop.types import Score, TokenLogprob
+from hotloop.types import Score, TokenLogprob, exit_layers
 
 Result = TypeVar("Result")
 
@@ -114,12 +114,12 @@ class Runner:
                 launcher=self._model.launcher,
             )
             self._draft_model: _Model | None = None
-            self._drafter = self._make_drafter(progress)
+            self._drafters = self._make_drafters(progress)
             self._stepper = Stepper(
                 self._model.forward(),
                 self._rows,
                 self._sampler,
-                drafter=self._drafter,
+                drafters=self._drafters,
                 max_drafts=spare,
                 assumed_acceptance=config.assume_acceptance,
                 n_positions=setup.n_positions,
@@ -181,15 +181,15 @@ class Runner:
         if features.adjust:
             self._sampler.remember(sampled.ids, row)
         self._rows.admit(row, ids, sampled.ids[0])
-        if self._drafter is not None:
-            self._drafter.admit(command.seat, command.n_cached)
+        for drafter in self._drafters:
+            drafter.admit(command.seat, command.n_cached)
         return _PendingStepResult(sampled)
 
     def _copy(self, copy: CopySeat) -> None:
         for model in filter(None, (self._model, self._draft_model)):
             model.cache.copy(copy.source, copy.target, copy.n)
-        if self._drafter is not None:
-            self._drafter.copy(copy.source, copy.target, copy.n)
+        for drafter in self._drafters:
+            drafter.copy(copy.source, copy.target, copy.n)
 
     def _move(self, move: MoveRow) -> None:
         for part in (self._rows, self._sampler):
@@ -258,29 +258,34 @@ class Runner:
 
     def close(self) -> None:
         """Frees the device."""
-        for name in ("_stepper", "_drafter", "_draft_model", "_sampler", "_rows", "_model"):
+        for name in ("_stepper", "_drafters", "_draft_model", "_sampler", "_rows", "_model"):
             if hasattr(self, name):
                 delattr(self, name)
         if self._setup.device.type == "cuda":
             with working_on(self._setup.device, "close"):
                 torch.cuda.empty_cache()
 
-    def _make_drafter(self, progress: OnProgress | None) -> Drafter | None:
+    def _make_drafters(self, progress: OnProgress | None) -> list[Drafter]:
         draft = self._setup.draft
         if draft is None:
-            return None
-        if draft.n_layers is not None:
-            forward = self._model.forward(draft.n_layers)
-            return SelfDrafter(forward, self._rows, self._sampler)
-        if self._model.twin is not None:
-            forward = self._model.forward(decoder=self._model.twin)
-            return SelfDrafter(forward, self._rows, self._sampler)
-        if draft.setup is None:
+            return []
+        if draft.setup is not None:
+            return [self._make_model_drafter(draft.setup, progress)]
+        return list(map(self._make_drafter, draft.names))
+
+    def _make_drafter(self, name: str) -> Drafter:
+        if name == "ngram":
             return NgramDrafter(self._rows, launcher=self._model.launcher)
+        # Without layers to exit after, it is the model under another scheme.
+        n_layers = exit_layers(name)
+        forward = self._model.forward(n_layers, self._model.twin if n_layers is None else None)
+        return SelfDrafter(forward, self._rows, self._sampler)
+
+    def _make_model_drafter(self, setup: Setup, progress: OnProgress | None) -> Drafter:
         drafter = None
         if self._group.rank == 0:
             model = self._draft_model = _Model(
-                draft.setup,
+                setup,
                 Group(),
                 self._model.n_tokens,
                 progress,
@@ -291,7 +296,7 @@ class Runner:
                 model.prefill,
                 self._rows,
                 self._sampler,
-                chunk=draft.setup.prefill_chunk,
+                chunk=setup.prefill_chunk,
             )
         if drafter is not None and self._group.size == 1:
             return drafter

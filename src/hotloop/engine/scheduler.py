@@ -39,7 +39,7 @@ from hotloop.engine.core import (
     Step,
     StepTimes,
 )
-from hotloop.engine.draft_control import DraftController
+from hotloop.engine.draft_control import Choice, DraftController
 from hotloop.engine.request import Request, Scoring
 from hotloop.engine.seats import Seat, Seats
 from hotloop.types import Delta, PrefixReuse, Score
@@ -76,7 +76,7 @@ class Scheduler:
         n_rows: The most requests in a step, and seats in the cache.
         n_positions: Tokens that a seat holds.
         chunk: Tokens of a chunk of prefill.
-        controller: Chooses the number of drafts; None without a drafter.
+        controller: Chooses drafter and number of drafts; None without a drafter.
         n_steps: Steps of a multi-step program, used while no request waits; see
             ``n_multi_steps``.
         prefix_cache: See ``EngineConfig.prefix_cache``.
@@ -210,7 +210,7 @@ class Scheduler:
         for launched in self._in_flight:
             for request in launched.requests.values():
                 fewest[request] = fewest.get(request, 0) + launched.n_steps
-                most[request] = most.get(request, 0) + launched.n_steps + launched.k
+                most[request] = most.get(request, 0) + launched.n_steps + launched.choice.k
         remaining: dict[Request, int] = {}
         for row, request in enumerate(self._rows):
             if request is None:
@@ -230,10 +230,11 @@ class Scheduler:
         }
         slack = max(most.get(request, 0) for request in active.values())
         furthest = max(known_positions[row] + most.get(r, 0) for row, r in active.items())
-        k = 0
+        choice = Choice()
         if self.controller is not None:
             room = self._n_positions - 1 - furthest
-            k = self.controller.choose(n, min(max(remaining.values()), room) - 1)
+            choice = self.controller.choose(n, min(max(remaining.values()), room) - 1)
+        k = choice.k
         alone = not self._waiting and self._prefilling is None
         several = k == 0 and alone and min(remaining.values()) >= self.n_steps
         n_steps = self.n_steps if several else 1
@@ -243,13 +244,14 @@ class Scheduler:
             longest=furthest + k + n_steps,
             features=self._features(active.values()),
             k=k,
+            drafter=choice.drafter,
             n_steps=n_steps,
             known_positions=known_positions,
             slack=slack,
         )
         self.n_steps_run += n_steps
         self.n_rows_run += n_steps * n
-        return _Launched(self._core.run(step), requests=active, n=n, k=k, n_steps=n_steps)
+        return _Launched(self._core.run(step), requests=active, n=n, choice=choice, n_steps=n_steps)
 
     def _features(self, requests: Iterable[Request]) -> Features:
         """Returns the features of a step's program; more than are needed change no token."""
@@ -330,7 +332,12 @@ class Scheduler:
         if self.controller is not None and launched.n:
             kept = [len(result.rows[row]) for row in running]
             self.controller.observe(
-                launched.n, result.k, times=result.times, kept=kept, steps=launched.n_steps
+                launched.n,
+                result.k,
+                times=result.times,
+                kept=kept,
+                steps=launched.n_steps,
+                choice=launched.choice,
             )
         deltas: list[tuple[Job, Delta | None]] = []
         for row, request in running.items():
@@ -394,7 +401,7 @@ class _Prefilling:
 class _Launched:
     """A launched chunk, step or multi-step program.
 
-    A step has ``n`` rows with ``k`` drafts each; ``n`` is 0 for a chunk.
+    A step has ``n`` rows, and drafts as it was chosen; ``n`` is 0 for a chunk.
 
     Attributes:
         pending: Its result.
@@ -410,7 +417,7 @@ class _Launched:
     scoring: Scoring | None = None
     is_last: bool = False
     n: int = 0
-    k: int = 0
+    choice: Choice = field(default_factory=Choice)
     n_steps: int = 1
 
     @property

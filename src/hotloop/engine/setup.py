@@ -44,6 +44,7 @@ from hotloop.types import (
     EngineConfig,
     PrefixReuse,
     StepExecution,
+    drafters,
     exit_layers,
     is_draft_model,
     self_scheme,
@@ -57,17 +58,17 @@ from hotloop.weights.source import requantization_notes, schemes_by_name
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """The drafter of a configuration, resolved: n-grams, early exit, the model itself, or another.
+    """The drafters of a configuration, resolved.
 
     Attributes:
-        n_layers: Layers of the target that an early exit runs; None for another drafter.
+        names: The drafters, as ``types.drafters`` returns them.
         schemes: Of the model under another scheme, the scheme of every matrix of which the drafter
             has a copy, by its name in a checkpoint: all projections, and the head where sharing
-            the model's would take longer. Empty for another drafter.
-        setup: The draft model; None for another drafter.
+            the model's would take longer. Empty without such a drafter.
+        setup: The draft model; None where the drafters need none.
     """
 
-    n_layers: int | None = None
+    names: tuple[str, ...]
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
     setup: Setup | None = None
 
@@ -185,7 +186,8 @@ class Setup:
         device = torch.device("cuda", local_rank) if cuda else self.device
         draft = self.draft
         if draft and draft.setup:
-            draft = Draft(setup=dataclasses.replace(draft.setup, device=device))
+            of_model = dataclasses.replace(draft.setup, device=device)
+            draft = dataclasses.replace(draft, setup=of_model)
         return dataclasses.replace(self, rank=rank, device=device, draft=draft)
 
     @property
@@ -326,7 +328,8 @@ def _with_draft(setup: Setup, draft: Draft | None) -> Setup:
     if draft is None or draft.setup is None:
         return dataclasses.replace(setup, draft=draft)
     n_positions = min(setup.n_positions, draft.setup.model.max_position)
-    draft = Draft(setup=dataclasses.replace(draft.setup, n_positions=n_positions))
+    of_model = dataclasses.replace(draft.setup, n_positions=n_positions)
+    draft = dataclasses.replace(draft, setup=of_model)
     return dataclasses.replace(setup, n_positions=n_positions, draft=draft)
 
 
@@ -335,14 +338,27 @@ _HEAD_SAVINGS = 0.05
 
 
 def _canonical_draft(draft: str) -> str:
-    """Gives a drafter that is the model under another scheme the scheme's canonical name."""
-    name = self_scheme(draft)
-    if name is None:
+    """Joins the drafters, with the canonical names of their schemes.
+
+    Raises:
+        ConfigError: There is no such scheme, or two drafters are the same or cannot be together.
+    """
+    if draft == "none" or is_draft_model(draft):
         return draft
-    try:
-        return f"self-{parse_scheme(name).name}"
-    except ConfigError as error:
-        raise ConfigError(f"draft {shorten_value(draft)}: {error}") from error
+    names = []
+    for name in drafters(draft):
+        scheme = self_scheme(name)
+        try:
+            names.append(name if scheme is None else f"self-{parse_scheme(scheme).name}")
+        except ConfigError as error:
+            raise ConfigError(f"draft {shorten_value(name)}: {error}") from error
+    kinds = ["self" if self_scheme(name) is not None else name for name in names]
+    if len(set(kinds)) < len(kinds):
+        raise ConfigError(
+            f"draft {shorten_value(draft)} names a drafter twice: give each once, and at most one "
+            "self-SCHEME."
+        )
+    return "+".join(names)
 
 
 def _self_draft_schemes(
@@ -355,16 +371,17 @@ def _self_draft_schemes(
     Raises:
         ConfigError: The scheme does not fit a matrix, or reads no fewer bytes than the model.
     """
-    name = self_scheme(config.draft)
-    if name is None:
+    copies = [name for name in drafters(config.draft) if self_scheme(name) is not None]
+    if not copies:
         return {}
-    scheme = parse_scheme(name)
+    (of_draft,) = copies
+    scheme = parse_scheme(self_scheme(of_draft) or "")
     head_scheme, head = parse_head_scheme("auto", scheme), names.head(model)
     shapes = names.linear_weights(model)
     try:
         draft = schemes_by_name(model, scheme, head_scheme)
     except ConfigError as error:
-        raise ConfigError(f"draft {config.draft!r}: {error}") from error
+        raise ConfigError(f"draft {of_draft!r}: {error}") from error
 
     def n_bytes(of: Mapping[str, Scheme], name: str, n: int, k: int) -> int:
         spec = LinearSpec(format=of[name].format(k), n=n, k=k, dtype=dtype, device="cpu")
@@ -375,7 +392,7 @@ def _self_draft_schemes(
     )
     if scheme.name == "auto" or own >= models:
         raise ConfigError(
-            f"draft {config.draft!r} reads {own / 1e6:,.1f} MB of weights a token, and the model "
+            f"draft {of_draft!r} reads {own / 1e6:,.1f} MB of weights a token, and the model "
             f"itself, under {config.quant}, {models / 1e6:,.1f} MB: such drafts save nothing. Give "
             "a scheme of fewer bits, or the model one of more (--quant)."
         )
@@ -388,7 +405,7 @@ def _self_draft_schemes(
 
 
 def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft | None:
-    """Resolves the drafter of ``target``."""
+    """Resolves the drafters of ``target``."""
     config, name = target.config, target.config.draft
     if config.draft_quant not in ("auto", "none") and not is_draft_model(name):
         raise ConfigError(
@@ -397,18 +414,16 @@ def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft |
         )
     if name == "none":
         return None
-    if name == "ngram":
-        return Draft()
-    if self_schemes:
-        return Draft(schemes=self_schemes)
-    if (n_layers := exit_layers(name)) is not None:
-        of = target.model.n_layers
-        if not 1 <= n_layers < of:
-            raise ConfigError(
-                f"draft {name!r} runs the first {n_layers} of the model's {of} layers: give a "
-                f"number from 1 to {of - 1}."
-            )
-        return Draft(n_layers=n_layers)
+    if not is_draft_model(name):
+        names, of = drafters(name), target.model.n_layers
+        for each in names:
+            n_layers = exit_layers(each)
+            if n_layers is not None and not 1 <= n_layers < of:
+                raise ConfigError(
+                    f"draft {each!r} runs the first {n_layers} of the model's {of} layers: give a "
+                    f"number from 1 to {of - 1}."
+                )
+        return Draft(names=names, schemes=self_schemes)
     try:
         draft_config = EngineConfig(
             model=name,
@@ -436,7 +451,7 @@ def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft |
         kind = UnsupportedError if isinstance(error, UnsupportedError) else ConfigError
         raise kind(f"draft {shorten_value(name)}: {error}") from error
     _check_vocabulary(target, setup)
-    return Draft(setup=setup)
+    return Draft(names=(name,), setup=setup)
 
 
 def _check_vocabulary(target: Setup, draft: Setup) -> None:

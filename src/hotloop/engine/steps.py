@@ -65,6 +65,7 @@ class _Program:
     length: int
     features: Features
     n_steps: int = 1
+    drafter: int = 0
 
 
 class Stepper:
@@ -74,7 +75,7 @@ class Stepper:
         forward: The model.
         rows: The rows to advance.
         sampler: Samples tokens.
-        drafter: Drafts tokens; None without speculative decoding.
+        drafters: Draft tokens, one of them in each step; none without speculative decoding.
         max_drafts: The most drafts in a step.
         assumed_acceptance: See ``EngineConfig.assume_acceptance``.
         n_positions: Positions of the cache.
@@ -89,14 +90,14 @@ class Stepper:
         rows: Rows,
         sampler: Sampler,
         *,
-        drafter: Drafter | None,
+        drafters: Sequence[Drafter],
         max_drafts: int,
         assumed_acceptance: float | None = None,
         n_positions: int,
         captures: bool,
         indexes_seats: bool,
     ) -> None:
-        self.forward, self.rows, self.sampler, self.drafter = forward, rows, sampler, drafter
+        self.forward, self.rows, self.sampler, self.drafters = forward, rows, sampler, drafters
         self.n_positions = n_positions
         self.assumed_acceptance = assumed_acceptance
         self.indexes_seats = indexes_seats
@@ -121,20 +122,22 @@ class Stepper:
         self.rows.place(step.seats)
         first_seat = self._first_seat(step.seats) if n == step.n else None
         reads = (first_seat, self.length(step.longest))
-        if self.drafter is None:
+        if not self.drafters:
             program = _Program(False, n, 0, *reads, wanted, step.n_steps)
             return self._run(program, self._steps), None
         n_made = self.n_programs
         timestamps = [self._timestamp()]
+        for i, drafter in enumerate(self.drafters):
+            if k == 0 or i != step.drafter:
+                drafter.skip(step.seats)
         if k:
-            self.drafter.catch_up(step)
+            self.drafters[step.drafter].catch_up(step)
             timestamps.append(self._timestamp())
             features = dataclasses.replace(wanted, logprobs=False)
-            self._run(_Program(True, n, k, *reads, features), self._draft)
+            self._run(_Program(True, n, k, *reads, features, drafter=step.drafter), self._draft)
             if self._device.type == "cpu" and (self._drafts[:n, 0] < 0).all():
                 k = 0
         else:
-            self.drafter.skip(step.seats)
             timestamps.append(self._timestamp())
         timestamps.append(self._timestamp())
         program = _Program(False, n, k, *reads, wanted, step.n_steps)
@@ -161,9 +164,8 @@ class Stepper:
         return first
 
     def _draft(self, program: _Program) -> None:
-        assert self.drafter is not None, "there is no drafter"
         n, k = program.n, program.k
-        drafts = self.drafter.propose(
+        drafts = self.drafters[program.drafter].propose(
             n,
             k,
             first_seat=program.first_seat,
