@@ -39,12 +39,20 @@ STREAM_HEADERS = {
 class Shape(Protocol):
     """What answers look like in one of the API's forms. It lives as long as its request."""
 
+    def first_events(self) -> str:
+        """Returns the events before all answers."""
+        ...
+
     def events(self, delta: Delta, usage: str) -> str:
         """Returns the events of a piece of an answer; ``usage`` ends each, see ``Chunks``."""
         ...
 
-    def usage_event(self, usage: str) -> str:
-        """Returns the event that tells the usage, after all answers."""
+    def last_events(self, usage: Mapping[str, Any], *, wanted: bool) -> str:
+        """Returns the events after all answers; the usage is ``wanted`` in chunks, or is not."""
+        ...
+
+    def error_events(self, error: Exception) -> str:
+        """Returns the events that tell an error in mid-stream."""
         ...
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
@@ -85,9 +93,22 @@ class Chunks:
         return f'data: {self._about},"choices":[{choice}]{more}}}\n\n'
 
 
-def error_event(error: Exception) -> str:
-    """Returns the event that tells an error in mid-stream."""
-    return f"data: {compact(as_api_error(error).body)}\n\n"
+class ChunkShape:
+    """What the shapes that stream chunks have in common: how a stream begins and ends."""
+
+    _chunks: Chunks
+
+    def first_events(self) -> str:
+        """See ``Shape``."""
+        return ""
+
+    def last_events(self, usage: Mapping[str, Any], *, wanted: bool) -> str:
+        """See ``Shape``."""
+        return f"{self._chunks.event('', compact(usage)) if wanted else ''}data: [DONE]\n\n"
+
+    def error_events(self, error: Exception) -> str:
+        """See ``Shape``."""
+        return f"data: {compact(as_api_error(error).body)}\n\n"
 
 
 def usage(tally: Tally) -> dict[str, Any]:
@@ -202,6 +223,8 @@ class EventStream(Response):
                 }
             )
             try:
+                if first := self._shape.first_events():
+                    await write(first)
                 while not ticket.done:
                     if not await self._arrived():
                         await write(": waiting\n\n")
@@ -212,14 +235,13 @@ class EventStream(Response):
                         text += self._shape.events(delta, counted() if continuous else "")
                     if text:
                         await write(text)
-                last = self._shape.usage_event(counted()) if wanted else ""
-                await write(f"{last}data: [DONE]\n\n", more=False)
+                await write(self._shape.last_events(usage(tally), wanted=wanted), more=False)
             except HotloopError as error:
-                await write(error_event(error), more=False)
+                await write(self._shape.error_events(error), more=False)
             except TimeoutError:  # the client does not read
                 scope["state"][ABORT]()
             except Exception as error:  # a fault of ours, which the log shows
-                await write(error_event(error), more=False)
+                await write(self._shape.error_events(error), more=False)
                 raise
 
     async def _arrived(self) -> bool:

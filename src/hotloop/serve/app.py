@@ -19,6 +19,7 @@ from hotloop.serve.gate import Gate
 from hotloop.serve.health import health, metrics
 from hotloop.serve.models import model, models
 from hotloop.serve.page import chat_page
+from hotloop.serve.responses import responses
 from hotloop.serve.served import Served
 from hotloop.serve.tokens import detokenize, tokenize, tokenizer_info
 
@@ -34,6 +35,7 @@ def create_app(served: Served) -> Starlette:
             Route("/", chat_page),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/tokenize", tokenize, methods=["POST"]),

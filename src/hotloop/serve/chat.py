@@ -15,7 +15,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hotloop.serve.answers import Chunks, as_string, compact, respond
+from hotloop.serve.answers import Chunks, ChunkShape, as_string, compact, respond
 from hotloop.serve.bodies import read
 from hotloop.serve.logprobs import chat_logprobs
 from hotloop.serve.parts import CallArguments, CallStart, Content, Parser, Reasoning
@@ -46,7 +46,7 @@ async def chat_completions(request: Request) -> Response:
     return await respond(served, ticket, shape, asked, request.receive)
 
 
-class ChatShape:
+class ChatShape(ChunkShape):
     """The shape of a chat's answers.
 
     Args:
@@ -101,10 +101,6 @@ class ChatShape:
         if generation is not None:
             text += self._event(choice, "", usage, finish=f'"{choice.finish(generation)}"')
         return text
-
-    def usage_event(self, usage: str) -> str:
-        """See ``Shape``."""
-        return self._chunks.event("", usage)
 
     def _event(
         self,

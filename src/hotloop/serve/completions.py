@@ -15,6 +15,7 @@ from hotloop.engine.service import Ticket
 from hotloop.serve.answers import (
     STREAM_HEADERS,
     Chunks,
+    ChunkShape,
     as_string,
     cancelled_if_gone,
     compact,
@@ -126,12 +127,11 @@ def _only_echoed(
     if not asked.stream:
         return JSONResponse(shape.body(deltas, usage(tally)))
     text = "".join(shape.events(delta, "") for delta in deltas)
-    if asked.stream_options.include_usage:
-        text += shape.usage_event(compact(usage(tally)))
-    return Response(f"{text}data: [DONE]\n\n", headers=STREAM_HEADERS)
+    text += shape.last_events(usage(tally), wanted=bool(asked.stream_options.include_usage))
+    return Response(text, headers=STREAM_HEADERS)
 
 
-class CompletionShape:
+class CompletionShape(ChunkShape):
     """The shape of completions.
 
     Args:
@@ -176,10 +176,6 @@ class CompletionShape:
             finish = f'"{_finish(delta.generation)}"'
             events += self._event(delta.index, "", None, usage, finish)
         return events
-
-    def usage_event(self, usage: str) -> str:
-        """See ``Shape``."""
-        return self._chunks.event("", usage)
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
         """See ``Shape``."""

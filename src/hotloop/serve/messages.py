@@ -55,7 +55,7 @@ def _message(place: str, message: Mapping[str, Any], parser: type[ToolParser]) -
     if not isinstance(role, str):
         raise _refused(f"{place}.role", f"must be text, not {shorten_value(role)}.")
     given["role"] = _ROLES.get(role, role)
-    given["content"] = _text(f"{place}.content", given.get("content", ""))
+    given["content"] = content_text(f"{place}.content", given.get("content", ""))
     calls = given.pop("tool_calls", None)
     if calls:
         if not isinstance(calls, list):
@@ -68,8 +68,16 @@ def _message(place: str, message: Mapping[str, Any], parser: type[ToolParser]) -
     return given
 
 
-def _text(place: str, content: object) -> str:
-    """Returns the text of a message's content: all of its parts."""
+def content_text(place: str, content: object) -> str:
+    """Returns the text of a message's content: of all of its parts.
+
+    Args:
+        place: The place in the request, for errors.
+        content: A text, or a list of parts.
+
+    Raises:
+        ApiError: It is neither, or a part is not text.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

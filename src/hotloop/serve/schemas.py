@@ -169,6 +169,41 @@ class ChatBody(SamplingBody, Conversation):
         return self.top_logprobs if self.logprobs else None
 
 
+class TextOptions(Body):
+    """The field ``text`` of ``/v1/responses``."""
+
+    format: dict[str, Any] = {"type": "text"}
+
+
+class ResponsesBody(SamplingBody):
+    """The body of ``/v1/responses``."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(le=MAX_COUNT)] | None = None
+    text: TextOptions = TextOptions()
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    include: list[str] = []
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+    metadata: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = {}
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    background: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        """See ``SamplingBody``."""
+        return self.max_output_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """See ``SamplingBody``."""
+        return self.top_logprobs if "message.output_text.logprobs" in self.include else None
+
+
 class TokenizeBody(Conversation):
     """The body of ``/tokenize``."""
 
