@@ -69,7 +69,6 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(
                 400,
                 f"This model's maximum context length is {error.context} tokens: {error}",
-                param="messages",
                 code="context_length_exceeded",
             )
         case QueueFullError():

@@ -89,7 +89,7 @@ class SamplingBody(Body):
             raise ApiError(400, f"stop has more than {settings.max_stops} strings.", param="stop")
         limit = self.limit
         if limit is not None and limit < 1:
-            raise ApiError(400, f"max_tokens must be 1 or more, not {limit}.", param="max_tokens")
+            raise ApiError(400, f"max_tokens: must be 1 or more, not {limit}.", param="max_tokens")
         given: dict[str, Any] = {
             "max_new_tokens": limit,
             "min_new_tokens": self.min_tokens,
@@ -161,7 +161,8 @@ class ChatBody(SamplingBody, Conversation):
     @property
     def limit(self) -> int | None:
         """See ``SamplingBody``."""
-        return self.max_completion_tokens or self.max_tokens
+        newer, older = self.max_completion_tokens, self.max_tokens
+        return older if newer is None else newer
 
     @property
     def n_logprobs(self) -> int | None:
