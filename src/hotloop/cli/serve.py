@@ -235,6 +235,7 @@ def _announce(http: HttpServer, service: Service) -> None:
     sequences = f"{n} {'sequence' if n == 1 else 'sequences'} of {about.max_seq_len:,} tokens"
     note(f"{settings.name} · {name} on {about.device_name} · {sequences}")
     note(f"{http.url}/v1 · {'with an API key' if settings.keys else 'no API key'} · Ctrl-C stops")
+    note(f"{http.url} is a page to chat with it in a browser")
     if http.is_open_to_all:
         note(
             f"Whoever reaches {settings.host} can use this server: set {API_KEY} or --api-key-file."

@@ -59,7 +59,6 @@ def page() -> Page:
         "Content-Security-Policy": _policy(script, css),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Opener-Policy": "same-origin",
         "Cache-Control": "no-cache",
         "ETag": tag,
     }

@@ -177,8 +177,7 @@ function makeView(message) {
       });
     },
     regenerate: () => {
-      const at = index();
-      cut(at);
+      cut(index(), "The answer is replaced.");
       answer(message);
     },
     continue: () => {
