@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
 from waiting import HANG_S
 
@@ -31,7 +32,7 @@ def commands(where: str) -> list[list[str]]:
         words = [shlex.split(line, comments=True) for line in block.splitlines()]
         gpu = "llama-2-13b" in block
         found += [w for w in words if w and w[0] == "hotloop" and gpu == (where == "gpu")]
-    return found
+    return [words for words in found if words[1] != "serve"]  # which does not end by itself
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,29 @@ def test_command_does_what_it_says(words: list[str], tmp_path: Path) -> None:
         return
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_model")
+def test_the_served_model_answers_until_it_is_told_to_stop() -> None:
+    (serve,) = re.findall(r"^(hotloop serve smollm2-135m) ", README.read_text(), re.MULTILINE)
+    (curl,) = [block for block in blocks("sh") if block.startswith("curl ")]
+    path, body = re.fullmatch(r"curl http://127.0.0.1:8000(\S+) -d '(.*)'\n", curl).groups()
+    with subprocess.Popen(
+        [BIN / "hotloop", *shlex.split(serve)[1:], "--port", "0"], stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            said = ""
+            while "curl " not in said:
+                line = server.stderr.readline()
+                assert line, f"the server has ended: {said}"
+                said += line
+            url = re.search(r"http://127.0.0.1:\d+", said)[0]
+            answer = httpx2.post(url + path, content=body, timeout=HANG_S)
+            assert answer.json()["choices"][0]["message"]["content"]
+        finally:
+            server.terminate()
+        assert server.wait(HANG_S) == 0
 
 
 @pytest.mark.slow
