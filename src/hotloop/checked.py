@@ -178,6 +178,10 @@ def _taken(value: object, hint: Any, name: str) -> Any:
         return _biases(value, extra)
     if get_origin(hint) is tuple:
         return _texts(value)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, cast(type, hint)):
+            raise _Refused(f"a {cast(type, hint).__name__}")
+        return value
     if hint is bool:
         if not isinstance(value, bool):
             raise _Refused("True or False")

@@ -123,6 +123,23 @@ class NumericsError(HotloopError):
         )
 
 
+class GrammarError(HotloopError):
+    """A grammar became too costly in the middle of an answer, which was ended.
+
+    Args:
+        index: Index of the prompt in the call.
+        n_tokens: Tokens of its answer before.
+        problem: The limit that was exceeded.
+    """
+
+    def __init__(self, index: int, n_tokens: int, problem: str) -> None:
+        self.index, self.n_tokens, self.problem = index, n_tokens, problem
+        super().__init__(
+            f"prompt {index}: after {n_tokens} tokens of its answer the grammar is too costly: "
+            f"{problem}"
+        )
+
+
 class CheckpointError(HotloopError, ValueError):
     """A checkpoint that is damaged or does not match its own description.
 

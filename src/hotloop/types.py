@@ -10,6 +10,7 @@ Shape letters, here and everywhere: B sequences in a batch, T tokens of one sequ
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,6 +91,9 @@ MAX_DELTA_LN_PPL = 0.02
 
 MAX_ANSWERS = 128
 """The most answers to one prompt that ``SamplingParams.n`` can ask for."""
+
+MAX_GRAMMAR_BYTES = 256 * 2**10
+"""The largest source of a grammar, in UTF-8."""
 
 MAX_LOGPROBS = 20
 """The most alternatives per token that ``SamplingParams.logprobs`` can ask for."""
@@ -430,13 +434,55 @@ def levers() -> dict[str, Lever]:
     }
 
 
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+"""Kind of a grammar: any JSON object, a JSON schema, a regular expression (Rust's syntax, of the
+whole answer), or a context-free grammar in llguidance's variant of Lark."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """A grammar that an answer must follow.
+
+    An engine refuses one that is invalid, or that it cannot enforce, before it generates anything.
+
+    Attributes:
+        kind: Its kind.
+        source: Its text; a JSON schema may be a mapping, too. Empty for ``json_object``.
+    """
+
+    kind: GrammarKind
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind == "json_schema" and isinstance(self.source, Mapping):
+            object.__setattr__(self, "source", _as_json(self.source))
+        check_fields(self, RequestError)
+        if (self.kind == "json_object") != (self.source == ""):
+            raise RequestError(
+                f"a grammar of kind {self.kind} needs a source."
+                if self.source == ""
+                else "a grammar of kind json_object has no source: json_schema has one."
+            )
+        if (size := len(self.source.encode("utf-8", "surrogatepass"))) > MAX_GRAMMAR_BYTES:
+            raise RequestError(
+                f"the grammar has {size:,} bytes, but at most {MAX_GRAMMAR_BYTES:,} are allowed."
+            )
+
+
+def _as_json(schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(schema, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the JSON schema cannot be written as JSON: {error}.") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Rules for choosing the next token, and for stopping.
 
-    The order is: logit bias, repetition penalty, frequency and presence penalty, minimum length,
-    temperature, top-k, top-p, min-p, draw. The draw depends on the seed, the position and the
-    logits alone, never on which other sequences are in the batch.
+    The order is: grammar, logit bias, repetition penalty, frequency and presence penalty, minimum
+    length, temperature, top-k, top-p, min-p, draw. The draw depends on the seed, the position and
+    the logits alone, never on which other sequences are in the batch.
 
     Attributes:
         max_new_tokens: The most tokens to produce. None takes what the model's makers suggest, or
@@ -464,6 +510,9 @@ class SamplingParams:
             the model's own distribution before any of the options above; None for none.
         visible_tokens: Control tokens, by their spelling, that are part of the answer's text, which
             leaves out all others; those that the vocabulary lacks have no effect.
+        grammar: The grammar that the answer follows: only tokens that it allows can be selected,
+            and where it ends, only end-of-sequence tokens. An answer that ends before it, at
+            ``max_new_tokens`` or by a stop string, is a beginning of one that follows it.
     """
 
     max_new_tokens: Count | None = None
@@ -482,9 +531,16 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
     visible_tokens: tuple[str, ...] = ()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, RequestError)
+        for name in ("ignore_eos", "min_new_tokens"):
+            if self.grammar is not None and getattr(self, name):
+                raise RequestError(
+                    f"{name} contradicts a grammar, which decides where the answer can end: leave "
+                    "one of them out."
+                )
 
     @property
     def greedy(self) -> bool:

@@ -38,6 +38,7 @@ class Features:
             either, None for the whole vocabulary.
         adjust: A request changes logits: by penalties, ``logit_bias`` or ``min_new_tokens``.
         logprobs: A request wants log-probabilities.
+        constrain: A request has a grammar.
     """
 
     draw: bool = False
@@ -45,6 +46,7 @@ class Features:
     n_candidates: int | None = 0
     adjust: bool = False
     logprobs: bool = False
+    constrain: bool = False
 
     @classmethod
     def of(cls, requests: Iterable[SamplingParams]) -> Features:
@@ -62,6 +64,7 @@ class Features:
             n_candidates=0 if not ranked else TOP_K_CANDIDATES if limited else None,
             adjust=params.adjusts_logits,
             logprobs=params.logprobs is not None,
+            constrain=params.grammar is not None,
         )
 
     def __or__(self, other: Features) -> Features:
@@ -74,6 +77,7 @@ class Features:
             n_candidates=max(known) if len(known) == 2 else None,
             adjust=self.adjust or other.adjust,
             logprobs=self.logprobs or other.logprobs,
+            constrain=self.constrain or other.constrain,
         )
 
     def includes(self, other: Features) -> bool:
@@ -82,7 +86,7 @@ class Features:
         def n_candidates(features: Features) -> float:
             return math.inf if features.n_candidates is None else features.n_candidates
 
-        flags = ("draw", "truncate", "adjust", "logprobs")
+        flags = ("draw", "truncate", "adjust", "logprobs", "constrain")
         return n_candidates(self) >= n_candidates(other) and all(
             getattr(self, flag) >= getattr(other, flag) for flag in flags
         )
@@ -119,6 +123,7 @@ class StepResult:
         k: Draft positions that the step verified; 0 if no row had drafts.
         times: Times of the step; None without a drafter, and for the first step of a size.
         n_programs: Programs that were captured or compiled for steps so far, on this rank.
+        failures: Why grammars have failed, by row. The tokens of such a row mean nothing.
     """
 
     rows: Sequence[Sequence[tuple[int, TokenLogprob | None]]]
@@ -126,6 +131,7 @@ class StepResult:
     k: int = 0
     times: StepTimes | None = None
     n_programs: int = 0
+    failures: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 class Command(Generic[Result]):
@@ -220,7 +226,7 @@ class Step(Command[StepResult]):
         features: The features that the sampler needs.
         k: Drafts for each row.
         drafter: Which of the drafters makes them.
-        n_steps: Number of steps; 1 with drafts.
+        n_steps: Number of steps; 1 with drafts or a grammar.
         known_positions: For each row in use, a lower bound on the position of its newest token.
         slack: The most tokens that in-flight steps may add to that.
     """

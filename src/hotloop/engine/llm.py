@@ -26,9 +26,10 @@ from hotloop.engine.core import (
     Synchronize,
 )
 from hotloop.engine.draft_control import DraftController, StepTimer, sizes_up_to
+from hotloop.engine.grammar import Grammars
 from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.memory import check_fits
-from hotloop.engine.programs import SERVED_FEATURES, serving_steps
+from hotloop.engine.programs import served_features, serving_steps
 from hotloop.engine.ranks import RankGroup
 from hotloop.engine.request import Request, Scoring
 from hotloop.engine.runner import OnProgress, Runner
@@ -38,6 +39,8 @@ from hotloop.engine.turns import Piece, Turns
 from hotloop.errors import (
     CheckpointError,
     ContextLengthError,
+    GrammarError,
+    HotloopError,
     NumericsError,
     OutOfMemoryError,
     RequestError,
@@ -45,7 +48,7 @@ from hotloop.errors import (
     shorten_value,
 )
 from hotloop.text.generation_config import generation_defaults
-from hotloop.text.tokenizer import Tokenizer, load_tokenizer
+from hotloop.text.tokenizer import Tokenizer
 from hotloop.types import (
     DEFAULT_NEW_TOKENS,
     ChatPrompt,
@@ -99,14 +102,18 @@ class LLM:
         setup = self._setup = prepare(config)
         self.config = setup.resolved
         self.tokenizer: Tokenizer | None = None
-        if setup.path is not None and config.weights == "checkpoint":
-            self.tokenizer = load_tokenizer(setup.path)
+        if setup.has_tokenizer:
+            self.tokenizer = setup.load_tokenizer()
         # Rows of the embedding beyond the tokenizer's vocabulary are padding, never selected.
         n_tokens = self.tokenizer.vocab_size if self.tokenizer else setup.model.vocab_size
         n_tokens = min(n_tokens, setup.model.vocab_size)
         check_fits(setup)
-        make = RankGroup if config.tensor_parallel > 1 else Runner
-        runner = make(setup, n_tokens=n_tokens, progress=progress)
+        self._grammars = Grammars(self._tokenizer_or_refuse, n_tokens)
+        runner: EngineCore
+        if config.tensor_parallel > 1:
+            runner = RankGroup(setup, n_tokens=n_tokens, progress=progress)
+        else:
+            runner = Runner(setup, n_tokens=n_tokens, progress=progress, grammars=self._grammars)
         self._open_runner: EngineCore | None = runner
         self._load_s = time.perf_counter() - started
         started = time.perf_counter()
@@ -159,6 +166,7 @@ class LLM:
             RequestError: A prompt cannot be served; nothing is generated then.
             NumericsError: The model's logits were not finite for one of the prompts. ``stream``
                 yields the answers to the others.
+            GrammarError: A grammar became too costly for one of them; likewise.
         """
         deltas = self._stream(prompts, params, options)
         done = {d.index: d.generation for d in deltas if d.generation is not None}
@@ -266,7 +274,7 @@ class LLM:
                 scheduler = self._new_scheduler(timer, self._scheduler.n_steps)
                 _answer(requests, scheduler)
                 self._scheduler.forget()  # its seats have been overwritten
-            self._check_numerics(requests)
+            self._check_failures(requests)
             costs.append(timer.cost())
         return tuple(cost for cost in costs if cost is not None)
 
@@ -413,7 +421,7 @@ class LLM:
         scheduler = self._scheduler
         steps = serving_steps(self._setup, scheduler.n_steps)
         if steps:
-            scheduler.feature_sets = SERVED_FEATURES
+            scheduler.feature_sets = served_features(self._setup)
             *_, last = [self._runner.run(step) for step in steps]
             scheduler.n_programs = last.wait().n_programs
             self._runner.run(Synchronize()).wait()
@@ -548,6 +556,8 @@ class LLM:
             )
         ids = as_ids(given, self._setup.model.vocab_size)
         self._check_biases(params)
+        if params.grammar is not None:
+            self._grammars.check(params.grammar)
         wanted = params.max_new_tokens
         if wanted is None:  # a default length is clamped, not refused
             wanted = min(self.default_new_tokens, context - n)
@@ -592,13 +602,20 @@ class LLM:
         for _, delta in self._pieces(requests):
             assert delta is not None, "a request has deltas"
             yield delta
-        self._check_numerics(requests)
+        self._check_failures(requests)
 
-    def _check_numerics(self, requests: Sequence[Request]) -> None:
-        """Raises the error of the first request whose logits were not finite."""
+    def _check_failures(self, requests: Sequence[Request]) -> None:
+        """Raises the error of the first request that has failed."""
         for request in requests:
             if request.failed:
-                raise NumericsError(request.index, len(request.token_ids), self.config.dtype)
+                raise self.failure(request)
+
+    def failure(self, request: Request) -> HotloopError:
+        """Returns the error of a request that has failed."""
+        where = request.index, len(request.token_ids)
+        if request.grammar_failure is not None:
+            return GrammarError(*where, request.grammar_failure)
+        return NumericsError(*where, self.config.dtype)
 
     def _pieces(self, jobs: Sequence[Job]) -> Generator[Piece]:
         """Submits jobs and yields their pieces; cancels what is left of them at the end."""

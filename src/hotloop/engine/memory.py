@@ -36,18 +36,22 @@ def predict_memory(config: EngineConfig, *, served: bool = False) -> MemoryPlan:
         weights_bytes=weights_bytes(setup),
         draft_bytes=weights_bytes(setup) - _weights_bytes(setup),
         cache_bytes=_cache_bytes(setup),
-        workspace_bytes=_workspace_bytes(setup) + (_programs_bytes(setup) if served else 0),
+        workspace_bytes=_workspace_bytes(setup) + (_served_bytes(setup) if served else 0),
         device=str(setup.device),
         free_bytes=min(free) // (len(free) if setup.device.type == "cpu" else 1),
     )
 
 
-def _programs_bytes(setup: Setup) -> int:
-    """Bounds the bytes of the programs that a service captures; zero where nothing is captured."""
+def _served_bytes(setup: Setup) -> int:
+    """Bounds the bytes of the programs that a service captures, and the logits that they keep."""
     if not setup.captures:
         return 0
-    # Drafting is a program of its own.
-    return _GRAPH_BYTES * sum(2 if step.k else 1 for step in serving_steps(setup, 2))
+    steps = serving_steps(setup, 2)
+    # Drafting is a program of its own, and so is the choice of a token with a grammar.
+    n_programs = sum(1 + (step.k > 0) + step.features.constrain for step in steps)
+    drafts = setup.config.draft_tokens if setup.draft else 0
+    kept = setup.config.max_batch_size * (1 + drafts) * len(setup.shard.vocabulary) * _FLOAT32
+    return n_programs * _GRAPH_BYTES + kept
 
 
 def check_fits(setup: Setup) -> None:

@@ -8,6 +8,8 @@ it needs: features change no token of a request that does not use them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 
 from hotloop.engine.core import TOP_K_CANDIDATES, Features, Step, padded_rows
 from hotloop.engine.draft_control import sizes_up_to
@@ -23,6 +25,13 @@ SERVED_FEATURES = (
 """The features of a server's steps, ascending: greedy decoding; sampling; everything, for common
 values of top-k and for any. The kernel that samples in fused steps serves any top-k alike, so that
 there the last two are one program."""
+
+
+def served_features(setup: Setup) -> Sequence[Features]:
+    """Returns ``SERVED_FEATURES`` and, if requests can have grammars, each with one."""
+    if not setup.has_tokenizer or find_spec("llguidance") is None:
+        return SERVED_FEATURES
+    return (*SERVED_FEATURES, *(replace(each, constrain=True) for each in SERVED_FEATURES))
 
 
 def serving_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
@@ -46,7 +55,9 @@ def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:
     kinds += [(0, 0, n_steps)] if n_steps > 1 else []
     for n in sorted(sizes, reverse=True):
         for k, drafter, several in kinds:
-            for features in reversed(SERVED_FEATURES):
+            for features in reversed(served_features(setup)):
+                if several > 1 and features.constrain:
+                    continue
                 for longest in _lengths(setup):
                     yield Step(
                         n=n,

@@ -48,7 +48,8 @@ class Request:
         n_cached: Tokens of the prompt that were not prefilled, since a seat held them.
         features: The features of the sampler that it needs.
         finish_reason: Why it ended; None while it is running, or if it failed.
-        failed: The logits of the next token were not finite.
+        failed: The logits of the next token were not finite, or its grammar has failed.
+        grammar_failure: Why its grammar has failed; None if it has not.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class Request:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.failed = False
-        after = () if starts_text else prompt_ids
+        self.grammar_failure: str | None = None
+        # A grammar is of the tokens' bytes, a space before the first word included.
+        after = () if starts_text and params.grammar is None else prompt_ids
         self._detokenizer = (
             Detokenizer(tokenizer, after=after, visible=params.visible_tokens)
             if tokenizer

@@ -8,7 +8,7 @@ Shape letters: T tokens of one sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hotloop.engine import packed
+from hotloop.engine.constraints import Constraints
 from hotloop.engine.core import (
     Admit,
     Command,
@@ -35,6 +36,7 @@ from hotloop.engine.core import (
 )
 from hotloop.engine.forward import CompileWatch, Forward, TorchForward
 from hotloop.engine.fused import FusedForward, Peers
+from hotloop.engine.grammar import Grammars
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.prompt import STEP_TOKENS, FusedPrefill, spans
 from hotloop.engine.rows import Rows, to_device
@@ -76,6 +78,7 @@ class Runner:
         n_tokens: Token ids below this can be selected.
         progress: Called as layers are loaded.
         group: The ranks that hold the model; None for this one alone.
+        grammars: Compiles grammars; None reads the tokenizer at the first one.
 
     Attributes:
         asynchronous: Whether ``run`` returns before the device has completed a step.
@@ -89,6 +92,7 @@ class Runner:
         n_tokens: int,
         progress: OnProgress | None = None,
         group: Group | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._setup, self._group = setup, group or Group()
         self.asynchronous, self.captures = setup.asynchronous, setup.captures
@@ -113,12 +117,19 @@ class Runner:
                 scratch=setup.n_seats - 1,
                 launcher=self._model.launcher,
             )
+            self._constraints = Constraints(
+                grammars or Grammars(setup.load_tokenizer, n_tokens),
+                n_rows=config.max_batch_size,
+                max_drafts=spare,
+                device=device,
+            )
             self._draft_model: _Model | None = None
             self._drafters = self._make_drafters(progress)
             self._stepper = Stepper(
                 self._model.forward(),
                 self._rows,
                 self._sampler,
+                self._constraints,
                 drafters=self._drafters,
                 max_drafts=spare,
                 assumed_acceptance=config.assume_acceptance,
@@ -173,17 +184,20 @@ class Runner:
         row, params = command.row, command.params
         ids = to_device(command.prompt_ids, self._setup.device)
         self._sampler.admit(row, params, command.seed, command.prompt_ids, command.eos_ids)
+        mask = self._constraints.admit(row, params.grammar)
         last = self._model.prefill(ids[command.start :], command.start, command.seat)
         logits = last()[None]
         position = torch.full((1, 1), len(ids), device=self._setup.device)
         features = Features.of([params])
-        sampled = self._sampler.sample(logits, position, row, features)
+        sampled = self._sampler.sample(logits, position, row, features, masks_BTW=mask)
         if features.adjust:
             self._sampler.remember(sampled.ids, row)
         self._rows.admit(row, ids, sampled.ids[0])
         for drafter in self._drafters:
             drafter.admit(command.seat, command.n_cached)
-        return _PendingStepResult(sampled)
+        pending = _PendingStepResult(sampled)
+        self._constraints.expect(pending, [row])
+        return pending
 
     def _copy(self, copy: CopySeat) -> None:
         for model in filter(None, (self._model, self._draft_model)):
@@ -192,14 +206,16 @@ class Runner:
             drafter.copy(copy.source, copy.target, copy.n)
 
     def _move(self, move: MoveRow) -> None:
-        for part in (self._rows, self._sampler):
+        for part in (self._rows, self._sampler, self._constraints):
             part.move(move.source, move.target)
 
     def _step(self, step: Step) -> Pending[StepResult]:
         with self._step_threads():
-            sampled, timestamps = self._stepper.step(step)
+            sampled, timestamps, failures = self._stepper.step(step)
             n_programs = self._stepper.n_programs if self._setup.makes_programs else 0
-            return _PendingStepResult(sampled, timestamps, n_programs)
+            pending = _PendingStepResult(sampled, timestamps, n_programs, failures)
+            self._constraints.expect(pending, range(step.n))
+            return pending
 
     def _score(self, command: ScoreWindow) -> Score:
         """Scores a chunk of a window; whole distributions are gathered on rank 0 only."""
@@ -258,7 +274,8 @@ class Runner:
 
     def close(self) -> None:
         """Frees the device."""
-        for name in ("_stepper", "_drafters", "_draft_model", "_sampler", "_rows", "_model"):
+        parts = ("_stepper", "_drafters", "_draft_model", "_constraints", "_sampler", "_rows")
+        for name in (*parts, "_model"):
             if hasattr(self, name):
                 delattr(self, name)
         if self._setup.device.type == "cuda":
@@ -511,31 +528,41 @@ class _PendingStepResult:
     """The ``Pending`` result of a step, which is being copied to the host."""
 
     def __init__(
-        self, sampled: Sampled, timestamps: Timestamps | None = None, n_programs: int = 0
+        self,
+        sampled: Sampled,
+        timestamps: Timestamps | None = None,
+        n_programs: int = 0,
+        failures: Mapping[int, str] | None = None,
     ) -> None:
         self._host, self._timestamps = sampled.map(_to_host), timestamps
-        self._n_programs = n_programs
+        self._n_programs, self._failures = n_programs, failures or {}
         self._ready = None
         if sampled.ids.is_cuda:
             self._ready = torch.cuda.Event()
             self._ready.record()
 
-    def wait(self) -> StepResult:
-        """See ``Pending``."""
+    def tokens(self) -> list[list[int]]:
+        """Waits for the accepted tokens of each row."""
         if self._ready is not None:
             self._ready.synchronize()
-        host = self._host
-        ids = host.ids.tolist()
-        kept = [len(row) for row in ids] if host.n_kept is None else host.n_kept.tolist()
+        ids = self._host.ids.tolist()
+        if self._host.n_kept is None:
+            return ids
+        return [row[:n] for row, n in zip(ids, self._host.n_kept.tolist(), strict=True)]
+
+    def wait(self) -> StepResult:
+        """See ``Pending``."""
+        ids, host = self.tokens(), self._host
         return StepResult(
             rows=[
-                [(token, self._logprob(b, t, token)) for t, token in enumerate(row[:n])]
-                for b, (row, n) in enumerate(zip(ids, kept, strict=True))
+                [(token, self._logprob(b, t, token)) for t, token in enumerate(row)]
+                for b, row in enumerate(ids)
             ],
             n_drafts=[0] * len(ids) if host.n_drafts is None else host.n_drafts.tolist(),
             k=0 if host.n_kept is None else host.ids.shape[1] - 1,
             times=None if self._timestamps is None else step_times(self._timestamps),
             n_programs=self._n_programs,
+            failures=self._failures,
         )
 
     def _logprob(self, b: int, t: int, token: int) -> TokenLogprob | None:

@@ -223,6 +223,7 @@ class Sampler:
         drafts_BD: Tensor | None = None,
         *,
         best_BT: Tensor | None = None,
+        masks_BTW: Tensor | None = None,
     ) -> Sampled:
         """Samples a token at every position; sequence b is in row ``first_row + b``.
 
@@ -235,14 +236,18 @@ class Sampler:
                 conditioned on the first t + D - T + 1 of them.
             best_BT: Argmax of the logits over ids that can be selected, -1 where that is not
                 finite; None if it has not been computed.
+            masks_BTW: int32, bit masks of the tokens that grammars allow; None for all. See
+                ``VocabularyShard.masked``.
         """
         here = slice(first_row, first_row + len(logits_BTV))
         vocabulary = self.vocabulary
         scores_BTV = vocabulary.selectable(logits_BTV)
+        if masks_BTW is not None:
+            scores_BTV = vocabulary.masked(scores_BTV, masks_BTW)
         if features.adjust:
             assert positions_BT is not None, "min_new_tokens depends on the position"
             scores_BTV = self._adjusted(scores_BTV, positions_BT, here, drafts_BD)
-        if best_BT is None or features.adjust:
+        if best_BT is None or features.adjust or masks_BTW is not None:
             best_BT = vocabulary.finite_argmax(scores_BTV)
         ids_BT = best_BT
         if features.draw:

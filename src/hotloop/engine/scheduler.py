@@ -236,13 +236,14 @@ class Scheduler:
             choice = self.controller.choose(n, min(max(remaining.values()), room) - 1)
         k = choice.k
         alone = not self._waiting and self._prefilling is None
+        features = self._features(active.values())
         several = k == 0 and alone and min(remaining.values()) >= self.n_steps
-        n_steps = self.n_steps if several else 1
+        n_steps = self.n_steps if several and not features.constrain else 1
         step = Step(
             n=n,
             seats=tuple(self._seat_of[request].index for request in active.values()),
             longest=furthest + k + n_steps,
-            features=self._features(active.values()),
+            features=features,
             k=k,
             drafter=choice.drafter,
             n_steps=n_steps,
@@ -342,8 +343,9 @@ class Scheduler:
         deltas: list[tuple[Job, Delta | None]] = []
         for row, request in running.items():
             texts, ids = [], []
+            request.grammar_failure = result.failures.get(row)
             for token_id, logprob in result.rows[row]:
-                if token_id < 0:
+                if request.grammar_failure is not None or token_id < 0:
                     request.failed = True
                     break
                 texts.append(request.accept(token_id, logprob))

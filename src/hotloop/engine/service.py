@@ -37,7 +37,6 @@ from hotloop.engine.request import Request
 from hotloop.engine.scheduler import Job
 from hotloop.errors import (
     HotloopError,
-    NumericsError,
     QueueFullError,
     ServiceClosedError,
     SlowClientError,
@@ -402,8 +401,7 @@ class Service:
             return
         woken[ticket] = None
         if isinstance(job, Request) and job.failed:
-            error = NumericsError(job.index, len(job.token_ids), self._llm.config.dtype)
-            self._fail(ticket, error)
+            self._fail(ticket, self._llm.failure(job))
             return
         piece = delta if isinstance(job, Request) else job.score()
         assert piece is not None, "a request has deltas"

@@ -197,6 +197,16 @@ class Setup:
             return (self,)
         return (self, self.draft.setup)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the model comes with a tokenizer: random weights have none."""
+        return self.path is not None and self.config.weights == "checkpoint"
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Reads the model's tokenizer."""
+        assert self.path is not None, "a built-in shape has no tokenizer"
+        return load_tokenizer(self.path)
+
     def open(self) -> Checkpoint:
         """Opens the checkpoint."""
         assert self.path is not None, "a built-in shape has no checkpoint"

@@ -10,6 +10,9 @@ would without drafts; drafts that equal these tokens are accepted, and the step 
 to the first rejected draft. Every token is thus the model's own: with greedy decoding or sampling,
 speculation changes when tokens come and never which (see ``speculation``).
 
+If a request has a grammar, the model's program is two: *forward* keeps the logits, and *choose*
+samples once the host has written the masks of allowed tokens (``constraints``).
+
 ``eager`` runs a program operation by operation. ``compile`` compiles the forward with torch.compile
 (``forward``); ``fused`` runs it with our own kernels (``fused``) and samples with one. On a GPU,
 both capture each size of program once in a CUDA graph (``graphs``), which removes the host's work
@@ -23,11 +26,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
+from hotloop.engine.constraints import Constraints
 from hotloop.engine.core import Features, Step, StepTimes, padded_rows
 from hotloop.engine.forward import Forward
 from hotloop.engine.graphs import Graphs
@@ -58,14 +64,22 @@ def step_times(timestamps: Timestamps) -> StepTimes:
 class _Program:
     """The key of a program: a CUDA graph is captured for each."""
 
-    drafting: bool
+    part: Literal["draft", "step", "forward", "choose"]
     n: int
     k: int
-    first_seat: int | None
-    length: int
-    features: Features
+    first_seat: int | None = None
+    length: int = 0
+    features: Features = dataclasses.field(default_factory=Features)
     n_steps: int = 1
     drafter: int = 0
+
+
+class _Inputs(NamedTuple):
+    """The drafts of a step [B, D], if any; its tokens, drafts included, and positions [B, T]."""
+
+    drafts: Tensor | None
+    ids: Tensor
+    positions: Tensor
 
 
 class Stepper:
@@ -75,6 +89,7 @@ class Stepper:
         forward: The model.
         rows: The rows to advance.
         sampler: Samples tokens.
+        constraints: The grammars of the rows.
         drafters: Draft tokens, one of them in each step; none without speculative decoding.
         max_drafts: The most drafts in a step.
         assumed_acceptance: See ``EngineConfig.assume_acceptance``.
@@ -89,6 +104,7 @@ class Stepper:
         forward: Forward,
         rows: Rows,
         sampler: Sampler,
+        constraints: Constraints,
         *,
         drafters: Sequence[Drafter],
         max_drafts: int,
@@ -98,6 +114,7 @@ class Stepper:
         indexes_seats: bool,
     ) -> None:
         self.forward, self.rows, self.sampler, self.drafters = forward, rows, sampler, drafters
+        self.constraints, self._max_drafts = constraints, max_drafts
         self.n_positions = n_positions
         self.assumed_acceptance = assumed_acceptance
         self.indexes_seats = indexes_seats
@@ -106,14 +123,15 @@ class Stepper:
         self._graphs = Graphs(self._device) if captures else None
         self._ran: set[_Program] = set()  # programs run, where none are captured
 
-    def step(self, step: Step) -> tuple[Sampled, Timestamps | None]:
+    def step(self, step: Step) -> tuple[Sampled, Timestamps | None, Mapping[int, str]]:
         """Runs a step, which yields one token or more for each row.
 
         On a CPU, where the host can read drafts at no cost, a step without any draft is plain.
 
         Returns:
-            Tensors that are valid until the next step of the same size; and the timestamps of the
-            step's parts, or None without a drafter or if something was compiled.
+            Tensors that are valid until the next step of the same size; the timestamps of the
+            step's parts, or None without a drafter or if something was compiled; and why grammars
+            have failed, by row.
         """
         n, k = step.n, step.k
         wanted = self.sampler.relevant(step.features)
@@ -123,8 +141,8 @@ class Stepper:
         first_seat = self._first_seat(step.seats) if n == step.n else None
         reads = (first_seat, self.length(step.longest))
         if not self.drafters:
-            program = _Program(False, n, 0, *reads, wanted, step.n_steps)
-            return self._run(program, self._steps), None
+            sampled, failures = self._sample(step, n, 0, reads, wanted)
+            return sampled, None, failures
         n_made = self.n_programs
         timestamps = [self._timestamp()]
         for i, drafter in enumerate(self.drafters):
@@ -133,17 +151,32 @@ class Stepper:
         if k:
             self.drafters[step.drafter].catch_up(step)
             timestamps.append(self._timestamp())
-            features = dataclasses.replace(wanted, logprobs=False)
-            self._run(_Program(True, n, k, *reads, features, drafter=step.drafter), self._draft)
+            features = dataclasses.replace(wanted, logprobs=False, constrain=False)
+            self._run(_Program("draft", n, k, *reads, features, drafter=step.drafter), self._draft)
+            if wanted.constrain:
+                replaced = self.constraints.redraft(self._drafts[:n, :k], step.n)
+                self.drafters[step.drafter].skip([step.seats[row] for row in replaced])
             if self._device.type == "cpu" and (self._drafts[:n, 0] < 0).all():
                 k = 0
         else:
             timestamps.append(self._timestamp())
         timestamps.append(self._timestamp())
-        program = _Program(False, n, k, *reads, wanted, step.n_steps)
-        sampled = self._run(program, self._steps)
+        sampled, failures = self._sample(step, n, k, reads, wanted)
         timestamps.append(self._timestamp())
-        return sampled, timestamps if self.n_programs == n_made else None
+        return sampled, timestamps if self.n_programs == n_made else None, failures
+
+    def _sample(
+        self, step: Step, n: int, k: int, reads: tuple[int | None, int], features: Features
+    ) -> tuple[Sampled, Mapping[int, str]]:
+        """Runs the model and samples; with grammars, the host writes the masks in between."""
+        if not features.constrain:
+            program = _Program("step", n, k, *reads, features, step.n_steps)
+            return self._run(program, self._steps), {}
+        assert step.n_steps == 1, "a grammar needs each token on the host"
+        self._run(_Program("forward", n, k, *reads), self._keep_logits)
+        drafts_BD = self._drafts[:n, :k] if k else None
+        failures = self.constraints.fill(step.n, self.constraints.masks(n, k + 1), drafts_BD)
+        return self._run(_Program("choose", n, k, features=features), self._choose), failures
 
     def length(self, longest: int) -> int:
         """Returns the cache positions that a step reads which needs the first ``longest``."""
@@ -179,18 +212,55 @@ class Stepper:
         return Sampled.joined([self._model(program) for _ in range(program.n_steps)])
 
     def _model(self, program: _Program) -> Sampled:
-        n, k, features = program.n, program.k, program.features
-        drafts_BD = self._drafts[:n, :k] if k else None
-        ids_BT, positions_BT = self.rows.next_tokens(n, drafts_BD)
-        logits_BTV, best_BT = self.forward(
-            ids_BT,
-            positions_BT,
-            self.rows.seats[:n],
+        inputs = self._inputs(program)
+        logits_BTV, best_BT = self._forward(program, inputs)
+        return self._accept(program, inputs, logits_BTV, best_BT=best_BT)
+
+    def _inputs(self, program: _Program) -> _Inputs:
+        drafts_BD = self._drafts[: program.n, : program.k] if program.k else None
+        return _Inputs(drafts_BD, *self.rows.next_tokens(program.n, drafts_BD))
+
+    def _forward(self, program: _Program, inputs: _Inputs) -> tuple[Tensor, Tensor | None]:
+        return self.forward(
+            inputs.ids,
+            inputs.positions,
+            self.rows.seats[: program.n],
             first_seat=program.first_seat,
             length=program.length,
         )
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        """The logits of a step with grammars, float32 [B * T, V] in the first rows."""
+        n_rows = len(self.rows.positions) * (1 + self._max_drafts)
+        V = len(self.sampler.vocabulary.rows)
+        return torch.empty(n_rows, V, dtype=torch.float32, device=self._device)
+
+    def _keep_logits(self, program: _Program) -> None:
+        logits_BTV, _ = self._forward(program, self._inputs(program))
+        self._logits[: program.n * (program.k + 1)] = logits_BTV.flatten(0, 1)
+
+    def _choose(self, program: _Program) -> Sampled:
+        n, T = program.n, program.k + 1
+        logits_BTV = self._logits[: n * T].view(n, T, -1)
+        masks_BTW = self.constraints.masks(n, T)
+        return self._accept(program, self._inputs(program), logits_BTV, masks_BTW=masks_BTW)
+
+    def _accept(
+        self,
+        program: _Program,
+        inputs: _Inputs,
+        logits_BTV: Tensor,
+        *,
+        best_BT: Tensor | None = None,
+        masks_BTW: Tensor | None = None,
+    ) -> Sampled:
+        """Samples, and appends the tokens that are accepted to the rows."""
+        features, (drafts_BD, ids_BT, positions_BT) = program.features, inputs
         after_BT = positions_BT + 1 if features.draw or features.adjust else None
-        sampled = self.sampler.sample(logits_BTV, after_BT, 0, features, drafts_BD, best_BT=best_BT)
+        sampled = self.sampler.sample(
+            logits_BTV, after_BT, 0, features, drafts_BD, best_BT=best_BT, masks_BTW=masks_BTW
+        )
         ids = sampled.ids
         if drafts_BD is not None and self.assumed_acceptance is not None:
             ids = assume(ids, drafts_BD, ids_BT, positions_BT, self.assumed_acceptance)

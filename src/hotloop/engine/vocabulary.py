@@ -27,7 +27,8 @@ _SMALLEST = torch.iinfo(torch.int64).min
 class VocabularyShard:
     """A rank's shard of the vocabulary, and collectives on logits over all shards.
 
-    Every method but ``selectable`` and ``scatter_mask`` is called by all ranks at the same time.
+    Every method but ``selectable``, ``masked`` and ``scatter_mask`` is called by all ranks at the
+    same time.
 
     Args:
         shares: Token ids of each rank's shard; that of rank 0 is the largest.
@@ -50,6 +51,19 @@ class VocabularyShard:
         """Selects ``ids`` of logits [..., rows]; minus infinity in a shard of padding alone."""
         mine = x[..., : len(self.ids)]
         return torch.full_like(mine, -torch.inf) if self._padding_alone else mine
+
+    def masked(self, x: Tensor, masks: Tensor) -> Tensor:
+        """Sets ids that a mask leaves out to minus infinity.
+
+        Args:
+            x: Values of ``ids``, [..., V].
+            masks: int32 [..., W]: bit i of word w is of the id 32 w + i, of the whole vocabulary.
+        """
+        if self._padding_alone:
+            return x
+        shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
+        bits = (masks.view(torch.uint8)[..., None] >> shifts).flatten(-2) & 1
+        return x.masked_fill(bits[..., self.ids.start : self.ids.stop] == 0, -torch.inf)
 
     def amax(self, x: Tensor) -> Tensor:
         """Returns the maximum over all ranks' [..., V], as [..., 1]."""

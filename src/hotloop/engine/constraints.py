@@ -1,0 +1,143 @@
+"""Brings the grammars of rows into their steps: masks of the tokens that may come next.
+
+A step with a grammar is two programs, *forward* and *choose* (``steps``). While the device runs the
+forward, the host reads the tokens of the step before, from which each grammar's matcher computes
+the masks, and copies these to the device for the choice. So the host is not one step ahead of the
+device, but the device waits for it only if a mask takes longer than a forward.
+
+Drafts that the grammar does not allow cannot equal a masked choice, so that they are rejected like
+any other. Where a grammar leaves no choice but to spell a text, its tokens replace the drafts.
+
+Every rank has its own matchers. They get the same tokens, so their masks and drafts are the same.
+
+Shape letters: B rows of a step, T positions of each, D drafts, W words of 32 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hotloop.engine.grammar import Grammars, Matcher
+from hotloop.engine.rows import to_device
+from hotloop.types import Grammar
+
+
+class PendingTokens(Protocol):
+    """A step whose tokens are on their way to the host."""
+
+    def tokens(self) -> Sequence[Sequence[int]]:
+        """Waits for the accepted tokens of each row."""
+        ...
+
+
+class Constraints:
+    """The grammars of every row.
+
+    Args:
+        grammars: Compiles grammars.
+        n_rows: Rows of the largest step.
+        max_drafts: The most drafts in a step.
+        device: The device of the logits.
+    """
+
+    def __init__(
+        self, grammars: Grammars, *, n_rows: int, max_drafts: int, device: torch.device
+    ) -> None:
+        self._grammars, self._device = grammars, device
+        self._rows: list[Matcher | None] = [None] * n_rows
+        self._unread: list[tuple[PendingTokens, dict[int, Matcher]]] = []
+        self.n_words = -(-grammars.n_tokens // 32)
+        # Programs read the masks of a step in the first elements.
+        self._masks = torch.full(
+            (n_rows * (1 + max_drafts) * self.n_words,), -1, dtype=torch.int32, device=device
+        )
+
+    def masks(self, n: int, T: int) -> Tensor:
+        """Returns the masks of a step of ``n`` rows, int32 [n, T, W], which ``fill`` writes."""
+        return self._masks[: n * T * self.n_words].view(n, T, self.n_words)
+
+    def admit(self, row: int, grammar: Grammar | None) -> Tensor | None:
+        """Sets the grammar of a row.
+
+        Returns:
+            The mask of its first token, int32 [1, 1, W]; None without a grammar.
+        """
+        matcher = self._rows[row] = None if grammar is None else self._grammars.matcher(grammar)
+        if matcher is None:
+            return None
+        mask = self._new_masks(1, 1)
+        matcher.fill(mask[0])
+        return mask.to(self._device, non_blocking=True)
+
+    def move(self, source: int, target: int) -> None:
+        """Moves the grammar of a row into another row."""
+        self._rows[target], self._rows[source] = self._rows[source], None
+
+    def expect(self, step: PendingTokens, rows: Sequence[int]) -> None:
+        """Records that a step will bring the next tokens of rows, in this order."""
+        matchers = {i: m for i, row in enumerate(rows) if (m := self._rows[row]) is not None}
+        if matchers:
+            self._unread.append((step, matchers))
+
+    def redraft(self, drafts_BD: Tensor, n: int) -> list[int]:
+        """Replaces drafts by tokens that grammars force, where they force any.
+
+        Args:
+            drafts_BD: int64, changed in place; negative for none.
+            n: Rows in use, from the first.
+
+        Returns:
+            The rows whose drafts were replaced.
+        """
+        self._read()
+        drafts, replaced = drafts_BD.tolist(), []
+        for row, matcher in enumerate(self._rows[:n]):
+            forced = [] if matcher is None else matcher.forced()[: drafts_BD.shape[1]]
+            if forced and drafts[row][: len(forced)] != forced:
+                drafts[row] = forced + [-1] * (drafts_BD.shape[1] - len(forced))
+                replaced.append(row)
+        if replaced:
+            flat = [token for row in drafts for token in row]
+            drafts_BD.copy_(to_device(flat, self._device).view_as(drafts_BD))
+        return replaced
+
+    def fill(self, n: int, masks_BTW: Tensor, drafts_BD: Tensor | None) -> dict[int, str]:
+        """Fills the masks of a step, once the tokens of the steps before are there.
+
+        Args:
+            n: Rows in use, from the first.
+            masks_BTW: Those of ``masks``. Rows without a grammar get all ones.
+            drafts_BD: int64, the drafts; None without.
+
+        Returns:
+            Why grammars have failed, by row.
+        """
+        self._grammars.prepare()  # by the steps that a server makes before it is ready
+        self._read()
+        host_BTW = self._new_masks(*masks_BTW.shape[:2])
+        drafts = [[]] * n if drafts_BD is None else drafts_BD.tolist()
+        failures = {}
+        for row, matcher in enumerate(self._rows[:n]):
+            if matcher is not None:
+                matcher.fill(host_BTW[row], drafts[row])
+                if matcher.failure is not None:
+                    failures[row] = matcher.failure
+        masks_BTW.copy_(host_BTW, non_blocking=True)
+        return failures
+
+    def _new_masks(self, B: int, T: int) -> Tensor:
+        """Makes masks of all ones on the host. Copies to a device still read the previous ones."""
+        pinned = self._device.type == "cuda"
+        return torch.full((B, T, self.n_words), -1, dtype=torch.int32, pin_memory=pinned)
+
+    def _read(self) -> None:
+        """Waits for the tokens of earlier steps, and has the matchers consume them."""
+        for step, matchers in self._unread:
+            tokens = step.tokens()
+            for i, matcher in matchers.items():
+                matcher.consume(tokens[i])
+        self._unread.clear()

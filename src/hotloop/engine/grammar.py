@@ -1,0 +1,301 @@
+"""Grammars that answers follow (structured output), by the library llguidance.
+
+A grammar is compiled once for a vocabulary. Each answer has a ``Matcher``: it consumes the tokens
+of the answer, and fills a bit mask of the tokens that may come next, some 20 µs for a token of JSON
+with a vocabulary of 50,000. ``constraints`` brings the masks to the device.
+
+What the library would accept and not enforce is refused here: keywords of a JSON schema that it
+does not know, everything that it warns of, and ``patternProperties``, which it does not combine
+correctly with other keywords. Its limits bound the time and memory that a grammar takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hotloop.errors import RequestError, UnsupportedError, shorten
+from hotloop.outside import parse_json
+from hotloop.types import Grammar, GrammarKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hotloop.text.tokenizer import Tokenizer
+
+WHITESPACE = r" |\n[ \t]{0,40}"
+"""Whitespace between two tokens of JSON: none, or what this matches. Small models can otherwise go
+on with spaces for ever."""
+
+MOST_COMPILED = 32
+"""The most compiled grammars to keep."""
+
+SLOW_S = 0.1
+"""A mask that takes longer delays other requests noticeably. An ambiguous grammar can come to this,
+since its parses are counted at each token, within all of the library's limits."""
+
+MOST_SLOW = 3
+"""The most slow masks of an answer; more than one, since the host may be busy with other things."""
+
+_ANY_OBJECT = '{"type": "object"}'
+
+_NAMES: dict[GrammarKind, str] = {
+    "json_object": "the JSON object",
+    "json_schema": "the JSON schema",
+    "regex": "the regular expression",
+    "lark": "the grammar",
+}
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary. Safe to share between threads.
+
+    Args:
+        tokenizer: Returns the model's tokenizer.
+        n_tokens: Token ids below this can be selected.
+    """
+
+    def __init__(self, tokenizer: Callable[[], Tokenizer], n_tokens: int) -> None:
+        self._tokenizer, self.n_tokens = tokenizer, n_tokens
+        self._compiled = functools.lru_cache(MOST_COMPILED)(self._compile)
+
+    def check(self, grammar: Grammar) -> None:
+        """Refuses what cannot be enforced.
+
+        Raises:
+            RequestError: The grammar is invalid, too costly, not supported, or matches nothing.
+            UnsupportedError: llguidance is not installed, or the tokenizer cannot end an answer.
+        """
+        self._compiled(grammar)
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """Returns the matcher of an answer.
+
+        Raises:
+            HotloopError: As ``check``.
+        """
+        return Matcher(self._compiled(grammar).deep_copy(), self.n_tokens)
+
+    def prepare(self) -> None:
+        """Builds what all grammars need, unless it is there: it takes tenths of a second."""
+        with suppress(UnsupportedError):  # raised where a grammar is used
+            _ = self._vocabulary
+
+    @functools.cached_property
+    def _vocabulary(self) -> Any:
+        """The vocabulary, as llguidance takes it."""
+        library, tokenizer = _library(), self._tokenizer()
+        ends = sorted(i for i in tokenizer.eos_ids if i < self.n_tokens)
+        if not ends:
+            raise UnsupportedError(
+                "the model's tokenizer has no end-of-sequence token, so that an answer could not "
+                "end where its grammar does."
+            )
+        wrapped = library.TokenizerWrapper(_Vocabulary(tokenizer, self.n_tokens, ends[0]))
+        return library.LLTokenizer(wrapped, n_vocab=self.n_tokens, eos_token=ends)
+
+    def _compile(self, grammar: Grammar) -> Any:
+        library = _library()
+        matcher = library.LLMatcher(
+            self._vocabulary, _translated(grammar), log_level=0, limits=_limits()
+        )
+        matcher.compute_bitmask()
+        problems = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
+        _refuse_first(grammar, problems)
+        return matcher
+
+
+class _Vocabulary:
+    """The attributes of a vocabulary that llguidance reads."""
+
+    def __init__(self, tokenizer: Tokenizer, n_tokens: int, eos_id: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = eos_id, tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(i, skip_special=False) for i in range(n_tokens)]
+        self.special_token_ids = [i for i in sorted(tokenizer.backend.special_ids) if i < n_tokens]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        return self._tokenizer.encode(text, add_special=False)
+
+
+class Matcher:
+    """Follows one answer through its grammar.
+
+    Args:
+        matcher: llguidance's matcher at the beginning of an answer.
+        n_tokens: Token ids below this can be selected.
+
+    Attributes:
+        failure: The limit that the grammar has exceeded; None while it can be followed.
+    """
+
+    def __init__(self, matcher: Any, n_tokens: int) -> None:
+        self._matcher, self._n_tokens = matcher, n_tokens
+        self._n_slow = 0
+        self._is_lost = False  # the library cannot follow it further
+        self.failure: str | None = None
+
+    def consume(self, ids: Sequence[int]) -> None:
+        """Takes the next tokens of the answer; those after its end are ignored."""
+        for token_id in ids:
+            if token_id < 0 or self._is_lost or self._matcher.is_stopped():
+                return
+            self._matcher.consume_token(token_id)
+            self._check()
+
+    def forced(self) -> list[int]:
+        """Returns tokens that the grammar leaves no choice but to spell; often none.
+
+        They are how the tokenizer divides the text that must follow. The model can divide it
+        differently.
+        """
+        return [] if self._is_lost else self._matcher.compute_ff_tokens()
+
+    def fill(self, mask_TW: Tensor, drafts: Sequence[int] = ()) -> None:
+        """Fills bit masks of the tokens that may come next, and after each of the drafts.
+
+        Args:
+            mask_TW: int32, all ones, on the CPU; one bit for each token, 32 to a word. Those after
+                a draft that the grammar does not allow are left as they are, and so are all if it
+                has failed.
+            drafts: Drafts, at most T - 1.
+        """
+        if self._is_lost:
+            return
+        began = time.perf_counter()
+        n = next((i for i, token in enumerate(drafts) if not 0 <= token < self._n_tokens), None)
+        drafts, row_bytes = list(drafts[:n]), mask_TW.stride(0) * mask_TW.itemsize
+        if drafts:
+            _executor().unsafe_compute_mask_ptr_with_draft_token(
+                [(self._matcher, 0, drafts)], mask_TW.data_ptr(), row_bytes, len(mask_TW)
+            )
+        else:
+            self._matcher.unsafe_compute_mask_ptr(mask_TW.data_ptr(), row_bytes)
+        self._check()
+        if self._is_lost:
+            mask_TW.fill_(-1)
+        # Its masks stay right, since ranks that measure different times must stay in step.
+        self._n_slow += time.perf_counter() - began > SLOW_S
+        if self._n_slow > MOST_SLOW and self.failure is None:
+            self.failure = f"{self._n_slow} of its tokens took longer than {SLOW_S:g} s."
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            self._is_lost = True
+            self.failure = self.failure or f"{_reason(self._matcher.get_error())}."
+
+
+def check_syntax(grammar: Grammar) -> None:
+    """Refuses an invalid grammar before there is a model.
+
+    ``Grammars.check`` is stricter: it knows the model's control tokens.
+
+    Raises:
+        RequestError: The grammar is invalid or not supported.
+        UnsupportedError: llguidance is not installed.
+    """
+    check = _library().LLMatcher.validate_grammar_with_warnings
+    failed, problems = check(_translated(grammar), limits=_limits())
+    _refuse_first(grammar, problems if failed else ())
+
+
+def _translated(grammar: Grammar) -> str:
+    """Returns a grammar in llguidance's notation.
+
+    Raises:
+        RequestError: It is not JSON, or has a keyword that is not enforced.
+    """
+    library, source = _library().LLMatcher, grammar.source
+    if grammar.kind == "regex":
+        return library.grammar_from_regex(source)
+    if grammar.kind == "lark":
+        if _UNENFORCED in source:
+            raise _unenforced(grammar)
+        return library.grammar_from_lark(source)
+    schema = parse_json(
+        source or _ANY_OBJECT,
+        _NAMES[grammar.kind],
+        refuse=lambda name, problem: RequestError(f"{name} {problem}."),
+    )
+    if _uses_unenforced(schema):
+        raise _unenforced(grammar)
+    return library.grammar_from_json_schema(
+        source or _ANY_OBJECT,
+        defaults={"whitespace_pattern": WHITESPACE},
+        overrides={"lenient": False},
+    )
+
+
+_UNENFORCED = "patternProperties"
+
+
+def _unenforced(grammar: Grammar) -> RequestError:
+    return RequestError(
+        f"{_NAMES[grammar.kind]} uses {_UNENFORCED}, which cannot be enforced: list the "
+        "properties, or leave it out."
+    )
+
+
+def _uses_unenforced(schema: Any) -> bool:
+    """Whether a schema, or one within it, has the keyword ``patternProperties``."""
+    if isinstance(schema, list):
+        return any(map(_uses_unenforced, schema))
+    if not isinstance(schema, dict):
+        return False
+    for keyword, value in schema.items():
+        if keyword == _UNENFORCED:
+            return True
+        if keyword in ("enum", "const", "default", "examples"):  # values, not schemas
+            continue
+        named = keyword in ("properties", "$defs", "definitions", "dependentSchemas")
+        if named and isinstance(value, dict):
+            value = list(value.values())
+        if _uses_unenforced(value):
+            return True
+    return False
+
+
+def _refuse_first(grammar: Grammar, problems: Sequence[str]) -> None:
+    """Raises RequestError for the first of the library's errors or warnings, if there is one."""
+    for problem in problems:
+        raise RequestError(f"{_NAMES[grammar.kind]} cannot be used: {_reason(problem)}.")
+
+
+def _reason(error: str) -> str:
+    """Returns the first part of one of the library's errors; a dump of its state may follow."""
+    if error.startswith("NoExtension"):
+        return "nothing matches it"
+    parts = error.partition("<state>")[0].partition("<non-verbose/>")[0].strip()
+    return shorten(" ".join(parts.split())).removesuffix(".")
+
+
+def _library() -> Any:
+    """Imports llguidance.
+
+    Raises:
+        UnsupportedError: It is not installed.
+    """
+    try:
+        return import_module("llguidance")
+    except ImportError as error:
+        raise UnsupportedError(
+            f"grammars need llguidance, which cannot be imported ({error}): "
+            "pip install 'hotloop[serve]'."
+        ) from error
+
+
+@functools.cache
+def _executor() -> Any:
+    """Returns the library's thread that fills the masks of several drafts in one call."""
+    return _library().LLExecutor(1)
+
+
+def _limits() -> Any:
+    """Returns the library's own limits, with errors that do not quote the grammar."""
+    return _library().LLParserLimits(verbose_errors=False)
