@@ -12,12 +12,12 @@ import torch
 from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 
-from hotloop import LLM, SamplingParams
+from hotloop import LLM, Grammar, SamplingParams
 from hotloop.engine.core import Features
 from hotloop.engine.memory import predict_memory
-from hotloop.engine.programs import SERVED_FEATURES
+from hotloop.engine.programs import SERVED_FEATURES, served_features
 from hotloop.engine.service import Service
-from hotloop.engine.setup import Setup
+from hotloop.engine.setup import Setup, prepare
 from hotloop.types import EngineConfig
 
 OPTIONS: Sequence[dict[str, Any]] = (
@@ -29,6 +29,15 @@ OPTIONS: Sequence[dict[str, Any]] = (
     {"presence_penalty": 0.4, "logprobs": 3},
     {"logit_bias": {4: 1}, "min_new_tokens": 3},
     {"logprobs": 0},
+    {"grammar": Grammar(kind="regex", source="(the token )+[a-z]{1,9}")},
+    {
+        "grammar": Grammar(kind="json_object"),
+        "temperature": 0.9,
+        "seed": 3,
+        "top_k": 30,
+        "presence_penalty": 0.3,
+        "logprobs": 1,
+    },
 )
 
 
@@ -114,13 +123,24 @@ def test_a_compiled_engine_compiles_before_it_is_ready(folder):
     llm.close()
 
 
-def test_served_features_are_ascending_and_the_last_ones_are_all():
-    *_, everything = SERVED_FEATURES
+def test_served_features_are_ascending_and_the_last_ones_are_all(folder):
+    features = served_features(prepare(EngineConfig(model=str(folder))))
+    *_, everything = features
     for params in (SamplingParams(**options) for options in OPTIONS):
         assert everything.includes(Features.of([params]))
-    for i, smaller in enumerate(SERVED_FEATURES):
-        assert all(larger.includes(smaller) for larger in SERVED_FEATURES[i:])
-        assert not any(smaller.includes(larger) for larger in SERVED_FEATURES[i + 1 :])
+    for i, smaller in enumerate(features):
+        assert not any(smaller.includes(larger) for larger in features[i + 1 :])
+    for with_grammars in (False, True):
+        alike = [each for each in features if each.constrain == with_grammars]
+        for i, smaller in enumerate(alike):
+            assert all(larger.includes(smaller) for larger in alike[i:])
+
+
+def test_no_programs_are_made_for_grammars_that_there_cannot_be(folder, monkeypatch):
+    setup = prepare(EngineConfig(model=str(folder), weights="random"))
+    assert served_features(setup) == SERVED_FEATURES
+    monkeypatch.setattr("hotloop.engine.programs.find_spec", lambda _: None)
+    assert served_features(prepare(EngineConfig(model=str(folder)))) == SERVED_FEATURES
 
 
 @pytest.mark.usefixtures("_captures")

@@ -95,8 +95,12 @@ class Grammars:
                 "the model's tokenizer has no end-of-sequence token, so that an answer could not "
                 "end where its grammar does."
             )
-        wrapped = library.TokenizerWrapper(_Vocabulary(tokenizer, self.n_tokens, ends[0]))
-        return library.LLTokenizer(wrapped, n_vocab=self.n_tokens, eos_token=ends)
+        vocabulary = _Vocabulary(tokenizer, self.n_tokens, ends[0])
+        wrapped = library.TokenizerWrapper(vocabulary)
+        found = library.LLTokenizer(wrapped, n_vocab=self.n_tokens, eos_token=ends)
+        if tokenizer.strips_leading_space:
+            vocabulary.encode = found.greedy_tokenize
+        return found
 
     def _compile(self, grammar: Grammar) -> Any:
         library = _library()
@@ -110,18 +114,23 @@ class Grammars:
 
 
 class _Vocabulary:
-    """The attributes of a vocabulary that llguidance reads."""
+    """The attributes of a vocabulary that llguidance reads.
+
+    Attributes:
+        encode: Encodes text within an answer. Where a tokenizer puts a space before every text,
+            another function must.
+    """
 
     def __init__(self, tokenizer: Tokenizer, n_tokens: int, eos_id: int) -> None:
-        self._tokenizer = tokenizer
+        self.encode: Callable[[str], list[int]] = functools.partial(
+            tokenizer.encode, add_special=False
+        )
         self.eos_token_id, self.bos_token_id = eos_id, tokenizer.bos_id
         self.tokens = [tokenizer.token_bytes(i, skip_special=False) for i in range(n_tokens)]
         self.special_token_ids = [i for i in sorted(tokenizer.backend.special_ids) if i < n_tokens]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "replace")
-        return self._tokenizer.encode(text, add_special=False)
+        return self.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
 class Matcher:

@@ -156,7 +156,8 @@ class Stepper:
             if wanted.constrain:
                 replaced = self.constraints.redraft(self._drafts[:n, :k], step.n)
                 self.drafters[step.drafter].skip([step.seats[row] for row in replaced])
-            if self._device.type == "cpu" and (self._drafts[:n, 0] < 0).all():
+            on_host = self._device.type == "cpu" and self._graphs is None
+            if on_host and (self._drafts[:n, 0] < 0).all():
                 k = 0
         else:
             timestamps.append(self._timestamp())
