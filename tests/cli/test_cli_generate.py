@@ -11,7 +11,7 @@ from cli_fakes import FakeTokenizer
 from hotloop.cli import generate
 from hotloop.cli.app import main
 from hotloop.errors import RequestError
-from hotloop.types import Speculation
+from hotloop.types import Grammar, Speculation
 
 pytestmark = pytest.mark.usefixtures("fake_llm")
 
@@ -260,3 +260,21 @@ def test_notes_of_the_engine_are_printed_and_kernels_passed_over_once_for_each_r
     assert err.count("no C++ compiler") == 1
     assert f"int8/cpu, attention/cpu not used: {reason}" in err
     assert again in err
+
+
+def test_a_grammar_comes_from_a_file_and_its_syntax_is_checked_before_a_model_is_loaded(
+    fake_llm, tmp_path, capsys
+):
+    good, bad = tmp_path / "schema.json", tmp_path / "bad.lark"
+    good.write_text('{"type": "object"}')
+    bad.write_text("start: (")
+    assert main(["generate", "m", "p", "--json-schema", str(good)]) == 0
+    assert fake_llm.made[-1].asked[-1].params.grammar == Grammar(
+        kind="json_schema", source='{"type": "object"}'
+    )
+    n_made = len(fake_llm.made)
+    assert main(["generate", "m", "p", "--grammar", str(bad)]) == 2
+    assert "the grammar cannot be used: " in capsys.readouterr().err
+    assert main(["generate", "m", "p", "--json-schema", str(good), "--ignore-eos"]) == 2
+    assert "ignore_eos contradicts a grammar" in capsys.readouterr().err
+    assert len(fake_llm.made) == n_made

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 from cyclopts import Group, Parameter, Token
 
 from hotloop.errors import ConfigError, shorten_value
-from hotloop.types import EngineConfig, Lever, SamplingParams, WeightSource, levers
+from hotloop.types import (
+    MAX_GRAMMAR_BYTES,
+    EngineConfig,
+    Grammar,
+    GrammarKind,
+    Lever,
+    SamplingParams,
+    WeightSource,
+    levers,
+)
 
 PROMPT = Group("Prompt", sort_key=0)
 MODEL = Group("Model", sort_key=1)
@@ -422,29 +431,54 @@ class SamplingOptions(_Options):
         int | None,
         integer(SAMPLING, "With --json: log-probabilities, with this many alternatives."),
     ] = None
+    json_schema: Annotated[
+        Path | None, option(SAMPLING, "A file with a JSON schema that the answer follows.")
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        option(SAMPLING, "A file with a grammar that the answer follows, in Lark's notation."),
+    ] = None
 
     def check(self, *, json: bool) -> None:
         """Refuses values that no model can use, before one is loaded.
 
         Raises:
-            ConfigError: Log-probabilities are asked for where they are not printed.
+            ConfigError: Log-probabilities are asked for where they are not printed, or there are
+                two grammars.
             RequestError: A value is invalid.
         """
+        if None not in (self.json_schema, self.grammar):
+            raise ConfigError("give either --json-schema or --grammar.")
         if self.logprobs is not None and not json:
             raise ConfigError("--logprobs: only --json prints log-probabilities. Add --json.")
-        self.params(SamplingParams())
+        grammar = self.params(SamplingParams()).grammar
+        if grammar is not None:
+            from hotloop.engine.grammar import check_syntax
+
+            check_syntax(grammar)
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """Returns the model's ``defaults``, changed by what was given.
 
         Raises:
-            ConfigError: A logit bias is not ``ID=NUMBER``.
+            ConfigError: A logit bias is not ``ID=NUMBER``, or a file cannot be read.
             RequestError: A value is invalid.
         """
         given = self.given()
         if self.logit_bias:
             given["logit_bias"] = dict(map(_bias, self.logit_bias))
+        if self.grammar is not None:
+            given["grammar"] = _grammar("lark", self.grammar)
+        if self.json_schema is not None:
+            del given["json_schema"]
+            given["grammar"] = _grammar("json_schema", self.json_schema)
         return replace(defaults, **given)
+
+
+def _grammar(kind: GrammarKind, file: Path) -> Grammar:
+    from hotloop.outside import config_error, read_text
+
+    return Grammar(kind=kind, source=read_text(file, limit=MAX_GRAMMAR_BYTES, refuse=config_error))
 
 
 def _bias(text: str) -> tuple[int, float]:
