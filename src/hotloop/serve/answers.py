@@ -11,9 +11,8 @@ whole chunks takes several times as long.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ from hotloop.serve.metrics import Tally
 from hotloop.serve.protocol import ABORT
 from hotloop.serve.schemas import SamplingBody
 from hotloop.serve.served import Served
+from hotloop.serve.settings import ServerSettings
 from hotloop.types import Delta
 
 STREAM_HEADERS = {
@@ -206,15 +206,13 @@ class EventStream(Response):
         wanted = bool(self._options.include_usage)
         continuous = wanted and bool(self._options.continuous_usage_stats)
 
-        async def write(text: str, *, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-            async with asyncio.timeout(served.settings.send_s):
-                await send(message)
+        pulse = _Pulse(served.settings, send, scope["state"][ABORT])
+        write = pulse.write
 
         def counted() -> str:
             return compact(usage(tally))
 
-        async with cancelled_if_gone(served, ticket, receive):
+        async with cancelled_if_gone(served, ticket, receive), pulse:
             await send(
                 {
                     "type": "http.response.start",
@@ -226,9 +224,7 @@ class EventStream(Response):
                 if first := self._shape.first_events():
                     await write(first)
                 while not ticket.done:
-                    if not await self._arrived():
-                        await write(": waiting\n\n")
-                        continue
+                    await ticket.arrived()
                     text = ""
                     for piece in ticket.take():
                         tally.add(delta := checked(piece))
@@ -238,16 +234,46 @@ class EventStream(Response):
                 await write(self._shape.last_events(usage(tally), wanted=wanted), more=False)
             except HotloopError as error:
                 await write(self._shape.error_events(error), more=False)
-            except TimeoutError:  # the client does not read
-                scope["state"][ABORT]()
             except Exception as error:  # a fault of ours, which the log shows
                 await write(self._shape.error_events(error), more=False)
                 raise
 
-    async def _arrived(self) -> bool:
-        """Waits for a piece; False after a time of silence."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._served.settings.ping_s):
-                await self._ticket.arrived()
-                return True
-        return False
+
+class _Pulse:
+    """Looks after a stream: comments while nothing comes, an end for who does not read.
+
+    A timer for each wait would take several times as long as making a chunk.
+
+    Args:
+        settings: The limits.
+        send: Sends to the client.
+        abort: Drops the connection.
+    """
+
+    def __init__(self, settings: ServerSettings, send: Send, abort: Callable[[], None]) -> None:
+        self._settings, self._send, self._abort = settings, send, abort
+        self._loop = asyncio.get_running_loop()
+        self._since, self._is_sending = self._loop.time(), False
+
+    async def write(self, text: str, *, more: bool = True) -> None:
+        """Sends a part of the stream; waits while the client's buffers are full."""
+        self._since, self._is_sending = self._loop.time(), True
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+        self._is_sending = False
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        ping_s, send_s = self._settings.ping_s, self._settings.send_s
+        while True:
+            await asyncio.sleep(min(ping_s, send_s) / 4)
+            quiet_s = self._loop.time() - self._since
+            if self._is_sending and quiet_s > send_s:
+                self._abort()
+                return
+            if not self._is_sending and quiet_s > ping_s:
+                await self.write(": waiting\n\n")
