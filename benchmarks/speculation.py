@@ -40,9 +40,6 @@ from hotloop.hardware import provenance
 
 TEXTS = ("code", "quotations", "story", "chat")
 
-WARM_UP_ROUNDS = 3
-"""Warm-up: on a GPU every number of drafts is captured at its first use."""
-
 
 def prompt(llm: LLM, text: str) -> tuple[list[int], SamplingParams]:
     """Token ids and sampling options; story and chat are sampled: greedy text would loop."""
@@ -84,12 +81,13 @@ def measure(
     params: SamplingParams,
     *,
     rounds: int,
+    warm_up: int,
     n: int,
     keeps_disturbed: bool,
 ) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {"off": [], "on": []}
     seen, same, number, disturbed = Speculation(), 0, 0, 0
-    while number < WARM_UP_ROUNDS + rounds:
+    while number < warm_up + rounds:
         seeded = dataclasses.replace(params, seed=number)
         bystanders, began_s = Bystanders(), time.process_time()
         ways = (run_without_drafts, run, run, run_without_drafts)
@@ -102,7 +100,7 @@ def measure(
                 assert disturbed <= 3 * rounds, "other processes are busy: use a quiet machine"
                 continue
         number += 1
-        if number <= WARM_UP_ROUNDS:
+        if number <= warm_up:
             continue
         for name, (one, other) in {"off": (turns[0], turns[3]), "on": (turns[1], turns[2])}.items():
             pair = (one.timing.decode_tok_s, other.timing.decode_tok_s)
@@ -173,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=12)
+    # On a GPU every number of drafts is captured at its first use.
+    parser.add_argument("--warm-up", type=int, default=3, help="rounds before those")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
 
@@ -195,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ids,
                 params,
                 rounds=args.rounds,
+                warm_up=args.warm_up,
                 n=args.new_tokens,
                 keeps_disturbed=args.disturbed,
             )

@@ -1,6 +1,8 @@
 """A weight that is packed some rows at a time is packed as the whole of it is."""
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import number_formats
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 from hotloop.kernels.linear import DENSE, Fused, KernelFormat, LinearSpec, choose_linear
 from hotloop.kernels.pack import pack_in_chunks
 from hotloop.quant import QTensor
-from hotloop.quant.rows import RowStream, paired_chunks, row_chunks_of
+from hotloop.quant.rows import RowStream, in_step, paired_chunks, row_chunks_of, split
 
 FORMATS = ("dense", *number_formats.NAMES)
 
@@ -33,6 +35,16 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
+def packed(*args: Any, **options: Any) -> list[Tensor]:
+    """What ``pack_in_chunks`` returns."""
+    packing = pack_in_chunks(*args, **options)
+    while True:
+        try:
+            next(packing)
+        except StopIteration as end:
+            return end.value
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_kernel_of_a_cpu_packs_rows_as_it_packs_the_whole(name, dtype):
@@ -44,7 +56,7 @@ def test_every_kernel_of_a_cpu_packs_rows_as_it_packs_the_whole(name, dtype):
     )
     whole = kernel.pack(weight)
     for rows in (16, 48, 80):
-        assert_same(pack_in_chunks(kernel, row_chunks_of(weight, rows), n), whole)
+        assert_same(packed(kernel, row_chunks_of(weight, rows), n), whole)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -67,7 +79,7 @@ def test_the_fused_step_packs_rows_and_pairs_of_rows_as_the_whole(name, n, paire
     whole = kernel.pack(weight)
     chunks = paired_chunks if paired else row_chunks_of
     for rows in (16, 32):
-        assert_same(pack_in_chunks(kernel, chunks(weight, rows), n, paired=paired), whole)
+        assert_same(packed(kernel, chunks(weight, rows), n, paired=paired), whole)
 
 
 @pytest.mark.gpu
@@ -79,7 +91,7 @@ def test_tinygemm_packs_rows_as_the_whole(group):
         LinearSpec(format=weight.format, n=80, k=512, dtype=torch.bfloat16, device="cuda")
     )
     assert kernel.name == "int4/tinygemm"
-    assert_same(pack_in_chunks(kernel, row_chunks_of(weight, 24), 80), kernel.pack(weight))
+    assert_same(packed(kernel, row_chunks_of(weight, 24), 80), kernel.pack(weight))
 
 
 def test_a_stream_cuts_and_joins_pieces_of_any_size():
@@ -90,3 +102,23 @@ def test_a_stream_cuts_and_joins_pieces_of_any_size():
     assert [chunk.shape[0] for chunk in chunks] == [16, 16, 8]
     for i, chunk in enumerate(chunks):
         assert_same(list(chunk.tensors), list(weight.rows(16 * i, 16 * i + 16).tensors))
+
+
+def test_streams_of_the_same_rows_are_packed_in_step():
+    made, taken = [], ([], [])
+
+    def pairs() -> Iterator[tuple[int, int]]:
+        for i in range(12):
+            made.append(i)
+            yield i, -i
+
+    def run(values: Iterator[int], into: list[int], step: int) -> Iterator[int]:
+        for _ in range(12 // step):
+            into += [next(values) for _ in range(step)]
+            assert len(made) <= min(map(len, taken)) + 4, "no more is held than a few pieces"
+            yield step
+
+    first, second = split(pairs())
+    in_step(run(first, taken[0], 1), run(second, taken[1], 4))
+    assert taken == (list(range(12)), [-i for i in range(12)])
+    assert made == list(range(12)), "each once"

@@ -68,6 +68,7 @@ ENCODINGS = {
     "Q8_0": gguf("Q8_0"),
     "Q4_K": gguf("Q4_K"),
     "Q6_K": gguf("Q6_K"),
+    "plain, with a draft": lambda folder: write_folder(folder / "m", **SIZES),
 }
 
 
@@ -93,6 +94,8 @@ def main() -> None:
         place.mkdir()
         # The description of hotloop's own says the scheme.
         options = {} if name.startswith("hotloop") else {"quant": "auto"}
+        if name.endswith("with a draft"):
+            options["draft"] = "int4-g64"
         measured[name] = measure(ENCODINGS[name](place), **options)
     print(json.dumps(measured))
 

@@ -21,7 +21,7 @@ from hotloop.parallel.plan import Shard
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.identity import read_quantization
-from hotloop.weights.load import load_weights
+from hotloop.weights.load import Draft, load_weights
 from hotloop.weights.recognition import recognize_matrices
 from hotloop.weights.source import CheckpointSource, Source, schemes_by_name
 
@@ -176,8 +176,10 @@ def load_from(
     dtype: torch.dtype = torch.bfloat16,
     group: Group = ALONE,
     fused: bool = False,
+    draft: str | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Decoder:
+    """``draft`` is the scheme of a drafter, which becomes the decoder's ``twin``."""
     scheme = parse_scheme(quant)
     stored = {} if checkpoint is None else recognize_matrices(checkpoint, model)
     schemes = schemes_by_name(model, scheme, parse_head_scheme(head, scheme), stored)
@@ -189,6 +191,18 @@ def load_from(
         device=CPU,
         n_head_rows=len(shard.vocabulary),
     )
+    beside = None
+    if draft is not None:
+        decoder.twin = Decoder(
+            model.local(shard),
+            n_positions=8,
+            attention=torch_attention,
+            device=CPU,
+            n_head_rows=len(shard.vocabulary),
+            twin=decoder,
+        )
+        drafts = schemes_by_name(model, parse_scheme(draft), parse_scheme("int8"))
+        beside = Draft(decoder=decoder.twin, schemes=drafts, combine=group.max)
     try:
         load_weights(
             decoder,
@@ -200,6 +214,7 @@ def load_from(
             dtype=dtype,
             device=CPU,
             fused=fused,
+            draft=beside,
             on_layer=on_layer,
         )
     finally:

@@ -5,7 +5,7 @@ Packing a whole weight at once takes several copies of it, each of more bytes th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ def rows_at_once(k: int, unit: int, device: torch.device) -> int:
 
 def pack_in_chunks(
     kernel: LinearKernel, chunks: Iterable[Tensor | Quantized], n: int, *, paired: bool = False
-) -> list[Tensor]:
+) -> Generator[int, None, list[Tensor]]:
     """Packs a weight of ``n`` rows, exactly as ``kernel.pack`` packs the whole.
+
+    Weights that are made of the same rows can so be packed in step.
 
     Args:
         kernel: The kernel.
@@ -32,6 +34,12 @@ def pack_in_chunks(
             weight, each has as many of the first half as of the second.
         n: Output features in all.
         paired: Its halves are packed together, as the fused step reads a paired weight.
+
+    Yields:
+        The rows of each chunk, once it is packed.
+
+    Returns:
+        The packed weight.
     """
     whole: list[Tensor] = []
     ends: list[int] = []
@@ -57,6 +65,7 @@ def pack_in_chunks(
                 whole[i].narrow(axis, ends[i], size).copy_(part)
             ends[i] += size
         row += rows
+        yield rows
     assert row == n, f"{row} rows came, not {n}"
     # A last unit that is not whole takes less where it is not padded.
     return [

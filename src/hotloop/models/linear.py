@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,19 @@ class Linear(nn.Module):
             device: The device of the packed weight.
             fused: For the fused step.
         """
+        for _ in self.packing(weight, bias, dtype=dtype, device=device, fused=fused):
+            pass
+
+    def packing(
+        self,
+        weight: Tensor | QTensor | Sequence[Tensor | QTensor | RowStream],
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        fused: bool = False,
+    ) -> Iterator[int]:
+        """Does what ``assign`` does, and yields how many more rows are packed."""
         weights = (weight,) if isinstance(weight, Tensor | QTensor) else weight
         specs = [
             LinearSpec(
@@ -91,7 +104,8 @@ class Linear(nn.Module):
         self._clear()
         for spec, piece in zip(specs, weights, strict=True):
             kernel, notes = choose_linear(spec)
-            self._add(spec, kernel, notes, self._pack(kernel, piece, spec, device))
+            packed = yield from self._pack(kernel, piece, spec, device)
+            self._add(spec, kernel, notes, packed)
         self._use()
         if bias is not None:
             self.bias = bias.to(device, dtype)
@@ -132,7 +146,7 @@ class Linear(nn.Module):
         weight: Tensor | QTensor | RowStream,
         spec: LinearSpec,
         device: torch.device,
-    ) -> list[Tensor]:
+    ) -> Generator[int, None, list[Tensor]]:
         """Packs some rows at a time, so that little is held besides the packed weight."""
 
         def placed(rows: Tensor | QTensor) -> Tensor | QTensor:
@@ -148,7 +162,7 @@ class Linear(nn.Module):
             chunks = weight.chunks(step)
         else:
             chunks = (paired_chunks if paired else row_chunks_of)(weight, step)
-        return pack_in_chunks(kernel, map(placed, chunks), spec.n, paired=paired)
+        return (yield from pack_in_chunks(kernel, map(placed, chunks), spec.n, paired=paired))
 
     @property
     def packed(self) -> list[Tensor]:

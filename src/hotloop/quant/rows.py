@@ -65,7 +65,7 @@ def _pieces(stream: RowStream) -> Iterator[Tensor | QTensor]:
 def split(pairs: Iterable[tuple[Value, Value]]) -> tuple[Iterator[Value], Iterator[Value]]:
     """Returns the first and the second values of pairs, which are made once for both.
 
-    What one of them is behind the other is held.
+    What one of them is behind the other is held. ``in_step`` keeps that to a few pieces.
     """
     source, waiting = iter(pairs), (deque[Value](), deque[Value]())
 
@@ -80,6 +80,18 @@ def _append(pair: tuple[Value, Value] | None, waiting: Sequence[deque[Value]]) -
     for queue, value in zip(waiting, pair or (), strict=pair is not None):
         queue.append(value)
     return pair is not None
+
+
+def in_step(*runs: Iterator[int]) -> None:
+    """Runs iterators to their ends; the one whose values add up to the least is next."""
+    totals = dict.fromkeys(runs, 0)
+    while totals:
+        run = min(totals, key=lambda each: totals[each])
+        value = next(run, None)
+        if value is None:
+            del totals[run]
+        else:
+            totals[run] += value
 
 
 def row_chunks_of(weight: Tensor | QTensor, n: int) -> Iterator[Tensor | QTensor]:

@@ -9,8 +9,7 @@ parts of a projection that can only be packed together. ``benchmarks/load_memory
 
 A drafter that is the model under another scheme (``Draft``) is loaded in the same pass: the rows of
 a matrix are read once, and what the model holds of them is quantized again for the drafter, since
-that is what it drafts for. The drafter's rows of one projection are held until the model's are
-packed.
+that is what it drafts for. Both are packed in step.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from hotloop.models.linear import Linear
 from hotloop.models.rope import head_order
 from hotloop.parallel.plan import Shard
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_alike
-from hotloop.quant.rows import RowStream, split
+from hotloop.quant.rows import RowStream, in_step, split
 from hotloop.weights.source import Request, Source
 from hotloop.weights.tensor_file import row_chunks
 
@@ -189,10 +188,11 @@ class _Loader:
             module = getattr(block, attribute)
             for matrix in declared.matrices:
                 parts, *drafts = zip(*(streams(matrix, p) for p in matrix.parts), strict=True)
-                self._assign(getattr(module, matrix.name), parts, bias(matrix))
+                packing = [self._packing(getattr(module, matrix.name), parts, bias(matrix))]
                 for of_draft in drafts:
                     assert draft is not None, "a drafter's rows without one"
-                    self._assign(draft.linears[matrix.name], of_draft, None)
+                    packing.append(self._packing(draft.linears[matrix.name], of_draft, None))
+                in_step(*packing)
             for norm in declared.norms:
                 weight = self.tensor(f"{names.layer(i, norm.part)}.weight", norm.n)
                 getattr(module, norm.name).weight = ordered(weight) if norm.rotated else weight
@@ -217,6 +217,12 @@ class _Loader:
 
     def _assign(self, linear: Linear, parts: Sequence[RowStream], bias: Tensor | None) -> None:
         """Packs the parts of a projection."""
+        in_step(self._packing(linear, parts, bias))
+
+    def _packing(
+        self, linear: Linear, parts: Sequence[RowStream], bias: Tensor | None
+    ) -> Iterator[int]:
+        """Packs the parts of a projection; see ``Linear.packing``."""
         weight: Sequence[Tensor | QTensor | RowStream]
         alike = [list(group) for _, group in groupby(parts, key=lambda part: part.format)]
         # Rows tell whether permutations are the same, and pairs are packed together: these are
@@ -226,7 +232,9 @@ class _Loader:
             weight = join_alike((part.take(part.n) for part in parts), linear.n)
         else:
             weight = [RowStream.chain(group) for group in alike]
-        linear.assign(weight, bias, dtype=self.dtype, device=self.device, fused=self.fused)
+        yield from linear.packing(
+            weight, bias, dtype=self.dtype, device=self.device, fused=self.fused
+        )
 
     def _typed(self, rows: Tensor | QTensor) -> Tensor | QTensor:
         """Converts floating-point rows to the model's type, on its device."""
