@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from hotloop.cli.options import (
     integer,
     option,
 )
-from hotloop.cli.output import note, print_error
+from hotloop.cli.output import note, print_error, spinner
 from hotloop.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -175,14 +176,12 @@ def serve(
 
     chosen = _config(model, config, engine, weights)
     settings = server.settings(chosen.model, template)
-    with (
-        HttpServer(settings) as http,
-        loaded(chosen) as llm,
-        Service(llm, loop=http.loop, max_queued=server.max_queued) as service,
-    ):
-        http.attach(service)
-        _announce(http, service)
-        with _stopped_by_signals(http):
+    with _terminated_cleanly(), HttpServer(settings) as http, loaded(chosen) as llm:
+        with spinner(f"{settings.name}: preparing for {llm.config.max_batch_size} at once"):
+            service = Service(llm, loop=http.loop, max_queued=server.max_queued)
+        with service, _stopped_by_signals(http):
+            http.attach(service)
+            _announce(http, service)
             works = http.wait()
             if works:
                 _tell_of_draining(service, settings)
@@ -241,7 +240,8 @@ def _announce(http: HttpServer, service: Service) -> None:
             f"Whoever reaches {settings.host} can use this server: set {API_KEY} or --api-key-file."
         )
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
-    key = f' -H "Authorization: Bearer ${API_KEY}"' if settings.keys else ""
+    shown = f"${API_KEY}" if os.environ.get(API_KEY) else "KEY"
+    key = f' -H "Authorization: Bearer {shown}"' if settings.keys else ""
     note(f"curl {http.url}/v1/chat/completions{key} -d '{body}'", fold=False)
 
 
@@ -253,14 +253,39 @@ def _tell_of_draining(service: Service, settings: ServerSettings) -> None:
 
 
 @contextmanager
+def _terminated_cleanly() -> Generator[None]:
+    """Makes SIGTERM end the program as Ctrl-C does, within the block: no process is left."""
+
+    def terminated(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    with _handled(terminated, signal.SIGTERM):
+        yield
+
+
+@contextmanager
 def _stopped_by_signals(http: HttpServer) -> Generator[None]:
-    """Stops the server on SIGTERM and Ctrl-C, within the block."""
-    handlers = {
-        number: signal.signal(number, lambda *_: http.stop())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    """Makes SIGTERM and Ctrl-C stop the server, within the block.
+
+    The first lets answers end, the second ends them, and the third ends the process, whatever it
+    waits for: a device can hang.
+    """
+    count = itertools.count(1)
+
+    def stopped(*_: object) -> None:
+        if next(count) > 2:
+            os._exit(1)
+        http.stop()
+
+    with _handled(stopped, signal.SIGTERM, signal.SIGINT):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[..., None], *numbers: int) -> Generator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
