@@ -484,6 +484,22 @@ def test_a_chat_is_renamed_and_deleted_with_undo(open_page: Open) -> None:
     expect(listed).to_contain_text("New name")
 
 
+def test_a_chat_deleted_in_mid_answer_stays_deleted(
+    open_page: Open, server: ScriptedServer
+) -> None:
+    server.scripts.append(Script(pieces=("Some text",), hangs=True))
+    page = open_page()
+    send(page, "Unwanted")
+    expect(answers(page)).to_contain_text("Some text")
+    listed = page.get_by_label("Chats").get_by_role("listitem")
+    listed.hover()
+    listed.get_by_label("Delete").click()
+    server.wait_until_left(1)
+    page.reload()
+    expect(page.get_by_role("heading", name=MODEL)).to_be_visible()
+    expect(listed).to_have_count(0)
+
+
 def test_exported_chats_are_imported_elsewhere(open_page: Open, tmp_path: Path) -> None:
     page = open_page()
     ask(page, "Take me along")

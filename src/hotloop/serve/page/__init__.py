@@ -21,7 +21,20 @@ from starlette.responses import Response
 
 FOLDER = Path(__file__).parent
 
-MODULES = ("dom", "sse", "api", "markdown", "store", "answer", "messages", "sidebar", "main")
+MODULES = (
+    "dom",
+    "notices",
+    "sse",
+    "api",
+    "markdown",
+    "store",
+    "answer",
+    "messages",
+    "sidebar",
+    "server",
+    "settings",
+    "main",
+)
 """The modules of the script; each imports only from those before it."""
 
 _IMPORT = re.compile(r"^import \{[^}]*\} from \"[^\"]*\";\n", re.MULTILINE)

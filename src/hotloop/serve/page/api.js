@@ -19,13 +19,27 @@ export class ConnectionLost extends Error {}
 const KEY = "hotloop-key";
 
 export class Api {
+  #key = "";
+
+  constructor() {
+    try {
+      this.#key = sessionStorage.getItem(KEY) ?? "";
+    } catch {
+      // The browser forbids to store anything: the key lasts as long as this page.
+    }
+  }
+
   get key() {
-    return sessionStorage.getItem(KEY) ?? "";
+    return this.#key;
   }
 
   set key(value) {
-    if (value) sessionStorage.setItem(KEY, value);
-    else sessionStorage.removeItem(KEY);
+    this.#key = value;
+    try {
+      sessionStorage.setItem(KEY, value);
+    } catch {
+      // As above.
+    }
   }
 
   /** Returns the served models: `[{id, max_model_len, …}]`. */
@@ -61,7 +75,7 @@ export class Api {
 
   async #fetch(path, options) {
     const headers = { "Content-Type": "application/json" };
-    if (this.key) headers.Authorization = `Bearer ${this.key}`;
+    if (this.#key) headers.Authorization = `Bearer ${this.#key}`;
     let response;
     try {
       response = await fetch(new URL(path, document.baseURI), {

@@ -1,11 +1,14 @@
-// The page: the chat that is displayed, what its buttons do, and the state of the server.
+// The page: the chat that is displayed, and what its buttons do.
 
 import { isOpen, newAnswer, newSeed, Run } from "./answer.js";
 import { Api, ApiError } from "./api.js";
-import { byId, element, fitHeight, oncePerFrame, setIcon } from "./dom.js";
+import { byId, element, fitHeight, oncePerFrame } from "./dom.js";
 import { count, MessageView } from "./messages.js";
+import { announce, toast } from "./notices.js";
+import { Server } from "./server.js";
+import { OptionsForm, startLooks } from "./settings.js";
 import { showChats } from "./sidebar.js";
-import { fromJson, newId, readOptions, Store, toJson } from "./store.js";
+import { fromJson, newId, readOptions, recall, remember, Store, toJson } from "./store.js";
 
 const EXAMPLES = [
   "Explain speculative decoding in three sentences.",
@@ -13,13 +16,13 @@ const EXAMPLES = [
   "What should I look for when I buy a used bicycle?",
 ];
 const SAVE_EVERY_MS = 1000; // while an answer grows
-const TOAST_MS = 8000;
 const NARROW = matchMedia("(max-width: 820px)");
 
 const api = new Api();
+const server = new Server(api, { changed: showContext, unlocked: answerRefused });
 const store = new Store(changedElsewhere);
+const optionsForm = new OptionsForm(keepOptions);
 const runs = new Map(); // chat id -> its Run
-let models = [];
 let chats = []; // all of them, the newest first
 let chat = emptyChat(); // the one that is displayed
 let loaded; // a promise: the browser's chats have been read
@@ -28,7 +31,7 @@ let views = []; // of its messages
 // -------------------------------------------------------------------------------------- chats
 
 function emptyChat() {
-  const options = readOptions(JSON.parse(localStorage.getItem("hotloop-options") ?? "{}"));
+  const options = readOptions(JSON.parse(recall("options") ?? "{}"));
   if (!options.locked) options.seed = null;
   const now = Date.now();
   return { id: newId(), title: "New chat", created: now, updated: now, options, messages: [] };
@@ -39,6 +42,10 @@ async function save(changed) {
   if (!chats.includes(changed)) chats.unshift(changed);
   chats.sort((a, b) => b.updated - a.updated);
   listChats();
+  await persist(changed);
+}
+
+async function persist(changed) {
   try {
     await store.put(changed);
   } catch (error) {
@@ -53,7 +60,7 @@ function listChats() {
     open: (id) => openChat(find(id)),
     rename: (id, title) => {
       find(id).title = title;
-      store.put(find(id));
+      persist(find(id));
       listChats();
     },
     save: (id) => download([find(id)], find(id).title),
@@ -72,7 +79,7 @@ function openChat(opened) {
     }
   }
   showMessages();
-  showOptions();
+  optionsForm.show(chat.options);
   listChats();
   if (NARROW.matches) showSidebar(false);
 }
@@ -87,7 +94,7 @@ function removeChat(id) {
   toast(`“${removed.title}” is deleted.`, "Undo", async () => {
     chats.push(removed);
     chats.sort((a, b) => b.updated - a.updated);
-    await store.put(removed);
+    await persist(removed);
     openChat(removed);
   });
 }
@@ -102,7 +109,7 @@ async function changedElsewhere(id) {
   if (chat.id === id && stored) {
     chat = stored;
     showMessages();
-    showOptions();
+    optionsForm.show(chat.options);
   }
   listChats();
 }
@@ -131,7 +138,7 @@ async function importFile(file) {
     if (present && toJson(present.messages) === toJson(one.messages)) continue;
     if (present) one.id = newId(); // both are kept
     chats.push(one);
-    await store.put(one);
+    await persist(one);
     n++;
   }
   chats.sort((a, b) => b.updated - a.updated);
@@ -186,11 +193,11 @@ function makeView(message) {
     },
     useSeed: () => {
       Object.assign(chat.options, { seed: message.seed, locked: true });
-      showOptions();
-      keepOptions();
+      optionsForm.show(chat.options);
+      keepOptions(chat.options);
       showSettings(true);
     },
-    askForKey,
+    askForKey: () => server.askForKey(),
   });
 }
 
@@ -235,6 +242,14 @@ function add(message) {
   return view;
 }
 
+/** Asks again what was refused, now that there is a key. */
+function answerRefused() {
+  const last = chat.messages[chat.messages.length - 1];
+  if (last?.state !== "failed" || last.content) return;
+  cut(chat.messages.length - 1);
+  answer();
+}
+
 /** Begins an answer to the last message; `before` is the one that it replaces. */
 function answer(before = null) {
   const { options } = chat;
@@ -242,7 +257,7 @@ function answer(before = null) {
   if (!options.locked || options.seed === null) options.seed = newSeed();
   fresh.seed = options.seed;
   add(fresh);
-  showOptions();
+  optionsForm.show(chat.options);
   return generate(fresh, before);
 }
 
@@ -261,7 +276,7 @@ async function generate(message, before = null) {
   const draw = oncePerFrame(() => {
     if (shown()) redraw();
   });
-  const run = new Run(api, owner, message, modelId(), () => {
+  const run = new Run(api, owner, message, server.model, () => {
     draw();
     saving ||= setTimeout(() => {
       saving = 0;
@@ -277,14 +292,14 @@ async function generate(message, before = null) {
   clearTimeout(saving);
   if (runs.get(owner.id) === run) runs.delete(owner.id);
   compare(message, before);
-  if (owner.messages.includes(message)) await save(owner);
+  if (chats.includes(owner)) await save(owner); // it may have been deleted meanwhile
   if (shown()) {
     redraw();
     showProgress();
-    announce(error ? message.error : "The answer is complete.");
+    announce(message.error || (message.state === "stopped" ? "Stopped." : "The answer is complete."));
   }
-  if (error instanceof ApiError && error.status === 401) askForKey();
-  else if (error) watchServer();
+  if (error instanceof ApiError && error.status === 401) server.askForKey();
+  else if (error) server.watch();
 }
 
 /** Notes whether an answer is the same as the one before it, where both were asked for alike. */
@@ -306,7 +321,7 @@ function showProgress() {
 
 function showContext() {
   const last = chat.messages.findLast((message) => message.stats?.prompt_tokens);
-  const limit = models.find((model) => model.id === modelId())?.max_model_len;
+  const limit = server.contextLength;
   const meter = byId("context");
   meter.hidden = !last || !limit;
   if (meter.hidden) return;
@@ -335,40 +350,12 @@ function showToEnd() {
   byId("to-end").hidden = isAtEnd();
 }
 
-// -------------------------------------------------------------------------------------- settings
+// -------------------------------------------------------------------------------------- the frame
 
-const form = byId("settings-form");
-
-function showOptions() {
-  const { options } = chat;
-  for (const name of ["system", "temperature", "top_p", "max_tokens", "seed"]) {
-    form.elements[name].value = options[name] ?? "";
-  }
-  const lock = byId("lock");
-  lock.setAttribute("aria-pressed", options.locked);
-  setIcon(lock, options.locked ? "locked" : "unlocked");
-  byId("seed-hint").textContent = options.locked
-    ? "Kept: the same prompt and options give the same answer."
-    : "Each answer draws a new one. Lock it to get the same answer again.";
-}
-
-function takeOptions(event) {
-  const { options } = chat;
-  options.system = form.elements.system.value;
-  for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
-    const { valueAsNumber, validity } = form.elements[name];
-    if (validity.valid) options[name] = Number.isNaN(valueAsNumber) ? null : valueAsNumber;
-  }
-  if (event.target.name === "seed" && options.seed !== null) options.locked = true;
-  if (event.target.name === "seed" && options.seed === null) options.locked = false;
-  const shade = form.elements.shade.checked;
-  document.documentElement.classList.toggle("shade", shade);
-  localStorage.setItem("hotloop-shade", shade ? "yes" : "no");
-}
-
-function keepOptions() {
-  localStorage.setItem("hotloop-options", JSON.stringify({ ...chat.options, system: "" }));
-  if (chats.includes(chat)) store.put(chat);
+/** Keeps a chat's options, and takes them over into the next chats. */
+function keepOptions(options) {
+  remember("options", JSON.stringify({ ...options, system: "" }));
+  if (chats.includes(chat)) persist(chat);
 }
 
 function showSettings(visible) {
@@ -376,114 +363,13 @@ function showSettings(visible) {
   byId("open-settings").setAttribute("aria-expanded", visible);
   byId("forget-key").hidden = !api.key;
   if (NARROW.matches) byId("scrim").hidden = !visible;
-  if (visible) form.elements.system.focus({ preventScroll: true });
+  if (visible) optionsForm.focus();
 }
 
 function showSidebar(visible) {
   byId("app").classList.toggle("without-sidebar", !visible);
   byId("open-sidebar").setAttribute("aria-expanded", visible);
   byId("scrim").hidden = !(visible && NARROW.matches);
-}
-
-const THEMES = { auto: "light dark", light: "light", dark: "dark" };
-
-function showTheme() {
-  const theme = localStorage.getItem("hotloop-theme") ?? "auto";
-  document.documentElement.style.colorScheme = THEMES[theme] ?? THEMES.auto;
-  const label = { light: "Theme: light", dark: "Theme: dark" }[theme] ?? "Theme: as the system";
-  byId("theme").setAttribute("aria-label", label);
-  byId("theme").title = label;
-}
-
-function nextTheme() {
-  const names = Object.keys(THEMES);
-  const now = names.indexOf(localStorage.getItem("hotloop-theme") ?? "auto");
-  localStorage.setItem("hotloop-theme", names[(now + 1) % names.length]);
-  showTheme();
-}
-
-// -------------------------------------------------------------------------------------- the server
-
-let watching = false;
-
-/** Asks for the models until the server answers, and says meanwhile what is wrong. */
-async function watchServer() {
-  if (watching) return;
-  watching = true;
-  for (let waitMs = 1000; ; waitMs = Math.min(2 * waitMs, 10_000)) {
-    try {
-      models = await api.models();
-      break;
-    } catch (error) {
-      if (error instanceof ApiError && error.status === 401) {
-        watching = false;
-        showState("A key is needed");
-        askForKey();
-        return;
-      }
-      showState(error instanceof ApiError ? error.message : "The server cannot be reached");
-      await new Promise((resolve) => setTimeout(resolve, waitMs));
-    }
-  }
-  watching = false;
-  showState("");
-  showModels();
-}
-
-function showState(text) {
-  byId("state").textContent = text;
-}
-
-function showModels() {
-  const select = byId("models");
-  const chosen = modelId();
-  select.replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
-  if (models.some(({ id }) => id === chosen)) select.value = chosen;
-  select.hidden = models.length < 2;
-  byId("model").hidden = models.length > 1;
-  byId("model").textContent = modelId() ?? "hotloop";
-  byId("model").title = modelId() ?? "";
-  showContext();
-}
-
-const modelId = () => byId("models").value || models[0]?.id;
-
-function askForKey() {
-  const dialog = byId("key-dialog");
-  if (dialog.open) return;
-  byId("key-problem").textContent = api.key ? "It does not accept the key that you gave." : "";
-  byId("key").value = "";
-  dialog.showModal();
-}
-
-function useKey() {
-  api.key = byId("key").value.trim();
-  watchServer();
-  const last = chat.messages[chat.messages.length - 1];
-  if (last?.state === "failed" && !last.content) {
-    cut(chat.messages.length - 1);
-    answer();
-  }
-}
-
-// -------------------------------------------------------------------------------------- notices
-
-function toast(text, label = null, action = null) {
-  const note = element("div", { class: "toast" }, element("span", {}, text));
-  const close = () => note.remove();
-  if (action) {
-    const act = () => {
-      close();
-      action();
-    };
-    note.append(element("button", { type: "button", click: act }, label));
-  }
-  byId("toasts").replaceChildren(note);
-  setTimeout(close, TOAST_MS);
-}
-
-function announce(text) {
-  byId("announcer").textContent = text;
 }
 
 // -------------------------------------------------------------------------------------- wiring
@@ -536,33 +422,7 @@ function listen() {
     showSidebar(false);
     showSettings(false);
   });
-  on("theme", "click", nextTheme);
   on("to-end", "click", toEnd);
-  on("models", "change", showContext);
-  on("settings-form", "input", takeOptions);
-  on("settings-form", "change", () => {
-    showOptions();
-    keepOptions();
-  });
-  on("settings-form", "submit", (event) => event.preventDefault());
-  on("reroll", "click", () => {
-    chat.options.seed = newSeed();
-    showOptions();
-    keepOptions();
-  });
-  on("lock", "click", () => {
-    const { options } = chat;
-    options.locked = !options.locked;
-    if (options.locked) options.seed ??= newSeed();
-    showOptions();
-    keepOptions();
-  });
-  on("forget-key", "click", () => {
-    api.key = "";
-    byId("forget-key").hidden = true;
-  });
-  on("key-form", "submit", useKey);
-  on("key-cancel", "click", () => byId("key-dialog").close());
   scroller.addEventListener("scroll", showToEnd, { passive: true });
   document.querySelector(".skip").addEventListener("click", (event) => {
     event.preventDefault();
@@ -582,10 +442,8 @@ function listen() {
   NARROW.addEventListener("change", () => showSidebar(!NARROW.matches));
 }
 
-async function start() {
-  showTheme();
-  form.elements.shade.checked = localStorage.getItem("hotloop-shade") !== "no";
-  document.documentElement.classList.toggle("shade", form.elements.shade.checked);
+function start() {
+  startLooks();
   byId("examples").replaceChildren(
     ...EXAMPLES.map((text) => {
       const click = () => loaded.then(() => send(text));
@@ -595,7 +453,7 @@ async function start() {
   listen();
   showSidebar(!NARROW.matches);
   loaded = loadChats();
-  watchServer();
+  server.watch();
 }
 
 async function loadChats() {

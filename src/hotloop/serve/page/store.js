@@ -69,6 +69,26 @@ function settled(request) {
   });
 }
 
+const kept = new Map(); // what could not be stored lasts as long as this page
+
+/** Stores a preference in this browser. */
+export function remember(name, value) {
+  try {
+    localStorage.setItem(`hotloop-${name}`, value);
+  } catch {
+    kept.set(name, value); // the browser may forbid it
+  }
+}
+
+/** Returns a stored preference; null if there is none. */
+export function recall(name) {
+  try {
+    return localStorage.getItem(`hotloop-${name}`);
+  } catch {
+    return kept.get(name) ?? null;
+  }
+}
+
 export function newId() {
   // `crypto.randomUUID` exists on https and loopback only.
   const bytes = crypto.getRandomValues(new Uint8Array(12));
