@@ -16,7 +16,8 @@ Parts, each with a time limit; an engine runs all of them:
 The client (``wire.py``) is this process, the server another one, with what ``hotloop serve`` runs.
 Prompts are random and new, so that no prefix of them is in the cache. Greedy, random weights, or
 those of ``--model``. A file under ``--out`` holds the raw samples of a part: a line that describes
-it, then a line for each request, in microseconds. Files of an earlier run remain in the tables.
+it, then a line for each request, in microseconds. Files of an earlier run remain in the tables;
+``--parts`` without a name makes the tables alone.
 ``--rehearse`` runs everything with a tiny model on a CPU.
 """
 
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--docs", type=Path, help="a page with marks for the tables of this --out")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--model", help="a model with its own weights, instead of shapes")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
@@ -121,8 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin, end = (f"<!-- tables of {args.out.name}: {which} -->" for which in ("begin", "end"))
     require_marks(parser, args.docs, begin, end)
     args.out.mkdir(parents=True, exist_ok=True)
-    jobs = [rehearsal(args.out)] if args.rehearse else jobs_of(args)
-    machine = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    jobs = [rehearsal(args.out)] if args.rehearse else jobs_of(args) if args.parts else []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = provenance(device) if jobs else {}
     failed = [name for job in jobs for name in asyncio.run(run(job, machine, args.out))]
     tables = make_tables(args.out)
     print(tables)
@@ -530,7 +532,7 @@ def alone_table(found: Iterable[Sequence[Sample]]) -> str:
                 f"{statistics.median(first) / 1e3:.2f}",
                 f"{statistics.median(served) / 1e3:.2f}",
                 f"{later / 1e3:.2f}",
-                f"{high / middle:.2f}",
+                f"{high / middle:.2f}" if middle else "–",
             )
         )
     return table(head, rows, texts=2)

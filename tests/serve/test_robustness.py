@@ -1,0 +1,232 @@
+"""Hostile and unlucky clients, and engines that fail: nothing of them is left, and nobody notices.
+
+After each of these tests no row is in use, there is no thread, process, connection or object of a
+request left, and the next answer is the same, bit for bit.
+"""
+
+import gc
+import json
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+from raw import connected, error_of, read_all, request, reset_when_closed, status_of
+from serving import events, serving
+from waiting import wait_until
+
+from hotloop import LLM
+from hotloop.serve.lifecycle import HttpServer
+
+ASKED = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 2}
+LONG = ASKED | {"max_tokens": 300, "stream": True}
+MIB = 2**20
+
+Choice = dict[str, Any]
+
+
+def answer(url: str) -> Choice:
+    """An answer and its log-probabilities."""
+    response = httpx2.post(f"{url}/v1/completions", json=ASKED, timeout=600)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+@pytest.fixture(scope="module")
+def first(llm: LLM) -> Choice:
+    """The answer of a server that nobody has disturbed."""
+    with serving(llm) as server:
+        return answer(server.url)
+
+
+def left() -> Counter[str]:
+    """Counts what requests and servers can leave behind."""
+    gc.collect()
+    modules = ("hotloop.serve", "hotloop.engine.service", "hotloop.engine.request", "uvicorn")
+    found = Counter(
+        f"{type(each).__module__}.{type(each).__qualname__}"
+        for each in gc.get_objects()
+        if str(type(each).__module__).startswith(modules)
+    )
+    process = psutil.Process()
+    found.update(f"thread {thread.name}" for thread in threading.enumerate())
+    found.update(f"process {child.pid}" for child in process.children(recursive=True))
+    found["files"] = process.num_fds()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(llm: LLM, first: Choice, request: pytest.FixtureRequest) -> Iterator[None]:
+    before, n_failed = left(), request.session.testsfailed
+    yield
+    if request.session.testsfailed > n_failed:
+        return  # its traceback holds what the test held
+    wait_until(lambda: not left() - before, f"{left() - before} are gone")
+    assert llm._scheduler.idle
+    with serving(llm) as server:
+        assert answer(server.url) == first
+
+
+def expect_as_before(server: HttpServer, first: Choice) -> None:
+    """Waits until nobody is served, and compares the next answer."""
+    state = server.served.model.service.state
+    wait_until(lambda: state().n_running == state().n_waiting == 0, "rows are free")
+    wait_until(lambda: not server._server.server_state.connections, "connections have ended")
+    assert answer(server.url) == first
+
+
+# ------------------------------------------------------------------------------ clients that go
+
+
+def drop(url: str, i: int) -> None:
+    """Connects, gets as far as ``i`` says, and goes, by a reset or in peace."""
+    bytes_ = request(LONG | {"prompt": [5 + i % 7] * (1 + i), "stream": i % 3 > 0})
+    sent = (0, 30, len(bytes_) - 20, len(bytes_), len(bytes_))[i % 5]
+    with connected(url) as connection:
+        if i % 2:
+            reset_when_closed(connection)
+        connection.sendall(bytes_[:sent])
+        if i % 5 == 4 and i % 3 > 0:
+            connection.recv(1000)
+
+
+def test_200_clients_that_connect_and_drop(llm, first):
+    with serving(llm, max_queued=200) as server:
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda i: drop(server.url, i), range(200)))
+        expect_as_before(server, first)
+
+
+def test_who_does_not_read_is_dropped_and_the_others_do_not_wait_for_it(llm, first):
+    with serving(llm, send_s=0.5) as server:
+        server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with connected(server.url, receive_bytes=4096) as stalled:
+            stalled.sendall(request(LONG | {"logprobs": 20}))
+            for _ in range(3):  # beside another row float32 is rounded differently
+                assert answer(server.url)["text"] == first["text"]
+            expect_as_before(server, first)  # it has no connection any more
+            unread = read_all(stalled)
+        assert status_of(unread) == 200
+        assert b"[DONE]" not in unread
+
+
+# ------------------------------------------------------------------------------ bytes
+
+
+def test_a_request_may_come_byte_by_byte(llm, first):
+    with serving(llm) as server, connected(server.url) as connection:
+        for byte in request(ASKED, fields="Connection: close\r\n"):
+            connection.sendall(bytes([byte]))
+        _, _, body = read_all(connection).partition(b"\r\n\r\n")
+        assert json.loads(body)["choices"] == [first]
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+NO_REQUESTS = [
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), 400),  # of TLS
+    (b"GET\r\n\r\n", 400),
+    (request(b"{}", fields="Content-Length: 3\r\n"), 400),
+    (request(b"{}", fields="Content-Length: -1\r\n"), 400),
+    (request(b"{}", fields="Transfer-Encoding: gzip\r\n"), 501),
+    (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+    (b"POST /v1/completions HTTP/1.1\r\n\r\n", 400),
+    (CHUNKED + b"fffffffffffffffffffff\r\n", 400),
+    (CHUNKED + b"-1\r\n", 400),
+]
+
+
+def test_what_is_no_request_is_refused_and_its_connection_ends(llm):
+    with serving(llm) as server:
+        for bytes_, status in NO_REQUESTS:
+            with connected(server.url) as connection:
+                connection.sendall(bytes_)
+                told = read_all(connection)
+            assert status_of(told) == status, bytes_
+            assert error_of(told)["type"] == "invalid_request_error"
+            assert told.count(b"HTTP/1.1") == 1
+
+
+HOSTILE = [
+    (b'{"prompt": "' + b"x" * 10 * MIB + b'"}', 413),
+    (b"[" * 10**6, 400),
+    (b'{"prompt":' * 10**5, 400),
+    (b'{"logit_bias":' + b"[" * 100 + b"]" * 100 + b"}", 400),
+    (b'{"prompt": "\xff"}', 400),
+    (b'{"prompt": "\xed\xa0\x80"}', 400),  # a surrogate in UTF-8
+    (b'{"prompt": "\\ud800"}', 400),
+    (b'{"prompt": "x", "stop": "\\udfff\\ud800"}', 400),
+    (b'{"prompt": "x", "model": "\\ud800"}', 400),
+    (b'{"prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}", 400),
+    (b'{"prompt": [' + b"9" * 5000 + b"]}", 400),
+    (b'{"prompt": [300]}', 400),
+    (b'{"prompt": [-1]}', 400),
+    (b'{"prompt": [1.5]}', 400),
+    (b'{"prompt": [true]}', 400),
+    (b'{"prompt": []}', 400),
+    (b'{"prompt": [[]]}', 400),
+    (b'{"prompt": "x", "temperature": NaN}', 400),
+    (b'{"prompt": "x", "temperature": 1e999}', 400),
+    (b'{"prompt": "x", "n": 1e9}', 400),
+    (b"null", 400),
+    (b"{", 400),
+    (b"", 400),
+]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_hostile_body_is_refused_and_the_engine_does_not_notice(llm, chunked):
+    with serving(llm) as server, httpx2.Client(base_url=server.url, timeout=600) as client:
+        for body, status in HOSTILE:
+            content = iter([body[:9], body[9:]]) if chunked else body
+            response = client.post("/v1/completions", content=content)
+            assert response.status_code == status, (body[:40], response.text)
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_half_a_character_in_a_message_is_refused(llm):
+    with serving(llm) as server:
+        for content in (b'"\\ud800"', b'[{"type": "text", "text": "\\udc00"}]'):
+            body = b'{"messages": [{"role": "user", "content": ' + content + b"}]}"
+            response = httpx2.post(f"{server.url}/v1/chat/completions", content=body, timeout=600)
+            assert response.status_code == 400, response.text
+
+
+# ------------------------------------------------------------------------------ engines that fail
+
+
+def test_an_exception_in_mid_stream_ends_every_stream_with_an_error(llm, monkeypatch):
+    with serving(llm) as server, ThreadPoolExecutor(5) as pool:
+        service = server.served.model.service
+        begun, run = threading.Barrier(5), llm._runner.run
+
+        def ask(i: int) -> httpx2.Response:
+            body = LONG | {"prompt": [5, i], "stream": i > 0}
+            begun.wait()
+            return httpx2.post(f"{server.url}/v1/completions", json=body, timeout=600)
+
+        answers = [pool.submit(ask, i) for i in range(4)]
+        begun.wait()
+        wait_until(lambda: service.state().n_running == 3, "three are running")
+
+        def broken(_: object) -> None:
+            raise RuntimeError("the device is lost")
+
+        monkeypatch.setattr(llm._runner, "run", broken)
+        responses = [each.result() for each in answers]
+        for response in responses[1:]:
+            assert response.status_code == 200
+            *_, last = events(response)
+            assert "the device is lost" in last["error"]["message"]
+        assert responses[0].status_code == 500
+        health = httpx2.get(f"{server.url}/health", timeout=600)
+        assert health.status_code == 503
+        assert "the device is lost" in health.text
+        refused = httpx2.post(f"{server.url}/v1/completions", json=ASKED, timeout=600)
+        assert refused.status_code in (500, 503)
+        assert server.wait() is False, "the command ends, and not with success"
+        monkeypatch.setattr(llm._runner, "run", run)
