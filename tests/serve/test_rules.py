@@ -199,3 +199,21 @@ def test_each_token_has_its_own_log_probability_in_chunks_of_several_tokens(draf
     }
     drafted = counted["hotloop:spec_decode_num_draft_tokens_total"]
     assert 0 < counted["hotloop:spec_decode_num_accepted_tokens_total"] <= drafted
+
+
+def test_a_model_without_a_tokenizer_continues_token_ids(folder):
+    with (
+        LLM(str(folder), weights="random", dtype="float32") as llm,
+        serving(llm) as server,
+        httpx2.Client(base_url=server.url, timeout=600) as client,
+    ):
+        asked = {"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
+        assert client.post(COMPLETIONS, json=asked).json()["usage"]["completion_tokens"] == 4
+        for path, body in (
+            (CHAT, ASKED),
+            (COMPLETIONS, asked | {"prompt": "text"}),
+            ("/tokenize", {"prompt": "text"}),
+        ):
+            response = client.post(path, json=body)
+            assert response.status_code == 400
+            assert "no tokenizer" in response.json()["error"]["message"]

@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -34,6 +35,10 @@ STREAM_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # of nginx, which would hold events back
 }
+
+
+LARGE_ENTRIES = 500
+"""More tokens and alternatives than this become JSON off the event loop."""
 
 
 class Shape(Protocol):
@@ -135,6 +140,7 @@ async def respond(
 
     Raises:
         HotloopError: What ended the request, if it is not streamed.
+        ClientDisconnect: The client has gone.
     """
     if asked.stream:
         return EventStream(served, ticket, shape, asked)
@@ -145,15 +151,19 @@ async def respond(
             for delta in ticket.take():
                 deltas.append(checked(delta))
                 tally.add(deltas[-1])
-    return JSONResponse(shape.body(deltas, usage(tally)))
+
+    def whole() -> Response:
+        return JSONResponse(shape.body(deltas, usage(tally)))
+
+    n_entries = tally.completion_tokens * (1 + (asked.n_logprobs or 0))
+    return await asyncio.to_thread(whole) if n_entries > LARGE_ENTRIES else whole()
 
 
 def checked(piece: Piece) -> Delta:
     """Returns a piece of an answer.
 
     Raises:
-        ServiceClosedError: The answer was cancelled: the service ends, or the client has gone, and
-            nobody sees the error.
+        ServiceClosedError: The answer was cancelled: the service ends, or the client has gone.
     """
     assert isinstance(piece, Delta), "a prompt's pieces are of its answers"
     if piece.generation is not None and piece.generation.finish_reason == "cancelled":
@@ -165,22 +175,32 @@ def checked(piece: Piece) -> Delta:
 async def cancelled_if_gone(
     served: Served, ticket: Ticket, receive: Receive
 ) -> AsyncGenerator[None]:
-    """Cancels a ticket as soon as its client has gone, or the block ends before the ticket."""
-    service = served.model.service
+    """Cancels a ticket as soon as its client has gone, or the block ends before the ticket.
+
+    Raises:
+        ClientDisconnect: The client has gone.
+    """
+    gone = False
 
     async def watch() -> None:
+        nonlocal gone
         while (await receive())["type"] != "http.disconnect":
             pass
+        gone = True
         served.metrics.cancelled.inc()
-        service.cancel(ticket)
+        served.service.cancel(ticket)
 
     watcher = asyncio.create_task(watch())
     try:
         yield
+    except ServiceClosedError:
+        if gone:
+            raise ClientDisconnect from None
+        raise
     finally:
         watcher.cancel()
         if not ticket.done:
-            service.cancel(ticket)
+            served.service.cancel(ticket)
 
 
 class EventStream(Response):

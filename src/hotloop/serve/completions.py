@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from hotloop.engine.service import Ticket
@@ -91,14 +91,14 @@ async def _scored(
     """Scores a prompt: the log-probability of each token after the first, and alternatives."""
     if len(ids) < 2:
         return scored_prompt(ids, None, 0)
-    ticket: Ticket = served.model.service.score(ids, full=n_alternatives > 1)
+    ticket: Ticket = served.service.score(ids, full=n_alternatives > 1)
     async with cancelled_if_gone(served, ticket, request.receive):
         while not ticket.done:
             await ticket.arrived()
             for score in ticket.take():
                 assert isinstance(score, Score)
                 return scored_prompt(ids, score, n_alternatives)
-    raise ApiError(499, "the client has gone.")
+    raise ClientDisconnect
 
 
 def _only_echoed(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from hotloop.errors import (
     CheckpointError,
     ContextLengthError,
+    GrammarError,
     HotloopError,
+    NumericsError,
     QueueFullError,
     RequestError,
     ServiceClosedError,
@@ -21,6 +23,9 @@ from hotloop.errors import (
 )
 
 RETRY_AFTER_S = 1
+
+GONE = 499
+"""The status of who does not wait for the answer, as nginx has it. Nobody sees it."""
 
 
 class ApiError(Exception):
@@ -85,8 +90,14 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(408, str(error), type="timeout_error", code="slow_client")
         case RequestError() | UnsupportedError() | CheckpointError():
             return ApiError(400, str(error))
+        case GrammarError():
+            return ApiError(400, str(error), code="grammar_too_costly")
+        case NumericsError():
+            return ApiError(500, str(error), type="server_error", code="not_finite")
         case HotloopError():
             return ApiError(500, str(error), type="server_error", code="engine_failed")
+        case ClientDisconnect():
+            return ApiError(GONE, "the client has gone.")
         case HTTPException():
             return ApiError(error.status_code, shorten(error.detail), headers=error.headers)
         case _:
@@ -112,5 +123,6 @@ def unavailable(message: str) -> ApiError:
 async def handle(request: Request, error: Exception) -> Response:
     """Answers a request that raised an error."""
     told = as_api_error(error)
-    request.app.state.served.metrics.error(told.status)
+    if told.status != GONE:
+        request.app.state.served.metrics.error(told.status)
     return told.response()

@@ -25,10 +25,6 @@ API_TEMPERATURE = 1.0
 """The temperature of requests that give none, of OpenAI's API, where the model's makers suggest
 none either."""
 
-_NO_TOKENIZER = ApiError(
-    400, "a model of random weights has no tokenizer: send a prompt of token ids."
-)
-
 Status = Literal["loading", "ready", "draining", "stalled", "failed"]
 
 
@@ -58,7 +54,7 @@ class Model:
             ApiError: There is none.
         """
         if self.tokenizer is None:
-            raise _NO_TOKENIZER
+            raise _no_tokenizer()
         return self.tokenizer
 
     @property
@@ -69,7 +65,7 @@ class Model:
             ApiError: There is no tokenizer.
         """
         if self.conversations is None:
-            raise _NO_TOKENIZER
+            raise _no_tokenizer()
         return self.conversations
 
 
@@ -124,6 +120,12 @@ class Served:
             raise unavailable("the server is stopping and takes no more requests.")
         return self._model
 
+    @property
+    def service(self) -> Service:
+        """The engine of requests that were submitted, also while the server ends."""
+        assert self._model is not None, "a request was submitted"
+        return self._model.service
+
     def end(self) -> None:
         """Ends the engine's service: whoever waits for an answer is told so."""
         if self._model is not None:
@@ -159,3 +161,7 @@ class Served:
                 param="model",
                 code="model_not_found",
             )
+
+
+def _no_tokenizer() -> ApiError:
+    return ApiError(400, "a model of random weights has no tokenizer: send a prompt of token ids.")
