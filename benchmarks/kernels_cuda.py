@@ -76,6 +76,7 @@ from hotloop.kernels.cuda.tuning import (
     linear_tuning,
     plan_prefetch,
     plan_rows,
+    reads_plain_rows,
     wide_cycles,
 )
 from hotloop.kernels.cuda.wide import WidePlan, WideTuning
@@ -419,7 +420,9 @@ def products_of(name: str) -> dict[Projection, tuple[int, int, Epilogue, bool]]:
 
 
 def make_format(kind: str, n: int, k: int, epilogue: Epilogue) -> Format:
-    return Format(**FORMATS[kind], n=n, k=k, paired=epilogue == "swiglu")
+    """Returns the format in which an engine holds a weight."""
+    form = Format(**FORMATS[kind], n=n, k=k, paired=epilogue == "swiglu")
+    return form.with_plain_rows() if reads_plain_rows(CUDA) else form
 
 
 def random_packed(form: Format) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -427,7 +430,7 @@ def random_packed(form: Format) -> tuple[Tensor, Tensor | None, Tensor | None]:
     std = form.k**-0.5
     if form.kind == "bf16":
         values = torch.empty(form.nbytes // 2, dtype=torch.bfloat16, device=CUDA).normal_(0, std)
-        return values.view(torch.uint8), None, None
+        return values if form.plain_rows else values.view(torch.uint8), None, None
     words = torch.empty(form.nbytes // 8, dtype=torch.int64, device=CUDA).random_()
     packed = words.view(torch.uint8)
     if form.kind == "fp8":

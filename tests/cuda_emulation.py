@@ -35,8 +35,11 @@ CACHE = cache_dir() / "emulated-kernels"
 UNUSED_S = 14 * 24 * 3600.0
 """Libraries that no test has used for this long are deleted."""
 
+ALIGNMENT = 128
+"""Of arguments, whose type can be ``PlainRowsArgs``."""
+
 FLAGS = (
-    *("-std=c++20", "-O1", "-ffp-contract=off", "-w", "-fPIC"),
+    *("-std=c++20", "-O1", "-ffp-contract=off", "-w", "-Wno-psabi", "-fPIC"),
     "-U_FORTIFY_SOURCE",  # it rejects jumps between stacks
 )
 RUN = """
@@ -81,6 +84,30 @@ class Prefetch(ctypes.Structure):
     _fields_ = (("at", ctypes.c_void_p), ("bytes", ctypes.c_int64))
 
 
+class EncodedMap(ctypes.Structure):
+    """``TensorMap`` of the emulation."""
+
+    _fields_ = (
+        ("tensor", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 3),
+        ("sizes", ctypes.c_int32 * 4),
+        ("box", ctypes.c_int32 * 4),
+    )
+
+
+def arguments(call: Call) -> ctypes.Array[ctypes.c_char]:
+    """Copies a launch's argument to where a compiler may expect it, with its map encoded."""
+    size = ctypes.sizeof(call.args)
+    memory = ctypes.create_string_buffer(size + ALIGNMENT)
+    aligned = (ctypes.c_char * size).from_buffer(memory, -ctypes.addressof(memory) % ALIGNMENT)
+    ctypes.memmove(aligned, ctypes.byref(call.args), size)
+    if (of := call.tensor_map) is not None:
+        encoded = EncodedMap(of.tensor.data_ptr(), of.strides, of.sizes, of.box)
+        at = type(call.args).map.offset
+        ctypes.memmove(ctypes.byref(aligned, at), ctypes.byref(encoded), ctypes.sizeof(encoded))
+    return aligned
+
+
 def emulate(call: Call, late: Sequence[Tensor] = ()) -> list[tuple[int, int]]:
     """Executes a launch, whose tensors are in ordinary memory.
 
@@ -95,7 +122,7 @@ def emulate(call: Call, late: Sequence[Tensor] = ()) -> list[tuple[int, int]]:
     shape = (*call.grid, call.kernel.threads, call.shared_bytes)
     with acquire_machine() as number:
         library = ctypes.CDLL(str(built_for(number, call.kernel)))
-        library.run(ctypes.byref(call.args), *shape, (Late * len(copies))(*copies), len(copies))
+        library.run(arguments(call), *shape, (Late * len(copies))(*copies), len(copies))
         found = (Prefetch * library.n_prefetches())()
         library.prefetches(found)
     return [(one.at, one.bytes) for one in found]

@@ -56,7 +56,20 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct Late { void* to; const void* from; int64_t bytes; };  // an output of the kernel before
 
-struct Copy { void* to; const void* from; int bytes; uint64_t* barrier; };
+struct alignas(128) TensorMap {  // as cuda_emulation.py encodes it
+  const uint8_t* tensor;
+  int64_t strides[3];
+  int32_t sizes[4], box[4];
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  uint64_t* barrier;
+  const TensorMap* map = nullptr;  // of a box, from these coordinates on
+  int at[4] = {};
+};
 
 struct Prefetch { const void* from; int64_t bytes; };
 
@@ -444,6 +457,32 @@ inline void copy(void* to, const void* from, int bytes, uint64_t* barrier, uint6
   machine.copies.push_back({to, from, bytes, barrier});
 }
 inline void copy_end(uint64_t*, int) {}
+inline void prefetch_map(const TensorMap*) {}
+inline void copy_box(void* to, const TensorMap* map, int k, int tile, uint64_t* barrier, uint64_t,
+                     int lane) {
+  if (lane != 0) return;
+  int bytes = 2;
+  for (int n : map->box) bytes *= n;
+  check_alignment(uintptr_t(to) % 128 | uintptr_t(map) % 64 | uintptr_t(map->tensor), bytes);
+  memset(to, 0xff, bytes);
+  machine.copies.push_back({to, nullptr, bytes, barrier, map, {k, 0, 0, tile}});
+}
+// Fills dimension d of a box with what lies at ``offset`` in the tensor, or zeros.
+inline uint8_t* fill_box(const Copy& c, int d, int64_t offset, bool exists, uint8_t* to) {
+  const TensorMap& map = *c.map;
+  for (int i = 0; i < map.box[d]; i++) {
+    const int at = c.at[d] + i;
+    const bool here = exists && at >= 0 && at < map.sizes[d];
+    const int64_t from = offset + at * (d == 0 ? 2 : map.strides[d - 1]);
+    if (d > 0) {
+      to = fill_box(c, d - 1, from, here, to);
+    } else {
+      here ? memcpy(to, map.tensor + from, 2) : memset(to, 0, 2);
+      to += 2;
+    }
+  }
+  return to;
+}
 inline void prefetch(const void* from, int bytes, int lane) {
   if (lane != 0) return;
   check_alignment(uintptr_t(from), bytes);
@@ -456,7 +495,10 @@ inline void complete_copies() {
       later.push_back(c);
       machine.events++;
     } else {
-      memcpy(c.to, c.from, c.bytes);
+      if (c.map != nullptr)
+        fill_box(c, 3, 0, true, static_cast<uint8_t*>(c.to));
+      else
+        memcpy(c.to, c.from, c.bytes);
       change(c.barrier, 0, -c.bytes);
     }
   }

@@ -23,7 +23,7 @@ from torch import Tensor
 from hotloop import LLM, EngineConfig, SamplingParams
 from hotloop.engine import fused
 from hotloop.engine.core import Features, MoveRow
-from hotloop.engine.fused import FusedForward, Peers
+from hotloop.engine.fused import FusedForward, Peers, fused_forms
 from hotloop.engine.gemm_prefill import GemmPrefill
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.prompt import FusedPrefill
@@ -520,6 +520,22 @@ def test_described_and_predicted_bytes_are_those_resident(quant, head, tied, tmp
     predicted, llm = predict_memory(config), LLM(config)
     resident = resident_bytes(llm._runner._model.decoder)
     assert llm.describe().weight_bytes == predicted.weights_bytes == resident
+
+
+def test_plain_rows_give_the_tokens_of_packed_weights_and_take_no_second_copy(engine, monkeypatch):
+    found, taken = [], []
+    for plain in (True, False):
+        monkeypatch.setattr("hotloop.kernels.cuda.tuning.reads_plain_rows", lambda _, p=plain: p)
+        llm = engine(draft="exit-1", draft_policy="always", draft_tokens=2)
+        decoder = llm._runner._model.decoder
+        linears = [linear for block in decoder.blocks for linear in block.linears.values()]
+        forms = {form for linear in linears for form in fused_forms(linear)}
+        assert {form.plain_rows for form in forms} == {plain}
+        taken.append(predict_memory(llm.config).workspace_bytes)
+        found.append(answers(llm))
+    largest = max(form.n * form.k for form in forms)
+    assert taken[1] - taken[0] == 2 * largest, "nothing is dequantized"
+    assert found[0] == found[1]
 
 
 def test_greedy_tokens_agree_with_the_plain_engine_to_the_top_two(engine):

@@ -7,6 +7,7 @@ small ones, on a CPU (``cuda_emulation``).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Packed formats of what other tools quantize."""
 
 KINDS = OURS | OTHERS
+PLAIN_ROWS = {"kind": "bf16", "plain_rows": True}
+"""Of whole tiles and units alone."""
+
 DTYPES = {"bf16": BF16, "f16": torch.float16, "f32": torch.float32, "two": torch.int8}
 SUM_STEP = 2.0**-18
 """Error of float32 sums of products, relative to the sum of their magnitudes."""
@@ -155,6 +159,14 @@ def make_weight(name: str, n: int, k: int, generator: torch.Generator, *, paired
     packed = pack(form, q.values, q.scale, q.offset)
     exact = number_formats.exactly(q)
     return Weight(form=form, packed=packed, scale=scale_N, exact=exact, quantized=q)
+
+
+def with_plain_rows(weight: Weight) -> Weight:
+    """The same weight of bfloat16 as plain rows."""
+    form = weight.form.with_plain_rows()
+    assert form.plain_rows, f"{form} has padding"
+    rows = dequantize_torch(weight.form, weight.packed)
+    return dataclasses.replace(weight, form=form, packed=pack(form, rows, None, None))
 
 
 def other_weight(form: Format, bits: int) -> QTensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_cases import KINDS, OURS
+from cuda_cases import KINDS, OURS, PLAIN_ROWS
 
 from hotloop.kernels.cuda import compile as compiler
 from hotloop.kernels.cuda import prompt, step
@@ -27,6 +27,8 @@ from hotloop.kernels.cuda.sample import sample_kernel
 from hotloop.kernels.cuda.wide import WidePlan, WideTuning
 
 LIMITS = Limits(n_sms=132, shared_bytes=227 * 1024)
+ROWS = "plain rows"
+FORMATS = KINDS | {ROWS: PLAIN_ROWS}
 
 # With the bindings installed, as by `make test`, a missing NVRTC is a failure and not a skip.
 REASON = unavailable_reason()
@@ -42,11 +44,11 @@ def cache(tmp_path, monkeypatch) -> Path:
 def linear_kernels(name: str) -> list[Kernel]:
     kernels = []
     parts = [("swiglu", True)]
-    if name in OURS:  # whose own part of the arithmetic is more than reading scales
+    if name in (*OURS, ROWS):  # whose own part of the arithmetic is more than reading scales
         parts = [("plain", False), ("swiglu", True), ("plain", True), ("logits", True)]
     for epilogue, norm in parts:
         form = Format(
-            **KINDS[name],
+            **FORMATS[name],
             n=5120,
             k=5120,
             paired=epilogue == "swiglu",
@@ -64,16 +66,17 @@ def linear_kernels(name: str) -> list[Kernel]:
                 limits=LIMITS,
             )
             kernels.append(plan.kernel)
-        kernels.append(dequantize_kernel(form))
+        if not form.plain_rows:
+            kernels.append(dequantize_kernel(form))
     return list(dict.fromkeys(kernels))
 
 
 def wide_kernels(name: str) -> list[Kernel]:
     kernels = []
     parts = [("plain", 64, 1), ("swiglu", 64, 2), ("logits", 16, 2)]
-    for epilogue, rows, tiles in parts if name in OURS else parts[1:2]:
+    for epilogue, rows, tiles in parts if name in (*OURS, ROWS) else parts[1:2]:
         form = Format(
-            **KINDS[name],
+            **FORMATS[name],
             n=5120,
             k=5120,
             paired=epilogue == "swiglu",
@@ -129,10 +132,12 @@ others two kernels of each group are compiled, and one of a format of other tool
 @needs_nvrtc
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("group", [*KINDS, *OTHERS])
+@pytest.mark.parametrize("group", [*FORMATS, *OTHERS])
 def test_kernels_compile_for_every_architecture(group, architecture):
+    if group == ROWS and architecture in ("sm_80", "sm_89"):
+        pytest.skip("it copies no boxes of tensors")
     kernels = OTHERS[group]() if group in OTHERS else linear_kernels(group)
-    if group in KINDS and compiler.has_warpgroups(architecture):
+    if group in FORMATS and compiler.has_warpgroups(architecture):
         kernels += wide_kernels(group)
     assert len({kernel.name for kernel in kernels}) == len(set(kernels)), "a name means one kernel"
     if architecture not in COMPLETE:

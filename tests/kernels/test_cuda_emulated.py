@@ -32,6 +32,7 @@ from cuda_cases import (
     rope_case,
     sample_case,
     swiglu_case,
+    with_plain_rows,
 )
 from cuda_emulation import emulate, needs_compiler
 
@@ -242,6 +243,61 @@ def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(na
         run(many)
         for alone, found in zip(wanted, many.outputs, strict=False):
             assert torch.equal(alone[0], found[rows // 2]), f"{wide}"
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["plain", "paired"])
+@pytest.mark.parametrize("tuning", [SMALL, TOGETHER, DIRECT], ids=["staged", "together", "direct"])
+def test_plain_rows_of_bfloat16_give_the_bits_of_packed_ones(tuning, paired):
+    packed = make_weight("bf16", 80, 352, generator(), paired=paired)  # 11 units, 5 tiles
+    for rows in (1, 9):
+        results = []
+        for given in (packed, with_plain_rows(packed)):
+            case = linear_case(
+                given,
+                rows,
+                generator(rows),
+                epilogue="swiglu" if paired else "plain",
+                norm=paired,
+                norm_epilogue=not paired,
+                tuning=tuning,
+                limits=limits(2),
+            )
+            run(case)
+            results.append(case.outputs)
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("rows", "epilogue", "wide"),
+    [
+        (64, "plain", WideTuning(splits=3)),
+        (17, "swiglu", WideTuning(tiles=2)),
+        (24, "logits", WideTuning(tiles=2, splits=2, ring_bytes=0)),
+    ],
+)
+def test_plain_rows_give_many_rows_the_bits_of_a_row_alone(rows, epilogue, wide):
+    n, k = 192, 352  # neither whole groups of tiles, nor pairs of units
+    packed = make_weight("bf16", n, k, generator(), paired=epilogue == "swiglu")
+    x = normal(generator(k), rows, k).bfloat16()
+    results = []
+    for given, of, how in (
+        (packed, x[-1:], None), (with_plain_rows(packed), x, wide),
+    ):  # fmt: skip
+        case = linear_case(
+            given,
+            len(of),
+            generator(1),
+            epilogue=epilogue,
+            norm=epilogue != "plain",
+            tuning=Tuning(warps=3),
+            limits=Limits(n_sms=2, shared_bytes=227 * 1024),
+            wide=how,
+            x_MK=of,
+        )
+        run(case)
+        results.append(case.outputs[0][-1])
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("items_left", [0, 1, 9])

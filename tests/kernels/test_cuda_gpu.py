@@ -25,6 +25,7 @@ from cuda_cases import (
     rope_case,
     sample_case,
     swiglu_case,
+    with_plain_rows,
 )
 
 from hotloop.kernels.cuda.attention import AttentionPlan
@@ -117,6 +118,37 @@ def test_many_rows_have_the_bits_of_a_row_alone(device, name, rows, splits):
     torch.cuda.synchronize()
     for alone, among in zip(one.outputs, case.outputs, strict=True):
         assert torch.equal(alone[0], among[-1])
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["plain", "paired"])
+@pytest.mark.parametrize("rows", [1, 8, 16, 24, 64])
+def test_plain_rows_of_bfloat16_give_the_bits_of_packed_ones(device, rows, paired):
+    if not device.limits.boxes:
+        pytest.skip("it copies no boxes of tensors")
+    packed = make_weight("bf16", 1152, 2080, generator(device, 0), paired=paired)
+    plans: list[tuple[Tuning, WideTuning | None]] = [(Tuning(warps=7, units_per_stage=4), None)]
+    if rows <= 16:
+        plans += [(Tuning(warps=7, tiles=2, staged_bytes=0), None)]
+    elif device.limits.warpgroups:
+        plans += [(Tuning(warps=7), WideTuning(tiles=2, splits=n)) for n in (1, 3)]
+    for tuning, wide in plans:
+        results = []
+        for given in (packed, with_plain_rows(packed)):
+            case = linear_case(
+                given,
+                rows,
+                generator(device, rows),
+                epilogue="swiglu" if paired else "plain",
+                norm=paired,
+                norm_epilogue=not paired,
+                tuning=tuning,
+                limits=device.limits,
+                wide=wide,
+            )
+            assert_right_and_the_same_with_dependent_launch(device, case)
+            results.append(case.outputs)
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other), f"{tuning} {wide}"
 
 
 @pytest.mark.parametrize("items_left", [0, 2])

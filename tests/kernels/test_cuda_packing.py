@@ -18,12 +18,13 @@ from hotloop.kernels.cuda.tuning import (
     linear_tuning,
     plan_prefetch,
     plan_rows,
+    reads_plain_rows,
 )
 from hotloop.kernels.cuda.wide import WidePlan, max_counters
-from hotloop.kernels.linear import Fused, LinearSpec, choose_linear
+from hotloop.kernels.linear import DENSE, Fused, LinearSpec, choose_linear
 
-H100 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=3.35e12)
-H200 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=4.81e12, warpgroups=True)
+H100 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=3.35e12, boxes=True)
+H200 = Limits(n_sms=132, shared_bytes=227 * 1024, bytes_per_s=4.81e12, warpgroups=True, boxes=True)
 SMALLER = Limits(n_sms=76, shared_bytes=99 * 1024)
 
 
@@ -69,6 +70,40 @@ def test_packing_and_unpacking_again_is_exact(name, paired, n, k):
     assert torch.equal(
         dequantize(form, weight.packed, weight.features), q.dequantize(torch.bfloat16)
     )
+
+
+def test_plain_rows_are_the_weight_itself():
+    spec = LinearSpec(
+        format=DENSE, n=32, k=64, dtype=torch.bfloat16, device="cuda", fused=True, plain_rows=True
+    )
+    weight = torch.randn(32, 64).bfloat16()
+    kernel, _ = choose_linear(spec)
+    (packed,) = kernel.pack(weight)
+    assert kernel.keeps_rows
+    assert packed.data_ptr() == weight.data_ptr() == dequantize(kernel.form, packed).data_ptr()
+    assert kernel.nbytes == packed.nbytes
+
+
+@pytest.mark.parametrize("changes", [{"n": 24}, {"k": 40}, {"plain_rows": False}])
+def test_bfloat16_with_padding_or_on_other_devices_is_packed(changes):
+    sizes = {"n": 32, "k": 64, "plain_rows": True} | changes
+    spec = LinearSpec(format=DENSE, dtype=torch.bfloat16, device="cuda", fused=True, **sizes)
+    kernel, _ = choose_linear(spec)
+    weight = torch.randn(spec.n, spec.k).bfloat16()
+    (packed,) = kernel.pack(weight)
+    assert not kernel.keeps_rows
+    assert packed.nbytes == kernel.nbytes
+    assert torch.equal(dequantize(kernel.form, packed), weight)
+
+
+@pytest.mark.parametrize(
+    ("limits", "plain"),
+    [(H200, True), (H100, False), (SMALLER, False)],
+    ids=["H200", "H100", "A10"],
+)
+def test_weights_are_plain_rows_where_memory_is_fast(limits, plain, monkeypatch):
+    monkeypatch.setattr("hotloop.kernels.cuda.tuning.limits_of", lambda _: limits)
+    assert reads_plain_rows(torch.device("cuda", 0)) == plain
 
 
 def widened(scale):

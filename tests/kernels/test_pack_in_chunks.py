@@ -82,6 +82,17 @@ def test_the_fused_step_packs_rows_and_pairs_of_rows_as_the_whole(name, n, paire
         assert_same(packed(kernel, chunks(weight, rows), n, paired=paired), whole)
 
 
+def test_plain_rows_are_collected_as_they_come():
+    n, k = 80, 256
+    weight = made("dense", n, k)
+    kernel = Fused(
+        LinearSpec(
+            format=DENSE, n=n, k=k, dtype=torch.bfloat16, device="cuda", fused=True, plain_rows=True
+        )
+    )
+    assert_same(packed(kernel, row_chunks_of(weight, 32), n), [weight])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("group", [32, 64, 128])

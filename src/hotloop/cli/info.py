@@ -192,7 +192,7 @@ def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     recognized = recognize_matrices(checkpoint, setup.model)
     read_by: dict[str, LinearSpec] = {}
     each_layer = linear_specs(
-        setup.model, setup.schemes, setup.dtype, setup.device.type, fused=setup.fused
+        setup.model, setup.schemes, setup.dtype, setup.device, fused=setup.fused
     )
     for i, matrix, pieces in each_layer:
         by_format = {spec.format: spec for spec in pieces}
@@ -204,7 +204,7 @@ def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
         setup.model.vocab_size,
         setup.schemes,
         setup.dtype,
-        setup.device.type,
+        setup.device,
         fused=setup.fused,
     )
     found: dict[tuple[str, ...], dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Prefill by GEMMs on weights that are dequantized to bfloat16 for each chunk of a prompt.
+"""Prefill by GEMMs on weights in bfloat16, to which others are dequantized for each chunk.
 
 cuBLAS multiplies; our own kernels compute what is in between. Chunks of up to 512 tokens are
 captured in CUDA graphs, since launching their kernels takes the host longer than running them takes
@@ -46,14 +46,14 @@ WARMUP_TOKENS = (640, 1024)
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's kernel launches, for any number of rows, and functions that dequantize its weights.
+    """A layer's kernel launches, for any number of rows, and functions that return its weights.
 
     Attributes:
         input_norm: Adds the previous layer's output to the residual stream, and normalizes it.
         rope: Applies head norms and rope to qkv, and stores keys and values in the cache.
         post_attention_norm: Adds attention's output likewise, and normalizes the stream.
         swiglu: Applies SwiGLU to gate_up.
-        qkv_proj: Dequantizes the weight, and returns it as [K, N].
+        qkv_proj: Returns the weight as [K, N], dequantized for this call or in plain rows.
         o_proj: Likewise.
         gate_up_proj: Likewise.
         down_proj: Likewise.
@@ -70,7 +70,7 @@ class _Layer:
 
 
 class GemmPrefill:
-    """Prefills one seat with GEMMs on dequantized weights, one chunk a call.
+    """Prefills one seat with GEMMs, one chunk a call.
 
     Addresses do not depend on the number of tokens, so every launch is prepared once. On a GPU,
     chunks of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are replays of
@@ -97,8 +97,10 @@ class GemmPrefill:
         first, *_ = self._blocks
         linears = [linear for block in self._blocks for linear in block.linears.values()]
         forms = dict.fromkeys(form for linear in linears for form in fused_forms(linear))
-        launcher.load((*prompt.kernels(first.attention.head_dim), *map(dequantize_kernel, forms)))
-        largest = max(linear.n * linear.k for linear in linears)
+        packed = [form for form in forms if not form.plain_rows]
+        launcher.load((*prompt.kernels(first.attention.head_dim), *map(dequantize_kernel, packed)))
+        sizes = [linear.n * linear.k for linear in linears if not _has_plain_rows(linear)]
+        largest = max(sizes, default=0)
         self._weight = torch.empty(largest, dtype=torch.bfloat16, device=self._device)
         self._workspace = Workspace(first.config, min(chunk, cache.n_positions), self._device)
         self._seat, self._start = torch.zeros(2, 1, dtype=torch.int64, device=self._device)
@@ -268,7 +270,7 @@ class GemmPrefill:
                     self._rope(i, views),
                     self._add_norm(views, attended, feed_forward.norm),
                     self._prepared(prompt.swiglu(gate_up, views.gated)),
-                    *map(self._dequantize, block.linears.values()),
+                    *map(self._weight_of, block.linears.values()),
                 )
             )
             last = feed_forward
@@ -301,14 +303,20 @@ class GemmPrefill:
             )
         )
 
-    def _dequantize(self, linear: Linear) -> Callable[[], Tensor]:
+    def _weight_of(self, linear: Linear) -> Callable[[], Tensor]:
+        """Returns a function that returns the weight as [K, N], valid until the next such call."""
+        if _has_plain_rows(linear):
+            return lambda: linear.packed[0].T
         weight_NK = self._weight[: linear.n * linear.k].view(linear.n, linear.k)
-        launches = []
+        launches: list[Callable[[], object]] = []
         for kernel, piece in zip(fused_kernels(linear), linear.pieces, strict=True):
             weight, _, features_K = kernel.named(piece.packed)
             rows_NK = weight_NK[piece.rows]
-            call = dequantize_call(kernel.form, weight, rows_NK, features_K)
-            launches.append(self._prepared(call))
+            if kernel.form.plain_rows:
+                launches.append(partial(rows_NK.copy_, weight))
+            else:
+                call = dequantize_call(kernel.form, weight, rows_NK, features_K)
+                launches.append(self._prepared(call))
 
         def dequantized() -> Tensor:
             for launch in launches:
@@ -319,6 +327,11 @@ class GemmPrefill:
 
     def _prepared(self, call: Call) -> PreparedLaunch:
         return self._launcher.prepare(call, dependent=False)
+
+
+def _has_plain_rows(linear: Linear) -> bool:
+    """Tells whether all of a weight is plain rows."""
+    return [form.plain_rows for form in fused_forms(linear)] == [True]
 
 
 def _gemm_output(linear: Linear, y: Tensor) -> GemmOutput:

@@ -8,7 +8,7 @@ from hotloop.engine.prompt import STEP_TOKENS
 from hotloop.engine.setup import Setup, head_spec, linear_specs, prepare, ranks_here
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info, free_bytes
-from hotloop.kernels.linear import DENSE, LinearSpec, choose_linear
+from hotloop.kernels.linear import DENSE, Fused, LinearSpec, choose_linear
 from hotloop.types import EngineConfig, MemoryPlan
 
 _FLOAT32 = 4
@@ -87,7 +87,7 @@ def _weights_bytes(setup: Setup) -> int:
         return choose_linear(spec)[0].nbytes
 
     layers = itemsize * sum(norm.n for layer in model.layers for norm in layer.norms)
-    specs = linear_specs(model, setup.schemes, setup.dtype, setup.device.type, fused=setup.fused)
+    specs = linear_specs(model, setup.schemes, setup.dtype, setup.device, fused=setup.fused)
     for _, matrix, pieces in specs:
         layers += sum(map(packed, pieces))
         if matrix.bias and not (matrix.summed and setup.rank > 0):  # rank 0 adds it
@@ -95,17 +95,19 @@ def _weights_bytes(setup: Setup) -> int:
 
     def head(n: int) -> LinearSpec:
         """Returns the spec of n rows of the head; all of them are a tied embedding."""
-        return head_spec(model, n, setup.schemes, setup.dtype, setup.device.type, fused=setup.fused)
+        return head_spec(model, n, setup.schemes, setup.dtype, setup.device, fused=setup.fused)
 
     whole, part = head(model.vocab_size), head(len(setup.shard.vocabulary))
     kernel, tied = choose_linear(part)[0], model.tie_embeddings
     channelwise = whole.kind == "int8" and whole.format.is_per_channel(whole.k)
     same_rows = tied and (channelwise or whole.format == DENSE)
-    if (tied and kernel.embeds and part == whole) or (same_rows and kernel.keeps_rows):
-        embeddings = packed(whole)  # the head is the embedding, or a slice of it
+    row_bytes = whole.k + _FLOAT32 if same_rows and channelwise else whole.k * itemsize
+    if tied and kernel.embeds and part == whole:
+        embeddings = packed(whole)  # the head is the embedding
     else:
-        row_bytes = whole.k + _FLOAT32 if same_rows and channelwise else whole.k * itemsize
-        embeddings = kernel.nbytes + whole.n * row_bytes
+        embeddings = whole.n * row_bytes
+        if not (same_rows and kernel.keeps_rows):  # or else the head is a slice of it
+            embeddings += kernel.nbytes
     norm = itemsize * model.hidden_size
     rope = 2 * _FLOAT32 * setup.n_positions * sum(head_dim for head_dim, _ in model.tables)
     return layers + embeddings + norm + rope
@@ -150,8 +152,16 @@ def _transient_bytes(setup: Setup) -> int:
 
 
 def _dequantized_bytes(setup: Setup) -> int:
-    """Counts the bytes of the largest matrix, dequantized."""
+    """Counts the bytes of the largest matrix, dequantized; plain rows of fused steps are not."""
     model = setup.local
+    if setup.fused:
+        specs = linear_specs(model, setup.schemes, setup.dtype, setup.device, fused=True)
+        sizes = [
+            matrix.n * matrix.k
+            for _, matrix, pieces in specs
+            if [Fused(piece).form.plain_rows for piece in pieces] != [True]
+        ]
+        return max(sizes, default=0) * setup.dtype.itemsize
     sizes = [matrix.n * matrix.k for layer in model.kinds for matrix in layer.matrices]
     itemsize = _FLOAT32 if setup.device.type == "cpu" else setup.dtype.itemsize
     return max(*sizes, len(setup.shard.vocabulary) * model.hidden_size) * itemsize

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hotloop.engine.setup import Setup
+from hotloop.kernels.cuda import tuning
 from hotloop.kernels.linear import choose_linear
 from hotloop.models.decoder import Decoder
 from hotloop.parallel.collectives import Group
@@ -141,6 +142,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
         "dtype": str(setup.dtype),
         "device": setup.device.type,
         "fused": setup.fused,
+        "plain_rows": setup.fused and tuning.reads_plain_rows(setup.device),
     }
 
 

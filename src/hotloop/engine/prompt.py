@@ -34,11 +34,13 @@ def max_step_prefill_tokens(forms: Sequence[Format]) -> int:
     """Returns the longest prompt that runs faster as decode steps than with GEMMs.
 
     A step reads the packed weight, and takes a tenth longer with eight tokens than with one.
-    Dequantizing reads the packed weight too, and writes bfloat16, which the GEMM reads.
+    Dequantizing reads the packed weight too, and writes bfloat16, which the GEMM reads; plain rows
+    it reads as they are.
     """
-    packed = sum(form.nbytes for form in forms)
-    steps = (packed + 4 * sum(form.n * form.k for form in forms)) / (1.1 * packed)
-    return min(SHORT_PROMPT, STEP_TOKENS * int(steps))
+    nbytes = sum(form.nbytes for form in forms)
+    dequantized = sum(form.n * form.k for form in forms if not form.plain_rows)
+    read = nbytes + 4 * dequantized if dequantized else nbytes
+    return min(SHORT_PROMPT, STEP_TOKENS * max(1, int(read / (1.1 * nbytes))))
 
 
 def spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]]:

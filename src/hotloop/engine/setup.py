@@ -24,6 +24,7 @@ from hotloop.engine.forward import compile_unavailable_reason
 from hotloop.engine.prefill_workspace import prefill_chunk
 from hotloop.errors import ConfigError, ModelNotFoundError, UnsupportedError, shorten_value
 from hotloop.hardware import resolve_device
+from hotloop.kernels.cuda import tuning
 from hotloop.kernels.cuda.launch import unavailable_reason as fused_unavailable_reason
 from hotloop.kernels.linear import LinearSpec
 from hotloop.models import names
@@ -154,7 +155,7 @@ class Setup:
 
     def specs(self, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, list[LinearSpec]]]:
         """Yields this rank's matrices under ``schemes`` by name; see ``matrix_specs``."""
-        n_logits, device = len(self.shard.vocabulary), self.device.type
+        n_logits, device = len(self.shard.vocabulary), self.device
         return matrix_specs(
             self.local, n_logits, schemes, self.dtype, device=device, fused=self.fused
         )
@@ -285,7 +286,10 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         device,
         dtype,
         [
-            (part, _fused_specs(part, len(shard.vocabulary), (schemes, draft_schemes), dtype))
+            (
+                part,
+                _fused_specs(part, len(shard.vocabulary), (schemes, draft_schemes), dtype, device),
+            )
             for part, shard in zip(parts, shards, strict=True)
         ],
     )
@@ -634,7 +638,7 @@ def linear_specs(
     model: ModelConfig,
     schemes: Mapping[str, Scheme],
     dtype: torch.dtype,
-    device: str,
+    device: torch.device,
     *,
     fused: bool,
 ) -> Iterator[tuple[int, Matrix, list[LinearSpec]]]:
@@ -644,9 +648,10 @@ def linear_specs(
         model: The architecture of a rank's part of the decoder.
         schemes: The scheme of every matrix, by its name in a checkpoint.
         dtype: Element type of activations.
-        device: "cpu" or "cuda".
+        device: Of the weights.
         fused: For the fused step.
     """
+    plain_rows = fused and tuning.reads_plain_rows(device)
     for i, layer in enumerate(model.layers):
         for matrix in layer.matrices:
             formats = [schemes[names.layer(i, p.name)].format(matrix.k) for p in matrix.parts]
@@ -661,8 +666,9 @@ def linear_specs(
                         n=n,
                         k=matrix.k,
                         dtype=dtype,
-                        device=device,
+                        device=device.type,
                         fused=fused,
+                        plain_rows=plain_rows,
                         paired=matrix.paired and len(pieces) == 1,
                     )
                     for format_, n in pieces
@@ -675,14 +681,22 @@ def head_spec(
     n_logits: int,
     schemes: Mapping[str, Scheme],
     dtype: torch.dtype,
-    device: str,
+    device: torch.device,
     *,
     fused: bool,
 ) -> LinearSpec:
     """Returns the head's ``LinearSpec`` with ``n_logits`` rows; see ``linear_specs``."""
     k = model.hidden_size
     format_ = schemes[names.head(model)].format(k)
-    return LinearSpec(format=format_, n=n_logits, k=k, dtype=dtype, device=device, fused=fused)
+    return LinearSpec(
+        format=format_,
+        n=n_logits,
+        k=k,
+        dtype=dtype,
+        device=device.type,
+        fused=fused,
+        plain_rows=fused and tuning.reads_plain_rows(device),
+    )
 
 
 def matrix_specs(
@@ -691,7 +705,7 @@ def matrix_specs(
     schemes: Mapping[str, Scheme],
     dtype: torch.dtype,
     *,
-    device: str,
+    device: torch.device,
     fused: bool,
 ) -> Iterator[tuple[str, list[LinearSpec]]]:
     """Yields all matrices by name, as ``linear_specs`` does; the head if it has a scheme."""
@@ -706,10 +720,11 @@ def _fused_specs(
     n_logits: int,
     schemes: Sequence[Mapping[str, Scheme]],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[tuple[str, list[LinearSpec]]]:
     """Yields the matrices that the fused step reads, by name: the model's and its drafter's."""
     for each in filter(None, schemes):
-        yield from matrix_specs(model, n_logits, each, dtype, device="cuda", fused=True)
+        yield from matrix_specs(model, n_logits, each, dtype, device=device, fused=True)
 
 
 def _resolve_context(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:

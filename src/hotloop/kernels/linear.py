@@ -143,6 +143,8 @@ class LinearSpec:
         dtype: Element type of activations, and of unquantized weights.
         device: "cpu" or "cuda".
         fused: For the fused step, which reads one packed layout alone.
+        plain_rows: The fused step reads bfloat16 as plain rows, where these fit
+            (``cuda.tuning.reads_plain_rows``).
         paired: Gate and up features, one below the other; the fused step computes their SwiGLU.
     """
 
@@ -152,6 +154,7 @@ class LinearSpec:
     dtype: torch.dtype
     device: str
     fused: bool = False
+    plain_rows: bool = False
     paired: bool = False
 
     @property
@@ -469,14 +472,16 @@ class Fused(_ByRows):
     prompt, it dequantizes the weight to bfloat16 for the call.
     """
 
-    keeps_rows = embeds = False
-
+    embeds = False
     unit_rows = TILE_ROWS
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/fused"
         self._format = spec.format
         self.form = _fused_form(spec)
+        if spec.plain_rows:
+            self.form = self.form.with_plain_rows()
+        self.keeps_rows = self.form.plain_rows
         self.nbytes = self.form.nbytes + (4 * spec.n if self.form.has_channel_scales else 0)
         self.nbytes += 4 * spec.k * self.form.permuted
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hotloop.kernels.cuda import tuning
 from hotloop.kernels.linear import DENSE, LinearKernel, LinearSpec, Stacked, choose_linear
 from hotloop.kernels.pack import pack_in_chunks, rows_at_once
 from hotloop.models.config import Matrix
@@ -97,6 +98,7 @@ class Linear(nn.Module):
                 dtype=dtype,
                 device=device.type,
                 fused=fused,
+                plain_rows=fused and tuning.reads_plain_rows(device),
                 paired=self.paired and len(weights) == 1,
             )
             for piece in weights

@@ -88,6 +88,7 @@ class _Piece(StrictModel):
     n: _Whole
     dtype: str
     fused: bool
+    plain_rows: bool
     paired: bool
     n_packed: _Whole
 
@@ -307,6 +308,7 @@ def _piece(spec: LinearSpec, n_packed: int) -> _Piece:
         n=spec.n,
         dtype=str(spec.dtype),
         fused=spec.fused,
+        plain_rows=spec.plain_rows,
         paired=spec.paired,
         n_packed=n_packed,
     )
@@ -321,6 +323,7 @@ def _spec(piece: _Piece, k: int, device: torch.device) -> LinearSpec:
         dtype=_DTYPES[piece.dtype],
         device=device.type,
         fused=piece.fused,
+        plain_rows=piece.plain_rows,
         paired=piece.paired,
     )
 

@@ -29,7 +29,7 @@ class DequantizeArguments(Arguments):
 
 
 def dequantize(form: Format, packed: Tensor, features_K: Tensor | None = None) -> Tensor:
-    """Dequantizes a weight to bfloat16 [N, K], rounded once.
+    """Dequantizes a weight to bfloat16 [N, K], rounded once; plain rows are it.
 
     Scales and offsets of groups are applied. Scales per output feature are not, so that eight-bit
     values remain exact.
@@ -39,6 +39,8 @@ def dequantize(form: Format, packed: Tensor, features_K: Tensor | None = None) -
         packed: As ``packing.pack`` returns it.
         features_K: int32, of a permuted weight: the input feature of each column.
     """
+    if form.plain_rows:
+        return packed
     if not packed.is_cuda:
         return dequantize_torch(form, packed, features_K)
     rows_NK = torch.empty(form.n, form.k, dtype=torch.bfloat16, device=packed.device)
@@ -84,6 +86,7 @@ def dequantize_call(
     assert (features_K is not None) == form.permuted, "of permuted weights alone"
     assert rows_NK.shape == (form.n, form.k), f"rows are {tuple(rows_NK.shape)} for {form}"
     assert rows_NK.dtype == torch.bfloat16, f"rows are {rows_NK.dtype}"
+    assert not form.plain_rows, "plain rows are read as they are"
     assert packed.nbytes == form.nbytes, f"{packed.nbytes} bytes for {form}"
     args, tensors = DequantizeArguments.of(
         weight=packed,

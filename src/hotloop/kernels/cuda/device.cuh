@@ -274,7 +274,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // Barriers in shared memory (mbarrier), and asynchronous copies that arrive at one on completion.
 //
 // From Hopper on one lane issues a bulk copy, whose bytes the barrier counts. On older devices each
-// lane copies its share 16 bytes at a time, and arrives when its copies are complete.
+// lane copies its share 16 bytes at a time, and arrives when its copies are complete; they have no
+// copy_box.
+
+// Describes a tensor and its boxes, as the driver encodes it (kernels/cuda/tensor_map.py).
+struct alignas(128) TensorMap {
+  uint64_t words[16];
+};
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -350,6 +356,23 @@ __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint
 }
 
 __device__ __forceinline__ void copy_end(uint64_t*, int) {}
+
+// Loads a map into the cache that copies read it from, which takes as long as a load.
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Copies a box of a weight's plain rows: input features from k on, of tiles from ``tile`` on. Beyond
+// the tensor they are zeros, which count as bytes too.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int k, int tile,
+                                         uint64_t* barrier, uint64_t policy, int lane) {
+  if (lane == 0)
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %2, %2, %4}], [%5], %6;" ::"r"(shared_address(to)),
+        "l"(map), "r"(0), "r"(k), "r"(tile), "r"(shared_address(barrier)), "l"(policy)
+        : "memory");
+}
 
 // Prefetches ``bytes``, a multiple of 16, into L2. One lane issues all of it: decode steps took
 // longer where each lane issued a part.

@@ -21,6 +21,7 @@ from torch import Tensor
 from hotloop.errors import HotloopError
 from hotloop.kernels.cuda import compile as compiler
 from hotloop.kernels.cuda.compile import Kernel, compile_kernel
+from hotloop.kernels.cuda.tensor_map import TensorMap
 
 MIN_CAPABILITY = (8, 0)
 """The lowest compute capability that the kernels support."""
@@ -39,6 +40,7 @@ class Call:
         shared_bytes: Shared memory of a block.
         args: The kernel's argument.
         tensors: Tensors that the argument points into, which are kept alive.
+        tensor_map: Encoded into the argument's ``map`` when the launch is prepared, or None.
     """
 
     kernel: Kernel
@@ -46,6 +48,7 @@ class Call:
     shared_bytes: int
     args: ctypes.Structure
     tensors: tuple[Tensor, ...]
+    tensor_map: TensorMap | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +60,14 @@ class Limits:
         shared_bytes: The most shared memory of a block.
         bytes_per_s: The memory's nominal bandwidth; 0 where it is not known.
         warpgroups: Tensor cores read an operand from shared memory (``wgmma``).
+        boxes: One instruction copies a box of a tensor (``cp.async.bulk.tensor``).
     """
 
     n_sms: int
     shared_bytes: int
     bytes_per_s: float = 0.0
     warpgroups: bool = False
+    boxes: bool = False
 
     @property
     def exclusive_bytes(self) -> int:
@@ -140,24 +145,11 @@ class Device:
 
     def __init__(self, device: torch.device, *, dependent_launch: bool = True) -> None:
         assert device.index is not None, f"{device} has no index"
-        driver = _driver()
         torch.cuda.synchronize(device)  # makes torch's context current, which we share
-        ordinal = _checked(driver.cuDeviceGet(device.index))
-
-        def attribute(name: str) -> int:
-            key = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-            return _checked(driver.cuDeviceGetAttribute(key, ordinal))
-
-        kilohertz, bits = attribute("MEMORY_CLOCK_RATE"), attribute("GLOBAL_MEMORY_BUS_WIDTH")
         properties = torch.cuda.get_device_properties(device)
         self.device = device
         self.architecture = compiler.architecture(properties.major, properties.minor)
-        self.limits = Limits(
-            n_sms=properties.multi_processor_count,
-            shared_bytes=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
-            bytes_per_s=2 * 1e3 * kilohertz * bits / 8,  # two transfers a cycle
-            warpgroups=compiler.has_warpgroups(self.architecture),
-        )
+        self.limits = limits_of(device)
         self.dependent_launch = dependent_launch and properties.major >= 9
         self.compile_seconds = 0.0
         self.notes: set[str] = set()
@@ -205,6 +197,8 @@ class Device:
         limit = self.limits.shared_bytes
         assert call.shared_bytes <= limit, f"{call.shared_bytes} of {limit}"
         self.load((call.kernel,))
+        if call.tensor_map is not None:
+            call.args.map[:] = call.tensor_map.encoded()
         return Launch(call, self, self._functions[call.kernel], dependent and self.dependent_launch)
 
     def config(self, call: Call, blocks: int | None, stream: int, dependent: bool) -> Any:
@@ -283,6 +277,28 @@ def unavailable_reason(device: torch.device) -> str | None:
     if newest < major:
         return f"the GPU's driver is for CUDA up to {newest}, and NVRTC is {major}.{minor}"
     return None
+
+
+@functools.cache
+def limits_of(device: torch.device) -> Limits:
+    """Returns the limits of a CUDA device, without a context on it."""
+    properties, driver = torch.cuda.get_device_properties(device), _driver()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    ordinal = _checked(driver.cuDeviceGet(index))
+
+    def attribute(name: str) -> int:
+        key = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return _checked(driver.cuDeviceGetAttribute(key, ordinal))
+
+    kilohertz, bits = attribute("MEMORY_CLOCK_RATE"), attribute("GLOBAL_MEMORY_BUS_WIDTH")
+    architecture = compiler.architecture(properties.major, properties.minor)
+    return Limits(
+        n_sms=properties.multi_processor_count,
+        shared_bytes=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+        bytes_per_s=2 * 1e3 * kilohertz * bits / 8,  # two transfers a cycle
+        warpgroups=compiler.has_warpgroups(architecture),
+        boxes=properties.major >= 9,
+    )
 
 
 @functools.cache

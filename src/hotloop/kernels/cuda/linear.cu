@@ -4,6 +4,8 @@
 // (kernels/cuda/packing.py), so one read of shared memory by a lane *is* its operand. The rows of x
 // are the B operand, so up to eight rows cost little more than one.
 //
+// Weights in bfloat16 can be plain rows instead, of which a copy gathers a box.
+//
 // Each warp has a ring of stages in shared memory, which it keeps full of weight copies in flight
 // (cp.async.bulk with an mbarrier each). A block issues some of them before it waits for the kernel
 // that computes x, then loads x, and issues the rest last, because memory serves loads in the order
@@ -46,6 +48,7 @@ struct Linear {
   using Output = ::Output<Weight, kEpilogue, kNorm>;
 
   const LinearArgs& args;
+  const TensorMap* const map;                      // of plain rows
   const int lane, warp, g, t;
   const int first_item, item_step, n_items;        // this block's items: a grid-stride loop
   const int stages, units_per_stage;               // of the ring
@@ -66,8 +69,9 @@ struct Linear {
   uint64_t* sums_full;    // [kBuffers]: barrier, every warp has stored its partial sums
   uint64_t* sums_empty;   // [kBuffers]: barrier, the epilogue warp has read them
 
-  __device__ __forceinline__ Linear(const LinearArgs& a, int thread, int block, int blocks)
-      : args(a), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
+  __device__ __forceinline__ Linear(const LinearArgs& a, const TensorMap* m, int thread, int block,
+                                    int blocks)
+      : args(a), map(m), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
         first_item(block), item_step(blocks), n_items((a.tiles + kTiles - 1) / kTiles),
         stages(a.stages), units_per_stage(a.units_per_stage),
         tile_bytes(units_per_stage * Weight::kUnitBytes), stage_bytes(kTiles * tile_bytes),
@@ -130,11 +134,17 @@ struct Linear {
     if (next.item >= n_items) return;
     const int units = min(units_per_stage, end_unit - next.unit);
     const int bytes = units * Weight::kUnitBytes;
-    const int tiles = kTiles == 1 ? 1 : min(kTiles, args.tiles - next.item * kTiles);
-    copy_begin(full + stage, tiles * bytes, lane);
-    for (int r = 0; r < tiles; r++)
-      copy(ring + stage * stage_bytes + r * tile_bytes, next.from + r * row_bytes, bytes,
-           full + stage, next.policy, lane);
+    uint8_t* to = ring + stage * stage_bytes;
+    if constexpr (Weight::kPlainRows) {  // always a whole box; what is too much is not read
+      copy_begin(full + stage, stage_bytes, lane);
+      copy_box(to, map, 32 * next.unit, next.item * kTiles, full + stage, next.policy, lane);
+    } else {
+      const int tiles = kTiles == 1 ? 1 : min(kTiles, args.tiles - next.item * kTiles);
+      copy_begin(full + stage, tiles * bytes, lane);
+      for (int r = 0; r < tiles; r++)
+        copy(to + r * tile_bytes, next.from + r * row_bytes, bytes, full + stage, next.policy,
+             lane);
+    }
     copy_end(full + stage, lane);
     next.unit += units;
     next.from += bytes;
@@ -224,10 +234,24 @@ struct Linear {
     for (int i = 0; i < kUnits; i++) {
       multiply_unit<kFirst>(at.weights, at.x, at.x_sum, at.unit, next_x, x_total, sum);
       at.unit++;
-      at.weights += Weight::kUnitBytes;
+      at.weights += unit_step();
       at.x += kUnitSlices * 4;
       if (kGroups) at.x_sum += kUnitGroups * kMaxRows;
     }
+  }
+
+  // Bytes from a unit in the ring to the next.
+  static __device__ __forceinline__ constexpr int unit_step() {
+    if constexpr (Weight::kPlainRows) return Weight::kRowBytes;
+    return Weight::kUnitBytes;
+  }
+
+  __device__ __forceinline__ void load_operands(const uint8_t* unit, int slice,
+                                                uint32_t a[Weight::kTerms][2][4]) const {
+    if constexpr (Weight::kPlainRows)
+      Weight::operands(unit, units_per_stage * Weight::kRowBytes, lane, a);
+    else
+      Weight::operands(unit, slice, lane, a);
   }
 
   // A group's sums run in two chains, even and odd, because each mma waits for the one before it.
@@ -254,7 +278,7 @@ struct Linear {
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
         uint32_t a[Weight::kTerms][2][4];
-        Weight::operands(weights + r * tile_bytes, slice, lane, a);
+        load_operands(weights + r * tile_bytes, slice, a);
 #pragma unroll
         for (int c = 0; c < kOctets; c++) {
           mma(kGroups ? even[r][c] : sum[r][c], a[0][0], b[c].x, b[c].y);
@@ -565,8 +589,15 @@ struct Linear {
 
 template <class Weight, int kWarps, int kTiles, int kOctets, bool kFew, Epilogue kEpilogue,
           bool kNorm, bool kStaged>
-__device__ __forceinline__ void linear(const LinearArgs& args) {
+__device__ __forceinline__ void linear(const LinearArgs& args, const TensorMap* map = nullptr) {
   Linear<Weight, kWarps, kTiles, kOctets, kFew, kEpilogue, kNorm, kStaged>(
-      args, threadIdx.x, blockIdx.x, gridDim.x)
+      args, map, threadIdx.x, blockIdx.x, gridDim.x)
       .run();
+}
+
+template <class Weight, int kWarps, int kTiles, int kOctets, bool kFew, Epilogue kEpilogue,
+          bool kNorm, bool kStaged>
+__device__ __forceinline__ void linear(const PlainRowsArgs& args) {
+  if (threadIdx.x == 0) prefetch_map(&args.map);
+  linear<Weight, kWarps, kTiles, kOctets, kFew, kEpilogue, kNorm, kStaged>(args.linear, &args.map);
 }

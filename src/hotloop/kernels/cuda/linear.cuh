@@ -46,6 +46,12 @@ struct LinearArgs {
   const int* features;           // [K], of permuted weights: the feature of x of each column
 };
 
+// The same for a weight of plain rows, of which ``weight`` is not used.
+struct PlainRowsArgs {
+  LinearArgs linear;
+  TensorMap map;  // [tiles, halves of a tile, 8 rows, K]
+};
+
 // kPart writes some features of y; kGated multiplies the results by silu(gate). Both are for a
 // projection whose parts have weights of different types, each with a launch of its own.
 enum Epilogue { kPlain, kSwiGLU, kLogits, kPart, kGated };

@@ -22,6 +22,7 @@ from torch import Tensor
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call, Limits
 from hotloop.kernels.cuda.packing import SLICE, TILE_ROWS, Format
+from hotloop.kernels.cuda.tensor_map import WORDS, TensorMap
 
 Epilogue = Literal["plain", "swiglu", "logits", "part", "gated"]
 EPILOGUES: dict[Epilogue, str] = {
@@ -199,6 +200,16 @@ class LinearArguments(Arguments):
     )
 
 
+class PlainRowsArguments(ctypes.Structure):
+    """``PlainRowsArgs`` of ``linear.cuh``."""
+
+    _fields_ = (
+        ("linear", LinearArguments),
+        ("padding", ctypes.c_uint8 * (-ctypes.sizeof(LinearArguments) % (8 * WORDS))),
+        ("map", ctypes.c_uint64 * WORDS),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class GemmPlan(ABC):
     """A matrix product for one weight format, number of rows and epilogue, on one kind of device.
@@ -245,6 +256,11 @@ class GemmPlan(ABC):
     @abstractmethod
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
+
+    @property
+    @abstractmethod
+    def box(self) -> tuple[int, int]:
+        """Units and tiles of a copy of plain rows."""
 
     @property
     @abstractmethod
@@ -373,13 +389,23 @@ class GemmPlan(ABC):
             gate=gate,
             features=features_K,
         )
+        tensor_map = None
+        if self.form.plain_rows:
+            units, tiles = self.box
+            tensor_map = TensorMap.of_plain_rows(self.form, weight, units=units, tiles=tiles)
         return Call(
             kernel=self.kernel,
             grid=(self.blocks, 1, 1),
             shared_bytes=self.shared_bytes,
-            args=args,
+            args=args if tensor_map is None else PlainRowsArguments(linear=args),
             tensors=tensors,
+            tensor_map=tensor_map,
         )
+
+    @property
+    def args_struct(self) -> str:
+        """The argument struct of the kernel."""
+        return "PlainRowsArgs" if self.form.plain_rows else "LinearArgs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,6 +448,11 @@ class LinearPlan(GemmPlan):
         layout = self._fitted
         ring = {"stages": layout.stages, "units_per_stage": layout.units_per_stage}
         return {"splits": 1, "part_stages": 0, **ring, "early_stages": layout.early_stages}
+
+    @property
+    def box(self) -> tuple[int, int]:
+        """Units and tiles of a stage of a warp's ring."""
+        return self._fitted.units_per_stage, self._fitted.tiles
 
     @property
     def tiles_in_flight(self) -> int:
@@ -516,6 +547,6 @@ class LinearPlan(GemmPlan):
             name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{octets}",
             file="linear.cu",
             function=function,
-            args="LinearArgs",
+            args=self.args_struct,
             threads=32 * (t.warps + 1),
         )

@@ -7,6 +7,9 @@ the scales of its groups, and their zero points or offsets, follow. So a tile is
 lane reads its operands with one instruction. Scales of two levels are bytes, integers plus 128,
 behind their factors; a unit has factors of its own, though several may have the same.
 
+A device that copies boxes of a tensor (``tensor_map``) needs no packed bfloat16: a copy gathers the
+units of a tile from the weight's *plain rows*, which a GEMM can read as well.
+
 A ``paired`` weight is gate features followed by up features. A tile takes eight of each, so that
 one lane has both inputs of SwiGLU.
 
@@ -18,6 +21,7 @@ Shape letters: N output features, K input features, G groups along K.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +96,7 @@ class Format:
         n: Output features.
         k: Input features, a multiple of 8.
         paired: The weight is gate features followed by up features, for SwiGLU.
+        plain_rows: The weight is bfloat16 [N, K] as it is, in whole tiles and units.
     """
 
     kind: Kind
@@ -104,6 +109,7 @@ class Format:
     n: int
     k: int
     paired: bool = False
+    plain_rows: bool = False
 
     def __post_init__(self) -> None:
         assert (self.table is not None) == (self.kind == "lut4"), "a table, for lut4 alone"
@@ -120,11 +126,21 @@ class Format:
         assert self.zero == "none" or self.group_size is not None, "groups alone have zeros"
         assert self.zero == "none" or self.kind not in ("fp8", "lut4"), "integers have zeros"
         assert not self.paired or self.n % 2 == 0, "as many gate as up features"
+        assert not self.plain_rows or self.fits_plain_rows, f"{self.n}, {self.k} have padding"
 
     @property
     def bits(self) -> int:
         """Bits of a value."""
         return BITS[self.kind]
+
+    @property
+    def fits_plain_rows(self) -> bool:
+        """Whether the weight's plain rows can be read: it is bfloat16 and needs no padding."""
+        return self.kind == "bf16" and self.n % TILE_ROWS == 0 and self.k % SLICE == 0
+
+    def with_plain_rows(self) -> Format:
+        """Returns the format of the same weight as plain rows, if they can be read, or itself."""
+        return dataclasses.replace(self, plain_rows=True) if self.fits_plain_rows else self
 
     @property
     def has_channel_scales(self) -> bool:
@@ -174,6 +190,8 @@ class Format:
     @property
     def struct(self) -> str:
         """The type of ``weights.cuh`` that reads it."""
+        if self.plain_rows:
+            return "PlainRows"
         struct = _VALUES[self.kind] if self.table is None else f"Table<{_words(self.table)}>"
         if self.group_size is not None:
             groups = f"{self.group_size}, {_STRUCTS[self.scale]}, {_STRUCTS[self.zero]}"
@@ -183,6 +201,8 @@ class Format:
     @property
     def label(self) -> str:
         """A short name that is valid within an identifier, such as ``int4g128a``."""
+        if self.plain_rows:
+            return "rows"
         order = "p" if self.permuted else ""
         if self.group_size is None:
             return f"{self.kind}{order}"
@@ -251,9 +271,11 @@ def pack(
         offset_factor: Likewise, of their offsets.
 
     Returns:
-        uint8 [tiles, units, unit_bytes].
+        uint8 [tiles, units, unit_bytes]; plain rows as they are, not copied if they are contiguous.
     """
     assert tuple(values.shape) == (form.n, form.k), f"{tuple(values.shape)} for {form}"
+    if form.plain_rows:
+        return values.contiguous()
     rows = _tile_rows(form, values.view(torch.int16 if form.kind == "bf16" else torch.int8))
     rows = F.pad(rows, (0, form.units * form.unit_k - form.k))
     ordered = rows.view(_axes(form)).permute(_order(form))
@@ -285,6 +307,8 @@ def pack(
 
 def unpack(form: Format, packed: Tensor) -> Parts:
     """Inverts ``pack``, but for factors of two levels: there is one of each unit."""
+    if form.plain_rows:
+        return Parts(packed)
     fragments = packed[..., : form.fragment_bytes]
     if form.bits == 4:
         nibbles = torch.stack((fragments & 15, fragments >> 4), dim=-1)

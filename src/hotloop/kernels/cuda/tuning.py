@@ -13,10 +13,11 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from hotloop.kernels.cuda.attention import MAX_TOKENS, TILE, AttentionTuning
-from hotloop.kernels.cuda.launch import Limits
+from hotloop.kernels.cuda.launch import Limits, limits_of
 from hotloop.kernels.cuda.linear import Epilogue, GemmPlan, LinearPlan, Prefetch, Tuning
 from hotloop.kernels.cuda.packing import TILE_ROWS, Format
 from hotloop.kernels.cuda.wide import WARPS as WIDE_WARPS
@@ -132,9 +133,11 @@ def plan_prefetch(by: Projection, later: GemmPlan, weight: Tensor) -> Prefetch |
 
     ``qkv`` and ``o`` prefetch the weight of ``gate_up``, because memory is idle longest around
     attention; ``gate_up`` prefetches that of ``down``, and ``down`` that of the next layer's
-    ``qkv``.
+    ``qkv``. Plain rows, whose tiles are not contiguous, would gain nothing.
     """
-    if not isinstance(later, LinearPlan) or (rule := _prefetch_rule(by, later)) is None:
+    if later.form.plain_rows or not isinstance(later, LinearPlan):
+        return None
+    if (rule := _prefetch_rule(by, later)) is None:
         return None
     form, blocks = later.form, later.limits.n_sms
     first = 0 if rule.beyond is None else later.tiles_in_flight + rule.beyond
@@ -149,6 +152,18 @@ def plan_prefetch(by: Projection, later: GemmPlan, weight: Tensor) -> Prefetch |
         tile_bytes=min(rule.tile_bytes, form.units * form.unit_bytes),
         items_left=rule.items_left,
     )
+
+
+def reads_plain_rows(device: torch.device) -> bool:
+    """Tells whether the fused step on a device reads bfloat16 weights as plain rows.
+
+    Prompts then need no dequantizing, and steps are as fast. Measured on an H200 alone, so that it
+    is for devices with fast memory; and for the emulation on a CPU.
+    """
+    if device.type != "cuda":
+        return True
+    limits = limits_of(device)
+    return limits.boxes and _has_fast_memory(limits)
 
 
 def linear_tuning(form: Format, limits: Limits, projection: Projection) -> Tuning:

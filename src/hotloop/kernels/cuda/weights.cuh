@@ -24,13 +24,15 @@ constexpr uint32_t kOnes = 0x3f803f80u;
 // subtracted through the sums of x. kNeedsSums: these sums are needed. kTerms: operands whose sum a
 // weight is. kPermuted: columns are in another order than the features of x. kOutputScale: factor
 // of the results. input_scale(i): factor of x, as a pair of bfloat16, for the operands' registers 2i
-// and 2i + 1. one(i): the operand of a weight of one, without the zero point.
+// and 2i + 1. one(i): the operand of a weight of one, without the zero point. kPlainRows: units are
+// copied from rows in memory, and not from packed tiles.
 
 // kZeroPoints are subtracted before scaling, and include kZeroPoint of the values; kOffsets are
 // added after it.
 enum Zero { kNoZero, kZeroPoints, kOffsets };
 
 struct Bf16 {
+  static constexpr bool kPlainRows = false;
   static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupSlices = 0, kZeroPoint = 0;
   static constexpr int kSliceGroups = 1, kTerms = 1;
   static constexpr bool kChannelScale = false, kNeedsSums = false, kPermuted = false;
@@ -48,9 +50,27 @@ struct Bf16 {
   }
 };
 
+// bfloat16 [N, K] in memory. A stage holds the 16 rows of a tile one after the other, each with as
+// many units as a copy has; a unit of a row is kRowBytes.
+struct PlainRows : Bf16 {
+  static constexpr bool kPlainRows = true;
+  static constexpr int kRowBytes = 64;
+
+  // unit: of the tile's first row; stride: bytes from row to row.
+  static __device__ __forceinline__ void operands(const uint8_t* unit, int stride, int lane,
+                                                  uint32_t a[1][2][4]) {
+    const uint8_t* row = unit + lane / 4 * stride + lane % 4 * 16;
+    const uint4 first = *reinterpret_cast<const uint4*>(row);  // features 8t to 8t + 7 of row g
+    const uint4 second = *reinterpret_cast<const uint4*>(row + 8 * stride);  // and of g + 8
+    a[0][0][0] = first.x, a[0][0][1] = second.x, a[0][0][2] = first.y, a[0][0][3] = second.y;
+    a[0][1][0] = first.z, a[0][1][1] = second.z, a[0][1][2] = first.w, a[0][1][3] = second.w;
+  }
+};
+
 // Bytes 0 and 2 of a word are one pair of weights, bytes 1 and 3 the other.
 template <class Derived>
 struct EightBits {
+  static constexpr bool kPlainRows = false;
   static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupSlices = 0;
   static constexpr int kSliceBytes = 512, kSliceGroups = 1, kTerms = 1;
   static constexpr bool kChannelScale = true, kPermuted = false;
@@ -107,6 +127,7 @@ struct Fp8 : EightBits<Fp8> {
 // row, and the upper one has 16 times its value.
 template <int kBias>
 struct FourBits {
+  static constexpr bool kPlainRows = false;
   static constexpr int kSliceBytes = 256, kZeroPoint = kBias, kTerms = 1;
   static constexpr float kOutputScale = 0x1p67f;
 
@@ -138,6 +159,7 @@ using Uint4 = FourBits<0>;
 // bytes of the sixteen and then their high bytes.
 template <uint32_t... kWords>
 struct Table {
+  static constexpr bool kPlainRows = false;
   static constexpr int kSliceBytes = 256, kZeroPoint = 0, kTerms = sizeof...(kWords) / 8;
   static constexpr float kOutputScale = 1;
 

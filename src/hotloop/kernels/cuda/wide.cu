@@ -179,6 +179,7 @@ struct Wide : StageOf<Weight, kOctets> {
   using S::kSliceGroups, S::kUnitGroups, S::kUnitSlices;
 
   static constexpr int kWarps = 8;    // that multiply: two warpgroups
+  static constexpr int kBoxTiles = 2;  // of a copy of plain rows
   static constexpr int kLoaders = 4;  // issuing a bulk copy takes a warp 70 clock cycles or more
   static constexpr int kGroupTiles = kWarps * kTiles;
   static constexpr int kTileBytes = kUnits * Weight::kUnitBytes;
@@ -194,6 +195,7 @@ struct Wide : StageOf<Weight, kOctets> {
   };
 
   const LinearArgs& args;
+  const TensorMap* const map;  // of plain rows
   const int lane, warp, g, t;
   const int groups;  // of tiles
   Item step;         // from an item of a block to its next one
@@ -209,8 +211,8 @@ struct Wide : StageOf<Weight, kOctets> {
   int* first_unit;        // [parts + 1]: of each part, and one past the last one
   int* first_part;        // [splits + 1]: of each split, and one past the last one
 
-  __device__ __forceinline__ Wide(const LinearArgs& a, int thread)
-      : args(a), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
+  __device__ __forceinline__ Wide(const LinearArgs& a, const TensorMap* m, int thread)
+      : args(a), map(m), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
         groups((a.tiles + kGroupTiles - 1) / kGroupTiles), output{a, g, t} {
     const int blocks = gridDim.x;
     step = {blocks / a.splits, blocks % a.splits};
@@ -230,13 +232,13 @@ struct Wide : StageOf<Weight, kOctets> {
 
   // Each role has variables of its own: shared ones would not fit the few registers of the warps that
   // load, and memory would hold them for the others too.
-  static __device__ __forceinline__ void run(const LinearArgs& args) {
+  static __device__ __forceinline__ void run(const LinearArgs& args, const TensorMap* map) {
     if (threadIdx.x < 32 * kWarps) {
       take_registers<kMultiplyRegisters>();
-      Wide(args, threadIdx.x).multiply();
+      Wide(args, map, threadIdx.x).multiply();
     } else {
       return_registers<kLoadRegisters>();
-      Wide(args, threadIdx.x).load(threadIdx.x / 32 - kWarps);
+      Wide(args, map, threadIdx.x).load(threadIdx.x / 32 - kWarps);
     }
   }
 
@@ -344,6 +346,28 @@ struct Wide : StageOf<Weight, kOctets> {
   __device__ __forceinline__ void copy_weights(const Cursor& at, int stage, int loader,
                                                uint64_t policy) const {
     const int tile = at.item.group * kGroupTiles, last = min(kGroupTiles, args.tiles - tile);
+    if constexpr (Weight::kPlainRows)
+      copy_boxes(at.unit, tile, last, stage, loader, policy);
+    else
+      copy_tiles(at, tile, last, stage, loader, policy);
+  }
+
+  // Copies every kLoaders-th pair of a group's tiles.
+  __device__ __forceinline__ void copy_boxes(int unit, int tile, int last, int stage, int loader,
+                                             uint64_t policy) const {
+    constexpr int kStep = kLoaders * kBoxTiles, kBytes = kBoxTiles * kTileBytes;
+    const int first = loader * kBoxTiles;
+    copy_begin(filled + stage, max(0, (last - first + kStep - 1) / kStep) * kBytes, lane);
+#pragma unroll 1
+    for (int i = first; i < last; i += kStep)
+      copy_box(weights_of(stage) + i * kTileBytes, map, 32 * unit, tile + i, filled + stage, policy,
+               lane);
+    copy_end(filled + stage, lane);
+  }
+
+  // Copies every kLoaders-th tile.
+  __device__ __forceinline__ void copy_tiles(const Cursor& at, int tile, int last, int stage,
+                                             int loader, uint64_t policy) const {
     const int tiles = max(0, (last - loader + kLoaders - 1) / kLoaders);
     const int bytes = min(kUnits, at.end_unit - at.unit) * Weight::kUnitBytes;
     const int64_t tile_bytes = static_cast<int64_t>(args.units) * Weight::kUnitBytes;
@@ -487,7 +511,10 @@ struct Wide : StageOf<Weight, kOctets> {
 #pragma unroll
     for (int i = 0; i < kSlices; i++) {
       const int unit = i / kUnitSlices;
-      Weight::operands(weights + unit * Weight::kUnitBytes, i % kUnitSlices, lane, a[i]);
+      if constexpr (Weight::kPlainRows)
+        Weight::operands(weights + unit * Weight::kRowBytes, kUnits * Weight::kRowBytes, lane, a[i]);
+      else
+        Weight::operands(weights + unit * Weight::kUnitBytes, i % kUnitSlices, lane, a[i]);
 #pragma unroll
       for (int j = 0; j < 8; j++)
         if (unit > 0 && unit >= units) a[i][0][j / 4][j % 4] = 0;
@@ -624,5 +651,11 @@ struct Wide : StageOf<Weight, kOctets> {
 
 template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
 __device__ __forceinline__ void wide(const LinearArgs& args) {
-  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm>::run(args);
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm>::run(args, nullptr);
+}
+
+template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
+__device__ __forceinline__ void wide(const PlainRowsArgs& args) {
+  if (threadIdx.x == 0) prefetch_map(&args.map);
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm>::run(args.linear, &args.map);
 }

@@ -21,6 +21,7 @@ from hotloop.kernels.cuda.packing import TILE_ROWS, Format
 
 WARPS = 8  # kWarps of wide.cu
 _LOADERS = 4  # kLoaders
+_BOX_TILES = 2  # kBoxTiles
 _LINE = 64  # kLineK
 
 
@@ -109,6 +110,11 @@ class WidePlan(GemmPlan):
         """At least so many that a multiprocessor holds one such block only; see ``Layout``."""
         used = self._bytes_beside_ring + self.stages * (self._stage_bytes + self._barrier_bytes)
         return max(used, self.limits.exclusive_bytes)
+
+    @property
+    def box(self) -> tuple[int, int]:
+        """The units of a stage, and tiles."""
+        return stage_units(self.form), _BOX_TILES
 
     @property
     def settings(self) -> Mapping[str, int]:
@@ -217,7 +223,7 @@ class WidePlan(GemmPlan):
             name=f"wide_{form.label}_{features}_t{tiles}c{octets}",
             file="wide.cu",
             function=f"wide<{form.struct}, {tiles}, {octets}, {epilogue}, {norm}>",
-            args="LinearArgs",
+            args=self.args_struct,
             threads=32 * (WARPS + _LOADERS),
         )
 
