@@ -93,7 +93,7 @@ class Job:
     @property
     def name(self) -> str:
         """What its files' names end with."""
-        return f"{Path(self.model).stem}-{self.engine['quant']}"
+        return f"{Path(self.model).name}-{self.engine['quant']}"
 
     @property
     def chunk(self) -> int:
@@ -539,7 +539,7 @@ def alone_table(found: Iterable[Sequence[Sample]]) -> str:
 
 
 def names(header: Sample) -> tuple[str, str]:
-    return Path(header["job"]["model"]).stem, header["job"]["engine"]["quant"]
+    return Path(header["job"]["model"]).name, header["job"]["engine"]["quant"]
 
 
 def rank(found: Sequence[Sample]) -> tuple[str, int]:

@@ -231,3 +231,11 @@ def test_bodies_are_limited(llm):
             response = client.post("/v1/completions", content=text.encode())
             assert response.status_code == 400
             assert response.json()["error"]["code"] == "invalid_json"
+
+
+def test_pieces_are_sent_at_once_and_not_held_back_for_an_acknowledgement(llm):
+    with serving(llm) as server, asking(server) as client:
+        client.get("/health")
+        (connection,) = server._server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
