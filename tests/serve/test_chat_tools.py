@@ -244,3 +244,42 @@ def test_what_cannot_be_served_is_refused(client, body, status, param):
     response = chat(client, "A", **body)
     assert response.status_code == status
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("choice", "name", "end"),
+    [
+        ("required", "weather", "tool_calls"),
+        ({"type": "function", "function": {"name": "weather"}}, "weather", "stop"),
+        ({"type": "function", "function": {"name": "zone"}}, "zone", "stop"),
+    ],
+)
+def test_a_call_that_is_forced_comes_whatever_the_model_would_say(client, choice, name, end):
+    zone = {"type": "function", "function": {"name": "zone"}}  # after weather: ties go to low ids
+    message, finish = both(
+        client, "D", tools=[zone, WEATHER], tool_choice=choice, parallel_tool_calls=False
+    )
+    (call,) = message["calls"]
+    arguments = json.loads(call["arguments"])
+    assert (call["name"], finish) == (name, end)
+    assert arguments.get("city") == (None if name == "zone" else "Oslo")
+
+
+def test_a_forced_call_that_is_cut_off_is_of_the_length(client):
+    _, finish = both(client, "D", tools=[WEATHER], tool_choice="required", max_tokens=9)
+    assert finish == "length"
+
+
+def test_a_schema_of_arguments_that_cannot_be_enforced_is_refused(client):
+    for schema in (
+        {"properties": {"a": {"type": "nothing"}}},
+        {"properties": 5},
+        {"properties": None},
+        {"properties": {}, "required": [{}]},
+        {"required": "a"},
+    ):
+        broken = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        response = chat(client, "A", tools=[broken], tool_choice="required")
+        assert response.status_code == 400, schema
+        assert "grammar" in response.json()["error"]["message"]
+    assert chat(client, "A", tools=[WEATHER]).status_code == 200

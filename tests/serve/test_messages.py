@@ -174,7 +174,7 @@ def test_nulls_of_a_definition_are_left_out() -> None:
             [{"type": "function", "function": {"name": "f", "parameters": 5}}],
             None,
             "tools[0].function.parameters",
-            "a JSON schema",
+            "the JSON schema of an object",
         ),
         ([TIME, TIME], None, "tools[1]", "appears twice"),
         (None, "required", "tool_choice", "there are none"),

@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 from scripted import write_answers
 from serving import serving
 
@@ -27,18 +30,23 @@ WEATHER = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
-    folder = write_answers(tmp_path_factory.mktemp("responses"), ANSWERS)
-    with LLM(str(folder), dtype="float32", max_batch_size=2) as llm, serving(llm) as server:
-        yield server
+def client_of(server: HttpServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+
+
+@contextmanager
+def client_of_answers(folder: Path, answers: dict[str, list[str]]) -> Iterator[openai.OpenAI]:
+    with (
+        LLM(str(write_answers(folder, answers)), dtype="float32", max_batch_size=2) as llm,
+        serving(llm) as server,
+        client_of(server) as client,
+    ):
+        yield client
 
 
 @pytest.fixture(scope="module")
-def client(server: HttpServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0
-    ) as client:
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    with client_of_answers(tmp_path_factory.mktemp("responses"), ANSWERS) as client:
         yield client
 
 
@@ -220,3 +228,26 @@ def test_an_error_in_mid_stream_is_a_failed_response_with_what_came_before():
     assert "the device is gone" in last["response"]["error"]["message"]
     (item,) = last["response"]["output"]
     assert (item["status"], item["content"][0]["text"]) == ("incomplete", "so far")
+
+
+class Weather(BaseModel):
+    rain: bool
+
+
+def test_a_response_is_parsed_into_the_type_of_its_schema(server):
+    with client_of(server) as client:
+        response = client.responses.parse(
+            model="tiny", input="Rain?", text_format=Weather, extra_body={"seed": 1}
+        )
+    assert isinstance(response.output_parsed, Weather)
+    assert response.text.format.type == "json_schema"
+
+
+def test_a_call_that_is_forced_has_the_arguments_of_its_schema(tmp_path):
+    strict = WEATHER | {"parameters": Weather.model_json_schema()}
+    with client_of_answers(tmp_path, {"A": ["I will not."]}) as client:
+        response = client.responses.create(
+            **asked(tools=[strict], tool_choice="required", parallel_tool_calls=False)
+        )
+    (call,) = response.output
+    assert Weather.model_validate_json(call.arguments)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hotloop.errors import RequestError
+from hotloop.serve.answer_grammar import answer_grammar
 from hotloop.serve.messages import template_messages
 from hotloop.serve.parts import Parser, PlainText
 from hotloop.serve.reasoning import ReasoningParser, is_within_reasoning, reasoning_markers
@@ -96,17 +97,18 @@ class Conversations:
             HotloopError: As ``prompt``, or the grammar is not valid.
         """
         prompt = self.prompt(asked, use)
-        if use.forced:
-            raise RequestError(
-                "tool_choice: calls cannot be forced yet: leave it out, or say auto."
-            )
-        markers = self._reasoning
+        markers, grammar = self._reasoning, params.grammar
+        if grammar is not None and grammar.kind == "lark" and not use.forced:
+            markers = None  # the whole answer is the grammar's
         within = markers is not None and is_within_reasoning(
             self._tokenizer, prompt.token_ids, markers, continued=_continued(asked)
         )
         visible = self._parser.control_tokens if use.tools else ()
         if markers is not None:
             visible = (*visible, markers.begin, markers.end)
+        grammar = answer_grammar(
+            grammar, use, self._parser, self._tokenizer, reasoning=markers, within=within
+        )
 
         def parser() -> Parser:
             rest: Parser = PlainText()
@@ -115,7 +117,7 @@ class Conversations:
                 rest = self._parser(names, parallel=use.parallel)
             return rest if markers is None else ReasoningParser(markers, rest, within=within)
 
-        return Turn(prompt, replace(params, visible_tokens=visible), parser)
+        return Turn(prompt, replace(params, visible_tokens=visible, grammar=grammar), parser)
 
 
 def _continued(asked: Conversation) -> str:

@@ -67,11 +67,6 @@ def _check_stateless(asked: ResponsesBody) -> None:
             raise ApiError(400, f"{name}: this server stores no responses: {fix}.", param=name)
     if asked.n not in (None, 1):
         raise ApiError(400, f"n: a response has one answer, not {asked.n}.", param="n")
-    kind = asked.text.format.get("type")
-    if kind != "text":
-        raise ApiError(
-            400, f"text.format: {shorten_value(kind)} cannot be enforced yet.", param="text.format"
-        )
 
 
 def _about(

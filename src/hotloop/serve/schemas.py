@@ -14,7 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from hotloop.checked import MAX_COUNT, MAX_SEED
 from hotloop.serve.errors import ApiError
 from hotloop.serve.settings import ServerSettings
-from hotloop.types import MAX_LOGPROBS, SamplingParams
+from hotloop.serve.structured_output import format_grammar, vllm_grammar
+from hotloop.types import MAX_LOGPROBS, Grammar, SamplingParams
 
 
 class Body(BaseModel):
@@ -38,6 +39,10 @@ def _prompts(value: Any) -> list[Any]:
     if isinstance(value, list) and all(isinstance(p, str) or is_ids(p) for p in value):
         return value
     raise ValueError("must be text, a list of token ids, or a list of such prompts")
+
+
+_GUIDED = ("json", "regex", "grammar", "choice")
+"""What follows ``guided_`` in vLLM's older fields."""
 
 
 class StreamOptions(Body):
@@ -67,6 +72,12 @@ class SamplingBody(Body):
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     ignore_eos: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] = {}
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_grammar: Any = None
+    guided_choice: Any = None
 
     @property
     def limit(self) -> int | None:
@@ -77,6 +88,32 @@ class SamplingBody(Body):
     def n_logprobs(self) -> int | None:
         """Alternatives of each token's log-probability; None for no log-probabilities."""
         return None
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The grammar of the content of an answer; None for any content.
+
+        Raises:
+            ApiError: There are several, or one is not served.
+            RequestError: A source is too large.
+        """
+        guided = {kind: getattr(self, f"guided_{kind}") for kind in _GUIDED}
+        asked = (
+            self._format_grammar(),
+            vllm_grammar("structured_outputs", self.structured_outputs),
+            vllm_grammar("guided", guided),
+        )
+        given = [grammar for grammar in asked if grammar is not None]
+        if len(given) > 1:
+            raise ApiError(
+                400,
+                "structured_outputs: there can be one grammar, and the request has several.",
+                param="structured_outputs",
+            )
+        return given[0] if given else None
+
+    def _format_grammar(self) -> Grammar | None:
+        return format_grammar("response_format", self.response_format)
 
     def params(self, defaults: SamplingParams, settings: ServerSettings) -> SamplingParams:
         """Returns the model's ``defaults``, changed by what the client gave.
@@ -106,6 +143,7 @@ class SamplingBody(Body):
             "stop": tuple(self.stop) or None,
             "ignore_eos": self.ignore_eos,
             "logprobs": self.n_logprobs,
+            "grammar": self.grammar,
         }
         fields: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         return replace(defaults, **fields)
@@ -156,7 +194,6 @@ class ChatBody(SamplingBody, Conversation):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
-    response_format: dict[str, Any] | None = None
 
     @property
     def limit(self) -> int | None:
@@ -203,6 +240,9 @@ class ResponsesBody(SamplingBody):
     def n_logprobs(self) -> int | None:
         """See ``SamplingBody``."""
         return self.top_logprobs if "message.output_text.logprobs" in self.include else None
+
+    def _format_grammar(self) -> Grammar | None:
+        return format_grammar("text.format", self.text.format)
 
 
 class TokenizeBody(Conversation):

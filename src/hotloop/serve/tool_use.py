@@ -125,9 +125,10 @@ def _tool(index: int, given: Mapping[str, Any]) -> Tool:
     name, parameters = function.get("name"), function.get("parameters", {})
     if not isinstance(name, str) or not name or len(name) > MAX_NAME_CHARS:
         raise _refused(f"{place}.name", f"must be text, not {shorten_value(name)}.")
-    if not isinstance(parameters, Mapping):
+    if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise _refused(
-            f"{place}.parameters", f"must be a JSON schema, not {shorten_value(parameters)}."
+            f"{place}.parameters",
+            f"must be the JSON schema of an object, not {shorten_value(parameters)}.",
         )
     return Tool(name, {"type": "function", "function": function}, parameters)
 

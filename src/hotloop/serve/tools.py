@@ -16,7 +16,7 @@ mistral     ``[TOOL_CALLS] [{"name": …, "arguments": {…}}]``,    Mistral
             or ``[TOOL_CALLS]name{…}`` for each call
 ==========  ===================================================  ===================
 
-A call's keys come in any order. ``tool_grammar`` forces calls in these formats.
+A call's keys come in any order. ``answer_grammar`` forces calls in these formats.
 """
 
 from __future__ import annotations

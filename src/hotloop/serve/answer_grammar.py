@@ -1,0 +1,182 @@
+"""Grammars of whole answers: reasoning, then calls of tools or what a client's grammar allows.
+
+Pure functions, from what a request asks for to llguidance's notation of Lark. They are needed where
+a client's own grammar is not all: an answer must call a tool (``tool_choice`` required, or a tool
+by name); it may call one or follow a schema; or the model reasons before it does either.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hotloop.errors import RequestError
+from hotloop.outside import parse_json
+from hotloop.serve.reasoning import Markers
+from hotloop.serve.tool_use import Tool, ToolUse
+from hotloop.serve.tools import HermesParser, Llama3Parser, MistralParser, ToolParser
+from hotloop.text.tokenizer import Tokenizer
+from hotloop.types import Grammar
+
+_JSON_STYLE = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+}
+
+_PLAIN_KEYS = frozenset(
+    {"type", "properties", "required", "$defs", "title", "description", "$schema"}
+)
+"""The keys of a schema of an object that others of its keys do not add properties to."""
+
+_Rules = dict[str, str]
+_Text = Callable[[str], str]
+"""Writes a text in Lark."""
+
+
+def answer_grammar(
+    grammar: Grammar | None,
+    use: ToolUse,
+    parser: type[ToolParser],
+    tokenizer: Tokenizer,
+    *,
+    reasoning: Markers | None,
+    within: bool,
+) -> Grammar | None:
+    """Returns the grammar of an answer; None if anything may be said.
+
+    Args:
+        grammar: The client's, of the answer's content.
+        use: The tools.
+        parser: The parser of the model's calls.
+        tokenizer: The model's, whose control tokens the grammar names by id.
+        reasoning: The markers of the model's reasoning; None: it does not reason.
+        within: The answer begins within reasoning.
+
+    Raises:
+        RequestError: The client's grammar is not JSON where it must be.
+    """
+    if not use.forced and (grammar is None or not (use.tools or reasoning)):
+        return grammar
+    if grammar is not None and grammar.kind == "lark" and not use.forced:
+        return grammar  # it has a start of its own
+
+    special, ids = tokenizer.backend.special_ids, tokenizer.backend.added_ids
+
+    def text(spelled: str) -> str:
+        token_id = ids.get(spelled)
+        return f"<[{token_id}]>" if token_id in special else _quoted(spelled)
+
+    rules: _Rules = {}
+    bodies = []
+    if tools := use.forced or use.tools:
+        bodies.append("calls")
+        rules |= _FORMATS[parser](tools, ids, text, use.parallel)
+        rules |= {f"arguments_{i}": _json(_parameters(tool)) for i, tool in enumerate(tools)}
+    if grammar is not None and not use.forced:
+        bodies.append("content")
+        rules["content"] = _content(grammar)
+    start = f"({' | '.join(bodies)})"
+    if reasoning is not None:
+        rules |= _reasoning(reasoning, text, within)
+        start = f"{'reasoning' if within else 'reasoning?'} {start}"
+    lines = (f"{name}: {rule}" for name, rule in {"start": start, **rules}.items())
+    return Grammar(kind="lark", source="\n".join(lines))
+
+
+def _hermes(tools: Sequence[Tool], _ids: Mapping[str, int], text: _Text, parallel: bool) -> _Rules:
+    begin, end = text(HermesParser.marker), text(HermesParser.closing)
+    return {
+        "calls": 'call ("\\n" call)*' if parallel else "call",
+        "call": f'{begin} "\\n" object "\\n" {end}',
+        "object": _object(tools, "arguments"),
+    }
+
+
+def _llama3(tools: Sequence[Tool], _ids: Mapping[str, int], _text: _Text, parallel: bool) -> _Rules:
+    return {
+        "calls": 'object ("; " object)*' if parallel else "object",
+        "object": _object(tools, "parameters"),
+    }
+
+
+def _mistral(tools: Sequence[Tool], ids: Mapping[str, int], text: _Text, parallel: bool) -> _Rules:
+    marker, arguments, call_id = map(text, MistralParser.control_tokens)
+    if "[ARGS]" not in ids:
+        others = ' (", " object)*' if parallel else ""
+        return {
+            "calls": f'{marker} " "? "[" object{others} "]"',
+            "object": _object(tools, "arguments"),
+        }
+    has_id = f"{call_id} /[0-9A-Za-z]{{9}}/ " if "[CALL_ID]" in ids else ""
+    calls = (
+        f"{marker} {_quoted(tool.name)} {has_id}{arguments} arguments_{i}"
+        for i, tool in enumerate(tools)
+    )
+    return {"calls": "call+" if parallel else "call", "call": " | ".join(calls)}
+
+
+_FORMATS: dict[
+    type[ToolParser], Callable[[Sequence[Tool], Mapping[str, int], _Text, bool], _Rules]
+] = {HermesParser: _hermes, Llama3Parser: _llama3, MistralParser: _mistral}
+
+
+def _object(tools: Sequence[Tool], key: str) -> str:
+    """Returns the rule of a call that is a JSON object, with the key of its arguments."""
+    begins = (f'{{"name": {json.dumps(tool.name)}, "{key}": ' for tool in tools)
+    return " | ".join(f'{_quoted(begin)} arguments_{i} "}}"' for i, begin in enumerate(begins))
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    """Returns the schema of a call's arguments.
+
+    It allows no others than those that are listed, where the tool's schema leaves that open: a
+    model that is forced to call could go on with more of them for ever.
+    """
+    schema = {"type": "object", "properties": {}, **tool.parameters}
+    listed, required = schema["properties"], schema.get("required", [])
+    is_plain = isinstance(listed, dict) and isinstance(required, list)
+    if (
+        is_plain
+        and _PLAIN_KEYS.issuperset(schema)
+        and all(name in listed for name in map(str, required))
+    ):
+        schema["additionalProperties"] = False
+    return schema
+
+
+def _content(grammar: Grammar) -> str:
+    """Returns the rule of a client's grammar."""
+    if grammar.kind == "regex":
+        return "/" + _SLASH.sub(r"\1\/", grammar.source).replace("\n", "\\n") + "/"
+    source = grammar.source or '{"type": "object"}'
+    return _json(parse_json(source, "the JSON schema", refuse=_refuse))
+
+
+def _refuse(name: object, problem: str) -> RequestError:
+    return RequestError(f"{name} {problem}.")
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    """Returns the rule of JSON without free whitespace, which small models go on with."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_STYLE})}"
+
+
+def _reasoning(markers: Markers, text: _Text, within: bool) -> _Rules:
+    begin, end = text(markers.begin), text(markers.end)
+    rules = {"reasoning": f"{'' if within else f'{begin} '}thoughts /\\n{{0,2}}/"}
+    if end.startswith("<["):  # a control token, which no expression matches
+        rules["thoughts"] = f"/(.|\\n)*/ {end}"
+    else:
+        rules[f"thoughts[suffix={end}]"] = "/(.|\\n)*/"
+    return rules
+
+
+_SLASH = re.compile(r"((?:^|[^\\])(?:\\\\)*)/")
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)

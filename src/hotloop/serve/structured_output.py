@@ -1,0 +1,95 @@
+"""What a request says of the form of an answer's content, as a grammar.
+
+``response_format`` is OpenAI's field, ``text.format`` that of its other API, and
+``structured_outputs`` is vLLM's, whose older fields begin with ``guided_``. What is said is
+enforced or refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hotloop.errors import shorten_value
+from hotloop.serve.errors import ApiError
+from hotloop.types import Grammar
+
+_KINDS = "text, json_object, json_schema, regex or lark"
+_OF_VLLM = ("json", "json_object", "regex", "grammar", "choice")
+
+
+def format_grammar(place: str, given: Mapping[str, Any] | None) -> Grammar | None:
+    """Returns the grammar of a ``response_format``, or of a ``text.format``.
+
+    Beyond OpenAI's types there are ``regex``, with the field ``regex``, and ``lark``, with
+    ``grammar``.
+
+    Args:
+        place: The field.
+        given: Its value; None if it is absent.
+
+    Raises:
+        ApiError: It is of another type, or without its source.
+        RequestError: The source is too large.
+    """
+    match given:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return Grammar(kind="json_object")
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return _schema(schema)
+        case {"type": "json_schema", "schema": dict(schema)}:
+            return _schema(schema)
+        case {"type": "regex", "regex": str(source)} if source:
+            return Grammar(kind="regex", source=source)
+        case {"type": "lark", "grammar": str(source)} if source:
+            return Grammar(kind="lark", source=source)
+        case {"type": "json_schema" | "regex" | "lark" as kind}:
+            field = {"json_schema": "schema", "regex": "regex", "lark": "grammar"}[kind]
+            raise _refused(place, f"{kind} needs a {field}.")
+        case _:
+            raise _refused(place, f"must be of the type {_KINDS}, not {shorten_value(given)}.")
+
+
+def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
+    """Returns the grammar of vLLM's fields: ``json``, ``regex``, ``grammar``, ``choice``.
+
+    Args:
+        place: The field that holds them, or the prefix of their names.
+        given: The fields.
+
+    Raises:
+        ApiError: There are several, or one has no grammar.
+        RequestError: The source is too large.
+    """
+    asked = {k: v for k, v in given.items() if k in _OF_VLLM and v not in (None, False)}
+    if len(asked) > 1:
+        raise _refused(place, f"there can be one of {', '.join(asked)}.")
+    for kind, value in asked.items():
+        match kind, value:
+            case "json_object", True:
+                return Grammar(kind="json_object")
+            case "json", dict():
+                return _schema(value)
+            case "json", str() if value:
+                return Grammar(kind="json_schema", source=value)
+            case "regex", str() if value:
+                return Grammar(kind="regex", source=value)
+            case "grammar", str() if value:
+                return Grammar(kind="lark", source=value)
+            case "choice", [_, *_] if all(isinstance(one, str) and one for one in value):
+                choices = " | ".join(json.dumps(one, ensure_ascii=False) for one in value)
+                return Grammar(kind="lark", source=f"start: {choices}")
+            case _:
+                raise _refused(place, f"{kind} cannot be {shorten_value(value)}.")
+    return None
+
+
+def _schema(schema: Mapping[str, Any]) -> Grammar:
+    return Grammar(kind="json_schema", source=json.dumps(schema, ensure_ascii=False))
+
+
+def _refused(place: str, problem: str) -> ApiError:
+    return ApiError(400, f"{place}: {problem}", param=place, code="invalid_value")
