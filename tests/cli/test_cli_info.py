@@ -59,6 +59,30 @@ def test_a_shape_needs_no_checkpoint_to_be_described(capsys):
     )
 
 
+def test_a_drafter_is_counted_and_shown_beside_the_schemes_that_allow_it(
+    tiny_llama, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "120")
+    argv = ["info", str(tiny_llama), "--device", "cpu", "--quant", "none,int8,int4-g32"]
+    bytes_of = []
+    for draft in ("none", "self-int4-g32"):
+        assert main([*argv, "--draft", draft, "--json"]) == 0
+        memory = json.loads(capsys.readouterr().out)["memory"]
+        bytes_of.append({each["quant"]: each for each in memory})
+    plain, drafted = bytes_of
+    for quant in ("none", "int8"):
+        assert plain[quant]["draft_bytes"] == 0
+        grown = drafted[quant]["weights_bytes"] - plain[quant]["weights_bytes"]
+        assert grown == drafted[quant]["draft_bytes"] > 0
+    assert "save nothing" in drafted["int4-g32"]["unsupported"]
+    for draft, shows in (("none", False), ("self-int4-g32", True)):
+        assert main([*argv, "--draft", draft]) == 0
+        (heading,) = [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("quant ")
+        ]
+        assert ("draft" in heading.split()) == shows
+
+
 def test_a_scheme_that_a_model_does_not_allow_has_its_reason_under_the_table(
     tiny_llama, monkeypatch, capsys
 ):

@@ -21,7 +21,7 @@ from hotloop.parallel.plan import Shard
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.identity import read_quantization
-from hotloop.weights.load import Draft, load_weights
+from hotloop.weights.load import Twin, load_weights
 from hotloop.weights.recognition import recognize_matrices
 from hotloop.weights.source import CheckpointSource, Source, schemes_by_name
 
@@ -202,7 +202,7 @@ def load_from(
             twin=decoder,
         )
         drafts = schemes_by_name(model, parse_scheme(draft), parse_scheme("int8"))
-        beside = Draft(decoder=decoder.twin, schemes=drafts, combine=group.max)
+        beside = Twin(decoder=decoder.twin, schemes=drafts, combine=group.max)
     try:
         load_weights(
             decoder,
@@ -214,7 +214,7 @@ def load_from(
             dtype=dtype,
             device=CPU,
             fused=fused,
-            draft=beside,
+            twin=beside,
             on_layer=on_layer,
         )
     finally:

@@ -16,7 +16,7 @@ from hotloop.kernels.linear import choose_linear
 from hotloop.models.decoder import Decoder
 from hotloop.parallel.collectives import Group
 from hotloop.quant import Scheme
-from hotloop.weights.load import Draft, OnLayer, load_weights
+from hotloop.weights.load import OnLayer, Twin, load_weights
 from hotloop.weights.packed_cache import entry_key, load_packed, store_packed
 from hotloop.weights.source import CheckpointSource, RandomSource, Source
 
@@ -108,10 +108,10 @@ def _load_from_source(
         source = CheckpointSource(
             checkpoint, setup.device, model=setup.model, dtype=setup.dtype, combine=group.max
         )
-    draft = None
+    beside = None
     if twin is not None:
         assert setup.draft is not None, "a twin without a drafter"
-        draft = Draft(decoder=twin, schemes=setup.draft.schemes, combine=group.max)
+        beside = Twin(decoder=twin, schemes=setup.draft.schemes, combine=group.max)
     try:
         load_weights(
             decoder,
@@ -123,7 +123,7 @@ def _load_from_source(
             dtype=setup.dtype,
             device=setup.device,
             fused=setup.fused,
-            draft=draft,
+            twin=beside,
             on_layer=on_layer,
         )
     finally:

@@ -7,7 +7,7 @@ Weights are streamed: a few rows of a matrix are read, decoded or quantized, and
 next are being read. What is held besides the model are these rows, those that were read ahead, and
 parts of a projection that can only be packed together. ``benchmarks/load_memory.py`` measures it.
 
-A drafter that is the model under another scheme (``Draft``) is loaded in the same pass: the rows of
+A drafter that is the model under another scheme (``Twin``) is loaded in the same pass: the rows of
 a matrix are read once, and what the model holds of them is quantized again for the drafter, since
 that is what it drafts for. Both are packed in step.
 """
@@ -39,7 +39,7 @@ OnLayer = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class Twin:
     """A drafter to load beside a model, which is that model under another scheme.
 
     Attributes:
@@ -65,7 +65,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     fused: bool = False,
-    draft: Draft | None = None,
+    twin: Twin | None = None,
     on_layer: OnLayer | None = None,
 ) -> None:
     """Assigns every weight of ``decoder``.
@@ -81,19 +81,19 @@ def load_weights(
         dtype: Element type of activations and unquantized weights.
         device: The device of the model.
         fused: It runs the fused step.
-        draft: A drafter to load in the same pass.
+        twin: A drafter to load in the same pass.
         on_layer: Called with (layers done, layers in all).
 
     Raises:
         CheckpointError: A tensor is missing, surplus, of another shape, or not finite.
         ConfigError: A matrix whose shape a scheme does not fit.
     """
-    loader = _Loader(config, shard, source, schemes, adds_biases, dtype, device, fused, draft)
+    loader = _Loader(config, shard, source, schemes, adds_biases, dtype, device, fused, twin)
     with source.read_ahead(loader.requests):
         loader.load_embeddings(decoder)
         decoder.norm.weight = loader.tensor(f"{names.NORM}.weight", config.hidden_size)
         for i, block in enumerate(decoder.blocks):
-            loader.load_layer(block, None if draft is None else draft.decoder.blocks[i], i)
+            loader.load_layer(block, None if twin is None else twin.decoder.blocks[i], i)
             if on_layer:
                 on_layer(i + 1, config.n_layers)
     source.finish()
@@ -111,7 +111,7 @@ class _Loader:
     dtype: torch.dtype
     device: torch.device
     fused: bool
-    draft: Draft | None
+    twin: Twin | None
 
     @property
     def requests(self) -> list[Request]:
@@ -200,10 +200,10 @@ class _Loader:
     def _streams(self, request: Request) -> list[RowStream]:
         """Returns the rows of a matrix, and those of the drafter if it has a copy."""
         pieces = map(self._typed, self.source.pieces(request))
-        if self.draft is None or request.name not in self.draft.schemes:
+        if self.twin is None or request.name not in self.twin.schemes:
             return [RowStream(pieces, request.n, request.format)]
-        scheme = self.draft.schemes[request.name]
-        combine = None if request.columns is None else self.draft.combine
+        scheme = self.twin.schemes[request.name]
+        combine = None if request.columns is None else self.twin.combine
 
         def requantized(rows: Tensor | QTensor) -> Tensor | QTensor:
             dense = rows.dequantize() if isinstance(rows, QTensor) else rows
@@ -246,11 +246,11 @@ class _Loader:
         stream, *drafts = self._streams(self._head_request)
         self._load_embeddings(decoder, stream)
         for of_draft in drafts:
-            assert self.draft is not None, "a drafter's rows without one"
+            assert self.twin is not None, "a drafter's rows without one"
             head = of_draft.take(of_draft.n)
             if self.config.tie_embeddings:  # all rows came
                 head = cut(head, slice(rows.start, rows.stop), None)
-            self.draft.decoder.head.assign(
+            self.twin.decoder.head.assign(
                 head, dtype=self.dtype, device=self.device, fused=self.fused
             )
 
