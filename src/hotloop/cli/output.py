@@ -143,7 +143,8 @@ def print_memory(
     drafts = ("draft",) if any(n_bytes.get("draft_bytes") for _, n_bytes, *_ in rows) else ()
     parts = ("weights", *drafts, "cache", "workspace", "total", "free")
     answers = {True: "yes", False: "no", None: "not known"}
-    grid = Table(heading, *parts, "fits", box=None, pad_edge=False)
+    headings = ("incl. draft" if part == "draft" else part for part in parts)
+    grid = Table(heading, *headings, "fits", box=None, pad_edge=False)
     for column in grid.columns[1:-1]:
         column.justify = "right"
     reasons: dict[str, list[str]] = {}
