@@ -8,7 +8,9 @@ steps: two equal engines would not do, since one can be 5 % faster than the othe
 its weights in a CPU's memory. Each round gives one ratio of decode tok/s; the figure is their
 geometric mean, and its interval is over rounds. Drawn texts differ between rounds. A round in which
 other processes were busy is repeated, or with ``--disturbed`` kept and counted: acceptance does not
-depend on them. Beside it are the times of steps with each number of drafts (``LLM.step_costs``).
+depend on them. Beside it are the times of steps with each number of drafts (``LLM.step_costs``),
+and on a CPU the processor time of a forward of the drafter and of the model, which other processes
+change less.
 
     python benchmarks/speculation.py --drafts ngram exit-10 --out benchmarks/results/NAME.json
 
@@ -37,6 +39,7 @@ from bystanders import Bystanders
 from hotloop import LLM, Generation, SamplingParams, Speculation
 from hotloop.bench.statistics import mean_figure
 from hotloop.hardware import provenance
+from hotloop.types import drafters
 
 TEXTS = ("code", "quotations", "story", "chat")
 
@@ -125,6 +128,25 @@ def measure(
     }
 
 
+def processor_s(llm: LLM, *, rounds: int = 15) -> dict[str, list[float]]:
+    """Samples the processor time of forwards by turns: of drafters, and of 1 to 5 tokens."""
+    stepper = llm._runner._stepper
+    forwards = {str(n): (stepper.forward, n) for n in (1, 2, 3, 5)}
+    for name, drafter in zip(drafters(llm.config.draft), stepper.drafters, strict=True):
+        if hasattr(drafter, "forward"):
+            forwards[name] = (drafter.forward, 1)
+    samples: dict[str, list[float]] = {name: [] for name in forwards}
+    seats, length = torch.zeros(1, dtype=torch.int64), stepper.length(64)
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, (forward, n) in forwards.items():
+                ids, positions = torch.full((1, n), 5), torch.arange(32, 32 + n)[None]
+                began_s = time.process_time()
+                forward(ids, positions, seats, first_seat=0, length=length)
+                samples[name].append(time.process_time() - began_s)
+    return samples
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
     """Returns the geometric mean of ratios, with its 95 % interval."""
     logs = mean_figure([math.log(a / b) for a, b in zip(above, below, strict=True)])
@@ -199,6 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 n=args.new_tokens,
                 keeps_disturbed=args.disturbed,
             )
+            if device.type == "cpu":
+                measured["processor_s"] = processor_s(llm)
             rows.append(
                 {
                     "draft": draft,
