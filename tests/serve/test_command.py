@@ -1,0 +1,115 @@
+"""``hotloop serve`` from its start to its exit code."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+import pytest
+from serving import HELLO, events
+from waiting import HANG_S, wait_until
+
+from hotloop.cli import serve as command
+from hotloop.cli.app import main
+from hotloop.serve.lifecycle import HttpServer
+from hotloop.serve.settings import ServerSettings
+
+ASKED = {"messages": HELLO, "max_tokens": 100, "ignore_eos": True, "stream": True}
+
+
+def run(
+    folder: Any,
+    patch: pytest.MonkeyPatch,
+    then: Callable[[HttpServer, httpx2.Client], None],
+    *options: str,
+) -> int:
+    """Runs the command, and something in another thread once it serves; returns the exit code."""
+    announce, faults = command._announce, []
+
+    def announced(http: HttpServer, service: Any) -> None:
+        announce(http, service)
+        thread.start_with(http)
+
+    class Client(threading.Thread):
+        def start_with(self, http: HttpServer) -> None:
+            self.http = http
+            self.start()
+
+        def run(self) -> None:
+            try:
+                with httpx2.Client(base_url=self.http.url, timeout=HANG_S) as client:
+                    then(self.http, client)
+            except BaseException as error:
+                faults.append(error)
+            finally:
+                self.http.stop()
+
+    thread = Client()
+    patch.setattr(command, "_announce", announced)
+    code = main(["serve", str(folder), "--port", "0", "--dtype", "float32", *options])
+    thread.join()
+    assert not faults
+    return code
+
+
+def test_sigterm_lets_answers_end_and_is_no_failure(folder, monkeypatch, capsys):
+    found = []
+
+    def ask_and_terminate(http: HttpServer, client: httpx2.Client) -> None:
+        with client.stream("POST", "/v1/chat/completions", json=ASKED) as response:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: http.served.draining, "the signal is obeyed")
+            response.read()
+            found.extend(events(response))
+
+    assert run(folder, monkeypatch, ask_and_terminate) == 0
+    assert found[-1] == "[DONE]"
+    said = capsys.readouterr().err
+    assert "/v1 · no API key" in said
+    assert f"{folder.name} · none/eager/float32 on " in said
+    assert "8 sequences of 320 tokens" in said
+    assert "curl http://127.0.0.1:" in said
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_engine_that_fails_is_a_failure(folder, monkeypatch, capsys):
+    found = []
+
+    def break_the_engine(http: HttpServer, client: httpx2.Client) -> None:
+        def broken() -> None:
+            raise RuntimeError("the device is gone")
+
+        http.served.service._scheduler.iterate = broken
+        found.extend(events(client.post("/v1/chat/completions", json=ASKED)))
+        wait_until(lambda: http.served.draining, "the command has noticed")
+
+    assert run(folder, monkeypatch, break_the_engine) == 1
+    assert "the device is gone" in found[-1]["error"]["message"]
+    assert "error: the engine has failed: RuntimeError: the device is gone" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_key_in_the_environment_guards_the_server(folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOTLOOP_API_KEY", "secret")
+
+    def ask(_: HttpServer, client: httpx2.Client) -> None:
+        assert client.get("/v1/models").status_code == 401
+        key = {"Authorization": "Bearer secret"}
+        (model,) = client.get("/v1/models", headers=key).json()["data"]
+        assert model["id"] == "other"
+
+    assert run(folder, monkeypatch, ask, "--name", "other", "--max-batch-size", "1") == 0
+    said = capsys.readouterr().err
+    assert 'Authorization: Bearer $HOTLOOP_API_KEY"' in said
+    assert "secret" not in said
+    assert "1 sequence of" in said
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(capsys):
+    with HttpServer(ServerSettings(port=0)) as server:
+        assert main(["serve", "nowhere", "--port", str(server.port)]) == 2
+    said = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1, port {server.port}: Address already in use" in said
