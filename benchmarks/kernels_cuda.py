@@ -100,7 +100,17 @@ FORMATS: dict[str, dict[str, Any]] = {
 """Packed formats by name: what ``Format`` takes beside shapes."""
 
 FORMATS_LIKE = {
-    "int4-g128": ("awq-g128", "gptq", "gptq-act-order", "Q4_K", "Q4_1", "nf4", "mxfp4", "nvfp4"),
+    "int4-g128": (
+        "awq-g128",
+        "gptq",
+        "gptq-act-order",
+        "Q4_K",
+        "Q4_1",
+        "IQ4_XS",
+        "nf4",
+        "mxfp4",
+        "nvfp4",
+    ),
     "fp8": ("fp8-blocks",),
     "int8": ("int8-g128", "Q8_0", "Q6_K", "Q5_K"),
 }

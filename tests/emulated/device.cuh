@@ -276,7 +276,8 @@ inline uint32_t permute_bytes(uint32_t first, uint32_t second, uint32_t which) {
   return result;
 }
 template <int kByte>
-inline float byte_above_2_23(uint32_t word) { return 0x1p23f + (word >> 8 * kByte & 0xff); }
+inline float signed_byte(uint32_t word) { return int8_t(word >> 8 * kByte); }
+inline uint32_t byte_of(uint32_t word, int i) { return word >> 8 * i & 0xff; }
 inline uint32_t spread_odd_bytes(uint32_t word) { return word >> 8 & 0x00ff00ffu; }
 inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
@@ -385,6 +386,14 @@ inline uint32_t max_lanes(uint32_t value) {
 }
 inline uint32_t ballot(bool value) {
   return over_lanes(uint32_t(value) << machine.current % 32, std::bit_or<uint32_t>());
+}
+typedef uintptr_t SharedAddress;
+inline SharedAddress shared_address(const void* p) { return uintptr_t(p); }
+template <int kBytes>
+inline SharedAddress element(SharedAddress first, uint32_t i) { return first + kBytes * i; }
+inline uint32_t load_constant(SharedAddress at) { return *reinterpret_cast<const uint32_t*>(at); }
+inline void load_if(bool condition, const uint4* from, uint4& value) {
+  if (condition) value = *from;
 }
 inline void sync_warp() { meet(nullptr, 0); }
 inline void sync_block() {

@@ -36,6 +36,7 @@ from cuda_cases import (
 )
 from cuda_emulation import emulate, needs_compiler
 
+from hotloop.kernels.cuda import linear
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import Epilogue, Prefetch, Tuning
@@ -152,9 +153,13 @@ def test_logits_and_the_best_of_each_block_equal_their_specification(name):
         )
 
 
-@pytest.mark.parametrize("tuning", [SMALL, TOGETHER, DIRECT], ids=["staged", "together", "direct"])
-def test_a_rows_bits_do_not_depend_on_the_number_of_rows(tuning):
-    given = weight("int4-g64-asym")
+@pytest.mark.parametrize(
+    ("name", "tuning"),
+    [("int4-g64-asym", SMALL), ("Q4_K", TOGETHER), ("int4-g32-zeros", DIRECT), ("Q6_K", SMALL)],
+    ids=["two strands", "four, together", "four, direct", "of two groups"],
+)
+def test_a_rows_bits_do_not_depend_on_the_number_of_rows(name, tuning):
+    given = weight(name)
     x = torch.randn(17, given.form.k, generator=generator(3)).bfloat16()
     results = []
     for rows in (1, 2, 8, 9, 17):
@@ -165,6 +170,43 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_rows(tuning):
         results.append(case.outputs[0])
     for y in results:
         assert torch.equal(y, results[-1][: len(y)])
+
+
+@pytest.mark.parametrize("name", ["gptq-act-order", "int4-g16-act-order"])
+def test_x_can_be_gathered_some_rows_at_a_time(name, monkeypatch):
+    given = weight(name)
+    x = normal(generator(3), 5, given.form.k).bfloat16()
+    results = []
+    for rows_at_once in (5, 2):
+        monkeypatch.setattr(linear, "SOURCE_BYTES", rows_at_once * 2 * given.form.k)
+        case = linear_case(given, 5, generator(4), tuning=SMALL, limits=limits(3), x_MK=x)
+        run(case)
+        results.append(case.outputs[0])
+    once = linear_case(
+        given,
+        5,
+        generator(4),
+        tuning=SMALL,
+        limits=Limits(n_sms=3, shared_bytes=227 * 1024),
+        wide=WideTuning(splits=2),
+        x_MK=x,
+    )
+    run(once)
+    for y in results:
+        assert torch.equal(y, once.outputs[0])
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "nf4"])
+def test_bits_do_not_depend_on_how_numbers_are_looked_up(name):
+    given = weight(name)
+    results = []
+    for shared_bytes, looks_up_pairs in ((227 * 1024, True), (30 * 1024, False)):
+        roomy = Limits(n_sms=3, shared_bytes=shared_bytes)
+        case = linear_case(given, 2, generator(4), tuning=SMALL, limits=roomy)
+        assert ("PairTable" in case.call.kernel.function) == looks_up_pairs
+        run(case)
+        results.append(case.outputs[0])
+    assert torch.equal(*results)
 
 
 def test_bits_do_not_depend_on_the_copies_issued_before_x():

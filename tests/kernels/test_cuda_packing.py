@@ -305,6 +305,29 @@ def test_plans_of_many_rows_fit_and_occupy_the_device(name):
                 assert plan.blocks > 0.6 * H200.n_sms, plan
 
 
+@pytest.mark.parametrize(
+    ("k", "rows", "gathers_once"), [(14336, 2, False), (14336, 8, True), (4096, 8, False)]
+)
+def test_x_of_a_permuted_weight_is_gathered_once_where_it_does_not_fit(k, rows, gathers_once):
+    form = Format(**KINDS["gptq-act-order"], n=4096, k=k)
+    plans = {}
+    for limits in (H100, H200):
+        tuning = linear_tuning(form, limits, "down")
+        ((_, plans[limits]),) = plan_rows(form, rows, norm=False, tuning=tuning, limits=limits)
+    assert isinstance(plans[H200], WidePlan) == gathers_once
+    assert isinstance(plans[H100], LinearPlan), "wide.cu was measured on an H200 alone"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_sums_of_many_rows_fit_the_registers(name):
+    for n, rows in itertools.product((4096, 28672), (17, 32, 64)):
+        form = Format(**KINDS[name], n=n, k=4096)
+        tuning = linear_tuning(form, H200, "down")
+        wide = plan_rows(form, rows, norm=False, tuning=tuning, limits=H200)[0][1]
+        assert isinstance(wide, WidePlan)
+        assert wide.wide.tiles == 1 or wide.wide.tiles * wide.octets * form.strands <= 32
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_the_order_of_sums_depends_on_the_weight_and_not_on_the_device(name):
     for n, k in itertools.product((4096, 32000), (640, 4096, 5120, 13824)):

@@ -86,10 +86,15 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t first, uint32_t secon
   return __byte_perm(first, second, which);
 }
 
-// 2^23 plus an unsigned byte of a word.
+// A signed byte of a word.
 template <int kByte>
-__device__ __forceinline__ float byte_above_2_23(uint32_t word) {
-  return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7540 | kByte));
+__device__ __forceinline__ float signed_byte(uint32_t word) {
+  return static_cast<float>(static_cast<int8_t>(word >> 8 * kByte));
+}
+
+// A byte of a word.
+__device__ __forceinline__ uint32_t byte_of(uint32_t word, int i) {
+  return __byte_perm(word, 0, 0x4440 | i);
 }
 
 // Bytes 1 and 3 of a word in the places of bytes 0 and 2, with zeros between.
@@ -262,13 +267,38 @@ __device__ __forceinline__ uint8_t* shared_memory() {
   return reinterpret_cast<uint8_t*>(memory);
 }
 
+typedef uint32_t SharedAddress;
+__device__ __forceinline__ SharedAddress shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// The address of an element of kBytes. By a multiply-add: shifts and additions are scarcer.
+template <int kBytes>
+__device__ __forceinline__ SharedAddress element(SharedAddress first, uint32_t i) {
+  uint32_t result;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(i), "n"(kBytes), "r"(first));
+  return result;
+}
+
+// Loads a word that does not change.
+__device__ __forceinline__ uint32_t load_constant(SharedAddress at) {
+  uint32_t word;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at));
+  return word;
+}
+
+// Loads from shared memory if the condition holds; otherwise the value stays. Left to itself the
+// compiler keeps an array of such values in memory.
+__device__ __forceinline__ void load_if(bool condition, const uint4* from, uint4& value) {
+  asm("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
+      : "r"(shared_address(from)), "r"(static_cast<uint32_t>(condition))
+      : "memory");
+}
+
 // Returns the value before the addition.
 __device__ __forceinline__ uint32_t atomic_add(uint32_t* p, uint32_t value) {
   return atomicAdd(p, value);
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // Barriers in shared memory (mbarrier), and asynchronous copies that arrive at one on completion.

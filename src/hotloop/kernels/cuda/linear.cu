@@ -21,7 +21,8 @@
 //
 // Letters: M rows of x, N output features, K input features. A tile is 16 output features; a unit
 // is 1024 bytes of a tile's weights with their scales; a slice is 32 input features; an octet is
-// eight rows of x, the width of one mma; an item of work is kTiles tiles. g = lane / 4 and
+// eight rows of x, the width of one mma; an item of work is kTiles tiles. Groups at the same place of
+// every unit are a strand, which has a sum of its own until the item ends. g = lane / 4 and
 // t = lane % 4 locate a lane in the fragments of mma.
 
 #include "linear.cuh"
@@ -39,11 +40,18 @@ struct Linear {
   static constexpr int kGroupSlices = kGroups ? Weight::kGroupSlices : kUnitSlices;
   static constexpr int kSliceGroups = Weight::kSliceGroups;
   static constexpr int kUnitGroups = kUnitSlices / kGroupSlices * kSliceGroups;
+  static constexpr int kStrands = Weight::kStrands;
+  // Strands have columns of B of their own, which few rows leave free: the two rows of strand j are
+  // columns 2j and 2j + 1, so lanes with t = j have its sums.
+  static constexpr bool kSpreads = kFew && kStrands > 1;
+  static constexpr int kStrandsOfLane = kSpreads ? 1 : kStrands;
   static constexpr bool kSums = Weight::kNeedsSums;  // of x
   // Units that a warp interleaves, so that one hides the latency of the other.
   static constexpr int kUnitsAtOnce = kFew && kGroups && kStaged ? 2 : 1;
   // x that is not staged is loaded one unit ahead (software pipelining), where registers allow.
   static constexpr bool kPipelinesX = !kStaged && kOctets == 1;
+  static constexpr bool kGathers = Weight::kPermuted && kStaged;
+  static constexpr bool kPairTable = kTableBytes<Weight> > 0;
 
   using Output = ::Output<Weight, kEpilogue, kNorm>;
 
@@ -54,7 +62,8 @@ struct Linear {
   const int stages, units_per_stage;               // of the ring
   const int tile_bytes, stage_bytes;               // of a stage
   const int row_bytes;                             // of all units of a tile
-  const int staged_row;                            // g, or 0 where x has no row g
+  const int staged_row;                            // of B's column g; 0 where x has no such row
+  const int column_strand, strand;                 // with kSpreads: of B's column g; of this lane
   int first_unit, end_unit;                        // of this warp, in every item
   int64_t to_next_item;                            // bytes from the end of this warp's units
   int vectors, x_stride;                           // 16-byte vectors of x: this warp's; per row
@@ -68,6 +77,9 @@ struct Linear {
   float* norm_factors;    // [kMaxRows], with kNorm where the warps compute them
   uint64_t* sums_full;    // [kBuffers]: barrier, every warp has stored its partial sums
   uint64_t* sums_empty;   // [kBuffers]: barrier, the epilogue warp has read them
+  uint8_t* pairs;         // with kPairTable
+  uint4* source_x;         // with kGathers: some rows of x, in the order of its features
+  uint64_t* source_ready;  // with kGathers: barrier, every warp has stored its part, or read it
 
   __device__ __forceinline__ Linear(const LinearArgs& a, const TensorMap* m, int thread, int block,
                                     int blocks)
@@ -76,12 +88,15 @@ struct Linear {
         stages(a.stages), units_per_stage(a.units_per_stage),
         tile_bytes(units_per_stage * Weight::kUnitBytes), stage_bytes(kTiles * tile_bytes),
         row_bytes(a.units * Weight::kUnitBytes),
-        staged_row(g < a.rows ? g : 0) {
+        staged_row(kSpreads ? (g % 2 < a.rows ? g % 2 : 0) : (g < a.rows ? g : 0)),
+        column_strand(g / 2 % kStrands), strand(kSpreads ? t % kStrands : 0) {
     first_unit = a.units * warp / kWarps;
     end_unit = a.units * (warp + 1) / kWarps;
     to_next_item = static_cast<int64_t>(item_step) * kTiles * row_bytes -
                    (end_unit - first_unit) * Weight::kUnitBytes;
     uint8_t* memory = shared_memory();
+    pairs = memory;
+    memory += kTableBytes<Weight>;
     ring = memory + warp * stages * stage_bytes;
     memory += kWarps * stages * stage_bytes;
     partial_sums = reinterpret_cast<float4*>(memory);
@@ -90,8 +105,9 @@ struct Linear {
     memory += sizeof(float) * kMaxRows;
     sums_full = reinterpret_cast<uint64_t*>(memory);
     sums_empty = sums_full + kBuffers;
-    full = sums_empty + kBuffers + warp * stages;
-    memory += (sizeof(uint64_t) * (2 * kBuffers + kWarps * stages) + 15) / 16 * 16;
+    source_ready = sums_empty + kBuffers;
+    full = source_ready + kGathers + warp * stages;
+    memory += (sizeof(uint64_t) * (2 * kBuffers + kGathers + kWarps * stages) + 15) / 16 * 16;
     const int units_of_warp = (a.units + kWarps - 1) / kWarps;
     const int warp_sums = kMaxRows * (kGroups ? units_of_warp * kUnitGroups : kSums ? 1 : 0);
     x_sums = reinterpret_cast<float*>(memory) + warp * warp_sums;
@@ -100,6 +116,7 @@ struct Linear {
     // An odd stride in 64-byte half lines: eight lanes read two rows without a bank conflict.
     x_stride = 4 * (units_of_warp * kUnitSlices | 1);
     staged = reinterpret_cast<uint4*>(memory) + warp * a.rows * x_stride;
+    source_x = reinterpret_cast<uint4*>(memory) + kWarps * a.rows * x_stride;
   }
 
   __device__ __forceinline__ void run() {
@@ -110,6 +127,8 @@ struct Linear {
   }
 
   // The multiplying warps.
+
+  using Sums = float[kTiles][kOctets][4];
 
   // The source of the next copy, and the number of copies issued.
   struct Cursor {
@@ -161,11 +180,16 @@ struct Linear {
     sync_warp();
     issue_up_to(next, args.early_stages);
     launch_dependents();
+    if constexpr (kGathers) stage_features();
+    if constexpr (kPairTable) Weight::store_pairs(pairs, warp, kWarps, lane);
     sync_block();  // the epilogue warp has initialized the other barriers
     wait_for_predecessor();
     float squares[NormFactors<LinearArgs>::kAtOnce];  // loaded together with x
     if (kNorm && kSharesFactors) NormFactors<LinearArgs>{args, lane}.load(warp, 0, squares);
-    if (kStaged) stage_x(next);
+    if constexpr (kGathers)
+      gather_x(next);
+    else if (kStaged)
+      stage_x(next);
     if (kNorm && kSharesFactors) compute_shared_factors(squares);
 
     uint4 next_x[kUnitSlices];
@@ -173,12 +197,13 @@ struct Linear {
     if (!kStaged) issue_up_to(next, stages);  // stage_x has issued them behind the loads of x
     Stage stage = {0, 0};
     for (int item = first_item, number = 0; item < n_items; item += item_step, number++) {
-      float sum[kTiles][kOctets][4] = {};
+      Sums sums[kStrandsOfLane] = {};
       if (kSums && number == 0)
-        multiply_item<kSums>(stage, next, next_x, sum);
+        multiply_item<kSums>(stage, next, next_x, sums);
       else
-        multiply_item<false>(stage, next, next_x, sum);
-      store_partial_sums(sum, number);
+        multiply_item<false>(stage, next, next_x, sums);
+      add_strands(sums);
+      store_partial_sums(sums[0], number);
     }
   }
 
@@ -192,18 +217,20 @@ struct Linear {
   template <bool kFirst>
   __device__ __forceinline__ void multiply_item(Stage& stage, Cursor& next,
                                                 uint4 next_x[kUnitSlices],
-                                                float sum[kTiles][kOctets][4]) {
-    UnitPointers at = {first_unit, nullptr, staged + staged_row * x_stride + t, x_sums + 2 * t};
+                                                Sums sums[kStrandsOfLane]) {
+    UnitPointers at = {first_unit, nullptr, staged + staged_row * x_stride + t,
+                       x_sums + (kSpreads ? strand * kSliceGroups * kMaxRows : 2 * t)};
     float x_total[kOctets][2][4] = {};
+    uint4 own_x[kUnitsAtOnce][kUnitSlices] = {};
     while (at.unit < end_unit) {
       barrier_wait(full + stage.index, stage.parity);
       at.weights = ring + stage.index * stage_bytes;
       const int end = min(at.unit + units_per_stage, end_unit);
       if (!kFirst && kUnitsAtOnce > 1)
         while (at.unit + kUnitsAtOnce <= end)
-          multiply_units<kFirst, kUnitsAtOnce>(at, next_x, x_total, sum);
+          multiply_units<kFirst, kUnitsAtOnce>(at, next_x, own_x, x_total, sums);
 #pragma unroll 1
-      while (at.unit < end) multiply_units<kFirst, 1>(at, next_x, x_total, sum);
+      while (at.unit < end) multiply_units<kFirst, 1>(at, next_x, own_x, x_total, sums);
       sync_warp();  // every lane has read the stage, so it can be overwritten
       issue_copy(next, stage.index);
       if (++stage.index == stages) stage = {0, stage.parity ^ 1};
@@ -213,7 +240,7 @@ struct Linear {
       for (int c = 0; c < kOctets; c++) {
         const float2 x_sum = x_sum_of_group<kFirst>(at.x_sum, 0, 0, c, x_total[c]);
 #pragma unroll
-        for (int r = 0; r < kTiles; r++) subtract_zero_point<Weight>(sum[r][c], x_sum);
+        for (int r = 0; r < kTiles; r++) subtract_zero_point<Weight>(sums[0][r][c], x_sum);
       }
     if (kFirst) sync_warp();
   }
@@ -228,11 +255,16 @@ struct Linear {
 
   template <bool kFirst, int kUnits>
   __device__ __forceinline__ void multiply_units(UnitPointers& at, uint4 next_x[kUnitSlices],
+                                                 uint4 own_x[kUnitsAtOnce][kUnitSlices],
                                                  float x_total[kOctets][2][4],
-                                                 float sum[kTiles][kOctets][4]) {
+                                                 Sums sums[kStrandsOfLane]) {
 #pragma unroll
     for (int i = 0; i < kUnits; i++) {
-      multiply_unit<kFirst>(at.weights, at.x, at.x_sum, at.unit, next_x, x_total, sum);
+      if constexpr (kSpreads)
+        multiply_strands<kFirst>(at.weights, at.x, at.x_sum, at.unit, next_x, own_x[i], x_total,
+                                 sums);
+      else
+        multiply_unit<kFirst>(at.weights, at.x, at.x_sum, at.unit, next_x, x_total, sums);
       at.unit++;
       at.weights += unit_step();
       at.x += kUnitSlices * 4;
@@ -246,30 +278,19 @@ struct Linear {
     return Weight::kUnitBytes;
   }
 
-  __device__ __forceinline__ void load_operands(const uint8_t* unit, int slice,
-                                                uint32_t a[Weight::kTerms][2][4]) const {
-    if constexpr (Weight::kPlainRows)
-      Weight::operands(unit, units_per_stage * Weight::kRowBytes, lane, a);
-    else
-      Weight::operands(unit, slice, lane, a);
-  }
-
-  // A group's sums run in two chains, even and odd, because each mma waits for the one before it.
+  // The sums of a group that is a whole unit run in two chains, even and odd, because each mma waits
+  // for the one before it. Where a unit has several groups, each has one chain.
   template <bool kFirst>
   __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
                                                 float* x_sum, int unit, uint4 next_x[kUnitSlices],
                                                 float x_total[kOctets][2][4],
-                                                float sum[kTiles][kOctets][4]) {
-    float even[kTiles][kOctets][4], odd[kTiles][kOctets][4];
+                                                Sums sums[kStrands]) {
+    Sums even, odd;
     uint4 here[kUnitSlices];
-    if (kPipelinesX) {
-#pragma unroll
-      for (int slice = 0; slice < kUnitSlices; slice++)
-        here[slice] = scale_input<Weight>(next_x[slice]);
-      load_unit(unit + 1 < end_unit ? unit + 1 : first_unit, next_x);
-    }
+    if (kPipelinesX) take_next_x(unit, next_x, here);
 #pragma unroll
     for (int slice = 0; slice < kUnitSlices; slice++) {
+      const int slice_strand = slice / kGroupSlices;
       uint4 b[kOctets];
 #pragma unroll
       for (int c = 0; c < kOctets; c++)
@@ -280,16 +301,11 @@ struct Linear {
         uint32_t a[Weight::kTerms][2][4];
         load_operands(weights + r * tile_bytes, slice, a);
 #pragma unroll
-        for (int c = 0; c < kOctets; c++) {
-          mma(kGroups ? even[r][c] : sum[r][c], a[0][0], b[c].x, b[c].y);
-          mma(kGroups ? odd[r][c] : sum[r][c], a[0][1], b[c].z, b[c].w);
-          if constexpr (Weight::kTerms > 1)
-#pragma unroll
-            for (int i = 1; i < Weight::kTerms; i++) {
-              mma(kGroups ? even[r][c] : sum[r][c], a[i][0], b[c].x, b[c].y);
-              mma(kGroups ? odd[r][c] : sum[r][c], a[i][1], b[c].z, b[c].w);
-            }
-        }
+        for (int c = 0; c < kOctets; c++)
+          if constexpr (kGroups)
+            multiply_slice(even[r][c], Weight::kOneChain ? even[r][c] : odd[r][c], a, b[c]);
+          else
+            multiply_slice(sums[0][r][c], sums[0][r][c], a, b[c]);
       }
       if constexpr (kFirst)
 #pragma unroll
@@ -298,15 +314,83 @@ struct Linear {
         if (slice % kGroupSlices == kGroupSlices - 1)
 #pragma unroll
           for (int c = 0; c < kOctets; c++)
-            finish_groups<kFirst>(weights, slice / kGroupSlices * kSliceGroups, c, x_sum,
-                                  x_total[c], even, odd, sum);
+            finish_groups<kFirst>(weights, slice_strand * kSliceGroups, c, x_sum, x_total[c], even,
+                                  odd, sums[slice_strand]);
       }
     }
   }
 
-  static __device__ __forceinline__ void clear(float even[kTiles][kOctets][4],
-                                               float odd[kTiles][kOctets][4],
-                                               float x_total[kOctets][2][4]) {
+  // The same with kSpreads. A column of B has x in the slices of its strand alone, and zeros in the
+  // others. So one pair of chains, of even and odd strands, has each strand's sums in columns of their
+  // own, with the bits of a chain for each, and every lane finishes the groups of one strand.
+  template <bool kFirst>
+  __device__ __forceinline__ void multiply_strands(const uint8_t* weights, const uint4* x,
+                                                   float* x_sum, int unit,
+                                                   uint4 next_x[kUnitSlices],
+                                                   uint4 own_x[kUnitSlices],
+                                                   float x_total[kOctets][2][4],
+                                                   Sums sums[1]) {
+    Sums even, odd;
+    clear(even, odd, x_total);
+    uint4 here[kUnitSlices];
+    if (kPipelinesX) take_next_x(unit, next_x, here);
+#pragma unroll
+    for (int slice = 0; slice < kUnitSlices; slice++) {
+      const bool is_own = column_strand == slice / kGroupSlices;
+      if (kPipelinesX)
+        own_x[slice] = is_own ? here[slice] : uint4{0, 0, 0, 0};
+      else
+        load_if(is_own, x + slice * 4, own_x[slice]);  // or it stays zeros
+#pragma unroll
+      for (int r = 0; r < kTiles; r++) {
+        uint32_t a[Weight::kTerms][2][4];
+        load_operands(weights + r * tile_bytes, slice, a);
+        float* chain = slice / kGroupSlices % 2 ? odd[r][0] : even[r][0];
+        if constexpr (Weight::kOneChain)
+          multiply_slice(chain, chain, a, own_x[slice]);
+        else
+          multiply_slice(even[r][0], odd[r][0], a, own_x[slice]);
+      }
+      if constexpr (kFirst) add_x<Weight>(x_total[0], own_x[slice]);
+    }
+    if constexpr (Weight::kOneChain)
+#pragma unroll
+      for (int r = 0; r < kTiles; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) even[r][0][i] += odd[r][0][i];
+    finish_groups<kFirst>(weights, strand * kSliceGroups, 0, x_sum, x_total[0], even, odd, sums[0]);
+  }
+
+  __device__ __forceinline__ void load_operands(const uint8_t* unit, int slice,
+                                                uint32_t a[Weight::kTerms][2][4]) const {
+    if constexpr (Weight::kPlainRows)
+      Weight::operands(unit, units_per_stage * Weight::kRowBytes, lane, a);
+    else if constexpr (kPairTable)
+      Weight::paired_operands(shared_address(pairs + 4 * lane), unit, slice, lane, a);
+    else
+      Weight::operands(unit, slice, lane, a);
+  }
+
+  // The two mma of a slice, for each term of its weights.
+  static __device__ __forceinline__ void multiply_slice(float first[4], float second[4],
+                                                        const uint32_t a[Weight::kTerms][2][4],
+                                                        uint4 b) {
+#pragma unroll
+    for (int i = 0; i < Weight::kTerms; i++) {
+      mma(first, a[i][0], b.x, b.y);
+      mma(second, a[i][1], b.z, b.w);
+    }
+  }
+
+  __device__ __forceinline__ void take_next_x(int unit, uint4 next_x[kUnitSlices],
+                                              uint4 here[kUnitSlices]) const {
+#pragma unroll
+    for (int slice = 0; slice < kUnitSlices; slice++)
+      here[slice] = scale_input<Weight>(next_x[slice]);
+    load_unit(unit + 1 < end_unit ? unit + 1 : first_unit, next_x);
+  }
+
+  static __device__ __forceinline__ void clear(Sums even, Sums odd, float x_total[kOctets][2][4]) {
 #pragma unroll
     for (int c = 0; c < kOctets; c++)
 #pragma unroll
@@ -317,24 +401,44 @@ struct Linear {
       }
   }
 
-  // group: the first of a unit that ends here.
+  // group: the first of a unit that ends here. With kSpreads it is the one of this lane's strand,
+  // whose sums are at x_sum.
   template <bool kFirst>
   __device__ __forceinline__ void finish_groups(const uint8_t* weights, int group, int c,
-                                                float* x_sum, const float x_total[2][4],
-                                                float even[kTiles][kOctets][4],
-                                                float odd[kTiles][kOctets][4],
-                                                float sum[kTiles][kOctets][4]) {
+                                                float* x_sum, const float x_total[2][4], Sums even,
+                                                Sums odd, Sums sum) {
     float2 x_sums[kSliceGroups];
 #pragma unroll
     for (int half = 0; half < kSliceGroups; half++)
-      x_sums[half] = x_sum_of_group<kFirst>(x_sum, group + half, half, c, x_total);
+      x_sums[half] =
+          x_sum_of_group<kFirst>(x_sum, kSpreads ? half : group + half, half, c, x_total);
 #pragma unroll
     for (int r = 0; r < kTiles; r++)
       add_groups<Weight>(sum[r][c], even[r][c], odd[r][c], x_sums, weights + r * tile_bytes, group,
                          g);
   }
 
-  // The sums of rows 8c + 2t and 8c + 2t + 1 of x over a group (or over this warp's K).
+  // Adds the strands' sums in pairs.
+  static __device__ __forceinline__ void add_strands(Sums sums[kStrandsOfLane]) {
+#pragma unroll
+    for (int step = 1; step < kStrands; step *= 2)
+#pragma unroll
+      for (int r = 0; r < kTiles; r++)
+#pragma unroll
+        for (int c = 0; c < kOctets; c++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            if constexpr (kSpreads)
+              sums[0][r][c][i] += shuffle_xor(sums[0][r][c][i], step);
+            else
+#pragma unroll
+              for (int j = 0; j < kStrands; j += 2 * step)
+                sums[j][r][c][i] += sums[j + step][r][c][i];
+          }
+  }
+
+  // The sums of rows 8c + 2t and 8c + 2t + 1 of x (with kSpreads, of its two rows) over a group, or
+  // over this warp's K.
   template <bool kFirst>
   __device__ __forceinline__ float2 x_sum_of_group(float* x_sum, int group, int half, int c,
                                                    const float x_total[2][4]) const {
@@ -356,7 +460,7 @@ struct Linear {
 
   // The number of rows from row g of staged x to row 8c + g.
   __device__ __forceinline__ int staged_rows_to(int c) const {
-    return c == 0 || 8 * c + g < args.rows ? 8 * c : 0;
+    return kSpreads || c == 0 || 8 * c + g < args.rows ? 8 * c : 0;
   }
 
   // Copies this warp's part of x to shared memory by ordinary loads: bulk copies would queue behind
@@ -389,14 +493,7 @@ struct Linear {
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         const int row = first_row + r, vector = first_vector + 32 * i + lane;
-        if constexpr (Weight::kPermuted)
-          x[i][r] = row < args.rows && vector < vectors
-                        ? load_eight<Weight>(x_row(row), args.features,
-                                             first_unit * Weight::kUnitK + 8 * vector)
-                        : uint4{0, 0, 0, 0};
-        else
-          x[i][r] =
-              row < args.rows && vector < vectors ? x_vectors(row)[vector] : uint4{0, 0, 0, 0};
+        x[i][r] = row < args.rows && vector < vectors ? x_vectors(row)[vector] : uint4{0, 0, 0, 0};
       }
     issue_up_to(next, stages);
 #pragma unroll
@@ -404,13 +501,16 @@ struct Linear {
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         const int row = first_row + r, vector = first_vector + 32 * i + lane;
-        if (row < args.rows && vector < all) {
-          if constexpr (kSliceGroups == 1)
-            staged[row * x_stride + vector] = scale_input<Weight>(x[i][r]);
-          else
-            stage_fours(staged + row * x_stride, vector, scale_input<Weight>(x[i][r]));
-        }
+        if (row < args.rows && vector < all)
+          store_staged(staged + row * x_stride, vector, scale_input<Weight>(x[i][r]));
       }
+  }
+
+  static __device__ __forceinline__ void store_staged(uint4* row, int vector, uint4 x) {
+    if constexpr (kSliceGroups == 1)
+      row[vector] = x;
+    else
+      stage_fours(row, vector, x);
   }
 
   // Stores eight features of a row for the lanes that multiply them where the halves of a slice are
@@ -420,6 +520,80 @@ struct Linear {
     uint2* fours = reinterpret_cast<uint2*>(row + vector / 4 * 4 + t) + half;
     fours[0] = {x.x, x.y};
     fours[2] = {x.z, x.w};
+  }
+
+  // x of a permuted weight is gathered from shared memory, because its elements lie in many lines of
+  // L2. The indices of this warp's columns are staged before the wait, in the place of row 0, where
+  // each is replaced by its element.
+
+  static constexpr int kNoFeature = 0xffff;
+
+  __device__ __forceinline__ void stage_features() {
+    const int all = (end_unit - first_unit) * kUnitSlices * 4;
+    const int4* from = reinterpret_cast<const int4*>(args.features + first_unit * Weight::kUnitK);
+#pragma unroll 2
+    for (int vector = lane; vector < all; vector += 32) {
+      int4 first = {kNoFeature, kNoFeature, kNoFeature, kNoFeature}, second = first;
+      if (vector < vectors) first = from[2 * vector], second = from[2 * vector + 1];
+      store_staged(staged, vector,
+                   {pair(first.x, first.y), pair(first.z, first.w), pair(second.x, second.y),
+                    pair(second.z, second.w)});
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t pair(int first, int second) {
+    return first | static_cast<uint32_t>(second) << 16;
+  }
+
+  // Copies as many rows as have room to shared memory, together with the other warps, and gathers
+  // this warp's part of them. Row 0 comes last, as it replaces the indices.
+  __device__ __forceinline__ void gather_x(Cursor& next) {
+    const int all = (end_unit - first_unit) * kUnitSlices * 4, row_vectors = args.k / 8;
+    for (int end = args.rows; end > 0; end -= args.source_rows) {
+      const int begin = max(0, end - args.source_rows);
+      copy_source_rows(next, begin * row_vectors, (end - begin) * row_vectors);
+      meet_warps(0);
+      for (int row = end - 1; row >= begin; row--) {
+        const bf16* from = reinterpret_cast<const bf16*>(source_x + (row - begin) * row_vectors);
+#pragma unroll 2
+        for (int vector = lane; vector < all; vector += 32) {
+          const uint4 at = staged[vector];
+          const uint4 x = {gathered(from, at.x), gathered(from, at.y), gathered(from, at.z),
+                           gathered(from, at.w)};
+          staged[row * x_stride + vector] = scale_input<Weight>(x);
+        }
+      }
+      if (begin > 0) meet_warps(1);
+    }
+    sync_warp();
+  }
+
+  __device__ __forceinline__ void copy_source_rows(Cursor& next, int first, int n) {
+    constexpr int kAtOnce = kFew ? 8 : 4, kThreads = 32 * kWarps;
+    const uint4* from = reinterpret_cast<const uint4*>(args.x) + first;
+    for (int begin = 32 * warp + lane; begin - lane < n; begin += kAtOnce * kThreads) {
+      uint4 x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (begin + i * kThreads < n) x[i] = from[begin + i * kThreads];
+      issue_up_to(next, stages);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (begin + i * kThreads < n) source_x[begin + i * kThreads] = x[i];
+    }
+    issue_up_to(next, stages);
+  }
+
+  // Waits for the other multiplying warps.
+  __device__ __forceinline__ void meet_warps(uint32_t parity) {
+    sync_warp();
+    if (lane == 0) barrier_arrive(source_ready);
+    barrier_wait(source_ready, parity);
+  }
+
+  static __device__ __forceinline__ uint32_t gathered(const bf16* row, uint32_t features) {
+    const uint32_t first = features & 0xffff, second = features >> 16;
+    return pair(first == kNoFeature ? 0 : row[first], second == kNoFeature ? 0 : row[second]);
   }
 
   // The norm's factor of each row, 1 / rms. The epilogue warp has the time to compute it for one
@@ -462,7 +636,8 @@ struct Linear {
 
   // Loads x where it is not staged; zeros beyond the last feature.
   __device__ __forceinline__ uint4 load_x(int slice, int c) const {
-    const int row = 8 * c + g < args.rows ? 8 * c + g : 0, k = 32 * slice + 8 * t;
+    const int row = kSpreads ? staged_row : 8 * c + g < args.rows ? 8 * c + g : 0;
+    const int k = 32 * slice + 8 * t;
     if constexpr (kSliceGroups == 2)
       return load_halves<Weight>(x_row(row), args.features, 32 * slice, t, args.k);
     if (k >= args.k) return {0, 0, 0, 0};
@@ -481,8 +656,7 @@ struct Linear {
     return partial_sums + ((number % kBuffers * kWarps + from_warp) * kTiles * kOctets) * 32 + lane;
   }
 
-  __device__ __forceinline__ void store_partial_sums(const float sum[kTiles][kOctets][4],
-                                                     int number) {
+  __device__ __forceinline__ void store_partial_sums(const Sums sum, int number) {
     barrier_wait(sums_empty + number % kBuffers, number / kBuffers % 2 ^ 1);
     float4* to = partial_sums_of(number, warp);
 #pragma unroll
@@ -503,6 +677,7 @@ struct Linear {
         barrier_init(sums_full + i, kWarps);
         barrier_init(sums_empty + i, 1);
       }
+    if (kGathers && lane == 0) barrier_init(source_ready, kWarps);
     fence_barrier_init();
     sync_block();
     const int prefetch_at = prefetch_item();

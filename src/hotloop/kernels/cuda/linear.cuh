@@ -34,6 +34,7 @@ struct LinearArgs {
   int parts, splits;             // of K: chains of its sums; blocks that share it
   int part_stages;               // stages of a part, of wide.cu
   int stages, units_per_stage;   // of a ring
+  int source_rows;               // of x, in shared memory at a time, where linear.cu gathers it
   int early_stages;              // copies that a warp issues before it waits for x, of linear.cu
   int prefetch_n_tiles, prefetch_stride;  // tiles of that weight, and bytes per tile
   int prefetch_first, prefetch_step;  // block 0's first tile; tiles between two of a block's
@@ -152,8 +153,9 @@ __device__ __forceinline__ void add_groups(float sum[4], float even[4], float od
     add_group<Weight>(sum, even, x_sum[0], unit, group, g);
     add_group<Weight>(sum, odd, x_sum[1], unit, group + 1, g);
   } else {
+    if (!Weight::kOneChain)
 #pragma unroll
-    for (int i = 0; i < 4; i++) even[i] += odd[i];
+      for (int i = 0; i < 4; i++) even[i] += odd[i];
     add_group<Weight>(sum, even, x_sum[0], unit, group, g);
   }
 }

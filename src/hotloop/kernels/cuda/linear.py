@@ -40,6 +40,9 @@ MAX_ACCUMULATORS = 4
 DIRECT_STAGES = 3
 """The most copies in flight where x is not staged: its loads from L2 queue behind them."""
 
+SOURCE_BYTES = 64 * 1024
+"""The most bytes of x in its own order, beside the permuted one."""
+
 _BUFFERS = 2  # kBuffers of linear.cu
 
 
@@ -74,6 +77,9 @@ class Layout:
         units_per_stage: Units of a copy.
         staged: The block keeps x in shared memory.
         tiles: Tiles that a warp computes together.
+        source_rows: Rows of x that are in shared memory at a time in their own order, to be
+            gathered by a permuted weight.
+        pair_table: The numbers of a lookup table are looked up in pairs, in shared memory.
         shared_bytes: In total. At least so many that a multiprocessor holds one such block only: a
             block of the next kernel then starts when it ends, which is when memory would be idle.
     """
@@ -83,6 +89,8 @@ class Layout:
     units_per_stage: int
     staged: bool
     tiles: int
+    source_rows: int
+    pair_table: bool
     shared_bytes: int
 
 
@@ -192,7 +200,10 @@ class LinearArguments(Arguments):
         ("prefetch_weight", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
         *((name, ctypes.c_int) for name in ("parts", "splits", "part_stages")),
-        *((name, ctypes.c_int) for name in ("stages", "units_per_stage", "early_stages")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("stages", "units_per_stage", "source_rows", "early_stages")
+        ),
         *((name, ctypes.c_int) for name in Prefetch.ARGUMENTS[1:]),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("y_width", "y_first")),
@@ -447,7 +458,8 @@ class LinearPlan(GemmPlan):
         """The kernel arguments that divide the ring."""
         layout = self._fitted
         ring = {"stages": layout.stages, "units_per_stage": layout.units_per_stage}
-        return {"splits": 1, "part_stages": 0, **ring, "early_stages": layout.early_stages}
+        others = {"source_rows": layout.source_rows, "early_stages": layout.early_stages}
+        return {"splits": 1, "part_stages": 0, **ring, **others}
 
     @property
     def box(self) -> tuple[int, int]:
@@ -469,9 +481,12 @@ class LinearPlan(GemmPlan):
         the rows are too many.
         """
         t = self.tuning
-        for staged, tiles, units in self._candidates():
+        for staged, tiles, units, pairs in self._candidates():
             copies = t.warps * tiles * units * self.form.unit_bytes
-            rest = self._bytes_beside_ring(tiles) + (self._staged_bytes if staged else 0)
+            source = self._source_rows if staged else 0
+            rest = self._bytes_beside_ring(tiles) + 2 * self.form.k * source
+            rest += self._staged_bytes if staged else 0
+            rest += self.form.pair_table_bytes if pairs else 0
             # Each stage has one barrier per warp.
             room = (self.limits.shared_bytes - rest) // (copies + 8 * t.warps)
             if room >= 2:
@@ -486,12 +501,22 @@ class LinearPlan(GemmPlan):
                     units_per_stage=units,
                     staged=staged,
                     tiles=tiles,
+                    source_rows=source,
+                    pair_table=pairs,
                     shared_bytes=max(-(-(ring + rest) // 16) * 16, self.limits.exclusive_bytes),
                 )
         return None
 
-    def _candidates(self) -> Iterator[tuple[bool, int, int]]:
-        """Yields whether to stage x, and the tiles and units of a copy, the best choice first."""
+    def _candidates(self) -> Iterator[tuple[bool, int, int, bool]]:
+        """Yields ways to divide shared memory, the best one first.
+
+        Whether to stage x, the tiles and units of a copy, and whether to have a table of pairs.
+        """
+        if self.max_two_rows and self.form.pair_table_bytes:
+            yield from ((*choice, True) for choice in self._without_table() if choice[0])
+        yield from ((*choice, False) for choice in self._without_table())
+
+    def _without_table(self) -> Iterator[tuple[bool, int, int]]:
         t = self.tuning
         if self._staged_bytes <= t.staged_bytes:
             yield from ((True, t.tiles, units) for units in range(t.units_per_stage, 0, -1))
@@ -505,6 +530,12 @@ class LinearPlan(GemmPlan):
             yield from ((False, tiles, units) for units in range(longest, 0, -1))
 
     @property
+    def _source_rows(self) -> int:
+        if not self.form.permuted:
+            return 0
+        return min(self.rows, max(1, SOURCE_BYTES // (2 * self.form.k)))
+
+    @property
     def _staged_bytes(self) -> int:
         blocks = self._units_of_warp * (self.form.unit_k // SLICE) | 1
         return self.tuning.warps * self.rows * blocks * SLICE * 2
@@ -512,7 +543,7 @@ class LinearPlan(GemmPlan):
     def _bytes_beside_ring(self, tiles: int) -> int:
         t = self.tuning
         sums = 16 * _BUFFERS * t.warps * tiles * self.octets * 32
-        barriers = 8 * 2 * _BUFFERS
+        barriers = 8 * (2 * _BUFFERS + self.form.permuted)
         per_warp = 1 if self.form.needs_sums else 0
         if self.form.group_size:
             per_warp = self._units_of_warp * self.form.unit_k // self.form.group_size
@@ -537,12 +568,14 @@ class LinearPlan(GemmPlan):
         few, norm, in_shared = (
             str(flag).lower() for flag in (self.max_two_rows, self.norm, staged)
         )
+        struct = f"PairTable<{form.struct}>" if self._fitted.pair_table else form.struct
         function = (
-            f"linear<{form.struct}, {t.warps}, {tiles}, {self.octets}, {few}, "
+            f"linear<{struct}, {t.warps}, {tiles}, {self.octets}, {few}, "
             f"{EPILOGUES[self.epilogue]}, {norm}, {in_shared}>"
         )
         octets = f"{self.octets}{'few' if self.max_two_rows else ''}"
         features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
+        features += "_pairs" if self._fitted.pair_table else ""
         return Kernel(
             name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{octets}",
             file="linear.cu",

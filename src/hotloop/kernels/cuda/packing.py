@@ -4,8 +4,8 @@ A weight is divided into tiles of 16 output features, and a tile into units of 1
 128 input features of 16, 8 or 4 bits. (With eight bits in groups of 128, a unit is one group.) A
 unit holds, for each slice of 32 input features, the operands of ``mma.m16n8k16``, lane after lane;
 the scales of its groups, and their zero points or offsets, follow. So a tile is contiguous, and a
-lane reads its operands with one instruction. Scales of two levels are bytes, integers plus 128,
-behind their factors; a unit has factors of its own, though several may have the same.
+lane reads its operands with one instruction. Scales of two levels are signed bytes behind their
+factors; a unit has factors of its own, though several may have the same.
 
 A device that copies boxes of a tensor (``tensor_map``) needs no packed bfloat16: a copy gathers the
 units of a tile from the weight's *plain rows*, which a GEMM can read as well.
@@ -13,7 +13,7 @@ units of a tile from the weight's *plain rows*, which a GEMM can read as well.
 A ``paired`` weight is gate features followed by up features. A tile takes eight of each, so that
 one lane has both inputs of SwiGLU.
 
-Integers are stored unsigned: int8 plus 128, int4 plus 8; so are their zero points. Incomplete tiles
+Values are stored unsigned: int8 plus 128, int4 plus 8; so are their zero points. Incomplete tiles
 and units are padded, which does not affect results.
 
 Shape letters: N output features, K input features, G groups along K.
@@ -60,6 +60,14 @@ FACTOR = torch.float16
 """The element type of factors of scales of two levels."""
 
 _MAX_TERMS = 3
+
+_E2M1 = tuple(sign * x for sign in (1.0, -1.0) for x in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+"""The table whose indices are the numbers' own bits: a sign, two of the exponent, one of the
+mantissa."""
+
+_E2M1_PLACES = ((15, 6), (12, 3), (14, 9), (13, 0))
+"""Of each register, the bits of a half word where its number's sign and the rest begin: see ``Fp4``
+of ``weights.cuh``."""
 
 Zero = Literal["none", "integer", "offset"]
 
@@ -115,6 +123,7 @@ class Format:
         assert (self.table is not None) == (self.kind == "lut4"), "a table, for lut4 alone"
         assert self.table is None or terms(self.table) is not None, f"{self.table}"
         assert not self.permuted or self.group_size is not None, "without groups any order will do"
+        assert not self.permuted or self.k < 1 << 16, "indices of 16 bits"
         assert self.scale != "two" or self.zero != "integer", "two levels have offsets"
         assert self.scale != "two" or self.k % self.unit_k == 0, "factors of whole units"
         assert not self.row_scale or self.group_size is not None, "others have it already"
@@ -143,6 +152,11 @@ class Format:
         return dataclasses.replace(self, plain_rows=True) if self.fits_plain_rows else self
 
     @property
+    def is_e2m1(self) -> bool:
+        """Whether the numbers of the table are their indices, read as floating point."""
+        return self.table == _E2M1
+
+    @property
     def has_channel_scales(self) -> bool:
         """Whether the kernels take a float32 scale per output feature besides the weight."""
         return self.row_scale or (self.kind in ("fp8", "int8") and self.group_size is None)
@@ -166,6 +180,11 @@ class Format:
     def units(self) -> int:
         """Units of a tile."""
         return -(-self.k // self.unit_k)
+
+    @property
+    def strands(self) -> int:
+        """Sums that the kernels keep apart until the end: ``kStrands`` of ``weights.cuh``."""
+        return 1 if self.group_size is None else self.unit_k // max(self.group_size, SLICE)
 
     @property
     def fragment_bytes(self) -> int:
@@ -192,11 +211,25 @@ class Format:
         """The type of ``weights.cuh`` that reads it."""
         if self.plain_rows:
             return "PlainRows"
-        struct = _VALUES[self.kind] if self.table is None else f"Table<{_words(self.table)}>"
+        if self.is_e2m1:
+            struct = "Fp4"
+        elif self.table is not None:
+            struct = f"Table<{_words(self.table)}>"
+        else:
+            struct = _VALUES[self.kind]
         if self.group_size is not None:
             groups = f"{self.group_size}, {_STRUCTS[self.scale]}, {_STRUCTS[self.zero]}"
             struct = f"Grouped<{struct}, {groups}{', true' if self.row_scale else ''}>"
         return f"Permuted<{struct}>" if self.permuted else struct
+
+    @property
+    def pair_table_bytes(self) -> int:
+        """Bytes of a table of pairs of numbers; 0 where numbers are not looked up."""
+        if self.table is None or self.is_e2m1:
+            return 0
+        split = terms(self.table)
+        assert split is not None, f"{self.table} in bfloat16"
+        return len(split) * 4 * 32 * 256
 
     @property
     def label(self) -> str:
@@ -282,7 +315,9 @@ def pack(
     flat = (form.tiles, form.units, form.fragment_bytes)
     if form.kind == "int8":
         ordered = ordered ^ -128  # the bits of value + 128 as an unsigned byte
-    if form.bits == 4:
+    if form.is_e2m1:
+        ordered = _place_bits(ordered)
+    elif form.bits == 4:
         nibbles = (ordered + _BIAS[form.kind]).view(torch.uint8)
         ordered = nibbles[..., 0] | nibbles[..., 1] << 4
     fragments = ordered.contiguous().view(torch.uint8).reshape(flat)
@@ -300,8 +335,10 @@ def pack(
     assert len(factors) == len(groups), "a factor of each scale and offset"
     # [tiles, units, groups, g, scale or offset, half]
     pairs = torch.stack([group.unflatten(3, (8, 2)) for group in groups], 4)
-    of_groups = (pairs ^ -128).flatten(2).view(torch.uint8)  # integers plus 128
-    of_unit = torch.stack(factors, 2).flatten(2).view(torch.uint8)
+    of_groups = pairs.flatten(2).view(torch.uint8)
+    # [tiles, units, g, scale or offset, half]
+    pairs = torch.stack([factor.unflatten(2, (8, 2)) for factor in factors], 3)
+    of_unit = pairs.flatten(2).view(torch.uint8)
     return torch.cat((fragments, of_unit, of_groups), dim=2)
 
 
@@ -310,7 +347,9 @@ def unpack(form: Format, packed: Tensor) -> Parts:
     if form.plain_rows:
         return Parts(packed)
     fragments = packed[..., : form.fragment_bytes]
-    if form.bits == 4:
+    if form.is_e2m1:
+        ordered = _unplaced_bits(fragments)
+    elif form.bits == 4:
         nibbles = torch.stack((fragments & 15, fragments >> 4), dim=-1)
         ordered = nibbles.view(torch.int8) - _BIAS[form.kind]
     else:
@@ -331,9 +370,9 @@ def unpack(form: Format, packed: Tensor) -> Parts:
         n_bytes = FACTOR.itemsize * TILE_ROWS * n_parts
         halves = of_groups[..., :n_bytes].contiguous().view(FACTOR)
         # [scale and offset, tile, half, g, unit]
-        halves = halves.view(form.tiles, form.units, n_parts, 8, 2).permute(2, 0, 4, 3, 1)
+        halves = halves.view(form.tiles, form.units, 8, n_parts, 2).permute(3, 0, 4, 2, 1)
         factors = [_plain_rows(form, part) for part in halves.flatten(2, 3)]
-        pairs = of_groups[..., n_bytes:].contiguous().view(torch.int8) ^ -128
+        pairs = of_groups[..., n_bytes:].contiguous().view(torch.int8)
         pairs = pairs.view(form.tiles, form.units, -1, 8, n_parts, 2).transpose(3, 4)
     else:
         pairs = of_groups.contiguous().view(_SCALES[form.scale])
@@ -359,10 +398,27 @@ _ORDERS: dict[Kind, tuple[int, ...]] = {
     "uint4": (0, 3, 4, 2, 5, 6, 8, 1, 7),
     "lut4": (0, 3, 4, 2, 5, 6, 7, 1, 8),
 }
+_E2M1_ORDER = (0, 3, 4, 2, 5, 6, 8, 7, 1)
+
+
+def _place_bits(numbers: Tensor) -> Tensor:
+    """Packs the numbers of four registers, [..., pair, half], into a half word: int16 [...]."""
+    words = numbers.new_zeros(numbers.shape[:-2], dtype=torch.int32)
+    for (sign, rest), register in zip(_E2M1_PLACES, numbers.flatten(-2).unbind(-1), strict=True):
+        bits = register.int()
+        words |= bits >> 3 << sign | (bits & 7) << rest
+    return words.to(torch.int16)
+
+
+def _unplaced_bits(fragments: Tensor) -> Tensor:
+    """Inverts ``_place_bits``: from bytes to int8 [..., 4]."""
+    words = fragments.contiguous().view(torch.int16).int()
+    registers = [(words >> s & 1) << 3 | words >> rest & 7 for s, rest in _E2M1_PLACES]
+    return torch.stack(registers, dim=-1).to(torch.int8)
 
 
 def _order(form: Format) -> tuple[int, ...]:
-    order = _ORDERS[form.kind]
+    order = _E2M1_ORDER if form.is_e2m1 else _ORDERS[form.kind]
     if form.group_size != HALF_SLICE:
         return order
     return tuple({5: 6, 6: 5}.get(axis, axis) for axis in order)

@@ -20,6 +20,7 @@ from hotloop.kernels.cuda.attention import MAX_TOKENS, TILE, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits, limits_of
 from hotloop.kernels.cuda.linear import Epilogue, GemmPlan, LinearPlan, Prefetch, Tuning
 from hotloop.kernels.cuda.packing import TILE_ROWS, Format
+from hotloop.kernels.cuda.wide import OCTETS as WIDE_OCTETS
 from hotloop.kernels.cuda.wide import WARPS as WIDE_WARPS
 from hotloop.kernels.cuda.wide import WidePlan, WideTuning
 
@@ -30,7 +31,7 @@ UNITS = (4, 3, 2, 1)
 """Candidate numbers of units of a copy."""
 
 STAGE_BYTES = 44 * 1024
-"""The most bytes of a stage, over all warps: longer copies leave too few in flight."""
+"""The most bytes of values of a stage, over all warps: longer copies leave too few in flight."""
 
 STAGES = 4
 """Copies of a warp in flight."""
@@ -66,6 +67,10 @@ loads before its input arrives would delay the loads of the kernel that computes
 MIN_WIDE_ROWS = 17
 """Rows from which on ``wide.cu`` is faster than ``linear.cu``: on an H200, a whole step of 32 and
 64 rows is, and one of 16 is not."""
+
+MAX_WIDE_ACCUMULATORS = 32
+"""The most accumulators of a warp of ``wide.cu`` (16 features of an octet of rows each), over tiles
+and strands: registers limit them."""
 
 LOADED_BYTES = 24
 """Bytes that a multiprocessor loads in a clock cycle from L2, if all of them do. This and the
@@ -207,7 +212,7 @@ def _has_fast_memory(limits: Limits) -> bool:
 def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
     """Ranks a choice, less being better: unfit copies, then idle units, then short copies."""
     units_of_warp = -(-form.units // warps)
-    copied = warps * units * form.unit_bytes
+    copied = warps * units * form.fragment_bytes
     # Two stages, partial sums, and the sums of eight rows of x over each group.
     least = (2 * form.unit_bytes + 1024) * warps + 32 * form.k // (form.group_size or form.k)
     unfit = copied > STAGE_BYTES or units_of_warp % units > 0 or least > LEAST_SHARED_BYTES
@@ -223,14 +228,16 @@ def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuni
         parts: Parts of K.
         limits: Of the device.
     """
-    choices = itertools.product((2, 1), range(1, parts + 1))
+    octets = next(c for c in WIDE_OCTETS if rows <= 8 * c)
+    tiles = [n for n in (2, 1) if n == 1 or n * octets * form.strands <= MAX_WIDE_ACCUMULATORS]
+    choices = itertools.product(tiles, range(1, parts + 1))
     tuning = (WideTuning(tiles=tiles, splits=splits) for tiles, splits in choices)
     return min(tuning, key=lambda wide: wide_cycles(form, rows, parts, wide, limits))
 
 
 def wide_cycles(form: Format, rows: int, parts: int, wide: WideTuning, limits: Limits) -> float:
     """Estimates the clock cycles of a matrix product by ``wide.cu``; see ``wide_tuning``."""
-    octets = next(c for c in (2, 4, 8) if rows <= 8 * c)
+    octets = next(c for c in WIDE_OCTETS if rows <= 8 * c)
     tiles = WIDE_WARPS * wide.tiles
     groups = -(-form.tiles // tiles)
     items = -(-groups * wide.splits // limits.n_sms)  # of the block with the most
@@ -262,8 +269,15 @@ def plan_rows(
             form=form, rows=n, epilogue=epilogue, norm=norm, tuning=tuning, limits=limits
         )
 
+    def is_wide(n: int) -> bool:
+        if form.permuted and n > 2 and _min_wide_rows(limits) < sys.maxsize:
+            layout = linear(n).layout
+            if layout is None or not layout.staged:
+                return True  # gathers x once, and not for every tile
+        return n >= _min_wide_rows(limits)
+
     def plan(n: int) -> GemmPlan:
-        if n < _min_wide_rows(limits):
+        if not is_wide(n):
             return linear(n)
         wide = wide_tuning(form, n, tuning.warps, limits)
         return WidePlan(
@@ -271,7 +285,7 @@ def plan_rows(
         )
 
     def fits(n: int) -> bool:
-        return n >= _min_wide_rows(limits) or linear(n).layout is not None
+        return is_wide(n) or linear(n).layout is not None
 
     rows_per_launch = next((n for n in (64, 32, 16) if fits(min(n, rows))), 8)
     firsts = range(0, rows, rows_per_launch)

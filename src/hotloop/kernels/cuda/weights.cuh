@@ -20,12 +20,14 @@ constexpr uint32_t kOnes = 0x3f803f80u;
 //
 // kUnitK: input features of a unit. kGroupSlices: slices that share a scale, 0 where the scale is
 // per output feature. kSliceGroups: groups of a slice, 2 where each of its two mma has a group of
-// its own, and else 1. kZero: what groups have besides a scale. kZeroPoint: operand minus weight,
-// subtracted through the sums of x. kNeedsSums: these sums are needed. kTerms: operands whose sum a
-// weight is. kPermuted: columns are in another order than the features of x. kOutputScale: factor
-// of the results. input_scale(i): factor of x, as a pair of bfloat16, for the operands' registers 2i
-// and 2i + 1. one(i): the operand of a weight of one, without the zero point. kPlainRows: units are
-// copied from rows in memory, and not from packed tiles.
+// its own, and else 1. kStrands: groups of a unit (pairs of them, where a slice has two); those at
+// the same place of all units are a strand, whose sum is kept apart. kOneChain: a group's mma follow
+// one another, and do not run in two chains. kZero: what groups have besides a scale. kZeroPoint:
+// operand minus weight, subtracted through the sums of x. kNeedsSums: these sums are needed. kTerms:
+// operands whose sum a weight is. kPermuted: columns are in another order than the features of x.
+// kOutputScale: factor of the results. input_scale(i): factor of x, as a pair of bfloat16, for the
+// operands' registers 2i and 2i + 1. one(i): the operand of a weight of one, without the zero point.
+// kPlainRows: units are copied from rows in memory, and not from packed tiles.
 
 // kZeroPoints are subtracted before scaling, and include kZeroPoint of the values; kOffsets are
 // added after it.
@@ -34,8 +36,9 @@ enum Zero { kNoZero, kZeroPoints, kOffsets };
 struct Bf16 {
   static constexpr bool kPlainRows = false;
   static constexpr int kUnitK = 32, kUnitBytes = kFragmentBytes, kGroupSlices = 0, kZeroPoint = 0;
-  static constexpr int kSliceGroups = 1, kTerms = 1;
-  static constexpr bool kChannelScale = false, kNeedsSums = false, kPermuted = false;
+  static constexpr int kSliceGroups = 1, kTerms = 1, kStrands = 1;
+  static constexpr bool kOneChain = false, kChannelScale = false, kNeedsSums = false;
+  static constexpr bool kPermuted = false;
   static constexpr Zero kZero = kNoZero;
   static constexpr float kOutputScale = 1;
 
@@ -72,8 +75,8 @@ template <class Derived>
 struct EightBits {
   static constexpr bool kPlainRows = false;
   static constexpr int kUnitK = 64, kUnitBytes = kFragmentBytes, kGroupSlices = 0;
-  static constexpr int kSliceBytes = 512, kSliceGroups = 1, kTerms = 1;
-  static constexpr bool kChannelScale = true, kPermuted = false;
+  static constexpr int kSliceBytes = 512, kSliceGroups = 1, kTerms = 1, kStrands = 1;
+  static constexpr bool kOneChain = false, kChannelScale = true, kPermuted = false;
   static constexpr Zero kZero = kNoZero;
 
   static __device__ __forceinline__ void operands(const uint8_t* unit, int slice, int lane,
@@ -154,6 +157,32 @@ struct FourBits {
 using Int4 = FourBits<8>;
 using Uint4 = FourBits<0>;
 
+// Eight numbers of e2m1, whose sign and other bits each register shifts to their places in bfloat16;
+// that gives the value times 2^-126, subnormals included. packing.py knows where they are.
+struct Fp4 {
+  static constexpr bool kPlainRows = false;
+  static constexpr int kSliceBytes = 256, kZeroPoint = 0, kTerms = 1;
+  static constexpr float kOutputScale = 0x1p63f;
+
+  static __device__ __forceinline__ constexpr uint32_t input_scale(int) {
+    return 0x5f005f00u;  // 2^63
+  }
+
+  static __device__ __forceinline__ void operands(const uint8_t* unit, int slice, int lane,
+                                                  uint32_t a[1][2][4]) {
+    const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * slice + lane];
+    convert(words.x, a[0][0]);
+    convert(words.y, a[0][1]);
+  }
+  static __device__ __forceinline__ void convert(uint32_t word, uint32_t a[4]) {
+    constexpr uint32_t sign = 0x80008000u, rest = 0x01c001c0u;
+    a[0] = word & (sign | rest);
+    a[1] = word << 3 & (sign | rest);
+    a[2] = mask_or(word >> 3, rest, word << 1 & sign);
+    a[3] = mask_or(word << 6, rest, word << 2 & sign);
+  }
+};
+
 // Indices of a table of sixteen numbers: the nibbles of a word, in the order of the registers that
 // they fill. Each number is a sum of kTerms numbers in bfloat16. kWords has, term by term, the low
 // bytes of the sixteen and then their high bytes.
@@ -170,6 +199,45 @@ struct Table {
     const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * slice + lane];
     look_up(words.x, 0, a);
     look_up(words.y, 1, a);
+  }
+
+  // The same by a table of pairs in shared memory: of each term, the two numbers of every byte of two
+  // indices, for each lane apart, so that lanes never wait for each other.
+
+  static constexpr int kPairBytes = 4 * 32 * 256;  // of a term
+
+  static __device__ __forceinline__ void paired_operands(SharedAddress pairs, const uint8_t* unit,
+                                                         int slice, int lane,
+                                                         uint32_t a[kTerms][2][4]) {
+    const uint2 words = reinterpret_cast<const uint2*>(unit)[32 * slice + lane];
+    look_up_pairs(pairs, words.x, 0, a);
+    look_up_pairs(pairs, words.y, 1, a);
+  }
+
+  static __device__ __forceinline__ void look_up_pairs(SharedAddress pairs, uint32_t bytes, int i,
+                                                       uint32_t a[kTerms][2][4]) {
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const SharedAddress pair = element<4 * 32>(pairs, byte_of(bytes, r));
+#pragma unroll
+      for (int term = 0; term < kTerms; term++)
+        a[term][i][r] = load_constant(pair + term * kPairBytes);
+    }
+  }
+
+  // Stores this lane's pairs of every `step`th byte from `first` on.
+  static __device__ __forceinline__ void store_pairs(uint8_t* pairs, int first, int step,
+                                                     int lane) {
+    uint32_t of_lane[kTerms][2][4];  // a lane looks up a number: that of its own number
+    look_up(lane % 16, 0, of_lane);
+#pragma unroll
+    for (int term = 0; term < kTerms; term++) {
+      uint32_t* words = reinterpret_cast<uint32_t*>(pairs + term * kPairBytes) + lane;
+#pragma unroll 4
+      for (int byte = first; byte < 256; byte += step)
+        words[32 * byte] = low_halves(shuffle(of_lane[term][0][0], byte % 16),
+                                      shuffle(of_lane[term][0][0], byte / 16));
+    }
   }
 
   static __device__ __forceinline__ void look_up(uint32_t indices, int i,
@@ -230,8 +298,8 @@ struct Sixteen<Float> {
   }
 };
 
-// Scales (and offsets) of two levels: an integer of a group, stored plus 128, times a half-precision
-// factor of a unit. The bytes of rows g and g + 8 are adjacent, followed by those of their offsets.
+// Scales (and offsets) of two levels: an integer of a group, a signed byte, times a half-precision
+// factor of a unit. Those of rows g and g + 8 are adjacent, followed by those of their offsets.
 struct TwoLevels {};
 
 template <class Scale, Zero kZeros>
@@ -260,24 +328,23 @@ struct Scales<TwoLevels, kZeros> {
 
   static __device__ __forceinline__ float2 scales(const uint8_t* factors, const uint8_t* group,
                                                   int g) {
-    uint32_t bytes;
     if constexpr (kHasZeros)
-      bytes = reinterpret_cast<const uint32_t*>(group)[g];
+      return product<0>(reinterpret_cast<const uint32_t*>(group)[g],
+                        reinterpret_cast<const uint2*>(factors)[g].x);
     else
-      bytes = reinterpret_cast<const uint16_t*>(group)[g];
-    return product<0>(bytes, reinterpret_cast<const uint32_t*>(factors)[g]);
+      return product<0>(reinterpret_cast<const uint16_t*>(group)[g],
+                        reinterpret_cast<const uint32_t*>(factors)[g]);
   }
   static __device__ __forceinline__ float2 zeros(const uint8_t* factors, const uint8_t* group,
                                                  int g) {
     return product<2>(reinterpret_cast<const uint32_t*>(group)[g],
-                      reinterpret_cast<const uint32_t*>(factors)[kTileRows / 2 + g]);
+                      reinterpret_cast<const uint2*>(factors)[g].y);
   }
 
   template <int kByte>
   static __device__ __forceinline__ float2 product(uint32_t bytes, uint32_t factors) {
-    constexpr float kBias = 0x1p23f + 128;
-    return {(byte_above_2_23<kByte>(bytes) - kBias) * low_half(factors),
-            (byte_above_2_23<kByte + 1>(bytes) - kBias) * high_half(factors)};
+    return {signed_byte<kByte>(bytes) * low_half(factors),
+            signed_byte<kByte + 1>(bytes) * high_half(factors)};
   }
 };
 
@@ -294,6 +361,8 @@ struct Grouped : Values {
   static constexpr int kGroupSlices = kGroup < 32 ? 1 : kGroup / 32;
   static constexpr int kSliceGroups = kGroup < 32 ? 32 / kGroup : 1;
   static_assert(kSliceGroups <= 2);
+  static constexpr int kStrands = kUnitSlices / kGroupSlices;
+  static constexpr bool kOneChain = kStrands > 1 && kSliceGroups == 1;
   static constexpr int kUnitFragmentBytes = kUnitSlices * Values::kSliceBytes;
   static constexpr int kUnitBytes =
       kUnitFragmentBytes + Of::kFactorBytes + kUnitK / kGroup * Of::kGroupBytes;
@@ -313,6 +382,17 @@ struct Grouped : Values {
     return unit + kUnitFragmentBytes + Of::kFactorBytes + group * Of::kGroupBytes;
   }
 };
+
+// A weight whose numbers linear.cu looks up in pairs.
+template <class Weight>
+struct PairTable : Weight {
+  static constexpr int kTableBytes = Weight::kTerms * Weight::kPairBytes;
+};
+
+template <class Weight>
+constexpr int kTableBytes = 0;
+template <class Weight>
+constexpr int kTableBytes<PairTable<Weight>> = PairTable<Weight>::kTableBytes;
 
 // A weight whose columns are in another order than the features of x; the kernels read the feature
 // of each column from a table.

@@ -1,4 +1,4 @@
-// GEMMs with 9 to 64 rows: y = epilogue(x @ weight.T), with the bits that linear.cu gives each row.
+// GEMMs with up to 64 rows: y = epilogue(x @ weight.T), with the bits that linear.cu gives each row.
 //
 // A block computes a group of tiles for all rows. It walks along K through a ring of stages in
 // shared memory. A stage holds the weights of the group's tiles for a unit of K (two units with
@@ -12,10 +12,11 @@
 // of an RMS norm follow, which other blocks of it compute meanwhile. It is small enough to wait on a
 // multiprocessor beside a block of Wide.
 //
-// Bits: linear.cu divides K into as many parts as it has warps, sums each in one chain (with int4
-// in two chains per group) and adds the parts in order. Here a warp walks through the parts one
-// after the other and adds each as it ends, and tensor cores of a warpgroup round as those of a
-// warp do. So a row's bits depend on neither the number of rows nor which kernel computed it.
+// Bits: linear.cu divides K into as many parts as it has warps, sums each in one chain (with groups in
+// one or two chains per group, and with a sum for each strand) and adds the parts in order. Here a
+// warp walks through the parts one after the other and adds each as it ends, and tensor cores of a
+// warpgroup round as those of a warp do. So a row's bits depend on neither the number of rows nor
+// which kernel computed it.
 //
 // Split K: where there are fewer groups of tiles than multiprocessors, several blocks share a
 // group, each with some whole parts of K. They store the parts' sums in a workspace, and of the
@@ -45,6 +46,7 @@ struct StageOf {
   static constexpr int kGroupSlices = kGroups ? Weight::kGroupSlices : kUnitSlices;
   static constexpr int kSliceGroups = Weight::kSliceGroups;
   static constexpr int kUnitGroups = kUnitSlices / kGroupSlices * kSliceGroups;
+  static constexpr int kStrands = Weight::kStrands;
   static constexpr bool kSums = Weight::kNeedsSums;  // of x
 
   static constexpr int kLineK = 64, kLineBytes = 128, kLineSlices = 2;
@@ -176,7 +178,7 @@ template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
 struct Wide : StageOf<Weight, kOctets> {
   using S = StageOf<Weight, kOctets>;
   using S::kGroups, S::kGroupSlices, S::kLineBytes, S::kLineSlices, S::kRows, S::kSums, S::kUnits;
-  using S::kSliceGroups, S::kUnitGroups, S::kUnitSlices;
+  using S::kSliceGroups, S::kStrands, S::kUnitGroups, S::kUnitSlices;
 
   static constexpr int kWarps = 8;    // that multiply: two warpgroups
   static constexpr int kBoxTiles = 2;  // of a copy of plain rows
@@ -403,12 +405,13 @@ struct Wide : StageOf<Weight, kOctets> {
       const int tile = item.group * kGroupTiles + warp * kTiles;
       const int begin = first_part[item.split], end = first_part[item.split + 1];
       for (int part = begin; part < end; part++) {
-        Sums sum = {};
-        multiply_part(stage, first_unit[part], first_unit[part + 1], sum);
+        Sums sums[kStrands] = {};
+        multiply_part(stage, first_unit[part], first_unit[part + 1], sums);
+        add_strands(sums);
         if (args.splits == 1)
-          add_part(sum, part == 0);
+          add_part(sums[0], part == 0);
         else
-          store_part(tile, part, sum);
+          store_part(tile, part, sums[0]);
       }
       if (args.splits > 1) {
         uint32_t* counter = args.counters + item.group * kWarps + warp;
@@ -420,7 +423,7 @@ struct Wide : StageOf<Weight, kOctets> {
   }
 
   __device__ __forceinline__ void multiply_part(Stage& stage, int unit, int end_unit,
-                                                Sums sum) const {
+                                                Sums sums[kStrands]) const {
     if (unit >= end_unit) return;
     const float* x_sums;
 #pragma unroll 1
@@ -434,9 +437,10 @@ struct Wide : StageOf<Weight, kOctets> {
         if constexpr (kGroups)
 #pragma unroll
           for (int group = 0; group < kUnitGroups; group += kSliceGroups)
-            multiply_groups(weights + r * kTileBytes, x, x_sums + group * kRows, group, sum[r]);
+            multiply_groups(weights + r * kTileBytes, x, x_sums + group * kRows, group,
+                            sums[group / kSliceGroups][r]);
         else
-          multiply_units(weights + r * kTileBytes, x, end_unit - unit, sum[r]);
+          multiply_units(weights + r * kTileBytes, x, end_unit - unit, sums[0][r]);
       unit += kUnits;
       if (unit >= end_unit) break;
       release(stage);
@@ -446,9 +450,23 @@ struct Wide : StageOf<Weight, kOctets> {
       for (int c = 0; c < kOctets; c++) {
         const float2 x_sum = *reinterpret_cast<const float2*>(x_sums + 8 * c);
 #pragma unroll
-        for (int r = 0; r < kTiles; r++) subtract_zero_point<Weight>(sum[r][c], x_sum);
+        for (int r = 0; r < kTiles; r++) subtract_zero_point<Weight>(sums[0][r][c], x_sum);
       }
     release(stage);
+  }
+
+  // Adds the sums of strands as linear.cu does.
+  static __device__ __forceinline__ void add_strands(Sums sums[kStrands]) {
+#pragma unroll
+    for (int step = 1; step < kStrands; step *= 2)
+#pragma unroll
+      for (int j = 0; j < kStrands; j += 2 * step)
+#pragma unroll
+        for (int r = 0; r < kTiles; r++)
+#pragma unroll
+          for (int c = 0; c < kOctets; c++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[j][r][c][i] += sums[j + step][r][c][i];
   }
 
   __device__ __forceinline__ void release(Stage& stage) const {
@@ -462,7 +480,7 @@ struct Wide : StageOf<Weight, kOctets> {
     return x + slice / kLineSlices * (kRows * kLineBytes / 16) + slice % kLineSlices * 4;
   }
 
-  // A group of a unit, whose sums run in two chains; or the two of a slice, from an even one on. That
+  // A group of a unit, or the two of a slice, from an even one on; in the chains of linear.cu. That
   // several tiles' products, or those of two halves of the rows, are in flight gains nothing: while
   // one warpgroup waits, the other one works.
   __device__ __forceinline__ void multiply_groups(const uint8_t* weights, uint64_t x,
@@ -479,7 +497,13 @@ struct Wide : StageOf<Weight, kOctets> {
       const uint64_t b = slice_of(x, first + i);
 #pragma unroll
       for (int term = 0; term < Weight::kTerms; term++)
-        if (i == 0 && term == 0) {
+        if constexpr (Weight::kOneChain) {
+          if (i == 0 && term == 0)
+            warpgroup_mma<kOctets, false>(even, a[i][term][0], b);
+          else
+            warpgroup_mma<kOctets, true>(even, a[i][term][0], b);
+          warpgroup_mma<kOctets, true>(even, a[i][term][1], b + 2);
+        } else if (i == 0 && term == 0) {
           warpgroup_mma<kOctets, false>(even, a[i][term][0], b);
           warpgroup_mma<kOctets, false>(odd, a[i][term][1], b + 2);
         } else {
@@ -490,7 +514,7 @@ struct Wide : StageOf<Weight, kOctets> {
     warpgroup_commit();
     warpgroup_wait();
     warpgroup_result<kOctets>(even);
-    warpgroup_result<kOctets>(odd);
+    if constexpr (!Weight::kOneChain) warpgroup_result<kOctets>(odd);
 #pragma unroll
     for (int c = 0; c < kOctets; c++) {
       float2 x_sum[kSliceGroups];

@@ -1,4 +1,4 @@
-"""Launches of ``wide.cu``, the matrix product with 9 to 64 rows.
+"""Launches of ``wide.cu``, the matrix product with up to 64 rows.
 
 A result has the bits that ``linear.cu`` gives: ``Tuning.warps`` of the weight is the number of
 parts into which K is divided. ``WideTuning`` affects speed alone.
@@ -20,6 +20,7 @@ from hotloop.kernels.cuda.linear import EPILOGUES, GemmPlan, PrescaledInput
 from hotloop.kernels.cuda.packing import TILE_ROWS, Format
 
 WARPS = 8  # kWarps of wide.cu
+OCTETS = (2, 4, 8)  # of its instances
 _LOADERS = 4  # kLoaders
 _BOX_TILES = 2  # kBoxTiles
 _LINE = 64  # kLineK
@@ -68,7 +69,7 @@ class WidePlan(GemmPlan):
     @property
     def octets(self) -> int:
         """Octets of rows of the kernel's instance."""
-        return next(c for c in (2, 4, 8) if self.rows <= 8 * c)
+        return next(c for c in OCTETS if self.rows <= 8 * c)
 
     @property
     def groups(self) -> int:
@@ -121,7 +122,7 @@ class WidePlan(GemmPlan):
         """The kernel arguments that divide the ring, and K among blocks."""
         ring = {"stages": self.stages, "units_per_stage": stage_units(self.form)}
         split = {"splits": self.wide.splits, "part_stages": self.part_stages}
-        return {**split, **ring, "early_stages": 0}
+        return {**split, **ring, "source_rows": 0, "early_stages": 0}
 
     @property
     def part_stages(self) -> int:
