@@ -1,0 +1,107 @@
+"""Heavy clients, unmodified, against a server. Each is skipped where it is not installed."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from serving import HELLO, serving
+from waiting import HANG_S
+
+from hotloop import LLM
+from hotloop.serve.lifecycle import HttpServer
+
+pytestmark = pytest.mark.clients
+
+QUESTION = "Say a word."
+
+
+@pytest.fixture
+def server(llm: LLM) -> Iterator[HttpServer]:
+    with serving(llm) as server:
+        yield server
+
+
+def completed(llm: LLM, prompt: list[int], n: int) -> str:
+    (answer,) = llm.generate([prompt], max_new_tokens=n, temperature=0)
+    return answer.text
+
+
+def test_lm_eval_gets_the_log_likelihoods_of_the_engines_own_score(llm):
+    module = pytest.importorskip(
+        "lm_eval.models.openai_completions", reason="lm-eval[api] is not installed"
+    )
+    from lm_eval.api.instance import Instance
+
+    items = [
+        ("The engine decodes", " one token after the other"),
+        ("The engine decodes", " letters"),
+        ("of", ' "the", "token" and "there"'),
+        ("", "The tokenizer learns"),
+    ]
+    tokenizer = llm.tokenizer
+    assert tokenizer is not None
+    with serving(llm) as server:
+        client = module.LocalCompletionsAPI(
+            base_url=f"{server.url}/v1/completions",
+            model="tiny",
+            tokenizer_backend="remote",
+            max_length=320,
+            num_concurrent=2,
+        )
+        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(items)]
+        found = client.loglikelihood(requests, disable_tqdm=True)
+        encoded = [
+            client._encode_pair(*pair)
+            if pair[0]
+            else ([client.prefix_token_id], client.tok_encode(pair[1]))
+            for pair in items
+        ]
+        until = {"until": ["zz"], "max_gen_toks": 8}
+        asked = Instance("generate_until", {}, ("The engine", until), 0)
+        (generated,) = client.generate_until([asked], disable_tqdm=True)
+    for (context, continuation), (logprob, is_greedy) in zip(encoded, found, strict=True):
+        (score,) = llm.score([context + continuation])
+        n = len(continuation)
+        assert logprob == pytest.approx(float(score.token_logprobs[-n:].sum()), rel=1e-6)
+        assert is_greedy == (score.top1[-n:].tolist() == continuation)
+    assert generated == completed(llm, tokenizer.encode("The engine"), 8)
+
+
+def test_langchain_chats_and_streams(server):
+    module = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    chat = module.ChatOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", model="tiny", temperature=0, max_tokens=8
+    )
+    whole = chat.invoke(QUESTION)
+    assert whole.content
+    assert whole.usage_metadata["output_tokens"] <= 8
+    assert "".join(piece.content for piece in chat.stream(QUESTION)) == whole.content
+    assert [answer.content for answer in chat.batch([QUESTION] * 3)] == [whole.content] * 3
+
+
+def test_litellm_chats_and_streams(server):
+    litellm = pytest.importorskip("litellm", reason="litellm is not installed")
+    options = {"model": "openai/tiny", "api_base": f"{server.url}/v1", "api_key": "none"}
+    options |= {"messages": HELLO, "temperature": 0, "max_tokens": 8}
+    whole = litellm.completion(**options)
+    text = whole.choices[0].message.content
+    assert text
+    assert whole.usage.completion_tokens <= 8
+    pieces = litellm.completion(**options, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
+
+
+@pytest.mark.skipif(find_spec("guidellm") is None, reason="guidellm is not installed")
+def test_guidellm_measures(server, folder, tmp_path):
+    report = tmp_path / "report.json"
+    options = ["--target", server.url, "--profile", "synchronous", "--max-requests", "3"]
+    options += ["--data", "prompt_tokens=16,output_tokens=8", "--processor", str(folder)]
+    command = [sys.executable, "-m", "guidellm", "benchmark", "run", *options]
+    subprocess.run([*command, "--output-path", str(report)], check=True, timeout=HANG_S)
+    (benchmark,) = json.loads(Path(report).read_text())["benchmarks"]
+    assert benchmark["metrics"]["request_totals"]["successful"] == 3
+    assert benchmark["metrics"]["output_token_count"]["successful"]["mean"] == 8
