@@ -20,7 +20,7 @@ from thread_group import ThreadGroup, ThreadRanks
 from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 
-from hotloop import LLM, EngineConfig, SamplingParams
+from hotloop import LLM, EngineConfig, Grammar, SamplingParams
 from hotloop.engine import fused
 from hotloop.engine.core import Features, MoveRow
 from hotloop.engine.fused import FusedForward, Peers, fused_forms
@@ -432,13 +432,22 @@ def test_its_kernel_draws_what_torch_draws(names, first, T):
     for positions in (torch.full((len(params), T), at) for at in (3, 4)):
         # Rows that no token has; of a drafter's first step the last position alone.
         logits = 3 * torch.randn(len(params), 5, n_tokens + 20, generator=generator)[:, -T:]
-        choices = [
-            sampler.sample(
-                logits, positions, first, sampler.relevant(Features.of(params)), drafts
-            ).ids
-            for sampler in (plain, fast)
-        ]
-        assert torch.equal(*choices)
+        few = torch.zeros(len(params), T, -(-n_tokens // 32), dtype=torch.int32)
+        few[..., 3:5] = 0b1001  # of 4 tokens, where top-k keeps more
+        for masks in (None, few):
+            choices = [
+                sampler.sample(
+                    logits,
+                    positions,
+                    first,
+                    sampler.relevant(Features.of(params)),
+                    drafts,
+                    masks_BTW=masks,
+                ).ids
+                for sampler in (plain, fast)
+            ]
+            assert torch.equal(*choices)
+        assert set(choices[0].flatten().tolist()) <= {96, 99, 128, 131}
     assert {name for name, _ in device.launched} == {sample_kernel().name}
 
 
@@ -567,6 +576,26 @@ def test_neighbours_change_nothing(engine):
         assert answers(together, **sampling) == [
             answers(alone, [prompt], **sampling)[0] for prompt in PROMPTS
         ]
+
+
+def test_a_grammar_is_followed_beside_drafts_and_changes_no_neighbour(engine):
+    grammar = Grammar(kind="regex", source="(the token )+[a-z]{1,9}")
+    follow = SamplingParams(max_new_tokens=12, grammar=grammar, logprobs=2)
+    plain, drafted = (
+        engine(max_batch_size=2, draft=draft, draft_policy="always", draft_tokens=3)
+        for draft in ("none", "ngram")
+    )
+    (free,) = answers(plain, [PROMPTS[1]])
+    for sampling in ({}, {"temperature": 0.9, "top_k": 20, "seed": 3}):
+        found = []
+        for llm in (plain, drafted):
+            beside = llm.stream([PROMPTS[0]], follow, **sampling)
+            begun = next(beside)
+            assert answers(llm, [PROMPTS[1]]) == [free]
+            *_, last = (begun, *beside)
+            found.append((last.generation.token_ids, last.generation.logprobs))
+            assert last.generation.text.startswith("the token"[: len(last.generation.text)])
+        assert found[0] == found[1]
 
 
 def test_rows_that_move_as_requests_end_change_nothing(tmp_path, monkeypatch):

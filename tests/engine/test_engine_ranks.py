@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_random
 from waiting import HANG_S, alive, wait_until
 
-from hotloop import LLM, SamplingParams
+from hotloop import LLM, Grammar, SamplingParams
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.setup import prepare
 from hotloop.errors import (
@@ -83,6 +83,14 @@ def test_greedy_tokens_of_two_compiled_ranks_are_those_of_one(one, two):
 def test_sampled_tokens_of_two_compiled_ranks_are_those_of_one(one, two):
     options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 3}
     assert tokens(two, **options) == tokens(one, **options)
+
+
+def test_a_grammar_leaves_two_compiled_ranks_the_tokens_of_one(one, two):
+    grammar = Grammar(kind="json_schema", source={"enum": ["the token", "letters", 100]})
+    params = SamplingParams(grammar=grammar, temperature=0.9, seed=3)
+    answers = [[g.text for g in llm.generate(PROMPTS, params)] for llm in (one, two)]
+    assert answers[0] == answers[1]
+    assert set(answers[0]) <= {'"the token"', '"letters"', "100"}
 
 
 def test_scores_of_two_ranks_are_those_of_one(one, two):

@@ -13,7 +13,7 @@ from thread_group import ThreadGroup, ThreadRanks
 from tiny_models import N_TOKENS, write_markov, write_random
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hotloop import LLM, SamplingParams
+from hotloop import LLM, Grammar, SamplingParams
 from hotloop.engine.core import (
     TOP_K_CANDIDATES,
     Command,
@@ -100,6 +100,24 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_greedy_tokens_in_float32_are_those_of_one_rank(folder, quant, n):
     one, several = pair(folder, n, quant=quant)
     assert tokens(several) == tokens(one)
+
+
+@pytest.mark.parametrize(("n", "draft"), [(2, "itself"), (3, "ngram"), (4, "none")])
+def test_ranks_choose_what_one_chooses_of_the_tokens_that_a_grammar_allows(folder, draft, n):
+    options = {"draft_policy": "always", "draft": str(folder) if draft == "itself" else draft}
+    grammar = Grammar(kind="regex", source="(the token |letters){2,9}[0-9]{1,3}")
+    params = SamplingParams(grammar=grammar, max_new_tokens=40)
+    found = []
+    for llm in pair(folder, n, **options):
+        beside = llm.stream([[9]], FREELY)
+        neighbour = list(next(beside).token_ids)
+        for sampling in ({}, {"temperature": 0.9, "top_k": 20, "seed": 3}):
+            for g in llm.generate(PROMPTS[:2], params, **sampling):
+                assert g.finish_reason in ("eos", "length")
+                found.append(g.token_ids)
+        neighbour += [token for delta in beside for token in delta.token_ids]
+        found.append(tuple(neighbour))
+    assert found[:5] == found[5:]
 
 
 @pytest.mark.parametrize("n", [2, 3])

@@ -25,6 +25,9 @@ from hotloop.engine.grammar import Grammars, Matcher
 from hotloop.engine.rows import to_device
 from hotloop.types import Grammar
 
+Drafts = Sequence[Sequence[int]]
+"""Drafts of each row, on the host; negative for none."""
+
 
 class PendingTokens(Protocol):
     """A step whose tokens are on their way to the host."""
@@ -83,7 +86,7 @@ class Constraints:
         if matchers:
             self._unread.append((step, matchers))
 
-    def redraft(self, drafts_BD: Tensor, n: int) -> list[int]:
+    def redraft(self, drafts_BD: Tensor, n: int) -> tuple[Drafts, list[int]]:
         """Replaces drafts by tokens that grammars force, where they force any.
 
         Args:
@@ -91,10 +94,11 @@ class Constraints:
             n: Rows in use, from the first.
 
         Returns:
-            The rows whose drafts were replaced.
+            The drafts of each row; and the rows whose drafts were replaced.
         """
         self._read()
-        drafts, replaced = drafts_BD.tolist(), []
+        drafts: list[list[int]] = drafts_BD.tolist()
+        replaced = []
         for row, matcher in enumerate(self._rows[:n]):
             forced = [] if matcher is None else matcher.forced()[: drafts_BD.shape[1]]
             if forced and drafts[row][: len(forced)] != forced:
@@ -103,15 +107,15 @@ class Constraints:
         if replaced:
             flat = [token for row in drafts for token in row]
             drafts_BD.copy_(to_device(flat, self._device).view_as(drafts_BD))
-        return replaced
+        return drafts, replaced
 
-    def fill(self, n: int, masks_BTW: Tensor, drafts_BD: Tensor | None) -> dict[int, str]:
+    def fill(self, n: int, masks_BTW: Tensor, drafts: Drafts) -> dict[int, str]:
         """Fills the masks of a step, once the tokens of the steps before are there.
 
         Args:
             n: Rows in use, from the first.
             masks_BTW: Those of ``masks``. Rows without a grammar get all ones.
-            drafts_BD: int64, the drafts; None without.
+            drafts: The drafts of each row, from ``redraft``; empty without.
 
         Returns:
             Why grammars have failed, by row.
@@ -119,11 +123,10 @@ class Constraints:
         self._grammars.prepare()  # by the steps that a server makes before it is ready
         self._read()
         host_BTW = self._new_masks(*masks_BTW.shape[:2])
-        drafts = [[]] * n if drafts_BD is None else drafts_BD.tolist()
         failures = {}
         for row, matcher in enumerate(self._rows[:n]):
             if matcher is not None:
-                matcher.fill(host_BTW[row], drafts[row])
+                matcher.fill(host_BTW[row], drafts[row] if drafts else ())
                 if matcher.failure is not None:
                     failures[row] = matcher.failure
         masks_BTW.copy_(host_BTW, non_blocking=True)

@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from hotloop.engine.constraints import Constraints
+from hotloop.engine.constraints import Constraints, Drafts
 from hotloop.engine.core import Features, Step, StepTimes, padded_rows
 from hotloop.engine.forward import Forward
 from hotloop.engine.graphs import Graphs
@@ -143,6 +143,7 @@ class Stepper:
         if not self.drafters:
             sampled, failures = self._sample(step, n, 0, reads, wanted)
             return sampled, None, failures
+        drafts: Drafts = ()
         n_made = self.n_programs
         timestamps = [self._timestamp()]
         for i, drafter in enumerate(self.drafters):
@@ -154,29 +155,47 @@ class Stepper:
             features = dataclasses.replace(wanted, logprobs=False, constrain=False)
             self._run(_Program("draft", n, k, *reads, features, drafter=step.drafter), self._draft)
             if wanted.constrain:
-                replaced = self.constraints.redraft(self._drafts[:n, :k], step.n)
+                drafts, replaced = self.constraints.redraft(self._drafts[:n, :k], step.n)
                 self.drafters[step.drafter].skip([step.seats[row] for row in replaced])
             on_host = self._device.type == "cpu" and self._graphs is None
             if on_host and (self._drafts[:n, 0] < 0).all():
-                k = 0
+                k, drafts = 0, ()
         else:
             timestamps.append(self._timestamp())
         timestamps.append(self._timestamp())
-        sampled, failures = self._sample(step, n, k, reads, wanted)
+        sampled, failures = self._sample(step, n, k, reads, wanted, drafts)
         timestamps.append(self._timestamp())
         return sampled, timestamps if self.n_programs == n_made else None, failures
 
     def _sample(
-        self, step: Step, n: int, k: int, reads: tuple[int | None, int], features: Features
+        self,
+        step: Step,
+        n: int,
+        k: int,
+        reads: tuple[int | None, int],
+        features: Features,
+        drafts: Drafts = (),
     ) -> tuple[Sampled, Mapping[int, str]]:
-        """Runs the model and samples; with grammars, the host writes the masks in between."""
+        """Runs the model and samples; with grammars, the host writes the masks in between.
+
+        Args:
+            step: The step.
+            n: Rows to compute.
+            k: Drafts of each.
+            reads: First seat and length of the cache that attention reads.
+            features: The features that the program has.
+            drafts: The drafts on the host, if there are grammars.
+
+        Returns:
+            See ``step``.
+        """
         if not features.constrain:
             program = _Program("step", n, k, *reads, features, step.n_steps)
             return self._run(program, self._steps), {}
         assert step.n_steps == 1, "a grammar needs each token on the host"
+        _ = self._logits  # made before a capture
         self._run(_Program("forward", n, k, *reads), self._keep_logits)
-        drafts_BD = self._drafts[:n, :k] if k else None
-        failures = self.constraints.fill(step.n, self.constraints.masks(n, k + 1), drafts_BD)
+        failures = self.constraints.fill(step.n, self.constraints.masks(n, k + 1), drafts)
         return self._run(_Program("choose", n, k, features=features), self._choose), failures
 
     def length(self, longest: int) -> int:
