@@ -1,6 +1,7 @@
 """Runs the README's commands as they are, on the real small model."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -114,7 +115,9 @@ def test_python_examples_run(tmp_path: Path) -> None:
     assert float(speed) > 0
     assert conversation.strip()
     assert several.returncode == 0, several.stderr
-    assert len(ast.literal_eval(several.stdout)) == 3
+    colours, _, person = several.stdout.partition("\n")
+    assert len(ast.literal_eval(colours)) == 3
+    assert isinstance(json.loads(person)["age"], int)
 
 
 def test_every_variable_of_the_environment_is_documented() -> None:

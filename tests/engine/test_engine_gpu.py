@@ -7,10 +7,12 @@ import torch
 from agreement import ALTERNATIVES, assert_top_two_agree
 from tiny_models import write_random
 
-from hotloop import LLM, SamplingParams
+from hotloop import LLM, Grammar, SamplingParams
 from hotloop.engine.core import Features
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.sampling import Sampler
+from hotloop.engine.service import Service
+from hotloop.kernels.cuda.launch import unavailable_reason
 from hotloop.kernels.linear import LinearSpec, choose_linear
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.types import EngineConfig, Execution
@@ -60,6 +62,50 @@ def test_another_gpu_than_the_first_gives_the_tokens_of_the_first(
         assert peak.peak_bytes > 0
     assert found[0] == found[1]
     assert torch.cuda.current_device() == 0, "the caller's own device is as it was"
+
+
+FOLLOW = Grammar(kind="regex", source="(the token )+[a-z]{1,9}|[0-9]{4,8}")
+
+
+@pytest.mark.parametrize("execution", ["eager", "compile", "fused"])
+@pytest.mark.parametrize("draft", ["none", "ngram", "exit-1", "itself"])
+def test_grammars_are_followed_beside_drafts_and_others_and_nothing_is_captured_in_service(
+    tmp_path: Path, execution: Execution, draft: str
+) -> None:
+    if execution == "fused" and (why := unavailable_reason(torch.device("cuda", 0))) is not None:
+        pytest.skip(why)
+    folder = write_random(tmp_path, head_dim=64, hidden_size=128, intermediate_size=256)
+    drawn = {"temperature": 0.9, "top_k": 20, "seed": 3}
+    asked = [
+        (prompt, SamplingParams(max_new_tokens=24, **options))
+        for prompt in PROMPTS
+        for options in (
+            {"grammar": FOLLOW},
+            {"grammar": FOLLOW, **drawn},
+            {"ignore_eos": True, "logprobs": 2},
+            {"grammar": Grammar(kind="json_object"), "presence_penalty": 0.5, **drawn},
+            {"ignore_eos": True, **drawn},
+        )
+    ]
+    options = {
+        "device": "cuda",
+        "execution": execution,
+        "dtype": "bfloat16" if execution == "fused" else "float32",
+        "max_seq_len": 64,
+    }
+    with LLM(str(folder), **options) as llm:
+        alone = [llm.generate([prompt], params)[0] for prompt, params in asked]
+        assert any(g.text.startswith("the token") for g in alone)
+    drafts = {"draft": str(folder) if draft == "itself" else draft, "draft_tokens": 3}
+    with LLM(str(folder), max_batch_size=5, draft_policy="always", **options, **drafts) as llm:
+        with Service(llm) as service:
+            tickets = [service.submit(prompt, params) for prompt, params in asked]
+            for ticket, expected in zip(tickets, alone, strict=True):
+                assert tuple(t for piece in ticket for t in piece.token_ids) == expected.token_ids
+            assert service.state().n_captured == 0
+        again = llm.generate([prompt for prompt, _ in asked[:5]], grammar=FOLLOW)
+        if draft != "none":
+            assert any(any(g.speculation.proposed) for g in again)
 
 
 @pytest.mark.parametrize("execution", ["compile", "auto"])

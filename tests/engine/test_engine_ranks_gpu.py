@@ -5,6 +5,7 @@
 
 import functools
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from agreement import ALTERNATIVES, assert_top_two_agree
 from tiny_models import write_random
 from waiting import alive, wait_until
 
-from hotloop import LLM, Generation, SamplingParams
+from hotloop import LLM, Generation, Grammar, SamplingParams
 from hotloop.errors import RankError, UnsupportedError
 
 DEVICE = os.environ.get("RANKS_ON", "cuda")
@@ -123,6 +124,26 @@ def test_float32_greedy_tokens_are_those_of_one_rank(
     llm = make(folder, tensor_parallel=n, all_reduce=all_reduce, **options)
     assert tokens(llm.generate(PROMPTS, GREEDY)) == tokens(alone(folder, **options))
     assert_added_up_on(llm, all_reduce)
+
+
+@each_size
+@each_execution
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_grammars_leave_ranks_the_same_tokens_and_drafts_change_none(
+    folder: Path, make: Any, n: int, execution: str, draft: str
+) -> None:
+    grammar = Grammar(kind="regex", source="(the token )+[a-z]{1,9}|[0-9]{4,8}")
+    drafts = {"draft": draft, "draft_policy": "always", "draft_tokens": 3}
+    llm = make(folder, tensor_parallel=n, execution=execution, max_batch_size=2, **drafts)
+    plain = make(folder, tensor_parallel=n, execution=execution)
+    for sampling in ({}, {"temperature": 0.9, "top_k": 20, "seed": 3}):
+        params = SamplingParams(max_new_tokens=24, grammar=grammar, **sampling)
+        found = llm.generate(PROMPTS, params)
+        for g in found:
+            whole = re.fullmatch(grammar.source, g.text)
+            assert whole or g.finish_reason == "length", g.text
+        if draft == "none" or execution == "fused":  # others round differently with drafts
+            assert tokens(found) == [plain.generate([p], params)[0].token_ids for p in PROMPTS]
 
 
 @each_size
