@@ -81,8 +81,11 @@ class Grammars:
         return Matcher(self._compiled(grammar).deep_copy(), self.n_tokens)
 
     def prepare(self) -> None:
-        """Builds what all grammars need, unless it is there: it takes tenths of a second."""
-        with suppress(UnsupportedError):  # raised where a grammar is used
+        """Builds what all grammars need, unless it is there: it takes tenths of a second.
+
+        Where there can be no grammar, it does nothing: the reason is an error of the first one.
+        """
+        with suppress(UnsupportedError):
             _ = self._vocabulary
 
     @functools.cached_property

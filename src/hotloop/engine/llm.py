@@ -419,6 +419,7 @@ class LLM:
             The scheduler; its ``n_programs`` counts these programs.
         """
         scheduler = self._scheduler
+        self._grammars.prepare()
         steps = serving_steps(self._setup, scheduler.n_steps)
         if steps:
             scheduler.feature_sets = served_features(self._setup)

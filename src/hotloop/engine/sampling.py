@@ -113,6 +113,8 @@ class Sampler:
         self.penalty = per_row(1, torch.float32)
         self.presence, self.frequency = per_row(0, torch.float32), per_row(0, torch.float32)
         self.first_end = per_row(0, torch.int64)
+        # Of words in memory, the least significant byte comes first.
+        self._bits_of_byte = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8).to(device)
         width = max(vocab_size, self.vocabulary.ids.stop)
 
         def per_token(dtype: torch.dtype) -> Tensor:
@@ -236,14 +238,15 @@ class Sampler:
                 conditioned on the first t + D - T + 1 of them.
             best_BT: Argmax of the logits over ids that can be selected, -1 where that is not
                 finite; None if it has not been computed.
-            masks_BTW: int32, bit masks of the tokens that grammars allow; None for all. See
-                ``VocabularyShard.masked``.
+            masks_BTW: int32, bit masks of the tokens that grammars allow, of the whole vocabulary:
+                bit i of word w is that of id 32 w + i. None for all.
         """
         here = slice(first_row, first_row + len(logits_BTV))
         vocabulary = self.vocabulary
         scores_BTV = vocabulary.selectable(logits_BTV)
         if masks_BTW is not None:
-            scores_BTV = vocabulary.masked(scores_BTV, masks_BTW)
+            bits = masks_BTW.view(torch.uint8)[..., None] & self._bits_of_byte
+            scores_BTV = vocabulary.masked(scores_BTV, bits.flatten(-2))
         if features.adjust:
             assert positions_BT is not None, "min_new_tokens depends on the position"
             scores_BTV = self._adjusted(scores_BTV, positions_BT, here, drafts_BD)

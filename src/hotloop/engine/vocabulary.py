@@ -52,17 +52,15 @@ class VocabularyShard:
         mine = x[..., : len(self.ids)]
         return torch.full_like(mine, -torch.inf) if self._padding_alone else mine
 
-    def masked(self, x: Tensor, masks: Tensor) -> Tensor:
-        """Sets ids that a mask leaves out to minus infinity.
+    def masked(self, x: Tensor, bits: Tensor) -> Tensor:
+        """Sets ids whose bit is zero to minus infinity.
 
         Args:
             x: Values of ``ids``, [..., V].
-            masks: int32 [..., W]: bit i of word w is of the id 32 w + i, of the whole vocabulary.
+            bits: For each id of the whole vocabulary, and perhaps more, [..., at least n_tokens].
         """
         if self._padding_alone:
             return x
-        shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
-        bits = (masks.view(torch.uint8)[..., None] >> shifts).flatten(-2) & 1
         return x.masked_fill(bits[..., self.ids.start : self.ids.stop] == 0, -torch.inf)
 
     def amax(self, x: Tensor) -> Tensor:
