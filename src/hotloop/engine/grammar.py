@@ -12,6 +12,7 @@ correctly with other keywords. Its limits bound the time and memory that a gramm
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -227,7 +228,7 @@ def _translated(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         return library.grammar_from_regex(source)
     if grammar.kind == "lark":
-        if _UNENFORCED in source:
+        if _UNENFORCED_IN_LARK.search(source):
             raise _unenforced(grammar)
         return library.grammar_from_lark(source)
     schema = parse_json(
@@ -245,6 +246,7 @@ def _translated(grammar: Grammar) -> str:
 
 
 _UNENFORCED = "patternProperties"
+_UNENFORCED_IN_LARK = re.compile(rf'"{_UNENFORCED}"\s*:')  # a key of JSON within it
 
 
 def _unenforced(grammar: Grammar) -> RequestError:

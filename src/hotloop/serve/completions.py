@@ -49,6 +49,7 @@ async def completions(request: Request) -> Response:
     if asked.echo and asked.max_tokens == 0:
         return _only_echoed(served, asked, shape, prompts)
     params = asked.params(model.sampling, served.settings)
+    large = large or params.grammar is not None  # compiling one can take tenths of a second
     ticket = await submit(request, model, lambda: prompts, params, large=large)
     return await respond(served, ticket, shape, asked, request.receive)
 

@@ -29,7 +29,8 @@ async def submit(
         model: The model.
         prompts: Makes the prompts.
         params: Sampling options.
-        large: Making the prompts or tokenizing them takes long: another thread does it.
+        large: Making the prompts, tokenizing them or compiling a grammar takes long: another
+            thread does it.
 
     Raises:
         HotloopError: See ``Service.submit``.
