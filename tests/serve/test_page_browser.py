@@ -126,6 +126,7 @@ def test_an_answer_is_continued_where_it_was_stopped(
     answer.get_by_role("button", name="Continue", exact=True).click()
     expect(answer).to_contain_text("One, two, three.")
     expect(answer.locator(".notice")).to_be_hidden()
+    expect(answer.locator(".stats")).to_contain_text("3 tokens")
     first, second = server.asked
     assert second["messages"] == [
         {"role": "user", "content": "Count"},

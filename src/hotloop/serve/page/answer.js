@@ -8,7 +8,8 @@
 //   error      what went wrong, for the user
 //   seed       of its sampling
 //   request    its options, as JSON, to tell whether two answers were asked for alike
-//   stats      {ttft_s, decode_tok_s, thought_s, tokens, prompt_tokens, cached_tokens, accepted, same}
+//   stats      {ttft_s, decode_tok_s, prompt_tokens, cached_tokens, context} of its last request,
+//              {tokens, accepted, thought_s} of all of it, and whether it is the {same} as before
 
 import { ApiError, Unreachable } from "./api.js";
 import { newId } from "./store.js";
@@ -39,6 +40,8 @@ const MIN_RATE_MS = 50; // chunks that arrive together say nothing of speed
 export class Run {
   #abort = new AbortController();
   #first = null; // {now, tokens} at the first chunk with text
+  #tokens = 0; // of this request
+  #before = { tokens: 0, accepted: 0 }; // of the text that is continued
 
   /**
    * @param {Api} api
@@ -64,7 +67,10 @@ export class Run {
   async finish() {
     const { answer } = this;
     const continues = answer.content !== "";
-    Object.assign(answer, { state: "waiting", error: "", stats: {} });
+    const { tokens = 0, accepted = 0, thought_s } = continues ? answer.stats : {};
+    this.#before = { tokens, accepted };
+    const stats = thought_s === undefined ? {} : { thought_s };
+    Object.assign(answer, { state: "waiting", error: "", stats });
     const sent = performance.now();
     try {
       for await (const chunk of this.api.chat(this.#body(continues), this.#abort.signal)) {
@@ -130,19 +136,21 @@ export class Run {
   #count({ usage }, accepted, now, sent, hasText) {
     const { stats } = this.answer;
     // A server that does not count as it goes: nearly every chunk is one token.
-    stats.tokens = usage?.completion_tokens ?? (stats.tokens ?? 0) + hasText;
+    this.#tokens = usage?.completion_tokens ?? this.#tokens + hasText;
+    stats.tokens = this.#before.tokens + this.#tokens;
     if (usage) {
+      stats.context = usage.prompt_tokens + this.#tokens;
       stats.prompt_tokens = usage.prompt_tokens;
       stats.cached_tokens = usage.prompt_tokens_details?.cached_tokens ?? stats.cached_tokens;
     }
-    if (accepted) stats.accepted = (stats.accepted ?? 0) + accepted;
+    stats.accepted = (stats.accepted ?? this.#before.accepted) + (accepted ?? 0);
     if (!hasText) return;
     if (!this.#first) {
-      this.#first = { now, tokens: stats.tokens };
+      this.#first = { now, tokens: this.#tokens };
       stats.ttft_s = (now - sent) / 1000;
     } else if (now - this.#first.now > MIN_RATE_MS) {
       const seconds = (now - this.#first.now) / 1000;
-      stats.decode_tok_s = (stats.tokens - this.#first.tokens) / seconds;
+      stats.decode_tok_s = (this.#tokens - this.#first.tokens) / seconds;
     }
   }
 }

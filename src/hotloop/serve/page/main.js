@@ -4,7 +4,7 @@ import { isOpen, newAnswer, newSeed, Run } from "./answer.js";
 import { Api, ApiError } from "./api.js";
 import { byId, element, fitHeight, oncePerFrame } from "./dom.js";
 import { count, MessageView } from "./messages.js";
-import { announce, toast } from "./notices.js";
+import { announce, dismissToasts, toast } from "./notices.js";
 import { Server } from "./server.js";
 import { OptionsForm, startLooks } from "./settings.js";
 import { showChats } from "./sidebar.js";
@@ -75,7 +75,9 @@ function openChat(opened) {
   for (const message of chat.messages) {
     if (isOpen(message) && !runs.has(chat.id)) {
       message.state = message.content ? "lost" : "failed";
-      message.error = "The page was closed in mid-answer. What had arrived is kept.";
+      message.error = message.content
+        ? "The page was closed in mid-answer. What had arrived is kept."
+        : "The page was closed before the answer began.";
     }
   }
   showMessages();
@@ -220,6 +222,7 @@ function cut(from, notice = "") {
 }
 
 function send(text) {
+  dismissToasts(); // to undo something now would lose this message
   const last = chat.messages[chat.messages.length - 1];
   if (last?.state === "failed" && !last.content && !last.reasoning) cut(chat.messages.length - 1);
   if (!chat.messages.length) chat.title = titleOf(text);
@@ -320,12 +323,12 @@ function showProgress() {
 }
 
 function showContext() {
-  const last = chat.messages.findLast((message) => message.stats?.prompt_tokens);
+  const last = chat.messages.findLast((message) => message.stats?.context);
   const limit = server.contextLength;
   const meter = byId("context");
   meter.hidden = !last || !limit;
   if (meter.hidden) return;
-  const used = last.stats.prompt_tokens + (last.stats.tokens ?? 0);
+  const used = last.stats.context;
   const share = Math.min(1, used / limit);
   meter.setAttribute("aria-valuemax", limit);
   meter.setAttribute("aria-valuenow", used);

@@ -470,7 +470,12 @@ class Inline {
 
   /** Appends the characters `[start, end)` as text; they cross lines only in code. */
   #append(parent, start, end) {
-    let line = this.starts.findLastIndex((first) => first <= start);
+    let line = 0;
+    for (let high = this.starts.length; high - line > 1; ) {
+      const middle = (line + high) >> 1;
+      if (this.starts[middle] <= start) line = middle;
+      else high = middle;
+    }
     for (let a = start; a < end; line++) {
       const first = this.starts[line];
       const b = Math.min(end, first + this.lines[line].text.length);

@@ -19,6 +19,10 @@ export function toast(text, label = null, action = null) {
   setTimeout(close, TOAST_MS);
 }
 
+export function dismissToasts() {
+  byId("toasts").replaceChildren();
+}
+
 /** Has screen readers say a message. */
 export function announce(text) {
   byId("announcer").textContent = text;
