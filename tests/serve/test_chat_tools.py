@@ -137,6 +137,13 @@ def test_several_calls_have_indices_and_ids_of_their_own(client):
     assert [call["name"] for call in message["calls"]] == ["weather"]
 
 
+def test_calls_are_single_where_the_template_refuses_several(tmp_path):
+    only_one = "{# This model takes a single tool-call #}"
+    with client_of(write_answers(tmp_path, ANSWERS, template=only_one + TEMPLATE)) as own:
+        message, _ = both(own, "B", tools=[WEATHER, TIME])
+    assert [call["name"] for call in message["calls"]] == ["weather"]
+
+
 @pytest.mark.parametrize("n_tokens", [5, 6])
 def test_a_call_that_is_cut_off_is_of_the_length(client, n_tokens):
     message, finish = both(client, "A", tools=[WEATHER], max_tokens=n_tokens)
@@ -179,6 +186,28 @@ def test_a_template_can_begin_the_reasoning(tmp_path):
     with client_of(folder) as own:
         message, _ = both(own, "", chat_template_kwargs={"think": True})
     assert (message["reasoning_content"], message["content"]) == ("well", "Rain")
+
+
+@pytest.mark.parametrize(
+    ("marker", "call", "n_id"),
+    [
+        ("<|python_tag|>", ['{"name": "time", "para', 'meters": {}}'], len("call_") + 24),
+        ("[TOOL_CALLS]", [' [{"name": "time", ', '"arguments": {}}]'], 9),
+    ],
+)
+def test_the_format_of_calls_is_that_of_the_vocabulary(tmp_path, marker, call, n_id):
+    answers = {"A": ["I see: ", marker, *call]}
+    folder = write_answers(tmp_path, answers, control_tokens=[marker])
+    with client_of(folder) as own:
+        message, finish = both(own, "A", tools=[TIME])
+        forced, _ = both(own, "A", tools=[TIME], tool_choice="required")
+        (told,) = chat(own, "A", tools=[TIME]).json()["choices"][0]["message"]["tool_calls"]
+        plain, _ = both(own, "A")
+    called = {"name": "time", "arguments": "{}"}
+    assert (message["content"], message["calls"], finish) == ("I see:", [called], "tool_calls")
+    assert (forced["content"], forced["calls"][0]) == (None, called)
+    assert len(told["id"]) == n_id
+    assert plain["content"] == f"I see: {''.join(call)}", "without tools it is no part of the text"
 
 
 def prompt_of(client: httpx2.Client, messages: list[dict[str, Any]], **body: Any) -> str:
@@ -256,8 +285,9 @@ def test_what_cannot_be_served_is_refused(client, body, status, param):
 )
 def test_a_call_that_is_forced_comes_whatever_the_model_would_say(client, choice, name, end):
     zone = {"type": "function", "function": {"name": "zone"}}  # after weather: ties go to low ids
+    parallel = choice != "required"  # an answer that calls a named tool has one call
     message, finish = both(
-        client, "D", tools=[zone, WEATHER], tool_choice=choice, parallel_tool_calls=False
+        client, "D", tools=[zone, WEATHER], tool_choice=choice, parallel_tool_calls=parallel
     )
     (call,) = message["calls"]
     arguments = json.loads(call["arguments"])

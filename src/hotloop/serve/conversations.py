@@ -17,7 +17,7 @@ from hotloop.serve.parts import Parser, PlainText
 from hotloop.serve.reasoning import ReasoningParser, is_within_reasoning, reasoning_markers
 from hotloop.serve.schemas import Conversation
 from hotloop.serve.tool_use import ToolUse
-from hotloop.serve.tools import takes_tools, tool_parser
+from hotloop.serve.tools import takes_several_calls, takes_tools, tool_parser
 from hotloop.text.chat import RESERVED_VARIABLES
 from hotloop.text.tokenizer import Tokenizer
 from hotloop.types import ChatPrompt, SamplingParams
@@ -56,6 +56,7 @@ class Conversations:
         self._tokenizer, self._variables = tokenizer, variables
         self._parser = tool_parser(tool_parser_name, tokenizer)
         self._takes_tools = takes_tools(tokenizer)
+        self._takes_several = takes_several_calls(tokenizer)
         self._reasoning = reasoning_markers(tokenizer)
 
     def prompt(self, asked: Conversation, use: ToolUse) -> ChatPrompt:
@@ -96,6 +97,7 @@ class Conversations:
         Raises:
             HotloopError: As ``prompt``, or the grammar is not valid.
         """
+        use = replace(use, parallel=use.parallel and self._takes_several)
         prompt = self.prompt(asked, use)
         markers, grammar = self._reasoning, params.grammar
         if grammar is not None and grammar.kind == "lark" and not use.forced:

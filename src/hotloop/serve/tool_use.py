@@ -39,7 +39,7 @@ class ToolUse:
         choice: Whether an answer may (``auto``) or must (``required``) call tools, or calls the
             one named ``name``.
         name: That tool.
-        parallel: Whether an answer may have several calls.
+        parallel: Whether an answer may have several calls; one that calls a named tool has one.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -85,7 +85,7 @@ def read_tool_use(
         raise _refused("tool_choice", f"there is no tool {shorten_value(name)}.")
     if kind == "none":
         return ToolUse()
-    return ToolUse(tuple(given), kind, name, parallel)
+    return ToolUse(tuple(given), kind, name, parallel and kind != "named")
 
 
 def _choice(choice: Any) -> tuple[Literal["none", "auto", "required", "named"], str]:

@@ -404,6 +404,11 @@ def takes_tools(tokenizer: Tokenizer) -> bool:
     return re.search(r"\btools\b", _template(tokenizer)) is not None
 
 
+def takes_several_calls(tokenizer: Tokenizer) -> bool:
+    """Whether a model's chat template takes answers with several calls; Llama 3.1's refuse them."""
+    return "single tool-call" not in _template(tokenizer)
+
+
 def _template(tokenizer: Tokenizer) -> str:
     return tokenizer.tool_template or tokenizer.chat_template or ""
 
