@@ -531,6 +531,16 @@ def test_a_drafter_that_becomes_better_than_the_best_is_noticed():
     assert device.drafters[-100:].count(0) > 85
 
 
+def test_a_drafter_that_costs_more_than_any_trial_may_is_not_waited_for():
+    controller = DraftController(sizes_up_to(4), n_drafters=2)
+    device = Device(COSTS_S, 0.0, 0.0, factors=(0.2, 20.0))
+    device.run(controller, 300)
+    device.chances[0] = 0.95
+    device.run(controller, 500)
+    assert device.drafters[-100:].count(0) > 85
+    assert device.sizes[-100:].count(4) > 85
+
+
 def test_always_drafting_chooses_among_drafters_as_well():
     controller = DraftController(sizes_up_to(4), n_drafters=2, always=True)
     device = Device(COSTS_S, 0.0, 0.85, **BOTH)

@@ -125,15 +125,19 @@ class DraftController:
             return Choice()
         best, *others = sorted(arms, key=lambda arm: self._tokens_per_s(n, arm), reverse=True)
         token_s, best_drafter = 1 / self._tokens_per_s(n, best), best[0] if best[1] else None
-        others = [arm for arm in others if arm[1] and arm[0] != best_drafter]
-        if not others:
+        most_s = self.INITIAL_BUDGET * (self._cost_s(n, _PLAIN) or token_s)
+        trials = [
+            arm
+            for arm in others
+            if arm[1] and arm[0] != best_drafter and self._loss_s(n, arm, token_s) < most_s
+        ]
+        if not trials:
             return Choice(*best)
-        # The best arm of the drafter that was chosen the longest ago.
-        trial = max(others, key=lambda arm: self._since_chosen[arm[0]])
+        # The best arm of the drafter that was chosen the longest ago. It waits for its budget, lest
+        # cheaper ones always come first.
+        trial = max(trials, key=lambda arm: self._since_chosen[arm[0]])
         budget_s = self._budget_s if best == _PLAIN else self._trials_s
-        cost_s = self._cost_s(n, trial)
-        assert cost_s is not None, "every size was measured"
-        if budget_s is not None and cost_s - token_s < budget_s:
+        if budget_s is not None and self._loss_s(n, trial, token_s) < budget_s:
             return Choice(*trial, None if best == _PLAIN else token_s)
         return Choice(*best)
 
@@ -184,7 +188,8 @@ class DraftController:
         def updated(budget_s: float | None, token_s: float | None) -> float:
             """Adds the share, and what the step gained or lost against tokens of ``token_s``."""
             budget_s = max_budget_s if budget_s is None else budget_s
-            if token_s is not None and kept:
+            # The first step of its kind is a measurement, which every drafter gets.
+            if token_s is not None and kept and known_s is not None:
                 budget_s += token_s * sum(kept) / len(kept) - lost_s
             return min(max_budget_s, budget_s + share_s)
 
@@ -205,6 +210,12 @@ class DraftController:
             all_accepted *= rate
             total += all_accepted
         return total
+
+    def _loss_s(self, n: int, arm: _Arm, token_s: float) -> float:
+        """Returns what a step loses if it yields one token, which would else take ``token_s``."""
+        cost_s = self._cost_s(n, arm)
+        assert cost_s is not None, "every size was measured"
+        return cost_s - token_s
 
     def _tokens_per_s(self, n: int, arm: _Arm) -> float:
         cost_s = self._cost_s(n, arm)
