@@ -721,8 +721,8 @@ class Score:
         top1_logprobs: Its log-probability, float32 [T - 1]; None from an engine without it.
         log_probs: The whole distribution, float32 [T - 1, V], where it was asked for and the engine
             gives it.
-        top: Where the engine gives no more than the K most likely tokens: their ids, int64
-            [T - 1, K], and their log-probabilities, float32 [T - 1, K].
+        top: Where the K most likely tokens were asked for, or the engine gives no more: their ids,
+            int64 [T - 1, K], and their log-probabilities, float32 [T - 1, K].
     """
 
     token_logprobs: Tensor

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from waiting import wait_until
 
 from hotloop import LLM, SamplingParams
@@ -172,12 +173,20 @@ def test_a_slow_client_is_cancelled_and_the_others_are_not(llm, alone):
 
 
 def test_a_window_is_scored_between_the_steps_of_others(service, alone):
-    ticket, window = service.submit([5, 2], FREELY), service.score([5, 6, 7, 8])
+    ticket, window = service.submit([5, 2], FREELY), service.score([5, 6, 7, 8], n_top=4)
     assert ids_of(deltas(ticket)) == alone[2]
     (score,) = window
     assert isinstance(score, Score)
     assert score.token_logprobs.shape == (3,)
     assert (score.top1_logprobs >= score.token_logprobs).all()
+    (whole,) = service.score([5, 6, 7, 8], full=True)
+    assert isinstance(whole, Score)
+    assert whole.log_probs is not None
+    values, ids = whole.log_probs.topk(4)
+    assert score.log_probs is whole.top is None
+    assert score.top is not None
+    assert torch.equal(score.top[0], ids)
+    assert torch.equal(score.top[1], values)
 
 
 def test_an_error_of_the_engine_reaches_every_client_and_ends_the_service(llm, alone, monkeypatch):

@@ -125,6 +125,8 @@ def test_a_prompt_of_one_token_has_an_echo(client):
         ({"best_of": 3}, "best_of"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "empty"),
+        ({"prompt": [[]], "echo": True, "logprobs": 1}, "empty"),
+        ({"n": 0, "echo": True, "max_tokens": 0}, "n: "),
         ({"prompt": [[5], 5]}, "prompt"),
         ({"prompt": [300]}, "outside the vocabulary"),
         ({"prompt": ["a"] * 300, "n": 100}, "30000 answers"),

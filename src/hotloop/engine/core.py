@@ -253,6 +253,7 @@ class ScoreWindow(Command[Score]):
         start: Position of the chunk's first token: the seat holds those before.
         ids: The tokens of the chunk, and the one that follows: two or more.
         full: Also return the whole distribution at each position.
+        n_top: Also return this many most likely tokens at each position.
     """
 
     phase = "score"
@@ -261,6 +262,7 @@ class ScoreWindow(Command[Score]):
     start: int
     ids: Sequence[int]
     full: bool
+    n_top: int = 0
 
 
 @dataclass(frozen=True)

@@ -448,8 +448,8 @@ class LLM:
         self._check_open()
         return self._requests(prompts, self._params(params, {}), submitted_s, salt, clamp=clamp)
 
-    def scoring(self, window: Sequence[int], *, full: bool) -> Scoring:
-        """Returns the job that scores a window.
+    def scoring(self, window: Sequence[int], *, full: bool, n_top: int = 0) -> Scoring:
+        """Returns the job that scores a window; see ``Service.score``.
 
         Raises:
             RequestError: The window is too short or too long, or has other tokens.
@@ -465,7 +465,7 @@ class LLM:
                 "or a larger max_seq_len (--max-seq-len).",
                 context,
             )
-        return Scoring(as_ids(window, self._setup.model.vocab_size), full=full)
+        return Scoring(as_ids(window, self._setup.model.vocab_size), full=full, n_top=n_top)
 
     def _tokenizer_or_refuse(self) -> Tokenizer:
         if self.tokenizer is None:

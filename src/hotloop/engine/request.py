@@ -193,14 +193,15 @@ class Scoring:
     Args:
         ids: The window, two tokens or more.
         full: Also return the whole distribution at each position.
+        n_top: Also return this many most likely tokens at each position.
 
     Attributes:
         parts: The scores of its chunks so far.
         ended: Whether it has been scored or cancelled.
     """
 
-    def __init__(self, ids: list[int], *, full: bool) -> None:
-        self.ids, self.full = ids, full
+    def __init__(self, ids: list[int], *, full: bool, n_top: int = 0) -> None:
+        self.ids, self.full, self.n_top = ids, full, n_top
         self.parts: list[Score] = []
         self.ended = False
 
@@ -211,9 +212,13 @@ class Scoring:
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in self.parts])
 
+        tops = [part.top for part in self.parts if part.top is not None]
         return Score(
             token_logprobs=joined("token_logprobs"),
             top1=joined("top1"),
             top1_logprobs=joined("top1_logprobs"),
             log_probs=joined("log_probs") if self.parts[0].log_probs is not None else None,
+            top=(torch.cat([i for i, _ in tops]), torch.cat([v for _, v in tops]))
+            if tops
+            else None,
         )

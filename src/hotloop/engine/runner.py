@@ -222,6 +222,7 @@ class Runner:
         ids_T = to_device(command.ids, self._setup.device)
         vocabulary = self._vocabulary
         logprobs, top1, top1_logprobs, distributions = [], [], [], []
+        top_ids, top_logprobs = [], []
         for chunk, logits_TV in self._model.logits(ids_T[:-1], command.start, command.seat):
             log_probs = vocabulary.log_softmax(logits_TV)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
@@ -231,11 +232,16 @@ class Runner:
             top1_logprobs.append(vocabulary.gather_at(log_probs, best).cpu())
             if command.full and (whole := vocabulary.gather_to_first(log_probs)) is not None:
                 distributions.append(whole.cpu())
+            if command.n_top:
+                values, ids = vocabulary.topk(log_probs, min(command.n_top, vocabulary.n_tokens))
+                top_ids.append(ids.cpu())
+                top_logprobs.append(values.cpu())
         return Score(
             token_logprobs=torch.cat(logprobs),
             top1=torch.cat(top1),
             top1_logprobs=torch.cat(top1_logprobs),
             log_probs=torch.cat(distributions) if distributions else None,
+            top=(torch.cat(top_ids), torch.cat(top_logprobs)) if top_ids else None,
         )
 
     def _synchronize(self) -> None:

@@ -277,7 +277,11 @@ class Scheduler:
             self._prefilling = None
         if isinstance(job, Scoring):
             score = ScoreWindow(
-                seat=seat.index, start=start, ids=job.ids[start : end + 1], full=job.full
+                seat=seat.index,
+                start=start,
+                ids=job.ids[start : end + 1],
+                full=job.full,
+                n_top=job.n_top,
             )
             return _Launched(self._core.run(score), scoring=job, is_last=is_last)
         if not is_last:

@@ -283,13 +283,18 @@ class Service:
         requests = self._llm.requests(prompts, params, salt=salt, clamp=clamp)
         return self._add(requests, len(requests) // len(prompts))
 
-    def score(self, ids: Sequence[int], *, full: bool = False) -> Ticket:
+    def score(self, ids: Sequence[int], *, full: bool = False, n_top: int = 0) -> Ticket:
         """Submits a window of token ids to score; its only piece is a ``Score``.
+
+        Args:
+            ids: The window.
+            full: Also return the whole distribution at each position, as ``Score.log_probs``.
+            n_top: Also return this many most likely tokens at each position, as ``Score.top``.
 
         Raises:
             HotloopError: As ``submit``.
         """
-        return self._add([self._llm.scoring(ids, full=full)])
+        return self._add([self._llm.scoring(ids, full=full, n_top=n_top)])
 
     def cancel(self, ticket: Ticket) -> None:
         """Cancels what has not ended of a request, within two steps; does not wait."""

@@ -42,15 +42,18 @@ async def completions(request: Request) -> Response:
     _check(asked, served.settings.max_choices)
     large = len(asked.prompts) * max(map(len, asked.prompts)) > LARGE_BYTES
     prompts = await asyncio.to_thread(_encoded, asked, model) if large else _encoded(asked, model)
+    if not all(prompts):
+        raise ApiError(400, "prompt: a prompt is empty: give at least one token.", param="prompt")
+    params = None  # of an echo alone
+    if not (asked.echo and asked.max_tokens == 0):
+        params = asked.params(model.sampling, served.settings)
     scored: list[list[ScoredToken]] = []
     if asked.echo and asked.logprobs is not None:
         scored = [await _scored(request, served, ids, asked.logprobs) for ids in prompts]
     shape = CompletionShape(served, asked, model.tokenizer, prompts, scored)
-    if asked.echo and asked.max_tokens == 0:
+    if params is None:
         return _only_echoed(served, asked, shape, prompts)
-    params = asked.params(model.sampling, served.settings)
-    large = large or params.grammar is not None  # compiling one can take tenths of a second
-    ticket = await submit(request, model, lambda: prompts, params, large=large)
+    ticket = await submit(request, model, prompts, params, large=large)
     return await respond(served, ticket, shape, asked, request.receive)
 
 
@@ -92,7 +95,7 @@ async def _scored(
     """Scores a prompt: the log-probability of each token after the first, and alternatives."""
     if len(ids) < 2:
         return scored_prompt(ids, None, 0)
-    ticket: Ticket = served.service.score(ids, full=n_alternatives > 1)
+    ticket: Ticket = served.service.score(ids, n_top=n_alternatives if n_alternatives > 1 else 0)
     async with cancelled_if_gone(served, ticket, request.receive):
         while not ticket.done:
             await ticket.arrived()

@@ -61,15 +61,16 @@ def scored_prompt(ids: Sequence[int], score: Score | None, n: int) -> list[Score
 
     Args:
         ids: The prompt.
-        score: Its score, the whole distribution for ``n`` above 1; None for a prompt of one token.
+        score: Its score, with ``n`` most likely tokens if that is above 1; None for a prompt of one
+            token.
         n: Alternatives of each token.
     """
     scored: list[ScoredToken] = [(ids[0], None, ())]
     if score is None:
         return scored
     logprobs = score.token_logprobs.tolist()
-    if score.log_probs is not None:
-        values, tokens = (each.tolist() for each in score.log_probs.topk(n))
+    if score.top is not None:
+        tokens, values = (each.tolist() for each in score.top)
     else:
         assert score.top1_logprobs is not None, "hotloop's engine has them"
         values = [[value] for value in score.top1_logprobs.tolist()]

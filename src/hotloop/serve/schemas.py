@@ -15,7 +15,7 @@ from hotloop.checked import MAX_COUNT, MAX_SEED
 from hotloop.serve.errors import ApiError
 from hotloop.serve.settings import ServerSettings
 from hotloop.serve.structured_output import format_grammar, vllm_grammar
-from hotloop.types import MAX_LOGPROBS, Grammar, SamplingParams
+from hotloop.types import MAX_ANSWERS, MAX_LOGPROBS, Grammar, SamplingParams
 
 
 class Body(BaseModel):
@@ -64,7 +64,7 @@ class SamplingBody(Body):
     min_p: float | None = None
     max_tokens: Annotated[int, Field(le=MAX_COUNT)] | None = None
     min_tokens: int | None = None
-    n: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     seed: int | None = None
     stop: Annotated[list[str], BeforeValidator(_listed)] = []
     presence_penalty: float | None = None

@@ -17,7 +17,7 @@ from hotloop.types import Prompt, SamplingParams
 async def submit(
     request: Request,
     model: Model,
-    prompts: Callable[[], Sequence[Prompt]],
+    prompts: Sequence[Prompt],
     params: SamplingParams,
     *,
     large: bool,
@@ -27,19 +27,19 @@ async def submit(
     Args:
         request: The request.
         model: The model.
-        prompts: Makes the prompts.
-        params: Sampling options.
-        large: Making the prompts, tokenizing them or compiling a grammar takes long: another
-            thread does it.
+        prompts: The prompts.
+        params: Sampling options. To compile a grammar takes long.
+        large: To check the prompts takes long, too: another thread does it.
 
     Raises:
         HotloopError: See ``Service.submit``.
     """
 
     def submitted() -> Ticket:
-        return _submit(request, model, prompts(), params)
+        return _submit(request, model, prompts, params)
 
-    return await asyncio.to_thread(submitted) if large else submitted()
+    slow = large or params.grammar is not None
+    return await asyncio.to_thread(submitted) if slow else submitted()
 
 
 async def submit_turn(
