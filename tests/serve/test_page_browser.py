@@ -676,10 +676,19 @@ MARKDOWN = {
     "[no](ftp://example.com)": "<p>[no](ftp://example.com)</p>",
 }
 
-RENDER = """async (source) => {
+GROWING = {
+    "so **bol": "<p>so <strong>bol</strong></p>",
+    "so **bold `co": "<p>so <strong>bold <code>co</code></strong></p>",
+    "so **bold*": "<p>so <strong>bold*</strong></p>",
+    "- a **b\n- c `d": "<ul><li>a **b</li><li>c <code>d</code></li></ul>",
+    "**a\n\nb **": "<p>**a</p><p>b **</p>",
+    "2**3 and `": "<p>2**3 and `</p>",
+}
+
+RENDER = """async ([source, grows]) => {
   const { renderMarkdown } = await import("/modules/markdown.js");
   const node = document.createElement("div");
-  renderMarkdown(node, source);
+  renderMarkdown(node, source, [], grows);
   for (const code of node.querySelectorAll(".code"))
     code.replaceWith(`CODE(${code.querySelector("pre").textContent})`);
   for (const table of node.querySelectorAll(".table"))
@@ -692,7 +701,12 @@ RENDER = """async (source) => {
 
 def test_markdown_is_rendered(open_page: Open) -> None:
     page = open_page("/blank")
-    assert {source: page.evaluate(RENDER, source) for source in MARKDOWN} == MARKDOWN
+    assert {source: page.evaluate(RENDER, [source, False]) for source in MARKDOWN} == MARKDOWN
+
+
+def test_markup_that_is_not_closed_yet_is_displayed_as_if_it_were(open_page: Open) -> None:
+    page = open_page("/blank")
+    assert {source: page.evaluate(RENDER, [source, True]) for source in GROWING} == GROWING
 
 
 GROWN = """async (source) => {
@@ -702,8 +716,9 @@ GROWN = """async (source) => {
   const [grown, whole] = [document.createElement("div"), document.createElement("div")];
   for (let n = 1; n <= source.length; n++) {
     const seen = marks.filter(([start]) => start < n).map(([a, b]) => [a, Math.min(b, n)]);
-    renderMarkdown(grown, source.slice(0, n), seen);
+    renderMarkdown(grown, source.slice(0, n), seen, true);
   }
+  renderMarkdown(grown, source, marks, false);
   renderMarkdown(whole, source, marks);
   const drafted = [...whole.querySelectorAll(".drafted")].map((node) => node.textContent).join("");
   return [grown.innerHTML, whole.innerHTML, drafted];
@@ -722,8 +737,8 @@ def test_text_that_grew_is_rendered_as_if_it_came_at_once(open_page: Open) -> No
 def test_markdown_of_any_kind_is_rendered_in_time(open_page: Open) -> None:
     page = open_page("/blank")
     for piece in ["*", "**a", "_", "`", "[", "[a](", "> ", "- ", "|", "~~x", "\\", "#", "1. ", " "]:
-        assert isinstance(page.evaluate(RENDER, piece * 3000), str)
-        assert isinstance(page.evaluate(RENDER, f"{piece}\n" * 1000), str)
+        assert isinstance(page.evaluate(RENDER, [piece * 3000, True]), str)
+        assert isinstance(page.evaluate(RENDER, [f"{piece}\n" * 1000, False]), str)
 
 
 PARSE = """async (pieces) => {

@@ -32,21 +32,23 @@ const MAX_LINK = 2048; // characters
  * @param {Element} parent
  * @param {string} source
  * @param {Array<[number, number]>} marks Ranges of the source to mark, ascending.
+ * @param {boolean} grows More text will come: bold text and code at the end, not closed yet, are
+ *   displayed as what they are about to be.
  */
-export function renderMarkdown(parent, source, marks = []) {
+export function renderMarkdown(parent, source, marks = [], grows = false) {
   const blocks = splitBlocks(linesOf(source), 0);
   const old = rendered.get(parent) ?? [];
   const drawn = blocks.map((block, i) => {
     const { at, end } = extent(block.lines);
     const text = source.slice(at, end);
     const before = old[i];
-    if (before && before.text === text && before.at === at && before.kind === block.kind) {
-      return before;
-    }
-    const node = draw(block, marks, 0);
+    const open = grows && i === blocks.length - 1;
+    const same = before && before.text === text && before.at === at && before.open === open;
+    if (same && before.kind === block.kind) return before;
+    const node = draw(block, marks, 0, open);
     if (before) before.node.replaceWith(node);
     else parent.append(node);
-    return { text, at, kind: block.kind, node };
+    return { text, at, open, kind: block.kind, node };
   });
   for (const { node } of old.slice(blocks.length)) node.remove();
   rendered.set(parent, drawn);
@@ -176,10 +178,15 @@ function takeList(lines, start) {
 
 const isOrdered = (line) => /^ *\d/.test(line.text);
 
-function draw(block, marks, depth) {
-  const inline = (node, lines) => new Inline(lines, marks).into(node);
-  const nested = (node, lines) => {
-    for (const child of splitBlocks(lines, depth + 1)) node.append(draw(child, marks, depth + 1));
+/** Draws a block; `open` if its text may go on. */
+function draw(block, marks, depth, open) {
+  const inline = (node, lines, last = true) => new Inline(lines, marks, open && last).into(node);
+  const nested = (node, lines, last = true) => {
+    const children = splitBlocks(lines, depth + 1);
+    children.forEach((child, i) => {
+      const isLast = last && i === children.length - 1;
+      node.append(draw(child, marks, depth + 1, open && isLast));
+    });
     return node;
   };
   switch (block.kind) {
@@ -233,7 +240,8 @@ function drawList({ kind, items }, nested, inline) {
   const first = parseInt(items[0].marker, 10);
   const ordered = kind === "ordered";
   const list = element(ordered ? "ol" : "ul", ordered && first !== 1 ? { start: first } : {});
-  for (const { lines } of items) {
+  items.forEach(({ lines }, i) => {
+    const last = i === items.length - 1;
     const item = element("li");
     const task = /^\[([ xX])\] /.exec(lines[0].text);
     if (task) {
@@ -243,10 +251,10 @@ function drawList({ kind, items }, nested, inline) {
       item.append(box);
       lines[0] = from(lines[0], task[0].length);
     }
-    if (lines.length === 1) inline(item, lines);
-    else nested(item, lines);
+    if (lines.length === 1) inline(item, lines, last);
+    else nested(item, lines, last);
     list.append(item);
-  }
+  });
   return list;
 }
 
@@ -261,7 +269,7 @@ function drawTable({ lines: [head, rule, ...rows] }, inline) {
     align.forEach((side, i) => {
       const cell = element(tag, side ? { class: side } : {});
       if (tag === "th") cell.scope = "col";
-      node.append(found[i] ? inline(cell, [found[i]]) : cell);
+      node.append(found[i] ? inline(cell, [found[i]], false) : cell);
     });
     return node;
   };
@@ -302,9 +310,10 @@ function cells(line) {
 
 /** Draws the inline content of lines. */
 class Inline {
-  constructor(lines, marks) {
+  constructor(lines, marks, open) {
     this.lines = lines;
     this.marks = marks;
+    this.open = open;
     this.inLink = false;
     this.text = lines.map((line) => line.text).join("\n");
     this.starts = []; // of each line in the text
@@ -375,6 +384,10 @@ class Inline {
     for (;;) {
       close = text.indexOf(run, close);
       if (close < 0 || close + n > end) {
+        if (n === 1 && this.#mayClose(i + n, end)) {
+          close = end;
+          break;
+        }
         unclosed.add(run);
         return n;
       }
@@ -387,7 +400,12 @@ class Inline {
     if (/^\s.*\s$/s.test(inside) && inside.trim()) [a, b] = [a + 1, b - 1];
     const node = element("code");
     this.#append(node, a, b);
-    return { node, end: close + n };
+    return { node, end: Math.min(end, close + n) };
+  }
+
+  /** Whether markup whose text begins at `i` may be closed by text that is still to come. */
+  #mayClose(i, end) {
+    return this.open && end === this.text.length && i < end;
   }
 
   /** Returns how often the character at `i` is repeated. */
@@ -410,6 +428,11 @@ class Inline {
     for (;;) {
       close = text.indexOf(delimiter, close);
       if (close < 0 || close + n > end) {
+        if (delimiter === "**" && !inWord(i - 1) && this.#mayClose(i + n, end)) {
+          const node = element("strong");
+          this.#scan(node, i + n, end, depth + 1);
+          return { node, end };
+        }
         unclosed.add(delimiter);
         return n;
       }

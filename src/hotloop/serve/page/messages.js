@@ -135,9 +135,9 @@ export class MessageView {
       if (!this.unfoldedByUser) this.thought.open = thinks;
       const took = stats.thought_s === undefined ? "" : ` for ${seconds(stats.thought_s)}`;
       this.thoughtLabel.textContent = thinks ? "Thinking…" : `Thought${took}`;
-      renderMarkdown(this.thoughts, reasoning, drafted.reasoning);
+      renderMarkdown(this.thoughts, reasoning, drafted.reasoning, thinks);
     }
-    renderMarkdown(this.text, content, drafted.content);
+    renderMarkdown(this.text, content, drafted.content, open);
     this.buttons.hidden = open;
     this.copy.hidden = !content;
     this.continue.hidden = !content || message.state === "done";
