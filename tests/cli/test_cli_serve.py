@@ -1,5 +1,7 @@
 """``hotloop serve``: what it takes, and what it refuses before a model is loaded."""
 
+import sys
+
 import pytest
 
 from hotloop.cli.app import main
@@ -53,3 +55,9 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     file.write_text("\n")
     with pytest.raises(ConfigError, match="holds no API key"):
         options.settings("m", DEFAULT_TEMPLATE)
+
+
+def test_without_its_packages_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "m"]) == 2
+    assert "needs the package uvicorn: pip install 'hotloop[serve]'" in capsys.readouterr().err

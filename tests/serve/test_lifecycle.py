@@ -189,7 +189,8 @@ def raw(server: HttpServer, *pieces: bytes, pause_s: float = 0.0) -> bytes:
 
 def test_clients_have_a_time_to_send_headers_and_body(llm):
     with serving(llm, headers_s=0.3, body_s=0.3) as server, asking(server) as client:
-        for sent in (b"", START, START + b"Content-Length: 100\r\n\r\n{"):
+        assert raw(server) == b"", "a connection without a request is closed"
+        for sent in (START, START + b"Content-Length: 100\r\n\r\n{"):
             answer = raw(server, sent)
             assert answer.startswith(b"HTTP/1.1 408 ")
             assert b"request_timeout" in answer

@@ -99,7 +99,10 @@ class LimitedProtocol(H11Protocol):
 
     def _timed_out(self, part: str, seconds: float) -> None:
         self._timer = None
-        if not self.transport.is_closing():
+        begun = part == "body" or self.conn.trailing_data[0]
+        if not begun:  # browsers open connections that they may need: these expect no answer
+            self.transport.close()
+        elif not self.transport.is_closing():
             message = f"the {part} of the request took more than {seconds:g} s."
             self._refuse(ApiError(408, message, type="timeout_error", code="request_timeout"))
 
