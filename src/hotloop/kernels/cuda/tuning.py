@@ -68,9 +68,9 @@ MIN_WIDE_ROWS = 17
 """Rows from which on ``wide.cu`` is faster than ``linear.cu``: on an H200, a whole step of 32 and
 64 rows is, and one of 16 is not."""
 
-MAX_WIDE_ACCUMULATORS = 32
+MAX_WIDE_ACCUMULATORS = 36
 """The most accumulators of a warp of ``wide.cu`` (16 features of an octet of rows each), over tiles
-and strands: registers limit them."""
+and strands, and those of a group: with more, registers spill."""
 
 LOADED_BYTES = 24
 """Bytes that a multiprocessor loads in a clock cycle from L2, if all of them do. This and the
@@ -229,7 +229,8 @@ def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuni
         limits: Of the device.
     """
     octets = next(c for c in WIDE_OCTETS if rows <= 8 * c)
-    tiles = [n for n in (2, 1) if n == 1 or n * octets * form.strands <= MAX_WIDE_ACCUMULATORS]
+    most = (MAX_WIDE_ACCUMULATORS - octets) // (octets * form.strands)
+    tiles = [n for n in (2, 1) if n <= max(1, most)]
     choices = itertools.product(tiles, range(1, parts + 1))
     tuning = (WideTuning(tiles=tiles, splits=splits) for tiles, splits in choices)
     return min(tuning, key=lambda wide: wide_cycles(form, rows, parts, wide, limits))
