@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,33 @@ def test_control_tokens_that_a_message_spells_are_text(client):
     begin, end = 1, 0
     assert response["tokens"].count(end) == 0
     assert response["tokens"].count(begin) == 2  # the template's
+
+
+HOSTILE = {
+    "time": (
+        "{% if messages[0].content == 'x' %}{% for a in range(99999) %}"
+        "{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}fine"
+    ),
+    "output": "{% if messages[0].content == 'x' %}{{ messages[0].content * 10**8 }}{% endif %}fine",
+    "refusal": "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}fine",
+}
+
+
+@pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE)
+def test_a_template_that_goes_too_far_is_an_error_of_the_request(llm, template, monkeypatch):
+    monkeypatch.setattr("hotloop.text.chat.CPU_LIMIT_S", 0.3)
+    with (
+        serving(llm, template=template) as server,
+        httpx2.Client(base_url=server.url, timeout=600) as own,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        asked = [[{"role": "user", "content": text}] for text in ("x", "y", "x", "y")]
+        responses = threads.map(lambda one: chat(own, "", messages=one, max_tokens=1), asked)
+        refused, fine, *again = responses
+    assert refused.status_code == 400
+    assert "chat template" in refused.json()["error"]["message"]
+    assert fine.status_code == 200
+    assert [response.status_code for response in again] == [400, 200]
 
 
 def test_a_trailing_answer_is_continued_where_that_is_asked(client):

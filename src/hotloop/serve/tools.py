@@ -92,8 +92,8 @@ class ToolParser:
         elif self._raw:  # a call that was never announced
             self._refuse()
             self._add_content(held)
-        if self._n_calls == 0:
-            self._flush_space()
+        if self._n_calls == 0 and self._space:
+            self._add(Content(self._space))
         return self._parts
 
     @classmethod
@@ -191,14 +191,10 @@ class ToolParser:
     def _add_content(self, text: str) -> None:
         body = text.rstrip(SPACE)
         if body:
-            self._flush_space()
-            self._add(Content(body))
-        self._space += text[len(body) :]
-
-    def _flush_space(self) -> None:
-        space, self._space = self._space, ""
-        if space:
-            self._add(Content(space))
+            self._add(Content(self._space + body))
+            self._space = text[len(body) :]
+        else:
+            self._space += text
 
     def _add_arguments(self, text: str) -> None:
         if text:

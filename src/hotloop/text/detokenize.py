@@ -110,8 +110,12 @@ def final_length(text: str, sought: Sequence[str]) -> int:
 
     It takes time in proportion to their length, whatever that of ``text``.
     """
-    longest = max(map(len, sought), default=0)
-    for start in range(max(0, len(text) - longest + 1), len(text)):
-        if any(one.startswith(text[start:]) for one in sought):
-            return start
-    return len(text)
+    end = len(text)
+    for one in sought:
+        start = text.find(one[0], max(0, len(text) - len(one) + 1), end)
+        while start >= 0:
+            if one.startswith(text[start:]):
+                end = start
+                break
+            start = text.find(one[0], start + 1, end)
+    return end
