@@ -27,7 +27,7 @@ from hotloop.engine.core import (
 from hotloop.engine.draft_control import DraftController
 from hotloop.engine.request import Request, Scoring
 from hotloop.engine.scheduler import Scheduler
-from hotloop.types import SamplingParams
+from hotloop.types import Grammar, SamplingParams
 
 N_POSITIONS, CHUNK = 64, 8
 END = 7
@@ -66,6 +66,7 @@ class FakeCore:
         self.cache: list[list[int]] = [[] for _ in range(n_rows)]  # the tokens in each seat
         self.commands: list[Command[Any]] = []
         self.right = 0  # drafts that are right in a step that has any
+        self.failures: dict[int, str] = {}  # of grammars, by row
 
     def run(self, command: Command[Any]) -> Pending[Any]:
         self.commands.append(command)
@@ -116,6 +117,7 @@ class FakeCore:
             n_drafts=[step.k] * step.n,
             k=step.k,
             times=StepTimes(model_s=1.0),
+            failures=self.failures,
         )
 
     def _tokens(self, row: int, n: int) -> list[tuple[int, None]]:
@@ -149,11 +151,12 @@ def request(
     ignore_eos: bool = True,
     speculates: bool = False,
     salt: str = "",
+    grammar: Grammar | None = None,
 ) -> Request:
     return Request(
         name,
         [name, *prompt],
-        SamplingParams(ignore_eos=ignore_eos),
+        SamplingParams(ignore_eos=ignore_eos and grammar is None, grammar=grammar),
         seed=0,
         max_new_tokens=n,
         eos_ids={END},
@@ -319,6 +322,29 @@ def test_several_steps_are_taken_at_once_only_while_nothing_waits_or_is_prefille
     assert 4 in {step.n_steps for step in core.steps[before:]}
     for each, n in ((first, 30), (second, 14), (third, 14)):
         assert each.token_ids == expected(each.index, n)
+
+
+@both
+def test_beside_a_grammar_steps_are_single_ones_and_with_it_alone_it_fails(asynchronous):
+    core = FakeCore(2, asynchronous=asynchronous)
+    driven, free = scheduler(core, n_steps=4), request(1, 30)
+    bound = request(2, 9, grammar=Grammar(kind="regex", source="a"))
+    driven.submit(free)
+    driven.submit(bound)
+    while len(bound.token_ids) < 4:
+        driven.iterate()
+    assert all(step.n_steps == 1 for step in core.steps if step.features.constrain)
+    row = driven._rows.index(bound)
+    core.failures = {row: "a limit"}
+    while not bound.ended:
+        driven.iterate()
+    core.failures = {}
+    assert (bound.failed, bound.grammar_failure, bound.finish_reason) == (True, "a limit", None)
+    assert bound.token_ids == expected(2, len(bound.token_ids)), "those of the failed step are none"
+    before = len(core.steps)
+    finish(driven)
+    assert 4 in {step.n_steps for step in core.steps[before:]}
+    assert free.token_ids == expected(1, 30)
 
 
 @both
