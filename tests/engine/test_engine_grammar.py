@@ -17,6 +17,7 @@ from hotloop.engine import grammar as module
 from hotloop.engine.core import MoveRow, Step
 from hotloop.engine.grammar import Grammars, check_syntax
 from hotloop.engine.service import Service
+from hotloop.engine.setup import Setup
 from hotloop.errors import GrammarError, HotloopError, RequestError, UnsupportedError
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.types import MAX_GRAMMAR_BYTES
@@ -146,6 +147,22 @@ def test_drafts_change_no_token(folder, plain, draft):
     for (kind, name), expected in plain.items():
         found = constrained(llm, FOLLOWS[kind][0], **SAMPLING[name])
         assert ids(found) == expected, (kind, name)
+    llm.close()
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", "itself"])
+def test_where_steps_are_launched_ahead_each_mask_still_follows_the_token_before(
+    folder, plain, draft, monkeypatch
+):
+    monkeypatch.setattr(Setup, "asynchronous", True)  # as on a GPU
+    draft = str(folder) if draft == "itself" else draft
+    llm = LLM(str(folder), **ODD, draft=draft, draft_policy="always", draft_tokens=3)
+    for kind, name in (("json_schema", "drawn"), ("json_schema", "adjusted"), ("lark", "drawn")):
+        beside = llm.stream([[9]], SamplingParams(max_new_tokens=20, ignore_eos=True))
+        next(beside)
+        found = constrained(llm, FOLLOWS[kind][0], **SAMPLING[name])
+        assert ids(found) == plain[kind, name], (kind, name)
+        beside.close()
     llm.close()
 
 
