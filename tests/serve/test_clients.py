@@ -1,11 +1,11 @@
 """Heavy clients, unmodified, against a server. Each is skipped where it is not installed."""
 
+import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from serving import HELLO, serving
@@ -98,10 +98,17 @@ def test_litellm_chats_and_streams(server):
 @pytest.mark.skipif(find_spec("guidellm") is None, reason="guidellm is not installed")
 def test_guidellm_measures(server, folder, tmp_path):
     report = tmp_path / "report.json"
-    options = ["--target", server.url, "--profile", "synchronous", "--max-requests", "3"]
-    options += ["--data", "prompt_tokens=16,output_tokens=8", "--processor", str(folder)]
-    command = [sys.executable, "-m", "guidellm", "benchmark", "run", *options]
-    subprocess.run([*command, "--output-path", str(report)], check=True, timeout=HANG_S)
-    (benchmark,) = json.loads(Path(report).read_text())["benchmarks"]
+    options = {
+        "backend": f"kind=openai_http,target={server.url}",
+        "profile": "kind=synchronous",
+        "constraint": "kind=max_requests,count=3",
+        "tokenizer": f"kind=hf_auto,model={folder}",
+        "data": "kind=synthetic_text,prompt_tokens=16,output_tokens=8",
+        "output": f"kind=json,path={report}",
+    }
+    given = itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())
+    command = [sys.executable, "-m", "guidellm", "run", *given, "--disable-console"]
+    subprocess.run(command, check=True, timeout=HANG_S)
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
     assert benchmark["metrics"]["request_totals"]["successful"] == 3
     assert benchmark["metrics"]["output_token_count"]["successful"]["mean"] == 8

@@ -3,9 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import Literal
 
 import openai
 import pytest
+from pydantic import BaseModel
 from serving import HELLO, serving
 from tiny_models import encode
 from waiting import HANG_S, wait_until
@@ -56,6 +58,19 @@ def test_a_chat_is_the_same_whole_streamed_and_by_its_helper(api):
         stream.until_done().get_final_completion()
     (helped,) = caught.value.completion.choices
     assert helped.message.content == choice.message.content
+
+
+class Colour(BaseModel):
+    name: Literal["red", "blue"]
+    is_dark: bool
+
+
+def test_an_answer_is_parsed_as_the_class_that_was_asked_for(api):
+    options = CHAT | {"max_completion_tokens": 100}
+    answer = api.chat.completions.parse(**options, response_format=Colour)
+    assert answer.choices[0].message.parsed in [
+        Colour(name=name, is_dark=is_dark) for name in ("red", "blue") for is_dark in (True, False)
+    ]
 
 
 def test_log_probabilities_of_a_chat_are_read(api):
