@@ -113,3 +113,10 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(capsys):
         assert main(["serve", "nowhere", "--port", str(server.port)]) == 2
     said = capsys.readouterr().err
     assert f"cannot listen on 127.0.0.1, port {server.port}: Address already in use" in said
+
+
+def test_a_template_that_cannot_be_used_is_told_before_a_model_is_loaded(folder, tmp_path, capsys):
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for %}")
+    assert main(["serve", str(folder), "--port", "0", "--chat-template", str(file)]) == 2
+    assert "template.jinja: its chat template is not valid Jinja" in capsys.readouterr().err

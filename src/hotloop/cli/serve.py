@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from hotloop.cli.engine import loaded
+from hotloop.cli.engine import ConversationFormat, loaded
 from hotloop.cli.options import (
     DEFAULT_SERVED_ENGINE,
     DEFAULT_TEMPLATE,
@@ -176,6 +176,7 @@ def serve(
 
     chosen = _config(model, config, engine, weights)
     settings = server.settings(chosen.model, template)
+    ConversationFormat(template).check(chosen.model, [{"role": "user", "content": "Hello"}])
     with _terminated_cleanly(), HttpServer(settings) as http, loaded(chosen) as llm:
         with spinner(f"{settings.name}: preparing for {llm.config.max_batch_size} at once"):
             service = Service(llm, loop=http.loop, max_queued=server.max_queued)

@@ -7,10 +7,11 @@ routes that take a conversation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hotloop.errors import RequestError
+from hotloop.errors import HotloopError, RequestError
 from hotloop.serve.answer_grammar import answer_grammar
 from hotloop.serve.messages import template_messages
 from hotloop.serve.parts import Parser, PlainText
@@ -58,6 +59,12 @@ class Conversations:
         self._takes_tools = takes_tools(tokenizer)
         self._takes_several = takes_several_calls(tokenizer)
         self._reasoning = reasoning_markers(tokenizer)
+
+    def prepare(self) -> None:
+        """Starts the process of the chat template, for which the first answer would wait."""
+        with suppress(HotloopError):  # there is none, or it refuses a greeting
+            greeting = {"role": "user", "content": "Hello"}
+            self._tokenizer.chat_prompt([greeting], **self._variables)
 
     def prompt(self, asked: Conversation, use: ToolUse) -> ChatPrompt:
         """Writes a conversation into a prompt.

@@ -102,6 +102,7 @@ class Served:
                 tool_parser_name=settings.tool_parser,
                 variables=settings.template_variables,
             )
+            conversations.prepare()
         if sampling.greedy:
             sampling = replace(sampling, temperature=API_TEMPERATURE)
         self.metrics.watch(service)
