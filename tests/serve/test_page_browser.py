@@ -210,6 +210,21 @@ def test_escape_leaves_a_message_as_it_was(open_page: Open, server: ScriptedServ
     assert len(server.asked) == 1
 
 
+def test_an_edited_answer_is_what_the_model_continues(
+    open_page: Open, server: ScriptedServer
+) -> None:
+    page = open_page()
+    answer = ask(page, "Greet me")
+    answer.get_by_label("Edit the answer").click()
+    page.get_by_role("textbox", name="Edit the answer").fill("Dear reader,")
+    page.get_by_role("button", name="Save").click()
+    expect(answers(page)).to_contain_text("Edited.")
+    server.scripts.append(Script(pieces=(" good morning.",)))
+    answers(page).get_by_role("button", name="Continue", exact=True).click()
+    expect(answers(page)).to_contain_text("Dear reader, good morning.")
+    assert spoken(server.asked[-1]) == ["Greet me", "Dear reader,"]
+
+
 def test_a_deleted_message_comes_back_by_undo(open_page: Open) -> None:
     page = open_page()
     ask(page, "Question").get_by_label("Delete the answer").click()
@@ -248,7 +263,7 @@ def test_speed_drafts_and_cached_tokens_are_told(open_page: Open, server: Script
     page = open_page()
     answer = ask(page, "Hello")
     stats = answer.locator(".stats")
-    expect(stats).to_contain_text(re.compile(r"[\d.,]+ tok/s"))
+    expect(stats).to_contain_text(re.compile(r"decode [\d.,]+ tok/s"))
     expect(stats).to_contain_text(re.compile(r"TTFT [\d.]+ m?s"))
     expect(stats).to_contain_text("4 tokens")
     expect(stats).to_contain_text("50 % drafted")

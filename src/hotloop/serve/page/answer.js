@@ -4,7 +4,7 @@
 //   reasoning  text that the model thought before its answer
 //   drafted    {content, reasoning}: ranges of these texts that were accepted drafts
 //   state      "waiting", "streaming", or how it ended: "done", "length" (at the limit), "stopped"
-//              (by the user), "lost" (the connection), "failed" (an error)
+//              or "edited" (by the user), "lost" (the connection), "failed" (an error)
 //   error      what went wrong, for the user
 //   seed       of its sampling
 //   request    its options, as JSON, to tell whether two answers were asked for alike

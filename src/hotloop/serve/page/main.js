@@ -167,7 +167,7 @@ function makeView(message) {
       if (message.role === "assistant") {
         const drafted = { ...message.drafted, content: [] };
         const unknown = { error: "", seed: null, request: "", stats: {} };
-        Object.assign(message, { content: text, drafted, state: "stopped", ...unknown });
+        Object.assign(message, { content: text, drafted, state: "edited", ...unknown });
         restored(chat);
         return;
       }

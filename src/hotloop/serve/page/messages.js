@@ -150,6 +150,7 @@ export class MessageView {
     const text = {
       length: "The answer reached its limit of tokens.",
       stopped: "Stopped.",
+      edited: "Edited.",
       lost: message.error,
       failed: message.error,
     }[message.state];
@@ -159,6 +160,7 @@ export class MessageView {
     const bad = message.state === "lost" || message.state === "failed";
     this.notice.className = bad ? "notice bad" : "notice";
     if (bad) this.notice.setAttribute("role", "alert");
+    else this.notice.removeAttribute("role");
     const button = (label, click) => element("button", { type: "button", click }, label);
     this.notice.replaceChildren(
       element("span", {}, text),
@@ -174,7 +176,7 @@ function describe({ stats, state, seed }, useSeed) {
   const items = [];
   const add = (title, ...children) => items.push(element("li", { title }, ...children));
   if (stats.decode_tok_s) {
-    add("Decoding speed: tokens a second, after the first", strong(decimals(stats.decode_tok_s)), " tok/s");
+    add("Decoding speed: tokens a second, after the first", "decode ", strong(decimals(stats.decode_tok_s)), " tok/s");
   }
   if (stats.ttft_s !== undefined) {
     add("Time to first token, from sending to its arrival here", "TTFT ", strong(seconds(stats.ttft_s)));

@@ -5,6 +5,7 @@
 
 const FORMAT = "hotloop-chats";
 const VERSION = 1;
+const ENDS = ["done", "length", "stopped", "edited", "lost", "failed"]; // of answers
 
 export class Store {
   #database = null; // a promise of it; null where the browser offers none, as in some private modes
@@ -138,9 +139,7 @@ function readMessage(message, i, j) {
   }
   const read = { id: text_(message.id) || newId(), role: message.role, content: message.content };
   if (message.role === "user") return read;
-  const state = ["done", "length", "stopped", "lost", "failed"].includes(message.state)
-    ? message.state
-    : "done";
+  const state = ENDS.includes(message.state) ? message.state : "done";
   const stats = {};
   for (const [name, value] of Object.entries(message.stats ?? {})) {
     if (number(value) !== null) stats[name] = value;
