@@ -33,6 +33,7 @@ def test_options_change_a_measured_configuration_and_defaults_of_a_server_do_not
         (["m", "--port", "1.5"], "not a whole number"),
         (["m", "--drain-s", "-1"], "--drain-s"),
         (["m", "--max-queued", "-1"], "--max-queued"),
+        (["m", "--tool-parser", "hermis"], "Did you mean 'hermes'?"),
         (["m", "--api-key-file", "nowhere"], "nowhere"),
         (["m", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
         (["nowhere", "--port", "0"], "nowhere"),

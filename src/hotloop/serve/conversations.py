@@ -13,7 +13,7 @@ from typing import Any
 
 from hotloop.errors import HotloopError, RequestError
 from hotloop.serve.answer_grammar import answer_grammar
-from hotloop.serve.messages import template_messages
+from hotloop.serve.messages import content_text, template_messages
 from hotloop.serve.parts import Parser, PlainText
 from hotloop.serve.reasoning import ReasoningParser, is_within_reasoning, reasoning_markers
 from hotloop.serve.schemas import Conversation
@@ -133,5 +133,4 @@ def _continued(asked: Conversation) -> str:
     """Returns the message that the answer continues; empty if it begins a new one."""
     if not (asked.continue_final_message and asked.messages):
         return ""
-    content = asked.messages[-1].get("content")
-    return content if isinstance(content, str) else ""
+    return content_text("messages", asked.messages[-1].get("content") or "")

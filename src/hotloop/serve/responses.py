@@ -112,6 +112,8 @@ def messages_of(
     Raises:
         ApiError: An item is not valid, or of a kind that is not served.
     """
+    if not items:
+        raise ApiError(400, "input: there must be a text, or an item.", param="input")
     messages: list[Message] = []
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
