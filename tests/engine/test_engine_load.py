@@ -91,6 +91,7 @@ def comparable(generation: Generation) -> tuple[object, ...]:
         ("decoder, asynchronous", "itself", "tokens"),
         ("cpu kernels", "none", "tokens"),
         ("cpu kernels", "itself", "chunks"),
+        ("cpu kernels", "ngram+self-int4-g32", "tokens"),
         ("int8 cpu kernels", "ngram", "tokens"),
     ],
 )
