@@ -3,8 +3,10 @@
 Captures are emulated on a CPU: a graph is its program, whose results keep their place.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from hotloop import LLM, Grammar, SamplingParams
 from hotloop.engine.core import Features
+from hotloop.engine.graphs import MOST_GRAPHS
 from hotloop.engine.memory import predict_memory
-from hotloop.engine.programs import SERVED_FEATURES, served_features
+from hotloop.engine.programs import SERVED_FEATURES, served_features, serving_steps
 from hotloop.engine.service import Service
 from hotloop.engine.setup import Setup, prepare
 from hotloop.types import EngineConfig
@@ -134,6 +137,33 @@ def test_served_features_are_ascending_and_the_last_ones_are_all(folder):
         alike = [each for each in features if each.constrain == with_grammars]
         for i, smaller in enumerate(alike):
             assert all(larger.includes(smaller) for larger in alike[i:])
+
+
+@pytest.mark.parametrize(("fused", "n_positions"), [(True, 131_072), (False, 8192)])
+def test_no_graph_of_a_server_is_evicted(fused, n_positions):
+    setup: Any = SimpleNamespace(
+        config=SimpleNamespace(max_batch_size=32, draft_tokens=4),
+        draft=SimpleNamespace(names=["ngram"]),
+        captures=True,
+        makes_programs=True,
+        has_tokenizer=True,
+        fused=fused,
+        device=torch.device("cuda"),
+        n_positions=n_positions,
+    )
+    graphs = set()
+    for step in serving_steps(setup, 2):
+        features, size = step.features, (step.n, step.k)
+        if fused:
+            features = dataclasses.replace(features, truncate=False, n_candidates=0)
+        if step.k:
+            sampling = dataclasses.replace(features, logprobs=False, constrain=False)
+            graphs.add(("draft", *size, step.longest, sampling))
+        if features.constrain:
+            graphs |= {("forward", *size, step.longest), ("choose", *size, features)}
+        else:
+            graphs.add(("step", *size, step.longest, features, step.n_steps))
+    assert 100 < len(graphs) <= MOST_GRAPHS
 
 
 def test_no_programs_are_made_for_grammars_that_there_cannot_be(folder, monkeypatch):

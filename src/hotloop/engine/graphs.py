@@ -13,8 +13,9 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-MOST_GRAPHS = 512
-"""Exceeds the programs that a server needs (``programs``); each graph takes some megabytes."""
+MOST_GRAPHS = 1536
+"""Exceeds the programs that a server of 32 rows needs (``programs``), with drafts and a context of
+8,192 tokens in ``compile``, or of any in ``fused``; each graph takes some megabytes."""
 
 
 class Graphs:
