@@ -172,6 +172,8 @@ def test_items_of_earlier_responses_are_taken_as_they_were_given(client):
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
             "input[0].content[0]",
         ),
+        ({"input": [{"type": "reasoning", "content": 5}]}, "input[0]"),
+        ({"input": [{"type": "reasoning", "content": [{"text": 5}]}]}, "input[0]"),
         ({"input": []}, "input"),
         ({"input": ""}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),

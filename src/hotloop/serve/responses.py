@@ -139,12 +139,9 @@ def _add_item(messages: list[Message], place: str, item: Item) -> None:
             else:
                 messages.append({"role": role, "content": content})
         case {"type": "reasoning"}:
-            parts = item.get("content") or item.get("summary") or []
-            _answer(messages, holds="reasoning_content")["reasoning_content"] = "\n".join(
-                part["text"]
-                for part in parts
-                if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-            )
+            thoughts = item.get("content") or item.get("summary") or []
+            message = _answer(messages, holds="reasoning_content")
+            message["reasoning_content"] = _thoughts(place, thoughts)
         case {"type": "function_call", "name": str(name), "arguments": str(arguments)}:
             call = {"type": "function", "function": {"name": name, "arguments": arguments}}
             if isinstance(call_id := item.get("call_id"), str):
@@ -161,6 +158,15 @@ def _add_item(messages: list[Message], place: str, item: Item) -> None:
                 "must be a message, a reasoning, a function_call or a function_call_output, with "
                 f"their fields, not {shorten_value(item)}.",
             )
+
+
+def _thoughts(place: str, parts: Any) -> str:
+    """Returns the text of a reasoning item: of all of its parts."""
+    match parts:
+        case [*_] if all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+            return "\n".join(part["text"] for part in parts)
+        case _:
+            raise _refused(place, f"must have parts with a text, not {shorten_value(parts)}.")
 
 
 def _answer(messages: list[Message], holds: str = "") -> Message:
