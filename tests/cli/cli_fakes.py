@@ -31,6 +31,7 @@ class FakeTokenizer:
     """One token a character; ``<role>`` of the template is one, too."""
 
     chat_template: str = "<role>content"
+    tool_template: str | None = None
     source: Path = Path("fake")
     bos_id: int = ord("^")
     notes: tuple[str, ...] = ()
