@@ -51,7 +51,7 @@ def levers(config: EngineConfig) -> tuple:
 TABLE = [
     (quant, execution, n, "none", "auto")
     for quant in ("int8", "int4-g128")
-    for execution in ("eager", "compile")
+    for execution in ("eager", "compile", "fused")
     for n in (1, 2, 4)
 ]
 BASELINE = ("int4-g128-asym", "auto", 1, "none", "auto")
@@ -66,7 +66,7 @@ WITH_DRAFTS = [
     ("name", "cells"),
     [("asclepius-13b", [*TABLE, BASELINE]), ("llama-2-70b", TABLE + WITH_DRAFTS)],
 )
-def test_a_recipe_is_the_references_table_cell_by_cell(name, cells):
+def test_a_recipe_is_the_references_table_cell_by_cell_and_the_fused_step(name, cells):
     recipe = with_random_weights(f"{name}.yaml")
     assert [levers(config) for config in expand(recipe)] == cells
     workload = recipe.workload
@@ -142,7 +142,7 @@ def test_what_cannot_run_is_a_row_of_the_page_that_says_by_how_much(monkeypatch)
     (table,) = make_page(run_all(with_random_weights("llama-2-70b.yaml")))
     assert table.title == "llama-2-70b, random weights on A small GPU"
     shown = {row.cells[:4]: row.cells[4] for row in table.rows}
-    assert len(shown) == 18
+    assert len(shown) == 24
     notes = dict(enumerate(table.notes, start=1))
 
     def note(*cells: str) -> str:
