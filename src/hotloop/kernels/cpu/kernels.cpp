@@ -536,7 +536,7 @@ inline int64_t size_of(Number type) {
 struct GroupedWeight {
   Tensor description, blocks;  // held as long as the weight is read
   Header header;
-  int64_t N, K, G, S, block_bytes;
+  int64_t N, K, G, S, block_bytes, values_at;
   const std::byte *first, *table;
   const int32_t* permutation = nullptr;
   Numbers scale, offset, super_scale, super_offset;
@@ -566,11 +566,11 @@ struct GroupedWeight {
     const auto numbers = [&](Number type, int64_t columns) {
       return Numbers{type, section(size_of(type) * kBlockFeatures * columns)};
     };
-    section(kBlockFeatures * K / (is_table || values == Encoding::kNibbles ? 2 : 1));
     scale = numbers(header.scale, G);
     offset = numbers(header.offset, G);
     super_scale = numbers(header.super_scale, S);
     super_offset = numbers(header.super_offset, S);
+    values_at = section(kBlockFeatures * K / (is_table || values == Encoding::kNibbles ? 2 : 1));
     STD_TORCH_CHECK(packed.is_contiguous() && at == block_bytes &&
                         packed.size(0) == (N + kBlockFeatures - 1) / kBlockFeatures &&
                         length == kAlignment + table_bytes + (header.permuted ? 4 * K : 0),
@@ -579,10 +579,10 @@ struct GroupedWeight {
   }
 
   const std::byte* block_of(int64_t n) const { return first + n / kBlockFeatures * block_bytes; }
+  const std::byte* values_of(int64_t n) const { return block_of(n) + values_at; }
 
   int64_t size() const { return K / G; }
   int64_t runs() const { return (size() + kExactGroup - 1) / kExactGroup; }  // of a group
-  bool has_zero() const { return zero_points || header.zero; }
   bool has_offset() const { return offset && !zero_points; }
 };
 
@@ -592,11 +592,12 @@ struct GroupParameters {
   f32v scale[kGroups], offset[kGroups];
   s32v zero[kGroups];
 
-  void load(const GroupedWeight& weight, int64_t n, int64_t first, int64_t count) {
+  [[gnu::always_inline]] void load(const GroupedWeight& weight, int64_t n, int64_t first,
+                                   int64_t count) {
     const std::byte* block = weight.block_of(n);
     const int64_t lane = n % kBlockFeatures, at = first * kBlockFeatures + lane;
     const int64_t span = weight.G / weight.S;  // groups of a super-block
-    const auto widen_numbers = [&](const Numbers& numbers, const Numbers& factors, f32v* to) {
+    const auto widen_numbers = [&](const Numbers& numbers, const Numbers& factors, f32v* to) __attribute__((always_inline)) {
       numbers.with_getter(block, [&](auto number) {
         for (int64_t i = 0; i < count; i++) to[i] = number(at + i * kBlockFeatures);
       });
@@ -612,13 +613,10 @@ struct GroupParameters {
     };
     widen_numbers(weight.scale, weight.super_scale, scale);
     if (weight.has_offset()) widen_numbers(weight.offset, weight.super_offset, offset);
-    if (weight.has_zero()) {
-      for (int64_t i = 0; i < count; i++) zero[i] = s32v{} + weight.header.zero;
-    }
     if (weight.zero_points) {
       const auto* points = reinterpret_cast<const int8_t*>(block + weight.offset.at) + at;
       for (int64_t i = 0; i < count; i++) {
-        zero[i] += widen(::load<s8q>(points + i * kBlockFeatures));
+        zero[i] = widen(::load<s8q>(points + i * kBlockFeatures)) + weight.header.zero;
       }
     }
   }
@@ -626,7 +624,7 @@ struct GroupParameters {
 
 // Where the values of a vector of features begin, which each have a T in turn.
 template <class T> const T* values_of(const GroupedWeight& weight, int64_t n) {
-  return reinterpret_cast<const T*>(weight.block_of(n)) + n % kBlockFeatures;
+  return reinterpret_cast<const T*>(weight.values_of(n)) + n % kBlockFeatures;
 }
 
 // Four-bit values: 32-bit words [N / 16, K / 8, 16] of eight values along K. Nibble i of a word's
@@ -773,8 +771,8 @@ struct Float8 {
   }
 };
 
-// Computes features n … n + kLanes - 1 of R rows from activations `x` and, if values are integers
-// with zeros or offsets, the sums of activations over the runs of groups.
+// Computes features n … n + kLanes - 1 of R rows from activations `x` and, if values are integers,
+// the sums of activations over the runs of groups.
 template <class Values, int R>
 void multiply_groups(const GroupedWeight& weight, int64_t n, const typename Values::X* x,
                      const int32_t* x_sums, f32v (&total)[R]) {
@@ -783,7 +781,7 @@ void multiply_groups(const GroupedWeight& weight, int64_t n, const typename Valu
   // Independent additions; the order of floating-point ones must not depend on R.
   constexpr int kChains = !kIntegers || R == 1 ? 4 : R < kSums / 3 ? 2 : 1;
   const int64_t size = weight.size();
-  const bool has_zero = weight.has_zero(), has_offset = weight.has_offset();
+  const bool has_offset = weight.has_offset();
   const Values values(weight, n);
   GroupParameters parameters;
   f32v scaled[R]{};  // in registers, as results need not be
@@ -795,8 +793,14 @@ void multiply_groups(const GroupedWeight& weight, int64_t n, const typename Valu
       for (const int64_t last = k + size; k < last;) {
         const int64_t stop = std::min(k + kExactGroup, last);
         Sums sums[R][kChains]{};
-        if (kIntegers && has_zero) {
-          for (int r = 0; r < R; r++) sums[r][0] -= (Sums)(parameters.zero[g] * x_sums[r]);
+        if constexpr (kIntegers) {
+          for (int r = 0; r < R; r++) {
+            if (weight.zero_points) {
+              sums[r][0] -= parameters.zero[g] * x_sums[r];
+            } else {
+              sums[r][0] -= weight.header.zero * x_sums[r];
+            }
+          }
         }
         for (; k < stop; k += 8) {
           values.for_eight(k, [&](int i, auto v) {
@@ -850,8 +854,7 @@ void multiply_integers(const Tensor& x, const uint16_t* rows, int64_t M, Grouped
                        Output out) {
   FixedPoint fixed(rows, M, weight.K);
   Activations<int16_t, Values::kRun> pairs(fixed.values.data(), M, weight.K);
-  std::vector<int32_t> x_sums;
-  if (weight.has_zero() || weight.has_offset()) x_sums = sum_runs(fixed, M, weight);
+  const std::vector<int32_t> x_sums = sum_runs(fixed, M, weight);
   for (float& scale : fixed.scale) scale *= weight.header.factor;
   const int64_t runs = weight.G * weight.runs();
   by_features(x, out, [=, weight = std::move(weight), pairs = std::move(pairs),
@@ -911,7 +914,7 @@ void multiply_grouped(const Tensor& x, GroupedWeight weight, Output out) {
 void dequantize_row(const GroupedWeight& weight, int64_t n, float* y) {
   const int64_t feature = n % kBlockFeatures, lane = n % kLanes;
   const Encoding encoding = weight.header.values;
-  const auto* bytes = reinterpret_cast<const int8_t*>(weight.block_of(n));
+  const auto* bytes = reinterpret_cast<const int8_t*>(weight.values_of(n));
   const auto* words = reinterpret_cast<const uint32_t*>(bytes) + feature;
   const auto value = [&](int64_t k, int32_t zero) {
     if (encoding == Encoding::kBytes) {
@@ -933,7 +936,7 @@ void dequantize_row(const GroupedWeight& weight, int64_t n, float* y) {
     parameters.load(weight, n - lane, first, count);
     for (int64_t g = 0; g < count; g++) {
       const double scale = parameters.scale[g][lane];
-      const int32_t zero = weight.has_zero() ? parameters.zero[g][lane] : 0;
+      const int32_t zero = weight.zero_points ? parameters.zero[g][lane] : weight.header.zero;
       const float offset = weight.has_offset() ? parameters.offset[g][lane] : 0;
       for (const int64_t last = k + weight.size(); k < last; k++) {
         const float scaled = float(value(k, zero) * scale);  // rounded: not a fused multiply-add

@@ -4,8 +4,9 @@ A packed weight is two tensors of bytes, since passing a tensor to an operator t
 reading a description: the description, with a lookup table and a permutation, and the blocks.
 
 A block is 16 output features; the last one is padded with zeros. It has sections, each at a
-multiple of 64 bytes: values, scales, offsets, factors of scales, and factors of offsets. What
-belongs to a feature is interleaved over the block. Eight four-bit values of a feature are a 32-bit
+multiple of 64 bytes: scales, offsets, factors of scales, factors of offsets, and values. So what is
+read first comes first, and prefetching values prefetches the next block's scales. What belongs to a
+feature is interleaved over the block. Eight four-bit values of a feature are a 32-bit
 word; eight-bit integers come in pairs, eight-bit floats one by one.
 
 Shape letters: N output features, K input features, G groups along K, S super-blocks.
@@ -63,7 +64,7 @@ def pack_groups(form: KernelFormat, weight: Quantized, *, n: int) -> list[Tensor
     rows, k = weight.values.shape
     lengths = _section_bytes(form, k)
     blocks = torch.zeros(-(-rows // BLOCK_FEATURES), sum(lengths), dtype=torch.uint8)
-    values, *sections = blocks.split(lengths, dim=1)
+    *sections, values = blocks.split(lengths, dim=1)
     if form.kind in _FOUR_BITS:
         _interleave(_words(weight.values, 8 if form.kind == "int4" else 0), values)
     elif form.kind == "fp8":
@@ -115,11 +116,11 @@ def _section_bytes(form: KernelFormat, k: int) -> list[int]:
     itemsize = 0 if form.super_dtype is None else form.super_dtype.itemsize
     scale = _stored(form.scale_dtype).itemsize
     lengths = (
-        BLOCK_FEATURES * k // (2 if form.kind in _FOUR_BITS else 1),
         of_groups * scale,
         of_groups * {"none": 0, "integer": 1, "offset": scale}[form.zero],
         of_supers * itemsize,
         of_supers * itemsize * (form.zero == "offset"),
+        BLOCK_FEATURES * k // (2 if form.kind in _FOUR_BITS else 1),
     )
     return [_aligned(length) for length in lengths]
 
