@@ -55,7 +55,7 @@ PARTS = ("equal", "load", "pause", "alone")
 CLIENTS = (1, 4, 8, 16, 32)
 
 STARTED_S, LIMIT_S = 120.0, 120.0
-"""The time limits of an engine's start, and of a part."""
+"""The time limits of an engine's start, and of a part by default."""
 
 LONG_CHUNKS = 4
 """Chunks of the prompts of ``pause``."""
@@ -79,6 +79,7 @@ class Job:
         new_tokens: New tokens of a request.
         rounds: Requests of each client, or rounds of ``pause`` and ``alone``.
         pause_s: The mean of a client's pause before a request.
+        limit_s: The time limit of a part.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Job:
     new_tokens: int = 256
     rounds: int = 4
     pause_s: float = 0.25
+    limit_s: float = LIMIT_S
 
     @property
     def name(self) -> str:
@@ -112,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--execution", default="auto")
     parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS))
     parser.add_argument("--rounds", type=int, default=4, help="requests of each client")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="of a part")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -142,7 +146,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         engine |= {"prefix_cache": "chunks", "prefill_chunk": 512}  # as hotloop serve has them
         engine |= {"max_batch_size": max(args.clients), "max_seq_len": 2560}
         common = {"parts": tuple(args.parts), "clients": tuple(args.clients)}
-        common |= {"new_tokens": args.new_tokens, "rounds": args.rounds}
+        common |= {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
+        common |= {"rounds": args.rounds, "limit_s": args.limit_s}
         jobs.append(Job(model=model, engine=engine, **common))
     return jobs
 
@@ -171,7 +176,7 @@ async def run(job: Job, machine: dict[str, Any], out: Path) -> list[str]:
                 part = parts.pop(0)
                 name, started = f"{part}-{job.name}", time.perf_counter()
                 try:
-                    async with asyncio.timeout(LIMIT_S):
+                    async with asyncio.timeout(job.limit_s):
                         samples = await RUNNERS[part](job, engine)
                 except (WireError, OSError, EOFError, TimeoutError) as error:
                     print(name, "failed:", repr(error), file=sys.stderr, flush=True)

@@ -88,8 +88,7 @@ def test_total_speed_is_of_the_time_with_all_clients():
     assert benchmark.tok_s([first]) == pytest.approx(3 / 30e-6)
 
 
-@pytest.mark.parametrize("machine", ["h200", "2-core-x86_64"])
-def test_the_page_has_a_place_for_the_tables_that_the_makefile_makes(machine):
+def test_the_page_has_a_place_for_the_tables_that_the_makefile_makes():
     page = (ROOT / "docs/performance.md").read_text()
-    assert all(f"<!-- tables of {machine}-serving: {m} -->" in page for m in ("begin", "end"))
+    assert all(f"<!-- tables of h200-serving: {mark} -->" in page for mark in ("begin", "end"))
     assert "serving.py --out benchmarks/results/$(GPU)-serving" in (ROOT / "Makefile").read_text()
