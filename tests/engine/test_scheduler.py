@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -186,6 +186,48 @@ def expected(name: int, n: int) -> list[int]:
 
 
 both = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+
+
+class Awaited(NamedTuple):
+    """A result that notes what was waited for."""
+
+    command: Command[Any]
+    result: Pending[Any]
+    awaited: list[Command[Any]]
+
+    def wait(self) -> Any:
+        self.awaited.append(self.command)
+        return self.result.wait()
+
+
+class AwaitedCore(FakeCore):
+    """Notes the commands whose results were waited for, in order."""
+
+    def __init__(self, n_rows: int) -> None:
+        super().__init__(n_rows, asynchronous=True)
+        self.awaited: list[Command[Any]] = []
+
+    def run(self, command: Command[Any]) -> Pending[Any]:
+        return Awaited(command, super().run(command), self.awaited)
+
+
+def test_tokens_of_a_step_do_not_wait_for_the_chunk_behind_it():
+    core = AwaitedCore(2)
+    driven = scheduler(core)
+    talking, long = request(1, 20), request(2, 1, prompt=range(3 * CHUNK))
+    driven.submit(talking)
+    while not talking.token_ids:
+        driven.iterate()
+    driven.submit(long)
+    n_beside = 0
+    while not long.token_ids:
+        pieces = driven.iterate()
+        if any(job is talking for job, _ in pieces):
+            assert isinstance(core.awaited[-1], Step)
+            n_beside += sum(isinstance(each, Prefill) for each in core.awaited) > 0
+    assert n_beside > 0, "steps ran beside the prompt"
+    finish(driven)
+    assert talking.token_ids == expected(1, 20)
 
 
 @both

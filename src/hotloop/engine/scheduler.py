@@ -9,10 +9,10 @@ caller runs iterations of the scheduler, and may submit and cancel in between:
 ...     for request, delta in scheduler.iterate():
 ...         ...
 
-An iteration launches a decode step of all rows, then at most one chunk of one prompt, and then
-delivers what the previous iteration launched, while the device computes. So the host runs one step
-behind the device, and a long prompt delays others by one chunk at a time. A request is in the steps
-after its last chunk. If tokens end a request, those of its in-flight step are discarded.
+It launches a decode step of all rows, then at most one chunk of one prompt, and delivers what it
+launched before that while the device computes. So the host runs one step behind the device, and a
+long prompt delays others by one chunk at a time. A request is in the steps after its last chunk. If
+tokens end a request, those of its in-flight step are discarded.
 
 Chunks begin at multiples of their size, whatever the load, so that load changes no bits.
 """
@@ -110,13 +110,15 @@ class Scheduler:
         self._rows: list[Request | None] = [None] * n_rows
         self._seats = Seats(n_rows, reuse=prefix_cache, chunk=chunk)
         self._seat_of: dict[Job, Seat] = {}
-        self._in_flight: list[_Launched] = []
+        # Launches of the previous iteration that are not delivered, and those of the next. One list
+        # between iterations that launch, and two from a launch until the previous is delivered.
+        self._in_flight: deque[list[_Launched]] = deque([[]])
         self._chunk_next = False  # of a synchronous device
 
     @property
     def idle(self) -> bool:
         """Whether no request is waiting, running or in flight."""
-        return not (self._waiting or self._seat_of or self._in_flight)
+        return not (self._waiting or self._seat_of or any(self._in_flight))
 
     @property
     def n_waiting(self) -> int:
@@ -146,17 +148,22 @@ class Scheduler:
         if job in self._waiting:
             self._waiting.remove(job)
         self._release(job)
-        self._in_flight = [each for each in self._in_flight if not each.ended]
+        for launched in self._in_flight:
+            launched[:] = [each for each in launched if not each.ended]
 
     def forget(self) -> None:
         """Forgets the tokens that free seats hold."""
         self._seats.forget()
 
     def iterate(self) -> list[tuple[Job, Delta | None]]:
-        """Runs one iteration: launches a step and a chunk, and delivers the previous ones.
+        """Launches a step and a chunk behind it, or delivers what was launched before.
 
-        A synchronous device has completed them when they are launched. There an iteration is either
-        a step or a chunk, by turns, and is delivered at once.
+        Each call delivers one launch as soon as the device has completed it, so that a step's
+        tokens do not wait for the chunk behind it. The next step and chunk are launched when all
+        but the newest are delivered: the host is one step ahead of the device.
+
+        A synchronous device has completed a launch when it returns. There a call launches either a
+        step or a chunk, by turns, and delivers it at once.
 
         Returns:
             The new pieces of answers; None for a window that has been scored. The last piece of a
@@ -168,10 +175,14 @@ class Scheduler:
             launched = first() or second()
             self._chunk_next = launched is not None and launched.n > 0
             return [] if launched is None else self._deliver(launched)
-        previous = self._in_flight
-        launched = [self._launch_step(), self._launch_chunk()]
-        self._in_flight = [each for each in launched if each is not None]
-        return list(chain.from_iterable(map(self._deliver, previous)))
+        if len(self._in_flight) == 1:
+            both = (self._launch_step(), self._launch_chunk())
+            self._in_flight.append([each for each in both if each is not None])
+        previous = self._in_flight[0]
+        launched = previous.pop(0) if previous else None
+        if not previous:
+            self._in_flight.popleft()
+        return [] if launched is None else self._deliver(launched)
 
     # ------------------------------------------------------------------------------ rows and seats
 
@@ -207,7 +218,7 @@ class Scheduler:
         """Launches a decode step for every request that needs one, without waiting for it."""
         fewest: dict[Request, int] = {}  # tokens that in-flight steps will surely bring
         most: dict[Request, int] = {}
-        for launched in self._in_flight:
+        for launched in chain.from_iterable(self._in_flight):
             for request in launched.requests.values():
                 fewest[request] = fewest.get(request, 0) + launched.n_steps
                 most[request] = most.get(request, 0) + launched.n_steps + launched.choice.k
