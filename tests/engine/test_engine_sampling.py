@@ -67,6 +67,7 @@ def assert_drawn_from(drawn: np.ndarray, probabilities: np.ndarray) -> None:
         {"top_p": 0.5},
         {"top_p": 0.93},
         {"top_p": 1e-30},
+        {"top_p": 1e-60},
         {"min_p": 0.2},
         {"min_p": 1.0},
         {"repetition_penalty": 1.7},

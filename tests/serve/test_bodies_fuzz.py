@@ -80,3 +80,19 @@ def test_no_body_is_a_fault_of_the_server(client, seed):
         assert response.status_code in (200, 400), (response.text, body)
         statuses.add(response.status_code)
     assert statuses == {200, 400}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {"9" * 5000: 1}},
+        {"tools": [{"type": "x" * 5000}]},
+        {"messages": [{"role": "user", "content": [{"type": "x" * 5000}]}]},
+        {"x" * 5000: 1, "model": "y" * 5000},
+    ],
+    ids=lambda fields: next(iter(fields))[:10],
+)
+def test_an_error_does_not_repeat_a_long_value(client, fields):
+    response = client.post("/v1/chat/completions", json={**CHAT, **fields})
+    assert response.status_code in (400, 404)
+    assert len(response.text) < 1500

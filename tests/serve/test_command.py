@@ -13,6 +13,9 @@ from waiting import HANG_S, wait_until
 
 from hotloop.cli import serve as command
 from hotloop.cli.app import main
+from hotloop.cli.options import TemplateOptions
+from hotloop.cli.serve import ServerOptions
+from hotloop.errors import ConfigError
 from hotloop.serve.lifecycle import HttpServer
 from hotloop.serve.settings import ServerSettings
 
@@ -120,3 +123,31 @@ def test_a_template_that_cannot_be_used_is_told_before_a_model_is_loaded(folder,
     file.write_text("{% for %}")
     assert main(["serve", str(folder), "--port", "0", "--chat-template", str(file)]) == 2
     assert "template.jinja: its chat template is not valid Jinja" in capsys.readouterr().err
+
+
+def settings(**options: object) -> ServerSettings:
+    return ServerOptions(**options).settings("tiny", TemplateOptions())
+
+
+def test_keys_have_no_space_around_them(monkeypatch, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("\ufefffirst\r\n\n  second \n", encoding="utf-8")
+    monkeypatch.setenv("HOTLOOP_API_KEY", " third\n")
+    assert set(settings(api_key_file=file).keys) == {"first", "second", "third"}
+    monkeypatch.setenv("HOTLOOP_API_KEY", " \n")
+    assert settings().keys == ()
+
+
+def test_origins_are_taken_as_browsers_send_them():
+    given = ("HTTP://LocalHost:3000/", "*", "chrome-extension://abc")
+    assert settings(cors_origin=given).cors_origins == (
+        "http://localhost:3000",
+        "*",
+        "chrome-extension://abc",
+    )
+
+
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://a/page", "http://", ""])
+def test_what_is_no_origin_is_refused(origin):
+    with pytest.raises(ConfigError, match="--cors-origin must be"):
+        settings(cors_origin=(origin,))

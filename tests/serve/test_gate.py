@@ -2,6 +2,12 @@
 
 import pytest
 from serving import HELLO
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+
+from hotloop.serve.errors import ApiError
+from hotloop.serve.gate import Gate, is_loopback
+from hotloop.serve.settings import ServerSettings
 
 ASKED = {"messages": HELLO, "max_tokens": 1}
 PAGE = "http://page.example"
@@ -43,3 +49,17 @@ def test_unknown_routes_and_methods_are_errors_in_the_shape_of_the_api(client):
     ):
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("given", ["My.Example", "my.example:8000", "[::2]:80", "::2"])
+def test_an_allowed_host_is_a_name_however_it_is_written(given):
+    gate = Gate(Starlette(), ServerSettings(allowed_hosts=(given,)))
+    host = "[::2]:9" if "::2" in given else "my.example:9"
+    gate._check_host(Headers({"host": host}))
+    with pytest.raises(ApiError, match="does not answer as"):
+        gate._check_host(Headers({"host": "other.example"}))
+
+
+def test_a_host_name_is_a_loopback_in_any_case():
+    assert is_loopback("LocalHost")
+    assert not is_loopback("localhost.example")

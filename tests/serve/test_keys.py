@@ -76,3 +76,14 @@ def test_a_page_of_an_allowed_origin_may_ask_and_no_other(guarded):
             found = response.headers.get("access-control-allow-origin")
             assert found == (PAGE if allowed else None)
             assert "access-control-allow-credentials" not in response.headers
+
+
+def test_requests_without_a_key_are_counted_as_errors(guarded):
+    def n_refused() -> float:
+        text = guarded.get("/metrics", headers={"api-key": "first"}).text
+        lines = [line for line in text.splitlines() if 'status="401"' in line and "_total" in line]
+        return float(lines[0].split()[-1]) if lines else 0.0
+
+    before = n_refused()
+    assert guarded.get("/v1/models").status_code == 401
+    assert n_refused() == before + 1

@@ -69,6 +69,7 @@ def test_an_answer_follows_its_schema(client, route, asked):
         ({"structured_outputs": {"grammar": 'start: "x" "z"'}}, "xz"),
         ({"structured_outputs": {"choice": ["yes", 'n"o']}}, 'yes|n"o'),
         ({"guided_choice": ["only"]}, "only"),
+        ({"guided_choice": ["\x7f\x00\n", "\x7f\u2028"]}, "\x7f\x00\n|\x7f\u2028"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
@@ -104,6 +105,8 @@ def test_a_text_is_any_text(client):
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "one of regex, choice"),
         ({"structured_outputs": {"regex": "a"}, "guided_json": {}}, "several"),
         ({"structured_outputs": {"choice": []}}, "choice cannot be []"),
+        ({"structured_outputs": {"structural_tag": {}}}, "'structural_tag' is not served"),
+        ({"guided_regex": 0}, "regex cannot be 0"),
         ({"guided_regex": "("}, "regular expression"),
         ({"structured_outputs": {"json": "{"}}, "JSON"),
         ({"guided_json": {"type": "nothing"}}, "nothing"),

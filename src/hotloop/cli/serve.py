@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -120,9 +121,10 @@ class ServerOptions:
             raise ConfigError(f"--max-queued must be 0 or more, not {self.max_queued}.")
         if not 0 <= self.drain_s <= 86400:
             raise ConfigError(f"--drain-s must be between 0 and 86400, not {self.drain_s}.")
-        keys = [os.environ.get(API_KEY, "")]
+        keys = [os.environ.get(API_KEY, "").strip()]
         if (file := self.api_key_file) is not None:
-            in_file = [line.strip() for line in read_text(file, refuse=config_error).splitlines()]
+            text = read_text(file, refuse=config_error).removeprefix("\ufeff")  # of some editors
+            in_file = [line.strip() for line in text.splitlines()]
             if not any(in_file):
                 raise config_error(file, "holds no API key")
             keys += in_file
@@ -133,12 +135,26 @@ class ServerOptions:
             name=self.name or Path(model).name or model,
             keys=tuple(filter(None, keys)),
             allowed_hosts=self.allowed_host,
-            cors_origins=self.cors_origin,
+            cors_origins=tuple(map(_origin, self.cors_origin)),
             drain_s=self.drain_s,
             template=read_text(source, refuse=config_error) if source else None,
             template_variables=template.variables(),
             tool_parser=self.tool_parser,
         )
+
+
+def _origin(given: str) -> str:
+    """Returns an origin as browsers send it.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    origin = given.lower().removesuffix("/")
+    if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+        raise ConfigError(
+            f"--cors-origin must be * or an origin such as http://localhost:3000, not {given!r}."
+        )
+    return origin
 
 
 DEFAULT_SERVER = ServerOptions()

@@ -37,6 +37,10 @@ from hotloop.types import MAX_LOGPROBS, SamplingParams
 
 _WORD = 0xFFFFFFFF
 
+_LEAST_TOP_P = torch.finfo(torch.float32).tiny
+"""Rows hold top-p in float32. Were a smaller one rounded to 0, no token would pass, not even the
+most likely."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
@@ -163,7 +167,7 @@ class Sampler:
         """
         self.temperature[row] = params.temperature
         self.top_k[row] = min(params.top_k or self.vocab_size, self.vocab_size)
-        self.top_p[row] = params.top_p
+        self.top_p[row] = max(params.top_p, _LEAST_TOP_P)
         self.min_p[row] = params.min_p
         self.seed[row] = seed
         self.penalty[row] = params.repetition_penalty

@@ -15,6 +15,7 @@ from typing import Any
 from hotloop.errors import RequestError
 from hotloop.outside import parse_json
 from hotloop.serve.reasoning import Markers
+from hotloop.serve.structured_output import quoted
 from hotloop.serve.tool_use import Tool, ToolUse
 from hotloop.serve.tools import HermesParser, Llama3Parser, MistralParser, ToolParser
 from hotloop.text.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def answer_grammar(
 
     def text(spelled: str) -> str:
         token_id = ids.get(spelled)
-        return f"<[{token_id}]>" if token_id in special else _quoted(spelled)
+        return f"<[{token_id}]>" if token_id in special else quoted(spelled)
 
     rules: _Rules = {}
     bodies = []
@@ -113,7 +114,7 @@ def _mistral(tools: Sequence[Tool], ids: Mapping[str, int], text: _Text, paralle
         }
     has_id = f"{call_id} /[0-9A-Za-z]{{9}}/ " if "[CALL_ID]" in ids else ""
     calls = (
-        f"{marker} {_quoted(tool.name)} {has_id}{arguments} arguments_{i}"
+        f"{marker} {quoted(tool.name)} {has_id}{arguments} arguments_{i}"
         for i, tool in enumerate(tools)
     )
     return {"calls": "call+" if parallel else "call", "call": " | ".join(calls)}
@@ -127,7 +128,7 @@ _FORMATS: dict[
 def _object(tools: Sequence[Tool], key: str) -> str:
     """Returns the rule of a call that is a JSON object, with the key of its arguments."""
     begins = (f'{{"name": {json.dumps(tool.name)}, "{key}": ' for tool in tools)
-    return " | ".join(f'{_quoted(begin)} arguments_{i} "}}"' for i, begin in enumerate(begins))
+    return " | ".join(f'{quoted(begin)} arguments_{i} "}}"' for i, begin in enumerate(begins))
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _parameters(tool: Tool) -> dict[str, Any]:
 def _content(grammar: Grammar) -> str:
     """Returns the rule of a client's grammar."""
     if grammar.kind == "regex":
-        return "/" + _SLASH.sub(r"\1\/", grammar.source).replace("\n", "\\n") + "/"
+        return "/" + _ESCAPE_OR_SLASH.sub(_escaped_slash, grammar.source) + "/"
     source = grammar.source or '{"type": "object"}'
     return _json(parse_json(source, "the JSON schema", refuse=_refuse))
 
@@ -175,8 +176,9 @@ def _reasoning(markers: Markers, text: _Text, within: bool) -> _Rules:
     return rules
 
 
-_SLASH = re.compile(r"((?:^|[^\\])(?:\\\\)*)/")
+_ESCAPE_OR_SLASH = re.compile(r"\\.|/|\n", re.DOTALL)
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text)
+def _escaped_slash(found: re.Match[str]) -> str:
+    """Escapes what would end an expression between slashes; what is escaped stays as it is."""
+    return {"/": "\\/", "\n": "\\n"}.get(found[0], found[0])

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from hotloop.errors import shorten_value
+from hotloop.errors import shorten, shorten_value
 from hotloop.serve.errors import ApiError
 from hotloop.serve.settings import ServerSettings
 
@@ -64,7 +64,7 @@ def _parse(data: bytes, of: type[T], max_depth: int) -> T:
         return of.model_validate({k: v for k, v in value.items() if v is not None})
     except ValidationError as error:
         first, *_ = error.errors(include_url=False, include_context=False)
-        where = ".".join(map(str, first["loc"])) or None
+        where = shorten(".".join(map(str, first["loc"]))) or None
         problem = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] == "missing" else f", not {shorten_value(first['input'])}"
         raise ApiError(

@@ -41,9 +41,9 @@ class Gate:
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app, self._settings = app, settings
         self._keys = [key.encode() for key in settings.keys]
-        self._hosts = set(settings.allowed_hosts)
+        self._hosts = set(map(_hostname, settings.allowed_hosts))
         if self._hosts or is_loopback(settings.host):
-            self._hosts |= {"localhost", "127.0.0.1", "::1", settings.host}
+            self._hosts |= {"localhost", "127.0.0.1", "::1", _hostname(settings.host)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on, or refuses it."""
@@ -54,6 +54,7 @@ class Gate:
                 self._check_host(headers)
                 self._check_key(scope, headers)
             except ApiError as error:
+                scope["app"].state.served.metrics.error(error.status)
                 await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -100,11 +101,12 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
 
 
 def _hostname(host: str) -> str:
-    """Returns a ``Host`` header without its port, and without the brackets of IPv6."""
+    """Returns a name or address in lower case, without its port and the brackets of IPv6."""
+    host = host.lower()
     if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower()
+        return host[1:].partition("]")[0]
+    return host if host.count(":") > 1 else host.partition(":")[0]

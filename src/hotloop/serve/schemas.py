@@ -242,6 +242,12 @@ class ResponsesBody(SamplingBody):
         return self.top_logprobs if "message.output_text.logprobs" in self.include else None
 
     def _format_grammar(self) -> Grammar | None:
+        if self.response_format is not None:
+            raise ApiError(
+                400,
+                "response_format: the form of a response is text.format.",
+                param="response_format",
+            )
         return format_grammar("text.format", self.text.format)
 
 

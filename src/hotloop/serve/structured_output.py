@@ -17,6 +17,8 @@ from hotloop.types import Grammar
 
 _KINDS = "text, json_object, json_schema, regex or lark"
 _OF_VLLM = ("json", "json_object", "regex", "grammar", "choice")
+_OPTIONS_OF_VLLM = ("disable_any_whitespace", "disable_fallback", "whitespace_pattern")
+"""Fields beside them that are ignored: they say nothing of the form but its whitespace."""
 
 
 def format_grammar(place: str, given: Mapping[str, Any] | None) -> Grammar | None:
@@ -61,10 +63,18 @@ def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
         given: The fields.
 
     Raises:
-        ApiError: There are several, or one has no grammar.
+        ApiError: There are several, or one has no grammar or is not served.
         RequestError: The source is too large.
     """
-    asked = {k: v for k, v in given.items() if k in _OF_VLLM and v not in (None, False)}
+    asked = {
+        k: v
+        for k, v in given.items()
+        if v is not None and v is not False and k not in _OPTIONS_OF_VLLM
+    }
+    for kind in asked:
+        if kind not in _OF_VLLM:
+            served = ", ".join(_OF_VLLM)
+            raise _refused(place, f"{shorten_value(kind)} is not served here, but {served}.")
     if len(asked) > 1:
         raise _refused(place, f"there can be one of {', '.join(asked)}.")
     for kind, value in asked.items():
@@ -80,11 +90,16 @@ def vllm_grammar(place: str, given: Mapping[str, Any]) -> Grammar | None:
             case "grammar", str() if value:
                 return Grammar(kind="lark", source=value)
             case "choice", [_, *_] if all(isinstance(one, str) and one for one in value):
-                choices = " | ".join(json.dumps(one, ensure_ascii=False) for one in value)
+                choices = " | ".join(map(quoted, value))
                 return Grammar(kind="lark", source=f"start: {choices}")
             case _:
                 raise _refused(place, f"{kind} cannot be {shorten_value(value)}.")
     return None
+
+
+def quoted(text: str) -> str:
+    """Writes a text in Lark, whose strings are those of JSON, but for one control character."""
+    return json.dumps(text).replace("\x7f", r"\u007f")
 
 
 def _schema(schema: Mapping[str, Any]) -> Grammar:

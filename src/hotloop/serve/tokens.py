@@ -26,8 +26,7 @@ async def tokenize(request: Request) -> Response:
     ids = await asyncio.to_thread(_encoded, asked, model)
     body = {"count": len(ids), "max_model_len": model.about.max_seq_len, "tokens": ids}
     if asked.return_token_strs:
-        texts = [model.text.decode([i], skip_special=False) for i in ids]
-        body |= {"token_strs": texts}
+        body |= {"token_strs": await asyncio.to_thread(_texts, ids, model)}
     return JSONResponse(body)
 
 
@@ -38,6 +37,10 @@ def _encoded(asked: TokenizeBody, model: Model) -> list[int]:
     if asked.prompt is None:
         raise ApiError(400, "give either prompt or messages.", param="prompt")
     return model.text.encode(asked.prompt, add_special=asked.add_special_tokens)
+
+
+def _texts(ids: list[int], model: Model) -> list[str]:
+    return [model.text.decode([i], skip_special=False) for i in ids]
 
 
 async def detokenize(request: Request) -> Response:

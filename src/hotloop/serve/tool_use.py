@@ -113,7 +113,8 @@ def _tool(index: int, given: Mapping[str, Any]) -> Tool:
     kind = given.get("type")
     if kind != "function":
         raise _refused(
-            place, f"must be of the type function, the only one served here, not {kind!r}."
+            place,
+            f"must be of the type function, the only one served here, not {shorten_value(kind)}.",
         )
     if "function" in given:
         function, place = given["function"], f"{place}.function"
