@@ -50,3 +50,18 @@ def test_what_was_not_measured_is_not_served(results):
     (results / "records.jsonl").write_text(record("none/eager").model_dump_json() + "\n")
     with pytest.raises(ConfigError, match="recommends no configuration"):
         measured_config(str(results))
+
+
+def test_a_record_without_a_model_is_refused(results):
+    damaged = record("none/eager")
+    del damaged.config["model"]
+    (results / "records.jsonl").write_text(damaged.model_dump_json() + "\n")
+    with pytest.raises(ConfigError, match="none/eager: its record names no model"):
+        measured_config(f"{results}:none/eager")
+
+
+def test_a_name_that_no_file_can_have_is_refused(results):
+    with pytest.raises(ConfigError, match="there is no such results folder"):
+        measured_config("x" * 5000)
+    with pytest.raises(ConfigError, match="unknown configuration"):
+        measured_config(f"{results}:{'x' * 5000}")

@@ -61,10 +61,10 @@ def measured_config(text: str) -> Measured:
 
 def _split(text: str) -> tuple[Path, str | None]:
     """Splits ``RESULTS:CELL`` at the first colon behind a path that exists."""
-    if Path(text).exists():
+    if _exists(text):
         return Path(text), None
     for at, character in enumerate(text):
-        if character == ":" and Path(text[:at]).exists():
+        if character == ":" and _exists(text[:at]):
             return Path(text[:at]), text[at + 1 :]
     raise ConfigError(
         f"--config {shorten_value(text)}: there is no such results folder or file of records. "
@@ -72,7 +72,16 @@ def _split(text: str) -> tuple[Path, str | None]:
     )
 
 
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # no file can have this name, or nobody may look
+        return False
+
+
 def _config(record: Record) -> EngineConfig:
+    if "model" not in record.config:
+        raise ConfigError(f"{record.cell}: its record names no model.")
     given: dict[str, Any] = {
         name: value
         for name, value in record.config.items()
