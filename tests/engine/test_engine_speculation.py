@@ -446,10 +446,20 @@ def test_a_context_longer_than_the_drafts_is_refused_only_where_it_was_asked_for
 
 
 class Device:
-    """A pretended device: what a step costs, and how often drafts are right, by drafter."""
+    """A pretended device: what a step costs, and how often drafts are right, by drafter.
 
-    def __init__(self, cost_s: dict[int, float], *chances: float, factors: tuple = (1.0,)) -> None:
+    ``found`` is how often there is a draft, by drafter; a step without drafts is a plain one.
+    """
+
+    def __init__(
+        self,
+        cost_s: dict[int, float],
+        *chances: float,
+        factors: tuple = (1.0,),
+        found: tuple = (),
+    ) -> None:
         self.cost_s, self.chances, self.factors = cost_s, list(chances), factors
+        self.found = list(found or [1.0] * len(chances))
         self.random = np.random.default_rng(0)
         self.seconds = self.tokens = 0.0
         self.sizes: list[int] = []
@@ -459,6 +469,8 @@ class Device:
         for _ in range(n_steps):
             choice = controller.choose(1, 99)
             k, chance = choice.k, self.chances[choice.drafter]
+            if self.random.random() >= self.found[choice.drafter]:
+                k = 0
             right = int(np.cumprod(self.random.random(k) < chance).sum())
             cost = self.cost_s[0] + (self.cost_s[k] - self.cost_s[0]) * self.factors[choice.drafter]
             times = StepTimes(draft_s=cost / 3, model_s=2 * cost / 3)
@@ -539,6 +551,23 @@ def test_a_drafter_that_costs_more_than_any_trial_may_is_not_waited_for():
     device.run(controller, 500)
     assert device.drafters[-100:].count(0) > 85
     assert device.sizes[-100:].count(4) > 85
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.95])
+@pytest.mark.parametrize("always", [False, True])
+def test_a_drafter_that_finds_no_drafts_does_not_keep_another_from_drafting(chance, always):
+    """Whether or not what it found earlier was good."""
+    controller = DraftController(sizes_up_to(4), n_drafters=2, always=always)
+    device = Device(COSTS_S, chance, 0.85, found=(0.0, 1.0), **BOTH)
+    device.run(controller, 200)
+    assert device.drafters[-100:].count(1) > 85
+    device.found[0] = 1.0
+    device.run(controller, 500)
+    best = 0 if chance > 0.85 else 1
+    assert device.drafters[-100:].count(best) > 85
+    device.found[0] = 0.0
+    device.run(controller, 300)
+    assert device.drafters[-100:].count(1) > 85
 
 
 def test_always_drafting_chooses_among_drafters_as_well():

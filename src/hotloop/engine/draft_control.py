@@ -67,10 +67,12 @@ class DraftController:
     + … tokens in expectation; its time is a moving average of recent steps of that drafter and
     size. The controller chooses the drafter and the k, 0 included, with the most expected tokens
     per second. Draft positions without recent samples are assumed to have the acceptance rate of
-    the position before. What is not best can be measured only at a loss: an exploration budget
-    allows trials of the next best k where 0 is best, and of the other drafters, by turns, where one
-    drafter is, so that the time lost by either kind of trial is at most ``EXPLORATION_SHARE`` of
-    all time.
+    the position before. A drafter that finds no draft, as n-grams do in text that repeats nothing,
+    makes a plain step of it: its share of steps with drafts weights both tokens and time, so that
+    it does not keep others from drafting there. What is not best can be measured only at a loss: an
+    exploration budget allows trials of the next best k where 0 is best, and of the other drafters,
+    by turns, where one drafter is, so that the time lost by either kind of trial is at most
+    ``EXPLORATION_SHARE`` of all time.
 
     Args:
         sizes: Numbers of drafts to choose from, ascending, 0 among them.
@@ -96,6 +98,8 @@ class DraftController:
     def __init__(self, sizes: Sequence[int], *, n_drafters: int = 1, always: bool = False) -> None:
         self._sizes, self._always = tuple(sizes), always
         self._acceptance = [[_Average() for _ in range(max(sizes))] for _ in range(n_drafters)]
+        self._with_drafts = [_Average() for _ in range(n_drafters)]
+        self._found_none = [False] * n_drafters  # in the newest step of each
         self._costs: dict[tuple[int, _Arm], _Average] = {}
         self._budget_s: float | None = None  # of trials where plain steps are best
         self._trials_s: float | None = None  # of trials where a drafter is
@@ -164,6 +168,10 @@ class DraftController:
         choice = choice or Choice(k=k)
         self._since_plain = 0 if k == 0 else self._since_plain + 1
         averages = self._acceptance[choice.drafter]
+        if choice.k:
+            self._with_drafts[choice.drafter].decay(self.DECAY)
+            self._with_drafts[choice.drafter].add(float(k > 0))
+            self._found_none[choice.drafter] = k == 0
         if k:
             for acceptance in averages:
                 acceptance.decay(self.DECAY)
@@ -173,8 +181,9 @@ class DraftController:
         if times is None:
             return
         arm = (choice.drafter, k) if k else _PLAIN
-        seconds, known_s = (times.draft_s + times.model_s) / steps, self._cost_s(n, arm)
+        seconds = (times.draft_s + times.model_s) / steps
         cost = self._costs.setdefault((n, arm), _Average())
+        known_s = cost.mean(0.0, 0.0) if cost.weight else None
         cost.decay(self.DECAY)
         # Limits outliers, such as a step that another process delayed.
         cost.add(seconds if known_s is None else min(seconds, 2 * known_s))
@@ -197,9 +206,22 @@ class DraftController:
         self._trials_s = updated(self._trials_s, choice.trial_s)
 
     def _cost_s(self, n: int, arm: _Arm) -> float | None:
-        """Returns the mean time of such a step; None before the first."""
-        cost = self._costs.get((n, arm))
-        return None if cost is None else cost.mean(0.0, 0.0)
+        """Returns the mean time of such a step; None before the first.
+
+        Steps of a drafter that finds no drafts are plain ones. Those with drafts, until there is
+        one, are assumed to take no longer.
+        """
+        cost, plain = self._costs.get((n, arm)), self._costs.get((n, _PLAIN))
+        if plain is None or arm == _PLAIN:
+            return None if cost is None else cost.mean(0.0, 0.0)
+        plain_s = plain.mean(0.0, 0.0)
+        if cost is None:
+            return plain_s if self._found_none[arm[0]] else None
+        return plain_s + self._share_with_drafts(arm[0]) * (cost.mean(0.0, 0.0) - plain_s)
+
+    def _share_with_drafts(self, drafter: int) -> float:
+        """Returns the share of steps for which a drafter finds drafts, 1 before the first."""
+        return self._with_drafts[drafter].mean(1.0, 0.1)
 
     def _tokens(self, arm: _Arm) -> float:
         """Returns the expected tokens of a step."""
@@ -209,7 +231,7 @@ class DraftController:
             rate = acceptance.mean(rate)
             all_accepted *= rate
             total += all_accepted
-        return total
+        return 1.0 + self._share_with_drafts(drafter) * (total - 1.0)
 
     def _loss_s(self, n: int, arm: _Arm, token_s: float) -> float:
         """Returns what a step loses if it yields one token, which would else take ``token_s``."""
