@@ -26,7 +26,7 @@ def test_options_change_a_measured_configuration_and_defaults_of_a_server_do_not
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "either MODEL or --shape"),
+        ([], "give MODEL, --config RESULTS, or --shape NAME"),
         (["m", "--config", "r"], "Leave MODEL out"),
         (["--config", "nowhere"], "no such results"),
         (["m", "--port", "70000"], "--port must be between 0 and 65535"),

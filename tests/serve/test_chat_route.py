@@ -45,6 +45,16 @@ def test_the_usage_of_a_stream_comes_last_and_only_if_asked_for(client):
         assert all("usage" not in chunk for chunk in chunks[:-1])
 
 
+def test_an_answer_without_a_limit_may_fill_the_context(client):
+    answer = chat(client, max_tokens=None).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == 320
+    body = {"input": HELLO, "temperature": 0, "ignore_eos": True}
+    response = client.post("/v1/responses", json=body).json()
+    assert response["max_output_tokens"] is None
+    assert response["usage"]["total_tokens"] == 320
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code", "word"),
     [

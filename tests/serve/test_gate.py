@@ -49,6 +49,8 @@ def test_unknown_routes_and_methods_are_errors_in_the_shape_of_the_api(client):
     ):
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    doubled = client.post("/v1/v1/completions", json={}).json()["error"]["message"]
+    assert "no route POST /v1/v1/completions" in doubled
 
 
 @pytest.mark.parametrize("given", ["My.Example", "my.example:8000", "[::2]:80", "::2"])

@@ -230,6 +230,8 @@ def _config(
         ConfigError: Neither or both are given, or the results have no such configuration.
     """
     if results is None:
+        if model is None and weights.shape is None:
+            raise ConfigError("give MODEL, --config RESULTS, or --shape NAME.")
         config = engine.config(weights.model(model))
         if weights.weights == "random":
             config = replace(config, weights="random", seed=weights.weights_seed)

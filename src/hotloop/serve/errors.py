@@ -123,6 +123,9 @@ def unavailable(message: str) -> ApiError:
 async def handle(request: Request, error: Exception) -> Response:
     """Answers a request that raised an error."""
     told = as_api_error(error)
+    if isinstance(error, HTTPException) and told.status in (404, 405):  # of Starlette's router
+        route = f"{request.method} {shorten(request.url.path)}"
+        told.message = f"there is no route {route} here: the base URL of clients ends in /v1."
     if told.status != GONE:
         request.app.state.served.metrics.error(told.status)
     return told.response()

@@ -81,7 +81,7 @@ class SamplingBody(Body):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens of an answer; None where the client names none."""
+        """The most tokens of an answer, beyond the context if need be; None takes the default."""
         return self.max_tokens
 
     @property
@@ -199,7 +199,7 @@ class ChatBody(SamplingBody, Conversation):
     def limit(self) -> int | None:
         """See ``SamplingBody``."""
         newer, older = self.max_completion_tokens, self.max_tokens
-        return older if newer is None else newer
+        return _or_all_the_context(older if newer is None else newer)
 
     @property
     def n_logprobs(self) -> int | None:
@@ -234,7 +234,7 @@ class ResponsesBody(SamplingBody):
     @property
     def limit(self) -> int | None:
         """See ``SamplingBody``."""
-        return self.max_output_tokens
+        return _or_all_the_context(self.max_output_tokens)
 
     @property
     def n_logprobs(self) -> int | None:
@@ -249,6 +249,11 @@ class ResponsesBody(SamplingBody):
                 param="response_format",
             )
         return format_grammar("text.format", self.text.format)
+
+
+def _or_all_the_context(limit: int | None) -> int:
+    """Returns a limit that the context ends before, as OpenAI's and vLLM's, if there is none."""
+    return MAX_COUNT if limit is None else limit
 
 
 class TokenizeBody(Conversation):
