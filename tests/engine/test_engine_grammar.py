@@ -427,3 +427,9 @@ def test_masks_cover_ids_beyond_a_multiple_of_32_and_no_control_tokens(folder):
     assert allowed[2].all(), "after a draft that is no token nothing is known"
     matcher.consume([299, END, 5, -1])
     assert matcher.failure is None, "tokens after the end do not matter"
+
+
+def test_a_grammar_whose_second_mask_fails_is_refused_before_anything_runs(llm):
+    grammar = Grammar(kind="regex", source="a{1000000}")
+    with pytest.raises(RequestError, match="too many expressions"):
+        llm.generate([[1]], max_new_tokens=4, grammar=grammar)

@@ -189,19 +189,26 @@ def test_a_window_is_scored_between_the_steps_of_others(service, alone):
     assert torch.equal(score.top[1], values)
 
 
-def test_an_error_of_the_engine_reaches_every_client_and_ends_the_service(llm, alone, monkeypatch):
+class Panic(BaseException):
+    """A panic of a library in Rust: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+def test_an_error_of_the_engine_reaches_every_client_and_ends_the_service(
+    llm, alone, monkeypatch, kind
+):
     with monkeypatch.context() as patch:
         gate = Gate(llm, patch)
         with Service(llm) as service:
             tickets = [service.submit([5, i], FREELY) for i in range(6)]
 
             def broken(_: object) -> None:
-                raise RuntimeError("the device is gone")
+                raise kind("the device is gone")
 
             patch.setattr(llm._runner, "run", broken)
             gate.open.set()
             for ticket in tickets:
-                with pytest.raises(HotloopError, match="RuntimeError: the device is gone"):
+                with pytest.raises(HotloopError, match=f"{kind.__name__}: the device is gone"):
                     list(ticket)
             assert service.state().error is not None
             with pytest.raises(HotloopError, match="the device is gone"):

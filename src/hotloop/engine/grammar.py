@@ -111,9 +111,12 @@ class Grammars:
         matcher = library.LLMatcher(
             self._vocabulary, _translated(grammar), log_level=0, limits=_limits()
         )
-        matcher.compute_bitmask()
-        problems = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
-        _refuse_first(grammar, problems)
+        # A first mask builds what later ones share, or fails. It can also leave so much behind that
+        # the second fails after seconds, in which other answers of a server would wait.
+        for each in (matcher, matcher.deep_copy()):
+            each.compute_bitmask()
+            problems = [each.get_error()] if each.is_error() else each.get_grammar_warnings()
+            _refuse_first(grammar, problems)
         return matcher
 
 

@@ -371,7 +371,7 @@ class Service:
                 self._wake(woken)
             self._take_inbox()
             self._end(None)
-        except Exception as error:
+        except BaseException as error:  # also a panic of a library in Rust, which is no Exception
             failed = error if isinstance(error, HotloopError) else _engine_error(error)
             with self._changed:
                 self._error = failed
@@ -481,7 +481,7 @@ def _set(events: Sequence[threading.Event | asyncio.Event]) -> None:
         event.set()
 
 
-def _engine_error(error: Exception) -> HotloopError:
+def _engine_error(error: BaseException) -> HotloopError:
     """Describes an error that is not hotloop's own, as of the device's driver."""
     failed = HotloopError(f"the engine has failed: {type(error).__name__}: {error}")
     failed.__cause__ = error
