@@ -96,6 +96,10 @@ def wrong_values(of: type, name: str, default: object) -> dict[str, object]:
     """Values that a field does not take."""
     if of is SamplingParams and name in ("stop", "logit_bias"):
         return NOT_STOPS if name == "stop" else NOT_BIASES
+    if name == "visible_tokens":
+        return {kind: value for kind, value in NOT_TEXTS.items() if kind != "list"} | {
+            "list_of_numbers": [5],
+        }
     if name in ("presence_penalty", "frequency_penalty"):
         return NOT_NUMBERS | {"negative": -100.5}
     if isinstance(default, bool):

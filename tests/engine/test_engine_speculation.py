@@ -41,7 +41,7 @@ DRAFTS = (
     "ngram",
     "exit-1",
     "self-int4-g32",
-    "ngram+self-int4-g32+exit-2",
+    "ngram+self-int4-g32+exit-1",
     "another",
     "itself",
 )
