@@ -168,7 +168,7 @@ def parse_json(
         raise refuse(file, f"is nested more than {MAX_DEPTH} levels deep") from None
     if not isinstance(value, dict):
         raise refuse(file, f"holds {_kind_of_json(value)}, not a JSON object")
-    if _is_deeper(value, MAX_DEPTH):
+    if is_deeper(value, MAX_DEPTH):
         raise refuse(file, f"is nested more than {MAX_DEPTH} levels deep")
     if _SURROGATE.search(text) and not _is_encodable(value):
         raise refuse(file, "holds an unpaired surrogate, which is not text")
@@ -382,7 +382,8 @@ def _no_constant(name: str) -> float:
     raise _JsonProblem(f"{name} is not a number")
 
 
-def _is_deeper(value: Any, depth: int) -> bool:
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects of a JSON value are nested deeper than ``depth`` levels."""
     level = [value]
     for _ in range(depth):
         level = [

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
 from hotloop.errors import shorten, shorten_value
+from hotloop.outside import is_deeper
 from hotloop.serve.errors import ApiError
 from hotloop.serve.settings import ServerSettings
 
@@ -59,7 +60,10 @@ def _parse(data: bytes, of: type[T], max_depth: int) -> T:
         raise ApiError(400, f"the body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body must be a JSON object, not {shorten_value(value)}.")
-    _check_depth(value, max_depth)
+    if is_deeper(value, max_depth):
+        raise ApiError(
+            400, f"the body is nested deeper than {max_depth} levels.", code="invalid_json"
+        )
     try:
         return of.model_validate({k: v for k, v in value.items() if v is not None})
     except ValidationError as error:
@@ -70,17 +74,3 @@ def _parse(data: bytes, of: type[T], max_depth: int) -> T:
         raise ApiError(
             400, f"{where or 'the body'}: {problem}{given}.", param=where, code="invalid_value"
         ) from None
-
-
-def _check_depth(value: Any, limit: int) -> None:
-    level = [value]
-    for _ in range(limit):
-        level = [
-            item
-            for container in level
-            for item in (container.values() if isinstance(container, dict) else container)
-            if isinstance(item, dict | list)
-        ]
-        if not level:
-            return
-    raise ApiError(400, f"the body is nested deeper than {limit} levels.", code="invalid_json")
