@@ -457,6 +457,7 @@ function start() {
   showSidebar(!NARROW.matches);
   loaded = loadChats();
   server.watch();
+  composer.focus();
 }
 
 async function loadChats() {
