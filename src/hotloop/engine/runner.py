@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -349,7 +350,8 @@ class _Model:
         self.launcher = device_of(device) if setup.fused else None
         self._compile_s_before = 0.0 if self.launcher is None else self.launcher.compile_seconds
         self._compiles = CompileWatch() if setup.execution == "compile" else None
-        self.decoder = Decoder(
+        make_decoder = partial(
+            Decoder,
             model,
             n_positions=setup.n_positions,
             attention=attention,
@@ -357,18 +359,10 @@ class _Model:
             n_head_rows=len(setup.shard.vocabulary),
             total=group.sum,
         )
-        self.twin = None
+        self.decoder, self.twin = make_decoder(), None
         if setup.draft and setup.draft.schemes:
-            self.twin = Decoder(
-                model,
-                n_positions=setup.n_positions,
-                attention=attention,
-                device=device,
-                n_head_rows=len(setup.shard.vocabulary),
-                total=group.sum,
-                twin=self.decoder,
-                shares_head=names.head(model) not in setup.draft.schemes,
-            )
+            shares_head = names.head(model) not in setup.draft.schemes
+            self.twin = make_decoder(twin=self.decoder, shares_head=shares_head)
         on_layer = None if progress is None else lambda i, n: progress("load", i, n)
         self.loaded = packed.load(setup, self.decoder, group, on_layer, twin=self.twin)
         self.cache = KVCache(
