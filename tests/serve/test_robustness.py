@@ -5,6 +5,7 @@ request left, and the next answer is the same, bit for bit.
 """
 
 import gc
+import itertools
 import json
 import socket
 import threading
@@ -200,23 +201,28 @@ def test_half_a_character_in_a_message_is_refused(llm):
 
 
 def test_an_exception_in_mid_stream_ends_every_stream_with_an_error(llm, monkeypatch):
-    with serving(llm) as server, ThreadPoolExecutor(5) as pool:
-        service = server.served.model.service
-        begun, run = threading.Barrier(5), llm._runner.run
+    with serving(llm) as server, ThreadPoolExecutor(4) as pool:
+        state, run, n_calls = server.served.model.service.state, llm._runner.run, itertools.count()
+
+        def n_requests() -> int:
+            return state().n_running + state().n_waiting
+
+        def broken(command: Any) -> Any:
+            """Begins once all have come, and fails when three answers have begun."""
+            wait_until(lambda: n_requests() == 4, "four have come")
+            if next(n_calls) < 40:
+                return run(command)
+            assert state().n_running == 3
+            raise RuntimeError("the device is lost")
 
         def ask(i: int) -> httpx2.Response:
             body = LONG | {"prompt": [5, i], "stream": i > 0}
-            begun.wait()
             return httpx2.post(f"{server.url}/v1/completions", json=body, timeout=600)
 
-        answers = [pool.submit(ask, i) for i in range(4)]
-        begun.wait()
-        wait_until(lambda: service.state().n_running == 3, "three are running")
-
-        def broken(_: object) -> None:
-            raise RuntimeError("the device is lost")
-
         monkeypatch.setattr(llm._runner, "run", broken)
+        streams = [pool.submit(ask, i) for i in (1, 2, 3)]
+        wait_until(lambda: n_requests() == 3, "the streams have come")
+        answers = [pool.submit(ask, 0), *streams]
         responses = [each.result() for each in answers]
         for response in responses[1:]:
             assert response.status_code == 200
