@@ -783,6 +783,10 @@ void multiply_groups(const GroupedWeight& weight, int64_t n, const typename Valu
   const int64_t size = weight.size();
   const bool has_offset = weight.has_offset();
   const Values values(weight, n);
+  // Values prefetch the same bytes of what lies kAhead behind them; so must the sections before them.
+  if (n % kBlockFeatures == 0) {
+    for (int64_t at = 0; at < weight.values_at; at += 64) prefetch(weight.block_of(n) + at);
+  }
   GroupParameters parameters;
   f32v scaled[R]{};  // in registers, as results need not be
   int64_t k = 0;
