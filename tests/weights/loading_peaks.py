@@ -3,13 +3,19 @@
     python tests/weights/loading_peaks.py FOLDER [ENCODING...]
 
 prints one JSON object: by encoding, the bytes above what was resident before, those of the model,
-and those of its largest matrix in bfloat16.
+and those of its largest matrix in bfloat16. The thread that reads ahead is as far as it may be at
+every step.
+
+glibc's malloc keeps freed memory, and the more the larger the allocations were that a process freed
+before: up to two of these tensors, which are small. ``ENVIRONMENT`` has it return what is freed.
 """
 
 import ctypes
 import gc
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,9 @@ from whole_models import load, write_folder, write_gguf_model
 
 from hotloop.memory_meter import MemoryMeter
 from hotloop.weights.quantize import quantize_checkpoint
+from hotloop.weights.read_ahead import ReadAhead
+
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(64 * 2**10)}
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 1, "head_dim": 256}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -84,8 +93,22 @@ def measure(path: Path, **options: str) -> dict[str, int]:
     return {"peak": meter.peak_bytes - before.peak_bytes, "model": model, "largest": LARGEST}
 
 
+def read_as_far_as_possible() -> None:
+    """Has every step of loading wait for the thread that reads ahead: the most is held then."""
+    next_result = ReadAhead.next
+
+    def waited(ahead: ReadAhead[Any]) -> Any:
+        while not (ahead._is_full() or ahead._ended):
+            time.sleep(0.001)
+        return next_result(ahead)
+
+    ReadAhead.next = waited
+
+
 def main() -> None:
     folder, *names = sys.argv[1:]
+    assert ENVIRONMENT.items() <= os.environ.items(), "malloc keeps what is freed"
+    read_as_far_as_possible()
     torch.set_num_threads(1)
     load(write_folder(Path(folder) / "warm"), quant="int4-g64")  # what is set up once
     measured = {}

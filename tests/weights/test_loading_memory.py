@@ -1,12 +1,13 @@
 """Loading takes the memory of the quantized model, and of three of its largest tensors at most."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from loading_peaks import ENCODINGS
+from loading_peaks import ENCODINGS, ENVIRONMENT
 
 SCRIPT = Path(__file__).with_name("loading_peaks.py")
 TENSORS = 3
@@ -17,7 +18,10 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]
     folder = tmp_path_factory.mktemp("peaks")
     # A process of its own: what others free meanwhile would be a part of the figures.
     command = [sys.executable, str(SCRIPT), str(folder)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = os.environ | ENVIRONMENT
+    return json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True).stdout
+    )
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -25,10 +25,11 @@ def test_no_more_bytes_wait_than_the_limit_and_a_large_result_waits_alone():
         return i
 
     ahead = ReadAhead([lambda i=i: job(i) for i in range(5)], lambda i: sizes[i], 8)
-    wait_until(lambda: ahead._waiting_bytes == 8, "read ahead")
-    assert len(begun) <= 3, "one more is read, and waits for room"
+    wait_until(ahead._is_full, "read ahead")
+    assert (begun, ahead._waiting_bytes) == ([0, 1, 2], 8), "one more is read, and waits for room"
     assert [ahead.next() for _ in range(3)] == [0, 1, 2]
-    wait_until(lambda: ahead._waiting_bytes == 100, "read ahead")
+    wait_until(ahead._is_full, "read ahead")
+    assert ahead._waiting_bytes == 100
     assert [ahead.next(), ahead.next()] == [3, 4]
     ahead.close()
 
@@ -46,7 +47,7 @@ def test_an_error_is_raised_at_its_place():
 
 def test_closing_ends_the_thread_that_waits_for_room():
     ahead = ReadAhead([lambda: 1] * 100, lambda _: 1, 2)
-    wait_until(lambda: ahead._waiting_bytes == 2, "read ahead")
+    wait_until(ahead._is_full, "read ahead")
     ahead.close()
     assert not ahead._thread.is_alive()
 

@@ -30,6 +30,7 @@ class ReadAhead(Generic[Value]):
         self._jobs, self._n_bytes, self._limit = jobs, n_bytes, limit
         self._ready: deque[tuple[Value, int]] = deque()
         self._waiting_bytes = 0
+        self._unplaced: int | None = None  # bytes of a result that is read, and waits for room
         self._error: BaseException | None = None
         self._ended = self._stopped = False
         self._changed = threading.Condition()
@@ -59,19 +60,21 @@ class ReadAhead(Generic[Value]):
             self._changed.notify_all()
         self._thread.join()
 
+    def _is_full(self) -> bool:
+        """Tells whether the result that was read last has to wait for room."""
+        if self._unplaced is None or not self._ready:
+            return False
+        return self._waiting_bytes + self._unplaced > self._limit
+
     def _run(self) -> None:
         try:
             for job in self._jobs:
                 value = job()
                 n_bytes = self._n_bytes(value)
                 with self._changed:
-                    self._changed.wait_for(
-                        lambda n=n_bytes: (
-                            self._stopped
-                            or not self._ready
-                            or self._waiting_bytes + n <= self._limit
-                        )
-                    )
+                    self._unplaced = n_bytes
+                    self._changed.wait_for(lambda: self._stopped or not self._is_full())
+                    self._unplaced = None
                     if self._stopped:
                         return
                     self._ready.append((value, n_bytes))
