@@ -18,7 +18,8 @@ Prompts are random and new, so that no prefix of them is in the cache. Greedy, r
 those of ``--model``. A file under ``--out`` holds the raw samples of a part: a line that describes
 it, then a line for each request, in microseconds. Files of an earlier run remain in the tables;
 ``--parts`` without a name makes the tables alone.
-``--rehearse`` runs everything with a tiny model on a CPU.
+``--rehearse`` runs them with a tiny model on a CPU: what serving adds to the first token is mostly
+the host's work, so that ``--rehearse --parts alone --rounds 20`` shows changes of it without a GPU.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin, end = (f"<!-- tables of {args.out.name}: {which} -->" for which in ("begin", "end"))
     require_marks(parser, args.docs, begin, end)
     args.out.mkdir(parents=True, exist_ok=True)
-    jobs = [rehearsal(args.out)] if args.rehearse else jobs_of(args) if args.parts else []
+    jobs = [rehearsal(args)] if args.rehearse else jobs_of(args) if args.parts else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = provenance(device) if jobs else {}
     failed = [name for job in jobs for name in asyncio.run(run(job, machine, args.out))]
@@ -152,15 +153,16 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def rehearsal(out: Path) -> Job:
-    """Returns small measurements of all parts."""
-    model = out / "rehearsal-model"
+def rehearsal(args: argparse.Namespace) -> Job:
+    """Returns small measurements."""
+    model = args.out / "rehearsal-model"
     write_tiny(model)
     engine = {"weights": "random", "quant": "int4-g64", "execution": "eager", "device": "cpu"}
     engine |= {"prefix_cache": "chunks", "prefill_chunk": 16}
     engine |= {"max_batch_size": 3, "max_seq_len": 128}
     sizes: dict[str, Any] = {"clients": (1, 3), "prompt_tokens": 20, "new_tokens": 24}
-    return Job(model=str(model), engine=engine, rounds=2, pause_s=0.01, **sizes)
+    sizes |= {"parts": tuple(args.parts), "rounds": args.rounds}
+    return Job(model=str(model), engine=engine, pause_s=0.01, **sizes)
 
 
 async def run(job: Job, machine: dict[str, Any], out: Path) -> list[str]:

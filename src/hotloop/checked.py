@@ -89,8 +89,11 @@ def check_fields(value: Any, error: type[HotloopError]) -> None:
         HotloopError: ``error``, for the first field with a value that is not allowed;
             UnknownNameError for a text that is not among a field's choices.
     """
+    defaults = _defaults(type(value))
     for name, hint in _hints(type(value)).items():
         given = getattr(value, name)
+        if given is defaults.get(name, _ABSENT):  # most fields, of every request
+            continue
         try:
             taken = _taken(given, hint, name)
         except _Refused as refused:
@@ -114,7 +117,7 @@ T = TypeVar("T")
 
 
 def changed(value: T, options: Mapping[str, Any], kind: str) -> T:
-    """Copies a dataclass with some fields changed.
+    """Copies a frozen dataclass with some fields changed; without any, it is the dataclass itself.
 
     Args:
         value: The dataclass.
@@ -124,6 +127,8 @@ def changed(value: T, options: Mapping[str, Any], kind: str) -> T:
     Raises:
         UnknownNameError: There is no such field.
     """
+    if not options:
+        return value
     check_names(type(value), options, kind)
     return dataclasses.replace(cast(Any, value), **options)
 
@@ -149,6 +154,9 @@ def integer(value: object) -> int | None:
         return None
 
 
+_ABSENT = object()
+
+
 class _Refused(Exception):  # noqa: N818  (it never leaves this module)
     """The message says what a value must be."""
 
@@ -157,6 +165,15 @@ class _Refused(Exception):  # noqa: N818  (it never leaves this module)
 def _hints(of: type) -> dict[str, Any]:
     hints = get_type_hints(of, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(of)}
+
+
+@functools.cache
+def _defaults(of: type) -> dict[str, Any]:
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(of)
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def _taken(value: object, hint: Any, name: str) -> Any:

@@ -39,7 +39,7 @@ def test_a_rehearsal_runs_every_part_and_writes_the_page(tmp_path, capfd):
     out, page = tmp_path / "tiny", tmp_path / "page.md"
     page.write_text("before\n<!-- tables of tiny: begin -->\n<!-- tables of tiny: end -->\nafter\n")
     with pytest.raises(SystemExit) as ended:
-        benchmark.main(["--out", str(out), "--docs", str(page), "--rehearse"])
+        benchmark.main(["--out", str(out), "--docs", str(page), "--rehearse", "--rounds", "2"])
     assert not ended.value.code, capfd.readouterr().err
     _, load, pause, alone, after = page.read_text().split("\n\n")
     assert after.split()[-1] == "after"

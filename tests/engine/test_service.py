@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from waiting import wait_until
+from waiting import HANG_S, wait_until
 
+import hotloop.engine.service
 from hotloop import LLM, SamplingParams
 from hotloop.engine.core import Admit, Done, StepResult
 from hotloop.engine.service import Service, Ticket
@@ -170,6 +171,20 @@ def test_a_slow_client_is_cancelled_and_the_others_are_not(llm, alone):
         with pytest.raises(SlowClientError, match="20 tokens behind"):
             slow.take()
         assert slow.done
+
+
+def test_a_prompt_is_launched_before_its_submission_to_an_idle_service_returns(
+    service, llm, alone, monkeypatch
+):
+    monkeypatch.setattr(hotloop.engine.service, "HAND_OVER_S", HANG_S)
+    launched, run = [], llm._runner.run
+    monkeypatch.setattr(
+        llm._runner, "run", lambda command: launched.append(command) or run(command)
+    )
+    wait_until(lambda: service.state().stalled_s == 0.0, "the engine is idle")
+    ticket = service.submit([5, 1], FREELY)
+    assert isinstance(launched[0], Admit)
+    assert ids_of(deltas(ticket)) == alone[1]
 
 
 def test_a_window_is_scored_between_the_steps_of_others(service, alone):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -198,6 +199,7 @@ def serve(
             service = Service(llm, loop=http.loop, max_queued=server.max_queued)
         with service, _stopped_by_signals(http):
             http.attach(service)
+            gc.freeze()  # else a full collection, of all that loading has made, pauses answers
             _announce(http, service)
             works = http.wait()
             if works:

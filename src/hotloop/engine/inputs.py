@@ -53,6 +53,13 @@ def as_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     Raises:
         RequestError: An id is not an integer, or is outside the vocabulary.
     """
+    # The usual list of integers in range is checked without a loop: it may have many thousands.
+    if (
+        type(ids) is list
+        and set(map(type, ids)) == {int}
+        and 0 <= min(ids) <= max(ids) < vocab_size
+    ):
+        return ids.copy()
     found = []
     for given in ids:
         i = integer(given)

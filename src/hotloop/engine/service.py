@@ -50,9 +50,17 @@ MAX_QUEUED = 64
 MAX_BEHIND = 4096
 """The most tokens of an answer that a client may leave in its queue by default."""
 
-SWITCH_INTERVAL_S = 5e-4
+SWITCH_INTERVAL_S = 1e-4
 """How long another Python thread may keep the interpreter from the service's thread. Python's own
 5 ms are longer than a step."""
+
+HAND_OVER_S = 1e-3
+"""The longest that a client's thread leaves the interpreter to the service's, which its request has
+woken, until that has launched the prompt."""
+
+FIRST_PIECE_S = 2e-4
+"""How long the service's thread leaves the interpreter to the threads of clients that get a first
+piece. The device has its next step by then."""
 
 Piece = Delta | Score
 """A piece of an answer, or the score of a window."""
@@ -206,6 +214,7 @@ class Service:
         self._closing = self._ending = self._closed = False
         self._error: HotloopError | None = None
         self._busy_since: float | None = None
+        self._launched = threading.Event()  # something, since the thread was last woken
         self._held: AbstractContextManager[None] = llm.held_by_service()
         self._held.__enter__()
         try:
@@ -357,6 +366,9 @@ class Service:
             self._n_jobs += len(jobs)
             self._inbox.append((ticket, False))
             self._changed.notify()
+            idle = self._busy_since is None
+        if idle:
+            self._launched.wait(HAND_OVER_S)
         return ticket
 
     # ------------------------------------------------------------------------------ the thread
@@ -366,9 +378,13 @@ class Service:
             while self._wait_for_work():
                 self._take_inbox()
                 woken: dict[Ticket, None] = {}
-                for job, delta in self._scheduler.iterate():
+                pieces = self._scheduler.iterate()
+                self._launched.set()
+                for job, delta in pieces:
                     self._deliver(job, delta, woken)
                 self._wake(woken)
+                if any(map(_is_first, pieces)):
+                    time.sleep(FIRST_PIECE_S)
             self._take_inbox()
             self._end(None)
         except BaseException as error:  # also a panic of a library in Rust, which is no Exception
@@ -382,6 +398,7 @@ class Service:
         with self._changed:
             if self._scheduler.idle and not self._inbox:
                 self._busy_since = None
+                self._launched.clear()
                 self._changed.wait_for(lambda: self._inbox or self._ending)
             self._busy_since = time.monotonic()
             return not self._ending
@@ -474,6 +491,13 @@ def _n_given(job: Job) -> int:
 
 def _n_tokens(piece: Piece) -> int:
     return len(piece.token_ids) if isinstance(piece, Delta) else 0
+
+
+def _is_first(piece: tuple[Job, Delta | None]) -> bool:
+    job, delta = piece
+    if delta is None or not isinstance(job, Request):
+        return False
+    return len(delta.token_ids) == len(job.token_ids)
 
 
 def _set(events: Sequence[threading.Event | asyncio.Event]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from hotloop.checked import MAX_COUNT, MAX_SEED
 from hotloop.serve.errors import ApiError
@@ -28,11 +28,11 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _prompts(value: Any) -> list[Any]:
+def _prompts(value: Any) -> list[str | list[int]]:
     """Lists the prompts of a field that may hold one or several, each text or token ids."""
 
     def is_ids(prompt: Any) -> bool:
-        return isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt)
+        return isinstance(prompt, list) and set(map(type, prompt)) <= {int}
 
     if isinstance(value, str) or (value and is_ids(value)):
         return [value]
@@ -152,7 +152,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """The body of ``/v1/completions``."""
 
-    prompts: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(alias="prompt")]
+    prompts: Annotated[list[str | list[int]], PlainValidator(_prompts), Field(alias="prompt")]
     echo: bool = False
     suffix: str | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
