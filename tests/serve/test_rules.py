@@ -164,7 +164,7 @@ def test_the_usage_so_far_is_on_each_chunk_if_asked_for(client):
         *chunks, last, _ = events(client.post(path, json=asked))
         counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
         assert counts == sorted(counts)
-        assert counts[0] == 1
+        assert 1 <= counts[0] < 12
         assert counts[-1] == last["usage"]["completion_tokens"] == 12
 
 
