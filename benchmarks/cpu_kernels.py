@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hotloop import hardware
 from hotloop.kernels import cpu
+from hotloop.kernels.cpu.huge_pages import move_to_huge_pages
 from hotloop.kernels.linear import DENSE, LinearKernel, LinearSpec, choose_linear
 from hotloop.quant import QTensor, Scheme, parse_head_scheme, parse_scheme
 from hotloop.quant.encodings import gguf
@@ -64,6 +65,7 @@ def main() -> None:
     with torch.inference_mode():
         models = {scheme: products(*schemes_of(scheme)) for scheme in SCHEMES}
         models |= {blocks.type: products(blocks, blocks) for blocks in BLOCKS}
+        move_to_huge_pages(t for model in models.values() for _, _, weight in model for t in weight)
         times: dict[tuple[str, int], list[dict[str, float]]] = {}
         for _ in range(args.passes):  # schemes and rows in turn: slow minutes hit all alike
             for scheme, model in models.items():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from hotloop.engine.setup import Setup
+from hotloop.kernels.cpu.huge_pages import move_to_huge_pages
 from hotloop.kernels.cuda import tuning
 from hotloop.kernels.linear import choose_linear
 from hotloop.models.decoder import Decoder
@@ -56,7 +58,14 @@ def load(
     loaded = _load(setup, decoder, group, on_layer, twin)
     if twin is not None:
         twin.share_biases(decoder)
-    return loaded
+    if setup.device.type != "cpu":
+        return loaded
+    modules = [decoder] if twin is None else [decoder, twin]
+    reason = move_to_huge_pages(chain.from_iterable(module.buffers() for module in modules))
+    if reason is None:
+        return loaded
+    note = f"weights are not in huge pages, so that decoding is slower: {reason}"
+    return replace(loaded, notes=(*loaded.notes, note))
 
 
 def _load(
