@@ -89,6 +89,10 @@ is reduced to what fits the device's memory."""
 MAX_DELTA_LN_PPL = 0.02
 """Increase of ln perplexity that a recommendation tolerates by default: 2 % more perplexity."""
 
+MAX_ACCURACY_LOSS = 0.01
+"""The loss of accuracy that would matter, as a share of the reference's. It is fixed before
+anything is measured."""
+
 MAX_ANSWERS = 128
 """The most answers to one prompt that ``SamplingParams.n`` can ask for."""
 

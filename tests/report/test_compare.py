@@ -8,8 +8,8 @@ import random
 import pytest
 from report_records import NOISE, drafting, record
 
-from hotloop.bench.record import Record, Workload
-from hotloop.bench.statistics import mean_figure
+from hotloop.bench.record import Record, TaskFigures, Workload
+from hotloop.bench.statistics import answers_figure, mean_figure
 from hotloop.cli.app import main
 from hotloop.errors import ConfigError
 from hotloop.report.compare import Comparison, compare, read_set
@@ -27,6 +27,26 @@ def with_ppl(cell: str, factor: float, *, odd: float = 0.0, **fields) -> Record:
     samples = [factor * w * (1 + odd * x) for w, x in zip(windows, reversed(NOISE), strict=True)]
     made = record(cell, 100.0, loss=0.0, **fields)
     return made.model_copy(update={"perplexity": mean_figure(samples)})
+
+
+def answering(right: dict[str, list[bool]], *, chance: float = 0.0, items: str = "") -> Record:
+    """A record whose speed is known well, and its answers to tasks."""
+    tasks = tuple(
+        TaskFigures(
+            task=name,
+            sha256=name + items,
+            metric="acc",
+            chance=chance,
+            accuracy=answers_figure(answers),
+        )
+        for name, answers in right.items()
+    )
+    return record("a/eager", 100.0, tasks=tasks)
+
+
+def answers(n: int, *, worse: int = 0, better: int = 0) -> list[bool]:
+    """Answers to ``n`` items, four in five of them right at first, with these flips."""
+    return [i >= worse for i in range(n * 4 // 5)] + [i < better for i in range(n // 5)]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +76,58 @@ def test_a_quality_is_paired_by_window_of_text(factor, odd, verdict):
     found = compared([with_ppl("a/eager", 1.0)], [with_ppl("a/eager", factor, odd=odd)])
     (cell,) = found.cells
     assert [j.verdict for j in cell.judged] == ["no worse", verdict]
-    assert cell.judged[1].difference.paired
+    assert cell.judged[1].paired
     assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "verdict"),
+    [(0, 0, "no worse"), (20, 22, "no worse"), (400, 100, "worse"), (90, 40, "undecided")],
+)
+def test_accuracy_is_paired_by_item(worse, better, verdict):
+    a = answering({"t": answers(5000)})
+    found = compared([a], [answering({"t": answers(5000, worse=worse, better=better)})])
+    (cell,) = found.cells
+    speed, accuracy = cell.judged
+    assert (speed.verdict, accuracy.verdict, found.verdict) == ("no worse", verdict, verdict)
+    assert accuracy.change == (better - worse) / 5000
+    assert accuracy.ci95[0] < accuracy.change < accuracy.ci95[1]
+    assert accuracy.margin == 0.01 * 0.8
+    assert ("items" in accuracy.why) == (verdict == "undecided")
+    assert f"{worse} worse and {better} better of 5,000 items of t; McNemar p = " in cell.notes[0]
+    said = found.to_dict()["cells"][0]["judged"][1]
+    assert said["answers"]["worse"] == worse
+    assert json.loads(json.dumps(said)) == said
+
+
+def test_the_tolerated_loss_of_accuracy_is_the_users():
+    a = answering({"t": answers(5000)})
+    b = answering({"t": answers(5000, worse=90, better=40)})
+    given = {"max_slowdown": 0.02, "max_delta_ln_ppl": 0.02}
+    assert compare([a], [b], **given).verdict == "undecided"
+    assert compare([a], [b], **given, max_accuracy_loss=0.03).verdict == "no worse"
+
+
+def test_accuracy_is_over_all_tasks_of_the_same_items():
+    a = answering({"s": answers(500), "t": answers(1000), "only-a": [True]})
+    b = answering({"s": answers(500), "t": answers(1000, worse=9, better=4)})
+    (cell,) = compared([a], [b]).cells
+    assert (cell.judged[1].answers.n, cell.judged[1].answers.tasks) == (1500, ("s", "t"))
+    assert "not the same items of only-a, which are left out" in cell.notes
+
+
+def test_answers_that_cannot_be_compared_are_undecided_with_the_reason():
+    a = answering({"t": answers(1000)})
+    guessing = answering({"t": answers(1000)}, chance=0.9)
+    for before, after, why in (
+        (a, record("a/eager", 100.0), "B answered no tasks"),
+        (record("a/eager", 100.0), a, "A answered no tasks"),
+        (a, answering({"t": answers(1000)}, items="others"), "they answered different items"),
+        (guessing, guessing, "A is no better than guessing"),
+    ):
+        found = compared([before], [after])
+        assert found.verdict == "undecided"
+        assert found.cells[0].judged[1].why == why
 
 
 def test_what_cannot_be_compared_is_undecided_with_its_reason():
@@ -171,6 +241,20 @@ def test_exit_codes_and_json(tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["verdict"] == "worse"
     assert said["cells"][0]["judged"][0]["quantity"] == "speed"
+
+
+def test_lost_accuracy_has_an_exit_code_and_a_margin(tmp_path, capsys):
+    for name, worse in (("a", 0), ("broken", 80)):
+        (tmp_path / name).mkdir()
+        made = answering({"t": answers(1000, worse=worse)})
+        append(tmp_path / name / "records.jsonl", made)
+    a, broken = (str(tmp_path / name) for name in ("a", "broken"))
+    assert main(["compare", a, a]) == 0
+    assert main(["compare", a, broken]) == 1
+    assert "points of accuracy" in capsys.readouterr().out
+    assert main(["compare", a, broken, "--max-accuracy-loss", "15%"]) == 0
+    assert main(["compare", a, broken, "--max-accuracy-loss", "0"]) == 2
+    assert "no number of items rules out a loss of 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", ["100%", "-1%", "nan", "two", "inf"])

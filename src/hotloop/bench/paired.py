@@ -21,10 +21,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hotloop.bench.record import NonInferiority
-
-MARGIN_SHARE = 0.01
-"""The margin, as a share of the reference's accuracy. It is fixed before anything is measured."""
+from hotloop.bench.record import NonInferiority, Verdict
+from hotloop.bench.statistics import wilson_interval
+from hotloop.types import MAX_ACCURACY_LOSS
 
 CONFIDENCE = 0.95
 """Confidence of each one-sided limit."""
@@ -71,6 +70,38 @@ class Flips:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairedTask:
+    """The answers of two models to the same items of one task.
+
+    Attributes:
+        name: The task's name.
+        chance: The accuracy of guessing; None if it is not known.
+        reference: Which answers of the reference are right.
+        tested: Those of the model under test, in the same order.
+    """
+
+    name: str
+    chance: float | None
+    reference: Sequence[bool]
+    tested: Sequence[bool]
+
+    @property
+    def accuracy(self) -> float:
+        """The reference's accuracy."""
+        return sum(self.reference) / len(self.reference)
+
+    @property
+    def at_chance(self) -> bool:
+        """The reference is not shown to be better than guessing: there is no accuracy to lose."""
+        return wilson_interval(self.accuracy, len(self.reference))[0] <= (self.chance or 0.0)
+
+    @property
+    def flips(self) -> Flips:
+        """The items that the two answer differently."""
+        return Flips.of(self.reference, self.tested)
+
+
 def mcnemar_p(worse: int, better: int) -> float:
     """Computes the two-sided p-value of McNemar's exact test: a fair coin for each differing item.
 
@@ -94,10 +125,32 @@ def score_statistic(strata: Sequence[Flips], loss: float) -> float:
     return difference / math.sqrt(variance)
 
 
-def score_limits(strata: Sequence[Flips]) -> tuple[float, float]:
-    """Computes the lower and the upper one-sided 95 % limit of the accuracy lost."""
-    lower = _crossing(lambda loss: score_statistic(strata, loss) - _Z)
-    return lower, _crossing(lambda loss: score_statistic(strata, loss) + _Z)
+def score_limits(strata: Sequence[Flips], *, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Computes the lower and the upper limit of the accuracy lost, each one-sided."""
+    z = _NORMAL.inv_cdf(confidence)
+    lower = _crossing(lambda loss: score_statistic(strata, loss) - z)
+    return lower, _crossing(lambda loss: score_statistic(strata, loss) + z)
+
+
+def compare_over_tasks(
+    tasks: Sequence[PairedTask], margin_share: float = MAX_ACCURACY_LOSS
+) -> Verdict | None:
+    """Compares answers over all tasks together, stratified by task.
+
+    Args:
+        tasks: The tasks. Those at chance are left out.
+        margin_share: The loss that would matter, as a share of the reference's accuracy.
+
+    Returns:
+        The verdict; None if no task is left.
+    """
+    pooled = [task for task in tasks if not task.at_chance]
+    if not pooled:
+        return None
+    n_right = sum(sum(task.reference) for task in pooled)
+    margin = margin_share * n_right / sum(len(task.reference) for task in pooled)
+    compared = compare_answers([task.flips for task in pooled], margin)
+    return Verdict(**dict(compared), tasks=tuple(task.name for task in pooled))
 
 
 def compare_answers(strata: Sequence[Flips], margin: float) -> NonInferiority:

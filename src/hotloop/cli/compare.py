@@ -9,7 +9,7 @@ from cyclopts import App, Token
 from hotloop.cli.options import OUTPUT, QUALITY, WORKLOAD, Json, option
 from hotloop.cli.output import note, print_json, print_rich, print_text
 from hotloop.errors import shorten_value
-from hotloop.types import MAX_DELTA_LN_PPL
+from hotloop.types import MAX_ACCURACY_LOSS, MAX_DELTA_LN_PPL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,9 @@ Examples:
 )
 
 
+_UNITS = {"speed": "", "quality": " Δ ln ppl", "accuracy": " points of accuracy"}
+
+
 def _share(_type: object, tokens: Sequence[Token]) -> float:
     """Reads a share such as ``2%`` or ``0.02``."""
     (token,) = tokens
@@ -36,6 +39,13 @@ def _share(_type: object, tokens: Sequence[Token]) -> float:
         share = -1.0
     if not 0 <= share < 1:
         raise ValueError(f"{shorten_value(token.value)} is not a share: give one such as 2%.")
+    return share
+
+
+def _share_above_0(type_: object, tokens: Sequence[Token]) -> float:
+    """Reads a share that is not 0: items can rule out some loss, and never any loss at all."""
+    if (share := _share(type_, tokens)) == 0:
+        raise ValueError("no number of items rules out a loss of 0: give a share such as 1%.")
     return share
 
 
@@ -52,10 +62,20 @@ def compare(
     max_loss: Annotated[
         float, option(QUALITY, "Increase of ln perplexity that is tolerated.")
     ] = MAX_DELTA_LN_PPL,
+    max_accuracy_loss: Annotated[
+        float,
+        option(
+            QUALITY,
+            "Loss of task accuracy that is tolerated, as a share of A's.",
+            "1%",
+            converter=_share_above_0,
+        ),
+    ] = MAX_ACCURACY_LOSS,
     json: Json = False,
 ) -> int:
     """Tell whether one measurement is slower or worse than another.
 
+    Speed, perplexity and answers to tasks are compared, as far as both have them.
     Cells are matched by configuration, or by name; two of one cell each are
     compared as they are. A verdict is shown by an interval or not given: the exit
     code is 0 for no worse, 1 for worse, and 2 for undecided, as it is for an
@@ -65,7 +85,13 @@ def compare(
     from hotloop.report.compare import compare as compare_sets
 
     before, after = (read_set(name, on_problem=note) for name in (a, b))
-    found = compare_sets(before, after, max_slowdown=max_slowdown, max_delta_ln_ppl=max_loss)
+    found = compare_sets(
+        before,
+        after,
+        max_slowdown=max_slowdown,
+        max_delta_ln_ppl=max_loss,
+        max_accuracy_loss=max_accuracy_loss,
+    )
     if json:
         print_json(found.to_dict())
     else:
@@ -80,7 +106,7 @@ def _show(found: Comparison) -> None:
     grid = Table("configuration", "", "B against A [95%]", "verdict", box=None, pad_edge=False)
     for cell in found.cells:
         for number, judged in enumerate(cell.judged):
-            unit = "" if judged.quantity == "speed" else " Δ ln ppl" * (judged.shown != "–")
+            unit = _UNITS[judged.quantity] if judged.change is not None else ""
             why = f" ({judged.why})" if judged.why else ""
             name = cell.name if number == 0 else ""
             texts = (name, judged.quantity, judged.shown + unit, judged.verdict + why)

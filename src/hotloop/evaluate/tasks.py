@@ -6,19 +6,23 @@ user writes ``NAME`` or ``NAME:ARGUMENT``; the path of a ``.jsonl`` file stands 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
 from hotloop import registry
-from hotloop.bench.paired import MARGIN_SHARE, Flips, compare_answers
+from hotloop.bench.paired import (
+    PairedTask,
+    compare_answers,
+    compare_over_tasks,
+)
 from hotloop.bench.record import TaskFigures, Verdict
-from hotloop.bench.statistics import answers_figure, wilson_interval
+from hotloop.bench.statistics import answers_figure
 from hotloop.errors import CheckpointError, ConfigError, shorten_value
 from hotloop.outside import StrictModel, parse_json, read_bytes, validated
-from hotloop.types import Engine
+from hotloop.types import MAX_ACCURACY_LOSS, Engine
 from hotloop.writing import write_whole
 
 TASKS = {
@@ -171,28 +175,26 @@ def compare_tasks(
 ) -> tuple[tuple[TaskFigures, ...], Verdict | None]:
     """Compares answers with the reference's, task by task and over all tasks.
 
-    The margin of every comparison is ``MARGIN_SHARE`` of the reference's accuracy. A task at which
-    the reference is not shown to be better than chance is flagged and left out of the verdict:
-    there is no accuracy in it to lose.
+    The margin of every comparison is ``MAX_ACCURACY_LOSS`` of the reference's accuracy. A task at
+    which the reference is not shown to be better than chance is flagged and left out of the
+    verdict: there is no accuracy in it to lose.
 
     Returns:
         Each task's figures, and the verdict; None without a reference, or if every task is at
         chance.
     """
-    figures, pooled, n_right = [], {}, 0
+    figures, paired = [], []
     for i, (task, right) in enumerate(zip(tasks, answers, strict=True)):
         fields: dict[str, Any] = {}
         if reference is not None:
-            was_right = reference[i]
-            n, accuracy = len(was_right), sum(was_right) / len(was_right)
-            flips = Flips.of(was_right, right)
-            at_chance = wilson_interval(accuracy, n)[0] <= (task.chance or 0.0)
-            fields = {"reference_accuracy": accuracy, "at_chance": at_chance}
-            if accuracy > 0:
-                fields["compared"] = compare_answers([flips], MARGIN_SHARE * accuracy)
-            if not at_chance:
-                pooled[task.name] = flips
-                n_right += sum(was_right)
+            pair = PairedTask(
+                name=task.name, chance=task.chance, reference=reference[i], tested=right
+            )
+            paired.append(pair)
+            fields = {"reference_accuracy": pair.accuracy, "at_chance": pair.at_chance}
+            if pair.accuracy > 0:
+                margin = MAX_ACCURACY_LOSS * pair.accuracy
+                fields["compared"] = compare_answers([pair.flips], margin)
         figures.append(
             TaskFigures(
                 task=task.name,
@@ -203,12 +205,4 @@ def compare_tasks(
                 **fields,
             )
         )
-    return tuple(figures), _verdict(pooled, n_right)
-
-
-def _verdict(strata: Mapping[str, Flips], n_right: int) -> Verdict | None:
-    if not strata:
-        return None
-    margin = MARGIN_SHARE * n_right / sum(flips.n for flips in strata.values())
-    compared = compare_answers(list(strata.values()), margin)
-    return Verdict(**dict(compared), tasks=tuple(strata))
+    return tuple(figures), compare_over_tasks(paired)

@@ -5,18 +5,27 @@ the loss is shown to stay within the margin; *worse*, if it is shown to exceed i
 Showing is a one-sided test at 5 %. Of several comparisons all must be no worse for that verdict,
 which needs no correction; one that is worse suffices for the other, so that its level is divided by
 their number (Bonferroni), and equal sets are rarely called worse however many cells they have.
+
+Answers to tasks are paired item by item, and A is the reference: ``bench.paired``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hotloop.bench.paired import (
+    CONFIDENCE,
+    PairedTask,
+    compare_over_tasks,
+    score_limits,
+)
 from hotloop.bench.record import MEASURED, Record
+from hotloop.bench.record import Verdict as AccuracyVerdict
 from hotloop.bench.statistics import t_critical
 from hotloop.errors import ConfigError, shorten, shorten_value
 from hotloop.report.differences import (
@@ -27,15 +36,21 @@ from hotloop.report.differences import (
     shown_ratio,
     speed_difference,
 )
+from hotloop.report.numbers import significant
+from hotloop.report.quality import needs
 from hotloop.report.read import latest, read_records
 from hotloop.report.recommend import speed_gap
+from hotloop.types import MAX_ACCURACY_LOSS
 
 Verdict = Literal["no worse", "worse", "undecided"]
 
 EXIT_CODES: dict[Verdict, int] = {"no worse": 0, "worse": 1, "undecided": 2}
 
-LEVEL = 0.05
+LEVEL = 1 - CONFIDENCE
 """Level of the one-sided tests."""
+
+_TWO_SIDED = 1 - LEVEL / 2
+"""Confidence of each limit of an interval that has ``CONFIDENCE``."""
 
 _MOST_NAMES = 10
 
@@ -45,33 +60,42 @@ class Judged:
     """One quantity of a cell, compared.
 
     Attributes:
-        quantity: ``speed`` or ``quality``.
+        quantity: ``speed``, ``quality`` (of predictions of text) or ``accuracy`` (of answers).
         shown: The difference and its 95 % interval.
         verdict: The verdict.
         why: The reason of a verdict that the interval does not show, or what it would take.
-        difference: The difference: of ln speed, or of ln perplexity; None if unknown.
-        margin: The change in the same unit that counts as worse.
+        change: B less A: of ln speed, of ln perplexity, or of accuracy; None if unknown.
+        ci95: Its 95 % interval.
+        paired: Whether samples were paired.
+        margin: The loss in the same unit that counts as worse.
+        answers: The comparison of answers.
     """
 
-    quantity: Literal["speed", "quality"]
-    shown: str
+    quantity: Literal["speed", "quality", "accuracy"]
+    shown: str = "–"
     verdict: Verdict
     why: str = ""
-    difference: Difference | None = None
+    change: float | None = None
+    ci95: tuple[float, float] | None = None
+    paired: bool | None = None
     margin: float = 0.0
+    answers: AccuracyVerdict | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields, as JSON can hold them."""
-        known = self.difference
-        return {
+        found: dict[str, Any] = {
             "quantity": self.quantity,
             "verdict": self.verdict,
             "why": self.why or None,
-            "change": known and known.mean,
-            "ci95": known and list(known.interval()),
-            "paired": known and known.paired,
+            "change": self.change,
+            "ci95": self.ci95 and list(self.ci95),
+            "paired": self.paired,
             "margin": self.margin,
         }
+        if self.answers is not None:
+            of = {"tasks", "n", "worse", "better", "mcnemar_p", "needed"}
+            found["answers"] = self.answers.model_dump(mode="json", include=of)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +177,7 @@ def compare(
     *,
     max_slowdown: float,
     max_delta_ln_ppl: float,
+    max_accuracy_loss: float = MAX_ACCURACY_LOSS,
 ) -> Comparison:
     """Compares two sets of records, cell by cell.
 
@@ -164,6 +189,7 @@ def compare(
         after: The set that is judged.
         max_slowdown: The share of decode speed whose loss is tolerated.
         max_delta_ln_ppl: The increase of ln perplexity that is tolerated.
+        max_accuracy_loss: The loss of accuracy that is tolerated, as a share of A's; above 0.
 
     Raises:
         ConfigError: The sets have no cell in common.
@@ -174,8 +200,23 @@ def compare(
             "the two have no cell in common: name one of each, as FOLDER:CELL, or measure the same "
             "configurations."
         )
-    n_tests = sum(1 + _has_quality(a, b) for a, b in pairs)
-    cells = tuple(_compared(a, b, max_slowdown, max_delta_ln_ppl, n_tests) for a, b in pairs)
+    n_tests = sum(1 + _has_quality(a, b) + _has_answers(a, b) for a, b in pairs)
+
+    def judged(a: Record, b: Record) -> Iterator[Judged]:
+        yield _speed(a, b, max_slowdown, n_tests)
+        if _has_quality(a, b):
+            yield _quality(a, b, max_delta_ln_ppl, n_tests)
+        if _has_answers(a, b):
+            yield _accuracy(a, b, max_accuracy_loss, n_tests)
+
+    cells = tuple(
+        ComparedCell(
+            name=a.cell if a.cell == b.cell else f"{a.cell} → {b.cell}",
+            judged=(found := tuple(judged(a, b))),
+            notes=(*_notes(a, b), *_notes_on_answers(a, b, found)),
+        )
+        for a, b in pairs
+    )
     verdicts = {judged.verdict for cell in cells for judged in cell.judged}
     verdict: Verdict = "no worse"
     if "worse" in verdicts:
@@ -214,14 +255,8 @@ def _has_quality(a: Record, b: Record) -> bool:
     return a.perplexity is not None or b.perplexity is not None
 
 
-def _compared(
-    a: Record, b: Record, max_slowdown: float, max_delta_ln_ppl: float, n_tests: int
-) -> ComparedCell:
-    judged = [_speed(a, b, max_slowdown, n_tests)]
-    if _has_quality(a, b):
-        judged.append(_quality(a, b, max_delta_ln_ppl, n_tests))
-    name = a.cell if a.cell == b.cell else f"{a.cell} → {b.cell}"
-    return ComparedCell(name=name, judged=tuple(judged), notes=tuple(_notes(a, b)))
+def _has_answers(a: Record, b: Record) -> bool:
+    return bool(a.tasks or b.tasks)
 
 
 def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> Judged:
@@ -229,7 +264,7 @@ def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> Judged:
     if a.status in MEASURED and b.status not in MEASURED:
         reason = (b.reason or "").partition("\n")[0]
         why = f"B ended as {b.status}: {reason}".rstrip(": ")
-        return Judged(quantity="speed", shown="–", verdict="worse", why=why, margin=margin)
+        return Judged(quantity="speed", verdict="worse", why=why, margin=margin)
     why = ""
     if a.decode_tok_s is None or b.decode_tok_s is None:
         why = f"no speed: A ended as {a.status}, B as {b.status}"
@@ -238,7 +273,7 @@ def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> Judged:
     difference = None if why else speed_difference(a, b)
     if difference is None:
         why = why or "a single repeat has no interval: raise --repeats"
-        return Judged(quantity="speed", shown="–", verdict="undecided", why=why, margin=margin)
+        return Judged(quantity="speed", verdict="undecided", why=why, margin=margin)
     assert b.decode_tok_s is not None
     slowdown = Difference(
         mean=-difference.mean, se=difference.se, df=difference.df, paired=difference.paired
@@ -249,7 +284,9 @@ def _speed(a: Record, b: Record, max_slowdown: float, n_tests: int) -> Judged:
         shown=shown_ratio(difference),
         verdict=verdict,
         why=why,
-        difference=difference,
+        change=difference.mean,
+        ci95=difference.interval(),
+        paired=difference.paired,
         margin=margin,
     )
 
@@ -266,7 +303,7 @@ def _quality(a: Record, b: Record, margin: float, n_tests: int) -> Judged:
             why = "they were scored on different windows of text"
         else:
             why = "too few windows"
-        return Judged(quantity="quality", shown="–", verdict="undecided", why=why, margin=margin)
+        return Judged(quantity="quality", verdict="undecided", why=why, margin=margin)
     assert b.perplexity is not None
     verdict, why = _judge(difference, margin, n_tests, b.perplexity.n, "windows")
     return Judged(
@@ -274,9 +311,58 @@ def _quality(a: Record, b: Record, margin: float, n_tests: int) -> Judged:
         shown=shown_loss(difference),
         verdict=verdict,
         why=why,
-        difference=difference,
+        change=difference.mean,
+        ci95=difference.interval(),
+        paired=difference.paired,
         margin=margin,
     )
+
+
+def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Judged:
+    tasks = _paired_tasks(a, b)
+    found = compare_over_tasks(tasks, margin_share)
+    if found is None:
+        missing = " and ".join(which for which, r in (("A", a), ("B", b)) if not r.tasks)
+        if missing:
+            why = f"{missing} answered no tasks"
+        elif not tasks:
+            why = "they answered different items"
+        else:
+            why = "A is no better than guessing"
+        return Judged(quantity="accuracy", verdict="undecided", why=why)
+    strata = [task.flips for task in tasks if task.name in found.tasks]
+    verdict: Verdict = "undecided"
+    if found.outcome == "pass":
+        verdict = "no worse"
+    elif score_limits(strata, confidence=1 - LEVEL / n_tests)[0] > found.margin:
+        verdict = "worse"
+    low, high = (-loss for loss in reversed(score_limits(strata, confidence=_TWO_SIDED)))
+    return Judged(
+        quantity="accuracy",
+        shown=f"{-100 * found.loss:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+        verdict=verdict,
+        why=needs(found) if verdict == "undecided" else "",
+        change=-found.loss,
+        ci95=(low, high),
+        paired=True,
+        margin=found.margin,
+        answers=found,
+    )
+
+
+def _paired_tasks(a: Record, b: Record) -> list[PairedTask]:
+    """Pairs the answers to those tasks of which both records have the same items."""
+    others = {task.sha256: task for task in b.tasks}
+    return [
+        PairedTask(
+            name=task.task,
+            chance=task.chance,
+            reference=[sample >= 0.5 for sample in task.accuracy.samples],
+            tested=[sample >= 0.5 for sample in other.accuracy.samples],
+        )
+        for task in a.tasks
+        if (other := others.get(task.sha256)) and other.accuracy.n == task.accuracy.n
+    ]
 
 
 def _judge(loss: Difference, margin: float, n_tests: int, n: int, unit: str) -> tuple[Verdict, str]:
@@ -311,3 +397,20 @@ def _notes(a: Record, b: Record) -> list[str]:
         if was != now and None not in (was, now):
             notes.append(f"different {what}: {shorten(str(was), 60)} and {shorten(str(now), 60)}")
     return notes
+
+
+def _notes_on_answers(a: Record, b: Record, judged: Sequence[Judged]) -> Iterator[str]:
+    for found in (each.answers for each in judged):
+        if found is not None:
+            yield (
+                f"answers: {found.worse} worse and {found.better} better of {found.n:,} items of "
+                f"{', '.join(found.tasks)}; McNemar p = {significant(found.mcnemar_p, 2)}"
+            )
+    if not (a.tasks and b.tasks):
+        return
+    tasks = _paired_tasks(a, b)
+    if alike := [task.name for task in tasks if task.at_chance]:
+        yield f"{', '.join(alike)}: A is no better than guessing, so no loss could be seen there"
+    paired = {task.name for task in tasks}
+    if unpaired := {task.task for task in (*a.tasks, *b.tasks)} - paired:
+        yield f"not the same items of {', '.join(sorted(unpaired))}, which are left out"
