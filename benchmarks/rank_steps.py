@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop.engine.core import Admit, Features, Step, Synchronize
+from hotloop.engine.core import Admit, Admitted, Features, Step, Synchronize
 from hotloop.engine.runner import Runner
 from hotloop.engine.setup import Setup, prepare
 from hotloop.parallel.collectives import Group, Inboxes, ProcessGroup, Use
@@ -97,7 +97,8 @@ class Stepping:
     def __init__(self, job: Job, setup: Setup, group: Group) -> None:
         self.job, self.setup = job, setup
         self.runner = Runner(setup, n_tokens=setup.model.vocab_size, group=group)
-        self.runner.run(Admit(row=0, seat=0, params=GREEDY, seed=0, prompt_ids=PROMPT)).wait()
+        prompt = Admitted(seat=0, params=GREEDY, seed=0, prompt_ids=PROMPT)
+        self.runner.run(Admit(row=0, prompts=[prompt])).wait()
         step = Step(n=1, seats=(0,), longest=job.n_positions, features=Features.of([GREEDY]))
         self.step = lambda: self.runner.run(step)
         self.round_ms()  # compiles, captures, warms up

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hotloop import LLM, EngineConfig, Grammar, SamplingParams
 from hotloop.engine import fused
-from hotloop.engine.core import Features, MoveRow
+from hotloop.engine.core import Admit, Features, MoveRow
 from hotloop.engine.fused import FusedForward, Peers, fused_forms
 from hotloop.engine.gemm_prefill import GemmPrefill
 from hotloop.engine.memory import predict_memory
@@ -578,6 +578,37 @@ def test_neighbours_change_nothing(engine):
         ]
 
 
+def test_short_prompts_share_steps_and_have_the_bits_of_each_alone(engine, monkeypatch):
+    together, alone = (engine(quant="int4-g32", max_batch_size=n) for n in (4, 1))
+    run, admitted = together._runner.run, []
+
+    def watched(command: Any) -> Any:
+        if isinstance(command, Admit):
+            admitted.append(len(command.prompts))
+        return run(command)
+
+    monkeypatch.setattr(together._runner, "run", watched)
+    prompts = [[7], *map(list, PROMPTS[1:]), [5, 6, 7, 8, 9]]
+    expected = [answers(alone, [prompt])[0] for prompt in prompts]
+    assert answers(together, prompts) == expected
+    assert admitted == [4]
+
+    steps = together._runner._model._prompt._steps
+
+    class Replay:
+        """Runs what a GPU would replay."""
+
+        def __init__(self, n: int) -> None:
+            self.n, self.logits = n, steps._run(n).clone()
+
+        def replay(self) -> None:
+            self.logits.copy_(steps._run(self.n))
+
+    graphs = {n: Replay(n) for n in (1, 2, 4)}
+    steps._captured = {n: (graph, graph.logits) for n, graph in graphs.items()}
+    assert answers(together, prompts[1:]) == expected[1:], "a scratch seat is the fourth"
+
+
 def test_a_grammar_is_followed_beside_drafts_and_changes_no_neighbour(engine):
     grammar = Grammar(kind="regex", source="(the token )+[a-z]{1,9}")
     follow = SamplingParams(max_new_tokens=12, grammar=grammar, logprobs=2)
@@ -661,7 +692,7 @@ def test_ranks_agree_with_one_to_the_top_two(quant, by, engine, monkeypatch):
         return devices[-1]
 
     monkeypatch.setattr("hotloop.engine.runner.device_of", device_of)
-    one, two = engine(quant=quant), engine(quant=quant, tensor_parallel=2)
+    one, two = engine(quant=quant), engine(quant=quant, tensor_parallel=2, max_batch_size=2)
     assert two.describe().kernels["o_proj"] == one.describe().kernels["o_proj"]
     assert_top_two_agree(*(llm.generate(list(PROMPTS), FREELY) for llm in (one, two)))
     _, *ranks = ({name for name, _ in device.launched} for device in devices)

@@ -5,11 +5,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from tiny_models import N_TOKENS, write_random
 
 from hotloop import LLM, SamplingParams
+from hotloop.engine.core import Admit, Command, Pending
 from hotloop.engine.request import Request
 from hotloop.engine.scheduler import Scheduler
 from hotloop.types import Generation
@@ -114,6 +116,14 @@ def test_each_answer_is_that_of_the_request_alone(folder, monkeypatch, engine, d
             monkeypatch.setattr(llm._runner, "asynchronous", True)
             if draft == "none":
                 monkeypatch.setattr(llm._scheduler, "n_steps", 2)
+        run, together = llm._runner.run, []
+
+        def watched(command: Command[Any]) -> Pending[Any]:
+            if isinstance(command, Admit):
+                together.append(len(command.prompts))
+            return run(command)
+
+        monkeypatch.setattr(llm._runner, "run", watched)
         for _ in range(2):  # the second time prefixes of all are there
             found = answer_under_load(llm, random, asked)
             assert list(map(comparable, found)) == list(map(comparable, alone))
@@ -122,6 +132,7 @@ def test_each_answer_is_that_of_the_request_alone(folder, monkeypatch, engine, d
                 assert bits == [[each.logprob for each in g.logprobs or ()] for g in alone]
         reused = sum(generation.cached_tokens for generation in found)
         assert (reused > 0) == (prefix_cache != "none")
+        assert (max(together) > 1) == engine.endswith("cpu kernels"), "only where bits stay equal"
 
 
 def test_a_second_turn_prefills_only_what_is_new(folder):

@@ -217,7 +217,7 @@ def test_warming_up_hides_no_error_of_the_suggested_sampling(tmp_path, monkeypat
     run = Runner.run
 
     def run_greedy(self: Runner, command: Command[Any]) -> Pending[Any]:
-        if isinstance(command, Admit) and command.params.temperature > 0:
+        if isinstance(command, Admit) and command.prompts[0].params.temperature > 0:
             raise CheckpointError("model.safetensors", "is damaged")
         return run(self, command)
 

@@ -13,10 +13,12 @@ import pytest
 
 from hotloop.engine.core import (
     Admit,
+    Admitted,
     Command,
     CopySeat,
     Done,
     MoveRow,
+    Packing,
     Pending,
     Prefill,
     ScoreWindow,
@@ -75,12 +77,10 @@ class FakeCore:
                 self._write(command.seat, command.start, command.ids)
                 return Done(None)
             case Admit():
-                ids = list(command.prompt_ids)
-                assert 0 <= command.n_cached <= command.start < len(ids)
-                assert self.cache[command.seat][: command.start] == ids[: command.start]
-                self._write(command.seat, command.start, ids[command.start :])
-                self.rows[command.row] = Row(command.seat, ids)
-                return Done(StepResult(rows=[self._tokens(command.row, 1)], n_drafts=[0]))
+                first = [
+                    self._admit(row, each) for row, each in enumerate(command.prompts, command.row)
+                ]
+                return Done(StepResult(rows=first, n_drafts=[0] * len(first)))
             case CopySeat():
                 assert command.n <= len(self.cache[command.source])
                 self.cache[command.target] = self.cache[command.source][: command.n]
@@ -95,6 +95,14 @@ class FakeCore:
             case Step():
                 return Done(self._step(command))
         raise AssertionError(command)
+
+    def _admit(self, row: int, prompt: Admitted) -> list[tuple[int, None]]:
+        ids = list(prompt.prompt_ids)
+        assert 0 <= prompt.n_cached <= prompt.start < len(ids)
+        assert self.cache[prompt.seat][: prompt.start] == ids[: prompt.start]
+        self._write(prompt.seat, prompt.start, ids[prompt.start :])
+        self.rows[row] = Row(prompt.seat, ids)
+        return self._tokens(row, 1)
 
     def _write(self, seat: int, start: int, ids: Sequence[int]) -> None:
         """Writes a chunk, which is the only one since a step and begins where chunks begin."""
@@ -185,6 +193,12 @@ def expected(name: int, n: int) -> list[int]:
     return [100 * name + i for i in range(n)]
 
 
+def admitted(core: FakeCore) -> list[list[int]]:
+    """The requests whose prompts were prefilled together, in order."""
+    commands = [command for command in core.commands if isinstance(command, Admit)]
+    return [[prompt.prompt_ids[0] for prompt in command.prompts] for command in commands]
+
+
 both = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 
 
@@ -249,8 +263,54 @@ def test_every_request_gets_its_own_tokens_and_they_are_admitted_as_they_came(as
             assert each.token_ids == expected(each.index, n)
             assert each.finish_reason == "length"
         assert [token for index, token in delivered if index == each.index] == each.token_ids
-    admitted = [c.prompt_ids[0] for c in core.commands if isinstance(c, Admit)]
-    assert admitted == list(range(1, 9))
+    assert [name for names in admitted(core) for name in names] == list(range(1, 9))
+
+
+@both
+def test_short_prompts_that_wait_are_prefilled_together_in_their_order(asynchronous):
+    core = FakeCore(12, asynchronous=asynchronous)
+    driven = scheduler(core, packing=Packing(n_prompts=4, longest=3, n_tokens=8))
+    lengths = [1, 2, 3, 3, 2, 4, 3, 3, CHUNK + 2, 1, 1, 1]
+    for name, length in enumerate(lengths, 1):
+        driven.submit(request(name, 5, prompt=range(length - 1)))
+    delivered = finish(driven)
+    # The fourth and the ninth would be too many tokens; the sixth and the ninth are not short, and
+    # the rest of the ninth is.
+    assert admitted(core) == [[1, 2, 3], [4, 5], [6], [7, 8], [9, 10, 11, 12]]
+    for name in range(1, 13):
+        assert [token for index, token in delivered if index == name] == expected(name, 5)
+
+
+@both
+def test_a_window_and_a_full_cache_end_what_is_prefilled_together(asynchronous):
+    core = FakeCore(3, asynchronous=asynchronous)
+    driven = scheduler(core, packing=Packing(n_prompts=4, longest=3, n_tokens=12))
+    window = Scoring([5, 6, 7], full=False)
+    for job in (request(1, 2), request(2, 9), window, *(request(i, 3) for i in (3, 4, 5))):
+        driven.submit(job)
+    finish(driven)
+    assert window.ended
+    first, *others = admitted(core)
+    assert first == [1, 2], "the window is next"
+    assert [name for names in others for name in names] == [3, 4, 5]
+
+
+@both
+def test_requests_that_are_cancelled_free_no_row_of_those_they_were_prefilled_with(asynchronous):
+    core = FakeCore(4, asynchronous=asynchronous)
+    driven = scheduler(core, packing=Packing(n_prompts=4, longest=3, n_tokens=12))
+    requests = [request(i, 6) for i in range(1, 8)]
+    for each in requests:
+        driven.submit(each)
+    while len(core.steps) < 2:
+        driven.iterate()
+    for i in (0, 2):  # holes, which moves fill before the next are prefilled
+        driven.cancel(requests[i])
+    finish(driven)
+    assert admitted(core)[0] == [1, 2, 3, 4]
+    assert [len(names) for names in admitted(core)[1:]] == [2, 1]
+    for each in (requests[i] for i in (1, 3, 4, 5, 6)):
+        assert each.token_ids == expected(each.index, 6)
 
 
 @both

@@ -237,9 +237,13 @@ def test_logits_that_are_not_finite_end_their_own_request(service, llm, alone, m
 
     def damaged(command: Any) -> Any:
         pending = run(command)
-        if isinstance(command, Admit) and list(command.prompt_ids) == [9, 9]:
-            return Done(StepResult(rows=[[(-1, None)]], n_drafts=[0]))
-        return pending
+        if not isinstance(command, Admit):
+            return pending
+        rows = list(pending.wait().rows)
+        for row, prompt in enumerate(command.prompts):
+            if list(prompt.prompt_ids) == [9, 9]:
+                rows[row] = [(-1, None)]
+        return Done(StepResult(rows=rows, n_drafts=[0] * len(rows)))
 
     monkeypatch.setattr(llm._runner, "run", damaged)
     bad, good = service.submit([9, 9], FREELY), service.submit([5, 1], FREELY)

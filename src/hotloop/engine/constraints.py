@@ -63,18 +63,24 @@ class Constraints:
         """Returns the masks of a step of ``n`` rows, int32 [n, T, W], which ``fill`` writes."""
         return self._masks[: n * T * self.n_words].view(n, T, self.n_words)
 
-    def admit(self, row: int, grammar: Grammar | None) -> Tensor | None:
-        """Sets the grammar of a row.
+    def admit(self, row: int, grammars: Sequence[Grammar | None]) -> Tensor | None:
+        """Sets the grammars of rows.
+
+        Args:
+            row: The first of them.
+            grammars: The grammar of each.
 
         Returns:
-            The mask of its first token, int32 [1, 1, W]; None without a grammar.
+            The masks of their first tokens, int32 [B, 1, W]; None if there is no grammar.
         """
-        matcher = self._rows[row] = None if grammar is None else self._grammars.matcher(grammar)
-        if matcher is None:
-            return None
-        mask = self._new_masks(1, 1)
-        matcher.fill(mask[0])
-        return mask.to(self._device, non_blocking=True)
+        masks = None
+        for i, grammar in enumerate(grammars):
+            matcher = None if grammar is None else self._grammars.matcher(grammar)
+            self._rows[row + i] = matcher
+            if matcher is not None:
+                masks = self._new_masks(len(grammars), 1) if masks is None else masks
+                matcher.fill(masks[i])
+        return None if masks is None else masks.to(self._device, non_blocking=True)
 
     def move(self, source: int, target: int) -> None:
         """Moves the grammar of a row into another row."""

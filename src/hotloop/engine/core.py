@@ -162,13 +162,34 @@ class Prefill(Command[None]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Admit(Command[StepResult]):
-    """Prefills the last chunk of a prompt, and adds the request to the rows.
+class Packing:
+    """Which prompts can be prefilled together, with the bits that each would get alone.
 
-    The result has one row: the first token of the answer.
+    What counts of a prompt is its part without cached tokens.
 
     Attributes:
-        row: The request's row.
+        n_prompts: The most prompts.
+        longest: The most tokens of one.
+        n_tokens: The most tokens of all.
+    """
+
+    n_prompts: int
+    longest: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class FindPacking(Command[Packing | None]):
+    """Returns which prompts one ``Admit`` can have; None if each needs one of its own."""
+
+    phase = "describe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """A prompt whose last chunk is prefilled.
+
+    Attributes:
         seat: The request's seat in the cache.
         params: The request's sampling options.
         seed: Seed of its sampling.
@@ -178,9 +199,6 @@ class Admit(Command[StepResult]):
         n_cached: Tokens that the seat held before the prompt's first chunk.
     """
 
-    phase = "prefill"
-
-    row: int
     seat: int
     params: SamplingParams
     seed: int
@@ -188,6 +206,23 @@ class Admit(Command[StepResult]):
     prompt_ids: Sequence[int]
     start: int = 0
     n_cached: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admit(Command[StepResult]):
+    """Prefills the last chunks of prompts together, and adds the requests to the rows.
+
+    The result has a row for each prompt: the first token of its answer.
+
+    Attributes:
+        row: The row of the first request; those of the others follow.
+        prompts: The prompts; several only as ``Packing`` allows.
+    """
+
+    phase = "prefill"
+
+    row: int
+    prompts: Sequence[Admitted]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hotloop.engine.prefill_workspace import bytes_per_row
 from hotloop.engine.programs import serving_steps
-from hotloop.engine.prompt import STEP_TOKENS
+from hotloop.engine.prompt import STEP_TOKENS, step_prompts
 from hotloop.engine.setup import Setup, head_spec, linear_specs, prepare, ranks_here
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import device_info, free_bytes
@@ -138,7 +138,8 @@ def _transient_bytes(setup: Setup) -> int:
     runtime = 768 * 2**20 if setup.device.type == "cuda" else 0  # context, cuBLAS, graphs
     if setup.fused:  # no attention scores are stored, and only a step's rows have logits
         drafts = setup.config.draft_tokens if setup.draft else 0
-        step = max(STEP_TOKENS, setup.config.max_batch_size * (1 + drafts))
+        n_rows = setup.config.max_batch_size
+        step = max(STEP_TOKENS * step_prompts(n_rows), n_rows * (1 + drafts))
         return rows * bytes_per_row(model) + 2 * step * n_logits * _FLOAT32 + runtime
     widest = 4 * model.hidden_size + max(
         layer.feed_forward.intermediate_size + sum(m.n for m in layer.matrices if not m.summed)

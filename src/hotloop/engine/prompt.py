@@ -1,23 +1,27 @@
 """Prefill with the weights of the fused step.
 
 Short prompts run as decode steps of eight tokens, which cost little more than steps of one, since
-both read the packed weights once. Longer prompts run by chunks with GEMMs (``gemm_prefill``). The
-decoder (``models.decoder``) is the specification of both ways.
+both read the packed weights once. Several short prompts share these steps: a row's bits do not
+depend on the other rows. Longer prompts run by chunks with GEMMs (``gemm_prefill``). The decoder
+(``models.decoder``) is the specification of all ways.
 
-Shape letters: T tokens of one sequence, D model width, V vocabulary.
+Shape letters: B sequences, T tokens of each, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hotloop.engine.core import Packing, padded_rows
 from hotloop.engine.fused import FusedForward, fused_forms
 from hotloop.engine.gemm_prefill import GemmPrefill
 from hotloop.engine.graphs import capture
+from hotloop.engine.rows import to_device
 from hotloop.kernels.cuda.launch import Launcher
 from hotloop.kernels.cuda.packing import Format
 from hotloop.models.cache import KVCache
@@ -28,6 +32,29 @@ STEP_TOKENS = 8
 
 SHORT_PROMPT = 64
 """The longest prompt that may run as decode steps."""
+
+
+STEP_PROMPTS = 8
+"""The most prompts of a step: 64 rows, the most of one launch of a matrix product."""
+
+
+class Chunk(NamedTuple):
+    """A chunk of a prompt.
+
+    Attributes:
+        ids: Its tokens, int64 [T].
+        start: Position of the first.
+        seat: The seat that holds those before.
+    """
+
+    ids: Tensor
+    start: int
+    seat: int
+
+
+def step_prompts(n: int) -> int:
+    """Returns how many of ``n`` prompts one step prefills."""
+    return min(STEP_PROMPTS, n)
 
 
 def max_step_prefill_tokens(forms: Sequence[Format]) -> int:
@@ -51,44 +78,62 @@ def spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]
 
 
 class StepPrefill:
-    """Prefills one seat by decode steps of a few tokens: on a GPU, replays of one CUDA graph.
+    """Prefills seats by decode steps of a few tokens of each: on a GPU, replays of CUDA graphs.
 
     Args:
         forward: The fused step.
         device: The device of the model.
+        n_prompts: The most sequences.
+        scratch: A seat that no sequence has, where captured steps can have more rows than needed.
     """
 
-    def __init__(self, forward: FusedForward, device: torch.device) -> None:
+    def __init__(
+        self, forward: FusedForward, device: torch.device, *, n_prompts: int = 1, scratch: int = 0
+    ) -> None:
         self._forward, self._device = forward, device
-        self._ids = torch.zeros(1, STEP_TOKENS, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(1, STEP_TOKENS, dtype=torch.int64, device=device)
-        self._seats = torch.zeros(1, dtype=torch.int64, device=device)
-        self._captured: tuple[Any, Tensor] | None = None
+        self._n_prompts, self._scratch = n_prompts, scratch
+        # Seat, position and ids of each sequence.
+        self._inputs = torch.zeros(n_prompts, 2 + STEP_TOKENS, dtype=torch.int64, device=device)
+        self._captured: dict[int, tuple[Any, Tensor]] = {}
 
-    def __call__(self, ids_T: Tensor, positions_T: Tensor, seat: int) -> Tensor:
-        """Computes logits [T, V] of up to ``STEP_TOKENS`` tokens, valid until the next call.
+    def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Computes logits [B, T, V] of up to ``STEP_TOKENS`` tokens each, until the next call.
 
         Padding tokens write cache positions that later tokens overwrite before any read, and none
         beyond the seat's end: the others follow the first position.
         """
-        n = len(ids_T)
-        self._ids[0, :n] = ids_T
-        self._positions[0, :n] = positions_T
-        self._seats.fill_(seat)
-        if self._captured is None:
-            return self._run()[:n]
-        graph, logits_TV = self._captured
+        n = len(chunks)
+        B = padded_rows(n, self._n_prompts) if self._captured else n
+        where = [number for chunk in chunks for number in (chunk.seat, chunk.start)]
+        where += [self._scratch, 0] * (B - n)
+        self._inputs[:B, :2] = to_device(where, self._device).view(B, 2)
+        for inputs, (ids_T, _, _) in zip(self._inputs, chunks, strict=False):
+            inputs[2 : 2 + len(ids_T)] = ids_T
+        if not self._captured:
+            return self._run(B)
+        graph, logits_BTV = self._captured[B]
         graph.replay()
-        return logits_TV[:n]
+        return logits_BTV[:n]
 
     def warm_up(self) -> None:
-        """Captures the graph; overwrites the first positions of the seat used last."""
-        if self._device.type == "cuda":
-            self._captured = capture(self._run, self._device)
+        """Captures the graphs; overwrites the first positions of a seat."""
+        if self._device.type != "cuda":
+            return
+        self._inputs.zero_()
+        pool = None
+        captured = {}
+        for n in range(self._n_prompts, 0, -1):
+            if padded_rows(n, self._n_prompts) == n:
+                captured[n] = capture(partial(self._run, n), self._device, pool=pool)
+                pool = captured[n][0].pool()
+        self._captured = captured
 
-    def _run(self) -> Tensor:
-        logits_BTV, _ = self._forward(self._ids, self._positions, self._seats)
-        return logits_BTV[0]
+    def _run(self, B: int) -> Tensor:
+        seats_B, starts_B = self._inputs[:B, 0].contiguous(), self._inputs[:B, 1:2]
+        ids_BT = self._inputs[:B, 2:].contiguous()
+        # Only the first position of a sequence is read.
+        logits_BTV, _ = self._forward(ids_BT, starts_B.expand_as(ids_BT), seats_B)
+        return logits_BTV
 
 
 class FusedPrefill:
@@ -101,6 +146,10 @@ class FusedPrefill:
         launcher: Launches kernels.
         chunk: The most tokens of a chunk.
         shared: The model is sharded over ranks.
+        n_prompts: The most prompts that the engine prefills together.
+
+    Attributes:
+        packing: Which prompts can be prefilled together.
     """
 
     def __init__(
@@ -112,12 +161,15 @@ class FusedPrefill:
         *,
         chunk: int,
         shared: bool,
+        n_prompts: int = 1,
     ) -> None:
         self._forward = forward
-        self._steps = StepPrefill(forward, decoder.device)
+        n_prompts, scratch = step_prompts(n_prompts), cache.n_seats - 1
+        self._steps = StepPrefill(forward, decoder.device, n_prompts=n_prompts, scratch=scratch)
         self._gemm = GemmPrefill(decoder, cache, launcher, chunk=chunk, shared=shared)
         gate_up = decoder.blocks[0].feed_forward.gate_up_proj
-        self._max_step_tokens = max_step_prefill_tokens(fused_forms(gate_up))
+        longest = max_step_prefill_tokens(fused_forms(gate_up))
+        self.packing = Packing(n_prompts=n_prompts, longest=longest, n_tokens=n_prompts * longest)
 
     def warm_up(self) -> None:
         """Captures prefill graphs and warms up libraries; overwrites seat 0."""
@@ -130,11 +182,33 @@ class FusedPrefill:
         Returns:
             Computes the last token's logits [1, V], before the next prefill.
         """
-        if len(ids_T) <= self._max_step_tokens:
+        if len(ids_T) <= self.packing.longest:
             *_, (_, logits_TV) = self.logits(ids_T, start, seat)
             return lambda: logits_TV[-1:]
         last_1D = self._gemm(ids_T, start, seat)
         return lambda: self._forward.logits(last_1D)
+
+    def together(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Prefills several seats at once, as ``packing`` allows.
+
+        Returns:
+            The logits [B, V] of the last token of each.
+        """
+        last_BV: Tensor | None = None
+        for first in range(0, max(len(chunk.ids) for chunk in chunks), STEP_TOKENS):
+            parts = {
+                i: Chunk(ids_T[first : first + STEP_TOKENS], start + first, seat)
+                for i, (ids_T, start, seat) in enumerate(chunks)
+                if len(ids_T) > first
+            }
+            logits_BTV = self._steps([*parts.values()])
+            if last_BV is None:
+                last_BV = logits_BTV.new_empty(len(chunks), logits_BTV.shape[-1])
+            for b, (i, part) in enumerate(parts.items()):
+                if len(chunks[i].ids) == first + len(part.ids):
+                    last_BV[i] = logits_BTV[b, len(part.ids) - 1]
+        assert last_BV is not None, "no prompt"
+        return last_BV
 
     def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
         """Prefills a seat by decode steps, with logits of every token.
@@ -142,5 +216,7 @@ class FusedPrefill:
         Yields:
             For each step, the range of its tokens in ``ids_T`` and their logits [T, V].
         """
-        for chunk, positions_T in spans(ids_T, start, STEP_TOKENS):
-            yield chunk, self._steps(ids_T[chunk.start : chunk.stop], positions_T, seat)
+        for first in range(0, len(ids_T), STEP_TOKENS):
+            part = ids_T[first : first + STEP_TOKENS]
+            (logits_TV,) = self._steps([Chunk(part, start + first, seat)])
+            yield range(first, first + len(part)), logits_TV[: len(part)]

@@ -64,12 +64,20 @@ class Rows:
         self.seats = torch.full((n_rows,), scratch, device=device)
         self.last = n_positions - 1
 
-    def admit(self, row: int, prompt_ids: Tensor, first_id: Tensor) -> None:
-        """Sets a row to a prompt and the first token of its answer [1]."""
-        n = len(prompt_ids)
-        self.history[row, :n] = prompt_ids
-        self.history[row, n : n + 1] = first_id
-        self.positions[row] = n
+    def admit(self, row: int, prompts: Sequence[Tensor], first_ids_B: Tensor) -> None:
+        """Sets rows to prompts and the first tokens of their answers.
+
+        Args:
+            row: The row of the first prompt; those of the others follow.
+            prompts: The tokens of each, int64.
+            first_ids_B: int64.
+        """
+        lengths = to_device(list(map(len, prompts)), self.positions.device)
+        for history, prompt in zip(self.history[row:], prompts, strict=False):
+            history[: len(prompt)] = prompt
+        here = slice(row, row + len(prompts))
+        self.history[here].scatter_(1, lengths[:, None], first_ids_B[:, None])
+        self.positions[here] = lengths
 
     def move(self, source: int, target: int) -> None:
         """Copies a row's history and position into another row."""

@@ -8,7 +8,8 @@ Shape letters: T tokens of one sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -25,7 +26,9 @@ from hotloop.engine.core import (
     Describe,
     Done,
     Features,
+    FindPacking,
     MoveRow,
+    Packing,
     Pending,
     Prefill,
     ScoreWindow,
@@ -35,11 +38,12 @@ from hotloop.engine.core import (
     StopMeter,
     Synchronize,
 )
+from hotloop.engine.cpu_blocks import eager_run
 from hotloop.engine.forward import CompileWatch, Forward, TorchForward
 from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.grammar import Grammars
 from hotloop.engine.memory import weights_bytes
-from hotloop.engine.prompt import STEP_TOKENS, FusedPrefill, spans
+from hotloop.engine.prompt import STEP_TOKENS, Chunk, FusedPrefill, spans, step_prompts
 from hotloop.engine.rows import Rows, to_device
 from hotloop.engine.sampling import Sampled, Sampler
 from hotloop.engine.setup import Setup
@@ -55,12 +59,13 @@ from hotloop.engine.vocabulary import VocabularyShard
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import bytes_asked_for, device_info, free_bytes, shortage_of_memory
 from hotloop.kernels import cpu
+from hotloop.kernels.attention import MAX_TOKENS as MAX_CPU_TOKENS
 from hotloop.kernels.attention import choose_attention
 from hotloop.kernels.cuda.launch import device_of
 from hotloop.memory_meter import MemoryMeter
 from hotloop.models import names
 from hotloop.models.cache import KVCache
-from hotloop.models.decoder import Decoder, RMSNorm
+from hotloop.models.decoder import Decoder, RMSNorm, call
 from hotloop.models.linear import Linear
 from hotloop.parallel.collectives import Group
 from hotloop.types import Score, TokenLogprob, exit_layers
@@ -99,7 +104,14 @@ class Runner:
         self.asynchronous, self.captures = setup.asynchronous, setup.captures
         config, device = setup.config, setup.device
         with working_on(device, "load"):
-            self._model = _Model(setup, self._group, n_tokens, progress, n_seats=setup.n_seats)
+            self._model = _Model(
+                setup,
+                self._group,
+                n_tokens,
+                progress,
+                n_seats=setup.n_seats,
+                n_prompts=config.max_batch_size,
+            )
             shares = [shard.vocabulary for shard in setup.shards]
             self._vocabulary = VocabularyShard(shares, n_tokens, self._group)
             self._sampler = Sampler(
@@ -139,8 +151,7 @@ class Runner:
                 indexes_seats=self._model.attention_name in ("cpu", "fused"),
             )
             models = [self._model, *([self._draft_model] if self._draft_model else [])]
-            kernels = {name for model in models for name in model.kernels().values()}
-            ours = all(name.endswith("/cpu") for name in kernels)
+            ours = all(model.on_cpu_kernels for model in models)
             self._step_threads = cpu.single_threaded_torch if ours else nullcontext
         with working_on(device, "warmup"):
             for model in models:
@@ -167,6 +178,8 @@ class Runner:
                 return Done(self._score(command))
             case Synchronize():
                 return Done(self._synchronize())
+            case FindPacking():
+                return Done(self._model.packing)
             case StartMeter():
                 return Done(self._start_meter())
             case StopMeter():
@@ -182,22 +195,32 @@ class Runner:
         return _PendingChunk(self._setup.device)
 
     def _admit(self, command: Admit) -> Pending[StepResult]:
-        row, params = command.row, command.params
-        ids = to_device(command.prompt_ids, self._setup.device)
-        self._sampler.admit(row, params, command.seed, command.prompt_ids, command.eos_ids)
-        mask = self._constraints.admit(row, params.grammar)
-        last = self._model.prefill(ids[command.start :], command.start, command.seat)
-        logits = last()[None]
-        position = torch.full((1, 1), len(ids), device=self._setup.device)
-        features = Features.of([params])
-        sampled = self._sampler.sample(logits, position, row, features, masks_BTW=mask)
+        row, prompts, device = command.row, command.prompts, self._setup.device
+        for i, each in enumerate(prompts, row):
+            self._sampler.admit(i, each.params, each.seed, each.prompt_ids, each.eos_ids)
+        masks_B1W = self._constraints.admit(row, [each.params.grammar for each in prompts])
+        lengths = [len(each.prompt_ids) for each in prompts]
+        flat = [token for each in prompts for token in each.prompt_ids]
+        ids = to_device(flat, device).split(lengths)
+        logits_BV = self._model.prefill_all(
+            [
+                Chunk(ids_T[each.start :], each.start, each.seat)
+                for each, ids_T in zip(prompts, ids, strict=True)
+            ]
+        )
+        positions_B1 = to_device(lengths, device)[:, None]
+        features = Features.of(each.params for each in prompts)
+        sampled = self._sampler.sample(
+            logits_BV[:, None], positions_B1, row, features, masks_BTW=masks_B1W
+        )
         if features.adjust:
             self._sampler.remember(sampled.ids, row)
-        self._rows.admit(row, ids, sampled.ids[0])
+        self._rows.admit(row, ids, sampled.ids[:, 0])
         for drafter in self._drafters:
-            drafter.admit(command.seat, command.n_cached)
+            for each in prompts:
+                drafter.admit(each.seat, each.n_cached)
         pending = _PendingStepResult(sampled)
-        self._constraints.expect(pending, [row])
+        self._constraints.expect(pending, range(row, row + len(prompts)))
         return pending
 
     def _copy(self, copy: CopySeat) -> None:
@@ -330,7 +353,17 @@ class Runner:
 class _Model:
     """A decoder, or a rank's shard of one, with its weights and its cache.
 
+    Args:
+        setup: The configuration to load.
+        group: The ranks that hold it.
+        n_tokens: Token ids below this can be selected.
+        progress: Called as layers are loaded.
+        n_seats: Seats of its cache.
+        n_prompts: The most prompts that are prefilled together.
+
     Attributes:
+        packing: Which prompts can be prefilled together; None for each by itself.
+        on_cpu_kernels: Our CPU kernels compute all matrix products, and attention.
         twin: The decoder of a drafter that is the model under another scheme; None without one.
     """
 
@@ -342,6 +375,7 @@ class _Model:
         progress: OnProgress | None,
         *,
         n_seats: int,
+        n_prompts: int = 1,
     ) -> None:
         self.setup, self.n_tokens, self._shared = setup, n_tokens, group.size > 1
         model, device = setup.local, setup.device
@@ -375,7 +409,9 @@ class _Model:
         self.peers = None
         if setup.fused:
             drafts = setup.config.draft_tokens if setup.draft else 0
-            rows = max(STEP_TOKENS, setup.config.max_batch_size * (1 + drafts))
+            rows = max(
+                STEP_TOKENS * step_prompts(n_prompts), setup.config.max_batch_size * (1 + drafts)
+            )
             self.peers = Peers.of(group, self.decoder, setup.shard.vocabulary.start, rows)
         self._steps, self._prompt = self._fused_forward(), None
         if self._steps is not None and self.launcher is not None:
@@ -386,7 +422,16 @@ class _Model:
                 self.launcher,
                 chunk=setup.prefill_chunk,
                 shared=self._shared,
+                n_prompts=n_prompts,
             )
+        self.on_cpu_kernels = all(name.endswith("/cpu") for name in self.kernels().values())
+        self._run_short = eager_run(self.decoder) if self.on_cpu_kernels else call
+        self.packing: Packing | None = None  # where a row's bits depend on the number of rows
+        if self._prompt is not None:
+            self.packing = self._prompt.packing
+        elif self.on_cpu_kernels:
+            most = MAX_CPU_TOKENS
+            self.packing = Packing(n_prompts=n_prompts, longest=most, n_tokens=most)
 
     def warm_up(self) -> None:
         """Captures prefill graphs and warms caches of libraries; overwrites seat 0."""
@@ -441,6 +486,35 @@ class _Model:
         ((_, hidden_TD),) = self._chunks(ids_T, start, seat)
         return lambda: self.decoder.logits(hidden_TD[-1:])
 
+    def prefill_all(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Prefills seats with the last chunks of prompts, several only as ``packing`` allows.
+
+        Returns:
+            The logits [B, V] of the last token of each.
+        """
+        if len(chunks) == 1:
+            return self.prefill(*chunks[0])()
+        if self._prompt is not None:
+            return self._prompt.together(chunks)
+        device = self.decoder.device
+        # A row for each token: a layer stores all keys and values before it attends to any.
+        lengths = [len(ids_T) for ids_T, _, _ in chunks]
+        ends = list(itertools.accumulate(lengths))
+        positions, seats = [], []
+        for n, (_, start, seat) in zip(lengths, chunks, strict=True):
+            positions += range(start, start + n)
+            seats += [seat] * n
+        with cpu.single_threaded_torch():
+            hidden_N1D = self.decoder(
+                torch.cat([ids_T for ids_T, _, _ in chunks])[:, None],
+                to_device(positions, device)[:, None],
+                self.cache,
+                seats_B=to_device(seats, device),
+                length=1 + max(positions),
+                run=self._run_short,
+            )
+            return self.decoder.logits(hidden_N1D[[end - 1 for end in ends], 0])
+
     def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
         """Prefills a seat from position ``start`` on, with logits of every token.
 
@@ -457,14 +531,17 @@ class _Model:
         """Runs tokens through the decoder by chunks; yields ranges and hidden states [T, D]."""
         seats_B = torch.full((1,), seat, device=ids_T.device)
         for chunk, positions_T in spans(ids_T, start, self.setup.prefill_chunk):
-            hidden_BTD = self.decoder(
-                ids_T[None, chunk.start : chunk.stop],
-                positions_T[None],
-                self.cache,
-                seats_B=seats_B,
-                first_seat=seat,
-                length=start + chunk.stop,
-            )
+            short = self.on_cpu_kernels and len(chunk) <= MAX_CPU_TOKENS
+            with cpu.single_threaded_torch() if short else nullcontext():
+                hidden_BTD = self.decoder(
+                    ids_T[None, chunk.start : chunk.stop],
+                    positions_T[None],
+                    self.cache,
+                    seats_B=seats_B,
+                    first_seat=seat,
+                    length=start + chunk.stop,
+                    run=self._run_short if short else call,
+                )
             yield chunk, hidden_BTD[0]
 
     def kernels(self) -> dict[str, str]:

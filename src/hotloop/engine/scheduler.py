@@ -14,7 +14,8 @@ launched before that while the device computes. So the host runs one step behind
 long prompt delays others by one chunk at a time. A request is in the steps after its last chunk. If
 tokens end a request, those of its in-flight step are discarded.
 
-Chunks begin at multiples of their size, whatever the load, so that load changes no bits.
+Chunks begin at multiples of their size, whatever the load, so that load changes no bits. Short
+prompts that wait together are one chunk where that changes none either (``core.Packing``).
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from __future__ import annotations
 import functools
 import operator
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from hotloop.engine.core import (
     Admit,
+    Admitted,
     CopySeat,
     EngineCore,
     Features,
     MoveRow,
+    Packing,
     Pending,
     Prefill,
     ScoreWindow,
@@ -80,6 +83,7 @@ class Scheduler:
         n_steps: Steps of a multi-step program, used while no request waits; see
             ``n_multi_steps``.
         prefix_cache: See ``EngineConfig.prefix_cache``.
+        packing: Which prompts are prefilled together; None for each by itself.
 
     Attributes:
         n_steps: See above.
@@ -100,11 +104,13 @@ class Scheduler:
         controller: DraftController | None = None,
         n_steps: int = 1,
         prefix_cache: PrefixReuse = "none",
+        packing: Packing | None = None,
     ) -> None:
         self.controller, self.n_steps = controller, n_steps
         self.n_programs = self.n_steps_run = self.n_rows_run = 0
         self.feature_sets: Sequence[Features] | None = None
         self._core, self._n_positions, self._chunk = core, n_positions, chunk
+        self._packing = packing
         self._waiting: deque[Job] = deque()
         self._prefilling: _Prefilling | None = None
         self._rows: list[Request | None] = [None] * n_rows
@@ -275,17 +281,16 @@ class Scheduler:
     # ------------------------------------------------------------------------------ prefill
 
     def _launch_chunk(self) -> _Launched | None:
-        """Launches the next chunk of a prompt or of a window, if there is one."""
-        if self._prefilling is None:
-            self._prefilling = self._next_prefill()
-        if self._prefilling is None:
+        """Launches the next chunk of a prompt or of a window, or several prompts at once."""
+        prefilling, self._prefilling = self._prefilling or self._next_prefill(), None
+        if prefilling is None:
             return None
-        job, seat, start = self._prefilling.job, self._prefilling.seat, self._prefilling.start
-        n = len(job.prompt_ids) if isinstance(job, Request) else len(job.ids) - 1
-        end = self._prefilling.start = min(n, start - start % self._chunk + self._chunk)
-        is_last = end == n
-        if is_last:
-            self._prefilling = None
+        job, seat, start = prefilling.job, prefilling.seat, prefilling.start
+        end = prefilling.end(self._chunk)
+        is_last = end == prefilling.n
+        if not is_last:
+            self._prefilling = prefilling
+            prefilling.start = end
         if isinstance(job, Scoring):
             score = ScoreWindow(
                 seat=seat.index,
@@ -301,21 +306,49 @@ class Scheduler:
             )
             self._seats.hold(seat, job.prompt_ids, end)
             return _Launched(pending, prefilling=job)
-        row = self._rows.index(None)
-        self._rows[row] = job
-        admit = Admit(
-            row=row,
-            seat=seat.index,
-            params=job.params,
-            seed=job.seed,
-            eos_ids=job.eos_ids,
-            prompt_ids=job.prompt_ids,
-            start=start,
-            n_cached=job.n_cached,
-        )
-        pending = self._core.run(admit)
-        self._seats.hold(seat, job.prompt_ids, end)
-        return _Launched(pending, requests={0: job})
+        return self._admit([prefilling, *self._packed_with(prefilling)])
+
+    def _packed_with(self, first: _Prefilling) -> Iterator[_Prefilling]:
+        """Takes further prompts off the queue, in its order, that are prefilled with this one."""
+        packing, n, n_tokens = self._packing, 1, first.n - first.start
+        if packing is None or n_tokens > packing.longest:
+            return
+        while n < packing.n_prompts and self._waiting and isinstance(self._waiting[0], Request):
+            following = self._next_prefill()
+            if following is None:  # no seat is free
+                return
+            n_new = following.n - following.start
+            n, n_tokens = n + 1, n_tokens + n_new
+            is_last = following.end(self._chunk) == following.n
+            if not is_last or n_new > packing.longest or n_tokens > packing.n_tokens:
+                self._prefilling = following  # by itself, in the next iteration
+                return
+            yield following
+
+    def _admit(self, prompts: Sequence[_Prefilling]) -> _Launched:
+        """Launches the last chunks of prompts, whose requests become rows."""
+        # One request takes the first free row; the rows of several are consecutive.
+        row = self._rows.index(None) if len(prompts) == 1 else self._compact()
+        admitted, requests = [], {}
+        for i, prefilling in enumerate(prompts):
+            job = prefilling.job
+            assert isinstance(job, Request), "windows have no rows"
+            self._rows[row + i] = requests[i] = job
+            admitted.append(
+                Admitted(
+                    seat=prefilling.seat.index,
+                    params=job.params,
+                    seed=job.seed,
+                    eos_ids=job.eos_ids,
+                    prompt_ids=job.prompt_ids,
+                    start=prefilling.start,
+                    n_cached=job.n_cached,
+                )
+            )
+        pending = self._core.run(Admit(row=row, prompts=admitted))
+        for i, prefilling in enumerate(prompts):
+            self._seats.hold(prefilling.seat, requests[i].prompt_ids, prefilling.n)
+        return _Launched(pending, requests=requests)
 
     def _next_prefill(self) -> _Prefilling | None:
         """Gives the first job of the queue a seat, if one is free."""
@@ -412,6 +445,15 @@ class _Prefilling:
     job: Job
     seat: Seat
     start: int
+
+    @property
+    def n(self) -> int:
+        """The number of tokens to prefill, cached ones included."""
+        return len(self.job.prompt_ids) if isinstance(self.job, Request) else len(self.job.ids) - 1
+
+    def end(self, chunk: int) -> int:
+        """Returns the end of its next chunk, where chunks have this size."""
+        return min(self.n, self.start - self.start % chunk + chunk)
 
 
 @dataclass(slots=True)
