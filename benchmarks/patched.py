@@ -2,10 +2,11 @@
 
     python benchmarks/patched.py PATCH --out FOLDER --cells llama-2-13b/int4-g128 --rows 1 8
 
-A patch is made of the whole repository by ``git diff``; of it ``src/`` is applied, to a copy. Each
-cell is loaded in a process of its own from the one copy and the other, in turn on the same device:
-without, with, without, with. Random weights, greedy, 200 new tokens after 5. The result is written
-after every process as JSON. ``--rehearse`` runs everything with a tiny model on a CPU.
+A patch is made of the whole repository by ``git diff``; of it ``src/`` and ``tests/`` are applied,
+to a copy. First ``--check`` runs some of the copy's tests. Then each cell is loaded in a process of
+its own from the repository and from the copy, in turn on the same device: without, with, without,
+with. Random weights, greedy, 200 new tokens after 5. The result is written after every process as
+JSON. ``--rehearse`` runs everything with a tiny model on a CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,8 @@ from typing import Any
 from gpu import median, run, table
 from multi_gpu import write_tiny
 
-SOURCE = Path(__file__).parent.parent / "src"
+ROOT = Path(__file__).parent.parent
+COPIED = ("src", "tests", "pyproject.toml")
 
 LIMIT_S = 150.0
 """The time limit of a process."""
@@ -39,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", nargs="+", default=["llama-3.1-8b/int4-g128"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1], help="sequences at once")
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--check", default="", help="arguments of pytest, in the patched copy")
     parser.add_argument("--pairs", type=int, default=2, help="processes without and with it, each")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of a process")
     parser.add_argument("--new-tokens", type=int, default=200)
@@ -54,36 +58,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_tiny(args.out / "rehearsal-model")
         args.cells = [f"{args.out / 'rehearsal-model'}/int4-g64"]
     began = time.perf_counter()
+    found: list[dict[str, Any]] = []
+    failed = False
+    path = args.out / f"{args.patch.stem}-tp{args.tp}.json"
     with tempfile.TemporaryDirectory() as folder:
-        patched = Path(folder) / "src"
-        shutil.copytree(SOURCE, patched)
-        apply(args.patch, patched.parent)
-        found: list[dict[str, Any]] = []
-        failed = False
+        patched = copy_with(args.patch, Path(folder))
+        if args.check:
+            pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+            where = ["env", f"PYTHONPATH={patched / 'src'}", "--chdir", str(patched)]
+            if not run([*where, *pytest, *shlex.split(args.check)], LIMIT_S):
+                sys.exit(f"tests of {args.patch.name} failed: {args.check}")
         for pair in range(args.pairs):
             for cell in args.cells:
                 if time.perf_counter() - began > args.limit_s:
                     continue
-                for name, source in (("without", SOURCE), ("with", patched)):
-                    result = in_process(args, cell, source)
+                for name, root in (("without", ROOT), ("with", patched)):
+                    result = in_process(args, cell, root / "src")
                     failed |= result is None
                     found += [{"cell": cell, "patch": name, "pair": pair, **(result or {})}]
-                    path = args.out / f"{args.patch.stem}-tp{args.tp}.json"
                     path.write_text(json.dumps(found, indent=1) + "\n")
     print(make_table(found))
     sys.exit("a process failed" if failed else 0)
 
 
-def apply(patch: Path, folder: Path) -> None:
-    """Applies the part of a patch that is below ``src/``.
+def copy_with(patch: Path, folder: Path) -> Path:
+    """Copies sources and tests, and applies what a patch changes there; returns the copy.
 
     Raises:
         subprocess.CalledProcessError: It does not apply.
     """
-    command = ["git", "apply", "--include=src/*", "--whitespace=nowarn", str(patch.resolve())]
+    copy = folder / "copy"
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    included = [f"--include={name}" for name in ("src/*", "tests/*")]
+    command = ["git", "apply", *included, "--whitespace=nowarn", str(patch.resolve())]
     # In a folder of a repository git would apply it to that.
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    subprocess.run(command, cwd=folder, check=True, env=environment)
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder)}
+    subprocess.run(command, cwd=copy, check=True, env=environment)
+    return copy
 
 
 def in_process(args: argparse.Namespace, cell: str, source: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@
 
 Two kinds of measurements, each of a shape and a scheme in a process of its own with a time limit:
 
-    sequences  decode tok/s in total of 1 to 64 sequences, 200 new tokens after 5
+    sequences  decode tok/s in total of 1 to 64 sequences, 200 new tokens after 5, and mean TTFT
     prompts    time to the first token after 512 to 32,768 tokens
 
 Random weights, greedy, `fused`, on one GPU and on two. Results of an earlier run under ``--out``
@@ -38,6 +38,9 @@ GPUS = (1, 2)
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS = (512, 2048, 8192, 32_768)
 KINDS = ("sequences", "prompts")
+AT_ONCE = "at once"
+"""The kind of a table of TTFT, of the prompts of sequences."""
+
 ANSWER = 8
 """Positions of a cache beyond the longest prompt."""
 
@@ -164,45 +167,58 @@ def measure(job: Job, out: Path) -> None:
         max_batch_size=max(job.sizes) if of_sequences else 1,
         max_seq_len=5 + job.new_tokens if of_sequences else max(job.sizes) + ANSWER,
     )
-    found: dict[str, Any] = {"job": dataclasses.asdict(job), "samples": {}}
+    found: dict[str, Any] = {"job": dataclasses.asdict(job), "samples": {}, "ttft_ms": {}}
     found["provenance"] = provenance(torch.device(job.device))
     for size in job.sizes:
-        samples = [sample(llm, job, size) for _ in range(1 + job.repeats)]
-        found["samples"][str(size)] = samples[1:]
+        samples, ttft_ms = zip(
+            *(sample(llm, job, size) for _ in range(1 + job.repeats)), strict=True
+        )
+        found["samples"][str(size)], found["ttft_ms"][str(size)] = samples[1:], ttft_ms[1:]
         (out / f"{job.name}.json").write_text(json.dumps(found, indent=1) + "\n")
         print(job.name, size, f"{median(samples[1:]):.6g}", flush=True)
     llm.close()
 
 
-def sample(llm: LLM, job: Job, size: int) -> float:
-    """Measures decode tok/s in total of so many sequences, or TTFT in ms of so many tokens."""
+def sample(llm: LLM, job: Job, size: int) -> tuple[float, float]:
+    """Measures decode tok/s in total of so many sequences, and their mean TTFT in ms.
+
+    Of prompts it measures TTFT in ms of so many tokens, twice the same.
+    """
     params = SamplingParams(max_new_tokens=job.new_tokens, ignore_eos=True)
     if job.kind == "sequences":
         prompts = [[1, 2, 3, 4, 5 + i] for i in range(size)]
-        return sum(one.timing.decode_tok_s for one in llm.generate(prompts, params))
+        timings = [one.timing for one in llm.generate(prompts, params)]
+        tok_s = sum(timing.decode_tok_s for timing in timings)
+        return tok_s, 1e3 * sum(timing.ttft_s for timing in timings) / size
     ids = [2 + i % 500 for i in range(size)]
     (answer,) = llm.generate([ids], dataclasses.replace(params, max_new_tokens=4))
-    return 1e3 * answer.timing.ttft_s
+    return 2 * (1e3 * answer.timing.ttft_s,)
 
 
 # The tables.
 
 
 def make_tables(out: Path) -> str:
-    """Makes a table of each kind: medians, with vLLM's figures beside them on an H200."""
+    """Makes a table of each kind: medians, with vLLM's figures beside them on an H200.
+
+    The last one has TTFT of short prompts at once, where the samples of sequences have it.
+    """
     found = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
-    return "\n".join(
-        filter(None, (kind_table(kind, [f for f in found if f["job"]["kind"] == kind])
-                      for kind in KINDS))
-    )  # fmt: skip
+    of_kinds = {kind: [one for one in found if one["job"]["kind"] == kind] for kind in KINDS}
+    of_kinds[AT_ONCE] = [
+        one | {"samples": one["ttft_ms"]} for one in of_kinds["sequences"] if one.get("ttft_ms")
+    ]
+    return "\n".join(filter(None, (kind_table(kind, each) for kind, each in of_kinds.items())))
 
 
 def kind_table(kind: str, found: Sequence[dict[str, Any]]) -> str:
     """Makes the table of one kind: a row per shape, scheme, GPUs and engine."""
     sizes = sorted({int(size) for one in found for size in one["samples"]})
-    words = "sequence" if kind == "sequences" else "token"
+    word, after = {"sequences": ("sequence", ""), AT_ONCE: ("prompt", " at once")}.get(
+        kind, ("token", "")
+    )
     head = ("shape", "scheme", "GPUs", "engine")
-    head += tuple(f"{size:,} {words}{'s' if size > 1 else ''}" for size in sizes)
+    head += tuple(f"{size:,} {word}{'s' if size > 1 else ''}{after}" for size in sizes)
     rows = []
     for one in sorted(found, key=rank):
         job = one["job"]

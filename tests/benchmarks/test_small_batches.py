@@ -31,10 +31,11 @@ def test_a_rehearsal_measures_both_kinds_and_writes_the_page(tmp_path, monkeypat
         small_batches.main(["--out", str(out), "--docs", str(page), "--rehearse"])
     assert not ended.value.code
     assert len(commands) == 2
-    before, sequences, prompts, after = page.read_text().split("\n\n")
+    before, sequences, prompts, at_once, after = page.read_text().split("\n\n")
     assert (before.split()[0], after.split()[-1]) == ("before", "after")
     assert "| 1 sequence | 3 sequences |" in sequences
     assert "| 5 tokens | 40 tokens |" in prompts
+    assert "| 1 prompt at once | 3 prompts at once |" in at_once
     for path in out.glob("*.json"):
         samples = json.loads(path.read_text())["samples"]
         assert [len(of_size) for of_size in samples.values()] == [2, 2]

@@ -31,13 +31,14 @@ def patch(tmp_path: Path) -> Path:
     return path
 
 
-def test_only_the_copy_is_patched_and_only_below_src(patch, tmp_path):
-    copy = tmp_path / "copy"
-    (copy / "src/hotloop").mkdir(parents=True)
-    patched.apply(patch, copy)
+def test_only_a_copy_is_patched_and_only_its_sources_and_tests(patch, tmp_path):
+    copy = patched.copy_with(patch, tmp_path)
     assert (copy / "src/hotloop/marked.py").read_text() == "MARKED = True\n"
+    assert not (patched.ROOT / "src/hotloop/marked.py").exists()
+    assert (copy / "tests/conftest.py").exists()
+    patch.write_text(PATCH.replace("@@ -0,0 +1 @@\n+MARKED", "@@ -1 +1 @@\n-OTHER\n+MARKED"))
     with pytest.raises(subprocess.CalledProcessError):
-        patched.apply(patch, copy)
+        patched.copy_with(patch, tmp_path / "again")
 
 
 def test_each_process_gets_one_of_both_sources_in_turn(patch, tmp_path, monkeypatch, capsys):
