@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         patched = copy_with(args.patch, Path(folder))
         if args.check:
             pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-            where = ["env", f"PYTHONPATH={patched / 'src'}", "--chdir", str(patched)]
+            where = ["env", "--chdir", str(patched), f"PYTHONPATH={patched / 'src'}"]
             if not run([*where, *pytest, *shlex.split(args.check)], LIMIT_S):
                 sys.exit(f"tests of {args.patch.name} failed: {args.check}")
         for pair in range(args.pairs):
