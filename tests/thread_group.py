@@ -1,15 +1,20 @@
 """Ranks as threads of this process, without the cost of starting processes."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import reduce
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 from waiting import HANG_S
 
+from hotloop.engine.core import Command, Done, Pending, StepResult
+from hotloop.engine.runner import Runner
+from hotloop.engine.setup import Setup
 from hotloop.parallel.collectives import Group, Inboxes
 
 T = TypeVar("T")
@@ -85,3 +90,36 @@ class ThreadRanks:
         if errors:
             raise errors[0]
         return [future.result() for future in futures]
+
+
+class ThreadRunner:
+    """As ``RankGroup``."""
+
+    asynchronous = captures = False
+
+    def __init__(self, setup: Setup, *, n_tokens: int, **_: object) -> None:
+        self.ranks = ThreadRanks(len(setup.shards))
+        self.runners = self.ranks.run(
+            lambda group: Runner(setup.on(group.rank, group.rank), n_tokens=n_tokens, group=group)
+        )
+
+    def run(self, command: Command[Any]) -> Pending[Any]:
+        results = self.ranks.run(lambda group: self.runners[group.rank].run(command).wait())
+        if isinstance(results[0], StepResult):
+            tokens = [[[token for token, _ in row] for row in each.rows] for each in results]
+            assert all(other == tokens[0] for other in tokens), "every rank has the same tokens"
+        return Done(results[0])
+
+    def close(self) -> None:
+        self.ranks.run(lambda group: self.runners[group.rank].close())
+
+
+@contextmanager
+def ranks_as_threads() -> Iterator[None]:
+    """Engines of several ranks have threads for ranks meanwhile."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)  # a rank is a thread already
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hotloop.engine.llm.RankGroup", ThreadRunner)
+        yield
+    torch.set_num_threads(n)

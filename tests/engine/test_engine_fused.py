@@ -15,8 +15,7 @@ from agreement import ALTERNATIVES, assert_top_two_agree
 from cuda_emulation import EmulatedDevice, needs_compiler
 from number_formats import random_weight
 from test_engine_memory import resident_bytes
-from test_engine_shards import ThreadRunner
-from thread_group import ThreadGroup, ThreadRanks
+from thread_group import ThreadGroup, ThreadRanks, ThreadRunner
 from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 

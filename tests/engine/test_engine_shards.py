@@ -9,24 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from thread_group import ThreadGroup, ThreadRanks
+from thread_group import ThreadGroup, ThreadRanks, ranks_as_threads
 from tiny_models import N_TOKENS, write_markov, write_random
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotloop import LLM, Grammar, SamplingParams
-from hotloop.engine.core import (
-    TOP_K_CANDIDATES,
-    Command,
-    Describe,
-    Done,
-    Features,
-    Pending,
-    StepResult,
-)
+from hotloop.engine.core import TOP_K_CANDIDATES, Describe, Features
 from hotloop.engine.memory import predict_memory
-from hotloop.engine.runner import Runner
 from hotloop.engine.sampling import Sampler
-from hotloop.engine.setup import Setup
 from hotloop.engine.vocabulary import VocabularyShard
 from hotloop.models.families import FAMILIES, family_of
 from hotloop.models.linear import Embedding, Linear
@@ -37,36 +27,10 @@ FREELY = SamplingParams(max_new_tokens=16, ignore_eos=True)
 SCHEMES = ["none", "int8", "int4-g32", "int4-g64-asym"]
 
 
-class ThreadRunner:
-    """As ``RankGroup``."""
-
-    asynchronous = captures = False
-
-    def __init__(self, setup: Setup, *, n_tokens: int, **_: object) -> None:
-        self.ranks = ThreadRanks(len(setup.shards))
-        self.runners = self.ranks.run(
-            lambda group: Runner(setup.on(group.rank, group.rank), n_tokens=n_tokens, group=group)
-        )
-
-    def run(self, command: Command[Any]) -> Pending[Any]:
-        results = self.ranks.run(lambda group: self.runners[group.rank].run(command).wait())
-        if isinstance(results[0], StepResult):
-            tokens = [[[token for token, _ in row] for row in each.rows] for each in results]
-            assert all(other == tokens[0] for other in tokens), "every rank has the same tokens"
-        return Done(results[0])
-
-    def close(self) -> None:
-        self.ranks.run(lambda group: self.runners[group.rank].close())
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _threads() -> Iterator[None]:
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)  # a rank is a thread already
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hotloop.engine.llm.RankGroup", ThreadRunner)
+    with ranks_as_threads():
         yield
-    torch.set_num_threads(n)
 
 
 def pair(folder: Path, n: int, **options: Any) -> tuple[LLM, LLM]:

@@ -154,10 +154,14 @@ def test_mapped_weight_keeps_its_format(name):
     assert reversed_rows.format == weight.format
 
 
-def test_two_level_weight_keeps_super_blocks_that_a_slice_leaves_whole():
+def test_two_level_weight_keeps_super_blocks_as_large_as_a_slice_allows():
     weight = random_weight("Q4_K", 4, 1024)
     assert weight.columns(256, 768).format == weight.format
-    assert weight.columns(128, 640).format.super_size == 32
+    assert weight.columns(128, 640).format.super_size == 128
+    assert weight.columns(96, 640).format.super_size == 32
+    finer = weight.with_super_blocks(64)
+    assert finer.format.super_size == 64
+    assert torch.equal(finer.dequantize(), weight.dequantize())
     assert random_weight("nvfp4", 4, 512).columns(128, 256).format.super_size == 128
 
 

@@ -128,18 +128,17 @@ def assert_same_model(quantized: Path, dequantized: Path, **options: Any) -> Non
     )
 
 
-def assert_ranks_hold_slices(model: Path, *, quant: str = "auto") -> None:
+def assert_ranks_hold_slices(model: Path, **options: Any) -> None:
     """Each of two ranks computes with its input features of the whole matrices."""
-    whole = load(model, quant=quant, dtype=torch.float32)
-    shards = ThreadRanks(2).run(
-        lambda group: load(model, quant=quant, group=group, dtype=torch.float32)
-    )
+    options = {"quant": "auto", "dtype": torch.float32} | options
+    whole = load(model, **options)
+    shards = ThreadRanks(2).run(lambda group: load(model, group=group, **options))
     for i, layer in enumerate(whole.layers):
         theirs, first = layer.feed_forward.down_proj, 0
         for shard in shards:
             ours = shard.layers[i].feed_forward.down_proj
-            x = torch.randn(3, ours.k, generator=noise(i))
-            wide = torch.zeros(3, theirs.k)
+            x = torch.randn(3, ours.k, generator=noise(i)).to(options["dtype"])
+            wide = torch.zeros(3, theirs.k, dtype=x.dtype)
             wide[:, first : first + ours.k] = x
             torch.testing.assert_close(ours(x), theirs(wide))
             first += ours.k

@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from stored_models import (
     RAGGED,
     Encode,
@@ -94,7 +95,8 @@ def gptq(
             zeros = torch.full_like(zeros, half)
         scale, group = scales(groups(k, size), n), torch.arange(k) // size
         if act_order:
-            group = group[torch.randperm(k, generator=torch.Generator().manual_seed(3))]
+            own = torch.Generator().manual_seed(sum(map(ord, name)))  # q, k and v differ
+            group = group[torch.randperm(k, generator=own)]
         words = pack(zeros, bits)
         if version == 1:  # one subtraction from a word: a zero of 0 borrows from its neighbour
             words = words - sum(1 << place for place in range(0, 32, bits))
@@ -299,6 +301,19 @@ def test_groups_of_none_are_refused(method, tmp_path):
     encode, said = {"awq": (awq(32), AWQ), "gptq": (gptq(32), GPTQ)}[method]
     message = refusal(write_stored(tmp_path, encode, said | {"group_size": 0})[0])
     assert "group_size: must be -1 or at least 1, not 0" in message
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_scales_stay_in_float16_where_the_model_is_in_bfloat16(method, tmp_path):
+    encode, said = {"awq": (awq(32), AWQ), "gptq": (gptq(32), GPTQ)}[method]
+    quantized, dense = write_stored(tmp_path, encode, said, torch_dtype="bfloat16")
+    setup = prepare(EngineConfig(model=str(quantized), device="cpu", dtype="bfloat16"))
+    formats = [scheme.format(64) for scheme in setup.schemes.values()]
+    assert {form.scale_dtype for form in formats if form.kind != "dense"} == {torch.float16}
+    worth = load_file(dense / "model.safetensors")
+    attention = load(quantized, dtype=torch.bfloat16).layers[0].attention
+    got = attention.o_proj(torch.eye(64, dtype=torch.bfloat16)).float().T
+    assert torch.equal(got, worth["model.layers.0.self_attn.o_proj.weight"].bfloat16().float())
 
 
 def test_a_description_without_a_method_is_refused(tmp_path):

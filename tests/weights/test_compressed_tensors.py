@@ -169,6 +169,15 @@ def test_sizes_need_not_be_whole_words_or_blocks(name, tmp_path):
     assert_same_model(*write_stored(tmp_path, encode, description(scheme, format_=format_), **keys))
 
 
+def test_the_name_of_a_repository_means_nothing(tmp_path):
+    format_, args = FORMATS["int4 in groups"]
+    scheme = scheme_of(format_, **args)
+    said = description(scheme, format_=format_)
+    quantized, dense = write_stored(tmp_path / "Llama-2-13B-AWQ", compressed(scheme), said)
+    named = quantized.rename(quantized.with_name("Llama-2-13B-AWQ-GEMM"))
+    assert_same_model(named, dense)
+
+
 def test_formats_are_mixed_by_targets_and_some_matrices_are_ignored(tmp_path):
     four, eight = (
         scheme_of("pack-quantized", **GROUPS_OF_32),

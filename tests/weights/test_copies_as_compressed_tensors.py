@@ -62,8 +62,8 @@ def log_probabilities(model: torch.nn.Module) -> torch.Tensor:
 def logits_of_decompressed(folder: Path) -> torch.Tensor:
     """The same with matrices that compressed-tensors decompresses in float32.
 
-    compressed-tensors 0.20 allocates packed zero points unpacked when transformers loads them, and
-    so refuses every such file, its own included.
+    compressed-tensors 0.20.1 allocates packed zero points unpacked when transformers 5.24 loads
+    them, which so refuses every such file, its own included.
     """
     config = json.loads((folder / "config.json").read_text())
     described = QuantizationConfig.model_validate(config.pop("quantization_config"))

@@ -154,7 +154,14 @@ def write_gguf_model(
         "block_count": config["num_hidden_layers"],
         "embedding_length": config["hidden_size"],
         "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
     }
+    if "head_dim" in config:
+        sizes |= dict.fromkeys(
+            ("attention.key_length", "attention.value_length"), config["head_dim"]
+        )
+        sizes["rope.dimension_count"] = config["head_dim"]
     return write_gguf(path, tensors, keys=gguf_keys() | sizes, general=text)
 
 

@@ -34,6 +34,7 @@ from hotloop.models.shapes import SHAPES
 from hotloop.parallel.plan import Shard
 from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
+from hotloop.quant.auto import Auto
 from hotloop.quant.none import NoScheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
@@ -274,12 +275,7 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     dtype = _resolve_dtype(config, device)
     n_positions = _resolve_context(config, model, dtype)
     draft_schemes = _self_draft_schemes(config, model, schemes, dtype)
-
-    def alignment(i: int, part: Part) -> int:
-        name = names.layer(i, part.name)
-        return math.lcm(*(each[name].alignment for each in (schemes, draft_schemes) if each))
-
-    shards = model.shards(config.tensor_parallel, alignment)
+    shards, schemes = _plan_shards(config.tensor_parallel, model, schemes, draft_schemes)
     parts = [model.local(shard) for shard in shards]
     execution, notes = _resolve_execution(
         config,
@@ -319,6 +315,35 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
         notes=(*model_notes, *notes),
     )
     return _with_draft(setup, _prepare_draft(setup, draft_schemes))
+
+
+def _plan_shards(
+    n_ranks: int,
+    model: ModelConfig,
+    schemes: Mapping[str, Scheme],
+    draft_schemes: Mapping[str, Scheme],
+) -> tuple[tuple[Shard, ...], Mapping[str, Scheme]]:
+    """Plans each rank's shard; super-blocks are cut only where no plan keeps them whole.
+
+    Returns:
+        The shards, and the model's schemes with which they are planned.
+    """
+
+    def alignment(i: int, part: Part) -> int:
+        name = names.layer(i, part.name)
+        return math.lcm(*(each[name].alignment for each in (schemes, draft_schemes) if each))
+
+    while True:
+        try:
+            return model.shards(n_ranks, alignment), schemes
+        except UnsupportedError:
+            finer = {
+                name: scheme.finer if isinstance(scheme, Auto) else scheme
+                for name, scheme in schemes.items()
+            }
+            if finer == schemes:
+                raise
+            schemes = finer
 
 
 def _check_assumption(config: EngineConfig) -> None:

@@ -22,10 +22,13 @@ class Auto:
         stored: Its number format in the checkpoint; dense where it is not quantized, and for random
             weights.
         k: Its input features.
+        super_size: Input features that share a factor in slices of input features, where ranks
+            cut super-blocks apart (``finer``); None where slices keep them whole.
     """
 
     stored: KernelFormat = DENSE
     k: int = 0
+    super_size: int | None = None
     name: str = "auto"
 
     @classmethod
@@ -40,8 +43,16 @@ class Auto:
         """A group, or a super-block; 1 where a scale is of a whole row, as slices keep it."""
         if self.stored.permuted:
             return self.k
-        sizes = (self.stored.group_size or self.k, self.stored.super_size or self.k)
-        return math.lcm(*(size for size in sizes if size != self.k))
+        sizes = (self.stored.group_size, self.super_size or self.stored.super_size)
+        return math.lcm(*(size for size in sizes if size is not None and size != self.k))
+
+    @property
+    def finer(self) -> Auto:
+        """The scheme whose super-blocks are half as large in slices; itself if they cannot be."""
+        group, size = self.stored.group_size, self.super_size or self.stored.super_size
+        if group is None or size is None or size == self.k or size % (2 * group):
+            return self
+        return replace(self, super_size=size // 2)
 
     def check(self, name: str, n: int, k: int) -> None:
         """Accepts every shape."""
@@ -62,4 +73,6 @@ class Auto:
             k if size == self.k else size
             for size in (self.stored.group_size, self.stored.super_size)
         )
+        if k != self.k:
+            super_block = self.super_size or super_block
         return replace(self.stored, group_size=group, super_size=super_block)

@@ -12,6 +12,7 @@ group per output channel), S super-blocks along K (a divisor of G).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -172,8 +173,7 @@ class QTensor:
     def columns(self, start: int, stop: int) -> QTensor:
         """Slices input features ``start`` to ``stop``: a row-parallel shard, along whole groups.
 
-        Super-blocks that the range cuts apart become as small as groups: their factors are
-        repeated.
+        Where the range cuts super-blocks apart they become smaller (``with_super_blocks``).
 
         Raises:
             ConfigError: The range cuts a group apart, or features are permuted.
@@ -193,15 +193,33 @@ class QTensor:
                 "use a group size that divides both, or "
                 + (f"a tensor-parallel degree of {degrees}." if degrees else "one rank.")
             )
+        super_size = self.format.super_size
+        whole = self
+        if super_size is not None and super_size != k:
+            whole = self.with_super_blocks(math.gcd(super_size, start, stop))
         parts = {"values": self.values[:, start:stop]}
         for name in ("scale", "offset", "super_scale", "super_offset"):
-            tensor = getattr(self, name)
+            tensor = getattr(whole, name)
             if tensor is not None:
                 each = k // tensor.shape[1]  # input features of a column
-                if each != k and (start % each or stop % each):
-                    tensor, each = tensor.repeat_interleave(each // size, dim=1), size
                 parts[name] = tensor[:, start // each : -(-stop // each)]
         return dataclasses.replace(self, **parts)
+
+    def with_super_blocks(self, size: int) -> QTensor:
+        """Cuts super-blocks into ones of ``size`` input features: their factors are repeated.
+
+        Args:
+            size: It divides the present size, and is a multiple of the group size.
+        """
+        present = self.format.super_size
+        assert present is not None, "a weight of two levels"
+        repeats, rest = divmod(present, size)
+        assert rest == 0, f"super-blocks of {present} into {size}"
+        assert size % self.group_size == 0, "super-blocks of whole groups"
+        factors = self._present(("super_scale", "super_offset"))
+        return dataclasses.replace(
+            self, **{name: t.repeat_interleave(repeats, dim=1) for name, t in factors.items()}
+        )
 
     def try_columns(self, start: int, stop: int) -> QTensor | None:
         """Returns ``columns``, or None where the range cannot be sliced."""

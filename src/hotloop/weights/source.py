@@ -472,6 +472,8 @@ class _EncodedPlan(_Plan):
         start = columns.start - wide.start
         scheme, wanted = self.request.scheme, self.request.format
         kept = weight.try_columns(start, start + len(columns))
+        if kept is not None and scheme.name == "auto" and wanted.super_size is not None:
+            kept = kept.with_super_blocks(wanted.super_size)
         if kept is not None and kept.format == wanted:
             return kept
         assert scheme.name != "auto", f"{self.matrix.name} is {weight.format}, not {wanted}"
