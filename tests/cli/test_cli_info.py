@@ -98,6 +98,38 @@ def test_a_scheme_that_a_model_does_not_allow_has_its_reason_under_the_table(
     assert "do not divide" in reason
 
 
+def test_with_several_ranks_it_says_what_each_holds_and_which_schemes_cannot_be_split(
+    tiny_gguf, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "140")
+    argv = ["info", str(tiny_gguf), "--device", "cpu", "--quant", "int8,int4-g64"]
+    about = {}
+    for n in (1, 2):
+        assert main([*argv, "--tp", str(n), "--json"]) == 0
+        about[n] = json.loads(capsys.readouterr().out)
+    assert [rank["n_logits"] for rank in about[2]["ranks"]] == [160, 99]
+    heads = [rank["layers"][0]["attention"]["n_heads"] for rank in about[2]["ranks"]]
+    assert (heads, len(about[1]["ranks"])) == ([2, 2], 1)
+    assert 2 * about[2]["kv_bytes_per_token"] == about[1]["kv_bytes_per_token"]
+    whole, part = ({each["quant"]: each for each in about[n]["memory"]} for n in (1, 2))
+    assert part["int8"]["weights_bytes"] < whole["int8"]["weights_bytes"]
+    assert "unsupported" not in whole["int4-g64"]
+    assert "only 1 works" in part["int4-g64"]["unsupported"]
+
+    assert main([*argv, "--tp", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "2 + 2" in out
+    assert "160 + 99" in out
+    assert "Memory of rank 0, the largest, on cpu" in out
+
+    # A degree that no scheme allows is a row with its reason, and everything else is shown.
+    assert main([*argv, "--tp", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "of which each holds" not in out
+    assert out.count("unsupported") == 3
+    assert "tensor_parallel 5 cannot split 4 query heads" in out
+
+
 def test_a_scheme_that_does_not_exist_is_a_usage_error(tiny_llama, capsys):
     assert main(["info", str(tiny_llama), "--quant", "int8,nonsense", "--device", "cpu"]) == 2
     out, err = capsys.readouterr()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from hotloop.engine.setup import Setup
     from hotloop.kernels.linear import LinearSpec
+    from hotloop.models.config import ModelConfig
     from hotloop.weights.checkpoint import Checkpoint
 
 app = App(
@@ -37,6 +38,7 @@ app = App(
 Examples:
   hotloop info
   hotloop info smollm2-135m
+  hotloop info smollm2-135m --tp 2
   hotloop info llama-2-70b --max-seq-len 4096 --device cuda --json""",
 )
 
@@ -60,7 +62,9 @@ def info(
     For the machine, it shows devices, memory, read bandwidth as measured now, and
     the executions that are available. For a model, it shows its shape, its
     parameters, the types its file stores, the kernel that reads each of them here,
-    and the bytes that it takes under each scheme. Nothing is loaded.
+    and the bytes that it takes under each scheme. With --tp these are of the rank
+    that holds most; schemes that cannot be split so are named, with the degrees
+    that work. Nothing is loaded.
     """
     if model is None:
         note_cache()
@@ -126,15 +130,22 @@ def execution(device: torch.device) -> dict[str, dict[str, Any]]:
 
 
 def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
-    """Returns a model's shape, and the memory of ``config`` under each scheme.
+    """Returns a model's shape, and the memory of a rank of ``config`` under each scheme.
 
-    A scheme that does not suit the model has its reason in place of bytes.
+    A scheme that does not suit the model, or cannot be split over ranks, has its reason in place of
+    bytes.
     """
     from hotloop.engine.memory import predict_memory
     from hotloop.engine.setup import prepare
     from hotloop.weights.checkpoint import stored_form
 
-    setup = prepare(replace(config, quant="auto", draft="none"))
+    as_stored = replace(config, quant="auto", draft="none")
+    try:
+        setup = prepare(as_stored)
+    except UnsupportedError:  # the reason is in its row of the table
+        if config.tensor_parallel == 1:
+            raise
+        setup = prepare(replace(as_stored, tensor_parallel=1))
     stored, formats = None, []
     if setup.path is not None:
         with closing(setup.open()) as checkpoint:
@@ -162,25 +173,35 @@ def anatomy(config: EngineConfig, schemes: Sequence[str]) -> dict[str, Any]:
         "path": str(setup.path) if setup.path else None,
         "stored": stored and stored.to_dict(),
         "formats": formats,
+        "tensor_parallel": config.tensor_parallel,
+        "ranks": [
+            {"layers": _layers(setup.on(rank, rank).local), "n_logits": len(shard.vocabulary)}
+            for rank, shard in enumerate(setup.shards)
+        ],
         "family": setup.model.family,
         "vocab_size": setup.model.vocab_size,
         "hidden_size": setup.model.hidden_size,
         "max_position": setup.model.max_position,
         "tie_embeddings": setup.model.tie_embeddings,
         "n_layers": setup.model.n_layers,
-        "layers": [{"count": n} | asdict(kind) for kind, n in setup.model.kinds.items()],
+        "layers": _layers(setup.model),
         "n_params": setup.model.n_params,
         "device": str(setup.device),
         "activation_dtype": str(setup.dtype).removeprefix("torch."),
-        "kv_bytes_per_token": setup.model.kv_bytes_per_token(setup.dtype.itemsize),
+        "kv_bytes_per_token": setup.local.kv_bytes_per_token(setup.dtype.itemsize),
         "max_seq_len": setup.n_positions,
         "max_batch_size": config.max_batch_size,
         "memory": under,
     }
 
 
+def _layers(model: ModelConfig) -> list[dict[str, Any]]:
+    """Returns the distinct layers of a model, or of a rank's part of it, with their number."""
+    return [{"count": n} | asdict(kind) for kind, n in model.kinds.items()]
+
+
 def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Returns the encodings of a checkpoint's matrices, and the kernels that would read them.
+    """Returns the encodings of a checkpoint's matrices, and the kernels that would read rank 0's.
 
     Matrices that differ in any of these are listed apart, those with the most bytes first.
     """
@@ -192,7 +213,7 @@ def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     recognized = recognize_matrices(checkpoint, setup.model)
     read_by: dict[str, LinearSpec] = {}
     each_layer = linear_specs(
-        setup.model, setup.schemes, setup.dtype, setup.device, fused=setup.fused
+        setup.local, setup.schemes, setup.dtype, setup.device, fused=setup.fused
     )
     for i, matrix, pieces in each_layer:
         by_format = {spec.format: spec for spec in pieces}
@@ -200,8 +221,8 @@ def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
             name = names.layer(i, part.name)
             read_by[name] = by_format[setup.schemes[name].format(matrix.k)]
     read_by[names.head(setup.model)] = head_spec(
-        setup.model,
-        setup.model.vocab_size,
+        setup.local,
+        len(setup.shard.vocabulary),
         setup.schemes,
         setup.dtype,
         setup.device,
@@ -274,9 +295,31 @@ def _by_kind(values: Iterable[tuple[int, object]]) -> str:
     return ", ".join(f"{value} in {n} layers" for value, n in counts.items())
 
 
+def _split(ranks: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Returns what each rank holds, in the order of ranks, as headings and text."""
+    if len(ranks) < 2:
+        return []
+
+    def shares(module: str, key: str) -> str:
+        by_kind = [
+            (layers[0]["count"], " + ".join(f"{layer[module][key]:,}" for layer in layers))
+            for layers in zip(*(rank["layers"] for rank in ranks), strict=True)
+        ]
+        return _by_kind(by_kind)
+
+    return [
+        ("ranks", f"{len(ranks)}, of which each holds"),
+        ("  query heads", shares("attention", "n_heads")),
+        ("  key/value heads", shares("attention", "n_kv_heads")),
+        ("  feed-forward", shares("feed_forward", "intermediate_size")),
+        ("  vocabulary", " + ".join(f"{rank['n_logits']:,}" for rank in ranks)),
+    ]
+
+
 def _show_model(about: dict[str, Any]) -> None:
     kinds = [(n["count"], n["attention"], n["feed_forward"]) for n in about["layers"]]
     cache = about["kv_bytes_per_token"]
+    of_rank = " of rank 0, the largest," if len(about["ranks"]) > 1 else ""
     print_pairs(
         [
             ("model", about["model"]),
@@ -290,12 +333,14 @@ def _show_model(about: dict[str, Any]) -> None:
             ("vocabulary", f"{about['vocab_size']:,}, tied: {_yes(about['tie_embeddings'])}"),
             ("context", f"{about['max_position']:,} tokens"),
             ("sliding window", _by_kind((n, a["window"] or "none") for n, a, _ in kinds)),
+            *_split(about["ranks"]),
             ("cache", f"{cache:,} bytes per token, {about['activation_dtype']}"),
         ]
     )
     _show_formats(about["formats"], about["device"])
     room = f"{about['max_batch_size']} × {about['max_seq_len']:,} tokens of cache"
-    print_text(f"\nMemory on {about['device']} with {room}, weights with rotary tables for them:\n")
+    where = f"{of_rank} on {about['device']}"
+    print_text(f"\nMemory{where} with {room}, weights with rotary tables for them:\n")
     rows = about["memory"]
     print_memory("quant", ((r["quant"], r, r.get("fits"), r.get("unsupported")) for r in rows))
 

@@ -232,7 +232,10 @@ else:
         _Options,
         map(
             _one_value,
-            ("dtype", "device", "max_seq_len", "max_batch_size", "prefill_chunk", "draft"),
+            (
+                *("tensor_parallel", "dtype", "device"),
+                *("max_seq_len", "max_batch_size", "prefill_chunk", "draft"),
+            ),
         ),
     )
 
