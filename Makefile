@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 RESULTS ?= results/demo
-# Whose figures "make bench-gpu" and "make bench-serving" make: a folder of benchmarks/results, and a place in docs/performance.md.
+# Whose figures "make bench-gpu" and "make bench-serving" make: a folder of benchmarks/results, and a place in docs/gpu-tables.md and docs/performance.md.
 GPU ?= h100
 # Processes that run tests, each one file at a time; they share the cores. A crash ends the run.
 TEST_WORKERS ?= 2
@@ -37,7 +37,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/side_by_side.py --out results/cpu-side-by-side.json
 
 bench-gpu: $(VENV)/installed
-	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/$(GPU) --docs docs/performance.md
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/$(GPU) --docs docs/gpu-tables.md
 	$(BIN)/python benchmarks/small_batches.py --out benchmarks/results/$(GPU)-small-batches --docs docs/performance.md
 
 bench-multi-gpu: $(VENV)/installed

@@ -1,6 +1,6 @@
 """Measures decode speed on this machine's GPU, and the parts of a step's time.
 
-    python benchmarks/gpu.py --out benchmarks/results/h100 --docs docs/performance.md
+    python benchmarks/gpu.py --out benchmarks/results/h100 --docs docs/gpu-tables.md
 
 Every part runs in a process of its own with a time limit. Parts that fail or take too long are
 named at the end. Results of an earlier run under ``--out`` remain in the tables.

@@ -1,13 +1,18 @@
-"""Measures peak resident memory while a multi-gigabyte checkpoint is quantized on load.
+"""Measures the peak memory and the time of loading a checkpoint of gigabytes, in every encoding.
 
-It must not exceed the quantized model plus three of the checkpoint's largest tensors. A checkpoint
-of random bfloat16 weights is written to a temporary folder, in shards, with the proportions of
-Llama-2-70B, where the matrices of a block are nearly as large as the embedding and little can hide
-behind it. Each scheme is loaded in a process of its own.
+    PYTHONPATH=src:tests:tests/weights python benchmarks/load_memory.py [--layers 16]
+        [--device cpu] [--cases none awq Q4_K] [--out FOLDER]
 
-    python benchmarks/load_memory.py [--gigabytes 3] [--schemes none int8 int4-g128]
+On a CPU the peak must not exceed the model as it is held and three of its largest tensors in
+bfloat16; on a GPU it includes graphs and workspace, and is only reported. A checkpoint of random
+weights is written to a temporary folder for each case: an unquantized one for each of hotloop's
+schemes, which quantizes it as it loads, and one in each encoding of
+``tests/weights/every_encoding.py``, which is kept as it is stored. All layers are copies of one.
+The vocabulary is tiny, so that nothing can hide behind an embedding. Each case is loaded in a
+process of its own, from files that were just written: GB/s are of decoding and packing, with reads
+from the page cache.
 
-Prints one JSON line per scheme, and writes them to benchmarks/results/load_memory-KIND.json.
+Prints one JSON line per case, and writes them to OUT/load_memory-KIND.json.
 """
 
 from __future__ import annotations
@@ -15,108 +20,157 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
-import tokenizers
 import torch
+import whole_models
+from every_encoding import ENCODINGS
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from whole_models import write_folder
 
 from hotloop.engine.llm import LLM
 from hotloop.hardware import provenance
 from hotloop.memory_meter import MemoryMeter
-from hotloop.models import names
-from hotloop.models.families import read_config
 from hotloop.weights.checkpoint import open_checkpoint
-from hotloop.weights.writer import SafetensorsWriter
+from hotloop.weights.safetensors import INDEX_FILE
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 4096,
-    "num_attention_heads": 32,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
     "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 16384,
+    "head_dim": 128,
 }
+SCHEMES = ("none", "int8", "fp8", "int4-g128")
+_OF_FIRST = re.compile(r"(model\.layers|blk)\.0\.")
 
 
-def write_checkpoint(folder: Path, gigabytes: float) -> None:
-    """Makes a Llama of ``SHAPE`` with enough layers for ``gigabytes`` of bfloat16."""
-    shape = next(
-        shape
-        for n in range(1, 1000)
-        if 2 * read_config(shape := SHAPE | {"num_hidden_layers": n}).n_params >= gigabytes * 1e9
-    )
-    torch.manual_seed(0)
-    with SafetensorsWriter(folder, max_shard_bytes=10**9) as writer:
-        for name, size in names.tensors(read_config(shape)).items():
-            writer.add(name, torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02))
-        (writer.staging / "config.json").write_text(json.dumps(shape))
-        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        vocabulary = {character: i for i, character in enumerate(alphabet)}
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        tokenizer.save(str(writer.staging / "tokenizer.json"))
+def write_safetensors(folder: Path, case: str, n_layers: int) -> Path:
+    """Writes one layer, and then a checkpoint in which all layers are copies of it."""
+    keys = SHAPE | {"num_hidden_layers": 1}
+    if case in SCHEMES:
+        one = write_folder(folder / "one", **keys)
+    else:
+        (folder / "one").mkdir()
+        one = ENCODINGS[case](folder / "one", **keys)
+    with safe_open(one / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    (one / "model.safetensors").unlink()
+    layer = {name: t for name, t in tensors.items() if _OF_FIRST.match(name)}
+    shards = [{name: t for name, t in tensors.items() if name not in layer}]
+    shards += [
+        {_OF_FIRST.sub(rf"\1.{i}.", name): t for name, t in layer.items()} for i in range(n_layers)
+    ]
+    where = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, one / file)
+        where |= dict.fromkeys(shard, file)
+    (one / INDEX_FILE).write_text(json.dumps({"weight_map": where}))
+    config = json.loads((one / "config.json").read_text()) | {"num_hidden_layers": n_layers}
+    (one / "config.json").write_text(json.dumps(config))
+    return one
 
 
-def measure(folder: Path, quant: str) -> dict[str, Any]:
-    """Loads the checkpoint in this process, and reports its peak memory."""
-    torch.ones(256, 256) @ torch.ones(256, 256)  # what torch sets up once is not the model's
-    tensors = open_checkpoint(folder).tensors.values()
-    largest = max(info.shape[0] * info.shape[-1] for info in tensors if len(info.shape) == 2) * 2
-    before = psutil.Process().memory_info().rss
-    with MemoryMeter("cpu") as meter:
-        llm = LLM(str(folder), quant=quant, device="cpu", dtype="bfloat16", max_seq_len=16)
-    model = llm.describe().weight_bytes
-    peak = meter.peak_bytes - before
-    return {
-        "quant": quant,
-        "checkpoint_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+def write_gguf(folder: Path, case: str, n_layers: int) -> Path:
+    """Writes a file in which all layers are quantized from the same numbers."""
+    random_tensors = whole_models.random_tensors
+
+    def alike(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+        tensors = random_tensors(config | {"num_hidden_layers": 1}, dtype)
+        for name in [name for name in tensors if _OF_FIRST.match(name)]:
+            copies = (_OF_FIRST.sub(rf"\1.{i}.", name) for i in range(1, n_layers))
+            tensors |= dict.fromkeys(copies, tensors[name])
+        return tensors
+
+    whole_models.random_tensors = alike
+    try:
+        return ENCODINGS[case](folder, **SHAPE, num_hidden_layers=n_layers)
+    finally:
+        whole_models.random_tensors = random_tensors
+
+
+def write(folder: Path, case: str, n_layers: int) -> Path:
+    is_gguf = case in ENCODINGS and re.fullmatch(r"I?Q\d\w*|MXFP4", case)
+    return (write_gguf if is_gguf else write_safetensors)(folder, case, n_layers)
+
+
+def measure(path: Path, case: str, device: str) -> dict[str, Any]:
+    """Loads a checkpoint in this process, and reports its peak memory and time."""
+    torch.ones(256, 256, device=device) @ torch.ones(256, 256, device=device)  # set up once
+    checkpoint = open_checkpoint(path)
+    stored = sum(info.n_bytes for info in checkpoint.tensors.values())
+    checkpoint.close()
+    before = psutil.Process().memory_info().rss if device == "cpu" else 0
+    cpu_before, started = time.process_time(), time.perf_counter()
+    with MemoryMeter(device) as meter:
+        quant = case if case in SCHEMES else "auto"
+        llm = LLM(str(path), quant=quant, device=device, dtype="bfloat16", max_seq_len=16)
+    described, largest = llm.describe(), 2 * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
+    peak, model = meter.peak_bytes - before, described.weight_bytes
+    row = {
+        "case": case,
+        "checkpoint_bytes": stored,
         "model_bytes": model,
         "largest_tensor_bytes": largest,
         "peak_bytes": peak,
         "bound_bytes": model + 3 * largest,
         "largest_tensors_above_model": round((peak - model) / largest, 2),
-        "within_bound": peak <= model + 3 * largest,
+        "within_bound": peak <= model + 3 * largest if device == "cpu" else None,
         "method": meter.method,
-        "load_s": round(llm.describe().load_s, 2),
+        "started_s": round(time.perf_counter() - started, 2),
+        "load_s": round(described.load_s, 2),
+        "load_gb_per_s": described.load_gb_s,
+        "processor_s": round(time.process_time() - cpu_before, 2),
+        "kernels": described.kernels,
+        "load_average_1m": psutil.getloadavg()[0],
     }
+    llm.close()
+    return row
 
 
 def main() -> int:
+    cases = [*SCHEMES, *ENCODINGS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint")
-    parser.add_argument("--schemes", nargs="+", default=["none", "int8", "int4-g128"])
+    parser.add_argument("--layers", type=int, default=16, help="layers, of 60 million weights each")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases, metavar="CASE")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--limit-s", type=float, default=900, help="for one case; a hang otherwise")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        print(json.dumps(measure(arguments.load, *arguments.schemes)))
+        print(json.dumps(measure(arguments.load, arguments.cases[0], arguments.device)))
         return 0
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        print(f"writing {arguments.gigabytes} GB of weights", file=sys.stderr)
-        write_checkpoint(folder, arguments.gigabytes)
-        for quant in arguments.schemes:
-            command = [sys.executable, __file__, "--load", str(folder), "--schemes", quant]
-            line = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            print(line, end="", flush=True)
-            rows.append(json.loads(line))
+    for case in arguments.cases:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = write(Path(scratch), case, arguments.layers)
+            command = [sys.executable, __file__, "--load", str(path), "--cases", case]
+            command += ["--device", arguments.device]
+            line = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=True, timeout=arguments.limit_s
+            ).stdout
+        print(line, end="", flush=True)
+        rows.append(json.loads(line))
+    device = torch.device(arguments.device)
+    result = {"layers": arguments.layers, "rows": rows, "provenance": provenance(device)}
     kind = f"{psutil.cpu_count()}-core-{platform.machine()}"
-    RESULTS.mkdir(exist_ok=True)
-    result = {"rows": rows, "provenance": provenance(torch.device("cpu"))}
-    (RESULTS / f"load_memory-{kind}.json").write_text(json.dumps(result, indent=2) + "\n")
-    return 0 if all(row["within_bound"] for row in rows) else 1
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device).replace(" ", "-").lower()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"load_memory-{kind}.json").write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if any(row["within_bound"] is False for row in rows) else 0
 
 
 if __name__ == "__main__":
