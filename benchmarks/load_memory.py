@@ -30,12 +30,9 @@ from typing import Any
 
 import psutil
 import torch
-import whole_models
-from every_encoding import ENCODINGS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from whole_models import write_folder
 
 from hotloop.engine.llm import LLM
 from hotloop.hardware import provenance
@@ -57,6 +54,9 @@ _OF_FIRST = re.compile(r"(model\.layers|blk)\.0\.")
 
 def write_safetensors(folder: Path, case: str, n_layers: int) -> Path:
     """Writes one layer, and then a checkpoint in which all layers are copies of it."""
+    from every_encoding import ENCODINGS
+    from whole_models import write_folder
+
     keys = SHAPE | {"num_hidden_layers": 1}
     if case in SCHEMES:
         one = write_folder(folder / "one", **keys)
@@ -84,6 +84,9 @@ def write_safetensors(folder: Path, case: str, n_layers: int) -> Path:
 
 def write_gguf(folder: Path, case: str, n_layers: int) -> Path:
     """Writes a file in which all layers are quantized from the same numbers."""
+    import whole_models
+    from every_encoding import ENCODINGS
+
     random_tensors = whole_models.random_tensors
 
     def alike(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -101,7 +104,7 @@ def write_gguf(folder: Path, case: str, n_layers: int) -> Path:
 
 
 def write(folder: Path, case: str, n_layers: int) -> Path:
-    is_gguf = case in ENCODINGS and re.fullmatch(r"I?Q\d\w*|MXFP4", case)
+    is_gguf = re.fullmatch(r"I?Q\d\w*|MXFP4", case)
     return (write_gguf if is_gguf else write_safetensors)(folder, case, n_layers)
 
 
@@ -140,11 +143,10 @@ def measure(path: Path, case: str, device: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    cases = [*SCHEMES, *ENCODINGS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", type=int, default=16, help="layers, of 60 million weights each")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cases", nargs="+", default=cases, choices=cases, metavar="CASE")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="default: all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--limit-s", type=float, default=900, help="for one case; a hang otherwise")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
@@ -152,8 +154,14 @@ def main() -> int:
     if arguments.load:
         print(json.dumps(measure(arguments.load, arguments.cases[0], arguments.device)))
         return 0
+    from every_encoding import ENCODINGS  # the tests' libraries, which loading does not need
+
+    cases = [*SCHEMES, *ENCODINGS]
+    for case in arguments.cases or ():
+        if case not in cases:
+            parser.error(f"--cases {case!r} is none of {', '.join(cases)}")
     rows: list[dict[str, Any]] = []
-    for case in arguments.cases:
+    for case in arguments.cases or cases:
         with tempfile.TemporaryDirectory() as scratch:
             path = write(Path(scratch), case, arguments.layers)
             command = [sys.executable, __file__, "--load", str(path), "--cases", case]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -203,7 +204,8 @@ def _layers(model: ModelConfig) -> list[dict[str, Any]]:
 def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Returns the encodings of a checkpoint's matrices, and the kernels that would read rank 0's.
 
-    Matrices that differ in any of these are listed apart, those with the most bytes first.
+    Matrices that differ in any of these are listed apart, those with the most bytes first. Packed
+    bytes are those of the whole matrices, as the kernels hold them.
     """
     from hotloop.engine.setup import head_spec, linear_specs
     from hotloop.kernels.linear import choose_linear
@@ -211,6 +213,8 @@ def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     from hotloop.weights.recognition import recognize_matrices
 
     recognized = recognize_matrices(checkpoint, setup.model)
+    weights = names.linear_weights(setup.model)
+    weights[names.head(setup.model)] = (setup.model.vocab_size, setup.model.hidden_size)
     read_by: dict[str, LinearSpec] = {}
     each_layer = linear_specs(
         setup.local, setup.schemes, setup.dtype, setup.device, fused=setup.fused
@@ -243,13 +247,18 @@ def _formats(setup: Setup, checkpoint: Checkpoint) -> list[dict[str, Any]]:
         format_ = spec.format.describe(spec.k)
         entry = found.setdefault(
             (encoding, format_, kernel.name),
-            {"encoding": encoding, "format": format_, "kernel": kernel.name}
-            | {"n_matrices": 0, "n_bytes": 0, "names": [], "reasons": reasons},
+            {"encoding": encoding, "format": format_, "kernel": kernel.name, "names": []}
+            | {"n_matrices": 0, "n_weights": 0, "n_bytes": 0, "packed_bytes": 0}
+            | {"reasons": reasons},
         )
         if (kind := name.rpartition(".")[2]) not in entry["names"]:
             entry["names"].append(kind)
+        n_weights = math.prod(weights[name])
         entry["n_matrices"] += 1
+        entry["n_weights"] += n_weights
         entry["n_bytes"] += sum(info.n_bytes for info in tensors.values())
+        # The spec's matrix may be several of the checkpoint's, and one rank's part.
+        entry["packed_bytes"] += round(kernel.nbytes * n_weights / (spec.n * spec.k))
     return sorted(found.values(), key=lambda entry: -entry["n_bytes"])
 
 
@@ -345,24 +354,33 @@ def _show_model(about: dict[str, Any]) -> None:
     print_memory("quant", ((r["quant"], r, r.get("fits"), r.get("unsupported")) for r in rows))
 
 
+_FEW_KINDS = 3
+"""The most kinds of matrices that a row of formats names."""
+
+
 def _show_formats(formats: list[dict[str, Any]], device: str) -> None:
-    """Prints how matrices are stored and what reads them, with the reasons for slower kernels."""
+    """Prints how matrices are stored and what reads them, with the reasons for slower kernels.
+
+    Bits are of a weight, with its share of scales: in the file, and as the kernel holds them.
+    """
     from rich.table import Table
 
     if not formats:
         return
     print_text(f"\nMatrices as they are stored, and what reads them on {device}:\n")
     whole = sum(entry["n_bytes"] for entry in formats) or 1
-    headings = ("stored as", "number format", "matrices", "share of bytes", "kernel")
-    table = Table(*headings, box=None, pad_edge=False)
-    for column in table.columns[2:4]:
-        column.justify = "right"
+    headings = ("stored as", "number format", "matrices", "share of bytes")
+    table = Table(*headings, "bits", "kernel", "bits read", box=None, pad_edge=False)
+    for at in (3, 4, 6):
+        table.columns[at].justify = "right"
     reasons: dict[str, list[str]] = {}
     for entry in formats:
         share = f"{entry['n_bytes'] / whole:.0%}".replace("%", " %")
-        names = entry["names"]
-        count = f"{entry['n_matrices']} {names[0] if len(names) == 1 else ''}".rstrip()
-        table.add_row(entry["encoding"], entry["format"], count, share, entry["kernel"])
+        names, n_weights = entry["names"], entry["n_weights"]
+        which = f" {', '.join(names)}" if len(names) <= _FEW_KINDS else ""
+        bits, read = (f"{8 * entry[key] / n_weights:.2f}" for key in ("n_bytes", "packed_bytes"))
+        count = f"{entry['n_matrices']}{which}"
+        table.add_row(entry["encoding"], entry["format"], count, share, bits, entry["kernel"], read)
         for reason in entry["reasons"]:
             reasons.setdefault(reason, []).extend(names)
     print_rich(table)

@@ -90,7 +90,8 @@ class KernelFormat:
         if self.group_size is None or self.scale_dtype is None:
             return "floating point"
         per = "row" if self.group_size == k else f"group of {self.group_size}"
-        said = [self.kind, f"{_dtype_name(self.scale_dtype)} scale per {per}"]
+        kind = "4-bit lookup table" if self.kind == "lut4" else self.kind
+        said = [kind, f"{_dtype_name(self.scale_dtype)} scale per {per}"]
         if self.super_size is not None and self.super_dtype is not None:
             wide = "row" if self.super_size == k else f"block of {self.super_size}"
             said.append(f"{_dtype_name(self.super_dtype)} factor per {wide}")
