@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from hotloop.bench.paired import Flips, compare_answers
 from hotloop.checked import MAX_SEED
 from hotloop.errors import ConfigError
+from hotloop.evaluate.tasks import load_tasks
 from hotloop.sweep.recipe import (
     QualityOptions,
     Recipe,
@@ -16,7 +18,7 @@ from hotloop.sweep.recipe import (
     recipe_from_flags,
     replace_models,
 )
-from hotloop.types import MAX_DRAFT_TOKENS, EngineConfig
+from hotloop.types import MAX_ACCURACY_LOSS, MAX_DRAFT_TOKENS, EngineConfig
 
 BATCH_OF_4 = "workload: {prompt_tokens: 1, new_tokens: 2, batch: 4}"
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -43,6 +45,15 @@ def test_the_demo_is_schemes_times_executions():
         "int4-g64/compile",
         "transformers",
     ]
+
+
+def test_the_demos_questions_are_enough_for_equal_answers_to_pass():
+    quality = load_recipe(RECIPES / "demo.yaml").quality_options
+    (task,) = load_tasks(quality.tasks, quality.n_items)
+    assert len({item.context for item in task.items}) == len(task) == quality.n_items
+    equal = Flips(worse=0, better=0, n=len(task))
+    accuracy = 0.6  # of the demo's model, roughly
+    assert compare_answers([equal], MAX_ACCURACY_LOSS * accuracy).outcome == "pass"
 
 
 def test_defaults_hold_for_the_matrix_and_for_explicit_cells(tmp_path):
