@@ -113,6 +113,13 @@ def test_tasks_are_answered_by_the_timed_engine_and_compared_with_the_references
     assert itself.tasks[0].accuracy.mean == task.reference_accuracy
 
 
+def test_a_record_says_where_its_reference_was_scored_if_that_is_not_its_own_device(tmp_path):
+    made = compared(tmp_path, "int8")
+    assert run_cell(made).quality_protocol.reference == "none/eager float32"
+    elsewhere = made.model_copy(update={"reference_place": "on the CPU"})
+    assert run_cell(elsewhere).quality_protocol.reference == "none/eager float32 on the CPU"
+
+
 def test_the_answers_of_a_reference_are_kept_apart_from_its_distributions(tmp_path):
     (tmp_path / "words.jsonl").write_text('{"context": "a", "continuation": "b"}')
     plain, asked = (

@@ -275,9 +275,10 @@ def _quality(attempt: _Attempt, engine: Engine) -> dict[str, Any]:
         except (ConfigError, CheckpointError) as error:
             why_none = str(error)
     quality = measure_quality(engine, windows, reference=reference, on_window=attempt.step)
-    of = f" of {job.reference_model}" if job.reference_model else ""
     how = "as stored/eager" if job.quality.against else "none/eager"
-    compared = {"reference": f"{how} {reference.key.dtype}{of}" if reference else None}
+    where = f" {job.reference_place}" if job.reference_place else ""
+    of = f" of {job.reference_model}" if job.reference_model else ""
+    compared = {"reference": f"{how} {reference.key.dtype}{where}{of}" if reference else None}
     return {
         "quality_protocol": protocol.model_copy(update=compared),
         "quality_reason": None if reference else why_none,

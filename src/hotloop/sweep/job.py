@@ -52,6 +52,7 @@ class Job(BaseModel):
         reference: The file to compare with; for a reference, the file to write.
         task_sha256s: Hashes of the tasks to answer.
         answers: The file of the reference's answers to these; for a reference, the file to write.
+        reference_place: Where the reference was scored, if not on one device of this job's kind.
         no_reference: The reason why there is no reference.
         attempt: The number of the attempt at this cell, from 1.
         key: See :func:`measurement_key`.
@@ -75,6 +76,7 @@ class Job(BaseModel):
     reference: Path | None = None
     task_sha256s: tuple[str, ...] = ()
     answers: Path | None = None
+    reference_place: str | None = None
     no_reference: str | None = None
     attempt: int = 1
     key: str = ""
@@ -85,18 +87,26 @@ class Job(BaseModel):
         """The kind of engine that runs it. Its module is imported here."""
         return registry.load(self.source)
 
-    def reference_job(self, folder: Path) -> Job:
+    def reference_job(
+        self, folder: Path, *, device: str | None = None, tensor_parallel: int = 1
+    ) -> Job:
         """Makes the job that scores the reference of this one.
 
         The reference is hotloop's own engine: eager, the same dtype, and unquantized, unless the
         user names what to compare with. It keeps only those options that change its predictions, so
         that as many cells as possible share it. The names of its files in ``folder`` are hashes of
         these.
+
+        Args:
+            folder: The folder of references.
+            device: The device that scores it; None for this job's.
+            tensor_parallel: The number of ranks that score it.
         """
         assert self.quality is not None, "a job that scores nothing has no reference"
         config = EngineConfig(
             model=self.reference_model or self.config.model,
-            device=self.config.device,
+            device=device or self.config.device,
+            tensor_parallel=tensor_parallel,
             dtype=self.config.dtype,
             quant="auto" if self.quality.against else "none",
             execution="eager",
@@ -105,7 +115,7 @@ class Job(BaseModel):
         job = self.model_copy(
             update={
                 "task": "reference",
-                "cell": config.name,
+                "cell": config.name + (" on the CPU" if device == "cpu" else ""),
                 "config": config,
                 "source": ENGINES[OWN_ENGINE],
                 "python": None,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-from hotloop.bench.record import Record
+from hotloop import hardware
+from hotloop.bench.record import Record, Status
 from hotloop.evaluate.reference_store import ReferenceStore
 from hotloop.sweep.events import OnEvent, ReferenceFinished, ReferenceStarted
 from hotloop.sweep.job import Job
+
+RANKS = (2, 4, 8)
+"""Numbers of GPUs that share a reference which does not fit one."""
+
+DID_NOT_FIT: tuple[Status, ...] = ("predicted-oom", "oom")
 
 
 def is_reference(job: Job) -> bool:
@@ -30,15 +38,6 @@ def is_reference(job: Job) -> bool:
     return config.tensor_parallel == 1 and prepare(config).execution == "eager"
 
 
-def held_reference_job(job: Job, store: ReferenceStore) -> Job:
-    """Makes the job that scores a job's reference, whose files the store holds from now on."""
-    scoring = job.reference_job(store.folder)
-    for file in (scoring.reference, scoring.answers):
-        if file is not None:
-            store.hold(file)
-    return scoring
-
-
 def with_reference(job: Job, store: ReferenceStore, on_event: OnEvent) -> Job:
     """Scores a job's reference in this process; adds its files, or why there are none, to the job.
 
@@ -49,33 +48,78 @@ def with_reference(job: Job, store: ReferenceStore, on_event: OnEvent) -> Job:
     """
     from hotloop.sweep.cell import score_reference  # imports torch
 
-    scoring = held_reference_job(job, store)
-    reason = ensure_reference(scoring, lambda job: score_reference(job, on_event), on_event)
-    if reason:
-        return job.model_copy(update={"no_reference": reason})
-    return job.model_copy(update={"reference": scoring.reference, "answers": scoring.answers})
+    def score(scoring: Job) -> Record:
+        return score_reference(scoring, on_event)
+
+    return job.model_copy(update=find_reference(job, store, score, on_event))
 
 
-def ensure_reference(scoring: Job, score: Callable[[Job], Record], on_event: OnEvent) -> str | None:
-    """Scores a reference unless its files exist.
+def find_reference(
+    job: Job, store: ReferenceStore, score: Callable[[Job], Record], on_event: OnEvent
+) -> dict[str, Any]:
+    """Finds a job's reference in the store, or scores it.
+
+    Where it does not fit the job's device, ranks on several GPUs score it, or else the CPU does.
 
     Args:
-        scoring: The job that scores it.
-        score: Runs that job.
+        job: The job.
+        store: Keeps the files, and holds those that are returned.
+        score: Runs the job that scores a reference.
         on_event: Receives the events.
 
     Returns:
-        The reason where there is no reference.
+        The fields of ``Job`` that name the reference, or say why there is none.
     """
-    file, reason = scoring.reference, None
+    first = job.reference_job(store.folder)
+    if _is_kept(first):
+        places = [(first, None)]
+    else:
+        others = list(_other_places(job, store.folder))
+        kept = [place for place in others if _is_kept(place[0])]
+        places = kept[:1] or [(first, None), *others]
+    reasons = []
+    for scoring, place in places:
+        record = _scored(scoring, store, score, on_event)
+        if record is None:
+            files = {"reference": scoring.reference, "answers": scoring.answers}
+            return files | {"reference_place": place}
+        why = (record.reason or "").partition("\n")[0]
+        reasons.append(f"{scoring.cell} ended as {record.status}: {why}")
+        if place is None and record.status not in DID_NOT_FIT:
+            break
+    return {"no_reference": f"the reference {'; '.join(reasons)}"}
+
+
+def _other_places(job: Job, folder: Path) -> Iterator[tuple[Job, str]]:
+    """Makes the jobs that score a reference elsewhere, each with the words for that place."""
+    if job.config.device == "cpu" or not (gpus := hardware.machine()["gpus"]):
+        return
+    for n in RANKS:
+        if n <= len(gpus):
+            yield job.reference_job(folder, tensor_parallel=n), f"by {n} ranks"
+    yield job.reference_job(folder, device="cpu"), "on the CPU"
+
+
+def _is_kept(scoring: Job) -> bool:
+    return all(made.exists() for made in (scoring.reference, scoring.answers) if made is not None)
+
+
+def _scored(
+    scoring: Job, store: ReferenceStore, score: Callable[[Job], Record], on_event: OnEvent
+) -> Record | None:
+    """Scores a reference unless its files are kept; returns the record of one that failed."""
+    file = scoring.reference
     assert file is not None, "a reference job names its file"
-    reused = all(made.exists() for made in (file, scoring.answers) if made is not None)
-    on_event(ReferenceStarted(scoring.cell, reused))
-    if not reused:
-        record = score(scoring)
-        if record.status != "ok":
-            why = (record.reason or "").partition("\n")[0]
-            reason = f"the reference {scoring.cell} ended as {record.status}: {why}"
+    for made in (file, scoring.answers):
+        if made is not None:
+            store.hold(made)
+    kept = _is_kept(scoring)
+    on_event(ReferenceStarted(scoring.cell, kept))
+    record = None if kept else score(scoring)
+    reason = None
+    if record is not None and record.status != "ok":
+        why = (record.reason or "").partition("\n")[0]
+        reason = f"the reference {scoring.cell} ended as {record.status}: {why}"
     n_bytes = 0 if reason else file.stat().st_size
     on_event(ReferenceFinished(scoring.cell, reason, n_bytes, str(file.parent)))
-    return reason
+    return record if reason else None

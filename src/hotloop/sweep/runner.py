@@ -28,7 +28,7 @@ from hotloop.sweep.part import Part
 from hotloop.sweep.process import Interrupted, run_isolated
 from hotloop.sweep.ray_cluster import RayCluster
 from hotloop.sweep.recipe import Recipe, expand
-from hotloop.sweep.reference import ensure_reference, held_reference_job
+from hotloop.sweep.reference import find_reference
 from hotloop.sweep.store import RECORDS, append, locked, read_file
 from hotloop.types import OWN_ENGINE
 from hotloop.writing import (
@@ -159,23 +159,21 @@ class SingleMachine:
     ) -> None:
         self.results, self.timeout_s, self.on_event = results, timeout_s, on_event
         self.store = store
-        self.no_reference: dict[Path, str | None] = {}  # file -> why there is none
+        self.references: dict[Path, dict[str, Any]] = {}  # by the file that each would have here
 
     def with_reference(self, job: Job, earlier: Record | None) -> Job:
         """Adds the reference to a job, and scores the reference first if it is missing."""
         compared = earlier is not None and "reference" in earlier.provenance
         if job.quality is None or job.no_reference or (compared and _is_finished(job, earlier)):
             return job
-        scoring = held_reference_job(job, self.store)
-        file = scoring.reference
-        assert file is not None, "a reference job names its file"
-        if file not in self.no_reference:
-            self.no_reference[file] = ensure_reference(scoring, self.run, self.on_event)
-        if reason := self.no_reference[file]:
-            return job.model_copy(update={"no_reference": reason})
-        provenance = {**job.provenance, "reference": file.stem}
-        files = {"reference": file, "answers": scoring.answers}
-        return job.model_copy(update=files | {"provenance": provenance})
+        wanted = job.reference_job(self.store.folder).reference
+        assert wanted is not None, "a reference job names its file"
+        if wanted not in self.references:
+            self.references[wanted] = find_reference(job, self.store, self.run, self.on_event)
+        found = self.references[wanted]
+        if (file := found.get("reference")) is not None:
+            found = found | {"provenance": {**job.provenance, "reference": file.stem}}
+        return job.model_copy(update=found)
 
     def measure(self, job: Job, earlier: Record | None, *, index: int, total: int) -> Record:
         """Returns the earlier record of a finished job, or measures it."""
