@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.rehearse:
-        print(report(parts(rehearsal(), n_layers=2), 10.0))
+        print(report(parts(rehearsal(), n_layers=2), 100.0))
         return
     if args.job:
         profile(args.job, args.rows, args.steps, args.out)
