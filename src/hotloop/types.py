@@ -517,6 +517,7 @@ class SamplingParams:
         grammar: The grammar that the answer follows: only tokens that it allows can be selected,
             and where it ends, only end-of-sequence tokens. An answer that ends before it, at
             ``max_new_tokens`` or by a stop string, is a beginning of one that follows it.
+        speculate: Draft for this answer, if the engine has a drafter. It changes no token.
     """
 
     max_new_tokens: Count | None = None
@@ -536,6 +537,7 @@ class SamplingParams:
     logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
     visible_tokens: tuple[str, ...] = ()
     grammar: Grammar | None = None
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, RequestError)
@@ -615,7 +617,8 @@ class Speculation:
         proposed: Drafts made at each draft position.
         accepted: Drafts accepted at each draft position.
         draft_s: Seconds the device spent making drafts.
-        verify_s: Seconds it spent in the model, with drafts or without.
+        verify_s: Seconds it spent in the model, with drafts or without. Where several steps with
+            drafts are one program, those of the drafts are among them.
     """
 
     n_steps: int = 0

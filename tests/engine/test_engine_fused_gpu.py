@@ -1,5 +1,6 @@
 """The fused step in whole engines on a GPU: ``pytest -m gpu`` where there is one."""
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 
 from hotloop import LLM, Generation, SamplingParams
+from hotloop.engine.core import Step
 from hotloop.engine.service import Service
 from hotloop.evaluate.quality import kl_divergence
 from hotloop.evaluate.text import load_text
@@ -136,6 +138,34 @@ def test_drafts_change_neither_tokens_nor_their_probabilities(
     for sampling in ({}, {"seed": 3, **DRAWN["top-k"]}, {"seed": 3, **DRAWN["penalty"]}):
         assert answers(drafted, PROMPTS, **sampling) == answers(plain, PROMPTS, **sampling)
     assert any(any(g.speculation.proposed) for g in drafted.generate(PROMPTS, GREEDY))
+
+
+@pytest.mark.parametrize("draft", ["ngram", "self-int4-g32", "itself"])
+def test_several_steps_with_drafts_are_one_program_and_change_no_bit(
+    draft: str, make: Make, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotloop.engine.llm.n_multi_steps", lambda _: 8)
+    plain = make(quant="int8", max_batch_size=3)
+    drafted = make(
+        quant="int8",
+        max_batch_size=3,
+        draft=str(families["LlamaForCausalLM"]) if draft == "itself" else draft,
+        draft_policy="always",
+    )
+    steps: list[Any] = []
+    run = drafted._runner.run
+    monkeypatch.setattr(drafted._runner, "run", lambda c: steps.append(c) or run(c))
+    for sampling in ({}, {"seed": 3, **DRAWN["top-k"]}, {"seed": 3, **DRAWN["penalty"]}):
+        for prompt in PROMPTS:
+            assert answers(drafted, [prompt], **sampling) == answers(plain, [prompt], **sampling)
+    mixed = [GREEDY, dataclasses.replace(GREEDY, speculate=False)] * 2
+    with Service(drafted) as service:
+        tickets = [service.submit(PROMPTS[i % 3], mixed[i]) for i in range(4)]
+        found = [tuple(t for piece in ticket for t in piece.token_ids) for ticket in tickets]
+        assert service.state().n_captured == 0
+    expected = plain.generate(PROMPTS, GREEDY)
+    assert found == [expected[i % 3].token_ids for i in range(4)]
+    assert 4 in {step.n_steps for step in steps if isinstance(step, Step) and step.k}
 
 
 @pytest.mark.parametrize("sampling", DRAWN.values(), ids=DRAWN)

@@ -15,7 +15,7 @@ from tiny_models import N_TOKENS, write_random
 from torch import Tensor
 
 from hotloop import LLM, Grammar, SamplingParams
-from hotloop.engine.core import Features
+from hotloop.engine.core import Features, Step
 from hotloop.engine.graphs import MOST_GRAPHS
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.programs import SERVED_FEATURES, served_features, serving_steps
@@ -93,7 +93,10 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("draft", ["none", "ngram", "itself"])
 @pytest.mark.usefixtures("_captures")
-def test_nothing_is_captured_in_service_and_padded_rows_disturb_nobody(folder, alone, draft):
+def test_nothing_is_captured_in_service_and_padded_rows_disturb_nobody(
+    folder, alone, draft, monkeypatch
+):
+    monkeypatch.setattr("hotloop.engine.llm.n_multi_steps", lambda _: 4)
     draft = str(folder) if draft == "itself" else draft
     options = {"max_batch_size": 6, "draft": draft, "draft_tokens": 2, "prefill_chunk": 16}
     llm = LLM(str(folder), dtype="bfloat16", prefix_cache="tokens", **options)
@@ -114,6 +117,37 @@ def test_nothing_is_captured_in_service_and_padded_rows_disturb_nobody(folder, a
         assert service.state().n_captured == 0
         assert llm._scheduler.n_programs == made > 0
     llm.close()
+
+
+@pytest.mark.parametrize("draft", ["ngram", "exit-1", "itself"])
+@pytest.mark.usefixtures("_captures")
+def test_several_steps_with_drafts_are_one_program(folder, draft, monkeypatch):
+    monkeypatch.setattr("hotloop.engine.llm.n_multi_steps", lambda _: 4)
+    draft = str(folder) if draft == "itself" else draft
+    options = {"dtype": "float32", "max_seq_len": 90, "prefill_chunk": 16}
+    drafting = LLM(str(folder), draft=draft, draft_tokens=2, draft_policy="always", **options)
+    made = drafting._scheduler.n_programs
+    steps: list[Any] = []
+    run = drafting._runner.run
+    monkeypatch.setattr(drafting._runner, "run", lambda c: steps.append(c) or run(c))
+    with LLM(str(folder), **options) as plain:
+        for i, sampling in enumerate(OPTIONS[:8]):
+            for ends in ({"max_new_tokens": 30}, {"ignore_eos": True}, {"max_new_tokens": 5}):
+                params = SamplingParams(**sampling | ends)
+                found, expected = (
+                    llm.generate([PROMPTS[3]], params)[0] for llm in (drafting, plain)
+                )
+                assert found.token_ids == expected.token_ids
+                assert found.text == expected.text
+                counted = found.speculation
+                assert counted.n_tokens == len(found.token_ids) - 1
+                assert counted.n_tokens <= counted.n_steps + sum(counted.accepted)
+            if i == 0:
+                assert drafting._scheduler.n_programs == made, "those of greedy ones were captured"
+    assert {(2, 2), (2, 1)} <= {(s.k, s.n_steps) for s in steps if isinstance(s, Step)}
+    if draft == str(folder):
+        assert counted.accepted == counted.proposed
+    drafting.close()
 
 
 def test_a_compiled_engine_compiles_before_it_is_ready(folder):
@@ -152,11 +186,11 @@ def test_no_graph_of_a_server_is_evicted(fused, n_positions):
         n_positions=n_positions,
     )
     graphs = set()
-    for step in serving_steps(setup, 2):
+    for step in serving_steps(setup, 8):
         features, size = step.features, (step.n, step.k)
         if fused:
             features = dataclasses.replace(features, truncate=False, n_candidates=0)
-        if step.k:
+        if step.k and step.n_steps == 1:
             sampling = dataclasses.replace(features, logprobs=False, constrain=False)
             graphs.add(("draft", *size, step.longest, sampling))
         if features.constrain:

@@ -3,6 +3,7 @@
 Ranks that are processes are in ``test_engine_ranks``.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,21 @@ def test_short_prompts_at_once_have_the_bits_of_each_alone(folder):
     for prompt, found in zip(prompts, together, strict=True):
         (alone,) = llm.generate([prompt], params)
         assert (found.token_ids, found.logprobs) == (alone.token_ids, alone.logprobs)
+
+
+@pytest.mark.parametrize("draft", ["exit-1", "itself"])
+def test_chains_of_drafts_end_at_the_same_draft_on_every_rank(folder, draft, monkeypatch):
+    options = {"draft_policy": "always", "draft": str(folder) if draft == "itself" else draft}
+    one, several = pair(folder, 2, **options)
+    counts = []
+    for llm in (one, several):
+        least = itertools.cycle([1e-2, 1e-6, 1e-4, 1e-3, 1e-5])
+        controller = llm._scheduler.controller
+        monkeypatch.setattr(controller, "_least", lambda *_, least=least: next(least))
+        found = llm.generate(PROMPTS, FREELY, temperature=0.9, seed=4)
+        counts.append([(g.token_ids, g.speculation.proposed) for g in found])
+    assert counts[0] == counts[1]
+    assert any(len(set(proposed)) > 1 for _, proposed in counts[0]), "of any length"
 
 
 @pytest.mark.parametrize("head", ["none", "int8", "int4-g64"])

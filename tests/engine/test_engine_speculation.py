@@ -1,5 +1,6 @@
 """Speculation changes when tokens come, never which."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -118,13 +119,36 @@ def test_the_number_of_drafts_does_not_change_tokens(deep, plain, draft_tokens):
     assert answers(llm, temperature=1.0, seed=1) == answers(plain, temperature=1.0, seed=1)
 
 
+@pytest.mark.parametrize("draft", ["exit-2", "self-int4-g32", "another"])
+def test_chains_that_end_early_change_no_token(deep, drafts, plain, draft, monkeypatch):
+    llm = LLM(
+        str(deep),
+        dtype="float32",
+        max_batch_size=3,
+        draft=drafts.get(draft, draft),
+        draft_policy="always",
+        draft_tokens=5,
+    )
+    lengths = []
+    for least in (1e-9, 0.02, 2.0):
+        monkeypatch.setattr(llm._scheduler.controller, "_least", lambda *_, least=least: least)
+        for options in ({}, SAMPLING["truncated"] | {"seed": 3}):
+            found = llm.generate(PROMPTS, FREELY, **options)
+            assert [g.token_ids for g in found] == answers(plain, **options)
+        lengths.append(total(found).proposed)
+    assert len(lengths[0]) == 5
+    assert len(lengths[2]) == 1, "the first is always made"
+    if draft != "another":  # whose distribution is flat
+        assert lengths[1][0] > lengths[1][1] > 0
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_draft_model_that_is_the_model_is_always_right(deep, rows, monkeypatch):
     # Its cache must hold what it was not there for: prompts, and steps without drafts.
     llm = LLM(str(deep), dtype="float32", max_batch_size=rows, draft=str(deep), draft_tokens=3)
     wanted = itertools.cycle([3, 0, 0, 2, 1, 0, 3, 3])
     controller = llm._scheduler.controller
-    chosen = lambda _, limit: Choice(k=min(limit, next(wanted)))  # noqa: E731
+    chosen = lambda limits, room: Choice(k=min(*limits.values(), room, next(wanted)))  # noqa: E731
     monkeypatch.setattr(controller, "choose", chosen)
     for options in ({}, *SAMPLING.values()):
         seen = total(llm.generate(PROMPTS, FREELY, **options, seed=8))
@@ -225,6 +249,41 @@ def test_text_without_repetition_is_decoded_plainly(tmp_path):
     assert g.token_ids == tuple(range(13, 13 + 24))
     assert g.speculation.n_off == g.speculation.n_steps == 23
     assert g.speculation.proposed == ()
+
+
+@pytest.mark.parametrize("draft", ["ngram+self-int4-g32", "another"])
+@pytest.mark.parametrize("policy", ["always", "adaptive"])
+def test_a_request_without_drafts_has_none_beside_others_with_them(
+    deep, drafts, plain, draft, policy
+):
+    name = drafts.get(draft, draft)
+    llm = LLM(str(deep), dtype="float32", max_batch_size=3, draft=name, draft_policy=policy)
+    for options in ({}, SAMPLING["drawn"] | {"seed": 3}, SAMPLING["adjusted"] | {"seed": 4}):
+        speculates = [i % 3 != 1 for i in range(len(PROMPTS))]
+        params = [changed_params(options, speculate=each) for each in speculates]
+        tickets = [llm.stream([p], each) for p, each in zip(PROMPTS, params, strict=True)]
+        found = together(tickets)
+        assert [g.token_ids for g in found] == answers(plain, **options)
+        for g, each in zip(found, speculates, strict=True):
+            assert each or g.speculation.n_off == g.speculation.n_steps
+        if policy == "always":
+            assert any(g.speculation.n_off < g.speculation.n_steps for g in found)
+    (g,) = llm.generate([PROMPTS[3]], FREELY, speculate=False)
+    assert g.speculation.proposed == ()
+
+
+def changed_params(options: dict, **others: object) -> SamplingParams:
+    return dataclasses.replace(FREELY, **options, **others)
+
+
+def together(streams: list) -> list[Generation]:
+    """Takes pieces of each stream by turns, so that they decode in the same steps."""
+    done: dict[int, Generation] = {}
+    while len(done) < len(streams):
+        for i, stream in enumerate(streams):
+            if i not in done and (delta := next(stream)).generation is not None:
+                done[i] = delta.generation
+    return [done[i] for i in range(len(streams))]
 
 
 def test_counts_of_speculation_add_up(deep):
@@ -445,6 +504,10 @@ def test_a_context_longer_than_the_drafts_is_refused_only_where_it_was_asked_for
 # ------------------------------------------------------------------------------------ controller
 
 
+class Asker:
+    """A request, of which a controller knows only that it is one."""
+
+
 class Device:
     """A pretended device: what a step costs, and how often drafts are right, by drafter.
 
@@ -464,17 +527,19 @@ class Device:
         self.seconds = self.tokens = 0.0
         self.sizes: list[int] = []
         self.drafters: list[int] = []
+        self.limits = {Asker(): 99}
 
     def run(self, controller: DraftController, n_steps: int) -> None:
         for _ in range(n_steps):
-            choice = controller.choose(1, 99)
+            choice = controller.choose(self.limits, 99)
             k, chance = choice.k, self.chances[choice.drafter]
             if self.random.random() >= self.found[choice.drafter]:
                 k = 0
             right = int(np.cumprod(self.random.random(k) < chance).sum())
             cost = self.cost_s[0] + (self.cost_s[k] - self.cost_s[0]) * self.factors[choice.drafter]
             times = StepTimes(draft_s=cost / 3, model_s=2 * cost / 3)
-            controller.observe(1, k, times=times, kept=[right + 1], choice=choice)
+            kept = dict.fromkeys(self.limits, right + 1)
+            controller.observe(1, k, choice=choice, times=times, kept=kept)
             self.sizes.append(k)
             self.drafters.append(choice.drafter)
             self.seconds += cost
@@ -508,6 +573,97 @@ def test_the_controller_follows_a_change_of_text():
     device.chances[0] = 0.95
     device.run(controller, 1500)
     assert device.sizes[-100:].count(4) > 90
+
+
+def steps_of(
+    controller: DraftController, chances: dict[Asker, float], n_steps: int, *others: Asker
+) -> list[int]:
+    """Runs steps of several requests, each with its chance, and of others that get no drafts.
+
+    Returns:
+        The drafts of each step.
+    """
+    random, sizes = np.random.default_rng(1), []
+    limits = dict.fromkeys(chances, 99) | dict.fromkeys(others, 0)
+    for _ in range(n_steps):
+        choice = controller.choose(limits, 99)
+        kept = {
+            asker: 1 + int(np.cumprod(random.random(choice.k) < chances.get(asker, 0.0)).sum())
+            for asker in limits
+        }
+        times = StepTimes(model_s=COSTS_S[choice.k])
+        controller.observe(len(limits), choice.k, choice=choice, times=times, kept=kept)
+        sizes.append(choice.k)
+    return sizes
+
+
+def test_acceptance_is_that_of_each_request():
+    controller, good, bad = DraftController(sizes_up_to(4)), Asker(), Asker()
+    steps_of(controller, {good: 0.95}, 40)
+    steps_of(controller, {bad: 0.0, good: 0.95}, 40)  # together they draft, for the one
+    assert steps_of(controller, {bad: 0.0}, 40)[-30:].count(0) > 26, "it never did by itself"
+    assert steps_of(controller, {good: 0.95}, 30).count(4) > 25, "what others do is not its own"
+
+
+def test_requests_that_can_use_no_drafts_count_as_one_token():
+    controller = DraftController(sizes_up_to(4))
+    asker, others = Asker(), [Asker() for _ in range(7)]
+    everybody = dict.fromkeys([asker, *others], 0.7)
+    assert steps_of(controller, everybody, 60)[-30:].count(0) < 5
+    found = steps_of(controller, {asker: 0.7}, 60, *others)
+    assert found[-30:].count(0) > 26, "one request in eight gains less than all of them pay"
+    assert steps_of(controller, everybody, 30)[-20:].count(0) < 5, "theirs are no samples"
+
+
+def test_text_that_misleads_the_controller_costs_no_more_than_its_share():
+    """Whatever it drafts in is wrong, and what it does not draft in would be right."""
+    for flips in (6, 12, 25):
+        device, controller = Device(COSTS_S, 0.95), DraftController(sizes_up_to(4))
+        device.run(controller, 20)
+        start = device.seconds, device.tokens
+        for _ in range(4000 // flips):
+            drafts = device.sizes[-1] > 0
+            device.chances[0] = 0.0 if drafts else 0.95
+            device.run(controller, flips)
+        seconds, tokens = device.seconds - start[0], device.tokens - start[1]
+        allowed = COSTS_S[0] * (tokens + DraftController.MOST_GAINED + 5)
+        assert seconds < 1.012 * allowed
+
+
+def chains_of(controller: DraftController, unsure: float, n_steps: int) -> tuple[float, list[int]]:
+    """Runs chains of drafts that know of themselves how good they are.
+
+    Returns:
+        Tokens per second of the last half of the steps, and the drafts of each.
+    """
+    random, limits = np.random.default_rng(2), {Asker(): 99}
+    tokens, seconds, made = [], [], []
+    for _ in range(n_steps):
+        choice = controller.choose(limits, 99)
+        chances = np.where(random.random(choice.k) < unsure, 0.2, 0.99)
+        ends = np.cumprod(chances)[:-1] < choice.least
+        n_made = int(ends.argmax()) + 1 if ends.any() else choice.k
+        kept = 1 + int(np.cumprod(random.random(n_made) < chances[:n_made]).sum())
+        times = StepTimes(draft_s=0.004 * n_made, model_s=0.010)
+        controller.observe(
+            1, n_made, choice=choice, times=times, kept=dict.fromkeys(limits, kept), n_made=n_made
+        )
+        tokens.append(kept)
+        seconds.append(0.010 + 0.004 * n_made)
+        made.append(n_made)
+    half = n_steps // 2
+    return sum(tokens[half:]) / sum(seconds[half:]), made
+
+
+def test_a_chain_ends_where_another_draft_does_not_pay():
+    for unsure, gain in ((0.3, 1.1), (0.6, 1.0), (0.0, 1.0)):
+        whole, _ = chains_of(DraftController(sizes_up_to(7)), unsure, 1500)
+        early, made = chains_of(DraftController(sizes_up_to(7), ends_early=True), unsure, 1500)
+        assert early > 0.98 * gain * whole
+        if unsure == 0.3:
+            assert {1, 3, 5, 7} <= set(made[750:]), "of any length"
+        if unsure == 0.0:
+            assert made[750:].count(7) > 700
 
 
 BOTH = {"factors": (0.2, 1.0)}
@@ -586,13 +742,16 @@ def test_the_controller_keeps_within_the_limit():
         device = Device(COSTS_S, 1.0)
         device.run(controller, 20)
         for limit in (-1, 0, 1, 3):
-            assert controller.choose(1, limit).k <= max(0, limit)
+            assert controller.choose({Asker(): limit}, 99).k <= max(0, limit)
+            assert controller.choose({Asker(): 99, Asker(): 2}, limit).k <= max(0, limit)
 
 
-def test_sizes_are_powers_of_two_and_the_most():
+def test_sizes_are_few_and_fill_octets_of_rows():
     assert sizes_up_to(1) == (0, 1)
     assert sizes_up_to(4) == (0, 1, 2, 4)
     assert sizes_up_to(5) == (0, 1, 2, 4, 5)
+    assert sizes_up_to(8) == (0, 1, 2, 4, 7, 8)
+    assert sizes_up_to(15) == (0, 1, 2, 4, 7, 15)
 
 
 def test_an_assumed_acceptance_keeps_that_share_of_drafts_and_ends_as_asked(deep):

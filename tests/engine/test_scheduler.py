@@ -119,10 +119,17 @@ class FakeCore:
             position = len(self.rows[row].prompt_ids) - 1 + self.rows[row].n
             assert known <= position <= known + step.slack
             assert position + step.k + step.n_steps <= step.longest
-        n_new = step.n_steps if step.k == 0 else 1 + min(self.right, step.k)
+        first, *others = [self._result(step) for _ in range(step.n_steps if step.k else 1)]
+        return dataclasses.replace(first, then=others)
+
+    def _result(self, step: Step) -> StepResult:
+        k_by_row = [0 if row in step.undrafted else step.k for row in range(step.n)]
         return StepResult(
-            rows=[self._tokens(row, n_new) for row in range(step.n)],
-            n_drafts=[step.k] * step.n,
+            rows=[
+                self._tokens(row, 1 + min(self.right, k) if step.k else step.n_steps)
+                for row, k in enumerate(k_by_row)
+            ],
+            n_drafts=k_by_row,
             k=step.k,
             times=StepTimes(model_s=1.0),
             failures=self.failures,
@@ -160,11 +167,14 @@ def request(
     speculates: bool = False,
     salt: str = "",
     grammar: Grammar | None = None,
+    speculate: bool = True,
 ) -> Request:
     return Request(
         name,
         [name, *prompt],
-        SamplingParams(ignore_eos=ignore_eos and grammar is None, grammar=grammar),
+        SamplingParams(
+            ignore_eos=ignore_eos and grammar is None, grammar=grammar, speculate=speculate
+        ),
         seed=0,
         max_new_tokens=n,
         eos_ids={END},
@@ -469,6 +479,48 @@ def test_drafts_that_are_right_bring_several_tokens_and_none_beyond_the_end(asyn
         assert speculation.n_tokens == len(each.token_ids) - 1
 
 
+@both
+def test_requests_that_ask_for_no_drafts_get_none(asynchronous):
+    core = FakeCore(2, asynchronous=asynchronous)
+    core.right = 2
+    driven = scheduler(core, controller=DraftController((0, 2), always=True), n_steps=3)
+    off = request(1, 30, speculate=False, speculates=True)
+    driven.submit(off)
+    while len(off.token_ids) < 10:
+        driven.iterate()
+    assert {(step.k, step.n_steps) for step in core.steps} == {(0, 3)}, "alone as without a drafter"
+    on = request(2, 20, speculates=True)
+    driven.submit(on)
+    finish(driven)
+    assert [off.token_ids, on.token_ids] == [expected(1, 30), expected(2, 20)]
+    both = [step for step in core.steps if step.n == 2 and step.k]
+    assert both
+    assert all(len(step.undrafted) == 1 for step in both)
+    found, drafted = (each.generation().speculation for each in (off, on))
+    assert found.n_off == found.n_steps
+    assert sum(drafted.accepted) > 0
+
+
+@both
+def test_several_steps_with_drafts_are_one_launch_of_a_request_alone(asynchronous):
+    core = FakeCore(2, asynchronous=asynchronous, ends={1: 30})
+    core.right = 1
+    driven = scheduler(core, controller=DraftController((0, 2), always=True), n_steps=8)
+    first = request(1, 50, ignore_eos=False, speculates=True)
+    driven.submit(first)
+    while len(first.token_ids) < 12:
+        assert len([delta for _, delta in driven.iterate() if delta.token_ids]) <= 1
+    assert {(step.k, step.n_steps) for step in core.steps} == {(2, 4)}
+    before, second = len(core.steps), request(2, 7, speculates=True)
+    driven.submit(second)
+    finish(driven)
+    assert {step.n_steps for step in core.steps[before:] if step.n == 2} == {1}
+    assert first.token_ids == [*expected(1, 30), END], "what follows the end is dropped"
+    assert second.token_ids == expected(2, 7)
+    counted = first.generation().speculation
+    assert counted.n_tokens == 30 == counted.n_steps + sum(counted.accepted)
+
+
 def test_the_next_step_is_launched_before_the_last_ones_tokens_are_looked_at():
     order: list[str] = []
 
@@ -580,7 +632,7 @@ def test_random_arrivals_cancellations_and_lengths_change_no_answer(
     controller = DraftController((0, 2), always=True) if seed % 2 else None
     core.right = random.randint(0, 2)
     driven = scheduler(
-        core, prefix_cache=prefix_cache, controller=controller, n_steps=random.choice([1, 3])
+        core, prefix_cache=prefix_cache, controller=controller, n_steps=random.choice([1, 3, 4])
     )
     shared = [random.randrange(90) for _ in range(N_POSITIONS)]
     requests: list[Request] = []
@@ -588,7 +640,8 @@ def test_random_arrivals_cancellations_and_lengths_change_no_answer(
         n_prompt, n = random.randint(0, 35), random.randint(1, 20)
         prompt = [*shared[: n_prompt // 2], *(random.randrange(90) for _ in range(n_prompt // 2))]
         salt, name = random.choice(["", "a"]), random.randint(1, 3)
-        made = request(name, n, prompt=prompt, salt=salt, speculates=controller is not None)
+        options = {"speculates": controller is not None, "speculate": random.random() < 0.7}
+        made = request(name, n, prompt=prompt, salt=salt, **options)
         driven.submit(made)
         requests.append(made)
         for _ in range(random.randint(0, 6)):

@@ -191,14 +191,41 @@ def test_each_token_has_its_own_log_probability_in_chunks_of_several_tokens(draf
         assert [value for each in streamed for value in each[name]] == values
         assert len(values) == 60
     assert "".join(piece["text"] for piece in pieces) == whole["text"]
-    lines = drafting.get("/metrics").text.splitlines()
+    drafted, accepted = draft_counts(drafting)
+    assert 0 < accepted <= drafted
+
+
+def draft_counts(client: httpx2.Client) -> tuple[float, float]:
+    """Returns how many tokens were drafted, and accepted."""
     counted = {
         line.partition("{")[0]: float(line.rpartition(" ")[2])
-        for line in lines
+        for line in client.get("/metrics").text.splitlines()
         if line.startswith("hotloop:spec_decode")
     }
-    drafted = counted["hotloop:spec_decode_num_draft_tokens_total"]
-    assert 0 < counted["hotloop:spec_decode_num_accepted_tokens_total"] <= drafted
+    names = ("draft", "accepted")
+    drafted, accepted = (counted[f"hotloop:spec_decode_num_{name}_tokens_total"] for name in names)
+    return drafted, accepted
+
+
+def test_a_request_can_ask_for_no_drafts_on_every_route(drafting):
+    prompt = [*range(70, 80)] * 2
+    asked = {"prompt": prompt, "max_tokens": 30, "temperature": 0}
+    (whole,) = drafting.post(COMPLETIONS, json=asked).json()["choices"]
+    before = draft_counts(drafting)
+    assert before > (0, 0)
+    off = {"hotloop": {"speculate": False}}
+    for path, body in (
+        (COMPLETIONS, asked),
+        (CHAT, ASKED),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 30, "temperature": 0}),
+    ):
+        assert drafting.post(path, json=body | off).status_code == 200
+    (plain,) = drafting.post(COMPLETIONS, json=asked | off).json()["choices"]
+    assert plain == whole
+    assert draft_counts(drafting) == before
+    refused = drafting.post(COMPLETIONS, json=asked | {"hotloop": {"speculate": "perhaps"}})
+    assert refused.status_code == 400
+    assert "hotloop.speculate" in refused.json()["error"]["message"]
 
 
 def test_a_model_without_a_tokenizer_continues_token_ids(folder):

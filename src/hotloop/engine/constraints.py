@@ -92,12 +92,12 @@ class Constraints:
         if matchers:
             self._unread.append((step, matchers))
 
-    def redraft(self, drafts_BD: Tensor, n: int) -> tuple[Drafts, list[int]]:
+    def redraft(self, drafts_BD: Tensor, rows: Sequence[int]) -> tuple[Drafts, list[int]]:
         """Replaces drafts by tokens that grammars force, where they force any.
 
         Args:
             drafts_BD: int64, changed in place; negative for none.
-            n: Rows in use, from the first.
+            rows: The rows to draft for.
 
         Returns:
             The drafts of each row; and the rows whose drafts were replaced.
@@ -105,7 +105,8 @@ class Constraints:
         self._read()
         drafts: list[list[int]] = drafts_BD.tolist()
         replaced = []
-        for row, matcher in enumerate(self._rows[:n]):
+        for row in rows:
+            matcher = self._rows[row]
             forced = [] if matcher is None else matcher.forced()[: drafts_BD.shape[1]]
             if forced and drafts[row][: len(forced)] != forced:
                 drafts[row] = forced + [-1] * (drafts_BD.shape[1] - len(forced))

@@ -124,6 +124,7 @@ class StepResult:
         times: Times of the step; None without a drafter, and for the first step of a size.
         n_programs: Programs that were captured or compiled for steps so far, on this rank.
         failures: Why grammars have failed, by row. The tokens of such a row mean nothing.
+        then: The results of the steps that follow it in one program, if they have drafts.
     """
 
     rows: Sequence[Sequence[tuple[int, TokenLogprob | None]]]
@@ -132,6 +133,7 @@ class StepResult:
     times: StepTimes | None = None
     n_programs: int = 0
     failures: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    then: Sequence[StepResult] = ()
 
 
 class Command(Generic[Result]):
@@ -251,7 +253,7 @@ class MoveRow(Command[None]):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Command[StepResult]):
-    """Runs one decode step, or ``n_steps`` plain steps as one program (multi-step).
+    """Runs one decode step, or ``n_steps`` steps as one program (multi-step).
 
     Attributes:
         n: Number of rows, from the first.
@@ -261,7 +263,10 @@ class Step(Command[StepResult]):
         features: The features that the sampler needs.
         k: Drafts for each row.
         drafter: Which of the drafters makes them.
-        n_steps: Number of steps; 1 with drafts or a grammar.
+        undrafted: Rows that get none.
+        least: End the chain of drafts once the probability that all of them are accepted is below
+            this; 0 never does. Programs that are captured in a CUDA graph do not end early.
+        n_steps: Number of steps; 1 with a grammar.
         known_positions: For each row in use, a lower bound on the position of its newest token.
         slack: The most tokens that in-flight steps may add to that.
     """
@@ -274,6 +279,8 @@ class Step(Command[StepResult]):
     features: Features
     k: int = 0
     drafter: int = 0
+    undrafted: frozenset[int] = frozenset()
+    least: float = 0.0
     n_steps: int = 1
     known_positions: Mapping[int, int] = dataclasses.field(default_factory=dict)
     slack: int = 0

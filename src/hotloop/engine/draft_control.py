@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from hotloop.engine.core import StepTimes
 from hotloop.types import StepCost
 
 
 def sizes_up_to(most: int) -> tuple[int, ...]:
-    """Returns the numbers of drafts that steps are captured for: 0, powers of two, ``most``."""
-    sizes = {0, most} | {1 << i for i in range(most.bit_length()) if 1 << i <= most}
-    return tuple(sorted(sizes))
+    """Returns the numbers of drafts that steps are captured for: 0, 1, 2, 4, 7, 15, …, ``most``.
+
+    From 7 on a step of one request verifies a power of two of tokens, drafts and the newest one:
+    kernels compute rows in octets.
+    """
+    sizes = {0, 1, 2, 4, most} | {(1 << i) - 1 for i in range(3, most.bit_length() + 1)}
+    return tuple(sorted(size for size in sizes if size <= most))
 
 
 @dataclass
@@ -46,11 +51,15 @@ class Choice:
         k: Drafts for each row; 0 in a plain step.
         trial_s: The time of a token by the best drafter, of a step that tries another in its place;
             None of any other step.
+        least: See ``Step.least``.
+        limits: The most drafts that each request was to have, 0 for none.
     """
 
     drafter: int = 0
     k: int = 0
     trial_s: float | None = None
+    least: float = 0.0
+    limits: Mapping[Any, int] = field(default_factory=dict)
 
 
 _Arm = tuple[int, int]
@@ -59,25 +68,66 @@ _Arm = tuple[int, int]
 _PLAIN: _Arm = (0, 0)
 
 
+@dataclass(eq=False)
+class _Acceptance:
+    """Acceptance rates of a drafter: for one request, or for all of them.
+
+    Attributes:
+        positions: For each draft position, how often its draft was accepted if those before it
+            were.
+    """
+
+    positions: list[_Average]
+
+    @classmethod
+    def of(cls, n: int) -> _Acceptance:
+        """Returns rates at ``n`` draft positions, without a sample."""
+        return cls([_Average() for _ in range(n)])
+
+    def decay(self, factor: float) -> None:
+        """Multiplies the weight of every sample so far by ``factor``."""
+        for position in self.positions:
+            position.decay(factor)
+
+    def add(self, n_tokens: int, k: int) -> None:
+        """Adds the samples of a step with k drafts that yielded ``n_tokens``."""
+        for i in range(min(n_tokens, k)):
+            self.positions[i].add(float(n_tokens > i + 1))
+
+
 class DraftController:
     """Chooses which drafter drafts how many tokens in the next step.
 
-    Let a_i be the conditional acceptance rate of draft position i of a drafter: the probability
-    that its draft is accepted if those before it are. A step with k drafts yields 1 + a_1 + a_1 a_2
-    + … tokens in expectation; its time is a moving average of recent steps of that drafter and
-    size. The controller chooses the drafter and the k, 0 included, with the most expected tokens
-    per second. Draft positions without recent samples are assumed to have the acceptance rate of
-    the position before. A drafter that finds no draft, as n-grams do in text that repeats nothing,
-    makes a plain step of it: its share of steps with drafts weights both tokens and time, so that
-    it does not keep others from drafting there. What is not best can be measured only at a loss: an
-    exploration budget allows trials of the next best k where 0 is best, and of the other drafters,
-    by turns, where one drafter is, so that the time lost by either kind of trial is at most
-    ``EXPLORATION_SHARE`` of all time.
+    Let a_i be the conditional acceptance rate of draft position i of a drafter for a request: the
+    probability that its draft is accepted if those before it are. A step with k drafts yields
+    1 + a_1 + a_1 a_2 + … tokens of the request in expectation; its time is a moving average of
+    recent steps of that drafter and size. The controller chooses the drafter and the k, 0 included,
+    with the most expected tokens per second, of all requests of the step together. Each request
+    has rates of its own, since texts differ; the rates of all requests are their prior, and count
+    as ``PRIOR_WEIGHT`` samples. Draft positions without recent samples are assumed to have the
+    acceptance rate of the position before. A drafter that finds no draft, as n-grams do in text
+    that repeats nothing, makes a plain step of it: its share of steps with drafts weights both
+    tokens and time, so that it does not keep others from drafting there.
+
+    A chain of drafts can end early. Where all of them are accepted with probability S, one more is
+    worth S a tokens, a being the acceptance rate of a draft after accepted ones, and takes the
+    time e of a draft and its verification; it pays where that is faster than steps are at their
+    best, with R tokens per second: where S a > R e. So the chain ends once S is below R e / a. It
+    is the draft model's own probability that stands for S; where it is not the right one, the
+    rates above, which count drafts that were not made as rejected, choose a k that is.
+
+    What is not best can be measured only at a loss: an exploration budget allows trials of the next
+    best k where 0 is best, and of the other drafters, by turns, where one drafter is, so that the
+    time lost by either kind of trial is at most ``EXPLORATION_SHARE`` of all time. Expectations can
+    be wrong as well, in text that keeps changing: the time that drafts have gained and lost against
+    plain steps is kept, and once they have lost more than they gained and that share, steps are
+    plain until it is made up for.
 
     Args:
         sizes: Numbers of drafts to choose from, ascending, 0 among them.
         n_drafters: Drafters to choose from.
         always: Draft in every step, as many tokens as the limit allows.
+        ends_early: Chains of drafts can end early; never with ``always``.
     """
 
     EXPLORATION_SHARE = 0.01
@@ -86,8 +136,14 @@ class DraftController:
     INITIAL_BUDGET = 2.0
     """Initial and largest exploration budget, in plain steps."""
 
+    MOST_GAINED = 32.0
+    """The most gained time that later losses can be set against, in plain steps."""
+
     PRIOR_ACCEPTANCE = 0.6
     """Acceptance rate of the first draft position before any sample."""
+
+    PRIOR_WEIGHT = 2.0
+    """Weight of all requests' acceptance rate beside a request's own samples."""
 
     DECAY = 0.9
     """Weight of each step in a moving average, relative to the step after it."""
@@ -95,30 +151,57 @@ class DraftController:
     REFRESH = 64
     """The most steps with drafts between two plain ones, which keep a plain step's time current."""
 
-    def __init__(self, sizes: Sequence[int], *, n_drafters: int = 1, always: bool = False) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        n_drafters: int = 1,
+        always: bool = False,
+        ends_early: bool = False,
+    ) -> None:
         self._sizes, self._always = tuple(sizes), always
-        self._acceptance = [[_Average() for _ in range(max(sizes))] for _ in range(n_drafters)]
+        self._ends_early = ends_early and not always
+        self._n_drafters = n_drafters
+        self._acceptance = self._new_acceptance()
+        # Of each request: a request that is gone is forgotten.
+        self._of_request: WeakKeyDictionary[Any, list[_Acceptance]] = WeakKeyDictionary()
+        # Of a draft that was made after accepted ones, its acceptance and its time.
+        self._newest_accepted = [_Average() for _ in range(n_drafters)]
+        self._per_draft_s: dict[tuple[int, int], _Average] = {}  # by rows and drafter
         self._with_drafts = [_Average() for _ in range(n_drafters)]
         self._found_none = [False] * n_drafters  # in the newest step of each
         self._costs: dict[tuple[int, _Arm], _Average] = {}
         self._budget_s: float | None = None  # of trials where plain steps are best
         self._trials_s: float | None = None  # of trials where a drafter is
+        self._gained_s: float | None = None  # by drafts, against plain steps
         self._since_plain = 0
         self._since_chosen = [0] * n_drafters
 
-    def choose(self, n: int, limit: int) -> Choice:
-        """Chooses how ``n`` rows draft in the next step, up to ``limit`` tokens each."""
-        choice = self._choose(n, limit)
+    def _new_acceptance(self) -> list[_Acceptance]:
+        return [_Acceptance.of(max(self._sizes)) for _ in range(self._n_drafters)]
+
+    def choose(self, limits: Mapping[Any, int], room: int) -> Choice:
+        """Chooses how the next step drafts.
+
+        Args:
+            limits: For each request of the step, the most drafts that it can use; 0 if it is to
+                have none. Requests are weakly referenced.
+            room: The most drafts that the cache has room for.
+        """
+        choice = self._choose(limits, room)
+        choice = replace(choice, limits=limits, least=self._least(limits, choice))
         self._since_chosen = [since + 1 for since in self._since_chosen]
         if choice.k:
             self._since_chosen[choice.drafter] = 0
         return choice
 
-    def _choose(self, n: int, limit: int) -> Choice:
+    def _choose(self, limits: Mapping[Any, int], room: int) -> Choice:
+        n = len(limits)
+        limit = min(max(limits.values()), room)
         sizes = [k for k in self._sizes if 0 < k <= limit]
         if self._always:
             sizes = sizes[-1:]
-        arms = [(drafter, k) for k in sizes for drafter in range(len(self._acceptance))]
+        arms = [(drafter, k) for k in sizes for drafter in range(self._n_drafters)]
         if not (self._always and arms):
             arms.insert(0, _PLAIN)
         if self._always and len(arms) == 1:
@@ -127,8 +210,11 @@ class DraftController:
             return Choice(*unknown[0])
         if len(arms) == 1 or (not self._always and self._since_plain >= self.REFRESH):
             return Choice()
-        best, *others = sorted(arms, key=lambda arm: self._tokens_per_s(n, arm), reverse=True)
-        token_s, best_drafter = 1 / self._tokens_per_s(n, best), best[0] if best[1] else None
+        speeds = {arm: self._tokens(limits, arm) / self._known_cost_s(n, arm) for arm in arms}
+        best, *others = sorted(arms, key=speeds.__getitem__, reverse=True)
+        if not self._always and self._gained_s is not None and self._gained_s < 0:
+            return Choice()
+        token_s, best_drafter = 1 / speeds[best], best[0] if best[1] else None
         most_s = self.INITIAL_BUDGET * (self._cost_s(n, _PLAIN) or token_s)
         trials = [
             arm
@@ -150,59 +236,76 @@ class DraftController:
         n: int,
         k: int,
         *,
+        choice: Choice,
         times: StepTimes | None,
-        kept: Sequence[int],
+        kept: Mapping[Any, int],
         steps: int = 1,
-        choice: Choice | None = None,
+        n_made: int | None = None,
     ) -> None:
         """Updates the estimates with a step, or with a multi-step program.
 
         Args:
             n: Rows.
             k: Drafts per row that the step verified; 0 if no row had any.
+            choice: How it was to draft.
             times: Times of the step, or of all steps; None for the first of its size.
             kept: Tokens that each request got.
             steps: Number of steps.
-            choice: How it was to draft; None for the first drafter.
+            n_made: Drafts of the longest chain; None for ``k``.
         """
-        choice = choice or Choice(k=k)
+        n_made = k if n_made is None else n_made
         self._since_plain = 0 if k == 0 else self._since_plain + 1
-        averages = self._acceptance[choice.drafter]
         if choice.k:
             self._with_drafts[choice.drafter].decay(self.DECAY)
             self._with_drafts[choice.drafter].add(float(k > 0))
             self._found_none[choice.drafter] = k == 0
+        most = choice.k if k else 0
         if k:
-            for acceptance in averages:
-                acceptance.decay(self.DECAY)
-        for tokens in kept:
-            for position in range(min(tokens, k)):
-                averages[position].add(float(tokens > position + 1))
+            self._acceptance[choice.drafter].decay(self.DECAY)
+            self._newest_accepted[choice.drafter].decay(self.DECAY)
+        for request, n_tokens in kept.items():
+            if k and choice.limits.get(request, k):
+                own = self._of_request.setdefault(request, self._new_acceptance())[choice.drafter]
+                own.decay(self.DECAY)
+                for acceptance in (own, self._acceptance[choice.drafter]):
+                    acceptance.add(n_tokens, most)
+                for i in range(min(n_tokens, n_made)):
+                    self._newest_accepted[choice.drafter].add(float(n_tokens > i + 1))
         if times is None:
             return
-        arm = (choice.drafter, k) if k else _PLAIN
+        arm = (choice.drafter, most) if most else _PLAIN
         seconds = (times.draft_s + times.model_s) / steps
         cost = self._costs.setdefault((n, arm), _Average())
         known_s = cost.mean(0.0, 0.0) if cost.weight else None
         cost.decay(self.DECAY)
         # Limits outliers, such as a step that another process delayed.
-        cost.add(seconds if known_s is None else min(seconds, 2 * known_s))
+        limited_s = seconds if known_s is None else min(seconds, 2 * known_s)
+        cost.add(limited_s)
         plain_s = self._cost_s(n, _PLAIN)
         if plain_s is None and not self._always:
             return
-        max_budget_s = self.INITIAL_BUDGET * (plain_s or seconds)
+        if n_made and plain_s is not None:
+            draft_s = self._per_draft_s.setdefault((n, choice.drafter), _Average())
+            draft_s.decay(self.DECAY)
+            draft_s.add((limited_s - plain_s) / n_made)
+        step_s = plain_s or seconds
         share_s = self.EXPLORATION_SHARE * seconds * steps
-        lost_s = seconds + times.catch_up_s
+        spent_s = limited_s + times.catch_up_s
+        tokens_per_row = sum(kept.values()) / len(kept) if kept else None
 
-        def updated(budget_s: float | None, token_s: float | None) -> float:
+        def updated(
+            budget_s: float | None, token_s: float | None, most: float = self.INITIAL_BUDGET
+        ) -> float:
             """Adds the share, and what the step gained or lost against tokens of ``token_s``."""
-            budget_s = max_budget_s if budget_s is None else budget_s
+            budget_s = self.INITIAL_BUDGET * step_s if budget_s is None else budget_s
             # The first step of its kind is a measurement, which every drafter gets.
-            if token_s is not None and kept and known_s is not None:
-                budget_s += token_s * sum(kept) / len(kept) - lost_s
-            return min(max_budget_s, budget_s + share_s)
+            if token_s is not None and tokens_per_row is not None and known_s is not None:
+                budget_s += token_s * tokens_per_row - spent_s
+            return min(most * step_s, budget_s + share_s)
 
-        self._budget_s = updated(self._budget_s, plain_s if k else None)
+        against_plain_s = plain_s if k else None
+        self._budget_s = updated(self._budget_s, against_plain_s)
+        self._gained_s = updated(self._gained_s, against_plain_s, self.MOST_GAINED)
         self._trials_s = updated(self._trials_s, choice.trial_s)
 
     def _cost_s(self, n: int, arm: _Arm) -> float | None:
@@ -223,26 +326,47 @@ class DraftController:
         """Returns the share of steps for which a drafter finds drafts, 1 before the first."""
         return self._with_drafts[drafter].mean(1.0, 0.1)
 
-    def _tokens(self, arm: _Arm) -> float:
-        """Returns the expected tokens of a step."""
+    def _tokens(self, limits: Mapping[Any, int], arm: _Arm) -> float:
+        """Returns the expected tokens of a step, as their mean over its requests."""
         drafter, k = arm
-        total, all_accepted, rate = 1.0, 1.0, self.PRIOR_ACCEPTANCE
-        for acceptance in self._acceptance[drafter][:k]:
-            rate = acceptance.mean(rate)
-            all_accepted *= rate
+        if k == 0:
+            return 1.0
+        total = sum(self._accepted(request, drafter, min(k, n)) for request, n in limits.items())
+        return 1.0 + self._share_with_drafts(drafter) * total / len(limits)
+
+    def _accepted(self, request: object, drafter: int, k: int) -> float:
+        """Returns how many of k drafts for a request are accepted in expectation."""
+        mine = self._of_request.get(request)
+        total, all_accepted, rate = 0.0, 1.0, self.PRIOR_ACCEPTANCE
+        for i, of_all in enumerate(self._acceptance[drafter].positions[:k]):
+            rate = of_all.mean(rate)
+            own = rate if mine is None else mine[drafter].positions[i].mean(rate, self.PRIOR_WEIGHT)
+            all_accepted *= own
             total += all_accepted
-        return 1.0 + self._share_with_drafts(drafter) * (total - 1.0)
+        return total
+
+    def _least(self, limits: Mapping[Any, int], choice: Choice) -> float:
+        """Returns the probability of accepted drafts below which a chain ends."""
+        drafter, n = choice.drafter, len(limits)
+        draft_s = self._per_draft_s.get((n, drafter))
+        if not self._ends_early or choice.k < 2 or draft_s is None:
+            return 0.0
+        best_per_s = max(
+            self._tokens(limits, arm) / self._known_cost_s(n, arm)
+            for arm in (_PLAIN, (drafter, choice.k))
+            if self._cost_s(n, arm) is not None
+        )
+        rate = self._newest_accepted[drafter].mean(self.PRIOR_ACCEPTANCE)
+        return max(0.0, best_per_s * draft_s.mean(0.0, 0.0) / rate)
+
+    def _known_cost_s(self, n: int, arm: _Arm) -> float:
+        cost_s = self._cost_s(n, arm)
+        assert cost_s is not None, "every size was measured"
+        return cost_s
 
     def _loss_s(self, n: int, arm: _Arm, token_s: float) -> float:
         """Returns what a step loses if it yields one token, which would else take ``token_s``."""
-        cost_s = self._cost_s(n, arm)
-        assert cost_s is not None, "every size was measured"
-        return cost_s - token_s
-
-    def _tokens_per_s(self, n: int, arm: _Arm) -> float:
-        cost_s = self._cost_s(n, arm)
-        assert cost_s is not None, "every size was measured"
-        return self._tokens(arm) / cost_s
+        return self._known_cost_s(n, arm) - token_s
 
 
 class StepTimer(DraftController):

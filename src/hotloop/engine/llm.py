@@ -30,7 +30,7 @@ from hotloop.engine.draft_control import DraftController, StepTimer, sizes_up_to
 from hotloop.engine.grammar import Grammars
 from hotloop.engine.inputs import as_ids, as_prompts, n_items
 from hotloop.engine.memory import check_fits
-from hotloop.engine.programs import served_features, serving_steps
+from hotloop.engine.programs import drafting_steps, served_features, serving_steps
 from hotloop.engine.ranks import RankGroup
 from hotloop.engine.request import Request, Scoring
 from hotloop.engine.runner import OnProgress, Runner
@@ -337,7 +337,12 @@ class LLM:
         if self._setup.draft is None:
             return None
         sizes, n = sizes_up_to(self.config.draft_tokens), len(self._setup.draft.names)
-        return DraftController(sizes, n_drafters=n, always=self.config.draft_policy == "always")
+        return DraftController(
+            sizes,
+            n_drafters=n,
+            always=self.config.draft_policy == "always",
+            ends_early=not self._runner.captures,
+        )
 
     def _new_scheduler(
         self,
@@ -392,6 +397,8 @@ class LLM:
             if timing.n_tokens > 1:
                 speculative.n_steps = plain.n_steps = n_multi_steps(timing.tpot_s)
             answer(plain, 1 + plain.n_steps, greedy)
+            for step in drafting_steps(self._setup, plain.n_steps):
+                self._runner.run(step)
             suggested = greedy
             with suppress(CheckpointError):  # raised where the suggestion is used
                 suggested = self.default_sampling

@@ -43,6 +43,7 @@ class Rows:
             beyond.
         positions: int64 [R]: the position of the newest token, which is not in the cache yet.
         seats: int64 [R]: the seat of each row in the cache.
+        undrafted: bool [R, 1]: whether a row gets no drafts, as those that are not in use.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Rows:
         self._scratch = scratch
         self._seats: tuple[int, ...] = ()  # the host's copy, of the rows in use
         self.seats = torch.full((n_rows,), scratch, device=device)
+        self._undrafted: frozenset[int] = frozenset(range(n_rows))
+        self.undrafted = torch.ones(n_rows, 1, dtype=torch.bool, device=device)
         self.last = n_positions - 1
 
     def admit(self, row: int, prompts: Sequence[Tensor], first_ids_B: Tensor) -> None:
@@ -84,14 +87,23 @@ class Rows:
         self.history[target] = self.history[source]
         self.positions[target] = self.positions[source]
 
-    def place(self, seats: tuple[int, ...]) -> None:
+    def place(self, seats: tuple[int, ...], undrafted: frozenset[int] = frozenset()) -> None:
         """Sets the seats of the first rows, for the steps that follow; the others are unused.
 
         Unused rows begin at position 0 of the scratch seat, where attention has little to read.
+
+        Args:
+            seats: The seat of each row in use.
+            undrafted: Those rows that get no drafts.
         """
+        n, n_rows = len(seats), len(self.seats)
+        undrafted = undrafted.union(range(n, n_rows))
+        if undrafted != self._undrafted:
+            rows = [row in undrafted for row in range(n_rows)]
+            self.undrafted.copy_(to_device(rows, self.seats.device, torch.bool)[:, None])
+            self._undrafted = undrafted
         if seats == self._seats:
             return
-        n, n_rows = len(seats), len(self.seats)
         every = (*seats, *(self._scratch for _ in range(n_rows - n)))
         self.seats.copy_(to_device(every, self.seats.device))
         self.positions[n:] = 0

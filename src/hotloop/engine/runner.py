@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -36,10 +37,12 @@ from hotloop.engine.core import (
     StartMeter,
     Step,
     StepResult,
+    StepTimes,
     StopMeter,
     Synchronize,
 )
 from hotloop.engine.cpu_blocks import eager_run
+from hotloop.engine.draft_control import sizes_up_to
 from hotloop.engine.forward import CompileWatch, Forward, TorchForward
 from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.grammar import Grammars
@@ -151,6 +154,7 @@ class Runner:
                 self._constraints,
                 drafters=self._drafters,
                 max_drafts=spare,
+                verified=sizes_up_to(spare) if setup.makes_programs else range(spare + 1),
                 assumed_acceptance=config.assume_acceptance,
                 n_positions=setup.n_positions,
                 captures=self.captures,
@@ -634,22 +638,46 @@ class _PendingStepResult:
         """Waits for the accepted tokens of each row."""
         if self._ready is not None:
             self._ready.synchronize()
-        ids = self._host.ids.tolist()
-        if self._host.n_kept is None:
-            return ids
-        return [row[:n] for row, n in zip(ids, self._host.n_kept.tolist(), strict=True)]
+        return [[token for _, token in row] for row in self._accepted(0)]
 
     def wait(self) -> StepResult:
         """See ``Pending``."""
-        ids, host = self.tokens(), self._host
+        if self._ready is not None:
+            self._ready.synchronize()
+        n = self._n_drafting_steps
+        times = None if self._timestamps is None else step_times(self._timestamps) / n
+        first, *others = [self._result(i, times) for i in range(n)]
+        return replace(first, then=others)
+
+    @property
+    def _n_drafting_steps(self) -> int:
+        """Steps that have results of their own; plain ones of a program have one together."""
+        n_kept = self._host.n_kept
+        return 1 if n_kept is None or n_kept.dim() == 1 else n_kept.shape[1]
+
+    def _accepted(self, i: int) -> list[list[tuple[int, int]]]:
+        """Returns the accepted tokens of each row in step ``i``, each after its index."""
+        host = self._host
+        T = host.ids.shape[1] // self._n_drafting_steps
+        rows = [list(enumerate(row))[i * T : (i + 1) * T] for row in host.ids.tolist()]
+        if host.n_kept is None:
+            return rows
+        n_kept = host.n_kept.view(len(rows), -1)[:, i].tolist()
+        return [row[:n] for row, n in zip(rows, n_kept, strict=True)]
+
+    def _result(self, i: int, times: StepTimes | None) -> StepResult:
+        host, rows = self._host, self._accepted(i)
+        n_drafts = [0] * len(rows)
+        if host.n_drafts is not None:
+            n_drafts = host.n_drafts.view(len(rows), -1)[:, i].tolist()
         return StepResult(
             rows=[
-                [(token, self._logprob(b, t, token)) for t, token in enumerate(row)]
-                for b, row in enumerate(ids)
+                [(token, self._logprob(b, t, token)) for t, token in row]
+                for b, row in enumerate(rows)
             ],
-            n_drafts=[0] * len(ids) if host.n_drafts is None else host.n_drafts.tolist(),
-            k=0 if host.n_kept is None else host.ids.shape[1] - 1,
-            times=None if self._timestamps is None else step_times(self._timestamps),
+            n_drafts=n_drafts,
+            k=0 if host.n_kept is None else host.ids.shape[1] // self._n_drafting_steps - 1,
+            times=times,
             n_programs=self._n_programs,
             failures=self._failures,
         )

@@ -48,8 +48,9 @@ class Sampled:
 
     Attributes:
         ids: int64 [B, T]; -1 where the logits are not finite.
-        n_kept: int64 [B], the number of tokens of each row that are accepted; None for all.
-        n_drafts: int64 [B], the number of drafts of each row; None in a step without drafts.
+        n_kept: int64 [B], the number of tokens of each row that are accepted; None for all. Of
+            several steps with drafts, [B, steps]: each has as many of the T tokens.
+        n_drafts: Likewise the number of drafts of each row; None in steps without drafts.
         logprobs: float32 [B, T], log-probabilities of ``ids``; None without the feature.
         top_logprobs: float32 [B, T, MAX_LOGPROBS], most likely first; fewer if the vocabulary is
             smaller.
@@ -65,12 +66,14 @@ class Sampled:
 
     @staticmethod
     def joined(steps: Sequence[Sampled]) -> Sampled:
-        """Concatenates consecutive steps without drafts."""
+        """Concatenates consecutive steps of the same number of drafts."""
         if len(steps) == 1:
             return steps[0]
         of_each = [vars(step) for step in steps]
         tensors = {
-            name: torch.cat([step[name] for step in of_each], dim=1)
+            name: (torch.stack if value.dim() == 1 else torch.cat)(
+                [step[name] for step in of_each], dim=1
+            )
             for name, value in of_each[0].items()
             if value is not None
         }
@@ -272,6 +275,15 @@ class Sampler:
         top, top_ids = vocabulary.topk(logprobs_BTV, min(MAX_LOGPROBS, self.vocab_size))
         chosen = vocabulary.gather_at(logprobs_BTV, ids_BT)
         return Sampled(ids=ids_BT, logprobs=chosen, top_logprobs=top, top_ids=top_ids)
+
+    def probability(self, logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+        """Returns the probability of tokens by the model's own distribution, float32 [B, T].
+
+        Tokens that are no tokens, since the logits are not finite, have 0. Every rank gets the same
+        bits.
+        """
+        logprobs_BT = self.vocabulary.gather_at(self.vocabulary.log_softmax(logits_BTV), ids_BT)
+        return logprobs_BT.exp().where(ids_BT >= 0, 0.0)
 
     def remember(self, ids_BT: Tensor, first_row: int, n_kept_B: Tensor | None = None) -> None:
         """Adds tokens of the answer to those that penalties apply to.

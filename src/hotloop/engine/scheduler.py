@@ -40,6 +40,7 @@ from hotloop.engine.core import (
     Prefill,
     ScoreWindow,
     Step,
+    StepResult,
     StepTimes,
 )
 from hotloop.engine.draft_control import Choice, DraftController
@@ -67,6 +68,18 @@ def n_multi_steps(step_s: float) -> int:
     return 1 << (n.bit_length() - 1)
 
 
+def n_drafting_steps(n_steps: int) -> int:
+    """Returns the number of steps of a multi-step program with drafts, of a single request.
+
+    With more rows a server would have to capture twice as many programs. A step with drafts takes
+    about twice as long as a plain one.
+
+    Args:
+        n_steps: Steps of a multi-step program of plain steps.
+    """
+    return max(1, n_steps // 2)
+
+
 Job = Request | Scoring
 """What the scheduler is given: a prompt to answer, or a window to score."""
 
@@ -80,7 +93,7 @@ class Scheduler:
         n_positions: Tokens that a seat holds.
         chunk: Tokens of a chunk of prefill.
         controller: Chooses drafter and number of drafts; None without a drafter.
-        n_steps: Steps of a multi-step program, used while no request waits; see
+        n_steps: Plain steps of a multi-step program, used while no request waits; see
             ``n_multi_steps``.
         prefix_cache: See ``EngineConfig.prefix_cache``.
         packing: Which prompts are prefilled together; None for each by itself.
@@ -119,12 +132,14 @@ class Scheduler:
         # Launches of the previous iteration that are not delivered, and those of the next. One list
         # between iterations that launch, and two from a launch until the previous is delivered.
         self._in_flight: deque[list[_Launched]] = deque([[]])
+        self._undelivered: deque[tuple[_Launched, StepResult]] = deque()
         self._chunk_next = False  # of a synchronous device
 
     @property
     def idle(self) -> bool:
         """Whether no request is waiting, running or in flight."""
-        return not (self._waiting or self._seat_of or any(self._in_flight))
+        busy = self._waiting or self._seat_of or self._undelivered or any(self._in_flight)
+        return not busy
 
     @property
     def n_waiting(self) -> int:
@@ -165,8 +180,9 @@ class Scheduler:
         """Launches a step and a chunk behind it, or delivers what was launched before.
 
         Each call delivers one launch as soon as the device has completed it, so that a step's
-        tokens do not wait for the chunk behind it. The next step and chunk are launched when all
-        but the newest are delivered: the host is one step ahead of the device.
+        tokens do not wait for the chunk behind it; several steps with drafts that were one launch
+        are delivered one by one. The next step and chunk are launched when all but the newest are
+        delivered: the host is one step ahead of the device.
 
         A synchronous device has completed a launch when it returns. There a call launches either a
         step or a chunk, by turns, and delivers it at once.
@@ -175,6 +191,8 @@ class Scheduler:
             The new pieces of answers; None for a window that has been scored. The last piece of a
             failed request has no generation.
         """
+        if self._undelivered:  # a job has one piece at a time
+            return self._deliver_step(*self._undelivered.popleft())
         if not self._core.asynchronous:
             launches = [self._launch_step, self._launch_chunk]
             first, second = reversed(launches) if self._chunk_next else launches
@@ -227,7 +245,8 @@ class Scheduler:
         for launched in chain.from_iterable(self._in_flight):
             for request in launched.requests.values():
                 fewest[request] = fewest.get(request, 0) + launched.n_steps
-                most[request] = most.get(request, 0) + launched.n_steps + launched.choice.k
+                added = launched.n_steps * (1 + launched.choice.k)
+                most[request] = most.get(request, 0) + added
         remaining: dict[Request, int] = {}
         for row, request in enumerate(self._rows):
             if request is None:
@@ -249,20 +268,24 @@ class Scheduler:
         furthest = max(known_positions[row] + most.get(r, 0) for row, r in active.items())
         choice = Choice()
         if self.controller is not None:
-            room = self._n_positions - 1 - furthest
-            choice = self.controller.choose(n, min(max(remaining.values()), room) - 1)
+            limits = {r: remaining[r] - 1 if r.params.speculate else 0 for r in active.values()}
+            choice = self.controller.choose(limits, self._n_positions - 2 - furthest)
         k = choice.k
         alone = not self._waiting and self._prefilling is None
         features = self._features(active.values())
-        several = k == 0 and alone and min(remaining.values()) >= self.n_steps
-        n_steps = self.n_steps if several and not features.constrain else 1
+        n_steps = self.n_steps if k == 0 else n_drafting_steps(self.n_steps) if n == 1 else 1
+        has_room = furthest + n_steps * (k + 1) < self._n_positions
+        if not (alone and min(remaining.values()) >= n_steps and has_room) or features.constrain:
+            n_steps = 1
         step = Step(
             n=n,
             seats=tuple(self._seat_of[request].index for request in active.values()),
-            longest=furthest + k + n_steps,
+            longest=furthest + n_steps * (k + 1),
             features=features,
             k=k,
             drafter=choice.drafter,
+            least=choice.least,
+            undrafted=frozenset(row for row, r in active.items() if not r.params.speculate),
             n_steps=n_steps,
             known_positions=known_positions,
             slack=slack,
@@ -376,17 +399,25 @@ class Scheduler:
         if not launched.requests:
             return []
         self.n_programs = max(self.n_programs, result.n_programs)
-        # The other requests ended after this step was launched.
+        self._undelivered.extend((launched, step) for step in result.then)
+        return self._deliver_step(launched, result)
+
+    def _deliver_step(
+        self, launched: _Launched, result: StepResult
+    ) -> list[tuple[Job, Delta | None]]:
+        """Delivers the tokens of a step, or of the plain steps of a multi-step program."""
+        # The other requests ended before this step, or after it was launched.
         running = {row: r for row, r in launched.requests.items() if not r.ended}
+        n_steps = 1 if launched.choice.k else launched.n_steps
         if self.controller is not None and launched.n:
-            kept = [len(result.rows[row]) for row in running]
             self.controller.observe(
                 launched.n,
                 result.k,
-                times=result.times,
-                kept=kept,
-                steps=launched.n_steps,
                 choice=launched.choice,
+                times=result.times,
+                kept={request: len(result.rows[row]) for row, request in running.items()},
+                steps=n_steps,
+                n_made=max(result.n_drafts),
             )
         deltas: list[tuple[Job, Delta | None]] = []
         for row, request in running.items():
@@ -402,7 +433,7 @@ class Scheduler:
                     break  # the step's further tokens are beyond the end
             if self.controller is not None and launched.n:
                 request.count_steps(
-                    1 if launched.n_steps == 1 else len(ids),
+                    1 if n_steps == 1 else len(ids),
                     n_step_tokens=len(result.rows[row]),
                     n_kept=len(ids),
                     n_drafts=result.n_drafts[row],

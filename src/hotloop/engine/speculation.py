@@ -38,18 +38,27 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(
-        self, n: int, k: int, *, first_seat: int | None, length: int, features: Features
+        self,
+        n: int,
+        k: int,
+        *,
+        first_seat: int | None,
+        length: int,
+        features: Features,
+        least: float = 0.0,
     ) -> Tensor:
         """Drafts tokens for the first ``n`` rows, int64 [n, k]; negative where there is no draft.
 
-        It must not synchronize with the host, since it is captured in a CUDA graph.
+        Unless ``least`` is given, it must not synchronize with the host, since it is captured in a
+        CUDA graph.
 
         Args:
             n: Rows.
-            k: Drafts for each.
+            k: Drafts for each, at most.
             first_seat: See ``Forward``.
             length: See ``Forward``.
             features: The features that the sampler needs.
+            least: See ``Step.least``.
         """
 
     def admit(self, seat: int, n_cached: int) -> None:  # noqa: B027 (most have no state)
@@ -115,13 +124,20 @@ class SelfDrafter(Drafter):
         self.forward, self.rows, self.sampler = forward, rows, sampler
 
     def propose(
-        self, n: int, k: int, *, first_seat: int | None, length: int, features: Features
+        self,
+        n: int,
+        k: int,
+        *,
+        first_seat: int | None,
+        length: int,
+        features: Features,
+        least: float = 0.0,
     ) -> Tensor:
         """See ``Drafter``."""
         newest_B1 = self.rows.positions[:n, None]
         forward = partial(self.forward, first_seat=first_seat, length=length)
         newest = (self.rows.tokens(newest_B1), newest_B1)
-        return _sample(forward, self.rows, self.sampler, *newest, k, features)
+        return _sample(forward, self.rows, self.sampler, *newest, k, features, least)
 
 
 class ModelDrafter(Drafter):
@@ -154,14 +170,22 @@ class ModelDrafter(Drafter):
         self._lagging: set[int] = set()  # seats with tokens to prefill before the newest two
 
     def propose(
-        self, n: int, k: int, *, first_seat: int | None, length: int, features: Features
+        self,
+        n: int,
+        k: int,
+        *,
+        first_seat: int | None,
+        length: int,
+        features: Features,
+        least: float = 0.0,
     ) -> Tensor:
         """See ``Drafter``."""
         newest_B1 = self.rows.positions[:n, None]
         positions_BT = torch.cat((newest_B1 - 1, newest_B1), dim=1).clamp(min=0)
         tokens_BT = self.rows.tokens(positions_BT)
         forward = partial(self.forward, first_seat=first_seat, length=length)
-        return _sample(forward, self.rows, self.sampler, tokens_BT, positions_BT, k, features)
+        inputs = tokens_BT, positions_BT
+        return _sample(forward, self.rows, self.sampler, *inputs, k, features, least)
 
     def admit(self, seat: int, n_cached: int) -> None:
         """See ``Drafter``."""
@@ -275,14 +299,22 @@ def _sample(
     positions_BT: Tensor,
     k: int,
     features: Features,
+    least: float,
 ) -> Tensor:
-    """Samples k tokens [B, k] after ``tokens_BT``, one by one, as the target model does."""
+    """Samples k tokens [B, k] after ``tokens_BT``, one by one, as the target model does.
+
+    The chain ends early, and -1 follows, once the mean over rows of the probability that all drafts
+    so far are accepted is below ``least``. The draft model's own probabilities stand for that.
+    Every rank gets the same bits of them, and so ends with the same draft.
+    """
     drafts_BD, seats_B = tokens_BT[:, :0], rows.seats[: len(tokens_BT)]
+    undrafted_B1, accepted_B1 = rows.undrafted[: len(tokens_BT)], None
     for _ in range(k):
         logits_BTV, best_BT = forward(tokens_BT, positions_BT, seats_B)
+        newest_B1V = logits_BTV[:, -1:]
         following_B1 = positions_BT[:, -1:] + 1
         sampled = sampler.sample(
-            logits_BTV[:, -1:],
+            newest_B1V,
             following_B1,
             0,
             features,
@@ -291,4 +323,9 @@ def _sample(
         )
         tokens_BT, positions_BT = sampled.ids, following_B1.clamp(max=rows.last)
         drafts_BD = torch.cat((drafts_BD, tokens_BT), dim=1)
+        if least > 0 and drafts_BD.shape[1] < k:
+            chance_B1 = sampler.probability(newest_B1V, tokens_BT)
+            accepted_B1 = chance_B1 if accepted_B1 is None else accepted_B1 * chance_B1
+            if accepted_B1.masked_fill(undrafted_B1, 0.0).mean() < least:
+                return torch.nn.functional.pad(drafts_BD, (0, k - drafts_BD.shape[1]), value=-1)
     return drafts_BD

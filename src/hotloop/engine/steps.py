@@ -8,7 +8,8 @@ With speculative decoding a step is two programs: a drafter proposes k tokens fo
 model verifies them in one forward of k + 1 positions. At each position it samples a token as it
 would without drafts; drafts that equal these tokens are accepted, and the step yields the tokens up
 to the first rejected draft. Every token is thus the model's own: with greedy decoding or sampling,
-speculation changes when tokens come and never which (see ``speculation``).
+speculation changes when tokens come and never which (see ``speculation``). Where steps are short,
+several of them, drafts included, are one program.
 
 If a request has a grammar, the model's program is two: *forward* keeps the logits, and *choose*
 samples once the host has written the masks of allowed tokens (``constraints``).
@@ -64,7 +65,7 @@ def step_times(timestamps: Timestamps) -> StepTimes:
 class _Program:
     """The key of a program: a CUDA graph is captured for each."""
 
-    part: Literal["draft", "step", "forward", "choose"]
+    part: Literal["draft", "step", "drafting steps", "forward", "choose"]
     n: int
     k: int
     first_seat: int | None = None
@@ -92,6 +93,8 @@ class Stepper:
         constraints: The grammars of the rows.
         drafters: Draft tokens, one of them in each step; none without speculative decoding.
         max_drafts: The most drafts in a step.
+        verified: Numbers of drafts that programs verify, ascending: a chain that ends early is
+            padded to one of them.
         assumed_acceptance: See ``EngineConfig.assume_acceptance``.
         n_positions: Positions of the cache.
         captures: Whether programs become CUDA graphs.
@@ -108,25 +111,28 @@ class Stepper:
         *,
         drafters: Sequence[Drafter],
         max_drafts: int,
+        verified: Sequence[int],
         assumed_acceptance: float | None = None,
         n_positions: int,
         captures: bool,
         indexes_seats: bool,
     ) -> None:
         self.forward, self.rows, self.sampler, self.drafters = forward, rows, sampler, drafters
-        self.constraints, self._max_drafts = constraints, max_drafts
+        self.constraints, self._max_drafts, self._verified = constraints, max_drafts, verified
         self.n_positions = n_positions
         self.assumed_acceptance = assumed_acceptance
         self.indexes_seats = indexes_seats
         self._device = rows.positions.device
         self._drafts = rows.positions.new_full((len(rows.positions), max(1, max_drafts)), -1)
         self._graphs = Graphs(self._device) if captures else None
+        self._least = 0.0
         self._ran: set[_Program] = set()  # programs run, where none are captured
 
     def step(self, step: Step) -> tuple[Sampled, Timestamps | None, Mapping[int, str]]:
         """Runs a step, which yields one token or more for each row.
 
-        On a CPU, where the host can read drafts at no cost, a step without any draft is plain.
+        On a CPU, where the host can read drafts at no cost, a chain of drafts can end early, and a
+        step without any draft is plain.
 
         Returns:
             Tensors that are valid until the next step of the same size; the timestamps of the
@@ -137,7 +143,7 @@ class Stepper:
         wanted = self.sampler.relevant(step.features)
         if self._graphs is not None:  # fewer sizes to compile and to capture
             n = padded_rows(n, len(self.rows.positions))
-        self.rows.place(step.seats)
+        self.rows.place(step.seats, step.undrafted)
         first_seat = self._first_seat(step.seats) if n == step.n else None
         reads = (first_seat, self.length(step.longest))
         if not self.drafters:
@@ -152,20 +158,38 @@ class Stepper:
         if k:
             self.drafters[step.drafter].catch_up(step)
             timestamps.append(self._timestamp())
+            if step.n_steps > 1:
+                sampled = self._run_drafting_steps(step, n, reads, wanted)
+                timestamps += [timestamps[-1], self._timestamp()]  # its parts are not timed
+                return sampled, timestamps if self.n_programs == n_made else None, {}
             features = dataclasses.replace(wanted, logprobs=False, constrain=False)
+            on_host = self._device.type == "cpu" and self._graphs is None
+            self._least = step.least if on_host else 0.0
             self._run(_Program("draft", n, k, *reads, features, drafter=step.drafter), self._draft)
             if wanted.constrain:
-                drafts, replaced = self.constraints.redraft(self._drafts[:n, :k], step.n)
+                drafted = [row for row in range(step.n) if row not in step.undrafted]
+                drafts, replaced = self.constraints.redraft(self._drafts[:n, :k], drafted)
                 self.drafters[step.drafter].skip([step.seats[row] for row in replaced])
-            on_host = self._device.type == "cpu" and self._graphs is None
-            if on_host and (self._drafts[:n, 0] < 0).all():
-                k, drafts = 0, ()
+            if on_host:
+                n_drafted = int((self._drafts[:n, :k] >= 0).any(dim=0).sum())
+                k = min(k, next(size for size in self._verified if size >= n_drafted))
+                drafts = [row[:k] for row in drafts] if k else ()
         else:
             timestamps.append(self._timestamp())
         timestamps.append(self._timestamp())
         sampled, failures = self._sample(step, n, k, reads, wanted, drafts)
         timestamps.append(self._timestamp())
         return sampled, timestamps if self.n_programs == n_made else None, failures
+
+    def _run_drafting_steps(
+        self, step: Step, n: int, reads: tuple[int | None, int], features: Features
+    ) -> Sampled:
+        """Runs several steps with drafts as one program."""
+        assert not features.constrain, "a grammar needs each token on the host"
+        self._least = 0.0
+        options = {"n_steps": step.n_steps, "drafter": step.drafter}
+        program = _Program("drafting steps", n, step.k, *reads, features, **options)
+        return self._run(program, self._drafting_steps)
 
     def _sample(
         self,
@@ -223,13 +247,22 @@ class Stepper:
             k,
             first_seat=program.first_seat,
             length=program.length,
-            features=program.features,
+            features=dataclasses.replace(program.features, logprobs=False),
+            least=self._least,
         )
-        self._drafts[:n, :k].copy_(drafts)
+        self._drafts[:n, :k].copy_(drafts.masked_fill(self.rows.undrafted[:n], -1))
 
     def _steps(self, program: _Program) -> Sampled:
         """Runs a step, or the plain steps of a multi-step program."""
         return Sampled.joined([self._model(program) for _ in range(program.n_steps)])
+
+    def _drafting_steps(self, program: _Program) -> Sampled:
+        """Runs the steps of a multi-step program with drafts."""
+        steps = []
+        for _ in range(program.n_steps):
+            self._draft(program)
+            steps.append(self._model(program))
+        return Sampled.joined(steps)
 
     def _model(self, program: _Program) -> Sampled:
         inputs = self._inputs(program)

@@ -52,10 +52,23 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
+class Extension(Body):
+    """Fields of hotloop's own.
+
+    Attributes:
+        details: Tell in a chat's stream which text was drafted.
+        speculate: See ``SamplingParams``.
+    """
+
+    details: bool = False
+    speculate: bool | None = None
+
+
 class SamplingBody(Body):
     """Options of sampling, of every route that generates."""
 
     model: str | None = None
+    hotloop: Extension = Extension()
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: float | None = None
@@ -144,6 +157,7 @@ class SamplingBody(Body):
             "ignore_eos": self.ignore_eos,
             "logprobs": self.n_logprobs,
             "grammar": self.grammar,
+            "speculate": self.hotloop.speculate,
         }
         fields: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         return replace(defaults, **fields)
@@ -175,20 +189,9 @@ class Conversation(Body):
     tools: list[dict[str, Any]] | None = None
 
 
-class Extension(Body):
-    """Fields of hotloop's own.
-
-    Attributes:
-        details: Tell in a stream which text was drafted.
-    """
-
-    details: bool = False
-
-
 class ChatBody(SamplingBody, Conversation):
     """The body of ``/v1/chat/completions``."""
 
-    hotloop: Extension = Extension()
     max_completion_tokens: Annotated[int, Field(le=MAX_COUNT)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
