@@ -1,5 +1,6 @@
 import os
 import signal
+from collections import Counter
 
 import pytest
 
@@ -27,9 +28,28 @@ LONGEST = (
     "test_engine_speculation.py",
     "test_engine_shards.py",
 )
-"""Files that take most of the time; they begin first, so that no worker is left with one alone."""
+"""Files that take most of the time; they begin first, so that no worker is left with one alone.
+
+The summary of a run has their seconds.
+"""
+
+SHOWN_S = 10.0
+"""Files that take less are not in the summary."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    shown = [(path, total) for path, total in seconds.most_common(20) if total >= SHOWN_S]
+    if shown:
+        terminalreporter.section("slowest files")
+        for path, total in shown:
+            terminalreporter.line(f"{total:7.0f} s  {path}")

@@ -6,14 +6,12 @@
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 import shutil
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,19 +19,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_builds import digest, kept_folder
 from torch import Tensor
 
-from hotloop.cache import cache_dir
 from hotloop.kernels import cpu
 from hotloop.kernels.cuda.compile import SOURCES, Kernel
 from hotloop.kernels.cuda.launch import Call, Limits, PreparedLaunch
 
 EMULATED = Path(__file__).with_name("emulated")
-CACHE = cache_dir() / "emulated-kernels"
-"""Libraries, by a hash of their source; resolved before tests set another cache folder."""
-
-UNUSED_S = 14 * 24 * 3600.0
-"""Libraries that no test has used for this long are deleted."""
 
 ALIGNMENT = 128
 """Of arguments, whose type can be ``PlainRowsArgs``."""
@@ -191,8 +184,8 @@ def sources() -> Path:
     files = {path.name: path.read_text() for path in SOURCES.glob("*.cu*")}
     files |= {path.name: path.read_text() for path in EMULATED.glob("*.cuh")}
     compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True)
-    folder = CACHE / digest(*itertools.chain(*sorted(files.items())), *FLAGS, compiler.stdout)
-    folder.mkdir(parents=True, exist_ok=True)
+    texts = (*itertools.chain(*sorted(files.items())), *FLAGS, compiler.stdout)
+    folder = kept_folder("emulated-kernels", *texts)
     for name, text in files.items():
         if not (folder / name).exists():
             scratch = folder / f"{name}.{os.getpid()}"
@@ -200,10 +193,6 @@ def sources() -> Path:
             scratch.replace(folder / name)
     if not (folder / "device.cuh.gch").exists():
         compile_to(folder / "device.cuh.gch", "-x", "c++-header", "device.cuh")
-    os.utime(folder)
-    for other in CACHE.iterdir():
-        if time.time() - other.stat().st_mtime > UNUSED_S:
-            shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
@@ -213,7 +202,3 @@ def compile_to(path: Path, *arguments: str, text: str | None = None) -> None:
     command = ("c++", *FLAGS, *arguments, "-o", scratch.name)
     subprocess.run(command, cwd=path.parent, input=text, text=True, check=True)
     scratch.replace(path)
-
-
-def digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

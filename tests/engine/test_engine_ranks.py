@@ -40,11 +40,11 @@ def pids(llm: LLM) -> list[int]:
     return [rank.process.pid for rank in llm._runner._ranks._ranks]
 
 
-@pytest.fixture(scope="module")
-def nine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_nine(folder: Path, n_layers: int = 2) -> Path:
     """SmolLM2's heads, untied, with every bias."""
     return write_random(
-        tmp_path_factory.mktemp("nine"),
+        folder,
+        n_layers=n_layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         hidden_size=576,
@@ -56,14 +56,25 @@ def nine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(nine: Path) -> Iterator[LLM]:
+def nine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_nine(tmp_path_factory.mktemp("nine"))
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer of it, since layers take most of the time of compiling."""
+    return write_nine(tmp_path_factory.mktemp("shallow"), n_layers=1)
+
+
+@pytest.fixture(scope="module")
+def two(shallow: Path) -> Iterator[LLM]:
     """Two compiled ranks in float32, quantized as they load."""
     config = EngineConfig(
-        model=str(nine),
+        model=str(shallow),
         quant="int8",
         dtype="float32",
         execution="compile",
-        max_batch_size=3,
+        max_batch_size=2,
         tensor_parallel=2,
     )
     llm = LLM(config)
@@ -72,8 +83,8 @@ def two(nine: Path) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def one(nine: Path) -> LLM:
-    return LLM(str(nine), quant="int8", dtype="float32", max_batch_size=3)
+def one(shallow: Path) -> LLM:
+    return LLM(str(shallow), quant="int8", dtype="float32", max_batch_size=2)
 
 
 def test_greedy_tokens_of_two_compiled_ranks_are_those_of_one(one, two):
@@ -105,7 +116,7 @@ def test_a_description_is_of_one_rank_and_says_how_sums_are_made(one, two):
     alone, shared = one.describe(), two.describe()
     assert shared.kernels["all_reduce"] == "all_reduce/gloo"
     assert "all_reduce" not in alone.kernels
-    assert shared.config.name == "int8/compile/tp2/float32/batch3"
+    assert shared.config.name == "int8/compile/tp2/float32/batch2"
     assert shared.n_params == alone.n_params
     assert shared.compile_cache == "cold"
     assert shared.weight_bytes == predict_memory(two.config).weights_bytes

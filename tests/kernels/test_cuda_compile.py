@@ -3,11 +3,13 @@
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_cases import KINDS, OURS, PLAIN_ROWS
+from kept_builds import kept_folder
 
 from hotloop.kernels.cuda import compile as compiler
 from hotloop.kernels.cuda import prompt, step
@@ -39,6 +41,14 @@ needs_nvrtc = pytest.mark.skipif("is not installed" in str(REASON), reason=str(R
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HOTLOOP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "kernels"
+
+
+@pytest.fixture
+def kept_cache(monkeypatch) -> None:
+    """Keeps compiled kernels for the next run, for this version of NVRTC and all sources."""
+    sources = (path.read_text() for path in sorted(compiler.SOURCES.glob("*.cu*")))
+    folder = kept_folder("compiled-kernels", version("nvidia-cuda-nvrtc"), *sources)
+    monkeypatch.setenv("HOTLOOP_CACHE", str(folder))
 
 
 def linear_kernels(name: str) -> list[Kernel]:
@@ -130,7 +140,7 @@ others two kernels of each group are compiled, and one of a format of other tool
 
 
 @needs_nvrtc
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("kept_cache")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("group", [*FORMATS, *OTHERS])
 def test_kernels_compile_for_every_architecture(group, architecture):

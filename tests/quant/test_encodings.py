@@ -34,7 +34,8 @@ def test_blocks_of_gguf_are_worth_what_the_gguf_package_makes_of_them(name):
         raw[raw == 255] = 254
     k = 5 * blocks.size
     weight = blocks.decode({BLOCKS: torch.from_numpy(raw)}, (7, k))
-    expected = dequantize(raw, GGMLQuantizationType[blocks.type])
+    with np.errstate(invalid="ignore"):  # some scales of random bytes are not finite
+        expected = dequantize(raw, GGMLQuantizationType[blocks.type])
     assert weight.shape == (7, k)
     assert weight.format == blocks.format
     assert torch.equal(weight.dequantize().nan_to_num(), torch.from_numpy(expected).nan_to_num())
