@@ -69,7 +69,7 @@ from hotloop.kernels.cuda.linear import (
     PrescaledInput,
     Tuning,
 )
-from hotloop.kernels.cuda.packing import Format
+from hotloop.kernels.cuda.packing import Format, high_plane
 from hotloop.kernels.cuda.tuning import (
     Projection,
     attention_tuning,
@@ -440,9 +440,10 @@ def random_packed(form: Format) -> tuple[Tensor, Tensor | None, Tensor | None]:
     std = form.k**-0.5
     if form.kind == "bf16":
         values = torch.empty(form.nbytes // 2, dtype=torch.bfloat16, device=CUDA).normal_(0, std)
-        return values if form.plain_rows else values.view(torch.uint8), None, None
+        packed = values if form.plain_rows else values.view(torch.uint8).view(form.tiles, -1)
+        return packed, None, None
     words = torch.empty(form.nbytes // 8, dtype=torch.int64, device=CUDA).random_()
-    packed = words.view(torch.uint8)
+    packed = words.view(torch.uint8).view(form.tiles, -1)
     if form.kind == "fp8":
         packed &= 0b10111111  # below 2, and no NaNs
     size = {"fp8": 0.5, "int8": 74.0}.get(form.kind, 4.6)
@@ -453,7 +454,10 @@ def random_packed(form: Format) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return packed, torch.full((form.n,), scale, device=CUDA), None
     scale_N = torch.ones(form.n, device=CUDA) if form.row_scale else None
     features_K = torch.randperm(form.k, device=CUDA).int() if form.permuted else None
-    groups = packed.view(-1, form.unit_bytes)[:, form.fragment_bytes :]
+    if form.kind == "nested":
+        groups = high_plane(form, packed)[..., form.high.fragment_bytes :]
+    else:
+        groups = packed.view(-1, form.unit_bytes)[:, form.fragment_bytes :]
     if form.scale == "two":  # random integers of scales and offsets, of a mean size of 64
         factors = 32 if form.zero == "none" else 64
         groups[:, :factors].view(torch.float16).fill_(scale / 64)

@@ -13,7 +13,13 @@ from hotloop.quant import QTensor
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
-RANGES = {"int8": (-128, 128), "int4": (-8, 8), "uint4": (0, 16), "lut4": (0, 16)}
+RANGES = {
+    "int8": (-128, 128),
+    "nested": (-128, 120),
+    "int4": (-8, 8),
+    "uint4": (0, 16),
+    "lut4": (0, 16),
+}
 
 
 def weight(
@@ -69,7 +75,7 @@ def weight(
         numbers = torch.randn(16, generator=generator).sort().values
     elif table is not None:
         numbers = torch.tensor(table)
-    factor = 1.0 if kind in ("fp8", "lut4") else 4 / 2**bits if kind == "int8" else 0.25
+    factor = 1.0 if kind in ("fp8", "lut4") else 4 / 2**bits if kind in ("int8", "nested") else 0.25
     two_level = super_size is not None
     supers = (n, k // super_size) if super_size else (0, 0)
 
@@ -147,6 +153,8 @@ _CASES: dict[str, dict[str, Any]] = {
     "int4-row": {"kind": "int4", "scale": F16},
     "int4-row-zero": {"kind": "int4", "scale": BF16, "zero": "integer"},
     "int8-g128": {"kind": "int8", "group": 128, "scale": BF16},
+    "nested-g32": {"kind": "nested", "group": 32, "scale": BF16},
+    "nested-g128": {"kind": "nested", "group": 128, "scale": BF16},
     "int8-g128-zero": {"kind": "int8", "group": 128, "scale": F16, "zero": "integer"},
     "int8-row-act-order": {"kind": "int8", "scale": F16, "permuted": True},
     "fp8-blocks": {"kind": "fp8", "group": 128},

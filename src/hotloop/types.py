@@ -103,6 +103,10 @@ MAX_LOGPROBS = 20
 """The most alternatives per token that ``SamplingParams.logprobs`` can ask for."""
 
 
+NESTED_DRAFTER = "self"
+"""The drafter that is the high nibbles of the model's own weights."""
+
+
 def exit_layers(draft: str) -> int | None:
     """Returns N of a value ``exit-N`` of ``EngineConfig.draft``; None for any other."""
     match = re.fullmatch(r"exit-(\d{1,9})", draft)
@@ -110,7 +114,12 @@ def exit_layers(draft: str) -> int | None:
 
 
 def self_scheme(draft: str) -> str | None:
-    """Returns SCHEME of a value ``self-SCHEME`` of ``EngineConfig.draft``; None for any other."""
+    """Returns SCHEME of a value ``self-SCHEME`` of ``EngineConfig.draft``, and "" of ``self``.
+
+    None for any other.
+    """
+    if draft == NESTED_DRAFTER:
+        return ""
     prefix, dash, scheme = draft.partition("-")
     return scheme if (prefix, dash) == ("self", "-") else None
 
@@ -220,8 +229,8 @@ class EngineConfig:
     quant: Annotated[
         str,
         Lever(
-            help="Weight quantization: auto keeps what the file has; none, int8, fp8, int4-gN "
-            "(N 32, 64 or 128), int4-gN-asym, or int4-gN-zp.",
+            help="Weight quantization: auto keeps what the file has; none, int8, int8-gN (N 32, "
+            "64 or 128), fp8, int4-gN, int4-gN-asym, or int4-gN-zp.",
             group="Model",
             sweep="auto,int8,int4-g64",
             names="scheme",
@@ -266,9 +275,10 @@ class EngineConfig:
         str,
         Lever(
             help="Speculative decoding: none; ngram, which looks drafts up in the text so far; "
-            "exit-N, the model's first N layers; self-SCHEME, the model under another --quant, "
-            "such as self-int4-g128; several of these, as in ngram+self-int4-g128; or a smaller "
-            "model of the same vocabulary.",
+            "exit-N, the model's first N layers; self, the high half of each of its weights, with "
+            "--quant int8-gN; self-SCHEME, the model under another --quant, such as "
+            "self-int4-g128; several of these, as in ngram+self; or a smaller model of the same "
+            "vocabulary.",
             group="Speculation",
         ),
     ] = "none"

@@ -72,6 +72,7 @@ MODELS = {
 SCHEMES = {
     "none": "none",
     "int8": "int8",
+    "int8-g32": "int8",
     "fp8": "fp8",
     "int4-g32": "int8",
     "int4-g64-asym": "int4-g64",
@@ -500,17 +501,19 @@ def test_it_is_taken_by_default_and_says_so(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("quant", ["none", "int8"])
+@pytest.mark.parametrize("quant", ["none", "int8", "int8-g32"])
 def test_described_and_predicted_bytes_of_a_self_draft_are_those_resident(quant, tied, tmp_path):
-    biases = {"attention_bias": True}
+    biases, nested = {"attention_bias": True}, quant == "int8-g32"
     model = write_random(tmp_path, head_dim=64, tie_word_embeddings=tied, n_layers=1, **biases)
-    config = EngineConfig(model=str(model), quant=quant, max_seq_len=16, draft="self-int4-g32")
+    draft = "self" if nested else "self-int4-g32"
+    config = EngineConfig(model=str(model), quant=quant, max_seq_len=16, draft=draft)
     plain = predict_memory(dataclasses.replace(config, draft="none"))
     predicted, llm = predict_memory(config), LLM(config)
     runner = llm._runner._model
     resident = resident_bytes(torch.nn.ModuleList([runner.decoder, runner.twin]))
     assert llm.describe().weight_bytes == predicted.weights_bytes == resident
-    assert predicted.draft_bytes == resident - plain.weights_bytes > 0
+    assert predicted.draft_bytes == resident - plain.weights_bytes
+    assert (predicted.draft_bytes == 0) == nested
     assert llm.describe().kernels["draft/gate_up_proj"] == "int4/fused"
     assert ("draft/head" in llm.describe().kernels) == (quant == "none")
 
@@ -651,12 +654,13 @@ def test_rows_that_move_as_requests_end_change_nothing(tmp_path, monkeypatch):
 # A GPU tries each with each.
 @pytest.mark.parametrize(
     ("draft", "draft_tokens"),
-    [("ngram", 1), ("exit-1", 3), ("self-int4-g32,ngram", 3), ("itself", 7)],
+    [("ngram", 1), ("exit-1", 3), ("self-int4-g32,ngram", 3), ("self", 3), ("itself", 7)],
 )
 def test_drafts_change_neither_tokens_nor_their_probabilities(folder, engine, draft, draft_tokens):
-    plain = engine(quant="int8", max_batch_size=2)
+    quant = "int8-g32" if draft == "self" else "int8"
+    plain = engine(quant=quant, max_batch_size=2)
     drafted = engine(
-        quant="int8",
+        quant=quant,
         max_batch_size=2,
         draft=str(folder) if draft == "itself" else draft,
         draft_policy="always",

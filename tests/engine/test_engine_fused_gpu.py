@@ -27,7 +27,7 @@ CUDA = torch.device("cuda", 0)
 REASON = unavailable_reason(CUDA) if torch.cuda.is_available() else "no CUDA device"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
-SCHEMES = ("none", "int8", "fp8", "int4-g32", "int4-g128", "int4-g64-asym")
+SCHEMES = ("none", "int8", "int8-g64", "int8-g128", "fp8", "int4-g32", "int4-g128", "int4-g64-asym")
 PROMPTS = [[7], list(range(2, 40)), [260, 3] * 10]
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=ALTERNATIVES)
 DRAWN = {
@@ -122,14 +122,15 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(make: Make) -> None:
         assert torch.equal(chosen, best[:n])
 
 
-@pytest.mark.parametrize("draft", ["ngram", "exit-1", "self-int4-g32", "itself"])
+@pytest.mark.parametrize("draft", ["ngram", "exit-1", "self", "self-int4-g32", "itself"])
 @pytest.mark.parametrize("draft_tokens", [1, 4, MAX_TOKENS - 1])
 def test_drafts_change_neither_tokens_nor_their_probabilities(
     draft: str, draft_tokens: int, make: Make, families: dict[str, Path]
 ) -> None:
-    plain = make(quant="int8", max_batch_size=3)
+    quant = "int8-g128" if draft == "self" else "int8"
+    plain = make(quant=quant, max_batch_size=3)
     drafted = make(
-        quant="int8",
+        quant=quant,
         max_batch_size=3,
         draft=str(families["LlamaForCausalLM"]) if draft == "itself" else draft,
         draft_policy="always",

@@ -35,7 +35,7 @@ def resident_bytes(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("head", ["auto", "none", "int8", "fp8", "int4-g32"])
-@pytest.mark.parametrize("quant", ["none", "int8", "fp8", "int4-g32", "int4-g64-asym"])
+@pytest.mark.parametrize("quant", ["none", "int8", "int8-g32", "fp8", "int4-g32", "int4-g64-asym"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_described_and_predicted_bytes_are_those_resident(model, dtype, quant, head):
     config = EngineConfig(
@@ -69,7 +69,13 @@ def test_described_and_predicted_bytes_are_those_resident(model, dtype, quant, h
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("quant", "draft"), [("none", "self-int4-g32"), ("none", "self-fp8"), ("int8", "self-int4-g64")]
+    ("quant", "draft"),
+    [
+        ("none", "self-int4-g32"),
+        ("none", "self-fp8"),
+        ("int8", "self-int4-g64"),
+        ("int8-g32", "self"),
+    ],
 )
 def test_described_and_predicted_bytes_of_a_self_draft_are_those_resident(
     model, dtype, quant, draft
@@ -81,6 +87,7 @@ def test_described_and_predicted_bytes_of_a_self_draft_are_those_resident(
     resident = resident_bytes(nn.ModuleList([runner.decoder, runner.twin]))
     assert llm.describe().weight_bytes == predicted.weights_bytes == resident
     assert predicted.weights_bytes - predicted.draft_bytes == plain.weights_bytes
+    assert (predicted.draft_bytes == 0) == (draft == "self")
     assert predicted.cache_bytes == plain.cache_bytes, "it is the model's"
 
 

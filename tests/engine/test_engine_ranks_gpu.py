@@ -196,13 +196,15 @@ def test_samples_can_be_repeated_and_are_as_likely_as_they_are_scored(
 
 @each_size
 @each_execution
-@pytest.mark.parametrize("draft", ["ngram", "self-int4-g32", "itself"])
+@pytest.mark.parametrize("draft", ["ngram", "self", "self-int4-g32", "itself"])
 def test_a_draft_beside_several_ranks_changes_no_tokens(
     folder: Path, make: Any, alone: Ask, n: int, execution: str, draft: str
 ) -> None:
     options = {"execution": execution}
     if execution != "fused":
         options["dtype"] = "float32"
+    if draft == "self":
+        options["quant"] = "int8-g32"
     llm = make(
         folder,
         tensor_parallel=n,

@@ -26,7 +26,7 @@ from hotloop.models.linear import Embedding, Linear
 SMOLLM2_HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
 FREELY = SamplingParams(max_new_tokens=16, ignore_eos=True)
-SCHEMES = ["none", "int8", "int4-g32", "int4-g64-asym"]
+SCHEMES = ["none", "int8", "int8-g32", "int4-g32", "int4-g64-asym"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,10 +87,14 @@ def test_ranks_choose_what_one_chooses_of_the_tokens_that_a_grammar_allows(folde
 
 
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("draft", ["ngram", "exit-1", "self-int8", "self-int4-g32", "itself"])
+@pytest.mark.parametrize(
+    "draft", ["ngram", "exit-1", "self", "self-int8", "self-int4-g32", "itself"]
+)
 def test_drafts_do_not_change_tokens_and_are_those_of_one_rank(folder, draft, n):
     options = {"draft_policy": "always", "draft": str(folder) if draft == "itself" else draft}
-    one, several = pair(folder, n, quant="int8" if draft == "exit-1" else "none", **options)
+    one, several = pair(
+        folder, n, quant={"exit-1": "int8", "self": "int8-g32"}.get(draft, "none"), **options
+    )
     plain = LLM(str(folder), dtype="float32", max_batch_size=3, quant=one.config.quant)
     for sampling in ({}, {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.2, "seed": 4}):
         assert tokens(several, **sampling) == tokens(one, **sampling) == tokens(plain, **sampling)

@@ -19,6 +19,7 @@ from hotloop.engine.draft_control import Choice, DraftController, sizes_up_to
 from hotloop.engine.setup import prepare, settle
 from hotloop.engine.speculation import assume
 from hotloop.errors import ConfigError, HotloopError
+from hotloop.kernels import cpu
 from hotloop.quant import parse_scheme
 from hotloop.weights.quantize import quantize_checkpoint
 
@@ -205,6 +206,59 @@ def test_a_self_draft_drafts_for_weights_as_the_model_has_them(deep, tmp_path):
             assert of_draft.attention.norm is block.attention.norm
         assert twin.embedding is model.embedding
         assert twin.head is model.head, "int8 already"
+
+
+@pytest.mark.parametrize(
+    ("execution", "dtype", "draft"),
+    [
+        ("eager", "float32", "self"),
+        ("eager", "bfloat16", "ngram+self"),
+        ("compile", "bfloat16", "self"),
+    ],
+)
+def test_high_halves_of_int8_in_groups_draft_and_change_no_token(deep, execution, dtype, draft):
+    # bfloat16 has the same bits with CPU kernels, whatever the number of rows.
+    if dtype == "bfloat16" and cpu.unavailable_reason() is not None:
+        pytest.skip(cpu.unavailable_reason())
+    options = {"quant": "int8-g32", "dtype": dtype, "max_batch_size": 3}
+    plain = LLM(str(deep), **options)
+    llm = LLM(str(deep), **options, execution=execution, draft=draft, draft_policy="always")
+    sampling = SAMPLING["truncated"] | {"seed": 2}
+    assert answers(llm) == answers(plain)
+    assert answers(llm, **sampling) == answers(plain, **sampling)
+    assert total(llm.generate(PROMPTS, FREELY, **sampling)).acceptance[0] > 0.1
+    kernels = llm.describe().kernels
+    suffix = "cpu" if dtype == "bfloat16" else "dequantized"
+    assert kernels["down_proj"] == f"nested/{suffix}"
+    assert kernels["draft/down_proj"] == f"int4/{suffix}"
+
+
+def test_high_halves_draft_from_the_models_own_bytes(deep, tmp_path):
+    copy = quantize_checkpoint(deep, tmp_path / "copy", quant="int8-g32")
+    for stored, options in (
+        (deep, {"quant": "int8-g32"}),
+        (deep, {"quant": "int8-g32", "weights": "random"}),
+        (copy, {}),
+    ):
+        llm = LLM(str(stored), dtype="float32", draft="self", **options)
+        model, twin = llm._runner._model.decoder, llm._runner._model.twin
+        for block, of_draft in zip(model.blocks, twin.blocks, strict=True):
+            for name, linear in block.linears.items():
+                ours, theirs = of_draft.linears[name].packed, linear.packed
+                held = {t.untyped_storage().data_ptr() for t in theirs}
+                assert held.issuperset(t.untyped_storage().data_ptr() for t in ours)
+        assert twin.head is model.head
+        assert llm.describe().kernels["draft/qkv_proj"] == "int4/dequantized"
+
+
+def test_high_halves_of_other_weights_are_refused(folder, deep):
+    for quant in ("none", "int8", "int4-g32", "auto"):
+        message = refused(folder, draft="self", quant=quant)
+        assert "draft 'self' is the high half of each weight of int8 in groups" in message
+        assert "give --quant int8-g64, or" in message
+    assert "names a drafter twice" in refused(deep, quant="int8-g32", draft="self+self-int4-g32")
+    copied = EngineConfig(model=str(deep), quant="int8-g32", draft="self-int4-g32", device="cpu")
+    assert prepare(copied).draft.schemes, "a copy, as of any weight"
 
 
 def test_random_weights_are_requantized_for_their_drafts(deep):
@@ -449,7 +503,7 @@ def test_a_draft_model_with_more_tokens_is_refused(folder):
 def test_drafts_that_cannot_be_are_refused(folder):
     assert "from 1 to 1" in refused(folder, draft="exit-2")
     assert "neither 'ngram'" in refused(folder, draft="no-such-model")
-    assert "nor 'self-SCHEME'" in refused(folder, draft="no-such-model")
+    assert "nor 'self', nor 'self-SCHEME'" in refused(folder, draft="no-such-model")
     assert "draft_quant" in refused(folder, draft="ngram", draft_quant="int8")
     assert "draft_quant" in refused(folder, draft="self-int8", draft_quant="int8")
     assert "draft 'self-int5': unknown quantization" in refused(folder, draft="self-int5")

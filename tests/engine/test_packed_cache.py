@@ -147,6 +147,17 @@ def test_a_self_draft_has_an_entry_of_its_own_beside_the_models(quant, tmp_path,
         assert twin.blocks[0].attention.qkv_proj.bias is model_.blocks[0].attention.qkv_proj.bias
 
 
+def test_high_halves_draft_from_the_entry_of_their_model(model, unread, cache):
+    plain = start(model, quant="int8-g32", draft="self", cache_packed=False)
+    start(model, quant="int8-g32")
+    (of_model,) = entries(cache)
+    unread.refuse()
+    drafting = start(model, quant="int8-g32", draft="self")
+    assert entries(cache) == [of_model]
+    assert_same(drafting, plain)
+    assert drafting.describe().read_bytes == plain.describe().weight_bytes - rope_bytes(plain)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("execution", ["fused", "eager"])

@@ -33,7 +33,7 @@ from hotloop.kernels.cuda.linear import (
     PrescaledInput,
     Tuning,
 )
-from hotloop.kernels.cuda.packing import Format, pack
+from hotloop.kernels.cuda.packing import Format, high_plane, pack
 from hotloop.kernels.cuda.prompt import GemmOutput
 from hotloop.kernels.cuda.sample import MAX_CANDIDATES, sample
 from hotloop.kernels.cuda.wide import WidePlan, WideTuning
@@ -59,6 +59,7 @@ OURS: dict[str, dict[str, Any]] = {
         f"int4-g{g}-asym": {"kind": "int4", "group_size": g, "zero": "offset"}
         for g in (32, 64, 128)
     },
+    **{f"int8-g{g}": {"kind": "nested", "group_size": g} for g in (32, 128)},
 }
 """Packed formats of the schemes that hotloop quantizes by: what ``Format`` takes beside shapes."""
 
@@ -159,6 +160,18 @@ def make_weight(name: str, n: int, k: int, generator: torch.Generator, *, paired
     packed = pack(form, q.values, q.scale, q.offset)
     exact = number_formats.exactly(q)
     return Weight(form=form, packed=packed, scale=scale_N, exact=exact, quantized=q)
+
+
+def high_plane_of(weight: Weight) -> tuple[Weight, Weight]:
+    """The high plane of a nested weight, in its place, and the same int4 weight by itself."""
+    assert weight.quantized is not None, "made by a scheme"
+    q, form = weight.quantized.high, weight.form.high
+    packed = high_plane(weight.form, weight.packed), pack(form, q.values, q.scale, None)
+    inner, alone = (
+        Weight(form=form, packed=each, scale=None, exact=number_formats.exactly(q), quantized=q)
+        for each in packed
+    )
+    return inner, alone
 
 
 def with_plain_rows(weight: Weight) -> Weight:

@@ -24,6 +24,7 @@ from cuda_cases import (
     drawn,
     embed_case,
     hard_scores,
+    high_plane_of,
     linear_case,
     make_weight,
     next_tokens_case,
@@ -228,6 +229,8 @@ MANY_ROWS: dict[str, tuple[int, Epilogue, bool]] = {
     "int4-g32": (24, "logits", True),
     "int4-g64": (9, "plain", False),
     "int4-g128": (64, "swiglu", True),
+    "int8-g32": (33, "plain", True),
+    "int8-g128": (12, "swiglu", True),
     "int4-g32-asym": (48, "plain", True),
     "int4-g64-asym": (16, "swiglu", True),
     "int4-g128-asym": (11, "logits", True),
@@ -287,6 +290,31 @@ def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(na
             assert torch.equal(alone[0], found[rows // 2]), f"{wide}"
 
 
+def test_a_high_plane_in_its_place_gives_the_bits_of_an_int4_weight():
+    inner, alone = high_plane_of(weight("int8-g32"))
+    assert not inner.packed.is_contiguous()
+    large = Limits(n_sms=3, shared_bytes=227 * 1024)
+    for rows, epilogue, where, wide in (
+        (3, "plain", limits(3), None),
+        (24, "logits", large, WideTuning(splits=2)),
+    ):
+        found = []
+        for each in (inner, alone):
+            case = linear_case(
+                each,
+                rows,
+                generator(rows),
+                epilogue=epilogue,
+                norm=epilogue == "logits",
+                tuning=SMALL,
+                limits=where,
+                wide=wide,
+            )
+            run(case)
+            found.append(case.outputs[0])
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("paired", [False, True], ids=["plain", "paired"])
 @pytest.mark.parametrize("tuning", [SMALL, TOGETHER, DIRECT], ids=["staged", "together", "direct"])
 def test_plain_rows_of_bfloat16_give_the_bits_of_packed_ones(tuning, paired):
@@ -342,9 +370,13 @@ def test_plain_rows_give_many_rows_the_bits_of_a_row_alone(rows, epilogue, wide)
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("items_left", [0, 1, 9])
-def test_planned_tiles_are_prefetched_and_results_stay_the_same(items_left):
-    later = weight("int4-g64", 200)  # 13 tiles
+@pytest.mark.parametrize(
+    ("items_left", "name"), [(0, "int4-g64"), (1, "int4-g64"), (9, "int4-g64"), (1, "int8-g32")]
+)
+def test_planned_tiles_are_prefetched_and_results_stay_the_same(items_left, name):
+    later = weight(name, 200)  # 13 tiles
+    if name == "int8-g32":  # whose tiles lie apart
+        later, _ = high_plane_of(later)
     prefetch = Prefetch(
         weight=later.packed,
         form=later.form,
@@ -359,7 +391,7 @@ def test_planned_tiles_are_prefetched_and_results_stay_the_same(items_left):
     )
     asked = emulate(case.call, late=case.inputs)
     case.check()
-    tile_bytes = later.packed[0].nbytes
+    tile_bytes = later.packed.stride(0)
     wanted = sorted(tile for block in range(4) for tile in range(3 + block, 13, 4))
     found = sorted((at - later.packed.data_ptr()) / tile_bytes for at, _ in asked)
     assert found == wanted

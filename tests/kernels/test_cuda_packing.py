@@ -35,7 +35,10 @@ def test_packed_weights_have_the_bytes_of_their_format(name, paired, n, k):
     weight = make_weight(name, n, k, torch.Generator().manual_seed(0), paired=paired)
     form = weight.form
     assert weight.packed.dtype == torch.uint8
-    assert weight.packed.shape == (form.tiles, form.units, form.unit_bytes)
+    tile = (form.units, form.unit_bytes)
+    if form.kind == "nested":  # one plane behind the other
+        tile = (form.units * form.unit_bytes,)
+    assert weight.packed.shape == (form.tiles, *tile)
     assert weight.packed.nbytes == form.nbytes
 
 

@@ -16,7 +16,9 @@ from hotloop.quant import QTensor, parse_scheme
 from hotloop.quant.encodings.compressed_tensors import fp4_table
 from hotloop.quant.encodings.gguf import IQ4
 
-SCHEMES = ["none", "int8", "fp8", *(f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym"))]
+NESTED = [f"int8-g{g}" for g in (32, 64, 128)]
+SCHEMES = ["none", "int8", "fp8", *NESTED]
+SCHEMES += [f"int4-g{g}{s}" for g in (32, 64, 128) for s in ("", "-asym")]
 IN_FLOATS = ("fp8", "nvfp4", "mxfp4", "nf4", "IQ4")  # ours multiply them in float32, mostly
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(7, 128), (65, 576), (33, 1536), (5, 13824), (1, 2176)]  # odd N, tails of every kind
@@ -77,9 +79,8 @@ def threads() -> Iterator[None]:
 
 def quantized(name: str, n: int, k: int) -> Tensor | QTensor:
     """Makes a random weight of [n, k], with k rounded up to whole groups."""
-    if name.startswith("int4"):
-        k = -(-k // int(name.split("-")[1][1:])) * int(name.split("-")[1][1:])
-    return parse_scheme(name).quantize(normal(n, k, dtype=torch.bfloat16))
+    size = parse_scheme(name).alignment
+    return parse_scheme(name).quantize(normal(n, -(-k // size) * size, dtype=torch.bfloat16))
 
 
 def run_operator(x: Tensor, weight: Tensor | QTensor) -> Tensor:
@@ -254,7 +255,9 @@ def test_the_number_of_threads_changes_no_bit(name, rows):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["none", "int8", "int4-g32", "int4-g64-asym", "int4-g128"])
+@pytest.mark.parametrize(
+    "name", ["none", "int8", "int8-g64", "int4-g32", "int4-g64-asym", "int4-g128"]
+)
 @pytest.mark.parametrize("k", [576, 4224])
 def test_a_row_gives_the_same_bits_alone_and_among_any_number_of_others(name, k):
     weight = quantized(name, 65, k)
@@ -269,12 +272,15 @@ def test_torch_compile_is_told_the_shapes_that_operators_return():
     x, checks = normal(3, 64, dtype=torch.bfloat16), ("test_schema", "test_faketensor")
     ops, int8 = torch.ops.hotloop_cpu, parse_scheme("int8").quantize(normal(7, 64))
     int4 = packed_for_cpu(parse_scheme("int4-g32-asym").quantize(normal(33, 64)))[1]
+    nested, packed = packed_for_cpu(parse_scheme("int8-g32").quantize(normal(33, 64)))
+    _, high = nested.high_plane(packed)
     q, cache = normal(2, 2, 4, 16), normal(2, 2, 8, 16)
     where = torch.tensor([1, 0]), torch.tensor([[2, 3], [6, 7]])
     for op, arguments in (
         (ops.linear_rows, (x, normal(7, 64, dtype=torch.bfloat16), None)),
         (ops.linear_rows, (x, int8.values, int8.scale.view(-1))),
         (ops.linear_groups, (x, *int4, 33)),
+        (ops.linear_groups, (x, *high, 33)),
         (ops.embed_groups, (torch.tensor([[3, 32]]), *int4, 64)),
         (ops.decode_attention, (q, cache, cache, *where, 0, 0.25)),
     ):
@@ -282,6 +288,22 @@ def test_torch_compile_is_told_the_shapes_that_operators_return():
 
 
 # Every kernel, ours or not.
+
+
+@pytest.mark.parametrize("name", NESTED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_high_plane_of_a_nested_weight_is_an_int4_weight_that_takes_no_memory(name, dtype):
+    n, k = 83, 1152
+    weight, x = parse_scheme(name).quantize(normal(n, k)), normal(5, k, seed=1, dtype=dtype)
+    for kernel in kernels_for(form_of(name, n, k, dtype)):
+        packed = kernel.pack(weight)
+        high, shared = kernel.high_plane(packed)
+        direct = type(kernel)(form_of(name.replace("int8", "int4"), n, k, dtype))
+        assert high.name == direct.name
+        assert torch.equal(high(x, *shared), direct(x, *direct.pack(weight.high)))
+        assert sum(t.nbytes for t in shared) == direct.nbytes < 0.6 * kernel.nbytes
+        held = {t.untyped_storage().data_ptr() for t in packed}
+        assert held.issuperset(t.untyped_storage().data_ptr() for t in shared)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

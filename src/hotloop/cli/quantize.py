@@ -21,8 +21,8 @@ Examples:
 )
 
 _SCHEMES = (
-    "Weight quantization: int8, fp8, int4-gN (N 32, 64 or 128), int4-gN-asym (with offsets), or "
-    "int4-gN-zp (with zero points). none quantizes the head alone."
+    "Weight quantization: int8, int8-gN (N 32, 64 or 128), fp8, int4-gN, int4-gN-asym (with "
+    "offsets), or int4-gN-zp (with zero points). none quantizes the head alone."
 )
 
 _HEADS = (
@@ -30,8 +30,8 @@ _HEADS = (
     "compressed-tensors, which holds no other."
 )
 _FORMATS = (
-    "hotloop's own, or compressed-tensors, which vLLM and transformers load, too: int8, fp8, "
-    "int4-gN, int4-gN-zp."
+    "hotloop's own, or compressed-tensors, which vLLM and transformers load, too: int8, "
+    "int8-gN, fp8, int4-gN, int4-gN-zp."
 )
 
 

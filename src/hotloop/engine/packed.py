@@ -53,10 +53,13 @@ def load(
         decoder: The rank's part of the model, without weights.
         group: The ranks, which load at the same time.
         on_layer: Called with (layers done, layers in all).
-        twin: The decoder of a drafter that is the model under another scheme.
+        twin: The decoder of a drafter that is the model under another scheme, or its high planes.
     """
-    loaded = _load(setup, decoder, group, on_layer, twin)
+    nested = setup.draft is not None and setup.draft.nested
+    loaded = _load(setup, decoder, group, on_layer, None if nested else twin)
     if twin is not None:
+        if nested:
+            twin.share_high_planes(decoder)
         twin.share_biases(decoder)
     if setup.device.type != "cpu":
         return loaded

@@ -374,7 +374,8 @@ class _Model:
     Attributes:
         packing: Which prompts can be prefilled together; None for each by itself.
         on_cpu_kernels: Our CPU kernels compute all matrix products, and attention.
-        twin: The decoder of a drafter that is the model under another scheme; None without one.
+        twin: The decoder of a drafter that is the model under another scheme, or the high planes of
+            its weights; None without one.
     """
 
     def __init__(
@@ -404,7 +405,7 @@ class _Model:
             total=group.sum,
         )
         self.decoder, self.twin = make_decoder(), None
-        if setup.draft and setup.draft.schemes:
+        if setup.draft and (setup.draft.nested or setup.draft.schemes):
             shares_head = names.head(model) not in setup.draft.schemes
             self.twin = make_decoder(twin=self.decoder, shares_head=shares_head)
         on_layer = None if progress is None else lambda i, n: progress("load", i, n)

@@ -35,12 +35,14 @@ from hotloop.parallel.plan import Shard
 from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.quant.auto import Auto
+from hotloop.quant.int4 import GROUP_SIZES
 from hotloop.quant.none import NoScheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
     DEFAULT_CACHE_BYTES,
     LEAST_PREFILL_CHUNK,
     MIN_DEFAULT_SEQ_LEN,
+    NESTED_DRAFTER,
     OWN_ENGINE,
     DType,
     EngineConfig,
@@ -67,11 +69,13 @@ class Draft:
         schemes: Of the model under another scheme, the scheme of every matrix of which the drafter
             has a copy, by its name in a checkpoint: all projections, and the head where sharing
             the model's would take longer. Empty without such a drafter.
+        nested: A drafter is the high planes of the model's nested weights.
         setup: The draft model; None where the drafters need none.
     """
 
     names: tuple[str, ...]
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
+    nested: bool = False
     setup: Setup | None = None
 
 
@@ -388,14 +392,14 @@ def _canonical_draft(draft: str) -> str:
     for name in drafters(draft):
         scheme = self_scheme(name)
         try:
-            names.append(name if scheme is None else f"self-{parse_scheme(scheme).name}")
+            names.append(f"self-{parse_scheme(scheme).name}" if scheme else name)
         except ConfigError as error:
             raise ConfigError(f"draft {shorten_value(name)}: {error}") from error
     kinds = ["self" if self_scheme(name) is not None else name for name in names]
     if len(set(kinds)) < len(kinds):
         raise ConfigError(
             f"draft {shorten_value(draft)} names a drafter twice: give each once, and at most one "
-            "self-SCHEME."
+            "of self and self-SCHEME."
         )
     return "+".join(names)
 
@@ -410,7 +414,7 @@ def _self_draft_schemes(
     Raises:
         ConfigError: The scheme does not fit a matrix, or reads no fewer bytes than the model.
     """
-    copies = [name for name in drafters(config.draft) if self_scheme(name) is not None]
+    copies = [name for name in drafters(config.draft) if self_scheme(name)]
     if not copies:
         return {}
     (of_draft,) = copies
@@ -443,6 +447,26 @@ def _self_draft_schemes(
     return draft
 
 
+def _check_nested(config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme]) -> None:
+    """Refuses to draft with the high planes of weights of which some have none."""
+    kinds = {
+        schemes[names.layer(i, part.name)].format(matrix.k).kind
+        for i, layer in enumerate(model.layers)
+        for matrix in layer.matrices
+        for part in matrix.parts
+    }
+    if kinds == {"nested"}:
+        return
+    widths = [matrix.k for layer in model.kinds for matrix in layer.matrices]
+    fits = [size for size in GROUP_SIZES if all(k % size == 0 for k in widths)]
+    group = f"g{max(fits)}" if fits else "gN"
+    raise ConfigError(
+        f"draft {NESTED_DRAFTER!r} is the high half of each weight of int8 in groups, and quant is "
+        f"{config.quant!r}: give --quant int8-{group}, or a scheme for weights that only draft, "
+        f"such as --draft self-int4-{group}."
+    )
+
+
 def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft | None:
     """Resolves the drafters of ``target``."""
     config, name = target.config, target.config.draft
@@ -462,7 +486,10 @@ def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft |
                     f"draft {each!r} runs the first {n_layers} of the model's {of} layers: give a "
                     f"number from 1 to {of - 1}."
                 )
-        return Draft(names=names, schemes=self_schemes)
+        nested = NESTED_DRAFTER in names
+        if nested:
+            _check_nested(config, target.model, target.schemes)
+        return Draft(names=names, schemes=self_schemes, nested=nested)
     try:
         draft_config = EngineConfig(
             model=name,
@@ -483,8 +510,8 @@ def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft |
         setup = _prepare(draft_config, target.device)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
-            f"draft {shorten_value(name)} is neither 'ngram', nor 'exit-N', nor 'self-SCHEME', nor "
-            f"a model: {error}"
+            f"draft {shorten_value(name)} is neither 'ngram', nor 'exit-N', nor 'self', nor "
+            f"'self-SCHEME', nor a model: {error}"
         ) from error
     except (ConfigError, UnsupportedError) as error:
         kind = UnsupportedError if isinstance(error, UnsupportedError) else ConfigError

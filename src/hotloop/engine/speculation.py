@@ -107,7 +107,7 @@ class NgramDrafter(Drafter):
 
 
 class SelfDrafter(Drafter):
-    """Drafts with the target model itself: with its first layers, or with it under another scheme.
+    """Drafts with the target model itself: its first layers, or all of it in fewer bits.
 
     It has no cache of its own. The keys and values of drafted positions are written into the
     target's cache, and verification, which computes the same positions, overwrites them: what the
@@ -115,7 +115,8 @@ class SelfDrafter(Drafter):
     Verify"); Zhao et al. 2024 ("QSpec") share a cache with drafts of another quantization.
 
     Args:
-        forward: The first layers of the target model and its head, or its requantized twin.
+        forward: The first layers of the target model and its head, or its twin: the model under
+            another scheme, or the high nibbles of its weights.
         rows: The rows of the target model.
         sampler: The sampler of the target model.
     """

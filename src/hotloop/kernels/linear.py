@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
-from hotloop.kernels.cpu.packing import BLOCK_FEATURES, pack_groups, packed_bytes
+from hotloop.kernels.cpu.packing import BLOCK_FEATURES, high_plane, pack_groups, packed_bytes
+from hotloop.kernels.cuda import packing
 from hotloop.kernels.cuda.dequantize import dequantize
 from hotloop.kernels.cuda.packing import (
     FACTOR,
@@ -32,14 +33,18 @@ from hotloop.kernels.cuda.packing import (
     terms,
 )
 
-QuantizedKind = Literal["int8", "fp8", "int4", "uint4", "lut4"]
+QuantizedKind = Literal["int8", "fp8", "int4", "uint4", "lut4", "nested"]
 """The elements of a quantized weight: integers of up to 8 bits; e4m3; -8…7; 0…15; indices of a
-lookup table of 16 numbers."""
+lookup table of 16 numbers; -128…119, stored as two planes of -8…7 (``reference.split_planes``), of
+which the high one alone is an int4 weight."""
 
 Kind = Literal["dense"] | QuantizedKind
 """The elements of a weight: unquantized floating point, or a quantized type."""
 
 FOUR_BITS: tuple[Kind, ...] = ("int4", "uint4", "lut4")
+
+NESTED_RANGE = (-128, 119)
+"""The least and the largest integer of a nested weight."""
 
 Zero = Literal["none", "integer", "offset"]
 """Kind of zero of a quantized weight: the integer 0, an integer zero point, or a float offset."""
@@ -85,12 +90,18 @@ class KernelFormat:
         }
         return tuple(name for name, is_present in present.items() if is_present)
 
+    @property
+    def high(self) -> KernelFormat:
+        """The format of a nested weight's high plane."""
+        assert self.kind == "nested", f"{self.kind} has no planes"
+        return replace(self, kind="int4")
+
     def describe(self, k: int) -> str:
         """Describes the format of a weight with ``k`` input features, in words."""
         if self.group_size is None or self.scale_dtype is None:
             return "floating point"
         per = "row" if self.group_size == k else f"group of {self.group_size}"
-        kind = "4-bit lookup table" if self.kind == "lut4" else self.kind
+        kind = {"lut4": "4-bit lookup table", "nested": "nested int8"}.get(self.kind, self.kind)
         said = [kind, f"{_dtype_name(self.scale_dtype)} scale per {per}"]
         if self.super_size is not None and self.super_dtype is not None:
             wide = "row" if self.super_size == k else f"block of {self.super_size}"
@@ -162,6 +173,11 @@ class LinearSpec:
     def kind(self) -> Kind:
         """The elements of the weight."""
         return self.format.kind
+
+    @property
+    def high(self) -> LinearSpec:
+        """The high plane of a nested weight."""
+        return replace(self, format=self.format.high)
 
     @property
     def n_scales(self) -> int:
@@ -246,6 +262,13 @@ class LinearKernel(Protocol):
         """Looks up rows [..., K] of the weight by ids [...], which are clamped to it."""
         ...
 
+    def high_plane(self, packed: Sequence[Tensor]) -> tuple[LinearKernel, list[Tensor]]:
+        """Returns the kernel of a nested weight's high plane, and that as it is packed.
+
+        It shares the memory of ``packed``.
+        """
+        ...
+
 
 class LinearCandidate(LinearKernel, Protocol):
     """A kernel that ``choose_linear`` tries.
@@ -278,6 +301,9 @@ class _ByRows:
 
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
         return [0] * len(packed)
+
+    def high_plane(self, packed: Sequence[Tensor]) -> tuple[LinearKernel, list[Tensor]]:
+        raise NotImplementedError
 
 
 class DenseTorch(_ByRows):
@@ -375,8 +401,7 @@ class GroupedCpu(_ByRows):
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/cpu"
-        self._format, self._n, self._k = spec.format, spec.n, spec.k
-        self._k = spec.k
+        self._spec, self._format, self._n, self._k = spec, spec.format, spec.n, spec.k
 
     @property
     def nbytes(self) -> int:
@@ -407,6 +432,9 @@ class GroupedCpu(_ByRows):
     def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
         return torch.ops.hotloop_cpu.embed_groups(ids.contiguous(), *packed, self._k)
 
+    def high_plane(self, packed: Sequence[Tensor]) -> tuple[LinearKernel, list[Tensor]]:
+        return GroupedCpu(self._spec.high), high_plane(self._format, packed, self._k)
+
 
 class Int4TinyGemm(_ByRows):
     """int4 weights on CUDA through tinygemm, which PyTorch ships."""
@@ -431,17 +459,22 @@ class Int4TinyGemm(_ByRows):
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
         assert not isinstance(weight, Tensor), "a quantized weight"
-        nibbles = (weight.values + 8).to(torch.uint8)
+        return self.pack_values(weight.values, weight.scale, weight.offset)
+
+    @staticmethod
+    def pack_values(values: Tensor, scale: Tensor, offset: Tensor | None = None) -> list[Tensor]:
+        nibbles = (values + 8).to(torch.uint8)
         bytes_ = (nibbles[:, ::2] << 4) | nibbles[:, 1::2]
         k = nibbles.shape[1]
         inner_k_tiles = next(t for t in (8, 4, 2) if k % (16 * t) == 0)
         words = torch.ops.aten._convert_weight_to_int4pack(bytes_.contiguous(), inner_k_tiles)
-        zero = torch.zeros_like(weight.scale) if weight.offset is None else weight.offset
-        scale_zero_GN2 = torch.stack((weight.scale.T, zero.T), dim=-1).contiguous()
+        zero = torch.zeros_like(scale) if offset is None else offset
+        scale_zero_GN2 = torch.stack((scale.T, zero.T), dim=-1).contiguous()
         return [words, scale_zero_GN2]
 
-    def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:  # noqa: ARG002
-        return [0, 1]  # words [N / 8, ...], and scales [G, N, 2]
+    def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
+        assert len(packed) % 2 == 0, "words [N / 8, ...], and scales [G, N, 2]"
+        return [0, 1] * (len(packed) // 2)
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         words, scale_zero_GN2 = packed
@@ -450,6 +483,31 @@ class Int4TinyGemm(_ByRows):
 
     def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+class NestedTinyGemm(Int4TinyGemm):
+    """Nested weights on CUDA through tinygemm: the sum of a product by each plane, both rounded."""
+
+    name = "nested/tinygemm"
+
+    def __init__(self, spec: LinearSpec) -> None:
+        self._spec = spec
+        self.nbytes = spec.n * spec.k + 8 * spec.n_scales  # of each plane, with zeros
+
+    @staticmethod
+    def unsupported(spec: LinearSpec) -> str | None:
+        return Int4TinyGemm.unsupported(spec.high) if spec.kind == "nested" else NOT_MEANT
+
+    def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        assert not isinstance(weight, Tensor), "a quantized weight"
+        high, low = reference.split_planes(weight.values)
+        return [*self.pack_values(high, weight.scale * 16), *self.pack_values(low, weight.scale)]
+
+    def high_plane(self, packed: Sequence[Tensor]) -> tuple[LinearKernel, list[Tensor]]:
+        return Int4TinyGemm(self._spec.high), list(packed[:2])
+
+    def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
+        return super().__call__(x_MK, *packed[:2]) + super().__call__(x_MK, *packed[2:])
 
 
 class FusedParts(NamedTuple):
@@ -478,7 +536,7 @@ class Fused(_ByRows):
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/fused"
-        self._format = spec.format
+        self._spec, self._format = spec, spec.format
         self.form = _fused_form(spec)
         if spec.plain_rows:
             self.form = self.form.with_plain_rows()
@@ -550,6 +608,10 @@ class Fused(_ByRows):
     def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def high_plane(self, packed: Sequence[Tensor]) -> tuple[LinearKernel, list[Tensor]]:
+        (weight,) = packed
+        return Fused(self._spec.high), [packing.high_plane(self.form, weight)]
+
 
 def _fused_form(spec: LinearSpec) -> Format:
     """Returns the packed format of a weight that the fused step holds exactly.
@@ -562,10 +624,12 @@ def _fused_form(spec: LinearSpec) -> Format:
     eight_bits = kind in ("int8", "fp8")
     if form.group_size is None or (eight_bits and form.is_per_channel(spec.k)):
         return Format(kind=kind, n=spec.n, k=spec.k, paired=spec.paired)
+    # bfloat16 holds every eight-bit float, too.
+    scales: dict[torch.dtype | None, Scale] = {torch.float32: "f32", torch.float16: "f16"}
     held = Format(
         kind=kind,
         group_size=math.gcd(form.group_size, GROUP_SIZES[-1]),
-        scale="f32",
+        scale="f32" if form.super_size else scales.get(form.scale_dtype, "bf16"),
         zero=form.zero,
         table=form.table,
         permuted=form.permuted and form.group_size != spec.k,
@@ -574,9 +638,7 @@ def _fused_form(spec: LinearSpec) -> Format:
         paired=spec.paired,
     )
     if form.super_size is None:
-        # bfloat16 holds every eight-bit float, too.
-        scales: dict[torch.dtype | None, Scale] = {torch.float32: "f32", torch.float16: "f16"}
-        return replace(held, scale=scales.get(form.scale_dtype, "bf16"))
+        return held
     if _has_row_scale(spec):
         return replace(held, scale="bf16", row_scale=True)
     return replace(held, scale="two") if _has_two_levels(form, held.unit_k) else held
@@ -603,7 +665,8 @@ def _has_two_levels(form: KernelFormat, unit_k: int) -> bool:
 class Dequantizing(_ByRows):
     """Quantized weights of any format, dequantized for every matrix product.
 
-    Four-bit values are packed, eight-bit ones remain as they are.
+    Four-bit values are packed, as are the planes of nested weights, the low one behind the high
+    one and its scales; other eight-bit values remain as they are.
     """
 
     keeps_rows = permutes = False
@@ -611,9 +674,10 @@ class Dequantizing(_ByRows):
 
     def __init__(self, spec: LinearSpec) -> None:
         self.name = f"{spec.kind}/dequantized"
-        self._format, self._dtype = spec.format, spec.dtype
+        self._spec, self._format, self._dtype = spec, spec.format, spec.dtype
         # The unit of packed words, which torch.compile unpacks by quarters.
         self._group = spec.format.group_size or 0
+        self._nested = spec.kind == "nested"
         self._packs = spec.kind in FOUR_BITS and self._group % 4 == 0
         self._bias = 8 if spec.kind in ("uint4", "lut4") else 0
         self.nbytes = (spec.n * spec.k >> self._packs) + spec.scale_bytes
@@ -623,24 +687,39 @@ class Dequantizing(_ByRows):
         return NOT_MEANT if spec.kind == "dense" else None
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
+        if self._nested:
+            assert not isinstance(weight, Tensor), "a quantized weight"
+            high, low = (
+                reference.pack_int4(plane, self._group)
+                for plane in reference.split_planes(weight.values)
+            )
+            return [high, weight.scale * 16, low]
         values, *scales = (getattr(weight, name).contiguous() for name in self._format.parts)
         if self._packs:
             values = reference.pack_int4(values - self._bias, self._group)
         return [values, *scales]
 
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:  # noqa: ARG002
-        return [None if part == "table" else 0 for part in self._format.parts]
+        axes: list[int | None] = [None if part == "table" else 0 for part in self._format.parts]
+        return [0, *axes] if self._nested else axes
+
+    def high_plane(self, packed: Sequence[Tensor]) -> tuple[LinearKernel, list[Tensor]]:
+        return Dequantizing(self._spec.high), list(packed[:-1])
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return F.linear(x_MK, self._dequantize(*packed).to(x_MK.dtype))
 
     def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
         at = ids.flatten().clamp(0, len(packed[0]) - 1)
-        names = self._format.parts
-        rows = (t if name == "table" else t[at] for name, t in zip(names, packed, strict=True))
+        axes = self.row_axes(packed)
+        rows = (t if axis is None else t[at] for axis, t in zip(axes, packed, strict=True))
         return self._dequantize(*rows).to(self._dtype).unflatten(0, ids.shape)
 
     def _dequantize(self, *packed: Tensor) -> Tensor:
+        if self._nested:
+            high, scale, low = packed
+            planes = (reference.unpack_int4(plane, self._group) for plane in (high, low))
+            return reference.dequantize(reference.join_planes(*planes), scale * 2.0**-4)
         part = dict(zip(self._format.parts, packed, strict=True))
         values = part["values"]
         if self._packs:
@@ -689,6 +768,9 @@ class Permuted:
     def embed(self, ids: Tensor, *packed: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def high_plane(self, packed: Sequence[Tensor]) -> tuple[LinearKernel, list[Tensor]]:
+        raise NotImplementedError
+
 
 class Stacked:
     """Pieces of a weight, one below the other, of different number formats.
@@ -715,6 +797,7 @@ class Stacked:
 
 KERNELS: tuple[type[LinearCandidate], ...] = (
     Int4TinyGemm,
+    NestedTinyGemm,
     Int8Cpu,
     GroupedCpu,
     DenseCpu,

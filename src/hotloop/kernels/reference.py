@@ -167,6 +167,20 @@ def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
     return (nibbles.to(torch.int8) - 8).view(n, -1)
 
 
+def split_planes(values_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits integers q of -128…119 into two planes of -8…7, h and l, with q = 16 h + l.
+
+    Of all multiples of 16, 16 h is the nearest to q, so that h alone is an integer weight, too.
+    """
+    high_NK = (values_NK + 8) >> 4  # at most 127, which int8 holds
+    return high_NK, values_NK - 16 * high_NK
+
+
+def join_planes(high_NK: Tensor, low_NK: Tensor) -> Tensor:
+    """Inverts ``split_planes``."""
+    return 16 * high_NK + low_NK
+
+
 def fused_linear(
     x_MK: Tensor,
     weight_NK: Tensor,

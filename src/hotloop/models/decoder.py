@@ -267,6 +267,12 @@ class Decoder(nn.Module):
         """Returns the i-th of the model's rope tables, as ``rope`` does."""
         return getattr(self, f"cos{i}"), getattr(self, f"sin{i}")
 
+    def share_high_planes(self, twin: Decoder) -> None:
+        """Takes the high planes of the twin's nested matrices, once these are there."""
+        for block, theirs in zip(self.blocks, twin.blocks, strict=True):
+            for name, linear in block.linears.items():
+                linear.share_high_plane(theirs.linears[name])
+
     def share_biases(self, twin: Decoder) -> None:
         """Takes the biases of the twin, once they are there; its weights must be."""
         for block, theirs in zip(self.blocks, twin.blocks, strict=True):

@@ -119,6 +119,14 @@ class Linear(nn.Module):
             self._add(spec, *choose_linear(spec), tensors)
         self._use()
 
+    def share_high_plane(self, of: Linear) -> None:
+        """Takes the high plane of a nested weight, whose memory it shares."""
+        self._clear()
+        for (kernel, spec, _), piece in zip(of._pieces, of.pieces, strict=True):
+            high, packed = kernel.high_plane(piece.packed)
+            self._add(spec.high, high, [], packed)
+        self._use()
+
     @property
     def layout(self) -> list[tuple[LinearSpec, int]]:
         """The pieces of the weight, each with its number of packed tensors."""

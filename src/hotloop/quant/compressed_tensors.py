@@ -21,7 +21,7 @@ from hotloop.quant.encodings.bits import pack
 from hotloop.quant.encodings.compressed_tensors import PACKED, SCALE, SHAPE, ZERO
 from hotloop.quant.encodings.fp8 import WEIGHT
 
-_BITS = {"int4": 4, "int8": 8, "fp8": 8}
+_BITS = {"int4": 4, "int8": 8, "nested": 8, "fp8": 8}
 
 
 def refuse_unsupported(scheme: Scheme, head: Scheme) -> None:
@@ -49,7 +49,7 @@ def refuse_unsupported(scheme: Scheme, head: Scheme) -> None:
     if form.kind not in _BITS or form.super_size is not None or form.permuted:
         raise ConfigError(
             f"quant {scheme.name!r} cannot be written as compressed-tensors: give int8, fp8, "
-            "int4-gN or int4-gN-zp."
+            "int8-gN, int4-gN or int4-gN-zp."
         )
 
 

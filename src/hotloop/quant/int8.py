@@ -1,4 +1,13 @@
-"""int8, weight only: round to nearest, symmetric, one scale per output channel."""
+"""int8, weight only: round to nearest, with a scale per output channel or for groups.
+
+Per channel (``int8``) it is symmetric, -127…127, and the scale is float32, which costs nothing.
+
+In groups along the input features (``int8-g128``) it is *nested*: integers are -128…119, each
+16 times one of four bits, -8…7, plus another. The former alone are an int4 of the same groups with
+16 times the scale, which drafts for the model (``--draft self``). The scale is of either sign, so
+that the value of largest magnitude can stand at -128, and is rounded to bfloat16 before the values
+are chosen, as that of int4 is. docs/decisions/nested-weights.md has the measurements.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import ConfigError
-from hotloop.kernels.linear import KernelFormat
+from hotloop.kernels.linear import NESTED_RANGE, KernelFormat
+from hotloop.quant.int4 import GROUP_SIZES, SCALE_DTYPE
 from hotloop.quant.qtensor import Combine, QTensor
 
 QMAX = 127  # -128 is left unused, so that the grid is symmetric
@@ -16,27 +26,55 @@ QMAX = 127  # -128 is left unused, so that the grid is symmetric
 
 @dataclass(frozen=True)
 class Int8:
-    """Per-channel symmetric int8; the scale is float32, which costs nothing here."""
+    """int8.
 
-    name: str = "int8"
-    alignment: int = 1
+    Attributes:
+        group_size: Input features that share a scale; None for a scale per output channel.
+    """
+
+    group_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """``int8``, or such as ``int8-g128``."""
+        return "int8" if self.group_size is None else f"int8-g{self.group_size}"
 
     @classmethod
     def from_options(cls, options: tuple[str, ...]) -> Int8:
-        """Takes no options."""
-        if options:
+        """Takes ``gN`` with N in 32, 64, 128."""
+        sizes = {f"g{size}": size for size in GROUP_SIZES}
+        for option in options:
+            if option not in sizes:
+                raise ConfigError(
+                    f"quantization scheme 'int8' has no option {option!r}: it is symmetric, with "
+                    f"one scale per output channel, or for groups: {', '.join(sizes)}."
+                )
+        if len(set(options)) > 1:
             raise ConfigError(
-                f"quantization scheme 'int8' has no option {options[0]!r}: it is symmetric, with "
-                "one scale per output channel."
+                f"quantization scheme 'int8-{'-'.join(options)}' has two values of group_size: "
+                "give one."
             )
-        return cls()
+        return cls(sizes[options[0]] if options else None)
 
-    def check(self, name: str, n: int, k: int) -> None:
-        """Accepts every shape."""
+    @property
+    def alignment(self) -> int:
+        """A group, or 1: the scale of a channel is of the whole row."""
+        return self.group_size or 1
+
+    def check(self, name: str, n: int, k: int) -> None:  # noqa: ARG002
+        """Refuses groups that do not divide the input features, and names those that do."""
+        if self.group_size is not None and k % self.group_size:
+            fits = [Int8(size).name for size in GROUP_SIZES if k % size == 0]
+            raise ConfigError(
+                f"{name} has {k} input features, which groups of {self.group_size} do not divide. "
+                f"Use {' or '.join(fits) or 'int8'} instead."
+            )
 
     def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:
-        """Rounds to the nearest of 255 steps of ``max|row| / 127``."""
+        """Rounds to the nearest of 255 steps of ``max|row| / 127``, or of 248 steps per group."""
         weight = weight.float()
+        if self.group_size is not None:
+            return self._quantize_groups(weight, self.group_size)
         largest = weight.abs().amax(dim=1, keepdim=True)
         if combine is not None:
             largest = combine(largest)
@@ -45,6 +83,21 @@ class Int8:
         scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero
         values = (weight / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
         return QTensor(values=values, scale=scale, offset=None, kind="int8")
+
+    def _quantize_groups(self, weight: Tensor, size: int) -> QTensor:
+        n, k = weight.shape
+        self.check("weight", n, k)
+        groups = weight.view(n, k // size, size)
+        least, most = groups.amin(dim=2), groups.amax(dim=2)
+        lowest, highest = NESTED_RANGE
+        # The smaller scale under which no value is beyond the range.
+        plus = torch.maximum(least * (1 / lowest), most * (1 / highest))
+        minus = torch.maximum(most * (-1 / lowest), least * (-1 / highest))
+        scale = torch.where(minus < plus, -minus, plus).to(SCALE_DTYPE)
+        scale = torch.where(scale != 0, scale, 1.0)
+        steps = groups / scale.float()[:, :, None]
+        values = steps.round_().clamp_(lowest, highest).to(torch.int8)
+        return QTensor(values=values.view(n, k), scale=scale, kind="nested")
 
     def random(
         self,
@@ -56,11 +109,19 @@ class Int8:
         generator: torch.Generator,
     ) -> QTensor:
         """Makes uniform integers, scaled to ``std``."""
+        self.check("weight", n, k)
         values = torch.empty(n, k, dtype=torch.int8, device=generator.device)
-        values.random_(-QMAX, QMAX + 1, generator=generator)
-        scale = torch.full((n, 1), std / (QMAX / 3**0.5), device=generator.device)
-        return QTensor(values=values, scale=scale, offset=None, kind="int8")
+        largest = QMAX if self.group_size is None else NESTED_RANGE[1]
+        values.random_(-largest, largest + 1, generator=generator)
+        step = std / (largest / 3**0.5)
+        if self.group_size is None:
+            scale = torch.full((n, 1), step, device=generator.device)
+            return QTensor(values=values, scale=scale, offset=None, kind="int8")
+        scale = values.new_full((n, k // self.group_size), step, dtype=SCALE_DTYPE)
+        return QTensor(values=values, scale=scale, kind="nested")
 
     def format(self, k: int) -> KernelFormat:
-        """Returns the format: one group per output channel."""
-        return KernelFormat(kind="int8", group_size=k, scale_dtype=torch.float32)
+        """Returns the format: one group per output channel, or nested in groups."""
+        if self.group_size is None:
+            return KernelFormat(kind="int8", group_size=k, scale_dtype=torch.float32)
+        return KernelFormat(kind="nested", group_size=self.group_size, scale_dtype=SCALE_DTYPE)

@@ -30,7 +30,13 @@ _DEGREES = range(2, 9)
 
 _TABLE_SIZE = 16
 
-_LARGEST: Mapping[QuantizedKind, float] = {"int4": 8, "uint4": 15, "int8": 128, "fp8": 448}
+_LARGEST: Mapping[QuantizedKind, float] = {
+    "int4": 8,
+    "uint4": 15,
+    "int8": 128,
+    "nested": 128,
+    "fp8": 448,
+}
 """The largest magnitude of a value; of ``lut4`` it is the table's."""
 
 _RANGE: Mapping[QuantizedKind, float] = {"int4": 15, "uint4": 15, "int8": 255}
@@ -55,8 +61,9 @@ class QTensor:
     this in float32, in this order.
 
     Attributes:
-        values: [N, K]: int8, which holds integers of up to 8 bits of ``int8``, -8…7 of ``int4``,
-            0…15 of ``uint4`` and of ``lut4``; float8_e4m3fn of ``fp8``.
+        values: [N, K]: int8, which holds integers of up to 8 bits of ``int8``, -128…119 of
+            ``nested``, -8…7 of ``int4``, 0…15 of ``uint4`` and of ``lut4``; float8_e4m3fn of
+            ``fp8``.
         scale: [N, G]: floating point of any type; int8 with ``super_scale``.
         offset: [N, G]: of the scales' type, or int8 zero points; None where zero is 0.
         kind: The type of the values.
@@ -100,6 +107,10 @@ class QTensor:
             assert self.super_offset.shape == self.super_scale.shape, "one per super-scale"
             assert self.super_offset.dtype == self.super_scale.dtype, "of the same type"
         assert (self.table is not None) == (self.kind == "lut4"), "a table for lut4 alone"
+        if self.kind == "nested":
+            others = (self.offset, self.super_scale, self.permutation)
+            assert others == (None, None, None), "nested weights have scales alone"
+            assert self.scale.dtype == torch.bfloat16, f"scales are {self.scale.dtype}"
         if self.table is not None:
             assert self.table.shape == (_TABLE_SIZE,), f"a table of {tuple(self.table.shape)}"
             assert self.offset is None, "no offsets beside a table"
@@ -153,6 +164,13 @@ class QTensor:
             s = self.super_offset.shape[1]
             offset = offset.unflatten(1, (s, -1)) * self.super_offset.double().abs()[:, :, None]
         return float(step.max()) * largest + float(offset.max())
+
+    @property
+    def high(self) -> QTensor:
+        """The int4 weight that the high nibbles of a ``nested`` one are."""
+        assert self.kind == "nested", f"{self.kind} has no planes"
+        high_NK, _ = reference.split_planes(self.values)
+        return QTensor(values=high_NK, scale=self.scale * 16, kind="int4")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantizes the weight, [N, K], in float32, and rounds once to ``dtype``."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hotloop.errors import CheckpointError
-from hotloop.kernels.linear import DENSE, KernelFormat
+from hotloop.kernels.linear import DENSE, NESTED_RANGE, KernelFormat
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
@@ -468,6 +468,7 @@ class _EncodedPlan(_Plan):
         for scales in whole.tensors[1:]:
             check_finite(scales, self.matrix.info)
         self._check_bound(whole.bound())
+        self._check_range(whole)
         weight = whole.rows(piece.start - tall.start, piece.stop - tall.start)
         start = columns.start - wide.start
         scheme, wanted = self.request.scheme, self.request.format
@@ -498,6 +499,17 @@ class _EncodedPlan(_Plan):
             self.matrix.info.file,
             f"its scales multiply to weights of up to {bound:.4g}, which is too large for {name}: "
             + ("the checkpoint is damaged" if is_damaged else "choose another dtype"),
+            tensor=self.matrix.name,
+        )
+
+    def _check_range(self, weight: QTensor) -> None:
+        """Refuses integers that have no high nibble: nested ones use a part of eight bits."""
+        if weight.kind != "nested" or (largest := int(weight.values.max())) <= NESTED_RANGE[1]:
+            return
+        raise CheckpointError(
+            self.matrix.info.file,
+            f"its integers are at most {NESTED_RANGE[1]} in int8 of groups, and one is {largest}: "
+            "the checkpoint is damaged; quantize the model again",
             tensor=self.matrix.name,
         )
 

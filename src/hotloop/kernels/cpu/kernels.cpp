@@ -489,7 +489,7 @@ void multiply_int8(const Tensor& x, const Tensor& values, const Tensor& scale, O
 // belongs to one feature, with its values, its scale and its sum.
 constexpr int kBlockFeatures = 16;
 
-enum class Encoding : int32_t { kNibbles, kBytes, kIntegerTable, kTable, kFloat8 };
+enum class Encoding : int32_t { kNibbles, kBytes, kIntegerTable, kTable, kFloat8, kPlanes };
 enum class Number : int32_t { kNone, kInt8, kBFloat16, kHalf, kFloat };
 
 struct Header {
@@ -543,7 +543,7 @@ struct GroupedWeight {
   bool zero_points;  // offsets are integers that are subtracted from values
 
   GroupedWeight(const Tensor& described, const Tensor& packed, int64_t features)
-      : description(described), blocks(packed), block_bytes(packed.size(1)),
+      : description(described), blocks(packed), block_bytes(packed.stride(0)),
         first(static_cast<const std::byte*>(packed.const_data_ptr())) {
     const auto* data = static_cast<const std::byte*>(description.const_data_ptr());
     const int64_t length = description.numel();
@@ -557,6 +557,7 @@ struct GroupedWeight {
     table = data + kAlignment;
     const int64_t table_bytes = is_table ? 16 * sizeof(float) : 0;
     if (header.permuted) permutation = reinterpret_cast<const int32_t*>(table + table_bytes);
+    const int descriptions = values == Encoding::kPlanes ? 2 : 1;  // of the high plane, too
     int64_t at = 0;
     const auto section = [&](int64_t bytes) {
       const int64_t start = at;
@@ -571,9 +572,11 @@ struct GroupedWeight {
     super_scale = numbers(header.super_scale, S);
     super_offset = numbers(header.super_offset, S);
     values_at = section(kBlockFeatures * K / (is_table || values == Encoding::kNibbles ? 2 : 1));
-    STD_TORCH_CHECK(packed.is_contiguous() && at == block_bytes &&
+    // A block can be a part of a longer one: the high plane of a nested weight's.
+    STD_TORCH_CHECK(packed.stride(1) == 1 && at == packed.size(1) &&
                         packed.size(0) == (N + kBlockFeatures - 1) / kBlockFeatures &&
-                        length == kAlignment + table_bytes + (header.permuted ? 4 * K : 0),
+                        length == descriptions * kAlignment + table_bytes +
+                                      (header.permuted ? 4 * K : 0),
                     "as many bytes as the weight's description says");
     zero_points = offset.type == Number::kInt8 && !super_offset;
   }
@@ -646,6 +649,26 @@ struct Nibbles {
       word >>= 4;
       add(i, nibbles);
     }
+  }
+};
+
+// Integers 16 h + l of two planes, each packed as `Nibbles`: h, and behind it l.
+struct Planes {
+  using X = int16_t;
+  static constexpr int kRun = 2;
+  const uint32_t *high, *low;
+
+  Planes(const GroupedWeight& weight, int64_t n)
+      : high(values_of<uint32_t>(weight, n)), low(high + weight.K / 8 * kBlockFeatures) {}
+
+  template <class F> void for_eight(int64_t k, F add) const {
+    prefetch(high + 2 * k);
+    prefetch(low + 2 * k);
+    const u32v h = load<u32v>(high + 2 * k), l = load<u32v>(low + 2 * k);
+    add(0, (s16v)((h << 4 & 0x00f000f0) | (l & 0x000f000f)));
+    add(1, (s16v)((h & 0x00f000f0) | (l >> 4 & 0x000f000f)));
+    add(2, (s16v)((h >> 4 & 0x00f000f0) | (l >> 8 & 0x000f000f)));
+    add(3, (s16v)((h >> 8 & 0x00f000f0) | (l >> 12 & 0x000f000f)));
   }
 };
 
@@ -904,6 +927,8 @@ void multiply_grouped(const Tensor& x, GroupedWeight weight, Output out) {
     multiply_integers<Nibbles>(x, rows, M, std::move(weight), out);
   } else if (values == Encoding::kBytes) {
     multiply_integers<Bytes>(x, rows, M, std::move(weight), out);
+  } else if (values == Encoding::kPlanes) {
+    multiply_integers<Planes>(x, rows, M, std::move(weight), out);
   } else if (values == Encoding::kIntegerTable) {
     multiply_integers<IntegerTable>(x, rows, M, std::move(weight), out);
   } else if (values == Encoding::kTable) {
@@ -928,8 +953,13 @@ void dequantize_row(const GroupedWeight& weight, int64_t n, float* y) {
       const auto* p = bytes + k * kBlockFeatures + feature - lane;
       return from_e4m3(load<s8q>(p))[lane] * weight.header.factor;
     }
-    const int index = words[k / 8 * kBlockFeatures] >> (k % 8 / 2 * 4 + k % 2 * 16) & 15;
+    const int at = k / 8 * kBlockFeatures, bit = k % 8 / 2 * 4 + k % 2 * 16;
+    const int index = words[at] >> bit & 15;
     if (encoding == Encoding::kNibbles) return float(index - zero);
+    if (encoding == Encoding::kPlanes) {
+      const int low = words[at + weight.K / 8 * kBlockFeatures] >> bit & 15;
+      return (16 * index + low - zero) * weight.header.factor;
+    }
     if (encoding == Encoding::kTable) return reinterpret_cast<const float*>(weight.table)[index];
     return reinterpret_cast<const int8_t*>(weight.table)[index] * weight.header.factor;
   };

@@ -9,16 +9,23 @@ read first comes first, and prefetching values prefetches the next block's scale
 feature is interleaved over the block. Eight four-bit values of a feature are a 32-bit
 word; eight-bit integers come in pairs, eight-bit floats one by one.
 
+A block of a nested weight is that of its high plane, with the high plane's scales, followed by the
+values of the low plane; and its description is followed by the high plane's. So the packed high
+plane is a part of both.
+
 Shape letters: N output features, K input features, G groups along K, S super-blocks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from hotloop.kernels.reference import split_planes
 
 if TYPE_CHECKING:
     from hotloop.kernels.linear import KernelFormat, Quantized
@@ -36,7 +43,14 @@ _NIBBLES = (0, 16, 4, 20, 8, 24, 12, 28)
 
 _FOUR_BITS = ("int4", "uint4", "lut4")
 
-_ENCODINGS = {"nibbles": 0, "bytes": 1, "integer table": 2, "table": 3, "float8": 4}
+_ENCODINGS = {
+    "nibbles": 0,
+    "bytes": 1,
+    "integer table": 2,
+    "table": 3,
+    "float8": 4,
+    "planes": 5,
+}
 _NUMBERS = {None: 0, torch.int8: 1, torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 
 _FLOAT8_FACTOR = 2.0**8
@@ -65,46 +79,80 @@ def pack_groups(form: KernelFormat, weight: Quantized, *, n: int) -> list[Tensor
     lengths = _section_bytes(form, k)
     blocks = torch.zeros(-(-rows // BLOCK_FEATURES), sum(lengths), dtype=torch.uint8)
     *sections, values = blocks.split(lengths, dim=1)
-    if form.kind in _FOUR_BITS:
+    scale = weight.scale
+    if form.kind == "nested":
+        half = values.shape[1] // 2
+        for plane, section in zip(split_planes(weight.values), values.split(half, 1), strict=True):
+            _interleave(_words(plane, 8), section)
+        scale = scale * 16
+    elif form.kind in _FOUR_BITS:
         _interleave(_words(weight.values, 8 if form.kind == "int4" else 0), values)
     elif form.kind == "fp8":
         _interleave(weight.values.view(torch.int8), values)
     else:
         _interleave(weight.values.contiguous().view(torch.int16), values)
-    parts = (weight.scale, weight.offset, weight.super_scale, weight.super_offset)
+    parts = (scale, weight.offset, weight.super_scale, weight.super_offset)
     for numbers, section in zip(parts, sections, strict=True):
         if numbers is not None:
             _interleave(numbers.to(_stored(numbers.dtype)), section)
-    encoding = {"int8": "bytes", "fp8": "float8"}.get(form.kind, "nibbles")
-    factor = _FLOAT8_FACTOR if form.kind == "fp8" else 1.0
-    integers = None if weight.table is None else _as_integers(weight.table)
-    if weight.table is not None:
+    return [_describe(form, n, k, weight.table, weight.permutation), blocks]
+
+
+def high_plane(form: KernelFormat, packed: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Returns the high plane of a packed nested weight, which is a part of it."""
+    descriptions, blocks = packed
+    return [descriptions[_ALIGNMENT:], blocks[:, : sum(_section_bytes(form.high, k))]]
+
+
+def _describe(
+    form: KernelFormat,
+    n: int,
+    k: int,
+    table: Tensor | None = None,
+    permutation: Tensor | None = None,
+) -> Tensor:
+    """Returns the description of a weight, ``Header`` of ``kernels.cpp`` and what follows it."""
+    assert form.group_size is not None, "a quantized weight"
+    encoding = {"int8": "bytes", "fp8": "float8", "nested": "planes"}.get(form.kind, "nibbles")
+    factor = {"fp8": _FLOAT8_FACTOR, "nested": 1 / 16}.get(form.kind, 1.0)
+    integers = None if table is None else _as_integers(table)
+    if table is not None:
         encoding = "table" if integers is None else "integer table"
     if integers is not None:
         factor = integers[1]
+    has_super_offset = form.super_size is not None and form.zero == "offset"
+    numbers = (
+        form.scale_dtype,
+        {"none": None, "integer": torch.int8, "offset": form.scale_dtype}[form.zero],
+        form.super_dtype,
+        form.super_dtype if has_super_offset else None,
+    )
     header = (
-        *(n, k, weight.scale.shape[1]),
-        (weight.scale if weight.super_scale is None else weight.super_scale).shape[1],
+        *(n, k, k // form.group_size),
+        k // (form.super_size or form.group_size),
         _ENCODINGS[encoding],
-        *(_NUMBERS[None if t is None else _stored(t.dtype)] for t in parts),
-        8 if form.kind == "int4" else 0,
+        *(_NUMBERS[None if dtype is None else _stored(dtype)] for dtype in numbers),
+        {"int4": 8, "nested": 16 * 8 + 8}.get(form.kind, 0),
         int(form.permuted),
     )
     description = torch.zeros(_description_bytes(form, k), dtype=torch.uint8)
     description[: 4 * len(header)].view(torch.int32).copy_(torch.tensor(header, dtype=torch.int32))
     description[4 * len(header) :][:4].view(torch.float32).fill_(factor)
-    table = description[_ALIGNMENT : _ALIGNMENT + _TABLE_BYTES]
+    at = description[_ALIGNMENT : _ALIGNMENT + _TABLE_BYTES]
     if integers is not None:
-        table[:16].view(torch.int8).copy_(integers[0])
-    elif weight.table is not None:
-        table.view(torch.float32).copy_(weight.table)
-    if weight.permutation is not None:
-        description[-4 * k :].view(torch.int32).copy_(weight.permutation)
-    return [description, blocks]
+        at[:16].view(torch.int8).copy_(integers[0])
+    elif table is not None:
+        at.view(torch.float32).copy_(table)
+    if permutation is not None:
+        description[-4 * k :].view(torch.int32).copy_(permutation)
+    if form.kind == "nested":
+        description[_ALIGNMENT:] = _describe(form.high, n, k)
+    return description
 
 
 def _description_bytes(form: KernelFormat, k: int) -> int:
-    return _ALIGNMENT + _TABLE_BYTES * (form.kind == "lut4") + 4 * k * form.permuted
+    planes = 1 + (form.kind == "nested")
+    return _ALIGNMENT * planes + _TABLE_BYTES * (form.kind == "lut4") + 4 * k * form.permuted
 
 
 def _section_bytes(form: KernelFormat, k: int) -> list[int]:

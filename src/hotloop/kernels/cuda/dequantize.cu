@@ -6,10 +6,10 @@
 #include "weights.cuh"
 
 struct DequantizeArgs {
-  const uint8_t* weight;  // [tiles, units, bytes of a unit]
+  const uint8_t* weight;  // tiles of units
   bf16* rows;             // [N, K]
   int n, k;
-  int tiles, units;
+  int tiles, units, tile_stride;
   const int* features;  // [K], of permuted weights: the feature of each column
 };
 
@@ -31,7 +31,9 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (index >= static_cast<int64_t>(args.tiles) * args.units) return;
   const int tile = index / args.units, unit = index % args.units;
-  const uint8_t* from = args.weight + index * Weight::kUnitBytes;
+  const uint8_t* from =
+      args.weight + static_cast<int64_t>(tile) * args.tile_stride + unit * Weight::kUnitBytes;
+  const int to_low = low_plane<Weight>(args.units, unit);
   const int half = kPaired ? args.n / 2 : 8;  // rows between the first of a tile and its ninth
   const int first = (kPaired ? 8 : kTileRows) * tile + g;
   const bool has[2] = {kPaired ? first < half : first < args.n,
@@ -39,7 +41,7 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
 #pragma unroll
   for (int slice = 0; slice < kUnitSlices; slice++) {
     uint32_t a[Weight::kTerms][2][4];
-    Weight::operands(from, slice, lane, a);
+    operands_of<Weight>(from, to_low, slice, lane, a);
     float2 scale[kHalves], zero_point[kHalves], offset[kHalves];
     for (int h = 0; h < kHalves; h++) {
       scale[h] = {1, 1}, zero_point[h] = {0, 0}, offset[h] = {0, 0};

@@ -13,7 +13,7 @@ from torch import Tensor
 from hotloop.kernels import reference
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call, device_of
-from hotloop.kernels.cuda.packing import Format, unpack
+from hotloop.kernels.cuda.packing import Format, tile_stride, unpack
 
 _WARPS = 8
 
@@ -21,9 +21,11 @@ _WARPS = 8
 class DequantizeArguments(Arguments):
     """``DequantizeArgs`` of ``dequantize.cu``."""
 
+    TILED = ("weight",)
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "rows")),
-        *((name, ctypes.c_int) for name in ("n", "k", "tiles", "units")),
+        *((name, ctypes.c_int) for name in ("n", "k", "tiles", "units", "tile_stride")),
         ("features", ctypes.c_void_p),
     )
 
@@ -95,6 +97,7 @@ def dequantize_call(
         k=form.k,
         tiles=form.tiles,
         units=form.units,
+        tile_stride=tile_stride(form, packed),
         features=features_K,
     )
     return Call(

@@ -79,6 +79,9 @@ class Limits:
 class Arguments(ctypes.Structure):
     """Base of the argument structs of ``*.cu``; pointers are set from tensors, null from None."""
 
+    TILED: ClassVar[tuple[str, ...]] = ()
+    """Tensors whose first dimension may have any stride, which the kernels take too."""
+
     _names: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
@@ -91,7 +94,8 @@ class Arguments(ctypes.Structure):
         tensors, raw = [], {}
         for name, value in values.items():
             if isinstance(value, Tensor):
-                assert value.is_contiguous(), f"{name}: kernels read contiguous tensors"
+                read = value[0] if name in cls.TILED else value
+                assert read.is_contiguous(), f"{name}: kernels read contiguous tensors"
                 tensors.append(value)
                 raw[name] = value.data_ptr()
             else:

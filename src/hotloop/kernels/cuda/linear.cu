@@ -61,7 +61,6 @@ struct Linear {
   const int first_item, item_step, n_items;        // this block's items: a grid-stride loop
   const int stages, units_per_stage;               // of the ring
   const int tile_bytes, stage_bytes;               // of a stage
-  const int row_bytes;                             // of all units of a tile
   const int staged_row;                            // of B's column g; 0 where x has no such row
   const int column_strand, strand;                 // with kSpreads: of B's column g; of this lane
   int first_unit, end_unit;                        // of this warp, in every item
@@ -86,13 +85,13 @@ struct Linear {
       : args(a), map(m), lane(thread % 32), warp(thread / 32), g(lane / 4), t(lane % 4),
         first_item(block), item_step(blocks), n_items((a.tiles + kTiles - 1) / kTiles),
         stages(a.stages), units_per_stage(a.units_per_stage),
-        tile_bytes(units_per_stage * Weight::kUnitBytes), stage_bytes(kTiles * tile_bytes),
-        row_bytes(a.units * Weight::kUnitBytes),
+        tile_bytes(units_per_stage * (Weight::kUnitBytes + kLowBytes<Weight>)),
+        stage_bytes(kTiles * tile_bytes),
         staged_row(kSpreads ? (g % 2 < a.rows ? g % 2 : 0) : (g < a.rows ? g : 0)),
         column_strand(g / 2 % kStrands), strand(kSpreads ? t % kStrands : 0) {
     first_unit = a.units * warp / kWarps;
     end_unit = a.units * (warp + 1) / kWarps;
-    to_next_item = static_cast<int64_t>(item_step) * kTiles * row_bytes -
+    to_next_item = static_cast<int64_t>(item_step) * kTiles * a.tile_stride -
                    (end_unit - first_unit) * Weight::kUnitBytes;
     uint8_t* memory = shared_memory();
     pairs = memory;
@@ -138,9 +137,9 @@ struct Linear {
   };
 
   __device__ __forceinline__ Cursor first_copy() const {
-    const int64_t at = static_cast<int64_t>(first_item) * kTiles * args.units + first_unit;
-    return {args.weight + at * Weight::kUnitBytes, first_unit < end_unit ? first_item : n_items,
-            first_unit, 0, evict_first_policy()};
+    const int64_t tile = static_cast<int64_t>(first_item) * kTiles;
+    return {args.weight + tile * args.tile_stride + first_unit * Weight::kUnitBytes,
+            first_unit < end_unit ? first_item : n_items, first_unit, 0, evict_first_policy()};
   }
 
   // Issues copies until n have been issued.
@@ -159,10 +158,16 @@ struct Linear {
       copy_box(to, map, 32 * next.unit, next.item * kTiles, full + stage, next.policy, lane);
     } else {
       const int tiles = kTiles == 1 ? 1 : min(kTiles, args.tiles - next.item * kTiles);
-      copy_begin(full + stage, tiles * bytes, lane);
-      for (int r = 0; r < tiles; r++)
-        copy(to + r * tile_bytes, next.from + r * row_bytes, bytes, full + stage, next.policy,
-             lane);
+      const int low_bytes = units * kLowBytes<Weight>;
+      copy_begin(full + stage, tiles * (bytes + low_bytes), lane);
+      for (int r = 0; r < tiles; r++) {
+        const uint8_t* from = next.from + static_cast<int64_t>(r) * args.tile_stride;
+        copy(to + r * tile_bytes, from, bytes, full + stage, next.policy, lane);
+        if constexpr (kLowBytes<Weight> > 0)
+          copy(to + r * tile_bytes + units_per_stage * Weight::kUnitBytes,
+               from + low_plane<Weight>(args.units, next.unit), low_bytes, full + stage,
+               next.policy, lane);
+      }
     }
     copy_end(full + stage, lane);
     next.unit += units;
@@ -218,13 +223,14 @@ struct Linear {
   __device__ __forceinline__ void multiply_item(Stage& stage, Cursor& next,
                                                 uint4 next_x[kUnitSlices],
                                                 Sums sums[kStrandsOfLane]) {
-    UnitPointers at = {first_unit, nullptr, staged + staged_row * x_stride + t,
+    UnitPointers at = {first_unit, nullptr, 0, staged + staged_row * x_stride + t,
                        x_sums + (kSpreads ? strand * kSliceGroups * kMaxRows : 2 * t)};
     float x_total[kOctets][2][4] = {};
     uint4 own_x[kUnitsAtOnce][kUnitSlices] = {};
     while (at.unit < end_unit) {
       barrier_wait(full + stage.index, stage.parity);
       at.weights = ring + stage.index * stage_bytes;
+      at.to_low = low_plane<Weight>(units_per_stage, 0);
       const int end = min(at.unit + units_per_stage, end_unit);
       if (!kFirst && kUnitsAtOnce > 1)
         while (at.unit + kUnitsAtOnce <= end)
@@ -249,6 +255,7 @@ struct Linear {
   struct UnitPointers {
     int unit;
     const uint8_t* weights;  // in the ring
+    int to_low;              // bytes from there
     const uint4* x;          // staged, in row g (or 0)
     float* x_sum;
   };
@@ -261,12 +268,14 @@ struct Linear {
 #pragma unroll
     for (int i = 0; i < kUnits; i++) {
       if constexpr (kSpreads)
-        multiply_strands<kFirst>(at.weights, at.x, at.x_sum, at.unit, next_x, own_x[i], x_total,
-                                 sums);
+        multiply_strands<kFirst>(at.weights, at.to_low, at.x, at.x_sum, at.unit, next_x, own_x[i],
+                                 x_total, sums);
       else
-        multiply_unit<kFirst>(at.weights, at.x, at.x_sum, at.unit, next_x, x_total, sums);
+        multiply_unit<kFirst>(at.weights, at.to_low, at.x, at.x_sum, at.unit, next_x, x_total,
+                              sums);
       at.unit++;
       at.weights += unit_step();
+      at.to_low -= Weight::kUnitBytes - kLowBytes<Weight>;
       at.x += kUnitSlices * 4;
       if (kGroups) at.x_sum += kUnitGroups * kMaxRows;
     }
@@ -281,7 +290,7 @@ struct Linear {
   // The sums of a group that is a whole unit run in two chains, even and odd, because each mma waits
   // for the one before it. Where a unit has several groups, each has one chain.
   template <bool kFirst>
-  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, const uint4* x,
+  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, int to_low, const uint4* x,
                                                 float* x_sum, int unit, uint4 next_x[kUnitSlices],
                                                 float x_total[kOctets][2][4],
                                                 Sums sums[kStrands]) {
@@ -299,7 +308,7 @@ struct Linear {
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
         uint32_t a[Weight::kTerms][2][4];
-        load_operands(weights + r * tile_bytes, slice, a);
+        load_operands(weights + r * tile_bytes, to_low, slice, a);
 #pragma unroll
         for (int c = 0; c < kOctets; c++)
           if constexpr (kGroups)
@@ -324,8 +333,8 @@ struct Linear {
   // others. So one pair of chains, of even and odd strands, has each strand's sums in columns of their
   // own, with the bits of a chain for each, and every lane finishes the groups of one strand.
   template <bool kFirst>
-  __device__ __forceinline__ void multiply_strands(const uint8_t* weights, const uint4* x,
-                                                   float* x_sum, int unit,
+  __device__ __forceinline__ void multiply_strands(const uint8_t* weights, int to_low,
+                                                   const uint4* x, float* x_sum, int unit,
                                                    uint4 next_x[kUnitSlices],
                                                    uint4 own_x[kUnitSlices],
                                                    float x_total[kOctets][2][4],
@@ -344,7 +353,7 @@ struct Linear {
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
         uint32_t a[Weight::kTerms][2][4];
-        load_operands(weights + r * tile_bytes, slice, a);
+        load_operands(weights + r * tile_bytes, to_low, slice, a);
         float* chain = slice / kGroupSlices % 2 ? odd[r][0] : even[r][0];
         if constexpr (Weight::kOneChain)
           multiply_slice(chain, chain, a, own_x[slice]);
@@ -361,14 +370,14 @@ struct Linear {
     finish_groups<kFirst>(weights, strand * kSliceGroups, 0, x_sum, x_total[0], even, odd, sums[0]);
   }
 
-  __device__ __forceinline__ void load_operands(const uint8_t* unit, int slice,
+  __device__ __forceinline__ void load_operands(const uint8_t* unit, int to_low, int slice,
                                                 uint32_t a[Weight::kTerms][2][4]) const {
     if constexpr (Weight::kPlainRows)
       Weight::operands(unit, units_per_stage * Weight::kRowBytes, lane, a);
     else if constexpr (kPairTable)
       Weight::paired_operands(shared_address(pairs + 4 * lane), unit, slice, lane, a);
     else
-      Weight::operands(unit, slice, lane, a);
+      operands_of<Weight>(unit, to_low, slice, lane, a);
   }
 
   // The two mma of a slice, for each term of its weights.

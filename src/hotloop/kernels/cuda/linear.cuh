@@ -31,6 +31,7 @@ struct LinearArgs {
   int rows, n, k;
   int n_best;                    // the largest is taken among the first n_best output features
   int tiles, units;
+  int tile_stride;               // bytes from a tile of the weight to the next
   int parts, splits;             // of K: chains of its sums; blocks that share it
   int part_stages;               // stages of a part, of wide.cu
   int stages, units_per_stage;   // of a ring

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call, Limits
-from hotloop.kernels.cuda.packing import SLICE, TILE_ROWS, Format
+from hotloop.kernels.cuda.packing import SLICE, TILE_ROWS, Format, tile_stride
 from hotloop.kernels.cuda.tensor_map import WORDS, TensorMap
 
 Epilogue = Literal["plain", "swiglu", "logits", "part", "gated"]
@@ -182,7 +182,8 @@ class Prefetch:
         assert self.weight.data_ptr() % 16 == 0, "read 16 bytes at a time"
         assert 0 < self.tile_bytes <= whole, f"{self.tile_bytes} of a tile's {whole} bytes"
         assert self.tile_bytes % 16 == 0, f"{self.tile_bytes} bytes, 16 at a time"
-        values = (self.weight, self.form.tiles, whole, self.first, self.step)
+        stride = tile_stride(self.form, self.weight)
+        values = (self.weight, self.form.tiles, stride, self.first, self.step)
         how = (self.tiles, self.tile_bytes, self.items_left)
         return dict(zip(self.ARGUMENTS, (*values, *how), strict=True))
 
@@ -193,12 +194,15 @@ _NO_PREFETCH = {"prefetch_weight": None, **dict.fromkeys(Prefetch.ARGUMENTS[1:],
 class LinearArguments(Arguments):
     """``LinearArgs`` of ``linear.cuh``."""
 
+    TILED = ("weight", "prefetch_weight")
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "x", "operand", "squares")),
         *((name, ctypes.c_void_p) for name in ("bias", "residual", "y", *NormEpilogue.ARGUMENTS)),
         *((name, ctypes.c_void_p) for name in ("best_value", "best_index", "partial", "counters")),
         ("prefetch_weight", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "n_best", "tiles", "units")),
+        ("tile_stride", ctypes.c_int),
         *((name, ctypes.c_int) for name in ("parts", "splits", "part_stages")),
         *(
             (name, ctypes.c_int)
@@ -391,6 +395,7 @@ class GemmPlan(ABC):
             n_best=self.form.n if n_best is None else n_best,
             tiles=self.form.tiles,
             units=self.form.units,
+            tile_stride=tile_stride(self.form, weight),
             parts=self.tuning.warps,
             **self.settings,
             **(prefetch.arguments() if prefetch else _NO_PREFETCH),

@@ -10,6 +10,10 @@ factors; a unit has factors of its own, though several may have the same.
 A device that copies boxes of a tensor (``tensor_map``) needs no packed bfloat16: a copy gathers the
 units of a tile from the weight's *plain rows*, which a GEMM can read as well.
 
+A nested weight has two planes of four bits: a tile is the units of the high one, which are those of
+an int4 weight, followed by the low one's in the same order, without scales. So the high plane is an
+int4 weight, whose tiles lie further apart.
+
 A ``paired`` weight is gate features followed by up features. A tile takes eight of each, so that
 one lane has both inputs of SwiGLU.
 
@@ -31,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotloop.kernels import reference
+
 TILE_ROWS = 16
 SLICE = 32
 """Input features of a slice, which are the K of two mma instructions."""
@@ -43,10 +49,12 @@ HALF_SLICE = 16
 
 GROUP_SIZES = (HALF_SLICE, 32, 64, 128)
 
-Kind = Literal["bf16", "fp8", "int8", "int4", "uint4", "lut4"]
+Kind = Literal["bf16", "fp8", "int8", "int4", "uint4", "lut4", "nested"]
 BITS: dict[Kind, int] = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "uint4": 4, "lut4": 4}
+BITS |= {"nested": 8}
 
 _BIAS: dict[Kind, int] = {"bf16": 0, "fp8": 0, "int8": 128, "int4": 8, "uint4": 0, "lut4": 0}
+_BIAS |= {"nested": 16 * 8 + 8}
 """What is added to values, and to zero points, so that they have no sign."""
 
 Scale = Literal["bf16", "f16", "f32", "two"]
@@ -77,6 +85,7 @@ _VALUES: dict[Kind, str] = {
     "int8": "Int8",
     "int4": "Int4",
     "uint4": "Uint4",
+    "nested": "Nested",
 }
 _STRUCTS: dict[Scale | Zero, str] = {"bf16": "Bf16", "f16": "Half", "f32": "Float"}
 _STRUCTS |= {"two": "TwoLevels"}
@@ -91,7 +100,7 @@ class Format:
 
     Attributes:
         kind: Element type: ``bf16``; ``fp8`` (e4m3); ``int8``; ``int4`` (-8…7); ``uint4`` (0…15);
-            ``lut4``, indices of ``table``.
+            ``lut4``, indices of ``table``; ``nested`` (-128…119).
         group_size: Input features that share a scale: 16, 32, 64 or 128. None for ``bf16``, and for
             ``fp8`` and ``int8`` with a float32 scale per output feature.
         scale: Element type of the scales of groups, and of their zero points or offsets; ``two``
@@ -134,6 +143,9 @@ class Format:
         assert self.group_size is None or self.k % self.group_size == 0, "whole groups"
         assert self.zero == "none" or self.group_size is not None, "groups alone have zeros"
         assert self.zero == "none" or self.kind not in ("fp8", "lut4"), "integers have zeros"
+        plain = (self.scale, self.zero, self.row_scale, self.permuted)
+        assert self.kind != "nested" or plain == ("bf16", "none", False, False), "scales alone"
+        assert self.kind != "nested" or self.group_size is not None, "nested in groups"
         assert not self.paired or self.n % 2 == 0, "as many gate as up features"
         assert not self.plain_rows or self.fits_plain_rows, f"{self.n}, {self.k} have padding"
 
@@ -141,6 +153,12 @@ class Format:
     def bits(self) -> int:
         """Bits of a value."""
         return BITS[self.kind]
+
+    @property
+    def high(self) -> Format:
+        """The format of a nested weight's high plane."""
+        assert self.kind == "nested", f"{self.kind} has no planes"
+        return dataclasses.replace(self, kind="int4")
 
     @property
     def fits_plain_rows(self) -> bool:
@@ -174,7 +192,8 @@ class Format:
     @property
     def unit_k(self) -> int:
         """Input features of a unit."""
-        return max(FRAGMENT_BYTES * 8 // self.bits // TILE_ROWS, self.group_size or 0)
+        bits = 4 if self.kind == "nested" else self.bits  # of a plane
+        return max(FRAGMENT_BYTES * 8 // bits // TILE_ROWS, self.group_size or 0)
 
     @property
     def units(self) -> int:
@@ -193,7 +212,7 @@ class Format:
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of a unit, including scales and zeros of its groups."""
+        """Bytes of a unit, of both planes, including scales and zeros of its groups."""
         if self.group_size is None:
             return self.fragment_bytes
         parts = 1 if self.zero == "none" else 2
@@ -304,23 +323,18 @@ def pack(
         offset_factor: Likewise, of their offsets.
 
     Returns:
-        uint8 [tiles, units, unit_bytes]; plain rows as they are, not copied if they are contiguous.
+        uint8 [tiles, units, unit_bytes]; [tiles, bytes of a tile] of a nested weight; plain rows as
+        they are, not copied if they are contiguous.
     """
     assert tuple(values.shape) == (form.n, form.k), f"{tuple(values.shape)} for {form}"
     if form.plain_rows:
         return values.contiguous()
-    rows = _tile_rows(form, values.view(torch.int16 if form.kind == "bf16" else torch.int8))
-    rows = F.pad(rows, (0, form.units * form.unit_k - form.k))
-    ordered = rows.view(_axes(form)).permute(_order(form))
-    flat = (form.tiles, form.units, form.fragment_bytes)
-    if form.kind == "int8":
-        ordered = ordered ^ -128  # the bits of value + 128 as an unsigned byte
-    if form.is_e2m1:
-        ordered = _place_bits(ordered)
-    elif form.bits == 4:
-        nibbles = (ordered + _BIAS[form.kind]).view(torch.uint8)
-        ordered = nibbles[..., 0] | nibbles[..., 1] << 4
-    fragments = ordered.contiguous().view(torch.uint8).reshape(flat)
+    if form.kind == "nested":
+        assert scale is not None, "groups have scales"
+        high, low = reference.split_planes(values)
+        packed = pack(form.high, high, scale * 16, None)
+        return torch.cat((packed.flatten(1), _fragments(form.high, low).flatten(1)), dim=1)
+    fragments = _fragments(form, values)
     if form.group_size is None:
         return fragments
     assert scale is not None, "groups have scales"
@@ -342,26 +356,48 @@ def pack(
     return torch.cat((fragments, of_unit, of_groups), dim=2)
 
 
+def high_plane(form: Format, packed: Tensor) -> Tensor:
+    """Returns the high plane of a packed nested weight, which is a part of it."""
+    high = form.high
+    whole = packed[:, : high.units * high.unit_bytes]
+    return whole.unflatten(1, (high.units, high.unit_bytes))
+
+
+def tile_stride(form: Format, packed: Tensor) -> int:
+    """Returns the bytes from a tile to the next; 0 of plain rows."""
+    if form.plain_rows:
+        return 0
+    assert packed.shape[0] == form.tiles, f"{tuple(packed.shape)} for {form}"
+    return packed.stride(0) * packed.element_size()
+
+
+def _fragments(form: Format, values: Tensor) -> Tensor:
+    """Arranges values as the operands of tensor cores, uint8 [tiles, units, fragment_bytes]."""
+    rows = _tile_rows(form, values.view(torch.int16 if form.kind == "bf16" else torch.int8))
+    rows = F.pad(rows, (0, form.units * form.unit_k - form.k))
+    ordered = rows.view(_axes(form)).permute(_order(form))
+    flat = (form.tiles, form.units, form.fragment_bytes)
+    if form.kind == "int8":
+        ordered = ordered ^ -128  # the bits of value + 128 as an unsigned byte
+    if form.is_e2m1:
+        ordered = _place_bits(ordered)
+    elif form.bits == 4:
+        nibbles = (ordered + _BIAS[form.kind]).view(torch.uint8)
+        ordered = nibbles[..., 0] | nibbles[..., 1] << 4
+    return ordered.contiguous().view(torch.uint8).reshape(flat)
+
+
 def unpack(form: Format, packed: Tensor) -> Parts:
     """Inverts ``pack``, but for factors of two levels: there is one of each unit."""
     if form.plain_rows:
         return Parts(packed)
-    fragments = packed[..., : form.fragment_bytes]
-    if form.is_e2m1:
-        ordered = _unplaced_bits(fragments)
-    elif form.bits == 4:
-        nibbles = torch.stack((fragments & 15, fragments >> 4), dim=-1)
-        ordered = nibbles.view(torch.int8) - _BIAS[form.kind]
-    else:
-        ordered = fragments.contiguous().view(torch.int16 if form.kind == "bf16" else torch.int8)
-    if form.kind == "int8":
-        ordered = ordered ^ -128
-    order, axes = _order(form), _axes(form)
-    inverse = [order.index(axis) for axis in range(len(order))]
-    rows = ordered.view([axes[axis] for axis in order]).permute(inverse)
-    values = _plain_rows(form, rows.reshape(form.tiles, TILE_ROWS, -1))[:, : form.k].contiguous()
-    dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-    values = values.view(dtypes.get(form.kind, torch.int8))
+    if form.kind == "nested":
+        high = unpack(form.high, high_plane(form, packed))
+        low = packed[:, form.high.nbytes // form.tiles :].unflatten(1, (form.units, -1))
+        assert high.scale is not None, "groups have scales"
+        values = reference.join_planes(high.values, _values(form.high, low))
+        return Parts(values, high.scale * 2.0**-4)
+    values = _values(form, packed[..., : form.fragment_bytes])
     if form.group_size is None:
         return Parts(values)
     n_groups, n_parts = form.k // form.group_size, 1 if form.zero == "none" else 2
@@ -385,6 +421,25 @@ def unpack(form: Format, packed: Tensor) -> Parts:
     return Parts(values, scale, *(zeros or [None]), *factors)
 
 
+def _values(form: Format, fragments: Tensor) -> Tensor:
+    """Inverts ``_fragments``."""
+    if form.is_e2m1:
+        ordered = _unplaced_bits(fragments)
+    elif form.bits == 4:
+        nibbles = torch.stack((fragments & 15, fragments >> 4), dim=-1)
+        ordered = nibbles.view(torch.int8) - _BIAS[form.kind]
+    else:
+        ordered = fragments.contiguous().view(torch.int16 if form.kind == "bf16" else torch.int8)
+    if form.kind == "int8":
+        ordered = ordered ^ -128
+    order, axes = _order(form), _axes(form)
+    inverse = [order.index(axis) for axis in range(len(order))]
+    rows = ordered.view([axes[axis] for axis in order]).permute(inverse)
+    values = _plain_rows(form, rows.reshape(form.tiles, TILE_ROWS, -1))[:, : form.k].contiguous()
+    dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+    return values.view(dtypes.get(form.kind, torch.int8))
+
+
 # The order of axes in memory. A lane (g, t) holds rows g and g + 8 ("half") and, of a slice, the
 # features 8t to 8t + 7: four for each of two mma instructions (i), in the order of the registers
 # ("pair", "half") and of the halves of a register (e). Where a slice is two groups, each mma has
@@ -397,7 +452,7 @@ _ORDERS: dict[Kind, tuple[int, ...]] = {
     "int4": (0, 3, 4, 2, 5, 6, 8, 1, 7),
     "uint4": (0, 3, 4, 2, 5, 6, 8, 1, 7),
     "lut4": (0, 3, 4, 2, 5, 6, 7, 1, 8),
-}
+}  # a plane of a nested weight is int4
 _E2M1_ORDER = (0, 3, 4, 2, 5, 6, 8, 7, 1)
 
 

@@ -157,6 +157,35 @@ struct FourBits {
 using Int4 = FourBits<8>;
 using Uint4 = FourBits<0>;
 
+// Integers 16 h + l of two planes, each stored as Int4. The nibbles of both make a byte, the integer
+// plus 136. Scales are those of the high plane, so that values are h + l / 16.
+struct Nested : FourBits<8> {
+  static constexpr float kZeroPoint = 8.5f;
+  static constexpr float kOutputScale = 0x1p63f;
+
+  static __device__ __forceinline__ constexpr uint32_t input_scale(int) {
+    return 0x60806080u;  // 2^66
+  }
+  static __device__ __forceinline__ constexpr uint32_t one(int) { return 0x00100010u; }
+
+  static __device__ __forceinline__ void operands(const uint8_t* unit, const uint8_t* low,
+                                                  int slice, int lane, uint32_t a[1][2][4]) {
+    const uint2 highs = reinterpret_cast<const uint2*>(unit)[32 * slice + lane];
+    const uint2 lows = reinterpret_cast<const uint2*>(low)[32 * slice + lane];
+    convert(highs.x, lows.x, a[0][0]);
+    convert(highs.y, lows.y, a[0][1]);
+  }
+  static __device__ __forceinline__ void convert(uint32_t high, uint32_t low, uint32_t a[4]) {
+    const uint32_t first = bytes_of(high << 4, low), second = bytes_of(high, low >> 4);
+    a[0] = first & 0x00ff00ffu, a[1] = spread_odd_bytes(first);
+    a[2] = second & 0x00ff00ffu, a[3] = spread_odd_bytes(second);
+  }
+  // The upper nibbles of the one and the lower ones of the other.
+  static __device__ __forceinline__ uint32_t bytes_of(uint32_t upper, uint32_t lower) {
+    return ((upper ^ lower) & 0xf0f0f0f0u) ^ lower;
+  }
+};
+
 // Eight numbers of e2m1, whose sign and other bits each register shifts to their places in bfloat16;
 // that gives the value times 2^-126, subnormals included. packing.py knows where they are.
 struct Fp4 {
@@ -366,7 +395,7 @@ struct Grouped : Values {
   static constexpr int kUnitFragmentBytes = kUnitSlices * Values::kSliceBytes;
   static constexpr int kUnitBytes =
       kUnitFragmentBytes + Of::kFactorBytes + kUnitK / kGroup * Of::kGroupBytes;
-  static constexpr int kZeroPoint = kZeros == kZeroPoints ? 0 : Values::kZeroPoint;
+  static constexpr auto kZeroPoint = kZeros == kZeroPoints ? 0 : Values::kZeroPoint;
   static constexpr Zero kZero = kZeros;
   static constexpr bool kFloatScales = Of::kFloat, kChannelScale = kChannel, kPermuted = false;
   static constexpr bool kNeedsSums = kZeroPoint > 0 || kZeros != kNoZero;
@@ -382,6 +411,29 @@ struct Grouped : Values {
     return unit + kUnitFragmentBytes + Of::kFactorBytes + group * Of::kGroupBytes;
   }
 };
+
+// Bytes of a unit's low plane. The low planes of a tile's units follow its units.
+template <class Weight>
+constexpr int kLowBytes = 0;
+template <int kGroup, class Scale, Zero kZeros>
+constexpr int kLowBytes<Grouped<Nested, kGroup, Scale, kZeros>> = kFragmentBytes;
+
+// Bytes from a unit to its low plane, if it is the `unit`th of `units` in a row.
+template <class Weight>
+__device__ __forceinline__ int low_plane(int units, int unit) {
+  if constexpr (kLowBytes<Weight> == 0) return 0;
+  return units * Weight::kUnitBytes - unit * (Weight::kUnitBytes - kLowBytes<Weight>);
+}
+
+// The operands of a slice; to_low: see low_plane.
+template <class Weight>
+__device__ __forceinline__ void operands_of(const uint8_t* unit, int to_low, int slice, int lane,
+                                            uint32_t a[Weight::kTerms][2][4]) {
+  if constexpr (kLowBytes<Weight> > 0)
+    Weight::operands(unit, unit + to_low, slice, lane, a);
+  else
+    Weight::operands(unit, slice, lane, a);
+}
 
 // A weight whose numbers linear.cu looks up in pairs.
 template <class Weight>

@@ -184,7 +184,8 @@ struct Wide : StageOf<Weight, kOctets> {
   static constexpr int kBoxTiles = 2;  // of a copy of plain rows
   static constexpr int kLoaders = 4;  // issuing a bulk copy takes a warp 70 clock cycles or more
   static constexpr int kGroupTiles = kWarps * kTiles;
-  static constexpr int kTileBytes = kUnits * Weight::kUnitBytes;
+  static constexpr int kTileBytes = kUnits * (Weight::kUnitBytes + kLowBytes<Weight>);
+  static_assert(kUnits == 1 || kLowBytes<Weight> == 0);
   static constexpr int kStageBytes = (S::kBytes + kGroupTiles * kTileBytes + 1023) / 1024 * 1024;
 
   // Registers of a thread, in multiples of eight, of 504 for the three warpgroups.
@@ -372,15 +373,17 @@ struct Wide : StageOf<Weight, kOctets> {
                                              int loader, uint64_t policy) const {
     const int tiles = max(0, (last - loader + kLoaders - 1) / kLoaders);
     const int bytes = min(kUnits, at.end_unit - at.unit) * Weight::kUnitBytes;
-    const int64_t tile_bytes = static_cast<int64_t>(args.units) * Weight::kUnitBytes;
-    const uint8_t* from =
-        args.weight + (tile + loader) * tile_bytes + at.unit * Weight::kUnitBytes;
+    const int64_t stride = args.tile_stride;
+    const uint8_t* from = args.weight + (tile + loader) * stride + at.unit * Weight::kUnitBytes;
     uint8_t* to = weights_of(stage) + loader * kTileBytes;
-    copy_begin(filled + stage, tiles * bytes, lane);
+    copy_begin(filled + stage, tiles * (bytes + kLowBytes<Weight>), lane);
 #pragma unroll 1
     for (int i = 0; i < tiles; i++) {
       copy(to, from, bytes, filled + stage, policy, lane);
-      to += kLoaders * kTileBytes, from += kLoaders * tile_bytes;
+      if constexpr (kLowBytes<Weight> > 0)
+        copy(to + Weight::kUnitBytes, from + low_plane<Weight>(args.units, at.unit),
+             kLowBytes<Weight>, filled + stage, policy, lane);
+      to += kLoaders * kTileBytes, from += kLoaders * stride;
     }
     copy_end(filled + stage, lane);
   }
@@ -489,7 +492,8 @@ struct Wide : StageOf<Weight, kOctets> {
     const int first = group / kSliceGroups * kGroupSlices;  // slice
     uint32_t a[kGroupSlices][Weight::kTerms][2][4];
 #pragma unroll
-    for (int i = 0; i < kGroupSlices; i++) Weight::operands(weights, first + i, lane, a[i]);
+    for (int i = 0; i < kGroupSlices; i++)
+      operands_of<Weight>(weights, Weight::kUnitBytes, first + i, lane, a[i]);
     float even[kOctets][4], odd[kOctets][4];
     warpgroup_begin();
 #pragma unroll

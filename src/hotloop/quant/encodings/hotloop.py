@@ -1,8 +1,9 @@
 """The encoding in which ``hotloop quantize`` stores a matrix.
 
 ``x.weight`` is stored as ``x.weight.values`` (int8 or float8_e4m3fn [N, K]; int4: uint8 [N, K/2],
-even columns in the low nibble, each plus 8), ``x.weight.scale`` and, where the scheme has them,
-``x.weight.offset`` [N, G]: offsets like the scales, or int8 zero points.
+even columns in the low nibble, each plus 8), ``x.weight.scale`` (bfloat16 of groups, float32 of
+rows) and, where the scheme has them, ``x.weight.offset`` [N, G]: offsets like the scales, or int8
+zero points.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hotloop.kernels.linear import QuantizedKind
 from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
 from hotloop.quant.qtensor import QTensor
 
@@ -33,8 +35,9 @@ class Hotloop:
         if wanted is None or wanted.group_size is None or VALUES not in matrix.tensors:
             return None
         (n, k), four = matrix.shape, wanted.kind == "int4"
-        values = {"int8": "I8", "fp8": "F8_E4M3", "int4": "U8"}[wanted.kind]
-        groups, scale = (n, k // wanted.group_size), "BF16" if four else "F32"
+        values = {"int8": "I8", "nested": "I8", "fp8": "F8_E4M3", "int4": "U8"}[wanted.kind]
+        grouped = wanted.scale_dtype == torch.bfloat16
+        groups, scale = (n, k // wanted.group_size), "BF16" if grouped else "F32"
         along = 0 if groups[1] == 1 else wanted.group_size
         parts = {
             VALUES: StoredPart(
@@ -51,7 +54,9 @@ class Hotloop:
     def decode(parts: Mapping[str, Tensor], _shape: tuple[int, int]) -> QTensor:
         """Unpacks nibbles; all else is stored as it is."""
         values = parts[VALUES]
-        kind = "fp8" if values.dtype == torch.float8_e4m3fn else "int8"
+        kind: QuantizedKind = "fp8" if values.dtype == torch.float8_e4m3fn else "int8"
+        if values.dtype == torch.int8 and parts[SCALE].dtype == torch.bfloat16:
+            kind = "nested"
         if values.dtype == torch.uint8:
             nibbles = torch.stack((values & 15, values >> 4), dim=-1)
             values, kind = nibbles.flatten(1).to(torch.int8) - 8, "int4"
