@@ -590,7 +590,7 @@ def test_short_prompts_share_steps_and_have_the_bits_of_each_alone(engine, monke
         return run(command)
 
     monkeypatch.setattr(together._runner, "run", watched)
-    prompts = [[7], *map(list, PROMPTS[1:]), [5, 6, 7, 8, 9]]
+    prompts = [*map(list, PROMPTS[1:]), [9] * 24, list(range(40, 22, -1))]  # three steps each
     expected = [answers(alone, [prompt])[0] for prompt in prompts]
     assert answers(together, prompts) == expected
     assert admitted == [4]

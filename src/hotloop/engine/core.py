@@ -173,11 +173,18 @@ class Packing:
         n_prompts: The most prompts.
         longest: The most tokens of one.
         n_tokens: The most tokens of all.
+        forward_tokens: The most tokens of one in a forward. All need as many forwards, or the
+            shortest would wait for the longest.
     """
 
     n_prompts: int
     longest: int
     n_tokens: int
+    forward_tokens: int
+
+    def n_forwards(self, n: int) -> int:
+        """Returns the forwards that a prompt of ``n`` tokens needs."""
+        return -(-n // self.forward_tokens)
 
 
 @dataclass(frozen=True)

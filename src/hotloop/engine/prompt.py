@@ -169,7 +169,12 @@ class FusedPrefill:
         self._gemm = GemmPrefill(decoder, cache, launcher, chunk=chunk, shared=shared)
         gate_up = decoder.blocks[0].feed_forward.gate_up_proj
         longest = max_step_prefill_tokens(fused_forms(gate_up))
-        self.packing = Packing(n_prompts=n_prompts, longest=longest, n_tokens=n_prompts * longest)
+        self.packing = Packing(
+            n_prompts=n_prompts,
+            longest=longest,
+            n_tokens=n_prompts * longest,
+            forward_tokens=STEP_TOKENS,
+        )
 
     def warm_up(self) -> None:
         """Captures prefill graphs and warms up libraries; overwrites seat 0."""
@@ -194,21 +199,20 @@ class FusedPrefill:
         Returns:
             The logits [B, V] of the last token of each.
         """
-        last_BV: Tensor | None = None
-        for first in range(0, max(len(chunk.ids) for chunk in chunks), STEP_TOKENS):
-            parts = {
-                i: Chunk(ids_T[first : first + STEP_TOKENS], start + first, seat)
-                for i, (ids_T, start, seat) in enumerate(chunks)
-                if len(ids_T) > first
-            }
-            logits_BTV = self._steps([*parts.values()])
-            if last_BV is None:
-                last_BV = logits_BTV.new_empty(len(chunks), logits_BTV.shape[-1])
-            for b, (i, part) in enumerate(parts.items()):
-                if len(chunks[i].ids) == first + len(part.ids):
-                    last_BV[i] = logits_BTV[b, len(part.ids) - 1]
-        assert last_BV is not None, "no prompt"
-        return last_BV
+        lengths = [len(chunk.ids) for chunk in chunks]
+        n_steps = self.packing.n_forwards(max(lengths))
+        assert n_steps == self.packing.n_forwards(min(lengths)), f"prompts of {lengths} tokens"
+        logits_BTV = None
+        for first in range(0, n_steps * STEP_TOKENS, STEP_TOKENS):
+            logits_BTV = self._steps(
+                [
+                    Chunk(ids_T[first : first + STEP_TOKENS], start + first, seat)
+                    for ids_T, start, seat in chunks
+                ]
+            )
+        assert logits_BTV is not None, "no prompt"
+        last = [(n - 1) % STEP_TOKENS for n in lengths]
+        return torch.stack([logits_TV[t] for logits_TV, t in zip(logits_BTV, last, strict=True)])
 
     def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
         """Prefills a seat by decode steps, with logits of every token.

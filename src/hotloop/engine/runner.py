@@ -448,6 +448,7 @@ class _Model:
                 n_prompts=n_prompts,
                 longest=min(longest, MAX_CPU_TOKENS),
                 n_tokens=MAX_CPU_TOKENS,
+                forward_tokens=MAX_CPU_TOKENS,
             )
 
     def warm_up(self) -> None:

@@ -336,14 +336,16 @@ class Scheduler:
         packing, n, n_tokens = self._packing, 1, first.n - first.start
         if packing is None or n_tokens > packing.longest:
             return
+        n_forwards = packing.n_forwards(n_tokens)
         while n < packing.n_prompts and self._waiting and isinstance(self._waiting[0], Request):
             following = self._next_prefill()
             if following is None:  # no seat is free
                 return
             n_new = following.n - following.start
             n, n_tokens = n + 1, n_tokens + n_new
-            is_last = following.end(self._chunk) == following.n
-            if not is_last or n_new > packing.longest or n_tokens > packing.n_tokens:
+            is_short = n_new <= packing.longest and following.end(self._chunk) == following.n
+            fits = n_tokens <= packing.n_tokens and packing.n_forwards(n_new) == n_forwards
+            if not (is_short and fits):
                 self._prefilling = following  # by itself, in the next iteration
                 return
             yield following
