@@ -120,6 +120,29 @@ def test_decode_kernels_hold_every_number_format(name, n, k):
     assert_held(random_weight(name, n, k), x_step=0.0 if name.startswith(IN_FLOATS) else None)
 
 
+SUPER_BLOCKS = [name for name in NAMES if random_weight(name, 2, 768).format.super_size == 256]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", SUPER_BLOCKS)
+def test_super_blocks_that_ranks_cut_apart_cost_no_kernel(name):
+    weight = random_weight(name, 33, 768)
+    for size in (128, 32):
+        assert_held(
+            weight.with_super_blocks(size), x_step=0.0 if name.startswith(IN_FLOATS) else None
+        )
+    # A unit of the fused step has a factor of its own: the same bytes.
+    fused = LinearSpec(
+        format=weight.format, n=33, k=768, dtype=torch.bfloat16, device="cuda", fused=True
+    )
+    halves = weight.with_super_blocks(128)
+    whole, cut = (
+        choose_linear(dataclasses.replace(fused, format=each.format))[0].pack(each)
+        for each in (weight, halves)
+    )
+    assert all(map(torch.equal, whole, cut))
+
+
 def assert_held(weight: QTensor, *, x_step: float | None = None) -> None:
     """Holds the kernel of a weight against float64, and rows among others against rows alone."""
     kernel, packed = packed_for_cpu(weight)
