@@ -116,7 +116,9 @@ def main() -> None:
             texts[text] = recorder.chains
             for d in args.costs:
                 costs = d, args.per_draft
-                speeds = {k: fixed(recorder.chains, k, *costs) for k in range(args.draft_tokens)}
+                speeds = {
+                    k: fixed(recorder.chains, k, *costs) for k in range(args.draft_tokens + 1)
+                }
                 by_least = {p: early(recorder.chains, p, *costs) for p in THRESHOLDS}
                 k, least = (
                     max(speeds, key=speeds.__getitem__),
