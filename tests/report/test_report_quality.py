@@ -57,12 +57,20 @@ def test_a_pass_that_does_not_survive_the_choice_is_told():
     assert any("among 4 configurations" in note and "Holm" in note for note in chosen.notes)
 
 
+def test_the_reference_and_other_engines_are_no_candidates_of_a_choice():
+    borderline = verdict(16, 8, 2500)
+    others = [record(q, verdict=verdict(30, 20, 2500)) for q in ("none", "int4-g32", "int4-g64")]
+    theirs = [each.model_copy(update={"baseline": "vllm"}) for each in others[1:]]
+    table = make_table([record(verdict=borderline), others[0], *theirs])
+    assert not any("Holm" in note for note in table.notes)
+
+
 def test_a_failing_verdict_is_never_recommended():
     fast = record("int4-g64", speed=20.0, verdict=verdict(300, 50, 2000))
     slow = record("int8", speed=10.0, verdict=verdict(5, 5, 2000))
     advice = recommend([fast, slow])
     assert advice.cell == slow.cell
-    assert any("12.5% of 2000 tasks' items" in reason for reason in advice.passed_over)
+    assert any("12.5% of the tasks' 2000 items" in reason for reason in advice.passed_over)
 
 
 def test_few_windows_the_floor_and_tasks_at_chance_are_told():

@@ -44,6 +44,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 NOT_DIFFERENT = "not significantly different"
 
+_TIED = re.compile(r"([±<]|\d(?= [KMGT]iB)) ")
+"""A sign or a number that stays on a line with what follows; a line breaks before ``±``."""
+
 
 def to_html(*experiments: Iterable[Record], max_delta_ln_ppl: float = MAX_DELTA_LN_PPL) -> str:
     """Renders the records of results folders as one page.
@@ -103,7 +106,7 @@ def _cited(text: str) -> Markup:
     assert found is not None, "every text matches"
     numbers = re.findall(r"\d+", found[2])
     sup = Markup("<sup>{}</sup>").format(" ".join(f"[{n}]" for n in numbers)) if numbers else ""
-    return _breakable(found[1]) + sup
+    return _breakable(_TIED.sub("\\1\N{NO-BREAK SPACE}", found[1])) + sup
 
 
 def _breakable(text: str) -> Markup:

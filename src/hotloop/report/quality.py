@@ -36,10 +36,19 @@ def needs(compared: NonInferiority) -> str:
 def not_after_choosing(records: Sequence[Record]) -> dict[str, str]:
     """Finds passes that do not stand where one configuration is chosen of these records.
 
+    What one can choose are hotloop's own configurations. Those without quantization are what a
+    choice is compared with, and no candidates that could pass by chance.
+
     Returns:
         A note for each of their cells: the p-value adjusted by Holm's method is above 5 %.
     """
-    judged = [(record, v) for record in records if (v := record.verdict) is not None]
+    judged = [
+        (record, v)
+        for record in records
+        if (v := record.verdict) is not None
+        and record.baseline is None
+        and record.config.get("quant") != "none"
+    ]
     adjusted = holm([verdict.p for _, verdict in judged])
     return {
         record.cell: f"passes by itself, but not if it is chosen among {len(judged)} "

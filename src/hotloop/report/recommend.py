@@ -207,8 +207,8 @@ def _quality_gap(record: Record, tolerance: float) -> str | None:
         return f"its quality is unknown ({record.quality_reason})"
     if (verdict := record.verdict) is not None and verdict.outcome == "fail":
         return (
-            f"it loses {100 * verdict.loss:.1f}% of {verdict.n} tasks' items, which is shown to be "
-            f"more than the margin of {100 * verdict.margin:.2f}%"
+            f"it loses {100 * verdict.loss:.1f}% of the tasks' {verdict.n} items, which is shown "
+            f"to be more than the margin of {100 * verdict.margin:.2f}%"
         )
     if loss.mean > tolerance:
         return f"{_shown_loss(record)} exceeds {tolerance:g}"

@@ -1,4 +1,4 @@
-"""A headless browser for tests of the page, where this machine has one."""
+"""A headless browser for tests of pages, where this machine has one."""
 
 from __future__ import annotations
 
