@@ -37,6 +37,50 @@ def test_the_first_filter_of_an_item_counts_and_items_stand_in_order():
         harness.right_answers("t", {"t": [sample(0, 0.4, "bleu")]})
 
 
+@pytest.fixture
+def as_installed(monkeypatch):
+    """As if lm-eval were here: what a task is can be known without it."""
+    monkeypatch.setattr(harness, "find_spec", lambda _: True)
+    monkeypatch.setattr(harness, "version", lambda _: "1")
+
+
+@pytest.mark.usefixtures("as_installed")
+def test_a_tasks_file_and_its_data_are_in_its_hash(tmp_path):
+    data, task = tmp_path / "d.jsonl", tmp_path / "mine.yaml"
+    data.write_text("{}")
+
+    def write(more=""):
+        task.write_text(
+            f"task: t\ndataset_kwargs: {{data_files: {{test: [{data}]}}}}\n"
+            f"process_docs: !function mine.prepare\n{more}"
+        )
+        return load_task(f"lm-eval:{task}", 10)
+
+    hashes = {write().sha256, write("doc_to_text: q\n").sha256}
+    data.write_text('{"a": 1}')
+    hashes.add(write().sha256)
+    assert len(hashes) == 3
+    assert write().sha256 in hashes
+    assert write().name == "mine"
+    task.write_text("a: [")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: is not YAML"):
+        load_task(f"lm-eval:{task}", 10)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_task(f"lm-eval:{tmp_path / 'gone.yaml'}", 10)
+
+
+def test_the_chance_of_guessing_is_one_in_so_many_choices():
+    def sample(doc_id, n):
+        return {"doc_id": doc_id, "arguments": [("", "")] * n}
+
+    samples = {"pick": [sample(0, 2), sample(1, 4), sample(1, 4)], "write": [sample(0, 1)]}
+    configs = {
+        "pick": {"output_type": "multiple_choice"},
+        "write": {"output_type": "generate_until"},
+    }
+    assert harness.chance_of(samples, configs) == pytest.approx((1 / 2 + 1 / 4) / 3)
+
+
 TEXT = "It is a long way from here to the sea, and the road is not an easy one to walk. "
 PAIRS = [
     ("The sea is", " blue"),
@@ -148,3 +192,77 @@ def test_the_prefix_is_bos_and_not_the_end_of_sequence(both):
 def test_more_new_tokens_than_the_context_holds_are_refused(both):
     with pytest.raises(RequestError, match="asks for 500 new tokens"):
         both[1].generate_until(instances("generate_until", [("a", {"max_gen_toks": 500})]))
+
+
+LOCAL = {
+    "multiple_choice": (
+        {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold"},
+        [{"metric": "acc"}],
+    ),
+    "loglikelihood": (
+        {"doc_to_text": "{{q}}", "doc_to_target": "{{' ' + choices[gold]}}"},
+        [{"metric": "acc"}, {"metric": "perplexity"}],
+    ),
+    "generate_until": (
+        {
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "{{choices[gold]}}",
+            "generation_kwargs": {"until": ["e"], "max_gen_toks": 6, "do_sample": False},
+        },
+        [{"metric": "exact_match"}],
+    ),
+    "loglikelihood_rolling": (
+        {"doc_to_text": "", "doc_to_target": "{{q}}"},
+        [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
+    ),
+}
+
+
+def local_task(folder, kind) -> str:
+    """A task of one kind in a file, whose data is a file, too: nothing is fetched."""
+    items = [
+        {"q": f"The {a} is", "choices": [a, "blue", "long"], "gold": i % 3}
+        for i, a in enumerate(("sea", "way", "road", "bee", "sky", "tea"))
+    ]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    fields, metrics = LOCAL[kind]
+    task = {
+        "task": f"local_{kind}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
+        "test_split": "test",
+        "output_type": kind,
+        "metric_list": metrics,
+        **fields,
+    }
+    (folder / f"{kind}.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return str(folder / f"{kind}.yaml")
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_local_task_of_each_kind_is_as_lm_evals_own_backend_has_it(both, kind, tmp_path):
+    from lm_eval import simple_evaluate
+
+    task = local_task(tmp_path, kind)
+    theirs, ours = (
+        simple_evaluate(model=lm, tasks=[task], log_samples=True, bootstrap_iters=0) for lm in both
+    )
+    name = f"local_{kind}"
+    assert len(ours["samples"][name]) == 6
+    for metric, value in theirs["results"][name].items():
+        if isinstance(value, float):
+            assert ours["results"][name][metric] == pytest.approx(value, rel=1e-4)
+    if kind == "loglikelihood_rolling":
+        with pytest.raises(ConfigError, match="does not say of every item whether it is right"):
+            harness.right_answers(name, ours["samples"])
+        return
+    right = [harness.right_answers(name, each["samples"]) for each in (theirs, ours)]
+    assert right[0] == right[1]
+    loaded = load_task(f"lm-eval:{task}", 4)
+    assert loaded.answer(both[1].engine, lambda *_: None) == right[1][:4]
+    assert loaded.chance == pytest.approx(1 / 3 if kind == "multiple_choice" else 0)
+
+
+def test_a_task_that_lm_eval_does_not_have_is_refused(both):
+    with pytest.raises(ConfigError, match="lm-eval has no task 'no_such'"):
+        load_task("lm-eval:no_such", 4).answer(both[1].engine, lambda *_: None)

@@ -168,6 +168,8 @@ def test_paths_of_tasks_are_relative_to_their_recipe(tmp_path):
     assert resolve_task("arc.jsonl", tmp_path) == str(tmp_path / "arc.jsonl")
     assert resolve_task("jsonl:arc.txt", tmp_path) == f"jsonl:{tmp_path / 'arc.txt'}"
     assert resolve_task("topics", tmp_path) == "topics"
+    assert resolve_task("lm-eval:arc_easy", tmp_path) == "lm-eval:arc_easy"
+    assert resolve_task("lm-eval:my/arc.yaml", tmp_path) == f"lm-eval:{tmp_path / 'my/arc.yaml'}"
 
 
 def test_topics_are_a_task_that_every_machine_has():

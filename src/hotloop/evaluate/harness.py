@@ -9,47 +9,109 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from hotloop.errors import ConfigError, UnsupportedError
+import yaml
+
+from hotloop.errors import ConfigError, UnsupportedError, shorten, shorten_value
 from hotloop.evaluate.tasks import OnItem
+from hotloop.outside import config_error, open_file, read_text
 from hotloop.types import Engine
+
+MAX_FILE_BYTES = 2**24
+"""The largest YAML file of a task."""
 
 METRICS = ("acc", "exact_match", "pass@1")
 """Metrics of an item that are 1 where it is right and 0 where it is wrong, the preferred first."""
 
 
 def load(argument: str, n_items: int | None) -> HarnessTask:
-    """Makes the task that lm-eval knows by a name, as ``TaskLoader`` says.
+    """Makes a task of lm-eval, as ``TaskLoader`` says.
+
+    Args:
+        argument: lm-eval's name of a task or group, or the path of a task's YAML file.
+        n_items: The most items to take.
 
     Raises:
-        ConfigError: No task is named.
+        ConfigError: No task is named, or its file cannot be read.
         UnsupportedError: lm-eval is not installed.
     """
     if not argument:
-        raise ConfigError("the task 'lm-eval' needs a name: give lm-eval:NAME.")
+        raise ConfigError(
+            "the task 'lm-eval' needs a name: give lm-eval:NAME, or lm-eval:PATH of a YAML file."
+        )
     if find_spec("lm_eval") is None:
         raise UnsupportedError(
             f"lm-eval:{argument} needs the package lm-eval: pip install 'hotloop[eval]'."
         )
-    return HarnessTask(name=argument, n_items=n_items)
+    if not is_file(argument):
+        return HarnessTask(name=argument, spec=argument, n_items=n_items)
+    path = Path(argument)
+    return HarnessTask(
+        name=path.stem, spec=str(path), n_items=n_items, content=tuple(_content_of(path))
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
+def is_file(argument: str) -> bool:
+    """Tells whether a task is named by its YAML file."""
+    return argument.endswith((".yaml", ".yml"))
+
+
+def _content_of(path: Path) -> Iterator[str]:
+    """Hashes a task's file, and the data files that it names."""
+    text = read_text(path, limit=MAX_FILE_BYTES, refuse=config_error)
+    yield hashlib.sha256(text.encode()).hexdigest()
+    try:
+        said = yaml.load(text, _TagsIgnored)
+    except yaml.YAMLError as error:
+        raise config_error(path, f"is not YAML: {shorten(str(error))}") from error
+    options = said.get("dataset_kwargs") if isinstance(said, dict) else None
+    files = options.get("data_files") if isinstance(options, dict) else None
+    for name in sorted(_strings(files)):
+        if Path(name).is_file():
+            with open_file(Path(name)) as file:
+                yield hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _strings(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            yield from _strings(list(value.values()))
+        case list():
+            for each in value:
+                yield from _strings(each)
+
+
+class _TagsIgnored(yaml.SafeLoader):
+    """Reads lm-eval's files, whose tag ``!function`` names Python code, without that code."""
+
+
+_TagsIgnored.add_multi_constructor("!", lambda _loader, _suffix, _node: None)
+
+
+@dataclass(kw_only=True)
 class HarnessTask:
     """A task of lm-eval; a ``Task``.
 
     Attributes:
-        name: lm-eval's name.
+        name: Its name in records: lm-eval's, or that of its file.
+        spec: What lm-eval is asked for: the name, or the file's path.
         n_items: The most items to take; None for all.
+        content: Hashes of its file and data, where it is a file.
+        chance: The accuracy of guessing, which lm-eval tells with the answers; None before.
     """
 
     name: str
+    spec: str
     n_items: int | None
+    content: tuple[str, ...] = ()
     metric: str = " or ".join(METRICS)
     chance: float | None = None
 
@@ -58,26 +120,57 @@ class HarnessTask:
 
     @property
     def sha256(self) -> str:
-        """Hash of the name, the number of items and lm-eval's version."""
-        of = [self.name, self.n_items, version("lm-eval")]
+        """Hash of the name, the content of its files, the number of items and lm-eval's version."""
+        of = [self.name, self.n_items, version("lm-eval"), *self.content]
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
     def answer(self, engine: Engine, on_item: OnItem) -> list[bool]:
-        """Runs lm-eval with the engine as its model."""
+        """Runs lm-eval with the engine as its model.
+
+        Raises:
+            ConfigError: lm-eval has no such task, or the task has no right and wrong answers.
+        """
         from lm_eval import simple_evaluate  # pyrefly: ignore[missing-import]
 
         from hotloop.evaluate.harness_model import EngineLM
 
-        results = simple_evaluate(
-            model=EngineLM(engine),
-            tasks=[self.name],
-            limit=self.n_items,
-            log_samples=True,
-            bootstrap_iters=0,
-        )
+        try:
+            results = simple_evaluate(
+                model=EngineLM(engine),
+                tasks=[self.spec],
+                limit=self.n_items,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+        except KeyError as error:
+            if "not a registered task" not in str(error):
+                raise
+            raise ConfigError(
+                f"lm-eval has no task {shorten_value(self.spec)}. `lm-eval ls tasks` lists them."
+            ) from error
         right = right_answers(self.name, results["samples"])
+        self.chance = chance_of(results["samples"], results["configs"])
         on_item(len(right), len(right))
         return right
+
+
+def chance_of(
+    samples: Mapping[str, Sequence[dict[str, Any]]], configs: Mapping[str, dict[str, Any]]
+) -> float:
+    """Computes the accuracy of guessing: one in so many choices, and none without choices.
+
+    Args:
+        samples: lm-eval's samples of each task.
+        configs: lm-eval's configuration of each task.
+    """
+    items = {
+        (task, sample["doc_id"]): len(sample["arguments"])
+        if configs[task].get("output_type") == "multiple_choice"
+        else None
+        for task in samples
+        for sample in samples[task]
+    }
+    return sum(1 / n for n in items.values() if n) / len(items)
 
 
 def right_answers(name: str, samples: dict[str, Sequence[dict[str, Any]]]) -> list[bool]:

@@ -34,11 +34,14 @@ class EngineLM(TemplateLM):
 
     Args:
         engine: Any engine of the ``Engine`` protocol.
+
+    Attributes:
+        engine: The same engine.
     """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
-        self._engine = engine
+        self.engine = engine
         self._encoder = TextEncoder(engine)
         self._max_tokens = engine.describe().max_seq_len
 
@@ -50,7 +53,7 @@ class EngineLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The end-of-sequence token."""
-        ends = self._engine.describe().eos_ids
+        ends = self.engine.describe().eos_ids
         return ends[0] if ends else self.prefix_token_id
 
     @property
@@ -73,7 +76,7 @@ class EngineLM(TemplateLM):
         **_: Any,
     ) -> list[tuple[float, bool]]:
         windows = [self._encoder.window(before, after) for _, before, after in requests]
-        scores = score_windows(self._engine, windows)
+        scores = score_windows(self.engine, windows)
         return [(score.logprob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(
@@ -83,7 +86,7 @@ class EngineLM(TemplateLM):
     ) -> list[float]:
         """Scores whole documents, each token once."""
         documents = [self._rolling(request.args[0]) for request in requests]
-        scores = score_windows(self._engine, [w for windows in documents for w in windows])
+        scores = score_windows(self.engine, [w for windows in documents for w in windows])
         return [sum(next(scores).logprob for _ in windows) for windows in documents]
 
     def _rolling(self, text: str) -> list[Window]:
@@ -113,7 +116,7 @@ class EngineLM(TemplateLM):
                     f"{self._max_tokens} with the prompt: raise max_seq_len (--max-seq-len)."
                 )
             prompts = [self._encoder.encode(requests[i].args[0])[-room:] for i in members]
-            made = self._engine.generate(prompts, params)
+            made = self.engine.generate(prompts, params)
             for i, generation in zip(members, made, strict=True):
                 answers[i] = generation.text
         return answers

@@ -102,6 +102,8 @@ def resolve_task(text: str, folder: Path) -> str:
     name, colon, argument = text.partition(":")
     if name == "jsonl" and colon:
         return f"jsonl:{(folder / argument).resolve()}"
+    if name == "lm-eval" and argument.endswith((".yaml", ".yml")):
+        return f"lm-eval:{(folder / argument).resolve()}"
     if text.endswith(".jsonl") and name not in TASKS:
         return str((folder / text).resolve())
     return text
