@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from serving import HELLO, events, serving
+from serving import HELLO, TEMPLATE, events, serving
 from tiny_models import write_script
 
 from hotloop import LLM
@@ -172,6 +172,7 @@ def test_the_usage_so_far_is_on_each_chunk_if_asked_for(client):
 def drafting(tmp_path) -> Iterator[httpx2.Client]:
     """A server of a model that goes round ten tokens, so that its drafts are right."""
     folder = write_script(tmp_path, range(70, 80), max_position=320)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     with (
         LLM(str(folder), dtype="float32", draft="ngram", draft_policy="always") as llm,
         serving(llm) as server,
