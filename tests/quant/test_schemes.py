@@ -9,6 +9,7 @@ from torch import Tensor
 from hotloop.errors import ConfigError, UnknownNameError
 from hotloop.kernels import reference
 from hotloop.quant import QTensor, Scheme, parse_head_scheme, parse_scheme
+from hotloop.quant.int8 import Int8
 
 # Signal to quantization noise on normally distributed weights, dB: just below what was measured
 # (in brackets). docs/numerics.md quotes this table.
@@ -201,6 +202,24 @@ def test_every_integer_of_a_nested_weight_is_the_sum_of_its_planes():
         assert plane.dtype == torch.int8
         assert plane.min() == -8
         assert plane.max() == 7
+
+
+def test_groups_of_int8_are_nested_as_they_are_where_their_integers_allow():
+    scheme = Int8(32)
+    made = scheme.quantize(normal(16, 128))
+    plain = QTensor(values=made.values.clone(), scale=made.scale, kind="int8")
+    for ours, theirs in zip(scheme.nest(plain).tensors, made.tensors, strict=True):
+        assert torch.equal(ours, theirs)
+    plain.values[3, 40] = 127  # and its scale positive or not, too large for a high nibble
+    nested = scheme.nest(plain)
+    assert nested.kind == "nested"
+    assert nested.values.max() <= 119
+    others = torch.ones(16, 4, dtype=torch.bool)
+    others[3, 1] = False
+    assert torch.equal(nested.scale[others], made.scale[others])
+    assert not torch.equal(nested.scale[3, 1], made.scale[3, 1])
+    step = plain.scale.float().abs().max()
+    assert (nested.dequantize() - plain.dequantize()).abs().max() < step
 
 
 def test_outlier_does_not_reach_beyond_its_group():

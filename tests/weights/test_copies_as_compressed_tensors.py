@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from hotloop.models import names
 from hotloop.models.families import read_config
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.quant.auto import Auto
+from hotloop.quant.int8 import Int8
 from hotloop.text.generation_config import generation_defaults
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.weights.checkpoint import open_checkpoint, read_model
@@ -39,6 +41,7 @@ FORMATS = {
     "int4-g64": "pack-quantized",
     "int4-g32-zp": "pack-quantized",
     "int8": "pack-quantized",
+    "int8-g32": "pack-quantized",
     "fp8": "float-quantized",
 }
 CPU = torch.device("cpu")
@@ -102,6 +105,10 @@ def test_integers_and_scales_are_read_back_as_they_were_made(quant, tmp_path):
             read = read_matrix(reader, Request(name=name, shape=(n, k), scheme=kept))
             assert isinstance(expected, QTensor)
             assert isinstance(read, QTensor)
+            # The file does not say that its integers are in a part of the range.
+            if isinstance(scheme, Int8) and scheme.group_size:
+                assert read.format == replace(expected.format, kind="int8")
+                read = scheme.nest(read)
             assert read.format == expected.format
             for ours, theirs in zip(read.tensors, expected.tensors, strict=True):
                 assert ours.dtype == theirs.dtype
@@ -116,7 +123,7 @@ def test_transformers_computes_from_it_what_hotloop_does(quant, tied, tmp_path):
     torch.testing.assert_close(distribution(folder), computed(folder))
 
 
-@pytest.mark.parametrize("quant", ["int4-g64", "int4-g32-zp", "int8"])
+@pytest.mark.parametrize("quant", ["int4-g64", "int4-g32-zp", "int8", "int8-g32"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_it_loads_bit_for_bit_as_quantizing_on_load(quant, tied, tmp_path):
     for source in (
@@ -127,6 +134,7 @@ def test_it_loads_bit_for_bit_as_quantizing_on_load(quant, tied, tmp_path):
         assert_same_weights(load(folder), load(source, quant=quant, head="none"))
         with LLM(str(folder), device="cpu", max_seq_len=16) as llm:
             assert (llm.config.quant, llm.config.head) == (quant, "none")
+            assert not any("quantized again" in note for note in llm.describe().notes)
 
 
 def test_a_copy_of_a_gguf_file_loads_in_transformers(tmp_path):
@@ -146,7 +154,7 @@ def test_the_library_reads_the_description(quant, tmp_path):
     assert (group.targets, read.ignore) == (["Linear"], ["lm_head"])
     assert group.input_activations is None
     per_channel = quant in ("int8", "fp8")
-    assert weights.num_bits == (8 if per_channel else 4)
+    assert weights.num_bits == (4 if quant.startswith("int4") else 8)
     assert weights.symmetric is not quant.endswith("zp")
     assert weights.strategy == ("channel" if per_channel else "group")
     size = None if per_channel else parse_scheme(quant).alignment

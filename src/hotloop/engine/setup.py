@@ -272,7 +272,9 @@ def _prepare(config: EngineConfig, device: torch.device) -> Setup:
     config, scheme, head_scheme = _settle_schemes(config, copy, stored)
     schemes = schemes_by_name(model, scheme, head_scheme, stored)
     config = dataclasses.replace(config, draft=_canonical_draft(config.draft))
-    model_notes += _assumption_notes(stored) + requantization_notes(stored, schemes)
+    model_notes += _assumption_notes(stored)
+    if copy is None:  # a copy of hotloop's is used as it is
+        model_notes += requantization_notes(stored, schemes)
     _check_all_reduce(config, device)
     _check_assumption(config)
     _check_permutations(config, model, schemes)

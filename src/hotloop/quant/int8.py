@@ -11,7 +11,7 @@ are chosen, as that of int4 is. docs/decisions/nested-weights.md has the measure
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -98,6 +98,22 @@ class Int8:
         steps = groups / scale.float()[:, :, None]
         values = steps.round_().clamp_(lowest, highest).to(torch.int8)
         return QTensor(values=values.view(n, k), scale=scale, kind="nested")
+
+    def nest(self, weight: QTensor) -> QTensor:
+        """Makes int8 of the same groups, with bfloat16 scales, nested.
+
+        Groups whose integers are in the range stay as they are; others are quantized again.
+        """
+        size = weight.group_size
+        assert size == self.group_size, f"groups of {size}"
+        again = self.quantize(weight.dequantize())
+        kept_NG = weight.values.unflatten(1, (-1, size)).amax(dim=2) <= NESTED_RANGE[1]
+        kept_NK = kept_NG.repeat_interleave(size, dim=1)
+        return replace(
+            again,
+            values=torch.where(kept_NK, weight.values, again.values),
+            scale=torch.where(kept_NG, weight.scale, again.scale),
+        )
 
     def random(
         self,

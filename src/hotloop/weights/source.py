@@ -16,7 +16,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -29,6 +29,7 @@ from hotloop.models.config import ModelConfig
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
 from hotloop.quant.auto import Auto
 from hotloop.quant.encodings import Layout
+from hotloop.quant.int8 import Int8
 from hotloop.quant.none import NoScheme
 from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite, wrong_shape
 from hotloop.weights.read_ahead import ReadAhead
@@ -477,6 +478,9 @@ class _EncodedPlan(_Plan):
             kept = kept.with_super_blocks(wanted.super_size)
         if kept is not None and kept.format == wanted:
             return kept
+        int8 = replace(wanted, kind="int8") if wanted.kind == "nested" else None
+        if isinstance(scheme, Int8) and kept is not None and kept.format == int8:
+            return scheme.nest(kept)
         assert scheme.name != "auto", f"{self.matrix.name} is {weight.format}, not {wanted}"
         dense = weight.dequantize()[:, start : start + len(columns)]
         check_finite(
