@@ -44,8 +44,9 @@ from gpu import require_marks, table, write_between
 from multi_gpu import write_tiny
 from wire import Connection, Streamed, WireError, complete
 
-from hotloop import LLM, SamplingParams
+from hotloop import LLM, EngineConfig, SamplingParams
 from hotloop.engine.service import Service
+from hotloop.engine.setup import served_prefill_chunk
 from hotloop.hardware import provenance
 from hotloop.serve.lifecycle import HttpServer
 from hotloop.serve.settings import ServerSettings
@@ -144,7 +145,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     jobs = []
     for (model, weights), scheme in itertools.product(models, args.schemes):
         engine = {"weights": weights, "quant": scheme, "execution": args.execution}
-        engine |= {"prefix_cache": "chunks", "prefill_chunk": 512}  # as hotloop serve has them
+        chunk = served_prefill_chunk(EngineConfig(model=model))
+        engine |= {"prefix_cache": "chunks", "prefill_chunk": chunk}  # as hotloop serve has them
         engine |= {"max_batch_size": max(args.clients), "max_seq_len": 2560}
         common = {"parts": tuple(args.parts), "clients": tuple(args.clients)}
         common |= {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}

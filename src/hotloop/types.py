@@ -58,8 +58,9 @@ DraftPolicy = Literal["adaptive", "always"]
 
 PrefixReuse = Literal["none", "chunks", "tokens"]
 """Reuse of keys and values of earlier requests for prompts that begin with the same tokens:
-``chunks`` reuses whole prefill chunks of prompts, which have the bits that prefill would give them;
-``tokens`` reuses every token, those of answers too."""
+``tokens`` reuses every token, those of answers too; ``chunks`` only what has the bits that prefill
+would give it: whole prefill chunks of prompts, and with CPU kernels and chunks of up to
+``EXACT_CPU_CHUNK`` tokens every token."""
 
 PrefixCache = Literal["auto", PrefixReuse]
 """Prefix reuse as a user asks for it: ``auto`` is ``tokens`` in a chat, else ``none``."""
@@ -83,6 +84,9 @@ OWN_ENGINE = "hotloop"
 """The value of ``EngineConfig.engine`` that is hotloop's own engine."""
 
 LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK = 512, 8192
+EXACT_CPU_CHUNK = 64
+"""The longest chunk that CPU kernels compute with the bits of decode steps: PyTorch's attention is
+faster for more tokens."""
 """Prompt tokens of one forward pass by default: the minimum, and with ``fused`` the maximum, which
 is reduced to what fits the device's memory."""
 
@@ -358,8 +362,9 @@ class EngineConfig:
         PrefixCache,
         Lever(
             help="Reuse keys and values of earlier requests that began with the same tokens: of "
-            "whole prefill chunks (chunks: the same bits as without), or of every token, answers "
-            "included (tokens).",
+            "every token, answers included (tokens), or only where bits stay the same (chunks): of "
+            "whole prefill chunks, and of every token with CPU kernels and chunks of up to "
+            f"{EXACT_CPU_CHUNK} tokens.",
             group="Execution",
             default="tokens in chat, else none",
         ),

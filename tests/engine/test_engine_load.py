@@ -14,7 +14,7 @@ from hotloop import LLM, SamplingParams
 from hotloop.engine.core import Admit, Command, Pending
 from hotloop.engine.request import Request
 from hotloop.engine.scheduler import Scheduler
-from hotloop.types import Generation
+from hotloop.types import EXACT_CPU_CHUNK, Generation
 
 CONTEXT = 160
 ENGINES = {
@@ -181,6 +181,30 @@ def test_a_second_turn_prefills_only_what_is_new(folder):
         plain = llm.generate([turn], params)[0]
         assert plain.token_ids == second.token_ids == again.token_ids
         assert plain.cached_tokens == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"quant": "int4-g32", "draft": "ngram"}], ids=str)
+def test_with_cpu_kernels_a_short_second_turn_prefills_only_what_is_new_with_the_same_bits(
+    folder, options
+):
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=1)
+    engine = options | {"dtype": "bfloat16", "prefill_chunk": EXACT_CPU_CHUNK}
+    with LLM(str(folder), **engine, prefix_cache="chunks") as llm:
+        first = llm.generate([[7, *range(2, 20)]], params)[0]
+        turn = [*first.prompt_ids, *first.token_ids, 50, 51, 52]
+        second = llm.generate([turn], params)[0]
+    with LLM(str(folder), **engine) as llm:
+        alone = llm.generate([turn], params)[0]
+    assert second.cached_tokens == len(turn) - 4, "the last token of the answer was no input"
+    assert (second.token_ids, second.logprobs) == (alone.token_ids, alone.logprobs)
+
+
+def test_chunks_beyond_what_cpu_kernels_compute_alike_are_reused_whole(folder):
+    params = SamplingParams(max_new_tokens=1)
+    with LLM(str(folder), dtype="bfloat16", prefill_chunk=80, prefix_cache="chunks") as llm:
+        prompt = [7, *range(2, 100)]
+        llm.generate([prompt], params)
+        assert llm.generate([[*prompt, 5]], params)[0].cached_tokens == 80
 
 
 def test_whole_chunks_are_reused_with_the_bits_that_they_would_have(folder):

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hotloop.kernels import cpu, reference
 from hotloop.kernels.attention import (
-    MAX_TOKENS,
     Attention,
     choose_attention,
     cpu_attention,
     torch_attention,
 )
+from hotloop.types import EXACT_CPU_CHUNK
 
 needs_compiler = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -94,7 +94,7 @@ def test_decode_kernel_equals_the_definition_across_blocks_and_windows(lengths, 
 
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 1, 7, 128])
-@pytest.mark.parametrize("T", [2, 5, 9, MAX_TOKENS])
+@pytest.mark.parametrize("T", [2, 5, 9, EXACT_CPU_CHUNK])
 def test_kernel_lets_each_of_several_tokens_see_up_to_itself(T, window):
     # Across a block's end, a whole sequence, and one longer than the other.
     for lengths in ([130], [T], [257, T + 3], [128 + T, 3 * T]):
@@ -117,12 +117,12 @@ def test_shares_are_as_exact_as_float32_however_far_scores_are_apart():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [None, 40])
 def test_a_token_gives_the_same_bits_alone_and_among_others(window, dtype):
-    q = normal(2, MAX_TOKENS, 9, 64, dtype=dtype)
+    q = normal(2, EXACT_CPU_CHUNK, 9, 64, dtype=dtype)
     k, v = (normal(2, 3, 320, 64, seed=s, dtype=dtype) for s in (1, 2))
-    positions = torch.tensor([[120], [250]]) + torch.arange(MAX_TOKENS)
+    positions = torch.tensor([[120], [250]]) + torch.arange(EXACT_CPU_CHUNK)
     arguments = {"length": 320, "window": window, "scale": 0.125}
     together = attend(cpu_attention, q, k, v, positions, **arguments)
-    for t in range(MAX_TOKENS):
+    for t in range(EXACT_CPU_CHUNK):
         one = slice(t, t + 1)
         alone = attend(cpu_attention, q[:, one], k, v, positions[:, one].contiguous(), **arguments)
         assert torch.equal(alone, together[:, one])
@@ -138,7 +138,7 @@ def test_torch_attention_equals_the_definition(heads, window, dtype):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("attention", [torch_attention, cpu_attention])
 def test_prefill_of_many_tokens_sees_the_past_and_itself(attention, window):
-    T = MAX_TOKENS + 1
+    T = EXACT_CPU_CHUNK + 1
     positions = torch.tensor([[4], [0]]) + torch.arange(T)
     q, k, v = normal(2, T, 4, 24), normal(2, 2, T + 9, 24, seed=1), normal(2, 2, T + 9, 24, seed=2)
     y = attend(attention, q, k, v, positions, length=T + 4, window=window, scale=24**-0.5)

@@ -18,6 +18,8 @@ from cyclopts import Group, Parameter, Token
 
 from hotloop.errors import ConfigError, shorten_value
 from hotloop.types import (
+    EXACT_CPU_CHUNK,
+    LEAST_PREFILL_CHUNK,
     MAX_GRAMMAR_BYTES,
     EngineConfig,
     Grammar,
@@ -190,11 +192,12 @@ def _one_value(name: str) -> tuple[str, Any, Any]:
 
 def _served_value(name: str) -> tuple[str, Any, Any]:
     """A lever of a server's engine, which can have another default."""
-    if name not in SERVED_DEFAULTS:
+    if name not in _SERVED_WORDS:
         return _one_value(name)
     hint: Any = _HINTS[name]
-    default = SERVED_DEFAULTS[name]
-    return name, Annotated[hint, lever_option(name, default=str(default))], field(default=default)
+    default = SERVED_DEFAULTS.get(name, getattr(EngineConfig, name))
+    words = _SERVED_WORDS[name]
+    return name, Annotated[hint, lever_option(name, default=words)], field(default=default)
 
 
 def _several_values(name: str) -> tuple[str, Any, Any]:
@@ -211,9 +214,12 @@ def _options(name: str, base: type[_Options], fields: Iterable[tuple[str, Any, A
     return Parameter(name="*")(made)
 
 
-SERVED_DEFAULTS = {"max_batch_size": 8, "prefill_chunk": 512, "prefix_cache": "chunks"}
-"""Defaults of a server that differ from those of an engine: for several requests at once, whose
-decoding waits for one chunk of another's prompt at a time."""
+SERVED_DEFAULTS = {"max_batch_size": 8, "prefix_cache": "chunks"}
+"""Defaults of a server that differ from those of an engine: for several requests at once."""
+
+_SERVED_WORDS = {name: str(value) for name, value in SERVED_DEFAULTS.items()}
+_SERVED_WORDS["prefill_chunk"] = f"{LEAST_PREFILL_CHUNK}, on a CPU {EXACT_CPU_CHUNK}"
+"""A server's defaults in words; of a chunk see ``setup.served_prefill_chunk``."""
 
 GROUPED = tuple(name for name, of in LEVERS.items() if of.group is not None)
 """The levers that are options of their own."""

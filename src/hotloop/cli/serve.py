@@ -189,9 +189,12 @@ def serve(
     """
     _check_packages()
     from hotloop.engine.service import Service
+    from hotloop.engine.setup import served_prefill_chunk
     from hotloop.serve.lifecycle import HttpServer
 
     chosen = _config(model, config, engine, weights)
+    if chosen.prefill_chunk is None:
+        chosen = replace(chosen, prefill_chunk=served_prefill_chunk(chosen))
     settings = server.settings(chosen.model, template)
     ConversationFormat(template).check(chosen.model, [{"role": "user", "content": "Hello"}])
     with _terminated_cleanly(), HttpServer(settings) as http, loaded(chosen) as llm:

@@ -383,6 +383,14 @@ class EngineCore(Protocol):
         """Whether programs become CUDA graphs."""
         ...
 
+    @property
+    def exact_rows(self) -> bool:
+        """Whether a token's keys and values have the same bits whatever is computed with it.
+
+        Then those of a chunk, of a part of one, and of a decode step are the same.
+        """
+        ...
+
     def run(self, command: Command[Result]) -> Pending[Result]:
         """Runs a command after all earlier ones, without waiting for its result.
 

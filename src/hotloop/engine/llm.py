@@ -407,9 +407,10 @@ class LLM:
                 answer(other, 1 + n_steps, suggested)
                 answer(plain, 1 + plain.n_steps, suggested)
         self._runner.run(Synchronize()).wait()
-        return self._new_scheduler(
-            speculative.controller, speculative.n_steps, self._setup.prefix_reuse
-        )
+        reuse = self._setup.prefix_reuse
+        if reuse == "chunks" and self._runner.exact_rows:
+            reuse = "tokens"  # which has the same bits here
+        return self._new_scheduler(speculative.controller, speculative.n_steps, reuse)
 
     # ------------------------------------------------------------------------------ service
 

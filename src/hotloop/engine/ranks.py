@@ -43,6 +43,7 @@ class RankGroup:
 
     def __init__(self, setup: Setup, *, n_tokens: int, progress: OnProgress | None = None) -> None:
         self.asynchronous, self.captures = setup.asynchronous, setup.captures
+        self.exact_rows = False
         launched, n_ranks = Torchrun.environment(), len(setup.shards)
         if launched is not None and launched.rank > 0:
             _be_rank(launched, setup, n_tokens)

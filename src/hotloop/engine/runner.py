@@ -63,7 +63,6 @@ from hotloop.engine.vocabulary import VocabularyShard
 from hotloop.errors import OutOfMemoryError
 from hotloop.hardware import bytes_asked_for, device_info, free_bytes, shortage_of_memory
 from hotloop.kernels import cpu
-from hotloop.kernels.attention import MAX_TOKENS as MAX_CPU_TOKENS
 from hotloop.kernels.attention import choose_attention
 from hotloop.kernels.cuda.launch import device_of
 from hotloop.memory_meter import MemoryMeter
@@ -72,7 +71,7 @@ from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder, RMSNorm, call
 from hotloop.models.linear import Linear
 from hotloop.parallel.collectives import Group
-from hotloop.types import Score, TokenLogprob, exit_layers
+from hotloop.types import EXACT_CPU_CHUNK, Score, TokenLogprob, exit_layers
 
 Result = TypeVar("Result")
 
@@ -98,6 +97,7 @@ class Runner:
     Attributes:
         asynchronous: Whether ``run`` returns before the device has completed a step.
         captures: Whether programs become CUDA graphs.
+        exact_rows: See ``EngineCore``.
     """
 
     def __init__(
@@ -163,6 +163,9 @@ class Runner:
             models = [self._model, *([self._draft_model] if self._draft_model else [])]
             ours = all(model.on_cpu_kernels for model in models)
             self._step_threads = cpu.single_threaded_torch if ours else nullcontext
+            # An all-reduce may sum an element's parts in an order that depends on its place.
+            longest = max(setup.prefill_chunk, 1 + spare)
+            self.exact_rows = ours and longest <= EXACT_CPU_CHUNK and self._group.size == 1
         with working_on(device, "warmup"):
             for model in models:
                 model.warm_up()
@@ -446,9 +449,9 @@ class _Model:
             longest = math.ceil(READ_ROWS * sum(linear.nbytes for linear in linears) / n_weights)
             self.packing = Packing(
                 n_prompts=n_prompts,
-                longest=min(longest, MAX_CPU_TOKENS),
-                n_tokens=MAX_CPU_TOKENS,
-                forward_tokens=MAX_CPU_TOKENS,
+                longest=min(longest, EXACT_CPU_CHUNK),
+                n_tokens=EXACT_CPU_CHUNK,
+                forward_tokens=EXACT_CPU_CHUNK,
             )
 
     def warm_up(self) -> None:
@@ -549,7 +552,7 @@ class _Model:
         """Runs tokens through the decoder by chunks; yields ranges and hidden states [T, D]."""
         seats_B = torch.full((1,), seat, device=ids_T.device)
         for chunk, positions_T in spans(ids_T, start, self.setup.prefill_chunk):
-            short = self.on_cpu_kernels and len(chunk) <= MAX_CPU_TOKENS
+            short = self.on_cpu_kernels and len(chunk) <= EXACT_CPU_CHUNK
             with cpu.single_threaded_torch() if short else nullcontext():
                 hidden_BTD = self.decoder(
                     ids_T[None, chunk.start : chunk.stop],

@@ -40,6 +40,7 @@ from hotloop.quant.none import NoScheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
     DEFAULT_CACHE_BYTES,
+    EXACT_CPU_CHUNK,
     LEAST_PREFILL_CHUNK,
     MIN_DEFAULT_SEQ_LEN,
     NESTED_DRAFTER,
@@ -350,6 +351,15 @@ def _plan_shards(
             if finer == schemes:
                 raise
             schemes = finer
+
+
+def served_prefill_chunk(config: EngineConfig) -> int:
+    """Chooses the chunk of a server, where others wait for one chunk of a prompt at a time.
+
+    With CPU kernels, prefixes of any length are reused with chunks of this size.
+    """
+    on_cpu = resolve_device(config.device).type == "cpu"
+    return EXACT_CPU_CHUNK if on_cpu else LEAST_PREFILL_CHUNK
 
 
 def _check_assumption(config: EngineConfig) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
+from hotloop.types import EXACT_CPU_CHUNK
 
 
 class Attention(Protocol):
@@ -75,10 +76,6 @@ def torch_attention(
     return reference.attention(q_BTHE, keys, values, positions_BT, window=window, scale=scale)
 
 
-MAX_TOKENS = 64
-"""The most tokens per sequence for which our kernel is used; PyTorch's is faster for more."""
-
-
 def cpu_attention(
     q_BTHE: Tensor,
     k_cache_SJCE: Tensor,
@@ -92,7 +89,7 @@ def cpu_attention(
     scale: float,
 ) -> Tensor:
     """Computes decode attention by our own kernel, which reads only the visible positions."""
-    if q_BTHE.shape[1] > MAX_TOKENS:
+    if q_BTHE.shape[1] > EXACT_CPU_CHUNK:
         return torch_attention(
             q_BTHE,
             k_cache_SJCE,
