@@ -106,7 +106,7 @@ class Rows:
             return
         every = (*seats, *(self._scratch for _ in range(n_rows - n)))
         self.seats.copy_(to_device(every, self.seats.device))
-        self.positions[n:] = 0
+        self.positions[n:].zero_()
         self._seats = seats
 
     def tokens(self, positions_BT: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ class Runner:
             case MoveRow():
                 return Done(self._move(command))
             case ScoreWindow():
-                return Done(self._score(command))
+                return self._score(command)
             case Synchronize():
                 return Done(self._synchronize())
             case FindPacking():
@@ -205,7 +205,7 @@ class Runner:
     def _prefill(self, command: Prefill) -> Pending[None]:
         ids = to_device(command.ids, self._setup.device)
         self._model.prefill(ids, command.start, command.seat)
-        return _PendingChunk(self._setup.device)
+        return _PendingChunk(self._setup.device, None)
 
     def _admit(self, command: Admit) -> Pending[StepResult]:
         row, prompts, device = command.row, command.prompts, self._setup.device
@@ -254,8 +254,11 @@ class Runner:
             self._constraints.expect(pending, range(step.n))
             return pending
 
-    def _score(self, command: ScoreWindow) -> Score:
-        """Scores a chunk of a window; whole distributions are gathered on rank 0 only."""
+    def _score(self, command: ScoreWindow) -> Pending[Score]:
+        """Scores a chunk of a window.
+
+        Whole distributions, for which the host waits, are gathered on rank 0 only.
+        """
         ids_T = to_device(command.ids, self._setup.device)
         vocabulary = self._vocabulary
         logprobs, top1, top1_logprobs, distributions = [], [], [], []
@@ -264,22 +267,27 @@ class Runner:
             log_probs = vocabulary.log_softmax(logits_TV)
             labels = ids_T[chunk.start + 1 : chunk.stop + 1]
             best = vocabulary.argmax(log_probs)
-            logprobs.append(vocabulary.gather_at(log_probs, labels).cpu())
-            top1.append(best.cpu())
-            top1_logprobs.append(vocabulary.gather_at(log_probs, best).cpu())
+            logprobs.append(vocabulary.gather_at(log_probs, labels))
+            top1.append(best)
+            top1_logprobs.append(vocabulary.gather_at(log_probs, best))
             if command.full and (whole := vocabulary.gather_to_first(log_probs)) is not None:
                 distributions.append(whole.cpu())
             if command.n_top:
                 values, ids = vocabulary.topk(log_probs, min(command.n_top, vocabulary.n_tokens))
-                top_ids.append(ids.cpu())
-                top_logprobs.append(values.cpu())
-        return Score(
-            token_logprobs=torch.cat(logprobs),
-            top1=torch.cat(top1),
-            top1_logprobs=torch.cat(top1_logprobs),
+                top_ids.append(ids)
+                top_logprobs.append(values)
+
+        def host(parts: list[Tensor]) -> Tensor:
+            return _to_host(torch.cat(parts))
+
+        score = Score(
+            token_logprobs=host(logprobs),
+            top1=host(top1),
+            top1_logprobs=host(top1_logprobs),
             log_probs=torch.cat(distributions) if distributions else None,
-            top=(torch.cat(top_ids), torch.cat(top_logprobs)) if top_ids else None,
+            top=(host(top_ids), host(top_logprobs)) if top_ids else None,
         )
+        return _PendingChunk(self._setup.device, score)
 
     def _synchronize(self) -> None:
         if self._setup.device.type == "cuda":
@@ -607,19 +615,20 @@ class _Model:
             yield "draft/head", self.twin.head
 
 
-class _PendingChunk:
-    """The ``Pending`` end of a chunk of prefill."""
+class _PendingChunk(Generic[Result]):
+    """The ``Pending`` end of a chunk of prefill, and what is on its way to the host then."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._done = None
+    def __init__(self, device: torch.device, result: Result) -> None:
+        self._done, self._result = None, result
         if device.type == "cuda":
             self._done = torch.cuda.Event()
             self._done.record()
 
-    def wait(self) -> None:
+    def wait(self) -> Result:
         """See ``Pending``."""
         if self._done is not None:
             self._done.synchronize()
+        return self._result
 
 
 class _PendingStepResult:

@@ -109,17 +109,20 @@ class Sampler:
         alone = self.vocabulary.group.size == 1
         assert alone or launcher is None, "the kernel samples from unsharded logits"
 
-        def per_row(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((n_rows,), value, dtype=dtype, device=device)
-
-        self.temperature = per_row(0, torch.float32)
-        self.top_k = per_row(vocab_size, torch.int64)
-        self.top_p = per_row(1, torch.float32)
-        self.min_p = per_row(0, torch.float32)
-        self.seed = per_row(0, torch.int64)
-        self.penalty = per_row(1, torch.float32)
-        self.presence, self.frequency = per_row(0, torch.float32), per_row(0, torch.float32)
-        self.first_end = per_row(0, torch.int64)
+        # The options of a row are a column of either, so that one copy sets it.
+        numbers, counts = (0, 1, 0, 1, 0, 0), (vocab_size, 0, 0)
+        self._numbers = torch.tensor(numbers, dtype=torch.float32)[:, None].repeat(1, n_rows)
+        self._counts = torch.tensor(counts)[:, None].repeat(1, n_rows)
+        self._numbers, self._counts = self._numbers.to(device), self._counts.to(device)
+        (
+            self.temperature,
+            self.top_p,
+            self.min_p,
+            self.penalty,
+            self.presence,
+            self.frequency,
+        ) = self._numbers
+        self.top_k, self.seed, self.first_end = self._counts
         # Of words in memory, the least significant byte comes first.
         self._bits_of_byte = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8).to(device)
         width = max(vocab_size, self.vocabulary.ids.stop)
@@ -168,18 +171,22 @@ class Sampler:
             prompt_ids: The prompt, to whose tokens the repetition penalty applies.
             eos_ids: Tokens that cannot be selected before ``min_new_tokens``.
         """
-        self.temperature[row] = params.temperature
-        self.top_k[row] = min(params.top_k or self.vocab_size, self.vocab_size)
-        self.top_p[row] = max(params.top_p, _LEAST_TOP_P)
-        self.min_p[row] = params.min_p
-        self.seed[row] = seed
-        self.penalty[row] = params.repetition_penalty
-        self.presence[row] = params.presence_penalty
-        self.frequency[row] = params.frequency_penalty
-        self.first_end[row] = len(prompt_ids) + params.min_new_tokens
+        numbers = (
+            params.temperature,
+            max(params.top_p, _LEAST_TOP_P),
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        top_k = min(params.top_k or self.vocab_size, self.vocab_size)
+        counts = (top_k, seed, len(prompt_ids) + params.min_new_tokens)
+        # Not ``tensor[row] = number``, for which CUDA waits until the device has nothing to do.
+        self._numbers[:, row] = to_device(numbers, self._numbers.device, torch.float32)
+        self._counts[:, row] = to_device(counts, self._counts.device)
         if row in self._adjusting or params.adjusts_logits:
             for tensor_RV in self._of_tokens:
-                tensor_RV[row] = 0
+                tensor_RV[row].zero_()
         self._adjusting.discard(row)
         if not params.adjusts_logits:
             return
@@ -195,18 +202,8 @@ class Sampler:
 
     def move(self, source: int, target: int) -> None:
         """Copies a row's options, and the tokens that they apply to, into another row."""
-        for of_rows in (
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.seed,
-            self.penalty,
-            self.presence,
-            self.frequency,
-            self.first_end,
-        ):
-            of_rows[target] = of_rows[source]
+        for options in (self._numbers, self._counts):
+            options[:, target] = options[:, source]
         if self._adjusting & {source, target}:
             for tensor_RV in self._of_tokens:
                 tensor_RV[target] = tensor_RV[source]
