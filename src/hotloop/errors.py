@@ -85,16 +85,16 @@ class QueueFullError(HotloopError):
 
 
 class SlowClientError(HotloopError):
-    """A client took the tokens of its answer too slowly, and was cancelled.
+    """A client took its answer too slowly, and was cancelled.
 
     Args:
-        limit: The most tokens that it may leave.
+        limit: The most bytes that it may leave.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(
-            f"the client is more than {limit} tokens behind its answer, which was cancelled."
+            f"the client is more than {limit} bytes behind its answer, which was cancelled."
         )
 
 

@@ -272,7 +272,13 @@ def test_a_grammar_comes_from_a_file_and_its_syntax_is_checked_before_a_model_is
     assert fake_llm.made[-1].asked[-1].params.grammar == Grammar(
         kind="json_schema", source='{"type": "object"}'
     )
+    schema = ' {"properties": {"age": {"type": "integer"}}}'
+    assert main(["generate", "m", "p", "--json-schema", schema]) == 0
+    grammar = fake_llm.made[-1].asked[-1].params.grammar
+    assert grammar == Grammar(kind="json_schema", source=schema)
     n_made = len(fake_llm.made)
+    assert main(["generate", "m", "p", "--json-schema", '{"type": 5']) == 2
+    assert "the JSON schema" in capsys.readouterr().err
     assert main(["generate", "m", "p", "--grammar", str(bad)]) == 2
     assert "the grammar cannot be used: " in capsys.readouterr().err
     assert main(["generate", "m", "p", "--json-schema", str(good), "--ignore-eos"]) == 2

@@ -304,6 +304,24 @@ def test_what_cannot_be_enforced_is_refused_with_the_reason_before_anything_runs
     assert "\n" not in str(refused.value)
 
 
+def test_a_grammar_that_is_asked_for_again_is_not_compiled_again_also_if_it_is_refused(
+    llm, monkeypatch
+):
+    compiled = []
+    compile_ = Grammars._compile
+    monkeypatch.setattr(
+        Grammars, "_compile", lambda self, grammar: compiled.append(1) or compile_(self, grammar)
+    )
+    bad = Grammar(kind="json_schema", source={"type": "object", "title": "again", "not": 5})
+    good = Grammar(kind="json_schema", source={"type": "object", "title": "again"})
+    for _ in range(50):
+        with pytest.raises(RequestError, match="the JSON schema cannot be used"):
+            llm.generate([[7]], grammar=bad)
+    assert len(compiled) == 1
+    llm.generate([[7], [8]], grammar=good, max_new_tokens=2)
+    assert len(compiled) == 2
+
+
 def test_a_property_may_be_named_like_the_keyword_that_is_refused(llm):
     schema = {"properties": {"patternProperties": {"const": {"patternProperties": 1}}}}
     llm._grammars.check(as_schema(schema))

@@ -441,7 +441,8 @@ class SamplingOptions(_Options):
         integer(SAMPLING, "With --json: log-probabilities, with this many alternatives."),
     ] = None
     json_schema: Annotated[
-        Path | None, option(SAMPLING, "A file with a JSON schema that the answer follows.")
+        str | None,
+        option(SAMPLING, "A JSON schema that the answer follows, or the file of one."),
     ] = None
     grammar: Annotated[
         Path | None,
@@ -480,7 +481,7 @@ class SamplingOptions(_Options):
             given["grammar"] = _grammar("lark", self.grammar)
         if self.json_schema is not None:
             del given["json_schema"]
-            given["grammar"] = _grammar("json_schema", self.json_schema)
+            given["grammar"] = _schema(self.json_schema)
         return replace(defaults, **given)
 
 
@@ -488,6 +489,13 @@ def _grammar(kind: GrammarKind, file: Path) -> Grammar:
     from hotloop.outside import config_error, read_text
 
     return Grammar(kind=kind, source=read_text(file, limit=MAX_GRAMMAR_BYTES, refuse=config_error))
+
+
+def _schema(given: str) -> Grammar:
+    """Returns the grammar of a schema, which is an object, or else of its file."""
+    if given.lstrip().startswith("{"):
+        return Grammar(kind="json_schema", source=given)
+    return _grammar("json_schema", Path(given))
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -104,6 +104,10 @@ class ServerOptions:
     drain_s: Annotated[
         float, option(SERVER, "Seconds that running requests have when the server is stopped.")
     ] = 30.0
+    access_log: Annotated[
+        bool,
+        option(SERVER, "Print a line about each request, without anything of prompts and answers."),
+    ] = False
 
     def settings(self, model: str, template: TemplateOptions) -> ServerSettings:
         """Returns the server's settings.
@@ -190,14 +194,13 @@ def serve(
     _check_packages()
     from hotloop.engine.service import Service
     from hotloop.engine.setup import served_prefill_chunk
-    from hotloop.serve.lifecycle import HttpServer
 
     chosen = _config(model, config, engine, weights)
     if chosen.prefill_chunk is None:
         chosen = replace(chosen, prefill_chunk=served_prefill_chunk(chosen))
     settings = server.settings(chosen.model, template)
     ConversationFormat(template).check(chosen.model, [{"role": "user", "content": "Hello"}])
-    with _terminated_cleanly(), HttpServer(settings) as http, loaded(chosen) as llm:
+    with _terminated_cleanly(), _http_server(settings, server) as http, loaded(chosen) as llm:
         with spinner(f"{settings.name}: preparing for {llm.config.max_batch_size} at once"):
             service = Service(llm, loop=http.loop, max_queued=server.max_queued)
         with service, _stopped_by_signals(http):
@@ -211,6 +214,15 @@ def serve(
                 print_error(str(http.served.error or "the server has ended by itself."))
             http.close()  # before the service, whose requests may end
     return 0 if works else 1
+
+
+def _http_server(settings: ServerSettings, options: ServerOptions) -> HttpServer:
+    from hotloop.serve.lifecycle import HttpServer
+
+    def write(line: str) -> None:
+        note(line, fold=False)
+
+    return HttpServer(settings, write if options.access_log else None)
 
 
 def _check_packages() -> None:

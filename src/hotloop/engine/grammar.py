@@ -33,7 +33,7 @@ WHITESPACE = r" |\n[ \t]{0,40}"
 on with spaces for ever."""
 
 MOST_COMPILED = 32
-"""The most compiled grammars to keep."""
+"""The most compiled grammars, and reasons of refused ones, to keep."""
 
 SLOW_S = 0.1
 """A mask that takes longer delays other requests noticeably. An ambiguous grammar can come to this,
@@ -62,7 +62,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Callable[[], Tokenizer], n_tokens: int) -> None:
         self._tokenizer, self.n_tokens = tokenizer, n_tokens
-        self._compiled = functools.lru_cache(MOST_COMPILED)(self._compile)
+        self._outcome = functools.lru_cache(MOST_COMPILED)(self._compiled_or_refused)
 
     def check(self, grammar: Grammar) -> None:
         """Refuses what cannot be enforced.
@@ -105,6 +105,24 @@ class Grammars:
         if tokenizer.strips_leading_space:
             vocabulary.encode = found.greedy_tokenize
         return found
+
+    def _compiled(self, grammar: Grammar) -> Any:
+        """Returns the matcher of a grammar; what was refused is refused without compiling again.
+
+        Raises:
+            HotloopError: As ``check``.
+        """
+        outcome = self._outcome(grammar)
+        if isinstance(outcome, str):
+            raise RequestError(outcome)
+        return outcome
+
+    def _compiled_or_refused(self, grammar: Grammar) -> Any:
+        """Compiles a grammar; returns the reason, as text, if it is refused."""
+        try:
+            return self._compile(grammar)
+        except RequestError as error:
+            return str(error)
 
     def _compile(self, grammar: Grammar) -> Any:
         library = _library()

@@ -57,6 +57,7 @@ from hotloop.types import (
     EngineConfig,
     EngineDescription,
     Generation,
+    Grammar,
     PeakMemory,
     PrefixReuse,
     Prompt,
@@ -477,6 +478,14 @@ class LLM:
                 context,
             )
         return Scoring(as_ids(window, self._setup.model.vocab_size), full=full, n_top=n_top)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Refuses a grammar that cannot be used; see ``Service.check_grammar``.
+
+        Raises:
+            RequestError: It is invalid, too costly, not supported, or matches nothing.
+        """
+        self._grammars.check(grammar)
 
     def _tokenizer_or_refuse(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -42,13 +42,20 @@ from hotloop.errors import (
     SlowClientError,
 )
 from hotloop.text.tokenizer import Tokenizer
-from hotloop.types import Delta, EngineDescription, Prompt, SamplingParams, Score
+from hotloop.types import (
+    Delta,
+    EngineDescription,
+    Grammar,
+    Prompt,
+    SamplingParams,
+    Score,
+)
 
 MAX_QUEUED = 64
 """The most requests that wait for a seat by default."""
 
-MAX_BEHIND = 4096
-"""The most tokens of an answer that a client may leave in its queue by default."""
+MAX_BEHIND = 4 * 2**20
+"""The most bytes of an answer that a client may leave in its queue by default."""
 
 SWITCH_INTERVAL_S = 1e-4
 """How long another Python thread may keep the interpreter from the service's thread. Python's own
@@ -77,7 +84,7 @@ class Ticket:
         jobs: The answers, or the window to score.
         event: Is set when something has arrived.
         n: Answers to each prompt, which follow each other in ``jobs``.
-        max_behind: The most tokens in the queue.
+        max_behind: The most bytes in the queue: of text, 8 for a token, 16 for a log-probability.
 
     Attributes:
         prompt_tokens: Tokens of the prompts or the window.
@@ -95,7 +102,7 @@ class Ticket:
         self.prompt_tokens = sum(map(_n_given, self._jobs[::n]))
         self._n_open, self._event, self._max_behind = len(self._jobs), event, max_behind
         self._pieces: deque[Piece] = deque()
-        self._n_put = self._n_taken = 0  # tokens; each is written by one side only
+        self._n_put = self._n_taken = 0  # bytes; each is written by one side only
         self._error: HotloopError | None = None
 
     @property
@@ -113,7 +120,7 @@ class Ticket:
         pieces = []
         while self._pieces:
             piece = self._pieces.popleft()
-            self._n_taken += _n_tokens(piece)
+            self._n_taken += _n_bytes(piece)
             pieces.append(piece)
         if not pieces and self._error is not None:
             error, self._error = self._error, None
@@ -147,7 +154,7 @@ class Ticket:
 
     def _put(self, piece: Piece, *, is_last: bool) -> bool:
         """Appends a piece, in the service's thread; False if the queue is full."""
-        self._n_put += _n_tokens(piece)
+        self._n_put += _n_bytes(piece)
         self._pieces.append(piece)
         self._n_open -= is_last
         return self._n_put - self._n_taken <= self._max_behind
@@ -189,7 +196,7 @@ class Service:
     Args:
         llm: The engine. It stays open when the service closes.
         max_queued: The most answers that may wait for a seat when a request comes.
-        max_behind: The most tokens in a ticket's queue, before it is cancelled.
+        max_behind: The most bytes in a ticket's queue, before it is cancelled; see ``Ticket``.
         loop: The event loop that takes the pieces; None for threads.
 
     Raises:
@@ -304,6 +311,14 @@ class Service:
             HotloopError: As ``submit``.
         """
         return self._add([self._llm.scoring(ids, full=full, n_top=n_top)])
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Refuses a grammar as ``submit`` would.
+
+        Raises:
+            RequestError: It cannot be used.
+        """
+        self._llm.check_grammar(grammar)
 
     def cancel(self, ticket: Ticket) -> None:
         """Cancels what has not ended of a request, within two steps; does not wait."""
@@ -489,8 +504,12 @@ def _n_given(job: Job) -> int:
     return len(job.prompt_ids if isinstance(job, Request) else job.ids)
 
 
-def _n_tokens(piece: Piece) -> int:
-    return len(piece.token_ids) if isinstance(piece, Delta) else 0
+def _n_bytes(piece: Piece) -> int:
+    """Returns about what a piece takes; a score, which is alone, counts nothing."""
+    if not isinstance(piece, Delta):
+        return 0
+    n_logprobs = sum(1 + len(each.top) for each in piece.logprobs or ())
+    return len(piece.text.encode()) + 8 * len(piece.token_ids) + 16 * n_logprobs
 
 
 def _is_first(piece: tuple[Job, Delta | None]) -> bool:

@@ -131,6 +131,11 @@ def _object(tools: Sequence[Tool], key: str) -> str:
     return " | ".join(f'{quoted(begin)} arguments_{i} "}}"' for i, begin in enumerate(begins))
 
 
+def arguments_grammar(tool: Tool) -> Grammar:
+    """Returns the grammar of the arguments of a tool's calls, by themselves."""
+    return Grammar(kind="json_schema", source=json.dumps(_parameters(tool)))
+
+
 def _parameters(tool: Tool) -> dict[str, Any]:
     """Returns the schema of a call's arguments.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from hotloop.errors import HotloopError
+from hotloop.serve.access_log import RequestLog
 from hotloop.serve.chat import chat_completions
 from hotloop.serve.completions import completions
 from hotloop.serve.errors import ApiError, handle
@@ -24,11 +25,12 @@ from hotloop.serve.served import Served
 from hotloop.serve.tokens import detokenize, tokenize, tokenizer_info
 
 
-def create_app(served: Served) -> Starlette:
+def create_app(served: Served, access_log: Callable[[str], None] | None = None) -> Starlette:
     """Makes the application that serves a model.
 
     Args:
         served: The model, or where it will be once it is loaded.
+        access_log: Is given a line about each request; None logs nothing.
     """
     app = Starlette(
         routes=[
@@ -46,6 +48,7 @@ def create_app(served: Served) -> Starlette:
             Route("/metrics", metrics),
         ],
         middleware=[
+            Middleware(RequestLog, write=access_log),
             *_cors(served.settings.cors_origins),
             Middleware(Gate, settings=served.settings),
         ],

@@ -6,7 +6,7 @@ routes that take a conversation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from hotloop.serve.messages import content_text, template_messages
 from hotloop.serve.parts import Parser, PlainText
 from hotloop.serve.reasoning import ReasoningParser, is_within_reasoning, reasoning_markers
 from hotloop.serve.schemas import Conversation
-from hotloop.serve.tool_use import ToolUse
+from hotloop.serve.tool_use import Tool, ToolUse
 from hotloop.serve.tools import takes_several_calls, takes_tools, tool_parser
 from hotloop.text.chat import RESERVED_VARIABLES
 from hotloop.text.tokenizer import Tokenizer
@@ -32,11 +32,13 @@ class Turn:
         prompt: The conversation.
         params: Sampling options.
         parser: Makes the parser of an answer.
+        forced: The tools of which the answer must call one; empty if it need not.
     """
 
     prompt: ChatPrompt
     params: SamplingParams
     parser: Callable[[], Parser]
+    forced: Sequence[Tool] = ()
 
 
 class Conversations:
@@ -126,7 +128,8 @@ class Conversations:
                 rest = self._parser(names, parallel=use.parallel)
             return rest if markers is None else ReasoningParser(markers, rest, within=within)
 
-        return Turn(prompt, replace(params, visible_tokens=visible, grammar=grammar), parser)
+        params = replace(params, visible_tokens=visible, grammar=grammar)
+        return Turn(prompt, params, parser, use.forced)
 
 
 def _continued(asked: Conversation) -> str:

@@ -11,6 +11,7 @@ import functools
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -38,6 +39,7 @@ class HttpServer:
 
     Args:
         settings: The server's settings.
+        access_log: Is given a line about each request, in the server's thread; None logs nothing.
 
     Raises:
         ConfigError: The address cannot be listened on.
@@ -47,7 +49,9 @@ class HttpServer:
         port: The port that it listens on.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(
+        self, settings: ServerSettings, access_log: Callable[[str], None] | None = None
+    ) -> None:
         self._settings = settings
         self.served = Served(settings)
         self._socket = _listen(settings)
@@ -56,7 +60,7 @@ class HttpServer:
         protocol: Any = functools.partial(LimitedProtocol, settings)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                create_app(self.served),
+                create_app(self.served, access_log),
                 http=protocol,
                 ws="none",
                 lifespan="off",

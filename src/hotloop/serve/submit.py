@@ -8,9 +8,13 @@ from collections.abc import Callable, Sequence
 from starlette.requests import Request
 
 from hotloop.engine.service import Ticket
+from hotloop.errors import RequestError, shorten_value
+from hotloop.serve.answer_grammar import arguments_grammar
 from hotloop.serve.conversations import Turn
+from hotloop.serve.errors import ApiError
 from hotloop.serve.gate import SALT
 from hotloop.serve.served import Model
+from hotloop.serve.tool_use import Tool
 from hotloop.types import Prompt, SamplingParams
 
 
@@ -58,9 +62,27 @@ async def submit_turn(
 
     def submitted() -> tuple[Turn, Ticket]:
         made = turn()
-        return made, _submit(request, model, [made.prompt], made.params)
+        try:
+            return made, _submit(request, model, [made.prompt], made.params)
+        except RequestError:
+            _check_tools(model, made.forced)
+            raise
 
     return await asyncio.to_thread(submitted)
+
+
+def _check_tools(model: Model, forced: Sequence[Tool]) -> None:
+    """Refuses the first tool whose parameters cannot be enforced.
+
+    Raises:
+        ApiError: It says which, where an error of the grammar of all of them does not.
+    """
+    for tool in forced:
+        try:
+            model.service.check_grammar(arguments_grammar(tool))
+        except RequestError as error:
+            problem = f"the parameters of {shorten_value(tool.name)}: {error}"
+            raise ApiError(400, f"tools: {problem}", param="tools", code="invalid_value") from error
 
 
 def _submit(
