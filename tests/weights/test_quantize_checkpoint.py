@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weights_files import write_gguf
 from whole_models import (
@@ -33,7 +33,7 @@ from hotloop.weights.identity import read_quantization, sample_checkpoint
 from hotloop.weights.quantize import quantize_checkpoint
 from hotloop.weights.writer import SafetensorsWriter
 
-QUANTS = ["int8", "fp8", "int4-g32-asym", "int4-g32-zp", "int4-g64"]
+QUANTS = ["int8", "int8-g32", "fp8", "int4-g32-asym", "int4-g32-zp", "int4-g64"]
 HEADS = ["none", "int8", "fp8", "int4-g64"]
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -238,6 +238,18 @@ def test_destination_under_a_file_is_refused_by_its_own_name(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HotloopError, match=r"cannot write \S+/file/x: Not a directory"):
         SafetensorsWriter(tmp_path / "file" / "x").__enter__()
+
+
+def test_integers_without_a_high_nibble_are_refused(tmp_path):
+    folder = quantize_checkpoint(write_folder(tmp_path / "m"), tmp_path / "q", quant="int8-g32")
+    load(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.self_attn.v_proj.weight.values"
+    tensors[name][3, 5] = 120
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"at most 119 in int8 of groups, and one is 120"):
+        load(folder)
 
 
 def test_format_of_a_later_version_is_refused_with_the_fix(tmp_path):
