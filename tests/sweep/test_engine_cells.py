@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 from tiny_models import write_random
+from waiting import HANG_S
 
+from hotloop.baselines import ENGINES
 from hotloop.cli.options import ReplacementOptions
 from hotloop.errors import ConfigError, UnknownNameError
-from hotloop.sweep.job import make_jobs
+from hotloop.sweep.events import ignore
+from hotloop.sweep.job import Job, make_jobs
+from hotloop.sweep.process import run_isolated
 from hotloop.sweep.recipe import Recipe, expand, load_recipe, replace_models
 from hotloop.types import EngineConfig
 
@@ -90,3 +94,19 @@ def test_an_engine_that_no_cell_has_is_named(recipe):
 def test_hotloop_itself_has_no_other_form_of_a_model_and_no_server(field):
     with pytest.raises(ConfigError, match=f"{field} 'x' is for other engines"):
         EngineConfig(model="m", **{field: "x"})
+
+
+def test_an_interpreter_that_lacks_a_package_is_named_with_it(tmp_path):
+    python = tmp_path / "python"
+    said = "ModuleNotFoundError: No module named 'pydantic'"
+    python.write_text(f'#!/bin/sh\necho "{said}" >&2\nexit 1\n')
+    python.chmod(0o755)
+    job = Job(
+        cell="llama-cpp",
+        config=EngineConfig(model="m", engine="llama-cpp"),
+        source=ENGINES["llama-cpp"],
+        python=python,
+    )
+    record = run_isolated(job, log=tmp_path / "log", timeout_s=HANG_S, on_event=ignore)
+    assert record.status == "unsupported"
+    assert record.reason.startswith(f"{python} lacks the package pydantic")

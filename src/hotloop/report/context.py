@@ -81,7 +81,9 @@ def device_name(record: Record) -> str:
 
 def _device(record: Record) -> str:
     n_threads = record.provenance.get("device", {}).get("n_threads")
-    return device_name(record) + (f", {n_threads} threads" if n_threads else "")
+    return device_name(record) + (
+        f", {n_threads} thread{'s' * (n_threads > 1)}" if n_threads else ""
+    )
 
 
 def _bandwidth(records: Sequence[Record]) -> str:

@@ -10,6 +10,7 @@ dies, the child sees its stdin close and ends itself.
 from __future__ import annotations
 
 import os
+import re
 import selectors
 import signal
 import time
@@ -69,6 +70,9 @@ main()
 """
 """The program of a worker. It imports hotloop from the folder of this one, so that another
 interpreter need not have hotloop installed, and does not see this one's other packages."""
+
+
+_LACKS = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'$", re.MULTILINE)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -134,6 +138,12 @@ def run_isolated(
         else:
             status, reason = seen.explain_end(child)
         tail = _tail(log, log_start) if status != "interrupted" else ""
+        if job.python is not None and seen.phase == "start" and (lacks := _LACKS.search(tail)):
+            status = "unsupported"
+            reason = (
+                f"{job.python} lacks the package {lacks[1]}, which hotloop needs in an engine's "
+                "interpreter, too: install hotloop there."
+            )
         reason = as_reason(reason + tail)
         record = Record(**(fields | seen.facts), status=status, reason=reason)
     if stopped == "interrupted":
