@@ -35,18 +35,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "packed"
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    (tmp_path / "model").mkdir()
-    folder = write_random(tmp_path / "model")
-    settled(folder)
-    return folder
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that no test changes."""
+    return settled(write_random(tmp_path_factory.mktemp("model")))
 
 
-def settled(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another, with biases of attention."""
+    return settled(write_random(tmp_path_factory.mktemp("biased"), attention_bias=True))
+
+
+def settled(folder: Path) -> Path:
     """Waits until the files are old enough for their hash to be remembered."""
     newest = max(path.stat().st_ctime for path in folder.iterdir())
     time.sleep(max(0.0, newest + packed_cache._SETTLED_S + 0.01 - time.time()))
+    return folder
 
 
 def start(model: Path, **options: object) -> LLM:
@@ -124,10 +129,8 @@ def test_a_second_start_has_the_same_bits_and_reads_no_weight_of_the_source(
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
-def test_a_self_draft_has_an_entry_of_its_own_beside_the_models(quant, tmp_path, unread, cache):
-    (tmp_path / "m").mkdir()
-    model = write_random(tmp_path / "m", attention_bias=True)
-    settled(model)
+def test_a_self_draft_has_an_entry_of_its_own_beside_the_models(quant, biased, unread, cache):
+    model = biased
     start(model, quant=quant)
     (of_model,) = entries(cache)
     written = of_model.stat().st_ino
