@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from shutil import which
 
 import pytest
 from serving import HELLO, serving
@@ -112,3 +113,27 @@ def test_guidellm_measures(server, folder, tmp_path):
     (benchmark,) = json.loads(report.read_text())["benchmarks"]
     assert benchmark["metrics"]["request_totals"]["successful"] == 3
     assert benchmark["metrics"]["output_token_count"]["successful"]["mean"] == 8
+
+
+@pytest.mark.skipif(which("aiperf") is None, reason="aiperf is not installed")
+def test_aiperf_measures(server, folder, tmp_path):
+    options = {
+        "url": server.url,
+        "endpoint-type": "chat",
+        "model": "tiny",
+        "tokenizer": f"./{folder.name}",  # an absolute path is taken for a repository's name
+        "concurrency": "2",
+        "request-count": "4",
+        "synthetic-input-tokens-mean": "16",
+        "output-tokens-mean": "8",
+        "extra-inputs": "ignore_eos:true",
+        "ui": "none",
+        "output-artifact-dir": str(tmp_path),
+    }
+    given = itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())
+    command = ["aiperf", "profile", "--streaming", "--use-server-token-count", *given]
+    subprocess.run(command, check=True, timeout=HANG_S, cwd=folder.parent)
+    found = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
+    assert found["request_count"]["avg"] == 4
+    assert found["output_sequence_length"]["min"] == found["output_sequence_length"]["max"] == 8
+    assert found["time_to_first_token"]["min"] > 0
