@@ -12,7 +12,8 @@ from hotloop import LLM, SamplingParams
 from hotloop.engine.core import Command, MoveRow, Pending, Step
 from hotloop.kernels.attention import torch_attention
 
-PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 10, [299, 150, 2, 40, 41], [21])
+PROMPTS = ([7], [260, 3] * 10, list(range(2, 19)), [5, 6], [299, 150, 2, 40, 41], [21])
+"""Those whose answers are alike are not prefilled together, or they would end together."""
 PARAMS = SamplingParams(max_new_tokens=40, min_new_tokens=20, logprobs=2)
 SAMPLING = {
     "greedy": {},
