@@ -105,7 +105,7 @@ def test_a_misspelled_choice_is_answered_with_the_nearest(folder, option, value,
     ("options", "message"),
     [
         ({"quant": "int4-g48"}, "no option 'g48'"),
-        ({"quant": "int8-g64"}, "no option 'g64'"),
+        ({"quant": "int8-g48"}, "no option 'g48'"),
         (
             {"quant": "int4-g128"},
             "64 input features.* not divide.* int4-g32 or int4-g64",
