@@ -125,7 +125,7 @@ def self_scheme(draft: str) -> str | None:
     if draft == NESTED_DRAFTER:
         return ""
     prefix, dash, scheme = draft.partition("-")
-    return scheme if (prefix, dash) == ("self", "-") else None
+    return scheme if (prefix, dash) == ("self", "-") and scheme else None
 
 
 def drafters(draft: str) -> tuple[str, ...]:

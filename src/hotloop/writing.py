@@ -7,6 +7,7 @@ So the last component of a path is never followed; the folders above it are the 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -45,9 +46,14 @@ def write_json(file: Path, value: Mapping[str, Any]) -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes files that ``replacing`` left in a folder when its process was killed."""
+    """Removes files that ``replacing`` left in a folder when its process was killed.
+
+    Those that a process is writing are locked, and stay.
+    """
     for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -61,8 +67,8 @@ def replacing(path: Path) -> Generator[BinaryIO]:
         HotloopError: The file cannot be created or written.
     """
     with errors_named(path):
-        unfinished = path.with_name(f".{uuid.uuid4().hex}.partial")
-        raw = _Unfinished(unfinished, path)
+        raw = _Unfinished.beside(path)
+    unfinished = Path(os.fsdecode(raw.name))
     try:
         with raw:  # if the block raises, the buffer is not flushed
             file = io.BufferedWriter(raw)
@@ -77,11 +83,22 @@ def replacing(path: Path) -> Generator[BinaryIO]:
 
 
 class _Unfinished(io.FileIO):
-    """A new file whose errors name the file that it will replace."""
+    """A new file, locked, whose errors name the file that it will replace."""
 
     def __init__(self, path: Path, target: Path) -> None:
         super().__init__(path, "x")
         self._target = target
+
+    @classmethod
+    def beside(cls, target: Path) -> _Unfinished:
+        """Makes one in the folder of its target."""
+        while True:
+            file = cls(target.with_name(f".{uuid.uuid4().hex}.partial"), target)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # remove_unfinished came before the lock
+                return file
+            file.close()
 
     def write(self, data: Any, /) -> int:
         with errors_named(self._target):

@@ -276,6 +276,8 @@ def test_a_grammar_comes_from_a_file_and_its_syntax_is_checked_before_a_model_is
     assert main(["generate", "m", "p", "--json-schema", schema]) == 0
     grammar = fake_llm.made[-1].asked[-1].params.grammar
     assert grammar == Grammar(kind="json_schema", source=schema)
+    assert main(["generate", "m", "p", "--json-schema", "true"]) == 2
+    assert "the JSON schema holds True, not a JSON object" in capsys.readouterr().err
     n_made = len(fake_llm.made)
     assert main(["generate", "m", "p", "--json-schema", '{"type": 5']) == 2
     assert "the JSON schema" in capsys.readouterr().err

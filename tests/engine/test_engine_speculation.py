@@ -256,6 +256,7 @@ def test_high_halves_of_other_weights_are_refused(folder, deep):
         message = refused(folder, draft="self", quant=quant)
         assert "draft 'self' is the high half of each weight of int8 in groups" in message
         assert "give --quant int8-g64, or" in message
+    assert "self-" in refused(folder, draft="self-", quant="int8-g32"), "no scheme, so a model"
     assert "names a drafter twice" in refused(deep, quant="int8-g32", draft="self+self-int4-g32")
     copied = EngineConfig(model=str(deep), quant="int8-g32", draft="self-int4-g32", device="cpu")
     assert prepare(copied).draft.schemes, "a copy, as of any weight"

@@ -130,6 +130,11 @@ def test_the_first_items_are_taken_and_the_hash_is_theirs(write):
     assert first.sha256 == load_task(write(CLOZE, name="other"), None).sha256 != whole.sha256
 
 
+def test_an_item_that_a_file_repeats_is_one_item(write):
+    repeated = load_task(write(CLOZE, CLOZE, CLOZE | {"context": "q"}, CLOZE), 2)
+    assert [item.context for item in repeated.items] == ["a", "q"]
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -160,6 +165,8 @@ def test_an_empty_file_an_unknown_task_and_one_name_twice_are_refused(write, tmp
         load_task("topic", None)
     with pytest.raises(ConfigError, match="needs a file"):
         load_task("jsonl", None)
+    with pytest.raises(ConfigError, match="'task' and 'copy' have the same items"):
+        load_tasks([write(CLOZE), write(CLOZE, name="copy")], None)
     with pytest.raises(ConfigError, match="two tasks are named 'task'"):
         load_tasks([write(CLOZE), write(CLOZE)], None)
 
@@ -182,7 +189,7 @@ def test_topics_are_a_task_that_every_machine_has():
 
 
 def test_progress_is_told_over_all_tasks(write):
-    tasks = load_tasks([write(CLOZE, CLOZE), write(CHOICE, name="other")], None)
+    tasks = load_tasks([write(CLOZE, CLOZE | {"context": "q"}), write(CHOICE, name="other")], None)
     told = []
     answer_tasks(LetterEngine(), tasks, lambda *progress: told.append(progress))
     assert told == [(1, 3), (2, 3), (3, 3)]

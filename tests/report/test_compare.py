@@ -116,6 +116,16 @@ def test_accuracy_is_over_all_tasks_of_the_same_items():
     assert "not the same items of only-a, which are left out" in cell.notes
 
 
+def test_a_task_that_b_did_not_answer_leaves_the_verdict_undecided():
+    a = answering({"s": answers(5000), "t": answers(50)})
+    found = compared([a], [answering({"s": answers(5000)})])
+    assert found.verdict == "undecided"
+    assert found.cells[0].judged[1].why == "B did not answer the same items of t"
+    assert compared([answering({"s": answers(5000)})], [a]).verdict == "no worse"
+    worse = answering({"s": answers(5000, worse=400, better=100)})
+    assert compared([a], [worse]).verdict == "worse"
+
+
 def test_answers_that_cannot_be_compared_are_undecided_with_the_reason():
     a = answering({"t": answers(1000)})
     guessing = answering({"t": answers(1000)}, chance=0.9)
@@ -161,6 +171,9 @@ def test_cells_are_matched_by_configuration_then_by_name_and_the_others_named():
     found = compared(before, after)
     assert [cell.name for cell in found.cells] == ["a/fused → a/eager", "b/eager"]
     assert found.missing == ("c/eager: only in A", "d/eager: only in B")
+    assert found.verdict == "undecided", "B may have lost c/eager"
+    assert compared(before[:2], after).verdict == "no worse"
+    assert compared([*before, record("e", status="oom")], [*after, before[2]]).verdict == "no worse"
     with pytest.raises(ConfigError, match="no cell in common"):
         compared([before[0], before[2]], [after[0], after[2]])
 
@@ -262,6 +275,18 @@ def test_a_slowdown_is_a_share(share, tmp_path, capsys):
     append(tmp_path / "records.jsonl", record("x/eager", 1.0))
     assert main(["compare", str(tmp_path), str(tmp_path), f"--max-slowdown={share}"]) == 2
     assert "is not a share" in capsys.readouterr().err
+
+
+def test_margins_that_mean_nothing_are_refused(tmp_path, capsys):
+    append(tmp_path / "records.jsonl", record("x/eager", 1.0))
+    for option, problem in (
+        ("--max-loss=-1", "is not a loss"),
+        ("--max-loss=nan", "is not a loss"),
+        ("--max-loss=inf", "is not a loss"),
+        ("--max-accuracy-loss=1e-300", "is not a share"),
+    ):
+        assert main(["compare", str(tmp_path), str(tmp_path), option]) == 2
+        assert problem in capsys.readouterr().err
 
 
 def test_a_cell_is_named_after_a_colon_which_its_name_may_hold_too(tmp_path):

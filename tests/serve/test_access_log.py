@@ -40,7 +40,7 @@ def test_each_request_is_a_line_with_its_id_and_nothing_that_was_said(logged):
         client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2, "n": 0}),
         client.get("/v1/models?Hello=secret", headers={"x-request-id": "mine-7"}),
         client.get("/v1/models", headers={"Authorization": "Bearer wrong"}),
-        client.get("/no%0Awhere"),
+        client.get("/no%0Awhere%20200%20forged"),
     ]
     found = [LINE.fullmatch(line) for line in lines]
     assert all(found), lines

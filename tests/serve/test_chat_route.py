@@ -86,7 +86,7 @@ def test_a_stream_tells_which_text_was_drafted_if_asked_to(folder: Path) -> None
         httpx2.Client(base_url=server.url, timeout=600) as client,
     ):
         whole = chat(client).json()["choices"][0]["message"]["content"]
-        *plain, _ = events(chat(client, stream=True))
+        *plain, _ = events(chat(client, stream=True, hotloop={"details": None}))
         *chunks, _ = events(chat(client, stream=True, hotloop={"details": True}))
     assert all("hotloop" not in chunk for chunk in plain)
     texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -97,8 +98,8 @@ def compared(folder: Path, quant: str, **options) -> Job:
 
 
 def test_tasks_are_answered_by_the_timed_engine_and_compared_with_the_references_answers(tmp_path):
-    items = [{"context": text, "continuation": "c"} for text in ("a b", "b a", "c a b", "f g")]
-    lines = "\n".join(map(json.dumps, items * 20))
+    texts = map(" ".join, itertools.islice(itertools.permutations("abcdf", 4), 80))
+    lines = "\n".join(json.dumps({"context": text, "continuation": "c"}) for text in texts)
     (tmp_path / "words.jsonl").write_text(lines)
     made = compared(tmp_path, "int8", tasks=[str(tmp_path / "words.jsonl")])
     events = []

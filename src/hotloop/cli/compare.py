@@ -29,6 +29,10 @@ Examples:
 _UNITS = {"speed": "", "quality": " Δ ln ppl", "accuracy": " points of accuracy"}
 
 
+_LEAST = 1e-6
+"""The least share that can be told from 0 in any number of items."""
+
+
 def _share(_type: object, tokens: Sequence[Token]) -> float:
     """Reads a share such as ``2%`` or ``0.02``."""
     (token,) = tokens
@@ -37,7 +41,7 @@ def _share(_type: object, tokens: Sequence[Token]) -> float:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = -1.0
-    if not 0 <= share < 1:
+    if not (share == 0 or _LEAST <= share < 1):
         raise ValueError(f"{shorten_value(token.value)} is not a share: give one such as 2%.")
     return share
 
@@ -47,6 +51,18 @@ def _share_above_0(type_: object, tokens: Sequence[Token]) -> float:
     if (share := _share(type_, tokens)) == 0:
         raise ValueError("no number of items rules out a loss of 0: give a share such as 1%.")
     return share
+
+
+def _loss(_type: object, tokens: Sequence[Token]) -> float:
+    """Reads a loss of ln perplexity."""
+    (token,) = tokens
+    try:
+        loss = float(token.value)
+    except ValueError:
+        loss = -1.0
+    if not 0 <= loss < 100:
+        raise ValueError(f"{shorten_value(token.value)} is not a loss: give one such as 0.02.")
+    return loss
 
 
 @app.default
@@ -60,7 +76,8 @@ def compare(
         option(WORKLOAD, "Loss of decode speed that is tolerated.", "2%", converter=_share),
     ] = 0.02,
     max_loss: Annotated[
-        float, option(QUALITY, "Increase of ln perplexity that is tolerated.")
+        float,
+        option(QUALITY, "Increase of ln perplexity that is tolerated.", converter=_loss),
     ] = MAX_DELTA_LN_PPL,
     max_accuracy_loss: Annotated[
         float,

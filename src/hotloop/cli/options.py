@@ -492,8 +492,8 @@ def _grammar(kind: GrammarKind, file: Path) -> Grammar:
 
 
 def _schema(given: str) -> Grammar:
-    """Returns the grammar of a schema, which is an object, or else of its file."""
-    if given.lstrip().startswith("{"):
+    """Returns the grammar of a schema, which is an object or a boolean, or else of its file."""
+    if given.lstrip().startswith("{") or given.strip() in ("true", "false"):
         return Grammar(kind="json_schema", source=given)
     return _grammar("json_schema", Path(given))
 

@@ -9,14 +9,15 @@ r"""Tasks from local files: one JSON object a line, in one of three forms.
         Cloze: right if every token of the continuation is the most likely one after the context.
 
 ``delimiter`` joins the two texts: a space by default, and ``"\nAnswer: "`` after a query. A file
-has one form. Likelihoods are sums over tokens, and not divided by a length.
+has one form, and an item that it repeats is one item: answers to it are not independent.
+Likelihoods are sums over tokens, and not divided by a length.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -165,7 +166,7 @@ def load(argument: str, n_items: int | None) -> ItemTask:
     if not argument:
         raise ConfigError("the task 'jsonl' needs a file: give jsonl:PATH, or a path in .jsonl.")
     path = Path(argument)
-    items = tuple(itertools.islice(_items(path), n_items))
+    items = tuple(itertools.islice(_distinct(_items(path)), n_items))
     if not items:
         raise config_error(path, "holds no items: give one JSON object a line")
     forms = {type(item).__name__ for item in items}
@@ -191,6 +192,14 @@ def _items(path: Path) -> Iterator[Item]:
                 f"or context and continuation; and not {', '.join(said) or 'no key'}",
             )
         yield validated(form, said, place, refuse=config_error)
+
+
+def _distinct(items: Iterable[Item]) -> Iterator[Item]:
+    seen = set()
+    for item in items:
+        if (said := item.model_dump_json()) not in seen:
+            seen.add(said)
+            yield item
 
 
 def _joined(context: str, delimiter: str, continuation: str) -> tuple[str, str]:

@@ -86,7 +86,7 @@ def load_tasks(texts: Sequence[str], n_items: int | None) -> list[Task]:
     """Loads tasks.
 
     Raises:
-        ConfigError: As for ``load_task``, or two tasks have one name.
+        ConfigError: As for ``load_task``, or two tasks have one name or the same items.
     """
     tasks = [load_task(text, n_items) for text in texts]
     for i, task in enumerate(tasks):
@@ -94,6 +94,12 @@ def load_tasks(texts: Sequence[str], n_items: int | None) -> list[Task]:
             raise ConfigError(
                 f"two tasks are named {shorten_value(task.name)}: rename a file, or leave one out."
             )
+        for other in tasks[:i]:
+            if task.sha256 == other.sha256:
+                raise ConfigError(
+                    f"the tasks {shorten_value(other.name)} and {shorten_value(task.name)} have "
+                    "the same items, which would be counted twice: leave one out."
+                )
     return tasks
 
 

@@ -120,7 +120,8 @@ class Comparison:
     Attributes:
         cells: The cells that both have.
         verdict: The verdict over all of them.
-        missing: Cells that only one set has, as sentences.
+        missing: Cells that only one set has, as sentences. One that was measured in A leaves the
+            verdict undecided.
     """
 
     cells: tuple[ComparedCell, ...]
@@ -217,19 +218,21 @@ def compare(
         )
         for a, b in pairs
     )
-    verdicts = {judged.verdict for cell in cells for judged in cell.judged}
-    verdict: Verdict = "no worse"
-    if "worse" in verdicts:
-        verdict = "worse"
-    elif "undecided" in verdicts:
-        verdict = "undecided"
     paired = {id(record) for pair in pairs for record in pair}
-    missing = [
-        f"{record.cell}: only in {which}"
+    lone = [
+        (which, record)
         for which, records in (("A", before), ("B", after))
         for record in records
         if id(record) not in paired
     ]
+    verdicts = {judged.verdict for cell in cells for judged in cell.judged}
+    unknown = any(which == "A" and record.status in MEASURED for which, record in lone)
+    verdict: Verdict = "no worse"
+    if "worse" in verdicts:
+        verdict = "worse"
+    elif "undecided" in verdicts or unknown:
+        verdict = "undecided"
+    missing = [f"{record.cell}: only in {which}" for which, record in lone]
     return Comparison(cells=cells, verdict=verdict, missing=tuple(missing))
 
 
@@ -331,8 +334,12 @@ def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Judged
             why = "A is no better than guessing"
         return Judged(quantity="accuracy", verdict="undecided", why=why)
     strata = [task.flips for task in tasks if task.name in found.tasks]
+    unknown = sorted({task.task for task in a.tasks} - {task.name for task in tasks})
     verdict: Verdict = "undecided"
-    if found.outcome == "pass":
+    why = needs(found)
+    if found.outcome == "pass" and unknown:
+        why = f"B did not answer the same items of {', '.join(unknown)}"
+    elif found.outcome == "pass":
         verdict = "no worse"
     elif score_limits(strata, confidence=1 - LEVEL / n_tests)[0] > found.margin:
         verdict = "worse"
@@ -341,7 +348,7 @@ def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Judged
         quantity="accuracy",
         shown=f"{-100 * found.loss:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
         verdict=verdict,
-        why=needs(found) if verdict == "undecided" else "",
+        why=why if verdict == "undecided" else "",
         change=-found.loss,
         ci95=(low, high),
         paired=True,

@@ -68,5 +68,5 @@ def _given_id(scope: Scope) -> str | None:
 def _line(scope: Scope, status: str, seconds: float, n_bytes: int, request_id: str) -> str:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     host = scope["client"][0] if scope.get("client") else "-"
-    path = shorten(scope["path"].encode("unicode_escape").decode())
+    path = shorten(scope["path"].encode("unicode_escape").decode().replace(" ", "\\x20"))
     return f"{at} {host} {scope['method']} {path} {status} {seconds:.3f}s {n_bytes}B {request_id}"

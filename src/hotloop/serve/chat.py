@@ -41,7 +41,7 @@ async def chat_completions(request: Request) -> Response:
         model.tokenizer,
         turn.parser,
         named=use.choice == "named",
-        details=asked.hotloop.details,
+        details=bool(asked.hotloop.details),
     )
     return await respond(served, ticket, shape, asked, request.receive)
 

@@ -60,7 +60,7 @@ class Extension(Body):
         speculate: See ``SamplingParams``.
     """
 
-    details: bool = False
+    details: bool | None = None
     speculate: bool | None = None
 
 
