@@ -1,6 +1,8 @@
 """The engine on a CUDA device, against itself on the CPU: ``pytest -m gpu`` where there is one."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from agreement import ALTERNATIVES, assert_top_two_agree
 from tiny_models import write_random
 
 from hotloop import LLM, Grammar, SamplingParams
-from hotloop.engine.core import Features
+from hotloop.engine.core import Command, Features, Pending
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.sampling import Sampler
 from hotloop.engine.service import Service
@@ -256,3 +258,30 @@ def test_memory_is_what_was_predicted(execution: Execution) -> None:
     list(llm.score([[1] * 900]))
     assert torch.cuda.max_memory_allocated() - before <= plan.total_bytes
     llm.close()
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+@pytest.mark.parametrize("execution", ["eager", "auto"])
+def test_the_host_waits_for_nothing_while_it_admits_prefills_and_steps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, execution: str, draft: str
+) -> None:
+    """``test_engine_waits`` finds what PyTorch would wait for; here the device says so."""
+    options = {"execution": execution, "draft": draft, "draft_policy": "always"}
+    every = replace(GREEDY, temperature=0.8, top_k=9, min_new_tokens=2, presence_penalty=0.5)
+    with (
+        LLM(str(folder), device="cuda", max_batch_size=3, prefill_chunk=16, **options) as llm,
+        Service(llm) as service,
+    ):
+        run = llm._runner.run
+
+        def watched(command: Command[Any]) -> Pending[Any]:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return run(command)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(llm._runner, "run", watched)
+        prompts = [[*range(2, 40)], [5, 6], [9], [7, 8, 9]]
+        tickets = [service.submit(prompt, every) for prompt in prompts]
+        assert [len(list(ticket)) > 0 for ticket in tickets] == [True] * 4
