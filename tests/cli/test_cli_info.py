@@ -83,6 +83,13 @@ def test_a_drafter_is_counted_and_shown_beside_the_schemes_that_allow_it(
         assert ("draft" in heading.split()) == shows
 
 
+def test_the_schemes_whose_high_halves_draft_are_shown_where_they_are_to(tiny_llama, capsys):
+    assert main(["info", str(tiny_llama), "--device", "cpu", "--draft", "self", "--json"]) == 0
+    memory = {each["quant"]: each for each in json.loads(capsys.readouterr().out)["memory"]}
+    assert {"int8-g128", "int8-g64", "int8-g32"} <= memory.keys()
+    assert memory["int8-g32"]["draft_bytes"] == 0, "no copy"
+
+
 def test_a_scheme_that_a_model_does_not_allow_has_its_reason_under_the_table(
     tiny_llama, monkeypatch, capsys
 ):

@@ -23,7 +23,7 @@ from hotloop.cli.output import (
     spinner,
 )
 from hotloop.errors import ConfigError, UnsupportedError
-from hotloop.types import EngineConfig
+from hotloop.types import NESTED_DRAFTER, EngineConfig, drafters
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,9 @@ Examples:
 
 SCHEMES = "none,int8,fp8,int4-g128,int4-g64,int4-g32,int4-g32-asym"
 
+NESTED_SCHEMES = "int8-g128,int8-g64,int8-g32"
+"""The schemes whose high halves ``--draft self`` drafts with."""
+
 
 @app.default
 def info(
@@ -54,7 +57,14 @@ def info(
     ] = None,
     /,
     *,
-    quant: Annotated[str, option(MODEL, "The schemes to show, separated by commas.")] = SCHEMES,
+    quant: Annotated[
+        str | None,
+        option(
+            MODEL,
+            "The schemes to show, separated by commas.",
+            f"{SCHEMES}; with --draft self {NESTED_SCHEMES}",
+        ),
+    ] = None,
     fit: FitOptions = DEFAULT_FIT,
     json: Json = False,
 ) -> int:
@@ -75,11 +85,12 @@ def info(
         from hotloop.models.shapes import SHAPES
         from hotloop.quant import parse_scheme
 
-        schemes = listed(quant)
-        for scheme in schemes:
-            parse_scheme(scheme)
         weights = "random" if model in SHAPES else "checkpoint"
         config = EngineConfig(model=model, weights=weights, **fit.given())
+        nested = NESTED_DRAFTER in drafters(config.draft)
+        schemes = listed(quant or (NESTED_SCHEMES if nested else SCHEMES))
+        for scheme in schemes:
+            parse_scheme(scheme)
         about = anatomy(config, schemes)
         print_json(about) if json else _show_model(about)
     return 0
