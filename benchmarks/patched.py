@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         patched = copy_with(args.patch, Path(folder))
         if args.check:
             pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-            where = ["env", "--chdir", str(patched), f"PYTHONPATH={patched / 'src'}"]
+            where = ["env", "--chdir", str(patched), importing_from(patched / "src")]
             if not run([*where, *pytest, *shlex.split(args.check)], LIMIT_S):
                 sys.exit(f"tests of {args.patch.name} failed: {args.check}")
         for pair in range(args.pairs):
@@ -102,6 +102,11 @@ def copy_with(patch: Path, folder: Path) -> Path:
     return copy
 
 
+def importing_from(source: Path) -> str:
+    """Returns an assignment for ``env``: hotloop of ``source``, before what is imported now."""
+    return f"PYTHONPATH={os.pathsep.join([str(source), *sys.path[1:]])}"
+
+
 def in_process(args: argparse.Namespace, cell: str, source: Path) -> dict[str, Any] | None:
     """Measures a cell in a process of its own that imports from ``source``; None if it fails."""
     shape, _, scheme = cell.rpartition("/")
@@ -110,8 +115,7 @@ def in_process(args: argparse.Namespace, cell: str, source: Path) -> dict[str, A
     job |= {"device": "cpu" if args.rehearse else "cuda"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, str(args.patch), "--out", folder]
-        environment = ["env", f"PYTHONPATH={source}"]
-        if not run([*environment, *command, "--worker", json.dumps(job)], LIMIT_S):
+        if not run(["env", importing_from(source), *command, "--worker", json.dumps(job)], LIMIT_S):
             return None
         return json.loads(Path(folder, "worker.json").read_text())
 
