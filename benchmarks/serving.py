@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import gc
 import itertools
 import json
 import random
@@ -221,6 +222,7 @@ def be_engine(job: Job, commands: TextIO, answers: TextIO) -> None:
             with HttpServer(ServerSettings(port=0)) as server:
                 with Service(llm, loop=server.loop) as service:
                     server.attach(service)
+                    gc.freeze()  # as hotloop serve does
                     say(server.url)
                     next(lines)  # stop
                     server.close()
@@ -508,7 +510,7 @@ def tok_s(samples: Iterable[Sample]) -> float:
 
 def pause_table(found: Iterable[Sequence[Sample]]) -> str:
     """Makes the table of ``pause``: medians, and the longest pause."""
-    head = ("model", "scheme", "one chunk of prefill (ms)", "step, median (ms)",
+    head = ("model", "scheme", "one chunk of prefill (ms)", "ITL p50 (ms)",
             "longest pause beside long prompts (ms)", "chunks beside a stream")  # fmt: skip
     rows = []
     for header, *samples in found:
