@@ -274,7 +274,7 @@ def test_one_named_gpu_for_several_ranks_is_refused(nine, monkeypatch):
         (
             {"tensor_parallel": 3, "quant": "int4-g64", "model": "narrow"},
             UnsupportedError,
-            "64 features that share a scale; only 1 works",
+            "in groups of 64 that share a scale; only 1 works",
         ),
     ],
 )

@@ -156,8 +156,8 @@ def test_a_refusal_names_the_problem_and_the_degrees_that_work():
     with pytest.raises(UnsupportedError) as caught:
         split(4, **tiny, alignment=32)
     assert str(caught.value) == (
-        "tensor_parallel 4 cannot split 4 query heads, 2 key/value heads and 128 features and 32 "
-        "features that share a scale; 1 and 2 work."
+        "tensor_parallel 4 cannot split 4 query heads, 2 key/value heads and 128 features in "
+        "groups of 32 that share a scale; 1 and 2 work."
     )
     with pytest.raises(UnsupportedError, match=r"tensor_parallel 10 .*; 1, 2, .* and 9 work\."):
         split(10, **SMOLLM2, alignment=1)

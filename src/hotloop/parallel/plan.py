@@ -114,7 +114,7 @@ def plan_shards(
             if all(splits(n).values()) and _split_finely(vocab_size, n, 1)
         ]
         alignment = max(shape.heads_alignment, shape.features_alignment)
-        scaled = f" and {alignment} features that share a scale" if alignment > 1 else ""
+        scaled = f" in groups of {alignment} that share a scale" if alignment > 1 else ""
         raise UnsupportedError(
             f"tensor_parallel {n_ranks} cannot split {shape.n_heads} query heads, "
             f"{shape.n_kv_heads} key/value heads and {shape.n_features} features{scaled}; "
