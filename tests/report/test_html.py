@@ -18,6 +18,7 @@ from hotloop.bench.record import Figure, Record, TaskFigures, Workload
 from hotloop.bench.statistics import mean_figure
 from hotloop.cli.app import main
 from hotloop.report.fields import value_of
+from hotloop.report.glossary import names_explained
 from hotloop.report.html import TEMPLATES, to_html
 from hotloop.report.labels import Box, place_labels
 from hotloop.report.read import read_records
@@ -248,6 +249,41 @@ def test_equal_qualities_do_not_differ_and_noise_is_said_to_be_noise():
     assert cells[1] == "not significantly different"
     assert cells[2:4] == ["0", "no difference"]
     assert cells[4] == "within noise of it"
+
+
+def test_without_quality_no_column_is_about_it_and_the_first_row_is_what_is_compared_with():
+    page = to_html([cell("int8", name, tok_s, loss=None) for name, tok_s in SPEEDS.items()])
+    (table,) = (t for t in elements(parsed(page), "table") if "compared with" in text_of(t))
+    assert [text_of(th) for th in elements(elements(table, "thead")[0], "th")] == [
+        "configuration",
+        "decode speed",
+        "speed",
+    ]
+    assert "compared with" in text_of(elements(elements(table, "tbody")[0], "tr")[0])
+    assert "paired by window" not in page
+
+
+SPEEDS = {"eager": 20.0, "compile": 50.0}
+
+
+def test_a_reader_finds_what_the_parts_of_a_name_mean_and_only_of_those_that_occur():
+    theirs = record("vllm/int4-g128-asym", 40, baseline="vllm", config={"quant": "int4-g128-asym"})
+    split = cell("int8", "compile", 60, loss=None, tensor_parallel=2, draft="ngram")
+    explained = dict(names_explained([split, theirs]))
+    parts = ["int8", "int4", "g128", "asym", "compile", "tp2", "draft=…", "vllm"]
+    assert [part for part in explained if part != "a/b/…"] == parts
+    page = text_of(parsed(to_html([split, theirs])))
+    assert all(meaning in page for meaning in explained.values())
+
+
+def test_eager_on_a_gpu_is_said_to_wait_for_its_host():
+    def caption(kind: str) -> str:
+        place = {"device": {"kind": kind, "name": "A device"}}
+        page = to_html([cell("int8", "eager", 20, loss=None, provenance=place)])
+        return text_of(elements(parsed(page), "main")[0])
+
+    assert "waits for the host" in caption("cuda")
+    assert "waits for the host" not in caption("cpu")
 
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&\u202e\x1b[2J\x00'

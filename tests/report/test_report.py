@@ -204,7 +204,7 @@ def test_records_that_do_not_compare_are_not_compared():
     assert "different devices" in found.why
 
 
-def test_an_unstable_speed_is_recommended_with_a_warning():
+def test_an_unstable_speed_is_recommended_with_the_note():
     found = recommend([record("none/eager", 30, loss=0.0, status="unstable", reason="r")])
     assert found.cell == "none/eager"
     assert "unstable" in found.why
@@ -243,10 +243,25 @@ def test_cells_without_a_fast_kernel_have_a_note_and_are_recommended_with_a_warn
     assert row.record == slow
     assert row.cells[2] == "50.00 ± 0.10 [1] [2]"
     assert table.notes == (note, sentence)
-    assert f" Note: {note}. Note: {sentence}" in table.advice[0]
-    assert ".." not in table.advice[0]
+    assert table.advice[-1] == f"Of int8/eager: {note}. {sentence}"
     (page,) = make_page([slow])
     assert note in page.notes
+
+
+def test_other_engines_come_first_wherever_they_were_measured():
+    theirs = record("vllm", 40, baseline="vllm")
+    records = [REFERENCE, theirs, record("int8/eager", 50)]
+    assert [one.cell for one in latest(records)] == ["vllm", "none/eager", "int8/eager"]
+    for table in (make_table(records), *make_page(records)):
+        assert table.rows[0].record == theirs
+
+
+def test_a_gpu_is_named_with_its_host():
+    gpu = {"kind": "cuda", "name": "A GPU", "n_threads": None}
+    host = {"cpu": "A Processor", "n_cpus_allowed": 16}
+    on_gpu = record("int8/eager", 50, provenance={"device": gpu, "host": host})
+    assert dict(make_table([on_gpu]).context)["device"] == "A GPU, host A Processor, 16 CPUs"
+    assert make_page([on_gpu])[0].title.endswith("on A GPU")
 
 
 def test_a_batch_has_the_speed_of_one_sequence_and_that_of_all():
@@ -434,7 +449,7 @@ def test_acceptance_of_random_weights_is_said_to_mean_nothing():
 def test_another_engine_is_in_the_table_and_is_not_recommended():
     theirs = record("none/eager", 90, baseline="another", loss=0.0)
     table = make_table([REFERENCE, theirs])
-    assert [row.recommended for row in table.rows] == [True, False]
+    assert [row.recommended for row in table.rows] == [False, True]
 
 
 def test_a_results_folder_gets_its_tables_from_its_records_alone(tmp_path):

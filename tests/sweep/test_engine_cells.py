@@ -53,7 +53,7 @@ def recipe(tmp_path: Path, model: Path) -> Recipe:
 
 def test_an_engines_form_of_the_model_is_compared_with_the_recipes_model(recipe, model, copy):
     recipe = replace_models(recipe, checkpoints={"transformers": str(copy)})
-    own, other = make_jobs(expand(recipe), recipe.workload, recipe.quality_options)
+    other, own = make_jobs(expand(recipe), recipe.workload, recipe.quality_options)
     assert (own.config.source, other.config.source) == (str(model), str(copy))
     assert other.config.model == str(model)
     assert other.weights_sha256 != own.weights_sha256
@@ -65,12 +65,12 @@ def test_an_engines_form_of_the_model_is_compared_with_the_recipes_model(recipe,
 def test_the_content_of_a_form_counts_and_not_its_place(recipe, copy):
     def key(checkpoint: Path) -> str:
         replaced = replace_models(recipe, checkpoints={"transformers": str(checkpoint)})
-        return make_jobs(expand(replaced), replaced.workload, None)[1].key
+        return make_jobs(expand(replaced), replaced.workload, None)[0].key
 
     before = key(copy)
     moved = copy.rename(copy.with_name("moved"))
     assert key(moved) == before
-    assert make_jobs(expand(recipe), recipe.workload, None)[1].key != before
+    assert make_jobs(expand(recipe), recipe.workload, None)[0].key != before
 
 
 def test_an_interpreter_of_the_command_line_replaces_the_recipes(recipe):

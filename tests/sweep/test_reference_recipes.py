@@ -64,7 +64,7 @@ WITH_DRAFTS = [
 
 @pytest.mark.parametrize(
     ("name", "cells"),
-    [("asclepius-13b", [*TABLE, BASELINE]), ("llama-2-70b", TABLE + WITH_DRAFTS)],
+    [("asclepius-13b", [BASELINE, *TABLE]), ("llama-2-70b", TABLE + WITH_DRAFTS)],
 )
 def test_a_recipe_is_the_references_table_cell_by_cell_and_the_fused_step(name, cells):
     recipe = with_random_weights(f"{name}.yaml")

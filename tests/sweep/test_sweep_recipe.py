@@ -35,15 +35,15 @@ def refused(folder: Path, text: str) -> str:
     return str(error.value)
 
 
-def test_the_demo_is_schemes_times_executions():
+def test_the_demo_is_the_baseline_then_schemes_times_executions():
     assert cell_names(expand(load_recipe(RECIPES / "demo.yaml"))) == [
+        "transformers",
         "none/auto",
         "none/compile",
         "int8/auto",
         "int8/compile",
         "int4-g64/auto",
         "int4-g64/compile",
-        "transformers",
     ]
 
 
@@ -71,6 +71,13 @@ def test_defaults_hold_for_the_matrix_and_for_explicit_cells(tmp_path):
     assert compiled == EngineConfig(execution="compile", dtype="float32", **common)
     assert eager == EngineConfig(execution="eager", dtype="float32", **common)
     assert explicit == EngineConfig(quant="int8", dtype="bfloat16", **common)
+
+
+def test_other_engines_are_measured_before_the_cells_that_are_compared_with_them(tmp_path):
+    recipe = load(
+        tmp_path, "model: m\nmatrix: {quant: [int8]}\ncells: [{quant: none}, {engine: vllm}]"
+    )
+    assert [config.engine for config in expand(recipe)] == ["vllm", "hotloop", "hotloop"]
 
 
 def test_explicit_cells_alone_need_no_matrix(tmp_path):

@@ -22,11 +22,14 @@ from hotloop.errors import ConfigError
 from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
+    CellPrepared,
     CellSkipped,
     CellStarted,
     Noticed,
     ReferenceFinished,
     ReferenceStarted,
+    from_line,
+    to_line,
 )
 from hotloop.sweep.part import Part
 from hotloop.sweep.recipe import Recipe, recipe_from_flags
@@ -62,6 +65,13 @@ def circumstances(monkeypatch: pytest.MonkeyPatch) -> dict:
     now = copy.deepcopy(CIRCUMSTANCES)
     monkeypatch.setattr(hardware, "circumstances", lambda: copy.deepcopy(now))
     return now
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_cell_knows_before_it_loads_is_sent_without_a_warning_in_its_log():
+    provenance = {"circumstances": CIRCUMSTANCES | {"gpus": ["A GPU", "A GPU"]}}
+    prepared = CellPrepared("int8/eager", None, provenance)
+    assert from_line(to_line(prepared)) == prepared
 
 
 def recipe(*ends: End, timeout_s: float = HANG_S) -> Recipe:

@@ -299,6 +299,13 @@ class RecordedDevice(_Keys, total=False):
     datasheet_bytes_per_s: Annotated[float, Field(gt=0, le=MAX_NUMBER)] | None
 
 
+class RecordedHost(_Keys, total=False):
+    """The host's processors as a record has them."""
+
+    cpu: Name | None
+    n_cpus_allowed: Count
+
+
 class RecordedStorage(_Keys, total=False):
     """``weights.identity.StoredForm`` as a record has it."""
 
@@ -312,7 +319,7 @@ class Circumstances(_Keys, total=False):
     commit: Name | None
     packages: Name
     driver: Name | None
-    gpus: Annotated[tuple[Name, ...], Field(strict=False)]
+    gpus: list[Name]
     free_bytes: dict[str, Bytes | None]
 
 
@@ -327,6 +334,7 @@ class Provenance(_Keys, total=False):
     hotloop: RecordedHotloop
     versions: dict[str, Name | None]
     device: RecordedDevice
+    host: RecordedHost
     key: Name
     circumstances: Circumstances
     stored: RecordedStorage

@@ -80,10 +80,14 @@ def device_name(record: Record) -> str:
 
 
 def _device(record: Record) -> str:
-    n_threads = record.provenance.get("device", {}).get("n_threads")
-    return device_name(record) + (
-        f", {n_threads} thread{'s' * (n_threads > 1)}" if n_threads else ""
-    )
+    """Names the device; a GPU with its host, which launches kernels and is waited for."""
+    device, host = record.provenance.get("device", {}), record.provenance.get("host", {})
+    if (n_threads := device.get("n_threads")) is not None:
+        return f"{device_name(record)}, {n_threads} thread{'s' * (n_threads > 1)}"
+    if device.get("kind") != "cuda" or not (cpu := host.get("cpu")):
+        return device_name(record)
+    n_cpus = host.get("n_cpus_allowed")
+    return f"{device_name(record)}, host {cpu}" + (f", {n_cpus} CPUs" if n_cpus else "")
 
 
 def _bandwidth(records: Sequence[Record]) -> str:

@@ -30,6 +30,7 @@ from hotloop.report.differences import (
     speed_difference,
 )
 from hotloop.report.fields import value_of
+from hotloop.report.glossary import names_explained
 from hotloop.report.layout import Column, Row, Table
 from hotloop.report.numbers import percent
 from hotloop.report.page import comparable, make_page
@@ -176,12 +177,15 @@ class _Group:
     id: str
     title: str
     facts: tuple[tuple[str, str], ...]
+    names: tuple[tuple[str, str], ...]
     verdict: tuple[str, ...]
     more_advice: tuple[str, ...]
+    note: str
     run: str | None
     drawn: tuple[_Drawn, ...]
     base: str
     against: tuple[_Against, ...]
+    quality_known: bool
     table: Table
     lines: tuple[_Line, ...]
     page: Table
@@ -200,9 +204,15 @@ def _group(group_id: str, records: Sequence[Record], tolerance: float) -> _Group
     return _Group(
         id=group_id,
         title=page.title,
-        facts=(("cells", _statuses(records)), *_recipes(records), *table.context),
+        facts=(
+            ("cells", _statuses(records)),
+            *_recipes(records),
+            *table.context,
+        ),
+        names=tuple(names_explained(records)),
         verdict=_verdict(recommendation),
         more_advice=recommendation.passed_over[1:],
+        note=recommendation.note,
         run=chat_command(recommendation.record) if recommendation.record else None,
         drawn=tuple(
             _Drawn(
@@ -218,6 +228,7 @@ def _group(group_id: str, records: Sequence[Record], tolerance: float) -> _Group
         ),
         base=base.cell if base else "",
         against=_against(records, base) if base else (),
+        quality_known=recommendation.quality_known,
         table=table,
         lines=_lines(table, numbers, group_id),
         page=page,
@@ -244,6 +255,8 @@ def _fastest(records: Sequence[Record]) -> Record | None:
 
 def _statuses(records: Sequence[Record]) -> str:
     counts = Counter(record.status for record in records)
+    if len(counts) == 1:
+        return f"{len(records)}, all {next(iter(counts))}"
     return f"{len(records)}: " + ", ".join(f"{n} {status}" for status, n in counts.items())
 
 
@@ -262,6 +275,7 @@ def _recipes(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 def _against(records: Sequence[Record], base: Record) -> tuple[_Against, ...]:
     timed = [record for record in records if record.decode_tok_s]
+    timed.sort(key=lambda record: record is not base)
     on_front = front(timed)
     near = near_front(timed, on_front)
     rows = []

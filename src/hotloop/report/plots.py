@@ -492,6 +492,12 @@ def step_parts(records: Sequence[Record]) -> list[StepParts]:
     return sorted(parts, key=lambda part: part.step_s)
 
 
+EAGER_ON_A_GPU = (
+    " With eager, Python starts every operation, and dequantized weights are written to memory: "
+    "where its time does not fall with the bytes, as over more ranks, the GPU waits for the host, "
+    "whose speed then decides, and varies."
+)
+
 STEP_PARTS = (
     "reading weights",
     "reading the KV cache",
@@ -523,12 +529,19 @@ def step_times(records: Sequence[Record]) -> Bars | None:
         title="Where a step's time goes",
         caption="One decode step must read the weights and the KV cache once: at the bandwidth "
         "measured beside it, that is its limit. Beyond it lie what the fastest execution of the "
-        "same weights saves, and what remains in that one too.",
+        "same weights saves, and what remains in that one too."
+        + EAGER_ON_A_GPU
+        * any(map(_is_eager_on_a_gpu, (part.record for part in parts))),
         summary="; ".join(f"{bar.label}: {bar.text}" for bar in bars) + ".",
         x=_from_zero("ms per step", [sum(bar.values) for bar in bars]),
         parts=STEP_PARTS,
         bars=tuple(bars),
     )
+
+
+def _is_eager_on_a_gpu(record: Record) -> bool:
+    on = record.provenance.get("device", {}).get("kind")
+    return on == "cuda" and (record.engine or {}).get("execution") == "eager"
 
 
 def _same_but_execution(record: Record) -> str:

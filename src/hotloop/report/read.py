@@ -35,7 +35,10 @@ def read_records(
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """Returns the last record of each cell, in the order in which cells first appear.
+    """Returns the last record of each cell: those of other engines, then ours.
+
+    Both are in the order in which cells first appear. The others are what ours are compared with,
+    and a sweep that was resumed may have measured them last.
 
     A cell is identified by its engine and configuration, and not by its name, in which ``auto`` is
     replaced by the execution that ran. ``max_seq_len`` depends on the workload and is ignored, so
@@ -48,4 +51,4 @@ def latest(records: Iterable[Record]) -> list[Record]:
         if "/max_seq_len=" not in record.cell:
             config.pop("max_seq_len", None)
         cells[record.baseline, json.dumps(config, sort_keys=True)] = record
-    return list(cells.values())
+    return sorted(cells.values(), key=lambda record: record.baseline is None)

@@ -40,6 +40,7 @@ class Recommendation:
         cell: The configuration's name; None if none can be recommended.
         record: Its record.
         why: A sentence.
+        note: What its engine noted, as a paragraph; its row has the same. Empty without notes.
         passed_over: A sentence for each configuration that was as fast or faster.
         quality_known: Whether quality had a part in it.
         max_delta_ln_ppl: The tolerance.
@@ -48,6 +49,7 @@ class Recommendation:
     cell: str | None
     record: Record | None = None
     why: str
+    note: str = ""
     passed_over: tuple[str, ...] = ()
     quality_known: bool
     max_delta_ln_ppl: float
@@ -78,6 +80,7 @@ def recommend(
             cell=chosen.cell if chosen else None,
             record=chosen,
             why=why,
+            note=_noted(chosen) if chosen else "",
             passed_over=(*passed_over, *unknown),
             quality_known=bool(scored),
             max_delta_ln_ppl=max_delta_ln_ppl,
@@ -241,9 +244,12 @@ def _gain(chosen: Record, scored: Sequence[Record]) -> str:
 
 
 def _caveat(record: Record) -> str:
-    unstable = " Its speed was unstable between repeats." if record.status == "unstable" else ""
-    noted = [f" Note: {note.removesuffix('.')}." for note in notes(record)]
-    return unstable + "".join(noted)
+    return " Its speed was unstable between repeats." if record.status == "unstable" else ""
+
+
+def _noted(record: Record) -> str:
+    sentences = " ".join(f"{note.removesuffix('.')}." for note in notes(record))
+    return f"Of {record.cell}: {sentences}" if sentences else ""
 
 
 def _incomparable(records: Sequence[Record]) -> str | None:

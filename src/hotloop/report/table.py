@@ -151,7 +151,7 @@ def _advice(recommendation: Recommendation) -> list[str]:
     if recommendation.cell is None:
         return [f"No recommendation: {recommendation.why}", *recommendation.passed_over]
     first = f"{STAR} Recommended: {recommendation.cell}, because {recommendation.why}"
-    return [first, *recommendation.passed_over]
+    return [first, *recommendation.passed_over, *filter(None, [recommendation.note])]
 
 
 def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:

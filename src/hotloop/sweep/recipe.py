@@ -65,7 +65,7 @@ from hotloop.evaluate.perplexity import Protocol
 from hotloop.evaluate.tasks import resolve_task
 from hotloop.outside import Place, StrictModel, config_error, read_text, validated
 from hotloop.sweep.bounded_yaml import parse_yaml
-from hotloop.types import EngineConfig, WeightSource, is_draft_model, levers
+from hotloop.types import OWN_ENGINE, EngineConfig, WeightSource, is_draft_model, levers
 from hotloop.writing import check_component
 
 MAX_RECIPE_BYTES = 256 * 2**10
@@ -390,6 +390,9 @@ def replace_models(
 def expand(recipe: Recipe) -> list[EngineConfig]:
     """Makes every configuration of a recipe: the product of the matrix, then the explicit cells.
 
+    Those of other engines come before all, so that a sweep that is stopped has what its cells are
+    compared with.
+
     Where the recipe does not say, ``max_batch_size`` is the workload's batch and ``max_seq_len``
     is what the workload and the quality windows need, so that memory is that of the experiment
     and not of the model's whole context.
@@ -420,7 +423,8 @@ def expand(recipe: Recipe) -> list[EngineConfig]:
                 "from `cells` or from a list of `matrix`."
             )
     cells = _with_defaults(defaults, combinations, explicit)
-    return list(dict.fromkeys(_config(recipe, levers) for levers in cells))
+    configs = dict.fromkeys(_config(recipe, levers) for levers in cells)
+    return sorted(configs, key=lambda config: config.engine == OWN_ENGINE)
 
 
 def fit_to_experiment(

@@ -142,7 +142,7 @@ def _may_run_now(earlier: Record, provenance: Mapping[str, Any]) -> bool:
     fixed = ("commit", "packages", "driver")
     if any(was.get(name) != now[name] for name in fixed):
         return True
-    if list(was.get("gpus", ())) != now["gpus"]:
+    if was.get("gpus", []) != now["gpus"]:
         return True
     if earlier.status == "unsupported":
         return False
