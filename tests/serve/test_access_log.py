@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 from serving import HELLO
+from waiting import wait_until
 
 from hotloop import LLM
 from hotloop.engine.service import Service
@@ -32,6 +33,12 @@ def logged(llm: LLM) -> Iterator[tuple[httpx2.Client, list[str]]]:
         server.close()
 
 
+def written(lines: list[str], n: int) -> list[str]:
+    """The lines, once there are ``n``: an answer may be read before its line is written."""
+    wait_until(lambda: len(lines) >= n, f"{n} lines")
+    return lines
+
+
 def test_each_request_is_a_line_with_its_id_and_nothing_that_was_said(logged):
     client, lines = logged
     answers = [
@@ -42,7 +49,7 @@ def test_each_request_is_a_line_with_its_id_and_nothing_that_was_said(logged):
         client.get("/v1/models", headers={"Authorization": "Bearer wrong"}),
         client.get("/no%0Awhere%20200%20forged"),
     ]
-    found = [LINE.fullmatch(line) for line in lines]
+    found = [LINE.fullmatch(line) for line in written(lines, len(answers))]
     assert all(found), lines
     assert [line["status"] for line in found if line] == [str(a.status_code) for a in answers]
     assert [line["id"] for line in found if line] == [a.headers["x-request-id"] for a in answers]
@@ -59,4 +66,19 @@ def test_an_id_that_could_not_stand_in_a_line_is_replaced(logged):
         headers = {"x-request-id": given.encode()}
         response = client.get("/health", headers=headers)
         assert re.fullmatch(r"[0-9a-f]{24}", response.headers["x-request-id"])
-    assert len(lines) == 4
+    assert len(written(lines, 4)) == 4
+
+
+def test_a_fault_of_ours_has_an_id_and_a_line(logged, monkeypatch):
+    client, lines = logged
+
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("hotloop.serve.models._model", fails)
+    response = client.get("/v1/models")
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    (line,) = map(LINE.fullmatch, written(lines, 1))
+    assert line is not None
+    assert (line["status"], line["id"]) == ("500", response.headers["x-request-id"])

@@ -1,6 +1,7 @@
 """A server from loading to its end: who asks is always answered, and nothing is left behind."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -208,6 +209,7 @@ def test_what_is_no_request_is_answered_in_the_shape_of_the_api(llm, sent, statu
     with serving(llm) as server:
         head, _, body = raw(server, sent).partition(b"\r\n\r\n")
         assert head.startswith(f"HTTP/1.1 {status} ".encode())
+        assert re.search(rb"\r\nx-request-id: [0-9a-f]{24}(\r\n|$)", head)
         assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import re
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -35,12 +34,12 @@ on with spaces for ever."""
 MOST_COMPILED = 32
 """The most compiled grammars, and reasons of refused ones, to keep."""
 
-SLOW_S = 0.1
-"""A mask that takes longer delays other requests noticeably. An ambiguous grammar can come to this,
-since its parses are counted at each token, within all of the library's limits."""
-
-MOST_SLOW = 3
-"""The most slow masks of an answer; more than one, since the host may be busy with other things."""
+MOST_ITEMS = 800
+"""The most items of the parser at one position of an answer that follows a grammar in Lark. Where
+that can be parsed in many ways, they become more with every character, and the time of a mask grows
+with their cube: 70 ms with 800, in which other requests wait. A JSON schema takes a millisecond
+with the 2,000 that the library allows, and a list of many optional properties needs them. The time
+itself decides nothing: the same answer would be refused on a busy machine only."""
 
 _ANY_OBJECT = '{"type": "object"}'
 
@@ -127,7 +126,7 @@ class Grammars:
     def _compile(self, grammar: Grammar) -> Any:
         library = _library()
         matcher = library.LLMatcher(
-            self._vocabulary, _translated(grammar), log_level=0, limits=_limits()
+            self._vocabulary, _translated(grammar), log_level=0, limits=_limits(grammar.kind)
         )
         # A first mask builds what later ones share, or fails. It can also leave so much behind that
         # the second fails after seconds, in which other answers of a server would wait.
@@ -171,7 +170,6 @@ class Matcher:
 
     def __init__(self, matcher: Any, n_tokens: int) -> None:
         self._matcher, self._n_tokens = matcher, n_tokens
-        self._n_slow = 0
         self._is_lost = False  # the library cannot follow it further
         self.failure: str | None = None
 
@@ -202,7 +200,6 @@ class Matcher:
         """
         if self._is_lost:
             return
-        began = time.perf_counter()
         n = next((i for i, token in enumerate(drafts) if not 0 <= token < self._n_tokens), None)
         drafts, row_bytes = list(drafts[:n]), mask_TW.stride(0) * mask_TW.itemsize
         if drafts:
@@ -214,10 +211,6 @@ class Matcher:
         self._check()
         if self._is_lost:
             mask_TW.fill_(-1)
-        # Its masks stay right, since ranks that measure different times must stay in step.
-        self._n_slow += time.perf_counter() - began > SLOW_S
-        if self._n_slow > MOST_SLOW and self.failure is None:
-            self.failure = f"{self._n_slow} of its tokens took longer than {SLOW_S:g} s."
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -235,7 +228,7 @@ def check_syntax(grammar: Grammar) -> None:
         UnsupportedError: llguidance is not installed.
     """
     check = _library().LLMatcher.validate_grammar_with_warnings
-    failed, problems = check(_translated(grammar), limits=_limits())
+    failed, problems = check(_translated(grammar), limits=_limits(grammar.kind))
     _refuse_first(grammar, problems if failed else ())
 
 
@@ -331,6 +324,7 @@ def _executor() -> Any:
     return _library().LLExecutor(1)
 
 
-def _limits() -> Any:
-    """Returns the library's own limits, with errors that do not quote the grammar."""
-    return _library().LLParserLimits(verbose_errors=False)
+def _limits(kind: GrammarKind) -> Any:
+    """Returns the limits of a grammar: the library's own, with errors that do not quote it."""
+    of_kind = {"max_items_in_row": MOST_ITEMS} if kind == "lark" else {}
+    return _library().LLParserLimits(verbose_errors=False, **of_kind)

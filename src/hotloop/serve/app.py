@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from hotloop.errors import HotloopError
 from hotloop.serve.access_log import RequestLog
@@ -25,7 +26,7 @@ from hotloop.serve.served import Served
 from hotloop.serve.tokens import detokenize, tokenize, tokenizer_info
 
 
-def create_app(served: Served, access_log: Callable[[str], None] | None = None) -> Starlette:
+def create_app(served: Served, access_log: Callable[[str], None] | None = None) -> ASGIApp:
     """Makes the application that serves a model.
 
     Args:
@@ -48,7 +49,6 @@ def create_app(served: Served, access_log: Callable[[str], None] | None = None) 
             Route("/metrics", metrics),
         ],
         middleware=[
-            Middleware(RequestLog, write=access_log),
             *_cors(served.settings.cors_origins),
             Middleware(Gate, settings=served.settings),
         ],
@@ -57,7 +57,7 @@ def create_app(served: Served, access_log: Callable[[str], None] | None = None) 
         ),
     )
     app.state.served = served
-    return app
+    return RequestLog(app, access_log)  # around all else: also a fault of ours has an id
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import sys
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from hotloop.serve.access_log import REQUEST_ID
 from hotloop.serve.errors import ApiError, unavailable
 from hotloop.serve.settings import ServerSettings
 
@@ -114,6 +116,7 @@ class LimitedProtocol(H11Protocol):
                 "content-type": "application/json",
                 "content-length": str(len(body)),
                 "connection": "close",
+                REQUEST_ID: secrets.token_hex(12),
                 **(error.headers or {}),
             }
             events = (
