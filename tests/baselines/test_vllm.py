@@ -104,6 +104,16 @@ def test_eager_and_the_lengths_are_those_of_the_cell(folder):
 
 
 @pytest.mark.usefixtures("_fake")
+def test_what_its_environment_says_of_speed_is_a_setting_and_nothing_else_is(folder, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_API_KEY", "a secret")
+    settings = create(folder).describe().settings
+    assert settings["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert "a secret" not in settings.values()
+    assert "VLLM_ATTENTION_BACKEND" not in settings
+
+
+@pytest.mark.usefixtures("_fake")
 def test_a_checkpoint_is_run_in_its_own_quantization_and_no_other(folder, tmp_path):
     with pytest.raises(UnsupportedError, match=r"does not quantize .* is stored as 'none'"):
         create(folder, quant="int8")

@@ -8,6 +8,7 @@ Prompts are in no prefix cache, and memory is what vLLM is told to reserve, whic
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -48,6 +49,15 @@ TOP_K = 20
 """Most likely tokens at each position that scores are made of; vLLM's default maximum."""
 
 _CONFIG = "config.json"
+
+_SPEED_VARIABLES = (
+    "VLLM_ATTENTION_BACKEND",
+    "VLLM_DISABLED_KERNELS",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_USE_FLASHINFER_SAMPLER",
+    "VLLM_WORKER_MULTIPROC_METHOD",
+)
+"""Variables of its environment that change what runs; others can hold keys and paths."""
 
 
 class VllmEngine:
@@ -140,6 +150,7 @@ class VllmEngine:
         settings = dict(self._options)
         resolved = getattr(self._llm, "model_config", None)
         settings["resolved_quantization"] = getattr(resolved, "quantization", None)
+        settings |= {name: os.environ[name] for name in _SPEED_VARIABLES if name in os.environ}
         return EngineDescription(
             config=self._config,
             family=model.family,
