@@ -35,6 +35,7 @@ from hotloop.bench.measure import measure_speed
 from hotloop.bench.record import MEASURED, Record, Workload
 from hotloop.hardware import measure_read_bandwidth, provenance
 from hotloop.report.read import read_records
+from hotloop.report.recommend import MIN_REPEATS
 from hotloop.sweep.store import RECORDS
 
 SCHEMES = {
@@ -77,17 +78,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             limit_s = len(SCHEMES[shape]) * CELL_S
             if not run(sweep(shape, execution, args.out / shape), limit_s):
                 failed.append(f"{shape} {execution}")
-    found = [
-        speed_table(args.out / shape for shape in SCHEMES),
-        figures_table(args.out),
-        steps_table(args.out / "kernels" / "stack.json"),
-        products_table(args.out / "kernels" / "linear.json"),
-    ]
-    tables = "\n".join(filter(None, found))
-    print(tables)
+    made = tables(args.out)
+    print(made)
     if args.docs:
-        write_between(args.docs, begin, end, tables)
+        write_between(args.docs, begin, end, made)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+def tables(out: Path) -> str:
+    """Makes all tables of a folder of results."""
+    found = [
+        speed_table(out / shape for shape in SCHEMES),
+        figures_table(out),
+        steps_table(out / "kernels" / "stack.json"),
+        products_table(out / "kernels" / "linear.json"),
+    ]
+    return "\n".join(filter(None, found))
 
 
 def run(command: list[str], limit_s: float) -> bool:
@@ -188,11 +194,20 @@ def line(shape: str, record: Record) -> tuple[str, ...]:
     scheme, execution = record.config["quant"], (record.engine or {}).get("execution", "–")
     if record.status not in MEASURED:
         return (shape, scheme, record.config["execution"], record.status, "", "", "")
-    speeds = (plus_minus(figure) for figure in (record.decode_tok_s, record.e2e_tok_s))
+    speeds = [speed(record), plus_minus(record.e2e_tok_s)]
     mbu = percent(record.mbu.mean) if record.mbu else "–"
     cache = (record.engine or {}).get("compile_cache") or "–"
     ready = f"{record.warmup_s:.1f} s, {cache}" if record.warmup_s is not None else "–"
     return (shape, scheme, execution, *speeds, mbu, ready)
+
+
+def speed(record: Record) -> str:
+    """Formats the decode speed of a measured record; one that is not well known says so."""
+    figure = record.decode_tok_s
+    assert figure is not None, "only measured records have a speed"
+    doubts = ["unstable"] * (record.status == "unstable")
+    doubts += [f"{figure.n} repeats"] * (figure.n < MIN_REPEATS)
+    return plus_minus(figure) + (f" ({', '.join(doubts)})" if doubts else "")
 
 
 def plus_minus(figure: Any) -> str:

@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gpu import median, percent, plus_minus, require_marks, write_between
+from gpu import median, percent, require_marks, write_between
+from gpu import speed as speed_of
 
 from hotloop.bench.record import MEASURED, Record, Status
 from hotloop.report.read import latest, read_records
@@ -539,7 +540,7 @@ def table_lines(
         if record.status not in MEASURED or record.decode_tok_s is None:
             lines.append(f"| {' | '.join([*cells, record.status, '', '', ''])} |")
             continue
-        cells.append(plus_minus(record.decode_tok_s))
+        cells.append(speed_of(record))
         n, one = ranks(record), alone.get(lever(record))
         if n > 1 and one is not None:
             gain = record.decode_tok_s.mean / one
