@@ -19,8 +19,9 @@ from hotloop.bench.statistics import mean_figure
 from hotloop.cli.app import main
 from hotloop.report.fields import value_of
 from hotloop.report.glossary import names_explained
-from hotloop.report.html import TEMPLATES, to_html
+from hotloop.report.html import TEMPLATES, charts_of, to_html
 from hotloop.report.labels import Box, place_labels
+from hotloop.report.plots import step_parts
 from hotloop.report.read import read_records
 from hotloop.report.write import write_plots
 from hotloop.sweep.store import append
@@ -274,6 +275,30 @@ def test_a_reader_finds_what_the_parts_of_a_name_mean_and_only_of_those_that_occ
     assert [part for part in explained if part != "a/b/…"] == parts
     page = text_of(parsed(to_html([split, theirs])))
     assert all(meaning in page for meaning in explained.values())
+
+
+def test_parts_of_a_step_add_up_to_it_and_none_is_negative_even_beyond_the_bandwidth():
+    slow = cell("int8", "eager", 20.0, loss=None, mbu=mean_figure([0.1] * 5))
+    fast = cell("int8", "compile", 120.0, loss=None, mbu=mean_figure([1.2] * 5))
+    first, last = step_parts([slow, fast])
+    assert (first.record, last.record, last.fastest) == (fast, slow, "int8/compile")
+    for part in (first, last):
+        parts = (part.weights_s, part.cache_s, part.execution_s, part.rest_s)
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(part.step_s)
+    assert first.predicted_s == pytest.approx(first.step_s), "never more than the step"
+    assert last.predicted_s == pytest.approx(0.1 * last.step_s)
+    assert last.execution_s == pytest.approx(last.step_s - first.step_s)
+
+
+def test_scaling_is_relative_to_the_fewest_ranks_and_beside_the_ideal():
+    speeds = {1: 50.0, 2: 90.0, 4: 150.0}
+    made = [cell("int8", "compile", s, loss=None, tensor_parallel=n) for n, s in speeds.items()]
+    (chart,) = (chart for chart in charts_of(made) if chart.name == "scaling")
+    ideal, measured = chart.series
+    assert [(p.x, round(p.y)) for p in ideal.points] == [(1, 50), (2, 100), (4, 200)]
+    assert [round(p.y) for p in measured.points] == list(speeds.values())
+    assert [p.label for p in measured.points[1:]] == ["1.80 ×", "3.00 ×"]
 
 
 def test_eager_on_a_gpu_is_said_to_wait_for_its_host():
