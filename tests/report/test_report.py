@@ -450,6 +450,9 @@ def test_another_engine_is_in_the_table_and_is_not_recommended():
     theirs = record("none/eager", 90, baseline="another", loss=0.0)
     table = make_table([REFERENCE, theirs])
     assert [row.recommended for row in table.rows] == [False, True]
+    assert "none/eager decodes 90.00 ± 0.10 tok/s: none/eager is 0.33 × as fast." in table.advice
+    elsewhere = record("vllm", 90, baseline="vllm", provenance={"device": {"name": "Another"}})
+    assert recommend([REFERENCE, elsewhere]).beside == ()
 
 
 def test_a_results_folder_gets_its_tables_from_its_records_alone(tmp_path):

@@ -180,6 +180,7 @@ class _Group:
     names: tuple[tuple[str, str], ...]
     verdict: tuple[str, ...]
     more_advice: tuple[str, ...]
+    beside: tuple[str, ...]
     note: str
     run: str | None
     drawn: tuple[_Drawn, ...]
@@ -212,6 +213,7 @@ def _group(group_id: str, records: Sequence[Record], tolerance: float) -> _Group
         names=tuple(names_explained(records)),
         verdict=_verdict(recommendation),
         more_advice=recommendation.passed_over[1:],
+        beside=recommendation.beside,
         note=recommendation.note,
         run=chat_command(recommendation.record) if recommendation.record else None,
         drawn=tuple(

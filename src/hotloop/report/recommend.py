@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from hotloop.bench.record import MEASURED, Figure, Record
 from hotloop.bench.statistics import t_critical
-from hotloop.report.context import assumed_note, notes
+from hotloop.report.context import assumed_note, device_name, notes
 from hotloop.report.numbers import half_width, percent, significant, uncertain
 from hotloop.report.read import latest
 from hotloop.types import MAX_DELTA_LN_PPL
@@ -42,6 +42,7 @@ class Recommendation:
         why: A sentence.
         note: What its engine noted, as a paragraph; its row has the same. Empty without notes.
         passed_over: A sentence for each configuration that was as fast or faster.
+        beside: A sentence for each other engine whose speed is known.
         quality_known: Whether quality had a part in it.
         max_delta_ln_ppl: The tolerance.
     """
@@ -51,6 +52,7 @@ class Recommendation:
     why: str
     note: str = ""
     passed_over: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     quality_known: bool
     max_delta_ln_ppl: float
 
@@ -69,7 +71,8 @@ def recommend(
             other engines, or of an assumed acceptance, do not.
         max_delta_ln_ppl: The increase of ln perplexity to tolerate.
     """
-    ours = (r for r in latest(records) if r.baseline is None and assumed_note(r) is None)
+    records = latest(records)
+    ours = (r for r in records if r.baseline is None and assumed_note(r) is None)
     timed = [record for record in ours if record.status in MEASURED and record.decode_tok_s]
     unknown = [f"{record.cell}: {gap}." for record in timed if (gap := speed_gap(record))]
     measured = [record for record in timed if not speed_gap(record)]
@@ -82,6 +85,7 @@ def recommend(
             why=why,
             note=_noted(chosen) if chosen else "",
             passed_over=(*passed_over, *unknown),
+            beside=_beside(chosen, records) if chosen else (),
             quality_known=bool(scored),
             max_delta_ln_ppl=max_delta_ln_ppl,
         )
@@ -241,6 +245,19 @@ def _gain(chosen: Record, scored: Sequence[Record]) -> str:
     """Returns the speed-up over plain PyTorch, where that was measured too."""
     plain = [record for record in scored if record.cell == "none/eager" and record is not chosen]
     return f" ({_speed(chosen) / _speed(plain[0]):.1f} × none/eager)" if plain else ""
+
+
+def _beside(chosen: Record, records: Iterable[Record]) -> tuple[str, ...]:
+    """Compares the chosen record with those of other engines on the same device."""
+    here = device_name(chosen)
+    theirs = [r for r in records if r.baseline and r.decode_tok_s and device_name(r) == here]
+    return tuple(
+        f"{record.cell} decodes {_shown(record.decode_tok_s)} tok/s"
+        f"{' (unstable)' if record.status == 'unstable' else ''}: {chosen.cell} is "
+        f"{significant(_speed(chosen) / _speed(record), 2)} × as fast."
+        for record in theirs
+        if speed_gap(record) is None
+    )
 
 
 def _caveat(record: Record) -> str:

@@ -151,7 +151,8 @@ def _advice(recommendation: Recommendation) -> list[str]:
     if recommendation.cell is None:
         return [f"No recommendation: {recommendation.why}", *recommendation.passed_over]
     first = f"{STAR} Recommended: {recommendation.cell}, because {recommendation.why}"
-    return [first, *recommendation.passed_over, *filter(None, [recommendation.note])]
+    noted = [recommendation.note] if recommendation.note else []
+    return [first, *recommendation.passed_over, *recommendation.beside, *noted]
 
 
 def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:
