@@ -46,9 +46,11 @@ WeightSource = Literal["checkpoint", "random"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Element type of activations and of unquantized weights. ``auto`` lets the device decide."""
 
-AllReduce = Literal["auto", "nccl", "symm_mem"]
-"""All-reduce backend of GPUs: NCCL, or for small sums symmetric memory (``symm_mem``), by which
-ranks read each other's parts; ``auto`` is ``symm_mem`` where that works, else ``nccl``."""
+AllReduce = Literal["auto", "nccl", "symm_mem", "gloo", "shm"]
+"""All-reduce backend. Of GPUs: NCCL, or for small sums symmetric memory (``symm_mem``), by which
+ranks read each other's parts; ``auto`` is ``symm_mem`` where that works, else ``nccl``. Of CPUs:
+gloo, or memory that the ranks of one machine share (``shm``); ``auto`` is ``shm`` where that works,
+else ``gloo``."""
 
 CopyFormat = Literal["hotloop", "compressed-tensors"]
 """Format of a quantized copy: hotloop's own, or one that vLLM and transformers read, too."""
@@ -269,8 +271,8 @@ class EngineConfig:
     all_reduce: Annotated[
         AllReduce,
         Lever(
-            help="All-reduce backend of several GPUs. auto is symm_mem where that works, else "
-            "nccl.",
+            help="All-reduce backend of several ranks. auto is symm_mem on GPUs and shm (shared "
+            "memory) on CPUs where that works, else nccl and gloo.",
             group="Execution",
             used=_has_ranks,
         ),

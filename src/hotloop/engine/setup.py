@@ -595,7 +595,7 @@ def _resolve_device(config: EngineConfig) -> torch.device:
 
 
 def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
-    """Refuses an all-reduce backend without GPU ranks; ranks check what their GPUs support."""
+    """Refuses a backend of another kind of device, or without ranks; ranks check if it works."""
     backend = config.all_reduce
     if backend == "auto":
         return
@@ -604,9 +604,12 @@ def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
             f"all_reduce {backend!r} chooses the all-reduce backend of several ranks, but "
             "tensor_parallel is 1: leave it out, or raise tensor_parallel (--tp)."
         )
-    if device.type != "cuda":
+    backends = ("nccl", "symm_mem") if device.type == "cuda" else ("gloo", "shm")
+    if backend not in backends:
+        kind, other = ("CPU", "GPUs") if device.type == "cuda" else ("GPU", "CPUs")
         raise UnsupportedError(
-            f"all_reduce {backend!r} is a GPU backend, and ranks on a CPU use gloo: leave it out."
+            f"all_reduce {backend!r} is a {kind} backend, and those of {other} are "
+            f"{backends[0]} and {backends[1]}: leave it out, or choose one of them."
         )
 
 

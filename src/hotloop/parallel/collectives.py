@@ -4,12 +4,17 @@
 gloo on CPUs and NCCL on GPUs. The all-reduce after a row-parallel projection is a torch operator
 that is opaque to the compiler, so that compiled regions and CUDA graphs can contain it.
 
-The activations of a single token are a few KiB, for which an all-reduce by NCCL is mostly latency.
-Where all ranks can read each other's memory, small all-reduces go through torch's symmetric memory
-instead, unless NCCL is asked for: each rank reads the others' values itself, in one kernel. Ranks
-may then sum in different orders and differ by rounding; therefore whatever must agree (tokens) is
-decided by exact comparisons. The fused step uses neither: its kernels (``kernels.cuda.step``) write
-to each other's ``inboxes``, which are symmetric memory too.
+Ranks on the CPUs of one machine exchange their parts through memory that they share
+(``kernels/cpu/exchange.h``), since gloo takes a millisecond and more for an all-reduce of a single
+token, of which a step has two a layer. Each adds the parts in float32 in the order of ranks, so all
+get the same bits.
+
+On GPUs the activations of a single token are a few KiB, for which an all-reduce by NCCL is mostly
+latency. Where all ranks can read each other's memory, small all-reduces go through torch's
+symmetric memory instead, unless NCCL is asked for: each rank reads the others' values itself, in
+one kernel. Ranks may then sum in different orders and differ by rounding; therefore whatever must
+agree (tokens) is decided by exact comparisons. The fused step uses neither: its kernels
+(``kernels.cuda.step``) write to each other's ``inboxes``, which are symmetric memory too.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from hotloop.errors import UnsupportedError
 from hotloop.parallel.link import PeerError
+from hotloop.parallel.shared_memory import SharedMemory
 from hotloop.types import AllReduce
 
 SYMMETRIC_BYTES = 256 * 2**10
@@ -113,11 +119,13 @@ class ProcessGroup(Group):
         rank: This rank.
         size: The number of ranks.
         device: The device of this rank's tensors. All ranks have the same kind of device.
-        all_reduce: All-reduce backend on GPUs. NCCL is used in any case for sums that are too large
-            for symmetric memory, for maxima and for gathering. The fused step has its own.
+        all_reduce: All-reduce backend, of the kind of device. NCCL is used in any case for sums
+            that are too large for symmetric memory, for maxima and for gathering. The fused step
+            has its own.
 
     Raises:
-        UnsupportedError: Symmetric memory was asked for and does not work; raised on every rank.
+        UnsupportedError: Symmetric or shared memory was asked for and does not work; raised on
+            every rank.
     """
 
     def __init__(
@@ -146,32 +154,35 @@ class ProcessGroup(Group):
         assert world is not None, "it was just made"
         self._world, self._name = world, str(world.group_name)
         self._kernel = backend
-        self._buffer: Tensor | None = None
-        if backend == "nccl" and all_reduce != "nccl":
-            self._use_symmetric_memory(world, device, must=all_reduce == "symm_mem")
-
-    def _use_symmetric_memory(
-        self, world: dist.ProcessGroup, device: torch.device, *, must: bool
-    ) -> None:
-        """Uses symmetric memory where it works; else notes why not, or raises if it ``must``."""
-        self._buffer, reason = _symmetric_buffer(world, self, device)
-        if self._buffer is not None:
-            self._kernel = "symm_mem"
-        elif must:
+        self._buffer: Tensor | None = None  # symmetric memory
+        self._shared: Tensor | None = None  # shared memory
+        if all_reduce == backend:
+            return
+        faster: AllReduce = "symm_mem" if backend == "nccl" else "shm"
+        if backend == "nccl":
+            self._buffer, reason = _symmetric_buffer(world, self, device)
+        else:
+            self._shared, reason = _shared_memory(store, self)
+        if reason is None:
+            self._kernel = faster
+        elif all_reduce == faster:
             raise UnsupportedError(
-                f"all_reduce 'symm_mem' does not work here: {reason}. Use 'nccl', or 'auto', which "
-                "uses symmetric memory only where it works."
+                f"all_reduce {faster!r} does not work here: {reason}. Use {backend!r}, or 'auto', "
+                f"which is {faster!r} only where that works."
             )
         else:
-            self.notes = (f"all_reduce/symm_mem not used: {reason}",)
+            self.notes = (f"all_reduce/{faster} not used: {reason}",)
 
     @property
     def kernel(self) -> str | None:
-        """``gloo``, ``nccl`` or ``symm_mem``."""
+        """``shm``, ``gloo``, ``symm_mem`` or ``nccl``."""
         return self._kernel
 
     def sum(self, x: Tensor) -> Tensor:
-        """See ``Group``; uses symmetric memory where that is faster."""
+        """See ``Group``; uses shared memory, or symmetric memory where that is faster."""
+        if self._shared is not None:
+            x = x.contiguous()
+            return torch.ops.hotloop_cpu.sum_over_ranks(x, self._shared, self.rank, self.size)
         buffer = self._buffer
         if buffer is not None and x.nbytes <= buffer.nbytes and x.dtype in _SYMMETRIC_DTYPES:
             return _sum_symmetric(x, buffer, self._name)
@@ -179,6 +190,8 @@ class ProcessGroup(Group):
 
     def max(self, x: Tensor) -> Tensor:
         """See ``Group``."""
+        if self._shared is not None:
+            return self.gather(x).amax(dim=0)
         result = x.clone()
         with _peers():
             dist.all_reduce(result, dist.ReduceOp.MAX)
@@ -186,6 +199,9 @@ class ProcessGroup(Group):
 
     def gather(self, x: Tensor) -> Tensor:
         """See ``Group``."""
+        if self._shared is not None:
+            x = x.contiguous()
+            return torch.ops.hotloop_cpu.gather_over_ranks(x, self._shared, self.rank, self.size)
         gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         with _peers():
             dist.all_gather_into_tensor(gathered, x.contiguous())
@@ -246,6 +262,22 @@ def _peers() -> Iterator[None]:
         raise PeerError(f"a collective failed: {error}") from error
 
 
+def _agreed(group: ProcessGroup, reason: str | None, device: torch.device) -> bool:
+    """Tells whether no rank has a reason against something, so that all use it or none."""
+    against = torch.tensor([reason is not None], dtype=torch.int32, device=device)
+    return not bool(group.max(against))
+
+
+def _shared_memory(store: dist.Store, group: ProcessGroup) -> tuple[Tensor | None, str | None]:
+    """Maps memory that all ranks share, or returns why that fails; the same on all ranks."""
+    shared = SharedMemory(store, group.rank, group.size)
+    agreed = _agreed(group, shared.reason, torch.device("cpu"))
+    shared.release_file()
+    if agreed:
+        return shared.tensor, None
+    return None, shared.reason or "another rank cannot map it"
+
+
 def _symmetric_buffer(
     world: dist.ProcessGroup, group: ProcessGroup, device: torch.device
 ) -> tuple[Tensor | None, str | None]:
@@ -253,14 +285,9 @@ def _symmetric_buffer(
 
     All ranks come to the same decision: none uses it unless all can.
     """
-
-    def agreed(reason: str | None) -> bool:
-        ok = torch.tensor([reason is not None], dtype=torch.int32, device=device)
-        return not bool(group.max(ok))
-
     reason = _symmetric_unavailable_reason(group.size, device)
     buffer = None
-    if agreed(reason):
+    if _agreed(group, reason, device):
         try:
             import torch.distributed._symmetric_memory as symm_mem
 
@@ -271,7 +298,7 @@ def _symmetric_buffer(
                 reason = "a test all-reduce gave a wrong sum"
         except (RuntimeError, ImportError, AttributeError) as error:
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if agreed(reason):
+        if _agreed(group, reason, device):
             return buffer, None
     return None, reason or "another rank cannot"
 

@@ -5,8 +5,8 @@ per source, compiler, instruction set and torch version, and cached in the user'
 Where they cannot be built, ``unavailable_reason`` returns why, and other kernels are used.
 
 The operators are ``torch.ops.hotloop_cpu.*``: matrix products, embeddings, attention over the
-cache, norms, rope and SwiGLU, each specified by ``kernels.reference``, and the two halves of a
-block, which are composed of them.
+cache, norms, rope and SwiGLU, each specified by ``kernels.reference``, the two halves of a block,
+which are composed of them, and exchanges with other ranks through memory that they share.
 """
 
 from __future__ import annotations
@@ -145,7 +145,12 @@ def _register_shapes() -> None:
     def attention(q: Tensor, *_: Tensor | int | float) -> Tensor:
         return torch.empty_like(q)
 
+    def gather_over_ranks(x: Tensor, _: Tensor, rank: int, ranks: int) -> Tensor:  # noqa: ARG001
+        return x.new_empty(ranks, *x.shape)
+
     library.register_fake("hotloop_cpu::linear_rows", linear_rows)
+    library.register_fake("hotloop_cpu::sum_over_ranks", attention)
+    library.register_fake("hotloop_cpu::gather_over_ranks", gather_over_ranks)
     library.register_fake("hotloop_cpu::linear_groups", linear_groups)
     library.register_fake("hotloop_cpu::embed_groups", embed_groups)
     library.register_fake("hotloop_cpu::decode_attention", attention)

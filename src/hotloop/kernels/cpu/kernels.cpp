@@ -21,6 +21,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #if defined(__AVX2__) || defined(__AVX512VNNI__)
 #include <immintrin.h>
@@ -40,6 +42,7 @@
 #include <utility>
 #include <vector>
 
+#include "exchange.h"
 #include "pool.h"
 
 extern "C" __attribute__((weak)) void omp_set_num_threads(int);  // where torch is built with OpenMP
@@ -275,6 +278,12 @@ Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return new_tensor(dtype, sizes);
+}
+
+std::vector<int64_t> sizes_of(const Tensor& x) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < x.dim(); i++) sizes.push_back(x.size(i));
+  return sizes;
 }
 
 const uint16_t* bf16(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
@@ -1308,9 +1317,7 @@ template <class F> void for_heads(const Tensor& x, F f) {
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t D = weight.numel();
   STD_TORCH_CHECK(x.size(-1) == D, "x [..., D], weight [D]");
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < x.dim(); i++) sizes.push_back(x.size(i));
-  Tensor y = new_output(x, sizes);
+  Tensor y = new_output(x, sizes_of(x));
   uint16_t* out = mutable_bf16(y);
   const auto row = [&](const uint16_t* from) {
     rms_norm_row(from, bf16(weight), D, eps, out);
@@ -1419,6 +1426,79 @@ Tensor feed_forward_half(const Tensor& x, const Tensor& norm, double eps,
   return linear(swiglu(linear(rms_norm(x, norm, eps), gate_up, gate_up_bias)), down, down_bias);
 }
 
+// ---------------------------------------------------------------------------- sums over ranks
+
+int64_t exchange_bytes(int64_t ranks) { return hotloop::Exchange::memory_bytes(int(ranks)); }
+
+// Exchanges x with all ranks, piece by piece; calls f(exchange, begin, length) in bytes of x for
+// each, while the exchange has it.
+template <class F>
+void for_pieces(const Tensor& x, const Tensor& memory, int64_t rank, int64_t ranks, F f) {
+  STD_TORCH_CHECK(x.is_contiguous() && memory.is_contiguous(), "contiguous tensors");
+  STD_TORCH_CHECK(memory.numel() >= exchange_bytes(ranks) && 0 <= rank && rank < ranks,
+                  "memory of exchange_bytes(ranks), and one of the ranks");
+  using hotloop::Exchange;
+  Exchange exchange(static_cast<std::byte*>(memory.mutable_data_ptr()), int(rank), int(ranks));
+  const auto* data = static_cast<const std::byte*>(x.const_data_ptr());
+  const size_t bytes = x.numel() * x.element_size();
+  for (size_t begin = 0; begin < bytes; begin += Exchange::kPart) {
+    const size_t length = std::min(bytes - begin, Exchange::kPart);
+    STD_TORCH_CHECK(exchange.post(data + begin, length), "ranks exchange tensors of one size");
+    f(exchange, begin, length);
+  }
+}
+
+// Adds n elements of every rank in float32, in the order of ranks, and rounds once.
+template <class T> void add_parts(const hotloop::Exchange& exchange, int ranks, int64_t n, T* sum) {
+  constexpr int64_t kBlock = 256;
+  float sums[kBlock];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t length = std::min(kBlock, n - begin);
+    for (int rank = 0; rank < ranks; rank++) {
+      const T* part = reinterpret_cast<const T*>(exchange.part_of(rank)) + begin;
+      for (int64_t i = 0; i < length; i++) sums[i] = (rank ? sums[i] : 0.0f) + float(part[i]);
+    }
+    for (int64_t i = 0; i < length; i++) sum[begin + i] = T(sums[i]);
+  }
+}
+
+// Sums x over ranks, which all call it, with the memory that they share.
+Tensor sum_over_ranks(const Tensor& x, const Tensor& memory, int64_t rank, int64_t ranks) {
+  Tensor sum = new_output(x, sizes_of(x));
+  auto* out = static_cast<std::byte*>(sum.mutable_data_ptr());
+  const auto type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                      type == ScalarType::Half, "float32, bfloat16 or float16");
+  for_pieces(x, memory, rank, ranks, [&](const auto& exchange, size_t begin, size_t length) {
+    const auto add = [&]<class T>(T*) {
+      add_parts(exchange, int(ranks), length / sizeof(T), reinterpret_cast<T*>(out + begin));
+    };
+    if (type == ScalarType::Float) {
+      add(static_cast<float*>(nullptr));
+    } else if (type == ScalarType::BFloat16) {
+      add(static_cast<torch::headeronly::BFloat16*>(nullptr));
+    } else {
+      add(static_cast<torch::headeronly::Half*>(nullptr));
+    }
+  });
+  return sum;
+}
+
+// Gathers x of every rank, [ranks, ...].
+Tensor gather_over_ranks(const Tensor& x, const Tensor& memory, int64_t rank, int64_t ranks) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.insert(sizes.begin(), ranks);
+  Tensor gathered = new_output(x, sizes);
+  auto* out = static_cast<std::byte*>(gathered.mutable_data_ptr());
+  const size_t stride = x.numel() * x.element_size();
+  for_pieces(x, memory, rank, ranks, [&](const auto& exchange, size_t begin, size_t length) {
+    for (int64_t r = 0; r < ranks; r++) {
+      std::memcpy(out + r * stride + begin, exchange.part_of(int(r)), length);
+    }
+  });
+  return gathered;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
@@ -1437,6 +1517,9 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
   m.def("feed_forward_half(Tensor x, Tensor norm, float eps, Tensor[] gate_up, "
         "Tensor? gate_up_bias, Tensor[] down, Tensor? down_bias) -> Tensor");
   m.def("keep_threads(bool on) -> ()");
+  m.def("exchange_bytes(int ranks) -> int");
+  m.def("sum_over_ranks(Tensor x, Tensor memory, int rank, int ranks) -> Tensor");
+  m.def("gather_over_ranks(Tensor x, Tensor memory, int rank, int ranks) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
@@ -1449,8 +1532,11 @@ STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("attention_half", TORCH_BOX(&attention_half));
   m.impl("feed_forward_half", TORCH_BOX(&feed_forward_half));
+  m.impl("sum_over_ranks", TORCH_BOX(&sum_over_ranks));
+  m.impl("gather_over_ranks", TORCH_BOX(&gather_over_ranks));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CompositeExplicitAutograd, m) {
   m.impl("keep_threads", TORCH_BOX(&keep_threads));
+  m.impl("exchange_bytes", TORCH_BOX(&exchange_bytes));
 }

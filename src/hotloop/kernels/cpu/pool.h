@@ -33,6 +33,8 @@
 #include <sched.h>
 #endif
 
+#include "spin.h"
+
 namespace hotloop {
 
 // The work of an operator: units, of which consecutive ones form a chunk.
@@ -102,23 +104,6 @@ class Pool {
 
   // How long a worker spins before it sleeps: longer than most pauses between two operators.
   static constexpr std::chrono::microseconds kIdle{100};
-
-  static void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb" ::: "memory");
-#endif
-  }
-
-  // Polls a few times whether something has happened.
-  template <class F> static bool soon(F happened) {
-    for (int i = 0; i < 16; i++) {
-      if (happened()) return true;
-      relax();
-    }
-    return false;
-  }
 
   static int64_t chunk_length(const Task& task, int threads) {
     const int64_t chunks = int64_t(kChunks) * threads;

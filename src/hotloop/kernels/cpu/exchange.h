@@ -1,0 +1,131 @@
+// Exchanges among the ranks of one machine, through memory that all of them map.
+//
+// The activations of a token are about a kilobyte, which two processors share in a microsecond, and
+// which a socket takes a thousand times as long for: system calls, and threads that must be woken.
+//   - Each rank has two slots, which it alone writes, and a number, how many parts it has posted.
+//     In an exchange each posts its part, and then reads everybody's. Slots alternate: a rank
+//     that posts part n + 2 has seen everybody's part n + 1, which each posted after it had
+//     read the parts n. So nothing else need be acknowledged.
+//   - A rank that waits spins first, since the other's part mostly is microseconds away. After
+//     kPatience it sleeps (a futex) until the part is posted. It sleeps at once if the other last
+//     ran on the same processor, which it would keep from it: more ranks than processors, or
+//     pinned ones.
+// A rank that waits for a dead one sleeps until it is ended (parallel.launch).
+
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#include <thread>
+#endif
+
+#include "spin.h"
+
+namespace hotloop {
+
+// The exchanges of one rank. All state is in the shared memory, which is initially zeros.
+class Exchange {
+ public:
+  static constexpr size_t kPart = 1 << 16;  // bytes, the longest part
+
+  static constexpr size_t memory_bytes(int ranks) {
+    return ranks * (sizeof(Rank) + 2 * kPart);
+  }
+
+  Exchange(std::byte* memory, int rank, int ranks)
+      : ranks_(reinterpret_cast<Rank*>(memory)),
+        slots_(memory + ranks * sizeof(Rank)),
+        rank_(rank),
+        n_ranks_(ranks) {}
+
+  // Posts a part of this rank. When it returns, part_of() has every rank's, until the next call.
+  // Returns false if another rank's part has another length, which is an error of the caller.
+  bool post(const std::byte* part, size_t bytes) {
+    Rank& mine = ranks_[rank_];
+    number_ = mine.posted.load(std::memory_order_relaxed) + 1;
+    std::memcpy(slot(rank_), part, bytes);
+    mine.bytes[number_ % 2] = uint32_t(bytes);
+    mine.processor.store(processor(), std::memory_order_relaxed);
+    // Either this sees the sleeper, or the sleeper sees the part.
+    mine.posted.store(number_, std::memory_order_seq_cst);
+    if (mine.sleepers.load(std::memory_order_seq_cst)) wake(mine.posted);
+    bool alike = true;
+    for (int rank = 0; rank < n_ranks_; rank++) {
+      if (rank != rank_) wait(ranks_[rank]);
+      alike = alike && ranks_[rank].bytes[number_ % 2] == bytes;
+    }
+    return alike;
+  }
+
+  const std::byte* part_of(int rank) const { return slot(rank); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  // How long a rank spins before it sleeps: longer than ranks' shares differ in most steps.
+  static constexpr std::chrono::microseconds kPatience{200};
+
+  struct alignas(64) Rank {
+    std::atomic<uint32_t> posted;    // the number of parts so far
+    std::atomic<uint32_t> sleepers;  // ranks that sleep until it changes
+    std::atomic<int32_t> processor;  // on which it posted the last one
+    uint32_t bytes[2];               // of the parts in its slots
+  };
+  static_assert(std::atomic<uint32_t>::is_always_lock_free, "other processes have no such lock");
+
+  std::byte* slot(int rank) const { return slots_ + (2 * rank + number_ % 2) * kPart; }
+
+  bool has_posted(const Rank& other) const {
+    // By the difference, since numbers wrap around.
+    return int32_t(other.posted.load(std::memory_order_seq_cst) - number_) >= 0;
+  }
+
+  void wait(Rank& other) const {
+    const auto posted = [&] { return has_posted(other); };
+    if (posted()) return;
+    const auto sleepy = Clock::now() + kPatience;
+    while (other.processor.load(std::memory_order_relaxed) != processor()) {
+      if (soon(posted)) return;
+      if (Clock::now() > sleepy) break;
+    }
+    other.sleepers.fetch_add(1, std::memory_order_seq_cst);
+    while (!posted()) sleep(other.posted);
+    other.sleepers.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+#if defined(__linux__)
+  static int32_t processor() { return sched_getcpu(); }
+
+  // Sleeps while `other` has not posted. Not std::atomic::wait, which is for threads of a process.
+  void sleep(std::atomic<uint32_t>& posted) const {
+    const uint32_t before = posted.load(std::memory_order_seq_cst);
+    if (int32_t(before - number_) >= 0) return;
+    syscall(SYS_futex, &posted, FUTEX_WAIT, before, nullptr, nullptr, 0);
+  }
+
+  static void wake(std::atomic<uint32_t>& posted) {
+    syscall(SYS_futex, &posted, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+  }
+#else
+  static int32_t processor() { return -1; }  // unknown: it never spins, but yields
+  void sleep(std::atomic<uint32_t>&) const { std::this_thread::yield(); }
+  static void wake(std::atomic<uint32_t>&) {}
+#endif
+
+  Rank* ranks_;
+  std::byte* slots_;
+  int rank_, n_ranks_;
+  uint32_t number_ = 0;  // of the exchange
+};
+
+}  // namespace hotloop
