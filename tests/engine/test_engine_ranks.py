@@ -114,7 +114,7 @@ def test_scores_of_two_ranks_are_those_of_one(one, two):
 
 def test_a_description_is_of_one_rank_and_says_how_sums_are_made(one, two):
     alone, shared = one.describe(), two.describe()
-    assert shared.kernels["all_reduce"] == "all_reduce/gloo"
+    assert shared.kernels["all_reduce"] == "all_reduce/shm"
     assert "all_reduce" not in alone.kernels
     assert shared.config.name == "int8/compile/tp2/float32/batch2"
     assert shared.n_params == alone.n_params
@@ -122,6 +122,24 @@ def test_a_description_is_of_one_rank_and_says_how_sums_are_made(one, two):
     assert shared.weight_bytes == predict_memory(two.config).weights_bytes
     assert shared.weight_bytes_per_step < 0.7 * alone.weight_bytes_per_step
     assert shared.kv_bytes_per_token == alone.kv_bytes_per_token * 2 // 3
+
+
+def test_memory_that_ranks_share_has_no_name_that_could_outlive_them(two):
+    for pid in pids(two):
+        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        assert sum("memfd:hotloop ranks (deleted)" in line for line in maps) == 1
+
+
+def test_sums_by_gloo_give_two_ranks_the_same_bits(nine):
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=1)
+    answers = []
+    for all_reduce in ("gloo", "shm"):
+        options = {"dtype": "bfloat16", "quant": "int8", "all_reduce": all_reduce}
+        with LLM(str(nine), tensor_parallel=2, **options) as llm:
+            assert llm.describe().kernels["all_reduce"] == f"all_reduce/{all_reduce}"
+            answers.append(llm.generate(PROMPTS, params))
+    for gloo, shared in zip(*answers, strict=True):
+        assert (shared.token_ids, shared.logprobs) == (gloo.token_ids, gloo.logprobs)
 
 
 def test_peak_memory_is_that_of_the_largest_rank(two):
@@ -268,7 +286,7 @@ def test_one_named_gpu_for_several_ranks_is_refused(nine, monkeypatch):
         (
             {"all_reduce": "symm_mem", "tensor_parallel": 2},
             UnsupportedError,
-            "all_reduce 'symm_mem' is a GPU backend, and ranks on a CPU use gloo",
+            "all_reduce 'symm_mem' is a GPU backend, and those of CPUs are gloo and shm: leave it",
         ),
         ({"tensor_parallel": 10}, UnsupportedError, "cannot split 9 query heads.*9 work"),
         (

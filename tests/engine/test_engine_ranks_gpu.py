@@ -1,6 +1,6 @@
 """Ranks on several GPUs, against one: ``pytest -m gpu`` where there are some.
 
-``RANKS_ON=cpu`` rehearses the very tests with two ranks on a CPU, eagerly and over gloo.
+``RANKS_ON=cpu`` rehearses the very tests with two ranks on a CPU, eagerly.
 """
 
 import functools
@@ -106,7 +106,7 @@ def assert_added_up_on(llm: LLM, all_reduce: str) -> None:
     described = llm.describe()
     used = described.kernels["all_reduce"].removeprefix("all_reduce/")
     if all_reduce == "auto":
-        assert used == "gloo"
+        assert used == "shm"
     elif all_reduce == "symm_mem" and described.execution == "fused":
         assert used == "fused", "in its own kernels, through each other's symmetric memory"
     else:

@@ -49,6 +49,30 @@ def test_nccl_is_used_without_a_note():
     assert (group("nccl").kernel, group("nccl").notes) == ("nccl", ())
 
 
-@pytest.mark.usefixtures("symmetric_memory")
-def test_cpus_use_gloo():
-    assert (group("auto", "cpu").kernel, group("auto", "cpu").notes) == ("gloo", ())
+@pytest.fixture(params=["works", "does not"])
+def shared_memory(request, symmetric_memory, monkeypatch) -> str:  # noqa: ARG001
+    """A rank on a CPU without others, on which shared memory works or does not."""
+    found = (torch.empty(8), None) if request.param == "works" else (None, "no luck")
+    monkeypatch.setattr(collectives, "_shared_memory", lambda *_: found)
+    return request.param
+
+
+def test_cpus_share_memory_where_that_works_and_else_note_why_not(shared_memory):
+    made = group("auto", "cpu")
+    if shared_memory == "works":
+        assert (made.kernel, made.notes) == ("shm", ())
+    else:
+        assert (made.kernel, made.notes) == ("gloo", ("all_reduce/shm not used: no luck",))
+
+
+def test_shm_is_used_or_refused(shared_memory):
+    if shared_memory == "works":
+        assert group("shm", "cpu").kernel == "shm"
+    else:
+        with pytest.raises(UnsupportedError, match=r"'shm' does not work here: no luck\."):
+            group("shm", "cpu")
+
+
+@pytest.mark.usefixtures("shared_memory")
+def test_gloo_is_used_without_a_note():
+    assert (group("gloo", "cpu").kernel, group("gloo", "cpu").notes) == ("gloo", ())

@@ -1,6 +1,6 @@
 """Ranks that are processes compute what one computes, from encodings of other tools.
 
-Over gloo on a CPU, and with ``pytest -m gpu`` in fused steps of two GPUs.
+On a CPU, and with ``pytest -m gpu`` in fused steps of two GPUs.
 ``test_encodings_on_ranks`` has every encoding and degree, with threads for ranks.
 """
 
@@ -60,7 +60,7 @@ def each_layer_in_another(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_over_gloo_layers_of_every_kind_give_the_tokens_of_one_rank(each_layer_in_another, n):
+def test_layers_of_every_kind_give_the_tokens_of_one_rank(each_layer_in_another, n):
     fixed = {"device": "cpu", "dtype": "float32", "max_batch_size": len(PROMPTS)}
     ours, theirs = (answers(each_layer_in_another, ranks, **fixed) for ranks in (n, 1))
     assert [g.token_ids for g in ours] == [g.token_ids for g in theirs]

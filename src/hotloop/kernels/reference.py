@@ -226,6 +226,14 @@ def fused_linear(
     return y.to(dtype)
 
 
+def sum_of_parts(parts: Tensor) -> Tensor:
+    """Sums the parts of ranks [ranks, ...] in float32, in the order of ranks, and rounds once."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts.dtype)
+
+
 def norm_epilogue(x_MK: Tensor, weight_K: Tensor, part: int = 16) -> tuple[Tensor, Tensor]:
     """Computes the part of an RMS norm that does not need a whole row.
 
