@@ -230,8 +230,9 @@ def _check_packages() -> None:
         import prometheus_client
         import starlette
         import uvicorn
+        import uvloop
 
-        del prometheus_client, starlette, uvicorn
+        del prometheus_client, starlette, uvicorn, uvloop
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             f"hotloop serve needs the package {error.name}: pip install 'hotloop[serve]'."

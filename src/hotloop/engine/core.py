@@ -51,7 +51,8 @@ class Features:
     @classmethod
     def of(cls, requests: Iterable[SamplingParams]) -> Features:
         """Returns the features that these requests need together."""
-        return functools.reduce(operator.or_, map(cls._of_one, requests), cls())
+        first, *others = map(cls._of_one, requests)
+        return functools.reduce(operator.or_, others, first)
 
     @classmethod
     def _of_one(cls, params: SamplingParams) -> Features:

@@ -50,10 +50,12 @@ async def completions(request: Request) -> Response:
     scored: list[list[ScoredToken]] = []
     if asked.echo and asked.logprobs is not None:
         scored = [await _scored(request, served, ids, asked.logprobs) for ids in prompts]
+    ticket = None
+    if params is not None:
+        ticket = await submit(request, model, prompts, params, large=large)
     shape = CompletionShape(served, asked, model.tokenizer, prompts, scored)
-    if params is None:
+    if ticket is None:
         return _only_echoed(served, asked, shape, prompts)
-    ticket = await submit(request, model, prompts, params, large=large)
     return await respond(served, ticket, shape, asked, request.receive)
 
 

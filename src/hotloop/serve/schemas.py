@@ -65,12 +65,15 @@ class Extension(Body):
 
 
 class SamplingBody(Body):
-    """Options of sampling, of every route that generates."""
+    """Options of sampling, of every route that generates.
+
+    Of a default that is a model, pydantic would make a deep copy for each request.
+    """
 
     model: str | None = None
-    hotloop: Extension = Extension()
+    hotloop: Extension = Field(default_factory=Extension)
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -222,7 +225,7 @@ class ResponsesBody(SamplingBody):
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(le=MAX_COUNT)] | None = None
-    text: TextOptions = TextOptions()
+    text: TextOptions = Field(default_factory=TextOptions)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
