@@ -13,6 +13,7 @@ from hotloop import LLM, Grammar, SamplingParams
 from hotloop.engine.core import Command, Features, Pending
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.sampling import Sampler
+from hotloop.engine.seats import common_prefix
 from hotloop.engine.service import Service
 from hotloop.kernels.cuda.launch import unavailable_reason
 from hotloop.kernels.linear import LinearSpec, choose_linear
@@ -78,9 +79,12 @@ def test_grammars_are_followed_beside_drafts_and_others_and_nothing_is_captured_
         pytest.skip(why)
     folder = write_random(tmp_path, head_dim=64, hidden_size=128, intermediate_size=256)
     drawn = {"temperature": 0.9, "top_k": 20, "seed": 3}
+    # Inductor takes seconds for each number of rows and drafts, so that compiled steps have few.
+    compiles = execution == "compile"
+    n_rows, n_drafts = (2, 1) if compiles else (5, 3)
     asked = [
         (prompt, SamplingParams(max_new_tokens=24, **options))
-        for prompt in PROMPTS
+        for prompt in (PROMPTS[:2] if compiles else PROMPTS)
         for options in (
             {"grammar": FOLLOW},
             {"grammar": FOLLOW, **drawn},
@@ -89,6 +93,7 @@ def test_grammars_are_followed_beside_drafts_and_others_and_nothing_is_captured_
             {"ignore_eos": True, **drawn},
         )
     ]
+    # In float32 rounding, which the number of rows can change in compiled steps, changes no token.
     options = {
         "device": "cuda",
         "execution": execution,
@@ -98,16 +103,23 @@ def test_grammars_are_followed_beside_drafts_and_others_and_nothing_is_captured_
     with LLM(str(folder), **options) as llm:
         alone = [llm.generate([prompt], params)[0] for prompt, params in asked]
         assert any(g.text.startswith("the token") for g in alone)
-    drafts = {"draft": str(folder) if draft == "itself" else draft, "draft_tokens": 3}
-    with LLM(str(folder), max_batch_size=5, draft_policy="always", **options, **drafts) as llm:
+    options |= {"max_batch_size": n_rows, "draft_policy": "always", "draft_tokens": n_drafts}
+    with LLM(str(folder), draft=str(folder) if draft == "itself" else draft, **options) as llm:
         with Service(llm) as service:
             tickets = [service.submit(prompt, params) for prompt, params in asked]
-            for ticket, expected in zip(tickets, alone, strict=True):
-                assert tuple(t for piece in ticket for t in piece.token_ids) == expected.token_ids
-            assert service.state().n_captured == 0
+            found = [tuple(t for piece in ticket for t in piece.token_ids) for ticket in tickets]
+            n_captured = service.state().n_captured
+        different = [
+            f"{prompt}, {params}: {common_prefix(got, expected.token_ids)} tokens are equal, "
+            f"then there are {got} in service, and {expected.token_ids} alone"
+            for (prompt, params), got, expected in zip(asked, found, alone, strict=True)
+            if got != expected.token_ids
+        ]
+        assert not different, "\n".join([f"{len(different)} of {len(asked)}:", *different])
+        assert n_captured == 0, f"{n_captured} programs were captured in service"
         again = llm.generate([prompt for prompt, _ in asked[:5]], grammar=FOLLOW)
         if draft != "none":
-            assert any(any(g.speculation.proposed) for g in again)
+            assert any(any(g.speculation.proposed) for g in again), "nothing was drafted"
 
 
 @pytest.mark.parametrize("execution", ["compile", "auto"])

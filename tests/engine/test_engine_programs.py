@@ -21,6 +21,7 @@ from hotloop.engine.memory import predict_memory
 from hotloop.engine.programs import SERVED_FEATURES, served_features, serving_steps
 from hotloop.engine.service import Service
 from hotloop.engine.setup import Setup, prepare
+from hotloop.kernels.attention import torch_attention
 from hotloop.types import EngineConfig
 
 OPTIONS: Sequence[dict[str, Any]] = (
@@ -117,6 +118,31 @@ def test_nothing_is_captured_in_service_and_padded_rows_disturb_nobody(
         assert service.state().n_captured == 0
         assert llm._scheduler.n_programs == made > 0
     llm.close()
+
+
+@pytest.mark.parametrize("draft", ["none", "exit-1"])
+@pytest.mark.usefixtures("_captures")
+def test_nothing_is_captured_in_service_whichever_seats_attention_slices(
+    folder, draft, monkeypatch
+):
+    # PyTorch's attention, as compiled steps on a GPU have it: graphs for seats in order slice the
+    # cache, and others copy the seats.
+    attention = ("torch", torch_attention, [])
+    monkeypatch.setattr("hotloop.engine.runner.choose_attention", lambda *_: attention)
+    options = {"dtype": "float32", "max_seq_len": 110, "draft": draft, "draft_tokens": 1}
+    prompts, sampling = PROMPTS[:6], [asked(i % 2) for i in range(6)]
+    with LLM(str(folder), max_batch_size=3, draft_policy="always", **options) as llm:
+        alone = [
+            llm.generate([p], each)[0].token_ids for p, each in zip(prompts, sampling, strict=True)
+        ]
+        with Service(llm) as service:
+            list(service.submit(prompts[0], sampling[0]))  # the next is alone in another seat
+            for again in range(2):
+                tickets = [service.submit(*each) for each in zip(prompts, sampling, strict=True)]
+                for i, ticket in enumerate(tickets):
+                    found = tuple(token for piece in ticket for token in piece.token_ids)
+                    assert found == alone[i], (again, i)
+            assert service.state().n_captured == 0
 
 
 @pytest.mark.parametrize("draft", ["ngram", "exit-1", "itself"])

@@ -277,6 +277,8 @@ class Step(Command[StepResult]):
         n_steps: Number of steps; 1 with a grammar.
         known_positions: For each row in use, a lower bound on the position of its newest token.
         slack: The most tokens that in-flight steps may add to that.
+        any_seats: Take the program that suits rows in any seats, also where theirs are in order: a
+            server has captured no other.
     """
 
     phase = "decode"
@@ -292,6 +294,7 @@ class Step(Command[StepResult]):
     n_steps: int = 1
     known_positions: Mapping[int, int] = dataclasses.field(default_factory=dict)
     slack: int = 0
+    any_seats: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

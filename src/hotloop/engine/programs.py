@@ -48,7 +48,9 @@ def serving_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
 
 
 def drafting_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
-    """Returns those steps of ``serving_steps`` that a greedy request takes several of at once.
+    """Returns the steps of ``serving_steps`` that a greedy request takes several of at once.
+
+    They are for a request alone, in the first seat.
 
     Args:
         setup: The engine.
@@ -56,7 +58,7 @@ def drafting_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
     """
     shortest = min(_lengths(setup))
     return [
-        step
+        replace(step, any_seats=False)
         for step in serving_steps(setup, n_steps)
         if step.k and step.n_steps > 1
         if step.features == Features() and step.longest == shortest
@@ -88,6 +90,7 @@ def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:
                         k=k,
                         drafter=drafter,
                         n_steps=several,
+                        any_seats=True,
                     )
 
 

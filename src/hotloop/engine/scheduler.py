@@ -103,8 +103,9 @@ class Scheduler:
         n_programs: Programs that the device side has captured or compiled for steps.
         n_steps_run: Decode steps launched so far.
         n_rows_run: Rows of these steps, all together.
-        feature_sets: Sets of features that programs exist for, ascending; a step takes the first
-            that includes its own. None: steps have exactly the features that they need.
+        feature_sets: Sets of features that programs for rows in any seats exist for, ascending; a
+            step takes the first that includes its own. None: steps have exactly the features that
+            they need.
     """
 
     def __init__(
@@ -289,6 +290,7 @@ class Scheduler:
             n_steps=n_steps,
             known_positions=known_positions,
             slack=slack,
+            any_seats=self.feature_sets is not None,
         )
         self.n_steps_run += n_steps
         self.n_rows_run += n_steps * n

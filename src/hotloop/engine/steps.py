@@ -144,7 +144,8 @@ class Stepper:
         if self._graphs is not None:  # fewer sizes to compile and to capture
             n = padded_rows(n, len(self.rows.positions))
         self.rows.place(step.seats, step.undrafted)
-        first_seat = self._first_seat(step.seats) if n == step.n else None
+        in_order = n == step.n and not step.any_seats
+        first_seat = self._first_seat(step.seats) if in_order else None
         reads = (first_seat, self.length(step.longest))
         if not self.drafters:
             sampled, failures = self._sample(step, n, 0, reads, wanted)
