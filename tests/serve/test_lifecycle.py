@@ -71,18 +71,29 @@ def test_a_full_queue_is_told_by_429_and_the_others_are_answered(llm, monkeypatc
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_goes_away_frees_the_row(llm, monkeypatch, stream):
+@pytest.mark.parametrize("where", ["queued", "in prefill", "decoding"])
+def test_who_goes_away_frees_the_row(llm, monkeypatch, where, stream):
     with serving(llm) as server, asking(server) as client:
         expected = client.post(CHAT, json=SHORT).json()["choices"]
-        gate = Gate(llm, monkeypatch)
+        gate, answers = Gate(llm, monkeypatch, n_free=3 if where == "decoding" else 0), []
+        before = 3 if where == "queued" else 0  # there are three rows
+        threads = [in_background(client, SHORT, answers) for _ in range(before)]
+        service = server.served.model.service
+        n_steps = service.state().n_steps
+        wait_until(lambda: service._n_jobs == before, "the rows are taken")
         body = json.dumps(LONG | {"stream": stream}).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", server.port)) as gone:
             gone.sendall(head.encode() + body)
-            wait_until(lambda: not is_idle(server), "the request is taken")
+            wait_until(lambda: service._n_jobs == before + 1, "the request is taken")
+            if where == "decoding":
+                wait_until(lambda: service.state().n_steps > n_steps, "it is decoded")
         counted = 'hotloop:request_cancelled_total{model_name="tiny"} 1.0'
         wait_until(lambda: counted in client.get("/metrics").text, "it is cancelled")
         gate.open.set()
+        for thread in threads:
+            thread.join()
+        assert [answer.json()["choices"] for answer in answers] == [expected] * before
         wait_until(lambda: is_idle(server), "its row is free")
         assert client.post(CHAT, json=SHORT).json()["choices"] == expected
 

@@ -42,6 +42,30 @@ def test_null_is_absent_and_unknown_fields_are_ignored(client):
         assert answers(client, ASKED | more) == expected
 
 
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        # vLLM's benchmark, GuideLLM, and AIPerf
+        (
+            COMPLETIONS,
+            {"prompt": "Hello", "max_tokens": 12, "logprobs": None, "repetition_penalty": 1.0},
+        ),
+        (CHAT, {"messages": HELLO, "max_completion_tokens": 12, "max_tokens": 12, "stop": None}),
+        (CHAT, {"messages": HELLO, "max_completion_tokens": 12, "extra": {}}),
+    ],
+)
+def test_what_benchmarks_send_is_answered_at_the_length_that_they_ask_for(client, path, more):
+    usage = {"include_usage": True, "continuous_usage_stats": False}
+    body = {"model": "tiny", "temperature": 0.0, "ignore_eos": True, "stream": True} | more
+    headers = {"x-request-id": "bench-7", "Authorization": "Bearer None"}
+    answer = client.post(path, json=body | {"stream_options": usage}, headers=headers)
+    assert answer.headers["x-request-id"] == "bench-7"
+    *chunks, last, done = events(answer)
+    assert done == "[DONE]"
+    assert last["usage"]["completion_tokens"] == 12
+    assert chunks[0]["choices"][0].get("text") or chunks[0]["choices"][0]["delta"]["content"]
+
+
 def test_a_limit_beyond_the_context_is_clamped_and_ends_with_length(client):
     (choice,) = choices(client, ASKED | {"max_tokens": 10**6})
     assert choice["finish_reason"] == "length"
