@@ -236,7 +236,8 @@ class EngineConfig:
         str,
         Lever(
             help="Weight quantization: auto keeps what the file has; none, int8, int8-gN (N 32, "
-            "64 or 128), fp8, int4-gN, int4-gN-asym, or int4-gN-zp.",
+            "64 or 128), fp8, int4-gN, int4-gN-asym, or int4-gN-zp; -cal after one of int4 fits "
+            "its scales to the model's activations.",
             group="Model",
             sweep="auto,int8,int4-g64",
             names="scheme",

@@ -111,6 +111,66 @@ def test_values_use_their_range_and_stay_within_it(name):
     assert (q.values.float().min(), q.values.float().max()) == (low, high)
 
 
+def spread(k: int) -> Tensor:
+    """Mean squares of activations, of which a few are far larger than the rest."""
+    return torch.randn(k, generator=torch.Generator().manual_seed(2)).pow(4)
+
+
+def errors(weight: Tensor, q: QTensor, importance: Tensor) -> Tensor:
+    """The weighted squared errors of each group."""
+    squares = (q.dequantize() - weight).square() * importance
+    return squares.unflatten(1, (-1, q.group_size)).sum(dim=2)
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_calibrated_scales_lower_the_weighted_error_of_every_group_or_leave_it(name):
+    scheme, weight, importance = parse_scheme(f"{name}-cal"), normal(64, 512), spread(512)
+    fitted = scheme.quantize(weight, importance=importance)
+    before = errors(weight, quantized(name, weight), importance)
+    after = errors(weight, fitted, importance)
+    assert fitted.format == parse_scheme(name).format(512)
+    assert (after <= 1.00001 * before).all()
+    assert after.sum() < 0.85 * before.sum()
+    assert (fitted.values.min(), fitted.values.max()) == (-8, 7)
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_calibrated_scales_of_a_slice_are_those_of_the_whole(name):
+    scheme, weight, importance = parse_scheme(f"{name}-cal"), normal(16, 512), spread(512)
+    whole = scheme.quantize(weight, importance=importance)
+    rows = scheme.quantize(weight[3:9], importance=importance)
+    columns = scheme.quantize(weight[:, 128:256].contiguous(), importance=importance[128:256])
+    for ours, expected in ((rows, whole.rows(3, 9)), (columns, whole.columns(128, 256))):
+        for a, b in zip(ours.tensors, expected.tensors, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_features_that_are_never_active_and_groups_of_zeros_keep_the_plain_scale(name):
+    scheme, weight, importance = parse_scheme(f"{name}-cal"), normal(8, 256), spread(256)
+    importance[:128], weight[:, 128:] = 0, 0
+    fitted, plain = scheme.quantize(weight, importance=importance), quantized(name, weight)
+    for a, b in zip(fitted.tensors, plain.tensors, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_without_activations_a_calibrated_scheme_is_the_plain_one(name):
+    weight = normal(8, 256)
+    for a, b in zip(
+        quantized(f"{name}-cal", weight).tensors, quantized(name, weight).tensors, strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_names_of_calibrated_schemes_are_read_back_whatever_the_order_of_options():
+    for name in INT4:
+        assert parse_scheme(f"{name}-cal").name == f"{name}-cal"
+    assert parse_scheme("int4-cal-zp-g32").name == "int4-g32-zp-cal"
+    with pytest.raises(ConfigError, match="'int8' has no option 'cal'"):
+        parse_scheme("int8-cal")
+
+
 @pytest.mark.parametrize("offset", [0.0, 0.001, -0.25, 3.0])
 def test_asymmetric_int4_keeps_groups_that_already_lie_on_its_grid(offset):
     # Steps and offsets that bfloat16 holds, and offsets small enough for exact sums.
@@ -293,7 +353,7 @@ def test_names_are_read_in_any_order_and_written_in_one(given, canonical):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("int4-g48", "no option 'g48'. Choose from: g32, g64, g128, sym, asym, zp."),
+        ("int4-g48", "no option 'g48'. Choose from: g32, g64, g128, sym, asym, zp, cal."),
         ("int4-", "no option ''"),
         ("int8-g48", "no option 'g48': it is symmetric, with one scale per output channel, or"),
         ("int8-g32-g64", "two values of group_size"),
@@ -318,7 +378,9 @@ def test_unknown_scheme_is_refused_with_the_nearest():
 def test_unknown_scheme_is_answered_with_what_the_help_lists_and_how_stored_formats_are_read(name):
     with pytest.raises(UnknownNameError, match="quant auto, the default, reads files") as caught:
         parse_scheme(name)
-    assert "int4, int4-gN, int4-gN-asym, int4-gN-zp, int8, int8-gN, none" in str(caught.value)
+    assert "int4, int4-gN, int4-gN-asym, int4-gN-cal, int4-gN-zp, int8, int8-gN, none" in str(
+        caught.value
+    )
 
 
 def test_head_follows_only_quantized_projections():

@@ -92,7 +92,7 @@ def kinds(tmp_path: Path, quant: str, *, tied: bool) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize("quant", SCHEMES)
+@pytest.mark.parametrize("quant", [*SCHEMES, "int4-g32-cal"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_shards_of_a_checkpoint_are_slices_of_the_whole(quant, tied, tmp_path):
     for kind, path in kinds(tmp_path, quant, tied=tied).items():

@@ -33,7 +33,7 @@ from hotloop.weights.identity import read_quantization, sample_checkpoint
 from hotloop.weights.quantize import quantize_checkpoint
 from hotloop.weights.writer import SafetensorsWriter
 
-QUANTS = ["int8", "int8-g32", "fp8", "int4-g32-asym", "int4-g32-zp", "int4-g64"]
+QUANTS = ["int8", "int8-g32", "fp8", "int4-g32-asym", "int4-g32-zp", "int4-g64", "int4-g32-cal"]
 HEADS = ["none", "int8", "fp8", "int4-g64"]
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

@@ -19,6 +19,7 @@ from hotloop.models.families import read_config
 from hotloop.parallel.collectives import Group
 from hotloop.parallel.plan import Shard
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
+from hotloop.weights.calibration import importance_for
 from hotloop.weights.checkpoint import Checkpoint, open_checkpoint, read_model
 from hotloop.weights.identity import read_quantization
 from hotloop.weights.load import Twin, load_weights
@@ -237,7 +238,13 @@ def load(path: Path, *, group: Group = ALONE, **options: Any) -> Decoder:
         options = {"quant": stored.scheme, "head": stored.head} | options
     model, _ = read_model(checkpoint)
     dtype = options.get("dtype", torch.bfloat16)
-    source = CheckpointSource(checkpoint, CPU, model=model, dtype=dtype, combine=group.max)
+    scheme = parse_scheme(options.get("quant", "none"))
+    head = parse_head_scheme(options.get("head", "auto"), scheme)
+    schemes = schemes_by_name(model, scheme, head)
+    importance = importance_for(schemes, checkpoint, model, CPU)
+    source = CheckpointSource(
+        checkpoint, CPU, model=model, dtype=dtype, combine=group.max, importance=importance
+    )
     return load_from(checkpoint, source, model, group=group, **options)
 
 

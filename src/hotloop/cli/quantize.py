@@ -16,13 +16,14 @@ app = App(
     help_epilogue="""\
 Examples:
   hotloop quantize smollm2-135m ./smollm2-int8 --quant int8
-  hotloop quantize ./my-model ./my-model-int4 --quant int4-g64 --head none
+  hotloop quantize ./my-model ./my-model-int4 --quant int4-g64-cal --head none
   hotloop quantize ./my-model ./copy --quant int8 --format compressed-tensors""",
 )
 
 _SCHEMES = (
     "Weight quantization: int8, int8-gN (N 32, 64 or 128), fp8, int4-gN, int4-gN-asym (with "
-    "offsets), or int4-gN-zp (with zero points). none quantizes the head alone."
+    "offsets), or int4-gN-zp (with zero points); -cal after one of int4, such as "
+    "int4-g64-cal, fits its scales to the activations of the model. none quantizes the head alone."
 )
 
 _HEADS = (
@@ -49,7 +50,7 @@ def quantize(
     """Write a quantized copy of a model.
 
     It loads bit for bit as quantizing on load does, and faster. One tensor is in
-    memory at a time.
+    memory at a time; to calibrate scales, one layer in float32.
     """
     from hotloop.weights.hub import resolve_model
     from hotloop.weights.quantize import quantize_checkpoint

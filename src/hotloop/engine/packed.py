@@ -18,6 +18,7 @@ from hotloop.kernels.linear import choose_linear
 from hotloop.models.decoder import Decoder
 from hotloop.parallel.collectives import Group
 from hotloop.quant import Scheme
+from hotloop.weights.calibration import importance_for
 from hotloop.weights.load import OnLayer, Twin, load_weights
 from hotloop.weights.packed_cache import entry_key, load_packed, store_packed
 from hotloop.weights.source import CheckpointSource, RandomSource, Source
@@ -111,20 +112,28 @@ def _load_from_source(
     twin: Decoder | None,
 ) -> int | None:
     """Returns the bytes that were read; None for random weights."""
-    checkpoint = None
+    drafts = {} if twin is None or setup.draft is None else setup.draft.schemes
+    checkpoint, importance = None, None
     source: Source
-    if setup.config.weights == "random":
-        source = RandomSource(setup.config.seed, setup.dtype, setup.device)
-    else:
-        checkpoint = setup.open()
-        source = CheckpointSource(
-            checkpoint, setup.device, model=setup.model, dtype=setup.dtype, combine=group.max
-        )
-    beside = None
-    if twin is not None:
-        assert setup.draft is not None, "a twin without a drafter"
-        beside = Twin(decoder=twin, schemes=setup.draft.schemes, combine=group.max)
     try:
+        if setup.config.weights == "random":
+            source = RandomSource(setup.config.seed, setup.dtype, setup.device)
+        else:
+            checkpoint = setup.open()
+            importance = importance_for(
+                setup.schemes, checkpoint, setup.model, setup.device, drafts=drafts
+            )
+            source = CheckpointSource(
+                checkpoint,
+                setup.device,
+                model=setup.model,
+                dtype=setup.dtype,
+                combine=group.max,
+                importance=importance,
+            )
+        beside = None
+        if twin is not None:
+            beside = Twin(decoder=twin, schemes=drafts, combine=group.max, importance=importance)
         load_weights(
             decoder,
             setup.model,

@@ -1,7 +1,8 @@
 """Quantized tensors and the schemes that make them.
 
 A scheme is named by its registered name and, after dashes, its own options: ``int8``, ``fp8``,
-``int8-g128``, ``int4-g64``, ``int4-g32-asym``. ``parse_scheme`` is the only reader of such names.
+``int8-g128``, ``int4-g64``, ``int4-g32-asym``, ``int4-g64-cal``. ``parse_scheme`` is the only
+reader of such names.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SCHEMES = {
 }
 """Every quantization scheme: ``name -> "module:attribute"``."""
 
-WITH_OPTIONS = ("int4-gN", "int4-gN-asym", "int4-gN-zp", "int8-gN")
+WITH_OPTIONS = ("int4-gN", "int4-gN-asym", "int4-gN-zp", "int4-gN-cal", "int8-gN")
 """The forms of names with options, for people."""
 
 

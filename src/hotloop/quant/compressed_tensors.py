@@ -44,7 +44,7 @@ def refuse_unsupported(scheme: Scheme, head: Scheme) -> None:
         raise ConfigError(
             f"quant {scheme.name!r} cannot be written as compressed-tensors, which has integer "
             "zero points and no floating-point offsets: give "
-            f"{scheme.name.removesuffix('-asym')}-zp, or format hotloop."
+            f"{scheme.name.replace('-asym', '-zp')}, or format hotloop."
         )
     if form.kind not in _BITS or form.super_size is not None or form.permuted:
         raise ConfigError(

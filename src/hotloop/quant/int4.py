@@ -7,6 +7,12 @@ floating-point offset, so that any group that already lies on such a grid is kep
 With zero points (``int4-g64-zp``): 16 steps from the group's minimum to its maximum, of which an
 integer stands for 0, as in AWQ and compressed-tensors; a range without 0 is extended to it.
 
+Calibrated (``int4-g64-cal``; also after ``-asym`` and ``-zp``): scales are searched for. A group's
+range is shrunk in steps, and the best grid is fitted to its integers by least squares. That one
+is taken whose squared errors, each weighted by the mean square of the activation that the weight is
+multiplied with (``weights.calibration``), add up to the least. Without these weights such a search
+makes a model worse: docs/decisions/calibrated-scales.md has the measurements.
+
 Scales and offsets are rounded to bfloat16 *before* the values are chosen, so the values make up
 for that rounding, and so that every kernel on every device computes with the same numbers. For
 the same reason constants are multiplied with: CUDA divides by them a little differently.
@@ -29,6 +35,12 @@ GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPE = torch.bfloat16
 _ZEROS: Mapping[str, Zero] = {"sym": "none", "asym": "offset", "zp": "integer"}
 
+SHRINKS = tuple(1.1 - 0.025 * i for i in range(21) if i != 4)
+"""The factors of a group's range that the search tries besides 1."""
+
+_Grid = tuple[Tensor, Tensor | None]
+"""Scales, and offsets or zero points, of groups: [N, G] each."""
+
 
 @dataclass(frozen=True)
 class Int4:
@@ -37,23 +49,26 @@ class Int4:
     Attributes:
         group_size: Input features that share a scale.
         zero: Symmetric, or with zero points or offsets.
+        calibrated: Scales are searched for, with the activations of the model.
     """
 
     group_size: int = 128
     zero: Zero = "none"
+    calibrated: bool = False
 
     @property
     def name(self) -> str:
-        """Such as ``int4-g64`` or ``int4-g32-asym``."""
+        """Such as ``int4-g64``, ``int4-g32-asym`` or ``int4-g64-cal``."""
         suffix = {"none": "", "offset": "-asym", "integer": "-zp"}[self.zero]
-        return f"int4-g{self.group_size}{suffix}"
+        return f"int4-g{self.group_size}{suffix}" + ("-cal" if self.calibrated else "")
 
     @classmethod
     def from_options(cls, options: tuple[str, ...]) -> Int4:
-        """Takes ``gN`` with N in 32, 64, 128; ``sym``, ``asym`` or ``zp``."""
+        """Takes ``gN`` with N in 32, 64, 128; ``sym``, ``asym`` or ``zp``; and ``cal``."""
         meanings: dict[str, tuple[str, Any]]
         meanings = {f"g{size}": ("group_size", size) for size in GROUP_SIZES}
         meanings |= {option: ("zero", zero) for option, zero in _ZEROS.items()}
+        meanings["cal"] = ("calibrated", True)
         fields: dict[str, Any] = {}
         for option in options:
             if option not in meanings:
@@ -83,12 +98,34 @@ class Int4:
         """A group: its scale does not depend on the rest of the row."""
         return self.group_size
 
-    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:  # noqa: ARG002
-        """Rounds to the nearest of 16 steps per group."""
+    def quantize(
+        self,
+        weight: Tensor,
+        *,
+        combine: Combine | None = None,  # noqa: ARG002
+        importance: Tensor | None = None,
+    ) -> QTensor:
+        """Rounds to the nearest of 16 steps per group.
+
+        Args:
+            weight: See ``Scheme``.
+            combine: Not used: a scale is of a group.
+            importance: [K], the weights of squared errors by which scales are searched for, not
+                negative; None takes the range of each group as it is.
+        """
         n, k = weight.shape
         self.check("weight", n, k)
         groups = weight.float().view(n, k // self.group_size, self.group_size)
         low, high = groups.amin(dim=2), groups.amax(dim=2)
+        scale, offset = self._grid(low, high)
+        if importance is not None:
+            weights = importance.to(weight.device, torch.float32).view(1, -1, self.group_size)
+            scale, offset = self._search(groups, weights, (low, high), (scale, offset))
+        values = self._round(groups, scale, offset).to(torch.int8)
+        return QTensor(values=values.view(n, k), scale=scale, offset=offset, kind="int4")
+
+    def _grid(self, low: Tensor, high: Tensor) -> _Grid:
+        """Returns the scales and offsets [N, G] of 16 steps from ``low`` to ``high``."""
         if self.zero == "none":
             scale = (torch.where(high > -low, high, low) * (-1 / 8)).to(SCALE_DTYPE)
         else:
@@ -100,14 +137,84 @@ class Int4:
             # -8 stands for the minimum, 7 for the maximum: 0 is half a step above their middle.
             offset = ((low + high + scale.float()) * 0.5).to(SCALE_DTYPE)
         scale = torch.where(scale != 0, scale, 1.0)  # one value throughout: the offset, or zero
-        step = scale.float()[:, :, None]
         if self.zero == "integer":
             offset = (-8 - low / scale.float()).round_().clamp_(-8, 7).to(torch.int8)
+        return scale, offset
+
+    def _round(self, groups: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        """Rounds [N, G, group_size] to integers, float32."""
+        step = scale.float()[:, :, None]
+        if self.zero == "integer":
+            assert offset is not None, "zero points"
             steps = groups / step + offset[:, :, None]
         else:
             steps = (groups if offset is None else groups - offset.float()[:, :, None]) / step
-        values = steps.round_().clamp_(-8, 7).to(torch.int8)
-        return QTensor(values=values.view(n, k), scale=scale, offset=offset, kind="int4")
+        return steps.round_().clamp_(-8, 7)
+
+    def _search(
+        self, groups: Tensor, weights: Tensor, bounds: tuple[Tensor, Tensor], grid: _Grid
+    ) -> _Grid:
+        """Returns the best of several grids: of shrunk ranges, then of the least squares.
+
+        Args:
+            groups: [N, G, group_size].
+            weights: [1, G, group_size], of squared errors.
+            bounds: The least and the greatest of each group, [N, G].
+            grid: The grid to start from.
+        """
+        low, high = bounds
+        middle = (low + high) * 0.5 if self.zero == "offset" else torch.zeros_like(low)
+        best, least = grid, self._error(groups, weights, grid)
+        for factor in SHRINKS:
+            shrunk = (middle + (end - middle) * factor for end in bounds)
+            best, least = self._better(groups, weights, best, least, self._grid(*shrunk))
+        return self._better(groups, weights, best, least, self._fit(groups, weights, best))[0]
+
+    def _better(
+        self, groups: Tensor, weights: Tensor, best: _Grid, least: Tensor, other: _Grid
+    ) -> tuple[_Grid, Tensor]:
+        """Returns the better of two grids for each group, and its error."""
+        error = self._error(groups, weights, other)
+        is_better = error < least
+        scale = torch.where(is_better, other[0], best[0])
+        offset = None
+        if best[1] is not None and other[1] is not None:
+            offset = torch.where(is_better, other[1], best[1])
+        return (scale, offset), torch.where(is_better, error, least)
+
+    def _error(self, groups: Tensor, weights: Tensor, grid: _Grid) -> Tensor:
+        """Sums the weighted squared errors of each group, [N, G]."""
+        scale, offset = grid
+        values = self._round(groups, scale, offset)
+        if self.zero == "integer":
+            assert offset is not None, "zero points"
+            values -= offset[:, :, None]
+        values *= scale.float()[:, :, None]
+        if self.zero == "offset":
+            assert offset is not None, "offsets"
+            values += offset.float()[:, :, None]
+        return (values.sub_(groups).square_().mul_(weights)).sum(dim=2)
+
+    def _fit(self, groups: Tensor, weights: Tensor, grid: _Grid) -> _Grid:
+        """Fits scales, and offsets, to the integers by weighted least squares."""
+        scale, offset = grid
+        values = self._round(groups, scale, offset)
+        mean_value = mean = torch.zeros_like(groups[:, :, :1])
+        if self.zero == "offset":
+            total = weights.sum(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            mean_value = (values * weights).sum(dim=2, keepdim=True) / total
+            mean = (groups * weights).sum(dim=2, keepdim=True) / total
+        elif offset is not None:
+            values -= offset[:, :, None]
+        centred = values - mean_value
+        weighted = centred * weights
+        squares = (centred * weighted).sum(dim=2)
+        fitted = ((groups - mean) * weighted).sum(dim=2) / squares
+        fitted = fitted.to(SCALE_DTYPE)
+        fitted = torch.where(fitted.isfinite() & (fitted != 0), fitted, scale)
+        if self.zero == "offset":
+            offset = (mean - fitted.float()[:, :, None] * mean_value)[:, :, 0].to(SCALE_DTYPE)
+        return fitted, offset
 
     def random(
         self,

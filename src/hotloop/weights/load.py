@@ -31,7 +31,7 @@ from hotloop.models.rope import head_order
 from hotloop.parallel.plan import Shard
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_alike
 from hotloop.quant.rows import RowStream, in_step, split
-from hotloop.weights.source import Request, Source
+from hotloop.weights.source import Importance, Request, Source, quantize_rows
 from hotloop.weights.tensor_file import row_chunks
 
 OnLayer = Callable[[int, int], None]
@@ -47,11 +47,13 @@ class Twin:
         schemes: The scheme of every matrix that it has a copy of, by name: all projections, and the
             head if that is not the model's.
         combine: See ``CheckpointSource``.
+        importance: See ``CheckpointSource``.
     """
 
     decoder: Decoder
     schemes: Mapping[str, Scheme]
     combine: Combine
+    importance: Importance | None = None
 
 
 def load_weights(
@@ -202,17 +204,17 @@ class _Loader:
         pieces = map(self._typed, self.source.pieces(request))
         if self.twin is None or request.name not in self.twin.schemes:
             return [RowStream(pieces, request.n, request.format)]
-        scheme = self.twin.schemes[request.name]
+        of_draft = replace(request, scheme=self.twin.schemes[request.name])
         combine = None if request.columns is None else self.twin.combine
+        importance = self.twin.importance
 
         def requantized(rows: Tensor | QTensor) -> Tensor | QTensor:
             dense = rows.dequantize() if isinstance(rows, QTensor) else rows
-            return scheme.quantize(dense, combine=combine)
+            return quantize_rows(of_draft, dense, combine=combine, importance=importance)
 
         # Both at once: ranks combine statistics in the same order.
         mine, drafts = split((rows, requantized(rows)) for rows in pieces)
-        requests = (request, replace(request, scheme=scheme))
-        both = zip((mine, drafts), requests, strict=True)
+        both = zip((mine, drafts), (request, of_draft), strict=True)
         return [RowStream(rows, each.n, each.format) for rows, each in both]
 
     def _assign(self, linear: Linear, parts: Sequence[RowStream], bias: Tensor | None) -> None:

@@ -22,6 +22,7 @@ from hotloop.quant.encodings.hotloop import Hotloop
 from hotloop.text.generation_config import generation_defaults, write_generation_config
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.types import CopyFormat
+from hotloop.weights.calibration import importance_for
 from hotloop.weights.checkpoint import open_checkpoint, read_model
 from hotloop.weights.identity import (
     DESCRIPTION_KEYS,
@@ -100,7 +101,9 @@ def quantize_checkpoint(
         for note in requantization_notes(recognize_matrices(checkpoint, model), schemes):
             on_note(note)
         tokenizer, sampling = load_tokenizer(src), generation_defaults(src)
-        source = CheckpointSource(checkpoint, torch.device("cpu"), model=model)
+        cpu = torch.device("cpu")
+        importance = importance_for(schemes, checkpoint, model, cpu)
+        source = CheckpointSource(checkpoint, cpu, model=model, importance=importance)
         tensors = names.tensors(model)
         with SafetensorsWriter(dst) as writer:
             for i, (name, shape) in enumerate(tensors.items(), start=1):

@@ -29,6 +29,7 @@ from hotloop.models.config import ModelConfig
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
 from hotloop.quant.auto import Auto
 from hotloop.quant.encodings import Layout
+from hotloop.quant.int4 import Int4
 from hotloop.quant.int8 import Int8
 from hotloop.quant.none import NoScheme
 from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite, wrong_shape
@@ -47,6 +48,10 @@ INITIAL_STD = 0.02
 BLOCK_ROWS = 1024
 """Rows of a random matrix that are made at once."""
 
+
+Importance = Mapping[str, Tensor]
+"""The weights of squared errors by the name of a matrix: the mean square of each of its input
+features, [K]. ``weights.calibration`` collects them for calibrated schemes."""
 
 _MOST_BIAS_BYTES = 2**24
 
@@ -145,6 +150,31 @@ def schemes_by_name(
     return schemes
 
 
+def is_calibrated(scheme: Scheme) -> bool:
+    """Tells whether a scheme weights errors with the activations of the model."""
+    return isinstance(scheme, Int4) and scheme.calibrated
+
+
+def quantize_rows(
+    request: Request, rows: Tensor, *, combine: Combine | None, importance: Importance | None
+) -> Tensor | QTensor:
+    """Quantizes rows of what a request asks for.
+
+    Args:
+        request: The request.
+        rows: Floating-point rows, of the input features that it asks for.
+        combine: See ``Scheme.quantize``.
+        importance: See ``Importance``; None for weights without activations, which are random.
+    """
+    scheme = request.scheme
+    if importance is None or not isinstance(scheme, Int4) or not scheme.calibrated:
+        return scheme.quantize(rows, combine=combine)
+    weights = importance[request.name]
+    if request.columns is not None:
+        weights = weights[request.columns.start : request.columns.stop]
+    return scheme.quantize(rows, combine=combine, importance=weights)
+
+
 def requantization_notes(
     stored: Mapping[str, Recognized], schemes: Mapping[str, Scheme]
 ) -> tuple[str, ...]:
@@ -172,6 +202,7 @@ class CheckpointSource:
         model: Of whose tensors the checkpoint may hold redundant ones; None allows none.
         dtype: Element type of the model's arithmetic, in which every weight must be finite.
         combine: All-reduces statistics of the columns that this rank reads: their maximum.
+        importance: See ``Importance``; None where no scheme is calibrated.
 
     Attributes:
         read_bytes: Bytes that were read so far.
@@ -185,9 +216,10 @@ class CheckpointSource:
         model: ModelConfig | None = None,
         dtype: torch.dtype = torch.float32,
         combine: Combine | None = None,
+        importance: Importance | None = None,
     ) -> None:
         self.checkpoint, self.device, self.model = checkpoint, device, model
-        self.dtype, self.combine = dtype, combine
+        self.dtype, self.combine, self.importance = dtype, combine, importance
         self.used: set[str] = set()
         self.read_bytes = 0
         self._matrices = StoredMatrices(checkpoint)
@@ -393,6 +425,11 @@ class _Plan:
         """Makes rows of the matrix from what was read, which is on the device that quantizes."""
         raise NotImplementedError
 
+    def quantize(self, rows: Tensor) -> Tensor | QTensor:
+        """Quantizes rows of the matrix, of the input features asked for."""
+        importance = self.source.importance
+        return quantize_rows(self.request, rows, combine=self.combine, importance=importance)
+
 
 @dataclass(frozen=True)
 class _PlainPlan(_Plan):
@@ -415,7 +452,7 @@ class _PlainPlan(_Plan):
         return {"": self.source.stage(tensor)}
 
     def make(self, piece: range, parts: Mapping[str, Tensor]) -> Tensor | QTensor:  # noqa: ARG002
-        return self.request.scheme.quantize(parts[""], combine=self.combine)
+        return self.quantize(parts[""])
 
 
 @dataclass(frozen=True)
@@ -490,7 +527,7 @@ class _EncodedPlan(_Plan):
             margin=_margin(wanted),
             first=(piece.start, columns.start),
         )
-        return scheme.quantize(dense, combine=self.combine)
+        return self.quantize(dense)
 
     def _check_bound(self, bound: float) -> None:
         """Refuses scales that are finite, and whose products with values need not be."""

@@ -1,0 +1,153 @@
+"""Measures what a search of int4 scales gives, by the activations that weight its errors.
+
+Every matrix of a model's layers is quantized and dequantized in float32, the head is left alone,
+and the model's predictions are compared with its own: mean KL divergence and how often the most
+likely token is the same. Weights of the squared errors are ones, mean squares of activations on
+random tokens as ``-cal`` takes them, or on text. The text that is predicted is the default one of
+``hotloop eval``; text to calibrate with is CPython's ``argparse``, or a file. Deterministic.
+
+    python benchmarks/calibrated_scales.py --out benchmarks/results/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hotloop import LLM
+from hotloop.evaluate.text import load_text
+from hotloop.evaluate.windows import take_windows
+from hotloop.hardware import provenance
+from hotloop.models import names
+from hotloop.quant.int4 import Int4
+from hotloop.weights.calibration import importance
+from hotloop.weights.checkpoint import open_checkpoint
+from hotloop.weights.hub import resolve_model
+
+WINDOW = 256
+CPU = torch.device("cpu")
+
+
+class Trial:
+    """A model in float32, whose matrices are replaced by what a scheme makes of them."""
+
+    def __init__(self, model: str, n_windows: int) -> None:
+        options = {"quant": "none", "execution": "eager", "dtype": "float32", "device": "cpu"}
+        self.llm = LLM(model, max_seq_len=2 * WINDOW, **options)
+        runner = self.llm._runner
+        self.config, self.model = runner._setup.model, runner._model
+        self.decoder = self.model.decoder
+        self.parts = {
+            (i, matrix.name): [names.layer(i, part.name) for part in matrix.parts]
+            for i, layer in enumerate(self.config.layers)
+            for matrix in layer.matrices
+        }
+        self.weights = {key: self.packed(key).clone() for key in self.parts}
+        self.windows = take_windows(self.llm.encode, load_text(None).content, WINDOW, n_windows)
+        self.expected = [self.predict(window) for window in self.windows]
+
+    def packed(self, key: tuple[int, str]) -> Tensor:
+        """The weight that a product reads, [N, K]."""
+        i, name = key
+        (weight,) = self.decoder.blocks[i].linears[name].packed
+        return weight
+
+    def predict(self, ids: list[int]) -> Tensor:
+        """Log-probabilities [T, V]."""
+        n = len(ids)
+        hidden = self.decoder(
+            torch.tensor([ids]),
+            torch.arange(n)[None],
+            self.model.cache,
+            seats_B=torch.tensor([0]),
+            first_seat=0,
+            length=n,
+        )
+        return self.decoder.logits(hidden)[0].log_softmax(dim=-1)
+
+    def activations(self, model: str, ids_BT: Tensor | None) -> Mapping[str, Tensor]:
+        """Mean squares of activations, by the name of a matrix."""
+        with closing(open_checkpoint(resolve_model(model))) as checkpoint:
+            return importance(checkpoint, self.config, CPU, ids_BT)
+
+    def measure(self, group_size: int, squares: Mapping[str, Tensor] | None) -> dict[str, float]:
+        """Quantizes all matrices and compares predictions; None takes the plain scale."""
+        began_s, scheme = time.process_time(), Int4(group_size=group_size, calibrated=True)
+        for key, (part, *_) in self.parts.items():
+            weights = None if squares is None else squares[part]
+            quantized = scheme.quantize(self.weights[key], importance=weights)
+            self.packed(key).copy_(quantized.dequantize())
+        quantize_s = time.process_time() - began_s
+        divergences, same, losses = [], [], []
+        for ids, expected in zip(self.windows, self.expected, strict=True):
+            found = self.predict(ids)
+            divergences.append((expected.exp() * (expected - found)).sum(dim=-1).mean())
+            same.append((expected.argmax(dim=-1) == found.argmax(dim=-1)).float().mean())
+            losses.append(-found[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean())
+        kl, top1, loss = (float(torch.stack(each).mean()) for each in (divergences, same, losses))
+        return {
+            "kl": kl,
+            "same_top1": top1,
+            "ppl": math.exp(loss),
+            "quantize_processor_s": quantize_s,
+            "kl_of_windows": [float(each) for each in divergences],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--groups", type=int, nargs="+", default=[64, 32])
+    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--text", type=Path, default=Path(argparse.__file__))
+    parser.add_argument("--text-windows", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    with torch.inference_mode():
+        rows = list(measure(args))
+    result = {
+        "what": "int4 by the weights of squared errors: none (no search), ones, activations",
+        "model": args.model,
+        "window": WINDOW,
+        "windows": args.windows,
+        "text": args.text.name,
+        "text_tokens": args.text_windows * WINDOW,
+        "rows": rows,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "provenance": provenance(CPU),
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    trial = Trial(args.model, args.windows)
+    text = take_windows(trial.llm.encode, args.text.read_text(), WINDOW, args.text_windows)
+    by_random = trial.activations(args.model, None)
+    weights = {
+        "none": None,
+        "ones": {name: torch.ones_like(squares) for name, squares in by_random.items()},
+        "random tokens": by_random,
+        "text": trial.activations(args.model, torch.tensor(text)),
+    }
+    rows = []
+    for group_size in args.groups:
+        for label, squares in weights.items():
+            row = {"group_size": group_size, "weights": label}
+            rows.append(row | trial.measure(group_size, squares))
+            told = "KL {kl:.4f}  same top-1 {same_top1:.1%}  ppl {ppl:.2f}".format(**rows[-1])
+            print(f"g{group_size:<4} {label:14} {told}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

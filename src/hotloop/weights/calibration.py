@@ -1,0 +1,180 @@
+"""Collects the activations that calibrated schemes weight errors with.
+
+An error of a weight changes an output by that error times the activation, so an input feature
+matters by its mean square. The checkpoint is run in float32, as it is stored, one layer at a time:
+no more than the embedding, the head and one layer are held, before the model itself is loaded.
+
+The tokens are drawn at random, each as likely. No text has to be at hand, the result depends on the
+model alone, and no text can be one on which quality is measured. Which features are large depends
+little on the tokens: docs/decisions/calibrated-scales.md compares them with text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from hotloop.errors import CheckpointError
+from hotloop.kernels.attention import torch_attention
+from hotloop.models import names
+from hotloop.models.cache import KVCache
+from hotloop.models.config import ModelConfig
+from hotloop.models.decoder import Block, Decoder
+from hotloop.models.linear import Linear
+from hotloop.quant import Scheme, parse_scheme
+from hotloop.quant.none import NoScheme
+from hotloop.weights.checkpoint import Checkpoint
+from hotloop.weights.identity import Quantization, read_quantization
+from hotloop.weights.load import load_weights
+from hotloop.weights.recognition import recognize_matrices
+from hotloop.weights.source import CheckpointSource, Importance, is_calibrated, schemes_by_name
+
+N_SEQUENCES = 2
+N_TOKENS = 256
+"""Tokens of each sequence."""
+
+_SEED = 0
+
+
+def importance_for(
+    schemes: Mapping[str, Scheme],
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    device: torch.device,
+    *,
+    drafts: Mapping[str, Scheme] = MappingProxyType({}),
+) -> Importance | None:
+    """Returns ``importance`` if a calibrated scheme quantizes some matrix; otherwise None.
+
+    Args:
+        schemes: The scheme of every matrix of the model by its name.
+        checkpoint: The open checkpoint. What ``hotloop quantize`` wrote, or is stored in the format
+            of its scheme, is not quantized again.
+        model: Its architecture.
+        device: The device that computes.
+        drafts: The schemes of a drafter's copies, which are always quantized.
+    """
+    calibrated = {name: scheme for name, scheme in schemes.items() if is_calibrated(scheme)}
+    if _copy(checkpoint) is not None:
+        calibrated.clear()
+    elif calibrated:
+        stored = recognize_matrices(checkpoint, model)
+        for name, each in stored.items():
+            if name in calibrated and calibrated[name].format(each.layout.k) == each.layout.format:
+                del calibrated[name]
+    if not calibrated and not any(map(is_calibrated, drafts.values())):
+        return None
+    return importance(checkpoint, model, device)
+
+
+def importance(
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    device: torch.device,
+    ids_BT: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Computes the mean square of every input feature of every matrix.
+
+    Args:
+        checkpoint: The open checkpoint.
+        model: Its architecture.
+        device: The device that computes.
+        ids_BT: The tokens; None draws them at random.
+
+    Returns:
+        float32 [K] by the name of a matrix, on ``device``.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or activations are not finite.
+    """
+    if ids_BT is None:
+        shape = (N_SEQUENCES, min(N_TOKENS, model.max_position))
+        generator = torch.Generator().manual_seed(_SEED)
+        ids_BT = torch.randint(model.vocab_size, shape, generator=generator)
+    n_sequences, n_tokens = ids_BT.shape
+    decoder = Decoder(model, n_positions=n_tokens, attention=torch_attention, device=device)
+    positions_BT = torch.arange(n_tokens, device=device).expand(n_sequences, -1)
+    copy = _copy(checkpoint)
+    scheme: Scheme = NoScheme()
+    head: Scheme = NoScheme()
+    if copy is not None:
+        scheme, head = parse_scheme(copy.scheme), parse_scheme(copy.head)
+    run = _Run(model, decoder, ids_BT.to(device), positions_BT)
+    load_weights(
+        decoder,
+        model,
+        CheckpointSource(checkpoint, device, model=model),
+        shard=model.shards(1, lambda _i, _part: 1)[0],
+        adds_biases=True,
+        schemes=schemes_by_name(model, scheme, head),
+        dtype=torch.float32,
+        device=device,
+        on_layer=run.layer,
+    )
+    found = run.found
+    for name, squares_K in found.items():
+        if not squares_K.isfinite().all():
+            raise CheckpointError(
+                checkpoint.path,
+                "its activations are not finite, so scales cannot be calibrated; give a scheme "
+                "without -cal",
+                tensor=name,
+            )
+    return found
+
+
+def _copy(checkpoint: Checkpoint) -> Quantization | None:
+    """Returns the description of a copy that ``hotloop quantize`` wrote."""
+    return read_quantization(checkpoint.config, checkpoint.config_file)
+
+
+class _Run:
+    """Runs each layer when its weights are there, and lets them go.
+
+    Attributes:
+        found: The mean squares.
+    """
+
+    def __init__(
+        self, model: ModelConfig, decoder: Decoder, ids_BT: Tensor, positions_BT: Tensor
+    ) -> None:
+        self.found: dict[str, Tensor] = {}
+        self._model, self._decoder = model, decoder
+        self._ids_BT, self._positions_BT = ids_BT, positions_BT
+        self._x_BTD: Tensor | None = None
+
+    @torch.no_grad()
+    def layer(self, done: int, of: int) -> None:
+        """Runs the layer that was loaded last, and the norm before the head behind all."""
+        i, decoder = done - 1, self._decoder
+        if self._x_BTD is None:
+            self._x_BTD = decoder.embedding(self._ids_BT)
+        block = decoder.blocks[i]
+        for matrix in self._model.layers[i].matrices:
+            parts = [names.layer(i, part.name) for part in matrix.parts]
+            block.linears[matrix.name].register_forward_pre_hook(partial(self._keep, parts))
+        self._x_BTD = self._forward(block, i, self._x_BTD)
+        block.to("meta")
+        if done == of:
+            self._keep([names.head(self._model)], decoder.head, (decoder.norm(self._x_BTD),))
+
+    def _forward(self, block: Block, i: int, x_BTD: Tensor) -> Tensor:
+        n_seats, n_tokens = self._ids_BT.shape
+        cache = KVCache(
+            kv_heads=self._model.kv_heads[i : i + 1],
+            n_seats=n_seats,
+            n_positions=n_tokens,
+            dtype=x_BTD.dtype,
+            device=x_BTD.device,
+        )
+        cos, sin = (table[self._positions_BT] for table in self._decoder.rope(i))
+        seats_B = torch.arange(n_seats, device=x_BTD.device)
+        return block(x_BTD, cos, sin, self._positions_BT, *cache.layer(0), seats_B, 0, n_tokens)
+
+    def _keep(self, parts: Iterable[str], _linear: Linear, inputs: tuple[Tensor]) -> None:
+        squares_K = inputs[0].square().flatten(end_dim=-2).mean(dim=0)
+        self.found |= dict.fromkeys(parts, squares_K)
