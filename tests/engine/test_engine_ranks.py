@@ -142,6 +142,19 @@ def test_sums_by_gloo_give_two_ranks_the_same_bits(nine):
         assert (shared.token_ids, shared.logprobs) == (gloo.token_ids, gloo.logprobs)
 
 
+def test_ranks_that_run_a_step_ahead_verify_every_draft(nine):
+    grammar = Grammar(kind="regex", source="(the token |letters){2,9}[0-9]{1,3}")
+    answers = []
+    for n in (1, 2):
+        options = {"tensor_parallel": n, "draft": "ngram", "draft_policy": "always"}
+        with LLM(str(nine), dtype="float32", max_batch_size=2, **options) as llm:
+            assert llm._runner.asynchronous == (n > 1)
+            freely = tokens(llm)
+            bound = llm.generate(PROMPTS, SamplingParams(grammar=grammar, max_new_tokens=40))
+            answers.append((freely, [g.token_ids for g in bound]))
+    assert answers[0] == answers[1]
+
+
 def test_peak_memory_is_that_of_the_largest_rank(two):
     with two.meter() as memory:
         tokens(two)
@@ -199,7 +212,8 @@ def test_a_rank_killed_while_it_loads_ends_the_run_with_its_error(nine):
             os.kill(last, signal.SIGKILL)
 
     # Or in warm-up, where the others wait for it, if it had loaded its part by then.
-    with pytest.raises(RankError, match=r"rank 1 of 2 was killed by SIGKILL in (load|prefill)\b"):
+    where = r"rank 1 of 2 was killed by SIGKILL in (load|prefill|decode)\b"
+    with pytest.raises(RankError, match=where):
         LLM(str(nine), dtype="float32", tensor_parallel=2, progress=kill)
     assert len(ranks) == 2
     wait_until(lambda: not any(map(alive, ranks)), "no rank is left")

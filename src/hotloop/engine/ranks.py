@@ -42,7 +42,8 @@ class RankGroup:
     """
 
     def __init__(self, setup: Setup, *, n_tokens: int, progress: OnProgress | None = None) -> None:
-        self.asynchronous, self.captures = setup.asynchronous, setup.captures
+        # On a CPU too a step is computed while the tokens of the one before are on their way here.
+        self.asynchronous, self.captures = True, setup.captures
         self.exact_rows = False
         launched, n_ranks = Torchrun.environment(), len(setup.shards)
         if launched is not None and launched.rank > 0:
