@@ -5,15 +5,18 @@ development environment: pip install 'hotloop[eval]' runs these tests.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from hotloop import LLM
-from hotloop.errors import ConfigError, RequestError, UnsupportedError
+from hotloop.errors import ConfigError, ModelNotFoundError, RequestError, UnsupportedError
 from hotloop.evaluate import harness
 from hotloop.evaluate.tasks import load_task
 from hotloop.models.families.llama import FAMILY
+from hotloop.types import EngineConfig
+from hotloop.weights.hub import resolve_model
 
 
 def test_without_lm_eval_its_tasks_are_refused_with_the_way_to_install_it(monkeypatch):
@@ -164,6 +167,45 @@ def test_log_likelihoods_are_those_of_lm_evals_own_backend(both):
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     torch.testing.assert_close(
         torch.tensor([p for p, _ in ours]), torch.tensor([p for p, _ in theirs])
+    )
+
+
+FACTS = Path(__file__).parents[2] / "recipes/facts.jsonl"
+
+
+@pytest.mark.slow
+def test_a_real_models_answers_are_those_of_lm_evals_own_backend_item_by_item(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'hotloop[eval]'")
+    pytest.importorskip("accelerate", reason="lm-eval's own backend needs accelerate")
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast
+
+    from hotloop.baselines.transformers import ENGINE
+    from hotloop.evaluate.harness_model import EngineLM
+
+    try:
+        resolve_model("smollm2-135m")
+    except ModelNotFoundError:
+        pytest.skip("smollm2-135m is not here: hotloop pull smollm2-135m")
+    options = {"model": "smollm2-135m", "dtype": "float32", "device": "cpu", "max_seq_len": 128}
+    hugging_face = ENGINE.create(EngineConfig(engine="transformers", **options))
+    items = map(json.loads, FACTS.read_text().splitlines()[:24])
+    asked = instances("loglikelihood", [(i["context"], f" {i['continuation']}") for i in items])
+    with LLM(quant="none", **options) as llm:
+        llm.tokenizer.save(tmp_path)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|im_end|>"
+        )
+        theirs = HFLM(pretrained=hugging_face._model, tokenizer=tokenizer, batch_size=1)
+        expected = theirs.loglikelihood(asked, disable_tqdm=True)
+        ours = EngineLM(llm).loglikelihood(asked, disable_tqdm=True)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
+    # Thirty layers round differently, and a likelihood is a sum over tokens.
+    torch.testing.assert_close(
+        torch.tensor([p for p, _ in ours]),
+        torch.tensor([p for p, _ in expected]),
+        rtol=1e-5,
+        atol=1e-4,
     )
 
 
