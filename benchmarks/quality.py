@@ -23,7 +23,17 @@ from hotloop.report.quality import outcome
 from hotloop.report.read import read_records
 from hotloop.sweep.store import RECORDS, append
 
-SCHEMES = ("none", "int8", "fp8", "int4-g32-asym", "int4-g32", "int4-g64", "int4-g128")
+SCHEMES = (
+    "none",
+    "int8",
+    "fp8",
+    "int4-g32-asym",
+    "int4-g32",
+    "int4-g32-cal",
+    "int4-g64",
+    "int4-g64-cal",
+    "int4-g128",
+)
 
 FACTS = Path(__file__).parents[1] / "recipes/facts.jsonl"
 
