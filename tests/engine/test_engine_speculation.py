@@ -619,12 +619,71 @@ def test_drafting_that_pays_is_found_and_kept():
     assert device.sizes.count(4) > 250
 
 
+H200_S = {0: 0.0021, 1: 0.0037, 2: 0.0052, 4: 0.0081}
+"""A model of 8B in int8, and its high four bits as its drafter: break-even is at 0.76."""
+
+
+def engines(chance: float, n_steps: int, warm_up: float = 0.0) -> list[tuple[Device, Device]]:
+    """Runs two requests on each of twelve engines, after a warm-up in other text."""
+    found = []
+    for seed in range(12):
+        controller = DraftController(sizes_up_to(4))
+        Device(H200_S, warm_up).run(controller, 20)
+        controller.forget_texts()
+        pair = Device(H200_S, chance), Device(H200_S, chance)
+        for i, device in enumerate(pair):
+            device.random = np.random.default_rng([seed, i])
+            device.run(controller, n_steps)
+        found.append(pair)
+    return found
+
+
+def test_drafting_that_pays_by_a_tenth_is_not_given_up_after_a_bad_streak():
+    """Ten samples of 0.92 are often below 0.76; sixty hardly ever are."""
+    first, later = zip(*engines(0.92, 60), strict=True)
+    for devices, share in ((first, 0.8), (later, 0.85)):
+        drafted = [sum(size > 0 for size in device.sizes) / 60 for device in devices]
+        assert np.mean(drafted) > share
+    speeds = [device.tokens / device.seconds * H200_S[0] for device in later]
+    assert np.mean(speeds) > 1.08
+
+
+def test_what_warm_up_accepted_says_nothing_about_texts():
+    first, _ = zip(*engines(0.92, 20, warm_up=0.0), strict=True)
+    assert all(device.sizes[0] > 0 for device in first)
+    first, _ = zip(*engines(0.0, 20, warm_up=1.0), strict=True)
+    lost = [device.seconds / H200_S[0] - device.tokens for device in first]
+    assert max(lost) < DraftController.INITIAL_GAINED + 2
+
+
+def test_drafts_lose_one_per_cent_after_what_they_may_lose_at_first():
+    for chance in (0.0, 0.5, 0.7):
+        lost = plain = 0.0
+        for pair in engines(chance, 250):
+            plain += sum(device.tokens for device in pair)
+            lost += sum(device.seconds / H200_S[0] - device.tokens for device in pair)
+            lost -= DraftController.INITIAL_GAINED
+        assert lost < 0.011 * plain
+
+
+def test_one_cold_step_does_not_decide_what_steps_of_its_kind_cost():
+    controller, limits, seen = DraftController(sizes_up_to(4)), {Asker(): 99}, set()
+    for _ in range(30):
+        choice = controller.choose(limits, 99)
+        cost_s = COSTS_S[choice.k] * (1.0 if choice.k in seen else 4.0)
+        seen.add(choice.k)
+        kept = dict.fromkeys(limits, choice.k + 1)
+        times = StepTimes(model_s=cost_s)
+        controller.observe(1, choice.k, choice=choice, times=times, kept=kept)
+    assert choice.k == 4, "its first step took longer than four plain ones"
+
+
 def test_the_controller_follows_a_change_of_text():
     controller, device = DraftController(sizes_up_to(4)), Device(COSTS_S, 0.95)
     device.run(controller, 200)
     device.chances[0] = 0.0
     device.run(controller, 100)
-    assert device.sizes[-80:].count(0) > 75
+    assert device.sizes[-60:].count(0) > 55
     device.chances[0] = 0.95
     device.run(controller, 1500)
     assert device.sizes[-100:].count(4) > 90
@@ -685,13 +744,15 @@ def test_text_that_misleads_the_controller_costs_no_more_than_its_share():
         assert seconds < 1.012 * allowed
 
 
-def chains_of(controller: DraftController, unsure: float, n_steps: int) -> tuple[float, list[int]]:
+def chains_of(
+    controller: DraftController, unsure: float, n_steps: int, seed: int
+) -> tuple[float, list[int]]:
     """Runs chains of drafts that know of themselves how good they are.
 
     Returns:
         Tokens per second of the last half of the steps, and the drafts of each.
     """
-    random, limits = np.random.default_rng(2), {Asker(): 99}
+    random, limits = np.random.default_rng(seed), {Asker(): 99}
     tokens, seconds, made = [], [], []
     for _ in range(n_steps):
         choice = controller.choose(limits, 99)
@@ -711,14 +772,19 @@ def chains_of(controller: DraftController, unsure: float, n_steps: int) -> tuple
 
 
 def test_a_chain_ends_where_another_draft_does_not_pay():
-    for unsure, gain in ((0.3, 1.1), (0.6, 1.0), (0.0, 1.0)):
-        whole, _ = chains_of(DraftController(sizes_up_to(7)), unsure, 1500)
-        early, made = chains_of(DraftController(sizes_up_to(7), ends_early=True), unsure, 1500)
-        assert early > 0.98 * gain * whole
+    for unsure, gain in ((0.3, 1.08), (0.6, 1.0), (0.0, 1.0)):
+        whole, early, lengths = 0.0, 0.0, []
+        for seed in range(4):
+            whole += chains_of(DraftController(sizes_up_to(7)), unsure, 1000, seed)[0]
+            ending = DraftController(sizes_up_to(7), ends_early=True)
+            speed, made = chains_of(ending, unsure, 1000, seed)
+            early += speed
+            lengths += made[500:]
         if unsure == 0.3:
-            assert {1, 3, 5, 7} <= set(made[750:]), "of any length"
+            assert {1, 3, 5, 7} <= set(lengths), "of any length"
         if unsure == 0.0:
-            assert made[750:].count(7) > 700
+            assert lengths.count(7) > 1800
+        assert early > 0.98 * gain * whole
 
 
 BOTH = {"factors": (0.2, 1.0)}

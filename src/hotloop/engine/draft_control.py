@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,85 @@ class _Average:
         return (self.total + prior * weight) / (self.weight + weight)
 
 
+class _Rate:
+    """The share of drafts that are accepted, over as many samples as are of one text.
+
+    That is a long average, which is replaced by a short one where the two differ by more than
+    chance explains: the text has changed.
+    """
+
+    LONG, SHORT = 0.985, 0.9
+    """Weights of each step in the averages, relative to the step after it."""
+
+    UNLIKELY = 3.5
+    """How many standard errors the short average may differ by."""
+
+    def __init__(self) -> None:
+        self._long, self._short = _Average(), _Average()
+        self._has_changed = False
+
+    def decay(self) -> None:
+        """Reduces the weight of every sample so far, at a step with drafts."""
+        self._long.decay(self.LONG)
+        self._short.decay(self.SHORT)
+
+    def add(self, accepted: bool) -> None:
+        """Adds a sample."""
+        self._long.add(float(accepted))
+        self._short.add(float(accepted))
+        rate = min(max(self._long.mean(0.5), 0.05), 0.95)
+        # The variance of an exponentially weighted mean, whose weights add up to w.
+        variance = rate * (1 - rate) * (1 - self.SHORT) / (1 + self.SHORT)
+        if abs(self._short.mean(rate) - rate) > self.UNLIKELY * math.sqrt(variance):
+            self._long, self._has_changed = replace(self._short), True
+
+    @property
+    def weight(self) -> float:
+        """The weight of all samples."""
+        return self._long.weight
+
+    def mean(self, prior: float, weight: float = 1.0) -> float:
+        """See ``_Average.mean``; what was before a change counts as one sample."""
+        return self._long.mean(prior, 1.0 if self._has_changed else weight)
+
+
+class _StepTime:
+    """The mean time of recent steps of a kind, in seconds; unknown before the second.
+
+    The first can be slow, since what it reads is in no cache yet: the faster of both counts.
+    """
+
+    DECAY = 0.9
+    """Weight of each step, relative to the step after it."""
+
+    def __init__(self) -> None:
+        self._first_s: float | None = None
+        self._average = _Average()
+
+    @property
+    def mean_s(self) -> float | None:
+        """The mean; None while it is unknown."""
+        return self._average.mean(0.0, 0.0) if self._average.weight else None
+
+    def add(self, seconds: float) -> float:
+        """Adds a time, at most twice the mean: another process can delay a step.
+
+        Returns:
+            The time that was added.
+        """
+        known_s = self.mean_s
+        if known_s is not None:
+            seconds = min(seconds, 2 * known_s)
+        elif self._first_s is None:
+            self._first_s = seconds
+            return seconds
+        else:
+            seconds = min(seconds, self._first_s)
+        self._average.decay(self.DECAY)
+        self._average.add(seconds)
+        return seconds
+
+
 @dataclass(frozen=True)
 class Choice:
     """How the next step drafts.
@@ -49,7 +129,7 @@ class Choice:
     Attributes:
         drafter: The number of the drafter.
         k: Drafts for each row; 0 in a plain step.
-        trial_s: The time of a token by the best drafter, of a step that tries another in its place;
+        trial_s: The time of a token by what is best, of a step that tries another in its place;
             None of any other step.
         least: See ``Step.least``.
         limits: The most drafts that each request was to have, 0 for none.
@@ -77,22 +157,22 @@ class _Acceptance:
             were.
     """
 
-    positions: list[_Average]
+    positions: list[_Rate]
 
     @classmethod
     def of(cls, n: int) -> _Acceptance:
         """Returns rates at ``n`` draft positions, without a sample."""
-        return cls([_Average() for _ in range(n)])
+        return cls([_Rate() for _ in range(n)])
 
-    def decay(self, factor: float) -> None:
-        """Multiplies the weight of every sample so far by ``factor``."""
+    def decay(self) -> None:
+        """Reduces the weight of every sample so far, at a step with drafts."""
         for position in self.positions:
-            position.decay(factor)
+            position.decay()
 
     def add(self, n_tokens: int, k: int) -> None:
         """Adds the samples of a step with k drafts that yielded ``n_tokens``."""
         for i in range(min(n_tokens, k)):
-            self.positions[i].add(float(n_tokens > i + 1))
+            self.positions[i].add(n_tokens > i + 1)
 
 
 class DraftController:
@@ -105,9 +185,12 @@ class DraftController:
     with the most expected tokens per second, of all requests of the step together. Each request
     has rates of its own, since texts differ; the rates of all requests are their prior, and count
     as ``PRIOR_WEIGHT`` samples. Draft positions without recent samples are assumed to have the
-    acceptance rate of the position before. A drafter that finds no draft, as n-grams do in text
-    that repeats nothing, makes a plain step of it: its share of steps with drafts weights both
-    tokens and time, so that it does not keep others from drafting there.
+    acceptance rate of the position before. A rate is that of some sixty steps, or of ten once the
+    text has changed: ten alone vary so much that a bad streak would end drafting that pays. That of
+    the first draft is taken to be half a standard error higher, since only drafts can show that the
+    few so far were unlucky. A drafter that finds no draft, as n-grams do in text that repeats
+    nothing, makes a plain step of it: its share of steps with drafts weights both tokens and time,
+    so that it does not keep others from drafting there.
 
     A chain of drafts can end early. Where all of them are accepted with probability S, one more is
     worth S a tokens, a being the acceptance rate of a draft after accepted ones, and takes the
@@ -117,11 +200,10 @@ class DraftController:
     rates above, which count drafts that were not made as rejected, choose a k that is.
 
     What is not best can be measured only at a loss: an exploration budget allows trials of the next
-    best k where 0 is best, and of the other drafters, by turns, where one drafter is, so that the
-    time lost by either kind of trial is at most ``EXPLORATION_SHARE`` of all time. Expectations can
-    be wrong as well, in text that keeps changing: the time that drafts have gained and lost against
-    plain steps is kept, and once they have lost more than they gained and that share, steps are
-    plain until it is made up for.
+    best k where 0 is best, and of the other drafters, by turns, where one drafter is, so that they
+    lose at most ``EXPLORATION_SHARE`` of all time. Expectations can be wrong as well, in text that
+    keeps changing: the time that drafts have gained and lost against plain steps is kept, and once
+    they have lost more than they gained and that share, steps are plain until it is made up for.
 
     Args:
         sizes: Numbers of drafts to choose from, ascending, 0 among them.
@@ -131,22 +213,28 @@ class DraftController:
     """
 
     EXPLORATION_SHARE = 0.01
-    """The most time that trials of a kind may lose, as a share of all time."""
+    """The most time that trials may lose, as a share of all time."""
 
-    INITIAL_BUDGET = 2.0
-    """Initial and largest exploration budget, in plain steps."""
+    MOST_BUDGET = 2.0
+    """The largest exploration budget, in plain steps; it begins with 0."""
+
+    INITIAL_GAINED = 4.0
+    """What drafts may lose in an engine's first text, in plain steps."""
 
     MOST_GAINED = 32.0
     """The most gained time that later losses can be set against, in plain steps."""
 
-    PRIOR_ACCEPTANCE = 0.6
+    PRIOR_ACCEPTANCE = 0.8
     """Acceptance rate of the first draft position before any sample."""
 
-    PRIOR_WEIGHT = 2.0
+    OPTIMISM = 0.5
+    """Standard errors by which the rate of the first draft is taken to be higher than seen."""
+
+    PRIOR_WEIGHT = 12.0
     """Weight of all requests' acceptance rate beside a request's own samples."""
 
     DECAY = 0.9
-    """Weight of each step in a moving average, relative to the step after it."""
+    """Weight of each step in the moving averages of what is not an acceptance rate."""
 
     REFRESH = 64
     """The most steps with drafts between two plain ones, which keep a plain step's time current."""
@@ -162,17 +250,22 @@ class DraftController:
         self._sizes, self._always = tuple(sizes), always
         self._ends_early = ends_early and not always
         self._n_drafters = n_drafters
+        self._costs: dict[tuple[int, _Arm], _StepTime] = {}
+        # The time of a draft that was made after accepted ones, by rows and drafter.
+        self._per_draft_s: dict[tuple[int, int], _Average] = {}
+        self.forget_texts()
+
+    def forget_texts(self) -> None:
+        """Forgets all but the times of steps, as after warm-up, whose text has no meaning."""
+        n_drafters = self._n_drafters
         self._acceptance = self._new_acceptance()
         # Of each request: a request that is gone is forgotten.
         self._of_request: WeakKeyDictionary[Any, list[_Acceptance]] = WeakKeyDictionary()
-        # Of a draft that was made after accepted ones, its acceptance and its time.
-        self._newest_accepted = [_Average() for _ in range(n_drafters)]
-        self._per_draft_s: dict[tuple[int, int], _Average] = {}  # by rows and drafter
+        # Of a draft that was made after accepted ones, its acceptance.
+        self._newest_accepted = [_Rate() for _ in range(n_drafters)]
         self._with_drafts = [_Average() for _ in range(n_drafters)]
         self._found_none = [False] * n_drafters  # in the newest step of each
-        self._costs: dict[tuple[int, _Arm], _Average] = {}
-        self._budget_s: float | None = None  # of trials where plain steps are best
-        self._trials_s: float | None = None  # of trials where a drafter is
+        self._trials_s: float | None = None  # that trials may lose
         self._gained_s: float | None = None  # by drafts, against plain steps
         self._since_plain = 0
         self._since_chosen = [0] * n_drafters
@@ -215,7 +308,7 @@ class DraftController:
         if not self._always and self._gained_s is not None and self._gained_s < 0:
             return Choice()
         token_s, best_drafter = 1 / speeds[best], best[0] if best[1] else None
-        most_s = self.INITIAL_BUDGET * (self._cost_s(n, _PLAIN) or token_s)
+        most_s = self.MOST_BUDGET * (self._cost_s(n, _PLAIN) or token_s)
         trials = [
             arm
             for arm in others
@@ -226,9 +319,8 @@ class DraftController:
         # The best arm of the drafter that was chosen the longest ago. It waits for its budget, lest
         # cheaper ones always come first.
         trial = max(trials, key=lambda arm: self._since_chosen[arm[0]])
-        budget_s = self._budget_s if best == _PLAIN else self._trials_s
-        if budget_s is not None and self._loss_s(n, trial, token_s) < budget_s:
-            return Choice(*trial, None if best == _PLAIN else token_s)
+        if self._trials_s is not None and self._loss_s(n, trial, token_s) < self._trials_s:
+            return Choice(*trial, token_s)
         return Choice(*best)
 
     def observe(
@@ -261,26 +353,23 @@ class DraftController:
             self._found_none[choice.drafter] = k == 0
         most = choice.k if k else 0
         if k:
-            self._acceptance[choice.drafter].decay(self.DECAY)
-            self._newest_accepted[choice.drafter].decay(self.DECAY)
+            self._acceptance[choice.drafter].decay()
+            self._newest_accepted[choice.drafter].decay()
         for request, n_tokens in kept.items():
             if k and choice.limits.get(request, k):
                 own = self._of_request.setdefault(request, self._new_acceptance())[choice.drafter]
-                own.decay(self.DECAY)
+                own.decay()
                 for acceptance in (own, self._acceptance[choice.drafter]):
                     acceptance.add(n_tokens, most)
                 for i in range(min(n_tokens, n_made)):
-                    self._newest_accepted[choice.drafter].add(float(n_tokens > i + 1))
+                    self._newest_accepted[choice.drafter].add(n_tokens > i + 1)
         if times is None:
             return
         arm = (choice.drafter, most) if most else _PLAIN
         seconds = (times.draft_s + times.model_s) / steps
-        cost = self._costs.setdefault((n, arm), _Average())
-        known_s = cost.mean(0.0, 0.0) if cost.weight else None
-        cost.decay(self.DECAY)
-        # Limits outliers, such as a step that another process delayed.
-        limited_s = seconds if known_s is None else min(seconds, 2 * known_s)
-        cost.add(limited_s)
+        cost = self._costs.setdefault((n, arm), _StepTime())
+        known_s = cost.mean_s
+        limited_s = cost.add(seconds)
         plain_s = self._cost_s(n, _PLAIN)
         if plain_s is None and not self._always:
             return
@@ -294,33 +383,35 @@ class DraftController:
         tokens_per_row = sum(kept.values()) / len(kept) if kept else None
 
         def updated(
-            budget_s: float | None, token_s: float | None, most: float = self.INITIAL_BUDGET
+            budget_s: float | None, token_s: float | None, initial: float, most: float
         ) -> float:
             """Adds the share, and what the step gained or lost against tokens of ``token_s``."""
-            budget_s = self.INITIAL_BUDGET * step_s if budget_s is None else budget_s
-            # The first step of its kind is a measurement, which every drafter gets.
+            budget_s = initial * step_s if budget_s is None else budget_s
+            # The first steps of a kind are measurements, which every drafter gets.
             if token_s is not None and tokens_per_row is not None and known_s is not None:
                 budget_s += token_s * tokens_per_row - spent_s
             return min(most * step_s, budget_s + share_s)
 
         against_plain_s = plain_s if k else None
-        self._budget_s = updated(self._budget_s, against_plain_s)
-        self._gained_s = updated(self._gained_s, against_plain_s, self.MOST_GAINED)
-        self._trials_s = updated(self._trials_s, choice.trial_s)
+        self._gained_s = updated(
+            self._gained_s, against_plain_s, self.INITIAL_GAINED, self.MOST_GAINED
+        )
+        self._trials_s = updated(self._trials_s, choice.trial_s, 0.0, self.MOST_BUDGET)
 
     def _cost_s(self, n: int, arm: _Arm) -> float | None:
-        """Returns the mean time of such a step; None before the first.
+        """Returns the mean time of such a step; None while it is unknown.
 
         Steps of a drafter that finds no drafts are plain ones. Those with drafts, until there is
         one, are assumed to take no longer.
         """
-        cost, plain = self._costs.get((n, arm)), self._costs.get((n, _PLAIN))
-        if plain is None or arm == _PLAIN:
-            return None if cost is None else cost.mean(0.0, 0.0)
-        plain_s = plain.mean(0.0, 0.0)
-        if cost is None:
+        unknown = _StepTime()
+        step_s = self._costs.get((n, arm), unknown).mean_s
+        plain_s = self._costs.get((n, _PLAIN), unknown).mean_s
+        if plain_s is None or arm == _PLAIN:
+            return step_s
+        if step_s is None:
             return plain_s if self._found_none[arm[0]] else None
-        return plain_s + self._share_with_drafts(arm[0]) * (cost.mean(0.0, 0.0) - plain_s)
+        return plain_s + self._share_with_drafts(arm[0]) * (step_s - plain_s)
 
     def _share_with_drafts(self, drafter: int) -> float:
         """Returns the share of steps for which a drafter finds drafts, 1 before the first."""
@@ -340,7 +431,11 @@ class DraftController:
         total, all_accepted, rate = 0.0, 1.0, self.PRIOR_ACCEPTANCE
         for i, of_all in enumerate(self._acceptance[drafter].positions[:k]):
             rate = of_all.mean(rate)
-            own = rate if mine is None else mine[drafter].positions[i].mean(rate, self.PRIOR_WEIGHT)
+            samples = of_all if mine is None else mine[drafter].positions[i]
+            own = rate if mine is None else samples.mean(rate, self.PRIOR_WEIGHT)
+            if i == 0:
+                weight = samples.weight + self.PRIOR_WEIGHT
+                own = min(1.0, own + self.OPTIMISM * math.sqrt(own * (1 - own) / weight))
             all_accepted *= own
             total += all_accepted
         return total

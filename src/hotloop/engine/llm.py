@@ -371,7 +371,7 @@ class LLM:
         timed.
 
         Returns:
-            A scheduler whose draft controller has observed these steps.
+            A scheduler whose draft controller knows the times of these steps.
         """
         prompt = [i % self._setup.model.vocab_size for i in range(1, 4)]
         most = self._setup.n_positions - len(prompt)
@@ -411,6 +411,8 @@ class LLM:
         reuse = self._setup.prefix_reuse
         if reuse == "chunks" and self._runner.exact_rows:
             reuse = "tokens"  # which has the same bits here
+        if speculative.controller is not None:
+            speculative.controller.forget_texts()
         return self._new_scheduler(speculative.controller, speculative.n_steps, reuse)
 
     # ------------------------------------------------------------------------------ service
