@@ -451,6 +451,8 @@ def test_another_engine_is_in_the_table_and_is_not_recommended():
     table = make_table([REFERENCE, theirs])
     assert [row.recommended for row in table.rows] == [False, True]
     assert "none/eager decodes 90.00 ± 0.10 tok/s: none/eager is 0.33 × as fast." in table.advice
+    split = REFERENCE.model_copy(update={"config": REFERENCE.config | {"tensor_parallel": 2}})
+    assert recommend([split, theirs]).beside[0].endswith("0.33 × as fast, over 2 ranks to 1.")
     elsewhere = record("vllm", 90, baseline="vllm", provenance={"device": {"name": "Another"}})
     assert recommend([REFERENCE, elsewhere]).beside == ()
 

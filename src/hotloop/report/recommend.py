@@ -254,10 +254,15 @@ def _beside(chosen: Record, records: Iterable[Record]) -> tuple[str, ...]:
     return tuple(
         f"{record.cell} decodes {_shown(record.decode_tok_s)} tok/s"
         f"{' (unstable)' if record.status == 'unstable' else ''}: {chosen.cell} is "
-        f"{significant(_speed(chosen) / _speed(record), 2)} × as fast."
+        f"{significant(_speed(chosen) / _speed(record), 2)} × as fast{_ranks(chosen, record)}."
         for record in theirs
         if speed_gap(record) is None
     )
+
+
+def _ranks(chosen: Record, other: Record) -> str:
+    ours, theirs = (record.config.get("tensor_parallel", 1) for record in (chosen, other))
+    return "" if ours == theirs else f", over {ours} rank{'s' * (ours > 1)} to {theirs}"
 
 
 def _caveat(record: Record) -> str:
