@@ -40,6 +40,12 @@ def pids(llm: LLM) -> list[int]:
     return [rank.process.pid for rank in llm._runner._ranks._ranks]
 
 
+def listening() -> set[int]:
+    """The ports that this process serves, as the rendezvous of ranks does."""
+    connections = psutil.Process().net_connections()
+    return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+
+
 def write_nine(folder: Path, n_layers: int = 2) -> Path:
     """SmolLM2's heads, untied, with every bias."""
     return write_random(
@@ -188,9 +194,11 @@ def test_a_rank_killed_while_it_generates_ends_the_run_with_its_error(nine):
 
 
 def test_ranks_that_were_closed_within_a_stream_keep_nobody_waiting(nine):
+    before = listening()
     with LLM(str(nine), dtype="float32", tensor_parallel=2) as llm:
         stream = llm.stream([[7]], FREELY)
         next(stream)
+    assert listening() == before  # although the engine is still referenced
     for call in (
         lambda: list(stream),
         lambda: llm.generate([[7]], FREELY),

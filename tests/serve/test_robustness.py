@@ -7,6 +7,7 @@ request left, and the next answer is the same, bit for bit.
 import gc
 import itertools
 import json
+import logging
 import socket
 import threading
 from collections import Counter
@@ -138,10 +139,11 @@ NO_REQUESTS = [
     (b"POST /v1/completions HTTP/1.1\r\n\r\n", 400),
     (CHUNKED + b"fffffffffffffffffffff\r\n", 400),
     (CHUNKED + b"-1\r\n", 400),
+    (CHUNKED.replace(b"localhost", b"elsewhere") + b"-1\r\n", 400),  # refused twice, told once
 ]
 
 
-def test_what_is_no_request_is_refused_and_its_connection_ends(llm):
+def test_what_is_no_request_is_refused_and_its_connection_ends(llm, caplog):
     with serving(llm) as server:
         for bytes_, status in NO_REQUESTS:
             with connected(server.url) as connection:
@@ -150,6 +152,8 @@ def test_what_is_no_request_is_refused_and_its_connection_ends(llm):
             assert status_of(told) == status, bytes_
             assert error_of(told)["type"] == "invalid_request_error"
             assert told.count(b"HTTP/1.1") == 1
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors, "a client's fault is not traced as one of the server"
 
 
 HOSTILE = [

@@ -13,6 +13,7 @@ import sys
 from typing import NoReturn, TypeVar
 
 import torch
+from torch.distributed import Store
 
 from hotloop.engine.core import Command, Pending
 from hotloop.engine.rank import Load, serve
@@ -49,10 +50,11 @@ class RankGroup:
         if launched is not None and launched.rank > 0:
             _be_rank(launched, setup, n_tokens)
         n_here = ranks_here(setup.config)
+        self._store: Store | None  # lives as long as the ranks
         ranks: list[Rank] = []
         try:
             if launched is None:
-                self._store, address = serve_store()  # lives as long as this group
+                self._store, address = serve_store()
                 ranks.extend(start_rank(PROGRAM, rank) for rank in range(n_ranks))
             else:
                 self._store, address = launched.store(), launched.address
@@ -82,6 +84,8 @@ class RankGroup:
     def close(self) -> None:
         """Ends the ranks."""
         self._ranks.end()
+        if Torchrun.environment() is None:  # whose ranks may still be about to end
+            self._store = None
 
 
 def _be_rank(launched: Torchrun, setup: Setup, n_tokens: int) -> NoReturn:

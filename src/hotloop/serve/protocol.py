@@ -126,6 +126,9 @@ class LimitedProtocol(H11Protocol):
             )
             for event in events:
                 self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:  # of a request whose body broke off: it has its answer
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def abort(self) -> None:
