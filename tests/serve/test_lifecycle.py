@@ -11,11 +11,13 @@ from typing import Any
 
 import httpx2
 import pytest
+import uvloop
 from gate import Gate
 from serving import HELLO, events, serving
 from waiting import HANG_S, wait_until
 
 from hotloop import LLM
+from hotloop.errors import UnsupportedError
 from hotloop.serve import served as served_module
 from hotloop.serve.lifecycle import HttpServer
 from hotloop.serve.settings import ServerSettings
@@ -205,6 +207,16 @@ def test_connections_are_limited(llm):
             assert third.get("/health").status_code == 503
         with asking(server) as client:
             wait_until(lambda: client.get("/health").status_code == 200, "there is room again")
+
+
+def test_a_server_that_cannot_start_says_why(monkeypatch):
+    def refuse() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(uvloop, "new_event_loop", refuse)
+    server = HttpServer(ServerSettings(port=0, name="tiny"))
+    with pytest.raises(UnsupportedError, match=r"event loop: .*Too many open files"), server:
+        pass
 
 
 @pytest.mark.parametrize(

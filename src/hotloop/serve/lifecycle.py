@@ -18,7 +18,7 @@ import uvicorn
 import uvloop
 
 from hotloop.engine.service import Service
-from hotloop.errors import ConfigError
+from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.serve.app import create_app
 from hotloop.serve.gate import is_loopback
 from hotloop.serve.protocol import LimitedProtocol
@@ -44,6 +44,7 @@ class HttpServer:
 
     Raises:
         ConfigError: The address cannot be listened on.
+        UnsupportedError: The system allows no event loop; raised as the ``with`` block begins.
 
     Attributes:
         served: The model.
@@ -77,6 +78,7 @@ class HttpServer:
         self._thread = threading.Thread(target=self._run, name="hotloop-http", daemon=True)
         self._running = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure: OSError | None = None
 
     @property
     def url(self) -> str:
@@ -134,6 +136,10 @@ class HttpServer:
     def __enter__(self) -> HttpServer:
         self._thread.start()
         self._running.wait()
+        if self._failure is not None:
+            self._socket.close()
+            reason = f"the server cannot start its event loop: {self._failure}."
+            raise UnsupportedError(reason) from self._failure
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,7 +152,13 @@ class HttpServer:
             await self._server.serve([self._socket])
 
         # Its wake-ups take half the time of those of asyncio's own event loop.
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            loop = uvloop.new_event_loop()
+        except OSError as error:  # of which the system allows no more open files, for one
+            self._failure = error
+            self._running.set()
+            return
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
             runner.run(serve())
 
     def _abort_connections(self) -> None:
