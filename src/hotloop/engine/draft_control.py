@@ -104,14 +104,16 @@ class _StepTime:
         return self._average.mean(0.0, 0.0) if self._average.weight else None
 
     def add(self, seconds: float) -> float:
-        """Adds a time, at most twice the mean: another process can delay a step.
+        """Adds a time, at most a quarter above the mean: another process can delay a step.
+
+        A plain step's time that is too long makes drafts look cheap until the next plain step.
 
         Returns:
             The time that was added.
         """
         known_s = self.mean_s
         if known_s is not None:
-            seconds = min(seconds, 2 * known_s)
+            seconds = min(seconds, 1.25 * known_s)
         elif self._first_s is None:
             self._first_s = seconds
             return seconds
