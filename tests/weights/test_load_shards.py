@@ -105,6 +105,22 @@ def test_shards_of_a_checkpoint_are_slices_of_the_whole(quant, tied, tmp_path):
                 assert_is_shard_of(part, whole, shard, first=rank == 0)
 
 
+def test_an_embedding_tied_to_a_head_of_groups_is_whole_on_every_rank(tmp_path, monkeypatch):
+    # As of a large vocabulary, of which most pieces have none of a rank's rows.
+    monkeypatch.setattr("hotloop.weights.load.rows_at_once", lambda *_: 40)
+    monkeypatch.setattr("hotloop.weights.source._VALUES_OF_PIECE", {"cpu": 80 * 576})
+    path = write_folder(tmp_path / "m", **KEYS, tie_word_embeddings=True)
+    options = {"quant": "int4-g32", "head": "int4-g32"}
+    whole = load(path, **options)
+    ids = torch.arange(MODEL["vocab_size"])
+    parts = ThreadRanks(3).run(lambda group: load(path, group=group, **options))
+    for part, shard in zip(parts, plan(read_config(MODEL), 3, "int4-g32"), strict=True):
+        assert torch.equal(part.embedding(ids), whole.embedding(ids))
+        rows = shard.vocabulary
+        for packed, complete in zip(part.head.packed, whole.head.packed, strict=True):
+            assert torch.equal(packed, complete[rows.start : rows.stop])
+
+
 @pytest.mark.parametrize("quant", SCHEMES)
 def test_random_shards_are_slices_of_the_random_whole(quant, monkeypatch):
     monkeypatch.setattr("hotloop.weights.source.BLOCK_ROWS", 100)

@@ -283,8 +283,13 @@ class _Loader:
         else:
             table = torch.empty(request.shape, dtype=dtype, device=self.device)
             chunks = stream.chunks(rows_at_once(spec.k, 1, self.device))
-            head = RowStream(_dequantized_into(table, chunks, rows), len(rows), request.format)
+            kept = _dequantized_into(table, chunks, rows)
+            head = RowStream(kept, len(rows), request.format)
+            decoder.head.assign([head], dtype=dtype, device=self.device, fused=self.fused)
+            surplus = list(kept)  # the rows behind this rank's are in the table only then
+            assert not surplus, "more rows than this rank's"
             self._embed(decoder, table)
+            return
         decoder.head.assign([head], dtype=dtype, device=self.device, fused=self.fused)
 
     def _spec(self, form: KernelFormat, *, fused: bool | None = None) -> LinearSpec:
