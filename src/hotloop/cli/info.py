@@ -360,7 +360,7 @@ def _show_model(about: dict[str, Any]) -> None:
     _show_formats(about["formats"], about["device"])
     room = f"{about['max_batch_size']} × {about['max_seq_len']:,} tokens of cache"
     where = f"{of_rank} on {about['device']}"
-    print_text(f"\nMemory{where} with {room}, weights with rotary tables for them:\n")
+    print_text(f"\nMemory{where} with {room}; weights include rotary tables for them:\n")
     rows = about["memory"]
     print_memory("quant", ((r["quant"], r, r.get("fits"), r.get("unsupported")) for r in rows))
 

@@ -234,7 +234,7 @@ def _show_plan(cells: list[PlannedCell], *, json: bool) -> None:
         return
     shared = any(cell.config.tensor_parallel > 1 for cell in cells)
     per = "Memory per rank" if shared else "Memory"
-    print_text(f"{per} of each cell, weights with rotary tables for the tokens of cache:\n")
+    print_text(f"{per} of each cell; weights include rotary tables for the tokens of cache:\n")
     print_memory(
         "configuration", ((c.cell, c.predicted_bytes or {}, c.fits, c.unsupported) for c in cells)
     )

@@ -343,13 +343,14 @@ def _accuracy(a: Record, b: Record, margin_share: float, n_tests: int) -> Judged
         verdict = "no worse"
     elif score_limits(strata, confidence=1 - LEVEL / n_tests)[0] > found.margin:
         verdict = "worse"
-    low, high = (-loss for loss in reversed(score_limits(strata, confidence=_TWO_SIDED)))
+    gain = 0 - found.loss  # not -0.0
+    low, high = (0 - loss for loss in reversed(score_limits(strata, confidence=_TWO_SIDED)))
     return Judged(
         quantity="accuracy",
-        shown=f"{-100 * found.loss:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+        shown=f"{100 * gain:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
         verdict=verdict,
         why=why if verdict == "undecided" else "",
-        change=-found.loss,
+        change=gain,
         ci95=(low, high),
         paired=True,
         margin=found.margin,
@@ -383,7 +384,7 @@ def _judge(loss: Difference, margin: float, n_tests: int, n: int, unit: str) -> 
     if room == 0 or loss.se == 0:
         return "undecided", "the difference is at the margin"
     needed = math.ceil(n * (reach / room) ** 2)
-    return "undecided", f"some {max(needed, n + 1)} {unit} would be needed"
+    return "undecided", f"some {max(needed, n + 1):,} {unit} would be needed"
 
 
 def _notes(a: Record, b: Record) -> list[str]:
