@@ -229,6 +229,48 @@ def test_beside_a_neighbour_that_truncates_the_least_likely_token_can_be_drawn(
     assert drawn_alone_and_beside(neighbours, 0) == (least, least)
 
 
+def test_a_draw_does_not_depend_on_how_many_candidates_are_looked_at(monkeypatch):
+    # Sharp and flat rows, for which some, many and all tokens are needed.
+    generator = torch.Generator().manual_seed(1)
+    sharpness = torch.tensor([8.0, 3.0, 1.0, 0.1, 3.0, 3.0, 1.0, 1.0])
+    logits_BTV = torch.randn(8, 3, 20_000, generator=generator) * sharpness[:, None, None]
+    logits_BTV = logits_BTV.round(decimals=2)  # with many equal ones
+    options = [{"top_p": p} for p in (0.9, 0.95, 0.99, 0.5)]
+    options += [{}, {"temperature": 0.0}, {"top_k": 300, "top_p": 0.8}, {"top_k": 9_000}]
+    rows = [SamplingParams(**{"temperature": 1.0} | each) for each in options]
+    sampler = Sampler(8, 20_000, torch.device("cpu"))
+    for row, params in enumerate(rows):
+        sampler.admit(row, params, 7 + row, SEEN)
+
+    scaled_BTV = logits_BTV - logits_BTV.amax(dim=-1, keepdim=True)
+
+    def masks(here: slice, few: tuple[int, ...]) -> torch.Tensor:
+        monkeypatch.setattr("hotloop.engine.sampling.FEW_CANDIDATES", few)
+        return sampler._kept(scaled_BTV[here], here, Features.of(rows[here]))
+
+    together = masks(slice(0, 8), (256, 4096))
+    assert together[0].sum(dim=-1).max() < 256 < together[2].sum(dim=-1).min()
+    assert together.equal(masks(slice(0, 8), (19_999,)))
+    for row in range(8):
+        here = slice(row, row + 1)
+        assert masks(here, (256, 4096)).equal(masks(here, (19_999,))), rows[row]
+        assert masks(here, (256, 4096)).equal(together[here]), rows[row]
+
+
+def test_a_sharp_distribution_is_not_sorted(monkeypatch):
+    sampler = Sampler(1, 20_000, torch.device("cpu"))
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+    sampler.admit(0, params, 5, SEEN)
+    topk, sizes = sampler.vocabulary.topk, []
+    monkeypatch.setattr(sampler.vocabulary, "topk", lambda x, n: (sizes.append(n), topk(x, n))[1])
+    logits_V = torch.randn(20_000, generator=torch.Generator().manual_seed(2))
+    for sharpness, looked_at in ((5.0, [256]), (1.0, [256, 4096, 20_000])):
+        scores_BTV = sharpness * logits_V[None, None]
+        sampler.sample(scores_BTV, torch.tensor([[3]]), 0, Features.of([params]))
+        assert sizes == looked_at
+        sizes.clear()
+
+
 def test_gumbel_numbers_are_finite_independent_and_distributed_as_they_should_be():
     seeds_B, positions_B = torch.arange(200), torch.arange(5, 205)
     zeros_B1 = torch.zeros_like(seeds_B)[:, None]
