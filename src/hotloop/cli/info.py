@@ -91,9 +91,13 @@ def info(
         schemes = listed(quant or (NESTED_SCHEMES if nested else SCHEMES))
         for scheme in schemes:
             parse_scheme(scheme)
-        about = anatomy(config, schemes)
+        with spinner(f"{model}: forecasting its memory{_BUILT}"):
+            about = anatomy(config, schemes)
         print_json(about) if json else _show_model(about)
     return 0
+
+
+_BUILT = " (the first time, the CPU kernels are built for it)"
 
 
 def machine() -> dict[str, Any]:
@@ -110,15 +114,16 @@ def machine() -> dict[str, Any]:
         with spinner(f"Measuring the read bandwidth of {device}"):
             provenances.append(hardware.provenance(device))
     first, *_ = provenances
-    found = [
-        {
-            "device": str(device),
-            **provenance["device"],
-            "free_bytes": hardware.free_bytes(device),
-            "execution": execution(device),
-        }
-        for device, provenance in zip(devices, provenances, strict=True)
-    ]
+    with spinner(f"Finding what this machine can run{_BUILT}"):
+        found = [
+            {
+                "device": str(device),
+                **provenance["device"],
+                "free_bytes": hardware.free_bytes(device),
+                "execution": execution(device),
+            }
+            for device, provenance in zip(devices, provenances, strict=True)
+        ]
     about = {name: first[name] for name in ("hotloop", "versions", "host")}
     return about | {
         "cache": str(writable_cache_dir()),
