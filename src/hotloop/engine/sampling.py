@@ -391,8 +391,8 @@ class Sampler:
         # In the order of ids, so that it does not depend on the number of candidates.
         whole_BT1 = weights_BTV.cumsum(dim=-1)[..., -1:] if fewer else None
 
-        def passing(n: int) -> tuple[Tensor, Tensor]:
-            """Returns those of the n most likely that pass, and whether no others do."""
+        def passing(n: int) -> tuple[Tensor, Tensor | None]:
+            """Returns which of the n most likely pass, and of ``fewer`` whether no others do."""
             best_BTK, ids_BTK = self.vocabulary.topk(scaled_BTV, n)
             # Sums from the most likely token on do not depend on the number of candidates either.
             sums_BTK = best_BTK.exp().cumsum(dim=-1)
@@ -405,9 +405,11 @@ class Sampler:
             before_BTK = torch.nn.functional.pad(sums_BTK[..., :-1], (1, 0))
             among_BTK = (before_BTK < limit_BT1) | (top_p_B11 == 1)
             among_BTK &= torch.arange(n, device=best_BTK.device) < top_k_B11
+            among_BTV = self.vocabulary.scatter_mask(among_BTK, ids_BTK)
+            if n == most:
+                return among_BTV, None
             reached_BT1 = is_whole_B11 & (sums_BTK[..., -1:] >= limit_BT1)
-            suffices = (reached_BT1 | (top_k_B11 <= n) | ignored_B11).all()
-            return self.vocabulary.scatter_mask(among_BTK, ids_BTK), suffices
+            return among_BTV, (reached_BT1 | (top_k_B11 <= n) | ignored_B11).all()
 
         for n in fewer:
             among_BTV, suffices = passing(n)
