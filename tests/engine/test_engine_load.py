@@ -183,7 +183,9 @@ def test_a_second_turn_prefills_only_what_is_new(folder):
         assert plain.cached_tokens == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"quant": "int4-g32", "draft": "ngram"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"quant": "int4-g32", "draft": "ngram"}, {"tensor_parallel": 2}], ids=str
+)
 def test_with_cpu_kernels_a_short_second_turn_prefills_only_what_is_new_with_the_same_bits(
     folder, options
 ):

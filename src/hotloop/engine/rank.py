@@ -23,8 +23,8 @@ from hotloop.parallel.rendezvous import Address, Torchrun
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load(Command[None]):
-    """Loads a rank's shard of a model: the first command of a rank.
+class Load(Command[bool]):
+    """Loads a rank's shard of a model: the first command of a rank; returns its ``exact_rows``.
 
     Attributes:
         setup: The configuration to load.
@@ -66,7 +66,7 @@ def serve(
 
         runner = Runner(setup, n_tokens=n_tokens, progress=progress, group=group)
         if rank == 0:
-            caller.answer(number, lambda: None)
+            caller.answer(number, lambda: runner.exact_rows)
         for number, command in commands:
             pending = runner.run(command)
             if rank == 0:

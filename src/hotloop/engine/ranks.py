@@ -45,7 +45,6 @@ class RankGroup:
     def __init__(self, setup: Setup, *, n_tokens: int, progress: OnProgress | None = None) -> None:
         # On a CPU too a step is computed while the tokens of the one before are on their way here.
         self.asynchronous, self.captures = True, setup.captures
-        self.exact_rows = False
         launched, n_ranks = Torchrun.environment(), len(setup.shards)
         if launched is not None and launched.rank > 0:
             _be_rank(launched, setup, n_tokens)
@@ -72,7 +71,7 @@ class RankGroup:
             one_machine=n_here == n_ranks,
         )
         try:
-            self._ranks.tell(load, phase=load.phase).wait(progress)
+            self.exact_rows = self._ranks.tell(load, phase=load.phase).wait(progress)
         except BaseException:
             self.close()
             raise

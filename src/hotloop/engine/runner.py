@@ -163,9 +163,9 @@ class Runner:
             models = [self._model, *([self._draft_model] if self._draft_model else [])]
             ours = all(model.on_cpu_kernels for model in models)
             self._step_threads = cpu.single_threaded_torch if ours else nullcontext
-            # An all-reduce may sum an element's parts in an order that depends on its place.
             longest = max(setup.prefill_chunk, 1 + spare)
-            self.exact_rows = ours and longest <= EXACT_CPU_CHUNK and self._group.size == 1
+            exact = longest <= EXACT_CPU_CHUNK and self._group.sums_in_one_order
+            self.exact_rows = ours and exact
         with working_on(device, "warmup"):
             for model in models:
                 model.warm_up()

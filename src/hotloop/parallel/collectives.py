@@ -68,6 +68,11 @@ class Group:
         """The backend of small all-reduces, as records name it; None for a single rank."""
         return None
 
+    @property
+    def sums_in_one_order(self) -> bool:
+        """Whether the bits of an element's sum do not depend on its place in a tensor."""
+        return True
+
     def sum(self, x: Tensor) -> Tensor:
         """Sums tensors of one shape over ranks; every rank gets the sum."""
         return x
@@ -177,6 +182,11 @@ class ProcessGroup(Group):
     def kernel(self) -> str | None:
         """``shm``, ``gloo``, ``symm_mem`` or ``nccl``."""
         return self._kernel
+
+    @property
+    def sums_in_one_order(self) -> bool:
+        """See ``Group``; where gloo or NCCL sum, an element may begin with any rank's part."""
+        return self._shared is not None
 
     def sum(self, x: Tensor) -> Tensor:
         """See ``Group``; uses shared memory, or symmetric memory where that is faster."""
