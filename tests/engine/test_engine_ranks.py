@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from tiny_models import write_random
 from waiting import HANG_S, alive, wait_until
 
 from hotloop import LLM, Grammar, SamplingParams
+from hotloop.baselines.hotloop import ENGINE
 from hotloop.engine.memory import predict_memory
 from hotloop.engine.setup import prepare
 from hotloop.errors import (
@@ -287,6 +289,9 @@ def test_more_gpus_than_there_are_is_refused(nine, monkeypatch):
     with pytest.raises(UnsupportedError) as caught:
         prepare(config)
     assert str(caught.value) == "needs 4 GPUs, found 1"
+    with pytest.raises(UnsupportedError, match=r"^needs 4 GPUs, found 1$"):
+        ENGINE.check_device(config)  # as a sweep asks
+    ENGINE.check_device(replace(config, tensor_parallel=1))
 
 
 def test_one_named_gpu_for_several_ranks_is_refused(nine, monkeypatch):

@@ -13,10 +13,18 @@ from sweep_fakes import End, create, predict
 from hotloop import hardware
 from hotloop.baselines import EngineKind
 from hotloop.bench.statistics import mean_figure
-from hotloop.errors import HotloopError
+from hotloop.errors import HotloopError, UnsupportedError
 from hotloop.sweep.descendants import CELL_ID
 
 FAKE = EngineKind(create=create, predict=predict)
+
+
+def one_gpu(config):
+    if config.tensor_parallel > 1:
+        raise UnsupportedError(f"needs {config.tensor_parallel} GPUs, found 1")
+
+
+ON_ONE_GPU = EngineKind(create=create, predict=predict, check_device=one_gpu)
 
 
 def write_reference(_engine, windows, path, key, on_window):

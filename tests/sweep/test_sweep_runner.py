@@ -19,6 +19,7 @@ from hotloop import hardware
 from hotloop.baselines import ENGINES
 from hotloop.bench.record import Record
 from hotloop.errors import ConfigError
+from hotloop.sweep import runner
 from hotloop.sweep.events import (
     CellFinished,
     CellPhase,
@@ -32,7 +33,8 @@ from hotloop.sweep.events import (
     to_line,
 )
 from hotloop.sweep.part import Part
-from hotloop.sweep.recipe import Recipe, recipe_from_flags
+from hotloop.sweep.process import run_isolated
+from hotloop.sweep.recipe import Recipe, recipe_from_flags, replace_models
 from hotloop.sweep.runner import run_sweep
 from hotloop.sweep.store import read_file
 from hotloop.weights.identity import identify_checkpoint
@@ -110,6 +112,41 @@ def test_a_cell_becomes_a_complete_record(tmp_path):
     assert phases[:3] == [("predict", 0, 0), ("load", 0, 0), ("speed", 0, 0)]
     assert phases[3:] == [("speed", done, 5) for done in range(1, 6)]
     assert events[-1] == CellFinished(record)
+
+
+def test_a_cell_of_more_gpus_than_there_are_is_a_row_without_a_process(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENGINES, "hotloop", "sweep_fakes_child:ON_ONE_GPU")
+    started = []
+
+    def run(job, **options):
+        started.append(job.config.tensor_parallel)
+        return run_isolated(job, **options)
+
+    monkeypatch.setattr(runner, "run_isolated", run)
+    asked = {
+        "weights": "random",
+        "matrix": {"tensor_parallel": [1, 2, 4]},
+        "workload": {"prompt_tokens": 4, "new_tokens": 8},
+    }
+    events = []
+    records = run_sweep(
+        recipe_from_flags("some-shape", **asked), tmp_path / "here", on_event=events.append
+    )
+    assert started == [1]
+    assert [(record.status, record.reason) for record in records] == [
+        ("ok", None),
+        ("unsupported", "needs 2 GPUs, found 1"),
+        ("unsupported", "needs 4 GPUs, found 1"),
+    ]
+    assert read_file(tmp_path / "here" / "records.jsonl") == (records, [])
+    assert [e for e in events if isinstance(e, CellFinished)] == list(map(CellFinished, records))
+
+    # What another interpreter sees of the machine, only it can tell.
+    there = replace_models(
+        recipe_from_flags("some-shape", **asked), pythons={"hotloop": Path(sys.executable)}
+    )
+    run_sweep(there, tmp_path / "there")
+    assert started[1:] == [1, 2, 4]
 
 
 def test_whatever_ends_a_cell_is_a_row_and_not_the_end(tmp_path):

@@ -26,6 +26,10 @@ def _unchanged(config: EngineConfig) -> EngineConfig:
     return config
 
 
+def _any_device(config: EngineConfig) -> None:
+    pass
+
+
 def _unknown(config: EngineConfig) -> MemoryPlan | None:  # noqa: ARG001
     return None
 
@@ -38,6 +42,9 @@ class EngineKind:
         create: Loads the engine of a configuration.
         predict: Predicts the memory of a configuration; None where that is unknown. Raises what
             ``create`` would raise before it loads anything.
+        check_device: Raises what ``create`` would raise where this machine lacks the device, or has
+            fewer than there are ranks. Uses no GPU and reads no model, so that a sweep can ask it
+            before it starts a process.
         settle: Fills in what ``auto`` stands for, as far as that is known without using a GPU.
             Configurations with the same result are equivalent, and are one cell.
         reads_checkpoints: The model is a checkpoint that hotloop itself can read. Its stored form
@@ -46,5 +53,6 @@ class EngineKind:
 
     create: Callable[[EngineConfig], Engine]
     predict: Callable[[EngineConfig], MemoryPlan | None] = _unknown
+    check_device: Callable[[EngineConfig], object] = _any_device
     settle: Callable[[EngineConfig], EngineConfig] = _unchanged
     reads_checkpoints: bool = False

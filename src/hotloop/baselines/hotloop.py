@@ -20,6 +20,13 @@ def predict(config: EngineConfig) -> MemoryPlan:
     return predict_memory(config)
 
 
+def check_device(config: EngineConfig) -> None:
+    """Refuses a device that is not there; see ``engine.setup.find_device``."""
+    from hotloop.engine import setup
+
+    setup.find_device(config)
+
+
 def settle(config: EngineConfig) -> EngineConfig:
     """Fills in what ``auto`` stands for; see ``engine.setup.settle``."""
     from hotloop.engine import setup
@@ -27,4 +34,10 @@ def settle(config: EngineConfig) -> EngineConfig:
     return setup.settle(config)
 
 
-ENGINE = EngineKind(create=create, predict=predict, settle=settle, reads_checkpoints=True)
+ENGINE = EngineKind(
+    create=create,
+    predict=predict,
+    check_device=check_device,
+    settle=settle,
+    reads_checkpoints=True,
+)

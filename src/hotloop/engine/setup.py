@@ -234,7 +234,7 @@ def prepare(config: EngineConfig) -> Setup:
             f"engine {shorten_value(config.engine)} is not hotloop's own: only a sweep's cell can "
             "name another engine."
         )
-    return _prepare(config, _resolve_device(config))
+    return _prepare(config, find_device(config))
 
 
 def settle(config: EngineConfig) -> EngineConfig:
@@ -578,8 +578,13 @@ def ranks_here(config: EngineConfig) -> int:
     return launched.local_world_size
 
 
-def _resolve_device(config: EngineConfig) -> torch.device:
-    """Resolves the device of rank 0, and checks that every rank here has one."""
+def find_device(config: EngineConfig) -> torch.device:
+    """Resolves the device of rank 0, and checks that every rank here has one. Uses no GPU.
+
+    Raises:
+        ConfigError: The device is not one, or one GPU where each rank needs its own.
+        UnsupportedError: There is no such device, or there are fewer GPUs than ranks.
+    """
     n_here = ranks_here(config)
     device = resolve_device(config.device)
     if config.tensor_parallel == 1 or device.type == "cpu":

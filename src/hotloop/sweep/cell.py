@@ -90,6 +90,22 @@ def refuse_cell(job: Job) -> Record | None:
     return attempt.predicted_oom()
 
 
+def refuse_device(job: Job) -> Record | None:
+    """Checks that this machine has the devices of a configuration, without using them.
+
+    Returns:
+        The record of one that lacks them; None where they are there, or where only the interpreter
+        of its engine could tell.
+    """
+    if job.python is not None:
+        return None
+    try:
+        job.engine.check_device(job.config)
+    except (ConfigError, UnsupportedError) as error:
+        return _Attempt(job, ignore).failed(error)
+    return None
+
+
 def score_reference(job: Job, on_event: OnEvent = ignore) -> Record:
     """Scores the reference that ``job.reference`` names, and keeps it there.
 

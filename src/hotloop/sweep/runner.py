@@ -15,6 +15,7 @@ from hotloop.bench.record import MEASURED, Record, Status
 from hotloop.checked import MAX_COUNT
 from hotloop.errors import ConfigError
 from hotloop.evaluate.reference_store import ReferenceStore
+from hotloop.sweep.cell import refuse_device
 from hotloop.sweep.events import (
     CellFinished,
     CellSkipped,
@@ -211,7 +212,9 @@ class SingleMachine:
         return [records[job.key] for job in jobs]
 
     def run(self, job: Job) -> Record:
-        """Runs a job in a process of its own on this machine."""
+        """Runs a job in a process of its own on this machine, unless its devices are not here."""
+        if (record := refuse_device(job)) is not None:
+            return record
         prefix = "reference-" if job.task == "reference" else ""
         log = make_subfolder(self.results, "logs") / f"{prefix}{file_name(job.cell)}.log"
         return run_isolated(job, log=log, timeout_s=self.timeout_s, on_event=self.on_event)
