@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
 from contextlib import closing
 
 import pytest
 import torch
+from cuda_emulation import EmulatedDevice, needs_compiler
 from safetensors.torch import load_file
 from stored_models import (
     RAGGED,
@@ -33,6 +35,7 @@ from transformers import (
 from whole_models import assert_same_weights, load
 
 from hotloop import LLM
+from hotloop.engine.memory import predict_memory
 from hotloop.engine.setup import prepare
 from hotloop.errors import HotloopError, UnsupportedError
 from hotloop.quant.claims import read_claims
@@ -179,6 +182,27 @@ def test_symmetric_zero_points_tell_the_version_whatever_the_label(bits, version
 def test_act_order_is_read_by_the_group_of_each_input_feature(group_size, tmp_path):
     said = GPTQ | {"group_size": group_size, "desc_act": True}
     assert_same_model(*write_stored(tmp_path, gptq(group_size, act_order=True), said))
+
+
+@pytest.mark.parametrize("execution", ["eager", pytest.param("fused", marks=needs_compiler)])
+@pytest.mark.parametrize("n_orders", [4, 7], ids=["one of each input", "one of each matrix"])
+def test_every_order_of_input_features_is_forecast(n_orders, execution, tmp_path, monkeypatch):
+    monkeypatch.setattr("hotloop.engine.runner.device_of", lambda _: EmulatedDevice())
+    monkeypatch.setattr("hotloop.engine.setup.fused_unavailable_reason", lambda _: None)
+
+    def encode(name: str, weight: Tensor) -> Stored | None:
+        of_input = re.sub("[qkv]_proj|(gate|up)_proj", "projection", name)
+        return gptq(32, act_order=True)(of_input if n_orders == 4 else name, weight)
+
+    said, keys = GPTQ | {"desc_act": True}, {"head_dim": 64, "num_hidden_layers": 1}
+    model, _ = write_stored(tmp_path, encode, said, **keys)
+    with LLM(str(model), device="cpu", execution=execution, max_seq_len=16) as llm:
+        decoder = llm._runner._model.decoder
+        (block,) = decoder.blocks
+        assert sum(len(linear.pieces) for linear in block.linears.values()) == n_orders
+        resident = {t.data_ptr(): t.untyped_storage().nbytes() for t in decoder.buffers()}
+        predicted = predict_memory(llm.config)
+        assert predicted.weights_bytes == llm.describe().weight_bytes == sum(resident.values())
 
 
 def test_act_order_is_refused_where_ranks_would_split_its_input_features(tmp_path):

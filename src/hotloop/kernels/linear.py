@@ -64,7 +64,8 @@ class KernelFormat:
         super_size: Input features that share a factor of scales and offsets, in two-level formats.
         super_dtype: Element type of these factors.
         table: The numbers that values of ``lut4`` are indices of.
-        permuted: The columns of the weight are in another order than input features.
+        order: Names the order of the columns where that is another than the input features'
+            (act-order), as ``quant.qtensor.order_name`` does; None where it is the same.
     """
 
     kind: Kind
@@ -74,7 +75,12 @@ class KernelFormat:
     super_size: int | None = None
     super_dtype: torch.dtype | None = None
     table: tuple[float, ...] | None = None
-    permuted: bool = False
+    order: str | None = None
+
+    @property
+    def permuted(self) -> bool:
+        """Whether the columns are in another order than input features."""
+        return self.order is not None
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ group per output channel), S super-blocks along K (a divisor of G).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class QTensor:
         table: Floating point, [16]: the numbers that values of ``lut4`` are indices of.
         permutation: int32 [K]: the input feature that each column belongs to, where features were
             sorted before they were grouped (act-order).
+        order: ``order_name`` of the permutation: formats are compared by it, and no device is read.
     """
 
     values: Tensor
@@ -83,6 +85,7 @@ class QTensor:
     super_offset: Tensor | None = None
     table: Tensor | None = None
     permutation: Tensor | None = None
+    order: str | None = None
 
     def __post_init__(self) -> None:
         (n, k), (rows, groups) = self.values.shape, self.scale.shape
@@ -117,6 +120,7 @@ class QTensor:
         if self.permutation is not None:
             assert self.permutation.shape == (k,), "a feature per column"
             assert self.permutation.dtype == torch.int32, f"{self.permutation.dtype} features"
+        assert (self.permutation is None) == (self.order is None), "a permutation has a name"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,7 +149,7 @@ class QTensor:
             super_size=None if super_scale is None else self.shape[1] // super_scale.shape[1],
             super_dtype=None if super_scale is None else super_scale.dtype,
             table=None if self.table is None else tuple(self.table.float().tolist()),
-            permuted=self.permutation is not None,
+            order=self.order,
         )
 
     def bound(self) -> float:
@@ -276,6 +280,11 @@ class QTensor:
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def order_name(permutation_K: Tensor) -> str:
+    """Names an order of columns, so that formats tell it from others without reading it again."""
+    return hashlib.sha256(permutation_K.cpu().int().numpy().tobytes()).hexdigest()[:16]
+
+
 def expand_blocks(
     scale: Tensor, *, rows: int, columns: int, group_size: int, shape: tuple[int, int]
 ) -> Tensor:
@@ -302,8 +311,8 @@ def expand_blocks(
 def join_alike(parts: Iterable[Tensor | QTensor], n: int) -> list[Tensor | QTensor]:
     """Joins weights along the output features: exact, since no group spans two of them.
 
-    Adjacent weights of one format become one; where the next is of another format, or has another
-    lookup table or permutation, a new one begins.
+    Adjacent weights of one format become one; where the next is of another format, which includes
+    the lookup table and the order of columns, a new one begins.
 
     Args:
         parts: Each is copied and let go before the next is asked for, so that an iterator can make
@@ -355,10 +364,7 @@ def cut(weight: Tensor | QTensor, rows: slice, columns: range | None) -> Tensor 
 def _alike(a: Tensor | QTensor, b: Tensor | QTensor) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype
-    if a.format != b.format:
-        return False
-    x, y = a.permutation, b.permutation
-    return x is None or y is None or torch.equal(x, y)
+    return a.format == b.format
 
 
 def _copy_rows(part: Tensor | QTensor, whole: Tensor | QTensor, row: int) -> None:

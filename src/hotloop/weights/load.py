@@ -227,10 +227,7 @@ class _Loader:
         """Packs the parts of a projection; see ``Linear.packing``."""
         weight: Sequence[Tensor | QTensor | RowStream]
         alike = [list(group) for _, group in groupby(parts, key=lambda part: part.format)]
-        # Rows tell whether permutations are the same, and pairs are packed together: these are
-        # joined first.
-        paired = linear.paired and self.fused and len(alike) == 1
-        if paired or any(part.format.permuted for part in parts):
+        if linear.paired and self.fused and len(alike) == 1:  # pairs are packed together
             weight = join_alike((part.take(part.n) for part in parts), linear.n)
         else:
             weight = [RowStream.chain(group) for group in alike]

@@ -19,7 +19,7 @@ from torch import Tensor
 from hotloop.errors import CheckpointError
 from hotloop.kernels.linear import KernelFormat
 from hotloop.quant.claims import Claim
-from hotloop.quant.qtensor import QTensor, expand_blocks
+from hotloop.quant.qtensor import QTensor, expand_blocks, order_name
 from hotloop.registry import resolve
 
 ENCODINGS = {
@@ -133,8 +133,8 @@ class StoredMatrix:
             )
         return Groups.of(k, size)
 
-    def is_permuted(self, suffix: str, groups: Groups) -> bool:
-        """Tells whether input features were sorted before they were grouped (act-order).
+    def order(self, suffix: str, groups: Groups) -> str | None:
+        """Names the order in which input features were grouped (act-order); None for their own.
 
         Args:
             suffix: The tensor that says the group of each input feature; it may be missing.
@@ -144,7 +144,7 @@ class StoredMatrix:
             CheckpointError: It is not of these groups.
         """
         if suffix not in self.tensors:
-            return False
+            return None
         k, entry = self.shape[1], self.tensors[suffix]
         if entry.shape != (k,) or entry.dtype != "I32":
             raise self.error(
@@ -152,7 +152,7 @@ class StoredMatrix:
             )
         group, consecutive = self.read(suffix), (torch.arange(k) // groups.size).int()
         if torch.equal(group, consecutive) or bool((group == -1).all()):
-            return False
+            return None
         outside = ((group < 0) | (group >= groups.n)).nonzero().flatten()
         if len(outside):
             at = int(outside[0])
@@ -163,7 +163,7 @@ class StoredMatrix:
             raise self.error(
                 suffix, f"does not put {groups.size} input features into each of {groups.n} groups"
             )
-        return True
+        return order_name(sorted_features(group))
 
     def n_groups(self, suffix: str) -> int | None:
         """Returns the groups that the claim calls for, or else those of a tensor [G, ...]."""
@@ -171,6 +171,11 @@ class StoredMatrix:
         if size is not None:
             return 1 if size == -1 else -(-self.shape[1] // size)
         return entry.shape[0] if entry is not None and entry.shape else None
+
+
+def sorted_features(group_K: Tensor) -> Tensor:
+    """Sorts input features by their group: int32 [K], the feature of each column."""
+    return group_K.argsort(stable=True).int()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat, Zero
-from hotloop.quant.encodings import Expected, Groups, Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings import (
+    Expected,
+    Groups,
+    Layout,
+    StoredMatrix,
+    StoredPart,
+    sorted_features,
+)
 from hotloop.quant.encodings.bits import centred, unpack
 from hotloop.quant.qtensor import QTensor
 
@@ -59,17 +66,21 @@ class PackQuantized:
             return None
         _check_shape(matrix)
         scales = _Scales(matrix, zero_bits=bits)
-        permuted = matrix.is_permuted(G_IDX, scales.groups)
+        order = matrix.order(G_IDX, scales.groups)
+        permuted = order is not None
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
             values = centred(unpack(parts[PACKED], bits)[:, : shape[1]], bits)
-            order = parts[G_IDX].argsort(stable=True) if permuted else None
+            features = sorted_features(parts[G_IDX]) if permuted else None
             return QTensor(
-                values=values.contiguous() if order is None else values.index_select(1, order),
+                values=values.contiguous()
+                if features is None
+                else values.index_select(1, features),
                 scale=scales.scale(parts, shape),
                 offset=scales.zero_points(parts, shape),
                 kind="int4" if bits == 4 else "int8",
-                permutation=None if order is None else order.int(),
+                permutation=features,
+                order=order,
             )
 
         parts = {PACKED: StoredPart(shape=words[bits], dtype="I32", features=(1, 32 // bits))}
@@ -84,7 +95,7 @@ class PackQuantized:
                 group_size=scales.groups.even,
                 scale_dtype=scales.dtype,
                 zero=scales.zero,
-                permuted=permuted,
+                order=order,
             ),
             k=k,
             bits=bits,

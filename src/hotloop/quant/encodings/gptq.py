@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart
+from hotloop.quant.encodings import Expected, Layout, StoredMatrix, StoredPart, sorted_features
 from hotloop.quant.encodings.awq import QWEIGHT, QZEROS, SCALES
 from hotloop.quant.encodings.bits import centred, unpack
 from hotloop.quant.qtensor import QTensor
@@ -68,25 +68,27 @@ class Gptq:
         if stored[QZEROS].shape != (n_groups, n * bits // 32) or stored[QZEROS].dtype != "I32":
             return None
         groups = matrix.groups(SCALES, n_groups)
-        permuted = matrix.is_permuted(G_IDX, groups)
+        order = matrix.order(G_IDX, groups)
+        permuted = order is not None
         along = 0 if permuted else groups.features
         version, symmetric = _version(matrix, bits)
         scale_dtype = matrix.scale_dtype(SCALES)
 
         def decode(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
             values = centred(unpack(parts[QWEIGHT].T, bits), bits)
-            order = parts[G_IDX].argsort(stable=True) if permuted else None
+            features = sorted_features(parts[G_IDX]) if permuted else None
 
             def grouped(per_group: Tensor) -> Tensor:
                 return groups.expand(per_group.T, shape[1])
 
             zero = None if symmetric else grouped(_zero_points(parts[QZEROS], bits, version))
             return QTensor(
-                values=values if order is None else values.index_select(1, order),
+                values=values if features is None else values.index_select(1, features),
                 scale=grouped(parts[SCALES]),
                 offset=zero,
                 kind="int4" if bits == 4 else "int8",
-                permutation=None if order is None else order.int(),
+                permutation=features,
+                order=order,
             )
 
         per_word = 32 // bits
@@ -119,7 +121,7 @@ class Gptq:
                 group_size=groups.even,
                 scale_dtype=scale_dtype,
                 zero="none" if symmetric else "integer",
-                permuted=permuted,
+                order=order,
             ),
             k=k,
             bits=bits,
