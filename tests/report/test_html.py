@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from report_records import NOISE, drafting, record
 from hotloop.bench.record import Figure, Record, TaskFigures, Workload
 from hotloop.bench.statistics import mean_figure
 from hotloop.cli.app import main
+from hotloop.report.commands import bench_command
 from hotloop.report.fields import value_of
 from hotloop.report.glossary import names_explained
 from hotloop.report.html import TEMPLATES, charts_of, to_html
@@ -24,6 +26,7 @@ from hotloop.report.labels import Box, place_labels
 from hotloop.report.plots import step_parts
 from hotloop.report.read import read_records
 from hotloop.report.write import write_plots
+from hotloop.sweep.recipe import expand, load_recipe
 from hotloop.sweep.store import append
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -223,6 +226,19 @@ def test_each_row_has_a_command_that_can_be_copied():
         "hotloop bench m --quant int8 --execution compile --draft ngram "
         "--prompt-tokens 32 --new-tokens 64"
     )
+
+
+def test_the_command_of_another_engines_row_writes_its_recipe_and_measures_it(tmp_path):
+    said = {"quant": "int4-g128-asym", "weights": "random", "model": "llama-2-13b"}
+    theirs = record("vllm/int4-g128-asym", 40, baseline="vllm", config={"engine": "vllm"} | said)
+    command = bench_command(theirs)
+    written, _, measured = command.partition(" && ")
+    assert measured == "hotloop sweep cell.yaml"
+    subprocess.run(["sh", "-c", written], cwd=tmp_path, check=True)
+    recipe = load_recipe(tmp_path / "cell.yaml")
+    (config,) = expand(recipe)
+    assert {name: getattr(config, name) for name in said} == said
+    assert (recipe.workload, recipe.quality) == (theirs.workload, None)
 
 
 def test_what_the_tool_calls_unstable_or_too_few_says_so_wherever_it_stands():

@@ -19,16 +19,27 @@ _FILLED_IN = ("max_seq_len", "max_batch_size")
 def bench_command(record: Record) -> str:
     """Returns the ``hotloop bench`` command that times a record's configuration again.
 
-    Another engine's cell has no such command: its entry in a recipe is returned.
+    Another engine's is a cell of a recipe, which the command writes into ``cell.yaml`` first; an
+    interpreter of its own (``--python ENGINE=PATH``) is for the reader to add.
     """
     if record.baseline:
-        entry = {"engine": record.baseline, **_changed(record.config)}
-        entry.pop("model", None)
-        return f"cells: [{json.dumps(entry, ensure_ascii=False)}]"
+        recipe = shlex.quote(json.dumps(_recipe(record), ensure_ascii=False))
+        return f"printf %s {recipe} > cell.yaml && hotloop sweep cell.yaml"
     words = ["hotloop", "bench", *_model(record), *_options(record.config)]
     if record.workload is not None:
         words += _workload(record.workload)
     return shlex.join(words)
+
+
+def _recipe(record: Record) -> dict[str, Any]:
+    """Returns a recipe of the record's cell alone, timed and not scored."""
+    apart = ("model", "weights", *_FILLED_IN)
+    cell = {name: value for name, value in _changed(record.config).items() if name not in apart}
+    recipe = {name: record.config[name] for name in ("model", "weights") if name in record.config}
+    recipe |= {"cells": [{"engine": record.baseline} | cell], "quality": False}
+    if record.workload is not None:
+        recipe["workload"] = record.workload.model_dump(exclude_defaults=True)
+    return recipe
 
 
 def chat_command(record: Record) -> str | None:

@@ -32,7 +32,7 @@ from hotloop.report.differences import (
 from hotloop.report.fields import value_of
 from hotloop.report.glossary import names_explained
 from hotloop.report.layout import Column, Row, Table
-from hotloop.report.numbers import percent
+from hotloop.report.numbers import half_width, percent, uncertain
 from hotloop.report.page import comparable, make_page
 from hotloop.report.plots import Chart, charts, front, near_front
 from hotloop.report.read import latest
@@ -286,9 +286,16 @@ def _against(records: Sequence[Record], base: Record) -> tuple[_Against, ...]:
         if len(on_front) < 1 or record.delta_ln_ppl is None:
             place = "–"
         if record is base:
+            assert record.decode_tok_s is not None, "only timed records are compared"
+            shown = uncertain(record.decode_tok_s.mean, half_width(record.decode_tok_s))
             rows.append(
                 _Against(
-                    record=record, speed="", speed_verdict="", loss="", loss_verdict="", place=place
+                    record=record,
+                    speed=f"{shown} tok/s",
+                    speed_verdict="",
+                    loss="",
+                    loss_verdict="",
+                    place=place,
                 )
             )
             continue
