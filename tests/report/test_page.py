@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
 from report_records import drafting, record
@@ -13,7 +14,10 @@ from hotloop.bench.record import Record, Workload
 from hotloop.report.context import RANDOM_ACCEPTANCE
 from hotloop.report.layout import Table, to_markdown, to_rich
 from hotloop.report.page import make_page, to_csv
+from hotloop.report.read import read_records
 from hotloop.types import EngineConfig
+
+ROOT = Path(__file__).parents[2]
 
 GPU = {"device": {"name": "A GPU", "kind": "cuda"}}
 CPU = {"device": {"name": "A Processor", "kind": "cpu"}}
@@ -211,6 +215,16 @@ def test_markdown_has_a_heading_and_a_table_for_each_model():
     assert "\n[1] failed: x\n" in second
     assert "\n- workload: 32 prompt tokens, 64 new tokens, 5 repeats\n" in first
     assert "- model:" not in first  # the heading says it
+
+
+def test_the_page_in_the_docs_is_that_of_the_records_that_are_kept():
+    folder = ROOT / "benchmarks/results/h200-asclepius-13b"
+    (made,) = make_page(read_records(folder))
+    docs = (ROOT / "docs/performance.md").read_text()
+    _, _, after = docs.partition(f"<!-- page of {folder.name}: begin -->\n\n")
+    shown, _, _ = after.partition(f"\n\n<!-- page of {folder.name}: end -->")
+    assert shown
+    assert f"\n\n{shown}\n\n" in to_markdown(made)
 
 
 @pytest.mark.parametrize("width", [90, 120])
