@@ -35,7 +35,8 @@ def _recipe(record: Record) -> dict[str, Any]:
     """Returns a recipe of the record's cell alone, timed and not scored."""
     apart = ("model", "weights", *_FILLED_IN)
     cell = {name: value for name, value in _changed(record.config).items() if name not in apart}
-    recipe = {name: record.config[name] for name in ("model", "weights") if name in record.config}
+    config = record.config
+    recipe: dict[str, Any] = {n: config[n] for n in ("model", "weights") if n in config}
     recipe |= {"cells": [{"engine": record.baseline} | cell], "quality": False}
     if record.workload is not None:
         recipe["workload"] = record.workload.model_dump(exclude_defaults=True)
