@@ -355,6 +355,27 @@ def test_many_rows_on_an_h200_take_a_kernel_of_their_own_and_have_the_same_bits(
 
 
 @torch.inference_mode()
+def test_what_computes_many_rows_stores_them_as_the_next_product_by_plain_rows_reads_them():
+    keys = dict(resolve("architecture", FAMILIES, "LlamaForCausalLM").tiny)
+    keys |= {"hidden_size": 512, "intermediate_size": 512, "head_dim": 64}
+    keys |= {"num_attention_heads": 8, "num_key_value_heads": 2}
+    model = Model(keys, "none", "none", torch.bfloat16, fused=True)
+    h200 = dataclasses.replace(EmulatedDevice.limits, warpgroups=True, bytes_per_s=4.8e12)
+    rows = torch.arange(18).view(2, 9)
+    results = []
+    for limits in (EmulatedDevice.limits, h200):
+        device = EmulatedDevice(limits)
+        forward = FusedForward(model.decoder, model.cache, device, n_tokens=128, n_layers=2)
+        results.append(forward(rows, 3 + rows % 9, torch.arange(2)))
+    names = [name for name, _ in device.launched]
+    assert sum(name.startswith("stage_x") for name in names) == 1  # of the embedding
+    assert sum(name.startswith("wide_") for name in names) == 9
+    assert sum("_next" in name for name in names) == 8  # all of two layers but for qkv
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.inference_mode()
 def test_all_kernels_but_the_first_may_overlap_their_predecessor():
     keys = dict(resolve("architecture", FAMILIES, "Qwen3ForCausalLM").tiny) | {"head_dim": 64}
     model, device = Model(keys, "none", "none", torch.bfloat16, fused=True), EmulatedDevice()

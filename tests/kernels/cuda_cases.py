@@ -28,6 +28,7 @@ from hotloop.kernels.cuda.linear import (
     Epilogue,
     GemmPlan,
     LinearPlan,
+    NextOperand,
     NormEpilogue,
     Prefetch,
     PrescaledInput,
@@ -228,12 +229,18 @@ def linear_case(
     x_MK: Tensor | None = None,
     residual_MN: Tensor | None = None,
     prefetch: Prefetch | None = None,
+    next_operand: NextOperand | None = None,
 ) -> Case:
-    """A matrix product by ``linear.cu``, or with ``wide`` by ``wide.cu``."""
+    """A matrix product by ``linear.cu``, or with ``wide`` by ``wide.cu``.
+
+    Its check is not of what it stores as ``next_operand``, which ``wide.cu`` alone does.
+    """
     device, form, eps = generator.device, weight.form, 1e-5
     common = {"form": form, "rows": rows, "epilogue": epilogue, "norm": norm}
     common |= {"tuning": tuning, "limits": limits}
-    plan: GemmPlan = LinearPlan(**common) if wide is None else WidePlan(**common, wide=wide)
+    plan: GemmPlan = LinearPlan(**common)
+    if wide is not None:
+        plan = WidePlan(**common, wide=wide, has_next=next_operand is not None)
     x = normal(generator, rows, form.k).bfloat16() if x_MK is None else x_MK
     taken: Tensor | PrescaledInput = x
     if norm:
@@ -278,6 +285,7 @@ def linear_case(
         partial=partial,
         counters=counters,
         operand=operand,
+        next_operand=next_operand,
     )
 
     def check() -> None:
@@ -339,6 +347,74 @@ def linear_case(
     )
 
 
+NEXT_OPERANDS = {"plain": 3, "int8": 4, "swiglu": 6, "attention": 12}
+"""Kernels that compute x of a matrix product by plain rows, and the parts of its K."""
+
+
+def next_operand_cases(
+    by: str, rows: int, seed: int, device: torch.device | str, limits: Limits
+) -> tuple[Case, Case, Call, Tensor, Tensor]:
+    """The kernels that compute x of a matrix product, which store it as that product reads it.
+
+    Args:
+        by: One of ``NEXT_OPERANDS``: a product by plain rows, or in int8, with a norm epilogue; one
+            with SwiGLU; or attention.
+        rows: M, a multiple of 3.
+        seed: Of inputs.
+        device: Of all tensors.
+        limits: Of the device.
+
+    Returns:
+        The kernel without and with that, the launch that stages what the first has stored, and both
+        operands.
+    """
+    norm, form = by in ("plain", "int8"), Format(**PLAIN_ROWS, n=64, k=768)
+    tuning = Tuning(warps=NEXT_OPERANDS[by])
+    plan = WidePlan(form=form, rows=rows, norm=norm, tuning=tuning, limits=limits)
+    # Rows that do not exist are not written.
+    staged, stored = (
+        torch.zeros(plan.operand_bytes, dtype=torch.uint8, device=device) for _ in range(2)
+    )
+    cases = []
+    for next_operand in (None, plan.next_operand(stored)):
+        generator = torch.Generator(device).manual_seed(seed)
+        if by == "attention":
+            attention = AttentionPlan(
+                batch=rows // 3,
+                tokens=3,
+                n_heads=form.k // 64,
+                n_kv_heads=form.k // 128,
+                head_dim=64,
+                n_positions=40,
+                stores_operand=next_operand is not None,
+            )
+            positions = [i % 37 for i in range(rows // 3)]
+            case = attention_case(attention, positions, generator, next_operand=next_operand)
+        else:
+            paired = by == "swiglu"
+            name, n = ("int8" if by == "int8" else "bf16"), (2 * form.k if paired else form.k)
+            weight = make_weight(name, n, 96, generator, paired=paired)
+            case = linear_case(
+                with_plain_rows(weight) if name == "bf16" else weight,
+                rows,
+                generator,
+                epilogue="swiglu" if paired else "plain",
+                residual=norm,
+                norm_epilogue=norm,
+                tuning=Tuning(warps=3 if name == "bf16" else 2),
+                limits=limits,
+                wide=WideTuning(tiles=2 if paired else 1, splits=1 if paired else 2),
+                next_operand=next_operand,
+            )
+        cases.append(case)
+    plainly, directly = cases
+    x: Tensor | PrescaledInput = plainly.outputs[0]
+    if norm:
+        _, prescaled, squares = plainly.outputs
+        x = PrescaledInput(x=prescaled, squares=squares, eps=1e-5)
+    return plainly, directly, plan.staging(x, staged), staged, stored
+
+
 def make_norm_epilogue(k: int, rows: int, generator: torch.Generator) -> NormEpilogue:
     device = generator.device
     prescaled = PrescaledInput.empty(rows, k, 1e-5, device)
@@ -371,7 +447,12 @@ def dequantize_case(weight: Weight) -> Case:
 
 
 def attention_case(
-    plan: AttentionPlan, positions: list[int], generator: torch.Generator, *, norms: bool = False
+    plan: AttentionPlan,
+    positions: list[int],
+    generator: torch.Generator,
+    *,
+    norms: bool = False,
+    next_operand: NextOperand | None = None,
 ) -> Case:
     device, eps = generator.device, 1e-6
     B, T, H, J = plan.batch, plan.tokens, plan.n_heads, plan.n_kv_heads
@@ -404,6 +485,7 @@ def attention_case(
         eps=eps,
         partial=partial,
         counters=counters,
+        next_operand=next_operand,
     )
 
     def check() -> None:

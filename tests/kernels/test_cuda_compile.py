@@ -97,7 +97,8 @@ def wide_kernels(name: str) -> list[Kernel]:
             epilogue=epilogue,
             norm=epilogue != "plain",
             limits=LIMITS,
-            wide=WideTuning(tiles=tiles),
+            wide=WideTuning(tiles=tiles, splits=2 if epilogue == "plain" else 1),
+            has_next=epilogue != "logits",
         )
         kernels += plan.kernels
     return kernels
@@ -113,6 +114,7 @@ def attention_kernels() -> list[Kernel]:
             head_dim=head_dim,
             n_positions=64,
             tuning=AttentionTuning(stages=stages),
+            stores_operand=stages == 1,
         ).kernel
         for head_dim in HEAD_DIMS
         for tokens, stages in ((1, 2), (16, 2), (1, 1))

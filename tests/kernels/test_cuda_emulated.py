@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from cuda_cases import (
     DRAWS,
     KINDS,
+    NEXT_OPERANDS,
+    PLAIN_ROWS,
     Case,
     Options,
     Weight,
@@ -27,6 +30,7 @@ from cuda_cases import (
     high_plane_of,
     linear_case,
     make_weight,
+    next_operand_cases,
     next_tokens_case,
     ngram_draft_case,
     normal,
@@ -41,7 +45,8 @@ from hotloop.kernels.cuda import linear
 from hotloop.kernels.cuda.attention import AttentionPlan, AttentionTuning
 from hotloop.kernels.cuda.launch import Limits
 from hotloop.kernels.cuda.linear import Epilogue, Prefetch, Tuning
-from hotloop.kernels.cuda.wide import WideTuning
+from hotloop.kernels.cuda.packing import Format
+from hotloop.kernels.cuda.wide import WidePlan, WideTuning
 
 pytestmark = needs_compiler
 
@@ -288,6 +293,33 @@ def test_many_rows_equal_their_specification_and_have_the_bits_of_a_row_alone(na
         run(many)
         for alone, found in zip(wanted, many.outputs, strict=False):
             assert torch.equal(alone[0], found[rows // 2]), f"{wide}"
+
+
+@pytest.mark.parametrize(("by", "rows"), [("plain", 12), *((by, 33) for by in NEXT_OPERANDS)])
+def test_what_computes_x_of_plain_rows_stores_the_operand_that_staging_would(by, rows):
+    large = Limits(n_sms=5, shared_bytes=227 * 1024)
+    plainly, directly, staging, staged, stored = next_operand_cases(by, rows, rows, "cpu", large)
+    run(plainly)
+    emulate(staging)
+    if directly.staging is not None:
+        emulate(directly.staging)
+    emulate(directly.call)
+    assert staged.any()
+    assert torch.equal(staged, stored)
+    if by in ("plain", "int8"):  # the residual stream, and sums of its squares
+        for i in (0, 2):
+            assert torch.equal(plainly.outputs[i], directly.outputs[i])
+
+
+def test_x_is_stored_before_the_product_for_plain_rows_in_parts_of_whole_stages():
+    def plan(kind: dict[str, Any], parts: int) -> WidePlan:
+        form, large = Format(**kind, n=64, k=768), Limits(n_sms=2, shared_bytes=227 * 1024)
+        return WidePlan(form=form, rows=17, tuning=Tuning(warps=parts), limits=large)
+
+    assert plan(PLAIN_ROWS, 3).is_staged_before
+    assert not plan(PLAIN_ROWS, 5).is_staged_before  # parts of an odd number of units
+    for name in ("bf16", "int8", "fp8", "int4-g128"):
+        assert not plan(KINDS[name], 3).is_staged_before, name
 
 
 def test_a_high_plane_in_its_place_gives_the_bits_of_an_int4_weight():

@@ -7,6 +7,7 @@ import torch
 from cuda_cases import (
     DRAWS,
     KINDS,
+    NEXT_OPERANDS,
     Case,
     accept_case,
     add_case,
@@ -19,6 +20,7 @@ from cuda_cases import (
     hard_scores,
     linear_case,
     make_weight,
+    next_operand_cases,
     next_tokens_case,
     ngram_draft_case,
     normal,
@@ -118,6 +120,26 @@ def test_many_rows_have_the_bits_of_a_row_alone(device, name, rows, splits):
     torch.cuda.synchronize()
     for alone, among in zip(one.outputs, case.outputs, strict=True):
         assert torch.equal(alone[0], among[-1])
+
+
+@pytest.mark.parametrize("rows", [18, 63])
+@pytest.mark.parametrize("by", NEXT_OPERANDS)
+def test_many_rows_of_x_are_stored_as_staging_would(device, by, rows):
+    if not device.limits.warpgroups:
+        pytest.skip("wide.cu is for Hopper")
+    plainly, directly, staging, staged, stored = next_operand_cases(
+        by, rows, rows, device.device, device.limits
+    )
+    assert_right_and_the_same_with_dependent_launch(device, plainly)
+    for call in (staging, directly.staging, directly.call):
+        if call is not None:
+            device.prepare(call)()
+    torch.cuda.synchronize()
+    assert staged.any()
+    assert torch.equal(staged, stored)
+    if by in ("plain", "int8"):  # the residual stream, and sums of its squares
+        for i in (0, 2):
+            assert torch.equal(plainly.outputs[i], directly.outputs[i])
 
 
 @pytest.mark.parametrize("paired", [False, True], ids=["plain", "paired"])

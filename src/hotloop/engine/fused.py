@@ -5,9 +5,10 @@ projection, added to the residual stream; gate and up projections with SwiGLU; d
 added to the residual stream. Kernels that write the residual stream have a norm epilogue; kernels
 that read it take a prescaled input. Each kernel may start before its predecessor has ended, and
 prefetches weights until the activations are there (``kernels.cuda``). With tensor parallelism, two
-more kernels per layer all-reduce the partial results. A matrix product of many rows can be two
-kernels (``kernels.cuda.wide``), and one whose parts have several number formats has a kernel for
-each. The decoder is the specification; ``prompt`` runs prompts.
+more kernels per layer all-reduce the partial results. A matrix product of many rows reads x in an
+order of its own (``kernels.cuda.wide``), in which the kernel before stores it, or one between the
+two; and a product whose parts have several number formats has a kernel for each. The decoder is
+the specification; ``prompt`` runs prompts.
 
 The bits of a row's result do not depend on the number of rows: verifying k drafts at once gives
 exactly the results of k + 1 single steps.
@@ -18,6 +19,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +36,7 @@ from hotloop.kernels.cuda.launch import Call, Launcher, Limits
 from hotloop.kernels.cuda.linear import (
     Epilogue,
     GemmPlan,
+    NextOperand,
     NormEpilogue,
     Prefetch,
     PrescaledInput,
@@ -156,23 +160,43 @@ class FusedForward:
         first = self._layers[0].attention.norm
         x_MD, prescaled = self._embed(ids_BT.flatten().contiguous(), first)
         afters = (*self._layers[1:], None)
+        staged: NextOperand | None = None  # what the next matrix product reads in the place of x
         for i, (block, after) in enumerate(zip(self._layers, afters, strict=True)):
             layer, attention, feed_forward = plans.layers[i], block.attention, block.feed_forward
             gate_up = layer.gate_up, feed_forward.gate_up_proj
             down = layer.down, feed_forward.down_proj
             o, o_prefetch = (layer.o, attention.o_proj), _prefetch("o", *gate_up)
             qkv = self._linear(
-                layer.qkv, attention.qkv_proj, prescaled, prefetch=_prefetch("qkv", *gate_up)
+                layer.qkv,
+                attention.qkv_proj,
+                prescaled,
+                staged=staged,
+                prefetch=_prefetch("qkv", *gate_up),
             )
-            attended = self._attend(layer.attention, i, qkv, seats_B, positions_B)
-            x_MD, prescaled = self._add(*o, attended, x_MD, feed_forward.norm, o_prefetch)
-            gated = self._linear(*gate_up, prescaled, prefetch=_prefetch("gate_up", *down))
-            norm, down_prefetch = self._decoder.norm, None
+            staged = self._next_operand(layer.attention.stores_operand, layer.o, like=qkv)
+            attended = self._attend(layer.attention, i, qkv, seats_B, positions_B, staged)
+            following = self._next_operand(_stores_operand(layer.o), layer.gate_up, like=qkv)
+            x_MD, prescaled = self._add(
+                *o, attended, x_MD, feed_forward.norm, o_prefetch, staged, following
+            )
+            staged = following
+            following = self._next_operand(_stores_operand(layer.gate_up), layer.down, like=qkv)
+            gated = self._linear(
+                *gate_up,
+                prescaled,
+                staged=staged,
+                following=following,
+                prefetch=_prefetch("gate_up", *down),
+            )
+            norm, next_plans, down_prefetch = self._decoder.norm, plans.head, None
             if after is not None:
-                norm = after.attention.norm
-                down_prefetch = _prefetch("down", plans.layers[i + 1].qkv, after.attention.qkv_proj)
-            x_MD, prescaled = self._add(*down, gated, x_MD, norm, down_prefetch)
-        logits_MV, best_M = self._logits(plans.head, prescaled)
+                norm, next_plans = after.attention.norm, plans.layers[i + 1].qkv
+                down_prefetch = _prefetch("down", next_plans, after.attention.qkv_proj)
+            staged = following
+            following = self._next_operand(_stores_operand(layer.down), next_plans, like=qkv)
+            x_MD, prescaled = self._add(*down, gated, x_MD, norm, down_prefetch, staged, following)
+            staged = following
+        logits_MV, best_M = self._logits(plans.head, prescaled, staged)
         return logits_MV.view(B, T, -1), None if best_M is None else best_M.view(B, T)
 
     def logits(self, x_MD: Tensor) -> Tensor:
@@ -187,7 +211,13 @@ class FusedForward:
     def _plans_for(self, B: int, T: int) -> _Plans:
         if (B, T) not in self._plans:
             plans = _Plans(
-                self._layers, self._decoder.head, self._cache, self._launcher.limits, B, T
+                self._layers,
+                self._decoder.head,
+                self._cache,
+                self._launcher.limits,
+                B,
+                T,
+                shared=self._shared,
             )
             embed = step.embed_kernel(int8=_table(self._decoder.embedding)[1] is not None)
             # Kernels of rows and sampler are included, so that all are compiled at once.
@@ -212,8 +242,23 @@ class FusedForward:
         self._launch(step.embed(ids_M, *_table(embedding), x_MD, norm_epilogue))
         return x_MD, norm_epilogue.prescaled
 
+    def _next_operand(
+        self, stored: bool, plans: _LinearPlans, *, like: Tensor
+    ) -> NextOperand | None:
+        """Allocates x of a matrix product, if what computes it stores it so."""
+        plan = _only(plans)
+        if not stored or not isinstance(plan, WidePlan):
+            return None
+        return plan.next_operand(like.new_empty(plan.operand_bytes, dtype=torch.uint8))
+
     def _attend(
-        self, plan: AttentionPlan, i: int, qkv: Tensor, seats_B: Tensor, positions_B: Tensor
+        self,
+        plan: AttentionPlan,
+        i: int,
+        qkv: Tensor,
+        seats_B: Tensor,
+        positions_B: Tensor,
+        next_operand: NextOperand | None,
     ) -> Tensor:
         attention = self._layers[i].attention
         out = qkv.new_empty(len(qkv), plan.n_heads * plan.head_dim)
@@ -232,6 +277,7 @@ class FusedForward:
             eps=eps,
             partial=qkv.new_empty(plan.n_partial, dtype=torch.float32),
             counters=self._counters,
+            next_operand=next_operand,
         )
         self._launch(call)
         return out
@@ -244,15 +290,24 @@ class FusedForward:
         onto_MD: Tensor,
         norm: RMSNorm,
         prefetch: Prefetch | None = None,
+        staged: NextOperand | None = None,
+        following: NextOperand | None = None,
     ) -> tuple[Tensor, PrescaledInput]:
         """Adds a projection to the residual stream, in place, with the norm epilogue."""
         norm_epilogue = _norm_epilogue(norm, onto_MD)
         if not self._shared:
             self._linear(
-                plans, linear, x_MK, onto=onto_MD, norm_epilogue=norm_epilogue, prefetch=prefetch
+                plans,
+                linear,
+                x_MK,
+                onto=onto_MD,
+                norm_epilogue=norm_epilogue,
+                prefetch=prefetch,
+                staged=staged,
+                following=following,
             )
             return onto_MD, norm_epilogue.prescaled
-        part_MD = self._linear(plans, linear, x_MK, prefetch=prefetch)
+        part_MD = self._linear(plans, linear, x_MK, prefetch=prefetch, staged=staged)
         if self._peers is not None:
             self._launch(
                 step.all_reduce(part_MD, onto_MD, onto_MD, norm_epilogue, self._peers.sums)
@@ -264,7 +319,7 @@ class FusedForward:
         return onto_MD, norm_epilogue.prescaled
 
     def _logits(
-        self, plans: _LinearPlans, prescaled: PrescaledInput
+        self, plans: _LinearPlans, prescaled: PrescaledInput, staged: NextOperand | None = None
     ) -> tuple[Tensor, Tensor | None]:
         head, x_MD = self._decoder.head, prescaled.x
         (piece,), (row_plans,) = head.pieces, plans
@@ -277,7 +332,13 @@ class FusedForward:
                 x_MD.new_empty(plan.rows, plan.candidates, dtype=torch.int32),
             )
             self._multiply(
-                plan, piece, prescaled.rows(rows), logits_MV[rows], best=best, n_best=n_best
+                plan,
+                piece,
+                prescaled.rows(rows),
+                logits_MV[rows],
+                staged=staged,
+                best=best,
+                n_best=n_best,
             )
             if not self._shared:
                 self._launch(step.argmax(best, best_M[rows]))
@@ -296,8 +357,14 @@ class FusedForward:
         onto: Tensor | None = None,
         norm_epilogue: NormEpilogue | None = None,
         prefetch: Prefetch | None = None,
+        staged: NextOperand | None = None,
+        following: NextOperand | None = None,
     ) -> Tensor:
-        """Computes a matrix product, added to ``onto`` in place where that is given."""
+        """Computes a matrix product, added to ``onto`` in place where that is given.
+
+        Where x is ``staged``, it is read from there; and the result, or with a norm epilogue its
+        prescaled input, is stored as ``following`` alone where that is given.
+        """
         x_MK = x.x if isinstance(x, PrescaledInput) else x
         width = linear.n // 2 if linear.paired else linear.n
         y = x_MK.new_empty(len(x_MK), width) if onto is None else onto
@@ -320,18 +387,28 @@ class FusedForward:
                     residual=None if onto is None else onto[rows],
                     norm_epilogue=None if norm_epilogue is None else norm_epilogue.rows(rows),
                     prefetch=prefetch,
+                    staged=staged,
+                    next_operand=following,
                     **options,
                 )
                 prefetch = None  # the first launch prefetches
         return y
 
     def _multiply(
-        self, plan: GemmPlan, piece: Piece, x: Tensor | PrescaledInput, y: Tensor, **options: Any
+        self,
+        plan: GemmPlan,
+        piece: Piece,
+        x: Tensor | PrescaledInput,
+        y: Tensor,
+        staged: NextOperand | None = None,
+        **options: Any,
     ) -> None:
         """Launches a matrix product; for the options see ``GemmPlan.call``."""
         assert isinstance(piece.kernel, Fused), "the weight was not assigned for the fused step"
         weight = piece.kernel.named(piece.packed)
-        if isinstance(plan, WidePlan):
+        if staged is not None:
+            options["operand"] = staged.operand
+        elif isinstance(plan, WidePlan):
             operand = y.new_empty(plan.operand_bytes, dtype=torch.uint8)
             self._launch(plan.staging(x, operand, weight.features))
             options["operand"] = operand
@@ -446,9 +523,38 @@ def _attention_plan(
     )
 
 
+_Kind = tuple[LayerConfig, tuple[tuple[Format, ...], ...]]
+"""The configuration of a layer, and the formats of its weights."""
+
 _RowPlans = Sequence[tuple[slice, GemmPlan]]
 _LinearPlans = Sequence[_RowPlans]
 """The plans of each piece of a weight."""
+
+
+def _only(plans: _LinearPlans) -> GemmPlan | None:
+    """Returns the plan of a matrix product that is one launch, or None."""
+    (_, plan), *others = (row_plan for row_plans in plans for row_plan in row_plans)
+    return None if others else plan
+
+
+def _stores_operand(plans: _LinearPlans) -> bool:
+    """Whether a matrix product stores its result as the operand of the next one."""
+    plan = _only(plans)
+    return plan is not None and plan.stores_operand
+
+
+def _is_staged_before(plans: _LinearPlans) -> bool:
+    """Whether the kernel that computes x of a matrix product can store it as its operand."""
+    plan = _only(plans)
+    return isinstance(plan, WidePlan) and plan.is_staged_before
+
+
+def _storing_for(plans: _LinearPlans, after: _LinearPlans) -> _LinearPlans:
+    """Returns the plans of a matrix product that stores x of the one after it, if it can."""
+    plan = _only(plans)
+    if not isinstance(plan, WidePlan) or not _is_staged_before(after):
+        return plans
+    return [[(slice(0, plan.rows), dataclasses.replace(plan, has_next=True))]]
 
 
 def _epilogues(epilogue: Epilogue, n_pieces: int) -> tuple[Epilogue, ...]:
@@ -480,6 +586,21 @@ class _LayerPlans:
     gate_up: _LinearPlans
     down: _LinearPlans
 
+    def storing(self, after: _LinearPlans, *, shared: bool) -> _LayerPlans:
+        """Returns the plans of kernels that store x as the next matrix product reads it.
+
+        Args:
+            after: Of the matrix product after the layer.
+            shared: What is added to the residual stream is summed over ranks first.
+        """
+        return _LayerPlans(
+            qkv=self.qkv,
+            attention=dataclasses.replace(self.attention, stores_operand=_is_staged_before(self.o)),
+            o=self.o if shared else _storing_for(self.o, self.gate_up),
+            gate_up=_storing_for(self.gate_up, self.down),
+            down=self.down if shared else _storing_for(self.down, after),
+        )
+
     @property
     def kernels(self) -> list[Kernel]:
         """All kernels of the layer."""
@@ -495,7 +616,8 @@ def _kernels(plans: _LinearPlans) -> list[Kernel]:
 class _Plans:
     """The launch plans of a step of B sequences with T tokens each.
 
-    Layers with the same configuration and weight formats share their plans.
+    Layers with the same configuration and weight formats share their plans, where the same layer or
+    the head follows them.
 
     Attributes:
         layers: The plans of each layer.
@@ -503,7 +625,15 @@ class _Plans:
     """
 
     def __init__(
-        self, blocks: Sequence[Block], head: Linear, cache: KVCache, limits: Limits, B: int, T: int
+        self,
+        blocks: Sequence[Block],
+        head: Linear,
+        cache: KVCache,
+        limits: Limits,
+        B: int,
+        T: int,
+        *,
+        shared: bool,
     ) -> None:
         def plan(
             linear: Linear, projection: Projection, epilogue: Epilogue = "plain", *, norm: bool
@@ -532,17 +662,27 @@ class _Plans:
             )
 
         self.head = plan(head, "head", "logits", norm=True)
-        self._kinds: dict[tuple[LayerConfig, tuple[tuple[Format, ...], ...]], _LayerPlans] = {}
-        self.layers: list[_LayerPlans] = []
+
+        def kind_of(block: Block) -> _Kind:
+            return block.config, tuple(map(fused_forms, block.linears.values()))
+
+        kinds: dict[_Kind | None, _LayerPlans] = {}
+        self._pairs: dict[tuple[_Kind, _Kind | None], _LayerPlans] = {}  # of a layer and the next
         for block in blocks:
-            forms = tuple(map(fused_forms, block.linears.values()))
-            kind = block.config, forms
-            if kind not in self._kinds:
-                self._kinds[kind] = layer(block)
-            self.layers.append(self._kinds[kind])
+            if kind_of(block) not in kinds:
+                kinds[kind_of(block)] = layer(block)
+        names = [*map(kind_of, blocks), None]
+        self.layers: list[_LayerPlans] = []
+        for pair in itertools.pairwise(names):
+            kind, after = pair
+            assert kind is not None
+            if pair not in self._pairs:
+                next_plans = self.head if after is None else kinds[after].qkv
+                self._pairs[kind, after] = kinds[kind].storing(next_plans, shared=shared)
+            self.layers.append(self._pairs[kind, after])
 
     @property
     def kernels(self) -> list[Kernel]:
         """All kernels but those at the ends of the step, which do not depend on its size."""
-        layers = [kernel for plans in self._kinds.values() for kernel in plans.kernels]
+        layers = [kernel for plans in self._pairs.values() for kernel in plans.kernels]
         return [*layers, *_kernels(self.head)]

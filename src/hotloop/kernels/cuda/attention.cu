@@ -24,7 +24,7 @@
 // Letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache positions,
 // E head dimension, S seats. g = lane / 4 and t = lane % 4 locate a lane in the fragments of mma.
 
-#include "pointwise.cuh"
+#include "operand.cuh"
 
 struct AttentionArgs {
   const bf16* qkv;           // [B * T, (H + 2J) * E]
@@ -36,7 +36,7 @@ struct AttentionArgs {
   const int64_t* seats;      // [B]: the seat of each sequence in the cache
   bf16* keys;                // [S, J, C, E]
   bf16* values;
-  bf16* out;                 // [B * T, H * E]
+  bf16* out;                 // [B * T, H * E]; not with kHasNext
   float* partial;            // workspace: partial results of chunks, see chunk_partial
   uint32_t* counters;        // zeros, two per group of blocks that are merged
   int tokens, heads, kv_heads, capacity;
@@ -45,13 +45,15 @@ struct AttentionArgs {
   int min_chunk;             // the fewest positions of a chunk, whole tiles
   float scale;               // of scores, times log2(e)
   float eps;                 // of the norms
+  NextOperand next_operand;  // with kHasNext: takes what out would hold
 };
 
 constexpr int kTile = 16;            // positions of a tile
 constexpr int kPrefetchedTiles = 2;  // tiles of a warp that are prefetched into L2
 
-// kOctets: octets of rows. kStages: tiles that a warp's ring holds.
-template <int kE, int kWarps, int kOctets, int kStages>
+// kOctets: octets of rows. kStages: tiles that a warp's ring holds. kHasNext: the result is stored as
+// the operand of the next matrix product.
+template <int kE, int kWarps, int kOctets, int kStages, bool kHasNext>
 struct Attention {
   static_assert(kE % 32 == 0, "fragments take 32 dimensions at a time");
   static constexpr int kSlices = kE / 32;        // of 32 dimensions, in q k^T
@@ -557,10 +559,18 @@ struct Attention {
 
   __device__ __forceinline__ void store_output(int row, int f4, const Merged& m) const {
     const int64_t token = static_cast<int64_t>(b) * args.tokens + row_token[row];
-    const int64_t at = (token * args.heads + row_head[row]) * kFloat4s + f4;
     const float part = 1 / m.exp_sum;
-    reinterpret_cast<uint2*>(args.out)[at] = uint2{narrow(m.sum.x * part, m.sum.y * part),
-                                                   narrow(m.sum.z * part, m.sum.w * part)};
+    const uint2 result = {narrow(m.sum.x * part, m.sum.y * part),
+                          narrow(m.sum.z * part, m.sum.w * part)};
+    if constexpr (kHasNext) {
+      const NextOperand& next = args.next_operand;
+      const NextOperand::Place at = next.place(row_head[row] * kE + f4 / 2 * 8);
+      next.store_pair(at, static_cast<int>(token), f4 % 2 * 2, result.x);
+      next.store_pair(at, static_cast<int>(token), f4 % 2 * 2 + 1, result.y);
+    } else {
+      const int64_t at = (token * args.heads + row_head[row]) * kFloat4s + f4;
+      reinterpret_cast<uint2*>(args.out)[at] = result;
+    }
   }
 
   __device__ __forceinline__ void write_outputs() const {
@@ -629,8 +639,8 @@ struct Attention {
   }
 };
 
-template <int kE, int kWarps, int kOctets, int kStages>
+template <int kE, int kWarps, int kOctets, int kStages, bool kHasNext>
 __device__ __forceinline__ void attention(const AttentionArgs& args) {
-  Attention<kE, kWarps, kOctets, kStages>(args, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z)
+  Attention<kE, kWarps, kOctets, kStages, kHasNext>(args, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z)
       .run();
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call
+from hotloop.kernels.cuda.linear import NextOperand, NextOperandArguments
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_TOKENS = 16
@@ -32,6 +33,7 @@ class AttentionArguments(Arguments):
         *((name, ctypes.c_int) for name in ("window", "chunks", "min_chunk")),
         ("scale", ctypes.c_float),
         ("eps", ctypes.c_float),
+        ("next_operand", NextOperandArguments),
     )
 
 
@@ -72,6 +74,7 @@ class AttentionPlan:
         scale: The factor of a query's product with a key; None is the inverse square root of E.
         window: The number of positions that a token sees, itself included, or None for all.
         tuning: Parameters chosen for speed.
+        stores_operand: The result is stored as the operand of the next matrix product.
     """
 
     batch: int
@@ -83,6 +86,7 @@ class AttentionPlan:
     scale: float | None = None
     window: int | None = None
     tuning: AttentionTuning = AttentionTuning()
+    stores_operand: bool = False
 
     def __post_init__(self) -> None:
         assert 1 <= self.tokens <= MAX_TOKENS, f"{self.tokens} tokens"
@@ -154,10 +158,12 @@ class AttentionPlan:
     def kernel(self) -> Kernel:
         """The instance of ``attention.cu``."""
         warps, stages = self.tuning.warps, self.tuning.stages
+        following = "_next" if self.stores_operand else ""
+        has_next = str(self.stores_operand).lower()
         return Kernel(
-            name=f"attention_e{self.head_dim}_w{warps}c{self.octets}s{stages}",
+            name=f"attention_e{self.head_dim}_w{warps}c{self.octets}s{stages}{following}",
             file="attention.cu",
-            function=f"attention<{self.head_dim}, {warps}, {self.octets}, {stages}>",
+            function=f"attention<{self.head_dim}, {warps}, {self.octets}, {stages}, {has_next}>",
             args="AttentionArgs",
             threads=32 * warps,
             # Few enough for a block of linear.cu on the same multiprocessor, if it has the memory.
@@ -180,6 +186,7 @@ class AttentionPlan:
         eps: float = 0.0,
         partial: Tensor | None = None,
         counters: Tensor | None = None,
+        next_operand: NextOperand | None = None,
     ) -> Call:
         """Returns the launch that writes new keys, new values and ``out``.
 
@@ -199,7 +206,10 @@ class AttentionPlan:
             eps: Of those norms.
             partial: float32 workspace of ``n_partial``, if that is not 0.
             counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
+            next_operand: With ``stores_operand``, written in the place of ``out``.
         """
+        assert (next_operand is not None) == self.stores_operand, "an operand, if it is stored"
+        next_args, next_tensors = NextOperand.arguments_of(next_operand)
         rows, width = self.batch * self.tokens, self.n_heads + 2 * self.n_kv_heads
         cache = (self.n_kv_heads, self.n_positions, self.head_dim)
         assert qkv.shape == (rows, width * self.head_dim), f"qkv is {tuple(qkv.shape)}"
@@ -237,11 +247,12 @@ class AttentionPlan:
             min_chunk=self.tuning.min_chunk,
             scale=(self.head_dim**-0.5 if self.scale is None else self.scale) * math.log2(math.e),
             eps=eps,
+            next_operand=next_args,
         )
         return Call(
             kernel=self.kernel,
             grid=(self.groups // self.batch, self.batch, self.blocks),
             shared_bytes=self.shared_bytes,
             args=args,
-            tensors=tensors,
+            tensors=(*tensors, *next_tensors),
         )

@@ -22,7 +22,7 @@ from hotloop.errors import HotloopError
 from hotloop.writing import make_folder, replacing
 
 SOURCES = Path(__file__).parent
-HEADERS = ("device.cuh", "pointwise.cuh", "weights.cuh", "linear.cuh")
+HEADERS = ("device.cuh", "pointwise.cuh", "operand.cuh", "weights.cuh", "linear.cuh")
 OPTIONS = (
     "--std=c++17",
     # The source, not the compiler, decides which multiplications and additions are fused: kernels

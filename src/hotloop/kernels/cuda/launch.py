@@ -88,7 +88,9 @@ class Arguments(ctypes.Structure):
         cls._names = frozenset(field[0] for field in cls._fields_)
 
     @classmethod
-    def of(cls, **values: Tensor | float | None) -> tuple[Arguments, tuple[Tensor, ...]]:
+    def of(
+        cls, **values: Tensor | float | ctypes.Structure | None
+    ) -> tuple[Arguments, tuple[Tensor, ...]]:
         """Returns the struct, and the tensors that it points into."""
         assert values.keys() == cls._names, f"{sorted(values)} for {sorted(cls._names)}"
         tensors, raw = [], {}

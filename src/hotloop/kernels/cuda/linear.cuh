@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "pointwise.cuh"
+#include "operand.cuh"
 #include "weights.cuh"
 
 struct LinearArgs {
@@ -46,6 +46,7 @@ struct LinearArgs {
   int y_width, y_first;          // of kPart: features of y, and the first of these N
   const float* gate;             // [M, N], of kGated
   const int* features;           // [K], of permuted weights: the feature of x of each column
+  NextOperand next_operand;      // with kHasNext: takes y of kSwiGLU, and next_x of kPlain
 };
 
 // The same for a weight of plain rows, of which ``weight`` is not used.
@@ -194,10 +195,13 @@ struct NormFactors {
 
 // The epilogue of an octet's sums over a tile. A lane has features g and g + 8 of a tile (with
 // kSwiGLU gate and up of one feature) of rows 8c + 2t and 8c + 2t + 1.
-template <class Weight, Epilogue kEpilogue, bool kNorm>
+// kHasNext: see wide.cu.
+template <class Weight, Epilogue kEpilogue, bool kNorm, bool kHasNext = false>
 struct Output {
   const LinearArgs& args;
   const int g, t;
+
+  static_assert(!kHasNext || kEpilogue == kPlain || kEpilogue == kSwiGLU);
 
   struct Features {
     int width;   // of y
@@ -259,9 +263,22 @@ struct Output {
     return b;
   }
 
+  // Where this lane's two rows of the first octet store feature n0 in the next operand; n1 is two
+  // elements further on.
+  struct Next {
+    bf16* to[2];
+  };
+
+  __device__ __forceinline__ Next next_of(int tile) const {
+    if constexpr (!kHasNext) return {};
+    const NextOperand& operand = args.next_operand;
+    const NextOperand::Place at = operand.place(features_of(tile).n0 - g);
+    return {{NextOperand::feature(at, 2 * t, g), NextOperand::feature(at, 2 * t + 1, g)}};
+  }
+
   __device__ __forceinline__ void write_tile(float4 sum, int tile, int c,
                                              const EpilogueInputs& inputs, const float factor[2],
-                                             Best best[2]) const {
+                                             Best best[2], const Next& next = {}) const {
     const Features p = features_of(tile);
     float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
@@ -279,15 +296,17 @@ struct Output {
       const int64_t at = kEpilogue == kPart
                              ? static_cast<int64_t>(row) * args.y_width + args.y_first
                              : static_cast<int64_t>(row) * p.width;
+      bf16* to = kHasNext ? next.to[i] + 512 * c : nullptr;
       float squares = 0;
       if constexpr (kEpilogue == kGated) {
         if (has0) store(at + p.n0, silu(inputs.residual[i]) * v[i], 0, 0, squares);
         if (has1) store(at + p.n1, silu(inputs.residual[2 + i]) * v[2 + i], 0, 0, squares);
       } else if (kEpilogue == kSwiGLU) {
-        if (has0) store(at + p.n0, silu(v[i]) * v[2 + i], inputs.residual[i], 0, squares);
+        if (has0) store(at + p.n0, silu(v[i]) * v[2 + i], inputs.residual[i], 0, squares, to);
       } else {
-        if (has0) store(at + p.n0, v[i], inputs.residual[i], inputs.next_norm[0], squares);
-        if (has1) store(at + p.n1, v[2 + i], inputs.residual[2 + i], inputs.next_norm[1], squares);
+        if (has0) store(at + p.n0, v[i], inputs.residual[i], inputs.next_norm[0], squares, to);
+        if (has1)
+          store(at + p.n1, v[2 + i], inputs.residual[2 + i], inputs.next_norm[1], squares, to + 2);
       }
       if (kEpilogue == kPlain && args.next_norm != nullptr) {
         for (int mask = 4; mask < 32; mask *= 2) squares += shuffle_xor(squares, mask);
@@ -301,15 +320,15 @@ struct Output {
   }
 
   __device__ __forceinline__ void store(int64_t at, float value, float residual, float next_norm,
-                                        float& squares) const {
+                                        float& squares, bf16* next = nullptr) const {
     if (kEpilogue == kLogits) {
       static_cast<float*>(args.y)[at] = value;
       return;
     }
     const bf16 y = narrow(args.residual != nullptr ? value + residual : value);
-    static_cast<bf16*>(args.y)[at] = y;
+    *(kHasNext && kEpilogue == kSwiGLU ? next : static_cast<bf16*>(args.y) + at) = y;
     if (kEpilogue == kPlain && args.next_norm != nullptr) {
-      args.next_x[at] = narrow(widen(y) * next_norm);
+      *(kHasNext ? next : args.next_x + at) = narrow(widen(y) * next_norm);
       squares = fmaf(widen(y), widen(y), squares);
     }
   }

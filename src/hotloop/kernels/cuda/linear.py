@@ -188,6 +188,47 @@ class Prefetch:
         return dict(zip(self.ARGUMENTS, (*values, *how), strict=True))
 
 
+class NextOperandArguments(Arguments):
+    """``NextOperand`` of ``operand.cuh``."""
+
+    _fields_ = (
+        ("bytes", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("units", "parts", "part_stages", "rows")),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextOperand:
+    """x as ``wide.cu`` reads it, stored by the kernel that computes x; see ``operand.cuh``.
+
+    Attributes:
+        operand: uint8 [parts, part_stages, rows, 128], written.
+        units: Units of K.
+        parts: Parts into which K is divided.
+        part_stages: Stages of a part, at most.
+        rows: Of a stage, whole octets.
+    """
+
+    operand: Tensor
+    units: int
+    parts: int
+    part_stages: int
+    rows: int
+
+    @classmethod
+    def arguments_of(cls, operand: NextOperand | None) -> tuple[Arguments, tuple[Tensor, ...]]:
+        """Returns the struct, zeros for None, and the tensors that it points into."""
+        if operand is None:
+            return NextOperandArguments(), ()
+        return NextOperandArguments.of(
+            bytes=operand.operand,
+            units=operand.units,
+            parts=operand.parts,
+            part_stages=operand.part_stages,
+            rows=operand.rows,
+        )
+
+
 _NO_PREFETCH = {"prefetch_weight": None, **dict.fromkeys(Prefetch.ARGUMENTS[1:], 0)}
 
 
@@ -212,6 +253,7 @@ class LinearArguments(Arguments):
         ("eps", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("y_width", "y_first")),
         *((name, ctypes.c_void_p) for name in ("gate", "features")),
+        ("next_operand", NextOperandArguments),
     )
 
 
@@ -298,6 +340,11 @@ class GemmPlan(ABC):
         return (self.kernel,)
 
     @property
+    def stores_operand(self) -> bool:
+        """Whether its result is stored as the operand of the matrix product that follows."""
+        return False
+
+    @property
     def dtype(self) -> torch.dtype:
         """Element type of y."""
         return torch.float32 if self.epilogue == "logits" else torch.bfloat16
@@ -326,6 +373,7 @@ class GemmPlan(ABC):
         partial: Tensor | None = None,
         counters: Tensor | None = None,
         operand: Tensor | None = None,
+        next_operand: NextOperand | None = None,
     ) -> Call:
         """Returns the launch that computes ``y``; see ``reference.fused_linear``.
 
@@ -348,7 +396,9 @@ class GemmPlan(ABC):
             prefetch: A part of a later matrix product's weight.
             partial: Workspace of ``n_partial`` float32 values.
             counters: ``n_counters`` int32 zeros, which are zeros again afterwards.
-            operand: x as ``WidePlan.staging`` stored it.
+            operand: x as ``WidePlan.staging``, or the kernel that computes x, stored it.
+            next_operand: With ``stores_operand``, written: of ``swiglu`` in the place of ``y``, of
+                ``plain`` in the place of the norm epilogue's prescaled input.
         """
         prescaled = x if isinstance(x, PrescaledInput) else None
         x_MK = x.x if isinstance(x, PrescaledInput) else x
@@ -375,6 +425,8 @@ class GemmPlan(ABC):
         assert self.n_partial <= (0 if partial is None else partial.numel()), "too few values"
         assert self.n_counters <= (0 if counters is None else counters.numel()), "too few counters"
         assert x_MK.data_ptr() % 16 == 0, "x is read 16 bytes at a time"
+        assert (next_operand is not None) == self.stores_operand, "an operand, if it is stored"
+        next_args, next_tensors = NextOperand.arguments_of(next_operand)
         args, tensors = LinearArguments.of(
             weight=weight,
             scale=scale_N,
@@ -404,7 +456,9 @@ class GemmPlan(ABC):
             y_first=first,
             gate=gate,
             features=features_K,
+            next_operand=next_args,
         )
+        tensors += next_tensors
         tensor_map = None
         if self.form.plain_rows:
             units, tiles = self.box

@@ -6,11 +6,15 @@
 // dequantize the weights into registers, each once, and multiply them by all rows with wgmma, which
 // reads x from shared memory. The warps of a third warpgroup issue the copies into the ring.
 //
-// A kernel before it (Staging) stores x as that operand, once for all blocks: scaled as the weight
-// type needs it, its features in the order of the weights' fragments, permuted against bank
+// A kernel before it (Staging) stores x as that operand (operand.cuh), once for all blocks: scaled as
+// the weight type needs it, its features in the order of the weights' fragments, permuted against bank
 // conflicts, with its sums for the zero points. So a stage's part of x is one bulk copy. The factors
 // of an RMS norm follow, which other blocks of it compute meanwhile. It is small enough to wait on a
 // multiprocessor beside a block of Wide.
+//
+// Plain rows take x as it is. So the kernel that computes x stores it as the operand, and there is
+// none between the two; but for the sum of several ranks or products, and parts of K that end within a
+// stage. Factors of a norm are then computed here, by the warps that multiply, while they wait for x.
 //
 // Bits: linear.cu divides K into as many parts as it has warps, sums each in one chain (with groups in
 // one or two chains per group, and with a sum for each strand) and adds the parts in order. Here a
@@ -152,8 +156,7 @@ struct Staging : StageOf<Weight, kOctets> {
     }
   }
 
-  // A lane has features 8t to 8t + 7 of a slice: the first pair is multiplied in columns 2t and
-  // 2t + 1 of one mma, the second pair eight columns on, and the other two by another mma.
+  // A lane has features 8t to 8t + 7 of a slice; see operand.cuh.
   __device__ __forceinline__ void store_slice(uint8_t* line, int slice, uint4 x) const {
     uint32_t* words = reinterpret_cast<uint32_t*>(line) + t;
     words[4 * ((4 * slice) ^ g)] = x.x;
@@ -173,8 +176,11 @@ __device__ __forceinline__ void stage_x(const StagingArgs& args) {
   Staging<Weight, kOctets>(args, threadIdx.x, blockIdx.z).run();
 }
 
-// kTiles: tiles of each warp that multiplies. kOctets: octets of x.
-template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
+// kTiles: tiles of each warp that multiplies. kOctets: octets of x. kHasNext: the result, or with a
+// norm epilogue its prescaled input, is stored as the operand of the next matrix product. kShares:
+// blocks share K.
+template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm, bool kHasNext,
+          bool kShares>
 struct Wide : StageOf<Weight, kOctets> {
   using S = StageOf<Weight, kOctets>;
   using S::kGroups, S::kGroupSlices, S::kLineBytes, S::kLineSlices, S::kRows, S::kSums, S::kUnits;
@@ -191,7 +197,9 @@ struct Wide : StageOf<Weight, kOctets> {
   // Registers of a thread, in multiples of eight, of 504 for the three warpgroups.
   static constexpr int kMultiplyRegisters = 232, kLoadRegisters = 40;
 
-  using Output = ::Output<Weight, kEpilogue, kNorm>;
+  static constexpr bool kComputesFactors = kNorm && Weight::kPlainRows;  // of the norm
+
+  using Output = ::Output<Weight, kEpilogue, kNorm, kHasNext>;
 
   struct Item {
     int group, split;
@@ -209,8 +217,10 @@ struct Wide : StageOf<Weight, kOctets> {
   float4* totals;         // of this lane: [kTiles][kOctets][32]; not with split K
   float* best_value;      // of this warp, with kLogits: [kRows]
   int* best_index;
+  float* factors;         // with kComputesFactors: [kRows]
   uint64_t* filled;       // [stages]: barrier, weights and x have arrived
   uint64_t* emptied;      // [stages]: barrier, every warp has read the stage
+  uint64_t* factors_ready;  // barrier, with kComputesFactors
   int* first_unit;        // [parts + 1]: of each part, and one past the last one
   int* first_part;        // [splits + 1]: of each split, and one past the last one
 
@@ -223,13 +233,16 @@ struct Wide : StageOf<Weight, kOctets> {
     ring = memory;
     memory += a.stages * kStageBytes;
     totals = reinterpret_cast<float4*>(memory) + warp * kTiles * kOctets * 32 + lane;
-    if (a.splits == 1) memory += sizeof(float4) * kWarps * kTiles * kOctets * 32;
+    if (!kShares) memory += sizeof(float4) * kWarps * kTiles * kOctets * 32;
     best_value = reinterpret_cast<float*>(memory) + warp * kRows;
     best_index = reinterpret_cast<int*>(memory) + (kWarps + warp) * kRows;
     if (kEpilogue == kLogits) memory += 2 * sizeof(float) * kWarps * kRows;
+    factors = reinterpret_cast<float*>(memory);
+    if (kComputesFactors) memory += sizeof(float) * kRows;
     filled = reinterpret_cast<uint64_t*>(memory);
     emptied = filled + a.stages;
-    first_unit = reinterpret_cast<int*>(emptied + a.stages);
+    factors_ready = emptied + a.stages;
+    first_unit = reinterpret_cast<int*>(factors_ready + (kComputesFactors ? 1 : 0));
     first_part = first_unit + a.parts + 1;
   }
 
@@ -324,6 +337,7 @@ struct Wide : StageOf<Weight, kOctets> {
         barrier_init(filled + i, (kLoaders + 1) * kCopyArrivals);
         barrier_init(emptied + i, kWarps);
       }
+      if (kComputesFactors) barrier_init(factors_ready, kWarps);
     }
     fence_barrier_init();
     if (loader == 1) divide_work();
@@ -402,6 +416,7 @@ struct Wide : StageOf<Weight, kOctets> {
   __device__ __forceinline__ void multiply() const {
     sync_block();
     wait_for_predecessor();  // for the epilogue's inputs, and since y may still be read
+    if (kComputesFactors) compute_factors();
     if (kEpilogue == kLogits) begin_best();
     Stage stage;
     for (Item item = first_item(); exists(item); advance(item)) {
@@ -411,18 +426,52 @@ struct Wide : StageOf<Weight, kOctets> {
         Sums sums[kStrands] = {};
         multiply_part(stage, first_unit[part], first_unit[part + 1], sums);
         add_strands(sums);
-        if (args.splits == 1)
-          add_part(sums[0], part == 0);
-        else
+        if constexpr (kShares)
           store_part(tile, part, sums[0]);
+        else
+          add_part(sums[0], part == 0);
       }
-      if (args.splits > 1) {
+      if constexpr (kShares) {
         uint32_t* counter = args.counters + item.group * kWarps + warp;
         if (!is_last_warp(counter, args.splits, lane)) continue;
       }
       run_epilogue(tile);
     }
     if (kEpilogue == kLogits && args.best_value != nullptr) end_best();
+  }
+
+  // The norm's factors of every kWarps-th row, with loads of all of them in flight. A lane's sums are
+  // those of NormFactors.
+  __device__ __forceinline__ void compute_factors() const {
+    static_assert(kRows / kWarps == kOctets);
+    constexpr int kLoads = 8;  // of a row
+    const int parts = (args.k + kTileRows - 1) / kTileRows;
+    const float* from = args.squares + warp * parts + lane;
+    float sums[kOctets] = {};
+#pragma unroll 1
+    for (int part = lane; part - lane < parts; part += 32 * kLoads, from += 32 * kLoads) {
+      float squares[kOctets][kLoads] = {};
+#pragma unroll
+      for (int i = 0; i < kOctets; i++)
+        if (warp + i * kWarps < args.rows)
+#pragma unroll
+          for (int j = 0; j < kLoads; j++)
+            if (part + 32 * j < parts) squares[i][j] = (from + i * kWarps * parts)[32 * j];
+#pragma unroll
+      for (int i = 0; i < kOctets; i++)
+#pragma unroll
+        for (int j = 0; j < kLoads; j++) sums[i] += squares[i][j];
+    }
+    float sum = 0;  // of the row that this lane finishes
+#pragma unroll
+    for (int i = 0; i < kOctets; i++) {
+      const float of_row = warp_sum(sums[i]);
+      if (lane == i) sum = of_row;
+    }
+    const int row = warp + lane * kWarps;
+    if (row < args.rows) factors[row] = rsqrtf(sum / args.k + args.eps);
+    sync_warp();
+    if (lane == 0) barrier_arrive(factors_ready);
   }
 
   __device__ __forceinline__ void multiply_part(Stage& stage, int unit, int end_unit,
@@ -617,12 +666,17 @@ struct Wide : StageOf<Weight, kOctets> {
   static constexpr int kAtOnce = kOctets < 4 ? kOctets : 4;
 
   __device__ __forceinline__ void run_epilogue(int tile) const {
-    const float* norm_factors = reinterpret_cast<const float*>(
-        args.operand + static_cast<int64_t>(args.parts) * args.part_stages * S::kBytes);
+    const float* norm_factors = factors;
+    if constexpr (kComputesFactors)
+      barrier_wait(factors_ready, 0);
+    else
+      norm_factors = reinterpret_cast<const float*>(
+          args.operand + static_cast<int64_t>(args.parts) * args.part_stages * S::kBytes);
 #pragma unroll 1
     for (int i = 0; i < kTiles * kOctets / kAtOnce; i++) {
       const int r = i / (kOctets / kAtOnce), octet = i % (kOctets / kAtOnce) * kAtOnce;
       if (tile + r >= args.tiles) return;
+      const typename Output::Next next = output.next_of(tile + r);
       typename Output::EpilogueInputs inputs[kAtOnce];
       float2 factor[kAtOnce] = {};
 #pragma unroll
@@ -632,7 +686,7 @@ struct Wide : StageOf<Weight, kOctets> {
         if (kNorm) factor[c] = *reinterpret_cast<const float2*>(at);
       }
       float4 total[kAtOnce] = {};
-      if (args.splits > 1)
+      if constexpr (kShares)
         add_parts<kAtOnce>(tile + r, octet, total);
       else
 #pragma unroll
@@ -641,7 +695,7 @@ struct Wide : StageOf<Weight, kOctets> {
       for (int c = 0; c < kAtOnce; c++) {
         const float factors[2] = {factor[c].x, factor[c].y};
         Best best[2];
-        output.write_tile(total[c], tile + r, octet + c, inputs[c], factors, best);
+        output.write_tile(total[c], tile + r, octet + c, inputs[c], factors, best, next);
         if (kEpilogue == kLogits) keep_best(best, octet + c);
       }
     }
@@ -677,13 +731,15 @@ struct Wide : StageOf<Weight, kOctets> {
   }
 };
 
-template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
+template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm, bool kHasNext,
+          bool kShares>
 __device__ __forceinline__ void wide(const LinearArgs& args) {
-  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm>::run(args, nullptr);
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares>::run(args, nullptr);
 }
 
-template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm>
+template <class Weight, int kTiles, int kOctets, Epilogue kEpilogue, bool kNorm, bool kHasNext,
+          bool kShares>
 __device__ __forceinline__ void wide(const PlainRowsArgs& args) {
   if (threadIdx.x == 0) prefetch_map(&args.map);
-  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm>::run(args.linear, &args.map);
+  Wide<Weight, kTiles, kOctets, kEpilogue, kNorm, kHasNext, kShares>::run(args.linear, &args.map);
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Arguments, Call
-from hotloop.kernels.cuda.linear import EPILOGUES, GemmPlan, PrescaledInput
+from hotloop.kernels.cuda.linear import EPILOGUES, GemmPlan, NextOperand, PrescaledInput
 from hotloop.kernels.cuda.packing import TILE_ROWS, Format
 
 WARPS = 8  # kWarps of wide.cu
@@ -58,12 +58,16 @@ class WidePlan(GemmPlan):
 
     Attributes:
         wide: Parameters chosen for speed.
+        has_next: The result is stored as the operand of the matrix product that follows: that of
+            ``swiglu``, and of ``plain`` what the norm epilogue gives.
     """
 
     wide: WideTuning = WideTuning()
+    has_next: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        assert not self.has_next or self.epilogue in ("plain", "swiglu"), f"{self.epilogue}"
         assert 1 <= self.wide.splits <= self.tuning.warps, "each split has a part of K"
 
     @property
@@ -132,9 +136,51 @@ class WidePlan(GemmPlan):
 
     @property
     def operand_bytes(self) -> int:
-        """Bytes of x, and with a norm of its factors, as ``staging`` stores them."""
-        factors = 4 * 8 * self.octets if self.norm else 0
+        """Bytes of x, and of a norm's factors where ``staging`` stores them."""
+        factors = self._factor_bytes if self._stages_factors else 0
         return self.tuning.warps * self.part_stages * self._x_bytes + factors
+
+    @property
+    def _computes_factors(self) -> bool:
+        """``kComputesFactors`` of ``wide.cu``: the matrix product computes those of a norm."""
+        return self.norm and self.form.plain_rows
+
+    @property
+    def _stages_factors(self) -> bool:
+        return self.norm and not self._computes_factors
+
+    @property
+    def stores_operand(self) -> bool:
+        """See ``GemmPlan``."""
+        return self.has_next
+
+    @property
+    def is_staged_before(self) -> bool:
+        """Whether the kernel that computes x can store it as the operand: of plain rows.
+
+        It does not store zeros, which fill a part of K that ends within a stage. Other weights need
+        x scaled and most of them its sums, for which they would wait longer than for a kernel
+        between the two.
+        """
+        parts, step = self.tuning.warps, stage_units(self.form)
+        firsts = (self.form.units * part // parts for part in range(parts + 1))
+        return self.form.plain_rows and all(unit % step == 0 for unit in firsts)
+
+    def next_operand(self, operand: Tensor) -> NextOperand:
+        """Returns the description of ``operand`` for the kernel that computes x.
+
+        Args:
+            operand: ``operand_bytes`` bytes, to be written.
+        """
+        assert self.is_staged_before, f"{self} is staged by a kernel of its own"
+        assert operand.nbytes >= self.operand_bytes, f"{operand.nbytes} bytes"
+        return NextOperand(
+            operand=operand,
+            units=self.form.units,
+            parts=self.tuning.warps,
+            part_stages=self.part_stages,
+            rows=8 * self.octets,
+        )
 
     def staging(
         self, x: Tensor | PrescaledInput, operand: Tensor, features_K: Tensor | None = None
@@ -151,7 +197,7 @@ class WidePlan(GemmPlan):
         assert operand.nbytes >= self.operand_bytes, f"{operand.nbytes} bytes"
         args, tensors = StagingArguments.of(
             x=x.x if isinstance(x, PrescaledInput) else x,
-            squares=prescaled.squares if prescaled else None,
+            squares=prescaled.squares if prescaled and self._stages_factors else None,
             operand=operand,
             rows=self.rows,
             k=self.form.k,
@@ -166,7 +212,11 @@ class WidePlan(GemmPlan):
         kernel = self.staging_kernel
         return Call(
             kernel=kernel,
-            grid=(stages + self.norm, self.tuning.warps, 32 * self.octets // kernel.threads),
+            grid=(
+                stages + self._stages_factors,
+                self.tuning.warps,
+                32 * self.octets // kernel.threads,
+            ),
             shared_bytes=0,
             args=args,
             tensors=tensors,
@@ -211,19 +261,26 @@ class WidePlan(GemmPlan):
         rows, tiles = 8 * self.octets, WARPS * self.wide.tiles
         totals = 4 * tiles * TILE_ROWS * rows if self.wide.splits == 1 else 0
         best = 8 * WARPS * rows if self.epilogue == "logits" else 0
+        factors = self._factor_bytes + 8 if self._computes_factors else 0  # and their barrier
         words = self.tuning.warps + self.wide.splits + 2
-        return totals + best + -(-4 * words // 8) * 8
+        return totals + best + factors + -(-4 * words // 8) * 8
+
+    @property
+    def _factor_bytes(self) -> int:
+        return 4 * 8 * self.octets
 
     @property
     def kernel(self) -> Kernel:
         """The instance of ``wide.cu``."""
         form, tiles, octets = self.form, self.wide.tiles, self.octets
-        norm, epilogue = str(self.norm).lower(), EPILOGUES[self.epilogue]
-        features = f"{'norm_' if self.norm else ''}{self.epilogue}"
+        flags = {"norm": self.norm, "next": self.has_next, "shared": self.wide.splits > 1}
+        features = "".join(f"_{name}" for name, flag in flags.items() if flag)
+        switches = ", ".join(str(flag).lower() for flag in flags.values())
+        epilogue = EPILOGUES[self.epilogue]
         return Kernel(
-            name=f"wide_{form.label}_{features}_t{tiles}c{octets}",
+            name=f"wide_{form.label}_{self.epilogue}{features}_t{tiles}c{octets}",
             file="wide.cu",
-            function=f"wide<{form.struct}, {tiles}, {octets}, {epilogue}, {norm}>",
+            function=f"wide<{form.struct}, {tiles}, {octets}, {epilogue}, {switches}>",
             args=self.args_struct,
             threads=32 * (WARPS + _LOADERS),
         )
