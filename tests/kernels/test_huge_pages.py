@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hotloop.kernels.cpu.huge_pages import HUGE_PAGE, move_to_huge_pages
+from hotloop.kernels.cpu.huge_pages import HUGE_PAGE, in_huge_pages, move_to_huge_pages
 
 SMAPS = Path("/proc/self/smaps")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="huge pages of Linux")
@@ -36,6 +36,18 @@ def test_small_matrices_side_by_side_share_huge_pages_and_keep_values_and_addres
     assert bytes_in_huge_pages(whole) >= 4 * HUGE_PAGE
     assert all(m.data_ptr() == at for m, (at, _) in zip(matrices, before, strict=True))
     assert all(torch.equal(m, values) for m, (_, values) in zip(matrices, before, strict=True))
+
+
+@linux
+def test_new_memory_is_in_huge_pages_from_the_first_write():
+    asked = torch.empty(32 * HUGE_PAGE, dtype=torch.uint8)  # a mapping of its own, and so new
+    assert in_huge_pages(asked) is asked
+    found = bytes_in_huge_pages(asked.fill_(7))
+    if not found and move_to_huge_pages([asked]) is not None:
+        pytest.skip("this machine has no huge pages")
+    assert found >= 31 * HUGE_PAGE
+    assert bool((asked == 7).all())
+    assert in_huge_pages(torch.empty(0)).numel() == 0
 
 
 @linux

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable
 import torch
 from torch import Tensor
 
+from hotloop.kernels.cpu.huge_pages import in_huge_pages
 from hotloop.kernels.linear import LinearKernel, Quantized, n_rows
 
 _VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
@@ -83,4 +84,4 @@ def _resized(part: Tensor, axis: int | None, units: int, wanted: int) -> Tensor:
     shape = list(part.shape)
     assert shape[axis] % units == 0, f"{shape[axis]} along {axis} for {units} units"
     shape[axis] = shape[axis] // units * wanted
-    return part.new_empty(shape)
+    return in_huge_pages(part.new_empty(shape))

@@ -21,6 +21,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from hotloop.kernels.cpu.huge_pages import in_huge_pages
 from hotloop.kernels.linear import DENSE, KernelFormat, LinearSpec, choose_linear
 from hotloop.kernels.pack import rows_at_once
 from hotloop.models import names
@@ -278,7 +279,7 @@ class _Loader:
             decoder.embedding.assign(spec, decoder.head.packed)
             return
         else:
-            table = torch.empty(request.shape, dtype=dtype, device=self.device)
+            table = in_huge_pages(torch.empty(request.shape, dtype=dtype, device=self.device))
             chunks = stream.chunks(rows_at_once(spec.k, 1, self.device))
             kept = _dequantized_into(table, chunks, rows)
             head = RowStream(kept, len(rows), request.format)
@@ -311,7 +312,7 @@ class _Loader:
         """Reads the embedding of a model whose head is another matrix, a few rows at a time."""
         name = f"{names.EMBEDDING}.weight"
         n, k = self.config.vocab_size, self.config.hidden_size
-        table = torch.empty(n, k, dtype=self.dtype, device=self.device)
+        table = in_huge_pages(torch.empty(n, k, dtype=self.dtype, device=self.device))
         for rows in row_chunks(range(n), k * self.dtype.itemsize):
             table[rows.start : rows.stop] = self.source.tensor(name, (n, k), rows=rows)
         return table

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from hotloop.cache import cache_dir, writable_cache_dir
 from hotloop.errors import CheckpointError, ConfigError, HotloopError, shorten_value
+from hotloop.kernels.cpu.huge_pages import in_huge_pages
 from hotloop.kernels.linear import KernelFormat, LinearSpec
 from hotloop.models.linear import Embedding, Linear
 from hotloop.outside import StrictModel, parse_json, read_json, validated
@@ -356,7 +357,8 @@ def _read_storages(file: TensorFile, index: _Index, device: torch.device) -> lis
     """Reads all bytes, a thread ahead of their checks and of their copies to a GPU."""
     on_host = device.type == "cpu"
     storages = [
-        torch.empty(each.n_bytes, dtype=torch.uint8, device=device) for each in index.storages
+        in_huge_pages(torch.empty(each.n_bytes, dtype=torch.uint8, device=device))
+        for each in index.storages
     ]
 
     def read(i: int, start: int) -> tuple[int, int, Tensor]:

@@ -1,25 +1,37 @@
-"""Moves weights into huge pages of 2 MiB, where they are read faster.
+"""Keeps weights in huge pages of 2 MiB, where they are read faster.
 
 A decode step reads every weight once, so in pages of 4 KiB it needs the address of a new page every
-64 cache lines. In a virtual machine looking one up takes longer than reading the page. Linux
-gives huge pages by itself only to memory that asked for them before it was written, and only where
-2 MiB are allocated at once, which the matrices of a small model are not. So pages are moved when
+64 cache lines. In a virtual machine looking one up takes longer than reading the page.
+
+Linux gives huge pages to memory that asks for them before it is written (``MADV_HUGEPAGE``), where
+2 MiB are allocated at once. Small matrices are not: where several share 2 MiB, these are moved when
 all weights are in place (``MADV_COLLAPSE``, Linux 6.1). Where that fails, only speed is lost.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 """Bytes of a huge page. Processors whose huge pages are larger refuse the call."""
 
-_MADV_COLLAPSE = 25  # <linux/mman.h>
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # <linux/mman.h>
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """Asks for huge pages for a new tensor on a CPU that is not written yet, and returns it."""
+    if sys.platform == "linux" and tensor.device.type == "cpu":
+        begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
+        if begin < end:
+            _madvise()(begin, end - begin, _MADV_HUGEPAGE)
+    return tensor
 
 
 def move_to_huge_pages(tensors: Iterable[Tensor]) -> str | None:
@@ -32,17 +44,30 @@ def move_to_huge_pages(tensors: Iterable[Tensor]) -> str | None:
     """
     if sys.platform != "linux":
         return None
-    advise = ctypes.CDLL(None, use_errno=True).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     reason, moved = None, False
     for begin, end in _runs(tensors):
-        first, last = round(begin / HUGE_PAGE), round(end / HUGE_PAGE)
-        for page in range(first * HUGE_PAGE, last * HUGE_PAGE, HUGE_PAGE):
-            if advise(page, HUGE_PAGE, _MADV_COLLAPSE) == 0:
+        inner = range(-(-begin // HUGE_PAGE), end // HUGE_PAGE)
+        # At once is faster; one by one they then are found moved.
+        if inner:
+            _collapse(inner.start, len(inner))
+        for page in range(round(begin / HUGE_PAGE), round(end / HUGE_PAGE)):
+            if _collapse(page, 1):
                 moved = True
-            elif begin <= page and page + HUGE_PAGE <= end:  # others may end beside the mapping
+            elif page in inner:  # others may end beside the mapping
                 reason = os.strerror(ctypes.get_errno())
     return None if moved else reason
+
+
+def _collapse(page: int, n_pages: int) -> bool:
+    """Moves pages by their number; tells whether all are huge pages now."""
+    return _madvise()(page * HUGE_PAGE, n_pages * HUGE_PAGE, _MADV_COLLAPSE) == 0
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int]:
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise
 
 
 def _runs(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
