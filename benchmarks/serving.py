@@ -13,7 +13,8 @@ Parts, each with a time limit; an engine runs all of them:
            chunk takes
     alone  a served request and ``LLM.generate`` of the same engine, in alternation: TTFT and TPOT
 
-The client (``wire.py``) is this process, the server another one, with what ``hotloop serve`` runs.
+The client (``wire.py``) is this process, with uvloop's event loop as the server, which is another
+one, with what ``hotloop serve`` runs.
 Prompts are random and new, so that no prefix of them is in the cache. Greedy, random weights, or
 those of ``--model``. A file under ``--out`` holds the raw samples of a part: a line that describes
 it, then a line for each request, in microseconds. Files of an earlier run remain in the tables;
@@ -41,6 +42,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+import uvloop
 from gpu import require_marks, table, write_between
 from multi_gpu import write_tiny
 from wire import Connection, Streamed, WireError, complete
@@ -132,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     jobs = [rehearsal(args)] if args.rehearse else jobs_of(args) if args.parts else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = provenance(device) if jobs else {}
-    failed = [name for job in jobs for name in asyncio.run(run(job, machine, args.out))]
+    # The client's own work should be small beside the server's.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        failed = [name for job in jobs for name in runner.run(run(job, machine, args.out))]
     tables = make_tables(args.out)
     print(tables)
     if args.docs:

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 CONNECT_S = 10.0
@@ -112,8 +112,7 @@ class Connection(asyncio.Protocol):
         return sent_s, self._arrived
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's has no such base class
 
     def data_received(self, data: bytes) -> None:
         self._arrived.append((time.perf_counter(), data))

@@ -394,7 +394,8 @@ class Service:
                 self._take_inbox()
                 woken: dict[Ticket, None] = {}
                 pieces = self._scheduler.iterate()
-                self._launched.set()
+                if not self._launched.is_set():
+                    self._launched.set()
                 for job, delta in pieces:
                     self._deliver(job, delta, woken)
                 self._wake(woken)

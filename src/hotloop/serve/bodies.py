@@ -39,18 +39,19 @@ async def read(request: Request, of: type[T], settings: ServerSettings) -> T:
 
 
 async def _data(request: Request, limit: int) -> bytes:
-    too_large = ApiError(
-        413, f"the body of a request may have {limit} bytes.", code="request_too_large"
-    )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
-        raise too_large
+        raise _too_large(limit)
     data = bytearray()
     async for piece in request.stream():
         data += piece
         if len(data) > limit:
-            raise too_large
+            raise _too_large(limit)
     return bytes(data)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body of a request may have {limit} bytes.", code="request_too_large")
 
 
 def _parse(data: bytes, of: type[T], max_depth: int) -> T:

@@ -128,7 +128,8 @@ class Conversations:
                 rest = self._parser(names, parallel=use.parallel)
             return rest if markers is None else ReasoningParser(markers, rest, within=within)
 
-        params = replace(params, visible_tokens=visible, grammar=grammar)
+        if visible != params.visible_tokens or grammar is not params.grammar:
+            params = replace(params, visible_tokens=visible, grammar=grammar)
         return Turn(prompt, params, parser, use.forced)
 
 

@@ -6,6 +6,7 @@ of ``SamplingParams``.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -64,16 +65,20 @@ class Extension(Body):
     speculate: bool | None = None
 
 
+_NO_EXTENSION, _NO_STREAM_OPTIONS = Extension(), StreamOptions()
+
+
 class SamplingBody(Body):
     """Options of sampling, of every route that generates.
 
-    Of a default that is a model, pydantic would make a deep copy for each request.
+    Of a default that is a model, pydantic would make a deep copy for each request: a factory
+    returns the same one.
     """
 
     model: str | None = None
-    hotloop: Extension = Field(default_factory=Extension)
+    hotloop: Extension = Field(default_factory=lambda: _NO_EXTENSION)
     stream: bool = False
-    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    stream_options: StreamOptions = Field(default_factory=lambda: _NO_STREAM_OPTIONS)
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -154,16 +159,23 @@ class SamplingBody(Body):
             "repetition_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "logit_bias": self.logit_bias,
+            "logit_bias": None if self.logit_bias is None else tuple(self.logit_bias.items()),
             "seed": None if self.seed in (None, -1) else self.seed % (MAX_SEED + 1),
             "stop": tuple(self.stop) or None,
             "ignore_eos": self.ignore_eos,
             "logprobs": self.n_logprobs,
-            "grammar": self.grammar,
             "speculate": self.hotloop.speculate,
         }
-        fields: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        return replace(defaults, **fields)
+        fields = {k: v for k, v in given.items() if v is not None}
+        if (grammar := self.grammar) is not None:  # which may be large, and is not kept
+            return replace(defaults, grammar=grammar, **fields)
+        return _changed(defaults, tuple(fields.items()))
+
+
+@functools.lru_cache(64)
+def _changed(defaults: SamplingParams, fields: tuple[tuple[str, Any], ...]) -> SamplingParams:
+    """Changes fields of sampling options. Most requests of a client have the same ones."""
+    return replace(defaults, **dict(fields))
 
 
 class CompletionBody(SamplingBody):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
+import select
 import signal
 import struct
 import subprocess
@@ -196,16 +196,15 @@ def _receive(process: subprocess.Popen[bytes], deadline: float) -> bytes:
         EOFError: The process ended.
     """
     assert process.stdout is not None
-    data = bytearray()
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while len(data) < _LENGTH.size or len(data) < _LENGTH.size + _LENGTH.unpack_from(data)[0]:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError
-            piece = os.read(process.stdout.fileno(), 2**20)
-            if not piece:
-                raise EOFError
-            data += piece
+    data, replies = bytearray(), select.poll()
+    replies.register(process.stdout, select.POLLIN)
+    while len(data) < _LENGTH.size or len(data) < _LENGTH.size + _LENGTH.unpack_from(data)[0]:
+        if not replies.poll(1e3 * max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        piece = os.read(process.stdout.fileno(), 2**20)
+        if not piece:
+            raise EOFError
+        data += piece
     return bytes(data[_LENGTH.size :])
 
 

@@ -72,7 +72,8 @@ def unused_mark(value: Any) -> str:
     used: set[str] = set()
 
     def look_at(text: str) -> str:
-        used.update(character for character in MARKS if character in text)
+        if not text.isascii():
+            used.update(character for character in MARKS if character in text)
         return text
 
     _with_texts(value, look_at)
