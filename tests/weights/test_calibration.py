@@ -1,21 +1,24 @@
 """Calibrated scales: whose activations weight the errors, and when the model is run for them."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from whole_models import CONFIG, CPU, random_tensors, write_folder, write_gguf_model
 
 from hotloop.engine.llm import LLM
-from hotloop.errors import CheckpointError
+from hotloop.errors import CheckpointError, ConfigError
 from hotloop.models import names
 from hotloop.models.families import read_config
 from hotloop.quant import parse_scheme
 from hotloop.weights import calibration
-from hotloop.weights.checkpoint import open_checkpoint, read_model
+from hotloop.weights.checkpoint import open_checkpoint, read_model, stored_form
 from hotloop.weights.quantize import quantize_checkpoint
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_seq_len": 64}
@@ -34,9 +37,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Grows by one each time that a model is run for its activations."""
     found, importance = [], calibration.importance
 
-    def counted(*args):
+    def counted(*args, **options):
         found.append("run")
-        return importance(*args)
+        return importance(*args, **options)
 
     monkeypatch.setattr(calibration, "importance", counted)
     return found
@@ -131,6 +134,69 @@ def test_a_copy_is_run_with_the_weights_that_it_has_for_a_drafter(tmp_path, runs
     assert importance_of(copy).keys() >= names.linear_weights(MODEL).keys()
     (answer,) = llm.generate([[5, 6, 7]], max_new_tokens=4, ignore_eos=True)
     assert len(answer.token_ids) == 4
+
+
+def test_a_text_to_calibrate_with_is_named_in_the_copy_and_decides_its_scales(tmp_path):
+    source = write_folder(tmp_path / "m", dtype=torch.float32)
+    texts = {"a.txt": "ab " * 900, "z.txt": "the end " * 300}
+    scales = {}
+    for name, content in texts.items():
+        (tmp_path / name).write_text(content)
+        copy = quantize_checkpoint(
+            source,
+            tmp_path / f"{name}.q",
+            quant="int4-g32-cal",
+            calibration=tmp_path / name,
+        )
+        said = json.loads((copy / "config.json").read_text())["hotloop_quantization"]
+        sha256 = hashlib.sha256(content.encode()).hexdigest()
+        assert said["calibration"] == {"name": name, "sha256": sha256}
+        assert stored_calibration(copy) == said["calibration"], "a record says it"
+        scales[name] = load_file(copy / "model.safetensors")[f"{DOWN}.weight.scale"]
+    assert not torch.equal(scales["a.txt"], scales["z.txt"])
+
+
+def stored_calibration(path: Path) -> dict[str, str]:
+    with closing(open_checkpoint(path)) as checkpoint:
+        return stored_form(checkpoint).to_dict()["quantization"]["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("quant", "content", "problem"),
+    [
+        ("int4-g32", "ab " * 900, r"'int4-g32' is not fitted to activations.* int4-g64-cal"),
+        ("int4-g32-cal", "ab", r"text\.txt: its 1 tokens are too few .* at least \d+"),
+        ("int4-g32-cal", b"\xff" * 900, r"text\.txt: .*UTF-8"),
+        ("int4-g32-cal", None, r"text\.txt: "),
+    ],
+)
+def test_a_text_that_nothing_can_be_calibrated_with_is_refused(quant, content, problem, tmp_path):
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    source = write_folder(tmp_path / "m")
+    with pytest.raises(ConfigError, match=problem):
+        quantize_checkpoint(source, tmp_path / "q", quant=quant, calibration=text)
+    assert not (tmp_path / "q").exists()
+
+
+def test_progress_counts_the_layers_that_are_run_to_calibrate(tmp_path):
+    source, n_layers = write_folder(tmp_path / "m"), len(MODEL.layers)
+    seen = []
+    quantize_checkpoint(
+        source, tmp_path / "q", quant="int4-g32-cal", progress=lambda *at: seen.append(at)
+    )
+    total = n_layers + len(names.tensors(MODEL))
+    assert seen == [(done, total) for done in range(1, total + 1)]
+
+    seen.clear()
+    LLM(
+        str(source),
+        quant="int4-g32-cal",
+        progress=lambda phase, *at: seen.append(at) if phase == "load" else None,
+        **OPTIONS,
+    )
+    assert seen == [(done, 2 * n_layers) for done in range(1, 2 * n_layers + 1)]
 
 
 def test_copies_as_compressed_tensors_keep_calibrated_scales(tmp_path, runs):

@@ -98,7 +98,7 @@ def test_result_stands_alone(form, tmp_path):
 
 
 def test_stored_form_is_the_one_that_its_version_says(tmp_path):
-    """Version 2: what is written today must be readable for good, so a change needs version 3."""
+    """Version 3: what is written today must be readable for good, so a change needs version 4."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         row = torch.tensor([*range(-8, 8), *range(-8, 8)] * 2).float()
@@ -110,7 +110,7 @@ def test_stored_form_is_the_one_that_its_version_says(tmp_path):
     )
     config = json.loads((folder / "config.json").read_text())
     description = {
-        "version": 2,
+        "version": 3,
         "scheme": "int4-g32-asym",
         "head": "int8",
         "source": {"name": "a/model", "sample": sample_checkpoint(source)},
@@ -254,13 +254,13 @@ def test_integers_without_a_high_nibble_are_refused(tmp_path):
 
 def test_format_of_a_later_version_is_refused_with_the_fix(tmp_path):
     folder = quantize_checkpoint(write_folder(tmp_path / "m"), tmp_path / "q", quant="int8")
-    rewrite_description(folder, {"version": 3, "scheme": "int3", "layout": "new"})
+    rewrite_description(folder, {"version": 4, "scheme": "int3", "layout": "new"})
     for act in (
         lambda: load(folder),
         lambda: LLM(str(folder)),
         lambda: quantize_checkpoint(folder, tmp_path / "again", quant="int8"),
     ):
-        with pytest.raises(UnsupportedError, match=r"in format 3; .* format 2\. Update hotloop"):
+        with pytest.raises(UnsupportedError, match=r"in format 4; .* format 3\. Update hotloop"):
             act()
 
 

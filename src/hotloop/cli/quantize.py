@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App
 
-from hotloop.cli.options import OUTPUT, Json, Model, lever_option, option
+from hotloop.cli.options import MODEL, OUTPUT, Json, Model, lever_option, option
 from hotloop.cli.output import note, print_json, print_pairs, progress_bar
 from hotloop.types import CopyFormat, EngineConfig
 
@@ -30,6 +30,10 @@ _HEADS = (
     "Quantization of the output head, and of an embedding tied to it. auto is int8, or none in "
     "compressed-tensors, which holds no other."
 )
+_CALIBRATION = (
+    "A text of which a -cal scheme takes the activations: UTF-8, of the kind that the model will "
+    "read, and none that its quality is measured on."
+)
 _FORMATS = (
     "hotloop's own, or compressed-tensors, which vLLM and transformers load, too: int8, "
     "int8-gN, fp8, int4-gN, int4-gN-zp."
@@ -44,6 +48,7 @@ def quantize(
     *,
     quant: Annotated[str, lever_option("quant", _SCHEMES)],
     head: Annotated[str, lever_option("head", _HEADS)] = EngineConfig.head,
+    calibration: Annotated[Path | None, option(MODEL, _CALIBRATION, "random tokens")] = None,
     format: Annotated[CopyFormat, option(OUTPUT, _FORMATS)] = "hotloop",  # noqa: A002
     json: Json = False,
 ) -> int:
@@ -65,6 +70,7 @@ def quantize(
             head=head,
             copy_format=format,
             source_name=model,
+            calibration=calibration,
             progress=progress,
             on_note=notes.append,
         )
@@ -80,6 +86,7 @@ def quantize(
                 "quant": quant,
                 "head": head,
                 "format": format,
+                "calibration": calibration and str(calibration),
                 **sizes,
             }
         )

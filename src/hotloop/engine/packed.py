@@ -121,8 +121,15 @@ def _load_from_source(
         else:
             checkpoint = setup.open()
             importance = importance_for(
-                setup.schemes, checkpoint, setup.model, setup.device, drafts=drafts
+                setup.schemes,
+                checkpoint,
+                setup.model,
+                setup.device,
+                drafts=drafts,
+                on_layer=_half(on_layer, 0),
             )
+            if importance is not None:
+                on_layer = _half(on_layer, 1)
             source = CheckpointSource(
                 checkpoint,
                 setup.device,
@@ -151,6 +158,13 @@ def _load_from_source(
         if checkpoint is not None:
             checkpoint.close()
     return source.read_bytes if isinstance(source, CheckpointSource) else None
+
+
+def _half(on_layer: OnLayer | None, half: int) -> OnLayer | None:
+    """Counts layers as one half of the work, of which calibrating them is the first."""
+    if on_layer is None:
+        return None
+    return lambda done, of: on_layer(half * of + done, 2 * of)
 
 
 def _facts(setup: Setup) -> dict[str, Any]:

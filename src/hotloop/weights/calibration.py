@@ -4,15 +4,18 @@ An error of a weight changes an output by that error times the activation, so an
 matters by its mean square. The checkpoint is run in float32, as it is stored, one layer at a time:
 no more than the embedding, the head and one layer are held, before the model itself is loaded.
 
-The tokens are drawn at random, each as likely. No text has to be at hand, the result depends on the
-model alone, and no text can be one on which quality is measured. Which features are large depends
-little on the tokens: docs/decisions/calibrated-scales.md compares them with text.
+The tokens are drawn at random, each as likely, unless a text is given to ``hotloop quantize``. No
+text has to be at hand then, the result depends on the model alone, and no text can be one on which
+quality is measured. Which features are large depends little on the tokens:
+docs/decisions/calibrated-scales.md compares them with text.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -25,17 +28,22 @@ from hotloop.models.cache import KVCache
 from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Block, Decoder
 from hotloop.models.linear import Linear
+from hotloop.outside import config_error, decode, read_bytes
 from hotloop.quant import Scheme, parse_scheme
 from hotloop.quant.none import NoScheme
+from hotloop.text.tokenizer import Tokenizer
 from hotloop.weights.checkpoint import Checkpoint
-from hotloop.weights.identity import Quantization, read_quantization
-from hotloop.weights.load import load_weights
+from hotloop.weights.identity import CalibrationText, Quantization, read_quantization
+from hotloop.weights.load import OnLayer, load_weights
 from hotloop.weights.recognition import recognize_matrices
 from hotloop.weights.source import CheckpointSource, Importance, is_calibrated, schemes_by_name
 
 N_SEQUENCES = 2
 N_TOKENS = 256
 """Tokens of each sequence."""
+
+MAX_TEXT_BYTES = 2**26
+"""The largest text that is read: all of it is tokenized."""
 
 _SEED = 0
 
@@ -47,6 +55,8 @@ def importance_for(
     device: torch.device,
     *,
     drafts: Mapping[str, Scheme] = MappingProxyType({}),
+    ids_BT: Tensor | None = None,
+    on_layer: OnLayer | None = None,
 ) -> Importance | None:
     """Returns ``importance`` if a calibrated scheme quantizes some matrix; otherwise None.
 
@@ -57,6 +67,8 @@ def importance_for(
         model: Its architecture.
         device: The device that computes.
         drafts: The schemes of a drafter's copies, which are always quantized.
+        ids_BT: The tokens; None draws them at random.
+        on_layer: Called with (layers run, layers in all).
     """
     calibrated = {name: scheme for name, scheme in schemes.items() if is_calibrated(scheme)}
     if _copy(checkpoint) is not None:
@@ -68,7 +80,41 @@ def importance_for(
                 del calibrated[name]
     if not calibrated and not any(map(is_calibrated, drafts.values())):
         return None
-    return importance(checkpoint, model, device)
+    return importance(checkpoint, model, device, ids_BT, on_layer)
+
+
+def read_tokens(
+    path: Path, tokenizer: Tokenizer, model: ModelConfig
+) -> tuple[CalibrationText, Tensor]:
+    """Reads a text to calibrate with: as many tokens as are drawn without one, spread over it.
+
+    Args:
+        path: A UTF-8 file of at most ``MAX_TEXT_BYTES``.
+        tokenizer: The model's.
+        model: Its architecture.
+
+    Returns:
+        What a copy says of it, and its tokens, int64 [B, T].
+
+    Raises:
+        ConfigError: The file cannot be read or is not UTF-8, or its text is too short.
+    """
+    data = read_bytes(path, limit=MAX_TEXT_BYTES, refuse=config_error)
+    ids = tokenizer.encode(decode(data, path, config_error), add_special=False)
+    n_tokens = _length(model)
+    if len(ids) < N_SEQUENCES * n_tokens:
+        raise config_error(
+            path,
+            f"its {len(ids)} tokens are too few to calibrate with: give a text of at least "
+            f"{N_SEQUENCES * n_tokens}, or none, for random tokens.",
+        )
+    step = len(ids) // N_SEQUENCES
+    text = CalibrationText(name=path.name, sha256=hashlib.sha256(data).hexdigest())
+    return text, torch.tensor([ids[i * step :][:n_tokens] for i in range(N_SEQUENCES)])
+
+
+def _length(model: ModelConfig) -> int:
+    return min(N_TOKENS, model.max_position)
 
 
 def importance(
@@ -76,6 +122,7 @@ def importance(
     model: ModelConfig,
     device: torch.device,
     ids_BT: Tensor | None = None,
+    on_layer: OnLayer | None = None,
 ) -> dict[str, Tensor]:
     """Computes the mean square of every input feature of every matrix.
 
@@ -84,6 +131,7 @@ def importance(
         model: Its architecture.
         device: The device that computes.
         ids_BT: The tokens; None draws them at random.
+        on_layer: Called with (layers run, layers in all).
 
     Returns:
         float32 [K] by the name of a matrix, on ``device``.
@@ -92,7 +140,7 @@ def importance(
         CheckpointError: The checkpoint is damaged, or activations are not finite.
     """
     if ids_BT is None:
-        shape = (N_SEQUENCES, min(N_TOKENS, model.max_position))
+        shape = (N_SEQUENCES, _length(model))
         generator = torch.Generator().manual_seed(_SEED)
         ids_BT = torch.randint(model.vocab_size, shape, generator=generator)
     n_sequences, n_tokens = ids_BT.shape
@@ -103,7 +151,7 @@ def importance(
     head: Scheme = NoScheme()
     if copy is not None:
         scheme, head = parse_scheme(copy.scheme), parse_scheme(copy.head)
-    run = _Run(model, decoder, ids_BT.to(device), positions_BT)
+    run = _Run(model, decoder, ids_BT.to(device), positions_BT, on_layer)
     load_weights(
         decoder,
         model,
@@ -140,11 +188,17 @@ class _Run:
     """
 
     def __init__(
-        self, model: ModelConfig, decoder: Decoder, ids_BT: Tensor, positions_BT: Tensor
+        self,
+        model: ModelConfig,
+        decoder: Decoder,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        on_layer: OnLayer | None,
     ) -> None:
         self.found: dict[str, Tensor] = {}
         self._model, self._decoder = model, decoder
         self._ids_BT, self._positions_BT = ids_BT, positions_BT
+        self._on_layer = on_layer
         self._x_BTD: Tensor | None = None
 
     @torch.no_grad()
@@ -161,6 +215,8 @@ class _Run:
         block.to("meta")
         if done == of:
             self._keep([names.head(self._model)], decoder.head, (decoder.norm(self._x_BTD),))
+        if self._on_layer is not None:
+            self._on_layer(done, of)
 
     def _forward(self, block: Block, i: int, x_BTD: Tensor) -> Tensor:
         n_seats, n_tokens = self._ids_BT.shape

@@ -47,7 +47,7 @@ QUANTIZATION_FILES = ("quant_config.json", "quantize_config.json")
 """Files beside ``config.json`` in which AutoAWQ and AutoGPTQ described what they had made."""
 
 QUANTIZATION_KEY = "hotloop_quantization"
-QUANTIZATION_VERSION = 2
+QUANTIZATION_VERSION = 3
 
 HEAD_BYTES = 2**20
 """Bytes of a file's beginning that identify it: its header, or most of it."""
@@ -72,6 +72,13 @@ class SourceModel(StrictModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
+class CalibrationText(StrictModel):
+    """The text that calibrated scales were fitted with: its file's name, and SHA-256 in hex."""
+
+    name: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class Quantization(StrictModel):
     """The description that ``hotloop quantize`` writes into a copy.
 
@@ -80,12 +87,15 @@ class Quantization(StrictModel):
         scheme: Of the projections.
         head: Of the output head.
         source: The model it was made from; None in copies that do not say.
+        calibration: The text that calibrated scales were fitted with; None for random tokens, and
+            in copies of version 2.
     """
 
     version: Annotated[int, Field(ge=1, le=QUANTIZATION_VERSION)] = QUANTIZATION_VERSION
     scheme: Annotated[str, Field(max_length=80)]
     head: Annotated[str, Field(max_length=80)]
     source: SourceModel | None = None
+    calibration: CalibrationText | None = None
 
 
 def read_quantization(config: Mapping[str, Any], file: Path | str) -> Quantization | None:

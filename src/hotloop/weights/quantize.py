@@ -22,7 +22,7 @@ from hotloop.quant.encodings.hotloop import Hotloop
 from hotloop.text.generation_config import generation_defaults, write_generation_config
 from hotloop.text.tokenizer import load_tokenizer
 from hotloop.types import CopyFormat
-from hotloop.weights.calibration import importance_for
+from hotloop.weights.calibration import importance_for, read_tokens
 from hotloop.weights.checkpoint import open_checkpoint, read_model
 from hotloop.weights.identity import (
     DESCRIPTION_KEYS,
@@ -36,6 +36,7 @@ from hotloop.weights.recognition import recognize_matrices
 from hotloop.weights.source import (
     CheckpointSource,
     Request,
+    is_calibrated,
     read_matrix,
     requantization_notes,
     schemes_by_name,
@@ -52,7 +53,8 @@ def quantize_checkpoint(
     head: str = "auto",
     copy_format: CopyFormat = "hotloop",
     source_name: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    calibration: Path | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _of: None,
     on_note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Quantizes ``src`` into the new folder ``dst``.
@@ -65,7 +67,9 @@ def quantize_checkpoint(
             A tied embedding is the same matrix.
         copy_format: The format of the copy.
         source_name: The name of the source that the copy records; None takes the path.
-        progress: Called with (tensors done, tensors in all).
+        calibration: The text of which a calibrated scheme takes the activations; None for random
+            tokens.
+        progress: Called with (steps done, steps in all): a tensor, or a layer run to calibrate.
         on_note: Called with what becomes of matrices that another tool has quantized.
 
     Returns:
@@ -73,7 +77,8 @@ def quantize_checkpoint(
 
     Raises:
         ConfigError: Schemes that do not fit, change nothing or that the format cannot hold, a
-            source that is already quantized, or a destination that is in use.
+            source that is already quantized, a destination that is in use, or a text that is too
+            short, unreadable or of no use to the scheme.
         CheckpointError: A damaged or incomplete source; ``dst`` is then not made.
     """
     refuse_occupied(dst)
@@ -85,6 +90,11 @@ def quantize_checkpoint(
         raise ConfigError("'auto' keeps what the source stores: give a scheme.")
     if scheme.name == head_scheme.name == "none":
         raise ConfigError("quant 'none' with head 'none' quantizes nothing: give a scheme.")
+    if calibration is not None and not any(map(is_calibrated, (scheme, head_scheme))):
+        raise ConfigError(
+            f"quant {scheme.name!r} is not fitted to activations, so a calibration text changes "
+            "nothing: leave it out, or give a scheme of int4 with -cal, such as int4-g64-cal."
+        )
     encode = Hotloop.encode
     if copy_format == "compressed-tensors":
         compressed_tensors.refuse_unsupported(scheme, head_scheme)
@@ -102,9 +112,25 @@ def quantize_checkpoint(
             on_note(note)
         tokenizer, sampling = load_tokenizer(src), generation_defaults(src)
         cpu = torch.device("cpu")
-        importance = importance_for(schemes, checkpoint, model, cpu)
-        source = CheckpointSource(checkpoint, cpu, model=model, importance=importance)
         tensors = names.tensors(model)
+        text, ids_BT = None, None
+        if calibration is not None:
+            text, ids_BT = read_tokens(calibration, tokenizer, model)
+        importance = importance_for(
+            schemes,
+            checkpoint,
+            model,
+            cpu,
+            ids_BT=ids_BT,
+            on_layer=lambda done, of: progress(done, of + len(tensors)),
+        )
+        if text is not None and importance is None:
+            raise ConfigError(
+                f"{src} stores all that {scheme.name!r} would be fitted to, so a calibration text "
+                "changes nothing: leave it out."
+            )
+        n_run = 0 if importance is None else len(model.layers)
+        source = CheckpointSource(checkpoint, cpu, model=model, importance=importance)
         with SafetensorsWriter(dst) as writer:
             for i, (name, shape) in enumerate(tensors.items(), start=1):
                 matrix = name.removesuffix(".weight")
@@ -121,13 +147,13 @@ def quantize_checkpoint(
                     parts = {name: weight}
                 for part, tensor in parts.items():
                     writer.add(part, tensor)
-                if progress:
-                    progress(i, len(tensors))
+                progress(n_run + i, n_run + len(tensors))
             source.finish()
             description = Quantization(
                 scheme=scheme.name,
                 head=head_scheme.name,
                 source=SourceModel(name=source_name or str(src), sample=sample_checkpoint(src)),
+                calibration=text,
             )
             kept = checkpoint.config.keys() - DESCRIPTION_KEYS  # of how the source was quantized
             config = {key: checkpoint.config[key] for key in checkpoint.config if key in kept} | {
