@@ -159,7 +159,7 @@ class VariedSource(RandomSource):
 
     def tensor(self, name: str, shape: tuple[int, ...], **options: Any) -> Tensor:
         tensor = super().tensor(name, shape, **options)
-        return tensor if tensor.dim() == 2 else tensor + 0.2 * noise(name, tensor.shape)
+        return tensor + 0.2 * noise(name, tensor.shape)
 
     def pieces(self, request: Request) -> Iterator[Tensor | QTensor]:
         name, shape = request.name, request.shape

@@ -68,7 +68,7 @@ class Weights(RandomSource):
 
     def tensor(self, name: str, shape: tuple[int, ...], **options: object) -> Tensor:
         tensor = super().tensor(name, shape, **options)
-        return tensor if len(shape) == 2 else tensor + torch.linspace(0, 0.5, *shape)
+        return tensor + torch.linspace(0, 0.5, *shape)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,5 +1,6 @@
 """GGUF files keep their blocks' own integers and scales."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from whole_models import write_gguf_model
 
 from hotloop import LLM, EngineConfig
 from hotloop.engine.memory import predict_memory
+from hotloop.weights.checkpoint import open_checkpoint
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
@@ -70,6 +72,16 @@ def test_the_fused_step_of_a_gpu_is_as_near_the_exact_one_as_eager(kind, tmp_pat
         for execution in ("eager", "fused")
     }
     assert errors["fused"].mean().sqrt() < 1.3 * errors["eager"].mean().sqrt()
+
+
+@pytest.mark.parametrize("quant", ["auto", "none"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_that_are_read_are_those_of_the_blocks(tied, quant, tmp_path):
+    path = write_gguf_model(tmp_path / "m.gguf", "Q4_K", tied=tied, **WIDE)
+    with closing(open_checkpoint(path)) as checkpoint:
+        stored = sum(info.n_bytes for info in checkpoint.tensors.values())
+    with LLM(str(path), quant=quant, device="cpu", max_seq_len=16) as llm:
+        assert llm.describe().read_bytes == stored
 
 
 @needs_compiler

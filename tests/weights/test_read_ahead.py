@@ -1,6 +1,7 @@
 """Reading ahead keeps the order, its bound, and raises what went wrong where it was asked for."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from waiting import wait_until
 from whole_models import assert_same_weights, load, write_folder
 
 from hotloop.weights.read_ahead import ReadAhead
+from hotloop.weights.safetensors import SafetensorsCheckpoint
 
 
 def test_results_come_in_order():
@@ -53,15 +55,17 @@ def test_closing_ends_the_thread_that_waits_for_room():
 
 
 def test_matrices_are_read_in_another_thread_and_none_is_left(tmp_path, monkeypatch):
-    folder, readers = write_folder(tmp_path / "m"), set()
+    folder, readers = write_folder(tmp_path / "m", tie_word_embeddings=False), {}
     expected = load(folder, quant="int8")
-    read = torch.empty
+    read = SafetensorsCheckpoint.read
 
-    def seen(*args: object, **options: object) -> torch.Tensor:
-        readers.add(threading.current_thread().name)
-        return read(*args, **options)
+    def seen(self: SafetensorsCheckpoint, name: str, *args: Any, **options: Any) -> torch.Tensor:
+        readers.setdefault(name, set()).add(threading.current_thread().name)
+        return read(self, name, *args, **options)
 
-    monkeypatch.setattr("hotloop.weights.tensor_file.torch.empty", seen)
+    monkeypatch.setattr(SafetensorsCheckpoint, "read", seen)
     assert_same_weights(load(folder, quant="int8"), expected)
-    assert "read-ahead" in readers
+    of_matrices = {name: by for name, by in readers.items() if "norm" not in name}
+    assert len(of_matrices) == 2 + 2 * 7, "an embedding, a head, and seven of each layer"
+    assert set().union(*of_matrices.values()) == {"read-ahead"}
     assert "read-ahead" not in {thread.name for thread in threading.enumerate()}

@@ -31,9 +31,9 @@ from hotloop.models.linear import Linear
 from hotloop.models.rope import head_order
 from hotloop.parallel.plan import Shard
 from hotloop.quant import Combine, QTensor, Scheme, cut, join_alike
+from hotloop.quant.none import NoScheme
 from hotloop.quant.rows import RowStream, in_step, split
 from hotloop.weights.source import Importance, Request, Source, quantize_rows
-from hotloop.weights.tensor_file import row_chunks
 
 OnLayer = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
@@ -119,13 +119,19 @@ class _Loader:
     @property
     def requests(self) -> list[Request]:
         """The matrices that are read, in order."""
-        layers = range(self.config.n_layers)
-        return [self._head_request] + [
+        table = [] if self.config.tie_embeddings else [self._table_request]
+        return [self._head_request, *table] + [
             self._request(i, matrix, part)
-            for i in layers
+            for i in range(self.config.n_layers)
             for matrix in self.config.layers[i].matrices
             for part in matrix.parts
         ]
+
+    @property
+    def _table_request(self) -> Request:
+        """The embedding of a model whose head is another matrix."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return Request(name=names.EMBEDDING, shape=shape, scheme=NoScheme(), plain=True)
 
     @property
     def _head_request(self) -> Request:
@@ -310,11 +316,13 @@ class _Loader:
 
     def _table(self) -> Tensor:
         """Reads the embedding of a model whose head is another matrix, a few rows at a time."""
-        name = f"{names.EMBEDDING}.weight"
-        n, k = self.config.vocab_size, self.config.hidden_size
-        table = in_huge_pages(torch.empty(n, k, dtype=self.dtype, device=self.device))
-        for rows in row_chunks(range(n), k * self.dtype.itemsize):
-            table[rows.start : rows.stop] = self.source.tensor(name, (n, k), rows=rows)
+        request, row = self._table_request, 0
+        table = torch.empty(request.shape, dtype=self.dtype, device=self.device)
+        in_huge_pages(table)
+        for rows in self.source.pieces(request):
+            assert isinstance(rows, Tensor), "a table is not quantized"
+            table[row : row + len(rows)] = rows
+            row += len(rows)
         return table
 
 

@@ -31,7 +31,6 @@ from hotloop.quant.auto import Auto
 from hotloop.quant.encodings import Layout
 from hotloop.quant.int4 import Int4
 from hotloop.quant.int8 import Int8
-from hotloop.quant.none import NoScheme
 from hotloop.weights.checkpoint import Checkpoint, TensorInfo, check_finite, wrong_shape
 from hotloop.weights.read_ahead import ReadAhead
 from hotloop.weights.recognition import FLOATS, Recognized, StoredMatrices
@@ -78,6 +77,8 @@ class Request:
         rows: Output features to take; None for all.
         columns: Input features, along multiples of the scheme's alignment; None for all. All ranks
             then ask for a slice of the same matrix, each for its own.
+        plain: It is read as floating point, however it is stored: a table that is not multiplied,
+            which descriptions of quantized checkpoints leave out.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Request:
     scheme: Scheme
     rows: range | None = None
     columns: range | None = None
+    plain: bool = False
 
     @property
     def n(self) -> int:
@@ -109,7 +111,7 @@ class Source(Protocol):
         ...
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
-        """Returns an unquantized tensor of this shape by its full name, or some of its rows."""
+        """Returns a vector by its full name, or some of its elements."""
         ...
 
     def finish(self) -> None:
@@ -230,7 +232,7 @@ class CheckpointSource:
         """See ``Source``. As many pieces come on every rank, whose statistics are combined."""
         request.scheme.check(request.name, *request.shape)
         for read in self._reads_of(request):
-            self.read_bytes += read.n_bytes
+            self.read_bytes += read.stored_bytes
             parts = {name: self.place(part) for name, part in read.parts.items()}
             for piece in read.pieces:
                 yield read.plan.make(piece, parts)
@@ -272,7 +274,7 @@ class CheckpointSource:
         name, (n, k), scheme = request.name, request.shape, request.scheme
         rows = range(n) if request.rows is None else request.rows
         combine = self.combine if request.columns is not None else None
-        encoded = self._encoded(name, request.shape, scheme)
+        encoded = None if request.plain else self._encoded(name, request.shape, scheme)
         unit = 1 if encoded is None else encoded.units[0]
         pieces = list(row_chunks(rows, k, unit, most=_VALUES_OF_PIECE[self.device.type]))
         if encoded is None:
@@ -281,11 +283,11 @@ class CheckpointSource:
         return _EncodedPlan(self, request, pieces, combine, encoded, rows)
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
-        """Reads a tensor in the type it is stored in."""
+        """Reads an unquantized tensor in the type it is stored in."""
         info = self._expect(name, shape)
         rows = range(shape[0]) if rows is None else rows
         tensor = self.checkpoint.read(name, (slice(rows.start, rows.stop),))
-        self.read_bytes += tensor.nbytes
+        self.read_bytes += info.n_bytes * len(rows) // shape[0]
         check_finite(tensor, info, dtype=self.dtype, first=(rows.start,))
         return tensor
 
@@ -401,6 +403,11 @@ class _Read:
         """Bytes that it holds."""
         return sum(part.nbytes for part in self.parts.values())
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that its tensors take in the file."""
+        return self.plan.stored_bytes(self.parts)
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -420,6 +427,10 @@ class _Plan:
     def read(self, piece: range) -> Mapping[str, Tensor]:
         """Reads what some rows are made from, and checks that it is finite."""
         raise NotImplementedError
+
+    def stored_bytes(self, parts: Mapping[str, Tensor]) -> int:
+        """Counts the bytes that tensors as ``read`` returns them take in the file."""
+        return sum(part.nbytes for part in parts.values())
 
     def make(self, piece: range, parts: Mapping[str, Tensor]) -> Tensor | QTensor:
         """Makes rows of the matrix from what was read, which is on the device that quantizes."""
@@ -450,6 +461,10 @@ class _PlainPlan(_Plan):
             first=(piece.start, columns.start),
         )
         return {"": self.source.stage(tensor)}
+
+    def stored_bytes(self, parts: Mapping[str, Tensor]) -> int:
+        # A GGUF file may store as blocks what is read as floating point.
+        return self.info.n_bytes * parts[""].numel() // math.prod(self.info.shape)
 
     def make(self, piece: range, parts: Mapping[str, Tensor]) -> Tensor | QTensor:  # noqa: ARG002
         return self.quantize(parts[""])
@@ -593,12 +608,7 @@ class RandomSource:
         return nullcontext()
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
-        """Makes random numbers for a table, ones for a norm, zeros for a bias."""
-        if len(shape) == 2:
-            request = Request(name=name, shape=(shape[0], shape[1]), scheme=NoScheme(), rows=rows)
-            table = read_matrix(self, request)
-            assert isinstance(table, Tensor), "a table is not quantized"
-            return table
+        """Makes ones for a norm, zeros for a bias."""
         n = shape[0] if rows is None else len(rows)
         value = 0.0 if name.endswith(".bias") else 1.0
         return torch.full((n,), value, dtype=self.dtype, device=self.generator.device)
