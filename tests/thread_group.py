@@ -96,6 +96,7 @@ class ThreadRunner:
     """As ``RankGroup``."""
 
     asynchronous = captures = False
+    ends_chains = True
 
     def __init__(self, setup: Setup, *, n_tokens: int, **_: object) -> None:
         self.ranks = ThreadRanks(len(setup.shards))

@@ -517,6 +517,11 @@ inline void complete_copies() {
 inline void launch_dependents() {}
 inline void wait_for_predecessor() { end_predecessor(); }
 
+// A handle is the address of the condition.
+inline void set_condition(uint64_t handle, bool value) {
+  *reinterpret_cast<uint32_t*>(handle) = value;
+}
+
 inline bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag, int thread) {
   sync_block();
   if (thread == 0) {

@@ -1,5 +1,6 @@
 """The fused step with its kernels' own source run on a CPU: against the decoder, and itself."""
 
+import ctypes
 import dataclasses
 import gc
 import math
@@ -725,6 +726,101 @@ def test_ranks_agree_with_one_to_the_top_two(quant, by, engine, monkeypatch):
     assert all(wanted <= names and not avoided & names for names in ranks)
     used = "fused" if by == "inboxes" else "threads"
     assert two.describe().kernels["all_reduce"] == f"all_reduce/{used}"
+
+
+class NodesOnHost:
+    """IF nodes of a graph, by the host: the body of one that is skipped changes nothing."""
+
+    def __init__(self, _: object = None) -> None:
+        self.conditions: list[bool] = []
+
+    def run(self, decide: Any, body: Any) -> None:
+        condition, chain = ctypes.c_uint32(7), body.__self__
+        decide(ctypes.addressof(condition))
+        assert condition.value in (0, 1), "the kernel has decided"
+        before = chain.drafts.clone()
+        body()  # as it is captured, whatever a replay does
+        self.conditions.append(bool(condition.value))
+        if condition.value == 0:
+            chain.drafts.copy_(before)
+            chain.logits.fill_(torch.nan)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[NodesOnHost]:
+    """Chains of drafts end as in a CUDA graph; returns the nodes of each engine."""
+    made: list[NodesOnHost] = []
+
+    def make(_: object) -> NodesOnHost:
+        made.append(NodesOnHost())
+        return made[-1]
+
+    class Graph:
+        def __init__(self, program: Any) -> None:
+            self.program, self.result = program, program()
+
+        def replay(self) -> None:
+            self.result.copy_(self.program())
+
+    def capture(program: Any, _: object) -> tuple[Graph, Tensor]:
+        graph = Graph(program)
+        return graph, graph.result
+
+    monkeypatch.setattr("hotloop.engine.setup.Setup.ends_on_host", False)
+    monkeypatch.setattr("hotloop.engine.runner.IfNodes", make)
+    monkeypatch.setattr("hotloop.engine.chains.capture", capture)
+    return made
+
+
+@pytest.mark.parametrize("draft", ["exit-1", "itself"])
+def test_chains_that_end_on_the_device_are_those_of_the_host_and_change_no_token(
+    folder, engine, monkeypatch, draft, nodes
+):
+    draft = str(folder) if draft == "itself" else draft
+    options = {"quant": "int8", "max_batch_size": 2}
+    drafted = options | {"draft": draft, "draft_policy": "always", "draft_tokens": 4}
+    plain, on_device = engine(**options), engine(**drafted)
+    assert on_device._runner.ends_chains
+    assert on_device.describe().notes == ()
+    monkeypatch.setattr("hotloop.engine.setup.Setup.ends_on_host", True)
+    on_host = engine(**drafted)
+    on_device._runner._stepper._verified = (4,)  # a graph verifies as many as ever
+    prompts = PROMPTS[:2]
+    for sampling in ({}, {"temperature": 0.9, "repetition_penalty": 1.2, "seed": 3}):
+        expected, proposed = answers(plain, prompts, **sampling), []
+        for least in (1e-9, 3e-3, 2.0):
+            found = []
+            for llm in (on_device, on_host):
+                controller = llm._scheduler.controller
+                monkeypatch.setattr(controller, "_least", lambda *_, least=least: least)
+                generations = llm.generate(prompts, FREELY, **sampling)
+                assert [(g.token_ids, g.logprobs) for g in generations] == expected
+                found.append([g.speculation.proposed for g in generations])
+            assert found[0] == found[1]
+            proposed.append(found[0][0])
+        assert len(proposed[0]) == 4, "all are made"
+        assert len(proposed[2]) == 1, "the first is always made"
+    assert {True, False} == set(nodes[0].conditions)
+
+
+@pytest.mark.usefixtures("nodes")
+def test_where_nodes_fail_all_drafts_are_made_and_a_note_says_so(engine, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: invalid argument")
+
+    def never(_nodes: NodesOnHost, _decide: Any, body: Any) -> None:
+        body()
+
+    for run, reason in (
+        (fail, "drafts in IF nodes of a CUDA graph failed: CUDA error: invalid argument"),
+        (never, "drafts in a CUDA graph were [[0, 0, 0]], and not [[0, -1, -1]]"),
+    ):
+        monkeypatch.setattr(NodesOnHost, "run", run)
+        llm = engine(draft="exit-1", draft_tokens=2, draft_policy="always")
+        assert llm.describe().notes == (f"all drafts of a step are made, since {reason}",)
+        assert not llm._runner.ends_chains
+        (found,) = llm.generate([[7]], FREELY)
+        assert found.speculation.proposed[1] > 0
 
 
 def test_closing_frees_plans_counters_weights_and_cache(engine):

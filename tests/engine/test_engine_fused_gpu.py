@@ -141,6 +141,61 @@ def test_drafts_change_neither_tokens_nor_their_probabilities(
     assert any(any(g.speculation.proposed) for g in drafted.generate(PROMPTS, GREEDY))
 
 
+@pytest.mark.parametrize("draft", ["exit-1", "self-int4-g32", "itself"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_chains_that_end_early_in_a_graph_change_no_token(
+    draft: str,
+    overlap: bool,
+    make: Make,
+    families: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(CUDA, dependent_launch=overlap)
+    monkeypatch.setattr("hotloop.engine.runner.device_of", lambda _: device)
+    monkeypatch.setattr("hotloop.engine.llm.n_multi_steps", lambda _: 1)
+    plain = make(quant="int8", max_batch_size=3)
+    drafted = make(
+        quant="int8",
+        max_batch_size=3,
+        draft=str(families["LlamaForCausalLM"]) if draft == "itself" else draft,
+        draft_policy="always",
+        draft_tokens=7,
+    )
+    assert drafted._runner.ends_chains, drafted.describe().notes
+    controller = drafted._scheduler.controller
+    for sampling in ({}, {"seed": 3, **DRAWN["top-k"]}, {"seed": 3, **DRAWN["penalty"]}):
+        lengths = []
+        for least in (0.0, 0.5, 0.999, 2.0, 0.999, 0.0):  # of the same graphs
+            monkeypatch.setattr(controller, "_least", lambda *_, least=least: least)
+            for prompts in (PROMPTS, PROMPTS[:1]):
+                found = drafted.generate(prompts, GREEDY, **sampling)
+                alone = plain.generate(prompts, GREEDY, **sampling)
+                assert [g.token_ids for g in found] == [g.token_ids for g in alone]
+            seen = found[0].speculation  # of one row alone
+            lengths.append(sum(seen.proposed) / (seen.n_steps - seen.n_off))
+        assert lengths[3] == 1, "the first draft is always made"
+        assert lengths[0] > 3, "all are made, but for the end of an answer"
+        assert 1 < lengths[2] < lengths[0]
+        assert lengths[4:] == [lengths[2], lengths[0]], "it is the least of each step"
+
+
+def test_a_server_captures_chains_that_end_early_and_keeps_their_memory(large: Path) -> None:
+    # What bodies of IF nodes allocate is theirs alone: other work between steps changes nothing.
+    options = {"max_batch_size": 4, "max_seq_len": 256, "execution": "fused", "device": "cuda"}
+    plain = LLM(str(large), **options)
+    drafted = LLM(str(large), **options, draft="exit-2", draft_tokens=7)
+    assert drafted._runner.ends_chains
+    prompts = [list(range(2, 40)), [7], [260, 3] * 10, [9, 8, 7]]
+    params = dataclasses.replace(GREEDY, max_new_tokens=100, logprobs=None)
+    with Service(drafted) as service:
+        tickets = [service.submit(prompt, params) for prompt in prompts * 3]
+        poison = [torch.full((1 << n,), torch.nan, device=CUDA) for n in range(8, 24)]
+        found = [tuple(t for piece in ticket for t in piece.token_ids) for ticket in tickets]
+        assert service.state().n_captured == 0
+    assert all(bool(each.isnan().all()) for each in poison), "nor does a body write elsewhere"
+    assert found == [g.token_ids for g in plain.generate(prompts, params)] * 3
+
+
 @pytest.mark.parametrize("draft", ["ngram", "self-int4-g32", "itself"])
 def test_several_steps_with_drafts_are_one_program_and_change_no_bit(
     draft: str, make: Make, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,10 @@
 
 import collections
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from hotloop import LLM
 from hotloop.engine.forward import CompileWatch, TorchForward
-from hotloop.engine.graphs import Graphs, PaddedGraphs
+from hotloop.engine.graphs import Graphs, IfNodes, PaddedGraphs
 
 CPU = torch.device("cpu")
 N_LAYERS = 3
@@ -89,6 +93,105 @@ def test_padded_graphs_share_a_pool_and_the_next_larger_one_is_replayed(monkeypa
     for n in (3, 2, 5):
         graphs.replay(torch.arange(1, n + 1))
     assert ran == [[1, 2, 3, 0], [1, 2], [1, 2, 3, 4, 5, 0]]
+
+
+class Driver:
+    """The calls of the CUDA driver that make an IF node while a stream is being captured."""
+
+    CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
+    CUgraphConditionalNodeType = SimpleNamespace(CU_GRAPH_COND_TYPE_IF="if")
+    CUstreamUpdateCaptureDependencies_flags = SimpleNamespace(
+        CU_STREAM_SET_CAPTURE_DEPENDENCIES="set"
+    )
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread")
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.newest: Any = "kernel before"
+
+    def answer(self, *values: Any) -> tuple[Any, ...]:
+        return SimpleNamespace(value=0, name="success"), *values
+
+    def CUgraphNodeParams(self) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(conditional=SimpleNamespace(phGraph_out=["body"]))
+
+    def cuStreamGetCaptureInfo(self, stream: int) -> Any:  # noqa: N802
+        assert stream == 1
+        return self.answer("active", 5, "graph", [self.newest], [None], 1)
+
+    def cuCtxGetCurrent(self) -> Any:  # noqa: N802
+        return self.answer("context")
+
+    def cuGraphConditionalHandleCreate(self, *of: Any) -> Any:  # noqa: N802
+        assert of == ("graph", "context", 0, 0)
+        return self.answer(77)
+
+    def cuGraphAddNode(self, graph: str, after: Any, _: Any, n: int, node: Any) -> Any:  # noqa: N802
+        made = node.conditional
+        assert (graph, node.type, made.type, made.size, n) == ("graph", "conditional", "if", 1, 1)
+        assert (made.handle, made.ctx) == (77, "context")
+        self.calls.append(("node after", *after))
+        return self.answer("node")
+
+    def cuStreamUpdateCaptureDependencies(self, stream: int, nodes: Any, *how: Any) -> Any:  # noqa: N802
+        assert (stream, how) == (1, (None, 1, "set"))
+        (self.newest,) = nodes
+        return self.answer()
+
+    def cuStreamBeginCaptureToGraph(self, stream: int, graph: str, *how: Any) -> Any:  # noqa: N802
+        assert how == (None, None, 0, "thread")
+        self.calls.append(("begin", stream, graph))
+        return self.answer()
+
+    def cuStreamEndCapture(self, stream: int) -> Any:  # noqa: N802
+        self.calls.append(("end", stream))
+        return self.answer("body")
+
+
+def test_a_part_of_a_captured_program_is_the_body_of_an_if_node(monkeypatch):
+    driver, inside, captures = Driver(), [], True
+
+    @contextmanager
+    def entered(what: Any, *_: Any) -> Iterator[None]:
+        inside.append(what if isinstance(what, str) else what.cuda_stream)
+        try:
+            yield
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr("hotloop.engine.graphs.driver_bindings", lambda: driver)
+    monkeypatch.setattr(
+        "hotloop.engine.graphs._body_stream", lambda _: SimpleNamespace(cuda_stream=2)
+    )
+    monkeypatch.setattr("torch.cuda.MemPool", lambda: "pool")
+    monkeypatch.setattr("torch.cuda.use_mem_pool", entered)
+    monkeypatch.setattr("torch.cuda.stream", entered)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: captures)
+    nodes = IfNodes(CPU)
+
+    def decide(handle: int | None) -> None:
+        driver.newest = "deciding kernel"
+        driver.calls.append(("decide", handle, *inside))
+
+    def body() -> None:
+        driver.calls.append(("body", *inside))
+
+    nodes.run(decide, body)
+    assert driver.calls == [
+        ("decide", 77),
+        ("node after", "deciding kernel"),
+        ("begin", 2, "body"),
+        ("body", 2, "pool"),
+        ("end", 2),
+    ]
+    assert driver.newest == "node", "what follows waits for it"
+    with pytest.raises(ZeroDivisionError):
+        nodes.run(decide, lambda: 1 / 0)
+    assert driver.calls[-1] == ("end", 2), "before the capture around it ends"
+    driver.calls, captures = [], False
+    nodes.run(decide, body)
+    assert driver.calls == [("decide", None), ("body",)], "a warm-up runs all"
 
 
 def test_what_other_engines_compiled_does_not_count(monkeypatch):

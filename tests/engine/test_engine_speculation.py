@@ -14,10 +14,10 @@ from scipy import stats
 from tiny_models import N_TOKENS, encode, write_markov, write_random, write_script
 
 from hotloop import LLM, EngineConfig, Generation, SamplingParams, Speculation
+from hotloop.engine.assumption import assume, assumed_probability
 from hotloop.engine.core import StepTimes
 from hotloop.engine.draft_control import Choice, DraftController, sizes_up_to
 from hotloop.engine.setup import prepare, settle
-from hotloop.engine.speculation import assume
 from hotloop.errors import ConfigError, HotloopError
 from hotloop.kernels import cpu
 from hotloop.quant import parse_scheme
@@ -899,10 +899,26 @@ def test_assumed_drafts_are_kept_with_their_probability_each_and_independently()
     accepted = (assume(ids, drafts, after, positions, 0.7)[:, :-1] == drafts).double()
     assert (accepted.mean(0) - 0.7).abs().max() < 0.015
     assert abs(float((accepted[:, 0] * accepted[:, 1]).mean()) - 0.49) < 0.015
+    own = assumed_probability(positions[:, 1:], after[:, :1], 0.7)
+    assert abs(float(own.mean()) - 0.7) < 0.01
+    for probability in own.unique():  # a drafter is as right as it is sure
+        kept = accepted[own == probability]
+        assert len(kept) > B // 2
+        assert abs(float(kept.mean() - probability)) < 0.02
     none = assume(ids, torch.full_like(drafts, -1), after, positions, 1.0)
     assert torch.equal(none, ids), "where there is no draft nothing is kept"
     broken = assume(torch.full_like(ids, -1), drafts, after, positions, 1.0)
     assert (broken == -1).all(), "logits that are not finite stay an error"
+
+
+def test_chains_end_early_where_an_acceptance_is_assumed(deep, monkeypatch):
+    options = {"weights": "random", "draft": "exit-1", "draft_tokens": 7, "assume_acceptance": 0.8}
+    llm = LLM(str(deep), draft_policy="always", **options)
+    monkeypatch.setattr(llm._scheduler.controller, "_least", lambda *_: 0.45)
+    (found,) = llm.generate([[5, 6, 7]], FREELY, max_new_tokens=100)
+    proposed = found.speculation.proposed
+    assert proposed[0] > proposed[1] > proposed[2], "of the first, 0.2 or 0.95 are accepted"
+    assert 0.6 < sum(found.speculation.accepted) / sum(proposed) < 1
 
 
 def test_an_assumed_acceptance_is_for_random_weights_with_drafts(deep):

@@ -22,6 +22,7 @@ from hotloop.engine.speculation import NgramDrafter
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import prompt, step
 from hotloop.kernels.cuda.attention import AttentionPlan
+from hotloop.kernels.cuda.chain import extend_chain
 from hotloop.kernels.cuda.dequantize import dequantize_call, dequantize_torch
 from hotloop.kernels.cuda.launch import Call, Limits
 from hotloop.kernels.cuda.linear import (
@@ -988,3 +989,62 @@ def drawn(
     kept = torch.zeros_like(among).scatter(-1, ids, among) & (scaled.exp() >= min_p)
     values = (scaled + _gumbel(seed_B, positions_BT, V)).where(kept, -torch.inf)
     return torch.where((temperature > 0)[..., 0], values.argmax(-1), best_BT)
+
+
+def chain_case(
+    logits_BV: Tensor,
+    *,
+    least: float,
+    accepted: float | None = None,
+    own: float | None = None,
+    ids: Sequence[int] | None = None,
+    undrafted: Sequence[int] = (),
+    handle: int | None = None,
+) -> Case:
+    """Makes a case of a chain's next draft, checked against its specification in float64.
+
+    Args:
+        logits_BV: float32, of which rows may have any stride.
+        least: The least probability of a chain that goes on.
+        accepted: That of the drafts before; None if it is the first.
+        own: The probability of every row's newest draft; None for that of the logits.
+        ids: Negative where there is no draft; None for random ones.
+        undrafted: Rows that do not count.
+        handle: See ``extend_chain``.
+    """
+    (B, V), device = logits_BV.shape, logits_BV.device
+    ids_B = torch.tensor(ids or [(37 * b + 5) % V for b in range(B)], device=device)
+    own_B = None if own is None else torch.full((B,), own, device=device)
+    undrafted_B = torch.tensor([b in undrafted for b in range(B)], device=device)
+    least_1 = torch.tensor([least], device=device)
+    accepted_B = torch.full((B,), torch.nan if accepted is None else accepted, device=device)
+    # Of the first draft nothing of the chain before is read.
+    state = torch.tensor([0, accepted is None], dtype=torch.int32, device=device)
+    expected_B = own_B
+    if expected_B is None:
+        chosen = ids_B.clamp(min=0)[:, None]
+        expected_B = logits_BV.double().softmax(-1).gather(1, chosen)[:, 0]
+    expected_B = expected_B.where(ids_B >= 0, 0.0)
+    before_B = None if accepted is None else accepted_B.clone()
+    expected_B, mean = reference.extend_chain(expected_B, before_B, undrafted_B)
+
+    def check() -> None:
+        torch.testing.assert_close(accepted_B, expected_B.float(), rtol=1e-4, atol=0)
+        assert abs(float(mean) / least - 1) > 1e-3, "the case is not at the limit"
+        assert state.tolist() == [0, int(mean < least)]
+
+    call = extend_chain(
+        logits_BV,
+        ids_B,
+        own_B,
+        undrafted_B,
+        least_1,
+        accepted_B,
+        state,
+        is_first=accepted is None,
+        handle=handle,
+    )
+    # Late inputs are whole tensors that a launch does not write.
+    late = (logits_BV,) if logits_BV.is_contiguous() else ()
+    late += (ids_B, least_1, *(() if own_B is None else (own_B,)))
+    return Case(call=call, inputs=late, outputs=(accepted_B, state), check=check)

@@ -14,6 +14,7 @@ from kept_builds import kept_folder
 from hotloop.kernels.cuda import compile as compiler
 from hotloop.kernels.cuda import prompt, step
 from hotloop.kernels.cuda.attention import HEAD_DIMS, AttentionPlan, AttentionTuning
+from hotloop.kernels.cuda.chain import chain_kernel
 from hotloop.kernels.cuda.compile import (
     ARCHITECTURES,
     CompileError,
@@ -131,7 +132,7 @@ def step_kernels() -> list[Kernel]:
     ends = [step.next_tokens_kernel(), step.argmax_kernel(), step.accept_kernel()]
     ends += [step.argmax_over_ranks_kernel(), step.ngram_draft_kernel()]
     sums = [step.all_reduce_kernel(ranks) for ranks in (2, 3, 4, 8)]
-    return [*embeds, step.add_kernel(), *sums, *ends, sample_kernel()]
+    return [*embeds, step.add_kernel(), *sums, *ends, sample_kernel(), chain_kernel()]
 
 
 OTHERS = {"attention": attention_kernels, "prompt": prompt_kernels, "step": step_kernels}

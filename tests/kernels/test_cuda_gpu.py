@@ -15,6 +15,7 @@ from cuda_cases import (
     all_reduce_cases,
     argmax_over_ranks_cases,
     attention_case,
+    chain_case,
     dequantize_case,
     embed_case,
     hard_scores,
@@ -290,3 +291,17 @@ def test_draws_equal_their_definition(device, vocab, name):
 def test_adding_to_the_residual_stream_equals_its_specification(device, rows):
     case = add_case(rows, 5120, generator(device, 3))
     assert_right_and_the_same_with_dependent_launch(device, case)
+
+
+@pytest.mark.parametrize("vocab", [300, 32_000, 128_257])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_chain_goes_on_while_its_drafts_are_likely(device, rows, vocab):
+    logits = 5 * torch.randn(rows, vocab, generator=generator(device, vocab), device=device.device)
+    for least in (1e-12, 0.5):
+        case = chain_case(logits, least=least)
+        assert_right_and_the_same_with_dependent_launch(device, case)
+    for options in ({"own": 0.5}, {"own": 0.5, "undrafted": [0]}):
+        case = chain_case(logits, least=0.3, accepted=0.9, **options)
+        device.prepare(case.call, dependent=False)()
+        torch.cuda.synchronize()
+        case.check()

@@ -273,7 +273,7 @@ class Step(Command[StepResult]):
         drafter: Which of the drafters makes them.
         undrafted: Rows that get none.
         least: End the chain of drafts once the probability that all of them are accepted is below
-            this; 0 never does. Programs that are captured in a CUDA graph do not end early.
+            this; 0 never does. It has no effect without ``EngineCore.ends_chains``.
         n_steps: Number of steps; 1 with a grammar.
         known_positions: For each row in use, a lower bound on the position of its newest token.
         slack: The most tokens that in-flight steps may add to that.
@@ -385,6 +385,11 @@ class EngineCore(Protocol):
     @property
     def captures(self) -> bool:
         """Whether programs become CUDA graphs."""
+        ...
+
+    @property
+    def ends_chains(self) -> bool:
+        """Whether chains of drafts can end early."""
         ...
 
     @property

@@ -31,6 +31,7 @@ from torch import Tensor
 from hotloop.kernels import reference
 from hotloop.kernels.cuda import step
 from hotloop.kernels.cuda.attention import HEAD_DIMS, MAX_TOKENS, AttentionPlan
+from hotloop.kernels.cuda.chain import chain_kernel
 from hotloop.kernels.cuda.compile import Kernel
 from hotloop.kernels.cuda.launch import Call, Launcher, Limits
 from hotloop.kernels.cuda.linear import (
@@ -223,7 +224,7 @@ class FusedForward:
             # Kernels of rows and sampler are included, so that all are compiled at once.
             ends = [step.ngram_draft_kernel(), step.next_tokens_kernel(), step.accept_kernel()]
             if not self._shared:
-                ends += [step.argmax_kernel(), sample_kernel()]
+                ends += [step.argmax_kernel(), sample_kernel(), chain_kernel()]
             elif self._peers is not None:
                 ends += [
                     step.all_reduce_kernel(self._peers.sums.ranks),

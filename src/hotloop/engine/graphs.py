@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hotloop.kernels.cuda.launch import checked, driver_bindings
+
 Result = TypeVar("Result")
 
 MOST_GRAPHS = 1536
@@ -108,6 +110,72 @@ class PaddedGraphs:
         self._captured[int(size)].replay()
 
 
+class IfNodes:
+    """Parts of a program that a replay runs only if a kernel has decided so.
+
+    Each becomes the body of an IF node (a *conditional node*, CUDA 12.4). torch knows nothing of
+    them: a body is a capture of its own, on a stream of its own, so what torch allocates in it is
+    not part of the memory of the graph around it, and comes from a pool of their own. That is never
+    given back to others, while the tensors of a body that has been captured can share its memory
+    with those of later ones, as in one capture.
+
+    A body can have what a graph of kernels has: kernels, copies and settings of device memory, and
+    other nodes of its kind. Collectives of NCCL are among what it cannot have, not even beside it.
+
+    Args:
+        device: The device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.MemPool()
+
+    def run(self, decide: Callable[[int | None], None], body: Callable[[], None]) -> None:
+        """Adds an IF node to the graph that is being captured; without one, runs its body.
+
+        Args:
+            decide: Launches a kernel that sets the condition of the node with this handle; there is
+                nothing to set without one. Neither it nor the body may overlap with what is beside
+                it, since a node of this kind has no programmatic edges.
+            body: The work.
+
+        Raises:
+            LaunchError: The driver refused.
+        """
+        if not torch.cuda.is_current_stream_capturing():
+            decide(None)
+            body()
+            return
+        driver, outer = driver_bindings(), torch.cuda.current_stream(self._device).cuda_stream
+        _, _, graph, *_ = checked(driver.cuStreamGetCaptureInfo(outer))
+        context = checked(driver.cuCtxGetCurrent())
+        handle = checked(driver.cuGraphConditionalHandleCreate(graph, context, 0, 0))
+        decide(int(handle))
+        _, _, _, after, _, n_after = checked(driver.cuStreamGetCaptureInfo(outer))
+        node = driver.CUgraphNodeParams()
+        node.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        node.conditional.handle, node.conditional.ctx = handle, context
+        node.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
+        node.conditional.size = 1
+        added = checked(driver.cuGraphAddNode(graph, after, None, n_after, node))
+        replaces = driver.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES
+        checked(driver.cuStreamUpdateCaptureDependencies(outer, [added], None, 1, replaces))
+        self._capture(node.conditional.phGraph_out[0], outer, body)
+
+    def _capture(self, graph: Any, outer: int, body: Callable[[], None]) -> None:
+        """Captures a body into its graph."""
+        driver, stream = driver_bindings(), _body_stream(self._device)
+        assert stream.cuda_stream != outer, "it is capturing what is around the node"
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        checked(driver.cuStreamBeginCaptureToGraph(stream.cuda_stream, graph, None, None, 0, mode))
+        try:
+            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool, self._device):
+                body()
+        finally:  # before the capture around it ends, whatever has happened
+            ended = driver.cuStreamEndCapture(stream.cuda_stream)
+        checked(ended)
+
+
 def capture(
     run: Callable[[], Result],
     device: torch.device,
@@ -151,4 +219,10 @@ def capture(
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Returns the stream of all captures on a device: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _body_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream on which bodies of IF nodes are captured."""
     return torch.cuda.Stream(device)

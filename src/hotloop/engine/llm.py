@@ -342,7 +342,7 @@ class LLM:
             sizes,
             n_drafters=n,
             always=self.config.draft_policy == "always",
-            ends_early=not self._runner.captures,
+            ends_early=self._runner.ends_chains,
         )
 
     def _new_scheduler(

@@ -45,6 +45,7 @@ class RankGroup:
     def __init__(self, setup: Setup, *, n_tokens: int, progress: OnProgress | None = None) -> None:
         # On a CPU too a step is computed while the tokens of the one before are on their way here.
         self.asynchronous, self.captures = True, setup.captures
+        self.ends_chains = setup.ends_on_host
         launched, n_ranks = Torchrun.environment(), len(setup.shards)
         if launched is not None and launched.rank > 0:
             _be_rank(launched, setup, n_tokens)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hotloop.engine import packed
+from hotloop.engine.chains import ChainEnd, EndOnDevice, EndOnHost, refusal
 from hotloop.engine.constraints import Constraints
 from hotloop.engine.core import (
     Admit,
@@ -46,6 +47,7 @@ from hotloop.engine.draft_control import sizes_up_to
 from hotloop.engine.forward import CompileWatch, Forward, TorchForward
 from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.grammar import Grammars
+from hotloop.engine.graphs import IfNodes
 from hotloop.engine.memory import weights_bytes
 from hotloop.engine.prompt import STEP_TOKENS, Chunk, FusedPrefill, spans, step_prompts
 from hotloop.engine.rows import Rows, to_device
@@ -97,6 +99,7 @@ class Runner:
     Attributes:
         asynchronous: Whether ``run`` returns before the device has completed a step.
         captures: Whether programs become CUDA graphs.
+        ends_chains: See ``EngineCore``.
         exact_rows: See ``EngineCore``.
     """
 
@@ -147,6 +150,8 @@ class Runner:
             )
             self._draft_model: _Model | None = None
             self._drafters = self._make_drafters(progress)
+            chain_end, self._chain_notes = self._make_chain_end()
+            self.ends_chains = chain_end is not None
             self._stepper = Stepper(
                 self._model.forward(),
                 self._rows,
@@ -155,6 +160,7 @@ class Runner:
                 drafters=self._drafters,
                 max_drafts=spare,
                 verified=sizes_up_to(spare) if setup.makes_programs else range(spare + 1),
+                chain_end=chain_end,
                 assumed_acceptance=config.assume_acceptance,
                 n_positions=setup.n_positions,
                 captures=self.captures,
@@ -317,7 +323,7 @@ class Runner:
             "weight_bytes_per_step": model.bytes_per_step,
             "kv_bytes_per_token": setup.local.kv_bytes_per_token(setup.dtype.itemsize),
             "kernels": kernels,
-            "notes": (*notes, *self._group.notes),
+            "notes": (*notes, *self._chain_notes, *self._group.notes),
             "compile_cache": self._model.compile_cache(),
             "read_bytes": model.loaded.read_bytes,
             "read_s": model.loaded.read_s,
@@ -332,6 +338,21 @@ class Runner:
         if self._setup.device.type == "cuda":
             with working_on(self._setup.device, "close"):
                 torch.cuda.empty_cache()
+
+    def _make_chain_end(self) -> tuple[ChainEnd | None, Sequence[str]]:
+        """Makes what ends chains of drafts early, or says why there is nothing."""
+        setup, launcher = self._setup, self._model.launcher
+        assumed = setup.config.assume_acceptance
+        if setup.ends_on_host:
+            return EndOnHost(assumed), ()
+        makes_chains = any(not isinstance(drafter, NgramDrafter) for drafter in self._drafters)
+        if launcher is None or not makes_chains or self._group.size > 1:
+            return None, ()
+        n_rows, device = setup.config.max_batch_size, setup.device
+        end = EndOnDevice(IfNodes(device), launcher, n_rows, device, assumed)
+        if reason := refusal(end, launcher, device):
+            return None, (f"all drafts of a step are made, since {reason}",)
+        return end, ()
 
     def _make_drafters(self, progress: OnProgress | None) -> list[Drafter]:
         draft = self._setup.draft

@@ -137,6 +137,11 @@ class Setup:
         return self.asynchronous and self.execution != "eager"
 
     @property
+    def ends_on_host(self) -> bool:
+        """Whether the host can end chains of drafts early, since it reads tensors at no cost."""
+        return self.draft is not None and self.device.type == "cpu"
+
+    @property
     def makes_programs(self) -> bool:
         """Whether each size of step is captured or compiled at its first use."""
         return self.captures or self.execution == "compile"

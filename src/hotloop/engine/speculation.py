@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hotloop.engine.chains import Chain, ChainEnd
 from hotloop.engine.core import Features, Step
 from hotloop.engine.forward import Forward
 from hotloop.engine.rows import Rows
@@ -45,12 +46,12 @@ class Drafter(ABC):
         first_seat: int | None,
         length: int,
         features: Features,
-        least: float = 0.0,
+        end: ChainEnd | None = None,
     ) -> Tensor:
         """Drafts tokens for the first ``n`` rows, int64 [n, k]; negative where there is no draft.
 
-        Unless ``least`` is given, it must not synchronize with the host, since it is captured in a
-        CUDA graph.
+        It must not synchronize with the host unless ``end`` does, since it is captured in a CUDA
+        graph.
 
         Args:
             n: Rows.
@@ -58,7 +59,7 @@ class Drafter(ABC):
             first_seat: See ``Forward``.
             length: See ``Forward``.
             features: The features that the sampler needs.
-            least: See ``Step.least``.
+            end: Ends chains of drafts early; None for never.
         """
 
     def admit(self, seat: int, n_cached: int) -> None:  # noqa: B027 (most have no state)
@@ -132,13 +133,13 @@ class SelfDrafter(Drafter):
         first_seat: int | None,
         length: int,
         features: Features,
-        least: float = 0.0,
+        end: ChainEnd | None = None,
     ) -> Tensor:
         """See ``Drafter``."""
         newest_B1 = self.rows.positions[:n, None]
         forward = partial(self.forward, first_seat=first_seat, length=length)
         newest = (self.rows.tokens(newest_B1), newest_B1)
-        return _sample(forward, self.rows, self.sampler, *newest, k, features, least)
+        return Chain(forward, self.rows, self.sampler, *newest, k, features).run(end)
 
 
 class ModelDrafter(Drafter):
@@ -178,7 +179,7 @@ class ModelDrafter(Drafter):
         first_seat: int | None,
         length: int,
         features: Features,
-        least: float = 0.0,
+        end: ChainEnd | None = None,
     ) -> Tensor:
         """See ``Drafter``."""
         newest_B1 = self.rows.positions[:n, None]
@@ -186,7 +187,7 @@ class ModelDrafter(Drafter):
         tokens_BT = self.rows.tokens(positions_BT)
         forward = partial(self.forward, first_seat=first_seat, length=length)
         inputs = tokens_BT, positions_BT
-        return _sample(forward, self.rows, self.sampler, *inputs, k, features, least)
+        return Chain(forward, self.rows, self.sampler, *inputs, k, features).run(end)
 
     def admit(self, seat: int, n_cached: int) -> None:
         """See ``Drafter``."""
@@ -262,71 +263,3 @@ class SharedDrafter(Drafter):
         """See ``Drafter``."""
         if self.drafter is not None:
             self.drafter.catch_up(step)
-
-
-def assume(
-    ids_BT: Tensor, drafts_BD: Tensor, after_BT: Tensor, positions_BT: Tensor, share: float
-) -> Tensor:
-    """Replaces sampled tokens so that each draft is accepted with a probability, whatever it is.
-
-    It times what an acceptance would give: with random weights no draft is a good one. A hash of a
-    draft's position and of the newest token decides, so that it is the same on all ranks and
-    another one for every text.
-
-    Args:
-        ids_BT: int64, the sampled tokens.
-        drafts_BD: int64, negative for none.
-        after_BT: int64, the input of the step: the newest token of each row, and its drafts.
-        positions_BT: int64, their positions.
-        share: The probability.
-    """
-    mixed_BD = positions_BT[:, 1:] * 0x9E3779B1 + after_BT[:, :1] * 0x85EBCA77
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finalizer of MurmurHash3
-        mixed_BD = mixed_BD & 0xFFFFFFFF
-        mixed_BD = (mixed_BD ^ (mixed_BD >> shift)) * factor
-    mixed_BD = mixed_BD & 0xFFFFFFFF
-    kept_BD = (mixed_BD ^ (mixed_BD >> 16)) < round(share * 2**32)
-    sampled_BD = ids_BT[:, :-1]
-    other_BD = torch.where(sampled_BD == drafts_BD, (drafts_BD - 1).abs(), sampled_BD)
-    kept_BD = kept_BD & (drafts_BD >= 0) & (sampled_BD >= 0)
-    return torch.cat((torch.where(kept_BD, drafts_BD, other_BD), ids_BT[:, -1:]), dim=1)
-
-
-def _sample(
-    forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
-    rows: Rows,
-    sampler: Sampler,
-    tokens_BT: Tensor,
-    positions_BT: Tensor,
-    k: int,
-    features: Features,
-    least: float,
-) -> Tensor:
-    """Samples k tokens [B, k] after ``tokens_BT``, one by one, as the target model does.
-
-    The chain ends early, and -1 follows, once the mean over rows of the probability that all drafts
-    so far are accepted is below ``least``. The draft model's own probabilities stand for that.
-    Every rank gets the same bits of them, and so ends with the same draft.
-    """
-    drafts_BD, seats_B = tokens_BT[:, :0], rows.seats[: len(tokens_BT)]
-    undrafted_B1, accepted_B1 = rows.undrafted[: len(tokens_BT)], None
-    for _ in range(k):
-        logits_BTV, best_BT = forward(tokens_BT, positions_BT, seats_B)
-        newest_B1V = logits_BTV[:, -1:]
-        following_B1 = positions_BT[:, -1:] + 1
-        sampled = sampler.sample(
-            newest_B1V,
-            following_B1,
-            0,
-            features,
-            drafts_BD,
-            best_BT=None if best_BT is None else best_BT[:, -1:],
-        )
-        tokens_BT, positions_BT = sampled.ids, following_B1.clamp(max=rows.last)
-        drafts_BD = torch.cat((drafts_BD, tokens_BT), dim=1)
-        if least > 0 and drafts_BD.shape[1] < k:
-            chance_B1 = sampler.probability(newest_B1V, tokens_BT)
-            accepted_B1 = chance_B1 if accepted_B1 is None else accepted_B1 * chance_B1
-            if accepted_B1.masked_fill(undrafted_B1, 0.0).mean() < least:
-                return torch.nn.functional.pad(drafts_BD, (0, k - drafts_BD.shape[1]), value=-1)
-    return drafts_BD

@@ -34,13 +34,15 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from hotloop.engine.assumption import assume
+from hotloop.engine.chains import ChainEnd
 from hotloop.engine.constraints import Constraints, Drafts
 from hotloop.engine.core import Features, Step, StepTimes, padded_rows
 from hotloop.engine.forward import Forward
 from hotloop.engine.graphs import Graphs
 from hotloop.engine.rows import Rows
 from hotloop.engine.sampling import Sampled, Sampler
-from hotloop.engine.speculation import Drafter, assume
+from hotloop.engine.speculation import Drafter
 
 Result = TypeVar("Result")
 
@@ -95,6 +97,7 @@ class Stepper:
         max_drafts: The most drafts in a step.
         verified: Numbers of drafts that programs verify, ascending: a chain that ends early is
             padded to one of them.
+        chain_end: Ends chains of drafts early; None for never.
         assumed_acceptance: See ``EngineConfig.assume_acceptance``.
         n_positions: Positions of the cache.
         captures: Whether programs become CUDA graphs.
@@ -112,6 +115,7 @@ class Stepper:
         drafters: Sequence[Drafter],
         max_drafts: int,
         verified: Sequence[int],
+        chain_end: ChainEnd | None = None,
         assumed_acceptance: float | None = None,
         n_positions: int,
         captures: bool,
@@ -125,14 +129,14 @@ class Stepper:
         self._device = rows.positions.device
         self._drafts = rows.positions.new_full((len(rows.positions), max(1, max_drafts)), -1)
         self._graphs = Graphs(self._device) if captures else None
-        self._least = 0.0
+        self._chain_end = chain_end
         self._ran: set[_Program] = set()  # programs run, where none are captured
 
     def step(self, step: Step) -> tuple[Sampled, Timestamps | None, Mapping[int, str]]:
         """Runs a step, which yields one token or more for each row.
 
-        On a CPU, where the host can read drafts at no cost, a chain of drafts can end early, and a
-        step without any draft is plain.
+        On a CPU, where the host can read drafts at no cost, a step verifies no more of them than
+        there are, and one without any draft is plain.
 
         Returns:
             Tensors that are valid until the next step of the same size; the timestamps of the
@@ -158,6 +162,8 @@ class Stepper:
                 drafter.skip(step.seats)
         if k:
             self.drafters[step.drafter].catch_up(step)
+            if self._chain_end is not None:  # in the mean over rows, padding counts as 0
+                self._chain_end.set_least(step.least * step.n / n)
             timestamps.append(self._timestamp())
             if step.n_steps > 1:
                 sampled = self._run_drafting_steps(step, n, reads, wanted)
@@ -165,7 +171,6 @@ class Stepper:
                 return sampled, timestamps if self.n_programs == n_made else None, {}
             features = dataclasses.replace(wanted, logprobs=False, constrain=False)
             on_host = self._device.type == "cpu" and self._graphs is None
-            self._least = step.least if on_host else 0.0
             self._run(_Program("draft", n, k, *reads, features, drafter=step.drafter), self._draft)
             if wanted.constrain:
                 drafted = [row for row in range(step.n) if row not in step.undrafted]
@@ -187,7 +192,6 @@ class Stepper:
     ) -> Sampled:
         """Runs several steps with drafts as one program."""
         assert not features.constrain, "a grammar needs each token on the host"
-        self._least = 0.0
         options = {"n_steps": step.n_steps, "drafter": step.drafter}
         program = _Program("drafting steps", n, step.k, *reads, features, **options)
         return self._run(program, self._drafting_steps)
@@ -249,7 +253,7 @@ class Stepper:
             first_seat=program.first_seat,
             length=program.length,
             features=dataclasses.replace(program.features, logprobs=False),
-            least=self._least,
+            end=self._chain_end,
         )
         self._drafts[:n, :k].copy_(drafts.masked_fill(self.rows.undrafted[:n], -1))
 

@@ -382,6 +382,24 @@ def accept(
     return n_kept_B, n_drafts_B
 
 
+def extend_chain(
+    own_B: Tensor, accepted_B: Tensor | None, undrafted_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Updates the probability that all drafts of a chain so far are accepted.
+
+    Args:
+        own_B: float32, the draft model's own probability of the newest draft.
+        accepted_B: float32, the probability for the drafts before it; None if it is the first.
+        undrafted_B: bool, rows whose drafts do not count.
+
+    Returns:
+        float32 [B], the probability with the newest draft, and its mean over rows, where rows that
+        do not count have 0: the chain ends where that is too small.
+    """
+    accepted_B = own_B if accepted_B is None else accepted_B * own_B
+    return accepted_B, accepted_B.masked_fill(undrafted_B, 0.0).mean()
+
+
 def ngram_draft(history_RW: Tensor, positions_R: Tensor, n: int, k: int, *, length: int) -> Tensor:
     """Drafts the k tokens that followed the newest n-gram before, for each of the first n rows.
 

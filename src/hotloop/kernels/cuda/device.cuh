@@ -455,6 +455,15 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
+// Sets the condition of an IF node of the graph that this kernel is part of. NVRTC knows the function,
+// which CUDA's headers declare.
+
+extern "C" __device__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
+
+__device__ __forceinline__ void set_condition(uint64_t handle, bool value) {
+  cudaGraphSetConditional(handle, value);
+}
+
 // Returns true in the last of ``n`` blocks that call this with one counter; that block sees the
 // writes of the others. Leaves the counter zero for the next use. ``flag`` is in shared memory.
 __device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t n, uint32_t* flag,

@@ -177,10 +177,10 @@ class Device:
 
     def _load(self, kernel: Kernel, cubin: bytes) -> Any:
         """Loads a kernel, and returns the driver's handle of it."""
-        driver = _driver()
+        driver = driver_bindings()
         with torch.cuda.device(self.device):
-            module = _checked(driver.cuModuleLoadData(cubin))
-        function = _checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
+            module = checked(driver.cuModuleLoadData(cubin))
+        function = checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
         attribute = driver.CUfunction_attribute
         for name, value in (
             ("MAX_DYNAMIC_SHARED_SIZE_BYTES", self.limits.shared_bytes),
@@ -189,7 +189,7 @@ class Device:
             ("PREFERRED_SHARED_MEMORY_CARVEOUT", 100),
         ):
             key = getattr(attribute, f"CU_FUNC_ATTRIBUTE_{name}")
-            _checked(driver.cuFuncSetAttribute(function, key, value))
+            checked(driver.cuFuncSetAttribute(function, key, value))
         return function
 
     def prepare(self, call: Call, *, dependent: bool = True) -> Launch:
@@ -222,7 +222,7 @@ class Launch:
         self._function, self._dependent = function, dependent
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call.args))
         self._address = ctypes.addressof(self._pointers)
-        self._launch = _driver().cuLaunchKernelEx
+        self._launch = driver_bindings().cuLaunchKernelEx
 
     def __call__(self, blocks: int | None = None) -> None:
         """Launches on the device's current stream.
@@ -248,7 +248,7 @@ class Launch:
 def _config(
     grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int, dependent: bool
 ) -> Any:
-    driver = _driver()
+    driver = driver_bindings()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -279,7 +279,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     (major, minor), architecture = compiler.nvrtc_version(), compiler.architecture(*capability)
     if not compiler.supports(architecture):
         return f"NVRTC {major}.{minor} does not know {architecture}: update nvidia-cuda-nvrtc"
-    newest = _checked(_driver().cuDriverGetVersion()) // 1000
+    newest = checked(driver_bindings().cuDriverGetVersion()) // 1000
     if newest < major:
         return f"the GPU's driver is for CUDA up to {newest}, and NVRTC is {major}.{minor}"
     return None
@@ -288,13 +288,13 @@ def unavailable_reason(device: torch.device) -> str | None:
 @functools.cache
 def limits_of(device: torch.device) -> Limits:
     """Returns the limits of a CUDA device, without a context on it."""
-    properties, driver = torch.cuda.get_device_properties(device), _driver()
+    properties, driver = torch.cuda.get_device_properties(device), driver_bindings()
     index = torch.cuda.current_device() if device.index is None else device.index
-    ordinal = _checked(driver.cuDeviceGet(index))
+    ordinal = checked(driver.cuDeviceGet(index))
 
     def attribute(name: str) -> int:
         key = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-        return _checked(driver.cuDeviceGetAttribute(key, ordinal))
+        return checked(driver.cuDeviceGetAttribute(key, ordinal))
 
     kilohertz, bits = attribute("MEMORY_CLOCK_RATE"), attribute("GLOBAL_MEMORY_BUS_WIDTH")
     architecture = compiler.architecture(properties.major, properties.minor)
@@ -314,12 +314,18 @@ def device_of(device: torch.device) -> Device:
 
 
 @functools.cache
-def _driver() -> Any:
+def driver_bindings() -> Any:
+    """Returns the bindings of the CUDA driver, which are imported where there is a GPU."""
     return importlib.import_module("cuda.bindings.driver")
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
+def checked(result: tuple[Any, ...]) -> Any:
+    """Returns the value of a call of the driver, or its values, several of them as a list.
+
+    Raises:
+        LaunchError: The driver refused.
+    """
     status, *values = result
     if status.value != 0:
         raise LaunchError(f"the CUDA driver failed: {status.name}.")
-    return values[0] if values else None
+    return values[0] if len(values) == 1 else values

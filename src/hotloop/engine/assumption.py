@@ -1,0 +1,60 @@
+"""Assumes an acceptance, whatever drafts are: with random weights no draft is a good one.
+
+It times what an acceptance would give. A hash of a draft's position and of the newest token decides
+whether the draft is accepted, so that it is the same on all ranks and another one for every text.
+Another hash decides how sure a drafter is of it, since real drafters are not equally sure of all:
+that is the probability of the first, so that drafts are accepted as often as their drafter expects,
+and chains that end early end where they should (``chains``).
+
+Shape letters: B rows, T positions of each, D drafts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assumed_probability(positions_BD: Tensor, newest_B1: Tensor, share: float) -> Tensor:
+    """Returns how sure a drafter is of its drafts, float32 [B, D], of which ``share`` is the mean.
+
+    It is sure of a part ``share`` of them, which are accepted with the probability (3 + share) / 4,
+    and not of the others, which are with a quarter of ``share``.
+
+    Args:
+        positions_BD: int64, the drafts' positions.
+        newest_B1: int64, the newest token before the drafts of each row.
+        share: The probability that a draft is accepted.
+    """
+    is_sure_BD = _uniform(positions_BD, newest_B1, 0x27D4EB2F) < share
+    return torch.where(is_sure_BD, (3 + share) / 4, share / 4).float()
+
+
+def assume(
+    ids_BT: Tensor, drafts_BD: Tensor, after_BT: Tensor, positions_BT: Tensor, share: float
+) -> Tensor:
+    """Replaces sampled tokens so that each draft is accepted with its assumed probability.
+
+    Args:
+        ids_BT: int64, the sampled tokens.
+        drafts_BD: int64, negative for none.
+        after_BT: int64, the input of the step: the newest token of each row, and its drafts.
+        positions_BT: int64, their positions.
+        share: The mean of the probability.
+    """
+    where = positions_BT[:, 1:], after_BT[:, :1]
+    kept_BD = _uniform(*where) < assumed_probability(*where, share)
+    sampled_BD = ids_BT[:, :-1]
+    other_BD = torch.where(sampled_BD == drafts_BD, (drafts_BD - 1).abs(), sampled_BD)
+    kept_BD = kept_BD & (drafts_BD >= 0) & (sampled_BD >= 0)
+    return torch.cat((torch.where(kept_BD, drafts_BD, other_BD), ids_BT[:, -1:]), dim=1)
+
+
+def _uniform(positions_BD: Tensor, newest_B1: Tensor, key: int = 0) -> Tensor:
+    """Hashes positions and tokens to numbers in [0, 1), float64 [B, D]."""
+    mixed_BD = positions_BD * 0x9E3779B1 + newest_B1 * 0x85EBCA77 + key
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finalizer of MurmurHash3
+        mixed_BD = mixed_BD & 0xFFFFFFFF
+        mixed_BD = (mixed_BD ^ (mixed_BD >> shift)) * factor
+    mixed_BD = mixed_BD & 0xFFFFFFFF
+    return (mixed_BD ^ (mixed_BD >> 16)).double() * 2**-32
