@@ -167,12 +167,17 @@ def steps_table(path: Path) -> str:
         shares = ["–", "–", "–"]
         if None not in parts:
             products, attention = parts
-            shares = [f"{products:.3f}", f"{attention - products:.3f}", f"{step - attention:.3f}"]
+            shares = [_part(each) for each in (products, attention - products, step - attention)]
         eight = ms.get((*of, 8, "step"))
         alone = 1e3 * r["nbytes"] / found["read_bytes_per_s"]
         last = "–" if eight is None else f"{eight / step:.2f}"
         rows.append((*of, f"{alone:.3f}", *shares, f"{step:.3f}", percent(r["share"]), last))
     return table(head, rows, texts=2)
+
+
+def _part(ms: float) -> str:
+    """Formats a part of a step: a difference of separate runs can come out below 0."""
+    return f"{ms:.3f}" if ms >= 0 else "noise"
 
 
 def products_table(path: Path) -> str:

@@ -26,6 +26,12 @@ def test_the_tables_of_a_gpu_are_those_of_its_records(name):
     assert found[1].strip() == tables(ROOT / "benchmarks/results" / name).strip()
 
 
+def test_no_part_of_a_step_is_below_0():
+    assert FOLDERS
+    for name in FOLDERS:
+        assert not re.search(r"\| -\d", tables(ROOT / "benchmarks/results" / name))
+
+
 def test_a_speed_that_is_unstable_or_of_two_repeats_says_so():
     (record, *_) = (
         each
