@@ -372,23 +372,60 @@ def test_random_weights_have_no_vocabulary_for_a_grammar(folder):
         constrained(llm, DATE, [[7]])
 
 
+AMBIGUOUS = Grammar(kind="lark", source='start: s\ns: "a" s "b" | "a" s | s s | "a"')
+"""After n letters a, or fewer with letters b among them, its parser has too many items."""
+
+
 def test_a_grammar_that_exceeds_a_limit_ends_its_answer_and_no_other(llm):
-    ambiguous = Grammar(kind="lark", source='start: s\ns: "a" s "b" | "a" s | s s | "a"')
     bias = {llm.encode("a")[0]: 50}
     other = llm.stream([[5, 6]], grammar=DATE)
     next(other)
     with pytest.raises(GrammarError, match=rf"too costly: .*max is {module.MOST_ITEMS}") as raised:
-        constrained(llm, ambiguous, [[7]], logit_bias=bias)
+        constrained(llm, AMBIGUOUS, [[7]], logit_bias=bias)
     assert raised.value.n_tokens > 2
     assert "<" not in str(raised.value)
     *_, last = other
     assert re.fullmatch(DATE.source, last.generation.text)
     # What was computed decides, not the time it took: the answer ends there whenever it is asked.
     with Service(llm) as service:
-        ticket = service.submit([7], SamplingParams(grammar=ambiguous, logit_bias=bias))
+        ticket = service.submit([7], SamplingParams(grammar=AMBIGUOUS, logit_bias=bias))
         with pytest.raises(GrammarError) as again:
             list(ticket)
     assert again.value.n_tokens == raised.value.n_tokens
+
+
+def test_drafts_do_not_change_where_a_grammar_becomes_too_costly(folder, llm):
+    biased = {"logit_bias": {llm.encode(each)[0]: bias for each, bias in (("a", 50), ("b", 48))}}
+    with pytest.raises(GrammarError) as plain:
+        constrained(llm, AMBIGUOUS, [[7]], **biased)
+    options = ODD | {"draft": "ngram", "draft_tokens": 4, "draft_policy": "always"}
+    with LLM(str(folder), **options) as drafting, pytest.raises(GrammarError) as raised:
+        constrained(drafting, AMBIGUOUS, [[7]], **biased)
+    assert (raised.value.n_tokens, str(raised.value)) == (plain.value.n_tokens, str(plain.value))
+
+
+def test_a_draft_whose_mask_exceeds_a_limit_is_not_verified_and_fails_nothing(llm):
+    matcher = llm._grammars.matcher(AMBIGUOUS)
+    a = llm.encode("a")[0]
+    mask = torch.full((3, -(-matcher._n_tokens // 32)), -1, dtype=torch.int32)
+    n_tokens = 0
+    while matcher.fill(mask.fill_(-1), [a, a]) == 2:
+        matcher.consume([a])
+        n_tokens += 1
+    assert matcher.failure is None
+    assert matcher.fill(mask.fill_(-1), [a, a]) == 1, "the first draft still has a mask"
+    assert not (mask[1] == -1).all()
+    assert (mask[2] == -1).all()
+    matcher.consume([a, a])
+    assert matcher.fill(mask.fill_(-1)) == 0
+    assert matcher.failure is not None
+    alone = llm._grammars.matcher(AMBIGUOUS)
+    for _ in range(n_tokens + 2):
+        alone.fill(mask[:1])
+        assert alone.failure is None
+        alone.consume([a])
+    alone.fill(mask[:1])
+    assert alone.failure == matcher.failure
 
 
 def test_an_object_may_have_hundreds_of_optional_properties(llm):

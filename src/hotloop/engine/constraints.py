@@ -112,17 +112,18 @@ class Constraints:
                 drafts[row] = forced + [-1] * (drafts_BD.shape[1] - len(forced))
                 replaced.append(row)
         if replaced:
-            flat = [token for row in drafts for token in row]
-            drafts_BD.copy_(to_device(flat, self._device).view_as(drafts_BD))
+            self._write(drafts_BD, drafts)
         return drafts, replaced
 
-    def fill(self, n: int, masks_BTW: Tensor, drafts: Drafts) -> dict[int, str]:
+    def fill(self, n: int, masks_BTW: Tensor, drafts: Drafts, drafts_BD: Tensor) -> dict[int, str]:
         """Fills the masks of a step, once the tokens of the steps before are there.
 
         Args:
             n: Rows in use, from the first.
             masks_BTW: Those of ``masks``. Rows without a grammar get all ones.
             drafts: The drafts of each row, from ``redraft``; empty without.
+            drafts_BD: The same on the device. Drafts that a grammar cannot verify within its limits
+                are withdrawn: the choice does not find them.
 
         Returns:
             Why grammars have failed, by row.
@@ -130,14 +131,26 @@ class Constraints:
         self._grammars.prepare()  # by the steps that a server makes before it is ready
         self._read()
         host_BTW = self._new_masks(*masks_BTW.shape[:2])
-        failures = {}
+        failures, withdrawn = {}, False
+        kept = [list(row) for row in drafts]
         for row, matcher in enumerate(self._rows[:n]):
-            if matcher is not None:
-                matcher.fill(host_BTW[row], drafts[row] if drafts else ())
-                if matcher.failure is not None:
-                    failures[row] = matcher.failure
+            if matcher is None:
+                continue
+            given = kept[row] if kept else []
+            n_verified = matcher.fill(host_BTW[row], given)
+            if n_verified < len(given):
+                given[n_verified:] = [-1] * (len(given) - n_verified)
+                withdrawn = True
+            if matcher.failure is not None:
+                failures[row] = matcher.failure
+        if withdrawn:
+            self._write(drafts_BD, kept)
         masks_BTW.copy_(host_BTW, non_blocking=True)
         return failures
+
+    def _write(self, drafts_BD: Tensor, drafts: Drafts) -> None:
+        flat = [token for row in drafts for token in row]
+        drafts_BD.copy_(to_device(flat, self._device).view_as(drafts_BD))
 
     def _new_masks(self, B: int, T: int) -> Tensor:
         """Makes masks of all ones on the host. Copies to a device still read the previous ones."""

@@ -160,6 +160,9 @@ class _Vocabulary:
 class Matcher:
     """Follows one answer through its grammar.
 
+    The library's limits count what was computed. So that drafts cannot change where an answer ends,
+    only the answer's own tokens and their masks are computed here; those of drafts in a copy.
+
     Args:
         matcher: llguidance's matcher at the beginning of an answer.
         n_tokens: Token ids below this can be selected.
@@ -174,12 +177,20 @@ class Matcher:
         self.failure: str | None = None
 
     def consume(self, ids: Sequence[int]) -> None:
-        """Takes the next tokens of the answer; those after its end are ignored."""
-        for token_id in ids:
+        """Takes the next tokens of the answer; those after its end are ignored.
+
+        Masks count towards limits, so that each token but the first, which ``fill`` made one for,
+        has its mask computed here.
+        """
+        for i, token_id in enumerate(ids):
             if token_id < 0 or self._is_lost or self._matcher.is_stopped():
                 return
-            self._matcher.consume_token(token_id)
-            self._check()
+            if i > 0:
+                self._matcher.compute_bitmask()
+                self._check()
+            if not self._is_lost:
+                self._matcher.consume_token(token_id)
+                self._check()
 
     def forced(self) -> list[int]:
         """Returns tokens that the grammar leaves no choice but to spell; often none.
@@ -187,9 +198,9 @@ class Matcher:
         They are how the tokenizer divides the text that must follow. The model can divide it
         differently.
         """
-        return [] if self._is_lost else self._matcher.compute_ff_tokens()
+        return [] if self._is_lost else self._matcher.deep_copy().compute_ff_tokens()
 
-    def fill(self, mask_TW: Tensor, drafts: Sequence[int] = ()) -> None:
+    def fill(self, mask_TW: Tensor, drafts: Sequence[int] = ()) -> int:
         """Fills bit masks of the tokens that may come next, and after each of the drafts.
 
         Args:
@@ -197,20 +208,34 @@ class Matcher:
                 a draft that the grammar does not allow are left as they are, and so are all if it
                 has failed.
             drafts: Drafts, at most T - 1.
+
+        Returns:
+            The number of drafts that may be verified. The mask after the next one exceeds a limit,
+            which is no failure unless the answer gets there.
         """
         if self._is_lost:
-            return
-        n = next((i for i, token in enumerate(drafts) if not 0 <= token < self._n_tokens), None)
-        drafts, row_bytes = list(drafts[:n]), mask_TW.stride(0) * mask_TW.itemsize
-        if drafts:
-            _executor().unsafe_compute_mask_ptr_with_draft_token(
-                [(self._matcher, 0, drafts)], mask_TW.data_ptr(), row_bytes, len(mask_TW)
-            )
-        else:
-            self._matcher.unsafe_compute_mask_ptr(mask_TW.data_ptr(), row_bytes)
+            return 0
+        row_bytes = mask_TW.stride(0) * mask_TW.itemsize
+        self._matcher.unsafe_compute_mask_ptr(mask_TW.data_ptr(), row_bytes)
         self._check()
         if self._is_lost:
             mask_TW.fill_(-1)
+            return 0
+        if not drafts:
+            return 0
+        ahead = self._matcher.deep_copy()
+        for i, token_id in enumerate(drafts):
+            if not 0 <= token_id < self._n_tokens or ahead.is_stopped():
+                break
+            n_consumed = ahead.try_consume_tokens([token_id])
+            if n_consumed and not ahead.is_error():
+                ahead.unsafe_compute_mask_ptr(mask_TW[i + 1].data_ptr(), row_bytes)
+            if ahead.is_error():
+                mask_TW[i + 1 :].fill_(-1)
+                return i
+            if not n_consumed:  # the choice differs from it
+                break
+        return len(drafts)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -316,12 +341,6 @@ def _library() -> Any:
             f"grammars need llguidance, which cannot be imported ({error}): "
             "pip install 'hotloop[serve]'."
         ) from error
-
-
-@functools.cache
-def _executor() -> Any:
-    """Returns the library's thread that fills the masks of several drafts in one call."""
-    return _library().LLExecutor(1)
 
 
 def _limits(kind: GrammarKind) -> Any:

@@ -224,7 +224,8 @@ class Stepper:
         assert step.n_steps == 1, "a grammar needs each token on the host"
         _ = self._logits  # made before a capture
         self._run(_Program("forward", n, k, *reads), self._keep_logits)
-        failures = self.constraints.fill(step.n, self.constraints.masks(n, k + 1), drafts)
+        masks_BTW, drafts_BD = self.constraints.masks(n, k + 1), self._drafts[:n, :k]
+        failures = self.constraints.fill(step.n, masks_BTW, drafts, drafts_BD)
         return self._run(_Program("choose", n, k, features=features), self._choose), failures
 
     def length(self, longest: int) -> int:
