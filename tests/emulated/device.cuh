@@ -92,6 +92,18 @@ struct Products {  // of a thread
   std::vector<Product> begun, in_flight;  // in_flight: in groups that ended
 };
 
+struct OwnCopy {
+  void* to;
+  const void* from;
+  int bytes;
+  bool exists;
+};
+
+struct OwnCopies {  // of a thread, in groups, which complete as late as they may
+  std::vector<OwnCopy> begun;
+  std::vector<std::vector<OwnCopy>> groups;
+};
+
 struct alignas(1024) SharedLines { uint4 words[64]; };
 
 struct Fiber {
@@ -105,6 +117,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Meeting> meetings;
   std::vector<Products> products;
+  std::vector<OwnCopies> own_copies;
   std::vector<Copy> copies;
   std::vector<Prefetch> prefetches;
   std::vector<Late> late;
@@ -157,6 +170,7 @@ inline void run_block(int threads) {
   m.fibers.resize(threads);
   m.meetings.assign(threads / 32, {});
   m.products.assign(threads, {});
+  m.own_copies.assign(threads, {});
   m.at_block_barrier = 0;
   memset(m.shared.data(), 0xff, m.shared.size() * sizeof(SharedLines));
   m.predecessor_ended = false;
@@ -496,6 +510,29 @@ inline void prefetch(const void* from, int bytes, int lane) {
   if (lane != 0) return;
   check_alignment(uintptr_t(from), bytes);
   machine.prefetches.push_back({from, bytes});
+}
+template <int kBytes>
+inline void copy_own(void* to, const void* from, bool exists) {
+  if ((uintptr_t(to) | uintptr_t(from)) % kBytes) {
+    fprintf(stderr, "a copy of %d bytes is not aligned\n", kBytes);
+    abort();
+  }
+  memset(to, 0xff, kBytes);
+  machine.own_copies[machine.current].begun.push_back({to, from, kBytes, exists});
+}
+inline void own_copies_end_group() {
+  auto& [begun, groups] = machine.own_copies[machine.current];
+  groups.push_back(std::move(begun));
+  begun.clear();
+}
+template <int kNewer>
+inline void own_copies_wait() {
+  auto& groups = machine.own_copies[machine.current].groups;
+  while (groups.size() > kNewer) {
+    for (const OwnCopy& c : groups.front())
+      c.exists ? memcpy(c.to, c.from, c.bytes) : memset(c.to, 0, c.bytes);
+    groups.erase(groups.begin());
+  }
 }
 inline void complete_copies() {
   std::vector<Copy> later;

@@ -67,13 +67,15 @@ def linear_kernels(name: str) -> list[Kernel]:
         settings = [(1, 1 << 20), (9, 0)]
         if name in ("int8", "int4-g128"):  # the widest for one type with groups and one without
             settings += [(32, 0), (64, 0)]
+        if name in ("int8", "int4-g128", ROWS):
+            settings += [(8, 1 << 20)]  # x arrives in parts
         for rows, staged_bytes in settings:
             plan = LinearPlan(
                 form=form,
                 rows=rows,
                 epilogue=epilogue,
                 norm=norm,
-                tuning=Tuning(staged_bytes=staged_bytes),
+                tuning=Tuning(staged_bytes=staged_bytes, part_bytes=1 << 20),
                 limits=LIMITS,
             )
             kernels.append(plan.kernel)

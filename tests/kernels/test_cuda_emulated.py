@@ -180,6 +180,27 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_rows(name, tuning):
         assert torch.equal(y, results[-1][: len(y)])
 
 
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4-g64", "Q6_K"])
+def test_x_of_several_rows_can_arrive_in_any_number_of_parts(name):
+    for k in (64, 448, 832):  # of 128 features each: one, four, and more, of which the last is half
+        given = make_weight(name, 24, -(-k // 256) * 256 if name == "Q6_K" else k, generator())
+        x = normal(generator(k), 5, given.form.k).bfloat16()
+        results = []
+        for of, part_bytes in ((x, 1 << 16), (x, 0), (x[:1], 0)):
+            case = linear_case(
+                given,
+                len(of),
+                generator(4),
+                tuning=Tuning(warps=1, part_bytes=part_bytes),
+                limits=Limits(n_sms=2, shared_bytes=227 * 1024),
+                x_MK=of,
+            )
+            run(case)
+            results.append(case.outputs[0][0])
+        assert torch.equal(results[0], results[2])
+        assert torch.equal(results[1], results[2])
+
+
 @pytest.mark.parametrize("name", ["gptq-act-order", "int4-g16-act-order"])
 def test_x_can_be_gathered_some_rows_at_a_time(name, monkeypatch):
     given = weight(name)
@@ -353,7 +374,7 @@ def test_a_high_plane_in_its_place_gives_the_bits_of_an_int4_weight():
 @pytest.mark.parametrize("tuning", [SMALL, TOGETHER, DIRECT], ids=["staged", "together", "direct"])
 def test_plain_rows_of_bfloat16_give_the_bits_of_packed_ones(tuning, paired):
     packed = make_weight("bf16", 80, 352, generator(), paired=paired)  # 11 units, 5 tiles
-    for rows in (1, 9):
+    for rows in (1, 8, 9):
         results = []
         for given in (packed, with_plain_rows(packed)):
             case = linear_case(

@@ -301,6 +301,29 @@ __device__ __forceinline__ uint32_t atomic_add(uint32_t* p, uint32_t value) {
   return atomicAdd(p, value);
 }
 
+// Asynchronous copies to shared memory that each lane makes for itself, of 8 or 16 bytes, or of zeros
+// instead. Those since the last end of a group are a group; a lane waits until all of its groups are
+// complete but the newest kNewer.
+template <int kBytes>
+__device__ __forceinline__ void copy_own(void* to, const void* from, bool exists) {
+  const int bytes = exists ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void own_copies_end_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kNewer>
+__device__ __forceinline__ void own_copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewer) : "memory");
+}
+
 // Barriers in shared memory (mbarrier), and asynchronous copies that arrive at one on completion.
 //
 // From Hopper on one lane issues a bulk copy, whose bytes the barrier counts. On older devices each

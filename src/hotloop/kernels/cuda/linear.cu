@@ -29,11 +29,16 @@
 
 constexpr int kBuffers = 2;  // of partial sums, between the warps and the epilogue warp
 
+// Where a warp has its part of x: in L2, or in shared memory, to which it is copied at once or in
+// parts.
+enum Input { kDirect, kStagedAtOnce, kStagedInParts };
+
 // kTiles: tiles that a warp computes from one reading of x. kOctets: octets of x. kFew: x has at
-// most two rows. kStaged: each warp keeps its part of x in shared memory.
+// most two rows.
 template <class Weight, int kWarps, int kTiles, int kOctets, bool kFew, Epilogue kEpilogue,
-          bool kNorm, bool kStaged>
+          bool kNorm, Input kInput>
 struct Linear {
+  static constexpr bool kStaged = kInput != kDirect;
   static constexpr int kUnitSlices = Weight::kUnitK / 32;
   static constexpr int kMaxRows = 8 * kOctets;
   static constexpr bool kGroups = Weight::kGroupSlices > 0;
@@ -48,9 +53,17 @@ struct Linear {
   static constexpr bool kSums = Weight::kNeedsSums;  // of x
   // Units that a warp interleaves, so that one hides the latency of the other.
   static constexpr int kUnitsAtOnce = kFew && kGroups && kStaged ? 2 : 1;
-  // x that is not staged is loaded one unit ahead (software pipelining), where registers allow.
+  // x that is not staged is loaded ahead (software pipelining), where registers allow: that of the
+  // next unit, or of plain rows that of four, since a load takes longer than the one slice of a unit;
+  // unless a unit of three tiles takes as long.
   static constexpr bool kPipelinesX = !kStaged && kOctets == 1;
+  static constexpr int kUnitsAhead = kPipelinesX && Weight::kPlainRows && kTiles <= 2 ? 4 : 1;
   static constexpr bool kGathers = Weight::kPermuted && kStaged;
+  // Several rows take as long as an item, so they can arrive in parts, while the first item is
+  // computed. A part has at least four slices; the last one has the rest.
+  static constexpr bool kArrivesInParts = kInput == kStagedInParts;
+  static_assert(!kArrivesInParts || (!kFew && !kGathers));
+  static constexpr int kParts = 4, kPartUnits = kUnitSlices < 4 ? 4 / kUnitSlices : 1;
   static constexpr bool kPairTable = kTableBytes<Weight> > 0;
 
   using Output = ::Output<Weight, kEpilogue, kNorm>;
@@ -193,20 +206,23 @@ struct Linear {
     if (kNorm && kSharesFactors) NormFactors<LinearArgs>{args, lane}.load(warp, 0, squares);
     if constexpr (kGathers)
       gather_x(next);
+    else if constexpr (kArrivesInParts)
+      copy_x_in_parts(next);
     else if (kStaged)
       stage_x(next);
     if (kNorm && kSharesFactors) compute_shared_factors(squares);
 
-    uint4 next_x[kUnitSlices];
-    if (kPipelinesX) load_unit(first_unit, next_x);
-    if (!kStaged) issue_up_to(next, stages);  // stage_x has issued them behind the loads of x
+    uint4 next_x[kUnitsAhead][kUnitSlices];
+    if (kPipelinesX) load_units(first_unit, next_x);
+    if (!kStaged) issue_up_to(next, stages);  // else they are issued behind the loads of x
     Stage stage = {0, 0};
     for (int item = first_item, number = 0; item < n_items; item += item_step, number++) {
       Sums sums[kStrandsOfLane] = {};
-      if (kSums && number == 0)
-        multiply_item<kSums>(stage, next, next_x, sums);
+      const bool is_last = item + item_step >= n_items;
+      if ((kSums || kArrivesInParts) && number == 0)
+        multiply_item<kSums || kArrivesInParts>(stage, next, is_last, next_x, sums);
       else
-        multiply_item<false>(stage, next, next_x, sums);
+        multiply_item<false>(stage, next, is_last, next_x, sums);
       add_strands(sums);
       store_partial_sums(sums[0], number);
     }
@@ -218,28 +234,64 @@ struct Linear {
     uint32_t parity;
   };
 
-  // kFirst: also computes the sums of x, which later items reuse.
+  // Where the inputs of a unit begin.
+  struct UnitPointers {
+    int unit;
+    const uint8_t* weights;  // in the ring
+    int to_low;              // bytes from there
+    uint4* x;                // staged, in row g (or 0)
+    float* x_sum;
+  };
+
+  // Waits for a stage; returns the end of its units.
+  __device__ __forceinline__ int begin_stage(const Stage& stage, UnitPointers& at) {
+    barrier_wait(full + stage.index, stage.parity);
+    at.weights = ring + stage.index * stage_bytes;
+    at.to_low = low_plane<Weight>(units_per_stage, 0);
+    return min(at.unit + units_per_stage, end_unit);
+  }
+
+  __device__ __forceinline__ void end_stage(Stage& stage, Cursor& next) {
+    sync_warp();  // every lane has read the stage, so it can be overwritten
+    issue_copy(next, stage.index);
+    if (++stage.index == stages) stage = {0, stage.parity ^ 1};
+  }
+
+  // kFirst: also waits for the parts of x, and computes its sums, which later items reuse.
   template <bool kFirst>
-  __device__ __forceinline__ void multiply_item(Stage& stage, Cursor& next,
-                                                uint4 next_x[kUnitSlices],
+  __device__ __forceinline__ void multiply_item(Stage& stage, Cursor& next, bool is_last,
+                                                uint4 next_x[kUnitsAhead][kUnitSlices],
                                                 Sums sums[kStrandsOfLane]) {
     UnitPointers at = {first_unit, nullptr, 0, staged + staged_row * x_stride + t,
                        x_sums + (kSpreads ? strand * kSliceGroups * kMaxRows : 2 * t)};
     float x_total[kOctets][2][4] = {};
     uint4 own_x[kUnitsAtOnce][kUnitSlices] = {};
-    while (at.unit < end_unit) {
-      barrier_wait(full + stage.index, stage.parity);
-      at.weights = ring + stage.index * stage_bytes;
-      at.to_low = low_plane<Weight>(units_per_stage, 0);
-      const int end = min(at.unit + units_per_stage, end_unit);
+    int end = first_unit;  // of the stage
+#pragma unroll 1
+    while (kUnitsAhead > 1 && at.unit < end_unit) {
+      uint4 here[kUnitsAhead][kUnitSlices];
+      take_next_x(at.unit, is_last, next_x, here);
+#pragma unroll
+      for (int i = 0; i < kUnitsAhead; i++)
+        if (i == 0 || at.unit < end_unit) {
+          if (at.unit == end) end = begin_stage(stage, at);
+          multiply_units<kFirst, 1>(at, here[i], own_x, x_total, sums);
+          if (at.unit == end) end_stage(stage, next);
+        }
+    }
+    while (kUnitsAhead == 1 && at.unit < end_unit) {
+      end = begin_stage(stage, at);
       if (!kFirst && kUnitsAtOnce > 1)
         while (at.unit + kUnitsAtOnce <= end)
-          multiply_units<kFirst, kUnitsAtOnce>(at, next_x, own_x, x_total, sums);
+          multiply_units<kFirst, kUnitsAtOnce>(at, nullptr, own_x, x_total, sums);
 #pragma unroll 1
-      while (at.unit < end) multiply_units<kFirst, 1>(at, next_x, own_x, x_total, sums);
-      sync_warp();  // every lane has read the stage, so it can be overwritten
-      issue_copy(next, stage.index);
-      if (++stage.index == stages) stage = {0, stage.parity ^ 1};
+      while (at.unit < end) {
+        uint4 here[1][kUnitSlices];
+        if (kPipelinesX) take_next_x(at.unit, is_last, next_x, here);
+        if (kFirst && kArrivesInParts && (at.unit - first_unit) % kPartUnits == 0) wait_for_part();
+        multiply_units<kFirst, 1>(at, here[0], own_x, x_total, sums);
+      }
+      end_stage(stage, next);
     }
     if (!kGroups && kSums)
 #pragma unroll
@@ -251,28 +303,19 @@ struct Linear {
     if (kFirst) sync_warp();
   }
 
-  // Where the inputs of a unit begin.
-  struct UnitPointers {
-    int unit;
-    const uint8_t* weights;  // in the ring
-    int to_low;              // bytes from there
-    const uint4* x;          // staged, in row g (or 0)
-    float* x_sum;
-  };
-
+  // here: x, with kPipelinesX.
   template <bool kFirst, int kUnits>
-  __device__ __forceinline__ void multiply_units(UnitPointers& at, uint4 next_x[kUnitSlices],
+  __device__ __forceinline__ void multiply_units(UnitPointers& at, const uint4 here[kUnitSlices],
                                                  uint4 own_x[kUnitsAtOnce][kUnitSlices],
                                                  float x_total[kOctets][2][4],
                                                  Sums sums[kStrandsOfLane]) {
 #pragma unroll
     for (int i = 0; i < kUnits; i++) {
       if constexpr (kSpreads)
-        multiply_strands<kFirst>(at.weights, at.to_low, at.x, at.x_sum, at.unit, next_x, own_x[i],
-                                 x_total, sums);
+        multiply_strands<kFirst>(at.weights, at.to_low, at.x, at.x_sum, here, own_x[i], x_total,
+                                 sums);
       else
-        multiply_unit<kFirst>(at.weights, at.to_low, at.x, at.x_sum, at.unit, next_x, x_total,
-                              sums);
+        multiply_unit<kFirst>(at.weights, at.to_low, at.x, at.x_sum, at.unit, here, x_total, sums);
       at.unit++;
       at.weights += unit_step();
       at.to_low -= Weight::kUnitBytes - kLowBytes<Weight>;
@@ -290,20 +333,19 @@ struct Linear {
   // The sums of a group that is a whole unit run in two chains, even and odd, because each mma waits
   // for the one before it. Where a unit has several groups, each has one chain.
   template <bool kFirst>
-  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, int to_low, const uint4* x,
-                                                float* x_sum, int unit, uint4 next_x[kUnitSlices],
+  __device__ __forceinline__ void multiply_unit(const uint8_t* weights, int to_low, uint4* x,
+                                                float* x_sum, int unit,
+                                                const uint4 here[kUnitSlices],
                                                 float x_total[kOctets][2][4],
                                                 Sums sums[kStrands]) {
     Sums even, odd;
-    uint4 here[kUnitSlices];
-    if (kPipelinesX) take_next_x(unit, next_x, here);
 #pragma unroll
     for (int slice = 0; slice < kUnitSlices; slice++) {
       const int slice_strand = slice / kGroupSlices;
       uint4 b[kOctets];
 #pragma unroll
       for (int c = 0; c < kOctets; c++)
-        b[c] = kPipelinesX ? here[slice] : x_operand(x, unit, slice, c);
+        b[c] = kPipelinesX ? here[slice] : x_operand<kFirst>(x, unit, slice, c);
       if (kGroups && slice % kGroupSlices == 0) clear(even, odd, x_total);
 #pragma unroll
       for (int r = 0; r < kTiles; r++) {
@@ -316,7 +358,7 @@ struct Linear {
           else
             multiply_slice(sums[0][r][c], sums[0][r][c], a, b[c]);
       }
-      if constexpr (kFirst)
+      if constexpr (kFirst && kSums)
 #pragma unroll
         for (int c = 0; c < kOctets; c++) add_x<Weight>(x_total[c], b[c]);
       if constexpr (kGroups) {
@@ -334,15 +376,13 @@ struct Linear {
   // own, with the bits of a chain for each, and every lane finishes the groups of one strand.
   template <bool kFirst>
   __device__ __forceinline__ void multiply_strands(const uint8_t* weights, int to_low,
-                                                   const uint4* x, float* x_sum, int unit,
-                                                   uint4 next_x[kUnitSlices],
+                                                   const uint4* x, float* x_sum,
+                                                   const uint4 here[kUnitSlices],
                                                    uint4 own_x[kUnitSlices],
                                                    float x_total[kOctets][2][4],
                                                    Sums sums[1]) {
     Sums even, odd;
     clear(even, odd, x_total);
-    uint4 here[kUnitSlices];
-    if (kPipelinesX) take_next_x(unit, next_x, here);
 #pragma unroll
     for (int slice = 0; slice < kUnitSlices; slice++) {
       const bool is_own = column_strand == slice / kGroupSlices;
@@ -391,12 +431,18 @@ struct Linear {
     }
   }
 
-  __device__ __forceinline__ void take_next_x(int unit, uint4 next_x[kUnitSlices],
-                                              uint4 here[kUnitSlices]) const {
+  // Takes x of the next units, which begin with `unit`, and loads that of those after them, all at
+  // once: a wait for one load of a warp is often one for all.
+  __device__ __forceinline__ void take_next_x(int unit, bool is_last,
+                                              uint4 next_x[kUnitsAhead][kUnitSlices],
+                                              uint4 here[kUnitsAhead][kUnitSlices]) const {
 #pragma unroll
-    for (int slice = 0; slice < kUnitSlices; slice++)
-      here[slice] = scale_input<Weight>(next_x[slice]);
-    load_unit(unit + 1 < end_unit ? unit + 1 : first_unit, next_x);
+    for (int i = 0; i < kUnitsAhead; i++)
+#pragma unroll
+      for (int slice = 0; slice < kUnitSlices; slice++)
+        here[i][slice] = scale_input<Weight>(next_x[i][slice]);
+    const bool is_end = unit + kUnitsAhead >= end_unit;
+    if (kUnitsAhead == 1 || !is_end || !is_last) load_units(is_end ? first_unit : unit + kUnitsAhead, next_x);
   }
 
   static __device__ __forceinline__ void clear(Sums even, Sums odd, float x_total[kOctets][2][4]) {
@@ -452,7 +498,7 @@ struct Linear {
   __device__ __forceinline__ float2 x_sum_of_group(float* x_sum, int group, int half, int c,
                                                    const float x_total[2][4]) const {
     float2* kept = reinterpret_cast<float2*>(x_sum + group * kMaxRows + 8 * c);
-    if (!kFirst) return *kept;
+    if (!kFirst || !kSums) return *kept;
     const float2 sum = x_sum_of<Weight>(x_total, half);
     if (g == 0) *kept = sum;
     return sum;
@@ -461,9 +507,17 @@ struct Linear {
   // x as B operands, of row 8c + g. Lanes whose row does not exist read another row; their results
   // are never stored.
 
-  // x: where the unit's part of staged x begins.
-  __device__ __forceinline__ uint4 x_operand(const uint4* x, int unit, int slice, int c) const {
-    if constexpr (kStaged) return x[slice * 4 + staged_rows_to(c) * x_stride];
+  // x: where the unit's part of staged x begins. The first item finds it as it was copied, and leaves
+  // it scaled.
+  template <bool kFirst>
+  __device__ __forceinline__ uint4 x_operand(uint4* x, int unit, int slice, int c) const {
+    if constexpr (kStaged) {
+      uint4& at = x[slice * 4 + staged_rows_to(c) * x_stride];
+      if constexpr (!kFirst || !kArrivesInParts || Weight::kOutputScale == 1) return at;
+      const uint4 scaled = scale_input<Weight>(at);
+      if (8 * c + g < args.rows) at = scaled;
+      return scaled;
+    }
     return scale_input<Weight>(load_x(unit * kUnitSlices + slice, c));
   }
 
@@ -515,6 +569,42 @@ struct Linear {
       }
   }
 
+  // The same by asynchronous copies, as x is in memory, in parts. Sixteen lanes copy 256 bytes of a row.
+  __device__ __forceinline__ void copy_x_in_parts(Cursor& next) {
+    const int all = (end_unit - first_unit) * kUnitSlices * 4;
+    int vector = lane % 16;
+#pragma unroll 1
+    for (int part = 0; part < kParts; part++) {
+      const int end = part == kParts - 1 ? all : min((part + 1) * kPartUnits * kUnitSlices * 4, all);
+#pragma unroll 1
+      for (; vector < end; vector += 16)
+#pragma unroll 4
+        for (int row = lane / 16; row < args.rows; row += 2) copy_vector_of_x(row, vector);
+      own_copies_end_group();
+    }
+    issue_up_to(next, stages);
+  }
+
+  __device__ __forceinline__ void copy_vector_of_x(int row, int vector) const {
+    const uint4* from = x_vectors(row) + vector;
+    uint4* to = staged + row * x_stride;
+    if constexpr (kSliceGroups == 1) {
+      copy_own<16>(to + vector, from, vector < vectors);
+    } else {
+      uint2* fours = place_of_fours(to, vector);
+      copy_own<8>(fours, from, vector < vectors);
+      copy_own<8>(fours + 2, reinterpret_cast<const uint2*>(from) + 1, vector < vectors);
+    }
+  }
+
+  // Waits for the next part: with a group for each part that was waited for, which is empty, there
+  // are always as many newer ones.
+  __device__ __forceinline__ void wait_for_part() const {
+    own_copies_wait<kParts - 1>();
+    own_copies_end_group();
+    sync_warp();
+  }
+
   static __device__ __forceinline__ void store_staged(uint4* row, int vector, uint4 x) {
     if constexpr (kSliceGroups == 1)
       row[vector] = x;
@@ -525,10 +615,14 @@ struct Linear {
   // Stores eight features of a row for the lanes that multiply them where the halves of a slice are
   // groups: four for one lane, four for the next.
   static __device__ __forceinline__ void stage_fours(uint4* row, int vector, uint4 x) {
-    const int t = vector % 2 * 2, half = vector % 4 / 2;
-    uint2* fours = reinterpret_cast<uint2*>(row + vector / 4 * 4 + t) + half;
+    uint2* fours = place_of_fours(row, vector);
     fours[0] = {x.x, x.y};
     fours[2] = {x.z, x.w};
+  }
+
+  static __device__ __forceinline__ uint2* place_of_fours(uint4* row, int vector) {
+    const int t = vector % 2 * 2, half = vector % 4 / 2;
+    return reinterpret_cast<uint2*>(row + vector / 4 * 4 + t) + half;
   }
 
   // x of a permuted weight is gathered from shared memory, because its elements lie in many lines of
@@ -655,10 +749,14 @@ struct Linear {
     return *reinterpret_cast<const uint4*>(from);
   }
 
-  __device__ __forceinline__ void load_unit(int unit, uint4 x[kUnitSlices]) const {
+  __device__ __forceinline__ void load_units(int first,
+                                             uint4 x[kUnitsAhead][kUnitSlices]) const {
 #pragma unroll
-    for (int slice = 0; slice < kUnitSlices; slice++)
-      x[slice] = load_x(unit * kUnitSlices + slice, 0);
+    for (int i = 0; i < kUnitsAhead; i++)
+      if (i == 0 || first + i < end_unit)
+#pragma unroll
+        for (int slice = 0; slice < kUnitSlices; slice++)
+          x[i][slice] = load_x((first + i) * kUnitSlices + slice, 0);
   }
 
   __device__ __forceinline__ float4* partial_sums_of(int number, int from_warp) const {
@@ -772,16 +870,16 @@ struct Linear {
 };
 
 template <class Weight, int kWarps, int kTiles, int kOctets, bool kFew, Epilogue kEpilogue,
-          bool kNorm, bool kStaged>
+          bool kNorm, Input kInput>
 __device__ __forceinline__ void linear(const LinearArgs& args, const TensorMap* map = nullptr) {
-  Linear<Weight, kWarps, kTiles, kOctets, kFew, kEpilogue, kNorm, kStaged>(
+  Linear<Weight, kWarps, kTiles, kOctets, kFew, kEpilogue, kNorm, kInput>(
       args, map, threadIdx.x, blockIdx.x, gridDim.x)
       .run();
 }
 
 template <class Weight, int kWarps, int kTiles, int kOctets, bool kFew, Epilogue kEpilogue,
-          bool kNorm, bool kStaged>
+          bool kNorm, Input kInput>
 __device__ __forceinline__ void linear(const PlainRowsArgs& args) {
   if (threadIdx.x == 0) prefetch_map(&args.map);
-  linear<Weight, kWarps, kTiles, kOctets, kFew, kEpilogue, kNorm, kStaged>(args.linear, &args.map);
+  linear<Weight, kWarps, kTiles, kOctets, kFew, kEpilogue, kNorm, kInput>(args.linear, &args.map);
 }

@@ -33,6 +33,13 @@ EPILOGUES: dict[Epilogue, str] = {
     "gated": "kGated",
 }
 
+_Input = Literal["direct", "at_once", "in_parts"]
+_INPUTS: dict[_Input, str] = {
+    "direct": "kDirect",
+    "at_once": "kStagedAtOnce",
+    "in_parts": "kStagedInParts",
+}
+
 MAX_ROWS = 64
 MAX_ACCUMULATORS = 4
 """The most accumulators of a warp (16 features of an octet of rows each): registers limit them."""
@@ -57,6 +64,8 @@ class Tuning:
         ring_bytes: Shared memory of a block for copies of weights in flight.
         early_stages: Copies that a warp issues before it waits for x, or None for all but one.
         staged_bytes: The most bytes of x that a block keeps in shared memory.
+        part_bytes: The most bytes of x, of as many rows as the kernel's instance takes, that arrive
+            there in parts.
     """
 
     warps: int = 8
@@ -65,6 +74,7 @@ class Tuning:
     ring_bytes: int = 96 * 1024
     early_stages: int | None = None
     staged_bytes: int = 160 * 1024
+    part_bytes: int = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -619,21 +629,28 @@ class LinearPlan(GemmPlan):
         assert self.layout is not None, f"{self.rows} rows do not fit {self.limits}"
         return self.layout
 
+    @property
+    def _input(self) -> _Input:
+        if not self._fitted.staged:
+            return "direct"
+        all_bytes = 2 * 8 * self.octets * self.form.k  # of the most rows of the instance
+        in_parts = not (self.max_two_rows or self.form.permuted)
+        return "in_parts" if in_parts and all_bytes <= self.tuning.part_bytes else "at_once"
+
     @cached_property
     def kernel(self) -> Kernel:
         """The instance of ``linear.cu``."""
         form, t = self.form, self.tuning
-        staged, tiles = self._fitted.staged, self._fitted.tiles
-        few, norm, in_shared = (
-            str(flag).lower() for flag in (self.max_two_rows, self.norm, staged)
-        )
+        x, tiles = self._input, self._fitted.tiles
+        few, norm = (str(flag).lower() for flag in (self.max_two_rows, self.norm))
         struct = f"PairTable<{form.struct}>" if self._fitted.pair_table else form.struct
         function = (
             f"linear<{struct}, {t.warps}, {tiles}, {self.octets}, {few}, "
-            f"{EPILOGUES[self.epilogue]}, {norm}, {in_shared}>"
+            f"{EPILOGUES[self.epilogue]}, {norm}, {_INPUTS[x]}>"
         )
         octets = f"{self.octets}{'few' if self.max_two_rows else ''}"
-        features = f"{'norm_' if self.norm else ''}{self.epilogue}{'' if staged else '_direct'}"
+        features = f"{'norm_' if self.norm else ''}{self.epilogue}"
+        features += "" if x == "at_once" else f"_{x}"
         features += "_pairs" if self._fitted.pair_table else ""
         return Kernel(
             name=f"linear_{form.label}_{features}_w{t.warps}t{tiles}c{octets}",
