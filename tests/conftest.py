@@ -1,7 +1,10 @@
 import os
 import signal
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
 
+import forked
 import pytest
 
 # A shell without job control has what it starts in the background ignore Ctrl-C, and what that
@@ -35,6 +38,14 @@ The summary of a run has their seconds.
 
 SHOWN_S = 10.0
 """Files that take less are not in the summary."""
+
+
+@pytest.fixture(scope="module")
+def forked_processes() -> Iterator[None]:
+    """Python processes that tests of this file start, or hotloop in them, are forked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", forked.Popen)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 import hotloop
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = re.findall(
     r"```python\n# (src/hotloop/\S+)\n(.*?)```", (ROOT / "docs/adding.md").read_text(), re.DOTALL

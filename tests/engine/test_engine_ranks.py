@@ -30,6 +30,8 @@ from hotloop.errors import (
 )
 from hotloop.types import EngineConfig
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 PROMPTS = ([7], [5, 6], list(range(2, 19)), [260, 3] * 30, [299, 150, 2, 40, 41])
 FREELY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
@@ -217,9 +219,9 @@ def test_a_rank_killed_while_it_loads_ends_the_run_with_its_error(nine):
     def kill(*_: object) -> None:
         if not ranks:
             started = set(psutil.Process().children()) - before
-            ranks[:] = [c.pid for c in started if "hotloop.engine.rank" in c.cmdline()]
-            last = next(pid for pid in ranks if psutil.Process(pid).cmdline()[-2] == "1")
-            os.kill(last, signal.SIGKILL)
+            leaders = [c for c in started if os.getsid(c.pid) == c.pid]
+            ranks[:] = [c.pid for c in sorted(leaders, key=lambda c: (c.create_time(), c.pid))]
+            os.kill(ranks[-1], signal.SIGKILL)
 
     # Or in warm-up, where the others wait for it, if it had loaded its part by then.
     where = r"rank 1 of 2 was killed by SIGKILL in (load|prefill|decode)\b"

@@ -22,6 +22,7 @@ from hotloop.parallel.rendezvous import serve_store
 from hotloop.parallel.shared_memory import SharedMemory
 
 pytestmark = [
+    pytest.mark.usefixtures("forked_processes"),
     pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())),
     pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux"),
 ]

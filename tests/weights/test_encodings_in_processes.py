@@ -21,6 +21,8 @@ from torch import Tensor
 
 from hotloop import LLM, Generation, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=ALTERNATIVES)
 PROMPTS = [[5, 6, 7], list(range(2, 25)), [11]]
 
