@@ -45,11 +45,15 @@ def test_another_cell_is_served_by_its_name(results):
 def test_what_was_not_measured_is_not_served(results):
     with pytest.raises(ConfigError, match=r"Did you mean 'int8/auto'\?"):
         measured_config(f"{results}:int8/aut")
-    with pytest.raises(ConfigError, match="unknown configuration"):
-        measured_config(f"{results}:vllm/x")
     (results / "records.jsonl").write_text(record("none/eager").model_dump_json() + "\n")
     with pytest.raises(ConfigError, match="recommends no configuration"):
         measured_config(str(results))
+
+
+def test_the_row_of_another_engine_is_refused_with_the_rows_that_can_be_run(results):
+    can = "run: none/eager, int8/auto, int4-g64/eager"
+    with pytest.raises(ConfigError, match=rf"vllm/x .* of another engine \(vllm\).*{can}[.]$"):
+        measured_config(f"{results}:vllm/x")
 
 
 def test_a_record_without_a_model_is_refused(results):

@@ -234,7 +234,7 @@ def test_a_speed_that_is_not_known_is_not_recommended(speeds, says):
     assert unscored.cell is None
 
 
-def test_cells_without_a_fast_kernel_have_a_note_and_are_recommended_with_a_warning():
+def test_notes_of_an_engine_are_said_once_in_a_table_and_beside_the_verdict_of_a_page():
     note = "int8/cpu not used: there is no C++ compiler"
     sentence = "210 matrices are quantized again as int8."
     slow = record("int8/eager", 50, loss=0.001, engine={"notes": [note, sentence]})
@@ -243,7 +243,8 @@ def test_cells_without_a_fast_kernel_have_a_note_and_are_recommended_with_a_warn
     assert row.record == slow
     assert row.cells[2] == "50.00 ± 0.10 [1] [2]"
     assert table.notes == (note, sentence)
-    assert table.advice[-1] == f"Of int8/eager: {note}. {sentence}"
+    assert not any(sentence in advice for advice in table.advice)
+    assert recommend([REFERENCE, slow]).note == f"Of int8/eager: {note}. {sentence}"
     (page,) = make_page([slow])
     assert note in page.notes
 

@@ -31,10 +31,17 @@ def test_blocks_compute_what_they_are_worth(kind, tmp_path):
     assert notes(path, "none") == [f"15 matrices stored as gguf-{kind.lower()} are dequantized."]
 
 
-def test_a_note_on_a_single_matrix_is_in_the_singular(tmp_path):
-    kinds = {"output": "Q8_0"}
+def test_a_scheme_that_is_named_has_one_note_for_all_that_it_quantizes_again(tmp_path):
+    kinds = {"output": "Q8_0", "attn_v": "Q6_K"}
     path = write_gguf_model(tmp_path / "m.gguf", "Q4_0", tied=False, kinds=kinds, **WIDE)
-    assert "1 matrix stored as gguf-q8_0 is dequantized." in notes(path, "none")
+    first = "12 matrices stored as gguf-q4_0"
+    assert notes(path, "none") == [
+        f"{first}, 2 as gguf-q6_k and 1 as gguf-q8_0 are dequantized.",
+    ]
+    assert notes(path, "int4-g32") == [
+        f"{first} and 2 as gguf-q6_k are dequantized, and quantized again as int4-g32.",
+        "1 matrix stored as gguf-q8_0 is dequantized, and quantized again as int8.",
+    ]
 
 
 @pytest.mark.parametrize("tied", [False, True])

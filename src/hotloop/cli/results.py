@@ -53,7 +53,14 @@ def measured_config(text: str) -> Measured:
         return Measured(
             config=_config(chosen.record), name=chosen.record.cell, why=f"recommended: {chosen.why}"
         )
-    cells = {record.cell: record for record in latest(records) if record.baseline is None}
+    by_name = {record.cell: record for record in latest(records)}
+    cells = {name: record for name, record in by_name.items() if record.baseline is None}
+    if cell in by_name and cell not in cells:
+        own = ", ".join(cells) or "none"
+        raise ConfigError(
+            f"{cell} in {path} is the row of another engine ({by_name[cell].baseline}), measured "
+            f"for comparison. Rows of hotloop's own, which can be run: {own}."
+        )
     if cell not in cells:
         raise UnknownNameError(f"configuration in {path}", cell, cells)
     return Measured(config=_config(cells[cell]), name=cell, why=_speed(cells[cell]))

@@ -312,7 +312,7 @@ class Runner:
         kernels, notes = model.kernels(), model.notes()
         if self._draft_model is not None:
             kernels |= {f"draft/{name}": k for name, k in self._draft_model.kernels().items()}
-            notes |= {f"draft/{note}": None for note in self._draft_model.notes()}
+            notes |= {_of_draft(note): None for note in self._draft_model.notes()}
         if self._group.kernel is not None:
             used = self._group.kernel if model.peers is None else "fused"
             kernels["all_reduce"] = f"all_reduce/{used}"
@@ -725,6 +725,11 @@ class _PendingStepResult:
         assert host.top_logprobs is not None
         top = zip(host.top_ids[b, t].tolist(), host.top_logprobs[b, t].tolist(), strict=True)
         return TokenLogprob(token_id=token, logprob=float(host.logprobs[b, t]), top=tuple(top))
+
+
+def _of_draft(note: str) -> str:
+    """Says that a note is of the draft model, of whose kernels names begin with ``draft/``."""
+    return f"draft/{note}" if " not used: " in note else f"draft: {note}"
 
 
 def _to_host(tensor: Tensor) -> Tensor:

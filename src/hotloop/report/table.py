@@ -151,8 +151,7 @@ def _advice(recommendation: Recommendation) -> list[str]:
     if recommendation.cell is None:
         return [f"No recommendation: {recommendation.why}", *recommendation.passed_over]
     first = f"{STAR} Recommended: {recommendation.cell}, because {recommendation.why}"
-    noted = [recommendation.note] if recommendation.note else []
-    return [first, *recommendation.passed_over, *recommendation.beside, *noted]
+    return [first, *recommendation.passed_over, *recommendation.beside]  # its row has the note
 
 
 def _remarks(records: Sequence[Record], columns: Sequence[Column]) -> list[str]:

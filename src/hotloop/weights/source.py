@@ -180,19 +180,23 @@ def quantize_rows(
 def requantization_notes(
     stored: Mapping[str, Recognized], schemes: Mapping[str, Scheme]
 ) -> tuple[str, ...]:
-    """Says which encodings are dequantized, and what becomes of their matrices."""
-    changed = Counter(
-        (each.encoding, schemes[name].name)
-        for name, each in stored.items()
-        if schemes[name].name != "auto"
-        and schemes[name].format(each.layout.k) != each.layout.format
-    )
-    return tuple(
-        f"{n} {'matrix' if n == 1 else 'matrices'} stored as {encoding} "
-        f"{'is' if n == 1 else 'are'} dequantized"
-        + ("." if scheme == "none" else f", and quantized again as {scheme}.")
-        for (encoding, scheme), n in changed.items()
-    )
+    """Says which encodings are dequantized, and what becomes of their matrices: once by scheme."""
+    changed: dict[str, Counter[str]] = {}
+    for name, each in stored.items():
+        scheme = schemes[name]
+        if scheme.name != "auto" and scheme.format(each.layout.k) != each.layout.format:
+            changed.setdefault(scheme.name, Counter())[each.encoding] += 1
+    return tuple(_requantized(by_encoding, scheme) for scheme, by_encoding in changed.items())
+
+
+def _requantized(by_encoding: Counter[str], scheme: str) -> str:
+    (encoding, n), *others = by_encoding.most_common()
+    named = [f"{n} {'matrix' if n == 1 else 'matrices'} stored as {encoding}"]
+    named += [f"{n} as {encoding}" for encoding, n in others]
+    listed = " and ".join(filter(None, (", ".join(named[:-1]), named[-1])))
+    verb = "is" if by_encoding.total() == 1 else "are"
+    again = "" if scheme == "none" else f", and quantized again as {scheme}"
+    return f"{listed} {verb} dequantized{again}."
 
 
 class CheckpointSource:
