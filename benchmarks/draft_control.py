@@ -51,6 +51,8 @@ class Costs:
         cold: Times of the first step of its kind, relative to the others.
         n_steps: Plain steps of a program; half as many are one with drafts.
         ends_early: Chains can end early.
+        drift: The standard deviation of the logarithm of the machine's speed, which keeps changing
+            over some ``DRIFT_STEPS`` plain steps; speeds are relative to plain steps at the time.
     """
 
     plain_s: float
@@ -60,6 +62,7 @@ class Costs:
     cold: float = 1.0
     n_steps: int = 1
     ends_early: bool = False
+    drift: float = 0.0
 
     @property
     def mean_plain_s(self) -> float:
@@ -75,6 +78,9 @@ class Costs:
 DELAYED = 0.02
 """The share of steps on a CPU that take twice their time."""
 
+DRIFT_STEPS = 400
+"""Plain steps within which a machine's speed changes, where it drifts."""
+
 CPU = {1: 1.04, 2: 0.95, 3: 1.2, 4: 1.45}
 CPU_INT8 = {1: 1.06, 2: 1.15, 3: 1.32, 4: 1.5}
 COSTS = {
@@ -82,6 +88,10 @@ COSTS = {
     "cpu int8": Costs(
         0.0125, (0.55,), {1: 1.06, 2: 1.15, 3: 1.32, 4: 1.5}, 0.06, cold=1.5, ends_early=True
     ),
+    "cpu int8 measured": Costs(
+        0.0069, (0.78,), {1: 1.12, 2: 1.3, 3: 1.45, 4: 1.6}, 0.06, 1.5, ends_early=True, drift=0.08
+    ),
+    "cpu none drifts": Costs(0.0125, (0.43,), CPU, 0.06, 1.5, ends_early=True, drift=0.08),
     "h200 13b none": Costs(0.0060, (0.36,), {1: 1.02, 2: 1.04, 4: 1.06}, 0.004),
     "h200 8b int8": Costs(0.0021, (0.68,), {1: 1.075, 2: 1.13, 4: 1.17}, 0.004, n_steps=2),
     "h200 70b int8": Costs(0.0172, (0.58,), {1: 1.056, 2: 1.063, 4: 1.08}, 0.004),
@@ -142,6 +152,7 @@ class Engine:
     ran: set[tuple[int, int]] = field(default_factory=set)
     n_plain: int = 0
     n_all: int = 0
+    slowness: float = 0.0
 
     def answer(self, n: int, texts: Sequence[Sequence[Text]]) -> float:
         """Answers requests with n tokens each, and returns the time in plain steps.
@@ -154,7 +165,7 @@ class Engine:
             Request(): [text(self.random, n + 64) for text in drafters] for drafters in texts
         }
         at = dict.fromkeys(requests, 0)
-        seconds, late = 0.0, []
+        seconds, plain_s, late = 0.0, 0.0, []
         while min(at.values()) < n:
             limits = dict.fromkeys(requests, 99)
             choice = self.controller.choose(limits, 99)
@@ -185,6 +196,9 @@ class Engine:
                 if first:
                     step_s *= self.costs.cold
                 seconds += step_s * n_steps
+                tokens = sum(kept.values()) / len(kept)
+                plain_s += self.costs.mean_plain_s * math.exp(self.slowness) * tokens
+                self._drift(step_s * n_steps / self.costs.plain_s)
                 self.n_all += n_steps
                 self.n_plain += n_steps * (k == 0)
                 times = StepTimes(model_s=step_s * n_steps)
@@ -193,8 +207,13 @@ class Engine:
                 late.append(self._observe(len(requests), k, choice, times, kept, n_steps))
         for observe in late:
             observe()
-        total = sum(at.values()) / len(at)
-        return seconds / self.costs.mean_plain_s / total
+        return seconds / plain_s
+
+    def _drift(self, steps: float) -> None:
+        """Changes the speed of the machine, as an Ornstein-Uhlenbeck process."""
+        kept = math.exp(-steps / DRIFT_STEPS)
+        spread = self.costs.drift * math.sqrt(1 - kept**2)
+        self.slowness = self.slowness * kept + self.random.gauss(0.0, spread)
 
     def _observe(self, n, k, choice, times, kept, steps) -> Callable[[], None]:
         return lambda: self.controller.observe(
@@ -203,7 +222,7 @@ class Engine:
 
     def _time_s(self, drafter: int, k: int) -> float:
         noise = self.costs.noise
-        factor = math.exp(self.random.gauss(0.0, noise))
+        factor = math.exp(self.random.gauss(0.0, noise) + self.slowness)
         if noise > 0.01 and self.random.random() < DELAYED:
             factor *= 2.0
         return self.costs.plain_s * self.costs.of(drafter, k) * factor

@@ -86,7 +86,7 @@ class _Rate:
 
 
 class _StepTime:
-    """The mean time of recent steps of a kind, in seconds; unknown before the second.
+    """The mean time of recent steps of a kind; unknown before the second.
 
     The first can be slow, since what it reads is in no cache yet: the faster of both counts.
     """
@@ -95,33 +95,45 @@ class _StepTime:
     """Weight of each step, relative to the step after it."""
 
     def __init__(self) -> None:
-        self._first_s: float | None = None
-        self._average = _Average()
+        self._first: float | None = None
+        self._average, self._squares = _Average(), _Average()
+        self.mean: float | None = None  # None while it is unknown
 
     @property
-    def mean_s(self) -> float | None:
-        """The mean; None while it is unknown."""
-        return self._average.mean(0.0, 0.0) if self._average.weight else None
+    def weight(self) -> float:
+        """The weight of all times in the mean."""
+        return self._average.weight
 
-    def add(self, seconds: float) -> float:
+    @property
+    def variance(self) -> float:
+        """The variance of the times, relative to the square of their mean."""
+        return max(0.0, self._squares.mean(0.0, 0.0) / self._average.mean(0.0, 0.0) ** 2 - 1)
+
+    def add(self, time: float, n_between: int = 0) -> float:
         """Adds a time, at most a quarter above the mean: another process can delay a step.
 
         A plain step's time that is too long makes drafts look cheap until the next plain step.
 
+        Args:
+            time: The time.
+            n_between: Steps of other kinds since the last of this kind, in which the speed of the
+                machine may have changed.
+
         Returns:
             The time that was added.
         """
-        known_s = self.mean_s
-        if known_s is not None:
-            seconds = min(seconds, 1.25 * known_s)
-        elif self._first_s is None:
-            self._first_s = seconds
-            return seconds
+        if self.mean is not None:
+            time = min(time, 1.25 * self.mean)
+        elif self._first is None:
+            self._first = time
+            return time
         else:
-            seconds = min(seconds, self._first_s)
-        self._average.decay(self.DECAY)
-        self._average.add(seconds)
-        return seconds
+            time = min(time, self._first)
+        for average, value in ((self._average, time), (self._squares, time**2)):
+            average.decay(max(0.5, self.DECAY ** (1 + n_between / 16)))
+            average.add(value)
+        self.mean = self._average.mean(0.0, 0.0)
+        return time
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,12 @@ class DraftController:
     keeps changing: the time that drafts have gained and lost against plain steps is kept, and once
     they have lost more than they gained and that share, steps are plain until it is made up for.
 
+    Times of steps vary, and the speed of a machine changes. So the time of a step with drafts is
+    kept in plain steps, as its ratio to the plain step's time of then; drafts have to gain more
+    than the standard error of that ratio, since the best of several k seems better than it is; and
+    where they seem to pay, plain steps between them keep the plain step's time current: as many as
+    lose ``PLAIN_SHARE`` of all time, so that they are frequent where drafts gain little.
+
     Args:
         sizes: Numbers of drafts to choose from, ascending, 0 among them.
         n_drafters: Drafters to choose from.
@@ -238,8 +256,11 @@ class DraftController:
     DECAY = 0.9
     """Weight of each step in the moving averages of what is not an acceptance rate."""
 
-    REFRESH = 64
-    """The most steps with drafts between two plain ones, which keep a plain step's time current."""
+    PLAIN_SHARE = 0.00125
+    """The share of time that plain steps may lose where drafts pay."""
+
+    LEAST_REFRESH, REFRESH = 4, 64
+    """The least and the most steps with drafts between two plain ones."""
 
     def __init__(
         self,
@@ -252,6 +273,7 @@ class DraftController:
         self._sizes, self._always = tuple(sizes), always
         self._ends_early = ends_early and not always
         self._n_drafters = n_drafters
+        # By rows: a plain step's seconds, and how many of them a step with drafts takes.
         self._costs: dict[tuple[int, _Arm], _StepTime] = {}
         # The time of a draft that was made after accepted ones, by rows and drafter.
         self._per_draft_s: dict[tuple[int, int], _Average] = {}
@@ -263,6 +285,7 @@ class DraftController:
         self._acceptance = self._new_acceptance()
         # Of each request: a request that is gone is forgotten.
         self._of_request: WeakKeyDictionary[Any, list[_Acceptance]] = WeakKeyDictionary()
+        self._expected: WeakKeyDictionary[Any, list[list[float]]] = WeakKeyDictionary()
         # Of a draft that was made after accepted ones, its acceptance.
         self._newest_accepted = [_Rate() for _ in range(n_drafters)]
         self._with_drafts = [_Average() for _ in range(n_drafters)]
@@ -284,11 +307,11 @@ class DraftController:
             room: The most drafts that the cache has room for.
         """
         choice = self._choose(limits, room)
-        choice = replace(choice, limits=limits, least=self._least(limits, choice))
         self._since_chosen = [since + 1 for since in self._since_chosen]
-        if choice.k:
-            self._since_chosen[choice.drafter] = 0
-        return choice
+        if choice.k == 0:
+            return Choice(limits=limits)
+        self._since_chosen[choice.drafter] = 0
+        return replace(choice, limits=limits, least=self._least(limits, choice))
 
     def _choose(self, limits: Mapping[Any, int], room: int) -> Choice:
         n = len(limits)
@@ -301,29 +324,50 @@ class DraftController:
             arms.insert(0, _PLAIN)
         if self._always and len(arms) == 1:
             return Choice(*arms[0])
-        if unknown := [arm for arm in arms if self._cost_s(n, arm) is None]:
-            return Choice(*unknown[0])
-        if len(arms) == 1 or (not self._always and self._since_plain >= self.REFRESH):
+        costs_s: dict[_Arm, float] = {}
+        for arm in arms:
+            cost_s = self._cost_s(n, arm)
+            if cost_s is None:
+                return Choice(*arm)
+            costs_s[arm] = cost_s
+        if len(arms) == 1:
             return Choice()
-        speeds = {arm: self._tokens(limits, arm) / self._known_cost_s(n, arm) for arm in arms}
-        best, *others = sorted(arms, key=speeds.__getitem__, reverse=True)
+        speeds = {arm: self._tokens(limits, arm) / cost_s for arm, cost_s in costs_s.items()}
+        best = max(arms, key=speeds.__getitem__)
+        if not self._always and best != _PLAIN:
+            loss_s = costs_s[_PLAIN] - 1 / speeds[best]
+            spent_s = self._since_plain * costs_s[best]
+            if speeds[best] * (1 - self._doubt(n, best)) < speeds[_PLAIN]:
+                best = _PLAIN
+            elif self._since_plain >= self.REFRESH or (
+                self._since_plain >= self.LEAST_REFRESH and loss_s < self.PLAIN_SHARE * spent_s
+            ):
+                return Choice()
         if not self._always and self._gained_s is not None and self._gained_s < 0:
             return Choice()
         token_s, best_drafter = 1 / speeds[best], best[0] if best[1] else None
-        most_s = self.MOST_BUDGET * (self._cost_s(n, _PLAIN) or token_s)
-        trials = [
-            arm
-            for arm in others
-            if arm[1] and arm[0] != best_drafter and self._loss_s(n, arm, token_s) < most_s
-        ]
-        if not trials:
+        most_s = self.MOST_BUDGET * costs_s.get(_PLAIN, token_s)
+        # By what they lose if they yield one token.
+        trials = {
+            arm: loss_s
+            for arm, cost_s in costs_s.items()
+            if arm[1] and arm[0] != best_drafter and (loss_s := cost_s - token_s) < most_s
+        }
+        if not trials or self._trials_s is None:
             return Choice(*best)
         # The best arm of the drafter that was chosen the longest ago. It waits for its budget, lest
         # cheaper ones always come first.
-        trial = max(trials, key=lambda arm: self._since_chosen[arm[0]])
-        if self._trials_s is not None and self._loss_s(n, trial, token_s) < self._trials_s:
-            return Choice(*trial, token_s)
-        return Choice(*best)
+        trial = max(trials, key=lambda arm: (self._since_chosen[arm[0]], speeds[arm]))
+        return Choice(*trial, token_s) if trials[trial] < self._trials_s else Choice(*best)
+
+    def _doubt(self, n: int, arm: _Arm) -> float:
+        """Returns the standard error of a step's time in plain steps, relative to it.
+
+        Times of both kinds vary alike, of which few may have been seen.
+        """
+        known = [cost for each in (_PLAIN, arm) if (cost := self._costs.get((n, each)))]
+        variance = max(cost.variance for cost in known)
+        return math.sqrt(variance * sum(1 / cost.weight for cost in known))
 
     def observe(
         self,
@@ -348,13 +392,14 @@ class DraftController:
             n_made: Drafts of the longest chain; None for ``k``.
         """
         n_made = k if n_made is None else n_made
-        self._since_plain = 0 if k == 0 else self._since_plain + 1
+        since_plain, self._since_plain = self._since_plain, 0 if k == 0 else self._since_plain + 1
         if choice.k:
             self._with_drafts[choice.drafter].decay(self.DECAY)
             self._with_drafts[choice.drafter].add(float(k > 0))
             self._found_none[choice.drafter] = k == 0
         most = choice.k if k else 0
         if k:
+            self._expected.clear()
             self._acceptance[choice.drafter].decay()
             self._newest_accepted[choice.drafter].decay()
         for request, n_tokens in kept.items():
@@ -369,9 +414,14 @@ class DraftController:
             return
         arm = (choice.drafter, most) if most else _PLAIN
         seconds = (times.draft_s + times.model_s) / steps
+        plain_s, unit_s = self._cost_s(n, _PLAIN), 1.0
+        if arm != _PLAIN and not self._always:
+            if plain_s is None:
+                return
+            unit_s = plain_s
         cost = self._costs.setdefault((n, arm), _StepTime())
-        known_s = cost.mean_s
-        limited_s = cost.add(seconds)
+        is_known = cost.mean is not None
+        limited_s = cost.add(seconds / unit_s, 0 if k else since_plain) * unit_s
         plain_s = self._cost_s(n, _PLAIN)
         if plain_s is None and not self._always:
             return
@@ -390,7 +440,7 @@ class DraftController:
             """Adds the share, and what the step gained or lost against tokens of ``token_s``."""
             budget_s = initial * step_s if budget_s is None else budget_s
             # The first steps of a kind are measurements, which every drafter gets.
-            if token_s is not None and tokens_per_row is not None and known_s is not None:
+            if token_s is not None and tokens_per_row is not None and is_known:
                 budget_s += token_s * tokens_per_row - spent_s
             return min(most * step_s, budget_s + share_s)
 
@@ -406,14 +456,17 @@ class DraftController:
         Steps of a drafter that finds no drafts are plain ones. Those with drafts, until there is
         one, are assumed to take no longer.
         """
-        unknown = _StepTime()
-        step_s = self._costs.get((n, arm), unknown).mean_s
-        plain_s = self._costs.get((n, _PLAIN), unknown).mean_s
+        plain_s, step = self._mean(n, _PLAIN), self._mean(n, arm)
         if plain_s is None or arm == _PLAIN:
-            return step_s
-        if step_s is None:
+            return step
+        if step is None:
             return plain_s if self._found_none[arm[0]] else None
+        step_s = step if self._always else step * plain_s
         return plain_s + self._share_with_drafts(arm[0]) * (step_s - plain_s)
+
+    def _mean(self, n: int, arm: _Arm) -> float | None:
+        known = self._costs.get((n, arm))
+        return None if known is None else known.mean
 
     def _share_with_drafts(self, drafter: int) -> float:
         """Returns the share of steps for which a drafter finds drafts, 1 before the first."""
@@ -424,14 +477,24 @@ class DraftController:
         drafter, k = arm
         if k == 0:
             return 1.0
-        total = sum(self._accepted(request, drafter, min(k, n)) for request, n in limits.items())
+        total = sum(self._accepted(request)[drafter][min(k, n)] for request, n in limits.items())
         return 1.0 + self._share_with_drafts(drafter) * total / len(limits)
 
-    def _accepted(self, request: object, drafter: int, k: int) -> float:
-        """Returns how many of k drafts for a request are accepted in expectation."""
+    def _accepted(self, request: object) -> list[list[float]]:
+        """Returns how many of k drafts for a request are accepted in expectation.
+
+        That is by drafter and k, and computed once between two steps with drafts.
+        """
+        found = self._expected.get(request)
+        if found is None:
+            found = [self._accepted_of(request, drafter) for drafter in range(self._n_drafters)]
+            self._expected[request] = found
+        return found
+
+    def _accepted_of(self, request: object, drafter: int) -> list[float]:
         mine = self._of_request.get(request)
-        total, all_accepted, rate = 0.0, 1.0, self.PRIOR_ACCEPTANCE
-        for i, of_all in enumerate(self._acceptance[drafter].positions[:k]):
+        totals, all_accepted, rate = [0.0], 1.0, self.PRIOR_ACCEPTANCE
+        for i, of_all in enumerate(self._acceptance[drafter].positions):
             rate = of_all.mean(rate)
             samples = of_all if mine is None else mine[drafter].positions[i]
             own = rate if mine is None else samples.mean(rate, self.PRIOR_WEIGHT)
@@ -439,8 +502,8 @@ class DraftController:
                 weight = samples.weight + self.PRIOR_WEIGHT
                 own = min(1.0, own + self.OPTIMISM * math.sqrt(own * (1 - own) / weight))
             all_accepted *= own
-            total += all_accepted
-        return total
+            totals.append(totals[-1] + all_accepted)
+        return totals
 
     def _least(self, limits: Mapping[Any, int], choice: Choice) -> float:
         """Returns the probability of accepted drafts below which a chain ends."""
@@ -460,10 +523,6 @@ class DraftController:
         cost_s = self._cost_s(n, arm)
         assert cost_s is not None, "every size was measured"
         return cost_s
-
-    def _loss_s(self, n: int, arm: _Arm, token_s: float) -> float:
-        """Returns what a step loses if it yields one token, which would else take ``token_s``."""
-        return self._known_cost_s(n, arm) - token_s
 
 
 class StepTimer(DraftController):
