@@ -11,7 +11,7 @@ Parts, each with a time limit; an engine runs all of them:
            Poisson process whose rate is in proportion to the clients that are not waiting
     pause  how long a stream pauses while prompts of four chunks are prefilled, and how long one
            chunk takes
-    alone  a served request and ``LLM.generate`` of the same engine, in alternation: TTFT and TPOT
+    alone  a served request and ``LLM.stream`` of the same engine, in alternation: TTFT, TPOT, ITL
 
 The client (``wire.py``) is this process, with uvloop's event loop as the server, which is another
 one, with what ``hotloop serve`` runs.
@@ -219,9 +219,12 @@ def be_engine(job: Job, commands: TextIO, answers: TextIO) -> None:
             said = json.loads(line)
             if said != "serve":
                 params = SamplingParams(max_new_tokens=job.new_tokens, ignore_eos=True)
-                (answer,) = llm.generate([said], params)
+                pieces = [(time.perf_counter(), delta) for delta in llm.stream([said], params)]
+                answer = pieces[-1][1].generation
+                assert answer is not None, "it is over"
+                gaps = [us(b - a) for (a, _), (b, _) in itertools.pairwise(pieces)]
                 timing = answer.timing
-                say([timing.ttft_s, timing.tpot_s, list(answer.token_ids)])
+                say([timing.ttft_s, timing.tpot_s, list(answer.token_ids), gaps])
                 continue
             with HttpServer(ServerSettings(port=0)) as server:
                 with Service(llm, loop=server.loop) as service:
@@ -413,8 +416,9 @@ async def alone(job: Job, engine: Engine) -> list[Sample]:
         sample: Sample = {}
         for way in ("generate", "serve") if i % 2 else ("serve", "generate"):
             if way == "generate":
-                ttft_s, tpot_s, ids = await engine.ask(prompts[0])
+                ttft_s, tpot_s, ids, gaps = await engine.ask(prompts[0])
                 sample |= {"generate_ttft_us": us(ttft_s), "generate_tpot_ns": round(1e9 * tpot_s)}
+                sample["generate_gaps_us"] = gaps
                 continue
             await engine.serve()
             connection = await Connection.open(engine.url)
@@ -530,12 +534,11 @@ def alone_table(found: Iterable[Sequence[Sample]]) -> str:
     """Makes the table of ``alone``: medians over rounds."""
     head = ("model", "scheme", "TPOT, generate (ms)", "TPOT, served (ms)", "ratio in a round",
             "TTFT, generate (ms)", "TTFT, served (ms)", "difference in a round (ms)",
-            "ITL p99 / median")  # fmt: skip
+            "ITL p99 / median, generate", "ITL p99 / median, served")  # fmt: skip
     rows = []
     for header, *samples in found:
         here, there = ([s[f"{way}_tpot_ns"] for s in samples] for way in ("generate", "serve"))
         first, served = ([s[field] for s in samples] for field in ("generate_ttft_us", "ttft_us"))
-        middle, high = np.quantile([gap for s in samples for gap in s["gaps_us"]], [0.5, 0.99])
         ratio = statistics.median(b / a for a, b in zip(here, there, strict=True))
         later = statistics.median(b - a for a, b in zip(first, served, strict=True))
         rows.append(
@@ -547,7 +550,7 @@ def alone_table(found: Iterable[Sequence[Sample]]) -> str:
                 f"{statistics.median(first) / 1e3:.2f}",
                 f"{statistics.median(served) / 1e3:.2f}",
                 f"{later / 1e3:.2f}",
-                f"{high / middle:.2f}" if middle else "–",
+                *(tail(samples, field) for field in ("generate_gaps_us", "gaps_us")),
             )
         )
     return table(head, rows, texts=2)
@@ -561,6 +564,15 @@ def rank(found: Sequence[Sample]) -> tuple[str, int]:
     """Orders files: by model, then schemes as listed above."""
     model, scheme = names(found[0])
     return model, SCHEMES.index(scheme) if scheme in SCHEMES else len(SCHEMES)
+
+
+def tail(samples: Iterable[Sample], field: str) -> str:
+    """Returns the 99th percentile of gaps by their median; files of an earlier time have none."""
+    gaps = [gap for sample in samples for gap in sample.get(field, ())]
+    if not gaps:
+        return "–"
+    middle, high = np.quantile(gaps, [0.5, 0.99])
+    return f"{high / middle:.2f}" if middle else "–"
 
 
 def quantiles_ms(values_us: Sequence[float]) -> tuple[str, str]:

@@ -53,6 +53,8 @@ def test_a_rehearsal_runs_every_part_and_writes_the_page(tmp_path, capfd):
         if part in ("load", "alone"):
             for sample in samples:
                 assert len(sample["gaps_us"]) == 23, "a piece for each of 24 tokens"
+        if part == "alone":
+            assert all(len(sample["generate_gaps_us"]) == 23 for sample in samples)
 
 
 def test_pieces_have_the_time_of_their_last_byte():
