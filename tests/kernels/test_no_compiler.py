@@ -16,6 +16,8 @@ from hotloop.kernels.attention import choose_attention, torch_attention
 from hotloop.kernels.linear import LinearSpec, choose_linear
 from hotloop.quant import parse_scheme
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 def reason_here() -> str | None:
     """Returns the reason of a fresh process; in this one the operators may be loaded already."""
