@@ -731,6 +731,20 @@ def test_drafts_that_gain_less_than_the_times_of_steps_tell_are_not_made():
     assert np.mean(lost) < 0.015
 
 
+def test_plain_steps_are_decided_for_several_steps_and_other_requests_are_not_kept_waiting(
+    monkeypatch,
+):
+    decided, choose = [], DraftController._choose
+    monkeypatch.setattr(DraftController, "_choose", lambda *of: decided.append(1) or choose(*of))
+    controller, bad, good = DraftController(sizes_up_to(4)), Asker(), Asker()
+    steps_of(controller, {good: 0.95}, 40)
+    steps_of(controller, {bad: 0.0}, 100)
+    decided.clear()
+    assert steps_of(controller, {bad: 0.0}, 100).count(0) > 95
+    assert len(decided) < 30
+    assert steps_of(controller, {good: 0.95}, 1) == [4]
+
+
 def test_plain_steps_are_the_more_frequent_the_less_drafts_gain():
     plain = []
     for draft_s in (0.002, 0.0092):

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from hotloop.engine.core import StepTimes
 from hotloop.types import StepCost
@@ -259,6 +259,9 @@ class DraftController:
     PLAIN_SHARE = 0.00125
     """The share of time that plain steps may lose where drafts pay."""
 
+    MOST_SETTLED = 8
+    """The most plain steps that are decided at once."""
+
     LEAST_REFRESH, REFRESH = 4, 64
     """The least and the most steps with drafts between two plain ones."""
 
@@ -293,7 +296,11 @@ class DraftController:
         self._trials_s: float | None = None  # that trials may lose
         self._gained_s: float | None = None  # by drafts, against plain steps
         self._since_plain = 0
-        self._since_chosen = [0] * n_drafters
+        # The newest choice of each drafter, by their number.
+        self._chosen_at, self._n_choices = [0] * n_drafters, 0
+        # Plain steps that are decided, for these requests.
+        self._n_plain = 0
+        self._settled: list[ref[Any]] = []
 
     def _new_acceptance(self) -> list[_Acceptance]:
         return [_Acceptance.of(max(self._sizes)) for _ in range(self._n_drafters)]
@@ -306,11 +313,18 @@ class DraftController:
                 have none. Requests are weakly referenced.
             room: The most drafts that the cache has room for.
         """
-        choice = self._choose(limits, room)
-        self._since_chosen = [since + 1 for since in self._since_chosen]
-        if choice.k == 0:
+        same = len(limits) == len(self._settled) and all(r() in limits for r in self._settled)
+        if self._n_plain and same:
+            self._n_plain -= 1
             return Choice(limits=limits)
-        self._since_chosen[choice.drafter] = 0
+        self._n_plain = 0
+        choice = self._choose(limits, room)
+        if choice.k == 0:
+            if self._n_plain:
+                self._settled = [ref(request) for request in limits]
+            return Choice(limits=limits)
+        self._n_choices += 1
+        self._chosen_at[choice.drafter] = self._n_choices
         return replace(choice, limits=limits, least=self._least(limits, choice))
 
     def _choose(self, limits: Mapping[Any, int], room: int) -> Choice:
@@ -344,6 +358,7 @@ class DraftController:
             ):
                 return Choice()
         if not self._always and self._gained_s is not None and self._gained_s < 0:
+            self._settle(-self._gained_s, costs_s[_PLAIN])
             return Choice()
         token_s, best_drafter = 1 / speeds[best], best[0] if best[1] else None
         most_s = self.MOST_BUDGET * costs_s.get(_PLAIN, token_s)
@@ -357,8 +372,17 @@ class DraftController:
             return Choice(*best)
         # The best arm of the drafter that was chosen the longest ago. It waits for its budget, lest
         # cheaper ones always come first.
-        trial = max(trials, key=lambda arm: (self._since_chosen[arm[0]], speeds[arm]))
-        return Choice(*trial, token_s) if trials[trial] < self._trials_s else Choice(*best)
+        trial = max(trials, key=lambda arm: (-self._chosen_at[arm[0]], speeds[arm]))
+        if trials[trial] < self._trials_s:
+            return Choice(*trial, token_s)
+        if best == _PLAIN:
+            self._settle(trials[trial] - self._trials_s, costs_s[_PLAIN])
+        return Choice(*best)
+
+    def _settle(self, budget_s: float, plain_s: float) -> None:
+        """Decides plain steps until their share makes up this budget, which saves the host time."""
+        share_s, most = self.EXPLORATION_SHARE * plain_s, self.MOST_SETTLED
+        self._n_plain = most if budget_s >= most * share_s else int(budget_s / share_s)
 
     def _doubt(self, n: int, arm: _Arm) -> float:
         """Returns the standard error of a step's time in plain steps, relative to it.
@@ -399,6 +423,7 @@ class DraftController:
             self._found_none[choice.drafter] = k == 0
         most = choice.k if k else 0
         if k:
+            self._n_plain = 0
             self._expected.clear()
             self._acceptance[choice.drafter].decay()
             self._newest_accepted[choice.drafter].decay()
@@ -414,7 +439,7 @@ class DraftController:
             return
         arm = (choice.drafter, most) if most else _PLAIN
         seconds = (times.draft_s + times.model_s) / steps
-        plain_s, unit_s = self._cost_s(n, _PLAIN), 1.0
+        plain_s, unit_s = self._mean(n, _PLAIN), 1.0
         if arm != _PLAIN and not self._always:
             if plain_s is None:
                 return
@@ -422,7 +447,7 @@ class DraftController:
         cost = self._costs.setdefault((n, arm), _StepTime())
         is_known = cost.mean is not None
         limited_s = cost.add(seconds / unit_s, 0 if k else since_plain) * unit_s
-        plain_s = self._cost_s(n, _PLAIN)
+        plain_s = self._mean(n, _PLAIN)
         if plain_s is None and not self._always:
             return
         if n_made and plain_s is not None:
