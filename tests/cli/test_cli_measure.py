@@ -96,6 +96,22 @@ def test_a_record_for_people_ends_with_the_notes_that_its_lines_cite(monkeypatch
     assert "No quality: not asked for." in lines
 
 
+@pytest.mark.usefixtures("jobs")
+@pytest.mark.parametrize(
+    ("gb_s", "shown"), [(1.53, "2.3 s, weights at 1.5 GB/s"), (None, "2.3 s")], ids=["read", "made"]
+)
+def test_bench_says_how_long_loading_took_and_how_fast_weights_were_read(
+    gb_s, shown, monkeypatch, capsys
+):
+    def run(each, _):
+        return record(each.config, load_s=2.34, load_gb_s=gb_s)
+
+    monkeypatch.setattr(cell, "run_cell", run)
+    assert main(["bench", *RANDOM_7B, "--execution", "eager"]) == 0
+    said = (line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert ["load", shown] in said
+
+
 def test_eval_prints_the_remarks_and_notes_of_a_table(jobs, monkeypatch, capsys):
     def score(each, _):
         scored = record(
