@@ -28,6 +28,7 @@ def words_of(page: Path) -> Iterator[list[str]]:
     lines = [line for block in blocks(page) for line in block.splitlines()]
     lines += re.findall(r"(?<!`)`(hotloop [^`]+)`(?!`)", page.read_text())
     for line in lines:
+        line = line.replace("--entrypoint hotloop ", "")  # of a container, named before its image
         _, found, rest = re.sub(r'^\s*\w+="(hotloop .*)"$', r"\1", line).partition("hotloop ")
         if not found or not re.match(r"[a-z]+\s", rest):
             continue
