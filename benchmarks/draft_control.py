@@ -41,7 +41,7 @@ SURE = 0.99
 
 @dataclass(frozen=True)
 class Costs:
-    """What steps cost.
+    """Costs of steps.
 
     Attributes:
         plain_s: Time of a plain step.

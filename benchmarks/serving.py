@@ -99,7 +99,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What its files' names end with."""
+        """Suffix of its files' names."""
         return f"{Path(self.model).name}-{self.engine['quant']}"
 
     @property

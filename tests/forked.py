@@ -70,7 +70,7 @@ def prctl(option: int, value: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a process is to be.
+    """The properties of a process that is asked for.
 
     Attributes:
         arguments: The interpreter's: ``-c CODE`` or ``-m MODULE``, and its own.

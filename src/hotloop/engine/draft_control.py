@@ -239,7 +239,7 @@ class DraftController:
     """The largest exploration budget, in plain steps; it begins with 0."""
 
     INITIAL_GAINED = 4.0
-    """What drafts may lose in an engine's first text, in plain steps."""
+    """Time that drafts may lose in an engine's first text, in plain steps."""
 
     MOST_GAINED = 32.0
     """The most gained time that later losses can be set against, in plain steps."""

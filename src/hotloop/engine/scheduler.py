@@ -81,7 +81,7 @@ def n_drafting_steps(n_steps: int) -> int:
 
 
 Job = Request | Scoring
-"""What the scheduler is given: a prompt to answer, or a window to score."""
+"""Work of the scheduler: a prompt to answer, or a window to score."""
 
 
 class Scheduler:

@@ -23,7 +23,7 @@ LEAST_COPIED = 32
 
 @dataclass
 class Seat:
-    """What a seat holds.
+    """The content of a seat.
 
     Attributes:
         index: The seat in the cache.

@@ -79,7 +79,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """What a mark and a bar have in common.
+    """Base of a mark and a bar.
 
     Attributes:
         label: A short text beside it.

@@ -42,7 +42,7 @@ LARGE_ENTRIES = 500
 
 
 class Shape(Protocol):
-    """What answers look like in one of the API's forms. It lives as long as its request."""
+    """Writes answers in one of the API's forms. It lives as long as its request."""
 
     def first_events(self) -> str:
         """Returns the events before all answers."""
@@ -98,7 +98,7 @@ class Chunks:
 
 
 class ChunkShape:
-    """What the shapes that stream chunks have in common: how a stream begins and ends."""
+    """Base of the shapes that stream chunks: begins and ends a stream."""
 
     _chunks: Chunks
 

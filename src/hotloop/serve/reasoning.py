@@ -19,7 +19,7 @@ from hotloop.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Markers:
-    """What begins and ends a model's reasoning. Both can be control tokens."""
+    """Texts that begin and end a model's reasoning. Both can be control tokens."""
 
     begin: str
     end: str

@@ -43,7 +43,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 _GUIDED = ("json", "regex", "grammar", "choice")
-"""What follows ``guided_`` in vLLM's older fields."""
+"""Suffixes of vLLM's older fields, after ``guided_``."""
 
 
 class StreamOptions(Body):

@@ -30,7 +30,7 @@ Status = Literal["loading", "ready", "draining", "stalled", "failed"]
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of the model once its engine is there.
+    """The model, once its engine is there.
 
     Attributes:
         service: Its engine.
@@ -134,7 +134,7 @@ class Served:
 
     @property
     def error(self) -> HotloopError | None:
-        """What has ended the engine; None while it runs."""
+        """The error that has ended the engine; None while it runs."""
         return None if self._model is None else self._model.service.state().error
 
     @property

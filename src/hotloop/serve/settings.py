@@ -11,7 +11,7 @@ KIB, MIB = 2**10, 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What a server is told, and its limits.
+    """Settings of a server, and its limits.
 
     Attributes:
         host: The address to listen on.

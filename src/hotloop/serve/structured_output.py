@@ -1,4 +1,4 @@
-"""What a request says of the form of an answer's content, as a grammar.
+"""Reads the form that a request asks of an answer's content, as a grammar.
 
 ``response_format`` is OpenAI's field, ``text.format`` that of its other API, and
 ``structured_outputs`` is vLLM's, whose older fields begin with ``guided_``. What is said is

@@ -1,4 +1,4 @@
-"""What a request says of tools: their definitions, and which of them the answer may call."""
+"""Reads a request's tools: their definitions, and which of them the answer may call."""
 
 from __future__ import annotations
 

@@ -50,9 +50,9 @@ class ToolParser:
     """
 
     marker: ClassVar[str]
-    """What begins a call."""
+    """The text that begins a call."""
     closing: ClassVar[str] = ""
-    """What ends a call, if anything does."""
+    """The text that ends a call, if any does."""
     control_tokens: ClassVar[tuple[str, ...]] = ()
     """Spellings of what can be control tokens, which the answer's text must show."""
 

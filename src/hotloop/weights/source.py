@@ -395,7 +395,7 @@ class _EncodedMatrix:
 
 @dataclass(frozen=True)
 class _Read:
-    """What one job has read: tensors from which some pieces of a matrix are made."""
+    """Result of one job's reads: tensors from which some pieces of a matrix are made."""
 
     plan: _Plan
     pieces: Sequence[range]

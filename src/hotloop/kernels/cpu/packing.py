@@ -54,7 +54,7 @@ _ENCODINGS = {
 _NUMBERS = {None: 0, torch.int8: 1, torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 
 _FLOAT8_FACTOR = 2.0**8
-"""What e4m3 numbers are to half-precision ones of the same exponent and mantissa bits."""
+"""Ratio of an e4m3 number to the half-precision one of the same exponent and mantissa bits."""
 
 _EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 

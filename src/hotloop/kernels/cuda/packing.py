@@ -55,7 +55,7 @@ BITS |= {"nested": 8}
 
 _BIAS: dict[Kind, int] = {"bf16": 0, "fp8": 0, "int8": 128, "int4": 8, "uint4": 0, "lut4": 0}
 _BIAS |= {"nested": 16 * 8 + 8}
-"""What is added to values, and to zero points, so that they have no sign."""
+"""Offset of values, and of zero points, so that they have no sign."""
 
 Scale = Literal["bf16", "f16", "f32", "two"]
 _SCALES: dict[Scale, torch.dtype] = {
