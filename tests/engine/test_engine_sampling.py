@@ -11,6 +11,7 @@ from scipy import stats
 from tiny_models import write_markov
 
 from hotloop import LLM, SamplingParams
+from hotloop.engine import sampling
 from hotloop.engine.core import Features
 from hotloop.engine.sampling import Sampler, _gumbel
 from hotloop.errors import RequestError
@@ -255,6 +256,33 @@ def test_a_draw_does_not_depend_on_how_many_candidates_are_looked_at(monkeypatch
         here = slice(row, row + 1)
         assert masks(here, (256, 4096)).equal(masks(here, (19_999,))), rows[row]
         assert masks(here, (256, 4096)).equal(together[here]), rows[row]
+
+
+def test_a_draw_is_the_same_where_only_tokens_that_pass_get_noise(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    logits_BTV = 6 * torch.randn(5, 3, 20_011, generator=generator)
+    logits_BTV = logits_BTV.round(decimals=1)  # with many equal ones
+    options = [{"top_p": 0.95}, {"top_k": 50}, {"min_p": 0.01}, {"temperature": 0.0}, {"top_k": 1}]
+    rows = [SamplingParams(**{"temperature": 1.0} | each) for each in options]
+    sampler = Sampler(5, 20_011, torch.device("cpu"))
+    drawn, sizes = [], []
+    of = sampling._gumbel_of
+    monkeypatch.setattr(
+        sampling, "_gumbel_of", lambda keys, ids: (sizes.append(len(ids)), of(keys, ids))[1]
+    )
+    for most in (8, 10**9):
+        monkeypatch.setattr(sampling, "MOST_DRAWN", most)
+        ids = []
+        for seed in range(20):
+            for row, params in enumerate(rows):
+                sampler.admit(row, params, 100 * seed + row, SEEN)
+            positions_BT = torch.arange(seed, seed + 3).expand(5, 3)
+            features = Features.of(rows)
+            ids.append(sampler.sample(logits_BTV, positions_BT, 0, features).ids)
+        drawn.append(torch.stack(ids))
+    assert drawn[0].equal(drawn[1])
+    assert max(sizes[:20]) < 15 * 20_011 / 8
+    assert set(sizes[20:]) == {20_011}
 
 
 def test_a_sharp_distribution_is_not_sorted(monkeypatch):

@@ -46,6 +46,10 @@ FEW_CANDIDATES = (256, 4096)
 """The most likely tokens that top-p looks at on a CPU, before the whole vocabulary."""
 
 
+MOST_DRAWN = 8
+"""Where no more than one token in so many passes, a CPU computes Gumbel numbers of those alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
     """The tokens of a step, and their log-probabilities if requested.
@@ -368,10 +372,16 @@ class Sampler:
         # Differences to the maximum cannot overflow to infinity at a low temperature.
         scaled_BTV = scores_BTV - self.vocabulary.amax(scores_BTV)
         scaled_BTV = scaled_BTV / torch.where(temperature_B11 > 0, temperature_B11, 1.0)
+        seed_B, ids = self.seed[here], self.vocabulary.ids
         if features.truncate:
-            scaled_BTV = scaled_BTV.where(self._kept(scaled_BTV, here, features), -torch.inf)
-        ids = self.vocabulary.ids
-        gumbel_BTV = _gumbel(self.seed[here], positions_BT, len(ids), ids.start)
+            kept_BTV = self._kept(scaled_BTV, here, features)
+            scaled_BTV = scaled_BTV.where(kept_BTV, -torch.inf)
+            if self._reads_candidates:
+                at = kept_BTV.nonzero(as_tuple=True)
+                if len(at[0]) <= kept_BTV.numel() // MOST_DRAWN:
+                    values = scaled_BTV[at] + _gumbel_of(_keys(seed_B, positions_BT)[at[:2]], at[2])
+                    return self.vocabulary.argmax(scaled_BTV.index_put(at, values))
+        gumbel_BTV = _gumbel(seed_B, positions_BT, len(ids), ids.start)
         return self.vocabulary.argmax(scaled_BTV + gumbel_BTV)
 
     def _kept(self, scaled_BTV: Tensor, here: slice, features: Features) -> Tensor:
@@ -419,6 +429,11 @@ class Sampler:
             among_BTV, _ = passing(most)
         return kept_BTV & (among_BTV | unranked_B11)
 
+    @property
+    def _reads_candidates(self) -> bool:
+        """Whether the host can ask which tokens pass, at no cost and for all ranks."""
+        return not self.top_p.is_cuda and self.vocabulary.group.size == 1
+
     def _numbers_of_candidates(self, features: Features) -> list[int]:
         """Returns how many of the most likely tokens to look at, ascending; the last suffices.
 
@@ -426,7 +441,7 @@ class Sampler:
         tokens are nearly always enough. Graphs of a GPU have one number, as several ranks do.
         """
         most = min(features.n_candidates or self.vocab_size, self.vocab_size)
-        if self.top_p.is_cuda or self.vocabulary.group.size > 1:
+        if not self._reads_candidates:
             return [most]
         return [*(n for n in FEW_CANDIDATES if n < most), most]
 
@@ -436,15 +451,24 @@ def _gumbel(seed_B: Tensor, positions_BT: Tensor, n: int, first: int = 0) -> Ten
 
     Each is a pure function of (seed, position, token id).
     """
+    ids_V = torch.arange(first, first + n, device=seed_B.device)
+    return _gumbel_of(_keys(seed_B, positions_BT)[..., None], ids_V)
+
+
+def _keys(seed_B: Tensor, positions_BT: Tensor) -> Tensor:
+    """Hashes seeds and positions to 32-bit words, int64 [B, T]."""
     key_B = _mix((seed_B & _WORD) ^ 0x9E3779B9)
     key_B = _mix(key_B ^ (seed_B >> 32))
-    key_BT = _mix(key_B[:, None] ^ (positions_BT & _WORD))
-    ids_V = torch.arange(first, first + n, device=seed_B.device)
-    words_BTV = _mix(key_BT[..., None] ^ _mix(ids_V + 1))
+    return _mix(key_B[:, None] ^ (positions_BT & _WORD))
+
+
+def _gumbel_of(keys: Tensor, ids: Tensor) -> Tensor:
+    """Returns the Gumbel numbers of token ids by the keys of their positions, broadcast."""
+    words = _mix(keys ^ _mix(ids + 1))
     # -log1p(-u) is precise at small u, which give the large Gumbel numbers that decide. Clamping
     # avoids u = 1, to which the largest words round: minus infinity could tie with a masked token.
-    uniform_BTV = ((words_BTV.float() + 0.5) * 2**-32).clamp_(max=1 - 2**-24)
-    return -torch.log(-torch.log1p(-uniform_BTV))
+    uniform = ((words.float() + 0.5) * 2**-32).clamp_(max=1 - 2**-24)
+    return -torch.log(-torch.log1p(-uniform))
 
 
 def _mix(x: Tensor) -> Tensor:
