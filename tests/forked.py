@@ -43,7 +43,6 @@ from typing import Any
 
 PRELOADED = (
     "torch.distributed",
-    "transformers",
     "cyclopts",
     "gguf",
     "pydantic",
@@ -51,7 +50,10 @@ PRELOADED = (
     "tokenizers",
     "yaml",
 )
-"""Other people's packages that hotloop imports; a fork imports hotloop from where it is told to."""
+"""Other people's packages that hotloop imports; a fork imports hotloop from where it is told to.
+
+None of them starts a thread or initializes CUDA when it is imported: a fork could use neither.
+"""
 
 READ_AT_START = re.compile(
     "(PYTHON(?!PATH$)|LC_|LANG|LD_|OMP_|GOMP_|KMP_|MKL_|OPENBLAS_|TORCH|CUDA)"
