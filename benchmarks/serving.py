@@ -405,30 +405,37 @@ async def pause(job: Job, engine: Engine) -> list[Sample]:
 
 
 async def alone(job: Job, engine: Engine) -> list[Sample]:
-    """Has an engine generate and serve the same prompts, in alternation.
+    """Has an engine generate and serve prompts, in alternation.
+
+    Both get the same prompt in a first round, which is in no sample: the second of them can find it
+    in the prefix cache.
 
     Raises:
-        WireError: The tokens differ.
+        WireError: The tokens of that round differ.
     """
     samples = []
     for i in range(3 * job.rounds + 1):
-        prompts = [prompt(job.prompt_tokens, random.Random(f"alone {i} {way}")) for way in (0, 1)]
+        generated, first, served = (
+            prompt(job.prompt_tokens, random.Random(f"alone {i} {each}")) for each in range(3)
+        )
+        if i == 0:
+            served = generated
         sample: Sample = {}
         for way in ("generate", "serve") if i % 2 else ("serve", "generate"):
             if way == "generate":
-                ttft_s, tpot_s, ids, gaps = await engine.ask(prompts[0])
+                ttft_s, tpot_s, ids, gaps = await engine.ask(generated)
                 sample |= {"generate_ttft_us": us(ttft_s), "generate_tpot_ns": round(1e9 * tpot_s)}
                 sample["generate_gaps_us"] = gaps
                 continue
             await engine.serve()
             connection = await Connection.open(engine.url)
-            await complete(connection, engine.url, prompts[1], 2 * LONG_CHUNKS)
-            answer = await complete(connection, engine.url, prompts[0], job.new_tokens)
+            await complete(connection, engine.url, first, 2 * LONG_CHUNKS)
+            answer = await complete(connection, engine.url, served, job.new_tokens)
             connection.close()
             await engine.stop()
             sample |= as_sample(answer, answer.sent_s)
             sample["serve_tpot_ns"] = round(1e9 * answer.tpot_s)
-        if tuple(ids) != answer.token_ids:
+        if i == 0 and tuple(ids) != answer.token_ids:
             raise WireError("a served answer differs from that of generate")
         if i:
             samples.append(sample)
