@@ -925,6 +925,28 @@ def test_a_drafter_that_finds_no_drafts_does_not_keep_another_from_drafting(chan
     assert device.drafters[-100:].count(1) > 85
 
 
+@pytest.mark.parametrize("n_drafters", [1, 2])
+def test_whatever_steps_found_and_took_there_is_a_choice(n_drafters):
+    """Drafts are rare, sizes are new to a program, requests come and go: few steps are alike."""
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        controller = DraftController(sizes_up_to(4), n_drafters=n_drafters, ends_early=True)
+        askers, unseen = [Asker() for _ in range(3)], {1, 2, 4}
+        for _ in range(60):
+            limits = {
+                asker: int(random.integers(0, 6)) for asker in askers if random.random() < 0.6
+            }
+            if not limits:
+                continue
+            choice = controller.choose(limits, 99)
+            assert choice.k <= max(limits.values())
+            k = choice.k if random.random() < 0.15 else 0
+            times = None if k in unseen else StepTimes(model_s=float(random.gamma(2.0, 0.01)))
+            unseen.discard(k)
+            kept = {asker: int(random.integers(1, k + 2)) for asker in limits}
+            controller.observe(len(limits), k, choice=choice, times=times, kept=kept)
+
+
 def test_always_drafting_chooses_among_drafters_as_well():
     controller = DraftController(sizes_up_to(4), n_drafters=2, always=True)
     device = Device(COSTS_S, 0.0, 0.85, **BOTH)

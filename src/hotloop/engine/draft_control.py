@@ -387,9 +387,11 @@ class DraftController:
     def _doubt(self, n: int, arm: _Arm) -> float:
         """Returns the standard error of a step's time in plain steps, relative to it.
 
-        Times of both kinds vary alike, of which few may have been seen.
+        Times of both kinds vary alike, of which few may have been seen. The time of a drafter that
+        finds no drafts may still be unknown, and is taken to be a plain step's.
         """
-        known = [cost for each in (_PLAIN, arm) if (cost := self._costs.get((n, each)))]
+        both = [self._costs.get((n, each)) for each in (_PLAIN, arm)]
+        known = [cost for cost in both if cost is not None and cost.mean is not None]
         variance = max(cost.variance for cost in known)
         return math.sqrt(variance * sum(1 / cost.weight for cost in known))
 
