@@ -1,5 +1,6 @@
 """What clients of OpenAI's API send and count on, rule by rule."""
 
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 from serving import HELLO, TEMPLATE, events, serving
 from tiny_models import write_script
 
-from hotloop import LLM
+from hotloop import LLM, SamplingParams
+from hotloop.serve.schemas import CompletionBody
+from hotloop.serve.settings import ServerSettings
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ASKED = {"messages": HELLO, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -269,3 +272,28 @@ def test_a_model_without_a_tokenizer_continues_token_ids(folder):
             response = client.post(path, json=body)
             assert response.status_code == 400
             assert "no tokenizer" in response.json()["error"]["message"]
+
+
+def sampling(**options: Any) -> SamplingParams:
+    body = CompletionBody.model_validate({"prompt": "Hello", **options})
+    return body.params(SamplingParams(), ServerSettings())
+
+
+def test_options_that_compare_equal_keep_their_types_whichever_comes_first():
+    for value in (0, 1):
+        for one in ({"temperature": value}, {"temperature": float(value)}, {"temperature": "1"}):
+            assert type(sampling(**one).temperature) is float
+        assert type(sampling(top_k=float(value)).top_k) is int
+        assert type(sampling(logprobs=bool(value)).logprobs) is int
+        assert sampling(ignore_eos=value).ignore_eos is bool(value)
+        assert sampling(logit_bias={"5": bool(value)}).logit_bias == ((5, float(value)),)
+
+
+def test_long_stop_strings_are_not_kept_once_their_request_is_gone():
+    tracemalloc.start()
+    try:
+        for i in range(8):
+            assert len(sampling(stop=[f"{i}" * 2**20]).stop[0]) == 2**20
+        assert tracemalloc.get_traced_memory()[0] < 2**20
+    finally:
+        tracemalloc.stop()

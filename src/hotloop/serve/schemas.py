@@ -169,7 +169,12 @@ class SamplingBody(Body):
         fields = {k: v for k, v in given.items() if v is not None}
         if (grammar := self.grammar) is not None:  # which may be large, and is not kept
             return replace(defaults, grammar=grammar, **fields)
-        return _changed(defaults, tuple(fields.items()))
+        changed = _changed if sum(map(len, self.stop)) <= _MOST_KEPT else _changed.__wrapped__
+        return changed(defaults, tuple(fields.items()))
+
+
+_MOST_KEPT = 1024
+"""The most characters of stop strings of options that are kept: a body has room for millions."""
 
 
 @functools.lru_cache(64)
