@@ -156,6 +156,20 @@ def test_what_cannot_be_compared_is_undecided_with_its_reason():
         assert any(why in judged.why for judged in cell.judged), why
 
 
+def test_records_of_eval_are_compared_without_a_speed():
+    untimed = {"workload": None, "decode_tok_s": None}
+    good, bad = (with_ppl("a/eager", f).model_copy(update=untimed) for f in (1.0, 1.05))
+    for after, verdict in ((good, "no worse"), (bad, "worse")):
+        found = compared([good], [after])
+        assert [judged.quantity for judged in found.cells[0].judged] == ["quality"]
+        assert found.verdict == verdict
+    unscored = good.model_copy(update={"perplexity": None})
+    assert compared([unscored], [unscored]).verdict == "undecided", "nothing is shown"
+    assert compared([good], [with_ppl("a/eager", 1.0)]).verdict == "undecided", "A has no speed"
+    broken = record("a/eager", status="failed", reason="it crashed", workload=None)
+    assert compared([good], [broken]).verdict == "worse"
+
+
 def test_a_cell_that_no_longer_runs_is_worse_and_one_that_never_did_is_undecided():
     gone = record("a/eager", status="oom", reason="needs 2 GiB\nmore")
     found = compared([record("a/eager", 100.0)], [gone])

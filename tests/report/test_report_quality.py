@@ -108,7 +108,9 @@ def test_details_show_tasks_depths_protocols_and_quantiles():
                 tasks=(task,),
                 by_depth=(depth,),
                 other_perplexities={"llama.cpp": mean_figure([11.0, 12.0])},
+                kl_mean=mean_figure([0.006, 0.007, 0.008]),
                 kl_median=0.001,
+                kl_p95=0.25,
                 kl_max=0.5,
             )
         )
@@ -117,7 +119,8 @@ def test_details_show_tasks_depths_protocols_and_quantiles():
     assert "McNemar p = 0.62" in shown["arc"]
     assert shown["positions 1 to 1,023"] == "ppl 9.000"
     assert shown["ppl (llama.cpp)"].startswith("11.5")
-    assert shown["KL quantiles"] == "median 0.0010, max 0.50"
+    assert shown["mean KL ± SE"] == "0.0070 ± 0.00058"
+    assert shown["KL quantiles"] == "median 0.0010, 95% 0.25, max 0.50"
 
 
 def test_the_csv_has_the_verdict_in_numbers():

@@ -201,10 +201,11 @@ def compare(
             "the two have no cell in common: name one of each, as FOLDER:CELL, or measure the same "
             "configurations."
         )
-    n_tests = sum(1 + _has_quality(a, b) + _has_answers(a, b) for a, b in pairs)
+    n_tests = sum(_has_speed(a, b) + _has_quality(a, b) + _has_answers(a, b) for a, b in pairs)
 
     def judged(a: Record, b: Record) -> Iterator[Judged]:
-        yield _speed(a, b, max_slowdown, n_tests)
+        if _has_speed(a, b):
+            yield _speed(a, b, max_slowdown, n_tests)
         if _has_quality(a, b):
             yield _quality(a, b, max_delta_ln_ppl, n_tests)
         if _has_answers(a, b):
@@ -252,6 +253,12 @@ def _pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[Reco
 def _identity(record: Record) -> str:
     config = {name: v for name, v in record.config.items() if name != "max_seq_len"}
     return json.dumps([record.baseline, config], sort_keys=True)
+
+
+def _has_speed(a: Record, b: Record) -> bool:
+    """Tells whether a pair has a speed to judge: not if both were scored without being timed."""
+    scored = all(r.status in MEASURED and r.workload is None for r in (a, b))
+    return not (scored and (_has_quality(a, b) or _has_answers(a, b)))
 
 
 def _has_quality(a: Record, b: Record) -> bool:

@@ -100,11 +100,14 @@ def details(record: Record) -> list[tuple[str, str]]:
     quantiles = {
         "median": record.kl_median,
         "90%": record.kl_p90,
+        "95%": record.kl_p95,
         "99%": record.kl_p99,
         "99.9%": record.kl_p99_9,
         "max": record.kl_max,
     }
     known = [f"{name} {divergence(v)}" for name, v in quantiles.items() if v is not None]
+    if (kl := record.kl_mean) is not None and kl.se:
+        pairs.append(("mean KL ± SE", f"{divergence(kl.mean)} ± {significant(kl.se, 2)}"))
     if known:
         pairs.append(("KL quantiles", ", ".join(known)))
     if record.delta_p is not None and record.delta_p_rms is not None:
