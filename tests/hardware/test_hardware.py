@@ -206,9 +206,9 @@ def test_gpu_state_is_empty_without_a_gpu_or_without_nvidia_smi(monkeypatch):
 @needs_cuda
 def test_a_known_gpu_reads_at_the_order_of_its_datasheet_and_no_faster():
     device = hardware.resolve_device("cuda")
-    info, free = hardware.device_info(device), hardware.free_bytes(device)
+    info, reserved = hardware.device_info(device), torch.cuda.memory_reserved(device)
     measured = hardware.measure_read_bandwidth(device)
-    assert hardware.free_bytes(device) > free - 2**28, "the buffer was not given back"
+    assert torch.cuda.memory_reserved(device) <= reserved, "the buffer was not given back"
     if info.datasheet_bytes_per_s is None:
         pytest.skip(f"no datasheet for {info.name}")
     # Others may use it too, so how slow it may be is a matter of units alone.
