@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sweep_fakes import End
@@ -13,13 +15,13 @@ from waiting import HANG_S, wait_until
 
 from hotloop.baselines import ENGINES
 from hotloop.errors import HotloopError, UnsupportedError
-from hotloop.sweep.events import CellSkipped, Noticed
-from hotloop.sweep.ray_cluster import RayCluster
+from hotloop.sweep.events import CellSkipped, CellStarted, Noticed
+from hotloop.sweep.job import Job
+from hotloop.sweep.ray_cluster import RayCluster, task_resources
 from hotloop.sweep.recipe import Recipe, recipe_from_flags
 from hotloop.sweep.runner import run_sweep
 from hotloop.sweep.store import read_file
-
-pytest.importorskip("ray", reason="the extra ray is not installed")
+from hotloop.types import EngineConfig
 
 
 def recipe(*ends: End) -> Recipe:
@@ -35,6 +37,7 @@ def recipe(*ends: End) -> Recipe:
 
 @pytest.mark.slow
 def test_cells_run_on_two_nodes_and_that_of_a_lost_node_is_tried_again(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="the extra ray is not installed")
     from ray.cluster_utils import Cluster
 
     here = Path(__file__).parent
@@ -85,7 +88,60 @@ def test_without_ray_there_is_one_error(monkeypatch):
         RayCluster("auto")
 
 
-@pytest.mark.slow
-def test_without_a_cluster_there_is_one_error():
-    with pytest.raises(HotloopError, match=r"--ray 127.0.0.1:1: no cluster answers"):
-        RayCluster("127.0.0.1:1")
+@pytest.fixture
+def asked(monkeypatch):
+    """A stand-in for Ray, which is not in the development environment: what ``init`` was given."""
+    given = []
+    stand_in = SimpleNamespace(init=lambda **options: given.append(options["address"]))
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    return given
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_without_a_cluster_there_is_one_error_at_once_and_ray_does_not_wait_for_it(asked, address):
+    with pytest.raises(HotloopError, match=rf"--ray {address}: no cluster answers"):
+        RayCluster(address)
+    assert asked == []
+
+
+def test_an_address_that_answers_or_that_ray_finds_itself_is_given_to_ray(asked):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        RayCluster(address)
+    RayCluster("auto")
+    assert asked == [address, "auto"]
+
+
+def job(**levers) -> Job:
+    config = EngineConfig(model="some-shape", weights="random", **levers)
+    return Job(cell=config.name, config=config, source=ENGINES["hotloop"])
+
+
+@pytest.mark.parametrize(
+    ("cpus", "whole_node"), [((8, 8), 8), ((1, 8, 8), 8), ((8, 12, 16), 12), ((0, 4), 4), ((0,), 1)]
+)
+def test_a_cell_without_gpus_has_a_node_of_its_own_however_unequal_they_are(cpus, whole_node):
+    nodes = [{"CPU": n} for n in cpus]
+    resources = task_resources(job(device="cpu"), nodes)
+    assert resources == {"num_gpus": 0, "num_cpus": whole_node}
+    assert all(n < 2 * whole_node for n in cpus), "no node runs two cells"
+
+
+def test_a_cell_has_a_gpu_for_each_rank():
+    nodes = [{"CPU": 4}, {"CPU": 64, "GPU": 2}]
+    assert task_resources(job(tensor_parallel=2), nodes) == {"num_gpus": 2, "num_cpus": 1}
+    assert task_resources(job(device="cpu"), nodes) == {"num_gpus": 0, "num_cpus": 64}
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_cell_of_more_gpus_than_any_node_has_is_a_row_and_nothing_waits_for_it():
+    cluster = RayCluster("auto")
+    node = {"Alive": True, "Resources": {"CPU": 64, "GPU": 2}}
+    cluster._ray.nodes = lambda: [node, node]
+    kept, events = [], []
+    options = {"timeout_s": HANG_S, "on_event": events.append, "keep": kept.append}
+    (record,) = cluster.measure([job(tensor_parallel=4)], **options)
+    assert kept == [record]
+    assert [type(event) for event in events] == [CellStarted]
+    assert record.status == "unsupported"
+    assert record.reason == "needs 4 GPUs of one node, and no node has over 2"

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from hotloop.evaluate.reference_store import ReferenceStore
 from hotloop.sweep.cell import as_reason, base_record
 from hotloop.sweep.events import CellStarted, Noticed, OnEvent, ignore
 from hotloop.sweep.job import Job
+
+CONNECT_S = 10.0
+"""Seconds to wait for a cluster's address; Ray itself tries for many minutes."""
 
 MOST_LOSSES = 3
 """Nodes that a cell may lose before it is recorded as failed."""
@@ -58,8 +62,9 @@ class RayCluster:
             ) from error
         self._ray = ray
         try:
+            _connect(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError) as error:
             raise HotloopError(f"--ray {address}: no cluster answers ({error}).") from error
 
     def __enter__(self) -> RayCluster:
@@ -86,10 +91,22 @@ class RayCluster:
         """
         ray = self._ray
         records: dict[int, Record] = {}
-        running = {self._start(job, timeout_s): (i, job, 0) for i, job in enumerate(jobs)}
-        for i, job in enumerate(jobs, start=1):
-            on_event(CellStarted(job.cell, i, len(jobs), job.attempt))
+        running: dict[Any, tuple[int, Job, int]] = {}
+
+        def end(i: int, record: Record) -> None:
+            records[i] = record
+            keep(record)
+
+        def start(i: int, job: Job, losses: int) -> None:
+            try:
+                running[self._start(job, timeout_s)] = (i, job, losses)
+            except UnsupportedError as error:
+                end(i, Record(**base_record(job), status="unsupported", reason=str(error)))
+
         try:
+            for i, job in enumerate(jobs):
+                on_event(CellStarted(job.cell, i + 1, len(jobs), job.attempt))
+                start(i, job, 0)
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 i, job, losses = running.pop(done)
@@ -101,12 +118,11 @@ class RayCluster:
                         attempt = min(job.attempt + 1, MAX_COUNT)
                         job = job.model_copy(update={"attempt": attempt})
                         on_event(Noticed(f"the node of {job.cell} was lost: it is tried again."))
-                        running[self._start(job, timeout_s)] = (i, job, losses)
+                        start(i, job, losses)
                         continue
                     reason = as_reason(f"its Ray task ended with {type(error).__name__}: {error}")
                     record = Record(**base_record(job), status="failed", reason=reason)
-                records[i] = record
-                keep(record)
+                end(i, record)
         finally:
             for task in running:
                 with suppress(ray.exceptions.RayError):
@@ -115,13 +131,50 @@ class RayCluster:
 
     def _start(self, job: Job, timeout_s: float) -> Any:
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        n_gpus = 0
-        if job.config.device != "cpu" and any(node.get("GPU") for node in nodes):
-            n_gpus = job.config.tensor_parallel
-        whole_node = min((node["CPU"] for node in nodes if node.get("CPU")), default=1)
-        options = {"num_gpus": n_gpus, "num_cpus": 1 if n_gpus else whole_node, "max_retries": 0}
-        task = self._ray.remote(run_on_node).options(**options)
-        return task.remote(job.model_dump_json(), timeout_s)
+        options = task_resources(job, nodes) | {"max_retries": 0}
+        return (
+            self._ray.remote(run_on_node)
+            .options(**options)
+            .remote(job.model_dump_json(), timeout_s)
+        )
+
+
+def task_resources(job: Job, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the resources of a job's task: GPUs for its ranks, or else a node of its own.
+
+    Ray knows no whole node: it is as many CPUs as no node has twice, so that none runs two cells.
+    Nodes with fewer CPUs than that, such as a small head node, run none.
+
+    Args:
+        job: The job.
+        nodes: The resources of each node.
+
+    Raises:
+        UnsupportedError: No node has as many GPUs as the job has ranks; Ray would wait for one.
+    """
+    most_gpus = int(max((node.get("GPU", 0) for node in nodes), default=0))
+    if job.config.device != "cpu" and most_gpus:
+        if (needed := job.config.tensor_parallel) > most_gpus:
+            raise UnsupportedError(
+                f"needs {needed} GPUs of one node, and no node has over {most_gpus}"
+            )
+        return {"num_gpus": needed, "num_cpus": 1}
+    cpus = [node.get("CPU", 0) for node in nodes]
+    whole_node = min((n for n in cpus if 2 * n > max(cpus)), default=1)
+    return {"num_gpus": 0, "num_cpus": whole_node}
+
+
+def _connect(address: str) -> None:
+    """Connects to the address of a cluster, if it is HOST:PORT, and closes the connection.
+
+    Raises:
+        OSError: Nobody answers there.
+        OverflowError: There is no such port.
+        ValueError: It is no name of a host.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 def _is_loss(ray: Any, error: Exception) -> bool:
