@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -159,6 +160,36 @@ def test_a_text_to_calibrate_with_is_named_in_the_copy_and_decides_its_scales(tm
 def stored_calibration(path: Path) -> dict[str, str]:
     with closing(open_checkpoint(path)) as checkpoint:
         return stored_form(checkpoint).to_dict()["quantization"]["calibration"]
+
+
+def test_names_that_are_not_utf_8_are_kept_as_text(tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    (odd / odd.name).write_text("the end " * 300)
+    source = write_folder(tmp_path / "m").rename(odd / "m")
+    copy = quantize_checkpoint(source, odd / "q", quant="int4-g32-cal", calibration=odd / odd.name)
+    assert stored_calibration(copy)["name"] == r"caf\udce9"
+    with closing(open_checkpoint(copy)) as checkpoint:
+        made_from = stored_form(checkpoint).to_dict()["quantization"]["source"]["name"]
+    assert made_from.endswith(r"caf\udce9/m")
+    assert len(LLM(str(copy), **OPTIONS).generate("ab", max_new_tokens=1).token_ids) == 1
+
+
+def test_of_a_long_text_only_parts_are_tokenized(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "MAX_TEXT_LENGTH", 2000)
+    lengths = []
+
+    class Characters:
+        def encode(self, text: str, **_: object) -> list[int]:
+            lengths.append(len(text))
+            return list(map(ord, text))
+
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 5000 + "b" * 5000)
+    _, ids_BT = calibration.read_tokens(text, Characters(), MODEL)
+    assert lengths == [2000]
+    first, second = ids_BT.tolist()
+    assert (set(first), set(second)) == ({ord("a")}, {ord("b")}), "its beginning and its middle"
 
 
 @pytest.mark.parametrize(

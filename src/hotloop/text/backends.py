@@ -184,8 +184,8 @@ class JsonBackend:
 
     def save(self, folder: Path) -> Path:
         """Writes ``tokenizer.json``."""
-        file = folder / TOKENIZER_JSON
-        self._tokenizer.save(str(file))
+        file = folder / TOKENIZER_JSON  # of which the library takes no name that is not UTF-8
+        file.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
         return file
 
 

@@ -29,6 +29,7 @@ from hotloop.models.config import ModelConfig
 from hotloop.models.decoder import Block, Decoder
 from hotloop.models.linear import Linear
 from hotloop.outside import config_error, decode, read_bytes
+from hotloop.printable import printable
 from hotloop.quant import Scheme, parse_scheme
 from hotloop.quant.none import NoScheme
 from hotloop.text.tokenizer import Tokenizer
@@ -43,7 +44,10 @@ N_TOKENS = 256
 """Tokens of each sequence."""
 
 MAX_TEXT_BYTES = 2**26
-"""The largest text that is read: all of it is tokenized."""
+"""The largest text that is read: all of it is hashed."""
+
+MAX_TEXT_LENGTH = 2**20
+"""The most characters of a text that are tokenized, which takes 240 bytes of memory for each."""
 
 _SEED = 0
 
@@ -100,7 +104,11 @@ def read_tokens(
         ConfigError: The file cannot be read or is not UTF-8, or its text is too short.
     """
     data = read_bytes(path, limit=MAX_TEXT_BYTES, refuse=config_error)
-    ids = tokenizer.encode(decode(data, path, config_error), add_special=False)
+    chars = decode(data, path, config_error)
+    if len(chars) > MAX_TEXT_LENGTH:
+        apart, kept = len(chars) // N_SEQUENCES, MAX_TEXT_LENGTH // N_SEQUENCES
+        chars = "".join(chars[i * apart :][:kept] for i in range(N_SEQUENCES))
+    ids = tokenizer.encode(chars, add_special=False)
     n_tokens = _length(model)
     if len(ids) < N_SEQUENCES * n_tokens:
         raise config_error(
@@ -109,7 +117,7 @@ def read_tokens(
             f"{N_SEQUENCES * n_tokens}, or none, for random tokens.",
         )
     step = len(ids) // N_SEQUENCES
-    text = CalibrationText(name=path.name, sha256=hashlib.sha256(data).hexdigest())
+    text = CalibrationText(name=printable(path.name), sha256=hashlib.sha256(data).hexdigest())
     return text, torch.tensor([ids[i * step :][:n_tokens] for i in range(N_SEQUENCES)])
 
 

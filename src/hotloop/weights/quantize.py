@@ -17,6 +17,7 @@ import torch
 
 from hotloop.errors import ConfigError
 from hotloop.models import names
+from hotloop.printable import printable
 from hotloop.quant import QTensor, compressed_tensors, parse_head_scheme, parse_scheme
 from hotloop.quant.encodings.hotloop import Hotloop
 from hotloop.text.generation_config import generation_defaults, write_generation_config
@@ -152,7 +153,9 @@ def quantize_checkpoint(
             description = Quantization(
                 scheme=scheme.name,
                 head=head_scheme.name,
-                source=SourceModel(name=source_name or str(src), sample=sample_checkpoint(src)),
+                source=SourceModel(
+                    name=printable(source_name or str(src)), sample=sample_checkpoint(src)
+                ),
                 calibration=text,
             )
             kept = checkpoint.config.keys() - DESCRIPTION_KEYS  # of how the source was quantized
