@@ -15,7 +15,7 @@ from hotloop.report.layout import to_markdown
 from hotloop.report.page import make_page
 from hotloop.report.plots import acceptance_curve
 from hotloop.report.recommend import recommend
-from hotloop.report.speculation import Drafting, expected_tokens
+from hotloop.report.speculation import Drafting, details, expected_tokens
 from hotloop.report.speculation import drafting as collect
 from hotloop.report.table import make_table
 
@@ -81,6 +81,16 @@ def test_the_speed_at_each_acceptance_is_that_of_the_best_number_of_drafts():
         speeds = {k: expected_tokens(p, k) / seconds for k, seconds in ((1, 0.012), (4, 0.020))}
         k = max(speeds, key=speeds.get)
         assert shown == f"{speeds[k]:.0f} ({k})"
+
+
+def test_one_record_says_why_its_drafts_pay_or_not():
+    shown = dict(details(drafted()))
+    assert shown["drafting"] == one(drafted()).explanation
+    times, speeds = shown["ms to draft + to verify"], shown["tok/s (drafts)"]
+    assert times == "by number of drafts, 0: 0 + 10.0; 1: 2.00 + 10.0; 4: 8.00 + 12.0"
+    assert speeds.startswith("by acceptance, 60%: 133 (1), ")
+    assert speeds.endswith(", 95%: 226 (4); 100 without")
+    assert details(PLAIN) == details(drafted(costs=())) == []
 
 
 def test_the_gain_is_over_the_same_cell_without_drafts():

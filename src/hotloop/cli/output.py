@@ -100,7 +100,7 @@ def print_record(record: Record) -> None:
 
     The reason for its status is a line of its own, and whole, in place of the row's note.
     """
-    from hotloop.report.quality import details
+    from hotloop.report import quality, speculation
     from hotloop.report.table import LABELS, make_table
 
     table = make_table([record.model_copy(update={"reason": None})])
@@ -111,7 +111,8 @@ def print_record(record: Record) -> None:
     pairs += [(column.heading, cell) for column, cell in shown if column not in LABELS]
     if record.load_s is not None:
         pairs.append(("load", _load_time(record.load_s, record.load_gb_s)))
-    print_pairs([*pairs, *details(record), *table.context])
+    pairs += [*speculation.details(record), *quality.details(record)]
+    print_pairs([*pairs, *table.context])
     notes = [f"[{number}] {note}" for number, note in enumerate(table.notes, start=1)]
     for paragraph in filter(None, (notes, table.remarks)):
         print_text("\n" + "\n".join(paragraph))

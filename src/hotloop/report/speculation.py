@@ -172,6 +172,21 @@ class Drafting:
         return percent(self.figures.off_share)
 
 
+def details(record: Record) -> list[tuple[str, str]]:
+    """Returns names and values for a record of a cell with drafts whose step times are known."""
+    pairs = []
+    for cell in drafting([record]):
+        if cell.costs:
+            speeds = zip(ACCEPTANCES, cell.shown_speeds, strict=True)
+            listed = ", ".join(f"{percent(p)}: {speed}" for p, speed in speeds)
+            pairs += [
+                ("drafting", cell.explanation),
+                ("ms to draft + to verify", f"by number of drafts, {cell.shown_costs}"),
+                ("tok/s (drafts)", f"by acceptance, {listed}; {cell.shown_plain} without"),
+            ]
+    return pairs
+
+
 def expected_tokens(p: float, k: int) -> float:
     """Returns the tokens of a step with k drafts, each accepted with probability p."""
     return math.fsum(p**i for i in range(k + 1))
