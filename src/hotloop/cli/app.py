@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotloop import __version__
+from hotloop.cli.interrupts import ctrl_c_after_imports
 from hotloop.cli.output import discard_output, open_streams, print_error
 from hotloop.errors import (
     CheckpointError,
@@ -88,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error("standard output is closed: open it, or send it to a file or /dev/null.")
         return 1
     try:
-        code = _run(argv)
-        sys.stdout.flush()
+        with ctrl_c_after_imports():
+            code = _run(argv)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -1,0 +1,54 @@
+"""Ctrl-C while modules are imported: it waits for the end of the import.
+
+Importing torch takes a second or more. Some of its modules swallow a KeyboardInterrupt, so that the
+command would run on, and its C++ code ends the process with an abort.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+
+_AGAIN_S = 0.02
+"""Seconds after which it is looked again whether the import has ended."""
+
+
+@contextmanager
+def ctrl_c_after_imports() -> Generator[None]:
+    """Makes Ctrl-C raise KeyboardInterrupt once no module is being imported, within the block.
+
+    Where Ctrl-C is ignored or somebody else's, and in other threads than the main one, it stays so.
+    """
+    timers: list[threading.Timer] = []
+
+    def on_sigint(_signum: int, frame: FrameType | None) -> None:
+        if not _imports(frame):
+            raise KeyboardInterrupt
+        if not any(timer.is_alive() for timer in timers):
+            timers[:] = [threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT))]
+            timers[0].daemon = True
+            timers[0].start()
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, on_sigint)
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+            return True
+        frame = frame.f_back
+    return False
