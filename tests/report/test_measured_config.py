@@ -50,8 +50,9 @@ def test_what_was_not_measured_is_not_served(results):
         measured_config(str(results))
 
 
-def test_the_row_of_another_engine_is_refused_with_the_rows_that_can_be_run(results):
-    can = "run: none/eager, int8/auto, int4-g64/eager"
+def test_the_row_of_another_engine_is_refused_with_the_rows_that_ran(results):
+    append(results / "records.jsonl", record("none/auto/tp64", status="unsupported"))
+    can = "that ran: none/eager, int8/auto, int4-g64/eager"
     with pytest.raises(ConfigError, match=rf"vllm/x .* of another engine \(vllm\).*{can}[.]$"):
         measured_config(f"{results}:vllm/x")
 

@@ -39,6 +39,7 @@ def measured_config(text: str) -> Measured:
         ConfigError: There are no such results, they recommend nothing, there is no such cell, or
             it was of another engine.
     """
+    from hotloop.bench.record import MEASURED
     from hotloop.report.read import latest, read_records
     from hotloop.report.recommend import recommend
 
@@ -56,10 +57,11 @@ def measured_config(text: str) -> Measured:
     by_name = {record.cell: record for record in latest(records)}
     cells = {name: record for name, record in by_name.items() if record.baseline is None}
     if cell in by_name and cell not in cells:
-        own = ", ".join(cells) or "none"
+        ran = [name for name, record in cells.items() if record.status in MEASURED]
+        own = ", ".join(ran) or "none"
         raise ConfigError(
             f"{cell} in {path} is the row of another engine ({by_name[cell].baseline}), measured "
-            f"for comparison. Rows of hotloop's own, which can be run: {own}."
+            f"for comparison. Rows of hotloop's own that ran: {own}."
         )
     if cell not in cells:
         raise UnknownNameError(f"configuration in {path}", cell, cells)
