@@ -1,4 +1,4 @@
-"""What ``hotloop bench --endpoint`` finds out, of servers that behave in known ways."""
+"""``hotloop bench --endpoint`` against servers that behave in known ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server's steps need is captured before the first request, and padding disturbs nobody.
+"""A server's programs are captured before the first request, and padding disturbs nobody.
 
 Captures are emulated on a CPU: a graph is its program, whose results keep their place.
 """

@@ -36,7 +36,7 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def packed(*args: Any, **options: Any) -> list[Tensor]:
-    """What ``pack_in_chunks`` returns."""
+    """Returns the result of ``pack_in_chunks``."""
     packing = pack_in_chunks(*args, **options)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What tables and records say of quality: verdicts, floors, details."""
+"""Quality in tables and records: verdicts, floors, details."""
 
 from dataclasses import replace
 

@@ -36,7 +36,7 @@ def reset_when_closed(connection: socket.socket) -> None:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What arrives until the server closes the connection, or resets it."""
+    """Reads until the server closes the connection, or resets it."""
     found = b""
     try:
         while data := connection.recv(2**16):

@@ -1,4 +1,4 @@
-"""What is refused before any route sees it."""
+"""Requests that are refused before any route sees them."""
 
 import pytest
 from serving import HELLO

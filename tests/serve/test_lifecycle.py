@@ -179,7 +179,7 @@ def test_what_does_not_end_in_time_is_told_so(llm, monkeypatch):
 
 
 def raw(server: HttpServer, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """What a server answers to bytes that come in pieces; until it closes the connection."""
+    """Returns a server's answer to bytes that come in pieces, until it closes the connection."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=HANG_S) as connection:
         for piece in pieces:
             connection.sendall(piece)

@@ -1,4 +1,4 @@
-"""What Prometheus is told: counts that add up, under the names of vLLM's dashboards."""
+"""Metrics for Prometheus: counts that add up, under the names of vLLM's dashboards."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What clients of OpenAI's API send and count on, rule by rule."""
+"""The rules of OpenAI's API that clients count on, one by one."""
 
 import tracemalloc
 from collections.abc import Iterator

@@ -43,7 +43,7 @@ class Command:
 
     @property
     def said(self) -> str:
-        """What it has said so far."""
+        """Returns its output so far."""
         return self._said.read_text()
 
     def children(self) -> list[psutil.Process]:

@@ -63,7 +63,7 @@ CIRCUMSTANCES = {
 
 @pytest.fixture
 def circumstances(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """What the machine is like, which a test can change; other processes' memory has no part."""
+    """The machine as a test can change it, without other processes' memory."""
     now = copy.deepcopy(CIRCUMSTANCES)
     monkeypatch.setattr(hardware, "circumstances", lambda: copy.deepcopy(now))
     return now

@@ -44,7 +44,7 @@ def scales(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 1) -> Te
 
 
 def spread(per_group_NG: Tensor, group_size: int, k: int) -> Tensor:
-    """What each of K input features has of its group, in float32: [N, K]."""
+    """Repeats numbers of groups for each of K input features, in float32: [N, K]."""
     return per_group_NG.float()[:, torch.arange(k) // group_size]
 
 

@@ -1,4 +1,4 @@
-"""What identifies a checkpoint, without reading it whole."""
+"""The identity of a checkpoint, found without reading it whole."""
 
 import os
 import shutil
