@@ -276,7 +276,7 @@ def _announce(http: HttpServer, service: Service) -> None:
         note(
             f"Whoever reaches {settings.host} can use this server: set {API_KEY} or --api-key-file."
         )
-    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.2})
     shown = f"${API_KEY}" if os.environ.get(API_KEY) else "KEY"
     key = f' -H "Authorization: Bearer {shown}"' if settings.keys else ""
     note(f"curl {http.url}/v1/chat/completions{key} -d '{body}'", fold=False)
