@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from hotloop.bench.measure import bytes_read_per_step, measure_speed
@@ -190,7 +192,12 @@ def test_repeats_whose_texts_drafts_suit_unequally_say_so():
     calls = [WARM_UP, *([timing(t)] for t in (0.1, 0.2, 0.1, 0.07, 0.2))]
     engine = FakeEngine(calls, drafting=drafting)
     speed = measure(engine, Workload(prompt_tokens=5, new_tokens=11))
-    assert "a step gave 1.00 to 3.00 tokens" in speed.instability
+    assert "texts better, a step gave 1.00 to 3.00 tokens" in speed.instability
+    assumed = FakeEngine(calls, drafting=drafting)
+    config = replace(assumed.description.config, assume_acceptance=0.5)
+    assumed.description = replace(assumed.description, config=config)
+    speed = measure(assumed, Workload(prompt_tokens=5, new_tokens=11))
+    assert "kept at random, a step gave 1.00 to 3.00 tokens" in speed.instability
 
 
 def test_drafting_that_nothing_came_of_and_that_no_clock_saw_is_recorded_as_such():

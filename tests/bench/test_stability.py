@@ -22,7 +22,8 @@ def test_small_scatter_is_stable():
         ([1.5, 1.0, 1.01, 0.99, 1.0], "repeat 1 took 50% longer.*warm-up was too short"),
         ([1.5, 1.0, 1.0, 1.0, 1.0], "repeat 1 took 50% longer"),
         ([1.0, 1.01, 1.5, 0.99, 1.0], "repeat 3 took 50% longer.*another process"),
-        ([1.0, 1.01, 0.5, 0.99, 1.0], "repeat 3 took 50% less"),
+        ([1.0, 1.01, 0.5, 0.99, 1.0], "repeat 3 took 50% less.*another process slowed the others$"),
+        ([0.5, 1.01, 1.0, 0.99, 1.0], "repeat 1 took 50% less.*another process slowed the others$"),
         ([1.0, 1.4, 0.8, 1.3, 0.9], "no pattern"),
         ([1.0, 1.5, 1.0], "3 repeats are too few"),
     ],
@@ -32,6 +33,16 @@ def test_instability_names_its_likely_cause(seconds, cause):
     assert explanation is not None
     assert "coefficient of variation, limit 5%" in explanation
     assert re.search(cause, explanation)
+
+
+@pytest.mark.parametrize(
+    ("spread", "shown"), [(0.0504, "5.04%"), (0.0512, "5.1%"), (0.056, "6%"), (0.2, "20%")]
+)
+def test_a_variation_above_the_limit_never_reads_as_the_limit(spread, shown):
+    half = spread / 2**0.5
+    explanation = explain_instability([1 - half, 1 + half])
+    assert explanation is not None
+    assert explanation.startswith(f"time per token varies by {shown} between")
 
 
 def test_what_the_machine_did_meanwhile_is_quoted_only_where_it_matters():
@@ -52,6 +63,11 @@ def test_texts_that_drafts_suit_unequally_are_not_blamed_on_the_machine():
     varied = explain_instability(seconds, tokens_per_step=[2.4, 1.2, 3.1, 1.3, 2.6])
     assert varied is not None
     assert varied.endswith("drafts suit some texts better, a step gave 1.20 to 3.10 tokens")
+    drawn = explain_instability(
+        seconds, tokens_per_step=[2.4, 1.2, 3.1, 1.3, 2.6], acceptance_assumed=True
+    )
+    assert drawn is not None
+    assert drawn.endswith("drafts are kept at random, a step gave 1.20 to 3.10 tokens")
     alike = explain_instability(seconds, tokens_per_step=[2.4, 2.41, 2.4, 2.39, 2.4])
     assert alike == explain_instability(seconds)
     assert explain_instability([1.0] * 5, tokens_per_step=[1.2, 3.1, 1.3, 2.6, 2.0]) is None

@@ -253,10 +253,16 @@ def test_high_halves_draft_from_the_models_own_bytes(deep, tmp_path):
 
 
 def test_high_halves_of_other_weights_are_refused(folder, deep):
-    for quant in ("none", "int8", "int4-g32", "auto"):
+    for quant, saves in (("none", True), ("int8", True), ("int4-g64", False), ("auto", True)):
         message = refused(folder, draft="self", quant=quant)
         assert "draft 'self' is the high half of each weight of int8 in groups" in message
-        assert "give --quant int8-g64, or" in message
+        assert "give --quant int8-g64" in message
+        advised = EngineConfig(model=str(folder), quant="int8-g64", draft="self", device="cpu")
+        assert prepare(advised).draft.nested
+        assert ("--draft self-int4-g64." in message) == saves
+        if saves:
+            copied = dataclasses.replace(advised, quant=quant, draft="self-int4-g64")
+            assert prepare(copied).draft.schemes
     assert "self-" in refused(folder, draft="self-", quant="int8-g32"), "no scheme, so a model"
     assert "names a drafter twice" in refused(deep, quant="int8-g32", draft="self+self-int4-g32")
     copied = EngineConfig(model=str(deep), quant="int8-g32", draft="self-int4-g32", device="cpu")
@@ -509,7 +515,9 @@ def test_drafts_that_cannot_be_are_refused(folder):
     assert "draft_quant" in refused(folder, draft="ngram", draft_quant="int8")
     assert "draft_quant" in refused(folder, draft="self-int8", draft_quant="int8")
     assert "draft 'self-int5': unknown quantization" in refused(folder, draft="self-int5")
-    assert "draft 'self-int4-g128': model.layers.0" in refused(folder, draft="self-int4-g128")
+    message = refused(folder, draft="self-int4-g128")
+    assert "draft 'self-int4-g128': model.layers.0" in message
+    assert message.endswith("Use self-int4-g32 or self-int4-g64 instead.")
     with pytest.raises(ConfigError, match="draft_tokens"):
         LLM(str(folder), draft="ngram", draft_tokens=0)
 

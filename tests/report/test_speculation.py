@@ -123,6 +123,9 @@ def test_an_assumed_acceptance_is_named_in_every_table_and_never_recommended():
     plain = PLAIN.model_copy(update={"config": {**PLAIN.config, "weights": "random"}})
     records = [plain, assumed]
     assert recommend(records).cell == "int8/eager"
+    alone = recommend([assumed])
+    assert alone.cell is None
+    assert "every configuration that was measured is of an assumed acceptance" in alone.why
     table, (page,) = make_table(records), make_page(records)
     for each in (table, page):
         text = to_markdown(each)

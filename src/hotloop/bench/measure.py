@@ -150,6 +150,7 @@ def measure_speed(
             others_cpu=others_cpu,
             sm_clock_mhz=sm_clock_mhz,
             tokens_per_step=speculation.tokens_per_step.samples if speculation else (),
+            acceptance_assumed=description.config.assume_acceptance is not None,
         ),
     )
 

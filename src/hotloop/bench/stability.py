@@ -68,6 +68,7 @@ def explain_instability(
     others_cpu: Sequence[float | None] = (),
     sm_clock_mhz: Sequence[float | None] = (),
     tokens_per_step: Sequence[float] = (),
+    acceptance_assumed: bool = False,
 ) -> str | None:
     """Explains in a sentence or two why repeats are unstable; None if they are not.
 
@@ -77,18 +78,22 @@ def explain_instability(
         sm_clock_mhz: The GPU's clock right after each, where known.
         tokens_per_step: Tokens that a step gave in each, where drafts were made: these depend on
             the text, and every repeat has another.
+        acceptance_assumed: Whether drafts were kept with a given probability, whatever the text.
     """
     variation = _variation(seconds)
     if variation <= MAX_VARIATION:
         return None
     if _variation(tokens_per_step) > MAX_VARIATION:
         low, high = min(tokens_per_step), max(tokens_per_step)
-        pattern = f"drafts suit some texts better, a step gave {low:.2f} to {high:.2f} tokens"
+        cause = (
+            "drafts are kept at random" if acceptance_assumed else "drafts suit some texts better"
+        )
+        pattern = f"{cause}, a step gave {low:.2f} to {high:.2f} tokens"
     else:
         pattern = _pattern(seconds)
     what = (
-        f"time per token varies by {variation:.0%} between repeats (coefficient of variation, "
-        f"limit {MAX_VARIATION:.0%}): {pattern}"
+        f"time per token varies by {_beyond_limit(variation)} between repeats "
+        f"(coefficient of variation, limit {MAX_VARIATION:.0%}): {pattern}"
     )
     busy = max((share for share in others_cpu if share is not None), default=0.0)
     if busy >= _BUSY_CPU:
@@ -123,7 +128,17 @@ def _pattern(seconds: Sequence[float]) -> str:
     apart = f"repeat {odd + 1} took {abs(change):.0%} {'longer' if change > 0 else 'less'}"
     if odd == 0 and change > 0:
         return f"{apart} than the others, as when the warm-up was too short"
+    if change < 0:
+        return f"{apart} than the others, as when another process slowed the others"
     return f"{apart} than the others, as when another process interferes"
+
+
+def _beyond_limit(variation: float) -> str:
+    """Formats a variation above the limit with the digits that tell it from the limit."""
+    digits = 0
+    while f"{variation:.{digits}%}" == f"{MAX_VARIATION:.{digits}%}":  # ends, since the two differ
+        digits += 1
+    return f"{variation:.{digits}%}"
 
 
 def _variation(seconds: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ does the part that needs no GPU, so that equal configurations can be recognized.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -35,7 +36,7 @@ from hotloop.parallel.plan import Shard
 from hotloop.parallel.rendezvous import Torchrun
 from hotloop.quant import Scheme, parse_head_scheme, parse_scheme
 from hotloop.quant.auto import Auto
-from hotloop.quant.int4 import GROUP_SIZES
+from hotloop.quant.int4 import GROUP_SIZES, GroupSizeError
 from hotloop.quant.none import NoScheme
 from hotloop.text.tokenizer import Tokenizer, load_tokenizer
 from hotloop.types import (
@@ -440,6 +441,8 @@ def _self_draft_schemes(
     shapes = names.linear_weights(model)
     try:
         draft = schemes_by_name(model, scheme, head_scheme)
+    except GroupSizeError as error:
+        raise ConfigError(f"draft {of_draft!r}: {error.problem} {error.fix('self-')}") from error
     except ConfigError as error:
         raise ConfigError(f"draft {of_draft!r}: {error}") from error
 
@@ -464,7 +467,9 @@ def _self_draft_schemes(
     return draft
 
 
-def _check_nested(config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme]) -> None:
+def _check_nested(
+    config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme], dtype: torch.dtype
+) -> None:
     """Refuses to draft with the high planes of weights of which some have none."""
     kinds = {
         schemes[names.layer(i, part.name)].format(matrix.k).kind
@@ -476,11 +481,14 @@ def _check_nested(config: EngineConfig, model: ModelConfig, schemes: Mapping[str
         return
     widths = [matrix.k for layer in model.kinds for matrix in layer.matrices]
     fits = [size for size in GROUP_SIZES if all(k % size == 0 for k in widths)]
-    group = f"g{max(fits)}" if fits else "gN"
+    fixes = [f"--quant int8-g{max(fits)}"] if fits else []
+    copy = f"self-int4-g{max(fits)}" if fits else "self-int8"
+    with contextlib.suppress(ConfigError):  # under some schemes it would save nothing
+        _self_draft_schemes(dataclasses.replace(config, draft=copy), model, schemes, dtype)
+        fixes.append(f"a scheme for weights that only draft, such as --draft {copy}")
     raise ConfigError(
         f"draft {NESTED_DRAFTER!r} is the high half of each weight of int8 in groups, and quant is "
-        f"{config.quant!r}: give --quant int8-{group}, or a scheme for weights that only draft, "
-        f"such as --draft self-int4-{group}."
+        f"{config.quant!r}: give {', or '.join(fixes) or 'another drafter, such as ngram'}."
     )
 
 
@@ -505,7 +513,7 @@ def _prepare_draft(target: Setup, self_schemes: Mapping[str, Scheme]) -> Draft |
                 )
         nested = NESTED_DRAFTER in names
         if nested:
-            _check_nested(config, target.model, target.schemes)
+            _check_nested(config, target.model, target.schemes, target.dtype)
         return Draft(names=names, schemes=self_schemes, nested=nested)
     try:
         draft_config = EngineConfig(

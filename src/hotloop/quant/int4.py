@@ -20,7 +20,7 @@ the same reason constants are multiplied with: CUDA divides by them a little dif
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,27 @@ _ZEROS: Mapping[str, Zero] = {"sym": "none", "asym": "offset", "zp": "integer"}
 
 SHRINKS = tuple(1.1 - 0.025 * i for i in range(21) if i != 4)
 """The factors of a group's range that the search tries besides 1."""
+
+
+class GroupSizeError(ConfigError):
+    """A matrix whose rows a scheme's groups do not divide.
+
+    Args:
+        name: The matrix.
+        k: Its input features.
+        group_size: The group size that does not divide them.
+        fits: The schemes that differ in the group size alone and do; if none, int8 is advised.
+    """
+
+    def __init__(self, name: str, k: int, group_size: int, fits: Sequence[str]) -> None:
+        self.problem = f"{name} has {k} input features, which groups of {group_size} do not divide."
+        self.fits = tuple(fits) or ("int8",)
+        super().__init__(f"{self.problem} {self.fix()}")
+
+    def fix(self, prefix: str = "") -> str:
+        """Names the schemes to use, each after the ``prefix`` that an option wants before it."""
+        return f"Use {' or '.join(prefix + name for name in self.fits)} instead."
+
 
 _Grid = tuple[Tensor, Tensor | None]
 """Scales, and offsets or zero points, of groups: [N, G] each."""
@@ -88,10 +109,7 @@ class Int4:
         """Refuses groups that do not divide the input features, and names those that do."""
         if k % self.group_size:
             fits = [replace(self, group_size=g).name for g in GROUP_SIZES if k % g == 0]
-            raise ConfigError(
-                f"{name} has {k} input features, which groups of {self.group_size} do not divide. "
-                f"Use {' or '.join(fits) or 'int8'} instead."
-            )
+            raise GroupSizeError(name, k, self.group_size, fits)
 
     @property
     def alignment(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hotloop.errors import ConfigError
 from hotloop.kernels.linear import NESTED_RANGE, KernelFormat
-from hotloop.quant.int4 import GROUP_SIZES, SCALE_DTYPE
+from hotloop.quant.int4 import GROUP_SIZES, SCALE_DTYPE, GroupSizeError
 from hotloop.quant.qtensor import Combine, QTensor
 
 QMAX = 127  # -128 is left unused, so that the grid is symmetric
@@ -65,10 +65,7 @@ class Int8:
         """Refuses groups that do not divide the input features, and names those that do."""
         if self.group_size is not None and k % self.group_size:
             fits = [Int8(size).name for size in GROUP_SIZES if k % size == 0]
-            raise ConfigError(
-                f"{name} has {k} input features, which groups of {self.group_size} do not divide. "
-                f"Use {' or '.join(fits) or 'int8'} instead."
-            )
+            raise GroupSizeError(name, k, self.group_size, fits)
 
     def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:
         """Rounds to the nearest of 255 steps of ``max|row| / 127``, or of 248 steps per group."""

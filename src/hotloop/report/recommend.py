@@ -91,6 +91,12 @@ def recommend(
         )
 
     if not timed:
+        if any(assumed_note(r) and r.decode_tok_s for r in records):
+            return answer(
+                None,
+                "every configuration that was measured is of an assumed acceptance, and such a "
+                "speed is never recommended. Measure without --assume-acceptance.",
+            )
         return answer(None, "no configuration was measured.")
     if not measured:
         return answer(None, "no configuration's speed is known. Raise --repeats.")
