@@ -18,7 +18,7 @@ from pathlib import Path
 from gpu import require_marks, table, write_between
 
 from hotloop.bench.record import Record
-from hotloop.report.numbers import significant, uncertain
+from hotloop.report.numbers import divergence, significant, uncertain
 from hotloop.report.quality import outcome
 from hotloop.report.read import read_records
 from hotloop.sweep.store import RECORDS, append
@@ -53,7 +53,7 @@ def quality_table(records: Sequence[Record]) -> str:
     by_scheme = {record.config["quant"]: record for record in records}
     rows = [line(scheme, by_scheme[scheme]) for scheme in SCHEMES if scheme in by_scheme]
     floors = [record.kl_floor.mean for record in records if record.kl_floor is not None]
-    floor = f"\nThe floor of KL is {significant(max(floors), 1)}.\n" if floors else ""
+    floor = f"\nThe floor of KL is {divergence(max(floors))}.\n" if floors else ""
     return table(HEAD, rows, texts=1) + floor
 
 
