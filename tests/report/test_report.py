@@ -204,6 +204,19 @@ def test_records_that_do_not_compare_are_not_compared():
     assert "different devices" in found.why
 
 
+def test_rows_of_several_models_name_their_model():
+    small, large = (
+        record("none/eager", speed, config={"model": model})
+        for model, speed in (("small", 60), ("large", 30))
+    )
+    table = make_table([small, large])
+    assert [row.cells[:3] for row in table.rows] == [
+        ("none/eager", "ok", "small"),
+        ("none/eager", "ok", "large"),
+    ]
+    assert "model" not in [column.heading for column in make_table([small]).columns]
+
+
 def test_an_unstable_speed_is_recommended_with_the_note():
     found = recommend([record("none/eager", 30, loss=0.0, status="unstable", reason="r")])
     assert found.cell == "none/eager"

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hotloop.bench.record import MEASURED, Record
-from hotloop.report.context import RANDOM_ACCEPTANCE, assumed_note, context, has_random_acceptance
+from hotloop.report.context import (
+    RANDOM_ACCEPTANCE,
+    assumed_note,
+    context,
+    has_random_acceptance,
+    model_name,
+)
 from hotloop.report.context import notes as engine_notes
 from hotloop.report.fields import csv_names, csv_text, csv_values, value_of
 from hotloop.report.layout import STAR, Column, Notes, Row, Table
@@ -32,6 +38,9 @@ LABELS = (
     Column(title="configuration", text=lambda record: record.cell, is_label=True, is_key=True),
     Column(title="status", text=lambda record: record.status, is_label=True),
 )
+
+MODEL = Column(title="model", text=model_name, is_label=True, is_key=True)
+"""A third label, where records of several models are in one table."""
 
 FIGURES = (
     _figure("decode_tok_s", "decode\ntok/s", lambda f: uncertain(f.mean, half_width(f))),
@@ -100,7 +109,8 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
     shown = [column for column in FIGURES if any(map(column.text, records))]
     if not any(map(_is_batched, records)):
         shown = [column for column in shown if column.field != "aggregate_tok_s"]
-    columns = [*LABELS, *shown]
+    labels = [*LABELS, MODEL] if len(set(map(model_name, records))) > 1 else [*LABELS]
+    columns = [*labels, *shown]
     verdicts = next((i for i, c in enumerate(columns) if c.field == "verdict.outcome"), None)
     chosen_away = not_after_choosing(records)
     first_of_quality = next((i for i, c in enumerate(columns) if c.of_quality), None)
@@ -110,7 +120,7 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
         reason = (record.reason or "").partition("\n")[0]
         cells[1] = notes.cite(cells[1], reason and f"{record.status}: {reason}")
         # From left to right, so that numbers ascend as they are read.
-        figures = range(len(LABELS), len(columns))
+        figures = range(len(labels), len(columns))
         if (first := next((i for i in figures if cells[i]), None)) is not None:
             for note in (assumed_note(record), speed_gap(record), *engine_notes(record)):
                 cells[first] = notes.cite(cells[first], note)
