@@ -234,7 +234,12 @@ def test_quantize_says_what_became_of_the_bytes(monkeypatch, tmp_path, capsys):
     said = json.loads(shown)
     assert (said["src_bytes"], said["out_bytes"]) == (3000, 1000)
     assert "14 matrices stored as awq are dequantized." in err
-    options = {"quant": "int4-g64", "head": "auto", "copy_format": "hotloop"}
+    options = {
+        "quant": "int4-g64",
+        "head": "auto",
+        "copy_format": "hotloop",
+        "calibration": None,
+    }
     assert asked == {"src": source, "source_name": "m", **options}
 
 
