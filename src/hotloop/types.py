@@ -86,11 +86,12 @@ OWN_ENGINE = "hotloop"
 """The value of ``EngineConfig.engine`` that is hotloop's own engine."""
 
 LEAST_PREFILL_CHUNK, MOST_PREFILL_CHUNK = 512, 8192
+"""Prompt tokens of one forward pass by default: the minimum, and with ``fused`` the maximum, which
+is reduced to what fits the device's memory."""
+
 EXACT_CPU_CHUNK = 64
 """The longest chunk that CPU kernels compute with the bits of decode steps: PyTorch's attention is
 faster for more tokens."""
-"""Prompt tokens of one forward pass by default: the minimum, and with ``fused`` the maximum, which
-is reduced to what fits the device's memory."""
 
 MAX_DELTA_LN_PPL = 0.02
 """Increase of ln perplexity that a recommendation tolerates by default: 2 % more perplexity."""
