@@ -12,6 +12,7 @@ import pytest
 from hotloop.cli.interrupts import ctrl_c_after_imports
 
 SWALLOWS = """
+# The bare except swallows KeyboardInterrupt, as modules of torch do while they are imported.
 import os, signal
 try:
     for _ in range(2):

@@ -66,8 +66,11 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def make(families: dict[str, Path]) -> Make:
-    def make(**options: Any) -> LLM:
-        return LLM(str(families["LlamaForCausalLM"]), execution="fused", device="cuda", **options)
+    model = str(families["LlamaForCausalLM"])
+
+    def make(*, draft: str = "none", **options: Any) -> LLM:
+        draft = model if draft == "itself" else draft
+        return LLM(model, execution="fused", device="cuda", draft=draft, **options)
 
     return make
 
@@ -125,14 +128,14 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(make: Make) -> None:
 @pytest.mark.parametrize("draft", ["ngram", "exit-1", "self", "self-int4-g32", "itself"])
 @pytest.mark.parametrize("draft_tokens", [1, 4, MAX_TOKENS - 1])
 def test_drafts_change_neither_tokens_nor_their_probabilities(
-    draft: str, draft_tokens: int, make: Make, families: dict[str, Path]
+    draft: str, draft_tokens: int, make: Make
 ) -> None:
     quant = "int8-g128" if draft == "self" else "int8"
     plain = make(quant=quant, max_batch_size=3)
     drafted = make(
         quant=quant,
         max_batch_size=3,
-        draft=str(families["LlamaForCausalLM"]) if draft == "itself" else draft,
+        draft=draft,
         draft_policy="always",
         draft_tokens=draft_tokens,
     )
@@ -147,7 +150,6 @@ def test_chains_that_end_early_in_a_graph_change_no_token(
     draft: str,
     overlap: bool,
     make: Make,
-    families: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device = Device(CUDA, dependent_launch=overlap)
@@ -157,7 +159,7 @@ def test_chains_that_end_early_in_a_graph_change_no_token(
     drafted = make(
         quant="int8",
         max_batch_size=3,
-        draft=str(families["LlamaForCausalLM"]) if draft == "itself" else draft,
+        draft=draft,
         draft_policy="always",
         draft_tokens=7,
     )
@@ -198,14 +200,14 @@ def test_a_server_captures_chains_that_end_early_and_keeps_their_memory(large: P
 
 @pytest.mark.parametrize("draft", ["ngram", "self-int4-g32", "itself"])
 def test_several_steps_with_drafts_are_one_program_and_change_no_bit(
-    draft: str, make: Make, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    draft: str, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hotloop.engine.llm.n_multi_steps", lambda _: 8)
     plain = make(quant="int8", max_batch_size=3)
     drafted = make(
         quant="int8",
         max_batch_size=3,
-        draft=str(families["LlamaForCausalLM"]) if draft == "itself" else draft,
+        draft=draft,
         draft_policy="always",
     )
     steps: list[Any] = []
