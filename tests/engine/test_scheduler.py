@@ -18,9 +18,9 @@ from hotloop.engine.core import (
     CopySeat,
     Done,
     MoveRow,
-    Packing,
     Pending,
     Prefill,
+    PrefillBatching,
     ScoreWindow,
     Step,
     StepResult,
@@ -279,7 +279,12 @@ def test_every_request_gets_its_own_tokens_and_they_are_admitted_as_they_came(as
 @both
 def test_short_prompts_that_wait_are_prefilled_together_in_their_order(asynchronous):
     core = FakeCore(12, asynchronous=asynchronous)
-    driven = scheduler(core, packing=Packing(n_prompts=4, longest=3, n_tokens=8, forward_tokens=8))
+    driven = scheduler(
+        core,
+        prefill_batching=PrefillBatching(
+            max_prompts=4, max_prompt_tokens=3, max_tokens=8, max_forward_tokens=8
+        ),
+    )
     lengths = [1, 2, 3, 3, 2, 4, 3, 3, CHUNK + 2, 1, 1, 1]
     for name, length in enumerate(lengths, 1):
         driven.submit(request(name, 5, prompt=range(length - 1)))
@@ -294,7 +299,12 @@ def test_short_prompts_that_wait_are_prefilled_together_in_their_order(asynchron
 @both
 def test_prompts_that_need_other_numbers_of_forwards_are_not_prefilled_together(asynchronous):
     core = FakeCore(8, asynchronous=asynchronous)
-    driven = scheduler(core, packing=Packing(n_prompts=4, longest=6, n_tokens=24, forward_tokens=2))
+    driven = scheduler(
+        core,
+        prefill_batching=PrefillBatching(
+            max_prompts=4, max_prompt_tokens=6, max_tokens=24, max_forward_tokens=2
+        ),
+    )
     for name, length in enumerate([1, 2, 3, 4, 2, 5], 1):
         driven.submit(request(name, 2, prompt=range(length - 1)))
     finish(driven)
@@ -304,7 +314,12 @@ def test_prompts_that_need_other_numbers_of_forwards_are_not_prefilled_together(
 @both
 def test_a_window_and_a_full_cache_end_what_is_prefilled_together(asynchronous):
     core = FakeCore(3, asynchronous=asynchronous)
-    driven = scheduler(core, packing=Packing(n_prompts=4, longest=3, n_tokens=12, forward_tokens=8))
+    driven = scheduler(
+        core,
+        prefill_batching=PrefillBatching(
+            max_prompts=4, max_prompt_tokens=3, max_tokens=12, max_forward_tokens=8
+        ),
+    )
     window = Scoring([5, 6, 7], full=False)
     for job in (request(1, 2), request(2, 9), window, *(request(i, 3) for i in (3, 4, 5))):
         driven.submit(job)
@@ -318,7 +333,12 @@ def test_a_window_and_a_full_cache_end_what_is_prefilled_together(asynchronous):
 @both
 def test_requests_that_are_cancelled_free_no_row_of_those_they_were_prefilled_with(asynchronous):
     core = FakeCore(4, asynchronous=asynchronous)
-    driven = scheduler(core, packing=Packing(n_prompts=4, longest=3, n_tokens=12, forward_tokens=8))
+    driven = scheduler(
+        core,
+        prefill_batching=PrefillBatching(
+            max_prompts=4, max_prompt_tokens=3, max_tokens=12, max_forward_tokens=8
+        ),
+    )
     requests = [request(i, 6) for i in range(1, 8)]
     for each in requests:
         driven.submit(each)

@@ -165,32 +165,32 @@ class Prefill(Command[None]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packing:
-    """Which prompts can be prefilled together, with the bits that each would get alone.
+class PrefillBatching:
+    """Limits of batched prefill, within which each prompt gets the same bits as alone.
 
-    What counts of a prompt is its part without cached tokens.
+    Cached tokens of a prompt do not count. The prompts of a batch need equally many forwards: the
+    shortest would otherwise wait for the longest.
 
     Attributes:
-        n_prompts: The most prompts.
-        longest: The most tokens of one.
-        n_tokens: The most tokens of all.
-        forward_tokens: The most tokens of one in a forward. All need as many forwards, or the
-            shortest would wait for the longest.
+        max_prompts: Prompts of a batch.
+        max_prompt_tokens: Tokens of each prompt.
+        max_tokens: Tokens of all prompts together.
+        max_forward_tokens: Tokens of one prompt in one forward.
     """
 
-    n_prompts: int
-    longest: int
-    n_tokens: int
-    forward_tokens: int
+    max_prompts: int
+    max_prompt_tokens: int
+    max_tokens: int
+    max_forward_tokens: int
 
     def n_forwards(self, n: int) -> int:
-        """Returns the forwards that a prompt of ``n`` tokens needs."""
-        return -(-n // self.forward_tokens)
+        """Returns the number of forwards that a prompt of ``n`` tokens needs."""
+        return -(-n // self.max_forward_tokens)
 
 
 @dataclass(frozen=True)
-class FindPacking(Command[Packing | None]):
-    """Returns which prompts one ``Admit`` can have; None if each needs one of its own."""
+class QueryPrefillBatching(Command[PrefillBatching | None]):
+    """Returns the limits of batched prefill; None if an ``Admit`` takes one prompt only."""
 
     phase = "describe"
 
@@ -226,7 +226,7 @@ class Admit(Command[StepResult]):
 
     Attributes:
         row: The row of the first request; those of the others follow.
-        prompts: The prompts; several only as ``Packing`` allows.
+        prompts: The prompts; several only within the limits of ``PrefillBatching``.
     """
 
     phase = "prefill"

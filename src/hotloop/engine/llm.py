@@ -21,7 +21,7 @@ from hotloop.checked import MAX_SEED, changed, check_names
 from hotloop.engine.core import (
     Describe,
     EngineCore,
-    FindPacking,
+    QueryPrefillBatching,
     StartMeter,
     StopMeter,
     Synchronize,
@@ -122,7 +122,7 @@ class LLM:
         if progress:
             progress("warmup", 0, 0)
         try:
-            self._packing = self._runner.run(FindPacking()).wait()
+            self._prefill_batching = self._runner.run(QueryPrefillBatching()).wait()
             self._scheduler = self._warm_up()
         except BaseException as error:  # a Ctrl-C too: ranks must not outlive it
             self._open_runner = None
@@ -359,7 +359,7 @@ class LLM:
             controller=controller,
             n_steps=n_steps,
             prefix_cache=prefix_cache,
-            packing=self._packing,
+            prefill_batching=self._prefill_batching,
         )
 
     def _warm_up(self) -> Scheduler:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hotloop.engine.core import Packing, padded_rows
+from hotloop.engine.core import PrefillBatching, padded_rows
 from hotloop.engine.fused import FusedForward, fused_forms
 from hotloop.engine.gemm_prefill import GemmPrefill
 from hotloop.engine.graphs import capture
@@ -149,7 +149,7 @@ class FusedPrefill:
         n_prompts: The most prompts that the engine prefills together.
 
     Attributes:
-        packing: Which prompts can be prefilled together.
+        prefill_batching: Limits of batched prefill.
     """
 
     def __init__(
@@ -169,11 +169,11 @@ class FusedPrefill:
         self._gemm = GemmPrefill(decoder, cache, launcher, chunk=chunk, shared=shared)
         gate_up = decoder.blocks[0].feed_forward.gate_up_proj
         longest = max_step_prefill_tokens(fused_forms(gate_up))
-        self.packing = Packing(
-            n_prompts=n_prompts,
-            longest=longest,
-            n_tokens=n_prompts * longest,
-            forward_tokens=STEP_TOKENS,
+        self.prefill_batching = PrefillBatching(
+            max_prompts=n_prompts,
+            max_prompt_tokens=longest,
+            max_tokens=n_prompts * longest,
+            max_forward_tokens=STEP_TOKENS,
         )
 
     def warm_up(self) -> None:
@@ -187,21 +187,23 @@ class FusedPrefill:
         Returns:
             Computes the last token's logits [1, V], before the next prefill.
         """
-        if len(ids_T) <= self.packing.longest:
+        if len(ids_T) <= self.prefill_batching.max_prompt_tokens:
             *_, (_, logits_TV) = self.logits(ids_T, start, seat)
             return lambda: logits_TV[-1:]
         last_1D = self._gemm(ids_T, start, seat)
         return lambda: self._forward.logits(last_1D)
 
     def together(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Prefills several seats at once, as ``packing`` allows.
+        """Prefills several seats at once, within the limits of ``prefill_batching``.
 
         Returns:
             The logits [B, V] of the last token of each.
         """
         lengths = [len(chunk.ids) for chunk in chunks]
-        n_steps = self.packing.n_forwards(max(lengths))
-        assert n_steps == self.packing.n_forwards(min(lengths)), f"prompts of {lengths} tokens"
+        n_steps = self.prefill_batching.n_forwards(max(lengths))
+        assert n_steps == self.prefill_batching.n_forwards(min(lengths)), (
+            f"prompts of {lengths} tokens"
+        )
         logits_BTV = None
         for first in range(0, n_steps * STEP_TOKENS, STEP_TOKENS):
             logits_BTV = self._steps(

@@ -29,11 +29,11 @@ from hotloop.engine.core import (
     Describe,
     Done,
     Features,
-    FindPacking,
     MoveRow,
-    Packing,
     Pending,
     Prefill,
+    PrefillBatching,
+    QueryPrefillBatching,
     ScoreWindow,
     StartMeter,
     Step,
@@ -197,8 +197,8 @@ class Runner:
                 return self._score(command)
             case Synchronize():
                 return Done(self._synchronize())
-            case FindPacking():
-                return Done(self._model.packing)
+            case QueryPrefillBatching():
+                return Done(self._model.prefill_batching)
             case StartMeter():
                 return Done(self._start_meter())
             case StopMeter():
@@ -404,7 +404,7 @@ class _Model:
         n_prompts: The most prompts that are prefilled together.
 
     Attributes:
-        packing: Which prompts can be prefilled together; None for each by itself.
+        prefill_batching: Limits of batched prefill; None if prompts are prefilled one by one.
         on_cpu_kernels: Our CPU kernels compute all matrix products, and attention.
         twin: The decoder of a drafter that is the model under another scheme, or the high planes of
             its weights; None without one.
@@ -469,18 +469,19 @@ class _Model:
             )
         self.on_cpu_kernels = all(name.endswith("/cpu") for name in self.kernels().values())
         self._run_short = eager_run(self.decoder) if self.on_cpu_kernels else call
-        self.packing: Packing | None = None  # where a row's bits depend on the number of rows
+        # None where the bits of a row depend on the number of rows.
+        self.prefill_batching: PrefillBatching | None = None
         if self._prompt is not None:
-            self.packing = self._prompt.packing
+            self.prefill_batching = self._prompt.prefill_batching
         elif self.on_cpu_kernels:
             linears = [linear for block in self.decoder.blocks for linear in block.linears.values()]
             n_weights = sum(linear.n * linear.k for linear in linears)
             longest = math.ceil(READ_ROWS * sum(linear.nbytes for linear in linears) / n_weights)
-            self.packing = Packing(
-                n_prompts=n_prompts,
-                longest=min(longest, EXACT_CPU_CHUNK),
-                n_tokens=EXACT_CPU_CHUNK,
-                forward_tokens=EXACT_CPU_CHUNK,
+            self.prefill_batching = PrefillBatching(
+                max_prompts=n_prompts,
+                max_prompt_tokens=min(longest, EXACT_CPU_CHUNK),
+                max_tokens=EXACT_CPU_CHUNK,
+                max_forward_tokens=EXACT_CPU_CHUNK,
             )
 
     def warm_up(self) -> None:
@@ -537,7 +538,7 @@ class _Model:
         return lambda: self.decoder.logits(hidden_TD[-1:])
 
     def prefill_all(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Prefills seats with the last chunks of prompts, several only as ``packing`` allows.
+        """Prefills seats with the last chunks of prompts; several only within ``prefill_batching``.
 
         Returns:
             The logits [B, V] of the last token of each.

@@ -9,13 +9,15 @@ caller runs iterations of the scheduler, and may submit and cancel in between:
 ...     for request, delta in scheduler.iterate():
 ...         ...
 
-It launches a decode step of all rows, then at most one chunk of one prompt, and delivers what it
-launched before that while the device computes. So the host runs one step behind the device, and a
-long prompt delays others by one chunk at a time. A request is in the steps after its last chunk. If
-tokens end a request, those of its in-flight step are discarded.
+An iteration launches a decode step of all rows and at most one chunk of one prompt. While the
+device computes them, the host delivers the tokens of the previous launch. So the host runs one step
+behind the device, and a long prompt delays the other requests by one chunk at a time. A request
+takes part in steps once the last chunk of its prompt has been launched. When a token ends a
+request, the scheduler discards the tokens that a step in flight still computes for it.
 
-Chunks begin at multiples of their size, whatever the load, so that load changes no bits. Short
-prompts that wait together are one chunk where that changes none either (``core.Packing``).
+Chunks begin at multiples of the chunk size, whatever the load, so that the bits of a result do not
+depend on the load. Short prompts that wait together are prefilled in one forward, if each gets the
+same bits as alone (``core.PrefillBatching``).
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ from hotloop.engine.core import (
     EngineCore,
     Features,
     MoveRow,
-    Packing,
     Pending,
     Prefill,
+    PrefillBatching,
     ScoreWindow,
     Step,
     StepResult,
@@ -96,16 +98,16 @@ class Scheduler:
         n_steps: Plain steps of a multi-step program, used while no request waits; see
             ``n_multi_steps``.
         prefix_cache: See ``EngineConfig.prefix_cache``.
-        packing: Which prompts are prefilled together; None for each by itself.
+        prefill_batching: Limits of batched prefill; None if prompts are prefilled one by one.
 
     Attributes:
         n_steps: See above.
         n_programs: Programs that the device side has captured or compiled for steps.
         n_steps_run: Decode steps launched so far.
-        n_rows_run: Rows of these steps, all together.
-        feature_sets: Sets of features that programs for rows in any seats exist for, ascending; a
-            step takes the first that includes its own. None: steps have exactly the features that
-            they need.
+        n_rows_run: Sum of the numbers of rows of these steps.
+        feature_sets: The sets of sampler features for which programs were captured, the smallest
+            first. A step runs the first program that has every feature its requests need. None if
+            each step gets a program with exactly those features.
     """
 
     def __init__(
@@ -118,13 +120,13 @@ class Scheduler:
         controller: DraftController | None = None,
         n_steps: int = 1,
         prefix_cache: PrefixReuse = "none",
-        packing: Packing | None = None,
+        prefill_batching: PrefillBatching | None = None,
     ) -> None:
         self.controller, self.n_steps = controller, n_steps
         self.n_programs = self.n_steps_run = self.n_rows_run = 0
         self.feature_sets: Sequence[Features] | None = None
         self._core, self._n_positions, self._chunk = core, n_positions, chunk
-        self._packing = packing
+        self._prefill_batching = prefill_batching
         self._waiting: deque[Job] = deque()
         self._prefilling: _Prefilling | None = None
         self._rows: list[Request | None] = [None] * n_rows
@@ -331,22 +333,24 @@ class Scheduler:
             )
             self._seats.hold(seat, job.prompt_ids, end)
             return _Launched(pending, prefilling=job)
-        return self._admit([prefilling, *self._packed_with(prefilling)])
+        return self._admit([prefilling, *self._batched_with(prefilling)])
 
-    def _packed_with(self, first: _Prefilling) -> Iterator[_Prefilling]:
+    def _batched_with(self, first: _Prefilling) -> Iterator[_Prefilling]:
         """Takes further prompts off the queue, in its order, that are prefilled with this one."""
-        packing, n, n_tokens = self._packing, 1, first.n - first.start
-        if packing is None or n_tokens > packing.longest:
+        limits, n, n_tokens = self._prefill_batching, 1, first.n - first.start
+        if limits is None or n_tokens > limits.max_prompt_tokens:
             return
-        n_forwards = packing.n_forwards(n_tokens)
-        while n < packing.n_prompts and self._waiting and isinstance(self._waiting[0], Request):
+        n_forwards = limits.n_forwards(n_tokens)
+        while n < limits.max_prompts and self._waiting and isinstance(self._waiting[0], Request):
             following = self._next_prefill()
             if following is None:  # no seat is free
                 return
             n_new = following.n - following.start
             n, n_tokens = n + 1, n_tokens + n_new
-            is_short = n_new <= packing.longest and following.end(self._chunk) == following.n
-            fits = n_tokens <= packing.n_tokens and packing.n_forwards(n_new) == n_forwards
+            is_short = (
+                n_new <= limits.max_prompt_tokens and following.end(self._chunk) == following.n
+            )
+            fits = n_tokens <= limits.max_tokens and limits.n_forwards(n_new) == n_forwards
             if not (is_short and fits):
                 self._prefilling = following  # by itself, in the next iteration
                 return
