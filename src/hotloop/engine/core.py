@@ -393,10 +393,10 @@ class EngineCore(Protocol):
         ...
 
     @property
-    def exact_rows(self) -> bool:
-        """Whether a token's keys and values have the same bits whatever is computed with it.
+    def batch_invariant(self) -> bool:
+        """Whether the bits of a token's keys and values do not depend on the rest of its batch.
 
-        Then those of a chunk, of a part of one, and of a decode step are the same.
+        If so, a chunk, a part of a chunk and a decode step compute the same bits for a token.
         """
         ...
 

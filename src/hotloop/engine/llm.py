@@ -409,7 +409,7 @@ class LLM:
                 answer(plain, 1 + plain.n_steps, suggested)
         self._runner.run(Synchronize()).wait()
         reuse = self._setup.prefix_reuse
-        if reuse == "chunks" and self._runner.exact_rows:
+        if reuse == "chunks" and self._runner.batch_invariant:
             reuse = "tokens"  # which has the same bits here
         if speculative.controller is not None:
             speculative.controller.forget_texts()

@@ -24,7 +24,9 @@ from hotloop.parallel.rendezvous import Address, Torchrun
 
 @dataclass(frozen=True, kw_only=True)
 class Load(Command[bool]):
-    """Loads a rank's shard of a model: the first command of a rank; returns its ``exact_rows``.
+    """Loads a rank's shard of a model; returns ``EngineCore.batch_invariant``.
+
+    It is a rank's first command.
 
     Attributes:
         setup: The configuration to load.
@@ -66,7 +68,7 @@ def serve(
 
         runner = Runner(setup, n_tokens=n_tokens, progress=progress, group=group)
         if rank == 0:
-            caller.answer(number, lambda: runner.exact_rows)
+            caller.answer(number, lambda: runner.batch_invariant)
         for number, command in commands:
             pending = runner.run(command)
             if rank == 0:

@@ -72,7 +72,7 @@ class RankGroup:
             one_machine=n_here == n_ranks,
         )
         try:
-            self.exact_rows = self._ranks.tell(load, phase=load.phase).wait(progress)
+            self.batch_invariant = self._ranks.tell(load, phase=load.phase).wait(progress)
         except BaseException:
             self.close()
             raise

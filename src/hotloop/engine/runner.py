@@ -100,7 +100,7 @@ class Runner:
         asynchronous: Whether ``run`` returns before the device has completed a step.
         captures: Whether programs become CUDA graphs.
         ends_chains: See ``EngineCore``.
-        exact_rows: See ``EngineCore``.
+        batch_invariant: See ``EngineCore``.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Runner:
             self._step_threads = cpu.single_threaded_torch if ours else nullcontext
             longest = max(setup.prefill_chunk, 1 + spare)
             exact = longest <= EXACT_CPU_CHUNK and self._group.sums_in_one_order
-            self.exact_rows = ours and exact
+            self.batch_invariant = ours and exact
         with working_on(device, "warmup"):
             for model in models:
                 model.warm_up()
