@@ -68,14 +68,14 @@ def fixed(chains: Sequence[Chain], k: int, d: float, per_draft: float) -> float:
     return tokens / (len(chains) * (k * d + 1 + k * per_draft))
 
 
-def early(chains: Sequence[Chain], least: float, d: float, per_draft: float) -> float:
+def early(chains: Sequence[Chain], threshold: float, d: float, per_draft: float) -> float:
     """The speed of steps whose chains end below a probability."""
     tokens = cost = 0.0
     for probabilities, accepted in chains:
         survival, k = 1.0, 1
         for each in probabilities:
             survival *= each
-            if survival < least:
+            if survival < threshold:
                 break
             k += 1
         tokens += 1 + min(accepted, k)
@@ -107,7 +107,7 @@ def main() -> None:
     with LLM(args.model, **config) as llm:
         controller = llm._scheduler.controller
         assert controller is not None, "there is a drafter"
-        controller._least = lambda *_: NEVER
+        controller._min_probability = lambda *_: NEVER
         recorder.start()
         for text in args.texts:
             ids, params = prompt(llm, text)
@@ -119,13 +119,14 @@ def main() -> None:
                 speeds = {
                     k: fixed(recorder.chains, k, *costs) for k in range(args.draft_tokens + 1)
                 }
-                by_least = {p: early(recorder.chains, p, *costs) for p in THRESHOLDS}
-                k, least = (
+                speed_below = {p: early(recorder.chains, p, *costs) for p in THRESHOLDS}
+                k, threshold = (
                     max(speeds, key=speeds.__getitem__),
-                    max(by_least, key=by_least.__getitem__),
+                    max(speed_below, key=speed_below.__getitem__),
                 )
                 print(
-                    f"{text}, d {d}: {speeds[k]:.2f} with {k}, {by_least[least]:.2f} below {least}"
+                    f"{text}, d {d}: {speeds[k]:.2f} with {k}, "
+                    f"{speed_below[threshold]:.2f} below {threshold}"
                 )
     if args.out is not None:
         date = datetime.now(UTC).date().isoformat()

@@ -184,7 +184,7 @@ class Engine:
                 for request, right in requests.items():
                     i, accepted = at[request], 0
                     drafts = right[choice.drafter][i : i + k]
-                    made = length(drafts, choice.least)
+                    made = length(drafts, choice.min_probability)
                     n_made = max(n_made, made)
                     while accepted < made and drafts[accepted][0]:
                         accepted += 1
@@ -228,12 +228,12 @@ class Engine:
         return self.costs.plain_s * self.costs.of(drafter, k) * factor
 
 
-def length(drafts: Drafts, least: float) -> int:
-    """Returns the length of a chain that ends where all of it is right with less than ``least``."""
+def length(drafts: Drafts, min_probability: float) -> int:
+    """Returns the length of a chain that ends once its probability is below ``min_probability``."""
     survival, n = 1.0, 0
     for _, probability in drafts:
         n, survival = n + 1, survival * probability
-        if survival < least:
+        if survival < min_probability:
             break
     return n
 

@@ -792,7 +792,7 @@ def test_chains_that_end_on_the_device_are_those_of_the_host_and_change_no_token
             found = []
             for llm in (on_device, on_host):
                 controller = llm._scheduler.controller
-                monkeypatch.setattr(controller, "_least", lambda *_, least=least: least)
+                monkeypatch.setattr(controller, "_min_probability", lambda *_, least=least: least)
                 generations = llm.generate(prompts, FREELY, **sampling)
                 assert [(g.token_ids, g.logprobs) for g in generations] == expected
                 found.append([g.speculation.proposed for g in generations])

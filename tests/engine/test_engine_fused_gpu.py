@@ -168,7 +168,7 @@ def test_chains_that_end_early_in_a_graph_change_no_token(
     for sampling in ({}, {"seed": 3, **DRAWN["top-k"]}, {"seed": 3, **DRAWN["penalty"]}):
         lengths = []
         for least in (0.0, 0.5, 0.999, 2.0, 0.999, 0.0):  # of the same graphs
-            monkeypatch.setattr(controller, "_least", lambda *_, least=least: least)
+            monkeypatch.setattr(controller, "_min_probability", lambda *_, least=least: least)
             for prompts in (PROMPTS, PROMPTS[:1]):
                 found = drafted.generate(prompts, GREEDY, **sampling)
                 alone = plain.generate(prompts, GREEDY, **sampling)

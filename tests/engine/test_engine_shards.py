@@ -123,7 +123,7 @@ def test_chains_of_drafts_end_at_the_same_draft_on_every_rank(folder, draft, mon
     for llm in (one, several):
         least = itertools.cycle([2.0, 1e-6, 1e-4, 1e-3, 1e-5])  # none is as likely as 2
         controller = llm._scheduler.controller
-        monkeypatch.setattr(controller, "_least", lambda *_, least=least: next(least))
+        monkeypatch.setattr(controller, "_min_probability", lambda *_, least=least: next(least))
         found = llm.generate(PROMPTS, FREELY, temperature=0.9, seed=4)
         counts.append([(g.token_ids, g.speculation.proposed) for g in found])
     assert counts[0] == counts[1]

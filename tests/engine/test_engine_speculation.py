@@ -133,7 +133,9 @@ def test_chains_that_end_early_change_no_token(deep, drafts, plain, draft, monke
     )
     lengths = []
     for least in (1e-9, 0.02, 2.0):
-        monkeypatch.setattr(llm._scheduler.controller, "_least", lambda *_, least=least: least)
+        monkeypatch.setattr(
+            llm._scheduler.controller, "_min_probability", lambda *_, least=least: least
+        )
         for options in ({}, SAMPLING["truncated"] | {"seed": 3}):
             found = llm.generate(PROMPTS, FREELY, **options)
             assert [g.token_ids for g in found] == answers(plain, **options)
@@ -843,7 +845,7 @@ def chains_of(
     for _ in range(n_steps):
         choice = controller.choose(limits, 99)
         chances = np.where(random.random(choice.k) < unsure, 0.2, 0.99)
-        ends = np.cumprod(chances)[:-1] < choice.least
+        ends = np.cumprod(chances)[:-1] < choice.min_probability
         n_made = int(ends.argmax()) + 1 if ends.any() else choice.k
         kept = 1 + int(np.cumprod(random.random(n_made) < chances[:n_made]).sum())
         times = StepTimes(draft_s=0.004 * n_made, model_s=0.010)
@@ -1022,7 +1024,7 @@ def test_assumed_drafts_are_kept_with_their_probability_each_and_independently()
 def test_chains_end_early_where_an_acceptance_is_assumed(deep, monkeypatch):
     options = {"weights": "random", "draft": "exit-1", "draft_tokens": 7, "assume_acceptance": 0.8}
     llm = LLM(str(deep), draft_policy="always", **options)
-    monkeypatch.setattr(llm._scheduler.controller, "_least", lambda *_: 0.45)
+    monkeypatch.setattr(llm._scheduler.controller, "_min_probability", lambda *_: 0.45)
     (found,) = llm.generate([[5, 6, 7]], FREELY, max_new_tokens=100)
     proposed = found.speculation.proposed
     assert proposed[0] > proposed[1] > proposed[2], "of the first, 0.2 or 0.95 are accepted"

@@ -994,7 +994,7 @@ def drawn(
 def chain_case(
     logits_BV: Tensor,
     *,
-    least: float,
+    min_probability: float,
     accepted: float | None = None,
     own: float | None = None,
     ids: Sequence[int] | None = None,
@@ -1005,7 +1005,7 @@ def chain_case(
 
     Args:
         logits_BV: float32, of which rows may have any stride.
-        least: The least probability of a chain that goes on.
+        min_probability: The lowest probability of a chain that goes on.
         accepted: That of the drafts before; None if it is the first.
         own: The probability of every row's newest draft; None for that of the logits.
         ids: Negative where there is no draft; None for random ones.
@@ -1016,7 +1016,7 @@ def chain_case(
     ids_B = torch.tensor(ids or [(37 * b + 5) % V for b in range(B)], device=device)
     own_B = None if own is None else torch.full((B,), own, device=device)
     undrafted_B = torch.tensor([b in undrafted for b in range(B)], device=device)
-    least_1 = torch.tensor([least], device=device)
+    min_probability_1 = torch.tensor([min_probability], device=device)
     accepted_B = torch.full((B,), torch.nan if accepted is None else accepted, device=device)
     # Of the first draft nothing of the chain before is read.
     state = torch.tensor([0, accepted is None], dtype=torch.int32, device=device)
@@ -1030,15 +1030,15 @@ def chain_case(
 
     def check() -> None:
         torch.testing.assert_close(accepted_B, expected_B.float(), rtol=1e-4, atol=0)
-        assert abs(float(mean) / least - 1) > 1e-3, "the case is not at the limit"
-        assert state.tolist() == [0, int(mean < least)]
+        assert abs(float(mean) / min_probability - 1) > 1e-3, "the case is not at the limit"
+        assert state.tolist() == [0, int(mean < min_probability)]
 
     call = extend_chain(
         logits_BV,
         ids_B,
         own_B,
         undrafted_B,
-        least_1,
+        min_probability_1,
         accepted_B,
         state,
         is_first=accepted is None,
@@ -1046,5 +1046,5 @@ def chain_case(
     )
     # Late inputs are whole tensors that a launch does not write.
     late = (logits_BV,) if logits_BV.is_contiguous() else ()
-    late += (ids_B, least_1, *(() if own_B is None else (own_B,)))
+    late += (ids_B, min_probability_1, *(() if own_B is None else (own_B,)))
     return Case(call=call, inputs=late, outputs=(accepted_B, state), check=check)

@@ -761,27 +761,27 @@ def test_a_draw_depends_on_neither_max_candidates_nor_other_rows():
 def test_a_chain_goes_on_while_its_drafts_are_likely():
     condition = ctypes.c_uint32()
     for B, V, options, goes_on in (
-        (1, 301, {"least": 1e-6}, True),
-        (1, 301, {"least": 0.9}, False),
-        (3, 9000, {"least": 1e-9, "accepted": 0.5}, True),  # more than a thread's loads
-        (3, 40, {"least": 0.3, "accepted": 0.9, "own": 0.5}, True),
-        (3, 40, {"least": 0.3, "accepted": 0.9, "own": 0.5, "undrafted": [1, 2]}, False),
-        (2, 40, {"least": 1e-6, "ids": [-1, -1]}, False),  # whose logits are not finite
+        (1, 301, {"min_probability": 1e-6}, True),
+        (1, 301, {"min_probability": 0.9}, False),
+        (3, 9000, {"min_probability": 1e-9, "accepted": 0.5}, True),  # more than a thread's loads
+        (3, 40, {"min_probability": 0.3, "accepted": 0.9, "own": 0.5}, True),
+        (3, 40, {"min_probability": 0.3, "accepted": 0.9, "own": 0.5, "undrafted": [1, 2]}, False),
+        (2, 40, {"min_probability": 1e-6, "ids": [-1, -1]}, False),  # whose logits are not finite
     ):
         condition.value = 7
         handle = ctypes.addressof(condition)
         run(chain_case(normal_scores(B, V), **options, handle=handle))
         assert condition.value == goes_on, f"{B} rows of {V}, {options}"
     logits = normal_scores(3, 2, 300)[:, 1]
-    run(chain_case(logits, least=1e-6))  # rows that lie apart, and no node
+    run(chain_case(logits, min_probability=1e-6))  # rows that lie apart, and no node
     logits[:, 7] = 1e4  # beside which any other token has a probability of 0
-    run(chain_case(logits, least=1e-6))
+    run(chain_case(logits, min_probability=1e-6))
 
 
 def test_a_chain_that_has_ended_stays_so_whatever_is_left_of_its_drafts():
     condition = ctypes.c_uint32(7)
     logits = torch.full((2, 300), torch.nan)
-    case = chain_case(logits, least=0.1, accepted=1.0, handle=ctypes.addressof(condition))
+    case = chain_case(logits, min_probability=0.1, accepted=1.0, handle=ctypes.addressof(condition))
     accepted, state = case.outputs
     state[1] = 1
     emulate(case.call)

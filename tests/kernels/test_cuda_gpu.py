@@ -298,10 +298,10 @@ def test_adding_to_the_residual_stream_equals_its_specification(device, rows):
 def test_a_chain_goes_on_while_its_drafts_are_likely(device, rows, vocab):
     logits = 5 * torch.randn(rows, vocab, generator=generator(device, vocab), device=device.device)
     for least in (1e-12, 0.5):
-        case = chain_case(logits, least=least)
+        case = chain_case(logits, min_probability=least)
         assert_right_and_the_same_with_dependent_launch(device, case)
     for options in ({"own": 0.5}, {"own": 0.5, "undrafted": [0]}):
-        case = chain_case(logits, least=0.3, accepted=0.9, **options)
+        case = chain_case(logits, min_probability=0.3, accepted=0.9, **options)
         device.prepare(case.call, dependent=False)()
         torch.cuda.synchronize()
         case.check()

@@ -1,15 +1,17 @@
 """Makes chains of drafts, which can end early.
 
-The product of a draft model's own probabilities of its drafts is taken for the probability that all
-drafts so far are accepted. Once its mean over the rows of a step is below ``Step.least``, another
-draft does not pay (``draft_control``), and the chain ends; the first draft is always made. What is
-not drafted is -1, which is the token of no finite logits, so that nothing of it is accepted.
+The probability that all drafts so far are accepted is estimated by the product of the probabilities
+that the draft model gives them. Once the mean of that estimate over the rows of a step is below
+``Step.min_probability``, another draft does not pay (``draft_control``), and the chain ends. The
+first draft is always made. A draft position without a draft holds -1, which is never accepted,
+because no sampled token equals it.
 
-On a CPU the host decides, from tensors that it can read at no cost. In a CUDA graph a kernel does
-(``kernels.cuda.chain``), and sets the condition of an IF node that has the next draft
-(``graphs.IfNodes``). The host learns how many were made with the tokens of the step, which verifies
-as many positions as ever. With several ranks all drafts are made there: every rank would have to
-end with the same draft, and graphs with IF nodes cannot have collectives of NCCL.
+On a CPU the host decides when a chain ends, since it can read tensors at no cost. In a CUDA graph a
+kernel decides (``kernels.cuda.chain``): it sets the condition of the IF node that contains the next
+draft (``graphs.IfNodes``). Such a step still verifies all draft positions, and the host learns the
+number of drafts together with the step's tokens. With several ranks on GPUs chains never end early:
+every rank would have to end with the same draft, and graphs with IF nodes cannot contain
+collectives of NCCL.
 
 Shape letters: B rows, T positions of each, D drafts, V vocabulary.
 """
@@ -35,10 +37,11 @@ from hotloop.kernels.cuda.launch import Launcher
 
 
 class Chain:
-    """Drafts for the first rows of a step, one after the other, as the model samples.
+    """Drafts for the first rows of a step, sampled one after the other.
 
     Args:
-        forward: The forward of a draft model in this step, of tokens and positions [B, T] in seats.
+        forward: The draft model's forward in this step: takes tokens and positions [B, T], and
+            seats [B].
         rows: The rows of the target model.
         sampler: Samples from the logits of the draft model.
         tokens_BT: int64, the newest tokens.
@@ -47,10 +50,10 @@ class Chain:
         features: The features that the sampler needs.
 
     Attributes:
-        drafts: int64 [B, D], -1 for those that are not made.
-        n: The drafts so far.
-        after: int64 [B, 1], the newest tokens, after which they come.
-        logits: float32 [B, 1, V], those of the newest draft.
+        drafts: int64 [B, D]; -1 where no draft is made.
+        n: Number of drafts so far.
+        after: int64 [B, 1], the newest tokens, which the first drafts follow.
+        logits: float32 [B, 1, V], the logits of the newest draft.
         ids: int64 [B, 1], the newest draft.
         positions: int64 [B, 1], its position.
     """
@@ -107,8 +110,8 @@ class Chain:
 class ChainEnd(Protocol):
     """Ends chains of drafts."""
 
-    def set_least(self, least: float) -> None:
-        """Sets the probability below which chains end, of steps from now on; 0 ends none."""
+    def set_min_probability(self, min_probability: float) -> None:
+        """Sets the probability below which the chains of later steps end; 0 ends none."""
         ...
 
     def extend(self, chain: Chain) -> bool:
@@ -126,23 +129,23 @@ class EndOnHost:
     """
 
     def __init__(self, assumed_acceptance: float | None = None) -> None:
-        self._assumed, self._least = _Assumed(assumed_acceptance), 0.0
+        self._assumed, self._min_probability = _Assumed(assumed_acceptance), 0.0
         self._accepted_B: Tensor | None = None
 
-    def set_least(self, least: float) -> None:
+    def set_min_probability(self, min_probability: float) -> None:
         """See ``ChainEnd``."""
-        self._least = least
+        self._min_probability = min_probability
 
     def extend(self, chain: Chain) -> bool:
         """See ``ChainEnd``."""
-        if self._least > 0:
+        if self._min_probability > 0:
             own_B = self._assumed.newest(chain)
             if own_B is None:
                 own_B = chain.sampler.probability(chain.logits, chain.ids)[:, 0]
             before_B = None if chain.n == 1 else self._accepted_B
             undrafted_B = chain.rows.undrafted[: len(own_B), 0]
             self._accepted_B, mean = reference.extend_chain(own_B, before_B, undrafted_B)
-            if mean < self._least:
+            if mean < self._min_probability:
                 return False
         chain.draft()
         return True
@@ -177,16 +180,16 @@ class EndOnDevice:
     ) -> None:
         self._branches, self._launcher = branches, launcher
         self._assumed = _Assumed(assumed_acceptance)
-        self._least = torch.zeros(1, dtype=torch.float32, device=device)
+        self._min_probability = torch.zeros(1, dtype=torch.float32, device=device)
         self._accepted = torch.zeros(n_rows, dtype=torch.float32, device=device)
         self._state = torch.zeros(2, dtype=torch.int32, device=device)
-        self._known_least = 0.0  # the host's copy
+        self._known_min_probability = 0.0  # the host's copy
 
-    def set_least(self, least: float) -> None:
+    def set_min_probability(self, min_probability: float) -> None:
         """See ``ChainEnd``. Does not wait for the device."""
-        if least != self._known_least:
-            self._least.fill_(least)
-            self._known_least = least
+        if min_probability != self._known_min_probability:
+            self._min_probability.fill_(min_probability)
+            self._known_min_probability = min_probability
 
     def extend(self, chain: Chain) -> bool:
         """See ``ChainEnd``."""
@@ -198,7 +201,7 @@ class EndOnDevice:
                 chain.ids[:, 0].contiguous(),
                 own_B,
                 chain.rows.undrafted[:B, 0],
-                self._least,
+                self._min_probability,
                 self._accepted[:B],
                 self._state,
                 is_first=chain.n == 1,
@@ -218,10 +221,10 @@ class _Assumed:
         self._of_chain: Tensor | None = None
 
     def newest(self, chain: Chain) -> Tensor | None:
-        """Returns that of the newest draft, [B]; None without an assumption."""
+        """Returns the assumed probability of the newest draft, [B]; None without an assumption."""
         if self._share is None:
             return None
-        if chain.n == 1:  # of all drafts at once, since that is a dozen of kernels
+        if chain.n == 1:  # of all drafts at once: each call launches a dozen kernels
             after = torch.arange(chain.drafts.shape[1], device=chain.drafts.device)
             self._of_chain = assumed_probability(chain.positions + after, chain.after, self._share)
         assert self._of_chain is not None, "a chain begins with its first draft"
@@ -252,13 +255,13 @@ def refusal(end: EndOnDevice, launcher: Launcher, device: torch.device) -> str |
 
     try:
         graph, made = capture(drafts, device)
-        for least, expected in ((0.0, [[0, 0, 0]]), (2.0, [[0, -1, -1]])):
-            end.set_least(least)
+        for min_probability, expected in ((0.0, [[0, 0, 0]]), (2.0, [[0, -1, -1]])):
+            end.set_min_probability(min_probability)
             graph.replay()
             if (found := made.tolist()) != expected:
                 return f"drafts in a CUDA graph were {found}, and not {expected}"
     except (HotloopError, RuntimeError) as error:
         return f"drafts in IF nodes of a CUDA graph failed: {error}"
     finally:
-        end.set_least(0.0)
+        end.set_min_probability(0.0)
     return None

@@ -272,8 +272,9 @@ class Step(Command[StepResult]):
         k: Drafts for each row.
         drafter: Which of the drafters makes them.
         undrafted: Rows that get none.
-        least: End the chain of drafts once the probability that all of them are accepted is below
-            this; 0 never does. It has no effect without ``EngineCore.ends_chains``.
+        min_probability: A chain of drafts ends once the probability that all of its drafts are
+            accepted is below this; 0 never ends one. It has no effect without
+            ``EngineCore.ends_chains``.
         n_steps: Number of steps; 1 with a grammar.
         known_positions: For each row in use, a lower bound on the position of its newest token.
         slack: The most tokens that in-flight steps may add to that.
@@ -290,7 +291,7 @@ class Step(Command[StepResult]):
     k: int = 0
     drafter: int = 0
     undrafted: frozenset[int] = frozenset()
-    least: float = 0.0
+    min_probability: float = 0.0
     n_steps: int = 1
     known_positions: Mapping[int, int] = dataclasses.field(default_factory=dict)
     slack: int = 0

@@ -145,14 +145,14 @@ class Choice:
         k: Drafts for each row; 0 in a plain step.
         trial_s: The time of a token by what is best, of a step that tries another in its place;
             None of any other step.
-        least: See ``Step.least``.
+        min_probability: See ``Step.min_probability``.
         limits: The most drafts that each request was to have, 0 for none.
     """
 
     drafter: int = 0
     k: int = 0
     trial_s: float | None = None
-    least: float = 0.0
+    min_probability: float = 0.0
     limits: Mapping[Any, int] = field(default_factory=dict)
 
 
@@ -325,7 +325,7 @@ class DraftController:
             return Choice(limits=limits)
         self._n_choices += 1
         self._chosen_at[choice.drafter] = self._n_choices
-        return replace(choice, limits=limits, least=self._least(limits, choice))
+        return replace(choice, limits=limits, min_probability=self._min_probability(limits, choice))
 
     def _choose(self, limits: Mapping[Any, int], room: int) -> Choice:
         n = len(limits)
@@ -532,7 +532,7 @@ class DraftController:
             totals.append(totals[-1] + all_accepted)
         return totals
 
-    def _least(self, limits: Mapping[Any, int], choice: Choice) -> float:
+    def _min_probability(self, limits: Mapping[Any, int], choice: Choice) -> float:
         """Returns the probability of accepted drafts below which a chain ends."""
         drafter, n = choice.drafter, len(limits)
         draft_s = self._per_draft_s.get((n, drafter))

@@ -287,7 +287,7 @@ class Scheduler:
             features=features,
             k=k,
             drafter=choice.drafter,
-            least=choice.least,
+            min_probability=choice.min_probability,
             undrafted=frozenset(row for row, r in active.items() if not r.params.speculate),
             n_steps=n_steps,
             known_positions=known_positions,

@@ -163,7 +163,7 @@ class Stepper:
         if k:
             self.drafters[step.drafter].catch_up(step)
             if self._chain_end is not None:  # in the mean over rows, padding counts as 0
-                self._chain_end.set_least(step.least * step.n / n)
+                self._chain_end.set_min_probability(step.min_probability * step.n / n)
             timestamps.append(self._timestamp())
             if step.n_steps > 1:
                 sampled = self._run_drafting_steps(step, n, reads, wanted)

@@ -20,8 +20,8 @@ class ChainArguments(Arguments):
     """``ChainArgs`` of ``chain.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "ids", "own", "undrafted", "least")),
-        *((name, ctypes.c_void_p) for name in ("accepted", "state")),
+        *((name, ctypes.c_void_p) for name in ("logits", "ids", "own", "undrafted")),
+        *((name, ctypes.c_void_p) for name in ("min_probability", "accepted", "state")),
         ("handle", ctypes.c_uint64),
         *((name, ctypes.c_int) for name in ("stride", "n", "rows", "is_first", "has_node")),
     )
@@ -43,7 +43,7 @@ def extend_chain(
     ids_B: Tensor,
     own_B: Tensor | None,
     undrafted_B: Tensor,
-    least: Tensor,
+    min_probability: Tensor,
     accepted_B: Tensor,
     state: Tensor,
     *,
@@ -59,7 +59,7 @@ def extend_chain(
         ids_B: int64, the newest draft, negative for none.
         own_B: float32, its probability; None for that of the logits.
         undrafted_B: bool, rows whose drafts do not count.
-        least: float32 [1], the least probability of a chain that goes on.
+        min_probability: float32 [1], the lowest probability of a chain that goes on.
         accepted_B: float32, the probability that all drafts so far are accepted; updated.
         state: int32 [2], zeros before the first launch: kept from one launch of a chain to the
             next, which does nothing but end it again where it has ended.
@@ -74,7 +74,7 @@ def extend_chain(
         (ids_B, torch.int64, B),
         (own_B, torch.float32, B),
         (undrafted_B, torch.bool, B),
-        (least, torch.float32, 1),
+        (min_probability, torch.float32, 1),
         (accepted_B, torch.float32, B),
         (state, torch.int32, 2),
     ):
@@ -86,7 +86,7 @@ def extend_chain(
         ids=ids_B,
         own=own_B,
         undrafted=undrafted_B,
-        least=least,
+        min_probability=min_probability,
         accepted=accepted_B,
         state=state,
         handle=handle or 0,
