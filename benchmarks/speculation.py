@@ -120,7 +120,7 @@ def measure(
         "ratio": ratio(speeds["on"], speeds["off"]),
         "acceptance": seen.acceptance,
         "tokens_per_step": seen.tokens_per_step,
-        "off_share": seen.n_off / seen.n_steps,
+        "off_share": seen.n_plain_steps / seen.n_steps,
         "draft_share": seen.draft_s / (seen.draft_s + seen.verify_s),
         "costs": [dataclasses.asdict(cost) for cost in llm.step_costs([ids], max_new_tokens=n)],
         "equal_answers": f"{same} of {2 * rounds}",
@@ -161,7 +161,7 @@ def show(row: dict[str, Any]) -> None:
     print(
         f"{row['draft']:8} {row['text']:24} off {row['off_tok_s']['mean']:7.1f}"
         f"  on {row['on_tok_s']['mean']:7.1f}  x{mean:.3f} [{low:.3f}, {high:.3f}]"
-        f"  tokens/step {row['tokens_per_step']:.2f}  off {row['off_share']:.0%}"
+        f"  tokens/step {row['tokens_per_step']:.2f}  plain steps {row['off_share']:.0%}"
         f"  drafts {row['draft_share']:.1%}  [{acceptance}]  equal {row['equal_answers']}  "
         + ", ".join(f"{c['k']}: {c['draft_s']:.4f} + {c['verify_s']:.4f}" for c in row["costs"]),
         flush=True,

@@ -508,34 +508,37 @@ class SamplingParams:
     the logits alone, never on which other sequences are in the batch.
 
     Attributes:
-        max_new_tokens: The most tokens to produce. None takes what the model's makers suggest, or
-            else ``DEFAULT_NEW_TOKENS``, and in either case no more than the context has room for;
-            a number that the context has no room for is refused.
+        max_new_tokens: The most tokens to produce. A number that exceeds the room left in the
+            context is refused. None takes the number that the model's own generation config
+            suggests, or ``DEFAULT_NEW_TOKENS``, limited to the room left in the context.
         min_new_tokens: End-of-sequence tokens cannot be selected before this many tokens. Stop
             strings still end the answer.
-        n: Answers to each prompt. Answer i is that of a request with the seed + i, and without a
-            seed each has a fresh one.
+        n: Answers to each prompt. Answer i is drawn with the seed + i; without a seed each answer
+            has a fresh one.
         temperature: 0 takes the most likely token, always.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the fewest most likely tokens whose probabilities reach this sum.
         min_p: Keep tokens at least this fraction as likely as the most likely one.
         repetition_penalty: Divides positive and multiplies negative logits of tokens that are
             already in the prompt or the answer (Keskar et al. 2019, CTRL); 1 does nothing.
-        presence_penalty: Is subtracted from logits of tokens that are in the answer.
-        frequency_penalty: Is subtracted from them once for each time that they are in it.
+        presence_penalty: Is subtracted from the logits of tokens that are in the answer.
+        frequency_penalty: Is subtracted from a token's logit once for each time that the token is
+            in the answer.
         logit_bias: Pairs, or a mapping, of token ids and numbers that are added to their logits;
             -100 in effect bans a token.
         seed: Seed of the draw; None takes a fresh one.
-        stop: Strings that end the answer, or one of them. Neither they nor a part of one is ever
-            emitted.
+        stop: A string that ends the answer, or several. Neither a stop string nor a part of one is
+            ever emitted.
         ignore_eos: Go on past end-of-sequence tokens (timed runs do).
-        logprobs: For each token its log-probability and that of this many most likely ones, from
-            the model's own distribution before any of the options above; None for none.
-        visible_tokens: Control tokens, by their spelling, that are part of the answer's text, which
-            leaves out all others; those that the vocabulary lacks have no effect.
-        grammar: The grammar that the answer follows: only tokens that it allows can be selected,
-            and where it ends, only end-of-sequence tokens. An answer that ends before it, at
-            ``max_new_tokens`` or by a stop string, is a beginning of one that follows it.
+        logprobs: Return the log-probability of each token, and the log-probabilities of this many
+            most likely tokens at its position, by the model's distribution before any of the
+            options above; None returns neither.
+        visible_tokens: Control tokens, by their spelling, to include in the answer's text. The text
+            leaves out all other control tokens. Tokens that the vocabulary lacks have no effect.
+        grammar: The grammar that the answer follows. Only tokens that the grammar allows can be
+            selected, and at the end of the grammar only end-of-sequence tokens. An answer that is
+            cut off by ``max_new_tokens`` or a stop string may be incomplete: some continuation of
+            it follows the grammar.
         speculate: Draft for this answer, if the engine has a drafter. It changes no token.
     """
 
@@ -627,21 +630,21 @@ class Timing:
 class Speculation:
     """Drafting statistics of one request, or of several together.
 
-    A step gives a request one token, and one more for every draft before the first rejected one.
+    A step gives a request one token, and one more for each draft before the first rejected draft.
 
     Attributes:
         n_steps: Steps that decoded the request.
-        n_off: Those of them without drafts.
-        n_tokens: Tokens that these steps produced.
+        n_plain_steps: Steps without drafts, among these.
+        n_tokens: Tokens that the steps produced.
         proposed: Drafts made at each draft position.
         accepted: Drafts accepted at each draft position.
-        draft_s: Seconds the device spent making drafts.
-        verify_s: Seconds it spent in the model, with drafts or without. Where several steps with
-            drafts are one program, those of the drafts are among them.
+        draft_s: Seconds that the device spent making drafts.
+        verify_s: Seconds that the device spent in the model, in steps with and without drafts. It
+            includes the time of drafting where one program runs several steps with drafts.
     """
 
     n_steps: int = 0
-    n_off: int = 0
+    n_plain_steps: int = 0
     n_tokens: int = 0
     proposed: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
@@ -665,7 +668,7 @@ class Speculation:
         """Returns the sum of both."""
         return Speculation(
             n_steps=self.n_steps + other.n_steps,
-            n_off=self.n_off + other.n_off,
+            n_plain_steps=self.n_plain_steps + other.n_plain_steps,
             n_tokens=self.n_tokens + other.n_tokens,
             proposed=_add_positions(self.proposed, other.proposed),
             accepted=_add_positions(self.accepted, other.accepted),
@@ -676,7 +679,7 @@ class Speculation:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """The device's time of one step with k drafts for each row: medians over steps.
+    """Device time of one step with k drafts for each row: medians over steps.
 
     Attributes:
         k: Drafts for each row; 0 in a plain step.
@@ -699,9 +702,15 @@ def _add_positions(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 class Generation:
     """The answer to one prompt.
 
-    ``text`` excludes the stop string; ``token_ids`` are the tokens produced, an end-of-sequence
-    token included, so that their number is what the timing counts. ``cached_tokens`` of the prompt
-    were in the prefix cache, and not prefilled.
+    Attributes:
+        prompt_ids: The tokens of the prompt.
+        token_ids: The tokens produced, an end-of-sequence token included. The timing counts these.
+        text: The text of the answer, without the stop string.
+        finish_reason: Why the answer ended.
+        timing: Times of the request.
+        logprobs: Log-probabilities of the tokens; None if the request wants none.
+        speculation: Drafting statistics; None without a drafter.
+        cached_tokens: Tokens of the prompt that the prefix cache held, which were not prefilled.
     """
 
     prompt_ids: tuple[int, ...]
@@ -720,12 +729,14 @@ class Delta:
 
     Attributes:
         index: Index of the prompt that it answers.
-        text: Text that is now certain; can be empty while a character or a stop string is open.
-        token_ids: Tokens that arrived with it.
+        text: Text that later tokens cannot change. It is empty while a character is incomplete, or
+            while the text may be the beginning of a stop string.
+        token_ids: The tokens of this piece.
         logprobs: Their log-probabilities; None if the request wants none.
-        generation: The whole answer, on the last piece of each prompt.
-        n_accepted: How many of the tokens, the first ones, were accepted drafts.
-        n_accepted_chars: How many characters of the text, the first ones, these made certain.
+        generation: The whole answer; only the last piece of each answer has it.
+        n_accepted: The number of accepted drafts, which are the first of the tokens.
+        n_accepted_chars: The number of characters that the accepted drafts added, which are the
+            first of the text.
     """
 
     index: int

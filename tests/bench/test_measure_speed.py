@@ -166,14 +166,16 @@ def test_what_drafting_did_is_that_of_all_requests_of_all_repeats_but_the_warm_u
         Speculation(n_steps=99, n_tokens=99, proposed=(99, 99, 99), accepted=(0, 0, 0)),
         Speculation(
             n_steps=5,
-            n_off=1,
+            n_plain_steps=1,
             n_tokens=10,
             proposed=(4, 2),
             accepted=(3, 1),
             draft_s=1.0,
             verify_s=3.0,
         ),
-        Speculation(n_steps=10, n_off=5, n_tokens=10, proposed=(4,), accepted=(1,), verify_s=4.0),
+        Speculation(
+            n_steps=10, n_plain_steps=5, n_tokens=10, proposed=(4,), accepted=(1,), verify_s=4.0
+        ),
     ]
     calls = [[timing(0.1), timing(0.1)]] * 3
     engine = FakeEngine(calls, drafting=drafting, max_batch_size=2)
@@ -201,7 +203,7 @@ def test_repeats_whose_texts_drafts_suit_unequally_say_so():
 
 
 def test_drafting_that_nothing_came_of_and_that_no_clock_saw_is_recorded_as_such():
-    drafting = [Speculation(n_steps=10, n_off=10, n_tokens=10)] * 2
+    drafting = [Speculation(n_steps=10, n_plain_steps=10, n_tokens=10)] * 2
     engine = FakeEngine([WARM_UP, [timing(0.1)]], drafting=drafting)
     seen = measure(engine, Workload(prompt_tokens=5, new_tokens=11, repeats=1)).speculation
     assert (seen.acceptance, seen.off_share, seen.tokens_per_step.mean) == ((), 1.0, 1.0)

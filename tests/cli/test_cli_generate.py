@@ -53,7 +53,9 @@ def test_what_drafting_did_is_said_where_there_was_any(fake_llm, capsys, monkeyp
     assert json.loads(out)["speculation"]["accepted"] == [1, 0]
     assert json.loads(out)["cell"] == "auto/eager/draft=ngram-2"
 
-    monkeypatch.setattr(fake_llm, "speculation", Speculation(n_steps=3, n_off=3, n_tokens=3))
+    monkeypatch.setattr(
+        fake_llm, "speculation", Speculation(n_steps=3, n_plain_steps=3, n_tokens=3)
+    )
     assert main(["generate", "m", "p"]) == 0
     assert "tok/s · 1.00 tokens/step\n" in capsys.readouterr().err
 

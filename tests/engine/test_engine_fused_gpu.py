@@ -174,7 +174,7 @@ def test_chains_that_end_early_in_a_graph_change_no_token(
                 alone = plain.generate(prompts, GREEDY, **sampling)
                 assert [g.token_ids for g in found] == [g.token_ids for g in alone]
             seen = found[0].speculation  # of one row alone
-            lengths.append(sum(seen.proposed) / (seen.n_steps - seen.n_off))
+            lengths.append(sum(seen.proposed) / (seen.n_steps - seen.n_plain_steps))
         assert lengths[3] == 1, "the first draft is always made"
         assert lengths[0] > 3, "all are made, but for the end of an answer"
         assert 1 < lengths[2] < lengths[0]

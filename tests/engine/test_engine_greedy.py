@@ -86,7 +86,9 @@ def test_several_steps_at_once_change_no_answer(tmp_path, monkeypatch, n, asynch
         for g in found[1]:
             if g.speculation is not None:
                 assert g.speculation.n_tokens == len(g.token_ids) - 1
-                assert g.speculation.n_off <= g.speculation.n_steps <= g.speculation.n_tokens
+                assert (
+                    g.speculation.n_plain_steps <= g.speculation.n_steps <= g.speculation.n_tokens
+                )
 
 
 @pytest.mark.parametrize(

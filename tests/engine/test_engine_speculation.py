@@ -158,7 +158,7 @@ def test_a_draft_model_that_is_the_model_is_always_right(deep, rows, monkeypatch
         seen = total(llm.generate(PROMPTS, FREELY, **options, seed=8))
         assert len(seen.proposed) == 3
         assert seen.accepted == seen.proposed
-        assert seen.n_off > 0
+        assert seen.n_plain_steps > 0
 
 
 def test_first_layers_that_add_nothing_more_are_always_right(tmp_path):
@@ -302,7 +302,7 @@ def test_text_that_repeats_is_looked_up(tmp_path):
     llm = LLM(str(folder), dtype="float32", draft="ngram", draft_policy="always")
     (g,) = llm.generate([[10, 11, 12, 13, 14, 15, 10]], FREELY)
     assert g.speculation.accepted == g.speculation.proposed
-    assert g.speculation.n_off == 0
+    assert g.speculation.n_plain_steps == 0
     assert len(g.speculation.proposed) == 4
 
 
@@ -311,7 +311,7 @@ def test_text_without_repetition_is_decoded_plainly(tmp_path):
     llm = LLM(str(folder), dtype="float32", draft="ngram", draft_policy="always", max_seq_len=64)
     (g,) = llm.generate([[10, 11, 12]], FREELY)
     assert g.token_ids == tuple(range(13, 13 + 24))
-    assert g.speculation.n_off == g.speculation.n_steps == 23
+    assert g.speculation.n_plain_steps == g.speculation.n_steps == 23
     assert g.speculation.proposed == ()
 
 
@@ -329,9 +329,9 @@ def test_a_request_without_drafts_has_none_beside_others_with_them(
         found = together(tickets)
         assert [g.token_ids for g in found] == answers(plain, **options)
         for g, each in zip(found, speculates, strict=True):
-            assert each or g.speculation.n_off == g.speculation.n_steps
+            assert each or g.speculation.n_plain_steps == g.speculation.n_steps
         if policy == "always":
-            assert any(g.speculation.n_off < g.speculation.n_steps for g in found)
+            assert any(g.speculation.n_plain_steps < g.speculation.n_steps for g in found)
     (g,) = llm.generate([PROMPTS[3]], FREELY, speculate=False)
     assert g.speculation.proposed == ()
 

@@ -229,7 +229,7 @@ def _speculation(
         tokens_per_step=mean_figure([repeat.tokens_per_step for repeat in each]),
         draft_share=total.draft_s / step_s if step_s else None,
         verify_share=total.verify_s / step_s if step_s else None,
-        off_share=total.n_off / total.n_steps,
+        off_share=total.n_plain_steps / total.n_steps,
         assumed_acceptance=config.assume_acceptance,
     )
 

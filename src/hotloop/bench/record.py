@@ -106,11 +106,11 @@ class SpeculationFigures(StrictModel):
         tokens_per_step: Tokens that a step gave a request.
         draft_share: Share of the device's time in steps that went into making drafts; None where
             no step was timed.
-        verify_share: The rest of it: the model, with drafts or without.
-        off_share: Share of steps without drafts.
+        verify_share: Share of that time that the model took, with drafts or without.
+        off_share: Plain-step share: the share of steps without drafts.
         costs: Times of a step by its number of drafts, as far as they were timed; 0 drafts first.
-        assumed_acceptance: The probability with which drafts were kept, whatever they were; None
-            where they were verified.
+        assumed_acceptance: See ``EngineConfig.assume_acceptance``; None where drafts were really
+            verified.
     """
 
     draft: Name

@@ -150,7 +150,7 @@ class Request:
         assert self._speculation is not None, "there is no drafter"
         self._speculation += Speculation(
             n_steps=n,
-            n_off=n if n_drafts == 0 else 0,
+            n_plain_steps=n if n_drafts == 0 else 0,
             n_tokens=n_kept,
             proposed=(1,) * n_drafts,
             accepted=tuple(int(position < n_step_tokens - 1) for position in range(n_drafts)),

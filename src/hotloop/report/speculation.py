@@ -167,7 +167,7 @@ class Drafting:
         return "–" if share is None else percent(share)
 
     @property
-    def off_share(self) -> str:
+    def plain_step_share(self) -> str:
         """The share of steps without drafts."""
         return percent(self.figures.off_share)
 

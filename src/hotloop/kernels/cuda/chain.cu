@@ -6,16 +6,16 @@
 #include "device.cuh"
 
 struct ChainArgs {
-  const float* logits;          // [B, n], with a stride of ``stride``: of the newest draft
-  const int64_t* ids;           // [B]: the newest draft; negative for none
-  const float* own;             // [B]: its probability, where it is not that of the logits; or null
-  const uint8_t* undrafted;     // [B]: rows whose drafts do not count
+  const float* logits;           // [B, n], with a stride of ``stride``: of the newest draft
+  const int64_t* ids;            // [B]: the newest draft; negative for none
+  const float* own;              // [B]: its probability, where it is not that of the logits; or null
+  const uint8_t* undrafted;      // [B]: rows whose drafts do not count
   const float* min_probability;  // [1]
-  float* accepted;              // [B]: the probability that all drafts so far are accepted
-  uint32_t* state;              // [2]: the blocks that have arrived; whether the chain has ended
-  uint64_t handle;              // of the IF node with the next draft, if it is in one
+  float* accepted;               // [B]: the probability that all drafts so far are accepted
+  uint32_t* state;               // [2]: the blocks that have arrived; whether the chain has ended
+  uint64_t handle;               // of the IF node with the next draft, if it is in one
   int stride, n, rows;
-  int is_first, has_node;       // is_first: it is the first draft of a chain
+  int is_first, has_node;        // is_first: it is the first draft of a chain
 };
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
