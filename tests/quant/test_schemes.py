@@ -69,7 +69,7 @@ def test_slices_of_rows_are_quantized_as_in_the_whole_once_their_maxima_are_comb
     whole = scheme.quantize(weight)
     for start, stop in ((0, 128), (128, 512)):
         assert start % scheme.alignment == 0
-        part = scheme.quantize(weight[:, start:stop], combine=lambda _: largest)
+        part = scheme.quantize(weight[:, start:stop], reduce_max=lambda _: largest)
         if isinstance(whole, Tensor):
             assert torch.equal(part, whole[:, start:stop])
         else:

@@ -269,7 +269,7 @@ def test_statistics_of_rows_are_combined_over_ranks_and_those_of_groups_are_not(
         combined = []
         checkpoint = open_checkpoint(path)
         source = CheckpointSource(
-            checkpoint, CPU, combine=lambda t, seen=combined: seen.append(t) or t
+            checkpoint, CPU, reduce_max=lambda t, seen=combined: seen.append(t) or t
         )
         name, shape = "model.layers.0.mlp.down_proj", (576, 256)
         for part in ("columns", "rows"):

@@ -210,7 +210,7 @@ def load_from(
             twin=decoder,
         )
         drafts = schemes_by_name(model, parse_scheme(draft), parse_scheme("int8"))
-        beside = Twin(decoder=decoder.twin, schemes=drafts, combine=group.max)
+        beside = Twin(decoder=decoder.twin, schemes=drafts, reduce_max=group.max)
     try:
         load_weights(
             decoder,
@@ -243,7 +243,7 @@ def load(path: Path, *, group: Group = ALONE, **options: Any) -> Decoder:
     schemes = schemes_by_name(model, scheme, head)
     importance = importance_for(schemes, checkpoint, model, CPU)
     source = CheckpointSource(
-        checkpoint, CPU, model=model, dtype=dtype, combine=group.max, importance=importance
+        checkpoint, CPU, model=model, dtype=dtype, reduce_max=group.max, importance=importance
     )
     return load_from(checkpoint, source, model, group=group, **options)
 

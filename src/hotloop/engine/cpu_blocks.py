@@ -46,8 +46,8 @@ class CpuBlocks:
             return part(*args)
         block, x, cos, sin, positions, keys, values, seats, *_ = args
         attention, feed_forward = self._sublayers[block]
-        x = x + block.total(attention(x, cos, sin, keys, values, seats, positions)).view_as(x)
-        return x + block.total(feed_forward(x)).view_as(x)
+        x = x + block.all_reduce(attention(x, cos, sin, keys, values, seats, positions)).view_as(x)
+        return x + block.all_reduce(feed_forward(x)).view_as(x)
 
 
 def _attention(module: SelfAttention) -> Callable[..., Tensor]:

@@ -109,7 +109,7 @@ class FusedForward:
         launcher: Launches kernels.
         n_tokens: Token ids below this can be selected.
         shared: The model is sharded over ranks: partial results are all-reduced.
-        peers: Exchange buffers of the ranks. If None, the decoder's ``total`` all-reduces, and no
+        peers: Exchange buffers of the ranks. If None, the decoder's ``all_reduce`` is used, and no
             argmax is computed.
         n_layers: Number of first layers to run; None runs all.
     """
@@ -314,9 +314,9 @@ class FusedForward:
                 step.all_reduce(part_MD, onto_MD, onto_MD, norm_epilogue, self._peers.sums)
             )
         else:
-            total_MD = self._layers[0].total(part_MD)
+            sum_MD = self._layers[0].all_reduce(part_MD)
             self._dependent = False
-            self._launch(step.add(total_MD, onto_MD, onto_MD, norm_epilogue))
+            self._launch(step.add(sum_MD, onto_MD, onto_MD, norm_epilogue))
         return onto_MD, norm_epilogue.prescaled
 
     def _logits(

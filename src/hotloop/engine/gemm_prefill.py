@@ -174,7 +174,7 @@ class GemmPrefill:
         """Sums a GEMM's output over ranks, where there are several, in place."""
         if self._shared:
             y_TD = _gemm_output(linear, part_TD).with_scale_and_bias()
-            part_TD.copy_(self._blocks[0].total(y_TD))
+            part_TD.copy_(self._blocks[0].all_reduce(y_TD))
 
     def _reduced(self, linear: Linear, y: Tensor) -> GemmOutput:
         """Returns the output that ``_sum`` left: over several ranks it includes scale and bias."""

@@ -135,12 +135,12 @@ def _load_from_source(
                 setup.device,
                 model=setup.model,
                 dtype=setup.dtype,
-                combine=group.max,
+                reduce_max=group.max,
                 importance=importance,
             )
         beside = None
         if twin is not None:
-            beside = Twin(decoder=twin, schemes=drafts, combine=group.max, importance=importance)
+            beside = Twin(decoder=twin, schemes=drafts, reduce_max=group.max, importance=importance)
         load_weights(
             decoder,
             setup.model,

@@ -434,7 +434,7 @@ class _Model:
             attention=attention,
             device=device,
             n_head_rows=len(setup.shard.vocabulary),
-            total=group.sum,
+            all_reduce=group.sum,
         )
         self.decoder, self.twin = make_decoder(), None
         if setup.draft and (setup.draft.nested or setup.draft.schemes):

@@ -30,9 +30,6 @@ from hotloop.models.config import (
 from hotloop.models.linear import Embedding, Linear
 from hotloop.models.rope import rope_tables
 
-Total = Callable[[Tensor], Tensor]
-"""Sums the result of a row-parallel projection over all ranks (all-reduce)."""
-
 
 class Run(Protocol):
     """Calls the decoder's parts: ``embed``, each ``Block.forward``, ``logits``."""
@@ -133,14 +130,16 @@ class Block(nn.Module):
     """One layer: attention and feed-forward, each added to the residual stream.
 
     Args:
-        config: Its configuration, or that of a rank's part.
+        config: The layer's configuration, or the configuration of a rank's shard of it.
         attention: The implementation of attention.
-        total: Sums over ranks.
+        all_reduce: Sums the result of a row-parallel projection over ranks.
     """
 
-    def __init__(self, config: LayerConfig, *, attention: Attention, total: Total) -> None:
+    def __init__(
+        self, config: LayerConfig, *, attention: Attention, all_reduce: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
-        self.config, self.total = config, total
+        self.config, self.all_reduce = config, all_reduce
         self.attention = SelfAttention(config.attention, attention)
         self.feed_forward = FeedForward(config.feed_forward)
 
@@ -173,7 +172,7 @@ class Block(nn.Module):
         first_seat: int | None,
         length: int,
     ) -> Tensor:
-        """Returns hidden states [B, T, D] behind this layer; its keys and values are cached."""
+        """Returns the hidden states [B, T, D] after this layer; caches its keys and values."""
         attended = self.attention(
             x_BTD,
             cos_BTE,
@@ -185,35 +184,36 @@ class Block(nn.Module):
             first_seat,
             length,
         )
-        x_BTD = x_BTD + self.total(attended)
-        return x_BTD + self.total(self.feed_forward(x_BTD))
+        x_BTD = x_BTD + self.all_reduce(attended)
+        return x_BTD + self.all_reduce(self.feed_forward(x_BTD))
 
 
-def _itself(x: Tensor) -> Tensor:
+def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
 def call(part: Callable[..., Any], /, *args: Any) -> Any:
-    """Calls ``part(*args)`` directly: the ``Run`` of a decoder by itself."""
+    """Calls ``part(*args)`` directly: the default ``Run``."""
     return part(*args)
 
 
 class Decoder(nn.Module):
     """Token ids in, hidden states and logits out, with keys and values in a cache.
 
-    It is made without weights: ``weights.load`` assigns them one by one. A rank's part is made from
-    that rank's numbers of heads and features.
+    It is made without weights: ``weights.load`` assigns them one by one. A rank's shard is made
+    from a configuration with that rank's numbers of heads and features.
 
     Args:
         config: The shape.
-        n_positions: Positions that rotary tables are made for.
-        attention: The kernel.
-        device: Its device.
-        n_head_rows: Rows of the head: all of the vocabulary, or this rank's.
-        total: Sums over ranks; a single one's sum is itself.
-        twin: A decoder of the same shape, whose embedding, norms and rope tables this one shares:
-            only matrices are its own.
-        shares_head: It shares the twin's head as well.
+        n_positions: Number of positions in the rotary tables.
+        attention: The implementation of attention.
+        device: The device of the rotary tables.
+        n_head_rows: Rows of the head: the whole vocabulary, or this rank's share of it.
+        all_reduce: Sums the result of a row-parallel projection over ranks; a single rank returns
+            it as it is.
+        twin: A decoder of the same shape, with which this decoder shares embedding, norms and rope
+            tables. Only its matrices are its own.
+        shares_head: This decoder shares the twin's head as well.
     """
 
     def __init__(
@@ -224,13 +224,13 @@ class Decoder(nn.Module):
         attention: Attention,
         device: torch.device,
         n_head_rows: int | None = None,
-        total: Total = _itself,
+        all_reduce: Callable[[Tensor], Tensor] = _unchanged,
         twin: Decoder | None = None,
         shares_head: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            Block(layer, attention=attention, total=total) for layer in config.layers
+            Block(layer, attention=attention, all_reduce=all_reduce) for layer in config.layers
         )
         if twin is None:
             self.embedding = Embedding(config.vocab_size, config.hidden_size)
@@ -298,10 +298,10 @@ class Decoder(nn.Module):
             positions_BT: Their positions, int64; each sequence's are consecutive.
             cache: Holds everything before them, and them afterwards.
             seats_B: int64, the seat of each sequence in the cache.
-            first_seat: The first one's, where those of the others follow it in order: some kernels
-                then need no copy. None if they do not, or it is not known.
+            first_seat: The first sequence's seat, if the seats of the other sequences follow it in
+                order: some kernels then need no copy. None if they do not, or if it is not known.
             length: Exceeds every position; bounds how much of the cache is read.
-            n_layers: Stop after so many layers; None takes all.
+            n_layers: Number of layers to run; None runs all.
             run: Calls the parts.
         """
         x_BTD, ropes = run(Decoder.embed, self, ids_BT, positions_BT)
@@ -327,7 +327,7 @@ class Decoder(nn.Module):
     def embed(
         self, ids_BT: Tensor, positions_BT: Tensor
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Looks up what layers start from: hidden states, and rows of each rope's two tables."""
+        """Looks up the inputs of the layers: hidden states, and rows of each rope's two tables."""
         ropes = [
             (getattr(self, f"cos{i}")[positions_BT], getattr(self, f"sin{i}")[positions_BT])
             for i in range(self._n_tables)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hotloop.errors import UnknownNameError
 from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.qtensor import Combine, QTensor, cut, join_alike, join_rows
+from hotloop.quant.qtensor import QTensor, ReduceMax, cut, join_alike, join_rows
 from hotloop.registry import resolve
 
 SCHEMES = {
@@ -40,9 +40,10 @@ class Scheme(Protocol):
 
     @property
     def alignment(self) -> int:
-        """Input features that a slice keeps together, since their scale is made of them alone.
+        """Number of adjacent input features that share a scale, which a slice must not separate.
 
-        1 where a scale is of a whole row: ``quantize`` then needs ``combine`` for a slice of it.
+        It is 1 where a scale covers a whole row: for a slice of columns, ``quantize`` then needs
+        ``reduce_max``.
         """
         ...
 
@@ -52,18 +53,18 @@ class Scheme(Protocol):
         ...
 
     def check(self, name: str, n: int, k: int) -> None:
-        """Raises ConfigError if the weight ``name`` of shape [n, k] cannot be quantized so."""
+        """Raises ConfigError if this scheme cannot quantize the weight ``name`` of shape [n, k]."""
         ...
 
-    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> Tensor | QTensor:
+    def quantize(self, weight: Tensor, *, reduce_max: ReduceMax | None = None) -> Tensor | QTensor:
         """Quantizes a floating-point [N, K] weight, on its own device.
 
         Each row is quantized by itself, so rows can be quantized a few at a time.
 
         Args:
-            weight: Whole rows, or the same slice of each along multiples of ``alignment``.
-            combine: For slices of columns: all-reduces the maxima of rows, [N, 1], over all slices,
-                so that the result is a slice of the quantized whole.
+            weight: Whole rows, or the same columns of each row, cut at multiples of ``alignment``.
+            reduce_max: All-reduces the maxima of rows, [N, 1], over the slices of columns, so that
+                the result is a slice of the quantized whole. None for whole rows.
         """
         ...
 
@@ -108,8 +109,8 @@ def parse_head_scheme(name: str, scheme: Scheme) -> Scheme:
 
 __all__ = [
     "SCHEMES",
-    "Combine",
     "QTensor",
+    "ReduceMax",
     "Scheme",
     "cut",
     "join_alike",

@@ -11,7 +11,7 @@ from torch import Tensor
 from hotloop.errors import ConfigError
 from hotloop.kernels.linear import DENSE, KernelFormat
 from hotloop.quant.none import NoScheme
-from hotloop.quant.qtensor import Combine
+from hotloop.quant.qtensor import ReduceMax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ class Auto:
     def check(self, name: str, n: int, k: int) -> None:
         """Accepts every shape."""
 
-    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> Tensor:
+    def quantize(self, weight: Tensor, *, reduce_max: ReduceMax | None = None) -> Tensor:
         """Returns the weight itself."""
-        return NoScheme().quantize(weight, combine=combine)
+        return NoScheme().quantize(weight, reduce_max=reduce_max)
 
     def random(
         self, n: int, k: int, *, std: float, dtype: torch.dtype, generator: torch.Generator

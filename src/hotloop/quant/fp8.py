@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hotloop.errors import ConfigError
 from hotloop.kernels.linear import KernelFormat
-from hotloop.quant.qtensor import Combine, QTensor
+from hotloop.quant.qtensor import QTensor, ReduceMax
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -41,12 +41,12 @@ class Fp8:
     def check(self, name: str, n: int, k: int) -> None:
         """Accepts every shape."""
 
-    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:
+    def quantize(self, weight: Tensor, *, reduce_max: ReduceMax | None = None) -> QTensor:
         """Rounds to the nearest e4m3 number, once ``max|row|`` is the largest of them."""
         weight = weight.float()
         largest = weight.abs().amax(dim=1, keepdim=True)
-        if combine is not None:
-            largest = combine(largest)
+        if reduce_max is not None:
+            largest = reduce_max(largest)
         # Not divided: CUDA divides by constants a little differently.
         scale = largest * (1 / LARGEST)
         scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero

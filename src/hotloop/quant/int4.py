@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hotloop.errors import ConfigError
 from hotloop.kernels.linear import KernelFormat, Zero
-from hotloop.quant.qtensor import Combine, QTensor
+from hotloop.quant.qtensor import QTensor, ReduceMax
 
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPE = torch.bfloat16
@@ -120,14 +120,14 @@ class Int4:
         self,
         weight: Tensor,
         *,
-        combine: Combine | None = None,  # noqa: ARG002
+        reduce_max: ReduceMax | None = None,  # noqa: ARG002
         importance: Tensor | None = None,
     ) -> QTensor:
         """Rounds to the nearest of 16 steps per group.
 
         Args:
             weight: See ``Scheme``.
-            combine: Not used: a scale is of a group.
+            reduce_max: Not used: a scale is of a group.
             importance: [K], the weights of squared errors by which scales are searched for, not
                 negative; None takes the range of each group as it is.
         """

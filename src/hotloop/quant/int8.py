@@ -19,7 +19,7 @@ from torch import Tensor
 from hotloop.errors import ConfigError
 from hotloop.kernels.linear import NESTED_RANGE, KernelFormat
 from hotloop.quant.int4 import GROUP_SIZES, SCALE_DTYPE, GroupSizeError
-from hotloop.quant.qtensor import Combine, QTensor
+from hotloop.quant.qtensor import QTensor, ReduceMax
 
 QMAX = 127  # -128 is left unused, so that the grid is symmetric
 
@@ -67,14 +67,14 @@ class Int8:
             fits = [Int8(size).name for size in GROUP_SIZES if k % size == 0]
             raise GroupSizeError(name, k, self.group_size, fits)
 
-    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> QTensor:
+    def quantize(self, weight: Tensor, *, reduce_max: ReduceMax | None = None) -> QTensor:
         """Rounds to the nearest of 255 steps of ``max|row| / 127``, or of 248 steps per group."""
         weight = weight.float()
         if self.group_size is not None:
             return self._quantize_groups(weight, self.group_size)
         largest = weight.abs().amax(dim=1, keepdim=True)
-        if combine is not None:
-            largest = combine(largest)
+        if reduce_max is not None:
+            largest = reduce_max(largest)
         # Not divided: CUDA divides by constants a little differently.
         scale = largest * (1 / QMAX)
         scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zero

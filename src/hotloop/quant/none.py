@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hotloop.errors import ConfigError
 from hotloop.kernels.linear import DENSE, KernelFormat
-from hotloop.quant.qtensor import Combine
+from hotloop.quant.qtensor import ReduceMax
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class NoScheme:
     def check(self, name: str, n: int, k: int) -> None:
         """Accepts every shape."""
 
-    def quantize(self, weight: Tensor, *, combine: Combine | None = None) -> Tensor:  # noqa: ARG002
+    def quantize(self, weight: Tensor, *, reduce_max: ReduceMax | None = None) -> Tensor:  # noqa: ARG002
         """Returns the weight itself."""
         return weight
 

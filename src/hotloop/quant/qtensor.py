@@ -24,7 +24,7 @@ from hotloop.errors import ConfigError
 from hotloop.kernels import reference
 from hotloop.kernels.linear import KernelFormat, QuantizedKind, Zero
 
-Combine = Callable[[Tensor], Tensor]
+ReduceMax = Callable[[Tensor], Tensor]
 """Returns the element-wise maximum of a tensor over the slices of all ranks (all-reduce)."""
 
 _DEGREES = range(2, 9)

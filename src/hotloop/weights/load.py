@@ -30,7 +30,7 @@ from hotloop.models.decoder import Block, Decoder
 from hotloop.models.linear import Linear
 from hotloop.models.rope import head_order
 from hotloop.parallel.plan import Shard
-from hotloop.quant import Combine, QTensor, Scheme, cut, join_alike
+from hotloop.quant import QTensor, ReduceMax, Scheme, cut, join_alike
 from hotloop.quant.none import NoScheme
 from hotloop.quant.rows import RowStream, in_step, split
 from hotloop.weights.source import Importance, Request, Source, quantize_rows
@@ -47,13 +47,13 @@ class Twin:
         decoder: Its decoder without weights, the twin of the model's, whose biases it gets later.
         schemes: The scheme of every matrix that it has a copy of, by name: all projections, and the
             head if that is not the model's.
-        combine: See ``CheckpointSource``.
+        reduce_max: See ``CheckpointSource``.
         importance: See ``CheckpointSource``.
     """
 
     decoder: Decoder
     schemes: Mapping[str, Scheme]
-    combine: Combine
+    reduce_max: ReduceMax
     importance: Importance | None = None
 
 
@@ -212,12 +212,12 @@ class _Loader:
         if self.twin is None or request.name not in self.twin.schemes:
             return [RowStream(pieces, request.n, request.format)]
         of_draft = replace(request, scheme=self.twin.schemes[request.name])
-        combine = None if request.columns is None else self.twin.combine
+        reduce_max = None if request.columns is None else self.twin.reduce_max
         importance = self.twin.importance
 
         def requantized(rows: Tensor | QTensor) -> Tensor | QTensor:
             dense = rows.dequantize() if isinstance(rows, QTensor) else rows
-            return quantize_rows(of_draft, dense, combine=combine, importance=importance)
+            return quantize_rows(of_draft, dense, reduce_max=reduce_max, importance=importance)
 
         # Both at once: ranks combine statistics in the same order.
         mine, drafts = split((rows, requantized(rows)) for rows in pieces)

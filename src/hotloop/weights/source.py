@@ -26,7 +26,7 @@ from hotloop.errors import CheckpointError
 from hotloop.kernels.linear import DENSE, NESTED_RANGE, KernelFormat
 from hotloop.models import names
 from hotloop.models.config import ModelConfig
-from hotloop.quant import Combine, QTensor, Scheme, cut, join_rows
+from hotloop.quant import QTensor, ReduceMax, Scheme, cut, join_rows
 from hotloop.quant.auto import Auto
 from hotloop.quant.encodings import Layout
 from hotloop.quant.int4 import Int4
@@ -158,23 +158,23 @@ def is_calibrated(scheme: Scheme) -> bool:
 
 
 def quantize_rows(
-    request: Request, rows: Tensor, *, combine: Combine | None, importance: Importance | None
+    request: Request, rows: Tensor, *, reduce_max: ReduceMax | None, importance: Importance | None
 ) -> Tensor | QTensor:
     """Quantizes rows of what a request asks for.
 
     Args:
         request: The request.
         rows: Floating-point rows, of the input features that it asks for.
-        combine: See ``Scheme.quantize``.
+        reduce_max: See ``Scheme.quantize``.
         importance: See ``Importance``; None for weights without activations, which are random.
     """
     scheme = request.scheme
     if importance is None or not isinstance(scheme, Int4) or not scheme.calibrated:
-        return scheme.quantize(rows, combine=combine)
+        return scheme.quantize(rows, reduce_max=reduce_max)
     weights = importance[request.name]
     if request.columns is not None:
         weights = weights[request.columns.start : request.columns.stop]
-    return scheme.quantize(rows, combine=combine, importance=weights)
+    return scheme.quantize(rows, reduce_max=reduce_max, importance=weights)
 
 
 def requantization_notes(
@@ -207,7 +207,7 @@ class CheckpointSource:
         device: The device that quantizes: a GPU is faster than the host.
         model: Of whose tensors the checkpoint may hold redundant ones; None allows none.
         dtype: Element type of the model's arithmetic, in which every weight must be finite.
-        combine: All-reduces statistics of the columns that this rank reads: their maximum.
+        reduce_max: Takes the maximum of statistics over ranks that read different columns.
         importance: See ``Importance``; None where no scheme is calibrated.
 
     Attributes:
@@ -221,11 +221,11 @@ class CheckpointSource:
         *,
         model: ModelConfig | None = None,
         dtype: torch.dtype = torch.float32,
-        combine: Combine | None = None,
+        reduce_max: ReduceMax | None = None,
         importance: Importance | None = None,
     ) -> None:
         self.checkpoint, self.device, self.model = checkpoint, device, model
-        self.dtype, self.combine, self.importance = dtype, combine, importance
+        self.dtype, self.reduce_max, self.importance = dtype, reduce_max, importance
         self.used: set[str] = set()
         self.read_bytes = 0
         self._matrices = StoredMatrices(checkpoint)
@@ -277,14 +277,14 @@ class CheckpointSource:
         """Plans how a matrix is read."""
         name, (n, k), scheme = request.name, request.shape, request.scheme
         rows = range(n) if request.rows is None else request.rows
-        combine = self.combine if request.columns is not None else None
+        reduce_max = self.reduce_max if request.columns is not None else None
         encoded = None if request.plain else self._encoded(name, request.shape, scheme)
         unit = 1 if encoded is None else encoded.units[0]
         pieces = list(row_chunks(rows, k, unit, most=_VALUES_OF_PIECE[self.device.type]))
         if encoded is None:
             info = self._expect(f"{name}.weight", request.shape)
-            return _PlainPlan(self, request, pieces, combine, info)
-        return _EncodedPlan(self, request, pieces, combine, encoded, rows)
+            return _PlainPlan(self, request, pieces, reduce_max, info)
+        return _EncodedPlan(self, request, pieces, reduce_max, encoded, rows)
 
     def tensor(self, name: str, shape: tuple[int, ...], *, rows: range | None = None) -> Tensor:
         """Reads an unquantized tensor in the type it is stored in."""
@@ -420,7 +420,7 @@ class _Plan:
     source: CheckpointSource
     request: Request
     pieces: Sequence[range]
-    combine: Combine | None
+    reduce_max: ReduceMax | None
 
     def jobs(self) -> Iterator[Callable[[], _Read]]:
         """Returns the jobs that read the matrix: by default one for each piece."""
@@ -443,7 +443,7 @@ class _Plan:
     def quantize(self, rows: Tensor) -> Tensor | QTensor:
         """Quantizes rows of the matrix, of the input features asked for."""
         importance = self.source.importance
-        return quantize_rows(self.request, rows, combine=self.combine, importance=importance)
+        return quantize_rows(self.request, rows, reduce_max=self.reduce_max, importance=importance)
 
 
 @dataclass(frozen=True)
