@@ -352,7 +352,7 @@ def check_groups(section: Section) -> Iterator[tuple[str, Iterator[Case]]]:
                         scores, [options] * len(scores), max_candidates=max_candidates
                     )
 
-    yield "a step's ends", small()
+    yield "embedding, sampling and n-gram drafts", small()
     yield "draws", draws()
     for i, name in enumerate(KINDS):
         yield f"products {name}", products(name, i)

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 StepExecution = Literal["eager", "compile", "fused"]
-"""Execution of a step: ``eager`` is plain PyTorch, ``compile`` is torch.compile, ``fused`` is
-hotloop's CUDA kernels; on GPUs the latter two run in CUDA graphs."""
+"""Execution mode: ``eager`` is plain PyTorch, ``compile`` is torch.compile, ``fused`` is hotloop's
+CUDA kernels. On GPUs ``compile`` and ``fused`` run in CUDA graphs."""
 
 Execution = Literal["auto", StepExecution]
-"""Execution as a user asks for it: ``auto`` is ``fused`` where that runs, else ``eager``."""
+"""Execution mode as a user asks for it: ``auto`` is ``fused`` where that runs, else ``eager``."""
 
 WeightSource = Literal["checkpoint", "random"]
 """Source of weights. ``random`` needs only the model's shape: for speed and fit."""

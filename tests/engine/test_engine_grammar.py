@@ -166,7 +166,7 @@ def test_where_steps_are_launched_ahead_each_mask_still_follows_the_token_before
     llm.close()
 
 
-def test_forced_tokens_are_drafts_that_are_accepted(folder):
+def test_jump_forward_tokens_are_drafts_that_are_accepted(folder):
     text = '"the token decodes the letters and the token decodes"'
     forced = Grammar(kind="lark", source=f'start: "x" | {text}')
     llm = LLM(str(folder), **ODD, draft="ngram", draft_policy="always", draft_tokens=7)
@@ -180,7 +180,7 @@ def test_forced_tokens_are_drafts_that_are_accepted(folder):
     llm.close()
 
 
-def test_a_draft_model_catches_up_with_forced_tokens(folder):
+def test_a_draft_model_catches_up_with_jump_forward_tokens(folder):
     """Else its cache would keep what it drafted itself, and later drafts would be worse."""
     llm = LLM(str(folder), **ODD, draft=str(folder), draft_policy="always", draft_tokens=3)
     text = "the token decodes the letters"

@@ -71,7 +71,7 @@ def info(
     """Show what this machine is, or with MODEL whether a model fits it.
 
     For the machine, it shows devices, memory, read bandwidth as measured now, and
-    the executions that are available. For a model, it shows its shape, its
+    the execution modes that run here. For a model, it shows its shape, its
     parameters, the types its file stores, the kernel that reads each of them here,
     and the bytes that it takes under each scheme. With --tp these are of the rank
     that holds most; schemes that cannot be split so are named, with the degrees
@@ -101,7 +101,7 @@ _BUILT = " (the first time, the CPU kernels are built for it)"
 
 
 def machine() -> dict[str, Any]:
-    """Returns the host, and each device with its memory, bandwidth and executions."""
+    """Returns the host, and each device with its memory, bandwidth and execution modes."""
     import torch
 
     from hotloop import hardware
@@ -133,7 +133,7 @@ def machine() -> dict[str, Any]:
 
 
 def execution(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Returns the executions on ``device``: whether each is available, and why not."""
+    """Returns for each execution mode whether it runs on ``device``, and why not."""
     from hotloop.engine.forward import compile_unavailable_reason
     from hotloop.kernels import cpu
     from hotloop.kernels.cuda import launch

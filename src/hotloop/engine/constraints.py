@@ -5,8 +5,9 @@ forward, the host reads the tokens of the step before, from which each grammar's
 the masks, and copies these to the device for the choice. So the host is not one step ahead of the
 device, but the device waits for it only if a mask takes longer than a forward.
 
-Drafts that the grammar does not allow cannot equal a masked choice, so that they are rejected like
-any other. Where a grammar leaves no choice but to spell a text, its tokens replace the drafts.
+A draft that the grammar does not allow is rejected like any other, since the masked choice cannot
+equal it. Where the grammar allows only one continuation, its tokens (jump-forward tokens) replace
+the drafts.
 
 Every rank has its own matchers. They get the same tokens, so their masks and drafts are the same.
 
@@ -93,7 +94,7 @@ class Constraints:
             self._unread.append((step, matchers))
 
     def redraft(self, drafts_BD: Tensor, rows: Sequence[int]) -> tuple[Drafts, list[int]]:
-        """Replaces drafts by tokens that grammars force, where they force any.
+        """Replaces drafts by jump-forward tokens, where a grammar has any.
 
         Args:
             drafts_BD: int64, changed in place; negative for none.
@@ -107,9 +108,9 @@ class Constraints:
         replaced = []
         for row in rows:
             matcher = self._rows[row]
-            forced = [] if matcher is None else matcher.forced()[: drafts_BD.shape[1]]
-            if forced and drafts[row][: len(forced)] != forced:
-                drafts[row] = forced + [-1] * (drafts_BD.shape[1] - len(forced))
+            tokens = [] if matcher is None else matcher.jump_forward()[: drafts_BD.shape[1]]
+            if tokens and drafts[row][: len(tokens)] != tokens:
+                drafts[row] = tokens + [-1] * (drafts_BD.shape[1] - len(tokens))
                 replaced.append(row)
         if replaced:
             self._write(drafts_BD, drafts)

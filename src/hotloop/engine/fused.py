@@ -684,6 +684,6 @@ class _Plans:
 
     @property
     def kernels(self) -> list[Kernel]:
-        """All kernels but those at the ends of the step, which do not depend on its size."""
+        """All kernels of the layers and the head. Only these depend on the number of rows."""
         layers = [kernel for plans in self._pairs.values() for kernel in plans.kernels]
         return [*layers, *_kernels(self.head)]

@@ -1,12 +1,13 @@
 """Grammars that answers follow (structured output), by the library llguidance.
 
 A grammar is compiled once for a vocabulary. Each answer has a ``Matcher``: it consumes the tokens
-of the answer, and fills a bit mask of the tokens that may come next, some 20 µs for a token of JSON
-with a vocabulary of 50,000. ``constraints`` brings the masks to the device.
+of the answer, and fills a bit mask of the tokens that may come next. That takes some 20 µs for a
+token of JSON with a vocabulary of 50,000. ``constraints`` copies the masks to the device.
 
-What the library would accept and not enforce is refused here: keywords of a JSON schema that it
-does not know, everything that it warns of, and ``patternProperties``, which it does not combine
-correctly with other keywords. Its limits bound the time and memory that a grammar takes.
+The library accepts some JSON schemas that it does not fully enforce. This module refuses those:
+unknown keywords, everything that the library warns of, and ``patternProperties``, which the library
+does not combine correctly with other keywords. The library's limits bound the time and memory that
+a grammar takes.
 """
 
 from __future__ import annotations
@@ -192,11 +193,10 @@ class Matcher:
                 self._matcher.consume_token(token_id)
                 self._check()
 
-    def forced(self) -> list[int]:
-        """Returns tokens that the grammar leaves no choice but to spell; often none.
+    def jump_forward(self) -> list[int]:
+        """Returns the jump-forward (forced) tokens: those of the text that must follow; often none.
 
-        They are how the tokenizer divides the text that must follow. The model can divide it
-        differently.
+        The tokenizer chooses them. The model may spell the same text with other tokens.
         """
         return [] if self._is_lost else self._matcher.deep_copy().compute_ff_tokens()
 

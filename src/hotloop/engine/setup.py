@@ -841,7 +841,7 @@ def _resolve_execution(
     dtype: torch.dtype,
     parts: Sequence[tuple[ModelConfig, Iterable[tuple[str, list[LinearSpec]]]]],
 ) -> tuple[StepExecution, tuple[str, ...]]:
-    """Resolves the execution of a step, with notes: ``auto`` is fused, or else eager.
+    """Resolves the execution mode, with notes: ``auto`` is fused, or else eager.
 
     Args:
         config: The configuration.
@@ -850,7 +850,7 @@ def _resolve_execution(
         parts: The architecture of each rank's part of the decoder, and its matrices.
 
     Raises:
-        UnsupportedError: An execution other than ``auto`` was requested and cannot run.
+        UnsupportedError: An execution mode other than ``auto`` was requested and cannot run.
     """
     if config.execution == "eager":
         return "eager", ()

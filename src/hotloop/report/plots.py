@@ -430,12 +430,12 @@ class StepParts:
 
     Attributes:
         record: The record.
-        weights_s: The least time to read the weights at the measured bandwidth.
-        cache_s: The same of the KV cache.
-        execution_s: What the fastest execution of the same weights and ranks saves.
-        rest_s: What is left, beyond the limit of memory in the fastest execution too.
-        step_s: The whole, as measured.
-        fastest: The cell of the fastest execution, where that is another.
+        weights_s: Time to read the weights at the measured bandwidth.
+        cache_s: Time to read the KV cache at that bandwidth.
+        execution_s: Time that the fastest execution mode saves with the same weights and ranks.
+        rest_s: The remaining time: the fastest execution mode exceeds the memory's limit by it too.
+        step_s: The measured time of the step.
+        fastest: The cell of the fastest execution mode, where that is not this cell.
     """
 
     record: Record
@@ -501,7 +501,7 @@ EAGER_ON_A_GPU = (
 STEP_PARTS = (
     "reading weights",
     "reading the KV cache",
-    "saved by the fastest execution",
+    "saved by the fastest execution mode",
     "beyond the memory's limit",
 )
 
@@ -528,8 +528,9 @@ def step_times(records: Sequence[Record]) -> Bars | None:
         name="step-time",
         title="Where a step's time goes",
         caption="One decode step must read the weights and the KV cache once: at the bandwidth "
-        "measured beside it, that is its limit. Beyond it lie what the fastest execution of the "
-        "same weights saves, and what remains in that one too."
+        "measured beside it, that is its limit. The time beyond that limit has two parts: the "
+        "time that the fastest execution mode of the same weights saves, and the time that "
+        "remains in that mode too."
         + EAGER_ON_A_GPU
         * any(map(_is_eager_on_a_gpu, (part.record for part in parts))),
         summary="; ".join(f"{bar.label}: {bar.text}" for bar in bars) + ".",
