@@ -157,6 +157,24 @@ class CheckpointError(HotloopError, ValueError):
         super().__init__(f"{where}: {problem}")
 
 
+class PackingError(HotloopError):
+    """A packed weight holds other numbers than the weight that it was packed from.
+
+    Args:
+        tensor: The weight, by the names of its tensors in a checkpoint.
+        kernel: The kernel whose packing is at fault.
+        number_format: The weight's number format, in words.
+    """
+
+    def __init__(self, tensor: str, kernel: str, number_format: str) -> None:
+        self.tensor, self.kernel, self.number_format = tensor, kernel, number_format
+        super().__init__(
+            f"{shorten(tensor)}: as packed for the kernel {kernel}, the weight ({number_format}) "
+            "holds other numbers than before. It was not used. This is a fault of hotloop, not of "
+            "the checkpoint: please report it with this message."
+        )
+
+
 class ModelNotFoundError(HotloopError, ValueError):
     """A model name that is neither a local path, nor pulled, nor a built-in shape."""
 

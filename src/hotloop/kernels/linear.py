@@ -19,9 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotloop.kernels import cpu, reference
-from hotloop.kernels.cpu.packing import BLOCK_FEATURES, high_plane, pack_groups, packed_bytes
+from hotloop.kernels.cpu.packing import (
+    BLOCK_FEATURES,
+    high_plane,
+    pack_groups,
+    packed_bytes,
+    with_rows,
+)
 from hotloop.kernels.cuda import packing
-from hotloop.kernels.cuda.dequantize import dequantize
+from hotloop.kernels.cuda.dequantize import dequantize, dequantize_exactly
 from hotloop.kernels.cuda.packing import (
     FACTOR,
     GROUP_SIZES,
@@ -248,6 +254,13 @@ class LinearKernel(Protocol):
         """
         ...
 
+    def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:
+        """Dequantizes what ``pack`` made of ``n`` rows, float32 [n, K], with nothing rounded.
+
+        It reads the packed bytes, so that packing can be checked; speed does not matter.
+        """
+        ...
+
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
         """Returns, of each packed tensor, the dimension along which output features are.
 
@@ -331,6 +344,9 @@ class DenseTorch(_ByRows):
         assert isinstance(weight, Tensor), "a floating-point weight"
         return [weight.contiguous()]
 
+    def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:  # noqa: ARG002
+        return packed[0].float()
+
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return F.linear(x_MK, packed[0])
 
@@ -371,6 +387,10 @@ class ChannelwiseTorch(_ByRows):
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
         assert not isinstance(weight, Tensor), "a quantized weight"
         return [weight.values.contiguous(), weight.scale.reshape(-1).float()]
+
+    def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:  # noqa: ARG002
+        values, scale_N = packed
+        return reference.dequantize(values, scale_N[:, None])
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
         return reference.linear_channelwise(x_MK, *packed)
@@ -428,6 +448,10 @@ class GroupedCpu(_ByRows):
         assert not isinstance(weight, Tensor), "a quantized weight"
         return pack_groups(self._format, weight, n=self._n)
 
+    def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:
+        described, blocks = packed
+        return torch.ops.hotloop_cpu.dequantize_groups(with_rows(described, n), blocks, self._k)
+
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
         assert len(packed) == 2, "a description, and blocks of rows"
         return [None, 0]
@@ -478,6 +502,24 @@ class Int4TinyGemm(_ByRows):
         scale_zero_GN2 = torch.stack((scale.T, zero.T), dim=-1).contiguous()
         return [words, scale_zero_GN2]
 
+    def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:  # noqa: ARG002
+        words, scale_zero_GN2 = packed
+        scale_GN, zero_GN = scale_zero_GN2.unbind(-1)
+        return reference.dequantize(self.unpack_values(words), scale_GN.T, zero_GN.T)
+
+    @staticmethod
+    def unpack_values(words: Tensor) -> Tensor:
+        """Inverts ``_convert_weight_to_int4pack`` of CUDA: int8 [N, K] in -8…7.
+
+        Words are [N / 8, K / 32J, 32, J]; a lane, g and t, holds the operand of ``mma.m16n8k16`` of
+        row g and features 2t, 2t + 1, 2t + 8 and 2t + 9 of two slices of 16.
+        """
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+        nibbles = words.unflatten(2, (8, 4))[..., None] >> shifts & 15
+        # [tile, J slices, g, t, J, odd feature, slice, half]
+        ordered = nibbles.unflatten(-1, (2, 2, 2)).permute(0, 2, 1, 4, 6, 7, 3, 5)
+        return (ordered.flatten(2).flatten(0, 1) - 8).to(torch.int8)
+
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
         assert len(packed) % 2 == 0, "words [N / 8, ...], and scales [G, N, 2]"
         return [0, 1] * (len(packed) // 2)
@@ -508,6 +550,10 @@ class NestedTinyGemm(Int4TinyGemm):
         assert not isinstance(weight, Tensor), "a quantized weight"
         high, low = reference.split_planes(weight.values)
         return [*self.pack_values(high, weight.scale * 16), *self.pack_values(low, weight.scale)]
+
+    def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:
+        high, low = super().dequantize(packed[:2], n), super().dequantize(packed[2:], n)
+        return high + low
 
     def high_plane(self, packed: Sequence[Tensor]) -> tuple[LinearKernel, list[Tensor]]:
         return Int4TinyGemm(self._spec.high), list(packed[:2])
@@ -593,6 +639,10 @@ class Fused(_ByRows):
             assert features_K is not None, "a permuted weight"
             packed.append(features_K.contiguous())
         return packed
+
+    def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:
+        weight, scale_N, features_K = self.named(packed)
+        return dequantize_exactly(replace(self.form, n=n), weight, features_K, scale_N)
 
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
         rows = len(packed) - self.form.permuted
@@ -705,6 +755,9 @@ class Dequantizing(_ByRows):
             values = reference.pack_int4(values - self._bias, self._group)
         return [values, *scales]
 
+    def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:  # noqa: ARG002
+        return self._dequantize(*packed)
+
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:  # noqa: ARG002
         axes: list[int | None] = [None if part == "table" else 0 for part in self._format.parts]
         return [0, *axes] if self._nested else axes
@@ -759,6 +812,11 @@ class Permuted:
         assert not isinstance(weight, Tensor), "a quantized weight"
         assert weight.permutation is not None, "a permuted weight"
         return [*self._inner.pack(weight), weight.permutation]
+
+    def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:
+        *inner, permutation_K = packed
+        weight = self._inner.dequantize(inner, n)
+        return torch.empty_like(weight).index_copy_(1, permutation_K.long(), weight)
 
     @property
     def unit_rows(self) -> int:

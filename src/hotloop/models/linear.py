@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hotloop.errors import PackingError
 from hotloop.kernels.cuda import tuning
 from hotloop.kernels.linear import DENSE, LinearKernel, LinearSpec, Stacked, choose_linear
 from hotloop.kernels.pack import pack_in_chunks, rows_at_once
 from hotloop.models.config import Matrix
 from hotloop.quant import QTensor
+from hotloop.quant.packing_check import PackingCheck
 from hotloop.quant.rows import RowStream, paired_chunks, row_chunks_of
 
 
@@ -49,6 +51,7 @@ class Linear(nn.Module):
         self.notes: list[str] = []
         self.n_packed = 0
         self._pieces: list[tuple[LinearKernel, LinearSpec, int]] = []
+        self._unverified: list[tuple[LinearKernel, LinearSpec, Tensor]] = []
         self.bias: Tensor | None
         self.register_buffer("bias", None)
 
@@ -65,6 +68,7 @@ class Linear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         fused: bool = False,
+        name: str = "a weight",
     ) -> None:
         """Packs a weight for the kernel that serves it best, on ``device``.
 
@@ -75,9 +79,14 @@ class Linear(nn.Module):
             dtype: Element type of activations.
             device: The device of the packed weight.
             fused: For the fused step.
+            name: The weight's name, for errors.
+
+        Raises:
+            PackingError: See ``verify``.
         """
         for _ in self.packing(weight, bias, dtype=dtype, device=device, fused=fused):
             pass
+        self.verify(name)
 
     def packing(
         self,
@@ -88,7 +97,7 @@ class Linear(nn.Module):
         device: torch.device,
         fused: bool = False,
     ) -> Iterator[int]:
-        """Does what ``assign`` does, and yields how many more rows are packed."""
+        """Does what ``assign`` does but verify, and yields how many more rows are packed."""
         weights = (weight,) if isinstance(weight, Tensor | QTensor) else weight
         specs = [
             LinearSpec(
@@ -112,6 +121,22 @@ class Linear(nn.Module):
         if bias is not None:
             self.bias = bias.to(device, dtype)
 
+    def verify(self, name: str) -> None:
+        """Checks that the weight as it was packed is the weight that was assigned, once.
+
+        Apart from ``packing``, since it waits for the device.
+
+        Args:
+            name: The weight's name, for errors.
+
+        Raises:
+            PackingError: It is not.
+        """
+        for kernel, spec, equal in self._unverified:
+            if not equal:
+                raise PackingError(name, kernel.name, spec.format.describe(spec.k))
+        self._unverified = []
+
     def restore(self, packed: Sequence[tuple[LinearSpec, Sequence[Tensor]]]) -> None:
         """Takes a weight that was packed before (``layout``), on its device."""
         self._clear()
@@ -133,7 +158,7 @@ class Linear(nn.Module):
         return [(spec, n_packed) for _, spec, n_packed in self._pieces]
 
     def _clear(self) -> None:
-        self.notes, self.n_packed, self._pieces = [], 0, []
+        self.notes, self.n_packed, self._pieces, self._unverified = [], 0, [], []
 
     def _add(
         self, spec: LinearSpec, kernel: LinearKernel, notes: list[str], packed: Sequence[Tensor]
@@ -158,21 +183,26 @@ class Linear(nn.Module):
         device: torch.device,
     ) -> Generator[int, None, list[Tensor]]:
         """Packs some rows at a time, so that little is held besides the packed weight."""
+        paired = spec.paired and spec.fused  # by turns eight gate and eight up features
+        check = PackingCheck(kernel, spec.n, paired=paired)
 
         def placed(rows: Tensor | QTensor) -> Tensor | QTensor:
             assert rows.shape[1] == self.k, f"{rows.shape} for {self.n, self.k}"
-            return rows.to(device) if isinstance(rows, QTensor) else rows.to(device, spec.dtype)
+            return check.seen(
+                rows.to(device) if isinstance(rows, QTensor) else rows.to(device, spec.dtype)
+            )
 
-        if kernel.keeps_rows and not isinstance(weight, RowStream):
-            return kernel.pack(placed(weight))  # an embedding may share it
         step = rows_at_once(self.k, kernel.unit_rows, device)
-        paired = spec.paired and spec.fused  # by turns eight gate and eight up features
-        if isinstance(weight, RowStream):
+        if kernel.keeps_rows and not isinstance(weight, RowStream):
+            chunks = [weight]  # an embedding may share it
+        elif isinstance(weight, RowStream):
             assert not paired, "halves of a stream come one after the other"
             chunks = weight.chunks(step)
         else:
             chunks = (paired_chunks if paired else row_chunks_of)(weight, step)
-        return (yield from pack_in_chunks(kernel, map(placed, chunks), spec.n, paired=paired))
+        packed = yield from pack_in_chunks(kernel, map(placed, chunks), spec.n, paired=paired)
+        self._unverified.append((kernel, spec, check.compare(packed)))
+        return packed
 
     @property
     def packed(self) -> list[Tensor]:

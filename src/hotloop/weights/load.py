@@ -15,7 +15,7 @@ that is what it drafts for. Both are packed in step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -90,6 +90,7 @@ def load_weights(
     Raises:
         CheckpointError: A tensor is missing, surplus, of another shape, or not finite.
         ConfigError: A matrix whose shape a scheme does not fit.
+        PackingError: A packed weight is not the weight that was read.
     """
     loader = _Loader(config, shard, source, schemes, adds_biases, dtype, device, fused, twin)
     with source.read_ahead(loader.requests):
@@ -100,11 +101,17 @@ def load_weights(
             if on_layer:
                 on_layer(i + 1, config.n_layers)
     source.finish()
+    for name, linear in loader.packed:
+        linear.verify(name)
 
 
 @dataclass(frozen=True)
 class _Loader:
-    """Reads from a source and assigns; see ``load_weights`` for its attributes."""
+    """Reads from a source and assigns; see ``load_weights`` for its attributes.
+
+    ``packed`` are the projections that were packed, by the names of their tensors: they are
+    verified once the device need not be waited for.
+    """
 
     config: ModelConfig
     shard: Shard
@@ -115,6 +122,7 @@ class _Loader:
     device: torch.device
     fused: bool
     twin: Twin | None
+    packed: list[tuple[str, Linear]] = field(default_factory=list)
 
     @property
     def requests(self) -> list[Request]:
@@ -197,10 +205,13 @@ class _Loader:
             module = getattr(block, attribute)
             for matrix in declared.matrices:
                 parts, *drafts = zip(*(streams(matrix, p) for p in matrix.parts), strict=True)
-                packing = [self._packing(getattr(module, matrix.name), parts, bias(matrix))]
+                name = ", ".join(names.layer(i, part.name) for part in matrix.parts)
+                linear = getattr(module, matrix.name)
+                packing = [self._packing(linear, parts, bias(matrix), name)]
                 for of_draft in drafts:
                     assert draft is not None, "a drafter's rows without one"
-                    packing.append(self._packing(draft.linears[matrix.name], of_draft, None))
+                    linear, of_drafter = draft.linears[matrix.name], f"{name} of the drafter"
+                    packing.append(self._packing(linear, of_draft, None, of_drafter))
                 in_step(*packing)
             for norm in declared.norms:
                 weight = self.tensor(f"{names.layer(i, norm.part)}.weight", norm.n)
@@ -224,12 +235,18 @@ class _Loader:
         both = zip((mine, drafts), (request, of_draft), strict=True)
         return [RowStream(rows, each.n, each.format) for rows, each in both]
 
-    def _assign(self, linear: Linear, parts: Sequence[RowStream], bias: Tensor | None) -> None:
-        """Packs the parts of a projection."""
-        in_step(self._packing(linear, parts, bias))
+    def _assign_head(self, linear: Linear, weight: Tensor | QTensor | RowStream) -> None:
+        """Packs the head."""
+        linear.assign(
+            [weight],
+            dtype=self.dtype,
+            device=self.device,
+            fused=self.fused,
+            name=names.head(self.config),
+        )
 
     def _packing(
-        self, linear: Linear, parts: Sequence[RowStream], bias: Tensor | None
+        self, linear: Linear, parts: Sequence[RowStream], bias: Tensor | None, name: str
     ) -> Iterator[int]:
         """Packs the parts of a projection; see ``Linear.packing``."""
         weight: Sequence[Tensor | QTensor | RowStream]
@@ -241,6 +258,7 @@ class _Loader:
         yield from linear.packing(
             weight, bias, dtype=self.dtype, device=self.device, fused=self.fused
         )
+        self.packed.append((name, linear))
 
     def _typed(self, rows: Tensor | QTensor) -> Tensor | QTensor:
         """Converts floating-point rows to the model's type, on its device."""
@@ -256,9 +274,7 @@ class _Loader:
             head = of_draft.take(of_draft.n)
             if self.config.tie_embeddings:  # all rows came
                 head = cut(head, slice(rows.start, rows.stop), None)
-            self.twin.decoder.head.assign(
-                head, dtype=self.dtype, device=self.device, fused=self.fused
-            )
+            self._assign_head(self.twin.decoder.head, head)
 
     def _load_embeddings(self, decoder: Decoder, stream: RowStream) -> None:
         """Assigns the embedding, and this rank's rows of the head, of which ``stream`` are rows."""
@@ -266,7 +282,7 @@ class _Loader:
         request = self._head_request
         head: Tensor | QTensor | RowStream
         if not config.tie_embeddings:
-            self._assign(decoder.head, [stream], None)
+            self._assign_head(decoder.head, stream)
             self._embed(decoder, self._table())
             return
         spec = self._spec(request.format)
@@ -281,7 +297,7 @@ class _Loader:
             else:
                 head = weight[rows.start : rows.stop]
         elif kernel.embeds and len(rows) == spec.n:
-            self._assign(decoder.head, [stream], None)
+            self._assign_head(decoder.head, stream)
             decoder.embedding.assign(spec, decoder.head.packed)
             return
         else:
@@ -289,12 +305,12 @@ class _Loader:
             chunks = stream.chunks(rows_at_once(spec.k, 1, self.device))
             kept = _dequantized_into(table, chunks, rows)
             head = RowStream(kept, len(rows), request.format)
-            decoder.head.assign([head], dtype=dtype, device=self.device, fused=self.fused)
+            self._assign_head(decoder.head, head)
             surplus = list(kept)  # the rows behind this rank's are in the table only then
             assert not surplus, "more rows than this rank's"
             self._embed(decoder, table)
             return
-        decoder.head.assign([head], dtype=dtype, device=self.device, fused=self.fused)
+        self._assign_head(decoder.head, head)
 
     def _spec(self, form: KernelFormat, *, fused: bool | None = None) -> LinearSpec:
         """Returns the ``LinearSpec`` of a matrix of the whole vocabulary."""

@@ -1009,6 +1009,15 @@ Tensor embed_groups(const Tensor& ids, const Tensor& description, const Tensor& 
   return y;
 }
 
+// Dequantizes a packed weight of K input features: float32 [N, K].
+Tensor dequantize_groups(const Tensor& description, const Tensor& blocks, int64_t K) {
+  const GroupedWeight weight(description, blocks, K);
+  Tensor y = new_tensor(aoti_torch_dtype_float32(), {weight.N, K});
+  auto* rows = static_cast<float*>(y.mutable_data_ptr());
+  for (int64_t n = 0; n < weight.N; n++) dequantize_row(weight, n, rows + n * K);
+  return y;
+}
+
 // ------------------------------------------------------------------------------- any packed weight
 
 // A weight is bfloat16 [N, K]; int8 [N, K] and float32 [N]; or the bytes of a `GroupedWeight`.
@@ -1508,6 +1517,7 @@ STABLE_TORCH_LIBRARY(hotloop_cpu, m) {
   m.def("linear_rows(Tensor x, Tensor values, Tensor? scale) -> Tensor");
   m.def("linear_groups(Tensor x, Tensor description, Tensor blocks, int n) -> Tensor");
   m.def("embed_groups(Tensor ids, Tensor description, Tensor blocks, int k) -> Tensor");
+  m.def("dequantize_groups(Tensor description, Tensor blocks, int k) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seats, "
         "Tensor positions, int window, float scale) -> Tensor");
   m.def("attention_half(Tensor x, Tensor norm, float eps, Tensor[] qkv, Tensor? qkv_bias, "
@@ -1526,6 +1536,7 @@ STABLE_TORCH_LIBRARY_IMPL(hotloop_cpu, CPU, m) {
   m.impl("linear_rows", TORCH_BOX(&linear_rows));
   m.impl("linear_groups", TORCH_BOX(&linear_groups));
   m.impl("embed_groups", TORCH_BOX(&embed_groups));
+  m.impl("dequantize_groups", TORCH_BOX(&dequantize_groups));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rope", TORCH_BOX(&rope));

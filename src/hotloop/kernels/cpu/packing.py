@@ -98,6 +98,13 @@ def pack_groups(form: KernelFormat, weight: Quantized, *, n: int) -> list[Tensor
     return [_describe(form, n, k, weight.table, weight.permutation), blocks]
 
 
+def with_rows(description: Tensor, n: int) -> Tensor:
+    """Returns the description of ``n`` output features of a packed weight."""
+    described = description.clone()
+    described[:4].view(torch.int32).fill_(n)
+    return described
+
+
 def high_plane(form: KernelFormat, packed: Sequence[Tensor], k: int) -> list[Tensor]:
     """Returns the high plane of a packed nested weight, which is a part of it."""
     descriptions, blocks = packed

@@ -52,22 +52,43 @@ def dequantize(form: Format, packed: Tensor, features_K: Tensor | None = None) -
 
 
 def dequantize_torch(form: Format, packed: Tensor, features_K: Tensor | None = None) -> Tensor:
-    """Computes the same in plain PyTorch, by ``reference.dequantize``."""
+    """Computes the same in plain PyTorch."""
+    return dequantize_exactly(form, packed, features_K).to(torch.bfloat16)
+
+
+def dequantize_exactly(
+    form: Format,
+    packed: Tensor,
+    features_K: Tensor | None = None,
+    scale_N: Tensor | None = None,
+) -> Tensor:
+    """Dequantizes a weight to float32 [N, K], by ``reference.dequantize``; see ``dequantize``.
+
+    Args:
+        form: Format of the weight.
+        packed: As ``packing.pack`` returns it.
+        features_K: See ``dequantize``.
+        scale_N: float32, scales of output features, which are applied; None for 1.
+    """
     parts = unpack(form, packed)
-    if parts.scale is None:
+    scale, factor = parts.scale, parts.factor
+    if scale is None:
         assert features_K is None, "weights with groups are permuted"
-        return parts.values.to(torch.bfloat16)
+        if scale_N is None:
+            return parts.values.float()
+        scale = scale_N[:, None]
+    elif scale_N is not None:
+        factor = scale_N[:, None]
     table = None if form.table is None else torch.tensor(form.table, device=packed.device)
-    weight = reference.dequantize(
+    return reference.dequantize(
         parts.values,
-        parts.scale,
+        scale,
         parts.offset,
-        super_scale_NS=parts.factor,
+        super_scale_NS=factor,
         super_offset_NS=parts.offset_factor,
         table=table,
         permutation_K=features_K,
     )
-    return weight.to(torch.bfloat16)
 
 
 def dequantize_kernel(form: Format) -> Kernel:
