@@ -1,9 +1,9 @@
-"""A quantized weight before any kernel has touched it: values, scales, offsets.
+"""A quantized weight that is not packed for a kernel: values, scales, offsets.
 
-This is the form in which weights are sliced for tensor parallelism and stored on disk, and into
-which encodings of other tools decode. Everything in it is laid out like the weight it came from, so
-slicing needs no knowledge of the scheme: quantize → shard → pack, in that order, and scales never
-depend on the number of ranks. A kernel arranges its bytes itself (``kernels.linear``).
+Weights have this form while they are sliced for tensor parallelism and when they are stored on
+disk, and encodings of other tools decode into it. Its tensors are laid out like the weight itself,
+so slicing does not depend on the scheme. The order is quantize → shard → pack, so scales do not
+depend on the number of ranks. The layout that a kernel reads is not made here (``kernels.linear``).
 
 Shape letters: N output features, K input features, G groups along K (K / group_size; 1 for one
 group per output channel), S super-blocks along K (a divisor of G).
@@ -38,10 +38,10 @@ _LARGEST: Mapping[QuantizedKind, float] = {
     "nested": 128,
     "fp8": 448,
 }
-"""The largest magnitude of a value; of ``lut4`` it is the table's."""
+"""The largest magnitude of a value, by kind; for ``lut4`` the table has it instead."""
 
 _RANGE: Mapping[QuantizedKind, float] = {"int4": 15, "uint4": 15, "int8": 255}
-"""The largest difference of a value and its zero point."""
+"""The largest difference between a value and its zero point, by kind."""
 
 _ROW_TENSORS = ("values", "scale", "offset", "super_scale", "super_offset")
 _OTHER_TENSORS = ("table", "permutation")
@@ -51,30 +51,32 @@ _OTHER_TENSORS = ("table", "permutation")
 class QTensor:
     """A quantized matrix, with a scale for each group of input features.
 
-    With ``s = scale * super_scale`` and ``o = offset * super_offset`` (of the group, and of the
-    super-block that the group is in), column ``k`` of
+    The dequantized weight is computed in float32. Each group of columns has a scale ``s`` and an
+    offset ``o``: ``s = scale * super_scale`` and ``o = offset * super_offset``, with the factors of
+    the super-block that contains the group. A factor that is None is left out. The values become
 
-    - ``values * s + o`` with floating-point offsets, or integer ones with ``super_offset``,
-    - ``(values - offset) * s`` with integer offsets alone, which are called zero points,
-    - ``table[values] * s`` with a lookup table
+    - ``values * s + o`` with floating-point offsets, or with ``super_offset``;
+    - ``(values - offset) * s`` with integer offsets and no ``super_offset`` (zero points);
+    - ``table[values] * s`` with a lookup table;
+    - ``values * s`` otherwise.
 
-    is the weight's column ``permutation[k]``. What is None is left out. ``dequantize`` computes
-    this in float32, in this order.
+    Column ``k`` of that result is column ``permutation[k]`` of the weight.
 
     Attributes:
-        values: [N, K]: int8, which holds integers of up to 8 bits of ``int8``, -128…119 of
-            ``nested``, -8…7 of ``int4``, 0…15 of ``uint4`` and of ``lut4``; float8_e4m3fn of
-            ``fp8``.
-        scale: [N, G]: floating point of any type; int8 with ``super_scale``.
-        offset: [N, G]: of the scales' type, or int8 zero points; None where zero is 0.
+        values: [N, K]. float8_e4m3fn for the kind ``fp8``. Otherwise int8, in the range of the
+            kind: -128…127 for ``int8``, -128…119 for ``nested``, -8…7 for ``int4``, 0…15 for
+            ``uint4`` and ``lut4``.
+        scale: [N, G]. Any floating-point type; int8 with ``super_scale``.
+        offset: [N, G]. The scales' type, or int8 zero points. None for symmetric quantization.
         kind: The type of the values.
-        super_scale: Floating point, [N, S]: factors of the scales of two-level formats, such as
-            the scale of a super-block of GGUF, or the scale of a whole matrix in each row.
-        super_offset: [N, S], of the same type: factors of the offsets.
-        table: Floating point, [16]: the numbers that values of ``lut4`` are indices of.
-        permutation: int32 [K]: the input feature that each column belongs to, where features were
-            sorted before they were grouped (act-order).
-        order: ``order_name`` of the permutation: formats are compared by it, and no device is read.
+        super_scale: [N, S]. Floating point. The second level of two-level scales, such as the scale
+            of a super-block of GGUF, or the scale of a whole matrix, repeated in each row.
+        super_offset: [N, S]. The type of ``super_scale``. The second level of two-level offsets.
+        table: [16]. Floating point. The lookup table of ``lut4``.
+        permutation: int32 [K]. The input feature of each column, where features were sorted before
+            they were grouped (act-order).
+        order: ``order_name`` of the permutation. Formats are compared by it, without reading the
+            permutation from the device.
     """
 
     values: Tensor
@@ -130,12 +132,12 @@ class QTensor:
 
     @property
     def group_size(self) -> int:
-        """Input features that share a scale: K where the scale is per output channel."""
+        """Number of input features that share a scale; K with one scale per output channel."""
         return self.values.shape[1] // self.scale.shape[1]
 
     @property
     def format(self) -> KernelFormat:
-        """The number format that a kernel must be able to hold."""
+        """The kernel format: the number formats of values, scales and offsets."""
         zero: Zero = "none"
         if self.offset is not None:
             integer = not self.offset.is_floating_point() and self.super_offset is None
@@ -153,7 +155,7 @@ class QTensor:
         )
 
     def bound(self) -> float:
-        """Returns a number that no weight's magnitude exceeds, computed in float64."""
+        """Returns an upper bound on the magnitude of the weights, computed in float64."""
         step = self.scale.float().double().abs()
         if self.super_scale is not None:
             s = self.super_scale.shape[1]
@@ -171,7 +173,7 @@ class QTensor:
 
     @property
     def high(self) -> QTensor:
-        """The int4 weight that the high nibbles of a ``nested`` one are."""
+        """The int4 weight in the high nibbles of a ``nested`` weight."""
         assert self.kind == "nested", f"{self.kind} has no planes"
         high_NK, _ = reference.split_planes(self.values)
         return QTensor(values=high_NK, scale=self.scale * 16, kind="int4")
@@ -195,10 +197,10 @@ class QTensor:
     def columns(self, start: int, stop: int) -> QTensor:
         """Slices input features ``start`` to ``stop``: a row-parallel shard, along whole groups.
 
-        Where the range cuts super-blocks apart they become smaller (``with_super_blocks``).
+        Super-blocks that the range divides are replaced by smaller ones (``with_super_blocks``).
 
         Raises:
-            ConfigError: The range cuts a group apart, or features are permuted.
+            ConfigError: The range divides a group, or features are permuted.
         """
         k, size = self.shape[1], self.group_size
         if (start, stop) == (0, k):
@@ -228,10 +230,11 @@ class QTensor:
         return dataclasses.replace(self, **parts)
 
     def with_super_blocks(self, size: int) -> QTensor:
-        """Cuts super-blocks into ones of ``size`` input features: their factors are repeated.
+        """Divides super-blocks into smaller ones, by repeating their factors.
 
         Args:
-            size: It divides the present size, and is a multiple of the group size.
+            size: Input features of a new super-block: a divisor of the present size, and a multiple
+                of the group size.
         """
         present = self.format.super_size
         assert present is not None, "a weight of two levels"
@@ -244,7 +247,7 @@ class QTensor:
         )
 
     def try_columns(self, start: int, stop: int) -> QTensor | None:
-        """Returns ``columns``, or None where the range cannot be sliced."""
+        """Returns ``columns``, or None if the range cannot be sliced."""
         k, size = self.shape[1], self.group_size
         cuts = size != k and (start % size or stop % size)
         if (start, stop) != (0, k) and (cuts or self.permutation is not None):
@@ -252,26 +255,26 @@ class QTensor:
         return self.columns(start, stop)
 
     def to(self, device: torch.device | str) -> QTensor:
-        """Copies it to another device."""
+        """Copies the weight to another device."""
         return self.map(lambda t: t.to(device))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its tensors, in the order of its attributes."""
+        """All tensors that are present, rows' tensors first."""
         return tuple(self._present(_ROW_TENSORS + _OTHER_TENSORS).values())
 
     @property
     def row_tensors(self) -> tuple[Tensor, ...]:
-        """Those of its tensors that have a row for each output feature."""
+        """The tensors that have a row for each output feature."""
         return tuple(self._present(_ROW_TENSORS).values())
 
     def map(self, f: Callable[[Tensor], Tensor]) -> QTensor:
-        """Applies ``f`` to each of its tensors."""
+        """Applies ``f`` to each tensor."""
         present = self._present(_ROW_TENSORS + _OTHER_TENSORS)
         return dataclasses.replace(self, **{name: f(t) for name, t in present.items()})
 
     def map_rows(self, f: Callable[[Tensor], Tensor]) -> QTensor:
-        """Applies ``f`` to those of its tensors that have a row for each output feature."""
+        """Applies ``f`` to each tensor that has a row for each output feature."""
         present = self._present(_ROW_TENSORS)
         return dataclasses.replace(self, **{name: f(t) for name, t in present.items()})
 
@@ -281,25 +284,25 @@ class QTensor:
 
 
 def order_name(permutation_K: Tensor) -> str:
-    """Names an order of columns, so that formats tell it from others without reading it again."""
+    """Returns a hash of an order of columns, by which formats compare it."""
     return hashlib.sha256(permutation_K.cpu().int().numpy().tobytes()).hexdigest()[:16]
 
 
 def expand_blocks(
     scale: Tensor, *, rows: int, columns: int, group_size: int, shape: tuple[int, int]
 ) -> Tensor:
-    """Expands what blocks have to each output feature and group.
+    """Expands scales of blocks to a scale for each output feature and group.
 
     Args:
-        scale: [N / rows, K / columns], rounded up.
+        scale: [N / rows, K / columns], with sizes rounded up.
         rows: Output features of a block; the last block may have fewer.
         columns: Input features of a block; the last block may have fewer.
-        group_size: Input features of a group, which divides ``columns`` and K: groups are blocks,
-            or parts of them where blocks do not divide K.
-        shape: (N, K), of a matrix or of a slice along whole blocks.
+        group_size: Input features of a group, a divisor of ``columns`` and of K. It is smaller than
+            ``columns`` where ``columns`` does not divide K.
+        shape: (N, K) of a matrix, or of a slice along whole blocks.
 
     Returns:
-        [N, G].
+        Scales [N, G].
     """
     n, k = shape
     by_row = scale if rows == 1 else scale.repeat_interleave(rows, dim=0)[:n]
@@ -309,15 +312,18 @@ def expand_blocks(
 
 
 def join_alike(parts: Iterable[Tensor | QTensor], n: int) -> list[Tensor | QTensor]:
-    """Joins weights along the output features: exact, since no group spans two of them.
+    """Joins adjacent weights of one format along the output features.
 
-    Adjacent weights of one format become one; where the next is of another format, which includes
-    the lookup table and the order of columns, a new one begins.
+    The result is exact, because no group spans output features. Each change of format starts a new
+    weight; the lookup table and the order of columns are part of the format.
 
     Args:
-        parts: Each is copied and let go before the next is asked for, so that an iterator can make
-            them one at a time.
-        n: Output features in all.
+        parts: The weights. Each is copied and released before the next is taken, so that an
+            iterator can make them one at a time.
+        n: Output features of all parts together.
+
+    Returns:
+        One weight for each run of parts of one format.
     """
     joined: list[Tensor | QTensor] = []
     whole: Tensor | QTensor | None = None
