@@ -237,8 +237,8 @@ class EngineConfig:
         str,
         Lever(
             help="Weight quantization: auto keeps what the file has; none, int8, int8-gN (N 32, "
-            "64 or 128), fp8, int4-gN, int4-gN-asym, or int4-gN-zp; -cal after one of int4 fits "
-            "its scales to the model's activations.",
+            "64 or 128), fp8, int4 (that is int4-g128), int4-gN, int4-gN-asym, or int4-gN-zp; "
+            "-cal after one of int4 fits its scales to the model's activations.",
             group="Model",
             sweep="auto,int8,int4-g64",
             names="scheme",

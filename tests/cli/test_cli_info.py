@@ -246,3 +246,11 @@ def test_quantize_says_what_became_of_the_bytes(monkeypatch, tmp_path, capsys):
 def test_quantize_needs_a_scheme(capsys):
     assert main(["quantize", "m", "out"]) == 2
     assert "--quant" in capsys.readouterr().err
+
+
+def test_what_takes_long_is_said_on_stderr(tiny_llama, capsys):
+    argv = ["info", str(tiny_llama), "--device", "cpu", "--json"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "forecasting its memory (the first time, this builds the CPU kernels)" in err
+    json.loads(out)

@@ -162,7 +162,7 @@ def test_bench_prints_why_it_cannot_run_once(jobs, monkeypatch, capsys):
         "refuse_cell",
         lambda each: Record(**base_record(each), status="unsupported", reason=why),
     )
-    assert main(["bench", *RANDOM_7B, "--execution", "fused"]) == 1
+    assert main(["bench", *RANDOM_7B, "--execution", "fused"]) == 2, "as generate refuses it"
     out, err = capsys.readouterr()
     assert (out + err).count(why) == 1
     assert jobs == []
@@ -203,7 +203,7 @@ def test_what_cannot_run_is_refused_before_its_reference_is_scored(jobs, monkeyp
         "refuse_cell",
         lambda each: Record(**base_record(each), status="unsupported", reason="it is a copy"),
     )
-    assert main(["eval", "m", "--quant", "int8"]) == 1
+    assert main(["eval", "m", "--quant", "int8"]) == 2
     out = capsys.readouterr().out
     assert "it is a copy" in out
     assert "workload" not in out  # nobody asked for one

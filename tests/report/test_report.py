@@ -416,6 +416,7 @@ def test_context_that_differs_between_rows_names_the_rows():
 def test_csv_has_the_numbers_as_recorded():
     rows = list(csv.DictReader(io.StringIO(to_csv(make_table(EVERYTHING)))))
     assert [row["cell"] for row in rows] == [r.cell for r in EVERYTHING]
+    assert [row["model"] for row in rows] == [r.config["model"] for r in EVERYTHING]
     assert [row["recommended"] for row in rows] == ["false", "true", "false", "false", "false"]
     speed = EVERYTHING[4].decode_tok_s
     assert float(rows[4]["decode_tok_s"]) == speed.mean

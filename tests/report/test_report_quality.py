@@ -39,7 +39,7 @@ def test_a_verdict_has_columns_with_what_a_pass_would_take():
     table = make_table([record(verdict=verdict(3, 2, 200)), record("int4-g64")])
     text = to_markdown(table)
     assert "accuracy lost" in text
-    assert "0.5% <" in text
+    assert "0.5% (limit " in text
     assert "underpowered [1]" in text
     assert "[1] underpowered: needs" in text
     assert "Verdict: over 200 items of arc" in text

@@ -20,7 +20,7 @@ from hotloop.cli.options import (
     WorkloadOptions,
     option,
 )
-from hotloop.cli.output import note, print_json, print_pairs, print_record, progress_bar
+from hotloop.cli.output import note, print_json, print_pairs, progress_bar, show_record
 from hotloop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,11 +68,12 @@ def bench(
     """Time one configuration, or find out how a server behaves.
 
     --json prints the record, as a sweep writes it. hotloop eval measures quality,
-    and hotloop sweep compares configurations. Of a server it is found out how fast
-    the first token comes when a prompt is new and when it is known, how evenly the
-    others come, how much of its answers is loops, and whether answers repeat.
+    and hotloop sweep compares configurations. For a server, it measures the time to
+    the first token of a new and of a repeated prompt, the intervals between later
+    tokens, the share of answers that is loops, and whether answers can be reproduced.
+    The exit code is 0 if figures were measured; 2 if the configuration is refused;
+    and 1 if it failed or did not fit.
     """
-    from hotloop.bench.record import MEASURED
     from hotloop.sweep.cell import refuse_cell, run_cell
     from hotloop.sweep.events import CellFinished, CellStarted
     from hotloop.sweep.job import make_jobs
@@ -101,11 +102,7 @@ def bench(
             progress(CellStarted(job.cell, 1, 1))
             record = run_cell(job, progress)
             progress(CellFinished(record))
-    if json:
-        print_json(record.model_dump(mode="json"))
-    else:
-        print_record(record)
-    return 0 if record.status in MEASURED else 1
+    return show_record(record, json=json)
 
 
 def _find_out(url: str, against: str | None, options: WorkloadOptions, *, json: bool) -> int:

@@ -17,7 +17,7 @@ from hotloop.cli.options import (
     QualityOptions,
     option,
 )
-from hotloop.cli.output import print_json, print_record
+from hotloop.cli.output import show_record
 
 app = App(
     name="eval",
@@ -52,9 +52,8 @@ def evaluate(
     other. With --tasks there is a verdict on accuracy: pass, fail, or underpowered.
     Windows longer than 1,024 tokens have figures by depth. --json prints a record, as
     a sweep writes it, without speed. The exit code is 0 if it was scored, whatever
-    the figures, and 1 if not.
+    the figures; 2 if the configuration is refused; and 1 if it failed or did not fit.
     """
-    from hotloop.bench.record import MEASURED
     from hotloop.evaluate.reference_store import ReferenceStore
     from hotloop.sweep.cell import refuse_cell, score_cell
     from hotloop.sweep.events import CellFinished, CellStarted
@@ -84,8 +83,4 @@ def evaluate(
             progress(CellStarted(job.cell, 1, 1))
             record = score_cell(job, progress)
             progress(CellFinished(record))
-    if json:
-        print_json(record.model_dump(mode="json"))
-    else:
-        print_record(record)
-    return 0 if record.status in MEASURED else 1
+    return show_record(record, json=json)

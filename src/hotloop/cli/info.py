@@ -15,12 +15,12 @@ from hotloop.cache import writable_cache_dir
 from hotloop.cli.engine import note_cache
 from hotloop.cli.options import DEFAULT_FIT, MODEL, FitOptions, Json, listed, option
 from hotloop.cli.output import (
+    long_step,
     print_json,
     print_memory,
     print_pairs,
     print_rich,
     print_text,
-    spinner,
 )
 from hotloop.errors import ConfigError, UnsupportedError
 from hotloop.types import NESTED_DRAFTER, EngineConfig, drafters
@@ -73,48 +73,49 @@ def info(
     For the machine, it shows devices, memory, read bandwidth as measured now, and
     the execution modes that run here. For a model, it shows its shape, its
     parameters, the types its file stores, the kernel that reads each of them here,
-    and the bytes that it takes under each scheme. With --tp these are of the rank
-    that holds most; schemes that cannot be split so are named, with the degrees
-    that work. Nothing is loaded.
+    and the memory that it takes under each scheme. With --tp, that is the memory of
+    the rank that holds most, and a scheme that cannot be split over so many ranks is
+    listed with the numbers of ranks that work. Nothing is loaded.
     """
     if model is None:
         note_cache()
         about = machine()
         print_json(about) if json else _show_machine(about)
     else:
-        from hotloop.models.shapes import SHAPES
-        from hotloop.quant import parse_scheme
+        with long_step(f"{model}: forecasting its memory{_BUILT}"):
+            from hotloop.models.shapes import SHAPES
+            from hotloop.quant import parse_scheme
 
-        weights = "random" if model in SHAPES else "checkpoint"
-        config = EngineConfig(model=model, weights=weights, **fit.given())
-        nested = NESTED_DRAFTER in drafters(config.draft)
-        schemes = listed(quant or (NESTED_SCHEMES if nested else SCHEMES))
-        for scheme in schemes:
-            parse_scheme(scheme)
-        with spinner(f"{model}: forecasting its memory{_BUILT}"):
+            weights = "random" if model in SHAPES else "checkpoint"
+            config = EngineConfig(model=model, weights=weights, **fit.given())
+            nested = NESTED_DRAFTER in drafters(config.draft)
+            schemes = listed(quant or (NESTED_SCHEMES if nested else SCHEMES))
+            for scheme in schemes:
+                parse_scheme(scheme)
             about = anatomy(config, schemes)
         print_json(about) if json else _show_model(about)
     return 0
 
 
-_BUILT = " (the first time, the CPU kernels are built for it)"
+_BUILT = " (the first time, this builds the CPU kernels)"
 
 
 def machine() -> dict[str, Any]:
     """Returns the host, and each device with its memory, bandwidth and execution modes."""
-    import torch
+    with long_step("Finding the devices of this machine"):
+        import torch
 
-    from hotloop import hardware
-    from hotloop.models.shapes import SHAPES
+        from hotloop import hardware
+        from hotloop.models.shapes import SHAPES
 
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        devices = [torch.device("cpu")]
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     provenances = []
     for device in devices:
-        with spinner(f"Measuring the read bandwidth of {device}"):
+        with long_step(f"Measuring the read bandwidth of {device}"):
             provenances.append(hardware.provenance(device))
     first, *_ = provenances
-    with spinner(f"Finding what this machine can run{_BUILT}"):
+    with long_step(f"Finding the execution modes that run here{_BUILT}"):
         found = [
             {
                 "device": str(device),
@@ -344,7 +345,8 @@ def _split(ranks: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def _show_model(about: dict[str, Any]) -> None:
     kinds = [(n["count"], n["attention"], n["feed_forward"]) for n in about["layers"]]
     cache = about["kv_bytes_per_token"]
-    of_rank = " of rank 0, the largest," if len(about["ranks"]) > 1 else ""
+    shared = len(about["ranks"]) > 1
+    of_rank, each = (" of rank 0, the largest,", " on rank 0") if shared else ("", "")
     print_pairs(
         [
             ("model", about["model"]),
@@ -359,7 +361,7 @@ def _show_model(about: dict[str, Any]) -> None:
             ("context", f"{about['max_position']:,} tokens"),
             ("sliding window", _by_kind((n, a["window"] or "none") for n, a, _ in kinds)),
             *_split(about["ranks"]),
-            ("cache", f"{cache:,} bytes per token, {about['activation_dtype']}"),
+            ("cache", f"{cache / 2**10:,.1f} KiB per token{each}, {about['activation_dtype']}"),
         ]
     )
     _show_formats(about["formats"], about["device"])

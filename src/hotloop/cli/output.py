@@ -95,10 +95,25 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
         print_text(f"{name:{width}}{value}")
 
 
-def print_record(record: Record) -> None:
-    """Prints one record for people: its row of a table from top to bottom, and what follows that.
+def show_record(record: Record, *, json: bool) -> int:
+    """Prints the record of a measured configuration, and returns the exit code.
 
-    The reason for its status is a line of its own, and whole, in place of the row's note.
+    The code is 0 for a record with figures, 2 for a configuration that is refused (as the error of
+    such a configuration is a usage error in other commands), and 1 for any other failure.
+    """
+    from hotloop.bench.record import MEASURED
+
+    if json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        print_record(record)
+    return 0 if record.status in MEASURED else 2 if record.status == "unsupported" else 1
+
+
+def print_record(record: Record) -> None:
+    """Prints one record for people: its row of a table from top to bottom, then the table's notes.
+
+    The whole reason for its status is a line of its own, in place of the row's note.
     """
     from hotloop.report import quality, speculation
     from hotloop.report.table import LABELS, make_table
@@ -196,6 +211,15 @@ def spinner(label: str) -> Generator[Callable[[str], None]]:
 
     with stderr().status(Text(label)) as status:
         yield lambda text: status.update(Text(text))
+
+
+@contextmanager
+def long_step(label: str) -> Generator[None]:
+    """Says on stderr what takes long: by a spinner, or by a line if stderr is not a terminal."""
+    if not stderr().is_terminal:
+        note(f"{label} …")
+    with spinner(label):
+        yield
 
 
 @contextmanager

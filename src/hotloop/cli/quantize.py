@@ -21,9 +21,10 @@ Examples:
 )
 
 _SCHEMES = (
-    "Weight quantization: int8, int8-gN (N 32, 64 or 128), fp8, int4-gN, int4-gN-asym (with "
-    "offsets), or int4-gN-zp (with zero points); -cal after one of int4, such as "
-    "int4-g64-cal, fits its scales to the activations of the model. none quantizes the head alone."
+    "Weight quantization: int8, int8-gN (N 32, 64 or 128), fp8, int4 (that is int4-g128), int4-gN, "
+    "int4-gN-asym (with offsets), or int4-gN-zp (with zero points); -cal after one of int4, such "
+    "as int4-g64-cal, fits its scales to the activations of the model. none quantizes the head "
+    "alone."
 )
 
 _HEADS = (

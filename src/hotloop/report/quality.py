@@ -15,8 +15,8 @@ ALPHA = 0.05
 
 
 def lost(compared: NonInferiority) -> str:
-    """Formats the accuracy lost, and its one-sided 95 % upper limit: ``0.5% < 1.2%``."""
-    return f"{100 * compared.loss:.1f}% < {100 * compared.limits[1]:.1f}%"
+    """Formats the accuracy lost, and its one-sided 95 % upper limit: ``0.5% (limit 1.2%)``."""
+    return f"{100 * compared.loss:.1f}% (limit {100 * compared.limits[1]:.1f}%)"
 
 
 def outcome(compared: NonInferiority) -> str:

@@ -147,11 +147,12 @@ def make_table(records: Iterable[Record], *, max_delta_ln_ppl: float = MAX_DELTA
 def to_csv(table: Table) -> str:
     """Formats the table as CSV: a line per cell, with every number as it was recorded."""
     fields = [*(column.field for column in FIGURES), *ONLY_IN_CSV]
-    header = ["cell", "status", "recommended", *csv_names(fields), "reason", "quality_reason"]
+    first = ["cell", "model", "status", "recommended"]
+    header = [*first, *csv_names(fields), "reason", "quality_reason"]
     rows = []
     for row in table.rows:
         record = row.record
-        beginning = [record.cell, record.status, str(row.recommended).lower()]
+        beginning = [record.cell, model_name(record), record.status, str(row.recommended).lower()]
         values = csv_values(fields, record)
         rows.append([*beginning, *values, record.reason, record.quality_reason])
     return csv_text(header, rows)
