@@ -1,25 +1,25 @@
-// Decode attention of a few new tokens of each sequence over the cache, with all that surrounds it:
-// norms of query and key heads, rope, storing the new keys and values, and attention by online
-// softmax. The input is the result of the qkv product.
+// Decode attention of a few new tokens of each sequence over the cache, and the steps before it:
+// norms of query and key heads, rope, and storing the new keys and values. Attention uses online
+// softmax. The input is the output of the qkv projection.
 //
 // The keys of a sequence are split into chunks, one per block, as in flash-decoding. A block serves
 // one or two octets of rows (query heads that share a key/value head, times new tokens) of one
-// sequence; blocks beyond the end of a sequence return at once, and the last of the others to
-// finish merges their partial results in the order of chunks. Within a chunk the warps take tiles
-// of 16 positions in turn.
+// sequence. Blocks beyond the end of a sequence return at once. The last block of a sequence to
+// finish merges the partial results of all its blocks, in the order of chunks. Within a chunk the
+// warps take tiles of 16 positions in turn.
 //
 // The history (the positions before the new tokens) was written before the decode step began, so it
 // is loaded before the wait for the qkv product: as many tiles as a warp's ring holds into shared
 // memory, and a few more into L2. The next kernel may start only when the qkv product has ended:
 // its loads would otherwise be served before those of the new tokens.
 //
-// Chunks grow with the number of positions that a token sees, so that a long sequence has as many
-// chunks as fill the multiprocessors. Where the new tokens straddle a position at which chunks
-// become longer, some blocks serve the tokens before it, others the rest.
+// The length of a chunk grows with the number of positions that a token sees, so that a long
+// sequence has just enough chunks to fill the multiprocessors. If chunks become longer at a position
+// between two of the new tokens, some blocks serve the tokens before it, and other blocks the rest.
 //
-// Determinism: the chunk, warp and tile of a position depend on that position and on the token's
-// own alone, and positions that a token does not see add zeros. So a token's result has the same
-// bits whatever the number of new tokens and the length of the cache.
+// Determinism: the chunk, warp and tile of a position depend only on that position and on the
+// position of the token, and positions that a token does not see add zeros. So a token's result has
+// the same bits whatever the number of new tokens and the length of the cache.
 //
 // Letters: B sequences, T new tokens of each, H query heads, J key/value heads, C cache positions,
 // E head dimension, S seats. g = lane / 4 and t = lane % 4 locate a lane in the fragments of mma.
@@ -45,7 +45,7 @@ struct AttentionArgs {
   int min_chunk;             // the fewest positions of a chunk, whole tiles
   float scale;               // of scores, times log2(e)
   float eps;                 // of the norms
-  NextOperand next_operand;  // with kHasNext: takes what out would hold
+  NextOperand next_operand;  // with kHasNext: receives the result in place of out
 };
 
 constexpr int kTile = 16;            // positions of a tile
@@ -490,7 +490,7 @@ struct Attention {
     p[1] = transpose(narrow(score[2], score[3]));
   }
 
-  // The base of the exponents: where nothing is visible, all exponentials are zero whatever it is.
+  // The number that is subtracted from scores. If no position is visible, any finite number does.
   static __device__ __forceinline__ float finite(float top) {
     return top == -infinity() ? 0.0f : top;
   }

@@ -1,14 +1,14 @@
 // Decides whether a chain of drafts goes on, as hotloop/engine/chains.py defines it.
 //
-// The kernel stands alone between two drafts, whose kernels are in the bodies of IF nodes: it waits
-// for all of the one, and nothing of the other starts before it has ended.
+// The kernels of each draft are in the body of an IF node; this kernel runs between two such bodies.
+// It starts after all kernels of one draft have ended, and the next draft starts after this kernel.
 
 #include "device.cuh"
 
 struct ChainArgs {
   const float* logits;           // [B, n], with a stride of ``stride``: of the newest draft
   const int64_t* ids;            // [B]: the newest draft; negative for none
-  const float* own;              // [B]: its probability, where it is not that of the logits; or null
+  const float* own;              // [B]: its probability if the logits do not give it; or null
   const uint8_t* undrafted;      // [B]: rows whose drafts do not count
   const float* min_probability;  // [1]
   float* accepted;               // [B]: the probability that all drafts so far are accepted
@@ -27,8 +27,8 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// The probability of a token, on the first thread: 1 over the sum of all tokens' probabilities
-// relative to its own. A sum that overflows is that of a token of probability 0.
+// The probability of a token, on the first thread: 1 / sum of exp(logit - logit of the token). If
+// the sum overflows, the probability is 0.
 __device__ __forceinline__ float probability(const float* logits, int n, int64_t id,
                                              float* warp_sums, int thread) {
   const float chosen = logits[id];
@@ -54,7 +54,7 @@ __device__ __forceinline__ void extend_chain(const ChainArgs& args) {
   static_assert(kWarps == 32, "a lane for the sum of each warp");
   wait_for_predecessor();
   const int thread = threadIdx.x, row = blockIdx.x;
-  // After the end no draft was made: the logits are those of an earlier step.
+  // The chain has ended, so no draft was made: the logits are left from an earlier step.
   if (args.is_first == 0 && args.state[1] != 0) {
     if (row == 0 && thread == 0 && args.has_node != 0) set_condition(args.handle, false);
     return;

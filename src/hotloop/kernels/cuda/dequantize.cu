@@ -13,8 +13,8 @@ struct DequantizeArgs {
   const int* features;  // [K], of permuted weights: the feature of each column
 };
 
-// value * scale + offset, with both roundings of reference.dequantize: the product is exact where
-// scales have half the precision of float.
+// value * scale + offset, rounded as in reference.dequantize. The product of value and scale is exact
+// if scales have no more than half the precision of float.
 template <class Weight>
 __device__ __forceinline__ float scaled(float value, float scale, float offset) {
   if constexpr (Weight::kZero == kOffsets) {

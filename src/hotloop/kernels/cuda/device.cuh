@@ -1,8 +1,8 @@
-// The instructions that the kernels are made of, one small function each.
+// Device instructions, one small function each.
 //
-// This is the only file with PTX. The kernels need no CUDA header, so NVRTC alone compiles them;
-// and tests put a file of the same name in this one's place whose functions do the same on a CPU,
-// so that the kernels' own source runs without a GPU.
+// This is the only file with PTX. The kernels need no CUDA header, so NVRTC alone compiles them. Tests
+// replace this file by one with the same functions for a CPU, so that the source of the kernels runs
+// without a GPU.
 //
 // bfloat16 values are held as bits: one in a bf16 (uint16_t), two in a uint32_t, the first in the
 // low half.
@@ -80,7 +80,7 @@ __device__ __forceinline__ uint32_t mask_or(uint32_t value, uint32_t mask, uint3
   return result;
 }
 
-// Four bytes of two words, those that the nibbles of `which` name; of a name the top bit is zero.
+// Four of the eight bytes of two words: nibble i of `which` is the number of byte i, 0 to 7.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t first, uint32_t second,
                                                   uint32_t which) {
   return __byte_perm(first, second, which);
@@ -97,7 +97,7 @@ __device__ __forceinline__ uint32_t byte_of(uint32_t word, int i) {
   return __byte_perm(word, 0, 0x4440 | i);
 }
 
-// Bytes 1 and 3 of a word in the places of bytes 0 and 2, with zeros between.
+// Bytes 1 and 3 of a word, moved to bytes 0 and 2; the other bytes are zeros.
 __device__ __forceinline__ uint32_t spread_odd_bytes(uint32_t word) {
   return __byte_perm(word, 0, 0x4341);
 }
@@ -200,7 +200,7 @@ __device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
-// Keeps the compiler from moving uses of c across this.
+// Prevents the compiler from moving uses of c across this point.
 template <int kOctets>
 __device__ __forceinline__ void warpgroup_result(float c[kOctets][4]) {
 #pragma unroll
@@ -220,7 +220,7 @@ __device__ __forceinline__ void return_registers() {
 
 #endif
 
-// Transposes an 8 x 8 matrix of which each lane holds row g, columns 2t and 2t + 1.
+// Transposes an 8 x 8 matrix. Each lane holds columns 2t and 2t + 1 of row g.
 __device__ __forceinline__ uint32_t transpose(uint32_t pair) {
   uint32_t result;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
@@ -242,7 +242,7 @@ template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
-// The value of the lane `distance` below; the first lanes get their own.
+// The value of the lane whose number is `distance` less; the first lanes get their own value.
 template <class T>
 __device__ __forceinline__ T shuffle_up(T value, int distance) {
   return __shfl_up_sync(0xffffffffu, value, distance);
@@ -272,7 +272,7 @@ __device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The address of an element of kBytes. By a multiply-add: shifts and additions are scarcer.
+// The address of an element of kBytes, by a multiply-add: units for shifts and additions are busier.
 template <int kBytes>
 __device__ __forceinline__ SharedAddress element(SharedAddress first, uint32_t i) {
   uint32_t result;
@@ -287,8 +287,8 @@ __device__ __forceinline__ uint32_t load_constant(SharedAddress at) {
   return word;
 }
 
-// Loads from shared memory if the condition holds; otherwise the value stays. Left to itself the
-// compiler keeps an array of such values in memory.
+// Loads from shared memory if the condition holds; otherwise the value stays. In plain C++ the compiler
+// would keep an array of such values in local memory.
 __device__ __forceinline__ void load_if(bool condition, const uint4* from, uint4& value) {
   asm("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
       : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
@@ -301,9 +301,9 @@ __device__ __forceinline__ uint32_t atomic_add(uint32_t* p, uint32_t value) {
   return atomicAdd(p, value);
 }
 
-// Asynchronous copies to shared memory that each lane makes for itself, of 8 or 16 bytes, or of zeros
-// instead. Those since the last end of a group are a group; a lane waits until all of its groups are
-// complete but the newest kNewer.
+// Asynchronous copies to shared memory (cp.async). Each lane copies 8 or 16 bytes, or stores zeros. The
+// copies since the end of the last group form a group. A lane waits until all of its groups are
+// complete, except the newest kNewer.
 template <int kBytes>
 __device__ __forceinline__ void copy_own(void* to, const void* from, bool exists) {
   const int bytes = exists ? kBytes : 0;
@@ -410,13 +410,13 @@ __device__ __forceinline__ void copy(void* to, const void* from, int bytes, uint
 
 __device__ __forceinline__ void copy_end(uint64_t*, int) {}
 
-// Loads a map into the cache that copies read it from, which takes as long as a load.
+// Prefetches a map into the descriptor cache, from which copies read it.
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Copies a box of a weight's plain rows: input features from k on, of tiles from ``tile`` on. Beyond
-// the tensor they are zeros, which count as bytes too.
+// Copies a box of a weight's plain rows: input features from k on, of tiles from ``tile`` on. Elements
+// beyond the tensor are zeros, and the barrier counts their bytes too.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int k, int tile,
                                          uint64_t* barrier, uint64_t policy, int lane) {
   if (lane == 0)

@@ -4,7 +4,7 @@
 // (kernels/cuda/packing.py), so one read of shared memory by a lane *is* its operand. The rows of x
 // are the B operand, so up to eight rows cost little more than one.
 //
-// Weights in bfloat16 can be plain rows instead, of which a copy gathers a box.
+// Weights in bfloat16 can also stay plain rows: one copy then gathers a box of them.
 //
 // Each warp has a ring of stages in shared memory, which it keeps full of weight copies in flight
 // (cp.async.bulk with an mbarrier each). A block issues some of them before it waits for the kernel
@@ -29,8 +29,8 @@
 
 constexpr int kBuffers = 2;  // of partial sums, between the warps and the epilogue warp
 
-// Where a warp has its part of x: in L2, or in shared memory, to which it is copied at once or in
-// parts.
+// Where a warp reads its part of x: from L2, or from shared memory, to which it copies the part as a
+// whole or piece by piece.
 enum Input { kDirect, kStagedAtOnce, kStagedInParts };
 
 // kTiles: tiles that a warp computes from one reading of x. kOctets: octets of x. kFew: x has at
@@ -330,8 +330,8 @@ struct Linear {
     return Weight::kUnitBytes;
   }
 
-  // The sums of a group that is a whole unit run in two chains, even and odd, because each mma waits
-  // for the one before it. Where a unit has several groups, each has one chain.
+  // A group that is a whole unit has two accumulators, even and odd: each mma waits for the one before
+  // it on the same accumulator. If a unit has several groups, each group has one accumulator.
   template <bool kFirst>
   __device__ __forceinline__ void multiply_unit(const uint8_t* weights, int to_low, uint4* x,
                                                 float* x_sum, int unit,
@@ -372,8 +372,8 @@ struct Linear {
   }
 
   // The same with kSpreads. A column of B has x in the slices of its strand alone, and zeros in the
-  // others. So one pair of chains, of even and odd strands, has each strand's sums in columns of their
-  // own, with the bits of a chain for each, and every lane finishes the groups of one strand.
+  // others. So one pair of accumulators, of even and odd strands, has each strand's sums in columns of
+  // its own, with the bits of one accumulator per strand. Every lane finishes the groups of a strand.
   template <bool kFirst>
   __device__ __forceinline__ void multiply_strands(const uint8_t* weights, int to_low,
                                                    const uint4* x, float* x_sum,

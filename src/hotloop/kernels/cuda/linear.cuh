@@ -1,4 +1,4 @@
-// What the kernels of matrix products have in common: arguments, arithmetic of a group, epilogue.
+// The common parts of the matrix-product kernels: arguments, arithmetic of a group, epilogue.
 //
 // Letters: M rows of x, N output features, K input features. A tile is 16 output features; a unit
 // is 1024 bytes of a tile's weights with their scales; a slice is 32 input features; an octet is
@@ -14,7 +14,7 @@ struct LinearArgs {
   const uint8_t* weight;         // [tiles, units, bytes of a unit]
   const float* scale;            // [N], with eight-bit weights
   const bf16* x;                 // [M, K]; with kNorm, the prescaled input; not of wide.cu
-  const uint8_t* operand;        // x as wide.cu reads it
+  const uint8_t* operand;        // x in the layout of wide.cu (operand.cuh)
   const float* squares;          // [M, tiles of K], with kNorm: partial sums of the input's squares
   const bf16* bias;              // [N], or null
   const bf16* residual;          // added; shaped like y, or null; not with kLogits
@@ -32,7 +32,7 @@ struct LinearArgs {
   int n_best;                    // the largest is taken among the first n_best output features
   int tiles, units;
   int tile_stride;               // bytes from a tile of the weight to the next
-  int parts, splits;             // of K: chains of its sums; blocks that share it
+  int parts, splits;             // of K: parts with separate sums; blocks that share K
   int part_stages;               // stages of a part, of wide.cu
   int stages, units_per_stage;   // of a ring
   int source_rows;               // of x, in shared memory at a time, where linear.cu gathers it
@@ -55,8 +55,8 @@ struct PlainRowsArgs {
   TensorMap map;  // [tiles, halves of a tile, 8 rows, K]
 };
 
-// kPart writes some features of y; kGated multiplies the results by silu(gate). Both are for a
-// projection whose parts have weights of different types, each with a launch of its own.
+// kPart writes some features of y; kGated multiplies the results by silu(gate). A projection whose
+// parts have weights of different types uses both: each part has a launch of its own.
 enum Epilogue { kPlain, kSwiGLU, kLogits, kPart, kGated };
 
 // x as B operands: features 8t to 8t + 7 of a slice, multiplied by the weight type's input scale.
@@ -76,7 +76,7 @@ __device__ __forceinline__ uint2 load_four(const bf16* row, const int* features,
           row[at.z] | static_cast<uint32_t>(row[at.w]) << 16};
 }
 
-// For columns k to k + 7.
+// Loads the features of a row of x for columns k to k + 7 of the weight.
 template <class Weight>
 __device__ __forceinline__ uint4 load_eight(const bf16* row, const int* features, int k) {
   if constexpr (!Weight::kPermuted) return *reinterpret_cast<const uint4*>(row + k);
@@ -85,8 +85,9 @@ __device__ __forceinline__ uint4 load_eight(const bf16* row, const int* features
   return {first.x, first.y, second.x, second.y};
 }
 
-// For a lane's columns of a slice whose halves are groups: 4t to 4t + 3 of each half. Zeros from
-// column `end` on, a multiple of 16. slice: its first column.
+// Loads the features of a row of x for a lane's columns of a slice whose halves are groups: columns
+// 4t to 4t + 3 of each half. Columns from `end` on, a multiple of 16, are zeros. slice: its first
+// column.
 template <class Weight>
 __device__ __forceinline__ uint4 load_halves(const bf16* row, const int* features, int slice,
                                              int t, int end) {
@@ -97,8 +98,8 @@ __device__ __forceinline__ uint4 load_halves(const bf16* row, const int* feature
   return {half[0].x, half[0].y, half[1].x, half[1].y};
 }
 
-// Sums of x over features: mma with weights of one, in two chains, leaves the sums of rows 2t and
-// 2t + 1 in every lane that needs them.
+// Sums of x over features, by mma with weights of one. Two accumulators alternate, so that one mma
+// does not wait for the one before it. Each lane gets the sums of rows 2t and 2t + 1.
 template <class Weight>
 __device__ __forceinline__ void add_x(float x_total[2][4], uint4 x) {
   const uint32_t ones[4] = {Weight::one(0), Weight::one(0), Weight::one(1), Weight::one(1)};
@@ -106,7 +107,8 @@ __device__ __forceinline__ void add_x(float x_total[2][4], uint4 x) {
   mma(x_total[1], ones, x.z, x.w);
 }
 
-// Of a group that ends with a slice: `half` tells which, where its halves are groups.
+// The sums of x over a group that ends with a slice. If the halves of slices are groups, `half` is
+// the number of the half.
 template <class Weight>
 __device__ __forceinline__ float2 x_sum_of(const float x_total[2][4], int half) {
   if constexpr (Weight::kSliceGroups == 2) return {x_total[half][0], x_total[half][1]};
@@ -145,8 +147,8 @@ __device__ __forceinline__ void add_group(float sum[4], float more[4], float2 x_
   if constexpr (Weight::kZero == kOffsets) add_scaled(sum, Weight::zeros(unit, group, g), x_sums);
 }
 
-// Adds the sums of the groups that end with a slice: of one, whose sums run in two chains, or of two
-// with a chain each.
+// Adds the sums of the groups that end with a slice: either of one group, which has two
+// accumulators, or of two groups with an accumulator each.
 template <class Weight>
 __device__ __forceinline__ void add_groups(float sum[4], float even[4], float odd[4],
                                            const float2 x_sum[Weight::kSliceGroups],

@@ -1,17 +1,18 @@
-// x as wide.cu reads it: the B operand of wgmma, which lies in memory stage by stage of its ring.
+// The layout of x for wide.cu: the B operand of wgmma, stored stage by stage of its ring.
 //
-// A stage holds lines of 64 input features, row by row, in 128 bytes each. Of a line's two slices of
-// 32 features, lane t of linear.cu's fragments has features 8t to 8t + 7: the first pair is
-// multiplied in columns 2t and 2t + 1 of one mma, the second pair eight columns on, and the other two
-// by another mma. So pair j of lane t is word t of the slice's chunk j of 16 bytes; and chunks are
-// permuted by the row, against bank conflicts.
+// A stage holds lines of 64 input features, row by row, in 128 bytes each. A line has two slices of 32
+// features. In the fragments of linear.cu, lane t has features 8t to 8t + 7 of a slice: one mma
+// multiplies the first pair in columns 2t and 2t + 1, and the second pair eight columns further on;
+// another mma multiplies the other two pairs. So pair j of lane t is word t of chunk j (16 bytes) of
+// the slice. Chunks are permuted by the row, against bank conflicts.
 
 #pragma once
 
 #include "pointwise.cuh"
 
-// Where the kernel that computes x stores it for the next matrix product, whose weight is plain rows:
-// of units of 32 features of K, two to a stage, and no part of K has an odd number of them.
+// The place where the kernel that computes x stores it for the next matrix product, if that product's
+// weight is plain rows. A unit has 32 features of K, a stage two units, and every part of K whole
+// stages.
 struct NextOperand {
   uint8_t* bytes;         // [parts, part_stages, rows, 128]
   uint32_t units, parts;  // of K
@@ -32,7 +33,7 @@ struct NextOperand {
             static_cast<int>(of_part % 2 * 4)};
   }
 
-  // Feature i of the eight, in a row. That of eight rows further on is 1024 bytes further on.
+  // Feature i of the eight, in a row. The same feature eight rows further on is 1024 bytes further on.
   static __device__ __forceinline__ bf16* feature(const Place& at, int row, int i) {
     return reinterpret_cast<bf16*>(at.words + row * 128 + ((at.chunk + i / 2) ^ row % 8) * 16) +
            i % 2;

@@ -1,4 +1,4 @@
-// Arithmetic that several kernels have in common.
+// Element-wise arithmetic that several kernels use.
 
 #pragma once
 
@@ -29,7 +29,7 @@ struct Best {
   int index = 0;
 
   // Of equal values the smallest index wins, in whatever order they come. NaN wins over all
-  // numbers, so that it cannot go unnoticed.
+  // numbers, so that the host notices it.
   __device__ __forceinline__ void update(float v, int i) {
     if (v > value || v != v || (v == value && i < index)) value = v, index = i;
   }

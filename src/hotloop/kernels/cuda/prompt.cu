@@ -1,7 +1,7 @@
 // Prefill kernels between the GEMMs, which cuBLAS computes on dequantized weights.
 //
-// The output of a GEMM arrives without the weight's scale per output feature and without the bias:
-// the kernel that reads it applies both first, and rounds once.
+// The GEMMs apply neither the scale per output feature nor the bias. The kernel that reads the output
+// of a GEMM applies both first, and rounds once.
 //
 // Letters: M rows, K width, F feed-forward width, H query heads, J key/value heads, S seats,
 // C cache positions, E head dimension.
@@ -31,7 +31,7 @@ struct AddNormArgs {
   const float* scale;  // [K], of the GEMM's weight, or null
   const bf16* bias;    // [K], or null
   const bf16* weight;  // [K], of the norm
-  bf16* sum;           // [M, K]: x + gemm, where there is one; may be x
+  bf16* sum;           // [M, K]: x + gemm, or null without gemm; may be x
   bf16* normed;        // [M, K]
   int k;
   float eps;

@@ -1,12 +1,13 @@
 // Samples a token with temperature, top-k, top-p and min-p, as hotloop/engine/sampling.py defines
 // them.
 //
-// The sort key of a token is the distance of its score below the largest, in units of temperature,
-// and below that its id: bits of non-negative floats sort like their values. In the order of keys,
-// top-k and top-p keep the tokens before a cutoff, which is found by radix select, without sorting:
-// a histogram tells which of 1024 bins holds the cutoff, another divides that bin, and so on until
-// it holds a single token (with ties, down to the last bits of ids). As soon as few enough tokens
-// precede the end of the bin, they are compacted into shared memory, and only they are read.
+// A token's distance is (largest score - its score) / temperature. Its sort key has the bits of the
+// distance above those of the id; the bits of non-negative floats sort like their values. In the
+// order of keys, top-k and top-p keep the tokens before a cutoff. Radix select finds the cutoff
+// without sorting: a histogram tells which of 1024 bins holds it, another histogram divides that
+// bin, and so on until the bin holds a single token (with ties, down to the last bits of ids). As
+// soon as few enough tokens precede the end of the bin, they are compacted into shared memory, and
+// only these are read from then on.
 //
 // Sums are of integers, so that their order does not matter: the same scores give the same bits.
 
@@ -14,7 +15,7 @@
 
 struct SampleArgs {
   const float* scores;       // [B * T, n], with a stride of ``stride``
-  const int64_t* best;       // [B * T]: argmax of a row; -1 where it has none
+  const int64_t* best;       // [B * T]: argmax of a row; -1 if it is not finite
   const int64_t* positions;  // [B * T]: of the tokens to sample
   const float* temperature;  // [B], as are the other options
   const int64_t* top_k;      // n for all
@@ -265,8 +266,8 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t value) {
   return value;
 }
 
-// A block per row. Tokens whose distance below the largest score is not finite are never sampled;
-// where no other token remains, the best one is.
+// A block per row. Tokens whose distance is not finite are never sampled; if no other token remains,
+// the most likely token is.
 template <int kMaxCandidates, int kSharedBytes>
 __device__ __forceinline__ void sample(const SampleArgs& args) {
   static_assert(sizeof(Shared<kMaxCandidates>) == kSharedBytes, "sample.py knows the size");

@@ -1,5 +1,5 @@
-// The kernels of a decode step besides matrix products and attention: n-gram drafts, next tokens,
-// embedding, argmax, acceptance, and all-reduces over ranks.
+// The kernels of a decode step other than matrix products and attention: n-gram drafts, the tokens
+// to verify, embedding, argmax, acceptance, and all-reduces over ranks.
 
 #include "pointwise.cuh"
 
@@ -81,8 +81,8 @@ __device__ __forceinline__ uint32_t plus(uint32_t a, uint32_t b) {
 // Adds the result of an all-reduce by NCCL to the residual stream, and applies the norm epilogue. A
 // block per blockDim.x * 8 values of a row; K is a multiple of 8.
 //
-// The kernel before it is not ours, so it launches its dependents as the first kernel of a step
-// does. The norm's weight is constant, so it is loaded before the wait.
+// Its predecessor is NCCL's kernel. So, like the first kernel of a step, it launches its dependents
+// only after its own wait. The norm's weight is constant, so it is loaded before the wait.
 __device__ __forceinline__ void add(const AddArgs& args) {
   const int chunks = args.k / 8, parts = (chunks + 1) / 2;
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -223,7 +223,7 @@ struct ArgmaxOverRanksArgs {
 };
 
 // The argmax over all ranks' parts of the vocabulary, on every rank. Each lane exchanges with one
-// rank, of which there are at most 32.
+// rank; there are at most 32 ranks.
 __device__ __forceinline__ void argmax_over_ranks(const ArgmaxOverRanksArgs& args) {
   launch_dependents();
   wait_for_predecessor();
@@ -278,7 +278,7 @@ __device__ __forceinline__ void ngram_draft(const NgramDraftArgs& args) {
   int64_t newest[3];
 #pragma unroll
   for (int back = 0; back < 3; back++) newest[back] = history[max(position - back, 0)];
-  int best = -1;  // where two tokens match, or ``position`` more where three do
+  int best = -1;  // a position where two tokens match; plus ``position`` if three match
   for (int first = thread; first < position; first += kTokensPerThread * kDraftThreads) {
     int64_t token[kTokensPerThread];
 #pragma unroll

@@ -20,14 +20,14 @@ constexpr uint32_t kOnes = 0x3f803f80u;
 //
 // kUnitK: input features of a unit. kGroupSlices: slices that share a scale, 0 where the scale is
 // per output feature. kSliceGroups: groups of a slice, 2 where each of its two mma has a group of
-// its own, and else 1. kStrands: groups of a unit (pairs of them, where a slice has two); those at
-// the same place of all units are a strand, whose sum is kept apart. kOneChain: a group's mma follow
-// one another, and do not run in two chains. kZero: what groups have besides a scale. kZeroPoint:
-// operand minus weight, subtracted through the sums of x. kNeedsSums: these sums are needed. kTerms:
-// operands whose sum a weight is. kPermuted: columns are in another order than the features of x.
-// kOutputScale: factor of the results. input_scale(i): factor of x, as a pair of bfloat16, for the
-// operands' registers 2i and 2i + 1. one(i): the operand of a weight of one, without the zero point.
-// kPlainRows: units are copied from rows in memory, and not from packed tiles.
+// its own, and else 1. kStrands: groups of a unit (pairs of them, where a slice has two). The groups
+// at the same place of all units are a strand, which has a sum of its own. kOneChain: a group's mma
+// use one accumulator, not two. kZero: the kind of zero that groups have beside a scale. kZeroPoint:
+// operand minus weight, subtracted through the sums of x. kNeedsSums: the kernel needs these sums.
+// kTerms: number of operands whose sum is a weight. kPermuted: the order of columns differs from that
+// of the features of x. kOutputScale: factor of the results. input_scale(i): factor of x, as a pair of
+// bfloat16, for the operands' registers 2i and 2i + 1. one(i): the operand of a weight of one, without
+// the zero point. kPlainRows: units are copied from rows in memory, and not from packed tiles.
 
 // kZeroPoints are subtracted before scaling, and include kZeroPoint of the values; kOffsets are
 // added after it.
@@ -53,8 +53,8 @@ struct Bf16 {
   }
 };
 
-// bfloat16 [N, K] in memory. A stage holds the 16 rows of a tile one after the other, each with as
-// many units as a copy has; a unit of a row is kRowBytes.
+// bfloat16 [N, K] in memory. A stage holds the 16 rows of a tile one after the other, each with all
+// units of the stage's copy; a unit of a row has kRowBytes.
 struct PlainRows : Bf16 {
   static constexpr bool kPlainRows = true;
   static constexpr int kRowBytes = 64;
@@ -89,7 +89,7 @@ struct EightBits {
   }
 };
 
-// Weights plus 128. An integer in the low byte of a bfloat16 is a subnormal: 2^-133 times it.
+// Weights plus 128. An integer i in the low byte of a bfloat16 is a subnormal: i * 2^-133.
 struct Int8 : EightBits<Int8> {
   static constexpr int kZeroPoint = 128;
   static constexpr bool kNeedsSums = true;
@@ -106,8 +106,8 @@ struct Int8 : EightBits<Int8> {
   }
 };
 
-// Sign, exponent and mantissa of e4m3 in their places in bfloat16 give the value times 2^-120; this
-// holds for subnormals too.
+// The sign, exponent and mantissa of e4m3 are shifted to their places in bfloat16. That gives the
+// value times 2^-120, also for subnormals.
 struct Fp8 : EightBits<Fp8> {
   static constexpr int kZeroPoint = 0;
   static constexpr bool kNeedsSums = false;
@@ -180,14 +180,14 @@ struct Nested : FourBits<8> {
     a[0] = first & 0x00ff00ffu, a[1] = spread_odd_bytes(first);
     a[2] = second & 0x00ff00ffu, a[3] = spread_odd_bytes(second);
   }
-  // The upper nibbles of the one and the lower ones of the other.
+  // The upper nibbles of one word and the lower nibbles of the other.
   static __device__ __forceinline__ uint32_t bytes_of(uint32_t upper, uint32_t lower) {
     return ((upper ^ lower) & 0xf0f0f0f0u) ^ lower;
   }
 };
 
-// Eight numbers of e2m1, whose sign and other bits each register shifts to their places in bfloat16;
-// that gives the value times 2^-126, subnormals included. packing.py knows where they are.
+// Eight numbers of e2m1. Their sign and other bits are shifted to their places in bfloat16. That gives
+// the value times 2^-126, subnormals included. packing.py defines their order in the word.
 struct Fp4 {
   static constexpr bool kPlainRows = false;
   static constexpr int kSliceBytes = 256, kZeroPoint = 0, kTerms = 1;
@@ -212,9 +212,9 @@ struct Fp4 {
   }
 };
 
-// Indices of a table of sixteen numbers: the nibbles of a word, in the order of the registers that
-// they fill. Each number is a sum of kTerms numbers in bfloat16. kWords has, term by term, the low
-// bytes of the sixteen and then their high bytes.
+// Indices into a table of sixteen numbers: the nibbles of a word, in the order of the operands'
+// registers. Each number of the table is a sum of kTerms bfloat16 numbers. kWords has for each term the
+// low bytes of the sixteen numbers, and then their high bytes.
 template <uint32_t... kWords>
 struct Table {
   static constexpr bool kPlainRows = false;
@@ -230,8 +230,8 @@ struct Table {
     look_up(words.y, 1, a);
   }
 
-  // The same by a table of pairs in shared memory: of each term, the two numbers of every byte of two
-  // indices, for each lane apart, so that lanes never wait for each other.
+  // The same by a table of pairs in shared memory: for each term and each byte (two indices), the two
+  // numbers. Each lane has a copy of its own, so that lanes have no bank conflicts.
 
   static constexpr int kPairBytes = 4 * 32 * 256;  // of a term
 
@@ -327,8 +327,8 @@ struct Sixteen<Float> {
   }
 };
 
-// Scales (and offsets) of two levels: an integer of a group, a signed byte, times a half-precision
-// factor of a unit. Those of rows g and g + 8 are adjacent, followed by those of their offsets.
+// Scales (and offsets) of two levels: a signed byte per group, times a half-precision factor per unit.
+// The factors of the scales of rows g and g + 8 are adjacent; those of the offsets follow.
 struct TwoLevels {};
 
 template <class Scale, Zero kZeros>
@@ -377,9 +377,9 @@ struct Scales<TwoLevels, kZeros> {
   }
 };
 
-// Values in groups: the fragments of a unit are followed by the factors of scales of two levels,
-// and then, for each of its groups, by the scales of the tile and its zero points or offsets.
-// kChannel: besides, there is a scale per output feature.
+// Values in groups. In memory, the fragments of a unit are followed by the factors of two-level
+// scales, and then, for each group of the unit, by the scales of the tile and its zero points or
+// offsets. kChannel: there is a scale per output feature as well.
 template <class Values, int kGroup, class Scale, Zero kZeros, bool kChannel = false>
 struct Grouped : Values {
   using Of = Scales<Scale, kZeros>;

@@ -6,15 +6,16 @@
 // dequantize the weights into registers, each once, and multiply them by all rows with wgmma, which
 // reads x from shared memory. The warps of a third warpgroup issue the copies into the ring.
 //
-// A kernel before it (Staging) stores x as that operand (operand.cuh), once for all blocks: scaled as
-// the weight type needs it, its features in the order of the weights' fragments, permuted against bank
-// conflicts, with its sums for the zero points. So a stage's part of x is one bulk copy. The factors
-// of an RMS norm follow, which other blocks of it compute meanwhile. It is small enough to wait on a
-// multiprocessor beside a block of Wide.
+// The kernel before it (Staging) stores x in that layout (operand.cuh), once for all blocks: scaled as
+// the weight type needs it, with the features in the order of the weights' fragments, permuted against
+// bank conflicts, and with the sums of x for the zero points. So one bulk copy loads a stage's part of
+// x. Other blocks of Staging compute the factors of an RMS norm at the same time. Staging is small
+// enough to wait on a multiprocessor beside a block of Wide.
 //
-// Plain rows take x as it is. So the kernel that computes x stores it as the operand, and there is
-// none between the two; but for the sum of several ranks or products, and parts of K that end within a
-// stage. Factors of a norm are then computed here, by the warps that multiply, while they wait for x.
+// Weights in plain rows need x neither scaled nor reordered. So the kernel that computes x stores it
+// in that layout itself, and no Staging runs between the two. Exceptions: x is a sum over ranks or over
+// products, or parts of K end within a stage. The warps that multiply then compute the factors of a
+// norm, while they wait for x.
 //
 // Bits: linear.cu divides K into as many parts as it has warps, sums each in one chain (with groups in
 // one or two chains per group, and with a sum for each strand) and adds the parts in order. Here a
@@ -209,7 +210,7 @@ struct Wide : StageOf<Weight, kOctets> {
   const TensorMap* const map;  // of plain rows
   const int lane, warp, g, t;
   const int groups;  // of tiles
-  Item step;         // from an item of a block to its next one
+  Item step;         // from one item of a block to its next
   const Output output;
 
   // Shared memory.
@@ -532,9 +533,9 @@ struct Wide : StageOf<Weight, kOctets> {
     return x + slice / kLineSlices * (kRows * kLineBytes / 16) + slice % kLineSlices * 4;
   }
 
-  // A group of a unit, or the two of a slice, from an even one on; in the chains of linear.cu. That
-  // several tiles' products, or those of two halves of the rows, are in flight gains nothing: while
-  // one warpgroup waits, the other one works.
+  // A group of a unit, or the two groups of a slice, from an even group on; summed in the accumulators
+  // of linear.cu. To have several tiles' products in flight, or those of two halves of the rows, gains
+  // nothing: while one warpgroup waits, the other one works.
   __device__ __forceinline__ void multiply_groups(const uint8_t* weights, uint64_t x,
                                                   const float* x_sums, int group,
                                                   float sum[kOctets][4]) const {
@@ -578,7 +579,7 @@ struct Wide : StageOf<Weight, kOctets> {
     }
   }
 
-  // The units of a stage, of a weight without groups. Those that the part does not have are zeros,
+  // The units of a stage, for a weight without groups. Units beyond the end of the part are zeros,
   // here and in x.
   __device__ __forceinline__ void multiply_units(const uint8_t* weights, uint64_t x, int units,
                                                  float sum[kOctets][4]) const {
