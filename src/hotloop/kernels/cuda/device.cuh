@@ -516,6 +516,32 @@ __device__ __forceinline__ bool is_last_warp(uint32_t* counter, uint32_t n, int 
   return before == n - 1;
 }
 
+// A share of work that is divided among several warps: every `step`th unit from `first` on.
+struct Share {
+  int first, step;
+};
+
+// Waits until n warps have arrived, of blocks that are all running, and divides the work that is left
+// among them. Each lane of a warp sees what the same lanes of the others wrote. `mine` is this warp's
+// number of the n. The counter's low half counts arrivals, and its high half departures: the last
+// to depart resets both.
+__device__ __forceinline__ Share share_among(uint32_t* counter, uint32_t n, uint32_t mine,
+                                             int lane) {
+  __threadfence();
+  __syncwarp();
+  if (lane == 0) {
+    atomicAdd(counter, 1u);
+    uint32_t arrived;
+    do
+      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+    while ((arrived & 0xffffu) < n);
+    if (atomicAdd(counter, 0x10000u) >> 16 == n - 1) *counter = 0;
+  }
+  __syncwarp();
+  __threadfence();
+  return {static_cast<int>(mine), static_cast<int>(n)};
+}
+
 // Loads from L2, past L1, what other blocks wrote during this kernel.
 template <class T>
 __device__ __forceinline__ T load_from_l2(const T* p) {

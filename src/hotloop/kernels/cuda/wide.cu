@@ -25,7 +25,9 @@
 //
 // Split K: where there are fewer groups of tiles than multiprocessors, several blocks share a
 // group, each with some whole parts of K. They store the parts' sums in a workspace, and of the
-// warps with the same tiles the last to arrive adds them in order and applies the epilogue.
+// warps with the same tiles the last to arrive adds them in order and applies the epilogue. Of eight
+// octets that would be as much to read as a third of the group's weights: there the warps wait for
+// each other, and each does so for some octets.
 //
 // Letters and fragments: see linear.cuh. An item of work is a group of tiles and a share of K; a
 // line is 64 input features of a row of x.
@@ -197,6 +199,8 @@ struct Wide : StageOf<Weight, kOctets> {
 
   // Registers of a thread, in multiples of eight, of 504 for the three warpgroups.
   static constexpr int kMultiplyRegisters = 232, kLoadRegisters = 40;
+
+  static constexpr bool kSharesSums = kShares && kOctets == 8;  // over four it is slower
 
   static constexpr bool kComputesFactors = kNorm && Weight::kPlainRows;  // of the norm
 
@@ -432,11 +436,16 @@ struct Wide : StageOf<Weight, kOctets> {
         else
           add_part(sums[0], part == 0);
       }
+      Share share = {0, 1};
       if constexpr (kShares) {
         uint32_t* counter = args.counters + item.group * kWarps + warp;
-        if (!is_last_warp(counter, args.splits, lane)) continue;
+        // The blocks of a group are all running: there are no more blocks than multiprocessors.
+        if constexpr (kSharesSums)
+          share = share_among(counter, args.splits, item.split, lane);
+        else if (!is_last_warp(counter, args.splits, lane))
+          continue;
       }
-      run_epilogue(tile);
+      run_epilogue(tile, share);
     }
     if (kEpilogue == kLogits && args.best_value != nullptr) end_best();
   }
@@ -663,10 +672,12 @@ struct Wide : StageOf<Weight, kOctets> {
 
   // The epilogue.
 
-  // Octets whose epilogue is computed together: one hides the latency of the others.
-  static constexpr int kAtOnce = kOctets < 4 ? kOctets : 4;
+  // Octets whose epilogue is computed together: one hides the latency of the others, unless they are
+  // shared.
+  static constexpr int kAtOnce = kSharesSums ? 1 : kOctets < 4 ? kOctets : 4;
 
-  __device__ __forceinline__ void run_epilogue(int tile) const {
+  // share: of kAtOnce octets of a tile each.
+  __device__ __forceinline__ void run_epilogue(int tile, Share share) const {
     const float* norm_factors = factors;
     if constexpr (kComputesFactors)
       barrier_wait(factors_ready, 0);
@@ -674,7 +685,7 @@ struct Wide : StageOf<Weight, kOctets> {
       norm_factors = reinterpret_cast<const float*>(
           args.operand + static_cast<int64_t>(args.parts) * args.part_stages * S::kBytes);
 #pragma unroll 1
-    for (int i = 0; i < kTiles * kOctets / kAtOnce; i++) {
+    for (int i = share.first; i < kTiles * kOctets / kAtOnce; i += share.step) {
       const int r = i / (kOctets / kAtOnce), octet = i % (kOctets / kAtOnce) * kAtOnce;
       if (tile + r >= args.tiles) return;
       const typename Output::Next next = output.next_of(tile + r);
