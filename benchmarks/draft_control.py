@@ -50,7 +50,7 @@ class Costs:
         noise: The standard deviation of the logarithm of a step's time.
         cold: Times of the first step of its kind, relative to the others.
         n_steps: Plain steps of a program; half as many are one with drafts.
-        ends_early: Chains can end early.
+        whole: Draft positions are verified whether drafts were made or not, as in CUDA graphs.
         drift: The standard deviation of the logarithm of the machine's speed, which keeps changing
             over some ``DRIFT_STEPS`` plain steps; speeds are relative to plain steps at the time.
     """
@@ -61,7 +61,7 @@ class Costs:
     noise: float
     cold: float = 1.0
     n_steps: int = 1
-    ends_early: bool = False
+    whole: bool = False
     drift: float = 0.0
 
     @property
@@ -70,9 +70,12 @@ class Costs:
         delays = 1 + DELAYED if self.noise > 0.01 else 1.0
         return self.plain_s * math.exp(self.noise**2 / 2) * delays
 
-    def of(self, drafter: int, k: int) -> float:
-        """Returns the time of a step in plain steps."""
-        return 1.0 if k == 0 else self.draft[drafter] * k + self.verify[k]
+    def of(self, drafter: int, k: int, n_made: int | None = None) -> float:
+        """Returns the time of a step with up to k drafts, in plain steps."""
+        n_made = k if n_made is None else n_made
+        if n_made == 0:
+            return 1.0
+        return self.draft[drafter] * n_made + self.verify[k if self.whole else n_made]
 
 
 DELAYED = 0.02
@@ -84,17 +87,19 @@ DRIFT_STEPS = 400
 CPU = {1: 1.04, 2: 0.95, 3: 1.2, 4: 1.45}
 CPU_INT8 = {1: 1.06, 2: 1.15, 3: 1.32, 4: 1.5}
 COSTS = {
-    "cpu none": Costs(0.0125, (0.43,), CPU, 0.06, 1.5, ends_early=True),
-    "cpu int8": Costs(
-        0.0125, (0.55,), {1: 1.06, 2: 1.15, 3: 1.32, 4: 1.5}, 0.06, cold=1.5, ends_early=True
-    ),
+    "cpu none": Costs(0.0125, (0.43,), CPU, 0.06, 1.5),
+    "cpu int8": Costs(0.0125, (0.55,), {1: 1.06, 2: 1.15, 3: 1.32, 4: 1.5}, 0.06, cold=1.5),
     "cpu int8 measured": Costs(
-        0.0069, (0.78,), {1: 1.12, 2: 1.3, 3: 1.45, 4: 1.6}, 0.06, 1.5, ends_early=True, drift=0.08
+        0.0069, (0.78,), {1: 1.12, 2: 1.3, 3: 1.45, 4: 1.6}, 0.06, 1.5, drift=0.08
     ),
-    "cpu none drifts": Costs(0.0125, (0.43,), CPU, 0.06, 1.5, ends_early=True, drift=0.08),
-    "h200 13b none": Costs(0.0060, (0.36,), {1: 1.02, 2: 1.04, 4: 1.06}, 0.004),
-    "h200 8b int8": Costs(0.0021, (0.68,), {1: 1.075, 2: 1.13, 4: 1.17}, 0.004, n_steps=2),
-    "h200 70b int8": Costs(0.0172, (0.58,), {1: 1.056, 2: 1.063, 4: 1.08}, 0.004),
+    "cpu none drifts": Costs(0.0125, (0.43,), CPU, 0.06, 1.5, drift=0.08),
+    "h200 13b none": Costs(0.0060, (0.36,), {1: 1.02, 2: 1.04, 4: 1.06, 7: 1.1}, 0.004, whole=True),
+    "h200 8b int8": Costs(
+        0.0021, (0.68,), {1: 1.075, 2: 1.13, 4: 1.17, 7: 1.22}, 0.004, n_steps=4, whole=True
+    ),
+    "h200 70b int8": Costs(
+        0.0172, (0.58,), {1: 1.056, 2: 1.063, 4: 1.08, 7: 1.12}, 0.004, whole=True
+    ),
 }
 
 
@@ -176,6 +181,7 @@ class Engine:
             n_results = 1
             if choice.k:
                 n_results, n_steps = (max(1, n_steps // 2) if len(requests) == 1 else 1), 1
+            program_s, results, lengths = 0.0, [], []
             for _ in range(n_results):
                 k = choice.k
                 if k and self.random.random() >= self.found[choice.drafter]:
@@ -190,8 +196,8 @@ class Engine:
                         accepted += 1
                     kept[request] = accepted + 1 if choice.k else n_steps
                     at[request] = min(n + 30, i + kept[request])
-                k = n_made
-                step_s, first = self._time_s(choice.drafter, k), (choice.drafter, k) not in self.ran
+                step_s = self._time_s(choice.drafter, k, n_made)
+                first = (choice.drafter, k) not in self.ran
                 self.ran.add((choice.drafter, k))
                 if first:
                     step_s *= self.costs.cold
@@ -200,11 +206,17 @@ class Engine:
                 plain_s += self.costs.mean_plain_s * math.exp(self.slowness) * tokens
                 self._drift(step_s * n_steps / self.costs.plain_s)
                 self.n_all += n_steps
-                self.n_plain += n_steps * (k == 0)
-                times = StepTimes(model_s=step_s * n_steps)
-                if first and self.costs.cold == 1.0:
-                    times = None  # it was captured
-                late.append(self._observe(len(requests), k, choice, times, kept, n_steps))
+                self.n_plain += n_steps * (n_made == 0)
+                program_s += step_s * n_steps / n_results
+                lengths.append(n_made)
+                results.append((k if self.costs.whole else n_made, kept, n_made))
+            times: StepTimes | None = StepTimes(model_s=program_s)
+            if first and self.costs.cold == 1.0:
+                times = None  # it was captured
+            for k, kept, n_made in results:
+                shown = {"choice": choice, "times": times, "kept": kept, "steps": n_steps}
+                shown |= {"n_made": n_made, "mean_made": statistics.fmean(lengths)}
+                late.append(functools.partial(self.controller.observe, len(requests), k, **shown))
         for observe in late:
             observe()
         return seconds / plain_s
@@ -215,17 +227,12 @@ class Engine:
         spread = self.costs.drift * math.sqrt(1 - kept**2)
         self.slowness = self.slowness * kept + self.random.gauss(0.0, spread)
 
-    def _observe(self, n, k, choice, times, kept, steps) -> Callable[[], None]:
-        return lambda: self.controller.observe(
-            n, k, choice=choice, times=times, kept=kept, steps=steps, n_made=k
-        )
-
-    def _time_s(self, drafter: int, k: int) -> float:
+    def _time_s(self, drafter: int, k: int, n_made: int) -> float:
         noise = self.costs.noise
         factor = math.exp(self.random.gauss(0.0, noise) + self.slowness)
         if noise > 0.01 and self.random.random() < DELAYED:
             factor *= 2.0
-        return self.costs.plain_s * self.costs.of(drafter, k) * factor
+        return self.costs.plain_s * self.costs.of(drafter, k, n_made) * factor
 
 
 def length(drafts: Drafts, min_probability: float) -> int:
@@ -245,7 +252,7 @@ def best_fixed(costs: Costs, texts: Sequence[Text], found: Sequence[float]) -> t
         right = text(random, 20_000)
         for k in costs.verify:
             i, seconds = 0, 0.0
-            while i < len(right) - 8:
+            while i < len(right) - 16:
                 if random.random() >= found[drafter]:
                     i, seconds = i + 1, seconds + 1.0
                     continue
@@ -299,7 +306,8 @@ def main() -> None:
     args = parser.parse_args()
 
     for name in args.costs:
-        new = functools.partial(DraftController, sizes_up_to(4), ends_early=COSTS[name].ends_early)
+        sizes = sizes_up_to(max(COSTS[name].verify))
+        new = functools.partial(DraftController, sizes, ends_early=True)
         for label, text in cases(args.chains):
             best, k = best_fixed(COSTS[name], [text], [1.0])
             options = {"rows": args.rows, "engines": args.engines}

@@ -875,6 +875,57 @@ def test_a_chain_ends_where_another_draft_does_not_pay():
         assert early > 0.98 * gain * whole
 
 
+def test_steps_whose_chains_are_long_are_not_taken_for_delayed_ones():
+    """Half of the chains end at their first draft, which is rejected; others are accepted whole."""
+    for draft_s, pays in ((0.009, False), (0.005, True)):
+        controller, random = DraftController(sizes_up_to(4)), np.random.default_rng(1)
+        limits, tokens, seconds, sizes = {Asker(): 99}, 0, 0.0, []
+        for _ in range(1000):
+            choice = controller.choose(limits, 99)
+            n_made = choice.k if random.random() < 0.5 else min(1, choice.k)
+            kept = 1 + (n_made if n_made == choice.k > 1 else 0)
+            step_s = 0.010 + draft_s * n_made
+            controller.observe(
+                1,
+                n_made,
+                choice=choice,
+                times=StepTimes(model_s=step_s),
+                kept=dict.fromkeys(limits, kept),
+                n_made=n_made,
+            )
+            tokens, seconds = tokens + kept, seconds + step_s
+            sizes.append(choice.k)
+        if pays:
+            assert sizes[-200:].count(4) > 180
+        else:
+            assert sizes[-200:].count(0) > 180
+            assert seconds < 1.02 * 0.010 * tokens
+
+
+def test_what_verification_takes_at_any_length_does_not_end_chains():
+    """A chain ends where another draft does not pay: a CUDA graph verifies all positions anyway."""
+    controller, random = DraftController((0, 4), ends_early=True), np.random.default_rng(1)
+    limits, tokens, seconds = {Asker(): 99}, 0, 0.0
+    for i in range(400):
+        choice = controller.choose(limits, 99)
+        lengths = ([1, 2] if i % 2 else [4, 3]) if choice.k else [0]  # of a program
+        times = [0.010 + (0.004 + 0.001 * n_made if n_made else 0.0) for n_made in lengths]
+        for n_made in lengths:
+            kept = 1 + int(np.cumprod(random.random(n_made) < 0.9).sum())
+            tokens += kept
+            controller.observe(
+                1,
+                choice.k,
+                choice=choice,
+                times=StepTimes(model_s=np.mean(times)),  # which is known of all together
+                kept=dict.fromkeys(limits, kept),
+                n_made=n_made,
+                mean_made=np.mean(lengths),
+            )
+        seconds += sum(times)
+    assert choice.min_probability == pytest.approx(tokens / seconds * 0.001 / 0.9, rel=0.4)
+
+
 BOTH = {"factors": (0.2, 1.0)}
 """A drafter that costs little, such as n-grams, and one that costs more."""
 

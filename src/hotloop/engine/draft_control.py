@@ -88,51 +88,86 @@ class _Rate:
 class _StepTime:
     """The mean time of recent steps of a kind; unknown before the second.
 
-    The first can be slow, since what it reads is in no cache yet: the faster of both counts.
+    The first can be slow, since what it reads is in no cache yet: the faster of both counts. Chains
+    end early, so steps of a kind differ in the drafts that they made: their times are fitted by a
+    line over those, by least squares, in which the step without drafts is one sample. Only
+    thus can a step that was delayed be told from one that made more drafts.
+
+    Args:
+        plain: The time without drafts; None if no line is to be fitted.
     """
 
     DECAY = 0.9
     """Weight of each step, relative to the step after it."""
 
-    def __init__(self) -> None:
-        self._first: float | None = None
-        self._average, self._squares = _Average(), _Average()
-        self.mean: float | None = None  # None while it is unknown
+    PLAIN_WEIGHT = 0.25
+    """Weight of the step without drafts. It is small, since verification has a fixed cost too."""
 
-    @property
-    def weight(self) -> float:
+    def __init__(self, plain: float | None = None) -> None:
+        self._plain = plain
+        self._first: tuple[float, float] | None = None  # its drafts and its time
+        self.mean: float | None = None  # None while it is unknown
+        self.weight = 0.0
         """The weight of all times in the mean."""
-        return self._average.weight
+        # Weighted sums: of drafts and times, of the squares and products of both, and of the
+        # squared relative differences from what was expected.
+        self._drafts = self._times = self._squares = self._products = self._errors = 0.0
 
     @property
     def variance(self) -> float:
-        """The variance of the times, relative to the square of their mean."""
-        return max(0.0, self._squares.mean(0.0, 0.0) / self._average.mean(0.0, 0.0) ** 2 - 1)
+        """The variance of the times about the line, relative to the square of their mean."""
+        return self._errors / self.weight
 
-    def add(self, time: float, n_between: int = 0) -> float:
-        """Adds a time, at most a quarter above the mean: another process can delay a step.
+    @property
+    def per_draft(self) -> float:
+        """The time of another draft and of its verification: the slope of the line."""
+        if self._plain is None:
+            return 0.0
+        weight = self.weight + self.PLAIN_WEIGHT
+        drafts = self._drafts / weight
+        time = (self._times + self._plain * self.PLAIN_WEIGHT) / weight
+        variance = self._squares / weight - drafts**2
+        covariance = self._products / weight - drafts * time
+        return max(0.0, covariance / variance) if variance > 0 else 0.0
+
+    def expected(self, n_drafts: float) -> float:
+        """Returns the time of a step that makes so many drafts; the mean must be known."""
+        assert self.mean is not None, "two times make a mean"
+        return self.mean + self.per_draft * (n_drafts - self._drafts / self.weight)
+
+    def add(self, time: float, n_drafts: float = 0.0, n_between: int = 0) -> float:
+        """Adds a time, at most a quarter above the line: another process can delay a step.
 
         A plain step's time that is too long makes drafts look cheap until the next plain step.
 
         Args:
             time: The time.
+            n_drafts: Drafts that the step made.
             n_between: Steps of other kinds since the last of this kind, in which the speed of the
                 machine may have changed.
 
         Returns:
             The time that was added.
         """
-        if self.mean is not None:
-            time = min(time, 1.25 * self.mean)
-        elif self._first is None:
-            self._first = time
+        if self._first is None:
+            self._first = n_drafts, time
             return time
+        if self.mean is None:
+            of_first, expected = self._first
+            if self._plain is not None and of_first:
+                expected = self._plain + (expected - self._plain) * n_drafts / of_first
+            time = expected = min(time, expected)
         else:
-            time = min(time, self._first)
-        for average, value in ((self._average, time), (self._squares, time**2)):
-            average.decay(max(0.5, self.DECAY ** (1 + n_between / 16)))
-            average.add(value)
-        self.mean = self._average.mean(0.0, 0.0)
+            expected = self.expected(n_drafts)
+            time = min(time, 1.25 * expected)
+        decay = max(0.5, self.DECAY ** (1 + n_between / 16))
+        self.weight = self.weight * decay + 1
+        self._drafts = self._drafts * decay + n_drafts
+        self._times = self._times * decay + time
+        self._squares = self._squares * decay + n_drafts**2
+        self._products = self._products * decay + n_drafts * time
+        self._errors = self._errors * decay + (time / expected - 1) ** 2
+        self.mean = self._times / self.weight
         return time
 
 
@@ -211,7 +246,10 @@ class DraftController:
     time e of a draft and its verification; it pays where that is faster than steps are at their
     best, with R tokens per second: where S a > R e. So the chain ends once S is below R e / a. It
     is the draft model's own probability that stands for S; where it is not the right one, the
-    rates above, which count drafts that were not made as rejected, choose a k that is.
+    rates above, which count drafts that were not made as rejected, choose a k that is. A step's
+    time depends on the drafts that its chain made: it is a line over them for each drafter and k,
+    the slope of which is e, and a step counts as long as chains are now, whatever they were when it
+    was last chosen.
 
     What is not best can be measured only at a loss: an exploration budget allows trials of the next
     best k where 0 is best, and of the other drafters, by turns, where one drafter is, so that they
@@ -253,6 +291,9 @@ class DraftController:
     PRIOR_WEIGHT = 12.0
     """Weight of all requests' acceptance rate beside a request's own samples."""
 
+    PRIOR_GOES_ON = 0.8
+    """How often chains that can end early go on after a draft, before any sample."""
+
     DECAY = 0.9
     """Weight of each step in the moving averages of what is not an acceptance rate."""
 
@@ -278,8 +319,6 @@ class DraftController:
         self._n_drafters = n_drafters
         # By rows: a plain step's seconds, and how many of them a step with drafts takes.
         self._costs: dict[tuple[int, _Arm], _StepTime] = {}
-        # The time of a draft that was made after accepted ones, by rows and drafter.
-        self._per_draft_s: dict[tuple[int, int], _Average] = {}
         self.forget_texts()
 
     def forget_texts(self) -> None:
@@ -289,6 +328,9 @@ class DraftController:
         # Of each request: a request that is gone is forgotten.
         self._of_request: WeakKeyDictionary[Any, list[_Acceptance]] = WeakKeyDictionary()
         self._expected: WeakKeyDictionary[Any, list[list[float]]] = WeakKeyDictionary()
+        # How often a chain of 1, 2, … drafts goes on, where there could be more.
+        self._goes_on = [[_Rate() for _ in range(max(self._sizes) - 1)] for _ in range(n_drafters)]
+        self._lengths: dict[int, list[float]] = {}  # by drafter and k: see _length
         # Of a draft that was made after accepted ones, its acceptance.
         self._newest_accepted = [_Rate() for _ in range(n_drafters)]
         self._with_drafts = [_Average() for _ in range(n_drafters)]
@@ -405,6 +447,7 @@ class DraftController:
         kept: Mapping[Any, int],
         steps: int = 1,
         n_made: int | None = None,
+        mean_made: float | None = None,
     ) -> None:
         """Updates the estimates with a step, or with a multi-step program.
 
@@ -416,8 +459,10 @@ class DraftController:
             kept: Tokens that each request got.
             steps: Number of steps.
             n_made: Drafts of the longest chain; None for ``k``.
+            mean_made: Its mean over the steps that ``times`` is of; None for ``n_made``.
         """
         n_made = k if n_made is None else n_made
+        mean_made = float(n_made) if mean_made is None else mean_made
         since_plain, self._since_plain = self._since_plain, 0 if k == 0 else self._since_plain + 1
         if choice.k:
             self._with_drafts[choice.drafter].decay(self.DECAY)
@@ -429,6 +474,11 @@ class DraftController:
             self._expected.clear()
             self._acceptance[choice.drafter].decay()
             self._newest_accepted[choice.drafter].decay()
+            self._lengths.clear()
+            for i, goes_on in enumerate(self._goes_on[choice.drafter], 1):
+                goes_on.decay()
+                if i < choice.k and i <= n_made:
+                    goes_on.add(n_made > i)
         for request, n_tokens in kept.items():
             if k and choice.limits.get(request, k):
                 own = self._of_request.setdefault(request, self._new_acceptance())[choice.drafter]
@@ -446,16 +496,15 @@ class DraftController:
             if plain_s is None:
                 return
             unit_s = plain_s
-        cost = self._costs.setdefault((n, arm), _StepTime())
+        cost = self._costs.get((n, arm))
+        if cost is None:
+            with_line = arm != _PLAIN and not self._always
+            cost = self._costs[n, arm] = _StepTime(1.0 if with_line else None)
         is_known = cost.mean is not None
-        limited_s = cost.add(seconds / unit_s, 0 if k else since_plain) * unit_s
+        limited_s = cost.add(seconds / unit_s, mean_made, 0 if k else since_plain) * unit_s
         plain_s = self._mean(n, _PLAIN)
         if plain_s is None and not self._always:
             return
-        if n_made and plain_s is not None:
-            draft_s = self._per_draft_s.setdefault((n, choice.drafter), _Average())
-            draft_s.decay(self.DECAY)
-            draft_s.add((limited_s - plain_s) / n_made)
         step_s = plain_s or seconds
         share_s = self.EXPLORATION_SHARE * seconds * steps
         spent_s = limited_s + times.catch_up_s
@@ -483,17 +532,31 @@ class DraftController:
         Steps of a drafter that finds no drafts are plain ones. Those with drafts, until there is
         one, are assumed to take no longer.
         """
-        plain_s, step = self._mean(n, _PLAIN), self._mean(n, arm)
+        plain_s, step = self._mean(n, _PLAIN), self._costs.get((n, arm))
         if plain_s is None or arm == _PLAIN:
-            return step
-        if step is None:
+            return self._mean(n, arm)
+        if step is None or step.mean is None:
             return plain_s if self._found_none[arm[0]] else None
-        step_s = step if self._always else step * plain_s
+        step_s = step.mean if self._always else step.expected(self._length(*arm)) * plain_s
         return plain_s + self._share_with_drafts(arm[0]) * (step_s - plain_s)
 
     def _mean(self, n: int, arm: _Arm) -> float | None:
         known = self._costs.get((n, arm))
         return None if known is None else known.mean
+
+    def _length(self, drafter: int, k: int) -> float:
+        """Returns the mean drafts of chains of at most k, as they have ended lately."""
+        lengths = self._lengths.get(drafter)
+        if lengths is None:
+            lengths, rate, all_made = [0.0, 1.0], 1.0, 1.0
+            if self._ends_early:
+                rate = self.PRIOR_GOES_ON
+            for goes_on in self._goes_on[drafter]:
+                rate = goes_on.mean(rate)
+                all_made *= rate
+                lengths.append(lengths[-1] + all_made)
+            self._lengths[drafter] = lengths
+        return lengths[k]
 
     def _share_with_drafts(self, drafter: int) -> float:
         """Returns the share of steps for which a drafter finds drafts, 1 before the first."""
@@ -535,8 +598,10 @@ class DraftController:
     def _min_probability(self, limits: Mapping[Any, int], choice: Choice) -> float:
         """Returns the probability of accepted drafts below which a chain ends."""
         drafter, n = choice.drafter, len(limits)
-        draft_s = self._per_draft_s.get((n, drafter))
-        if not self._ends_early or choice.k < 2 or draft_s is None:
+        plain_s, step = self._mean(n, _PLAIN), self._costs.get((n, (drafter, choice.k)))
+        if not self._ends_early or choice.k < 2 or plain_s is None:
+            return 0.0
+        if step is None or step.mean is None:  # whole chains tell what a draft takes
             return 0.0
         best_per_s = max(
             self._tokens(limits, arm) / self._known_cost_s(n, arm)
@@ -544,7 +609,7 @@ class DraftController:
             if self._cost_s(n, arm) is not None
         )
         rate = self._newest_accepted[drafter].mean(self.PRIOR_ACCEPTANCE)
-        return max(0.0, best_per_s * draft_s.mean(0.0, 0.0) / rate)
+        return best_per_s * step.per_draft * plain_s / rate
 
     def _known_cost_s(self, n: int, arm: _Arm) -> float:
         cost_s = self._cost_s(n, arm)

@@ -88,7 +88,7 @@ class Request:
         self._text: list[str] = []
         self._submitted_s = submitted_s
         self._started_s = self._first_s = self._last_s = submitted_s
-        self._speculation = Speculation() if speculates else None
+        self._counts = _Counts() if speculates else None
 
     @property
     def ended(self) -> bool:
@@ -147,16 +147,19 @@ class Request:
             n_drafts: Number of drafts of its row.
             times: The request's share of the steps' times.
         """
-        assert self._speculation is not None, "there is no drafter"
-        self._speculation += Speculation(
-            n_steps=n,
-            n_plain_steps=n if n_drafts == 0 else 0,
-            n_tokens=n_kept,
-            proposed=(1,) * n_drafts,
-            accepted=tuple(int(position < n_step_tokens - 1) for position in range(n_drafts)),
-            draft_s=times.catch_up_s + times.draft_s,
-            verify_s=times.model_s,
-        )
+        counts = self._counts
+        assert counts is not None, "there is no drafter"
+        counts.n_steps += n
+        counts.n_plain_steps += n if n_drafts == 0 else 0
+        counts.n_tokens += n_kept
+        counts.draft_s += times.catch_up_s + times.draft_s
+        counts.verify_s += times.model_s
+        for position in range(n_drafts):
+            if position == len(counts.proposed):
+                counts.proposed.append(0)
+                counts.accepted.append(0)
+            counts.proposed[position] += 1
+            counts.accepted[position] += position < n_step_tokens - 1
 
     def generation(self) -> Generation:
         """Returns the whole answer of a finished request."""
@@ -173,7 +176,7 @@ class Request:
                 queue_s=self._started_s - self._submitted_s,
             ),
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
-            speculation=self._speculation,
+            speculation=None if self._counts is None else self._counts.speculation(),
             cached_tokens=self.n_cached,
         )
 
@@ -185,6 +188,30 @@ class Request:
             self.finish_reason = "stop"
             return text
         return text + self._stops.flush()
+
+
+@dataclasses.dataclass(slots=True)
+class _Counts:
+    """The sums of a ``Speculation`` so far, to which every step adds in place."""
+
+    n_steps: int = 0
+    n_plain_steps: int = 0
+    n_tokens: int = 0
+    proposed: list[int] = dataclasses.field(default_factory=list)
+    accepted: list[int] = dataclasses.field(default_factory=list)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+
+    def speculation(self) -> Speculation:
+        return Speculation(
+            n_steps=self.n_steps,
+            n_plain_steps=self.n_plain_steps,
+            n_tokens=self.n_tokens,
+            proposed=tuple(self.proposed),
+            accepted=tuple(self.accepted),
+            draft_s=self.draft_s,
+            verify_s=self.verify_s,
+        )
 
 
 class Scoring:

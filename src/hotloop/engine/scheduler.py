@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from statistics import fmean
 from typing import Any
 
 from hotloop.engine.core import (
@@ -408,6 +409,8 @@ class Scheduler:
             return []
         self.n_programs = max(self.n_programs, result.n_programs)
         self._undelivered.extend((launched, step) for step in result.then)
+        if launched.choice.k:
+            launched.mean_drafts = fmean(max(step.n_drafts) for step in (result, *result.then))
         return self._deliver_step(launched, result)
 
     def _deliver_step(
@@ -426,6 +429,7 @@ class Scheduler:
                 kept={request: len(result.rows[row]) for row, request in running.items()},
                 steps=n_steps,
                 n_made=max(result.n_drafts),
+                mean_made=launched.mean_drafts,
             )
         deltas: list[tuple[Job, Delta | None]] = []
         for row, request in running.items():
@@ -502,6 +506,7 @@ class _Launched:
     A step has ``n`` rows, and drafts as it was chosen; ``n`` is 0 for a chunk.
 
     Attributes:
+        mean_drafts: Drafts of the longest chain of its steps, as their mean.
         pending: Its result.
         requests: The request of each row of the result.
         prefilling: The request of a chunk that is not the last of its prompt.
@@ -517,6 +522,7 @@ class _Launched:
     n: int = 0
     choice: Choice = field(default_factory=Choice)
     n_steps: int = 1
+    mean_drafts: float = 0.0
 
     @property
     def ended(self) -> bool:
