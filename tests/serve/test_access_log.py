@@ -15,7 +15,7 @@ from hotloop.serve.settings import ServerSettings
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ 127\.0\.0\.1 (?P<method>[A-Z]+) (?P<path>\S+) "
-    r"(?P<status>\d{3}|-) \d+\.\d{3}s \d+B (?P<id>\S+)"
+    r"(?P<status>\d{3}|-) \d+\.\d{3}s (?P<bytes>\d+)B (?P<id>\S+)"
 )
 BODY = {"messages": HELLO, "max_tokens": 3}
 
@@ -53,6 +53,7 @@ def test_each_request_is_a_line_with_its_id_and_nothing_that_was_said(logged):
     assert all(found), lines
     assert [line["status"] for line in found if line] == [str(a.status_code) for a in answers]
     assert [line["id"] for line in found if line] == [a.headers["x-request-id"] for a in answers]
+    assert [int(line["bytes"]) for line in found if line] == [len(a.content) for a in answers]
     assert [a.status_code for a in answers] == [200, 200, 400, 200, 401, 404]
     assert answers[3].headers["x-request-id"] == "mine-7"
     assert "Hello" not in (said := "\n".join(lines))

@@ -4,6 +4,8 @@ Any thread submits and cancels; the service's thread runs the scheduler. Each re
 ``Ticket``, a queue of the pieces of its answer. A client that is slow to take them fills only its
 own queue, and is cancelled once that is full. After each iteration the clients whose queues got
 something are woken: threads by an event of their own, an asyncio loop by one call for all of them.
+Where few got something, a client that has said how (``Ticket.hand_over``) is not woken: the
+service's thread itself passes the pieces on.
 
 >>> with Service(llm) as service:
 ...     ticket = service.submit([1, 2, 3], SamplingParams())
@@ -27,7 +29,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,6 +71,10 @@ FIRST_PIECE_S = 2e-4
 """How long the service's thread leaves the interpreter to the threads of clients that get a first
 piece. The device has its next step by then."""
 
+MAX_HANDED_OVER = 4
+"""The most clients to whom the service's thread itself passes pieces on after an iteration. Beyond
+that the next step could wait for it."""
+
 Piece = Delta | Score
 """A piece of an answer, or the score of a window."""
 
@@ -101,14 +107,32 @@ class Ticket:
         self._jobs = tuple(jobs)
         self.prompt_tokens = sum(map(_n_given, self._jobs[::n]))
         self._n_open, self._event, self._max_behind = len(self._jobs), event, max_behind
-        self._pieces: deque[Piece] = deque()
+        self._pieces: deque[tuple[Piece, int]] = deque()  # each with its bytes
         self._n_put = self._n_taken = 0  # bytes; each is written by one side only
         self._error: HotloopError | None = None
+        self._pass_on: Callable[[], bool] | None = None
 
     @property
     def done(self) -> bool:
         """Whether everything has been taken; if it failed, the error has been raised."""
         return not (self._n_open or self._pieces or self._error)
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing more will arrive: what has not been taken is the last of it."""
+        return self._all_put or self._error is not None
+
+    def hand_over(self, pass_on: Callable[[], bool] | None) -> None:
+        """Has pieces taken in the service's thread as they arrive.
+
+        That takes a fraction of the time of waking another thread, which on a CPU the model lacks.
+
+        Args:
+            pass_on: Takes what has arrived, and returns whether the client need not be woken.
+                Called in the service's thread, it must neither wait nor raise. None: the client
+                is always woken.
+        """
+        self._pass_on = pass_on
 
     def take(self) -> list[Piece]:
         """Takes what has arrived, in order, without waiting.
@@ -119,8 +143,8 @@ class Ticket:
         self._event.clear()
         pieces = []
         while self._pieces:
-            piece = self._pieces.popleft()
-            self._n_taken += _n_bytes(piece)
+            piece, n_bytes = self._pieces.popleft()
+            self._n_taken += n_bytes
             pieces.append(piece)
         if not pieces and self._error is not None:
             error, self._error = self._error, None
@@ -154,8 +178,9 @@ class Ticket:
 
     def _put(self, piece: Piece, *, is_last: bool) -> bool:
         """Appends a piece, in the service's thread; False if the queue is full."""
-        self._n_put += _n_bytes(piece)
-        self._pieces.append(piece)
+        n_bytes = _n_bytes(piece)
+        self._n_put += n_bytes
+        self._pieces.append((piece, n_bytes))
         self._n_open -= is_last
         return self._n_put - self._n_taken <= self._max_behind
 
@@ -398,8 +423,7 @@ class Service:
                     self._launched.set()
                 for job, delta in pieces:
                     self._deliver(job, delta, woken)
-                self._wake(woken)
-                if any(map(_is_first, pieces)):
+                if self._wake(woken) and any(map(_is_first, pieces)):
                     time.sleep(FIRST_PIECE_S)
             self._take_inbox()
             self._end(None)
@@ -472,15 +496,25 @@ class Service:
             self._changed.notify_all()
         return self._tickets.pop(job)
 
-    def _wake(self, tickets: dict[Ticket, None]) -> None:
-        """Wakes the clients of tickets: an event loop by one call."""
-        if not tickets:
-            return
-        events = [ticket._event for ticket in tickets]
+    def _wake(self, tickets: dict[Ticket, None]) -> bool:
+        """Passes pieces on, and wakes the clients of the other tickets: an event loop by one call.
+
+        Returns:
+            Whether a client was woken.
+        """
+        few = len(tickets) <= MAX_HANDED_OVER
+        events = [
+            ticket._event
+            for ticket in tickets
+            if not (few and (pass_on := ticket._pass_on) is not None and pass_on())
+        ]
+        if not events:
+            return False
         if self._loop is None:
             _set(events)
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_set, events)
+        return True
 
     def _end(self, error: HotloopError | None) -> None:
         """Ends all tickets with an error, or without one as cancelled."""
@@ -509,8 +543,10 @@ def _n_bytes(piece: Piece) -> int:
     """Returns about what a piece takes; a score, which is alone, counts nothing."""
     if not isinstance(piece, Delta):
         return 0
-    n_logprobs = sum(1 + len(each.top) for each in piece.logprobs or ())
-    return len(piece.text.encode()) + 8 * len(piece.token_ids) + 16 * n_logprobs
+    n_bytes = len(piece.text.encode()) + 8 * len(piece.token_ids)
+    if piece.logprobs:
+        n_bytes += 16 * sum(1 + len(each.top) for each in piece.logprobs)
+    return n_bytes
 
 
 def _is_first(piece: tuple[Job, Delta | None]) -> bool:

@@ -18,6 +18,9 @@ from hotloop.errors import shorten
 REQUEST_ID = "x-request-id"
 """The header of a request's id, in requests and responses."""
 
+DIRECT_BYTES = "direct_bytes"
+"""The name, in a request's state, of the bytes of its answer that did not pass through ``send``."""
+
 _ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -55,6 +58,7 @@ class RequestLog:
         finally:
             if self._write is not None:
                 seconds = time.perf_counter() - began
+                n_bytes += scope.get("state", {}).get(DIRECT_BYTES, 0)
                 self._write(_line(scope, status, seconds, n_bytes, request_id))
 
 

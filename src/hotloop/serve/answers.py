@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
@@ -22,9 +24,10 @@ from starlette.types import Receive, Scope, Send
 
 from hotloop.engine.service import Piece, Ticket
 from hotloop.errors import HotloopError, ServiceClosedError
+from hotloop.serve.access_log import DIRECT_BYTES
 from hotloop.serve.errors import as_api_error
 from hotloop.serve.metrics import Tally
-from hotloop.serve.protocol import ABORT
+from hotloop.serve.protocol import ABORT, DIRECT_BODY, DirectBody
 from hotloop.serve.schemas import SamplingBody
 from hotloop.serve.served import Served
 from hotloop.serve.settings import ServerSettings
@@ -220,18 +223,20 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream."""
-        ticket, served = self._ticket, self._served
+        ticket, served, shape = self._ticket, self._served, self._shape
         tally = Tally(served.metrics, ticket.prompt_tokens, self._n)
         wanted = bool(self._options.include_usage)
         continuous = wanted and bool(self._options.continuous_usage_stats)
 
-        pulse = _Pulse(served.settings, send, scope["state"][ABORT])
-        write = pulse.write
+        def arrived() -> str:
+            text = ""
+            for piece in ticket.take():
+                tally.add(delta := checked(piece))
+                text += shape.events(delta, compact(usage(tally)) if continuous else "")
+            return text
 
-        def counted() -> str:
-            return compact(usage(tally))
-
-        async with cancelled_if_gone(served, ticket, receive), pulse:
+        body = _Body(served.settings, send, scope["state"])
+        async with cancelled_if_gone(served, ticket, receive), body:
             await send(
                 {
                     "type": "http.response.start",
@@ -240,45 +245,104 @@ class EventStream(Response):
                 }
             )
             try:
-                if first := self._shape.first_events():
-                    await write(first)
-                while not ticket.done:
-                    await ticket.arrived()
-                    text = ""
-                    for piece in ticket.take():
-                        tally.add(delta := checked(piece))
-                        text += self._shape.events(delta, counted() if continuous else "")
-                    if text:
-                        await write(text)
-                await write(self._shape.last_events(usage(tally), wanted=wanted), more=False)
+                await body.write(shape.first_events)
+                with body.written_by_service(ticket, arrived):
+                    while not ticket.done:
+                        await ticket.arrived()
+                        await body.write(arrived)
+                await body.write(lambda: shape.last_events(usage(tally), wanted=wanted), more=False)
             except HotloopError as error:
-                await write(self._shape.error_events(error), more=False)
+                text = shape.error_events(error)
+                await body.write(lambda: text, more=False)
             except Exception as error:  # a fault of ours, which the log shows
-                await write(self._shape.error_events(error), more=False)
+                text = shape.error_events(error)
+                await body.write(lambda: text, more=False)
                 raise
 
 
-class _Pulse:
-    """Looks after a stream: comments while nothing comes, an end for who does not read.
+class _Body:
+    """The body of a stream: comments while nothing comes, an end for who does not read.
 
-    A timer for each wait would take several times as long as making a chunk.
+    Parts are written in the event loop, or directly in the thread that has them, whose processor
+    time a wake-up of the event loop would cost several times over. Each part is made when nobody
+    else writes, so that parts are in order.
 
     Args:
         settings: The limits.
         send: Sends to the client.
-        abort: Drops the connection.
+        state: The request's, with the functions of its connection (``protocol``).
     """
 
-    def __init__(self, settings: ServerSettings, send: Send, abort: Callable[[], None]) -> None:
-        self._settings, self._send, self._abort = settings, send, abort
-        self._loop = asyncio.get_running_loop()
-        self._since, self._is_sending = self._loop.time(), False
+    def __init__(self, settings: ServerSettings, send: Send, state: dict[str, Any]) -> None:
+        self._settings, self._send, self._state = settings, send, state
+        self._lock = threading.Lock()  # of direct writes, and of the beginning of others
+        self._since, self._n_sending = time.monotonic(), 0
+        self._direct: DirectBody | None = None
+        self._fault: Exception | None = None
 
-    async def write(self, text: str, *, more: bool = True) -> None:
-        """Sends a part of the stream; waits while the client's buffers are full."""
-        self._since, self._is_sending = self._loop.time(), True
-        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": more})
-        self._is_sending = False
+    async def write(self, make: Callable[[], str], *, more: bool = True) -> None:
+        """Makes and sends a part of the stream; waits while the client's buffers are full.
+
+        Raises:
+            Exception: That of ``make``, here or in the service's thread.
+        """
+        with self._lock:
+            self._n_sending += 1
+        try:
+            if self._direct is not None:
+                self._direct.flush()
+            if self._fault is not None:
+                fault, self._fault = self._fault, None
+                raise fault
+            if (text := make()) or not more:
+                self._since = time.monotonic()
+                data = text.encode()
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        finally:
+            self._n_sending -= 1
+
+    @contextmanager
+    def written_by_service(self, ticket: Ticket, make: Callable[[], str]) -> Generator[None]:
+        """Lets the service's thread write what arrives, in the ``with`` block.
+
+        Args:
+            ticket: What arrives for it is written where that thread can; else its client is woken.
+            make: Takes that, and makes the part of the stream.
+        """
+        self._direct = self._state[DIRECT_BODY]()
+        ticket.hand_over(lambda: not ticket.ending and self._write_directly(make))
+        try:
+            yield
+        finally:
+            ticket.hand_over(None)
+            with self._lock:
+                direct, self._direct = self._direct, None
+            if direct is not None:
+                direct.flush()
+                direct.close()
+                self._state[DIRECT_BYTES] = direct.n_bytes
+
+    def _write_directly(self, make: Callable[[], str]) -> bool:
+        """Makes and sends a part of the stream in this thread, without waiting.
+
+        Returns:
+            Whether all is sent; else ``write`` is to be called in the event loop.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            direct = self._direct
+            if direct is None or self._n_sending or self._fault or not direct.ready:
+                return False
+            if text := make():
+                self._since = time.monotonic()
+                return direct.write(text.encode())
+            return True
+        except Exception as error:
+            self._fault = error
+            return False
+        finally:
+            self._lock.release()
 
     async def __aenter__(self) -> None:
         self._task = asyncio.create_task(self._run())
@@ -290,9 +354,9 @@ class _Pulse:
         ping_s, send_s = self._settings.ping_s, self._settings.send_s
         while True:
             await asyncio.sleep(min(ping_s, send_s) / 4)
-            quiet_s = self._loop.time() - self._since
-            if self._is_sending and quiet_s > send_s:
-                self._abort()
+            quiet_s = time.monotonic() - self._since
+            if self._n_sending and quiet_s > send_s:
+                self._state[ABORT]()
                 return
-            if not self._is_sending and quiet_s > ping_s:
-                await self.write(": waiting\n\n")
+            if not self._n_sending and quiet_s > ping_s:
+                await self.write(lambda: ": waiting\n\n")

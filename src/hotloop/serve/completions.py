@@ -219,7 +219,7 @@ class CompletionShape(ChunkShape):
         ids: Sequence[int] = (),
     ) -> str:
         listed = "null" if logprobs is None else compact(logprobs)
-        with_ids = f',"token_ids":{compact(ids)}' if ids else ""
+        with_ids = f',"token_ids":[{",".join(map(str, ids))}]' if ids else ""
         return self._chunks.event(
             f'{{"index":{index},"text":{as_string(text)},'
             f'"logprobs":{listed},"finish_reason":{finish}{with_ids}}}',

@@ -7,13 +7,22 @@ bucket.
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from hotloop.engine.service import Service
 from hotloop.types import Delta, Generation
@@ -44,7 +53,6 @@ class Metrics:
         self._registry, self._model = CollectorRegistry(), model
         ProcessCollector(registry=self._registry)
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self._tokens = self._counter("generation_tokens", "Tokens of answers.")
         self._looked_up = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
         self._cached = self._counter("prefix_cache_hits", "Prompt tokens that were cached.")
         self._drafted = self._counter("spec_decode_num_draft_tokens", "Tokens drafted.")
@@ -67,9 +75,8 @@ class Metrics:
         self._ttft = self._histogram(
             "time_to_first_token", "Submitted to first token.", TOKEN_BUCKETS
         )
-        self.between = self._histogram(
-            "inter_token_latency", "Between an answer's pieces.", TOKEN_BUCKETS
-        )
+        self.pieces = Pieces(model)
+        self._registry.register(self.pieces)
         self._e2e = self._histogram("e2e_request_latency", "Submitted to last token.")
         self._queue = self._histogram("request_queue_time", "Submitted to prefill.")
         self._prefill = self._histogram("request_prefill_time", "Prefill to first token.")
@@ -82,10 +89,6 @@ class Metrics:
     def prompt(self, n_tokens: int) -> None:
         """Counts the prompts of a request."""
         self._prompt_tokens.inc(n_tokens)
-
-    def tokens(self, n: int) -> None:
-        """Counts tokens of an answer."""
-        self._tokens.inc(n)
 
     def error(self, status: int) -> None:
         """Counts a request that was answered with an error."""
@@ -132,6 +135,51 @@ class Metrics:
         return made.labels(self._model)
 
 
+class Pieces(Collector):
+    """Counts pieces of answers.
+
+    Metrics of ``prometheus_client`` take several times as long, which each token would cost.
+
+    Args:
+        model: See ``Metrics``.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model, self._lock = model, threading.Lock()
+        self._n_tokens, self._n_gaps, self._sum_s = 0, [0] * (len(TOKEN_BUCKETS) + 1), 0.0
+
+    def add(self, n_tokens: int, gap_s: float | None) -> None:
+        """Counts a piece.
+
+        Args:
+            n_tokens: Its tokens.
+            gap_s: Seconds since the one before it; None is not counted.
+        """
+        with self._lock:
+            self._n_tokens += n_tokens
+            if gap_s is not None:
+                self._n_gaps[bisect_left(TOKEN_BUCKETS, gap_s)] += 1
+                self._sum_s += gap_s
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the counts."""
+        with self._lock:
+            n_tokens, n_gaps, sum_s = self._n_tokens, list(self._n_gaps), self._sum_s
+        labels = ["model_name"]
+        tokens = CounterMetricFamily(
+            f"{PREFIX}generation_tokens", "Tokens of answers.", labels=labels
+        )
+        tokens.add_metric([self._model], n_tokens)
+        yield tokens
+        gaps = HistogramMetricFamily(
+            f"{PREFIX}inter_token_latency_seconds", "Between an answer's pieces.", labels=labels
+        )
+        bounds = [*map(floatToGoString, TOKEN_BUCKETS), "+Inf"]
+        counts = itertools.accumulate(n_gaps)
+        gaps.add_metric([self._model], list(zip(bounds, counts, strict=True)), sum_s)
+        yield gaps
+
+
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "abort"}
 """Why an answer ended, in the words of vLLM's label."""
 
@@ -160,10 +208,9 @@ class Tally:
         """Counts a piece of an answer."""
         now, before = time.perf_counter(), self._last.get(delta.index)
         self._last[delta.index] = now
-        if before is not None and delta.token_ids:
-            self._metrics.between.observe(now - before)
-        self._metrics.tokens(len(delta.token_ids))
-        self.completion_tokens += len(delta.token_ids)
+        n_tokens = len(delta.token_ids)
+        self._metrics.pieces.add(n_tokens, now - before if before and n_tokens else None)
+        self.completion_tokens += n_tokens
         if (generation := delta.generation) is not None:
             self._metrics.answer(generation)
             if delta.index % self._n == 0:

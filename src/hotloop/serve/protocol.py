@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import sys
 from typing import Any, Literal
@@ -24,6 +25,65 @@ from hotloop.serve.settings import ServerSettings
 
 ABORT = "abort"
 """The name, in a request's state, of the function that drops its connection at once."""
+
+DIRECT_BODY = "direct_body"
+"""The name, in a request's state, of the function that makes its ``DirectBody``."""
+
+
+class DirectBody:
+    """Writes parts of a chunked body to the socket, from any thread, past the event loop.
+
+    It does so only where the event loop has nothing left to write to that connection. The caller
+    sees to it that both do not write at the same time.
+
+    Args:
+        transport: The connection's; a response with a chunked body has begun.
+
+    Raises:
+        OSError: The system has no more file descriptors.
+
+    Attributes:
+        n_bytes: Bytes of the body that were written.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        # A descriptor of its own: the event loop closes its own at any time, and the number could
+        # then be another client's.
+        self._fd = os.dup(transport.get_extra_info("socket").fileno())
+        self._rest = b""
+        self.n_bytes = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether what is written now follows all that was written before."""
+        transport = self._transport
+        return not (self._rest or transport.is_closing() or transport.get_write_buffer_size())
+
+    def write(self, data: bytes) -> bool:
+        """Writes a part, which is not empty, without waiting; it must be ``ready``.
+
+        Returns:
+            Whether that is done; else ``flush`` is to be called in the event loop.
+        """
+        chunk = b"%x\r\n%b\r\n" % (len(data), data)
+        try:
+            n = os.write(self._fd, chunk)
+        except OSError:  # full, or broken: the event loop will find out
+            n = 0
+        self._rest = chunk[n:]
+        self.n_bytes += len(data)
+        return not self._rest
+
+    def flush(self) -> None:
+        """Writes, in the event loop, what is left of the last part, unless the client has gone."""
+        rest, self._rest = self._rest, b""
+        if rest and not self._transport.is_closing():
+            self._transport.write(rest)
+
+    def close(self) -> None:
+        """Ends the writing; the connection stays open."""
+        os.close(self._fd)
 
 
 class LimitedProtocol(H11Protocol):
@@ -44,7 +104,8 @@ class LimitedProtocol(H11Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state | {ABORT: self.abort}, _loop)
+        own = {ABORT: self.abort, DIRECT_BODY: self.direct_body}
+        super().__init__(config, server_state, app_state | own, _loop)
         self._settings = settings
         self._waiting_for: Literal["headers", "body"] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -134,3 +195,16 @@ class LimitedProtocol(H11Protocol):
     def abort(self) -> None:
         """Drops the connection, and what its client has not read."""
         self.transport.abort()
+
+    def direct_body(self) -> DirectBody | None:
+        """Returns what writes the body of the response that has begun, from any thread.
+
+        None if the body is not chunked, as with HTTP/1.0, or there are no more file descriptors.
+        """
+        is_chunked = (self.conn.their_http_version or b"") >= b"1.1"
+        if self.conn.our_state is not h11.SEND_BODY or not is_chunked:
+            return None
+        try:
+            return DirectBody(self.transport)
+        except OSError:
+            return None
