@@ -41,6 +41,7 @@ from hotloop.errors import HotloopError, UnsupportedError
 from hotloop.quant.claims import read_claims
 from hotloop.quant.encodings.awq import _rows
 from hotloop.quant.encodings.bits import unpack
+from hotloop.quant.encodings.gptq import _zero_points
 from hotloop.types import EngineConfig
 from hotloop.weights.checkpoint import open_checkpoint, stored_form
 from hotloop.weights.identity import identify_checkpoint
@@ -121,6 +122,23 @@ def test_golden_words():
     assert unpack(pack(eight, 4), 4).tolist() == eight.tolist()
     assert unpack(pack(eight, 8), 8).tolist() == eight.tolist()
     assert _rows(pack(eight, 4, AWQ_ORDER)).T.tolist() == [[q - 8 for q in range(8)]]
+
+
+@pytest.mark.parametrize(
+    ("word", "bits", "zeros"),
+    [
+        (0x77777777, 4, [8] * 8),
+        (0x7777776F, 4, [0] + [8] * 7),  # a zero of 0 borrows from the next one
+        (0xEEEEEEEF, 4, [0] * 8),
+        (0xEEEEEEEE, 4, [15] * 8),
+        (0x7F7F7F7F, 8, [128] * 4),
+        (0xFEFEFEFF, 8, [0] * 4),
+    ],
+)
+def test_golden_words_of_gptqs_first_version(word, bits, zeros):
+    stored = torch.tensor([[word - (word >> 31 << 32)]], dtype=torch.int32)
+    half = 1 << bits - 1
+    assert _zero_points(stored, bits, version=1).tolist() == [[zero - half for zero in zeros]]
 
 
 @pytest.mark.parametrize("group_size", [32, 16, -1])
@@ -269,6 +287,8 @@ def test_several_ranks_hold_slices_of_what_is_stored(quant, encode, said, tmp_pa
         (AWQ | {"bits": 8}, "is stored as awq of 4 bits"),
         (AWQ | {"group_size": 64}, "says groups of 64"),
         (AWQ | {"version": "gemv"}, "configuration says awq gemv, which is not supported"),
+        (AWQ | {"version": "GEMV_fast"}, "says awq gemv_fast, which is not supported"),
+        (AWQ | {"version": "marlin"}, "configuration says awq marlin, which is not supported"),
         (AWQ | {"modules_to_not_convert": ["q_proj"]}, "says that it is not quantized"),
         (GPTQ, "is stored as awq, though the checkpoint's configuration says gptq"),
         (AWQ | {"surprise": 1}, "surprise"),
@@ -514,6 +534,18 @@ def test_descriptions_of_awq_by_newer_tools_are_read(said, tmp_path):
     assert_same_model(*write_stored(tmp_path, awq(32), said))
     quantized, _ = write_stored(tmp_path / "other", awq(32), said | {"version": "gemv"})
     assert "gemv, which is not supported" in refusal(quantized)
+
+
+def test_the_description_of_gptq_by_todays_writer_is_read(tmp_path):
+    said = GPTQMODEL_AWQ | {"quant_method": "gptq", "method": "gptq", "checkpoint_format": "gptq"}
+    said |= {
+        "format": "gptq",
+        "act_group_aware": True,
+        "damp_percent": 0.05,
+        "static_groups": False,
+    }
+    del said["zero_point"], said["version"]
+    assert_same_model(*write_stored(tmp_path, gptq(32, symmetric=True), said))
 
 
 @pytest.mark.parametrize(
