@@ -120,6 +120,21 @@ def test_decode_kernels_hold_every_number_format(name, n, k):
     assert_held(random_weight(name, n, k), x_step=0.0 if name.startswith(IN_FLOATS) else None)
 
 
+@needs_compiler
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256, 768])
+def test_groups_of_every_size_are_held_by_the_kernels_of_cpus_and_of_the_fused_step(group):
+    weight = number_formats.weight(
+        "int4", 33, 768, group=group, scale=torch.float16, zero="integer"
+    )
+    assert_held(weight)
+    fused, _ = choose_linear(
+        LinearSpec(
+            format=weight.format, n=33, k=768, dtype=torch.bfloat16, device="cuda", fused=True
+        )
+    )
+    assert torch.equal(fused.dequantize(fused.pack(weight), 33), weight.dequantize())
+
+
 SUPER_BLOCKS = [name for name in NAMES if random_weight(name, 2, 768).format.super_size == 256]
 
 
