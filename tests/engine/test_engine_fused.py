@@ -633,6 +633,18 @@ def test_short_prompts_share_steps_and_have_the_bits_of_each_alone(engine, monke
     assert answers(together, prompts[1:]) == expected[1:], "a scratch seat is the fourth"
 
 
+def test_windows_share_steps_and_have_the_bits_of_each_alone(engine):
+    together, alone = (engine(quant="int4-g32", max_batch_size=n) for n in (3, 1))
+    question = [9, *PROMPTS[1]]
+    windows = [*([*question, answer, 5] for answer in (40, 41, 42)), [260, 3] * 11, [7, 8]]
+    expected = [next(alone.score([window], full=True)) for window in windows]
+    for full in (False, True):
+        for score, theirs in zip(together.score(windows, full=full), expected, strict=True):
+            assert score.token_logprobs.equal(theirs.token_logprobs)
+            assert score.top1.equal(theirs.top1)
+            assert not full or score.log_probs.equal(theirs.log_probs)
+
+
 def test_a_grammar_is_followed_beside_drafts_and_changes_no_neighbour(engine):
     grammar = Grammar(kind="regex", source="(the token )+[a-z]{1,9}")
     follow = SamplingParams(max_new_tokens=12, grammar=grammar, logprobs=2)

@@ -116,10 +116,14 @@ def test_a_grammar_leaves_two_compiled_ranks_the_tokens_of_one(one, two):
 
 def test_scores_of_two_ranks_are_those_of_one(one, two):
     window = [*range(2, 60), 299]
-    (expected,), (score,) = (list(llm.score([window], full=True)) for llm in (one, two))
-    torch.testing.assert_close(score.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(score.token_logprobs, expected.token_logprobs, rtol=1e-4, atol=1e-4)
-    assert score.top1.equal(expected.top1)
+    windows = [window, [*window[:30], 7, 8], [*window[:30], 9], [260, 3] * 6]  # two at once
+    for expected, score in zip(*(llm.score(windows, full=True) for llm in (one, two)), strict=True):
+        torch.testing.assert_close(score.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
+        assert score.top1.equal(expected.top1)
+    for expected, score in zip(*(llm.score(windows) for llm in (one, two)), strict=True):
+        theirs = expected.token_logprobs
+        torch.testing.assert_close(score.token_logprobs, theirs, rtol=1e-4, atol=1e-4)
+        assert score.top1.equal(expected.top1)
 
 
 def test_a_description_is_of_one_rank_and_says_how_sums_are_made(one, two):

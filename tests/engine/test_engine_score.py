@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotloop import LLM, SamplingParams
+from hotloop.engine.core import ScoreWindows
+from hotloop.errors import RequestError
 from hotloop.quant import QTensor, parse_scheme
 from hotloop.weights.checkpoint import open_checkpoint
 
@@ -51,17 +53,116 @@ def test_the_size_of_prefill_chunks_does_not_change_scores(folder, twin, prefill
     assert_scores(chunked, [WINDOW], [twin_log_probs(twin, WINDOW)])
 
 
-def test_windows_are_scored_one_at_a_time(llm):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_more_windows_are_taken_in_advance_than_are_scored_together(folder, rows):
     taken = []
 
     def windows():
-        for i in range(3):
+        for i in range(7):
             taken.append(i)
-            yield WINDOW[i:]
+            yield WINDOW[i:30]
 
-    scores = llm.score(windows())
-    next(scores)
-    assert taken == [0]
+    with LLM(str(folder), dtype="float32", max_batch_size=rows) as llm:
+        scores = llm.score(windows())
+        next(scores)
+        assert taken == list(range(rows))
+        next(scores)
+        assert taken == list(range(rows + 1))
+
+
+def test_whole_distributions_are_not_kept_for_more_windows_than_memory_is_meant_for(
+    folder, monkeypatch
+):
+    with LLM(str(folder), dtype="float32", max_batch_size=8) as llm:
+        per_window = 4 * 30 * llm.describe().vocab_size
+        monkeypatch.setattr("hotloop.engine.llm.MAX_FULL_BYTES", 2 * per_window)
+        windows = iter([WINDOW[i : i + 30] for i in range(7)])
+        next(llm.score(windows, full=True))
+        assert len(list(windows)) == 5
+
+
+def test_an_error_of_a_window_comes_behind_the_scores_of_those_before(folder):
+    with LLM(str(folder), dtype="float32", max_batch_size=4) as llm:
+        scores = llm.score([WINDOW[:9], WINDOW[:5], [7], WINDOW[:8]])
+        assert [len(next(scores).top1) for _ in range(2)] == [8, 4]
+        with pytest.raises(RequestError, match="2 tokens or more, not 1"):
+            next(scores)
+        assert len(list(llm.score([WINDOW[:9]]))) == 1, "the engine goes on"
+
+
+def alike() -> list[list[int]]:
+    """Windows as tasks have them: few examples, then questions with several answers; and others."""
+    shots = WINDOW[:50]
+    questions = [[*shots, *WINDOW[i : i + n]] for i, n in ((50, 9), (60, 20), (3, 14))]
+    answers = [[*question, answer, 9] for question in questions for answer in (5, 11, 17, 250)]
+    others = [WINDOW, WINDOW[:2], WINDOW[3:9], WINDOW[20:33], WINDOW[30:33], WINDOW[5:80]]
+    return [*others, *answers, *others[::-1], answers[0], answers[-1]]
+
+
+def watch_scoring(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Returns a list that will have the tokens of each chunk of each ``ScoreWindows``."""
+    run, lengths = llm._runner.run, []
+
+    def watched(command):
+        if isinstance(command, ScoreWindows):
+            lengths.append([len(chunk.ids) - 1 for chunk in command.chunks])
+        return run(command)
+
+    monkeypatch.setattr(llm._runner, "run", watched)
+    return lengths
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("quant", ["none", "int8", "int4-g32"])
+def test_with_cpu_kernels_a_window_has_the_same_bits_whatever_it_is_scored_with(
+    folder, monkeypatch, quant, rows
+):
+    windows = alike()
+    with LLM(str(folder), dtype="bfloat16", quant=quant) as llm:
+        alone = [next(llm.score([window], full=True)) for window in windows]
+    with LLM(str(folder), dtype="bfloat16", quant=quant, max_batch_size=rows) as llm:
+        lengths = watch_scoring(llm, monkeypatch)
+        for full in (False, True):
+            for score, expected in zip(llm.score(windows, full=full), alone, strict=True):
+                assert score.token_logprobs.equal(expected.token_logprobs)
+                assert score.top1.equal(expected.top1)
+                assert score.top1_logprobs.equal(expected.top1_logprobs)
+                assert not full or score.log_probs.equal(expected.log_probs)
+            if not full:
+                assert sum(map(sum, lengths)) < 0.7 * sum(map(len, windows)), "less is computed"
+    assert max(map(len, lengths)) == rows
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_elsewhere_a_window_has_the_same_scores_but_for_rounding(folder, monkeypatch, twin, rows):
+    windows = alike()
+    with LLM(str(folder), dtype="float32", max_batch_size=rows, max_seq_len=96) as llm:
+        lengths = watch_scoring(llm, monkeypatch)
+        assert_scores(llm, windows, [twin_log_probs(twin, window) for window in windows])
+        for window, score in zip(windows, llm.score(windows), strict=True):
+            labels = torch.tensor(window[1:])[:, None]
+            expected = twin_log_probs(twin, window).gather(1, labels)[:, 0]
+            torch.testing.assert_close(score.token_logprobs, expected)
+    assert max(map(len, lengths)) == (1 if rows == 1 else 4)
+
+
+def test_two_calls_that_overlap_share_nothing_and_a_call_that_is_left_leaves_the_engine_free(
+    folder,
+):
+    windows = alike()
+    with LLM(str(folder), dtype="bfloat16", max_batch_size=3) as llm:
+        alone = [next(llm.score([window])).token_logprobs for window in windows]
+        first, second, left = (llm.score(windows) for _ in range(3))
+        next(left)
+        answer = llm.generate([[7, 8]], max_new_tokens=3, ignore_eos=True)
+        for expected in alone:
+            assert next(first).token_logprobs.equal(expected)
+            assert next(second).token_logprobs.equal(expected)
+        left.close()
+        assert llm._scheduler.idle
+        assert llm.generate([[7, 8]], max_new_tokens=3, ignore_eos=True)[0].token_ids == (
+            answer[0].token_ids
+        )
 
 
 def test_scores_do_not_depend_on_what_ran_before(llm):

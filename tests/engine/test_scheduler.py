@@ -10,6 +10,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from hotloop.engine.core import (
     Admit,
@@ -21,15 +22,19 @@ from hotloop.engine.core import (
     Pending,
     Prefill,
     PrefillBatching,
-    ScoreWindow,
+    ScoreBatching,
+    ScoreWindows,
     Step,
     StepResult,
     StepTimes,
+    WindowChunk,
+    ScoreBatching,
 )
 from hotloop.engine.draft_control import DraftController
 from hotloop.engine.request import Request, Scoring
 from hotloop.engine.scheduler import Scheduler
-from hotloop.types import Grammar, SamplingParams
+from hotloop.engine.seats import LEAST_SHARED
+from hotloop.types import Grammar, SamplingParams, Score
 
 N_POSITIONS, CHUNK = 64, 8
 END = 7
@@ -85,9 +90,8 @@ class FakeCore:
                 assert command.n <= len(self.cache[command.source])
                 self.cache[command.target] = self.cache[command.source][: command.n]
                 return Done(None)
-            case ScoreWindow():
-                self._write(command.seat, command.start, command.ids[:-1])
-                return Done(("scored", *command.ids[1:]))
+            case ScoreWindows():
+                return Done([self._score(chunk) for chunk in command.chunks])
             case MoveRow():
                 assert command.target < command.source
                 self.rows[command.target] = self.rows.pop(command.source)
@@ -103,6 +107,14 @@ class FakeCore:
         self._write(prompt.seat, prompt.start, ids[prompt.start :])
         self.rows[row] = Row(prompt.seat, ids)
         return self._tokens(row, 1)
+
+    def _score(self, chunk: WindowChunk) -> Score:
+        self._write(chunk.seat, chunk.start, chunk.ids[:-1])
+        window = torch.tensor([*self.cache[chunk.seat], chunk.ids[-1]])
+        at = range(chunk.start, chunk.start + len(chunk.ids) - 1)
+        # Of each prediction: what it depends on, all tokens before.
+        sums = torch.stack([(window[: t + 2] * torch.arange(1, t + 3)).sum() for t in at]).float()
+        return Score(token_logprobs=sums, top1=window[chunk.start + 1 :], top1_logprobs=sums)
 
     def _write(self, seat: int, start: int, ids: Sequence[int]) -> None:
         """Writes a chunk, which is the only one since a step and begins where chunks begin."""
@@ -642,13 +654,116 @@ def test_a_window_is_scored_in_a_seat_of_its_own_a_chunk_at_a_time(asynchronous)
         if cancelled.parts:
             driven.cancel(cancelled)
     assert finished == [window]
-    assert window.parts == [
-        ("scored", *range(1, CHUNK + 1)),
-        ("scored", *range(CHUNK + 1, 2 * CHUNK + 1)),
-        ("scored", *range(2 * CHUNK + 1, 2 * CHUNK + 4)),
-    ]
-    assert {c.seat for c in core.commands if isinstance(c, ScoreWindow)} == {1}
+    assert window.score().top1.tolist() == window.ids[1:]
+    scored = [chunk for c in core.commands if isinstance(c, ScoreWindows) for chunk in c.chunks]
+    assert [each.start for each in scored][:4] == [0, CHUNK, 2 * CHUNK, 0]
+    assert {each.seat for each in scored} == {1}
     assert first.token_ids == expected(1, 9)
+
+
+def chunks_scored(core: FakeCore) -> list[list[tuple[int, int]]]:
+    """Of each command, the first position and the number of predictions of each chunk."""
+    commands = [command for command in core.commands if isinstance(command, ScoreWindows)]
+    return [[(each.start, len(each.ids) - 1) for each in c.chunks] for c in commands]
+
+
+def score_alone(window: Scoring) -> list[float]:
+    driven, alone = scheduler(FakeCore(1)), Scoring(window.ids, full=False)
+    driven.submit(alone)
+    finish(driven)
+    return alone.score().token_logprobs.tolist()
+
+
+def score_all(core: FakeCore, windows: Sequence[Scoring], batching: ScoreBatching) -> list[Scoring]:
+    """Scores windows that wait together; returns them in the order of their ends."""
+    driven, ended = scheduler(core, score_batching=batching), []
+    for window in windows:
+        driven.submit(window)
+    while not driven.idle:
+        ended += [job for job, _ in driven.iterate()]
+    return ended
+
+
+@both
+def test_windows_that_wait_together_are_scored_together_as_far_as_limits_allow(asynchronous):
+    core = FakeCore(4, asynchronous=asynchronous)
+    lengths = [4, 5, 3, 4, 9, 3]  # a chunk has 8
+    windows = [Scoring([i, *range(n - 1)], full=False) for i, n in enumerate(lengths)]
+    batching = ScoreBatching(chunk=CHUNK, max_windows=4, max_tokens=3 * 4)
+    assert score_all(core, windows, batching) == windows
+    assert chunks_scored(core) == [[(0, 3), (0, 4), (0, 2)], [(0, 3)], [(0, 8)], [(0, 2)]]
+    assert [w.score().token_logprobs.tolist() for w in windows] == [*map(score_alone, windows)]
+
+
+@both
+@pytest.mark.parametrize("n_rows", [1, 4])
+def test_the_beginning_of_a_group_of_windows_is_scored_once(asynchronous, n_rows):
+    core, group = FakeCore(n_rows, asynchronous=asynchronous), object()
+    shots, questions = list(range(20)), [[30, *range(9)], [31, *range(9)]]
+    windows = [
+        Scoring([*shots, *question, choice, 60], full=False, group=group)
+        for question in questions
+        for choice in (50, 51, 52)
+    ]
+    batching = ScoreBatching(chunk=CHUNK, max_windows=n_rows, max_tokens=64)
+    assert score_all(core, windows, batching) == windows
+    assert [w.score().token_logprobs.tolist() for w in windows] == [*map(score_alone, windows)]
+    # A token before a choice is an input again: it predicts the choice.
+    n_alike = [0, 29, 29, 19, 29, 29]
+    n_cached = [window.n_cached for window in windows]
+    if n_rows == 1:
+        assert n_cached == n_alike
+    assert all(n - LEAST_SHARED < m <= n for m, n in zip(n_cached, n_alike, strict=True))
+    n_new = sum(n for chunks in chunks_scored(core) for _, n in chunks)
+    assert n_new == sum(len(w.ids) - 1 - w.n_cached for w in windows)
+
+
+def test_windows_of_different_calls_share_nothing_and_leave_nothing_to_prompts():
+    core = FakeCore(2)
+    driven = scheduler(core, prefix_cache="tokens")
+    first, second = (Scoring(list(range(1, 20)), full=False, group=object()) for _ in range(2))
+    for window in (first, second):
+        driven.submit(window)
+        finish(driven)
+    alike = request(1, 3, prompt=range(2, 20))
+    driven.submit(alike)
+    finish(driven)
+    assert (second.n_cached, alike.n_cached) == (0, 0)
+    assert alike.token_ids == expected(1, 3)
+
+
+@both
+@pytest.mark.parametrize("seed", range(8))
+def test_windows_among_random_requests_that_are_cancelled_have_their_own_scores(asynchronous, seed):
+    random = Random(seed)
+    core = FakeCore(4, asynchronous=asynchronous)
+    batching = ScoreBatching(chunk=CHUNK, max_windows=3, max_tokens=20)
+    driven = scheduler(
+        core, prefix_cache=random.choice(["none", "tokens"]), score_batching=batching
+    )
+    beginnings = [[random.randrange(9) for _ in range(40)] for _ in range(2)]
+    groups = [None, object(), object()]
+    wanted: dict[object, list[Scoring]] = {group: [] for group in groups}
+    requests = []
+    for i in range(40):
+        if random.random() < 0.3:
+            requests.append(request(1 + i, random.randint(1, 6), prompt=range(i % 12)))
+            driven.submit(requests[-1])
+        elif (group := random.choice(groups)) in wanted:
+            begins = random.choice(beginnings)[: random.randint(0, 40)]
+            ids = [*begins, *(random.randrange(9) for _ in range(random.randint(2, 6)))]
+            wanted[group].append(Scoring(ids, full=False, group=group))
+            driven.submit(wanted[group][-1])
+        for _ in range(random.randint(0, 2)):
+            driven.iterate()
+        if i == 30:
+            for window in wanted.pop(groups[1]):
+                driven.cancel(window)
+    finish(driven)
+    for window in itertools.chain.from_iterable(wanted.values()):
+        assert window.score().token_logprobs.tolist() == score_alone(window)
+    for each in requests:
+        assert each.token_ids == expected(each.index, each.max_new_tokens)
 
 
 @both

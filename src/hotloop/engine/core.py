@@ -299,22 +299,60 @@ class Step(Command[StepResult]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreWindow(Command[Score]):
-    """Scores a chunk of a window of token ids.
+class ScoreBatching:
+    """Limits of batched scoring.
+
+    Attributes:
+        chunk: Tokens of a chunk of a window; only last chunks are batched.
+        max_windows: Windows of a batch.
+        max_tokens: Tokens of all windows together, each taken to be as long as the longest.
+    """
+
+    chunk: int
+    max_windows: int = 1
+    max_tokens: int = 0
+
+    def holds(self, lengths: Sequence[int]) -> bool:
+        """Whether chunks of so many tokens each can be one batch."""
+        n = len(lengths)
+        return n == 1 or (n <= self.max_windows and n * max(lengths) <= self.max_tokens)
+
+
+@dataclass(frozen=True)
+class QueryScoreBatching(Command[ScoreBatching]):
+    """Returns the limits of batched scoring."""
+
+    phase = "describe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowChunk:
+    """A chunk of a window of token ids.
 
     Attributes:
         seat: The seat in the cache to use.
         start: Position of the chunk's first token: the seat holds those before.
         ids: The tokens of the chunk, and the one that follows: two or more.
+    """
+
+    seat: int
+    start: int
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreWindows(Command[Sequence[Score]]):
+    """Scores chunks of windows together; the result has a score for each.
+
+    Attributes:
+        chunks: The chunks; several only within the limits of ``ScoreBatching``.
         full: Also return the whole distribution at each position.
         n_top: Also return this many most likely tokens at each position.
     """
 
     phase = "score"
 
-    seat: int
-    start: int
-    ids: Sequence[int]
+    chunks: Sequence[WindowChunk]
     full: bool
     n_top: int = 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from hotloop.engine.core import (
     Describe,
     EngineCore,
     QueryPrefillBatching,
+    QueryScoreBatching,
     StartMeter,
     StopMeter,
     Synchronize,
@@ -66,6 +68,9 @@ from hotloop.types import (
     StepCost,
     Timing,
 )
+
+MAX_FULL_BYTES = 2**28
+"""The most bytes of whole distributions of windows that are scored together."""
 
 
 class LLM:
@@ -123,6 +128,7 @@ class LLM:
             progress("warmup", 0, 0)
         try:
             self._prefill_batching = self._runner.run(QueryPrefillBatching()).wait()
+            self._score_batching = self._runner.run(QueryScoreBatching()).wait()
             self._scheduler = self._warm_up()
         except BaseException as error:  # a Ctrl-C too: ranks must not outlive it
             self._open_runner = None
@@ -195,18 +201,56 @@ class LLM:
     def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
         """Scores windows of token ids, through the same weights, kernels and cache.
 
+        With ``max_batch_size`` several windows are scored together, and so many are taken in
+        advance. Of windows that follow each other and begin alike, such as the answers to a
+        question, that beginning is computed once.
+
         Args:
             windows: Windows of two tokens up to the context.
-            full: Also return the whole distribution at each position.
+            full: Also return the whole distribution at each position. Together, these take no more
+                than ``MAX_FULL_BYTES``, if one window does not.
 
         Yields:
             A Score per window, on the CPU.
+
+        Raises:
+            RequestError: A window is too short or too long, or has other tokens; raised behind the
+                scores of the windows before it.
         """
-        for window in windows:
-            scoring = self.scoring(window, full=full)
-            for _ in self._pieces([scoring]):
-                pass
-            yield scoring.score()
+        group = None if full else object()
+        scorings = (self.scoring(window, full=full, group=group) for window in windows)
+        self._check_open()
+        stream, error, done = self._turns.open([]), None, False
+        ahead: deque[Scoring] = deque()
+        try:
+            while True:
+                while not done and self._has_room(ahead):
+                    try:
+                        ahead.append(next(scorings))
+                        self._turns.add(stream, ahead[-1])
+                    except StopIteration:
+                        done = True
+                    except Exception as raised:  # of a window, or the caller's own
+                        error, done = raised, True
+                if not ahead:
+                    break
+                piece, scoring = self._turns.next(stream), ahead.popleft()
+                assert piece is not None, "a window that is not scored has its stream open"
+                assert piece[0] is scoring, "windows end in their order"
+                del piece
+                yield scoring.score()
+            if error is not None:
+                raise error
+        finally:
+            self._turns.leave(stream)
+
+    def _has_room(self, ahead: Sequence[Scoring]) -> bool:
+        """Whether another window is taken while these are scored."""
+        if len(ahead) < 1 or not ahead[0].full:
+            return len(ahead) < self.config.max_batch_size
+        n_tokens = sum(len(scoring.ids) for scoring in ahead) + len(ahead[-1].ids)
+        n_bytes = 4 * n_tokens * self._setup.model.vocab_size
+        return len(ahead) < self.config.max_batch_size and n_bytes <= MAX_FULL_BYTES
 
     def encode(self, text: str) -> list[int]:
         """Encodes plain text as token ids, without adding special tokens."""
@@ -360,6 +404,7 @@ class LLM:
             n_steps=n_steps,
             prefix_cache=prefix_cache,
             prefill_batching=self._prefill_batching,
+            score_batching=self._score_batching,
         )
 
     def _warm_up(self) -> Scheduler:
@@ -462,8 +507,15 @@ class LLM:
         self._check_open()
         return self._requests(prompts, self._params(params, {}), submitted_s, salt, clamp=clamp)
 
-    def scoring(self, window: Sequence[int], *, full: bool, n_top: int = 0) -> Scoring:
-        """Returns the job that scores a window; see ``Service.score``.
+    def scoring(
+        self,
+        window: Sequence[int],
+        *,
+        full: bool,
+        n_top: int = 0,
+        group: object | None = None,
+    ) -> Scoring:
+        """Returns the job that scores a window; see ``Service.score`` and ``Scoring``.
 
         Raises:
             RequestError: The window is too short or too long, or has other tokens.
@@ -479,7 +531,8 @@ class LLM:
                 "or a larger max_seq_len (--max-seq-len).",
                 context,
             )
-        return Scoring(as_ids(window, self._setup.model.vocab_size), full=full, n_top=n_top)
+        ids = as_ids(window, self._setup.model.vocab_size)
+        return Scoring(ids, full=full, n_top=n_top, group=group)
 
     def check_grammar(self, grammar: Grammar) -> None:
         """Refuses a grammar that cannot be used; see ``Service.check_grammar``.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hotloop.engine.core import PrefillBatching, padded_rows
+from hotloop.engine.core import PrefillBatching, ScoreBatching, padded_rows
 from hotloop.engine.fused import FusedForward, fused_forms
 from hotloop.engine.gemm_prefill import GemmPrefill
 from hotloop.engine.graphs import capture
@@ -52,6 +52,10 @@ class Chunk(NamedTuple):
     seat: int
 
 
+Spans = Sequence[tuple[int, range]]
+"""Parts of several chunks: the index of a chunk, and the range of its tokens."""
+
+
 def step_prompts(n: int) -> int:
     """Returns how many of ``n`` prompts one step prefills."""
     return min(STEP_PROMPTS, n)
@@ -70,7 +74,7 @@ def max_step_prefill_tokens(forms: Sequence[Format]) -> int:
     return min(SHORT_PROMPT, STEP_TOKENS * max(1, int(read / (1.1 * nbytes))))
 
 
-def spans(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]]:
+def split_tokens(ids_T: Tensor, start: int, size: int) -> Iterator[tuple[range, Tensor]]:
     """Splits tokens into chunks of ``size``; yields ranges, and positions from ``start`` on."""
     for first in range(0, len(ids_T), size):
         chunk = range(first, min(first + size, len(ids_T)))
@@ -150,6 +154,7 @@ class FusedPrefill:
 
     Attributes:
         prefill_batching: Limits of batched prefill.
+        score_batching: Limits of batched scoring.
     """
 
     def __init__(
@@ -175,6 +180,9 @@ class FusedPrefill:
             max_tokens=n_prompts * longest,
             max_forward_tokens=STEP_TOKENS,
         )
+        self.score_batching = ScoreBatching(
+            chunk=chunk, max_windows=n_prompts, max_tokens=n_prompts * chunk
+        )
 
     def warm_up(self) -> None:
         """Captures prefill graphs and warms up libraries; overwrites seat 0."""
@@ -188,7 +196,7 @@ class FusedPrefill:
             Computes the last token's logits [1, V], before the next prefill.
         """
         if len(ids_T) <= self.prefill_batching.max_prompt_tokens:
-            *_, (_, logits_TV) = self.logits(ids_T, start, seat)
+            *_, (_, logits_TV) = self.logits([Chunk(ids_T, start, seat)])
             return lambda: logits_TV[-1:]
         last_1D = self._gemm(ids_T, start, seat)
         return lambda: self._forward.logits(last_1D)
@@ -216,13 +224,19 @@ class FusedPrefill:
         last = [(n - 1) % STEP_TOKENS for n in lengths]
         return torch.stack([logits_TV[t] for logits_TV, t in zip(logits_BTV, last, strict=True)])
 
-    def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
-        """Prefills a seat by decode steps, with logits of every token.
+    def logits(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Spans, Tensor]]:
+        """Prefills seats by decode steps, with logits of every token.
 
         Yields:
-            For each step, the range of its tokens in ``ids_T`` and their logits [T, V].
+            For each step, the parts of chunks that it has and, one after the other, the logits of
+            their tokens [N, V], until the next step.
         """
-        for first in range(0, len(ids_T), STEP_TOKENS):
-            part = ids_T[first : first + STEP_TOKENS]
-            (logits_TV,) = self._steps([Chunk(part, start + first, seat)])
-            yield range(first, first + len(part)), logits_TV[: len(part)]
+        for first in range(0, max(len(chunk.ids) for chunk in chunks), STEP_TOKENS):
+            parts, spans = [], []
+            for i, (ids_T, start, seat) in enumerate(chunks):
+                if len(part := ids_T[first : first + STEP_TOKENS]):
+                    parts.append(Chunk(part, start + first, seat))
+                    spans.append((i, range(first, first + len(part))))
+            logits_BTV = self._steps(parts)
+            each = [x[: len(part)] for x, (_, part) in zip(logits_BTV, spans, strict=True)]
+            yield spans, torch.cat(each) if len(each) > 1 else each[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
@@ -221,31 +222,65 @@ class Scoring:
         ids: The window, two tokens or more.
         full: Also return the whole distribution at each position.
         n_top: Also return this many most likely tokens at each position.
+        group: Windows of one group that begin alike share the keys and values, and the scores, of
+            that beginning. They are cancelled together, and no distributions are asked of them.
+            None for a window by itself.
 
     Attributes:
-        parts: The scores of its chunks so far.
+        n_cached: Its first tokens that were neither prefilled nor scored again.
+        parts: The scores of its chunks so far; once it has been scored, that of the whole window.
         ended: Whether it has been scored or cancelled.
     """
 
-    def __init__(self, ids: list[int], *, full: bool, n_top: int = 0) -> None:
-        self.ids, self.full, self.n_top = ids, full, n_top
+    def __init__(
+        self, ids: list[int], *, full: bool, n_top: int = 0, group: object | None = None
+    ) -> None:
+        self.ids, self.full, self.n_top, self.group = ids, full, n_top, group
         self.parts: list[Score] = []
-        self.ended = False
+        self.ended, self.n_cached = False, 0
+        self._like: Scoring | None = None
+
+    def begin_like(self, other: Scoring, n: int) -> None:
+        """Takes the scores of the first ``n`` predictions from a window that is scored before."""
+        self._like, self.n_cached = other, n
+
+    def finish(self) -> None:
+        """Joins the scores of its parts; those of the window that it begins like are there."""
+        if self._like is not None:
+            self.parts.insert(0, _first(self._like.score(), self.n_cached))
+        self._like = None
+        if len(self.parts) > 1:
+            self.parts = [_joined(self.parts)]
+        self.ended = True
 
     def score(self) -> Score:
         """Returns the score of the whole window, once it has been scored."""
-        import torch
+        (whole,) = self.parts
+        return whole
 
-        def joined(name: str) -> Tensor:
-            return torch.cat([getattr(part, name) for part in self.parts])
 
-        tops = [part.top for part in self.parts if part.top is not None]
-        return Score(
-            token_logprobs=joined("token_logprobs"),
-            top1=joined("top1"),
-            top1_logprobs=joined("top1_logprobs"),
-            log_probs=joined("log_probs") if self.parts[0].log_probs is not None else None,
-            top=(torch.cat([i for i, _ in tops]), torch.cat([v for _, v in tops]))
-            if tops
-            else None,
-        )
+def _first(score: Score, n: int) -> Score:
+    """Returns the score of the first ``n`` predictions, without distributions."""
+    assert score.top1_logprobs is not None, "the engine gives them"
+    return Score(
+        token_logprobs=score.token_logprobs[:n],
+        top1=score.top1[:n],
+        top1_logprobs=score.top1_logprobs[:n],
+    )
+
+
+def _joined(parts: Sequence[Score]) -> Score:
+    """Joins the scores of consecutive parts of a window."""
+    import torch
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    tops = [part.top for part in parts if part.top is not None]
+    return Score(
+        token_logprobs=joined("token_logprobs"),
+        top1=joined("top1"),
+        top1_logprobs=joined("top1_logprobs"),
+        log_probs=joined("log_probs") if parts[0].log_probs is not None else None,
+        top=(torch.cat([i for i, _ in tops]), torch.cat([v for _, v in tops])) if tops else None,
+    )

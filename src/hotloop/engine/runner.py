@@ -34,13 +34,15 @@ from hotloop.engine.core import (
     Prefill,
     PrefillBatching,
     QueryPrefillBatching,
-    ScoreWindow,
+    QueryScoreBatching,
+    ScoreWindows,
     StartMeter,
     Step,
     StepResult,
     StepTimes,
     StopMeter,
     Synchronize,
+    ScoreBatching,
 )
 from hotloop.engine.cpu_blocks import eager_run
 from hotloop.engine.draft_control import sizes_up_to
@@ -49,7 +51,14 @@ from hotloop.engine.fused import FusedForward, Peers
 from hotloop.engine.grammar import Grammars
 from hotloop.engine.graphs import IfNodes
 from hotloop.engine.memory import weights_bytes
-from hotloop.engine.prompt import STEP_TOKENS, Chunk, FusedPrefill, spans, step_prompts
+from hotloop.engine.prompt import (
+    STEP_TOKENS,
+    Chunk,
+    FusedPrefill,
+    Spans,
+    split_tokens,
+    step_prompts,
+)
 from hotloop.engine.rows import Rows, to_device
 from hotloop.engine.sampling import Sampled, Sampler
 from hotloop.engine.setup import Setup
@@ -193,12 +202,14 @@ class Runner:
                 return Done(self._copy(command))
             case MoveRow():
                 return Done(self._move(command))
-            case ScoreWindow():
+            case ScoreWindows():
                 return self._score(command)
             case Synchronize():
                 return Done(self._synchronize())
             case QueryPrefillBatching():
                 return Done(self._model.prefill_batching)
+            case QueryScoreBatching():
+                return Done(self._model.score_batching)
             case StartMeter():
                 return Done(self._start_meter())
             case StopMeter():
@@ -260,18 +271,26 @@ class Runner:
             self._constraints.expect(pending, range(step.n))
             return pending
 
-    def _score(self, command: ScoreWindow) -> Pending[Score]:
-        """Scores a chunk of a window.
+    def _score(self, command: ScoreWindows) -> Pending[Sequence[Score]]:
+        """Scores chunks of windows.
 
         Whole distributions, for which the host waits, are gathered on rank 0 only.
         """
-        ids_T = to_device(command.ids, self._setup.device)
+        lengths = [len(chunk.ids) for chunk in command.chunks]
+        flat = [token for chunk in command.chunks for token in chunk.ids]
+        ids = to_device(flat, self._setup.device).split(lengths)
+        chunks = [
+            Chunk(ids_T[:-1], chunk.start, chunk.seat)
+            for ids_T, chunk in zip(ids, command.chunks, strict=True)
+        ]
         vocabulary = self._vocabulary
+        spans: list[Spans] = []
         logprobs, top1, top1_logprobs, distributions = [], [], [], []
         top_ids, top_logprobs = [], []
-        for chunk, logits_TV in self._model.logits(ids_T[:-1], command.start, command.seat):
-            log_probs = vocabulary.log_softmax(logits_TV)
-            labels = ids_T[chunk.start + 1 : chunk.stop + 1]
+        for parts, logits_NV in self._model.logits(chunks):
+            spans.append(parts)
+            log_probs = vocabulary.log_softmax(logits_NV)
+            labels = torch.cat([ids[i][part.start + 1 : part.stop + 1] for i, part in parts])
             best = vocabulary.argmax(log_probs)
             logprobs.append(vocabulary.gather_at(log_probs, labels))
             top1.append(best)
@@ -279,21 +298,24 @@ class Runner:
             if command.full and (whole := vocabulary.gather_to_first(log_probs)) is not None:
                 distributions.append(whole.cpu())
             if command.n_top:
-                values, ids = vocabulary.topk(log_probs, min(command.n_top, vocabulary.n_tokens))
-                top_ids.append(ids)
+                k = min(command.n_top, vocabulary.n_tokens)
+                values, indices = vocabulary.topk(log_probs, k)
+                top_ids.append(indices)
                 top_logprobs.append(values)
-
-        def host(parts: list[Tensor]) -> Tensor:
-            return _to_host(torch.cat(parts))
-
-        score = Score(
-            token_logprobs=host(logprobs),
-            top1=host(top1),
-            top1_logprobs=host(top1_logprobs),
-            log_probs=torch.cat(distributions) if distributions else None,
-            top=(host(top_ids), host(top_logprobs)) if top_ids else None,
-        )
-        return _PendingChunk(self._setup.device, score)
+        values = [_by_window(spans, each) for each in (logprobs, top1, top1_logprobs)]
+        tops = [_by_window(spans, each) for each in (top_ids, top_logprobs) if each]
+        wholes = _by_window(spans, distributions) if distributions else {}
+        scores = [
+            Score(
+                token_logprobs=_to_host(values[0][i]),
+                top1=_to_host(values[1][i]),
+                top1_logprobs=_to_host(values[2][i]),
+                log_probs=wholes.get(i),
+                top=(_to_host(tops[0][i]), _to_host(tops[1][i])) if tops else None,
+            )
+            for i in range(len(chunks))
+        ]
+        return _PendingChunk(self._setup.device, scores)
 
     def _synchronize(self) -> None:
         if self._setup.device.type == "cuda":
@@ -405,6 +427,7 @@ class _Model:
 
     Attributes:
         prefill_batching: Limits of batched prefill; None if prompts are prefilled one by one.
+        score_batching: Limits of batched scoring.
         on_cpu_kernels: Our CPU kernels compute all matrix products, and attention.
         twin: The decoder of a drafter that is the model under another scheme, or the high planes of
             its weights; None without one.
@@ -483,6 +506,18 @@ class _Model:
                 max_tokens=EXACT_CPU_CHUNK,
                 max_forward_tokens=EXACT_CPU_CHUNK,
             )
+        self.score_batching = self._score_batching(n_prompts)
+
+    def _score_batching(self, n_windows: int) -> ScoreBatching:
+        chunk = self.setup.prefill_chunk
+        if self._prompt is not None:
+            return self._prompt.score_batching
+        # The bits of a row do not depend on others with CPU kernels, if its chunk is so short.
+        return ScoreBatching(
+            chunk=min(chunk, EXACT_CPU_CHUNK) if self.on_cpu_kernels else chunk,
+            max_windows=n_windows,
+            max_tokens=min(chunk, self.setup.n_positions),  # of which there is memory for logits
+        )
 
     def warm_up(self) -> None:
         """Captures prefill graphs and warms caches of libraries; overwrites seat 0."""
@@ -547,41 +582,71 @@ class _Model:
             return self.prefill(*chunks[0])()
         if self._prompt is not None:
             return self._prompt.together(chunks)
-        device = self.decoder.device
-        # A row for each token: a layer stores all keys and values before it attends to any.
-        lengths = [len(ids_T) for ids_T, _, _ in chunks]
-        ends = list(itertools.accumulate(lengths))
-        positions, seats = [], []
-        for n, (_, start, seat) in zip(lengths, chunks, strict=True):
-            positions += range(start, start + n)
-            seats += [seat] * n
+        ends = list(itertools.accumulate(len(chunk.ids) for chunk in chunks))
         with cpu.single_threaded_torch():
-            hidden_N1D = self.decoder(
-                torch.cat([ids_T for ids_T, _, _ in chunks])[:, None],
-                to_device(positions, device)[:, None],
-                self.cache,
-                seats_B=to_device(seats, device),
-                length=1 + max(positions),
-                run=self._run_short,
-            )
-            return self.decoder.logits(hidden_N1D[[end - 1 for end in ends], 0])
+            hidden_ND = self._rows_together(chunks)
+            return self.decoder.logits(hidden_ND[[end - 1 for end in ends]])
 
-    def logits(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
-        """Prefills a seat from position ``start`` on, with logits of every token.
+    def logits(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Spans, Tensor]]:
+        """Prefills seats with chunks of windows, with logits of every token.
+
+        Several are computed together, as ``score_batching`` allows.
 
         Yields:
-            For each chunk, the range of its tokens in ``ids_T`` and their logits [T, V].
+            Parts of chunks and, one after the other, the logits of their tokens [N, V].
         """
         if self._prompt is not None:
-            yield from self._prompt.logits(ids_T, start, seat)
-            return
-        for chunk, hidden_TD in self._chunks(ids_T, start, seat):
-            yield chunk, self.decoder.logits(hidden_TD)
+            yield from self._prompt.logits(chunks)
+        elif len(chunks) == 1:
+            for part, hidden_TD in self._chunks(*chunks[0]):
+                yield [(0, part)], self.decoder.logits(hidden_TD)
+        else:
+            together = self._rows_together if self.on_cpu_kernels else self._padded_together
+            hidden_ND = together(chunks)
+            spans = [(i, range(len(chunk.ids))) for i, chunk in enumerate(chunks)]
+            yield spans, self.decoder.logits(hidden_ND)
+
+    def _rows_together(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Runs chunks through CPU kernels; returns the hidden states of their tokens [N, D]."""
+        device = self.decoder.device
+        # A row for each token: a layer stores all keys and values before it attends to any.
+        positions, seats = [], []
+        for ids_T, start, seat in chunks:
+            positions += range(start, start + len(ids_T))
+            seats += [seat] * len(ids_T)
+        hidden_N1D = self.decoder(
+            torch.cat([chunk.ids for chunk in chunks])[:, None],
+            to_device(positions, device)[:, None],
+            self.cache,
+            seats_B=to_device(seats, device),
+            length=1 + max(positions),
+            run=self._run_short,
+        )
+        return hidden_N1D[:, 0]
+
+    def _padded_together(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Runs chunks as sequences of one length; returns hidden states of their tokens [N, D].
+
+        Padding repeats the last token of a chunk at its position, and so stores what is there.
+        """
+        device, lengths = self.decoder.device, [len(chunk.ids) for chunk in chunks]
+        T = max(lengths)
+        at = [min(t, n - 1) for n in lengths for t in range(T)]
+        at_BT = to_device(at, device).view(-1, T)
+        starts = [chunk.start for chunk in chunks]
+        hidden_BTD = self.decoder(
+            torch.stack([ids_T[at_T] for (ids_T, *_), at_T in zip(chunks, at_BT, strict=True)]),
+            at_BT + to_device(starts, device)[:, None],
+            self.cache,
+            seats_B=to_device([chunk.seat for chunk in chunks], device),
+            length=max(start + n for start, n in zip(starts, lengths, strict=True)),
+        )
+        return torch.cat([x[:n] for x, n in zip(hidden_BTD, lengths, strict=True)])
 
     def _chunks(self, ids_T: Tensor, start: int, seat: int) -> Iterator[tuple[range, Tensor]]:
         """Runs tokens through the decoder by chunks; yields ranges and hidden states [T, D]."""
         seats_B = torch.full((1,), seat, device=ids_T.device)
-        for chunk, positions_T in spans(ids_T, start, self.setup.prefill_chunk):
+        for chunk, positions_T in split_tokens(ids_T, start, self.setup.prefill_chunk):
             short = self.on_cpu_kernels and len(chunk) <= EXACT_CPU_CHUNK
             with cpu.single_threaded_torch() if short else nullcontext():
                 hidden_BTD = self.decoder(
@@ -635,6 +700,15 @@ class _Model:
                 yield f"draft/{name}", linear
         if self.twin.head is not self.decoder.head:
             yield "draft/head", self.twin.head
+
+
+def _by_window(spans: Sequence[Spans], parts: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Joins the rows of each window from parts whose rows are these spans."""
+    pieces: dict[int, list[Tensor]] = {}
+    for some, part in zip(spans, parts, strict=True):
+        for (i, _), piece in zip(some, part.split([len(rows) for _, rows in some]), strict=True):
+            pieces.setdefault(i, []).append(piece)
+    return {i: torch.cat(each) for i, each in pieces.items()}
 
 
 class _PendingChunk(Generic[Result]):

@@ -17,7 +17,9 @@ request, the scheduler discards the tokens that a step in flight still computes 
 
 Chunks begin at multiples of the chunk size, whatever the load, so that the bits of a result do not
 depend on the load. Short prompts that wait together are prefilled in one forward, if each gets the
-same bits as alone (``core.PrefillBatching``).
+same bits as alone (``core.PrefillBatching``). Windows to score that wait together are scored in one
+forward (``core.ScoreBatching``). Of windows that begin alike the first is scored before the others,
+which then begin with its keys and values (``seats``).
 """
 
 from __future__ import annotations
@@ -41,14 +43,17 @@ from hotloop.engine.core import (
     Pending,
     Prefill,
     PrefillBatching,
-    ScoreWindow,
+    ScoreBatching,
+    ScoreWindows,
     Step,
     StepResult,
     StepTimes,
+    WindowChunk,
+    ScoreBatching,
 )
 from hotloop.engine.draft_control import Choice, DraftController
 from hotloop.engine.request import Request, Scoring
-from hotloop.engine.seats import Seat, Seats
+from hotloop.engine.seats import LEAST_SHARED, Seat, Seats, common_prefix
 from hotloop.types import Delta, PrefixReuse, Score
 
 MAX_MULTI_STEP_S = 8e-3
@@ -100,6 +105,7 @@ class Scheduler:
             ``n_multi_steps``.
         prefix_cache: See ``EngineConfig.prefix_cache``.
         prefill_batching: Limits of batched prefill; None if prompts are prefilled one by one.
+        score_batching: Limits of batched scoring; None if windows are scored one by one.
 
     Attributes:
         n_steps: See above.
@@ -122,12 +128,14 @@ class Scheduler:
         n_steps: int = 1,
         prefix_cache: PrefixReuse = "none",
         prefill_batching: PrefillBatching | None = None,
+        score_batching: ScoreBatching | None = None,
     ) -> None:
         self.controller, self.n_steps = controller, n_steps
         self.n_programs = self.n_steps_run = self.n_rows_run = 0
         self.feature_sets: Sequence[Features] | None = None
         self._core, self._n_positions, self._chunk = core, n_positions, chunk
         self._prefill_batching = prefill_batching
+        self._score_batching = score_batching or ScoreBatching(chunk=chunk)
         self._waiting: deque[Job] = deque()
         self._prefilling: _Prefilling | None = None
         self._rows: list[Request | None] = [None] * n_rows
@@ -172,7 +180,7 @@ class Scheduler:
             job.ended = True
         if job in self._waiting:
             self._waiting.remove(job)
-        self._release(job)
+        self._release(job, forget=isinstance(job, Scoring))
         for launched in self._in_flight:
             launched[:] = [each for each in launched if not each.ended]
 
@@ -214,8 +222,8 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------ rows and seats
 
-    def _release(self, job: Job) -> None:
-        """Frees a job's row and seat, if it has them; the seat keeps its tokens."""
+    def _release(self, job: Job, *, forget: bool = False) -> None:
+        """Frees a job's row and seat, if it has them; the seat keeps its tokens, or not."""
         if self._prefilling is not None and self._prefilling.job is job:
             self._prefilling = None
         if job in self._rows:
@@ -227,7 +235,7 @@ class Scheduler:
             self._seats.release(seat, job.token_ids[:-1])  # the last one was not an input
         else:
             self._seats.release(seat)
-        if isinstance(job, Scoring) or job.failed:
+        if forget or (isinstance(job, Request) and job.failed):
             self._seats.clear(seat)
 
     def _compact(self) -> int:
@@ -314,27 +322,17 @@ class Scheduler:
         if prefilling is None:
             return None
         job, seat, start = prefilling.job, prefilling.seat, prefilling.start
-        end = prefilling.end(self._chunk)
-        is_last = end == prefilling.n
-        if not is_last:
-            self._prefilling = prefilling
-            prefilling.start = end
         if isinstance(job, Scoring):
-            score = ScoreWindow(
-                seat=seat.index,
-                start=start,
-                ids=job.ids[start : end + 1],
-                full=job.full,
-                n_top=job.n_top,
-            )
-            return _Launched(self._core.run(score), scoring=job, is_last=is_last)
-        if not is_last:
-            pending = self._core.run(
-                Prefill(seat=seat.index, start=start, ids=job.prompt_ids[start:end])
-            )
-            self._seats.hold(seat, job.prompt_ids, end)
-            return _Launched(pending, prefilling=job)
-        return self._admit([prefilling, *self._batched_with(prefilling)])
+            return self._launch_windows(prefilling, job)
+        end = prefilling.end(self._chunk)
+        if end == prefilling.n:
+            return self._admit([prefilling, *self._batched_with(prefilling)])
+        self._prefilling, prefilling.start = prefilling, end
+        pending = self._core.run(
+            Prefill(seat=seat.index, start=start, ids=job.prompt_ids[start:end])
+        )
+        self._seats.hold(seat, job.prompt_ids, end)
+        return _Launched(pending, prefilling=job)
 
     def _batched_with(self, first: _Prefilling) -> Iterator[_Prefilling]:
         """Takes further prompts off the queue, in its order, that are prefilled with this one."""
@@ -356,6 +354,55 @@ class Scheduler:
                 self._prefilling = following  # by itself, in the next iteration
                 return
             yield following
+
+    def _launch_windows(self, first: _Prefilling, job: Scoring) -> _Launched:
+        """Launches the next chunk of a window; with its last one, other windows are scored too."""
+        size = self._score_batching.chunk
+        windows, is_last = {job: first}, first.end(size) == first.n
+        if is_last:
+            windows |= self._scored_with(first, job)
+        chunks = []
+        for window, each in windows.items():
+            start, end = each.start, each.end(size)
+            ids = window.ids[start : end + 1]
+            chunks.append(WindowChunk(seat=each.seat.index, start=start, ids=ids))
+            self._seats.hold_window(each.seat, window, end)
+            each.start = end
+        if not is_last:
+            self._prefilling = first
+        command = ScoreWindows(chunks=chunks, full=job.full, n_top=job.n_top)
+        return _Launched(self._core.run(command), scored=tuple(windows), is_last=is_last)
+
+    def _scored_with(self, first: _Prefilling, job: Scoring) -> dict[Scoring, _Prefilling]:
+        """Takes further windows off the queue, in its order, that are scored with this one."""
+        taken: dict[Scoring, _Prefilling] = {}
+        lengths = [first.n - first.start]
+        while self._waiting and self._seats.any_free:
+            following = self._waiting[0]
+            if not isinstance(following, Scoring) or not self._suits(following, [job, *taken]):
+                break
+            least = len(following.ids) - 1 - self._seats.n_cached(following)
+            if not self._score_batching.holds([*lengths, least]):
+                break
+            prefilling = self._next_prefill()
+            assert prefilling is not None, "a seat is free"
+            n_new = prefilling.n - prefilling.start
+            is_last = prefilling.end(self._score_batching.chunk) == prefilling.n
+            if not (is_last and self._score_batching.holds([*lengths, n_new])):
+                self._prefilling = prefilling  # by itself, in the next iteration
+                break
+            lengths.append(n_new)
+            taken[following] = prefilling
+        return taken
+
+    def _suits(self, window: Scoring, others: Sequence[Scoring]) -> bool:
+        """Whether a window is scored with others, rather than after them to begin like one."""
+        if (window.full, window.n_top) != (others[0].full, others[0].n_top):
+            return False
+        if window.group is None:
+            return True
+        alike = [common_prefix(o.ids, window.ids) for o in others if o.group is window.group]
+        return max(alike, default=0) < self._seats.n_cached(window) + LEAST_SHARED
 
     def _admit(self, prompts: Sequence[_Prefilling]) -> _Launched:
         """Launches the last chunks of prompts, whose requests become rows."""
@@ -388,23 +435,29 @@ class Scheduler:
             return None
         job = self._waiting.popleft()
         if isinstance(job, Scoring):
-            seat = self._seat_of[job] = self._seats.place([]).seat
-            return _Prefilling(job, seat, 0)
-        placement = self._seats.place(job.prompt_ids, job.salt)
+            placement = self._seats.place_window(job)
+            # The last token that is alike is an input again: it predicts one that is not.
+            start = max(0, placement.n_cached - 1)
+            if start > 0:
+                assert placement.window is not None, "a window wrote what it begins with"
+                job.begin_like(placement.window, start)
+        else:
+            placement = self._seats.place(job.prompt_ids, job.salt)
+            start = placement.n_cached
+            job.start(start)
         seat = self._seat_of[job] = placement.seat
-        job.start(placement.n_cached)
         if placement.source is not None:
             copy = CopySeat(source=placement.source.index, target=seat.index, n=placement.n_cached)
             self._core.run(copy)
-        return _Prefilling(job, seat, placement.n_cached)
+        return _Prefilling(job, seat, start)
 
     # ------------------------------------------------------------------------------ delivery
 
     def _deliver(self, launched: _Launched) -> list[tuple[Job, Delta | None]]:
         """Delivers a launch's tokens or score, and frees the seats of jobs that end."""
         result = launched.pending.wait()
-        if launched.scoring is not None:
-            return self._deliver_score(launched.scoring, result, is_last=launched.is_last)
+        if launched.scored:
+            return self._deliver_scores(launched.scored, result, is_last=launched.is_last)
         if not launched.requests:
             return []
         self.n_programs = max(self.n_programs, result.n_programs)
@@ -467,18 +520,20 @@ class Scheduler:
             deltas.append((request, delta))
         return deltas
 
-    def _deliver_score(
-        self, scoring: Scoring, part: Score, *, is_last: bool
+    def _deliver_scores(
+        self, windows: Sequence[Scoring], parts: Sequence[Score], *, is_last: bool
     ) -> list[tuple[Job, Delta | None]]:
-        """Adds the score of a chunk; returns the window after its last one."""
-        if scoring.ended:
-            return []
-        scoring.parts.append(part)
-        if not is_last:
-            return []
-        scoring.ended = True
-        self._release(scoring)
-        return [(scoring, None)]
+        """Adds the scores of chunks; returns the windows whose last ones they are."""
+        scored: list[tuple[Job, Delta | None]] = []
+        for window, part in zip(windows, parts, strict=True):
+            if window.ended:
+                continue
+            window.parts.append(part)
+            if is_last:
+                window.finish()
+                self._release(window)
+                scored.append((window, None))
+        return scored
 
 
 @dataclass(slots=True)
@@ -510,14 +565,14 @@ class _Launched:
         pending: Its result.
         requests: The request of each row of the result.
         prefilling: The request of a chunk that is not the last of its prompt.
-        scoring: The window that a chunk belongs to.
-        is_last: The chunk is the last of the window.
+        scored: The windows that chunks belong to.
+        is_last: The chunks are the last of their windows.
     """
 
     pending: Pending[Any]
     requests: Mapping[int, Request] = field(default_factory=dict)
     prefilling: Request | None = None
-    scoring: Scoring | None = None
+    scored: Sequence[Scoring] = ()
     is_last: bool = False
     n: int = 0
     choice: Choice = field(default_factory=Choice)
@@ -527,5 +582,5 @@ class _Launched:
     @property
     def ended(self) -> bool:
         """Whether nobody waits for the result."""
-        jobs: list[Job | None] = [*self.requests.values(), self.prefilling, self.scoring]
+        jobs: list[Job | None] = [*self.requests.values(), self.prefilling, *self.scored]
         return all(job is None or job.ended for job in jobs)

@@ -8,17 +8,27 @@ short match, such as a system message, does not destroy a long conversation.
 
 Tokens are compared, never a hash of them, and only between requests with the same *salt*, so that
 one client cannot measure what another's prompt was.
+
+Windows of tokens to score share prefixes likewise, whatever is reused of prompts, but only within
+one call, whose salt is an object of its own (``Scoring.group``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hotloop.types import PrefixReuse
 
+if TYPE_CHECKING:
+    from hotloop.engine.request import Scoring
+
 LEAST_COPIED = 32
 """The shortest common prefix worth copying: prefill of fewer tokens takes no longer than one."""
+
+LEAST_SHARED = 8
+"""That of windows, of which several are scored together: each token of a forward takes its time."""
 
 
 @dataclass
@@ -30,13 +40,15 @@ class Seat:
         occupied: A request is using it.
         ids: Tokens at its first positions whose keys and values are valid and may be reused.
         salt: The salt of the request that wrote them.
+        window: The window that begins with them; None if a request wrote them.
         last_used: Number of the placement that used it last.
     """
 
     index: int
     occupied: bool = False
     ids: list[int] = field(default_factory=list)
-    salt: str = ""
+    salt: Hashable = ""
+    window: Scoring | None = None
     last_used: int = 0
 
 
@@ -48,11 +60,13 @@ class Placement:
         seat: Its seat.
         n_cached: Tokens of the prompt that need no prefill.
         source: The seat to copy these from; None if they are in ``seat``.
+        window: The window that begins with these too, if a window wrote them.
     """
 
     seat: Seat
     n_cached: int = 0
     source: Seat | None = None
+    window: Scoring | None = None
 
 
 class Seats:
@@ -75,24 +89,44 @@ class Seats:
 
     def place(self, ids: Sequence[int], salt: str = "") -> Placement:
         """Occupies a free seat for a prompt. The seat then holds its cached tokens."""
+        self._forget_windows()
+        return self._place(ids, salt, self._reuse, LEAST_COPIED)
+
+    def place_window(self, window: Scoring) -> Placement:
+        """Occupies a free seat for a window to score, likewise; ``n_cached`` leaves it an input."""
+        self._forget_windows(window.group)
+        reuse: PrefixReuse = "none" if window.group is None else "tokens"
+        return self._place(window.ids[:-1], window.group, reuse, LEAST_SHARED)
+
+    def n_cached(self, window: Scoring) -> int:
+        """Counts the tokens of a window that ``place_window`` would find, in any seat."""
+        return max(
+            self._n_common(seat, window.ids[:-1], window.group, "tokens") for seat in self._seats
+        )
+
+    def _place(
+        self, ids: Sequence[int], salt: Hashable, reuse: PrefixReuse, least: int
+    ) -> Placement:
         free = [seat for seat in self._seats if not seat.occupied]
         assert free, "no seat is free"
-        common = {seat.index: self._n_common(seat, ids, salt) for seat in self._seats}
+        common = {seat.index: self._n_common(seat, ids, salt, reuse) for seat in self._seats}
         best = max(self._seats, key=lambda seat: (common[seat.index], not seat.occupied))
         n = common[best.index]
         oldest = min(free, key=lambda seat: (bool(seat.ids), seat.last_used, seat.index))
         if not best.occupied and (2 * n >= len(best.ids) > 0 or len(free) == 1):
-            placement = Placement(seat=best, n_cached=n)
-        elif oldest is not best and n >= max(LEAST_COPIED, common[oldest.index] + 1):
-            placement = Placement(seat=oldest, n_cached=n, source=best)
+            placement = Placement(seat=best, n_cached=n, window=best.window)
+        elif oldest is not best and n >= max(least, common[oldest.index] + 1):
+            placement = Placement(seat=oldest, n_cached=n, source=best, window=best.window)
         else:
-            placement = Placement(seat=oldest, n_cached=common[oldest.index])
-        if self._reuse != "none":  # else the first free seat is the one to take
+            n = common[oldest.index]
+            placement = Placement(seat=oldest, n_cached=n, window=oldest.window)
+        if reuse != "none":  # else the first free seat is the one to take
             self._n_placed += 1
             for used in filter(None, (placement.seat, placement.source)):
                 used.last_used = self._n_placed
         seat = placement.seat
-        seat.occupied, seat.salt, seat.ids = True, salt, list(ids[: placement.n_cached])
+        seat.occupied, seat.salt, seat.window = True, salt, placement.window
+        seat.ids = list(ids[: placement.n_cached])
         return placement
 
     def hold(self, seat: Seat, prompt_ids: Sequence[int], n: int) -> None:
@@ -102,6 +136,11 @@ class Seats:
         if self._reuse == "chunks":  # a shorter chunk can differ from a whole one in its last bits
             n -= n % self._chunk
         seat.ids = list(prompt_ids[:n])
+
+    def hold_window(self, seat: Seat, window: Scoring, n: int) -> None:
+        """Records that a seat holds the first ``n`` tokens of a window, for others of its group."""
+        if window.group is not None:
+            seat.ids, seat.window = window.ids[:n], window
 
     def release(self, seat: Seat, answer_ids: Sequence[int] = ()) -> None:
         """Frees a seat, which keeps its tokens, and those of an answer that follow them."""
@@ -117,14 +156,20 @@ class Seats:
 
     def clear(self, seat: Seat) -> None:
         """Forgets a seat's tokens."""
-        seat.ids = []
+        seat.ids, seat.window, seat.last_used = [], None, 0
 
-    def _n_common(self, seat: Seat, ids: Sequence[int], salt: str) -> int:
+    def _forget_windows(self, group: object | None = None) -> None:
+        """Forgets the windows of other groups in free seats."""
+        for seat in self._seats:
+            if seat.window is not None and seat.window.group is not group and not seat.occupied:
+                self.clear(seat)
+
+    def _n_common(self, seat: Seat, ids: Sequence[int], salt: Hashable, reuse: PrefixReuse) -> int:
         """Counts the first tokens of a prompt that a seat holds, without the prompt's last."""
-        if self._reuse == "none" or seat.salt != salt:
+        if reuse == "none" or seat.salt != salt:
             return 0
         n = common_prefix(seat.ids, ids[:-1])
-        return n - n % self._chunk if self._reuse == "chunks" else n
+        return n - n % self._chunk if reuse == "chunks" else n
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -20,24 +20,23 @@ Piece = tuple[Job, Delta | None]
 
 
 class Stream:
-    """Jobs that were submitted together, and their pieces that have not been taken.
+    """Jobs that end together, if they are left, and their pieces that have not been taken.
 
     Attributes:
-        jobs: The jobs.
+        jobs: Its jobs that have not ended.
         pieces: The pieces.
-        n_open: Number of its jobs that have not ended.
         error: What ended it early; None if nothing did.
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs, self.n_open = jobs, len(jobs)
+    def __init__(self) -> None:
+        self.jobs: dict[Job, None] = {}
         self.pieces: deque[Piece] = deque()
         self.error: Exception | None = None
 
     @property
     def ready(self) -> bool:
         """Whether ``Turns.next`` need not iterate."""
-        return bool(self.pieces) or not self.n_open or self.error is not None
+        return bool(self.pieces) or not self.jobs or self.error is not None
 
 
 class Turns:
@@ -98,13 +97,30 @@ class Turns:
         Raises:
             RequestError: A service has the scheduler.
         """
-        stream = Stream(jobs)
+        stream = Stream()
         with self.exclusive():
             self.check_not_held()
             for job in jobs:
-                self._streams[job] = stream
-                self.scheduler.submit(job)
+                self._submit(stream, job)
         return stream
+
+    def add(self, stream: Stream, job: Job) -> None:
+        """Submits another job to a stream that has not been left.
+
+        Raises:
+            RequestError: A service has the scheduler.
+            Exception: What ended the stream early.
+        """
+        with self.exclusive():
+            self.check_not_held()
+            if stream.error is not None:
+                raise stream.error
+            self._submit(stream, job)
+
+    def _submit(self, stream: Stream, job: Job) -> None:
+        stream.jobs[job] = None
+        self._streams[job] = stream
+        self.scheduler.submit(job)
 
     def next(self, stream: Stream) -> Piece | None:
         """Returns a stream's next piece; None after the last.
@@ -126,7 +142,7 @@ class Turns:
 
     def leave(self, stream: Stream) -> None:
         """Cancels the jobs of a stream that have not ended. It does not wait."""
-        if stream.n_open:
+        if stream.jobs:
             self._left.append(stream)
             self._cancel_left()
 
@@ -156,7 +172,7 @@ class Turns:
             stream = self._streams[job]
             stream.pieces.append((job, piece))
             if job.ended:
-                stream.n_open -= 1
+                del stream.jobs[job]
                 del self._streams[job]
 
     def _take(self, stream: Stream | None = None) -> bool:
@@ -193,4 +209,4 @@ class Turns:
             for job in stream.jobs:
                 self.scheduler.cancel(job)
                 self._streams.pop(job, None)
-            stream.n_open = 0
+            stream.jobs.clear()

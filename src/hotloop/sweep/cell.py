@@ -11,7 +11,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_REASON_CHARS = 8_000
+
+WINDOWS_AT_ONCE, TOKENS_AT_ONCE = 8, 8192
+"""The most windows that an engine has seats for which is not timed, and the most tokens of them."""
 
 
 def run_cell(job: Job, on_event: OnEvent = ignore) -> Record:
@@ -148,10 +151,15 @@ def as_reason(text: str | None) -> str | None:
 
 
 class _Attempt:
-    """A running attempt: its phase, and the fields of its record so far."""
+    """A running attempt: its phase, and the fields of its record so far.
+
+    Attributes:
+        config: The configuration that is loaded: the job's, but for ``_with_seats``.
+    """
 
     def __init__(self, job: Job, on_event: OnEvent) -> None:
         self.job, self.on_event = job, on_event
+        self.config = job.config
         self.phase: Phase = "predict"
         self.memory: MemoryPlan | None = None
         self.fields = base_record(job)
@@ -178,7 +186,10 @@ class _Attempt:
 
     def predict(self) -> dict[str, int] | None:
         """Records the memory it would take, by purpose; None where that is not known."""
-        self.memory = self.job.engine.predict(self.job.config)
+        for config in dict.fromkeys((_with_seats(self.job), self.job.config)):
+            self.config, self.memory = config, self.job.engine.predict(config)
+            if self.memory is None or self.memory.total_bytes <= self.memory.free_bytes:
+                break
         self.fields["predicted_bytes"] = self.memory.to_dict() if self.memory else None
         return self.fields["predicted_bytes"]
 
@@ -208,6 +219,21 @@ class _Attempt:
         return Record(**self.fields, status=status, **reasons, **figures)
 
 
+def _with_seats(job: Job) -> EngineConfig:
+    """Returns a job's configuration, with seats for several windows at once if it is not timed.
+
+    Scores are those of the engine with one seat; with drafts, answers are checked, and the engine
+    is left as it is.
+    """
+    config = job.config
+    timed = job.task == "measure" and job.workload is not None
+    is_plain = config.engine == OWN_ENGINE and config.draft == "none"
+    if timed or not is_plain or config.max_batch_size > 1 or config.max_seq_len is None:
+        return config
+    n = min(WINDOWS_AT_ONCE, TOKENS_AT_ONCE // config.max_seq_len)
+    return replace(config, max_batch_size=max(1, n))
+
+
 def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[str, Any]]) -> Record:
     attempt = _Attempt(job, on_event)
     try:
@@ -215,10 +241,12 @@ def _run(job: Job, on_event: OnEvent, work: Callable[[_Attempt, Engine], dict[st
         if (record := attempt.predicted_oom()) is not None:
             return record
         attempt.enter("load")
-        with closing(create(job.config)) as engine:
+        with closing(create(attempt.config)) as engine:
             description = engine.describe()
+            asked = replace(description.config, max_batch_size=job.config.max_batch_size)
+            name = replace(description, config=asked).name
             attempt.fields |= {
-                "cell": job.cell.replace(job.config.name, description.name, 1),
+                "cell": job.cell.replace(job.config.name, name, 1),
                 "load_s": description.load_s,
                 "load_gb_s": description.load_gb_s,
                 "warmup_s": description.warmup_s,
