@@ -928,7 +928,7 @@ class Engine(Protocol):
         ...
 
     def score(self, windows: Iterable[Sequence[int]], *, full: bool = False) -> Iterator[Score]:
-        """Scores windows of token ids one at a time; ``full`` adds whole distributions."""
+        """Scores windows of token ids, in their order; ``full`` adds whole distributions."""
         ...
 
     def encode(self, text: str) -> list[int]:

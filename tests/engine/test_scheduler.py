@@ -28,7 +28,6 @@ from hotloop.engine.core import (
     StepResult,
     StepTimes,
     WindowChunk,
-    ScoreBatching,
 )
 from hotloop.engine.draft_control import DraftController
 from hotloop.engine.request import Request, Scoring

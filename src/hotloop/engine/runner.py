@@ -35,6 +35,7 @@ from hotloop.engine.core import (
     PrefillBatching,
     QueryPrefillBatching,
     QueryScoreBatching,
+    ScoreBatching,
     ScoreWindows,
     StartMeter,
     Step,
@@ -42,7 +43,6 @@ from hotloop.engine.core import (
     StepTimes,
     StopMeter,
     Synchronize,
-    ScoreBatching,
 )
 from hotloop.engine.cpu_blocks import eager_run
 from hotloop.engine.draft_control import sizes_up_to

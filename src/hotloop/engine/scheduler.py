@@ -49,7 +49,6 @@ from hotloop.engine.core import (
     StepResult,
     StepTimes,
     WindowChunk,
-    ScoreBatching,
 )
 from hotloop.engine.draft_control import Choice, DraftController
 from hotloop.engine.request import Request, Scoring
