@@ -30,6 +30,7 @@ from test_fp8_bitsandbytes import BNB, FP8, blocks, nf4
 from whole_models import load, write_folder, write_gguf_model
 
 from hotloop.memory_meter import MemoryMeter
+from hotloop.weights import tensor_file
 from hotloop.weights.quantize import quantize_checkpoint
 from hotloop.weights.read_ahead import ReadAhead
 
@@ -94,7 +95,11 @@ def measure(path: Path, **options: str) -> dict[str, int]:
 
 
 def read_as_far_as_possible() -> None:
-    """Has every step of loading wait for the thread that reads ahead: the most is held then."""
+    """Has every step of loading wait for the thread that reads ahead: the most is held then.
+
+    Several threads read parts of what it reads, as they do of larger tensors.
+    """
+    tensor_file.PART_BYTES = 64 * 2**10
     next_result = ReadAhead.next
 
     def waited(ahead: ReadAhead[Any]) -> Any:

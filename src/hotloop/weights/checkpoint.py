@@ -57,8 +57,17 @@ class Checkpoint(Protocol):
     tensors: Mapping[str, TensorInfo]
     quantization_config: tuple[str, Mapping[str, Any]] | None
 
-    def read(self, name: str, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
+    def read(
+        self,
+        name: str,
+        index: tuple[slice, ...] = (),
+        *,
+        encoded: bool = False,
+        pinned: bool = False,
+    ) -> Tensor:
         """Reads one tensor on the CPU, into memory of its own, cut to ``index`` (steps of 1).
+
+        That memory is pinned with ``pinned``: a GPU copies from it by itself.
 
         Safetensors keep their stored type. GGUF's F32, F16 and BF16 keep theirs, and its block
         formats come dequantized to float32 or, with ``encoded``, as the bytes of whole blocks.

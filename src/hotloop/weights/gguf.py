@@ -30,7 +30,13 @@ from hotloop.quant.encodings import ENCODINGS
 from hotloop.quant.encodings.gguf import BLOCKS
 from hotloop.registry import resolve
 from hotloop.weights.gguf_config import config_from_metadata
-from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
+from hotloop.weights.tensor_file import (
+    TensorFile,
+    TensorInfo,
+    index_ranges,
+    reading_threads,
+    row_chunks,
+)
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PREFIX = "gguf-"
@@ -98,8 +104,9 @@ class GGUFCheckpoint:
         self.quantization_config = None
         with ExitStack() as opened:
             entries: dict[str, _Entry] = {}
+            threads = opened.enter_context(reading_threads())
             for header in headers:
-                file = opened.enter_context(closing(TensorFile(header.path)))
+                file = opened.enter_context(closing(TensorFile(header.path, threads)))
                 for entry in _read_entries(header, file, self.config):
                     name = entry.info.name
                     if name in entries:
@@ -156,7 +163,14 @@ class GGUFCheckpoint:
                 )
         return factors
 
-    def read(self, name: str, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
+    def read(
+        self,
+        name: str,
+        index: tuple[slice, ...] = (),
+        *,
+        encoded: bool = False,
+        pinned: bool = False,
+    ) -> Tensor:
         """Reads one tensor, or a slice of it, into memory of its own.
 
         F32, F16 and BF16 keep their type, block formats are dequantized to float32, or uint8 bytes
@@ -164,7 +178,7 @@ class GGUFCheckpoint:
         read but those of ``index`` (where rows are reordered, of the heads it touches), of long
         rows only its columns, and no blocks dequantized but those it touches, a chunk at a time.
         """
-        return _read(self._entries[name], index, encoded=encoded)
+        return _read(self._entries[name], index, encoded=encoded, pinned=pinned)
 
     def close(self) -> None:
         """Closes the files; nothing can be read afterwards."""
@@ -311,7 +325,13 @@ def _translate_name(name: str) -> tuple[str | None, Part | Norm | None]:
     return f"{names.layer(layer, part)}.{kind}", declared
 
 
-def _read(entry: _Entry, index: tuple[slice, ...] = (), *, encoded: bool = False) -> Tensor:
+def _read(
+    entry: _Entry,
+    index: tuple[slice, ...] = (),
+    *,
+    encoded: bool = False,
+    pinned: bool = False,
+) -> Tensor:
     rows, columns = (*index_ranges(index, entry.info.shape), range(1))[:2]
     elements, n_bytes = entry.block
     # Whole heads and whole blocks around what is wanted.
@@ -322,12 +342,17 @@ def _read(entry: _Entry, index: tuple[slice, ...] = (), *, encoded: bool = False
         columns.start - blocks.start * elements, columns.stop - blocks.start * elements
     )
 
-    out = torch.empty(len(rows), len(columns), dtype=entry.dtype)
-    if encoded and entry.type.name not in _FLOATS:
+    width, dtype, as_stored = len(columns), entry.dtype, entry.type.name in _FLOATS
+    if encoded and not as_stored:
         assert kept_columns == slice(0, len(columns)), "blocks are not cut"
         assert columns.stop % elements == 0, "blocks are not cut"
-        width = (blocks.stop - blocks.start) * n_bytes
-        out, kept_columns = torch.empty(len(rows), width, dtype=torch.uint8), slice(width)
+        width, dtype, as_stored = (blocks.stop - blocks.start) * n_bytes, torch.uint8, True
+        kept_columns = slice(width)
+    if as_stored and group == 1 and len(columns) == entry.n_columns:
+        start, n_stored = entry.offset + rows.start * entry.row_bytes, len(rows) * entry.row_bytes
+        data = entry.file.read(start, n_stored, pinned=pinned).view(dtype)
+        return data.view(len(rows), width) if len(entry.info.shape) == 2 else data
+    out = torch.empty(len(rows), width, dtype=dtype, pin_memory=pinned)
     result = out if len(entry.info.shape) == 2 else out.view(-1)
     if result.numel() == 0:
         return result

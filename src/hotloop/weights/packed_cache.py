@@ -36,7 +36,7 @@ from hotloop.models.linear import Embedding, Linear
 from hotloop.outside import StrictModel, parse_json, read_json, validated
 from hotloop.weights.identity import checkpoint_files, hash_checkpoint
 from hotloop.weights.read_ahead import ReadAhead
-from hotloop.weights.tensor_file import TensorFile
+from hotloop.weights.tensor_file import TensorFile, reading_threads
 from hotloop.writing import errors_named, replacing, write_whole
 
 LIMIT_VARIABLE = "HOTLOOP_PACKED_GB"
@@ -131,8 +131,9 @@ def load_packed(key: str, decoder: nn.Module, device: torch.device) -> int | Non
         The bytes that were read; None if there is no such entry, or it was damaged.
     """
     path = _folder(cache_dir()) / f"{key}.packed"
+    threads = reading_threads()
     try:
-        file = TensorFile(path)
+        file = TensorFile(path, threads)
     except CheckpointError:
         return None
     try:
@@ -146,6 +147,7 @@ def load_packed(key: str, decoder: nn.Module, device: torch.device) -> int | Non
         return None
     finally:
         file.close()
+        threads.shutdown()
     with suppress(OSError):  # another process has removed it
         os.utime(path)
     return sum(each.n_bytes for each in index.storages)

@@ -23,7 +23,13 @@ from torch import Tensor
 from hotloop.errors import CheckpointError, UnsupportedError, shorten, shorten_value
 from hotloop.outside import config_error, parse_json, read_json
 from hotloop.weights.identity import DESCRIPTION_KEYS, QUANTIZATION_FILES, SINGLE_FILE
-from hotloop.weights.tensor_file import TensorFile, TensorInfo, index_ranges, row_chunks
+from hotloop.weights.tensor_file import (
+    TensorFile,
+    TensorInfo,
+    index_ranges,
+    reading_threads,
+    row_chunks,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 TIED_HEAD = "lm_head.weight"
@@ -81,7 +87,8 @@ class SafetensorsCheckpoint:
         self.quantization_config = _quantization_config(self.config, self.config_file)
         placed = _place_tensors(folder)
         with ExitStack() as opened:
-            files = [opened.enter_context(closing(TensorFile(path))) for path in placed]
+            threads = opened.enter_context(reading_threads())
+            files = [opened.enter_context(closing(TensorFile(path, threads))) for path in placed]
             tied = self.config.get("tie_word_embeddings") is True
             entries = [
                 entry
@@ -99,6 +106,7 @@ class SafetensorsCheckpoint:
         index: tuple[slice, ...] = (),
         *,
         encoded: bool = False,  # noqa: ARG002 (a tensor is what is stored)
+        pinned: bool = False,
     ) -> Tensor:
         """Reads a tensor, or a slice of it, in its stored type, into memory of its own.
 
@@ -114,13 +122,14 @@ class SafetensorsCheckpoint:
         rows, *inner = index_ranges(index, shape)
 
         if all(len(cut) == size for cut, size in zip(inner, row_shape, strict=True)):
-            data = entry.file.read(entry.offset + rows.start * row_bytes, len(rows) * row_bytes)
+            start, n_bytes = entry.offset + rows.start * row_bytes, len(rows) * row_bytes
+            data = entry.file.read(start, n_bytes, pinned=pinned)
             whole = data.view(dtype).view(len(rows), *row_shape)
             return whole.view(()) if scalar else whole
         # Of the rows' bytes, those from the first to the last element of the cut in dimension 1.
         column_bytes = row_bytes // row_shape[0]
         columns = range(inner[0].start * column_bytes, inner[0].stop * column_bytes)
-        out = torch.empty(len(rows), *map(len, inner), dtype=dtype)
+        out = torch.empty(len(rows), *map(len, inner), dtype=dtype, pin_memory=pinned)
         deeper = tuple(slice(cut.start, cut.stop) for cut in inner[1:])
         for part in row_chunks(rows, row_bytes):
             data = entry.file.read_columns(entry.offset, part, row_bytes, columns)

@@ -341,9 +341,10 @@ class CheckpointSource:
         """Copies what was read to the device that quantizes."""
         return tensor.to(self.device, non_blocking=True)
 
-    def stage(self, tensor: Tensor) -> Tensor:
-        """Moves what was read to memory that the device copies from by itself."""
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+    def read(self, name: str, index: tuple[slice, ...], *, encoded: bool = False) -> Tensor:
+        """Reads a tensor into memory that the device copies from by itself."""
+        pinned = self.device.type == "cuda"
+        return self.checkpoint.read(name, index, encoded=encoded, pinned=pinned)
 
     def _encoded(self, name: str, shape: tuple[int, int], scheme: Scheme) -> _EncodedMatrix | None:
         """Returns the tensors of a matrix that is stored in an encoding; None for a plain one."""
@@ -456,7 +457,7 @@ class _PlainPlan(_Plan):
         k = self.info.shape[1]
         columns = range(k) if self.request.columns is None else self.request.columns
         index = (slice(piece.start, piece.stop), slice(columns.start, columns.stop))
-        tensor = self.source.checkpoint.read(self.info.name, index)
+        tensor = self.source.read(self.info.name, index)
         check_finite(
             tensor,
             self.info,
@@ -464,7 +465,7 @@ class _PlainPlan(_Plan):
             margin=_margin(self.request.format),
             first=(piece.start, columns.start),
         )
-        return {"": self.source.stage(tensor)}
+        return {"": tensor}
 
     def stored_bytes(self, parts: Mapping[str, Tensor]) -> int:
         # A GGUF file may store as blocks what is read as floating point.
@@ -507,9 +508,8 @@ class _EncodedPlan(_Plan):
         parts, tall, wide = {}, self.tall(piece), self.wide
         for name, part in self.matrix.layout.parts.items():
             info, index = self.matrix.infos[name], part.index(tall, wide)
-            tensor = self.source.checkpoint.read(info.name, index, encoded=True)
-            check_finite(tensor, info, first=tuple(cut.start or 0 for cut in index))
-            parts[name] = self.source.stage(tensor)
+            parts[name] = self.source.read(info.name, index, encoded=True)
+            check_finite(parts[name], info, first=tuple(cut.start or 0 for cut in index))
         return parts
 
     def make(self, piece: range, parts: Mapping[str, Tensor]) -> Tensor | QTensor:
