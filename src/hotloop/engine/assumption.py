@@ -1,10 +1,10 @@
-"""Assumes an acceptance, whatever drafts are: with random weights no draft is a good one.
+"""Assumes an acceptance rate of drafts: with random weights no draft would be accepted.
 
-It times what an acceptance would give. A hash of a draft's position and of the newest token decides
-whether the draft is accepted, so that it is the same on all ranks and another one for every text.
-Another hash decides how sure a drafter is of it, since real drafters are not equally sure of all:
-that is the probability of the first, so that drafts are accepted as often as their drafter expects,
-and chains that end early end where they should (``chains``).
+It serves to time steps at a given acceptance. A hash of a draft's position and of the newest token
+decides whether the draft is accepted, so that all ranks decide alike and every text has decisions
+of its own. Another hash decides the probability of the draft, as the drafter states it, since real
+drafters are not equally sure of all drafts. The draft is accepted with that probability, so that
+chains of drafts end early where they should (``chains``).
 
 Shape letters: B rows, T positions of each, D drafts.
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 def assumed_probability(positions_BD: Tensor, newest_B1: Tensor, share: float) -> Tensor:
-    """Returns how sure a drafter is of its drafts, float32 [B, D], of which ``share`` is the mean.
+    """Returns assumed probabilities of drafts, float32 [B, D], whose mean is ``share``.
 
-    It is sure of a part ``share`` of them, which are accepted with the probability (3 + share) / 4,
-    and not of the others, which are with a quarter of ``share``.
+    A share of ``share`` of the drafts has the probability (3 + share) / 4, the other drafts share /
+    4.
 
     Args:
         positions_BD: int64, the drafts' positions.
@@ -38,9 +38,9 @@ def assume(
     Args:
         ids_BT: int64, the sampled tokens.
         drafts_BD: int64, negative for none.
-        after_BT: int64, the input of the step: the newest token of each row, and its drafts.
+        after_BT: int64, the input of the step: the newest token and the drafts of each row.
         positions_BT: int64, their positions.
-        share: The mean of the probability.
+        share: The mean probability that a draft is accepted.
     """
     where = positions_BT[:, 1:], after_BT[:, :1]
     kept_BD = _uniform(*where) < assumed_probability(*where, share)

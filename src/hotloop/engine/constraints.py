@@ -1,9 +1,9 @@
 """Brings the grammars of rows into their steps: masks of the tokens that may come next.
 
 A step with a grammar is two programs, *forward* and *choose* (``steps``). While the device runs the
-forward, the host reads the tokens of the step before, from which each grammar's matcher computes
-the masks, and copies these to the device for the choice. So the host is not one step ahead of the
-device, but the device waits for it only if a mask takes longer than a forward.
+forward, the host reads the tokens of the previous step, each grammar's matcher computes masks from
+them, and the host copies the masks to the device for *choose*. So the host is not one step ahead of
+the device, and the device waits for the host only if a mask takes longer than a forward.
 
 A draft that the grammar does not allow is rejected like any other, since the masked choice cannot
 equal it. Where the grammar allows only one continuation, its tokens (jump-forward tokens) replace
@@ -31,7 +31,7 @@ Drafts = Sequence[Sequence[int]]
 
 
 class PendingTokens(Protocol):
-    """A step whose tokens are on their way to the host."""
+    """A step whose tokens are being copied to the host."""
 
     def tokens(self) -> Sequence[Sequence[int]]:
         """Waits for the accepted tokens of each row."""
@@ -68,8 +68,8 @@ class Constraints:
         """Sets the grammars of rows.
 
         Args:
-            row: The first of them.
-            grammars: The grammar of each.
+            row: The first row.
+            grammars: The grammar of each row; None for no grammar.
 
         Returns:
             The masks of their first tokens, int32 [B, 1, W]; None if there is no grammar.
@@ -117,14 +117,14 @@ class Constraints:
         return drafts, replaced
 
     def fill(self, n: int, masks_BTW: Tensor, drafts: Drafts, drafts_BD: Tensor) -> dict[int, str]:
-        """Fills the masks of a step, once the tokens of the steps before are there.
+        """Fills the masks of a step, after the tokens of the previous steps have arrived.
 
         Args:
             n: Rows in use, from the first.
-            masks_BTW: Those of ``masks``. Rows without a grammar get all ones.
-            drafts: The drafts of each row, from ``redraft``; empty without.
-            drafts_BD: The same on the device. Drafts that a grammar cannot verify within its limits
-                are withdrawn: the choice does not find them.
+            masks_BTW: Masks from ``masks``. Rows without a grammar get all ones.
+            drafts: The drafts of each row, from ``redraft``; empty without drafts.
+            drafts_BD: The same drafts on the device. Drafts that a grammar cannot verify within its
+                limits are removed: they become negative.
 
         Returns:
             Why grammars have failed, by row.
@@ -154,7 +154,7 @@ class Constraints:
         drafts_BD.copy_(to_device(flat, self._device).view_as(drafts_BD))
 
     def _new_masks(self, B: int, T: int) -> Tensor:
-        """Makes masks of all ones on the host. Copies to a device still read the previous ones."""
+        """Makes masks of all ones on the host. Copies to the device may still read the old ones."""
         pinned = self._device.type == "cuda"
         return torch.full((B, T, self.n_words), -1, dtype=torch.int32, pin_memory=pinned)
 

@@ -32,7 +32,7 @@ class Features:
     """The features of the sampler that the requests of a step need.
 
     Attributes:
-        draw: A request samples, rather than decoding greedily.
+        draw: A request samples, and does not decode greedily.
         truncate: A request uses top-k, top-p or min-p.
         n_candidates: Number of most likely tokens that top-k and top-p filter; 0 if no request uses
             either, None for the whole vocabulary.
@@ -124,8 +124,8 @@ class StepResult:
         k: Draft positions that the step verified; 0 if no row had drafts.
         times: Times of the step; None without a drafter, and for the first step of a size.
         n_programs: Programs that were captured or compiled for steps so far, on this rank.
-        failures: Why grammars have failed, by row. The tokens of such a row mean nothing.
-        then: The results of the steps that follow it in one program, if they have drafts.
+        failures: Why grammars have failed, by row. The tokens of such a row are invalid.
+        then: The results of the program's further steps, if these have drafts.
     """
 
     rows: Sequence[Sequence[tuple[int, TokenLogprob | None]]]
@@ -225,7 +225,7 @@ class Admit(Command[StepResult]):
     The result has a row for each prompt: the first token of its answer.
 
     Attributes:
-        row: The row of the first request; those of the others follow.
+        row: The row of the first request; the other requests get the next rows.
         prompts: The prompts; several only within the limits of ``PrefillBatching``.
     """
 
@@ -267,19 +267,19 @@ class Step(Command[StepResult]):
         n: Number of rows, from the first.
         seats: The seat of each row. The device may compute more rows than ``n``, up to a captured
             size; it maps those to a scratch seat of its own.
-        longest: Exceeds every position in use, drafts included.
+        longest: A number above every position in use, drafts included.
         features: The features that the sampler needs.
         k: Drafts for each row.
-        drafter: Which of the drafters makes them.
-        undrafted: Rows that get none.
+        drafter: The number of the drafter that makes them.
+        undrafted: Rows that get no drafts.
         min_probability: A chain of drafts ends once the probability that all of its drafts are
             accepted is below this; 0 never ends one. It has no effect without
             ``EngineCore.ends_chains``.
         n_steps: Number of steps; 1 with a grammar.
         known_positions: For each row in use, a lower bound on the position of its newest token.
-        slack: The most tokens that in-flight steps may add to that.
-        any_seats: Take the program that suits rows in any seats, also where theirs are in order: a
-            server has captured no other.
+        slack: The most tokens that steps in flight may add to a row.
+        any_seats: Run the program for rows in any seats even if the seats are in order: a server
+            has captured no other program.
     """
 
     phase = "decode"
@@ -386,7 +386,7 @@ class Describe(Command[dict[str, Any]]):
 
 
 def padded_rows(n: int, n_rows: int) -> int:
-    """Returns the rows that a captured step of ``n`` computes: a power of two, or ``n_rows``."""
+    """Returns the rows that a captured step computes for ``n``: a power of two, or ``n_rows``."""
     return min(1 << (n - 1).bit_length(), n_rows)
 
 

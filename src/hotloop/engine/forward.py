@@ -26,7 +26,8 @@ from hotloop.models.decoder import Block, Decoder, Run
 _Options = dict[str, Any]
 
 _CPU_OPTIONS: _Options = {"cpp.threads": 1, "size_asserts": False}
-"""Generated kernels of a step are too small for threads; our own kernels have their own."""
+"""The kernels that Inductor generates for a step are too small for threads; our own kernels use
+their own threads."""
 
 _CUDA_OPTIONS: tuple[_Options, _Options] = ({"coordinate_descent_tuning": True}, {})
 """Options for one token of each sequence, and for several.
@@ -40,7 +41,7 @@ _MAX_SPECIALIZATIONS = 64
 
 
 class Forward(Protocol):
-    """The forward of the model in a step."""
+    """The model's forward in a step."""
 
     def __call__(
         self,
@@ -58,11 +59,11 @@ class Forward(Protocol):
             positions_BT: Their positions.
             seats_B: The seats of their sequences; see ``Decoder.forward``.
             first_seat: See ``Decoder.forward``.
-            length: Exceeds every position.
+            length: A number above every position.
 
         Returns:
-            The logits; and their argmax [B, T] over ids that can be selected if the forward
-            computed it, else None.
+            The logits, and their argmax [B, T] over the ids that can be selected; None if the
+            forward does not compute it.
         """
         ...
 
@@ -71,15 +72,15 @@ class TorchForward:
     """The decoder as a ``Forward``, in PyTorch.
 
     torch.compile traces a function operation by operation: tracing 80 layers takes many seconds for
-    each size of step, even if code is generated for one layer only (a nested region). By parts, it
-    traces one layer and the host calls the code 80 times: this suits a CUDA graph, which captures
-    the calls once, but is too slow where the host repeats them in each step.
+    each size of step, even if code is generated for one layer only (a nested region). Compiled by
+    parts, it traces one layer, and the host calls the code 80 times. That suits a CUDA graph, which
+    captures the calls once, but is too slow if the host repeats the calls in each step.
 
     Args:
         decoder: The model.
         cache: Its cache.
         compiled: Compile with torch.compile.
-        by_parts: Compile parts rather than the whole.
+        by_parts: Compile parts, not the whole.
         device: The device of the model.
         n_layers: Number of first layers to run; None runs all.
     """

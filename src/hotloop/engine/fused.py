@@ -1,14 +1,14 @@
-"""The fused step: the computation of ``models.decoder`` as one chain of our own CUDA kernels.
+"""The fused step: computes ``models.decoder`` by a sequence of our own CUDA kernels.
 
 A layer is five kernels: qkv projection; head norms, rope, cache update and attention; output
 projection, added to the residual stream; gate and up projections with SwiGLU; down projection,
 added to the residual stream. Kernels that write the residual stream have a norm epilogue; kernels
 that read it take a prescaled input. Each kernel may start before its predecessor has ended, and
-prefetches weights until the activations are there (``kernels.cuda``). With tensor parallelism, two
-more kernels per layer all-reduce the partial results. A matrix product of many rows reads x in an
-order of its own (``kernels.cuda.wide``), in which the kernel before stores it, or one between the
-two; and a product whose parts have several number formats has a kernel for each. The decoder is
-the specification; ``prompt`` runs prompts.
+loads weights until its input is ready (``kernels.cuda``). With tensor parallelism, two more kernels
+per layer all-reduce the partial results. A matrix product of many rows reads x in a layout of its
+own (``kernels.cuda.wide``). Either the kernel that computes x stores it in that layout, or a kernel
+between the two does. A matrix product whose weight has parts of several number formats has a kernel
+for each part. The decoder is the specification; ``prompt`` prefills prompts.
 
 The bits of a row's result do not depend on the number of rows: verifying k drafts at once gives
 exactly the results of k + 1 single steps.
@@ -61,7 +61,8 @@ from hotloop.models.linear import Embedding, Linear, Piece
 from hotloop.parallel.collectives import Group, Use
 
 _AGAIN = "; --quant int8, for one, quantizes the file's weights again to what it holds"
-"""Follows why weights of a file cannot be held: those of a scheme can be."""
+"""The advice after the reason why the weights of a file cannot be held: quantize them by a scheme.
+"""
 
 
 def unsupported_reason(
@@ -74,7 +75,7 @@ def unsupported_reason(
 
     Args:
         model: Its architecture, or that of a rank's shard.
-        matrices: Its matrices by name, each with its pieces of one number format.
+        matrices: Its matrices by name, each as pieces of one number format.
         dtype: Element type of activations.
         tokens: The most tokens of a sequence in one step.
     """
@@ -161,7 +162,7 @@ class FusedForward:
         first = self._layers[0].attention.norm
         x_MD, prescaled = self._embed(ids_BT.flatten().contiguous(), first)
         afters = (*self._layers[1:], None)
-        staged: NextOperand | None = None  # what the next matrix product reads in the place of x
+        staged: NextOperand | None = None  # the next matrix product reads this in place of x
         for i, (block, after) in enumerate(zip(self._layers, afters, strict=True)):
             layer, attention, feed_forward = plans.layers[i], block.attention, block.feed_forward
             gate_up = layer.gate_up, feed_forward.gate_up_proj
@@ -246,7 +247,7 @@ class FusedForward:
     def _next_operand(
         self, stored: bool, plans: _LinearPlans, *, like: Tensor
     ) -> NextOperand | None:
-        """Allocates x of a matrix product, if what computes it stores it so."""
+        """Allocates x in a matrix product's layout, if the kernel that computes it stores it so."""
         plan = _only(plans)
         if not stored or not isinstance(plan, WidePlan):
             return None
@@ -361,10 +362,10 @@ class FusedForward:
         staged: NextOperand | None = None,
         following: NextOperand | None = None,
     ) -> Tensor:
-        """Computes a matrix product, added to ``onto`` in place where that is given.
+        """Computes a matrix product; adds it to ``onto`` in place, if that is given.
 
-        Where x is ``staged``, it is read from there; and the result, or with a norm epilogue its
-        prescaled input, is stored as ``following`` alone where that is given.
+        If ``staged`` is given, x is read from there. If ``following`` is given, the result (or with
+        a norm epilogue its prescaled input) is stored there only.
         """
         x_MK = x.x if isinstance(x, PrescaledInput) else x
         width = linear.n // 2 if linear.paired else linear.n
@@ -485,7 +486,7 @@ def fused_forms(linear: Linear) -> tuple[Format, ...]:
 
 
 def _prefetch(by: Projection, plans: _LinearPlans, linear: Linear) -> Prefetch | None:
-    """Plans the prefetch by one projection of a later one's weight, or of its first piece."""
+    """Plans that one projection prefetches the weight of a later projection, or its first piece."""
     (_, plan), (weight, *_) = plans[0][0], linear.packed
     return plan_prefetch(by, plan, weight)
 
@@ -545,13 +546,13 @@ def _stores_operand(plans: _LinearPlans) -> bool:
 
 
 def _is_staged_before(plans: _LinearPlans) -> bool:
-    """Whether the kernel that computes x of a matrix product can store it as its operand."""
+    """Whether the kernel that computes x can store it in the layout of a matrix product."""
     plan = _only(plans)
     return isinstance(plan, WidePlan) and plan.is_staged_before
 
 
 def _storing_for(plans: _LinearPlans, after: _LinearPlans) -> _LinearPlans:
-    """Returns the plans of a matrix product that stores x of the one after it, if it can."""
+    """Returns the plans of a matrix product that stores the next one's operand, if it can."""
     plan = _only(plans)
     if not isinstance(plan, WidePlan) or not _is_staged_before(after):
         return plans
@@ -559,7 +560,7 @@ def _storing_for(plans: _LinearPlans, after: _LinearPlans) -> _LinearPlans:
 
 
 def _epilogues(epilogue: Epilogue, n_pieces: int) -> tuple[Epilogue, ...]:
-    """Returns the epilogues of a projection's pieces: SwiGLU's are its gates, then the rest."""
+    """Returns the epilogues of a projection's pieces; with SwiGLU, gate pieces come first."""
     if n_pieces == 1:
         return (epilogue,)
     if epilogue == "swiglu":
@@ -588,11 +589,12 @@ class _LayerPlans:
     down: _LinearPlans
 
     def storing(self, after: _LinearPlans, *, shared: bool) -> _LayerPlans:
-        """Returns the plans of kernels that store x as the next matrix product reads it.
+        """Returns the plans of kernels that store x in the layout of the next matrix product.
 
         Args:
-            after: Of the matrix product after the layer.
-            shared: What is added to the residual stream is summed over ranks first.
+            after: The plans of the matrix product after the layer.
+            shared: Partial results are summed over ranks before they are added to the residual
+                stream.
         """
         return _LayerPlans(
             qkv=self.qkv,
@@ -617,8 +619,8 @@ def _kernels(plans: _LinearPlans) -> list[Kernel]:
 class _Plans:
     """The launch plans of a step of B sequences with T tokens each.
 
-    Layers with the same configuration and weight formats share their plans, where the same layer or
-    the head follows them.
+    Layers with the same configuration and weight formats share their plans, if the same kind of
+    layer (or the head) follows them.
 
     Attributes:
         layers: The plans of each layer.

@@ -1,9 +1,9 @@
-"""Prefill by GEMMs on weights in bfloat16, to which others are dequantized for each chunk.
+"""Prefill by GEMMs in bfloat16; other weights are dequantized for each chunk.
 
-cuBLAS multiplies; our own kernels compute what is in between. Chunks of up to 512 tokens are
-captured in CUDA graphs, since launching their kernels takes the host longer than running them takes
-the GPU, and would delay the decode steps of other requests. The decoder (``models.decoder``) is the
-specification.
+cuBLAS computes the GEMMs; our own kernels compute everything between them. Chunks of up to 512
+tokens are captured in CUDA graphs: to launch their kernels takes the host longer than to run them
+takes the GPU, which would delay the decode steps of other requests. The decoder
+(``models.decoder``) is the specification.
 
 Shape letters: T tokens of one sequence, D model width, K input features of a GEMM.
 """
@@ -31,7 +31,7 @@ from hotloop.models.linear import Linear
 from hotloop.types import MOST_PREFILL_CHUNK
 
 CAPTURED_TOKENS = 512
-"""The longest chunk that is captured: longer ones take the GPU longer than the host."""
+"""The longest chunk that is captured: longer chunks take the GPU longer than the host."""
 
 CAPTURED_STEP = 64
 """Captured chunks are padded to a multiple of this many tokens."""
@@ -51,12 +51,12 @@ class _Layer:
     Attributes:
         input_norm: Adds the previous layer's output to the residual stream, and normalizes it.
         rope: Applies head norms and rope to qkv, and stores keys and values in the cache.
-        post_attention_norm: Adds attention's output likewise, and normalizes the stream.
+        post_attention_norm: Adds attention's output to the residual stream, and normalizes it.
         swiglu: Applies SwiGLU to gate_up.
         qkv_proj: Returns the weight as [K, N], dequantized for this call or in plain rows.
-        o_proj: Likewise.
-        gate_up_proj: Likewise.
-        down_proj: Likewise.
+        o_proj: Like ``qkv_proj``.
+        gate_up_proj: Like ``qkv_proj``.
+        down_proj: Like ``qkv_proj``.
     """
 
     input_norm: PreparedLaunch
@@ -74,9 +74,9 @@ class GemmPrefill:
 
     Addresses do not depend on the number of tokens, so every launch is prepared once. On a GPU,
     chunks of up to ``CAPTURED_TOKENS``, padded to a multiple of ``CAPTURED_STEP``, are replays of
-    CUDA graphs, which ``warm_up`` captures: those of a prompt's first chunk, and those of later
-    chunks, which begin at the position that a device scalar holds. A later chunk whose padding
-    would exceed the seat is launched kernel by kernel.
+    CUDA graphs, which ``warm_up`` captures: one set for the first chunk of a prompt, and another
+    for later chunks, which begin at the position that a device scalar holds. A later chunk whose
+    padding would exceed the seat is launched kernel by kernel.
 
     Args:
         decoder: The model, or a rank's shard of it.
@@ -171,7 +171,7 @@ class GemmPrefill:
             self._sum(block.feed_forward.down_proj, views.part)
 
     def _sum(self, linear: Linear, part_TD: Tensor) -> None:
-        """Sums a GEMM's output over ranks, where there are several, in place."""
+        """Sums a GEMM's output over ranks, in place, if there are several."""
         if self._shared:
             y_TD = _gemm_output(linear, part_TD).with_scale_and_bias()
             part_TD.copy_(self._blocks[0].all_reduce(y_TD))
@@ -216,7 +216,7 @@ class GemmPrefill:
         values_NJE: Tensor,
         key_range: Tensor,
     ) -> Tensor:
-        """Computes causal flash attention [T, H * E]; the last key is that of the last query."""
+        """Computes causal flash attention [T, H * E]; the last query is at the last key."""
         out_THE, *_ = torch.ops.aten._flash_attention_forward(
             q_THE,
             keys_NJE,
@@ -335,7 +335,7 @@ def _has_plain_rows(linear: Linear) -> bool:
 
 
 def _gemm_output(linear: Linear, y: Tensor) -> GemmOutput:
-    """Returns a GEMM's output with the weight's scale and bias, which remain to be applied."""
+    """Returns a GEMM's output, and the weight's scale and bias, which are not applied yet."""
     kernels = zip(fused_kernels(linear), linear.pieces, strict=True)
     scales = [kernel.named(piece.packed).scale for kernel, piece in kernels]
     scale_N, *more = scales

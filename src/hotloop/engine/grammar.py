@@ -29,18 +29,19 @@ if TYPE_CHECKING:
     from hotloop.text.tokenizer import Tokenizer
 
 WHITESPACE = r" |\n[ \t]{0,40}"
-"""Whitespace between two tokens of JSON: none, or what this matches. Small models can otherwise go
-on with spaces for ever."""
+"""Whitespace between two tokens of JSON: none, or what this matches. Otherwise small models can
+generate spaces without end."""
 
 MOST_COMPILED = 32
 """The most compiled grammars, and reasons of refused ones, to keep."""
 
 MOST_ITEMS = 800
-"""The most items of the parser at one position of an answer that follows a grammar in Lark. Where
-that can be parsed in many ways, they become more with every character, and the time of a mask grows
-with their cube: 70 ms with 800, in which other requests wait. A JSON schema takes a millisecond
-with the 2,000 that the library allows, and a list of many optional properties needs them. The time
-itself decides nothing: the same answer would be refused on a busy machine only."""
+"""The most items of the parser at one position of an answer that follows a grammar in Lark. If the
+answer can be parsed in many ways, the number of items grows with every character, and the time of a
+mask grows with the cube of that number: 70 ms with 800 items, during which other requests wait. A
+JSON schema takes a millisecond with the 2,000 items that the library allows, and a list of many
+optional properties needs so many. The limit counts items, not time: a limit on time would refuse
+some answers only on a busy machine."""
 
 _ANY_OBJECT = '{"type": "object"}'
 
@@ -82,9 +83,9 @@ class Grammars:
         return Matcher(self._compiled(grammar).deep_copy(), self.n_tokens)
 
     def prepare(self) -> None:
-        """Builds what all grammars need, unless it is there: it takes tenths of a second.
+        """Builds the tables that all grammars share, which takes tenths of a second.
 
-        Where there can be no grammar, it does nothing: the reason is an error of the first one.
+        If grammars are not possible here, it does nothing: the first grammar then gets the error.
         """
         with suppress(UnsupportedError):
             _ = self._vocabulary
@@ -107,7 +108,7 @@ class Grammars:
         return found
 
     def _compiled(self, grammar: Grammar) -> Any:
-        """Returns the matcher of a grammar; what was refused is refused without compiling again.
+        """Returns the matcher of a grammar; remembers grammars that were refused.
 
         Raises:
             HotloopError: As ``check``.
@@ -129,8 +130,9 @@ class Grammars:
         matcher = library.LLMatcher(
             self._vocabulary, _translated(grammar), log_level=0, limits=_limits(grammar.kind)
         )
-        # A first mask builds what later ones share, or fails. It can also leave so much behind that
-        # the second fails after seconds, in which other answers of a server would wait.
+        # The first mask builds tables that later masks share, or fails. It can also leave so many
+        # items that the second mask fails after seconds, during which other answers of a server
+        # would wait.
         for each in (matcher, matcher.deep_copy()):
             each.compute_bitmask()
             problems = [each.get_error()] if each.is_error() else each.get_grammar_warnings()
@@ -142,8 +144,8 @@ class _Vocabulary:
     """The attributes of a vocabulary that llguidance reads.
 
     Attributes:
-        encode: Encodes text within an answer. Where a tokenizer puts a space before every text,
-            another function must.
+        encode: Encodes text within an answer. A tokenizer that puts a space before every text needs
+            another function here.
     """
 
     def __init__(self, tokenizer: Tokenizer, n_tokens: int, eos_id: int) -> None:
@@ -161,8 +163,8 @@ class _Vocabulary:
 class Matcher:
     """Follows one answer through its grammar.
 
-    The library's limits count what was computed. So that drafts cannot change where an answer ends,
-    only the answer's own tokens and their masks are computed here; those of drafts in a copy.
+    The library's limits count computed tokens and masks. This matcher computes only those of the
+    answer, and a copy computes those of drafts, so that drafts cannot change where an answer ends.
 
     Args:
         matcher: llguidance's matcher at the beginning of an answer.
@@ -178,10 +180,10 @@ class Matcher:
         self.failure: str | None = None
 
     def consume(self, ids: Sequence[int]) -> None:
-        """Takes the next tokens of the answer; those after its end are ignored.
+        """Consumes the next tokens of the answer; ignores tokens after its end.
 
-        Masks count towards limits, so that each token but the first, which ``fill`` made one for,
-        has its mask computed here.
+        Masks count towards the limits. ``fill`` has computed the mask of the first token; the masks
+        of the other tokens are computed here.
         """
         for i, token_id in enumerate(ids):
             if token_id < 0 or self._is_lost or self._matcher.is_stopped():
@@ -204,14 +206,14 @@ class Matcher:
         """Fills bit masks of the tokens that may come next, and after each of the drafts.
 
         Args:
-            mask_TW: int32, all ones, on the CPU; one bit for each token, 32 to a word. Those after
-                a draft that the grammar does not allow are left as they are, and so are all if it
+            mask_TW: int32, all ones, on the CPU; one bit for each token, 32 to a word. Masks after
+                a draft that the grammar does not allow are not changed, and none is if the grammar
                 has failed.
             drafts: Drafts, at most T - 1.
 
         Returns:
-            The number of drafts that may be verified. The mask after the next one exceeds a limit,
-            which is no failure unless the answer gets there.
+            The number of drafts that may be verified. If it is smaller than the number of drafts, a
+            further mask exceeds a limit; that is a failure only if the answer gets there.
         """
         if self._is_lost:
             return 0
@@ -244,7 +246,7 @@ class Matcher:
 
 
 def check_syntax(grammar: Grammar) -> None:
-    """Refuses an invalid grammar before there is a model.
+    """Refuses an invalid grammar before a model is loaded.
 
     ``Grammars.check`` is stricter: it knows the model's control tokens.
 
@@ -296,7 +298,7 @@ def _unenforced(grammar: Grammar) -> RequestError:
 
 
 def _uses_unenforced(schema: Any) -> bool:
-    """Whether a schema, or one within it, has the keyword ``patternProperties``."""
+    """Whether a schema, or a schema within it, has the keyword ``patternProperties``."""
     if isinstance(schema, list):
         return any(map(_uses_unenforced, schema))
     if not isinstance(schema, dict):
@@ -321,7 +323,7 @@ def _refuse_first(grammar: Grammar, problems: Sequence[str]) -> None:
 
 
 def _reason(error: str) -> str:
-    """Returns the first part of one of the library's errors; a dump of its state may follow."""
+    """Returns the first part of an error of the library, without the dump of its state."""
     if error.startswith("NoExtension"):
         return "nothing matches it"
     parts = error.partition("<state>")[0].partition("<non-verbose/>")[0].strip()

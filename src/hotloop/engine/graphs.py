@@ -16,8 +16,9 @@ from hotloop.kernels.cuda.launch import checked, driver_bindings
 Result = TypeVar("Result")
 
 MOST_GRAPHS = 1536
-"""Exceeds the programs that a server of 32 rows needs (``programs``), with drafts and a context of
-8,192 tokens in ``compile``, or of any in ``fused``; each graph takes some megabytes."""
+"""The most captured graphs. It exceeds the number of programs (``programs``) that a server of 32
+rows needs, with drafts and a context of 8,192 tokens in ``compile``, or any context in ``fused``.
+Each graph takes some megabytes."""
 
 
 class Graphs:
@@ -111,16 +112,16 @@ class PaddedGraphs:
 
 
 class IfNodes:
-    """Parts of a program that a replay runs only if a kernel has decided so.
+    """Conditional parts of a CUDA graph: a replay runs them only if a kernel has decided so.
 
-    Each becomes the body of an IF node (a *conditional node*, CUDA 12.4). torch knows nothing of
-    them: a body is a capture of its own, on a stream of its own, so what torch allocates in it is
-    not part of the memory of the graph around it, and comes from a pool of their own. That is never
-    given back to others, while the tensors of a body that has been captured can share its memory
-    with those of later ones, as in one capture.
+    Each becomes the body of an IF node (a *conditional node*, CUDA 12.4). torch does not know such
+    nodes, so a body is a separate capture on a stream of its own. The tensors that torch allocates
+    in bodies come from a memory pool of their own, not from that of the graph around them. That
+    pool's memory is never released to others; within the pool, later bodies can reuse the memory of
+    earlier ones, as in a single capture.
 
-    A body can have what a graph of kernels has: kernels, copies and settings of device memory, and
-    other nodes of its kind. Collectives of NCCL are among what it cannot have, not even beside it.
+    A body can contain kernels, copies and memsets of device memory, and other IF nodes. It cannot
+    contain collectives of NCCL, nor can the graph around it.
 
     Args:
         device: The device.
@@ -134,9 +135,9 @@ class IfNodes:
         """Adds an IF node to the graph that is being captured; without one, runs its body.
 
         Args:
-            decide: Launches a kernel that sets the condition of the node with this handle; there is
-                nothing to set without one. Neither it nor the body may overlap with what is beside
-                it, since a node of this kind has no programmatic edges.
+            decide: Launches a kernel that sets the condition of the node with this handle; None if
+                there is no node. Neither that kernel nor the body may overlap with neighbouring
+                kernels, since an IF node has no programmatic edges.
             body: The work.
 
         Raises:

@@ -33,7 +33,7 @@ def n_items(value: Any, must: str) -> int:
 
     Args:
         value: The list.
-        must: The beginning of an error: what must be of which type.
+        must: The beginning of the error message, which names the argument and its type.
 
     Raises:
         RequestError: The value is not a sequence.

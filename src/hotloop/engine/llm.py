@@ -1,7 +1,7 @@
 """``LLM``: a loaded model that generates, streams and scores.
 
-It turns prompts into requests, and drives the ``Scheduler``, which owns the requests, over an
-``EngineCore``, which owns the device.
+It turns prompts into requests and drives the ``Scheduler``, which owns the requests. The
+``Scheduler`` sends commands to an ``EngineCore``, which owns the device.
 
 Calls may overlap, in one thread or several: their requests share the scheduler (``turns``).
 """
@@ -87,14 +87,14 @@ class LLM:
         **options: Fields of EngineConfig.
 
     Raises:
-        HotloopError: The model cannot be found, is damaged, or does not fit; each says why.
-        SystemExit: In a process that torchrun started as a rank other than 0, which only serves
-            rank 0, once the model is closed.
+        HotloopError: The model cannot be found, is damaged, or does not fit; the message says why.
+        SystemExit: In a process that torchrun started as a rank other than 0, when the model is
+            closed: such a process only serves rank 0.
 
     Attributes:
         config: The configuration as given; ``head``, ``execution``, ``device``, ``dtype``,
             ``max_seq_len`` and ``prefix_cache`` are filled in if they were left to hotloop.
-        tokenizer: The model's own; None for random weights of a built-in shape.
+        tokenizer: The model's tokenizer; None for random weights of a built-in shape.
     """
 
     def __init__(
@@ -169,13 +169,13 @@ class LLM:
 
         Returns:
             One Generation for one text or conversation, a list in the order of ``prompts`` for a
-            list. With several answers (``n``), those of a prompt follow each other in the list.
+            list. With several answers (``n``), the answers to a prompt are adjacent in the list.
 
         Raises:
             RequestError: A prompt cannot be served; nothing is generated then.
             NumericsError: The model's logits were not finite for one of the prompts. ``stream``
-                yields the answers to the others.
-            GrammarError: A grammar became too costly for one of them; likewise.
+                yields the answers to the other prompts.
+            GrammarError: A grammar became too costly for one of the prompts; ``stream`` likewise.
         """
         deltas = self._stream(prompts, params, options)
         done = {d.index: d.generation for d in deltas if d.generation is not None}
@@ -190,8 +190,8 @@ class LLM:
     ) -> Generator[Delta]:
         """Generates like ``generate``, piece by piece. Closing the iterator cancels its requests.
 
-        They are submitted when its first piece is taken. Other calls may run at the same time, in
-        this thread or another, and then decode in the same steps, if ``max_batch_size`` allows.
+        Requests are submitted when the first piece is taken. Other calls may run at the same time,
+        in this thread or another, and then decode in the same steps, if ``max_batch_size`` allows.
 
         Raises:
             RequestError: As ``generate``; raised by the call, not at the first piece.
@@ -261,7 +261,7 @@ class LLM:
 
     @property
     def default_sampling(self) -> SamplingParams:
-        """The sampling options suggested by the model's makers; greedy without a suggestion.
+        """The sampling options of the model's generation config; greedy if it has none.
 
         ``max_new_tokens`` is None here: a suggested length (``default_new_tokens``) is clamped to
         the context, while an explicit one that exceeds it is refused.
@@ -327,7 +327,7 @@ class LLM:
 
     @contextmanager
     def meter(self) -> Iterator[PeakMemory]:
-        """Measures peak memory in the ``with`` block, the maximum over ranks."""
+        """Measures peak memory in the ``with`` block; of several ranks, the maximum."""
         self._turns.check_not_held()
         peak = _Peak()
         with self._turns.exclusive():
@@ -411,8 +411,8 @@ class LLM:
         """Compiles and captures the programs of one greedy request, by running it.
 
         If programs are captured, it also chooses the number of steps of multi-step programs from a
-        measurement, and captures the programs of a request with the sampling that the model's
-        makers suggest. With speculative decoding, steps of every number of drafts are run and
+        measurement, and captures the programs of a request with the sampling options of the model's
+        generation config. With speculative decoding, steps of every number of drafts are run and
         timed.
 
         Returns:
@@ -472,7 +472,7 @@ class LLM:
         return self._turns.hold()
 
     def prepare_to_serve(self) -> Scheduler:
-        """Captures or compiles all programs that requests can need, before the first comes.
+        """Captures or compiles all programs that requests can need, before the first request.
 
         Returns:
             The scheduler; its ``n_programs`` counts these programs.
@@ -694,7 +694,7 @@ class LLM:
         return NumericsError(*where, self.config.dtype)
 
     def _pieces(self, jobs: Sequence[Job]) -> Generator[Piece]:
-        """Submits jobs and yields their pieces; cancels what is left of them at the end."""
+        """Submits jobs and yields their pieces; cancels unfinished jobs at the end."""
         self._check_open()
         stream = self._turns.open(jobs)
         try:

@@ -13,7 +13,7 @@ from hotloop.types import EngineConfig, MemoryPlan
 
 _FLOAT32 = 4
 _GRAPH_BYTES = 4 * 2**20
-"""Bytes of one captured program, without the tensors that all share."""
+"""Bytes of one captured program, without the tensors that all programs share."""
 
 _SAMPLER_BYTES = 10
 """Bytes of the sampler's state per row and token: two masks, a count and a bias."""
@@ -24,7 +24,7 @@ def predict_memory(config: EngineConfig, *, served: bool = False) -> MemoryPlan:
 
     Args:
         config: The configuration.
-        served: Also that of the programs that a ``Service`` captures.
+        served: Include the programs that a ``Service`` captures.
 
     Raises:
         HotloopError: The errors that ``LLM(config)`` raises before it reads a weight.
@@ -43,7 +43,7 @@ def predict_memory(config: EngineConfig, *, served: bool = False) -> MemoryPlan:
 
 
 def _served_bytes(setup: Setup) -> int:
-    """Bounds the bytes of the programs that a service captures, and the logits that they keep."""
+    """Bounds the bytes of the programs of a service, and of the logits that they keep."""
     if not setup.captures:
         return 0
     steps = serving_steps(setup, 2)
@@ -75,7 +75,7 @@ def weights_bytes(setup: Setup) -> int:
 
 
 def _cache_bytes(setup: Setup) -> int:
-    """Counts the exact bytes of a rank's caches: that of a draft model has the same seats."""
+    """Counts the exact bytes of a rank's caches; a draft model's cache has the same seats."""
     per_token = sum(each.local.kv_bytes_per_token(each.dtype.itemsize) for each in setup.models)
     return setup.n_seats * setup.n_positions * per_token
 
@@ -94,7 +94,7 @@ def _weights_bytes(setup: Setup) -> int:
             layers += itemsize * matrix.n
 
     def head(n: int) -> LinearSpec:
-        """Returns the spec of n rows of the head; all of them are a tied embedding."""
+        """Returns the spec of n rows of the head; a tied embedding has all rows."""
         return head_spec(model, n, setup.schemes, setup.dtype, setup.device, fused=setup.fused)
 
     whole, part = head(model.vocab_size), head(len(setup.shard.vocabulary))
@@ -132,7 +132,7 @@ def _workspace_bytes(setup: Setup) -> int:
 
 
 def _transient_bytes(setup: Setup) -> int:
-    """Bounds the bytes of one forward, besides weights, cache and a dequantized matrix."""
+    """Bounds the bytes of one forward, without weights, cache and a dequantized matrix."""
     model, n_logits = setup.local, len(setup.shard.vocabulary)
     rows = min(setup.prefill_chunk, setup.n_positions)
     runtime = 768 * 2**20 if setup.device.type == "cuda" else 0  # context, cuBLAS, graphs
@@ -153,7 +153,7 @@ def _transient_bytes(setup: Setup) -> int:
 
 
 def _dequantized_bytes(setup: Setup) -> int:
-    """Counts the bytes of the largest matrix, dequantized; plain rows of fused steps are not."""
+    """Counts the bytes of the largest dequantized matrix; fused steps keep plain rows."""
     model = setup.local
     if setup.fused:
         specs = linear_specs(model, setup.schemes, setup.dtype, setup.device, fused=True)
