@@ -1,4 +1,4 @@
-"""Loads the weights of a rank: packed ones from the cache, or from their source."""
+"""Loads the weights of a rank: packed weights from the cache, or else from the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from hotloop.weights.source import CheckpointSource, RandomSource, Source
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Weights that are in place.
+    """The result of loading weights.
 
     Attributes:
         read_bytes: Bytes that were read from files; None for random weights.
-        read_s: Seconds that it took; what is kept for the next start is not a part of them.
+        read_s: Seconds that loading took, without writing to the cache.
         notes: Notes for readers of results.
     """
 
@@ -161,14 +161,14 @@ def _load_from_source(
 
 
 def _half(on_layer: OnLayer | None, half: int) -> OnLayer | None:
-    """Counts layers as one half of the work, of which calibrating them is the first."""
+    """Counts layers as the second half of the work; calibration is the first half."""
     if on_layer is None:
         return None
     return lambda done, of: on_layer(half * of + done, 2 * of)
 
 
 def _facts(setup: Setup) -> dict[str, Any]:
-    """Returns what decides the packed bytes, besides the checkpoint and the code."""
+    """Returns everything that decides the packed bytes, besides the checkpoint and the code."""
     return {
         "model": repr(setup.model),
         **_of_schemes(setup, setup.schemes),
@@ -182,7 +182,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
 
 
 def _draft_facts(setup: Setup) -> dict[str, Any]:
-    """Returns what decides the packed bytes of a drafter, besides what decides the model's."""
+    """Returns everything that decides a drafter's packed bytes, besides the facts of the model."""
     assert setup.draft is not None, "there is no drafter"
     return _of_schemes(setup, setup.draft.schemes)
 

@@ -1,4 +1,4 @@
-"""Holds the activations of a chunk of a prompt, and chooses the chunk that memory allows.
+"""Holds the activations of a chunk of a prompt, and chooses a chunk size that memory allows.
 
 Shape letters: T tokens of one sequence, D model width.
 """
@@ -31,7 +31,7 @@ class Views:
         k: Key heads [T, J * E].
         v: Value heads [T, J * E].
         part: GEMM output of attention or feed-forward, for the residual stream [T, D].
-        gate_up: GEMM output of gates and up projection [T, 2F].
+        gate_up: GEMM output of the gate and up projections [T, 2F].
         gated: Their SwiGLU [T, F].
     """
 

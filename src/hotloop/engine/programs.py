@@ -2,7 +2,7 @@
 
 A captured program takes tens of milliseconds to make, and a compiled one seconds, so a server makes
 all of them before it is ready. Their number is kept small by running a step with more features than
-it needs: features change no token of a request that does not use them.
+it needs: a request that does not use a feature gets the same tokens with it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SERVED_FEATURES = (
     Features(draw=True, truncate=True, n_candidates=TOP_K_CANDIDATES, adjust=True, logprobs=True),
     Features(draw=True, truncate=True, n_candidates=None, adjust=True, logprobs=True),
 )
-"""The features of a server's steps, ascending: greedy decoding; sampling; everything, for common
-values of top-k and for any. The kernel that samples in fused steps serves any top-k alike, so that
-there the last two are one program."""
+"""The sets of features of a server's programs, ascending: greedy decoding; sampling; all features,
+for common values of top-k; all features, for any top-k. In fused steps the kernel that samples
+handles any top-k alike, so the last two are one program."""
 
 
 def served_features(setup: Setup) -> Sequence[Features]:
-    """Returns ``SERVED_FEATURES`` and, if requests can have grammars, each with one."""
+    """Returns ``SERVED_FEATURES`` and, if there can be grammars, each set with grammars too."""
     if not setup.has_tokenizer or find_spec("llguidance") is None:
         return SERVED_FEATURES
     return (*SERVED_FEATURES, *(replace(each, constrain=True) for each in SERVED_FEATURES))
@@ -48,9 +48,9 @@ def serving_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
 
 
 def drafting_steps(setup: Setup, n_steps: int) -> Sequence[Step]:
-    """Returns the steps of ``serving_steps`` that a greedy request takes several of at once.
+    """Returns multi-step programs with drafts, for each step of ``serving_steps`` that has one.
 
-    They are for a request alone, in the first seat.
+    They are for a lone greedy request, in the first seat.
 
     Args:
         setup: The engine.
@@ -95,7 +95,7 @@ def _steps(setup: Setup, n_steps: int) -> Iterator[Step]:
 
 
 def _lengths(setup: Setup) -> Sequence[int]:
-    """Returns a value of ``Step.longest`` for each length of cache that programs differ by."""
+    """Returns a value of ``Step.longest`` for each length of cache with its own program."""
     if setup.fused or setup.device.type == "cpu":  # kernels stop at a row's position
         return (setup.n_positions,)
     lengths = [SMALLEST_LENGTH]

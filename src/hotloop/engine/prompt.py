@@ -1,9 +1,9 @@
 """Prefill with the weights of the fused step.
 
-Short prompts run as decode steps of eight tokens, which cost little more than steps of one, since
-both read the packed weights once. Several short prompts share these steps: a row's bits do not
-depend on the other rows. Longer prompts run by chunks with GEMMs (``gemm_prefill``). The decoder
-(``models.decoder``) is the specification of all ways.
+Short prompts run as decode steps of eight tokens, which cost little more than steps of one token,
+since both read the packed weights once. Several short prompts share these steps, because a row's
+bits do not depend on the other rows. Longer prompts run in chunks with GEMMs (``gemm_prefill``).
+The decoder (``models.decoder``) specifies both.
 
 Shape letters: B sequences, T tokens of each, D model width, V vocabulary.
 """
@@ -28,14 +28,14 @@ from hotloop.models.cache import KVCache
 from hotloop.models.decoder import Decoder
 
 STEP_TOKENS = 8
-"""Tokens of a fused step, which costs little more than a step of one token."""
+"""Tokens per sequence of a prefill step: it costs little more than a step of one token."""
 
 SHORT_PROMPT = 64
 """The longest prompt that may run as decode steps."""
 
 
 STEP_PROMPTS = 8
-"""The most prompts of a step: 64 rows, the most of one launch of a matrix product."""
+"""The most prompts of a step. They have 64 rows, the most of one launch of a matrix product."""
 
 
 class Chunk(NamedTuple):
@@ -43,8 +43,8 @@ class Chunk(NamedTuple):
 
     Attributes:
         ids: Its tokens, int64 [T].
-        start: Position of the first.
-        seat: The seat that holds those before.
+        start: Position of the first token.
+        seat: The seat that holds the earlier tokens.
     """
 
     ids: Tensor
@@ -64,9 +64,9 @@ def step_prompts(n: int) -> int:
 def max_step_prefill_tokens(forms: Sequence[Format]) -> int:
     """Returns the longest prompt that runs faster as decode steps than with GEMMs.
 
-    A step reads the packed weight, and takes a tenth longer with eight tokens than with one.
-    Dequantizing reads the packed weight too, and writes bfloat16, which the GEMM reads; plain rows
-    it reads as they are.
+    A step reads the packed weight, and takes a tenth longer with eight tokens than with one. The
+    GEMMs take longer: dequantizing reads the packed weight and writes it in bfloat16, which the
+    GEMM reads again. Plain rows need no dequantizing.
     """
     nbytes = sum(form.nbytes for form in forms)
     dequantized = sum(form.n * form.k for form in forms if not form.plain_rows)
@@ -88,7 +88,7 @@ class StepPrefill:
         forward: The fused step.
         device: The device of the model.
         n_prompts: The most sequences.
-        scratch: A seat that no sequence has, where captured steps can have more rows than needed.
+        scratch: A seat that no sequence uses, for the unused rows of a captured step.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class StepPrefill:
     def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes logits [B, T, V] of up to ``STEP_TOKENS`` tokens each, until the next call.
 
-        Padding tokens write cache positions that later tokens overwrite before any read, and none
-        beyond the seat's end: the others follow the first position.
+        Padding tokens write cache positions that later tokens overwrite before any read, and never
+        beyond the seat's end.
         """
         n = len(chunks)
         B = padded_rows(n, self._n_prompts) if self._captured else n

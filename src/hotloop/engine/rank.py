@@ -48,13 +48,13 @@ class Load(Command[bool]):
 def serve(
     caller: Caller, rank: int, local_rank: int, *, own: tuple[Setup, int] | None = None
 ) -> None:
-    """Loads a shard and runs commands until the last; an error ends the process.
+    """Loads a shard and runs commands until the caller closes; an error ends the process.
 
     Args:
         caller: The sender of commands.
         rank: The number of this rank.
         local_rank: Its number among those on this machine.
-        own: Setup and n_tokens, if this process has resolved them itself (torchrun).
+        own: Setup and ``n_tokens``, if this process has resolved them itself (torchrun).
     """
     try:
         commands = caller.commands()

@@ -38,8 +38,8 @@ class Request:
         seed: Seed of its sampling.
         max_new_tokens: The most tokens of the answer.
         eos_ids: Tokens that end the answer.
-        tokenizer: Detokenizes the answer; None: no text.
-        starts_text: The answer is a text of its own, rather than a continuation of the prompt.
+        tokenizer: Detokenizes the answer; None for no text.
+        starts_text: The answer is a text of its own, not a continuation of the prompt.
         submitted_s: When it was submitted, by ``time.perf_counter``.
         speculates: There is a drafter, so steps are counted.
         salt: Only requests with the same salt reuse each other's prefixes.
@@ -78,7 +78,7 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.failed = False
         self.grammar_failure: str | None = None
-        # A grammar is of the tokens' bytes, a space before the first word included.
+        # A grammar applies to the tokens' bytes, which include a space before the first word.
         after = () if starts_text and params.grammar is None else prompt_ids
         self._detokenizer = (
             Detokenizer(tokenizer, after=after, visible=params.visible_tokens)
@@ -144,7 +144,7 @@ class Request:
         Args:
             n: Number of steps; 1 with drafts.
             n_step_tokens: Tokens that the steps produced for this request.
-            n_kept: Tokens of these up to the end of the request.
+            n_kept: The number of these tokens up to the end of the request.
             n_drafts: Number of drafts of its row.
             times: The request's share of the steps' times.
         """

@@ -22,7 +22,7 @@ from hotloop.kernels.cuda.step import accept, next_tokens
 def to_device(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> Tensor:
-    """Copies numbers to a device, without waiting for the work that it has to do before."""
+    """Copies numbers to a device, without waiting for its earlier work."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
@@ -43,7 +43,7 @@ class Rows:
             beyond.
         positions: int64 [R]: the position of the newest token, which is not in the cache yet.
         seats: int64 [R]: the seat of each row in the cache.
-        undrafted: bool [R, 1]: whether a row gets no drafts, as those that are not in use.
+        undrafted: bool [R, 1]: whether a row gets no drafts; true for rows that are not in use.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Rows:
         """Sets rows to prompts and the first tokens of their answers.
 
         Args:
-            row: The row of the first prompt; those of the others follow.
+            row: The row of the first prompt; the other prompts get the next rows.
             prompts: The tokens of each, int64.
             first_ids_B: int64.
         """
@@ -90,11 +90,11 @@ class Rows:
     def place(self, seats: tuple[int, ...], undrafted: frozenset[int] = frozenset()) -> None:
         """Sets the seats of the first rows, for the steps that follow; the others are unused.
 
-        Unused rows begin at position 0 of the scratch seat, where attention has little to read.
+        Unused rows are at position 0 of the scratch seat, where attention has little to read.
 
         Args:
             seats: The seat of each row in use.
-            undrafted: Those rows that get no drafts.
+            undrafted: The rows that get no drafts.
         """
         n, n_rows = len(seats), len(self.seats)
         undrafted = undrafted.union(range(n, n_rows))
@@ -144,9 +144,9 @@ class Rows:
             drafts_BD: As for ``next_tokens``.
 
         Returns:
-            int64 [B], the number of tokens accepted: those up to the first that differs from its
-            draft; and int64 [B], the number of drafts. (None, None) without drafts: all tokens are
-            accepted.
+            int64 [B], the number of accepted tokens: the tokens up to and including the first that
+            differs from its draft; and int64 [B], the number of drafts. (None, None) without
+            drafts: all tokens are accepted.
         """
         state = (self.history, self.positions)
         if self._launcher is None:

@@ -1,7 +1,8 @@
 """The device side of an engine: weights, cache, sampler and steps, without requests or text.
 
-A ``Runner`` is the ``EngineCore`` of one device. Each of several ranks has a Runner in a process of
-its own, with its shard of the weights and of the cache; all get the same commands (``ranks``).
+A ``Runner`` is the ``EngineCore`` of one device. With several ranks, each rank has a Runner in a
+process of its own, with its shard of the weights and of the cache; all get the same commands
+(``ranks``).
 
 Shape letters: T tokens of one sequence, D model width, V vocabulary.
 """
@@ -87,9 +88,10 @@ from hotloop.types import EXACT_CPU_CHUNK, Score, TokenLogprob, exit_layers
 Result = TypeVar("Result")
 
 READ_ROWS = 8
-"""Rows whose products with a weight of one byte take a CPU as long as it takes to read. Prompts of
-no more tokens are prefilled together: the first of several then waits less for the others than they
-would for it (2 cores of a Xeon: int4 4 to 6 tokens, int8 6, bfloat16 16)."""
+"""The number of rows whose products with a one-byte weight take a CPU as long as reading that
+weight. Prompts of no more tokens are prefilled together: the first prompt of a batch then waits
+less for the other prompts than these would wait for it (measured on 2 cores of a Xeon: int4 4 to 6
+tokens, int8 6, bfloat16 16)."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while an engine loads and warms up."""
@@ -102,8 +104,8 @@ class Runner:
         setup: The configuration to load.
         n_tokens: Token ids below this can be selected.
         progress: Called as layers are loaded.
-        group: The ranks that hold the model; None for this one alone.
-        grammars: Compiles grammars; None reads the tokenizer at the first one.
+        group: The ranks that hold the model; None for a single rank.
+        grammars: Compiles grammars; None reads the tokenizer at the first grammar.
 
     Attributes:
         asynchronous: Whether ``run`` returns before the device has completed a step.
@@ -274,7 +276,7 @@ class Runner:
     def _score(self, command: ScoreWindows) -> Pending[Sequence[Score]]:
         """Scores chunks of windows.
 
-        Whole distributions, for which the host waits, are gathered on rank 0 only.
+        Whole distributions are gathered on rank 0 only, and the host waits for them.
         """
         lengths = [len(chunk.ids) for chunk in command.chunks]
         flat = [token for chunk in command.chunks for token in chunk.ids]
@@ -362,7 +364,7 @@ class Runner:
                 torch.cuda.empty_cache()
 
     def _make_chain_end(self) -> tuple[ChainEnd | None, Sequence[str]]:
-        """Makes what ends chains of drafts early, or says why there is nothing."""
+        """Makes the ``ChainEnd``, or returns why chains cannot end early."""
         setup, launcher = self._setup, self._model.launcher
         assumed = setup.config.assume_acceptance
         if setup.ends_on_host:
@@ -387,7 +389,7 @@ class Runner:
     def _make_drafter(self, name: str) -> Drafter:
         if name == "ngram":
             return NgramDrafter(self._rows, launcher=self._model.launcher)
-        # Without layers to exit after, it is the model under another scheme.
+        # Without a number of layers, it is the model under another scheme.
         n_layers = exit_layers(name)
         forward = self._model.forward(n_layers, self._model.twin if n_layers is None else None)
         return SelfDrafter(forward, self._rows, self._sampler)
@@ -419,7 +421,7 @@ class _Model:
 
     Args:
         setup: The configuration to load.
-        group: The ranks that hold it.
+        group: The ranks that hold the model.
         n_tokens: Token ids below this can be selected.
         progress: Called as layers are loaded.
         n_seats: Seats of its cache.
@@ -525,7 +527,7 @@ class _Model:
             self._prompt.warm_up()
 
     def forward(self, n_layers: int | None = None, decoder: Decoder | None = None) -> Forward:
-        """Returns the forward of the model for steps, of its first layers, or of its twin."""
+        """Returns the forward for steps: of the model, of its first layers, or of its twin."""
         is_plain = n_layers is None and decoder is None
         fused = self._steps if is_plain else self._fused_forward(n_layers, decoder)
         if fused is not None:
@@ -692,7 +694,7 @@ class _Model:
         yield "head", self.decoder.head
 
     def _twin_linears(self) -> Iterator[tuple[str, Linear]]:
-        """Yields the matrices of the twin likewise; a head that it shares is not among them."""
+        """Yields every matrix of the twin, without a shared head."""
         if self.twin is None:
             return
         for block in self.twin.blocks:
@@ -712,7 +714,7 @@ def _by_window(spans: Sequence[Spans], parts: Sequence[Tensor]) -> dict[int, Ten
 
 
 class _PendingChunk(Generic[Result]):
-    """The ``Pending`` end of a chunk of prefill, and what is on its way to the host then."""
+    """The ``Pending`` end of a chunk of prefill, with the tensors that are copied to the host."""
 
     def __init__(self, device: torch.device, result: Result) -> None:
         self._done, self._result = None, result
@@ -761,7 +763,7 @@ class _PendingStepResult:
 
     @property
     def _n_drafting_steps(self) -> int:
-        """Steps that have results of their own; plain ones of a program have one together."""
+        """The number of steps with drafts: each has its own result; plain steps share one."""
         n_kept = self._host.n_kept
         return 1 if n_kept is None or n_kept.dim() == 1 else n_kept.shape[1]
 
@@ -803,7 +805,7 @@ class _PendingStepResult:
 
 
 def _of_draft(note: str) -> str:
-    """Says that a note is of the draft model, of whose kernels names begin with ``draft/``."""
+    """Marks a note as one of the draft model; names of its kernels begin with ``draft/``."""
     return f"draft/{note}" if " not used: " in note else f"draft: {note}"
 
 

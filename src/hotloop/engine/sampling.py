@@ -7,8 +7,8 @@ reproducible, and a row does not depend on the rest of the batch.
 
 Only the ``Features`` that requests of a step need are computed.
 
-With fused steps on one rank, one kernel samples (``kernels.cuda.sample``) in place of some sixty of
-PyTorch's; the code here is its specification.
+With fused steps on one rank, one kernel (``kernels.cuda.sample``) replaces some sixty kernels of
+PyTorch; the code here is its specification.
 
 With several ranks, each has the logits of its shard of the vocabulary, and all select the same
 tokens (``vocabulary``).
@@ -38,16 +38,17 @@ from hotloop.types import MAX_LOGPROBS, SamplingParams
 _WORD = 0xFFFFFFFF
 
 _LEAST_TOP_P = torch.finfo(torch.float32).tiny
-"""Rows hold top-p in float32. Were a smaller one rounded to 0, no token would pass, not even the
-most likely."""
+"""The smallest top-p. Rows hold top-p in float32: if a smaller value were rounded to 0, no token
+would pass, not even the most likely one."""
 
 
 FEW_CANDIDATES = (256, 4096)
-"""The most likely tokens that top-p looks at on a CPU, before the whole vocabulary."""
+"""The number of most likely tokens that top-p tries first on a CPU, before the whole vocabulary."""
 
 
 MOST_DRAWN = 8
-"""Where no more than one token in so many passes, a CPU computes Gumbel numbers of those alone."""
+"""If no more than one token in this many passes, a CPU computes Gumbel numbers of the passing
+tokens only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,9 @@ class Sampled:
 
     Attributes:
         ids: int64 [B, T]; -1 where the logits are not finite.
-        n_kept: int64 [B], the number of tokens of each row that are accepted; None for all. Of
-            several steps with drafts, [B, steps]: each has as many of the T tokens.
-        n_drafts: Likewise the number of drafts of each row; None in steps without drafts.
+        n_kept: int64 [B], the number of accepted tokens of each row; None for all. For several
+            steps with drafts, [B, steps]: every step has an equal share of the T tokens.
+        n_drafts: The number of drafts of each row, shaped like ``n_kept``; None without drafts.
         logprobs: float32 [B, T], log-probabilities of ``ids``; None without the feature.
         top_logprobs: float32 [B, T, MAX_LOGPROBS], most likely first; fewer if the vocabulary is
             smaller.
@@ -74,7 +75,7 @@ class Sampled:
 
     @staticmethod
     def joined(steps: Sequence[Sampled]) -> Sampled:
-        """Concatenates consecutive steps of the same number of drafts."""
+        """Concatenates consecutive steps that have the same number of drafts."""
         if len(steps) == 1:
             return steps[0]
         of_each = [vars(step) for step in steps]
@@ -117,7 +118,7 @@ class Sampler:
         alone = self.vocabulary.group.size == 1
         assert alone or launcher is None, "the kernel samples from unsharded logits"
 
-        # The options of a row are a column of either, so that one copy sets it.
+        # The options of a row are a column of each tensor, so that one copy sets them.
         numbers, counts = (0, 1, 0, 1, 0, 0), (vocab_size, 0, 0)
         self._numbers = torch.tensor(numbers, dtype=torch.float32)[:, None].repeat(1, n_rows)
         self._counts = torch.tensor(counts)[:, None].repeat(1, n_rows)
@@ -140,7 +141,7 @@ class Sampler:
 
         self.seen_RV, self.counts_RV = per_token(torch.bool), per_token(torch.int32)
         self.bias_RV, self.ends_RV = per_token(torch.float32), per_token(torch.bool)
-        # Rows whose biases and ends may not be zero. What else a row remembers has no effect as
+        # Rows whose biases and ends may not be zero. The rest of a row's state has no effect as
         # long as its penalties are neutral.
         self._adjusting: set[int] = set()
         self.vocab_size = vocab_size
@@ -157,7 +158,7 @@ class Sampler:
         return other
 
     def relevant(self, features: Features) -> Features:
-        """Drops features that select no other program: the kernel handles every truncation."""
+        """Drops features that need no program of their own: the kernel handles every truncation."""
         if self._launcher is None:
             return features
         return dataclasses.replace(features, truncate=False, n_candidates=0)
@@ -170,7 +171,7 @@ class Sampler:
         prompt_ids: Sequence[int],
         eos_ids: Collection[int] = (),
     ) -> None:
-        """Sets a row's options, and the tokens that they apply to.
+        """Sets a row's options, and the tokens to which they apply.
 
         Args:
             row: The row.
@@ -189,7 +190,7 @@ class Sampler:
         )
         top_k = min(params.top_k or self.vocab_size, self.vocab_size)
         counts = (top_k, seed, len(prompt_ids) + params.min_new_tokens)
-        # Not ``tensor[row] = number``, for which CUDA waits until the device has nothing to do.
+        # Not ``tensor[row] = number``, which waits until the device is idle.
         self._numbers[:, row] = to_device(numbers, self._numbers.device, torch.float32)
         self._counts[:, row] = to_device(counts, self._counts.device)
         if row in self._adjusting or params.adjusts_logits:
@@ -209,7 +210,7 @@ class Sampler:
             self.bias_RV[row].index_copy_(0, self._ids(biases), values)
 
     def move(self, source: int, target: int) -> None:
-        """Copies a row's options, and the tokens that they apply to, into another row."""
+        """Copies a row's options, and the tokens to which they apply, into another row."""
         for options in (self._numbers, self._counts):
             options[:, target] = options[:, source]
         if self._adjusting & {source, target}:
@@ -251,7 +252,7 @@ class Sampler:
             best_BT: Argmax of the logits over ids that can be selected, -1 where that is not
                 finite; None if it has not been computed.
             masks_BTW: int32, bit masks of the tokens that grammars allow, of the whole vocabulary:
-                bit i of word w is that of id 32 w + i. None for all.
+                bit i of word w is for id 32 w + i. None allows all.
         """
         here = slice(first_row, first_row + len(logits_BTV))
         vocabulary = self.vocabulary
@@ -284,14 +285,13 @@ class Sampler:
     def probability(self, logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
         """Returns the probability of tokens by the model's own distribution, float32 [B, T].
 
-        Tokens that are no tokens, since the logits are not finite, have 0. Every rank gets the same
-        bits.
+        An id of -1 (the logits are not finite) has probability 0. Every rank gets the same bits.
         """
         logprobs_BT = self.vocabulary.gather_at(self.vocabulary.log_softmax(logits_BTV), ids_BT)
         return logprobs_BT.exp().where(ids_BT >= 0, 0.0)
 
     def remember(self, ids_BT: Tensor, first_row: int, n_kept_B: Tensor | None = None) -> None:
-        """Adds tokens of the answer to those that penalties apply to.
+        """Adds tokens of the answer to the tokens to which penalties apply.
 
         Args:
             ids_BT: The tokens.
@@ -402,7 +402,7 @@ class Sampler:
         whole_BT1 = weights_BTV.cumsum(dim=-1)[..., -1:] if fewer else None
 
         def passing(n: int) -> tuple[Tensor, Tensor | None]:
-            """Returns which of the n most likely pass, and of ``fewer`` whether no others do."""
+            """Returns which of the n most likely pass, and with ``fewer`` whether no others do."""
             best_BTK, ids_BTK = self.vocabulary.topk(scaled_BTV, n)
             # Sums from the most likely token on do not depend on the number of candidates either.
             sums_BTK = best_BTK.exp().cumsum(dim=-1)
@@ -410,8 +410,9 @@ class Sampler:
             limit_BT1 = top_p_B11 * sums_BTK.gather(2, last_BT1)
             if whole_BT1 is not None:
                 limit_BT1 = limit_BT1.where(~is_whole_B11, top_p_B11 * whole_BT1)
-            # A token passes if the sum before it is below top_p, as it is for the first. Rounded
-            # sums can reach 1 before the last token, but top_p = 1 keeps every token.
+            # A token passes if the sum before it is below top_p, which always holds for the first
+            # token. Rounded sums can reach 1 before the last token, but top_p = 1 keeps every
+            # token.
             before_BTK = torch.nn.functional.pad(sums_BTK[..., :-1], (1, 0))
             among_BTK = (before_BTK < limit_BT1) | (top_p_B11 == 1)
             among_BTK &= torch.arange(n, device=best_BTK.device) < top_k_B11
@@ -431,14 +432,14 @@ class Sampler:
 
     @property
     def _reads_candidates(self) -> bool:
-        """Whether the host can ask which tokens pass, at no cost and for all ranks."""
+        """Whether the host can read which tokens pass, at no cost and alike on all ranks."""
         return not self.top_p.is_cuda and self.vocabulary.group.size == 1
 
     def _numbers_of_candidates(self, features: Features) -> list[int]:
         """Returns how many of the most likely tokens to look at, ascending; the last suffices.
 
-        Sorting a whole vocabulary for top-p takes a third of a small model's step on a CPU, and few
-        tokens are nearly always enough. Graphs of a GPU have one number, as several ranks do.
+        To sort a whole vocabulary for top-p takes a third of a small model's step on a CPU, and few
+        tokens are nearly always enough. CUDA graphs and several ranks have a single, fixed number.
         """
         most = min(features.n_candidates or self.vocab_size, self.vocab_size)
         if not self._reads_candidates:

@@ -59,14 +59,14 @@ MAX_MULTI_STEP_S = 8e-3
 """The longest that a multi-step program may delay its first token: half a frame at 60 Hz."""
 
 MAX_MULTI_STEPS = 8
-"""The most steps of a multi-step program; those after a request's end are wasted."""
+"""The most steps of a multi-step program; steps after a request's end are wasted."""
 
 
 def n_multi_steps(step_s: float) -> int:
     """Chooses the number of steps of a multi-step program, a power of two.
 
-    Several steps amortize the gap between graph launches (some microseconds) and the host's work
-    per launch (some hundred), which with the smallest models takes longer than a step.
+    Several steps per launch amortize the gap between graph launches (some microseconds) and the
+    host's work per launch (some hundred microseconds), which exceeds a step of the smallest models.
 
     Args:
         step_s: Time of one step, in seconds.
@@ -76,10 +76,10 @@ def n_multi_steps(step_s: float) -> int:
 
 
 def n_drafting_steps(n_steps: int) -> int:
-    """Returns the number of steps of a multi-step program with drafts, of a single request.
+    """Returns the number of steps of a multi-step program with drafts, for a single request.
 
-    With more rows a server would have to capture twice as many programs. A step with drafts takes
-    about twice as long as a plain one.
+    Only single requests have such programs: otherwise a server would have to capture twice as many.
+    A step with drafts takes about twice as long as a plain step.
 
     Args:
         n_steps: Steps of a multi-step program of plain steps.
@@ -99,7 +99,7 @@ class Scheduler:
         n_rows: The most requests in a step, and seats in the cache.
         n_positions: Tokens that a seat holds.
         chunk: Tokens of a chunk of prefill.
-        controller: Chooses drafter and number of drafts; None without a drafter.
+        controller: Chooses the drafter and the number of drafts; None without a drafter.
         n_steps: Plain steps of a multi-step program, used while no request waits; see
             ``n_multi_steps``.
         prefix_cache: See ``EngineConfig.prefix_cache``.
@@ -140,11 +140,11 @@ class Scheduler:
         self._rows: list[Request | None] = [None] * n_rows
         self._seats = Seats(n_rows, reuse=prefix_cache, chunk=chunk)
         self._seat_of: dict[Job, Seat] = {}
-        # Launches of the previous iteration that are not delivered, and those of the next. One list
-        # between iterations that launch, and two from a launch until the previous is delivered.
+        # Launches that are not delivered, as a list for each iteration that launched: two lists
+        # from a launch until the previous iteration's are delivered, else one.
         self._in_flight: deque[list[_Launched]] = deque([[]])
         self._undelivered: deque[tuple[_Launched, StepResult]] = deque()
-        self._chunk_next = False  # of a synchronous device
+        self._chunk_next = False  # only for a synchronous device
 
     @property
     def idle(self) -> bool:
@@ -169,7 +169,7 @@ class Scheduler:
     def cancel(self, job: Job) -> None:
         """Cancels a request and frees its row and seat; does nothing if it has ended.
 
-        Its tokens of in-flight steps are discarded.
+        Tokens that steps in flight compute for it are discarded.
         """
         if job.ended:
             return
@@ -188,21 +188,21 @@ class Scheduler:
         self._seats.forget()
 
     def iterate(self) -> list[tuple[Job, Delta | None]]:
-        """Launches a step and a chunk behind it, or delivers what was launched before.
+        """Launches a step and a chunk after it, or delivers an earlier launch.
 
         Each call delivers one launch as soon as the device has completed it, so that a step's
-        tokens do not wait for the chunk behind it; several steps with drafts that were one launch
-        are delivered one by one. The next step and chunk are launched when all but the newest are
-        delivered: the host is one step ahead of the device.
+        tokens do not wait for the chunk after it. If a launch has several steps with drafts, they
+        are delivered one by one. The next step and chunk are launched when all launches but the
+        newest are delivered: the host is one step ahead of the device.
 
-        A synchronous device has completed a launch when it returns. There a call launches either a
-        step or a chunk, by turns, and delivers it at once.
+        A synchronous device has completed a launch when the launch returns. A call then launches
+        either a step or a chunk, by turns, and delivers it at once.
 
         Returns:
             The new pieces of answers; None for a window that has been scored. The last piece of a
             failed request has no generation.
         """
-        if self._undelivered:  # a job has one piece at a time
+        if self._undelivered:  # a call returns at most one piece per job
             return self._deliver_step(*self._undelivered.popleft())
         if not self._core.asynchronous:
             launches = [self._launch_step, self._launch_chunk]
@@ -251,7 +251,7 @@ class Scheduler:
 
     def _launch_step(self) -> _Launched | None:
         """Launches a decode step for every request that needs one, without waiting for it."""
-        fewest: dict[Request, int] = {}  # tokens that in-flight steps will surely bring
+        fewest: dict[Request, int] = {}  # tokens that steps in flight add at least
         most: dict[Request, int] = {}
         for launched in chain.from_iterable(self._in_flight):
             for request in launched.requests.values():
@@ -271,7 +271,7 @@ class Scheduler:
             return None
         n = self._compact()
         active = {row: r for row, r in enumerate(self._rows[:n]) if r is not None}
-        # The positions of the newest tokens on the host; in-flight steps may advance them.
+        # The positions of the newest tokens on the host; steps in flight may advance them.
         known_positions = {
             row: len(r.prompt_ids) + len(r.token_ids) - 1 for row, r in active.items()
         }
@@ -307,7 +307,7 @@ class Scheduler:
         return _Launched(self._core.run(step), requests=active, n=n, choice=choice, n_steps=n_steps)
 
     def _features(self, requests: Iterable[Request]) -> Features:
-        """Returns the features of a step's program; more than are needed change no token."""
+        """Returns the features of a step's program; unneeded features change no token."""
         needed = functools.reduce(operator.or_, (request.features for request in requests))
         if self.feature_sets is None:
             return needed
@@ -334,7 +334,7 @@ class Scheduler:
         return _Launched(pending, prefilling=job)
 
     def _batched_with(self, first: _Prefilling) -> Iterator[_Prefilling]:
-        """Takes further prompts off the queue, in its order, that are prefilled with this one."""
+        """Takes prompts that are prefilled together with this one off the queue, in its order."""
         limits, n, n_tokens = self._prefill_batching, 1, first.n - first.start
         if limits is None or n_tokens > limits.max_prompt_tokens:
             return
@@ -405,7 +405,7 @@ class Scheduler:
 
     def _admit(self, prompts: Sequence[_Prefilling]) -> _Launched:
         """Launches the last chunks of prompts, whose requests become rows."""
-        # One request takes the first free row; the rows of several are consecutive.
+        # One request takes the first free row; several requests take consecutive rows.
         row = self._rows.index(None) if len(prompts) == 1 else self._compact()
         admitted, requests = [], {}
         for i, prefilling in enumerate(prompts):
@@ -505,7 +505,7 @@ class Scheduler:
                 )
             if request.ended:
                 self._release(request)
-            # A step with drafts adds one token of the model's own to those that were accepted.
+            # A step with drafts yields the accepted drafts and one token of the model's own.
             n_accepted = len(result.rows[row]) - 1 if result.n_drafts[row] else 0
             delta = Delta(
                 index=request.index,
@@ -549,7 +549,7 @@ class _Prefilling:
         return len(self.job.prompt_ids) if isinstance(self.job, Request) else len(self.job.ids) - 1
 
     def end(self, chunk: int) -> int:
-        """Returns the end of its next chunk, where chunks have this size."""
+        """Returns the end of its next chunk, for chunks of this size."""
         return min(self.n, self.start - self.start % chunk + chunk)
 
 
@@ -557,7 +557,7 @@ class _Prefilling:
 class _Launched:
     """A launched chunk, step or multi-step program.
 
-    A step has ``n`` rows, and drafts as it was chosen; ``n`` is 0 for a chunk.
+    A step has ``n`` rows, and drafts by ``choice``; ``n`` is 0 for a chunk.
 
     Attributes:
         mean_drafts: Drafts of the longest chain of its steps, as their mean.

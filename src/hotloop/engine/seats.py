@@ -1,4 +1,4 @@
-"""Seats of the KV cache on the host: what each holds, and which one a request gets.
+"""The host's view of the KV cache's seats: the tokens of each, and the seat for a new request.
 
 A seat outlives its request: its tokens stay valid until another request needs the seat, and a
 prompt that begins with the same tokens reuses their keys and values (*prefix reuse*). A prompt is
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from hotloop.engine.request import Scoring
 
 LEAST_COPIED = 32
-"""The shortest common prefix worth copying: prefill of fewer tokens takes no longer than one."""
+"""The shortest common prefix worth copying: to prefill fewer tokens takes no longer than one token.
+"""
 
 LEAST_SHARED = 8
 """That of windows, of which several are scored together: each token of a forward takes its time."""
@@ -38,7 +39,7 @@ class Seat:
     Attributes:
         index: The seat in the cache.
         occupied: A request is using it.
-        ids: Tokens at its first positions whose keys and values are valid and may be reused.
+        ids: The tokens at its first positions, whose keys and values are valid and may be reused.
         salt: The salt of the request that wrote them.
         window: The window that begins with them; None if a request wrote them.
         last_used: Number of the placement that used it last.
@@ -143,7 +144,7 @@ class Seats:
             seat.ids, seat.window = window.ids[:n], window
 
     def release(self, seat: Seat, answer_ids: Sequence[int] = ()) -> None:
-        """Frees a seat, which keeps its tokens, and those of an answer that follow them."""
+        """Frees a seat, which keeps the tokens of its prompt and of the answer."""
         if self._reuse == "tokens":
             seat.ids += answer_ids
         seat.occupied = False

@@ -1,11 +1,11 @@
 """``Service``: one engine for many clients, driven by one thread.
 
 Any thread submits and cancels; the service's thread runs the scheduler. Each request has a
-``Ticket``, a queue of the pieces of its answer. A client that is slow to take them fills only its
-own queue, and is cancelled once that is full. After each iteration the clients whose queues got
-something are woken: threads by an event of their own, an asyncio loop by one call for all of them.
-Where few got something, a client that has said how (``Ticket.hand_over``) is not woken: the
-service's thread itself passes the pieces on.
+``Ticket``, a queue of the pieces of its answer. A slow client fills only its own queue, and is
+cancelled once that is full. After each iteration the service wakes the clients whose queues got a
+piece: threads by an event of their own, an asyncio loop by one call for all of its clients. If few
+clients got a piece, those with a function for it (``Ticket.hand_over``) are not woken: the
+service's thread calls the function.
 
 >>> with Service(llm) as service:
 ...     ticket = service.submit([1, 2, 3], SamplingParams())
@@ -60,16 +60,16 @@ MAX_BEHIND = 4 * 2**20
 """The most bytes of an answer that a client may leave in its queue by default."""
 
 SWITCH_INTERVAL_S = 1e-4
-"""How long another Python thread may keep the interpreter from the service's thread. Python's own
-5 ms are longer than a step."""
+"""Python's switch interval while a service runs: how long another thread may hold the interpreter
+before the service's thread gets it. The default of 5 ms is longer than a step."""
 
 HAND_OVER_S = 1e-3
-"""The longest that a client's thread leaves the interpreter to the service's, which its request has
-woken, until that has launched the prompt."""
+"""The longest that a client's thread yields the interpreter after it has submitted, so that the
+service's thread can launch the prompt."""
 
 FIRST_PIECE_S = 2e-4
-"""How long the service's thread leaves the interpreter to the threads of clients that get a first
-piece. The device has its next step by then."""
+"""How long the service's thread yields the interpreter to the threads of clients that get a first
+piece. The next step is then already launched."""
 
 MAX_HANDED_OVER = 4
 """The most clients to whom the service's thread itself passes pieces on after an iteration. Beyond
@@ -82,15 +82,16 @@ Piece = Delta | Score
 class Ticket:
     """A request that was submitted, and the pieces of its answer that have not been taken.
 
-    With several answers a piece's ``index`` is that of its answer: that of answer j to prompt i is
-    i × n + j. The last piece of each has a ``generation``; that of a cancelled one has the finish
-    reason ``cancelled``.
+    With several answers a piece's ``index`` is the index of its answer; answer j to prompt i has
+    the index i × n + j. The last piece of each answer has a ``generation``; the generation of a
+    cancelled answer has the finish reason ``cancelled``.
 
     Args:
         jobs: The answers, or the window to score.
-        event: Is set when something has arrived.
+        event: Set when something has arrived.
         n: Answers to each prompt, which follow each other in ``jobs``.
-        max_behind: The most bytes in the queue: of text, 8 for a token, 16 for a log-probability.
+        max_behind: The most bytes in the queue: the bytes of the text, 8 for a token, 16 for a
+            log-probability.
 
     Attributes:
         prompt_tokens: Tokens of the prompts or the window.
@@ -114,7 +115,7 @@ class Ticket:
 
     @property
     def done(self) -> bool:
-        """Whether everything has been taken; if it failed, the error has been raised."""
+        """Whether everything has been taken, or the error of a failed request has been raised."""
         return not (self._n_open or self._pieces or self._error)
 
     @property
@@ -138,7 +139,8 @@ class Ticket:
         """Takes what has arrived, in order, without waiting.
 
         Raises:
-            HotloopError: What ended the request, once all pieces before have been taken.
+            HotloopError: The request has failed. It is raised once all earlier pieces have been
+                taken.
         """
         self._event.clear()
         pieces = []
@@ -152,12 +154,12 @@ class Ticket:
         return pieces
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Waits in a thread until there is something to take; False after ``timeout_s``."""
+        """Waits in a thread until a piece can be taken; returns False after ``timeout_s``."""
         assert isinstance(self._event, threading.Event), "in a coroutine, await arrived()"
         return self._ready or self._event.wait(timeout_s)
 
     async def arrived(self) -> None:
-        """Waits in the service's event loop until there is something to take."""
+        """Waits in the service's event loop until a piece can be taken."""
         assert isinstance(self._event, asyncio.Event), "the service has no event loop"
         if not self._ready:
             await self._event.wait()
@@ -177,7 +179,7 @@ class Ticket:
         return self._n_open == 0
 
     def _put(self, piece: Piece, *, is_last: bool) -> bool:
-        """Appends a piece, in the service's thread; False if the queue is full."""
+        """Appends a piece, in the service's thread; returns False if the queue is full."""
         n_bytes = _n_bytes(piece)
         self._n_put += n_bytes
         self._pieces.append((piece, n_bytes))
@@ -195,12 +197,11 @@ class ServiceState:
     Attributes:
         n_running: Requests that have a seat, in prefill or decoding.
         n_waiting: Requests that wait for a seat.
-        n_captured: Programs captured or compiled since the service was ready; 0, unless a size was
-            forgotten.
+        n_captured: Programs captured or compiled since the service was ready; normally 0.
         n_steps: Decode steps since the engine was made.
-        n_step_rows: Rows of these steps, all together.
+        n_step_rows: Sum of the numbers of rows of these steps.
         stalled_s: Seconds since the last iteration ended, while there is work; else 0.
-        error: What has ended the service; None while it runs.
+        error: The error that has ended the service; None while it runs.
     """
 
     n_running: int
@@ -221,7 +222,8 @@ class Service:
     Args:
         llm: The engine. It stays open when the service closes.
         max_queued: The most answers that may wait for a seat when a request comes.
-        max_behind: The most bytes in a ticket's queue, before it is cancelled; see ``Ticket``.
+        max_behind: The most bytes in the queue of a ticket, which is cancelled beyond; see
+            ``Ticket``.
         loop: The event loop that takes the pieces; None for threads.
 
     Raises:
@@ -291,7 +293,8 @@ class Service:
             prompt: As for ``LLM.generate``; text is tokenized in this thread.
             params: Sampling options; None takes the model's own defaults.
             salt: Only requests with the same salt reuse each other's prefixes.
-            clamp: Reduce ``max_new_tokens`` to what the context has room for, instead of refusing.
+            clamp: Reduce ``max_new_tokens`` to the room in the context, instead of refusing the
+                request.
 
         Raises:
             ContextLengthError: The prompt does not fit the context.
@@ -314,7 +317,7 @@ class Service:
 
         Args:
             prompts: One prompt or more.
-            params: As for ``submit``, and likewise the other arguments.
+            params: See ``submit``.
             salt: See ``submit``.
             clamp: See ``submit``.
 
@@ -346,7 +349,7 @@ class Service:
         self._llm.check_grammar(grammar)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Cancels what has not ended of a request, within two steps; does not wait."""
+        """Cancels the unfinished answers of a request, within two steps; does not wait."""
         with self._changed:
             self._inbox.append((ticket, True))
             self._changed.notify()
@@ -365,10 +368,10 @@ class Service:
         )
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuses new requests, and waits until those that run and wait have ended.
+        """Refuses new requests, and waits until all earlier requests have ended.
 
         Returns:
-            Whether they all have.
+            Whether all have ended.
         """
         with self._changed:
             self._closing = True
@@ -434,7 +437,7 @@ class Service:
             self._end(failed)
 
     def _wait_for_work(self) -> bool:
-        """Waits until there is something to do; False once the service ends."""
+        """Waits until there is work; returns False once the service ends."""
         with self._changed:
             if self._scheduler.idle and not self._inbox:
                 self._busy_since = None
@@ -457,7 +460,7 @@ class Service:
         self._wake(woken)
 
     def _deliver(self, job: Job, delta: Delta | None, woken: dict[Ticket, None]) -> None:
-        """Puts a piece into its queue; a client that is too far behind is cancelled."""
+        """Appends a piece to its queue; cancels a client that is too far behind."""
         ticket = self._tickets.get(job)
         if ticket is None:  # another answer of its ticket has failed in this iteration
             return
@@ -473,7 +476,7 @@ class Service:
             self._fail(ticket, SlowClientError(self._max_behind))
 
     def _cancel(self, job: Job) -> None:
-        """Cancels a job; the client of a prompt gets a last piece that says so."""
+        """Cancels a job; for a prompt, its client gets a last piece that says so."""
         ticket = self._forget(job)
         self._scheduler.cancel(job)
         if isinstance(job, Request):
@@ -483,7 +486,7 @@ class Service:
             ticket._n_open -= 1
 
     def _fail(self, ticket: Ticket, error: HotloopError) -> None:
-        """Ends a ticket with an error, and cancels what is left of it."""
+        """Ends a ticket with an error, and cancels its unfinished jobs."""
         for job in ticket._jobs:
             if job in self._tickets:
                 self._forget(job)
@@ -517,7 +520,7 @@ class Service:
         return True
 
     def _end(self, error: HotloopError | None) -> None:
-        """Ends all tickets with an error, or without one as cancelled."""
+        """Ends all tickets, with an error or as cancelled."""
         with self._changed:
             queued = [ticket for ticket, cancel in self._inbox if not cancel]
             self._inbox.clear()
@@ -540,7 +543,7 @@ def _n_given(job: Job) -> int:
 
 
 def _n_bytes(piece: Piece) -> int:
-    """Returns about what a piece takes; a score, which is alone, counts nothing."""
+    """Returns the approximate size of a piece; a score counts as 0, since it is the only piece."""
     if not isinstance(piece, Delta):
         return 0
     n_bytes = len(piece.text.encode()) + 8 * len(piece.token_ids)
@@ -562,7 +565,7 @@ def _set(events: Sequence[threading.Event | asyncio.Event]) -> None:
 
 
 def _engine_error(error: BaseException) -> HotloopError:
-    """Describes an error that is not hotloop's own, as of the device's driver."""
+    """Describes an error that is not hotloop's own, such as one of the device's driver."""
     failed = HotloopError(f"the engine has failed: {type(error).__name__}: {error}")
     failed.__cause__ = error
     return failed

@@ -1,7 +1,8 @@
 """Resolves an ``EngineConfig`` for this machine, without reading weights.
 
-``prepare`` fills in every value that was left to hotloop and refuses what cannot run; ``settle``
-does the part that needs no GPU, so that equal configurations can be recognized.
+``prepare`` fills in every value that the user left to hotloop, and refuses a configuration that
+cannot run. ``settle`` does the part of it that needs no GPU, so that equal configurations can be
+recognized.
 """
 
 from __future__ import annotations
@@ -68,11 +69,11 @@ class Draft:
 
     Attributes:
         names: The drafters, as ``types.drafters`` returns them.
-        schemes: Of the model under another scheme, the scheme of every matrix of which the drafter
-            has a copy, by its name in a checkpoint: all projections, and the head where sharing
-            the model's would take longer. Empty without such a drafter.
-        nested: A drafter is the high planes of the model's nested weights.
-        setup: The draft model; None where the drafters need none.
+        schemes: For a drafter that is the model under another scheme: the scheme of every matrix of
+            which the drafter has a copy, by its name in a checkpoint. These are all projections,
+            and the head if to share the model's head would take longer. Empty for other drafters.
+        nested: A drafter uses the high planes of the model's nested weights.
+        setup: The setup of the draft model; None if no drafter needs one.
     """
 
     names: tuple[str, ...]
@@ -97,7 +98,7 @@ class Setup:
         n_positions: Tokens that a seat can hold.
         prefill_chunk: The most prompt tokens of one forward.
         shards: The part of the model that each rank holds.
-        rank: The rank that this is the setup of; rank 0 holds the largest shard.
+        rank: The rank of this setup; rank 0 holds the largest shard.
         draft: The drafter; None without speculative decoding. Only rank 0 holds a draft model.
         notes: Notes on these choices for readers of results.
     """
@@ -174,14 +175,14 @@ class Setup:
 
     @property
     def draft_specs(self) -> list[LinearSpec]:
-        """The matrices that a drafter has which is the model under another scheme."""
+        """The matrices of a drafter that is the model under another scheme."""
         if self.draft is None or not self.draft.schemes:
             return []
         return [spec for _, pieces in self.specs(self.draft.schemes) for spec in pieces]
 
     @property
     def resolved(self) -> EngineConfig:
-        """The configuration, with the values that were left to hotloop filled in."""
+        """The configuration, with every value that was left to hotloop filled in."""
         one_each = self.device.type == "cuda" and len(self.shards) > 1
         return dataclasses.replace(
             self.config,
@@ -205,7 +206,7 @@ class Setup:
 
     @property
     def models(self) -> tuple[Setup, ...]:
-        """This setup and, on rank 0, that of the draft model if there is one."""
+        """This setup and, on rank 0, the setup of the draft model, if there is one."""
         if self.rank > 0 or self.draft is None or self.draft.setup is None:
             return (self,)
         return (self, self.draft.setup)
@@ -244,7 +245,7 @@ def prepare(config: EngineConfig) -> Setup:
 
 
 def settle(config: EngineConfig) -> EngineConfig:
-    """Resolves ``auto`` and resets options without effect, as far as that needs no GPU.
+    """Resolves ``auto`` and resets options that have no effect, as far as that needs no GPU.
 
     Two configurations that settle to the same value make the same engine. The reverse does not hold
     for GPUs, which must be queried to resolve ``auto``.
@@ -339,7 +340,7 @@ def _plan_shards(
     """Plans each rank's shard; super-blocks are cut only where no plan keeps them whole.
 
     Returns:
-        The shards, and the model's schemes with which they are planned.
+        The shards, and the schemes of the model for which they are planned.
     """
 
     def alignment(i: int, part: Part) -> int:
@@ -360,7 +361,7 @@ def _plan_shards(
 
 
 def served_prefill_chunk(config: EngineConfig) -> int:
-    """Chooses the chunk of a server, where others wait for one chunk of a prompt at a time.
+    """Chooses the chunk size of a server, where other requests wait for one chunk at a time.
 
     With CPU kernels, prefixes of any length are reused with chunks of this size.
     """
@@ -369,7 +370,7 @@ def served_prefill_chunk(config: EngineConfig) -> int:
 
 
 def _check_assumption(config: EngineConfig) -> None:
-    """Refuses an assumed acceptance where it would change answers that somebody could use."""
+    """Refuses an assumed acceptance for real weights: it would change their answers."""
     if config.assume_acceptance is None:
         return
     if config.draft == "none":
@@ -395,7 +396,7 @@ def _with_draft(setup: Setup, draft: Draft | None) -> Setup:
 
 
 _HEAD_SAVINGS = 0.05
-"""A drafter has a head of its own if the bytes that a draft reads become fewer by this share."""
+"""A drafter gets a head of its own if that reduces the bytes read per draft by this share."""
 
 
 def _canonical_draft(draft: str) -> str:
@@ -425,7 +426,7 @@ def _canonical_draft(draft: str) -> str:
 def _self_draft_schemes(
     config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme], dtype: torch.dtype
 ) -> dict[str, Scheme]:
-    """Returns ``Draft.schemes`` of a drafter that is the model under another scheme.
+    """Returns ``Draft.schemes`` of a drafter that is the model under another scheme; else nothing.
 
     It is empty for other drafters.
 
@@ -470,7 +471,7 @@ def _self_draft_schemes(
 def _check_nested(
     config: EngineConfig, model: ModelConfig, schemes: Mapping[str, Scheme], dtype: torch.dtype
 ) -> None:
-    """Refuses to draft with the high planes of weights of which some have none."""
+    """Refuses to draft with high planes, if some weights have none."""
     kinds = {
         schemes[names.layer(i, part.name)].format(matrix.k).kind
         for i, layer in enumerate(model.layers)
@@ -613,7 +614,7 @@ def find_device(config: EngineConfig) -> torch.device:
 
 
 def _check_all_reduce(config: EngineConfig, device: torch.device) -> None:
-    """Refuses a backend of another kind of device, or without ranks; ranks check if it works."""
+    """Refuses a backend for another kind of device, or without ranks; ranks try it."""
     backend = config.all_reduce
     if backend == "auto":
         return
@@ -654,8 +655,8 @@ def _describe_model(
     """Finds a model.
 
     Returns:
-        Its path, its architecture, the description of ``hotloop quantize``, the matrices that are
-        stored in another tool's encoding, and notes on reading it.
+        Its path, its architecture, the description that ``hotloop quantize`` wrote, the matrices
+        that are stored in another tool's encoding, and notes on reading it.
     """
     if config.weights == "random":
         if config.model in SHAPES:
@@ -687,7 +688,8 @@ def _settle_schemes(
 
     Args:
         config: The configuration.
-        copy: The description of a checkpoint that ``hotloop quantize`` wrote: it determines them.
+        copy: The description of a checkpoint that ``hotloop quantize`` wrote, which determines the
+            schemes.
         stored: The matrices that are stored in other tools' encodings.
     """
     scheme = parse_scheme(config.quant)
@@ -711,7 +713,7 @@ def _settle_schemes(
 
 
 def _assumption_notes(stored: Mapping[str, Recognized]) -> tuple[str, ...]:
-    """Says what is assumed of matrices that their checkpoint does not describe wholly."""
+    """Returns notes on assumptions about matrices that their checkpoint does not describe fully."""
     counts = Counter(each.layout.assumption for each in stored.values() if each.layout.assumption)
     return tuple(
         f"{n} {'matrix is' if n == 1 else 'matrices are'} {assumption}."
@@ -733,8 +735,8 @@ def linear_specs(
         model: The architecture of a rank's part of the decoder.
         schemes: The scheme of every matrix, by its name in a checkpoint.
         dtype: Element type of activations.
-        device: Of the weights.
-        fused: For the fused step.
+        device: The device of the weights.
+        fused: The matrices are for the fused step.
     """
     plain_rows = fused and tuning.reads_plain_rows(device)
     for i, layer in enumerate(model.layers):
@@ -868,5 +870,5 @@ def _resolve_execution(
             f"execution {wanted!r} cannot run here: {reason}. Choose 'auto', or 'eager', which "
             "always runs."
         )
-    # Only users of a GPU expect fused steps, so only they get a note.
+    # Only users of a GPU expect fused steps, so only these users get a note.
     return "eager", (f"execution/fused not used, but eager: {reason}",) * (device.type == "cuda")

@@ -2,8 +2,8 @@
 
 Verification is a comparison. Sampling is a pure function of seed, position and logits
 (``sampling``), so the model samples its own token at every draft position, and a draft is accepted
-if it equals that token. The tokens are exactly those of plain decoding: they do not depend on the
-drafter, on the number of drafts, or on when drafting is switched off. Drafters sample with the same
+if it equals that token. The tokens are exactly those of plain decoding: they depend neither on the
+drafter nor on the number of drafts, which may change in every step. Drafters sample with the same
 random numbers as the model, so that similar distributions give the same tokens (coupled sampling;
 Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative Decoding").
 The usual rejection sampling (Leviathan et al. 2023) has a slightly higher acceptance rate with a
@@ -55,11 +55,11 @@ class Drafter(ABC):
 
         Args:
             n: Rows.
-            k: Drafts for each, at most.
+            k: The most drafts for each row.
             first_seat: See ``Forward``.
             length: See ``Forward``.
             features: The features that the sampler needs.
-            end: Ends chains of drafts early; None for never.
+            end: Ends chains of drafts early; None never does.
         """
 
     def admit(self, seat: int, n_cached: int) -> None:  # noqa: B027 (most have no state)
@@ -85,7 +85,7 @@ class Drafter(ABC):
 
 
 class NgramDrafter(Drafter):
-    """Prompt lookup (Saxena 2023): drafts the tokens that followed the newest n-gram before.
+    """Prompt lookup (Saxena 2023): drafts the tokens after an earlier, equal n-gram.
 
     See ``reference.ngram_draft``.
 
@@ -111,9 +111,9 @@ class SelfDrafter(Drafter):
     """Drafts with the target model itself: its first layers, or all of it in fewer bits.
 
     It has no cache of its own. The keys and values of drafted positions are written into the
-    target's cache, and verification, which computes the same positions, overwrites them: what the
-    target attends to is all its own. This is self-speculative decoding (Zhang et al. 2023, "Draft &
-    Verify"); Zhao et al. 2024 ("QSpec") share a cache with drafts of another quantization.
+    target's cache, and verification, which computes the same positions, overwrites them: the target
+    attends only to its own keys and values. This is self-speculative decoding (Zhang et al. 2023,
+    "Draft & Verify"); Zhao et al. 2024 ("QSpec") share a cache with drafts of another quantization.
 
     Args:
         forward: The first layers of the target model and its head, or its twin: the model under
@@ -205,8 +205,8 @@ class ModelDrafter(Drafter):
     def catch_up(self, step: Step) -> None:
         """See ``Drafter``. It may include positions without a token, which are rewritten later.
 
-        A step prefills at most one chunk, so that a long prompt does not delay the other rows for
-        longer. Until a sequence has caught up, its drafts are worth less.
+        A step prefills at most one chunk, which bounds the delay of the other rows. Until a
+        sequence has caught up, its drafts are accepted less often.
         """
         room = self._chunk
         for row, position in step.known_positions.items():
@@ -230,7 +230,7 @@ class SharedDrafter(Drafter):
     The broadcast is an all-reduce by maximum, to which the other ranks contribute -1.
 
     Args:
-        drafter: The drafter, on rank 0; None on the others.
+        drafter: The drafter, on rank 0; None on the other ranks.
         group: The ranks.
         device: The device of the drafts.
     """

@@ -8,16 +8,16 @@ With speculative decoding a step is two programs: a drafter proposes k tokens fo
 model verifies them in one forward of k + 1 positions. At each position it samples a token as it
 would without drafts; drafts that equal these tokens are accepted, and the step yields the tokens up
 to the first rejected draft. Every token is thus the model's own: with greedy decoding or sampling,
-speculation changes when tokens come and never which (see ``speculation``). Where steps are short,
-several of them, drafts included, are one program.
+speculation changes the times of tokens and never the tokens (see ``speculation``). If steps are
+short, several steps, drafts included, are one program.
 
-If a request has a grammar, the model's program is two: *forward* keeps the logits, and *choose*
+If a request has a grammar, the model has two programs: *forward* keeps the logits, and *choose*
 samples once the host has written the masks of allowed tokens (``constraints``).
 
 ``eager`` runs a program operation by operation. ``compile`` compiles the forward with torch.compile
-(``forward``); ``fused`` runs it with our own kernels (``fused``) and samples with one. On a GPU,
-both capture each size of program once in a CUDA graph (``graphs``), which removes the host's work
-between kernels.
+(``forward``); ``fused`` runs it with our own kernels (``fused``), and samples with one kernel. On a
+GPU, both capture each size of program once in a CUDA graph (``graphs``), which removes the host's
+work between kernels.
 
 Shape letters: B rows of a step, T positions of each, D drafts, V vocabulary.
 """
@@ -47,10 +47,11 @@ from hotloop.engine.speculation import Drafter
 Result = TypeVar("Result")
 
 SMALLEST_LENGTH = 256
-"""Attention reads at least this many cache positions; beyond, the next power of two."""
+"""The fewest cache positions that attention reads; above it, the number is a power of two."""
 
 Timestamps = Sequence[Any]
-"""Start of a step and ends of its parts: clock readings in seconds, or CUDA events."""
+"""The start of a step and the end of each of its parts: clock readings in seconds, or CUDA events.
+"""
 
 
 def step_times(timestamps: Timestamps) -> StepTimes:
@@ -93,11 +94,11 @@ class Stepper:
         rows: The rows to advance.
         sampler: Samples tokens.
         constraints: The grammars of the rows.
-        drafters: Draft tokens, one of them in each step; none without speculative decoding.
+        drafters: Draft tokens; each step uses one drafter. Empty without speculative decoding.
         max_drafts: The most drafts in a step.
         verified: Numbers of drafts that programs verify, ascending: a chain that ends early is
             padded to one of them.
-        chain_end: Ends chains of drafts early; None for never.
+        chain_end: Ends chains of drafts early; None never does.
         assumed_acceptance: See ``EngineConfig.assume_acceptance``.
         n_positions: Positions of the cache.
         captures: Whether programs become CUDA graphs.
@@ -135,8 +136,8 @@ class Stepper:
     def step(self, step: Step) -> tuple[Sampled, Timestamps | None, Mapping[int, str]]:
         """Runs a step, which yields one token or more for each row.
 
-        On a CPU, where the host can read drafts at no cost, a step verifies no more of them than
-        there are, and one without any draft is plain.
+        On a CPU, where the host can read drafts at no cost, a step verifies only the drafts that
+        exist, and a step without any draft is a plain step.
 
         Returns:
             Tensors that are valid until the next step of the same size; the timestamps of the
@@ -229,7 +230,7 @@ class Stepper:
         return self._run(_Program("choose", n, k, features=features), self._choose), failures
 
     def length(self, longest: int) -> int:
-        """Returns the cache positions that a step reads which needs the first ``longest``."""
+        """Returns the number of cache positions that a step reads for ``longest``."""
         if self.indexes_seats:
             return self.n_positions
         length = max(SMALLEST_LENGTH, 1 << (longest - 1).bit_length())
@@ -338,11 +339,11 @@ class Stepper:
 
     @property
     def n_programs(self) -> int:
-        """The number of programs so far; the first run of each compiles or captures."""
+        """The number of programs so far; the first run of each compiles or captures it."""
         return len(self._ran) if self._graphs is None else self._graphs.n_captured
 
     def _timestamp(self) -> Any:
-        """Takes a timestamp: on a GPU, of when it completes the work launched so far."""
+        """Takes a timestamp: on a GPU, the time when the work launched so far is complete."""
         if self._device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,7 +1,8 @@
 """Streams that drive one scheduler together, from one thread or several.
 
-Whoever needs its next piece runs an iteration, unless another thread is running one, and hands the
-other streams their pieces. So a lone stream runs the scheduler inline, without a thread of its own.
+A stream that needs its next piece runs an iteration of the scheduler, unless another thread is
+running one, and hands the other streams their pieces. So a lone stream runs the scheduler inline,
+without a further thread.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Turns:
         self._taken = False
         self._streams: dict[Job, Stream] = {}
         # A garbage collection, which may run in the middle of anything, can end a stream. It only
-        # appends here; whoever has the scheduler cancels.
+        # appends here; the thread that has the scheduler cancels.
         self._left: deque[Stream] = deque()
 
     @contextmanager
@@ -80,7 +81,7 @@ class Turns:
             self.held = False
 
     def check_not_held(self) -> None:
-        """Refuses what only the service may do.
+        """Refuses a call while a service has the scheduler.
 
         Raises:
             RequestError: A service has the scheduler.
@@ -126,7 +127,7 @@ class Turns:
         """Returns a stream's next piece; None after the last.
 
         Raises:
-            Exception: The device side has failed, for whichever stream.
+            Exception: The device side has failed, in an iteration of any stream.
         """
         while not stream.ready:
             if self._take(stream):
@@ -176,7 +177,7 @@ class Turns:
                 del self._streams[job]
 
     def _take(self, stream: Stream | None = None) -> bool:
-        """Waits for the scheduler and takes it; False if a stream has become ready instead."""
+        """Waits for the scheduler and takes it; False if the stream is ready first."""
         with self._turn_ended:
             while self._taken and not (stream is not None and stream.ready):
                 self._turn_ended.wait()
@@ -192,7 +193,7 @@ class Turns:
         self._cancel_left()
 
     def _cancel_left(self) -> None:
-        """Cancels the streams that were left, unless somebody has the scheduler, who then does."""
+        """Cancels abandoned streams; if a thread has the scheduler, that thread does it."""
         while self._left:
             with self._turn_ended:
                 if self._taken:

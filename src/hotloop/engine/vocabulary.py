@@ -37,7 +37,8 @@ class VocabularyShard:
 
     Attributes:
         rows: Token ids of this rank's shard.
-        ids: Those that can be selected; at least one, so that the rank has an argmax.
+        ids: The rank's token ids that can be selected; at least one, so that the rank has an
+            argmax.
     """
 
     def __init__(self, shares: Sequence[range], n_tokens: int, group: Group) -> None:
@@ -48,7 +49,7 @@ class VocabularyShard:
         self.ids = range(rows.start, stop)
 
     def selectable(self, x: Tensor) -> Tensor:
-        """Selects ``ids`` of logits [..., rows]; minus infinity in a shard of padding alone."""
+        """Selects ``ids`` of logits [..., rows]; minus infinity if the shard has only padding."""
         mine = x[..., : len(self.ids)]
         return torch.full_like(mine, -torch.inf) if self._padding_alone else mine
 
@@ -64,11 +65,11 @@ class VocabularyShard:
         return x.masked_fill(bits[..., self.ids.start : self.ids.stop] == 0, -torch.inf)
 
     def amax(self, x: Tensor) -> Tensor:
-        """Returns the maximum over all ranks' [..., V], as [..., 1]."""
+        """Returns the maximum over all ranks' values [..., V], as [..., 1]."""
         return self.group.max(x.amax(dim=-1, keepdim=True))
 
     def argmax(self, x: Tensor) -> Tensor:
-        """Returns the id of the maximum over all ranks' [..., V]; of equal ones, the smallest."""
+        """Returns the smallest id of the maximum over all ranks' values [..., V]."""
         return self._largest(x)[1]
 
     def finite_argmax(self, logits: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class VocabularyShard:
         return _values(keys), _ids(keys)
 
     def topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Returns the ``k`` largest values over all ranks' [..., V], and their token ids.
+        """Returns the ``k`` largest of all ranks' values [..., V], and their token ids.
 
         They are in descending order, ties by id; ``k`` is at most the number of ids.
         """
@@ -125,7 +126,7 @@ class VocabularyShard:
         return self.group.max(values.where(mine, -torch.inf))
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
-        """Gathers all ranks' [..., rows] on rank 0, concatenated; None on the others."""
+        """Gathers all ranks' [..., rows] on rank 0, concatenated; returns None on other ranks."""
         if self.group.size == 1:
             return x
         padded = torch.nn.functional.pad(x, (0, len(self.shares[0]) - x.shape[-1]))
