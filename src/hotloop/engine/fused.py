@@ -162,7 +162,7 @@ class FusedForward:
         first = self._layers[0].attention.norm
         x_MD, prescaled = self._embed(ids_BT.flatten().contiguous(), first)
         afters = (*self._layers[1:], None)
-        staged: NextOperand | None = None  # the next matrix product reads this in place of x
+        staged: NextOperand | None = None  # what the next matrix product reads in the place of x
         for i, (block, after) in enumerate(zip(self._layers, afters, strict=True)):
             layer, attention, feed_forward = plans.layers[i], block.attention, block.feed_forward
             gate_up = layer.gate_up, feed_forward.gate_up_proj

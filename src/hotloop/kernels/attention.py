@@ -1,7 +1,7 @@
 """Attention over the KV cache: the implementations, and the choice among them.
 
-Every implementation computes ``reference.attention`` of the sequences' seats in the caches. It is
-given a ``length`` that exceeds every position, so that it need not read the unused end of them.
+Every implementation computes ``reference.attention`` of the sequences' seats in the caches. Its
+argument ``length`` is above every position, so that it need not read the unused end of a seat.
 
 Shape letters: B sequences, T tokens of each, H query heads, J key/value heads, E head dimension,
 S seats, C cache positions.
@@ -42,11 +42,11 @@ class Attention(Protocol):
             v_cache_SJCE: Values.
             seats_B: int64, the seat of each sequence.
             positions_BT: int64; each token sees the positions up to its own.
-            first_seat: The first sequence's seat, where those of the others follow it in order: the
-                caches are then sliced. None where they have to be looked up.
-            length: Exceeds every position.
-            window: How many positions a token sees, itself included; None for all.
-            scale: Of the scores.
+            first_seat: The first sequence's seat, if the seats of the other sequences follow it in
+                order: the caches are then sliced. None if every seat must be looked up.
+            length: A number above every position.
+            window: The number of positions that a token sees, its own included; None for all.
+            scale: The factor of the scores.
 
         Returns:
             [B, T, H, E].
@@ -88,7 +88,7 @@ def cpu_attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Computes decode attention by our own kernel, which reads only the visible positions."""
+    """Computes decode attention by hotloop's kernel, which reads only the visible positions."""
     if q_BTHE.shape[1] > EXACT_CPU_CHUNK:
         return torch_attention(
             q_BTHE,
@@ -111,7 +111,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, Att
     """Chooses the fastest implementation for a device.
 
     Returns:
-        Its name for records, the implementation, and why faster ones cannot be used.
+        Its name for records, the implementation, and the reasons against faster implementations.
     """
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return "torch", torch_attention, []

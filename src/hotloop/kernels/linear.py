@@ -1,8 +1,8 @@
 """Matrix products with a weight: the implementations, and the choice of one.
 
-A weight is handed over once, to be packed the way a kernel reads it. At each call the kernel
-decides by the number of rows: a GEMV with few (decoding) is bound by reading the weight, a GEMM
-with many (prefill) by arithmetic.
+A weight is given to a kernel once, which packs it in its own layout. At each call the kernel
+chooses by the number of rows: with few rows (decoding), a GEMV is bound by reading the weight; with
+many rows (prefill), a GEMM is bound by arithmetic.
 
 Shape letters: M rows, N output features, K input features, G groups along K, S super-blocks.
 """
@@ -40,9 +40,10 @@ from hotloop.kernels.cuda.packing import (
 )
 
 QuantizedKind = Literal["int8", "fp8", "int4", "uint4", "lut4", "nested"]
-"""The elements of a quantized weight: integers of up to 8 bits; e4m3; -8…7; 0…15; indices of a
-lookup table of 16 numbers; -128…119, stored as two planes of -8…7 (``reference.split_planes``), of
-which the high one alone is an int4 weight."""
+"""The elements of a quantized weight: ``int8``, integers of up to 8 bits; ``fp8``, e4m3; ``int4``,
+-8…7; ``uint4``, 0…15; ``lut4``, indices of a lookup table of 16 numbers; ``nested``, -128…119,
+stored as two planes of -8…7 (``reference.split_planes``), whose high plane alone is an int4 weight.
+"""
 
 Kind = Literal["dense"] | QuantizedKind
 """The elements of a weight: unquantized floating point, or a quantized type."""
@@ -50,7 +51,7 @@ Kind = Literal["dense"] | QuantizedKind
 FOUR_BITS: tuple[Kind, ...] = ("int4", "uint4", "lut4")
 
 NESTED_RANGE = (-128, 119)
-"""The least and the largest integer of a nested weight."""
+"""The smallest and the largest integer of a nested weight."""
 
 Zero = Literal["none", "integer", "offset"]
 """Kind of zero of a quantized weight: the integer 0, an integer zero point, or a float offset."""
@@ -62,16 +63,16 @@ class KernelFormat:
 
     Attributes:
         kind: Its elements.
-        group_size: Input features that share a scale; all of them where a scale is of a whole row.
-            None for a dense weight.
+        group_size: Input features that share a scale; K with one scale per row. None for a dense
+            weight.
         scale_dtype: Element type of scales, and of floating-point offsets.
         zero: ``integer``: a group's integer zero point is subtracted before scaling. ``offset``: a
             group's offset is added after it.
         super_size: Input features that share a factor of scales and offsets, in two-level formats.
         super_dtype: Element type of these factors.
-        table: The numbers that values of ``lut4`` are indices of.
-        order: Names the order of the columns where that is another than the input features'
-            (act-order), as ``quant.qtensor.order_name`` does; None where it is the same.
+        table: The lookup table of ``lut4``.
+        order: The name of the columns' order by ``quant.qtensor.order_name``, if it differs from
+            that of the input features (act-order); else None.
     """
 
     kind: Kind
@@ -85,12 +86,12 @@ class KernelFormat:
 
     @property
     def permuted(self) -> bool:
-        """Whether the columns are in another order than input features."""
+        """Whether the order of columns differs from that of input features."""
         return self.order is not None
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The attributes of a ``Quantized`` weight that are tensors, besides a permutation."""
+        """The names of the tensors of a ``Quantized`` weight, without a permutation."""
         two_level = self.super_size is not None
         present = {
             "values": True,
@@ -122,7 +123,7 @@ class KernelFormat:
         return ", ".join((*said, *zero, *(("act-order",) if self.permuted else ())))
 
     def is_per_channel(self, k: int) -> bool:
-        """Tells whether a weight with ``k`` input features has a scale per row and nothing else."""
+        """Tells whether a weight with ``k`` input features has one scale per row, and no zeros."""
         plain = KernelFormat(kind=self.kind, group_size=k, scale_dtype=self.scale_dtype)
         return self.kind != "dense" and self == plain
 
@@ -158,7 +159,7 @@ class Quantized(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
-    """The properties that a choice of kernel depends on.
+    """The properties on which the choice of a kernel depends.
 
     Attributes:
         format: The number format of the weight.
@@ -166,10 +167,10 @@ class LinearSpec:
         k: Input features.
         dtype: Element type of activations, and of unquantized weights.
         device: "cpu" or "cuda".
-        fused: For the fused step, which reads one packed layout alone.
-        plain_rows: The fused step reads bfloat16 as plain rows, where these fit
+        fused: The weight is for the fused step, which reads only one packed layout.
+        plain_rows: The fused step reads bfloat16 as plain rows, if these fit
             (``cuda.tuning.reads_plain_rows``).
-        paired: Gate and up features, one below the other; the fused step computes their SwiGLU.
+        paired: The rows are gate features followed by up features; the fused step computes SwiGLU.
     """
 
     format: KernelFormat
@@ -198,14 +199,14 @@ class LinearSpec:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the weight as its format needs them, whatever a kernel makes of it."""
+        """Bytes that the format needs for the weight, before a kernel packs it."""
         if self.kind == "dense":
             return self.n * self.k * self.dtype.itemsize
         return (self.n * self.k >> (self.kind in FOUR_BITS)) + self.scale_bytes
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of all that a quantized weight has besides values and a permutation, as it is."""
+        """Bytes of the scales, zeros and tables of a quantized weight, before packing."""
         form = self.format
         scale = 0 if form.scale_dtype is None else form.scale_dtype.itemsize
         total = self.n_scales * (scale + {"none": 0, "integer": 1, "offset": scale}[form.zero])
@@ -230,24 +231,24 @@ class LinearKernel(Protocol):
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether packed rows are the unpacked ones, so that a slice of rows is no copy."""
+        """Whether packed rows equal the unpacked rows, so that a slice of rows is no copy."""
         ...
 
     @property
     def embeds(self) -> bool:
-        """Whether it can look up rows of a packed weight, which a tied embedding then shares."""
+        """Whether it can look up rows of a packed weight, so that a tied embedding shares it."""
         ...
 
     @property
     def unit_rows(self) -> int:
-        """Output features that are packed together; half of them of each half of a paired weight.
+        """Output features that are packed together; half from each half of a paired weight.
 
-        Packed weights of whole units, one behind the other, are the packed whole.
+        Concatenated packed weights of whole units equal the packed concatenation.
         """
         ...
 
     def pack(self, weight: Tensor | Quantized) -> list[Tensor]:
-        """Arranges a weight, which is on its device already, as the kernel reads it.
+        """Arranges a weight in the kernel's layout, on the weight's device.
 
         Args:
             weight: [N, K], or whole units of its rows.
@@ -255,22 +256,22 @@ class LinearKernel(Protocol):
         ...
 
     def dequantize(self, packed: Sequence[Tensor], n: int) -> Tensor:
-        """Dequantizes what ``pack`` made of ``n`` rows, float32 [n, K], with nothing rounded.
+        """Dequantizes the result of ``pack`` for ``n`` rows: float32 [n, K], with nothing rounded.
 
         It reads the packed bytes, so that packing can be checked; speed does not matter.
         """
         ...
 
     def row_axes(self, packed: Sequence[Tensor]) -> list[int | None]:
-        """Returns, of each packed tensor, the dimension along which output features are.
+        """Returns the dimension of output features in each packed tensor.
 
-        It is None where all output features share a tensor.
+        It is None for a tensor that all output features share.
         """
         ...
 
     @property
     def nbytes(self) -> int:
-        """The exact bytes of what ``pack`` returns."""
+        """The exact bytes of the tensors that ``pack`` returns."""
         ...
 
     def __call__(self, x_MK: Tensor, *packed: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ class LinearKernel(Protocol):
         ...
 
     def high_plane(self, packed: Sequence[Tensor]) -> tuple[LinearKernel, list[Tensor]]:
-        """Returns the kernel of a nested weight's high plane, and that as it is packed.
+        """Returns the kernel of a nested weight's high plane, and the packed high plane.
 
         It shares the memory of ``packed``.
         """
@@ -300,21 +301,22 @@ class LinearCandidate(LinearKernel, Protocol):
 
     @property
     def permutes(self) -> bool:
-        """Whether it permutes input features itself; for others ``Permuted`` does."""
+        """Whether it permutes input features itself; ``Permuted`` does it for other kernels."""
         ...
 
     @staticmethod
     def unsupported(spec: LinearSpec) -> str | None:
-        """Returns the reason why it cannot serve a weight; None if it can. See ``NOT_MEANT``."""
+        """Returns why it cannot serve a weight, or None if it can; see ``NOT_MEANT``."""
         ...
 
 
 NOT_MEANT = ""
-"""The ``unsupported`` reason that is not reported: a kernel of another device or kind of weight."""
+"""The ``unsupported`` reason that is not reported: the kernel is for another device or kind of
+weight."""
 
 
 class _ByRows:
-    """Defaults of kernels whose packed tensors have a row for each output feature."""
+    """Defaults for kernels whose packed tensors have a row for each output feature."""
 
     unit_rows = 1
 
@@ -416,9 +418,9 @@ class Int8Cpu(ChannelwiseTorch):
 
 
 class GroupedCpu(_ByRows):
-    """Integers, lookup tables and fp8 with scales of any groups on a CPU, with our own kernel.
+    """Integers, lookup tables and fp8 with scales of groups on a CPU, with our own kernel.
 
-    Integers of 5 and 6 bits take eight.
+    Integers of 5 and 6 bits are stored in 8 bits.
     """
 
     keeps_rows = False
@@ -511,8 +513,8 @@ class Int4TinyGemm(_ByRows):
     def unpack_values(words: Tensor) -> Tensor:
         """Inverts ``_convert_weight_to_int4pack`` of CUDA: int8 [N, K] in -8…7.
 
-        Words are [N / 8, K / 32J, 32, J]; a lane, g and t, holds the operand of ``mma.m16n8k16`` of
-        row g and features 2t, 2t + 1, 2t + 8 and 2t + 9 of two slices of 16.
+        Words are [N / 8, K / 32J, 32, J]. Lane (g, t) holds the operand of ``mma.m16n8k16``: row g,
+        features 2t, 2t + 1, 2t + 8 and 2t + 9 of two slices of 16.
         """
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
         nibbles = words.unflatten(2, (8, 4))[..., None] >> shifts & 15
@@ -534,7 +536,7 @@ class Int4TinyGemm(_ByRows):
 
 
 class NestedTinyGemm(Int4TinyGemm):
-    """Nested weights on CUDA through tinygemm: the sum of a product by each plane, both rounded."""
+    """Nested weights on CUDA through tinygemm: the sum of a rounded product by each plane."""
 
     name = "nested/tinygemm"
 
@@ -579,8 +581,8 @@ class FusedParts(NamedTuple):
 class Fused(_ByRows):
     """Weights in the packed layout of the kernels of the fused step (``kernels.cuda``).
 
-    Those read the packed weight themselves. Called like other kernels, for the many rows of a
-    prompt, it dequantizes the weight to bfloat16 for the call.
+    The fused step reads the packed weight itself. A call of this kernel, for the many rows of a
+    prompt, dequantizes the weight to bfloat16.
     """
 
     embeds = False
@@ -672,8 +674,8 @@ class Fused(_ByRows):
 def _fused_form(spec: LinearSpec) -> Format:
     """Returns the packed format of a weight that the fused step holds exactly.
 
-    Scales of two levels are held as those of GGUF's super-blocks are, or with a factor of each row;
-    others become one of float32, which is what they are specified to be.
+    Two-level scales are kept as such if they are like those of GGUF's super-blocks, or have one
+    factor per row. Others become float32 scales, which equal them by specification.
     """
     form = spec.format
     kind = "bf16" if spec.kind == "dense" else spec.kind
@@ -701,7 +703,7 @@ def _fused_form(spec: LinearSpec) -> Format:
 
 
 def _has_row_scale(spec: LinearSpec) -> bool:
-    """Tells whether a factor of each row can be applied to the results, as that of nvfp4 can."""
+    """Tells whether a factor per row can be applied to the results, as for nvfp4."""
     form = spec.format
     return (
         form.super_size == spec.k
@@ -712,7 +714,7 @@ def _has_row_scale(spec: LinearSpec) -> bool:
 
 
 def _has_two_levels(form: KernelFormat, unit_k: int) -> bool:
-    """Tells whether scales are integers with factors of whole units, in half precision."""
+    """Tells whether scales are integers with half-precision factors of whole units."""
     is_whole = form.super_size is not None and form.super_size % unit_k == 0
     are_halves = form.scale_dtype == torch.int8 and form.super_dtype == FACTOR
     return is_whole and are_halves and form.zero != "integer"
@@ -721,8 +723,8 @@ def _has_two_levels(form: KernelFormat, unit_k: int) -> bool:
 class Dequantizing(_ByRows):
     """Quantized weights of any format, dequantized for every matrix product.
 
-    Four-bit values are packed, as are the planes of nested weights, the low one behind the high
-    one and its scales; other eight-bit values remain as they are.
+    Four-bit values are packed. So are the planes of nested weights: the high plane with its scales,
+    then the low plane. Other eight-bit values remain as they are.
     """
 
     keeps_rows = permutes = False
@@ -794,7 +796,7 @@ class Dequantizing(_ByRows):
 
 
 class Permuted:
-    """Weights whose columns are in another order than input features: reorders the activations.
+    """Weights whose order of columns differs from that of input features: reorders the activations.
 
     Args:
         inner: The kernel of the weight without its permutation.
@@ -837,7 +839,7 @@ class Permuted:
 
 
 class Stacked:
-    """Pieces of a weight, one below the other, of different number formats.
+    """A weight that is a concatenation of row pieces of different number formats.
 
     Args:
         pieces: The kernel of each, with its number of packed tensors.
@@ -869,11 +871,11 @@ KERNELS: tuple[type[LinearCandidate], ...] = (
     DenseTorch,
     Dequantizing,
 )
-"""In order of preference."""
+"""All kernels, in order of preference."""
 
 
 def choose_linear(spec: LinearSpec) -> tuple[LinearKernel, list[str]]:
-    """Returns the first kernel that can serve a weight exactly, and why those before it cannot."""
+    """Returns the first kernel that can serve a weight exactly, and why faster kernels cannot."""
     if spec.fused:
         reason = Fused.unsupported(spec)
         assert reason is None, f"the fused step {reason}"
@@ -920,13 +922,13 @@ def _inexact(
     zeros: tuple[Zero, ...],
     groups: tuple[int, ...],
 ) -> str | None:
-    """Says which property of a quantized weight a kernel cannot hold exactly; None if none.
+    """Names the property of a quantized weight that a kernel cannot hold exactly; else None.
 
     Args:
         spec: The weight.
-        scales: Element types of scales that it holds.
-        zeros: Kinds of zero that it holds.
-        groups: Sizes of groups that it holds.
+        scales: Element types of scales that the kernel holds.
+        zeros: Kinds of zero that the kernel holds.
+        groups: Group sizes that the kernel holds.
     """
     format_ = spec.format
     if format_.super_size is not None:

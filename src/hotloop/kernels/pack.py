@@ -1,6 +1,6 @@
-"""Packs a weight some rows at a time: held besides the packed weight is what is being packed.
+"""Packs a weight some rows at a time, so that only these rows are in memory beside the result.
 
-Packing a whole weight at once takes several copies of it, each of more bytes than the result.
+To pack a whole weight at once takes several copies of it, each larger than the result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from hotloop.kernels.cpu.huge_pages import in_huge_pages
 from hotloop.kernels.linear import LinearKernel, Quantized, n_rows
 
 _VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
-"""Values that are packed at once: on a CPU few enough for caches, on a GPU enough to fill it."""
+"""Values that are packed at once, by device: few enough for a CPU's caches, enough to fill a GPU.
+"""
 
 
 def rows_at_once(k: int, unit: int, device: torch.device) -> int:
@@ -27,14 +28,14 @@ def pack_in_chunks(
 ) -> Generator[int, None, list[Tensor]]:
     """Packs a weight of ``n`` rows, exactly as ``kernel.pack`` packs the whole.
 
-    Weights that are made of the same rows can so be packed in step.
+    It is a generator, so that several weights made from the same rows can be packed in step.
 
     Args:
         kernel: The kernel.
-        chunks: Its rows in order; all but the last have the same number of whole units. Of a paired
-            weight, each has as many of the first half as of the second.
+        chunks: The rows in order; all chunks but the last have the same number of whole units. A
+            chunk of a paired weight has as many rows of the first half as of the second.
         n: Output features in all.
-        paired: Its halves are packed together, as the fused step reads a paired weight.
+        paired: Pack the halves of the weight together, as the fused step reads a paired weight.
 
     Yields:
         The rows of each chunk, once it is packed.
@@ -78,7 +79,7 @@ def pack_in_chunks(
 
 
 def _resized(part: Tensor, axis: int | None, units: int, wanted: int) -> Tensor:
-    """Makes room for ``wanted`` units of what ``units`` of them are packed as."""
+    """Allocates packed tensors for ``wanted`` units, given those of ``units`` units."""
     if axis is None or part.numel() == 0:
         return part
     shape = list(part.shape)

@@ -1,8 +1,9 @@
 """Norms, rope and SwiGLU: chooses the implementation of each call.
 
-``reference`` specifies them, and torch.compile fuses that. An eager step on a CPU would take up to
-nine PyTorch operators for one of them, each of which costs more than its arithmetic; one operator
-of ours does it instead, for any number of rows, so that a row's bits do not depend on the others.
+``reference`` specifies them, and torch.compile fuses the reference code. In an eager step on a CPU,
+each of them would take up to nine PyTorch operators, whose overhead exceeds their arithmetic; there
+one operator of hotloop's computes it, for any number of rows, so that a row's bits do not depend on
+the other rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hotloop.kernels import cpu, reference
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Computes ``reference.rms_norm`` of rows or heads [B, T, H, E], with sums in another order."""
+    """Computes ``reference.rms_norm`` of rows or heads [B, T, H, E]; sums may differ in order."""
     if _uses_cpu_kernel(x) and (x.is_contiguous() or x.dim() == 4):
         return torch.ops.hotloop_cpu.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)

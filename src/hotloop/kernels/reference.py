@@ -1,7 +1,7 @@
 """Plain-PyTorch implementations: the specification of every kernel, and its fallback.
 
-They are written to be read, and so that torch.compile fuses them well. Every faster kernel is
-tested against its twin here, which runs where no faster one can. Sampling alone is specified
+They are written for readers, and so that torch.compile fuses them well. Every faster kernel is
+tested against its twin here, which runs where no faster kernel can. Only sampling is specified
 elsewhere, in ``engine.sampling``, since its plain form also samples from sharded logits.
 
 Shape letters: B sequences, T tokens of each, M = B * T rows, D model width, N output features,
@@ -86,7 +86,7 @@ def attention(
 
 
 def linear_channelwise(x_MK: Tensor, values_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Multiplies by int8 or fp8 weights, and the result by the scale of each output channel.
+    """Multiplies by int8 or fp8 weights, then multiplies each output channel by its scale.
 
     In float16 the scale is applied to the weight first: unscaled sums would overflow.
     """
@@ -112,10 +112,10 @@ def dequantize(
         scale_NG: The scale of each group.
         offset_NG: Integer zero points, which are subtracted before scaling; or offsets, which are
             added after it: floating-point ones, or integers with ``super_offset_NS``.
-        super_scale_NS: Factors of scales, each of G / S adjacent ones; None for 1.
-        super_offset_NS: Factors of offsets likewise.
-        table: The numbers that indices stand for.
-        permutation_K: The input feature that each column of values belongs to; None for its own.
+        super_scale_NS: Factors of scales, each for G / S adjacent scales; None for 1.
+        super_offset_NS: Factors of offsets, like ``super_scale_NS``.
+        table: The lookup table of the indices.
+        permutation_K: The input feature of each column of values; None for the same order.
     """
     n, groups = scale_NG.shape
     weight = values_NK.float() if table is None else table.float()[values_NK.int()]
@@ -170,7 +170,7 @@ def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
 def split_planes(values_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Splits integers q of -128…119 into two planes of -8…7, h and l, with q = 16 h + l.
 
-    Of all multiples of 16, 16 h is the nearest to q, so that h alone is an integer weight, too.
+    16 h is the multiple of 16 that is nearest to q, so h alone is an integer weight, too.
     """
     high_NK = (values_NK + 8) >> 4  # at most 127, which int8 holds
     return high_NK, values_NK - 16 * high_NK
@@ -200,17 +200,18 @@ def fused_linear(
     Args:
         x_MK: Activations, or the prescaled input that ``norm_epilogue`` returns.
         weight_NK: Floating point.
-        squares: With a prescaled input, its partial sums of squares: each row of the product is
-            multiplied by 1 / rms. Else None.
-        eps: Of the norm.
+        squares: Partial sums of squares of a prescaled input, with which each row of the product is
+            multiplied by 1 / rms. None for other inputs.
+        eps: The norm's epsilon.
         bias: [N], or None.
         paired: The weight is gate features followed by up features, and the result their SwiGLU.
-        gate: The result is multiplied by its SiLU; float32, shaped like the result, or None.
+        gate: The result is multiplied by SiLU of the gate; float32, shaped like the result, or
+            None.
         residual: Added; shaped like the result, or None.
-        dtype: Of the result.
+        dtype: Element type of the result.
 
     Returns:
-        [M, N], or [M, N / 2] of a paired weight.
+        [M, N], or [M, N / 2] for a paired weight.
     """
     y = x_MK.float() @ weight_NK.float().T
     if squares is not None:
@@ -241,7 +242,7 @@ def norm_epilogue(x_MK: Tensor, weight_K: Tensor, part: int = 16) -> tuple[Tenso
 
     Args:
         x_MK: The norm's input.
-        weight_K: Its weight.
+        weight_K: The norm's weight.
         part: The number of squares in a partial sum.
 
     Returns:
@@ -267,20 +268,20 @@ def fused_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Computes attention with its surroundings: head norms, rope, storing new keys and values.
+    """Computes head norms and rope, stores new keys and values, and computes attention.
 
     Args:
         qkv: [B * T, (H + 2J) * E]: queries, keys and values of T new tokens of each sequence.
         keys_BJCE: The cache, written at the new tokens' positions. A token beyond its end is not
             stored, and is treated as if it were at the last position.
-        values_BJCE: Likewise.
+        values_BJCE: Like ``keys_BJCE``.
         positions_B: Position of each sequence's first new token; the others follow it.
         cos_CE: Cosines of rope, float32.
         sin_CE: Sines of rope, float32.
         n_heads: H.
         q_norm: [E], weight of the RMS norm of query heads, or None.
         k_norm: [E], weight of the RMS norm of key heads, or None.
-        eps: Of those norms.
+        eps: Epsilon of those norms.
         scale: The factor of scores; None is the inverse square root of E.
         window: The number of positions that a token sees, itself included, or None for all.
 
@@ -307,7 +308,7 @@ def fused_attention(
 
 
 def embed(ids: Tensor, table_VK: Tensor, scale_V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Looks up rows of a table, [..., K]; dequantizes those of an int8 table by their scales.
+    """Looks up rows of a table, [..., K]; dequantizes rows of an int8 table by their scales.
 
     Ids outside the table are clamped to it.
     """
@@ -317,7 +318,7 @@ def embed(ids: Tensor, table_VK: Tensor, scale_V: Tensor | None, dtype: torch.dt
 
 
 def argmax(logits_MV: Tensor) -> Tensor:
-    """Returns the argmax of each row, [M]: the first of equals; -1 where that is not finite."""
+    """Returns the argmax of each row, [M]: the first of equal values; -1 if it is not finite."""
     largest = logits_MV.amax(-1, keepdim=True)  # NaN where anything is
     first = (logits_MV == largest).int().argmax(-1)
     return first.where(largest[..., 0].abs() < torch.inf, -1)
@@ -393,28 +394,28 @@ def extend_chain(
         undrafted_B: bool, rows whose drafts do not count.
 
     Returns:
-        float32 [B], the probability with the newest draft, and its mean over rows, where rows that
-        do not count have 0: the chain ends where that is too small.
+        float32 [B], the probability with the newest draft, and its mean over rows; rows that do not
+        count have 0. The chain ends if the mean is too small.
     """
     accepted_B = own_B if accepted_B is None else accepted_B * own_B
     return accepted_B, accepted_B.masked_fill(undrafted_B, 0.0).mean()
 
 
 def ngram_draft(history_RW: Tensor, positions_R: Tensor, n: int, k: int, *, length: int) -> Tensor:
-    """Drafts the k tokens that followed the newest n-gram before, for each of the first n rows.
+    """Drafts the k tokens after an earlier occurrence of the newest n-gram, for the first n rows.
 
     It looks up the latest earlier occurrence of the newest three tokens, or else of the newest two.
-    If fewer than k tokens follow that, they are repeated cyclically.
+    If fewer than k tokens follow it, they are repeated cyclically.
 
     Args:
         history_RW: int64, the tokens of each row.
         positions_R: int64, the position of each row's newest token.
         n: B.
         k: D.
-        length: Exceeds these positions.
+        length: A number above these positions.
 
     Returns:
-        int64 [B, D]; -1 where there is no such occurrence.
+        int64 [B, D]; -1 if there is no such occurrence.
     """
     history_BC = history_RW[:n, :length]
     newest_B1 = positions_R[:n, None]

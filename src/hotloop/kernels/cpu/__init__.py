@@ -1,12 +1,13 @@
 """Decode kernels for CPUs: C++ compiled on the user's machine, and registered as torch operators.
 
-They need a C++20 compiler, as torch.compile does on a CPU. They are built in a few seconds, once
+They need a C++20 compiler, as does torch.compile on a CPU. They are built in a few seconds, once
 per source, compiler, instruction set and torch version, and cached in the user's cache directory.
-Where they cannot be built, ``unavailable_reason`` returns why, and other kernels are used.
+If they cannot be built, ``unavailable_reason`` returns why, and other kernels are used.
 
 The operators are ``torch.ops.hotloop_cpu.*``: matrix products, embeddings, attention over the
-cache, norms, rope and SwiGLU, each specified by ``kernels.reference``, the two halves of a block,
-which are composed of them, and exchanges with other ranks through memory that they share.
+cache, norms, rope and SwiGLU, each specified by ``kernels.reference``; the attention and
+feed-forward halves of a block, which combine these; and exchanges with other ranks through shared
+memory.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ BUILD_LIMIT_S = 300
 _BUILD_PREFIX = "build-"
 
 SLOWER = "decoding is several times slower"
-"""The consequence where the operators cannot be used, for messages."""
+"""The consequence if the operators cannot be used, for messages."""
 
 
 @contextlib.contextmanager
 def single_threaded_torch() -> Iterator[None]:
-    """Runs PyTorch's own operators on the calling thread; ours use as many threads as before.
+    """Runs PyTorch's operators on the calling thread; hotloop's use as many threads as before.
 
     PyTorch uses OpenMP's threads, which assume an otherwise idle machine: a parallel loop lasts as
     long as its slowest thread, and afterwards the threads spin for many milliseconds, which takes
@@ -114,7 +115,7 @@ def _build(compiler: str) -> Path:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what builds have left whose processes were killed."""
+    """Removes the files of builds whose processes were killed."""
     for path in folder.glob(f"{_BUILD_PREFIX}*"):
         with contextlib.suppress(OSError):  # another process removes it
             if time.time() - path.stat().st_mtime > 2 * BUILD_LIMIT_S:

@@ -1,11 +1,12 @@
-"""Keeps weights in huge pages of 2 MiB, where they are read faster.
+"""Keeps weights in huge pages of 2 MiB, from which they are read faster.
 
 A decode step reads every weight once, so in pages of 4 KiB it needs the address of a new page every
-64 cache lines. In a virtual machine looking one up takes longer than reading the page.
+64 cache lines. In a virtual machine, to look up the address takes longer than to read the page.
 
-Linux gives huge pages to memory that asks for them before it is written (``MADV_HUGEPAGE``), where
-2 MiB are allocated at once. Small matrices are not: where several share 2 MiB, these are moved when
-all weights are in place (``MADV_COLLAPSE``, Linux 6.1). Where that fails, only speed is lost.
+Linux allocates huge pages for memory that asks for them before it is written (``MADV_HUGEPAGE``)
+and that is at least 2 MiB large. Small matrices share 2 MiB with others; they are moved into huge
+pages after all weights are loaded (``MADV_COLLAPSE``, Linux 6.1). If that fails, only speed is
+lost.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # <linux/mman.h>
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
-    """Asks for huge pages for a new tensor on a CPU that is not written yet, and returns it."""
+    """Asks for huge pages for a new CPU tensor that is not written yet, and returns it."""
     if sys.platform == "linux" and tensor.device.type == "cpu":
         begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
@@ -40,14 +41,14 @@ def move_to_huge_pages(tensors: Iterable[Tensor]) -> str | None:
     Tensors that lie side by side share pages. A page that they fill at least half is moved.
 
     Returns:
-        Why none was moved, though tensors fill whole pages; otherwise None.
+        The reason if no page was moved although tensors fill whole pages; otherwise None.
     """
     if sys.platform != "linux":
         return None
     reason, moved = None, False
     for begin, end in _runs(tensors):
         inner = range(-(-begin // HUGE_PAGE), end // HUGE_PAGE)
-        # At once is faster; one by one they then are found moved.
+        # One call for all pages is faster; the calls for single pages then find them moved.
         if inner:
             _collapse(inner.start, len(inner))
         for page in range(round(begin / HUGE_PAGE), round(end / HUGE_PAGE)):

@@ -1,17 +1,18 @@
-"""Packs weights whose scales are of groups into what ``kernels.cpp`` reads.
+"""Packs weights with scales of groups into the layout that ``kernels.cpp`` reads.
 
-A packed weight is two tensors of bytes, since passing a tensor to an operator takes longer than
-reading a description: the description, with a lookup table and a permutation, and the blocks.
+A packed weight is two tensors of bytes: a description, which includes lookup table and permutation,
+and the blocks. More tensors would be slower: to pass a tensor to an operator takes longer than to
+read a description.
 
-A block is 16 output features; the last one is padded with zeros. It has sections, each at a
-multiple of 64 bytes: scales, offsets, factors of scales, factors of offsets, and values. So what is
-read first comes first, and prefetching values prefetches the next block's scales. What belongs to a
-feature is interleaved over the block. Eight four-bit values of a feature are a 32-bit
-word; eight-bit integers come in pairs, eight-bit floats one by one.
+A block is 16 output features; the last block is padded with zeros. It has sections, each at a
+multiple of 64 bytes, in the order in which they are read: scales, offsets, factors of scales,
+factors of offsets, and values. So prefetching values also prefetches the next block's scales. The
+data of the 16 features are interleaved: by 32-bit words of eight four-bit values, by pairs of
+eight-bit integers, or by single eight-bit floats.
 
-A block of a nested weight is that of its high plane, with the high plane's scales, followed by the
-values of the low plane; and its description is followed by the high plane's. So the packed high
-plane is a part of both.
+A block of a nested weight is a block of its high plane (with scales), followed by the values of the
+low plane. The description of a nested weight is followed by the description of its high plane. So
+the packed high plane is a part of the packed nested weight.
 
 Shape letters: N output features, K input features, G groups along K, S super-blocks.
 """
@@ -54,7 +55,7 @@ _ENCODINGS = {
 _NUMBERS = {None: 0, torch.int8: 1, torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 
 _FLOAT8_FACTOR = 2.0**8
-"""Ratio of an e4m3 number to the half-precision one of the same exponent and mantissa bits."""
+"""Ratio of an e4m3 number to the half-precision number with the same exponent and mantissa bits."""
 
 _EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 
@@ -118,7 +119,7 @@ def _describe(
     table: Tensor | None = None,
     permutation: Tensor | None = None,
 ) -> Tensor:
-    """Returns the description of a weight, ``Header`` of ``kernels.cpp`` and what follows it."""
+    """Returns the description of a weight: ``Header`` of ``kernels.cpp``, table and permutation."""
     assert form.group_size is not None, "a quantized weight"
     encoding = {"int8": "bytes", "fp8": "float8", "nested": "planes"}.get(form.kind, "nibbles")
     factor = {"fp8": _FLOAT8_FACTOR, "nested": 1 / 16}.get(form.kind, 1.0)
@@ -185,12 +186,12 @@ def _aligned(length: int) -> int:
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
-    """Returns the type of packed scales: bfloat16 of eight-bit floats, which it holds exactly."""
+    """Returns the type of packed scales: bfloat16 for eight-bit floats, which it holds exactly."""
     return torch.bfloat16 if dtype in _EIGHT_BIT_FLOATS else dtype
 
 
 def _as_integers(table: Tensor) -> tuple[Tensor, float] | None:
-    """Returns int8 numbers and a power of two whose products a table is; None if there are none."""
+    """Splits a table into int8 numbers times a power of two; returns None if that is impossible."""
     for exponent in range(8):
         integers = table.float() * 2**exponent
         if integers.abs().max() > 127:
@@ -214,7 +215,7 @@ def _words(values_NK: Tensor, bias: int) -> Tensor:
 
 
 def _interleave(rows_NX: Tensor, section: Tensor) -> None:
-    """Interleaves what belongs to the output features of a block: [N, X] to [N/16, X, 16]."""
+    """Interleaves the data of the output features of a block: [N, X] to [N/16, X, 16]."""
     n, x = rows_NX.shape
     blocks = section.view(rows_NX.dtype)[:, : x * BLOCK_FEATURES].unflatten(1, (x, BLOCK_FEATURES))
     whole = n // BLOCK_FEATURES

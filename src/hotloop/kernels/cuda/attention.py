@@ -42,15 +42,15 @@ class AttentionTuning:
     """Parameters that are chosen for speed.
 
     Attributes:
-        chunks: The number of chunks of a long sequence, which is split over as many blocks.
-            Determines the order of sums.
+        chunks: The number of chunks of a long sequence; each chunk has a block. Determines the
+            order of sums.
         min_chunk: The fewest positions of a chunk, a multiple of 16: a short sequence has fewer
             chunks. Determines the order of sums.
         warps: Warps of a block. Determines the order of sums.
-        stages: Tiles of 16 positions in a warp's ring. With fewer, more blocks fit on a
+        stages: Tiles of 16 positions in a warp's ring. With fewer stages, more blocks fit on a
             multiprocessor. Does not change results.
-        octets: The most octets of rows of a block. With more, the history is read less often; with
-            fewer, more blocks share the work. Does not change results.
+        octets: The most octets of rows of a block. With more octets, the history is read less
+            often; with fewer, more blocks share the work. Does not change results.
     """
 
     chunks: int = 16
@@ -198,15 +198,15 @@ class AttentionPlan:
             keys_SJCE: bfloat16, the cache.
             values_SJCE: Like ``keys_SJCE``.
             seats_B: int64, the seat of each sequence.
-            positions_B: int64, of the first new token of each sequence.
+            positions_B: int64, the position of the first new token of each sequence.
             cos_CE: float32 cosines of rope, both halves alike.
             sin_CE: float32 sines of rope, both halves alike.
             q_norm_E: bfloat16, weight of the norm of query heads, or None.
             k_norm_E: bfloat16, weight of the norm of key heads, or None.
-            eps: Of those norms.
+            eps: Epsilon of those norms.
             partial: float32 workspace of ``n_partial``, if that is not 0.
             counters: int32 workspace of ``n_counters`` zeros, which are zeros again afterwards.
-            next_operand: With ``stores_operand``, written in the place of ``out``.
+            next_operand: With ``stores_operand``, written in place of ``out``.
         """
         assert (next_operand is not None) == self.stores_operand, "an operand, if it is stored"
         next_args, next_tensors = NextOperand.arguments_of(next_operand)

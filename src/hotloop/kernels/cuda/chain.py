@@ -55,16 +55,16 @@ def extend_chain(
     It is specified by ``reference.extend_chain`` and ``Sampler.probability``.
 
     Args:
-        logits_BV: float32, those of the newest draft; rows may have any stride.
+        logits_BV: float32, the logits of the newest draft; rows may have any stride.
         ids_B: int64, the newest draft, negative for none.
-        own_B: float32, its probability; None for that of the logits.
+        own_B: float32, its probability; None takes the probability by the logits.
         undrafted_B: bool, rows whose drafts do not count.
-        min_probability: float32 [1], the lowest probability of a chain that goes on.
+        min_probability: float32 [1]; a chain of lower probability ends.
         accepted_B: float32, the probability that all drafts so far are accepted; updated.
-        state: int32 [2], zeros before the first launch: kept from one launch of a chain to the
-            next, which does nothing but end it again where it has ended.
+        state: int32 [2], zeros before the first launch. It is kept from one launch of a chain to
+            the next; if the chain has ended, further launches only confirm that.
         is_first: It is the first draft of a chain.
-        handle: Of the IF node with the next draft; None if that is made in any case.
+        handle: The handle of the IF node with the next draft; None if the draft is always made.
     """
     (B, n), stride = logits_BV.shape, logits_BV.stride(0)
     assert logits_BV.stride(1) == 1, "a row's logits are adjacent"

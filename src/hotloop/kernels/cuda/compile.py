@@ -1,9 +1,9 @@
 """Compiles CUDA C++ by NVRTC, which needs neither a compiler nor CUDA headers on the machine.
 
-A kernel is an instance of a device function of one of the ``.cu`` files. Each is compiled by
-itself, so that unused instances cost nothing, and cached in the user's cache directory under a hash
-of its source, options and compiler. A cached file holds its checksum; a damaged one is compiled
-again.
+A kernel is an instance of a device function of one of the ``.cu`` files. Each kernel is compiled
+separately, so that unused instances cost nothing, and cached in the user's cache directory under a
+hash of its source, options and compiler. A cached file holds its checksum; a damaged file is
+replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ OPTIONS = (
     "--fmad=false",
 )
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
-"""Architectures that tests compile kernels for. Others are used where NVRTC supports them."""
+"""Architectures for which tests compile kernels. Kernels run on others too, if NVRTC supports them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def unavailable_reason() -> str | None:
 
 
 def architecture(major: int, minor: int) -> str:
-    """Returns the architecture of a compute capability, with its own instructions on Hopper."""
+    """Returns the architecture of a compute capability: Hopper's with its own instructions."""
     return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
 
@@ -152,7 +153,7 @@ def _read(name: str) -> bytes | None:
 
 
 def _write(name: str, cubin: bytes) -> str | None:
-    """Caches machine code; returns the reason where that fails, which costs only time."""
+    """Caches machine code; returns the reason if that fails, which costs only time."""
     try:
         folder = make_folder(writable_cache_dir() / "kernels")
         with replacing(folder / name) as file:

@@ -31,7 +31,7 @@ class DequantizeArguments(Arguments):
 
 
 def dequantize(form: Format, packed: Tensor, features_K: Tensor | None = None) -> Tensor:
-    """Dequantizes a weight to bfloat16 [N, K], rounded once; plain rows are it.
+    """Dequantizes a weight to bfloat16 [N, K], rounded once; plain rows are returned as they are.
 
     Scales and offsets of groups are applied. Scales per output feature are not, so that eight-bit
     values remain exact.
@@ -39,7 +39,7 @@ def dequantize(form: Format, packed: Tensor, features_K: Tensor | None = None) -
     Args:
         form: Format of the weight.
         packed: As ``packing.pack`` returns it.
-        features_K: int32, of a permuted weight: the input feature of each column.
+        features_K: int32, the input feature of each column of a permuted weight.
     """
     if form.plain_rows:
         return packed
@@ -52,7 +52,7 @@ def dequantize(form: Format, packed: Tensor, features_K: Tensor | None = None) -
 
 
 def dequantize_torch(form: Format, packed: Tensor, features_K: Tensor | None = None) -> Tensor:
-    """Computes the same in plain PyTorch."""
+    """Computes ``dequantize`` in plain PyTorch."""
     return dequantize_exactly(form, packed, features_K).to(torch.bfloat16)
 
 
@@ -68,7 +68,7 @@ def dequantize_exactly(
         form: Format of the weight.
         packed: As ``packing.pack`` returns it.
         features_K: See ``dequantize``.
-        scale_N: float32, scales of output features, which are applied; None for 1.
+        scale_N: float32, scales of output features to apply; None for 1.
     """
     parts = unpack(form, packed)
     scale, factor = parts.scale, parts.factor

@@ -1,8 +1,8 @@
 """Loads kernels on a device, and launches them.
 
 A ``Call`` is a launch without its device: the kernel, its grid, its shared memory and its
-arguments. ``Device.prepare`` makes it a ``Launch``, which only looks up the current stream when it
-is called, so that calling it from Python is cheap; it can also be captured in a CUDA graph.
+arguments. ``Device.prepare`` turns it into a ``Launch``. A call of a ``Launch`` only looks up the
+current stream, so it is cheap from Python; it can also be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIN_CAPABILITY = (8, 0)
 """The lowest compute capability that the kernels support."""
 
 MAX_CONFIGS = 1024
-"""Size of the LRU cache of launch configurations, of which a decode step has some dozens."""
+"""Size of the LRU cache of launch configurations. A decode step has some dozens of them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +58,7 @@ class Limits:
     Attributes:
         n_sms: Number of multiprocessors.
         shared_bytes: The most shared memory of a block.
-        bytes_per_s: The memory's nominal bandwidth; 0 where it is not known.
+        bytes_per_s: The memory's nominal bandwidth; 0 if it is not known.
         warpgroups: Tensor cores read an operand from shared memory (``wgmma``).
         boxes: One instruction copies a box of a tensor (``cp.async.bulk.tensor``).
     """
@@ -71,16 +71,16 @@ class Limits:
 
     @property
     def exclusive_bytes(self) -> int:
-        """Shared memory of a block such that a multiprocessor has no room for a second one."""
+        """Shared memory of a block with which a multiprocessor has no room for a second block."""
         # A multiprocessor has 1 KB more than a block may have, and each block takes 1 KB more.
         return self.shared_bytes // 2 + 512
 
 
 class Arguments(ctypes.Structure):
-    """Base of the argument structs of ``*.cu``; pointers are set from tensors, null from None."""
+    """Base of the argument structs of ``*.cu``; tensors become pointers, and None becomes null."""
 
     TILED: ClassVar[tuple[str, ...]] = ()
-    """Tensors whose first dimension may have any stride, which the kernels take too."""
+    """Tensors whose first dimension may have any stride; the kernels take the stride as well."""
 
     _names: ClassVar[frozenset[str]] = frozenset()
 
@@ -193,7 +193,7 @@ class Device:
         return function
 
     def prepare(self, call: Call, *, dependent: bool = True) -> Launch:
-        """Does all of a launch's work that can be done beforehand.
+        """Does all work of a launch that is possible before it.
 
         Args:
             call: The launch; its tensors are on this device.
@@ -315,12 +315,12 @@ def device_of(device: torch.device) -> Device:
 
 @functools.cache
 def driver_bindings() -> Any:
-    """Returns the bindings of the CUDA driver, which are imported where there is a GPU."""
+    """Returns the bindings of the CUDA driver, which are imported only where there is a GPU."""
     return importlib.import_module("cuda.bindings.driver")
 
 
 def checked(result: tuple[Any, ...]) -> Any:
-    """Returns the value of a call of the driver, or its values, several of them as a list.
+    """Returns the value of a driver call; several values as a list.
 
     Raises:
         LaunchError: The driver refused.

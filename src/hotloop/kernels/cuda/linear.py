@@ -1,8 +1,8 @@
 """Launches of matrix products, for a weight format, number of rows and epilogue.
 
-``GemmPlan`` is what launches of ``linear.cu`` (``LinearPlan``) and of ``wide.cu`` have in common.
-``Tuning`` holds the parameters chosen for speed. Its number of warps determines the order of sums,
-and with it the bits of a result, so it belongs to a weight, whatever the number of rows.
+``GemmPlan`` is the common base of the launches of ``linear.cu`` (``LinearPlan``) and of
+``wide.cu``. ``Tuning`` holds the parameters chosen for speed. Its number of warps determines the
+order of sums, and so the bits of a result: it belongs to a weight, whatever the number of rows.
 
 Shape letters: M rows, N output features, K input features, G groups along K.
 """
@@ -45,17 +45,17 @@ MAX_ACCUMULATORS = 4
 """The most accumulators of a warp (16 features of an octet of rows each): registers limit them."""
 
 DIRECT_STAGES = 3
-"""The most copies in flight where x is not staged: its loads from L2 queue behind them."""
+"""The most copies in flight if x is not staged: the loads of x from L2 queue behind them."""
 
 SOURCE_BYTES = 64 * 1024
-"""The most bytes of x in its own order, beside the permuted one."""
+"""The most bytes of x in the order of its features, beside the permuted x."""
 
 _BUFFERS = 2  # kBuffers of linear.cu
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Parameters that are chosen for speed; a layout reduces those that do not fit the device.
+    """Parameters that are chosen for speed. A layout reduces those that do not fit the device.
 
     Attributes:
         warps: Warps of a block that split K. Determines the order of sums.
@@ -64,8 +64,8 @@ class Tuning:
         ring_bytes: Shared memory of a block for copies of weights in flight.
         early_stages: Copies that a warp issues before it waits for x, or None for all but one.
         staged_bytes: The most bytes of x that a block keeps in shared memory.
-        part_bytes: The most bytes of x, of as many rows as the kernel's instance takes, that arrive
-            there in parts.
+        part_bytes: The most bytes of x that are copied to shared memory in parts; counted for all
+            rows of the kernel's instance.
     """
 
     warps: int = 8
@@ -83,15 +83,16 @@ class Layout:
 
     Attributes:
         stages: Stages of a warp's ring, which are copies in flight.
-        early_stages: Those whose copies are issued before the wait for x.
+        early_stages: Stages whose copies are issued before the wait for x.
         units_per_stage: Units of a copy.
         staged: The block keeps x in shared memory.
         tiles: Tiles that a warp computes together.
-        source_rows: Rows of x that are in shared memory at a time in their own order, to be
-            gathered by a permuted weight.
+        source_rows: Rows of x that are in shared memory at a time in the order of features; a
+            permuted weight gathers x from them.
         pair_table: The numbers of a lookup table are looked up in pairs, in shared memory.
-        shared_bytes: In total. At least so many that a multiprocessor holds one such block only: a
-            block of the next kernel then starts when it ends, which is when memory would be idle.
+        shared_bytes: Total shared memory. It is so large that a multiprocessor holds only one such
+            block: a block of the next kernel then starts when this one ends, which is when memory
+            would be idle.
     """
 
     stages: int
@@ -106,7 +107,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class PrescaledInput:
-    """Input of a matrix product behind an RMS norm, which multiplies its sums by 1 / rms.
+    """Input of a matrix product after an RMS norm. The product multiplies its sums by 1 / rms.
 
     Attributes:
         x: bfloat16 [M, K], the norm's input times its weight.
@@ -137,8 +138,8 @@ class NormEpilogue:
     """Epilogue of a kernel whose result is the input of an RMS norm.
 
     Attributes:
-        weight: bfloat16 [N], of the norm.
-        prescaled: Written: the input of the matrix product behind the norm.
+        weight: bfloat16 [N], the norm's weight.
+        prescaled: Written: the input of the matrix product after the norm.
     """
 
     ARGUMENTS: ClassVar = ("next_norm", "next_x", "next_squares")
@@ -158,7 +159,7 @@ class NormEpilogue:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefetch:
-    """Prefetch into L2 of a part of a later matrix product's weight, while memory is nearly idle.
+    """Prefetch of a part of a later matrix product's weight into L2, while memory is nearly idle.
 
     Each block prefetches the same number of tiles; block b begins b tiles after block 0.
 
@@ -209,14 +210,14 @@ class NextOperandArguments(Arguments):
 
 @dataclass(frozen=True, kw_only=True)
 class NextOperand:
-    """x as ``wide.cu`` reads it, stored by the kernel that computes x; see ``operand.cuh``.
+    """x in the layout of ``wide.cu``, stored by the kernel that computes x; see ``operand.cuh``.
 
     Attributes:
         operand: uint8 [parts, part_stages, rows, 128], written.
         units: Units of K.
         parts: Parts into which K is divided.
         part_stages: Stages of a part, at most.
-        rows: Of a stage, whole octets.
+        rows: Rows of a stage, in whole octets.
     """
 
     operand: Tensor
@@ -284,13 +285,13 @@ class GemmPlan(ABC):
     Attributes:
         form: The weight's format.
         rows: M, up to 64.
-        epilogue: ``plain`` (bfloat16, plus a residual where one is given), ``swiglu`` (bfloat16,
-            of a paired weight) or ``logits`` (float32, with the best candidates on request). Of
+        epilogue: ``plain`` (bfloat16, plus a residual if one is given), ``swiglu`` (bfloat16, for a
+            paired weight) or ``logits`` (float32, with the best candidates on request). For
             projections whose parts have different formats: ``part`` (bfloat16, some features of y)
-            or ``gated`` (bfloat16, multiplied by SiLU of gates that are there already).
-        norm: x is a ``PrescaledInput``: sums are multiplied by 1 / rms of their row.
+            or ``gated`` (bfloat16, multiplied by SiLU of gates that were computed before).
+        norm: x is a ``PrescaledInput``, so sums are multiplied by 1 / rms of their row.
         tuning: Parameters chosen for speed; its warps determine the order of sums.
-        limits: Of the device.
+        limits: Limits of the device.
     """
 
     form: Format
@@ -317,7 +318,7 @@ class GemmPlan(ABC):
     @property
     @abstractmethod
     def candidates(self) -> int:
-        """Parts of the vocabulary, for each of which the best logit of a row is found."""
+        """The number of parts of the vocabulary; each has its best logit of a row."""
 
     @property
     @abstractmethod
@@ -390,15 +391,15 @@ class GemmPlan(ABC):
         Args:
             x: bfloat16 [M, K]; with a norm, the prescaled input.
             y: [M, width], written: float32 for ``logits``, else bfloat16. May be ``residual``. For
-                ``part`` it is wider, and only these features are written.
+                ``part`` it is wider, and only the features from ``first`` on are written.
             weight: As ``packing.pack`` returns it.
             scale_N: float32 scales of an eight-bit weight.
-            features_K: int32, of a permuted weight: the feature of x of each column.
+            features_K: int32, for a permuted weight: the feature of x for each column.
             bias_N: bfloat16, in the order of the weight before packing.
-            residual: bfloat16, shaped like ``y``; added, by ``plain`` and ``swiglu``.
-            first: Of ``part``, the first feature of ``y`` that is written.
-            gate: Of ``gated``, float32, shaped like ``y``.
-            norm_epilogue: Of the norm that ``y`` goes into; for ``plain``.
+            residual: bfloat16, shaped like ``y``; ``plain`` and ``swiglu`` add it.
+            first: For ``part``: the first feature of ``y`` that is written.
+            gate: For ``gated``: float32, shaped like ``y``.
+            norm_epilogue: Epilogue of the norm whose input is ``y``; for ``plain``.
             best: For ``logits``, written: float32 and int32 [M, candidates], the largest logit of
                 each part of the vocabulary and its output feature. A NaN counts as larger than any
                 number.
@@ -406,9 +407,9 @@ class GemmPlan(ABC):
             prefetch: A part of a later matrix product's weight.
             partial: Workspace of ``n_partial`` float32 values.
             counters: ``n_counters`` int32 zeros, which are zeros again afterwards.
-            operand: x as ``WidePlan.staging``, or the kernel that computes x, stored it.
-            next_operand: With ``stores_operand``, written: of ``swiglu`` in the place of ``y``, of
-                ``plain`` in the place of the norm epilogue's prescaled input.
+            operand: x as stored by ``WidePlan.staging``, or by the kernel that computes x.
+            next_operand: With ``stores_operand``, written: by ``swiglu`` in place of ``y``, by
+                ``plain`` in place of the norm epilogue's prescaled input.
         """
         prescaled = x if isinstance(x, PrescaledInput) else None
         x_MK = x.x if isinstance(x, PrescaledInput) else x
@@ -537,17 +538,17 @@ class LinearPlan(GemmPlan):
 
     @property
     def tiles_in_flight(self) -> int:
-        """Tiles whose copies a block issues before the first arrives, counting partial ones."""
+        """Tiles, partial ones included, whose copies a block issues before the first arrives."""
         layout = self._fitted
         units = layout.stages * layout.units_per_stage * layout.tiles * self.tuning.warps
         return -(-units // self.form.units)
 
     @cached_property
     def layout(self) -> Layout | None:
-        """The layout that ``tuning`` asks for, reduced to fit the device, or None if none fits.
+        """The layout by ``tuning``, reduced to fit the device; None if no layout fits.
 
-        A layout is reduced to fewer or shorter copies, or to x that is not staged. None fits where
-        the rows are too many.
+        A layout is reduced by fewer or shorter copies, or by not staging x. With too many rows, no
+        layout fits.
         """
         t = self.tuning
         for staged, tiles, units, pairs in self._candidates():
@@ -579,7 +580,8 @@ class LinearPlan(GemmPlan):
     def _candidates(self) -> Iterator[tuple[bool, int, int, bool]]:
         """Yields ways to divide shared memory, the best one first.
 
-        Whether to stage x, the tiles and units of a copy, and whether to have a table of pairs.
+        A way decides whether to stage x, the tiles and units of a copy, and whether to have a table
+        of pairs.
         """
         if self.max_two_rows and self.form.pair_table_bytes:
             yield from ((*choice, True) for choice in self._without_table() if choice[0])

@@ -4,15 +4,15 @@ A weight is divided into tiles of 16 output features, and a tile into units of 1
 128 input features of 16, 8 or 4 bits. (With eight bits in groups of 128, a unit is one group.) A
 unit holds, for each slice of 32 input features, the operands of ``mma.m16n8k16``, lane after lane;
 the scales of its groups, and their zero points or offsets, follow. So a tile is contiguous, and a
-lane reads its operands with one instruction. Scales of two levels are signed bytes behind their
-factors; a unit has factors of its own, though several may have the same.
+lane reads its operands with one instruction. Two-level scales are signed bytes, stored after their
+factors; every unit has factors of its own, which may be equal to those of other units.
 
-A device that copies boxes of a tensor (``tensor_map``) needs no packed bfloat16: a copy gathers the
-units of a tile from the weight's *plain rows*, which a GEMM can read as well.
+A device that copies boxes of a tensor (``tensor_map``) does not need bfloat16 weights packed: a
+copy gathers the units of a tile from the weight's *plain rows*, which a GEMM can read as well.
 
-A nested weight has two planes of four bits: a tile is the units of the high one, which are those of
-an int4 weight, followed by the low one's in the same order, without scales. So the high plane is an
-int4 weight, whose tiles lie further apart.
+A nested weight has two planes of four bits. A tile has the units of the high plane, packed like an
+int4 weight, followed by the units of the low plane in the same order, without scales. So the high
+plane is an int4 weight whose tiles are further apart.
 
 A ``paired`` weight is gate features followed by up features. A tile takes eight of each, so that
 one lane has both inputs of SwiGLU.
@@ -39,10 +39,10 @@ from hotloop.kernels import reference
 
 TILE_ROWS = 16
 SLICE = 32
-"""Input features of a slice, which are the K of two mma instructions."""
+"""Input features of a slice: the K of two mma instructions."""
 
 FRAGMENT_BYTES = 1024
-"""Bytes of a unit's values, unless these are less than a group."""
+"""Bytes of a unit's values, unless a group has more."""
 
 HALF_SLICE = 16
 """Input features of one mma instruction: the smallest group."""
@@ -65,17 +65,17 @@ _SCALES: dict[Scale, torch.dtype] = {
     "two": torch.int8,
 }
 FACTOR = torch.float16
-"""The element type of factors of scales of two levels."""
+"""The element type of the factors of two-level scales."""
 
 _MAX_TERMS = 3
 
 _E2M1 = tuple(sign * x for sign in (1.0, -1.0) for x in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
-"""The table whose indices are the numbers' own bits: a sign, two of the exponent, one of the
-mantissa."""
+"""The table of e2m1, whose indices are the bits of the numbers: one of the sign, two of the
+exponent, one of the mantissa."""
 
 _E2M1_PLACES = ((15, 6), (12, 3), (14, 9), (13, 0))
-"""Of each register, the bits of a half word where its number's sign and the rest begin: see ``Fp4``
-of ``weights.cuh``."""
+"""For each register, the bits of a half word at which the sign and the other bits of its number
+begin; see ``Fp4`` of ``weights.cuh``."""
 
 Zero = Literal["none", "integer", "offset"]
 
@@ -106,10 +106,10 @@ class Format:
         scale: Element type of the scales of groups, and of their zero points or offsets; ``two``
             for two levels, integers with half-precision factors.
         zero: Whether groups have integer zero points, or offsets.
-        row_scale: With groups, there is a float32 scale per output feature besides.
+        row_scale: The weight has scales of groups and a float32 scale per output feature.
         table: The sixteen numbers of ``lut4``, which ``terms`` splits.
-        permuted: Columns are in another order than input features, which the kernels take too.
-            Of weights with groups.
+        permuted: The order of columns differs from that of input features; the kernels take the
+            order as well. Only for weights with groups.
         n: Output features.
         k: Input features, a multiple of 8.
         paired: The weight is gate features followed by up features, for SwiGLU.
@@ -166,17 +166,17 @@ class Format:
         return self.kind == "bf16" and self.n % TILE_ROWS == 0 and self.k % SLICE == 0
 
     def with_plain_rows(self) -> Format:
-        """Returns the format of the same weight as plain rows, if they can be read, or itself."""
+        """Returns the format of the weight as plain rows, if these can be read; else itself."""
         return dataclasses.replace(self, plain_rows=True) if self.fits_plain_rows else self
 
     @property
     def is_e2m1(self) -> bool:
-        """Whether the numbers of the table are their indices, read as floating point."""
+        """Whether the bits of each number of the table, as e2m1, are its index."""
         return self.table == _E2M1
 
     @property
     def has_channel_scales(self) -> bool:
-        """Whether the kernels take a float32 scale per output feature besides the weight."""
+        """Whether the kernels take a float32 scale per output feature beside the weight."""
         return self.row_scale or (self.kind in ("fp8", "int8") and self.group_size is None)
 
     @property
@@ -202,7 +202,7 @@ class Format:
 
     @property
     def strands(self) -> int:
-        """Sums that the kernels keep apart until the end: ``kStrands`` of ``weights.cuh``."""
+        """Sums that the kernels keep separate until the end: ``kStrands`` of ``weights.cuh``."""
         return 1 if self.group_size is None else self.unit_k // max(self.group_size, SLICE)
 
     @property
@@ -212,7 +212,7 @@ class Format:
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of a unit, of both planes, including scales and zeros of its groups."""
+        """Bytes of a unit, of both planes, including the scales and zeros of its groups."""
         if self.group_size is None:
             return self.fragment_bytes
         parts = 1 if self.zero == "none" else 2
@@ -243,7 +243,7 @@ class Format:
 
     @property
     def pair_table_bytes(self) -> int:
-        """Bytes of a table of pairs of numbers; 0 where numbers are not looked up."""
+        """Bytes of a table of pairs of numbers; 0 without a lookup table."""
         if self.table is None or self.is_e2m1:
             return 0
         split = terms(self.table)
@@ -265,9 +265,9 @@ class Format:
 
 
 def terms(table: Sequence[float]) -> Tensor | None:
-    """Splits the numbers of a table into few that are bfloat16: bfloat16 [terms, 16].
+    """Splits each number of a table into a sum of few bfloat16 numbers: bfloat16 [terms, 16].
 
-    Returns None where their sum is not the table.
+    Returns None if no such sums equal the table.
     """
     rest, found = torch.tensor(table, dtype=torch.float32), []
     while len(found) < _MAX_TERMS and (rest.any() or not found):
@@ -277,7 +277,7 @@ def terms(table: Sequence[float]) -> Tensor | None:
 
 
 def _words(table: Sequence[float]) -> str:
-    """Returns the template arguments of ``Table``: of each term, low bytes and then high ones."""
+    """Returns the template arguments of ``Table``: of each term, low bytes, then high bytes."""
     split = terms(table)
     assert split is not None, f"{table} in bfloat16"
     bytes_ = split.view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2)
@@ -286,14 +286,15 @@ def _words(table: Sequence[float]) -> str:
 
 
 class Parts(NamedTuple):
-    """A weight before packing: values [N, K], and by group [N, G] what else there is.
+    """A weight before packing: values [N, K], and scales and offsets of groups [N, G].
 
     Attributes:
         values: bfloat16; float8_e4m3fn; int8.
         scale: With groups. Scales per output feature are a separate argument of the kernel.
         offset: Where the format has offsets or (int8) zero points.
-        factor: [N, S], half precision: of scales of two levels, for S super-blocks of whole units.
-        offset_factor: Likewise, of their offsets.
+        factor: [N, S], half precision: factors of two-level scales, for S super-blocks of whole
+            units.
+        offset_factor: [N, S], half precision: factors of two-level offsets.
     """
 
     values: Tensor
@@ -319,12 +320,12 @@ def pack(
         scale: [N, G], with groups. Ignored otherwise: scales per output feature are a separate
             argument of the kernel.
         offset: [N, G], where the format has offsets or (int8) zero points.
-        factor: [N, S], half precision: of scales of two levels. Super-blocks are whole units.
-        offset_factor: Likewise, of their offsets.
+        factor: [N, S], half precision: factors of two-level scales. Super-blocks are whole units.
+        offset_factor: [N, S], half precision: factors of two-level offsets.
 
     Returns:
-        uint8 [tiles, units, unit_bytes]; [tiles, bytes of a tile] of a nested weight; plain rows as
-        they are, not copied if they are contiguous.
+        uint8 [tiles, units, unit_bytes]; [tiles, bytes of a tile] for a nested weight. Contiguous
+        plain rows are returned as they are.
     """
     assert tuple(values.shape) == (form.n, form.k), f"{tuple(values.shape)} for {form}"
     if form.plain_rows:
@@ -364,7 +365,7 @@ def high_plane(form: Format, packed: Tensor) -> Tensor:
 
 
 def tile_stride(form: Format, packed: Tensor) -> int:
-    """Returns the bytes from a tile to the next; 0 of plain rows."""
+    """Returns the bytes from one tile to the next; 0 for plain rows."""
     if form.plain_rows:
         return 0
     assert packed.shape[0] == form.tiles, f"{tuple(packed.shape)} for {form}"
@@ -388,7 +389,7 @@ def _fragments(form: Format, values: Tensor) -> Tensor:
 
 
 def unpack(form: Format, packed: Tensor) -> Parts:
-    """Inverts ``pack``, but for factors of two levels: there is one of each unit."""
+    """Inverts ``pack``, except that two-level scales have a factor for each unit."""
     if form.plain_rows:
         return Parts(packed)
     if form.kind == "nested":

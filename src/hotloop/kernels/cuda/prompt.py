@@ -24,7 +24,7 @@ _THREADS = 32 * _WARPS
 
 @dataclass(frozen=True, kw_only=True)
 class GemmOutput:
-    """Output of a GEMM, and the scale and bias that remain to be applied.
+    """Output of a GEMM, with a scale and a bias that are not applied yet.
 
     Attributes:
         y: bfloat16 [M, N], output of the GEMM.
@@ -103,8 +103,8 @@ def add_norm(
 
     Args:
         x_MK: bfloat16, the residual stream.
-        weight_K: bfloat16, of the norm.
-        eps: Of the norm.
+        weight_K: bfloat16, the norm's weight.
+        eps: The norm's epsilon.
         normed_MK: bfloat16, written.
         gemm: [M, K], added, or None.
         sum_MK: bfloat16, written if there is a ``gemm``; may be ``x_MK``.
@@ -168,13 +168,13 @@ def rope(
         keys_SJCE: bfloat16, the cache; written.
         values_SJCE: Like ``keys_SJCE``.
         seat_1: int64, the seat, in device memory.
-        start_1: int64, the position of the first row, in device memory. The others follow it, and
-            all must lie within the cache.
+        start_1: int64, the position of the first row, in device memory. The other rows follow it,
+            and all positions must lie within the cache.
         cos_CE: float32 cosines of rope, both halves alike.
         sin_CE: float32 sines of rope, both halves alike.
         q_norm_E: bfloat16, weight of the norm of query heads, or None.
         k_norm_E: bfloat16, weight of the norm of key heads, or None.
-        eps: Of those norms.
+        eps: Epsilon of those norms.
     """
     _, kv_heads, capacity, head_dim = keys_SJCE.shape
     rows, n_heads = len(heads.q), heads.q.shape[1] // head_dim

@@ -33,7 +33,7 @@ class SampleArguments(Arguments):
 
 
 def sample_kernel(max_candidates: int = MAX_CANDIDATES) -> Kernel:
-    """Returns the instance for at most so many candidates."""
+    """Returns the instance for at most this many candidates."""
     return Kernel(
         name=f"sample_{max_candidates}",
         file="sample.cu",

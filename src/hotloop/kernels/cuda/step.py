@@ -120,7 +120,7 @@ def add_kernel() -> Kernel:
 
 
 def all_reduce_kernel(ranks: int) -> Kernel:
-    """Returns the kernel that adds the parts of so many ranks to the residual stream."""
+    """Returns the kernel that adds the parts of this many ranks to the residual stream."""
     return Kernel(
         name=f"all_reduce_{ranks}",
         file="step.cu",
@@ -182,7 +182,7 @@ def embed(
         table_VK: bfloat16, or int8 with scales.
         scale_V: float32 scales of an int8 table.
         x_MK: bfloat16, written.
-        norm_epilogue: Of the first norm.
+        norm_epilogue: Epilogue of the first norm.
     """
     int8 = table_VK.dtype == torch.int8
     assert int8 or table_VK.dtype == torch.bfloat16, f"the table is {table_VK.dtype}"
@@ -206,13 +206,13 @@ def embed(
 def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, norm_epilogue: NormEpilogue) -> Call:
     """Returns the launch that adds to the residual stream, with a norm epilogue.
 
-    It is specified by a sum, and ``reference.norm_epilogue`` of that.
+    Its specification is a sum, and ``reference.norm_epilogue`` of the sum.
 
     Args:
         added_MK: bfloat16, summed over ranks.
         residual_MK: bfloat16.
         x_MK: bfloat16, written; may be ``residual_MK``.
-        norm_epilogue: Of the norm that follows.
+        norm_epilogue: Epilogue of the norm that follows.
     """
     rows, k = x_MK.shape
     for tensor in (added_MK, residual_MK, x_MK):
@@ -236,7 +236,7 @@ def add(added_MK: Tensor, residual_MK: Tensor, x_MK: Tensor, norm_epilogue: Norm
 class Exchange:
     """Buffers of one kind of all-reduce among the ranks of a model.
 
-    An inbox is memory of a rank into which the others write. Every rank launches the same
+    An inbox is memory of a rank into which the other ranks write. Every rank launches the same
     all-reduces in the same order.
 
     Attributes:
@@ -304,13 +304,14 @@ def all_reduce(
 ) -> Call:
     """Returns the launch that adds all ranks' parts to the residual stream, with a norm epilogue.
 
-    It computes ``add`` of the sum over ranks, which is taken in the order of ranks and not rounded.
+    It computes ``add`` of the sum over ranks. The sum is computed in the order of ranks, and not
+    rounded.
 
     Args:
         local_MK: bfloat16, this rank's part; M is at most the exchange's capacity.
         residual_MK: bfloat16.
         x_MK: bfloat16, written; may be ``residual_MK``.
-        norm_epilogue: Of the norm that follows.
+        norm_epilogue: Epilogue of the norm that follows.
         exchange: Buffers shared with the other ranks.
     """
     rows, k = x_MK.shape
@@ -348,7 +349,7 @@ def argmax(best: tuple[Tensor, Tensor], ids_M: Tensor) -> Call:
     """Returns the launch of the argmax over the vocabulary; see ``reference.argmax``.
 
     Args:
-        best: The best of each block, as the head's matrix product writes it.
+        best: The best candidate of each block, as the head's matrix product writes it.
         ids_M: int64, written.
     """
     value, index = best
@@ -367,11 +368,11 @@ def argmax_over_ranks(
 ) -> Call:
     """Returns the launch of the argmax over all ranks' parts of the vocabulary, on every rank.
 
-    It takes the first of equals, as ``VocabularyShard.argmax`` does.
+    Of equal logits it takes the first, as ``VocabularyShard.argmax`` does.
 
     Args:
-        best: The best of each block, as the matrix product of this rank's part of the head writes
-            it.
+        best: The best candidate of each block, as the matrix product of this rank's part of the
+            head writes it.
         ids_M: int64, written.
         exchange: Buffers shared with the other ranks.
         first: The first token id of this rank's part.

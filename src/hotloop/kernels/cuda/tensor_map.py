@@ -1,7 +1,7 @@
-"""Describes tensors of which kernels copy boxes to shared memory (``cp.async.bulk.tensor``).
+"""Describes tensors from which kernels copy boxes to shared memory (``cp.async.bulk.tensor``).
 
-One instruction copies a box of up to five dimensions, from memory in which its rows lie apart. The
-driver encodes the description in 128 bytes, which a kernel has among its arguments.
+One instruction copies a box of up to five dimensions, whose rows need not be adjacent in memory.
+The driver encodes the description in 128 bytes, which are an argument of the kernel.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class TensorMap:
     """A bfloat16 tensor, and the shape of its boxes. Dimensions are listed from the innermost on.
 
     Attributes:
-        tensor: What the map points into.
-        sizes: Elements along each dimension; beyond them a box is filled with zeros.
+        tensor: The tensor.
+        sizes: Elements along each dimension; beyond them, a box contains zeros.
         strides: Bytes from one element to the next, of all dimensions but the first.
-        box: Elements of a box along each dimension, which lie densely in shared memory.
+        box: Elements of a box along each dimension. A box is contiguous in shared memory.
     """
 
     tensor: Tensor
@@ -54,7 +54,8 @@ class TensorMap:
     def of_plain_rows(cls, form: Format, weight_NK: Tensor, *, units: int, tiles: int) -> TensorMap:
         """Describes a weight's plain rows, in boxes of ``units`` units of ``tiles`` tiles.
 
-        A box holds tile after tile, and of each the eight rows of either half, one after the other.
+        A box holds tile after tile; a tile is the eight rows of its first half, then those of its
+        second.
         """
         assert form.plain_rows, f"{form} is packed"
         row = 2 * form.k

@@ -1,9 +1,10 @@
 """Chooses the tuning of launches by shape and device.
 
-The rules summarize the tuning of every projection within whole decode steps on one H100, and those
-for fast memory on one H200 (``docs/decisions/fused-kernels.md`` names the trials). A projection's
-number of warps, which determines the order of its sums, depends on the weight alone, whatever the
-device and the number of rows; the chunks of attention depend on the heads and the device.
+The rules summarize trials in which every projection was tuned within whole decode steps on one
+H100; the rules for fast memory come from one H200 (``docs/decisions/fused-kernels.md`` lists the
+trials). A projection's number of warps, which determines the order of its sums, depends on the
+weight alone, whatever the device and the number of rows; the chunks of attention depend on the
+heads and the device.
 """
 
 from __future__ import annotations
@@ -25,56 +26,58 @@ from hotloop.kernels.cuda.wide import WARPS as WIDE_WARPS
 from hotloop.kernels.cuda.wide import WidePlan, WideTuning
 
 WARPS = (8, 10, 11, 12, 14, 16, 20)
-"""Candidate numbers of warps of a block; the first of equals is chosen."""
+"""Candidate numbers of warps of a block; the first of equally good ones is chosen."""
 
 UNITS = (4, 3, 2, 1)
 """Candidate numbers of units of a copy."""
 
 STAGE_BYTES = 44 * 1024
-"""The most bytes of values of a stage, over all warps: longer copies leave too few in flight."""
+"""The most bytes of values of a stage, over all warps: with longer copies, too few are in flight.
+"""
 
 STAGES = 4
 """Copies of a warp in flight."""
 
 INT4_STAGES = 3
-"""Copies of a warp in flight, where the weight is int4 and parts of it are prefetched into L2. More
-copies gain nothing there, because dequantizing takes longer than loading from L2, and they delay
-the loads of other kernels."""
+"""Copies of a warp in flight for an int4 weight of which parts are prefetched into L2. More copies
+gain nothing, because dequantizing takes longer than loading from L2, and would delay the loads of
+other kernels."""
 
 LEAST_SHARED_BYTES = 96 * 1024
-"""Shared memory of a block that every device has, less a few KB for x."""
+"""Shared memory of a block that every supported device has, less a few KB for x."""
 
 MIN_RING_BYTES = 48 * 1024
 """The fewest bytes that a block has in flight."""
 
 FAST_MEMORY = 30e9
-"""Bytes per second and multiprocessor from which on memory is fast: an H100 has 25e9, an H200 36e9.
-What delays x then costs more than memory that idles, as long as a weight is int4 and short."""
+"""The bandwidth per multiprocessor, in bytes per second, from which on memory counts as fast: an
+H100 has 25e9, an H200 36e9. With fast memory, and a short int4 weight, a delay of x costs more than
+idle memory."""
 
 SHORT_READ_S = 20e-6
 """The longest time, at the nominal bandwidth, in which a short weight is read."""
 
 FAST_EARLY_STAGES = 1
-"""Copies before x of a short weight in fast memory."""
+"""Copies that are issued before x is loaded, for a short weight in fast memory."""
 
 FAST_STAGES = 2
 """``INT4_STAGES`` of ``gate_up``, if its weight is short and memory is fast."""
 
 FAST_PART_BYTES = 64 * 1024
-"""x of several rows that arrives in parts, in fast memory: eight rows of 4,096 features gain by it,
-and of 5,120 lose."""
+"""The most bytes of several rows of x that are copied in parts, in fast memory: eight rows of 4,096
+features gain by it, and eight rows of 5,120 lose."""
 
 RING_SHARE = 0.75
 """The largest share of a block's weights that its ring may hold. A kernel that issued all of its
 loads before its input arrives would delay the loads of the kernel that computes this input."""
 
 MIN_WIDE_ROWS = 17
-"""Rows from which on ``wide.cu`` is faster than ``linear.cu``: on an H200, a whole step of 32 and
-64 rows is, and one of 16 is not."""
+"""The number of rows from which on ``wide.cu`` is faster than ``linear.cu``: on an H200, whole
+steps of 32 and 64 rows are faster, and steps of 16 rows are not."""
 
 MAX_WIDE_ACCUMULATORS = 36
-"""The most accumulators of a warp of ``wide.cu`` (16 features of an octet of rows each), over tiles
-and strands, and those of a group: with more, registers spill."""
+"""The most accumulators of a warp of ``wide.cu`` (16 features of an octet of rows each): those of
+all tiles and strands, and those of a group. With more, registers spill."""
 
 LOADED_BYTES = 24
 """Bytes that a multiprocessor loads in a clock cycle from L2, if all of them do. This and the
@@ -89,8 +92,8 @@ ITEM_CYCLES, SPLIT_CYCLES = 7000, 6000
 where blocks share K."""
 
 LONG_CACHE = 8192
-"""Positions of a cache from which on a block of attention serves two octets of rows, so that the
-history is read less often."""
+"""The number of cache positions from which on a block of attention serves two octets of rows, so
+that the history is read less often."""
 
 FILLED = 0.85
 """The share of the multiprocessors that the chunks of a long sequence should occupy."""
@@ -105,9 +108,9 @@ class _PrefetchRule:
     """The part of a later projection's weight that a projection prefetches into L2.
 
     Attributes:
-        beyond: Tiles per block to skip after those of the later projection's first ring: if these
-            were in L2, that ring would fill at once, and memory would be idle until the input
-            arrives. None begins at the first tile.
+        beyond: Tiles per block to skip after the tiles of the later projection's first ring. If the
+            ring's tiles were in L2, the ring would fill at once, and memory would be idle until the
+            input arrives. None begins at the first tile.
         step: Distance between a block's tiles, in units of the grid.
         tiles: Tiles per block.
         tile_bytes: The most bytes of each tile.
@@ -138,11 +141,11 @@ def _prefetch_rule(by: Projection, later: LinearPlan) -> _PrefetchRule | None:
 
 
 def plan_prefetch(by: Projection, later: GemmPlan, weight: Tensor) -> Prefetch | None:
-    """Plans the prefetch by one projection of a later one's weight, or returns None for none.
+    """Plans that one projection prefetches a later one's weight; returns None if it does not.
 
     ``qkv`` and ``o`` prefetch the weight of ``gate_up``, because memory is idle longest around
-    attention; ``gate_up`` prefetches that of ``down``, and ``down`` that of the next layer's
-    ``qkv``. Plain rows, whose tiles are not contiguous, would gain nothing.
+    attention; ``gate_up`` prefetches the weight of ``down``, and ``down`` the weight of the next
+    layer's ``qkv``. Plain rows would gain nothing, since their tiles are not contiguous.
     """
     if later.form.plain_rows or not isinstance(later, LinearPlan):
         return None
@@ -166,8 +169,8 @@ def plan_prefetch(by: Projection, later: GemmPlan, weight: Tensor) -> Prefetch |
 def reads_plain_rows(device: torch.device) -> bool:
     """Tells whether the fused step on a device reads bfloat16 weights as plain rows.
 
-    Prompts then need no dequantizing, and steps are as fast. Measured on an H200 alone, so that it
-    is for devices with fast memory; and for the emulation on a CPU.
+    Prompts then need no dequantizing, and steps are as fast. It was measured only on an H200, so
+    only devices with fast memory do it, and the emulation on a CPU.
     """
     if device.type != "cuda":
         return True
@@ -181,7 +184,7 @@ def linear_tuning(form: Format, limits: Limits, projection: Projection) -> Tunin
     Args:
         form: The weight's format.
         limits: Of the device.
-        projection: The projection that it is.
+        projection: The projection of the weight.
     """
     warps, units = min(itertools.product(WARPS, UNITS), key=lambda choice: _cost(form, *choice))
     is_fast = form.bits == 4 and _is_read_fast(form, limits)
@@ -215,7 +218,7 @@ def _has_fast_memory(limits: Limits) -> bool:
 
 
 def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
-    """Ranks a choice, less being better: unfit copies, then idle units, then short copies."""
+    """Ranks a choice; lower is better: by unfit copies, then idle units, then short copies."""
     units_of_warp = -(-form.units // warps)
     copied = warps * units * form.fragment_bytes
     # Two stages, partial sums, and the sums of eight rows of x over each group.
@@ -225,7 +228,7 @@ def _cost(form: Format, warps: int, units: int) -> tuple[bool, int, int]:
 
 
 def wide_tuning(form: Format, rows: int, parts: int, limits: Limits) -> WideTuning:
-    """Chooses the tuning of a matrix product by ``wide.cu``: that with the fewest clock cycles.
+    """Chooses the tuning of a matrix product by ``wide.cu`` that takes the fewest clock cycles.
 
     Args:
         form: The weight's format.
@@ -299,7 +302,7 @@ def plan_rows(
 
 
 def _min_wide_rows(limits: Limits) -> int:
-    """Returns the fewest rows for ``wide.cu``, which was measured on an H200 alone."""
+    """Returns the fewest rows for ``wide.cu``, which was measured only on an H200."""
     is_measured = limits.warpgroups and _has_fast_memory(limits)
     return MIN_WIDE_ROWS if is_measured else sys.maxsize
 
@@ -310,9 +313,10 @@ def attention_tuning(
     """Chooses the tuning of attention that fits the device and fills it.
 
     Args:
-        head_dim: Of the model.
-        n_kv_heads: Of the model, or of a rank's part.
-        n_positions: Of the cache. A result's bits depend on neither it nor ``batch``.
+        head_dim: The model's head dimension.
+        n_kv_heads: Key/value heads of the model, or of a rank's shard.
+        n_positions: Positions of the cache. The bits of a result depend neither on it nor on
+            ``batch``.
         batch: Sequences of a decode step.
         limits: Of the device.
     """
@@ -330,7 +334,7 @@ def attention_tuning(
 
 
 def _chunks(n_kv_heads: int, n_sms: int) -> int:
-    """Returns the chunks that fill all multiprocessors best, in one wave, or in two or three."""
+    """Returns the number of chunks that fill all multiprocessors best, in one to three waves."""
     choices = [(waves, waves * n_sms // n_kv_heads) for waves in (1, 2, 3)]
     filled = {n: n * n_kv_heads / (waves * n_sms) for waves, n in choices if n > 0}
     enough = (n for n, share in filled.items() if share >= FILLED)

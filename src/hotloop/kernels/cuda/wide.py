@@ -58,8 +58,8 @@ class WidePlan(GemmPlan):
 
     Attributes:
         wide: Parameters chosen for speed.
-        has_next: The result is stored as the operand of the matrix product that follows: that of
-            ``swiglu``, and of ``plain`` what the norm epilogue gives.
+        has_next: The result is stored as the operand of the next matrix product: the result of
+            ``swiglu``, or with ``plain`` the prescaled input of the norm epilogue.
     """
 
     wide: WideTuning = WideTuning()
@@ -87,18 +87,18 @@ class WidePlan(GemmPlan):
 
     @property
     def candidates(self) -> int:
-        """The warps that multiply, of all blocks."""
+        """The number of warps that multiply, over all blocks."""
         return self.blocks * WARPS
 
     @property
     def n_partial(self) -> int:
-        """Workspace for the sums of all parts, where blocks share K; in float32 values."""
+        """Workspace for the sums of all parts, if blocks share K; in float32 values."""
         sums = self.form.tiles * self.tuning.warps * TILE_ROWS * 8 * self.octets
         return sums if self.wide.splits > 1 else 0
 
     @property
     def n_counters(self) -> int:
-        """Counters: one for each group and warp, where blocks share K."""
+        """Counters: one for each group and warp, if blocks share K."""
         return self.groups * WARPS if self.wide.splits > 1 else 0
 
     @property
@@ -112,7 +112,7 @@ class WidePlan(GemmPlan):
 
     @property
     def shared_bytes(self) -> int:
-        """At least so many that a multiprocessor holds one such block only; see ``Layout``."""
+        """So large that a multiprocessor holds only one such block; see ``Layout``."""
         used = self._bytes_beside_ring + self.stages * (self._stage_bytes + self._barrier_bytes)
         return max(used, self.limits.exclusive_bytes)
 
@@ -136,13 +136,13 @@ class WidePlan(GemmPlan):
 
     @property
     def operand_bytes(self) -> int:
-        """Bytes of x, and of a norm's factors where ``staging`` stores them."""
+        """Bytes of x, and of a norm's factors if ``staging`` stores them."""
         factors = self._factor_bytes if self._stages_factors else 0
         return self.tuning.warps * self.part_stages * self._x_bytes + factors
 
     @property
     def _computes_factors(self) -> bool:
-        """``kComputesFactors`` of ``wide.cu``: the matrix product computes those of a norm."""
+        """``kComputesFactors`` of ``wide.cu``: the matrix product computes the norm's factors."""
         return self.norm and self.form.plain_rows
 
     @property
@@ -156,11 +156,11 @@ class WidePlan(GemmPlan):
 
     @property
     def is_staged_before(self) -> bool:
-        """Whether the kernel that computes x can store it as the operand: of plain rows.
+        """Whether the kernel that computes x can store it as the operand; only with plain rows.
 
-        It does not store zeros, which fill a part of K that ends within a stage. Other weights need
-        x scaled and most of them its sums, for which they would wait longer than for a kernel
-        between the two.
+        It cannot store the zeros that fill a stage in which a part of K ends. Packed weights need x
+        scaled, and most of them its sums; the kernel that computes x would take longer for these
+        than a separate kernel takes.
         """
         parts, step = self.tuning.warps, stage_units(self.form)
         firsts = (self.form.units * part // parts for part in range(parts + 1))
